@@ -1,0 +1,80 @@
+"""pytest-gpumem: VRAM budgets, peak limits and OOM injection for tests.
+
+Everything is imported on first use: importing this package imports neither torch nor
+pytest.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from pytest_gpumem._version import __version__
+    from pytest_gpumem.cards import Card, find_card
+    from pytest_gpumem.checkpoints import make_checkpoint
+    from pytest_gpumem.devices import Device
+    from pytest_gpumem.devices.active import active_device
+    from pytest_gpumem.devices.simulated.install import simulated_device
+    from pytest_gpumem.errors import GpuMemError
+    from pytest_gpumem.instruments.budget import vram_budget
+    from pytest_gpumem.instruments.injector import OomInjector
+    from pytest_gpumem.instruments.recorder import PeakRecorder
+    from pytest_gpumem.instruments.verdict import LoadVerdict, judge_load
+    from pytest_gpumem.model.records import MemoryFigures
+    from pytest_gpumem.model.rules import Rule, parse_rule
+    from pytest_gpumem.sizes import format_size, parse_size
+
+_HOMES: Final = {
+    "Card": "cards",
+    "Device": "devices",
+    "GpuMemError": "errors",
+    "LoadVerdict": "instruments.verdict",
+    "MemoryFigures": "model.records",
+    "OomInjector": "instruments.injector",
+    "PeakRecorder": "instruments.recorder",
+    "Rule": "model.rules",
+    "__version__": "_version",
+    "active_device": "devices.active",
+    "find_card": "cards",
+    "format_size": "sizes",
+    "judge_load": "instruments.verdict",
+    "make_checkpoint": "checkpoints",
+    "parse_rule": "model.rules",
+    "parse_size": "sizes",
+    "simulated_device": "devices.simulated.install",
+    "vram_budget": "instruments.budget",
+}
+
+__all__ = [
+    "Card",
+    "Device",
+    "GpuMemError",
+    "LoadVerdict",
+    "MemoryFigures",
+    "OomInjector",
+    "PeakRecorder",
+    "Rule",
+    "__version__",
+    "active_device",
+    "find_card",
+    "format_size",
+    "judge_load",
+    "make_checkpoint",
+    "parse_rule",
+    "parse_size",
+    "simulated_device",
+    "vram_budget",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,92 @@
+"""Devices: one protocol over a real CUDA device and a simulated one.
+
+The verbs are PyTorch's; what is added is a budget, a view of single allocations and
+the means to refuse one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from contextlib import AbstractContextManager
+
+    from pytest_gpumem.model.records import MemoryFigures
+
+
+class Tracker(Protocol):
+    """Peaks of one card since the tracker was opened."""
+
+    def read(self) -> MemoryFigures:
+        """Return the figures up to now; may be called again."""
+
+    def close(self) -> MemoryFigures:
+        """Return the final figures and stop tracking."""
+
+
+@runtime_checkable
+class Device(Protocol):
+    """What instruments need of a machine's cards; all sizes are bytes (``int``)."""
+
+    @property
+    def kind(self) -> str:
+        """``"cuda"`` or ``"simulated"``."""
+
+    @property
+    def device_count(self) -> int:
+        """How many cards there are."""
+
+    @property
+    def num_requests(self) -> int:
+        """A number that grows when a card is used: allocations asked for so far."""
+
+    def name(self, index: int) -> str:
+        """Return a card's name as ``torch.cuda.get_device_name`` has it."""
+
+    def mem_get_info(self, index: int) -> tuple[int, int]:
+        """Return free and total bytes, as user code sees them."""
+
+    def memory_stats(self, index: int) -> Mapping[str, int]:
+        """Return ``torch.cuda.memory_stats``'s flat dictionary."""
+
+    def empty_cache(self) -> None:
+        """Give cached segments of every card back to the driver."""
+
+    def budget(self, index: int) -> int | None:
+        """Return the budget of a card, or None."""
+
+    def set_budget(self, index: int, budget_bytes: int | None) -> None:
+        """Cap a card (inclusive) and make all that reports free memory agree.
+
+        Raises:
+            BudgetError: Not between 1 byte and the card's total.
+        """
+
+    def block_bytes(self, storage: Any) -> int:
+        """Return the bytes of the allocator's block under a storage of a card."""
+
+    def open_tracker(self, index: int) -> Tracker:
+        """Start tracking a card's peaks."""
+
+    def refusing(
+        self, refuses: Callable[[int, int], bool]
+    ) -> AbstractContextManager[None]:
+        """Ask ``refuses(device_index, nbytes)`` before each allocation of a block.
+
+        Where it answers True the allocation fails as if the card were full.
+        """
+
+    def watching(
+        self, watch: Callable[[int, int, int], None]
+    ) -> AbstractContextManager[bool]:
+        """Call ``watch`` after each allocation of a block.
+
+        It gets the card's index, its allocated and its reserved bytes.
+
+        Yields:
+            Whether this device can do so (a real card cannot).
+        """
+
+
+__all__ = ["Device", "Tracker"]

@@ -1,0 +1,43 @@
+"""Which device instruments work on when none is named."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from pytest_gpumem.errors import DeviceUnavailableError
+
+if TYPE_CHECKING:
+    from pytest_gpumem.devices import Device
+
+_real: Final[list[Device]] = []
+
+
+def active_device() -> Device:
+    """Return the device that "cuda" means at present.
+
+    The simulated machine where one is installed, else the real cards.
+
+    Raises:
+        DeviceUnavailableError: There is neither.
+    """
+    import torch  # noqa: PLC0415  # torch is imported only once a device is wanted
+
+    from pytest_gpumem.devices.simulated import machine  # noqa: PLC0415  # likewise
+
+    simulated = machine.innermost_machine()
+    if simulated is not None:
+        from pytest_gpumem.devices.simulated.device import (  # noqa: PLC0415  # likewise
+            SimulatedDevice,
+        )
+
+        return SimulatedDevice(simulated)
+    if not torch.cuda.is_available():
+        raise DeviceUnavailableError(
+            "no CUDA device: torch finds none and no simulated one is installed; run "
+            "under pytest with --gpu-backend=simulated, or enter simulated_device()"
+        )
+    if not _real:
+        from pytest_gpumem.devices.cuda import CudaDevice  # noqa: PLC0415  # likewise
+
+        _real.append(CudaDevice())
+    return _real[0]

@@ -1,0 +1,254 @@
+"""Real CUDA cards, through ``torch.cuda``.
+
+Note [A budget on a real card]
+PyTorch's cap (``set_per_process_memory_fraction``) is known to its allocator alone.
+While a budget is in force, the few functions that report free memory to Python are
+wrapped, so that free is at most what the budget leaves, and a fraction that user code
+sets is clamped to the budget. All of it is put back when the last budget is lifted.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pytest_gpumem.devices.fractions import fraction_for
+from pytest_gpumem.devices.patches import PatchSet
+from pytest_gpumem.errors import BudgetError
+from pytest_gpumem.model.records import MemoryFigures
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+_PEAKS = ("allocated", "reserved", "requested", "active")
+
+
+class CudaTracker:
+    """Peaks of one real card, by resetting torch's own peak statistics.
+
+    Trackers of a card share its one set of statistics: before any reset, by a
+    tracker or by user code, every open tracker takes the peaks in.
+    """
+
+    def __init__(self, device: CudaDevice, index: int) -> None:
+        self._device = device
+        self._index = index
+        device.fold(index)
+        stats = device.memory_stats(index)
+        self._start = stats
+        self._peaks = {
+            name: stats.get(f"{name}_bytes.all.current", 0) for name in _PEAKS
+        }
+        device.trackers.append(self)
+
+    def take(self, index: int, stats: Mapping[str, int]) -> None:
+        """Take in the peaks since the last reset."""
+        if index == self._index:
+            for name in _PEAKS:
+                peak = stats.get(f"{name}_bytes.all.peak", 0)
+                self._peaks[name] = max(self._peaks[name], peak)
+
+    def read(self) -> MemoryFigures:
+        """Return the figures up to now."""
+        stats = self._device.memory_stats(self._index)
+        self.take(self._index, stats)
+        return MemoryFigures(
+            device_index=self._index,
+            peak_allocated_bytes=self._peaks["allocated"],
+            peak_reserved_bytes=self._peaks["reserved"],
+            peak_requested_bytes=self._peaks["requested"],
+            peak_active_bytes=self._peaks["active"],
+            start_allocated_bytes=self._start.get("allocated_bytes.all.current", 0),
+            end_allocated_bytes=stats.get("allocated_bytes.all.current", 0),
+            end_reserved_bytes=stats.get("reserved_bytes.all.current", 0),
+            num_ooms=stats.get("num_ooms", 0) - self._start.get("num_ooms", 0),
+            num_alloc_retries=stats.get("num_alloc_retries", 0)
+            - self._start.get("num_alloc_retries", 0),
+        )
+
+    def close(self) -> MemoryFigures:
+        """Return the final figures and stop tracking."""
+        figures = self.read()
+        if self in self._device.trackers:
+            self._device.trackers.remove(self)
+        return figures
+
+
+class CudaDevice:
+    """The machine's CUDA cards behind the ``Device`` protocol.
+
+    Limits: single allocations cannot be watched; refusing one works on operators
+    dispatched from Python-visible threads (see ``interception.py``).
+    """
+
+    kind = "cuda"
+
+    def __init__(self) -> None:
+        self.trackers: list[CudaTracker] = []
+        self._budgets: dict[int, int] = {}
+        self._fractions: dict[int, float] = {}
+        self._patches = PatchSet()
+        self._reset: Any = None
+
+    @property
+    def device_count(self) -> int:
+        """How many cards there are."""
+        return torch.cuda.device_count()
+
+    @property
+    def num_requests(self) -> int:
+        """Allocations asked for so far, over all cards."""
+        return sum(
+            self.memory_stats(index).get("allocation.all.allocated", 0)
+            for index in range(self.device_count)
+        )
+
+    def name(self, index: int) -> str:
+        """Return a card's name."""
+        return torch.cuda.get_device_name(index)
+
+    def mem_get_info(self, index: int) -> tuple[int, int]:
+        """Return free and total bytes; under a budget, what it leaves."""
+        return torch.cuda.mem_get_info(index)
+
+    def memory_stats(self, index: int) -> Mapping[str, int]:
+        """Return ``torch.cuda.memory_stats``; empty before CUDA is used."""
+        return torch.cuda.memory_stats(index) if torch.cuda.is_initialized() else {}
+
+    def empty_cache(self) -> None:
+        """Give cached segments of every card back to the driver."""
+        torch.cuda.empty_cache()
+
+    # -- peaks --------------------------------------------------------------------
+
+    def fold(self, index: int) -> None:
+        """Let every open tracker take the peaks in, then reset them."""
+        if not torch.cuda.is_initialized():
+            return
+        stats = self.memory_stats(index)
+        for tracker in self.trackers:
+            tracker.take(index, stats)
+        torch.cuda.reset_peak_memory_stats(index)
+
+    def open_tracker(self, index: int) -> CudaTracker:
+        """Start tracking a card's peaks."""
+        return CudaTracker(self, index)
+
+    # -- budget -------------------------------------------------------------------
+
+    def budget(self, index: int) -> int | None:
+        """Return the budget of a card, or None."""
+        return self._budgets.get(index)
+
+    def set_budget(self, index: int, budget_bytes: int | None) -> None:
+        """Cap a card (inclusive); None lifts the cap. See Note [A budget on a real card].
+
+        Raises:
+            BudgetError: Not between 1 byte and the card's total.
+        """
+        total = torch.cuda.get_device_properties(index).total_memory
+        if budget_bytes is None:
+            self._budgets.pop(index, None)
+        elif 0 < budget_bytes <= total:
+            if not self._budgets:
+                self._patch()
+            self._budgets[index] = budget_bytes
+        else:
+            raise BudgetError(
+                f"budget of {budget_bytes} bytes on cuda:{index}: accepted are 1 to "
+                f"{total} bytes, the total of {self.name(index)}",
+                value=budget_bytes,
+            )
+        self._apply(index)
+        if not self._budgets:
+            self._patches.restore()
+
+    def _apply(self, index: int) -> None:
+        total = torch.cuda.get_device_properties(index).total_memory
+        fraction = self._fractions.get(index, 1.0)
+        if index in self._budgets:
+            fraction = min(fraction, fraction_for(self._budgets[index], total))
+        self._set_fraction(fraction, index)
+
+    _set_fraction: Callable[[float, int], None] = staticmethod(
+        lambda fraction, index: torch._C._cuda_setMemoryFraction(fraction, index)  # type: ignore[attr-defined]  # noqa: SLF001, PLW0108  # looked up late: it is patched
+    )
+
+    def _patch(self) -> None:
+        original = torch._C._cuda_setMemoryFraction  # type: ignore[attr-defined]  # noqa: SLF001  # below torch.cuda
+        self._set_fraction = original
+        patches = self._patches
+        patches.set(torch._C, "_cuda_setMemoryFraction", self._user_fraction)  # noqa: SLF001  # below torch.cuda
+        patches.set(
+            torch._C,  # noqa: SLF001  # below torch.cuda
+            "_cuda_getMemoryFraction",
+            lambda index: self._fractions.get(index, 1.0),
+        )
+        torch.cuda.init()
+        patches.set(torch.cuda, "_cudart", _Cudart(torch.cuda.cudart(), self))
+        info = getattr(torch._C, "_accelerator_getMemoryInfo", None)  # noqa: SLF001  # below torch.accelerator
+        if info is not None:
+            patches.set(
+                torch._C,  # noqa: SLF001  # below torch.accelerator
+                "_accelerator_getMemoryInfo",
+                lambda index: self.shared(index, *info(index)),
+            )
+
+    def _user_fraction(self, fraction: float, index: int) -> None:
+        self._fractions[index] = fraction
+        self._apply(index)
+
+    def shared(self, index: int, free: int, total: int) -> tuple[int, int]:
+        """Return free and total bytes as a card shared with others shows them."""
+        budget = self._budgets.get(index)
+        if budget is not None:
+            reserved = self.memory_stats(index).get("reserved_bytes.all.current", 0)
+            free = min(free, max(budget - reserved, 0))
+        return free, total
+
+    def block_bytes(self, storage: Any) -> int:
+        """Return the bytes of the block under a storage, from a snapshot.
+
+        Limits: a snapshot walks every block; do not call it in a loop over many.
+        """
+        address = storage.data_ptr()
+        for segment in torch.cuda.memory_snapshot():
+            if segment["address"] <= address < segment["address"] + segment["total_size"]:
+                for block in segment["blocks"]:
+                    if block["address"] == address:
+                        nbytes: int = block["size"]
+                        return nbytes
+        return 0
+
+    # -- single allocations ---------------------------------------------------------
+
+    @contextmanager
+    def refusing(self, refuses: Callable[[int, int], bool]) -> Iterator[None]:
+        """Ask before each operator's allocations whether one is to fail."""
+        from pytest_gpumem.devices.interception import (  # noqa: PLC0415  # only when armed
+            intercepting,
+        )
+
+        with intercepting(refuses):
+            yield
+
+    @contextmanager
+    def watching(self, watch: Callable[[int, int, int], None]) -> Iterator[bool]:  # noqa: ARG002  # the protocol's
+        """Do nothing: a real allocator shows no single allocation to Python."""
+        yield False
+
+
+class _Cudart:
+    """torch's CUDA runtime module, with ``cudaMemGetInfo`` under a budget."""
+
+    def __init__(self, module: Any, device: CudaDevice) -> None:
+        self._module = module
+        self._device = device
+
+    def cudaMemGetInfo(self, index: int) -> tuple[int, int]:  # noqa: N802  # the runtime's name
+        return self._device.shared(index, *self._module.cudaMemGetInfo(index))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)

@@ -1,0 +1,88 @@
+"""Which device a run uses, decided without importing torch."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+BACKENDS: Final = ("auto", "cuda", "simulated", "off")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The device of a run and why.
+
+    Attributes:
+        kind: ``"cuda"``, ``"simulated"`` or ``"off"``.
+        reason: Half a sentence for the report's header.
+    """
+
+    kind: str
+    reason: str
+
+
+def choose(backend: str) -> Choice:
+    """Return the device that a backend option means on this machine.
+
+    ``auto`` takes a usable CUDA card where there is one, else the simulated device.
+    A card is usable if torch was built with CUDA and NVIDIA's driver counts one.
+
+    Args:
+        backend: One of ``BACKENDS``.
+    """
+    if backend == "off":
+        return Choice("off", "switched off")
+    version = torch_versions()
+    if version is None:
+        return Choice("off", "torch is not installed")
+    if backend != "auto":
+        return Choice(backend, "as asked for")
+    torch_version, cuda_version = version
+    if cuda_version is None:
+        return Choice("simulated", f"torch {torch_version} is built without CUDA")
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return Choice("simulated", "CUDA_VISIBLE_DEVICES hides every card")
+    count = _count_cards()
+    if count is None:
+        return Choice("simulated", "no NVIDIA driver on this machine")
+    if count == 0:
+        return Choice("simulated", "the NVIDIA driver has no card")
+    return Choice("cuda", f"the NVIDIA driver has {count} card(s)")
+
+
+def torch_versions() -> tuple[str, str | None] | None:
+    """Return torch's version and the CUDA version it was built with.
+
+    Read from the file that torch's build writes, since importing torch takes seconds.
+
+    Source: ``torch/version.py``, written by ``tools/generate_torch_version.py``.
+    """
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    path = Path(spec.origin).with_name("version.py")
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    version = re.search(r"^__version__\s*=\s*['\"]([^'\"]+)", text, re.MULTILINE)
+    cuda = re.search(r"^cuda[^=\n]*=\s*['\"]([^'\"]+)", text, re.MULTILINE)
+    return (version[1] if version else "unknown", cuda[1] if cuda else None)
+
+
+def _count_cards() -> int | None:
+    """Return how many cards the driver's library counts; None without a driver."""
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    if nvml.nvmlInit_v2() != 0:
+        return 0
+    try:
+        count = ctypes.c_uint(0)
+        failed = nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0
+        return 0 if failed else count.value
+    finally:
+        nvml.nvmlShutdown()

@@ -1,0 +1,175 @@
+"""Constructors that would ask the CUDA driver, led past it.
+
+``torch.tensor(…, device="cuda")`` copies in C++ through a device guard that a CPU
+build does not have; here the host tensor is made first and uploaded after.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Final
+
+import torch
+from torch.utils._device import DeviceContext
+
+from pytest_gpumem.devices.simulated.methods import cuda_device, mark_pinned
+from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
+from pytest_gpumem.devices.simulated.transfer import move, moved
+
+_tensor: Final[Any] = torch.tensor
+_as_tensor: Final[Any] = torch.as_tensor
+_asarray: Final[Any] = torch.asarray
+
+
+def _goal(device: Any) -> torch.device | None:
+    """Return the card that a constructor's ``device`` (or a context) names."""
+    return cuda_device(_context_device() if device is None else device)
+
+
+def _context_device() -> torch.device | None:
+    """Return the device of the innermost ``with torch.device(…)``, or None."""
+    depth = torch._C._len_torch_function_stack()  # type: ignore[attr-defined]  # noqa: SLF001  # no public way to ask
+    for position in reversed(range(depth)):
+        mode = torch._C._get_function_stack_at(position)  # type: ignore[attr-defined]  # noqa: SLF001  # no public way to ask
+        if isinstance(mode, DeviceContext):
+            device: torch.device = mode.device
+            return device
+    return None
+
+
+def _plain(data: Any) -> Any:
+    """Return data with tensors of cards, however nested, as Python numbers."""
+    if isinstance(data, SimulatedTensor):
+        return data.detach().cpu()
+    if isinstance(data, (list, tuple)):
+        return [
+            item.tolist() if isinstance(item, SimulatedTensor) else _plain(item)
+            for item in data
+        ]
+    return data
+
+
+def tensor(data: Any, **options: Any) -> torch.Tensor:
+    """``torch.tensor``: a copy of the data, on the host or on a card."""
+    on_card = isinstance(data, SimulatedTensor)
+    goal = _goal(options.get("device"))
+    if goal is None and on_card and options.get("device") is None:
+        goal = data.device
+    if goal is None:
+        made: torch.Tensor = _tensor(_plain(data), **options)
+        return made
+    requires_grad = options.pop("requires_grad", False)
+    options.pop("pin_memory", None)
+    host = _tensor(_plain(data), **{**options, "device": "cpu"})
+    return move(host, goal).requires_grad_(requires_grad)
+
+
+def as_tensor(data: Any, dtype: Any = None, device: Any = None) -> torch.Tensor:
+    """``torch.as_tensor``: the data itself where it is a tensor in place already."""
+    if isinstance(data, torch.Tensor):
+        same = data.device if device is None else device
+        return data.to(same, data.dtype if dtype is None else dtype)
+    goal = _goal(device)
+    if goal is None:
+        made: torch.Tensor = _as_tensor(_plain(data), dtype=dtype, device=device)
+        return made
+    return moved(_as_tensor(_plain(data), dtype=dtype, device="cpu"), goal)
+
+
+def asarray(data: Any, **options: Any) -> torch.Tensor:
+    """``torch.asarray``: as ``as_tensor``, for any array."""
+    device = options.pop("device", None)
+    if isinstance(data, SimulatedTensor):
+        return as_tensor(data, dtype=options.get("dtype"), device=device)
+    goal = _goal(device)
+    made: torch.Tensor = _asarray(
+        data, device=device if goal is None else "cpu", **options
+    )
+    return made if goal is None else moved(made, goal)
+
+
+def _factory(original: Any) -> Any:
+    """Return a factory that knows pinned memory and a card's bare index."""
+
+    @functools.wraps(original)
+    def factory(*args: Any, **options: Any) -> torch.Tensor:
+        pinned = options.pop("pin_memory", False)
+        device = options.get("device")
+        if isinstance(device, int) and not isinstance(device, bool):
+            options["device"] = cuda_device(device)
+        made: torch.Tensor = original(*args, **options)
+        if pinned:
+            if isinstance(made, SimulatedTensor):
+                raise RuntimeError("Only dense CPU tensors can be pinned")
+            mark_pinned(made)
+        return made
+
+    return factory
+
+
+_FACTORIES: Final = (
+    "arange",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "eye",
+    "full",
+    "full_like",
+    "linspace",
+    "logspace",
+    "ones",
+    "ones_like",
+    "rand",
+    "rand_like",
+    "randint",
+    "randint_like",
+    "randn",
+    "randn_like",
+    "randperm",
+    "zeros",
+    "zeros_like",
+)
+
+_device: Final[Any] = torch.device
+
+
+class _DeviceType(type):
+    """Answers for ``torch.device``, whose C code cannot count simulated cards."""
+
+    def __call__(cls, *args: Any, **options: Any) -> Any:
+        index = args[0] if args else options.get("device")
+        if isinstance(index, int) and not isinstance(index, bool) and len(args) < 2:  # noqa: PLR2004  # a lone index
+            return cuda_device(index)
+        return _device(*args, **options)
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, _device)
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, _device)
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is _device
+
+    def __hash__(cls) -> int:
+        return hash(_device)
+
+    def __getattr__(cls, name: str) -> Any:
+        return getattr(_device, name)
+
+
+class DeviceName(metaclass=_DeviceType):
+    """``torch.device`` while cards are simulated: ``torch.device(0)`` is a card.
+
+    Limits: ``type(device) is torch.device`` is False; ``==`` and ``isinstance`` hold.
+    """
+
+
+#: Replacements in the ``torch`` namespace.
+CONSTRUCTORS: Final[dict[str, Any]] = {
+    "tensor": tensor,
+    "as_tensor": as_tensor,
+    "asarray": asarray,
+    "device": DeviceName,
+    **{name: _factory(getattr(torch, name)) for name in _FACTORIES},
+}

@@ -1,0 +1,143 @@
+"""The simulated machine as a ``Device``."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from pytest_gpumem.model.records import MemoryFigures
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from pytest_gpumem.devices.simulated.machine import SimulatedCard, SimulatedMachine
+
+
+class SimulatedTracker:
+    """Peaks of one simulated card; leaves torch's own peak statistics alone."""
+
+    def __init__(self, card: SimulatedCard) -> None:
+        self._card = card
+        with card.locked() as allocator:
+            self._allocator = allocator
+            self._start_allocated = allocator.allocated_bytes
+            self._start_ooms = allocator.num_ooms
+            self._start_retries = allocator.num_alloc_retries
+            self._allocated = allocator.allocated_bytes
+            self._reserved = allocator.reserved_bytes
+            self._requested = allocator.requested_bytes
+            self._active = allocator.active_bytes
+        card.watchers.append(self._watch)
+
+    def _watch(self, _index: int, _allocated: int, _reserved: int) -> None:
+        # Every figure only grows while an allocation is served, so a look after
+        # each one sees every peak.
+        allocator = self._allocator
+        self._allocated = max(self._allocated, allocator.allocated_bytes)
+        self._reserved = max(self._reserved, allocator.reserved_bytes)
+        self._requested = max(self._requested, allocator.requested_bytes)
+        self._active = max(self._active, allocator.active_bytes)
+
+    def read(self) -> MemoryFigures:
+        """Return the figures up to now."""
+        with self._card.locked() as allocator:
+            return MemoryFigures(
+                device_index=self._card.index,
+                peak_allocated_bytes=self._allocated,
+                peak_reserved_bytes=self._reserved,
+                peak_requested_bytes=self._requested,
+                peak_active_bytes=self._active,
+                start_allocated_bytes=self._start_allocated,
+                end_allocated_bytes=allocator.allocated_bytes,
+                end_reserved_bytes=allocator.reserved_bytes,
+                num_ooms=allocator.num_ooms - self._start_ooms,
+                num_alloc_retries=allocator.num_alloc_retries - self._start_retries,
+            )
+
+    def close(self) -> MemoryFigures:
+        """Return the final figures and stop tracking."""
+        if self._watch in self._card.watchers:
+            self._card.watchers.remove(self._watch)
+        return self.read()
+
+
+class SimulatedDevice:
+    """The cards of a ``SimulatedMachine`` behind the ``Device`` protocol."""
+
+    kind = "simulated"
+
+    def __init__(self, machine: SimulatedMachine) -> None:
+        self.machine = machine
+
+    @property
+    def device_count(self) -> int:
+        """How many cards there are."""
+        return len(self.machine.cards)
+
+    @property
+    def num_requests(self) -> int:
+        """Allocations asked for so far, over all cards."""
+        return self.machine.num_requests
+
+    def name(self, index: int) -> str:
+        """Return a card's name."""
+        return self.machine.cards[index].card.name
+
+    def mem_get_info(self, index: int) -> tuple[int, int]:
+        """Return free and total bytes; under a budget, what it leaves."""
+        return self.machine.cards[index].mem_get_info()
+
+    def memory_stats(self, index: int) -> dict[str, int]:
+        """Return ``torch.cuda.memory_stats``'s flat dictionary."""
+        return self.machine.cards[index].memory_stats()
+
+    def empty_cache(self) -> None:
+        """Give cached segments of every card back to the driver."""
+        for card in self.machine.cards:
+            card.empty_cache()
+
+    def budget(self, index: int) -> int | None:
+        """Return the budget of a card, or None."""
+        return self.machine.cards[index].budget_bytes
+
+    def set_budget(self, index: int, budget_bytes: int | None) -> None:
+        """Cap a card (inclusive); None lifts the cap.
+
+        Raises:
+            BudgetError: Not between 1 byte and the card's total.
+        """
+        self.machine.cards[index].set_budget(budget_bytes)
+
+    def block_bytes(self, storage: Any) -> int:
+        """Return the bytes of the block under a storage; 0 for one on the host."""
+        memory = getattr(storage, "_gpumem", None)
+        if memory is None or memory.block is None:
+            return 0
+        nbytes: int = memory.block.size
+        return nbytes
+
+    def open_tracker(self, index: int) -> SimulatedTracker:
+        """Start tracking a card's peaks."""
+        return SimulatedTracker(self.machine.cards[index])
+
+    @contextmanager
+    def refusing(self, refuses: Callable[[int, int], bool]) -> Iterator[None]:
+        """Ask before each allocation whether it is to fail."""
+        for card in self.machine.cards:
+            card.faults.append(refuses)
+        try:
+            yield
+        finally:
+            for card in self.machine.cards:
+                card.faults.remove(refuses)
+
+    @contextmanager
+    def watching(self, watch: Callable[[int, int, int], None]) -> Iterator[bool]:
+        """Call ``watch`` after each allocation; always possible here."""
+        for card in self.machine.cards:
+            card.watchers.append(watch)
+        try:
+            yield True
+        finally:
+            for card in self.machine.cards:
+                card.watchers.remove(watch)

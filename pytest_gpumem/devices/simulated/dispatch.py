@@ -1,0 +1,238 @@
+"""How an operator runs on the simulated device: values by the CPU, bytes by the card.
+
+Each operator gets a handler, made once from its schema:
+
+* *plain*: run on the CPU tensors, wrap what comes out. A result whose storage is
+  already on the card is a view; any other is charged.
+* *mutating*: likewise, but a result that is an argument is that argument again, and
+  an argument that changed its shape or storage is refreshed.
+* a special handler from ``special.py`` for what crosses devices.
+
+Limits: an operator with results *and* effects on its arguments (batch norm in
+training) is charged after the effects, a random one after its numbers were drawn.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from pytest_gpumem.devices.simulated import rng
+from pytest_gpumem.devices.simulated.tensor import (
+    HANDLERS,
+    SimulatedTensor,
+    make,
+    refresh,
+)
+from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
+
+if TYPE_CHECKING:
+    from pytest_gpumem.devices.simulated.machine import SimulatedCard
+    from pytest_gpumem.devices.simulated.tensor import Handler
+
+#: Operators that take CPU tensors beside CUDA ones, by packet name.
+#: Source: torch's own operators accept host indices, lengths and step counters.
+TAKES_HOST_TENSORS: Final = frozenset(
+    {
+        "index",
+        "index_put",
+        "index_put_",
+        "_index_put_impl_",
+        "_unsafe_index",
+        "_unsafe_index_put",
+        "_pack_padded_sequence",
+        "_ctc_loss",
+        "_fused_adam_",
+        "_fused_adamw_",
+        "_fused_sgd_",
+        "_fused_adagrad_",
+        "_amp_foreach_non_finite_check_and_unscale_",
+        "_amp_update_scale_",
+        "_foreach_add_",
+        "_foreach_copy_",
+    }
+)
+
+SPECIAL: Final[dict[str, Handler]] = {}
+
+
+class _Operands:
+    """Unwraps the arguments of one call and notes which card they live on."""
+
+    __slots__ = ("card", "host", "outer", "strays")
+
+    def __init__(self) -> None:
+        self.card: SimulatedCard | None = None
+        self.host: torch.Tensor | None = None
+        self.outer: dict[int, SimulatedTensor] = {}
+        self.strays: SimulatedCard | None = None
+
+    def unwrap(self, value: Any) -> Any:
+        kind = type(value)
+        if kind is SimulatedTensor:
+            card = value._card
+            if self.card is None:
+                self.card = card
+            elif card is not self.card:
+                self.strays = card
+            self.outer[id(value._value)] = value
+            return value._value
+        if kind is list or kind is tuple:
+            return kind([self.unwrap(item) for item in value])
+        if isinstance(value, torch.Tensor) and value.dim() > 0:
+            self.host = value
+        return value
+
+
+def _mismatch(func: Any, operands: _Operands) -> RuntimeError:
+    """Return torch's error for operands on more than one device."""
+    first = f"cuda:{operands.card.index}" if operands.card else "cpu"
+    second = f"cuda:{operands.strays.index}" if operands.strays else None
+    if second is None:
+        host = operands.host
+        second = str(host.device) if host is not None else "cpu"
+    return RuntimeError(
+        "Expected all tensors to be on the same device, but found at least two "
+        f"devices, {first} and {second}! (when checking argument in method "
+        f"wrapper_CUDA_{func.overloadpacket.__name__})"
+    )
+
+
+def _check_devices(func: Any, operands: _Operands) -> None:
+    if operands.strays is not None:
+        raise _mismatch(func, operands)
+    # Inside backward, torch's own formulas make zeros on what they take for the
+    # tensors' device, the CPU: those are no mistake of the user's.
+    if (
+        operands.host is not None
+        and operands.card is not None
+        and func.overloadpacket.__name__ not in TAKES_HOST_TENSORS
+        and torch._C._current_graph_task_id() == -1  # type: ignore[attr-defined]  # noqa: SLF001  # no public way to ask
+    ):
+        raise _mismatch(func, operands)
+
+
+def run(func: Any, args: Any, kwargs: dict[str, Any], card: SimulatedCard) -> Any:
+    """Run an operator on CPU tensors.
+
+    Raises:
+        UnsupportedOnSimulatedDeviceError: The operator has no CPU kernel.
+    """
+    try:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            with rng.drawing_for(card):
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+    except NotImplementedError as error:
+        if "'CPU' backend" not in str(error):
+            raise
+    raise UnsupportedOnSimulatedDeviceError(
+        str(func), "it has no CPU kernel to take the values from; run it on a real card"
+    )
+
+
+def _wrap(value: Any, card: SimulatedCard) -> Any:
+    if isinstance(value, torch.Tensor):
+        return make(value, card)
+    if isinstance(value, (tuple, list)):
+        return type(value)([_wrap(item, card) for item in value])
+    return value
+
+
+def _target(kwargs: dict[str, Any], operands: _Operands) -> SimulatedCard | None:
+    """Return the card that results go to; None where ``device=`` says the host."""
+    card = operands.card
+    device = kwargs.get("device")
+    if device is None or card is None:
+        return card
+    kwargs["device"] = torch.device("cpu")
+    if device.type == "cuda":
+        machine = card.machine
+        index = machine.current_index if device.index is None else device.index
+        return machine.cards[index]
+    kwargs["device"] = device
+    return None
+
+
+def _plain(func: Any) -> Handler:
+    random = torch.Tag.nondeterministic_seeded in func.tags
+
+    def handler(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        operands = _Operands()
+        unwrap = operands.unwrap
+        values = [unwrap(arg) for arg in args]
+        if kwargs:
+            kwargs = {name: unwrap(value) for name, value in kwargs.items()}
+        if operands.host is not None or operands.strays is not None:
+            _check_devices(func, operands)
+        target = _target(kwargs, operands) if "device" in kwargs else operands.card
+        if random or operands.card is None:
+            out = run(func, values, kwargs, operands.card or _any_card(target))
+        else:
+            try:
+                out = func(*values, **kwargs)
+            except NotImplementedError:
+                out = run(func, values, kwargs, operands.card)
+        if target is None:
+            return out
+        if isinstance(out, torch.Tensor):
+            return make(out, target)
+        return _wrap(out, target)
+
+    return handler
+
+
+def _any_card(card: SimulatedCard | None) -> SimulatedCard:
+    assert card is not None, "unreachable: dispatch needs a simulated operand"  # noqa: S101  # states why
+    return card
+
+
+def _mutating(func: Any) -> Handler:
+    def handler(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        operands = _Operands()
+        values = [operands.unwrap(arg) for arg in args]
+        inner = {name: operands.unwrap(value) for name, value in kwargs.items()}
+        if operands.host is not None or operands.strays is not None:
+            _check_devices(func, operands)
+        card = _any_card(operands.card)
+        shapes = [
+            (outer, outer._value.shape, outer._value.untyped_storage().nbytes())
+            for outer in operands.outer.values()
+        ]
+        out = run(func, values, inner, card)
+        for outer, shape, nbytes in shapes:
+            value = outer._value
+            if (
+                value.shape != shape
+                or value.untyped_storage().nbytes() != nbytes
+                or value.stride() != outer.stride()
+                or value.storage_offset() != outer.storage_offset()
+            ):
+                refresh(outer)
+        return _same(out, operands, card)
+
+    return handler
+
+
+def _same(value: Any, operands: _Operands, card: SimulatedCard) -> Any:
+    """Wrap results, giving back the very argument where one was returned."""
+    if isinstance(value, torch.Tensor):
+        outer = operands.outer.get(id(value))
+        if outer is not None:
+            return outer
+        return make(value, card) if value.is_cpu or value.is_meta else value
+    if isinstance(value, (tuple, list)):
+        return type(value)([_same(item, operands, card) for item in value])
+    return value
+
+
+def handler_for(func: Any) -> Handler:
+    """Return how to run an operator, from its name and schema."""
+    special = SPECIAL.get(func.overloadpacket.__name__)
+    if special is not None and func.namespace == "aten":
+        return special
+    return _mutating(func) if func._schema.is_mutable else _plain(func)  # noqa: SLF001  # the schema has no public name
+
+
+HANDLERS.make = handler_for

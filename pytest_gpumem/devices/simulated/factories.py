@@ -1,0 +1,112 @@
+"""Kernels of the CUDA dispatch key: where tensors on a simulated card begin.
+
+Registered with ``torch.library`` on the CUDA key, so they are found from every
+thread and from C++ (``torch.zeros``, ``Tensor.to``, autograd), on builds with and
+without CUDA.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+
+from pytest_gpumem.devices.simulated.machine import SimulatedCard, card_of
+from pytest_gpumem.devices.simulated.memory import Memory, hold
+from pytest_gpumem.devices.simulated.tensor import make
+
+
+def _new(
+    card: SimulatedCard,
+    size: Any,
+    stride: Any,
+    dtype: torch.dtype | None,
+    memory_format: torch.memory_format | None,
+) -> torch.Tensor:
+    """Return an uninitialised tensor: first the bytes on the card, then the values.
+
+    Raises:
+        torch.OutOfMemoryError: No room on the card.
+    """
+    dtype = torch.get_default_dtype() if dtype is None else dtype
+    if stride is None:
+        count = 1
+        for length in size:
+            count *= length
+    else:
+        count = 0 if 0 in size else 1
+        for length, step in zip(size, stride, strict=True):
+            count += max(length - 1, 0) * step if count else 0
+    if count < 0:
+        # Let torch say what is wrong with a negative size.
+        return torch.empty(size, dtype=dtype)
+    memory = Memory(card, count * dtype.itemsize)
+    if stride is None:
+        value = torch.empty(
+            size, dtype=dtype, memory_format=memory_format or torch.contiguous_format
+        )
+    else:
+        value = torch.empty_strided(size, stride, dtype=dtype)
+    hold(value.untyped_storage(), memory)
+    return make(value, card)
+
+
+def _empty(
+    size: Any,
+    *,
+    dtype: Any = None,
+    layout: Any = None,  # noqa: ARG001  # the operator's signature
+    device: Any = None,
+    pin_memory: Any = None,
+    memory_format: Any = None,
+) -> torch.Tensor:
+    if pin_memory:
+        raise RuntimeError("Only dense CPU tensors can be pinned")
+    card = card_of(None if device is None else device.index)
+    return _new(card, size, None, dtype, memory_format)
+
+
+def _empty_strided(
+    size: Any,
+    stride: Any,
+    *,
+    dtype: Any = None,
+    layout: Any = None,  # noqa: ARG001  # the operator's signature
+    device: Any = None,
+    pin_memory: Any = None,
+) -> torch.Tensor:
+    if pin_memory:
+        raise RuntimeError("Only dense CPU tensors can be pinned")
+    card = card_of(None if device is None else device.index)
+    return _new(card, size, stride, dtype, None)
+
+
+def _indices(operator: Any) -> Any:
+    """Return a kernel that lets the CPU make indices and puts them on the card."""
+
+    def kernel(*args: Any, device: Any = None, **options: Any) -> torch.Tensor:
+        options.pop("pin_memory", None)
+        options.pop("layout", None)
+        card = card_of(None if device is None else device.index)
+        value = operator(*args, device=torch.device("cpu"), **options)
+        return make(value, card)
+
+    return kernel
+
+
+def register() -> torch.library.Library:
+    """Register the kernels; dropping the library takes them back."""
+    library = torch.library.Library("aten", "IMPL")
+    with warnings.catch_warnings():
+        # On a CUDA build the kernels stand in for compiled ones, which torch reports.
+        warnings.simplefilter("ignore")
+        library.impl("empty.memory_format", _empty, "CUDA")
+        library.impl("empty_strided", _empty_strided, "CUDA")
+        for name in ("tril_indices", "triu_indices"):
+            packet = getattr(torch.ops.aten, name)
+            library.impl(name, _indices(packet.default), "CUDA")
+    return library
+
+
+

@@ -1,0 +1,153 @@
+"""Put the simulated CUDA device into torch, and take it out again."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch.utils._device import _device_constructors
+
+from pytest_gpumem.devices.patches import PatchSet
+from pytest_gpumem.devices.simulated import factories, special
+from pytest_gpumem.devices.simulated.constructors import CONSTRUCTORS
+from pytest_gpumem.devices.simulated.machine import (
+    SimulatedMachine,
+    pop_machine,
+    push_machine,
+)
+from pytest_gpumem.devices.simulated.methods import EVERY_TENSOR
+from pytest_gpumem.devices.simulated.storages import EVERY_STORAGE
+from pytest_gpumem.devices.simulated.streams import Event, Stream
+from pytest_gpumem.devices.simulated.surface import C_FUNCTIONS, cuda_names
+from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from pytest_gpumem.cards import Card
+    from pytest_gpumem.model.config import AllocatorConfig
+
+_lock: Final = threading.RLock()
+
+
+class Installation:
+    """The simulated device in this process, from ``install`` to ``remove``.
+
+    Installations nest: the innermost machine is the one that "cuda" means.
+
+    Args:
+        machine: The cards to install.
+    """
+
+    def __init__(self, machine: SimulatedMachine) -> None:
+        self.machine: Final = machine
+        self._patches = PatchSet()
+        self._library: Any = None
+
+    def install(self) -> None:
+        """Patch torch; on any failure everything is as before."""
+        with _lock:
+            push_machine(self.machine)
+            try:
+                self._patch()
+            except BaseException:
+                self.remove()
+                raise
+
+    def _patch(self) -> None:
+        patches = self._patches
+        for name, value in C_FUNCTIONS.items():
+            patches.set(torch._C, name, value)  # noqa: SLF001  # where torch.cuda looks
+        for name, value in cuda_names().items():
+            patches.set(torch.cuda, name, value)
+        patches.set(torch.cuda.streams, "Stream", Stream)
+        patches.set(torch.cuda.streams, "Event", Event)
+        for name, value in EVERY_TENSOR.items():
+            patches.set(torch.Tensor, name, value)
+        for name, value in EVERY_STORAGE.items():
+            patches.set(torch.UntypedStorage, name, value)
+        # ``with torch.device(…)`` knows constructors by identity and remembers them
+        # on first use: that must be the originals.
+        _device_constructors()
+        for name, value in CONSTRUCTORS.items():
+            patches.set(torch, name, value)
+        self._patch_optimizers()
+        if not _registered():
+            self._library = factories.register()
+
+    def _patch_optimizers(self) -> None:
+        """Let optimisers choose what they choose on a card: foreach.
+
+        Source: ``torch/utils/_foreach_utils.py`` and ``torch/optim/optimizer.py``
+        compare exact tensor types.
+        """
+        from torch.optim import optimizer  # noqa: PLC0415  # only when installing
+
+        types: Any = optimizer._foreach_supported_types  # type: ignore[attr-defined]  # noqa: SLF001  # see above
+        self._patches.set(
+            optimizer, "_foreach_supported_types", [*types, SimulatedTensor]
+        )
+
+    def remove(self) -> None:
+        """Put everything back; safe to call twice."""
+        with _lock:
+            self._patches.restore()
+            if self._library is not None:
+                self._library._destroy()  # noqa: SLF001  # torch's way to take kernels back
+                self._library = None
+                _libraries.clear()
+            try:
+                pop_machine(self.machine)
+            except ValueError:
+                pass  # removed before
+
+
+_libraries: Final[list[Any]] = []
+
+
+def _registered() -> bool:
+    if _libraries:
+        return True
+    _libraries.append(True)
+    return False
+
+
+@contextmanager
+def simulated_device(
+    cards: Sequence[Card] | str = "A100-40GB", *, config: AllocatorConfig | None = None
+) -> Iterator[SimulatedMachine]:
+    """Let "cuda" mean simulated cards for a block.
+
+    Args:
+        cards: The cards, or their description as for ``--gpu-card``.
+        config: Settings of the caching allocator.
+
+    Yields:
+        The machine, whose ``cards`` hold allocators and budgets.
+
+    Raises:
+        CardError: The description names no known card.
+
+    Example::
+
+        with simulated_device("T4"):
+            torch.zeros(3, device="cuda")
+
+    Limits: process-wide; blocks nest, but two threads must not enter and leave in
+    turn.
+    """
+    if isinstance(cards, str):
+        from pytest_gpumem.cards import find_card  # noqa: PLC0415  # text only
+
+        cards = find_card(cards)
+    installation = Installation(SimulatedMachine(cards, config=config))
+    installation.install()
+    try:
+        yield installation.machine
+    finally:
+        installation.remove()
+
+
+__all__ = ["Installation", "simulated_device", "special"]

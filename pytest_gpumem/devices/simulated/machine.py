@@ -1,0 +1,274 @@
+"""The simulated cards of one process: drivers, allocators, budgets, streams."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+from pytest_gpumem.devices.fractions import fraction_for
+from pytest_gpumem.errors import BudgetError, DeviceUnavailableError
+from pytest_gpumem.model.allocator import CachingAllocator, OutOfMemory
+from pytest_gpumem.model.config import AllocatorConfig
+from pytest_gpumem.model.driver import Driver
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from pytest_gpumem.cards import Card
+    from pytest_gpumem.model.allocator import Block
+
+#: What torch says of a device index that is not there (cudaErrorInvalidDevice).
+INVALID_ORDINAL: Final = (
+    "CUDA error: invalid device ordinal\n"
+    "GPU device may be out of range, do you have enough GPUs?"
+)
+
+
+class SimulatedCard:
+    """One card: its driver, its caching allocator and the lock around them.
+
+    Every method may be called from any thread, and from a finaliser that runs in
+    the middle of another call: such a release is queued and done by the call that
+    holds the lock, or by the next one.
+    """
+
+    def __init__(
+        self,
+        machine: SimulatedMachine,
+        index: int,
+        card: Card,
+        config: AllocatorConfig,
+    ) -> None:
+        self.machine: Final = machine
+        self.index: Final = index
+        self.card: Final = card
+        self.driver: Final = Driver(card.total_bytes)
+        self.allocator: Final = CachingAllocator(
+            self.driver, config=config, device_index=index
+        )
+        self.faults: list[Callable[[int, int], bool]] = []
+        self.watchers: list[Callable[[int, int, int], None]] = []
+        self.num_requests = 0
+        self._lock = threading.Lock()
+        self._released: deque[Block] = deque()
+        self._budget_bytes: int | None = None
+        self._fraction = self.allocator.memory_fraction
+
+    @contextmanager
+    def locked(self) -> Iterator[CachingAllocator]:
+        """Yield the allocator, with all queued releases done, under the lock."""
+        with self._lock:
+            self._drain()
+            yield self.allocator
+
+    def _drain(self) -> None:
+        released = self._released
+        while released:
+            self.allocator.free(released.popleft())
+
+    def allocate(self, nbytes: int, stream: int = 0) -> Block:
+        """Serve a request of ``nbytes`` bytes on a stream.
+
+        Raises:
+            OutOfMemory: Nothing that large is free within card and budget, or a
+                fault refused the request.
+        """
+        refuse = False
+        for fault in self.faults:
+            refuse = fault(self.index, nbytes) or refuse
+        with self._lock:
+            self._drain()
+            self.num_requests += 1
+            block = self.allocator.malloc(nbytes, stream, refuse=refuse)
+            # Under the lock, so that no other thread's release hides a peak.
+            for watcher in self.watchers:
+                watcher(
+                    self.index,
+                    self.allocator.allocated_bytes,
+                    self.allocator.reserved_bytes,
+                )
+        return block
+
+    def release(self, block: Block) -> None:
+        """Give a block back; safe in a finaliser."""
+        self._released.append(block)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._drain()
+            finally:
+                self._lock.release()
+
+    # -- limits -----------------------------------------------------------------
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """The budget in bytes, or None where there is none."""
+        return self._budget_bytes
+
+    def set_budget(self, budget_bytes: int | None) -> None:
+        """Cap reserved bytes at ``budget_bytes`` (inclusive); None lifts the cap.
+
+        A fraction that user code sets holds beside it: the smaller one counts.
+
+        Raises:
+            BudgetError: The budget is not between one byte and the card's total.
+        """
+        total = self.driver.total_bytes
+        if budget_bytes is not None and not 0 < budget_bytes <= total:
+            raise BudgetError(
+                f"budget of {budget_bytes} bytes on cuda:{self.index}: accepted are "
+                f"1 to {total} bytes, the total of {self.card.name}",
+                value=budget_bytes,
+            )
+        self._budget_bytes = budget_bytes
+        self._apply_limit()
+
+    @property
+    def fraction(self) -> float:
+        """What ``set_per_process_memory_fraction`` was last given; 1.0 at first."""
+        return 1.0 if self._fraction is None else self._fraction
+
+    @fraction.setter
+    def fraction(self, fraction: float) -> None:
+        self._fraction = fraction
+        self._apply_limit()
+
+    def _apply_limit(self) -> None:
+        fraction = self.fraction
+        if self._budget_bytes is not None:
+            total = self.driver.total_bytes
+            fraction = min(fraction, fraction_for(self._budget_bytes, total))
+        with self.locked() as allocator:
+            allocator.set_memory_fraction(fraction)
+
+    def mem_get_info(self) -> tuple[int, int]:
+        """Return free and total bytes as a card shared with others shows them.
+
+        Under a budget, free is at most what the budget still leaves.
+        """
+        with self.locked() as allocator:
+            free = self.driver.free_bytes
+            if self._budget_bytes is not None:
+                left = self._budget_bytes - allocator.reserved_bytes
+                free = min(free, max(left, 0))
+            return free, self.driver.total_bytes
+
+    # -- statistics -------------------------------------------------------------
+
+    def memory_stats(self) -> dict[str, int]:
+        """Return ``torch.cuda.memory_stats``'s flat dictionary."""
+        with self.locked() as allocator:
+            return allocator.memory_stats()
+
+    def empty_cache(self) -> None:
+        """Give every free segment back to the driver."""
+        with self.locked() as allocator:
+            allocator.empty_cache()
+
+
+class SimulatedMachine:
+    """The cards of a simulated machine, and which one is current in each thread.
+
+    Args:
+        cards: One card for each device index, at least one.
+        config: Settings of the caching allocator, the same for every card.
+    """
+
+    def __init__(
+        self, cards: Sequence[Card], *, config: AllocatorConfig | None = None
+    ) -> None:
+        settings = config if config is not None else AllocatorConfig()
+        self.cards: Final = tuple(
+            SimulatedCard(self, index, card, settings)
+            for index, card in enumerate(cards)
+        )
+        self._local = threading.local()
+
+    @property
+    def current_index(self) -> int:
+        """Index of the calling thread's current device."""
+        return getattr(self._local, "index", 0)
+
+    @current_index.setter
+    def current_index(self, index: int) -> None:
+        if not 0 <= index < len(self.cards):
+            raise RuntimeError(INVALID_ORDINAL)
+        self._local.index = index
+
+    def current_stream(self, index: int) -> int:
+        """Return the handle of the thread's current stream on a device."""
+        streams: dict[int, int] = getattr(self._local, "streams", {})
+        return streams.get(index, 0)
+
+    def set_stream(self, index: int, stream: int) -> None:
+        """Make a stream current on a device, for the calling thread."""
+        if not hasattr(self._local, "streams"):
+            self._local.streams = {}
+        self._local.streams[index] = stream
+
+    @property
+    def num_requests(self) -> int:
+        """How many allocations all cards were asked for so far."""
+        return sum(card.num_requests for card in self.cards)
+
+
+_machines: Final[list[SimulatedMachine]] = []
+
+
+def push_machine(machine: SimulatedMachine) -> None:
+    """Make a machine the one that "cuda" means, until it is popped."""
+    _machines.append(machine)
+
+
+def pop_machine(machine: SimulatedMachine) -> None:
+    """Take a machine away again; the one before it is current once more."""
+    _machines.remove(machine)
+
+
+def innermost_machine() -> SimulatedMachine | None:
+    """Return the machine that "cuda" means at present, or None."""
+    return _machines[-1] if _machines else None
+
+
+def current_machine() -> SimulatedMachine:
+    """Return the machine that "cuda" means at present.
+
+    Raises:
+        DeviceUnavailableError: No simulated machine is installed.
+    """
+    if not _machines:
+        raise DeviceUnavailableError(
+            "no simulated CUDA device is installed; use "
+            "pytest_gpumem.devices.simulated.simulated_device() or run under pytest "
+            "with --gpu-backend=simulated"
+        )
+    return _machines[-1]
+
+
+def card_of(index: int | None) -> SimulatedCard:
+    """Return a card of the current machine; None means the thread's current one.
+
+    Raises:
+        RuntimeError: There is no such card (torch's text).
+    """
+    machine = current_machine()
+    if index is None:
+        index = machine.current_index
+    if not 0 <= index < len(machine.cards):
+        raise RuntimeError(INVALID_ORDINAL)
+    return machine.cards[index]
+
+
+__all__ = [
+    "INVALID_ORDINAL",
+    "OutOfMemory",
+    "SimulatedCard",
+    "SimulatedMachine",
+    "card_of",
+    "current_machine",
+    "innermost_machine",
+    "pop_machine",
+    "push_machine",
+]

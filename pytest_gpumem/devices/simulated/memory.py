@@ -1,0 +1,83 @@
+"""Bytes that a storage holds on a simulated card, for as long as it lives.
+
+Note [Who owns the bytes]
+The allocator's block hangs on the *storage's* Python object (``_gpumem``). PyTorch
+keeps that object alive exactly as long as the C++ storage, whoever holds it: views,
+tensors saved for backward, ``untyped_storage()``. When it goes, so does the block.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from pytest_gpumem.devices.simulated.machine import OutOfMemory
+
+if TYPE_CHECKING:
+    from pytest_gpumem.devices.simulated.machine import SimulatedCard
+    from pytest_gpumem.model.allocator import Block
+
+
+class Memory:
+    """The bytes that one storage holds on a card; given back when it goes.
+
+    Attributes:
+        card: The card that holds the bytes.
+        nbytes: Bytes asked for; 0 holds no block.
+    """
+
+    __slots__ = ("block", "card", "nbytes")
+
+    def __init__(self, card: SimulatedCard, nbytes: int) -> None:
+        self.card = card
+        self.nbytes = nbytes
+        self.block: Block | None = None
+        if nbytes:
+            self.block = allocate(card, nbytes)
+
+    def __del__(self) -> None:
+        if self.block is not None:
+            self.card.release(self.block)
+
+
+def allocate(card: SimulatedCard, nbytes: int) -> Block:
+    """Take a block on the calling thread's current stream.
+
+    Raises:
+        torch.OutOfMemoryError: There is no room. The error carries no cause and no
+            context of the model's, as the real allocator's does not.
+    """
+    try:
+        return card.allocate(nbytes, card.machine.current_stream(card.index))
+    except OutOfMemory as error:
+        text = str(error)
+    raise torch.OutOfMemoryError(text)
+
+
+def memory_of(storage: torch.UntypedStorage) -> Memory | None:
+    """Return what a storage holds on a card; None for one on the host."""
+    memory: Memory | None = getattr(storage, "_gpumem", None)
+    return memory
+
+
+def charge(storage: torch.UntypedStorage, card: SimulatedCard) -> Memory:
+    """Make sure that a storage's bytes are held on ``card``; return the holding.
+
+    A storage that has grown gets a new block before the old one goes, as
+    ``resize_`` does on a real card.
+
+    Raises:
+        torch.OutOfMemoryError: There is no room; the old holding stays.
+    """
+    memory = memory_of(storage)
+    nbytes = storage.nbytes()
+    if memory is None or memory.nbytes < nbytes:
+        memory = Memory(card, nbytes)
+        storage._gpumem = memory  # type: ignore[attr-defined]  # noqa: SLF001  # see Note [Who owns the bytes]
+    return memory
+
+
+def hold(storage: torch.UntypedStorage, memory: Memory) -> None:
+    """Hang a holding that was taken beforehand on the storage made for it."""
+    storage._gpumem = memory  # type: ignore[attr-defined]  # noqa: SLF001  # see Note [Who owns the bytes]

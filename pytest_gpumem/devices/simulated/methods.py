@@ -1,0 +1,302 @@
+"""Methods of tensors that must know the simulated device.
+
+Two kinds: what ``SimulatedTensor`` answers in its own way (``device``, ``numpy``,
+``repr``, pickling, …), and what every tensor must do differently while the device is
+installed, because its C++ would ask the CUDA driver (``to``, ``cuda``, ``data =``, …).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from typing import Any, Final
+
+import torch
+from torch._tensor_str import _add_suffixes, _tensor_str
+
+from pytest_gpumem.devices.simulated.machine import card_of
+from pytest_gpumem.devices.simulated.tensor import DEVICES, SimulatedTensor, become
+from pytest_gpumem.devices.simulated.transfer import moved
+
+_base: Final[Any] = torch.Tensor
+_original_to: Final[Any] = torch.Tensor.to
+_original_data: Final[Any] = torch._C.TensorBase.data  # type: ignore[attr-defined]  # noqa: SLF001  # the getset below Tensor.data
+_original_pin: Final[Any] = torch.Tensor.pin_memory
+_original_is_pinned: Final[Any] = torch.Tensor.is_pinned
+
+
+# -- where a tensor goes --------------------------------------------------------------
+
+
+def cuda_device(device: Any) -> torch.device | None:
+    """Return ``device`` as an indexed CUDA device, or None if it is another kind.
+
+    Accepts what torch accepts: a device, a string, an index.
+    """
+    if isinstance(device, int) and not isinstance(device, bool):
+        return DEVICES[card_of(device).index]
+    if isinstance(device, str):
+        if not device.startswith("cuda"):
+            return None
+        device = torch.device(device)
+    if isinstance(device, torch.device) and device.type == "cuda":
+        return DEVICES[card_of(device.index).index]
+    return None
+
+
+def _parse_to(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Sort the arguments of ``Tensor.to``: device, dtype, copy, memory_format."""
+    rest = list(args)
+    device, dtype = kwargs.get("device"), kwargs.get("dtype")
+    other = kwargs.get("other")
+    if rest and isinstance(rest[0], torch.Tensor):
+        other = rest.pop(0)
+    elif rest and isinstance(rest[0], torch.dtype):
+        dtype = rest.pop(0)
+    elif rest:
+        device = rest.pop(0)
+        if rest and (rest[0] is None or isinstance(rest[0], torch.dtype)):
+            dtype = rest.pop(0)
+    if other is not None:
+        device, dtype = other.device, other.dtype
+    copying = kwargs.get("copy", rest[1] if len(rest) > 1 else False)
+    return {
+        "device": device,
+        "dtype": dtype,
+        "copy": copying,
+        "memory_format": kwargs.get("memory_format") or torch.preserve_format,
+    }
+
+
+def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """``Tensor.to`` between host and simulated cards."""
+    options = _parse_to(args, kwargs)
+    device = options["device"]
+    on_card = type(self) is SimulatedTensor
+    target = None if device is None else cuda_device(device)
+    if target is None and (not on_card or device is None):
+        return _to_dtype(self, options) if on_card else _original_to(self, *args, **kwargs)
+    goal = target if target is not None else torch.device(device)
+    if on_card and goal == self.device:
+        return _to_dtype(self, options)
+    return moved(
+        self, goal, dtype=options["dtype"], memory_format=options["memory_format"]
+    )
+
+
+def _to_dtype(self: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+    result: torch.Tensor = _original_to(
+        self,
+        self.dtype if options["dtype"] is None else options["dtype"],
+        copy=options["copy"],
+        memory_format=options["memory_format"],
+    )
+    return result
+
+
+def cuda(
+    self: torch.Tensor,
+    device: Any = None,
+    non_blocking: bool = False,  # noqa: ARG001, FBT001, FBT002  # torch's signature
+    memory_format: torch.memory_format = torch.preserve_format,
+) -> torch.Tensor:
+    """``Tensor.cuda``: onto a card."""
+    target = DEVICES[card_of(None).index] if device is None else cuda_device(device)
+    if target is None:
+        raise RuntimeError(f"Invalid device, must be cuda device but got {device!r}")
+    return to(self, target, memory_format=memory_format)
+
+
+def cpu(
+    self: torch.Tensor, memory_format: torch.memory_format = torch.preserve_format
+) -> torch.Tensor:
+    """``Tensor.cpu``: onto the host."""
+    return to(self, torch.device("cpu"), memory_format=memory_format)
+
+
+# -- data = ---------------------------------------------------------------------------
+
+
+def _get_data(self: torch.Tensor) -> Any:
+    return _original_data.__get__(self)
+
+
+def _set_data(self: torch.Tensor, data: torch.Tensor) -> None:
+    if isinstance(data, SimulatedTensor) or isinstance(self, SimulatedTensor):
+        become(self, data)
+    else:
+        _original_data.__set__(self, data)
+
+
+# -- pinned memory ----------------------------------------------------------------------
+
+
+def pin_memory(self: torch.Tensor, device: Any = None) -> torch.Tensor:  # noqa: ARG001  # torch's signature
+    """``Tensor.pin_memory``: a host copy that says it is pinned."""
+    if isinstance(self, SimulatedTensor):
+        raise RuntimeError(
+            f"cannot pin '{self.type()}' only dense CPU tensors can be pinned"
+        )
+    if is_pinned(self):
+        return self
+    pinned = self.clone()
+    mark_pinned(pinned)
+    return pinned
+
+
+def mark_pinned(tensor: torch.Tensor) -> None:
+    """Have a host tensor say that its memory is pinned."""
+    tensor.untyped_storage()._gpumem_pinned = True  # type: ignore[attr-defined]  # noqa: SLF001  # a mark of ours
+
+
+def is_pinned(self: torch.Tensor, device: Any = None) -> bool:  # noqa: ARG001  # torch's signature
+    """``Tensor.is_pinned``: whether the host memory was pinned."""
+    if isinstance(self, SimulatedTensor) or self.is_meta:
+        return False
+    return hasattr(self.untyped_storage(), "_gpumem_pinned")
+
+
+#: What every tensor does differently while the simulated device is installed.
+EVERY_TENSOR: Final[dict[str, Any]] = {
+    "to": to,
+    "cuda": cuda,
+    "cpu": cpu,
+    "data": property(_get_data, _set_data),
+    "pin_memory": pin_memory,
+    "is_pinned": is_pinned,
+}
+
+
+# -- what a simulated tensor answers ----------------------------------------------------
+
+
+def _device(self: SimulatedTensor) -> torch.device:
+    return DEVICES[self._card.index]  # noqa: SLF001  # the device's own room
+
+
+def _refuse_numpy(self: SimulatedTensor, *_args: Any, **_kwargs: Any) -> Any:
+    raise TypeError(
+        f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() to "
+        "copy the tensor to host memory first."
+    )
+
+
+def _tolist(self: SimulatedTensor) -> Any:
+    return cpu(self.detach()).tolist()
+
+
+def _typename(self: SimulatedTensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+    if dtype is not None:
+        return _base.type(self, dtype, *args, **kwargs)
+    return torch.empty(0, dtype=self.dtype).type().replace("torch.", "torch.cuda.", 1)
+
+
+def _repr(self: SimulatedTensor, *, tensor_contents: Any = None) -> str:
+    """Return torch's own text for a tensor on a card."""
+    value = self._value.detach()  # noqa: SLF001  # the device's own room
+    suffixes = [f"device='{self.device}'"]
+    default = torch.get_default_dtype()
+    if value.numel() == 0:
+        if value.dim() != 1:
+            suffixes.append(f"size={tuple(value.shape)}")
+        if value.dtype != default:
+            suffixes.append(f"dtype={value.dtype}")
+        text = "[]"
+    else:
+        if value.dtype not in (default, torch.int64, torch.bool):
+            suffixes.append(f"dtype={value.dtype}")
+        text = tensor_contents or _tensor_str(value, len("tensor("))
+    if self.grad_fn is not None:
+        suffixes.append(f"grad_fn=<{type(self.grad_fn).__name__}>")
+    elif self.requires_grad:
+        suffixes.append("requires_grad=True")
+    whole: str = _add_suffixes("tensor(" + text, suffixes, len("tensor("), False)
+    return f"Parameter containing:\n{whole}" if _is_parameter(self) else whole
+
+
+def _is_parameter(tensor: torch.Tensor) -> bool:
+    return getattr(tensor, "_is_param", False)
+
+
+def _format(self: SimulatedTensor, spec: str) -> str:
+    if self.dim() == 0:
+        return format(self.item(), spec)
+    return format(repr(self), spec)
+
+
+def _deepcopy(self: SimulatedTensor, memo: dict[int, Any]) -> Any:
+    if not self.is_leaf:
+        raise RuntimeError(
+            "Only Tensors created explicitly by the user (graph leaves) support the "
+            "deepcopy protocol at the moment."
+        )
+    if id(self) in memo:
+        return memo[id(self)]
+    with torch.no_grad():
+        twin: Any = self.detach().clone(memory_format=torch.preserve_format)
+    if _is_parameter(self):
+        twin = torch.nn.Parameter(twin, self.requires_grad)
+    else:
+        twin.requires_grad_(self.requires_grad)
+    memo[id(self)] = twin
+    if self.grad is not None:
+        twin.grad = copy.deepcopy(self.grad, memo)
+    return twin
+
+
+def _reduce_ex(self: SimulatedTensor, _protocol: Any) -> Any:
+    """Pickle as a plain tensor or parameter of the card."""
+    storage = torch.storage.TypedStorage(
+        wrap_storage=self.untyped_storage(), dtype=self.dtype, _internal=True
+    )
+    hooks: OrderedDict[Any, Any] = OrderedDict()
+    rebuilt = (
+        torch._utils._rebuild_tensor_v2,  # noqa: SLF001  # how torch pickles
+        (
+            storage,
+            self.storage_offset(),
+            tuple(self.size()),
+            self.stride(),
+            self.requires_grad,
+            hooks,
+        ),
+    )
+    if not _is_parameter(self):
+        return rebuilt
+    return (
+        torch._utils._rebuild_parameter,  # noqa: SLF001  # how torch pickles
+        (self.detach(), self.requires_grad, hooks),
+    )
+
+
+def _new_tensor(self: SimulatedTensor, data: Any, **options: Any) -> torch.Tensor:
+    options.setdefault("device", self.device)
+    options["dtype"] = options.get("dtype") or self.dtype
+    return torch.tensor(data, **options)
+
+
+def _share_memory(self: SimulatedTensor) -> SimulatedTensor:
+    return self
+
+
+_ANSWERS: Final[dict[str, Any]] = {
+    "device": property(_device),
+    "is_cuda": property(lambda _self: True),
+    "is_cpu": property(lambda _self: False),
+    "get_device": lambda self: self._card.index,  # noqa: SLF001  # the device's own room
+    "numpy": _refuse_numpy,
+    "__array__": _refuse_numpy,
+    "tolist": _tolist,
+    "type": _typename,
+    "new_tensor": _new_tensor,
+    "share_memory_": _share_memory,
+    "is_shared": lambda _self: True,
+    "__repr__": _repr,
+    "__format__": _format,
+    "__deepcopy__": _deepcopy,
+    "__reduce_ex__": _reduce_ex,
+    **EVERY_TENSOR,
+}
+
+for _name, _answer in _ANSWERS.items():
+    setattr(SimulatedTensor, _name, _answer)

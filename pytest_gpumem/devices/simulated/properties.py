@@ -1,0 +1,49 @@
+"""What ``torch.cuda.get_device_properties`` answers for a simulated card."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pytest_gpumem.cards import Card
+
+_MIB = 2**20
+
+
+class DeviceProperties:
+    """A card's properties under torch's names; ``total_memory`` is in bytes.
+
+    Limits: only what a card's table row and its compute capability tell is there;
+    any other property raises ``AttributeError``.
+    """
+
+    def __init__(self, card: Card, index: int) -> None:
+        self.name = card.name
+        self.major, self.minor = card.compute_capability
+        self.total_memory = card.total_bytes
+        self.multi_processor_count = card.multi_processor_count
+        self.is_integrated = 0
+        self.is_multi_gpu_board = 0
+        self.warp_size = 32
+        self.max_threads_per_block = 1024
+        self.max_threads_per_multi_processor = card.max_threads_per_multi_processor
+        self.regs_per_multiprocessor = card.regs_per_multiprocessor
+        self.shared_memory_per_block = card.shared_memory_per_block
+        self.shared_memory_per_block_optin = card.shared_memory_per_block_optin
+        self.shared_memory_per_multiprocessor = card.shared_memory_per_multiprocessor
+        self.L2_cache_size = card.l2_cache_size
+        self.gcnArchName = f"sm_{self.major}{self.minor}"
+        self.pci_bus_id = index
+        self.pci_device_id = 0
+        self.pci_domain_id = 0
+        self.uuid = f"00000000-0000-0000-0000-{index:012d}"
+
+    def __repr__(self) -> str:
+        return (
+            f"_CudaDeviceProperties(name='{self.name}', major={self.major}, "
+            f"minor={self.minor}, total_memory={self.total_memory // _MIB}MB, "
+            f"multi_processor_count={self.multi_processor_count}, uuid={self.uuid}, "
+            f"pci_bus_id={self.pci_bus_id}, pci_device_id={self.pci_device_id}, "
+            f"pci_domain_id={self.pci_domain_id}, "
+            f"L2_cache_size={self.L2_cache_size // _MIB}MB)"
+        )

@@ -1,0 +1,105 @@
+"""Operators that cross devices or carry storages, run in their own way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pytest_gpumem.devices.simulated.dispatch import SPECIAL, handler_for
+from pytest_gpumem.devices.simulated.machine import card_of
+from pytest_gpumem.devices.simulated.memory import Memory
+from pytest_gpumem.devices.simulated.tensor import (
+    SimulatedTensor,
+    make,
+    refresh,
+)
+from pytest_gpumem.devices.simulated.transfer import download, peer_copy, upload
+
+_aten = torch.ops.aten
+
+
+def _to_copy(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``aten._to_copy``: a new dtype, layout or device."""
+    source = args[0]
+    device = kwargs.get("device")
+    dtype = kwargs.get("dtype")
+    memory_format = kwargs.get("memory_format") or torch.preserve_format
+    if not isinstance(source, SimulatedTensor):
+        return upload(
+            source, card_of(device.index), dtype=dtype, memory_format=memory_format
+        )
+    if device is None:
+        value = _aten._to_copy.default(  # noqa: SLF001  # the operator's name
+            source._value, dtype=dtype, memory_format=memory_format
+        )
+        return make(value, source._card)
+    if device.type == "cuda":
+        return peer_copy(source, card_of(device.index), dtype=dtype)
+    return download(source, dtype=dtype, device=device, memory_format=memory_format)
+
+
+def _copy_(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
+    """``aten.copy_``: in place, between any two devices.
+
+    Source: ``aten/src/ATen/native/cuda/Copy.cu``, ``copy_requires_temporaries``: a
+    copy between host and card that is not dense on both sides, or changes type, goes
+    through a contiguous buffer where the card's side is not contiguous.
+    """
+    target, source = args[0], args[1]
+    staging = None
+    if not isinstance(source, SimulatedTensor):
+        if source.is_meta:
+            raise NotImplementedError("Cannot copy out of meta tensor; no data!")
+        if not target._value.is_contiguous() and source.dim() > 0:
+            staging = Memory(target._card, target._value.nbytes)
+        target._value.copy_(source)
+    elif not isinstance(target, SimulatedTensor):
+        if not source._value.is_contiguous() and source._value.numel() > 1:
+            staging = Memory(source._card, source._value.nbytes)
+        target.copy_(source._value)
+    else:
+        target._value.copy_(source._value)
+    del staging
+    return target
+
+
+def _set_(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``aten.set_``: another storage under the same tensor."""
+    target = args[0]
+    source = args[1] if len(args) > 1 else kwargs.get("source")
+    if isinstance(source, SimulatedTensor):
+        target._value.set_(source._value, *args[2:])
+    elif source is None:
+        target._value.set_()
+    else:
+        target._value.set_(source, *args[2:])
+    refresh(target)
+    return target
+
+
+def _record_stream(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+    """``aten.record_stream``: the block waits for another stream's work."""
+    tensor, stream = args
+    memory = tensor.untyped_storage()._gpumem  # noqa: SLF001  # the device's own room
+    if memory.block is not None:
+        with memory.card.locked() as allocator:
+            allocator.record_stream(memory.block, stream.cuda_stream)
+
+
+def _is_pinned(_args: tuple[Any, ...], _kwargs: dict[str, Any]) -> bool:
+    """``aten.is_pinned``: what lies on a card is never pinned."""
+    return False
+
+
+SPECIAL.update(
+    {
+        "_to_copy": _to_copy,
+        "copy_": _copy_,
+        "set_": _set_,
+        "record_stream": _record_stream,
+        "is_pinned": _is_pinned,
+    }
+)
+
+__all__ = ["handler_for"]

@@ -1,0 +1,92 @@
+"""Storages on a simulated card: CPU storages that hold bytes there.
+
+``torch.load``, ``torch.save`` and safetensors speak of storages, not of tensors, so
+these must be able to move to a card, say where they are, and come back.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+
+from pytest_gpumem.devices.simulated.machine import card_of
+from pytest_gpumem.devices.simulated.memory import Memory, charge, hold, memory_of
+from pytest_gpumem.devices.simulated.methods import cuda_device
+from pytest_gpumem.devices.simulated.tensor import DEVICES
+
+_Storage: Final[Any] = torch.UntypedStorage
+_original_new: Final[Any] = torch.UntypedStorage.__new__
+_original_device: Final[Any] = torch.UntypedStorage.device
+_original_to: Final[Any] = torch.UntypedStorage.to
+_original_resize: Final[Any] = torch.UntypedStorage.resize_
+
+
+def _device(self: torch.UntypedStorage) -> torch.device:
+    memory = memory_of(self)
+    if memory is not None:
+        return DEVICES[memory.card.index]
+    device: torch.device = _original_device.__get__(self)
+    return device
+
+
+def _host_copy(self: torch.UntypedStorage) -> torch.UntypedStorage:
+    copied: torch.UntypedStorage = _Storage(self.nbytes())
+    torch.UntypedStorage.copy_(copied, self)
+    return copied
+
+
+def _to(
+    self: torch.UntypedStorage, *, device: Any, non_blocking: bool = False
+) -> torch.UntypedStorage:
+    target = cuda_device(device)
+    memory = memory_of(self)
+    if target is None:
+        return _original_to(self, device=device) if memory is None else _host_copy(self)
+    if memory is not None and memory.card is card_of(target.index):
+        return self
+    return _upload(self, target)
+
+
+def _upload(self: torch.UntypedStorage, target: torch.device) -> torch.UntypedStorage:
+    held = Memory(card_of(target.index), self.nbytes())
+    copied = _host_copy(self)
+    hold(copied, held)
+    return copied
+
+
+def _cuda(
+    self: torch.UntypedStorage,
+    device: Any = None,
+    non_blocking: bool = False,  # noqa: ARG001, FBT001, FBT002  # torch's signature
+) -> torch.UntypedStorage:
+    return _to(self, device=DEVICES[card_of(None).index] if device is None else device)
+
+
+def _cpu(self: torch.UntypedStorage) -> torch.UntypedStorage:
+    return self if memory_of(self) is None else _host_copy(self)
+
+
+def _resize(self: torch.UntypedStorage, size: int) -> Any:
+    memory = memory_of(self)
+    if memory is None:
+        return _original_resize(self, size)
+    card = memory.card
+    if size < memory.nbytes:
+        _original_resize(self, size)
+        hold(self, Memory(card, size))
+        return self
+    _original_resize(self, size)
+    charge(self, card)
+    return self
+
+
+#: What every storage does differently while the simulated device is installed.
+EVERY_STORAGE: Final[dict[str, Any]] = {
+    "device": property(_device),
+    "is_cuda": property(lambda self: _device(self).type == "cuda"),
+    "to": _to,
+    "cuda": _cuda,
+    "cpu": _cpu,
+    "resize_": _resize,
+}

@@ -1,0 +1,155 @@
+"""Streams and events of the simulated cards: order is kept, time does not pass.
+
+Work on a simulated card is done when the call returns, so every event is complete as
+soon as it is recorded. Streams still matter to the allocator: a block belongs to the
+stream it was asked for on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from typing import Any, Final
+
+import torch
+
+from pytest_gpumem.devices.simulated.machine import card_of, current_machine
+from pytest_gpumem.devices.simulated.tensor import DEVICES
+
+_handles: Final = itertools.count(1)
+_CUDA_TYPE: Final = 1  # c10::DeviceType::CUDA
+
+
+class Stream:
+    """``torch.cuda.Stream`` on a simulated card.
+
+    Args:
+        device: The card; None means the thread's current one.
+        priority: Kept and reported, without effect.
+        stream_id: Handle of an existing stream, as torch passes it on.
+        device_index: Index of the card, as torch passes it on.
+    """
+
+    def __init__(
+        self,
+        device: Any = None,
+        priority: int = 0,
+        *,
+        stream_id: int | None = None,
+        device_index: int | None = None,
+        device_type: int = _CUDA_TYPE,
+        stream_ptr: int | None = None,
+    ) -> None:
+        if device_index is None:
+            named = None if device is None else torch.device(device)
+            device_index = card_of(None if named is None else named.index).index
+        self.device_index = device_index
+        self.device = DEVICES[device_index]
+        self.device_type = device_type
+        self.priority = priority
+        given = stream_id if stream_id is not None else stream_ptr
+        self.stream_id = next(_handles) if given is None else given
+
+    @property
+    def cuda_stream(self) -> int:
+        """The handle, as an ``int``; 0 is the default stream."""
+        return self.stream_id
+
+    native_handle = cuda_stream
+
+    def wait_stream(self, stream: Any) -> None:
+        """Wait for a stream: its work is done already."""
+
+    def wait_event(self, event: Any) -> None:
+        """Wait for an event: it is complete already."""
+
+    def record_event(self, event: Event | None = None) -> Event:
+        """Record an event, a new one by default, and return it."""
+        event = Event() if event is None else event
+        event.record(self)
+        return event
+
+    def query(self) -> bool:
+        """Tell whether all work is done: always."""
+        return True
+
+    def synchronize(self) -> None:
+        """Wait for all work: it is done."""
+
+    def is_capturing(self) -> bool:
+        """Tell whether a CUDA graph is being captured: never."""
+        return False
+
+    def __enter__(self) -> Stream:  # noqa: PYI034  # Self needs Python 3.11
+        machine = current_machine()
+        self._outer = machine.current_stream(self.device_index)
+        machine.set_stream(self.device_index, self.stream_id)
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        current_machine().set_stream(self.device_index, self._outer)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Stream)
+            and other.stream_id == self.stream_id
+            and other.device_index == self.device_index
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.stream_id, self.device_index))
+
+    def __repr__(self) -> str:
+        return (
+            f"<torch.cuda.Stream device={self.device} "
+            f"cuda_stream={hex(self.cuda_stream)}>"
+        )
+
+
+class Event:
+    """``torch.cuda.Event`` on a simulated card; complete once recorded."""
+
+    def __init__(
+        self,
+        device: Any = None,  # noqa: ARG002  # torch.Event's signature
+        enable_timing: bool = False,  # noqa: FBT001, FBT002  # torch's signature
+        blocking: bool = False,  # noqa: FBT001, FBT002  # torch's signature
+        interprocess: bool = False,  # noqa: ARG002, FBT001, FBT002  # torch's signature
+        external: bool = False,  # noqa: ARG002, FBT001, FBT002  # torch's signature
+    ) -> None:
+        self.enable_timing = enable_timing
+        self.blocking = blocking
+        self._recorded_s: float | None = None
+
+    def record(self, stream: Stream | None = None) -> None:  # noqa: ARG002  # torch's signature
+        """Note the host's time."""
+        self._recorded_s = time.perf_counter()
+
+    def wait(self, stream: Stream | None = None) -> None:
+        """Wait for the event: it is complete."""
+
+    def query(self) -> bool:
+        """Tell whether the event is complete: always."""
+        return True
+
+    def synchronize(self) -> None:
+        """Wait for the event: it is complete."""
+
+    def elapsed_time(self, end_event: Event) -> float:
+        """Return the milliseconds of *host* time between two events.
+
+        Raises:
+            ValueError: One of them does not keep time, or was not recorded.
+        """
+        if not (self.enable_timing and end_event.enable_timing):
+            raise ValueError(
+                "Both events must be created with argument 'enable_timing=True'."
+            )
+        if self._recorded_s is None or end_event._recorded_s is None:  # noqa: SLF001  # the same class
+            raise ValueError("Both events must be recorded before calculating time.")
+        return (end_event._recorded_s - self._recorded_s) * 1e3  # noqa: SLF001  # the same class
+
+
+def stream_triple(index: int, stream: int) -> tuple[int, int, int]:
+    """Return a stream as torch passes it about: handle, card, device type."""
+    return stream, index, _CUDA_TYPE

@@ -1,0 +1,139 @@
+"""The tensor of the simulated CUDA device: bytes on a card, values on the CPU.
+
+Note [How a simulated tensor is made]
+A simulated tensor is a ``torch.Tensor`` subclass made by ``_make_subclass`` over an
+ordinary CPU tensor, with the CUDA backend key in place of the CPU's. It shares the
+CPU tensor's storage, so shapes, strides, views and ``data_ptr`` are right without
+being mirrored, and its Python dispatch key sends every operator to ``dispatch.py``,
+which runs it on the CPU tensors. C++ still takes the tensor for one on the CPU, which
+is what keeps autograd from asking for a CUDA device guard that is not there; what
+Python sees (``device``, ``is_cuda``, …) is overridden in ``methods.py``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from pytest_gpumem.devices.simulated.memory import charge
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pytest_gpumem.devices.simulated.machine import SimulatedCard
+
+    Handler = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+
+_make_subclass: Final[Any] = torch.Tensor._make_subclass  # type: ignore[attr-defined]  # noqa: SLF001  # how torch's own subclasses are made
+_set_data: Final[Any] = torch._C.TensorBase.data.__set__  # type: ignore[attr-defined]  # noqa: SLF001  # the setter below Tensor.data
+_swap_impl: Final[Any] = torch._C._swap_tensor_impl  # type: ignore[attr-defined]  # noqa: SLF001  # what torch.utils.swap_tensors calls
+_no_function: Final[Any] = torch._C._disabled_torch_function_impl  # noqa: SLF001  # torch's word for "no __torch_function__"
+
+DEVICES: Final = tuple(torch.device("cuda", index) for index in range(64))
+
+
+class _Handlers(dict[Any, "Handler"]):
+    """How each operator is run; filled by ``dispatch.py`` as operators turn up."""
+
+    make: Callable[[Any], Handler]
+
+    def __missing__(self, func: Any) -> Handler:
+        handler = self[func] = self.make(func)
+        return handler
+
+
+HANDLERS: Final = _Handlers()
+
+
+class SimulatedTensor(torch.Tensor):
+    """A tensor on a simulated card; answers as a ``torch.Tensor`` there does."""
+
+    # The CPU tensor with the values; it shares its storage with this one.
+    _value: torch.Tensor
+    # The card the tensor lives on.
+    _card: SimulatedCard
+
+    __torch_function__ = _no_function
+
+    @staticmethod
+    def __new__(
+        cls: Any, data: torch.Tensor, requires_grad: bool = True
+    ) -> torch.Tensor:
+        """Return a parameter: only ``type(parameter)(data, …)`` comes here."""
+        return torch.nn.Parameter(data, requires_grad)
+
+    @staticmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch calls it on the class
+        func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run one operator on the CPU and charge what it made to the card."""
+        try:
+            return HANDLERS[func](args, kwargs if kwargs is not None else {})
+        except torch.OutOfMemoryError as error:
+            # The error's traceback must not keep operands alive: on a real card
+            # nothing below the caller's own frame would.
+            del args, kwargs
+            raise error.with_traceback(None)  # noqa: B904  # the same error goes on
+
+
+def make(value: torch.Tensor, card: SimulatedCard) -> SimulatedTensor:
+    """Return ``value`` as a tensor of ``card``; charge its storage if it is new.
+
+    Args:
+        value: A CPU (or meta) tensor that nobody else will use.
+        card: Where the tensor shall live.
+
+    Raises:
+        torch.OutOfMemoryError: The card has no room for the storage.
+    """
+    storage = value.untyped_storage()
+    if not hasattr(storage, "_gpumem"):
+        charge(storage, card)
+    tensor: SimulatedTensor = _make_subclass(
+        SimulatedTensor, value, False, device_for_backend_keys=DEVICES[card.index]
+    )
+    tensor._value = value  # noqa: SLF001  # its maker
+    tensor._card = card  # noqa: SLF001  # its maker
+    return tensor
+
+
+def refresh(tensor: SimulatedTensor) -> None:
+    """Bring a tensor in line with its value after shape or storage changed.
+
+    Raises:
+        torch.OutOfMemoryError: The storage grew and the card has no room.
+    """
+    value = tensor._value  # noqa: SLF001  # its maker
+    charge(value.untyped_storage(), tensor._card)  # noqa: SLF001  # its maker
+    _set_data(tensor, make(value, tensor._card))  # noqa: SLF001  # its maker
+
+
+def become(tensor: torch.Tensor, data: torch.Tensor) -> None:
+    """Give ``tensor`` the data of ``data``, across devices: ``tensor.data = data``.
+
+    The Python object stays the same: optimisers, modules and weak references keep
+    hold of it.
+
+    Raises:
+        RuntimeError: The tensor is part of a live autograd graph (torch's text).
+    """
+    if isinstance(tensor, SimulatedTensor) and isinstance(data, SimulatedTensor):
+        _set_data(tensor, data)
+        tensor._value, tensor._card = data._value, data._card  # noqa: SLF001  # its maker
+        return
+    is_parameter = isinstance(tensor, torch.nn.Parameter)
+    fresh = data.detach()
+    fresh.requires_grad_(tensor.requires_grad)
+    grad = tensor.grad
+    _swap_impl(tensor, fresh)
+    if isinstance(fresh, SimulatedTensor):
+        tensor.__class__ = SimulatedTensor
+        tensor._value, tensor._card = fresh._value, fresh._card  # type: ignore[attr-defined]  # noqa: SLF001  # it now is one
+        tensor._is_param = is_parameter  # type: ignore[attr-defined]  # noqa: SLF001  # as torch marks subclasses
+    else:
+        tensor.__class__ = torch.nn.Parameter if is_parameter else torch.Tensor
+        for name in ("_value", "_card", "_is_param"):
+            tensor.__dict__.pop(name, None)
+    if grad is not None:
+        tensor.grad = grad

@@ -1,0 +1,142 @@
+"""Copies between host and cards, and between cards."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pytest_gpumem.devices.simulated.machine import card_of
+from pytest_gpumem.devices.simulated.memory import Memory, hold
+from pytest_gpumem.devices.simulated.tensor import SimulatedTensor, make
+
+if TYPE_CHECKING:
+    from pytest_gpumem.devices.simulated.machine import SimulatedCard
+
+_to_copy: Any = torch.ops.aten._to_copy.default  # noqa: SLF001  # the operator below Tensor.to
+
+
+def upload(
+    source: torch.Tensor,
+    card: SimulatedCard,
+    *,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format = torch.preserve_format,
+) -> SimulatedTensor:
+    """Copy a host tensor to a card; a new dtype is made on the host.
+
+    Source: ``aten/src/ATen/native/cuda/Copy.cu``: for a copy from the host types
+    are converted before the transfer, so nothing else is allocated on the card.
+
+    Raises:
+        NotImplementedError: The source is a meta tensor (torch's text).
+        torch.OutOfMemoryError: No room; nothing was copied.
+    """
+    if source.is_meta:
+        raise NotImplementedError("Cannot copy out of meta tensor; no data!")
+    dtype = source.dtype if dtype is None else dtype
+    # A strided copy is dense, so the bytes are known before anything is made.
+    memory = Memory(card, source.numel() * dtype.itemsize)
+    value = _to_copy(source.detach(), dtype=dtype, memory_format=memory_format)
+    hold(value.untyped_storage(), memory)
+    return make(value, card)
+
+
+def download(
+    source: SimulatedTensor,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    memory_format: torch.memory_format = torch.preserve_format,
+) -> torch.Tensor:
+    """Copy a tensor from its card to the host (or to ``device``: cpu or meta).
+
+    A source that is not dense is first made contiguous *on the card*, which takes
+    room there, as on a real one.
+
+    Raises:
+        torch.OutOfMemoryError: No room for the contiguous copy.
+    """
+    value = source._value  # noqa: SLF001  # the device's own room
+    if device is not None and device.type == "meta":
+        return torch.empty_like(value, dtype=dtype, device=device)
+    staging = None if _is_dense(value) else Memory(source._card, value.nbytes)  # noqa: SLF001  # likewise
+    host: torch.Tensor = _to_copy(value, dtype=dtype, memory_format=memory_format)
+    del staging
+    return host
+
+
+def _is_dense(value: torch.Tensor) -> bool:
+    """Tell whether the elements fill their memory without gap or overlap."""
+    dense: bool = torch.ops.aten.is_non_overlapping_and_dense.default(value)
+    return dense
+
+
+def peer_copy(
+    source: SimulatedTensor,
+    card: SimulatedCard,
+    *,
+    dtype: torch.dtype | None = None,
+) -> SimulatedTensor:
+    """Copy a tensor to another card (or to its own, as another dtype).
+
+    Raises:
+        torch.OutOfMemoryError: No room on the target.
+    """
+    dtype = source.dtype if dtype is None else dtype
+    memory = Memory(card, source.numel() * dtype.itemsize)
+    value = _to_copy(source._value, dtype=dtype)  # noqa: SLF001  # the device's own room
+    hold(value.untyped_storage(), memory)
+    return make(value, card)
+
+
+class _Move(torch.autograd.Function):
+    """A copy to another device whose gradient travels back to where it came from."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, source: torch.Tensor, device: torch.device, options: dict[str, Any]
+    ) -> torch.Tensor:
+        ctx.device, ctx.dtype = source.device, source.dtype
+        return move(source, device, **options)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]  # one gradient
+        return move(grad, ctx.device, dtype=ctx.dtype), None, None
+
+
+def move(
+    source: torch.Tensor,
+    device: torch.device,
+    *,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format = torch.preserve_format,
+) -> torch.Tensor:
+    """Copy a tensor to a device, without autograd.
+
+    Raises:
+        torch.OutOfMemoryError: No room on the target.
+    """
+    on_card = isinstance(source, SimulatedTensor)
+    if device.type == "cuda":
+        card = card_of(device.index)
+        if on_card:
+            return peer_copy(source, card, dtype=dtype)
+        return upload(source, card, dtype=dtype, memory_format=memory_format)
+    if on_card:
+        return download(
+            source, dtype=dtype, device=device, memory_format=memory_format
+        )
+    return source.to(device, dtype)
+
+
+def moved(source: torch.Tensor, device: torch.device, **options: Any) -> torch.Tensor:
+    """Copy a tensor to a device; gradients flow back.
+
+    Raises:
+        torch.OutOfMemoryError: No room on the target.
+    """
+    if source.requires_grad and torch.is_grad_enabled():
+        result: torch.Tensor = _Move.apply(source, device, options)
+        return result
+    return move(source, device, **options)

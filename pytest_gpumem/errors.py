@@ -1,0 +1,83 @@
+"""The errors of pytest-gpumem; torch's own errors are raised as torch's own."""
+
+from __future__ import annotations
+
+
+class GpuMemError(Exception):
+    """Base of every error that pytest-gpumem raises on its own account."""
+
+
+class SizeError(GpuMemError, ValueError):
+    """A size or budget text cannot be read, or makes no sense.
+
+    Attributes:
+        value: What was given, as given.
+    """
+
+    def __init__(self, message: str, *, value: object) -> None:
+        super().__init__(message)
+        self.value = value
+
+
+class CardError(GpuMemError, ValueError):
+    """A card name or a made-up card's description cannot be read.
+
+    Attributes:
+        value: What was given, as given.
+    """
+
+    def __init__(self, message: str, *, value: object) -> None:
+        super().__init__(message)
+        self.value = value
+
+
+class RuleError(GpuMemError, ValueError):
+    """An injection rule cannot be read.
+
+    Attributes:
+        value: The whole rule, as given.
+        position: Index into ``value`` of the character at fault.
+    """
+
+    def __init__(self, message: str, *, value: str, position: int) -> None:
+        super().__init__(message)
+        self.value = value
+        self.position = position
+
+
+class BudgetError(GpuMemError, ValueError):
+    """A budget leaves no room, or asks for more than the card has.
+
+    Attributes:
+        value: The budget in bytes.
+    """
+
+    def __init__(self, message: str, *, value: object) -> None:
+        super().__init__(message)
+        self.value = value
+
+
+class DeviceUnavailableError(GpuMemError, RuntimeError):
+    """The wanted device is not on this machine, or not yet made."""
+
+
+class UnsupportedOnSimulatedDeviceError(GpuMemError, NotImplementedError):
+    """A feature of a real card that the simulated CUDA device does not have.
+
+    Attributes:
+        feature: The feature's name as torch spells it.
+    """
+
+    def __init__(self, feature: str, advice: str) -> None:
+        super().__init__(
+            f"{feature} is not supported on the simulated CUDA device; {advice}"
+        )
+        self.feature = feature
+
+
+class CheckpointError(GpuMemError, RuntimeError):
+    """A checkpoint cannot be built, found or trusted."""
+
+
+class TraceError(GpuMemError, ValueError):
+    """A trace file is not one that can be replayed."""

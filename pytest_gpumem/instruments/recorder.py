@@ -1,0 +1,127 @@
+"""Peaks of a block of code."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from pytest_gpumem.devices.active import active_device
+from pytest_gpumem.instruments.phases import current_phase
+
+if TYPE_CHECKING:
+    from types import FrameType, TracebackType
+
+    from pytest_gpumem.devices import Device, Tracker
+    from pytest_gpumem.model.records import MemoryFigures
+
+
+class PeakRecorder:
+    """Record peak bytes of a card over a block; blocks nest.
+
+    Args:
+        device_index: The card.
+        device: Where; None means the active device.
+
+    Raises:
+        DeviceUnavailableError: There is no active device.
+
+    Example::
+
+        with PeakRecorder() as recorder:
+            model(batch)
+        assert recorder.figures.peak_allocated_bytes < 2 * 2**30
+    """
+
+    def __init__(
+        self, *, device_index: int = 0, device: Device | None = None
+    ) -> None:
+        self._device = device
+        self._index = device_index
+        self._tracker: Tracker | None = None
+        self._final: MemoryFigures | None = None
+
+    @property
+    def figures(self) -> MemoryFigures:
+        """The figures: up to now inside the block, final after it.
+
+        Raises:
+            RuntimeError: The block was not entered.
+        """
+        if self._final is not None:
+            return self._final
+        if self._tracker is None:
+            raise RuntimeError("the recorder was not entered; use it in a with block")
+        return self._tracker.read()
+
+    def __enter__(self) -> PeakRecorder:  # noqa: PYI034  # Self needs Python 3.11
+        device = active_device() if self._device is None else self._device
+        self._final = None
+        self._tracker = device.open_tracker(self._index)
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        if self._tracker is not None:
+            self._final = self._tracker.close()
+
+
+class LimitWatch:
+    """Note where a block first went over a limit.
+
+    Args:
+        limit_bytes: The limit, inclusive.
+        metric: ``"allocated"`` or ``"reserved"``.
+        device_index: The card.
+        device: Where to watch.
+
+    Attributes:
+        site: ``"file.py:42 in function (phase)"`` of the request that went over, as
+            near to the user's code as can be told; None if none did, or if the device
+            cannot tell (a real card).
+    """
+
+    def __init__(
+        self, limit_bytes: int, *, metric: str, device_index: int, device: Device
+    ) -> None:
+        self._limit = limit_bytes
+        self._metric = metric
+        self._index = device_index
+        self._device = device
+        self._stack = ExitStack()
+        self.site: str | None = None
+
+    def __enter__(self) -> LimitWatch:  # noqa: PYI034  # Self needs Python 3.11
+        self._stack.enter_context(self._device.watching(self._watch))
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def _watch(self, device_index: int, allocated: int, reserved: int) -> None:
+        if self.site is not None or device_index != self._index:
+            return
+        if (allocated if self._metric == "allocated" else reserved) > self._limit:
+            self.site = describe_site(sys._getframe(1))  # noqa: SLF001  # the documented way to walk a stack
+
+
+def describe_site(frame: FrameType | None) -> str:
+    """Return the innermost line outside torch and this plugin, and the phase."""
+    phase = current_phase(frame)
+    current = frame
+    while current is not None:
+        name = current.f_globals.get("__name__", "")
+        if name.partition(".")[0] not in ("torch", "pytest_gpumem", "contextlib"):
+            code = current.f_code
+            return f"{code.co_filename}:{current.f_lineno} in {code.co_name} ({phase})"
+        current = current.f_back
+    return f"unknown site ({phase})"

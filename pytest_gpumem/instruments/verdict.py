@@ -1,0 +1,251 @@
+"""Judge how a model was loaded: where it ended, what it computes, what it left."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from pytest_gpumem.devices.active import active_device
+from pytest_gpumem.instruments.injector import OomInjector
+from pytest_gpumem.instruments.recorder import PeakRecorder
+from pytest_gpumem.sizes import format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from pytest_gpumem.devices import Device
+    from pytest_gpumem.model.records import MemoryFigures
+    from pytest_gpumem.model.rules import Rule
+
+#: Largest difference from the reference that a dtype explains, as a share of the
+#: reference's largest value (at least of 1). The machine epsilons are 1.2e-7, 9.8e-4
+#: and 7.8e-3; a network of some dozens of layers adds an order of magnitude.
+TOLERANCE: Final = {
+    torch.float64: 1e-6,
+    torch.float32: 1e-4,
+    torch.float16: 2e-2,
+    torch.bfloat16: 1e-1,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a model's weights are.
+
+    Attributes:
+        bytes_by_device: Bytes of parameters and buffers by device, for example
+            ``{"cuda:0": 1340583944}``; what is offloaded counts as ``"meta"``.
+        dtypes: Dtypes of the floating-point parameters.
+        device_map: The map that accelerate dispatched by; None without one.
+    """
+
+    bytes_by_device: dict[str, int]
+    dtypes: frozenset[torch.dtype]
+    device_map: dict[str, str] | None
+
+    @property
+    def devices(self) -> frozenset[str]:
+        """The devices that hold weights."""
+        return frozenset(self.bytes_by_device)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all weights are in one place, or spread by a device map."""
+        return len(self.bytes_by_device) <= 1 or self.device_map is not None
+
+    def __str__(self) -> str:
+        places = ", ".join(
+            f"{format_size(nbytes)} on {device}"
+            for device, nbytes in sorted(self.bytes_by_device.items())
+        )
+        dtypes = ", ".join(sorted(str(dtype) for dtype in self.dtypes))
+        spread = " by a device map" if self.device_map is not None else ""
+        return f"{places}{spread} ({dtypes})"
+
+
+def placement_of(model: torch.nn.Module) -> Placement:
+    """Return where a model's parameters and buffers are; tied ones count once."""
+    nbytes: Counter[str] = Counter()
+    dtypes = set()
+    for tensor in [*model.parameters(), *model.buffers()]:
+        nbytes[str(tensor.device)] += tensor.numel() * tensor.element_size()
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            dtypes.add(parameter.dtype)
+    device_map: Any = getattr(model, "hf_device_map", None)
+    if device_map is not None:
+        device_map = {name: str(device) for name, device in device_map.items()}
+        if len(set(device_map.values())) == 1:
+            device_map = None
+    return Placement(dict(nbytes), frozenset(dtypes), device_map)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadVerdict:
+    """What a load ended in.
+
+    Attributes:
+        model: The model, for further questions; None if the load raised.
+        placement: Where it is; None if the load raised.
+        figures: Peaks of the whole affair, load and run.
+        left_bytes: Bytes on the card that are not the model's own after the load.
+        output_error: Largest difference from the reference; None if not compared.
+        num_injected: Allocations that the rules refused.
+        error: What the load raised, as text; None if nothing.
+        problems: What is wrong, one sentence each; empty means all is well.
+    """
+
+    model: Any
+    placement: Placement | None
+    figures: MemoryFigures
+    left_bytes: int
+    output_error: float | None
+    num_injected: int
+    error: str | None
+    problems: tuple[str, ...] = field(default=())
+
+    def check(self) -> None:
+        """Raise unless all is well.
+
+        Raises:
+            AssertionError: Every problem, one line each, with where the model is.
+        """
+        if self.problems:
+            lines = "\n".join(f"  - {problem}" for problem in self.problems)
+            raise AssertionError(
+                f"the load went wrong:\n{lines}\n  model: {self.placement}"
+            )
+
+
+def judge_load(
+    load: Callable[[], Any],
+    *,
+    run: Callable[[Any], torch.Tensor] | None = None,
+    reference: torch.Tensor | None = None,
+    expect_devices: Sequence[str] | None = None,
+    expect_dtype: torch.dtype | None = None,
+    rules: Sequence[str | Rule] = (),
+    device_index: int = 0,
+    device: Device | None = None,
+) -> LoadVerdict:
+    """Run a loader, with faults if wanted, and judge what came out.
+
+    Args:
+        load: The loader under test; returns a model.
+        run: Computes an output from the model, to be compared with ``reference``.
+        reference: What a model on the CPU in fp32 computes, shape as ``run``'s.
+        expect_devices: Where the weights should be, for example ``["cuda:0"]``;
+            offloaded weights are on ``"meta"``.
+        expect_dtype: The dtype that the parameters should have.
+        rules: Injection rules in force during the load.
+        device_index: The card.
+        device: Where; None means the active device.
+
+    Returns:
+        The verdict; ``verdict.check()`` raises if anything is wrong.
+
+    Limits: an error other than out of memory is not caught.
+    """
+    device = active_device() if device is None else device
+    before = device.memory_stats(device_index).get("allocated_bytes.all.current", 0)
+    model: Any = None
+    error: str | None = None
+    with PeakRecorder(device_index=device_index, device=device) as recorder:
+        with OomInjector(*rules, device=device) as injector:
+            try:
+                model = load()
+            except torch.OutOfMemoryError as oom:
+                error = str(oom)
+        left = _left_bytes(device, device_index, model) - before
+        output_error = None
+        if model is not None and run is not None and reference is not None:
+            output = run(model).detach().to("cpu", torch.float32)
+            output_error = _difference(output, reference)
+    placement = None if model is None else placement_of(model)
+    verdict = LoadVerdict(
+        model=model,
+        placement=placement,
+        figures=recorder.figures,
+        left_bytes=left,
+        output_error=output_error,
+        num_injected=injector.num_injected,
+        error=error,
+    )
+    problems = _problems(verdict, reference, expect_devices, expect_dtype)
+    budget = device.budget(device_index)
+    if budget is not None and verdict.figures.peak_reserved_bytes > budget:
+        problems.append(
+            f"the peak of {format_size(verdict.figures.peak_reserved_bytes)} reserved "
+            f"is above the budget of {format_size(budget)}"
+        )
+    return LoadVerdict(
+        model=model,
+        placement=placement,
+        figures=verdict.figures,
+        left_bytes=left,
+        output_error=output_error,
+        num_injected=verdict.num_injected,
+        error=error,
+        problems=tuple(problems),
+    )
+
+
+def _problems(
+    verdict: LoadVerdict,
+    reference: torch.Tensor | None,
+    expect_devices: Sequence[str] | None,
+    expect_dtype: torch.dtype | None,
+) -> list[str]:
+    placement = verdict.placement
+    if placement is None:
+        return [f"the load ended in an OOM: {verdict.error}"]
+    problems = []
+    if not placement.is_whole:
+        problems.append(
+            f"the model is half moved: weights on {', '.join(sorted(placement.devices))}"
+            " and no device map"
+        )
+    if expect_devices is not None and placement.devices != set(expect_devices):
+        problems.append(
+            f"the weights are on {', '.join(sorted(placement.devices))}, expected "
+            f"{', '.join(sorted(expect_devices))}"
+        )
+    if expect_dtype is not None and placement.dtypes != {expect_dtype}:
+        dtypes = ", ".join(sorted(str(dtype) for dtype in placement.dtypes))
+        problems.append(f"the weights are {dtypes}, expected {expect_dtype}")
+    if verdict.left_bytes:
+        problems.append(
+            f"{format_size(verdict.left_bytes)} of a failed attempt stay on the card"
+        )
+    if verdict.output_error is not None and reference is not None:
+        scale = max(1.0, float(reference.abs().max()))
+        allowed = scale * max(TOLERANCE.get(dtype, 1e-1) for dtype in placement.dtypes)
+        if not verdict.output_error <= allowed:
+            problems.append(
+                f"the output differs from the reference by {verdict.output_error:.3g}, "
+                f"more than the {allowed:.3g} that the dtype explains"
+            )
+    return problems
+
+
+def _difference(output: torch.Tensor, reference: torch.Tensor) -> float:
+    """Return the largest difference; infinite where shapes differ or NaN appears."""
+    if output.shape != reference.shape:
+        return float("inf")
+    difference = (output - reference.to(torch.float32)).abs().max()
+    return float("inf") if bool(difference.isnan()) else float(difference)
+
+
+def _left_bytes(device: Device, device_index: int, model: Any) -> int:
+    """Return the card's allocated bytes that are not the model's own."""
+    allocated = device.memory_stats(device_index).get("allocated_bytes.all.current", 0)
+    own = {}
+    if isinstance(model, torch.nn.Module):
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.is_cuda and tensor.device.index == device_index:
+                storage = tensor.untyped_storage()
+                own[storage.data_ptr()] = storage
+    return allocated - sum(device.block_bytes(storage) for storage in own.values())

@@ -1,0 +1,68 @@
+"""The pytest plugin: options, markers, fixtures and the hooks of a run.
+
+This is the only room that imports pytest; nothing in it imports torch at its top.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import pytest
+
+from pytest_gpumem.plugin import marks
+from pytest_gpumem.plugin.fixtures import (
+    bert_large,
+    make_checkpoint,
+    oom_injector,
+    vram_budget,
+    vram_recorder,
+)
+from pytest_gpumem.plugin.options import add_options, read_settings
+from pytest_gpumem.plugin.session import GpuMemPlugin
+from pytest_gpumem.plugin.summary import SummaryPlugin
+
+PLUGIN_NAME: Final = "gpumem-session"
+_key: Final = pytest.StashKey[GpuMemPlugin]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Declare the options."""
+    add_options(parser)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    """Have the device ready before any conftest or test module is imported."""
+    plugin = GpuMemPlugin(read_settings(early_config, early_config.known_args_namespace))
+    early_config.stash[_key] = plugin
+    early_config.add_cleanup(plugin.stop)
+    plugin.start()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the markers and the run's own hooks."""
+    for description in marks.DESCRIPTIONS:
+        config.addinivalue_line("markers", description)
+    if _key not in config.stash:
+        # Loaded late, by a conftest's pytest_plugins: from here on it works too.
+        plugin = GpuMemPlugin(read_settings(config, config.option))
+        config.stash[_key] = plugin
+        config.add_cleanup(plugin.stop)
+        plugin.start()
+    session = config.stash[_key]
+    config.pluginmanager.register(session, PLUGIN_NAME)
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(SummaryPlugin(session), "gpumem-summary")
+
+
+__all__ = [
+    "PLUGIN_NAME",
+    "bert_large",
+    "make_checkpoint",
+    "oom_injector",
+    "pytest_addoption",
+    "pytest_configure",
+    "pytest_load_initial_conftests",
+    "vram_budget",
+    "vram_recorder",
+]

@@ -1,0 +1,68 @@
+"""Fixtures: one-line wrappers over the public context managers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
+    from pytest_gpumem.instruments.injector import OomInjector
+    from pytest_gpumem.instruments.recorder import PeakRecorder
+
+
+def _session(config: pytest.Config) -> Any:
+    return config.pluginmanager.get_plugin("gpumem-session")
+
+
+@pytest.fixture(name="vram_budget")
+def vram_budget(
+    request: pytest.FixtureRequest,
+) -> Callable[..., AbstractContextManager[int]]:
+    """A context manager that caps a card for a block: ``with vram_budget("1GiB"):``."""
+    _session(request.config).require_device()
+    from pytest_gpumem.instruments.budget import vram_budget as budget  # noqa: PLC0415
+
+    return budget
+
+
+@pytest.fixture(name="vram_recorder")
+def vram_recorder(request: pytest.FixtureRequest) -> type[PeakRecorder]:
+    """A context manager that records peaks: ``with vram_recorder() as recorder:``."""
+    _session(request.config).require_device()
+    from pytest_gpumem.instruments.recorder import PeakRecorder  # noqa: PLC0415
+
+    return PeakRecorder
+
+
+@pytest.fixture(name="oom_injector")
+def oom_injector(request: pytest.FixtureRequest) -> Iterator[OomInjector]:
+    """An injector for the test: ``oom_injector.arm("load:nth=3")``."""
+    device = _session(request.config).require_device()
+    from pytest_gpumem.instruments.injector import OomInjector  # noqa: PLC0415
+
+    with OomInjector(device=device) as injector:
+        yield injector
+
+
+@pytest.fixture(scope="session", name="bert_large")
+def bert_large(request: pytest.FixtureRequest) -> Path:
+    """The folder of a bert-large checkpoint at its real size, built once.
+
+    ``--gpu-checkpoint`` puts another checkpoint in its place.
+    """
+    from pytest_gpumem.checkpoints import resolve_checkpoint  # noqa: PLC0415
+
+    return resolve_checkpoint(_session(request.config).settings.checkpoint)
+
+
+@pytest.fixture(scope="session", name="make_checkpoint")
+def make_checkpoint() -> Callable[..., Path]:
+    """A function that builds any checkpoint offline; see ``make_checkpoint``."""
+    from pytest_gpumem.checkpoints import make_checkpoint as make  # noqa: PLC0415
+
+    return make

@@ -1,0 +1,122 @@
+"""The plugin's markers: what each means, and their arguments checked early."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+from pytest_gpumem.errors import GpuMemError
+from pytest_gpumem.model.rules import Rule, parse_rule
+from pytest_gpumem.sizes import SizeSpec, format_size, parse_size_spec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+METRICS: Final = ("allocated", "reserved")
+
+DESCRIPTIONS: Final = (
+    "gpu: needs a real CUDA card; skipped, with the reason, where there is none",
+    "gpu_budget(size, *, device=0): bytes of a card that this test may hold, "
+    "inclusive; in place of --gpu-budget",
+    "max_vram(limit, *, metric='allocated', device=0): fail the test if its peak is "
+    "above the limit",
+    "inject_oom(rule): make chosen allocations of this test's call fail",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """``gpu_budget``: a share of one card."""
+
+    size: SizeSpec
+    device_index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """``max_vram``: the most that a test may need of one card, inclusive."""
+
+    size: SizeSpec
+    metric: str
+    device_index: int
+
+
+def _size(value: Any) -> SizeSpec:
+    return parse_size_spec(value)
+
+
+def _device(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"device={value!r} is no card's index; give 0, 1, ...")
+    return value
+
+
+def _budget(size: Any, *, device: Any = 0) -> Budget:
+    return Budget(_size(size), _device(device))
+
+
+def _limit(limit: Any, *, metric: Any = "allocated", device: Any = 0) -> Limit:
+    if metric not in METRICS:
+        raise ValueError(f"metric={metric!r}; accepted are {', '.join(METRICS)}")
+    return Limit(_size(limit), metric, _device(device))
+
+
+def _rule(rule: Any) -> Rule:
+    if not isinstance(rule, str):
+        raise TypeError(f"rule={rule!r} is no text such as 'load:nth=3'")
+    return parse_rule(rule)
+
+
+def _gpu() -> None:
+    return None
+
+
+_READERS: Final[dict[str, Callable[..., Any]]] = {
+    "gpu": _gpu,
+    "gpu_budget": _budget,
+    "max_vram": _limit,
+    "inject_oom": _rule,
+}
+
+
+def read(item: pytest.Item, name: str) -> list[Any]:
+    """Return what an item's markers of a name say, the nearest first.
+
+    Raises:
+        pytest.UsageError: A marker's arguments make no sense.
+    """
+    return [_read_one(item, mark) for mark in item.iter_markers(name)]
+
+
+def _read_one(item: pytest.Item, mark: pytest.Mark) -> Any:
+    reader = _READERS[mark.name]
+    try:
+        inspect.signature(reader).bind(*mark.args, **mark.kwargs)
+        return reader(*mark.args, **mark.kwargs)
+    except (GpuMemError, ValueError, TypeError) as error:
+        raise pytest.UsageError(
+            f"{item.nodeid}: @pytest.mark.{mark.name}: {error}"
+        ) from None
+
+
+def check(item: pytest.Item) -> None:
+    """Read every marker of an item once, so that mistakes show before any test.
+
+    Raises:
+        pytest.UsageError: A marker's arguments make no sense.
+    """
+    for name in _READERS:
+        read(item, name)
+
+
+def over_limit(limit: Limit, limit_bytes: int, peak_bytes: int, where: str) -> str:
+    """Return the text of a failed limit: limit, peak, metric and where."""
+    return (
+        f"peak VRAM above max_vram: {limit.metric} {format_size(peak_bytes)} "
+        f"({peak_bytes} bytes) on cuda:{limit.device_index}, limit "
+        f"{format_size(limit_bytes)} ({limit_bytes} bytes), "
+        f"{format_size(peak_bytes - limit_bytes)} too much\n{where}"
+    )

@@ -1,0 +1,218 @@
+"""The plugin's options: one table for the command line and the ini file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+from pytest_gpumem.cards import DEFAULT_CARD, find_card
+from pytest_gpumem.devices.selection import BACKENDS
+from pytest_gpumem.errors import GpuMemError
+from pytest_gpumem.model.rules import parse_rule
+from pytest_gpumem.sizes import SizeSpec, parse_device_sizes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from pytest_gpumem.cards import Card
+    from pytest_gpumem.model.rules import Rule
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A row of the table.
+
+    Attributes:
+        flag: The command line's name; the ini name is the same with underscores.
+        metavar: What follows the flag in help.
+        default: What holds where neither is given, as text.
+        parse: Text in, value out; raises ``GpuMemError`` or ``ValueError``.
+        help: What the option does.
+        repeated: Whether it may be given several times.
+    """
+
+    flag: str
+    metavar: str
+    default: str
+    parse: Callable[[str], Any]
+    help: str
+    repeated: bool = False
+
+    @property
+    def ini(self) -> str:
+        """The name in the ini file."""
+        return self.flag.removeprefix("--").replace("-", "_")
+
+
+def _parse_backend(text: str) -> str:
+    if text not in BACKENDS:
+        raise ValueError(f"{text!r} is no backend; accepted are {', '.join(BACKENDS)}")
+    return text
+
+
+OPTIONS: Final = (
+    Option(
+        "--gpu-backend",
+        "KIND",
+        "auto",
+        _parse_backend,
+        "the device that 'cuda' means: auto (a usable CUDA card, else simulated), "
+        "cuda, simulated, off",
+    ),
+    Option(
+        "--gpu-card",
+        "CARD",
+        DEFAULT_CARD,
+        find_card,
+        "the simulated card: a name such as T4 or A100-80GB, two of them with "
+        "A100-80GB*2, or a made-up one with 16GiB,cc=8.0",
+    ),
+    Option(
+        "--gpu-budget",
+        "SIZE",
+        "",
+        parse_device_sizes,
+        "bytes of the card that a test may hold, inclusive: 4GiB, 4GB, 512MiB, 50%% "
+        "of the card, plain bytes, or 0=4GiB,1=8GiB for each card",
+    ),
+    Option(
+        "--gpu-inject-oom",
+        "RULE",
+        "",
+        parse_rule,
+        "make allocations fail in every test's call: PHASE[:KEY=VALUE,...], for "
+        "example load:nth=3 or any:min=64MiB,persistent; may be repeated",
+        repeated=True,
+    ),
+    Option(
+        "--gpu-checkpoint",
+        "NAME_OR_DIR",
+        "bert-large",
+        str,
+        "what the bert_large fixture gives: a folder with a checkpoint, or the name "
+        "of one to build",
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The options of a run, parsed.
+
+    Attributes:
+        backend: One of ``BACKENDS``.
+        cards: The simulated cards.
+        card_text: How they were named.
+        budgets: Budget by device index; None stands for every card. Empty: none.
+        rules: Injection rules for every test.
+        checkpoint: Name or folder of the ``bert_large`` fixture's checkpoint.
+    """
+
+    backend: str
+    cards: tuple[Card, ...]
+    card_text: str
+    budgets: Mapping[int | None, SizeSpec]
+    rules: tuple[Rule, ...]
+    checkpoint: str
+
+    def budget_bytes(self, index: int, total_bytes: int) -> int | None:
+        """Return the budget of a card of so many bytes; None where there is none.
+
+        Raises:
+            SizeError: A percentage of the card comes to nothing.
+        """
+        spec = self.budgets.get(index, self.budgets.get(None))
+        return None if spec is None else spec.resolve(total_bytes)
+
+
+def add_options(parser: pytest.Parser) -> None:
+    """Declare every row on the command line and in the ini file."""
+    group = parser.getgroup("gpumem", "GPU memory: budgets, peaks and OOM injection")
+    for option in OPTIONS:
+        default = f" (default: {option.default})" if option.default else ""
+        group.addoption(
+            option.flag,
+            action="append" if option.repeated else "store",
+            default=None,
+            metavar=option.metavar,
+            help=option.help + default,
+        )
+        plain_help = option.help.replace("%%", "%")
+        if option.repeated:
+            parser.addini(option.ini, plain_help, type="linelist", default=[])
+        else:
+            parser.addini(option.ini, plain_help, default=option.default)
+
+
+def read_settings(config: pytest.Config, namespace: Any) -> Settings:
+    """Parse the options of a run.
+
+    Args:
+        config: For the ini file.
+        namespace: The command line, as far as it is parsed.
+
+    Raises:
+        pytest.UsageError: A value cannot be read, or makes no sense.
+    """
+    values = {option.ini: _value(option, config, namespace) for option in OPTIONS}
+    settings = Settings(
+        backend=values["gpu_backend"],
+        cards=tuple(values["gpu_card"]),
+        card_text=_text(OPTIONS[1], config, namespace) or DEFAULT_CARD,
+        budgets=values["gpu_budget"] or {},
+        rules=tuple(values["gpu_inject_oom"]),
+        checkpoint=values["gpu_checkpoint"],
+    )
+    return settings
+
+
+def check_budgets(settings: Settings, totals: Mapping[int, int]) -> None:
+    """Refuse budgets that the cards cannot give.
+
+    Args:
+        settings: The options.
+        totals: Total bytes by device index.
+
+    Raises:
+        pytest.UsageError: A budget is more than its card has, or names no card.
+    """
+    for index, spec in settings.budgets.items():
+        if index is not None and index not in totals:
+            raise pytest.UsageError(
+                f"--gpu-budget: there is no card {index}; this run has "
+                f"{len(totals)} card(s), numbered from 0"
+            )
+        for card in totals if index is None else (index,):
+            try:
+                budget = spec.resolve(totals[card])
+            except GpuMemError as error:
+                raise pytest.UsageError(f"--gpu-budget: {error}") from None
+            if budget > totals[card]:
+                raise pytest.UsageError(
+                    f"--gpu-budget: {spec.text!r} is {budget} bytes, more than card "
+                    f"{card} has ({totals[card]} bytes); give less, or name a larger "
+                    "card with --gpu-card"
+                )
+
+
+def _text(option: Option, config: pytest.Config, namespace: Any) -> Any:
+    given = getattr(namespace, option.ini, None)
+    return config.getini(option.ini) if given is None else given
+
+
+def _value(option: Option, config: pytest.Config, namespace: Any) -> Any:
+    given = getattr(namespace, option.ini, None)
+    source = option.flag if given is not None else option.ini
+    text = _text(option, config, namespace)
+    try:
+        if option.repeated:
+            return [option.parse(each) for each in text]
+        if not text and given is None:
+            text = option.default
+        if not text and given is None:
+            return None
+        return option.parse(text)
+    except (GpuMemError, ValueError) as error:
+        raise pytest.UsageError(f"{source}: {error}") from None

@@ -1,0 +1,49 @@
+"""The terminal's table of peaks, from the reports of tests run here or in workers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pytest_gpumem.model.records import from_properties
+from pytest_gpumem.reports.terminal import Row, table
+
+if TYPE_CHECKING:
+    import pytest
+
+    from pytest_gpumem.plugin.session import GpuMemPlugin
+
+
+class SummaryPlugin:
+    """Collects figures from reports and prints them at the end.
+
+    Args:
+        session: The run, for what it knows of its rules.
+    """
+
+    def __init__(self, session: GpuMemPlugin) -> None:
+        self._session = session
+        self._rows: list[Row] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Take the figures in once a test is over."""
+        if report.when != "teardown":
+            return
+        figures = from_properties(dict(report.user_properties))
+        self._rows.extend(
+            Row(report.nodeid, phase, each) for (phase, _index), each in figures.items()
+        )
+
+    def pytest_terminal_summary(
+        self, terminalreporter: pytest.TerminalReporter, config: pytest.Config
+    ) -> None:
+        """Print the table, and rules that were never reached."""
+        verbosity = config.get_verbosity()
+        if self._rows and verbosity >= 0:
+            terminalreporter.section("GPU memory")
+            for line in table(self._rows, detailed=verbosity > 0):
+                terminalreporter.write_line(line)
+        for rule, count in self._session.rule_counts.items():
+            if not count:
+                terminalreporter.write_line(
+                    f"--gpu-inject-oom={rule} was never reached", yellow=True
+                )

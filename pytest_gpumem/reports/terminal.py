@@ -1,0 +1,82 @@
+"""The table of peaks as lines of text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from pytest_gpumem.sizes import format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from pytest_gpumem.model.records import MemoryFigures
+
+#: Tests shown without ``-v``.
+TOP: Final = 20
+_HEAD: Final = ("peak allocated", "peak reserved", "left", "OOMs", "retries", "test")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The figures of one phase of one test on one card."""
+
+    nodeid: str
+    phase: str
+    figures: MemoryFigures
+
+
+def table(rows: Sequence[Row], *, detailed: bool) -> list[str]:
+    """Return the table's lines, largest peak first.
+
+    Args:
+        rows: The figures of every phase.
+        detailed: Whether every test and phase is shown, not only the calls of the
+            largest ``TOP``.
+    """
+    shown = list(rows) if detailed else _calls(rows)
+    shown.sort(key=lambda row: (-row.figures.peak_allocated_bytes, row.nodeid))
+    hidden = 0 if detailed else max(len(shown) - TOP, 0)
+    shown = shown[: len(shown) - hidden]
+    many = len({row.figures.device_index for row in shown}) > 1
+    cells = [_HEAD, *(_cells(row, name_device=many) for row in shown)]
+    widths = [max(len(line[column]) for line in cells) for column in range(5)]
+    lines = [
+        "  ".join(
+            [text.rjust(width) for text, width in zip(line, widths, strict=False)]
+            + [line[5]]
+        )
+        for line in cells
+    ]
+    if hidden:
+        lines.append(f"... and {hidden} more with smaller peaks; -v shows all")
+    return lines
+
+
+def _calls(rows: Iterable[Row]) -> list[Row]:
+    """Return each test's most telling phase: its call, else where the peak was."""
+    best: dict[tuple[str, int], Row] = {}
+    for row in rows:
+        key = (row.nodeid, row.figures.device_index)
+        other = best.get(key)
+        if other is None or _weight(row) > _weight(other):
+            best[key] = row
+    return list(best.values())
+
+
+def _weight(row: Row) -> tuple[bool, int]:
+    return row.phase == "call", row.figures.peak_allocated_bytes
+
+
+def _cells(row: Row, *, name_device: bool) -> tuple[str, ...]:
+    figures = row.figures
+    phase = "" if row.phase == "call" else f" ({row.phase})"
+    device = f" [cuda:{figures.device_index}]" if name_device else ""
+    return (
+        format_size(figures.peak_allocated_bytes),
+        format_size(figures.peak_reserved_bytes),
+        format_size(figures.end_allocated_bytes) if figures.end_allocated_bytes else "-",
+        str(figures.num_ooms) if figures.num_ooms else "-",
+        str(figures.num_alloc_retries) if figures.num_alloc_retries else "-",
+        row.nodeid + phase + device,
+    )
