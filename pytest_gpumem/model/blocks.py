@@ -1,0 +1,138 @@
+"""Segments and blocks: what the allocator cuts the card's memory into."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+#: Rounding quantum and smallest block, in bytes.
+#: Source of these constants: ``c10/core/AllocatorConfig.h``, torch 2.13.
+MIN_BLOCK_SIZE: Final = 512
+#: Requests up to here (rounded) come from the small pool.
+SMALL_SIZE: Final = 2**20
+#: Segment of the small pool.
+SMALL_BUFFER: Final = 2 * 2**20
+#: Requests from here on get a segment of their own size.
+MIN_LARGE_ALLOC: Final = 10 * 2**20
+#: Rounding of such segments.
+ROUND_LARGE: Final = 2 * 2**20
+
+
+class Segment:
+    """A range taken from the driver at once; blocks tile it.
+
+    Attributes:
+        address: Where it starts.
+        size: Bytes.
+        number: Counts segments from the start; older ones have lower numbers.
+        is_small: Whether it belongs to the small pool.
+        stream: The stream it was taken for.
+        first: Its first block.
+    """
+
+    __slots__ = ("address", "first", "is_small", "number", "size", "stream")
+
+    def __init__(
+        self, address: int, size: int, number: int, stream: int, *, is_small: bool
+    ) -> None:
+        self.address = address
+        self.size = size
+        self.number = number
+        self.stream = stream
+        self.is_small = is_small
+        self.first: Block
+
+
+class Block:
+    """A piece of a segment.
+
+    Attributes:
+        size: Bytes, a multiple of 512.
+        requested: Bytes last asked for; 0 if never.
+        address: Where it starts.
+        segment: The segment it is part of.
+        previous: The block before it in the segment, or None.
+        next: The block after it, or None.
+        is_allocated: Whether a live tensor has it.
+        streams: Other streams that use it, or None.
+        num_events: Events that must complete before it can be used again.
+        is_mapped: False for a part of an expandable range without memory.
+        age_base: The pool's clock when it was freed.
+        frames: Whatever the caller attaches, for snapshots.
+    """
+
+    __slots__ = (
+        "address",
+        "age_base",
+        "frames",
+        "is_allocated",
+        "is_mapped",
+        "next",
+        "num_events",
+        "previous",
+        "requested",
+        "segment",
+        "size",
+        "streams",
+    )
+
+    def __init__(self, address: int, size: int, segment: Segment) -> None:
+        self.address = address
+        self.size = size
+        self.segment = segment
+        self.requested = 0
+        self.previous: Block | None = None
+        self.next: Block | None = None
+        self.is_allocated = False
+        self.is_mapped = True
+        self.streams: set[int] | None = None
+        self.num_events = 0
+        self.age_base = 0
+        self.frames: Any = None
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the segment has other blocks."""
+        return self.previous is not None or self.next is not None
+
+    @property
+    def key(self) -> tuple[int, int, int, Block]:
+        """Best fit's order within a stream: size, age of the segment, address.
+
+        Source: observed of torch 2.13 under drivers that use addresses again.
+        """
+        return (self.size, self.segment.number, self.address, self)
+
+
+def round_size(nbytes: int, divisions: tuple[int, ...]) -> int:
+    """Return the block size that a request needs.
+
+    Args:
+        nbytes: Bytes asked for, at least 1.
+        divisions: ``AllocatorConfig.divisions``.
+
+    Source: ``CUDACachingAllocator.cpp``, ``round_size`` and
+    ``roundup_power2_next_division``.
+    """
+    if nbytes < MIN_BLOCK_SIZE:
+        return MIN_BLOCK_SIZE
+    index = min(max(nbytes.bit_length() - 21, 0), len(divisions) - 1)
+    steps = divisions[index]
+    if steps > 1 and nbytes > MIN_BLOCK_SIZE * steps:
+        if not nbytes & (nbytes - 1):
+            return nbytes
+        power = 1 << (nbytes.bit_length() - 1)
+        step = power >> (steps.bit_length() - 1)
+        return 2 * power if not step else -(-nbytes // step) * step
+    return -(-nbytes // MIN_BLOCK_SIZE) * MIN_BLOCK_SIZE
+
+
+def segment_size(size: int, large_segment_size: int) -> int:
+    """Return the bytes of a new segment for a rounded request.
+
+    Source: ``CUDACachingAllocator.cpp``, ``get_allocation_size``.
+    """
+    if size <= SMALL_SIZE:
+        return SMALL_BUFFER
+    if size < MIN_LARGE_ALLOC:
+        return large_segment_size
+    return -(-size // ROUND_LARGE) * ROUND_LARGE

@@ -1,0 +1,154 @@
+"""Settings of the caching allocator, as ``PYTORCH_CUDA_ALLOC_CONF`` spells them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+MIB: Final = 2**20
+#: "No limit", as torch stores it (``std::numeric_limits<size_t>::max()``).
+UNLIMITED: Final = 2**64 - 1
+#: Entries of the division table: 1 MiB … 32 GiB, one for each power of two.
+NUM_DIVISIONS: Final = 16
+#: Keys that change no byte of the device's own counts; accepted and kept unread.
+_WITHOUT_EFFECT: Final = frozenset(
+    {
+        "release_lock_on_cudamalloc",
+        "pinned_use_cuda_host_register",
+        "pinned_num_register_threads",
+        "pinned_use_background_threads",
+        "graph_capture_record_stream_reuse",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class AllocatorConfig:
+    """Settings of one allocator; the defaults are PyTorch's.
+
+    Source: ``c10/core/AllocatorConfig.h`` and ``c10/cuda/CUDAAllocatorConfig.h``,
+    torch 2.13.
+
+    Attributes:
+        text: The settings as given.
+        max_split_size: Blocks of at least so many bytes are never split.
+        max_non_split_rounding: How much larger than a request such a block may be.
+        large_segment_size: Segment bytes for requests between 1 MiB and 10 MiB.
+        divisions: Rounding steps between powers of two, by power from 1 MiB on; 0
+            means rounding to 512 bytes.
+        gc_threshold: Share of the limit from which unused blocks are given back; 0
+            means never.
+        expandable_segments: Whether segments grow by mapping pages.
+        memory_fraction: Fraction set at the start; None means none.
+    """
+
+    text: str = ""
+    max_split_size: int = UNLIMITED
+    max_non_split_rounding: int = 20 * MIB
+    large_segment_size: int = 20 * MIB
+    divisions: tuple[int, ...] = (0,) * NUM_DIVISIONS
+    gc_threshold: float = 0.0
+    expandable_segments: bool = False
+    memory_fraction: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> AllocatorConfig:
+        """Read settings.
+
+        Args:
+            text: ``key:value,…`` as in ``PYTORCH_CUDA_ALLOC_CONF``.
+
+        Raises:
+            ValueError: A key or value that torch refuses, or that is not modelled.
+        """
+        config = cls(text=text)
+        # Commas inside brackets belong to a list.
+        for part in re.split(r",(?![^\[]*\])", text):
+            if not part.strip():
+                continue
+            key, colon, value = (piece.strip() for piece in part.partition(":"))
+            if not colon:
+                raise ValueError(f"allocator setting {part!r} has no value")
+            config = replace(config, **_read(key, value, config))
+        return config
+
+
+def _megabytes(key: str, value: str, lowest: int) -> int:
+    if not value.isdigit() or int(value) < lowest:
+        raise ValueError(
+            f"CachingAllocator option {key} too small, must be >= {lowest}, got {value!r}"
+        )
+    return int(value) * MIB
+
+
+def _fraction(key: str, value: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        number = -1.0
+    if not 0.0 <= number <= 1.0:
+        raise ValueError(f"{key} must be between 0 and 1, got {value!r}")
+    return number
+
+
+def _read(key: str, value: str, config: AllocatorConfig) -> dict[str, Any]:
+    if key == "max_split_size_mb":
+        lowest = config.large_segment_size // MIB
+        return {"max_split_size": _megabytes(key, value, lowest)}
+    if key == "max_non_split_rounding_mb":
+        return {"max_non_split_rounding": _megabytes(key, value, 20)}
+    if key == "large_segment_size_mb":
+        return {"large_segment_size": _megabytes(key, value, 11)}
+    if key == "garbage_collection_threshold":
+        threshold = _fraction(key, value)
+        if threshold in (0.0, 1.0):
+            raise ValueError(f"{key} must be above 0 and below 1, got {value!r}")
+        return {"gc_threshold": threshold}
+    if key == "per_process_memory_fraction":
+        return {"memory_fraction": _fraction(key, value)}
+    if key == "expandable_segments":
+        if value not in ("True", "False"):
+            raise ValueError(f"Expected 'True' or 'False' for {key}, got {value!r}")
+        return {"expandable_segments": value == "True"}
+    if key == "roundup_power2_divisions":
+        return {"divisions": _divisions(value)}
+    if key == "backend":
+        if value != "native":
+            raise ValueError(f"allocator backend {value!r} is not modelled; use native")
+        return {}
+    if key in _WITHOUT_EFFECT:
+        return {}
+    raise ValueError(f"Unrecognized key '{key}' in Accelerator allocator config.")
+
+
+def _power_of_two(value: str) -> int:
+    if not value.isdigit() or int(value) < 1 or int(value) & (int(value) - 1):
+        raise ValueError(
+            f"For roundups, the divisions has to be power of 2, got {value!r}"
+        )
+    return int(value)
+
+
+def _divisions(value: str) -> tuple[int, ...]:
+    """Read ``4`` or ``[256:1,512:2,>:4]``: steps by megabytes.
+
+    The first entry of a list also serves everything below it; what lies between two
+    entries keeps 0; ``>`` serves everything above the last one.
+    """
+    if not value.startswith("["):
+        return (_power_of_two(value),) * NUM_DIVISIONS
+    table = [0] * NUM_DIVISIONS
+    last = 0
+    for position, part in enumerate(value.strip("[]").split(",")):
+        size, _colon, steps = (piece.strip() for piece in part.partition(":"))
+        number = _power_of_two(steps)
+        if size == ">":
+            table[last:] = [number] * (NUM_DIVISIONS - last)
+            break
+        index = min(max(_power_of_two(size).bit_length() - 1, 0), NUM_DIVISIONS - 1)
+        if position == 0:
+            table[:index] = [number] * index
+        table[index] = number
+        last = index + 1
+    return tuple(table)

@@ -1,0 +1,84 @@
+"""The text of an out-of-memory error, as the caching allocator writes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+#: Source: ``CUDACachingAllocator.cpp``, torch 2.11 to 2.15.
+TAIL: Final = (
+    " If reserved but unallocated memory is large try setting "
+    "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True to avoid fragmentation.  See "
+    "documentation for Memory Management  (https://docs.pytorch.org/docs/stable/notes/"
+    "cuda.html#optimizing-memory-usage-with-pytorch-cuda-alloc-conf)"
+)
+
+#: Requests from here on are refused without a look at the card.
+MAX_REQUEST: Final = 2**60
+TOO_LARGE: Final = "CUDA out of memory. Tried to allocate more than 1EB memory."
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessMemory:
+    """What a process holds of a card, in bytes; ``pid`` None is this process."""
+
+    pid: int | None
+    nbytes: int
+
+
+def format_bytes(nbytes: int) -> str:
+    """Return bytes as the allocator writes them; bounds are inclusive.
+
+    Source: ``c10/util``'s ``format_size``: two decimals, GiB the largest unit.
+    """
+    if nbytes <= 2**10:
+        return f"{nbytes} bytes"
+    for unit, size in (("KiB", 2**10), ("MiB", 2**20)):
+        if nbytes <= size * 2**10:
+            return f"{nbytes / size:.2f} {unit}"
+    return f"{nbytes / 2**30:.2f} GiB"
+
+
+def oom_text(
+    *,
+    device_index: int,
+    segment_bytes: int,
+    total_bytes: int,
+    free_bytes: int,
+    allowed_bytes: int | None,
+    allocated_bytes: int,
+    reserved_bytes: int,
+    processes: Sequence[ProcessMemory],
+) -> str:
+    """Return the error's text.
+
+    Args:
+        device_index: The card.
+        segment_bytes: The segment that was asked of the driver, not the tensor.
+        total_bytes: The card's total.
+        free_bytes: What the driver calls free after caches were flushed.
+        allowed_bytes: The limit, where a memory fraction is set.
+        allocated_bytes: Bytes in live blocks.
+        reserved_bytes: Bytes held from the driver.
+        processes: Who holds what of the card.
+    """
+    held = "".join(_process(process) for process in processes)
+    allowed = "" if allowed_bytes is None else f"{format_bytes(allowed_bytes)} allowed; "
+    return (
+        f"CUDA out of memory. Tried to allocate {format_bytes(segment_bytes)}. "
+        f"GPU {device_index} has a total capacity of {format_bytes(total_bytes)} of "
+        f"which {format_bytes(free_bytes)} is free. {held}{allowed}Of the allocated "
+        f"memory {format_bytes(allocated_bytes)} is allocated by PyTorch, and "
+        f"{format_bytes(reserved_bytes - allocated_bytes)} is reserved by PyTorch but "
+        f"unallocated.{TAIL}"
+    )
+
+
+def _process(process: ProcessMemory) -> str:
+    used = f"{format_bytes(process.nbytes)} memory in use. "
+    if process.pid is None:
+        return f"Including non-PyTorch memory, this process has {used}"
+    return f"Process {process.pid} has {used}"

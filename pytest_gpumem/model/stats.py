@@ -1,0 +1,171 @@
+"""The allocator's statistics: nine families, each for all, small and large blocks."""
+
+from __future__ import annotations
+
+from typing import Final
+
+#: The families, in the order of ``SMALL`` and ``LARGE`` below.
+#: Source: ``torch/cuda/memory.py``, ``memory_stats``.
+FAMILIES: Final = (
+    "allocation",
+    "allocated_bytes",
+    "active",
+    "active_bytes",
+    "requested_bytes",
+    "segment",
+    "reserved_bytes",
+    "inactive_split",
+    "inactive_split_bytes",
+)
+
+
+class Stat:
+    """Current, peak, and the running totals of increases and decreases."""
+
+    __slots__ = ("allocated", "current", "freed", "peak")
+
+    def __init__(self) -> None:
+        self.current = 0
+        self.peak = 0
+        self.allocated = 0
+        self.freed = 0
+
+    def increase(self, amount: int) -> None:
+        """Add, and raise the peak if this is the most so far."""
+        self.current += amount
+        self.allocated += amount
+        if self.current > self.peak:  # noqa: PLR1730  # the hot path: no call to max
+            self.peak = self.current
+
+    def decrease(self, amount: int) -> None:
+        """Take away."""
+        self.current -= amount
+        self.freed += amount
+
+    def reset_peak(self) -> None:
+        """Let the peak begin again at the current value."""
+        self.peak = self.current
+
+    def reset_totals(self) -> None:
+        """Let the running totals begin again at 0."""
+        self.allocated = 0
+        self.freed = 0
+
+
+class Family:
+    """One family: the statistic of all blocks and of each pool's."""
+
+    __slots__ = ("all", "large", "small")
+
+    def __init__(self) -> None:
+        self.all = Stat()
+        self.small = Stat()
+        self.large = Stat()
+
+    def add(self, is_small: bool, amount: int) -> None:  # noqa: FBT001  # the hot path
+        """Add an amount of either sign for a pool; 0 changes nothing."""
+        if amount > 0:
+            self.all.increase(amount)
+            (self.small if is_small else self.large).increase(amount)
+        elif amount < 0:
+            self.all.decrease(-amount)
+            (self.small if is_small else self.large).decrease(-amount)
+
+
+class Statistics:
+    """All families and counters of one allocator."""
+
+    __slots__ = (
+        "active",
+        "active_bytes",
+        "allocated_bytes",
+        "allocation",
+        "inactive_split",
+        "inactive_split_bytes",
+        "num_alloc_retries",
+        "num_device_alloc",
+        "num_device_free",
+        "num_oom_rejections",
+        "num_ooms",
+        "num_sync_all_streams",
+        "oversize_allocations",
+        "oversize_segments",
+        "requested_bytes",
+        "reserved_bytes",
+        "segment",
+    )
+
+    COUNTERS: Final = (
+        "num_alloc_retries",
+        "num_ooms",
+        "num_sync_all_streams",
+        "num_device_alloc",
+        "num_device_free",
+        "num_oom_rejections",
+    )
+
+    def __init__(self) -> None:
+        for name in FAMILIES:
+            setattr(self, name, Family())
+        self.oversize_allocations = Stat()
+        self.oversize_segments = Stat()
+        for name in self.COUNTERS:
+            setattr(self, name, 0)
+
+    allocation: Family
+    allocated_bytes: Family
+    active: Family
+    active_bytes: Family
+    requested_bytes: Family
+    segment: Family
+    reserved_bytes: Family
+    inactive_split: Family
+    inactive_split_bytes: Family
+    num_alloc_retries: int
+    num_ooms: int
+    num_sync_all_streams: int
+    num_device_alloc: int
+    num_device_free: int
+    num_oom_rejections: int
+
+    def _stats(self) -> list[tuple[str, Stat]]:
+        named = [
+            (f"{name}.{pool}", getattr(getattr(self, name), attribute))
+            for name in FAMILIES
+            for pool, attribute in (
+                ("all", "all"),
+                ("large_pool", "large"),
+                ("small_pool", "small"),
+            )
+        ]
+        named.append(("oversize_allocations", self.oversize_allocations))
+        named.append(("oversize_segments", self.oversize_segments))
+        return named
+
+    def reset_peak(self) -> None:
+        """Let every peak begin again at the current value."""
+        for _name, stat in self._stats():
+            stat.reset_peak()
+
+    def reset_accumulated(self) -> None:
+        """Let running totals and counters begin again at 0."""
+        for _name, stat in self._stats():
+            stat.reset_totals()
+        for name in self.COUNTERS:
+            setattr(self, name, 0)
+
+    def to_dict(self, *, max_split_size: int) -> dict[str, int]:
+        """Return ``torch.cuda.memory_stats``'s flat dictionary, sorted by key.
+
+        Args:
+            max_split_size: Reported as it is; -1 stands for no limit.
+        """
+        flat = {
+            f"{name}.{kind}": getattr(stat, kind)
+            for name, stat in self._stats()
+            for kind in ("current", "peak", "allocated", "freed")
+        }
+        for name in self.COUNTERS:
+            flat[name] = getattr(self, name)
+        flat["max_split_size"] = max_split_size
+        return dict(sorted(flat.items()))
