@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from pytest_gpumem.errors import SizeError
 
@@ -24,12 +24,22 @@ UNITS: Final[Mapping[str, int]] = {
     "GB": 10**9,
     "TB": 10**12,
 }
+#: The largest size, in bytes: PyTorch counts bytes in a signed 64-bit integer.
+MAX_BYTES: Final = 2**63 - 1
+
+_IEC: Final = ("B", "KiB", "MiB", "GiB", "TiB")
 _UNITS_LOWER: Final = {name.lower(): nbytes for name, nbytes in UNITS.items()}
 _ACCEPTED: Final = (
     "write bytes (1048576), IEC units (512MiB, 1.5GiB), SI units (4GB) or a share of "
     "the card (50%)"
 )
-_PATTERN: Final = re.compile(r"\s*(?P<number>[0-9]+(?:\.[0-9]+)?)\s*(?P<unit>[A-Za-z]*|%)\s*")
+#: The length is bounded, as Python refuses to read integers of thousands of digits.
+_PATTERN: Final = re.compile(
+    r"\s*(?P<number>[0-9]{1,24}(?:\.[0-9]{1,24})?)\s*(?P<unit>[A-Za-z]*|%)\s*"
+)
+_NEGATIVE: Final = re.compile(r"\s*[-\N{MINUS SIGN}]\s*[0-9.].*", re.DOTALL)
+_NOT_FINITE: Final = re.compile(r"\s*[+-]?\s*(nan|inf|infinity)\b.*", re.IGNORECASE)
+_INDEX: Final = re.compile(r"[0-9]{1,4}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,80 +57,78 @@ class SizeSpec:
     unit_bytes: int | None
 
     def resolve(self, total_bytes: int | None = None) -> int:
-        """Return bytes, rounded down to a whole one.
+        """Return bytes; a fraction of a byte is dropped.
 
         Args:
             total_bytes: The card's bytes, for a percentage.
 
         Raises:
-            SizeError: A percentage without a card, or the size is below one byte.
+            SizeError: A percentage without a card, or the size is above zero but
+                below one byte.
         """
         if self.unit_bytes is not None:
             nbytes = int(self.number * self.unit_bytes)
         elif total_bytes is None:
-            raise SizeError(
-                f"size {self.text!r} is a share of a card, and there is none here; "
+            _refuse(
+                self.text,
+                "is a share of a card, and there is none here",
                 "write bytes, such as 512MiB",
-                value=self.text,
             )
         else:
             nbytes = int(self.number * total_bytes / 100)
-        if nbytes < 1:
-            raise SizeError(
-                f"size {self.text!r} is less than one byte; {_ACCEPTED}", value=self.text
-            )
+        if nbytes < 1 and self.number:
+            _refuse(self.text, "is less than one byte")
         return nbytes
 
 
-def parse_size_spec(value: str | int) -> SizeSpec:
+def parse_size_spec(value: str | int, *, allow_zero: bool = False) -> SizeSpec:
     """Read a size without knowing the card.
 
     Args:
         value: Bytes as an ``int``, or a text: ``4GiB``, ``4GB``, ``512 MiB``,
             ``1.5GiB``, ``50%``, ``1048576``. Units are read in any case.
+        allow_zero: Whether zero is a size.
 
     Raises:
-        SizeError: The value is no size, zero, negative, or more than 100 %.
+        SizeError: The value is no size, negative, zero where zero is no size, more
+            than 100 % or more than ``MAX_BYTES``.
+
+    Example::
+
+        assert parse_size_spec("50%").resolve(2**30) == 2**29
     """
     if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise SizeError(f"size {value!r} is no size; {_ACCEPTED}", value=value)
-    text = str(value)
-    match = _PATTERN.fullmatch(text)
+        _refuse(value, "is no size")
+    if isinstance(value, int):
+        _check_range(value, value, allow_zero=allow_zero)
+        return SizeSpec(str(value), Fraction(value), 1)
+    match = _PATTERN.fullmatch(value)
     if match is None:
-        raise SizeError(f"size {text!r} cannot be read; {_ACCEPTED}", value=value)
+        _refuse(value, _why_unreadable(value))
     number, unit = Fraction(match["number"]), match["unit"]
-    if not number:
-        raise SizeError(f"size {text!r} is zero; {_ACCEPTED}", value=value)
     if unit == "%":
         if number > 100:  # noqa: PLR2004  # percent
-            raise SizeError(
-                f"size {text!r} is more than the whole card; {_ACCEPTED}", value=value
-            )
-        return SizeSpec(text, number, None)
-    if not unit:
-        if number.denominator != 1:
-            raise SizeError(
-                f"size {text!r} is no whole number of bytes; {_ACCEPTED}", value=value
-            )
-        return SizeSpec(text, number, 1)
-    unit_bytes = _UNITS_LOWER.get(unit.lower())
-    if unit_bytes is None:
-        hint = _ACCEPTED
-        if unit.upper() in ("K", "M", "G", "T"):
-            unit = unit.upper()
-            hint = f"write {unit}iB (powers of 1024) or {unit}B (powers of 1000)"
-        raise SizeError(
-            f"size {text!r} has the unknown unit {match['unit']!r}; {hint}", value=value
-        )
-    return SizeSpec(text, number, unit_bytes)
+            _refuse(value, "is more than the whole card")
+        unit_bytes = None
+    elif unit:
+        unit_bytes = _unit_bytes(value, unit)
+    elif number.denominator != 1:
+        _refuse(value, "is no whole number of bytes")
+    else:
+        unit_bytes = 1
+    _check_range(value, number * (unit_bytes or 1), allow_zero=allow_zero)
+    return SizeSpec(value, number, unit_bytes)
 
 
-def parse_size(value: str | int, *, of: int | None = None) -> int:
+def parse_size(
+    value: str | int, *, of: int | None = None, allow_zero: bool = False
+) -> int:
     """Return a size in bytes; a fraction of a byte is dropped.
 
     Args:
         value: As for ``parse_size_spec``.
         of: Bytes of the card that a percentage is taken of.
+        allow_zero: Whether zero is a size.
 
     Raises:
         SizeError: The value is no size, or a percentage without ``of``.
@@ -129,7 +137,7 @@ def parse_size(value: str | int, *, of: int | None = None) -> int:
 
         assert parse_size("1.5GiB") == 1610612736
     """
-    return parse_size_spec(value).resolve(of)
+    return parse_size_spec(value, allow_zero=allow_zero).resolve(of)
 
 
 def parse_device_sizes(text: str) -> dict[int | None, SizeSpec]:
@@ -140,33 +148,100 @@ def parse_device_sizes(text: str) -> dict[int | None, SizeSpec]:
 
     Raises:
         SizeError: A size or an index cannot be read, or an index comes twice.
+
+    Example::
+
+        assert list(parse_device_sizes("0=4GiB,1=8GiB")) == [0, 1]
     """
     if "=" not in text:
         return {None: parse_size_spec(text)}
     sizes: dict[int | None, SizeSpec] = {}
     for part in text.split(","):
         index, equals, size = (piece.strip() for piece in part.partition("="))
-        if not equals or not (index.isascii() and index.isdigit()):
+        if not equals or not _INDEX.fullmatch(index):
             raise SizeError(
                 f"sizes {text!r}: {part.strip()!r} is no INDEX=SIZE; write for example "
                 "0=4GiB,1=8GiB",
                 value=text,
             )
         if int(index) in sizes:
-            raise SizeError(f"sizes {text!r}: card {index} comes twice", value=text)
+            raise SizeError(
+                f"sizes {text!r}: card {int(index)} comes twice; give each card one "
+                "size",
+                value=text,
+            )
         sizes[int(index)] = parse_size_spec(size)
     return sizes
 
 
-def format_size(nbytes: int) -> str:
-    """Return a size for people: ``1.25 GiB``, ``512 B``; two decimals at most.
+def format_size(nbytes: int, *, exact: bool = False) -> str:
+    """Return a size for people: ``1.25 GiB``, ``512 B``.
 
     Args:
         nbytes: Bytes, of either sign.
+        exact: Use the largest unit that comes out whole (``1280 MiB``, ``1025 B``),
+            so that ``parse_size`` gives ``nbytes`` back. Otherwise round to two
+            decimals, halves away from zero, and leave trailing zeros out.
+
+    Example::
+
+        assert format_size(1342177280) == "1.25 GiB"
     """
-    sign, nbytes = ("-", -nbytes) if nbytes < 0 else ("", nbytes)
-    for unit in ("TiB", "GiB", "MiB", "KiB"):
-        if nbytes >= UNITS[unit]:
-            value = f"{nbytes / UNITS[unit]:.2f}".rstrip("0").rstrip(".")
-            return f"{sign}{value} {unit}"
-    return f"{sign}{nbytes} B"
+    sign, magnitude = ("-", -nbytes) if nbytes < 0 else ("", nbytes)
+    if exact:
+        unit = next(
+            name
+            for name in reversed(_IEC)
+            if name == "B" or not magnitude % UNITS[name]
+        )
+        return f"{sign}{magnitude // UNITS[unit]} {unit}" if nbytes else "0 B"
+    for unit in _IEC:
+        hundredths = (magnitude * 100 + UNITS[unit] // 2) // UNITS[unit]
+        # Rounding may reach the next unit: 1048575 B is 1 MiB, not 1024 KiB.
+        if hundredths < 1024 * 100 or unit == _IEC[-1]:
+            break
+    whole, rest = divmod(hundredths, 100)
+    decimals = f".{rest:02d}".rstrip("0") if rest else ""
+    return f"{sign}{whole}{decimals} {unit}"
+
+
+def _refuse(value: object, reason: str, advice: str = _ACCEPTED) -> NoReturn:
+    shown = repr(value)
+    if len(shown) > 60:  # noqa: PLR2004  # one line
+        shown = f"{shown[:56]}...'"
+    raise SizeError(f"size {shown} {reason}; {advice}", value=value)
+
+
+def _why_unreadable(text: str) -> str:
+    if not text.strip():
+        return "is empty"
+    if _NEGATIVE.fullmatch(text):
+        return "is negative"
+    if _NOT_FINITE.fullmatch(text):
+        return "is no finite number"
+    return "cannot be read"
+
+
+def _unit_bytes(text: str, unit: str) -> int:
+    nbytes = _UNITS_LOWER.get(unit.lower())
+    if nbytes is not None:
+        return nbytes
+    if unit.upper() in ("K", "M", "G", "T"):
+        prefix = unit.upper()
+        _refuse(
+            text,
+            f"has the ambiguous unit {unit!r}",
+            f"write {prefix}iB (powers of 1024) or {prefix}B (powers of 1000)",
+        )
+    _refuse(text, f"has the unknown unit {unit!r}")
+
+
+def _check_range(value: object, nbytes: int | Fraction, *, allow_zero: bool) -> None:
+    if nbytes < 0:
+        _refuse(value, "is negative")
+    if not nbytes and not allow_zero:
+        _refuse(value, "is zero")
+    if nbytes > MAX_BYTES:
+        # The number itself may be too long to be printed.
+        shown = value if isinstance(value, str) else f"above {MAX_BYTES}"
+        _refuse(shown, "is more than any card has")

@@ -9,12 +9,14 @@ sets is clamped to the budget. All of it is put back when the last budget is lif
 
 from __future__ import annotations
 
+import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pytest_gpumem.devices.fractions import fraction_for
+from pytest_gpumem.devices.nvml import cap_free_memory
 from pytest_gpumem.devices.patches import PatchSet
 from pytest_gpumem.errors import BudgetError
 from pytest_gpumem.model.records import MemoryFigures
@@ -188,6 +190,8 @@ class CudaDevice:
         )
         torch.cuda.init()
         patches.set(torch.cuda, "_cudart", _Cudart(torch.cuda.cudart(), self))
+        if "pynvml" in sys.modules:
+            cap_free_memory(sys.modules["pynvml"], patches, self.shared)
         info = getattr(torch._C, "_accelerator_getMemoryInfo", None)  # noqa: SLF001  # below torch.accelerator
         if info is not None:
             patches.set(

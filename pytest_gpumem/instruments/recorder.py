@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+import sysconfig
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from pytest_gpumem.devices.active import active_device
 from pytest_gpumem.instruments.phases import current_phase
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices import Device, Tracker
     from pytest_gpumem.model.records import MemoryFigures
+
+_OURS: Final = frozenset({"torch", "pytest_gpumem", "contextlib"})
+_STDLIB: Final = sysconfig.get_path("stdlib")
 
 
 class PeakRecorder:
@@ -115,13 +119,25 @@ class LimitWatch:
 
 
 def describe_site(frame: FrameType | None) -> str:
-    """Return the innermost line outside torch and this plugin, and the phase."""
+    """Return the line that asked for memory, and the phase it was in.
+
+    The innermost line of the user's own code where there is one on the stack; else
+    (in a library's worker thread) the innermost line outside torch and this plugin.
+    """
     phase = current_phase(frame)
+    library = None
     current = frame
     while current is not None:
-        name = current.f_globals.get("__name__", "")
-        if name.partition(".")[0] not in ("torch", "pytest_gpumem", "contextlib"):
-            code = current.f_code
-            return f"{code.co_filename}:{current.f_lineno} in {code.co_name} ({phase})"
+        name = current.f_globals.get("__name__", "").partition(".")[0]
+        code = current.f_code
+        if name not in _OURS:
+            site = f"{code.co_filename}:{current.f_lineno} in {code.co_name} ({phase})"
+            if name != "threading" and not _is_installed(code.co_filename):
+                return site
+            library = library or site
         current = current.f_back
-    return f"unknown site ({phase})"
+    return library or f"unknown site ({phase})"
+
+
+def _is_installed(filename: str) -> bool:
+    return "site-packages" in filename or filename.startswith((_STDLIB, "<"))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import gc
 import sys
-import traceback
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
@@ -11,6 +11,7 @@ import pytest
 
 from pytest_gpumem.devices.on_import import AfterImport
 from pytest_gpumem.devices.selection import Choice, choose
+from pytest_gpumem.instruments.frames import clear_exception
 from pytest_gpumem.model.records import to_properties
 from pytest_gpumem.plugin import marks
 from pytest_gpumem.plugin.options import Settings, check_budgets
@@ -36,10 +37,13 @@ class GpuMemPlugin:
         self.device: Device | None = None
         self._installation: Any = None
         self._hook = AfterImport("torch", self._torch_imported)
+        self._nvml_hook = AfterImport("pynvml", self._nvml_imported)
+        self._nvml: Any = None
         self._trackers: list[Tracker] = []
         self._phase: str | None = None
         self._item: pytest.Item | None = None
         self._seen_requests = 0
+        self._held_bytes = 0
         self._spent: dict[str, int] = {}
         if self.choice.kind == "simulated":
             totals = {index: card.total_bytes for index, card in enumerate(settings.cards)}
@@ -55,6 +59,8 @@ class GpuMemPlugin:
             import torch  # noqa: F401, PLC0415  # a budget was asked for
         elif self.choice.kind != "off":
             self._hook.start()
+        if self.choice.kind == "simulated":
+            self._nvml_hook.start()
 
     def _torch_imported(self) -> None:
         import torch  # noqa: PLC0415  # it has just been imported
@@ -80,6 +86,15 @@ class GpuMemPlugin:
         self._apply_budgets()
         if self._phase is not None:
             self._open_trackers()
+
+    def _nvml_imported(self) -> None:
+        from pytest_gpumem.devices.nvml import SimulatedNvml  # noqa: PLC0415  # pynvml is here
+
+        self._nvml = SimulatedNvml(sys.modules["pynvml"], self._machine)
+        self._nvml.install()
+
+    def _machine(self) -> Any:
+        return self.require_device().machine  # type: ignore[attr-defined]  # only simulated runs ask
 
     def _install(self) -> None:
         from pytest_gpumem.devices.simulated.device import (  # noqa: PLC0415  # torch is here
@@ -112,6 +127,10 @@ class GpuMemPlugin:
     def stop(self) -> None:
         """Put everything back."""
         self._hook.stop()
+        self._nvml_hook.stop()
+        if self._nvml is not None:
+            self._nvml.remove()
+            self._nvml = None
         if self.device is not None:
             for index in range(self.device.device_count):
                 self.device.set_budget(index, None)
@@ -220,7 +239,7 @@ class GpuMemPlugin:
         self, item: pytest.Item, phase: str, figures: list[MemoryFigures]
     ) -> None:
         for each in figures:
-            if each.peak_reserved_bytes:
+            if each.peak_reserved_bytes or each.num_ooms:
                 item.user_properties.extend(to_properties(phase, each))
 
     def _watch_limits(
@@ -294,16 +313,26 @@ class GpuMemPlugin:
     # -- between tests ------------------------------------------------------------------
 
     def _clean(self) -> None:
-        """Give back what the test before left in caches and in its traceback."""
+        """Give back what the test before left in caches, tracebacks and cycles."""
         device = self.device
         if device is None or device.num_requests == self._seen_requests:
             return
-        last = getattr(sys, "last_traceback", None)
+        last = getattr(sys, "last_value", None)
         if last is not None:
             # The frames of a failed test would hold its tensors on the card.
-            traceback.clear_frames(last)
+            clear_exception(last)
+        if self._allocated() > self._held_bytes:
+            gc.collect()
         device.empty_cache()
         self._seen_requests = device.num_requests
+        self._held_bytes = self._allocated()
+
+    def _allocated(self) -> int:
+        assert self.device is not None, "unreachable: called once there is a device"  # noqa: S101
+        return sum(
+            self.device.memory_stats(index).get("allocated_bytes.all.current", 0)
+            for index in range(self.device.device_count)
+        )
 
     # -- words --------------------------------------------------------------------------
 

@@ -51,6 +51,7 @@ def _plain(data: Any) -> Any:
 
 def tensor(data: Any, **options: Any) -> torch.Tensor:
     """``torch.tensor``: a copy of the data, on the host or on a card."""
+    __tracebackhide__ = True
     on_card = isinstance(data, SimulatedTensor)
     goal = _goal(options.get("device"))
     if goal is None and on_card and options.get("device") is None:
@@ -66,6 +67,7 @@ def tensor(data: Any, **options: Any) -> torch.Tensor:
 
 def as_tensor(data: Any, dtype: Any = None, device: Any = None) -> torch.Tensor:
     """``torch.as_tensor``: the data itself where it is a tensor in place already."""
+    __tracebackhide__ = True
     if isinstance(data, torch.Tensor):
         same = data.device if device is None else device
         return data.to(same, data.dtype if dtype is None else dtype)
@@ -93,6 +95,7 @@ def _factory(original: Any) -> Any:
 
     @functools.wraps(original)
     def factory(*args: Any, **options: Any) -> torch.Tensor:
+        __tracebackhide__ = True
         pinned = options.pop("pin_memory", False)
         device = options.get("device")
         if isinstance(device, int) and not isinstance(device, bool):

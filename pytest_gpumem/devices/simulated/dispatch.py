@@ -85,23 +85,46 @@ class _Operands:
         return value
 
 
-def _mismatch(func: Any, operands: _Operands) -> RuntimeError:
-    """Return torch's error for operands on more than one device."""
-    first = f"cuda:{operands.card.index}" if operands.card else "cpu"
-    second = f"cuda:{operands.strays.index}" if operands.strays else None
-    if second is None:
-        host = operands.host
-        second = str(host.device) if host is not None else "cpu"
+def _mismatch(func: Any, args: Any, operands: _Operands) -> RuntimeError:
+    """Return torch's error for operands on more than one device.
+
+    Source: ``aten/src/ATen/TensorIterator.cpp`` for element-wise operators,
+    ``c10/core/impl/DeviceGuardImplInterface`` checks of generated kernels
+    (``common_device_check_failure``) for the others.
+    """
+    name = func._schema.name.partition("::")[2]  # noqa: SLF001  # the schema has no public name
+    if torch.Tag.pointwise in func.tags:
+        first, second = _two_devices(operands)
+        return RuntimeError(
+            "Expected all tensors to be on the same device, but found at least two "
+            f"devices, {first} and {second}!"
+        )
+    places = [
+        (argument.name, str(value.device))
+        for argument, value in zip(func._schema.arguments, args, strict=False)  # noqa: SLF001  # see above
+        if isinstance(value, torch.Tensor) and value.dim() > 0
+    ]
+    first = places[0][1] if places else "cuda:0"
+    argument, other = next(
+        (place for place in places if place[1] != first), ("tensors", "cpu")
+    )
     return RuntimeError(
-        "Expected all tensors to be on the same device, but found at least two "
-        f"devices, {first} and {second}! (when checking argument in method "
-        f"wrapper_CUDA_{func.overloadpacket.__name__})"
+        f"Expected all tensors to be on the same device, but got {argument} is on "
+        f"{other}, different from other tensors on {first} (when checking argument in "
+        f"method wrapper_CUDA_{name})"
     )
 
 
-def _check_devices(func: Any, operands: _Operands) -> None:
+def _two_devices(operands: _Operands) -> tuple[str, str]:
+    first = f"cuda:{operands.card.index}" if operands.card is not None else "cpu"
     if operands.strays is not None:
-        raise _mismatch(func, operands)
+        return first, f"cuda:{operands.strays.index}"
+    return first, str(operands.host.device) if operands.host is not None else "cpu"
+
+
+def _check_devices(func: Any, args: Any, operands: _Operands) -> None:
+    if operands.strays is not None:
+        raise _mismatch(func, args, operands)
     # Inside backward, torch's own formulas make zeros on what they take for the
     # tensors' device, the CPU: those are no mistake of the user's.
     if (
@@ -110,7 +133,7 @@ def _check_devices(func: Any, operands: _Operands) -> None:
         and func.overloadpacket.__name__ not in TAKES_HOST_TENSORS
         and torch._C._current_graph_task_id() == -1  # type: ignore[attr-defined]  # noqa: SLF001  # no public way to ask
     ):
-        raise _mismatch(func, operands)
+        raise _mismatch(func, args, operands)
 
 
 def run(func: Any, args: Any, kwargs: dict[str, Any], card: SimulatedCard) -> Any:
@@ -165,7 +188,7 @@ def _plain(func: Any) -> Handler:
         if kwargs:
             kwargs = {name: unwrap(value) for name, value in kwargs.items()}
         if operands.host is not None or operands.strays is not None:
-            _check_devices(func, operands)
+            _check_devices(func, args, operands)
         target = _target(kwargs, operands) if "device" in kwargs else operands.card
         if random or operands.card is None:
             out = run(func, values, kwargs, operands.card or _any_card(target))
@@ -194,7 +217,7 @@ def _mutating(func: Any) -> Handler:
         values = [operands.unwrap(arg) for arg in args]
         inner = {name: operands.unwrap(value) for name, value in kwargs.items()}
         if operands.host is not None or operands.strays is not None:
-            _check_devices(func, operands)
+            _check_devices(func, args, operands)
         card = _any_card(operands.card)
         shapes = [
             (outer, outer._value.shape, outer._value.untyped_storage().nbytes())

@@ -29,6 +29,7 @@ def _new(
     Raises:
         torch.OutOfMemoryError: No room on the card.
     """
+    __tracebackhide__ = True
     dtype = torch.get_default_dtype() if dtype is None else dtype
     if stride is None:
         count = 1
@@ -61,6 +62,7 @@ def _empty(
     pin_memory: Any = None,
     memory_format: Any = None,
 ) -> torch.Tensor:
+    __tracebackhide__ = True
     if pin_memory:
         raise RuntimeError("Only dense CPU tensors can be pinned")
     card = card_of(None if device is None else device.index)
@@ -76,6 +78,7 @@ def _empty_strided(
     device: Any = None,
     pin_memory: Any = None,
 ) -> torch.Tensor:
+    __tracebackhide__ = True
     if pin_memory:
         raise RuntimeError("Only dense CPU tensors can be pinned")
     card = card_of(None if device is None else device.index)

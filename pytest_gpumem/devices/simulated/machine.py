@@ -75,6 +75,7 @@ class SimulatedCard:
             OutOfMemory: Nothing that large is free within card and budget, or a
                 fault refused the request.
         """
+        __tracebackhide__ = True
         refuse = False
         for fault in self.faults:
             refuse = fault(self.index, nbytes) or refuse

@@ -30,6 +30,7 @@ class Memory:
     __slots__ = ("block", "card", "nbytes")
 
     def __init__(self, card: SimulatedCard, nbytes: int) -> None:
+        __tracebackhide__ = True
         self.card = card
         self.nbytes = nbytes
         self.block: Block | None = None
@@ -48,6 +49,7 @@ def allocate(card: SimulatedCard, nbytes: int) -> Block:
         torch.OutOfMemoryError: There is no room. The error carries no cause and no
             context of the model's, as the real allocator's does not.
     """
+    __tracebackhide__ = True
     try:
         return card.allocate(nbytes, card.machine.current_stream(card.index))
     except OutOfMemory as error:

@@ -70,6 +70,7 @@ def _parse_to(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """``Tensor.to`` between host and simulated cards."""
+    __tracebackhide__ = True
     options = _parse_to(args, kwargs)
     device = options["device"]
     on_card = type(self) is SimulatedTensor
@@ -101,6 +102,7 @@ def cuda(
     memory_format: torch.memory_format = torch.preserve_format,
 ) -> torch.Tensor:
     """``Tensor.cuda``: onto a card."""
+    __tracebackhide__ = True
     target = DEVICES[card_of(None).index] if device is None else cuda_device(device)
     if target is None:
         raise RuntimeError(f"Invalid device, must be cuda device but got {device!r}")
@@ -111,6 +113,7 @@ def cpu(
     self: torch.Tensor, memory_format: torch.memory_format = torch.preserve_format
 ) -> torch.Tensor:
     """``Tensor.cpu``: onto the host."""
+    __tracebackhide__ = True
     return to(self, torch.device("cpu"), memory_format=memory_format)
 
 

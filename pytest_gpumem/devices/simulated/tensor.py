@@ -68,6 +68,7 @@ class SimulatedTensor(torch.Tensor):
         func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run one operator on the CPU and charge what it made to the card."""
+        __tracebackhide__ = True
         try:
             return HANDLERS[func](args, kwargs if kwargs is not None else {})
         except torch.OutOfMemoryError as error:

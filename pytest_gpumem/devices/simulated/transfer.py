@@ -32,6 +32,7 @@ def upload(
         NotImplementedError: The source is a meta tensor (torch's text).
         torch.OutOfMemoryError: No room; nothing was copied.
     """
+    __tracebackhide__ = True
     if source.is_meta:
         raise NotImplementedError("Cannot copy out of meta tensor; no data!")
     dtype = source.dtype if dtype is None else dtype
@@ -57,6 +58,7 @@ def download(
     Raises:
         torch.OutOfMemoryError: No room for the contiguous copy.
     """
+    __tracebackhide__ = True
     value = source._value  # noqa: SLF001  # the device's own room
     if device is not None and device.type == "meta":
         return torch.empty_like(value, dtype=dtype, device=device)
@@ -83,6 +85,7 @@ def peer_copy(
     Raises:
         torch.OutOfMemoryError: No room on the target.
     """
+    __tracebackhide__ = True
     dtype = source.dtype if dtype is None else dtype
     memory = Memory(card, source.numel() * dtype.itemsize)
     value = _to_copy(source._value, dtype=dtype)  # noqa: SLF001  # the device's own room
@@ -97,6 +100,7 @@ class _Move(torch.autograd.Function):
     def forward(
         ctx: Any, source: torch.Tensor, device: torch.device, options: dict[str, Any]
     ) -> torch.Tensor:
+        __tracebackhide__ = True
         ctx.device, ctx.dtype = source.device, source.dtype
         return move(source, device, **options)
 
@@ -117,6 +121,7 @@ def move(
     Raises:
         torch.OutOfMemoryError: No room on the target.
     """
+    __tracebackhide__ = True
     on_card = isinstance(source, SimulatedTensor)
     if device.type == "cuda":
         card = card_of(device.index)
@@ -136,6 +141,7 @@ def moved(source: torch.Tensor, device: torch.device, **options: Any) -> torch.T
     Raises:
         torch.OutOfMemoryError: No room on the target.
     """
+    __tracebackhide__ = True
     if source.requires_grad and torch.is_grad_enabled():
         result: torch.Tensor = _Move.apply(source, device, options)
         return result

@@ -1,0 +1,223 @@
+"""The table of real cards, with where each figure comes from.
+
+Totals are what the driver reports to CUDA (``cudaMemGetInfo``, torch's
+``total_memory``), which is less than what is printed on the box. They differ a little
+between driver versions, so ``source`` says which one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+_KIB: Final = 2**10
+_MIB: Final = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What torch can be asked of a card.
+
+    Attributes:
+        name: As the driver and ``torch.cuda.get_device_name`` give it.
+        total_bytes: Total memory as the driver reports it.
+        compute_capability: Major and minor number.
+        multi_processor_count: Streaming multiprocessors.
+        l2_cache_size: Bytes.
+        precision_bytes: How exactly ``total_bytes`` is known; 1 means to the byte.
+        source: Where ``total_bytes`` was read.
+    """
+
+    name: str
+    total_bytes: int
+    compute_capability: tuple[int, int]
+    multi_processor_count: int
+    l2_cache_size: int
+    precision_bytes: int = 1
+    source: str = ""
+
+    @property
+    def max_threads_per_multi_processor(self) -> int:
+        """Threads that a multiprocessor can hold."""
+        return _LIMITS[self.compute_capability][0]
+
+    @property
+    def regs_per_multiprocessor(self) -> int:
+        """32-bit registers of a multiprocessor."""
+        return _LIMITS[self.compute_capability][1]
+
+    @property
+    def shared_memory_per_block(self) -> int:
+        """Bytes that a block may use without asking for more."""
+        return 48 * _KIB
+
+    @property
+    def shared_memory_per_block_optin(self) -> int:
+        """Bytes that a block may use at most."""
+        return _LIMITS[self.compute_capability][3] * _KIB
+
+    @property
+    def shared_memory_per_multiprocessor(self) -> int:
+        """Bytes of a multiprocessor."""
+        return _LIMITS[self.compute_capability][2] * _KIB
+
+
+#: By compute capability: threads and registers of a multiprocessor, KiB of shared
+#: memory of a multiprocessor, KiB of it that one block may have.
+#: Source: CUDA C++ Programming Guide, "Technical Specifications per Compute
+#: Capability".
+_LIMITS: Final = {
+    (3, 7): (2048, 131072, 112, 48),
+    (6, 0): (2048, 65536, 64, 48),
+    (7, 0): (2048, 65536, 96, 96),
+    (7, 5): (1024, 65536, 64, 64),
+    (8, 0): (2048, 65536, 164, 163),
+    (8, 6): (1536, 65536, 100, 99),
+    (8, 9): (1536, 65536, 100, 99),
+    (9, 0): (2048, 65536, 228, 227),
+    (10, 0): (2048, 65536, 228, 227),
+    (12, 0): (1536, 65536, 100, 99),
+}
+
+
+def _device_query(driver: str) -> str:
+    return f"deviceQuery output in a public repository, driver for CUDA {driver}"
+
+
+def _properties(version: str) -> str:
+    return f"torch's device properties in a public repository, {version}; whole MiB"
+
+
+#: Cards by the name that people use.
+CARDS: Final[dict[str, Card]] = {
+    "K80": Card(
+        "Tesla K80", 11996954624, (3, 7), 13, 1572864, source=_device_query("10.2")
+    ),
+    "P100": Card(
+        "Tesla P100-PCIE-16GB",
+        17071734784,
+        (6, 0),
+        56,
+        4194304,
+        source=_device_query("11.4"),
+    ),
+    "V100-16GB": Card(
+        "Tesla V100-SXM2-16GB",
+        16928342016,
+        (7, 0),
+        80,
+        6291456,
+        source=_device_query("12.4"),
+    ),
+    "V100-32GB": Card(
+        "Tesla V100-SXM2-32GB",
+        34089730048,
+        (7, 0),
+        80,
+        6291456,
+        source=_device_query("11.4"),
+    ),
+    "T4": Card(
+        "Tesla T4", 15642329088, (7, 5), 40, 4194304, source=_device_query("12.5")
+    ),
+    "RTX 2080 Ti": Card(
+        "NVIDIA GeForce RTX 2080 Ti",
+        11523260416,
+        (7, 5),
+        68,
+        5767168,
+        source=_device_query("10.1"),
+    ),
+    "A100-40GB": Card(
+        "NVIDIA A100-SXM4-40GB",
+        42298834944,
+        (8, 0),
+        108,
+        41943040,
+        source=_device_query("12.2"),
+    ),
+    "A100-80GB": Card(
+        "NVIDIA A100-SXM4-80GB",
+        85100068864,
+        (8, 0),
+        108,
+        41943040,
+        source=_device_query("12.5"),
+    ),
+    "RTX 3060": Card(
+        "NVIDIA GeForce RTX 3060",
+        12629508096,
+        (8, 6),
+        28,
+        2359296,
+        source=_device_query("12.2"),
+    ),
+    "RTX 3090": Card(
+        "NVIDIA GeForce RTX 3090",
+        25414860800,
+        (8, 6),
+        82,
+        6291456,
+        source=_device_query("12.2"),
+    ),
+    "A10": Card(
+        "NVIDIA A10", 23696375808, (8, 6), 72, 6291456, source=_device_query("12.8")
+    ),
+    "A10G": Card(
+        "NVIDIA A10G",
+        22587 * _MIB,
+        (8, 6),
+        80,
+        6291456,
+        precision_bytes=_MIB,
+        source=_properties("2.15.0.dev+cu130"),
+    ),
+    "L4": Card(
+        "NVIDIA L4", 23612293120, (8, 9), 58, 50331648, source=_device_query("12.0")
+    ),
+    "L40S": Card(
+        "NVIDIA L40S", 47576711168, (8, 9), 142, 100663296, source=_device_query("12.4")
+    ),
+    "RTX 4090": Card(
+        "NVIDIA GeForce RTX 4090",
+        25250627584,
+        (8, 9),
+        128,
+        75497472,
+        source=_device_query("13.0"),
+    ),
+    "H100-80GB": Card(
+        "NVIDIA H100 80GB HBM3",
+        85028896768,
+        (9, 0),
+        132,
+        52428800,
+        source=_device_query("12.8"),
+    ),
+    "H200": Card(
+        "NVIDIA H200",
+        143156 * _MIB,
+        (9, 0),
+        132,
+        62914560,
+        precision_bytes=_MIB,
+        source=_properties("version not given"),
+    ),
+    "B200": Card(
+        "NVIDIA B200",
+        182642 * _MIB,
+        (10, 0),
+        148,
+        132644864,
+        precision_bytes=_MIB,
+        source=_properties("version not given"),
+    ),
+    "RTX 5090": Card(
+        "NVIDIA GeForce RTX 5090",
+        33677180928,
+        (12, 0),
+        170,
+        100663296,
+        source=_device_query("12.8"),
+    ),
+}

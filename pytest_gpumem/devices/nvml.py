@@ -1,0 +1,166 @@
+"""NVML answers that agree with the cards that torch sees.
+
+``pynvml`` (nvidia-ml-py) asks NVIDIA's driver. While cards are simulated it must not
+reach one: the functions that programs use to look at memory are replaced, every other
+device function says "Not Supported", as NVML itself does for what a card lacks. While
+a budget is in force on real cards, only their free memory is capped.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pytest_gpumem.devices.patches import PatchSet
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pytest_gpumem.devices.simulated.machine import SimulatedMachine
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryInfo:
+    """``nvmlMemory_t``: bytes of a card."""
+
+    total: int
+    free: int
+    used: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessInfo:
+    """``nvmlProcessInfo_t``: bytes that a process holds of a card."""
+
+    pid: int
+    usedGpuMemory: int  # noqa: N815  # NVML's name
+    gpuInstanceId: int = 0xFFFFFFFF  # noqa: N815  # NVML's name
+    computeInstanceId: int = 0xFFFFFFFF  # noqa: N815  # NVML's name
+
+
+@dataclass(frozen=True, slots=True)
+class Utilization:
+    """``nvmlUtilization_t``; a simulated card computes nothing."""
+
+    gpu: int = 0
+    memory: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Handle:
+    """``nvmlDevice_t`` of a simulated card."""
+
+    index: int
+
+
+class SimulatedNvml:
+    """``pynvml`` over simulated cards.
+
+    Args:
+        module: The imported ``pynvml``.
+        machine: Returns the cards in force, or None before there are any.
+    """
+
+    def __init__(
+        self, module: Any, machine: Callable[[], SimulatedMachine | None]
+    ) -> None:
+        self._module = module
+        self._machine = machine
+        self._patches = PatchSet()
+
+    def install(self) -> None:
+        """Replace the module's functions."""
+        own = {
+            "nvmlInit": lambda: None,
+            "nvmlInitWithFlags": lambda _flags: None,
+            "nvmlShutdown": lambda: None,
+            "nvmlDeviceGetCount": lambda: len(self._cards()),
+            "nvmlDeviceGetHandleByIndex": self._handle,
+            "nvmlDeviceGetHandleByUUID": self._handle_by_uuid,
+            "nvmlDeviceGetIndex": lambda handle: handle.index,
+            "nvmlDeviceGetName": lambda handle: self._card(handle).card.name,
+            "nvmlDeviceGetUUID": lambda handle: uuid_of(handle.index),
+            "nvmlDeviceGetMemoryInfo": self._memory,
+            "nvmlDeviceGetUtilizationRates": lambda _handle: Utilization(),
+            "nvmlDeviceGetComputeRunningProcesses": self._running,
+            "nvmlDeviceGetComputeRunningProcesses_v2": self._running,
+            "nvmlDeviceGetComputeRunningProcesses_v3": self._running,
+            "nvmlDeviceGetGraphicsRunningProcesses": lambda _handle: [],
+            "nvmlDeviceGetCudaComputeCapability": lambda handle: self._card(
+                handle
+            ).card.compute_capability,
+            "nvmlSystemGetDriverVersion": lambda: "simulated",
+        }
+        for name in dir(self._module):
+            if name.startswith("nvmlDevice") and callable(getattr(self._module, name)):
+                self._patches.set(self._module, name, self._unsupported)
+        for name, function in own.items():
+            self._patches.set(self._module, name, function)
+
+    def remove(self) -> None:
+        """Put the module's functions back."""
+        self._patches.restore()
+
+    def _error(self, code: str) -> Exception:
+        error: Exception = self._module.NVMLError(getattr(self._module, code))
+        return error
+
+    def _unsupported(self, *_args: Any, **_kwargs: Any) -> Any:
+        raise self._error("NVML_ERROR_NOT_SUPPORTED")
+
+    def _cards(self) -> tuple[Any, ...]:
+        machine = self._machine()
+        if machine is None:
+            raise self._error("NVML_ERROR_UNINITIALIZED")
+        return machine.cards
+
+    def _card(self, handle: Handle) -> Any:
+        return self._cards()[handle.index]
+
+    def _handle(self, index: int) -> Handle:
+        if not 0 <= index < len(self._cards()):
+            raise self._error("NVML_ERROR_INVALID_ARGUMENT")
+        return Handle(index)
+
+    def _handle_by_uuid(self, uuid: str | bytes) -> Handle:
+        text = uuid.decode() if isinstance(uuid, bytes) else uuid
+        for index in range(len(self._cards())):
+            if uuid_of(index) == text:
+                return Handle(index)
+        raise self._error("NVML_ERROR_NOT_FOUND")
+
+    def _memory(self, handle: Handle, version: Any = None) -> MemoryInfo:  # noqa: ARG002  # NVML's signature
+        free, total = self._card(handle).mem_get_info()
+        return MemoryInfo(total, free, total - free)
+
+    def _running(self, handle: Handle) -> list[ProcessInfo]:
+        card = self._card(handle)
+        used = card.driver.used_bytes
+        return [ProcessInfo(os.getpid(), used)] if used else []
+
+
+def uuid_of(index: int) -> str:
+    """Return the UUID of a simulated card, as NVML writes it."""
+    return f"GPU-00000000-0000-0000-0000-{index:012d}"
+
+
+def cap_free_memory(
+    module: Any, patches: PatchSet, shared: Callable[[int, int, int], tuple[int, int]]
+) -> None:
+    """Let a real card's NVML memory agree with its budget.
+
+    Args:
+        module: The imported ``pynvml``.
+        patches: Where the replacement is noted.
+        shared: Index, free and total bytes in; free and total under the budget out.
+    """
+    original = module.nvmlDeviceGetMemoryInfo
+
+    def memory(handle: Any, version: Any = None) -> MemoryInfo:
+        info = original(handle) if version is None else original(handle, version)
+        index = module.nvmlDeviceGetIndex(handle)
+        free, total = shared(index, info.free, info.total)
+        return MemoryInfo(total, free, total - free)
+
+    patches.set(module, "nvmlDeviceGetMemoryInfo", memory)
