@@ -39,13 +39,13 @@ def load_model(path: Path, smaller: Path) -> Loaded:
     """
     for rung, load in _rungs(path, smaller):
         try:
-            model = load().eval()
+            model = load()
         except torch.OutOfMemoryError:
             # The error's traceback still holds the half-loaded model here. It goes
             # when this block ends; only then is there anything to give back.
             model = None
         if model is not None:
-            return Loaded(model, rung)
+            return Loaded(model.eval(), rung)
         gc.collect()
         torch.cuda.empty_cache()
     raise AssertionError("unreachable: the CPU rung does not run out of VRAM")
@@ -67,12 +67,10 @@ def _load(path: Path, **options: Any) -> Any:
 
 
 def _load_offloaded(path: Path) -> Any:
-    """Spread the model over card and host; too little on the card is no success."""
+    """Spread the model over card and host; None if too little fits on the card."""
     model = _load(path, device_map="auto", dtype=torch.float16)
     on_card = sum(p.numel() for p in model.parameters() if p.is_cuda)
-    if on_card < 0.25 * model.num_parameters():
-        raise torch.OutOfMemoryError("less than a quarter of the model fits on the card")
-    return model
+    return model if on_card >= 0.25 * model.num_parameters() else None
 
 
 def classify(model: Any, token_ids: torch.Tensor) -> torch.Tensor:

@@ -125,13 +125,11 @@ def _two_devices(operands: _Operands) -> tuple[str, str]:
 def _check_devices(func: Any, args: Any, operands: _Operands) -> None:
     if operands.strays is not None:
         raise _mismatch(func, args, operands)
-    # Inside backward, torch's own formulas make zeros on what they take for the
-    # tensors' device, the CPU: those are no mistake of the user's.
     if (
         operands.host is not None
         and operands.card is not None
         and func.overloadpacket.__name__ not in TAKES_HOST_TENSORS
-        and torch._C._current_graph_task_id() == -1  # type: ignore[attr-defined]  # noqa: SLF001  # no public way to ask
+        and not _in_backward()
     ):
         raise _mismatch(func, args, operands)
 
@@ -174,8 +172,19 @@ def _target(kwargs: dict[str, Any], operands: _Operands) -> SimulatedCard | None
         machine = card.machine
         index = machine.current_index if device.index is None else device.index
         return machine.cards[index]
+    if device.type == "cpu" and _in_backward():
+        return card
     kwargs["device"] = device
     return None
+
+
+def _in_backward() -> bool:
+    """Tell whether autograd is at work in this thread.
+
+    There, torch's own C++ makes helpers on what it takes for the tensors' device, the
+    CPU: such an operand or target is no mistake, and no wish, of the user's.
+    """
+    return bool(torch._C._current_graph_task_id() != -1)  # type: ignore[attr-defined]  # noqa: SLF001  # no public way to ask
 
 
 def _plain(func: Any) -> Handler:

@@ -14,7 +14,8 @@ import torch
 
 from pytest_gpumem.devices.simulated.machine import SimulatedCard, card_of
 from pytest_gpumem.devices.simulated.memory import Memory, hold
-from pytest_gpumem.devices.simulated.tensor import make
+from pytest_gpumem.devices.simulated.tensor import SimulatedTensor, make
+from pytest_gpumem.devices.simulated.transfer import moved
 
 
 def _new(
@@ -98,6 +99,36 @@ def _indices(operator: Any) -> Any:
     return kernel
 
 
+#: Operators that torch composes of others and that make helper tensors on what C++
+#: takes for the tensor's device, the host. They run on the host as a whole.
+_COMPOSED_ON_HOST = (
+    "one_hot",
+    "quantile",
+    "quantile.scalar",
+    "nanquantile",
+    "nanquantile.scalar",
+)
+
+
+def _on_host(operator: Any) -> Any:
+    """Return a kernel that computes on the host and moves the result to the card.
+
+    Gradients flow through the moves. Limits: what is saved for backward is held on
+    the host, not on the card.
+    """
+
+    def kernel(*args: Any, **options: Any) -> Any:
+        cards = [each.device for each in args if isinstance(each, SimulatedTensor)]
+        host = torch.device("cpu")
+        moved_args = [
+            moved(each, host) if isinstance(each, SimulatedTensor) else each
+            for each in args
+        ]
+        return moved(operator(*moved_args, **options), cards[0])
+
+    return kernel
+
+
 def register() -> torch.library.Library:
     """Register the kernels; dropping the library takes them back."""
     library = torch.library.Library("aten", "IMPL")
@@ -107,8 +138,12 @@ def register() -> torch.library.Library:
         library.impl("empty.memory_format", _empty, "CUDA")
         library.impl("empty_strided", _empty_strided, "CUDA")
         for name in ("tril_indices", "triu_indices"):
-            packet = getattr(torch.ops.aten, name)
-            library.impl(name, _indices(packet.default), "CUDA")
+            operator = getattr(torch.ops.aten, name).default
+            library.impl(name, _indices(operator), "CUDA")
+        for name in _COMPOSED_ON_HOST:
+            packet, _dot, overload = name.partition(".")
+            operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
+            library.impl(name, _on_host(operator), "AutogradCUDA")
     return library
 
 

@@ -73,6 +73,8 @@ class Installation:
         _device_constructors()
         for name, value in CONSTRUCTORS.items():
             patches.set(torch, name, value)
+        # Recurrent layers ask whether cuDNN would take their weights: the CPU computes.
+        patches.set(torch.backends.cudnn, "is_acceptable", lambda _tensor: False)
         self._patch_optimizers()
         if not _registered():
             self._library = factories.register()

@@ -185,6 +185,8 @@ class SimulatedMachine:
             SimulatedCard(self, index, card, settings)
             for index, card in enumerate(cards)
         )
+        #: Whether anything was put on a card: torch's "CUDA is initialized".
+        self.is_initialized = False
         self._local = threading.local()
 
     @property

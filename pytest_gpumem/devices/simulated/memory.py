@@ -34,6 +34,10 @@ class Memory:
         self.card = card
         self.nbytes = nbytes
         self.block: Block | None = None
+        if not card.machine.is_initialized:
+            # C++ asks for this once in a process only, whatever is installed later.
+            card.machine.is_initialized = True
+            torch.cuda.init()
         if nbytes:
             self.block = allocate(card, nbytes)
 

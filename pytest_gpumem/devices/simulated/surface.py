@@ -15,6 +15,7 @@ from pytest_gpumem.devices.simulated.machine import card_of, current_machine
 from pytest_gpumem.devices.simulated.properties import DeviceProperties
 from pytest_gpumem.devices.simulated.streams import Event, Stream, stream_triple
 from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
+from pytest_gpumem.model.snapshot import snapshot
 
 
 def _nested(flat: dict[str, int]) -> dict[str, Any]:
@@ -71,7 +72,7 @@ def _snapshot(*_pool: Any) -> dict[str, Any]:
     segments: list[Any] = []
     for card in current_machine().cards:
         with card.locked() as allocator:
-            segments.extend(allocator.snapshot())
+            segments.extend(snapshot(allocator))
     return {
         "segments": segments,
         "device_traces": [[] for _ in current_machine().cards],

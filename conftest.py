@@ -1,0 +1,40 @@
+"""What every test of the project shares."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+pytest_plugins = ["pytester"]
+
+settings.register_profile("dev", max_examples=30, deadline=None)
+settings.register_profile(
+    "ci",
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+# Nothing here may look for a hub, and loaders' progress bars are noise in reports.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+@pytest.fixture(autouse=True)
+def _torch_is_as_before() -> object:
+    """Hold every test to leaving no machine, patch or random state behind."""
+    import sys  # noqa: PLC0415  # looked at anew for each test
+
+    if "torch" not in sys.modules:
+        yield
+        return
+    from pytest_gpumem.devices.simulated import machine  # noqa: PLC0415  # torch is here
+
+    before = machine.innermost_machine()
+    yield
+    assert machine.innermost_machine() is before, "a simulated machine was left behind"

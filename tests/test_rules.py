@@ -1,0 +1,148 @@
+"""Injection rules: the language, and which requests a rule refuses."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytest_gpumem.errors import RuleError
+from pytest_gpumem.model.rules import PHASES, Request, Rule, Schedule, parse_rule
+
+
+def _request(nbytes: int = 1024, *, device: int = 0, phase: str = "other") -> Request:
+    return Request(nbytes=nbytes, device_index=device, phase=phase)
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("any", Rule()),
+        ("load:nth=3", Rule(phase="load", nth=3)),
+        (
+            "forward:min=64MiB,persistent",
+            Rule(phase="forward", min_bytes=64 * 2**20, times=None),
+        ),
+        ("any:nth=2,times=4", Rule(nth=2, times=4)),
+        ("any:max=1KiB,device=1", Rule(max_bytes=1024, device_index=1)),
+        (" backward : nth = 2 ", Rule(phase="backward", nth=2)),
+    ],
+)
+def test_rules_are_read(text: str, rule: Rule) -> None:
+    """Phase and keys become a rule."""
+    assert rule == parse_rule(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "position", "message"),
+    [
+        ("", 0, "'' is no phase; accepted are any, load"),
+        ("lod:nth=1", 0, "'lod' is no phase"),
+        ("load:", 5, "nothing follows the colon"),
+        ("load:nth=0", 9, "no whole number from 1 on"),
+        ("load:nth=x", 9, "no whole number"),
+        ("load:nth", 8, "no whole number"),
+        ("load:when=3", 5, "no key 'when'; accepted are nth"),
+        ("any:nth=1,nth=2", 10, "'nth' is given twice"),
+        ("any:persistent=1", 4, "'persistent' takes no value"),
+        ("any:times=2,persistent", 12, "exclude each other"),
+        ("any:min=64Mi", 8, "unknown unit"),
+        ("any:min=2KiB,max=1KiB", 13, "'max' is below 'min'"),
+        ("any:device=-1", 11, "no whole number from 0 on"),
+    ],
+)
+def test_mistakes_are_pointed_at(text: str, position: int, message: str) -> None:
+    """The error names the mistake and puts a caret under it."""
+    with pytest.raises(RuleError, match=message) as caught:
+        parse_rule(text)
+
+    assert position == caught.value.position
+    assert f"\n  {' ' * position}^\n" in str(caught.value)
+
+
+def test_the_nth_request_fails_once() -> None:
+    """Without times or persistent, one request is refused."""
+    schedule = Schedule(Rule(nth=3))
+
+    assert [False, False, True, False, False] == [
+        schedule.refuses(_request()) for _ in range(5)
+    ]
+    assert schedule.is_spent
+
+
+def test_a_persistent_rule_never_stops() -> None:
+    """The nth and all later requests are refused."""
+    schedule = Schedule(Rule(nth=2, times=None))
+
+    assert [False, True, True, True] == [
+        schedule.refuses(_request()) for _ in range(4)
+    ]
+    assert not schedule.is_spent
+
+
+def test_only_matching_requests_are_numbered() -> None:
+    """Size, device and phase decide what counts; bounds are inclusive."""
+    schedule = Schedule(
+        Rule(phase="load", nth=2, min_bytes=10, max_bytes=20, device_index=1)
+    )
+    requests = [
+        _request(10, device=1, phase="load"),
+        _request(9, device=1, phase="load"),
+        _request(21, device=1, phase="load"),
+        _request(15, device=0, phase="load"),
+        _request(15, device=1, phase="forward"),
+        _request(20, device=1, phase="load"),
+    ]
+
+    refused = [schedule.refuses(request) for request in requests]
+
+    assert [False] * 5 + [True] == refused
+    assert 2 == schedule.num_counted
+
+
+def test_threads_share_one_count() -> None:
+    """However requests are spread over threads, exactly the wanted number fails."""
+    schedule = Schedule(Rule(nth=100, times=50))
+    failed: list[bool] = []
+
+    def ask() -> None:
+        failed.extend(schedule.refuses(_request()) for _ in range(100))
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert 50 == sum(failed)
+    assert 400 == schedule.num_counted
+
+
+@given(
+    rule=st.builds(
+        Rule,
+        phase=st.sampled_from(PHASES),
+        nth=st.integers(1, 10**6),
+        min_bytes=st.integers(0, 2**40),
+        max_bytes=st.none() | st.integers(2**40, 2**41),
+        device_index=st.none() | st.integers(0, 63),
+        times=st.none() | st.integers(1, 1000),
+    )
+)
+def test_a_written_rule_reads_as_itself(rule: Rule) -> None:
+    """The text of a rule is a rule of the language, and the same one."""
+    assert rule == parse_rule(str(rule))
+
+
+@given(text=st.text(alphabet="anyload:=,nthmi0123KiB persistent", max_size=30))
+def test_any_text_is_a_rule_or_a_rule_error(text: str) -> None:
+    """No text makes the parser fail in any other way."""
+    try:
+        rule = parse_rule(text)
+    except RuleError as error:
+        assert 0 <= error.position <= len(text)
+        return
+
+    assert rule.nth >= 1

@@ -1,0 +1,213 @@
+"""Computation on the simulated device gives the CPU's numbers."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from pytest_gpumem.devices.simulated.install import simulated_device
+from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+@pytest.fixture(autouse=True)
+def _card() -> Iterator[None]:
+    """A simulated T4."""
+    with simulated_device("T4"):
+        yield
+
+
+def _mlp() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(8, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 1)
+    )
+
+
+def _train(
+    device: str, make: Callable[..., torch.optim.Optimizer], **options: Any
+) -> list[float]:
+    torch.manual_seed(0)
+    model = _mlp().to(device)
+    optimizer = make(model.parameters(), **options)
+    inputs = torch.linspace(-1, 1, 32).reshape(4, 8).to(device)
+    losses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = model(inputs).pow(2).mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (torch.optim.AdamW, {}),
+        (torch.optim.AdamW, {"foreach": True}),
+        (torch.optim.AdamW, {"foreach": False}),
+        (torch.optim.AdamW, {"fused": True}),
+        (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+    ],
+)
+def test_training_takes_the_same_path(
+    make: Callable[..., torch.optim.Optimizer], options: dict[str, Any]
+) -> None:
+    """Losses of a few steps are those of the CPU, to rounding."""
+    on_cpu = _train("cpu", make, **options)
+    on_card = _train("cuda", make, **options)
+
+    assert on_cpu == pytest.approx(on_card, rel=1e-5)
+    assert on_card[-1] < on_card[0]
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda x: functional.softmax(x, dim=-1),
+        lambda x: functional.one_hot(x.argmax(-1), 8).float() * x.sum(),
+        lambda x: torch.einsum("ij,kj->ik", x, x),
+        lambda x: torch.cat([x, x * 2], dim=1)[:, ::2],
+        lambda x: x.sort(dim=-1).values,
+        lambda x: torch.where(x > 0, x, -x),
+        lambda x: functional.scaled_dot_product_attention(x[None], x[None], x[None]),
+        lambda x: functional.conv1d(x[None], x[:, None, :3].repeat(1, 4, 1)),
+        lambda x: functional.cross_entropy(x, torch.arange(4, device=x.device)),
+        lambda x: torch.stack(x.unbind(0)).cumsum(0),
+        lambda x: x.masked_fill(x > 0, 0.0).std(),
+        lambda x: torch.quantile(x, 0.3),
+        lambda x: functional.interpolate(x[None], scale_factor=2.0),
+        lambda x: torch.linalg.norm(x @ x.T),
+        lambda x: functional.pad(x, (1, 1)).flip(0),
+        lambda x: x.gather(1, x.argsort(1)),
+    ],
+)
+def test_operators_and_their_gradients_match(
+    compute: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """Results and gradients on the card are the CPU's."""
+    host = torch.linspace(-2, 3, 32).reshape(4, 8).requires_grad_()
+    card = host.detach().cuda().requires_grad_()
+
+    expected, result = compute(host), compute(card)
+    expected.pow(2).sum().backward()
+    result.pow(2).sum().backward()
+
+    assert result.is_cuda
+    assert torch.allclose(expected.detach(), result.detach().cpu(), rtol=1e-6)
+    assert host.grad is not None
+    assert card.grad is not None
+    assert card.grad.is_cuda
+    assert torch.allclose(host.grad, card.grad.cpu())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.LSTM(8, 4, batch_first=True),
+        lambda: nn.GRU(8, 4, num_layers=2),
+        lambda: nn.MultiheadAttention(8, 2, batch_first=True),
+        lambda: nn.TransformerEncoderLayer(8, 2, dim_feedforward=16, batch_first=True),
+    ],
+)
+def test_layers_match(make: Callable[[], nn.Module]) -> None:
+    """Recurrent and attention layers compute the CPU's numbers on the card."""
+    torch.manual_seed(1)
+    layer = make().eval()
+    inputs = torch.linspace(-1, 1, 48).reshape(2, 3, 8)
+    many = (inputs,) * 3 if isinstance(layer, nn.MultiheadAttention) else (inputs,)
+
+    expected = layer(*many)
+    layer.cuda()
+    result = layer(*(each.cuda() for each in many))
+
+    if isinstance(expected, tuple):
+        expected, result = expected[0], result[0]
+    assert torch.allclose(expected, result.cpu(), atol=1e-6)
+
+
+def test_gradients_flow_between_devices() -> None:
+    """A copy to the card and back passes its gradient to the host."""
+    host = torch.ones(3, requires_grad=True)
+
+    (host.cuda() * 2).cpu().sum().backward()
+
+    assert host.grad is not None
+    assert host.grad.is_cpu
+    assert [2.0] * 3 == host.grad.tolist()
+
+
+def test_checkpointing_recomputes() -> None:
+    """Activation checkpointing gives the same gradient."""
+    from torch.utils.checkpoint import checkpoint  # noqa: PLC0415  # one test's tool
+
+    layer = nn.Linear(4, 4).cuda()
+    inputs = torch.ones(2, 4, device="cuda", requires_grad=True)
+
+    checkpoint(layer, inputs, use_reentrant=False).sum().backward()
+
+    assert inputs.grad is not None
+    assert inputs.grad.is_cuda
+
+
+def test_hooks_see_tensors_on_the_card() -> None:
+    """Forward, backward and tensor hooks run with tensors of the card."""
+    seen = []
+    layer = nn.Linear(2, 2).cuda()
+    layer.register_forward_hook(lambda _m, _i, out: seen.append(out.is_cuda))
+    layer.register_full_backward_hook(lambda _m, gi, _go: seen.append(gi[0].is_cuda))
+    inputs = torch.ones(1, 2, device="cuda", requires_grad=True)
+    inputs.register_hook(lambda grad: seen.append(grad.is_cuda))
+
+    layer(inputs).sum().backward()
+
+    assert [True, True, True] == seen
+
+
+def test_the_grad_of_each_thread_is_its_own() -> None:
+    """Forward and backward run in any thread."""
+    results = []
+
+    def work() -> None:
+        weight = torch.ones(3, device="cuda", requires_grad=True)
+        (weight * 2).sum().backward()
+        assert weight.grad is not None
+        results.append(weight.grad.tolist())
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert [[2.0] * 3] * 3 == results
+
+
+def test_a_data_loader_feeds_the_card() -> None:
+    """Worker processes and pinned batches end on the card."""
+    data = torch.utils.data.TensorDataset(torch.arange(8.0))
+    loader = torch.utils.data.DataLoader(data, batch_size=4, pin_memory=True)
+
+    batches = [batch.cuda(non_blocking=True) for (batch,) in loader]
+
+    assert [[0.0, 1.0, 2.0, 3.0], [4.0, 5.0, 6.0, 7.0]] == [b.tolist() for b in batches]
+
+
+def test_an_operator_without_a_cpu_kernel_is_named() -> None:
+    """What the CPU cannot compute ends in one error that names the operator."""
+    library = torch.library.Library("gpumem_test", "FRAGMENT")
+    library.define("cuda_only(Tensor x) -> Tensor")
+
+    with pytest.raises(
+        UnsupportedOnSimulatedDeviceError,
+        match=r"gpumem_test\.cuda_only.*not supported on the simulated CUDA device",
+    ):
+        torch.ops.gpumem_test.cuda_only(torch.ones(2, device="cuda"))
+    library._destroy()
