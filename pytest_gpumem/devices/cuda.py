@@ -43,7 +43,7 @@ class CudaTracker:
         self._peaks = {
             name: stats.get(f"{name}_bytes.all.current", 0) for name in _PEAKS
         }
-        device.trackers.append(self)
+        device.add(self)
 
     def take(self, index: int, stats: Mapping[str, int]) -> None:
         """Take in the peaks since the last reset."""
@@ -73,8 +73,7 @@ class CudaTracker:
     def close(self) -> MemoryFigures:
         """Return the final figures and stop tracking."""
         figures = self.read()
-        if self in self._device.trackers:
-            self._device.trackers.remove(self)
+        self._device.drop(self)
         return figures
 
 
@@ -92,7 +91,7 @@ class CudaDevice:
         self._budgets: dict[int, int] = {}
         self._fractions: dict[int, float] = {}
         self._patches = PatchSet()
-        self._reset: Any = None
+        self._reset_patches = PatchSet()
 
     @property
     def device_count(self) -> int:
@@ -127,12 +126,37 @@ class CudaDevice:
 
     def fold(self, index: int) -> None:
         """Let every open tracker take the peaks in, then reset them."""
-        if not torch.cuda.is_initialized():
-            return
+        self._take(index)
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats(index)
+
+    def _take(self, index: int) -> None:
         stats = self.memory_stats(index)
         for tracker in self.trackers:
             tracker.take(index, stats)
-        torch.cuda.reset_peak_memory_stats(index)
+
+    def add(self, tracker: CudaTracker) -> None:
+        """Note an open tracker; user code's own resets are folded from now on."""
+        if not self.trackers:
+            for name in ("_cuda_resetPeakMemoryStats", "_accelerator_resetPeakStats"):
+                original = getattr(torch._C, name, None)  # noqa: SLF001  # below torch.cuda
+                if original is not None:
+                    self._reset_patches.set(torch._C, name, self._folding(original))  # noqa: SLF001  # likewise
+        self.trackers.append(tracker)
+
+    def drop(self, tracker: CudaTracker) -> None:
+        """Forget a tracker; with the last one, resets are torch's own again."""
+        if tracker in self.trackers:
+            self.trackers.remove(tracker)
+            if not self.trackers:
+                self._reset_patches.restore()
+
+    def _folding(self, original: Any) -> Any:
+        def reset(index: int) -> None:
+            self._take(index)
+            original(index)
+
+        return reset
 
     def open_tracker(self, index: int) -> CudaTracker:
         """Start tracking a card's peaks."""

@@ -166,19 +166,22 @@ class GpuMemPlugin:
     # -- one test ---------------------------------------------------------------------
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Check every marker's arguments before the first test."""
+        """Check every marker's arguments; skip what needs a real card without one."""
         for item in items:
             marks.check(item)
+            if self.choice.kind != "cuda" and item.get_closest_marker("gpu"):
+                reason = f"needs a real CUDA card: {self.choice.reason}"
+                item.add_marker(pytest.mark.skip(reason=reason))
 
     def _is_wanted(self, item: pytest.Item) -> bool:
         names = ("gpu_budget", "max_vram", "inject_oom")
-        return any(item.get_closest_marker(name) is not None for name in names)
+        return item.get_closest_marker("skip") is None and any(
+            item.get_closest_marker(name) is not None for name in names
+        )
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None]:
-        """Skip what needs a real card, set the budget, record the setup."""
-        if item.get_closest_marker("gpu") is not None and self.choice.kind != "cuda":
-            pytest.skip(f"needs a real CUDA card: {self.choice.reason}")
+        """Set the test's budget and record the setup."""
         if self._is_wanted(item):
             self.require_device()
         self._item = item
