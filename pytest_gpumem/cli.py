@@ -81,6 +81,7 @@ def _checkpoint(options: argparse.Namespace) -> int:
         max_shard_size=options.max_shard_size,
         seed=options.seed,
         dtype=options.dtype,
+        progress=lambda text: sys.stderr.write(f"{text}\n"),
     )
     sys.stdout.write(f"{path}\n")
     return 0

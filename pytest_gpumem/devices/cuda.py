@@ -188,6 +188,11 @@ class CudaDevice:
                 value=budget_bytes,
             )
         self._apply(index)
+        if budget_bytes is not None:
+            reserved = self.memory_stats(index).get("reserved_bytes.all.current", 0)
+            if reserved > budget_bytes:
+                # A cached segment would serve requests whatever the cap.
+                self.empty_cache()
         if not self._budgets:
             self._patches.restore()
 

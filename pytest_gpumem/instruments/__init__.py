@@ -1,1 +1,1 @@
-"""TODO."""
+"""Instruments: one concern each, stackable context managers on a device."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -127,6 +127,7 @@ def judge_load(
     reference: torch.Tensor | None = None,
     expect_devices: Sequence[str] | None = None,
     expect_dtype: torch.dtype | None = None,
+    expect_error: type[Exception] | None = None,
     rules: Sequence[str | Rule] = (),
     device_index: int = 0,
     device: Device | None = None,
@@ -140,6 +141,7 @@ def judge_load(
         expect_devices: Where the weights should be, for example ``["cuda:0"]``;
             offloaded weights are on ``"meta"``.
         expect_dtype: The dtype that the parameters should have.
+        expect_error: An error that is no OOM and that the load must let through.
         rules: Injection rules in force during the load.
         device_index: The card.
         device: Where; None means the active device.
@@ -147,50 +149,53 @@ def judge_load(
     Returns:
         The verdict; ``verdict.check()`` raises if anything is wrong.
 
-    Limits: an error other than out of memory is not caught.
+    Limits: an error that is neither an OOM nor the expected one is not caught.
     """
     device = active_device() if device is None else device
     before = device.memory_stats(device_index).get("allocated_bytes.all.current", 0)
     model: Any = None
     error: str | None = None
+    came_through = False
     with PeakRecorder(device_index=device_index, device=device) as recorder:
         with OomInjector(*rules, device=device) as injector:
             try:
                 model = load()
             except torch.OutOfMemoryError as oom:
                 error = str(oom)
+            except expect_error or () as expected:
+                error = str(expected)
+                came_through = True
         left = _left_bytes(device, device_index, model) - before
         output_error = None
         if model is not None and run is not None and reference is not None:
             output = run(model).detach().to("cpu", torch.float32)
             output_error = _difference(output, reference)
-    placement = None if model is None else placement_of(model)
     verdict = LoadVerdict(
         model=model,
-        placement=placement,
+        placement=None if model is None else placement_of(model),
         figures=recorder.figures,
         left_bytes=left,
         output_error=output_error,
         num_injected=injector.num_injected,
         error=error,
     )
+    if expect_error is not None:
+        name = expect_error.__name__
+        missing = f"a {name} should have come through and did not"
+        return replace(verdict, problems=() if came_through else (missing,))
     problems = _problems(verdict, reference, expect_devices, expect_dtype)
-    budget = device.budget(device_index)
-    if budget is not None and verdict.figures.peak_reserved_bytes > budget:
-        problems.append(
-            f"the peak of {format_size(verdict.figures.peak_reserved_bytes)} reserved "
-            f"is above the budget of {format_size(budget)}"
-        )
-    return LoadVerdict(
-        model=model,
-        placement=placement,
-        figures=verdict.figures,
-        left_bytes=left,
-        output_error=output_error,
-        num_injected=verdict.num_injected,
-        error=error,
-        problems=tuple(problems),
-    )
+    problems += _over_budget(verdict, device.budget(device_index))
+    return replace(verdict, problems=tuple(problems))
+
+
+def _over_budget(verdict: LoadVerdict, budget: int | None) -> list[str]:
+    peak = verdict.figures.peak_reserved_bytes
+    if budget is None or peak <= budget:
+        return []
+    return [
+        f"the peak of {format_size(peak)} reserved is above the budget of "
+        f"{format_size(budget)}"
+    ]
 
 
 def _problems(

@@ -1,1 +1,1 @@
-"""TODO."""
+"""The model: allocator, rules and records, in pure Python without torch or pytest."""

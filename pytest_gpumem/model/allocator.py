@@ -17,59 +17,19 @@ from pytest_gpumem.model.blocks import (
     segment_size,
 )
 from pytest_gpumem.model.config import UNLIMITED, AllocatorConfig
-from pytest_gpumem.model.freelist import FreeList
 from pytest_gpumem.model.oom_text import MAX_REQUEST, TOO_LARGE, ProcessMemory, oom_text
+from pytest_gpumem.model.pools import OutOfMemory, Pool
+from pytest_gpumem.model.release import (
+    collect_garbage,
+    release_available,
+    release_cached,
+)
 from pytest_gpumem.model.stats import Statistics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pytest_gpumem.model.driver import Driver
-
-
-class OutOfMemory(Exception):  # noqa: N818  # torch's class is called so
-    """A request that the card cannot serve.
-
-    Attributes:
-        nbytes: Bytes asked for.
-        segment_bytes: Bytes of the segment that the driver refused.
-        device_index: The card.
-    """
-
-    def __init__(
-        self, message: str, *, nbytes: int, segment_bytes: int, device_index: int
-    ) -> None:
-        super().__init__(message)
-        self.nbytes = nbytes
-        self.segment_bytes = segment_bytes
-        self.device_index = device_index
-
-    @property
-    def message(self) -> str:
-        """The text of ``torch.OutOfMemoryError``."""
-        return str(self)
-
-
-class Pool:
-    """The free blocks of one size class, by stream."""
-
-    __slots__ = ("clock", "free", "is_small")
-
-    def __init__(self, *, is_small: bool) -> None:
-        self.is_small = is_small
-        self.free: dict[int, FreeList] = {}
-        self.clock = 0
-
-    def of(self, stream: int) -> FreeList:
-        """Return a stream's free blocks."""
-        found = self.free.get(stream)
-        if found is None:
-            found = self.free[stream] = FreeList()
-        return found
-
-    def blocks(self) -> list[Block]:
-        """Return every free block in the pool's order: by stream, then best fit."""
-        return [key[3] for stream in sorted(self.free) for key in self.free[stream]]
 
 
 class CachingAllocator:
@@ -109,8 +69,8 @@ class CachingAllocator:
         self.events_pending = False
         self.trace: Callable[[str, int, int, int], None] | None = None
         self._processes = processes or self._own_process
-        self._small = Pool(is_small=True)
-        self._large = Pool(is_small=False)
+        self.small_pool = Pool(is_small=True)
+        self.large_pool = Pool(is_small=False)
         self._segments: dict[int, Segment] = {}
         self._num_segments = 0
         self._events: dict[int, deque[Block]] = {}
@@ -141,9 +101,9 @@ class CachingAllocator:
                 device_index=self.device_index,
             )
         if self._events:
-            self._process_events()
+            self.process_events()
         size = round_size(nbytes, self.config.divisions)
-        pool = self._small if size <= SMALL_SIZE else self._large
+        pool = self.small_pool if size <= SMALL_SIZE else self.large_pool
         new_bytes = segment_size(size, self.config.large_segment_size)
         block = None if refuse else self._take_free(pool, size, stream)
         if block is None:
@@ -180,13 +140,9 @@ class CachingAllocator:
 
     # -- taking a block -----------------------------------------------------------------
 
-    @property
-    def _collects(self) -> bool:
-        return self._limit_bytes is not None and self.config.gc_threshold > 0
-
     def _take_free(self, pool: Pool, size: int, stream: int) -> Block | None:
         """Take the best-fitting free block of a stream out of its pool."""
-        if self._collects:
+        if self._limit_bytes is not None and self.config.gc_threshold > 0:
             pool.clock += 1
         free = pool.free.get(stream)
         found = None if free is None else free.first_from((size,))
@@ -205,14 +161,14 @@ class CachingAllocator:
         self, pool: Pool, size: int, new_bytes: int, stream: int, *, refuse: bool
     ) -> Block | None:
         """Take a new segment, giving cached ones back where that helps."""
-        if self._collects:
-            self._collect_garbage()
+        if self._limit_bytes is not None and self.config.gc_threshold > 0:
+            collect_garbage(self, self._limit_bytes)
         block = self._new_segment(pool, new_bytes, stream, refuse=refuse)
         if block is None and self.config.max_split_size != UNLIMITED:
-            if self._release_available(pool, size, stream):
+            if release_available(self, pool, size, stream):
                 block = self._new_segment(pool, new_bytes, stream, refuse=refuse)
         if block is None:
-            self._release_cached()
+            release_cached(self)
             self.stats.num_alloc_retries += 1
             block = self._new_segment(pool, new_bytes, stream, refuse=refuse)
         return block
@@ -298,7 +254,7 @@ class CachingAllocator:
         stats = self.stats
         segment = block.segment
         is_small = segment.is_small
-        pool = self._small if is_small else self._large
+        pool = self.small_pool if is_small else self.large_pool
         free = pool.of(segment.stream)
         freed, requested = block.size, block.requested
         if self.trace is not None:
@@ -343,7 +299,7 @@ class CachingAllocator:
             if block.next is not None:
                 block.next.previous = block
 
-    def _process_events(self, *, wait: bool = False) -> None:
+    def process_events(self, *, wait: bool = False) -> None:
         """Free the blocks whose other streams are done; ``wait`` for all of them."""
         if self.events_pending and not wait:
             return
@@ -354,10 +310,10 @@ class CachingAllocator:
                 if not block.num_events:
                     self._free_block(block)
 
-    def _release(self, block: Block) -> None:
+    def release(self, block: Block) -> None:
         """Give a free, unsplit block's segment back to the driver."""
         segment = block.segment
-        pool = self._small if segment.is_small else self._large
+        pool = self.small_pool if segment.is_small else self.large_pool
         pool.of(segment.stream).remove(block.key)
         del self._segments[segment.address]
         stats = self.stats
@@ -370,66 +326,11 @@ class CachingAllocator:
         if self.trace is not None:
             self.trace("segment_free", segment.address, segment.size, segment.stream)
 
-    def _release_cached(self) -> None:
-        """Wait for every stream, then give every free segment back: the flush."""
-        self.stats.num_sync_all_streams += 1
-        if self._events:
-            self._process_events(wait=True)
-        for pool in (self._large, self._small):
-            for block in pool.blocks():
-                if not block.is_split:
-                    self._release(block)
-
-    def _release_available(self, pool: Pool, size: int, stream: int) -> bool:
-        """Give back oversize blocks of a stream until a request would fit."""
-        limit = self.config.max_split_size
-        need = max(size, limit)
-        free = pool.of(stream)
-        found = free.first_from((need,))
-        if found is not None:
-            self._release(found[3])
-            return True
-        released = 0
-        for key in reversed(list(free)):
-            if released >= need or key[0] < limit:
-                break
-            released += key[0]
-            self._release(key[3])
-        return released >= need
-
-    def _collect_garbage(self) -> None:
-        """Give back the large blocks that were unused the longest."""
-        limit = self._limit_bytes or 0
-        threshold = int(self.config.gc_threshold * limit)
-        reserved = self.stats.reserved_bytes.all.current
-        if reserved <= threshold:
-            return
-        target = reserved - threshold
-        clock = self._large.clock
-        blocks = [block for block in self._large.blocks() if not block.is_split]
-        total_age = sum(clock - block.age_base for block in blocks)
-        reclaimed = 0
-        has_freed = True
-        while reclaimed < target and has_freed and blocks:
-            average = total_age / len(blocks)
-            has_freed = False
-            kept = []
-            for block in blocks:
-                age = clock - block.age_base
-                if age >= average:
-                    has_freed = True
-                    reclaimed += block.size
-                    total_age -= age
-                    self._release(block)
-                else:
-                    kept.append(block)
-            blocks = kept
-
     # -- the whole ----------------------------------------------------------------------
 
     def empty_cache(self) -> None:
         """Give every free segment back to the driver."""
-        self._release_cached()
+        release_cached(self)
 
     def set_memory_fraction(self, fraction: float) -> None:
         """Limit reserved bytes to a share of the card; 1.0 means no limit.
@@ -537,3 +438,6 @@ class CachingAllocator:
     def segments(self) -> list[Segment]:
         """Return every segment, by address."""
         return [self._segments[address] for address in sorted(self._segments)]
+
+
+__all__ = ["CachingAllocator", "OutOfMemory"]

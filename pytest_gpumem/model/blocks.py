@@ -55,7 +55,6 @@ class Block:
         is_allocated: Whether a live tensor has it.
         streams: Other streams that use it, or None.
         num_events: Events that must complete before it can be used again.
-        is_mapped: False for a part of an expandable range without memory.
         age_base: The pool's clock when it was freed.
         frames: Whatever the caller attaches, for snapshots.
     """
@@ -65,7 +64,6 @@ class Block:
         "age_base",
         "frames",
         "is_allocated",
-        "is_mapped",
         "next",
         "num_events",
         "previous",
@@ -83,7 +81,6 @@ class Block:
         self.previous: Block | None = None
         self.next: Block | None = None
         self.is_allocated = False
-        self.is_mapped = True
         self.streams: set[int] | None = None
         self.num_events = 0
         self.age_base = 0

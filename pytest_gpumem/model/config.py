@@ -39,7 +39,6 @@ class AllocatorConfig:
             means rounding to 512 bytes.
         gc_threshold: Share of the limit from which unused blocks are given back; 0
             means never.
-        expandable_segments: Whether segments grow by mapping pages.
         memory_fraction: Fraction set at the start; None means none.
     """
 
@@ -49,7 +48,6 @@ class AllocatorConfig:
     large_segment_size: int = 20 * MIB
     divisions: tuple[int, ...] = (0,) * NUM_DIVISIONS
     gc_threshold: float = 0.0
-    expandable_segments: bool = False
     memory_fraction: float | None = None
 
     @classmethod
@@ -110,7 +108,9 @@ def _read(key: str, value: str, config: AllocatorConfig) -> dict[str, Any]:
     if key == "expandable_segments":
         if value not in ("True", "False"):
             raise ValueError(f"Expected 'True' or 'False' for {key}, got {value!r}")
-        return {"expandable_segments": value == "True"}
+        if value == "True":
+            raise ValueError("expandable_segments:True is not modelled; use False")
+        return {}
     if key == "roundup_power2_divisions":
         return {"divisions": _divisions(value)}
     if key == "backend":

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Reports: records in, text out."""

@@ -125,6 +125,11 @@ class SimulatedCard:
             )
         self._budget_bytes = budget_bytes
         self._apply_limit()
+        if budget_bytes is not None:
+            # A cached segment would serve requests whatever the cap.
+            with self.locked() as allocator:
+                if allocator.reserved_bytes > budget_bytes:
+                    allocator.empty_cache()
 
     @property
     def fraction(self) -> float:

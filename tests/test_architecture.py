@@ -1,0 +1,100 @@
+"""Who may import whom, read from the source; and what must stay light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pytest_gpumem
+
+ROOT = Path(pytest_gpumem.__file__).parent
+GROUND = {"errors", "sizes", "cards", "cards_table", "_version"}
+MAY_IMPORT = {
+    "ground": GROUND,
+    "model": GROUND | {"model"},
+    "devices": GROUND | {"model", "devices"},
+    "instruments": GROUND | {"model", "devices", "instruments"},
+    "reports": GROUND | {"model", "reports"},
+    "checkpoints": GROUND | {"checkpoints"},
+    "cli": GROUND | {"model", "checkpoints"},
+    "plugin": GROUND
+    | {"model", "devices", "instruments", "reports", "checkpoints", "plugin"},
+}
+MODULES = sorted(ROOT.rglob("*.py"))
+
+
+def _room(path: Path) -> str:
+    first = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    return "ground" if first in GROUND else first
+
+
+def _imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in MODULES if path.parent != ROOT or path.name != "__init__.py"],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_arrows_point_one_way(path: Path) -> None:
+    """A room imports only the rooms below it, and only the plugin imports pytest."""
+    room = _room(path)
+    ours = {
+        name.split(".")[1]
+        for name in _imports(path)
+        if name.startswith("pytest_gpumem.")
+    }
+
+    assert ours <= MAY_IMPORT[room]
+    if room != "plugin":
+        assert not {n for n in _imports(path) if n.split(".")[0] == "pytest"}
+    assert not {n for n in _imports(path) if n.split(".")[0] == "_pytest"}
+    if room in ("ground", "model", "reports"):
+        assert not {n for n in _imports(path) if n.split(".")[0] == "torch"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_modules_can_be_read_in_one_sitting(path: Path) -> None:
+    """No module is longer than 450 lines."""
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 450
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pytest_gpumem",
+        "import pytest_gpumem.plugin",
+        "import pytest_gpumem.cli",
+        "import pytest; pytest.main(['--help', '-q'])",
+    ],
+)
+def test_importing_stays_light(code: str, tmp_path: Path) -> None:
+    """Neither the package, nor the plugin, nor pytest --help imports torch."""
+    check = f"{code}\nimport sys; sys.exit('torch' in sys.modules)"
+
+    done = subprocess.run(
+        [sys.executable, "-c", check], cwd=tmp_path, capture_output=True, check=False
+    )
+
+    assert 0 == done.returncode, done.stderr.decode()
+
+
+def test_every_public_name_can_be_had() -> None:
+    """What __all__ promises is there."""
+    for name in pytest_gpumem.__all__:
+        assert getattr(pytest_gpumem, name) is not None
+    assert set(pytest_gpumem.__all__) <= set(dir(pytest_gpumem))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = pytest_gpumem.nothing

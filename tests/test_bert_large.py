@@ -1,0 +1,153 @@
+"""bert-large at its real size, against recordings of PyTorch's real allocator."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from pytest_gpumem.cards import find_card
+from pytest_gpumem.checkpoints import make_checkpoint
+from pytest_gpumem.devices.simulated.install import simulated_device
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+RECORDING = Path(__file__).parent / "recordings" / "bert_large_allocator.json"
+CASES = [
+    case
+    for case in json.loads(RECORDING.read_text(encoding="utf-8"))["cases"]
+    if case["case"]["phase"] == "load"
+]
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+def _name(case: dict[str, Any]) -> str:
+    return " ".join(str(value) for value in case["case"].values())
+
+
+def _total(case: dict[str, Any]) -> int:
+    total = case["case"].get("total", 16 * 2**30)
+    return total if isinstance(total, int) else int(total[:-1]) * 2**30
+
+
+def _load(path: Path, case: dict[str, Any]) -> Any:
+    from transformers import AutoModelForSequenceClassification  # noqa: PLC0415  # slow
+
+    load = AutoModelForSequenceClassification.from_pretrained
+    dtype = DTYPES[case["case"]["dtype"]]
+    if case["case"]["load"] == "to":
+        return load(path, dtype=dtype).to("cuda")
+    return load(path, dtype=dtype, device_map="cuda:0")
+
+
+@pytest.fixture(autouse=True)
+def _collected() -> Iterator[None]:
+    """Models go at the end of each test."""
+    yield
+    gc.collect()
+
+
+@pytest.fixture(scope="module")
+def path() -> Path:
+    """The checkpoint."""
+    return make_checkpoint("bert-large")
+
+
+def test_the_recording_is_whole() -> None:
+    """Both ways to load, both dtypes, and the cards that are too small."""
+    assert 8 == len(CASES)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if "load" in case["result"]], ids=_name
+)
+def test_a_load_takes_exactly_the_recorded_bytes(
+    path: Path, case: dict[str, Any]
+) -> None:
+    """Every figure of the recording is met to the byte."""
+    with simulated_device(find_card(f"{_total(case)},cc=8.0")) as machine:
+        model = _load(path, case)
+        stats = machine.cards[0].memory_stats()
+
+    recorded = dict(case["result"]["load"])
+    assert 335143938 == model.num_parameters() == case["result"]["n_params"]
+    assert recorded == {
+        "allocated": stats["allocated_bytes.all.current"],
+        "reserved": stats["reserved_bytes.all.current"],
+        "peak_allocated": stats["allocated_bytes.all.peak"],
+        "peak_reserved": stats["reserved_bytes.all.peak"],
+        "requested": stats["requested_bytes.all.current"],
+        "peak_requested": stats["requested_bytes.all.peak"],
+        "active": stats["active_bytes.all.current"],
+        "inactive_split": stats["inactive_split_bytes.all.current"],
+        "segments": stats["segment.all.current"],
+        "device_allocs": stats["num_device_alloc"],
+        "device_frees": stats["num_device_free"],
+        "retries": stats["num_alloc_retries"],
+    }
+
+
+def test_a_card_too_small_ends_in_the_recorded_oom(path: Path) -> None:
+    """On 1 GiB the move fails at the same parameter, with the same text."""
+    (case,) = (case for case in CASES if "oom" in case["result"])
+
+    with (
+        simulated_device("1GiB,cc=8.0"),
+        pytest.raises(torch.OutOfMemoryError) as caught,
+    ):
+        _load(path, case)
+
+    assert case["result"]["oom"] == str(caught.value)
+
+
+def test_the_loaders_own_failure_on_a_small_card_is_shown(path: Path) -> None:
+    """transformers asks for a negative warm-up on a card of 1 GiB."""
+    (case,) = (case for case in CASES if "error" in case["result"])
+
+    with simulated_device("1GiB,cc=8.0"), pytest.raises(RuntimeError) as caught:
+        _load(path, case)
+
+    assert case["result"]["error"].startswith("RuntimeError: Trying to create tensor")
+    assert str(caught.value) in case["result"]["error"]
+
+
+@pytest.mark.parametrize("where", ["cuda", "cuda:0", 0, "auto"])
+def test_every_spelling_of_the_map_computes_the_cpus_numbers(
+    path: Path, where: object
+) -> None:
+    """device_map as name, index or "auto" loads onto the card; logits are equal."""
+    from transformers import AutoModelForSequenceClassification  # noqa: PLC0415  # slow
+
+    load = AutoModelForSequenceClassification.from_pretrained
+    tokens = torch.arange(1000, 1032)[None]
+    with simulated_device("A100-40GB"), torch.no_grad():
+        expected = load(path)(tokens).logits
+        model = load(path, device_map=where)
+        logits = model(tokens.to("cuda")).logits
+
+        assert {"cuda:0"} == {str(p.device) for p in model.parameters()}
+        assert torch.equal(expected, logits.cpu())
+
+
+def test_auto_plans_for_the_budget_and_offloads_the_rest(path: Path) -> None:
+    """Under 1 GiB the map spreads the model; results are equal, the peak keeps to it."""
+    from transformers import AutoModelForSequenceClassification  # noqa: PLC0415  # slow
+
+    from pytest_gpumem import PeakRecorder, vram_budget  # noqa: PLC0415  # torch is here
+
+    load = AutoModelForSequenceClassification.from_pretrained
+    tokens = torch.arange(1000, 1032)[None]
+    with simulated_device("A100-40GB"), torch.no_grad():
+        expected = load(path)(tokens).logits
+        with vram_budget("1GiB"), PeakRecorder() as recorder:
+            model = load(path, device_map="auto")
+            logits = model(tokens.to("cuda")).logits
+
+        assert {"0", "cpu"} == {str(place) for place in model.hf_device_map.values()}
+        assert torch.equal(expected, logits.cpu())
+        assert recorder.figures.peak_reserved_bytes <= 2**30

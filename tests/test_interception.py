@@ -1,0 +1,85 @@
+"""Interception by dispatch numbers the same allocations as the simulated card."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+
+from pytest_gpumem.devices.interception import intercepting
+from pytest_gpumem.devices.simulated.device import SimulatedDevice
+from pytest_gpumem.devices.simulated.install import simulated_device
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def _fail(_operator: Callable[[], Any], _index: int) -> Any:
+    raise torch.OutOfMemoryError("refused")
+
+
+def _work() -> None:
+    layer = nn.Linear(4, 4, device="cuda")
+    inputs = torch.ones(2, 4, device="cuda")
+    inputs.add_(1).view(-1)
+    out = layer(inputs).relu()
+    (out * 2).sum().backward()
+
+
+def test_every_new_result_is_asked_about() -> None:
+    """Card and bytes of each allocation agree with what the allocator served."""
+    asked: list[tuple[int, int]] = []
+    served: list[tuple[int, int]] = []
+    with simulated_device("T4") as machine:
+        _work()
+        with SimulatedDevice(machine).refusing(
+            lambda index, nbytes: bool(served.append((index, nbytes)))
+        ):
+            _work()
+        with intercepting(
+            lambda index, nbytes: bool(asked.append((index, nbytes))), _fail
+        ):
+            _work()
+
+    assert served == asked
+
+
+def test_a_refused_result_fails_before_its_operator() -> None:
+    """The refused operator raises; the ones before and after run."""
+    numbers = iter(range(100))
+    with (
+        simulated_device("T4"),
+        intercepting(lambda _index, _nbytes: next(numbers) == 1, _fail),
+    ):
+        first = torch.ones(3, device="cuda")
+        with pytest.raises(torch.OutOfMemoryError, match="refused"):
+            torch.ones(3, device="cuda")
+        third = torch.ones(3, device="cuda")
+
+    assert first.is_cuda
+    assert third.is_cuda
+
+
+def test_thread_pools_are_followed() -> None:
+    """Work submitted to a pool inside the block is asked about too."""
+    asked = []
+    with (
+        simulated_device("T4"),
+        intercepting(lambda _index, nbytes: bool(asked.append(nbytes)), _fail),
+        ThreadPoolExecutor(1) as pool,
+    ):
+        pool.submit(torch.ones, 4, device="cuda").result()
+
+    assert [16] == asked
+
+
+def test_nothing_is_left_behind() -> None:
+    """After the block, pools submit as before."""
+    submit = ThreadPoolExecutor.submit
+    with pytest.raises(KeyError), intercepting(lambda _i, _n: False, _fail):
+        raise KeyError
+
+    assert submit is ThreadPoolExecutor.submit
