@@ -11,16 +11,17 @@ from pytest_gpumem.cards_table import CARDS, Card
 from pytest_gpumem.errors import CardError, SizeError
 from pytest_gpumem.sizes import format_size, parse_size
 
-#: The card of an ordinary CI machine with a GPU: small enough to run out of memory
-#: on purpose, and its total is known to the byte.
+#: The card of a run that names none: the one that free notebooks and most CI machines
+#: with a GPU have, so that what fits here fits there. Its total is known to the byte.
 DEFAULT_CARD: Final = "T4"
+#: Most cards of one simulated machine.
+MAX_CARDS: Final = 64
 
 #: PyTorch's allocator takes at least this much at a time from the driver.
 _SMALLEST_BYTES: Final = 2 * 2**20
-#: More cards than any machine has; torch itself stops at a similar number.
-_MOST_CARDS: Final = 64
 _KEYS: Final = ("cc", "sms", "name")
 _MAKERS: Final = re.compile(r"nvidia|tesla|geforce|rtx")
+_ALIASES: Final = {"h10080gb": "H100", "t416gb": "T4", "p10016gb": "P100"}
 _SIZE: Final = re.compile(r"[0-9.]+\s*([kmgt](i?b)?|b|%)|[0-9]{7,}", re.IGNORECASE)
 _GRAMMAR: Final = (
     "write a name (T4, A100-80GB), a made-up card (16GiB,cc=8.0), several of one "
@@ -34,11 +35,10 @@ def find_card(text: str) -> tuple[Card, ...]:
     Args:
         text: ``CARD``, ``CARD*COUNT``, or several of these joined by ``+``. A card is
             a name of the table or the driver's own (case, blanks, hyphens and the
-            maker's words do not matter: ``rtx 4090``, ``NVIDIA A100-SXM4-80GB``; the
-            size may be left out where there is only one: ``H100``), or
-            ``SIZE[,cc=MAJOR.MINOR][,sms=COUNT][,name=NAME]``, a made-up card. What a
-            made-up card leaves out is as on the table's first card of its compute
-            capability; its compute capability is 8.0 unless given.
+            maker's words do not matter: ``rtx 4090``, ``NVIDIA A100-SXM4-80GB``), or
+            ``SIZE[,cc=MAJOR.MINOR][,sms=COUNT][,name=NAME]``, a made-up card. Its
+            compute capability is 8.0 unless given; what it leaves out is as on the
+            table's first card of that capability, or of the one below it.
 
     Raises:
         CardError: The text names no card; the message suggests names.
@@ -55,9 +55,9 @@ def find_card(text: str) -> tuple[Card, ...]:
                 text, f"{count!r} is no number of cards", "write for example T4*2"
             )
         cards += [_card(text, description)] * (int(count) if star else 1)
-    if len(cards) > _MOST_CARDS:
+    if len(cards) > MAX_CARDS:
         raise _error(
-            text, f"{len(cards)} cards", f"at most {_MOST_CARDS} can be simulated"
+            text, f"{len(cards)} cards", f"at most {MAX_CARDS} can be simulated"
         )
     return tuple(cards)
 
@@ -68,13 +68,12 @@ def _card(text: str, description: str) -> Card:
     if "," in description or "=" in description:
         return _made_up_card(text, description)
     wanted = _plain(description)
+    wanted = _plain(_ALIASES.get(wanted, wanted))
     for key, card in CARDS.items():
         if wanted in (_plain(key), _plain(card.name)):
             return card
     variants = [key for key in CARDS if wanted == _plain(key.partition("-")[0])]
-    if len(variants) == 1:
-        return CARDS[variants[0]]
-    if variants:
+    if wanted and variants:
         raise _error(
             text,
             f"{description!r} comes in several sizes",
@@ -131,16 +130,21 @@ def _made_up_card(text: str, description: str) -> Card:
 
 
 def _model(text: str, capability: str) -> Card:
-    """Return the first card of a compute capability."""
-    models: dict[str, Card] = {}
-    for card in CARDS.values():
-        major, minor = card.compute_capability
-        models.setdefault(f"{major}.{minor}", card)
-    if capability not in models:
+    """Return a card of the table, made one of a compute capability."""
+    match = re.fullmatch(r"([0-9]{1,2})\.([0-9])", capability)
+    wanted = (int(match[1]), int(match[2])) if match else (0, 0)
+    known = sorted({card.compute_capability for card in CARDS.values()})
+    below = [each for each in known if each <= wanted]
+    if not below:
         raise _error(
-            text, f"cc={capability!r} is not known", f"known are {', '.join(models)}"
+            text,
+            f"cc={capability!r} is no compute capability",
+            f"give MAJOR.MINOR from {'.'.join(map(str, known[0]))} on, such as 8.0",
         )
-    return models[capability]
+    model = next(
+        card for card in CARDS.values() if card.compute_capability == below[-1]
+    )
+    return replace(model, compute_capability=wanted)
 
 
 def _plain(name: str) -> str:
@@ -151,4 +155,4 @@ def _error(text: str, reason: str, advice: str) -> CardError:
     return CardError(f"card {text!r}: {reason}; {advice}", value=text)
 
 
-__all__ = ["CARDS", "DEFAULT_CARD", "Card", "find_card"]
+__all__ = ["CARDS", "DEFAULT_CARD", "MAX_CARDS", "Card", "find_card"]

@@ -15,8 +15,35 @@ _MIB: Final = 2**20
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """What a compute capability fixes of a multiprocessor; sizes in bytes."""
+
+    max_threads: int
+    registers: int
+    shared_memory: int
+    shared_memory_of_block: int
+
+
+#: By compute capability; one that is not here takes the one below it.
+#: Source: CUDA C++ Programming Guide, "Technical Specifications per Compute
+#: Capability".
+LIMITS: Final[dict[tuple[int, int], Limits]] = {
+    (3, 7): Limits(2048, 131072, 112 * _KIB, 48 * _KIB),
+    (6, 0): Limits(2048, 65536, 64 * _KIB, 48 * _KIB),
+    (7, 0): Limits(2048, 65536, 96 * _KIB, 96 * _KIB),
+    (7, 5): Limits(1024, 65536, 64 * _KIB, 64 * _KIB),
+    (8, 0): Limits(2048, 65536, 164 * _KIB, 163 * _KIB),
+    (8, 6): Limits(1536, 65536, 100 * _KIB, 99 * _KIB),
+    (8, 9): Limits(1536, 65536, 100 * _KIB, 99 * _KIB),
+    (9, 0): Limits(2048, 65536, 228 * _KIB, 227 * _KIB),
+    (10, 0): Limits(2048, 65536, 228 * _KIB, 227 * _KIB),
+    (12, 0): Limits(1536, 65536, 100 * _KIB, 99 * _KIB),
+}
+
+
+@dataclass(frozen=True, slots=True)
 class Card:
-    """What torch can be asked of a card.
+    """A card as the CUDA runtime describes it.
 
     Attributes:
         name: As the driver and ``torch.cuda.get_device_name`` give it.
@@ -32,52 +59,39 @@ class Card:
     total_bytes: int
     compute_capability: tuple[int, int]
     multi_processor_count: int
-    l2_cache_size: int
+    l2_cache_size: int = 4 * _MIB
     precision_bytes: int = 1
-    source: str = ""
+    source: str = "made up"
+
+    @property
+    def _limits(self) -> Limits:
+        known = [cc for cc in LIMITS if cc <= self.compute_capability]
+        return LIMITS[max(known, default=min(LIMITS))]
 
     @property
     def max_threads_per_multi_processor(self) -> int:
         """Threads that a multiprocessor can hold."""
-        return _LIMITS[self.compute_capability][0]
+        return self._limits.max_threads
 
     @property
     def regs_per_multiprocessor(self) -> int:
         """32-bit registers of a multiprocessor."""
-        return _LIMITS[self.compute_capability][1]
+        return self._limits.registers
 
     @property
     def shared_memory_per_block(self) -> int:
-        """Bytes that a block may use without asking for more."""
+        """Bytes that a block may use without asking for more: 48 KiB on any card."""
         return 48 * _KIB
 
     @property
     def shared_memory_per_block_optin(self) -> int:
-        """Bytes that a block may use at most."""
-        return _LIMITS[self.compute_capability][3] * _KIB
+        """Bytes that a block may ask for."""
+        return self._limits.shared_memory_of_block
 
     @property
     def shared_memory_per_multiprocessor(self) -> int:
         """Bytes of a multiprocessor."""
-        return _LIMITS[self.compute_capability][2] * _KIB
-
-
-#: By compute capability: threads and registers of a multiprocessor, KiB of shared
-#: memory of a multiprocessor, KiB of it that one block may have.
-#: Source: CUDA C++ Programming Guide, "Technical Specifications per Compute
-#: Capability".
-_LIMITS: Final = {
-    (3, 7): (2048, 131072, 112, 48),
-    (6, 0): (2048, 65536, 64, 48),
-    (7, 0): (2048, 65536, 96, 96),
-    (7, 5): (1024, 65536, 64, 64),
-    (8, 0): (2048, 65536, 164, 163),
-    (8, 6): (1536, 65536, 100, 99),
-    (8, 9): (1536, 65536, 100, 99),
-    (9, 0): (2048, 65536, 228, 227),
-    (10, 0): (2048, 65536, 228, 227),
-    (12, 0): (1536, 65536, 100, 99),
-}
+        return self._limits.shared_memory
 
 
 def _device_query(driver: str) -> str:
@@ -120,7 +134,7 @@ CARDS: Final[dict[str, Card]] = {
     "T4": Card(
         "Tesla T4", 15642329088, (7, 5), 40, 4194304, source=_device_query("12.5")
     ),
-    "RTX 2080 Ti": Card(
+    "RTX-2080-Ti": Card(
         "NVIDIA GeForce RTX 2080 Ti",
         11523260416,
         (7, 5),
@@ -144,7 +158,7 @@ CARDS: Final[dict[str, Card]] = {
         41943040,
         source=_device_query("12.5"),
     ),
-    "RTX 3060": Card(
+    "RTX-3060": Card(
         "NVIDIA GeForce RTX 3060",
         12629508096,
         (8, 6),
@@ -152,7 +166,7 @@ CARDS: Final[dict[str, Card]] = {
         2359296,
         source=_device_query("12.2"),
     ),
-    "RTX 3090": Card(
+    "RTX-3090": Card(
         "NVIDIA GeForce RTX 3090",
         25414860800,
         (8, 6),
@@ -178,7 +192,7 @@ CARDS: Final[dict[str, Card]] = {
     "L40S": Card(
         "NVIDIA L40S", 47576711168, (8, 9), 142, 100663296, source=_device_query("12.4")
     ),
-    "RTX 4090": Card(
+    "RTX-4090": Card(
         "NVIDIA GeForce RTX 4090",
         25250627584,
         (8, 9),
@@ -186,7 +200,7 @@ CARDS: Final[dict[str, Card]] = {
         75497472,
         source=_device_query("13.0"),
     ),
-    "H100-80GB": Card(
+    "H100": Card(
         "NVIDIA H100 80GB HBM3",
         85028896768,
         (9, 0),
@@ -212,7 +226,7 @@ CARDS: Final[dict[str, Card]] = {
         precision_bytes=_MIB,
         source=_properties("version not given"),
     ),
-    "RTX 5090": Card(
+    "RTX-5090": Card(
         "NVIDIA GeForce RTX 5090",
         33677180928,
         (12, 0),

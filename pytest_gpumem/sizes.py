@@ -39,6 +39,9 @@ _PATTERN: Final = re.compile(
 )
 _NEGATIVE: Final = re.compile(r"\s*[-\N{MINUS SIGN}]\s*[0-9.].*", re.DOTALL)
 _NOT_FINITE: Final = re.compile(r"\s*[+-]?\s*(nan|inf|infinity)\b.*", re.IGNORECASE)
+#: Longer numbers and texts are not shown whole: a message is one line.
+_MAX_BITS: Final = 128
+_MAX_SHOWN: Final = 60
 _INDEX: Final = re.compile(r"[0-9]{1,4}")
 
 
@@ -206,9 +209,12 @@ def format_size(nbytes: int, *, exact: bool = False) -> str:
 
 
 def _refuse(value: object, reason: str, advice: str = _ACCEPTED) -> NoReturn:
-    shown = repr(value)
-    if len(shown) > 60:  # noqa: PLR2004  # one line
-        shown = f"{shown[:56]}...'"
+    if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+        shown = f"of {value.bit_length()} bits"  # Python may refuse to print it
+    else:
+        shown = repr(value)
+    if len(shown) > _MAX_SHOWN:
+        shown = f"{shown[: _MAX_SHOWN - 4]}...'"
     raise SizeError(f"size {shown} {reason}; {advice}", value=value)
 
 
@@ -242,6 +248,4 @@ def _check_range(value: object, nbytes: int | Fraction, *, allow_zero: bool) -> 
     if not nbytes and not allow_zero:
         _refuse(value, "is zero")
     if nbytes > MAX_BYTES:
-        # The number itself may be too long to be printed.
-        shown = value if isinstance(value, str) else f"above {MAX_BYTES}"
-        _refuse(shown, "is more than any card has")
+        _refuse(value, "is more than any card has")

@@ -6,31 +6,42 @@ whatever depends on sizes, devices and arithmetic, useless for the model's task.
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Final
 
 from pytest_gpumem.checkpoints.cache import (
     build_into,
     cache_folder,
     digest_of,
+    find_damage,
     is_intact,
 )
-from pytest_gpumem.checkpoints.models import NAMES, ModelSpec, model_spec
+from pytest_gpumem.checkpoints.models import (
+    NAMES,
+    ModelSpec,
+    library_versions,
+    model_spec,
+)
+from pytest_gpumem.checkpoints.weights import missing_weights
 from pytest_gpumem.errors import CheckpointError
 from pytest_gpumem.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable
 
-FORMATS = ("safetensors", "bin")
+    from transformers import PretrainedConfig
+
+FORMATS: Final = ("safetensors", "bin")
+DTYPES: Final = ("float32", "float16", "bfloat16", "float64")
+CHECKS: Final = ("quick", "full")
 #: Raised whenever the same request would give other files than before.
-_BUILDER_VERSION = 1
+_BUILDER_VERSION: Final = 2
 
 
-def make_checkpoint(
-    model: str | os.PathLike[str] | Any,
+def make_checkpoint(  # noqa: PLR0913  # keyword-only, one for each choice there is
+    model: str | os.PathLike[str] | PretrainedConfig,
     *,
     out: str | os.PathLike[str] | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -39,33 +50,55 @@ def make_checkpoint(
     seed: int = 0,
     dtype: str = "float32",
     architecture: str | None = None,
+    verify: str = "quick",
     progress: Callable[[str], None] | None = None,
 ) -> Path:
     """Return a folder with a checkpoint, building it if need be.
 
-    Building is atomic and safe for several processes at once; a checkpoint that is
-    there is checked before it is used again, and built anew if it is damaged.
+    The same request gives the same weights, bit for bit, whatever the number of
+    threads; the random state of the caller stays as it is. Building is atomic and safe
+    for several processes at once. What is there is checked before it is used again; a
+    damaged checkpoint is built anew, and a log warning says so.
 
     Args:
         model: A known name (``NAMES``), the path of a ``config.json`` of transformers
             or of a folder with one, or a ``PretrainedConfig``.
-        out: The folder to write; None means the cache.
-        cache_dir: The cache; None means the user's (``PYTEST_GPUMEM_CACHE`` first).
+        out: The folder to write; None means a folder of the cache.
+        cache_dir: The cache; None means ``PYTEST_GPUMEM_CACHE``, else the user's.
         format: ``"safetensors"``, or ``"bin"`` for the legacy ``pytorch_model.bin``.
         max_shard_size: Bytes (or ``"200MB"``) of a file at most; None means one file.
-        seed: Seed of the weights.
-        dtype: Name of the weights' dtype, such as ``"float16"``.
-        architecture: Class name of transformers; None means the config's own, else
-            the sequence classifier of its type.
+            A tensor that is larger has a file of its own.
+        seed: Seed of the weights, from 0 on.
+        dtype: Name of the weights' dtype, one of ``DTYPES``. The weights are drawn in
+            float32 and then rounded.
+        architecture: Class name of transformers, an auto class or not; None means the
+            config's own, else ``AutoModelForSequenceClassification``, else
+            ``AutoModel``.
+        verify: How a checkpoint that is there is checked: ``"quick"`` compares the
+            sizes of all files and the first and last MiB of each, ``"full"`` every
+            byte (some seconds for a GB).
         progress: Told what takes long, a line at a time.
 
     Raises:
-        CheckpointError: The model is not known, the options make no sense, the disk is
-            full, or ``out`` holds something else.
+        CheckpointError: The model is not known, an option makes no sense, the disk is
+            full or cannot be written, or ``out`` holds something else.
+        SizeError: ``max_shard_size`` is no size.
+
+    Example::
+
+        path = make_checkpoint("bert-tiny", format="bin", max_shard_size="4MB")
+
+    Limits: weights are the same only on the same kind of CPU, with the same minor
+    versions of torch and transformers; the versions are part of the request. Host
+    memory: the model in float32, and nothing besides. Random numbers that other threads
+    draw meanwhile change the weights.
     """
-    if format not in FORMATS:
+    _check("format", format, FORMATS)
+    _check("dtype", dtype, DTYPES)
+    _check("verify", verify, CHECKS)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise CheckpointError(
-            f"format={format!r} is not known; accepted are {', '.join(FORMATS)}"
+            f"seed={seed!r} is no seed; give a whole number from 0 to 2**63 - 1"
         )
     spec = model_spec(model, architecture=architecture)
     shard_bytes = None if max_shard_size is None else parse_size(max_shard_size)
@@ -77,18 +110,14 @@ def make_checkpoint(
         "format": format,
         "max_shard_bytes": shard_bytes,
         "seed": seed,
+        "versions": library_versions(),
     }
-    if out is not None:
-        target = Path(out)
-    else:
-        target = cache_folder(cache_dir) / f"{spec.name}-{digest_of(request)[:16]}"
     say = progress or (lambda _text: None)
 
     def build(folder: Path) -> None:
         from pytest_gpumem.checkpoints.build import build_checkpoint  # noqa: PLC0415  # it imports torch
 
         started_s = time.perf_counter()
-        say(f"building {spec.name} ({dtype}, {format}) in {target}")
         nbytes = build_checkpoint(
             spec,
             folder,
@@ -101,41 +130,65 @@ def make_checkpoint(
         took_s = time.perf_counter() - started_s
         say(f"built {spec.name}: {format_size(nbytes)} in {took_s:.1f} s")
 
-    build_into(target, request, build, say=say)
+    if out is None:
+        target = cache_folder(cache_dir) / f"{spec.name}-{digest_of(request)[:16]}"
+    else:
+        target = Path(out)
+    build_into(
+        target,
+        request,
+        build,
+        say=say,
+        in_cache=out is None,
+        check_all=verify == "full",
+    )
     return target
 
 
 def resolve_checkpoint(
     name_or_path: str | os.PathLike[str],
     *,
+    cache_dir: str | os.PathLike[str] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Path:
     """Return the folder of a checkpoint given by path or by name.
 
     Args:
-        name_or_path: A folder with ``config.json`` and weights, or a known name, which
-            is built if it is not in the cache.
+        name_or_path: A folder with ``config.json`` and weights, used as it is; or what
+            ``make_checkpoint`` takes, which is built if it is not in the cache.
+        cache_dir: As for ``make_checkpoint``.
         progress: Told what takes long.
 
     Raises:
-        CheckpointError: Neither a checkpoint's folder nor a known name.
+        CheckpointError: Neither a whole checkpoint's folder nor a known name.
+
+    Example::
+
+        path = resolve_checkpoint("bert-tiny")
     """
     path = Path(name_or_path)
     if not path.is_dir():
-        return make_checkpoint(name_or_path, progress=progress)
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path} is no checkpoint: it has no config.json")
-    if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
-        raise CheckpointError(
-            f"{path} is no checkpoint: it has neither *.safetensors nor *.bin"
-        )
+        return make_checkpoint(name_or_path, cache_dir=cache_dir, progress=progress)
+    reason = missing_weights(path)
+    if reason is not None:
+        raise CheckpointError(f"{path} is no checkpoint: {reason}")
     return path
 
 
+def _check(option: str, value: str, accepted: tuple[str, ...]) -> None:
+    if value not in accepted:
+        raise CheckpointError(
+            f"{option}={value!r} is not known; accepted are {', '.join(accepted)}"
+        )
+
+
 __all__ = [
+    "CHECKS",
+    "DTYPES",
     "FORMATS",
     "NAMES",
     "ModelSpec",
+    "find_damage",
     "is_intact",
     "make_checkpoint",
     "resolve_checkpoint",

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import transformers
+from transformers.utils import logging as transformers_logging
 
 from pytest_gpumem.checkpoints.cache import check_room
+from pytest_gpumem.checkpoints.weights import as_os_error, save_legacy
 from pytest_gpumem.errors import CheckpointError
 from pytest_gpumem.sizes import format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from pytest_gpumem.checkpoints.models import ModelSpec
 
+#: Where a config without architectures finds its class, in this order.
+_AUTO_CLASSES: Final = ("AutoModelForSequenceClassification", "AutoModel")
+#: Config, index and headers are far smaller.
+_OVERHEAD_BYTES: Final = 2**20
 
-def build_checkpoint(
+
+def build_checkpoint(  # noqa: PLR0913  # keyword-only
     spec: ModelSpec,
     folder: Path,
     *,
@@ -31,7 +40,7 @@ def build_checkpoint(
 ) -> int:
     """Write config and weights into a folder; return the weights' bytes.
 
-    The global random state stays as it is.
+    The global random state stays as it is, and so does everything else that is global.
 
     Args:
         spec: The model.
@@ -43,94 +52,104 @@ def build_checkpoint(
         say: Told what takes long.
 
     Raises:
-        CheckpointError: The config, class or dtype is not known, or the disk is full.
+        CheckpointError: The config or class is not known, or the disk is too full.
+        OSError: The files cannot be written.
     """
-    torch_dtype = getattr(torch, dtype, None)
-    if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
-        raise CheckpointError(
-            f"dtype={dtype!r} is no floating-point dtype of torch; give for example "
-            "float16"
-        )
-    model_class, config = _class_and_config(spec)
+    torch_dtype: torch.dtype = getattr(torch, dtype)
+    config = _config(spec)
+    model_class = _model_class(spec, config)
     with torch.device("meta"):
-        shape = model_class._from_config(config) if _is_auto(model_class) else model_class(config)  # noqa: SLF001
-    nbytes = sum(p.numel() for p in shape.parameters()) * torch_dtype.itemsize
-    check_room(folder, nbytes + 2**20)
-    count = sum(p.numel() for p in shape.parameters())
-    say(f"drawing {count:,} parameters, {format_size(nbytes)}")
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.manual_seed(seed)
-        model = type(shape)(config).to(torch_dtype)
-    say("writing")
-    if file_format == "safetensors":
-        model.save_pretrained(folder, max_shard_size=shard_bytes or nbytes * 2 + 2**20)
-    else:
-        model.config.dtype = torch_dtype
-        model.config.save_pretrained(folder)
-        _save_legacy(_without_ties(model), folder, shard_bytes)
+        shape = _make(model_class, config)
+    count = int(sum(p.numel() for p in shape.parameters()))
+    nbytes = count * torch_dtype.itemsize
+    check_room(folder, nbytes + _OVERHEAD_BYTES)
+    say(
+        f"building {spec.name}: {count:,} parameters, {format_size(nbytes)} in "
+        f"{dtype} ..."
+    )
+    model: Any = _draw(model_class, config, seed)
+    model.to(torch_dtype)
+    say(f"writing {folder.parent} ...")
+    with as_os_error(folder), _no_progress_bar():
+        if file_format == "safetensors":
+            limit = shard_bytes or 2 * nbytes + _OVERHEAD_BYTES
+            model.save_pretrained(folder, max_shard_size=limit)
+        else:
+            model.config.architectures = [model_class.__name__]
+            model.config.dtype = torch_dtype
+            model.config.save_pretrained(folder)
+            if model.can_generate():
+                model.generation_config.save_pretrained(folder)
+            save_legacy(model.state_dict(), folder, shard_bytes)
     return nbytes
 
 
-def _is_auto(model_class: Any) -> bool:
-    return model_class.__name__.startswith("AutoModel")
+def _draw(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, seed: int
+) -> PreTrainedModel:
+    # Not torch.manual_seed: it would seed the cards too, and they are not restored.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
+        return _make(model_class, config)
 
 
-def _class_and_config(spec: ModelSpec) -> tuple[Any, Any]:
+def _make(
+    model_class: type[PreTrainedModel], config: PretrainedConfig
+) -> PreTrainedModel:
+    make: Any = model_class._from_config  # noqa: SLF001  # what the auto classes call
+    model: PreTrainedModel = make(config, dtype=torch.float32)
+    return model
+
+
+def _config(spec: ModelSpec) -> PretrainedConfig:
     entries = dict(spec.config_dict)
     model_type = entries.pop("model_type")
     try:
-        config = transformers.AutoConfig.for_model(model_type, **entries)
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"config of {spec.name}: {error}") from error
-    if spec.architecture is None:
-        model_class: Any = transformers.AutoModelForSequenceClassification
-        try:
-            return model_class._model_mapping[type(config)], config  # noqa: SLF001  # the table behind the auto class
-        except KeyError:
-            return transformers.AutoModel._model_mapping[type(config)], config  # noqa: SLF001  # likewise
-    model_class = getattr(transformers, spec.architecture, None)
-    if model_class is None:
+        return transformers.AutoConfig.for_model(model_type, **entries)
+    except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(
-            f"architecture {spec.architecture!r} is no class of transformers "
-            f"{transformers.__version__}"
-        )
-    config.architectures = [spec.architecture]
-    return model_class, config
+            f"the config of {spec.name} is no good: {error}"
+        ) from error
 
 
-def _without_ties(model: Any) -> dict[str, torch.Tensor]:
-    """Return the state with tied weights once: loading ties them again."""
-    seen: dict[int, str] = {}
-    state = {}
-    for name, tensor in model.state_dict().items():
-        if seen.setdefault(tensor.data_ptr(), name) == name:
-            state[name] = tensor
-    return state
-
-
-def _save_legacy(
-    state: dict[str, torch.Tensor], folder: Path, shard_bytes: int | None
-) -> None:
-    """Write ``pytorch_model.bin``, or its shards and their index."""
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    filled = 0
-    for name, tensor in state.items():
-        nbytes = tensor.numel() * tensor.element_size()
-        if shard_bytes is not None and shards[-1] and filled + nbytes > shard_bytes:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = tensor
-        filled += nbytes
-    if len(shards) == 1:
-        torch.save(state, folder / "pytorch_model.bin")
-        return
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"pytorch_model-{number:05d}-of-{len(shards):05d}.bin"
-        torch.save(shard, folder / file)
-        weight_map.update(dict.fromkeys(shard, file))
-    total = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "pytorch_model.bin.index.json").write_text(
-        json.dumps(index, indent=1), encoding="utf-8"
+def _model_class(spec: ModelSpec, config: PretrainedConfig) -> type[PreTrainedModel]:
+    names = (spec.architecture,) if spec.architecture else _AUTO_CLASSES
+    for name in names:
+        found: Any = getattr(transformers, name, None)
+        if found is None:
+            raise CheckpointError(
+                f"architecture {name!r} is no class of transformers "
+                f"{transformers.__version__}; give for example BertForMaskedLM"
+            )
+        mapping = getattr(found, "_model_mapping", None)
+        if mapping is not None:  # an auto class
+            found = mapping.get(type(config), None)
+            found = found[0] if isinstance(found, (tuple, list)) else found
+        if found is not None:
+            return _checked(found, name, config)
+    raise CheckpointError(
+        f"no class of {' or '.join(names)} takes a {type(config).__name__}; name one "
+        "with architecture=..."
     )
+
+
+def _checked(
+    model_class: type[PreTrainedModel], name: str, config: PretrainedConfig
+) -> type[PreTrainedModel]:
+    wanted = getattr(model_class, "config_class", None)
+    if wanted is None or not isinstance(config, wanted):
+        raise CheckpointError(
+            f"architecture {name!r} does not take a {type(config).__name__}"
+        )
+    return model_class
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers has no hints here
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]  # likewise

@@ -5,22 +5,32 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from pytest_gpumem.errors import CheckpointError
+from pytest_gpumem.sizes import format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
+#: The file that says what a checkpoint was built from and how its files look.
 MANIFEST: Final = "pytest_gpumem.json"
 #: Bytes read from either end of a file to tell whether it is the one written.
 _SAMPLE: Final = 2**20
+_CHUNK: Final = 2**23
+#: Seconds to wait for another process that builds the same checkpoint.
+_PATIENCE_S: Final = 1800.0
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SUFFIX: Final = ".building"
+_log: Final = logging.getLogger(__name__)
 
 
 def cache_folder(given: str | os.PathLike[str] | None = None) -> Path:
@@ -41,90 +51,212 @@ def digest_of(request: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def is_intact(folder: Path, request: Mapping[str, Any] | None = None) -> bool:
-    """Tell whether a folder holds a whole checkpoint, of a request if one is given.
+def find_damage(
+    folder: Path,
+    request: Mapping[str, Any] | None = None,
+    *,
+    check_all: bool = False,
+) -> str | None:
+    """Return what is wrong with a checkpoint that was built here, None if nothing.
 
-    Sizes of all files and the first and last MiB of each are compared with what was
-    written; damage in between is not seen.
+    Args:
+        folder: The checkpoint.
+        request: What it must have been built from; None means anything.
+        check_all: Compare every byte, not only sizes and both ends of each file.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = dict(manifest["files"])
         if request is not None and manifest["request"] != digest_of(request):
-            return False
-        return all(_describe(folder / name) == each for name, each in files.items())
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+            return "it was built from another request"
+        for name, written in dict(manifest["files"]).items():
+            damage = _damage_of(folder / name, written, check_all=check_all)
+            if damage is not None:
+                return damage
+    except OSError as error:
+        missing = Path(error.filename or folder).name
+        return f"{missing} cannot be read: {error.strerror}"
+    except (ValueError, KeyError, TypeError):
+        return f"{MANIFEST} is not as it was written"
+    return None
 
 
-def _describe(file: Path) -> dict[str, Any]:
+def _damage_of(
+    file: Path, written: Mapping[str, Any], *, check_all: bool
+) -> str | None:
     size = file.stat().st_size
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        digest.update(stream.read(_SAMPLE))
-        stream.seek(max(size - _SAMPLE, 0))
-        digest.update(stream.read(_SAMPLE))
-    return {"bytes": size, "sample": digest.hexdigest()}
+    if size != written["bytes"]:
+        return f"{file.name} has {size} bytes instead of {written['bytes']}"
+    if _sample(file) != written["sample"]:
+        return f"{file.name} is not as it was written"
+    if check_all and _digest(file) != written["sha256"]:
+        return f"{file.name} is not as it was written"
+    return None
 
 
-def build_into(
+def is_intact(
+    folder: Path, request: Mapping[str, Any] | None = None, *, check_all: bool = False
+) -> bool:
+    """Tell whether a folder holds a whole checkpoint; see ``find_damage``."""
+    return find_damage(folder, request, check_all=check_all) is None
+
+
+def build_into(  # noqa: PLR0913  # keyword-only
     target: Path,
     request: Mapping[str, Any],
     build: Callable[[Path], None],
     *,
     say: Callable[[str], None],
+    in_cache: bool = True,
+    check_all: bool = False,
 ) -> None:
     """Make sure that ``target`` holds what ``build`` writes, whole.
 
-    ``build`` writes into a folder beside the target, which is then renamed. A lock
-    lets one process build while others wait.
+    ``build`` writes into a folder beside the target, which is then renamed. In the
+    cache, a lock lets one process build while others wait. Elsewhere no lock file is
+    left behind: of two processes the first to end wins.
+
+    Args:
+        target: The folder.
+        request: What it is built from.
+        build: Writes the files into an empty folder.
+        say: Told what takes long.
+        in_cache: Whether the target's name tells the request, so that whatever is
+            there may be replaced.
+        check_all: As for ``find_damage``.
 
     Raises:
         CheckpointError: The disk is full, the place cannot be written, or the target
             holds something else.
     """
+    if is_intact(target, request, check_all=check_all):
+        return
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.parent / f".{target.name}.lock"):
-            if is_intact(target, request):
-                return
-            if target.exists():
-                _clear(target, say)
-            _build(target, request, build)
+        if not in_cache:
+            _replace(target, request, build, in_cache=False, check_all=check_all)
+            return
+        with _lock(target, say):
+            if is_intact(target, request, check_all=check_all):
+                return  # another process has built it meanwhile
+            for left in target.parent.glob(f".{target.name}.*{_SUFFIX}"):
+                shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
+            _replace(target, request, build, in_cache=True, check_all=check_all)
     except OSError as error:
         raise _explain(error, target) from error
 
 
-def _clear(target: Path, say: Callable[[str], None]) -> None:
-    """Remove a damaged or outdated checkpoint of ours, and nothing else."""
+@contextmanager
+def _lock(target: Path, say: Callable[[str], None]) -> Iterator[None]:
+    lock = FileLock(target.parent / f".{target.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"waiting for another process that builds {target}")
+        try:
+            lock.acquire(timeout=_PATIENCE_S)
+        except Timeout:
+            raise CheckpointError(
+                f"{target} has been building in another process for "
+                f"{_PATIENCE_S:.0f} s; end that process and run again"
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _replace(
+    target: Path,
+    request: Mapping[str, Any],
+    build: Callable[[Path], None],
+    *,
+    in_cache: bool,
+    check_all: bool,
+) -> None:
+    if os.path.lexists(target):
+        _clear(target, request, in_cache=in_cache, check_all=check_all)
+    folder = Path(
+        tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_SUFFIX, dir=target.parent)
+    )
+    try:
+        build(folder)
+        _write_manifest(folder, request)
+        try:
+            folder.rename(target)
+        except OSError:
+            if not is_intact(target, request):
+                raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _clear(
+    target: Path, request: Mapping[str, Any], *, in_cache: bool, check_all: bool
+) -> None:
+    """Remove a damaged checkpoint of this request, and nothing else."""
     if target.is_dir() and not any(target.iterdir()):
         target.rmdir()
         return
-    if not (target / MANIFEST).is_file():
+    if not in_cache and not _is_of(target, request):
         raise CheckpointError(
-            f"{target} exists and was not written by pytest-gpumem; give another --out "
-            "or remove it"
+            f"{target} exists and holds something else; choose another folder or "
+            "remove it"
         )
-    say(f"{target} is damaged or of another request; building it anew")
-    shutil.rmtree(target)
+    damage = find_damage(target, request, check_all=check_all)
+    _log.warning("checkpoint %s is damaged: %s; building it anew", target, damage)
+    if target.is_dir() and not target.is_symlink():
+        shutil.rmtree(target)
+    else:
+        target.unlink()
 
 
-def _build(
-    target: Path, request: Mapping[str, Any], build: Callable[[Path], None]
-) -> None:
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+def _is_of(folder: Path, request: Mapping[str, Any]) -> bool:
     try:
-        build(folder)
-        files = {
-            file.name: _describe(file) for file in sorted(folder.iterdir()) if file.is_file()
-        }
-        manifest = {"files": files, "request": digest_of(request)}
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        folder.chmod(0o755)
-        folder.rename(target)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return bool(manifest["request"] == digest_of(request))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _write_manifest(folder: Path, request: Mapping[str, Any]) -> None:
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    manifest = {
+        "request": digest_of(request),
+        "built_from": request,
+        "files": {
+            file.name: {
+                "bytes": file.stat().st_size,
+                "sample": _sample(file),
+                "sha256": _digest(file),
+            }
+            for file in files
+        },
+    }
+    written = folder / MANIFEST
+    written.write_text(json.dumps(manifest, indent=1, default=str), encoding="utf-8")
+    # safetensors and mkdtemp shut everyone else out; a file written in the ordinary
+    # way shows what the user's umask allows.
+    mode = written.stat().st_mode & 0o666
+    for file in files:
+        file.chmod(mode)
+    folder.chmod(mode | (mode & 0o444) >> 2)
+
+
+def _sample(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        digest.update(stream.read(_SAMPLE))
+        stream.seek(max(file.stat().st_size - _SAMPLE, 0))
+        digest.update(stream.read(_SAMPLE))
+    return digest.hexdigest()
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def check_room(folder: Path, nbytes: int) -> None:
@@ -136,15 +268,19 @@ def check_room(folder: Path, nbytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < nbytes:
         raise CheckpointError(
-            f"the disk of {folder.parent} is full: {nbytes} bytes are needed, {free} are "
-            "free; free some, or set PYTEST_GPUMEM_CACHE to another disk"
+            f"the disk of {folder.parent} is too full: {format_size(nbytes)} are "
+            f"needed, {format_size(free)} are free; free some, or set "
+            "PYTEST_GPUMEM_CACHE to a folder of another disk"
         )
 
 
 def _explain(error: OSError, target: Path) -> CheckpointError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in _FULL:
         return CheckpointError(
-            f"the disk of {target.parent} is full: {error}; free some, or set "
-            "PYTEST_GPUMEM_CACHE to another disk"
+            f"the disk of {target.parent} is full: {error.strerror}; free some, or set "
+            "PYTEST_GPUMEM_CACHE to a folder of another disk"
         )
-    return CheckpointError(f"{target} cannot be written: {error}")
+    return CheckpointError(
+        f"{target} cannot be written: {error}; choose another folder, or set "
+        "PYTEST_GPUMEM_CACHE to one"
+    )

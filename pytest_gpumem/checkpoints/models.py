@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem.errors import CheckpointError
 
-_BERT: Final = {"model_type": "bert", "architectures": ["BertForSequenceClassification"]}
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
-#: Sizes of the published models (config.json of bert-large-uncased and its smaller
-#: relatives, gpt2); everything else is the config class's default.
+    from transformers import PretrainedConfig
+
+_BERT: Final = {
+    "model_type": "bert",
+    "architectures": ["BertForSequenceClassification"],
+}
+
+#: Sizes of the published models for BERT, made-up ones for the tiny decoders;
+#: everything else is the config class's default.
 NAMES: Final[dict[str, dict[str, Any]]] = {
     "bert-large": {
         **_BERT,
@@ -58,11 +68,28 @@ NAMES: Final[dict[str, dict[str, Any]]] = {
         "bos_token_id": 0,
         "eos_token_id": 0,
     },
+    "llama-tiny": {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+        "vocab_size": 1000,
+        "max_position_embeddings": 128,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    },
 }
 _ALIASES: Final = {
     "bert-large-uncased": "bert-large",
     "bert-base-uncased": "bert-base",
 }
+
+
+#: Entries of a config that say nothing about the model.
+_IDLE: Final = ("_name_or_path", "transformers_version")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +99,7 @@ class ModelSpec:
     Attributes:
         name: For people and folder names.
         config_dict: The config's entries, with ``model_type``.
-        architecture: Class name of transformers; None means the auto class for
-            sequence classification.
+        architecture: Class name of transformers; None means an auto class.
     """
 
     name: str
@@ -82,17 +108,19 @@ class ModelSpec:
 
 
 def model_spec(
-    model: str | os.PathLike[str] | Any, *, architecture: str | None = None
+    model: str | os.PathLike[str] | PretrainedConfig,
+    *,
+    architecture: str | None = None,
 ) -> ModelSpec:
     """Return what to build for a name, a path or a config.
 
     Raises:
         CheckpointError: It is none of them.
     """
-    if isinstance(model, str) and _ALIASES.get(model, model) in NAMES:
-        name = _ALIASES.get(model, model)
-        return _spec(name, dict(NAMES[name]), architecture)
     if isinstance(model, (str, os.PathLike)):
+        name = _ALIASES.get(str(model), str(model))
+        if name in NAMES:
+            return _spec(name, NAMES[name], architecture)
         return _from_file(Path(model), architecture)
     to_dict = getattr(model, "to_dict", None)
     if to_dict is None:
@@ -100,7 +128,7 @@ def model_spec(
             f"model={model!r} is neither a name, a path nor a config of transformers"
         )
     entries = to_dict()
-    return _spec(entries.get("model_type") or "model", entries, architecture)
+    return _spec(str(entries.get("model_type")), entries, architecture)
 
 
 def _from_file(path: Path, architecture: str | None) -> ModelSpec:
@@ -114,13 +142,37 @@ def _from_file(path: Path, architecture: str | None) -> ModelSpec:
         entries = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(entries, dict) or "model_type" not in entries:
-        raise CheckpointError(f"{file} is no config of transformers: no model_type")
-    return _spec(file.parent.name or entries["model_type"], entries, architecture)
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{file} is no config of transformers")
+    return _spec(file.resolve().parent.name, entries, architecture)
 
 
-def _spec(
-    name: str, entries: dict[str, Any], architecture: str | None
-) -> ModelSpec:
+def _spec(name: str, entries: Mapping[str, Any], architecture: str | None) -> ModelSpec:
+    model_type = entries.get("model_type")
+    if not isinstance(model_type, str) or not model_type:
+        raise CheckpointError(
+            f"the config of {name} has no model_type, so nothing tells which model it "
+            'is of; add for example "model_type": "bert"'
+        )
     own = (entries.get("architectures") or [None])[0]
-    return ModelSpec(name, entries, architecture or own)
+    config_dict = {key: entries[key] for key in entries if key not in _IDLE}
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or model_type
+    return ModelSpec(plain, config_dict, architecture or own)
+
+
+def library_versions() -> dict[str, str]:
+    """Return the minor versions of the libraries that draw and write the weights.
+
+    Raises:
+        CheckpointError: One of them is not installed.
+    """
+    versions = {}
+    for name in ("torch", "transformers"):
+        try:
+            release = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            raise CheckpointError(
+                f"building a checkpoint needs {name}; install pytest-gpumem[hf]"
+            ) from None
+        versions[name] = ".".join(release.split(".")[:2])
+    return versions

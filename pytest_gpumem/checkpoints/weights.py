@@ -1,0 +1,138 @@
+"""The weight files of a checkpoint: the legacy format, and whether all are there."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    import torch
+
+_WHOLE: Final = ("model.safetensors", "pytorch_model.bin")
+
+
+def missing_weights(folder: Path) -> str | None:
+    """Return what a checkpoint's folder lacks, None if nothing.
+
+    Args:
+        folder: Must hold ``config.json`` and weights of either format, whole or with
+            an index and every shard that the index names.
+    """
+    if not (folder / "config.json").is_file():
+        return "it has no config.json"
+    if any((folder / name).is_file() for name in _WHOLE):
+        return None
+    for name in _WHOLE:
+        index = folder / f"{name}.index.json"
+        if not index.is_file():
+            continue
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            shards = sorted({str(shard) for shard in weight_map.values()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return f"{index.name} cannot be read"
+        missing = [shard for shard in shards if not (folder / shard).is_file()]
+        return f"{missing[0]} is missing" if missing else None
+    return f"it has neither {' nor '.join(_WHOLE)}, nor an index of either"
+
+
+def save_legacy(
+    state: Mapping[str, torch.Tensor], folder: Path, shard_bytes: int | None
+) -> None:
+    """Write ``pytorch_model.bin``, or its shards and their index.
+
+    transformers 5 reads this format and no longer writes it.
+
+    Args:
+        state: Weights by name. Of tied weights the first is written: loading ties them.
+        folder: Where to.
+        shard_bytes: Bytes of a file at most, unless one tensor is larger; None means
+            one file.
+
+    Raises:
+        RuntimeError: The file cannot be written; an ``OSError`` is its context.
+    """
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    filled = 0
+    weights = _untied(state)
+    for name, tensor in weights.items():
+        if (
+            shard_bytes is not None
+            and shards[-1]
+            and filled + tensor.nbytes > shard_bytes
+        ):
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += tensor.nbytes
+    if len(shards) == 1:
+        _save(shards[0], folder / "pytorch_model.bin")
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"pytorch_model-{number:05d}-of-{len(shards):05d}.bin"
+        _save(shard, folder / file)
+        weight_map.update(dict.fromkeys(shard, file))
+    total = sum(tensor.nbytes for tensor in weights.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "pytorch_model.bin.index.json").write_text(
+        json.dumps(index, indent=1), encoding="utf-8"
+    )
+
+
+def _save(state: dict[str, torch.Tensor], file: Path) -> None:
+    import torch  # noqa: PLC0415  # slow, and the caller has it
+
+    # Through a Python file: torch's own writer forgets why a write failed.
+    with file.open("wb") as stream:
+        torch.save(state, stream)
+
+
+def _untied(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    seen: set[tuple[Any, ...]] = set()
+    weights = {}
+    for name, tensor in state.items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and place in seen:
+            continue
+        seen.add(place)
+        weights[name] = tensor
+    return weights
+
+
+@contextmanager
+def as_os_error(folder: Path) -> Iterator[None]:
+    """Raise what torch and safetensors make of a failed write as the ``OSError`` it is.
+
+    Raises:
+        OSError: A write failed.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        number = _os_error_number(error)
+        if number is None:
+            raise
+        raise OSError(number, str(error), str(folder)) from error
+
+
+def _os_error_number(error: BaseException | None) -> int | None:
+    """Return the errno behind an exception, if a failed write is behind it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno
+        match = re.search(r"\(os error (\d+)\)", str(error))
+        if match is not None:
+            return int(match[1])
+        if "PytorchStreamWriter failed writing" in str(error):
+            return errno.EIO
+        error = error.__cause__ or error.__context__
+    return None

@@ -1,0 +1,247 @@
+"""Simulated cards: names, made-up ones, and the table behind them."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from pytest_gpumem.cards import CARDS, DEFAULT_CARD, MAX_CARDS, Card, find_card
+from pytest_gpumem.errors import CardError
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("T4", "T4"),
+        ("t4", "T4"),
+        ("Tesla T4", "T4"),
+        ("RTX-4090", "RTX-4090"),
+        ("rtx 4090", "RTX-4090"),
+        ("NVIDIA GeForce RTX 4090", "RTX-4090"),
+        ("4090", "RTX-4090"),
+        ("2080ti", "RTX-2080-Ti"),
+        ("a100 80gb", "A100-80GB"),
+        ("NVIDIA A100-SXM4-80GB", "A100-80GB"),
+        ("H100", "H100"),
+        ("H100-80GB", "H100"),
+        ("A10", "A10"),
+        ("A10G", "A10G"),
+        ("L4", "L4"),
+        ("L40S", "L40S"),
+    ],
+)
+def test_a_card_is_found_by_name(text: str, key: str) -> None:
+    """Case, blanks, hyphens and the maker's words do not matter."""
+    assert find_card(text) == (CARDS[key],)
+
+
+@pytest.mark.parametrize("key", CARDS)
+def test_every_card_is_found_by_its_key_and_by_the_drivers_name(key: str) -> None:
+    """No two rows of the table share a name."""
+    assert find_card(key) == find_card(CARDS[key].name) == (CARDS[key],)
+
+
+def test_a_count_gives_equal_cards() -> None:
+    """``A100-80GB*2`` is a machine of two such cards."""
+    assert find_card("A100-80GB*2") == (CARDS["A100-80GB"],) * 2
+
+
+def test_a_machine_may_have_several_kinds() -> None:
+    """The cards are numbered in the order written."""
+    names = [card.name for card in find_card("T4 + 3090*2")]
+
+    assert names == ["Tesla T4", *["NVIDIA GeForce RTX 3090"] * 2]
+
+
+def test_a_made_up_card_takes_what_it_is_not_told_from_its_generation() -> None:
+    """A card of compute capability 8.6 is otherwise the table's RTX 3060."""
+    (card,) = find_card("16GiB,cc=8.6")
+
+    assert card == Card(
+        name="Simulated GPU 16 GiB",
+        total_bytes=16 * 2**30,
+        compute_capability=(8, 6),
+        multi_processor_count=28,
+        l2_cache_size=2359296,
+        precision_bytes=1,
+        source="made up",
+    )
+
+
+def test_a_made_up_card_has_what_it_is_told() -> None:
+    """Multiprocessors and name may be chosen."""
+    (card,) = find_card("1.5GiB, cc=9.0, sms=7, name=Little One")
+
+    assert (card.name, card.total_bytes) == ("Little One", 1610612736)
+    assert (card.compute_capability, card.multi_processor_count) == ((9, 0), 7)
+
+
+def test_made_up_cards_may_be_several() -> None:
+    """The count goes behind the last key."""
+    assert [card.total_bytes for card in find_card("1GiB,cc=8.6*2")] == [2**30] * 2
+
+
+@pytest.mark.parametrize("text", ["16GiB", "17179869184", "16 GiB", "16gib"])
+def test_a_size_alone_is_a_card_of_compute_capability_8_0(text: str) -> None:
+    """The shortest made-up card is a size."""
+    (card,) = find_card(text)
+
+    assert (card.total_bytes, card.compute_capability) == (2**34, (8, 0))
+
+
+def test_a_compute_capability_off_the_table_takes_the_limits_below_it() -> None:
+    """An 8.7 has the threads of an 8.6 and says that it is an 8.7."""
+    (card,) = find_card("16GiB,cc=8.7")
+
+    assert card.compute_capability == (8, 7)
+    assert card.max_threads_per_multi_processor == 1536
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "V100",
+            "'V100' comes in several sizes; write V100-16GB or V100-32GB",
+        ),
+        (
+            "3080",
+            (
+                "'3080' is no known card; did you mean RTX-3090 or RTX-3060 "
+                f"or RTX-2080-Ti? Known are {', '.join(CARDS)}"
+            ),
+        ),
+        (
+            "T4*0",
+            "'0' is no number of cards; write for example T4*2",
+        ),
+        (
+            "T4*",
+            "'' is no number of cards; write for example T4*2",
+        ),
+        ("T4*65", "65 cards; at most 64 can be simulated"),
+        (
+            "4G",
+            (
+                "size '4G' has the ambiguous unit 'G'; write GiB (powers of "
+                "1024) or GB (powers of 1000)"
+            ),
+        ),
+        (
+            "50%,cc=8.0",
+            (
+                "size '50%' is a share of a card, and there is none "
+                "here; write bytes, such as 512MiB"
+            ),
+        ),
+        (
+            "2097151B",
+            (
+                "'2097151B' is too small for one segment of the "
+                "allocator; give at least 2 MiB"
+            ),
+        ),
+        (
+            "16GiB,cc=8",
+            (
+                "cc='8' is no compute capability; give MAJOR.MINOR "
+                "from 3.7 on, such as 8.0"
+            ),
+        ),
+        (
+            "16GiB,cc=3.5",
+            (
+                "cc='3.5' is no compute capability; give MAJOR.MINOR "
+                "from 3.7 on, such as 8.0"
+            ),
+        ),
+        (
+            "16GiB,cc=8.0,sms=0",
+            "sms='0' is no count; give 1 to 9999",
+        ),
+        (
+            "16GiB,cc=8.0,cc=8.6",
+            ("'cc=8.6' is no KEY=VALUE; keys, each at most once: cc, sms, name"),
+        ),
+        (
+            "16GiB,colour=red",
+            ("'colour=red' is no KEY=VALUE; keys, each at most once: cc, sms, name"),
+        ),
+        (
+            "T4+",
+            (
+                "a card is missing; write a name (T4, A100-80GB), a made-up "
+                "card (16GiB,cc=8.0), several of one (A100-80GB*2) or several kinds "
+                "(T4+A100-80GB)"
+            ),
+        ),
+    ],
+)
+def test_what_is_no_card_is_refused_with_advice(text: str, message: str) -> None:
+    """The message says what was given, why it is no card, and what to write."""
+    with pytest.raises(CardError, match=f"^{re.escape(f'card {text!r}: {message}')}$"):
+        find_card(text)
+
+
+def test_a_name_like_no_other_is_answered_with_the_whole_list() -> None:
+    """Where nothing is close, all names and the grammar are shown."""
+    with pytest.raises(CardError) as caught:
+        find_card("Voodoo")
+
+    assert caught.value.value == "Voodoo"
+    assert ", ".join(CARDS) in str(caught.value)
+
+
+def test_as_many_cards_as_can_be_simulated_are_accepted() -> None:
+    """The limit is inclusive."""
+    assert len(find_card(f"2MiB*{MAX_CARDS}")) == 64
+
+
+def test_the_default_card_is_a_t4() -> None:
+    """It is the card of free notebooks, its total known to the byte."""
+    (card,) = find_card(DEFAULT_CARD)
+
+    assert (card.name, card.total_bytes) == ("Tesla T4", 15642329088)
+
+
+def test_the_table_has_the_kepler_card_of_the_oldest_reports() -> None:
+    """A K80 shows 11.17 GiB."""
+    card = CARDS["K80"]
+
+    assert (card.total_bytes, card.compute_capability) == (11996954624, (3, 7))
+    assert card.regs_per_multiprocessor == 131072
+
+
+@pytest.mark.parametrize("key", CARDS)
+def test_every_figure_of_the_table_has_a_source_and_a_precision(key: str) -> None:
+    """A total known in whole MiB says so, and is a whole number of MiB."""
+    card = CARDS[key]
+
+    assert card.source
+    assert card.precision_bytes in (1, 2**20)
+    assert card.total_bytes % card.precision_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "figures"),
+    [
+        ("T4", (1024, 65536, 49152, 65536, 65536)),
+        ("A100-40GB", (2048, 65536, 49152, 166912, 167936)),
+        ("RTX-4090", (1536, 65536, 49152, 101376, 102400)),
+        ("H100", (2048, 65536, 49152, 232448, 233472)),
+    ],
+)
+def test_a_card_has_the_limits_of_its_compute_capability(
+    key: str, figures: tuple[int, ...]
+) -> None:
+    """Threads, registers and shared memory are as the CUDA guide's table has them."""
+    card = CARDS[key]
+
+    assert (
+        card.max_threads_per_multi_processor,
+        card.regs_per_multiprocessor,
+        card.shared_memory_per_block,
+        card.shared_memory_per_block_optin,
+        card.shared_memory_per_multiprocessor,
+    ) == figures
