@@ -81,10 +81,15 @@ def _checkpoint(options: argparse.Namespace) -> int:
         max_shard_size=options.max_shard_size,
         seed=options.seed,
         dtype=options.dtype,
-        progress=lambda text: sys.stderr.write(f"{text}\n"),
+        progress=_say,
     )
     sys.stdout.write(f"{path}\n")
     return 0
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 def _replay(options: argparse.Namespace) -> int:

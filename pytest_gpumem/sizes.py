@@ -209,10 +209,9 @@ def format_size(nbytes: int, *, exact: bool = False) -> str:
 
 
 def _refuse(value: object, reason: str, advice: str = _ACCEPTED) -> NoReturn:
-    if isinstance(value, int) and value.bit_length() > _MAX_BITS:
-        shown = f"of {value.bit_length()} bits"  # Python may refuse to print it
-    else:
-        shown = repr(value)
+    # Python may refuse to print an int of many digits.
+    is_huge = isinstance(value, int) and value.bit_length() > _MAX_BITS
+    shown = "with very many digits" if is_huge else repr(value)
     if len(shown) > _MAX_SHOWN:
         shown = f"{shown[: _MAX_SHOWN - 4]}...'"
     raise SizeError(f"size {shown} {reason}; {advice}", value=value)

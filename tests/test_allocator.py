@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -45,7 +47,9 @@ def test_requests_are_rounded_to_512_bytes(nbytes: int, size: int) -> None:
 )
 def test_requests_are_rounded_to_power_of_two_divisions(nbytes: int, size: int) -> None:
     """With four divisions a block is the next quarter step between powers of two."""
-    assert size == round_size(nbytes, AllocatorConfig.parse("roundup_power2_divisions:4").divisions)
+    assert size == round_size(
+        nbytes, AllocatorConfig.parse("roundup_power2_divisions:4").divisions
+    )
 
 
 @pytest.mark.parametrize(
@@ -122,7 +126,7 @@ def test_a_fraction_of_one_is_no_limit() -> None:
     allocator.set_memory_fraction(1.0)
 
     assert allocator.limit_bytes is None
-    with pytest.raises(ValueError, match="invalid fraction: 1.5"):
+    with pytest.raises(ValueError, match=r"invalid fraction: 1\.5"):
         allocator.set_memory_fraction(1.5)
 
 
@@ -290,7 +294,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         stream=st.sampled_from([0, 0, 0, 7]),
         refuse=st.sampled_from([False] * 9 + [True]),
     )
-    def malloc(self, nbytes: int, stream: int, refuse: bool) -> object:  # noqa: FBT001  # hypothesis names it
+    def malloc(self, nbytes: int, stream: int, refuse: bool) -> Any:  # noqa: FBT001  # hypothesis names it
         try:
             block = self.allocator.malloc(nbytes, stream, refuse=refuse)
         except OutOfMemory:

@@ -106,7 +106,7 @@ def test_a_card_too_small_ends_in_the_recorded_oom(path: Path) -> None:
 
 
 def test_the_loaders_own_failure_on_a_small_card_is_shown(path: Path) -> None:
-    """transformers asks for a negative warm-up on a card of 1 GiB."""
+    """Transformers asks for a negative warm-up on a card of 1 GiB."""
     (case,) = (case for case in CASES if "error" in case["result"])
 
     with simulated_device("1GiB,cc=8.0"), pytest.raises(RuntimeError) as caught:

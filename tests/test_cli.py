@@ -12,7 +12,9 @@ from pytest_gpumem.cli import main
 TRACE = Path(__file__).parent / "recordings" / "traces" / "05_default_small_256m.json"
 
 
-def test_replay_prints_the_traces_own_format(capsys: pytest.CaptureFixture[str]) -> None:
+def test_replay_prints_the_traces_own_format(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Rows and errors come out as JSON, equal to the recorded ones."""
     code = main(["replay", str(TRACE)])
 
@@ -25,7 +27,11 @@ def test_replay_prints_the_traces_own_format(capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "no JSON"), ("[]", "not a trace that can be replayed"), (None, "No such file")],
+    [
+        ("{", "no JSON"),
+        ("[]", "not a trace that can be replayed"),
+        (None, "No such file"),
+    ],
 )
 def test_replay_refuses_what_is_no_trace(
     content: str | None,
@@ -47,7 +53,7 @@ def test_replay_refuses_what_is_no_trace(
 def test_checkpoint_writes_where_it_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """checkpoint NAME --out DIR builds a loadable folder and prints its path."""
+    """Checkpoint NAME --out DIR builds a loadable folder and prints its path."""
     target = tmp_path / "tiny"
 
     code = main(["checkpoint", "bert-tiny", "--out", str(target), "--format", "bin"])

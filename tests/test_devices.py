@@ -195,7 +195,9 @@ def test_refusing_raises_for_the_chosen_allocation() -> None:
         SimulatedDevice(machine).refusing(refuses),
     ):
         kept: list[Any] = [_mib(1)]
-        with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate 20.00 MiB"):
+        with pytest.raises(
+            torch.OutOfMemoryError, match=r"Tried to allocate 20\.00 MiB"
+        ):
             _mib(2)
         kept.append(_mib(3))
 

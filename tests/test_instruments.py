@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -42,9 +42,11 @@ def _mib(count: int) -> torch.Tensor:
 
 def test_a_budget_holds_inside_its_block_only() -> None:
     """Inside, more than the budget fails; afterwards the card is whole again."""
-    with vram_budget("32MiB") as budget:
-        with pytest.raises(torch.OutOfMemoryError, match="32.00 MiB allowed; "):
-            _mib(40)
+    with (
+        vram_budget("32MiB") as budget,
+        pytest.raises(torch.OutOfMemoryError, match=r"32\.00 MiB allowed; "),
+    ):
+        _mib(40)
 
     assert 32 * MIB == budget
     assert 40 * MIB == _mib(40).numel()
@@ -175,7 +177,8 @@ def test_an_injected_oom_flushes_the_cache_first() -> None:
 def test_observers_see_an_injected_oom() -> None:
     """Out-of-memory observers are called with card, segment, limit and free bytes."""
     seen: list[tuple[int, int, int, int]] = []
-    torch._C._cuda_attach_out_of_memory_observer(lambda *args: seen.append(args))
+    attach: Any = torch._C._cuda_attach_out_of_memory_observer  # type: ignore[attr-defined]  # not on CPU builds
+    attach(lambda *args: seen.append(args))
 
     with OomInjector("any:nth=1"), pytest.raises(torch.OutOfMemoryError):
         _mib(30)

@@ -21,6 +21,18 @@ def _fail(_operator: Callable[[], Any], _index: int) -> Any:
     raise torch.OutOfMemoryError("refused")
 
 
+def _noting(
+    notes: list[tuple[int, int]],
+) -> Callable[[int, int], bool]:
+    """Return a callable that notes every request and refuses none."""
+
+    def refuses(index: int, nbytes: int) -> bool:
+        notes.append((index, nbytes))
+        return False
+
+    return refuses
+
+
 def _work() -> None:
     layer = nn.Linear(4, 4, device="cuda")
     inputs = torch.ones(2, 4, device="cuda")
@@ -35,13 +47,9 @@ def test_every_new_result_is_asked_about() -> None:
     served: list[tuple[int, int]] = []
     with simulated_device("T4") as machine:
         _work()
-        with SimulatedDevice(machine).refusing(
-            lambda index, nbytes: bool(served.append((index, nbytes)))
-        ):
+        with SimulatedDevice(machine).refusing(_noting(served)):
             _work()
-        with intercepting(
-            lambda index, nbytes: bool(asked.append((index, nbytes))), _fail
-        ):
+        with intercepting(_noting(asked), _fail):
             _work()
 
     assert served == asked
@@ -65,15 +73,15 @@ def test_a_refused_result_fails_before_its_operator() -> None:
 
 def test_thread_pools_are_followed() -> None:
     """Work submitted to a pool inside the block is asked about too."""
-    asked = []
+    asked: list[tuple[int, int]] = []
     with (
         simulated_device("T4"),
-        intercepting(lambda _index, nbytes: bool(asked.append(nbytes)), _fail),
+        intercepting(_noting(asked), _fail),
         ThreadPoolExecutor(1) as pool,
     ):
-        pool.submit(torch.ones, 4, device="cuda").result()
+        pool.submit(lambda: torch.ones(4, device="cuda")).result()
 
-    assert [16] == asked
+    assert [(0, 16)] == asked
 
 
 def test_nothing_is_left_behind() -> None:

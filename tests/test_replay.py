@@ -87,13 +87,19 @@ def test_rows_are_in_the_traces_columns() -> None:
     [
         (lambda t: t.pop("meta"), "KeyError: 'meta'"),
         (lambda t: t["meta"].pop("total_bytes"), "total_bytes"),
-        (lambda t: t["fields"].append("colour"), r"unknown columns in 'fields': \['col"),
+        (
+            lambda t: t["fields"].append("colour"),
+            r"unknown columns in 'fields': \['col",
+        ),
         (lambda t: t["events"].append({"op": "melt"}), "event 2: unknown op 'melt'"),
         (lambda t: t["events"].append({"op": "free", "id": 9}), "KeyError: 9"),
         (lambda t: t["events"][0].update(bytes=-1), "event 0: bytes=-1 is no size"),
         (lambda t: t["events"][0].update(bytes="x"), "event 0: bytes='x' is no size"),
         (lambda t: t["events"][0].update(stream=3), "KeyError: 3"),
-        (lambda t: t["events"].insert(1, dict(t["events"][0])), "id 0 is alive already"),
+        (
+            lambda t: t["events"].insert(1, dict(t["events"][0])),
+            "id 0 is alive already",
+        ),
         (lambda t: t["meta"].update(conf="magic:1"), "Unrecognized key 'magic'"),
         (lambda t: t.update(events=3), "TypeError"),
     ],
@@ -109,8 +115,10 @@ def test_a_broken_trace_is_refused(change: Any, message: str) -> None:
 
 _json = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["op", "id", "meta", "events"]), inner),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["op", "id", "meta", "events"]), inner)
+    ),
     max_leaves=8,
 )
 

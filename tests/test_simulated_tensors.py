@@ -154,7 +154,8 @@ def test_operands_on_two_devices_raise_torchs_error() -> None:
     ):
         card + torch.ones(3)
     with pytest.raises(
-        RuntimeError, match=r"got mat2 is on cpu, different from other tensors on cuda:0"
+        RuntimeError,
+        match=r"got mat2 is on cpu, different from other tensors on cuda:0",
     ):
         torch.mm(card.reshape(1, 3), torch.ones(3, 1))
     with pytest.raises(RuntimeError, match="cuda:0 and cuda:1"):
@@ -227,7 +228,9 @@ def test_a_number_is_formatted_as_a_number() -> None:
     assert "2.50" == f"{torch.tensor(2.5, device='cuda'):.2f}"
 
 
-@pytest.mark.parametrize("use", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize(
+    "use", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
+)
 def test_copies_are_of_the_same_kind_and_place(use: Callable[[Any], Any]) -> None:
     """Deep copies and pickles keep values, device and being a parameter."""
     layer = nn.Linear(3, 2).cuda()

@@ -162,7 +162,9 @@ def test_hooks_see_tensors_on_the_card() -> None:
     seen = []
     layer = nn.Linear(2, 2).cuda()
     layer.register_forward_hook(lambda _m, _i, out: seen.append(out.is_cuda))
-    layer.register_full_backward_hook(lambda _m, gi, _go: seen.append(gi[0].is_cuda))
+    layer.register_full_backward_hook(
+        lambda _m, _gi, go: seen.append(go[0].is_cuda)  # type: ignore[index]  # torch's
+    )
     inputs = torch.ones(1, 2, device="cuda", requires_grad=True)
     inputs.register_hook(lambda grad: seen.append(grad.is_cuda))
 

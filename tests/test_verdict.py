@@ -47,12 +47,18 @@ def _reference() -> torch.Tensor:
 
 def good_ladder() -> nn.Module:
     """Fall back to half precision, then to the host, outside the handler."""
-    for move in (lambda m: m.cuda(), lambda m: m.half().cuda()):
+    moves: list[Callable[[nn.Module], nn.Module]] = [
+        lambda model: model.cuda(),
+        lambda model: model.half().cuda(),
+    ]
+    for move in moves:
         model = _build()
         try:
-            return move(model)
+            move(model)
         except torch.OutOfMemoryError:
             del model
+        else:
+            return model
         gc.collect()
         torch.cuda.empty_cache()
     return _build()
@@ -142,7 +148,10 @@ def test_a_retry_inside_except_misses_its_rung() -> None:
     """With the first attempt still on the card, the second one does not fit."""
     with vram_budget("20MiB"):
         verdict = judge_load(
-            retry_inside_except, run=_run, reference=_reference(), expect_devices=["cuda:0"]
+            retry_inside_except,
+            run=_run,
+            reference=_reference(),
+            expect_devices=["cuda:0"],
         )
 
     assert "the weights are on cpu, expected cuda:0" in verdict.problems
@@ -200,7 +209,9 @@ def test_an_oom_of_the_load_is_reported() -> None:
         verdict = judge_load(lambda: _build().cuda())
 
     assert verdict.model is None
-    assert verdict.problems[0].startswith("the load ended in an OOM: CUDA out of memory")
+    assert verdict.problems[0].startswith(
+        "the load ended in an OOM: CUDA out of memory"
+    )
     assert 0 == verdict.left_bytes
 
 

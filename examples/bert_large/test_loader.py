@@ -112,7 +112,7 @@ def test_fp16_needs_less_than_700_mib(bert_large: Path, bert_small: Path) -> Non
 
     classify(loaded.model, TOKENS)
 
-    assert "cuda fp16" == loaded.rung
+    assert loaded.rung == "cuda fp16"
 
 
 def test_a_missing_checkpoint_is_no_reason_to_fall_back(

@@ -40,7 +40,7 @@ CHECKS: Final = ("quick", "full")
 _BUILDER_VERSION: Final = 2
 
 
-def make_checkpoint(  # noqa: PLR0913  # keyword-only, one for each choice there is
+def make_checkpoint(  # keyword-only, one for each choice there is
     model: str | os.PathLike[str] | PretrainedConfig,
     *,
     out: str | os.PathLike[str] | None = None,
@@ -130,10 +130,8 @@ def make_checkpoint(  # noqa: PLR0913  # keyword-only, one for each choice there
         took_s = time.perf_counter() - started_s
         say(f"built {spec.name}: {format_size(nbytes)} in {took_s:.1f} s")
 
-    if out is None:
-        target = cache_folder(cache_dir) / f"{spec.name}-{digest_of(request)[:16]}"
-    else:
-        target = Path(out)
+    own = f"{spec.name}-{digest_of(request)[:16]}"
+    target = cache_folder(cache_dir) / own if out is None else Path(out)
     build_into(
         target,
         request,

@@ -28,7 +28,7 @@ _AUTO_CLASSES: Final = ("AutoModelForSequenceClassification", "AutoModel")
 _OVERHEAD_BYTES: Final = 2**20
 
 
-def build_checkpoint(  # noqa: PLR0913  # keyword-only
+def build_checkpoint(  # keyword-only
     spec: ModelSpec,
     folder: Path,
     *,

@@ -100,7 +100,7 @@ def is_intact(
     return find_damage(folder, request, check_all=check_all) is None
 
 
-def build_into(  # noqa: PLR0913  # keyword-only
+def build_into(  # keyword-only
     target: Path,
     request: Mapping[str, Any],
     build: Callable[[Path], None],

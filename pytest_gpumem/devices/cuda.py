@@ -204,11 +204,11 @@ class CudaDevice:
         self._set_fraction(fraction, index)
 
     _set_fraction: Callable[[float, int], None] = staticmethod(
-        lambda fraction, index: torch._C._cuda_setMemoryFraction(fraction, index)  # type: ignore[attr-defined]  # noqa: SLF001, PLW0108  # looked up late: it is patched
+        lambda fraction, index: torch._C._cuda_setMemoryFraction(fraction, index)  # noqa: SLF001, PLW0108  # looked up late: it is patched
     )
 
     def _patch(self) -> None:
-        original = torch._C._cuda_setMemoryFraction  # type: ignore[attr-defined]  # noqa: SLF001  # below torch.cuda
+        original = torch._C._cuda_setMemoryFraction  # noqa: SLF001  # below torch.cuda
         self._set_fraction = original
         patches = self._patches
         patches.set(torch._C, "_cuda_setMemoryFraction", self._user_fraction)  # noqa: SLF001  # below torch.cuda
@@ -248,7 +248,11 @@ class CudaDevice:
         """
         address = storage.data_ptr()
         for segment in torch.cuda.memory_snapshot():
-            if segment["address"] <= address < segment["address"] + segment["total_size"]:
+            if (
+                segment["address"]
+                <= address
+                < segment["address"] + segment["total_size"]
+            ):
                 for block in segment["blocks"]:
                     if block["address"] == address:
                         nbytes: int = block["size"]

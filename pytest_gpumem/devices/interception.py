@@ -45,14 +45,14 @@ class Interceptor(TorchDispatchMode):
         refuses: Callable[[int, int], bool],
         fail: Callable[[Callable[[], Any], int], Any],
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self._refuses = refuses
         self._fail = fail
 
     def __torch_dispatch__(
         self,
         func: Any,
-        types: Any,  # noqa: ARG002  # torch's signature
+        types: Any,  # torch's signature
         args: tuple[Any, ...] = (),
         kwargs: Any = None,
     ) -> Any:
@@ -118,8 +118,8 @@ def fail_in_null_pool(operator: Callable[[], Any], index: int) -> Any:
         torch.OutOfMemoryError: The allocator's own.
     """
     torch.cuda.empty_cache()
-    address = ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value
-    allocator = torch._C._cuda_customAllocator(address, address)  # type: ignore[attr-defined]  # noqa: SLF001  # see the module's note
+    address = ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
+    allocator = torch._C._cuda_customAllocator(address, address)  # noqa: SLF001  # see the module's note
     pool = torch.cuda.MemPool(allocator)
     with torch.cuda.use_mem_pool(pool, device=index):
         return operator()

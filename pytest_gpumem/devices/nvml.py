@@ -87,9 +87,9 @@ class SimulatedNvml:
             "nvmlDeviceGetComputeRunningProcesses_v2": self._running,
             "nvmlDeviceGetComputeRunningProcesses_v3": self._running,
             "nvmlDeviceGetGraphicsRunningProcesses": lambda _handle: [],
-            "nvmlDeviceGetCudaComputeCapability": lambda handle: self._card(
-                handle
-            ).card.compute_capability,
+            "nvmlDeviceGetCudaComputeCapability": lambda handle: (
+                self._card(handle).card.compute_capability
+            ),
             "nvmlSystemGetDriverVersion": lambda: "simulated",
         }
         for name in dir(self._module):

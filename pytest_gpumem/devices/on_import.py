@@ -66,7 +66,9 @@ class AfterImport(importlib.abc.MetaPathFinder):
 class _Loader(importlib.abc.Loader):
     """A module's loader that calls back when it is done."""
 
-    def __init__(self, loader: importlib.abc.Loader, callback: Callable[[], None]) -> None:
+    def __init__(
+        self, loader: importlib.abc.Loader, callback: Callable[[], None]
+    ) -> None:
         self._loader = loader
         self._callback = callback
 

@@ -26,7 +26,7 @@ class Choice:
     reason: str
 
 
-def choose(backend: str) -> Choice:
+def choose(backend: str) -> Choice:  # noqa: PLR0911  # a list of cases
     """Return the device that a backend option means on this machine.
 
     ``auto`` takes a usable CUDA card where there is one, else the simulated device.

@@ -75,7 +75,7 @@ class OomInjector:
         phase = current_phase() if self._needs_phase else "other"
         request = Request(nbytes=nbytes, device_index=device_index, phase=phase)
         # Every rule counts every request: no short circuit.
-        return any([schedule.refuses(request) for schedule in self.schedules])
+        return sum(schedule.refuses(request) for schedule in self.schedules) > 0
 
     def __enter__(self) -> OomInjector:  # noqa: PYI034  # Self needs Python 3.11
         device = self._device

@@ -1,4 +1,4 @@
-"""What the program is doing when it asks for memory: load, forward, backward, …
+"""What the program is doing when it asks for memory: a load, a forward, ….
 
 A request's phase is read off the Python stack of the thread that makes it, from the
 inside out, so that it needs no cooperation from user code and holds in a loader's

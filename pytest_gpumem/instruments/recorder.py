@@ -37,9 +37,7 @@ class PeakRecorder:
         assert recorder.figures.peak_allocated_bytes < 2 * 2**30
     """
 
-    def __init__(
-        self, *, device_index: int = 0, device: Device | None = None
-    ) -> None:
+    def __init__(self, *, device_index: int = 0, device: Device | None = None) -> None:
         self._device = device
         self._index = device_index
         self._tracker: Tracker | None = None

@@ -156,13 +156,14 @@ def judge_load(
     model: Any = None
     error: str | None = None
     came_through = False
+    expected_errors = () if expect_error is None else (expect_error,)
     with PeakRecorder(device_index=device_index, device=device) as recorder:
         with OomInjector(*rules, device=device) as injector:
             try:
                 model = load()
             except torch.OutOfMemoryError as oom:
                 error = str(oom)
-            except expect_error or () as expected:
+            except expected_errors as expected:
                 error = str(expected)
                 came_through = True
         left = _left_bytes(device, device_index, model) - before

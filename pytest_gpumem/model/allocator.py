@@ -164,9 +164,12 @@ class CachingAllocator:
         if self._limit_bytes is not None and self.config.gc_threshold > 0:
             collect_garbage(self, self._limit_bytes)
         block = self._new_segment(pool, new_bytes, stream, refuse=refuse)
-        if block is None and self.config.max_split_size != UNLIMITED:
-            if release_available(self, pool, size, stream):
-                block = self._new_segment(pool, new_bytes, stream, refuse=refuse)
+        if (
+            block is None
+            and self.config.max_split_size != UNLIMITED
+            and release_available(self, pool, size, stream)
+        ):
+            block = self._new_segment(pool, new_bytes, stream, refuse=refuse)
         if block is None:
             release_cached(self)
             self.stats.num_alloc_retries += 1

@@ -90,7 +90,9 @@ def _fraction(key: str, value: str) -> float:
     return number
 
 
-def _read(key: str, value: str, config: AllocatorConfig) -> dict[str, Any]:
+def _read(  # noqa: C901, PLR0911, PLR0912  # a list of keys
+    key: str, value: str, config: AllocatorConfig
+) -> dict[str, Any]:
     if key == "max_split_size_mb":
         lowest = config.large_segment_size // MIB
         return {"max_split_size": _megabytes(key, value, lowest)}

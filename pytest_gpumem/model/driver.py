@@ -24,7 +24,11 @@ class Driver:
     """
 
     def __init__(
-        self, total_bytes: int, *, other_bytes: int = 0, address_policy: str = "firstfit"
+        self,
+        total_bytes: int,
+        *,
+        other_bytes: int = 0,
+        address_policy: str = "firstfit",
     ) -> None:
         self.total_bytes = total_bytes
         self.other_bytes = other_bytes

@@ -66,7 +66,9 @@ def oom_text(
         processes: Who holds what of the card.
     """
     held = "".join(_process(process) for process in processes)
-    allowed = "" if allowed_bytes is None else f"{format_bytes(allowed_bytes)} allowed; "
+    allowed = (
+        "" if allowed_bytes is None else f"{format_bytes(allowed_bytes)} allowed; "
+    )
     return (
         f"CUDA out of memory. Tried to allocate {format_bytes(segment_bytes)}. "
         f"GPU {device_index} has a total capacity of {format_bytes(total_bytes)} of "

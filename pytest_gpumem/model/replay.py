@@ -133,7 +133,9 @@ class _Run:
                 snapshots[str(index)] = self._snapshot()
         return Replay(list(self._trace["fields"]), rows, self._oom, driver, snapshots)
 
-    def _step(self, index: str, event: Mapping[str, Any]) -> None:
+    def _step(  # noqa: C901  # a list of operations
+        self, index: str, event: Mapping[str, Any]
+    ) -> None:
         allocator = self._allocator
         self._address = None
         kind = event["op"]

@@ -33,7 +33,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     """Have the device ready before any conftest or test module is imported."""
-    plugin = GpuMemPlugin(read_settings(early_config, early_config.known_args_namespace))
+    plugin = GpuMemPlugin(
+        read_settings(early_config, early_config.known_args_namespace)
+    )
     early_config.stash[_key] = plugin
     early_config.add_cleanup(plugin.stop)
     plugin.start()

@@ -23,7 +23,7 @@ def _session(config: pytest.Config) -> Any:
 def vram_budget(
     request: pytest.FixtureRequest,
 ) -> Callable[..., AbstractContextManager[int]]:
-    """A context manager that caps a card for a block: ``with vram_budget("1GiB"):``."""
+    """Cap a card for a block of the test, in a with statement."""
     _session(request.config).require_device()
     from pytest_gpumem.instruments.budget import vram_budget as budget  # noqa: PLC0415
 
@@ -32,7 +32,7 @@ def vram_budget(
 
 @pytest.fixture(name="vram_recorder")
 def vram_recorder(request: pytest.FixtureRequest) -> type[PeakRecorder]:
-    """A context manager that records peaks: ``with vram_recorder() as recorder:``."""
+    """Record the peaks of a block of the test, in a with statement."""
     _session(request.config).require_device()
     from pytest_gpumem.instruments.recorder import PeakRecorder  # noqa: PLC0415
 

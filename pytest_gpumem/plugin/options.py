@@ -157,7 +157,7 @@ def read_settings(config: pytest.Config, namespace: Any) -> Settings:
         pytest.UsageError: A value cannot be read, or makes no sense.
     """
     values = {option.ini: _value(option, config, namespace) for option in OPTIONS}
-    settings = Settings(
+    return Settings(
         backend=values["gpu_backend"],
         cards=tuple(values["gpu_card"]),
         card_text=_text(OPTIONS[1], config, namespace) or DEFAULT_CARD,
@@ -165,7 +165,6 @@ def read_settings(config: pytest.Config, namespace: Any) -> Settings:
         rules=tuple(values["gpu_inject_oom"]),
         checkpoint=values["gpu_checkpoint"],
     )
-    return settings
 
 
 def check_budgets(settings: Settings, totals: Mapping[int, int]) -> None:

@@ -46,7 +46,9 @@ class GpuMemPlugin:
         self._held_bytes = 0
         self._spent: dict[str, int] = {}
         if self.choice.kind == "simulated":
-            totals = {index: card.total_bytes for index, card in enumerate(settings.cards)}
+            totals = {
+                index: card.total_bytes for index, card in enumerate(settings.cards)
+            }
             check_budgets(settings, totals)
 
     # -- the device -------------------------------------------------------------------
@@ -169,9 +171,17 @@ class GpuMemPlugin:
         """Check every marker's arguments; skip what needs a real card without one."""
         for item in items:
             marks.check(item)
-            if self.choice.kind != "cuda" and item.get_closest_marker("gpu"):
-                reason = f"needs a real CUDA card: {self.choice.reason}"
+            reason = self._why_not(item)
+            if reason is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+    def _why_not(self, item: pytest.Item) -> str | None:
+        """Return why an item cannot run on this run's device; None if it can."""
+        if self.choice.kind != "cuda" and item.get_closest_marker("gpu"):
+            return f"needs a real CUDA card: {self.choice.reason}"
+        if self.choice.kind == "off" and self._is_wanted(item):
+            return f"needs a GPU, but gpumem's backend is off: {self.choice.reason}"
+        return None
 
     def _is_wanted(self, item: pytest.Item) -> bool:
         names = ("gpu_budget", "max_vram", "inject_oom")
@@ -179,7 +189,7 @@ class GpuMemPlugin:
             item.get_closest_marker(name) is not None for name in names
         )
 
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None]:
         """Set the test's budget and record the setup."""
         if self._is_wanted(item):
@@ -190,7 +200,7 @@ class GpuMemPlugin:
         with self._recorded(item, "setup"):
             return (yield)
 
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None]:
         """Run the test with its faults armed, then hold it to its limits."""
         with self._recorded(item, "call") as figures, ExitStack() as stack:
@@ -203,7 +213,7 @@ class GpuMemPlugin:
                 self._check_limit(limit, limit_bytes, watch, figures())
         return result
 
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None]:
         """Record the teardown, then put the run's own budget back."""
         try:
@@ -373,4 +383,6 @@ def describe_cards(settings: Settings) -> str:
     first = settings.cards[0]
     many = f"{len(settings.cards)} x " if len(settings.cards) > 1 else ""
     major, minor = first.compute_capability
-    return f"card {many}{first.name} {format_size(first.total_bytes)} cc {major}.{minor}"
+    return (
+        f"card {many}{first.name} {format_size(first.total_bytes)} cc {major}.{minor}"
+    )

@@ -75,7 +75,9 @@ def _cells(row: Row, *, name_device: bool) -> tuple[str, ...]:
     return (
         format_size(figures.peak_allocated_bytes),
         format_size(figures.peak_reserved_bytes),
-        format_size(figures.end_allocated_bytes) if figures.end_allocated_bytes else "-",
+        format_size(figures.end_allocated_bytes)
+        if figures.end_allocated_bytes
+        else "-",
         str(figures.num_ooms) if figures.num_ooms else "-",
         str(figures.num_alloc_retries) if figures.num_alloc_retries else "-",
         row.nodeid + phase + device,

@@ -28,9 +28,9 @@ def _goal(device: Any) -> torch.device | None:
 
 def _context_device() -> torch.device | None:
     """Return the device of the innermost ``with torch.device(…)``, or None."""
-    depth = torch._C._len_torch_function_stack()  # type: ignore[attr-defined]  # noqa: SLF001  # no public way to ask
+    depth = torch._C._len_torch_function_stack()  # no public way to ask
     for position in reversed(range(depth)):
-        mode = torch._C._get_function_stack_at(position)  # type: ignore[attr-defined]  # noqa: SLF001  # no public way to ask
+        mode = torch._C._get_function_stack_at(position)  # no public way to ask
         if isinstance(mode, DeviceContext):
             device: torch.device = mode.device
             return device

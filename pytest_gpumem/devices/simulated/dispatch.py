@@ -92,7 +92,7 @@ def _mismatch(func: Any, args: Any, operands: _Operands) -> RuntimeError:
     ``c10/core/impl/DeviceGuardImplInterface`` checks of generated kernels
     (``common_device_check_failure``) for the others.
     """
-    name = func._schema.name.partition("::")[2]  # noqa: SLF001  # the schema has no public name
+    name = func._schema.name.partition("::")[2]  # the schema has no public name
     if torch.Tag.pointwise in func.tags:
         first, second = _two_devices(operands)
         return RuntimeError(
@@ -101,7 +101,9 @@ def _mismatch(func: Any, args: Any, operands: _Operands) -> RuntimeError:
         )
     places = [
         (argument.name, str(value.device))
-        for argument, value in zip(func._schema.arguments, args, strict=False)  # noqa: SLF001  # see above
+        for argument, value in zip(
+            func._schema.arguments, args, strict=False
+        )  # see above
         if isinstance(value, torch.Tensor) and value.dim() > 0
     ]
     first = places[0][1] if places else "cuda:0"
@@ -184,7 +186,7 @@ def _in_backward() -> bool:
     There, torch's own C++ makes helpers on what it takes for the tensors' device, the
     CPU: such an operand or target is no mistake, and no wish, of the user's.
     """
-    return bool(torch._C._current_graph_task_id() != -1)  # type: ignore[attr-defined]  # noqa: SLF001  # no public way to ask
+    return bool(torch._C._current_graph_task_id() != -1)  # no public way to ask
 
 
 def _plain(func: Any) -> Handler:
@@ -264,7 +266,9 @@ def handler_for(func: Any) -> Handler:
     special = SPECIAL.get(func.overloadpacket.__name__)
     if special is not None and func.namespace == "aten":
         return special
-    return _mutating(func) if func._schema.is_mutable else _plain(func)  # noqa: SLF001  # the schema has no public name
+    return (
+        _mutating(func) if func._schema.is_mutable else _plain(func)
+    )  # the schema has no public name
 
 
 HANDLERS.make = handler_for

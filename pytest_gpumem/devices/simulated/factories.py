@@ -145,6 +145,3 @@ def register() -> torch.library.Library:
             operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
             library.impl(name, _on_host(operator), "AutogradCUDA")
     return library
-
-
-

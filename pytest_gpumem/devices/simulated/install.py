@@ -59,7 +59,7 @@ class Installation:
     def _patch(self) -> None:
         patches = self._patches
         for name, value in C_FUNCTIONS.items():
-            patches.set(torch._C, name, value)  # noqa: SLF001  # where torch.cuda looks
+            patches.set(torch._C, name, value)  # where torch.cuda looks
         for name, value in cuda_names().items():
             patches.set(torch.cuda, name, value)
         patches.set(torch.cuda.streams, "Stream", Stream)
@@ -87,7 +87,7 @@ class Installation:
         """
         from torch.optim import optimizer  # noqa: PLC0415  # only when installing
 
-        types: Any = optimizer._foreach_supported_types  # type: ignore[attr-defined]  # noqa: SLF001  # see above
+        types: Any = optimizer._foreach_supported_types  # see above
         self._patches.set(
             optimizer, "_foreach_supported_types", [*types, SimulatedTensor]
         )
@@ -97,7 +97,7 @@ class Installation:
         with _lock:
             self._patches.restore()
             if self._library is not None:
-                self._library._destroy()  # noqa: SLF001  # torch's way to take kernels back
+                self._library._destroy()  # torch's way to take kernels back
                 self._library = None
                 _libraries.clear()
             try:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from pytest_gpumem.cards import Card
-    from pytest_gpumem.model.allocator import Block
+    from pytest_gpumem.model.blocks import Block
 
 #: What torch says of a device index that is not there (cudaErrorInvalidDevice).
 INVALID_ORDINAL: Final = (

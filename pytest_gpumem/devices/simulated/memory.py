@@ -16,7 +16,7 @@ from pytest_gpumem.devices.simulated.machine import OutOfMemory
 
 if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
-    from pytest_gpumem.model.allocator import Block
+    from pytest_gpumem.model.blocks import Block
 
 
 class Memory:
@@ -80,10 +80,10 @@ def charge(storage: torch.UntypedStorage, card: SimulatedCard) -> Memory:
     nbytes = storage.nbytes()
     if memory is None or memory.nbytes < nbytes:
         memory = Memory(card, nbytes)
-        storage._gpumem = memory  # type: ignore[attr-defined]  # noqa: SLF001  # see Note [Who owns the bytes]
+        storage._gpumem = memory  # type: ignore[attr-defined]  # see Note [Who owns the bytes]
     return memory
 
 
 def hold(storage: torch.UntypedStorage, memory: Memory) -> None:
     """Hang a holding that was taken beforehand on the storage made for it."""
-    storage._gpumem = memory  # type: ignore[attr-defined]  # noqa: SLF001  # see Note [Who owns the bytes]
+    storage._gpumem = memory  # type: ignore[attr-defined]  # see Note [Who owns the bytes]

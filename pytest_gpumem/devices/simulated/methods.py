@@ -20,7 +20,7 @@ from pytest_gpumem.devices.simulated.transfer import moved
 
 _base: Final[Any] = torch.Tensor
 _original_to: Final[Any] = torch.Tensor.to
-_original_data: Final[Any] = torch._C.TensorBase.data  # type: ignore[attr-defined]  # noqa: SLF001  # the getset below Tensor.data
+_original_data: Final[Any] = torch._C.TensorBase.data  # the getset below Tensor.data
 _original_pin: Final[Any] = torch.Tensor.pin_memory
 _original_is_pinned: Final[Any] = torch.Tensor.is_pinned
 
@@ -76,7 +76,9 @@ def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     on_card = type(self) is SimulatedTensor
     target = None if device is None else cuda_device(device)
     if target is None and (not on_card or device is None):
-        return _to_dtype(self, options) if on_card else _original_to(self, *args, **kwargs)
+        return (
+            _to_dtype(self, options) if on_card else _original_to(self, *args, **kwargs)
+        )
     goal = target if target is not None else torch.device(device)
     if on_card and goal == self.device:
         return _to_dtype(self, options)
@@ -137,7 +139,7 @@ def _set_data(self: torch.Tensor, data: torch.Tensor) -> None:
 def pin_memory(self: torch.Tensor, device: Any = None) -> torch.Tensor:  # noqa: ARG001  # torch's signature
     """``Tensor.pin_memory``: a host copy that says it is pinned."""
     if isinstance(self, SimulatedTensor):
-        raise RuntimeError(
+        raise RuntimeError(  # noqa: TRY004  # torch's own class
             f"cannot pin '{self.type()}' only dense CPU tensors can be pinned"
         )
     if is_pinned(self):
@@ -149,7 +151,7 @@ def pin_memory(self: torch.Tensor, device: Any = None) -> torch.Tensor:  # noqa:
 
 def mark_pinned(tensor: torch.Tensor) -> None:
     """Have a host tensor say that its memory is pinned."""
-    tensor.untyped_storage()._gpumem_pinned = True  # type: ignore[attr-defined]  # noqa: SLF001  # a mark of ours
+    tensor.untyped_storage()._gpumem_pinned = True  # type: ignore[attr-defined]  # a mark of ours
 
 
 def is_pinned(self: torch.Tensor, device: Any = None) -> bool:  # noqa: ARG001  # torch's signature
@@ -174,7 +176,7 @@ EVERY_TENSOR: Final[dict[str, Any]] = {
 
 
 def _device(self: SimulatedTensor) -> torch.device:
-    return DEVICES[self._card.index]  # noqa: SLF001  # the device's own room
+    return DEVICES[self._card.index]  # the device's own room
 
 
 def _refuse_numpy(self: SimulatedTensor, *_args: Any, **_kwargs: Any) -> Any:
@@ -188,7 +190,9 @@ def _tolist(self: SimulatedTensor) -> Any:
     return cpu(self.detach()).tolist()
 
 
-def _typename(self: SimulatedTensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+def _typename(
+    self: SimulatedTensor, dtype: Any = None, *args: Any, **kwargs: Any
+) -> Any:
     if dtype is not None:
         return _base.type(self, dtype, *args, **kwargs)
     return torch.empty(0, dtype=self.dtype).type().replace("torch.", "torch.cuda.", 1)
@@ -196,7 +200,7 @@ def _typename(self: SimulatedTensor, dtype: Any = None, *args: Any, **kwargs: An
 
 def _repr(self: SimulatedTensor, *, tensor_contents: Any = None) -> str:
     """Return torch's own text for a tensor on a card."""
-    value = self._value.detach()  # noqa: SLF001  # the device's own room
+    value = self._value.detach()  # the device's own room
     suffixes = [f"device='{self.device}'"]
     default = torch.get_default_dtype()
     if value.numel() == 0:
@@ -254,7 +258,7 @@ def _reduce_ex(self: SimulatedTensor, _protocol: Any) -> Any:
     )
     hooks: OrderedDict[Any, Any] = OrderedDict()
     rebuilt = (
-        torch._utils._rebuild_tensor_v2,  # noqa: SLF001  # how torch pickles
+        torch._utils._rebuild_tensor_v2,  # how torch pickles
         (
             storage,
             self.storage_offset(),
@@ -267,7 +271,7 @@ def _reduce_ex(self: SimulatedTensor, _protocol: Any) -> Any:
     if not _is_parameter(self):
         return rebuilt
     return (
-        torch._utils._rebuild_parameter,  # noqa: SLF001  # how torch pickles
+        torch._utils._rebuild_parameter,  # how torch pickles
         (self.detach(), self.requires_grad, hooks),
     )
 
@@ -286,7 +290,7 @@ _ANSWERS: Final[dict[str, Any]] = {
     "device": property(_device),
     "is_cuda": property(lambda _self: True),
     "is_cpu": property(lambda _self: False),
-    "get_device": lambda self: self._card.index,  # noqa: SLF001  # the device's own room
+    "get_device": lambda self: self._card.index,  # the device's own room
     "numpy": _refuse_numpy,
     "__array__": _refuse_numpy,
     "tolist": _tolist,

@@ -26,11 +26,10 @@ def _to_copy(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     dtype = kwargs.get("dtype")
     memory_format = kwargs.get("memory_format") or torch.preserve_format
     if not isinstance(source, SimulatedTensor):
-        return upload(
-            source, card_of(device.index), dtype=dtype, memory_format=memory_format
-        )
+        index = None if device is None else device.index
+        return upload(source, card_of(index), dtype=dtype, memory_format=memory_format)
     if device is None:
-        value = _aten._to_copy.default(  # noqa: SLF001  # the operator's name
+        value = _aten._to_copy.default(  # the operator's name
             source._value, dtype=dtype, memory_format=memory_format
         )
         return make(value, source._card)
@@ -81,7 +80,7 @@ def _set_(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _record_stream(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
     """``aten.record_stream``: the block waits for another stream's work."""
     tensor, stream = args
-    memory = tensor.untyped_storage()._gpumem  # noqa: SLF001  # the device's own room
+    memory = tensor.untyped_storage()._gpumem  # the device's own room
     if memory.block is not None:
         with memory.card.locked() as allocator:
             allocator.record_stream(memory.block, stream.cuda_stream)

@@ -37,7 +37,10 @@ def _host_copy(self: torch.UntypedStorage) -> torch.UntypedStorage:
 
 
 def _to(
-    self: torch.UntypedStorage, *, device: Any, non_blocking: bool = False
+    self: torch.UntypedStorage,
+    *,
+    device: Any,
+    non_blocking: bool = False,  # noqa: ARG001  # torch's signature
 ) -> torch.UntypedStorage:
     target = cuda_device(device)
     memory = memory_of(self)

@@ -145,9 +145,9 @@ class Event:
             raise ValueError(
                 "Both events must be created with argument 'enable_timing=True'."
             )
-        if self._recorded_s is None or end_event._recorded_s is None:  # noqa: SLF001  # the same class
+        if self._recorded_s is None or end_event._recorded_s is None:  # the same class
             raise ValueError("Both events must be recorded before calculating time.")
-        return (end_event._recorded_s - self._recorded_s) * 1e3  # noqa: SLF001  # the same class
+        return (end_event._recorded_s - self._recorded_s) * 1e3  # the same class
 
 
 def stream_triple(index: int, stream: int) -> tuple[int, int, int]:

@@ -100,7 +100,7 @@ def _observe_ooms(observer: Any) -> None:
         card.allocator.on_oom.append(observer)
 
 
-def _raw_alloc(nbytes: int, stream: int) -> int:
+def _raw_alloc(*_args: Any) -> int:
     raise UnsupportedOnSimulatedDeviceError(
         "torch.cuda.caching_allocator_alloc",
         "allocate a torch.uint8 tensor instead",

@@ -25,10 +25,16 @@ if TYPE_CHECKING:
 
     Handler = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
-_make_subclass: Final[Any] = torch.Tensor._make_subclass  # type: ignore[attr-defined]  # noqa: SLF001  # how torch's own subclasses are made
-_set_data: Final[Any] = torch._C.TensorBase.data.__set__  # type: ignore[attr-defined]  # noqa: SLF001  # the setter below Tensor.data
-_swap_impl: Final[Any] = torch._C._swap_tensor_impl  # type: ignore[attr-defined]  # noqa: SLF001  # what torch.utils.swap_tensors calls
-_no_function: Final[Any] = torch._C._disabled_torch_function_impl  # noqa: SLF001  # torch's word for "no __torch_function__"
+_make_subclass: Final[Any] = (
+    torch.Tensor._make_subclass
+)  # how torch's own subclasses are made
+_set_data: Final[Any] = torch._C.TensorBase.data.__set__  # type: ignore[attr-defined]  # the setter below Tensor.data
+_swap_impl: Final[Any] = (
+    torch._C._swap_tensor_impl
+)  # what torch.utils.swap_tensors calls
+_no_function: Final[Any] = (
+    torch._C._disabled_torch_function_impl
+)  # torch's word for "no __torch_function__"
 
 DEVICES: Final = tuple(torch.device("cuda", index) for index in range(64))
 
@@ -58,8 +64,10 @@ class SimulatedTensor(torch.Tensor):
 
     @staticmethod
     def __new__(
-        cls: Any, data: torch.Tensor, requires_grad: bool = True
-    ) -> torch.Tensor:
+        cls: Any,
+        data: torch.Tensor,
+        requires_grad: bool = True,  # noqa: FBT001, FBT002  # nn.Parameter's signature
+    ) -> Any:
         """Return a parameter: only ``type(parameter)(data, …)`` comes here."""
         return torch.nn.Parameter(data, requires_grad)
 
@@ -94,8 +102,8 @@ def make(value: torch.Tensor, card: SimulatedCard) -> SimulatedTensor:
     tensor: SimulatedTensor = _make_subclass(
         SimulatedTensor, value, False, device_for_backend_keys=DEVICES[card.index]
     )
-    tensor._value = value  # noqa: SLF001  # its maker
-    tensor._card = card  # noqa: SLF001  # its maker
+    tensor._value = value  # its maker
+    tensor._card = card  # its maker
     return tensor
 
 
@@ -105,9 +113,9 @@ def refresh(tensor: SimulatedTensor) -> None:
     Raises:
         torch.OutOfMemoryError: The storage grew and the card has no room.
     """
-    value = tensor._value  # noqa: SLF001  # its maker
-    charge(value.untyped_storage(), tensor._card)  # noqa: SLF001  # its maker
-    _set_data(tensor, make(value, tensor._card))  # noqa: SLF001  # its maker
+    value = tensor._value  # its maker
+    charge(value.untyped_storage(), tensor._card)  # its maker
+    _set_data(tensor, make(value, tensor._card))  # its maker
 
 
 def become(tensor: torch.Tensor, data: torch.Tensor) -> None:
@@ -121,7 +129,7 @@ def become(tensor: torch.Tensor, data: torch.Tensor) -> None:
     """
     if isinstance(tensor, SimulatedTensor) and isinstance(data, SimulatedTensor):
         _set_data(tensor, data)
-        tensor._value, tensor._card = data._value, data._card  # noqa: SLF001  # its maker
+        tensor._value, tensor._card = data._value, data._card  # its maker
         return
     is_parameter = isinstance(tensor, torch.nn.Parameter)
     fresh = data.detach()
@@ -130,8 +138,8 @@ def become(tensor: torch.Tensor, data: torch.Tensor) -> None:
     _swap_impl(tensor, fresh)
     if isinstance(fresh, SimulatedTensor):
         tensor.__class__ = SimulatedTensor
-        tensor._value, tensor._card = fresh._value, fresh._card  # type: ignore[attr-defined]  # noqa: SLF001  # it now is one
-        tensor._is_param = is_parameter  # type: ignore[attr-defined]  # noqa: SLF001  # as torch marks subclasses
+        tensor._value, tensor._card = fresh._value, fresh._card  # type: ignore[attr-defined]  # it now is one
+        tensor._is_param = is_parameter  # as torch marks subclasses
     else:
         tensor.__class__ = torch.nn.Parameter if is_parameter else torch.Tensor
         for name in ("_value", "_card", "_is_param"):

@@ -13,7 +13,7 @@ from pytest_gpumem.devices.simulated.tensor import SimulatedTensor, make
 if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
 
-_to_copy: Any = torch.ops.aten._to_copy.default  # noqa: SLF001  # the operator below Tensor.to
+_to_copy: Any = torch.ops.aten._to_copy.default  # the operator below Tensor.to
 
 
 def upload(
@@ -59,10 +59,12 @@ def download(
         torch.OutOfMemoryError: No room for the contiguous copy.
     """
     __tracebackhide__ = True
-    value = source._value  # noqa: SLF001  # the device's own room
+    value = source._value  # the device's own room
     if device is not None and device.type == "meta":
         return torch.empty_like(value, dtype=dtype, device=device)
-    staging = None if _is_dense(value) else Memory(source._card, value.nbytes)  # noqa: SLF001  # likewise
+    staging = (
+        None if _is_dense(value) else Memory(source._card, value.nbytes)
+    )  # likewise
     host: torch.Tensor = _to_copy(value, dtype=dtype, memory_format=memory_format)
     del staging
     return host
@@ -88,7 +90,7 @@ def peer_copy(
     __tracebackhide__ = True
     dtype = source.dtype if dtype is None else dtype
     memory = Memory(card, source.numel() * dtype.itemsize)
-    value = _to_copy(source._value, dtype=dtype)  # noqa: SLF001  # the device's own room
+    value = _to_copy(source._value, dtype=dtype)  # the device's own room
     hold(value.untyped_storage(), memory)
     return make(value, card)
 
@@ -105,7 +107,7 @@ class _Move(torch.autograd.Function):
         return move(source, device, **options)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]  # one gradient
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # one gradient
         return move(grad, ctx.device, dtype=ctx.dtype), None, None
 
 
@@ -122,16 +124,13 @@ def move(
         torch.OutOfMemoryError: No room on the target.
     """
     __tracebackhide__ = True
-    on_card = isinstance(source, SimulatedTensor)
     if device.type == "cuda":
         card = card_of(device.index)
-        if on_card:
+        if isinstance(source, SimulatedTensor):
             return peer_copy(source, card, dtype=dtype)
         return upload(source, card, dtype=dtype, memory_format=memory_format)
-    if on_card:
-        return download(
-            source, dtype=dtype, device=device, memory_format=memory_format
-        )
+    if isinstance(source, SimulatedTensor):
+        return download(source, dtype=dtype, device=device, memory_format=memory_format)
     return source.to(device, dtype)
 
 
@@ -143,6 +142,6 @@ def moved(source: torch.Tensor, device: torch.device, **options: Any) -> torch.T
     """
     __tracebackhide__ = True
     if source.requires_grad and torch.is_grad_enabled():
-        result: torch.Tensor = _Move.apply(source, device, options)
+        result: torch.Tensor = _Move.apply(source, device, options)  # type: ignore[no-untyped-call]  # torch's
         return result
     return move(source, device, **options)

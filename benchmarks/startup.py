@@ -1,0 +1,55 @@
+"""What the plugin costs a suite that touches no GPU.
+
+Runs pytest over 1,000 trivial tests, with the plugin and without, in turn, and prints
+the ratio of the fastest runs and of the medians.
+
+Run: ``python benchmarks/startup.py``
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+TESTS = 1000
+ROUNDS = 15
+
+
+def run(folder: Path, *options: str) -> float:
+    """Return the seconds of one run."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
+    started_s = time.perf_counter()
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    return time.perf_counter() - started_s
+
+
+def main() -> None:
+    """Print the figures."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        text = "import pytest\n\n\n@pytest.mark.parametrize('n', range(1000))\ndef test_it(n): pass\n"
+        (folder / "test_trivial.py").write_text(text, encoding="utf-8")
+        (folder / "conftest.py").write_text(
+            "import sys\n\n\ndef pytest_sessionfinish():\n    assert 'torch' not in sys.modules\n",
+            encoding="utf-8",
+        )
+        timings: dict[str, list[float]] = {"with": [], "without": []}
+        run(folder)
+        for _ in range(ROUNDS):
+            timings["without"].append(run(folder, "-p", "no:gpumem"))
+            timings["with"].append(run(folder))
+    for name, values in timings.items():
+        print(
+            f"{name:>8}: min {min(values):.3f} s, median {statistics.median(values):.3f} s"
+        )
+    fastest = min(timings["with"]) / min(timings["without"])
+    median = statistics.median(timings["with"]) / statistics.median(timings["without"])
+    print(f"   ratio: min {fastest:.4f}, median {median:.4f}")
+
+
+if __name__ == "__main__":
+    main()
