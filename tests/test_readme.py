@@ -1,0 +1,53 @@
+"""The README's Python blocks run as they stand."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import torch  # an inner run would import it anew, which torch does not survive
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def test_the_readme_has_examples() -> None:
+    """Three blocks: a plain test, a proved fallback, a script."""
+    assert 3 == len(BLOCKS)
+    assert torch.__version__
+
+
+def test_the_plain_test_meets_its_budget(pytester: pytest.Pytester) -> None:
+    """Under 1 GiB it fails with torch's error, under 4 GiB it passes with its peak."""
+    pytester.makepyfile(BLOCKS[0])
+
+    short = pytester.runpytest_subprocess("-p", "no:cacheprovider", "--gpu-budget=1GiB")
+    ample = pytester.runpytest_subprocess("-p", "no:cacheprovider", "--gpu-budget=4GiB")
+
+    short.assert_outcomes(failed=1)
+    short.stdout.fnmatch_lines(
+        ["E *torch.OutOfMemoryError: CUDA out of memory.* 1024.00 MiB allowed; *"]
+    )
+    ample.assert_outcomes(passed=1)
+    ample.stdout.fnmatch_lines(["* 1.25 GiB * 1.25 GiB * - * - * - *::test_it_loads"])
+
+
+def test_the_fallback_is_proved(pytester: pytest.Pytester) -> None:
+    """The example of judge_load passes."""
+    pytester.makepyfile(BLOCKS[1])
+
+    result = pytester.runpytest_subprocess("-p", "no:cacheprovider")
+
+    result.assert_outcomes(passed=2)
+
+
+def test_the_script_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The example without pytest prints the error and the peak."""
+    script = tmp_path / "script.py"
+    script.write_text(BLOCKS[2], encoding="utf-8")
+
+    runpy.run_path(str(script))
+
+    assert "CUDA out of memory. Tried to allocate 20.00 MiB"[:40] in capsys.readouterr().out
