@@ -646,6 +646,28 @@ def test_torch_imported_inside_a_test_meets_the_budget(
     both.assert_outcomes(passed=1, failed=1)
 
 
+def test_torch_imported_inside_a_test_meets_the_rules(
+    pytester: pytest.Pytester,
+) -> None:
+    """A run's rule also counts in the very test that imports torch first."""
+    pytester.makepyfile(
+        """
+        def test_it():
+            import torch
+            try:
+                torch.zeros(1, device="cuda")
+            except torch.OutOfMemoryError:
+                return
+            raise AssertionError("not injected")
+        """
+    )
+
+    result = pytester.runpytest_subprocess(CARD, "--gpu-inject-oom=any:nth=1")
+
+    result.assert_outcomes(passed=1)
+    result.stdout.no_fnmatch_line("*was never reached*")
+
+
 def test_everything_is_put_back_at_the_end(pytester: pytest.Pytester) -> None:
     """After the run torch is as it was, also when a test crashed in its middle."""
     before = (torch.Tensor.to, torch.empty, torch.device, torch.cuda.device_count())

@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 import runpy
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pytest
 import torch  # an inner run would import it anew, which torch does not survive
+
+if TYPE_CHECKING:
+    import pytest
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
@@ -50,4 +53,7 @@ def test_the_script_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
     runpy.run_path(str(script))
 
-    assert "CUDA out of memory. Tried to allocate 20.00 MiB"[:40] in capsys.readouterr().out
+    assert (
+        "CUDA out of memory. Tried to allocate 20.00 MiB"[:40]
+        in capsys.readouterr().out
+    )

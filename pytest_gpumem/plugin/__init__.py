@@ -18,11 +18,12 @@ from pytest_gpumem.plugin.fixtures import (
     vram_recorder,
 )
 from pytest_gpumem.plugin.options import add_options, read_settings
-from pytest_gpumem.plugin.session import GpuMemPlugin
+from pytest_gpumem.plugin.session import Run
 from pytest_gpumem.plugin.summary import SummaryPlugin
+from pytest_gpumem.plugin.tests import TestHooks
 
 PLUGIN_NAME: Final = "gpumem-session"
-_key: Final = pytest.StashKey[GpuMemPlugin]()
+_key: Final = pytest.StashKey[Run]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,9 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     """Have the device ready before any conftest or test module is imported."""
-    plugin = GpuMemPlugin(
-        read_settings(early_config, early_config.known_args_namespace)
-    )
+    plugin = Run(read_settings(early_config, early_config.known_args_namespace))
     early_config.stash[_key] = plugin
     early_config.add_cleanup(plugin.stop)
     plugin.start()
@@ -47,14 +46,16 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", description)
     if _key not in config.stash:
         # Loaded late, by a conftest's pytest_plugins: from here on it works too.
-        plugin = GpuMemPlugin(read_settings(config, config.option))
+        plugin = Run(read_settings(config, config.option))
         config.stash[_key] = plugin
         config.add_cleanup(plugin.stop)
         plugin.start()
-    session = config.stash[_key]
-    config.pluginmanager.register(session, PLUGIN_NAME)
+    run = config.stash[_key]
+    hooks = TestHooks(run)
+    config.pluginmanager.register(run, PLUGIN_NAME)
+    config.pluginmanager.register(hooks, "gpumem-tests")
     if not hasattr(config, "workerinput"):
-        config.pluginmanager.register(SummaryPlugin(session), "gpumem-summary")
+        config.pluginmanager.register(SummaryPlugin(hooks), "gpumem-summary")
 
 
 __all__ = [

@@ -82,16 +82,37 @@ _READERS: Final[dict[str, Callable[..., Any]]] = {
 }
 
 
-def read(item: pytest.Item, name: str) -> list[Any]:
-    """Return what an item's markers of a name say, the nearest first.
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What a test's markers ask for; of each kind, the nearest marker first."""
+
+    needs_card: bool
+    budgets: tuple[Budget, ...]
+    limits: tuple[Limit, ...]
+    rules: tuple[Rule, ...]
+
+
+def wishes(item: pytest.Item) -> Wishes | None:
+    """Return what an item's markers ask for; None if none of them is ours.
 
     Raises:
         pytest.UsageError: A marker's arguments make no sense.
     """
-    return [_read_one(item, mark) for mark in item.iter_markers(name)]
+    ours = [mark for mark in item.iter_markers() if mark.name in _READERS]
+    if not ours:
+        return None
+    read: dict[str, list[Any]] = {name: [] for name in _READERS}
+    for mark in ours:
+        read[mark.name].append(_read(item, mark))
+    return Wishes(
+        needs_card=bool(read["gpu"]),
+        budgets=tuple(read["gpu_budget"]),
+        limits=tuple(read["max_vram"]),
+        rules=tuple(read["inject_oom"]),
+    )
 
 
-def _read_one(item: pytest.Item, mark: pytest.Mark) -> Any:
+def _read(item: pytest.Item, mark: pytest.Mark) -> Any:
     reader = _READERS[mark.name]
     try:
         inspect.signature(reader).bind(*mark.args, **mark.kwargs)
@@ -100,16 +121,6 @@ def _read_one(item: pytest.Item, mark: pytest.Mark) -> Any:
         raise pytest.UsageError(
             f"{item.nodeid}: @pytest.mark.{mark.name}: {error}"
         ) from None
-
-
-def check(item: pytest.Item) -> None:
-    """Read every marker of an item once, so that mistakes show before any test.
-
-    Raises:
-        pytest.UsageError: A marker's arguments make no sense.
-    """
-    for name in _READERS:
-        read(item, name)
 
 
 def over_limit(limit: Limit, limit_bytes: int, peak_bytes: int, where: str) -> str:

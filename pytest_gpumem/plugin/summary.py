@@ -10,23 +10,23 @@ from pytest_gpumem.reports.terminal import Row, table
 if TYPE_CHECKING:
     import pytest
 
-    from pytest_gpumem.plugin.session import GpuMemPlugin
+    from pytest_gpumem.plugin.tests import TestHooks
 
 
 class SummaryPlugin:
     """Collects figures from reports and prints them at the end.
 
     Args:
-        session: The run, for what it knows of its rules.
+        hooks: The run's hooks, for what they know of its rules.
     """
 
-    def __init__(self, session: GpuMemPlugin) -> None:
-        self._session = session
+    def __init__(self, hooks: TestHooks) -> None:
+        self._hooks = hooks
         self._rows: list[Row] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Take the figures in once a test is over."""
-        if report.when != "teardown":
+        if report.when != "teardown" or not report.user_properties:
             return
         figures = from_properties(dict(report.user_properties))
         self._rows.extend(
@@ -42,7 +42,7 @@ class SummaryPlugin:
             terminalreporter.section("GPU memory")
             for line in table(self._rows, detailed=verbosity > 0):
                 terminalreporter.write_line(line)
-        for rule, count in self._session.rule_counts.items():
+        for rule, count in self._hooks.rule_counts.items():
             if not count:
                 terminalreporter.write_line(
                     f"--gpu-inject-oom={rule} was never reached", yellow=True

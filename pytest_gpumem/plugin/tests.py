@@ -1,0 +1,255 @@
+"""Every test of a run: its budget, its peaks, its limits and its faults.
+
+A test that touches no card costs next to nothing here: without a device and without
+markers of ours, each hook only notes which phase it is in.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+from pytest_gpumem.instruments.frames import clear_exception
+from pytest_gpumem.model.records import to_properties
+from pytest_gpumem.plugin import marks
+from pytest_gpumem.sizes import format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from pytest_gpumem.devices import Device, Tracker
+    from pytest_gpumem.plugin.session import Run
+
+
+class TestHooks:
+    """The hooks around each test.
+
+    Args:
+        run: The run, whose device may come to be in the middle of a test.
+    """
+
+    __test__ = False
+
+    def __init__(self, run: Run) -> None:
+        self._run: Final = run
+        self._wishes: dict[pytest.Item, marks.Wishes] = {}
+        self._item: pytest.Item | None = None
+        self._phase: str | None = None
+        self._requests = 0
+        self._trackers: list[Tracker] = []
+        self._call = ExitStack()
+        self._injector: Any = None
+        self._seen_requests = 0
+        self._held_bytes = 0
+        #: Allocations refused so far, by rule of the command line.
+        self.rule_counts: Final = {str(rule): 0 for rule in run.settings.rules}
+        run.on_device = self._device_came
+
+    # -- before any test ----------------------------------------------------------------
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Read every marker; skip what this run's device cannot serve."""
+        for item in items:
+            wishes = marks.wishes(item)
+            if wishes is None:
+                continue
+            self._wishes[item] = wishes
+            reason = self._why_not(wishes)
+            if reason is not None:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+    def _why_not(self, wishes: marks.Wishes) -> str | None:
+        """Return why a test cannot run on this run's device; None if it can."""
+        choice = self._run.choice
+        if wishes.needs_card and choice.kind != "cuda":
+            return f"needs a real CUDA card: {choice.reason}"
+        if choice.kind == "off":
+            return f"needs a GPU, but gpumem's backend is off: {choice.reason}"
+        return None
+
+    # -- the phases of a test -------------------------------------------------------------
+
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None]:
+        """Set the test's budget and record the setup."""
+        self._item = item
+        wishes = self._wishes.get(item)
+        if wishes is not None and item.get_closest_marker("skip") is None:
+            self._run.require_device()
+        if self._run.device is not None:
+            self._clean(self._run.device)
+            self._run.apply_budgets(() if wishes is None else wishes.budgets)
+        self._begin("setup")
+        try:
+            return (yield)
+        finally:
+            self._end(item, "setup")
+
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None]:
+        """Run the test with its faults armed, then hold it to its limits."""
+        self._begin("call")
+        wishes = self._wishes.get(item)
+        try:
+            if self._run.device is not None:
+                self._arm(self._run.device)
+            watches = [] if wishes is None else self._watch(wishes)
+            result = yield
+            self._call.close()
+            if wishes is not None:
+                self._check_rules(wishes)
+                self._check_limits(watches)
+            return result
+        finally:
+            self._call.close()
+            self._count_refused(wishes)
+            self._end(item, "call")
+
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None]:
+        """Record the teardown, then put the run's own budget back."""
+        self._begin("teardown")
+        try:
+            return (yield)
+        finally:
+            self._end(item, "teardown")
+            self._item = None
+            self._run.apply_budgets(())
+
+    # -- peaks ----------------------------------------------------------------------------
+
+    def _begin(self, phase: str) -> None:
+        self._phase = phase
+        if self._run.device is not None:
+            self._track(self._run.device)
+
+    def _track(self, device: Device) -> None:
+        self._requests = device.num_requests
+        self._trackers = [
+            device.open_tracker(index) for index in range(device.device_count)
+        ]
+
+    def _end(self, item: pytest.Item, phase: str) -> None:
+        """Put the phase's figures into the item's properties, if it used a card."""
+        self._phase = None
+        device = self._run.device
+        if device is None:
+            return
+        trackers, self._trackers = self._trackers, []
+        figures = [tracker.close() for tracker in trackers]
+        if device.num_requests != self._requests:
+            for each in figures:
+                if each.peak_reserved_bytes or each.num_ooms:
+                    item.user_properties.extend(to_properties(phase, each))
+
+    def _device_came(self) -> None:
+        """Take up a test in whose middle torch was imported."""
+        device = self._run.device
+        if device is None or self._item is None or self._phase is None:
+            return
+        wishes = self._wishes.get(self._item)
+        if wishes is not None:
+            self._run.apply_budgets(wishes.budgets)
+        self._track(device)
+        if self._phase == "call":
+            self._arm(device)
+
+    # -- limits ---------------------------------------------------------------------------
+
+    def _watch(self, wishes: marks.Wishes) -> list[tuple[marks.Limit, int, Any]]:
+        if not wishes.limits:
+            return []
+        from pytest_gpumem.instruments.recorder import LimitWatch  # noqa: PLC0415  # torch is here
+
+        device = self._run.require_device()
+        watches = []
+        for limit in wishes.limits:
+            total = device.mem_get_info(limit.device_index)[1]
+            limit_bytes = limit.size.resolve(total)
+            watch = LimitWatch(
+                limit_bytes,
+                metric=limit.metric,
+                device_index=limit.device_index,
+                device=device,
+            )
+            self._call.enter_context(watch)
+            watches.append((limit, limit_bytes, watch))
+        return watches
+
+    def _check_limits(self, watches: list[tuple[marks.Limit, int, Any]]) -> None:
+        for limit, limit_bytes, watch in watches:
+            figures = self._trackers[limit.device_index].read()
+            peak = figures.peak(limit.metric)
+            if peak <= limit_bytes:
+                continue
+            where = "in the test's call"
+            if watch.site:
+                where = f"first over the limit at {watch.site}"
+            if figures.start_allocated_bytes:
+                start = format_size(figures.start_allocated_bytes)
+                where += f"; {start} were allocated before the call began"
+            pytest.fail(
+                marks.over_limit(limit, limit_bytes, peak, where), pytrace=False
+            )
+
+    # -- faults ---------------------------------------------------------------------------
+
+    def _arm(self, device: Device) -> None:
+        wishes = self._wishes.get(self._item) if self._item is not None else None
+        own = () if wishes is None else wishes.rules
+        if not own and not self._run.settings.rules:
+            return
+        from pytest_gpumem.instruments.injector import OomInjector  # noqa: PLC0415  # torch is here
+
+        injector = OomInjector(*own, *self._run.settings.rules, device=device)
+        self._injector = self._call.enter_context(injector)
+
+    def _check_rules(self, wishes: marks.Wishes) -> None:
+        """Fail a test whose own rule was never reached: it proved nothing."""
+        for schedule in self._own_schedules(wishes):
+            if not schedule.num_failed:
+                pytest.fail(
+                    f"inject_oom {str(schedule.rule)!r} was never reached: the test "
+                    f"made {schedule.num_counted} allocation(s) that it counts",
+                    pytrace=False,
+                )
+
+    def _own_schedules(self, wishes: marks.Wishes | None) -> list[Any]:
+        if self._injector is None or wishes is None:
+            return []
+        schedules: list[Any] = self._injector.schedules[: len(wishes.rules)]
+        return schedules
+
+    def _count_refused(self, wishes: marks.Wishes | None) -> None:
+        if self._injector is not None:
+            own = len(self._own_schedules(wishes))
+            for schedule in self._injector.schedules[own:]:
+                self.rule_counts[str(schedule.rule)] += schedule.num_failed
+            self._injector = None
+
+    # -- between tests --------------------------------------------------------------------
+
+    def _clean(self, device: Device) -> None:
+        """Give back what the test before left in caches, tracebacks and cycles."""
+        if device.num_requests == self._seen_requests:
+            return
+        last = getattr(sys, "last_value", None)
+        if last is not None:
+            # The frames of a failed test would hold its tensors on the card.
+            clear_exception(last)
+        if _allocated(device) > self._held_bytes:
+            gc.collect()
+        device.empty_cache()
+        self._seen_requests = device.num_requests
+        self._held_bytes = _allocated(device)
+
+
+def _allocated(device: Device) -> int:
+    return sum(
+        device.memory_stats(index).get("allocated_bytes.all.current", 0)
+        for index in range(device.device_count)
+    )
