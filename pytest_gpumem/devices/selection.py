@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import os
 import re
@@ -74,6 +73,8 @@ def torch_versions() -> tuple[str, str | None] | None:
 
 def _count_cards() -> int | None:
     """Return how many cards the driver's library counts; None without a driver."""
+    import ctypes  # noqa: PLC0415  # only where torch could use a card
+
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:

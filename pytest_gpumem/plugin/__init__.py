@@ -20,7 +20,7 @@ from pytest_gpumem.plugin.fixtures import (
 from pytest_gpumem.plugin.options import add_options, read_settings
 from pytest_gpumem.plugin.session import Run
 from pytest_gpumem.plugin.summary import SummaryPlugin
-from pytest_gpumem.plugin.tests import TestHooks
+from pytest_gpumem.plugin.tests import Collection
 
 PLUGIN_NAME: Final = "gpumem-session"
 _key: Final = pytest.StashKey[Run]()
@@ -51,11 +51,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(plugin.stop)
         plugin.start()
     run = config.stash[_key]
-    hooks = TestHooks(run)
+    collection = Collection(run, config.pluginmanager)
     config.pluginmanager.register(run, PLUGIN_NAME)
-    config.pluginmanager.register(hooks, "gpumem-tests")
+    config.pluginmanager.register(collection, "gpumem-collection")
     if not hasattr(config, "workerinput"):
-        config.pluginmanager.register(SummaryPlugin(hooks), "gpumem-summary")
+        config.pluginmanager.register(
+            SummaryPlugin(collection.phases), "gpumem-summary"
+        )
 
 
 __all__ = [

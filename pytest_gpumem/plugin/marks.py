@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from pytest_gpumem.errors import GpuMemError
-from pytest_gpumem.model.rules import Rule, parse_rule
-from pytest_gpumem.sizes import SizeSpec, format_size, parse_size_spec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from pytest_gpumem.model.rules import Rule
+    from pytest_gpumem.sizes import SizeSpec
 
 METRICS: Final = ("allocated", "reserved")
 
@@ -45,6 +46,8 @@ class Limit:
 
 
 def _size(value: Any) -> SizeSpec:
+    from pytest_gpumem.sizes import parse_size_spec  # noqa: PLC0415  # there are markers
+
     return parse_size_spec(value)
 
 
@@ -67,6 +70,8 @@ def _limit(limit: Any, *, metric: Any = "allocated", device: Any = 0) -> Limit:
 def _rule(rule: Any) -> Rule:
     if not isinstance(rule, str):
         raise TypeError(f"rule={rule!r} is no text such as 'load:nth=3'")
+    from pytest_gpumem.model.rules import parse_rule  # noqa: PLC0415  # there are markers
+
     return parse_rule(rule)
 
 
@@ -125,6 +130,8 @@ def _read(item: pytest.Item, mark: pytest.Mark) -> Any:
 
 def over_limit(limit: Limit, limit_bytes: int, peak_bytes: int, where: str) -> str:
     """Return the text of a failed limit: limit, peak, metric and where."""
+    from pytest_gpumem.sizes import format_size  # noqa: PLC0415  # for the text
+
     return (
         f"peak VRAM above max_vram: {limit.metric} {format_size(peak_bytes)} "
         f"({peak_bytes} bytes) on cuda:{limit.device_index}, limit "

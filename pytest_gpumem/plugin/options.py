@@ -7,17 +7,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from pytest_gpumem.cards import DEFAULT_CARD, find_card
 from pytest_gpumem.devices.selection import BACKENDS
 from pytest_gpumem.errors import GpuMemError
-from pytest_gpumem.model.rules import parse_rule
-from pytest_gpumem.sizes import SizeSpec, parse_device_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from pytest_gpumem.cards import Card
     from pytest_gpumem.model.rules import Rule
+    from pytest_gpumem.sizes import SizeSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +44,32 @@ class Option:
         return self.flag.removeprefix("--").replace("-", "_")
 
 
+#: The simulated card of a run that names none; ``cards.DEFAULT_CARD``, said here so
+#: that a run without a GPU test need not read the table of cards.
+DEFAULT_CARD: Final = "T4"
+
+
+# Parsers are imported once there is something to parse: most runs give no option.
+
+
+def _find_card(text: str) -> Any:
+    from pytest_gpumem.cards import find_card  # noqa: PLC0415  # see above
+
+    return find_card(text)
+
+
+def _parse_sizes(text: str) -> Any:
+    from pytest_gpumem.sizes import parse_device_sizes  # noqa: PLC0415  # see above
+
+    return parse_device_sizes(text)
+
+
+def _parse_rule(text: str) -> Any:
+    from pytest_gpumem.model.rules import parse_rule  # noqa: PLC0415  # see above
+
+    return parse_rule(text)
+
+
 def _parse_backend(text: str) -> str:
     if text not in BACKENDS:
         raise ValueError(f"{text!r} is no backend; accepted are {', '.join(BACKENDS)}")
@@ -65,7 +89,7 @@ OPTIONS: Final = (
         "--gpu-card",
         "CARD",
         DEFAULT_CARD,
-        find_card,
+        _find_card,
         "the simulated card: a name such as T4 or A100-80GB, two of them with "
         "A100-80GB*2, or a made-up one with 16GiB,cc=8.0",
     ),
@@ -73,7 +97,7 @@ OPTIONS: Final = (
         "--gpu-budget",
         "SIZE",
         "",
-        parse_device_sizes,
+        _parse_sizes,
         "bytes of the card that a test may hold, inclusive: 4GiB, 4GB, 512MiB, 50%% "
         "of the card, plain bytes, or 0=4GiB,1=8GiB for each card",
     ),
@@ -81,7 +105,7 @@ OPTIONS: Final = (
         "--gpu-inject-oom",
         "RULE",
         "",
-        parse_rule,
+        _parse_rule,
         "make allocations fail in every test's call: PHASE[:KEY=VALUE,...], for "
         "example load:nth=3 or any:min=64MiB,persistent; may be repeated",
         repeated=True,
@@ -103,19 +127,23 @@ class Settings:
 
     Attributes:
         backend: One of ``BACKENDS``.
-        cards: The simulated cards.
-        card_text: How they were named.
+        card_text: How the simulated cards were named.
         budgets: Budget by device index; None stands for every card. Empty: none.
         rules: Injection rules for every test.
         checkpoint: Name or folder of the ``bert_large`` fixture's checkpoint.
     """
 
     backend: str
-    cards: tuple[Card, ...]
     card_text: str
     budgets: Mapping[int | None, SizeSpec]
     rules: tuple[Rule, ...]
     checkpoint: str
+
+    @property
+    def cards(self) -> tuple[Card, ...]:
+        """The simulated cards."""
+        cards: tuple[Card, ...] = _find_card(self.card_text)
+        return cards
 
     def budget_bytes(self, index: int, total_bytes: int) -> int | None:
         """Return the budget of a card of so many bytes; None where there is none.
@@ -159,7 +187,6 @@ def read_settings(config: pytest.Config, namespace: Any) -> Settings:
     values = {option.ini: _value(option, config, namespace) for option in OPTIONS}
     return Settings(
         backend=values["gpu_backend"],
-        cards=tuple(values["gpu_card"]),
         card_text=_text(OPTIONS[1], config, namespace) or DEFAULT_CARD,
         budgets=values["gpu_budget"] or {},
         rules=tuple(values["gpu_inject_oom"]),
@@ -208,10 +235,8 @@ def _value(option: Option, config: pytest.Config, namespace: Any) -> Any:
     try:
         if option.repeated:
             return [option.parse(each) for each in text]
-        if not text and given is None:
-            text = option.default
-        if not text and given is None:
-            return None
+        if given is None and text in ("", option.default):
+            return text or None
         return option.parse(text)
     except (GpuMemError, ValueError) as error:
         raise pytest.UsageError(f"{source}: {error}") from None

@@ -9,8 +9,7 @@ import pytest
 
 from pytest_gpumem.devices.on_import import AfterImport
 from pytest_gpumem.devices.selection import Choice, choose
-from pytest_gpumem.plugin.options import Settings, check_budgets
-from pytest_gpumem.sizes import format_size
+from pytest_gpumem.plugin.options import DEFAULT_CARD, Settings, check_budgets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,7 +35,7 @@ class Run:
         self._nvml: Any = None
         #: Called when the device comes to be in the middle of a test.
         self.on_device: Callable[[], None] = lambda: None
-        if self.choice.kind == "simulated":
+        if self.choice.kind == "simulated" and settings.budgets:
             totals = {
                 index: card.total_bytes for index, card in enumerate(settings.cards)
             }
@@ -181,7 +180,11 @@ class Run:
 
 
 def describe_cards(settings: Settings) -> str:
-    """Return the simulated cards' names and sizes."""
+    """Return the simulated cards' names and sizes; of the default, the name alone."""
+    if settings.card_text == DEFAULT_CARD and not settings.budgets:
+        return f"card {DEFAULT_CARD} (the default)"
+    from pytest_gpumem.sizes import format_size  # noqa: PLC0415  # a card was named
+
     first = settings.cards[0]
     many = f"{len(settings.cards)} x " if len(settings.cards) > 1 else ""
     major, minor = first.compute_capability

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_gpumem.model.records import from_properties
-from pytest_gpumem.reports.terminal import Row, table
-
 if TYPE_CHECKING:
     import pytest
 
-    from pytest_gpumem.plugin.tests import TestHooks
+    from pytest_gpumem.plugin.tests import Phases
+    from pytest_gpumem.reports.terminal import Row
 
 
 class SummaryPlugin:
@@ -20,7 +18,7 @@ class SummaryPlugin:
         hooks: The run's hooks, for what they know of its rules.
     """
 
-    def __init__(self, hooks: TestHooks) -> None:
+    def __init__(self, hooks: Phases) -> None:
         self._hooks = hooks
         self._rows: list[Row] = []
 
@@ -28,6 +26,9 @@ class SummaryPlugin:
         """Take the figures in once a test is over."""
         if report.when != "teardown" or not report.user_properties:
             return
+        from pytest_gpumem.model.records import from_properties  # noqa: PLC0415  # there are figures
+        from pytest_gpumem.reports.terminal import Row  # noqa: PLC0415  # likewise
+
         figures = from_properties(dict(report.user_properties))
         self._rows.extend(
             Row(report.nodeid, phase, each) for (phase, _index), each in figures.items()
@@ -39,6 +40,8 @@ class SummaryPlugin:
         """Print the table, and rules that were never reached."""
         verbosity = config.get_verbosity()
         if self._rows and verbosity >= 0:
+            from pytest_gpumem.reports.terminal import table  # noqa: PLC0415  # there are figures
+
             terminalreporter.section("GPU memory")
             for line in table(self._rows, detailed=verbosity > 0):
                 terminalreporter.write_line(line)

@@ -1,22 +1,20 @@
 """Every test of a run: its budget, its peaks, its limits and its faults.
 
-A test that touches no card costs next to nothing here: without a device and without
-markers of ours, each hook only notes which phase it is in.
+A test that touches no card costs next to nothing: the hooks around each phase are only
+registered once there is a device, or a test or an option that will need one.
 """
 
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from pytest_gpumem.instruments.frames import clear_exception
-from pytest_gpumem.model.records import to_properties
 from pytest_gpumem.plugin import marks
-from pytest_gpumem.sizes import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -25,18 +23,74 @@ if TYPE_CHECKING:
     from pytest_gpumem.plugin.session import Run
 
 
-class TestHooks:
-    """The hooks around each test.
+class Collection:
+    """What tests ask for, and when the hooks around them are needed.
 
     Args:
         run: The run, whose device may come to be in the middle of a test.
+        manager: Where the hooks around tests are registered.
     """
 
-    __test__ = False
-
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, manager: pytest.PytestPluginManager) -> None:
         self._run: Final = run
-        self._wishes: dict[pytest.Item, marks.Wishes] = {}
+        self._manager: Final = manager
+        self._item: pytest.Item | None = None
+        self.wishes: Final[dict[pytest.Item, marks.Wishes]] = {}
+        self.phases: Final = Phases(run, self.wishes)
+        run.on_device = self._device_came
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Read every marker; skip what this run's device cannot serve."""
+        for item in items:
+            wishes = marks.wishes(item)
+            if wishes is None:
+                continue
+            self.wishes[item] = wishes
+            reason = self._why_not(wishes)
+            if reason is not None:
+                item.add_marker(pytest.mark.skip(reason=reason))
+        if self.wishes or self._run.settings.rules or self._run.device is not None:
+            self._register()
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> None:
+        """Note the test that is about to run."""
+        self._item = item
+
+    def _why_not(self, wishes: marks.Wishes) -> str | None:
+        """Return why a test cannot run on this run's device; None if it can."""
+        choice = self._run.choice
+        if wishes.needs_card and choice.kind != "cuda":
+            return f"needs a real CUDA card: {choice.reason}"
+        if choice.kind == "off":
+            return f"needs a GPU, but gpumem's backend is off: {choice.reason}"
+        return None
+
+    def _register(self) -> None:
+        if not self._manager.is_registered(self.phases):
+            self._manager.register(self.phases, "gpumem-phases")
+
+    def _device_came(self) -> None:
+        """Take up a test in whose middle torch was imported."""
+        if self._item is None or self._run.device is None:
+            return
+        self._register()
+        # pytest itself notes "nodeid (phase)" there.
+        phase = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition("(")[2]
+        self.phases.join(self._item, phase.removesuffix(")"), self._run.device)
+
+
+class Phases:
+    """The hooks around the phases of each test.
+
+    Args:
+        run: The run.
+        wishes: What each test's markers ask for.
+    """
+
+    def __init__(self, run: Run, wishes: dict[pytest.Item, marks.Wishes]) -> None:
+        self._run: Final = run
+        self._wishes: Final = wishes
         self._item: pytest.Item | None = None
         self._phase: str | None = None
         self._requests = 0
@@ -47,29 +101,16 @@ class TestHooks:
         self._held_bytes = 0
         #: Allocations refused so far, by rule of the command line.
         self.rule_counts: Final = {str(rule): 0 for rule in run.settings.rules}
-        run.on_device = self._device_came
 
-    # -- before any test ----------------------------------------------------------------
-
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Read every marker; skip what this run's device cannot serve."""
-        for item in items:
-            wishes = marks.wishes(item)
-            if wishes is None:
-                continue
-            self._wishes[item] = wishes
-            reason = self._why_not(wishes)
-            if reason is not None:
-                item.add_marker(pytest.mark.skip(reason=reason))
-
-    def _why_not(self, wishes: marks.Wishes) -> str | None:
-        """Return why a test cannot run on this run's device; None if it can."""
-        choice = self._run.choice
-        if wishes.needs_card and choice.kind != "cuda":
-            return f"needs a real CUDA card: {choice.reason}"
-        if choice.kind == "off":
-            return f"needs a GPU, but gpumem's backend is off: {choice.reason}"
-        return None
+    def join(self, item: pytest.Item, phase: str, device: Device) -> None:
+        """Take up a test in the middle of a phase: the device has just come."""
+        self._item, self._phase = item, phase
+        wishes = self._wishes.get(item)
+        if wishes is not None:
+            self._run.apply_budgets(wishes.budgets)
+        self._track(device)
+        if phase == "call":
+            self._arm(device)
 
     # -- the phases of a test -------------------------------------------------------------
 
@@ -123,6 +164,9 @@ class TestHooks:
     # -- peaks ----------------------------------------------------------------------------
 
     def _begin(self, phase: str) -> None:
+        if self._phase is not None and self._item is not None:
+            # A phase that was joined in its middle ends here.
+            self._end(self._item, self._phase)
         self._phase = phase
         if self._run.device is not None:
             self._track(self._run.device)
@@ -142,21 +186,11 @@ class TestHooks:
         trackers, self._trackers = self._trackers, []
         figures = [tracker.close() for tracker in trackers]
         if device.num_requests != self._requests:
+            from pytest_gpumem.model.records import to_properties  # noqa: PLC0415  # there are figures
+
             for each in figures:
                 if each.peak_reserved_bytes or each.num_ooms:
                     item.user_properties.extend(to_properties(phase, each))
-
-    def _device_came(self) -> None:
-        """Take up a test in whose middle torch was imported."""
-        device = self._run.device
-        if device is None or self._item is None or self._phase is None:
-            return
-        wishes = self._wishes.get(self._item)
-        if wishes is not None:
-            self._run.apply_budgets(wishes.budgets)
-        self._track(device)
-        if self._phase == "call":
-            self._arm(device)
 
     # -- limits ---------------------------------------------------------------------------
 
@@ -190,6 +224,8 @@ class TestHooks:
             if watch.site:
                 where = f"first over the limit at {watch.site}"
             if figures.start_allocated_bytes:
+                from pytest_gpumem.sizes import format_size  # noqa: PLC0415  # for the text
+
                 start = format_size(figures.start_allocated_bytes)
                 where += f"; {start} were allocated before the call began"
             pytest.fail(
@@ -239,6 +275,8 @@ class TestHooks:
             return
         last = getattr(sys, "last_value", None)
         if last is not None:
+            from pytest_gpumem.instruments.frames import clear_exception  # noqa: PLC0415  # after a failure
+
             # The frames of a failed test would hold its tensors on the card.
             clear_exception(last)
         if _allocated(device) > self._held_bytes:
