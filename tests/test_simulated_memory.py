@@ -269,3 +269,15 @@ def test_statistics_have_torchs_keys() -> None:
     assert 123 == len(torch.cuda.memory_stats())
     assert "CUDA OOMs: 0" in torch.cuda.memory_summary()
     assert "small" == torch.cuda.memory_snapshot()[0]["segment_type"]
+
+
+def test_a_recorded_stream_keeps_a_block_active(card: SimulatedCard) -> None:
+    """record_stream delays reuse until the stream's work is done."""
+    card.allocator.events_pending = True
+    tensor = _mib(2)
+    tensor.record_stream(torch.cuda.Stream())
+    del tensor
+    stats = torch.cuda.memory_stats()
+
+    assert 0 == stats["allocated_bytes.all.current"]
+    assert 2 * MIB == stats["active_bytes.all.current"]

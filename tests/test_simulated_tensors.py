@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from pytest_gpumem.devices.simulated.install import simulated_device
+from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -366,3 +367,25 @@ def test_everything_is_as_before_afterwards(machine: SimulatedMachine) -> None:
     assert "Tesla T4" == torch.cuda.get_device_name()
     assert 2 == torch.cuda.device_count() == len(machine.cards)
     assert to is torch.Tensor.to
+
+
+def test_generators_can_be_a_cards() -> None:
+    """torch.Generator("cuda") is a generator, says its card, and repeats its numbers."""
+    generator = torch.Generator("cuda").manual_seed(3)
+    drawn = [
+        torch.randn(3, device="cuda", generator=generator.manual_seed(3)).tolist()
+        for _ in range(2)
+    ]
+
+    assert "cuda:0" == str(generator.device)
+    assert isinstance(generator, torch.Generator)
+    assert isinstance(torch.Generator(), torch.Generator)
+    assert drawn[0] == drawn[1]
+
+
+def test_a_graph_cannot_be_captured() -> None:
+    """CUDA graphs end in one error that names them."""
+    with pytest.raises(
+        UnsupportedOnSimulatedDeviceError, match=r"torch\.cuda\.CUDAGraph"
+    ):
+        torch.cuda.CUDAGraph()

@@ -213,3 +213,63 @@ def test_an_operator_without_a_cpu_kernel_is_named() -> None:
     ):
         torch.ops.gpumem_test.cuda_only(torch.ones(2, device="cuda"))
     library._destroy()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_chooses_types_as_on_a_card(dtype: torch.dtype) -> None:
+    """Products run in the lower type, norms and sums in fp32, concatenation widens."""
+    layer = nn.Linear(4, 4).cuda()
+    norm = nn.LayerNorm(4).cuda()
+    inputs = torch.ones(2, 4, device="cuda")
+
+    with torch.autocast("cuda", dtype=dtype):
+        product = layer(inputs)
+        results = [
+            product,
+            product + product,
+            norm(product),
+            product.softmax(-1),
+            product.sum(),
+            torch.cat([product, inputs]),
+        ]
+    product.float().sum().backward()
+
+    assert [dtype, dtype, *[torch.float32] * 4] == [each.dtype for each in results]
+    assert layer.weight.grad is not None
+    assert torch.float32 == layer.weight.grad.dtype
+    assert torch.float32 == layer(inputs).dtype
+
+
+def test_autocast_keeps_a_weights_cast_for_its_region() -> None:
+    """A parameter is cast once in a region; its copy goes with the region."""
+    layer = nn.Linear(512, 512, bias=False).cuda()
+    inputs = torch.ones(1, 512, device="cuda")
+    with torch.no_grad(), torch.autocast("cuda"):
+        layer(inputs)
+    before = torch.cuda.memory_allocated()
+
+    with torch.autocast("cuda"):
+        layer(inputs)
+        once = torch.cuda.memory_allocated() - before
+        layer(inputs)
+        twice = torch.cuda.memory_allocated() - before
+
+    assert 512 * 512 * 2 == once == twice
+    assert before == torch.cuda.memory_allocated()
+
+
+def test_a_scaler_scales_gradients() -> None:
+    """GradScaler and autocast train as on a card."""
+    layer = nn.Linear(4, 1).cuda()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cuda", init_scale=8.0)
+    before = layer.weight.tolist()
+
+    with torch.autocast("cuda"):
+        loss = layer(torch.ones(2, 4, device="cuda")).sum()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+
+    assert 8.0 == scaler.get_scale()
+    assert before != layer.weight.tolist()

@@ -13,6 +13,7 @@ import torch
 from torch.utils._device import DeviceContext
 
 from pytest_gpumem.devices.simulated.methods import cuda_device, mark_pinned
+from pytest_gpumem.devices.simulated.rng import GeneratorName
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 from pytest_gpumem.devices.simulated.transfer import move, moved
 
@@ -174,5 +175,6 @@ CONSTRUCTORS: Final[dict[str, Any]] = {
     "as_tensor": as_tensor,
     "asarray": asarray,
     "device": DeviceName,
+    "Generator": GeneratorName,
     **{name: _factory(getattr(torch, name)) for name in _FACTORIES},
 }

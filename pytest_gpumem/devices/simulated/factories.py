@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pytest_gpumem.devices.simulated import autocast
 from pytest_gpumem.devices.simulated.machine import SimulatedCard, card_of
 from pytest_gpumem.devices.simulated.memory import Memory, hold
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor, make
@@ -144,4 +145,5 @@ def register() -> torch.library.Library:
             packet, _dot, overload = name.partition(".")
             operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
             library.impl(name, _on_host(operator), "AutogradCUDA")
+        autocast.register(library)
     return library

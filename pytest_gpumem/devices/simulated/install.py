@@ -11,6 +11,7 @@ from torch.utils._device import _device_constructors
 
 from pytest_gpumem.devices.patches import PatchSet
 from pytest_gpumem.devices.simulated import factories, special
+from pytest_gpumem.devices.simulated.autocast import clear_cache
 from pytest_gpumem.devices.simulated.constructors import CONSTRUCTORS
 from pytest_gpumem.devices.simulated.machine import (
     SimulatedMachine,
@@ -75,6 +76,7 @@ class Installation:
             patches.set(torch, name, value)
         # Recurrent layers ask whether cuDNN would take their weights: the CPU computes.
         patches.set(torch.backends.cudnn, "is_acceptable", lambda _tensor: False)
+        patches.set(torch, "clear_autocast_cache", clear_cache)
         self._patch_optimizers()
         if not _registered():
             self._library = factories.register()

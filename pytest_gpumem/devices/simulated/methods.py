@@ -15,6 +15,7 @@ import torch
 from torch._tensor_str import _add_suffixes, _tensor_str
 
 from pytest_gpumem.devices.simulated.machine import card_of
+from pytest_gpumem.devices.simulated.memory import memory_of
 from pytest_gpumem.devices.simulated.tensor import DEVICES, SimulatedTensor, become
 from pytest_gpumem.devices.simulated.transfer import moved
 
@@ -286,7 +287,16 @@ def _share_memory(self: SimulatedTensor) -> SimulatedTensor:
     return self
 
 
+def _record_stream(self: SimulatedTensor, stream: Any) -> None:
+    """``Tensor.record_stream``: the block waits for another stream's work."""
+    memory = memory_of(self.untyped_storage())
+    if memory is not None and memory.block is not None:
+        with memory.card.locked() as allocator:
+            allocator.record_stream(memory.block, stream.cuda_stream)
+
+
 _ANSWERS: Final[dict[str, Any]] = {
+    "record_stream": _record_stream,
     "device": property(_device),
     "is_cuda": property(lambda _self: True),
     "is_cpu": property(lambda _self: False),

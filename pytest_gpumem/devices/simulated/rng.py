@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary
 
 import torch
+
+from pytest_gpumem.devices.simulated.machine import card_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,6 +28,48 @@ def generator_of(card: SimulatedCard) -> torch.Generator:
         if card not in _generators:
             _generators[card] = torch.Generator()
         return _generators[card]
+
+
+_generator: Final[Any] = torch.Generator
+
+
+class CardGenerator(_generator):  # type: ignore[misc]  # torch's C type, held as Any
+    """``torch.Generator("cuda")``: the CPU draws, the generator says it is a card's."""
+
+    def __new__(cls, index: int) -> CardGenerator:  # noqa: PYI034  # Self needs 3.11
+        """Make a CPU generator of this class."""
+        made: CardGenerator = _generator.__new__(cls)
+        made._index = index
+        return made
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self._index = index
+
+    @property
+    def device(self) -> torch.device:
+        """The card."""
+        return torch.device("cuda", self._index)
+
+
+class _GeneratorType(type):
+    """Answers for ``torch.Generator``, whose C code has no generators of cards."""
+
+    def __call__(cls, device: Any = "cpu") -> Any:
+        named = _generator().device if device is None else torch.device(device)
+        if named.type != "cuda":
+            return _generator(named)
+        return CardGenerator(card_of(named.index).index)
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, _generator)
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, _generator)
+
+
+class GeneratorName(metaclass=_GeneratorType):
+    """``torch.Generator`` while cards are simulated."""
 
 
 @contextmanager

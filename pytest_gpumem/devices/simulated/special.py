@@ -77,15 +77,6 @@ def _set_(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return target
 
 
-def _record_stream(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
-    """``aten.record_stream``: the block waits for another stream's work."""
-    tensor, stream = args
-    memory = tensor.untyped_storage()._gpumem  # the device's own room
-    if memory.block is not None:
-        with memory.card.locked() as allocator:
-            allocator.record_stream(memory.block, stream.cuda_stream)
-
-
 def _is_pinned(_args: tuple[Any, ...], _kwargs: dict[str, Any]) -> bool:
     """``aten.is_pinned``: what lies on a card is never pinned."""
     return False
@@ -96,7 +87,6 @@ SPECIAL.update(
         "_to_copy": _to_copy,
         "copy_": _copy_,
         "set_": _set_,
-        "record_stream": _record_stream,
         "is_pinned": _is_pinned,
     }
 )

@@ -181,6 +181,16 @@ C_FUNCTIONS: Final[dict[str, Any]] = {
 }
 
 
+class NoGraph:
+    """``torch.cuda.CUDAGraph``, which cannot be simulated."""
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
+        raise UnsupportedOnSimulatedDeviceError(
+            "torch.cuda.CUDAGraph",
+            "run without capturing a graph, or on a real card",
+        )
+
+
 class _Success:
     """``cudaError`` with the one code that a simulated call ends in."""
 
@@ -238,4 +248,5 @@ def cuda_names() -> dict[str, Any]:
         "_maybe_exchange_device": _exchange_device,
         "Stream": Stream,
         "Event": Event,
+        "CUDAGraph": NoGraph,
     }
