@@ -76,6 +76,7 @@ def test_off_means_off(pytester: pytest.Pytester) -> None:
     ("option", "message"),
     [
         ("--gpu-backend=gpu", "--gpu-backend: 'gpu' is no backend; accepted are auto,"),
+        ("--gpu-backend=cuda", "--gpu-backend: backend 'cuda' was asked for, but "),
         ("--gpu-card=T5", "--gpu-card: card 'T5'*"),
         ("--gpu-budget=lots", "--gpu-budget: *'lots'*"),
         ("--gpu-budget=", "--gpu-budget: *''*"),
@@ -93,12 +94,17 @@ def test_off_means_off(pytester: pytest.Pytester) -> None:
     ],
 )
 def test_a_bad_option_stops_before_any_test(
-    pytester: pytest.Pytester, option: str, message: str
+    pytester: pytest.Pytester,
+    monkeypatch: pytest.MonkeyPatch,
+    option: str,
+    message: str,
 ) -> None:
     """Exit code 4 and one sentence that names option and value."""
     pytester.makepyfile("def test_nothing(): raise SystemError('was run')")
 
-    result = pytester.runpytest("--gpu-backend=simulated", option)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    backend = [] if "backend" in option else ["--gpu-backend=simulated"]
+    result = pytester.runpytest(*backend, option)
 
     assert pytest.ExitCode.USAGE_ERROR == result.ret
     result.stderr.fnmatch_lines([f"ERROR: {message}*"])

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from pytest_gpumem.errors import DeviceUnavailableError
+
 BACKENDS: Final = ("auto", "cuda", "simulated", "off")
 
 
@@ -25,7 +27,7 @@ class Choice:
     reason: str
 
 
-def choose(backend: str) -> Choice:  # noqa: PLR0911  # a list of cases
+def choose(backend: str) -> Choice:
     """Return the device that a backend option means on this machine.
 
     ``auto`` takes a usable CUDA card where there is one, else the simulated device.
@@ -33,25 +35,37 @@ def choose(backend: str) -> Choice:  # noqa: PLR0911  # a list of cases
 
     Args:
         backend: One of ``BACKENDS``.
+
+    Raises:
+        DeviceUnavailableError: ``cuda`` was asked for and cannot be had.
     """
     if backend == "off":
         return Choice("off", "switched off")
     version = torch_versions()
     if version is None:
         return Choice("off", "torch is not installed")
-    if backend != "auto":
-        return Choice(backend, "as asked for")
-    torch_version, cuda_version = version
+    if backend == "simulated":
+        return Choice("simulated", "as asked for")
+    missing = why_no_card(*version)
+    if missing is None:
+        return Choice("cuda", "as asked for" if backend == "cuda" else "a usable card")
+    if backend == "cuda":
+        raise DeviceUnavailableError(
+            f"backend 'cuda' was asked for, but {missing}; use auto or simulated"
+        )
+    return Choice("simulated", missing)
+
+
+def why_no_card(torch_version: str, cuda_version: str | None) -> str | None:
+    """Return why torch cannot use a real card here; None if it seems it can."""
     if cuda_version is None:
-        return Choice("simulated", f"torch {torch_version} is built without CUDA")
+        return f"torch {torch_version} is built without CUDA"
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
-        return Choice("simulated", "CUDA_VISIBLE_DEVICES hides every card")
+        return "CUDA_VISIBLE_DEVICES hides every card"
     count = _count_cards()
     if count is None:
-        return Choice("simulated", "no NVIDIA driver on this machine")
-    if count == 0:
-        return Choice("simulated", "the NVIDIA driver has no card")
-    return Choice("cuda", f"the NVIDIA driver has {count} card(s)")
+        return "this machine has no NVIDIA driver"
+    return None if count else "the NVIDIA driver has no card"
 
 
 def torch_versions() -> tuple[str, str | None] | None:

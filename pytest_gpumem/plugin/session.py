@@ -9,6 +9,7 @@ import pytest
 
 from pytest_gpumem.devices.on_import import AfterImport
 from pytest_gpumem.devices.selection import Choice, choose
+from pytest_gpumem.errors import DeviceUnavailableError
 from pytest_gpumem.plugin.options import DEFAULT_CARD, Settings, check_budgets
 
 if TYPE_CHECKING:
@@ -27,7 +28,10 @@ class Run:
 
     def __init__(self, settings: Settings) -> None:
         self.settings: Final = settings
-        self.choice: Choice = choose(settings.backend)
+        try:
+            self.choice: Choice = choose(settings.backend)
+        except DeviceUnavailableError as error:
+            raise pytest.UsageError(f"--gpu-backend: {error}") from None
         self.device: Device | None = None
         self._installation: Any = None
         self._hook = AfterImport("torch", self._torch_imported)

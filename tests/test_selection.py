@@ -1,0 +1,101 @@
+"""Which device a run uses, decided without torch."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pytest_gpumem.devices import selection
+from pytest_gpumem.devices.on_import import AfterImport
+from pytest_gpumem.devices.selection import Choice, choose, torch_versions
+from pytest_gpumem.errors import DeviceUnavailableError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A machine with a CUDA build of torch and one card, to be changed."""
+    monkeypatch.setattr(selection, "torch_versions", lambda: ("2.13.0", "13.0"))
+    monkeypatch.setattr(selection, "_count_cards", lambda: 1)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return monkeypatch
+
+
+def test_a_usable_card_is_taken(machine: pytest.MonkeyPatch) -> None:
+    """Auto means cuda where torch and the driver agree."""
+    machine.setenv("CUDA_VISIBLE_DEVICES", "0")
+
+    assert Choice("cuda", "a usable card") == choose("auto")
+    assert Choice("cuda", "as asked for") == choose("cuda")
+    assert "simulated" == choose("simulated").kind
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("cpu build", "torch 2.13.0+cpu is built without CUDA"),
+        ("no driver", "this machine has no NVIDIA driver"),
+        ("no card", "the NVIDIA driver has no card"),
+        ("hidden", "CUDA_VISIBLE_DEVICES hides every card"),
+    ],
+)
+def test_without_a_card_the_device_is_simulated(
+    machine: pytest.MonkeyPatch, change: str, reason: str
+) -> None:
+    """Auto says why it simulates; cuda says why it cannot be had."""
+    if change == "cpu build":
+        machine.setattr(selection, "torch_versions", lambda: ("2.13.0+cpu", None))
+    elif change == "hidden":
+        machine.setenv("CUDA_VISIBLE_DEVICES", "")
+    else:
+        count = None if change == "no driver" else 0
+        machine.setattr(selection, "_count_cards", lambda: count)
+
+    assert Choice("simulated", reason) == choose("auto")
+    with pytest.raises(
+        DeviceUnavailableError, match=f"but {reason.split('+', maxsplit=1)[0]}"
+    ):
+        choose("cuda")
+
+
+def test_without_torch_there_is_nothing_to_do(machine: pytest.MonkeyPatch) -> None:
+    """Where torch is not installed the plugin is off."""
+    machine.setattr(selection, "torch_versions", lambda: None)
+
+    assert Choice("off", "torch is not installed") == choose("auto")
+    assert Choice("off", "switched off") == choose("off")
+
+
+def test_torchs_versions_are_read_from_its_files() -> None:
+    """Version and CUDA version are those that torch itself would say."""
+    import torch  # noqa: PLC0415  # to compare with
+
+    assert (torch.__version__, torch.version.cuda) == torch_versions()
+
+
+def test_a_call_follows_an_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The callback runs once, when the module is whole, before import returns."""
+    (tmp_path / "late_module.py").write_text("VALUE = 7\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    seen: list[int] = []
+
+    def look() -> None:
+        seen.append(sys.modules["late_module"].VALUE)
+
+    AfterImport("late_module", look).start()
+    late_module = importlib.import_module("late_module")
+    AfterImport("late_module", look).start()
+    withdrawn = AfterImport("never_imported", look)
+    withdrawn.start()
+    withdrawn.stop()
+    withdrawn.stop()
+
+    assert [7, 7] == seen
+    assert "SourceFileLoader" in type(late_module.__loader__).__name__
