@@ -5,17 +5,15 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from pytest_gpumem.errors import DeviceUnavailableError
 
 BACKENDS: Final = ("auto", "cuda", "simulated", "off")
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """The device of a run and why.
 
     Attributes:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import pytest
 
@@ -28,16 +27,14 @@ DESCRIPTIONS: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Budget:
+class Budget(NamedTuple):
     """``gpu_budget``: a share of one card."""
 
     size: SizeSpec
     device_index: int
 
 
-@dataclass(frozen=True, slots=True)
-class Limit:
+class Limit(NamedTuple):
     """``max_vram``: the most that a test may need of one card, inclusive."""
 
     size: SizeSpec
@@ -87,8 +84,7 @@ _READERS: Final[dict[str, Callable[..., Any]]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Wishes:
+class Wishes(NamedTuple):
     """What a test's markers ask for; of each kind, the nearest marker first."""
 
     needs_card: bool
