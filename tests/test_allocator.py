@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import (
-    Bundle,
-    RuleBasedStateMachine,
-    consumes,
-    invariant,
-    multiple,
-    rule,
-)
 
 from pytest_gpumem.model.allocator import CachingAllocator, OutOfMemory
-from pytest_gpumem.model.blocks import Block, round_size, segment_size
+from pytest_gpumem.model.blocks import round_size, segment_size
 from pytest_gpumem.model.config import AllocatorConfig
 from pytest_gpumem.model.driver import Driver
-from pytest_gpumem.model.freelist import FreeList
-from pytest_gpumem.model.oom_text import ProcessMemory, format_bytes
-from pytest_gpumem.model.snapshot import blocks_of, snapshot
+from pytest_gpumem.model.oom_text import ProcessMemory
 
 MIB = 2**20
 PLAIN = AllocatorConfig().divisions
@@ -86,9 +72,11 @@ def test_a_refused_request_goes_the_whole_way() -> None:
     )
     assert 0 == allocator.reserved_bytes
     assert [(0, 2 * MIB, 256 * MIB, 256 * MIB)] == seen
-    assert "Tried to allocate 2.00 MiB." in str(caught.value)
-    assert (1000, 2 * MIB, 0) == (
+    assert "Tried to allocate 2.00 MiB." in caught.value.message
+    assert (caught.value.message,) == caught.value.args
+    assert (1000, 1024, 2 * MIB, 0) == (
         caught.value.nbytes,
+        caught.value.rounded_bytes,
         caught.value.segment_bytes,
         caught.value.device_index,
     )
@@ -117,6 +105,22 @@ def test_a_limit_is_inclusive() -> None:
         allocator.malloc(1)
 
     assert 32 * MIB == first.size == allocator.limit_bytes
+
+
+def test_a_limit_counts_whole_segments() -> None:
+    """A request that would fit fails where its segment would not."""
+    allocator = _allocator()
+    allocator.set_memory_fraction(0.125)
+    allocator.malloc(30 * MIB)
+    allocator.malloc(512)
+
+    with pytest.raises(OutOfMemory, match=r"Tried to allocate 20.00 MiB"):
+        allocator.malloc(MIB + 1)
+    assert 32 * MIB == allocator.reserved_bytes == allocator.limit_bytes
+
+    allocator.set_memory_fraction(0.1953125)
+    with pytest.raises(OutOfMemory, match=r"50.00 MiB allowed"):
+        allocator.malloc(MIB + 1)
 
 
 def test_a_fraction_of_one_is_no_limit() -> None:
@@ -201,174 +205,196 @@ def test_statistics_can_be_reset() -> None:
     assert 20 * MIB == stats["reserved_bytes.all.peak"]
 
 
-@pytest.mark.parametrize(
-    ("nbytes", "text"),
-    [
-        (0, "0 bytes"),
-        (1024, "1024 bytes"),
-        (1025, "1.00 KiB"),
-        (MIB, "1024.00 KiB"),
-        (MIB + 1, "1.00 MiB"),
-        (2**30, "1024.00 MiB"),
-        (2**30 + 1, "1.00 GiB"),
-        (2**40, "1024.00 GiB"),
-    ],
-)
-def test_bytes_are_written_as_the_allocator_writes_them(nbytes: int, text: str) -> None:
-    """Bounds between units are inclusive, and GiB is the largest unit."""
-    assert text == format_bytes(nbytes)
+def test_the_statistics_have_torchs_keys() -> None:
+    """There are 123 keys, sorted, as in torch 2.13; max_split_size -1 is no limit."""
+    stats = _allocator().memory_stats()
+
+    assert 123 == len(stats)
+    assert sorted(stats) == list(stats)
+    assert -1 == stats["max_split_size"]
+    assert 0 == sum(value for key, value in stats.items() if key != "max_split_size")
 
 
-@pytest.mark.parametrize(
-    ("text", "attribute", "value"),
-    [
-        ("max_split_size_mb:64", "max_split_size", 64 * MIB),
-        ("max_non_split_rounding_mb:40", "max_non_split_rounding", 40 * MIB),
-        ("large_segment_size_mb:64", "large_segment_size", 64 * MIB),
-        ("garbage_collection_threshold:0.6", "gc_threshold", 0.6),
-        ("per_process_memory_fraction:0.5", "memory_fraction", 0.5),
-        ("roundup_power2_divisions:8", "divisions", (8,) * 16),
-        (
-            "roundup_power2_divisions:[256:1,512:2,1024:4,>:8]",
-            "divisions",
-            (1,) * 9 + (2, 4) + (8,) * 5,
-        ),
-        ("backend:native, pinned_num_register_threads:4", "gc_threshold", 0.0),
-    ],
-)
-def test_settings_are_read(text: str, attribute: str, value: object) -> None:
-    """Each key of PYTORCH_CUDA_ALLOC_CONF sets its value."""
-    assert value == getattr(AllocatorConfig.parse(text), attribute)
+def test_peaks_are_plain_integers() -> None:
+    """The peaks that are asked for most equal the dictionary's."""
+    allocator = _allocator()
+    allocator.free(allocator.malloc(3 * MIB + 1))
+
+    assert 3 * MIB + 512 == allocator.peak_allocated_bytes
+    assert 3 * MIB + 512 == allocator.peak_active_bytes
+    assert 3 * MIB + 1 == allocator.peak_requested_bytes
+    assert 20 * MIB == allocator.peak_reserved_bytes
+    assert 0 == allocator.allocated_bytes == allocator.requested_bytes
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("max_split_size_mb:19", "must be >= 20"),
-        ("garbage_collection_threshold:1.0", "above 0 and below 1"),
-        ("per_process_memory_fraction:2", "between 0 and 1"),
-        ("roundup_power2_divisions:3", "power of 2"),
-        ("expandable_segments:true", "Expected 'True' or 'False'"),
-        ("expandable_segments:True", "not modelled"),
-        ("backend:cudaMallocAsync", "not modelled"),
-        ("speed:11", "Unrecognized key 'speed'"),
-        ("max_split_size_mb", "has no value"),
-    ],
-)
-def test_bad_settings_are_refused(text: str, message: str) -> None:
-    """What torch refuses, or the model does not know, raises at once."""
-    with pytest.raises(ValueError, match=message):
-        AllocatorConfig.parse(text)
+def test_a_block_cannot_be_freed_twice() -> None:
+    """The second time is an error and changes no count."""
+    allocator = _allocator()
+    block = allocator.malloc(1000)
+    allocator.free(block)
+
+    with pytest.raises(ValueError, match="block at 0x0 is freed a second time"):
+        allocator.free(block)
+
+    assert 0 == allocator.allocated_bytes
 
 
-def test_a_free_list_stays_sorted_over_many_chunks() -> None:
-    """Insertions and removals in any order keep order and search right."""
-    entries = FreeList()
-    numbers = [(n * 7919) % 10007 for n in range(5000)]
-    for number in numbers:
-        entries.add((number,))
-    for number in numbers[::2]:
-        entries.remove((number,))
-    kept = sorted(numbers[1::2])
+def test_the_oldest_segment_serves_first() -> None:
+    """Of equal free blocks the one in the oldest segment wins, not the lowest."""
+    driver = Driver(256 * MIB, address_policy="down")
+    allocator = CachingAllocator(driver)
+    older, newer = allocator.malloc(10 * MIB), allocator.malloc(10 * MIB)
+    addresses = (older.address, newer.address)
+    allocator.free(newer)
+    allocator.free(older)
 
-    assert [(n,) for n in kept] == list(entries)
-    assert len(kept) == len(entries)
-    assert (kept[100],) == entries.first_from((kept[99] + 1,))
-    assert entries.first_from((10**6,)) is None
-    assert [(n,) for n in kept[-3:]] == list(entries.iterate_from((kept[-3],)))
+    assert addresses[0] > addresses[1]
+    assert addresses[0] == allocator.malloc(10 * MIB).address
 
 
-class AllocatorMachine(RuleBasedStateMachine):
-    """Any sequence of operations keeps the allocator's invariants."""
+def test_the_best_fit_serves() -> None:
+    """The smallest free block that is large enough is taken."""
+    allocator = _allocator()
+    wide, narrow = allocator.malloc(40 * MIB), allocator.malloc(30 * MIB)
+    allocator.free(wide)
+    allocator.free(narrow)
 
-    blocks: Bundle[Block] = Bundle("blocks")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.allocator = _allocator(64 * MIB)
-        self.live: list[Block] = []
-
-    @rule(
-        target=blocks,
-        nbytes=st.integers(1, 4096) | st.integers(1, 24 * MIB),
-        stream=st.sampled_from([0, 0, 0, 7]),
-        refuse=st.sampled_from([False] * 9 + [True]),
-    )
-    def malloc(self, nbytes: int, stream: int, refuse: bool) -> Any:  # noqa: FBT001  # hypothesis names it
-        try:
-            block = self.allocator.malloc(nbytes, stream, refuse=refuse)
-        except OutOfMemory:
-            assert refuse or self.allocator.num_ooms
-            return multiple()
-        assert block.size >= nbytes
-        self.live.append(block)
-        return block
-
-    @rule(block=consumes(blocks))
-    def free(self, block: Block) -> None:
-        self.live.remove(block)
-        self.allocator.free(block)
-
-    @rule(block=blocks, stream=st.sampled_from([0, 9]))
-    def use_on(self, block: Block, stream: int) -> None:
-        if block in self.live:
-            self.allocator.record_stream(block, stream)
-
-    @rule(pending=st.booleans())
-    def events(self, pending: bool) -> None:  # noqa: FBT001  # hypothesis names it
-        self.allocator.events_pending = pending
-
-    @rule()
-    def empty_cache(self) -> None:
-        self.allocator.empty_cache()
-
-    @rule(fraction=st.sampled_from([0.5, 1.0]))
-    def limit(self, fraction: float) -> None:
-        self.allocator.set_memory_fraction(fraction)
-
-    @invariant()
-    def bytes_are_ordered(self) -> None:
-        a = self.allocator
-        assert a.allocated_bytes <= a.active_bytes <= a.reserved_bytes <= 64 * MIB
-        assert a.allocated_bytes == sum(block.size for block in self.live)
-        assert a.requested_bytes <= a.active_bytes
-        stats = a.memory_stats()
-        assert all(
-            stats[key] >= stats[key.replace(".peak", ".current")]
-            for key in stats
-            if key.endswith(".peak")
-        )
-
-    @invariant()
-    def blocks_tile_their_segments(self) -> None:
-        for segment in self.allocator.segments():
-            address = segment.address
-            previous = None
-            for block in blocks_of(segment):
-                assert address == block.address
-                assert block.size % 512 == 0
-                assert block.previous is previous
-                is_free = not block.is_allocated and not block.num_events
-                if previous is not None and is_free:
-                    assert previous.is_allocated or previous.num_events
-                address += block.size
-                previous = block
-            assert address == segment.address + segment.size
-
-    @invariant()
-    def the_snapshot_adds_up(self) -> None:
-        segments = snapshot(self.allocator)
-        assert self.allocator.reserved_bytes == sum(s["total_size"] for s in segments)
-        assert self.allocator.active_bytes == sum(s["active_size"] for s in segments)
-
-    def teardown(self) -> None:
-        for block in self.live:
-            self.allocator.free(block)
-        self.allocator.empty_cache()
-        assert 0 == self.allocator.reserved_bytes == self.allocator.active_bytes
+    assert narrow.address == allocator.malloc(30 * MIB - 1000).address
 
 
-TestAllocatorMachine = AllocatorMachine.TestCase
-TestAllocatorMachine.settings = settings(
-    max_examples=40, stateful_step_count=40, deadline=None
-)
+def test_a_large_block_is_not_split_for_a_mebibyte() -> None:
+    """A rest of exactly 1 MiB stays with the block, and counts as allocated."""
+    allocator = _allocator()
+
+    whole = allocator.malloc(19 * MIB)
+    assert 20 * MIB == whole.size
+    assert 20 * MIB == allocator.allocated_bytes
+    assert 19 * MIB == allocator.requested_bytes
+
+
+def test_streams_do_not_share_blocks() -> None:
+    """A cached block of one stream does not serve another."""
+    allocator = _allocator()
+    allocator.free(allocator.malloc(10 * MIB, 1))
+    allocator.malloc(10 * MIB, 2)
+
+    assert 20 * MIB == allocator.reserved_bytes
+
+
+def test_a_flush_gives_pending_blocks_back() -> None:
+    """Emptying the cache waits for other streams."""
+    allocator = _allocator()
+    allocator.events_pending = True
+    block = allocator.malloc(2 * MIB)
+    allocator.record_stream(block, 7)
+    allocator.free(block)
+    allocator.empty_cache()
+
+    assert 0 == allocator.reserved_bytes == allocator.active_bytes
+
+
+def test_an_own_stream_is_not_recorded() -> None:
+    """Use on the stream of the allocation delays nothing."""
+    allocator = _allocator()
+    allocator.events_pending = True
+    block = allocator.malloc(2 * MIB, 7)
+    allocator.record_stream(block, 7)
+    allocator.free(block)
+
+    assert 0 == allocator.active_bytes
+
+
+def test_an_oversize_block_serves_only_its_like() -> None:
+    """From max_split_size on, blocks are not split and serve requests near them."""
+    allocator = _allocator(conf="max_split_size_mb:64")
+    allocator.free(allocator.malloc(100 * MIB))
+    small = allocator.malloc(30 * MIB)
+    near = allocator.malloc(90 * MIB)
+
+    assert 30 * MIB == small.size
+    assert 100 * MIB == near.size
+    assert 130 * MIB == allocator.reserved_bytes
+
+
+def test_oversize_blocks_are_given_back_before_the_flush() -> None:
+    """With max_split_size, enough oversize blocks go and no retry is counted."""
+    allocator = _allocator(conf="max_split_size_mb:64")
+    allocator.free(allocator.malloc(30 * MIB))
+    allocator.free(allocator.malloc(80 * MIB))
+    allocator.free(allocator.malloc(100 * MIB))
+    allocator.malloc(170 * MIB)
+
+    assert 0 == allocator.num_alloc_retries
+    assert 200 * MIB == allocator.reserved_bytes
+
+
+def test_unused_blocks_are_collected_above_the_threshold() -> None:
+    """Beyond the threshold of the limit, a new segment gives older blocks back."""
+    allocator = _allocator(conf="garbage_collection_threshold:0.5")
+    allocator.set_memory_fraction(0.75)
+    allocator.free(allocator.malloc(100 * MIB))
+    allocator.malloc(110 * MIB)
+
+    assert 110 * MIB == allocator.reserved_bytes
+    assert 0 == allocator.num_alloc_retries
+
+
+def test_the_fraction_of_the_settings_holds_from_the_start() -> None:
+    """A fraction in the settings is the limit until another one is set."""
+    allocator = _allocator(conf="per_process_memory_fraction:0.25")
+
+    assert 0.25 == allocator.memory_fraction
+    assert 64 * MIB == allocator.limit_bytes
+
+
+def test_a_snapshot_shows_every_block() -> None:
+    """Segments have torch's keys, and blocks their states and frames."""
+    allocator = _allocator()
+    allocator.events_pending = True
+    first, second = allocator.malloc(1000), allocator.malloc(512)
+    first.frames = [{"name": "f", "filename": "a.py", "line": 3}]
+    allocator.record_stream(second, 7)
+    allocator.free(second)
+
+    (segment,) = allocator.snapshot()
+    blocks = segment.pop("blocks")
+
+    assert {
+        "device": 0,
+        "address": 0,
+        "total_size": 2 * MIB,
+        "allocated_size": 1024,
+        "active_size": 1536,
+        "requested_size": 1512,
+        "stream": 0,
+        "segment_type": "small",
+        "segment_pool_id": (0, 0),
+        "is_expandable": False,
+        "frames": [],
+    } == segment
+    assert [
+        (0, 1024, 1000, "active_allocated", first.frames),
+        (1024, 512, 512, "active_pending_free", []),
+        (1536, 2 * MIB - 1536, 0, "inactive", []),
+    ] == [
+        (b["address"], b["size"], b["requested_size"], b["state"], b["frames"])
+        for b in blocks
+    ]
+
+
+def test_the_history_has_torchs_sizes() -> None:
+    """Blocks are traced with the bytes asked for, an OOM with the rounded ones."""
+    allocator = _allocator(8 * MIB)
+    told: list[tuple[str, int, int, int]] = []
+    allocator.malloc(1000)
+    allocator.trace = lambda *entry: told.append(entry)
+    allocator.free(allocator.malloc(100, 0))
+    with pytest.raises(OutOfMemory):
+        allocator.malloc(30 * MIB + 1)
+
+    assert [
+        ("alloc", 1024, 100, 0),
+        ("free_requested", 1024, 100, 0),
+        ("free_completed", 1024, 100, 0),
+        ("oom", 6 * MIB, 30 * MIB + 512, 0),
+    ] == told

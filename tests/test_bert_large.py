@@ -18,11 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 RECORDING = Path(__file__).parent / "recordings" / "bert_large_allocator.json"
-CASES = [
-    case
-    for case in json.loads(RECORDING.read_text(encoding="utf-8"))["cases"]
-    if case["case"]["phase"] == "load"
-]
+ALL = json.loads(RECORDING.read_text(encoding="utf-8"))["cases"]
+CASES = [case for case in ALL if case["case"]["phase"] == "load"]
+FORWARDS = [case for case in ALL if case["case"]["phase"] == "infer"]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -114,6 +112,43 @@ def test_the_loaders_own_failure_on_a_small_card_is_shown(path: Path) -> None:
 
     assert case["result"]["error"].startswith("RuntimeError: Trying to create tensor")
     assert str(caught.value) in case["result"]["error"]
+
+
+@pytest.mark.parametrize("case", FORWARDS, ids=_name)
+def test_a_forward_takes_exactly_the_recorded_bytes(
+    path: Path, case: dict[str, Any]
+) -> None:
+    """Two passes of 8 x 128 tokens, cuBLAS's workspace included, to the byte."""
+    from transformers import AutoModelForSequenceClassification  # noqa: PLC0415  # slow
+
+    with simulated_device("16GiB,cc=8.0") as machine, torch.no_grad():
+        model = AutoModelForSequenceClassification.from_pretrained(
+            path,
+            dtype=DTYPES[case["case"]["dtype"]],
+            attn_implementation=case["case"]["attn"],
+        ).to("cuda")
+        tokens = torch.ones(8, 128, dtype=torch.int64).cuda()
+        mask = torch.ones(8, 128, dtype=torch.int64).cuda()
+        labels = torch.ones(8, dtype=torch.int64).cuda()
+        result = None
+        for phase in ("inputs", "forward_1", "forward_2"):
+            if phase != "inputs":
+                result = model(tokens, attention_mask=mask).logits
+            stats = machine.cards[0].memory_stats()
+            torch.cuda.reset_peak_memory_stats()
+            figures = {
+                "allocated": stats["allocated_bytes.all.current"],
+                "reserved": stats["reserved_bytes.all.current"],
+                "peak_allocated": stats["allocated_bytes.all.peak"],
+                "peak_reserved": stats["reserved_bytes.all.peak"],
+                "requested": stats["requested_bytes.all.current"],
+                "segments": stats["segment.all.current"],
+            }
+            recorded = case["result"][phase]
+            assert {name: recorded[name] for name in figures} == figures, phase
+
+    assert result is not None
+    assert labels.is_cuda
 
 
 @pytest.mark.parametrize("where", ["cuda", "cuda:0", 0, "auto"])

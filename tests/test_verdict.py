@@ -29,9 +29,9 @@ def _card() -> Iterator[None]:
 
 
 def _build() -> nn.Module:
-    """Return a model of 24 MiB in fp32: weights of 1 MiB, segments of 20 MiB."""
+    """Return a model of 48 MiB in fp32: weights of 1 MiB, segments of 20 MiB."""
     torch.manual_seed(0)
-    return nn.Sequential(*(nn.Linear(512, 512) for _ in range(24))).eval()
+    return nn.Sequential(*(nn.Linear(512, 512) for _ in range(48))).eval()
 
 
 def _run(model: nn.Module) -> torch.Tensor:
@@ -106,7 +106,7 @@ def wrong_numbers() -> nn.Module:
     except torch.OutOfMemoryError:
         pass
     torch.manual_seed(1)
-    return nn.Sequential(*(nn.Linear(512, 512) for _ in range(24))).eval()
+    return nn.Sequential(*(nn.Linear(512, 512) for _ in range(48))).eval()
 
 
 def swallows_everything() -> nn.Module:
@@ -121,8 +121,8 @@ def test_a_good_ladder_passes_on_every_rung() -> None:
     """fp32, fp16 and the host: right place, right numbers, nothing left."""
     reference = _reference()
     for budget, devices, dtype in (
-        ("64MiB", ["cuda:0"], torch.float32),
-        ("20MiB", ["cuda:0"], torch.float16),
+        ("80MiB", ["cuda:0"], torch.float32),
+        ("48MiB", ["cuda:0"], torch.float16),
         ("8MiB", ["cpu"], torch.float32),
     ):
         with vram_budget(budget):
@@ -146,7 +146,7 @@ def test_a_good_ladder_passes_under_injection(rule: str) -> None:
 
 def test_a_retry_inside_except_misses_its_rung() -> None:
     """With the first attempt still on the card, the second one does not fit."""
-    with vram_budget("20MiB"):
+    with vram_budget("48MiB"):
         verdict = judge_load(
             retry_inside_except,
             run=_run,
@@ -231,4 +231,4 @@ def test_a_placement_reads_well() -> None:
     """Bytes by device and dtypes, on one line."""
     text = str(placement_of(_build().half().cuda()))
 
-    assert "12.02 MiB on cuda:0 (torch.float16)" == text
+    assert "24.05 MiB on cuda:0 (torch.float16)" == text

@@ -51,7 +51,7 @@ class Device(Protocol):
         """Return ``torch.cuda.memory_stats``'s flat dictionary."""
 
     def empty_cache(self) -> None:
-        """Give cached segments of every card back to the driver."""
+        """Give cuBLAS workspaces and cached segments of every card back."""
 
     def budget(self, index: int) -> int | None:
         """Return the budget of a card, or None."""

@@ -119,8 +119,10 @@ class CudaDevice:
         return torch.cuda.memory_stats(index) if torch.cuda.is_initialized() else {}
 
     def empty_cache(self) -> None:
-        """Give cached segments of every card back to the driver."""
-        torch.cuda.empty_cache()
+        """Give cuBLAS workspaces and cached segments of every card back."""
+        if torch.cuda.is_initialized():
+            torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001  # no public name
+            torch.cuda.empty_cache()
 
     # -- peaks --------------------------------------------------------------------
 

@@ -152,6 +152,7 @@ def judge_load(
     Limits: an error that is neither an OOM nor the expected one is not caught.
     """
     device = active_device() if device is None else device
+    device.empty_cache()
     before = device.memory_stats(device_index).get("allocated_bytes.all.current", 0)
     model: Any = None
     error: str | None = None
@@ -246,7 +247,8 @@ def _difference(output: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def _left_bytes(device: Device, device_index: int, model: Any) -> int:
-    """Return the card's allocated bytes that are not the model's own."""
+    """Return the card's allocated bytes that are neither the model's nor cuBLAS's."""
+    device.empty_cache()
     allocated = device.memory_stats(device_index).get("allocated_bytes.all.current", 0)
     own = {}
     if isinstance(model, torch.nn.Module):

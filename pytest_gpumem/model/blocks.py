@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 #: Rounding quantum and smallest block, in bytes.
 #: Source of these constants: ``c10/core/AllocatorConfig.h``, torch 2.13.
@@ -27,9 +27,12 @@ class Segment:
         is_small: Whether it belongs to the small pool.
         stream: The stream it was taken for.
         first: Its first block.
+        is_expandable: Whether it is address space that pages are mapped into.
     """
 
     __slots__ = ("address", "first", "is_small", "number", "size", "stream")
+
+    is_expandable: ClassVar[bool] = False
 
     def __init__(
         self, address: int, size: int, number: int, stream: int, *, is_small: bool
@@ -39,7 +42,7 @@ class Segment:
         self.number = number
         self.stream = stream
         self.is_small = is_small
-        self.first: Block
+        self.first = Block(address, size, self)
 
 
 class Block:
@@ -53,6 +56,8 @@ class Block:
         previous: The block before it in the segment, or None.
         next: The block after it, or None.
         is_allocated: Whether a live tensor has it.
+        is_mapped: Whether there is memory behind its addresses; False only in an
+            expandable segment.
         streams: Other streams that use it, or None.
         num_events: Events that must complete before it can be used again.
         age_base: The pool's clock when it was freed.
@@ -64,6 +69,7 @@ class Block:
         "age_base",
         "frames",
         "is_allocated",
+        "is_mapped",
         "next",
         "num_events",
         "previous",
@@ -81,6 +87,7 @@ class Block:
         self.previous: Block | None = None
         self.next: Block | None = None
         self.is_allocated = False
+        self.is_mapped = True
         self.streams: set[int] | None = None
         self.num_events = 0
         self.age_base = 0
@@ -92,12 +99,57 @@ class Block:
         return self.previous is not None or self.next is not None
 
     @property
+    def is_idle(self) -> bool:
+        """Whether nobody uses it: neither a tensor nor another stream."""
+        return not (self.is_allocated or self.num_events or self.streams)
+
+    @property
     def key(self) -> tuple[int, int, int, Block]:
         """Best fit's order within a stream: size, age of the segment, address.
 
         Source: observed of torch 2.13 under drivers that use addresses again.
         """
         return (self.size, self.segment.number, self.address, self)
+
+    def cut_front(self, nbytes: int) -> Block:
+        """Make the first ``nbytes`` bytes a block of their own and return it."""
+        front = Block(self.address, nbytes, self.segment)
+        front.previous = self.previous
+        if front.previous is not None:
+            front.previous.next = front
+        else:
+            self.segment.first = front
+        front.next = self
+        self.previous = front
+        self.address += nbytes
+        self.size -= nbytes
+        return front
+
+    def cut_back(self, nbytes: int) -> Block:
+        """Make all but the first ``nbytes`` bytes a block of its own and return it."""
+        back = Block(self.address + nbytes, self.size - nbytes, self.segment)
+        back.previous = self
+        back.next = self.next
+        if back.next is not None:
+            back.next.previous = back
+        self.next = back
+        self.size = nbytes
+        return back
+
+    def absorb(self, other: Block) -> None:
+        """Make a neighbour part of this block; ``other`` is a block no more."""
+        self.size += other.size
+        if other is self.previous:
+            self.address = other.address
+            self.previous = other.previous
+            if self.previous is not None:
+                self.previous.next = self
+            else:
+                self.segment.first = self
+        else:
+            self.next = other.next
+            if self.next is not None:
+                self.next.previous = self
 
 
 def round_size(nbytes: int, divisions: tuple[int, ...]) -> int:

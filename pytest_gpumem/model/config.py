@@ -40,6 +40,7 @@ class AllocatorConfig:
         gc_threshold: Share of the limit from which unused blocks are given back; 0
             means never.
         memory_fraction: Fraction set at the start; None means none.
+        expandable_segments: Whether segments grow page by page.
     """
 
     text: str = ""
@@ -49,6 +50,7 @@ class AllocatorConfig:
     divisions: tuple[int, ...] = (0,) * NUM_DIVISIONS
     gc_threshold: float = 0.0
     memory_fraction: float | None = None
+    expandable_segments: bool = False
 
     @classmethod
     def parse(cls, text: str) -> AllocatorConfig:
@@ -110,9 +112,7 @@ def _read(  # noqa: C901, PLR0911, PLR0912  # a list of keys
     if key == "expandable_segments":
         if value not in ("True", "False"):
             raise ValueError(f"Expected 'True' or 'False' for {key}, got {value!r}")
-        if value == "True":
-            raise ValueError("expandable_segments:True is not modelled; use False")
-        return {}
+        return {"expandable_segments": value == "True"}
     if key == "roundup_power2_divisions":
         return {"divisions": _divisions(value)}
     if key == "backend":
@@ -120,6 +120,12 @@ def _read(  # noqa: C901, PLR0911, PLR0912  # a list of keys
             raise ValueError(f"allocator backend {value!r} is not modelled; use native")
         return {}
     if key in _WITHOUT_EFFECT:
+        return {}
+    if key == "throw_on_cudamalloc_oom":
+        if value not in ("True", "False"):
+            raise ValueError(f"Expected 'True' or 'False' for {key}, got {value!r}")
+        if value == "True":
+            raise ValueError(f"{key}:True is not modelled; use False")
         return {}
     raise ValueError(f"Unrecognized key '{key}' in Accelerator allocator config.")
 

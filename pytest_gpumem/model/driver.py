@@ -1,13 +1,24 @@
-"""A card's memory as the CUDA driver sees it: address ranges, first fit."""
+"""A card's memory as the CUDA driver sees it: ranges, address space and pages."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 #: The driver's granularity in bytes.
 #: Source: cuMemGetAllocationGranularity answers 2 MiB on current cards.
 GRANULARITY: Final = 2**21
+#: Where address space begins to be reserved, and its alignment: far from what
+#: ``malloc`` hands out. Source: the driver of ``tests/recordings/traces``.
+VIRTUAL_BASE: Final = 2**44
+VIRTUAL_ALIGNMENT: Final = 2**30
+#: Code of a call that found no memory, and of one that succeeded.
+#: Source: ``cudaErrorMemoryAllocation`` and ``CUDA_ERROR_OUT_OF_MEMORY``.
+_OUT_OF_MEMORY: Final = 2
+_SUCCESS: Final = 0
 
 
 class Driver:
@@ -20,7 +31,13 @@ class Driver:
             hands out ever lower addresses and never uses one again.
 
     Attributes:
-        calls: Where set to a list, every call is noted: name, bytes, code, address.
+        used_bytes: Bytes that this process holds.
+        free_cap: Where set, a function whose answer bounds the free bytes from above.
+        calls: Where set to a list, every call is noted: name, bytes, code, and the
+            address of a range or, for pages, how often the call was made in a row.
+
+    Raises:
+        ValueError: The address policy is unknown.
     """
 
     def __init__(
@@ -30,50 +47,119 @@ class Driver:
         other_bytes: int = 0,
         address_policy: str = "firstfit",
     ) -> None:
+        if address_policy not in ("firstfit", "down"):
+            raise ValueError(
+                f"address_policy={address_policy!r}; accepted are 'firstfit', 'down'"
+            )
         self.total_bytes = total_bytes
         self.other_bytes = other_bytes
         self.used_bytes = 0
+        self.free_cap: Callable[[], int] | None = None
         self.calls: list[tuple[str, int, int, int | None]] | None = None
         self._sizes: dict[int, int] = {}
         # Free address ranges [start, end) below the frontier, by start.
         self._gaps: list[tuple[int, int]] = []
-        self._frontier = 0
         self._descends = address_policy == "down"
-        if self._descends:
-            self._frontier = 2**43
+        self._frontier = 2**43 if self._descends else 0
+        self._virtual_frontier = VIRTUAL_BASE
 
     @property
     def free_bytes(self) -> int:
         """What ``cudaMemGetInfo`` calls free."""
-        return max(self.total_bytes - self.other_bytes - self.used_bytes, 0)
+        free = self.total_bytes - self.other_bytes - self.used_bytes
+        if self.free_cap is not None:
+            free = min(free, self.free_cap())
+        return max(free, 0)
+
+    # -- ranges -------------------------------------------------------------------------
 
     def malloc(self, nbytes: int) -> int | None:
         """Return the address of ``nbytes`` new bytes; None when out of memory."""
         if nbytes > self.free_bytes:
-            self._note("cudaMalloc", nbytes, 2, None)
+            self._note("cudaMalloc", nbytes, _OUT_OF_MEMORY, None)
             return None
         address = self._place(-(-nbytes // GRANULARITY) * GRANULARITY)
         self._sizes[address] = nbytes
         self.used_bytes += nbytes
-        self._note("cudaMalloc", nbytes, 0, address)
+        self._note("cudaMalloc", nbytes, _SUCCESS, address)
         return address
 
     def refuse(self, nbytes: int) -> None:
         """Note a request that is refused although there may be room."""
-        self._note("cudaMalloc", nbytes, 2, None)
+        self._note("cudaMalloc", nbytes, _OUT_OF_MEMORY, None)
 
     def free(self, address: int) -> None:
         """Give the bytes at an address back."""
         nbytes = self._sizes.pop(address)
         self.used_bytes -= nbytes
-        self._note("cudaFree", nbytes, 0, address)
+        self._note("cudaFree", nbytes, _SUCCESS, address)
         if not self._descends:
             span = -(-nbytes // GRANULARITY) * GRANULARITY
             self._release(address, address + span)
 
+    # -- address space and pages --------------------------------------------------------
+
+    def reserve(self, nbytes: int) -> int:
+        """Return the address of ``nbytes`` bytes of address space without memory."""
+        address = self._virtual_frontier
+        span = -(-nbytes // VIRTUAL_ALIGNMENT) * VIRTUAL_ALIGNMENT
+        self._virtual_frontier += span
+        self._note_pages("cuMemAddressReserve", nbytes, 1)
+        return address
+
+    def unreserve(self, nbytes: int) -> None:
+        """Give ``nbytes`` bytes of address space back; they are not used again."""
+        self._note_pages("cuMemAddressFree", nbytes, 1)
+
+    def map_pages(self, count: int, page_bytes: int) -> bool:
+        """Create and map pages; where not all can be had, none is kept.
+
+        Args:
+            count: How many.
+            page_bytes: Bytes of each.
+
+        Returns:
+            Whether all of them are mapped.
+        """
+        possible = self.free_bytes // page_bytes
+        if possible < count:
+            self._note_pages("cuMemCreate", page_bytes, possible)
+            self.refuse_pages(page_bytes)
+            self._note_pages("physFree", page_bytes, possible)
+            return False
+        self.used_bytes += count * page_bytes
+        self._note_pages("cuMemCreate", page_bytes, count)
+        self._note_pages("cuMemMap", page_bytes, count)
+        return True
+
+    def refuse_pages(self, page_bytes: int) -> None:
+        """Note a page that is refused."""
+        self._note_pages("cuMemCreate", page_bytes, 1, _OUT_OF_MEMORY)
+
+    def unmap_pages(self, count: int, page_bytes: int) -> None:
+        """Unmap pages and give their memory back, one after the other."""
+        self.used_bytes -= count * page_bytes
+        if self.calls is not None:
+            for _page in range(count):
+                self._note_pages("cuMemUnmap", page_bytes, 1)
+                self._note_pages("physFree", page_bytes, 1)
+
+    # -- notes and places ---------------------------------------------------------------
+
     def _note(self, name: str, nbytes: int, code: int, address: int | None) -> None:
         if self.calls is not None:
             self.calls.append((name, nbytes, code, address))
+
+    def _note_pages(
+        self, name: str, nbytes: int, count: int, code: int = _SUCCESS
+    ) -> None:
+        """Note calls of one kind, together with like ones just before."""
+        calls = self.calls
+        if calls is None or not count:
+            return
+        if calls and calls[-1][:3] == (name, nbytes, code):
+            count += calls.pop()[3] or 0
+        calls.append((name, nbytes, code, count))
 
     def _place(self, span: int) -> int:
         if self._descends:

@@ -1,4 +1,4 @@
-"""The text of an out-of-memory error, as the caching allocator writes it."""
+"""The out-of-memory error and its text, as the caching allocator writes it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,37 @@ TAIL: Final = (
 #: Requests from here on are refused without a look at the card.
 MAX_REQUEST: Final = 2**60
 TOO_LARGE: Final = "CUDA out of memory. Tried to allocate more than 1EB memory."
+
+
+class OutOfMemory(Exception):  # noqa: N818  # torch's class is called so
+    """A request that the card cannot serve.
+
+    Attributes:
+        nbytes: Bytes asked for.
+        rounded_bytes: Bytes of the block that this needs.
+        segment_bytes: Bytes of the segment that the driver refused.
+        device_index: The card.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        nbytes: int,
+        rounded_bytes: int,
+        segment_bytes: int,
+        device_index: int,
+    ) -> None:
+        super().__init__(message)
+        self.nbytes = nbytes
+        self.rounded_bytes = rounded_bytes
+        self.segment_bytes = segment_bytes
+        self.device_index = device_index
+
+    @property
+    def message(self) -> str:
+        """The text of ``torch.OutOfMemoryError``."""
+        return str(self)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Pools of free blocks, and the error when none is left."""
+"""Pools of free blocks, by size class and stream."""
 
 from __future__ import annotations
 
@@ -10,37 +10,22 @@ if TYPE_CHECKING:
     from pytest_gpumem.model.blocks import Block
 
 
-class OutOfMemory(Exception):  # noqa: N818  # torch's class is called so
-    """A request that the card cannot serve.
+class Pool:
+    """The free blocks of one size class, by stream.
 
     Attributes:
-        nbytes: Bytes asked for.
-        segment_bytes: Bytes of the segment that the driver refused.
-        device_index: The card.
+        is_small: Whether it is the small pool.
+        free: Free blocks of each stream, best fit first.
+        unmapped: Address space without memory of each stream, lowest first.
+        clock: Counts searches, for the age of blocks.
     """
 
-    def __init__(
-        self, message: str, *, nbytes: int, segment_bytes: int, device_index: int
-    ) -> None:
-        super().__init__(message)
-        self.nbytes = nbytes
-        self.segment_bytes = segment_bytes
-        self.device_index = device_index
-
-    @property
-    def message(self) -> str:
-        """The text of ``torch.OutOfMemoryError``."""
-        return str(self)
-
-
-class Pool:
-    """The free blocks of one size class, by stream."""
-
-    __slots__ = ("clock", "free", "is_small")
+    __slots__ = ("clock", "free", "is_small", "unmapped")
 
     def __init__(self, *, is_small: bool) -> None:
         self.is_small = is_small
         self.free: dict[int, FreeList] = {}
+        self.unmapped: dict[int, FreeList] = {}
         self.clock = 0
 
     def of(self, stream: int) -> FreeList:
@@ -49,6 +34,24 @@ class Pool:
         if found is None:
             found = self.free[stream] = FreeList()
         return found
+
+    def insert(self, block: Block) -> None:
+        """Put a free block in; its age begins now."""
+        block.age_base = self.clock
+        self.of(block.segment.stream).add(block.key)
+
+    def remove(self, block: Block) -> None:
+        """Take a free block out."""
+        self.free[block.segment.stream].remove(block.key)
+
+    def insert_unmapped(self, block: Block) -> None:
+        """Put address space without memory in."""
+        stream = block.segment.stream
+        self.unmapped.setdefault(stream, FreeList()).add((block.address, block))
+
+    def remove_unmapped(self, block: Block) -> None:
+        """Take address space without memory out."""
+        self.unmapped[block.segment.stream].remove((block.address, block))
 
     def blocks(self) -> list[Block]:
         """Return every free block in the pool's order: by stream, then best fit."""

@@ -8,28 +8,48 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pytest_gpumem.model.expandable import unmap
+
 if TYPE_CHECKING:
-    from pytest_gpumem.model.allocator import CachingAllocator
+    from pytest_gpumem.model.blocks import Block
+    from pytest_gpumem.model.heap import Heap
     from pytest_gpumem.model.pools import Pool
 
 
-def release_cached(allocator: CachingAllocator) -> None:
-    """Wait for every stream, then give every free segment back: the flush."""
-    allocator.stats.num_sync_all_streams += 1
-    allocator.process_events(wait=True)
-    for pool in (allocator.large_pool, allocator.small_pool):
+def release(heap: Heap, pool: Pool, block: Block) -> None:
+    """Give a free, unsplit block's segment back to the driver."""
+    segment = block.segment
+    pool.remove(block)
+    heap.forget(segment)
+    heap.driver.free(segment.address)
+    stats = heap.stats
+    stats.num_device_free += 1
+    stats.segment.add(segment.is_small, -1)
+    stats.reserved_bytes.add(segment.is_small, -segment.size)
+    if segment.size >= heap.config.max_split_size:
+        stats.oversize_segments.decrease(1)
+    if heap.trace is not None:
+        heap.trace("segment_free", segment.address, segment.size, segment.stream)
+
+
+def release_cached(heap: Heap) -> None:
+    """Give every free segment, and every page that free blocks cover, back."""
+    for pool in (heap.large_pool, heap.small_pool):
+        expandable = []
         for block in pool.blocks():
-            if not block.is_split:
-                allocator.release(block)
+            if block.segment.is_expandable:
+                expandable.append(block)
+            elif not block.is_split:
+                release(heap, pool, block)
+        for block in expandable:
+            unmap(heap, pool, block)
 
 
-def release_available(
-    allocator: CachingAllocator, pool: Pool, size: int, stream: int
-) -> bool:
+def release_available(heap: Heap, pool: Pool, size: int, stream: int) -> bool:
     """Give back oversize blocks of a stream until a request would fit.
 
     Args:
-        allocator: Whose blocks.
+        heap: Whose blocks.
         pool: The pool of the request.
         size: Its rounded bytes.
         stream: Its stream.
@@ -37,34 +57,36 @@ def release_available(
     Returns:
         Whether enough was given back.
     """
-    limit = allocator.config.max_split_size
+    limit = heap.config.max_split_size
     need = max(size, limit)
     free = pool.of(stream)
     found = free.first_from((need,))
-    if found is not None:
-        allocator.release(found[3])
+    if found is not None and not found[3].segment.is_expandable:
+        release(heap, pool, found[3])
         return True
     released = 0
-    for key in reversed(list(free)):
-        if released >= need or key[0] < limit:
+    smaller = [key[3] for key in free if key[0] < need]
+    for block in reversed(smaller):
+        if released >= need or block.size < limit:
             break
-        released += key[0]
-        allocator.release(key[3])
+        if not block.segment.is_expandable:
+            released += block.size
+            release(heap, pool, block)
     return released >= need
 
 
-def collect_garbage(allocator: CachingAllocator, limit_bytes: int) -> None:
+def collect_garbage(heap: Heap, limit_bytes: int) -> None:
     """Give back the large blocks that were unused the longest.
 
     Args:
-        allocator: Whose blocks.
+        heap: Whose blocks.
         limit_bytes: The limit that the threshold is a share of.
     """
-    threshold = int(allocator.config.gc_threshold * limit_bytes)
-    target = allocator.reserved_bytes - threshold
+    threshold = int(heap.config.gc_threshold * limit_bytes)
+    target = heap.reserved_bytes - threshold
     if target <= 0:
         return
-    pool = allocator.large_pool
+    pool = heap.large_pool
     blocks = [block for block in pool.blocks() if not block.is_split]
     total_age = sum(pool.clock - block.age_base for block in blocks)
     reclaimed = 0
@@ -75,11 +97,11 @@ def collect_garbage(allocator: CachingAllocator, limit_bytes: int) -> None:
         kept = []
         for block in blocks:
             age = pool.clock - block.age_base
-            if age >= average:
+            if age >= average and not block.segment.is_expandable:
                 has_freed = True
                 reclaimed += block.size
                 total_age -= age
-                allocator.release(block)
+                release(heap, pool, block)
             else:
                 kept.append(block)
         blocks = kept

@@ -9,7 +9,7 @@ from pytest_gpumem.errors import TraceError
 from pytest_gpumem.model.allocator import CachingAllocator, OutOfMemory
 from pytest_gpumem.model.config import AllocatorConfig
 from pytest_gpumem.model.driver import Driver
-from pytest_gpumem.model.snapshot import snapshot, state_of
+from pytest_gpumem.model.trace_fields import no_trace, read, read_size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -80,107 +80,133 @@ def replay(trace: Mapping[str, Any]) -> Replay:
     """Run a trace's events on a fresh allocator.
 
     Args:
-        trace: ``meta`` (``total_bytes``, ``ctx``, ``conf``, ``addr``, ``streams``),
-            ``events``, ``fields``.
+        trace: ``meta`` (``total_bytes`` or ``total``, ``ctx``, ``conf``, ``addr``,
+            ``streams``), ``fields`` and ``events``; where there are ``snapshots``, the
+            answer has one for the same events.
 
     Raises:
         TraceError: The trace lacks something, or an event makes no sense.
     """
-    try:
-        return _Run(trace).finish()
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        if isinstance(error, TraceError):
-            raise
-        raise TraceError(
-            f"not a trace that can be replayed: {type(error).__name__}: {error}; "
-            "expected are 'meta', 'fields' and 'events' as in tests/recordings/traces"
-        ) from error
+    return _Run(trace).finish()
 
 
 class _Run:
     """One replay: the allocator and the blocks by the trace's ids."""
 
     def __init__(self, trace: Mapping[str, Any]) -> None:
-        self._trace = trace
-        meta = trace["meta"]
-        self._driver = Driver(
-            meta["total_bytes"], other_bytes=meta["ctx"], address_policy=meta["addr"]
+        meta = read(trace, "meta", dict, "the trace")
+        total = "total" if "total_bytes" not in meta else "total_bytes"
+        self._events = read(trace, "events", list, "the trace")
+        self._fields = read(trace, "fields", list, "the trace")
+        self._snapshot_keys = (
+            read(trace, "snapshots", dict, "the trace") if "snapshots" in trace else {}
         )
-        self._driver.calls = []
-        self._allocator = CachingAllocator(
-            self._driver, config=AllocatorConfig.parse(meta["conf"])
-        )
-        self._streams = {int(key): value for key, value in meta["streams"].items()}
-        self._blocks: dict[int, Block | None] = {}
+        conf = read(meta, "conf", str, "'meta'")
+        address_policy = read(meta, "addr", str, "'meta'")
+        try:
+            self._driver = Driver(
+                read_size(meta, total, "'meta'"),
+                other_bytes=read_size(meta, "ctx", "'meta'"),
+                address_policy=address_policy,
+            )
+            config = AllocatorConfig.parse(conf)
+        except TraceError:
+            raise
+        except ValueError as error:
+            raise no_trace(f"'meta': {error}") from error
+        self._allocator = CachingAllocator(self._driver, config=config)
+        streams = read(meta, "streams", dict, "'meta'")
+        self._streams = {key: read_size(streams, key, "'streams'") for key in streams}
+        self._blocks: dict[Any, Block | None] = {}
         self._address: int | None = None
         self._oom: dict[str, str] = {}
-        unknown = set(trace["fields"]) - {*_STATS, "oom", "ptr"}
-        if unknown:
-            raise TraceError(f"unknown columns in 'fields': {sorted(unknown)}")
+        for name in self._fields:
+            if name not in (*_STATS, "oom", "ptr"):
+                raise no_trace(f"unknown column in 'fields': {name!r}")
 
     def finish(self) -> Replay:
         rows = []
         driver: dict[str, list[list[Any]]] = {}
         snapshots = {}
-        wanted = self._trace.get("snapshots", {})
-        for index, event in enumerate(self._trace["events"]):
-            self._driver.calls = []
-            self._step(str(index), event)
-            if self._driver.calls:
-                driver[str(index)] = [list(call) for call in self._driver.calls]
-            rows.append(self._row(str(index)))
-            if str(index) in wanted:
-                snapshots[str(index)] = self._snapshot()
-        return Replay(list(self._trace["fields"]), rows, self._oom, driver, snapshots)
+        for index, event in enumerate(self._events):
+            key = str(index)
+            calls: list[tuple[str, int, int, int | None]] = []
+            self._driver.calls = calls
+            self._step(key, event)
+            if calls:
+                driver[key] = [list(call) for call in calls]
+            rows.append(self._row(key))
+            if key in self._snapshot_keys:
+                snapshots[key] = self._snapshot()
+        return Replay(self._fields, rows, self._oom, driver, snapshots)
 
-    def _step(  # noqa: C901  # a list of operations
-        self, index: str, event: Mapping[str, Any]
-    ) -> None:
+    def _step(self, index: str, event: Mapping[str, Any]) -> None:
+        where = f"event {index}"
         allocator = self._allocator
         self._address = None
-        kind = event["op"]
+        kind = read(event, "op", str, where)
         if kind == "alloc":
             self._alloc(index, event)
         elif kind == "free":
-            block = self._blocks.pop(event["id"])
+            block = self._block(event, where)
+            del self._blocks[event["id"]]
             if block is not None:
                 allocator.free(block)
+        elif kind == "record_stream":
+            block = self._block(event, where)
+            stream = self._stream(event, where)
+            if block is not None:
+                allocator.record_stream(block, stream)
         elif kind == "empty_cache":
             allocator.empty_cache()
         elif kind == "reset_peak":
             allocator.reset_peak_stats()
-        elif kind == "set_fraction":
-            allocator.set_memory_fraction(event["fraction"])
-        elif kind == "record_stream":
-            block = self._blocks[event["id"]]
-            if block is not None:
-                allocator.record_stream(block, self._stream(event["stream"]))
-        elif kind == "events_pending":
-            allocator.events_pending = bool(event["value"])
-        elif kind == "set_ctx":
-            self._driver.other_bytes = event["bytes"]
         else:
-            raise TraceError(f"event {index}: unknown op {kind!r}")
+            self._set(kind, event, where)
 
-    def _stream(self, number: int) -> int:
-        handle: int = self._streams[number]
-        return handle
+    def _set(self, kind: str, event: Mapping[str, Any], where: str) -> None:
+        if kind == "set_fraction":
+            fraction = read(event, "fraction", (int, float), where)
+            try:
+                self._allocator.set_memory_fraction(fraction)
+            except ValueError as error:
+                raise no_trace(f"{where}: {error}") from error
+        elif kind == "events_pending":
+            pending = read(event, "value", (int, bool), where)
+            self._allocator.events_pending = bool(pending)
+        elif kind == "set_ctx":
+            self._driver.other_bytes = read_size(event, "bytes", where)
+        else:
+            raise no_trace(f"{where}: unknown op {kind!r}")
+
+    def _stream(self, event: Mapping[str, Any], where: str) -> int:
+        number = read_size(event, "stream", where)
+        if str(number) not in self._streams:
+            raise no_trace(f"{where}: stream {number} is not in 'streams' of 'meta'")
+        return self._streams[str(number)]
+
+    def _block(self, event: Mapping[str, Any], where: str) -> Block | None:
+        name = read(event, "id", (int, str), where)
+        if name not in self._blocks:
+            raise no_trace(f"{where}: id {name!r} is not alive")
+        return self._blocks[name]
 
     def _alloc(self, index: str, event: Mapping[str, Any]) -> None:
-        nbytes = event["bytes"]
-        if not isinstance(nbytes, int) or nbytes < 0:
-            raise TraceError(f"event {index}: bytes={nbytes!r} is no size")
-        if event["id"] in self._blocks:
-            raise TraceError(f"event {index}: id {event['id']!r} is alive already")
-        self._blocks[event["id"]] = None
+        where = f"event {index}"
+        name = read(event, "id", (int, str), where)
+        nbytes = read_size(event, "bytes", where)
+        stream = self._stream(event, where)
+        if name in self._blocks:
+            raise no_trace(f"{where}: id {name!r} is alive already")
+        self._blocks[name] = None
         if not nbytes:
-            return
+            return  # torch hands out a null pointer and counts nothing
         try:
-            block = self._allocator.malloc(nbytes, self._stream(event["stream"]))
+            block = self._allocator.malloc(nbytes, stream)
         except OutOfMemory as error:
             self._oom[index] = error.message
         else:
-            self._blocks[event["id"]] = block
+            self._blocks[name] = block
             self._address = block.address
 
     def _row(self, index: str) -> list[int | None]:
@@ -188,7 +214,7 @@ class _Run:
         special = {"oom": int(index in self._oom), "ptr": self._address}
         return [
             special[name] if name in special else stats[_STATS[name]]
-            for name in self._trace["fields"]
+            for name in self._fields
         ]
 
     def _snapshot(self) -> list[Any]:
@@ -204,8 +230,8 @@ class _Run:
                     for block in segment["blocks"]
                 ],
             ]
-            for segment in snapshot(self._allocator)
+            for segment in self._allocator.snapshot()
         ]
 
 
-__all__ = ["Replay", "replay", "state_of"]
+__all__ = ["Replay", "replay"]

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pytest_gpumem.model.allocator import CachingAllocator
     from pytest_gpumem.model.blocks import Block, Segment
+    from pytest_gpumem.model.heap import Heap
 
 
 def blocks_of(segment: Segment) -> Iterator[Block]:
@@ -26,31 +26,49 @@ def state_of(block: Block) -> str:
     return "active_pending_free" if block.num_events else "inactive"
 
 
-def snapshot(allocator: CachingAllocator) -> list[dict[str, Any]]:
+def snapshot(allocator: Heap) -> list[dict[str, Any]]:
     """Return every segment with its blocks, by address.
+
+    An expandable segment is shown as its stretches of mapped pages, one by one.
 
     Source: ``torch/cuda/memory.py``, ``memory_snapshot`` (the keys).
     """
     return [
-        _segment(segment, allocator.device_index) for segment in allocator.segments()
+        _segment(segment, run, allocator.device_index)
+        for segment in allocator.segments()
+        for run in _runs(segment)
     ]
 
 
-def _segment(segment: Segment, device_index: int) -> dict[str, Any]:
-    blocks = list(blocks_of(segment))
+def _runs(segment: Segment) -> Iterator[list[Block]]:
+    """Yield the stretches of a segment that have memory behind them."""
+    run: list[Block] = []
+    for block in blocks_of(segment):
+        if block.is_mapped:
+            run.append(block)
+        elif run:
+            yield run
+            run = []
+    if run:
+        yield run
+
+
+def _segment(
+    segment: Segment, blocks: list[Block], device_index: int
+) -> dict[str, Any]:
     live = [block for block in blocks if block.is_allocated]
     active = [block for block in blocks if block.is_allocated or block.num_events]
     return {
         "device": device_index,
-        "address": segment.address,
-        "total_size": segment.size,
+        "address": blocks[0].address,
+        "total_size": sum(block.size for block in blocks),
         "allocated_size": sum(block.size for block in live),
         "active_size": sum(block.size for block in active),
         "requested_size": sum(block.requested for block in active),
         "stream": segment.stream,
         "segment_type": "small" if segment.is_small else "large",
         "segment_pool_id": (0, 0),
-        "is_expandable": False,
+        "is_expandable": segment.is_expandable,
         "frames": [],
         "blocks": [
             {

@@ -92,8 +92,9 @@ class SimulatedDevice:
         return self.machine.cards[index].memory_stats()
 
     def empty_cache(self) -> None:
-        """Give cached segments of every card back to the driver."""
+        """Give cuBLAS workspaces and cached segments of every card back."""
         for card in self.machine.cards:
+            card.clear_workspaces()
             card.empty_cache()
 
     def budget(self, index: int) -> int | None:

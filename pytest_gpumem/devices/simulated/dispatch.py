@@ -14,11 +14,13 @@ training) is charged after the effects, a random one after its numbers were draw
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from pytest_gpumem.devices.simulated import rng
+from pytest_gpumem.devices.simulated.machine import OutOfMemory
 from pytest_gpumem.devices.simulated.tensor import (
     HANDLERS,
     SimulatedTensor,
@@ -52,6 +54,12 @@ TAKES_HOST_TENSORS: Final = frozenset(
         "_foreach_add_",
         "_foreach_copy_",
     }
+)
+
+#: Operators whose kernels use a cuBLAS handle, by packet name.
+#: Source: callers of ``getCurrentCUDABlasHandle`` in ``aten/src/ATen/native/cuda``.
+USES_CUBLAS: Final = frozenset(
+    {"mm", "addmm", "bmm", "baddbmm", "addmv", "mv", "dot", "vdot", "addr"}
 )
 
 SPECIAL: Final[dict[str, Handler]] = {}
@@ -189,7 +197,31 @@ def _in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)  # no public way to ask
 
 
+def _hold_workspace(card: SimulatedCard | None) -> None:
+    """Take cuBLAS's workspace at a handle's first product, as its kernels do.
+
+    A handle belongs to a host thread, and on a real card backward runs in one of its
+    own.
+
+    Raises:
+        torch.OutOfMemoryError: There is no room for it.
+    """
+    if card is None:
+        return
+    stream = card.machine.current_stream(card.index)
+    handle = "autograd" if _in_backward() else threading.get_ident()
+    if (handle, stream) not in card.workspaces:
+        try:
+            card.hold_workspace(handle, stream)
+        except OutOfMemory as error:
+            text = str(error)
+        else:
+            return
+        raise torch.OutOfMemoryError(text)
+
+
 def _plain(func: Any) -> Handler:
+    uses_cublas = func.overloadpacket.__name__ in USES_CUBLAS
     random = torch.Tag.nondeterministic_seeded in func.tags
 
     def handler(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -201,6 +233,8 @@ def _plain(func: Any) -> Handler:
         if operands.host is not None or operands.strays is not None:
             _check_devices(func, args, operands)
         target = _target(kwargs, operands) if "device" in kwargs else operands.card
+        if uses_cublas:
+            _hold_workspace(operands.card)
         if random or operands.card is None:
             out = run(func, values, kwargs, operands.card or _any_card(target))
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from pytest_gpumem.errors import BudgetError, DeviceUnavailableError
 from pytest_gpumem.model.allocator import CachingAllocator, OutOfMemory
 from pytest_gpumem.model.config import AllocatorConfig
 from pytest_gpumem.model.driver import Driver
+from pytest_gpumem.model.workspaces import workspace_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -51,6 +53,8 @@ class SimulatedCard:
         self.faults: list[Callable[[int, int], bool]] = []
         self.watchers: list[Callable[[int, int, int], None]] = []
         self.num_requests = 0
+        #: cuBLAS workspaces, by handle (a host thread's, or autograd's) and stream.
+        self.workspaces: dict[tuple[object, int], Block] = {}
         self._lock = threading.Lock()
         self._released: deque[Block] = deque()
         self._budget_bytes: int | None = None
@@ -100,6 +104,22 @@ class SimulatedCard:
                 self._drain()
             finally:
                 self._lock.release()
+
+    def hold_workspace(self, handle: object, stream: int) -> None:
+        """Take the cuBLAS workspace of a handle on a stream, if it has none yet.
+
+        Raises:
+            OutOfMemory: There is no room for it.
+        """
+        if (handle, stream) not in self.workspaces:
+            setting = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+            nbytes = workspace_bytes(self.card.compute_capability, setting)
+            self.workspaces[handle, stream] = self.allocate(nbytes, stream)
+
+    def clear_workspaces(self) -> None:
+        """Give every cuBLAS workspace back to the allocator."""
+        while self.workspaces:
+            self.release(self.workspaces.popitem()[1])
 
     # -- limits -----------------------------------------------------------------
 

@@ -60,6 +60,11 @@ def _empty_cache(*_pool: Any) -> None:
         card.empty_cache()
 
 
+def _clear_workspaces() -> None:
+    for card in current_machine().cards:
+        card.clear_workspaces()
+
+
 def _set_fraction(fraction: float, index: int) -> None:
     card_of(index).fraction = fraction
 
@@ -161,7 +166,7 @@ C_FUNCTIONS: Final[dict[str, Any]] = {
     "_cuda_get_sync_debug_mode": lambda: 0,
     "_cuda_set_sync_debug_mode": _nothing,
     "_cuda_attach_out_of_memory_observer": _observe_ooms,
-    "_cuda_clearCublasWorkspaces": _nothing,
+    "_cuda_clearCublasWorkspaces": _clear_workspaces,
     "_cuda_cudaCachingAllocator_raw_alloc": _raw_alloc,
     "_accelerator_getAccelerator": lambda: torch.device("cuda"),
     "_accelerator_getDeviceIndex": lambda: current_machine().current_index,

@@ -1,0 +1,202 @@
+"""Expandable segments: address space that pages are mapped into as needed.
+
+Source: ``CUDACachingAllocator.cpp``, torch 2.13: ``find_expandable_block``,
+``map_block``, ``unmap_block``, ``try_allocate_expandable_block`` and the class
+``ExpandableSegment``.
+
+A segment of this kind reserves more addresses than the card has bytes. Its blocks are
+allocated, free or unmapped; requests that no free block serves map whole pages behind
+the lowest addresses that are long enough, and a flush unmaps the pages that free blocks
+cover entirely.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from pytest_gpumem.model.blocks import Block, Segment
+
+if TYPE_CHECKING:
+    from pytest_gpumem.model.heap import Heap
+    from pytest_gpumem.model.pools import Pool
+
+
+class ExpandableSegment(Segment):
+    """Address space of one pool and stream.
+
+    Attributes:
+        page_bytes: Bytes that are mapped at once: 2 MiB for the small pool, a large
+            segment's size for the large one.
+    """
+
+    __slots__ = ("page_bytes",)
+
+    is_expandable: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        address: int,
+        size: int,
+        number: int,
+        stream: int,
+        *,
+        is_small: bool,
+        page_bytes: int,
+    ) -> None:
+        super().__init__(address, size, number, stream, is_small=is_small)
+        self.page_bytes = page_bytes
+        self.first.is_mapped = False
+
+
+def reach(block: Block) -> int:
+    """Return the bytes that a free block can grow to: with unmapped space after it."""
+    following = block.next
+    if following is None or following.is_mapped:
+        return block.size
+    return block.size + following.size
+
+
+def take_mapped(heap: Heap, pool: Pool, size: int, stream: int) -> Block | None:
+    """Map pages until a block of ``size`` bytes is there, and take it out of its pool.
+
+    Pages that an earlier part of the same request mapped stay mapped where a later
+    part fails.
+
+    Args:
+        heap: For whom.
+        pool: The pool of the request.
+        size: Its rounded bytes.
+        stream: Its stream.
+
+    Returns:
+        The block, of at least ``size`` bytes; None where the driver has no page left.
+    """
+    block = _find(heap, pool, size, stream)
+    if not block.is_mapped and not _map(heap, pool, block, min(block.size, size)):
+        return None
+    while block.size < size:
+        following = block.next
+        if following is None:
+            return None  # the request is larger than the address space
+        missing = min(size - block.size, following.size)
+        if not _map(heap, pool, following, missing):
+            return None
+        block = following  # it has absorbed the one before
+    pool.remove(block)
+    return block
+
+
+def _find(heap: Heap, pool: Pool, size: int, stream: int) -> Block:
+    """Return where the lowest run of free and unmapped blocks that is enough begins."""
+    unmapped = pool.unmapped.get(stream)
+    for _address, block in () if unmapped is None else unmapped:
+        start: Block = block
+        if start.previous is not None and start.previous.is_idle:
+            start = start.previous
+        nbytes = 0
+        following: Block | None = start
+        while nbytes < size and following is not None and following.is_idle:
+            nbytes += following.size
+            following = following.next
+        if nbytes >= size:
+            return start
+    return _reserve(heap, pool, stream)
+
+
+def _reserve(heap: Heap, pool: Pool, stream: int) -> Block:
+    """Reserve address space for 9/8 of the card, in whole pages."""
+    total = heap.driver.total_bytes
+    page_bytes = heap.page_bytes(pool)
+    nbytes = -(-(total + total // 8) // page_bytes) * page_bytes
+    segment = ExpandableSegment(
+        heap.driver.reserve(nbytes),
+        nbytes,
+        heap.next_number(),
+        stream,
+        is_small=pool.is_small,
+        page_bytes=page_bytes,
+    )
+    heap.keep(segment)
+    pool.insert_unmapped(segment.first)
+    return segment.first
+
+
+def _map(heap: Heap, pool: Pool, block: Block, nbytes: int) -> bool:
+    """Map the first ``nbytes`` bytes of an unmapped block, rounded up to pages.
+
+    The block becomes free and absorbs free neighbours.
+
+    Returns:
+        Whether the driver had the pages; nothing has changed where it had not.
+    """
+    segment = _segment_of(block)
+    count = -(-nbytes // segment.page_bytes)
+    if not heap.driver.map_pages(count, segment.page_bytes):
+        return False
+    mapped = count * segment.page_bytes
+    address = block.address
+    pool.remove_unmapped(block)
+    block.is_mapped = True
+    if mapped < block.size:
+        rest = block.cut_back(mapped)
+        rest.is_mapped = False
+        pool.insert_unmapped(rest)
+    for other in (block.previous, block.next):
+        if other is not None and other.is_mapped and other.is_idle:
+            pool.remove(other)
+            block.absorb(other)
+    pool.insert(block)
+    stats = heap.stats
+    stats.reserved_bytes.add(pool.is_small, mapped)
+    stats.num_device_alloc += 1
+    if heap.trace is not None:
+        heap.trace("segment_map", address, mapped, segment.stream)
+    return True
+
+
+def unmap(heap: Heap, pool: Pool, block: Block) -> None:
+    """Give the pages that a free block covers entirely back to the driver.
+
+    What it covers of a page in part stays mapped and free. Address space that is
+    wholly unmapped then is given back as well.
+
+    Args:
+        heap: Whose block.
+        pool: The pool it is in.
+        block: A free block of an expandable segment.
+    """
+    segment = _segment_of(block)
+    page_bytes = segment.page_bytes
+    first = -(-(block.address - segment.address) // page_bytes)
+    last = (block.address + block.size - segment.address) // page_bytes
+    if first >= last:
+        return
+    pool.remove(block)
+    start = segment.address + first * page_bytes
+    nbytes = (last - first) * page_bytes
+    heap.driver.unmap_pages(last - first, page_bytes)
+    if start > block.address:
+        pool.insert(block.cut_front(start - block.address))
+    if block.size > nbytes:
+        pool.insert(block.cut_back(nbytes))
+    block.is_mapped = False
+    for other in (block.previous, block.next):
+        if other is not None and not other.is_mapped:
+            pool.remove_unmapped(other)
+            block.absorb(other)
+    stats = heap.stats
+    stats.reserved_bytes.add(pool.is_small, -nbytes)
+    stats.num_device_free += 1
+    if heap.trace is not None:
+        heap.trace("segment_unmap", start, nbytes, segment.stream)
+    if block.is_split:
+        pool.insert_unmapped(block)
+    else:
+        heap.forget(segment)
+        heap.driver.unreserve(segment.size)
+
+
+def _segment_of(block: Block) -> ExpandableSegment:
+    segment = block.segment
+    assert isinstance(segment, ExpandableSegment), "callers look first"  # noqa: S101
+    return segment

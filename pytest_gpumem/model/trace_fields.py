@@ -1,0 +1,61 @@
+"""Read the parts of a trace file, or say in one sentence what is wrong with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pytest_gpumem.errors import TraceError
+
+#: How a type is called where a value is of another one.
+_NAMES = {
+    bool: "true or false",
+    dict: "object",
+    float: "number",
+    int: "integer",
+    list: "list",
+    str: "string",
+}
+
+
+def no_trace(problem: str) -> TraceError:
+    """Return the error for a trace that has this problem."""
+    return TraceError(f"not a trace that can be replayed: {problem}")
+
+
+def read(mapping: Any, key: str, kinds: type | tuple[type, ...], where: str) -> Any:
+    """Return an entry of an object in a trace.
+
+    Args:
+        mapping: The object, as JSON gave it.
+        key: The entry's key.
+        kinds: The type it must have, or the types; true and false are no integers.
+        where: What the object is called in a message.
+
+    Raises:
+        TraceError: There is no such entry, or it is of another type.
+    """
+    if not isinstance(mapping, Mapping):
+        raise no_trace(f"{where} is {mapping!r:.60}, not an object")
+    if key not in mapping:
+        raise no_trace(f"{where} lacks {key!r}")
+    value = mapping[key]
+    accepted = kinds if isinstance(kinds, tuple) else (kinds,)
+    if not isinstance(value, accepted) or (
+        isinstance(value, bool) and bool not in accepted
+    ):
+        names = " or ".join(_NAMES[kind] for kind in accepted)
+        raise no_trace(f"{where}: {key}={value!r:.60}, accepted is: {names}")
+    return value
+
+
+def read_size(mapping: Any, key: str, where: str) -> int:
+    """Return an entry that is an integer of at least 0.
+
+    Raises:
+        TraceError: There is no such entry, or it is something else.
+    """
+    value: int = read(mapping, key, int, where)
+    if value < 0:
+        raise no_trace(f"{where}: {key}={value} is below 0")
+    return value

@@ -1,0 +1,30 @@
+"""How many bytes cuBLAS takes from the caching allocator for itself."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+#: Bytes of one workspace on most cards: 2 x 4096 KiB + 8 x 16 KiB.
+SMALL: Final = 8_519_680
+#: Bytes of one on compute capability 9, 10 and 12: 32 MiB.
+LARGE: Final = 33_554_432
+
+
+def workspace_bytes(compute_capability: tuple[int, int], setting: str | None) -> int:
+    """Return the bytes of a cuBLAS workspace.
+
+    One is taken for each cuBLAS handle and stream at the first product, and kept.
+
+    Args:
+        compute_capability: Of the card.
+        setting: The value of ``CUBLAS_WORKSPACE_CONFIG``, or None.
+
+    Source: ``aten/src/ATen/cuda/CublasHandlePool.cpp``, torch 2.13
+    (``parseChosenWorkspaceSize``); sizes by capability as that release asks for them.
+    """
+    if setting:
+        pairs = re.findall(r":([0-9]+):([0-9]+)", setting)
+        if pairs:
+            return sum(int(size) * 1024 * int(count) for size, count in pairs)
+    return LARGE if compute_capability[0] in (9, 10, 12) else SMALL
