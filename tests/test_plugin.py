@@ -142,6 +142,11 @@ def test_a_bad_ini_value_stops_in_the_same_way(
         ("gpu_budget(0)", "size 0 is zero"),
         ("inject_oom('load:x=1')", "no key 'x'"),
         ("inject_oom(3)", "rule=3 is no text"),
+        (
+            "max_vram('1GiB', device=3)",
+            "device=3: there is no such card; this run has 1",
+        ),
+        ("gpu_budget('1TiB')", "'1TiB' is more than card 0 has"),
     ],
 )
 def test_a_bad_marker_stops_before_any_test(

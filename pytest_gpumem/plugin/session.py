@@ -39,11 +39,18 @@ class Run:
         self._nvml: Any = None
         #: Called when the device comes to be in the middle of a test.
         self.on_device: Callable[[], None] = lambda: None
-        if self.choice.kind == "simulated" and settings.budgets:
-            totals = {
-                index: card.total_bytes for index, card in enumerate(settings.cards)
-            }
-            check_budgets(settings, totals)
+        totals = self.totals() if settings.budgets else None
+        if totals is not None:
+            check_budgets(settings, dict(enumerate(totals)))
+
+    def totals(self) -> tuple[int, ...] | None:
+        """Return the cards' total bytes; None where only torch could tell."""
+        if self.choice.kind == "simulated":
+            return tuple(card.total_bytes for card in self.settings.cards)
+        if self.device is None:
+            return None
+        device = self.device
+        return tuple(device.mem_get_info(i)[1] for i in range(device.device_count))
 
     # -- the device -------------------------------------------------------------------
 
@@ -74,11 +81,7 @@ class Run:
             from pytest_gpumem.devices.active import active_device  # noqa: PLC0415
 
             self.device = active_device()
-            totals = {
-                index: self.device.mem_get_info(index)[1]
-                for index in range(self.device.device_count)
-            }
-            check_budgets(self.settings, totals)
+            check_budgets(self.settings, dict(enumerate(self.totals() or ())))
         self.apply_budgets(())
         self.on_device()
 

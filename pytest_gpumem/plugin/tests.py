@@ -46,6 +46,7 @@ class Collection:
             if wishes is None:
                 continue
             self.wishes[item] = wishes
+            self._check_cards(item, wishes)
             reason = self._why_not(wishes)
             if reason is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
@@ -56,6 +57,31 @@ class Collection:
     def pytest_runtest_protocol(self, item: pytest.Item) -> None:
         """Note the test that is about to run."""
         self._item = item
+
+    def _check_cards(self, item: pytest.Item, wishes: marks.Wishes) -> None:
+        """Refuse markers that name a card, or more of one, than the run has.
+
+        Raises:
+            pytest.UsageError: A marker does so.
+        """
+        totals = self._run.totals()
+        if totals is None:
+            return
+        named = [("gpu_budget", each.device_index) for each in wishes.budgets]
+        named += [("max_vram", each.device_index) for each in wishes.limits]
+        for name, index in named:
+            if index >= len(totals):
+                raise pytest.UsageError(
+                    f"{item.nodeid}: @pytest.mark.{name}: device={index}: there is no "
+                    f"such card; this run has {len(totals)} card(s), numbered from 0"
+                )
+        for budget in wishes.budgets:
+            total = totals[budget.device_index]
+            if budget.size.resolve(total) > total:
+                raise pytest.UsageError(
+                    f"{item.nodeid}: @pytest.mark.gpu_budget: {budget.size.text!r} is "
+                    f"more than card {budget.device_index} has ({total} bytes)"
+                )
 
     def _why_not(self, wishes: marks.Wishes) -> str | None:
         """Return why a test cannot run on this run's device; None if it can."""
