@@ -46,7 +46,6 @@ def test_every_new_result_is_asked_about() -> None:
     asked: list[tuple[int, int]] = []
     served: list[tuple[int, int]] = []
     with simulated_device("T4") as machine:
-        _work()
         with SimulatedDevice(machine).refusing(_noting(served)):
             _work()
         with intercepting(_noting(asked), _fail):

@@ -281,3 +281,18 @@ def test_a_recorded_stream_keeps_a_block_active(card: SimulatedCard) -> None:
 
     assert 0 == stats["allocated_bytes.all.current"]
     assert 2 * MIB == stats["active_bytes.all.current"]
+
+
+def test_the_first_product_takes_cublas_its_workspace(card: SimulatedCard) -> None:
+    """8.125 MiB on compute capability 8, kept until it is cleared, and no more."""
+    a = torch.ones(16, 16, device="cuda")
+    before = torch.cuda.memory_allocated()
+
+    results = [a @ a, a @ a]
+    held = torch.cuda.memory_allocated() - before
+    torch._C._cuda_clearCublasWorkspaces()
+
+    assert 8_519_680 + 2 * 1024 == held
+    assert before + 2 * 1024 == torch.cuda.memory_allocated()
+    assert 2 == len(results)
+    assert {} == card.workspaces
