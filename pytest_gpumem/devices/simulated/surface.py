@@ -41,6 +41,11 @@ def _exchange_device(index: int) -> int:
     return previous
 
 
+def _maybe_exchange_device(index: int) -> int:
+    # A function of its own: torch.compile tells the two apart by identity.
+    return _exchange_device(index)
+
+
 def _memory_stats(index: int) -> dict[str, Any]:
     return _nested(card_of(index).memory_stats())
 
@@ -145,7 +150,7 @@ C_FUNCTIONS: Final[dict[str, Any]] = {
     "_cuda_getDevice": lambda: current_machine().current_index,
     "_cuda_setDevice": _set_device,
     "_cuda_exchangeDevice": _exchange_device,
-    "_cuda_maybeExchangeDevice": _exchange_device,
+    "_cuda_maybeExchangeDevice": _maybe_exchange_device,
     "_cuda_memoryStats": _memory_stats,
     "_cuda_resetPeakMemoryStats": _reset_peaks,
     "_cuda_resetAccumulatedMemoryStats": _reset_totals,
@@ -172,7 +177,7 @@ C_FUNCTIONS: Final[dict[str, Any]] = {
     "_accelerator_getDeviceIndex": lambda: current_machine().current_index,
     "_accelerator_setDeviceIndex": _set_device,
     "_accelerator_exchangeDevice": _exchange_device,
-    "_accelerator_maybeExchangeDevice": _exchange_device,
+    "_accelerator_maybeExchangeDevice": _maybe_exchange_device,
     "_accelerator_getStream": _stream_of,
     "_accelerator_setStream": _accelerator_set_stream,
     "_accelerator_synchronizeDevice": _nothing,
@@ -250,7 +255,7 @@ def cuda_names() -> dict[str, Any]:
         "_initialized": False,
         "_queued_calls": [],
         "_exchange_device": _exchange_device,
-        "_maybe_exchange_device": _exchange_device,
+        "_maybe_exchange_device": _maybe_exchange_device,
         "Stream": Stream,
         "Event": Event,
         "CUDAGraph": NoGraph,
