@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import transformers
+from small_bert import names_in, small_config
 
 from pytest_gpumem.checkpoints import make_checkpoint
 from pytest_gpumem.errors import CheckpointError
@@ -16,25 +17,6 @@ from pytest_gpumem.errors import CheckpointError
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
-
-
-def small_config() -> transformers.BertConfig:
-    """Return a BERT of 18.7 kB."""
-    return transformers.BertConfig(
-        vocab_size=100,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=16,
-    )
-
-
-def names_in(folder: Path) -> list[str]:
-    """Return what a folder holds, hidden or not, but for lock files."""
-    return sorted(
-        entry.name for entry in folder.iterdir() if not entry.name.endswith(".lock")
-    )
 
 
 def test_a_disk_without_room_is_refused_before_building(

@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 import pytest
-import transformers
+from small_bert import names_in, small_config
 
 from pytest_gpumem.checkpoints import (
     cache,
@@ -18,25 +18,6 @@ from pytest_gpumem.errors import CheckpointError
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-
-def small_config() -> transformers.BertConfig:
-    """Return a BERT of 18.7 kB."""
-    return transformers.BertConfig(
-        vocab_size=100,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=16,
-    )
-
-
-def names_in(folder: Path) -> list[str]:
-    """Return what a folder holds, hidden or not, but for lock files."""
-    return sorted(
-        entry.name for entry in folder.iterdir() if not entry.name.endswith(".lock")
-    )
 
 
 def test_a_folder_is_written_and_found_again(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from pytest_gpumem.devices.simulated import rng
-from pytest_gpumem.devices.simulated.machine import OutOfMemory
+from pytest_gpumem.devices.simulated.memory import hold_workspace
 from pytest_gpumem.devices.simulated.tensor import (
     HANDLERS,
     SimulatedTensor,
@@ -144,15 +144,24 @@ def _check_devices(func: Any, args: Any, operands: _Operands) -> None:
         raise _mismatch(func, args, operands)
 
 
-def run(func: Any, args: Any, kwargs: dict[str, Any], card: SimulatedCard) -> Any:
+def run(
+    func: Any, args: Any, kwargs: dict[str, Any], drawing: SimulatedCard | None
+) -> Any:
     """Run an operator on CPU tensors.
+
+    Args:
+        func: The operator.
+        args: Its arguments, on the CPU.
+        kwargs: Its keyword arguments.
+        drawing: The card whose random state an operator draws from; None if it draws
+            no random numbers.
 
     Raises:
         UnsupportedOnSimulatedDeviceError: The operator has no CPU kernel.
     """
     try:
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            with rng.drawing_for(card):
+        if drawing is not None:
+            with rng.drawing_for(drawing):
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
     except NotImplementedError as error:
@@ -197,32 +206,18 @@ def _in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)  # no public way to ask
 
 
-def _hold_workspace(card: SimulatedCard | None) -> None:
-    """Take cuBLAS's workspace at a handle's first product, as its kernels do.
+def _blas_handle() -> object:
+    """Return which cuBLAS handle the thread has.
 
     A handle belongs to a host thread, and on a real card backward runs in one of its
     own.
-
-    Raises:
-        torch.OutOfMemoryError: There is no room for it.
     """
-    if card is None:
-        return
-    stream = card.machine.current_stream(card.index)
-    handle = "autograd" if _in_backward() else threading.get_ident()
-    if (handle, stream) not in card.workspaces:
-        try:
-            card.hold_workspace(handle, stream)
-        except OutOfMemory as error:
-            text = str(error)
-        else:
-            return
-        raise torch.OutOfMemoryError(text)
+    return "autograd" if _in_backward() else threading.get_ident()
 
 
 def _plain(func: Any) -> Handler:
     uses_cublas = func.overloadpacket.__name__ in USES_CUBLAS
-    random = torch.Tag.nondeterministic_seeded in func.tags
+    draws = torch.Tag.nondeterministic_seeded in func.tags
 
     def handler(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         operands = _Operands()
@@ -232,16 +227,11 @@ def _plain(func: Any) -> Handler:
             kwargs = {name: unwrap(value) for name, value in kwargs.items()}
         if operands.host is not None or operands.strays is not None:
             _check_devices(func, args, operands)
-        target = _target(kwargs, operands) if "device" in kwargs else operands.card
+        card = _any_card(operands.card)
+        target = _target(kwargs, operands) if "device" in kwargs else card
         if uses_cublas:
-            _hold_workspace(operands.card)
-        if random or operands.card is None:
-            out = run(func, values, kwargs, operands.card or _any_card(target))
-        else:
-            try:
-                out = func(*values, **kwargs)
-            except NotImplementedError:
-                out = run(func, values, kwargs, operands.card)
+            hold_workspace(card, _blas_handle())
+        out = run(func, values, kwargs, card if draws else None)
         if target is None:
             return out
         if isinstance(out, torch.Tensor):
@@ -257,6 +247,8 @@ def _any_card(card: SimulatedCard | None) -> SimulatedCard:
 
 
 def _mutating(func: Any) -> Handler:
+    draws = torch.Tag.nondeterministic_seeded in func.tags
+
     def handler(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         operands = _Operands()
         values = [operands.unwrap(arg) for arg in args]
@@ -268,7 +260,7 @@ def _mutating(func: Any) -> Handler:
             (outer, outer._value.shape, outer._value.untyped_storage().nbytes())
             for outer in operands.outer.values()
         ]
-        out = run(func, values, inner, card)
+        out = run(func, values, inner, card if draws else None)
         for outer, shape, nbytes in shapes:
             value = outer._value
             if (

@@ -78,8 +78,9 @@ class Installation:
         patches.set(torch.backends.cudnn, "is_acceptable", lambda _tensor: False)
         patches.set(torch, "clear_autocast_cache", clear_cache)
         self._patch_optimizers()
-        if not _registered():
+        if not _libraries:
             self._library = factories.register()
+            _libraries.append(self._library)
 
     def _patch_optimizers(self) -> None:
         """Let optimisers choose what they choose on a card: foreach.
@@ -108,14 +109,8 @@ class Installation:
                 pass  # removed before
 
 
+#: The registered kernels: the outermost installation's serve those inside it.
 _libraries: Final[list[Any]] = []
-
-
-def _registered() -> bool:
-    if _libraries:
-        return True
-    _libraries.append(True)
-    return False
 
 
 @contextmanager

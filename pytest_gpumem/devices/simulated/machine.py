@@ -114,16 +114,15 @@ class SimulatedCard:
                 self._lock.release()
 
     def hold_workspace(self, handle: object, stream: int) -> None:
-        """Take the cuBLAS workspace of a handle on a stream, if it has none yet.
+        """Take the cuBLAS workspace of a handle on a stream.
 
         Raises:
             OutOfMemory: There is no room for it.
         """
-        if (handle, stream) not in self.workspaces:
-            setting = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
-            nbytes = workspace_bytes(self.card.compute_capability, setting)
-            block = self.allocate(nbytes, stream, is_internal=True)
-            self.workspaces[handle, stream] = block
+        setting = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+        nbytes = workspace_bytes(self.card.compute_capability, setting)
+        block = self.allocate(nbytes, stream, is_internal=True)
+        self.workspaces[handle, stream] = block
 
     def clear_workspaces(self) -> None:
         """Give every cuBLAS workspace back to the allocator."""

@@ -8,15 +8,19 @@ tensors saved for backward, ``untyped_storage()``. When it goes, so does the blo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from pytest_gpumem.devices.simulated.machine import OutOfMemory
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
     from pytest_gpumem.model.blocks import Block
+
+_T = TypeVar("_T")
 
 
 class Memory:
@@ -54,8 +58,27 @@ def allocate(card: SimulatedCard, nbytes: int) -> Block:
             context of the model's, as the real allocator's does not.
     """
     __tracebackhide__ = True
+    stream = card.machine.current_stream(card.index)
+    return _with_torchs_error(lambda: card.allocate(nbytes, stream))
+
+
+def hold_workspace(card: SimulatedCard, handle: object) -> None:
+    """Take the cuBLAS workspace of a handle on the thread's stream, if it has none.
+
+    Raises:
+        torch.OutOfMemoryError: There is no room for it.
+    """
+    __tracebackhide__ = True
+    stream = card.machine.current_stream(card.index)
+    if (handle, stream) not in card.workspaces:
+        _with_torchs_error(lambda: card.hold_workspace(handle, stream))
+
+
+def _with_torchs_error(request: Callable[[], _T]) -> _T:
+    """Make a request of a card; its error becomes torch's, without cause or context."""
+    __tracebackhide__ = True
     try:
-        return card.allocate(nbytes, card.machine.current_stream(card.index))
+        return request()
     except OutOfMemory as error:
         text = str(error)
     raise torch.OutOfMemoryError(text)
