@@ -59,6 +59,12 @@ def _parser() -> argparse.ArgumentParser:
     checkpoint.add_argument(
         "--dtype", default="float32", help="dtype of the weights (default: float32)"
     )
+    checkpoint.add_argument(
+        "--weights",
+        choices=("random", "zeros"),
+        default="random",
+        help="random, or zeros in sparse files that take no room (default: random)",
+    )
     checkpoint.set_defaults(run=_checkpoint)
 
     replay = commands.add_parser(
@@ -81,6 +87,7 @@ def _checkpoint(options: argparse.Namespace) -> int:
         max_shard_size=options.max_shard_size,
         seed=options.seed,
         dtype=options.dtype,
+        weights=options.weights,
         progress=_say,
     )
     sys.stdout.write(f"{path}\n")

@@ -75,6 +75,22 @@ class UnsupportedOnSimulatedDeviceError(GpuMemError, NotImplementedError):
         self.feature = feature
 
 
+class NoValuesError(GpuMemError, RuntimeError):
+    """A value was read on a simulated card that keeps none (``--gpu-values=none``).
+
+    Attributes:
+        operation: What asked for the value.
+    """
+
+    def __init__(self, operation: str) -> None:
+        super().__init__(
+            f"{operation} reads values, and this simulated CUDA device keeps only "
+            "shapes and bytes; run it with --gpu-values=computed "
+            '(simulated_device(..., values="computed")), or do not read the result'
+        )
+        self.operation = operation
+
+
 class CheckpointError(GpuMemError, RuntimeError):
     """A checkpoint cannot be built, found or trusted."""
 

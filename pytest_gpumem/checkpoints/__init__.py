@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 FORMATS: Final = ("safetensors", "bin")
 DTYPES: Final = ("float32", "float16", "bfloat16", "float64")
 CHECKS: Final = ("quick", "full")
+WEIGHTS: Final = ("random", "zeros")
 #: Raised whenever the same request would give other files than before.
 _BUILDER_VERSION: Final = 2
 
@@ -50,6 +51,7 @@ def make_checkpoint(  # keyword-only, one for each choice there is
     seed: int = 0,
     dtype: str = "float32",
     architecture: str | None = None,
+    weights: str = "random",
     verify: str = "quick",
     progress: Callable[[str], None] | None = None,
 ) -> Path:
@@ -74,6 +76,8 @@ def make_checkpoint(  # keyword-only, one for each choice there is
         architecture: Class name of transformers, an auto class or not; None means the
             config's own, else ``AutoModelForSequenceClassification``, else
             ``AutoModel``.
+        weights: ``"random"``, or ``"zeros"``: safetensors as sparse files, which have
+            their full size and take next to no room; for sizes beyond disk and memory.
         verify: How a checkpoint that is there is checked: ``"quick"`` compares the
             sizes of all files and the first and last MiB of each, ``"full"`` every
             byte (some seconds for a GB).
@@ -96,6 +100,12 @@ def make_checkpoint(  # keyword-only, one for each choice there is
     _check("format", format, FORMATS)
     _check("dtype", dtype, DTYPES)
     _check("verify", verify, CHECKS)
+    _check("weights", weights, WEIGHTS)
+    if weights == "zeros" and format != "safetensors":
+        raise CheckpointError(
+            f"weights='zeros' makes sparse safetensors files, no format={format!r}; "
+            "leave one of the two out"
+        )
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise CheckpointError(
             f"seed={seed!r} is no seed; give a whole number from 0 to 2**63 - 1"
@@ -111,6 +121,7 @@ def make_checkpoint(  # keyword-only, one for each choice there is
         "max_shard_bytes": shard_bytes,
         "seed": seed,
         "versions": library_versions(),
+        **({} if weights == "random" else {"weights": weights}),
     }
     say = progress or (lambda _text: None)
 
@@ -125,6 +136,7 @@ def make_checkpoint(  # keyword-only, one for each choice there is
             shard_bytes=shard_bytes,
             seed=seed,
             dtype=dtype,
+            weights=weights,
             say=say,
         )
         took_s = time.perf_counter() - started_s
@@ -185,6 +197,7 @@ __all__ = [
     "DTYPES",
     "FORMATS",
     "NAMES",
+    "WEIGHTS",
     "ModelSpec",
     "find_damage",
     "is_intact",

@@ -10,6 +10,7 @@ import transformers
 from transformers.utils import logging as transformers_logging
 
 from pytest_gpumem.checkpoints.cache import check_room
+from pytest_gpumem.checkpoints.hollow import save_hollow
 from pytest_gpumem.checkpoints.weights import as_os_error, save_legacy
 from pytest_gpumem.errors import CheckpointError
 from pytest_gpumem.sizes import format_size
@@ -36,6 +37,7 @@ def build_checkpoint(  # keyword-only
     shard_bytes: int | None,
     seed: int,
     dtype: str,
+    weights: str,
     say: Callable[[str], None],
 ) -> int:
     """Write config and weights into a folder; return the weights' bytes.
@@ -49,6 +51,7 @@ def build_checkpoint(  # keyword-only
         shard_bytes: Bytes of a file at most; None means one file.
         seed: Seed of the weights.
         dtype: Name of the weights' dtype.
+        weights: ``"random"``, or ``"zeros"``: sparse files.
         say: Told what takes long.
 
     Raises:
@@ -62,11 +65,16 @@ def build_checkpoint(  # keyword-only
         shape = _make(model_class, config)
     count = int(sum(p.numel() for p in shape.parameters()))
     nbytes = count * torch_dtype.itemsize
-    check_room(folder, nbytes + _OVERHEAD_BYTES)
+    hollow = weights == "zeros"
+    check_room(folder, (0 if hollow else nbytes) + _OVERHEAD_BYTES)
     say(
         f"building {spec.name}: {count:,} parameters, {format_size(nbytes)} in "
         f"{dtype} ..."
     )
+    if hollow:
+        with as_os_error(folder):
+            _save_config(shape, folder, torch_dtype)
+            return save_hollow(shape, folder, torch_dtype, shard_bytes)
     model: Any = _draw(model_class, config, seed)
     model.to(torch_dtype)
     say(f"writing {folder.parent} ...")
@@ -75,13 +83,17 @@ def build_checkpoint(  # keyword-only
             limit = shard_bytes or 2 * nbytes + _OVERHEAD_BYTES
             model.save_pretrained(folder, max_shard_size=limit)
         else:
-            model.config.architectures = [model_class.__name__]
-            model.config.dtype = torch_dtype
-            model.config.save_pretrained(folder)
-            if model.can_generate():
-                model.generation_config.save_pretrained(folder)
+            _save_config(model, folder, torch_dtype)
             save_legacy(model.state_dict(), folder, shard_bytes)
     return nbytes
+
+
+def _save_config(model: Any, folder: Path, dtype: torch.dtype) -> None:
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = dtype
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
 
 
 def _draw(

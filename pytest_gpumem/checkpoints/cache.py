@@ -252,11 +252,41 @@ def _sample(file: Path) -> str:
 
 
 def _digest(file: Path) -> str:
+    """Return the digest of a file's bytes; a hole counts by its place, unread."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
+        size = os.fstat(stream.fileno()).st_size
+        position = 0
+        while position < size:
+            start = _next_data(stream.fileno(), position, size)
+            if start > position:
+                digest.update(f"hole {position}-{start}".encode())
+                position = start
+                continue
+            end = _next_hole(stream.fileno(), position, size)
+            stream.seek(position)
+            while position < end:
+                chunk = stream.read(min(_CHUNK, end - position))
+                if not chunk:
+                    return digest.hexdigest()
+                digest.update(chunk)
+                position += len(chunk)
     return digest.hexdigest()
+
+
+def _next_data(descriptor: int, position: int, size: int) -> int:
+    if not hasattr(os, "SEEK_DATA"):
+        return position
+    try:
+        return os.lseek(descriptor, position, os.SEEK_DATA)
+    except OSError:  # ENXIO: a hole up to the end
+        return size
+
+
+def _next_hole(descriptor: int, position: int, size: int) -> int:
+    if not hasattr(os, "SEEK_HOLE"):
+        return size
+    return os.lseek(descriptor, position, os.SEEK_HOLE)
 
 
 def check_room(folder: Path, nbytes: int) -> None:

@@ -81,6 +81,22 @@ NAMES: Final[dict[str, dict[str, Any]]] = {
         "bos_token_id": 0,
         "eos_token_id": 0,
     },
+    # Source: the published config.json of Meta-Llama-3-70B.
+    "llama-70b": {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 8192,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "intermediate_size": 28672,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+        "rope_theta": 500000.0,
+        "rms_norm_eps": 1e-5,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+    },
 }
 _ALIASES: Final = {
     "bert-large-uncased": "bert-large",

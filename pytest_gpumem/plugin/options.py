@@ -42,6 +42,9 @@ class Option(NamedTuple):
         return self.flag.removeprefix("--").replace("-", "_")
 
 
+#: What a simulated card may keep of tensors' values; ``machine.VALUES``, likewise.
+VALUES: Final = ("computed", "none")
+
 #: The simulated card of a run that names none; ``cards.DEFAULT_CARD``, said here so
 #: that a run without a GPU test need not read the table of cards.
 DEFAULT_CARD: Final = "T4"
@@ -68,6 +71,12 @@ def _parse_rule(text: str) -> Any:
     return parse_rule(text)
 
 
+def _parse_values(text: str) -> str:
+    if text not in VALUES:
+        raise ValueError(f"{text!r} is unknown; accepted are {', '.join(VALUES)}")
+    return text
+
+
 def _parse_backend(text: str) -> str:
     if text not in BACKENDS:
         raise ValueError(f"{text!r} is no backend; accepted are {', '.join(BACKENDS)}")
@@ -90,6 +99,14 @@ OPTIONS: Final = (
         _find_card,
         "the simulated card: a name such as T4 or A100-80GB, two of them with "
         "A100-80GB*2, or a made-up one with 16GiB,cc=8.0",
+    ),
+    Option(
+        "--gpu-values",
+        "KEPT",
+        "computed",
+        _parse_values,
+        "what the simulated card keeps of tensors: computed values, or none, only "
+        "shapes and bytes, for models larger than the host",
     ),
     Option(
         "--gpu-budget",
@@ -125,6 +142,7 @@ class Settings(NamedTuple):
     Attributes:
         backend: One of ``BACKENDS``.
         card_text: How the simulated cards were named.
+        values: One of ``VALUES``.
         budgets: Budget by device index; None stands for every card. Empty: none.
         rules: Injection rules for every test.
         checkpoint: Name or folder of the ``bert_large`` fixture's checkpoint.
@@ -132,6 +150,7 @@ class Settings(NamedTuple):
 
     backend: str
     card_text: str
+    values: str
     budgets: Mapping[int | None, SizeSpec]
     rules: tuple[Rule, ...]
     checkpoint: str
@@ -185,6 +204,7 @@ def read_settings(config: pytest.Config, namespace: Any) -> Settings:
     return Settings(
         backend=values["gpu_backend"],
         card_text=_text(OPTIONS[1], config, namespace) or DEFAULT_CARD,
+        values=values["gpu_values"],
         budgets=values["gpu_budget"] or {},
         rules=tuple(values["gpu_inject_oom"]),
         checkpoint=values["gpu_checkpoint"],

@@ -103,7 +103,7 @@ class Run:
             SimulatedMachine,
         )
 
-        machine = SimulatedMachine(self.settings.cards)
+        machine = SimulatedMachine(self.settings.cards, values=self.settings.values)
         self._installation = Installation(machine)
         self._installation.install()
         self.device = SimulatedDevice(machine)
@@ -172,6 +172,8 @@ class Run:
         parts = [f"backend {choice.kind} ({choice.reason})"]
         if choice.kind == "simulated":
             parts.append(describe_cards(self.settings))
+            if self.settings.values == "none":
+                parts.append("no values kept")
         if choice.kind == "cuda" and self.device is not None:
             names = [self.device.name(i) for i in range(self.device.device_count)]
             parts.append(f"card {', '.join(names)}")

@@ -27,7 +27,7 @@ from pytest_gpumem.devices.simulated.tensor import (
     make,
     refresh,
 )
-from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
+from pytest_gpumem.errors import NoValuesError, UnsupportedOnSimulatedDeviceError
 
 if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
@@ -51,6 +51,7 @@ TAKES_HOST_TENSORS: Final = frozenset(
         "_fused_adagrad_",
         "_amp_foreach_non_finite_check_and_unscale_",
         "_amp_update_scale_",
+        "index_fill_",  # how torch 2.15 assigns a number at host indices
         "_foreach_add_",
         "_foreach_copy_",
     }
@@ -140,33 +141,43 @@ def _check_devices(func: Any, args: Any, operands: _Operands) -> None:
         and operands.card is not None
         and func.overloadpacket.__name__ not in TAKES_HOST_TENSORS
         and not _in_backward()
+        # Where no values are kept, operators that torch composes in C++ make their
+        # helpers on what it takes for the tensors' device.
+        and not (operands.host.is_meta and operands.card.value_device == "meta")
     ):
         raise _mismatch(func, args, operands)
 
 
 def run(
-    func: Any, args: Any, kwargs: dict[str, Any], drawing: SimulatedCard | None
+    func: Any, args: Any, kwargs: dict[str, Any], card: SimulatedCard, *, draws: bool
 ) -> Any:
-    """Run an operator on CPU tensors.
+    """Run an operator on the tensors with the values.
 
     Args:
         func: The operator.
-        args: Its arguments, on the CPU.
+        args: Its arguments, on the CPU, or on meta where no values are kept.
         kwargs: Its keyword arguments.
-        drawing: The card whose random state an operator draws from; None if it draws
-            no random numbers.
+        card: The card that computes.
+        draws: Whether the operator draws from the card's random state.
 
     Raises:
+        NoValuesError: The result depends on values, and none are kept.
         UnsupportedOnSimulatedDeviceError: The operator has no CPU kernel.
     """
     try:
-        if drawing is not None:
-            with rng.drawing_for(drawing):
+        if draws:
+            with rng.drawing_for(card):
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
-    except NotImplementedError as error:
-        if "'CPU' backend" not in str(error):
+    except RuntimeError as error:
+        lacks_kernel = isinstance(error, NotImplementedError)
+        lacks_values = card.value_device == "meta" and (
+            lacks_kernel or "called on meta tensors" in str(error)
+        )
+        if not lacks_values and not (lacks_kernel and "'CPU' backend" in str(error)):
             raise
+    if lacks_values:
+        raise NoValuesError(str(func))
     raise UnsupportedOnSimulatedDeviceError(
         str(func), "it has no CPU kernel to take the values from; run it on a real card"
     )
@@ -186,12 +197,12 @@ def _target(kwargs: dict[str, Any], operands: _Operands) -> SimulatedCard | None
     device = kwargs.get("device")
     if device is None or card is None:
         return card
-    kwargs["device"] = torch.device("cpu")
+    kwargs["device"] = torch.device(card.value_device)
     if device.type == "cuda":
         machine = card.machine
         index = machine.current_index if device.index is None else device.index
         return machine.cards[index]
-    if device.type == "cpu" and _in_backward():
+    if device.type == card.value_device and _in_backward():
         return card
     kwargs["device"] = device
     return None
@@ -231,7 +242,7 @@ def _plain(func: Any) -> Handler:
         target = _target(kwargs, operands) if "device" in kwargs else card
         if uses_cublas:
             hold_workspace(card, _blas_handle())
-        out = run(func, values, kwargs, card if draws else None)
+        out = run(func, values, kwargs, card, draws=draws)
         if target is None:
             return out
         if isinstance(out, torch.Tensor):
@@ -260,7 +271,7 @@ def _mutating(func: Any) -> Handler:
             (outer, outer._value.shape, outer._value.untyped_storage().nbytes())
             for outer in operands.outer.values()
         ]
-        out = run(func, values, inner, card if draws else None)
+        out = run(func, values, inner, card, draws=draws)
         for outer, shape, nbytes in shapes:
             value = outer._value
             if (

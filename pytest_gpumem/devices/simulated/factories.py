@@ -45,12 +45,16 @@ def _new(
         # Let torch say what is wrong with a negative size.
         return torch.empty(size, dtype=dtype)
     memory = Memory(card, count * dtype.itemsize)
+    place = card.value_device
     if stride is None:
         value = torch.empty(
-            size, dtype=dtype, memory_format=memory_format or torch.contiguous_format
+            size,
+            dtype=dtype,
+            device=place,
+            memory_format=memory_format or torch.contiguous_format,
         )
     else:
-        value = torch.empty_strided(size, stride, dtype=dtype)
+        value = torch.empty_strided(size, stride, dtype=dtype, device=place)
     hold(value.untyped_storage(), memory)
     return make(value, card)
 
@@ -94,7 +98,7 @@ def _indices(operator: Any) -> Any:
         options.pop("pin_memory", None)
         options.pop("layout", None)
         card = card_of(None if device is None else device.index)
-        value = operator(*args, device=torch.device("cpu"), **options)
+        value = operator(*args, device=torch.device(card.value_device), **options)
         return make(value, card)
 
     return kernel

@@ -115,19 +115,25 @@ _libraries: Final[list[Any]] = []
 
 @contextmanager
 def simulated_device(
-    cards: Sequence[Card] | str = "A100-40GB", *, config: AllocatorConfig | None = None
+    cards: Sequence[Card] | str = "A100-40GB",
+    *,
+    config: AllocatorConfig | None = None,
+    values: str = "computed",
 ) -> Iterator[SimulatedMachine]:
     """Let "cuda" mean simulated cards for a block.
 
     Args:
         cards: The cards, or their description as for ``--gpu-card``.
         config: Settings of the caching allocator.
+        values: ``"computed"`` by the CPU, or ``"none"``: shapes and bytes only, for
+            models larger than the host; reading a value raises ``NoValuesError``.
 
     Yields:
         The machine, whose ``cards`` hold allocators and budgets.
 
     Raises:
         CardError: The description names no known card.
+        ValueError: ``values`` is neither.
 
     Example::
 
@@ -141,7 +147,7 @@ def simulated_device(
         from pytest_gpumem.cards import find_card  # noqa: PLC0415  # text only
 
         cards = find_card(cards)
-    installation = Installation(SimulatedMachine(cards, config=config))
+    installation = Installation(SimulatedMachine(cards, config=config, values=values))
     installation.install()
     try:
         yield installation.machine

@@ -28,6 +28,10 @@ INVALID_ORDINAL: Final = (
 )
 
 
+#: What a simulated machine may keep of tensors' values.
+VALUES: Final = ("computed", "none")
+
+
 class SimulatedCard:
     """One card: its driver, its caching allocator and the lock around them.
 
@@ -46,6 +50,7 @@ class SimulatedCard:
         self.machine: Final = machine
         self.index: Final = index
         self.card: Final = card
+        self.value_device: Final = machine.value_device
         self.driver: Final = Driver(card.total_bytes)
         self.allocator: Final = CachingAllocator(
             self.driver, config=config, device_index=index
@@ -208,11 +213,24 @@ class SimulatedMachine:
     Args:
         cards: One card for each device index, at least one.
         config: Settings of the caching allocator, the same for every card.
+        values: One of ``VALUES``: ``"computed"`` by the CPU, or ``"none"``, shapes and
+            bytes only, for models larger than the host.
+
+    Attributes:
+        value_device: Type of the device that values lie on: ``"cpu"``, or ``"meta"``
+            where there are none.
     """
 
     def __init__(
-        self, cards: Sequence[Card], *, config: AllocatorConfig | None = None
+        self,
+        cards: Sequence[Card],
+        *,
+        config: AllocatorConfig | None = None,
+        values: str = "computed",
     ) -> None:
+        if values not in VALUES:
+            raise ValueError(f"values={values!r}; accepted are {', '.join(VALUES)}")
+        self.value_device: Final = "cpu" if values == "computed" else "meta"
         settings = config if config is not None else AllocatorConfig()
         self.cards: Final = tuple(
             SimulatedCard(self, index, card, settings)
@@ -299,6 +317,7 @@ def card_of(index: int | None) -> SimulatedCard:
 
 __all__ = [
     "INVALID_ORDINAL",
+    "VALUES",
     "OutOfMemory",
     "SimulatedCard",
     "SimulatedMachine",

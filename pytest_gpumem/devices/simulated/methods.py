@@ -18,6 +18,7 @@ from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.memory import memory_of
 from pytest_gpumem.devices.simulated.tensor import DEVICES, SimulatedTensor, become
 from pytest_gpumem.devices.simulated.transfer import moved
+from pytest_gpumem.errors import NoValuesError
 
 _base: Final[Any] = torch.Tensor
 _original_to: Final[Any] = torch.Tensor.to
@@ -204,7 +205,12 @@ def _repr(self: SimulatedTensor, *, tensor_contents: Any = None) -> str:
     value = self._value.detach()  # the device's own room
     suffixes = [f"device='{self.device}'"]
     default = torch.get_default_dtype()
-    if value.numel() == 0:
+    if value.is_meta:
+        suffixes.append(f"size={tuple(value.shape)}")
+        if value.dtype != default:
+            suffixes.append(f"dtype={value.dtype}")
+        text = "<no values kept>"
+    elif value.numel() == 0:
         if value.dim() != 1:
             suffixes.append(f"size={tuple(value.shape)}")
         if value.dtype != default:
@@ -254,6 +260,8 @@ def _deepcopy(self: SimulatedTensor, memo: dict[int, Any]) -> Any:
 
 def _reduce_ex(self: SimulatedTensor, _protocol: Any) -> Any:
     """Pickle as a plain tensor or parameter of the card."""
+    if self._value.is_meta:
+        raise NoValuesError("pickling a tensor")
     storage = torch.storage.TypedStorage(
         wrap_storage=self.untyped_storage(), dtype=self.dtype, _internal=True
     )
@@ -295,7 +303,43 @@ def _record_stream(self: SimulatedTensor, stream: Any) -> None:
             allocator.record_stream(memory.block, stream.cuda_stream)
 
 
+def _reader(name: str) -> Any:
+    """Return a method that reads one value: torch's own, where there are values."""
+    original = getattr(_base, name)
+
+    def read(self: SimulatedTensor, *args: Any) -> Any:
+        if self._value.is_meta:
+            raise NoValuesError(f"Tensor.{name}()")
+        return original(self, *args)
+
+    return read
+
+
+def _data_ptr(self: SimulatedTensor) -> int:
+    """Return where the values lie; where there are none, the address on the card."""
+    if not self._value.is_meta:
+        pointer: int = self._value.data_ptr()
+        return pointer
+    memory = memory_of(self._value.untyped_storage())
+    if memory is None or memory.block is None:
+        return 0
+    return memory.block.address + int(self.storage_offset()) * self.element_size()
+
+
+#: Methods that read a value in C++, before any operator is dispatched.
+_READERS: Final = (
+    "item",
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__complex__",
+    "__index__",
+)
+
 _ANSWERS: Final[dict[str, Any]] = {
+    **{name: _reader(name) for name in _READERS},
+    "is_meta": property(lambda _self: False),
+    "data_ptr": _data_ptr,
     "record_stream": _record_stream,
     "device": property(_device),
     "is_cuda": property(lambda _self: True),

@@ -15,6 +15,7 @@ from pytest_gpumem.devices.simulated.tensor import (
     refresh,
 )
 from pytest_gpumem.devices.simulated.transfer import download, peer_copy, upload
+from pytest_gpumem.errors import NoValuesError
 
 _aten = torch.ops.aten
 
@@ -54,6 +55,8 @@ def _copy_(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
             staging = Memory(target._card, target._value.nbytes)
         target._value.copy_(source)
     elif not isinstance(target, SimulatedTensor):
+        if source._value.is_meta:
+            raise NoValuesError("copying a tensor from the card to the host")
         if not source._value.is_contiguous() and source._value.numel() > 1:
             staging = Memory(source._card, source._value.nbytes)
         target.copy_(source._value)

@@ -14,11 +14,13 @@ from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.memory import Memory, charge, hold, memory_of
 from pytest_gpumem.devices.simulated.methods import cuda_device
 from pytest_gpumem.devices.simulated.tensor import DEVICES
+from pytest_gpumem.errors import NoValuesError
 
 _Storage: Final[Any] = torch.UntypedStorage
 _original_new: Final[Any] = torch.UntypedStorage.__new__
 _original_device: Final[Any] = torch.UntypedStorage.device
 _original_to: Final[Any] = torch.UntypedStorage.to
+_original_data_ptr: Final[Any] = torch.UntypedStorage.data_ptr
 _original_resize: Final[Any] = torch.UntypedStorage.resize_
 
 
@@ -31,6 +33,8 @@ def _device(self: torch.UntypedStorage) -> torch.device:
 
 
 def _host_copy(self: torch.UntypedStorage) -> torch.UntypedStorage:
+    if _original_device.__get__(self).type == "meta":
+        raise NoValuesError("copying a storage from the card to the host")
     copied: torch.UntypedStorage = _Storage(self.nbytes())
     torch.UntypedStorage.copy_(copied, self)
     return copied
@@ -52,8 +56,12 @@ def _to(
 
 
 def _upload(self: torch.UntypedStorage, target: torch.device) -> torch.UntypedStorage:
-    held = Memory(card_of(target.index), self.nbytes())
-    copied = _host_copy(self)
+    card = card_of(target.index)
+    held = Memory(card, self.nbytes())
+    if card.value_device == "meta":
+        copied: torch.UntypedStorage = _Storage(self.nbytes(), device="meta")
+    else:
+        copied = _host_copy(self)
     hold(copied, held)
     return copied
 
@@ -84,6 +92,14 @@ def _resize(self: torch.UntypedStorage, size: int) -> Any:
     return self
 
 
+def _data_ptr(self: torch.UntypedStorage) -> int:
+    memory = memory_of(self)
+    if memory is not None and memory.card.value_device == "meta":
+        return 0 if memory.block is None else memory.block.address
+    pointer: int = _original_data_ptr(self)
+    return pointer
+
+
 #: What every storage does differently while the simulated device is installed.
 EVERY_STORAGE: Final[dict[str, Any]] = {
     "device": property(_device),
@@ -92,4 +108,5 @@ EVERY_STORAGE: Final[dict[str, Any]] = {
     "cuda": _cuda,
     "cpu": _cpu,
     "resize_": _resize,
+    "data_ptr": _data_ptr,
 }

@@ -9,6 +9,7 @@ import torch
 from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.memory import Memory, hold
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor, make
+from pytest_gpumem.errors import NoValuesError
 
 if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
@@ -38,9 +39,16 @@ def upload(
     dtype = source.dtype if dtype is None else dtype
     # A strided copy is dense, so the bytes are known before anything is made.
     memory = Memory(card, source.numel() * dtype.itemsize)
-    value = _to_copy(source.detach(), dtype=dtype, memory_format=memory_format)
+    value = _copied(source.detach(), card, dtype=dtype, memory_format=memory_format)
     hold(value.untyped_storage(), memory)
     return make(value, card)
+
+
+def _copied(source: torch.Tensor, card: SimulatedCard, **options: Any) -> torch.Tensor:
+    """Return what a card keeps of a copy: its values, or its shape alone."""
+    place = torch.device(card.value_device)
+    copied: torch.Tensor = _to_copy(source, device=place, **options)
+    return copied
 
 
 def download(
@@ -56,12 +64,15 @@ def download(
     room there, as on a real one.
 
     Raises:
+        NoValuesError: The card keeps no values, and they are wanted.
         torch.OutOfMemoryError: No room for the contiguous copy.
     """
     __tracebackhide__ = True
     value = source._value  # the device's own room
     if device is not None and device.type == "meta":
         return torch.empty_like(value, dtype=dtype, device=device)
+    if value.is_meta:
+        raise NoValuesError("copying a tensor from the card to the host")
     staging = (
         None if _is_dense(value) else Memory(source._card, value.nbytes)
     )  # likewise
@@ -90,7 +101,7 @@ def peer_copy(
     __tracebackhide__ = True
     dtype = source.dtype if dtype is None else dtype
     memory = Memory(card, source.numel() * dtype.itemsize)
-    value = _to_copy(source._value, dtype=dtype)  # the device's own room
+    value = _copied(source._value, card, dtype=dtype)  # the device's own room
     hold(value.untyped_storage(), memory)
     return make(value, card)
 

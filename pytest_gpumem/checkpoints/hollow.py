@@ -1,0 +1,105 @@
+"""Checkpoints without contents: sparse files whose weights are all zero.
+
+A checkpoint that is larger than the disk, or whose values nobody will read, is
+written as safetensors files with real headers and a hole in place of the data: they
+have their full size, read as zeros, and take next to no room.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+#: Names of dtypes in the header. Source: the safetensors format's README.
+_DTYPES: Final = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+#: The header is padded so that the data begins at a multiple of it; same source.
+_ALIGNMENT: Final = 8
+
+
+def save_hollow(
+    model: torch.nn.Module,
+    folder: Path,
+    dtype: torch.dtype,
+    shard_bytes: int | None,
+) -> int:
+    """Write a model's weights as sparse safetensors files; return their bytes.
+
+    Args:
+        model: On the meta device. Of tied weights the first is written.
+        folder: Where to.
+        dtype: Of the weights; buffers that are not floating point keep their own.
+        shard_bytes: Bytes of a file at most, unless one tensor is larger; None means
+            one file.
+
+    Raises:
+        OSError: The files cannot be written.
+    """
+    weights = _weights(model, dtype)
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    filled = 0
+    for name, tensor in weights.items():
+        if shard_bytes and shards[-1] and filled + tensor.nbytes > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += tensor.nbytes
+    total = sum(tensor.nbytes for tensor in weights.values())
+    if len(shards) == 1:
+        _write(shards[0], folder / "model.safetensors")
+        return total
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write(shard, folder / file)
+        weight_map.update(dict.fromkeys(shard, file))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps(index, indent=1), encoding="utf-8"
+    )
+    return total
+
+
+def _weights(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    kept = set(model.state_dict())
+    named: Iterable[tuple[str, torch.Tensor]] = (
+        *model.named_parameters(),
+        *model.named_buffers(),
+    )
+    return {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in named
+        if name in kept
+    }
+
+
+def _write(shard: Mapping[str, torch.Tensor], file: Path) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in shard.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    with file.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        stream.truncate(stream.tell() + end)
