@@ -19,7 +19,7 @@ MAX_CARDS: Final = 64
 
 #: PyTorch's allocator takes at least this much at a time from the driver.
 _SMALLEST_BYTES: Final = 2 * 2**20
-_KEYS: Final = ("cc", "sms", "name")
+_KEYS: Final = ("cc", "sms", "ctx", "name")
 _MAKERS: Final = re.compile(r"nvidia|tesla|geforce|rtx")
 _ALIASES: Final = {"h10080gb": "H100", "t416gb": "T4", "p10016gb": "P100"}
 _SIZE: Final = re.compile(r"[0-9.]+\s*([kmgt](i?b)?|b|%)|[0-9]{7,}", re.IGNORECASE)
@@ -36,9 +36,10 @@ def find_card(text: str) -> tuple[Card, ...]:
         text: ``CARD``, ``CARD*COUNT``, or several of these joined by ``+``. A card is
             a name of the table or the driver's own (case, blanks, hyphens and the
             maker's words do not matter: ``rtx 4090``, ``NVIDIA A100-SXM4-80GB``), or
-            ``SIZE[,cc=MAJOR.MINOR][,sms=COUNT][,name=NAME]``, a made-up card. Its
-            compute capability is 8.0 unless given; what it leaves out is as on the
-            table's first card of that capability, or of the one below it.
+            ``SIZE[,cc=MAJOR.MINOR][,sms=COUNT][,ctx=SIZE][,name=NAME]``, a made-up
+            card; ``ctx`` is what the driver's context takes. Its compute capability is
+            8.0 unless given; what it leaves out is as on the table's first card of
+            that capability, or of the one below it.
 
     Raises:
         CardError: The text names no card; the message suggests names.
@@ -119,14 +120,28 @@ def _made_up_card(text: str, description: str) -> Card:
     sms = given.get("sms", str(model.multi_processor_count))
     if not re.fullmatch(r"[1-9][0-9]{0,3}", sms):
         raise _error(text, f"sms={sms!r} is no count", "give 1 to 9999")
+    context_bytes = _context(text, given.get("ctx", "0"), total_bytes)
     return replace(
         model,
+        context_bytes=context_bytes,
         name=given.get("name", f"Simulated GPU {format_size(total_bytes)}"),
         total_bytes=total_bytes,
         multi_processor_count=int(sms),
         precision_bytes=1,
         source="made up",
     )
+
+
+def _context(text: str, size: str, total_bytes: int) -> int:
+    try:
+        context_bytes = 0 if size == "0" else parse_size(size)
+    except SizeError as error:
+        raise CardError(f"card {text!r}: ctx: {error}", value=text) from None
+    if context_bytes >= total_bytes:
+        raise _error(
+            text, f"ctx={size!r} leaves no room on the card", "give less than its size"
+        )
+    return context_bytes
 
 
 def _model(text: str, capability: str) -> Card:

@@ -51,6 +51,8 @@ class Card:
         compute_capability: Major and minor number.
         multi_processor_count: Streaming multiprocessors.
         l2_cache_size: Bytes.
+        context_bytes: What the driver's context takes of the total. 0 on the table's
+            cards: it depends on driver and libraries, and none was measured.
         precision_bytes: How exactly ``total_bytes`` is known; 1 means to the byte.
         source: Where ``total_bytes`` was read.
     """
@@ -60,6 +62,7 @@ class Card:
     compute_capability: tuple[int, int]
     multi_processor_count: int
     l2_cache_size: int = 4 * _MIB
+    context_bytes: int = 0
     precision_bytes: int = 1
     source: str = "made up"
 

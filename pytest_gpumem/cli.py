@@ -5,13 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pytest_gpumem.errors import GpuMemError, TraceError
+from pytest_gpumem.errors import (
+    DeviceUnavailableError,
+    GpuMemError,
+    RecordingError,
+    TraceError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,6 +74,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     checkpoint.set_defaults(run=_checkpoint)
 
+    record = commands.add_parser(
+        "record",
+        help="record what this machine's card and PyTorch's allocator on it answer",
+        description="Play allocator traces and a model's phases on the CUDA card, and "
+        "write what was measured, with card, driver and versions.",
+    )
+    record.add_argument(
+        "--out", type=Path, required=True, help="the JSON file to write"
+    )
+    record.add_argument(
+        "--checkpoint",
+        default="bert-large",
+        help="the model: a folder or a known BERT name; none leaves the phases out "
+        "(default: bert-large)",
+    )
+    record.add_argument(
+        "--simulate",
+        metavar="CARD",
+        help="ask the simulated device with this card instead of a real one",
+    )
+    record.set_defaults(run=_record)
+
     replay = commands.add_parser(
         "replay",
         help="replay an allocator trace on the model of the caching allocator",
@@ -92,6 +121,45 @@ def _checkpoint(options: argparse.Namespace) -> int:
     )
     sys.stdout.write(f"{path}\n")
     return 0
+
+
+def _record(options: argparse.Namespace) -> int:
+    from pytest_gpumem.recording import record, save  # noqa: PLC0415  # only this command needs it
+
+    if not options.out.parent.is_dir():
+        raise RecordingError(
+            f"--out: {options.out.parent} is no folder; make it, or choose another"
+        )
+    checkpoint = None
+    if options.checkpoint != "none":
+        from pytest_gpumem.checkpoints import resolve_checkpoint  # noqa: PLC0415  # see above
+
+        checkpoint = resolve_checkpoint(options.checkpoint, progress=_say)
+    with _device(options.simulate):
+        recorded = record(checkpoint, progress=_say)
+    save(recorded, options.out)
+    sys.stdout.write(f"{options.out}\n")
+    return 0
+
+
+def _device(card: str | None) -> AbstractContextManager[object]:
+    """Return the block in which "cuda" means the card to record.
+
+    Raises:
+        DeviceUnavailableError: There is no real card, and none is simulated.
+    """
+    if card is not None:
+        from pytest_gpumem.devices.simulated.install import simulated_device  # noqa: PLC0415
+
+        return simulated_device(card)
+    import torch  # noqa: PLC0415  # slow
+
+    if not torch.cuda.is_available():
+        raise DeviceUnavailableError(
+            "record needs a CUDA card, and torch finds none; run it where there is "
+            "one, or see what the simulated device answers with --simulate CARD"
+        )
+    return nullcontext()
 
 
 def _say(text: str) -> None:

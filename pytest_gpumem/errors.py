@@ -95,5 +95,9 @@ class CheckpointError(GpuMemError, RuntimeError):
     """A checkpoint cannot be built, found or trusted."""
 
 
+class RecordingError(GpuMemError, ValueError):
+    """A file is no recording, or one of a newer format."""
+
+
 class TraceError(GpuMemError, ValueError):
     """A trace file is not one that can be replayed."""

@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "instruments": GROUND | {"model", "devices", "instruments"},
     "reports": GROUND | {"model", "reports"},
     "checkpoints": GROUND | {"checkpoints"},
-    "cli": GROUND | {"model", "checkpoints"},
+    "recording": GROUND | {"model", "devices", "recording"},
+    "cli": GROUND | {"model", "devices", "checkpoints", "recording"},
     "plugin": GROUND
     | {"model", "devices", "instruments", "reports", "checkpoints", "plugin"},
 }

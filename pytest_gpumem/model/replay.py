@@ -9,43 +9,13 @@ from pytest_gpumem.errors import TraceError
 from pytest_gpumem.model.allocator import CachingAllocator, OutOfMemory
 from pytest_gpumem.model.config import AllocatorConfig
 from pytest_gpumem.model.driver import Driver
-from pytest_gpumem.model.trace_fields import no_trace, read, read_size
+from pytest_gpumem.model.trace_fields import STATS, no_trace, read, read_size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from pytest_gpumem.model.blocks import Block
 
-#: A trace's columns and the statistic each one shows.
-_STATS: Final = {
-    "allocated": "allocated_bytes.all.current",
-    "reserved": "reserved_bytes.all.current",
-    "active": "active_bytes.all.current",
-    "inactive_split": "inactive_split_bytes.all.current",
-    "requested": "requested_bytes.all.current",
-    "peak_allocated": "allocated_bytes.all.peak",
-    "peak_reserved": "reserved_bytes.all.peak",
-    "peak_active": "active_bytes.all.peak",
-    "peak_inactive_split": "inactive_split_bytes.all.peak",
-    "peak_requested": "requested_bytes.all.peak",
-    "allocated_small": "allocated_bytes.small_pool.current",
-    "allocated_large": "allocated_bytes.large_pool.current",
-    "reserved_small": "reserved_bytes.small_pool.current",
-    "reserved_large": "reserved_bytes.large_pool.current",
-    "inactive_split_small": "inactive_split_bytes.small_pool.current",
-    "inactive_split_large": "inactive_split_bytes.large_pool.current",
-    "n_alloc": "allocation.all.current",
-    "n_segment": "segment.all.current",
-    "n_segment_small": "segment.small_pool.current",
-    "n_active": "active.all.current",
-    "n_inactive_split": "inactive_split.all.current",
-    "n_oversize_segments": "oversize_segments.current",
-    "n_oversize_allocations": "oversize_allocations.current",
-    "num_alloc_retries": "num_alloc_retries",
-    "num_ooms": "num_ooms",
-    "num_device_alloc": "num_device_alloc",
-    "num_device_free": "num_device_free",
-}
 _LETTERS: Final = {
     "active_allocated": "A",
     "active_pending_free": "P",
@@ -121,7 +91,7 @@ class _Run:
         self._address: int | None = None
         self._oom: dict[str, str] = {}
         for name in self._fields:
-            if name not in (*_STATS, "oom", "ptr"):
+            if name not in (*STATS, "oom", "ptr"):
                 raise no_trace(f"unknown column in 'fields': {name!r}")
 
     def finish(self) -> Replay:
@@ -213,7 +183,7 @@ class _Run:
         stats = self._allocator.memory_stats()
         special = {"oom": int(index in self._oom), "ptr": self._address}
         return [
-            special[name] if name in special else stats[_STATS[name]]
+            special[name] if name in special else stats[STATS[name]]
             for name in self._fields
         ]
 

@@ -3,10 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from pytest_gpumem.errors import TraceError
 
+#: A trace's columns and the statistic each one shows.
+STATS: Final = {
+    "allocated": "allocated_bytes.all.current",
+    "reserved": "reserved_bytes.all.current",
+    "active": "active_bytes.all.current",
+    "inactive_split": "inactive_split_bytes.all.current",
+    "requested": "requested_bytes.all.current",
+    "peak_allocated": "allocated_bytes.all.peak",
+    "peak_reserved": "reserved_bytes.all.peak",
+    "peak_active": "active_bytes.all.peak",
+    "peak_inactive_split": "inactive_split_bytes.all.peak",
+    "peak_requested": "requested_bytes.all.peak",
+    "allocated_small": "allocated_bytes.small_pool.current",
+    "allocated_large": "allocated_bytes.large_pool.current",
+    "reserved_small": "reserved_bytes.small_pool.current",
+    "reserved_large": "reserved_bytes.large_pool.current",
+    "inactive_split_small": "inactive_split_bytes.small_pool.current",
+    "inactive_split_large": "inactive_split_bytes.large_pool.current",
+    "n_alloc": "allocation.all.current",
+    "n_segment": "segment.all.current",
+    "n_segment_small": "segment.small_pool.current",
+    "n_active": "active.all.current",
+    "n_inactive_split": "inactive_split.all.current",
+    "n_oversize_segments": "oversize_segments.current",
+    "n_oversize_allocations": "oversize_allocations.current",
+    "num_alloc_retries": "num_alloc_retries",
+    "num_ooms": "num_ooms",
+    "num_device_alloc": "num_device_alloc",
+    "num_device_free": "num_device_free",
+}
 #: How a type is called where a value is of another one.
 _NAMES = {
     bool: "true or false",

@@ -51,7 +51,7 @@ class SimulatedCard:
         self.index: Final = index
         self.card: Final = card
         self.value_device: Final = machine.value_device
-        self.driver: Final = Driver(card.total_bytes)
+        self.driver: Final = Driver(card.total_bytes, other_bytes=card.context_bytes)
         self.allocator: Final = CachingAllocator(
             self.driver, config=config, device_index=index
         )

@@ -1,0 +1,129 @@
+"""Recordings: what a card, and PyTorch's allocator on it, answer to a fixed script.
+
+A recording from a real card is what the simulated device is held to. The script uses
+torch's public functions alone, so it runs on either kind of device.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from pytest_gpumem.errors import RecordingError
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable
+
+#: Version of the format; a reader refuses what is newer.
+FORMAT: Final = 1
+KIND: Final = "pytest-gpumem recording"
+
+
+def record(
+    checkpoint: str | os.PathLike[str] | None = None,
+    *,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Run the script on the current device and return what it answered.
+
+    Takes a minute or two on a real card, holds at most the model's training at once
+    (about 7 GB with bert-large), and leaves fraction, caches and statistics' peaks as
+    after ``torch.cuda.empty_cache``.
+
+    Args:
+        checkpoint: Folder of a BERT classifier for the model's phases; None leaves
+            them out.
+        progress: Told each step, a line at a time.
+
+    Returns:
+        ``kind``, ``format``, ``card``, ``versions``, ``context_bytes``,
+        ``workspace_bytes``, ``oom_texts``, ``traces`` and ``phases``, ready for JSON.
+
+    Raises:
+        DeviceUnavailableError: "cuda" means nothing here.
+    """
+    from pytest_gpumem.recording.facts import (  # noqa: PLC0415  # it imports torch
+        describe_card,
+        measure_context,
+        measure_workspace,
+        oom_texts,
+        versions,
+    )
+    from pytest_gpumem.recording.phases import PLANS, measure  # noqa: PLC0415
+    from pytest_gpumem.recording.traces import play_all  # noqa: PLC0415
+
+    say = progress or (lambda _text: None)
+    say("card, versions, context")
+    recorded: dict[str, Any] = {
+        "kind": KIND,
+        "format": FORMAT,
+        "card": describe_card(),
+        "versions": versions(),
+        "context_bytes": measure_context(),
+    }
+    say("allocator traces")
+    recorded["traces"] = play_all()
+    say("OOM texts")
+    recorded["oom_texts"] = oom_texts()
+    say("library workspaces")
+    recorded["workspace_bytes"] = measure_workspace()
+    recorded["phases"] = []
+    for plan in PLANS if checkpoint is not None else ():
+        say(f"model: {plan}")
+        recorded["phases"].append(measure(Path(str(checkpoint)), plan))
+    return recorded
+
+
+def save(recorded: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write a recording, whole or not at all.
+
+    Raises:
+        OSError: The file cannot be written; what was there is still there.
+    """
+    target = Path(path)
+    with tempfile.NamedTemporaryFile(
+        "w",
+        encoding="utf-8",
+        dir=target.parent,
+        prefix=f".{target.name}.",
+        delete=False,
+    ) as stream:
+        temporary = Path(stream.name)
+        try:
+            json.dump(recorded, stream, indent=1, sort_keys=True)
+            stream.write("\n")
+        except BaseException:
+            temporary.unlink()
+            raise
+    temporary.chmod(0o644)
+    temporary.replace(target)
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a recording.
+
+    Raises:
+        RecordingError: It is none, or of a newer format.
+        OSError: The file cannot be read.
+    """
+    try:
+        recorded = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecordingError(f"{path}: no JSON: {error}") from error
+    if not isinstance(recorded, dict) or recorded.get("kind") != KIND:
+        raise RecordingError(
+            f"{path} is no recording; make one with pytest-gpumem record --out FILE"
+        )
+    version = recorded.get("format")
+    if not isinstance(version, int) or version > FORMAT:
+        raise RecordingError(
+            f"{path} has format {version!r}, newer than {FORMAT}, which this version "
+            "reads; upgrade pytest-gpumem"
+        )
+    return recorded
+
+
+__all__ = ["FORMAT", "KIND", "load", "record", "save"]

@@ -1,0 +1,104 @@
+"""What a card and its libraries take and say, apart from any model."""
+
+from __future__ import annotations
+
+import gc
+from importlib import metadata
+from typing import Any, Final
+
+import torch
+
+_LIBRARIES: Final = ("torch", "transformers", "accelerate", "pytest-gpumem")
+_MIB: Final = 2**20
+
+
+def describe_card() -> dict[str, Any]:
+    """Return the current card's name, size and what its kernels depend on."""
+    properties = torch.cuda.get_device_properties()
+    driver: str | None = None
+    try:
+        import pynvml  # noqa: PLC0415  # not everywhere
+
+        pynvml.nvmlInit()
+        driver = str(pynvml.nvmlSystemGetDriverVersion())
+        pynvml.nvmlShutdown()
+    except Exception:  # noqa: BLE001  # without NVML the rest is still worth having
+        driver = None
+    return {
+        "name": properties.name,
+        "total_bytes": torch.cuda.mem_get_info()[1],
+        "compute_capability": [properties.major, properties.minor],
+        "multi_processor_count": properties.multi_processor_count,
+        "driver": driver,
+        "cuda": torch.version.cuda,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries that decide what is allocated."""
+    installed = {
+        each.name: each.version
+        for each in metadata.distributions()
+        if each.name in _LIBRARIES
+    }
+    return {**installed, "torch": torch.__version__}
+
+
+def settle() -> None:
+    """Free what nobody holds, workspaces included, and forget old peaks."""
+    gc.collect()
+    torch.cuda.synchronize()
+    clear: Any = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)  # noqa: SLF001  # torch's name for it
+    if clear is not None:
+        clear()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+def measure_context() -> int:
+    """Return the bytes of the card that neither the allocator has nor are free.
+
+    On a card of one's own that is the context; else it is others' bytes too.
+    """
+    torch.zeros(1, device="cuda")
+    settle()
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
+
+
+def measure_workspace() -> dict[str, int]:
+    """Return what a library's first call keeps allocated, by call, in bytes."""
+    kept = {}
+    for name, dtype in (("matmul fp32", torch.float32), ("matmul fp16", torch.float16)):
+        settle()
+        operand = torch.ones(256, 256, dtype=dtype, device="cuda")
+        before = torch.cuda.memory_allocated()
+        product = operand @ operand
+        kept[name] = torch.cuda.memory_allocated() - before - product.nbytes
+        del operand, product
+    settle()
+    return kept
+
+
+def oom_texts() -> dict[str, str]:
+    """Return the allocator's words for requests that cannot be served."""
+    settle()
+    _free, total = torch.cuda.mem_get_info()
+    held = torch.ones(3 * _MIB, dtype=torch.uint8, device="cuda")
+    texts = {"more than the card": _fail(total + _MIB)}
+    try:
+        torch.cuda.set_per_process_memory_fraction(64 * _MIB / total)
+        texts["more than the fraction of 64 MiB"] = _fail(80 * _MIB)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    del held
+    settle()
+    return texts
+
+
+def _fail(nbytes: int) -> str:
+    try:
+        torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+    except torch.OutOfMemoryError as error:
+        return str(error)
+    return ""
