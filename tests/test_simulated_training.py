@@ -273,3 +273,16 @@ def test_a_scaler_scales_gradients() -> None:
 
     assert 8.0 == scaler.get_scale()
     assert before != layer.weight.tolist()
+
+
+def test_gradients_of_a_change_of_type_stay_on_the_card() -> None:
+    """Backward through half-precision attention gives every tensor a card's gradient."""
+    query = torch.randn(1, 2, 8, 16, device="cuda").half().requires_grad_()
+    mask = torch.ones(1, 1, 8, 8, device="cuda", dtype=torch.bool)
+    attended = nn.functional.scaled_dot_product_attention(
+        query, query, query, attn_mask=mask, dropout_p=0.1
+    )
+    attended.float().sum().backward()
+
+    assert query.grad is not None
+    assert "cuda:0" == str(query.grad.device)

@@ -49,6 +49,7 @@ PLANS: Final = (
     Plan("to", "float16", "eager", "infer"),
     Plan("to", "float32", "eager", "train"),
     Plan("to", "float32", "sdpa", "train"),
+    Plan("to", "float16", "sdpa", "train"),
 )
 
 

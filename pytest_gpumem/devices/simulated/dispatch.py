@@ -140,7 +140,7 @@ def _check_devices(func: Any, args: Any, operands: _Operands) -> None:
         operands.host is not None
         and operands.card is not None
         and func.overloadpacket.__name__ not in TAKES_HOST_TENSORS
-        and not _in_backward()
+        and not in_backward()
         # Where no values are kept, operators that torch composes in C++ make their
         # helpers on what it takes for the tensors' device.
         and not (operands.host.is_meta and operands.card.value_device == "meta")
@@ -202,13 +202,13 @@ def _target(kwargs: dict[str, Any], operands: _Operands) -> SimulatedCard | None
         machine = card.machine
         index = machine.current_index if device.index is None else device.index
         return machine.cards[index]
-    if device.type == card.value_device and _in_backward():
+    if device.type == card.value_device and in_backward():
         return card
     kwargs["device"] = device
     return None
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
     """Tell whether autograd is at work in this thread.
 
     There, torch's own C++ makes helpers on what it takes for the tensors' device, the
@@ -223,7 +223,7 @@ def _blas_handle() -> object:
     A handle belongs to a host thread, and on a real card backward runs in one of its
     own.
     """
-    return "autograd" if _in_backward() else threading.get_ident()
+    return "autograd" if in_backward() else threading.get_ident()
 
 
 def _plain(func: Any) -> Handler:

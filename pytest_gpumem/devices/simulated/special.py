@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pytest_gpumem.devices.simulated.dispatch import SPECIAL, handler_for
+from pytest_gpumem.devices.simulated.dispatch import SPECIAL, handler_for, in_backward
 from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.memory import Memory
 from pytest_gpumem.devices.simulated.tensor import (
@@ -29,7 +29,8 @@ def _to_copy(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not isinstance(source, SimulatedTensor):
         index = None if device is None else device.index
         return upload(source, card_of(index), dtype=dtype, memory_format=memory_format)
-    if device is None:
+    if device is None or (device.type == source._card.value_device and in_backward()):
+        # A copy to what C++ takes for the gradient's device: it stays on the card.
         value = _aten._to_copy.default(  # the operator's name
             source._value, dtype=dtype, memory_format=memory_format
         )
