@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pytest_gpumem.devices.active import active_device
+from pytest_gpumem.instruments.equality import TOLERANCE
 from pytest_gpumem.instruments.injector import OomInjector
 from pytest_gpumem.instruments.recorder import PeakRecorder
 from pytest_gpumem.sizes import format_size
@@ -19,16 +20,6 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices import Device
     from pytest_gpumem.model.records import MemoryFigures
     from pytest_gpumem.model.rules import Rule
-
-#: Largest difference from the reference that a dtype explains, as a share of the
-#: reference's largest value (at least of 1). The machine epsilons are 1.2e-7, 9.8e-4
-#: and 7.8e-3; a network of some dozens of layers adds an order of magnitude.
-TOLERANCE: Final = {
-    torch.float64: 1e-6,
-    torch.float32: 1e-4,
-    torch.float16: 2e-2,
-    torch.bfloat16: 1e-1,
-}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,107 @@
+"""End a run that does not end by itself, and say where every thread stood."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import sys
+import threading
+import traceback
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from types import FrameType, TracebackType
+
+#: Seconds between attempts: code that catches everything is told again.
+_AGAIN_S: Final = 0.5
+_FRAMES: Final = 12
+
+
+class HangError(BaseException):
+    """A run took too long; not an ``Exception``, so that fallbacks let it pass."""
+
+
+class Watchdog:
+    """Interrupt the calling thread once a block has lasted too long.
+
+    In the main thread a signal wakes it even out of a lock or a queue. In another
+    thread, and on systems without signals to threads, the error is raised between two
+    bytecodes.
+
+    Args:
+        timeout_s: Seconds until the block is interrupted; None never does.
+
+    Attributes:
+        stacks: Every thread's stack when time was up, as text; None before.
+
+    Limits: code that waits inside a C function other than a lock, a sleep or a system
+    call is interrupted only once that returns.
+    """
+
+    def __init__(self, timeout_s: float | None) -> None:
+        self._timeout_s = timeout_s
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._target = 0
+        self._uses_signal = False
+        self._handler: Any = None
+        self.stacks: str | None = None
+
+    def __enter__(self) -> Watchdog:  # noqa: PYI034  # Self needs Python 3.11
+        if self._timeout_s is None:
+            return self
+        self._target = threading.get_ident()
+        in_main = threading.current_thread() is threading.main_thread()
+        self._uses_signal = in_main and hasattr(signal, "pthread_kill")
+        if self._uses_signal:
+            self._handler = signal.signal(signal.SIGUSR2, self._interrupt)
+        self._thread = threading.Thread(
+            target=self._watch, name="gpumem watchdog", daemon=True
+        )
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        if self._thread is None:
+            return
+        while True:
+            try:
+                self._done.set()
+                self._thread.join()
+                break
+            except HangError:
+                continue  # told once more on the way out
+        if self._uses_signal:
+            signal.signal(signal.SIGUSR2, self._handler)
+
+    def _watch(self) -> None:
+        if self._done.wait(self._timeout_s):
+            return
+        self.stacks = describe_stacks(exclude=threading.get_ident())
+        while not self._done.is_set():
+            if self._uses_signal:
+                signal.pthread_kill(self._target, signal.SIGUSR2)
+            else:
+                raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
+                raise_in(ctypes.c_ulong(self._target), ctypes.py_object(HangError))
+            self._done.wait(_AGAIN_S)
+
+    def _interrupt(self, _number: int, _frame: FrameType | None) -> None:
+        if not self._done.is_set():
+            raise HangError(f"no end after {self._timeout_s:g} s")
+
+
+def describe_stacks(*, exclude: int) -> str:
+    """Return the innermost frames of every Python thread but one."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    parts = []
+    for ident, frame in sys._current_frames().items():  # noqa: SLF001  # the documented way to see other threads
+        if ident != exclude:
+            stack = "".join(traceback.format_stack(frame)[-_FRAMES:])
+            parts.append(f"thread {names.get(ident, ident)}:\n{stack}")
+    return "\n".join(parts)

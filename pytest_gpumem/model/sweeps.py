@@ -1,0 +1,207 @@
+"""What a sweep found: points, their verdicts, and which sites it covered."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+#: How often a point's fault strikes: the Nth allocation only, or it and all later ones.
+MODES: Final = ("transient", "persistent")
+
+
+class Verdict(Enum):
+    """What a run with a fault ended in; the value is its name for people."""
+
+    RECOVERED = "recovered"
+    CLEAN_OOM = "clean OOM"
+    WRONG_RESULT = "wrong result"
+    LEAK = "leak"
+    SWALLOWED = "swallowed"
+    OTHER_ERROR = "other error"
+    HANG = "hang"
+    OVER_BUDGET = "over budget"
+
+    def passes(self, *, recover: bool) -> bool:
+        """Tell whether it is a good end.
+
+        Args:
+            recover: Whether the code must recover; else a clean OOM passes too.
+        """
+        return self is Verdict.RECOVERED or (self is Verdict.CLEAN_OOM and not recover)
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One fault of a sweep.
+
+    Attributes:
+        number: Which allocation fails, from 1 on.
+        mode: One of ``MODES``.
+        flavour: Which real-world error is raised.
+        rule: The injection rule, as text; it replays the point alone.
+        site: Where the code allocates, as text; empty where that is not known.
+    """
+
+    number: int
+    mode: str
+    flavour: str
+    rule: str
+    site: str = ""
+
+    def __str__(self) -> str:
+        where = f" at {self.site}" if self.site else ""
+        return f"allocation {self.number} fails, {self.mode}, {self.flavour}{where}"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one point.
+
+    Attributes:
+        point: The fault.
+        verdict: What the run ended in.
+        detail: The reason, for people; may have several lines.
+        left_bytes: Bytes on the cards afterwards that a clean run does not leave.
+        holders: Who holds them, outermost first, a line each.
+        seconds: How long the run took.
+        num_injected: Allocations that the fault refused.
+    """
+
+    point: Point
+    verdict: Verdict
+    detail: str = ""
+    left_bytes: int = 0
+    holders: tuple[str, ...] = ()
+    seconds: float = 0.0
+    num_injected: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the outcome as what JSON can hold; ``from_json`` reads it."""
+        point = self.point
+        return {
+            "number": point.number,
+            "mode": point.mode,
+            "flavour": point.flavour,
+            "rule": point.rule,
+            "site": point.site,
+            "verdict": self.verdict.value,
+            "detail": self.detail,
+            "left_bytes": self.left_bytes,
+            "holders": list(self.holders),
+            "seconds": self.seconds,
+            "num_injected": self.num_injected,
+        }
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Outcome:
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            KeyError: Something is missing.
+            ValueError: There is no such verdict.
+        """
+        point = Point(*(entry[key] for key in Point.__dataclass_fields__))
+        return cls(
+            point,
+            Verdict(entry["verdict"]),
+            entry["detail"],
+            entry["left_bytes"],
+            tuple(entry["holders"]),
+            entry["seconds"],
+            entry["num_injected"],
+        )
+
+
+@dataclass(slots=True)
+class SiteCoverage:
+    """What a sweep did at one place that allocates.
+
+    Attributes:
+        site: The place, as text.
+        num_allocations: Allocations there in a clean run.
+        num_failed: Of how many the failure was tried, over all modes and flavours.
+        verdicts: How those runs ended.
+    """
+
+    site: str
+    num_allocations: int = 0
+    num_failed: int = 0
+    verdicts: Counter[Verdict] = field(default_factory=Counter)
+
+    @property
+    def num_recovered(self) -> int:
+        """Runs that recovered."""
+        return self.verdicts[Verdict.RECOVERED]
+
+
+@dataclass(slots=True)
+class SweepReport:
+    """A sweep's findings.
+
+    Attributes:
+        name: What was swept.
+        recover: Whether recovery was demanded.
+        sites: Of each allocation of a clean run, where it was made; in order.
+        outcomes: Every point that was run (or read from an interrupted sweep).
+        num_resumed: How many of them were read.
+    """
+
+    name: str
+    recover: bool
+    sites: tuple[str, ...]
+    outcomes: list[Outcome] = field(default_factory=list)
+    num_resumed: int = 0
+
+    @property
+    def num_allocations(self) -> int:
+        """Allocations of a clean run that count."""
+        return len(self.sites)
+
+    @property
+    def failures(self) -> list[Outcome]:
+        """The points that did not end well."""
+        return [
+            each
+            for each in self.outcomes
+            if not each.verdict.passes(recover=self.recover)
+        ]
+
+    @property
+    def verdicts(self) -> Counter[Verdict]:
+        """How many points ended in each verdict."""
+        return Counter(each.verdict for each in self.outcomes)
+
+    @property
+    def seconds(self) -> float:
+        """How long the points took together."""
+        return sum(each.seconds for each in self.outcomes)
+
+    def coverage(self) -> list[SiteCoverage]:
+        """Return what was tried at each site, in the order of first allocation."""
+        by_site: dict[str, SiteCoverage] = {}
+        for site in self.sites:
+            by_site.setdefault(site, SiteCoverage(site)).num_allocations += 1
+        for outcome in self.outcomes:
+            row = by_site.setdefault(
+                outcome.point.site, SiteCoverage(outcome.point.site)
+            )
+            row.num_failed += 1
+            row.verdicts[outcome.verdict] += 1
+        return list(by_site.values())
+
+    def failures_by_site(self) -> dict[tuple[str, Verdict], list[Outcome]]:
+        """Return the failures grouped by site and verdict, the first ones first."""
+        return group(self.failures)
+
+
+def group(outcomes: Iterable[Outcome]) -> dict[tuple[str, Verdict], list[Outcome]]:
+    """Group outcomes by site and verdict."""
+    groups: dict[tuple[str, Verdict], list[Outcome]] = {}
+    for each in outcomes:
+        groups.setdefault((each.point.site, each.verdict), []).append(each)
+    return groups
