@@ -91,6 +91,10 @@ class NoValuesError(GpuMemError, RuntimeError):
         self.operation = operation
 
 
+class SweepError(GpuMemError, ValueError):
+    """A sweep makes no sense, or its code fails without any fault."""
+
+
 class CheckpointError(GpuMemError, RuntimeError):
     """A checkpoint cannot be built, found or trusted."""
 

@@ -69,7 +69,8 @@ class OomInjector:
         self.schedules.clear()
         self._needs_phase = False
 
-    def _refuses(self, device_index: int, nbytes: int) -> bool:
+    def refuses(self, device_index: int, nbytes: int) -> bool:
+        """Count a request of ``nbytes`` bytes and tell whether a rule refuses it."""
         if not self.schedules:
             return False
         phase = current_phase() if self._needs_phase else "other"
@@ -83,7 +84,7 @@ class OomInjector:
             from pytest_gpumem.devices.active import active_device  # noqa: PLC0415  # torch only when used
 
             device = active_device()
-        self._stack.enter_context(device.refusing(self._refuses))
+        self._stack.enter_context(device.refusing(self.refuses))
         return self
 
     def __exit__(

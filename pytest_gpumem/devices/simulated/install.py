@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from contextlib import contextmanager
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -33,6 +35,19 @@ if TYPE_CHECKING:
 _lock: Final = threading.RLock()
 
 
+def _namespaces() -> list[Any]:
+    """Return the modules where torch's Python code finds the functions of its C code."""
+    rooms = ("torch.cuda", "torch.accelerator")
+    return [
+        torch._C,
+        *(
+            module
+            for name, module in list(sys.modules.items())
+            if name.startswith(rooms) and isinstance(module, ModuleType)
+        ),
+    ]
+
+
 class Installation:
     """The simulated device in this process, from ``install`` to ``remove``.
 
@@ -59,8 +74,12 @@ class Installation:
 
     def _patch(self) -> None:
         patches = self._patches
-        for name, value in C_FUNCTIONS.items():
-            patches.set(torch._C, name, value)  # where torch.cuda looks
+        for module in _namespaces():
+            for name, value in C_FUNCTIONS.items():
+                # torch.cuda looks in torch._C; some of its modules, by version, have
+                # bound a function's name to themselves.
+                if module is torch._C or name in vars(module):
+                    patches.set(module, name, value)
         for name, value in cuda_names().items():
             patches.set(torch.cuda, name, value)
         patches.set(torch.cuda.streams, "Stream", Stream)

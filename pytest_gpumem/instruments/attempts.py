@@ -1,0 +1,229 @@
+"""One run of a sweep's body, with a fault or without, and its verdict."""
+
+from __future__ import annotations
+
+import gc
+import time
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import torch
+
+from pytest_gpumem.errors import SweepError
+from pytest_gpumem.instruments.equality import difference, portrait
+from pytest_gpumem.instruments.frames import clear_exception
+from pytest_gpumem.instruments.holders import blocks_on_cards, find_holders
+from pytest_gpumem.instruments.injector import OomInjector
+from pytest_gpumem.instruments.surroundings import (
+    RandomState,
+    allocated_bytes,
+    num_ooms,
+    settle,
+)
+from pytest_gpumem.instruments.watchdog import HangError, Watchdog
+from pytest_gpumem.model.sweeps import Outcome, Point, Verdict
+from pytest_gpumem.sizes import format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from pytest_gpumem.devices import Device
+    from pytest_gpumem.model.rules import Rule
+
+#: The flavour that no handler may swallow.
+NOT_OOM: Final = "not-oom"
+#: Leaks whose holders are looked for; each search walks the whole heap.
+_SEARCHES: Final = 8
+
+
+class Attempt(NamedTuple):
+    """What one run ended in.
+
+    Attributes:
+        portrait: Of its result; None if it raised.
+        error: What it raised, in words; None if nothing.
+        is_oom: Whether that was an OOM, or chained to one.
+        hung: Whether it had to be ended.
+        extra_ooms: Failed allocations beyond the injected ones.
+        num_injected: Allocations that the fault refused.
+        left_bytes: Bytes on the cards afterwards.
+        logged_bytes: Bytes that only captured log records held.
+        seconds: How long it took.
+    """
+
+    portrait: Any
+    error: str | None
+    is_oom: bool
+    hung: bool
+    extra_ooms: int
+    num_injected: int
+    left_bytes: int
+    logged_bytes: int
+    seconds: float
+
+
+class Attempts:
+    """Runs a body again and again from the same start.
+
+    Args:
+        body: The code under test.
+        setup: Makes its arguments.
+        same: Tells whether two portraits are the same; None means by value.
+        device: The cards.
+    """
+
+    def __init__(
+        self,
+        body: Callable[..., Any],
+        setup: Callable[[], Sequence[Any]],
+        same: Callable[[Any, Any], bool] | None,
+        device: Device,
+    ) -> None:
+        self._body = body
+        self._setup = setup
+        self._same = same
+        self.device: Final = device
+        self._random = RandomState()
+        self._reference: Attempt | None = None
+        self._searches = 0
+
+    def clean(self) -> Attempt:
+        """Run without a fault; the last such run is the reference.
+
+        Raises:
+            SweepError: The body fails; its own error is the cause.
+        """
+        attempt = self._run(None, None)
+        self._reference = attempt
+        return attempt
+
+    def judge(self, point: Point, rule: Rule, timeout_s: float) -> Outcome | None:
+        """Run with a fault; None if it was never reached."""
+        before = blocks_on_cards()
+        attempt = self._run(rule, timeout_s)
+        if not attempt.num_injected and not attempt.hung:
+            return None
+        verdict, detail = self._verdict(point, attempt)
+        left = attempt.left_bytes - (self._reference or attempt).left_bytes
+        holders: tuple[str, ...] = ()
+        if left > 0:
+            holders = self._holders(before)
+            if verdict.passes(recover=False):
+                verdict = Verdict.LEAK
+        if attempt.logged_bytes > 0:
+            note = (
+                f"{format_size(attempt.logged_bytes)} were held by captured log records "
+                "alone; that is pytest's log capture, not the code"
+            )
+            detail = f"{detail}\n{note}".strip()
+        return Outcome(
+            point,
+            verdict,
+            detail,
+            max(left, 0),
+            holders,
+            attempt.seconds,
+            attempt.num_injected,
+        )
+
+    def _holders(self, before: set[int]) -> tuple[str, ...]:
+        self._searches += 1
+        if self._searches > _SEARCHES:
+            return ()
+        gc.unfreeze()
+        try:
+            return tuple(str(each) for each in find_holders(self.device, before))
+        finally:
+            gc.freeze()
+
+    def _verdict(self, point: Point, attempt: Attempt) -> tuple[Verdict, str]:
+        error = attempt.error
+        if attempt.hung:
+            return Verdict.HANG, error or ""
+        if error is None:
+            if point.flavour == NOT_OOM:
+                return Verdict.SWALLOWED, "an error that is no OOM vanished"
+            wrong = self._wrong(attempt)
+            return (Verdict.WRONG_RESULT, wrong) if wrong else (Verdict.RECOVERED, "")
+        if attempt.is_oom:
+            if attempt.extra_ooms > 0 and point.flavour != NOT_OOM:
+                return (
+                    Verdict.OVER_BUDGET,
+                    f"{attempt.extra_ooms} allocation(s) beyond the injected one found "
+                    f"no room: {error}",
+                )
+            return Verdict.CLEAN_OOM, error
+        return Verdict.OTHER_ERROR, error
+
+    def _wrong(self, attempt: Attempt) -> str | None:
+        reference = self._reference
+        assert reference is not None, "unreachable: clean runs come first"  # noqa: S101  # states why
+        if self._same is None:
+            return difference(reference.portrait, attempt.portrait)
+        if self._same(reference.portrait, attempt.portrait):
+            return None
+        return "the result is not the same as without a fault"
+
+    def _run(self, rule: Rule | None, timeout_s: float | None) -> Attempt:
+        arguments = self._setup()
+        self._random.restore()
+        device = self.device
+        start_bytes, start_ooms = allocated_bytes(device), num_ooms(device)
+        injector = OomInjector(*(() if rule is None else (rule,)), device=device)
+        watchdog = Watchdog(timeout_s)
+        picture, error, is_oom, hung = None, None, False, False
+        started_s = time.perf_counter()
+        try:
+            with watchdog, injector:
+                result = self._body(*arguments)
+            picture = portrait(result)
+            del result
+        except HangError as caught:
+            hung, error = True, f"{caught}\n{watchdog.stacks or ''}"
+            clear_exception(caught)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as caught:  # the verdict is on whatever it is
+            if rule is None:
+                raise SweepError(
+                    f"the code fails without any fault: {_words(caught)}"
+                ) from caught
+            error, is_oom = _words(caught), _is_injected(caught, rule)
+        seconds = time.perf_counter() - started_s
+        del arguments
+        extra = num_ooms(device) - start_ooms - injector.num_injected
+        left, logged = settle(device, start_bytes)
+        return Attempt(
+            picture,
+            error,
+            is_oom,
+            hung,
+            extra,
+            injector.num_injected,
+            left,
+            logged,
+            seconds,
+        )
+
+
+def _words(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text[:400]}" if text else type(error).__name__
+
+
+def chain_of(error: BaseException) -> list[BaseException]:
+    """Return an error and all that it is chained to or groups."""
+    found: list[BaseException] = []
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        current = waiting.pop()
+        if current is None or any(current is each for each in found):
+            continue
+        found.append(current)
+        waiting += [current.__cause__, current.__context__]
+        waiting += getattr(current, "exceptions", ())
+    return found
+
+
+def _is_injected(error: BaseException, rule: Rule) -> bool:
+    del rule
+    return any(isinstance(each, torch.OutOfMemoryError) for each in chain_of(error))

@@ -1,0 +1,294 @@
+"""Make each allocation of a piece of code fail in turn, and judge every run.
+
+Note [The method]
+The code runs once to warm up and once more to count its allocations. Then, for
+N = 1, 2, ..., it runs with its Nth allocation failing: once that one alone
+(transient), once that one and all later ones (persistent). It stops when a run ends
+with its fault unused, not when a run succeeds: code that recovers succeeds at N = 1.
+The method is that of SQLite's ``do_malloc_test`` and of Linux's ``fail-nth``.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+from pytest_gpumem.devices.active import active_device
+from pytest_gpumem.errors import SweepError
+from pytest_gpumem.instruments.attempts import Attempt, Attempts
+from pytest_gpumem.instruments.injector import OomInjector
+from pytest_gpumem.instruments.recorder import describe_site
+from pytest_gpumem.instruments.surroundings import frozen_heap
+from pytest_gpumem.instruments.sweep_state import SweepState
+from pytest_gpumem.model.rules import Rule, parse_rule
+from pytest_gpumem.model.sweeps import MODES, Outcome, Point, SweepReport
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Iterator, Sequence
+
+    from pytest_gpumem.devices import Device
+
+#: A run may take so many times as long as the clean one, and at least so long.
+_PATIENCE: Final = 20.0
+_LEAST_S: Final = 10.0
+#: An allocation that no run reaches.
+_NEVER: Final = 2**31
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepPlan:
+    """What a sweep does.
+
+    Attributes:
+        points: ``"all"`` allocations, the first of each of the ``"sites"``, or so many
+            of them, spread evenly.
+        modes: Which of ``"transient"`` and ``"persistent"``.
+        flavours: Which real-world errors; ``"native"`` is the allocator's own.
+        rule: Which allocations count, for example ``"load"`` or ``"any:min=1MiB"``.
+        recover: Whether the code must recover; else a clean OOM is good too.
+        timeout_s: Seconds until a run is judged a hang; None means 20 times the clean
+            run's, at least 10.
+        only: A rule that names one point, to run that alone.
+        shard: ``(index, count)``: every count-th point, from the index-th on.
+
+    Raises:
+        SweepError: A value makes no sense.
+        RuleError: A rule cannot be read.
+    """
+
+    points: str | int = "all"
+    modes: Sequence[str] = MODES
+    flavours: Sequence[str] = ("native",)
+    rule: str = "any"
+    recover: bool = False
+    timeout_s: float | None = None
+    only: str | None = None
+    shard: tuple[int, int] = (0, 1)
+
+    def __post_init__(self) -> None:
+        points = self.points
+        counts = isinstance(points, int) and not isinstance(points, bool) and points > 0
+        if points not in ("all", "sites") and not counts:
+            raise SweepError(
+                f"points={points!r}; accepted are 'all', 'sites' or a number from 1 on"
+            )
+        for mode in self.modes:
+            if mode not in MODES:
+                raise SweepError(f"mode {mode!r}; accepted are {', '.join(MODES)}")
+        if not self.modes or isinstance(self.modes, str):
+            raise SweepError(
+                f"modes={self.modes!r}; give a list, such as {list(MODES)}"
+            )
+        if not self.flavours or isinstance(self.flavours, str):
+            raise SweepError(f"flavours={self.flavours!r}; give a list of flavours")
+        if self.timeout_s is not None and self.timeout_s <= 0:
+            raise SweepError(f"timeout_s={self.timeout_s!r}; give seconds above 0")
+        for flavour in self.flavours:
+            self.rule_of(1, "transient", flavour)
+        if self.only is not None:
+            parse_rule(self.only)
+
+    def base(self) -> Rule:
+        """Return the rule of a point but for its number."""
+        return parse_rule(self.rule)
+
+    def rule_of(self, number: int, mode: str, flavour: str) -> Rule:
+        """Return the rule of one point.
+
+        Raises:
+            RuleError: The plan's rule, or the flavour, makes no sense.
+        """
+        times = None if mode == "persistent" else 1
+        rule = replace(self.base(), nth=number, times=times)
+        if flavour != "native":
+            rule = parse_rule(f"{rule},flavour={flavour}")
+        return rule
+
+
+def sweep_ooms(
+    body: Callable[..., Any],
+    *args: Any,
+    setup: Callable[[], Sequence[Any]] | None = None,
+    same: Callable[[Any, Any], bool] | None = None,
+    name: str | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    progress: Callable[[int, int, Outcome], None] | None = None,
+    device: Device | None = None,
+    **plan: Any,
+) -> SweepReport:
+    """Fail every allocation of ``body(*args)`` in turn and judge what comes of it.
+
+    Before each run random states are put back, caches emptied and the arguments made
+    anew if there is a factory for them. A run's result is compared with that of a run
+    without faults: tensors by value, wherever they lie, modules by their state.
+
+    Args:
+        body: The code under test; returns a result to compare.
+        args: Its arguments, the same for each run.
+        setup: Makes the arguments instead, before each run, without faults.
+        same: Tells whether a run's result is right, given the clean one's portrait and
+            its own; None means by value within what the dtypes explain.
+        name: What is swept, for texts; None means the body's name.
+        resume: A file that keeps what was done; a sweep that was interrupted goes on
+            from there.
+        progress: Told after each point: points done, points in all, the outcome.
+        device: Where; None means the active device.
+        plan: The fields of ``SweepPlan``: ``points``, ``modes``, ``flavours``,
+            ``rule``, ``recover``, ``timeout_s``, ``only``.
+
+    Returns:
+        The report; its ``failures`` are the points that ended badly.
+
+    Raises:
+        SweepError: The plan makes no sense, or the body fails without any fault.
+        RuleError: The plan's rule cannot be read.
+
+    Example::
+
+        report = sweep_ooms(lambda: load_with_fallback(path)(batch), recover=True)
+        assert not report.failures
+
+    Limits: state outside the arguments (module globals, thread pools) is what the
+    body leaves it; threads that allocate in no fixed order make the Nth allocation a
+    different one from run to run.
+    """
+    wanted = SweepPlan(**plan)
+    if setup is not None and args:
+        raise SweepError("give the arguments or a setup that makes them, not both")
+    sweep = _Sweep(
+        attempts=Attempts(
+            body,
+            setup or (lambda: args),
+            same,
+            active_device() if device is None else device,
+        ),
+        plan=wanted,
+        name=name or str(getattr(body, "__qualname__", repr(body))),
+    )
+    with frozen_heap():
+        return sweep.run(resume, progress or (lambda _done, _total, _outcome: None))
+
+
+class _Sweep:
+    def __init__(self, attempts: Attempts, plan: SweepPlan, name: str) -> None:
+        self._attempts = attempts
+        self._plan = plan
+        self._name = name
+
+    def run(
+        self,
+        resume: str | os.PathLike[str] | None,
+        progress: Callable[[int, int, Outcome], None],
+    ) -> SweepReport:
+        clean = self._attempts.clean()
+        sites = self._count()
+        timeout_s = self._plan.timeout_s or max(_LEAST_S, _PATIENCE * clean.seconds)
+        report = SweepReport(self._name, self._plan.recover, sites)
+        state = SweepState(resume, self._name, len(sites), self._plan)
+        points = list(self._points(sites))
+        with state:
+            for done, point in enumerate(points, start=1):
+                outcome = state.known(point)
+                if outcome is None:
+                    outcome = self._attempts.judge(
+                        point, parse_rule(point.rule), timeout_s
+                    )
+                    if outcome is None:
+                        continue  # the fault was not reached
+                    state.note(outcome)
+                else:
+                    report.num_resumed += 1
+                report.outcomes.append(outcome)
+                progress(done, len(points), outcome)
+            if self._is_whole:
+                self._run_on(report, len(sites), timeout_s, progress)
+            state.finish()
+        return report
+
+    @property
+    def _is_whole(self) -> bool:
+        plan = self._plan
+        return plan.points == "all" and plan.only is None and plan.shard[0] == 0
+
+    def _run_on(
+        self,
+        report: SweepReport,
+        count: int,
+        timeout_s: float,
+        progress: Callable[[int, int, Outcome], None],
+    ) -> None:
+        """Go on until a run ends with its fault unused: only that is the end."""
+        for mode in self._plan.modes:
+            for flavour in self._plan.flavours:
+                for number in range(count + 1, 2 * count + 2):
+                    point = self._point(number, mode, flavour, "")
+                    outcome = self._attempts.judge(
+                        point, parse_rule(point.rule), timeout_s
+                    )
+                    if outcome is None:
+                        break
+                    report.outcomes.append(outcome)
+                    progress(len(report.outcomes), len(report.outcomes), outcome)
+
+    def _count(self) -> tuple[str, ...]:
+        """Return the site of each allocation that counts in a clean run."""
+        rule = replace(self._plan.base(), nth=_NEVER, times=1)
+        injector = OomInjector(rule, device=self._attempts.device)
+        schedule = injector.schedules[0]
+        sites: list[str] = []
+        lock = threading.Lock()
+
+        def count(device_index: int, nbytes: int) -> bool:
+            with lock:
+                before = schedule.num_counted
+                injector.refuses(device_index, nbytes)
+                if schedule.num_counted > before:
+                    sites.append(describe_site(sys._getframe(1)))  # noqa: SLF001  # the documented way to walk a stack
+            return False
+
+        with ExitStack() as stack:
+            stack.enter_context(self._attempts.device.refusing(count))
+            self._attempts.clean()
+        if not sites:
+            raise SweepError(
+                f"{self._name} makes no allocation that {str(self._plan.base().phase)!r} "
+                "counts: there is nothing to sweep; does it use the card?"
+            )
+        return tuple(sites)
+
+    def _points(self, sites: tuple[str, ...]) -> Iterator[Point]:
+        plan = self._plan
+        if plan.only is not None:
+            rule = parse_rule(plan.only)
+            mode = "persistent" if rule.times is None else "transient"
+            site = sites[rule.nth - 1] if rule.nth <= len(sites) else ""
+            flavour = getattr(rule, "flavour", "native")
+            yield Point(rule.nth, mode, flavour, str(rule), site)
+            return
+        index, count = plan.shard
+        for mode in plan.modes:
+            for flavour in plan.flavours:
+                for number in self._numbers(sites)[index::count]:
+                    yield self._point(number, mode, flavour, sites[number - 1])
+
+    def _point(self, number: int, mode: str, flavour: str, site: str) -> Point:
+        rule = self._plan.rule_of(number, mode, flavour)
+        return Point(number, mode, flavour, str(rule), site)
+
+    def _numbers(self, sites: tuple[str, ...]) -> list[int]:
+        points = self._plan.points
+        count = len(sites)
+        if points == "sites":
+            return [sites.index(site) + 1 for site in dict.fromkeys(sites)]
+        if isinstance(points, int) and points < count:
+            return sorted(
+                {1 + round(i * (count - 1) / max(points - 1, 1)) for i in range(points)}
+            )
+        return list(range(1, count + 1))
+
+
+__all__ = ["Attempt", "SweepPlan", "sweep_ooms"]

@@ -1,0 +1,101 @@
+"""What a sweep has done, on disk, so that an interrupted one can go on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from pytest_gpumem.model.sweeps import Outcome, Point
+
+if TYPE_CHECKING:
+    import os
+    from types import TracebackType
+
+
+class SweepState:
+    """A file with one line for each point that was run, until the sweep is whole.
+
+    A file of another body or plan, of a body that allocates otherwise now, or one that
+    cannot be read is of no use and begun anew.
+
+    Args:
+        path: The file; None keeps nothing.
+        name: What is swept.
+        num_allocations: Allocations of a clean run.
+        plan: What the sweep does.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None,
+        name: str,
+        num_allocations: int,
+        plan: object,
+    ) -> None:
+        self._path = None if path is None else Path(path)
+        self._header = {
+            "name": name,
+            "allocations": num_allocations,
+            "plan": repr(plan),
+        }
+        self._known: dict[Point, Outcome] = {}
+        self._stream: TextIO | None = None
+        self._is_finished = False
+
+    def known(self, point: Point) -> Outcome | None:
+        """Return what became of a point in the interrupted sweep."""
+        return self._known.get(point)
+
+    def note(self, outcome: Outcome) -> None:
+        """Keep what became of a point."""
+        if self._stream is not None:
+            self._stream.write(json.dumps(outcome.to_json()) + "\n")
+            self._stream.flush()
+
+    def finish(self) -> None:
+        """Forget everything: the sweep is whole."""
+        self._is_finished = True
+
+    def __enter__(self) -> SweepState:  # noqa: PYI034  # Self needs Python 3.11
+        if self._path is not None:
+            self._known = self._read(self._path)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            entries = [self._header, *(each.to_json() for each in self._known.values())]
+            fresh = self._path.with_suffix(".new")
+            fresh.write_text(
+                "".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8"
+            )
+            fresh.replace(self._path)
+            self._stream = self._path.open("a", encoding="utf-8")
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        if self._stream is not None and self._path is not None:
+            self._stream.close()
+            if self._is_finished:
+                self._path.unlink(missing_ok=True)
+
+    def _read(self, path: Path) -> dict[Point, Outcome]:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            header: Any = json.loads(lines[0])
+        except (OSError, ValueError, IndexError):
+            return {}
+        if header != self._header:
+            return {}
+        outcomes = (_outcome(line) for line in lines[1:])
+        return {each.point: each for each in outcomes if each is not None}
+
+
+def _outcome(line: str) -> Outcome | None:
+    """Read a line; None for one that a killed process wrote in part."""
+    try:
+        return Outcome.from_json(json.loads(line))
+    except (ValueError, KeyError, TypeError):
+        return None

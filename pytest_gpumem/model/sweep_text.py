@@ -1,0 +1,93 @@
+"""A sweep's findings in words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from pytest_gpumem.model.sweeps import Outcome, SweepReport, Verdict
+from pytest_gpumem.sizes import format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+#: How many points of a group are shown one by one; the others are counted.
+_SHOWN: Final = 3
+
+
+def summarise(report: SweepReport) -> str:
+    """Return the outcome of a sweep on one line."""
+    counts = ", ".join(
+        f"{report.verdicts[verdict]} {verdict.value}"
+        for verdict in Verdict
+        if report.verdicts[verdict]
+    )
+    resumed = f", {report.num_resumed} of them resumed" if report.num_resumed else ""
+    return (
+        f"{report.num_allocations} allocations at "
+        f"{len(set(report.sites))} sites, {len(report.outcomes)} points{resumed}: "
+        f"{counts or 'none run'} ({report.seconds:.1f} s)"
+    )
+
+
+def explain(report: SweepReport, replay: Callable[[str], str]) -> str:
+    """Return the failing points, grouped by site and verdict, each with its replay.
+
+    Args:
+        report: The sweep.
+        replay: Turns a point's rule into the line that replays it alone.
+    """
+    groups = report.failures_by_site()
+    if not groups:
+        return ""
+    demand = "recover from" if report.recover else "survive"
+    lines = [
+        f"{report.name} does not {demand} {len(report.failures)} of "
+        f"{len(report.outcomes)} faults"
+    ]
+    for (site, verdict), outcomes in groups.items():
+        lines.append(f"{verdict.value} at {site or 'an unknown site'}:")
+        for outcome in outcomes[:_SHOWN]:
+            lines += [f"  {line}" for line in describe(outcome, replay).splitlines()]
+        if len(outcomes) > _SHOWN:
+            lines.append(f"  ... and {len(outcomes) - _SHOWN} more like these:")
+            lines += [f"    {replay(each.point.rule)}" for each in outcomes[_SHOWN:]]
+    return "\n".join(lines)
+
+
+def describe(outcome: Outcome, replay: Callable[[str], str]) -> str:
+    """Return what became of one point, and the line that replays it."""
+    point = outcome.point
+    lines = [
+        f"allocation {point.number}, {point.mode}, {point.flavour}: "
+        f"{outcome.verdict.value}"
+    ]
+    lines += [f"  {line}" for line in outcome.detail.splitlines()]
+    if outcome.left_bytes > 0:
+        lines.append(f"  {format_size(outcome.left_bytes)} stay on the card")
+        lines += [f"    {holder}" for holder in outcome.holders]
+    lines.append(f"  replay: {replay(point.rule)}")
+    return "\n".join(lines)
+
+
+def coverage_table(report: SweepReport) -> str:
+    """Return, for each site, how often it allocates, failed and was recovered from."""
+    rows = [("allocates", "failed", "recovered", "site")]
+    rows += [
+        (
+            str(row.num_allocations),
+            str(row.num_failed),
+            str(row.num_recovered),
+            row.site or "unknown",
+        )
+        for row in report.coverage()
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n".join(
+        "  ".join(
+            [
+                *(cell.rjust(width) for cell, width in zip(row, widths, strict=False)),
+                row[3],
+            ]
+        )
+        for row in rows
+    )
