@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from pytest_gpumem.instruments.budget import vram_budget
     from pytest_gpumem.instruments.injector import OomInjector
     from pytest_gpumem.instruments.recorder import PeakRecorder
+    from pytest_gpumem.instruments.sweep import sweep_ooms
     from pytest_gpumem.instruments.verdict import LoadVerdict, judge_load
     from pytest_gpumem.model.records import MemoryFigures
     from pytest_gpumem.model.rules import Rule, parse_rule
+    from pytest_gpumem.model.sweeps import Outcome, Point, SweepReport, Verdict
     from pytest_gpumem.sizes import format_size, parse_size
 
 _HOMES: Final = {
@@ -32,8 +34,12 @@ _HOMES: Final = {
     "LoadVerdict": "instruments.verdict",
     "MemoryFigures": "model.records",
     "OomInjector": "instruments.injector",
+    "Outcome": "model.sweeps",
+    "Point": "model.sweeps",
     "PeakRecorder": "instruments.recorder",
     "Rule": "model.rules",
+    "SweepReport": "model.sweeps",
+    "Verdict": "model.sweeps",
     "__version__": "_version",
     "active_device": "devices.active",
     "find_card": "cards",
@@ -43,6 +49,7 @@ _HOMES: Final = {
     "parse_rule": "model.rules",
     "parse_size": "sizes",
     "simulated_device": "devices.simulated.install",
+    "sweep_ooms": "instruments.sweep",
     "vram_budget": "instruments.budget",
 }
 
@@ -53,8 +60,12 @@ __all__ = [
     "LoadVerdict",
     "MemoryFigures",
     "OomInjector",
+    "Outcome",
     "PeakRecorder",
+    "Point",
     "Rule",
+    "SweepReport",
+    "Verdict",
     "__version__",
     "active_device",
     "find_card",
@@ -64,6 +75,7 @@ __all__ = [
     "parse_rule",
     "parse_size",
     "simulated_device",
+    "sweep_ooms",
     "vram_budget",
 ]
 

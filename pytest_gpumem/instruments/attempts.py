@@ -20,7 +20,7 @@ from pytest_gpumem.instruments.surroundings import (
     settle,
 )
 from pytest_gpumem.instruments.watchdog import HangError, Watchdog
-from pytest_gpumem.model.sweeps import Outcome, Point, Verdict
+from pytest_gpumem.model.sweeps import NOT_OOM, Outcome, Point, Verdict
 from pytest_gpumem.sizes import format_size
 
 if TYPE_CHECKING:
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices import Device
     from pytest_gpumem.model.rules import Rule
 
-#: The flavour that no handler may swallow.
-NOT_OOM: Final = "not-oom"
 #: Leaks whose holders are looked for; each search walks the whole heap.
 _SEARCHES: Final = 8
 
@@ -42,6 +40,7 @@ class Attempt(NamedTuple):
         portrait: Of its result; None if it raised.
         error: What it raised, in words; None if nothing.
         is_oom: Whether that was an OOM, or chained to one.
+        is_wrong: Whether that was a broken assertion.
         hung: Whether it had to be ended.
         extra_ooms: Failed allocations beyond the injected ones.
         num_injected: Allocations that the fault refused.
@@ -53,6 +52,7 @@ class Attempt(NamedTuple):
     portrait: Any
     error: str | None
     is_oom: bool
+    is_wrong: bool
     hung: bool
     extra_ooms: int
     num_injected: int
@@ -85,6 +85,8 @@ class Attempts:
         self._random = RandomState()
         self._reference: Attempt | None = None
         self._searches = 0
+        #: What was on the cards before, however old.
+        self._known = blocks_on_cards()
 
     def clean(self) -> Attempt:
         """Run without a fault; the last such run is the reference.
@@ -131,28 +133,35 @@ class Attempts:
             return ()
         gc.unfreeze()
         try:
-            return tuple(str(each) for each in find_holders(self.device, before))
+            found = find_holders(self.device, before | self._known)
+            self._known = blocks_on_cards()
+            return tuple(str(each) for each in found)
         finally:
             gc.freeze()
 
     def _verdict(self, point: Point, attempt: Attempt) -> tuple[Verdict, str]:
         error = attempt.error
-        if attempt.hung:
-            return Verdict.HANG, error or ""
         if error is None:
-            if point.flavour == NOT_OOM:
-                return Verdict.SWALLOWED, "an error that is no OOM vanished"
-            wrong = self._wrong(attempt)
-            return (Verdict.WRONG_RESULT, wrong) if wrong else (Verdict.RECOVERED, "")
-        if attempt.is_oom:
-            if attempt.extra_ooms > 0 and point.flavour != NOT_OOM:
-                return (
-                    Verdict.OVER_BUDGET,
-                    f"{attempt.extra_ooms} allocation(s) beyond the injected one found "
-                    f"no room: {error}",
-                )
-            return Verdict.CLEAN_OOM, error
-        return Verdict.OTHER_ERROR, error
+            return self._verdict_on_result(point, attempt)
+        if attempt.hung:
+            return Verdict.HANG, error
+        if attempt.is_wrong:
+            return Verdict.WRONG_RESULT, error
+        if not attempt.is_oom:
+            return Verdict.OTHER_ERROR, error
+        if attempt.extra_ooms > 0 and point.flavour != NOT_OOM:
+            return (
+                Verdict.OVER_BUDGET,
+                f"{attempt.extra_ooms} allocation(s) beyond the injected one found no "
+                f"room: {error}",
+            )
+        return Verdict.CLEAN_OOM, error
+
+    def _verdict_on_result(self, point: Point, attempt: Attempt) -> tuple[Verdict, str]:
+        if point.flavour == NOT_OOM:
+            return Verdict.SWALLOWED, "an error that is no OOM vanished"
+        wrong = self._wrong(attempt)
+        return (Verdict.WRONG_RESULT, wrong) if wrong else (Verdict.RECOVERED, "")
 
     def _wrong(self, attempt: Attempt) -> str | None:
         reference = self._reference
@@ -170,7 +179,7 @@ class Attempts:
         start_bytes, start_ooms = allocated_bytes(device), num_ooms(device)
         injector = OomInjector(*(() if rule is None else (rule,)), device=device)
         watchdog = Watchdog(timeout_s)
-        picture, error, is_oom, hung = None, None, False, False
+        picture, error, is_oom, is_wrong, hung = None, None, False, False, False
         started_s = time.perf_counter()
         try:
             with watchdog, injector:
@@ -183,11 +192,14 @@ class Attempts:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as caught:  # the verdict is on whatever it is
+            if rule is None and not isinstance(caught, Exception):
+                raise  # a skip, or an interruption: the caller's own affair
             if rule is None:
                 raise SweepError(
                     f"the code fails without any fault: {_words(caught)}"
                 ) from caught
             error, is_oom = _words(caught), _is_injected(caught, rule)
+            is_wrong = isinstance(caught, AssertionError)
         seconds = time.perf_counter() - started_s
         del arguments
         extra = num_ooms(device) - start_ooms - injector.num_injected
@@ -196,6 +208,7 @@ class Attempts:
             picture,
             error,
             is_oom,
+            is_wrong,
             hung,
             extra,
             injector.num_injected,
@@ -210,8 +223,19 @@ def _words(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:400]}" if text else type(error).__name__
 
 
+def _is_injected(error: BaseException, rule: Rule) -> bool:
+    """Tell whether an error is the injected one, or was raised from it on purpose."""
+    del rule
+    return any(isinstance(each, torch.OutOfMemoryError) for each in chain_of(error))
+
+
 def chain_of(error: BaseException) -> list[BaseException]:
-    """Return an error and all that it is chained to or groups."""
+    """Return an error and those that it was raised from.
+
+    That is its explicit cause, the members of a group, and the error that was being
+    handled where the handler itself raises. An error that comes up inside a function
+    that the handler calls is a new one: the handler failed.
+    """
     found: list[BaseException] = []
     waiting: list[BaseException | None] = [error]
     while waiting:
@@ -219,11 +243,19 @@ def chain_of(error: BaseException) -> list[BaseException]:
         if current is None or any(current is each for each in found):
             continue
         found.append(current)
-        waiting += [current.__cause__, current.__context__]
+        waiting.append(current.__cause__)
         waiting += getattr(current, "exceptions", ())
+        if _is_raised_by_handler(current):
+            waiting.append(current.__context__)
     return found
 
 
-def _is_injected(error: BaseException, rule: Rule) -> bool:
-    del rule
-    return any(isinstance(each, torch.OutOfMemoryError) for each in chain_of(error))
+def _is_raised_by_handler(error: BaseException) -> bool:
+    """Tell whether the frame that caught an error's context is the one that raised it."""
+    context = error.__context__
+    if context is None or context.__traceback__ is None or error.__traceback__ is None:
+        return False
+    last = error.__traceback__
+    while last.tb_next is not None:
+        last = last.tb_next
+    return last.tb_frame is context.__traceback__.tb_frame

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 #: Seconds between attempts: code that catches everything is told again.
 _AGAIN_S: Final = 0.5
 _FRAMES: Final = 12
+_OURS: Final = str(Path(__file__).parent)
 
 
 class HangError(BaseException):
@@ -102,6 +104,11 @@ def describe_stacks(*, exclude: int) -> str:
     parts = []
     for ident, frame in sys._current_frames().items():  # noqa: SLF001  # the documented way to see other threads
         if ident != exclude:
-            stack = "".join(traceback.format_stack(frame)[-_FRAMES:])
-            parts.append(f"thread {names.get(ident, ident)}:\n{stack}")
+            stack = [
+                each
+                for each in traceback.extract_stack(frame)
+                if not each.filename.startswith(_OURS)
+            ]
+            text = "".join(traceback.format_list(stack[-_FRAMES:]))
+            parts.append(f"thread {names.get(ident, ident)}:\n{text}")
     return "\n".join(parts)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 #: How many points of a group are shown one by one; the others are counted.
-_SHOWN: Final = 3
+SHOWN: Final = 3
 
 
 def summarise(report: SweepReport) -> str:
@@ -29,12 +29,15 @@ def summarise(report: SweepReport) -> str:
     )
 
 
-def explain(report: SweepReport, replay: Callable[[str], str]) -> str:
+def explain(
+    report: SweepReport, replay: Callable[[str], str], *, detailed: bool = True
+) -> str:
     """Return the failing points, grouped by site and verdict, each with its replay.
 
     Args:
         report: The sweep.
         replay: Turns a point's rule into the line that replays it alone.
+        detailed: Whether the points themselves are described, not only counted.
     """
     groups = report.failures_by_site()
     if not groups:
@@ -45,22 +48,31 @@ def explain(report: SweepReport, replay: Callable[[str], str]) -> str:
         f"{len(report.outcomes)} faults"
     ]
     for (site, verdict), outcomes in groups.items():
-        lines.append(f"{verdict.value} at {site or 'an unknown site'}:")
-        for outcome in outcomes[:_SHOWN]:
+        place = site or "an unknown site"
+        if not detailed:
+            first = replay(outcomes[0].point.rule)
+            lines.append(f"{len(outcomes)} x {verdict.value} at {place}\n  {first}")
+            continue
+        lines.append(f"{verdict.value} at {place}:")
+        for outcome in outcomes[:SHOWN]:
             lines += [f"  {line}" for line in describe(outcome, replay).splitlines()]
-        if len(outcomes) > _SHOWN:
-            lines.append(f"  ... and {len(outcomes) - _SHOWN} more like these:")
-            lines += [f"    {replay(each.point.rule)}" for each in outcomes[_SHOWN:]]
+        if len(outcomes) > SHOWN:
+            lines.append(f"  ... and {len(outcomes) - SHOWN} more like these:")
+            lines += [f"    {replay(each.point.rule)}" for each in outcomes[SHOWN:]]
     return "\n".join(lines)
 
 
-def describe(outcome: Outcome, replay: Callable[[str], str]) -> str:
+def describe(
+    outcome: Outcome, replay: Callable[[str], str], *, detailed: bool = True
+) -> str:
     """Return what became of one point, and the line that replays it."""
     point = outcome.point
     lines = [
         f"allocation {point.number}, {point.mode}, {point.flavour}: "
         f"{outcome.verdict.value}"
     ]
+    if not detailed:
+        return f"{lines[0]}, as before at this site\n  replay: {replay(point.rule)}"
     lines += [f"  {line}" for line in outcome.detail.splitlines()]
     if outcome.left_bytes > 0:
         lines.append(f"  {format_size(outcome.left_bytes)} stay on the card")

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 MODES: Final = ("transient", "persistent")
 
 
+#: The flavour of the error that no handler may swallow.
+NOT_OOM: Final = "not-oom"
+
+
 class Verdict(Enum):
     """What a run with a fault ended in; the value is its name for people."""
 
@@ -79,6 +83,15 @@ class Outcome:
     holders: tuple[str, ...] = ()
     seconds: float = 0.0
     num_injected: int = 0
+
+    def passes(self, *, recover: bool) -> bool:
+        """Tell whether the run ended well.
+
+        Args:
+            recover: Whether the code must recover from an OOM; an error that is none
+                must always come through.
+        """
+        return self.verdict.passes(recover=recover and self.point.flavour != NOT_OOM)
 
     def to_json(self) -> dict[str, Any]:
         """Return the outcome as what JSON can hold; ``from_json`` reads it."""
@@ -165,11 +178,7 @@ class SweepReport:
     @property
     def failures(self) -> list[Outcome]:
         """The points that did not end well."""
-        return [
-            each
-            for each in self.outcomes
-            if not each.verdict.passes(recover=self.recover)
-        ]
+        return [each for each in self.outcomes if not each.passes(recover=self.recover)]
 
     @property
     def verdicts(self) -> Counter[Verdict]:

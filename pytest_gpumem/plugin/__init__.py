@@ -14,6 +14,7 @@ from pytest_gpumem.plugin.fixtures import (
     bert_large,
     make_checkpoint,
     oom_injector,
+    oom_sweep,
     vram_budget,
     vram_recorder,
 )
@@ -65,6 +66,7 @@ __all__ = [
     "bert_large",
     "make_checkpoint",
     "oom_injector",
+    "oom_sweep",
     "pytest_addoption",
     "pytest_configure",
     "pytest_load_initial_conftests",

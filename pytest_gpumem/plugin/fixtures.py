@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.instruments.injector import OomInjector
     from pytest_gpumem.instruments.recorder import PeakRecorder
+    from pytest_gpumem.model.sweeps import SweepReport
 
 
 def _session(config: pytest.Config) -> Any:
@@ -47,6 +48,26 @@ def oom_injector(request: pytest.FixtureRequest) -> Iterator[OomInjector]:
 
     with OomInjector(device=device) as injector:
         yield injector
+
+
+@pytest.fixture(name="oom_sweep")
+def oom_sweep(request: pytest.FixtureRequest) -> Callable[..., SweepReport]:
+    """Fail every allocation of a function in turn: ``oom_sweep(load, path)``.
+
+    Takes what ``pytest_gpumem.sweep_ooms`` takes; fails the test if a run ends badly.
+    """
+    run = _session(request.config)
+    run.require_device()
+    from pytest_gpumem.plugin.sweeps import Sweeps  # noqa: PLC0415  # there is one
+
+    def sweep(body: Callable[..., Any], *arguments: Any, **options: Any) -> SweepReport:
+        sweeps = Sweeps(run, {})
+        options.setdefault("name", getattr(body, "__qualname__", repr(body)))
+        report = sweeps.sweep(request.node, body, *arguments, options=options)
+        sweeps.check(request.node, report)
+        return report
+
+    return sweep
 
 
 @pytest.fixture(scope="session", name="bert_large")

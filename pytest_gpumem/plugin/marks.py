@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from pytest_gpumem.model.rules import Rule
     from pytest_gpumem.sizes import SizeSpec
 
+#: A test's property that holds what a sweep found, as JSON.
+SWEEP_PROPERTY: Final = "gpumem.sweep"
+
 METRICS: Final = ("allocated", "reserved")
 
 DESCRIPTIONS: Final = (
@@ -24,6 +27,11 @@ DESCRIPTIONS: Final = (
     "max_vram(limit, *, metric='allocated', device=0): fail the test if its peak is "
     "above the limit",
     "inject_oom(rule): make chosen allocations of this test's call fail",
+    "oom_sweep(points='all', *, recover=False, modes=('transient', 'persistent'), "
+    "flavours=('native',), rule='any', timeout_s=None): run the test once for each of "
+    "its allocations, with that one failing, and judge every run",
+    "oom_fallback(points='all', *, recover=True, ...): the test has a fallback; "
+    "--gpu-oom-sweep sweeps it as oom_sweep does",
 )
 
 
@@ -72,6 +80,21 @@ def _rule(rule: Any) -> Rule:
     return parse_rule(rule)
 
 
+def _sweep(points: Any = "all", **options: Any) -> dict[str, Any]:
+    from pytest_gpumem.model.sweep_plan import SweepPlan  # noqa: PLC0415  # there are markers
+
+    chosen = {"points": points, **options}
+    for name in ("only", "shard"):
+        if name in options:
+            raise ValueError(f"{name} is for the run to choose")
+    SweepPlan(**chosen)
+    return chosen
+
+
+def _fallback(points: Any = "all", **options: Any) -> dict[str, Any]:
+    return _sweep(points, **{"recover": True, **options})
+
+
 def _gpu() -> None:
     return None
 
@@ -81,6 +104,8 @@ _READERS: Final[dict[str, Callable[..., Any]]] = {
     "gpu_budget": _budget,
     "max_vram": _limit,
     "inject_oom": _rule,
+    "oom_sweep": _sweep,
+    "oom_fallback": _fallback,
 }
 
 
@@ -91,10 +116,15 @@ class Wishes(NamedTuple):
     budgets: tuple[Budget, ...]
     limits: tuple[Limit, ...]
     rules: tuple[Rule, ...]
+    sweep: dict[str, Any] | None = None
 
 
-def wishes(item: pytest.Item) -> Wishes | None:
+def wishes(item: pytest.Item, *, sweeps_fallbacks: bool = False) -> Wishes | None:
     """Return what an item's markers ask for; None if none of them is ours.
+
+    Args:
+        item: The test.
+        sweeps_fallbacks: Whether ``oom_fallback`` asks for a sweep.
 
     Raises:
         pytest.UsageError: A marker's arguments make no sense.
@@ -110,7 +140,12 @@ def wishes(item: pytest.Item) -> Wishes | None:
         budgets=tuple(read["gpu_budget"]),
         limits=tuple(read["max_vram"]),
         rules=tuple(read["inject_oom"]),
+        sweep=_nearest(read["oom_sweep"], read["oom_fallback"] * sweeps_fallbacks),
     )
+
+
+def _nearest(*kinds: list[dict[str, Any]]) -> dict[str, Any] | None:
+    return next((each for kind in kinds for each in kind), None)
 
 
 def _read(item: pytest.Item, mark: pytest.Mark) -> Any:

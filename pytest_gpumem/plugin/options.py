@@ -27,6 +27,7 @@ class Option(NamedTuple):
         parse: Text in, value out; raises ``GpuMemError`` or ``ValueError``.
         help: What the option does.
         repeated: Whether it may be given several times.
+        is_flag: Whether it stands alone, without a value.
     """
 
     flag: str
@@ -35,6 +36,7 @@ class Option(NamedTuple):
     parse: Callable[[str], Any]
     help: str
     repeated: bool = False
+    is_flag: bool = False
 
     @property
     def ini(self) -> str:
@@ -69,6 +71,21 @@ def _parse_rule(text: str) -> Any:
     from pytest_gpumem.model.rules import parse_rule  # noqa: PLC0415  # see above
 
     return parse_rule(text)
+
+
+def _parse_rule_text(text: str) -> str:
+    _parse_rule(text)
+    return text
+
+
+def _parse_points(text: str) -> str | int:
+    if text in ("all", "sites"):
+        return text
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise ValueError(
+            f"{text!r} is neither all, sites nor a number of allocations from 1 on"
+        )
+    return int(text)
 
 
 def _parse_values(text: str) -> str:
@@ -126,6 +143,39 @@ OPTIONS: Final = (
         repeated=True,
     ),
     Option(
+        "--gpu-oom-sweep",
+        "",
+        "",
+        bool,
+        "sweep every test that carries @pytest.mark.oom_fallback: fail each of its "
+        "allocations in turn",
+        is_flag=True,
+    ),
+    Option(
+        "--gpu-oom-points",
+        "POINTS",
+        "",
+        _parse_points,
+        "which allocations the sweeps of this run fail, whatever the markers say: all, "
+        "sites (the first of each place that allocates), or a number of them",
+    ),
+    Option(
+        "--gpu-oom-resume",
+        "",
+        "",
+        bool,
+        "go on with sweeps that were interrupted",
+        is_flag=True,
+    ),
+    Option(
+        "--gpu-replay-oom",
+        "RULE",
+        "",
+        _parse_rule_text,
+        "in swept tests run the one point that this rule names; a failing point prints "
+        "the line",
+    ),
+    Option(
         "--gpu-checkpoint",
         "NAME_OR_DIR",
         "bert-large",
@@ -146,6 +196,10 @@ class Settings(NamedTuple):
         budgets: Budget by device index; None stands for every card. Empty: none.
         rules: Injection rules for every test.
         checkpoint: Name or folder of the ``bert_large`` fixture's checkpoint.
+        oom_sweep: Whether tests with ``oom_fallback`` are swept.
+        oom_points: What all sweeps fail; None leaves it to the markers.
+        resume: Whether interrupted sweeps go on.
+        replay: The rule of the one point to run in sweeps, or None.
     """
 
     backend: str
@@ -154,6 +208,10 @@ class Settings(NamedTuple):
     budgets: Mapping[int | None, SizeSpec]
     rules: tuple[Rule, ...]
     checkpoint: str
+    oom_sweep: bool = False
+    oom_points: str | int | None = None
+    resume: bool = False
+    replay: str | None = None
 
     @property
     def cards(self) -> tuple[Card, ...]:
@@ -175,6 +233,12 @@ def add_options(parser: pytest.Parser) -> None:
     """Declare every row on the command line and in the ini file."""
     group = parser.getgroup("gpumem", "GPU memory: budgets, peaks and OOM injection")
     for option in OPTIONS:
+        if option.is_flag:
+            group.addoption(
+                option.flag, action="store_true", default=None, help=option.help
+            )
+            parser.addini(option.ini, option.help, type="bool", default=False)
+            continue
         default = f" (default: {option.default})" if option.default else ""
         group.addoption(
             option.flag,
@@ -208,6 +272,10 @@ def read_settings(config: pytest.Config, namespace: Any) -> Settings:
         budgets=values["gpu_budget"] or {},
         rules=tuple(values["gpu_inject_oom"]),
         checkpoint=values["gpu_checkpoint"],
+        oom_sweep=values["gpu_oom_sweep"],
+        oom_points=values["gpu_oom_points"],
+        resume=values["gpu_oom_resume"],
+        replay=values["gpu_replay_oom"],
     )
 
 
@@ -250,6 +318,8 @@ def _value(option: Option, config: pytest.Config, namespace: Any) -> Any:
     source = option.flag if given is not None else option.ini
     text = _text(option, config, namespace)
     try:
+        if option.is_flag:
+            return bool(text)
         if option.repeated:
             return [option.parse(each) for each in text]
         if given is None and text in ("", option.default):

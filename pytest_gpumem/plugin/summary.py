@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Any
+
+from pytest_gpumem.plugin.marks import SWEEP_PROPERTY
 
 if TYPE_CHECKING:
     import pytest
@@ -21,11 +24,17 @@ class SummaryPlugin:
     def __init__(self, hooks: Phases) -> None:
         self._hooks = hooks
         self._rows: list[Row] = []
+        self._sweeps: list[dict[str, Any]] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Take the figures in once a test is over."""
         if report.when != "teardown" or not report.user_properties:
             return
+        self._sweeps += [
+            json.loads(str(value))
+            for name, value in report.user_properties
+            if name == SWEEP_PROPERTY
+        ]
         from pytest_gpumem.model.records import from_properties  # noqa: PLC0415  # there are figures
         from pytest_gpumem.reports.terminal import Row  # noqa: PLC0415  # likewise
 
@@ -45,6 +54,15 @@ class SummaryPlugin:
             terminalreporter.section("GPU memory")
             for line in table(self._rows, detailed=verbosity > 0):
                 terminalreporter.write_line(line)
+        if self._sweeps and verbosity >= 0:
+            terminalreporter.section("OOM sweeps")
+            for sweep in self._sweeps:
+                terminalreporter.write_line(
+                    f"{sweep['nodeid']}: {sweep['summary']}", red=sweep["failures"] > 0
+                )
+                if verbosity > 0:
+                    for line in sweep["coverage"].splitlines():
+                        terminalreporter.write_line(f"  {line}")
         for rule, count in self._hooks.rule_counts.items():
             if not count:
                 terminalreporter.write_line(

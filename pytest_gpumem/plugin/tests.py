@@ -7,8 +7,10 @@ registered once there is a device, or a test or an option that will need one.
 from __future__ import annotations
 
 import gc
+import inspect
 import os
 import sys
+import unittest
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final
 
@@ -42,11 +44,12 @@ class Collection:
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Read every marker; skip what this run's device cannot serve."""
         for item in items:
-            wishes = marks.wishes(item)
+            wishes = marks.wishes(item, sweeps_fallbacks=self._sweeps_fallbacks)
             if wishes is None:
                 continue
             self.wishes[item] = wishes
             self._check_cards(item, wishes)
+            self._check_sweep(item, wishes)
             reason = self._why_not(wishes)
             if reason is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
@@ -57,6 +60,40 @@ class Collection:
     def pytest_runtest_protocol(self, item: pytest.Item) -> None:
         """Note the test that is about to run."""
         self._item = item
+
+    @property
+    def _sweeps_fallbacks(self) -> bool:
+        settings = self._run.settings
+        return settings.oom_sweep or settings.replay is not None
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Share the points of a sweep out to the workers of pytest-xdist."""
+        names = {mark.name for mark in metafunc.definition.iter_markers()}
+        if "oom_sweep" in names or ("oom_fallback" in names and self._sweeps_fallbacks):
+            from pytest_gpumem.plugin.sweeps import shard_tests  # noqa: PLC0415  # there is one
+
+            shard_tests(metafunc, is_replay=self._run.settings.replay is not None)
+
+    def _check_sweep(self, item: pytest.Item, wishes: marks.Wishes) -> None:
+        """Refuse what cannot be called again and again; have the others swept.
+
+        Raises:
+            pytest.UsageError: A sweep is asked of a test that is no plain function.
+        """
+        if wishes.sweep is None:
+            return
+        is_plain = isinstance(item, pytest.Function) and not issubclass(
+            item.cls or object, unittest.TestCase
+        )
+        if not is_plain or inspect.iscoroutinefunction(getattr(item, "obj", None)):
+            raise pytest.UsageError(
+                f"{item.nodeid}: a sweep needs a plain test function, to call it again "
+                "and again; use the fixture oom_sweep or pytest_gpumem.sweep_ooms"
+            )
+        if not self._manager.has_plugin("gpumem-sweeps"):
+            from pytest_gpumem.plugin.sweeps import Sweeps  # noqa: PLC0415  # there is one
+
+            self._manager.register(Sweeps(self._run, self.wishes), "gpumem-sweeps")
 
     def _check_cards(self, item: pytest.Item, wishes: marks.Wishes) -> None:
         """Refuse markers that name a card, or more of one, than the run has.

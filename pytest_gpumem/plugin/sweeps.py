@@ -1,0 +1,197 @@
+"""Sweeps in a run of pytest: the markers, the fixture, shards, replays, subtests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+from pytest_gpumem.errors import SweepError
+from pytest_gpumem.model.sweep_text import (
+    SHOWN,
+    coverage_table,
+    describe,
+    explain,
+    summarise,
+)
+from pytest_gpumem.plugin.marks import SWEEP_PROPERTY
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pytest_gpumem.model.sweeps import Outcome, SweepReport, Verdict
+    from pytest_gpumem.plugin.marks import Wishes
+    from pytest_gpumem.plugin.session import Run
+
+#: The argument that tells the points of one worker from another's.
+SHARD: Final = "_gpumem_shard"
+
+
+def shard_tests(metafunc: pytest.Metafunc, *, is_replay: bool) -> None:
+    """Make one test for each worker of pytest-xdist out of a test that is swept.
+
+    Each of them runs every so-many-th point; together they are the whole sweep.
+    """
+    workers = getattr(metafunc.config, "workerinput", {}).get("workercount", 1)
+    if workers < 2 or is_replay:  # noqa: PLR2004  # nobody to share with
+        return
+    metafunc.fixturenames.append(SHARD)
+    metafunc.parametrize(
+        SHARD,
+        [(index, workers) for index in range(workers)],
+        ids=[f"points {index + 1} of {workers}" for index in range(workers)],
+    )
+
+
+class Sweeps:
+    """Runs the sweeps of tests and tells pytest what became of each point.
+
+    Args:
+        run: The run, for its device and options.
+        wishes: What the tests' markers ask for.
+    """
+
+    def __init__(self, run: Run, wishes: dict[pytest.Item, Wishes]) -> None:
+        self._run: Final = run
+        self._wishes: Final = wishes
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_pyfunc_call(self, pyfuncitem: pytest.Function) -> object | None:
+        """Sweep a test whose marker asks for it, in place of calling it once."""
+        wishes = self._wishes.get(pyfuncitem)
+        plan = None if wishes is None else wishes.sweep
+        if plan is None:
+            return None
+        names = pyfuncitem._fixtureinfo.argnames  # noqa: SLF001  # as pytest's own hook calls a test
+        arguments = {name: pyfuncitem.funcargs[name] for name in names}
+        shard = getattr(pyfuncitem, "callspec", None)
+        options = dict(plan)
+        if shard is not None and SHARD in shard.params:
+            options["shard"] = shard.params[SHARD]
+        report = self.sweep(
+            pyfuncitem, lambda: pyfuncitem.obj(**arguments), options=options
+        )
+        self.check(pyfuncitem, report)
+        return True
+
+    def sweep(
+        self,
+        item: pytest.Item,
+        body: Callable[..., Any],
+        *arguments: Any,
+        options: dict[str, Any],
+    ) -> SweepReport:
+        """Run a sweep for a test and report each point as a subtest.
+
+        Raises:
+            SweepError: The options make no sense, or the body fails without a fault
+                by something else than an error of its own.
+        """
+        from pytest_gpumem.instruments.sweep import sweep_ooms  # noqa: PLC0415  # torch is needed now
+
+        settings = self._run.settings
+        if settings.oom_points is not None:
+            options["points"] = settings.oom_points
+        if settings.replay is not None:
+            options["only"] = settings.replay
+        options.setdefault("name", item.name)
+        recover = bool(options.get("recover", False))
+        subtests = _subtests(item)
+
+        seen: Counter[tuple[str, Verdict]] = Counter()
+
+        def progress(_done: int, _total: int, outcome: Outcome) -> None:
+            passes = outcome.passes(recover=recover)
+            kind = (outcome.point.site, outcome.verdict)
+            seen[kind] += 1
+            if subtests is not None:
+                _tell(
+                    item, subtests, outcome, passes=passes, is_new=seen[kind] <= SHOWN
+                )
+
+        try:
+            report = sweep_ooms(
+                body,
+                *arguments,
+                device=self._run.require_device(),
+                progress=progress,
+                resume=self._state_file(item, str(options["name"])),
+                **options,
+            )
+        except SweepError as error:
+            if error.__cause__ is not None:
+                raise error.__cause__ from None  # the test fails by itself
+            raise
+        item.user_properties.append(
+            (SWEEP_PROPERTY, json.dumps(_summary(item, report)))
+        )
+        return report
+
+    def check(self, item: pytest.Item, report: SweepReport) -> None:
+        """Fail a test whose sweep has points that ended badly."""
+        if self._run.settings.replay is not None and not report.outcomes:
+            pytest.fail(
+                f"--gpu-replay-oom={self._run.settings.replay}: no allocation of this "
+                "test was failed by it",
+                pytrace=False,
+            )
+        if report.failures:
+            detailed = _subtests(item) is None  # else each point has been told
+            text = explain(report, replay_line(item), detailed=detailed)
+            pytest.fail(text, pytrace=False)
+
+    def _state_file(self, item: pytest.Item, name: str) -> Path | None:
+        """Return where a sweep's progress is kept; None without pytest's cache."""
+        cache: pytest.Cache | None = getattr(item.config, "cache", None)
+        if cache is None or self._run.settings.replay is not None:
+            return None
+        digest = hashlib.sha256(f"{item.nodeid} {name}".encode()).hexdigest()[:16]
+        file = Path(cache.mkdir("gpumem-sweeps")) / f"{digest}.jsonl"
+        if not self._run.settings.resume:
+            file.unlink(missing_ok=True)
+        return file
+
+
+def _tell(
+    item: pytest.Item, subtests: Any, outcome: Outcome, *, passes: bool, is_new: bool
+) -> None:
+    """Report one point as a subtest."""
+    with subtests.test(str(outcome.point)):
+        if not passes:
+            text = describe(outcome, replay_line(item), detailed=is_new)
+            pytest.fail(text, pytrace=False)
+
+
+def replay_line(item: pytest.Item) -> Callable[[str], str]:
+    """Return what turns a point's rule into the command that replays it alone."""
+    nodeid, _bracket, shard = item.nodeid.partition("[points ")
+    if shard:
+        rest = shard.partition("]")[0].partition("-")[2]
+        nodeid = f"{nodeid}[{rest}]" if rest else nodeid
+    return lambda rule: (
+        f"pytest {shlex.quote(nodeid)} --gpu-replay-oom={shlex.quote(rule)}"
+    )
+
+
+def _subtests(item: pytest.Item) -> Any:
+    """Return pytest's subtests fixture; None before pytest 9."""
+    if not hasattr(pytest, "Subtests"):
+        return None
+    request: Any = item._request  # type: ignore[attr-defined]  # noqa: SLF001  # a test function's
+    return request.getfixturevalue("subtests")
+
+
+def _summary(item: pytest.Item, report: SweepReport) -> dict[str, Any]:
+    return {
+        "nodeid": item.nodeid,
+        "name": report.name,
+        "summary": summarise(report),
+        "coverage": coverage_table(report),
+        "failures": len(report.failures),
+        "points": len(report.outcomes),
+    }
