@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 
 from pytest_gpumem.errors import NoValuesError
+from pytest_gpumem.instruments.placement import placement_of
 
 #: Largest difference from a reference that a dtype explains, as a share of the
 #: reference's largest value (at least of 1). The machine epsilons are 1.2e-7, 9.8e-4
@@ -34,13 +35,16 @@ def portrait(value: Any) -> Any:  # a kind of value each
     """Return what of a result can be compared later, with every tensor on the host.
 
     Tensors become copies on the CPU (on meta where the device keeps no values),
-    modules their state, mappings, sequences and dataclasses the same of their items.
+    modules their state and whether they are whole, mappings, sequences and dataclasses the same of their items.
     Other objects are kept where their class defines equality; else only their class.
     """
     if isinstance(value, torch.Tensor):
         return _on_host(value.detach())
     if isinstance(value, torch.nn.Module):
-        return {name: _on_host(each) for name, each in value.state_dict().items()}
+        state = {name: _on_host(each) for name, each in value.state_dict().items()}
+        placement = placement_of(value)
+        whole = "whole" if placement.is_whole else f"half moved: {placement}"
+        return {"placement": whole, "state": state}
     if isinstance(value, Mapping):
         return {key: portrait(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

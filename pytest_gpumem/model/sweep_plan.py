@@ -50,13 +50,13 @@ class SweepPlan:
             raise SweepError(
                 f"points={points!r}; accepted are 'all', 'sites' or a number from 1 on"
             )
-        for mode in self.modes:
-            if mode not in MODES:
-                raise SweepError(f"mode {mode!r}; accepted are {', '.join(MODES)}")
         if not self.modes or isinstance(self.modes, str):
             raise SweepError(
                 f"modes={self.modes!r}; give a list, such as {list(MODES)}"
             )
+        for mode in self.modes:
+            if mode not in MODES:
+                raise SweepError(f"mode {mode!r}; accepted are {', '.join(MODES)}")
         if not self.flavours or isinstance(self.flavours, str):
             raise SweepError(f"flavours={self.flavours!r}; give a list of flavours")
         if self.timeout_s is not None and self.timeout_s <= 0:

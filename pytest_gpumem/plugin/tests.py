@@ -10,7 +10,6 @@ import gc
 import inspect
 import os
 import sys
-import unittest
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final
 
@@ -82,8 +81,9 @@ class Collection:
         """
         if wishes.sweep is None:
             return
-        is_plain = isinstance(item, pytest.Function) and not issubclass(
-            item.cls or object, unittest.TestCase
+        bases = getattr(getattr(item, "cls", None), "__mro__", ())
+        is_plain = isinstance(item, pytest.Function) and all(
+            base.__module__ != "unittest.case" for base in bases
         )
         if not is_plain or inspect.iscoroutinefunction(getattr(item, "obj", None)):
             raise pytest.UsageError(

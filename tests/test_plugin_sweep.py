@@ -1,0 +1,323 @@
+"""Sweeps through pytest: markers, options, fixture, subtests, shards, replays."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ET
+
+import pytest
+import torch  # noqa: F401  # inner runs in this process must find it imported
+
+pytest_plugins = ["pytester"]
+
+CODE = """
+    import pytest
+    import torch
+    from torch import nn
+
+    KEPT = []
+
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8))
+
+    def infer():
+        return model().cuda()(torch.ones(4, 32).cuda()).cpu()
+
+    def recover():
+        try:
+            return infer()
+        except torch.OutOfMemoryError:
+            pass
+        return model()(torch.ones(4, 32))
+
+    def leak():
+        net = model()
+        try:
+            return net.cuda()(torch.ones(4, 32).cuda()).cpu()
+        except torch.OutOfMemoryError as error:
+            KEPT.append(error)
+        return model()(torch.ones(4, 32))
+"""
+MARKED = (
+    CODE
+    + """
+    @pytest.mark.oom_sweep(recover=True)
+    def test_good():
+        assert recover().shape == (4, 8)
+
+    @pytest.mark.oom_sweep
+    def test_bad():
+        leak()
+"""
+)
+LIGHT = ("-p", "no:cacheprovider")
+
+
+@pytest.fixture
+def make(pytester: pytest.Pytester) -> pytest.Pytester:
+    """A folder with the marked tests."""
+    pytester.makepyfile(MARKED)
+    return pytester
+
+
+def test_a_marked_test_runs_once_for_each_allocation(make: pytest.Pytester) -> None:
+    """A good fallback passes; a leak fails with its holder and its replay."""
+    result = make.runpytest(*LIGHT)
+
+    result.assert_outcomes(passed=1, failed=1 + 14)
+    result.stdout.fnmatch_lines(
+        [
+            "allocation 2, transient, native: leak",
+            "*stay on the card",
+            "*local * of *traceback, OutOfMemoryError*global 'KEPT' of *",
+            "*replay: pytest *::test_bad --gpu-replay-oom=any:nth=2",
+            "test_bad does not survive 14 of 16 faults",
+            "*x leak at *test_a_marked*.py:* in leak (load)",
+            "*= OOM sweeps =*",
+            "*::test_good: 8 allocations at * sites, 16 points: 16 recovered (*",
+            "*::test_bad: 8 allocations at * sites, 16 points: 2 recovered, 14 leak (*",
+        ]
+    )
+
+
+def test_every_failing_point_prints_a_line_that_replays_it(
+    make: pytest.Pytester,
+) -> None:
+    """The printed command runs that point, and fails in the same way."""
+    printed = make.runpytest(*LIGHT, "-k", "bad").stdout.str()
+    lines = re.findall(r"replay: pytest (\S+) (--gpu-replay-oom=\S+)", printed)
+    nodeid, option = lines[5]
+    result = make.runpytest(*LIGHT, nodeid, option)
+
+    assert 14 == len(set(lines))
+    result.assert_outcomes(failed=2)
+    result.stdout.fnmatch_lines(["*::test_bad: * 1 points: 1 leak*"])
+
+
+def test_a_replay_that_reaches_nothing_fails(make: pytest.Pytester) -> None:
+    """A line of an older version of the code says that it proves nothing."""
+    result = make.runpytest(*LIGHT, "-k", "good", "--gpu-replay-oom=any:nth=99")
+
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*no allocation of this test was failed by it*"])
+
+
+def test_a_test_that_fails_by_itself_fails_as_ever(pytester: pytest.Pytester) -> None:
+    """Its own assertion is shown, not a sweep's."""
+    pytester.makepyfile(
+        """
+        import pytest
+        import torch
+
+        @pytest.mark.oom_sweep
+        def test_wrong():
+            assert torch.ones(4, device="cuda").sum() == 5
+        """
+    )
+    result = pytester.runpytest(*LIGHT)
+
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(
+        ["E *AssertionError: assert tensor(4.*", "*.py:*: AssertionError"]
+    )
+
+
+def test_an_assertion_broken_by_a_fault_is_a_wrong_result(
+    pytester: pytest.Pytester,
+) -> None:
+    """What the test asserts is what every run must keep."""
+    pytester.makepyfile(
+        """
+        import pytest
+        import torch
+
+        @pytest.mark.oom_sweep(modes=["transient"])
+        def test_wrong():
+            try:
+                total = torch.ones(4, device="cuda").sum()
+            except torch.OutOfMemoryError:
+                total = 0
+            assert total == 4
+        """
+    )
+    result = pytester.runpytest(*LIGHT)
+
+    result.assert_outcomes(failed=3)
+    result.stdout.fnmatch_lines(["allocation 1, transient, native: wrong result"])
+
+
+def test_fallback_tests_are_swept_on_demand(pytester: pytest.Pytester) -> None:
+    """oom_fallback runs once, and once for each allocation with --gpu-oom-sweep."""
+    pytester.makepyfile(
+        CODE
+        + """
+    @pytest.mark.oom_fallback
+    def test_it():
+        recover()
+"""
+    )
+    once = pytester.runpytest(*LIGHT)
+    swept = pytester.runpytest(*LIGHT, "--gpu-oom-sweep", "--gpu-oom-points=sites")
+
+    once.assert_outcomes(passed=1)
+    assert "OOM sweeps" not in once.stdout.str()
+    swept.assert_outcomes(passed=1)
+    swept.stdout.fnmatch_lines(
+        ["*::test_it: 8 allocations at 3 sites, 6 points: 6 rec*"]
+    )
+
+
+def test_the_fixture_sweeps_a_function(pytester: pytest.Pytester) -> None:
+    """oom_sweep(...) returns the report, and fails the test if a point ended badly."""
+    pytester.makepyfile(
+        CODE
+        + """
+    def test_good(oom_sweep):
+        report = oom_sweep(recover, recover=True, modes=["transient"])
+        assert report.num_allocations == 8
+
+    def test_bad(oom_sweep):
+        oom_sweep(infer, recover=True, points=2)
+"""
+    )
+    result = pytester.runpytest(*LIGHT)
+
+    result.assert_outcomes(passed=1, failed=1 + 4)
+    result.stdout.fnmatch_lines(["infer does not recover from 4 of 4 faults"])
+
+
+def test_workers_share_the_points(make: pytest.Pytester) -> None:
+    """With pytest-xdist each worker runs its part; the printed replay is for all."""
+    result = make.runpytest_subprocess(*LIGHT, "-n", "2", "-v")
+    text = result.stdout.str()
+
+    result.assert_outcomes(passed=2, failed=2 + 14)
+    result.stdout.fnmatch_lines(
+        [
+            "*::test_good[[]points 1 of 2[]]: 8 allocations *, 8 points: 8 recovered*",
+            "*::test_good[[]points 2 of 2[]]: 8 allocations *, 8 points: 8 recovered*",
+        ]
+    )
+    assert re.search(r"replay: pytest \S+::test_bad --gpu-replay-oom=any:nth=2\b", text)
+
+
+def test_coverage_is_shown_on_demand(make: pytest.Pytester) -> None:
+    """-v lists the sites that allocate, were failed, and were recovered from."""
+    result = make.runpytest(*LIGHT, "-v", "-k", "good")
+
+    result.stdout.fnmatch_lines(
+        [
+            "*allocates  failed  recovered  site",
+            "*4       8          8  *.py:* in infer (load)",
+        ]
+    )
+
+
+def test_junit_has_the_sweep(make: pytest.Pytester) -> None:
+    """A property of the test case holds what was found."""
+    make.runpytest(*LIGHT, "-k", "good", "--junit-xml=junit.xml")
+    root = ET.parse(make.path / "junit.xml").getroot()  # noqa: S314  # our own
+    properties = {
+        each.get("name"): str(each.get("value")) for each in root.iter("property")
+    }
+
+    assert '"points": 16' in properties["gpumem.sweep"]
+
+
+def test_an_interrupted_sweep_is_resumed_on_demand(pytester: pytest.Pytester) -> None:
+    """--gpu-oom-resume goes on where the run before was interrupted."""
+    pytester.makepyfile(
+        CODE
+        + """
+    import pathlib
+
+    RUNS = pathlib.Path("runs")
+
+    @pytest.mark.oom_sweep
+    def test_it():
+        count = int(RUNS.read_text()) if RUNS.exists() else 0
+        RUNS.write_text(str(count + 1))
+        if count == 7:
+            raise KeyboardInterrupt
+        recover()
+"""
+    )
+    first = pytester.runpytest_subprocess()
+    second = pytester.runpytest_subprocess("--gpu-oom-resume")
+
+    assert pytest.ExitCode.INTERRUPTED == first.ret
+    second.assert_outcomes(passed=1)
+    second.stdout.fnmatch_lines(["*16 points, 5 of them resumed: 16 recovered*"])
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("@pytest.mark.oom_sweep('few')", "*oom_sweep: points='few'; accepted are*"),
+        ("@pytest.mark.oom_sweep(only='any:nth=1')", "*only is for the run to choose*"),
+        ("@pytest.mark.oom_fallback(mode='once')", "*unexpected keyword*'mode'*"),
+        ("@pytest.mark.oom_sweep(rule='lo')", "*'lo' is no phase*"),
+    ],
+)
+def test_markers_are_checked_early(
+    pytester: pytest.Pytester, source: str, message: str
+) -> None:
+    """Exit 4 before any test runs."""
+    pytester.makepyfile(f"import pytest\n{source}\ndef test_it():\n    pass")
+    result = pytester.runpytest(*LIGHT)
+
+    assert pytest.ExitCode.USAGE_ERROR == result.ret
+    result.stderr.fnmatch_lines([message])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "async def test_it():\n    pass",
+        "class TestIt(unittest.TestCase):\n    def test_it(self):\n        pass",
+    ],
+)
+def test_what_cannot_be_called_again_is_refused(
+    pytester: pytest.Pytester, source: str
+) -> None:
+    """The error names what to use instead."""
+    pytester.makepyfile(
+        "import unittest, pytest\npytestmark = pytest.mark.oom_sweep\n" + source
+    )
+    result = pytester.runpytest(*LIGHT)
+
+    assert pytest.ExitCode.USAGE_ERROR == result.ret
+    result.stderr.fnmatch_lines(["*needs a plain test function*fixture oom_sweep*"])
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--gpu-oom-points=few", "*--gpu-oom-points: 'few' is neither all, sites nor*"),
+        ("--gpu-oom-points=0", "*--gpu-oom-points: '0' is neither*"),
+        ("--gpu-replay-oom=what", "*--gpu-replay-oom:*'what' is no phase*"),
+    ],
+)
+def test_options_are_checked_early(
+    pytester: pytest.Pytester, option: str, message: str
+) -> None:
+    """Exit 4, and what is accepted."""
+    result = pytester.runpytest(*LIGHT, option)
+
+    assert pytest.ExitCode.USAGE_ERROR == result.ret
+    result.stderr.fnmatch_lines([message])
+
+
+def test_a_skip_inside_is_a_skip(pytester: pytest.Pytester) -> None:
+    """A test that skips itself is skipped, not swept."""
+    pytester.makepyfile(
+        """
+        import pytest
+
+        @pytest.mark.oom_sweep
+        def test_it():
+            pytest.skip("not today")
+        """
+    )
+    pytester.runpytest(*LIGHT).assert_outcomes(skipped=1)
