@@ -1,0 +1,117 @@
+"""How long sweeps take, and what an injector costs while nothing is armed.
+
+Run: ``python benchmarks/sweep.py [--full]``. The full sweep of bert-large takes some
+minutes; without ``--full`` it is measured by sites only.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import time
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from pytest_gpumem import OomInjector, make_checkpoint, simulated_device, sweep_ooms
+from pytest_gpumem.model.sweep_text import summarise
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pytest_gpumem import Outcome, SweepReport
+
+
+def small_body() -> torch.Tensor:
+    """Load a two-layer encoder and run it."""
+    layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).cuda()
+    with torch.no_grad():
+        output: torch.Tensor = model(torch.ones(2, 16, 64, device="cuda"))
+    return output.cpu()
+
+
+def large_body(path: str) -> Callable[[], Any]:
+    """Return a load of bert-large with a CPU fallback."""
+    from transformers import AutoModelForSequenceClassification  # noqa: PLC0415  # slow
+
+    load = AutoModelForSequenceClassification.from_pretrained
+
+    def body() -> str:
+        model: Any = None
+        try:
+            model = load(path, device_map="cuda:0")
+        except torch.OutOfMemoryError:
+            pass
+        if model is None:
+            model = load(path)
+        return str(sum(each.numel() for each in model.parameters()))
+
+    return body
+
+
+def sweep(body: Callable[[], Any], **options: Any) -> tuple[SweepReport, float]:
+    """Return a sweep's report and its seconds, all runs included."""
+    started_s = time.perf_counter()
+    report = sweep_ooms(body, **options)
+    return report, time.perf_counter() - started_s
+
+
+def show(done: int, total: int, _outcome: Outcome) -> None:
+    """Say how far the sweep is, now and then."""
+    if done % 50 == 0:
+        print(f"... {done} of {total}", file=sys.stderr)
+
+
+def measure_disarmed() -> float:
+    """Return the seconds of allocating with a disarmed injector over those without."""
+
+    def allocate() -> float:
+        started_s = time.process_time()
+        for _ in range(20_000):
+            torch.empty(16, device="cuda")
+        return time.process_time() - started_s
+
+    plain, disarmed = [], []
+    for _ in range(9):
+        plain.append(allocate())
+        with OomInjector() as injector:
+            injector.arm("any:nth=1")
+            injector.disarm()
+            disarmed.append(allocate())
+    return statistics.median(disarmed) / statistics.median(plain)
+
+
+def main() -> None:
+    """Print the table, in Markdown."""
+    warnings.simplefilter("ignore")
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    path = str(make_checkpoint("bert-large"))
+    body = large_body(path)
+    print("| what | measured | bar |\n|---|---|---|")
+    with simulated_device("T4"):
+        sweep(small_body, points=1)  # what is imported and built on first use
+        report, seconds = sweep(small_body)
+        print(
+            f"| two-layer encoder, load and forward: {summarise(report)} | "
+            f"{len(report.outcomes) / seconds:.0f} points/s | 50 |"
+        )
+        report, seconds = sweep(body, points="sites", recover=True)
+        print(
+            f"| bert-large by sites: {summarise(report)} | {seconds:.0f} s | 60 s |",
+            flush=True,
+        )
+        if "--full" in sys.argv:
+            report, seconds = sweep(body, recover=True, progress=show)
+            print(
+                f"| bert-large, every allocation: {summarise(report)} | "
+                f"{seconds / 60:.1f} min | 10 min |"
+            )
+        print(f"| disarmed injector / none | {measure_disarmed():.3f} | 1.01 |")
+
+
+if __name__ == "__main__":
+    main()
