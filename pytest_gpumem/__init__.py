@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.install import simulated_device
     from pytest_gpumem.errors import GpuMemError
     from pytest_gpumem.instruments.budget import vram_budget
+    from pytest_gpumem.instruments.fallback import FallbackReport, check_fallback
     from pytest_gpumem.instruments.injector import OomInjector
     from pytest_gpumem.instruments.recorder import PeakRecorder
     from pytest_gpumem.instruments.sweep import sweep_ooms
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _HOMES: Final = {
     "Card": "cards",
     "Device": "devices",
+    "FallbackReport": "instruments.fallback",
     "GpuMemError": "errors",
     "LoadVerdict": "instruments.verdict",
     "MemoryFigures": "model.records",
@@ -42,6 +44,7 @@ _HOMES: Final = {
     "Verdict": "model.sweeps",
     "__version__": "_version",
     "active_device": "devices.active",
+    "check_fallback": "instruments.fallback",
     "find_card": "cards",
     "format_size": "sizes",
     "judge_load": "instruments.verdict",
@@ -56,6 +59,7 @@ _HOMES: Final = {
 __all__ = [
     "Card",
     "Device",
+    "FallbackReport",
     "GpuMemError",
     "LoadVerdict",
     "MemoryFigures",
@@ -68,6 +72,7 @@ __all__ = [
     "Verdict",
     "__version__",
     "active_device",
+    "check_fallback",
     "find_card",
     "format_size",
     "judge_load",

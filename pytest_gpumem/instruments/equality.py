@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -65,15 +65,27 @@ def _on_host(tensor: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(tensor, device="meta")
 
 
-def difference(reference: Any, result: Any, *, where: str = "the result") -> str | None:
+def difference(
+    reference: Any,
+    result: Any,
+    *,
+    where: str = "the result",
+    dtypes: Collection[torch.dtype] = (),
+) -> str | None:
     """Return in what two portraits differ, in a sentence; None if in nothing.
+
+    Args:
+        reference: What should be.
+        result: What is.
+        where: What the result is called.
+        dtypes: Dtypes that took part in computing it, besides those of its tensors.
 
     Floating-point tensors may differ by what the coarser of their dtypes explains
     (``TOLERANCE``); everything else must be equal. Tensors without values are compared
     by shape.
     """
     if isinstance(reference, torch.Tensor) and isinstance(result, torch.Tensor):
-        return _tensor_difference(reference, result, where)
+        return _tensor_difference(reference, result, where, dtypes)
     if isinstance(reference, Mapping) and isinstance(result, Mapping):
         if reference.keys() != result.keys():
             odd = sorted(map(str, reference.keys() ^ result.keys()))
@@ -91,7 +103,7 @@ def difference(reference: Any, result: Any, *, where: str = "the result") -> str
     else:
         return _plain_difference(reference, result, where)
     for name, first, second in pairs:
-        found = difference(first, second, where=name)
+        found = difference(first, second, where=name, dtypes=dtypes)
         if found is not None:
             return found
     return None
@@ -114,7 +126,10 @@ def _plain_difference(reference: Any, result: Any, where: str) -> str | None:
 
 
 def _tensor_difference(
-    reference: torch.Tensor, result: torch.Tensor, where: str
+    reference: torch.Tensor,
+    result: torch.Tensor,
+    where: str,
+    dtypes: Collection[torch.dtype],
 ) -> str | None:
     if reference.shape != result.shape:
         return (
@@ -126,11 +141,15 @@ def _tensor_difference(
     if not (reference.is_floating_point() and result.is_floating_point()):
         same = torch.equal(reference.to(result.dtype), result)
         return None if same else f"{where} has other values"
-    return _float_difference(reference, result, where)
+    took_part = {reference.dtype, result.dtype, *dtypes}
+    return _float_difference(reference, result, where, took_part)
 
 
 def _float_difference(
-    reference: torch.Tensor, result: torch.Tensor, where: str
+    reference: torch.Tensor,
+    result: torch.Tensor,
+    where: str,
+    dtypes: Collection[torch.dtype],
 ) -> str | None:
     expected = reference.to(torch.float64)
     off = (result.to(torch.float64) - expected).abs()
@@ -142,12 +161,11 @@ def _float_difference(
     off = off[~unsure]
     largest = float(off.max()) if off.numel() else 0.0
     scale = max(1.0, float(expected[~unsure].abs().max()) if off.numel() else 1.0)
-    allowed = scale * max(
-        TOLERANCE.get(dtype, _COARSEST) for dtype in (reference.dtype, result.dtype)
-    )
+    coarsest = max(dtypes, key=lambda dtype: TOLERANCE.get(dtype, _COARSEST))
+    allowed = scale * TOLERANCE.get(coarsest, _COARSEST)
     if largest <= allowed:
         return None
     return (
         f"{where} differs by {largest:.3g}, more than the {allowed:.3g} that "
-        f"{result.dtype} explains"
+        f"{coarsest} explains"
     )

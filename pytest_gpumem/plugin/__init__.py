@@ -12,6 +12,7 @@ import pytest
 from pytest_gpumem.plugin import marks
 from pytest_gpumem.plugin.fixtures import (
     bert_large,
+    fallback,
     make_checkpoint,
     oom_injector,
     oom_sweep,
@@ -64,6 +65,7 @@ def pytest_configure(config: pytest.Config) -> None:
 __all__ = [
     "PLUGIN_NAME",
     "bert_large",
+    "fallback",
     "make_checkpoint",
     "oom_injector",
     "oom_sweep",

@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_gpumem.plugin.marks import FALLBACK_PROPERTY
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
     from pathlib import Path
 
+    from pytest_gpumem.instruments.fallback import FallbackReport
     from pytest_gpumem.instruments.injector import OomInjector
     from pytest_gpumem.instruments.recorder import PeakRecorder
     from pytest_gpumem.model.sweeps import SweepReport
@@ -68,6 +71,25 @@ def oom_sweep(request: pytest.FixtureRequest) -> Callable[..., SweepReport]:
         return report
 
     return sweep
+
+
+@pytest.fixture(name="fallback")
+def fallback(request: pytest.FixtureRequest) -> Callable[..., FallbackReport]:
+    """Check a loader's fallback under budgets and faults: ``fallback(load)``.
+
+    Takes what ``pytest_gpumem.check_fallback`` takes; fails the test if a step is not
+    as it should be, and shows the staircase at the end of the run.
+    """
+    _session(request.config).require_device()
+    from pytest_gpumem.instruments.fallback import check_fallback  # noqa: PLC0415
+
+    def check(load: Callable[[], Any], **options: Any) -> FallbackReport:
+        report = check_fallback(load, **options)
+        request.node.user_properties.append((FALLBACK_PROPERTY, str(report)))
+        report.check()
+        return report
+
+    return check
 
 
 @pytest.fixture(scope="session", name="bert_large")

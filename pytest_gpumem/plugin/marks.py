@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 #: A test's property that holds what a sweep found, as JSON.
 SWEEP_PROPERTY: Final = "gpumem.sweep"
 
+#: A test's property that holds the table of a fallback's check.
+FALLBACK_PROPERTY: Final = "gpumem.fallback"
+
 METRICS: Final = ("allocated", "reserved")
 
 DESCRIPTIONS: Final = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from pytest_gpumem.plugin.marks import SWEEP_PROPERTY
+from pytest_gpumem.plugin.marks import FALLBACK_PROPERTY, SWEEP_PROPERTY
 
 if TYPE_CHECKING:
     import pytest
@@ -24,12 +24,18 @@ class SummaryPlugin:
     def __init__(self, hooks: Phases) -> None:
         self._hooks = hooks
         self._rows: list[Row] = []
+        self._fallbacks: list[tuple[str, str]] = []
         self._sweeps: list[dict[str, Any]] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Take the figures in once a test is over."""
         if report.when != "teardown" or not report.user_properties:
             return
+        self._fallbacks += [
+            (report.nodeid, str(value))
+            for name, value in report.user_properties
+            if name == FALLBACK_PROPERTY
+        ]
         self._sweeps += [
             json.loads(str(value))
             for name, value in report.user_properties
@@ -54,6 +60,12 @@ class SummaryPlugin:
             terminalreporter.section("GPU memory")
             for line in table(self._rows, detailed=verbosity > 0):
                 terminalreporter.write_line(line)
+        if self._fallbacks and verbosity >= 0:
+            terminalreporter.section("fallbacks")
+            for nodeid, table_text in self._fallbacks:
+                terminalreporter.write_line(nodeid)
+                for line in table_text.splitlines():
+                    terminalreporter.write_line(f"  {line}")
         if self._sweeps and verbosity >= 0:
             terminalreporter.section("OOM sweeps")
             for sweep in self._sweeps:
