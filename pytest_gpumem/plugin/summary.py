@@ -54,29 +54,43 @@ class SummaryPlugin:
     ) -> None:
         """Print the table, and rules that were never reached."""
         verbosity = config.get_verbosity()
-        if self._rows and verbosity >= 0:
-            from pytest_gpumem.reports.terminal import table  # noqa: PLC0415  # there are figures
-
-            terminalreporter.section("GPU memory")
-            for line in table(self._rows, detailed=verbosity > 0):
-                terminalreporter.write_line(line)
-        if self._fallbacks and verbosity >= 0:
-            terminalreporter.section("fallbacks")
-            for nodeid, table_text in self._fallbacks:
-                terminalreporter.write_line(nodeid)
-                for line in table_text.splitlines():
-                    terminalreporter.write_line(f"  {line}")
-        if self._sweeps and verbosity >= 0:
-            terminalreporter.section("OOM sweeps")
-            for sweep in self._sweeps:
-                terminalreporter.write_line(
-                    f"{sweep['nodeid']}: {sweep['summary']}", red=sweep["failures"] > 0
-                )
-                if verbosity > 0:
-                    for line in sweep["coverage"].splitlines():
-                        terminalreporter.write_line(f"  {line}")
+        if verbosity >= 0:
+            self._show_peaks(terminalreporter, detailed=verbosity > 0)
+            self._show_fallbacks(terminalreporter)
+            self._show_sweeps(terminalreporter, detailed=verbosity > 0)
         for rule, count in self._hooks.rule_counts.items():
             if not count:
                 terminalreporter.write_line(
                     f"--gpu-inject-oom={rule} was never reached", yellow=True
                 )
+
+    def _show_peaks(self, terminal: pytest.TerminalReporter, *, detailed: bool) -> None:
+        if not self._rows:
+            return
+        from pytest_gpumem.reports.terminal import table  # noqa: PLC0415  # there are figures
+
+        terminal.section("GPU memory")
+        for line in table(self._rows, detailed=detailed):
+            terminal.write_line(line)
+
+    def _show_fallbacks(self, terminal: pytest.TerminalReporter) -> None:
+        if not self._fallbacks:
+            return
+        terminal.section("fallbacks")
+        for nodeid, text in self._fallbacks:
+            terminal.write_line(nodeid)
+            for line in text.splitlines():
+                terminal.write_line(f"  {line}")
+
+    def _show_sweeps(
+        self, terminal: pytest.TerminalReporter, *, detailed: bool
+    ) -> None:
+        if not self._sweeps:
+            return
+        terminal.section("OOM sweeps")
+        for sweep in self._sweeps:
+            terminal.write_line(
+                f"{sweep['nodeid']}: {sweep['summary']}", red=sweep["failures"] > 0
+            )
+            for line in sweep["coverage"].splitlines() if detailed else ():
+                terminal.write_line(f"  {line}")

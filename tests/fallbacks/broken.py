@@ -1,0 +1,318 @@
+"""Broken fallbacks, one for each way in which they go wrong in the wild.
+
+Each takes no argument and returns a result; ``EXPECTED`` names how a sweep must judge
+at least one of its points.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import queue
+import threading
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from fallbacks.parts import batch, gradients, infer, labels, new_model
+from pytest_gpumem import Verdict
+
+MIB: Final = 2**20
+KEPT: Final[list[Any]] = []
+MODELS: Final[dict[str, nn.Module]] = {}
+
+
+def reset() -> None:
+    """Forget what the leaks of this module kept."""
+    KEPT.clear()
+    MODELS.clear()
+    _Service.error = None
+
+
+def keeps_the_error() -> torch.Tensor:
+    """The error's traceback holds the half-loaded model."""
+    try:
+        return infer("cuda")
+    except torch.OutOfMemoryError as error:
+        KEPT.append(error)
+    return infer("cpu")
+
+
+class _Service:
+    """Notes its last error on the class, for a status page."""
+
+    error: BaseException | None = None
+
+    def answer(self) -> torch.Tensor:
+        try:
+            return infer("cuda")
+        except torch.OutOfMemoryError as error:
+            type(self).error = error
+        return infer("cpu")
+
+
+def notes_the_error_on_a_class() -> torch.Tensor:
+    """As above, by an attribute that outlives the call."""
+    return _Service().answer()
+
+
+def registers_before_it_has_loaded() -> torch.Tensor:
+    """A registry has the model that failed half-way, for good."""
+    model = new_model()
+    MODELS["classifier"] = model
+    try:
+        model.cuda()
+        with torch.no_grad():
+            logits: torch.Tensor = model(batch().cuda())
+        answer = logits.cpu()
+    except torch.OutOfMemoryError:
+        return infer("cpu")
+    MODELS.clear()
+    return answer
+
+
+def leaves_half_a_module_on_each_device() -> nn.Module:
+    """``Module.cuda`` moved some parameters before it failed; nobody moves them back."""
+    model = new_model()
+    try:
+        return model.cuda()
+    except torch.OutOfMemoryError:
+        return model
+
+
+def runs_half_a_module_on_each_device() -> torch.Tensor:
+    """And then the host's batch meets weights of the card."""
+    model = new_model()
+    moved = True
+    try:
+        model.cuda()
+    except torch.OutOfMemoryError:
+        moved = False
+    with torch.no_grad():
+        logits: torch.Tensor = model(batch().cuda() if moved else batch())
+    return logits.cpu()
+
+
+def cleans_inside_the_except_block() -> int:
+    """The traceback still holds the first attempt while the second one begins."""
+
+    def attempt(nbytes: int) -> int:
+        first = torch.empty(nbytes // 2, dtype=torch.uint8, device="cuda")
+        second = torch.empty(nbytes // 2, dtype=torch.uint8, device="cuda")
+        return (first.numel() + second.numel()) // nbytes
+
+    try:
+        return attempt(48 * MIB)
+    except torch.OutOfMemoryError:
+        gc.collect()
+        torch.cuda.empty_cache()
+        return attempt(48 * MIB)
+
+
+def scales_gradients_by_the_number_of_parts() -> list[torch.Tensor]:
+    """Micro-batches whose losses are means are summed, not averaged."""
+    model = new_model()
+    try:
+        model.cuda()
+        functional.cross_entropy(model(batch().cuda()), labels().cuda()).backward()
+        return gradients(model)
+    except torch.OutOfMemoryError:
+        model = new_model()
+    for part, wanted in zip(batch().chunk(2), labels().chunk(2), strict=True):
+        functional.cross_entropy(model(part), wanted).backward()
+    return gradients(model)
+
+
+def retries_without_clearing_gradients() -> list[torch.Tensor]:
+    """What the failed attempt had accumulated counts twice."""
+    model = new_model()
+    model.cuda()
+    for _attempt in range(2):
+        try:
+            for part, wanted in zip(batch().chunk(2), labels().chunk(2), strict=True):
+                loss = functional.cross_entropy(model(part.cuda()), wanted.cuda())
+                (loss / 2).backward()
+            return gradients(model)
+        except torch.OutOfMemoryError:
+            continue
+    raise RuntimeError("both attempts failed")
+
+
+def swallows_every_runtime_error() -> torch.Tensor:
+    """A bug in the model shrinks the batch to nothing."""
+    size = 8
+    while size:
+        try:
+            model = new_model().cuda()
+            parts = [model(part.cuda()).cpu() for part in batch().split(size)]
+            return torch.cat(parts)
+        except RuntimeError:
+            size //= 2
+    return torch.empty(0)
+
+
+def uses_what_was_never_bound() -> torch.Tensor:
+    """The OOM is warned away, and the variable it should have set is used."""
+    try:
+        logits = infer("cuda")
+    except torch.OutOfMemoryError:
+        logging.getLogger(__name__).debug("out of memory, going on")
+    return logits
+
+
+def waits_for_a_worker_that_died() -> torch.Tensor:
+    """The worker thread ends with the error; the main thread waits for its answer."""
+    answers: queue.Queue[torch.Tensor] = queue.Queue()
+
+    def work() -> None:
+        try:
+            answers.put(infer("cuda"))
+        except torch.OutOfMemoryError:
+            logging.getLogger(__name__).debug("worker is out of memory")
+
+    threading.Thread(target=work, daemon=True).start()
+    return answers.get()
+
+
+def retries_for_ever() -> torch.Tensor:
+    """There is always hope that another process ends."""
+    while True:
+        try:
+            return infer("cuda")
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+
+
+def knows_the_native_text_only() -> torch.Tensor:
+    """The message of cuBLAS, the driver or another allocator is not recognised."""
+    try:
+        return infer("cuda")
+    except RuntimeError as error:
+        if "CUDA out of memory" not in str(error):
+            raise
+    return infer("cpu")
+
+
+def knows_the_native_class_only() -> torch.Tensor:
+    """Other parts of CUDA raise other classes."""
+    try:
+        return infer("cuda")
+    except torch.OutOfMemoryError:
+        pass
+    return infer("cpu")
+
+
+def calls_what_no_longer_exists() -> torch.Tensor:
+    """The path that nobody ran since the method was renamed."""
+    try:
+        return infer("cuda")
+    except torch.OutOfMemoryError:
+        pass
+    model: Any = new_model()
+    logits: torch.Tensor = model.forward_on_cpu(batch())
+    return logits
+
+
+def falls_back_to_more_than_the_budget() -> int:
+    """The fallback wants more than the first attempt."""
+    try:
+        return torch.ones(8 * MIB, dtype=torch.uint8, device="cuda").numel() // MIB
+    except torch.OutOfMemoryError:
+        pass
+    return torch.ones(128 * MIB, dtype=torch.uint8, device="cuda").numel() // (16 * MIB)
+
+
+def overflows_in_half_precision() -> torch.Tensor:
+    """Half the bytes, and a sum that fp16 cannot hold."""
+    values = torch.full((64,), 2000.0)
+    try:
+        return values.cuda().sum().cpu()
+    except torch.OutOfMemoryError:
+        pass
+    return values.half().sum().float()
+
+
+def drops_the_batch() -> list[float]:
+    """The rows that did not fit are missing from the answer."""
+    model = new_model().cuda()
+    answer: list[float] = []
+    for part in batch().split(2):
+        try:
+            answer += model(part.cuda()).sum(dim=1).tolist()
+        except torch.OutOfMemoryError:
+            continue
+    return answer
+
+
+def returns_nothing() -> torch.Tensor | None:
+    """The caller learns of it when it uses the None."""
+    try:
+        return infer("cuda")
+    except torch.OutOfMemoryError:
+        return None
+
+
+def draws_again() -> torch.Tensor:
+    """The retry draws its augmentation anew: other data than without the fault."""
+    for _attempt in range(3):
+        noise = torch.rand(8, 32)
+        try:
+            with torch.no_grad():
+                return new_model().cuda()((batch() + noise).cuda()).cpu()
+        except torch.OutOfMemoryError:
+            continue
+    raise RuntimeError("three attempts failed")
+
+
+def turns_an_oom_into_an_error_of_its_own_making() -> torch.Tensor:
+    """The handler itself fails: it formats what is not there."""
+    try:
+        return infer("cuda")
+    except torch.OutOfMemoryError as error:
+        details: Any = error.args[1]
+        raise RuntimeError(f"out of memory: {details}") from None
+
+
+class Case(NamedTuple):
+    """How a sweep must judge a broken fallback.
+
+    Attributes:
+        verdict: Of at least one point.
+        flavours: The errors to raise.
+        budget: The card's share.
+    """
+
+    verdict: Verdict
+    flavours: tuple[str, ...] = ("native",)
+    budget: str | None = None
+
+
+EXPECTED: Final = {
+    keeps_the_error: Case(Verdict.LEAK),
+    notes_the_error_on_a_class: Case(Verdict.LEAK),
+    registers_before_it_has_loaded: Case(Verdict.LEAK),
+    leaves_half_a_module_on_each_device: Case(Verdict.WRONG_RESULT),
+    runs_half_a_module_on_each_device: Case(Verdict.OTHER_ERROR),
+    cleans_inside_the_except_block: Case(Verdict.OVER_BUDGET, budget="60MiB"),
+    scales_gradients_by_the_number_of_parts: Case(Verdict.WRONG_RESULT),
+    retries_without_clearing_gradients: Case(Verdict.WRONG_RESULT),
+    swallows_every_runtime_error: Case(Verdict.SWALLOWED, flavours=("not-oom",)),
+    uses_what_was_never_bound: Case(Verdict.OTHER_ERROR),
+    waits_for_a_worker_that_died: Case(Verdict.HANG),
+    retries_for_ever: Case(Verdict.HANG),
+    knows_the_native_text_only: Case(
+        Verdict.CLEAN_OOM, flavours=("cublas", "driver", "async")
+    ),
+    knows_the_native_class_only: Case(
+        Verdict.CLEAN_OOM, flavours=("legacy", "cublas", "driver")
+    ),
+    calls_what_no_longer_exists: Case(Verdict.OTHER_ERROR),
+    falls_back_to_more_than_the_budget: Case(Verdict.OVER_BUDGET, budget="60MiB"),
+    overflows_in_half_precision: Case(Verdict.WRONG_RESULT),
+    drops_the_batch: Case(Verdict.WRONG_RESULT),
+    returns_nothing: Case(Verdict.WRONG_RESULT),
+    draws_again: Case(Verdict.WRONG_RESULT),
+    turns_an_oom_into_an_error_of_its_own_making: Case(Verdict.OTHER_ERROR),
+}
