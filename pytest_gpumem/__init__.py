@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from pytest_gpumem.instruments.sweep import sweep_ooms
     from pytest_gpumem.instruments.verdict import LoadVerdict, judge_load
     from pytest_gpumem.model.records import MemoryFigures
-    from pytest_gpumem.model.rules import Rule, parse_rule
+    from pytest_gpumem.model.rule_parser import parse_rule
+    from pytest_gpumem.model.rules import Rule
     from pytest_gpumem.model.sweeps import Outcome, Point, SweepReport, Verdict
     from pytest_gpumem.sizes import format_size, parse_size
 
@@ -49,7 +50,7 @@ _HOMES: Final = {
     "format_size": "sizes",
     "judge_load": "instruments.verdict",
     "make_checkpoint": "checkpoints",
-    "parse_rule": "model.rules",
+    "parse_rule": "model.rule_parser",
     "parse_size": "sizes",
     "simulated_device": "devices.simulated.install",
     "sweep_ooms": "instruments.sweep",

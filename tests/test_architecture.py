@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "instruments": GROUND | {"model", "devices", "instruments"},
     "reports": GROUND | {"model", "reports"},
     "checkpoints": GROUND | {"checkpoints"},
+    "strategies": GROUND | {"model"},
     "recording": GROUND | {"model", "devices", "recording"},
     "cli": GROUND | {"model", "devices", "checkpoints", "recording"},
     "plugin": GROUND

@@ -14,7 +14,7 @@ from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.errors import RuleError, SizeError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 pytest_plugins = ["pytester"]
 
@@ -35,9 +35,9 @@ def _new() -> nn.Module:
 
 
 def _filled(value: float) -> nn.Module:
-    skip: Any = nn.utils.skip_init
-    layers = [skip(nn.Linear, 2048, 2048) for _ in range(4)]
-    model = nn.Sequential(*layers)
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(2048, 2048) for _ in range(4)))
+    model.to_empty(device="cpu")
     for parameter in model.parameters():
         parameter.data.fill_(value)
     return model
@@ -45,13 +45,14 @@ def _filled(value: float) -> nn.Module:
 
 def _ladder() -> nn.Module:
     """Load on the card, else in half precision, else on the host."""
-    for convert in (
+    rungs: tuple[Callable[[nn.Module], nn.Module], ...] = (
         lambda model: model.cuda(),
         lambda model: model.half().cuda(),
         lambda model: model,
-    ):
+    )
+    for convert in rungs:
         try:
-            model: nn.Module = convert(_new())
+            model = convert(_new())
         except torch.OutOfMemoryError:
             continue
         return model

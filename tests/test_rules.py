@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_gpumem.errors import RuleError
-from pytest_gpumem.model.rules import PHASES, Request, Rule, Schedule, parse_rule
+from pytest_gpumem.model.rule_parser import KEYS, Key, parse_rule
+from pytest_gpumem.model.rules import FLAVOURS, PHASES, Request, Rule, Schedule
 
 
 def _request(nbytes: int = 1024, *, device: int = 0, phase: str = "other") -> Request:
@@ -43,7 +45,7 @@ def test_rules_are_read(text: str, rule: Rule) -> None:
         ("load:", 5, "nothing follows the colon"),
         ("load:nth=0", 9, "no whole number from 1 on"),
         ("load:nth=x", 9, "no whole number"),
-        ("load:nth", 8, "no whole number"),
+        ("load:nth", 8, "'nth' needs a value, as in load:nth=3"),
         ("load:when=3", 5, "no key 'when'; accepted are nth"),
         ("any:nth=1,nth=2", 10, "'nth' is given twice"),
         ("any:persistent=1", 4, "'persistent' takes no value"),
@@ -118,15 +120,28 @@ def test_threads_share_one_count() -> None:
     assert 400 == schedule.num_counted
 
 
+_WORDS = st.text("abc*?.:_-", min_size=1, max_size=8)
+_COMMON = {
+    "phase": st.sampled_from(PHASES),
+    "min_bytes": st.integers(0, 2**40),
+    "max_bytes": st.none() | st.integers(2**40, 2**41),
+    "device_index": st.none() | st.integers(0, 63),
+    "times": st.none() | st.integers(1, 1000),
+    "site": st.none() | _WORDS,
+    "thread": st.none() | _WORDS,
+    "flavour": st.sampled_from(FLAVOURS),
+}
+
+
 @given(
-    rule=st.builds(
+    rule=st.builds(Rule, nth=st.integers(1, 10**6), **_COMMON)
+    | st.builds(Rule, after_bytes=st.integers(1, 2**40), **_COMMON)
+    | st.builds(Rule, every=st.integers(1, 1000), **_COMMON)
+    | st.builds(
         Rule,
-        phase=st.sampled_from(PHASES),
-        nth=st.integers(1, 10**6),
-        min_bytes=st.integers(0, 2**40),
-        max_bytes=st.none() | st.integers(2**40, 2**41),
-        device_index=st.none() | st.integers(0, 63),
-        times=st.none() | st.integers(1, 1000),
+        probability=st.floats(0, 1, exclude_min=True),
+        seed=st.integers(0, 2**32),
+        **_COMMON,
     )
 )
 def test_a_written_rule_reads_as_itself(rule: Rule) -> None:
@@ -143,3 +158,98 @@ def test_any_text_is_a_rule_or_a_rule_error(text: str) -> None:
         position = error.position
 
     assert 0 <= position <= max(len(text), 10**9)
+
+
+@pytest.mark.parametrize("key", KEYS.values(), ids=KEYS)
+def test_every_keys_example_is_a_rule_that_uses_it(key: Key) -> None:
+    """What the docs and the errors show can be written."""
+    rule = parse_rule(key.example)
+
+    assert rule == parse_rule(str(rule))
+    assert getattr(rule, key.field) != getattr(Rule(nth=2, times=2, seed=0), key.field)
+
+
+@pytest.mark.parametrize(
+    ("text", "position", "message"),
+    [
+        ("any:nth=1,every=2", 10, "'nth' and 'every' exclude each other"),
+        ("any:p=0.5,after=1KiB", 10, "'p' and 'after' exclude each other"),
+        ("any:every=2,persistent", 12, "'every' and 'persistent' exclude"),
+        ("any:seed=3", 4, "'seed' without 'p' has no meaning"),
+        ("any:p=0", 6, "no probability above 0 and up to 1"),
+        ("any:p=1.5", 6, "no probability"),
+        ("any:p=nan", 6, "no probability"),
+        ("any:flavour=cubals", 12, r"no flavour \(did you mean cublas\?\)"),
+        ("any:evry=2", 4, r"no key 'evry' \(did you mean every\?\)"),
+        ("forwrd", 0, r"no phase \(did you mean forward\?\)"),
+        ("any:site=", 9, "matches nothing"),
+    ],
+)
+def test_contradictions_are_pointed_at(text: str, position: int, message: str) -> None:
+    """The later of two keys that exclude each other, and slips of the pen."""
+    with pytest.raises(RuleError, match=message) as caught:
+        parse_rule(text)
+
+    assert position == caught.value.position
+
+
+def _refused(rule: str, sizes: list[int]) -> list[int]:
+    schedule = Schedule(parse_rule(rule))
+    return [
+        number
+        for number, size in enumerate(sizes, start=1)
+        if schedule.refuses(_request(size))
+    ]
+
+
+def test_every_kth_fails() -> None:
+    """Again and again, unless times bounds it."""
+    assert [3, 6, 9] == _refused("any:every=3", [1] * 10)
+    assert [3, 6] == _refused("any:every=3,times=2", [1] * 10)
+
+
+def test_after_counts_bytes() -> None:
+    """The request that takes the sum above the bound is the first."""
+    sizes = [400, 400, 300, 10]
+
+    assert [3] == _refused("any:after=1000", sizes)
+    assert [3, 4] == _refused("any:after=1000,persistent", sizes)
+    assert [] == _refused("any:after=1110", sizes)
+
+
+def test_probability_has_its_own_seed() -> None:
+    """The same seed refuses the same requests, whatever else draws numbers."""
+    first = _refused("any:p=0.2,seed=7", [1] * 500)
+    random.seed(1)
+    again = _refused("any:probability=0.2,seed=7", [1] * 500)
+
+    assert first == again != _refused("any:p=0.2,seed=8", [1] * 500)
+    assert 60 <= len(first) <= 140
+
+
+def test_threads_are_told_by_name() -> None:
+    """main, other, or a pattern."""
+
+    def asked(rule: str) -> list[str]:
+        schedule = Schedule(parse_rule(rule))
+        threads = ("main", "loader-0", "loader-1")
+        return [
+            name
+            for name in threads
+            if schedule.refuses(Request(1, 0, "load", thread=name))
+        ]
+
+    assert ["main"] == asked("any:thread=main,persistent")
+    assert ["loader-0", "loader-1"] == asked("any:thread=other,persistent")
+    assert ["loader-1"] == asked("any:thread=*-1,persistent")
+
+
+def test_sites_match_any_name() -> None:
+    """A frame, a module's path or a parameter's name; the whole of it."""
+    request = Request(
+        1, 0, "load", names=("loader.py:load", "bert.embeddings", "w.bias")
+    )
+
+    for pattern in ("loader.py:*", "*embeddings*", "*.bias"):
+        assert parse_rule(f"any:site={pattern}").counts(request)
+    assert not parse_rule("any:site=embeddings").counts(request)

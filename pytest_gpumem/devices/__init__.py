@@ -77,6 +77,13 @@ class Device(Protocol):
         Where it answers True the allocation fails as if the card were full.
         """
 
+    def fail_allocation(self, index: int, nbytes: int) -> str:
+        """Fail a request of ``nbytes`` bytes as the caching allocator does.
+
+        Caches are flushed, ``num_ooms`` counts and observers are called; what would
+        have been raised is returned as its text.
+        """
+
     def watching(
         self, watch: Callable[[int, int, int], None]
     ) -> AbstractContextManager[bool]:

@@ -263,6 +263,23 @@ class CudaDevice:
 
     # -- single allocations ---------------------------------------------------------
 
+    def fail_allocation(self, index: int, nbytes: int) -> str:
+        """Fail a request as the allocator does; return its words."""
+        from pytest_gpumem.devices.interception import (  # noqa: PLC0415  # only when armed
+            fail_in_null_pool,
+        )
+
+        try:
+            fail_in_null_pool(
+                lambda: torch.empty(
+                    nbytes, dtype=torch.uint8, device=torch.device("cuda", index)
+                ),
+                index,
+            )
+        except torch.OutOfMemoryError as error:
+            return str(error)
+        raise AssertionError("unreachable: a null pool serves nothing")
+
     @contextmanager
     def refusing(self, refuses: Callable[[int, int], bool]) -> Iterator[None]:
         """Ask before each operator's allocations whether one is to fail."""

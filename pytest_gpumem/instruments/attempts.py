@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import gc
 import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -10,6 +11,7 @@ import torch
 
 from pytest_gpumem.errors import SweepError
 from pytest_gpumem.instruments.equality import difference, portrait
+from pytest_gpumem.instruments.flavours import is_injected
 from pytest_gpumem.instruments.frames import clear_exception
 from pytest_gpumem.instruments.holders import blocks_on_cards, find_holders
 from pytest_gpumem.instruments.injector import OomInjector
@@ -20,7 +22,8 @@ from pytest_gpumem.instruments.surroundings import (
     settle,
 )
 from pytest_gpumem.instruments.watchdog import HangError, Watchdog
-from pytest_gpumem.model.sweeps import NOT_OOM, Outcome, Point, Verdict
+from pytest_gpumem.model.rules import NOT_OOM
+from pytest_gpumem.model.sweeps import Outcome, Point, Verdict
 from pytest_gpumem.sizes import format_size
 
 if TYPE_CHECKING:
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 
 #: Leaks whose holders are looked for; each search walks the whole heap.
 _SEARCHES: Final = 8
+_RAISE: Final = dis.opmap["RAISE_VARARGS"]
 
 
 class Attempt(NamedTuple):
@@ -198,11 +202,11 @@ class Attempts:
                 raise SweepError(
                     f"the code fails without any fault: {_words(caught)}"
                 ) from caught
-            error, is_oom = _words(caught), _is_injected(caught, rule)
+            error, is_oom = _words(caught), is_the_oom(caught)
             is_wrong = isinstance(caught, AssertionError)
         seconds = time.perf_counter() - started_s
         del arguments
-        extra = num_ooms(device) - start_ooms - injector.num_injected
+        extra = num_ooms(device) - start_ooms - injector.num_ooms
         left, logged = settle(device, start_bytes)
         return Attempt(
             picture,
@@ -223,10 +227,12 @@ def _words(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:400]}" if text else type(error).__name__
 
 
-def _is_injected(error: BaseException, rule: Rule) -> bool:
-    """Tell whether an error is the injected one, or was raised from it on purpose."""
-    del rule
-    return any(isinstance(each, torch.OutOfMemoryError) for each in chain_of(error))
+def is_the_oom(error: BaseException) -> bool:
+    """Tell whether an error is an OOM or the injected one, or raised from such a one."""
+    return any(
+        isinstance(each, torch.OutOfMemoryError) or is_injected(each)
+        for each in chain_of(error)
+    )
 
 
 def chain_of(error: BaseException) -> list[BaseException]:
@@ -251,11 +257,15 @@ def chain_of(error: BaseException) -> list[BaseException]:
 
 
 def _is_raised_by_handler(error: BaseException) -> bool:
-    """Tell whether the frame that caught an error's context is the one that raised it."""
+    """Tell whether the frame that caught an error's context has a ``raise`` for it."""
     context = error.__context__
     if context is None or context.__traceback__ is None or error.__traceback__ is None:
         return False
     last = error.__traceback__
     while last.tb_next is not None:
         last = last.tb_next
-    return last.tb_frame is context.__traceback__.tb_frame
+    code = last.tb_frame.f_code.co_code
+    return (
+        last.tb_frame is context.__traceback__.tb_frame
+        and code[last.tb_lasti] == _RAISE
+    )

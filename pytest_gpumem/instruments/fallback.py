@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from pytest_gpumem.devices.active import active_device
-from pytest_gpumem.instruments.attempts import chain_of
+from pytest_gpumem.instruments.attempts import is_the_oom
 from pytest_gpumem.instruments.budget import vram_budget
 from pytest_gpumem.instruments.equality import difference, portrait
 from pytest_gpumem.instruments.frames import clear_exception
@@ -24,7 +24,7 @@ from pytest_gpumem.instruments.surroundings import (
     num_ooms,
     settle,
 )
-from pytest_gpumem.model.rules import parse_rule
+from pytest_gpumem.model.rule_parser import parse_rule
 from pytest_gpumem.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
@@ -320,9 +320,7 @@ class _Checker:
         *,
         is_control: bool,
     ) -> None:
-        is_oom = any(
-            isinstance(each, torch.OutOfMemoryError) for each in chain_of(error)
-        )
+        is_oom = is_the_oom(error)
         if is_control:
             return  # whatever came through, it came through
         text = f"{type(error).__name__}: {str(error)[:200]}"

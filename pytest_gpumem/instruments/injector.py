@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from pytest_gpumem.instruments.flavours import COUNTED, Failure, make_error
 from pytest_gpumem.instruments.phases import current_phase
-from pytest_gpumem.model.rules import Request, Rule, Schedule, parse_rule
+from pytest_gpumem.instruments.sites import caller_names
+from pytest_gpumem.model.rule_parser import parse_rule
+from pytest_gpumem.model.rules import Request, Rule, Schedule
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -18,8 +22,8 @@ class OomInjector:
     """Refuse the allocations that rules choose, for a block of code.
 
     The error is the allocator's own, with the numbers of that moment: caches are
-    flushed first, ``num_ooms`` counts it, observers see it. Every thread's
-    allocations count.
+    flushed first, ``num_ooms`` counts it, observers see it; or, with a rule's
+    ``flavour``, another error of real machines. Every thread's allocations count.
 
     Args:
         rules: Rules, as text (see ``parse_rule``) or parsed.
@@ -41,12 +45,28 @@ class OomInjector:
         self.schedules = [Schedule(rule) for rule in parsed]
         self._device = device
         self._stack = ExitStack()
-        self._needs_phase = any(rule.phase != "any" for rule in parsed)
+        self._look()
+
+    def _look(self) -> None:
+        """Note what the rules must know of a request; the rest is not looked up."""
+        rules = [schedule.rule for schedule in self.schedules]
+        self._needs_phase = any(rule.phase != "any" for rule in rules)
+        self._needs_site = any(rule.site is not None for rule in rules)
+        self._needs_thread = any(rule.thread is not None for rule in rules)
 
     @property
     def num_injected(self) -> int:
         """How many allocations were refused so far."""
         return sum(schedule.num_failed for schedule in self.schedules)
+
+    @property
+    def num_ooms(self) -> int:
+        """How many of them the allocator's ``num_ooms`` counts; see ``flavours``."""
+        return sum(
+            schedule.num_failed
+            for schedule in self.schedules
+            if schedule.rule.flavour in COUNTED
+        )
 
     @property
     def num_counted(self) -> int:
@@ -60,30 +80,50 @@ class OomInjector:
             RuleError: The text is no rule.
         """
         schedule = Schedule(parse_rule(rule) if isinstance(rule, str) else rule)
-        self._needs_phase = self._needs_phase or schedule.rule.phase != "any"
         self.schedules.append(schedule)
+        self._look()
         return schedule
 
     def disarm(self) -> None:
         """Drop every rule; what was counted is forgotten."""
         self.schedules.clear()
-        self._needs_phase = False
+        self._look()
 
     def refuses(self, device_index: int, nbytes: int) -> bool:
-        """Count a request of ``nbytes`` bytes and tell whether a rule refuses it."""
+        """Count a request of ``nbytes`` bytes and tell whether a rule refuses it.
+
+        Raises:
+            RuntimeError: A rule refuses it with a flavour that is not the device's own
+                error.
+        """
+        __tracebackhide__ = True
         if not self.schedules:
             return False
-        phase = current_phase() if self._needs_phase else "other"
-        request = Request(nbytes=nbytes, device_index=device_index, phase=phase)
+        request = Request(
+            nbytes=nbytes,
+            device_index=device_index,
+            phase=current_phase() if self._needs_phase else "other",
+            thread=_thread_name() if self._needs_thread else "main",
+            names=caller_names() if self._needs_site else (),
+        )
         # Every rule counts every request: no short circuit.
-        return sum(schedule.refuses(request) for schedule in self.schedules) > 0
+        striking = [each for each in self.schedules if each.refuses(request)]
+        for schedule in striking:
+            failure = Failure(self._require_device(), device_index, nbytes)
+            error = make_error(schedule.rule.flavour, failure)
+            if error is not None:
+                raise error
+        return bool(striking)
 
-    def __enter__(self) -> OomInjector:  # noqa: PYI034  # Self needs Python 3.11
-        device = self._device
-        if device is None:
+    def _require_device(self) -> Device:
+        if self._device is None:
             from pytest_gpumem.devices.active import active_device  # noqa: PLC0415  # torch only when used
 
-            device = active_device()
+            self._device = active_device()
+        return self._device
+
+    def __enter__(self) -> OomInjector:  # noqa: PYI034  # Self needs Python 3.11
+        device = self._require_device()
         self._stack.enter_context(device.refusing(self.refuses))
         return self
 
@@ -94,3 +134,8 @@ class OomInjector:
         _traceback: TracebackType | None,
     ) -> None:
         self._stack.close()
+
+
+def _thread_name() -> str:
+    thread = threading.current_thread()
+    return "main" if thread is threading.main_thread() else thread.name

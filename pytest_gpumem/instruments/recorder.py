@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import sys
-import sysconfig
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from pytest_gpumem.devices.active import active_device
-from pytest_gpumem.instruments.phases import current_phase
+from pytest_gpumem.instruments.sites import describe_site
 
 if TYPE_CHECKING:
-    from types import FrameType, TracebackType
+    from types import TracebackType
 
     from pytest_gpumem.devices import Device, Tracker
     from pytest_gpumem.model.records import MemoryFigures
-
-_OURS: Final = frozenset({"torch", "pytest_gpumem", "contextlib"})
-_STDLIB: Final = sysconfig.get_path("stdlib")
 
 
 class PeakRecorder:
@@ -114,28 +110,3 @@ class LimitWatch:
             return
         if (allocated if self._metric == "allocated" else reserved) > self._limit:
             self.site = describe_site(sys._getframe(1))  # noqa: SLF001  # the documented way to walk a stack
-
-
-def describe_site(frame: FrameType | None) -> str:
-    """Return the line that asked for memory, and the phase it was in.
-
-    The innermost line of the user's own code where there is one on the stack; else
-    (in a library's worker thread) the innermost line outside torch and this plugin.
-    """
-    phase = current_phase(frame)
-    library = None
-    current = frame
-    while current is not None:
-        name = current.f_globals.get("__name__", "").partition(".")[0]
-        code = current.f_code
-        if name not in _OURS:
-            site = f"{code.co_filename}:{current.f_lineno} in {code.co_name} ({phase})"
-            if name != "threading" and not _is_installed(code.co_filename):
-                return site
-            library = library or site
-        current = current.f_back
-    return library or f"unknown site ({phase})"
-
-
-def _is_installed(filename: str) -> bool:
-    return "site-packages" in filename or filename.startswith((_STDLIB, "<"))

@@ -20,10 +20,10 @@ from pytest_gpumem.devices.active import active_device
 from pytest_gpumem.errors import SweepError
 from pytest_gpumem.instruments.attempts import Attempts
 from pytest_gpumem.instruments.injector import OomInjector
-from pytest_gpumem.instruments.recorder import describe_site
+from pytest_gpumem.instruments.sites import describe_site
 from pytest_gpumem.instruments.surroundings import frozen_heap
 from pytest_gpumem.instruments.sweep_state import SweepState
-from pytest_gpumem.model.rules import parse_rule
+from pytest_gpumem.model.rule_parser import parse_rule
 from pytest_gpumem.model.sweep_plan import SweepPlan
 from pytest_gpumem.model.sweeps import Outcome, Point, SweepReport
 
@@ -197,7 +197,7 @@ class _Sweep:
             rule = parse_rule(plan.only)
             mode = "persistent" if rule.times is None else "transient"
             site = sites[rule.nth - 1] if rule.nth <= len(sites) else ""
-            flavour = getattr(rule, "flavour", "native")
+            flavour = rule.flavour
             yield Point(rule.nth, mode, flavour, str(rule), site)
             return
         index, count = plan.shard

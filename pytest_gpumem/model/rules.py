@@ -1,22 +1,39 @@
-"""Injection rules: which allocations fail, how often, and from when on.
+"""Injection rules: which allocations fail, how often, and with which error.
 
-A rule reads ``phase[:key=value,…]``: ``load:nth=3``, ``forward:min=64MiB,persistent``,
-``any:min=20MiB,times=2``. See ``parse_rule`` for the keys.
+``rule_parser.parse_rule`` reads them from text and lists the keys.
 """
 
 from __future__ import annotations
 
+import random
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Final, Literal, get_args
 
-from pytest_gpumem.errors import RuleError, SizeError
-from pytest_gpumem.sizes import format_size, parse_size
+from pytest_gpumem.sizes import format_size
 
 Phase = Literal["any", "load", "forward", "backward", "optimizer"]
 
 PHASES: Final[tuple[str, ...]] = get_args(Phase)
-_KEYS: Final = ("nth", "min", "max", "device", "times", "persistent")
+#: Which real-world error is raised; ``instruments.flavours`` makes them.
+FLAVOURS: Final = (
+    "native",
+    "legacy",
+    "async",
+    "driver",
+    "cublas",
+    "cudnn",
+    "cudnn-unsupported",
+    "nvml",
+    "hip",
+    "xpu",
+    "mps",
+    "host",
+    "not-oom",
+)
+#: The flavour of the error that no handler may swallow.
+NOT_OOM: Final = "not-oom"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +45,16 @@ class Request:
         device_index: The card asked.
         phase: What the program was doing: one of ``PHASES`` but ``"any"``, or
             ``"other"``.
+        thread: Name of the asking thread; ``"main"`` for the main one.
+        names: What a ``site`` pattern may match: ``file.py:function`` of each frame,
+            the path of the module at work, the name of the parameter being loaded.
     """
 
     nbytes: int
     device_index: int
     phase: str
+    thread: str = "main"
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +67,17 @@ class Rule:
         min_bytes: Only requests of at least so many bytes count.
         max_bytes: Only requests of at most so many bytes count; None means no bound.
         device_index: Only requests to this card count; None means all cards.
-        times: How many counted requests fail, from the ``nth`` on; None means all
-            of them (persistent).
+        times: How many requests fail; None means all of them from the first on
+            (persistent).
+        site: Only requests of which a name matches this pattern count; None: all.
+        thread: Only requests of the threads with matching names count; ``"other"``
+            means all but the main one; None means all.
+        after_bytes: The first to fail is the one that takes the sum of counted
+            requests above this; None leaves it to ``nth``.
+        every: Each so-many-th fails; None leaves it to ``nth``.
+        probability: Each fails with this probability; None leaves it to ``nth``.
+        seed: Of the probability's own random numbers.
+        flavour: One of ``FLAVOURS``.
     """
 
     phase: str = "any"
@@ -55,6 +86,13 @@ class Rule:
     max_bytes: int | None = None
     device_index: int | None = None
     times: int | None = 1
+    site: str | None = None
+    thread: str | None = None
+    after_bytes: int | None = None
+    every: int | None = None
+    probability: float | None = None
+    seed: int = 0
+    flavour: str = "native"
 
     def counts(self, request: Request) -> bool:
         """Tell whether a request is one of those that the rule numbers."""
@@ -63,29 +101,69 @@ class Rule:
             and request.nbytes >= self.min_bytes
             and (self.max_bytes is None or request.nbytes <= self.max_bytes)
             and self.device_index in (None, request.device_index)
+            and self._takes_thread(request.thread)
+            and self._takes_site(request.names)
         )
 
+    def _takes_thread(self, name: str) -> bool:
+        if self.thread is None:
+            return True
+        if self.thread == "other":
+            return name != "main"
+        return fnmatchcase(name, self.thread)
+
+    def _takes_site(self, names: tuple[str, ...]) -> bool:
+        pattern = self.site
+        return pattern is None or any(fnmatchcase(name, pattern) for name in names)
+
+    @property
+    def is_repeated(self) -> bool:
+        """Whether it strikes again and again by itself: ``every`` or a probability."""
+        return self.every is not None or self.probability is not None
+
     def __str__(self) -> str:
-        parts = [f"nth={self.nth}"]
+        parts = []
+        if self.after_bytes is not None:
+            parts.append(f"after={self.after_bytes}")
+        elif self.every is not None:
+            parts.append(f"every={self.every}")
+        elif self.probability is not None:
+            parts += [f"p={self.probability!r}", f"seed={self.seed}"]
+        else:
+            parts.append(f"nth={self.nth}")
         if self.min_bytes:
             parts.append(f"min={self.min_bytes}")
-        if self.max_bytes is not None:
-            parts.append(f"max={self.max_bytes}")
-        if self.device_index is not None:
-            parts.append(f"device={self.device_index}")
-        if self.times is None:
+        named = {
+            "max": self.max_bytes,
+            "device": self.device_index,
+            "site": self.site,
+            "thread": self.thread,
+        }
+        parts += [f"{key}={value}" for key, value in named.items() if value is not None]
+        if self.is_repeated:
+            parts += [] if self.times is None else [f"times={self.times}"]
+        elif self.times is None:
             parts.append("persistent")
         elif self.times != 1:
             parts.append(f"times={self.times}")
+        if self.flavour != "native":
+            parts.append(f"flavour={self.flavour}")
         return f"{self.phase}:{','.join(parts)}"
 
     def describe(self) -> str:
-        """Return the rule as a sentence's end: "the 3rd allocation of a load …"."""
+        """Return the rule as a sentence's end: "allocation number 3 in load"."""
         size = f" of at least {format_size(self.min_bytes)}" if self.min_bytes else ""
         phase = "" if self.phase == "any" else f" in {self.phase}"
+        if self.every is not None:
+            return f"every {self.every}th allocation{size}{phase}"
+        if self.probability is not None:
+            return f"allocations{size}{phase} with probability {self.probability:g}"
         often = {None: " and every later one", 1: ""}.get(
             self.times, f" and the next {(self.times or 1) - 1}"
         )
+        if self.after_bytes is not None:
+            first = f"the first allocation{size} after {format_size(self.after_bytes)}"
+            return f"{first}{phase}{often}"
         return f"allocation number {self.nth}{size}{phase}{often}"
 
 
@@ -104,6 +182,8 @@ class Schedule:
         self.rule: Final = rule
         self.num_counted = 0
         self.num_failed = 0
+        self._counted_bytes = 0
+        self._random = random.Random(rule.seed)  # noqa: S311  # a repeatable choice
         self._lock = threading.Lock()
 
     @property
@@ -118,89 +198,21 @@ class Schedule:
             return False
         with self._lock:
             self.num_counted += 1
-            if self.num_counted < self.rule.nth or self.is_spent:
+            self._counted_bytes += request.nbytes
+            if not self._strikes() or self.is_spent:
                 return False
             self.num_failed += 1
             return True
 
-
-def parse_rule(text: str) -> Rule:
-    """Read a rule.
-
-    Args:
-        text: ``phase[:key[=value],…]``. Phases: any, load, forward, backward,
-            optimizer. Keys: ``nth=N`` the first to fail (default 1), ``min=SIZE`` and
-            ``max=SIZE`` bytes of the requests that count, ``device=INDEX``,
-            ``times=N`` how many fail (default 1), ``persistent`` all from the nth on.
-
-    Raises:
-        RuleError: The text is no rule; the message points at the character.
-    """
-    phase, colon, rest = text.partition(":")
-    if phase.strip() not in PHASES:
-        raise _error(text, 0, f"{phase.strip()!r} is no phase", PHASES)
-    rule = Rule(phase=phase.strip())
-    if colon and not rest.strip():
-        raise _error(text, len(text), "nothing follows the colon", _KEYS)
-    position = len(phase) + 1
-    seen: set[str] = set()
-    for part in rest.split(",") if rest else []:
-        key = part.partition("=")[0].strip()
-        if key in seen:
-            raise _error(text, position, f"{key!r} is given twice", _KEYS)
-        seen.add(key)
-        rule = _with_key(rule, part, text, position)
-        position += len(part) + 1
-    if {"times", "persistent"} <= seen:
-        at = text.index("persistent")
-        raise _error(text, at, "'times' and 'persistent' exclude each other", ())
-    if rule.max_bytes is not None and rule.max_bytes < rule.min_bytes:
-        raise _error(text, text.index("max"), "'max' is below 'min'", ())
-    return rule
+    def _strikes(self) -> bool:
+        rule = self.rule
+        if rule.probability is not None:
+            return self._random.random() < rule.probability
+        if rule.every is not None:
+            return self.num_counted % rule.every == 0
+        if rule.after_bytes is not None:
+            return self._counted_bytes > rule.after_bytes
+        return self.num_counted >= rule.nth
 
 
-def _with_key(rule: Rule, part: str, text: str, position: int) -> Rule:
-    key, equals, value = (piece.strip() for piece in part.partition("="))
-    at = position + len(part) - len(part.lstrip())
-    if key == "persistent" and not equals:
-        return replace(rule, times=None)
-    if key not in _KEYS or key == "persistent":
-        reason = (
-            "'persistent' takes no value" if key == "persistent" else f"no key {key!r}"
-        )
-        raise _error(text, at, reason, _KEYS)
-    value_at = position + (part.index("=") + 1 if equals else len(part))
-    if key in ("min", "max"):
-        try:
-            nbytes = parse_size(value)
-        except SizeError as error:
-            raise _error(text, value_at, str(error), ()) from None
-        return (
-            replace(rule, min_bytes=nbytes)
-            if key == "min"
-            else replace(rule, max_bytes=nbytes)
-        )
-    lowest = 0 if key == "device" else 1
-    if not value.isascii() or not value.isdigit() or int(value) < lowest:
-        reason = f"{key}={value!r} is no whole number from {lowest} on"
-        raise _error(text, value_at, reason, ())
-    field = "device_index" if key == "device" else key
-    if field == "nth":
-        return replace(rule, nth=int(value))
-    if field == "times":
-        return replace(rule, times=int(value))
-    return replace(rule, device_index=int(value))
-
-
-def _error(
-    text: str, position: int, reason: str, accepted: tuple[str, ...]
-) -> RuleError:
-    hint = f"; accepted are {', '.join(accepted)}" if accepted else ""
-    return RuleError(
-        f"injection rule {text!r}: {reason}{hint}\n"
-        f"  {text}\n  {' ' * position}^\n"
-        "  a rule reads PHASE[:KEY=VALUE,...], for example load:nth=3 or "
-        "any:min=64MiB,persistent",
-        value=text,
-        position=position,
-    )
+__all__ = ["FLAVOURS", "NOT_OOM", "PHASES", "Phase", "Request", "Rule", "Schedule"]

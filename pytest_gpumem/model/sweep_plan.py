@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pytest_gpumem.errors import SweepError
-from pytest_gpumem.model.rules import Rule, parse_rule
+from pytest_gpumem.model.rule_parser import parse_rule
+from pytest_gpumem.model.rules import FLAVOURS, Rule
 from pytest_gpumem.model.sweeps import MODES
 
 if TYPE_CHECKING:
@@ -62,13 +63,30 @@ class SweepPlan:
         if self.timeout_s is not None and self.timeout_s <= 0:
             raise SweepError(f"timeout_s={self.timeout_s!r}; give seconds above 0")
         for flavour in self.flavours:
-            self.rule_of(1, "transient", flavour)
+            if flavour not in FLAVOURS:
+                raise SweepError(
+                    f"flavour {flavour!r}; accepted are {', '.join(FLAVOURS)}"
+                )
+        self.base()
         if self.only is not None:
             parse_rule(self.only)
 
     def base(self) -> Rule:
-        """Return the rule of a point but for its number."""
-        return parse_rule(self.rule)
+        """Return the rule of a point but for its number.
+
+        Raises:
+            RuleError: It cannot be read.
+            SweepError: It says which allocations fail, which is the sweep's to say.
+        """
+        rule = parse_rule(self.rule)
+        if rule != replace(
+            rule, nth=1, times=1, after_bytes=None, every=None, probability=None
+        ):
+            raise SweepError(
+                f"rule={self.rule!r} says which allocations fail; a sweep fails each of "
+                "those that count: leave phase, min, max, device, site and thread"
+            )
+        return rule
 
     def rule_of(self, number: int, mode: str, flavour: str) -> Rule:
         """Return the rule of one point.
@@ -77,7 +95,4 @@ class SweepPlan:
             RuleError: The plan's rule, or the flavour, makes no sense.
         """
         times = None if mode == "persistent" else 1
-        rule = replace(self.base(), nth=number, times=times)
-        if flavour != "native":
-            rule = parse_rule(f"{rule},flavour={flavour}")
-        return rule
+        return replace(self.base(), nth=number, times=times, flavour=flavour)

@@ -7,15 +7,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_gpumem.model.rules import NOT_OOM
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 #: How often a point's fault strikes: the Nth allocation only, or it and all later ones.
 MODES: Final = ("transient", "persistent")
-
-
-#: The flavour of the error that no handler may swallow.
-NOT_OOM: Final = "not-oom"
 
 
 class Verdict(Enum):

@@ -78,7 +78,7 @@ def _limit(limit: Any, *, metric: Any = "allocated", device: Any = 0) -> Limit:
 def _rule(rule: Any) -> Rule:
     if not isinstance(rule, str):
         raise TypeError(f"rule={rule!r} is no text such as 'load:nth=3'")
-    from pytest_gpumem.model.rules import parse_rule  # noqa: PLC0415  # there are markers
+    from pytest_gpumem.model.rule_parser import parse_rule  # noqa: PLC0415  # there are markers
 
     return parse_rule(rule)
 

@@ -68,7 +68,7 @@ def _parse_sizes(text: str) -> Any:
 
 
 def _parse_rule(text: str) -> Any:
-    from pytest_gpumem.model.rules import parse_rule  # noqa: PLC0415  # see above
+    from pytest_gpumem.model.rule_parser import parse_rule  # noqa: PLC0415  # see above
 
     return parse_rule(text)
 

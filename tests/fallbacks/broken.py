@@ -260,7 +260,8 @@ def draws_again() -> torch.Tensor:
         noise = torch.rand(8, 32)
         try:
             with torch.no_grad():
-                return new_model().cuda()((batch() + noise).cuda()).cpu()
+                logits: torch.Tensor = new_model().cuda()((batch() + noise).cuda())
+            return logits.cpu()
         except torch.OutOfMemoryError:
             continue
     raise RuntimeError("three attempts failed")

@@ -106,7 +106,7 @@ def lets_it_through() -> torch.Tensor:
 def asks_accelerate() -> torch.Tensor:
     """Accelerate's decorator halves the batch size until it fits."""
 
-    @find_executable_batch_size(starting_batch_size=8)
+    @find_executable_batch_size(starting_batch_size=8)  # type: ignore[untyped-decorator]  # accelerate's
     def run(batch_size: int) -> torch.Tensor:
         model = new_model().cuda()
         with torch.no_grad():
@@ -124,19 +124,23 @@ def asks_accelerate() -> torch.Tensor:
 
 
 def hears_of_its_workers_error() -> torch.Tensor:
-    """The worker sends its error to the thread that waits."""
-    answers: queue.Queue[torch.Tensor | None] = queue.Queue()
+    """The worker sends its answer or its error to the thread that waits."""
+    answers: queue.Queue[torch.Tensor | Exception | None] = queue.Queue()
 
     def work() -> None:
         try:
             answers.put(infer("cuda"))
         except torch.OutOfMemoryError:
             answers.put(None)
+        except Exception as error:  # noqa: BLE001  # whatever it is, somebody waits
+            answers.put(error)
 
     worker = threading.Thread(target=work, daemon=True)
     worker.start()
     answer = answers.get()
     worker.join()
+    if isinstance(answer, Exception):
+        raise answer
     return infer("cpu") if answer is None else answer
 
 

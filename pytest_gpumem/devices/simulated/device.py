@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from pytest_gpumem.devices.simulated.machine import OutOfMemory
 from pytest_gpumem.model.records import MemoryFigures
 
 if TYPE_CHECKING:
@@ -131,6 +132,17 @@ class SimulatedDevice:
         finally:
             for card in self.machine.cards:
                 card.faults.remove(refuses)
+
+    def fail_allocation(self, index: int, nbytes: int) -> str:
+        """Fail a request as the allocator does; return its words."""
+        card = self.machine.cards[index]
+        stream = self.machine.current_stream(index)
+        try:
+            with card.locked() as allocator:
+                allocator.malloc(nbytes, stream, refuse=True)
+        except OutOfMemory as error:
+            return error.message
+        raise AssertionError("unreachable: a refused request is not served")
 
     @contextmanager
     def watching(self, watch: Callable[[int, int, int], None]) -> Iterator[bool]:

@@ -79,7 +79,11 @@ class SimulatedTensor(torch.Tensor):
         __tracebackhide__ = True
         try:
             return HANDLERS[func](args, kwargs if kwargs is not None else {})
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and not hasattr(
+                error, "_gpumem_injected"
+            ):
+                raise
             # The error's traceback must not keep operands alive: on a real card
             # nothing below the caller's own frame would.
             del args, kwargs

@@ -1,0 +1,155 @@
+"""Where a request for memory comes from, read off the Python stack.
+
+Two uses: a *site* groups the allocations of a program by the place that makes them, and
+*names* are what an injection rule's ``site`` pattern is matched against. Both cost a
+walk up the stack, so only armed rules and counting sweeps ask.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import sysconfig
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from pytest_gpumem.instruments.phases import current_phase
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import FrameType
+
+_OURS: Final = frozenset({"torch", "pytest_gpumem", "contextlib"})
+_STDLIB: Final = sysconfig.get_paths()["stdlib"]
+_CALLS: Final = frozenset({"_call_impl", "_wrapped_call_impl"})
+_MODULE_FILE: Final = "/torch/nn/modules/module.py"
+#: Local variables in which loaders keep the name of the parameter at hand.
+#: Source: transformers 5 ``core_model_loading.py`` and ``modeling_utils.py``,
+#: accelerate ``utils/modeling.py``, torch ``nn/modules/module.py``.
+_NAME_VARIABLES: Final = (
+    "target_name",
+    "param_name",
+    "tensor_name",
+    "full_name",
+    "first_param_name",
+    "layer_name",
+    "name",
+    "key",
+)
+_PARAMETER: Final = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
+
+
+def describe_site(frame: FrameType | None) -> str:
+    """Return the place that asked for memory, in words that are the same each time.
+
+    The innermost line of the user's own code where there is one on the stack, the
+    phase, and below it the innermost function of a library and the module at work,
+    with numbers of layers left out: two layers of a kind are one site.
+    """
+    phase = current_phase(frame)
+    user = library = None
+    for each in _frames(frame):
+        name = each.f_globals.get("__name__", "").partition(".")[0]
+        if name in _OURS or name == "threading":
+            continue
+        code = each.f_code
+        if _is_installed(code.co_filename):
+            library = library or f"{_short(code.co_filename)} {code.co_name}"
+        else:
+            place = f"{_short(code.co_filename)}:{each.f_lineno}"
+            user = f"{place} in {code.co_name}"
+            break
+    parts = [f"{user or library or 'unknown site'} ({phase})"]
+    if user and library:
+        parts.append(f"via {library}")
+    module = module_path(frame)
+    if module:
+        parts.append(f"in {re.sub(r'(?<![A-Za-z_])[0-9]+', '*', module)}")
+    return " ".join(parts)
+
+
+def names_of(frame: FrameType | None) -> tuple[str, ...]:
+    """Return what a rule's ``site`` pattern may match for the code above a frame.
+
+    ``file.py:function`` of each frame outside torch and this plugin, the path of the
+    module at work, the name of the parameter being loaded.
+    """
+    names = []
+    for each in _frames(frame):
+        name = each.f_globals.get("__name__", "").partition(".")[0]
+        if name not in _OURS:
+            code = each.f_code
+            names.append(f"{Path(code.co_filename).name}:{code.co_name}")
+    module = module_path(frame)
+    if module:
+        names.append(module)
+    parameter = parameter_name(frame)
+    if parameter:
+        names.append(parameter)
+    return tuple(names)
+
+
+def module_path(frame: FrameType | None) -> str:
+    """Return the path of the module that is being called or moved, from the outermost.
+
+    For example ``"bert.encoder.layer.3.attention"``; empty outside of modules. A
+    module that the outermost one does not have is named by its class.
+    """
+    modules: list[Any] = []
+    for each in _frames(frame):
+        code = each.f_code
+        calls = code.co_name in _CALLS or code.co_name == "_apply"
+        if calls and code.co_filename.endswith(_MODULE_FILE):
+            module = each.f_locals.get("self")
+            if not modules or modules[-1] is not module:
+                modules.append(module)
+    if not modules:
+        return ""
+    outer, inner = modules[-1], modules[0]
+    for path, module in outer.named_modules():
+        if module is inner:
+            return path or type(inner).__name__
+    return type(inner).__name__
+
+
+def parameter_name(frame: FrameType | None) -> str:
+    """Return the name of the parameter that a loader has at hand; empty if none."""
+    for each in _frames(frame):
+        filename = each.f_code.co_filename
+        is_move = each.f_code.co_name == "_apply" and filename.endswith(_MODULE_FILE)
+        if is_move:
+            path, key = module_path(each), each.f_locals.get("key")
+            return f"{path}.{key}" if isinstance(key, str) else path
+        if not any(part in filename for part in ("/transformers/", "/accelerate/")):
+            continue
+        for variable in _NAME_VARIABLES:
+            value = each.f_locals.get(variable)
+            if isinstance(value, str) and _PARAMETER.fullmatch(value):
+                return value
+    return ""
+
+
+def _frames(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _short(filename: str) -> str:
+    """Return a file's path from the package or the working directory on."""
+    head, mark, tail = filename.rpartition("site-packages/")
+    if mark:
+        return tail
+    try:
+        return str(Path(filename).relative_to(Path.cwd()))
+    except ValueError:
+        return filename if not head else tail
+
+
+def _is_installed(filename: str) -> bool:
+    return "site-packages" in filename or filename.startswith((_STDLIB, "<"))
+
+
+def caller_names() -> tuple[str, ...]:
+    """Return ``names_of`` the calling code."""
+    return names_of(sys._getframe(1))  # noqa: SLF001  # the documented way to walk a stack
