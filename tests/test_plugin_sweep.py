@@ -73,7 +73,7 @@ def test_a_marked_test_runs_once_for_each_allocation(make: pytest.Pytester) -> N
             "*local * of *traceback, OutOfMemoryError*global 'KEPT' of *",
             "*replay: pytest *::test_bad --gpu-replay-oom=any:nth=2",
             "test_bad does not survive 14 of 16 faults",
-            "*x leak at *test_a_marked*.py:* in leak (load)",
+            "*x leak at *test_a_marked*.py:* in leak (load)*",
             "*= OOM sweeps =*",
             "*::test_good: 8 allocations at * sites, 16 points: 16 recovered (*",
             "*::test_bad: 8 allocations at * sites, 16 points: 2 recovered, 14 leak (*",
@@ -164,7 +164,7 @@ def test_fallback_tests_are_swept_on_demand(pytester: pytest.Pytester) -> None:
     assert "OOM sweeps" not in once.stdout.str()
     swept.assert_outcomes(passed=1)
     swept.stdout.fnmatch_lines(
-        ["*::test_it: 8 allocations at 3 sites, 6 points: 6 rec*"]
+        ["*::test_it: 8 allocations at * sites, * points: * recovered (*"]
     )
 
 
@@ -209,7 +209,7 @@ def test_coverage_is_shown_on_demand(make: pytest.Pytester) -> None:
     result.stdout.fnmatch_lines(
         [
             "*allocates  failed  recovered  site",
-            "*4       8          8  *.py:* in infer (load)",
+            "*4       8          8  *.py:* in infer (load)*",
         ]
     )
 
