@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from pytest_gpumem.devices.simulated import rng
+from pytest_gpumem.devices.simulated.accumulation import with_accumulation
 from pytest_gpumem.devices.simulated.memory import hold_workspace
+from pytest_gpumem.devices.simulated.scratch import with_scratch
 from pytest_gpumem.devices.simulated.tensor import (
     HANDLERS,
     SimulatedTensor,
@@ -303,9 +305,10 @@ def handler_for(func: Any) -> Handler:
     special = SPECIAL.get(func.overloadpacket.__name__)
     if special is not None and func.namespace == "aten":
         return special
-    return (
-        _mutating(func) if func._schema.is_mutable else _plain(func)
-    )  # the schema has no public name
+    if func._schema.is_mutable:  # the schema has no public name
+        return _mutating(func)
+    handler = with_scratch(func.overloadpacket.__name__, _plain(func))
+    return with_accumulation(func, handler)
 
 
 HANDLERS.make = handler_for

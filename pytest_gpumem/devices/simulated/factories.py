@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pytest_gpumem.devices.simulated import autocast
+from pytest_gpumem.devices.simulated import attention, autocast
 from pytest_gpumem.devices.simulated.machine import SimulatedCard, card_of
 from pytest_gpumem.devices.simulated.memory import Memory, hold
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor, make
@@ -149,5 +149,9 @@ def register() -> torch.library.Library:
             packet, _dot, overload = name.partition(".")
             operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
             library.impl(name, _on_host(operator), "AutogradCUDA")
+        library.impl("dropout", attention.dropout, "AutogradCUDA")
+        library.impl(
+            "scaled_dot_product_attention", attention.attention, "AutogradCUDA"
+        )
         autocast.register(library)
     return library

@@ -1,0 +1,75 @@
+"""Sums of gradients: autograd adds in place where nobody else has the first one.
+
+C++ never does so for a tensor subclass, so a sum would take a block of its own here.
+The values do go into a new tensor; the block is handed over.
+
+Source: ``can_accumulate_inplace`` and ``accumulate`` of
+``torch/csrc/autograd/input_buffer.cpp``, torch 2.13.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from pytest_gpumem.devices.simulated.memory import hold, memory_of
+from pytest_gpumem.devices.simulated.tensor import SimulatedTensor, make
+
+if TYPE_CHECKING:
+    from pytest_gpumem.devices.simulated.tensor import Handler
+
+_add: Final[Any] = torch.ops.aten.add.Tensor
+#: References to a gradient that only autograd's buffer has, seen from ``_may_reuse``:
+#: the buffer, the dispatcher's stack and argument list, the Python object; and to its
+#: storage: the tensor, the tensor with its values, the Python object.
+_TENSOR_USES: Final = 4
+_STORAGE_USES: Final = 3
+_PYTHON_USES: Final = 5
+
+
+def with_accumulation(func: Any, handler: Handler) -> Handler:
+    """Return a handler that sums gradients in their own memory."""
+    if func is not _add:
+        return handler
+
+    def adding(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        __tracebackhide__ = True
+        if torch._C._current_graph_task_id() == -1 or kwargs:
+            return handler(args, kwargs)
+        if not _may_reuse(args):
+            return handler(args, kwargs)
+        first, second = args
+        summed = _add(first._value, second._value)
+        storage = first._value.untyped_storage()
+        memory = memory_of(storage)
+        if memory is None or summed.untyped_storage().nbytes() != memory.nbytes:
+            return handler(args, kwargs)
+        hold(summed.untyped_storage(), memory)
+        del storage._gpumem  # the block has a new owner
+        return make(summed, first._card)
+
+    return adding
+
+
+def _may_reuse(args: tuple[Any, ...]) -> bool:
+    """Tell whether only autograd's buffer has the first of two like gradients."""
+    first, second = args
+    if type(first) is not SimulatedTensor or type(second) is not SimulatedTensor:
+        return False
+    uses: Any = first
+    return (
+        first.dtype == second.dtype
+        and first.shape == second.shape
+        and uses._use_count() <= _TENSOR_USES
+        and sys.getrefcount(first) <= _PYTHON_USES
+        and _storage_uses(first) <= _STORAGE_USES
+        and bool(torch.ops.aten.is_non_overlapping_and_dense.default(first._value))
+    )
+
+
+def _storage_uses(tensor: torch.Tensor) -> int:
+    storage = tensor.untyped_storage()
+    count: int = torch._C._storage_Use_Count(storage._cdata)  # how torch counts
+    return count

@@ -1,0 +1,288 @@
+"""Attention and dropout as the CUDA kernels hold memory for them.
+
+A simulated tensor is one of the CPU to C++, so torch would choose the CPU's way to
+compose these operators, which saves other tensors for backward than CUDA's fused
+kernels do. Here the choice, what is allocated and what is saved are CUDA's; the values
+are the CPU's.
+
+Sources, torch 2.13: ``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp`` (which
+kernel runs), ``attention.cu`` and ``flash_attn/flash_api.cpp`` (what it allocates),
+``attention_backward.cu``, ``aten/src/ATen/native/Dropout.cpp``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch.nn import functional
+
+from pytest_gpumem.devices.simulated import rng
+from pytest_gpumem.devices.simulated.memory import Memory, hold
+from pytest_gpumem.devices.simulated.tensor import SimulatedTensor, make
+
+if TYPE_CHECKING:
+    from pytest_gpumem.devices.simulated.machine import SimulatedCard
+
+_math_attention: Final[Any] = torch.ops.aten._scaled_dot_product_attention_math.default
+
+#: The memory-efficient kernel stores a logarithm for each row, rows rounded up to this.
+#: Source: ``kAlignLSE`` of ``mem_eff_attention/kernel_forward.h``.
+_ALIGN_LSE: Final = 32
+#: A mask's last dimension is padded to a multiple of this. Source: ``pad_bias``.
+_ALIGN_BIAS: Final = 16
+#: Widest head of the flash kernels. Source: ``check_head_dim_size_flash``.
+_WIDEST_FLASH: Final = 256
+_HALVES: Final = (torch.float16, torch.bfloat16)
+_FLOAT_BYTES: Final = 4
+
+
+def dropout(source: torch.Tensor, p: float, train: bool) -> torch.Tensor:  # noqa: FBT001  # the operator's signature
+    """``aten.dropout``: on CUDA one kernel, which keeps a mask of one byte a number.
+
+    Source: ``is_fused_kernel_acceptable`` of ``Dropout.cpp``.
+    """
+    if not train or p == 0 or source.numel() == 0:
+        return source
+    if p == 1:
+        return source * torch.zeros_like(source)
+    result: torch.Tensor = torch.ops.aten.native_dropout.default(source, p, train)[0]
+    return result
+
+
+def choose_kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    capability: tuple[int, int],
+) -> str:
+    """Return which kernel CUDA runs: ``"flash"``, ``"efficient"`` or ``"math"``.
+
+    Limits: cuDNN's kernel, which torch tries last, is never chosen; groups of heads
+    and masks that need a gradient go to ``math``.
+    """
+    tensors = (query, key, value)
+    width = query.shape[-1]
+    is_plain = (
+        all(each.dim() == 4 and each.stride(-1) == 1 for each in tensors)  # noqa: PLR2004  # batch, head, row, width
+        and all(each.shape[-2] > 0 for each in tensors)
+        and query.shape[1] == key.shape[1] == value.shape[1]
+        and query.shape[0] == key.shape[0] == value.shape[0]
+        and width == key.shape[-1]
+        and (mask is None or not mask.requires_grad)
+    )
+    if not is_plain:
+        return "math"
+    backends = torch.backends.cuda
+    if (
+        backends.flash_sdp_enabled()
+        and mask is None
+        and query.dtype in _HALVES
+        and capability >= (8, 0)
+        and width == value.shape[-1]
+        and width <= _WIDEST_FLASH
+    ):
+        return "flash"
+    alignment = 4 if query.dtype is torch.float32 else 8
+    if (
+        backends.mem_efficient_sdp_enabled()
+        and query.dtype in (torch.float32, *_HALVES)
+        and (query.dtype is not torch.bfloat16 or capability >= (8, 0))
+        and capability >= (5, 0)
+        and (capability < (8, 0) or width % alignment == 0)
+        and value.shape[-1] % alignment == 0
+    ):
+        return "efficient"
+    return "math"
+
+
+def attention(  # noqa: PLR0917  # the operator's signature
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,  # noqa: FBT001, FBT002  # the operator's signature
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """``aten.scaled_dot_product_attention`` by the kernel that CUDA would choose."""
+    __tracebackhide__ = True
+    tensors = (query, key, value)
+    kernel = "math"
+    if all(type(each) is SimulatedTensor for each in tensors) and not enable_gqa:
+        capability = query._card.card.compute_capability
+        kernel = choose_kernel(query, key, value, attn_mask, capability)
+    if kernel == "math" or (attn_mask is not None and is_causal):
+        bias = _as_bias(attn_mask, query) if attn_mask is not None else None
+        composed: torch.Tensor = _math_attention(
+            query,
+            key,
+            value,
+            bias,
+            dropout_p,
+            is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )[0]
+        return composed
+    bias = None if attn_mask is None else _padded(_as_bias(attn_mask, query))
+    saves = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
+    options = (dropout_p, is_causal, scale, kernel, saves)
+    result: torch.Tensor = _Attention.apply(query, key, value, bias, options)  # type: ignore[no-untyped-call]  # torch's
+    return result
+
+
+def _as_bias(mask: Any, query: torch.Tensor) -> Any:
+    """Turn a mask of booleans into numbers to add: ``convert_boolean_attn_mask``."""
+    if mask.dtype is not torch.bool:
+        return mask
+    bias = torch.zeros_like(mask, dtype=query.dtype)
+    return bias.masked_fill_(mask.logical_not(), -math.inf)
+
+
+def _padded(bias: Any) -> Any:
+    """Give a mask rows of an aligned length, as ``preprocess_mask`` does."""
+    length = bias.shape[-1]
+    if length % _ALIGN_BIAS == 0:
+        return bias
+    return functional.pad(bias, (0, -length % _ALIGN_BIAS))[..., :length]
+
+
+class _Attention(torch.autograd.Function):
+    """A fused kernel: keeps its operands, its result and a logarithm for each row."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0917  # autograd passes them so
+        ctx: Any, query: Any, key: Any, value: Any, bias: Any, options: Any
+    ) -> Any:
+        __tracebackhide__ = True
+        dropout_p, is_causal, scale, kernel, saves = options
+        card = query._card
+        batch, heads, rows, _width = query.shape
+        out = _empty_rows_first(query, value.shape[-1])
+        aligned = -(-rows // _ALIGN_LSE) * _ALIGN_LSE
+        if kernel == "flash":
+            # The random state and a number that is not used live on the card.
+            sizes = [batch * heads * rows * _FLOAT_BYTES, 16, 8]
+        else:
+            sizes = [batch * heads * aligned * _FLOAT_BYTES] if saves else []
+        kept = [_kept(card, nbytes) for nbytes in sizes]
+        state = rng.generator_of(card).get_state() if dropout_p > 0 else None
+        if card.value_device != "meta":
+            values = (query._value, key._value, value._value)
+            mask = None if bias is None else bias._value
+            settings = (dropout_p, is_causal, scale)
+            out._value.copy_(_compute(card, values, mask, settings, None))
+        ctx.save_for_backward(query, key, value, bias, *kept)
+        ctx.options, ctx.state = options, state
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:  # one gradient
+        __tracebackhide__ = True
+        query, key, value, bias, *_kept = ctx.saved_tensors
+        dropout_p, is_causal, scale, kernel, _saves = ctx.options
+        card = query._card
+        batch, heads, rows, width = query.shape
+        scratch = []
+        grads = [
+            _empty_rows_first(each, each.shape[-1]) for each in (query, key, value)
+        ]
+        if kernel == "flash":
+            # Rounded rows: dot products of gradient and result, and dQ in fp32.
+            rounded = -(-rows // 128) * 128
+            scratch.append(_scratch(card, batch * heads * rounded * _FLOAT_BYTES))
+            wide = -(-width // 32) * 32
+            scratch.append(
+                _scratch(card, batch * rounded * heads * wide * _FLOAT_BYTES)
+            )
+        else:
+            scratch.append(_scratch(card, batch * heads * rows * _FLOAT_BYTES))
+        if card.value_device != "meta":
+            values = [each._value.detach() for each in (query, key, value)]
+            mask = None if bias is None else bias._value
+            with torch.enable_grad():
+                leaves = [each.requires_grad_() for each in values]
+                settings = (dropout_p, is_causal, scale)
+                again = _compute(card, leaves, mask, settings, ctx.state)
+                found = torch.autograd.grad(again, leaves, grad._value)
+            for made, computed in zip(grads, found, strict=True):
+                made._value.copy_(computed)
+        del scratch
+        return (*grads, None, None)
+
+
+def _empty_rows_first(like: Any, width: int) -> Any:
+    """Return an empty (batch, heads, rows, width) whose memory has rows before heads."""
+    __tracebackhide__ = True
+    batch, heads, rows, _width = like.shape
+    card = like._card
+    memory = Memory(card, batch * rows * heads * width * like.element_size())
+    value = torch.empty(
+        (batch, rows, heads, width), dtype=like.dtype, device=card.value_device
+    )
+    hold(value.untyped_storage(), memory)
+    return make(value.transpose(1, 2), card)
+
+
+def _kept(card: SimulatedCard, nbytes: int) -> Any:
+    """Return bytes on the card that are kept for backward; nobody reads them."""
+    __tracebackhide__ = True
+    memory = Memory(card, nbytes)
+    value = torch.empty(nbytes, dtype=torch.uint8, device=card.value_device)
+    hold(value.untyped_storage(), memory)
+    return make(value, card)
+
+
+def _scratch(card: SimulatedCard, nbytes: int) -> Memory:
+    """Hold bytes on the card that nobody reads."""
+    __tracebackhide__ = True
+    return Memory(card, nbytes)
+
+
+def _compute(
+    card: SimulatedCard,
+    values: Any,
+    mask: torch.Tensor | None,
+    settings: tuple[float, bool, float | None],
+    state: torch.Tensor | None,
+) -> torch.Tensor:
+    """Compute attention on the host.
+
+    Args:
+        card: Whose random numbers dropout draws.
+        values: Query, key and value.
+        mask: To be added to the scores.
+        settings: Dropout's probability, whether it is causal, the scale.
+        state: Random state to draw from again; None draws from the card's own.
+    """
+    dropout_p, is_causal, scale = settings
+    query, key, value = values
+    if dropout_p == 0:
+        return functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale
+        )
+    if state is None:
+        with rng.drawing_for(card):
+            return _dropping(query, key, value, mask, settings)
+    generator = torch.default_generator
+    saved = generator.get_state()
+    try:
+        generator.set_state(state)
+        return _dropping(query, key, value, mask, settings)
+    finally:
+        generator.set_state(saved)
+
+
+def _dropping(
+    query: Any, key: Any, value: Any, mask: Any, settings: tuple[float, bool, Any]
+) -> torch.Tensor:
+    dropout_p, is_causal, scale = settings
+    result: torch.Tensor = _math_attention(
+        query, key, value, mask, dropout_p, is_causal, scale=scale
+    )[0]
+    return result

@@ -1,0 +1,230 @@
+"""Attention, dropout and reductions hold what CUDA's kernels hold, and are right."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from pytest_gpumem import PeakRecorder
+from pytest_gpumem.devices.simulated.attention import choose_kernel
+from pytest_gpumem.devices.simulated.install import simulated_device
+from pytest_gpumem.model.reductions import Processors, scratch_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+A100 = Processors(count=108, max_threads=2048)
+_attend: Any = functional.scaled_dot_product_attention
+
+
+@pytest.fixture(autouse=True)
+def _card() -> Iterator[None]:
+    with simulated_device("A100-40GB"):
+        yield
+
+
+def _operands(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(2, 3, 40, 16).to(dtype) for _ in range(3)]
+
+
+def _masks() -> dict[str, torch.Tensor | None]:
+    kept = torch.ones(2, 1, 40, 40, dtype=torch.bool).tril()
+    return {"none": None, "bool": kept, "float": torch.randn(2, 1, 40, 40)}
+
+
+@pytest.mark.parametrize(
+    ("mask", "is_causal"),
+    [("none", False), ("none", True), ("bool", False), ("float", False)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_and_its_gradients_are_the_cpus(
+    mask: str, dtype: torch.dtype, *, is_causal: bool
+) -> None:
+    """Whatever kernel would run, the numbers are the same."""
+    bias = _masks()[mask]
+    host = [each.requires_grad_() for each in _operands(dtype)]
+    card = [each.detach().cuda().requires_grad_() for each in host]
+    if bias is not None and bias.dtype.is_floating_point:
+        bias = bias.to(dtype)
+    on_card = None if bias is None else bias.cuda()
+    expected = _attend(*host, attn_mask=bias, is_causal=is_causal)
+    found = _attend(*card, attn_mask=on_card, is_causal=is_causal)
+    expected.float().square().sum().backward()
+    found.float().square().sum().backward()
+
+    tolerance = 1e-5 if dtype is torch.float32 else 3e-2
+    torch.testing.assert_close(found.cpu(), expected, rtol=tolerance, atol=tolerance)
+    for one, other in zip(card, host, strict=True):
+        assert one.grad is not None
+        assert "cuda:0" == str(one.grad.device)
+        torch.testing.assert_close(
+            one.grad.cpu(), other.grad, rtol=tolerance, atol=tolerance * 4
+        )
+
+
+def test_dropout_in_attention_drops_the_same_in_backward() -> None:
+    """The result is linear in the values, so gradient and result must agree."""
+    query, key, value = (each.cuda() for each in _operands())
+    value.requires_grad_()
+    torch.cuda.manual_seed(3)
+    found = _attend(query, key, value, dropout_p=0.5)
+    weights = torch.randn(found.shape).cuda()
+    (found * weights).sum().backward()
+
+    assert value.grad is not None
+    through_gradient = (value.grad * value.detach()).sum().item()
+    through_result = (found.detach() * weights).sum().item()
+    assert through_result == pytest.approx(through_gradient, rel=1e-3)
+    torch.cuda.manual_seed(3)
+    assert torch.equal(found, _attend(query, key, value, dropout_p=0.5))
+    assert not torch.equal(found, _attend(query, key, value, dropout_p=0.5))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "masked", "kernel"),
+    [
+        (torch.float16, (8, 0), False, "flash"),
+        (torch.bfloat16, (9, 0), False, "flash"),
+        (torch.float16, (8, 0), True, "efficient"),
+        (torch.float32, (8, 0), False, "efficient"),
+        (torch.float16, (7, 5), False, "efficient"),
+        (torch.bfloat16, (7, 5), False, "math"),
+        (torch.float32, (3, 7), False, "math"),
+        (torch.float64, (8, 0), False, "math"),
+    ],
+)
+def test_the_kernel_is_the_one_that_cuda_chooses(
+    dtype: torch.dtype, capability: tuple[int, int], kernel: str, *, masked: bool
+) -> None:
+    """By dtype, compute capability and mask, as sdp_utils.cpp does."""
+    operands = _operands(dtype)
+    mask = torch.ones(40, 40, dtype=torch.bool) if masked else None
+
+    assert kernel == choose_kernel(
+        operands[0], operands[1], operands[2], mask, capability
+    )
+
+
+def test_kernels_can_be_turned_off() -> None:
+    """torch.backends.cuda's switches hold."""
+    query, key, value = _operands(torch.float16)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert "math" == choose_kernel(query, key, value, None, (8, 0))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kept"),
+    [
+        # A logarithm for each of 2 x 3 x 40 rows, and flash's two random numbers.
+        (torch.float16, 1024 + 512 + 512),
+        # Rows are rounded up to 64.
+        (torch.float32, 1536),
+    ],
+)
+def test_what_is_kept_for_backward_is_the_kernels(
+    dtype: torch.dtype, kept: int
+) -> None:
+    """Operands and result, and little else: no scores, no mask."""
+    card = [each.cuda().requires_grad_() for each in _operands(dtype)]
+    before = torch.cuda.memory_allocated()
+    found = _attend(*card, dropout_p=0.1)
+    result_bytes = -(-found.nbytes // 512) * 512
+
+    assert result_bytes + kept == torch.cuda.memory_allocated() - before
+    found.sum().backward()
+    del found
+    for each in card:
+        each.grad = None
+    assert before == torch.cuda.memory_allocated()
+
+
+def test_dropout_keeps_one_byte_for_each_number() -> None:
+    """CUDA's kernel saves a mask of booleans for backward."""
+    source = torch.randn(1024, 1024, device="cuda", requires_grad=True)
+    before = torch.cuda.memory_allocated()
+    dropped = functional.dropout(source, 0.25)
+
+    assert dropped.nbytes + 2**20 == torch.cuda.memory_allocated() - before
+    share = (dropped == 0).float().mean().item()
+    assert share == pytest.approx(0.25, abs=0.01)
+    dropped.sum().backward()
+    assert source.grad is not None
+    assert torch.equal(source.grad == 0, dropped == 0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dims", "nbytes"),
+    [
+        # 16 blocks of 32 lanes with 4 results each: 4 B x 4096 x 16 x 128.
+        ((1024, 4096), [0], (33554432, 128)),
+        ((8, 4096), [0], ()),
+        ((1024, 4096), [1], ()),
+        ((), [], ()),
+        ((0, 4), [0], ()),
+    ],
+)
+def test_large_reductions_exchange_partial_sums(
+    shape: tuple[int, ...], dims: list[int], nbytes: tuple[int, ...]
+) -> None:
+    """As many bytes as Reduce.cuh's configuration asks for."""
+    strides = torch.empty(shape, device="meta").stride()
+
+    assert nbytes == scratch_bytes(shape, strides, dims, 4, A100)
+
+
+def test_a_sum_over_everything_is_split_over_the_card() -> None:
+    """One result: every block has a partial one, and there is one semaphore."""
+    (buffer, semaphores) = scratch_bytes((2**26,), (1,), [0], 4, A100)
+
+    assert 4 == semaphores
+    # Blocks of 512 threads: four on each of 108 multiprocessors; but no thread adds
+    # up more than 256 numbers.
+    assert 4 * max(4 * 108, 2**26 // 512 // 256) == buffer
+
+
+def test_a_reduction_holds_its_scratch_while_it_runs() -> None:
+    """The peak shows it; afterwards only the result is there."""
+    operand = torch.zeros(1024, 4096, device="cuda")
+    with PeakRecorder() as recorder:
+        total = operand.sum(0)
+    figures = recorder.figures
+
+    scratch = 33554432 + 512
+    assert (
+        figures.start_allocated_bytes + total.nbytes + scratch
+        == figures.peak_allocated_bytes
+    )
+    assert figures.start_allocated_bytes + total.nbytes == figures.end_allocated_bytes
+
+
+def test_sums_of_gradients_take_no_block_of_their_own() -> None:
+    """Autograd adds in place, unless somebody else has the first gradient."""
+
+    def left(*, keep: bool) -> tuple[int, list[Any]]:
+        source = torch.randn(512, 512, device="cuda", requires_grad=True)
+        kept: list[Any] = []
+        first = source * 2
+        second = source * 3
+        total = first * 1 + second * 1
+        if keep:
+            node: Any = second.grad_fn
+            node.register_hook(lambda inputs, _outputs: kept.extend(inputs))
+            node = first.grad_fn
+            node.register_hook(lambda inputs, _outputs: kept.extend(inputs))
+        with PeakRecorder() as recorder:
+            total.backward(torch.ones_like(total))
+        figures = recorder.figures
+        assert source.grad is not None
+        assert torch.equal(source.grad, torch.full_like(source, 5.0))
+        return figures.end_allocated_bytes - figures.start_allocated_bytes, kept
+
+    alone, _none = left(keep=False)
+    shared, kept = left(keep=True)
+
+    assert 2**20 == alone  # the sum itself
+    assert 3 * 2**20 == shared  # and both gradients, each in its own block
+    assert {2.0, 3.0} == {each.unique().item() for each in kept if each is not None}
