@@ -52,6 +52,7 @@ def test_a_failing_schedule_is_shrunk_and_replayed(
         """
         import torch
         from hypothesis import given, settings
+        from hypothesis.database import DirectoryBasedExampleDatabase
         from pytest_gpumem import OomInjector
         from pytest_gpumem.strategies import schedules
 
@@ -64,7 +65,10 @@ def test_a_failing_schedule_is_shrunk_and_replayed(
             except torch.OutOfMemoryError:
                 return None  # the bug: an OOM of the second allocation is lost
 
-        @settings(deadline=None)
+        # Said here, since Hypothesis has none where it believes itself in CI.
+        examples = DirectoryBasedExampleDatabase(".hypothesis/examples")
+
+        @settings(deadline=None, database=examples, derandomize=False)
         @given(faults=schedules(max_faults=3, max_nth=6))
         def test_it(faults):
             RUNS.append(faults)
@@ -83,4 +87,4 @@ def test_a_failing_schedule_is_shrunk_and_replayed(
     for result in (first, second):
         result.assert_outcomes(failed=1)
         result.stdout.fnmatch_lines(["*Rule(*nth=2*"])
-    assert (pytester.path / ".hypothesis").is_dir()
+    assert (pytester.path / ".hypothesis" / "examples").is_dir()
