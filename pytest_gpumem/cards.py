@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from dataclasses import replace
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from pytest_gpumem.cards_table import CARDS, Card
 from pytest_gpumem.errors import CardError, SizeError
 from pytest_gpumem.sizes import format_size, parse_size
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 #: The card of a run that names none: the one that free notebooks and most CI machines
 #: with a GPU have, so that what fits here fits there. Its total is known to the byte.
@@ -61,6 +65,27 @@ def find_card(text: str) -> tuple[Card, ...]:
             text, f"{len(cards)} cards", f"at most {MAX_CARDS} can be simulated"
         )
     return tuple(cards)
+
+
+def visible_cards(cards: Sequence[Card]) -> tuple[Card, ...]:
+    """Return the cards that ``CUDA_VISIBLE_DEVICES`` leaves, in its order.
+
+    As with real ones, the list ends at the first index that there is not. An empty
+    value and -1, which hide every real card, leave the simulated ones as they are: that
+    is how a machine with a card is told to simulate one.
+
+    Source: CUDA C++ Programming Guide, "CUDA Environment Variables".
+    """
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES", "").strip()
+    if listed in ("", "-1"):
+        return tuple(cards)
+    shown: list[Card] = []
+    for entry in listed.split(","):
+        text = entry.strip()
+        if not text.isdigit() or int(text) >= len(cards):
+            break
+        shown.append(cards[int(text)])
+    return tuple(shown) or tuple(cards)
 
 
 def _card(text: str, description: str) -> Card:
@@ -170,4 +195,4 @@ def _error(text: str, reason: str, advice: str) -> CardError:
     return CardError(f"card {text!r}: {reason}; {advice}", value=text)
 
 
-__all__ = ["CARDS", "DEFAULT_CARD", "MAX_CARDS", "Card", "find_card"]
+__all__ = ["CARDS", "DEFAULT_CARD", "MAX_CARDS", "Card", "find_card", "visible_cards"]

@@ -57,6 +57,10 @@ class BudgetError(GpuMemError, ValueError):
         self.value = value
 
 
+class AllocatorSettingError(GpuMemError, ValueError):
+    """The environment's settings of the caching allocator cannot be honoured."""
+
+
 class DeviceUnavailableError(GpuMemError, RuntimeError):
     """The wanted device is not on this machine, or not yet made."""
 

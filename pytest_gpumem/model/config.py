@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, replace
 from typing import Any, Final
+
+from pytest_gpumem.errors import AllocatorSettingError
 
 MIB: Final = 2**20
 #: "No limit", as torch stores it (``std::numeric_limits<size_t>::max()``).
@@ -72,6 +75,33 @@ class AllocatorConfig:
                 raise ValueError(f"allocator setting {part!r} has no value")
             config = replace(config, **_read(key, value, config))
         return config
+
+
+#: Where PyTorch looks for its allocator's settings; the first that is set counts.
+#: Source: ``c10/core/AllocatorConfig.cpp`` and ``CUDAAllocatorConfig.cpp``, torch 2.13.
+VARIABLES: Final = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+def config_text() -> str:
+    """Return the settings that the environment asks for; empty for none."""
+    for name in VARIABLES:
+        if os.environ.get(name):
+            return os.environ[name]
+    return ""
+
+
+def config_from_environment() -> AllocatorConfig:
+    """Return the settings that the environment asks for.
+
+    Raises:
+        AllocatorSettingError: They cannot be read, or are not modelled.
+    """
+    text = config_text()
+    try:
+        return AllocatorConfig.parse(text)
+    except ValueError as error:
+        name = next(each for each in VARIABLES if os.environ.get(each))
+        raise AllocatorSettingError(f"{name}={text!r}: {error}") from None
 
 
 def _megabytes(key: str, value: str, lowest: int) -> int:

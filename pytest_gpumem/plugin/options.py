@@ -216,8 +216,9 @@ class Settings(NamedTuple):
     @property
     def cards(self) -> tuple[Card, ...]:
         """The simulated cards."""
-        cards: tuple[Card, ...] = _find_card(self.card_text)
-        return cards
+        from pytest_gpumem.cards import visible_cards  # noqa: PLC0415  # a device is wanted
+
+        return visible_cards(_find_card(self.card_text))
 
     def budget_bytes(self, index: int, total_bytes: int) -> int | None:
         """Return the budget of a card of so many bytes; None where there is none.

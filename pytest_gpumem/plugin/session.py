@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
@@ -9,7 +10,7 @@ import pytest
 
 from pytest_gpumem.devices.on_import import AfterImport
 from pytest_gpumem.devices.selection import Choice, choose
-from pytest_gpumem.errors import DeviceUnavailableError
+from pytest_gpumem.errors import AllocatorSettingError, DeviceUnavailableError
 from pytest_gpumem.plugin.options import DEFAULT_CARD, Settings, check_budgets
 
 if TYPE_CHECKING:
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices import Device
     from pytest_gpumem.plugin import marks
+
+
+#: ``model.config.VARIABLES``, said here so that most runs need not read it.
+ALLOCATOR_VARIABLES: Final = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 class Run:
@@ -39,6 +44,8 @@ class Run:
         self._nvml: Any = None
         #: Called when the device comes to be in the middle of a test.
         self.on_device: Callable[[], None] = lambda: None
+        if self.choice.kind == "simulated":
+            _check_environment()
         totals = self.totals() if settings.budgets else None
         if totals is not None:
             check_budgets(settings, dict(enumerate(totals)))
@@ -186,6 +193,22 @@ class Run:
             parts.append(f"budget {', '.join(texts) if texts else 'none'}")
         parts.extend(f"inject {rule}" for rule in self.settings.rules)
         return ", ".join(parts)
+
+
+def _check_environment() -> None:
+    """Refuse allocator settings that the simulated device cannot honour.
+
+    Raises:
+        pytest.UsageError: The environment has such.
+    """
+    if not any(os.environ.get(name) for name in ALLOCATOR_VARIABLES):
+        return
+    from pytest_gpumem.model.config import config_from_environment  # noqa: PLC0415
+
+    try:
+        config_from_environment()
+    except AllocatorSettingError as error:
+        raise pytest.UsageError(str(error)) from None
 
 
 def describe_cards(settings: Settings) -> str:

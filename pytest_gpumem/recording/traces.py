@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import random
 from typing import Any, Final
 
 import torch
 
+from pytest_gpumem.model.config import config_text
 from pytest_gpumem.model.replay import replay
 from pytest_gpumem.model.trace_fields import STATS
 from pytest_gpumem.recording.facts import settle
@@ -80,7 +80,7 @@ def play(events: list[dict[str, Any]], name: str) -> dict[str, Any]:
         "name": name,
         "total_bytes": total,
         "ctx": context,
-        "conf": _conf(),
+        "conf": config_text(),
         "streams": {"0": 0, "1": 1},
     }
     trace = {
@@ -128,13 +128,6 @@ def _row(base: dict[str, Any], *, failed: bool) -> list[int]:
             value -= base.get(name, 0)
         row.append(value)
     return [*row, int(failed)]
-
-
-def _conf() -> str:
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        if os.environ.get(name):
-            return os.environ[name]
-    return ""
 
 
 def _address_policy(trace: dict[str, Any]) -> str:

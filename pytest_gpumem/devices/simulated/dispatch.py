@@ -8,8 +8,8 @@ Each operator gets a handler, made once from its schema:
   an argument that changed its shape or storage is refreshed.
 * a special handler from ``special.py`` for what crosses devices.
 
-Limits: an operator with results *and* effects on its arguments (batch norm in
-training) is charged after the effects, a random one after its numbers were drawn.
+Results of an operator that draws random numbers, or changes more than its schema says,
+are charged before it runs: an OOM comes before any effect.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 
 from pytest_gpumem.devices.simulated import rng
 from pytest_gpumem.devices.simulated.accumulation import with_accumulation
-from pytest_gpumem.devices.simulated.memory import hold_workspace
+from pytest_gpumem.devices.simulated.memory import Memory, hold, hold_workspace
 from pytest_gpumem.devices.simulated.scratch import with_scratch
 from pytest_gpumem.devices.simulated.tensor import (
     HANDLERS,
@@ -64,6 +64,10 @@ TAKES_HOST_TENSORS: Final = frozenset(
 USES_CUBLAS: Final = frozenset(
     {"mm", "addmm", "bmm", "baddbmm", "addmv", "mv", "dot", "vdot", "addr"}
 )
+
+#: Operators that change running statistics though their schemas say nothing of it.
+#: Source: ``aten/src/ATen/native/native_functions.yaml``, torch 2.13.
+HAS_EFFECTS: Final = frozenset({"native_batch_norm", "cudnn_batch_norm", "batch_norm"})
 
 SPECIAL: Final[dict[str, Handler]] = {}
 
@@ -229,7 +233,9 @@ def _blas_handle() -> object:
 
 
 def _plain(func: Any) -> Handler:
-    uses_cublas = func.overloadpacket.__name__ in USES_CUBLAS
+    name = func.overloadpacket.__name__
+    uses_cublas = name in USES_CUBLAS
+    has_effects = name in HAS_EFFECTS or torch.Tag.nondeterministic_seeded in func.tags
     draws = torch.Tag.nondeterministic_seeded in func.tags
 
     def handler(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -244,14 +250,65 @@ def _plain(func: Any) -> Handler:
         target = _target(kwargs, operands) if "device" in kwargs else card
         if uses_cublas:
             hold_workspace(card, _blas_handle())
+        held = _foresee(func, values, kwargs, target) if has_effects else ()
         out = run(func, values, kwargs, card, draws=draws)
         if target is None:
             return out
+        for result, memory in zip(_tensors(out), held, strict=False):
+            hold(result.untyped_storage(), memory)
         if isinstance(out, torch.Tensor):
             return make(out, target)
         return _wrap(out, target)
 
     return handler
+
+
+def _foresee(
+    func: Any, values: list[Any], kwargs: dict[str, Any], card: SimulatedCard | None
+) -> list[Memory]:
+    """Take the bytes of an operator's results before it runs.
+
+    An operator that draws numbers, or changes what its schema does not say, must not
+    have done so when there is no room. Its results are foreseen on meta tensors; one
+    that cannot run there is charged afterwards.
+
+    Raises:
+        torch.OutOfMemoryError: There is no room.
+    """
+    __tracebackhide__ = True
+    if card is None or card.value_device == "meta":
+        return []  # a run on meta tensors has no effects
+    options = {
+        name: _META if isinstance(value, torch.device) else value
+        for name, value in kwargs.items()
+        if name != "generator"
+    }
+    try:
+        made = func(*(_shadow(value) for value in values), **options)
+    except (RuntimeError, TypeError):
+        return []
+    sizes = [result.untyped_storage().nbytes() for result in _tensors(made)]
+    return [Memory(card, nbytes) for nbytes in sizes]
+
+
+_META: Final = torch.device("meta")
+
+
+def _shadow(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return torch.empty_strided(
+            value.size(), value.stride(), dtype=value.dtype, device=_META
+        )
+    if isinstance(value, (list, tuple)):
+        return type(value)([_shadow(item) for item in value])
+    return value
+
+
+def _tensors(out: Any) -> list[torch.Tensor]:
+    if isinstance(out, torch.Tensor):
+        return [out]
+    results = out if isinstance(out, (tuple, list)) else ()
+    return [each for each in results if isinstance(each, torch.Tensor)]
 
 
 def _any_card(card: SimulatedCard | None) -> SimulatedCard:

@@ -143,7 +143,8 @@ def simulated_device(
 
     Args:
         cards: The cards, or their description as for ``--gpu-card``.
-        config: Settings of the caching allocator.
+        config: Settings of the caching allocator; None takes the environment's
+            (``PYTORCH_ALLOC_CONF``).
         values: ``"computed"`` by the CPU, or ``"none"``: shapes and bytes only, for
             models larger than the host; reading a value raises ``NoValuesError``.
 
@@ -151,6 +152,7 @@ def simulated_device(
         The machine, whose ``cards`` hold allocators and budgets.
 
     Raises:
+        AllocatorSettingError: The environment's settings make no sense.
         CardError: The description names no known card.
         ValueError: ``values`` is neither.
 
@@ -163,9 +165,9 @@ def simulated_device(
     turn.
     """
     if isinstance(cards, str):
-        from pytest_gpumem.cards import find_card  # noqa: PLC0415  # text only
+        from pytest_gpumem.cards import find_card, visible_cards  # noqa: PLC0415  # text only
 
-        cards = find_card(cards)
+        cards = visible_cards(find_card(cards))
     installation = Installation(SimulatedMachine(cards, config=config, values=values))
     installation.install()
     try:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from pytest_gpumem.devices.fractions import fraction_for
 from pytest_gpumem.errors import BudgetError, DeviceUnavailableError
 from pytest_gpumem.model.allocator import CachingAllocator, OutOfMemory
-from pytest_gpumem.model.config import AllocatorConfig
+from pytest_gpumem.model.config import AllocatorConfig, config_from_environment
 from pytest_gpumem.model.driver import Driver
 from pytest_gpumem.model.workspaces import workspace_bytes
 
@@ -212,7 +212,8 @@ class SimulatedMachine:
 
     Args:
         cards: One card for each device index, at least one.
-        config: Settings of the caching allocator, the same for every card.
+        config: Settings of the caching allocator, the same for every card; None takes
+            the environment's.
         values: One of ``VALUES``: ``"computed"`` by the CPU, or ``"none"``, shapes and
             bytes only, for models larger than the host.
 
@@ -231,7 +232,7 @@ class SimulatedMachine:
         if values not in VALUES:
             raise ValueError(f"values={values!r}; accepted are {', '.join(VALUES)}")
         self.value_device: Final = "cpu" if values == "computed" else "meta"
-        settings = config if config is not None else AllocatorConfig()
+        settings = config if config is not None else config_from_environment()
         self.cards: Final = tuple(
             SimulatedCard(self, index, card, settings)
             for index, card in enumerate(cards)

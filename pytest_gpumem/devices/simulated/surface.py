@@ -86,8 +86,22 @@ def _snapshot(*_pool: Any) -> dict[str, Any]:
     return {
         "segments": segments,
         "device_traces": [[] for _ in current_machine().cards],
-        "allocator_settings": {},
+        "allocator_settings": _settings(),
         "external_annotations": [],
+    }
+
+
+def _settings() -> dict[str, Any]:
+    """Return the allocator's settings under torch's names for a snapshot.
+
+    Source: ``torch/csrc/cuda/memory_snapshot.cpp``.
+    """
+    config = current_machine().cards[0].allocator.config
+    return {
+        "PYTORCH_CUDA_ALLOC_CONF": config.text,
+        "max_split_size": config.max_split_size,
+        "garbage_collection_threshold": config.gc_threshold,
+        "expandable_segments": config.expandable_segments,
     }
 
 

@@ -1,0 +1,104 @@
+"""What the environment says of cards and allocator holds for simulated ones too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pytest_gpumem.cards import find_card, visible_cards
+from pytest_gpumem.devices.simulated.install import simulated_device
+from pytest_gpumem.errors import AllocatorSettingError
+from pytest_gpumem.model.config import AllocatorConfig
+
+pytest_plugins = ["pytester"]
+
+
+@pytest.mark.parametrize(
+    ("listed", "names"),
+    [
+        ("1", ["NVIDIA A100-SXM4-80GB"]),
+        ("1,0", ["NVIDIA A100-SXM4-80GB", "Tesla T4"]),
+        ("0, 1", ["Tesla T4", "NVIDIA A100-SXM4-80GB"]),
+        ("0,7,1", ["Tesla T4"]),
+        ("", ["Tesla T4", "NVIDIA A100-SXM4-80GB"]),
+        ("-1", ["Tesla T4", "NVIDIA A100-SXM4-80GB"]),
+    ],
+)
+def test_visible_devices_choose_and_order_the_cards(
+    monkeypatch: pytest.MonkeyPatch, listed: str, names: list[str]
+) -> None:
+    """The list ends at an index that there is not, as the driver's does."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+
+    assert names == [card.name for card in visible_cards(find_card("T4+A100-80GB"))]
+    with simulated_device("T4+A100-80GB"):
+        assert len(names) == torch.cuda.device_count()
+        assert names[0] == torch.cuda.get_device_name(0)
+
+
+@pytest.mark.parametrize("variable", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_allocator_settings_are_honoured(
+    monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    """Either variable; the snapshot shows them; an explicit configuration wins."""
+    monkeypatch.setenv(variable, "max_split_size_mb:64")
+    with simulated_device("T4"):
+        held = torch.zeros(1, device="cuda")
+        settings = torch.cuda.memory._snapshot()["allocator_settings"]
+    with simulated_device("T4", config=AllocatorConfig()) as machine:
+        plain = machine.cards[0].allocator.config
+
+    assert held.numel()
+    assert "max_split_size_mb:64" == settings["PYTORCH_CUDA_ALLOC_CONF"]
+    assert 64 * 2**20 == settings["max_split_size"]
+    assert AllocatorConfig() == plain
+
+
+def test_the_newer_variable_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PYTORCH_ALLOC_CONF, where both are set."""
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:32")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    with simulated_device("T4") as machine:
+        assert 32 * 2**20 == machine.cards[0].allocator.config.max_split_size
+
+
+def test_settings_that_make_no_sense_are_refused(
+    monkeypatch: pytest.MonkeyPatch, pytester: pytest.Pytester
+) -> None:
+    """By an error that names the variable; in pytest exit 4 before any test."""
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split:1")
+    with (
+        pytest.raises(AllocatorSettingError, match=r"PYTORCH_CUDA_ALLOC_CONF='max_spl"),
+        simulated_device("T4"),
+    ):
+        pass
+    pytester.makepyfile("def test_it():\n    pass")
+    result = pytester.runpytest("--gpu-backend=simulated")
+
+    assert pytest.ExitCode.USAGE_ERROR == result.ret
+    result.stderr.fnmatch_lines(["*PYTORCH_CUDA_ALLOC_CONF='max_split:1'*"])
+
+
+def test_an_oom_comes_before_random_numbers_are_drawn() -> None:
+    """What could not be allocated has not moved the generator."""
+    with simulated_device("64MiB"):
+        source = torch.ones(8 * 2**20, device="cuda")
+        state = torch.cuda.get_rng_state()
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.nn.functional.dropout(source, 0.5)
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.rand_like(source.expand(2, -1))
+
+        assert torch.equal(state, torch.cuda.get_rng_state())
+
+
+def test_an_oom_comes_before_running_statistics_change() -> None:
+    """Batch normalisation whose output found no room has seen no batch."""
+    with simulated_device("64MiB"):
+        layer = torch.nn.BatchNorm1d(8).cuda()
+        source = torch.ones(2**20, 8, device="cuda")
+        with pytest.raises(torch.OutOfMemoryError):
+            layer(source)
+
+        assert layer.running_mean is not None
+        assert 0 == layer.running_mean.abs().sum().item()
