@@ -9,9 +9,11 @@ a budget is in force on real cards, only their free memory is capped.
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pytest_gpumem.devices.on_import import AfterImport
 from pytest_gpumem.devices.patches import PatchSet
 
 if TYPE_CHECKING:
@@ -138,6 +140,34 @@ class SimulatedNvml:
         card = self._card(handle)
         used = card.driver.used_bytes
         return [ProcessInfo(os.getpid(), used)] if used else []
+
+
+class NvmlHook:
+    """NVML's answers for simulated cards, from whenever ``pynvml`` is imported.
+
+    Args:
+        machine: Returns the cards in force, or None before there are any.
+    """
+
+    def __init__(self, machine: Callable[[], SimulatedMachine | None]) -> None:
+        self._machine = machine
+        self._hook = AfterImport("pynvml", self._imported)
+        self._nvml: SimulatedNvml | None = None
+
+    def start(self) -> None:
+        """Replace the module's functions, now or once it is imported."""
+        self._hook.start()
+
+    def stop(self) -> None:
+        """Put the module's functions back; safe to call twice."""
+        self._hook.stop()
+        if self._nvml is not None:
+            self._nvml.remove()
+            self._nvml = None
+
+    def _imported(self) -> None:
+        self._nvml = SimulatedNvml(sys.modules["pynvml"], self._machine)
+        self._nvml.install()
 
 
 def uuid_of(index: int) -> str:

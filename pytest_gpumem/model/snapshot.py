@@ -26,6 +26,12 @@ def state_of(block: Block) -> str:
     return "active_pending_free" if block.num_events else "inactive"
 
 
+def _frames(block: Block) -> Any:
+    """Return who asked for a block; nobody has asked for one that is free."""
+    is_active = block.is_allocated or block.num_events
+    return block.frames if is_active and block.frames else []
+
+
 def snapshot(allocator: Heap) -> list[dict[str, Any]]:
     """Return every segment with its blocks, by address.
 
@@ -76,7 +82,7 @@ def _segment(
                 "size": block.size,
                 "requested_size": block.requested,
                 "state": state_of(block),
-                "frames": block.frames or [],
+                "frames": _frames(block),
             }
             for block in blocks
         ],

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
+from pytest_gpumem.devices.nvml import NvmlHook
 from pytest_gpumem.devices.on_import import AfterImport
 from pytest_gpumem.devices.selection import Choice, choose
 from pytest_gpumem.errors import AllocatorSettingError, DeviceUnavailableError
@@ -40,8 +40,7 @@ class Run:
         self.device: Device | None = None
         self._installation: Any = None
         self._hook = AfterImport("torch", self._torch_imported)
-        self._nvml_hook = AfterImport("pynvml", self._nvml_imported)
-        self._nvml: Any = None
+        self._nvml = NvmlHook(self._machine)
         #: Called when the device comes to be in the middle of a test.
         self.on_device: Callable[[], None] = lambda: None
         if self.choice.kind == "simulated":
@@ -70,7 +69,7 @@ class Run:
         elif self.choice.kind != "off":
             self._hook.start()
         if self.choice.kind == "simulated":
-            self._nvml_hook.start()
+            self._nvml.start()
 
     def _torch_imported(self) -> None:
         import torch  # noqa: PLC0415  # it has just been imported
@@ -91,12 +90,6 @@ class Run:
             check_budgets(self.settings, dict(enumerate(self.totals() or ())))
         self.apply_budgets(())
         self.on_device()
-
-    def _nvml_imported(self) -> None:
-        from pytest_gpumem.devices.nvml import SimulatedNvml  # noqa: PLC0415  # pynvml is here
-
-        self._nvml = SimulatedNvml(sys.modules["pynvml"], self._machine)
-        self._nvml.install()
 
     def _machine(self) -> Any:
         return self.require_device().machine  # type: ignore[attr-defined]  # only simulated runs ask
@@ -132,10 +125,7 @@ class Run:
     def stop(self) -> None:
         """Put everything back."""
         self._hook.stop()
-        self._nvml_hook.stop()
-        if self._nvml is not None:
-            self._nvml.remove()
-            self._nvml = None
+        self._nvml.stop()
         if self.device is not None:
             for index in range(self.device.device_count):
                 self.device.set_budget(index, None)

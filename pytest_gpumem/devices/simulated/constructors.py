@@ -13,6 +13,7 @@ import torch
 from torch.utils._device import DeviceContext
 
 from pytest_gpumem.devices.simulated.methods import cuda_device, mark_pinned
+from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.devices.simulated.rng import GeneratorName
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 from pytest_gpumem.devices.simulated.transfer import move, moved
@@ -111,6 +112,23 @@ def _factory(original: Any) -> Any:
     return factory
 
 
+def _refusing_on_cards(name: str, feature: str) -> Any:
+    """Return a constructor that refuses cards and serves the host."""
+    room, _dot, last = name.rpartition(".")
+    original = getattr(getattr(torch, room) if room else torch, last)
+
+    @functools.wraps(original)
+    def construct(*args: Any, **options: Any) -> Any:
+        __tracebackhide__ = True
+        leaves = torch.utils._pytree.tree_leaves((args, options))
+        on_card = any(isinstance(leaf, SimulatedTensor) for leaf in leaves)
+        if on_card or _goal(options.get("device")) is not None:
+            refuse(feature)
+        return original(*args, **options)
+
+    return construct
+
+
 _FACTORIES: Final = (
     "arange",
     "empty",
@@ -177,4 +195,26 @@ CONSTRUCTORS: Final[dict[str, Any]] = {
     "device": DeviceName,
     "Generator": GeneratorName,
     **{name: _factory(getattr(torch, name)) for name in _FACTORIES},
+    **{
+        name: _refusing_on_cards(name, "a sparse tensor")
+        for name in (
+            "sparse_coo_tensor",
+            "sparse_csr_tensor",
+            "sparse_csc_tensor",
+            "sparse_bsr_tensor",
+            "sparse_bsc_tensor",
+            "sparse_compressed_tensor",
+        )
+    },
+}
+
+#: Replacements in ``torch.nested``.
+NESTED: Final[dict[str, Any]] = {
+    name: _refusing_on_cards(f"nested.{name}", "a nested tensor")
+    for name in (
+        "nested_tensor",
+        "as_nested_tensor",
+        "nested_tensor_from_jagged",
+        "narrow",
+    )
 }

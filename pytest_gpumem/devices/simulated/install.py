@@ -11,17 +11,22 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch.utils._device import _device_constructors
 
+from pytest_gpumem.devices.nvml import NvmlHook
 from pytest_gpumem.devices.patches import PatchSet
 from pytest_gpumem.devices.simulated import factories, special
 from pytest_gpumem.devices.simulated.autocast import clear_cache
-from pytest_gpumem.devices.simulated.constructors import CONSTRUCTORS
+from pytest_gpumem.devices.simulated.compiling import REPLACEMENTS
+from pytest_gpumem.devices.simulated.constructors import CONSTRUCTORS, NESTED
 from pytest_gpumem.devices.simulated.machine import (
     SimulatedMachine,
+    innermost_machine,
     pop_machine,
     push_machine,
 )
 from pytest_gpumem.devices.simulated.methods import EVERY_TENSOR
-from pytest_gpumem.devices.simulated.storages import EVERY_STORAGE
+from pytest_gpumem.devices.simulated.nvtx import Nvtx
+from pytest_gpumem.devices.simulated.refusals import CLASSES, refusing_class
+from pytest_gpumem.devices.simulated.storages import EVERY_STORAGE, typed_init
 from pytest_gpumem.devices.simulated.streams import Event, Stream
 from pytest_gpumem.devices.simulated.surface import C_FUNCTIONS, cuda_names
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
@@ -46,6 +51,45 @@ def _namespaces() -> list[Any]:
             if name.startswith(rooms) and isinstance(module, ModuleType)
         ),
     ]
+
+
+def _refused_classes() -> Iterator[tuple[Any, str, type]]:
+    """Yield owner, name and stand-in of the classes that cannot be simulated."""
+    rooms = [(torch.cuda, name, room) for name, room in CLASSES.items()]
+    for package, name, room in (*rooms, (torch.accelerator, "Graph", "graphs")):
+        refused = refusing_class(f"{package.__name__}.{name}")
+        for owner in (package, getattr(package, room, None)):
+            if hasattr(owner, name):
+                yield owner, name, refused
+
+
+def _replacements() -> Iterator[tuple[Any, str, Any]]:
+    """Yield owner, name and value of everything in torch that is replaced."""
+    for module in _namespaces():
+        for name, value in C_FUNCTIONS.items():
+            # torch.cuda looks in torch._C; some of its modules, by version, have
+            # bound a function's name to themselves.
+            if module is torch._C or name in vars(module):
+                yield module, name, value
+    owned: tuple[tuple[Any, dict[str, Any]], ...] = (
+        (torch.cuda, cuda_names()),
+        (torch.cuda.streams, {"Stream": Stream, "Event": Event}),
+        (torch.cuda.nvtx, {"_nvtx": Nvtx()}),
+        (torch.cuda.nccl, {"is_available": lambda _tensors: False}),
+        (torch.Tensor, EVERY_TENSOR),
+        (torch.UntypedStorage, EVERY_STORAGE),
+        (torch, CONSTRUCTORS),
+        (torch.nested, NESTED),
+        # Recurrent layers ask whether cuDNN would take their weights: the CPU computes.
+        (torch.backends.cudnn, {"is_acceptable": lambda _tensor: False}),
+        (torch, {"clear_autocast_cache": clear_cache}),
+    )
+    for owner, replacements in owned:
+        for name, value in replacements.items():
+            yield owner, name, value
+    yield torch.TypedStorage, "__init__", typed_init
+    yield from _refused_classes()
+    yield from REPLACEMENTS
 
 
 class Installation:
@@ -73,29 +117,11 @@ class Installation:
                 raise
 
     def _patch(self) -> None:
-        patches = self._patches
-        for module in _namespaces():
-            for name, value in C_FUNCTIONS.items():
-                # torch.cuda looks in torch._C; some of its modules, by version, have
-                # bound a function's name to themselves.
-                if module is torch._C or name in vars(module):
-                    patches.set(module, name, value)
-        for name, value in cuda_names().items():
-            patches.set(torch.cuda, name, value)
-        patches.set(torch.cuda.streams, "Stream", Stream)
-        patches.set(torch.cuda.streams, "Event", Event)
-        for name, value in EVERY_TENSOR.items():
-            patches.set(torch.Tensor, name, value)
-        for name, value in EVERY_STORAGE.items():
-            patches.set(torch.UntypedStorage, name, value)
         # ``with torch.device(…)`` knows constructors by identity and remembers them
         # on first use: that must be the originals.
         _device_constructors()
-        for name, value in CONSTRUCTORS.items():
-            patches.set(torch, name, value)
-        # Recurrent layers ask whether cuDNN would take their weights: the CPU computes.
-        patches.set(torch.backends.cudnn, "is_acceptable", lambda _tensor: False)
-        patches.set(torch, "clear_autocast_cache", clear_cache)
+        for owner, name, value in _replacements():
+            self._patches.set(owner, name, value)
         self._patch_optimizers()
         if not _libraries:
             self._library = factories.register()
@@ -169,10 +195,13 @@ def simulated_device(
 
         cards = visible_cards(find_card(cards))
     installation = Installation(SimulatedMachine(cards, config=config, values=values))
+    nvml = NvmlHook(innermost_machine)
     installation.install()
+    nvml.start()
     try:
         yield installation.machine
     finally:
+        nvml.stop()
         installation.remove()
 
 

@@ -6,6 +6,7 @@ import os
 import threading
 from collections import deque
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from pytest_gpumem.devices.fractions import fraction_for
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from pytest_gpumem.cards import Card
+    from pytest_gpumem.devices.simulated.history import History
     from pytest_gpumem.model.blocks import Block
 
 #: What torch says of a device index that is not there (cudaErrorInvalidDevice).
@@ -65,6 +67,10 @@ class SimulatedCard:
         self._budget_bytes: int | None = None
         self._fraction = self.allocator.memory_fraction
 
+    def renew_lock(self) -> None:
+        """Be free of a thread that held the lock when this process was forked."""
+        self._lock = threading.Lock()
+
     @contextmanager
     def locked(self) -> Iterator[CachingAllocator]:
         """Yield the allocator, with all queued releases done, under the lock."""
@@ -100,6 +106,8 @@ class SimulatedCard:
             self._drain()
             self.num_requests += 1
             block = self.allocator.malloc(nbytes, stream, refuse=refuse)
+            history = self.machine.history
+            block.frames = None if history is None else history.frames()
             # Under the lock, so that no other thread's release hides a peak.
             for watcher in self.watchers:
                 watcher(
@@ -239,6 +247,9 @@ class SimulatedMachine:
         )
         #: Whether anything was put on a card: torch's "CUDA is initialized".
         self.is_initialized = False
+        #: Whether this process was forked from one that had put something on a card.
+        self.is_forked = False
+        self.history: History | None = None
         self._local = threading.local()
 
     @property
@@ -263,6 +274,31 @@ class SimulatedMachine:
             self._local.streams = {}
         self._local.streams[index] = stream
 
+    def start_history(self, history: History) -> None:
+        """Keep every change of memory from here on."""
+        self.stop_history()
+        self.history = history
+        for card in self.cards:
+            with card.locked() as allocator:
+                allocator.trace = partial(history.note, card.index)
+
+    def stop_history(self) -> None:
+        """Keep no more changes, and forget those kept."""
+        self.history = None
+        for card in self.cards:
+            with card.locked() as allocator:
+                allocator.trace = None
+
+    def after_fork(self) -> None:
+        """Be what CUDA is in a forked child: of no use, if the parent had used it.
+
+        Source: ``torch/cuda/__init__.py``, ``_lazy_init``.
+        """
+        self.is_forked = self.is_forked or self.is_initialized
+        self.is_initialized = False
+        for card in self.cards:
+            card.renew_lock()
+
     @property
     def num_requests(self) -> int:
         """How many allocations all cards were asked for so far."""
@@ -270,6 +306,15 @@ class SimulatedMachine:
 
 
 _machines: Final[list[SimulatedMachine]] = []
+
+
+def _after_fork() -> None:
+    for machine in _machines:
+        machine.after_fork()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def push_machine(machine: SimulatedMachine) -> None:

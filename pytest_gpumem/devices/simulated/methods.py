@@ -16,11 +16,14 @@ from torch._tensor_str import _add_suffixes, _tensor_str
 
 from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.memory import memory_of
+from pytest_gpumem.devices.simulated.refusals import refusing
 from pytest_gpumem.devices.simulated.tensor import DEVICES, SimulatedTensor, become
 from pytest_gpumem.devices.simulated.transfer import moved
+from pytest_gpumem.devices.simulated.typed import wanted
 from pytest_gpumem.errors import NoValuesError
 
 _base: Final[Any] = torch.Tensor
+_original_type: Final[Any] = torch.Tensor.type
 _original_to: Final[Any] = torch.Tensor.to
 _original_data: Final[Any] = torch._C.TensorBase.data  # the getset below Tensor.data
 _original_pin: Final[Any] = torch.Tensor.pin_memory
@@ -121,6 +124,27 @@ def cpu(
     return to(self, torch.device("cpu"), memory_format=memory_format)
 
 
+def as_type(
+    self: torch.Tensor,
+    dtype: Any = None,
+    non_blocking: bool = False,  # noqa: ARG001, FBT001, FBT002  # torch's signature
+) -> Any:
+    """``Tensor.type``: the name of its type, or the tensor as another type."""
+    __tracebackhide__ = True
+    if dtype is None:
+        if type(self) is not SimulatedTensor:
+            return _original_type(self)
+        plain = torch.empty(0, dtype=self.dtype).type()
+        return plain.replace("torch.", "torch.cuda.", 1)
+    new, on_card = wanted(dtype)
+    if on_card is None:
+        return to(self, new)
+    if not on_card:
+        return to(self, torch.device("cpu"), new)
+    device = self.device if self.is_cuda else DEVICES[card_of(None).index]
+    return to(self, device, new)
+
+
 # -- data = ---------------------------------------------------------------------------
 
 
@@ -168,6 +192,7 @@ EVERY_TENSOR: Final[dict[str, Any]] = {
     "to": to,
     "cuda": cuda,
     "cpu": cpu,
+    "type": as_type,
     "data": property(_get_data, _set_data),
     "pin_memory": pin_memory,
     "is_pinned": is_pinned,
@@ -190,14 +215,6 @@ def _refuse_numpy(self: SimulatedTensor, *_args: Any, **_kwargs: Any) -> Any:
 
 def _tolist(self: SimulatedTensor) -> Any:
     return cpu(self.detach()).tolist()
-
-
-def _typename(
-    self: SimulatedTensor, dtype: Any = None, *args: Any, **kwargs: Any
-) -> Any:
-    if dtype is not None:
-        return _base.type(self, dtype, *args, **kwargs)
-    return torch.empty(0, dtype=self.dtype).type().replace("torch.", "torch.cuda.", 1)
 
 
 def _repr(self: SimulatedTensor, *, tensor_contents: Any = None) -> str:
@@ -326,6 +343,9 @@ def _data_ptr(self: SimulatedTensor) -> int:
     return memory.block.address + int(self.storage_offset()) * self.element_size()
 
 
+#: ``kDLCUDA``. Source: ``dlpack.h``.
+_DLPACK_CUDA: Final = 2
+
 #: Methods that read a value in C++, before any operator is dispatched.
 _READERS: Final = (
     "item",
@@ -348,7 +368,9 @@ _ANSWERS: Final[dict[str, Any]] = {
     "numpy": _refuse_numpy,
     "__array__": _refuse_numpy,
     "tolist": _tolist,
-    "type": _typename,
+    "__cuda_array_interface__": property(refusing("tensor.__cuda_array_interface__")),
+    "__dlpack__": refusing("tensor.__dlpack__"),
+    "__dlpack_device__": lambda self: (_DLPACK_CUDA, self.get_device()),
     "new_tensor": _new_tensor,
     "share_memory_": _share_memory,
     "is_shared": lambda _self: True,

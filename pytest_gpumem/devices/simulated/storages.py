@@ -11,8 +11,9 @@ from typing import Any, Final
 import torch
 
 from pytest_gpumem.devices.simulated.machine import card_of
-from pytest_gpumem.devices.simulated.memory import Memory, charge, hold, memory_of
+from pytest_gpumem.devices.simulated.memory import Memory, hold, memory_of
 from pytest_gpumem.devices.simulated.methods import cuda_device
+from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.devices.simulated.tensor import DEVICES
 from pytest_gpumem.errors import NoValuesError
 
@@ -82,13 +83,11 @@ def _resize(self: torch.UntypedStorage, size: int) -> Any:
     memory = memory_of(self)
     if memory is None:
         return _original_resize(self, size)
-    card = memory.card
-    if size < memory.nbytes:
-        _original_resize(self, size)
-        hold(self, Memory(card, size))
-        return self
+    # First the new bytes, then the copy, then the old ones go.
+    # Source: ``aten/src/ATen/native/cuda/Resize.cpp``, ``resize_bytes_cuda``.
+    held = Memory(memory.card, size)
     _original_resize(self, size)
-    charge(self, card)
+    hold(self, held)
     return self
 
 
@@ -98,6 +97,26 @@ def _data_ptr(self: torch.UntypedStorage) -> int:
         return 0 if memory.block is None else memory.block.address
     pointer: int = _original_data_ptr(self)
     return pointer
+
+
+_original_init: Final[Any] = torch.TypedStorage.__init__
+
+
+def typed_init(
+    self: torch.TypedStorage, *args: Any, device: Any = None, **options: Any
+) -> None:
+    """``TypedStorage(…)``, refusing a new one on a card.
+
+    Raises:
+        UnsupportedOnSimulatedDeviceError: It would lie on a card.
+    """
+    __tracebackhide__ = True
+    on_card = device is not None and torch.device(device).type == "cuda"
+    if on_card and options.get("wrap_storage") is None:
+        refuse("a typed storage")
+    if device is not None:
+        options["device"] = device
+    _original_init(self, *args, **options)
 
 
 #: What every storage does differently while the simulated device is installed.

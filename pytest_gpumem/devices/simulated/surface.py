@@ -6,16 +6,23 @@ functions of ``torch._C`` that a CUDA build has and that would ask a driver.
 
 from __future__ import annotations
 
-from typing import Any, Final
+import sys
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from pytest_gpumem.devices.simulated import rng
+from pytest_gpumem.devices.simulated.collectives import C_COLLECTIVES
+from pytest_gpumem.devices.simulated.history import History
 from pytest_gpumem.devices.simulated.machine import card_of, current_machine
 from pytest_gpumem.devices.simulated.properties import DeviceProperties
+from pytest_gpumem.devices.simulated.refusals import C_REFUSALS
 from pytest_gpumem.devices.simulated.streams import Event, Stream, stream_triple
-from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
+from pytest_gpumem.devices.simulated.typed import typed_tensors
 from pytest_gpumem.model.snapshot import snapshot
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def _nested(flat: dict[str, int]) -> dict[str, Any]:
@@ -85,10 +92,19 @@ def _snapshot(*_pool: Any) -> dict[str, Any]:
             segments.extend(snapshot(allocator))
     return {
         "segments": segments,
-        "device_traces": [[] for _ in current_machine().cards],
+        "device_traces": _device_traces(),
         "allocator_settings": _settings(),
         "external_annotations": [],
     }
+
+
+def _device_traces() -> list[list[dict[str, Any]]]:
+    machine = current_machine()
+    if machine.history is None:
+        return [[] for _ in machine.cards]
+    for card in machine.cards:
+        machine.history.note(card.index, "snapshot", 0, 0, 0)
+    return [list(entries) for entries in machine.history.entries]
 
 
 def _settings() -> dict[str, Any]:
@@ -124,11 +140,83 @@ def _observe_ooms(observer: Any) -> None:
         card.allocator.on_oom.append(observer)
 
 
-def _raw_alloc(*_args: Any) -> int:
-    raise UnsupportedOnSimulatedDeviceError(
-        "torch.cuda.caching_allocator_alloc",
-        "allocate a torch.uint8 tensor instead",
+def _record_history(  # noqa: PLR0917  # torch's own signature
+    enabled: str | None,
+    context: str | None = "all",
+    stacks: str = "all",  # noqa: ARG001  # Python frames are all there are
+    max_entries: int = sys.maxsize,
+    clear_history: bool = False,  # noqa: FBT001, FBT002  # torch's signature
+    compile_context: bool = False,  # noqa: ARG001, FBT001, FBT002  # torch's signature
+    global_record_annotations: bool = False,  # noqa: ARG001, FBT001, FBT002  # torch's
+    skip_actions: Sequence[str] = (),
+) -> None:
+    if enabled not in (None, "state", "all"):
+        raise RuntimeError(f"Unknown enabled: {enabled!r}; None, 'state' or 'all'")
+    machine = current_machine()
+    kept = machine.history
+    if enabled is None:
+        machine.stop_history()
+        return
+    history = History(
+        len(machine.cards),
+        keeps_entries=enabled == "all",
+        context=context,
+        max_entries=max_entries,
+        skip_actions=skip_actions,
     )
+    if kept is not None and not clear_history:
+        for old, new in zip(kept.entries, history.entries, strict=True):
+            new.extend(old)
+    machine.start_history(history)
+
+
+def _record_history_legacy(
+    enabled: bool,  # noqa: FBT001  # torch's signature
+    record_context: bool = True,  # noqa: FBT001, FBT002  # torch's signature
+    max_entries: int = 1,
+    *_rest: Any,
+) -> None:
+    context = "alloc" if record_context else None
+    _record_history("all" if enabled else None, context, "all", max_entries)
+
+
+def _allocation_traceback(address: int) -> list[dict[str, Any]] | None:
+    for segment in _snapshot()["segments"]:
+        for block in segment["blocks"]:
+            if block["address"] == address and block["frames"]:
+                frames: list[dict[str, Any]] = block["frames"]
+                return frames
+    return None
+
+
+def _arch_flags() -> str:
+    """Return the architectures of the machine's cards, as a build for them has."""
+    capabilities = {card.card.compute_capability for card in current_machine().cards}
+    return " ".join(f"sm_{major}{minor}" for major, minor in sorted(capabilities))
+
+
+def _host_stats() -> dict[str, Any]:
+    """Return the counts of the pinned-memory cache, which is empty: nothing is pinned.
+
+    Source: ``torch/cuda/memory.py``, ``host_memory_stats`` (the keys).
+    """
+    none = {"current": 0, "peak": 0, "allocated": 0, "freed": 0}
+    time_spent = {"total": 0, "max": 0, "min": 0, "count": 0, "avg": 0}
+    return {
+        "num_host_alloc": 0,
+        "num_host_free": 0,
+        **{
+            name: dict(none)
+            for name in (
+                "allocations",
+                "allocated_bytes",
+                "active_requests",
+                "active_bytes",
+            )
+        },
+        "host_alloc_time": dict(time_spent),
+        "host_free_time": dict(time_spent),
+    }
 
 
 def _mem_get_info(index: int | None) -> tuple[int, int]:
@@ -149,7 +237,30 @@ def _accelerator_set_stream(stream: Stream) -> None:
 
 
 def _capability(index: int) -> dict[str, Any]:
-    raise NotImplementedError("the accelerator reports no dtype capability")
+    """Return what a card computes with: every type that an operator takes.
+
+    Source: ``c10/core/DeviceCapability.h``, where every bit is set for CUDA.
+    """
+    card_of(index)
+    return {"supported_dtypes": set(_DTYPES)}
+
+
+#: Source: ``AT_FORALL_SCALAR_TYPES…`` in ``c10/core/ScalarType.h``.
+_DTYPES: Final = (
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.float32,
+    torch.float64,
+    torch.complex32,
+    torch.complex64,
+    torch.complex128,
+    torch.bool,
+    torch.bfloat16,
+)
 
 
 def _nothing(*_args: Any, **_kwargs: Any) -> None:
@@ -159,7 +270,7 @@ def _nothing(*_args: Any, **_kwargs: Any) -> None:
 #: Replacements in ``torch._C``; names as torch 2.11 to 2.13 calls them.
 C_FUNCTIONS: Final[dict[str, Any]] = {
     "_cuda_init": _nothing,
-    "_cuda_isInBadFork": lambda: False,
+    "_cuda_isInBadFork": lambda: current_machine().is_forked,
     "_cuda_getDeviceCount": lambda: len(current_machine().cards),
     "_cuda_getDevice": lambda: current_machine().current_index,
     "_cuda_setDevice": _set_device,
@@ -180,13 +291,26 @@ C_FUNCTIONS: Final[dict[str, Any]] = {
     "_cuda_setStream": _set_stream,
     "_cuda_isCurrentStreamCapturing": lambda: False,
     "_cuda_getAllocatorBackend": lambda: "native",
-    "_cuda_getArchFlags": lambda: "",
+    "_cuda_getArchFlags": _arch_flags,
     "_cuda_canDeviceAccessPeer": lambda _device, _peer: True,
     "_cuda_get_sync_debug_mode": lambda: 0,
     "_cuda_set_sync_debug_mode": _nothing,
     "_cuda_attach_out_of_memory_observer": _observe_ooms,
     "_cuda_clearCublasWorkspaces": _clear_workspaces,
-    "_cuda_cudaCachingAllocator_raw_alloc": _raw_alloc,
+    "_cuda_record_memory_history": _record_history,
+    "_cuda_record_memory_history_legacy": _record_history_legacy,
+    "_cuda_allocationTraceback": _allocation_traceback,
+    "_cuda_getMemoryMetadata": lambda: "",
+    "_cuda_setMemoryMetadata": _nothing,
+    "_cuda_hostMemoryStats": _host_stats,
+    "_cuda_resetPeakHostMemoryStats": _nothing,
+    "_cuda_resetAccumulatedHostMemoryStats": _nothing,
+    "_host_emptyCache": _nothing,
+    "_cuda_sleep": _nothing,
+    "_cuda_getCurrentBlasHandle": lambda: 1,
+    "_cuda_getCurrentSolverHandle": lambda: 1,
+    **C_REFUSALS,
+    **C_COLLECTIVES,
     "_accelerator_getAccelerator": lambda: torch.device("cuda"),
     "_accelerator_getDeviceIndex": lambda: current_machine().current_index,
     "_accelerator_setDeviceIndex": _set_device,
@@ -202,17 +326,8 @@ C_FUNCTIONS: Final[dict[str, Any]] = {
     "_accelerator_resetPeakStats": _reset_peaks,
     "_accelerator_resetAccumulatedStats": _reset_totals,
     "_accelerator_getMemoryInfo": _mem_get_info,
+    "_accelerator_getDeviceCapability": _capability,
 }
-
-
-class NoGraph:
-    """``torch.cuda.CUDAGraph``, which cannot be simulated."""
-
-    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
-        raise UnsupportedOnSimulatedDeviceError(
-            "torch.cuda.CUDAGraph",
-            "run without capturing a graph, or on a real card",
-        )
 
 
 class _Success:
@@ -272,5 +387,6 @@ def cuda_names() -> dict[str, Any]:
         "_maybe_exchange_device": _maybe_exchange_device,
         "Stream": Stream,
         "Event": Event,
-        "CUDAGraph": NoGraph,
+        "_is_in_bad_fork": lambda: current_machine().is_forked,
+        **typed_tensors(),
     }

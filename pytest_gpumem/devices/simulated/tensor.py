@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from pytest_gpumem.devices.simulated.memory import charge
+from pytest_gpumem.devices.simulated.refusals import refuse
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -99,7 +100,10 @@ def make(value: torch.Tensor, card: SimulatedCard) -> SimulatedTensor:
 
     Raises:
         torch.OutOfMemoryError: The card has no room for the storage.
+        UnsupportedOnSimulatedDeviceError: The value is sparse.
     """
+    if value.layout is not torch.strided:
+        refuse("a sparse tensor")
     storage = value.untyped_storage()
     if not hasattr(storage, "_gpumem"):
         charge(storage, card)

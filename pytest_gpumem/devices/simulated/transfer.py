@@ -8,6 +8,7 @@ import torch
 
 from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.memory import Memory, hold
+from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor, make
 from pytest_gpumem.errors import NoValuesError
 
@@ -32,10 +33,15 @@ def upload(
     Raises:
         NotImplementedError: The source is a meta tensor (torch's text).
         torch.OutOfMemoryError: No room; nothing was copied.
+        UnsupportedOnSimulatedDeviceError: The source is sparse or nested.
     """
     __tracebackhide__ = True
     if source.is_meta:
         raise NotImplementedError("Cannot copy out of meta tensor; no data!")
+    if source.is_nested:
+        refuse("a nested tensor")
+    if source.layout is not torch.strided:
+        refuse("a sparse tensor")
     dtype = source.dtype if dtype is None else dtype
     # A strided copy is dense, so the bytes are known before anything is made.
     memory = Memory(card, source.numel() * dtype.itemsize)

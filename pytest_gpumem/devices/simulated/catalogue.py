@@ -1,0 +1,163 @@
+"""What the simulated device does for each public name of ``torch.cuda`` and its like.
+
+The documentation's page is written from this table, and the tests hold both to it:
+each name that the installed torch exports is here, and what is said to be refused is
+refused.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from pytest_gpumem.devices.simulated.refusals import ADVICE
+
+#: What the kinds mean, in the order that the page shows them.
+KINDS: Final[dict[str, str]] = {
+    "exact": (
+        "the figures of PyTorch's own allocator, to the byte; held to recordings of it"
+    ),
+    "like a card": "behaves as on a real card; values are computed by the CPU",
+    "modelled": "an answer of the simulated card that agrees with all its others",
+    "constant": "one answer, or no effect",
+    "refused": "raises UnsupportedOnSimulatedDeviceError, which says what to do",
+}
+
+_CUDA: Final[dict[str, str]] = {
+    "exact": """
+        empty_cache get_allocator_backend get_per_process_memory_fraction
+        max_memory_allocated max_memory_cached max_memory_reserved memory_allocated
+        memory_cached memory_reserved memory_snapshot memory_stats
+        memory_stats_as_nested_dict memory_summary reset_accumulated_memory_stats
+        reset_max_memory_allocated reset_max_memory_cached reset_peak_memory_stats
+        set_per_process_memory_fraction
+    """,
+    "like a card": """
+        BFloat16Tensor BoolTensor ByteTensor CharTensor DoubleTensor FloatTensor
+        HalfTensor IntTensor LongTensor ShortTensor
+        CudaError DeferredCudaCallError Event Stream StreamContext amp
+        current_device current_stream default_generators default_stream device
+        device_count device_of get_rng_state get_rng_state_all init initial_seed
+        is_available is_initialized manual_seed manual_seed_all memory random seed
+        seed_all set_device set_rng_state set_rng_state_all set_stream stream streams
+        synchronize check_error cudaStatus
+    """,
+    "modelled": """
+        can_device_access_peer cudart device_memory_used get_arch_list
+        get_device_capability get_device_name get_device_properties get_gencode_flags
+        is_bf16_supported is_tf32_supported list_gpu_processes mem_get_info
+    """,
+    "constant": """
+        current_blas_handle current_solver_handle get_sync_debug_mode graphs has_half
+        has_magma host_memory_stats host_memory_stats_as_nested_dict ipc_collect
+        is_current_stream_capturing memory_usage nvtx profiler
+        reset_accumulated_host_memory_stats reset_peak_host_memory_stats
+        set_sync_debug_mode sparse utilization temperature power_draw clock_rate
+    """,
+    "refused": """
+        BFloat16Storage BoolStorage ByteStorage CharStorage ComplexDoubleStorage
+        ComplexFloatStorage DoubleStorage FloatStorage HalfStorage IntStorage
+        LongStorage ShortStorage
+        CUDAGraph CUDAPluggableAllocator ExternalStream GreenContext MemPool
+        caching_allocator_alloc caching_allocator_delete caching_allocator_disabled
+        caching_allocator_enable change_current_allocator get_stream_from_external
+        graph graph_pool_handle jiterator make_graphed_callables nccl tunable
+        use_mem_pool
+    """,
+}
+
+_ACCELERATOR: Final[dict[str, str]] = {
+    "exact": """
+        empty_cache max_memory_allocated max_memory_reserved memory_allocated
+        memory_reserved memory_stats reset_accumulated_memory_stats
+        reset_peak_memory_stats
+    """,
+    "like a card": """
+        current_accelerator current_device_idx current_device_index current_stream
+        device_count device_index is_available set_device_idx set_device_index
+        set_stream synchronize
+    """,
+    "modelled": "get_device_capability get_memory_info",
+    "constant": "empty_host_cache",
+    "refused": "Graph",
+}
+
+#: Notes that a name needs, where its kind does not say enough.
+NOTES: Final[dict[str, str]] = {
+    "torch.cuda.temperature": "NVML's own “Not Supported”",
+    "torch.cuda.power_draw": "NVML's own “Not Supported”",
+    "torch.cuda.clock_rate": "NVML's own “Not Supported”",
+    "torch.cuda.utilization": "0: nothing is computed on the card",
+    "torch.cuda.memory_usage": "0: nothing is computed on the card",
+    "torch.cuda.host_memory_stats": "0: pinned memory is ordinary memory",
+    "torch.cuda.mem_get_info": "free is at most what a budget leaves",
+    "torch.cuda.get_arch_list": "the machine's own cards'",
+    "torch.cuda.memory_snapshot": (
+        "with `_record_memory_history` also each change and its Python frames; "
+        "`_dump_snapshot` writes what memory_viz opens"
+    ),
+    "torch.cuda.Stream": "work is done when a call returns; the allocator heeds streams",
+    "torch.cuda.nvtx": "ranges are counted, no profiler sees them",
+    "torch.cuda.nccl": "`is_available` says no; use the gloo backend",
+    "torch.cuda.tunable": "`is_enabled` says no",
+    **{
+        f"torch.cuda.{name}Storage": ADVICE["a typed storage"]
+        for name in (
+            "BFloat16",
+            "Bool",
+            "Byte",
+            "Char",
+            "ComplexDouble",
+            "ComplexFloat",
+            "Double",
+            "Float",
+            "Half",
+            "Int",
+            "Long",
+            "Short",
+        )
+    },
+}
+
+#: What goes beyond those modules, by kind.
+BEYOND: Final[dict[str, tuple[str, ...]]] = {
+    "exact": (
+        "`torch.OutOfMemoryError`: class, argument and text, cache flushed first, "
+        "`num_ooms` counted, observers called",
+        "`PYTORCH_ALLOC_CONF`, `PYTORCH_CUDA_ALLOC_CONF`: every setting but private "
+        "pools",
+        "`Tensor.record_stream`: a freed block waits for the other stream",
+        "cuBLAS's workspace, by compute capability and `CUBLAS_WORKSPACE_CONFIG`",
+    ),
+    "like a card": (
+        "`.to`, `.cuda`, `.cpu`, `.type`, `.data =`, `.item`, `.tolist`, printing, "
+        "pickling, `torch.save`, `torch.load`, `deepcopy`, weak references",
+        "`.numpy()` and operands on two devices: torch's own errors",
+        "`torch.device(0)`, `with torch.device('cuda')`, `torch.set_default_device`",
+        "generators and the state of random numbers: an OOM draws none",
+        "`torch.autocast` and `torch.amp.GradScaler`, fp16 and bf16",
+        "optimisers, foreach and fused; `torch.utils.checkpoint`; `torch.func`",
+        "`torch.nn.DataParallel` over several simulated cards",
+        "`torch.compile` with the backends `eager` and `aot_eager`: the graph breaks "
+        "at each tensor of a card",
+        "threads, DataLoader workers, autograd's threads; a forked child of a process "
+        "that has used a card gets torch's own error",
+        "`CUDA_VISIBLE_DEVICES`: a choice and an order of the simulated cards",
+        "pinned memory: tensors say that they are pinned",
+    ),
+    "modelled": (
+        "attention, dropout, reductions, sums of gradients: what CUDA's kernels save "
+        "and take for themselves",
+        "`pynvml` and `torch.cuda`'s functions that ask it: never a real driver",
+    ),
+}
+
+
+def names_of(module: str) -> dict[str, str]:
+    """Return the kind of each public name of ``torch.cuda`` or ``torch.accelerator``."""
+    table = {"torch.cuda": _CUDA, "torch.accelerator": _ACCELERATOR}[module]
+    return {name: kind for kind in KINDS for name in table[kind].split()}
+
+
+def note_of(name: str) -> str:
+    """Return what there is to say of a name, such as ``torch.cuda.nccl``."""
+    return NOTES.get(name, ADVICE.get(name, ""))

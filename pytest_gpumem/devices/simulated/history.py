@@ -1,0 +1,104 @@
+"""What happened to the cards' memory, for ``torch.cuda.memory._record_memory_history``.
+
+The model tells of every change; here changes become the entries of ``device_traces``
+that PyTorch's memory_viz page draws, with the Python frames that asked for them.
+Source: ``torch/cuda/memory.py`` (``_snapshot``: keys) and ``torch/csrc/cuda/Module.cpp``.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import FrameType
+
+#: Frames below this folder are the simulation's own and are left out.
+_OWN: Final = str(Path(__file__).resolve().parents[2])
+#: What ``skip_actions`` may name. Source: the docstring of ``_record_memory_history``.
+ACTIONS: Final = (
+    "alloc",
+    "free_requested",
+    "free_completed",
+    "segment_alloc",
+    "segment_free",
+    "oom",
+    "snapshot",
+)
+
+
+class History:
+    """The changes of each card since recording began.
+
+    Args:
+        num_cards: Number of cards.
+        keeps_entries: Whether changes are kept, or only the frames of live blocks.
+        context: Whose frames are kept: ``None`` (none), ``"state"`` (live blocks'),
+            ``"alloc"`` (those of requests too) or ``"all"`` (those of releases too).
+        max_entries: The number of newest entries kept for each card.
+        skip_actions: Actions that are not kept.
+    """
+
+    def __init__(
+        self,
+        num_cards: int,
+        *,
+        keeps_entries: bool = True,
+        context: str | None = "all",
+        max_entries: int = sys.maxsize,
+        skip_actions: Sequence[str] = (),
+    ) -> None:
+        self._context = context
+        self._keeps_entries = keeps_entries
+        self._skipped = frozenset(skip_actions)
+        self.entries: Final = [
+            deque[dict[str, Any]](maxlen=max_entries) for _ in range(num_cards)
+        ]
+
+    def note(
+        self, card: int, action: str, address: int, size: int, stream: int
+    ) -> None:
+        """Keep one change; for ``oom``, ``address`` is the card's free bytes."""
+        if not self._keeps_entries or action in self._skipped:
+            return
+        wanted = "all" if action.startswith("free") else "alloc"
+        has_frames = self._context in {"all", wanted}
+        self.entries[card].append(
+            {
+                "action": action,
+                "device_free" if action == "oom" else "addr": address,
+                "size": size,
+                "stream": stream,
+                "time_us": time.time_ns() // 1000,
+                "frames": python_frames() if has_frames else [],
+                "compile_context": "N/A",
+                "user_metadata": "",
+                "pool_id": (0, 0),
+            }
+        )
+
+    def frames(self) -> list[dict[str, Any]] | None:
+        """Return the frames to attach to a new block; None for none."""
+        return python_frames() if self._context is not None else None
+
+
+def python_frames() -> list[dict[str, Any]]:
+    """Return the calling thread's Python frames, innermost first, without our own."""
+    frames = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if not code.co_filename.startswith(_OWN):
+            frames.append(
+                {
+                    "filename": code.co_filename,
+                    "line": frame.f_lineno,
+                    "name": code.co_name,
+                }
+            )
+        frame = frame.f_back
+    return frames

@@ -1,0 +1,150 @@
+"""What cannot be simulated, each refused by one error class that names it.
+
+A refusal beats both a crash in C++, which has no CUDA to call, and a silent run on the
+host, which would prove nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, NoReturn
+
+from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
+
+_REAL: Final = "run this on a real card"
+
+#: What to do, by the feature's public name.
+ADVICE: Final[dict[str, str]] = {
+    "torch.cuda.CUDAGraph": "run without capturing a graph, or on a real card",
+    "torch.cuda.graph": "run without capturing a graph, or on a real card",
+    "torch.cuda.graph_pool_handle": "run without capturing a graph, or on a real card",
+    "torch.cuda.make_graphed_callables": "call the modules as they are",
+    "torch.accelerator.Graph": "run without capturing a graph, or on a real card",
+    "torch.cuda.MemPool": "allocate from the default pool",
+    "torch.cuda.use_mem_pool": "allocate from the default pool",
+    "torch.cuda.CUDAPluggableAllocator": "keep PyTorch's own allocator",
+    "torch.cuda.change_current_allocator": "keep PyTorch's own allocator",
+    "torch.cuda.caching_allocator_enable": "keep PyTorch's own allocator",
+    "torch.cuda.caching_allocator_disabled": "keep PyTorch's own allocator",
+    "torch.cuda.caching_allocator_alloc": "allocate a torch.uint8 tensor instead",
+    "torch.cuda.caching_allocator_delete": "allocate a torch.uint8 tensor instead",
+    "torch.cuda.ExternalStream": "use torch.cuda.Stream",
+    "torch.cuda.get_stream_from_external": "use torch.cuda.Stream",
+    "torch.cuda.GreenContext": _REAL,
+    "torch.cuda.jiterator": "write the operation with torch's operators",
+    "torch.cuda.nccl": "use the gloo backend of torch.distributed",
+    "torch.cuda.gds": "read the file on the host",
+    "torch.cuda.tunable": _REAL,
+    "a typed storage": "make a tensor and take its untyped_storage()",
+    "torch.export.export": "export the module while it is on the CPU",
+    "FakeTensorMode.from_tensor": "make fake tensors of the module on the CPU",
+    "tensor.__cuda_array_interface__": "hand over tensor.cpu() instead",
+    "tensor.__dlpack__": "hand over tensor.cpu() instead",
+    "a sparse tensor": "use dense ones, or keep these on the CPU",
+    "a nested tensor": "pad them, or keep them on the CPU",
+    "a torch.compile backend that makes kernels": (
+        'use backend="eager" or "aot_eager", or set TORCH_COMPILE_DISABLE=1: kernels '
+        "for a card cannot run here"
+    ),
+}
+
+
+def refuse(feature: str) -> NoReturn:
+    """Raise the one error for what cannot be simulated.
+
+    Raises:
+        UnsupportedOnSimulatedDeviceError: Always.
+    """
+    __tracebackhide__ = True
+    raise UnsupportedOnSimulatedDeviceError(feature, ADVICE[feature])
+
+
+def refusing(feature: str) -> Any:
+    """Return a function that refuses, whatever it is given."""
+
+    def refused(*_args: Any, **_kwargs: Any) -> NoReturn:
+        __tracebackhide__ = True
+        refuse(feature)
+
+    return refused
+
+
+def refusing_class(feature: str) -> type:
+    """Return a class, for ``isinstance``, of which there can be no instance."""
+    name = feature.rpartition(".")[2]
+    return type(name, (), {"__init__": refusing(feature), "__doc__": ADVICE[feature]})
+
+
+#: In ``torch._C``: names as torch 2.11 to 2.13 calls them.
+C_REFUSALS: Final[dict[str, Any]] = {
+    "_graph_pool_handle": refusing("torch.cuda.graph_pool_handle"),
+    "_cuda_changeCurrentAllocator": refusing("torch.cuda.change_current_allocator"),
+    "_cuda_cudaCachingAllocator_enable": refusing(
+        "torch.cuda.caching_allocator_enable"
+    ),
+    "_cuda_cudaCachingAllocator_is_enabled": lambda: True,
+    "_cuda_cudaCachingAllocator_raw_alloc": refusing(
+        "torch.cuda.caching_allocator_alloc"
+    ),
+    "_cuda_cudaCachingAllocator_raw_delete": refusing(
+        "torch.cuda.caching_allocator_delete"
+    ),
+    "_cuda_getStreamFromExternal": refusing("torch.cuda.get_stream_from_external"),
+    "_cuda_jiterator_compile_and_launch_kernel": refusing("torch.cuda.jiterator"),
+    **{
+        name: refusing("torch.cuda.nccl")
+        for name in (
+            "_nccl_version",
+            "_nccl_version_suffix",
+            "_nccl_unique_id",
+            "_nccl_init_rank",
+            "_nccl_reduce",
+            "_nccl_all_reduce",
+            "_nccl_broadcast",
+            "_nccl_all_gather",
+            "_nccl_reduce_scatter",
+        )
+    },
+    **{
+        name: refusing("torch.cuda.gds")
+        for name in (
+            "_gds_register_buffer",
+            "_gds_deregister_buffer",
+            "_gds_register_handle",
+            "_gds_deregister_handle",
+            "_gds_load_storage",
+            "_gds_save_storage",
+        )
+    },
+}
+
+#: Questions of ``torch.cuda.tunable`` that have an answer: it is off.
+_TUNABLE_IS: Final = ("_cuda_tunableop_is_enabled", "_cuda_record_untuned_is_enabled")
+_TUNABLE: Final = (
+    "_cuda_tunableop_enable",
+    "_cuda_tunableop_tuning_enable",
+    "_cuda_tunableop_tuning_is_enabled",
+    "_cuda_record_untuned_enable",
+    "_cuda_tunableop_set_max_tuning_duration",
+    "_cuda_tunableop_get_max_tuning_duration",
+    "_cuda_tunableop_set_max_tuning_iterations",
+    "_cuda_tunableop_get_max_tuning_iterations",
+    "_cuda_tunableop_set_filename",
+    "_cuda_tunableop_get_filename",
+    "_cuda_tunableop_get_results",
+    "_cuda_tunableop_get_validators",
+    "_cuda_tunableop_read_file",
+    "_cuda_tunableop_set_rotating_buffer_size",
+    "_cuda_tunableop_get_rotating_buffer_size",
+    "_cuda_tunableop_set_numerical_check_tolerances",
+)
+C_REFUSALS.update({name: refusing("torch.cuda.tunable") for name in _TUNABLE})
+C_REFUSALS.update(dict.fromkeys(_TUNABLE_IS, lambda: False))
+
+#: Classes in ``torch.cuda`` and in the module that defines them.
+CLASSES: Final[dict[str, str]] = {
+    "CUDAGraph": "graphs",
+    "MemPool": "memory",
+    "CUDAPluggableAllocator": "memory",
+    "ExternalStream": "streams",
+    "GreenContext": "green_contexts",
+}

@@ -1,0 +1,354 @@
+"""Every public name of torch's CUDA modules is accounted for, and does what is said."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import pickle
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from pytest_gpumem.devices.simulated import catalogue
+from pytest_gpumem.devices.simulated.install import simulated_device
+from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from pytest_gpumem.devices.simulated.machine import SimulatedMachine
+
+#: The typed tensors are not in torch's own annotations.
+cuda: Any = torch.cuda
+MODULES = {"torch.cuda": torch.cuda, "torch.accelerator": torch.accelerator}
+NAMES = [
+    (module, name, kind)
+    for module in MODULES
+    for name, kind in catalogue.names_of(module).items()
+]
+#: Calls that need arguments to be refused.
+CALLS: dict[str, Callable[[], Any]] = {
+    "torch.cuda.caching_allocator_alloc": lambda: torch.cuda.caching_allocator_alloc(8),
+    "torch.cuda.caching_allocator_delete": lambda: torch.cuda.caching_allocator_delete(
+        8
+    ),
+    "torch.cuda.caching_allocator_disabled": lambda: (
+        torch.cuda.caching_allocator_disabled().__enter__()
+    ),
+    "torch.cuda.change_current_allocator": lambda: torch.cuda.change_current_allocator(
+        torch.cuda.CUDAPluggableAllocator("a.so", "malloc", "free")
+    ),
+    "torch.cuda.get_stream_from_external": lambda: torch.cuda.get_stream_from_external(
+        8
+    ),
+    "torch.cuda.graph": lambda: torch.cuda.graph(torch.cuda.CUDAGraph()),
+    "torch.cuda.jiterator": lambda: torch.cuda.jiterator._create_jit_fn(
+        "template <typename T> T id(T x) { return x; }"
+    )(torch.ones(2, device="cuda")),
+    "torch.cuda.make_graphed_callables": lambda: torch.cuda.make_graphed_callables(
+        torch.nn.Linear(2, 2).cuda(), (torch.ones(2, 2, device="cuda"),)
+    ),
+    "torch.cuda.nccl": torch.cuda.nccl.version,
+    "torch.cuda.tunable": torch.cuda.tunable.enable,
+    "torch.cuda.use_mem_pool": lambda: torch.cuda.use_mem_pool(torch.cuda.MemPool()),
+}
+
+
+@pytest.fixture
+def machine() -> Iterator[SimulatedMachine]:
+    """Two cards, simulated."""
+    with simulated_device("T4*2") as machine:
+        yield machine
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_public_name_is_classified(module: str) -> None:
+    """Of the installed torch; a name is of one kind only."""
+    table = {"torch.cuda": catalogue._CUDA, "torch.accelerator": catalogue._ACCELERATOR}
+    listed = [name for names in table[module].values() for name in names.split()]
+    exported = set(MODULES[module].__all__)
+
+    assert set() == exported - set(listed)
+    assert len(listed) == len(set(listed))
+
+
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize(
+    "name",
+    [f"{module}.{name}" for module, name, kind in NAMES if kind == "refused"],
+)
+def test_what_is_refused_is_refused_by_one_class(name: str) -> None:
+    """It names a feature and says what to do."""
+    module, _dot, last = name.rpartition(".")
+    if not hasattr(MODULES[module], last):
+        pytest.skip(f"torch {torch.__version__} has no {name}")
+    call = CALLS.get(name, getattr(MODULES[module], last))
+    torch.cuda.init()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch's own, of old storages
+        with pytest.raises(UnsupportedOnSimulatedDeviceError) as caught:
+            call()
+
+    assert "is not supported on the simulated CUDA device; " in str(caught.value)
+
+
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"{module}.{name}"
+        for module, name, kind in NAMES
+        if kind not in {"refused", "like a card"}
+        and name not in {"temperature", "power_draw", "clock_rate"}
+    ],
+)
+def test_what_takes_no_argument_answers(name: str) -> None:
+    """Whatever is not refused can be called."""
+    module, _dot, last = name.rpartition(".")
+    function = getattr(MODULES[module], last, None)
+    if not inspect.isfunction(function):
+        return  # a module, or a name of another version
+    needed = [
+        parameter
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind is not parameter.VAR_KEYWORD
+    ]
+    arguments: dict[str, tuple[Any, ...]] = {
+        "set_per_process_memory_fraction": (1.0,),
+        "can_device_access_peer": (0, 1),
+        "set_sync_debug_mode": (0,),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, of old names
+        function(*arguments.get(last, ()))
+
+    assert len(needed) == len(arguments.get(last, ()))
+
+
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize("name", ["temperature", "power_draw", "clock_rate"])
+def test_what_nvml_does_not_know_is_nvmls_error(name: str) -> None:
+    """As on a card that lacks the sensor."""
+    pynvml: Any = pytest.importorskip("pynvml")
+    with pytest.raises(pynvml.NVMLError, match="Not Supported"):
+        getattr(torch.cuda, name)()
+
+
+@pytest.mark.usefixtures("machine")
+def test_torch_asks_nvml_for_the_simulated_card() -> None:
+    """No driver is reached."""
+    pytest.importorskip("pynvml")
+    held = torch.zeros(2**20, device="cuda")
+
+    assert held.numel()
+    assert 0 == torch.cuda.utilization()
+    assert torch.cuda.memory_reserved() == torch.cuda.device_memory_used()
+    assert f"process {os.getpid():10d} uses" in torch.cuda.list_gpu_processes()
+
+
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.sparse_coo_tensor(
+            torch.tensor([[0], [1]]), torch.ones(1), (2, 2), device="cuda"
+        ),
+        lambda: torch.eye(3, device="cuda").to_sparse(),
+        lambda: torch.eye(3).to_sparse().cuda(),
+        lambda: torch.nested.nested_tensor([torch.ones(2)], device="cuda"),
+        lambda: torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged).cuda(),
+        lambda: torch.ones(2, device="cuda").__cuda_array_interface__,
+        lambda: torch.utils.dlpack.from_dlpack(torch.ones(2, device="cuda")),
+        lambda: torch.compile(torch.sin)(torch.ones(2, device="cuda")),
+        lambda: torch.compile(torch.nn.Linear(2, 2).cuda())(
+            torch.ones(2, device="cuda")
+        ),
+        lambda: torch.export.export(torch.nn.Linear(2, 2).cuda(), (torch.ones(2),)),
+    ],
+    ids=[
+        "coo",
+        "to_sparse",
+        "upload",
+        "nested",
+        "jagged",
+        "interface",
+        "dlpack",
+        "compile",
+        "compile-module",
+        "export",
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # torch's own: sparse and nested are in beta
+def test_other_features_are_refused_by_the_same_class(make: Callable[[], Any]) -> None:
+    """Never a crash in C++, never a silent run on the host."""
+    with pytest.raises(UnsupportedOnSimulatedDeviceError):
+        make()
+
+
+@pytest.mark.usefixtures("machine")
+def test_what_stays_on_the_host_is_not_refused() -> None:
+    """Sparse, compiled and exported things without a card are torch's own affair."""
+    assert torch.eye(2).to_sparse().is_sparse
+    indices, values = torch.tensor([[0], [1]]), torch.ones(1)
+    sparse = torch.sparse_coo_tensor(indices, values, (2, 2), check_invariants=True)
+    assert sparse.is_sparse
+    exported = torch.export.export(torch.nn.Linear(2, 2), (torch.ones(2),))
+    assert exported.graph is not None
+
+
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_functions_run_on_the_card(backend: str) -> None:
+    """Forward and backward, with the values of an eager run."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(4, 4)
+    model = torch.nn.Sequential(layer, torch.nn.ReLU()).cuda()
+    source = torch.ones(2, 4, device="cuda")
+    plain = model(source)
+    compiled = torch.compile(model, backend=backend)(source)
+    compiled.sum().backward()
+
+    assert torch.equal(plain, compiled)
+    assert layer.weight.grad is not None
+    assert "cuda:0" == str(layer.weight.grad.device)
+
+
+@pytest.mark.usefixtures("machine")
+def test_typed_tensors_make_convert_and_recognise() -> None:
+    """The old words for dtype and device."""
+    made = cuda.FloatTensor([1.0, 2.0])
+    empty = cuda.LongTensor(2, 3)
+
+    assert "torch.cuda.FloatTensor" == made.type()
+    assert (2, 3) == tuple(empty.shape)
+    assert isinstance(made, cuda.FloatTensor)
+    assert not isinstance(made, cuda.HalfTensor)
+    assert not isinstance(torch.ones(1), cuda.FloatTensor)
+    assert torch.float16 == made.type("torch.cuda.HalfTensor").dtype
+    assert "cpu" == made.type(torch.DoubleTensor).device.type
+    assert made.type(torch.float64).is_cuda
+    assert isinstance(torch.ones(1).type(cuda.HalfTensor), cuda.HalfTensor)
+    assert "torch.FloatTensor" == torch.ones(1).type()
+    with pytest.raises(ValueError, match="invalid type"):
+        made.type("torch.cuda.QuadTensor")
+
+
+@pytest.mark.usefixtures("machine")
+def test_data_parallel_runs_on_two_cards() -> None:
+    """Replicas hold bytes on the second card; gradients come back to the first."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 4)
+    source = torch.ones(4, 4)
+    wanted = model(source)
+    parallel = torch.nn.DataParallel(model.cuda())
+    torch.cuda.reset_peak_memory_stats(1)
+    out = parallel(source.cuda())
+    out.sum().backward()
+
+    assert torch.allclose(wanted, out.cpu())
+    assert model.weight.grad is not None
+    assert torch.equal(torch.full((4, 4), 4.0), model.weight.grad.cpu())
+    assert torch.cuda.max_memory_allocated(1) > 0
+
+
+@pytest.mark.usefixtures("machine")
+def test_memory_history_names_every_change(tmp_path: Path) -> None:
+    """Requests, releases and the OOM, with the frames of this test; as a pickle too."""
+    torch.cuda.memory._record_memory_history(max_entries=100)
+    held = torch.zeros(2**20, device="cuda")
+    freed = torch.zeros(2**20, device="cuda")
+    del freed
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.empty(2**40, device="cuda")
+    path = tmp_path / "snapshot.pickle"
+    torch.cuda.memory._dump_snapshot(str(path))
+    shown = pickle.loads(path.read_bytes())  # our own file
+    entries = shown["device_traces"][0]
+    actions = [entry["action"] for entry in entries]
+    torch.cuda.memory._record_memory_history(None)
+
+    assert held.numel()
+    assert actions[:2] == ["segment_alloc", "alloc"]
+    assert {"free_requested", "free_completed", "oom", "snapshot"} <= set(actions)
+    assert entries[1]["frames"][0]["name"] == "test_memory_history_names_every_change"
+    assert entries[actions.index("oom")]["device_free"] > 0
+    blocks = [block for each in shown["segments"] for block in each["blocks"]]
+    live = [block for block in blocks if block["state"] == "active_allocated"]
+    assert [True] == [bool(block["frames"]) for block in live]
+    assert not any(block["frames"] for block in blocks if block not in live)
+    assert [[], []] == torch.cuda.memory._snapshot()["device_traces"]
+
+
+@pytest.mark.usefixtures("machine")
+def test_memory_history_keeps_what_it_is_told_to() -> None:
+    """State alone, no frames, the newest entries, without some actions."""
+    record = torch.cuda.memory._record_memory_history
+    record("state")
+    held = torch.zeros(8, device="cuda")
+    state = torch.cuda.memory._snapshot()
+    record("all", context=None, max_entries=2, skip_actions=["snapshot"])
+    more = [torch.zeros(8, device="cuda") for _ in range(3)]
+    bare = torch.cuda.memory._snapshot()["device_traces"][0]
+    record(None)
+
+    assert held.numel()
+    assert [] == state["device_traces"][0]
+    assert any(block["frames"] for block in state["segments"][0]["blocks"])
+    assert ["alloc", "alloc"] == [entry["action"] for entry in bare]
+    assert [[], []] == [entry["frames"] for entry in bare]
+    assert 3 == len(more)
+    with pytest.raises(RuntimeError, match="Unknown enabled"):
+        record("some")  # type: ignore[arg-type]  # on purpose
+
+
+@pytest.mark.usefixtures("machine")
+def test_ranges_nest() -> None:
+    """NVTX counts them and nothing else."""
+    assert 0 == torch.cuda.nvtx.range_push("a")
+    assert 1 == torch.cuda.nvtx.range_push("b")
+    assert 1 == torch.cuda.nvtx.range_pop()
+    with torch.cuda.nvtx.range("c"):
+        torch.cuda.nvtx.mark("d")
+    torch.cuda.nvtx.range_end(torch.cuda.nvtx.range_start("e"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+@pytest.mark.parametrize("has_used", [True, False], ids=["used", "unused"])
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_may_not_use_the_parents_card(*, has_used: bool) -> None:
+    """Torch's own error; a parent that has not used the card may be forked."""
+    with simulated_device("T4"):
+        if has_used:
+            torch.zeros(1, device="cuda")
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                torch.zeros(1, device="cuda")
+                code = 2
+            except RuntimeError as error:
+                code = 3 if "Cannot re-initialize CUDA in forked" in str(error) else 4
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+        _pid, status = os.waitpid(child, 0)
+
+    assert (3 if has_used else 2) == os.waitstatus_to_exitcode(status)
+
+
+@pytest.mark.usefixtures("machine")
+def test_a_storage_grows_only_where_there_is_room() -> None:
+    """An OOM leaves it as it was."""
+    storage = torch.zeros(8, device="cuda").untyped_storage()
+    with pytest.raises(torch.OutOfMemoryError):
+        storage.resize_(2**50)
+    size = storage.nbytes()
+    storage.resize_(64)
+
+    assert 32 == size
+    assert 64 == storage.nbytes()
