@@ -117,7 +117,13 @@ def attention(  # noqa: PLR0917  # the operator's signature
         capability = query._card.card.compute_capability
         kernel = choose_kernel(query, key, value, attn_mask, capability)
     if kernel == "math" or (attn_mask is not None and is_causal):
-        bias = _as_bias(attn_mask, query) if attn_mask is not None else None
+        mask = attn_mask
+        if is_causal and mask is None:
+            # C++ would make it on what it takes for the operands' device, the host.
+            rows, columns = query.shape[-2], key.shape[-2]
+            ones = torch.ones(rows, columns, dtype=torch.bool, device=query.device)
+            mask, is_causal = ones.tril(), False
+        bias = _as_bias(mask, query) if mask is not None else None
         composed: torch.Tensor = _math_attention(
             query,
             key,

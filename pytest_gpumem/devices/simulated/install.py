@@ -27,7 +27,7 @@ from pytest_gpumem.devices.simulated.methods import EVERY_TENSOR
 from pytest_gpumem.devices.simulated.nvtx import Nvtx
 from pytest_gpumem.devices.simulated.refusals import CLASSES, refusing_class
 from pytest_gpumem.devices.simulated.storages import EVERY_STORAGE, typed_init
-from pytest_gpumem.devices.simulated.streams import Event, Stream
+from pytest_gpumem.devices.simulated.streams import Event, EventName, Stream, StreamName
 from pytest_gpumem.devices.simulated.surface import C_FUNCTIONS, cuda_names
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 
@@ -79,6 +79,7 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
         (torch.Tensor, EVERY_TENSOR),
         (torch.UntypedStorage, EVERY_STORAGE),
         (torch, CONSTRUCTORS),
+        (torch, {"Stream": StreamName, "Event": EventName}),
         (torch.nested, NESTED),
         # Recurrent layers ask whether cuDNN would take their weights: the CPU computes.
         (torch.backends.cudnn, {"is_acceptable": lambda _tensor: False}),

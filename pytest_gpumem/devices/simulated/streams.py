@@ -111,7 +111,7 @@ class Event:
 
     def __init__(
         self,
-        device: Any = None,  # noqa: ARG002  # torch.Event's signature
+        device: Any = None,  # noqa: ARG002  # torch.Event's first; it is of any card
         enable_timing: bool = False,  # noqa: FBT001, FBT002  # torch's signature
         blocking: bool = False,  # noqa: FBT001, FBT002  # torch's signature
         interprocess: bool = False,  # noqa: ARG002, FBT001, FBT002  # torch's signature
@@ -148,6 +148,41 @@ class Event:
         if self._recorded_s is None or end_event._recorded_s is None:  # the same class
             raise ValueError("Both events must be recorded before calculating time.")
         return (end_event._recorded_s - self._recorded_s) * 1e3  # the same class
+
+
+class _NameType(type):
+    """Answers for a class of torch's whose C code knows no simulated cards."""
+
+    original: type
+    simulated: type
+
+    def __call__(cls, *args: Any, **options: Any) -> Any:
+        named = args[0] if args else options.get("device")
+        if isinstance(named, int):
+            named = torch.device("cuda", named)
+        if named is None or torch.device(named).type == "cuda":
+            return cls.simulated(*args, **options)
+        return cls.original(*args, **options)
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, (cls.original, cls.simulated))
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, (cls.original, cls.simulated))
+
+
+class StreamName(metaclass=_NameType):
+    """``torch.Stream`` while cards are simulated: by default one of a card."""
+
+    original = torch.Stream
+    simulated = Stream
+
+
+class EventName(metaclass=_NameType):
+    """``torch.Event`` while cards are simulated: by default one of a card."""
+
+    original = torch.Event
+    simulated = Event
 
 
 def stream_triple(index: int, stream: int) -> tuple[int, int, int]:
