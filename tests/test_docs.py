@@ -1,17 +1,78 @@
-"""The documentation's pages that are made from the code are in step with it."""
+"""The documentation's pages are in step with the code, and their examples run."""
 
 from __future__ import annotations
 
+import re
 import runpy
 from pathlib import Path
 
 import pytest
+import torch  # an inner run would import it anew, which torch does not survive
+
+pytest_plugins = ["pytester"]
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = runpy.run_path(str(DOCS / "generate.py"))["PAGES"]
+LIGHT = ("-p", "no:cacheprovider")
+
+
+def blocks(page: str) -> list[str]:
+    """Return the Python blocks of a page."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", sorted(PAGES))
 def test_a_generated_page_is_in_step(name: str) -> None:
     """Otherwise: run python docs/generate.py."""
+    assert torch.__version__
     assert (DOCS / name).read_text(encoding="utf-8") == PAGES[name]()
+
+
+@pytest.mark.parametrize(
+    "page", [DOCS.parent / "README.md", *DOCS.glob("*.md")], ids=lambda path: path.name
+)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    """Files exist and have the heading that an anchor names."""
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        name, _hash, anchor = target.partition("#")
+        linked = page.parent / name if name else page
+        assert linked.exists(), f"{page.name}: {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", linked.read_text("utf-8"), re.MULTILINE)
+            slugs = {
+                re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings
+            }
+            assert anchor in slugs, f"{page.name}: {target}"
+
+
+def test_the_ways_to_ask_for_a_sweep_work(pytester: pytest.Pytester) -> None:
+    """Marker, fixture, function."""
+    pytester.makepyfile(blocks("sweeps.md")[0])
+    result = pytester.runpytest(*LIGHT)
+
+    result.assert_outcomes(passed=3)
+
+
+def test_the_bug_is_found_and_the_fix_is_one(pytester: pytest.Pytester) -> None:
+    """With the figures that the page shows."""
+    found, fixed = blocks("sweeps.md")[1:]
+    pytester.makepyfile(test_loader=found)
+    before = pytester.runpytest(*LIGHT)
+    pytester.makepyfile(test_loader=fixed)
+    after = pytester.runpytest(*LIGHT)
+
+    before.stdout.fnmatch_lines(
+        [
+            "allocation 2, transient, native: other error",
+            "  RuntimeError: Expected all tensors to be on the same device*",
+            "  replay: pytest test_loader.py::test_the_loaded_model_answers "
+            "--gpu-replay-oom=load:nth=2",
+            "*: 8 allocations at 1 site, 16 points: 2 recovered, 14 other error (*",
+        ]
+    )
+    after.assert_outcomes(passed=1)
+    after.stdout.fnmatch_lines(["*at 1 site, 16 points: 16 recovered (*"])

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 SHOWN: Final = 3
 
 
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
 def summarise(report: SweepReport) -> str:
     """Return the outcome of a sweep on one line."""
     counts = ", ".join(
@@ -23,8 +27,9 @@ def summarise(report: SweepReport) -> str:
     )
     resumed = f", {report.num_resumed} of them resumed" if report.num_resumed else ""
     return (
-        f"{report.num_allocations} allocations at "
-        f"{len(set(report.sites))} sites, {len(report.outcomes)} points{resumed}: "
+        f"{_count(report.num_allocations, 'allocation')} at "
+        f"{_count(len(set(report.sites)), 'site')}, "
+        f"{_count(len(report.outcomes), 'point')}{resumed}: "
         f"{counts or 'none run'} ({report.seconds:.1f} s)"
     )
 
