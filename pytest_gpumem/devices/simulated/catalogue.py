@@ -137,8 +137,8 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
         "`torch.autocast` and `torch.amp.GradScaler`, fp16 and bf16",
         "optimisers, foreach and fused; `torch.utils.checkpoint`; `torch.func`",
         "`torch.nn.DataParallel` over several simulated cards",
-        "`torch.compile` with the backends `eager` and `aot_eager`: the graph breaks "
-        "at each tensor of a card",
+        "`torch.compile` with the backends `eager` and `aot_eager`: what meets a "
+        "tensor of a card runs as it is",
         "threads, DataLoader workers, autograd's threads; a forked child of a process "
         "that has used a card gets torch's own error",
         "`CUDA_VISIBLE_DEVICES`: a choice and an order of the simulated cards",

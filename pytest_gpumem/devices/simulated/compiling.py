@@ -1,9 +1,9 @@
 """``torch.compile`` and ``torch.export`` while the simulated device is installed.
 
-TorchDynamo breaks its graph at a simulated tensor: the backends that run a graph with
-torch's own operators give the right bytes and values, operator by operator. One that
-makes kernels for a card would compile nothing and prove nothing, and exporting ends in
-C++ that needs a driver: both are refused by name.
+TorchDynamo leaves code that meets a simulated tensor as it is, which is what the
+backends without kernels of their own (eager, aot_eager) come to anyway: bytes and values
+are right, operator by operator. One that makes kernels for a card would compile nothing
+and prove nothing, and exporting ends in C++ that needs a driver: both are refused.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def compiling(model: Any = None, **options: Any) -> Any:
         UnsupportedOnSimulatedDeviceError: When what was compiled meets a simulated
             tensor and the backend makes kernels.
     """
+    _hide_from_dynamo()
     backend = options.get("backend", "inductor")
     if model is None:
         return functools.partial(compiling, **options)
@@ -51,6 +52,17 @@ def compiling(model: Any = None, **options: Any) -> Any:
         compiled.forward = _checked(compiled.forward, model)
         return compiled
     return _checked(compiled, getattr(model, "__self__", None))
+
+
+@functools.cache
+def _hide_from_dynamo() -> None:
+    """Have TorchDynamo run this package's own frames as they are.
+
+    Otherwise it would compile the code that simulates the card.
+    """
+    from torch._dynamo import trace_rules  # noqa: PLC0415  # seconds, and only here
+
+    trace_rules.add(__name__.partition(".")[0])
 
 
 def _checked(function: Callable[..., Any], owner: Any) -> Callable[..., Any]:
