@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytest_gpumem.devices.fractions import fraction_for
-from pytest_gpumem.devices.nvml import cap_free_memory
+from pytest_gpumem.devices.nvml import cap_free_memory, process_bytes
 from pytest_gpumem.devices.patches import PatchSet
 from pytest_gpumem.errors import BudgetError
 from pytest_gpumem.model.records import MemoryFigures
@@ -68,6 +68,9 @@ class CudaTracker:
             num_ooms=stats.get("num_ooms", 0) - self._start.get("num_ooms", 0),
             num_alloc_retries=stats.get("num_alloc_retries", 0)
             - self._start.get("num_alloc_retries", 0),
+            context_bytes=_context_bytes(
+                self._index, stats.get("reserved_bytes.all.current", 0)
+            ),
         )
 
     def close(self) -> MemoryFigures:
@@ -75,6 +78,14 @@ class CudaTracker:
         figures = self.read()
         self._device.drop(self)
         return figures
+
+
+def _context_bytes(index: int, reserved_bytes: int) -> int:
+    """Return what the driver counts for this process beside the allocator's bytes."""
+    if not torch.cuda.is_initialized():
+        return 0
+    nvml_index = torch.cuda._get_nvml_device_index(index)  # noqa: SLF001  # heeds CUDA_VISIBLE_DEVICES
+    return max((process_bytes(nvml_index) or 0) - reserved_bytes, 0)
 
 
 class CudaDevice:

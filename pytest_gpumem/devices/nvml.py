@@ -175,6 +175,30 @@ def uuid_of(index: int) -> str:
     return f"GPU-00000000-0000-0000-0000-{index:012d}"
 
 
+def process_bytes(index: int) -> int | None:
+    """Return what the driver counts for this process on a real card, in bytes.
+
+    Args:
+        index: The card's index as NVML numbers them.
+
+    Returns:
+        None where NVML cannot tell: no library, no permission, a container that sees
+        no process ids, a driver that does not count (WSL, MIG, Jetson).
+    """
+    try:
+        import pynvml  # noqa: PLC0415  # an optional library
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    except pynvml.NVMLError:
+        return None
+    own = [each.usedGpuMemory for each in running if each.pid == os.getpid()]
+    return own[0] if own and isinstance(own[0], int) else None
+
+
 def cap_free_memory(
     module: Any, patches: PatchSet, shared: Callable[[int, int, int], tuple[int, int]]
 ) -> None:

@@ -73,7 +73,8 @@ class LimitWatch:
 
     Args:
         limit_bytes: The limit, inclusive.
-        metric: ``"allocated"`` or ``"reserved"``.
+        metric: ``"allocated"``, ``"reserved"`` or ``"process"`` (reserved and context;
+            the latter is not watched, so a limit on it is noticed a little late).
         device_index: The card.
         device: Where to watch.
 

@@ -27,6 +27,8 @@ class MemoryFigures:
         end_reserved_bytes: Reserved at its end.
         num_ooms: Out-of-memory errors raised in the block.
         num_alloc_retries: Cache flushes followed by a second try in the block.
+        context_bytes: What the driver counts for this process beside the allocator
+            (context, loaded kernels, libraries), as far as it is known.
     """
 
     device_index: int
@@ -39,9 +41,15 @@ class MemoryFigures:
     end_reserved_bytes: int
     num_ooms: int
     num_alloc_retries: int
+    context_bytes: int = 0
+
+    @property
+    def peak_process_bytes(self) -> int:
+        """The most that the driver counted for this process: reserved and context."""
+        return self.peak_reserved_bytes + self.context_bytes
 
     def peak(self, metric: str) -> int:
-        """Return the peak of ``"allocated"`` or ``"reserved"`` bytes."""
+        """Return the peak of ``"allocated"``, ``"reserved"`` or ``"process"`` bytes."""
         value: int = getattr(self, f"peak_{metric}_bytes")
         return value
 

@@ -18,17 +18,24 @@ if TYPE_CHECKING:
 #: A test's property that holds what a sweep found, as JSON.
 SWEEP_PROPERTY: Final = "gpumem.sweep"
 
+#: A test's property that says that a limit of it was broken.
+OVER_PROPERTY: Final = "gpumem.over_limit"
+
 #: A test's property that holds the table of a fallback's check.
 FALLBACK_PROPERTY: Final = "gpumem.fallback"
 
-METRICS: Final = ("allocated", "reserved")
+METRICS: Final = ("allocated", "reserved", "process")
+
+PHASES: Final = ("call", "test")
 
 DESCRIPTIONS: Final = (
     "gpu: needs a real CUDA card; skipped, with the reason, where there is none",
     "gpu_budget(size, *, device=0): bytes of a card that this test may hold, "
     "inclusive; in place of --gpu-budget",
-    "max_vram(limit, *, metric='allocated', device=0): fail the test if its peak is "
-    "above the limit",
+    "max_vram(limit, *, metric='allocated', device=None, phase='call'): fail the test "
+    "if its peak is above the limit; metric is allocated, reserved or process, device "
+    "a card's index (None: each), phase call or test (setup and teardown too)",
+    "max_vram_leak(size=0): fail the test if it leaves more bytes on the cards",
     "inject_oom(rule): make chosen allocations of this test's call fail",
     "oom_sweep(points='all', *, recover=False, modes=('transient', 'persistent'), "
     "flavours=('native',), rule='any', timeout_s=None): run the test once for each of "
@@ -46,11 +53,19 @@ class Budget(NamedTuple):
 
 
 class Limit(NamedTuple):
-    """``max_vram``: the most that a test may need of one card, inclusive."""
+    """``max_vram``: the most that a test may need of a card, inclusive.
+
+    Attributes:
+        size: The limit.
+        metric: One of ``METRICS``.
+        device_index: The card; None means each.
+        phase: One of ``PHASES``.
+    """
 
     size: SizeSpec
-    metric: str
-    device_index: int
+    metric: str = "allocated"
+    device_index: int | None = None
+    phase: str = "call"
 
 
 def _size(value: Any) -> SizeSpec:
@@ -69,10 +84,24 @@ def _budget(size: Any, *, device: Any = 0) -> Budget:
     return Budget(_size(size), _device(device))
 
 
-def _limit(limit: Any, *, metric: Any = "allocated", device: Any = 0) -> Limit:
+def _limit(
+    limit: Any, *, metric: Any = "allocated", device: Any = None, phase: Any = "call"
+) -> Limit:
     if metric not in METRICS:
         raise ValueError(f"metric={metric!r}; accepted are {', '.join(METRICS)}")
-    return Limit(_size(limit), metric, _device(device))
+    if phase not in PHASES:
+        raise ValueError(f"phase={phase!r}; accepted are {', '.join(PHASES)}")
+    return Limit(
+        _size(limit), metric, None if device is None else _device(device), phase
+    )
+
+
+def _leak(size: Any = 0) -> int:
+    from pytest_gpumem.sizes import parse_size  # noqa: PLC0415  # there are markers
+
+    if size == 0 and not isinstance(size, bool):
+        return 0
+    return parse_size(size)
 
 
 def _rule(rule: Any) -> Rule:
@@ -106,6 +135,7 @@ _READERS: Final[dict[str, Callable[..., Any]]] = {
     "gpu": _gpu,
     "gpu_budget": _budget,
     "max_vram": _limit,
+    "max_vram_leak": _leak,
     "inject_oom": _rule,
     "oom_sweep": _sweep,
     "oom_fallback": _fallback,
@@ -119,6 +149,7 @@ class Wishes(NamedTuple):
     budgets: tuple[Budget, ...]
     limits: tuple[Limit, ...]
     rules: tuple[Rule, ...]
+    leak_bytes: int | None = None
     sweep: dict[str, Any] | None = None
 
 
@@ -141,10 +172,19 @@ def wishes(item: pytest.Item, *, sweeps_fallbacks: bool = False) -> Wishes | Non
     return Wishes(
         needs_card=bool(read["gpu"]),
         budgets=tuple(read["gpu_budget"]),
-        limits=tuple(read["max_vram"]),
+        limits=_distinct(read["max_vram"]),
         rules=tuple(read["inject_oom"]),
+        leak_bytes=next(iter(read["max_vram_leak"]), None),
         sweep=_nearest(read["oom_sweep"], read["oom_fallback"] * sweeps_fallbacks),
     )
+
+
+def _distinct(limits: list[Limit]) -> tuple[Limit, ...]:
+    """Return the nearest limit of each metric, card and phase."""
+    nearest: dict[tuple[Any, ...], Limit] = {}
+    for limit in limits:
+        nearest.setdefault(limit[1:], limit)
+    return tuple(nearest.values())
 
 
 def _nearest(*kinds: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -160,15 +200,3 @@ def _read(item: pytest.Item, mark: pytest.Mark) -> Any:
         raise pytest.UsageError(
             f"{item.nodeid}: @pytest.mark.{mark.name}: {error}"
         ) from None
-
-
-def over_limit(limit: Limit, limit_bytes: int, peak_bytes: int, where: str) -> str:
-    """Return the text of a failed limit: limit, peak, metric and where."""
-    from pytest_gpumem.sizes import format_size  # noqa: PLC0415  # for the text
-
-    return (
-        f"peak VRAM above max_vram: {limit.metric} {format_size(peak_bytes)} "
-        f"({peak_bytes} bytes) on cuda:{limit.device_index}, limit "
-        f"{format_size(limit_bytes)} ({limit_bytes} bytes), "
-        f"{format_size(peak_bytes - limit_bytes)} too much\n{where}"
-    )

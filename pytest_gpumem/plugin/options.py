@@ -67,6 +67,12 @@ def _parse_sizes(text: str) -> Any:
     return parse_device_sizes(text)
 
 
+def _parse_size_spec(text: str) -> Any:
+    from pytest_gpumem.sizes import parse_size_spec  # noqa: PLC0415  # see above
+
+    return parse_size_spec(text)
+
+
 def _parse_rule(text: str) -> Any:
     from pytest_gpumem.model.rule_parser import parse_rule  # noqa: PLC0415  # see above
 
@@ -134,6 +140,23 @@ OPTIONS: Final = (
         "of the card, plain bytes, or 0=4GiB,1=8GiB for each card",
     ),
     Option(
+        "--gpu-max-vram",
+        "SIZE",
+        "",
+        _parse_size_spec,
+        "limit on the peak of allocated bytes of every test's call that carries no "
+        "max_vram of its own for them: a size, or a percentage of the card",
+    ),
+    Option(
+        "--gpu-leak-check",
+        "",
+        "",
+        bool,
+        "fail every test that leaves bytes on the cards, and say who holds them; "
+        "@pytest.mark.max_vram_leak(size) allows some",
+        is_flag=True,
+    ),
+    Option(
         "--gpu-inject-oom",
         "RULE",
         "",
@@ -199,6 +222,8 @@ class Settings(NamedTuple):
         oom_sweep: Whether tests with ``oom_fallback`` are swept.
         oom_points: What all sweeps fail; None leaves it to the markers.
         resume: Whether interrupted sweeps go on.
+        max_vram: Limit of tests that carry none, or None.
+        leak_check: Whether every test is held to leave nothing.
         replay: The rule of the one point to run in sweeps, or None.
     """
 
@@ -212,6 +237,8 @@ class Settings(NamedTuple):
     oom_points: str | int | None = None
     resume: bool = False
     replay: str | None = None
+    max_vram: SizeSpec | None = None
+    leak_check: bool = False
 
     @property
     def cards(self) -> tuple[Card, ...]:
@@ -277,6 +304,8 @@ def read_settings(config: pytest.Config, namespace: Any) -> Settings:
         oom_points=values["gpu_oom_points"],
         resume=values["gpu_oom_resume"],
         replay=values["gpu_replay_oom"],
+        max_vram=values["gpu_max_vram"],
+        leak_check=values["gpu_leak_check"],
     )
 
 

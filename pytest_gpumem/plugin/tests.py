@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from pytest_gpumem.plugin import marks
+from pytest_gpumem.plugin.limits import allocated
+from pytest_gpumem.plugin.wider_fixtures import WiderFixtures
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
     from pytest_gpumem.devices import Device, Tracker
+    from pytest_gpumem.plugin.limits import LeakCheck, Limits
     from pytest_gpumem.plugin.session import Run
 
 
@@ -37,7 +40,8 @@ class Collection:
         self._manager: Final = manager
         self._item: pytest.Item | None = None
         self.wishes: Final[dict[pytest.Item, marks.Wishes]] = {}
-        self.phases: Final = Phases(run, self.wishes)
+        self._fixtures: Final = WiderFixtures(run)
+        self.phases: Final = Phases(run, self.wishes, self._fixtures)
         run.on_device = self._device_came
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -59,6 +63,17 @@ class Collection:
     def pytest_runtest_protocol(self, item: pytest.Item) -> None:
         """Note the test that is about to run."""
         self._item = item
+
+    def pytest_report_teststatus(
+        self, report: pytest.TestReport | pytest.CollectReport
+    ) -> tuple[str, str, tuple[str, dict[str, bool]]] | None:
+        """Show a broken limit as such: V, among the failures and errors."""
+        if not report.failed or not isinstance(report, pytest.TestReport):
+            return None
+        if not any(name == marks.OVER_PROPERTY for name, _ in report.user_properties):
+            return None
+        category = "failed" if report.when == "call" else "error"
+        return category, "V", ("OVER VRAM LIMIT", {"red": True})
 
     @property
     def _sweeps_fallbacks(self) -> bool:
@@ -105,7 +120,7 @@ class Collection:
         if totals is None:
             return
         named = [("gpu_budget", each.device_index) for each in wishes.budgets]
-        named += [("max_vram", each.device_index) for each in wishes.limits]
+        named += [("max_vram", each.device_index or 0) for each in wishes.limits]
         for name, index in named:
             if index >= len(totals):
                 raise pytest.UsageError(
@@ -132,6 +147,7 @@ class Collection:
     def _register(self) -> None:
         if not self._manager.is_registered(self.phases):
             self._manager.register(self.phases, "gpumem-phases")
+            self._manager.register(self._fixtures, "gpumem-fixtures")
 
     def _device_came(self) -> None:
         """Take up a test in whose middle torch was imported."""
@@ -149,16 +165,27 @@ class Phases:
     Args:
         run: The run.
         wishes: What each test's markers ask for.
+        fixtures: Knows what fixtures of wider scope hold.
     """
 
-    def __init__(self, run: Run, wishes: dict[pytest.Item, marks.Wishes]) -> None:
+    def __init__(
+        self,
+        run: Run,
+        wishes: dict[pytest.Item, marks.Wishes],
+        fixtures: WiderFixtures,
+    ) -> None:
         self._run: Final = run
         self._wishes: Final = wishes
+        self._fixtures: Final = fixtures
+        self._limits: Limits | None = None
+        self._leak: LeakCheck | None = None
         self._item: pytest.Item | None = None
         self._phase: str | None = None
         self._requests = 0
         self._trackers: list[Tracker] = []
         self._call = ExitStack()
+        self._watches = ExitStack()
+        self._passed = False
         self._injector: Any = None
         self._seen_requests = 0
         self._held_bytes = 0
@@ -171,7 +198,10 @@ class Phases:
         wishes = self._wishes.get(item)
         if wishes is not None:
             self._run.apply_budgets(wishes.budgets)
+        self._take_up(item, device)
         self._track(device)
+        if self._limits is not None:
+            self._limits.watch(phase, self._watches)
         if phase == "call":
             self._arm(device)
 
@@ -187,9 +217,12 @@ class Phases:
         if self._run.device is not None:
             self._clean(self._run.device)
             self._run.apply_budgets(() if wishes is None else wishes.budgets)
+            self._take_up(item, self._run.device)
         self._begin("setup")
         try:
-            return (yield)
+            result = yield
+            self._check_limits(item, "setup")
+            return result
         finally:
             self._end(item, "setup")
 
@@ -201,27 +234,33 @@ class Phases:
         try:
             if self._run.device is not None:
                 self._arm(self._run.device)
-            watches = [] if wishes is None else self._watch(wishes)
             result = yield
             self._call.close()
             if wishes is not None:
                 self._check_rules(wishes)
-                self._check_limits(watches)
+            self._check_limits(item, "call")
+            self._passed = True
             return result
         finally:
             self._call.close()
             self._count_refused(wishes)
             self._end(item, "call")
 
-    @pytest.hookimpl(wrapper=True, trylast=True)
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None]:
         """Record the teardown, then put the run's own budget back."""
         self._begin("teardown")
         try:
-            return (yield)
+            result = yield
+            self._check_limits(item, "teardown")
+            if self._leak is not None and self._passed:
+                self._leak.check(self._fixtures.held_bytes)
+            return result
         finally:
             self._end(item, "teardown")
             self._item = None
+            self._limits = self._leak = None
+            self._passed = False
             self._run.apply_budgets(())
 
     # -- peaks ----------------------------------------------------------------------------
@@ -233,6 +272,8 @@ class Phases:
         self._phase = phase
         if self._run.device is not None:
             self._track(self._run.device)
+            if self._limits is not None:
+                self._limits.watch(phase, self._watches)
 
     def _track(self, device: Device) -> None:
         self._requests = device.num_requests
@@ -243,6 +284,7 @@ class Phases:
     def _end(self, item: pytest.Item, phase: str) -> None:
         """Put the phase's figures into the item's properties, if it used a card."""
         self._phase = None
+        self._watches.close()
         device = self._run.device
         if device is None:
             return
@@ -257,43 +299,38 @@ class Phases:
 
     # -- limits ---------------------------------------------------------------------------
 
-    def _watch(self, wishes: marks.Wishes) -> list[tuple[marks.Limit, int, Any]]:
-        if not wishes.limits:
-            return []
-        from pytest_gpumem.instruments.recorder import LimitWatch  # noqa: PLC0415  # torch is here
+    def _take_up(self, item: pytest.Item, device: Device) -> None:
+        """Begin to hold a test to its limits."""
+        wishes = self._wishes.get(item)
+        settings = self._run.settings
+        limits = () if wishes is None else wishes.limits
+        if settings.max_vram is not None:
+            own = {each[1:] for each in limits}
+            general = marks.Limit(settings.max_vram)
+            if not any(each[0] == general.metric for each in own):
+                limits = (*limits, general)
+        allowed = None if wishes is None else wishes.leak_bytes
+        if allowed is None and settings.leak_check:
+            allowed = 0
+        if not limits and allowed is None:
+            return
+        from pytest_gpumem.plugin.limits import LeakCheck, Limits  # noqa: PLC0415  # there are some
 
-        device = self._run.require_device()
-        watches = []
-        for limit in wishes.limits:
-            total = device.mem_get_info(limit.device_index)[1]
-            limit_bytes = limit.size.resolve(total)
-            watch = LimitWatch(
-                limit_bytes,
-                metric=limit.metric,
-                device_index=limit.device_index,
-                device=device,
-            )
-            self._call.enter_context(watch)
-            watches.append((limit, limit_bytes, watch))
-        return watches
+        if limits:
+            self._limits = Limits(device, limits)
+        if allowed is not None:
+            held = self._fixtures.held_bytes
+            self._leak = LeakCheck(device, item, allowed, held)
 
-    def _check_limits(self, watches: list[tuple[marks.Limit, int, Any]]) -> None:
-        for limit, limit_bytes, watch in watches:
-            figures = self._trackers[limit.device_index].read()
-            peak = figures.peak(limit.metric)
-            if peak <= limit_bytes:
-                continue
-            where = "in the test's call"
-            if watch.site:
-                where = f"first over the limit at {watch.site}"
-            if figures.start_allocated_bytes:
-                from pytest_gpumem.sizes import format_size  # noqa: PLC0415  # for the text
+    def _check_limits(self, item: pytest.Item, phase: str) -> None:
+        if self._limits is None or not self._trackers:
+            return
+        figures = {each.read().device_index: each.read() for each in self._trackers}
+        text = self._limits.check(phase, figures)
+        if text is not None:
+            from pytest_gpumem.plugin.limits import fail  # noqa: PLC0415  # a limit is broken
 
-                start = format_size(figures.start_allocated_bytes)
-                where += f"; {start} were allocated before the call began"
-            pytest.fail(
-                marks.over_limit(limit, limit_bytes, peak, where), pytrace=False
-            )
+            fail(item, text)
 
     # -- faults ---------------------------------------------------------------------------
 
@@ -342,15 +379,8 @@ class Phases:
 
             # The frames of a failed test would hold its tensors on the card.
             clear_exception(last)
-        if _allocated(device) > self._held_bytes:
+        if allocated(device) > self._held_bytes:
             gc.collect()
         device.empty_cache()
         self._seen_requests = device.num_requests
-        self._held_bytes = _allocated(device)
-
-
-def _allocated(device: Device) -> int:
-    return sum(
-        device.memory_stats(index).get("allocated_bytes.all.current", 0)
-        for index in range(device.device_count)
-    )
+        self._held_bytes = allocated(device)

@@ -53,6 +53,7 @@ class SimulatedTracker:
                 end_reserved_bytes=allocator.reserved_bytes,
                 num_ooms=allocator.num_ooms - self._start_ooms,
                 num_alloc_retries=allocator.num_alloc_retries - self._start_retries,
+                context_bytes=self._card.card.context_bytes,
             )
 
     def close(self) -> MemoryFigures:

@@ -1,0 +1,164 @@
+"""The limits of one test: watched while it runs, checked as its phases end."""
+
+from __future__ import annotations
+
+import gc
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pytest
+
+from pytest_gpumem.plugin import marks
+from pytest_gpumem.sizes import format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from contextlib import ExitStack
+
+    from pytest_gpumem.devices import Device
+    from pytest_gpumem.model.records import MemoryFigures
+
+
+class _Bound(NamedTuple):
+    """A limit on one card of this run."""
+
+    limit: marks.Limit
+    device_index: int
+    nbytes: int
+
+
+class Limits:
+    """What a test may need of each card, over its call or over all of its phases.
+
+    Args:
+        device: The cards.
+        limits: The limits; one that names no card holds for each.
+    """
+
+    def __init__(self, device: Device, limits: Iterable[marks.Limit]) -> None:
+        self._device = device
+        self._bounds = [
+            _Bound(limit, index, limit.size.resolve(device.mem_get_info(index)[1]))
+            for limit in limits
+            for index in (
+                range(device.device_count)
+                if limit.device_index is None
+                else (limit.device_index,)
+            )
+        ]
+        self._sites: dict[_Bound, Any] = {}
+
+    def watch(self, phase: str, stack: ExitStack) -> None:
+        """Note until the stack is closed where a limit is broken first."""
+        from pytest_gpumem.instruments.recorder import LimitWatch  # noqa: PLC0415  # torch is here
+
+        for bound in self._of(phase):
+            if bound in self._sites and self._sites[bound].site is not None:
+                continue
+            self._sites[bound] = stack.enter_context(
+                LimitWatch(
+                    bound.nbytes,
+                    metric=bound.limit.metric,
+                    device_index=bound.device_index,
+                    device=self._device,
+                )
+            )
+
+    def check(self, phase: str, figures: Mapping[int, MemoryFigures]) -> str | None:
+        """Return what is wrong with a phase's peaks, by card; None if nothing is."""
+        texts = [
+            self._explain(bound, phase, figures[bound.device_index])
+            for bound in self._of(phase)
+            if figures[bound.device_index].peak(bound.limit.metric) > bound.nbytes
+        ]
+        return "\n".join(texts) or None
+
+    def _of(self, phase: str) -> list[_Bound]:
+        return [
+            bound
+            for bound in self._bounds
+            if bound.limit.phase == "test" or phase == "call"
+        ]
+
+    def _explain(self, bound: _Bound, phase: str, figures: MemoryFigures) -> str:
+        peak = figures.peak(bound.limit.metric)
+        watch = self._sites.get(bound)
+        where = f"in the test's {phase}"
+        if watch is not None and watch.site:
+            where = f"first over the limit at {watch.site}"
+        if figures.start_allocated_bytes:
+            start = format_size(figures.start_allocated_bytes)
+            where += f"; {start} were allocated before the {phase} began"
+        return (
+            f"peak VRAM above max_vram: {bound.limit.metric} {format_size(peak)} "
+            f"({peak} bytes) on cuda:{bound.device_index}, limit "
+            f"{format_size(bound.nbytes)} ({bound.nbytes} bytes), "
+            f"{format_size(peak - bound.nbytes)} too much\n{where}"
+        )
+
+
+def fail(item: pytest.Item, text: str) -> None:
+    """Fail a test for a limit, in a way that its report can be told by.
+
+    Raises:
+        pytest.fail.Exception: Always.
+    """
+    item.user_properties.append((marks.OVER_PROPERTY, 1))
+    pytest.fail(text, pytrace=False)
+
+
+class LeakCheck:
+    """The bytes that a test leaves on the cards, its wider fixtures' apart.
+
+    Args:
+        device: The cards.
+        item: The test, at the start of its setup.
+        allowed: Bytes that may stay.
+        held_by_fixtures: Bytes that living fixtures of wider scope hold.
+    """
+
+    def __init__(
+        self, device: Device, item: pytest.Item, allowed: int, held_by_fixtures: int
+    ) -> None:
+        from pytest_gpumem.instruments.holders import blocks_on_cards  # noqa: PLC0415  # torch is here
+
+        self._device = device
+        self._item = item
+        self._allowed = allowed
+        self._start = allocated(device) - held_by_fixtures
+        self._blocks = blocks_on_cards()
+
+    def check(self, held_by_fixtures: int) -> None:
+        """Fail the test if it left more than it may.
+
+        Raises:
+            pytest.fail.Exception: It did; the text names who holds what.
+        """
+        if self._left(held_by_fixtures) <= self._allowed:
+            return
+        # pytest lets go of these only after the teardown's hooks.
+        getattr(self._item, "funcargs", {}).clear()
+        gc.collect()
+        self._device.empty_cache()
+        left = self._left(held_by_fixtures)
+        if left <= self._allowed:
+            return
+        from pytest_gpumem.instruments.holders import find_holders  # noqa: PLC0415  # torch is here
+
+        held = find_holders(self._device, self._blocks)
+        lines = [
+            f"VRAM leak: {format_size(left)} ({left} bytes) stay on the card after the "
+            f"test; allowed are {format_size(self._allowed)}",
+            *(f"  {each}" for each in held),
+        ]
+        fail(self._item, "\n".join(lines))
+
+    def _left(self, held_by_fixtures: int) -> int:
+        return allocated(self._device) - held_by_fixtures - self._start
+
+
+def allocated(device: Device) -> int:
+    """Return the bytes in live tensors on all cards."""
+    return sum(
+        device.memory_stats(index).get("allocated_bytes.all.current", 0)
+        for index in range(device.device_count)
+    )

@@ -1,0 +1,66 @@
+"""Bytes that fixtures of wider scope hold, so that no test is charged with them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+from pytest_gpumem.plugin.limits import allocated
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from pytest_gpumem.plugin.session import Run
+
+#: A test's property: a fixture of wider scope that its setup made, as
+#: ``gpumem.fixture.SCOPE.NAME``; the value is its bytes.
+FIXTURE_PREFIX: Final = "gpumem.fixture"
+
+
+class WiderFixtures:
+    """Weighs each fixture of class, module, package or session scope as it is made.
+
+    Args:
+        run: The run, whose device may come to be in the middle of a fixture.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run: Final = run
+        self._held: Final[dict[Any, int]] = {}
+        #: Bytes of fixtures being made, so that one inside another counts once.
+        self._inner = [0]
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that all living ones hold."""
+        return sum(self._held.values())
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(
+        self, fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
+    ) -> Generator[None, object, object]:
+        """Weigh a fixture, those that it asks for apart."""
+        if fixturedef.scope == "function":
+            return (yield)
+        device = self._run.device
+        before = 0 if device is None else allocated(device)
+        self._inner.append(0)
+        try:
+            return (yield)
+        finally:
+            inner = self._inner.pop()
+            device = self._run.device
+            if device is not None:
+                total = allocated(device) - before
+                self._inner[-1] += total
+                own = total - inner
+                if own:
+                    self._held[fixturedef] = own
+                    node = getattr(request, "_pyfuncitem", request.node)
+                    name = f"{FIXTURE_PREFIX}.{fixturedef.scope}.{fixturedef.argname}"
+                    node.user_properties.append((name, own))
+
+    def pytest_fixture_post_finalizer(self, fixturedef: pytest.FixtureDef[Any]) -> None:
+        """Forget a fixture that is gone."""
+        self._held.pop(fixturedef, None)

@@ -1,0 +1,293 @@
+"""Limits on peaks and leaks, as a run of pytest shows them, with workers and without."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from typing import TYPE_CHECKING
+
+import pytest
+import torch  # noqa: F401  # inner runs in this process must find it imported
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+pytest_plugins = ["pytester"]
+
+#: How a run may go; each must show the same.
+WAYS = {
+    "plain": (),
+    "xdist": ("-n", "2"),
+    "junit": ("--junitxml=junit.xml",),
+    "both": ("-n", "2", "--junitxml=junit.xml"),
+}
+
+
+@pytest.fixture(params=WAYS)
+def run(
+    request: pytest.FixtureRequest, pytester: pytest.Pytester
+) -> Callable[..., pytest.RunResult]:
+    """Run the tests of a text in one of the ways."""
+    way = WAYS[request.param]
+
+    def run(code: str, *options: str, ini: str = "") -> pytest.RunResult:
+        pytester.makepyfile(code)
+        if ini:
+            pytester.makeini(f"[pytest]\n{ini}\n")
+        result = pytester.runpytest("-p", "no:cacheprovider", *way, *options)
+        if "junit" in str(way):
+            cases = ET.parse(pytester.path / "junit.xml").iter("testcase")  # noqa: S314  # our own file
+            assert [case for case in cases if case.find("properties") is not None]
+        return result
+
+    return run
+
+
+def test_limits_of_each_metric_phase_and_card(
+    run: Callable[..., pytest.RunResult],
+) -> None:
+    """Several on one test, on a class and a module; the nearest of a kind counts."""
+    result = run(
+        """
+        import pytest
+        import torch
+
+        pytestmark = pytest.mark.max_vram("1MiB")
+
+        @pytest.fixture
+        def made():
+            yield torch.zeros(2**21, device="cuda").numel()
+
+        def take(mib, card=0):
+            torch.zeros(mib * 2**18, device=f"cuda:{card}")
+
+        def test_module():
+            take(2)
+
+        @pytest.mark.max_vram("4MiB")
+        def test_nearer():
+            take(2)
+
+        @pytest.mark.max_vram("4MiB")
+        @pytest.mark.max_vram("10MiB", metric="reserved")
+        def test_reserved():
+            take(2)
+
+        @pytest.mark.max_vram("4MiB")
+        class TestClass:
+            def test_on_the_second_card(self):
+                take(8, card=1)
+
+            @pytest.mark.max_vram("9MiB", device=1)
+            @pytest.mark.max_vram("9MiB", device=0)
+            @pytest.mark.max_vram("9MiB")
+            def test_cards_of_their_own(self):
+                take(8, card=1)
+
+        @pytest.mark.max_vram("4MiB", phase="test")
+        def test_setup_counts(made):
+            pass
+
+        @pytest.mark.max_vram("4MiB")
+        def test_setup_does_not_count(made):
+            pass
+        """,
+        "--gpu-card=T4*2",
+    )
+
+    result.assert_outcomes(passed=3, failed=3, errors=1)
+    result.stdout.fnmatch_lines_random(
+        [
+            "*peak VRAM above max_vram: allocated 2 MiB (2097152 bytes) on cuda:0, *",
+            "*peak VRAM above max_vram: reserved 20 MiB (20971520 bytes) on cuda:0, *",
+            "*peak VRAM above max_vram: allocated 8 MiB (8388608 bytes) on cuda:1, *",
+            "OVER VRAM LIMIT *::test_module - *",
+            "OVER VRAM LIMIT *::test_setup_counts*",
+        ]
+    )
+
+
+def test_a_broken_limit_has_a_letter_of_its_own(
+    run: Callable[..., pytest.RunResult],
+) -> None:
+    """Among the failures; a word with -v."""
+    result = run(
+        """
+        import pytest
+        import torch
+
+        @pytest.mark.max_vram("1MiB")
+        def test_it():
+            torch.zeros(2**20, device="cuda")
+        """,
+        "-v",
+    )
+
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*OVER VRAM LIMIT*"])
+
+
+def test_the_ini_file_limits_tests_without_a_limit(
+    run: Callable[..., pytest.RunResult],
+) -> None:
+    """A marker for allocated bytes replaces it; one for another metric does not."""
+    result = run(
+        """
+        import unittest
+        import pytest
+        import torch
+
+        def take():
+            torch.zeros(2**20, device="cuda")
+
+        def test_general():
+            take()
+
+        @pytest.mark.max_vram("8MiB")
+        def test_own():
+            take()
+
+        @pytest.mark.max_vram("80MiB", metric="reserved")
+        def test_other_metric():
+            take()
+
+        class TestUnit(unittest.TestCase):
+            def test_unit(self):
+                take()
+
+        @pytest.mark.parametrize("number", [1, 2])
+        def test_many(number):
+            take()
+
+        def test_without_a_card():
+            pass
+        """,
+        ini="gpu_max_vram = 2MiB",
+    )
+
+    result.assert_outcomes(passed=2, failed=1 + 1 + 1 + 2)
+
+
+@pytest.mark.skipif(pytest.version_tuple < (9,), reason="subtests came with pytest 9")
+def test_what_a_subtest_takes_is_its_tests(pytester: pytest.Pytester) -> None:
+    """The limit is the whole test's."""
+    pytester.makepyfile(
+        """
+        import torch
+
+        def test_it(subtests):
+            with subtests.test("inner"):
+                torch.zeros(2**20, device="cuda")
+        """
+    )
+    result = pytester.runpytest("-p", "no:cacheprovider", "--gpu-max-vram=2MiB")
+
+    result.stdout.fnmatch_lines(["peak VRAM above max_vram: allocated 4 MiB *"])
+    assert pytest.ExitCode.TESTS_FAILED == result.ret
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ('"1MiB", metric="peak"', "metric='peak'; accepted are allocated, reserved"),
+        ('"1MiB", phase="setup"', "phase='setup'; accepted are call, test"),
+        ('"1MiB", device="cuda:0"', "device='cuda:0' is no card's index"),
+        ('"1 horse"', "1 horse"),
+    ],
+)
+def test_a_limit_that_makes_no_sense_ends_the_run(
+    pytester: pytest.Pytester, arguments: str, words: str
+) -> None:
+    """Before any test, with exit code 4."""
+    pytester.makepyfile(
+        f"""
+        import pytest
+
+        @pytest.mark.max_vram({arguments})
+        def test_it():
+            raise AssertionError("ran")
+        """
+    )
+    result = pytester.runpytest("-p", "no:cacheprovider")
+
+    assert pytest.ExitCode.USAGE_ERROR == result.ret
+    result.stderr.fnmatch_lines([f"*::test_it: @pytest.mark.max_vram: *{words}*"])
+
+
+LEAKS = """
+    import pytest
+    import torch
+
+    KEPT = []
+
+    @pytest.fixture(scope="module")
+    def model():
+        return torch.zeros(2**19, device="cuda")
+
+    @pytest.fixture(scope="module")
+    def larger(model):
+        return torch.cat([model, model])
+
+    def test_clean(model):
+        assert (model + 1).is_cuda
+
+    def test_leak(larger):
+        KEPT.append(torch.zeros(2**18, device="cuda"))
+
+    @pytest.mark.max_vram_leak("2MiB")
+    def test_allowed():
+        KEPT.append(torch.zeros(2**18, device="cuda"))
+
+    def test_failing():
+        held = torch.zeros(2**18, device="cuda")
+        raise AssertionError
+
+    def test_after():
+        torch.zeros(2**18, device="cuda")
+"""
+
+
+def test_a_leak_fails_the_test_and_names_its_holder(
+    run: Callable[..., pytest.RunResult],
+) -> None:
+    """Fixtures of wider scope are not the test's; a failed test is failed already."""
+    result = run(LEAKS, "--gpu-leak-check")
+
+    result.assert_outcomes(passed=4, failed=1, errors=1)
+    result.stdout.fnmatch_lines_random(
+        [
+            "VRAM leak: 1 MiB (1048576 bytes) stay on the card after the test; *",
+            "  1 MiB (262144 float32): *global 'KEPT' of *",
+        ]
+    )
+
+
+def test_without_the_check_only_the_marker_counts(pytester: pytest.Pytester) -> None:
+    """And a size that is none ends the run."""
+    pytester.makepyfile(LEAKS.replace('max_vram_leak("2MiB")', "max_vram_leak"))
+    result = pytester.runpytest("-p", "no:cacheprovider")
+    result.assert_outcomes(passed=4, failed=1, errors=1)
+
+    pytester.makepyfile(LEAKS.replace('"2MiB"', '"a lot"'))
+    wrong = pytester.runpytest("-p", "no:cacheprovider")
+    assert pytest.ExitCode.USAGE_ERROR == wrong.ret
+    wrong.stderr.fnmatch_lines(["*@pytest.mark.max_vram_leak: *a lot*"])
+
+
+def test_the_process_metric_counts_the_context(pytester: pytest.Pytester) -> None:
+    """What the driver holds for the process beside the allocator's bytes."""
+    pytester.makepyfile(
+        """
+        import pytest
+        import torch
+
+        @pytest.mark.max_vram("100MiB", metric="process")
+        def test_it():
+            torch.zeros(1, device="cuda")
+        """
+    )
+    small = pytester.runpytest("-p", "no:cacheprovider", "--gpu-card=8GiB,ctx=50MiB")
+    large = pytester.runpytest("-p", "no:cacheprovider", "--gpu-card=8GiB,ctx=99MiB")
+
+    small.assert_outcomes(passed=1)
+    large.assert_outcomes(failed=1)
+    large.stdout.fnmatch_lines(["*above max_vram: process 101 MiB (*"])
