@@ -103,6 +103,14 @@ class CheckpointError(GpuMemError, RuntimeError):
     """A checkpoint cannot be built, found or trusted."""
 
 
+class BaselineError(GpuMemError, ValueError):
+    """A file is no baseline, is damaged, or is of a newer format."""
+
+
+class ReportError(GpuMemError, ValueError):
+    """A file is no report, is damaged, or is of a newer format."""
+
+
 class RecordingError(GpuMemError, ValueError):
     """A file is no recording, or one of a newer format."""
 

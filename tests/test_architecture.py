@@ -12,19 +12,29 @@ import pytest
 import pytest_gpumem
 
 ROOT = Path(pytest_gpumem.__file__).parent
-GROUND = {"errors", "sizes", "cards", "cards_table", "_version"}
+GROUND = {"errors", "files", "sizes", "cards", "cards_table", "_version"}
 MAY_IMPORT = {
     "ground": GROUND,
     "model": GROUND | {"model"},
     "devices": GROUND | {"model", "devices"},
     "instruments": GROUND | {"model", "devices", "instruments"},
     "reports": GROUND | {"model", "reports"},
+    "baselines": GROUND | {"baselines"},
     "checkpoints": GROUND | {"checkpoints"},
     "strategies": GROUND | {"model"},
     "recording": GROUND | {"model", "devices", "recording"},
-    "cli": GROUND | {"model", "devices", "checkpoints", "recording"},
+    "cli": GROUND
+    | {"model", "devices", "checkpoints", "recording", "baselines", "reports"},
     "plugin": GROUND
-    | {"model", "devices", "instruments", "reports", "checkpoints", "plugin"},
+    | {
+        "model",
+        "devices",
+        "instruments",
+        "reports",
+        "baselines",
+        "checkpoints",
+        "plugin",
+    },
 }
 MODULES = sorted(ROOT.rglob("*.py"))
 

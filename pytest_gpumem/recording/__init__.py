@@ -7,11 +7,11 @@ torch's public functions alone, so it runs on either kind of device.
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem.errors import RecordingError
+from pytest_gpumem.files import write_atomically
 
 if TYPE_CHECKING:
     import os
@@ -83,23 +83,7 @@ def save(recorded: dict[str, Any], path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: The file cannot be written; what was there is still there.
     """
-    target = Path(path)
-    with tempfile.NamedTemporaryFile(
-        "w",
-        encoding="utf-8",
-        dir=target.parent,
-        prefix=f".{target.name}.",
-        delete=False,
-    ) as stream:
-        temporary = Path(stream.name)
-        try:
-            json.dump(recorded, stream, indent=1, sort_keys=True)
-            stream.write("\n")
-        except BaseException:
-            temporary.unlink()
-            raise
-    temporary.chmod(0o644)
-    temporary.replace(target)
+    write_atomically(path, json.dumps(recorded, indent=1, sort_keys=True) + "\n")
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:

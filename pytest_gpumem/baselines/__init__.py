@@ -1,0 +1,6 @@
+"""Baselines: peaks that were reviewed and committed, and the gate on them."""
+
+from pytest_gpumem.baselines.baseline import Baseline
+from pytest_gpumem.baselines.gate import Change, Tolerance, compare
+
+__all__ = ["Baseline", "Change", "Tolerance", "compare"]

@@ -1,0 +1,175 @@
+"""Baselines without pytest: files, merges, and the gate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytest_gpumem.baselines import Baseline, Tolerance, compare
+from pytest_gpumem.errors import BaselineError
+from pytest_gpumem.files import write_atomically
+
+T4 = "Tesla T4, simulated, torch 2.13"
+peaks = st.dictionaries(
+    st.text(min_size=1),
+    st.dictionaries(
+        st.text(min_size=1),
+        st.dictionaries(
+            st.sampled_from(["allocated", "reserved", "cuda:1 allocated"]),
+            st.integers(0, 2**50),
+            min_size=1,
+        ),
+        min_size=1,
+    ),
+)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=20,
+)
+
+
+@given(peaks)
+def test_a_baseline_survives_its_file(values: dict[str, Any]) -> None:
+    """Whatever tests are called; the text is the same each time."""
+    baseline = Baseline(values)
+    text = baseline.to_text()
+
+    assert baseline == Baseline.parse(text, "a.json")
+    assert text == Baseline.parse(text, "a.json").to_text()
+
+
+@given(st.text() | json_values.map(json.dumps))
+def test_any_other_file_is_refused_by_name(text: str) -> None:
+    """With what to do; nothing else is raised."""
+    with pytest.raises(BaselineError, match=r"^a\.json (is|has) .*; "):
+        Baseline.parse(text, "a.json")
+
+
+@given(json_values)
+def test_damaged_peaks_are_refused(value: Any) -> None:
+    """What has the right head and a wrong body."""
+    text = json.dumps(
+        {"format": "pytest-gpumem baseline", "version": 1, "peaks": [value]}
+    )
+    with pytest.raises(BaselineError, match="damaged"):
+        Baseline.parse(text, "a.json")
+
+
+@pytest.mark.parametrize("version", [2, 0, "1", None, True])
+def test_a_newer_format_is_refused(version: Any) -> None:
+    """It says what this version reads."""
+    document = {"format": "pytest-gpumem baseline", "version": version, "peaks": {}}
+    if version is True:
+        return  # JSON's true reads as 1 would; it is no version anybody writes
+    with pytest.raises(BaselineError, match=r"reads up to 1: upgrade it"):
+        Baseline.parse(json.dumps(document), "a.json")
+
+
+def test_a_missing_file_says_how_to_write_it(tmp_path: Path) -> None:
+    """And one that cannot be read says why."""
+    with pytest.raises(BaselineError, match="write it with --gpu-update-baseline"):
+        Baseline.read(tmp_path / "none.json")
+    with pytest.raises(BaselineError, match="cannot be read"):
+        Baseline.read(tmp_path)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(BaselineError, match="cannot be read"):
+        Baseline.read(tmp_path / "binary")
+
+
+def test_an_update_takes_in_and_drops() -> None:
+    """New tests come, known ones change, stale ones go, other environments stay."""
+    baseline = Baseline({T4: {"a": {"allocated": 1}, "b": {"allocated": 2}}, "x": {}})
+    baseline.update(T4, {"a": {"allocated": 3}, "c": {"allocated": 4}}, stale=["b"])
+
+    assert {T4: {"a": {"allocated": 3}, "c": {"allocated": 4}}, "x": {}} == (
+        baseline.peaks
+    )
+
+
+@given(peaks, peaks)
+def test_a_merge_is_the_same_either_way(
+    first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    """The larger figure of each; merging again changes nothing."""
+    one, other = Baseline(first), Baseline(second)
+    one.merge(Baseline(second))
+    other.merge(Baseline(first))
+    again = Baseline(one.peaks)
+    again.merge(Baseline(second))
+
+    assert one == other == again
+
+
+@pytest.mark.parametrize(
+    ("text", "before", "now", "passes"),
+    [
+        ("allocated:5%", 1000, 1050, True),
+        ("allocated:5%", 1000, 1051, False),
+        ("allocated:0%", 1000, 1000, True),
+        ("allocated:0%", 1000, 1001, False),
+        ("reserved:16MiB", 0, 16 * 2**20, True),
+        ("reserved:16MiB", 0, 16 * 2**20 + 1, False),
+        ("allocated:0", 5, 5, True),
+        ("allocated:5%", 1000, 10, True),
+    ],
+)
+def test_a_tolerance_allows_so_much(
+    text: str, before: int, now: int, *, passes: bool
+) -> None:
+    """Inclusive."""
+    assert passes is Tolerance.parse(text).allows(before, now)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "allocated", "peak:5%", "allocated:-1%", "allocated:nan%", "reserved:x"],
+)
+def test_a_tolerance_that_makes_no_sense_is_refused(text: str) -> None:
+    """With the text that was given."""
+    with pytest.raises(ValueError, match=r"^'"):
+        Tolerance.parse(text)
+
+
+def test_a_comparison_gates_on_what_has_a_tolerance() -> None:
+    """The others are reported; new metrics and equal ones are not changes."""
+    changes = compare(
+        "t",
+        {"allocated": 100, "reserved": 100, "cuda:1 allocated": 100, "gone": 1},
+        {"allocated": 100, "reserved": 300, "cuda:1 allocated": 300, "new": 1},
+        [Tolerance.parse("allocated:5%")],
+    )
+
+    assert [("cuda:1 allocated", True), ("reserved", False)] == [
+        (each.metric, each.is_regression) for each in changes
+    ]
+    assert "reserved 100 B -> 300 B (+200 B, +200.0 %)" == str(changes[1])
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure in the middle leaves the old text and nothing else."""
+    path = tmp_path / "deep" / "file.json"
+    write_atomically(path, "old")
+    path.chmod(0o640)
+
+    def fail(_self: Path, _target: Path) -> None:
+        raise OSError("no")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="no"):
+        write_atomically(path, "new")
+    monkeypatch.undo()
+    survived = path.read_text(encoding="utf-8")
+    write_atomically(path, "newer")
+
+    assert "old" == survived
+    assert "newer" == path.read_text(encoding="utf-8")
+    assert [path] == list(path.parent.iterdir())
+    assert 0o640 == path.stat().st_mode & 0o777
