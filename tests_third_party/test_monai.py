@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from evidence import CountOoms
-from monai.inferers import SlidingWindowInfererAdapt
 from torch import nn
 
 from pytest_gpumem import OomInjector
@@ -34,9 +33,18 @@ def image() -> torch.Tensor:
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
 
 
-def _infer(
-    inferer: SlidingWindowInfererAdapt, image: torch.Tensor, network: nn.Module
-) -> torch.Tensor:
+def _inferer(buffer_steps: int | None = None) -> Any:
+    """Return the adaptive inferer.
+
+    MONAI is imported late: PyKEEN, in another module here, registers every learning
+    rate scheduler that it finds, and MONAI's have names of torch's.
+    """
+    from monai.inferers import SlidingWindowInfererAdapt  # noqa: PLC0415  # see above
+
+    return SlidingWindowInfererAdapt(WINDOW, buffer_steps=buffer_steps)
+
+
+def _infer(inferer: Any, image: torch.Tensor, network: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         result: torch.Tensor = inferer(image, network)
     return result
@@ -56,14 +64,15 @@ def test_each_budget_ends_on_its_rung(
     image: torch.Tensor,
     network: nn.Module,
     vram_budget: Callable[..., Any],
+    *,
     budget: str,
     buffer_steps: int | None,
     num_ooms: int,
     ends_on: str,
 ) -> None:
     """The output is the CPU's wherever it was stitched."""
-    expected = _infer(SlidingWindowInfererAdapt(WINDOW), image, network)
-    inferer = SlidingWindowInfererAdapt(WINDOW, buffer_steps=buffer_steps)
+    expected = _infer(_inferer(), image, network)
+    inferer = _inferer(buffer_steps)
     network.cuda()
     on_card = image.cuda()
 
@@ -79,8 +88,8 @@ def test_buffers_that_are_too_large_are_halved(
     image: torch.Tensor, network: nn.Module, oom_injector: OomInjector
 ) -> None:
     """First whole, then four steps, two, one, and at last without buffers."""
-    expected = _infer(SlidingWindowInfererAdapt(WINDOW), image, network)
-    inferer = SlidingWindowInfererAdapt(WINDOW, buffer_steps=4)
+    expected = _infer(_inferer(), image, network)
+    inferer = _inferer(buffer_steps=4)
     network.cuda()
     on_card = image.cuda()
 
@@ -103,7 +112,7 @@ def test_only_one_class_of_error_is_an_oom(
     on_card = image.cuda()
     survived = set()
     for flavour in FLAVOURS:
-        inferer = SlidingWindowInfererAdapt(WINDOW)
+        inferer = _inferer()
         with OomInjector(f"forward:flavour={flavour}") as injector:
             try:
                 _infer(inferer, on_card, network)

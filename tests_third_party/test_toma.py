@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 import toma
+import torch
 from evidence import MIB, CountOoms, accepted_by
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def test_a_batch_is_halved_until_it_fits(
     """``toma.batch``: one size for all the work, the same numbers as on the CPU."""
     tried: list[int] = []
 
-    @toma.toma.batch(initial_batchsize=len(numbers))
+    @toma.toma.batch(initial_batchsize=len(numbers))  # type: ignore[untyped-decorator]  # toma's
     def run(batchsize: int) -> torch.Tensor:
         tried.append(batchsize)
         return torch.cat(
@@ -60,7 +60,7 @@ def test_a_chunk_is_halved_where_it_fails(
 
     with vram_budget("40MiB"), CountOoms() as ooms:
 
-        @toma.toma.execute.chunked(numbers, len(numbers))
+        @toma.toma.execute.chunked(numbers, len(numbers))  # type: ignore[untyped-decorator]  # toma's
         def run(part: torch.Tensor, start: int, end: int) -> None:
             result[start:end] = part.cuda().softmax(1).cpu()
             steps.append((start, end))
@@ -96,7 +96,7 @@ def test_a_remembered_size_holds_for_the_next_call(
     """The second call begins with what the first one ended with."""
     tried: list[int] = []
 
-    @toma.toma.batch(initial_batchsize=8192, cache_type=toma.GlobalBatchsizeCache)
+    @toma.toma.batch(initial_batchsize=8192, cache_type=toma.GlobalBatchsizeCache)  # type: ignore[untyped-decorator]  # toma's
     def run(batchsize: int) -> None:
         tried.append(batchsize)
         numbers[:batchsize].cuda()
