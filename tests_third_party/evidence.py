@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING, Final
 
+import pytest
 import torch
 
 from pytest_gpumem import OomInjector
@@ -13,6 +15,25 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 MIB: Final = 2**20
+
+
+@pytest.fixture(autouse=True, scope="session")
+def light_collections() -> None:
+    """Take what was imported out of the garbage collector's sight.
+
+    The libraries collect garbage before each attempt; with all of them imported that
+    would take most of the time.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def fresh_card() -> None:
+    """Take cuBLAS's workspaces back, which a process keeps; they are 20 MiB each."""
+    torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001  # the only way
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 class CountOoms:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -33,15 +34,18 @@ def image() -> torch.Tensor:
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
 
 
-def _inferer(buffer_steps: int | None = None) -> Any:
-    """Return the adaptive inferer.
+@pytest.fixture(scope="module")
+def make() -> Callable[..., Any]:
+    """A function that makes the adaptive inferer.
 
-    MONAI is imported late: PyKEEN, in another module here, registers every learning
-    rate scheduler that it finds, and MONAI's have names of torch's.
+    MONAI is imported late, for PyKEEN, in another module here, registers every learning
+    rate scheduler that it finds, and MONAI's have names of torch's. And it is imported
+    here, not in a test: for each optional dependency that is not there MONAI keeps a
+    traceback, and with it the local variables of whoever imported it first.
     """
     from monai.inferers import SlidingWindowInfererAdapt  # noqa: PLC0415  # see above
 
-    return SlidingWindowInfererAdapt(WINDOW, buffer_steps=buffer_steps)
+    return partial(SlidingWindowInfererAdapt, WINDOW)
 
 
 def _infer(inferer: Any, image: torch.Tensor, network: nn.Module) -> torch.Tensor:
@@ -61,6 +65,7 @@ def _infer(inferer: Any, image: torch.Tensor, network: nn.Module) -> torch.Tenso
     ids=["fits", "buffered", "in larger buffers", "without buffers"],
 )
 def test_each_budget_ends_on_its_rung(
+    make: Callable[..., Any],
     image: torch.Tensor,
     network: nn.Module,
     vram_budget: Callable[..., Any],
@@ -71,8 +76,8 @@ def test_each_budget_ends_on_its_rung(
     ends_on: str,
 ) -> None:
     """The output is the CPU's wherever it was stitched."""
-    expected = _infer(_inferer(), image, network)
-    inferer = _inferer(buffer_steps)
+    expected = _infer(make(), image, network)
+    inferer = make(buffer_steps=buffer_steps)
     network.cuda()
     on_card = image.cuda()
 
@@ -85,11 +90,14 @@ def test_each_budget_ends_on_its_rung(
 
 
 def test_buffers_that_are_too_large_are_halved(
-    image: torch.Tensor, network: nn.Module, oom_injector: OomInjector
+    make: Callable[..., Any],
+    image: torch.Tensor,
+    network: nn.Module,
+    oom_injector: OomInjector,
 ) -> None:
     """First whole, then four steps, two, one, and at last without buffers."""
-    expected = _infer(_inferer(), image, network)
-    inferer = _inferer(buffer_steps=4)
+    expected = _infer(make(), image, network)
+    inferer = make(buffer_steps=4)
     network.cuda()
     on_card = image.cuda()
 
@@ -102,17 +110,17 @@ def test_buffers_that_are_too_large_are_halved(
 
 
 def test_only_one_class_of_error_is_an_oom(
-    image: torch.Tensor, network: nn.Module
+    make: Callable[..., Any], network: nn.Module
 ) -> None:
     """A finding: it asks for the class's name, so RuntimeErrors of old are not known.
 
     ``CUDA error: out of memory`` and cuBLAS's and cuDNN's errors end the inference.
     """
     network.cuda()
-    on_card = image.cuda()
+    on_card = torch.ones(1, 1, 32, 32, 48).cuda()
     survived = set()
     for flavour in FLAVOURS:
-        inferer = _inferer()
+        inferer = make()
         with OomInjector(f"forward:flavour={flavour}") as injector:
             try:
                 _infer(inferer, on_card, network)

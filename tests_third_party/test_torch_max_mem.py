@@ -8,7 +8,7 @@ import pytest
 import torch
 from evidence import MIB, CountOoms, accepted_by
 from torch_max_mem import MemoryUtilizationMaximizer, maximize_memory_utilization
-from torch_max_mem.api import is_oom_error
+from torch_max_mem.api import is_oom_error, maximize_memory_utilization_decorator
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,8 +55,7 @@ def test_a_batch_that_is_too_large_is_halved(
 
 
 def _tuned(on_card: list[torch.Tensor]) -> tuple[torch.Tensor, tuple[int, ...]]:
-    from torch_max_mem.api import maximize_memory_utilization_decorator  # noqa: PLC0415  # the form that tells the size
-
+    """Run it in the form that tells the size."""
     tuned = maximize_memory_utilization_decorator()(_knn)
     result: tuple[torch.Tensor, tuple[int, ...]] = tuned(
         *on_card, batch_size=len(on_card[0])
