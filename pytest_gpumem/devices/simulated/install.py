@@ -12,7 +12,7 @@ import torch
 from torch.utils._device import _device_constructors
 
 from pytest_gpumem.devices.patches import PatchSet
-from pytest_gpumem.devices.simulated import factories, special
+from pytest_gpumem.devices.simulated import factories, special, torchscript
 from pytest_gpumem.devices.simulated.autocast import clear_cache
 from pytest_gpumem.devices.simulated.constructors import CONSTRUCTORS
 from pytest_gpumem.devices.simulated.machine import (
@@ -91,6 +91,7 @@ class Installation:
         # ``with torch.device(…)`` knows constructors by identity and remembers them
         # on first use: that must be the originals.
         _device_constructors()
+        torchscript.patch(patches)
         for name, value in CONSTRUCTORS.items():
             patches.set(torch, name, value)
         # Recurrent layers ask whether cuDNN would take their weights: the CPU computes.
