@@ -40,8 +40,8 @@ def make() -> Callable[..., Any]:
 
     MONAI is imported late, for PyKEEN, in another module here, registers every learning
     rate scheduler that it finds, and MONAI's have names of torch's. And it is imported
-    here, not in a test: for each optional dependency that is not there MONAI keeps a
-    traceback, and with it the local variables of whoever imported it first.
+    here, not in a test, for it imports optuna, which keeps the traceback of an optional
+    dependency that is not there, and with it the local variables of every caller.
     """
     from monai.inferers import SlidingWindowInfererAdapt  # noqa: PLC0415  # see above
 
@@ -131,3 +131,18 @@ def test_only_one_class_of_error_is_an_oom(
         assert injector.num_injected == 1
 
     assert survived == {"native", "async", "hip", "xpu"}
+
+
+def test_an_oom_in_the_importance_map_is_not_seen_as_one(
+    make: Callable[..., Any], network: nn.Module, oom_injector: OomInjector
+) -> None:
+    """A finding: every error there is wrapped, and the wrapping is no OOM by name."""
+    network.cuda()
+    on_card = torch.ones(1, 1, 32, 32, 48).cuda()
+
+    rule = oom_injector.arm("any")
+    with pytest.raises(RuntimeError, match="Seems to be OOM") as caught:
+        _infer(make(), on_card, network)
+
+    assert rule.num_failed == 1
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)

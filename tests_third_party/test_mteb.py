@@ -76,3 +76,19 @@ def test_its_detector(embeddings: tuple[torch.Tensor, torch.Tensor]) -> None:
         assert injector.num_injected == 1
 
     assert survived == {"native", "legacy", "async", "driver", "hip", "xpu", "mps"}
+
+
+def test_embeddings_that_are_on_the_card_have_no_fallback(
+    embeddings: tuple[torch.Tensor, torch.Tensor], vram_budget: Callable[..., Any]
+) -> None:
+    """A limit: with both sides on the card, the OOM reaches the caller."""
+    queries, documents = (each.cuda() for each in embeddings)
+
+    with (
+        vram_budget("64MiB"),
+        CountOoms() as ooms,
+        pytest.raises(torch.OutOfMemoryError),
+    ):
+        dot_score(queries, documents)
+
+    assert ooms.num == 1

@@ -84,7 +84,7 @@ def test_the_failed_attempt_stays_on_the_card_during_the_retry(
 ) -> None:
     """A finding: the error is kept for its traceback, and that keeps the tensors.
 
-    Thirty fit when they are tried first. As the retry of sixty they do not: the sixty's
+    Fifteen fit when they are tried first. As the retry of sixty they do not: the sixty's
     weights are still on the card, held by the frame in ``last_error``'s traceback, and
     so it goes down to one, in vain.
     """
@@ -92,16 +92,16 @@ def test_the_failed_attempt_stays_on_the_card_during_the_retry(
 
     def run(batch_size: int) -> float:
         tried.append(batch_size)
-        weights = torch.ones(24 * MIB // 4, device="cuda")
+        weights = torch.ones(36 * MIB // 4, device="cuda")
         part = torch.ones(batch_size * MIB // 4, device="cuda")
         return float(weights[0] + part[0])
 
     with vram_budget("64MiB"), CountOoms() as ooms:
-        assert maximize_memory_utilization(q=1)(run)(batch_size=30) == 2.0
+        assert maximize_memory_utilization(q=1)(run)(batch_size=15) == 2.0
         with pytest.raises(MemoryError, match="did not even succeed"):
             maximize_memory_utilization(q=1)(run)(batch_size=60)
 
-    assert tried == [30, 60, 30, 15, 7, 3, 1]
+    assert tried == [15, 60, 30, 15, 7, 3, 1]
     assert ooms.num == 6
 
 
