@@ -10,13 +10,14 @@ from evidence import CountOoms
 from FlagEmbedding import FlagModel
 from transformers import BertConfig, BertModel, BertTokenizer
 
+from pytest_gpumem import OomInjector
+from pytest_gpumem.model.rules import FLAVOURS
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     import numpy as np
-
-    from pytest_gpumem import OomInjector
 
 SENTENCES = [
     " ".join(f"w{(row * column) % 100}" for column in range(20))
@@ -113,6 +114,17 @@ def test_an_oom_after_the_trial_is_not_survived(
 
     assert rule.num_failed == 1
     assert len(encoder.sizes) > num_batches + 1
+
+
+def test_it_asks_nothing_of_an_error(checkpoint: Path) -> None:
+    """Every flavour in the trial makes the batch smaller, the negative control too."""
+    encoder = Encoder(checkpoint, "cuda:0")
+    for flavour in FLAVOURS:
+        encoder.sizes.clear()
+        with OomInjector(f"forward:flavour={flavour}") as injector:
+            encoder.encode(batch_size=512)
+        assert injector.num_injected == 1
+        assert encoder.sizes == [512, 384, 384, 128]
 
 
 @pytest.mark.parametrize("flavour", ["native", "not-oom"])
