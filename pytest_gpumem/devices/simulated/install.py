@@ -13,7 +13,7 @@ from torch.utils._device import _device_constructors
 
 from pytest_gpumem.devices.nvml import NvmlHook
 from pytest_gpumem.devices.patches import PatchSet
-from pytest_gpumem.devices.simulated import factories, special
+from pytest_gpumem.devices.simulated import factories, special, torchscript
 from pytest_gpumem.devices.simulated.autocast import clear_cache
 from pytest_gpumem.devices.simulated.compiling import REPLACEMENTS
 from pytest_gpumem.devices.simulated.constructors import CONSTRUCTORS, NESTED
@@ -121,6 +121,7 @@ class Installation:
         # ``with torch.device(…)`` knows constructors by identity and remembers them
         # on first use: that must be the originals.
         _device_constructors()
+        torchscript.patch(self._patches)
         for owner, name, value in _replacements():
             self._patches.set(owner, name, value)
         self._patch_optimizers()
