@@ -61,7 +61,7 @@ class Tolerance:
         return now - before <= max(before * self.share, self.nbytes)
 
     def __str__(self) -> str:
-        return f"{self.share:.3g}%" if self.share else format_size(self.nbytes)
+        return f"{self.share * 100:.4g}%" if self.share else format_size(self.nbytes)
 
 
 #: The gate of a run that names none. The same code on the same card allocates the same

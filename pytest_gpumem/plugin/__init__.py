@@ -56,9 +56,22 @@ def pytest_configure(config: pytest.Config) -> None:
     collection = Collection(run, config.pluginmanager)
     config.pluginmanager.register(run, PLUGIN_NAME)
     config.pluginmanager.register(collection, "gpumem-collection")
+    if run.settings.baseline is not None:
+        _gate(run, config)
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(
             SummaryPlugin(collection.phases), "gpumem-summary"
+        )
+
+
+def _gate(run: Run, config: pytest.Config) -> None:
+    from pytest_gpumem.plugin.gate import WORKER_INPUT, BaselineSummary, Gate  # noqa: PLC0415  # there is a baseline
+
+    text = getattr(config, "workerinput", {}).get(WORKER_INPUT)
+    run.gate = Gate(run.settings, text)
+    if text is None:
+        config.pluginmanager.register(
+            BaselineSummary(run.gate, config), "gpumem-baseline"
         )
 
 

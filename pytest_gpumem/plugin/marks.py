@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 #: A test's property that holds what a sweep found, as JSON.
 SWEEP_PROPERTY: Final = "gpumem.sweep"
 
+#: A test's property: the environment that its figures belong to.
+ENVIRONMENT_PROPERTY: Final = "gpumem.environment"
+
 #: A test's property that says that a limit of it was broken.
 OVER_PROPERTY: Final = "gpumem.over_limit"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import pytest
@@ -12,6 +13,7 @@ from pytest_gpumem.errors import GpuMemError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from pytest_gpumem.baselines.gate import Tolerance
     from pytest_gpumem.cards import Card
     from pytest_gpumem.model.rules import Rule
     from pytest_gpumem.sizes import SizeSpec
@@ -71,6 +73,12 @@ def _parse_size_spec(text: str) -> Any:
     from pytest_gpumem.sizes import parse_size_spec  # noqa: PLC0415  # see above
 
     return parse_size_spec(text)
+
+
+def _parse_tolerance(text: str) -> Any:
+    from pytest_gpumem.baselines.gate import Tolerance  # noqa: PLC0415  # see above
+
+    return Tolerance.parse(text)
 
 
 def _parse_rule(text: str) -> Any:
@@ -157,6 +165,32 @@ OPTIONS: Final = (
         is_flag=True,
     ),
     Option(
+        "--gpu-baseline",
+        "FILE",
+        "",
+        str,
+        "compare every test's peaks with those in this file, and fail tests that need "
+        "more; a path in the ini file starts at the ini file",
+    ),
+    Option(
+        "--gpu-update-baseline",
+        "",
+        "",
+        bool,
+        "write the peaks of the tests that pass into the file of --gpu-baseline, and "
+        "drop tests that are no more",
+        is_flag=True,
+    ),
+    Option(
+        "--gpu-compare-fail",
+        "METRIC:TOLERANCE",
+        "",
+        _parse_tolerance,
+        "how much more than the baseline passes: allocated:5%% or reserved:16MiB; may "
+        "be repeated (default: allocated:1%%, and reserved is reported)",
+        repeated=True,
+    ),
+    Option(
         "--gpu-inject-oom",
         "RULE",
         "",
@@ -224,6 +258,9 @@ class Settings(NamedTuple):
         resume: Whether interrupted sweeps go on.
         max_vram: Limit of tests that carry none, or None.
         leak_check: Whether every test is held to leave nothing.
+        baseline: The file of peaks to compare with, or None.
+        updates_baseline: Whether it is written instead.
+        compare_fail: How much more passes; none for the default.
         replay: The rule of the one point to run in sweeps, or None.
     """
 
@@ -239,6 +276,9 @@ class Settings(NamedTuple):
     replay: str | None = None
     max_vram: SizeSpec | None = None
     leak_check: bool = False
+    baseline: Path | None = None
+    updates_baseline: bool = False
+    compare_fail: tuple[Tolerance, ...] = ()
 
     @property
     def cards(self) -> tuple[Card, ...]:
@@ -306,7 +346,30 @@ def read_settings(config: pytest.Config, namespace: Any) -> Settings:
         replay=values["gpu_replay_oom"],
         max_vram=values["gpu_max_vram"],
         leak_check=values["gpu_leak_check"],
+        baseline=_baseline_path(values, config, namespace),
+        updates_baseline=values["gpu_update_baseline"],
+        compare_fail=tuple(values["gpu_compare_fail"]),
     )
+
+
+def _baseline_path(
+    values: Mapping[str, Any], config: pytest.Config, namespace: Any
+) -> Path | None:
+    """Return where the baseline is: from the ini file's folder, or from where we are.
+
+    Raises:
+        pytest.UsageError: It is to be written, and there is no name for it.
+    """
+    text = values["gpu_baseline"]
+    if not text:
+        if values["gpu_update_baseline"]:
+            raise pytest.UsageError(
+                "--gpu-update-baseline: which file? name it with --gpu-baseline=FILE"
+            )
+        return None
+    is_ini = getattr(namespace, "gpu_baseline", None) is None
+    base = config.rootpath if is_ini else Path(config.invocation_params.dir)
+    return base / str(text)
 
 
 def check_budgets(settings: Settings, totals: Mapping[int, int]) -> None:

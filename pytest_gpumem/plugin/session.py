@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices import Device
     from pytest_gpumem.plugin import marks
+    from pytest_gpumem.plugin.gate import Gate
 
 
 #: ``model.config.VARIABLES``, said here so that most runs need not read it.
@@ -41,6 +42,9 @@ class Run:
         self._installation: Any = None
         self._hook = AfterImport("torch", self._torch_imported)
         self._nvml = NvmlHook(self._machine)
+        #: The baseline to hold tests to, or None.
+        self.gate: Gate | None = None
+        self._environment: str | None = None
         #: Called when the device comes to be in the middle of a test.
         self.on_device: Callable[[], None] = lambda: None
         if self.choice.kind == "simulated":
@@ -90,6 +94,13 @@ class Run:
             check_budgets(self.settings, dict(enumerate(self.totals() or ())))
         self.apply_budgets(())
         self.on_device()
+
+    @property
+    def environment(self) -> str:
+        """What figures of this run are kept under; there must be a device."""
+        if self._environment is None:
+            self._environment = environment_of(self.require_device())
+        return self._environment
 
     def _machine(self) -> Any:
         return self.require_device().machine  # type: ignore[attr-defined]  # only simulated runs ask
@@ -199,6 +210,18 @@ def _check_environment() -> None:
         config_from_environment()
     except AllocatorSettingError as error:
         raise pytest.UsageError(str(error)) from None
+
+
+def environment_of(device: Device) -> str:
+    """Return what figures of a device are kept under: card, backend, torch.
+
+    Patch releases and local versions of torch share their figures.
+    """
+    import torch  # noqa: PLC0415  # there is a device
+
+    names = list(dict.fromkeys(device.name(i) for i in range(device.device_count)))
+    version = ".".join(torch.__version__.split("+")[0].split(".")[:2])
+    return f"{' + '.join(names)}, {device.kind}, torch {version}"
 
 
 def describe_cards(settings: Settings) -> str:

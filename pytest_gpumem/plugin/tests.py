@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
     from pytest_gpumem.devices import Device, Tracker
+    from pytest_gpumem.model.records import MemoryFigures
     from pytest_gpumem.plugin.limits import LeakCheck, Limits
     from pytest_gpumem.plugin.session import Run
 
@@ -290,12 +291,18 @@ class Phases:
             return
         trackers, self._trackers = self._trackers, []
         figures = [tracker.close() for tracker in trackers]
-        if device.num_requests != self._requests:
+        if self._used(device):
             from pytest_gpumem.model.records import to_properties  # noqa: PLC0415  # there are figures
 
-            for each in figures:
-                if each.peak_reserved_bytes or each.num_ooms:
-                    item.user_properties.extend(to_properties(phase, each))
+            environment = (marks.ENVIRONMENT_PROPERTY, self._run.environment)
+            if environment not in item.user_properties:
+                item.user_properties.append(environment)
+            for each in _used_cards(figures):
+                item.user_properties.extend(to_properties(phase, each))
+
+    def _used(self, device: Device) -> bool:
+        """Tell whether anything was asked of a card since the phase began."""
+        return device.num_requests != self._requests
 
     # -- limits ---------------------------------------------------------------------------
 
@@ -323,10 +330,16 @@ class Phases:
             self._leak = LeakCheck(device, item, allowed, held)
 
     def _check_limits(self, item: pytest.Item, phase: str) -> None:
-        if self._limits is None or not self._trackers:
+        gate = self._run.gate if phase == "call" else None
+        device = self._run.device
+        if device is None or not self._trackers or not (self._limits or gate):
             return
-        figures = {each.read().device_index: each.read() for each in self._trackers}
-        text = self._limits.check(phase, figures)
+        read = [tracker.read() for tracker in self._trackers]
+        text = None
+        if self._limits is not None:
+            text = self._limits.check(phase, {each.device_index: each for each in read})
+        if text is None and gate is not None and self._used(device):
+            text = gate.check(self._run.environment, item.nodeid, _used_cards(read))
         if text is not None:
             from pytest_gpumem.plugin.limits import fail  # noqa: PLC0415  # a limit is broken
 
@@ -384,3 +397,7 @@ class Phases:
         device.empty_cache()
         self._seen_requests = device.num_requests
         self._held_bytes = allocated(device)
+
+
+def _used_cards(figures: list[MemoryFigures]) -> list[MemoryFigures]:
+    return [each for each in figures if each.peak_reserved_bytes or each.num_ooms]

@@ -1,0 +1,250 @@
+"""The run's baseline: read before any test, compared with as tests end, or written."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+from pytest_gpumem.baselines.baseline import METRICS, Baseline, metric_key
+from pytest_gpumem.baselines.gate import DEFAULT, Change, Tolerance, compare
+from pytest_gpumem.errors import BaselineError
+from pytest_gpumem.plugin.marks import ENVIRONMENT_PROPERTY
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from pytest_gpumem.model.records import MemoryFigures
+    from pytest_gpumem.plugin.options import Settings
+
+
+#: Where a worker finds the baseline's text.
+WORKER_INPUT: Final = "gpumem_baseline"
+
+
+def peaks_of(figures: Iterable[MemoryFigures]) -> dict[str, int]:
+    """Return what a baseline keeps of a call's figures."""
+    return {
+        metric_key(metric, each.device_index): each.peak(metric)
+        for each in figures
+        for metric in METRICS
+    }
+
+
+class Gate:
+    """A run's baseline in each process that runs tests.
+
+    Args:
+        settings: The options; they name a file.
+        text: The file's text, where a controller has read it; None reads it.
+
+    Raises:
+        pytest.UsageError: The file is missing and not to be written, or broken.
+    """
+
+    def __init__(self, settings: Settings, text: str | None = None) -> None:
+        assert settings.baseline is not None, "the caller looks"  # noqa: S101  # states why
+        self.path: Final = settings.baseline
+        #: The path as a person would write it here.
+        self.name: Final = os.path.relpath(self.path)
+        self.updates: Final = settings.updates_baseline
+        self.tolerances: Final[Sequence[Tolerance]] = settings.compare_fail or DEFAULT
+        self.baseline: Final = (
+            self._read() if text is None else Baseline.parse(text, self.name)
+        )
+
+    def _read(self) -> Baseline:
+        if self.updates and not self.path.exists():
+            return Baseline()
+        try:
+            return Baseline.read(self.path)
+        except BaselineError as error:
+            raise pytest.UsageError(f"--gpu-baseline: {error}") from None
+
+    def check(
+        self, environment: str, test: str, figures: Iterable[MemoryFigures]
+    ) -> str | None:
+        """Return what is wrong with a test's peaks; None if nothing is."""
+        if self.updates:
+            return None
+        before = self.baseline.peaks.get(environment, {}).get(test)
+        if before is None:
+            return None
+        changes = compare(test, before, peaks_of(figures), self.tolerances)
+        bad = [change for change in changes if change.is_regression]
+        if not bad:
+            return None
+        gate = ", ".join(f"{each.metric}:{each}" for each in self.tolerances)
+        return "\n".join(
+            [
+                f"peak VRAM above the baseline {self.name}: {bad[0]}",
+                *(f"and {change}" for change in bad[1:]),
+                f"allowed is {gate} more; if this is meant, run again with "
+                "--gpu-update-baseline and commit the file",
+            ]
+        )
+
+
+class BaselineSummary:
+    """Compares the whole run with the baseline, or writes it; where reports arrive.
+
+    Args:
+        gate: The baseline.
+        config: The run's.
+    """
+
+    def __init__(self, gate: Gate, config: pytest.Config) -> None:
+        self._gate: Final = gate
+        self._config: Final = config
+        self._collected: Final[set[str]] = set()
+        self._peaks: Final[dict[str, dict[str, dict[str, int]]]] = {}
+        self._failed: Final[set[str]] = set()
+        self._lines: list[tuple[str, str]] = []
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        """Hand the baseline to a worker, wherever it is."""
+        node.workerinput[WORKER_INPUT] = self._gate.baseline.to_text()
+
+    # -- what ran -------------------------------------------------------------------------
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Note what there is to run, in a run without workers."""
+        self._collected.update(item.nodeid for item in session.items)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(
+        self,
+        ids: Sequence[str],
+    ) -> None:
+        """Note what there is to run, as a worker tells it."""
+        self._collected.update(ids)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Take in a test's peaks once it is over."""
+        if report.failed:
+            self._failed.add(report.nodeid)
+        if report.when != "teardown" or not report.user_properties:
+            return
+        from pytest_gpumem.model.records import from_properties  # noqa: PLC0415  # there are figures
+
+        properties = dict(report.user_properties)
+        environment = properties.get(ENVIRONMENT_PROPERTY)
+        calls = [
+            each
+            for (phase, _index), each in from_properties(properties).items()
+            if phase == "call"
+        ]
+        if environment is not None and calls:
+            tests = self._peaks.setdefault(str(environment), {})
+            tests[report.nodeid] = peaks_of(calls)
+
+    # -- what comes of it -----------------------------------------------------------------
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self) -> None:
+        """Compare, or write the file."""
+        stale = {environment: self._stale(environment) for environment in self._peaks}
+        if self._gate.updates:
+            self._write(stale)
+        else:
+            self._compare(stale)
+
+    def pytest_terminal_summary(
+        self, terminalreporter: pytest.TerminalReporter
+    ) -> None:
+        """Say what changed."""
+        if not self._lines:
+            return
+        terminalreporter.section("GPU memory against the baseline")
+        for line, colour in self._lines:
+            terminalreporter.write_line(line, **({colour: True} if colour else {}))
+
+    def _say(self, line: str, colour: str = "") -> None:
+        self._lines.append((line, colour))
+
+    def _write(self, stale: Mapping[str, Sequence[str]]) -> None:
+        baseline, before = self._gate.baseline, self._gate.baseline.to_text()
+        written = left = 0
+        for environment, tests in self._peaks.items():
+            passed = {
+                test: peaks for test, peaks in tests.items() if test not in self._failed
+            }
+            written += len(passed)
+            left += len(tests) - len(passed)
+            baseline.update(environment, passed, stale[environment])
+        dropped = sum(map(len, stale.values()))
+        if baseline.to_text() != before or not self._gate.path.exists():
+            try:
+                baseline.write(self._gate.path)
+            except OSError as error:
+                raise pytest.UsageError(
+                    f"--gpu-update-baseline: {self._gate.name} cannot be written: "
+                    f"{error}; name another file with --gpu-baseline"
+                ) from None
+            verb = "written"
+        else:
+            verb = "unchanged"
+        parts = [f"{written} tests"]
+        parts += [f"{dropped} stale dropped"] if dropped else []
+        parts += [f"{left} that failed left as they were"] if left else []
+        self._say(f"{self._gate.name} {verb}: {', '.join(parts)}")
+
+    def _compare(self, stale: Mapping[str, Sequence[str]]) -> None:
+        counts = {"the same": 0, "changed": 0, "new": 0}
+        changes: list[Change] = []
+        for environment, tests in self._peaks.items():
+            known = self._gate.baseline.peaks.get(environment)
+            if known is None:
+                others = ", ".join(sorted(self._gate.baseline.peaks)) or "none"
+                self._say(
+                    f"{self._gate.name} has no figures for {environment} (it has: "
+                    f"{others}); write them with --gpu-update-baseline",
+                    "yellow",
+                )
+                continue
+            for test, peaks in sorted(tests.items()):
+                if test not in known:
+                    counts["new"] += 1
+                    continue
+                found = compare(test, known[test], peaks, self._gate.tolerances)
+                counts["changed" if found else "the same"] += 1
+                changes += found
+        for change in sorted(changes, key=lambda each: -abs(each.now - each.before)):
+            colour = "red" if change.is_regression else ""
+            colour = "green" if change.now < change.before else colour
+            self._say(f"{change.test}: {change}", colour)
+        gone = [test for tests in stale.values() for test in tests]
+        parts = [f"{count} {word}" for word, count in counts.items() if count]
+        parts += [f"{len(gone)} stale"] if gone else []
+        if parts:
+            self._say(f"{self._gate.name}: {', '.join(parts)}")
+        for test in gone:
+            self._say(f"stale: {test} is no more, or uses no card", "yellow")
+        if counts["new"] or gone:
+            self._say("--gpu-update-baseline takes in new tests and drops stale ones")
+
+    def _stale(self, environment: str) -> list[str]:
+        """Return the baseline's tests that are no more, as far as this run can tell."""
+        known = self._gate.baseline.peaks.get(environment, {})
+        used = self._peaks.get(environment, {})
+        option = self._config.option
+        is_chosen = any(
+            getattr(option, name, None)
+            for name in ("keyword", "markexpr", "deselect", "lf", "maxfail", "stepwise")
+        ) or any("::" in argument for argument in self._config.args)
+        files = {test.partition("::")[0] for test in self._collected}
+        stale = []
+        for test in known:
+            file = test.partition("::")[0]
+            if not (self._config.rootpath / file).exists():
+                stale.append(test)
+            elif is_chosen or file not in files:
+                continue
+            elif test not in self._collected or (
+                test not in used and test not in self._failed
+            ):
+                stale.append(test)
+        return sorted(stale)

@@ -1,0 +1,236 @@
+"""The gate on committed peaks, as a run of pytest shows it, with workers and without."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+pytest_plugins = ["pytester"]
+
+WAYS = {
+    "plain": (),
+    "xdist": ("-n", "2"),
+    "junit": ("--junitxml=junit.xml",),
+    "both": ("-n", "2", "--junitxml=junit.xml"),
+}
+MINOR = ".".join(torch.__version__.split("+")[0].split(".")[:2])
+T4 = f"Tesla T4, simulated, torch {MINOR}"
+TESTS = """
+    import pytest
+    import torch
+
+    def take(mib):
+        torch.zeros(mib * 2**18, device="cuda")
+
+    def test_one():
+        take(1)
+
+    @pytest.mark.parametrize("mib", [2, 4])
+    def test_many(mib):
+        take(mib)
+
+    def test_no_card():
+        pass
+"""
+
+
+@pytest.fixture(params=WAYS)
+def run(request: pytest.FixtureRequest, pytester: pytest.Pytester) -> Any:
+    """Run tests in one of the ways, against a baseline."""
+
+    def run(code: str, *options: str) -> pytest.RunResult:
+        pytester.makepyfile(test_it=code)
+        return pytester.runpytest(
+            "-p",
+            "no:cacheprovider",
+            "--gpu-baseline=b.json",
+            *WAYS[request.param],
+            *options,
+        )
+
+    return run
+
+
+def peaks(pytester: pytest.Pytester) -> dict[str, Any]:
+    """Return what the file holds."""
+    document: dict[str, Any] = json.loads((pytester.path / "b.json").read_text("utf-8"))
+    return dict(document["peaks"])
+
+
+def test_a_baseline_is_written_and_held(
+    run: Callable[..., pytest.RunResult], pytester: pytest.Pytester
+) -> None:
+    """The same code passes; more fails that test, and says what to do; less is said."""
+    written = run(TESTS, "--gpu-update-baseline")
+    first = (pytester.path / "b.json").read_text("utf-8")
+    again = run(TESTS, "--gpu-update-baseline")
+    same = run(TESTS)
+    more = run(TESTS.replace("take(1)", "take(3)").replace("[2, 4]", "[2, 3, 4]"))
+    less = run(
+        TESTS.replace("take(mib)\n\n    def test_no", "take(1)\n\n    def test_no")
+    )
+
+    written.assert_outcomes(passed=4)
+    written.stdout.fnmatch_lines(["*b.json written: 3 tests"])
+    again.stdout.fnmatch_lines(["*b.json unchanged: 3 tests"])
+    assert first == (pytester.path / "b.json").read_text("utf-8")
+    assert {"allocated": 2**20, "reserved": 2 * 2**20} == (
+        peaks(pytester)[T4]["test_it.py::test_one"]
+    )
+    assert [
+        f"test_it.py::test_{each}" for each in ("many[2]", "many[4]", "one")
+    ] == list(peaks(pytester)[T4])
+    same.assert_outcomes(passed=4)
+    same.stdout.fnmatch_lines(["*b.json: 3 the same"])
+    more.assert_outcomes(passed=4, failed=1)
+    more.stdout.fnmatch_lines_random(
+        [
+            "peak VRAM above the baseline *b.json: allocated 1 MiB -> 3 MiB *+200.0 %)",
+            "allowed is allocated:1% more; if this is meant, run again with *",
+            "test_it.py::test_one: allocated 1 MiB -> 3 MiB (+2 MiB, +200.0 %)",
+            "*b.json: 2 the same, 1 changed, 1 new",
+        ]
+    )
+    less.assert_outcomes(passed=4)
+    less.stdout.fnmatch_lines(
+        ["test_it.py::test_many[[]4]: allocated 4 MiB -> 1 MiB *"]
+    )
+
+
+def test_only_what_passes_and_is_there_is_written(
+    run: Callable[..., pytest.RunResult], pytester: pytest.Pytester
+) -> None:
+    """A failed test keeps its figures; one that is gone is dropped; a part is merged."""
+    run(TESTS, "--gpu-update-baseline")
+    before = peaks(pytester)[T4]
+    chosen = run(
+        TESTS.replace("take(1)", "take(8)").replace("take(mib)\n\n", "take(9)\n\n"),
+        "--gpu-update-baseline",
+        "-k",
+        "test_one",
+    )
+    part = peaks(pytester)[T4]
+    changed = TESTS.replace("[2, 4]", "[2]").replace(
+        "take(1)", "take(16); raise ValueError"
+    )
+    stale = run(changed)
+    dropped = run(changed, "--gpu-update-baseline")
+
+    chosen.assert_outcomes(
+        passed=1, deselected=chosen.parseoutcomes().get("deselected", 0)
+    )
+    assert 8 * 2**20 == part["test_it.py::test_one"]["allocated"]
+    assert before["test_it.py::test_many[4]"] == part["test_it.py::test_many[4]"]
+    stale.stdout.fnmatch_lines(["stale: test_it.py::test_many[[]4] is no more, *"])
+    dropped.assert_outcomes(passed=2, failed=1)
+    dropped.stdout.fnmatch_lines(
+        ["*b.json written: 1 tests, 1 stale dropped, 1 that failed left as they were"]
+    )
+    last = peaks(pytester)[T4]
+    assert {"test_it.py::test_many[2]", "test_it.py::test_one"} == set(last)
+    assert part["test_it.py::test_one"] == last["test_it.py::test_one"]
+
+
+def test_tolerances_are_chosen(run: Callable[..., pytest.RunResult]) -> None:
+    """By share or bytes, for each metric; several at once."""
+    run(TESTS, "--gpu-update-baseline")
+    grown = TESTS.replace("take(1)", "take(11)")
+    ample = run(grown, "--gpu-compare-fail=allocated:11MiB")
+    tight = run(grown, "--gpu-compare-fail=allocated:10MiB")
+    reserved = run(
+        grown, "--gpu-compare-fail=allocated:2000%", "--gpu-compare-fail=reserved:1MiB"
+    )
+
+    ample.assert_outcomes(passed=4)
+    tight.assert_outcomes(passed=3, failed=1)
+    reserved.assert_outcomes(passed=3, failed=1)
+    reserved.stdout.fnmatch_lines(["*above the baseline *: reserved 2 MiB -> 12 MiB *"])
+
+
+def test_another_card_has_figures_of_its_own(
+    run: Callable[..., pytest.RunResult], pytester: pytest.Pytester
+) -> None:
+    """A run on a card that the file does not know says so, and gates nothing."""
+    run(TESTS, "--gpu-update-baseline")
+    other = run(TESTS, "--gpu-card=A100-80GB")
+    run(TESTS, "--gpu-card=A100-80GB", "--gpu-update-baseline")
+
+    other.assert_outcomes(passed=4)
+    other.stdout.fnmatch_lines(
+        [f"*b.json has no figures for NVIDIA A100*(it has: {T4}); write them with *"]
+    )
+    assert 2 == len(peaks(pytester))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "is no JSON"),
+        ("[]", "is no baseline of pytest-gpumem"),
+        ('{"format": "pytest-gpumem baseline", "version": 9}', "has format version 9"),
+        (
+            '{"format": "pytest-gpumem baseline", "version": 1, "peaks": 3}',
+            "is damaged",
+        ),
+        (None, "does not exist; write it with --gpu-update-baseline"),
+    ],
+)
+@pytest.mark.parametrize("way", ["plain", "xdist"])
+def test_a_file_that_cannot_be_used_ends_the_run(
+    pytester: pytest.Pytester, text: str | None, words: str, way: str
+) -> None:
+    """Before any test, with exit code 4; the file is untouched, even by an update."""
+    pytester.makepyfile("raise AssertionError")
+    file = pytester.path / "b.json"
+    updates: list[tuple[str, ...]] = [(), ("--gpu-update-baseline",)]
+    if text is None:
+        updates.pop()
+    else:
+        file.write_text(text, encoding="utf-8")
+    for update in updates:
+        result = pytester.runpytest("--gpu-baseline=b.json", *WAYS[way], *update)
+
+        assert pytest.ExitCode.USAGE_ERROR == result.ret
+        result.stderr.fnmatch_lines([f"*--gpu-baseline: *b.json {words}*"])
+        if text is not None:
+            assert text == file.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--gpu-update-baseline"], "which file? name it with --gpu-baseline=FILE"),
+        (
+            ["--gpu-compare-fail=peak:1%"],
+            "'peak' is no metric; accepted are allocated,",
+        ),
+        (["--gpu-compare-fail=allocated:lots"], "'allocated:lots': *lots*"),
+    ],
+)
+def test_options_that_make_no_sense_end_the_run(
+    pytester: pytest.Pytester, options: list[str], words: str
+) -> None:
+    """With exit code 4."""
+    result = pytester.runpytest(*options)
+
+    assert pytest.ExitCode.USAGE_ERROR == result.ret
+    result.stderr.fnmatch_lines([f"*{words}*"])
+
+
+def test_the_ini_files_path_starts_at_the_ini_file(pytester: pytest.Pytester) -> None:
+    """Wherever pytest is run from."""
+    pytester.makeini("[pytest]\ngpu_baseline = b.json\n")
+    pytester.makepyfile(test_it=TESTS)
+    inner = pytester.mkdir("inner")
+    pytester.runpytest("--gpu-update-baseline", "-p", "no:cacheprovider")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(inner)
+        result = pytester.runpytest("..", "-p", "no:cacheprovider")
+
+    result.stdout.fnmatch_lines(["*b.json: 3 the same"])
