@@ -10,6 +10,7 @@ from typing import Final
 import pytest
 
 from pytest_gpumem.plugin import marks
+from pytest_gpumem.plugin.collection import Collection
 from pytest_gpumem.plugin.fixtures import (
     bert_large,
     fallback,
@@ -19,10 +20,10 @@ from pytest_gpumem.plugin.fixtures import (
     vram_budget,
     vram_recorder,
 )
-from pytest_gpumem.plugin.options import add_options, read_settings
+from pytest_gpumem.plugin.options import add_options
 from pytest_gpumem.plugin.session import Run
+from pytest_gpumem.plugin.settings import read_settings
 from pytest_gpumem.plugin.summary import SummaryPlugin
-from pytest_gpumem.plugin.tests import Collection
 
 PLUGIN_NAME: Final = "gpumem-session"
 _key: Final = pytest.StashKey[Run]()

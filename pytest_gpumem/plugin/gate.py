@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from pytest_gpumem.model.records import MemoryFigures
-    from pytest_gpumem.plugin.options import Settings
+    from pytest_gpumem.plugin.settings import Settings
 
 
 #: Where a worker finds the baseline's text.

@@ -11,7 +11,8 @@ from pytest_gpumem.devices.nvml import NvmlHook
 from pytest_gpumem.devices.on_import import AfterImport
 from pytest_gpumem.devices.selection import Choice, choose
 from pytest_gpumem.errors import AllocatorSettingError, DeviceUnavailableError
-from pytest_gpumem.plugin.options import DEFAULT_CARD, Settings, check_budgets
+from pytest_gpumem.plugin.options import DEFAULT_CARD
+from pytest_gpumem.plugin.settings import Settings, check_budgets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

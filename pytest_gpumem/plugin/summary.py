@@ -10,7 +10,7 @@ from pytest_gpumem.plugin.marks import FALLBACK_PROPERTY, SWEEP_PROPERTY
 if TYPE_CHECKING:
     import pytest
 
-    from pytest_gpumem.plugin.tests import Phases
+    from pytest_gpumem.plugin.phases import Phases
     from pytest_gpumem.reports.terminal import Row
 
 

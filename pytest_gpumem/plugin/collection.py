@@ -1,0 +1,152 @@
+"""What the tests of a run ask for, read and checked before any of them runs.
+
+A test that touches no card costs next to nothing: the hooks around each phase are only
+registered once there is a device, or a test or an option that will need one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from pytest_gpumem.plugin import marks
+from pytest_gpumem.plugin.phases import Phases
+from pytest_gpumem.plugin.wider_fixtures import WiderFixtures
+
+if TYPE_CHECKING:
+    from pytest_gpumem.plugin.session import Run
+
+
+class Collection:
+    """What tests ask for, and when the hooks around them are needed.
+
+    Args:
+        run: The run, whose device may come to be in the middle of a test.
+        manager: Where the hooks around tests are registered.
+    """
+
+    def __init__(self, run: Run, manager: pytest.PytestPluginManager) -> None:
+        self._run: Final = run
+        self._manager: Final = manager
+        self._item: pytest.Item | None = None
+        self.wishes: Final[dict[pytest.Item, marks.Wishes]] = {}
+        self._fixtures: Final = WiderFixtures(run)
+        self.phases: Final = Phases(run, self.wishes, self._fixtures)
+        run.on_device = self._device_came
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Read every marker; skip what this run's device cannot serve."""
+        for item in items:
+            wishes = marks.wishes(item, sweeps_fallbacks=self._sweeps_fallbacks)
+            if wishes is None:
+                continue
+            self.wishes[item] = wishes
+            self._check_cards(item, wishes)
+            self._check_sweep(item, wishes)
+            reason = self._why_not(wishes)
+            if reason is not None:
+                item.add_marker(pytest.mark.skip(reason=reason))
+        if self.wishes or self._run.settings.rules or self._run.device is not None:
+            self._register()
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> None:
+        """Note the test that is about to run."""
+        self._item = item
+
+    def pytest_report_teststatus(
+        self, report: pytest.TestReport | pytest.CollectReport
+    ) -> tuple[str, str, tuple[str, dict[str, bool]]] | None:
+        """Show a broken limit as such: V, among the failures and errors."""
+        if not report.failed or not isinstance(report, pytest.TestReport):
+            return None
+        if not any(name == marks.OVER_PROPERTY for name, _ in report.user_properties):
+            return None
+        category = "failed" if report.when == "call" else "error"
+        return category, "V", ("OVER VRAM LIMIT", {"red": True})
+
+    @property
+    def _sweeps_fallbacks(self) -> bool:
+        settings = self._run.settings
+        return settings.oom_sweep or settings.replay is not None
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Share the points of a sweep out to the workers of pytest-xdist."""
+        names = {mark.name for mark in metafunc.definition.iter_markers()}
+        if "oom_sweep" in names or ("oom_fallback" in names and self._sweeps_fallbacks):
+            from pytest_gpumem.plugin.sweeps import shard_tests  # noqa: PLC0415  # there is one
+
+            shard_tests(metafunc, is_replay=self._run.settings.replay is not None)
+
+    def _check_sweep(self, item: pytest.Item, wishes: marks.Wishes) -> None:
+        """Refuse what cannot be called again and again; have the others swept.
+
+        Raises:
+            pytest.UsageError: A sweep is asked of a test that is no plain function.
+        """
+        if wishes.sweep is None:
+            return
+        bases = getattr(getattr(item, "cls", None), "__mro__", ())
+        is_plain = isinstance(item, pytest.Function) and all(
+            base.__module__ != "unittest.case" for base in bases
+        )
+        if not is_plain or inspect.iscoroutinefunction(getattr(item, "obj", None)):
+            raise pytest.UsageError(
+                f"{item.nodeid}: a sweep needs a plain test function, to call it again "
+                "and again; use the fixture oom_sweep or pytest_gpumem.sweep_ooms"
+            )
+        if not self._manager.has_plugin("gpumem-sweeps"):
+            from pytest_gpumem.plugin.sweeps import Sweeps  # noqa: PLC0415  # there is one
+
+            self._manager.register(Sweeps(self._run, self.wishes), "gpumem-sweeps")
+
+    def _check_cards(self, item: pytest.Item, wishes: marks.Wishes) -> None:
+        """Refuse markers that name a card, or more of one, than the run has.
+
+        Raises:
+            pytest.UsageError: A marker does so.
+        """
+        totals = self._run.totals()
+        if totals is None:
+            return
+        named = [("gpu_budget", each.device_index) for each in wishes.budgets]
+        named += [("max_vram", each.device_index or 0) for each in wishes.limits]
+        for name, index in named:
+            if index >= len(totals):
+                raise pytest.UsageError(
+                    f"{item.nodeid}: @pytest.mark.{name}: device={index}: there is no "
+                    f"such card; this run has {len(totals)} card(s), numbered from 0"
+                )
+        for budget in wishes.budgets:
+            total = totals[budget.device_index]
+            if budget.size.resolve(total) > total:
+                raise pytest.UsageError(
+                    f"{item.nodeid}: @pytest.mark.gpu_budget: {budget.size.text!r} is "
+                    f"more than card {budget.device_index} has ({total} bytes)"
+                )
+
+    def _why_not(self, wishes: marks.Wishes) -> str | None:
+        """Return why a test cannot run on this run's device; None if it can."""
+        choice = self._run.choice
+        if wishes.needs_card and choice.kind != "cuda":
+            return f"needs a real CUDA card: {choice.reason}"
+        if choice.kind == "off":
+            return f"needs a GPU, but gpumem's backend is off: {choice.reason}"
+        return None
+
+    def _register(self) -> None:
+        if not self._manager.is_registered(self.phases):
+            self._manager.register(self.phases, "gpumem-phases")
+            self._manager.register(self._fixtures, "gpumem-fixtures")
+
+    def _device_came(self) -> None:
+        """Take up a test in whose middle torch was imported."""
+        if self._item is None or self._run.device is None:
+            return
+        self._register()
+        # pytest itself notes "nodeid (phase)" there.
+        phase = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition("(")[2]
+        self.phases.join(self._item, phase.removesuffix(")"), self._run.device)

@@ -1,0 +1,80 @@
+"""What the values of options mean: text in, value out.
+
+Each raises ``GpuMemError`` or ``ValueError`` for text that makes no sense. Parsers are
+imported once there is something to parse: most runs give no option.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from pytest_gpumem.devices.selection import BACKENDS
+
+#: What a simulated card may keep of tensors' values; ``machine.VALUES``, likewise.
+VALUES: Final = ("computed", "none")
+
+
+def find_card(text: str) -> Any:
+    """Read ``--gpu-card``."""
+    from pytest_gpumem.cards import find_card  # noqa: PLC0415  # see above
+
+    return find_card(text)
+
+
+def parse_sizes(text: str) -> Any:
+    """Read sizes, for all cards or by card."""
+    from pytest_gpumem.sizes import parse_device_sizes  # noqa: PLC0415  # see above
+
+    return parse_device_sizes(text)
+
+
+def parse_size_spec(text: str) -> Any:
+    """Read one size, or a share of a card."""
+    from pytest_gpumem.sizes import parse_size_spec  # noqa: PLC0415  # see above
+
+    return parse_size_spec(text)
+
+
+def parse_tolerance(text: str) -> Any:
+    """Read ``--gpu-compare-fail``."""
+    from pytest_gpumem.baselines.gate import Tolerance  # noqa: PLC0415  # see above
+
+    return Tolerance.parse(text)
+
+
+def parse_rule(text: str) -> Any:
+    """Read an injection rule."""
+    from pytest_gpumem.model.rule_parser import parse_rule  # noqa: PLC0415  # see above
+
+    return parse_rule(text)
+
+
+def parse_rule_text(text: str) -> str:
+    """Check an injection rule and keep its text."""
+    parse_rule(text)
+    return text
+
+
+def parse_points(text: str) -> str | int:
+    """Read ``--gpu-oom-points``."""
+    if text in ("all", "sites"):
+        return text
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise ValueError(
+            f"{text!r} is neither all, sites nor a number of allocations from 1 on"
+        )
+    return int(text)
+
+
+def parse_values(text: str) -> str:
+    """Read ``--gpu-values``."""
+    if text not in VALUES:
+        raise ValueError(f"{text!r} is unknown; accepted are {', '.join(VALUES)}")
+    return text
+
+
+def parse_backend(text: str) -> str:
+    """Read ``--gpu-backend``."""
+    if text not in BACKENDS:
+        raise ValueError(f"{text!r} is no backend; accepted are {', '.join(BACKENDS)}")
+    return text

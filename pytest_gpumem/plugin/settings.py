@@ -1,0 +1,174 @@
+"""The options of a run, parsed and checked before any test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pytest
+
+from pytest_gpumem.errors import GpuMemError
+from pytest_gpumem.plugin.option_values import find_card
+from pytest_gpumem.plugin.options import DEFAULT_CARD, OPTIONS, Option
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pytest_gpumem.baselines.gate import Tolerance
+    from pytest_gpumem.cards import Card
+    from pytest_gpumem.model.rules import Rule
+    from pytest_gpumem.sizes import SizeSpec
+
+
+class Settings(NamedTuple):
+    """The options of a run, parsed.
+
+    Attributes:
+        backend: One of ``BACKENDS``.
+        card_text: How the simulated cards were named.
+        values: One of ``VALUES``.
+        budgets: Budget by device index; None stands for every card. Empty: none.
+        rules: Injection rules for every test.
+        checkpoint: Name or folder of the ``bert_large`` fixture's checkpoint.
+        oom_sweep: Whether tests with ``oom_fallback`` are swept.
+        oom_points: What all sweeps fail; None leaves it to the markers.
+        resume: Whether interrupted sweeps go on.
+        max_vram: Limit of tests that carry none, or None.
+        leak_check: Whether every test is held to leave nothing.
+        baseline: The file of peaks to compare with, or None.
+        updates_baseline: Whether it is written instead.
+        compare_fail: How much more passes; none for the default.
+        replay: The rule of the one point to run in sweeps, or None.
+    """
+
+    backend: str
+    card_text: str
+    values: str
+    budgets: Mapping[int | None, SizeSpec]
+    rules: tuple[Rule, ...]
+    checkpoint: str
+    oom_sweep: bool = False
+    oom_points: str | int | None = None
+    resume: bool = False
+    replay: str | None = None
+    max_vram: SizeSpec | None = None
+    leak_check: bool = False
+    baseline: Path | None = None
+    updates_baseline: bool = False
+    compare_fail: tuple[Tolerance, ...] = ()
+
+    @property
+    def cards(self) -> tuple[Card, ...]:
+        """The simulated cards."""
+        from pytest_gpumem.cards import visible_cards  # noqa: PLC0415  # a device is wanted
+
+        return visible_cards(find_card(self.card_text))
+
+    def budget_bytes(self, index: int, total_bytes: int) -> int | None:
+        """Return the budget of a card of so many bytes; None where there is none.
+
+        Raises:
+            SizeError: A percentage of the card comes to nothing.
+        """
+        spec = self.budgets.get(index, self.budgets.get(None))
+        return None if spec is None else spec.resolve(total_bytes)
+
+
+def read_settings(config: pytest.Config, namespace: Any) -> Settings:
+    """Parse the options of a run.
+
+    Args:
+        config: For the ini file.
+        namespace: The command line, as far as it is parsed.
+
+    Raises:
+        pytest.UsageError: A value cannot be read, or makes no sense.
+    """
+    values = {option.ini: _value(option, config, namespace) for option in OPTIONS}
+    return Settings(
+        backend=values["gpu_backend"],
+        card_text=_text(OPTIONS[1], config, namespace) or DEFAULT_CARD,
+        values=values["gpu_values"],
+        budgets=values["gpu_budget"] or {},
+        rules=tuple(values["gpu_inject_oom"]),
+        checkpoint=values["gpu_checkpoint"],
+        oom_sweep=values["gpu_oom_sweep"],
+        oom_points=values["gpu_oom_points"],
+        resume=values["gpu_oom_resume"],
+        replay=values["gpu_replay_oom"],
+        max_vram=values["gpu_max_vram"],
+        leak_check=values["gpu_leak_check"],
+        baseline=_baseline_path(values, config, namespace),
+        updates_baseline=values["gpu_update_baseline"],
+        compare_fail=tuple(values["gpu_compare_fail"]),
+    )
+
+
+def _baseline_path(
+    values: Mapping[str, Any], config: pytest.Config, namespace: Any
+) -> Path | None:
+    """Return where the baseline is: from the ini file's folder, or from where we are.
+
+    Raises:
+        pytest.UsageError: It is to be written, and there is no name for it.
+    """
+    text = values["gpu_baseline"]
+    if not text:
+        if values["gpu_update_baseline"]:
+            raise pytest.UsageError(
+                "--gpu-update-baseline: which file? name it with --gpu-baseline=FILE"
+            )
+        return None
+    is_ini = getattr(namespace, "gpu_baseline", None) is None
+    base = config.rootpath if is_ini else Path(config.invocation_params.dir)
+    return base / str(text)
+
+
+def check_budgets(settings: Settings, totals: Mapping[int, int]) -> None:
+    """Refuse budgets that the cards cannot give.
+
+    Args:
+        settings: The options.
+        totals: Total bytes by device index.
+
+    Raises:
+        pytest.UsageError: A budget is more than its card has, or names no card.
+    """
+    for index, spec in settings.budgets.items():
+        if index is not None and index not in totals:
+            raise pytest.UsageError(
+                f"--gpu-budget: there is no card {index}; this run has "
+                f"{len(totals)} card(s), numbered from 0"
+            )
+        for card in totals if index is None else (index,):
+            try:
+                budget = spec.resolve(totals[card])
+            except GpuMemError as error:
+                raise pytest.UsageError(f"--gpu-budget: {error}") from None
+            if budget > totals[card]:
+                raise pytest.UsageError(
+                    f"--gpu-budget: {spec.text!r} is {budget} bytes, more than card "
+                    f"{card} has ({totals[card]} bytes); give less, or name a larger "
+                    "card with --gpu-card"
+                )
+
+
+def _text(option: Option, config: pytest.Config, namespace: Any) -> Any:
+    given = getattr(namespace, option.ini, None)
+    return config.getini(option.ini) if given is None else given
+
+
+def _value(option: Option, config: pytest.Config, namespace: Any) -> Any:
+    given = getattr(namespace, option.ini, None)
+    source = option.flag if given is not None else option.ini
+    text = _text(option, config, namespace)
+    try:
+        if option.is_flag:
+            return bool(text)
+        if option.repeated:
+            return [option.parse(each) for each in text]
+        if given is None and text in ("", option.default):
+            return text or None
+        return option.parse(text)
+    except (GpuMemError, ValueError) as error:
+        raise pytest.UsageError(f"{source}: {error}") from None
