@@ -32,6 +32,8 @@ from pytest_gpumem.devices.simulated.tensor import (
 from pytest_gpumem.errors import NoValuesError, UnsupportedOnSimulatedDeviceError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
     from pytest_gpumem.devices.simulated.tensor import Handler
 
@@ -70,6 +72,12 @@ USES_CUBLAS: Final = frozenset(
 HAS_EFFECTS: Final = frozenset({"native_batch_norm", "cudnn_batch_norm", "batch_norm"})
 
 SPECIAL: Final[dict[str, Handler]] = {}
+
+#: Operators that are composed anew for the simulated cards; see ``composites.py``.
+COMPOSED: Final[dict[Any, Callable[..., Any]]] = {}
+
+#: How values are computed, where the CPU's kernel does not know what a card's does.
+COMPUTED: Final[dict[Any, Callable[..., Any]]] = {}
 
 
 class _Operands:
@@ -115,11 +123,12 @@ def _mismatch(func: Any, args: Any, operands: _Operands) -> RuntimeError:
             f"devices, {first} and {second}!"
         )
     places = [
-        (argument.name, str(value.device))
+        (argument.name, str(each.device))
         for argument, value in zip(
             func._schema.arguments, args, strict=False
         )  # see above
-        if isinstance(value, torch.Tensor) and value.dim() > 0
+        for each in (value if isinstance(value, (list, tuple)) else (value,))
+        if isinstance(each, torch.Tensor) and each.dim() > 0
     ]
     first = places[0][1] if places else "cuda:0"
     argument, other = next(
@@ -160,7 +169,7 @@ def run(
     """Run an operator on the tensors with the values.
 
     Args:
-        func: The operator.
+        func: The operator, or what computes its values.
         args: Its arguments, on the CPU, or on meta where no values are kept.
         kwargs: Its keyword arguments.
         card: The card that computes.
@@ -203,15 +212,28 @@ def _target(kwargs: dict[str, Any], operands: _Operands) -> SimulatedCard | None
     device = kwargs.get("device")
     if device is None or card is None:
         return card
+    is_own = is_own_device(kwargs, card)
     kwargs["device"] = torch.device(card.value_device)
+    if is_own:
+        return card
     if device.type == "cuda":
         machine = card.machine
         index = machine.current_index if device.index is None else device.index
         return machine.cards[index]
-    if device.type == card.value_device and in_backward():
-        return card
     kwargs["device"] = device
     return None
+
+
+def is_own_device(kwargs: dict[str, Any], card: SimulatedCard) -> bool:
+    """Tell whether ``device=`` is what C++ takes for the tensor's own device.
+
+    Operators that torch composes in C++ hand on ``tensor.options()``, in backward and
+    out of it. Such options name a layout; a device that Python code asks for comes
+    without one.
+    """
+    return kwargs["device"].type == card.value_device and (
+        kwargs.get("layout") is not None or in_backward()
+    )
 
 
 def in_backward() -> bool:
@@ -237,6 +259,7 @@ def _plain(func: Any) -> Handler:
     uses_cublas = name in USES_CUBLAS
     has_effects = name in HAS_EFFECTS or torch.Tag.nondeterministic_seeded in func.tags
     draws = torch.Tag.nondeterministic_seeded in func.tags
+    compute = COMPUTED.get(func, func)
 
     def handler(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         operands = _Operands()
@@ -251,7 +274,7 @@ def _plain(func: Any) -> Handler:
         if uses_cublas:
             hold_workspace(card, _blas_handle())
         held = _foresee(func, values, kwargs, target) if has_effects else ()
-        out = run(func, values, kwargs, card, draws=draws)
+        out = run(compute, values, kwargs, card, draws=draws)
         if target is None:
             return out
         for result, memory in zip(_tensors(out), held, strict=False):
@@ -357,11 +380,36 @@ def _same(value: Any, operands: _Operands, card: SimulatedCard) -> Any:
     return value
 
 
+def _composed(func: Any) -> Handler | None:
+    """Return how to run an operator that consists of others; None for any else.
+
+    Autograd takes these apart before they come here. In ``torch.inference_mode`` it
+    does not, but on a card their parts are what runs and asks for memory.
+    """
+    kernel = COMPOSED.get(func)
+    if kernel is None:
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(
+            func.name(), "CompositeImplicitAutograd"
+        ):
+            return None
+        kernel = func.decompose
+    chosen = kernel
+
+    def handler(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        __tracebackhide__ = True
+        return chosen(*args, **kwargs)
+
+    return handler
+
+
 def handler_for(func: Any) -> Handler:
     """Return how to run an operator, from its name and schema."""
     special = SPECIAL.get(func.overloadpacket.__name__)
     if special is not None and func.namespace == "aten":
         return special
+    composed = _composed(func)
+    if composed is not None:
+        return composed
     if func._schema.is_mutable:  # the schema has no public name
         return _mutating(func)
     handler = with_scratch(func.overloadpacket.__name__, _plain(func))
