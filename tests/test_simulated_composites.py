@@ -36,7 +36,7 @@ def _card() -> Iterator[None]:
         lambda x: functional.softmax(x.bfloat16(), -1, dtype=torch.float32),
         lambda x: functional.pad(x[None], (1, 1), mode="circular"),
         lambda x: rnn.pad_sequence([x, x[:2]]),
-        lambda x: rnn.pad_sequence([x, x[:2]], True, 7.0),  # noqa: FBT003  # torch's
+        lambda x: rnn.pad_sequence([x, x[:2]], True, 7.0),
         lambda x: rnn.pad_sequence([x, x[:2]], padding_side="left"),
         lambda x: torch.vander(x[0].detach()) * x.sum(),
         lambda x: torch.combinations(x[0]),
@@ -110,7 +110,8 @@ def _infer(mode: Callable[[], Any]) -> dict[str, int]:
             source = torch.randn(4, 128, 64, device="cuda")
             answer = layer(source)
             functional.softmax(answer.half(), -1, dtype=torch.float32)
-            functional.scaled_dot_product_attention(*[source.view(4, 4, 128, 16)] * 3)
+            heads = source.view(4, 4, 128, 16)
+            functional.scaled_dot_product_attention(heads, heads, heads)
             torch.einsum("bij,bkj->bik", answer, source)
             rnn.pad_sequence([source[0], source[1, :8]])
             functional.dropout(source, 0.1)

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from pytest_gpumem.devices.simulated import attention
-from pytest_gpumem.devices.simulated.dispatch import COMPOSED, COMPUTED
+from pytest_gpumem.devices.simulated.dispatch import COMPOSED
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 from pytest_gpumem.devices.simulated.transfer import moved
+from pytest_gpumem.devices.simulated.values import COMPUTED
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -99,6 +100,32 @@ def _narrowing(operator: Any) -> Callable[..., Any]:
     return compute
 
 
+def _linear(
+    source: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``linear``: for a subclass of tensors C++ adds the bias out of place.
+
+    Source: ``aten/src/ATen/native/Linear.cpp``; ``should_fold`` of ``LinearAlgebra.cpp``
+    for a weight that requires gradients.
+    """
+    count = source.dim()
+    if bias is not None and count == 2:  # noqa: PLR2004  # rows
+        return torch.addmm(bias, source, weight.t())
+    shape = (*source.shape[:-1], weight.shape[0])
+    if bias is not None and count == 3 and source.is_contiguous():  # noqa: PLR2004  # batches of rows
+        return torch.addmm(bias, source.flatten(0, 1), weight.t()).view(shape)
+    if count > 2 and weight.requires_grad and weight.dim() == 2:  # noqa: PLR2004  # likewise
+        rows = source.reshape(-1, source.shape[-1]) if source.numel() else source
+        product: torch.Tensor = rows.matmul(weight.t())
+        product = _aten._unsafe_view.default(product, shape)  # the operator's name
+    else:
+        product = source.matmul(weight.t())
+    if bias is None:
+        return product
+    is_dual = torch.autograd.forward_ad._current_level >= 0  # no public way to ask
+    return product.add(bias) if is_dual else product.add_(bias)
+
+
 def _pad_sequence(
     sequences: list[torch.Tensor],
     batch_first: bool = False,  # noqa: FBT001, FBT002  # the operator's signature
@@ -146,6 +173,7 @@ def _pad_packed_sequence(
 KERNELS: Final[dict[str, Callable[..., Any]]] = {
     "_pad_packed_sequence": _pad_packed_sequence,
     "dropout": attention.dropout,
+    "linear": _linear,
     "log_softmax.int": _softmax(_aten._log_softmax.default),  # the operator's name
     "pad_sequence": _pad_sequence,
     "scaled_dot_product_attention": attention.attention,

@@ -18,9 +18,10 @@ import threading
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from torch._library.custom_ops import OPDEFS
 
-from pytest_gpumem.devices.simulated import rng
 from pytest_gpumem.devices.simulated.accumulation import with_accumulation
+from pytest_gpumem.devices.simulated.checks import INDEXING, check_indexing
 from pytest_gpumem.devices.simulated.memory import Memory, hold, hold_workspace
 from pytest_gpumem.devices.simulated.scratch import with_scratch
 from pytest_gpumem.devices.simulated.tensor import (
@@ -29,7 +30,7 @@ from pytest_gpumem.devices.simulated.tensor import (
     make,
     refresh,
 )
-from pytest_gpumem.errors import NoValuesError, UnsupportedOnSimulatedDeviceError
+from pytest_gpumem.devices.simulated.values import computing, run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,9 +76,6 @@ SPECIAL: Final[dict[str, Handler]] = {}
 
 #: Operators that are composed anew for the simulated cards; see ``composites.py``.
 COMPOSED: Final[dict[Any, Callable[..., Any]]] = {}
-
-#: How values are computed, where the CPU's kernel does not know what a card's does.
-COMPUTED: Final[dict[Any, Callable[..., Any]]] = {}
 
 
 class _Operands:
@@ -149,6 +147,9 @@ def _two_devices(operands: _Operands) -> tuple[str, str]:
 
 
 def _check_devices(func: Any, args: Any, operands: _Operands) -> None:
+    if func.overloadpacket.__name__ in INDEXING and not in_backward():
+        check_indexing(args[0], args[1], args[2] if len(args) > 2 else None)  # noqa: PLR2004  # the values
+        return
     if operands.strays is not None:
         raise _mismatch(func, args, operands)
     if (
@@ -161,41 +162,6 @@ def _check_devices(func: Any, args: Any, operands: _Operands) -> None:
         and not (operands.host.is_meta and operands.card.value_device == "meta")
     ):
         raise _mismatch(func, args, operands)
-
-
-def run(
-    func: Any, args: Any, kwargs: dict[str, Any], card: SimulatedCard, *, draws: bool
-) -> Any:
-    """Run an operator on the tensors with the values.
-
-    Args:
-        func: The operator, or what computes its values.
-        args: Its arguments, on the CPU, or on meta where no values are kept.
-        kwargs: Its keyword arguments.
-        card: The card that computes.
-        draws: Whether the operator draws from the card's random state.
-
-    Raises:
-        NoValuesError: The result depends on values, and none are kept.
-        UnsupportedOnSimulatedDeviceError: The operator has no CPU kernel.
-    """
-    try:
-        if draws:
-            with rng.drawing_for(card):
-                return func(*args, **kwargs)
-        return func(*args, **kwargs)
-    except RuntimeError as error:
-        lacks_kernel = isinstance(error, NotImplementedError)
-        lacks_values = card.value_device == "meta" and (
-            lacks_kernel or "called on meta tensors" in str(error)
-        )
-        if not lacks_values and not (lacks_kernel and "'CPU' backend" in str(error)):
-            raise
-    if lacks_values:
-        raise NoValuesError(str(func))
-    raise UnsupportedOnSimulatedDeviceError(
-        str(func), "it has no CPU kernel to take the values from; run it on a real card"
-    )
 
 
 def _wrap(value: Any, card: SimulatedCard) -> Any:
@@ -259,7 +225,7 @@ def _plain(func: Any) -> Handler:
     uses_cublas = name in USES_CUBLAS
     has_effects = name in HAS_EFFECTS or torch.Tag.nondeterministic_seeded in func.tags
     draws = torch.Tag.nondeterministic_seeded in func.tags
-    compute = COMPUTED.get(func, func)
+    compute = computing(func)
 
     def handler(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         operands = _Operands()
@@ -380,13 +346,21 @@ def _same(value: Any, operands: _Operands, card: SimulatedCard) -> Any:
     return value
 
 
+def _python_kernel(func: Any) -> Callable[..., Any] | None:
+    """Return what ``torch.library.custom_op`` was given for tensors of a card."""
+    definition = OPDEFS.get(func._schema.name)  # the schema has no public name
+    kernels = getattr(definition, "_backend_fns", {})
+    found: Callable[..., Any] | None = kernels.get("cuda", kernels.get(None))
+    return found
+
+
 def _composed(func: Any) -> Handler | None:
     """Return how to run an operator that consists of others; None for any else.
 
     Autograd takes these apart before they come here. In ``torch.inference_mode`` it
     does not, but on a card their parts are what runs and asks for memory.
     """
-    kernel = COMPOSED.get(func)
+    kernel = COMPOSED.get(func) or _python_kernel(func)
     if kernel is None:
         if not torch._C._dispatch_has_kernel_for_dispatch_key(
             func.name(), "CompositeImplicitAutograd"
