@@ -129,6 +129,10 @@ def test_a_single_number_may_come_from_the_host() -> None:
     assert target.grad is None
 
 
+class _Kind(torch.Tensor):
+    """A kind of tensor of somebody's own."""
+
+
 @pytest.mark.parametrize(
     "hand_over",
     [
@@ -136,10 +140,23 @@ def test_a_single_number_may_come_from_the_host() -> None:
         ForkingPickler.dumps,
         lambda x: x.untyped_storage()._share_cuda_(),
         lambda _x: cuda._compile_kernel('extern "C" __global__ void f() {}', "f"),
+        lambda _x: nn.LazyLinear(2, device="cuda"),
+        lambda _x: nn.LazyLinear(2).to("cuda"),
+        lambda x: x.as_subclass(_Kind),
         lambda x: flex_attention(*[x.view(1, 1, 2, 2)] * 3),
         lambda x: flex_attention(*[x.view(1, 1, 2, 2).requires_grad_()] * 3),
     ],
-    ids=["dlpack", "queue", "storage", "kernel", "flex", "flex-grad"],
+    ids=[
+        "dlpack",
+        "queue",
+        "storage",
+        "kernel",
+        "lazy",
+        "lazy-to",
+        "kind",
+        "flex",
+        "flex-grad",
+    ],
 )
 def test_a_cards_memory_is_handed_to_nobody(hand_over: Callable[..., Any]) -> None:
     """Neither to a library, nor to a process, nor to a kernel of one's own."""
@@ -147,10 +164,24 @@ def test_a_cards_memory_is_handed_to_nobody(hand_over: Callable[..., Any]) -> No
         hand_over(_card())
 
 
+def test_the_profiler_times_the_host(capfd: pytest.CaptureFixture[str]) -> None:
+    """It lists the operators, and C++ has nothing to complain of."""
+    activities = [
+        torch.profiler.ProfilerActivity.CPU,
+        torch.profiler.ProfilerActivity.CUDA,
+    ]
+    with torch.profiler.profile(activities=activities) as profile:
+        _card() + 1
+
+    assert "aten::add" in {event.key for event in profile.key_averages()}
+    assert "CUDA" not in capfd.readouterr().err
+
+
 def test_the_hosts_memory_is_handed_over_as_ever() -> None:
     """What lies on the host is torch's own affair."""
     source = torch.ones(2)
 
+    assert nn.LazyLinear(2)(torch.ones(1, 3)).shape == (1, 2)
     assert torch.equal(source, dlpack.from_dlpack(dlpack.to_dlpack(source)))
 
 

@@ -240,7 +240,7 @@ def _plain(func: Any) -> Handler:
         if uses_cublas:
             hold_workspace(card, _blas_handle())
         held = _foresee(func, values, kwargs, target) if has_effects else ()
-        out = run(compute, values, kwargs, card, draws=draws)
+        out = run(func, values, kwargs, card, draws=draws, compute=compute)
         if target is None:
             return out
         for result, memory in zip(_tensors(out), held, strict=False):

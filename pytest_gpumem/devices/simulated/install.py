@@ -17,6 +17,7 @@ from pytest_gpumem.devices.simulated import (
     compiling,
     factories,
     handover,
+    profiling,
     special,
     torchscript,
 )
@@ -98,6 +99,7 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
     yield torch._C._nn, "_parse_to", parse_to
     yield from compiling.REPLACEMENTS
     yield from handover.REPLACEMENTS
+    yield from profiling.REPLACEMENTS
 
 
 class Installation:

@@ -43,6 +43,8 @@ ADVICE: Final[dict[str, str]] = {
     "a tensor of symbolic size": "trace the program with tensors of the CPU",
     "sharing a tensor of a card with another process": "send tensor.cpu() instead",
     "torch.cuda._compile_kernel": _KERNEL,
+    "a lazy module's parameter": "call the module once on the CPU, then move it",
+    "a subclass of torch.Tensor": "use plain tensors on the card",
     "a Triton kernel": _KERNEL,
     "flex_attention": "use torch.nn.functional.scaled_dot_product_attention",
     "a sparse tensor": "use dense ones, or keep these on the CPU",

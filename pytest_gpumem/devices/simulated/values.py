@@ -17,6 +17,16 @@ if TYPE_CHECKING:
 #: Where the CPU's kernel does not know what a card's does: what to call instead.
 COMPUTED: Final[dict[Any, Callable[..., Any]]] = {}
 
+
+def _histc(source: torch.Tensor, *args: Any, **options: Any) -> Any:
+    """``histc``: whole numbers are a card's alone."""
+    if source.dtype.is_floating_point:
+        return torch.histc(source, *args, **options)
+    return torch.histc(source.double(), *args, **options).to(source.dtype)
+
+
+COMPUTED[torch.ops.aten.histc.default] = _histc
+
 #: Keys that torch excludes while Python runs an operator. C++ that composes one of
 #: others leaves it to them to heed the marks of lazy conjugation.
 _LAZY_MARKS: Final = ("Conjugate", "Negative", "ZeroTensor")
@@ -51,34 +61,72 @@ def _heeding_marks(compute: Callable[..., Any]) -> Callable[..., Any]:
     return heeding
 
 
+def _is_the_cpus(text: str) -> bool:
+    """Tell whether it is the CPU that lacks a kernel, for any or for this dtype."""
+    return "'CPU' backend" in text or "not implemented for '" in text
+
+
+def _widened(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Compute in single precision what the CPU cannot compute in half; round after.
+
+    A card's kernels do so as well, in registers.
+    """
+    halves = {torch.float16, torch.bfloat16}
+    operands = torch.utils._pytree.tree_leaves((args, kwargs))
+    dtype = next(each.dtype for each in operands if _is_of(each, halves))
+
+    def cast(value: Any, old: set[torch.dtype], new: torch.dtype) -> Any:
+        return torch.utils._pytree.tree_map(
+            lambda each: each.to(new) if _is_of(each, old) else each, value
+        )
+
+    out = func(*cast(args, halves, torch.float32), **kwargs)
+    return cast(out, {torch.float32}, dtype)
+
+
+def _is_of(value: Any, dtypes: set[torch.dtype]) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype in dtypes
+
+
 def run(
-    func: Any, args: Any, kwargs: dict[str, Any], card: SimulatedCard, *, draws: bool
+    func: Any,
+    args: Any,
+    kwargs: dict[str, Any],
+    card: SimulatedCard,
+    *,
+    draws: bool,
+    compute: Callable[..., Any] | None = None,
 ) -> Any:
     """Run an operator on the tensors with the values.
 
     Args:
-        func: The operator, or what computes its values.
+        func: The operator.
         args: Its arguments, on the CPU, or on meta where no values are kept.
         kwargs: Its keyword arguments.
         card: The card that computes.
         draws: Whether the operator draws from the card's random state.
+        compute: What computes the values; None means the operator.
 
     Raises:
         NoValuesError: The result depends on values, and none are kept.
         UnsupportedOnSimulatedDeviceError: The operator has no CPU kernel.
     """
+    compute = func if compute is None else compute
     try:
         if draws:
             with rng.drawing_for(card):
-                return func(*args, **kwargs)
-        return func(*args, **kwargs)
+                return compute(*args, **kwargs)
+        return compute(*args, **kwargs)
     except RuntimeError as error:
         lacks_kernel = isinstance(error, NotImplementedError)
         lacks_values = card.value_device == "meta" and (
             lacks_kernel or "called on meta tensors" in str(error)
         )
-        if not lacks_values and not (lacks_kernel and "'CPU' backend" in str(error)):
+        if not lacks_values and not (lacks_kernel and _is_the_cpus(str(error))):
             raise
+        lacks_half = any(f"for '{name}'" in str(error) for name in ("Half", "BFloat16"))
+    if lacks_half and not draws and not func._schema.is_mutable:  # no public name
+        return _widened(func, args, kwargs)
     if lacks_values:
         raise NoValuesError(str(func))
     raise UnsupportedOnSimulatedDeviceError(
