@@ -142,3 +142,32 @@ def test_half_becomes_single_precision_inside_softmax() -> None:
     assert 8 * MIB + 8 * MIB + 4 * MIB == torch.cuda.max_memory_allocated() - before
     assert source.grad is not None
     assert torch.float16 == source.grad.dtype
+
+
+def test_complex_values_are_conjugated_inside_operators() -> None:
+    """Lazy conjugation is heeded in C++ that composes an operator, as on the host."""
+    torch.manual_seed(0)
+    source = torch.randn(3, 3, dtype=torch.complex64)
+
+    inverse = torch.linalg.pinv(source.cuda())
+
+    torch.testing.assert_close(torch.linalg.pinv(source), inverse.cpu())
+    torch.testing.assert_close(
+        source.mH @ source, (source.cuda().mH @ source.cuda()).cpu()
+    )
+
+
+def test_linear_adds_its_bias_in_place() -> None:
+    """As for plain tensors, where rows cannot be taken as one matrix."""
+    layer = nn.Linear(256, 1024, device="cuda")
+    source = torch.ones(2, 2, 256, 256, device="cuda")
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+
+    with torch.no_grad():
+        result = layer(source)
+
+    workspace = torch.cuda.memory_allocated() - before - result.nbytes
+    assert 4 * MIB == result.nbytes
+    assert result.nbytes + workspace == torch.cuda.max_memory_allocated() - before

@@ -38,11 +38,19 @@ _COMPOSITE: Final = (
 
 def computing(func: Any) -> Callable[..., Any]:
     """Return what computes the values of an operator."""
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # no public name
     compute: Callable[..., Any] = COMPUTED.get(func, func)
-    if any(has_kernel(func.name(), key) for key in _COMPOSITE):
-        return _heeding_marks(compute)
-    return compute
+    return _heeding_marks(compute) if _is_composite(func) else compute
+
+
+def _is_composite(func: Any) -> bool:
+    """Tell whether C++ composes an operator of others; views and kernels it does not."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # no public name
+    name = func.name()
+    return (
+        not has_kernel(name, "CPU")
+        and any(has_kernel(name, key) for key in _COMPOSITE)
+        and all(each.alias_info is None for each in func._schema.returns)  # likewise
+    )
 
 
 def _heeding_marks(compute: Callable[..., Any]) -> Callable[..., Any]:
