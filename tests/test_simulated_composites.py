@@ -160,8 +160,7 @@ def test_complex_values_are_conjugated_inside_operators() -> None:
 def test_linear_adds_its_bias_in_place() -> None:
     """As for plain tensors, where rows cannot be taken as one matrix."""
     layer = nn.Linear(256, 1024, device="cuda")
-    source = torch.ones(2, 2, 256, 256, device="cuda")
-    torch.cuda.empty_cache()
+    source = torch.ones(2, 2, 256, 256, device="cuda").transpose(1, 2)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
 
@@ -170,4 +169,27 @@ def test_linear_adds_its_bias_in_place() -> None:
 
     workspace = torch.cuda.memory_allocated() - before - result.nbytes
     assert 4 * MIB == result.nbytes
-    assert result.nbytes + workspace == torch.cuda.max_memory_allocated() - before
+    taken = torch.cuda.max_memory_allocated() - before
+    assert source.nbytes + result.nbytes + workspace == taken
+
+
+@pytest.mark.parametrize("shape", [(256,), (3, 256), (2, 3, 256), (2, 2, 3, 256)])
+def test_linear_takes_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
+    """As one matrix of rows, with the bias added by the same kernel."""
+    layer = nn.Linear(256, 8)
+    source = torch.ones(shape).requires_grad_()
+    card = source.detach().cuda().requires_grad_()
+
+    expected, result = layer(source), copy.deepcopy(layer).cuda()(card)
+    expected.sum().backward()
+    result.sum().backward()
+
+    assert "AddmmBackward0" in _names(result.grad_fn)
+    torch.testing.assert_close(expected, result.cpu())
+    assert card.grad is not None
+    torch.testing.assert_close(source.grad, card.grad.cpu())
+
+
+def _names(node: Any) -> set[str]:
+    above = [_names(each) for each, _index in node.next_functions if each is not None]
+    return {type(node).__name__}.union(*above)

@@ -7,6 +7,7 @@ kernels again is left to C++.
 
 from __future__ import annotations
 
+import math
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final
 
@@ -112,8 +113,9 @@ def _linear(
     if bias is not None and count == 2:  # noqa: PLR2004  # rows
         return torch.addmm(bias, source, weight.t())
     shape = (*source.shape[:-1], weight.shape[0])
-    if bias is not None and count == 3 and source.is_contiguous():  # noqa: PLR2004  # batches of rows
-        return torch.addmm(bias, source.flatten(0, 1), weight.t()).view(shape)
+    if bias is not None and source.is_contiguous():
+        rows = source.view(math.prod(source.shape[:-1]), source.shape[-1])
+        return torch.addmm(bias, rows, weight.t()).view(shape)
     if count > 2 and weight.requires_grad and weight.dim() == 2:  # noqa: PLR2004  # likewise
         rows = source.reshape(-1, source.shape[-1]) if source.numel() else source
         product: torch.Tensor = rows.matmul(weight.t())
