@@ -23,6 +23,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning",
     "ignore:flex_attention called without torch.compile",
     "ignore:torch.set_default_tensor_type",
+    "ignore:Warning. Profiler clears events",
 )
 
 cuda: Any = torch.cuda
