@@ -156,7 +156,7 @@ class Phases:
         if self._used(device):
             from pytest_gpumem.model.records import to_properties  # noqa: PLC0415  # there are figures
 
-            environment = (marks.ENVIRONMENT_PROPERTY, self._run.environment)
+            environment = (marks.ENVIRONMENT_PROPERTY, self._run.environment())
             if environment not in item.user_properties:
                 item.user_properties.append(environment)
             for each in _used_cards(figures):
@@ -201,7 +201,7 @@ class Phases:
         if self._limits is not None:
             text = self._limits.check(phase, {each.device_index: each for each in read})
         if text is None and gate is not None and self._used(device):
-            text = gate.check(self._run.environment, item.nodeid, _used_cards(read))
+            text = gate.check(self._run.environment(), item.nodeid, _used_cards(read))
         if text is not None:
             from pytest_gpumem.plugin.limits import fail  # noqa: PLC0415  # a limit is broken
 

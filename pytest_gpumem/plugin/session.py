@@ -96,9 +96,11 @@ class Run:
         self.apply_budgets(())
         self.on_device()
 
-    @property
     def environment(self) -> str:
-        """What figures of this run are kept under; there must be a device."""
+        """Return what figures of this run are kept under; there must be a device.
+
+        A method: some versions of pytest read every property of a plugin.
+        """
         if self._environment is None:
             self._environment = environment_of(self.require_device())
         return self._environment

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from pytest_gpumem.devices.simulated.machine import OutOfMemory
+from pytest_gpumem.devices.simulated.refusals import refuse
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,6 +44,8 @@ class Memory:
             card.machine.is_initialized = True
             torch.cuda.init()
         if nbytes:
+            if type(nbytes) is not int:
+                refuse("a tensor of symbolic size")
             self.block = allocate(card, nbytes)
 
     def __del__(self) -> None:

@@ -149,6 +149,7 @@ def _record_history(  # noqa: PLR0917  # torch's own signature
     compile_context: bool = False,  # noqa: ARG001, FBT001, FBT002  # torch's signature
     global_record_annotations: bool = False,  # noqa: ARG001, FBT001, FBT002  # torch's
     skip_actions: Sequence[str] = (),
+    *_later: Any,  # what newer versions of torch record of the host and the driver
 ) -> None:
     if enabled not in (None, "state", "all"):
         raise RuntimeError(f"Unknown enabled: {enabled!r}; None, 'state' or 'all'")
