@@ -6,6 +6,8 @@ imported once there is something to parse: most runs give no option.
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any, Final
 
 from pytest_gpumem.devices.selection import BACKENDS
@@ -64,6 +66,22 @@ def parse_points(text: str) -> str | int:
             f"{text!r} is neither all, sites nor a number of allocations from 1 on"
         )
     return int(text)
+
+
+def parse_folder(text: str) -> Path:
+    """Read ``--gpu-snapshots``: a folder, or where one can be made."""
+    folder = Path(text).absolute()
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    if not there.is_dir():
+        raise ValueError(f"{text!r}: {there} is no folder; name another")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return folder
+    except OSError as error:
+        raise ValueError(
+            f"{text!r}: nothing can be written in {there}: {error.strerror}; name "
+            "another folder"
+        ) from None
 
 
 def parse_values(text: str) -> str:

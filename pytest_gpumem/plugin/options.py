@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from pytest_gpumem.plugin.option_values import (
     find_card,
     parse_backend,
+    parse_folder,
     parse_points,
     parse_rule,
     parse_rule_text,
@@ -129,6 +130,14 @@ OPTIONS: Final = (
         "how much more than the baseline passes: allocated:5%% or reserved:16MiB; may "
         "be repeated (default: allocated:1%%, and reserved is reported)",
         repeated=True,
+    ),
+    Option(
+        "--gpu-snapshots",
+        "DIR",
+        "",
+        parse_folder,
+        "write a snapshot for PyTorch's memory_viz into this folder for every test "
+        "that fails with an OOM or a broken limit",
     ),
     Option(
         "--gpu-inject-oom",

@@ -186,7 +186,7 @@ class Phases:
         from pytest_gpumem.plugin.limits import LeakCheck, Limits  # noqa: PLC0415  # there are some
 
         if limits:
-            self._limits = Limits(device, limits)
+            self._limits = Limits(device, limits, self._run.witness)
         if allowed is not None:
             held = self._fixtures.held_bytes
             self._leak = LeakCheck(device, item, allowed, held)

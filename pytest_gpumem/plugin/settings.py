@@ -38,6 +38,7 @@ class Settings(NamedTuple):
         baseline: The file of peaks to compare with, or None.
         updates_baseline: Whether it is written instead.
         compare_fail: How much more passes; none for the default.
+        snapshots: The folder for snapshots of failed tests, or None.
         replay: The rule of the one point to run in sweeps, or None.
     """
 
@@ -56,6 +57,7 @@ class Settings(NamedTuple):
     baseline: Path | None = None
     updates_baseline: bool = False
     compare_fail: tuple[Tolerance, ...] = ()
+    snapshots: Path | None = None
 
     @property
     def cards(self) -> tuple[Card, ...]:
@@ -101,6 +103,7 @@ def read_settings(config: pytest.Config, namespace: Any) -> Settings:
         baseline=_baseline_path(values, config, namespace),
         updates_baseline=values["gpu_update_baseline"],
         compare_fail=tuple(values["gpu_compare_fail"]),
+        snapshots=values["gpu_snapshots"],
     )
 
 
