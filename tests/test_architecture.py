@@ -23,8 +23,17 @@ MAY_IMPORT = {
     "checkpoints": GROUND | {"checkpoints"},
     "strategies": GROUND | {"model"},
     "recording": GROUND | {"model", "devices", "recording"},
+    "doctor": GROUND | {"model", "devices", "checkpoints"},
     "cli": GROUND
-    | {"model", "devices", "checkpoints", "recording", "baselines", "reports"},
+    | {
+        "model",
+        "devices",
+        "checkpoints",
+        "recording",
+        "baselines",
+        "reports",
+        "doctor",
+    },
     "plugin": GROUND
     | {
         "model",

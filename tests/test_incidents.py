@@ -309,6 +309,24 @@ def test_memory_viz_opens_a_snapshot(witness: OomWitness, tmp_path: Path) -> Non
     assert witness.incidents
 
 
+def test_a_users_own_observer_may_ask_the_card(witness: OomWitness) -> None:
+    """The documented use: dump a snapshot where memory runs out."""
+    seen: list[Any] = []
+
+    def observe(*told: int) -> None:
+        seen.append((told, torch.cuda.memory_allocated(), len(take_snapshot())))
+
+    torch._C._cuda_attach_out_of_memory_observer(observe)  # type: ignore[attr-defined]  # stubs lack it
+    kept = _take(3)
+    _fail()
+
+    (card, segment, limit, free), allocated, _ = seen[0]
+    assert (0, 100 * MIB, 24 * MIB) == (card, segment, limit)
+    assert torch.cuda.get_device_properties(0).total_memory - 20 * MIB == free
+    assert kept.numel() == allocated
+    assert witness.incidents
+
+
 @pytest.mark.parametrize("test", ["", "/", "../../etc/passwd", "a" * 999, "ä/ü.py::x"])
 def test_a_snapshots_name_is_safe(test: str) -> None:
     """One part of a path, short, ASCII, and each test has its own."""

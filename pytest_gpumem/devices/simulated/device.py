@@ -156,7 +156,7 @@ class SimulatedDevice:
             with card.locked() as allocator:
                 allocator.malloc(nbytes, stream, refuse=True)
         except OutOfMemory as error:
-            self.machine.tell_oom(index, nbytes)
+            self.machine.tell_oom(index, error)
             return error.message
         raise AssertionError("unreachable: a refused request is not served")
 

@@ -258,6 +258,8 @@ class SimulatedMachine:
         self.history: History | None = None
         #: Called with card and bytes once a request has failed and no lock is held.
         self.oom_observers: list[Callable[[int, int], None]] = []
+        #: User code's, as torch calls them: card, segment bytes, limit, free bytes.
+        self.user_oom_observers: list[Callable[[int, int, int, int], object]] = []
         self._local = threading.local()
 
     @property
@@ -307,10 +309,15 @@ class SimulatedMachine:
         for card in self.cards:
             card.renew_lock()
 
-    def tell_oom(self, index: int, nbytes: int) -> None:
-        """Tell the observers of a request that failed."""
+    def tell_oom(self, index: int, error: OutOfMemory) -> None:
+        """Tell the observers of a request that failed; they may ask anything."""
+        card = self.cards[index]
+        total, limit = card.driver.total_bytes, card.allocator.limit_bytes
+        for user in list(self.user_oom_observers):
+            free = card.driver.free_bytes
+            user(index, error.segment_bytes, total if limit is None else limit, free)
         for observe in list(self.oom_observers):
-            observe(index, nbytes)
+            observe(index, error.nbytes)
 
     @property
     def num_requests(self) -> int:

@@ -80,9 +80,9 @@ def _with_torchs_error(card: SimulatedCard, request: Callable[[], _T]) -> _T:
     try:
         return request()
     except OutOfMemory as error:
-        text, nbytes = str(error), error.nbytes
-    card.machine.tell_oom(card.index, nbytes)
-    raise torch.OutOfMemoryError(text)
+        failure = error.with_traceback(None)  # its frames would hold themselves
+    card.machine.tell_oom(card.index, failure)
+    raise torch.OutOfMemoryError(str(failure))
 
 
 def memory_of(storage: torch.UntypedStorage) -> Memory | None:
