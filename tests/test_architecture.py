@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "instruments": GROUND | {"model", "devices", "instruments"},
     "reports": GROUND | {"model", "reports"},
     "baselines": GROUND | {"baselines"},
+    "suggestions": GROUND | {"suggestions"},
     "checkpoints": GROUND | {"checkpoints"},
     "strategies": GROUND | {"model"},
     "recording": GROUND | {"model", "devices", "recording"},
@@ -42,6 +43,7 @@ MAY_IMPORT = {
         "reports",
         "baselines",
         "checkpoints",
+        "suggestions",
         "plugin",
     },
 }

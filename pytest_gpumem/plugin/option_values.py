@@ -84,6 +84,16 @@ def parse_folder(text: str) -> Path:
         ) from None
 
 
+def parse_suggest(text: str) -> str:
+    """Read ``--gpu-suggest``; a test file that follows it is no patch to overwrite."""
+    if text != "print" and Path(text).suffix not in (".patch", ".diff"):
+        raise ValueError(
+            f"{text!r} is no name of a patch; write --gpu-suggest=print, or "
+            "--gpu-suggest=FILE with a FILE that ends in .patch or .diff"
+        )
+    return text
+
+
 def parse_values(text: str) -> str:
     """Read ``--gpu-values``."""
     if text not in VALUES:

@@ -159,8 +159,21 @@ class Phases:
             environment = (marks.ENVIRONMENT_PROPERTY, self._run.environment)
             if environment not in item.user_properties:
                 item.user_properties.append(environment)
+            if self._run.settings.suggest is not None and phase == "call":
+                self._note_limit(item, device)
             for each in _used_cards(figures):
                 item.user_properties.extend(to_properties(phase, each))
+
+    def _note_limit(self, item: pytest.Item, device: Device) -> None:
+        """Put the limit that a test's markers set into its properties."""
+        wishes = self._wishes.get(item)
+        bounds = [
+            limit.size.resolve(device.mem_get_info(limit.device_index or 0)[1])
+            for limit in (() if wishes is None else wishes.limits)
+            if limit.metric == "allocated"
+        ]
+        if bounds:
+            item.user_properties.append((marks.LIMIT_PROPERTY, min(bounds)))
 
     def _used(self, device: Device) -> bool:
         """Tell whether anything was asked of a card since the phase began."""

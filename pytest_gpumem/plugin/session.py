@@ -49,6 +49,8 @@ class Run:
         self._environment: str | None = None
         #: Notes the moments in which memory runs out, once there is a device.
         self.witness: OomWitness | None = None
+        #: A budget to try a test under, on every card; see ``smallest``.
+        self.trial_bytes: int | None = None
         #: Called when the device comes to be in the middle of a test.
         self.on_device: Callable[[], None] = lambda: None
         if self.choice.kind == "simulated":
@@ -173,6 +175,8 @@ class Run:
             budget = self.settings.budget_bytes(index, total)
             if index in wanted:
                 budget = wanted[index].resolve(total)
+            if self.trial_bytes is not None:
+                budget = min(self.trial_bytes, budget or total)
             self.device.set_budget(index, budget)
 
     # -- words --------------------------------------------------------------------------

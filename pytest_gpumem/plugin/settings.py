@@ -39,6 +39,8 @@ class Settings(NamedTuple):
         updates_baseline: Whether it is written instead.
         compare_fail: How much more passes; none for the default.
         snapshots: The folder for snapshots of failed tests, or None.
+        suggest: ``"print"``, the patch to write, or None for no suggestions.
+        find_budget: Whether each test's smallest budget is sought.
         replay: The rule of the one point to run in sweeps, or None.
     """
 
@@ -58,6 +60,8 @@ class Settings(NamedTuple):
     updates_baseline: bool = False
     compare_fail: tuple[Tolerance, ...] = ()
     snapshots: Path | None = None
+    suggest: str | None = None
+    find_budget: bool = False
 
     @property
     def cards(self) -> tuple[Card, ...]:
@@ -104,6 +108,8 @@ def read_settings(config: pytest.Config, namespace: Any) -> Settings:
         updates_baseline=values["gpu_update_baseline"],
         compare_fail=tuple(values["gpu_compare_fail"]),
         snapshots=values["gpu_snapshots"],
+        suggest=values["gpu_suggest"],
+        find_budget=values["gpu_find_budget"],
     )
 
 
