@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from pytest_gpumem.plugin.wider_fixtures import WiderFixtures
 
 
+#: Properties that hold for every attempt at a test.
+_LASTING: Final = ("gpumem.fixture.", marks.SMALLEST_PROPERTY)
+
+
 class Phases:
     """The hooks around the phases of each test.
 
@@ -74,6 +78,7 @@ class Phases:
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None]:
         """Set the test's budget and record the setup."""
         self._item = item
+        _forget_attempt(item)
         wishes = self._wishes.get(item)
         if wishes is not None and item.get_closest_marker("skip") is None:
             self._run.require_device()
@@ -276,3 +281,13 @@ class Phases:
 
 def _used_cards(figures: list[MemoryFigures]) -> list[MemoryFigures]:
     return [each for each in figures if each.peak_reserved_bytes or each.num_ooms]
+
+
+def _forget_attempt(item: pytest.Item) -> None:
+    """Drop what an earlier attempt at a test, that is run again, left behind."""
+    if item.user_properties:
+        item.user_properties[:] = [
+            each
+            for each in item.user_properties
+            if not each[0].startswith("gpumem.") or each[0].startswith(_LASTING)
+        ]
