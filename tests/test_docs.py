@@ -30,7 +30,7 @@ def test_a_generated_page_is_in_step(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [DOCS.parent / "README.md", *DOCS.glob("*.md")], ids=lambda path: path.name
+    "page", [DOCS.parent / "README.md", *DOCS.rglob("*.md")], ids=lambda path: path.name
 )
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
     """Files exist and have the heading that an anchor names."""
