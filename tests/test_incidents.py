@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import torch._dynamo  # an inner run of another file must not import it first
 from torch.cuda import _memory_viz
 
 from pytest_gpumem.devices import nvml

@@ -112,7 +112,10 @@ def _advice(incident: Incident) -> Iterator[str]:
             "fragments took the rest; PYTORCH_ALLOC_CONF=expandable_segments:True may "
             "help"
         )
-    for each in remedies(incident):
+    found = remedies(incident)
+    if found:
+        yield "what would need less at this point; later requests are not counted:"
+    for each in found:
         verdict = "would fit" if each.fits else "would not fit"
         yield (
             f"  {each.name}: {verdict} ({format_size(each.needed_bytes)} of "
