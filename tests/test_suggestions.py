@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import textwrap
 import time
@@ -101,6 +102,17 @@ def test_plain():
     torch.zeros(2**20, device="cuda")'''
 
 
+def _apply(folder: Path) -> None:
+    """Apply the patch in a folder, whatever repository it may be in."""
+    environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.parent)}
+    subprocess.run(
+        ["git", "apply", "it.patch"],  # noqa: S607  # the user's
+        cwd=folder,
+        env=environment,
+        check=True,
+    )
+
+
 def test_a_patch_adds_markers_and_an_import(tmp_path: Path) -> None:
     """Before decorators, at the right depth; once the import; git takes it."""
     (tmp_path / "test_it.py").write_text(SOURCE, encoding="utf-8")
@@ -108,7 +120,7 @@ def test_a_patch_adds_markers_and_an_import(tmp_path: Path) -> None:
     markers = {f"test_it.py::{name}": 'max_vram("9MiB")' for name in names}
     patch = make_patch(tmp_path, markers, time.time() + 1)
     (tmp_path / "it.patch").write_text(patch.text, encoding="utf-8")
-    subprocess.run(["git", "apply", "it.patch"], cwd=tmp_path, check=True)  # noqa: S607  # the user's
+    _apply(tmp_path)
 
     assert {} == patch.left
     marker = '@pytest.mark.max_vram("9MiB")\n'
@@ -183,7 +195,7 @@ def test_a_patch_is_written_and_holds(way: str, pytester: pytest.Pytester) -> No
     first = pytester.runpytest(*options)
     written = (pytester.path / "it.patch").read_text(encoding="utf-8")
     assert before == test_file.read_bytes()
-    subprocess.run(["patch", "-p1", "-i", "it.patch"], check=True)  # noqa: S607  # the user's
+    _apply(pytester.path)
     again = pytester.runpytest(*options)
 
     first.assert_outcomes(passed=5, failed=1)
@@ -211,6 +223,15 @@ def test_a_test_file_is_never_overwritten(pytester: pytest.Pytester) -> None:
     assert pytest.ExitCode.USAGE_ERROR == result.ret
     result.stderr.fnmatch_lines(["*--gpu-suggest: 'test_it.py' is no name of a patch*"])
     assert before == test_file.read_bytes()
+
+
+def test_trials_that_fail_call_no_debugger(pytester: pytest.Pytester) -> None:
+    """The two options together end the run before any test."""
+    pytester.makepyfile("def test_it(): raise AssertionError('ran')")
+    result = pytester.runpytest(*LIGHT, "--gpu-find-budget", "--pdb")
+
+    assert pytest.ExitCode.USAGE_ERROR == result.ret
+    result.stderr.fnmatch_lines(["*makes tests fail on purpose; run it without --pdb*"])
 
 
 SMALLEST = """

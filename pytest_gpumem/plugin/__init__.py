@@ -74,6 +74,10 @@ def _suggest(run: Run, config: pytest.Config) -> None:
         plugin = Suggestions(run.settings, config)
         config.pluginmanager.register(plugin, "gpumem-suggestions")
     if run.settings.find_budget:
+        if config.getoption("usepdb", default=False):
+            raise pytest.UsageError(
+                "--gpu-find-budget makes tests fail on purpose; run it without --pdb"
+            )
         from pytest_gpumem.plugin.smallest import SmallestBudgets  # noqa: PLC0415  # likewise
 
         config.pluginmanager.register(SmallestBudgets(run), "gpumem-smallest")
