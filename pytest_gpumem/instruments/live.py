@@ -58,23 +58,18 @@ def survey(device: Device, index: int, frame: FrameType | None) -> Survey:
         index: The card.
         frame: The innermost frame of the code that asked for memory.
     """
-    objects = gc.get_objects()
+    found = _Found()
     names = _Names(device, index)
-    tensors = {
-        address(each): each
-        for each in objects
-        if issubclass(type(each), torch.Tensor) and names.has(each)
-    }
+    tensors = {address(each): each for each in found.tensors if names.has(each)}
     on_stack = names.of_frames(frame)
     models = [
         size
-        for root in _roots(objects)
+        for root in _roots(found.modules)
         if (size := names.of_model(root, is_wanted=id(root) in on_stack)) is not None
     ]
-    for each in objects:
-        if issubclass(type(each), torch.optim.Optimizer):
-            names.of_optimizer(each)
-    del objects
+    for each in found.optimizers:
+        names.of_optimizer(each)
+    del found
     ranked = sorted(
         tensors.items(), key=lambda pair: -pair[1].untyped_storage().nbytes()
     )
@@ -88,6 +83,30 @@ def survey(device: Device, index: int, frame: FrameType | None) -> Survey:
         tuple(models),
         sum(nbytes(tensors[each]) for each in names.kept if each in tensors),
     )
+
+
+class _Found:
+    """The objects that matter among all that the collector knows, by one walk."""
+
+    def __init__(self) -> None:
+        self.tensors: list[torch.Tensor] = []
+        self.modules: list[torch.nn.Module] = []
+        self.optimizers: list[torch.optim.Optimizer] = []
+        lists: tuple[tuple[type, list[Any]], ...] = (
+            (torch.Tensor, self.tensors),
+            (torch.nn.Module, self.modules),
+            (torch.optim.Optimizer, self.optimizers),
+        )
+        # There are a hundred thousand objects and a few thousand types.
+        homes: dict[type, list[Any] | None] = {}
+        for each in gc.get_objects():
+            kind = type(each)
+            if kind not in homes:
+                fitting = (home for base, home in lists if issubclass(kind, base))
+                homes[kind] = next(fitting, None)
+            home = homes[kind]
+            if home is not None:
+                home.append(each)
 
 
 class _Names:
@@ -240,9 +259,8 @@ def _locals(frame: FrameType) -> dict[str, Any]:
     return variables
 
 
-def _roots(objects: list[Any]) -> list[torch.nn.Module]:
+def _roots(modules: list[torch.nn.Module]) -> list[torch.nn.Module]:
     """Return the modules that are no part of another."""
-    modules = [each for each in objects if issubclass(type(each), torch.nn.Module)]
     inner = {
         id(part)
         for each in modules

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices import Device
 
 #: Moments of one test that are looked at closely; of later ones only figures are kept.
-CLOSELY: Final = 16
+CLOSELY: Final = 8
 _refused = threading.local()
 _witnesses: Final[list[OomWitness]] = []
 
