@@ -6,7 +6,6 @@ imported once there is something to parse: most runs give no option.
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any, Final
 
@@ -70,6 +69,8 @@ def parse_points(text: str) -> str | int:
 
 def parse_folder(text: str) -> Path:
     """Read ``--gpu-snapshots``: a folder, or where one can be made."""
+    import tempfile  # noqa: PLC0415  # see above
+
     folder = Path(text).absolute()
     there = next(each for each in (folder, *folder.parents) if each.exists())
     if not there.is_dir():
