@@ -20,11 +20,21 @@ MAY_IMPORT = {
     "instruments": GROUND | {"model", "devices", "instruments"},
     "reports": GROUND | {"model", "reports"},
     "baselines": GROUND | {"baselines"},
+    "suggestions": GROUND | {"suggestions"},
     "checkpoints": GROUND | {"checkpoints"},
     "strategies": GROUND | {"model"},
     "recording": GROUND | {"model", "devices", "recording"},
+    "doctor": GROUND | {"model", "devices", "checkpoints"},
     "cli": GROUND
-    | {"model", "devices", "checkpoints", "recording", "baselines", "reports"},
+    | {
+        "model",
+        "devices",
+        "checkpoints",
+        "recording",
+        "baselines",
+        "reports",
+        "doctor",
+    },
     "plugin": GROUND
     | {
         "model",
@@ -33,6 +43,7 @@ MAY_IMPORT = {
         "reports",
         "baselines",
         "checkpoints",
+        "suggestions",
         "plugin",
     },
 }

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from contextlib import ExitStack
 
     from pytest_gpumem.devices import Device
+    from pytest_gpumem.instruments.witness import OomWitness
     from pytest_gpumem.model.records import MemoryFigures
 
 
@@ -32,10 +33,17 @@ class Limits:
     Args:
         device: The cards.
         limits: The limits; one that names no card holds for each.
+        witness: Told of the moment in which one is broken.
     """
 
-    def __init__(self, device: Device, limits: Iterable[marks.Limit]) -> None:
+    def __init__(
+        self,
+        device: Device,
+        limits: Iterable[marks.Limit],
+        witness: OomWitness | None = None,
+    ) -> None:
         self._device = device
+        self._witness = witness
         self._bounds = [
             _Bound(limit, index, limit.size.resolve(device.mem_get_info(index)[1]))
             for limit in limits
@@ -60,6 +68,7 @@ class Limits:
                     metric=bound.limit.metric,
                     device_index=bound.device_index,
                     device=self._device,
+                    witness=self._witness,
                 )
             )
 

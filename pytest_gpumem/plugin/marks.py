@@ -27,6 +27,12 @@ OVER_PROPERTY: Final = "gpumem.over_limit"
 #: A test's property that holds the table of a fallback's check.
 FALLBACK_PROPERTY: Final = "gpumem.fallback"
 
+#: A test's property: the smallest limit on allocated bytes that its markers set.
+LIMIT_PROPERTY: Final = "gpumem.max_vram"
+
+#: A test's property: the smallest budget under which it passes.
+SMALLEST_PROPERTY: Final = "gpumem.smallest_budget"
+
 METRICS: Final = ("allocated", "reserved", "process")
 
 PHASES: Final = ("call", "test")

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from pytest_gpumem.plugin.wider_fixtures import WiderFixtures
 
 
+#: Properties that hold for every attempt at a test.
+_LASTING: Final = ("gpumem.fixture.", marks.SMALLEST_PROPERTY)
+
+
 class Phases:
     """The hooks around the phases of each test.
 
@@ -74,6 +78,7 @@ class Phases:
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None]:
         """Set the test's budget and record the setup."""
         self._item = item
+        _forget_attempt(item)
         wishes = self._wishes.get(item)
         if wishes is not None and item.get_closest_marker("skip") is None:
             self._run.require_device()
@@ -159,8 +164,21 @@ class Phases:
             environment = (marks.ENVIRONMENT_PROPERTY, self._run.environment())
             if environment not in item.user_properties:
                 item.user_properties.append(environment)
+            if self._run.settings.suggest is not None and phase == "call":
+                self._note_limit(item, device)
             for each in _used_cards(figures):
                 item.user_properties.extend(to_properties(phase, each))
+
+    def _note_limit(self, item: pytest.Item, device: Device) -> None:
+        """Put the limit that a test's markers set into its properties."""
+        wishes = self._wishes.get(item)
+        bounds = [
+            limit.size.resolve(device.mem_get_info(limit.device_index or 0)[1])
+            for limit in (() if wishes is None else wishes.limits)
+            if limit.metric == "allocated"
+        ]
+        if bounds:
+            item.user_properties.append((marks.LIMIT_PROPERTY, min(bounds)))
 
     def _used(self, device: Device) -> bool:
         """Tell whether anything was asked of a card since the phase began."""
@@ -186,7 +204,7 @@ class Phases:
         from pytest_gpumem.plugin.limits import LeakCheck, Limits  # noqa: PLC0415  # there are some
 
         if limits:
-            self._limits = Limits(device, limits)
+            self._limits = Limits(device, limits, self._run.witness)
         if allowed is not None:
             held = self._fixtures.held_bytes
             self._leak = LeakCheck(device, item, allowed, held)
@@ -263,3 +281,13 @@ class Phases:
 
 def _used_cards(figures: list[MemoryFigures]) -> list[MemoryFigures]:
     return [each for each in figures if each.peak_reserved_bytes or each.num_ooms]
+
+
+def _forget_attempt(item: pytest.Item) -> None:
+    """Drop what an earlier attempt at a test, that is run again, left behind."""
+    if item.user_properties:
+        item.user_properties[:] = [
+            each
+            for each in item.user_properties
+            if not each[0].startswith("gpumem.") or each[0].startswith(_LASTING)
+        ]

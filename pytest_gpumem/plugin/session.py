@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pytest_gpumem.devices import Device
+    from pytest_gpumem.instruments.witness import OomWitness
     from pytest_gpumem.plugin import marks
     from pytest_gpumem.plugin.gate import Gate
 
@@ -46,6 +47,10 @@ class Run:
         #: The baseline to hold tests to, or None.
         self.gate: Gate | None = None
         self._environment: str | None = None
+        #: Notes the moments in which memory runs out, once there is a device.
+        self.witness: OomWitness | None = None
+        #: A budget to try a test under, on every card; see ``smallest``.
+        self.trial_bytes: int | None = None
         #: Called when the device comes to be in the middle of a test.
         self.on_device: Callable[[], None] = lambda: None
         if self.choice.kind == "simulated":
@@ -140,6 +145,9 @@ class Run:
         """Put everything back."""
         self._hook.stop()
         self._nvml.stop()
+        if self.witness is not None:
+            self.witness.__exit__()
+            self.witness = None
         if self.device is not None:
             for index in range(self.device.device_count):
                 self.device.set_budget(index, None)
@@ -169,6 +177,8 @@ class Run:
             budget = self.settings.budget_bytes(index, total)
             if index in wanted:
                 budget = wanted[index].resolve(total)
+            if self.trial_bytes is not None:
+                budget = min(self.trial_bytes, budget or total)
             self.device.set_budget(index, budget)
 
     # -- words --------------------------------------------------------------------------

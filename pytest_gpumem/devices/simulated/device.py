@@ -119,6 +119,11 @@ class SimulatedDevice:
         nbytes: int = memory.block.size
         return nbytes
 
+    def holds(self, storage: Any, index: int) -> bool:
+        """Tell whether a storage is on a card of this machine, and of no other."""
+        memory = getattr(storage, "_gpumem", None)
+        return memory is not None and memory.card is self.machine.cards[index]
+
     def open_tracker(self, index: int) -> SimulatedTracker:
         """Start tracking a card's peaks."""
         return SimulatedTracker(self.machine.cards[index])
@@ -134,6 +139,15 @@ class SimulatedDevice:
             for card in self.machine.cards:
                 card.faults.remove(refuses)
 
+    @contextmanager
+    def observing_ooms(self, observe: Callable[[int, int], None]) -> Iterator[None]:
+        """Call ``observe`` after each request that failed."""
+        self.machine.oom_observers.append(observe)
+        try:
+            yield
+        finally:
+            self.machine.oom_observers.remove(observe)
+
     def fail_allocation(self, index: int, nbytes: int) -> str:
         """Fail a request as the allocator does; return its words."""
         card = self.machine.cards[index]
@@ -142,11 +156,14 @@ class SimulatedDevice:
             with card.locked() as allocator:
                 allocator.malloc(nbytes, stream, refuse=True)
         except OutOfMemory as error:
+            self.machine.tell_oom(index, error)
             return error.message
         raise AssertionError("unreachable: a refused request is not served")
 
     @contextmanager
-    def watching(self, watch: Callable[[int, int, int], None]) -> Iterator[bool]:
+    def watching(
+        self, watch: Callable[[int, int, int], Callable[[int], None] | None]
+    ) -> Iterator[bool]:
         """Call ``watch`` after each allocation; always possible here."""
         for card in self.machine.cards:
             card.watchers.append(watch)

@@ -62,7 +62,7 @@ def allocate(card: SimulatedCard, nbytes: int) -> Block:
     """
     __tracebackhide__ = True
     stream = card.machine.current_stream(card.index)
-    return _with_torchs_error(lambda: card.allocate(nbytes, stream))
+    return _with_torchs_error(card, lambda: card.allocate(nbytes, stream))
 
 
 def hold_workspace(card: SimulatedCard, handle: object) -> None:
@@ -74,17 +74,18 @@ def hold_workspace(card: SimulatedCard, handle: object) -> None:
     __tracebackhide__ = True
     stream = card.machine.current_stream(card.index)
     if (handle, stream) not in card.workspaces:
-        _with_torchs_error(lambda: card.hold_workspace(handle, stream))
+        _with_torchs_error(card, lambda: card.hold_workspace(handle, stream))
 
 
-def _with_torchs_error(request: Callable[[], _T]) -> _T:
+def _with_torchs_error(card: SimulatedCard, request: Callable[[], _T]) -> _T:
     """Make a request of a card; its error becomes torch's, without cause or context."""
     __tracebackhide__ = True
     try:
         return request()
     except OutOfMemory as error:
-        text = str(error)
-    raise torch.OutOfMemoryError(text)
+        failure = error.with_traceback(None)  # its frames would hold themselves
+    card.machine.tell_oom(card.index, failure)
+    raise torch.OutOfMemoryError(str(failure))
 
 
 def memory_of(storage: torch.UntypedStorage) -> Memory | None:

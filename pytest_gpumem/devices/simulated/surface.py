@@ -136,8 +136,7 @@ def _set_stream(*, stream_id: int, device_index: int, device_type: int) -> None:
 
 
 def _observe_ooms(observer: Any) -> None:
-    for card in current_machine().cards:
-        card.allocator.on_oom.append(observer)
+    current_machine().user_oom_observers.append(observer)
 
 
 def _record_history(  # noqa: PLR0917  # torch's own signature
