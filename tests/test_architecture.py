@@ -12,13 +12,22 @@ import pytest
 import pytest_gpumem
 
 ROOT = Path(pytest_gpumem.__file__).parent
-GROUND = {"errors", "files", "sizes", "cards", "cards_table", "_version"}
+GROUND = {
+    "errors",
+    "files",
+    "inheritance",
+    "sizes",
+    "cards",
+    "cards_table",
+    "_version",
+}
 MAY_IMPORT = {
     "ground": GROUND,
     "model": GROUND | {"model"},
     "devices": GROUND | {"model", "devices"},
     "instruments": GROUND | {"model", "devices", "instruments"},
     "reports": GROUND | {"model", "reports"},
+    "children": GROUND | {"model", "devices", "instruments", "children"},
     "baselines": GROUND | {"baselines"},
     "checkpoints": GROUND | {"checkpoints"},
     "strategies": GROUND | {"model"},
@@ -33,6 +42,7 @@ MAY_IMPORT = {
         "reports",
         "baselines",
         "checkpoints",
+        "children",
         "plugin",
     },
 }

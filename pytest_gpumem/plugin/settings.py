@@ -39,6 +39,7 @@ class Settings(NamedTuple):
         updates_baseline: Whether it is written instead.
         compare_fail: How much more passes; none for the default.
         replay: The rule of the one point to run in sweeps, or None.
+        reaches_children: Whether child processes take the settings over.
     """
 
     backend: str
@@ -56,6 +57,7 @@ class Settings(NamedTuple):
     baseline: Path | None = None
     updates_baseline: bool = False
     compare_fail: tuple[Tolerance, ...] = ()
+    reaches_children: bool = True
 
     @property
     def cards(self) -> tuple[Card, ...]:
@@ -101,6 +103,7 @@ def read_settings(config: pytest.Config, namespace: Any) -> Settings:
         baseline=_baseline_path(values, config, namespace),
         updates_baseline=values["gpu_update_baseline"],
         compare_fail=tuple(values["gpu_compare_fail"]),
+        reaches_children=not values["gpu_no_children"],
     )
 
 
