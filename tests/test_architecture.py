@@ -12,13 +12,22 @@ import pytest
 import pytest_gpumem
 
 ROOT = Path(pytest_gpumem.__file__).parent
-GROUND = {"errors", "files", "sizes", "cards", "cards_table", "_version"}
+GROUND = {
+    "errors",
+    "files",
+    "inheritance",
+    "sizes",
+    "cards",
+    "cards_table",
+    "_version",
+}
 MAY_IMPORT = {
     "ground": GROUND,
     "model": GROUND | {"model"},
     "devices": GROUND | {"model", "devices"},
     "instruments": GROUND | {"model", "devices", "instruments"},
     "reports": GROUND | {"model", "reports"},
+    "children": GROUND | {"model", "devices", "instruments", "children"},
     "baselines": GROUND | {"baselines"},
     "suggestions": GROUND | {"suggestions"},
     "checkpoints": GROUND | {"checkpoints"},
@@ -44,6 +53,7 @@ MAY_IMPORT = {
         "baselines",
         "checkpoints",
         "suggestions",
+        "children",
         "plugin",
     },
 }

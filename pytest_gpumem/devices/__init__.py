@@ -21,6 +21,9 @@ class Tracker(Protocol):
     def read(self) -> MemoryFigures:
         """Return the figures up to now; may be called again."""
 
+    def peek(self) -> MemoryFigures:
+        """Do so while an allocation is being served, in what watches it."""
+
     def close(self) -> MemoryFigures:
         """Return the final figures and stop tracking."""
 

@@ -73,6 +73,10 @@ class CudaTracker:
             ),
         )
 
+    def peek(self) -> MemoryFigures:
+        """Return the figures up to now."""
+        return self.read()
+
     def close(self) -> MemoryFigures:
         """Return the final figures and stop tracking."""
         figures = self.read()

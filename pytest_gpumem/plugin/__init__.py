@@ -57,6 +57,7 @@ def pytest_configure(config: pytest.Config) -> None:
     collection = Collection(run, config.pluginmanager)
     config.pluginmanager.register(run, PLUGIN_NAME)
     config.pluginmanager.register(collection, "gpumem-collection")
+    config.pluginmanager.register(run.children, "gpumem-children")
     if run.settings.baseline is not None:
         _gate(run, config)
     if run.settings.suggest is not None or run.settings.find_budget:

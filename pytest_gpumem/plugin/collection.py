@@ -51,7 +51,8 @@ class Collection:
             reason = self._why_not(wishes)
             if reason is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
-        if self.wishes or self._run.settings.rules or self._run.device is not None:
+        run = self._run
+        if self.wishes or run.settings.rules or run.device is not None or run.gate:
             self._register()
 
     @pytest.hookimpl(tryfirst=True)

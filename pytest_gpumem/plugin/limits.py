@@ -77,16 +77,15 @@ class Limits:
         texts = [
             self._explain(bound, phase, figures[bound.device_index])
             for bound in self._of(phase)
-            if figures[bound.device_index].peak(bound.limit.metric) > bound.nbytes
+            if bound.device_index in figures
+            and figures[bound.device_index].peak(bound.limit.metric) > bound.nbytes
         ]
         return "\n".join(texts) or None
 
     def _of(self, phase: str) -> list[_Bound]:
-        return [
-            bound
-            for bound in self._bounds
-            if bound.limit.phase == "test" or phase == "call"
-        ]
+        own = {"call": ("call", "test"), "children": ("children",)}
+        of = own.get(phase, ("test",))
+        return [bound for bound in self._bounds if bound.limit.phase in of]
 
     def _explain(self, bound: _Bound, phase: str, figures: MemoryFigures) -> str:
         peak = figures.peak(bound.limit.metric)

@@ -204,6 +204,15 @@ OPTIONS: Final = (
         "the line",
     ),
     Option(
+        "--gpu-no-children",
+        "",
+        "",
+        bool,
+        "leave child processes alone: without it they have the run's device, budgets "
+        "and rules, and their peaks come back to the test that started them",
+        is_flag=True,
+    ),
+    Option(
         "--gpu-checkpoint",
         "NAME_OR_DIR",
         "bert-large",

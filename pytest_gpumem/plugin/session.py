@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
+from pytest_gpumem.devices.environment import environment_of
 from pytest_gpumem.devices.nvml import NvmlHook
 from pytest_gpumem.devices.on_import import AfterImport
 from pytest_gpumem.devices.selection import Choice, choose
 from pytest_gpumem.errors import AllocatorSettingError, DeviceUnavailableError
+from pytest_gpumem.plugin.children import Children
 from pytest_gpumem.plugin.options import DEFAULT_CARD
 from pytest_gpumem.plugin.settings import Settings, check_budgets
 
@@ -36,6 +39,7 @@ class Run:
 
     def __init__(self, settings: Settings) -> None:
         self.settings: Final = settings
+        _withdraw()
         try:
             self.choice: Choice = choose(settings.backend)
         except DeviceUnavailableError as error:
@@ -51,6 +55,7 @@ class Run:
         self.witness: OomWitness | None = None
         #: A budget to try a test under, on every card; see ``smallest``.
         self.trial_bytes: int | None = None
+        self.children: Final = Children(settings)
         #: Called when the device comes to be in the middle of a test.
         self.on_device: Callable[[], None] = lambda: None
         if self.choice.kind == "simulated":
@@ -72,6 +77,7 @@ class Run:
 
     def start(self) -> None:
         """Have the device ready by the time anybody can use torch."""
+        self.children.start(self.choice.kind)
         if self.choice.kind == "cuda" and self.settings.budgets:
             # A real card's total is known to torch alone; ask before the first test.
             self._hook.start()
@@ -91,6 +97,7 @@ class Run:
                     "--gpu-backend=auto or simulated"
                 )
             self.choice = Choice("simulated", "torch cannot use the card")
+            self.children.start("simulated")
         if self.choice.kind == "simulated":
             self._install()
         else:
@@ -99,6 +106,7 @@ class Run:
             self.device = active_device()
             check_budgets(self.settings, dict(enumerate(self.totals() or ())))
         self.apply_budgets(())
+        self.children.device_came(self.require_device())
         self.on_device()
 
     def environment(self) -> str:
@@ -148,6 +156,7 @@ class Run:
         if self.witness is not None:
             self.witness.__exit__()
             self.witness = None
+        self.children.stop()
         if self.device is not None:
             for index in range(self.device.device_count):
                 self.device.set_budget(index, None)
@@ -169,6 +178,7 @@ class Run:
         Args:
             own: The test's budgets, the nearest first.
         """
+        self.children.pass_on(own)
         if self.device is None:
             return
         wanted = {budget.device_index: budget.size for budget in reversed(own)}
@@ -209,6 +219,13 @@ class Run:
         return ", ".join(parts)
 
 
+def _withdraw() -> None:
+    """Be no child of another run any more, if this process is one."""
+    child = sys.modules.get("pytest_gpumem.children.child")
+    if child is not None:
+        child.withdraw()
+
+
 def _check_environment() -> None:
     """Refuse allocator settings that the simulated device cannot honour.
 
@@ -223,18 +240,6 @@ def _check_environment() -> None:
         config_from_environment()
     except AllocatorSettingError as error:
         raise pytest.UsageError(str(error)) from None
-
-
-def environment_of(device: Device) -> str:
-    """Return what figures of a device are kept under: card, backend, torch.
-
-    Patch releases and local versions of torch share their figures.
-    """
-    import torch  # noqa: PLC0415  # there is a device
-
-    names = list(dict.fromkeys(device.name(i) for i in range(device.device_count)))
-    version = ".".join(torch.__version__.split("+")[0].split(".")[:2])
-    return f"{' + '.join(names)}, {device.kind}, torch {version}"
 
 
 def describe_cards(settings: Settings) -> str:

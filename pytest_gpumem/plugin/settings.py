@@ -42,6 +42,7 @@ class Settings(NamedTuple):
         suggest: ``"print"``, the patch to write, or None for no suggestions.
         find_budget: Whether each test's smallest budget is sought.
         replay: The rule of the one point to run in sweeps, or None.
+        reaches_children: Whether child processes take the settings over.
     """
 
     backend: str
@@ -62,6 +63,7 @@ class Settings(NamedTuple):
     snapshots: Path | None = None
     suggest: str | None = None
     find_budget: bool = False
+    reaches_children: bool = True
 
     @property
     def cards(self) -> tuple[Card, ...]:
@@ -110,6 +112,7 @@ def read_settings(config: pytest.Config, namespace: Any) -> Settings:
         snapshots=values["gpu_snapshots"],
         suggest=values["gpu_suggest"],
         find_budget=values["gpu_find_budget"],
+        reaches_children=not values["gpu_no_children"],
     )
 
 

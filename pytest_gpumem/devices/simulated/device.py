@@ -41,20 +41,25 @@ class SimulatedTracker:
 
     def read(self) -> MemoryFigures:
         """Return the figures up to now."""
-        with self._card.locked() as allocator:
-            return MemoryFigures(
-                device_index=self._card.index,
-                peak_allocated_bytes=self._allocated,
-                peak_reserved_bytes=self._reserved,
-                peak_requested_bytes=self._requested,
-                peak_active_bytes=self._active,
-                start_allocated_bytes=self._start_allocated,
-                end_allocated_bytes=allocator.allocated_bytes,
-                end_reserved_bytes=allocator.reserved_bytes,
-                num_ooms=allocator.num_ooms - self._start_ooms,
-                num_alloc_retries=allocator.num_alloc_retries - self._start_retries,
-                context_bytes=self._card.card.context_bytes,
-            )
+        with self._card.locked():
+            return self.peek()
+
+    def peek(self) -> MemoryFigures:
+        """Return the figures up to now, to a caller that holds the card's lock."""
+        allocator = self._allocator
+        return MemoryFigures(
+            device_index=self._card.index,
+            peak_allocated_bytes=self._allocated,
+            peak_reserved_bytes=self._reserved,
+            peak_requested_bytes=self._requested,
+            peak_active_bytes=self._active,
+            start_allocated_bytes=self._start_allocated,
+            end_allocated_bytes=allocator.allocated_bytes,
+            end_reserved_bytes=allocator.reserved_bytes,
+            num_ooms=allocator.num_ooms - self._start_ooms,
+            num_alloc_retries=allocator.num_alloc_retries - self._start_retries,
+            context_bytes=self._card.card.context_bytes,
+        )
 
     def close(self) -> MemoryFigures:
         """Return the final figures and stop tracking."""
