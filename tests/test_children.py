@@ -188,8 +188,9 @@ ASK = "import torch; print(torch.cuda.get_device_name(0))"
 def test_the_installed_file_and_the_folder_on_the_path_both_work(
     tmp_path: Path,
 ) -> None:
-    """Either reaches a process, also an isolated one; the environment's own
-    sitecustomize has its turn; without the variable there is nothing.
+    """Either reaches a process; without the variable there is nothing.
+
+    The environment's own sitecustomize has its turn.
     """
     line = (ROOT / "children" / "pytest_gpumem_child.pth").read_text("utf-8")
     own = tmp_path / "own"
