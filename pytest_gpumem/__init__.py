@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.instruments.injector import OomInjector
     from pytest_gpumem.instruments.recorder import PeakRecorder
     from pytest_gpumem.instruments.sweep import sweep_ooms
+    from pytest_gpumem.instruments.tenants import competing_process
     from pytest_gpumem.instruments.verdict import LoadVerdict, judge_load
     from pytest_gpumem.model.records import MemoryFigures
     from pytest_gpumem.model.rule_parser import parse_rule
@@ -46,6 +47,7 @@ _HOMES: Final = {
     "__version__": "_version",
     "active_device": "devices.active",
     "check_fallback": "instruments.fallback",
+    "competing_process": "instruments.tenants",
     "find_card": "cards",
     "format_size": "sizes",
     "judge_load": "instruments.verdict",
@@ -74,6 +76,7 @@ __all__ = [
     "__version__",
     "active_device",
     "check_fallback",
+    "competing_process",
     "find_card",
     "format_size",
     "judge_load",

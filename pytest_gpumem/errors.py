@@ -57,6 +57,10 @@ class BudgetError(GpuMemError, ValueError):
         self.value = value
 
 
+class TenantError(GpuMemError, RuntimeError):
+    """A competing process cannot hold what it is to hold."""
+
+
 class AllocatorSettingError(GpuMemError, ValueError):
     """The environment's settings of the caching allocator cannot be honoured."""
 

@@ -13,6 +13,7 @@ from pytest_gpumem.plugin import marks
 from pytest_gpumem.plugin.collection import Collection
 from pytest_gpumem.plugin.fixtures import (
     bert_large,
+    competing_process,
     fallback,
     make_checkpoint,
     oom_injector,
@@ -98,6 +99,7 @@ def _gate(run: Run, config: pytest.Config) -> None:
 __all__ = [
     "PLUGIN_NAME",
     "bert_large",
+    "competing_process",
     "fallback",
     "make_checkpoint",
     "oom_injector",

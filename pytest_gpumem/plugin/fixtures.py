@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.instruments.fallback import FallbackReport
     from pytest_gpumem.instruments.injector import OomInjector
     from pytest_gpumem.instruments.recorder import PeakRecorder
+    from pytest_gpumem.instruments.tenants import Tenant
     from pytest_gpumem.model.sweeps import SweepReport
 
 
@@ -32,6 +33,17 @@ def vram_budget(
     from pytest_gpumem.instruments.budget import vram_budget as budget  # noqa: PLC0415
 
     return budget
+
+
+@pytest.fixture(name="competing_process")
+def competing_process(
+    request: pytest.FixtureRequest,
+) -> Callable[..., AbstractContextManager[Tenant]]:
+    """Let another process hold memory of a card, in a with statement."""
+    _session(request.config).require_device()
+    from pytest_gpumem.instruments.tenants import competing_process as compete  # noqa: PLC0415
+
+    return compete
 
 
 @pytest.fixture(name="vram_recorder")
