@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import platformdirs
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -23,6 +24,11 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# Inner runs of pytest have a home of their own; checkpoints are built once for all.
+os.environ.setdefault(
+    "PYTEST_GPUMEM_CACHE",
+    str(platformdirs.user_cache_path("pytest-gpumem") / "checkpoints"),
+)
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """pytest-gpumem: VRAM budgets, peak limits and OOM injection for tests.
 
 Everything is imported on first use: importing this package imports neither torch nor
-pytest.
+pytest. PYTEST_DONT_REWRITE: a worker of pytest-xdist has imported it before pytest.
 """
 
 from __future__ import annotations

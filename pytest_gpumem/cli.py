@@ -103,7 +103,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     replay.add_argument("trace", type=Path, help="the trace, a JSON file")
     replay.set_defaults(run=_replay)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what this machine has and what the plugin would do on it",
+        description="Exit with 1 if tests could not run here, else with 0.",
+    )
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from pytest_gpumem import doctor  # noqa: PLC0415  # only this command needs it
+
+    return doctor.run(as_json=options.json)
 
 
 def _checkpoint(options: argparse.Namespace) -> int:

@@ -31,6 +31,10 @@ CONFS = (
     "max_split_size_mb:20",
     "expandable_segments:True,max_split_size_mb:20,garbage_collection_threshold:0.5",
     "roundup_power2_divisions:4,garbage_collection_threshold:0.5",
+    "roundup_power2_divisions:[1:8,4:2,>:1]",
+    "large_segment_size_mb:24,max_split_size_mb:24,max_non_split_rounding_mb:22",
+    "per_process_memory_fraction:0.75,expandable_segments:True",
+    "per_process_memory_fraction:0.5,garbage_collection_threshold:0.8",
 )
 
 

@@ -12,19 +12,38 @@ import pytest
 import pytest_gpumem
 
 ROOT = Path(pytest_gpumem.__file__).parent
-GROUND = {"errors", "files", "sizes", "cards", "cards_table", "_version"}
+GROUND = {
+    "errors",
+    "files",
+    "inheritance",
+    "sizes",
+    "cards",
+    "cards_table",
+    "_version",
+}
 MAY_IMPORT = {
     "ground": GROUND,
     "model": GROUND | {"model"},
     "devices": GROUND | {"model", "devices"},
     "instruments": GROUND | {"model", "devices", "instruments"},
     "reports": GROUND | {"model", "reports"},
+    "children": GROUND | {"model", "devices", "instruments", "children"},
     "baselines": GROUND | {"baselines"},
+    "suggestions": GROUND | {"suggestions"},
     "checkpoints": GROUND | {"checkpoints"},
     "strategies": GROUND | {"model"},
     "recording": GROUND | {"model", "devices", "recording"},
+    "doctor": GROUND | {"model", "devices", "checkpoints"},
     "cli": GROUND
-    | {"model", "devices", "checkpoints", "recording", "baselines", "reports"},
+    | {
+        "model",
+        "devices",
+        "checkpoints",
+        "recording",
+        "baselines",
+        "reports",
+        "doctor",
+    },
     "plugin": GROUND
     | {
         "model",
@@ -33,6 +52,8 @@ MAY_IMPORT = {
         "reports",
         "baselines",
         "checkpoints",
+        "suggestions",
+        "children",
         "plugin",
     },
 }

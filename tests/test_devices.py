@@ -62,6 +62,28 @@ def test_it_keeps_the_protocol(device: Device) -> None:
     assert device.name(0) == torch.cuda.get_device_name(0)
 
 
+def test_failed_requests_are_observed(device: Device) -> None:
+    """With card and bytes, in the thread that asks; not after the block."""
+    seen: list[tuple[int, int, int]] = []
+
+    def observe(index: int, nbytes: int) -> None:
+        allocated = device.memory_stats(0)["allocated_bytes.all.current"]
+        seen.append((index, nbytes, allocated))
+
+    kept = _mib(30)
+    before = torch.cuda.memory_allocated()
+    with device.observing_ooms(observe):
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.zeros(2**50, dtype=torch.uint8, device="cuda")
+        _ = _mib(1)
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.zeros(2**50, dtype=torch.uint8, device="cuda")
+
+    assert [(0, 2**50, before)] == seen
+    assert device.holds(kept.untyped_storage(), 0)
+    assert not device.holds(torch.zeros(1).untyped_storage(), 0)
+
+
 def test_a_tracker_sees_the_peak_and_the_end(device: Device) -> None:
     """Peak, start and end are the block's own; torch's reset does not hide a peak."""
     kept = _mib(30)

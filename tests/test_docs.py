@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch  # an inner run would import it anew, which torch does not survive
+from transformers import BertForSequenceClassification  # noqa: F401  # likewise
 
 pytest_plugins = ["pytester"]
 
@@ -30,7 +31,7 @@ def test_a_generated_page_is_in_step(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [DOCS.parent / "README.md", *DOCS.glob("*.md")], ids=lambda path: path.name
+    "page", [DOCS.parent / "README.md", *DOCS.rglob("*.md")], ids=lambda path: path.name
 )
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
     """Files exist and have the heading that an anchor names."""
@@ -76,3 +77,30 @@ def test_the_bug_is_found_and_the_fix_is_one(pytester: pytest.Pytester) -> None:
     )
     after.assert_outcomes(passed=1)
     after.stdout.fnmatch_lines(["*at 1 site, 16 points: 16 recovered (*"])
+
+
+def test_a_failed_test_says_what_the_page_shows(pytester: pytest.Pytester) -> None:
+    """Every line of the example's section is in the run's output."""
+    (code,) = blocks("failures.md")
+    text = (DOCS / "failures.md").read_text(encoding="utf-8")
+    shown = text.partition("```text\n")[2].partition("```")[0].splitlines()
+    pytester.makepyfile(test_it=code)
+    result = pytester.runpytest(
+        *LIGHT, "--gpu-budget=150MiB", "--gpu-snapshots=snapshots"
+    )
+
+    result.assert_outcomes(failed=1)
+    lines = [line.replace("…", "*") for line in shown if line != "…"]
+    result.stdout.fnmatch_lines(lines)
+
+
+def test_suggestions_are_what_the_page_shows(pytester: pytest.Pytester) -> None:
+    """Line by line."""
+    (code,) = blocks("suggestions.md")
+    text = (DOCS / "suggestions.md").read_text(encoding="utf-8")
+    shown = text.partition("```text\n")[2].partition("```")[0].splitlines()
+    pytester.makepyfile(test_it=code)
+    result = pytester.runpytest(*LIGHT, "--gpu-suggest")
+
+    result.assert_outcomes(passed=2)
+    result.stdout.fnmatch_lines(shown)

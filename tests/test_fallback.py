@@ -211,6 +211,26 @@ def test_an_error_that_is_no_oom_is_found() -> None:
     assert "is no OOM: AttributeError" in report.steps[1].problems[0]
 
 
+def test_an_error_that_is_no_oom_must_come_through_each_fault() -> None:
+    """Whether it is the control or one of the faults: and a swallower is told so."""
+    faults = ["any:nth=2,flavour=not-oom"]
+
+    def swallow() -> nn.Module:
+        try:
+            return _new().cuda()
+        except RuntimeError:
+            return _new()
+
+    good = check_fallback(_ladder, budgets=[], faults=faults)
+    bad = check_fallback(swallow, budgets=[], faults=faults, control=None)
+
+    good.check()
+    assert [None, *faults, "any:nth=1,flavour=not-oom"] == [
+        step.fault for step in good.steps
+    ]
+    assert ("an error that is no OOM was swallowed",) == bad.steps[1].problems
+
+
 def test_a_loader_that_returns_nothing_is_found() -> None:
     """Neither a model nor an error is a verdict of its own."""
 

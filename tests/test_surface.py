@@ -191,6 +191,7 @@ def test_other_features_are_refused_by_the_same_class(make: Callable[[], Any]) -
 
 
 @pytest.mark.usefixtures("machine")
+@pytest.mark.filterwarnings("ignore:Sparse")  # torch's own
 def test_what_stays_on_the_host_is_not_refused() -> None:
     """Sparse, compiled and exported things without a card are torch's own affair."""
     assert torch.eye(2).to_sparse().is_sparse

@@ -21,6 +21,9 @@ class Tracker(Protocol):
     def read(self) -> MemoryFigures:
         """Return the figures up to now; may be called again."""
 
+    def peek(self) -> MemoryFigures:
+        """Do so while an allocation is being served, in what watches it."""
+
     def close(self) -> MemoryFigures:
         """Return the final figures and stop tracking."""
 
@@ -66,6 +69,9 @@ class Device(Protocol):
     def block_bytes(self, storage: Any) -> int:
         """Return the bytes of the allocator's block under a storage of a card."""
 
+    def holds(self, storage: Any, index: int) -> bool:
+        """Tell whether a storage is on a card of this device."""
+
     def open_tracker(self, index: int) -> Tracker:
         """Start tracking a card's peaks."""
 
@@ -84,12 +90,23 @@ class Device(Protocol):
         have been raised is returned as its text.
         """
 
+    def observing_ooms(
+        self, observe: Callable[[int, int], None]
+    ) -> AbstractContextManager[None]:
+        """Call ``observe`` after each request of a block that the allocator failed.
+
+        It gets the card's index and the bytes asked for (on a real card, those of the
+        segment), in the thread that asked, before the error is raised.
+        """
+
     def watching(
-        self, watch: Callable[[int, int, int], None]
+        self, watch: Callable[[int, int, int], Callable[[int], None] | None]
     ) -> AbstractContextManager[bool]:
         """Call ``watch`` after each allocation of a block.
 
-        It gets the card's index, its allocated and its reserved bytes.
+        It gets the card's index, its allocated and its reserved bytes, and may ask
+        nothing of the device; what it returns is called as soon as that is possible,
+        with the bytes asked for.
 
         Yields:
             Whether this device can do so (a real card cannot).

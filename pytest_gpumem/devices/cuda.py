@@ -73,6 +73,10 @@ class CudaTracker:
             ),
         )
 
+    def peek(self) -> MemoryFigures:
+        """Return the figures up to now."""
+        return self.read()
+
     def close(self) -> MemoryFigures:
         """Return the final figures and stop tracking."""
         figures = self.read()
@@ -103,6 +107,8 @@ class CudaDevice:
         self._fractions: dict[int, float] = {}
         self._patches = PatchSet()
         self._reset_patches = PatchSet()
+        self._oom_observers: list[Callable[[int, int], None]] = []
+        self._observes = False
 
     @property
     def device_count(self) -> int:
@@ -170,6 +176,11 @@ class CudaDevice:
             original(index)
 
         return reset
+
+    def holds(self, storage: Any, index: int) -> bool:
+        """Tell whether a storage is on a card."""
+        place: torch.device = storage.device
+        return place.type == "cuda" and place.index == index
 
     def open_tracker(self, index: int) -> CudaTracker:
         """Start tracking a card's peaks."""
@@ -302,7 +313,34 @@ class CudaDevice:
             yield
 
     @contextmanager
-    def watching(self, watch: Callable[[int, int, int], None]) -> Iterator[bool]:  # noqa: ARG002  # the protocol's
+    def observing_ooms(self, observe: Callable[[int, int], None]) -> Iterator[None]:
+        """Call ``observe`` after each request that failed.
+
+        torch keeps an observer for good, so one of them serves all blocks. It can only
+        be attached once CUDA is in use.
+        """
+        if not self._oom_observers and not self._observes:
+            self._observes = True
+            torch.cuda._lazy_call(self._attach)  # noqa: SLF001  # now, or once CUDA is in use
+        self._oom_observers.append(observe)
+        try:
+            yield
+        finally:
+            self._oom_observers.remove(observe)
+
+    def _attach(self) -> None:
+        attach = getattr(torch._C, "_cuda_attach_out_of_memory_observer")  # noqa: B009, SLF001  # stubs lack it
+        attach(self._tell_oom)
+
+    def _tell_oom(self, index: int, nbytes: int, _limit: int, _free: int) -> None:
+        for observe in list(self._oom_observers):
+            observe(index, nbytes)
+
+    @contextmanager
+    def watching(
+        self,
+        watch: Callable[[int, int, int], Callable[[int], None] | None],  # noqa: ARG002  # the protocol's
+    ) -> Iterator[bool]:
         """Do nothing: a real allocator shows no single allocation to Python."""
         yield False
 

@@ -11,10 +11,12 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_gpumem.devices.on_import import AfterImport
 from pytest_gpumem.devices.patches import PatchSet
+from pytest_gpumem.model.incidents import Process
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -197,6 +199,41 @@ def process_bytes(index: int) -> int | None:
         return None
     own = [each.usedGpuMemory for each in running if each.pid == os.getpid()]
     return own[0] if own and isinstance(own[0], int) else None
+
+
+def other_processes(index: int) -> tuple[Process, ...]:
+    """Return the other processes on a real card, the largest first.
+
+    Args:
+        index: The card's index as NVML numbers them.
+
+    Returns:
+        None of them where NVML cannot tell, as for ``process_bytes``.
+    """
+    try:
+        import pynvml  # noqa: PLC0415  # an optional library
+    except ImportError:
+        return ()
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    except pynvml.NVMLError:
+        return ()
+    found = [
+        Process(each.pid, _process_name(each.pid), each.usedGpuMemory or 0)
+        for each in running
+        if each.pid != os.getpid()
+    ]
+    return tuple(sorted(found, key=lambda each: -each.nbytes))
+
+
+def _process_name(pid: int) -> str:
+    """Return what the system calls a process; empty where it does not say."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def cap_free_memory(

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from pytest_gpumem.devices.active import active_device
+from pytest_gpumem.inheritance import pass_budget_on
 from pytest_gpumem.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ def vram_budget(
     try:
         device.set_budget(device_index, wanted)
         device.set_budget(device_index, in_force)
+        pass_budget_on(device_index, in_force)
         yield in_force
     finally:
         device.set_budget(device_index, before)
+        pass_budget_on(device_index, before)

@@ -25,6 +25,7 @@ from pytest_gpumem.instruments.surroundings import (
     settle,
 )
 from pytest_gpumem.model.rule_parser import parse_rule
+from pytest_gpumem.model.rules import NOT_OOM
 from pytest_gpumem.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
@@ -157,9 +158,10 @@ def check_fallback(
         reference: What the output should be; None means that of the whole card.
         budgets: Sizes to load under; None means shares of what the whole card's run
             reserves.
-        faults: Injection rules to load under, on the whole card.
-        control: A rule whose error is no OOM, which the loader must let through; None
-            leaves it out.
+        faults: Injection rules to load under, on the whole card. The loader must
+            recover, but from a persistent fault, which may reach the caller, and an
+            error that is no OOM (``flavour=not-oom``), which must.
+        control: One more rule whose error is no OOM; None leaves it out.
         expect: A budget and a part of the rung's text that it must lead to.
         model_of: Finds the model in what ``load`` returns; None means itself, or its
             attribute ``model``.
@@ -187,8 +189,8 @@ def check_fallback(
         random=RandomState(),
     )
     wanted = {parse_size(size): rung for size, rung in (expect or {}).items()}
-    for rule in [*faults, *([control] if control else [])]:
-        parse_rule(rule)
+    causes = [*faults, *([control] if control and control not in faults else [])]
+    rules = [parse_rule(cause) for cause in causes]
     top = checker.step(None, None)
     if budgets is None:
         sizes = [
@@ -199,9 +201,10 @@ def check_fallback(
     sizes = sorted({*sizes, *wanted}, reverse=True)
     steps = [top]
     steps += [checker.step(size, None, expected=wanted.get(size)) for size in sizes]
-    steps += [checker.step(None, rule) for rule in faults]
-    if control:
-        steps.append(checker.step(None, control, is_control=True))
+    steps += [
+        checker.step(None, cause, is_control=rule.flavour == NOT_OOM)
+        for cause, rule in zip(causes, rules, strict=True)
+    ]
     return FallbackReport(tuple(steps))
 
 

@@ -10,7 +10,7 @@ from pytest_gpumem.instruments.flavours import COUNTED, Failure, make_error
 from pytest_gpumem.instruments.phases import current_phase
 from pytest_gpumem.instruments.sites import caller_names
 from pytest_gpumem.model.rule_parser import parse_rule
-from pytest_gpumem.model.rules import Request, Rule, Schedule
+from pytest_gpumem.model.rules import NOT_OOM, Request, Rule, Schedule
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -108,10 +108,15 @@ class OomInjector:
         )
         # Every rule counts every request: no short circuit.
         striking = [each for each in self.schedules if each.refuses(request)]
+        if striking:
+            from pytest_gpumem.instruments.witness import refuse  # noqa: PLC0415  # a rule strikes
+
+            refuse(str(striking[0].rule))
         for schedule in striking:
             failure = Failure(self._require_device(), device_index, nbytes)
             error = make_error(schedule.rule.flavour, failure)
             if error is not None:
+                _tell(schedule.rule, device_index, nbytes)
                 raise error
         return bool(striking)
 
@@ -134,6 +139,16 @@ class OomInjector:
         _traceback: TracebackType | None,
     ) -> None:
         self._stack.close()
+
+
+def _tell(rule: Rule, device_index: int, nbytes: int) -> None:
+    """Tell of a failure that the allocator has no part in; see ``witness``."""
+    from pytest_gpumem.instruments.witness import refusal, tell_refused  # noqa: PLC0415  # a rule strikes
+
+    if rule.flavour == NOT_OOM:
+        refusal()  # forget it: memory has not run out
+    else:
+        tell_refused(device_index, nbytes)
 
 
 def _thread_name() -> str:

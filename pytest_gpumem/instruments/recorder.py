@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING
 
 from pytest_gpumem.devices.active import active_device
 from pytest_gpumem.instruments.sites import describe_site
+from pytest_gpumem.sizes import format_size
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     from pytest_gpumem.devices import Device, Tracker
+    from pytest_gpumem.instruments.witness import OomWitness
     from pytest_gpumem.model.records import MemoryFigures
 
 
@@ -77,6 +80,7 @@ class LimitWatch:
             the latter is not watched, so a limit on it is noticed a little late).
         device_index: The card.
         device: Where to watch.
+        witness: Told of the moment, where there is one.
 
     Attributes:
         site: ``"file.py:42 in function (phase)"`` of the request that went over, as
@@ -85,8 +89,15 @@ class LimitWatch:
     """
 
     def __init__(
-        self, limit_bytes: int, *, metric: str, device_index: int, device: Device
+        self,
+        limit_bytes: int,
+        *,
+        metric: str,
+        device_index: int,
+        device: Device,
+        witness: OomWitness | None = None,
     ) -> None:
+        self._witness = witness
         self._limit = limit_bytes
         self._metric = metric
         self._index = device_index
@@ -106,8 +117,18 @@ class LimitWatch:
     ) -> None:
         self._stack.close()
 
-    def _watch(self, device_index: int, allocated: int, reserved: int) -> None:
+    def _watch(
+        self, device_index: int, allocated: int, reserved: int
+    ) -> Callable[[int], None] | None:
         if self.site is not None or device_index != self._index:
-            return
-        if (allocated if self._metric == "allocated" else reserved) > self._limit:
-            self.site = describe_site(sys._getframe(1))  # noqa: SLF001  # the documented way to walk a stack
+            return None
+        if (allocated if self._metric == "allocated" else reserved) <= self._limit:
+            return None
+        self.site = describe_site(sys._getframe(1))  # noqa: SLF001  # the documented way to walk a stack
+        return None if self._witness is None else self._tell
+
+    def _tell(self, nbytes: int) -> None:
+        """Have the moment described, now that the device can be asked."""
+        if self._witness is not None:
+            limit = f"the limit of {format_size(self._limit)} {self._metric}"
+            self._witness.note(self._index, nbytes, sys._getframe(1), limit=limit)  # noqa: SLF001  # likewise

@@ -39,12 +39,16 @@ _NAME_VARIABLES: Final = (
 _PARAMETER: Final = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
 
 
-def describe_site(frame: FrameType | None) -> str:
+def describe_site(frame: FrameType | None, *, exact: bool = False) -> str:
     """Return the place that asked for memory, in words that are the same each time.
 
     The innermost line of the user's own code where there is one on the stack, the
     phase, and below it the innermost function of a library and the module at work,
     with numbers of layers left out: two layers of a kind are one site.
+
+    Args:
+        frame: The innermost frame.
+        exact: Whether numbers of layers stay, and the parameter at hand is named.
     """
     phase = current_phase(frame)
     user = library = None
@@ -62,8 +66,10 @@ def describe_site(frame: FrameType | None) -> str:
     parts = [f"{user or library or 'unknown site'} ({phase})"]
     if user and library:
         parts.append(f"via {library}")
-    module = module_path(frame)
-    if module:
+    module = (parameter_name(frame) if exact else "") or module_path(frame)
+    if module and exact:
+        parts.append(f"for {module}")
+    elif module:
         parts.append(f"in {re.sub(r'(?<![A-Za-z_])[0-9]+', '*', module)}")
     return " ".join(parts)
 

@@ -57,12 +57,31 @@ def pytest_configure(config: pytest.Config) -> None:
     collection = Collection(run, config.pluginmanager)
     config.pluginmanager.register(run, PLUGIN_NAME)
     config.pluginmanager.register(collection, "gpumem-collection")
+    config.pluginmanager.register(run.children, "gpumem-children")
     if run.settings.baseline is not None:
         _gate(run, config)
+    if run.settings.suggest is not None or run.settings.find_budget:
+        _suggest(run, config)
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(
             SummaryPlugin(collection.phases, config), "gpumem-summary"
         )
+
+
+def _suggest(run: Run, config: pytest.Config) -> None:
+    from pytest_gpumem.plugin.suggest import Suggestions  # noqa: PLC0415  # it was asked for
+
+    if not hasattr(config, "workerinput"):
+        plugin = Suggestions(run.settings, config)
+        config.pluginmanager.register(plugin, "gpumem-suggestions")
+    if run.settings.find_budget:
+        if config.getoption("usepdb", default=False):
+            raise pytest.UsageError(
+                "--gpu-find-budget makes tests fail on purpose; run it without --pdb"
+            )
+        from pytest_gpumem.plugin.smallest import SmallestBudgets  # noqa: PLC0415  # likewise
+
+        config.pluginmanager.register(SmallestBudgets(run), "gpumem-smallest")
 
 
 def _gate(run: Run, config: pytest.Config) -> None:

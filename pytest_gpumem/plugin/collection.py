@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from pytest_gpumem.plugin import marks
+from pytest_gpumem.plugin.incidents import Incidents
 from pytest_gpumem.plugin.phases import Phases
 from pytest_gpumem.plugin.wider_fixtures import WiderFixtures
 
@@ -34,6 +35,7 @@ class Collection:
         self._item: pytest.Item | None = None
         self.wishes: Final[dict[pytest.Item, marks.Wishes]] = {}
         self._fixtures: Final = WiderFixtures(run)
+        self._incidents: Final = Incidents(run)
         self.phases: Final = Phases(run, self.wishes, self._fixtures)
         run.on_device = self._device_came
 
@@ -49,7 +51,8 @@ class Collection:
             reason = self._why_not(wishes)
             if reason is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
-        if self.wishes or self._run.settings.rules or self._run.device is not None:
+        run = self._run
+        if self.wishes or run.settings.rules or run.device is not None or run.gate:
             self._register()
 
     @pytest.hookimpl(tryfirst=True)
@@ -141,6 +144,9 @@ class Collection:
         if not self._manager.is_registered(self.phases):
             self._manager.register(self.phases, "gpumem-phases")
             self._manager.register(self._fixtures, "gpumem-fixtures")
+            self._manager.register(self._incidents, "gpumem-incidents")
+        if self._run.device is not None:
+            self._incidents.attach(self._run.device)
 
     def _device_came(self) -> None:
         """Take up a test in whose middle torch was imported."""

@@ -23,11 +23,14 @@ if TYPE_CHECKING:
 WORKER_INPUT: Final = "gpumem_baseline"
 
 
-def peaks_of(figures: Iterable[MemoryFigures]) -> dict[str, int]:
-    """Return what a baseline keeps of a call's figures."""
+def peaks_of(
+    figures: Iterable[MemoryFigures], children: Iterable[MemoryFigures] = ()
+) -> dict[str, int]:
+    """Return what a baseline keeps of a call's figures, and of its children's."""
     return {
-        metric_key(metric, each.device_index): each.peak(metric)
-        for each in figures
+        before + metric_key(metric, each.device_index): each.peak(metric)
+        for before, several in (("", figures), ("children ", children))
+        for each in several
         for metric in METRICS
     }
 
@@ -63,7 +66,11 @@ class Gate:
             raise pytest.UsageError(f"--gpu-baseline: {error}") from None
 
     def check(
-        self, environment: str, test: str, figures: Iterable[MemoryFigures]
+        self,
+        environment: str,
+        test: str,
+        figures: Iterable[MemoryFigures],
+        children: Iterable[MemoryFigures] = (),
     ) -> str | None:
         """Return what is wrong with a test's peaks; None if nothing is."""
         if self.updates:
@@ -71,7 +78,7 @@ class Gate:
         before = self.baseline.peaks.get(environment, {}).get(test)
         if before is None:
             return None
-        changes = compare(test, before, peaks_of(figures), self.tolerances)
+        changes = compare(test, before, peaks_of(figures, children), self.tolerances)
         bad = [change for change in changes if change.is_regression]
         if not bad:
             return None
@@ -132,14 +139,12 @@ class BaselineSummary:
 
         properties = dict(report.user_properties)
         environment = properties.get(ENVIRONMENT_PROPERTY)
-        calls = [
-            each
-            for (phase, _index), each in from_properties(properties).items()
-            if phase == "call"
-        ]
-        if environment is not None and calls:
-            tests = self._peaks.setdefault(str(environment), {})
-            tests[report.nodeid] = peaks_of(calls)
+        by_phase: dict[str, list[MemoryFigures]] = {"call": [], "children": []}
+        for (phase, _index), each in from_properties(properties).items():
+            by_phase.setdefault(phase, []).append(each)
+        peaks = peaks_of(by_phase["call"], by_phase["children"])
+        if environment is not None and peaks:
+            self._peaks.setdefault(str(environment), {})[report.nodeid] = peaks
 
     # -- what comes of it -----------------------------------------------------------------
 

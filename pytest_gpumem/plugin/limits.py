@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from contextlib import ExitStack
 
     from pytest_gpumem.devices import Device
+    from pytest_gpumem.instruments.witness import OomWitness
     from pytest_gpumem.model.records import MemoryFigures
 
 
@@ -32,10 +33,17 @@ class Limits:
     Args:
         device: The cards.
         limits: The limits; one that names no card holds for each.
+        witness: Told of the moment in which one is broken.
     """
 
-    def __init__(self, device: Device, limits: Iterable[marks.Limit]) -> None:
+    def __init__(
+        self,
+        device: Device,
+        limits: Iterable[marks.Limit],
+        witness: OomWitness | None = None,
+    ) -> None:
         self._device = device
+        self._witness = witness
         self._bounds = [
             _Bound(limit, index, limit.size.resolve(device.mem_get_info(index)[1]))
             for limit in limits
@@ -60,6 +68,7 @@ class Limits:
                     metric=bound.limit.metric,
                     device_index=bound.device_index,
                     device=self._device,
+                    witness=self._witness,
                 )
             )
 
@@ -68,16 +77,15 @@ class Limits:
         texts = [
             self._explain(bound, phase, figures[bound.device_index])
             for bound in self._of(phase)
-            if figures[bound.device_index].peak(bound.limit.metric) > bound.nbytes
+            if bound.device_index in figures
+            and figures[bound.device_index].peak(bound.limit.metric) > bound.nbytes
         ]
         return "\n".join(texts) or None
 
     def _of(self, phase: str) -> list[_Bound]:
-        return [
-            bound
-            for bound in self._bounds
-            if bound.limit.phase == "test" or phase == "call"
-        ]
+        own = {"call": ("call", "test"), "children": ("children",)}
+        of = own.get(phase, ("test",))
+        return [bound for bound in self._bounds if bound.limit.phase in of]
 
     def _explain(self, bound: _Bound, phase: str, figures: MemoryFigures) -> str:
         peak = figures.peak(bound.limit.metric)

@@ -23,15 +23,24 @@ PROGRESS_PROPERTY: Final = "gpumem.sweep-progress"
 #: A test's property: the environment that its figures belong to.
 ENVIRONMENT_PROPERTY: Final = "gpumem.environment"
 
+#: A test's property: how many of its child processes used a card.
+CHILDREN_PROPERTY: Final = "gpumem.children"
+
 #: A test's property that says that a limit of it was broken.
 OVER_PROPERTY: Final = "gpumem.over_limit"
 
 #: A test's property that holds the table of a fallback's check.
 FALLBACK_PROPERTY: Final = "gpumem.fallback"
 
+#: A test's property: the smallest limit on allocated bytes that its markers set.
+LIMIT_PROPERTY: Final = "gpumem.max_vram"
+
+#: A test's property: the smallest budget under which it passes.
+SMALLEST_PROPERTY: Final = "gpumem.smallest_budget"
+
 METRICS: Final = ("allocated", "reserved", "process")
 
-PHASES: Final = ("call", "test")
+PHASES: Final = ("call", "test", "children")
 
 DESCRIPTIONS: Final = (
     "gpu: needs a real CUDA card; skipped, with the reason, where there is none",
@@ -39,7 +48,8 @@ DESCRIPTIONS: Final = (
     "inclusive; in place of --gpu-budget",
     "max_vram(limit, *, metric='allocated', device=None, phase='call'): fail the test "
     "if its peak is above the limit; metric is allocated, reserved or process, device "
-    "a card's index (None: each), phase call or test (setup and teardown too)",
+    "a card's index (None: each), phase call, test (setup and teardown too) or "
+    "children (each process that the test starts)",
     "max_vram_leak(size=0): fail the test if it leaves more bytes on the cards",
     "inject_oom(rule): make chosen allocations of this test's call fail",
     "oom_sweep(points='all', *, recover=False, modes=('transient', 'persistent'), "

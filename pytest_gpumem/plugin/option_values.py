@@ -6,6 +6,7 @@ imported once there is something to parse: most runs give no option.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Final
 
 from pytest_gpumem.devices.selection import BACKENDS
@@ -64,6 +65,34 @@ def parse_points(text: str) -> str | int:
             f"{text!r} is neither all, sites nor a number of allocations from 1 on"
         )
     return int(text)
+
+
+def parse_folder(text: str) -> Path:
+    """Read ``--gpu-snapshots``: a folder, or where one can be made."""
+    import tempfile  # noqa: PLC0415  # see above
+
+    folder = Path(text).absolute()
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    if not there.is_dir():
+        raise ValueError(f"{text!r}: {there} is no folder; name another")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return folder
+    except OSError as error:
+        raise ValueError(
+            f"{text!r}: nothing can be written in {there}: {error.strerror}; name "
+            "another folder"
+        ) from None
+
+
+def parse_suggest(text: str) -> str:
+    """Read ``--gpu-suggest``; a test file that follows it is no patch to overwrite."""
+    if text != "print" and Path(text).suffix not in (".patch", ".diff"):
+        raise ValueError(
+            f"{text!r} is no name of a patch; write --gpu-suggest=print, or "
+            "--gpu-suggest=FILE with a FILE that ends in .patch or .diff"
+        )
+    return text
 
 
 def parse_values(text: str) -> str:

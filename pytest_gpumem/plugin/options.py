@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from pytest_gpumem.plugin.option_values import (
     find_card,
     parse_backend,
+    parse_folder,
     parse_points,
     parse_rule,
     parse_rule_text,
     parse_size_spec,
     parse_sizes,
+    parse_suggest,
     parse_tolerance,
     parse_values,
 )
@@ -33,6 +35,7 @@ class Option(NamedTuple):
         help: What the option does.
         repeated: Whether it may be given several times.
         is_flag: Whether it stands alone, without a value.
+        alone: What it means where it stands without a value; None if it may not.
     """
 
     flag: str
@@ -42,6 +45,7 @@ class Option(NamedTuple):
     help: str
     repeated: bool = False
     is_flag: bool = False
+    alone: str | None = None
 
     @property
     def ini(self) -> str:
@@ -131,6 +135,33 @@ OPTIONS: Final = (
         repeated=True,
     ),
     Option(
+        "--gpu-snapshots",
+        "DIR",
+        "",
+        parse_folder,
+        "write a snapshot for PyTorch's memory_viz into this folder for every test "
+        "that fails with an OOM or a broken limit",
+    ),
+    Option(
+        "--gpu-suggest",
+        "FILE",
+        "",
+        parse_suggest,
+        "suggest the max_vram markers that tests lack, from the peaks of this run, and "
+        "the cards that the suite fits on; with =FILE.patch write a patch that adds the "
+        "markers",
+        alone="print",
+    ),
+    Option(
+        "--gpu-find-budget",
+        "",
+        "",
+        bool,
+        "run each test that uses a card again under smaller and smaller budgets, and "
+        "say from which one on it passes",
+        is_flag=True,
+    ),
+    Option(
         "--gpu-inject-oom",
         "RULE",
         "",
@@ -173,6 +204,15 @@ OPTIONS: Final = (
         "the line",
     ),
     Option(
+        "--gpu-no-children",
+        "",
+        "",
+        bool,
+        "leave child processes alone: without it they have the run's device, budgets "
+        "and rules, and their peaks come back to the test that started them",
+        is_flag=True,
+    ),
+    Option(
         "--gpu-checkpoint",
         "NAME_OR_DIR",
         "bert-large",
@@ -194,12 +234,14 @@ def add_options(parser: pytest.Parser) -> None:
             parser.addini(option.ini, option.help, type="bool", default=False)
             continue
         default = f" (default: {option.default})" if option.default else ""
+        optional = {"nargs": "?", "const": option.alone} if option.alone else {}
         group.addoption(
             option.flag,
             action="append" if option.repeated else "store",
             default=None,
             metavar=option.metavar,
             help=option.help + default,
+            **optional,
         )
         plain_help = option.help.replace("%%", "%")
         if option.repeated:

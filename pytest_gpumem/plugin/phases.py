@@ -15,11 +15,17 @@ from pytest_gpumem.plugin.limits import allocated
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+    from pytest_gpumem.children.notes import ChildFigures
     from pytest_gpumem.devices import Device, Tracker
     from pytest_gpumem.model.records import MemoryFigures
+    from pytest_gpumem.model.rules import Rule
     from pytest_gpumem.plugin.limits import LeakCheck, Limits
     from pytest_gpumem.plugin.session import Run
     from pytest_gpumem.plugin.wider_fixtures import WiderFixtures
+
+
+#: Properties that hold for every attempt at a test.
+_LASTING: Final = ("gpumem.fixture.", marks.SMALLEST_PROPERTY)
 
 
 class Phases:
@@ -74,6 +80,7 @@ class Phases:
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None]:
         """Set the test's budget and record the setup."""
         self._item = item
+        _forget_attempt(item)
         wishes = self._wishes.get(item)
         if wishes is not None and item.get_closest_marker("skip") is None:
             self._run.require_device()
@@ -94,7 +101,11 @@ class Phases:
         """Run the test with its faults armed, then hold it to its limits."""
         self._begin("call")
         wishes = self._wishes.get(item)
+        rules = self._rules(wishes)
+        budgets = () if wishes is None else wishes.budgets
         try:
+            if rules:
+                self._run.children.pass_on(budgets, rules)
             if self._run.device is not None:
                 self._arm(self._run.device)
             result = yield
@@ -106,7 +117,9 @@ class Phases:
             return result
         finally:
             self._call.close()
-            self._count_refused(wishes)
+            if rules:
+                self._count_refused(wishes)
+                self._run.children.pass_on(budgets)
             self._end(item, "call")
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -156,11 +169,24 @@ class Phases:
         if self._used(device):
             from pytest_gpumem.model.records import to_properties  # noqa: PLC0415  # there are figures
 
-            environment = (marks.ENVIRONMENT_PROPERTY, self._run.environment)
+            environment = (marks.ENVIRONMENT_PROPERTY, self._run.environment())
             if environment not in item.user_properties:
                 item.user_properties.append(environment)
+            if self._run.settings.suggest is not None and phase == "call":
+                self._note_limit(item, device)
             for each in _used_cards(figures):
                 item.user_properties.extend(to_properties(phase, each))
+
+    def _note_limit(self, item: pytest.Item, device: Device) -> None:
+        """Put the limit that a test's markers set into its properties."""
+        wishes = self._wishes.get(item)
+        bounds = [
+            limit.size.resolve(device.mem_get_info(limit.device_index or 0)[1])
+            for limit in (() if wishes is None else wishes.limits)
+            if limit.metric == "allocated"
+        ]
+        if bounds:
+            item.user_properties.append((marks.LIMIT_PROPERTY, min(bounds)))
 
     def _used(self, device: Device) -> bool:
         """Tell whether anything was asked of a card since the phase began."""
@@ -186,43 +212,63 @@ class Phases:
         from pytest_gpumem.plugin.limits import LeakCheck, Limits  # noqa: PLC0415  # there are some
 
         if limits:
-            self._limits = Limits(device, limits)
+            self._limits = Limits(device, limits, self._run.witness)
         if allowed is not None:
             held = self._fixtures.held_bytes
             self._leak = LeakCheck(device, item, allowed, held)
 
     def _check_limits(self, item: pytest.Item, phase: str) -> None:
         gate = self._run.gate if phase == "call" else None
-        device = self._run.device
-        if device is None or not self._trackers or not (self._limits or gate):
+        if not self._limits and not gate:
             return
         read = [tracker.read() for tracker in self._trackers]
+        children = self._run.children.new_figures() if phase == "call" else []
+        if not read and not children:
+            return
+        below = self._run.children.together(children)
         text = None
         if self._limits is not None:
-            text = self._limits.check(phase, {each.device_index: each for each in read})
-        if text is None and gate is not None and self._used(device):
-            text = gate.check(self._run.environment, item.nodeid, _used_cards(read))
+            for of, figures in ((phase, read), ("children", below)):
+                by_card = {each.device_index: each for each in figures}
+                text = text or self._limits.check(of, by_card)
+        device = self._run.device
+        is_used = device is not None and self._used(device)
+        if text is None and gate is not None and (is_used or children):
+            environment = self._environment(children)
+            own = _used_cards(read) if is_used else []
+            text = gate.check(environment, item.nodeid, own, below)
         if text is not None:
             from pytest_gpumem.plugin.limits import fail  # noqa: PLC0415  # a limit is broken
 
             fail(item, text)
 
+    def _environment(self, children: list[ChildFigures]) -> str:
+        if self._run.device is None:
+            return children[0].environment
+        return self._run.environment()
+
     # -- faults ---------------------------------------------------------------------------
+
+    def _rules(self, wishes: marks.Wishes | None) -> tuple[Rule, ...]:
+        return (*(() if wishes is None else wishes.rules), *self._run.settings.rules)
 
     def _arm(self, device: Device) -> None:
         wishes = self._wishes.get(self._item) if self._item is not None else None
-        own = () if wishes is None else wishes.rules
-        if not own and not self._run.settings.rules:
+        rules = self._rules(wishes)
+        if not rules:
             return
         from pytest_gpumem.instruments.injector import OomInjector  # noqa: PLC0415  # torch is here
 
-        injector = OomInjector(*own, *self._run.settings.rules, device=device)
+        injector = OomInjector(*rules, device=device)
         self._injector = self._call.enter_context(injector)
+        self._run.children.injector = injector
 
     def _check_rules(self, wishes: marks.Wishes) -> None:
         """Fail a test whose own rule was never reached: it proved nothing."""
-        for schedule in self._own_schedules(wishes):
-            if not schedule.num_failed:
+        own = self._own_schedules(wishes)
+        strikes = self._run.children.strikes(len(own))
+        for schedule, in_children in zip(own, strikes, strict=True):
+            if not schedule.num_failed and not in_children:
                 pytest.fail(
                     f"inject_oom {str(schedule.rule)!r} was never reached: the test "
                     f"made {schedule.num_counted} allocation(s) that it counts",
@@ -236,11 +282,15 @@ class Phases:
         return schedules
 
     def _count_refused(self, wishes: marks.Wishes | None) -> None:
+        own = 0 if wishes is None else len(wishes.rules)
+        names = [str(rule) for rule in self._run.settings.rules]
+        in_children = self._run.children.strikes(own + len(names))
+        for name, struck in zip(names, in_children[own:], strict=True):
+            self.rule_counts[name] += struck
         if self._injector is not None:
-            own = len(self._own_schedules(wishes))
             for schedule in self._injector.schedules[own:]:
                 self.rule_counts[str(schedule.rule)] += schedule.num_failed
-            self._injector = None
+            self._injector = self._run.children.injector = None
 
     # -- between tests --------------------------------------------------------------------
 
@@ -263,3 +313,13 @@ class Phases:
 
 def _used_cards(figures: list[MemoryFigures]) -> list[MemoryFigures]:
     return [each for each in figures if each.peak_reserved_bytes or each.num_ooms]
+
+
+def _forget_attempt(item: pytest.Item) -> None:
+    """Drop what an earlier attempt at a test, that is run again, left behind."""
+    if item.user_properties:
+        item.user_properties[:] = [
+            each
+            for each in item.user_properties
+            if not each[0].startswith("gpumem.") or each[0].startswith(_LASTING)
+        ]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
+from pytest_gpumem.devices.environment import environment_of
 from pytest_gpumem.devices.nvml import NvmlHook
 from pytest_gpumem.devices.on_import import AfterImport
 from pytest_gpumem.devices.selection import Choice, choose
 from pytest_gpumem.errors import AllocatorSettingError, DeviceUnavailableError
+from pytest_gpumem.plugin.children import Children
 from pytest_gpumem.plugin.options import DEFAULT_CARD
 from pytest_gpumem.plugin.settings import Settings, check_budgets
 
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pytest_gpumem.devices import Device
+    from pytest_gpumem.instruments.witness import OomWitness
     from pytest_gpumem.plugin import marks
     from pytest_gpumem.plugin.gate import Gate
 
@@ -35,6 +39,7 @@ class Run:
 
     def __init__(self, settings: Settings) -> None:
         self.settings: Final = settings
+        _withdraw()
         try:
             self.choice: Choice = choose(settings.backend)
         except DeviceUnavailableError as error:
@@ -46,6 +51,11 @@ class Run:
         #: The baseline to hold tests to, or None.
         self.gate: Gate | None = None
         self._environment: str | None = None
+        #: Notes the moments in which memory runs out, once there is a device.
+        self.witness: OomWitness | None = None
+        #: A budget to try a test under, on every card; see ``smallest``.
+        self.trial_bytes: int | None = None
+        self.children: Final = Children(settings)
         #: Called when the device comes to be in the middle of a test.
         self.on_device: Callable[[], None] = lambda: None
         if self.choice.kind == "simulated":
@@ -67,6 +77,7 @@ class Run:
 
     def start(self) -> None:
         """Have the device ready by the time anybody can use torch."""
+        self.children.start(self.choice.kind)
         if self.choice.kind == "cuda" and self.settings.budgets:
             # A real card's total is known to torch alone; ask before the first test.
             self._hook.start()
@@ -86,6 +97,7 @@ class Run:
                     "--gpu-backend=auto or simulated"
                 )
             self.choice = Choice("simulated", "torch cannot use the card")
+            self.children.start("simulated")
         if self.choice.kind == "simulated":
             self._install()
         else:
@@ -94,11 +106,14 @@ class Run:
             self.device = active_device()
             check_budgets(self.settings, dict(enumerate(self.totals() or ())))
         self.apply_budgets(())
+        self.children.device_came(self.require_device())
         self.on_device()
 
-    @property
     def environment(self) -> str:
-        """What figures of this run are kept under; there must be a device."""
+        """Return what figures of this run are kept under; there must be a device.
+
+        A method: some versions of pytest read every property of a plugin.
+        """
         if self._environment is None:
             self._environment = environment_of(self.require_device())
         return self._environment
@@ -138,6 +153,10 @@ class Run:
         """Put everything back."""
         self._hook.stop()
         self._nvml.stop()
+        if self.witness is not None:
+            self.witness.__exit__()
+            self.witness = None
+        self.children.stop()
         if self.device is not None:
             for index in range(self.device.device_count):
                 self.device.set_budget(index, None)
@@ -159,6 +178,7 @@ class Run:
         Args:
             own: The test's budgets, the nearest first.
         """
+        self.children.pass_on(own)
         if self.device is None:
             return
         wanted = {budget.device_index: budget.size for budget in reversed(own)}
@@ -167,6 +187,8 @@ class Run:
             budget = self.settings.budget_bytes(index, total)
             if index in wanted:
                 budget = wanted[index].resolve(total)
+            if self.trial_bytes is not None:
+                budget = min(self.trial_bytes, budget or total)
             self.device.set_budget(index, budget)
 
     # -- words --------------------------------------------------------------------------
@@ -197,6 +219,13 @@ class Run:
         return ", ".join(parts)
 
 
+def _withdraw() -> None:
+    """Be no child of another run any more, if this process is one."""
+    child = sys.modules.get("pytest_gpumem.children.child")
+    if child is not None:
+        child.withdraw()
+
+
 def _check_environment() -> None:
     """Refuse allocator settings that the simulated device cannot honour.
 
@@ -211,18 +240,6 @@ def _check_environment() -> None:
         config_from_environment()
     except AllocatorSettingError as error:
         raise pytest.UsageError(str(error)) from None
-
-
-def environment_of(device: Device) -> str:
-    """Return what figures of a device are kept under: card, backend, torch.
-
-    Patch releases and local versions of torch share their figures.
-    """
-    import torch  # noqa: PLC0415  # there is a device
-
-    names = list(dict.fromkeys(device.name(i) for i in range(device.device_count)))
-    version = ".".join(torch.__version__.split("+")[0].split(".")[:2])
-    return f"{' + '.join(names)}, {device.kind}, torch {version}"
 
 
 def describe_cards(settings: Settings) -> str:

@@ -38,7 +38,11 @@ class Settings(NamedTuple):
         baseline: The file of peaks to compare with, or None.
         updates_baseline: Whether it is written instead.
         compare_fail: How much more passes; none for the default.
+        snapshots: The folder for snapshots of failed tests, or None.
+        suggest: ``"print"``, the patch to write, or None for no suggestions.
+        find_budget: Whether each test's smallest budget is sought.
         replay: The rule of the one point to run in sweeps, or None.
+        reaches_children: Whether child processes take the settings over.
     """
 
     backend: str
@@ -56,6 +60,10 @@ class Settings(NamedTuple):
     baseline: Path | None = None
     updates_baseline: bool = False
     compare_fail: tuple[Tolerance, ...] = ()
+    snapshots: Path | None = None
+    suggest: str | None = None
+    find_budget: bool = False
+    reaches_children: bool = True
 
     @property
     def cards(self) -> tuple[Card, ...]:
@@ -101,6 +109,10 @@ def read_settings(config: pytest.Config, namespace: Any) -> Settings:
         baseline=_baseline_path(values, config, namespace),
         updates_baseline=values["gpu_update_baseline"],
         compare_fail=tuple(values["gpu_compare_fail"]),
+        snapshots=values["gpu_snapshots"],
+        suggest=values["gpu_suggest"],
+        find_budget=values["gpu_find_budget"],
+        reaches_children=not values["gpu_no_children"],
     )
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shlex
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -121,15 +122,18 @@ class Sweeps:
             finally:
                 item.user_properties.remove(carried)
 
+        device = self._run.require_device()
+        witness = self._run.witness
         try:
-            report = sweep_ooms(
-                body,
-                *arguments,
-                device=self._run.require_device(),
-                progress=progress,
-                resume=self._state_file(item, str(options["name"])),
-                **options,
-            )
+            with nullcontext() if witness is None else witness.paused():
+                report = sweep_ooms(
+                    body,
+                    *arguments,
+                    device=device,
+                    progress=progress,
+                    resume=self._state_file(item, str(options["name"])),
+                    **options,
+                )
         except SweepError as error:
             if error.__cause__ is not None:
                 raise error.__cause__ from None  # the test fails by itself

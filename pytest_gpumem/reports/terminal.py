@@ -54,10 +54,13 @@ def table(rows: Sequence[Row], *, detailed: bool) -> list[str]:
 
 
 def _calls(rows: Iterable[Row]) -> list[Row]:
-    """Return each test's most telling phase: its call, else where the peak was."""
-    best: dict[tuple[str, int], Row] = {}
+    """Return each test's most telling phase: its call, else where the peak was.
+
+    Its child processes stand beside it.
+    """
+    best: dict[tuple[str, int, bool], Row] = {}
     for row in rows:
-        key = (row.nodeid, row.figures.device_index)
+        key = (row.nodeid, row.figures.device_index, row.phase == "children")
         other = best.get(key)
         if other is None or _weight(row) > _weight(other):
             best[key] = row

@@ -36,7 +36,7 @@ _CUDA: Final[dict[str, str]] = {
         HalfTensor IntTensor LongTensor ShortTensor
         CudaError DeferredCudaCallError Event Stream StreamContext amp
         current_device current_stream default_generators default_stream device
-        device_count device_of get_rng_state get_rng_state_all init initial_seed
+        device_count device_of export_dot export_graph_data get_rng_state get_rng_state_all init initial_seed
         is_available is_initialized manual_seed manual_seed_all memory random seed
         seed_all set_device set_rng_state set_rng_state_all set_stream stream streams
         synchronize check_error cudaStatus
@@ -47,7 +47,8 @@ _CUDA: Final[dict[str, str]] = {
         is_bf16_supported is_tf32_supported list_gpu_processes mem_get_info
     """,
     "constant": """
-        current_blas_handle current_solver_handle get_sync_debug_mode graphs has_half
+        current_blas_handle current_solver_handle get_sync_debug_mode
+        graph_annotations graphs has_half
         has_magma host_memory_stats host_memory_stats_as_nested_dict ipc_collect
         is_current_stream_capturing memory_usage nvtx profiler
         reset_accumulated_host_memory_stats reset_peak_host_memory_stats
@@ -96,6 +97,8 @@ NOTES: Final[dict[str, str]] = {
         "`_dump_snapshot` writes what memory_viz opens"
     ),
     "torch.cuda.Stream": "work is done when a call returns; the allocator heeds streams",
+    "torch.cuda.export_dot": "a hook for graphs, of which there are none",
+    "torch.cuda.export_graph_data": "a hook for graphs, of which there are none",
     "torch.cuda.nvtx": "ranges are counted, no profiler sees them",
     "torch.cuda.nccl": "`is_available` says no; use the gloo backend",
     "torch.cuda.tunable": "`is_enabled` says no",
@@ -136,6 +139,8 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
         "generators and the state of random numbers: an OOM draws none",
         "`torch.autocast` and `torch.amp.GradScaler`, fp16 and bf16",
         "optimisers, foreach and fused; `torch.utils.checkpoint`; `torch.func`",
+        "`torch.inference_mode`: the bytes of `torch.no_grad`",
+        "operators of `torch.library.custom_op`: their Python code sees the card",
         "`torch.nn.DataParallel` over several simulated cards",
         "`torch.compile` with the backends `eager` and `aot_eager`: what meets a "
         "tensor of a card runs as it is",

@@ -1,20 +1,23 @@
 """``torch.compile`` and ``torch.export`` while the simulated device is installed.
 
-TorchDynamo leaves code that meets a simulated tensor as it is, which is what the
-backends without kernels of their own (eager, aot_eager) come to anyway: bytes and values
-are right, operator by operator. One that makes kernels for a card would compile nothing
-and prove nothing, and exporting ends in C++ that needs a driver: both are refused.
+Code that meets a simulated tensor is run as it is, which is what the backends without
+kernels of their own (eager, aot_eager) come to anyway: bytes and values are right,
+operator by operator. One that makes kernels for a card would compile nothing and prove
+nothing, and exporting ends in C++ that needs a driver: both are refused.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from torch._higher_order_ops.flex_attention import FlexAttentionHOP
 from torch._subclasses.fake_tensor import FakeTensorConverter
 
-from pytest_gpumem.devices.simulated.refusals import refuse
+from pytest_gpumem.devices.simulated.refusals import refuse, refusing
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 
 if TYPE_CHECKING:
@@ -45,13 +48,17 @@ def compiling(model: Any = None, **options: Any) -> Any:
     backend = options.get("backend", "inductor")
     if model is None:
         return functools.partial(compiling, **options)
+    makes_kernels = isinstance(backend, str) and backend not in BACKENDS
+    if isinstance(backend, str) and not makes_kernels:
+        options["backend"] = functools.partial(_compile_on_host, backend)
     compiled = _original_compile(model, **options)
-    if options.get("disable") or not isinstance(backend, str) or backend in BACKENDS:
+    if options.get("disable"):
         return compiled
+    guard = _checked if makes_kernels else _as_it_is
     if isinstance(compiled, torch.nn.Module):
-        compiled.forward = _checked(compiled.forward, model)
+        compiled.forward = guard(compiled.forward, model)
         return compiled
-    return _checked(compiled, getattr(model, "__self__", None))
+    return guard(compiled, model)
 
 
 @functools.cache
@@ -65,27 +72,90 @@ def _hide_from_dynamo() -> None:
     trace_rules.add(__name__.partition(".")[0])
 
 
-def _checked(function: Callable[..., Any], owner: Any) -> Callable[..., Any]:
-    """Return a function that refuses simulated tensors, its own or its module's."""
+def _as_it_is(compiled: Callable[..., Any], original: Any) -> Callable[..., Any]:
+    """Return a function that does not compile what meets a card."""
 
-    @functools.wraps(function)
+    @functools.wraps(compiled)
     def call(*args: Any, **kwargs: Any) -> Any:
         __tracebackhide__ = True
-        # With TORCH_COMPILE_DISABLE=1 torch runs what was to be compiled as it is.
-        if _on_card(owner, args, kwargs) and not torch._dynamo.config.disable:
-            refuse("a torch.compile backend that makes kernels")
-        return function(*args, **kwargs)
+        chosen = original if _on_card(original, args, kwargs) else compiled
+        return chosen(*args, **kwargs)
 
     return call
 
 
-def _on_card(owner: Any, args: Any, kwargs: Any) -> bool:
-    """Return whether an argument, or a module's parameter or buffer, is simulated."""
+def _checked(compiled: Callable[..., Any], original: Any) -> Callable[..., Any]:
+    """Return a function that refuses simulated tensors, whoever holds them."""
+
+    @functools.wraps(compiled)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        __tracebackhide__ = True
+        if not _is_off() and _on_card(original, args, kwargs):
+            refuse("a torch.compile backend that makes kernels")
+        return compiled(*args, **kwargs)
+
+    return call
+
+
+def _is_off() -> bool:
+    """Tell whether torch runs what was to be compiled as it is."""
+    stance = torch._dynamo.eval_frame._stance.stance  # no public way to ask
+    return bool(torch._dynamo.config.disable) or stance == "force_eager"
+
+
+def _on_card(function: Any, args: Any, kwargs: Any) -> bool:
+    """Return whether a call can reach a simulated tensor: by an argument or by name."""
     leaves = torch.utils._pytree.tree_leaves((args, kwargs))
-    if isinstance(owner, torch.nn.Module):
-        leaves.extend(owner.parameters())
-        leaves.extend(owner.buffers())
-    return any(isinstance(leaf, SimulatedTensor) for leaf in leaves)
+    return any(_holds(each) for each in (*leaves, *_named_by(function)))
+
+
+def _named_by(function: Any) -> list[Any]:
+    """Return what a function's code names: its owner, its closure and its globals."""
+    named = [function, getattr(function, "__self__", None)]
+    for cell in getattr(function, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # not filled yet
+            named.append(cell.cell_contents)
+    code = getattr(function, "__code__", None)
+    names = getattr(function, "__globals__", {})
+    named.extend(names[name] for name in getattr(code, "co_names", ()) if name in names)
+    return named
+
+
+def _holds(value: Any) -> bool:
+    """Return whether a value is a simulated tensor, or holds one as an attribute."""
+    if isinstance(value, torch.nn.Module):
+        tensors = (*value.parameters(), *value.buffers())
+        return any(isinstance(each, SimulatedTensor) for each in tensors)
+    if isinstance(value, (type, ModuleType)) or not hasattr(value, "__dict__"):
+        return False
+    return isinstance(value, SimulatedTensor) or any(
+        isinstance(each, SimulatedTensor) for each in vars(value).values()
+    )
+
+
+def making_kernels(wrapper: Any, graph: Any, inputs: Any) -> Any:
+    """Inductor's way in, for a graph that makes tensors on a card by itself.
+
+    The refusal comes when the graph is run: TorchDynamo would wrap it.
+    """
+    if _names_a_card(graph):
+        return refusing("a torch.compile backend that makes kernels")
+    return _original_inductor(wrapper, graph, inputs)
+
+
+def _compile_on_host(backend: str, graph: Any, inputs: Any) -> Any:
+    """Compile a graph with ``backend``; one that makes tensors on a card runs as is."""
+    if _names_a_card(graph):
+        return graph.forward
+    compiler: Any = torch._dynamo.lookup_backend(backend)
+    return compiler(graph, inputs)
+
+
+def _names_a_card(graph: Any) -> bool:
+    made = (node.meta.get("example_value") for node in graph.graph.nodes)
+    return any(
+        isinstance(each, torch.Tensor) and each.device.type == "cuda" for each in made
+    )
 
 
 def exporting(module: Any, args: Any = (), kwargs: Any = None, **options: Any) -> Any:
@@ -117,12 +187,30 @@ def faking(
     return _original_fake(converter, mode, tensor, *rest, **options)
 
 
+_original_inductor: Final[Any] = torch._TorchCompileInductorWrapper.__call__
+
+
+def flexible(operator: Any, query: torch.Tensor, *rest: Any, **options: Any) -> Any:
+    """``flex_attention``, refusing what C++ would abort on.
+
+    Raises:
+        UnsupportedOnSimulatedDeviceError: The query lies on a simulated card.
+    """
+    __tracebackhide__ = True
+    if isinstance(query, SimulatedTensor):
+        refuse("flex_attention")
+    return _original_flex(operator, query, *rest, **options)
+
+
+_original_flex: Final[Any] = FlexAttentionHOP.__call__
 _original_export: Final[Any] = torch.export.export
 _original_fake: Final[Any] = FakeTensorConverter.from_real_tensor
 
 #: Owner, name and replacement of each.
 REPLACEMENTS: Final[tuple[tuple[Any, str, Any], ...]] = (
     (torch, "compile", compiling),
+    (torch._TorchCompileInductorWrapper, "__call__", making_kernels),
     (torch.export, "export", exporting),
+    (FlexAttentionHOP, "__call__", flexible),
     (FakeTensorConverter, "from_real_tensor", faking),
 )

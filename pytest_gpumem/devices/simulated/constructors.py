@@ -12,11 +12,13 @@ from typing import Any, Final
 import torch
 from torch.utils._device import DeviceContext
 
+from pytest_gpumem.devices.simulated.checks import check_generator
 from pytest_gpumem.devices.simulated.methods import cuda_device, mark_pinned
 from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.devices.simulated.rng import GeneratorName
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 from pytest_gpumem.devices.simulated.transfer import move, moved
+from pytest_gpumem.devices.simulated.typed import wanted
 
 _tensor: Final[Any] = torch.tensor
 _as_tensor: Final[Any] = torch.as_tensor
@@ -103,6 +105,8 @@ def _factory(original: Any) -> Any:
         if isinstance(device, int) and not isinstance(device, bool):
             options["device"] = cuda_device(device)
         made: torch.Tensor = original(*args, **options)
+        if options.get("generator") is not None:
+            check_generator(options["generator"], made.device.type)
         if pinned:
             if isinstance(made, SimulatedTensor):
                 raise RuntimeError("Only dense CPU tensors can be pinned")
@@ -127,6 +131,36 @@ def _refusing_on_cards(name: str, feature: str) -> Any:
         return original(*args, **options)
 
     return construct
+
+
+_parse_to: Final[Any] = torch._C._nn._parse_to
+_default_tensor_type: Final[Any] = torch.set_default_tensor_type
+
+
+def parse_to(*args: Any, **options: Any) -> Any:
+    """What ``Module.to`` reads its arguments with, for cards that C++ cannot count."""
+    first, *rest = args or (None,)
+    if isinstance(first, int) and not isinstance(first, bool):
+        return _parse_to(cuda_device(first), *rest, **options)
+    named = options.get("device")
+    if isinstance(named, int) and not isinstance(named, bool):
+        options["device"] = cuda_device(named)
+    other = options.get("tensor", first)
+    if isinstance(other, SimulatedTensor):
+        options.pop("tensor", None)
+        return _parse_to(other.device, other.dtype, *rest, **options)
+    return _parse_to(*args, **options)
+
+
+def set_default_tensor_type(kind: Any, /) -> None:
+    """``torch.set_default_tensor_type``: a card's type also names the device."""
+    dtype, on_card = wanted(kind)
+    if on_card:
+        torch.set_default_dtype(dtype)
+        torch.set_default_device("cuda")
+    else:
+        _default_tensor_type(kind)
+        torch.set_default_device(None)
 
 
 _FACTORIES: Final = (
@@ -193,6 +227,7 @@ CONSTRUCTORS: Final[dict[str, Any]] = {
     "as_tensor": as_tensor,
     "asarray": asarray,
     "device": DeviceName,
+    "set_default_tensor_type": set_default_tensor_type,
     "Generator": GeneratorName,
     **{name: _factory(getattr(torch, name)) for name in _FACTORIES},
     **{

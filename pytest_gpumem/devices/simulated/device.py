@@ -41,20 +41,25 @@ class SimulatedTracker:
 
     def read(self) -> MemoryFigures:
         """Return the figures up to now."""
-        with self._card.locked() as allocator:
-            return MemoryFigures(
-                device_index=self._card.index,
-                peak_allocated_bytes=self._allocated,
-                peak_reserved_bytes=self._reserved,
-                peak_requested_bytes=self._requested,
-                peak_active_bytes=self._active,
-                start_allocated_bytes=self._start_allocated,
-                end_allocated_bytes=allocator.allocated_bytes,
-                end_reserved_bytes=allocator.reserved_bytes,
-                num_ooms=allocator.num_ooms - self._start_ooms,
-                num_alloc_retries=allocator.num_alloc_retries - self._start_retries,
-                context_bytes=self._card.card.context_bytes,
-            )
+        with self._card.locked():
+            return self.peek()
+
+    def peek(self) -> MemoryFigures:
+        """Return the figures up to now, to a caller that holds the card's lock."""
+        allocator = self._allocator
+        return MemoryFigures(
+            device_index=self._card.index,
+            peak_allocated_bytes=self._allocated,
+            peak_reserved_bytes=self._reserved,
+            peak_requested_bytes=self._requested,
+            peak_active_bytes=self._active,
+            start_allocated_bytes=self._start_allocated,
+            end_allocated_bytes=allocator.allocated_bytes,
+            end_reserved_bytes=allocator.reserved_bytes,
+            num_ooms=allocator.num_ooms - self._start_ooms,
+            num_alloc_retries=allocator.num_alloc_retries - self._start_retries,
+            context_bytes=self._card.card.context_bytes,
+        )
 
     def close(self) -> MemoryFigures:
         """Return the final figures and stop tracking."""
@@ -119,6 +124,11 @@ class SimulatedDevice:
         nbytes: int = memory.block.size
         return nbytes
 
+    def holds(self, storage: Any, index: int) -> bool:
+        """Tell whether a storage is on a card of this machine, and of no other."""
+        memory = getattr(storage, "_gpumem", None)
+        return memory is not None and memory.card is self.machine.cards[index]
+
     def open_tracker(self, index: int) -> SimulatedTracker:
         """Start tracking a card's peaks."""
         return SimulatedTracker(self.machine.cards[index])
@@ -134,6 +144,15 @@ class SimulatedDevice:
             for card in self.machine.cards:
                 card.faults.remove(refuses)
 
+    @contextmanager
+    def observing_ooms(self, observe: Callable[[int, int], None]) -> Iterator[None]:
+        """Call ``observe`` after each request that failed."""
+        self.machine.oom_observers.append(observe)
+        try:
+            yield
+        finally:
+            self.machine.oom_observers.remove(observe)
+
     def fail_allocation(self, index: int, nbytes: int) -> str:
         """Fail a request as the allocator does; return its words."""
         card = self.machine.cards[index]
@@ -142,11 +161,14 @@ class SimulatedDevice:
             with card.locked() as allocator:
                 allocator.malloc(nbytes, stream, refuse=True)
         except OutOfMemory as error:
+            self.machine.tell_oom(index, error)
             return error.message
         raise AssertionError("unreachable: a refused request is not served")
 
     @contextmanager
-    def watching(self, watch: Callable[[int, int, int], None]) -> Iterator[bool]:
+    def watching(
+        self, watch: Callable[[int, int, int], Callable[[int], None] | None]
+    ) -> Iterator[bool]:
         """Call ``watch`` after each allocation; always possible here."""
         for card in self.machine.cards:
             card.watchers.append(watch)

@@ -18,9 +18,10 @@ import threading
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from torch._library.custom_ops import OPDEFS
 
-from pytest_gpumem.devices.simulated import rng
 from pytest_gpumem.devices.simulated.accumulation import with_accumulation
+from pytest_gpumem.devices.simulated.checks import INDEXING, check_indexing
 from pytest_gpumem.devices.simulated.memory import Memory, hold, hold_workspace
 from pytest_gpumem.devices.simulated.scratch import with_scratch
 from pytest_gpumem.devices.simulated.tensor import (
@@ -29,9 +30,11 @@ from pytest_gpumem.devices.simulated.tensor import (
     make,
     refresh,
 )
-from pytest_gpumem.errors import NoValuesError, UnsupportedOnSimulatedDeviceError
+from pytest_gpumem.devices.simulated.values import computing, run
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
     from pytest_gpumem.devices.simulated.tensor import Handler
 
@@ -70,6 +73,9 @@ USES_CUBLAS: Final = frozenset(
 HAS_EFFECTS: Final = frozenset({"native_batch_norm", "cudnn_batch_norm", "batch_norm"})
 
 SPECIAL: Final[dict[str, Handler]] = {}
+
+#: Operators that are composed anew for the simulated cards; see ``composites.py``.
+COMPOSED: Final[dict[Any, Callable[..., Any]]] = {}
 
 
 class _Operands:
@@ -115,11 +121,12 @@ def _mismatch(func: Any, args: Any, operands: _Operands) -> RuntimeError:
             f"devices, {first} and {second}!"
         )
     places = [
-        (argument.name, str(value.device))
+        (argument.name, str(each.device))
         for argument, value in zip(
             func._schema.arguments, args, strict=False
         )  # see above
-        if isinstance(value, torch.Tensor) and value.dim() > 0
+        for each in (value if isinstance(value, (list, tuple)) else (value,))
+        if isinstance(each, torch.Tensor) and each.dim() > 0
     ]
     first = places[0][1] if places else "cuda:0"
     argument, other = next(
@@ -140,6 +147,9 @@ def _two_devices(operands: _Operands) -> tuple[str, str]:
 
 
 def _check_devices(func: Any, args: Any, operands: _Operands) -> None:
+    if func.overloadpacket.__name__ in INDEXING and not in_backward():
+        check_indexing(args[0], args[1], args[2] if len(args) > 2 else None)  # noqa: PLR2004  # the values
+        return
     if operands.strays is not None:
         raise _mismatch(func, args, operands)
     if (
@@ -152,41 +162,6 @@ def _check_devices(func: Any, args: Any, operands: _Operands) -> None:
         and not (operands.host.is_meta and operands.card.value_device == "meta")
     ):
         raise _mismatch(func, args, operands)
-
-
-def run(
-    func: Any, args: Any, kwargs: dict[str, Any], card: SimulatedCard, *, draws: bool
-) -> Any:
-    """Run an operator on the tensors with the values.
-
-    Args:
-        func: The operator.
-        args: Its arguments, on the CPU, or on meta where no values are kept.
-        kwargs: Its keyword arguments.
-        card: The card that computes.
-        draws: Whether the operator draws from the card's random state.
-
-    Raises:
-        NoValuesError: The result depends on values, and none are kept.
-        UnsupportedOnSimulatedDeviceError: The operator has no CPU kernel.
-    """
-    try:
-        if draws:
-            with rng.drawing_for(card):
-                return func(*args, **kwargs)
-        return func(*args, **kwargs)
-    except RuntimeError as error:
-        lacks_kernel = isinstance(error, NotImplementedError)
-        lacks_values = card.value_device == "meta" and (
-            lacks_kernel or "called on meta tensors" in str(error)
-        )
-        if not lacks_values and not (lacks_kernel and "'CPU' backend" in str(error)):
-            raise
-    if lacks_values:
-        raise NoValuesError(str(func))
-    raise UnsupportedOnSimulatedDeviceError(
-        str(func), "it has no CPU kernel to take the values from; run it on a real card"
-    )
 
 
 def _wrap(value: Any, card: SimulatedCard) -> Any:
@@ -203,15 +178,28 @@ def _target(kwargs: dict[str, Any], operands: _Operands) -> SimulatedCard | None
     device = kwargs.get("device")
     if device is None or card is None:
         return card
+    is_own = is_own_device(kwargs, card)
     kwargs["device"] = torch.device(card.value_device)
+    if is_own:
+        return card
     if device.type == "cuda":
         machine = card.machine
         index = machine.current_index if device.index is None else device.index
         return machine.cards[index]
-    if device.type == card.value_device and in_backward():
-        return card
     kwargs["device"] = device
     return None
+
+
+def is_own_device(kwargs: dict[str, Any], card: SimulatedCard) -> bool:
+    """Tell whether ``device=`` is what C++ takes for the tensor's own device.
+
+    Operators that torch composes in C++ hand on ``tensor.options()``, in backward and
+    out of it. Such options name a layout; a device that Python code asks for comes
+    without one.
+    """
+    return kwargs["device"].type == card.value_device and (
+        kwargs.get("layout") is not None or in_backward()
+    )
 
 
 def in_backward() -> bool:
@@ -237,6 +225,7 @@ def _plain(func: Any) -> Handler:
     uses_cublas = name in USES_CUBLAS
     has_effects = name in HAS_EFFECTS or torch.Tag.nondeterministic_seeded in func.tags
     draws = torch.Tag.nondeterministic_seeded in func.tags
+    compute = computing(func)
 
     def handler(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         operands = _Operands()
@@ -251,7 +240,7 @@ def _plain(func: Any) -> Handler:
         if uses_cublas:
             hold_workspace(card, _blas_handle())
         held = _foresee(func, values, kwargs, target) if has_effects else ()
-        out = run(func, values, kwargs, card, draws=draws)
+        out = run(func, values, kwargs, card, draws=draws, compute=compute)
         if target is None:
             return out
         for result, memory in zip(_tensors(out), held, strict=False):
@@ -357,11 +346,44 @@ def _same(value: Any, operands: _Operands, card: SimulatedCard) -> Any:
     return value
 
 
+def _python_kernel(func: Any) -> Callable[..., Any] | None:
+    """Return what ``torch.library.custom_op`` was given for tensors of a card."""
+    definition = OPDEFS.get(func._schema.name)  # the schema has no public name
+    kernels = getattr(definition, "_backend_fns", {})
+    found: Callable[..., Any] | None = kernels.get("cuda", kernels.get(None))
+    return found
+
+
+def _composed(func: Any) -> Handler | None:
+    """Return how to run an operator that consists of others; None for any else.
+
+    Autograd takes these apart before they come here. In ``torch.inference_mode`` it
+    does not, but on a card their parts are what runs and asks for memory.
+    """
+    kernel = COMPOSED.get(func) or _python_kernel(func)
+    if kernel is None:
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(
+            func.name(), "CompositeImplicitAutograd"
+        ):
+            return None
+        kernel = func.decompose
+    chosen = kernel
+
+    def handler(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        __tracebackhide__ = True
+        return chosen(*args, **kwargs)
+
+    return handler
+
+
 def handler_for(func: Any) -> Handler:
     """Return how to run an operator, from its name and schema."""
     special = SPECIAL.get(func.overloadpacket.__name__)
     if special is not None and func.namespace == "aten":
         return special
+    composed = _composed(func)
+    if composed is not None:
+        return composed
     if func._schema.is_mutable:  # the schema has no public name
         return _mutating(func)
     handler = with_scratch(func.overloadpacket.__name__, _plain(func))

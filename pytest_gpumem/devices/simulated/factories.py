@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from pytest_gpumem.devices.simulated import attention, autocast
+from pytest_gpumem.devices.simulated import autocast
+from pytest_gpumem.devices.simulated.composites import KERNELS
 from pytest_gpumem.devices.simulated.machine import SimulatedCard, card_of
 from pytest_gpumem.devices.simulated.memory import Memory, hold
-from pytest_gpumem.devices.simulated.tensor import SimulatedTensor, make
-from pytest_gpumem.devices.simulated.transfer import moved
+from pytest_gpumem.devices.simulated.tensor import make
 
 
 def _new(
@@ -104,36 +104,6 @@ def _indices(operator: Any) -> Any:
     return kernel
 
 
-#: Operators that torch composes of others and that make helper tensors on what C++
-#: takes for the tensor's device, the host. They run on the host as a whole.
-_COMPOSED_ON_HOST = (
-    "one_hot",
-    "quantile",
-    "quantile.scalar",
-    "nanquantile",
-    "nanquantile.scalar",
-)
-
-
-def _on_host(operator: Any) -> Any:
-    """Return a kernel that computes on the host and moves the result to the card.
-
-    Gradients flow through the moves. Limits: what is saved for backward is held on
-    the host, not on the card.
-    """
-
-    def kernel(*args: Any, **options: Any) -> Any:
-        cards = [each.device for each in args if isinstance(each, SimulatedTensor)]
-        host = torch.device("cpu")
-        moved_args = [
-            moved(each, host) if isinstance(each, SimulatedTensor) else each
-            for each in args
-        ]
-        return moved(operator(*moved_args, **options), cards[0])
-
-    return kernel
-
-
 def register() -> torch.library.Library:
     """Register the kernels; dropping the library takes them back."""
     library = torch.library.Library("aten", "IMPL")
@@ -145,13 +115,7 @@ def register() -> torch.library.Library:
         for name in ("tril_indices", "triu_indices"):
             operator = getattr(torch.ops.aten, name).default
             library.impl(name, _indices(operator), "CUDA")
-        for name in _COMPOSED_ON_HOST:
-            packet, _dot, overload = name.partition(".")
-            operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
-            library.impl(name, _on_host(operator), "AutogradCUDA")
-        library.impl("dropout", attention.dropout, "AutogradCUDA")
-        library.impl(
-            "scaled_dot_product_attention", attention.attention, "AutogradCUDA"
-        )
+        for name, kernel in KERNELS.items():
+            library.impl(name, kernel, "AutogradCUDA")
         autocast.register(library)
     return library

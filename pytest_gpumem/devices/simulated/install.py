@@ -13,10 +13,16 @@ from torch.utils._device import _device_constructors
 
 from pytest_gpumem.devices.nvml import NvmlHook
 from pytest_gpumem.devices.patches import PatchSet
-from pytest_gpumem.devices.simulated import factories, special, torchscript
+from pytest_gpumem.devices.simulated import (
+    compiling,
+    factories,
+    handover,
+    profiling,
+    special,
+    torchscript,
+)
 from pytest_gpumem.devices.simulated.autocast import clear_cache
-from pytest_gpumem.devices.simulated.compiling import REPLACEMENTS
-from pytest_gpumem.devices.simulated.constructors import CONSTRUCTORS, NESTED
+from pytest_gpumem.devices.simulated.constructors import CONSTRUCTORS, NESTED, parse_to
 from pytest_gpumem.devices.simulated.machine import (
     SimulatedMachine,
     innermost_machine,
@@ -90,7 +96,10 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
             yield owner, name, value
     yield torch.TypedStorage, "__init__", typed_init
     yield from _refused_classes()
-    yield from REPLACEMENTS
+    yield torch._C._nn, "_parse_to", parse_to
+    yield from compiling.REPLACEMENTS
+    yield from handover.REPLACEMENTS
+    yield from profiling.REPLACEMENTS
 
 
 class Installation:
@@ -105,6 +114,7 @@ class Installation:
     def __init__(self, machine: SimulatedMachine) -> None:
         self.machine: Final = machine
         self._patches = PatchSet()
+        self._triton = handover.TritonHook()
         self._library: Any = None
 
     def install(self) -> None:
@@ -125,6 +135,7 @@ class Installation:
         for owner, name, value in _replacements():
             self._patches.set(owner, name, value)
         self._patch_optimizers()
+        self._triton.start()
         if not _libraries:
             self._library = factories.register()
             _libraries.append(self._library)
@@ -145,6 +156,7 @@ class Installation:
     def remove(self) -> None:
         """Put everything back; safe to call twice."""
         with _lock:
+            self._triton.stop()
             self._patches.restore()
             if self._library is not None:
                 self._library._destroy()  # torch's way to take kernels back

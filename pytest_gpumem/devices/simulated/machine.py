@@ -58,7 +58,10 @@ class SimulatedCard:
             self.driver, config=config, device_index=index
         )
         self.faults: list[Callable[[int, int], bool]] = []
-        self.watchers: list[Callable[[int, int, int], None]] = []
+        #: Called after each allocation, under the lock; what one returns, without it.
+        self.watchers: list[
+            Callable[[int, int, int], Callable[[int], None] | None]
+        ] = []
         self.num_requests = 0
         #: cuBLAS workspaces, by handle (a host thread's, or autograd's) and stream.
         self.workspaces: dict[tuple[object, int], Block] = {}
@@ -99,7 +102,7 @@ class SimulatedCard:
                 fault refused the request.
         """
         __tracebackhide__ = True
-        refuse = False
+        refuse, later = False, None
         for fault in () if is_internal else self.faults:
             refuse = fault(self.index, nbytes) or refuse
         with self._lock:
@@ -110,11 +113,14 @@ class SimulatedCard:
             block.frames = None if history is None else history.frames()
             # Under the lock, so that no other thread's release hides a peak.
             for watcher in self.watchers:
-                watcher(
+                wanted = watcher(
                     self.index,
                     self.allocator.allocated_bytes,
                     self.allocator.reserved_bytes,
                 )
+                later = wanted or later
+        if later is not None:
+            later(nbytes)
         return block
 
     def release(self, block: Block) -> None:
@@ -250,6 +256,10 @@ class SimulatedMachine:
         #: Whether this process was forked from one that had put something on a card.
         self.is_forked = False
         self.history: History | None = None
+        #: Called with card and bytes once a request has failed and no lock is held.
+        self.oom_observers: list[Callable[[int, int], None]] = []
+        #: User code's, as torch calls them: card, segment bytes, limit, free bytes.
+        self.user_oom_observers: list[Callable[[int, int, int, int], object]] = []
         self._local = threading.local()
 
     @property
@@ -298,6 +308,16 @@ class SimulatedMachine:
         self.is_initialized = False
         for card in self.cards:
             card.renew_lock()
+
+    def tell_oom(self, index: int, error: OutOfMemory) -> None:
+        """Tell the observers of a request that failed; they may ask anything."""
+        card = self.cards[index]
+        total, limit = card.driver.total_bytes, card.allocator.limit_bytes
+        for user in list(self.user_oom_observers):
+            free = card.driver.free_bytes
+            user(index, error.segment_bytes, total if limit is None else limit, free)
+        for observe in list(self.oom_observers):
+            observe(index, error.nbytes)
 
     @property
     def num_requests(self) -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from pytest_gpumem.devices.simulated.machine import OutOfMemory
+from pytest_gpumem.devices.simulated.refusals import refuse
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,6 +44,8 @@ class Memory:
             card.machine.is_initialized = True
             torch.cuda.init()
         if nbytes:
+            if type(nbytes) is not int:
+                refuse("a tensor of symbolic size")
             self.block = allocate(card, nbytes)
 
     def __del__(self) -> None:
@@ -59,7 +62,7 @@ def allocate(card: SimulatedCard, nbytes: int) -> Block:
     """
     __tracebackhide__ = True
     stream = card.machine.current_stream(card.index)
-    return _with_torchs_error(lambda: card.allocate(nbytes, stream))
+    return _with_torchs_error(card, lambda: card.allocate(nbytes, stream))
 
 
 def hold_workspace(card: SimulatedCard, handle: object) -> None:
@@ -71,17 +74,18 @@ def hold_workspace(card: SimulatedCard, handle: object) -> None:
     __tracebackhide__ = True
     stream = card.machine.current_stream(card.index)
     if (handle, stream) not in card.workspaces:
-        _with_torchs_error(lambda: card.hold_workspace(handle, stream))
+        _with_torchs_error(card, lambda: card.hold_workspace(handle, stream))
 
 
-def _with_torchs_error(request: Callable[[], _T]) -> _T:
+def _with_torchs_error(card: SimulatedCard, request: Callable[[], _T]) -> _T:
     """Make a request of a card; its error becomes torch's, without cause or context."""
     __tracebackhide__ = True
     try:
         return request()
     except OutOfMemory as error:
-        text = str(error)
-    raise torch.OutOfMemoryError(text)
+        failure = error.with_traceback(None)  # its frames would hold themselves
+    card.machine.tell_oom(card.index, failure)
+    raise torch.OutOfMemoryError(str(failure))
 
 
 def memory_of(storage: torch.UntypedStorage) -> Memory | None:

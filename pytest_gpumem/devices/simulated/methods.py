@@ -12,11 +12,14 @@ from collections import OrderedDict
 from typing import Any, Final
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch._tensor_str import _add_suffixes, _tensor_str
+from torch.nn.parameter import is_lazy
 
+from pytest_gpumem.devices.simulated.checks import GRAD
 from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.memory import memory_of
-from pytest_gpumem.devices.simulated.refusals import refusing
+from pytest_gpumem.devices.simulated.refusals import refuse, refusing
 from pytest_gpumem.devices.simulated.tensor import DEVICES, SimulatedTensor, become
 from pytest_gpumem.devices.simulated.transfer import moved
 from pytest_gpumem.devices.simulated.typed import wanted
@@ -85,6 +88,11 @@ def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             _to_dtype(self, options) if on_card else _original_to(self, *args, **kwargs)
         )
     goal = target if target is not None else torch.device(device)
+    if is_lazy(self):
+        refuse("a lazy module's parameter")
+    if isinstance(self, FakeTensor):
+        options["device"] = goal  # a program that is being traced, not run
+        return _to_dtype(self, options)
     if on_card and goal == self.device:
         return _to_dtype(self, options)
     return moved(
@@ -93,8 +101,10 @@ def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
 
 
 def _to_dtype(self: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+    place = () if type(self) is SimulatedTensor else (options["device"],)
     result: torch.Tensor = _original_to(
         self,
+        *place,
         self.dtype if options["dtype"] is None else options["dtype"],
         copy=options["copy"],
         memory_format=options["memory_format"],
@@ -362,6 +372,7 @@ _ANSWERS: Final[dict[str, Any]] = {
     "data_ptr": _data_ptr,
     "record_stream": _record_stream,
     "device": property(_device),
+    "grad": GRAD,
     "is_cuda": property(lambda _self: True),
     "is_cpu": property(lambda _self: False),
     "get_device": lambda self: self._card.index,  # the device's own room
@@ -369,6 +380,7 @@ _ANSWERS: Final[dict[str, Any]] = {
     "__array__": _refuse_numpy,
     "tolist": _tolist,
     "__cuda_array_interface__": property(refusing("tensor.__cuda_array_interface__")),
+    "as_subclass": refusing("a subclass of torch.Tensor"),
     "__dlpack__": refusing("tensor.__dlpack__"),
     "__dlpack_device__": lambda self: (_DLPACK_CUDA, self.get_device()),
     "new_tensor": _new_tensor,

@@ -11,6 +11,7 @@ from typing import Any, Final, NoReturn
 from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
 
 _REAL: Final = "run this on a real card"
+_KERNEL: Final = "take the code's own path without it, or run this on a real card"
 
 #: What to do, by the feature's public name.
 ADVICE: Final[dict[str, str]] = {
@@ -39,6 +40,13 @@ ADVICE: Final[dict[str, str]] = {
     "FakeTensorMode.from_tensor": "make fake tensors of the module on the CPU",
     "tensor.__cuda_array_interface__": "hand over tensor.cpu() instead",
     "tensor.__dlpack__": "hand over tensor.cpu() instead",
+    "a tensor of symbolic size": "trace the program with tensors of the CPU",
+    "sharing a tensor of a card with another process": "send tensor.cpu() instead",
+    "torch.cuda._compile_kernel": _KERNEL,
+    "a lazy module's parameter": "call the module once on the CPU, then move it",
+    "a subclass of torch.Tensor": "use plain tensors on the card",
+    "a Triton kernel": _KERNEL,
+    "flex_attention": "use torch.nn.functional.scaled_dot_product_attention",
     "a sparse tensor": "use dense ones, or keep these on the CPU",
     "a nested tensor": "pad them, or keep them on the CPU",
     "a torch.compile backend that makes kernels": (

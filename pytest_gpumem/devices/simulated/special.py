@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pytest_gpumem.devices.simulated.dispatch import SPECIAL, handler_for, in_backward
+from pytest_gpumem.devices.simulated.dispatch import SPECIAL, handler_for, is_own_device
 from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.memory import Memory
 from pytest_gpumem.devices.simulated.tensor import (
@@ -29,8 +29,7 @@ def _to_copy(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not isinstance(source, SimulatedTensor):
         index = None if device is None else device.index
         return upload(source, card_of(index), dtype=dtype, memory_format=memory_format)
-    if device is None or (device.type == source._card.value_device and in_backward()):
-        # A copy to what C++ takes for the gradient's device: it stays on the card.
+    if device is None or is_own_device(kwargs, source._card):
         value = _aten._to_copy.default(  # the operator's name
             source._value, dtype=dtype, memory_format=memory_format
         )
@@ -86,8 +85,29 @@ def _is_pinned(_args: tuple[Any, ...], _kwargs: dict[str, Any]) -> bool:
     return False
 
 
+def _pack_padded_sequence(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
+    """``aten._pack_padded_sequence``: lengths and batch sizes are the host's.
+
+    Source: ``aten/src/ATen/native/PackedSequence.cpp``, ``checkLongTensor``.
+
+    Raises:
+        RuntimeError: The lengths lie on a card (torch's text).
+    """
+    source, lengths, batch_first = args
+    if isinstance(lengths, SimulatedTensor):
+        raise RuntimeError(  # noqa: TRY004  # torch's own class
+            "'lengths' argument should be a 1D CPU int64 tensor, but got "
+            f"{lengths.dim()}D {lengths.device} Long tensor"
+        )
+    data, batch_sizes = _aten._pack_padded_sequence.default(  # the operator's name
+        source._value, lengths, batch_first
+    )
+    return make(data, source._card), batch_sizes
+
+
 SPECIAL.update(
     {
+        "_pack_padded_sequence": _pack_padded_sequence,
         "_to_copy": _to_copy,
         "copy_": _copy_,
         "set_": _set_,

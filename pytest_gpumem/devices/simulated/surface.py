@@ -136,8 +136,7 @@ def _set_stream(*, stream_id: int, device_index: int, device_type: int) -> None:
 
 
 def _observe_ooms(observer: Any) -> None:
-    for card in current_machine().cards:
-        card.allocator.on_oom.append(observer)
+    current_machine().user_oom_observers.append(observer)
 
 
 def _record_history(  # noqa: PLR0917  # torch's own signature
@@ -149,6 +148,7 @@ def _record_history(  # noqa: PLR0917  # torch's own signature
     compile_context: bool = False,  # noqa: ARG001, FBT001, FBT002  # torch's signature
     global_record_annotations: bool = False,  # noqa: ARG001, FBT001, FBT002  # torch's
     skip_actions: Sequence[str] = (),
+    *_later: Any,  # what newer versions of torch record of the host and the driver
 ) -> None:
     if enabled not in (None, "state", "all"):
         raise RuntimeError(f"Unknown enabled: {enabled!r}; None, 'state' or 'all'")

@@ -30,6 +30,8 @@ _make_subclass: Final[Any] = (
     torch.Tensor._make_subclass
 )  # how torch's own subclasses are made
 _set_data: Final[Any] = torch._C.TensorBase.data.__set__  # type: ignore[attr-defined]  # the setter below Tensor.data
+_tensor_base: Final[Any] = torch._C.TensorBase
+_set_grad: Final[Any] = _tensor_base.grad.__set__  # the setter below Tensor.grad
 _swap_impl: Final[Any] = (
     torch._C._swap_tensor_impl
 )  # what torch.utils.swap_tensors calls
@@ -153,4 +155,4 @@ def become(tensor: torch.Tensor, data: torch.Tensor) -> None:
         for name in ("_value", "_card", "_is_param"):
             tensor.__dict__.pop(name, None)
     if grad is not None:
-        tensor.grad = grad
+        _set_grad(tensor, grad)  # it follows later; a module moves it next

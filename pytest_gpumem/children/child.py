@@ -1,0 +1,165 @@
+"""A child process takes over what the run above it says.
+
+Importing this is light: torch is waited for, not imported.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any, Final
+
+from pytest_gpumem.devices.on_import import AfterImport
+from pytest_gpumem.inheritance import EVERY_CARD, VARIABLE, Inheritance
+
+if TYPE_CHECKING:
+    from pytest_gpumem.devices import Device
+
+_active: Final[list[Child]] = []
+
+
+def activate() -> None:
+    """Do what the environment says, from when torch is imported; never raise."""
+    text = os.environ.get(VARIABLE)
+    if not text or _active:
+        return
+    try:
+        child = Child(Inheritance.parse(text))
+    except ValueError as error:
+        sys.stderr.write(f"pytest-gpumem: {error}\n")
+        return
+    _active.append(child)
+    child.start()
+
+
+def withdraw() -> None:
+    """Undo it: this process has a run of its own."""
+    while _active:
+        _active.pop().stop()
+
+
+class Child:
+    """What a run has put upon this process.
+
+    Args:
+        inheritance: The run's settings.
+    """
+
+    def __init__(self, inheritance: Inheritance) -> None:
+        self._given: Final = inheritance
+        self._hook = AfterImport("torch", self._torch_imported)
+        self._nvml_hook = AfterImport("pynvml", self._nvml_imported)
+        self._nvml: Any = None
+        self._installation: Any = None
+        self._device: Device | None = None
+        self._injector: Any = None
+        self._watch: Any = None
+        self._forks: Any = None
+
+    def start(self) -> None:
+        """Wait for torch."""
+        self._hook.start()
+        if self._given.backend == "simulated":
+            self._nvml_hook.start()
+
+    def stop(self) -> None:
+        """Put everything back."""
+        self._hook.stop()
+        self._nvml_hook.stop()
+        if self._nvml is not None:
+            self._nvml.stop()
+            self._nvml = None
+        for each in (self._forks, self._watch):
+            if each is not None:
+                each.stop()
+        if self._injector is not None:
+            self._injector.__exit__(None, None, None)
+        if self._device is not None:
+            for index in range(self._device.device_count):
+                self._device.set_budget(index, None)
+            self._device = None
+        if self._installation is not None:
+            self._installation.remove()
+            self._installation = None
+
+    def _nvml_imported(self) -> None:
+        from pytest_gpumem.devices.nvml import NvmlHook  # noqa: PLC0415  # it is used
+
+        self._nvml = NvmlHook(self._machine)
+        self._nvml.start()
+
+    def _machine(self) -> Any:
+        if self._installation is None:
+            import torch  # noqa: F401, PLC0415  # NVML is asked: there must be cards
+        return self._installation.machine
+
+    def _torch_imported(self) -> None:
+        if self._given.backend == "simulated":
+            self._device = self._simulated()
+        else:
+            import torch  # noqa: PLC0415  # it has just been imported
+
+            if not torch.cuda.is_available():
+                return  # this process does not see the card: somebody wants that
+            from pytest_gpumem.devices.active import active_device  # noqa: PLC0415
+
+            self._device = active_device()
+        device = self._device
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        indices = self._given.indices_here(visible, device.device_count)
+        if device.kind == "simulated":
+            self._set_budgets(device, indices)
+        elif self._given.budgets:
+            # A budget makes the card's context, which a process may not want so early.
+            import torch  # noqa: PLC0415  # it is here
+
+            torch.cuda._lazy_call(lambda: self._set_budgets(device, indices))  # noqa: SLF001  # as torch's own libraries do
+        if self._given.rules:
+            from pytest_gpumem.instruments.injector import OomInjector  # noqa: PLC0415
+
+            self._injector = OomInjector(*self._given.rules, device=device)
+            self._injector.__enter__()
+        self._start_watch(device, indices)
+
+    def _simulated(self) -> Device:
+        from pytest_gpumem.cards import find_card, visible_cards  # noqa: PLC0415  # torch is here
+        from pytest_gpumem.devices.simulated.device import SimulatedDevice  # noqa: PLC0415
+        from pytest_gpumem.devices.simulated.install import Installation  # noqa: PLC0415
+        from pytest_gpumem.devices.simulated.machine import SimulatedMachine  # noqa: PLC0415
+
+        cards = visible_cards(find_card(self._given.card))
+        machine = SimulatedMachine(cards, values=self._given.values)
+        self._installation = Installation(machine)
+        self._installation.install()
+        return SimulatedDevice(machine)
+
+    def _set_budgets(self, device: Device, indices: list[int]) -> None:
+        from pytest_gpumem.sizes import parse_size  # noqa: PLC0415  # torch is here
+
+        budgets = self._given.budgets
+        for here, there in enumerate(indices):
+            text = budgets.get(str(there), budgets.get(EVERY_CARD))
+            if text is not None:
+                total = device.mem_get_info(here)[1]
+                device.set_budget(here, parse_size(text, of=total))
+
+    def _start_watch(self, device: Device, indices: list[int]) -> None:
+        from pytest_gpumem.children.watch import ForkedChildren, Watch  # noqa: PLC0415
+
+        def make() -> Watch:
+            return Watch(device, self._given.folder, indices, self._strikes)
+
+        def forked() -> Any:
+            self._watch.stop()  # the parent's; its file is not ours
+            self._watch = make()
+            return self._watch
+
+        self._watch = make()
+        self._watch.start()
+        self._forks = ForkedChildren(forked)
+        self._forks.start()
+
+    def _strikes(self) -> list[int]:
+        if self._injector is None:
+            return []
+        return [each.num_failed for each in self._injector.schedules]

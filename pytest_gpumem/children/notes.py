@@ -1,0 +1,150 @@
+"""Figures of a child process, in a small file that is always up to date.
+
+The file is mapped into memory, so that each new peak is in it at once: a child that is
+killed has still told what it held.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import struct
+import tempfile
+from dataclasses import astuple, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from pytest_gpumem.cards import MAX_CARDS
+from pytest_gpumem.model.records import MemoryFigures
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+SUFFIX: Final = ".gpumem"
+#: Rules whose strikes are counted.
+MAX_RULES: Final = 32
+
+_HEADER: Final = 1024
+_NAMES: Final = tuple(field.name for field in fields(MemoryFigures))
+_CARD: Final = struct.Struct(f"<q{len(_NAMES)}q")
+_COUNTS: Final = struct.Struct(f"<q{MAX_RULES}q")
+_SIZE: Final = _HEADER + _COUNTS.size + MAX_CARDS * _CARD.size
+
+
+class ChildFigures(NamedTuple):
+    """What one child has told so far.
+
+    Attributes:
+        path: Its file.
+        pid: Its process.
+        environment: What its figures are kept under: card, backend, torch.
+        num_requests: Allocations it asked for.
+        strikes: Allocations that each rule refused there.
+        figures: By card.
+    """
+
+    path: Path
+    pid: int
+    environment: str
+    num_requests: int
+    strikes: tuple[int, ...]
+    figures: Mapping[int, MemoryFigures]
+
+
+class Note:
+    """A child's own file, for writing.
+
+    Args:
+        folder: Where; made if need be, for this user alone.
+        environment: What the figures are kept under.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+
+    def __init__(self, folder: Path, environment: str) -> None:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        about = {"pid": os.getpid(), "environment": environment}
+        header = json.dumps(about).encode().ljust(_HEADER)
+        handle, temporary = tempfile.mkstemp(suffix=".new", dir=folder)
+        try:
+            os.write(handle, header + bytes(_SIZE - _HEADER))
+            self._map: Final = mmap.mmap(handle, _SIZE)
+        finally:
+            os.close(handle)
+        made = Path(temporary)
+        made.rename(made.with_suffix(SUFFIX))
+
+    def write(self, num_requests: int, strikes: Sequence[int]) -> None:
+        """Note how much was asked for, and what rules refused."""
+        counted = [*strikes[:MAX_RULES], *[0] * (MAX_RULES - len(strikes))]
+        _COUNTS.pack_into(self._map, _HEADER, num_requests, *counted)
+
+    def write_card(self, index: int, figures: MemoryFigures) -> None:
+        """Note a card's figures, under the index that the run knows it by."""
+        place = _HEADER + _COUNTS.size + index * _CARD.size
+        _CARD.pack_into(self._map, place, 1, *_values(figures))
+
+
+def _values(figures: MemoryFigures) -> tuple[Any, ...]:
+    return tuple(astuple(figures))
+
+
+def read_note(path: Path) -> ChildFigures | None:
+    """Return what a file says; None if it is no such file."""
+    try:
+        content = path.read_bytes()
+        about = json.loads(content[:_HEADER])
+        num_requests, *strikes = _COUNTS.unpack_from(content, _HEADER)
+    except (OSError, ValueError, struct.error):
+        return None
+    found = {}
+    for index in range(MAX_CARDS):
+        place = _HEADER + _COUNTS.size + index * _CARD.size
+        is_used, *values = _CARD.unpack_from(content, place)
+        if is_used:
+            figures = dict(zip(_NAMES, values, strict=True))
+            figures["device_index"] = index
+            found[index] = MemoryFigures(**figures)
+    return ChildFigures(
+        path,
+        about["pid"],
+        about["environment"],
+        num_requests,
+        tuple(strikes),
+        found,
+    )
+
+
+def read_notes(folder: Path) -> list[ChildFigures]:
+    """Return what every child has told so far; none where there is no folder."""
+    try:
+        paths = sorted(folder.glob(f"*{SUFFIX}"))
+    except OSError:
+        return []
+    read = [read_note(path) for path in paths]
+    return [each for each in read if each is not None]
+
+
+def together(children: Sequence[ChildFigures]) -> list[MemoryFigures]:
+    """Return the figures of several children as those of one.
+
+    Peaks are the largest that one of them had; errors and retries are added up. What
+    a process holds as it ends is given back, so nothing counts as left.
+    """
+    by_card: dict[int, list[MemoryFigures]] = {}
+    for child in children:
+        for index, figures in child.figures.items():
+            by_card.setdefault(index, []).append(figures)
+    return [_together(by_card[index]) for index in sorted(by_card)]
+
+
+def _together(several: Sequence[MemoryFigures]) -> MemoryFigures:
+    values = {}
+    for name in _NAMES:
+        told = [getattr(each, name) for each in several]
+        values[name] = sum(told) if name.startswith("num_") else max(told)
+        if name.startswith("end_"):
+            values[name] = 0
+    return MemoryFigures(**values)

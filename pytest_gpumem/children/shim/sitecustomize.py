@@ -1,0 +1,37 @@
+"""Heed a run of pytest above this process, then be the real sitecustomize.
+
+It is found only where a run has put this folder on ``PYTHONPATH``.
+"""
+
+import contextlib
+import os
+import sys
+
+_here = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120  # runs in every process: nothing is imported
+
+
+def _activate() -> None:
+    root = os.path.dirname(os.path.dirname(os.path.dirname(_here)))  # noqa: PTH120  # likewise
+    sys.path.append(root)
+    try:
+        from pytest_gpumem.children.child import activate  # noqa: PLC0415  # the path is set
+
+        activate()
+    except Exception as error:  # noqa: BLE001  # another Python; it must start all the same
+        sys.stderr.write(f"pytest-gpumem does not reach this process: {error}\n")
+    finally:
+        sys.path.remove(root)
+
+
+if os.environ.get("PYTEST_GPUMEM_CHILDREN"):
+    _activate()
+sys.path[:] = [
+    each
+    for each in sys.path
+    if os.path.abspath(each) != _here  # noqa: PTH100  # likewise
+]
+_shim = sys.modules.pop("sitecustomize", None)
+with contextlib.suppress(ImportError):
+    import sitecustomize  # type: ignore[import-not-found]  # noqa: F401  # the environment's own
+if _shim is not None:
+    sys.modules.setdefault("sitecustomize", _shim)

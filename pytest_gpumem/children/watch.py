@@ -1,0 +1,144 @@
+"""A child process's cards, watched from start to end."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from pytest_gpumem.children.notes import Note
+from pytest_gpumem.devices.environment import environment_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from pytest_gpumem.devices import Device, Tracker
+
+
+class Watch:
+    """Notes the peaks of this process's cards until it ends.
+
+    Args:
+        device: The cards.
+        folder: Where the notes go.
+        indices: What the run above calls each card.
+        strikes: Returns how many allocations each rule has refused so far.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        folder: str,
+        indices: Sequence[int],
+        strikes: Callable[[], Sequence[int]] = lambda: (),
+    ) -> None:
+        self._device: Final = device
+        self._folder: Final = folder
+        self._indices: Final = indices
+        self._strikes: Final = strikes
+        self._stack = ExitStack()
+        self._trackers: list[Tracker] = []
+        self._requests = 0
+        self._struck: Sequence[int] = ()
+        self._peaks: dict[int, tuple[int, int]] = {}
+        self._note: Note | None = None
+
+    def start(self) -> None:
+        """Begin; nothing is written until a card is used."""
+        self._requests = self._device.num_requests
+        self._struck = list(self._strikes())
+        count = self._device.device_count
+        self._trackers = [self._device.open_tracker(index) for index in range(count)]
+        self._stack.enter_context(self._device.watching(self._watch))
+        atexit.register(self.finish)
+        process: Any = sys.modules.get("multiprocessing.process")
+        if process is not None and process.parent_process() is not None:
+            _finish_with_multiprocessing(self)
+
+    def stop(self) -> None:
+        """Watch no longer."""
+        atexit.unregister(self.finish)
+        self._stack.close()
+        for tracker in self._trackers:
+            tracker.close()
+        self._trackers = []
+
+    def finish(self) -> None:
+        """Note the final figures."""
+        if not self._trackers or self._device.num_requests == self._requests:
+            return
+        for index, tracker in enumerate(self._trackers):
+            figures = tracker.read()
+            if figures.peak_reserved_bytes or figures.num_ooms:
+                self._require().write_card(self._indices[index], figures)
+        self._count()
+
+    def _watch(self, index: int, allocated: int, reserved: int) -> None:
+        peaks = self._peaks.get(index, (0, 0))
+        if allocated > peaks[0] or reserved > peaks[1]:
+            self._peaks[index] = max(allocated, peaks[0]), max(reserved, peaks[1])
+            figures = self._trackers[index].peek()
+            self._require().write_card(self._indices[index], figures)
+            self._count()
+
+    def _count(self) -> None:
+        now = list(self._strikes())
+        before = [*self._struck, *[0] * (len(now) - len(self._struck))]
+        struck = [each - old for each, old in zip(now, before, strict=False)]
+        self._require().write(self._device.num_requests - self._requests, struck)
+
+    def _require(self) -> Note:
+        if self._note is None:
+            self._note = Note(Path(self._folder), environment_of(self._device))
+        return self._note
+
+
+class ForkedChildren:
+    """Lets children that are forked from this process be watched.
+
+    One of a process is in force at a time: the last that was started.
+    """
+
+    def __init__(self, make: Callable[[], Watch | None]) -> None:
+        self._make: Final = make
+
+    def start(self) -> None:
+        """Be in force."""
+        if not _hooked and hasattr(os, "register_at_fork"):
+            _hooked.append(True)
+            os.register_at_fork(after_in_child=_after_fork)
+        _in_force.append(self)
+
+    def stop(self) -> None:
+        """Be in force no longer."""
+        if self in _in_force:
+            _in_force.remove(self)
+
+    def forked(self) -> None:
+        """Watch this process, which has just been forked."""
+        watch = self._make()
+        if watch is None:
+            return
+        watch.start()
+        util: Any = sys.modules.get("multiprocessing.util")
+        if util is not None:
+            # Its children end with os._exit, and clear finalisers as they begin.
+            util.register_after_fork(watch, _finish_with_multiprocessing)
+
+
+def _finish_with_multiprocessing(watch: Watch) -> None:
+    from multiprocessing.util import Finalize  # noqa: PLC0415  # it is here
+
+    Finalize(None, watch.finish, exitpriority=0)
+
+
+def _after_fork() -> None:
+    if _in_force:
+        _in_force[-1].forked()
+
+
+_hooked: Final[list[bool]] = []
+_in_force: Final[list[ForkedChildren]] = []

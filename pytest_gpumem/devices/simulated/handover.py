@@ -1,0 +1,87 @@
+"""Ways to hand a card's memory to other code: kernels, libraries, processes.
+
+None of them can be simulated, since the bytes are on no card; each is refused.
+"""
+
+from __future__ import annotations
+
+import sys
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, Final
+
+import torch
+
+from pytest_gpumem.devices.on_import import AfterImport
+from pytest_gpumem.devices.patches import PatchSet
+from pytest_gpumem.devices.simulated.memory import memory_of
+from pytest_gpumem.devices.simulated.refusals import refuse, refusing
+from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
+
+_dlpack: Final[Any] = torch.utils.dlpack
+_original_to_dlpack: Final[Any] = _dlpack.to_dlpack
+_original_share: Final[Any] = torch.UntypedStorage._share_cuda_
+
+
+def to_dlpack(tensor: torch.Tensor) -> Any:
+    """``torch.utils.dlpack.to_dlpack``, refusing a tensor of a card.
+
+    Raises:
+        UnsupportedOnSimulatedDeviceError: The tensor lies on a card.
+    """
+    __tracebackhide__ = True
+    if isinstance(tensor, SimulatedTensor):
+        refuse("tensor.__dlpack__")
+    return _original_to_dlpack(tensor)
+
+
+def _share(self: torch.UntypedStorage, *args: Any) -> Any:
+    __tracebackhide__ = True
+    if memory_of(self) is not None:
+        refuse("sharing a tensor of a card with another process")
+    return _original_share(self, *args)
+
+
+#: Owner, name and replacement of each.
+REPLACEMENTS: Final[tuple[tuple[Any, str, Any], ...]] = (
+    (_dlpack, "to_dlpack", to_dlpack),
+    (torch, "to_dlpack", to_dlpack),
+    (torch._C, "_to_dlpack", to_dlpack),
+    (torch.UntypedStorage, "_share_cuda_", _share),
+    (torch.cuda, "_compile_kernel", refusing("torch.cuda._compile_kernel")),
+)
+
+# What multiprocessing's queues and pipes send tensors with.
+ForkingPickler.register(
+    SimulatedTensor, refusing("sharing a tensor of a card with another process")
+)
+
+
+class TritonHook:
+    """Refuses Triton's kernels for simulated tensors, whenever it is imported."""
+
+    def __init__(self) -> None:
+        self._hook = AfterImport("triton", self._imported)
+        self._patches = PatchSet()
+
+    def start(self) -> None:
+        """Replace Triton's launcher, now or once it is imported."""
+        self._hook.start()
+
+    def stop(self) -> None:
+        """Put the launcher back; safe to call twice."""
+        self._hook.stop()
+        self._patches.restore()
+
+    def _imported(self) -> None:
+        jit: Any = sys.modules["triton"].JITFunction
+        original = jit.run
+
+        def run(kernel: Any, *args: Any, **options: Any) -> Any:
+            """``kernel[grid](…)``."""
+            __tracebackhide__ = True
+            operands = (*args, *options.values())
+            if any(isinstance(each, SimulatedTensor) for each in operands):
+                refuse("a Triton kernel")
+            return original(kernel, *args, **options)
+
+        self._patches.set(jit, "run", run)

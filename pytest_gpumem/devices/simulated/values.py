@@ -1,0 +1,142 @@
+"""How the CPU computes the values of an operator of the simulated device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from pytest_gpumem.devices.simulated import rng
+from pytest_gpumem.errors import NoValuesError, UnsupportedOnSimulatedDeviceError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pytest_gpumem.devices.simulated.machine import SimulatedCard
+
+#: Where the CPU's kernel does not know what a card's does: what to call instead.
+COMPUTED: Final[dict[Any, Callable[..., Any]]] = {}
+
+
+def _histc(source: torch.Tensor, *args: Any, **options: Any) -> Any:
+    """``histc``: whole numbers are a card's alone."""
+    if source.dtype.is_floating_point:
+        return torch.histc(source, *args, **options)
+    return torch.histc(source.double(), *args, **options).to(source.dtype)
+
+
+COMPUTED[torch.ops.aten.histc.default] = _histc
+
+#: Keys that torch excludes while Python runs an operator. C++ that composes one of
+#: others leaves it to them to heed the marks of lazy conjugation.
+_LAZY_MARKS: Final = ("Conjugate", "Negative", "ZeroTensor")
+_COMPOSITE: Final = (
+    "CompositeExplicitAutograd",
+    "CompositeExplicitAutogradNonFunctional",
+)
+
+
+def computing(func: Any) -> Callable[..., Any]:
+    """Return what computes the values of an operator."""
+    compute: Callable[..., Any] = COMPUTED.get(func, func)
+    return _heeding_marks(compute) if _is_composite(func) else compute
+
+
+def _is_composite(func: Any) -> bool:
+    """Tell whether C++ composes an operator of others; views and kernels it does not."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # no public name
+    name = func.name()
+    return (
+        not has_kernel(name, "CPU")
+        and any(has_kernel(name, key) for key in _COMPOSITE)
+        and all(each.alias_info is None for each in func._schema.returns)  # likewise
+    )
+
+
+def _heeding_marks(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a computation that heeds lazy conjugation inside itself."""
+
+    def heeding(*args: Any, **kwargs: Any) -> Any:
+        if not any(isinstance(arg, torch.Tensor) and arg.is_complex() for arg in args):
+            return compute(*args, **kwargs)
+        excluded = torch._C._dispatch_tls_local_exclude_set()  # no public name
+        for name in _LAZY_MARKS:
+            excluded = excluded.remove(getattr(torch._C.DispatchKey, name))
+        included = torch._C._dispatch_tls_local_include_set()  # no public name
+        with torch._C._ForceDispatchKeyGuard(included, excluded):  # no public name
+            return compute(*args, **kwargs)
+
+    return heeding
+
+
+def _is_the_cpus(text: str) -> bool:
+    """Tell whether it is the CPU that lacks a kernel, for any or for this dtype."""
+    return "'CPU' backend" in text or "not implemented for '" in text
+
+
+def _widened(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Compute in single precision what the CPU cannot compute in half; round after.
+
+    A card's kernels do so as well, in registers.
+    """
+    halves = {torch.float16, torch.bfloat16}
+    operands = torch.utils._pytree.tree_leaves((args, kwargs))
+    dtype = next(each.dtype for each in operands if _is_of(each, halves))
+
+    def cast(value: Any, old: set[torch.dtype], new: torch.dtype) -> Any:
+        return torch.utils._pytree.tree_map(
+            lambda each: each.to(new) if _is_of(each, old) else each, value
+        )
+
+    out = func(*cast(args, halves, torch.float32), **kwargs)
+    return cast(out, {torch.float32}, dtype)
+
+
+def _is_of(value: Any, dtypes: set[torch.dtype]) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype in dtypes
+
+
+def run(
+    func: Any,
+    args: Any,
+    kwargs: dict[str, Any],
+    card: SimulatedCard,
+    *,
+    draws: bool,
+    compute: Callable[..., Any] | None = None,
+) -> Any:
+    """Run an operator on the tensors with the values.
+
+    Args:
+        func: The operator.
+        args: Its arguments, on the CPU, or on meta where no values are kept.
+        kwargs: Its keyword arguments.
+        card: The card that computes.
+        draws: Whether the operator draws from the card's random state.
+        compute: What computes the values; None means the operator.
+
+    Raises:
+        NoValuesError: The result depends on values, and none are kept.
+        UnsupportedOnSimulatedDeviceError: The operator has no CPU kernel.
+    """
+    compute = func if compute is None else compute
+    try:
+        if draws:
+            with rng.drawing_for(card):
+                return compute(*args, **kwargs)
+        return compute(*args, **kwargs)
+    except RuntimeError as error:
+        lacks_kernel = isinstance(error, NotImplementedError)
+        lacks_values = card.value_device == "meta" and (
+            lacks_kernel or "called on meta tensors" in str(error)
+        )
+        if not lacks_values and not (lacks_kernel and _is_the_cpus(str(error))):
+            raise
+        lacks_half = any(f"for '{name}'" in str(error) for name in ("Half", "BFloat16"))
+    if lacks_half and not draws and not func._schema.is_mutable:  # no public name
+        return _widened(func, args, kwargs)
+    if lacks_values:
+        raise NoValuesError(str(func))
+    raise UnsupportedOnSimulatedDeviceError(
+        str(func), "it has no CPU kernel to take the values from; run it on a real card"
+    )

@@ -1,0 +1,102 @@
+"""What child processes take over from a run: one environment variable, as JSON.
+
+A run of pytest sets the variable; ``pytest_gpumem.children`` heeds it at the start of
+every Python process below, before any code of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Final, NamedTuple
+
+VARIABLE: Final = "PYTEST_GPUMEM_CHILDREN"
+
+#: The key of a budget that holds for every card.
+EVERY_CARD: Final = ""
+
+
+class Inheritance(NamedTuple):
+    """A run's settings, for its children.
+
+    Attributes:
+        backend: ``"cuda"`` or ``"simulated"``.
+        card: Description of the simulated cards.
+        values: What they keep of values.
+        folder: Where children write their figures; the first one makes it.
+        budgets: Sizes as text by card's index as text; ``EVERY_CARD`` for the others.
+        rules: Injection rules as text.
+        visible: The run's own ``CUDA_VISIBLE_DEVICES``, or None.
+    """
+
+    backend: str
+    card: str
+    values: str
+    folder: str
+    budgets: dict[str, str]
+    rules: tuple[str, ...] = ()
+    visible: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The variable's value."""
+        return json.dumps(self._asdict())
+
+    @classmethod
+    def parse(cls, text: str) -> Inheritance:
+        """Read the variable's value.
+
+        Raises:
+            ValueError: It is none that a run of this version sets.
+        """
+        try:
+            given = cls(**json.loads(text))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{VARIABLE} is none that a run of pytest sets ({error}); unset it"
+            ) from None
+        return given._replace(rules=tuple(given.rules))
+
+    def indices_here(self, visible: str | None, count: int) -> list[int]:
+        """Return what the run calls each card that this process sees.
+
+        Args:
+            visible: This process's ``CUDA_VISIBLE_DEVICES``.
+            count: How many cards it sees.
+        """
+        own, theirs = _entries(visible), _entries(self.visible)
+        names = own[:count] or [str(index) for index in range(count)]
+        if own == theirs:
+            return list(range(count))
+        if theirs:
+            return [
+                theirs.index(name) if name in theirs else index
+                for index, name in enumerate(names)
+            ]
+        return [
+            int(name) if name.isdigit() else index for index, name in enumerate(names)
+        ]
+
+
+def _entries(visible: str | None) -> list[str]:
+    listed = (visible or "").strip()
+    return [] if listed in ("", "-1") else [each.strip() for each in listed.split(",")]
+
+
+def pass_budget_on(index: int, budget_bytes: int | None) -> None:
+    """Let children started from here on have a card's budget, or none.
+
+    Nothing happens outside a run of pytest.
+    """
+    text = os.environ.get(VARIABLE)
+    if not text:
+        return
+    try:
+        given = Inheritance.parse(text)
+    except ValueError:
+        return  # somebody else's
+    budgets = dict(given.budgets)
+    budgets.pop(str(index), None)
+    if budget_bytes is not None:
+        budgets[str(index)] = str(budget_bytes)
+    os.environ[VARIABLE] = given._replace(budgets=budgets).text

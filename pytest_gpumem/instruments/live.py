@@ -1,0 +1,288 @@
+"""What is on a card, and whose it is, by one look at what Python knows.
+
+Made for the moment in which memory has run out: one walk over the collector's objects
+and one up the stack. Nothing of what is seen is kept; ``holders.py`` asks more closely.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import torch
+from torch.nn.parameter import is_lazy
+
+from pytest_gpumem.model.incidents import LiveTensor, ModelSize
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from pytest_gpumem.devices import Device
+
+#: Tensors that are shown; the largest.
+SHOWN: Final = 8
+#: Members of a container that are looked at.
+_MEMBERS: Final = 1000
+_HIDDEN: Final = frozenset(
+    {"torch", "pytest_gpumem", "_pytest", "pluggy", "contextlib"}
+)
+
+
+class Survey(NamedTuple):
+    """What is on a card.
+
+    Attributes:
+        tensors: The largest, with their owners.
+        num_tensors: Number of storages.
+        seen_bytes: Bytes of all storages.
+        models: Models that are on the card, or on the stack.
+        kept_bytes: Bytes of gradients and optimisers' state.
+    """
+
+    tensors: tuple[LiveTensor, ...]
+    num_tensors: int
+    seen_bytes: int
+    models: tuple[ModelSize, ...]
+    kept_bytes: int
+
+
+def survey(device: Device, index: int, frame: FrameType | None) -> Survey:
+    """Look at a card.
+
+    Args:
+        device: The cards.
+        index: The card.
+        frame: The innermost frame of the code that asked for memory.
+    """
+    found = _Found()
+    names = _Names(device, index)
+    tensors = {address(each): each for each in found.tensors if names.has(each)}
+    on_stack = names.of_frames(frame)
+    models = [
+        size
+        for root in _roots(found.modules)
+        if (size := names.of_model(root, is_wanted=id(root) in on_stack)) is not None
+    ]
+    for each in found.optimizers:
+        names.of_optimizer(each)
+    del found
+    ranked = sorted(
+        tensors.items(), key=lambda pair: -pair[1].untyped_storage().nbytes()
+    )
+    return Survey(
+        tuple(
+            LiveTensor(nbytes(tensor), _words(tensor), names.owner(place, tensor))
+            for place, tensor in ranked[:SHOWN]
+        ),
+        len(tensors),
+        sum(nbytes(tensor) for tensor in tensors.values()),
+        tuple(models),
+        sum(nbytes(tensors[each]) for each in names.kept if each in tensors),
+    )
+
+
+class _Found:
+    """The objects that matter among all that the collector knows, by one walk."""
+
+    def __init__(self) -> None:
+        self.tensors: list[torch.Tensor] = []
+        self.modules: list[torch.nn.Module] = []
+        self.optimizers: list[torch.optim.Optimizer] = []
+        lists: tuple[tuple[type, list[Any]], ...] = (
+            (torch.Tensor, self.tensors),
+            (torch.nn.Module, self.modules),
+            (torch.optim.Optimizer, self.optimizers),
+        )
+        # There are a hundred thousand objects and a few thousand types.
+        homes: dict[type, list[Any] | None] = {}
+        for each in gc.get_objects():
+            kind = type(each)
+            if kind not in homes:
+                fitting = (home for base, home in lists if issubclass(kind, base))
+                homes[kind] = next(fitting, None)
+            home = homes[kind]
+            if home is not None:
+                home.append(each)
+
+
+class _Names:
+    """Names of storages on a card; what owns one best comes first.
+
+    Args:
+        device: The cards.
+        index: The card.
+
+    Attributes:
+        kept: Storages of gradients and optimisers' state.
+    """
+
+    def __init__(self, device: Device, index: int) -> None:
+        self._device = device
+        self._index = index
+        self._parts: dict[int, str] = {}
+        self._locals: dict[int, str] = {}
+        self.kept: set[int] = set()
+
+    def has(self, tensor: torch.Tensor) -> bool:
+        """Tell whether a tensor is on the card."""
+        if not tensor.is_cuda or is_lazy(tensor) or tensor.layout != torch.strided:
+            return False
+        return self._device.holds(tensor.untyped_storage(), self._index)
+
+    def owner(self, place: int, tensor: torch.Tensor) -> str:
+        """Return who holds a storage, in words; empty if nobody was found."""
+        known = self._parts.get(place) or self._locals.get(place)
+        if known is None and tensor.grad_fn is not None:
+            return "a result that autograd may need"
+        return known or ""
+
+    def of_model(self, root: torch.nn.Module, *, is_wanted: bool) -> ModelSize | None:
+        """Name a model's parts; return its size if it is on the card or wanted."""
+        kind = type(root).__name__
+        whole = on_card = full = 0
+        seen = set()
+        layers: dict[str, int] = {}
+        for name, part in (*root.named_parameters(), *root.named_buffers()):
+            if is_lazy(part) or id(part) in seen:
+                continue
+            seen.add(id(part))
+            size = part.numel() * part.element_size()
+            whole += size
+            full += size if part.dtype == torch.float32 else 0
+            layer = name.rpartition(".")[0]
+            layers[layer] = layers.get(layer, 0) + size
+            if self.has(part):
+                on_card += size
+                self._parts.setdefault(address(part), f"{name} of {kind}")
+            gradient = part.grad if part.is_leaf else None
+            if gradient is not None and self.has(gradient):
+                place = address(gradient)
+                self._parts.setdefault(place, f"gradient of {name} of {kind}")
+                self.kept.add(place)
+        if not on_card and not (is_wanted and whole):
+            return None
+        largest = max(layers, key=lambda each: layers[each])
+        return ModelSize(kind, whole, on_card, full, layers[largest], largest)
+
+    def of_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Name an optimiser's state."""
+        kind = type(optimizer).__name__
+        for parameter, state in optimizer.state.items():
+            if not isinstance(state, Mapping):
+                continue
+            whose = self._parts.get(address(parameter), "a parameter")
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor) and self.has(value):
+                    place = address(value)
+                    self._parts.setdefault(place, f"{key} of {kind} for {whose}")
+                    self.kept.add(place)
+
+    def of_frames(self, frame: FrameType | None) -> set[int]:
+        """Name what variables hold, from the inside out; return the modules' ids."""
+        modules: set[int] = set()
+        globals_seen: set[int] = set()
+        for each, state in _frames(frame):
+            code = each.f_code
+            place = f"{code.co_name} ({Path(code.co_filename).name}:{each.f_lineno})"
+            self._of_variables(_locals(each), f"of {state}{place}", modules)
+            if id(each.f_globals) not in globals_seen:
+                globals_seen.add(id(each.f_globals))
+                module = each.f_globals.get("__name__")
+                self._of_variables(each.f_globals, f"of module {module}", modules)
+        return modules
+
+    def _of_variables(
+        self, variables: Mapping[str, Any], where: str, modules: set[int]
+    ) -> None:
+        for name, value in list(variables.items()):
+            if issubclass(type(value), torch.nn.Module):
+                modules.add(id(value))
+            for suffix, tensor in _tensors_of(value):
+                if self.has(tensor):
+                    text = f"{name}{suffix} {where}"
+                    self._locals.setdefault(address(tensor), text)
+
+
+def _tensors_of(value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors that a variable holds by itself, with how to write them."""
+    kind = type(value)
+    if issubclass(kind, torch.Tensor):
+        yield "", value
+    elif issubclass(kind, (list, tuple)):
+        for position, item in enumerate(value[:_MEMBERS]):
+            if issubclass(type(item), torch.Tensor):
+                yield f"[{position}]", item
+    elif issubclass(kind, dict) and len(value) <= _MEMBERS:
+        for key, item in list(value.items()):
+            if issubclass(type(item), torch.Tensor):
+                yield f"[{key!r}]", item
+
+
+def _frames(frame: FrameType | None) -> Iterator[tuple[FrameType, str]]:
+    """Yield frames that may hold something of the user's: running ones, then caught."""
+    while frame is not None:
+        if _is_shown(frame):
+            yield frame, ""
+        frame = frame.f_back
+    error = sys.exc_info()[1]
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        trace = error.__traceback__
+        while trace is not None:
+            if _is_shown(trace.tb_frame):
+                yield trace.tb_frame, f"the traceback of {type(error).__name__} in "
+            trace = trace.tb_next
+        error = error.__cause__ or error.__context__
+
+
+def _is_shown(frame: FrameType) -> bool:
+    name = frame.f_globals.get("__name__")
+    return isinstance(name, str) and name.partition(".")[0] not in _HIDDEN
+
+
+def _locals(frame: FrameType) -> dict[str, Any]:
+    """Return a frame's variables, and leave nothing behind that holds them.
+
+    Before Python 3.13 a look at ``f_locals`` leaves a dictionary at the frame that
+    would keep alive what the function lets go of later.
+    """
+    is_function = bool(frame.f_code.co_flags & inspect.CO_OPTIMIZED)
+    looked = frame.f_locals
+    variables = dict(looked)
+    if is_function and isinstance(looked, dict):
+        looked.clear()
+    return variables
+
+
+def _roots(modules: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    """Return the modules that are no part of another."""
+    inner = {
+        id(part)
+        for each in modules
+        for part in each.__dict__.get("_modules", {}).values()
+    }
+    return [
+        each
+        for each in modules
+        if id(each) not in inner and "_modules" in each.__dict__
+    ]
+
+
+def address(tensor: torch.Tensor) -> int:
+    """Return where a tensor's storage is; 0 for one without."""
+    return 0 if is_lazy(tensor) else tensor.untyped_storage().data_ptr()
+
+
+def nbytes(tensor: torch.Tensor) -> int:
+    """Return the bytes of a tensor's storage."""
+    return tensor.untyped_storage().nbytes()
+
+
+def _words(tensor: torch.Tensor) -> str:
+    shape = "x".join(map(str, tensor.shape)) or "scalar"
+    return f"{shape} {str(tensor.dtype).removeprefix('torch.')}"

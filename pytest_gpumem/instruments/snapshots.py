@@ -1,0 +1,56 @@
+"""Snapshots of the cards' memory that PyTorch's memory_viz opens."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import re
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from pytest_gpumem.files import write_bytes_atomically
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+#: What memory_viz reads: it has an unpickler of its own.
+#: Source: ``torch/utils/viz/MemoryViz.js``.
+PROTOCOL: Final = 4
+#: Changes of memory that are kept, the newest; each has its Python frames.
+ENTRIES: Final = 20_000
+_NAME: Final = 100
+
+
+def keep_history() -> None:
+    """Have changes of memory kept, for snapshots to show them with their frames."""
+    torch.cuda.memory._record_memory_history(max_entries=ENTRIES, stacks="python")  # noqa: SLF001  # torch's only way
+
+
+def take_snapshot() -> dict[str, Any]:
+    """Return the cards' memory at this moment, and the changes that led to it."""
+    snapshot: dict[str, Any] = torch.cuda.memory._snapshot()  # noqa: SLF001  # torch's only way
+    return snapshot
+
+
+def snapshot_name(test: str) -> str:
+    """Return a file's name for a test: letters, digits and ``._-``, told apart.
+
+    Example::
+
+        assert snapshot_name("test_a.py::test_b[../x]").startswith("test_a.py-test_b-")
+    """
+    plain = re.sub(r"[^A-Za-z0-9._]+", "-", test).strip("-.") or "test"
+    digest = hashlib.sha256(test.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{plain[:_NAME]}-{digest}.pickle"
+
+
+def write_snapshot(snapshot: dict[str, Any], folder: Path, test: str) -> Path:
+    """Write a snapshot, whole or not at all; return the file.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    file = folder / snapshot_name(test)
+    write_bytes_atomically(file, pickle.dumps(snapshot, protocol=PROTOCOL))
+    return file

@@ -1,0 +1,212 @@
+"""Describe the moment in which memory runs out, while it lasts."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from pytest_gpumem.devices.nvml import other_processes
+from pytest_gpumem.instruments.live import Survey, survey
+from pytest_gpumem.instruments.phases import current_phase
+from pytest_gpumem.instruments.sites import describe_site
+from pytest_gpumem.model.incidents import Incident, Process
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import FrameType
+
+    from pytest_gpumem.devices import Device
+
+#: Moments of one test that are looked at closely; of later ones only figures are kept.
+CLOSELY: Final = 8
+_refused = threading.local()
+_witnesses: Final[list[OomWitness]] = []
+
+
+class OomWitness:
+    """Notes every allocation that fails, and whatever else it is told of.
+
+    Only plain numbers and words are kept: no tensor lives longer for it. Nothing is
+    looked at until memory runs out.
+
+    Args:
+        device: The cards.
+        closely: How many moments are looked at closely; those after them are noted
+            with their figures and site alone.
+        also: Called with each incident while it lasts.
+
+    Attributes:
+        incidents: What was noted, oldest first.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        *,
+        closely: int = CLOSELY,
+        also: Callable[[Incident], object] | None = None,
+    ) -> None:
+        self._device = device
+        self._closely = closely
+        self._also = also
+        self._stack = ExitStack()
+        self._is_busy = threading.local()
+        self._pauses = 0
+        self.incidents: list[Incident] = []
+
+    def clear(self) -> None:
+        """Forget what was noted."""
+        refusal()
+        self.incidents = []
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Note nothing for a block."""
+        self._pauses += 1
+        try:
+            yield
+        finally:
+            self._pauses -= 1
+
+    def __enter__(self) -> OomWitness:  # noqa: PYI034  # Self needs Python 3.11
+        self._stack.enter_context(self._device.observing_ooms(self._failed))
+        _witnesses.append(self)
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        _witnesses.remove(self)
+        self._stack.close()
+
+    def _failed(self, index: int, nbytes: int) -> None:
+        self.note(index, nbytes, sys._getframe(1), injected_by=refusal())  # noqa: SLF001  # the documented way to walk a stack
+
+    def note(
+        self,
+        index: int,
+        nbytes: int,
+        frame: FrameType | None,
+        *,
+        injected_by: str | None = None,
+        limit: str = "",
+    ) -> None:
+        """Describe this moment.
+
+        Args:
+            index: The card.
+            nbytes: Bytes asked for.
+            frame: The innermost frame of the code that asked.
+            injected_by: The rule that refused the request.
+            limit: The limit that was broken, in words; empty for an OOM.
+        """
+        if self._pauses or getattr(self._is_busy, "now", False):
+            return  # looking around may itself run out of memory
+        self._is_busy.now = True
+        try:
+            incident = self._describe(index, nbytes, frame, injected_by, limit)
+            self.incidents.append(incident)
+            if self._also is not None:
+                self._also(incident)
+        finally:
+            self._is_busy.now = False
+
+    def _describe(
+        self,
+        index: int,
+        nbytes: int,
+        frame: FrameType | None,
+        injected_by: str | None,
+        limit: str,
+    ) -> Incident:
+        device = self._device
+        stats = device.memory_stats(index)
+        free, total = device.mem_get_info(index)
+        reserved = stats.get("reserved_bytes.all.current", 0)
+        room = min(reserved + free, int(total * _fraction(index)))
+        found, note = Survey((), 0, 0, (), 0), ""
+        largest = 0
+        processes: tuple[Process, ...] = ()
+        if len(self.incidents) < self._closely:
+            try:
+                found = survey(device, index, frame)
+                largest = _largest_free(index)
+                if device.kind == "cuda":
+                    processes = other_processes(nvml_index(index))
+            except Exception as error:  # noqa: BLE001  # a witness must not change what it sees
+                note = f"what is live could not be looked at: {error!r}"
+        else:
+            note = f"only the first {self._closely} such moments are looked at closely"
+        return Incident(
+            kind="limit" if limit else "oom",
+            device_index=index,
+            card=device.name(index),
+            total_bytes=total,
+            budget_bytes=device.budget(index),
+            room_bytes=room,
+            allocated_bytes=stats.get("allocated_bytes.all.current", 0),
+            reserved_bytes=reserved,
+            largest_free_bytes=largest,
+            nbytes=nbytes,
+            site=describe_site(frame, exact=True),
+            phase=current_phase(frame),
+            injected_by=injected_by,
+            limit=limit,
+            tensors=found.tensors,
+            num_tensors=found.num_tensors,
+            seen_bytes=found.seen_bytes,
+            models=found.models,
+            kept_bytes=found.kept_bytes,
+            processes=processes,
+            note=note,
+        )
+
+
+def refuse(rule: str) -> None:
+    """Say that the thread's next failure is a rule's doing, if anybody asks."""
+    if _witnesses:
+        _refused.rule = rule
+
+
+def refusal() -> str | None:
+    """Return the rule of the thread's failure, once; None if there is none."""
+    rule: str | None = getattr(_refused, "rule", None)
+    _refused.rule = None
+    return rule
+
+
+def tell_refused(index: int, nbytes: int) -> None:
+    """Tell the witnesses of a failure that the allocator has no part in."""
+    rule = refusal()
+    if rule is None:
+        return  # the allocator's own observers have seen it
+    frame = sys._getframe(1)  # noqa: SLF001  # the documented way to walk a stack
+    for witness in _witnesses:
+        witness.note(index, nbytes, frame, injected_by=rule)
+
+
+def _fraction(index: int) -> float:
+    """Return the share of a card that user code lets this process have."""
+    return torch.cuda.get_per_process_memory_fraction(index)
+
+
+def _largest_free(index: int) -> int:
+    snapshot: Any = torch.cuda.memory_snapshot()
+    return max(
+        (
+            block["size"]
+            for segment in snapshot
+            if segment["device"] == index
+            for block in segment["blocks"]
+            if block["state"] == "inactive"
+        ),
+        default=0,
+    )
+
+
+def nvml_index(index: int) -> int:
+    """Return a card's number as NVML counts them."""
+    number: int = torch.cuda._get_nvml_device_index(index)  # noqa: SLF001  # heeds CUDA_VISIBLE_DEVICES
+    return number

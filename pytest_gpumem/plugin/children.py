@@ -1,0 +1,207 @@
+"""Children of tests: they take over the run's settings, and tests get their peaks."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import site
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+from pytest_gpumem.inheritance import EVERY_CARD, VARIABLE, Inheritance
+from pytest_gpumem.plugin.marks import CHILDREN_PROPERTY, ENVIRONMENT_PROPERTY
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Sequence
+
+    from pytest_gpumem.children.notes import ChildFigures
+    from pytest_gpumem.devices import Device
+    from pytest_gpumem.model.records import MemoryFigures
+    from pytest_gpumem.model.rules import Rule
+    from pytest_gpumem.plugin.marks import Budget
+    from pytest_gpumem.plugin.settings import Settings
+
+#: The phase that children's figures stand under.
+PHASE: Final = "children"
+
+PTH: Final = "pytest_gpumem_child.pth"
+_SHIM: Final = Path(__file__).parents[1] / "children" / "shim"
+
+
+class Children:
+    """The children of one process that runs tests.
+
+    Args:
+        settings: The run's options.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings: Final = settings
+        self._pid: Final = os.getpid()
+        # Made by the first child that uses a card: most runs have none.
+        name = f"gpumem-{os.getpid()}-{secrets.token_hex(8)}"
+        self._folder: Final = os.path.join(tempfile.gettempdir(), name)  # noqa: PTH118  # as text, for the environment
+        self._saved: dict[str, str | None] = {}
+        self._seen: Final[dict[Path, int]] = {}
+        self._forks: Any = None
+        self._given: Inheritance | None = None
+        self._text = ""
+        #: What refuses allocations at present; children that are forked have it too.
+        self.injector: Any = None
+
+    # -- what they take over ----------------------------------------------------------
+
+    def start(self, backend: str) -> None:
+        """Reach children that are started from here on, unless it is switched off."""
+        if not self._settings.reaches_children or backend == "off":
+            self._set(VARIABLE, None)
+            return
+        self._given = Inheritance(
+            backend=backend,
+            card=self._settings.card_text,
+            values=self._settings.values,
+            folder=self._folder,
+            budgets={
+                EVERY_CARD if index is None else str(index): spec.text
+                for index, spec in self._settings.budgets.items()
+            },
+            visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
+        )
+        self._text = self._given.text
+        self._set(VARIABLE, self._text)
+        paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        if str(_SHIM) not in paths and not _is_installed():
+            self._set("PYTHONPATH", os.pathsep.join(filter(None, [str(_SHIM), *paths])))
+
+    def device_came(self, device: Device) -> None:
+        """Have children that are forked from here on noted."""
+        if self._given is None or self._forks is not None:
+            return
+        from pytest_gpumem.children.watch import ForkedChildren, Watch  # noqa: PLC0415  # there is a device
+
+        def make() -> Watch:
+            indices = range(device.device_count)
+            return Watch(device, self._folder, indices, self._strikes)
+
+        if os.getpid() != self._pid:
+            make().start()  # a child that was forked before, and only now uses torch
+        self._forks = ForkedChildren(make)
+        self._forks.start()
+
+    def stop(self) -> None:
+        """Put the environment back; forget all figures."""
+        for name, value in self._saved.items():
+            _put(name, value)
+        self._saved = {}
+        if self._forks is not None:
+            self._forks.stop()
+            self._forks = None
+        if self._given is not None:
+            self._given = None
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def pass_on(self, own: Sequence[Budget], rules: Sequence[Rule] = ()) -> None:
+        """Let children have a test's own budgets, and rules while its call runs.
+
+        Args:
+            own: The test's budgets, the nearest first.
+            rules: The rules in force.
+        """
+        if self._given is None:
+            return
+        text = self._text
+        if own or rules:
+            own_sizes = {str(each.device_index): each.size.text for each in own[::-1]}
+            given = self._given._replace(
+                budgets={**self._given.budgets, **own_sizes},
+                rules=tuple(str(rule) for rule in rules),
+            )
+            text = given.text
+        if os.environ.get(VARIABLE) != text:
+            os.environ[VARIABLE] = text
+
+    def _strikes(self) -> list[int]:
+        schedules = [] if self.injector is None else self.injector.schedules
+        return [each.num_failed for each in schedules]
+
+    def _set(self, name: str, value: str | None) -> None:
+        self._saved.setdefault(name, os.environ.get(name))
+        _put(name, value)
+
+    # -- what comes back --------------------------------------------------------------
+
+    def new_figures(self) -> list[ChildFigures]:
+        """Return what children have told since the last test ended."""
+        if self._given is None or not os.path.exists(self._folder):  # noqa: PTH110  # asked of every test
+            return []
+        from pytest_gpumem.children.notes import read_notes  # noqa: PLC0415  # there are some
+
+        return [
+            child
+            for child in read_notes(Path(self._folder))
+            if self._seen.get(child.path) != child.num_requests
+        ]
+
+    def strikes(self, count: int) -> list[int]:
+        """Return how many allocations each of the first rules refused in children."""
+        told = [child.strikes for child in self.new_figures()]
+        return [sum(each[index] for each in told) for index in range(count)]
+
+    @staticmethod
+    def together(children: Sequence[ChildFigures]) -> list[MemoryFigures]:
+        """Return several children's figures as those of one, by card."""
+        if not children:
+            return []
+        from pytest_gpumem.children.notes import together  # noqa: PLC0415  # there are some
+
+        return together(children)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None]:
+        """Put children's figures into a test's properties once it is over."""
+        try:
+            return (yield)
+        finally:
+            children = self.new_figures()
+            if children:
+                self._tell(item, children)
+
+    def _tell(self, item: pytest.Item, children: list[ChildFigures]) -> None:
+        from pytest_gpumem.model.records import to_properties  # noqa: PLC0415  # there are some
+
+        properties = item.user_properties
+        if not any(name == ENVIRONMENT_PROPERTY for name, _value in properties):
+            properties.append((ENVIRONMENT_PROPERTY, children[0].environment))
+        properties.append((CHILDREN_PROPERTY, len(children)))
+        for figures in self.together(children):
+            properties.extend(to_properties(PHASE, figures))
+        for child in children:
+            self._seen[child.path] = child.num_requests
+            if not _is_alive(child.pid):
+                child.path.unlink(missing_ok=True)
+                del self._seen[child.path]
+
+
+def _put(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
+
+
+def _is_installed() -> bool:
+    """Tell whether this Python looks at the environment as it starts."""
+    folders = [*site.getsitepackages(), site.getusersitepackages()]
+    return any(os.path.exists(os.path.join(each, PTH)) for each in folders)  # noqa: PTH110, PTH118  # asked in every run
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,95 @@
+"""What a failed test's report says of the moment in which memory ran out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from pytest_gpumem.devices import Device
+    from pytest_gpumem.instruments.witness import OomWitness
+    from pytest_gpumem.model.incidents import Incident
+    from pytest_gpumem.plugin.session import Run
+
+#: A test's property: what happened when its memory ran out, on one line.
+INCIDENT_PROPERTY: Final = "gpumem.incident"
+#: A test's property: the file of its snapshot.
+SNAPSHOT_PROPERTY: Final = "gpumem.snapshot"
+
+
+class Incidents:
+    """Has OOMs and broken limits described as they happen, and shows them on failure.
+
+    Args:
+        run: The run, for its device.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run: Final = run
+        self._snapshot: dict[str, Any] | None = None
+
+    def attach(self, device: Device) -> None:
+        """Begin to watch a device; it costs nothing until memory runs out."""
+        if self._run.witness is not None:
+            return
+        from pytest_gpumem.instruments.witness import OomWitness  # noqa: PLC0415  # torch is here
+
+        folder = self._run.settings.snapshots
+        if folder is not None:
+            from pytest_gpumem.instruments.snapshots import keep_history  # noqa: PLC0415  # likewise
+
+            keep_history()
+        witness = OomWitness(device, also=None if folder is None else self._take)
+        self._run.witness = witness.__enter__()
+
+    def _take(self, _incident: Incident) -> None:
+        from pytest_gpumem.instruments.snapshots import take_snapshot  # noqa: PLC0415  # torch is here
+
+        self._snapshot = take_snapshot()
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_setup(self) -> Generator[None]:
+        """Forget the test before."""
+        self._forget()
+        return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Tell a failed phase's report what was on the card."""
+        report = yield
+        witness = self._run.witness
+        if witness is not None and witness.incidents and report.failed:
+            self._show(item, report, witness)
+            self._forget()
+        return report
+
+    def _show(
+        self, item: pytest.Item, report: pytest.TestReport, witness: OomWitness
+    ) -> None:
+        from pytest_gpumem.reports.incident import TITLE, explain, headline  # noqa: PLC0415  # memory ran out
+
+        last = witness.incidents[-1]
+        lines = explain(last, count=len(witness.incidents))
+        item.user_properties.append((INCIDENT_PROPERTY, headline(last)))
+        folder = self._run.settings.snapshots
+        if folder is not None and self._snapshot is not None:
+            from pytest_gpumem.instruments.snapshots import write_snapshot  # noqa: PLC0415  # likewise
+
+            try:
+                file = write_snapshot(self._snapshot, folder, item.nodeid)
+            except OSError as error:
+                lines.append(f"the snapshot could not be written: {error}")
+            else:
+                lines.append(f"snapshot for https://pytorch.org/memory_viz: {file}")
+                item.user_properties.append((SNAPSHOT_PROPERTY, str(file)))
+        report.sections.append((TITLE, "\n".join(lines)))
+
+    def _forget(self) -> None:
+        self._snapshot = None
+        if self._run.witness is not None:
+            self._run.witness.clear()

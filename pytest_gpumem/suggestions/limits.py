@@ -1,0 +1,136 @@
+"""Which limit a test's peak suggests, and which limits are too generous."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from pytest_gpumem.cards import CARDS
+from pytest_gpumem.sizes import format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+#: Room above the peak: another version of a library may need a little more.
+HEAD_ROOM: Final = 1.1
+#: A limit of more than so many times the peak would not notice much.
+GENEROUS: Final = 1.5
+_MIB: Final = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """What a test that passed needed.
+
+    Attributes:
+        test: The test.
+        allocated_bytes: Its call's peak, on the card that it needed most of.
+        process_bytes: Reserved and, as far as known, the context's bytes, likewise.
+        limit_bytes: The limit on allocated bytes that its markers set, or None.
+        smallest_budget: The smallest budget under which it passes, if that was sought.
+    """
+
+    test: str
+    allocated_bytes: int
+    process_bytes: int
+    limit_bytes: int | None = None
+    smallest_budget: int | None = None
+
+
+def suggested_limit(peak_bytes: int) -> int:
+    """Return a limit for a peak: a tenth more, rounded up to a handy figure.
+
+    The step is 1 MiB, and a sixteenth or less of larger figures.
+    """
+    wanted = int(peak_bytes * HEAD_ROOM)
+    step = max(_MIB, 1 << max(wanted.bit_length() - 5, 0))
+    return -(-wanted // step) * step
+
+
+def size_text(nbytes: int) -> str:
+    """Return a size as a marker has it, exact to the byte."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if nbytes % size == 0:
+            return f"{nbytes // size}{unit}"
+    return str(nbytes)
+
+
+def missing(peaks: Iterable[Peak]) -> dict[str, int]:
+    """Return the limits that tests lack; of a parametrised test the largest."""
+    limits: dict[str, int] = {}
+    for each in peaks:
+        if each.limit_bytes is None and each.allocated_bytes:
+            name = function_of(each.test)
+            limit = suggested_limit(each.allocated_bytes)
+            limits[name] = max(limits.get(name, 0), limit)
+    return limits
+
+
+def too_generous(peaks: Iterable[Peak]) -> list[tuple[Peak, int]]:
+    """Return tests whose limit is far above their peak, with what would do.
+
+    Of a parametrised test the largest peak counts, as its marker serves them all.
+    """
+    largest: dict[str, Peak] = {}
+    for each in peaks:
+        if each.limit_bytes is not None and each.allocated_bytes:
+            name = function_of(each.test)
+            other = largest.get(name)
+            if other is None or each.allocated_bytes > other.allocated_bytes:
+                largest[name] = each
+    found = []
+    for each in largest.values():
+        enough = suggested_limit(each.allocated_bytes)
+        limit = each.limit_bytes or 0
+        if limit > GENEROUS * each.allocated_bytes and limit > enough:
+            found.append((each, enough))
+    return found
+
+
+def function_of(test: str) -> str:
+    """Return a test's id without its parameters."""
+    return test.partition("[")[0]
+
+
+def explain(peaks: Mapping[str, Peak]) -> list[str]:
+    """Return the suggestions as lines."""
+    ordered = [peaks[test] for test in sorted(peaks)]
+    lines = []
+    by_function: dict[str, int] = {}
+    for each in ordered:
+        name = function_of(each.test)
+        by_function[name] = max(by_function.get(name, 0), each.allocated_bytes)
+    for name, limit in missing(ordered).items():
+        lines.append(
+            f'{name}: @pytest.mark.max_vram("{size_text(limit)}")  # peak '
+            f"{format_size(by_function[name])}"
+        )
+    for each, enough in too_generous(ordered):
+        limit = each.limit_bytes or 0
+        lines.append(
+            f"{each.test}: its limit of {format_size(limit)} is "
+            f"{limit / each.allocated_bytes:.1f} times its peak of "
+            f"{format_size(each.allocated_bytes)}; {size_text(enough)} would do"
+        )
+    lines += [
+        f"{each.test}: passes from a budget of {format_size(each.smallest_budget)} on"
+        for each in ordered
+        if each.smallest_budget is not None
+    ]
+    return lines + _cards(ordered)
+
+
+def _cards(peaks: list[Peak]) -> list[str]:
+    """Say on which cards of the table the suite would fit."""
+    if not peaks:
+        return []
+    worst = max(peaks, key=lambda each: each.process_bytes)
+    sizes = sorted(CARDS, key=lambda name: CARDS[name].total_bytes)
+    fits = [n for n in sizes if CARDS[n].total_bytes >= worst.process_bytes]
+    too_small = [name for name in sizes if name not in fits]
+    needs = f"the suite needs {format_size(worst.process_bytes)} ({worst.test})"
+    if not too_small:
+        return [f"{needs}; it fits on each of the {len(fits)} cards that are known"]
+    if not fits:
+        return [f"{needs}; none of the {len(sizes)} cards that are known has that"]
+    return [f"{needs}; it fits on {', '.join(fits)}; not on {', '.join(too_small)}"]

@@ -1,0 +1,317 @@
+"""Where a card's tensors meet the host, other code and the compiler."""
+
+from __future__ import annotations
+
+import sys
+from multiprocessing.reduction import ForkingPickler
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
+
+from pytest_gpumem.devices.simulated.install import simulated_device
+from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+# TorchDynamo imports what torch itself has deprecated.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning",
+    "ignore:flex_attention called without torch.compile",
+    "ignore:torch.set_default_tensor_type",
+    "ignore:Warning. Profiler clears events",
+)
+
+cuda: Any = torch.cuda
+dlpack: Any = torch.utils.dlpack
+with_default_type: Any = torch.set_default_tensor_type
+
+
+@pytest.fixture(autouse=True)
+def _cards() -> Iterator[None]:
+    """Two simulated cards."""
+    with simulated_device("T4*2"):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("place", "device", "dtype"),
+    [
+        (lambda m: m.to(0), "cuda:0", torch.float32),
+        (lambda m: m.to(device=1, dtype=torch.half), "cuda:1", torch.float16),
+        (lambda m: m.to(1, torch.half), "cuda:1", torch.float16),
+        (
+            lambda m: m.to(torch.ones(1, device="cuda:1").half()),
+            "cuda:1",
+            torch.float16,
+        ),
+        (lambda m: m.to(tensor=torch.ones(1, device="cuda")), "cuda:0", torch.float32),
+        (lambda m: m.to("cuda:1", torch.half), "cuda:1", torch.float16),
+        (lambda m: m.to(torch.float64), "cpu", torch.float64),
+    ],
+)
+def test_a_module_goes_where_it_is_sent(
+    place: Callable[[nn.Module], nn.Module], device: str, dtype: torch.dtype
+) -> None:
+    """By index, by name, or to where another tensor is."""
+    weight = place(nn.Linear(2, 2)).weight
+
+    assert isinstance(weight, nn.Parameter)
+    assert (device, dtype) == (str(weight.device), weight.dtype)
+
+
+def _card(index: int = 0) -> torch.Tensor:
+    return torch.ones(4, device=f"cuda:{index}")
+
+
+def _assign(target: torch.Tensor, index: torch.Tensor, value: torch.Tensor) -> None:
+    target[index] = value
+
+
+@pytest.mark.parametrize(
+    ("mistake", "text"),
+    [
+        (
+            lambda: torch.ones(4)[_card().long()],
+            r"indices should be .* the indexed tensor \(cpu\)",
+        ),
+        (
+            lambda: _card()[_card(1).long()],
+            r"indices should be .* the indexed tensor \(cuda:0\)",
+        ),
+        (
+            lambda: _assign(torch.ones(4), _card().long(), torch.tensor(2.0)),
+            r"the indexed tensor \(cpu\)",
+        ),
+        (
+            lambda: _assign(_card(), torch.tensor([1, 2]), torch.ones(2)),
+            "at least two devices, cuda:0 and cpu!",
+        ),
+        (
+            lambda: torch.cat([torch.ones(2), _card()]),
+            "got tensors is on cuda:0, different from other tensors on cpu",
+        ),
+        (
+            lambda: torch.rand(3, device="cuda", generator=torch.Generator()),
+            "Expected a 'cuda' device type for generator but found 'cpu'",
+        ),
+        (
+            lambda: torch.rand(3, generator=torch.Generator("cuda")),
+            "Expected a 'cpu' device type for generator but found 'cuda'",
+        ),
+        (
+            lambda: setattr(_card(), "grad", torch.ones(4)),
+            "gradient with device type 'cpu' to a tensor with device type 'cuda'",
+        ),
+    ],
+)
+def test_mistaken_devices_raise_torchs_error(
+    mistake: Callable[[], Any], text: str
+) -> None:
+    """In torch's own words, where a silent result would be on the wrong device."""
+    with pytest.raises(RuntimeError, match=text):
+        mistake()
+
+
+def test_a_single_number_may_come_from_the_host() -> None:
+    """Indices and numbers of the host are taken, as on a card."""
+    target = _card()
+    target[torch.tensor([1, 2])] = torch.tensor(3.0)
+    target.grad = _card()
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    assert [1, 3, 3, 1] == target.tolist()
+    assert torch.rand(3, device="cuda", generator=generator).is_cuda
+    del target.grad
+    assert target.grad is None
+
+
+class _Kind(torch.Tensor):
+    """A kind of tensor of somebody's own."""
+
+
+@pytest.mark.parametrize(
+    "hand_over",
+    [
+        lambda x: dlpack.to_dlpack(x),  # noqa: PLW0108  # replaced while cards are simulated
+        ForkingPickler.dumps,
+        lambda x: x.untyped_storage()._share_cuda_(),
+        lambda _x: cuda._compile_kernel('extern "C" __global__ void f() {}', "f"),
+        lambda _x: nn.LazyLinear(2, device="cuda"),
+        lambda _x: nn.LazyLinear(2).to("cuda"),
+        lambda x: x.as_subclass(_Kind),
+        lambda x: flex_attention(*[x.view(1, 1, 2, 2)] * 3),
+        lambda x: flex_attention(*[x.view(1, 1, 2, 2).requires_grad_()] * 3),
+    ],
+    ids=[
+        "dlpack",
+        "queue",
+        "storage",
+        "kernel",
+        "lazy",
+        "lazy-to",
+        "kind",
+        "flex",
+        "flex-grad",
+    ],
+)
+def test_a_cards_memory_is_handed_to_nobody(hand_over: Callable[..., Any]) -> None:
+    """Neither to a library, nor to a process, nor to a kernel of one's own."""
+    with pytest.raises(UnsupportedOnSimulatedDeviceError):
+        hand_over(_card())
+
+
+def test_the_profiler_times_the_host(capfd: pytest.CaptureFixture[str]) -> None:
+    """It lists the operators, and C++ has nothing to complain of."""
+    activities = [
+        torch.profiler.ProfilerActivity.CPU,
+        torch.profiler.ProfilerActivity.CUDA,
+    ]
+    with torch.profiler.profile(activities=activities) as profile:
+        _card() + 1
+
+    assert "aten::add" in {event.key for event in profile.key_averages()}
+    assert "CUDA" not in capfd.readouterr().err
+
+
+def test_the_hosts_memory_is_handed_over_as_ever() -> None:
+    """What lies on the host is torch's own affair."""
+    source = torch.ones(2)
+
+    assert nn.LazyLinear(2)(torch.ones(1, 3)).shape == (1, 2)
+    assert torch.equal(source, dlpack.from_dlpack(dlpack.to_dlpack(source)))
+
+
+def test_a_triton_kernel_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whenever Triton is imported; a kernel for other tensors is let through."""
+
+    class Launcher:
+        def run(self, *args: Any, grid: Any) -> Any:
+            return args, grid
+
+    original = Launcher.run
+    triton: Any = ModuleType("triton")
+    triton.JITFunction = Launcher
+    monkeypatch.setitem(sys.modules, "triton", triton)
+    with simulated_device("T4"):
+        with pytest.raises(UnsupportedOnSimulatedDeviceError, match="a Triton kernel"):
+            Launcher().run(_card(), 4, grid=(1,))
+        assert ((4,), (1,)) == Launcher().run(4, grid=(1,))
+
+    assert original is Launcher.run
+
+
+def test_a_custom_operator_sees_tensors_of_the_card() -> None:
+    """Its Python code runs as on a card, and what it makes is counted."""
+
+    @torch.library.custom_op("gpumem_tests::twice", mutates_args=())
+    def twice(source: torch.Tensor) -> torch.Tensor:
+        assert source.is_cuda
+        return torch.cat([source, source])[: len(source)].clone() * 2
+
+    twice.register_autograd(lambda _ctx, grad: grad * 2)
+    source = torch.ones(2**20, device="cuda").requires_grad_()
+    torch.cuda.reset_peak_memory_stats()
+    result = twice(source)
+    result.sum().backward()
+
+    assert source.grad is not None
+    assert 2.0 == source.grad[0].item()
+    assert 16 * 2**20 == torch.cuda.max_memory_allocated()
+
+
+def test_the_default_tensor_type_can_be_a_cards() -> None:
+    """It names dtype and device at once."""
+    try:
+        with_default_type(cuda.HalfTensor)
+        made = torch.zeros(2)
+    finally:
+        with_default_type(torch.FloatTensor)
+
+    assert ("cuda:0", torch.float16) == (str(made.device), made.dtype)
+    assert "cpu" == torch.zeros(2).device.type
+
+
+# -- compiling --------------------------------------------------------------------------
+
+
+class _Holder:
+    def __init__(self) -> None:
+        self.weight = _card()
+
+    def add(self) -> torch.Tensor:
+        return self.weight + 1
+
+
+def _makes(count: int) -> torch.Tensor:
+    return torch.ones(count, device="cuda") + 1
+
+
+def _moves(source: torch.Tensor) -> torch.Tensor:
+    return (source.to("cuda") + 1).cpu()
+
+
+CALLS: dict[str, tuple[Callable[..., torch.Tensor], Callable[[], tuple[Any, ...]]]] = {
+    "given": (torch.sin, lambda: (_card(),)),
+    "made": (_makes, lambda: (4,)),
+    "moved": (_moves, lambda: (torch.ones(4),)),
+    "held": (_Holder.add, lambda: (_Holder(),)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    """Nothing compiled before is used again."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("call", CALLS)
+def test_compiled_code_runs_whole(backend: str, call: str) -> None:
+    """With ``fullgraph=True``, wherever the tensors of the card come from."""
+    function, arguments = CALLS[call]
+    compiled: Any = torch.compile(function, backend=backend, fullgraph=True)
+
+    assert torch.equal(function(*arguments()).cpu(), compiled(*arguments()).cpu())
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_kernels_for_a_card_are_refused(call: str) -> None:
+    """By the one error class, wherever the tensors of the card come from."""
+    function, arguments = CALLS[call]
+    compiled: Any = torch.compile(function)
+
+    with pytest.raises(UnsupportedOnSimulatedDeviceError, match="makes kernels"):
+        compiled(*arguments())
+    with torch.compiler.set_stance("force_eager"):
+        assert torch.equal(function(*arguments()).cpu(), compiled(*arguments()).cpu())
+
+
+def test_what_closures_and_globals_hold_counts_as_well() -> None:
+    """A model that a compiled step names is a model on the card."""
+    model = nn.Linear(4, 2).cuda()
+
+    def step() -> torch.Tensor:
+        return model.weight.sum()
+
+    compiled: Any = torch.compile(step)
+
+    with pytest.raises(UnsupportedOnSimulatedDeviceError, match="makes kernels"):
+        compiled()
+
+
+def test_tracing_leaves_the_cards_books_in_order() -> None:
+    """Symbolic sizes of a traced program never reach the allocator."""
+    before = torch.cuda.memory_allocated()
+    traced: Any = torch.compile(_moves, backend="eager", dynamic=True)
+
+    assert [2, 2, 2] == traced(torch.ones(3)).tolist()
+    assert [2, 2] == traced(torch.ones(2)).tolist()
+    assert before == torch.cuda.memory_allocated()
+    assert int is type(torch.cuda.memory_stats()["allocated_bytes.all.peak"])

@@ -1,0 +1,195 @@
+"""Operators that PyTorch composes in C++ stay on the card, with a card's bytes."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.utils import rnn
+
+from pytest_gpumem.devices.simulated.install import simulated_device
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+MIB = 2**20
+
+
+@pytest.fixture(autouse=True)
+def _card() -> Iterator[None]:
+    """A simulated T4."""
+    with simulated_device("T4"):
+        yield
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda x: functional.softmax(x, -1, dtype=torch.float64),
+        lambda x: functional.softmax(x.half(), -1, dtype=torch.float32),
+        lambda x: functional.log_softmax(x.half(), -1, dtype=torch.float32),
+        lambda x: functional.softmax(x.bfloat16(), -1, dtype=torch.float32),
+        lambda x: functional.pad(x[None], (1, 1), mode="circular"),
+        lambda x: rnn.pad_sequence([x, x[:2]]),
+        lambda x: rnn.pad_sequence([x, x[:2]], True, 7.0),
+        lambda x: rnn.pad_sequence([x, x[:2]], padding_side="left"),
+        lambda x: torch.vander(x[0].detach()) * x.sum(),
+        lambda x: torch.combinations(x[0]),
+        lambda x: torch.linalg.matrix_rank(x.detach()) * x.sum(),
+        lambda x: functional.ctc_loss(
+            x[:, None].log_softmax(-1),
+            torch.ones(1, 2, dtype=torch.long, device=x.device),
+            torch.tensor([4]),
+            torch.tensor([2]),
+        ),
+    ],
+)
+@pytest.mark.parametrize("mode", [nullcontext, torch.inference_mode])
+def test_what_is_composed_stays_on_the_card(
+    compute: Callable[[torch.Tensor], torch.Tensor], mode: Callable[[], Any]
+) -> None:
+    """Values and gradients are the CPU's; nothing ends on the host in silence."""
+    host = torch.linspace(-2, 3, 32).reshape(4, 8).requires_grad_()
+    card = host.detach().cuda().requires_grad_()
+
+    with mode():
+        expected, result = compute(host), compute(card)
+
+    assert result.is_cuda
+    torch.testing.assert_close(expected, result.cpu())
+    if mode is nullcontext:
+        expected.float().pow(2).sum().backward()
+        result.float().pow(2).sum().backward()
+        assert card.grad is not None
+        assert card.grad.is_cuda
+        torch.testing.assert_close(host.grad, card.grad.cpu())
+
+
+@pytest.mark.parametrize("enforce_sorted", [True, False])
+def test_packed_sequences_pass_through_a_recurrent_layer(
+    *, enforce_sorted: bool
+) -> None:
+    """The data lie on the card, lengths and batch sizes on the host, as torch wants."""
+    torch.manual_seed(0)
+    layer = nn.LSTM(4, 5, batch_first=True, bidirectional=True)
+    lengths = torch.tensor([3, 2, 2] if enforce_sorted else [2, 3, 2])
+    source = torch.randn(3, 3, 4)
+    results = []
+    for device in ("cpu", "cuda"):
+        packed = rnn.pack_padded_sequence(
+            source.to(device),
+            lengths,
+            batch_first=True,
+            enforce_sorted=enforce_sorted,
+        )
+        output, _state = copy.deepcopy(layer).to(device)(packed)
+        results.append(
+            rnn.pad_packed_sequence(output, batch_first=True, total_length=5)
+        )
+
+    (expected, _), (result, counts) = results
+    assert (3, 5, 10) == tuple(result.shape)
+    assert result.is_cuda
+    assert torch.equal(lengths, counts)
+    torch.testing.assert_close(expected, result.cpu())
+    with pytest.raises(RuntimeError, match="1D CPU int64 tensor, but got 1D cuda:0"):
+        rnn.pack_padded_sequence(source.cuda(), counts.cuda(), batch_first=True)
+
+
+def _infer(mode: Callable[[], Any]) -> dict[str, int]:
+    """Return what a model's parts ask of a card under ``mode``."""
+    with simulated_device("A100-40GB"):
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(64, 4, batch_first=True).cuda()
+        with mode():
+            source = torch.randn(4, 128, 64, device="cuda")
+            answer = layer(source)
+            functional.softmax(answer.half(), -1, dtype=torch.float32)
+            heads = source.view(4, 4, 128, 16)
+            functional.scaled_dot_product_attention(heads, heads, heads)
+            torch.einsum("bij,bkj->bik", answer, source)
+            rnn.pad_sequence([source[0], source[1, :8]])
+            functional.dropout(source, 0.1)
+        stats: dict[str, int] = torch.cuda.memory_stats()
+    return stats
+
+
+def test_inference_mode_takes_what_no_grad_takes() -> None:
+    """Operators are taken apart there as well: workspaces and temporaries count."""
+    expected, stats = _infer(torch.no_grad), _infer(torch.inference_mode)
+
+    assert expected == stats
+    assert stats["allocated_bytes.all.peak"] > 8 * MIB
+
+
+def test_half_becomes_single_precision_inside_softmax() -> None:
+    """As the CUDA kernel does: no cast of the source, in neither direction."""
+    source = torch.zeros(MIB, 2, device="cuda", dtype=torch.half).requires_grad_()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+
+    result = functional.softmax(source, -1, dtype=torch.float32)
+
+    assert 8 * MIB == torch.cuda.max_memory_allocated() - before
+    grad = torch.zeros_like(result)
+    torch.cuda.reset_peak_memory_stats()
+    result.backward(grad)
+    assert 8 * MIB + 8 * MIB + 4 * MIB == torch.cuda.max_memory_allocated() - before
+    assert source.grad is not None
+    assert torch.float16 == source.grad.dtype
+
+
+def test_complex_values_are_conjugated_inside_operators() -> None:
+    """Lazy conjugation is heeded in C++ that composes an operator, as on the host."""
+    torch.manual_seed(0)
+    source = torch.randn(3, 3, dtype=torch.complex64)
+
+    inverse = torch.linalg.pinv(source.cuda())
+
+    torch.testing.assert_close(torch.linalg.pinv(source), inverse.cpu())
+    torch.testing.assert_close(
+        source.mH @ source, (source.cuda().mH @ source.cuda()).cpu()
+    )
+
+
+def test_linear_adds_its_bias_in_place() -> None:
+    """As for plain tensors, where rows cannot be taken as one matrix."""
+    layer = nn.Linear(256, 1024, device="cuda")
+    source = torch.ones(2, 2, 256, 256, device="cuda").transpose(1, 2)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+
+    with torch.no_grad():
+        result = layer(source)
+
+    workspace = torch.cuda.memory_allocated() - before - result.nbytes
+    assert 4 * MIB == result.nbytes
+    taken = torch.cuda.max_memory_allocated() - before
+    assert source.nbytes + result.nbytes + workspace == taken
+
+
+@pytest.mark.parametrize("shape", [(256,), (3, 256), (2, 3, 256), (2, 2, 3, 256)])
+def test_linear_takes_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
+    """As one matrix of rows, with the bias added by the same kernel."""
+    layer = nn.Linear(256, 8)
+    source = torch.ones(shape).requires_grad_()
+    card = source.detach().cuda().requires_grad_()
+
+    expected, result = layer(source), copy.deepcopy(layer).cuda()(card)
+    expected.sum().backward()
+    result.sum().backward()
+
+    assert "AddmmBackward0" in _names(result.grad_fn)
+    torch.testing.assert_close(expected, result.cpu())
+    assert card.grad is not None
+    torch.testing.assert_close(source.grad, card.grad.cpu())
+
+
+def _names(node: Any) -> set[str]:
+    above = [_names(each) for each, _index in node.next_functions if each is not None]
+    return {type(node).__name__}.union(*above)

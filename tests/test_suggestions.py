@@ -1,0 +1,300 @@
+"""Limits that a suite lacks: how much, printed, as a patch, by bisection."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import textwrap
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+import torch  # noqa: F401  # inner runs in this process must find it imported
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytest_gpumem.cards import CARDS
+from pytest_gpumem.sizes import parse_size
+from pytest_gpumem.suggestions.limits import (
+    Peak,
+    explain,
+    size_text,
+    suggested_limit,
+    too_generous,
+)
+from pytest_gpumem.suggestions.patch import make_patch
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytest_plugins = ["pytester"]
+
+MIB = 2**20
+LIGHT = ("-p", "no:cacheprovider")
+WAYS = {
+    "plain": (),
+    "xdist": ("-n", "2"),
+    "junit": ("--junitxml=junit.xml",),
+    "both": ("-n", "2", "--junitxml=junit.xml"),
+}
+
+
+@given(st.integers(1, 2**44))
+def test_a_suggestion_has_head_room_and_is_no_more_generous(peak: int) -> None:
+    """It is above the peak, reads back exactly, and is not itself flagged."""
+    limit = suggested_limit(peak)
+
+    assert int(peak * 1.1) <= limit < max(peak * 1.1 * 1.07, MIB + 1) + MIB
+    assert limit == parse_size(size_text(limit))
+    assert [] == too_generous([Peak("t", peak, peak, limit)])
+
+
+def test_what_is_said_of_a_suite() -> None:
+    """Missing, generous, smallest budgets, cards; parameters share a marker."""
+    peaks = {
+        each.test: each
+        for each in (
+            Peak("a.py::test_many[1]", MIB, 2 * MIB),
+            Peak("a.py::test_many[2]", 8 * MIB, 20 * MIB),
+            Peak("a.py::test_near", MIB, MIB, limit_bytes=2 * MIB),
+            Peak("a.py::test_far", 8 * MIB, MIB, limit_bytes=80 * MIB),
+            Peak("a.py::test_none", 0, 0, smallest_budget=4 * MIB),
+        )
+    }
+    lines = explain(peaks)
+
+    assert [
+        'a.py::test_many: @pytest.mark.max_vram("9MiB")  # peak 8 MiB',
+        "a.py::test_far: its limit of 80 MiB is 10.0 times its peak of 8 MiB; 9MiB "
+        "would do",
+        "a.py::test_none: passes from a budget of 4 MiB on",
+        f"the suite needs 20 MiB (a.py::test_many[2]); it fits on each of the "
+        f"{len(CARDS)} cards that are known",
+    ] == lines
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "words"),
+    [(2**44, "none of the"), (20 * 2**30, "not on RTX-2080-Ti, K80, ")],
+)
+def test_cards_that_are_too_small_are_named(nbytes: int, words: str) -> None:
+    """By what the driver would count."""
+    assert words in explain({"t": Peak("t", 0, nbytes)})[-1]
+
+
+SOURCE = '''\
+"""A module."""
+from __future__ import annotations
+
+import os
+import torch
+
+class TestIt:
+    class TestInner:
+        @staticmethod
+        def test_deep():
+            torch.zeros(2**20, device="cuda")
+
+    async def test_async(self):
+        pass
+
+def test_plain():
+    torch.zeros(2**20, device="cuda")'''
+
+
+def _apply(folder: Path) -> None:
+    """Apply the patch in a folder, whatever repository it may be in."""
+    environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.parent)}
+    subprocess.run(
+        ["git", "apply", "it.patch"],  # noqa: S607  # the user's
+        cwd=folder,
+        env=environment,
+        check=True,
+    )
+
+
+def test_a_patch_adds_markers_and_an_import(tmp_path: Path) -> None:
+    """Before decorators, at the right depth; once the import; git takes it."""
+    (tmp_path / "test_it.py").write_text(SOURCE, encoding="utf-8")
+    names = ("TestIt::TestInner::test_deep", "TestIt::test_async", "test_plain")
+    markers = {f"test_it.py::{name}": 'max_vram("9MiB")' for name in names}
+    patch = make_patch(tmp_path, markers, time.time() + 1)
+    (tmp_path / "it.patch").write_text(patch.text, encoding="utf-8")
+    _apply(tmp_path)
+
+    assert {} == patch.left
+    marker = '@pytest.mark.max_vram("9MiB")\n'
+    assert (tmp_path / "test_it.py").read_text(encoding="utf-8") == (
+        SOURCE.replace("import os", "import pytest\nimport os")
+        .replace("        @static", f"        {marker}        @static")
+        .replace("    async", f"    {marker}    async")
+        .replace("def test_plain", f"{marker}def test_plain")
+    )
+
+
+def test_what_cannot_be_patched_is_left_with_a_reason(tmp_path: Path) -> None:
+    """Text files, twins, inherited tests, broken or changed files; nothing is lost."""
+    (tmp_path / "twins.py").write_text("def t(): 1\ndef t(): 2\n", encoding="utf-8")
+    (tmp_path / "broken.py").write_text("def t(:", encoding="utf-8")
+    (tmp_path / "latin.py").write_bytes(b"# \xe4\ndef t(): 1\n")
+    (tmp_path / "it.txt").write_text(">>> 1", encoding="utf-8")
+    names = ("twins.py::t", "broken.py::t", "latin.py::t", "it.txt::t", "no.py::t")
+    markers = dict.fromkeys(names, "gpu")
+    patch = make_patch(tmp_path, markers, time.time() + 1)
+    late = make_patch(tmp_path, {"twins.py::t": "gpu"}, 0)
+
+    assert "" == patch.text == late.text
+    assert set(names) == set(patch.left)
+    assert "more than one" in patch.left["twins.py::t"]
+    assert "no Python file" in patch.left["it.txt::t"]
+    assert "changed during the run" in late.left["twins.py::t"]
+
+
+def test_names_and_line_ends_are_the_files_own(tmp_path: Path) -> None:
+    """An import under another name is used; CRLF stays."""
+    (tmp_path / "a.py").write_bytes(b"import pytest as pt\r\ndef t(): 1\r\n")
+    patch = make_patch(tmp_path, {"a.py::t": "gpu"}, time.time() + 1)
+
+    assert "\n+@pt.mark.gpu\r\n" in patch.text
+
+
+TESTS = """
+    import torch
+    import pytest as pt
+
+    def take(mib):
+        torch.zeros(mib * 2**18, device="cuda")
+
+    @pt.mark.parametrize("mib", [2, 8])
+    def test_many(mib):
+        take(mib)
+
+    @pt.mark.max_vram("80MiB")
+    def test_generous():
+        take(8)
+
+    @pt.mark.max_vram("9MiB")
+    def test_good():
+        take(8)
+
+    def test_fails():
+        take(8)
+        raise ValueError
+
+    def test_no_card():
+        pass
+"""
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_patch_is_written_and_holds(way: str, pytester: pytest.Pytester) -> None:
+    """Applied, the same tests pass, and nothing more is suggested but the generous."""
+    test_file = pytester.makepyfile(test_it=TESTS)
+    before = test_file.read_bytes()
+    options = (*LIGHT, *WAYS[way], "--gpu-suggest=it.patch")
+    first = pytester.runpytest(*options)
+    written = (pytester.path / "it.patch").read_text(encoding="utf-8")
+    assert before == test_file.read_bytes()
+    _apply(pytester.path)
+    again = pytester.runpytest(*options)
+
+    first.assert_outcomes(passed=5, failed=1)
+    first.stdout.fnmatch_lines_random(
+        [
+            'test_it.py::test_many: @pytest.mark.max_vram("9MiB")  # peak 8 MiB',
+            "test_it.py::test_generous: its limit of 80 MiB is 10.0 times its *",
+            "the suite needs 20 MiB (test_it.py::*); it fits on each of the *",
+            "it.patch written; apply it in *: patch -p1 < it.patch",
+        ]
+    )
+    assert "+@pt.mark.max_vram" in written
+    assert 1 == written.count("\n+@")
+    again.assert_outcomes(passed=5, failed=1)
+    again.stdout.fnmatch_lines(["it.patch was not written: there is nothing to add"])
+    again.stdout.no_fnmatch_line("*test_many: @pytest*")
+
+
+def test_a_test_file_is_never_overwritten(pytester: pytest.Pytester) -> None:
+    """The option takes what follows it; only a patch's name is accepted."""
+    test_file = pytester.makepyfile(test_it="def test_it(): pass")
+    before = test_file.read_bytes()
+    result = pytester.runpytest(*LIGHT, "--gpu-suggest", "test_it.py")
+
+    assert pytest.ExitCode.USAGE_ERROR == result.ret
+    result.stderr.fnmatch_lines(["*--gpu-suggest: 'test_it.py' is no name of a patch*"])
+    assert before == test_file.read_bytes()
+
+
+def test_trials_that_fail_call_no_debugger(pytester: pytest.Pytester) -> None:
+    """The two options together end the run before any test."""
+    pytester.makepyfile("def test_it(): raise AssertionError('ran')")
+    result = pytester.runpytest(*LIGHT, "--gpu-find-budget", "--pdb")
+
+    assert pytest.ExitCode.USAGE_ERROR == result.ret
+    result.stderr.fnmatch_lines(["*makes tests fail on purpose; run it without --pdb*"])
+
+
+SMALLEST = """
+    import pytest
+    import torch
+
+    made = []
+
+    @pytest.fixture(scope="module")
+    def wide():
+        made.append("wide")
+
+    @pytest.fixture
+    def narrow(wide):
+        made.append("narrow")
+        return torch.zeros(2**18, device="cuda")
+
+    def test_plain(narrow):
+        torch.zeros(3 * 2**20, device="cuda")
+
+    def test_fallback():
+        for mib in (40, 30, 20):
+            try:
+                torch.zeros(mib * 2**18, device="cuda")
+                return
+            except torch.OutOfMemoryError:
+                print("smaller")
+        raise RuntimeError
+
+    def test_fails():
+        torch.zeros(2**20, device="cuda")
+        raise ValueError
+
+    def test_no_card():
+        pass
+
+    @pytest.mark.oom_sweep(points=1)
+    def test_sweep():
+        torch.zeros(2**20, device="cuda")
+
+    def test_fixtures(wide):
+        assert made.count("wide") == 1
+        assert made.count("narrow") in (0, 6)
+"""
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_smallest_budget_is_found(way: str, pytester: pytest.Pytester) -> None:
+    """Fixtures are made anew, trials are not reported, failures stay failures."""
+    pytester.makepyfile(test_it=textwrap.dedent(SMALLEST))
+    result = pytester.runpytest(*LIGHT, *WAYS[way], "--gpu-find-budget")
+
+    counts = result.parseoutcomes()
+    assert (5 if "-n" not in WAYS[way] else counts["passed"]) == counts["passed"]
+    assert 1 == counts["failed"]
+    result.stdout.fnmatch_lines_random(
+        [
+            "test_it.py::test_fallback: passes from a budget of 20 MiB on",
+            "test_it.py::test_plain: passes from a budget of 14 MiB on",
+        ]
+    )
+    for name in ("test_fails", "test_no_card", "test_sweep", "test_fixtures"):
+        result.stdout.no_fnmatch_line(f"*{name}: passes from*")
+    if "junit" in str(WAYS[way]):
+        text = (pytester.path / "junit.xml").read_text(encoding="utf-8")
+        assert f'name="gpumem.smallest_budget" value="{14 * MIB}"' in text
