@@ -83,7 +83,8 @@ def describe(
         return f"{lines[0]}, as before at this site\n  replay: {replay(point.rule)}"
     lines += [f"  {line}" for line in outcome.detail.splitlines()]
     if outcome.left_bytes > 0:
-        lines.append(f"  {format_size(outcome.left_bytes)} stay on the card")
+        known = "" if outcome.holders else ", held as by an earlier point"
+        lines.append(f"  {format_size(outcome.left_bytes)} stay on the card{known}")
         lines += [f"    {holder}" for holder in outcome.holders]
     lines.append(f"  replay: {replay(point.rule)}")
     return "\n".join(lines)
