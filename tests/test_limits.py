@@ -22,7 +22,7 @@ WAYS = {
 }
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture(params=["plain", "both"])
 def run(
     request: pytest.FixtureRequest, pytester: pytest.Pytester
 ) -> Callable[..., pytest.RunResult]:
@@ -106,6 +106,7 @@ def test_limits_of_each_metric_phase_and_card(
     )
 
 
+@pytest.mark.parametrize("run", WAYS, indirect=True)
 def test_a_broken_limit_has_a_letter_of_its_own(
     run: Callable[..., pytest.RunResult],
 ) -> None:

@@ -8,6 +8,8 @@ import xml.etree.ElementTree as ET
 import pytest
 import torch  # noqa: F401  # inner runs in this process must find it imported
 
+from pytest_gpumem.plugin import sweep_progress
+
 pytest_plugins = ["pytester"]
 
 CODE = """
@@ -195,16 +197,17 @@ def test_workers_share_the_points(make: pytest.Pytester) -> None:
     result.assert_outcomes(passed=2, failed=2 + 14)
     result.stdout.fnmatch_lines(
         [
-            "*::test_good[[]points 1 of 2[]]: 8 allocations *, 8 points: 8 recovered*",
-            "*::test_good[[]points 2 of 2[]]: 8 allocations *, 8 points: 8 recovered*",
+            "*::test_good: 8 allocations at 3 sites, 16 points: 16 recovered (*",
+            "*allocates  failed  recovered  site",
+            "*4       8          8  *.py:* in infer (load)*",
         ]
     )
     assert re.search(r"replay: pytest \S+::test_bad --gpu-replay-oom=any:nth=2\b", text)
 
 
-def test_coverage_is_shown_on_demand(make: pytest.Pytester) -> None:
-    """-v lists the sites that allocate, were failed, and were recovered from."""
-    result = make.runpytest(*LIGHT, "-v", "-k", "good")
+def test_coverage_is_shown(make: pytest.Pytester) -> None:
+    """The sites that allocate, were failed, and were recovered from."""
+    result = make.runpytest(*LIGHT, "-k", "good")
 
     result.stdout.fnmatch_lines(
         [
@@ -212,6 +215,29 @@ def test_coverage_is_shown_on_demand(make: pytest.Pytester) -> None:
             "*4       8          8  *.py:* in infer (load)*",
         ]
     )
+
+
+@pytest.mark.parametrize("has_subtests", [True, False], ids=["subtests", "pytest 8"])
+def test_long_sweeps_say_how_far_they_are(
+    make: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, *, has_subtests: bool
+) -> None:
+    """Without -v too; before pytest 9 the failing points are in one failure."""
+    monkeypatch.setattr(sweep_progress, "EVERY_S", {True: 0.0, False: 0.0})
+    if not has_subtests:
+        monkeypatch.delattr(pytest, "Subtests", raising=False)
+    result = make.runpytest(*LIGHT)
+
+    failing = 14 if has_subtests and hasattr(pytest, "SubtestReport") else 0
+    result.assert_outcomes(passed=1, failed=1 + failing)
+    result.stdout.fnmatch_lines(
+        [
+            "*::test_good: 2 of 16 points",
+            "*::test_bad: 8 of 16 points, 7 failing",
+            "test_bad does not survive 14 of 16 faults",
+        ]
+    )
+    for number in range(2, 9):
+        assert f"test_bad --gpu-replay-oom=any:nth={number}\n" in result.stdout.str()
 
 
 def test_junit_has_the_sweep(make: pytest.Pytester) -> None:
@@ -223,6 +249,7 @@ def test_junit_has_the_sweep(make: pytest.Pytester) -> None:
     }
 
     assert '"points": 16' in properties["gpumem.sweep"]
+    assert "gpumem.sweep-progress" not in properties
 
 
 def test_an_interrupted_sweep_is_resumed_on_demand(pytester: pytest.Pytester) -> None:

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices import Device
     from pytest_gpumem.model.rules import Rule
 
-#: Leaks whose holders are looked for; each search walks the whole heap.
+#: Leaks whose holders are looked for, one for each site and mode; each search walks the
+#: whole heap several times.
 _SEARCHES: Final = 8
 _RAISE: Final = dis.opmap["RAISE_VARARGS"]
 
@@ -88,7 +89,7 @@ class Attempts:
         self.device: Final = device
         self._random = RandomState()
         self._reference: Attempt | None = None
-        self._searches = 0
+        self._searched: set[tuple[str, str]] = set()
         #: What was on the cards before, however old.
         self._known = blocks_on_cards()
 
@@ -112,7 +113,7 @@ class Attempts:
         left = attempt.left_bytes - (self._reference or attempt).left_bytes
         holders: tuple[str, ...] = ()
         if left > 0:
-            holders = self._holders(before)
+            holders = self._holders(point, before)
             if verdict.passes(recover=False):
                 verdict = Verdict.LEAK
         if attempt.logged_bytes > 0:
@@ -131,10 +132,11 @@ class Attempts:
             attempt.num_injected,
         )
 
-    def _holders(self, before: set[int]) -> tuple[str, ...]:
-        self._searches += 1
-        if self._searches > _SEARCHES:
+    def _holders(self, point: Point, before: set[int]) -> tuple[str, ...]:
+        kind = (point.site, point.mode)
+        if kind in self._searched or len(self._searched) >= _SEARCHES:
             return ()
+        self._searched.add(kind)
         gc.unfreeze()
         try:
             found = find_holders(self.device, before | self._known)

@@ -10,6 +10,8 @@ from pytest_gpumem.sizes import format_size
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pytest_gpumem.model.sweep_summary import SweepSummary
+
 #: How many points of a group are shown one by one; the others are counted.
 SHOWN: Final = 3
 
@@ -18,19 +20,20 @@ def _count(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
-def summarise(report: SweepReport) -> str:
+def summarise(summary: SweepSummary) -> str:
     """Return the outcome of a sweep on one line."""
+    verdicts = summary.verdicts
     counts = ", ".join(
-        f"{report.verdicts[verdict]} {verdict.value}"
+        f"{verdicts[verdict]} {verdict.value}"
         for verdict in Verdict
-        if report.verdicts[verdict]
+        if verdicts[verdict]
     )
-    resumed = f", {report.num_resumed} of them resumed" if report.num_resumed else ""
+    resumed = f", {summary.num_resumed} of them resumed" if summary.num_resumed else ""
     return (
-        f"{_count(report.num_allocations, 'allocation')} at "
-        f"{_count(len(set(report.sites)), 'site')}, "
-        f"{_count(len(report.outcomes), 'point')}{resumed}: "
-        f"{counts or 'none run'} ({report.seconds:.1f} s)"
+        f"{_count(summary.num_allocations, 'allocation')} at "
+        f"{_count(summary.num_sites, 'site')}, "
+        f"{_count(summary.num_points, 'point')}{resumed}: "
+        f"{counts or 'none run'} ({summary.seconds:.1f} s)"
     )
 
 
@@ -80,14 +83,25 @@ def describe(
         return f"{lines[0]}, as before at this site\n  replay: {replay(point.rule)}"
     lines += [f"  {line}" for line in outcome.detail.splitlines()]
     if outcome.left_bytes > 0:
-        lines.append(f"  {format_size(outcome.left_bytes)} stay on the card")
+        known = "" if outcome.holders else ", held as by an earlier point"
+        lines.append(f"  {format_size(outcome.left_bytes)} stay on the card{known}")
         lines += [f"    {holder}" for holder in outcome.holders]
     lines.append(f"  replay: {replay(point.rule)}")
     return "\n".join(lines)
 
 
-def coverage_table(report: SweepReport) -> str:
-    """Return, for each site, how often it allocates, failed and was recovered from."""
+def coverage_table(summary: SweepSummary, *, most: int | None = None) -> str:
+    """Return, for each site, how often it allocates, failed and was recovered from.
+
+    Args:
+        summary: The sweep.
+        most: Sites shown, those with failures that were not recovered from first; None
+            shows all, in the order in which the code comes to them.
+    """
+    sites = list(summary.sites)
+    if most is not None and len(sites) > most:
+        sites.sort(key=lambda site: site.num_recovered - site.num_failed)
+    hidden = sites[most:] if most is not None else []
     rows = [("allocates", "failed", "recovered", "site")]
     rows += [
         (
@@ -96,10 +110,10 @@ def coverage_table(report: SweepReport) -> str:
             str(row.num_recovered),
             row.site or "unknown",
         )
-        for row in report.coverage()
+        for row in sites[:most]
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join(
+    lines = [
         "  ".join(
             [
                 *(cell.rjust(width) for cell, width in zip(row, widths, strict=False)),
@@ -107,4 +121,7 @@ def coverage_table(report: SweepReport) -> str:
             ]
         )
         for row in rows
-    )
+    ]
+    if hidden:
+        lines.append(f"... and {_count(len(hidden), 'site')} more; -v shows all")
+    return "\n".join(lines)

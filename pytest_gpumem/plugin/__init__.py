@@ -65,7 +65,7 @@ def pytest_configure(config: pytest.Config) -> None:
         _suggest(run, config)
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(
-            SummaryPlugin(collection.phases), "gpumem-summary"
+            SummaryPlugin(collection.phases, config), "gpumem-summary"
         )
 
 
