@@ -139,7 +139,8 @@ class SimulatedNvml:
     def _running(self, handle: Handle) -> list[ProcessInfo]:
         card = self._card(handle)
         used = card.driver.used_bytes
-        return [ProcessInfo(os.getpid(), used)] if used else []
+        own = [ProcessInfo(os.getpid(), used)] if used else []
+        return own + [ProcessInfo(*each) for each in card.driver.other_processes()]
 
 
 class NvmlHook:

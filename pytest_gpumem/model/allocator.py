@@ -218,7 +218,9 @@ class CachingAllocator(Heap):
         )
 
     def _own_process(self) -> list[ProcessMemory]:
-        return [ProcessMemory(None, self.driver.used_bytes)]
+        own = ProcessMemory(None, self.driver.used_bytes)
+        others = self.driver.other_processes()
+        return [*(ProcessMemory(pid, nbytes) for pid, nbytes in others), own]
 
     def _out_of_memory(
         self, nbytes: int, size: int, new_bytes: int, stream: int

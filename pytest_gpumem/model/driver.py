@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from pytest_gpumem.model.tenants import Tenants
 
 #: The driver's granularity in bytes.
 #: Source: cuMemGetAllocationGranularity answers 2 MiB on current cards.
@@ -32,6 +35,7 @@ class Driver:
 
     Attributes:
         used_bytes: Bytes that this process holds.
+        tenants: Who else holds bytes of the card; their sum is not free.
         free_cap: Where set, a function whose answer bounds the free bytes from above.
         calls: Where set to a list, every call is noted: name, bytes, code, and the
             address of a range or, for pages, how often the call was made in a row.
@@ -54,6 +58,7 @@ class Driver:
         self.total_bytes = total_bytes
         self.other_bytes = other_bytes
         self.used_bytes = 0
+        self.tenants: list[Tenants] = []
         self.free_cap: Callable[[], int] | None = None
         self.calls: list[tuple[str, int, int, int | None]] | None = None
         self._sizes: dict[int, int] = {}
@@ -67,20 +72,55 @@ class Driver:
     def free_bytes(self) -> int:
         """What ``cudaMemGetInfo`` calls free."""
         free = self.total_bytes - self.other_bytes - self.used_bytes
+        if self.tenants:
+            free -= sum(nbytes for _pid, nbytes in self.other_processes())
         if self.free_cap is not None:
             free = min(free, self.free_cap())
         return max(free, 0)
+
+    def other_processes(self) -> list[tuple[int, int]]:
+        """Return pid and bytes of every other process on the card."""
+        return [each for tenants in self.tenants for each in tenants.others()]
+
+    def _take(self, nbytes: int) -> bool:
+        """Take bytes if they are free; no other process comes between."""
+        if not self.tenants:
+            if nbytes > self.free_bytes:
+                return False
+            self.used_bytes += nbytes
+            return True
+        with ExitStack() as stack:
+            for tenants in self.tenants:
+                stack.enter_context(tenants.changing())
+            if nbytes > self.free_bytes:
+                return False
+            self.used_bytes += nbytes
+            self._tell()
+        return True
+
+    def _give(self, nbytes: int) -> None:
+        self.used_bytes -= nbytes
+        if self.tenants:
+            with ExitStack() as stack:
+                for tenants in self.tenants:
+                    stack.enter_context(tenants.changing())
+                self._tell()
+
+    def _tell(self) -> None:
+        # The context lives on the card from the first allocation on.
+        held = self.used_bytes + self.other_bytes if self.used_bytes else 0
+        for tenants in self.tenants:
+            tenants.hold(held)
 
     # -- ranges -------------------------------------------------------------------------
 
     def malloc(self, nbytes: int) -> int | None:
         """Return the address of ``nbytes`` new bytes; None when out of memory."""
-        if nbytes > self.free_bytes:
+        if not self._take(nbytes):
             self._note("cudaMalloc", nbytes, _OUT_OF_MEMORY, None)
             return None
         address = self._place(-(-nbytes // GRANULARITY) * GRANULARITY)
         self._sizes[address] = nbytes
-        self.used_bytes += nbytes
         self._note("cudaMalloc", nbytes, _SUCCESS, address)
         return address
 
@@ -91,7 +131,7 @@ class Driver:
     def free(self, address: int) -> None:
         """Give the bytes at an address back."""
         nbytes = self._sizes.pop(address)
-        self.used_bytes -= nbytes
+        self._give(nbytes)
         self._note("cudaFree", nbytes, _SUCCESS, address)
         if not self._descends:
             span = -(-nbytes // GRANULARITY) * GRANULARITY
@@ -121,13 +161,12 @@ class Driver:
         Returns:
             Whether all of them are mapped.
         """
-        possible = self.free_bytes // page_bytes
-        if possible < count:
+        if not self._take(count * page_bytes):
+            possible = min(self.free_bytes // page_bytes, count - 1)
             self._note_pages("cuMemCreate", page_bytes, possible)
             self.refuse_pages(page_bytes)
             self._note_pages("physFree", page_bytes, possible)
             return False
-        self.used_bytes += count * page_bytes
         self._note_pages("cuMemCreate", page_bytes, count)
         self._note_pages("cuMemMap", page_bytes, count)
         return True
@@ -138,7 +177,7 @@ class Driver:
 
     def unmap_pages(self, count: int, page_bytes: int) -> None:
         """Unmap pages and give their memory back, one after the other."""
-        self.used_bytes -= count * page_bytes
+        self._give(count * page_bytes)
         if self.calls is not None:
             for _page in range(count):
                 self._note_pages("cuMemUnmap", page_bytes, 1)
