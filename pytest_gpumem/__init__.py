@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.model.rules import Rule
     from pytest_gpumem.model.sweeps import Outcome, Point, SweepReport, Verdict
     from pytest_gpumem.sizes import format_size, parse_size
+    from pytest_gpumem.tenancy.load_lock import gpu_load_lock
 
 _HOMES: Final = {
     "Card": "cards",
@@ -48,6 +49,7 @@ _HOMES: Final = {
     "check_fallback": "instruments.fallback",
     "find_card": "cards",
     "format_size": "sizes",
+    "gpu_load_lock": "tenancy.load_lock",
     "judge_load": "instruments.verdict",
     "make_checkpoint": "checkpoints",
     "parse_rule": "model.rule_parser",
@@ -76,6 +78,7 @@ __all__ = [
     "check_fallback",
     "find_card",
     "format_size",
+    "gpu_load_lock",
     "judge_load",
     "make_checkpoint",
     "parse_rule",

@@ -57,6 +57,10 @@ class BudgetError(GpuMemError, ValueError):
         self.value = value
 
 
+class AdmissionTimeoutError(GpuMemError, TimeoutError):
+    """A card had no room among other processes for longer than was allowed."""
+
+
 class AllocatorSettingError(GpuMemError, ValueError):
     """The environment's settings of the caching allocator cannot be honoured."""
 

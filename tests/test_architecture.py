@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "model": GROUND | {"model"},
     "devices": GROUND | {"model", "devices"},
     "instruments": GROUND | {"model", "devices", "instruments"},
+    "tenancy": GROUND | {"model", "tenancy"},
     "reports": GROUND | {"model", "reports"},
     "baselines": GROUND | {"baselines"},
     "checkpoints": GROUND | {"checkpoints"},
