@@ -88,7 +88,7 @@ class Folder:
             try:
                 yield
             finally:
-                self._depth -= 1
+                self._depth = max(self._depth - 1, 0)  # 0 already in a forked child
                 if not self._depth:
                     self._drop()
         finally:
@@ -111,6 +111,7 @@ class Folder:
     def forget(self) -> None:
         """Be free of what the parent of this forked child, or its threads, held."""
         self._drop()
+        self._depth = 0
         self._threads = threading.RLock()
 
     def add(self, value: dict[str, Any]) -> Entry:
@@ -169,8 +170,10 @@ def _timeout(path: Path, timeout_s: float | None) -> TimeoutError:
 
 
 def _after_fork() -> None:
-    for each in (*_live, *_folders):
-        each.forget()
+    for entry in tuple(_live):
+        entry.forget()
+    for folder in tuple(_folders):
+        folder.forget()
     _live.clear()
 
 
