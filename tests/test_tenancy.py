@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
@@ -236,6 +237,38 @@ def test_the_load_lock_times_out_with_a_word(tmp_path: Path) -> None:
         holder.wait()
         with gpu_load_lock(folder=tmp_path, timeout_s=5):
             pass
+
+
+def test_a_child_forked_in_a_load_does_not_keep_the_lock(tmp_path: Path) -> None:
+    """DataLoader workers that a load starts live on after it."""
+    source = (
+        "import os, sys, time\n"
+        "from pytest_gpumem import gpu_load_lock\n"
+        "with gpu_load_lock(folder=sys.argv[1]):\n"
+        "    pid = os.fork()\n"
+        "    if not pid:\n"
+        "        time.sleep(60)\n"
+        "print(pid, flush=True)\n"
+        "sys.stdin.readline()\n"
+    )
+    with _start(source, tmp_path) as holder:
+        child = int(_line(holder))
+        try:
+            time.sleep(0.1)
+            with gpu_load_lock(folder=tmp_path, timeout_s=2):
+                pass
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_threads_of_a_load_may_use_the_card(tmp_path: Path) -> None:
+    """A loader's thread pool allocates while the main thread holds the lock."""
+    driver = Driver(10)
+    driver.tenants.append(SharedCard(tmp_path / "card"))
+    with ThreadPoolExecutor(1) as pool, gpu_load_lock(folder=tmp_path, timeout_s=5):
+        address = pool.submit(driver.malloc, 4).result(timeout=5)
+
+    assert address is not None
 
 
 def test_cards_are_named_as_the_machine_names_them(

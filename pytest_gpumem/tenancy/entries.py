@@ -23,9 +23,8 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: Threads of one process share the mutex's file lock, so they need one of their own.
-_threads: Final = threading.RLock()
 _live: Final[weakref.WeakSet[Entry]] = weakref.WeakSet()
+_folders: Final[weakref.WeakSet[Folder]] = weakref.WeakSet()
 
 
 class Entry:
@@ -67,27 +66,53 @@ class Folder:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path: Final = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
+        self._threads = threading.RLock()
         self._depth = 0
+        self._handle = -1
+        _folders.add(self)
 
     @contextmanager
     def mutex(self, timeout_s: float | None = None) -> Iterator[None]:
-        """Hold the folder's mutex; nests within a thread.
+        """Hold the folder's mutex; nests within a thread and this object.
 
         Raises:
-            TimeoutError: Another process held it for longer than ``timeout_s``.
+            TimeoutError: Another held it for longer than ``timeout_s``.
         """
-        with _threads:
-            if self._depth:
-                yield
-                return
-            handle = os.open(self.path / "mutex", os.O_RDWR | os.O_CREAT, 0o600)
+        threads = self._threads
+        if not threads.acquire(timeout=-1 if timeout_s is None else timeout_s):
+            raise _timeout(self.path, timeout_s)
+        try:
+            if not self._depth:
+                self._take(timeout_s)
+            self._depth += 1
             try:
-                _lock(handle, timeout_s, self.path)
-                self._depth = 1
                 yield
             finally:
-                self._depth = 0
-                os.close(handle)
+                self._depth = max(self._depth - 1, 0)  # 0 already in a forked child
+                if not self._depth:
+                    self._drop()
+        finally:
+            threads.release()
+
+    def _take(self, timeout_s: float | None) -> None:
+        handle = os.open(self.path / "mutex", os.O_RDWR | os.O_CREAT, 0o600)
+        self._handle = handle
+        try:
+            _lock(handle, timeout_s, self.path)
+        except BaseException:
+            self._drop()
+            raise
+
+    def _drop(self) -> None:
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+    def forget(self) -> None:
+        """Be free of what the parent of this forked child, or its threads, held."""
+        self._drop()
+        self._depth = 0
+        self._threads = threading.RLock()
 
     def add(self, value: dict[str, Any]) -> Entry:
         """Make an entry of this process."""
@@ -113,11 +138,7 @@ class Folder:
 def _is_dead(path: Path) -> bool:
     handle = os.open(path, os.O_RDWR)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    else:
-        return True
+        return _try_lock(handle)
     finally:
         os.close(handle)
 
@@ -127,25 +148,32 @@ def _lock(handle: int, timeout_s: float | None, path: Path) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX)
         return
     end = time.monotonic() + timeout_s
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= end:
-                raise TimeoutError(
-                    f"{path} was held by another process for over {timeout_s} s; give "
-                    "a longer timeout_s, or look for a process that hangs"
-                ) from None
-            time.sleep(0.01)
-        else:
-            return
+    while not _try_lock(handle):
+        if time.monotonic() >= end:
+            raise _timeout(path, timeout_s)
+        time.sleep(0.01)
+
+
+def _try_lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _timeout(path: Path, timeout_s: float | None) -> TimeoutError:
+    return TimeoutError(
+        f"{path} was held by another for over {timeout_s} s; give a longer timeout_s, "
+        "or look for a process that hangs"
+    )
 
 
 def _after_fork() -> None:
-    global _threads  # noqa: PLW0603  # another thread may have held it
-    _threads = threading.RLock()  # type: ignore[misc]  # only here
     for entry in tuple(_live):
         entry.forget()
+    for folder in tuple(_folders):
+        folder.forget()
     _live.clear()
 
 

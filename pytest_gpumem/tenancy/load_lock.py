@@ -35,7 +35,7 @@ def gpu_load_lock(
     """Hold a card's load lock: no other process is inside it meanwhile.
 
     Loading needs more than the loaded model; two loads at once may not fit where two
-    models do. A process that dies gives the lock back.
+    models do. A process that dies gives the lock back. Do not enter it again inside.
 
     Args:
         device: The card: an index as CUDA counts it, or any name that the processes
