@@ -7,19 +7,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch  # noqa: F401  # inner runs in this process must find it imported
+from ways import WAYS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 pytest_plugins = ["pytester"]
-
-#: How a run may go; each must show the same.
-WAYS = {
-    "plain": (),
-    "xdist": ("-n", "2"),
-    "junit": ("--junitxml=junit.xml",),
-    "both": ("-n", "2", "--junitxml=junit.xml"),
-}
 
 
 @pytest.fixture(params=["plain", "both"])

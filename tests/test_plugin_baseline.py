@@ -7,18 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from ways import WAYS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 pytest_plugins = ["pytester"]
 
-WAYS = {
-    "plain": (),
-    "xdist": ("-n", "2"),
-    "junit": ("--junitxml=junit.xml",),
-    "both": ("-n", "2", "--junitxml=junit.xml"),
-}
 MINOR = ".".join(torch.__version__.split("+")[0].split(".")[:2])
 T4 = f"Tesla T4, simulated, torch {MINOR}"
 TESTS = """
