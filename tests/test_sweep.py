@@ -172,7 +172,7 @@ def test_what_a_run_leaves_behind_does_not_reach_the_next_one() -> None:
         pool.submit(int).result()
         torch.set_default_dtype(torch.float16)
         torch.set_grad_enabled(mode=False)
-        threading.Thread(target=time.sleep, args=(0.05,), name="late").start()
+        threading.Thread(target=time.sleep, args=(0.3,), name="late").start()
         torch.ones(3, device="cuda")
         torch.set_default_dtype(torch.float32)
         torch.set_grad_enabled(mode=True)
