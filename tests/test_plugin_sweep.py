@@ -54,6 +54,8 @@ MARKED = (
 """
 )
 LIGHT = ("-p", "no:cacheprovider")
+#: Whether each failing point is a failure of its own, as pytest can tell since 9.
+EACH = int(hasattr(pytest, "Subtests"))
 
 
 @pytest.fixture
@@ -67,15 +69,15 @@ def test_a_marked_test_runs_once_for_each_allocation(make: pytest.Pytester) -> N
     """A good fallback passes; a leak fails with its holder and its replay."""
     result = make.runpytest(*LIGHT)
 
-    result.assert_outcomes(passed=1, failed=1 + 14)
-    result.stdout.fnmatch_lines(
+    result.assert_outcomes(passed=1, failed=1 + 14 * EACH)
+    result.stdout.fnmatch_lines_random(
         [
-            "allocation 2, transient, native: leak",
+            "*allocation 2, transient, native: leak",
             "*stay on the card",
             "*local * of *traceback, OutOfMemoryError*global 'KEPT' of *",
             "*replay: pytest *::test_bad --gpu-replay-oom=any:nth=2",
             "test_bad does not survive 14 of 16 faults",
-            "*x leak at *test_a_marked*.py:* in leak (load)*",
+            "*leak at *test_a_marked*.py:* in leak (load)*",
             "*= OOM sweeps =*",
             "*::test_good: 8 allocations at * site*, 16 points: 16 recovered (*",
             "*::test_bad: 8 allocations at * site*, 16 points: 2 recovered, 14 leak (*",
@@ -88,12 +90,12 @@ def test_every_failing_point_prints_a_line_that_replays_it(
 ) -> None:
     """The printed command runs that point, and fails in the same way."""
     printed = make.runpytest(*LIGHT, "-k", "bad").stdout.str()
-    lines = re.findall(r"replay: pytest (\S+) (--gpu-replay-oom=\S+)", printed)
+    lines = re.findall(r"pytest (\S+) (--gpu-replay-oom=\S+)", printed)
     nodeid, option = lines[5]
     result = make.runpytest(*LIGHT, nodeid, option)
 
     assert 14 == len(set(lines))
-    result.assert_outcomes(failed=2)
+    result.assert_outcomes(failed=1 + EACH)
     result.stdout.fnmatch_lines(["*::test_bad: * 1 point: 1 leak*"])
 
 
@@ -145,8 +147,8 @@ def test_an_assertion_broken_by_a_fault_is_a_wrong_result(
     )
     result = pytester.runpytest(*LIGHT)
 
-    result.assert_outcomes(failed=3)
-    result.stdout.fnmatch_lines(["allocation 1, transient, native: wrong result"])
+    result.assert_outcomes(failed=1 + 2 * EACH)
+    result.stdout.fnmatch_lines(["*allocation 1, transient, native: wrong result"])
 
 
 def test_fallback_tests_are_swept_on_demand(pytester: pytest.Pytester) -> None:
@@ -185,7 +187,7 @@ def test_the_fixture_sweeps_a_function(pytester: pytest.Pytester) -> None:
     )
     result = pytester.runpytest(*LIGHT)
 
-    result.assert_outcomes(passed=1, failed=1 + 4)
+    result.assert_outcomes(passed=1, failed=1 + 4 * EACH)
     result.stdout.fnmatch_lines(["infer does not recover from 4 of 4 faults"])
 
 
@@ -194,7 +196,7 @@ def test_workers_share_the_points(make: pytest.Pytester) -> None:
     result = make.runpytest_subprocess(*LIGHT, "-n", "2", "-v")
     text = result.stdout.str()
 
-    result.assert_outcomes(passed=2, failed=2 + 14)
+    result.assert_outcomes(passed=2, failed=2 + 14 * EACH)
     result.stdout.fnmatch_lines(
         [
             "*::test_good: 8 allocations at 3 sites, 16 points: 16 recovered (*",
@@ -227,7 +229,7 @@ def test_long_sweeps_say_how_far_they_are(
         monkeypatch.delattr(pytest, "Subtests", raising=False)
     result = make.runpytest(*LIGHT)
 
-    failing = 14 if has_subtests and hasattr(pytest, "SubtestReport") else 0
+    failing = 14 * EACH if has_subtests else 0
     result.assert_outcomes(passed=1, failed=1 + failing)
     result.stdout.fnmatch_lines(
         [

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -154,6 +157,31 @@ def test_every_run_starts_from_the_same_random_state() -> None:
 
     assert len(drawn) > 2
     assert 1 == len(set(drawn))
+
+
+def test_what_a_run_leaves_behind_does_not_reach_the_next_one() -> None:
+    """Torch's defaults are put back; threads still at work are waited for."""
+    found = []
+    pool = ThreadPoolExecutor(1)
+
+    def body() -> None:
+        idle = all(
+            not thread.name.startswith("late") for thread in threading.enumerate()
+        )
+        found.append((torch.get_default_dtype(), torch.is_grad_enabled(), idle))
+        pool.submit(int).result()
+        torch.set_default_dtype(torch.float16)
+        torch.set_grad_enabled(mode=False)
+        threading.Thread(target=time.sleep, args=(0.3,), name="late").start()
+        torch.ones(3, device="cuda")
+        torch.set_default_dtype(torch.float32)
+        torch.set_grad_enabled(mode=True)
+
+    with pool:
+        report = sweep_ooms(body)
+
+    assert 2 == len(report.outcomes)
+    assert {(torch.float32, True, True)} == set(found)
 
 
 def test_a_factory_makes_the_arguments_anew() -> None:
