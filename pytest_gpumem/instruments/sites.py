@@ -42,28 +42,27 @@ _PARAMETER: Final = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
 def describe_site(frame: FrameType | None, *, exact: bool = False) -> str:
     """Return the place that asked for memory, in words that are the same each time.
 
-    The innermost line of the user's own code where there is one on the stack, the
-    phase, and below it the innermost function of a library and the module at work,
-    with numbers of layers left out: two layers of a kind are one site.
-
-    Args:
-        frame: The innermost frame.
-        exact: Whether numbers of layers stay, and the parameter at hand is named.
+    The innermost line of the user's own code where there is one on the stack (in a
+    loader's own threads there is none: then the library's line), the phase, and below
+    it the innermost function of a library and the module at work, with numbers of
+    layers left out: two layers of a kind are one site.
     """
     phase = current_phase(frame)
-    user = library = None
+    user = library = line = None
     for each in _frames(frame):
         name = each.f_globals.get("__name__", "").partition(".")[0]
         if name in _OURS or name == "threading":
             continue
         code = each.f_code
         if _is_installed(code.co_filename):
-            library = library or f"{_short(code.co_filename)} {code.co_name}"
+            if library is None:
+                library = f"{_short(code.co_filename)} {code.co_name}"
+                line = f"{_short(code.co_filename)}:{each.f_lineno} in {code.co_name}"
         else:
             place = f"{_short(code.co_filename)}:{each.f_lineno}"
             user = f"{place} in {code.co_name}"
             break
-    parts = [f"{user or library or 'unknown site'} ({phase})"]
+    parts = [f"{user or line or 'unknown site'} ({phase})"]
     if user and library:
         parts.append(f"via {library}")
     module = (parameter_name(frame) if exact else "") or module_path(frame)
