@@ -12,7 +12,7 @@ from torch import nn
 from pytest_gpumem import Outcome, SweepReport, Verdict, sweep_ooms, vram_budget
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.errors import RuleError, SweepError
-from pytest_gpumem.model.sweep_text import coverage_table, explain, summarise
+from pytest_gpumem.model.sweep_text import coverage_table, explain, summarise, to_record
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -97,7 +97,7 @@ def test_sites_are_swept_by_their_first_allocation() -> None:
     assert report.num_allocations == sum(row.num_allocations for row in rows)
     assert all(1 == row.num_failed for row in rows)
     assert all("test_sweep.py" in row.site for row in rows)
-    assert "test_sweep.py" in coverage_table(report)
+    assert "test_sweep.py" in coverage_table(to_record(report))
 
 
 def test_a_number_of_points_is_spread_evenly() -> None:
@@ -223,7 +223,7 @@ def test_an_interrupted_sweep_goes_on(tmp_path: Path) -> None:
     assert 16 == len(report.outcomes)
     assert 2 + 11 + 2 == len(runs)  # prime, count, the rest, the unused faults
     assert not file.exists()
-    assert "5 of them resumed" in summarise(report)
+    assert "5 of them resumed" in summarise(to_record(report))
 
 
 def test_a_sweep_of_other_code_is_not_resumed(tmp_path: Path) -> None:

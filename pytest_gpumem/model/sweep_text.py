@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from collections import Counter
+from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem.model.sweeps import Outcome, SweepReport, Verdict
 from pytest_gpumem.sizes import format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 #: How many points of a group are shown one by one; the others are counted.
 SHOWN: Final = 3
@@ -18,19 +19,69 @@ def _count(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
-def summarise(report: SweepReport) -> str:
-    """Return the outcome of a sweep on one line."""
+def to_record(
+    report: SweepReport, nodeid: str = "", replay: Callable[[str], str] = str
+) -> dict[str, Any]:
+    """Return a sweep's findings as what JSON can hold.
+
+    Args:
+        report: The sweep.
+        nodeid: The test that ran it.
+        replay: Turns a point's rule into the line that replays it alone.
+    """
+    return {
+        "nodeid": nodeid,
+        "name": report.name,
+        "recover": report.recover,
+        "num_allocations": report.num_allocations,
+        "num_sites": len(set(report.sites)),
+        "num_points": len(report.outcomes),
+        "num_resumed": report.num_resumed,
+        "num_failures": len(report.failures),
+        "seconds": round(report.seconds, 3),
+        "coverage": [
+            {
+                "site": row.site,
+                "num_allocations": row.num_allocations,
+                "num_failed": row.num_failed,
+                "verdicts": {
+                    verdict.value: row.verdicts[verdict]
+                    for verdict in Verdict
+                    if row.verdicts[verdict]
+                },
+            }
+            for row in report.coverage()
+        ],
+        "replays": [
+            {
+                "site": site,
+                "verdict": verdict.value,
+                "num_points": len(outcomes),
+                "command": replay(outcomes[0].point.rule),
+            }
+            for (site, verdict), outcomes in report.failures_by_site().items()
+        ],
+    }
+
+
+def summarise(record: Mapping[str, Any]) -> str:
+    """Return the outcome of a sweep, by its record, on one line."""
+    totals: Counter[str] = Counter()
+    for row in record["coverage"]:
+        totals.update(row["verdicts"])
     counts = ", ".join(
-        f"{report.verdicts[verdict]} {verdict.value}"
+        f"{totals[verdict.value]} {verdict.value}"
         for verdict in Verdict
-        if report.verdicts[verdict]
+        if totals[verdict.value]
     )
-    resumed = f", {report.num_resumed} of them resumed" if report.num_resumed else ""
+    resumed = (
+        f", {record['num_resumed']} of them resumed" if record["num_resumed"] else ""
+    )
     return (
-        f"{_count(report.num_allocations, 'allocation')} at "
-        f"{_count(len(set(report.sites)), 'site')}, "
-        f"{_count(len(report.outcomes), 'point')}{resumed}: "
-        f"{counts or 'none run'} ({report.seconds:.1f} s)"
+        f"{_count(record['num_allocations'], 'allocation')} at "
+        f"{_count(record['num_sites'], 'site')}, "
+        f"{_count(record['num_points'], 'point')}{resumed}: "
+        f"{counts or 'none run'} ({record['seconds']:.1f} s)"
     )
 
 
@@ -86,17 +137,17 @@ def describe(
     return "\n".join(lines)
 
 
-def coverage_table(report: SweepReport) -> str:
-    """Return, for each site, how often it allocates, failed and was recovered from."""
+def coverage_table(record: Mapping[str, Any]) -> str:
+    """Return, for each site of a sweep's record, how often it allocates, failed and was recovered from."""
     rows = [("allocates", "failed", "recovered", "site")]
     rows += [
         (
-            str(row.num_allocations),
-            str(row.num_failed),
-            str(row.num_recovered),
-            row.site or "unknown",
+            str(row["num_allocations"]),
+            str(row["num_failed"]),
+            str(row["verdicts"].get(Verdict.RECOVERED.value, 0)),
+            row["site"] or "unknown",
         )
-        for row in report.coverage()
+        for row in record["coverage"]
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join(

@@ -24,7 +24,7 @@ class SummaryPlugin:
     def __init__(self, hooks: Phases) -> None:
         self._hooks = hooks
         self._rows: list[Row] = []
-        self._fallbacks: list[tuple[str, str]] = []
+        self._fallbacks: list[tuple[str, list[dict[str, Any]]]] = []
         self._sweeps: list[dict[str, Any]] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -32,7 +32,7 @@ class SummaryPlugin:
         if report.when != "teardown" or not report.user_properties:
             return
         self._fallbacks += [
-            (report.nodeid, str(value))
+            (report.nodeid, json.loads(str(value)))
             for name, value in report.user_properties
             if name == FALLBACK_PROPERTY
         ]
@@ -76,10 +76,12 @@ class SummaryPlugin:
     def _show_fallbacks(self, terminal: pytest.TerminalReporter) -> None:
         if not self._fallbacks:
             return
+        from pytest_gpumem.model.staircase import staircase_table  # noqa: PLC0415  # there is one
+
         terminal.section("fallbacks")
-        for nodeid, text in self._fallbacks:
+        for nodeid, steps in self._fallbacks:
             terminal.write_line(nodeid)
-            for line in text.splitlines():
+            for line in staircase_table(steps).splitlines():
                 terminal.write_line(f"  {line}")
 
     def _show_sweeps(
@@ -87,10 +89,12 @@ class SummaryPlugin:
     ) -> None:
         if not self._sweeps:
             return
+        from pytest_gpumem.model.sweep_text import coverage_table, summarise  # noqa: PLC0415  # likewise
+
         terminal.section("OOM sweeps")
         for sweep in self._sweeps:
             terminal.write_line(
-                f"{sweep['nodeid']}: {sweep['summary']}", red=sweep["failures"] > 0
+                f"{sweep['nodeid']}: {summarise(sweep)}", red=sweep["num_failures"] > 0
             )
-            for line in sweep["coverage"].splitlines() if detailed else ():
+            for line in coverage_table(sweep).splitlines() if detailed else ():
                 terminal.write_line(f"  {line}")

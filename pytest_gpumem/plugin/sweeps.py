@@ -15,10 +15,9 @@ import pytest
 from pytest_gpumem.errors import SweepError
 from pytest_gpumem.model.sweep_text import (
     SHOWN,
-    coverage_table,
     describe,
     explain,
-    summarise,
+    to_record,
 )
 from pytest_gpumem.plugin.marks import SWEEP_PROPERTY
 
@@ -117,8 +116,12 @@ class Sweeps:
 
         device = self._run.require_device()
         witness = self._run.witness
+        timeline = self._run.timeline
         try:
-            with nullcontext() if witness is None else witness.paused():
+            with (
+                nullcontext() if witness is None else witness.paused(),
+                nullcontext() if timeline is None else timeline.paused(),
+            ):
                 report = sweep_ooms(
                     body,
                     *arguments,
@@ -131,9 +134,8 @@ class Sweeps:
             if error.__cause__ is not None:
                 raise error.__cause__ from None  # the test fails by itself
             raise
-        item.user_properties.append(
-            (SWEEP_PROPERTY, json.dumps(_summary(item, report)))
-        )
+        record = to_record(report, item.nodeid, replay_line(item))
+        item.user_properties.append((SWEEP_PROPERTY, json.dumps(record)))
         return report
 
     def check(self, item: pytest.Item, report: SweepReport) -> None:
@@ -188,14 +190,3 @@ def _subtests(item: pytest.Item) -> Any:
         return None
     request: Any = item._request  # type: ignore[attr-defined]  # noqa: SLF001  # a test function's
     return request.getfixturevalue("subtests")
-
-
-def _summary(item: pytest.Item, report: SweepReport) -> dict[str, Any]:
-    return {
-        "nodeid": item.nodeid,
-        "name": report.name,
-        "summary": summarise(report),
-        "coverage": coverage_table(report),
-        "failures": len(report.failures),
-        "points": len(report.outcomes),
-    }
