@@ -119,14 +119,17 @@ class Timeline:
     def _trace(
         self, index: int, address: int, change: int, allocated: int, reserved: int
     ) -> None:
+        if self._is_paused:
+            if change < 0 and index in self._cards:
+                self._cards[index].lose(address)
+            return
         card = self._cards.setdefault(index, _Card())
         if change < 0:
             card.lose(address)
-        elif not self._is_paused:
+        else:
             site = describe_site(sys._getframe(1))  # noqa: SLF001  # the documented way to walk a stack
             card.gain(address, change, allocated, site)
-        if not self._is_paused:
-            card.series.add(allocated, reserved)
+        card.series.add(allocated, reserved)
 
     def result(self) -> list[dict[str, Any]]:
         """Return for each card that was used what happened, as JSON can hold it."""
