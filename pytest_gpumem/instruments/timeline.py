@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices import Device
 
 #: Most points of a card's series; beyond, neighbours are merged.
-MAX_POINTS: Final = 200
+MAX_POINTS: Final = 100
 #: Most groups of live blocks that are told apart; the others are summed.
 MAX_GROUPS: Final = 12
 

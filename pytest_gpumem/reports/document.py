@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 FORMAT: Final = "pytest-gpumem report"
 VERSION: Final = 1
 _FIXTURE: Final = "gpumem.fixture."
+_COMPACT: Final = (",", ":")
+
+
+class Unparsed(str):
+    """JSON that is written as it came: timelines are most of a report's bytes."""
+
+    __slots__ = ()
 
 
 def test_record(
@@ -38,7 +45,6 @@ def test_record(
     if not pairs:
         return None
     by_name = dict(pairs)
-    timeline = by_name.get("gpumem.timeline")
     return {
         "nodeid": nodeid,
         "outcome": outcome,
@@ -58,7 +64,7 @@ def test_record(
         "incident": by_name.get("gpumem.incident"),
         "sweeps": [json.loads(v) for name, v in pairs if name == "gpumem.sweep"],
         "fallbacks": [json.loads(v) for name, v in pairs if name == "gpumem.fallback"],
-        "timeline": None if timeline is None else json.loads(timeline),
+        "timeline": Unparsed(by_name.get("gpumem.timeline", "null")),
     }
 
 
@@ -82,10 +88,18 @@ def document(
     }
 
 
+def _test_text(test: Mapping[str, Any]) -> str:
+    timeline = test.get("timeline")
+    if not isinstance(timeline, Unparsed):
+        return json.dumps(test, separators=_COMPACT)
+    small = {name: value for name, value in test.items() if name != "timeline"}
+    return f'{json.dumps(small, separators=_COMPACT)[:-1]},"timeline":{timeline}}}'
+
+
 def to_text(report: Mapping[str, Any]) -> str:
-    """Return a document as JSON, one test on a line."""
+    """Return a document as JSON in ASCII, one test on a line."""
     head = {name: value for name, value in report.items() if name != "tests"}
-    lines = ",\n".join(json.dumps(test, ensure_ascii=True) for test in report["tests"])
+    lines = ",\n".join(map(_test_text, report["tests"]))
     return f'{json.dumps(head, indent=2)[:-2]},\n  "tests": [\n{lines}\n  ]\n}}\n'
 
 

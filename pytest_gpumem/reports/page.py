@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem.errors import ReportError
+from pytest_gpumem.reports.document import to_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -44,6 +44,5 @@ def page(report: Mapping[str, Any]) -> str:
         undefined=StrictUndefined,
     )
     # In a script element only "<" can end what is data.
-    text = json.dumps(report, ensure_ascii=True, separators=(",", ":"))
-    data = Markup(text.replace("<", "\\u003c"))  # noqa: S704  # escaped in this line
+    data = Markup(to_text(report).replace("<", "\\u003c"))  # noqa: S704  # escaped in this line
     return environment.get_template("report.html").render(report=report, data=data)
