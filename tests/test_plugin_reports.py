@@ -203,11 +203,16 @@ def test_a_page_without_jinja2_names_what_to_install(
 def test_a_step_summary_that_cannot_be_written_fails_nothing(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A line says so."""
+    """A line says so; nor is anything said of a run that uses no card."""
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(pytester.path / "none" / "s.md"))
-    pytester.makepyfile(test_it="def test_it(): pass")
+    pytester.makepyfile(
+        test_it="import torch\ndef test_it(): torch.zeros(1, device='cuda')",
+        test_other="def test_other(): pass",
+    )
 
-    done = pytester.runpytest("-p", "no:cacheprovider")
+    done = pytester.runpytest("-p", "no:cacheprovider", "test_it.py")
+    other = pytester.runpytest("-p", "no:cacheprovider", "test_other.py")
+    other.stdout.no_fnmatch_line("*GITHUB_STEP_SUMMARY*")
 
     assert pytest.ExitCode.OK == done.ret
     done.stdout.fnmatch_lines(["GITHUB_STEP_SUMMARY: *cannot be written*"])

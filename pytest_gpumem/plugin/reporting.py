@@ -75,6 +75,8 @@ class Reporting:
         return result
 
     def _write(self) -> None:
+        if not self._files and not self._tests:
+            return
         from pytest_gpumem.reports.document import document  # noqa: PLC0415  # likewise
 
         report = document(self._run.describe(), self._tests.values(), self._baseline())
@@ -87,7 +89,7 @@ class Reporting:
                 ) from None
             self._lines.append((f"{kind} report: {os.path.relpath(path)}", False))
         summary = os.environ.get(STEP_SUMMARY)
-        if summary:
+        if summary and self._tests:
             try:
                 with Path(summary).open("a", encoding="utf-8") as file:
                     file.write(render("md", report))
