@@ -222,7 +222,7 @@ def test_junit_has_the_sweep(make: pytest.Pytester) -> None:
         each.get("name"): str(each.get("value")) for each in root.iter("property")
     }
 
-    assert '"points": 16' in properties["gpumem.sweep"]
+    assert '"num_points": 16' in properties["gpumem.sweep"]
 
 
 def test_an_interrupted_sweep_is_resumed_on_demand(pytester: pytest.Pytester) -> None:
