@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.model.rules import Rule
     from pytest_gpumem.model.sweeps import Outcome, Point, SweepReport, Verdict
     from pytest_gpumem.sizes import format_size, parse_size
+    from pytest_gpumem.tenancy.load_lock import gpu_load_lock
 
 _HOMES: Final = {
     "Card": "cards",
@@ -50,6 +51,7 @@ _HOMES: Final = {
     "competing_process": "instruments.tenants",
     "find_card": "cards",
     "format_size": "sizes",
+    "gpu_load_lock": "tenancy.load_lock",
     "judge_load": "instruments.verdict",
     "make_checkpoint": "checkpoints",
     "parse_rule": "model.rule_parser",
@@ -79,6 +81,7 @@ __all__ = [
     "competing_process",
     "find_card",
     "format_size",
+    "gpu_load_lock",
     "judge_load",
     "make_checkpoint",
     "parse_rule",

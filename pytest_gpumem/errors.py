@@ -61,6 +61,10 @@ class TenantError(GpuMemError, RuntimeError):
     """A competing process cannot hold what it is to hold."""
 
 
+class AdmissionTimeoutError(GpuMemError, TimeoutError):
+    """A card had no room among other processes for longer than was allowed."""
+
+
 class AllocatorSettingError(GpuMemError, ValueError):
     """The environment's settings of the caching allocator cannot be honoured."""
 

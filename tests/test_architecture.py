@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "model": GROUND | {"model"},
     "devices": GROUND | {"model", "devices"},
     "instruments": GROUND | {"model", "devices", "instruments"},
+    "tenancy": GROUND | {"model", "tenancy"},
     "reports": GROUND | {"model", "reports"},
     "children": GROUND | {"model", "devices", "instruments", "children"},
     "baselines": GROUND | {"baselines"},

@@ -37,14 +37,22 @@ def test_the_corpus_is_as_large_as_it_should_be() -> None:
 def test_a_broken_fallback_is_caught(body: Callable[[], Any]) -> None:
     """With the verdict that names what is wrong with it."""
     case = broken.EXPECTED[body]
+    # What does not hang has the time that a busy machine needs.
+    timeout_s = 0.5 if case.verdict is Verdict.HANG else None
     with ExitStack() as stack:
         if case.budget is not None:
             stack.enter_context(vram_budget(case.budget))
         report = sweep_ooms(
-            body, recover=True, flavours=case.flavours, timeout_s=0.5, points=12
+            body,
+            recover=True,
+            flavours=case.flavours,
+            timeout_s=timeout_s,
+            points=12,
         )
 
-    assert case.verdict in {each.verdict for each in report.failures}
+    caught = [each for each in report.failures if each.verdict is case.verdict]
+    assert caught
+    assert any(case.says in each.detail for each in caught)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -151,6 +153,51 @@ def test_captured_log_records_are_no_fault_of_the_code(
 
     assert "falling back" in caplog.text
     assert "pytest's log capture, not the code" in report.steps[1].holders[0]
+
+
+def test_a_reference_cycle_that_held_a_failed_attempt_is_named() -> None:
+    """A collection frees it, but only after the fallback went without its bytes."""
+
+    def load() -> nn.Module:
+        model = _new()
+        try:
+            return model.cuda()
+        except torch.OutOfMemoryError as error:
+            failed = error
+            assert failed is not None  # and so this frame is held by its own local
+        return _new()
+
+    gc.disable()
+    try:
+        report = check_fallback(load, budgets=["40MiB"], faults=[], control=None)
+    finally:
+        gc.enable()
+    report.check()
+
+    assert 0 == report.steps[1].left_bytes
+    assert re.search(
+        r"MiB \(.*a reference cycle, which only a collection frees: .*"
+        r"local 'failed' of load \(test_fallback",
+        "\n".join(report.steps[1].holders),
+    )
+
+
+def test_ooms_of_other_parts_of_cuda_are_counted() -> None:
+    """The allocator does not know of them; the negative control is none."""
+    report = check_fallback(
+        _knows_the_driver, budgets=[], faults=["any:nth=1,flavour=driver"]
+    )
+
+    assert [0, 1, 0] == [step.num_ooms for step in report.steps]
+
+
+def _knows_the_driver() -> nn.Module:
+    try:
+        return _new().cuda()
+    except torch.AcceleratorError as error:
+        if "out of memory" not in str(error):
+            raise
+    return _new()
 
 
 def test_a_half_moved_model_is_found() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -83,10 +84,33 @@ def test_thread_pools_are_followed() -> None:
     assert [(0, 16)] == asked
 
 
+def test_threads_are_followed_until_the_block_ends() -> None:
+    """Threads that code starts by itself are asked about; after the block no more."""
+    asked: list[tuple[int, int]] = []
+    over = threading.Event()
+
+    def work() -> None:
+        torch.ones(4, device="cuda")
+        over.wait(10)
+        torch.ones(5, device="cuda")
+
+    with simulated_device("T4"):
+        with intercepting(_noting(asked), _fail):
+            thread = threading.Thread(target=work)
+            thread.start()
+            while not asked:
+                thread.join(0.01)
+        over.set()
+        thread.join()
+
+    assert [(0, 16)] == asked
+
+
 def test_nothing_is_left_behind() -> None:
-    """After the block, pools submit as before."""
-    submit = ThreadPoolExecutor.submit
+    """After the block, pools submit and threads start as before."""
+    submit, start = ThreadPoolExecutor.submit, threading.Thread.start
     with pytest.raises(KeyError), intercepting(lambda _i, _n: False, _fail):
         raise KeyError
 
     assert submit is ThreadPoolExecutor.submit
+    assert start is threading.Thread.start

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch  # noqa: F401  # inner runs in this process must find it imported
+from ways import WAYS
 
 pytest_plugins = ["pytester"]
 
-WAYS = {
-    "plain": (),
-    "xdist": ("-n", "2"),
-    "junit": ("--junitxml=junit.xml",),
-    "both": ("-n", "2", "--junitxml=junit.xml"),
-}
 TESTS = '''
     import asyncio
     import unittest

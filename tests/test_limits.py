@@ -7,22 +7,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch  # noqa: F401  # inner runs in this process must find it imported
+from ways import WAYS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 pytest_plugins = ["pytester"]
 
-#: How a run may go; each must show the same.
-WAYS = {
-    "plain": (),
-    "xdist": ("-n", "2"),
-    "junit": ("--junitxml=junit.xml",),
-    "both": ("-n", "2", "--junitxml=junit.xml"),
-}
 
-
-@pytest.fixture(params=WAYS)
+@pytest.fixture(params=["plain", "both"])
 def run(
     request: pytest.FixtureRequest, pytester: pytest.Pytester
 ) -> Callable[..., pytest.RunResult]:
@@ -106,6 +99,7 @@ def test_limits_of_each_metric_phase_and_card(
     )
 
 
+@pytest.mark.parametrize("run", WAYS, indirect=True)
 def test_a_broken_limit_has_a_letter_of_its_own(
     run: Callable[..., pytest.RunResult],
 ) -> None:

@@ -7,18 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from ways import WAYS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 pytest_plugins = ["pytester"]
 
-WAYS = {
-    "plain": (),
-    "xdist": ("-n", "2"),
-    "junit": ("--junitxml=junit.xml",),
-    "both": ("-n", "2", "--junitxml=junit.xml"),
-}
 MINOR = ".".join(torch.__version__.split("+")[0].split(".")[:2])
 T4 = f"Tesla T4, simulated, torch {MINOR}"
 TESTS = """
@@ -40,7 +35,7 @@ TESTS = """
 """
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture(params=["plain", "both"])
 def run(request: pytest.FixtureRequest, pytester: pytest.Pytester) -> Any:
     """Run tests in one of the ways, against a baseline."""
 
@@ -71,7 +66,10 @@ def test_a_baseline_is_written_and_held(
     first = (pytester.path / "b.json").read_text("utf-8")
     again = run(TESTS, "--gpu-update-baseline")
     same = run(TESTS)
-    more = run(TESTS.replace("take(1)", "take(3)").replace("[2, 4]", "[2, 3, 4]"))
+    more = run(
+        TESTS.replace("take(1)", "take(3)").replace("[2, 4]", "[2, 3, 4]"),
+        "--gpu-compare-fail=allocated:1%",
+    )
     less = run(
         TESTS.replace("take(mib)\n\n    def test_no", "take(1)\n\n    def test_no")
     )
@@ -137,6 +135,7 @@ def test_only_what_passes_and_is_there_is_written(
     assert part["test_it.py::test_one"] == last["test_it.py::test_one"]
 
 
+@pytest.mark.parametrize("run", ["plain"], indirect=True)
 def test_tolerances_are_chosen(run: Callable[..., pytest.RunResult]) -> None:
     """By share or bytes, for each metric; several at once."""
     run(TESTS, "--gpu-update-baseline")
@@ -153,6 +152,7 @@ def test_tolerances_are_chosen(run: Callable[..., pytest.RunResult]) -> None:
     reserved.stdout.fnmatch_lines(["*above the baseline *: reserved 2 MiB -> 12 MiB *"])
 
 
+@pytest.mark.parametrize("run", WAYS, indirect=True)
 def test_another_card_has_figures_of_its_own(
     run: Callable[..., pytest.RunResult], pytester: pytest.Pytester
 ) -> None:

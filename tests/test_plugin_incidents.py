@@ -9,18 +9,13 @@ from typing import TYPE_CHECKING
 import pytest
 import torch  # noqa: F401  # inner runs in this process must find it imported
 from torch.cuda import _memory_viz
+from ways import WAYS
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 pytest_plugins = ["pytester"]
 
-WAYS = {
-    "plain": (),
-    "xdist": ("-n", "2"),
-    "junit": ("--junitxml=junit.xml",),
-    "both": ("-n", "2", "--junitxml=junit.xml"),
-}
 LIGHT = ("-p", "no:cacheprovider")
 TESTS = """
     import pytest

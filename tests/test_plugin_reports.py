@@ -125,9 +125,9 @@ def test_every_kind_is_written_in_every_way(
     assert "failed" == over["outcome"]
     assert "limit 1 MiB" in over["broken_limit"]
     sweeps = [each["sweeps"][0] for name, each in tests.items() if "sweep" in name]
-    assert 2 == sum(each["num_points"] for each in sweeps)
+    assert 2 == sum(each["points"] for each in sweeps)
     assert {"recovered"} == {
-        name for each in sweeps for row in each["coverage"] for name in row["verdicts"]
+        name for each in sweeps for row in each["sites"] for name in row["verdicts"]
     }
     steps = tests["test_fallback"]["fallbacks"][0]
     assert "cuda:0 float32" == steps[0]["rung"]

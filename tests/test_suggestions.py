@@ -12,6 +12,7 @@ import pytest
 import torch  # noqa: F401  # inner runs in this process must find it imported
 from hypothesis import given
 from hypothesis import strategies as st
+from ways import WAYS
 
 from pytest_gpumem.cards import CARDS
 from pytest_gpumem.sizes import parse_size
@@ -31,12 +32,6 @@ pytest_plugins = ["pytester"]
 
 MIB = 2**20
 LIGHT = ("-p", "no:cacheprovider")
-WAYS = {
-    "plain": (),
-    "xdist": ("-n", "2"),
-    "junit": ("--junitxml=junit.xml",),
-    "both": ("-n", "2", "--junitxml=junit.xml"),
-}
 
 
 @given(st.integers(1, 2**44))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,7 +15,8 @@ from torch import nn
 from pytest_gpumem import Outcome, SweepReport, Verdict, sweep_ooms, vram_budget
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.errors import RuleError, SweepError
-from pytest_gpumem.model.sweep_text import coverage_table, explain, summarise, to_record
+from pytest_gpumem.model.sweep_summary import SweepSummary
+from pytest_gpumem.model.sweep_text import coverage_table, explain, summarise
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -97,7 +101,7 @@ def test_sites_are_swept_by_their_first_allocation() -> None:
     assert report.num_allocations == sum(row.num_allocations for row in rows)
     assert all(1 == row.num_failed for row in rows)
     assert all("test_sweep.py" in row.site for row in rows)
-    assert "test_sweep.py" in coverage_table(to_record(report))
+    assert "test_sweep.py" in coverage_table(SweepSummary.of(report))
 
 
 def test_a_number_of_points_is_spread_evenly() -> None:
@@ -153,6 +157,31 @@ def test_every_run_starts_from_the_same_random_state() -> None:
 
     assert len(drawn) > 2
     assert 1 == len(set(drawn))
+
+
+def test_what_a_run_leaves_behind_does_not_reach_the_next_one() -> None:
+    """Torch's defaults are put back; threads still at work are waited for."""
+    found = []
+    pool = ThreadPoolExecutor(1)
+
+    def body() -> None:
+        idle = all(
+            not thread.name.startswith("late") for thread in threading.enumerate()
+        )
+        found.append((torch.get_default_dtype(), torch.is_grad_enabled(), idle))
+        pool.submit(int).result()
+        torch.set_default_dtype(torch.float16)
+        torch.set_grad_enabled(mode=False)
+        threading.Thread(target=time.sleep, args=(0.3,), name="late").start()
+        torch.ones(3, device="cuda")
+        torch.set_default_dtype(torch.float32)
+        torch.set_grad_enabled(mode=True)
+
+    with pool:
+        report = sweep_ooms(body)
+
+    assert 2 == len(report.outcomes)
+    assert {(torch.float32, True, True)} == set(found)
 
 
 def test_a_factory_makes_the_arguments_anew() -> None:
@@ -223,7 +252,7 @@ def test_an_interrupted_sweep_goes_on(tmp_path: Path) -> None:
     assert 16 == len(report.outcomes)
     assert 2 + 11 + 2 == len(runs)  # prime, count, the rest, the unused faults
     assert not file.exists()
-    assert "5 of them resumed" in summarise(to_record(report))
+    assert "5 of them resumed" in summarise(SweepSummary.of(report))
 
 
 def test_a_sweep_of_other_code_is_not_resumed(tmp_path: Path) -> None:

@@ -4,8 +4,9 @@ Note [A real OOM at a chosen allocation]
 An operator's new results are foreseen by running it on meta tensors. If a rule refuses
 one of them, the operator runs inside a memory pool whose allocator always answers
 "null": the caching allocator then goes its whole way, flush and retry and counters and
-text, and raises its own error. Interception follows a program into the thread pools
-that loaders use; autograd's threads carry it along by themselves.
+text, and raises its own error. Interception follows a program into the threads that it
+starts and the work that it gives to thread pools; autograd's threads carry it along by
+themselves.
 
 Source for the null pool: ``torch.cuda.memory.MemPool`` over
 ``torch._C._cuda_customAllocator(alloc, free)``; any C function that returns 0 serves as
@@ -15,7 +16,9 @@ Source for the null pool: ``torch.cuda.memory.MemPool`` over
 from __future__ import annotations
 
 import ctypes
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.thread import _worker  # what a pool's threads run
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +38,7 @@ class Interceptor(TorchDispatchMode):
     Args:
         refuses: Device index and bytes in, whether it is to fail out.
         fail: Runs the operator so that its allocation fails.
+        scope: Once it is set, nothing is asked any more: a thread may outlive the block.
 
     Limits: what an operator allocates inside itself (workspaces, temporaries) is not
     numbered; an operator that cannot run on meta tensors is let through unnumbered.
@@ -44,10 +48,12 @@ class Interceptor(TorchDispatchMode):
         self,
         refuses: Callable[[int, int], bool],
         fail: Callable[[Callable[[], Any], int], Any],
+        scope: threading.Event,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self._refuses = refuses
         self._fail = fail
+        self._scope = scope
 
     def __torch_dispatch__(
         self,
@@ -58,6 +64,8 @@ class Interceptor(TorchDispatchMode):
     ) -> Any:
         """Run one operator, or make it fail."""
         options = kwargs or {}
+        if self._scope.is_set():
+            return func(*args, **options)
         for index, nbytes in new_results(func, args, options):
             if self._refuses(index, nbytes):
                 return self._fail(lambda: func(*args, **options), index)
@@ -130,25 +138,40 @@ def intercepting(
     refuses: Callable[[int, int], bool],
     fail: Callable[[Callable[[], Any], int], Any] = fail_in_null_pool,
 ) -> Iterator[None]:
-    """Ask before each allocation of a block, in this thread and in thread pools.
+    """Ask before each allocation of a block, in this thread and in those it starts.
 
     Args:
         refuses: Device index and bytes in, whether it is to fail out.
         fail: How an operator is made to fail.
     """
+    scope = threading.Event()
     patches = PatchSet()
-    submit = ThreadPoolExecutor.submit
+    submit, start = ThreadPoolExecutor.submit, threading.Thread.start
 
     def submitting(self: Any, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
         def inside() -> Any:
-            with Interceptor(refuses, fail):
+            with Interceptor(refuses, fail, scope):
                 return fn(*args, **kwargs)
 
         return submit(self, inside)
 
+    def starting(self: threading.Thread) -> None:
+        # A pool's workers live longer than the block; their work is seen to above.
+        if getattr(self, "_target", None) is not _worker:
+            run = self.run
+
+            def inside() -> None:
+                with Interceptor(refuses, fail, scope):
+                    run()
+
+            self.run = inside  # type: ignore[method-assign]  # of this thread alone
+        start(self)
+
     patches.set(ThreadPoolExecutor, "submit", submitting)
+    patches.set(threading.Thread, "start", starting)
     try:
-        with Interceptor(refuses, fail):
+        with Interceptor(refuses, fail, scope):
             yield
     finally:
+        scope.set()
         patches.restore()

@@ -16,7 +16,9 @@ from pytest_gpumem.instruments.frames import clear_exception
 from pytest_gpumem.instruments.holders import blocks_on_cards, find_holders
 from pytest_gpumem.instruments.injector import OomInjector
 from pytest_gpumem.instruments.surroundings import (
+    Defaults,
     RandomState,
+    StartedThreads,
     allocated_bytes,
     num_ooms,
     settle,
@@ -32,8 +34,12 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices import Device
     from pytest_gpumem.model.rules import Rule
 
-#: Leaks whose holders are looked for; each search walks the whole heap.
+#: Leaks whose holders are looked for, one for each site and mode; each search walks the
+#: whole heap several times.
 _SEARCHES: Final = 8
+#: Seconds that threads a run leaves behind are waited for: they would allocate in the
+#: next one.
+_PATIENCE_S: Final = 1.0
 _RAISE: Final = dis.opmap["RAISE_VARARGS"]
 
 
@@ -87,8 +93,9 @@ class Attempts:
         self._same = same
         self.device: Final = device
         self._random = RandomState()
+        self._defaults = Defaults()
         self._reference: Attempt | None = None
-        self._searches = 0
+        self._searched: set[tuple[str, str]] = set()
         #: What was on the cards before, however old.
         self._known = blocks_on_cards()
 
@@ -112,7 +119,7 @@ class Attempts:
         left = attempt.left_bytes - (self._reference or attempt).left_bytes
         holders: tuple[str, ...] = ()
         if left > 0:
-            holders = self._holders(before)
+            holders = self._holders(point, before)
             if verdict.passes(recover=False):
                 verdict = Verdict.LEAK
         if attempt.logged_bytes > 0:
@@ -131,10 +138,11 @@ class Attempts:
             attempt.num_injected,
         )
 
-    def _holders(self, before: set[int]) -> tuple[str, ...]:
-        self._searches += 1
-        if self._searches > _SEARCHES:
+    def _holders(self, point: Point, before: set[int]) -> tuple[str, ...]:
+        kind = (point.site, point.mode)
+        if kind in self._searched or len(self._searched) >= _SEARCHES:
             return ()
+        self._searched.add(kind)
         gc.unfreeze()
         try:
             found = find_holders(self.device, before | self._known)
@@ -177,6 +185,7 @@ class Attempts:
         return "the result is not the same as without a fault"
 
     def _run(self, rule: Rule | None, timeout_s: float | None) -> Attempt:
+        self._defaults.restore()
         arguments = self._setup()
         self._random.restore()
         device = self.device
@@ -184,6 +193,7 @@ class Attempts:
         injector = OomInjector(*(() if rule is None else (rule,)), device=device)
         watchdog = Watchdog(timeout_s)
         picture, error, is_oom, is_wrong, hung = None, None, False, False, False
+        threads = StartedThreads()
         started_s = time.perf_counter()
         try:
             with watchdog, injector:
@@ -205,6 +215,8 @@ class Attempts:
             error, is_oom = _words(caught), is_the_oom(caught)
             is_wrong = isinstance(caught, AssertionError)
         seconds = time.perf_counter() - started_s
+        threads.wait(0.0 if hung else _PATIENCE_S)
+        self._defaults.restore()
         del arguments
         extra = num_ooms(device) - start_ooms - injector.num_ooms
         left, logged = settle(device, start_bytes)

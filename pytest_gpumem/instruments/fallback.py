@@ -14,7 +14,11 @@ from pytest_gpumem.instruments.attempts import is_the_oom
 from pytest_gpumem.instruments.budget import vram_budget
 from pytest_gpumem.instruments.equality import difference, portrait
 from pytest_gpumem.instruments.frames import clear_exception
-from pytest_gpumem.instruments.holders import blocks_on_cards, find_holders
+from pytest_gpumem.instruments.holders import (
+    blocks_on_cards,
+    find_cycles,
+    find_holders,
+)
 from pytest_gpumem.instruments.injector import OomInjector
 from pytest_gpumem.instruments.placement import Placement, placement_of
 from pytest_gpumem.instruments.recorder import PeakRecorder
@@ -56,7 +60,7 @@ class Step:
         num_ooms: Allocations that failed on the way: how often it had to retry.
         peak_reserved_bytes: Peak of the whole affair, load and run.
         left_bytes: Bytes on the card that are not the model's own.
-        holders: Who holds those.
+        holders: Who holds those, and which reference cycles held more until a collection.
         problems: What is wrong, a sentence each.
     """
 
@@ -225,8 +229,10 @@ class _Checker:
             recorder = stack.enter_context(
                 PeakRecorder(device_index=self.index, device=device)
             )
+            rules = () if fault is None else (fault,)
+            injector = OomInjector(*rules, device=device)
             rung, left, holders = self._attempt(
-                fault, problems, before, start, is_control=is_control
+                injector, fault, problems, before, start, is_control=is_control
             )
         if expected is not None and expected not in rung:
             problems.append(f"it ended in {rung!r}, expected was {expected!r}")
@@ -235,11 +241,13 @@ class _Checker:
             problems.append(
                 f"its peak of {format_size(peak)} reserved is over the budget"
             )
+        # Errors of other parts of CUDA are OOMs that the allocator knows nothing of.
+        uncounted = injector.num_injected - injector.num_ooms
         return Step(
             budget_bytes,
             fault,
             rung,
-            num_ooms(device) - start_ooms,
+            num_ooms(device) - start_ooms + (0 if is_control else uncounted),
             peak,
             left,
             holders,
@@ -248,6 +256,7 @@ class _Checker:
 
     def _attempt(
         self,
+        injector: OomInjector,
         fault: str | None,
         problems: list[str],
         before: set[int],
@@ -258,8 +267,6 @@ class _Checker:
         """Load and run; return the rung, what is left besides the model, and by whom."""
         loaded: Any = None
         rung = ""
-        rules = () if fault is None else (fault,)
-        injector = OomInjector(*rules, device=self.device)
         try:
             with injector:
                 loaded = self.load()
@@ -282,20 +289,33 @@ class _Checker:
         elif not rung:
             rung = "nothing"
             problems.append("the loader returned no model and raised nothing")
-        left, logged = settle(self.device, start + sum(own.values()))
+        left, holders = self._leftovers(
+            before | set(own), start + sum(own.values()), problems
+        )
+        if placement is not None and not is_control:
+            self._check_output(loaded, placement, problems)
+        return rung, left, holders
+
+    def _leftovers(
+        self, known: set[int], base: int, problems: list[str]
+    ) -> tuple[int, tuple[str, ...]]:
+        """Return the bytes beyond ``base`` that stay, and who holds or held them."""
         holders: tuple[str, ...] = ()
+        if allocated_bytes(self.device) > base:
+            cycles = find_cycles(self.device, known)
+            holders = tuple(str(each) for each in cycles)
+            del cycles
+        left, logged = settle(self.device, base)
         if left > 0:
-            found = find_holders(self.device, before | set(own))
-            holders = tuple(str(each) for each in found)
+            found = find_holders(self.device, known)
+            holders += tuple(str(each) for each in found)
             problems.append(f"{format_size(left)} of a failed attempt stay on the card")
         elif logged > 0:
-            holders = (
+            holders += (
                 f"{format_size(logged)} were held by captured log records alone; that is "
                 "pytest's log capture, not the code",
             )
-        if placement is not None and not is_control:
-            self._check_output(loaded, placement, problems)
-        return rung, max(left, 0), holders
+        return max(left, 0), holders
 
     def _judge_error(
         self,

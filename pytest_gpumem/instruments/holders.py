@@ -31,7 +31,7 @@ import torch
 from pytest_gpumem.sizes import format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from pytest_gpumem.devices import Device
 
@@ -40,6 +40,8 @@ _DEPTH: Final = 24
 _BREADTH: Final = 4000
 #: How many tensors are traced; the largest come first.
 _TRACED: Final = 3
+#: How the words for what a cycle holds begin.
+CYCLE: Final = "a reference cycle, which only a collection frees"
 _OURS: Final = str(Path(__file__).parent)
 
 
@@ -75,6 +77,34 @@ def find_holders(device: Device, before: Iterable[int] = ()) -> list[Held]:
     Limits: what only C++ holds (a graph's saved tensors) is named by its graph node
     where Python can see that, else not at all.
     """
+    found: list[Held] = []
+    for nbytes, tensor, ignored in _largest(device, before):
+        holder = describe_holder(tensor, ignored=[ignored])
+        found.append(Held(nbytes, _words(tensor), holder))
+    return found
+
+
+def find_cycles(device: Device, before: Iterable[int] = ()) -> list[Held]:
+    """Return those of the largest tensors that reference cycles alone hold.
+
+    To be asked before a collection, which frees them.
+
+    Args:
+        device: Knows the size of a block.
+        before: Addresses of storages to leave out; see ``blocks_on_cards``.
+    """
+    found: list[Held] = []
+    for nbytes, tensor, ignored in _largest(device, before):
+        holder = describe_holder(tensor, ignored=[ignored])
+        if holder.startswith(CYCLE):
+            found.append(Held(nbytes, _words(tensor), holder))
+    return found
+
+
+def _largest(
+    device: Device, before: Iterable[int]
+) -> Iterator[tuple[int, torch.Tensor, Any]]:
+    """Yield the largest tensors, and what else holds each of them here."""
     known = set(before)
     largest: dict[int, tuple[int, torch.Tensor]] = {}
     for tensor in _tensors():
@@ -84,12 +114,10 @@ def find_holders(device: Device, before: Iterable[int] = ()) -> list[Held]:
             largest[address] = (device.block_bytes(storage), tensor)
     ranked = sorted(largest.values(), key=lambda pair: -pair[0])
     del largest
-    found: list[Held] = []
-    while ranked and len(found) < _TRACED:
+    del ranked[_TRACED:]
+    while ranked:
         nbytes, tensor = ranked.pop(0)
-        holder = describe_holder(tensor, ignored=[ranked])
-        found.append(Held(nbytes, _words(tensor), holder))
-    return found
+        yield nbytes, tensor, ranked
 
 
 def _tensors() -> list[torch.Tensor]:
@@ -114,7 +142,8 @@ def describe_holder(value: Any, *, ignored: Iterable[Any] = ()) -> str:
         ignored: Objects of the caller's own that hold it too.
     """
     parents: dict[int, Any] = {}
-    seen = {id(value), id(parents), *map(id, ignored)}
+    visited = [value]
+    seen = {id(value), id(parents), id(visited), *map(id, ignored)}
     level = [value]
     seen.add(id(seen))
     for _ in range(_DEPTH):
@@ -124,12 +153,16 @@ def describe_holder(value: Any, *, ignored: Iterable[Any] = ()) -> str:
             seen.add(id(holder))
             parents[id(holder)] = child
             if _is_root(holder):
-                return _path(holder, parents, value)
+                return _path(_way(holder, parents, value))
             next_level.append(holder)
+            visited.append(holder)
         level = next_level[:_BREADTH]
         del referrers, next_level
         if not level:
             break
+    cycle = _cycle(visited)
+    if cycle:
+        return f"{CYCLE}: {_path(cycle)}"
     return "no Python object that can be named (a graph of autograd, or C++ at work)"
 
 
@@ -173,12 +206,38 @@ def _runs(frame: FrameType) -> bool:
     return current is frame
 
 
-def _path(root: Any, parents: dict[int, Any], value: Any) -> str:
-    """Return the way from a value to its root, in words."""
+def _way(root: Any, parents: dict[int, Any], value: Any) -> list[Any]:
+    """Return the objects from a value to its root."""
     chain = [root]
     while chain[-1] is not value:
         chain.append(parents[id(chain[-1])])
     chain.reverse()
+    return chain
+
+
+def _cycle(visited: list[Any]) -> list[Any]:
+    """Return the way from the first object into a cycle and once around it, if any."""
+    by_id = {id(each): each for each in visited}
+    referrers: dict[int, list[int]] = {}
+    for holder in visited[1:]:
+        for child in {id(each) for each in gc.get_referents(holder)} & by_id.keys():
+            referrers.setdefault(child, []).append(id(holder))
+    way = [id(visited[0])]
+    dead: set[int] = set()
+    while way:
+        above = [each for each in referrers.get(way[-1], ()) if each not in dead]
+        if not above:
+            dead.add(way.pop())
+            continue
+        around = next((each for each in above if each in way), None)
+        if around is not None:
+            return [by_id[each] for each in [*way, around]]
+        way.append(above[0])
+    return []
+
+
+def _path(chain: list[Any]) -> str:
+    """Return the way from a value to its holder, in words."""
     steps = []
     names: list[str] = []
     for child, holder in itertools.pairwise(chain):

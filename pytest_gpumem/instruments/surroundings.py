@@ -5,8 +5,11 @@ from __future__ import annotations
 import gc
 import random
 import sys
+import threading
+import time
+from concurrent.futures.thread import _worker
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -16,6 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pytest_gpumem.devices import Device
+
+#: What a pool's threads run; it is their innermost frame while they wait for work.
+_POOL_WORKER: Final = _worker.__code__
+_LOOK_S: Final = 0.01
 
 
 class RandomState:
@@ -35,6 +42,60 @@ class RandomState:
         torch.cuda.set_rng_state_all(self._cards)
         if self._numpy is not None:
             sys.modules["numpy"].random.set_state(self._numpy)
+
+
+class Defaults:
+    """What torch holds for the process or thread and a failed run may leave changed."""
+
+    def __init__(self) -> None:
+        self._dtype = torch.get_default_dtype()
+        self._grad = torch.is_grad_enabled()
+        self._num_threads = torch.get_num_threads()
+        self._card = torch.cuda.current_device()
+
+    def restore(self) -> None:
+        """Put back what is not as it was."""
+        if torch.get_default_dtype() is not self._dtype:
+            torch.set_default_dtype(self._dtype)
+        if torch.is_grad_enabled() != self._grad:
+            torch.set_grad_enabled(self._grad)
+        if torch.get_num_threads() != self._num_threads:
+            torch.set_num_threads(self._num_threads)
+        if torch.cuda.current_device() != self._card:
+            torch.cuda.set_device(self._card)
+
+
+class StartedThreads:
+    """The threads that come to be from now on."""
+
+    def __init__(self) -> None:
+        self._before = set(threading.enumerate())
+
+    def wait(self, patience_s: float) -> list[threading.Thread]:
+        """Wait until they have ended, or wait for work as a pool's do.
+
+        Args:
+            patience_s: Seconds after which those left are waited for no more.
+
+        Returns:
+            Those still at work.
+        """
+        end_s = time.monotonic() + patience_s
+        while True:
+            working = [
+                thread
+                for thread in threading.enumerate()
+                if thread not in self._before and not _waits_for_work(thread)
+            ]
+            if not working or time.monotonic() > end_s:
+                return working
+            working[0].join(_LOOK_S)
+
+
+def _waits_for_work(thread: threading.Thread) -> bool:
+    """Tell whether a thread is a pool's, with nothing to do."""
+    frame = sys._current_frames().get(thread.ident or 0)  # noqa: SLF001  # the documented way to see other threads
+    return frame is None or frame.f_code is _POOL_WORKER
 
 
 @contextmanager

@@ -53,8 +53,9 @@ def sweep_ooms(
 ) -> SweepReport:
     """Fail every allocation of ``body(*args)`` in turn and judge what comes of it.
 
-    Before each run random states are put back, caches emptied and the arguments made
-    anew if there is a factory for them. A run's result is compared with that of a run
+    Before each run random states and torch's defaults (dtype, card, gradients, number of
+    threads) are put back, caches emptied and the arguments made anew if there is a
+    factory for them; threads that the run before left at work are waited for. A run's result is compared with that of a run
     without faults: tensors by value, wherever they lie, modules by their state.
 
     Args:
@@ -83,8 +84,8 @@ def sweep_ooms(
         report = sweep_ooms(lambda: load_with_fallback(path)(batch), recover=True)
         assert not report.failures
 
-    Limits: state outside the arguments (module globals, thread pools) is what the
-    body leaves it; threads that allocate in no fixed order make the Nth allocation a
+    Limits: state outside the arguments (module globals) is what the body leaves it;
+    threads that allocate in no fixed order make the Nth allocation a
     different one from run to run.
     """
     wanted = SweepPlan(**plan)

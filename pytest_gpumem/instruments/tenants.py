@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -94,10 +95,18 @@ class _Real:
             raise
 
     def _wait(self) -> None:
-        answer = self._process.stdout.readline().strip() if self._process.stdout else ""
+        # A process that does not answer is ended, and its answer is empty then.
+        patience = threading.Timer(TIMEOUT_S, self._process.kill)
+        patience.start()
+        try:
+            out = self._process.stdout
+            answer = out.readline().strip() if out else ""
+        finally:
+            patience.cancel()
         if answer != "ready":
             raise TenantError(
-                f"the competing process holds nothing: {answer or 'it has ended'}"
+                "the competing process holds nothing: "
+                f"{answer or f'it has ended, or did not answer in {TIMEOUT_S:.0f} s'}"
             )
 
     def hold(self, nbytes: int) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem.model.sweeps import Outcome, SweepReport, Verdict
 from pytest_gpumem.sizes import format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
+
+    from pytest_gpumem.model.sweep_summary import SweepSummary
 
 #: How many points of a group are shown one by one; the others are counted.
 SHOWN: Final = 3
@@ -19,69 +20,20 @@ def _count(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
-def to_record(
-    report: SweepReport, nodeid: str = "", replay: Callable[[str], str] = str
-) -> dict[str, Any]:
-    """Return a sweep's findings as what JSON can hold.
-
-    Args:
-        report: The sweep.
-        nodeid: The test that ran it.
-        replay: Turns a point's rule into the line that replays it alone.
-    """
-    return {
-        "nodeid": nodeid,
-        "name": report.name,
-        "recover": report.recover,
-        "num_allocations": report.num_allocations,
-        "num_sites": len(set(report.sites)),
-        "num_points": len(report.outcomes),
-        "num_resumed": report.num_resumed,
-        "num_failures": len(report.failures),
-        "seconds": round(report.seconds, 3),
-        "coverage": [
-            {
-                "site": row.site,
-                "num_allocations": row.num_allocations,
-                "num_failed": row.num_failed,
-                "verdicts": {
-                    verdict.value: row.verdicts[verdict]
-                    for verdict in Verdict
-                    if row.verdicts[verdict]
-                },
-            }
-            for row in report.coverage()
-        ],
-        "replays": [
-            {
-                "site": site,
-                "verdict": verdict.value,
-                "num_points": len(outcomes),
-                "command": replay(outcomes[0].point.rule),
-            }
-            for (site, verdict), outcomes in report.failures_by_site().items()
-        ],
-    }
-
-
-def summarise(record: Mapping[str, Any]) -> str:
-    """Return the outcome of a sweep, by its record, on one line."""
-    totals: Counter[str] = Counter()
-    for row in record["coverage"]:
-        totals.update(row["verdicts"])
+def summarise(summary: SweepSummary) -> str:
+    """Return the outcome of a sweep on one line."""
+    verdicts = summary.verdicts
     counts = ", ".join(
-        f"{totals[verdict.value]} {verdict.value}"
+        f"{verdicts[verdict]} {verdict.value}"
         for verdict in Verdict
-        if totals[verdict.value]
+        if verdicts[verdict]
     )
-    resumed = (
-        f", {record['num_resumed']} of them resumed" if record["num_resumed"] else ""
-    )
+    resumed = f", {summary.num_resumed} of them resumed" if summary.num_resumed else ""
     return (
-        f"{_count(record['num_allocations'], 'allocation')} at "
-        f"{_count(record['num_sites'], 'site')}, "
-        f"{_count(record['num_points'], 'point')}{resumed}: "
-        f"{counts or 'none run'} ({record['seconds']:.1f} s)"
+        f"{_count(summary.num_allocations, 'allocation')} at "
+        f"{_count(summary.num_sites, 'site')}, "
+        f"{_count(summary.num_points, 'point')}{resumed}: "
+        f"{counts or 'none run'} ({summary.seconds:.1f} s)"
     )
 
 
@@ -118,6 +70,19 @@ def explain(
     return "\n".join(lines)
 
 
+def replays(report: SweepReport, replay: Callable[[str], str]) -> list[dict[str, Any]]:
+    """Return each group of failures with the replay of its first, as JSON can hold it."""
+    return [
+        {
+            "site": site,
+            "verdict": verdict.value,
+            "points": len(outcomes),
+            "command": replay(outcomes[0].point.rule),
+        }
+        for (site, verdict), outcomes in report.failures_by_site().items()
+    ]
+
+
 def describe(
     outcome: Outcome, replay: Callable[[str], str], *, detailed: bool = True
 ) -> str:
@@ -131,26 +96,37 @@ def describe(
         return f"{lines[0]}, as before at this site\n  replay: {replay(point.rule)}"
     lines += [f"  {line}" for line in outcome.detail.splitlines()]
     if outcome.left_bytes > 0:
-        lines.append(f"  {format_size(outcome.left_bytes)} stay on the card")
+        known = "" if outcome.holders else ", held as by an earlier point"
+        lines.append(f"  {format_size(outcome.left_bytes)} stay on the card{known}")
         lines += [f"    {holder}" for holder in outcome.holders]
     lines.append(f"  replay: {replay(point.rule)}")
     return "\n".join(lines)
 
 
-def coverage_table(record: Mapping[str, Any]) -> str:
-    """Return, for each site of a sweep's record, how often it allocates, failed and was recovered from."""
+def coverage_table(summary: SweepSummary, *, most: int | None = None) -> str:
+    """Return, for each site, how often it allocates, failed and was recovered from.
+
+    Args:
+        summary: The sweep.
+        most: Sites shown, those with failures that were not recovered from first; None
+            shows all, in the order in which the code comes to them.
+    """
+    sites = list(summary.sites)
+    if most is not None and len(sites) > most:
+        sites.sort(key=lambda site: site.num_recovered - site.num_failed)
+    hidden = sites[most:] if most is not None else []
     rows = [("allocates", "failed", "recovered", "site")]
     rows += [
         (
-            str(row["num_allocations"]),
-            str(row["num_failed"]),
-            str(row["verdicts"].get(Verdict.RECOVERED.value, 0)),
-            row["site"] or "unknown",
+            str(row.num_allocations),
+            str(row.num_failed),
+            str(row.num_recovered),
+            row.site or "unknown",
         )
-        for row in record["coverage"]
+        for row in sites[:most]
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join(
+    lines = [
         "  ".join(
             [
                 *(cell.rjust(width) for cell, width in zip(row, widths, strict=False)),
@@ -158,4 +134,7 @@ def coverage_table(record: Mapping[str, Any]) -> str:
             ]
         )
         for row in rows
-    )
+    ]
+    if hidden:
+        lines.append(f"... and {_count(len(hidden), 'site')} more; -v shows all")
+    return "\n".join(lines)

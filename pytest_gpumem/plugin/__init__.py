@@ -66,7 +66,7 @@ def pytest_configure(config: pytest.Config) -> None:
         _suggest(run, config)
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(
-            SummaryPlugin(collection.phases), "gpumem-summary"
+            SummaryPlugin(collection.phases, config), "gpumem-summary"
         )
         if run.settings.reports or os.environ.get("GITHUB_STEP_SUMMARY"):
             _report(run, config)

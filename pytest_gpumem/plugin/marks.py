@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 #: A test's property that holds what a sweep found, as JSON.
 SWEEP_PROPERTY: Final = "gpumem.sweep"
+#: How far a sweep is; only on reports of its points, on their way to the terminal.
+PROGRESS_PROPERTY: Final = "gpumem.sweep-progress"
 
 #: A test's property: the environment that its figures belong to.
 ENVIRONMENT_PROPERTY: Final = "gpumem.environment"

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from pytest_gpumem.plugin.marks import FALLBACK_PROPERTY, SWEEP_PROPERTY
+from pytest_gpumem.plugin.marks import (
+    FALLBACK_PROPERTY,
+    PROGRESS_PROPERTY,
+    SWEEP_PROPERTY,
+)
 
 if TYPE_CHECKING:
     import pytest
 
     from pytest_gpumem.plugin.phases import Phases
+    from pytest_gpumem.plugin.sweep_progress import SweepProgress
     from pytest_gpumem.reports.terminal import Row
+
+#: Sites of a sweep that are listed without ``-v``.
+SITES: Final = 10
 
 
 class SummaryPlugin:
@@ -19,16 +27,23 @@ class SummaryPlugin:
 
     Args:
         hooks: The run's hooks, for what they know of its rules.
+        config: The run's.
     """
 
-    def __init__(self, hooks: Phases) -> None:
+    def __init__(self, hooks: Phases, config: pytest.Config) -> None:
         self._hooks = hooks
+        self._config = config
+        self._progress: SweepProgress | None = None
         self._rows: list[Row] = []
         self._fallbacks: list[tuple[str, list[dict[str, Any]]]] = []
         self._sweeps: list[dict[str, Any]] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Take the figures in once a test is over."""
+        """Take the figures in once a test is over, and the progress of sweeps before."""
+        if report.when == "call":
+            for name, value in report.user_properties:
+                if name == PROGRESS_PROPERTY:
+                    self.sweep_progress.take(str(value))
         if report.when != "teardown" or not report.user_properties:
             return
         self._fallbacks += [
@@ -48,6 +63,15 @@ class SummaryPlugin:
         self._rows.extend(
             Row(report.nodeid, phase, each) for (phase, _index), each in figures.items()
         )
+
+    @property
+    def sweep_progress(self) -> SweepProgress:
+        """What shows how far sweeps are."""
+        if self._progress is None:
+            from pytest_gpumem.plugin.sweep_progress import SweepProgress  # noqa: PLC0415  # there is a sweep
+
+            self._progress = SweepProgress(self._config)
+        return self._progress
 
     def pytest_terminal_summary(
         self, terminalreporter: pytest.TerminalReporter, config: pytest.Config
@@ -89,12 +113,19 @@ class SummaryPlugin:
     ) -> None:
         if not self._sweeps:
             return
+        from pytest_gpumem.model.sweep_summary import SweepSummary  # noqa: PLC0415  # there was a sweep
         from pytest_gpumem.model.sweep_text import coverage_table, summarise  # noqa: PLC0415  # likewise
 
+        whole: dict[tuple[str, str], SweepSummary] = {}
+        for entry in self._sweeps:
+            part = SweepSummary.from_json(entry)
+            key = (str(entry["nodeid"]), part.name)
+            whole[key] = whole[key].joined(part) if key in whole else part
         terminal.section("OOM sweeps")
-        for sweep in self._sweeps:
+        for (nodeid, _name), summary in whole.items():
             terminal.write_line(
-                f"{sweep['nodeid']}: {summarise(sweep)}", red=sweep["num_failures"] > 0
+                f"{nodeid}: {summarise(summary)}", red=summary.num_failures > 0
             )
-            for line in coverage_table(sweep).splitlines() if detailed else ():
+            table = coverage_table(summary, most=None if detailed else SITES)
+            for line in table.splitlines():
                 terminal.write_line(f"  {line}")

@@ -13,13 +13,10 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from pytest_gpumem.errors import SweepError
-from pytest_gpumem.model.sweep_text import (
-    SHOWN,
-    describe,
-    explain,
-    to_record,
-)
-from pytest_gpumem.plugin.marks import SWEEP_PROPERTY
+from pytest_gpumem.model.sweep_summary import SweepSummary
+from pytest_gpumem.model.sweep_text import SHOWN, describe, explain, replays
+from pytest_gpumem.plugin.marks import PROGRESS_PROPERTY, SWEEP_PROPERTY
+from pytest_gpumem.plugin.sweep_progress import Progress, show_progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -99,20 +96,31 @@ class Sweeps:
             options["points"] = settings.oom_points
         if settings.replay is not None:
             options["only"] = settings.replay
-        options.setdefault("name", item.name)
+        options.setdefault("name", _whole(item.name))
         recover = bool(options.get("recover", False))
         subtests = _subtests(item)
 
         seen: Counter[tuple[str, Verdict]] = Counter()
+        failing = 0
 
-        def progress(_done: int, _total: int, outcome: Outcome) -> None:
+        def progress(done: int, total: int, outcome: Outcome) -> None:
+            nonlocal failing
             passes = outcome.passes(recover=recover)
+            failing += not passes
             kind = (outcome.point.site, outcome.verdict)
             seen[kind] += 1
-            if subtests is not None:
+            so_far = Progress(item.nodeid, done, total, failing)
+            if subtests is None:
+                show_progress(item.config, so_far)
+                return
+            carried = (PROGRESS_PROPERTY, so_far.to_text())
+            item.user_properties.append(carried)
+            try:
                 _tell(
                     item, subtests, outcome, passes=passes, is_new=seen[kind] <= SHOWN
                 )
+            finally:
+                item.user_properties.remove(carried)
 
         device = self._run.require_device()
         witness = self._run.witness
@@ -134,8 +142,13 @@ class Sweeps:
             if error.__cause__ is not None:
                 raise error.__cause__ from None  # the test fails by itself
             raise
-        record = to_record(report, item.nodeid, replay_line(item))
-        item.user_properties.append((SWEEP_PROPERTY, json.dumps(record)))
+        found = {
+            "nodeid": _whole(item.nodeid),
+            **SweepSummary.of(report).to_json(),
+            "recover": report.recover,
+            "replays": replays(report, replay_line(item)),
+        }
+        item.user_properties.append((SWEEP_PROPERTY, json.dumps(found)))
         return report
 
     def check(self, item: pytest.Item, report: SweepReport) -> None:
@@ -175,13 +188,17 @@ def _tell(
 
 def replay_line(item: pytest.Item) -> Callable[[str], str]:
     """Return what turns a point's rule into the command that replays it alone."""
-    nodeid, _bracket, shard = item.nodeid.partition("[points ")
-    if shard:
-        rest = shard.partition("]")[0].partition("-")[2]
-        nodeid = f"{nodeid}[{rest}]" if rest else nodeid
+    nodeid = _whole(item.nodeid)
     return lambda rule: (
         f"pytest {shlex.quote(nodeid)} --gpu-replay-oom={shlex.quote(rule)}"
     )
+
+
+def _whole(nodeid: str) -> str:
+    """Return the id of a test whose points are shared out, without its share."""
+    head, _bracket, shard = nodeid.partition("[points ")
+    rest = shard.partition("]")[0].partition("-")[2]
+    return f"{head}[{rest}]" if rest else head
 
 
 def _subtests(item: pytest.Item) -> Any:

@@ -6,6 +6,7 @@ import html
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem.model.staircase import staircase_table
+from pytest_gpumem.model.sweep_summary import SweepSummary
 from pytest_gpumem.model.sweep_text import summarise
 from pytest_gpumem.reports.document import top_figures
 from pytest_gpumem.sizes import format_size
@@ -54,7 +55,9 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines.append("")
     for test in report["tests"]:
         for sweep in test["sweeps"]:
-            lines.append(f"- sweep {escape(sweep['nodeid'])}: {summarise(sweep)}")
+            lines.append(
+                f"- sweep {escape(sweep['nodeid'])}: {summarise(SweepSummary.from_json(sweep))}"
+            )
         for steps in test["fallbacks"]:
             table = html.escape(staircase_table(steps), quote=False)
             lines += [f"- fallback {escape(test['nodeid'])}", "", f"<pre>{table}</pre>"]

@@ -40,14 +40,8 @@ if TYPE_CHECKING:
 
 #: Operators that take CPU tensors beside CUDA ones, by packet name.
 #: Source: torch's own operators accept host indices, lengths and step counters.
-TAKES_HOST_TENSORS: Final = frozenset(
+TAKES_HOST_TENSORS: Final = INDEXING | frozenset(
     {
-        "index",
-        "index_put",
-        "index_put_",
-        "_index_put_impl_",
-        "_unsafe_index",
-        "_unsafe_index_put",
         "_pack_padded_sequence",
         "_ctc_loss",
         "_fused_adam_",

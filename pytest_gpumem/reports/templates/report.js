@@ -161,13 +161,13 @@
     return root;
   }
   function sweep(each) {
-    const names = [...new Set(each.coverage.flatMap((row) => Object.keys(row.verdicts)))];
+    const names = [...new Set(each.sites.flatMap((row) => Object.keys(row.verdicts)))];
     const good = new Set(each.recover ? ["recovered"] : ["recovered", "clean OOM"]);
-    const lines = each.coverage.map((row) => [row.site || "unknown site", row.num_allocations, row.num_failed,
+    const lines = each.sites.map((row) => [row.site || "unknown site", row.allocations, row.failed,
       ...names.map((name) => el("td", { class: row.verdicts[name] ? (good.has(name) ? "n good" : "n bad") : "n" }, row.verdicts[name] || "–"))]);
-    const out = [el("h3", {}, "Sweep " + each.name), el("p", { class: "soft" }, each.num_points + " points, " + each.num_failures + " failures"),
+    const out = [el("h3", {}, "Sweep " + each.name), el("p", { class: "soft" }, each.points + " points, " + each.failures + " failures"),
       grid([["site", 0], ["allocates", 1], ["failed", 1], ...names.map((name) => [name, 1])], lines)];
-    for (const line of each.replays) out.push(el("p", {}, line.num_points + " × " + line.verdict + ": ", el("code", {}, line.command)));
+    for (const line of each.replays) out.push(el("p", {}, line.points + " × " + line.verdict + ": ", el("code", {}, line.command)));
     return out;
   }
   function staircase(steps) {
@@ -215,7 +215,7 @@
   const failed = rows.filter((row) => row.outcome === "failed" || row.outcome === "error").length;
   const largest = rows.reduce((most, row) => Math.max(most, row.allocated), 0);
   for (const [value, text] of [[rows.length, "tests on a card"], [failed, "failed"], [bytes(largest), "largest peak"],
-    [rows.reduce((sum, row) => sum + row.test.sweeps.reduce((s, each) => s + each.num_points, 0), 0), "swept points"]]) {
+    [rows.reduce((sum, row) => sum + row.test.sweeps.reduce((s, each) => s + each.points, 0), 0), "swept points"]]) {
     byId("tiles").append(el("div", { class: "tile" }, el("b", {}, value), el("span", {}, text)));
   }
   if (data.baseline) {

@@ -1,0 +1,180 @@
+"""Files that live as long as the process that made them.
+
+Note [Entries that die with their process]
+An entry is a small file under ``flock``. The kernel drops that lock when the process
+ends, also by SIGKILL: whoever next reads the folder finds the file unlocked and removes
+it. Nobody has to clean up, and no process id is trusted, as ids are used again.
+All of it happens under one mutex for each folder, which is such a lock itself.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import threading
+import time
+import uuid
+import weakref
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_live: Final[weakref.WeakSet[Entry]] = weakref.WeakSet()
+_folders: Final[weakref.WeakSet[Folder]] = weakref.WeakSet()
+
+
+class Entry:
+    """One file of a folder, ours until it is closed or this process ends."""
+
+    def __init__(self, path: Path) -> None:
+        self.path: Final = path
+        self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(self._handle, fcntl.LOCK_EX)
+        _live.add(self)
+
+    def write(self, value: dict[str, Any]) -> None:
+        """Replace what the entry says; call it under the folder's mutex."""
+        data = json.dumps(value).encode()
+        os.pwrite(self._handle, data, 0)
+        os.ftruncate(self._handle, len(data))
+
+    def close(self) -> None:
+        """Remove the entry; safe to call twice."""
+        if self._handle >= 0:
+            with suppress(FileNotFoundError):
+                self.path.unlink()
+            self.forget()
+
+    def forget(self) -> None:
+        """Close the file only: a forked child does not hold what its parent holds."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+
+class Folder:
+    """A folder of entries with one mutex.
+
+    Args:
+        path: The folder; it is made if need be.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path: Final = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._threads = threading.RLock()
+        self._depth = 0
+        self._handle = -1
+        _folders.add(self)
+
+    @contextmanager
+    def mutex(self, timeout_s: float | None = None) -> Iterator[None]:
+        """Hold the folder's mutex; nests within a thread and this object.
+
+        Raises:
+            TimeoutError: Another held it for longer than ``timeout_s``.
+        """
+        threads = self._threads
+        if not threads.acquire(timeout=-1 if timeout_s is None else timeout_s):
+            raise _timeout(self.path, timeout_s)
+        try:
+            if not self._depth:
+                self._take(timeout_s)
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth = max(self._depth - 1, 0)  # 0 already in a forked child
+                if not self._depth:
+                    self._drop()
+        finally:
+            threads.release()
+
+    def _take(self, timeout_s: float | None) -> None:
+        handle = os.open(self.path / "mutex", os.O_RDWR | os.O_CREAT, 0o600)
+        self._handle = handle
+        try:
+            _lock(handle, timeout_s, self.path)
+        except BaseException:
+            self._drop()
+            raise
+
+    def _drop(self) -> None:
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+    def forget(self) -> None:
+        """Be free of what the parent of this forked child, or its threads, held."""
+        self._drop()
+        self._depth = 0
+        self._threads = threading.RLock()
+
+    def add(self, value: dict[str, Any]) -> Entry:
+        """Make an entry of this process."""
+        with self.mutex():
+            entry = Entry(self.path / f"{os.getpid()}-{uuid.uuid4().hex}.entry")
+            entry.write(value)
+        return entry
+
+    def read(self) -> dict[Path, dict[str, Any]]:
+        """Return every live entry; those of dead processes are removed."""
+        found: dict[Path, dict[str, Any]] = {}
+        with self.mutex():
+            own = {entry.path for entry in tuple(_live)}
+            for path in sorted(self.path.glob("*.entry")):
+                if path not in own and _is_dead(path):
+                    path.unlink()
+                    continue
+                with suppress(ValueError):  # killed between opening and writing
+                    found[path] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+
+
+def _is_dead(path: Path) -> bool:
+    handle = os.open(path, os.O_RDWR)
+    try:
+        return _try_lock(handle)
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, timeout_s: float | None, path: Path) -> None:
+    if timeout_s is None:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        return
+    end = time.monotonic() + timeout_s
+    while not _try_lock(handle):
+        if time.monotonic() >= end:
+            raise _timeout(path, timeout_s)
+        time.sleep(0.01)
+
+
+def _try_lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _timeout(path: Path, timeout_s: float | None) -> TimeoutError:
+    return TimeoutError(
+        f"{path} was held by another for over {timeout_s} s; give a longer timeout_s, "
+        "or look for a process that hangs"
+    )
+
+
+def _after_fork() -> None:
+    for entry in tuple(_live):
+        entry.forget()
+    for folder in tuple(_folders):
+        folder.forget()
+    _live.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)

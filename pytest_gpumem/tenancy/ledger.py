@@ -1,0 +1,113 @@
+"""Admission by bytes to one card, among all processes of the machine."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+from pytest_gpumem.errors import AdmissionTimeoutError, BudgetError
+from pytest_gpumem.tenancy.entries import Folder
+from pytest_gpumem.tenancy.queue import Request, admissible
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Iterator
+
+#: Seconds between two looks at the queue.
+POLL_S: Final = 0.02
+
+
+class Ledger:
+    """What is promised of one card; every process that names the folder shares it.
+
+    Args:
+        folder: Where the entries are.
+        total_bytes: The card's bytes; the same in every process.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], total_bytes: int) -> None:
+        self._folder: Final = Folder(folder)
+        self.total_bytes: Final = total_bytes
+
+    def requests(self) -> dict[str, Request]:
+        """Return everything that is held or waited for, by name."""
+        return {
+            path.name: Request(path.name, **value)
+            for path, value in self._folder.read().items()
+        }
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes promised at present."""
+        return sum(each.nbytes for each in self.requests().values() if each.is_admitted)
+
+    @contextmanager
+    def admitted(
+        self,
+        nbytes: int,
+        *,
+        is_exclusive: bool = False,
+        duration_s: float = 0.0,
+        timeout_s: float | None = None,
+        on_wait: Callable[[int], None] = lambda _held: None,
+    ) -> Iterator[float]:
+        """Hold bytes of the card, waiting for them first.
+
+        Args:
+            nbytes: Bytes to hold.
+            is_exclusive: Whether to have the card alone.
+            duration_s: How long this is thought to take, for the order.
+            timeout_s: The longest wait; None waits for ever.
+            on_wait: Called once, with the bytes held by others, if there is a wait.
+
+        Yields:
+            Seconds that were waited.
+
+        Raises:
+            BudgetError: The card never has that much.
+            AdmissionTimeoutError: The wait was longer than ``timeout_s``.
+        """
+        if not 0 <= nbytes <= self.total_bytes:
+            raise BudgetError(
+                f"{nbytes} bytes of a card: accepted are 0 to {self.total_bytes}, the "
+                "card's total",
+                value=nbytes,
+            )
+        # The wall clock's monotonic time is one for all processes of a machine.
+        start = time.monotonic()
+        wish = {
+            "nbytes": nbytes,
+            "since": start,
+            "duration_s": duration_s,
+            "is_exclusive": is_exclusive,
+        }
+        entry = self._folder.add(wish)
+        try:
+            has_told = False
+            while True:
+                now = time.monotonic()
+                with self._folder.mutex():
+                    requests = self.requests()
+                    names = admissible(
+                        requests.values(), total_bytes=self.total_bytes, now=now
+                    )
+                    if entry.path.name in names:
+                        entry.write({**wish, "is_admitted": True})
+                        break
+                holders = [each for each in requests.values() if each.is_admitted]
+                held = sum(each.nbytes for each in holders)
+                if timeout_s is not None and now - start >= timeout_s:
+                    raise AdmissionTimeoutError(
+                        f"waited {timeout_s} s for {nbytes} bytes of a card of "
+                        f"{self.total_bytes}: {held} are held by {len(holders)} others; "
+                        "give a longer timeout, or ask for less"
+                    )
+                if not has_told:
+                    has_told = True
+                    on_wait(held)
+                time.sleep(POLL_S)
+            yield time.monotonic() - start
+        finally:
+            with self._folder.mutex():
+                entry.close()

@@ -1,0 +1,70 @@
+"""Who of those that wait may start: largest and longest first, nobody starves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+#: Seconds after which a waiting request lets no later one pass.
+PATIENCE_S: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A wish for bytes of a card.
+
+    Attributes:
+        name: Distinct for each request.
+        nbytes: Bytes; more than the card is for the caller to refuse.
+        since: When it began to wait, in seconds.
+        duration_s: How long it is thought to take; 0 where nothing is known.
+        is_exclusive: Whether nobody else may hold any of the card.
+        is_admitted: Whether it holds its bytes already.
+    """
+
+    name: str
+    nbytes: int
+    since: float
+    duration_s: float = 0.0
+    is_exclusive: bool = False
+    is_admitted: bool = False
+
+
+def admissible(
+    requests: Iterable[Request], *, total_bytes: int, now: float
+) -> list[str]:
+    """Return the names of those that may start now.
+
+    Who has waited for ``PATIENCE_S`` comes before all others, the oldest first, and
+    while it does not fit nobody behind it starts. The rest go by size, then by
+    duration, then by age; one that does not fit is passed by one that does.
+    """
+    everyone = list(requests)
+    held = [each for each in everyone if each.is_admitted]
+    waiting = [each for each in everyone if not each.is_admitted]
+    free = total_bytes - sum(each.nbytes for each in held)
+    count = len(held)
+    if any(each.is_exclusive for each in held):
+        return []
+    chosen = []
+    for each in sorted(waiting, key=lambda one: _rank(one, now)):
+        fits = not count if each.is_exclusive else each.nbytes <= free
+        if fits:
+            chosen.append(each.name)
+            free -= each.nbytes
+            count += 1
+            if each.is_exclusive:
+                break
+        elif now - each.since >= PATIENCE_S:
+            break
+    return chosen
+
+
+def _rank(request: Request, now: float) -> tuple[float, ...]:
+    if now - request.since >= PATIENCE_S:
+        return (0, request.since)
+    size = 0 if request.is_exclusive else -request.nbytes
+    return (1, not request.is_exclusive, size, -request.duration_s, request.since)
