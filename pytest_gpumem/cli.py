@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pytest_gpumem.commands.reports import add_commands
 from pytest_gpumem.errors import (
     DeviceUnavailableError,
     GpuMemError,
@@ -111,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_doctor)
+    add_commands(commands)
     return parser
 
 

@@ -35,8 +35,10 @@ MAY_IMPORT = {
     "strategies": GROUND | {"model"},
     "recording": GROUND | {"model", "devices", "recording"},
     "doctor": GROUND | {"model", "devices", "checkpoints"},
+    "commands": GROUND | {"baselines", "reports", "commands"},
     "cli": GROUND
     | {
+        "commands",
         "model",
         "devices",
         "checkpoints",

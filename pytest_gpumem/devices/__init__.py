@@ -112,5 +112,18 @@ class Device(Protocol):
             Whether this device can do so (a real card cannot).
         """
 
+    def tracing(
+        self, trace: Callable[[int, int, int, int, int], None]
+    ) -> AbstractContextManager[bool]:
+        """Call ``trace`` after each allocation and each release of a block.
+
+        It gets the card's index, the block's address, the bytes gained (negative for a
+        release), and the card's allocated and reserved bytes; it may ask nothing of
+        the device.
+
+        Yields:
+            Whether this device can do so (a real card cannot).
+        """
+
 
 __all__ = ["Device", "Tracker"]

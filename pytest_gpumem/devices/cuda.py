@@ -344,6 +344,14 @@ class CudaDevice:
         """Do nothing: a real allocator shows no single allocation to Python."""
         yield False
 
+    @contextmanager
+    def tracing(
+        self,
+        trace: Callable[[int, int, int, int, int], None],  # noqa: ARG002  # the protocol's
+    ) -> Iterator[bool]:
+        """Do nothing, as above."""
+        yield False
+
 
 class _Cudart:
     """torch's CUDA runtime module, with ``cudaMemGetInfo`` under a budget."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -30,6 +30,7 @@ from pytest_gpumem.instruments.surroundings import (
 )
 from pytest_gpumem.model.rule_parser import parse_rule
 from pytest_gpumem.model.rules import NOT_OOM
+from pytest_gpumem.model.staircase import staircase_table
 from pytest_gpumem.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
@@ -99,31 +100,12 @@ class FallbackReport:
         """Budget in bytes (None: the whole card) and the rung it leads to."""
         return tuple((s.budget_bytes, s.rung) for s in self.steps if s.fault is None)
 
+    def to_json(self) -> list[dict[str, Any]]:
+        """Return the steps as what JSON can hold."""
+        return [{"cause": step.cause, **asdict(step)} for step in self.steps]
+
     def __str__(self) -> str:
-        rows = [("budget or fault", "OOMs", "peak reserved", "left", "rung")]
-        rows += [
-            (
-                step.cause,
-                str(step.num_ooms or "-"),
-                format_size(step.peak_reserved_bytes),
-                format_size(step.left_bytes) if step.left_bytes > 0 else "-",
-                step.rung,
-            )
-            for step in self.steps
-        ]
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        return "\n".join(
-            "  ".join(
-                [
-                    *(
-                        cell.rjust(width)
-                        for cell, width in zip(row, widths, strict=False)
-                    ),
-                    row[4],
-                ]
-            )
-            for row in rows
-        )
+        return staircase_table(self.to_json())
 
     def check(self) -> None:
         """Raise unless every step is as it should be.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem.model.sweeps import Outcome, SweepReport, Verdict
 from pytest_gpumem.sizes import format_size
@@ -68,6 +68,19 @@ def explain(
             lines.append(f"  ... and {len(outcomes) - SHOWN} more like these:")
             lines += [f"    {replay(each.point.rule)}" for each in outcomes[SHOWN:]]
     return "\n".join(lines)
+
+
+def replays(report: SweepReport, replay: Callable[[str], str]) -> list[dict[str, Any]]:
+    """Return each group of failures with the replay of its first, as JSON can hold it."""
+    return [
+        {
+            "site": site,
+            "verdict": verdict.value,
+            "points": len(outcomes),
+            "command": replay(outcomes[0].point.rule),
+        }
+        for (site, verdict), outcomes in report.failures_by_site().items()
+    ]
 
 
 def describe(

@@ -5,6 +5,7 @@ This is the only room that imports pytest; nothing in it imports torch at its to
 
 from __future__ import annotations
 
+import os
 from typing import Final
 
 import pytest
@@ -67,6 +68,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(
             SummaryPlugin(collection.phases, config), "gpumem-summary"
         )
+        if run.settings.reports or os.environ.get("GITHUB_STEP_SUMMARY"):
+            _report(run, config)
+
+
+def _report(run: Run, config: pytest.Config) -> None:
+    from pytest_gpumem.plugin.reporting import Reporting  # noqa: PLC0415  # one was asked for
+
+    config.pluginmanager.register(Reporting(run, config), "gpumem-reports")
 
 
 def _suggest(run: Run, config: pytest.Config) -> None:

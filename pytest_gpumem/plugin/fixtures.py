@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -97,7 +98,8 @@ def fallback(request: pytest.FixtureRequest) -> Callable[..., FallbackReport]:
 
     def check(load: Callable[[], Any], **options: Any) -> FallbackReport:
         report = check_fallback(load, **options)
-        request.node.user_properties.append((FALLBACK_PROPERTY, str(report)))
+        steps = json.dumps(report.to_json())
+        request.node.user_properties.append((FALLBACK_PROPERTY, steps))
         report.check()
         return report
 

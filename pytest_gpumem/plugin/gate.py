@@ -108,6 +108,8 @@ class BaselineSummary:
         self._peaks: Final[dict[str, dict[str, dict[str, int]]]] = {}
         self._failed: Final[set[str]] = set()
         self._lines: list[tuple[str, str]] = []
+        #: What differs from the baseline, for reports.
+        self.changes: list[Change] = []
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
@@ -217,6 +219,7 @@ class BaselineSummary:
                 found = compare(test, known[test], peaks, self._gate.tolerances)
                 counts["changed" if found else "the same"] += 1
                 changes += found
+        self.changes = changes
         for change in sorted(changes, key=lambda each: -abs(each.now - each.before)):
             colour = "red" if change.is_regression else ""
             colour = "green" if change.now < change.before else colour

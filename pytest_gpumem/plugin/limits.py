@@ -111,6 +111,7 @@ def fail(item: pytest.Item, text: str) -> None:
         pytest.fail.Exception: Always.
     """
     item.user_properties.append((marks.OVER_PROPERTY, 1))
+    item.user_properties.append((marks.BROKEN_PROPERTY, text.partition("\n")[0]))
     pytest.fail(text, pytrace=False)
 
 

@@ -29,7 +29,13 @@ CHILDREN_PROPERTY: Final = "gpumem.children"
 #: A test's property that says that a limit of it was broken.
 OVER_PROPERTY: Final = "gpumem.over_limit"
 
-#: A test's property that holds the table of a fallback's check.
+#: A test's property: what the limit was and how it was broken, on one line.
+BROKEN_PROPERTY: Final = "gpumem.broken_limit"
+
+#: A test's property: its cards over time, and what was live at the peak; as JSON.
+TIMELINE_PROPERTY: Final = "gpumem.timeline"
+
+#: A test's property: the steps of a fallback's check, as JSON.
 FALLBACK_PROPERTY: Final = "gpumem.fallback"
 
 #: A test's property: the smallest limit on allocated bytes that its markers set.
@@ -37,6 +43,9 @@ LIMIT_PROPERTY: Final = "gpumem.max_vram"
 
 #: A test's property: the smallest budget under which it passes.
 SMALLEST_PROPERTY: Final = "gpumem.smallest_budget"
+
+#: Kinds of reports that show timelines.
+DETAILED: Final = ("json", "html")
 
 METRICS: Final = ("allocated", "reserved", "process")
 

@@ -14,6 +14,9 @@ from pytest_gpumem.devices.selection import BACKENDS
 #: What a simulated card may keep of tensors' values; ``machine.VALUES``, likewise.
 VALUES: Final = ("computed", "none")
 
+#: Kinds of reports.
+REPORTS: Final = ("json", "html", "md")
+
 
 def find_card(text: str) -> Any:
     """Read ``--gpu-card``."""
@@ -41,6 +44,17 @@ def parse_tolerance(text: str) -> Any:
     from pytest_gpumem.baselines.gate import Tolerance  # noqa: PLC0415  # see above
 
     return Tolerance.parse(text)
+
+
+def parse_report(text: str) -> tuple[str, str]:
+    """Read ``--gpu-report``."""
+    kind, colon, path = text.partition(":")
+    if kind not in REPORTS or not colon or not path:
+        raise ValueError(
+            f"{text!r} is no report; accepted are "
+            f"{', '.join(f'{each}:PATH' for each in REPORTS)}"
+        )
+    return kind, path
 
 
 def parse_rule(text: str) -> Any:

@@ -9,6 +9,7 @@ from pytest_gpumem.plugin.option_values import (
     parse_backend,
     parse_folder,
     parse_points,
+    parse_report,
     parse_rule,
     parse_rule_text,
     parse_size_spec,
@@ -160,6 +161,15 @@ OPTIONS: Final = (
         "run each test that uses a card again under smaller and smaller budgets, and "
         "say from which one on it passes",
         is_flag=True,
+    ),
+    Option(
+        "--gpu-report",
+        "KIND:PATH",
+        "",
+        parse_report,
+        "write a report of the run: json:PATH, html:PATH (one page that needs no "
+        "network) or md:PATH; may be repeated",
+        repeated=True,
     ),
     Option(
         "--gpu-inject-oom",

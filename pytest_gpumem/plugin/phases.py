@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final
@@ -68,6 +69,7 @@ class Phases:
         if wishes is not None:
             self._run.apply_budgets(wishes.budgets)
         self._take_up(item, device)
+        self._start_timeline(device)
         self._track(device)
         if self._limits is not None:
             self._limits.watch(phase, self._watches)
@@ -88,6 +90,7 @@ class Phases:
             self._clean(self._run.device)
             self._run.apply_budgets(() if wishes is None else wishes.budgets)
             self._take_up(item, self._run.device)
+            self._start_timeline(self._run.device)
         self._begin("setup")
         try:
             result = yield
@@ -134,6 +137,7 @@ class Phases:
             return result
         finally:
             self._end(item, "teardown")
+            self._end_timeline(item)
             self._item = None
             self._limits = self._leak = None
             self._passed = False
@@ -187,6 +191,27 @@ class Phases:
         ]
         if bounds:
             item.user_properties.append((marks.LIMIT_PROPERTY, min(bounds)))
+
+    def _start_timeline(self, device: Device) -> None:
+        """Begin to record a test's timeline, if a report shows it."""
+        if not any(kind in marks.DETAILED for kind, _ in self._run.settings.reports):
+            return
+        from pytest_gpumem.instruments.timeline import Timeline  # noqa: PLC0415  # torch is here
+
+        self._run.timeline = Timeline(device).__enter__()
+
+    def _end_timeline(self, item: pytest.Item) -> None:
+        timeline, self._run.timeline = self._run.timeline, None
+        if timeline is None:
+            return
+        timeline.__exit__()
+        # Not for a test in whose teardown an earlier test's fixture goes.
+        if any(name.startswith("gpumem.") for name, _ in item.user_properties):
+            text = json.dumps(
+                timeline.result() if timeline.is_recorded else None,
+                separators=(",", ":"),
+            )
+            item.user_properties.append((marks.TIMELINE_PROPERTY, text))
 
     def _used(self, device: Device) -> bool:
         """Tell whether anything was asked of a card since the phase began."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pytest_gpumem.devices import Device
+    from pytest_gpumem.instruments.timeline import Timeline
     from pytest_gpumem.instruments.witness import OomWitness
     from pytest_gpumem.plugin import marks
     from pytest_gpumem.plugin.gate import Gate
@@ -56,6 +57,8 @@ class Run:
         #: A budget to try a test under, on every card; see ``smallest``.
         self.trial_bytes: int | None = None
         self.children: Final = Children(settings)
+        #: What records the running test's timeline, where a report shows it.
+        self.timeline: Timeline | None = None
         #: Called when the device comes to be in the middle of a test.
         self.on_device: Callable[[], None] = lambda: None
         if self.choice.kind == "simulated":

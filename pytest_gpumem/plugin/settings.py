@@ -43,6 +43,7 @@ class Settings(NamedTuple):
         find_budget: Whether each test's smallest budget is sought.
         replay: The rule of the one point to run in sweeps, or None.
         reaches_children: Whether child processes take the settings over.
+        reports: Kind and path of each report to write.
     """
 
     backend: str
@@ -64,6 +65,7 @@ class Settings(NamedTuple):
     suggest: str | None = None
     find_budget: bool = False
     reaches_children: bool = True
+    reports: tuple[tuple[str, str], ...] = ()
 
     @property
     def cards(self) -> tuple[Card, ...]:
@@ -113,6 +115,7 @@ def read_settings(config: pytest.Config, namespace: Any) -> Settings:
         suggest=values["gpu_suggest"],
         find_budget=values["gpu_find_budget"],
         reaches_children=not values["gpu_no_children"],
+        reports=tuple(values["gpu_report"]),
     )
 
 

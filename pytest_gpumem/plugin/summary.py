@@ -35,7 +35,7 @@ class SummaryPlugin:
         self._config = config
         self._progress: SweepProgress | None = None
         self._rows: list[Row] = []
-        self._fallbacks: list[tuple[str, str]] = []
+        self._fallbacks: list[tuple[str, list[dict[str, Any]]]] = []
         self._sweeps: list[dict[str, Any]] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -47,7 +47,7 @@ class SummaryPlugin:
         if report.when != "teardown" or not report.user_properties:
             return
         self._fallbacks += [
-            (report.nodeid, str(value))
+            (report.nodeid, json.loads(str(value)))
             for name, value in report.user_properties
             if name == FALLBACK_PROPERTY
         ]
@@ -100,10 +100,12 @@ class SummaryPlugin:
     def _show_fallbacks(self, terminal: pytest.TerminalReporter) -> None:
         if not self._fallbacks:
             return
+        from pytest_gpumem.model.staircase import staircase_table  # noqa: PLC0415  # there is one
+
         terminal.section("fallbacks")
-        for nodeid, text in self._fallbacks:
+        for nodeid, steps in self._fallbacks:
             terminal.write_line(nodeid)
-            for line in text.splitlines():
+            for line in staircase_table(steps).splitlines():
                 terminal.write_line(f"  {line}")
 
     def _show_sweeps(

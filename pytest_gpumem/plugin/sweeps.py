@@ -14,7 +14,7 @@ import pytest
 
 from pytest_gpumem.errors import SweepError
 from pytest_gpumem.model.sweep_summary import SweepSummary
-from pytest_gpumem.model.sweep_text import SHOWN, describe, explain
+from pytest_gpumem.model.sweep_text import SHOWN, describe, explain, replays
 from pytest_gpumem.plugin.marks import PROGRESS_PROPERTY, SWEEP_PROPERTY
 from pytest_gpumem.plugin.sweep_progress import Progress, show_progress
 
@@ -124,8 +124,12 @@ class Sweeps:
 
         device = self._run.require_device()
         witness = self._run.witness
+        timeline = self._run.timeline
         try:
-            with nullcontext() if witness is None else witness.paused():
+            with (
+                nullcontext() if witness is None else witness.paused(),
+                nullcontext() if timeline is None else timeline.paused(),
+            ):
                 report = sweep_ooms(
                     body,
                     *arguments,
@@ -138,7 +142,12 @@ class Sweeps:
             if error.__cause__ is not None:
                 raise error.__cause__ from None  # the test fails by itself
             raise
-        found = {"nodeid": _whole(item.nodeid), **SweepSummary.of(report).to_json()}
+        found = {
+            "nodeid": _whole(item.nodeid),
+            **SweepSummary.of(report).to_json(),
+            "recover": report.recover,
+            "replays": replays(report, replay_line(item)),
+        }
         item.user_properties.append((SWEEP_PROPERTY, json.dumps(found)))
         return report
 

@@ -177,3 +177,16 @@ class SimulatedDevice:
         finally:
             for card in self.machine.cards:
                 card.watchers.remove(watch)
+
+    @contextmanager
+    def tracing(
+        self, trace: Callable[[int, int, int, int, int], None]
+    ) -> Iterator[bool]:
+        """Call ``trace`` after each change; always possible here."""
+        for card in self.machine.cards:
+            card.tracers.append(trace)
+        try:
+            yield True
+        finally:
+            for card in self.machine.cards:
+                card.tracers.remove(trace)

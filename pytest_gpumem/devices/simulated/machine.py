@@ -62,6 +62,8 @@ class SimulatedCard:
         self.watchers: list[
             Callable[[int, int, int], Callable[[int], None] | None]
         ] = []
+        #: Called after each change with card, address, bytes gained and both totals.
+        self.tracers: list[Callable[[int, int, int, int, int], None]] = []
         self.num_requests = 0
         #: cuBLAS workspaces, by handle (a host thread's, or autograd's) and stream.
         self.workspaces: dict[tuple[object, int], Block] = {}
@@ -84,7 +86,20 @@ class SimulatedCard:
     def _drain(self) -> None:
         released = self._released
         while released:
-            self.allocator.free(released.popleft())
+            block = released.popleft()
+            address, nbytes = block.address, block.size
+            self.allocator.free(block)
+            self._trace(address, -nbytes)
+
+    def _trace(self, address: int, change: int) -> None:
+        for tracer in self.tracers:
+            tracer(
+                self.index,
+                address,
+                change,
+                self.allocator.allocated_bytes,
+                self.allocator.reserved_bytes,
+            )
 
     def allocate(
         self, nbytes: int, stream: int = 0, *, is_internal: bool = False
@@ -111,6 +126,7 @@ class SimulatedCard:
             block = self.allocator.malloc(nbytes, stream, refuse=refuse)
             history = self.machine.history
             block.frames = None if history is None else history.frames()
+            self._trace(block.address, block.size)
             # Under the lock, so that no other thread's release hides a peak.
             for watcher in self.watchers:
                 wanted = watcher(

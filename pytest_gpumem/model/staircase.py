@@ -1,0 +1,35 @@
+"""A fallback's steps as a table of text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pytest_gpumem.sizes import format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+def staircase_table(steps: Sequence[Mapping[str, Any]]) -> str:
+    """Return a line for each step, as ``FallbackReport.to_json`` has them."""
+    rows = [("budget or fault", "OOMs", "peak reserved", "left", "rung")]
+    rows += [
+        (
+            step["cause"],
+            str(step["num_ooms"] or "-"),
+            format_size(step["peak_reserved_bytes"]),
+            format_size(step["left_bytes"]) if step["left_bytes"] > 0 else "-",
+            step["rung"],
+        )
+        for step in steps
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return "\n".join(
+        "  ".join(
+            [
+                *(cell.rjust(width) for cell, width in zip(row, widths, strict=False)),
+                row[4],
+            ]
+        )
+        for row in rows
+    )

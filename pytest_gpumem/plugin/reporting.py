@@ -1,0 +1,154 @@
+"""The run's reports: collected where reports arrive, written when the run is over."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+from pytest_gpumem.errors import ReportError
+from pytest_gpumem.files import write_atomically
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Mapping
+
+    from pytest_gpumem.plugin.session import Run
+
+#: GitHub's file for a step's summary.
+STEP_SUMMARY: Final = "GITHUB_STEP_SUMMARY"
+_RANK: Final = ("passed", "skipped", "failed", "error")
+
+
+class Reporting:
+    """Collects tests and writes the reports; not in workers.
+
+    Args:
+        run: The run.
+        config: pytest's.
+
+    Raises:
+        pytest.UsageError: A report could not be written.
+    """
+
+    def __init__(self, run: Run, config: pytest.Config) -> None:
+        self._run: Final = run
+        self._config: Final = config
+        base = Path(config.invocation_params.dir)
+        self._files: Final = [
+            (kind, base / path) for kind, path in run.settings.reports
+        ]
+        for kind, path in self._files:
+            _check(kind, path)
+        self._pending: Final[dict[str, tuple[str, float]]] = {}
+        self._tests: Final[dict[str, dict[str, Any]]] = {}
+        self._lines: list[tuple[str, bool]] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Take a test in once it is over."""
+        outcome, seconds = self._pending.pop(report.nodeid, ("passed", 0.0))
+        now = str(report.outcome)
+        if report.failed and report.when != "call":
+            now = "error"
+        if now not in _RANK:  # pytest-rerunfailures: another attempt follows
+            return
+        outcome = max(outcome, now, key=_RANK.index)
+        seconds += report.duration
+        if report.when != "teardown":
+            self._pending[report.nodeid] = outcome, seconds
+            return
+        if not report.user_properties:
+            return
+        from pytest_gpumem.reports.document import test_record  # noqa: PLC0415  # there are figures
+
+        record = test_record(report.nodeid, outcome, seconds, report.user_properties)
+        if record is not None:
+            self._tests[report.nodeid] = record
+
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_sessionfinish(self) -> Generator[None, object, object]:
+        """Write the reports, after the baseline was compared with."""
+        result = yield
+        self._write()
+        return result
+
+    def _write(self) -> None:
+        if not self._files and not self._tests:
+            return
+        from pytest_gpumem.reports.document import document  # noqa: PLC0415  # likewise
+
+        report = document(self._run.describe(), self._tests.values(), self._baseline())
+        for kind, path in self._files:
+            try:
+                write_atomically(path, render(kind, report))
+            except OSError as error:
+                raise pytest.UsageError(
+                    f"--gpu-report: {path} cannot be written: {error}"
+                ) from None
+            self._lines.append((f"{kind} report: {os.path.relpath(path)}", False))
+        summary = os.environ.get(STEP_SUMMARY)
+        if summary and self._tests:
+            try:
+                with Path(summary).open("a", encoding="utf-8") as file:
+                    file.write(render("md", report))
+            except OSError as error:
+                text = f"{STEP_SUMMARY}: {summary} cannot be written: {error}"
+                self._lines.append((text, True))
+
+    def _baseline(self) -> dict[str, Any] | None:
+        plugin: Any = self._config.pluginmanager.get_plugin("gpumem-baseline")
+        if plugin is None or self._run.gate is None:
+            return None
+        changes = [asdict(each) for each in plugin.changes]
+        return {"file": self._run.gate.name, "changes": changes}
+
+    def pytest_terminal_summary(
+        self, terminalreporter: pytest.TerminalReporter
+    ) -> None:
+        """Say what was written."""
+        for line, is_warning in self._lines:
+            terminalreporter.write_line(line, yellow=is_warning)
+
+
+def render(kind: str, report: Mapping[str, Any]) -> str:
+    """Return a report's text."""
+    if kind == "json":
+        from pytest_gpumem.reports.document import to_text  # noqa: PLC0415  # of one kind only
+
+        return to_text(report)
+    if kind == "md":
+        from pytest_gpumem.reports.markdown import markdown  # noqa: PLC0415  # likewise
+
+        return markdown(report)
+    from pytest_gpumem.reports.page import page  # noqa: PLC0415  # likewise
+
+    return page(report)
+
+
+def _check(kind: str, path: Path) -> None:
+    """Refuse before any test what could not be written after all of them.
+
+    Raises:
+        pytest.UsageError: It could not.
+    """
+    if kind == "html":
+        from pytest_gpumem.reports.page import check_available  # noqa: PLC0415  # a page is wanted
+
+        try:
+            check_available()
+        except ReportError as error:
+            raise pytest.UsageError(f"--gpu-report: {error}") from None
+    folder = path.parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if path.is_dir():
+        reason = "it is a folder; name a file in it"
+    elif not folder.is_dir():
+        reason = f"{folder} is no folder"
+    elif not os.access(folder, os.W_OK):
+        reason = f"the folder {folder} may not be written to"
+    else:
+        return
+    raise pytest.UsageError(f"--gpu-report: {path} cannot be written: {reason}")

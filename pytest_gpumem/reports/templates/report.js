@@ -1,0 +1,234 @@
+"use strict";
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const SIZE = 50;
+  const COLOURS = ["#2563c9", "#a8480f", "#1b7a3d", "#8a3ab9", "#a12f5b", "#176f7d", "#77620b", "#4f5bd5"];
+  const byId = (id) => document.getElementById(id);
+
+  // Text reaches the page as text alone: nothing here reads it as HTML.
+  function el(name, options = {}, ...children) {
+    const node = document.createElement(name);
+    for (const [key, value] of Object.entries(options)) {
+      if (key === "class") node.className = value;
+      else if (key === "click") node.addEventListener("click", value);
+      else node.setAttribute(key, value);
+    }
+    node.append(...children.map((each) => (each instanceof Node ? each : String(each))));
+    return node;
+  }
+  function svg(name, attributes, text) {
+    const node = document.createElementNS("http://www.w3.org/2000/svg", name);
+    for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+    if (text !== undefined) node.textContent = text;
+    return node;
+  }
+  function bytes(number) {
+    if (!number) return "0";
+    let value = Math.abs(number), unit = 0;
+    const units = ["B", "KiB", "MiB", "GiB", "TiB"];
+    while (value >= 1024 && unit < units.length - 1) { value /= 1024; unit += 1; }
+    return (number < 0 ? "-" : "") + (unit ? value.toFixed(2) : value) + " " + units[unit];
+  }
+  function grid(heads, rows) {
+    const head = el("tr", {}, ...heads.map(([text, n]) => el("th", { class: n ? "n" : "", scope: "col" }, text)));
+    const lines = rows.map((row) => el("tr", {}, ...row.map((cell, i) => {
+      if (cell instanceof Node && cell.tagName === "TD") return cell;
+      return el("td", { class: heads[i][1] ? "n" : "wide" }, cell);
+    })));
+    return el("div", { class: "scroll" }, el("table", {}, el("thead", {}, head), el("tbody", {}, ...lines)));
+  }
+
+  const rows = data.tests.map((test) => {
+    let top = null;
+    for (const each of test.figures) {
+      const better = top === null || (each.phase === "call") > (top.phase === "call") ||
+        (each.phase === top.phase && each.peak_allocated_bytes > top.peak_allocated_bytes);
+      if (better) top = each;
+    }
+    const figure = (name) => (top === null ? 0 : top[name]);
+    return { test, nodeid: test.nodeid, outcome: test.outcome, seconds: test.seconds,
+      allocated: figure("peak_allocated_bytes"), reserved: figure("peak_reserved_bytes"),
+      left: figure("end_allocated_bytes"), ooms: figure("num_ooms") };
+  });
+  const columns = [["nodeid", "test", false], ["outcome", "outcome", false], ["allocated", "peak allocated", true],
+    ["reserved", "peak reserved", true], ["left", "left", true], ["ooms", "OOMs", true], ["seconds", "seconds", true]];
+  let order = { key: "allocated", down: true }, page = 0, chosen = null;
+
+  function shown() {
+    const text = byId("filter").value.toLowerCase(), outcome = byId("outcome").value;
+    const list = rows.filter((row) => row.nodeid.toLowerCase().includes(text) && (!outcome || row.outcome === outcome));
+    const sign = order.down ? -1 : 1;
+    return list.sort((a, b) => {
+      const x = a[order.key], y = b[order.key];
+      if (x === y) return a.nodeid < b.nodeid ? -1 : 1;
+      return x < y ? -sign : sign;
+    });
+  }
+  function draw() {
+    const list = shown(), pages = Math.max(1, Math.ceil(list.length / SIZE));
+    page = Math.min(page, pages - 1);
+    const head = byId("tests").tHead.rows[0];
+    head.replaceChildren(...columns.map(([key, title, n]) => {
+      const active = order.key === key;
+      const arrow = active ? (order.down ? " ▼" : " ▲") : "";
+      const button = el("button", { type: "button", click: () => {
+        order = { key, down: active ? !order.down : n };
+        page = 0;
+        draw();
+      } }, title + arrow);
+      const sort = active ? (order.down ? "descending" : "ascending") : "none";
+      return el("th", { class: n ? "n" : "", scope: "col", "aria-sort": sort }, button);
+    }));
+    byId("tests").tBodies[0].replaceChildren(...list.slice(page * SIZE, page * SIZE + SIZE).map((row) => {
+      const name = el("button", { type: "button", class: "name", click: () => { chosen = row; draw(); detail(row.test); } }, row.nodeid);
+      const bad = row.outcome === "failed" || row.outcome === "error";
+      return el("tr", { class: row === chosen ? "chosen" : "" }, el("td", { class: "wide" }, name),
+        el("td", { class: bad ? "bad" : row.outcome === "passed" ? "good" : "" }, row.outcome),
+        ...["allocated", "reserved", "left"].map((key) => el("td", { class: "n" }, bytes(row[key]))),
+        el("td", { class: "n" }, row.ooms), el("td", { class: "n" }, row.seconds.toFixed(2)));
+    }));
+    byId("count").textContent = list.length + " of " + rows.length + " tests";
+    byId("page").textContent = "page " + (page + 1) + " of " + pages;
+    byId("previous").disabled = page === 0;
+    byId("next").disabled = page >= pages - 1;
+  }
+
+  function timeline(card) {
+    const W = 1160, H = 230, left = 82, bottom = 26;
+    const points = card.points, last = Math.max(1, card.num_events);
+    const highest = Math.max(1, ...points.map((p) => Math.max(p[1], p[2])));
+    // A budget far above the curves is told in words, else it would flatten them.
+    const near = card.budget_bytes !== null && card.budget_bytes <= 4 * highest;
+    const top = (near ? Math.max(highest, card.budget_bytes) : highest) * 1.06;
+    const x = (event) => left + (event / last) * (W - left - 8);
+    const y = (value) => H - bottom - (value / top) * (H - bottom - 10);
+    const root = svg("svg", { viewBox: "0 0 " + W + " " + H, role: "img",
+      "aria-label": "allocated and reserved bytes over allocation events; peak " + bytes(card.peak_bytes) });
+    for (let i = 0; i <= 4; i += 1) {
+      const value = (top * i) / 4;
+      root.append(svg("line", { x1: left, x2: W - 8, y1: y(value), y2: y(value), stroke: "var(--line)" }));
+      root.append(svg("text", { x: left - 8, y: y(value) + 4, "text-anchor": "end" }, bytes(Math.round(value))));
+    }
+    const steps = (k) => points.map((p, i) => (i ? "H" + x(p[0]) : "M" + x(0) + " " + y(p[k]) + "H" + x(p[0])) + "V" + y(p[k])).join("");
+    if (points.length) {
+      root.append(svg("path", { d: steps(1) + "V" + y(0) + "H" + x(0) + "Z", fill: "var(--accent)", opacity: 0.16 }));
+      root.append(svg("path", { d: steps(2), fill: "none", stroke: "var(--second)", "stroke-width": 2, "stroke-dasharray": "6 3" }));
+      root.append(svg("path", { d: steps(1), fill: "none", stroke: "var(--accent)", "stroke-width": 2 }));
+    }
+    if (near) root.append(svg("line", { x1: left, x2: W - 8, y1: y(card.budget_bytes), y2: y(card.budget_bytes), stroke: "var(--bad)", "stroke-width": 2 }));
+    root.append(svg("text", { x: W - 8, y: H - 6, "text-anchor": "end" }, card.num_events + " allocations and releases"));
+    return root;
+  }
+  function swatch(colour, text) {
+    const mark = el("i");
+    mark.style.background = colour;
+    return el("span", {}, mark, text);
+  }
+  // Squarified in one level: rows of blocks, each as near to a square as its row allows.
+  function treemap(groups) {
+    const W = 1160, H = 220, total = groups.reduce((sum, g) => sum + g.bytes, 0);
+    const root = svg("svg", { viewBox: "0 0 " + W + " " + H, role: "img", "aria-label": "what was live at the peak, by size" });
+    let rest = groups.map((g, i) => ({ g, colour: COLOURS[i % COLOURS.length], area: (g.bytes / total) * W * H })).sort((a, b) => b.area - a.area);
+    let x = 0, y = 0, w = W, h = H;
+    const worst = (row, side) => {
+      const sum = row.reduce((s, r) => s + r.area, 0);
+      return Math.max(...row.map((r) => Math.max((side * side * r.area) / (sum * sum), (sum * sum) / (side * side * r.area))));
+    };
+    while (rest.length) {
+      const side = Math.min(w, h);
+      let n = 1;
+      while (n < rest.length && worst(rest.slice(0, n + 1), side) <= worst(rest.slice(0, n), side)) n += 1;
+      const row = rest.slice(0, n), sum = row.reduce((s, r) => s + r.area, 0), thick = sum / side;
+      let along = 0;
+      for (const r of row) {
+        const long = r.area / thick;
+        const box = w >= h ? [x, y + along, thick, long] : [x + along, y, long, thick];
+        const part = svg("g", {});
+        part.append(svg("title", {}, bytes(r.g.bytes) + ": " + r.g.site));
+        part.append(svg("rect", { x: box[0], y: box[1], width: Math.max(0, box[2]), height: Math.max(0, box[3]), fill: r.colour, stroke: "var(--card)", "stroke-width": 2 }));
+        const room = Math.floor((box[2] - 14) / 7);
+        if (room >= 8 && box[3] > 22) {
+          part.append(svg("text", { x: box[0] + 7, y: box[1] + 17, class: "in" }, bytes(r.g.bytes)));
+          const site = r.g.site.length > room ? r.g.site.slice(0, room - 1) + "…" : r.g.site;
+          if (box[3] > 40) part.append(svg("text", { x: box[0] + 7, y: box[1] + 34, class: "in" }, site));
+        }
+        root.append(part);
+        along += long;
+      }
+      if (w >= h) { x += thick; w -= thick; } else { y += thick; h -= thick; }
+      rest = rest.slice(n);
+    }
+    return root;
+  }
+  function sweep(each) {
+    const names = [...new Set(each.sites.flatMap((row) => Object.keys(row.verdicts)))];
+    const good = new Set(each.recover ? ["recovered"] : ["recovered", "clean OOM"]);
+    const lines = each.sites.map((row) => [row.site || "unknown site", row.allocations, row.failed,
+      ...names.map((name) => el("td", { class: row.verdicts[name] ? (good.has(name) ? "n good" : "n bad") : "n" }, row.verdicts[name] || "–"))]);
+    const out = [el("h3", {}, "Sweep " + each.name), el("p", { class: "soft" }, each.points + " points, " + each.failures + " failures"),
+      grid([["site", 0], ["allocates", 1], ["failed", 1], ...names.map((name) => [name, 1])], lines)];
+    for (const line of each.replays) out.push(el("p", {}, line.points + " × " + line.verdict + ": ", el("code", {}, line.command)));
+    return out;
+  }
+  function staircase(steps) {
+    const W = 1160, line = 34, H = steps.length * line + 6;
+    const root = svg("svg", { viewBox: "0 0 " + W + " " + H, role: "img", "aria-label": "where the fallback ends, by budget and fault" });
+    const largest = Math.max(1, ...steps.map((s) => Math.max(s.budget_bytes || 0, s.peak_reserved_bytes)));
+    steps.forEach((s, i) => {
+      const y = i * line + 4;
+      if (s.budget_bytes) root.append(svg("rect", { x: 230, y, width: (s.budget_bytes / largest) * 480, height: 24, rx: 3, fill: "var(--line)" }));
+      root.append(svg("rect", { x: 230, y: y + 5, width: Math.max(1, (s.peak_reserved_bytes / largest) * 480), height: 14, rx: 2, fill: s.problems.length ? "var(--bad)" : "var(--accent)" }));
+      root.append(svg("text", { x: 220, y: y + 17, "text-anchor": "end" }, s.cause));
+      root.append(svg("text", { x: 725, y: y + 17 }, s.rung + " · " + bytes(s.peak_reserved_bytes) + " reserved · " + s.num_ooms + " OOMs"));
+    });
+    const out = [el("h3", {}, "Fallback"), root];
+    for (const s of steps) for (const problem of s.problems) out.push(el("p", { class: "bad" }, s.cause + ": " + problem));
+    return out;
+  }
+  function detail(test) {
+    const out = [el("h2", {}, test.nodeid), el("p", { class: "soft" }, test.environment)];
+    if (test.broken_limit) out.push(el("p", { class: "bad" }, test.broken_limit));
+    if (test.incident) out.push(el("p", { class: "bad" }, test.incident));
+    if (test.timeline === null) out.push(el("p", { class: "soft" }, "No timeline: this device shows no single allocations."));
+    for (const card of test.timeline || []) {
+      out.push(el("h3", {}, "cuda:" + card.device_index + " over time"), timeline(card),
+        el("div", { class: "legend" }, swatch("var(--accent)", "allocated"), swatch("var(--second)", "reserved"),
+          card.budget_bytes === null ? el("span", {}, "no budget") : swatch("var(--bad)", "budget " + bytes(card.budget_bytes))));
+      if (card.live_at_peak.length) {
+        out.push(el("h3", {}, "Live at the peak, " + bytes(card.peak_bytes)), treemap(card.live_at_peak),
+          grid([["site", 0], ["bytes", 1]], card.live_at_peak.map((g) => [g.site, bytes(g.bytes)])));
+      }
+    }
+    for (const each of test.fallbacks) out.push(...staircase(each));
+    for (const each of test.sweeps) out.push(...sweep(each));
+    if (test.figures.length) {
+      out.push(el("h3", {}, "Figures"), grid([["phase", 0], ["card", 0], ["allocated", 1], ["reserved", 1], ["requested", 1], ["active", 1], ["left", 1], ["OOMs", 1], ["retries", 1]],
+        test.figures.map((f) => [f.phase, "cuda:" + f.device_index, bytes(f.peak_allocated_bytes), bytes(f.peak_reserved_bytes), bytes(f.peak_requested_bytes),
+          bytes(f.peak_active_bytes), bytes(f.end_allocated_bytes), f.num_ooms, f.num_alloc_retries])));
+    }
+    if (test.fixtures.length) {
+      out.push(el("h3", {}, "Fixtures of wider scope"), grid([["fixture", 0], ["scope", 0], ["bytes", 1]], test.fixtures.map((f) => [f.name, f.scope, bytes(f.bytes)])));
+    }
+    byId("detail").replaceChildren(...out);
+  }
+
+  const failed = rows.filter((row) => row.outcome === "failed" || row.outcome === "error").length;
+  const largest = rows.reduce((most, row) => Math.max(most, row.allocated), 0);
+  for (const [value, text] of [[rows.length, "tests on a card"], [failed, "failed"], [bytes(largest), "largest peak"],
+    [rows.reduce((sum, row) => sum + row.test.sweeps.reduce((s, each) => s + each.points, 0), 0), "swept points"]]) {
+    byId("tiles").append(el("div", { class: "tile" }, el("b", {}, value), el("span", {}, text)));
+  }
+  if (data.baseline) {
+    const list = [...data.baseline.changes].sort((a, b) => Math.abs(b.now - b.before) - Math.abs(a.now - a.before));
+    byId("changes").append(list.length ? grid([["test", 0], ["metric", 0], ["before", 1], ["now", 1], ["Δ", 1]], list.slice(0, 100).map((c) => [c.test, c.metric,
+      bytes(c.before), bytes(c.now), el("td", { class: c.is_regression ? "n bad" : c.now < c.before ? "n good" : "n" }, (c.now > c.before ? "+" : "") + bytes(c.now - c.before))])) : el("p", {}, "Nothing changed."));
+  }
+  for (const outcome of [...new Set(rows.map((row) => row.outcome))].sort()) byId("outcome").append(el("option", { value: outcome }, outcome));
+  byId("filter").addEventListener("input", () => { page = 0; draw(); });
+  byId("outcome").addEventListener("change", () => { page = 0; draw(); });
+  byId("previous").addEventListener("click", () => { page -= 1; draw(); });
+  byId("next").addEventListener("click", () => { page += 1; draw(); });
+  chosen = shown()[0] || null;
+  draw();
+  if (chosen) detail(chosen.test);
+})();

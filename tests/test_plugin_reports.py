@@ -1,0 +1,218 @@
+"""Reports of a run, with workers and without."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch  # an inner run would import it anew, which torch does not survive
+import torch.distributed._functional_collectives  # likewise; models bring it in
+
+import pytest_gpumem
+from pytest_gpumem.reports import page as page_module  # an inner run keeps it
+
+pytest_plugins = ["pytester"]
+
+WAYS = {
+    "plain": (),
+    "xdist": ("-n", "2"),
+    "junit": ("--junitxml=junit.xml",),
+    "both": ("-n", "2", "--junitxml=junit.xml"),
+}
+SCHEMA = Path(pytest_gpumem.__file__).parent / "reports" / "report.schema.json"
+TESTS = """
+    import pytest
+    import torch
+
+    @pytest.fixture(scope="module")
+    def table():
+        return torch.zeros(2**18, device="cuda")
+
+    def test_peak(table):
+        kept = [torch.zeros(2**18, device="cuda") for _ in range(3)]
+        del kept[0]
+
+    @pytest.mark.gpu_budget("64MiB")
+    @pytest.mark.parametrize("text", ["</script><script>alert(1)</script>", "a|b'\\"`"])
+    def test_text(text):
+        torch.zeros(1024, device="cuda")
+
+    @pytest.mark.max_vram("1MiB")
+    def test_over():
+        torch.zeros(2**20, device="cuda")
+
+    @pytest.mark.oom_sweep
+    def test_sweep():
+        try:
+            torch.zeros(1024, device="cuda")
+        except torch.OutOfMemoryError:
+            pass
+
+    def test_fallback(fallback):
+        def load():
+            model = torch.nn.Linear(8, 8)
+            try:
+                return model.to("cuda")
+            except torch.OutOfMemoryError:
+                return model.to("cpu")
+        fallback(load, budgets=["2MiB"])
+
+    def test_no_card():
+        pass
+"""
+
+
+class Scripts(HTMLParser):
+    """The scripts of a page, the images, and whatever would be loaded."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.scripts: list[str] = []
+        self.tags: list[str] = []
+        self.loads: list[str] = []
+        self._is_script = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.loads += [name for name, _ in attrs if name in ("src", "href")]
+        self._is_script = tag == "script"
+        if self._is_script:
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._is_script = self._is_script and tag != "script"
+
+    def handle_data(self, data: str) -> None:
+        if self._is_script:
+            self.scripts[-1] += data
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_kind_is_written_in_every_way(
+    way: str, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JSON by its schema, a page that no test's name breaks, Markdown, a summary."""
+    assert torch.__version__
+    summary = pytester.path / "summary.md"
+    summary.write_text("before\n", encoding="utf-8")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    pytester.makepyfile(test_it=TESTS)
+
+    done = pytester.runpytest(
+        "-p",
+        "no:cacheprovider",
+        *(f"--gpu-report={kind}:out/r.{kind}" for kind in ("json", "html", "md")),
+        *WAYS[way],
+    )
+
+    counts = done.parseoutcomes()
+    assert 1 == counts["failed"]
+    done.stdout.fnmatch_lines(
+        [f"{kind} report: out/r.{kind}" for kind in ("json", "html", "md")]
+    )
+    folder = pytester.path / "out"
+    report = json.loads((folder / "r.json").read_text("utf-8"))
+    jsonschema.validate(report, json.loads(SCHEMA.read_text("utf-8")))
+    tests = {each["nodeid"].partition("::")[2]: each for each in report["tests"]}
+    assert "test_no_card" not in tests
+    _check_peak(tests["test_peak"], is_alone="-n" not in WAYS[way])
+    over = tests["test_over"]
+    assert "failed" == over["outcome"]
+    assert "limit 1 MiB" in over["broken_limit"]
+    sweeps = [each["sweeps"][0] for name, each in tests.items() if "sweep" in name]
+    assert 2 == sum(each["points"] for each in sweeps)
+    assert {"recovered"} == {
+        name for each in sweeps for row in each["sites"] for name in row["verdicts"]
+    }
+    steps = tests["test_fallback"]["fallbacks"][0]
+    assert "cuda:0 float32" == steps[0]["rung"]
+    budgets = {
+        each["timeline"][0]["budget_bytes"]
+        for name, each in tests.items()
+        if name.startswith("test_text")
+    }
+    assert {64 * 2**20} == budgets
+
+    page = Scripts((folder / "r.html").read_text("utf-8"))
+    assert 2 == len(page.scripts)
+    assert report == json.loads(page.scripts[0])
+    assert [] == page.loads
+
+    text = (folder / "r.md").read_text("utf-8")
+    assert "<script" not in text
+    assert "a&#124;b" in text
+    assert f"before\n{text}" == summary.read_text("utf-8")
+
+
+def _check_peak(test: dict[str, Any], *, is_alone: bool) -> None:
+    call = next(each for each in test["figures"] if each["phase"] == "call")
+    (card,) = test["timeline"]
+    assert call["peak_allocated_bytes"] == card["peak_bytes"] == 4 * 2**20
+    assert card["peak_bytes"] == sum(each["bytes"] for each in card["live_at_peak"])
+    assert card["peak_bytes"] == max(point[1] for point in card["points"])
+    assert any("test_it.py:9 in" in each["site"] for each in card["live_at_peak"])
+    if is_alone:
+        table = {"scope": "module", "name": "table", "bytes": 2**20}
+        assert [table] == test["fixtures"]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            "pdf:r.pdf",
+            "*--gpu-report: 'pdf:r.pdf' is no report; accepted are json:PATH*",
+        ),
+        ("json:", "*--gpu-report: 'json:' is no report*"),
+        ("json:test_it.py/r.json", "*--gpu-report: *cannot be written: *is no folder*"),
+        ("md:.", "*cannot be written: it is a folder; name a file in it*"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_any_test(
+    value: str, message: str, pytester: pytest.Pytester
+) -> None:
+    """Exit code 4, and the option's name."""
+    pytester.makepyfile(test_it="def test_it(): raise AssertionError")
+
+    done = pytester.runpytest("-p", "no:cacheprovider", f"--gpu-report={value}")
+
+    assert pytest.ExitCode.USAGE_ERROR == done.ret
+    done.stderr.fnmatch_lines([message])
+
+
+def test_a_page_without_jinja2_names_what_to_install(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any test; the other kinds do without it."""
+    monkeypatch.setattr(page_module, "find_spec", lambda _name: None)
+    pytester.makepyfile(test_it="def test_it(): pass")
+
+    page = pytester.runpytest("-p", "no:cacheprovider", "--gpu-report=html:r.html")
+    other = pytester.runpytest("-p", "no:cacheprovider", "--gpu-report=md:r.md")
+
+    assert pytest.ExitCode.USAGE_ERROR == page.ret
+    page.stderr.fnmatch_lines(["*pip install pytest-gpumem?report?*"])
+    other.assert_outcomes(passed=1)
+
+
+def test_a_step_summary_that_cannot_be_written_fails_nothing(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line says so; nor is anything said of a run that uses no card."""
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(pytester.path / "none" / "s.md"))
+    pytester.makepyfile(
+        test_it="import torch\ndef test_it(): torch.zeros(1, device='cuda')",
+        test_other="def test_other(): pass",
+    )
+
+    done = pytester.runpytest("-p", "no:cacheprovider", "test_it.py")
+    other = pytester.runpytest("-p", "no:cacheprovider", "test_other.py")
+    other.stdout.no_fnmatch_line("*GITHUB_STEP_SUMMARY*")
+
+    assert pytest.ExitCode.OK == done.ret
+    done.stdout.fnmatch_lines(["GITHUB_STEP_SUMMARY: *cannot be written*"])
