@@ -38,7 +38,7 @@ def a_report(tmp_path: Path, name: str, **peaks: int) -> Path:
 def test_the_published_schema_is_the_shipped_one() -> None:
     """Otherwise: copy pytest_gpumem/reports/report.schema.json to docs."""
     shipped = PACKAGE / "reports" / "report.schema.json"
-    published = PACKAGE.parent / "docs" / "report.schema.json"
+    published = Path(__file__).parents[1] / "docs" / "report.schema.json"
     assert shipped.read_text("utf-8") == published.read_text("utf-8")
 
 
