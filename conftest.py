@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 
 import platformdirs
 import pytest
@@ -31,11 +33,20 @@ os.environ.setdefault(
 )
 
 
+def pytest_collection_finish() -> None:
+    """Import what torch imports when it is first needed, and cannot import twice.
+
+    An inner run of pytest drops what it was the first to import. These parts of torch
+    register libraries, which raises when it is done again.
+    """
+    if "torch" in sys.modules:
+        for name in ("distributed._functional_collectives", "_dynamo"):
+            importlib.import_module(f"torch.{name}")
+
+
 @pytest.fixture(autouse=True)
 def _torch_is_as_before() -> object:
     """Hold every test to leaving no machine, patch or random state behind."""
-    import sys  # noqa: PLC0415  # looked at anew for each test
-
     if "torch" not in sys.modules:
         yield
         return

@@ -10,19 +10,13 @@ from typing import Any
 import jsonschema
 import pytest
 import torch  # an inner run would import it anew, which torch does not survive
-import torch.distributed._functional_collectives  # likewise; models bring it in
+from ways import WAYS
 
 import pytest_gpumem
 from pytest_gpumem.reports import page as page_module  # an inner run keeps it
 
 pytest_plugins = ["pytester"]
 
-WAYS = {
-    "plain": (),
-    "xdist": ("-n", "2"),
-    "junit": ("--junitxml=junit.xml",),
-    "both": ("-n", "2", "--junitxml=junit.xml"),
-}
 SCHEMA = Path(pytest_gpumem.__file__).parent / "reports" / "report.schema.json"
 TESTS = """
     import pytest
