@@ -17,6 +17,7 @@ GROUND = {
     "files",
     "inheritance",
     "sizes",
+    "tables",
     "cards",
     "cards_table",
     "_version",

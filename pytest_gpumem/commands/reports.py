@@ -167,6 +167,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _table(changes: list[Change]) -> list[str]:
     from pytest_gpumem.sizes import format_size  # noqa: PLC0415  # see above
+    from pytest_gpumem.tables import align  # noqa: PLC0415  # likewise
 
     if not changes:
         return []
@@ -183,14 +184,4 @@ def _table(changes: list[Change]) -> list[str]:
                 each.test,
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    return [
-        "  ".join(
-            [
-                *(t.rjust(w) for t, w in zip(row[:4], widths, strict=False)),
-                row[4].ljust(widths[4]),
-                row[5],
-            ]
-        )
-        for row in rows
-    ]
+    return align(rows, left=(4,))

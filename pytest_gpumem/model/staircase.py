@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pytest_gpumem.sizes import format_size
+from pytest_gpumem.tables import align
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -23,13 +24,4 @@ def staircase_table(steps: Sequence[Mapping[str, Any]]) -> str:
         )
         for step in steps
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    return "\n".join(
-        "  ".join(
-            [
-                *(cell.rjust(width) for cell, width in zip(row, widths, strict=False)),
-                row[4],
-            ]
-        )
-        for row in rows
-    )
+    return "\n".join(align(rows))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem.model.sweeps import Outcome, SweepReport, Verdict
 from pytest_gpumem.sizes import format_size
+from pytest_gpumem.tables import align
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -125,16 +126,7 @@ def coverage_table(summary: SweepSummary, *, most: int | None = None) -> str:
         )
         for row in sites[:most]
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = [
-        "  ".join(
-            [
-                *(cell.rjust(width) for cell, width in zip(row, widths, strict=False)),
-                row[3],
-            ]
-        )
-        for row in rows
-    ]
+    lines = align(rows)
     if hidden:
         lines.append(f"... and {_count(len(hidden), 'site')} more; -v shows all")
     return "\n".join(lines)

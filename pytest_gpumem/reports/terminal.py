@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from pytest_gpumem.sizes import format_size
+from pytest_gpumem.tables import align
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -39,15 +40,7 @@ def table(rows: Sequence[Row], *, detailed: bool) -> list[str]:
     hidden = 0 if detailed else max(len(shown) - TOP, 0)
     shown = shown[: len(shown) - hidden]
     many = len({row.figures.device_index for row in shown}) > 1
-    cells = [_HEAD, *(_cells(row, name_device=many) for row in shown)]
-    widths = [max(len(line[column]) for line in cells) for column in range(5)]
-    lines = [
-        "  ".join(
-            [text.rjust(width) for text, width in zip(line, widths, strict=False)]
-            + [line[5]]
-        )
-        for line in cells
-    ]
+    lines = align([_HEAD, *(_cells(row, name_device=many) for row in shown)])
     if hidden:
         lines.append(f"... and {hidden} more with smaller peaks; -v shows all")
     return lines

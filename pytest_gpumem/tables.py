@@ -1,0 +1,31 @@
+"""Tables of plain text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+
+def align(rows: Sequence[Sequence[str]], *, left: Collection[int] = ()) -> list[str]:
+    """Return a line for each row, its columns below each other.
+
+    Columns end in line, the last one begins in line and is not padded.
+
+    Args:
+        rows: The cells; every row has as many as the first.
+        left: Columns that begin in line too.
+    """
+    *columns, _last = zip(*rows, strict=True)
+    widths = [max(map(len, column)) for column in columns]
+    return [
+        "  ".join(
+            [
+                cell.ljust(width) if index in left else cell.rjust(width)
+                for index, (cell, width) in enumerate(zip(row, widths, strict=False))
+            ]
+            + [row[-1]]
+        )
+        for row in rows
+    ]
