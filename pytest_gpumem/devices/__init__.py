@@ -126,4 +126,12 @@ class Device(Protocol):
         """
 
 
-__all__ = ["Device", "Tracker"]
+def allocated_bytes(device: Device) -> int:
+    """Return the bytes in live tensors on all cards."""
+    return sum(
+        device.memory_stats(index).get("allocated_bytes.all.current", 0)
+        for index in range(device.device_count)
+    )
+
+
+__all__ = ["Device", "Tracker", "allocated_bytes"]

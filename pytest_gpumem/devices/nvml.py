@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_gpumem.devices.on_import import AfterImport
 from pytest_gpumem.devices.patches import PatchSet
-from pytest_gpumem.model.incidents import Process
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pytest_gpumem.devices.simulated.machine import SimulatedMachine
+    from pytest_gpumem.model.incidents import Process
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +211,8 @@ def other_processes(index: int) -> tuple[Process, ...]:
     Returns:
         None of them where NVML cannot tell, as for ``process_bytes``.
     """
+    from pytest_gpumem.model.incidents import Process  # noqa: PLC0415  # memory ran out
+
     try:
         import pynvml  # noqa: PLC0415  # an optional library
     except ImportError:

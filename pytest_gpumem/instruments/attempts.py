@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 
+from pytest_gpumem.devices import allocated_bytes
 from pytest_gpumem.errors import SweepError
 from pytest_gpumem.instruments.equality import difference, portrait
 from pytest_gpumem.instruments.flavours import is_injected
@@ -19,7 +20,6 @@ from pytest_gpumem.instruments.surroundings import (
     Defaults,
     RandomState,
     StartedThreads,
-    allocated_bytes,
     num_ooms,
     settle,
 )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from pytest_gpumem.devices import allocated_bytes
 from pytest_gpumem.devices.active import active_device
 from pytest_gpumem.instruments.attempts import is_the_oom
 from pytest_gpumem.instruments.budget import vram_budget
@@ -24,7 +25,6 @@ from pytest_gpumem.instruments.placement import Placement, placement_of
 from pytest_gpumem.instruments.recorder import PeakRecorder
 from pytest_gpumem.instruments.surroundings import (
     RandomState,
-    allocated_bytes,
     num_ooms,
     settle,
 )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from pytest_gpumem.devices import allocated_bytes
 from pytest_gpumem.instruments.logs import release_log_records
 
 if TYPE_CHECKING:
@@ -107,14 +108,6 @@ def frozen_heap() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
-
-
-def allocated_bytes(device: Device) -> int:
-    """Return the bytes that all cards have allocated."""
-    return sum(
-        device.memory_stats(index).get("allocated_bytes.all.current", 0)
-        for index in range(device.device_count)
-    )
 
 
 def num_ooms(device: Device) -> int:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
+from pytest_gpumem.devices import allocated_bytes
 from pytest_gpumem.plugin import marks
 from pytest_gpumem.sizes import format_size
 
@@ -133,7 +134,7 @@ class LeakCheck:
         self._device = device
         self._item = item
         self._allowed = allowed
-        self._start = allocated(device) - held_by_fixtures
+        self._start = allocated_bytes(device) - held_by_fixtures
         self._blocks = blocks_on_cards()
 
     def check(self, held_by_fixtures: int) -> None:
@@ -162,12 +163,4 @@ class LeakCheck:
         fail(self._item, "\n".join(lines))
 
     def _left(self, held_by_fixtures: int) -> int:
-        return allocated(self._device) - held_by_fixtures - self._start
-
-
-def allocated(device: Device) -> int:
-    """Return the bytes in live tensors on all cards."""
-    return sum(
-        device.memory_stats(index).get("allocated_bytes.all.current", 0)
-        for index in range(device.device_count)
-    )
+        return allocated_bytes(self._device) - held_by_fixtures - self._start

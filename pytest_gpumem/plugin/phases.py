@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
+from pytest_gpumem.devices import allocated_bytes
 from pytest_gpumem.plugin import marks
-from pytest_gpumem.plugin.limits import allocated
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -329,11 +329,11 @@ class Phases:
 
             # The frames of a failed test would hold its tensors on the card.
             clear_exception(last)
-        if allocated(device) > self._held_bytes:
+        if allocated_bytes(device) > self._held_bytes:
             gc.collect()
         device.empty_cache()
         self._seen_requests = device.num_requests
-        self._held_bytes = allocated(device)
+        self._held_bytes = allocated_bytes(device)
 
 
 def _used_cards(figures: list[MemoryFigures]) -> list[MemoryFigures]:

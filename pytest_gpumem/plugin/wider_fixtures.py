@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from pytest_gpumem.plugin.limits import allocated
+from pytest_gpumem.devices import allocated_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -44,7 +44,7 @@ class WiderFixtures:
         if fixturedef.scope == "function":
             return (yield)
         device = self._run.device
-        before = 0 if device is None else allocated(device)
+        before = 0 if device is None else allocated_bytes(device)
         self._inner.append(0)
         try:
             return (yield)
@@ -52,7 +52,7 @@ class WiderFixtures:
             inner = self._inner.pop()
             device = self._run.device
             if device is not None:
-                total = allocated(device) - before
+                total = allocated_bytes(device) - before
                 self._inner[-1] += total
                 own = total - inner
                 if own:
