@@ -15,6 +15,7 @@ from torch import nn
 from pytest_gpumem import OomInjector, PeakRecorder, active_device, vram_budget
 from pytest_gpumem.cards import find_card
 from pytest_gpumem.devices.simulated.install import simulated_device
+from pytest_gpumem.devices.simulated.machine import innermost_machine
 from pytest_gpumem.errors import BudgetError, DeviceUnavailableError, SizeError
 from pytest_gpumem.instruments.frames import clear_exception
 from pytest_gpumem.instruments.phases import current_phase
@@ -250,6 +251,25 @@ def test_rules_can_be_armed_and_dropped_inside() -> None:
         injector.arm("any:persistent")
         injector.disarm()
         _mib(1)
+
+
+def test_only_an_armed_injector_is_asked() -> None:
+    """Else the device knows of none: on a real card, asking has its price."""
+    machine = innermost_machine()
+    assert machine is not None
+    faults = machine.cards[0].faults
+    with OomInjector() as injector:
+        before = len(faults)
+        injector.arm("any:nth=5")
+        injector.arm("any:nth=6")
+        armed = len(faults)
+        injector.disarm()
+        dropped = len(faults)
+        injector.arm("any:nth=1")
+        with pytest.raises(torch.OutOfMemoryError):
+            _mib(1)
+
+    assert (0, 1, 0, 0) == (before, armed, dropped, len(faults))
 
 
 def test_nothing_fails_after_the_block() -> None:

@@ -45,14 +45,25 @@ class OomInjector:
         self.schedules = [Schedule(rule) for rule in parsed]
         self._device = device
         self._stack = ExitStack()
+        self._is_entered = self._is_attached = False
         self._look()
 
     def _look(self) -> None:
-        """Note what the rules must know of a request; the rest is not looked up."""
+        """Note what the rules must know of a request; the rest is not looked up.
+
+        Without rules the device is let go of: only an armed injector costs anything.
+        """
         rules = [schedule.rule for schedule in self.schedules]
         self._needs_phase = any(rule.phase != "any" for rule in rules)
         self._needs_site = any(rule.site is not None for rule in rules)
         self._needs_thread = any(rule.thread is not None for rule in rules)
+        if not rules:
+            self._stack.close()
+        elif self._is_entered and not self._is_attached:
+            device = self._require_device()
+            self._stack.enter_context(device.refusing(self.refuses))
+            self._stack.callback(setattr, self, "_is_attached", False)
+            self._is_attached = True
 
     @property
     def num_injected(self) -> int:
@@ -97,8 +108,6 @@ class OomInjector:
                 error.
         """
         __tracebackhide__ = True
-        if not self.schedules:
-            return False
         request = Request(
             nbytes=nbytes,
             device_index=device_index,
@@ -128,8 +137,9 @@ class OomInjector:
         return self._device
 
     def __enter__(self) -> OomInjector:  # noqa: PYI034  # Self needs Python 3.11
-        device = self._require_device()
-        self._stack.enter_context(device.refusing(self.refuses))
+        self._require_device()
+        self._is_entered = True
+        self._look()
         return self
 
     def __exit__(
@@ -138,6 +148,7 @@ class OomInjector:
         _error: BaseException | None,
         _traceback: TracebackType | None,
     ) -> None:
+        self._is_entered = False
         self._stack.close()
 
 
