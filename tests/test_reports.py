@@ -191,6 +191,8 @@ def test_compare_refuses_what_does_not_compare(
     assert "share no environment: T4 and A100" in capsys.readouterr().err
     assert 1 == main(["compare", str(report), str(report), "--fail=5%"])
     assert "--fail: '5%'" in capsys.readouterr().err
+    assert 1 == main(["compare", "missing.json", str(report)])
+    assert "missing.json does not exist; write it" in capsys.readouterr().err
 
 
 def test_merging_keeps_what_the_baseline_said() -> None:

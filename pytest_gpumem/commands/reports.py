@@ -78,7 +78,7 @@ def _is_report(path: Path) -> bool:
 
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(found, dict) and found.get("format") == FORMAT
 
