@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from contextlib import AbstractContextManager
 
+    from pytest_gpumem.devices.nvml import Reading
     from pytest_gpumem.model.records import MemoryFigures
 
 
@@ -52,6 +53,12 @@ class Device(Protocol):
 
     def memory_stats(self, index: int) -> Mapping[str, int]:
         """Return ``torch.cuda.memory_stats``'s flat dictionary."""
+
+    def counted(self, index: int) -> Reading:
+        """Return what NVML counts now, for this process and on the card.
+
+        Never raises, and uses no card for it.
+        """
 
     def empty_cache(self) -> None:
         """Give cuBLAS workspaces and cached segments of every card back."""

@@ -9,6 +9,7 @@ import pytest
 
 from pytest_gpumem.devices import allocated_bytes
 from pytest_gpumem.plugin import marks
+from pytest_gpumem.plugin.sampling import why_unknown
 from pytest_gpumem.sizes import format_size
 
 if TYPE_CHECKING:
@@ -74,22 +75,43 @@ class Limits:
             )
 
     def check(self, phase: str, figures: Mapping[int, MemoryFigures]) -> str | None:
-        """Return what is wrong with a phase's peaks, by card; None if nothing is."""
+        """Return what is wrong with a phase's peaks, by card; None if nothing is.
+
+        A limit that cannot be checked is wrong, too.
+        """
         texts = [
-            self._explain(bound, phase, figures[bound.device_index])
+            self._judge(bound, phase, figures[bound.device_index])
             for bound in self._of(phase)
             if bound.device_index in figures
-            and figures[bound.device_index].peak(bound.limit.metric) > bound.nbytes
         ]
-        return "\n".join(texts) or None
+        return "\n".join(filter(None, texts)) or None
+
+    def _judge(self, bound: _Bound, phase: str, figures: MemoryFigures) -> str:
+        """Return what is wrong with one card's peak; empty if nothing is."""
+        peak = figures.peak(bound.limit.metric)
+        if peak is None and figures.peak_reserved_bytes > bound.nbytes:
+            peak = figures.peak_reserved_bytes  # the process holds as much at least
+        if peak is None:
+            why = why_unknown(self._device, bound.device_index)
+            return (
+                f"max_vram(metric={bound.limit.metric!r}) cannot be checked on "
+                f"cuda:{bound.device_index}: process bytes unknown: {why}\n"
+                f"{format_size(figures.peak_reserved_bytes)} of the limit of "
+                f"{format_size(bound.nbytes)} were reserved at most; limit them "
+                "with metric='reserved'"
+            )
+        if peak > bound.nbytes:
+            return self._explain(bound, phase, figures, peak)
+        return ""
 
     def _of(self, phase: str) -> list[_Bound]:
         own = {"call": ("call", "test"), "children": ("children",)}
         of = own.get(phase, ("test",))
         return [bound for bound in self._bounds if bound.limit.phase in of]
 
-    def _explain(self, bound: _Bound, phase: str, figures: MemoryFigures) -> str:
-        peak = figures.peak(bound.limit.metric)
+    def _explain(
+        self, bound: _Bound, phase: str, figures: MemoryFigures, peak: int
+    ) -> str:
         watch = self._sites.get(bound)
         where = f"in the test's {phase}"
         if watch is not None and watch.site:

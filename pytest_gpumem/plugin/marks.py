@@ -32,6 +32,9 @@ OVER_PROPERTY: Final = "gpumem.over_limit"
 #: A test's property: what the limit was and how it was broken, on one line.
 BROKEN_PROPERTY: Final = "gpumem.broken_limit"
 
+#: A test's property: why its process bytes are not known, in words.
+UNKNOWN_PROPERTY: Final = "gpumem.unknown"
+
 #: A test's property: its cards over time, and what was live at the peak; as JSON.
 TIMELINE_PROPERTY: Final = "gpumem.timeline"
 

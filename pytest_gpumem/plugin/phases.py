@@ -12,6 +12,7 @@ import pytest
 
 from pytest_gpumem.devices import allocated_bytes
 from pytest_gpumem.plugin import marks
+from pytest_gpumem.plugin.sampling import is_wanted, note_unknown, with_samples
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -160,6 +161,12 @@ class Phases:
         self._trackers = [
             device.open_tracker(index) for index in range(device.device_count)
         ]
+        if self._wants_samples():
+            self._trackers = with_samples(device, self._trackers)
+
+    def _wants_samples(self) -> bool:
+        wishes = None if self._item is None else self._wishes.get(self._item)
+        return is_wanted(self._run.settings, wishes)
 
     def _end(self, item: pytest.Item, phase: str) -> None:
         """Put the phase's figures into the item's properties, if it used a card."""
@@ -178,8 +185,11 @@ class Phases:
                 item.user_properties.append(environment)
             if self._run.settings.suggest is not None and phase == "call":
                 self._note_limit(item, device)
-            for each in _used_cards(figures):
+            used = _used_cards(figures)
+            for each in used:
                 item.user_properties.extend(to_properties(phase, each))
+            if self._wants_samples():
+                note_unknown(item, device, used)
 
     def _note_limit(self, item: pytest.Item, device: Device) -> None:
         """Put the limit that a test's markers set into its properties."""

@@ -60,6 +60,7 @@ def test_record(
             if name.startswith(_FIXTURE)
             for scope, _dot, fixture in [name.removeprefix(_FIXTURE).partition(".")]
         ],
+        "unknown": by_name.get("gpumem.unknown"),
         "broken_limit": by_name.get("gpumem.broken_limit"),
         "incident": by_name.get("gpumem.incident"),
         "sweeps": [json.loads(v) for name, v in pairs if name == "gpumem.sweep"],

@@ -5,12 +5,14 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from pytest_gpumem.devices.nvml import CardCount
 from pytest_gpumem.devices.simulated.machine import OutOfMemory
 from pytest_gpumem.model.records import MemoryFigures
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from pytest_gpumem.devices.nvml import Reading
     from pytest_gpumem.devices.simulated.machine import SimulatedCard, SimulatedMachine
 
 
@@ -47,6 +49,7 @@ class SimulatedTracker:
     def peek(self) -> MemoryFigures:
         """Return the figures up to now, to a caller that holds the card's lock."""
         allocator = self._allocator
+        context_bytes = self._card.card.context_bytes if self._reserved else 0
         return MemoryFigures(
             device_index=self._card.index,
             peak_allocated_bytes=self._allocated,
@@ -58,7 +61,8 @@ class SimulatedTracker:
             end_reserved_bytes=allocator.reserved_bytes,
             num_ooms=allocator.num_ooms - self._start_ooms,
             num_alloc_retries=allocator.num_alloc_retries - self._start_retries,
-            context_bytes=self._card.card.context_bytes,
+            context_bytes=context_bytes,
+            peak_process_bytes=self._reserved + context_bytes,
         )
 
     def close(self) -> MemoryFigures:
@@ -75,6 +79,7 @@ class SimulatedDevice:
 
     def __init__(self, machine: SimulatedMachine) -> None:
         self.machine = machine
+        self._counts: dict[int, CardCount] = {}
 
     @property
     def device_count(self) -> int:
@@ -97,6 +102,13 @@ class SimulatedDevice:
     def memory_stats(self, index: int) -> dict[str, int]:
         """Return ``torch.cuda.memory_stats``'s flat dictionary."""
         return self.machine.cards[index].memory_stats()
+
+    def counted(self, index: int) -> Reading:
+        """Return what the simulated NVML counts now."""
+        if index not in self._counts:
+            # A process that holds bytes of a simulated card is listed.
+            self._counts[index] = CardCount(index, lambda: False)
+        return self._counts[index].read()
 
     def empty_cache(self) -> None:
         """Give cuBLAS workspaces and cached segments of every card back."""
