@@ -104,3 +104,18 @@ def test_suggestions_are_what_the_page_shows(pytester: pytest.Pytester) -> None:
 
     result.assert_outcomes(passed=2)
     result.stdout.fnmatch_lines(shown)
+
+
+def test_process_bytes_are_what_the_page_shows(pytester: pytest.Pytester) -> None:
+    """Table and script; a tenant that comes and goes may be missed by the samples."""
+    tests, script = blocks("process-bytes.md")
+    text = (DOCS / "process-bytes.md").read_text(encoding="utf-8")
+    shown = text.partition("report.json\n")[2].partition("```")[0].splitlines()
+    pytester.makepyfile(test_it=tests)
+    result = pytester.runpytest(
+        *LIGHT, "-v", "--gpu-card=16GiB,ctx=300MiB", "--gpu-report=json:report.json"
+    )
+
+    result.assert_outcomes(passed=2)
+    result.stdout.fnmatch_lines([each.replace("1.36 GiB", "*iB") for each in shown])
+    exec(script, {})  # noqa: S102  # the page's own

@@ -117,8 +117,17 @@ class MemorySampler:
         while not self._wake.wait(rest_s):
             before_s = time.thread_time()
             self.sample()
-            spent_s = time.thread_time() - before_s
-            rest_s = max(self._period_s, _REST * spent_s)
+            rest_s = rest_after(time.thread_time() - before_s, self._period_s)
+
+
+def rest_after(spent_s: float, period_s: float) -> float:
+    """Return how many seconds to wait after a sample that took so many.
+
+    Args:
+        spent_s: Seconds of a processor.
+        period_s: The least to wait.
+    """
+    return max(period_s, _REST * spent_s)
 
 
 def _larger(before: int | None, now: int | None) -> int | None:

@@ -88,9 +88,9 @@ class Limits:
 
     def _judge(self, bound: _Bound, phase: str, figures: MemoryFigures) -> str:
         """Return what is wrong with one card's peak; empty if nothing is."""
-        peak = figures.peak(bound.limit.metric)
+        peak, about = figures.peak(bound.limit.metric), bound.limit.metric
         if peak is None and figures.peak_reserved_bytes > bound.nbytes:
-            peak = figures.peak_reserved_bytes  # the process holds as much at least
+            peak, about = figures.peak_reserved_bytes, f"{about} at least"
         if peak is None:
             why = why_unknown(self._device, bound.device_index)
             return (
@@ -101,7 +101,13 @@ class Limits:
                 "with metric='reserved'"
             )
         if peak > bound.nbytes:
-            return self._explain(bound, phase, figures, peak)
+            more = self._where(bound, phase, figures)
+            return (
+                f"peak VRAM above max_vram: {about} {format_size(peak)} "
+                f"({peak} bytes) on cuda:{bound.device_index}, limit "
+                f"{format_size(bound.nbytes)} ({bound.nbytes} bytes), "
+                f"{format_size(peak - bound.nbytes)} too much\n{more}"
+            )
         return ""
 
     def _of(self, phase: str) -> list[_Bound]:
@@ -109,9 +115,7 @@ class Limits:
         of = own.get(phase, ("test",))
         return [bound for bound in self._bounds if bound.limit.phase in of]
 
-    def _explain(
-        self, bound: _Bound, phase: str, figures: MemoryFigures, peak: int
-    ) -> str:
+    def _where(self, bound: _Bound, phase: str, figures: MemoryFigures) -> str:
         watch = self._sites.get(bound)
         where = f"in the test's {phase}"
         if watch is not None and watch.site:
@@ -119,12 +123,7 @@ class Limits:
         if figures.start_allocated_bytes:
             start = format_size(figures.start_allocated_bytes)
             where += f"; {start} were allocated before the {phase} began"
-        return (
-            f"peak VRAM above max_vram: {bound.limit.metric} {format_size(peak)} "
-            f"({peak} bytes) on cuda:{bound.device_index}, limit "
-            f"{format_size(bound.nbytes)} ({bound.nbytes} bytes), "
-            f"{format_size(peak - bound.nbytes)} too much\n{where}"
-        )
+        return where
 
 
 def fail(item: pytest.Item, text: str) -> None:
