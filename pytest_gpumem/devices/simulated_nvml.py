@@ -138,8 +138,7 @@ class SimulatedNvml:
 
     def _running(self, handle: Handle) -> list[ProcessInfo]:
         driver = self._card(handle).driver
-        # The context lives on the card from the first allocation on.
-        used = driver.used_bytes and driver.used_bytes + driver.other_bytes
+        used = driver.process_bytes
         own = [ProcessInfo(os.getpid(), used)] if used else []
         return own + [ProcessInfo(*each) for each in driver.other_processes()]
 
