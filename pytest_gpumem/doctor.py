@@ -31,7 +31,7 @@ LIBRARIES: Final = {
     "hypothesis": "pytest_gpumem.strategies",
     "pytest-xdist": "several workers (-n)",
     "jinja2": "the HTML report",
-    "nvidia-ml-py": "other processes on real cards",
+    "nvidia-ml-py": "process bytes and other processes on real cards",
 }
 #: Below this a bert-large checkpoint and its copies have no room, in bytes.
 _LITTLE: Final = 4 * 2**30

@@ -172,7 +172,7 @@ _OWN: Final = os.getpid()
 
 
 def machines(uuid: str) -> dict[str, FakeLibrary]:
-    """Return the machines on which NVML cannot count a process, by what ails them.
+    """Return machines by what ails them; on all but one NVML cannot count a process.
 
     Args:
         uuid: The card's, without ``GPU-``.
@@ -211,6 +211,7 @@ def machines(uuid: str) -> dict[str, FakeLibrary]:
             },
         ),
         "another card": FakeLibrary(Gpu("GPU-other", processes={_OWN: MIB})),
+        "well": one({_OWN: 300 * MIB}),
         "old driver": one({}, errors={PROCESSES: pynvml.NVML_ERROR_FUNCTION_NOT_FOUND}),
     }
 

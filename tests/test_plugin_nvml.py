@@ -158,6 +158,26 @@ def test_what_nvml_cannot_tell_is_said(ail: str, pytester: pytest.Pytester) -> N
     assert lines[0] == call["unknown"]
 
 
+def test_what_nvml_tells_counts(pytester: pytest.Pytester) -> None:
+    """What lies beside the allocator's bytes is the process's, too."""
+    pytester.makeconftest(AS_REAL.format(ail="well"))
+    pytester.makepyfile(LIMITED)
+    result = pytester.runpytest_inprocess(
+        "-p", "no:cacheprovider", "--gpu-report=json:report.json"
+    )
+
+    result.assert_outcomes(passed=1, failed=2)
+    text = result.stdout.str()
+    assert "peak VRAM above max_vram: process 300 MiB (314572800 bytes)" in text
+    assert "process bytes unknown" not in text
+    call = _call(pytester.path / "report.json", "test_without")
+    assert (300 * MIB, 500 * MIB) == (
+        call["peak_process_bytes"],
+        call["peak_card_bytes"],
+    )
+    assert 280 * MIB == call["context_bytes"]
+
+
 def test_nothing_is_said_where_nobody_asks(pytester: pytest.Pytester) -> None:
     """A run without reports and such limits has no use for process bytes."""
     pytester.makeconftest(AS_REAL.format(ail="mismatch"))

@@ -86,6 +86,22 @@ def test_a_budget_is_nobodys_memory() -> None:
     assert kept.is_cuda
 
 
+def test_another_machine_is_not_mistaken_for_this() -> None:
+    """A card that is simulated inside the block has bytes of its own."""
+    with MemorySampler() as sampler:
+        kept = _mib(20)
+        with simulated_device("1GiB,cc=8.0"):
+            inner = _mib(400)
+            sampler.sample()
+            inside = sampler.peak(0)
+            del inner
+    peak = sampler.peak(0)
+
+    assert "another machine is simulated" in inside.why
+    assert 320 * MIB == peak.process_bytes == peak.card_bytes
+    assert kept.is_cuda
+
+
 def test_a_thread_samples() -> None:
     """Without any call of the block's, and no longer than the block."""
     told: Any = _Told(Reading(5, 7))
@@ -107,6 +123,7 @@ def test_a_thread_samples() -> None:
         ([Reading(5, 7), Reading(None, None, "lost")], Reading(None, None, "lost")),
         ([Reading(None, 7, "busy"), Reading(3, 6)], Reading(3, 7)),
         ([Reading(5, 7), Reading(None, 6, "hidden")], Reading(None, 7, "hidden")),
+        ([Reading(5, 7), Reading(None, None, "busy"), Reading(3, 6)], Reading(5, 7)),
     ],
 )
 def test_what_is_not_known_at_the_end_is_not_known(
@@ -115,7 +132,8 @@ def test_what_is_not_known_at_the_end_is_not_known(
     """It may have been more; what a moment in the middle hid, the end tells."""
     device: Any = _Told(*readings)
     with MemorySampler(device=device, period_s=PATIENCE_S) as sampler:
-        pass
+        for _between in readings[1:-1]:
+            sampler.sample()
 
     assert peak == sampler.peak(0)
     assert "nobody has looked" in sampler.peak(1).why

@@ -52,7 +52,8 @@ class MemorySampler:
         self._period_s: Final = period_s
         self._wake: Final = threading.Event()
         self._thread: threading.Thread | None = None
-        self._peaks: Final[dict[int, Reading]] = {}
+        self._last: Final[dict[int, Reading]] = {}
+        self._most: Final[dict[int, tuple[int, int]]] = {}
         self._lock: Final = threading.Lock()
 
     def __enter__(self) -> MemorySampler:  # noqa: PYI034  # Self needs Python 3.11
@@ -83,18 +84,24 @@ class MemorySampler:
         A figure is None, and the reason is given, where NVML could not tell it at the
         last sample: it may have been more than was seen.
         """
-        return self._peaks.get(index, Reading(None, None, "nobody has looked yet"))
+        with self._lock:
+            last = self._last.get(index, Reading(None, None, "nobody has looked yet"))
+            process, card = self._most.get(index, (0, 0))
+        return Reading(
+            None if last.process_bytes is None else process,
+            None if last.card_bytes is None else card,
+            last.why,
+        )
 
     def sample(self) -> None:
         """Take a sample now."""
         with self._lock:
             for index in range(self._device.device_count):
-                now = self._device.counted(index)
-                before = self._peaks.get(index, now)
-                self._peaks[index] = Reading(
-                    _larger(before.process_bytes, now.process_bytes),
-                    _larger(before.card_bytes, now.card_bytes),
-                    now.why,
+                now = self._last[index] = self._device.counted(index)
+                process, card = self._most.get(index, (0, 0))
+                self._most[index] = (
+                    max(process, now.process_bytes or 0),
+                    max(card, now.card_bytes or 0),
                 )
 
     def pause(self) -> None:
@@ -128,11 +135,6 @@ def rest_after(spent_s: float, period_s: float) -> float:
         period_s: The least to wait.
     """
     return max(period_s, _REST * spent_s)
-
-
-def _larger(before: int | None, now: int | None) -> int | None:
-    """Return the larger; None if it is not known now."""
-    return now if now is None or before is None else max(before, now)
 
 
 class SampledTracker:

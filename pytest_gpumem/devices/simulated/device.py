@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from pytest_gpumem.devices.nvml import CardCount
-from pytest_gpumem.devices.simulated.machine import OutOfMemory
+from pytest_gpumem.devices.nvml import CardCount, Reading
+from pytest_gpumem.devices.simulated.machine import OutOfMemory, innermost_machine
 from pytest_gpumem.model.records import MemoryFigures
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from pytest_gpumem.devices.nvml import Reading
     from pytest_gpumem.devices.simulated.machine import SimulatedCard, SimulatedMachine
+
+
+_ANOTHER: Final = "another machine is simulated at the moment"
 
 
 class SimulatedTracker:
@@ -104,11 +106,13 @@ class SimulatedDevice:
         return self.machine.cards[index].memory_stats()
 
     def counted(self, index: int) -> Reading:
-        """Return what the simulated NVML counts now."""
+        """Return what the simulated NVML counts now; it knows the innermost machine."""
         if index not in self._counts:
             # A process that holds bytes of a simulated card is listed.
             self._counts[index] = CardCount(index, lambda: False)
-        return self._counts[index].read()
+        reading = self._counts[index].read()
+        is_this = innermost_machine() is self.machine
+        return reading if is_this else Reading(None, None, _ANOTHER)
 
     def empty_cache(self) -> None:
         """Give cuBLAS workspaces and cached segments of every card back."""
