@@ -58,6 +58,7 @@ MAY_IMPORT = {
         "checkpoints",
         "suggestions",
         "children",
+        "tenancy",
         "plugin",
     },
 }

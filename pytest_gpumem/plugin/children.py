@@ -52,6 +52,8 @@ class Children:
         self._text = ""
         #: What refuses allocations at present; children that are forked have it too.
         self.injector: Any = None
+        #: This worker's shares of cards without a budget, as ``Inheritance.budgets``.
+        self.shares: dict[str, str] = {}
 
     # -- what they take over ----------------------------------------------------------
 
@@ -114,10 +116,10 @@ class Children:
         if self._given is None:
             return
         text = self._text
-        if own or rules:
+        if own or rules or self.shares:
             own_sizes = {str(each.device_index): each.size.text for each in own[::-1]}
             given = self._given._replace(
-                budgets={**self._given.budgets, **own_sizes},
+                budgets={**self._given.budgets, **self.shares, **own_sizes},
                 rules=tuple(str(rule) for rule in rules),
             )
             text = given.text
