@@ -57,8 +57,13 @@ class Children:
 
     # -- what they take over ----------------------------------------------------------
 
-    def start(self, backend: str) -> None:
-        """Reach children that are started from here on, unless it is switched off."""
+    def start(self, backend: str, *, shared: str = "") -> None:
+        """Reach children that are started from here on, unless it is switched off.
+
+        Args:
+            backend: The run's.
+            shared: Where the processes that share simulated cards meet.
+        """
         if not self._settings.reaches_children or backend == "off":
             self._set(VARIABLE, None)
             return
@@ -72,6 +77,7 @@ class Children:
                 for index, spec in self._settings.budgets.items()
             },
             visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
+            shared=shared,
         )
         self._text = self._given.text
         self._set(VARIABLE, self._text)

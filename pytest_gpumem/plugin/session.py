@@ -84,7 +84,7 @@ class Run:
     def start(self) -> None:
         """Have the device ready by the time anybody can use torch."""
         self.sharing.spread(self.choice.kind)
-        self.children.start(self.choice.kind)
+        self.children.start(self.choice.kind, shared=self.sharing.folder)
         if self.choice.kind == "cuda" and self.settings.budgets:
             # A real card's total is known to torch alone; ask before the first test.
             self._hook.start()
@@ -106,7 +106,7 @@ class Run:
             self.choice = Choice("simulated", "torch cannot use the card")
             self.sharing.stop()
             self.sharing.spread("simulated")
-            self.children.start("simulated")
+            self.children.start("simulated", shared=self.sharing.folder)
         if self.choice.kind == "simulated":
             self._install()
         else:

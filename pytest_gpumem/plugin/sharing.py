@@ -14,13 +14,14 @@ The first card of each worker is another one, as far as there are cards: the lis
 from __future__ import annotations
 
 import os
+import secrets
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from pytest_gpumem.cards import visible_indices
+from pytest_gpumem.inheritance import tenancy_root
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from pytest_gpumem.devices import Device
     from pytest_gpumem.plugin.settings import Settings
     from pytest_gpumem.tenancy.ledger import Ledger
@@ -80,9 +81,13 @@ class Sharing:
         self._names: tuple[str, ...] = ()
         self._saved: str | None = None
         self._is_spread = False
+        self._run: Final = (
+            secrets.token_hex(8) if self.place is None else self.place.run
+        )
         self._ledgers: Final[dict[str, Ledger]] = {}
-        self._joined: Final[list[SharedCard]] = []
+        self._joined: list[SharedCard] = []
         self._num_retries = 0
+        self._own_folder: str | None = None
 
     # -- spreading over the cards -----------------------------------------------------
 
@@ -103,9 +108,11 @@ class Sharing:
         for ledger in self._ledgers.values():
             ledger.stand(0)
         for shared in self._joined:
-            with shared.changing():
-                shared.hold(0)
-        self._joined.clear()
+            shared.leave()
+        self._joined = []
+        if self._own_folder is not None:
+            shutil.rmtree(self._own_folder, ignore_errors=True)
+            self._own_folder = None
         if self._is_spread:
             self._is_spread = False
             if self._saved is None:
@@ -115,6 +122,8 @@ class Sharing:
 
     def _visible(self, kind: str) -> tuple[str, ...]:
         if kind == "simulated":
+            from pytest_gpumem.cards import visible_indices  # noqa: PLC0415  # they are shared
+
             count = len(self._settings.all_cards)
             return tuple(str(index) for index in visible_indices(count))
         listed = os.environ.get(_VISIBLE)
@@ -151,22 +160,18 @@ class Sharing:
     # -- what the processes have in common ----------------------------------------------
 
     @property
-    def folder(self) -> Path:
-        """Where this run's workers on this machine note what they hold."""
-        from pytest_gpumem.tenancy.load_lock import tenancy_folder  # noqa: PLC0415  # it is shared
-
-        run = "" if self.place is None else self.place.run
-        return tenancy_folder() / f"run-{run}"
+    def folder(self) -> str:
+        """Where this run's processes on this machine note what they hold."""
+        return os.path.join(tenancy_root(), f"run-{self._run}")  # noqa: PTH118  # asked for in every run
 
     def ledger(self, device: Device, index: int, total_bytes: int) -> Ledger:
         """Return what is promised of a card, among workers and, if real, other runs."""
         name = self.card_name(device, index)
         if name not in self._ledgers:
             from pytest_gpumem.tenancy.ledger import Ledger  # noqa: PLC0415  # it is shared
-            from pytest_gpumem.tenancy.load_lock import tenancy_folder  # noqa: PLC0415  # likewise
 
-            root = self.folder if device.kind == "simulated" else tenancy_folder()
-            self._ledgers[name] = Ledger(root / f"ledger-{name}", total_bytes)
+            root = self.folder if device.kind == "simulated" else tenancy_root()
+            self._ledgers[name] = Ledger(Path(root, f"ledger-{name}"), total_bytes)
         return self._ledgers[name]
 
     def stand(self, device: Device, index: int) -> None:
@@ -178,15 +183,19 @@ class Sharing:
             self.ledger(device, index, total).stand(held)
 
     def join_cards(self, machine: Any) -> None:
-        """Let the workers see each other's bytes on simulated cards."""
-        if self.place is None:
-            return
-        from pytest_gpumem.tenancy.shared_card import SharedCard  # noqa: PLC0415  # it is shared
+        """Let this process and its children, or the workers, see each other's bytes.
 
-        for index, card in enumerate(machine.cards):
-            folder = self.folder / f"card-{self._names[index]}"
-            self._joined.append(SharedCard(folder))
-            card.driver.tenants.append(self._joined[-1])
+        Args:
+            machine: The simulated one.
+        """
+        if self.place is None and not self._settings.reaches_children:
+            return
+        from pytest_gpumem.tenancy.shared_card import join_cards  # noqa: PLC0415  # torch is here
+
+        if self.place is None:
+            self._own_folder = self.folder
+        count = len(self._settings.all_cards)
+        self._joined = join_cards(machine.cards, self.folder, count)
 
     def card_name(self, device: Device, index: int) -> str:
         """Return what all processes that share a card call it."""
@@ -201,4 +210,4 @@ class Sharing:
             return self._num_retries <= most
         from pytest_gpumem.tenancy.counter import count_up  # noqa: PLC0415  # it happens seldom
 
-        return count_up(self.folder / "retries", most)
+        return count_up(Path(self.folder, "retries"), most)

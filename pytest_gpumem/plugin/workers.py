@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
+from pytest_gpumem.inheritance import tenancy_root
 from pytest_gpumem.plugin.sharing import VARIABLE, Place
 
 if TYPE_CHECKING:
@@ -54,6 +56,5 @@ class Workers:
 
     def pytest_unconfigure(self) -> None:
         """Remove what this machine's workers noted for each other."""
-        from pytest_gpumem.tenancy.load_lock import tenancy_folder  # noqa: PLC0415  # there were workers
-
-        shutil.rmtree(tenancy_folder() / f"run-{self._run}", ignore_errors=True)
+        folder = Path(tenancy_root(), f"run-{self._run}")
+        shutil.rmtree(folder, ignore_errors=True)
