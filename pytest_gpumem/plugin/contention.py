@@ -12,7 +12,6 @@ import json
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
-from _pytest.runner import runtestprotocol
 
 from pytest_gpumem.plugin import marks
 
@@ -135,7 +134,9 @@ class Contention:
             return None
         hook = item.ihook
         hook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-        reports = runtestprotocol(item, nextitem=nextitem, log=False)
+        # pytest's own plugin that runs tests; it has no other name that is public.
+        runner: Any = item.config.pluginmanager.get_plugin("runner")
+        reports = runner.runtestprotocol(item, nextitem=nextitem, log=False)
         contended = [each for each in reports if is_contended(each)]
         for report in contended or reports:
             hook.pytest_runtest_logreport(report=report)
