@@ -83,14 +83,44 @@ def test_tests_that_say_what_they_need_wait_for_it(pytester: pytest.Pytester) ->
     assert "contended" not in result.stdout.str()
 
 
-def test_without_sharing_each_worker_has_a_card(pytester: pytest.Pytester) -> None:
-    """--gpu-share=off is what simulated cards allow and real ones do not."""
+def test_workers_may_have_cards_of_their_own(pytester: pytest.Pytester) -> None:
+    """--gpu-share=own is what simulated cards allow and real ones do not."""
     pytester.makepyfile(test_a=UNDECLARED, test_b=WITH_FIXTURE)
 
-    result = pytester.runpytest(*OPTIONS, "-n", "2", "--gpu-share=off")
+    result = pytester.runpytest(*OPTIONS, "-n", "2", "--gpu-share=own")
 
     result.assert_outcomes(passed=4)
     assert "shared GPUs" not in result.stdout.str()
+
+
+def test_nobody_waits_where_sharing_is_off(pytester: pytest.Pytester) -> None:
+    """Then workers are in each other's way, as on a real card without a plugin."""
+    pytester.makepyfile(
+        """
+        import time
+        from pathlib import Path
+        import pytest
+        import torch
+
+        @pytest.mark.requires_vram("9GiB")
+        @pytest.mark.parametrize("number", range(2))
+        def test_needs_nine(number):
+            here = Path(__file__).parent
+            try:
+                weights = torch.empty(9 * 2**30, dtype=torch.uint8, device="cuda")
+            finally:
+                (here / f"tried-{number}").touch()
+                for _ in range(600):
+                    if len(list(here.glob("tried-*"))) == 2:
+                        break
+                    time.sleep(0.05)
+        """
+    )
+
+    result = pytester.runpytest(*OPTIONS, "-n", "2", "--gpu-share=off")
+
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(["*OutOfMemoryError*Process * has 9.00 GiB memory*"])
 
 
 @pytest.mark.parametrize("junit", [(), ("--junitxml=junit.xml",)], ids=["", "junit"])

@@ -65,7 +65,8 @@ def pytest_configure(config: pytest.Config) -> None:
         _gate(run, config)
     if run.settings.suggest is not None or run.settings.find_budget:
         _suggest(run, config)
-    if run.sharing.place is not None or run.choice.kind == "cuda":
+    is_real = run.choice.kind == "cuda" and run.settings.share == "equal"
+    if run.sharing.admits or is_real:
         _share(run, config, collection)
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(
@@ -104,7 +105,7 @@ def _control(run: Run, config: pytest.Config) -> None:
     history = History(config)
     config.pluginmanager.register(history, "gpumem-history")
     config.pluginmanager.register(SharingSummary(), "gpumem-sharing")
-    if is_distributed and run.settings.share != "off":
+    if is_distributed and run.settings.share != "own":
         config.pluginmanager.register(Workers(history), "gpumem-workers")
 
 
