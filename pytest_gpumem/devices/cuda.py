@@ -131,6 +131,27 @@ class CudaDevice:
         """Return free and total bytes; under a budget, what it leaves."""
         return torch.cuda.mem_get_info(index)
 
+    def card_id(self, index: int) -> str:
+        """Return a card's UUID."""
+        return f"GPU-{torch.cuda.get_device_properties(index).uuid}"
+
+    def context_bytes(self, index: int) -> int:
+        """Return what the driver counts beside the allocator's bytes."""
+        process = self.counted(index).process_bytes
+        return max((process or 0) - self._reserved(index), 0)
+
+    def others_bytes(self, index: int) -> int:
+        """Return the bytes of a card that other processes hold."""
+        cudart: Any = torch.cuda.cudart()
+        module = cudart.original if isinstance(cudart, _Cudart) else cudart
+        free, total = module.cudaMemGetInfo(index)
+        own = self._reserved(index) + self.context_bytes(index)
+        others: int = max(total - free - own, 0)
+        return others
+
+    def _reserved(self, index: int) -> int:
+        return self.memory_stats(index).get("reserved_bytes.all.current", 0)
+
     def memory_stats(self, index: int) -> Mapping[str, int]:
         """Return ``torch.cuda.memory_stats``; empty before CUDA is used."""
         return torch.cuda.memory_stats(index) if torch.cuda.is_initialized() else {}
@@ -220,11 +241,9 @@ class CudaDevice:
                 value=budget_bytes,
             )
         self._apply(index)
-        if budget_bytes is not None:
-            reserved = self.memory_stats(index).get("reserved_bytes.all.current", 0)
-            if reserved > budget_bytes:
-                # A cached segment would serve requests whatever the cap.
-                self.empty_cache()
+        if budget_bytes is not None and self._reserved(index) > budget_bytes:
+            # A cached segment would serve requests whatever the cap.
+            self.empty_cache()
         if not self._budgets:
             self._nvml_hook.stop()
             self._patches.restore()
@@ -272,8 +291,7 @@ class CudaDevice:
         """Return free and total bytes as a card shared with others shows them."""
         budget = self._budgets.get(index)
         if budget is not None:
-            reserved = self.memory_stats(index).get("reserved_bytes.all.current", 0)
-            free = min(free, max(budget - reserved, 0))
+            free = min(free, max(budget - self._reserved(index), 0))
         return free, total
 
     def block_bytes(self, storage: Any) -> int:
@@ -366,21 +384,21 @@ class CudaDevice:
 
 def _has_context(index: int) -> bool:
     """Tell whether this process has a context on a card, without making one."""
+    if not torch.cuda.is_initialized():
+        return False
     has_context: Any = getattr(torch._C, "_cuda_hasPrimaryContext", None)  # noqa: SLF001  # no public name; builds for CPUs lack it
-    return (
-        torch.cuda.is_initialized() and has_context is not None and has_context(index)
-    )
+    return has_context is None or bool(has_context(index))
 
 
 class _Cudart:
     """torch's CUDA runtime module, with ``cudaMemGetInfo`` under a budget."""
 
     def __init__(self, module: Any, device: CudaDevice) -> None:
-        self._module = module
+        self.original = module
         self._device = device
 
     def cudaMemGetInfo(self, index: int) -> tuple[int, int]:  # noqa: N802  # the runtime's name
-        return self._device.shared(index, *self._module.cudaMemGetInfo(index))
+        return self._device.shared(index, *self.original.cudaMemGetInfo(index))
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
+        return getattr(self.original, name)

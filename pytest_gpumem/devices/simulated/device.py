@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem.devices.nvml import CardCount, Reading
 from pytest_gpumem.devices.simulated.machine import OutOfMemory, innermost_machine
+from pytest_gpumem.devices.simulated_nvml import uuid_of
 from pytest_gpumem.model.records import MemoryFigures
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ class SimulatedTracker:
     def peek(self) -> MemoryFigures:
         """Return the figures up to now, to a caller that holds the card's lock."""
         allocator = self._allocator
-        context_bytes = self._card.card.context_bytes if self._reserved else 0
+        is_used = self._card.num_requests > 0
+        context_bytes = self._card.card.context_bytes if is_used else 0
         return MemoryFigures(
             device_index=self._card.index,
             peak_allocated_bytes=self._allocated,
@@ -100,6 +102,20 @@ class SimulatedDevice:
     def mem_get_info(self, index: int) -> tuple[int, int]:
         """Return free and total bytes; under a budget, what it leaves."""
         return self.machine.cards[index].mem_get_info()
+
+    def card_id(self, index: int) -> str:
+        """Return a card's UUID, as NVML has it."""
+        return uuid_of(index)
+
+    def context_bytes(self, index: int) -> int:
+        """Return what the driver counts beside the allocator's bytes."""
+        card = self.machine.cards[index]
+        return card.card.context_bytes if card.num_requests else 0
+
+    def others_bytes(self, index: int) -> int:
+        """Return the bytes of a card that other processes hold."""
+        driver = self.machine.cards[index].driver
+        return sum(nbytes for _pid, nbytes in driver.other_processes())
 
     def memory_stats(self, index: int) -> dict[str, int]:
         """Return ``torch.cuda.memory_stats``'s flat dictionary."""
