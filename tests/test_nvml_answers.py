@@ -197,14 +197,18 @@ def test_other_processes_come_from_nvml(
     assert () == other_processes(0)
 
 
+@pytest.mark.parametrize("as_bytes", [False, True])
 def test_a_budget_caps_the_right_card(
-    monkeypatch: pytest.MonkeyPatch, cuda: Any
+    monkeypatch: pytest.MonkeyPatch, cuda: Any, *, as_bytes: bool
 ) -> None:
     """NVML's second card is CUDA's first; one that CUDA does not see is left alone."""
     cards = Gpu("GPU-aa", MIB), Gpu("GPU-bb", MIB)
     module = FakeLibrary(*cards).install(monkeypatch)
     cuda("bb")
     patches = PatchSet()
+    if as_bytes:  # as older releases of nvidia-ml-py give it
+        uuid_of = module.nvmlDeviceGetUUID
+        module.nvmlDeviceGetUUID = lambda handle: uuid_of(handle).encode()
     handles = [module.nvmlDeviceGetHandleByIndex(index) for index in (0, 1)]
 
     cap_free_memory(module, patches, lambda index, _free, total: (index + 7, total))

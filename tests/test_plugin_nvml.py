@@ -178,6 +178,50 @@ def test_what_nvml_tells_counts(pytester: pytest.Pytester) -> None:
     assert 280 * MIB == call["context_bytes"]
 
 
+def test_a_card_may_be_lost_in_the_middle(pytester: pytest.Pytester) -> None:
+    """What was seen before is no peak; the test and the run go on."""
+    pytester.makeconftest(AS_REAL.format(ail="well"))
+    pytester.makepyfile(
+        """
+        import pytest
+        import pynvml
+        import torch
+
+        from fake_nvml import PROCESSES
+
+        def lose(is_lost):
+            (gpu,) = pynvml.nvmlLib.gpus
+            lost = pynvml.NVML_ERROR_GPU_IS_LOST
+            gpu.errors = {PROCESSES: lost, "nvmlDeviceGetMemoryInfo": lost}
+            gpu.errors = gpu.errors if is_lost else {}
+
+        @pytest.mark.max_vram("400MiB", metric="process")
+        def test_before():
+            torch.zeros(1, device="cuda")
+
+        def test_lost():
+            torch.zeros(1, device="cuda")
+            lose(True)
+
+        def test_after():
+            lose(False)
+            torch.zeros(1, device="cuda")
+        """
+    )
+    result = pytester.runpytest_inprocess(
+        "-p", "no:cacheprovider", "--gpu-report=json:report.json", "-v"
+    )
+
+    result.assert_outcomes(passed=3)
+    result.stdout.fnmatch_lines(
+        ["*unknown*unknown*::test_lost*", "process bytes unknown: *the card is lost*"]
+    )
+    for name, nbytes in (("before", 300 * MIB), ("lost", None), ("after", 300 * MIB)):
+        call = _call(pytester.path / "report.json", f"test_{name}")
+        assert nbytes == call["peak_process_bytes"], name
+        assert (nbytes is None) == (call["peak_card_bytes"] is None)
+
+
 def test_nothing_is_said_where_nobody_asks(pytester: pytest.Pytester) -> None:
     """A run without reports and such limits has no use for process bytes."""
     pytester.makeconftest(AS_REAL.format(ail="mismatch"))
