@@ -104,3 +104,16 @@ def test_suggestions_are_what_the_page_shows(pytester: pytest.Pytester) -> None:
 
     result.assert_outcomes(passed=2)
     result.stdout.fnmatch_lines(shown)
+
+
+def test_tests_beside_each_other_do_what_the_page_says(
+    pytester: pytest.Pytester,
+) -> None:
+    """All blocks are one file, run by two workers on one card of 16 GiB."""
+    pytester.makepyfile("\n".join(blocks("many-processes.md")))
+    result = pytester.runpytest(
+        *LIGHT, "-n", "2", "--gpu-card=16GiB", "--gpu-values=none"
+    )
+
+    result.assert_outcomes(passed=4)
+    assert "contended" not in result.stdout.str()
