@@ -119,3 +119,16 @@ def test_process_bytes_are_what_the_page_shows(pytester: pytest.Pytester) -> Non
     result.assert_outcomes(passed=2)
     result.stdout.fnmatch_lines([each.replace("1.36 GiB", "*iB") for each in shown])
     exec(script, {})  # noqa: S102  # the page's own
+
+
+def test_tests_beside_each_other_do_what_the_page_says(
+    pytester: pytest.Pytester,
+) -> None:
+    """All blocks are one file, run by two workers on one card of 16 GiB."""
+    pytester.makepyfile("\n".join(blocks("many-processes.md")))
+    result = pytester.runpytest(
+        *LIGHT, "-n", "2", "--gpu-card=16GiB", "--gpu-values=none"
+    )
+
+    result.assert_outcomes(passed=4)
+    assert "contended" not in result.stdout.str()

@@ -380,6 +380,34 @@ def test_nothing_is_left_behind(pytester: pytest.Pytester, tmp_path: Path) -> No
     assert [] == list((tmp_path / "tenancy").glob("run-*"))
 
 
+def test_a_killed_worker_gives_its_claim_back(
+    pytester: pytest.Pytester, tmp_path: Path
+) -> None:
+    """Its test fails, every other one has its turn, and nothing is left."""
+    pytester.makepyfile(
+        """
+        import os
+        import signal
+        from pathlib import Path
+        import pytest
+        import torch
+
+        @pytest.mark.requires_vram("12GiB")
+        @pytest.mark.parametrize("number", range(8))
+        def test_large(number):
+            weights = torch.empty(12 * 2**30, dtype=torch.uint8, device="cuda")
+            if number == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+        """
+    )
+
+    result = pytester.runpytest(*OPTIONS, "-n", "2", "--gpu-wait-timeout=120")
+
+    result.assert_outcomes(passed=7, failed=1)
+    result.stdout.fnmatch_lines(["*crashed while running *test_large?3?*"])
+    assert [] == [path for path in (tmp_path / "tenancy").rglob("*") if path.is_file()]
+
+
 def test_a_place_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker's children, and runs inside of it, are no workers."""
     place = Place(2, 8, "abc")
