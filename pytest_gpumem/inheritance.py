@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from typing import Final, NamedTuple
 
 VARIABLE: Final = "PYTEST_GPUMEM_CHILDREN"
+
+#: Names the folder that processes must share to know of one another.
+FOLDER_VARIABLE: Final = "PYTEST_GPUMEM_TENANCY"
 
 #: The key of a budget that holds for every card.
 EVERY_CARD: Final = ""
@@ -27,6 +31,8 @@ class Inheritance(NamedTuple):
         budgets: Sizes as text by card's index as text; ``EVERY_CARD`` for the others.
         rules: Injection rules as text.
         visible: The run's own ``CUDA_VISIBLE_DEVICES``, or None.
+        shared: Where the processes that share simulated cards note what they hold;
+            empty where they share none.
     """
 
     backend: str
@@ -36,6 +42,7 @@ class Inheritance(NamedTuple):
     budgets: dict[str, str]
     rules: tuple[str, ...] = ()
     visible: str | None = None
+    shared: str = ""
 
     @property
     def text(self) -> str:
@@ -76,6 +83,13 @@ class Inheritance(NamedTuple):
         return [
             int(name) if name.isdigit() else index for index, name in enumerate(names)
         ]
+
+
+def tenancy_root() -> str:
+    """Return the folder that this machine's processes of one user share."""
+    named = os.environ.get(FOLDER_VARIABLE)
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    return named or os.path.join(tempfile.gettempdir(), f"pytest-gpumem-{user}")  # noqa: PTH118  # light
 
 
 def _entries(visible: str | None) -> list[str]:

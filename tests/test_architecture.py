@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "instruments": GROUND | {"model", "devices", "instruments"},
     "tenancy": GROUND | {"model", "tenancy"},
     "reports": GROUND | {"model", "reports"},
-    "children": GROUND | {"model", "devices", "instruments", "children"},
+    "children": GROUND | {"model", "devices", "instruments", "tenancy", "children"},
     "baselines": GROUND | {"baselines"},
     "suggestions": GROUND | {"suggestions"},
     "checkpoints": GROUND | {"checkpoints"},
@@ -58,6 +58,7 @@ MAY_IMPORT = {
         "checkpoints",
         "suggestions",
         "children",
+        "tenancy",
         "plugin",
     },
 }

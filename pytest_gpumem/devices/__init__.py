@@ -50,6 +50,18 @@ class Device(Protocol):
     def mem_get_info(self, index: int) -> tuple[int, int]:
         """Return free and total bytes, as user code sees them."""
 
+    def card_id(self, index: int) -> str:
+        """Return a card's UUID, by which every process knows it."""
+
+    def context_bytes(self, index: int) -> int:
+        """Return what the driver counts for this process beside the allocator's bytes.
+
+        0 before the card is used, and where the driver does not say.
+        """
+
+    def others_bytes(self, index: int) -> int:
+        """Return the bytes of a card that other processes hold."""
+
     def memory_stats(self, index: int) -> Mapping[str, int]:
         """Return ``torch.cuda.memory_stats``'s flat dictionary."""
 

@@ -68,9 +68,7 @@ class CudaTracker:
             num_ooms=stats.get("num_ooms", 0) - self._start.get("num_ooms", 0),
             num_alloc_retries=stats.get("num_alloc_retries", 0)
             - self._start.get("num_alloc_retries", 0),
-            context_bytes=_context_bytes(
-                self._index, stats.get("reserved_bytes.all.current", 0)
-            ),
+            context_bytes=self._device.context_bytes(self._index),
         )
 
     def peek(self) -> MemoryFigures:
@@ -82,14 +80,6 @@ class CudaTracker:
         figures = self.read()
         self._device.drop(self)
         return figures
-
-
-def _context_bytes(index: int, reserved_bytes: int) -> int:
-    """Return what the driver counts for this process beside the allocator's bytes."""
-    if not torch.cuda.is_initialized():
-        return 0
-    nvml_index = torch.cuda._get_nvml_device_index(index)  # noqa: SLF001  # heeds CUDA_VISIBLE_DEVICES
-    return max((process_bytes(nvml_index) or 0) - reserved_bytes, 0)
 
 
 class CudaDevice:
@@ -130,6 +120,29 @@ class CudaDevice:
     def mem_get_info(self, index: int) -> tuple[int, int]:
         """Return free and total bytes; under a budget, what it leaves."""
         return torch.cuda.mem_get_info(index)
+
+    def card_id(self, index: int) -> str:
+        """Return a card's UUID."""
+        return f"GPU-{torch.cuda.get_device_properties(index).uuid}"
+
+    def context_bytes(self, index: int) -> int:
+        """Return what the driver counts beside the allocator's bytes."""
+        if not torch.cuda.is_initialized():
+            return 0
+        nvml_index = torch.cuda._get_nvml_device_index(index)  # noqa: SLF001  # heeds CUDA_VISIBLE_DEVICES
+        return max((process_bytes(nvml_index) or 0) - self._reserved(index), 0)
+
+    def others_bytes(self, index: int) -> int:
+        """Return the bytes of a card that other processes hold."""
+        cudart: Any = torch.cuda.cudart()
+        module = cudart.original if isinstance(cudart, _Cudart) else cudart
+        free, total = module.cudaMemGetInfo(index)
+        own = self._reserved(index) + self.context_bytes(index)
+        others: int = max(total - free - own, 0)
+        return others
+
+    def _reserved(self, index: int) -> int:
+        return self.memory_stats(index).get("reserved_bytes.all.current", 0)
 
     def memory_stats(self, index: int) -> Mapping[str, int]:
         """Return ``torch.cuda.memory_stats``; empty before CUDA is used."""
@@ -212,11 +225,9 @@ class CudaDevice:
                 value=budget_bytes,
             )
         self._apply(index)
-        if budget_bytes is not None:
-            reserved = self.memory_stats(index).get("reserved_bytes.all.current", 0)
-            if reserved > budget_bytes:
-                # A cached segment would serve requests whatever the cap.
-                self.empty_cache()
+        if budget_bytes is not None and self._reserved(index) > budget_bytes:
+            # A cached segment would serve requests whatever the cap.
+            self.empty_cache()
         if not self._budgets:
             self._patches.restore()
 
@@ -261,8 +272,7 @@ class CudaDevice:
         """Return free and total bytes as a card shared with others shows them."""
         budget = self._budgets.get(index)
         if budget is not None:
-            reserved = self.memory_stats(index).get("reserved_bytes.all.current", 0)
-            free = min(free, max(budget - reserved, 0))
+            free = min(free, max(budget - self._reserved(index), 0))
         return free, total
 
     def block_bytes(self, storage: Any) -> int:
@@ -357,11 +367,11 @@ class _Cudart:
     """torch's CUDA runtime module, with ``cudaMemGetInfo`` under a budget."""
 
     def __init__(self, module: Any, device: CudaDevice) -> None:
-        self._module = module
+        self.original = module
         self._device = device
 
     def cudaMemGetInfo(self, index: int) -> tuple[int, int]:  # noqa: N802  # the runtime's name
-        return self._device.shared(index, *self._module.cudaMemGetInfo(index))
+        return self._device.shared(index, *self.original.cudaMemGetInfo(index))
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
+        return getattr(self.original, name)

@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 
 
 #: Properties that hold for every attempt at a test.
-_LASTING: Final = ("gpumem.fixture.", marks.SMALLEST_PROPERTY)
+_LASTING: Final = (
+    "gpumem.fixture.",
+    marks.SMALLEST_PROPERTY,
+    marks.WAIT_PROPERTY,
+    marks.CONTENTION_PROPERTY,
+)
 
 
 class Phases:
@@ -87,7 +92,7 @@ class Phases:
         if wishes is not None and item.get_closest_marker("skip") is None:
             self._run.require_device()
         if self._run.device is not None:
-            self._clean(self._run.device)
+            self.clean(self._run.device)
             self._run.apply_budgets(() if wishes is None else wishes.budgets)
             self._take_up(item, self._run.device)
             self._start_timeline(self._run.device)
@@ -319,7 +324,7 @@ class Phases:
 
     # -- between tests --------------------------------------------------------------------
 
-    def _clean(self, device: Device) -> None:
+    def clean(self, device: Device) -> None:
         """Give back what the test before left in caches, tracebacks and cycles."""
         if device.num_requests == self._seen_requests:
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from pytest_gpumem.devices.nvml import uuid_of
 from pytest_gpumem.devices.simulated.machine import OutOfMemory
 from pytest_gpumem.model.records import MemoryFigures
 
@@ -93,6 +94,20 @@ class SimulatedDevice:
     def mem_get_info(self, index: int) -> tuple[int, int]:
         """Return free and total bytes; under a budget, what it leaves."""
         return self.machine.cards[index].mem_get_info()
+
+    def card_id(self, index: int) -> str:
+        """Return a card's UUID, as NVML has it."""
+        return uuid_of(index)
+
+    def context_bytes(self, index: int) -> int:
+        """Return what the driver counts beside the allocator's bytes."""
+        card = self.machine.cards[index]
+        return card.card.context_bytes if card.num_requests else 0
+
+    def others_bytes(self, index: int) -> int:
+        """Return the bytes of a card that other processes hold."""
+        driver = self.machine.cards[index].driver
+        return sum(nbytes for _pid, nbytes in driver.other_processes())
 
     def memory_stats(self, index: int) -> dict[str, int]:
         """Return ``torch.cuda.memory_stats``'s flat dictionary."""
