@@ -2,7 +2,7 @@
 
 The task is a load of bert-large in single precision, ``.to("cuda")`` and a forward of 8 x
 128 tokens; see ``peer_runs.py``. The truth is ``tests/recordings``. Each tool runs in
-processes of its own, all of them in turn, and the fastest run counts. What is not
+processes of its own with one thread, all of them in turn, and the fastest run counts. What is not
 installed is left out: FakeGPU is on no package index; put a clone of it on PYTHONPATH.
 
 Run: ``python benchmarks/peers.py``
@@ -61,7 +61,11 @@ def measure(name: str, path: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         command = [sys.executable, str(HERE / "peer_runs.py"), name, path, str(result)]
-        run = subprocess.run(command, check=False, capture_output=True, text=True)
+        # One thread each: what else the machine does counts less then.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        run = subprocess.run(
+            command, check=False, capture_output=True, text=True, env=environment
+        )
         if not result.exists():
             return {"failed": (run.stderr.strip().splitlines() or ["no output"])[-1]}
         found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))

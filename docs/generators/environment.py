@@ -18,6 +18,8 @@ NOTES: Final = {
     "PYTEST_GPUMEM_TENANCY": "the folder through which processes know of one another: "
     "`gpu_load_lock` and cards that several processes share; else a folder of the user "
     "in the temporary one",
+    "PYTEST_GPUMEM_WORKER": "set by a run for its pytest-xdist workers, to tell each its "
+    "place; not for you to set",
     "PYTEST_GPUMEM_CHILDREN": "set by a run for its child processes, to hand over device, "
     "budgets and rules; not for you to set",
     "CUDA_VISIBLE_DEVICES": "which cards are seen, and in which order; simulated cards "

@@ -50,6 +50,31 @@ def test_more_does_not_fit():
         torch.empty(65 * 2**20, dtype=torch.uint8, device="cuda")
 """,
     ),
+    "requires_vram": Note(
+        {"size": SIZE, "device": "the card's index"},
+        """
+import pytest
+import torch
+
+
+@pytest.mark.requires_vram("6GiB")
+def test_it_waits_for_its_bytes():
+    torch.ones(3, device="cuda")
+""",
+    ),
+    "gpu_exclusive": Note(
+        {"device": "the card's index; `None` means each card"},
+        """
+import pytest
+import torch
+
+
+@pytest.mark.gpu_exclusive
+def test_it_may_take_what_is_free():
+    free, _total = torch.cuda.mem_get_info()
+    torch.empty(free // 4, dtype=torch.uint8, device="cuda")
+""",
+    ),
     "max_vram": Note(
         {
             "limit": SIZE,
