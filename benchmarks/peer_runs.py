@@ -29,15 +29,21 @@ FAKEGPU_CARD, FAKEGPU_SMALL_CARD = "t4", "test-512m"
 
 
 def task(
-    path: str, device: str, *, note: Callable[[str], None] = lambda _: None
+    path: str,
+    device: str,
+    *,
+    note: Callable[[str], None] = lambda _: None,
+    mend: Callable[[Any], None] = lambda _: None,
 ) -> Any:
-    """Load, move and pass, as a user would write it."""
+    """Load, move and pass, as a user would write it; ``mend`` comes after the load."""
     import torch  # noqa: PLC0415  # some peers must come before it
     from transformers import AutoModelForSequenceClassification  # noqa: PLC0415  # likewise
 
     model = AutoModelForSequenceClassification.from_pretrained(
         path, attn_implementation="sdpa"
-    ).to(device)
+    )
+    mend(model)
+    model.to(device)
     note("load")
     with torch.no_grad():
         return _forward(model, device, note)
@@ -56,6 +62,15 @@ def adapted_task(
         model = auto.from_config(config, attn_implementation="sdpa").eval()
         note("load")
         return _forward(model, device, note)
+
+
+def mend_buffers(model: Any) -> None:
+    """Set what FakeGPU leaves as it was in memory: buffers that no file holds."""
+    import torch  # noqa: PLC0415  # likewise
+
+    embeddings = model.bert.embeddings
+    embeddings.position_ids = torch.arange(512)[None]
+    embeddings.token_type_ids = torch.zeros(1, 512, dtype=torch.int64)
 
 
 def _forward(model: Any, device: str, note: Callable[[str], None]) -> Any:
@@ -85,12 +100,12 @@ class CudaPeaks:
 
 
 def timed(run: Callable[[], dict[str, int]]) -> dict[str, Any]:
-    """Return the figures of a second run, and its seconds."""
+    """Return the figures of a second run, and its seconds of processor time."""
     run()
     gc.collect()
-    started_s = time.perf_counter()
+    started_s = time.process_time()
     found = run()
-    return {"seconds": time.perf_counter() - started_s, **found}
+    return {"seconds": time.process_time() - started_s, **found}
 
 
 def attempt(run: Callable[[], Any]) -> str:
@@ -152,9 +167,9 @@ def memray(path: str) -> dict[str, Any]:
             "def test_first():\n"
             f"    task({path!r}, 'cpu')\n"
             "def test_task():\n"
-            "    began = time.perf_counter()\n"
+            "    began = time.process_time()\n"
             f"    task({path!r}, 'cpu')\n"
-            f"    open({str(folder / 'seconds')!r}, 'w').write(str(time.perf_counter() - began))\n",
+            f"    open({str(folder / 'seconds')!r}, 'w').write(str(time.process_time() - began))\n",
             encoding="utf-8",
         )
         options = ["-q", "--rootdir", name, "-p", "no:cacheprovider", "-p", "no:gpumem"]
@@ -252,7 +267,7 @@ def fakegpu(path: str, card: str = FAKEGPU_CARD) -> dict[str, Any]:
     def run() -> dict[str, int]:
         torch.cuda.reset_peak_memory_stats()
         peaks = CudaPeaks()
-        adapted_task(path, "cuda", note=peaks.note)
+        task(path, "cuda", note=peaks.note, mend=mend_buffers)
         return peaks.found
 
     found = {"unmodified": attempt(lambda: task(path, "cuda"))}

@@ -2,7 +2,8 @@
 
 The task is a load of bert-large in single precision, ``.to("cuda")`` and a forward of 8 x
 128 tokens; see ``peer_runs.py``. The truth is ``tests/recordings``. Each tool runs in
-processes of its own with one thread, all of them in turn, and the fastest run counts. What is not
+processes of its own with one thread, all of them in turn, and the fastest run counts, in
+processor time. What is not
 installed is left out: FakeGPU is on no package index; put a clone of it on PYTHONPATH.
 
 Run: ``python benchmarks/peers.py``
@@ -52,7 +53,7 @@ PEERS: Final = (
     Peer("memtracker", "MemTracker", "torch", 'the task with `"cpu"`'),
     Peer("fake", "FakeTensorMode with MemTracker", "torch", "`from_config`"),
     Peer("accelerate", "accelerate's estimate", "accelerate", "`from_config`, no run"),
-    Peer("fakegpu", "FakeGPU", "fakegpu", "`from_config`"),
+    Peer("fakegpu", "FakeGPU", "fakegpu", "the task, its buffers set anew"),
 )
 
 
@@ -116,11 +117,11 @@ def row(peer: Peer, found: dict[str, Any], truth: dict[str, Any], cpu_s: float) 
     title = f"{peer.title} {version(peer.package)}".strip()
     reason = found.get("missing") or found.get("failed")
     if reason:
-        return f"| {title} | not run: {reason} | | | | | |"
+        return f"| {title} | not run: {reason} | | | | | | | |"
     cells = [title, peer.way]
     cells += [
         difference(found[step], truth[step]) if step in found else "says nothing"
-        for step in ("load_bytes", "forward_bytes")
+        for step in ("load_bytes", "forward_bytes", "reserved_bytes")
     ]
     cells += [
         f"{found['seconds'] / cpu_s:.2f}",
@@ -161,14 +162,15 @@ def main() -> None:
     cpu_s = found["cpu"]["seconds"]
     print(
         f"Recorded: {truth['load_bytes']:,} bytes after the load, "
-        f"{truth['forward_bytes']:,} at the forward's peak "
-        f"({format_size(truth['forward_bytes'])}); on the CPU the task takes "
-        f"{cpu_s:.2f} s.\n"
+        f"{truth['forward_bytes']:,} at the forward's peak, "
+        f"{truth['reserved_bytes']:,} reserved "
+        f"({format_size(truth['forward_bytes'])}). On the CPU the task takes "
+        f"{cpu_s:.2f} s of processor time.\n"
     )
     print(
-        "| tool | runs | after the load | the forward's peak | time / CPU | task as it "
-        "stands | on a card too small | can fail a chosen allocation |\n"
-        f"|{'---|' * 8}"
+        "| tool | runs | after the load | the forward's peak | peak reserved | time / CPU "
+        "| task as it stands | on a card too small | can fail a chosen allocation |\n"
+        f"|{'---|' * 9}"
     )
     for peer in PEERS:
         print(row(peer, found[peer.name], truth, cpu_s))
