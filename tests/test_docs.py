@@ -10,10 +10,15 @@ import pytest
 import torch  # an inner run would import it anew, which torch does not survive
 from transformers import BertForSequenceClassification  # noqa: F401  # likewise
 
+import pytest_gpumem
+from pytest_gpumem.plugin.marks import DESCRIPTIONS
+from pytest_gpumem.plugin.options import OPTIONS
+
 pytest_plugins = ["pytester"]
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = runpy.run_path(str(DOCS / "generate.py"))["PAGES"]
+REFERENCE = [Path(name).stem for name in PAGES if name.startswith("reference/")]
 LIGHT = ("-p", "no:cacheprovider")
 
 
@@ -28,6 +33,47 @@ def test_a_generated_page_is_in_step(name: str) -> None:
     """Otherwise: run python docs/generate.py."""
     assert torch.__version__
     assert (DOCS / name).read_text(encoding="utf-8") == PAGES[name]()
+
+
+def test_the_reference_is_complete() -> None:
+    """Every option, marker, fixture and public name is there, and has its words."""
+    pages = {name: PAGES[f"reference/{name}.md"]() for name in REFERENCE}
+
+    for option in OPTIONS:
+        assert f"`{option.ini}`" in pages["options"]
+    for description in DESCRIPTIONS:
+        name = re.split(r"[:(]", description)[0]
+        assert f"## {name}\n" in pages["markers"]
+    for name in set(pytest_gpumem.__all__) - {"__version__"}:
+        assert f"### {name}\n" in pages["api"]
+    assert "scope `session`" in pages["fixtures"].partition("## bert_large")[2]
+    for name in ("checkpoint", "merge", "Exit codes"):
+        assert f"## {name}\n" in pages["command-line"]
+    assert "read by" not in pages["environment"], "say what the variable means"
+
+
+def test_the_examples_of_markers_run(pytester: pytest.Pytester) -> None:
+    """As they stand, and swept."""
+    examples = [each for each in blocks("reference/markers.md") if "import" in each]
+    pytester.makepyfile(**{f"test_{n}": each for n, each in enumerate(examples)})
+
+    result = pytester.runpytest(*LIGHT, "--gpu-backend=simulated", "--gpu-oom-sweep")
+
+    assert len(examples) > 1
+    assert {"passed", "skipped"} == set(result.parseoutcomes())
+    result.stdout.fnmatch_lines(["*1 skipped*"])
+
+
+def test_the_ini_example_is_accepted(pytester: pytest.Pytester) -> None:
+    """A card, a budget, and what may be repeated."""
+    text = (DOCS / "reference" / "options.md").read_text(encoding="utf-8")
+    pytester.makepyprojecttoml(text.partition("```toml\n")[2].partition("```")[0])
+    pytester.makepyfile("def test_it(pytestconfig): pass")
+
+    result = pytester.runpytest_subprocess(*LIGHT)
+
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["gpumem: * card NVIDIA A100*, budget 4GiB"])
 
 
 @pytest.mark.parametrize(
