@@ -68,14 +68,15 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(
             SummaryPlugin(collection.phases, config), "gpumem-summary"
         )
-        if run.settings.reports or os.environ.get("GITHUB_STEP_SUMMARY"):
-            _report(run, config)
+    if run.settings.reports or os.environ.get("GITHUB_STEP_SUMMARY"):
+        _report(run, config)
 
 
 def _report(run: Run, config: pytest.Config) -> None:
-    from pytest_gpumem.plugin.reporting import Reporting  # noqa: PLC0415  # one was asked for
+    from pytest_gpumem.plugin.reporting import MachineNote, Reporting  # noqa: PLC0415  # one was asked for
 
-    config.pluginmanager.register(Reporting(run, config), "gpumem-reports")
+    kind = MachineNote if hasattr(config, "workerinput") else Reporting
+    config.pluginmanager.register(kind(run, config), "gpumem-reports")
 
 
 def _suggest(run: Run, config: pytest.Config) -> None:
