@@ -1,7 +1,7 @@
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const SIZE = 50;
+  const SIZE = 25;
   const COLOURS = ["#2563c9", "#a8480f", "#1b7a3d", "#8a3ab9", "#a12f5b", "#176f7d", "#77620b", "#4f5bd5"];
   const byId = (id) => document.getElementById(id);
 
@@ -83,7 +83,7 @@
       return el("th", { class: n ? "n" : "", scope: "col", "aria-sort": sort }, button);
     }));
     byId("tests").tBodies[0].replaceChildren(...list.slice(page * SIZE, page * SIZE + SIZE).map((row) => {
-      const name = el("button", { type: "button", class: "name", click: () => { chosen = row; draw(); detail(row.test); } }, row.nodeid);
+      const name = el("button", { type: "button", class: "name", click: () => { chosen = row; draw(); detail(row.test); byId("detail").scrollIntoView({ block: "start" }); } }, row.nodeid);
       const bad = row.outcome === "failed" || row.outcome === "error";
       return el("tr", { class: row === chosen ? "chosen" : "" }, el("td", { class: "wide" }, name),
         el("td", { class: bad ? "bad" : row.outcome === "passed" ? "good" : "" }, row.outcome),
