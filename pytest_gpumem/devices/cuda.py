@@ -265,6 +265,11 @@ class CudaDevice:
             free = min(free, max(budget - reserved, 0))
         return free, total
 
+    def block_address(self, storage: Any) -> int | None:
+        """Return where the block under a storage is; None for one on the host."""
+        address: int = storage.data_ptr()
+        return address if storage.device.type == "cuda" else None
+
     def block_bytes(self, storage: Any) -> int:
         """Return the bytes of the block under a storage, from a snapshot.
 

@@ -124,6 +124,14 @@ class SimulatedDevice:
         nbytes: int = memory.block.size
         return nbytes
 
+    def block_address(self, storage: Any) -> int | None:
+        """Return where the block under a storage is; None for one on the host."""
+        memory = getattr(storage, "_gpumem", None)
+        if memory is None or memory.block is None:
+            return None
+        address: int = memory.block.address
+        return address
+
     def holds(self, storage: Any, index: int) -> bool:
         """Tell whether a storage is on a card of this machine, and of no other."""
         memory = getattr(storage, "_gpumem", None)
