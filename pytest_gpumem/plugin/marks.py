@@ -50,6 +50,9 @@ LIMIT_PROPERTY: Final = "gpumem.max_vram"
 #: A test's property: the smallest budget under which it passes.
 SMALLEST_PROPERTY: Final = "gpumem.smallest_budget"
 
+#: A test's property: why that was not sought or found, or what was amiss in it.
+SMALLEST_NOTE_PROPERTY: Final = "gpumem.smallest_budget_note"
+
 #: Kinds of reports that show timelines.
 DETAILED: Final = ("json", "html")
 
