@@ -110,3 +110,16 @@ def test_a_name_that_ends_among_others_stays_with_them() -> None:
     assert [("a of M", 2)] == [
         (each["site"], each["blocks"]) for each in group_blocks(blocks, most=12)
     ]
+
+
+def test_little_sites_leave_their_place_to_owners() -> None:
+    """What matters is told in detail."""
+    blocks = [
+        *(LiveBlock(1, f"site {n}") for n in range(20)),
+        *(LiveBlock(1000 - n, "s", "M", (f"part{n}",)) for n in range(5)),
+    ]
+
+    groups = group_blocks(blocks, most=5)
+
+    assert [f"part{n} of M" for n in range(5)] == [each["site"] for each in groups[:5]]
+    assert 20 == groups[5]["bytes"]

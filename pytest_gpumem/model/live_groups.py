@@ -6,10 +6,12 @@ import re
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 #: Groups by owner that there are at least room for.
 _FEWEST: Final = 4
+#: A site of a smaller share than this leaves its place to owners.
+_LITTLE: Final = 0.01
 #: Owners of a group that are named.
 _NAMED: Final = 3
 
@@ -54,7 +56,12 @@ def group_blocks(blocks: Iterable[LiveBlock], *, most: int) -> list[dict[str, An
             owned.setdefault((each.role, each.kind), []).append(each)
         else:
             sites.setdefault(each.site, []).append(each)
-    room = max(most - len(sites), _FEWEST)
+    total = sum(each.nbytes for several in (sites, owned) for each in _all(several))
+    shown = sum(
+        sum(each.nbytes for each in members) >= total * _LITTLE
+        for members in sites.values()
+    )
+    room = max(most - shown, _FEWEST)
     groups = [
         *((site, members) for site, members in sites.items()),
         *(
@@ -77,6 +84,10 @@ def group_blocks(blocks: Iterable[LiveBlock], *, most: int) -> list[dict[str, An
             }
         )
     return found
+
+
+def _all(groups: Mapping[Any, Sequence[LiveBlock]]) -> Iterator[LiveBlock]:
+    return (each for members in groups.values() for each in members)
 
 
 def _group(nbytes: int, text: str, members: Sequence[LiveBlock]) -> dict[str, Any]:

@@ -189,6 +189,11 @@
     for (const s of steps) for (const problem of s.problems) out.push(el("p", { class: "bad" }, s.cause + ": " + problem));
     return out;
   }
+  // The model's class is said once, at the group.
+  function shortened(owner, site) {
+    const at = owner.lastIndexOf(" of ");
+    return at > 0 && site.endsWith(owner.slice(at)) ? owner.slice(0, at) : owner;
+  }
   function detail(test) {
     const out = [el("h2", {}, test.nodeid), el("p", { class: "soft" }, test.environment + (test.host ? ", on " + test.host : ""))];
     if (test.broken_limit) out.push(el("p", { class: "bad" }, test.broken_limit));
@@ -201,7 +206,7 @@
       if (card.live_at_peak.length) {
         out.push(el("h3", {}, "Live at the peak, " + bytes(card.peak_bytes)), treemap(card.live_at_peak),
           grid([["owner or site", 0], ["largest of them", 0], ["blocks", 1], ["bytes", 1]], card.live_at_peak.map((g) => [g.site,
-            el("div", { class: "soft" }, ...(g.largest || []).map((l) => el("div", {}, bytes(l.bytes) + " " + l.owner))), g.blocks || "", bytes(g.bytes)])));
+            el("div", { class: "soft" }, ...(g.largest || []).map((l) => el("div", {}, bytes(l.bytes) + " " + shortened(l.owner, g.site)))), g.blocks || "", bytes(g.bytes)])));
       }
     }
     if (test.limits.length) {
