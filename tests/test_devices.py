@@ -188,6 +188,17 @@ def test_a_block_has_the_allocators_size(device: Device) -> None:
     assert 1024 == device.block_bytes(tensor.untyped_storage())
 
 
+def test_a_block_has_an_address(device: Device) -> None:
+    """A view's is its base's; what is on the host has none."""
+    one, other = _mib(1), _mib(1)
+    storages = [each.untyped_storage() for each in (one, other, one[8:])]
+
+    first, second, third = (device.block_address(each) for each in storages)
+
+    assert first == third != second
+    assert None is device.block_address(torch.zeros(1).untyped_storage())
+
+
 def test_requests_are_counted(device: Device) -> None:
     """The number of requests grows with every allocation, and only then."""
     before = device.num_requests
