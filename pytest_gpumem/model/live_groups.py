@@ -93,7 +93,7 @@ def _all(groups: Mapping[Any, Sequence[LiveBlock]]) -> Iterator[LiveBlock]:
 def _group(nbytes: int, text: str, members: Sequence[LiveBlock]) -> dict[str, Any]:
     group: dict[str, Any] = {"site": text, "bytes": nbytes, "blocks": len(members)}
     if members[0].path and len(members) > 1:
-        largest = sorted(members, key=lambda each: (-each.nbytes, each.path))
+        largest = sorted(members, key=lambda each: -each.nbytes)
         group["largest"] = [
             {"owner": each.owner, "bytes": each.nbytes} for each in largest[:_NAMED]
         ]

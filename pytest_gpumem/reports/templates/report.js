@@ -128,6 +128,13 @@
     mark.style.background = colour;
     return el("span", {}, mark, text);
   }
+  // A site is told by its beginning, an owner by its end.
+  function cut(text, room) {
+    const at = text.lastIndexOf(" of ");
+    const own = at > 0 && !text.slice(0, at).includes(":") ? text.slice(0, at) : "";
+    if (own) return own.length > room ? "…" + own.slice(own.length - room + 1) : own;
+    return text.length > room ? text.slice(0, room - 1) + "…" : text;
+  }
   // Squarified in one level: rows of blocks, each as near to a square as its row allows.
   function treemap(groups) {
     const W = 1160, H = 220, total = groups.reduce((sum, g) => sum + g.bytes, 0);
@@ -153,8 +160,7 @@
         const room = Math.floor((box[2] - 14) / 7);
         if (room >= 8 && box[3] > 22) {
           part.append(svg("text", { x: box[0] + 7, y: box[1] + 17, class: "in" }, bytes(r.g.bytes)));
-          const site = r.g.site.length > room ? r.g.site.slice(0, room - 1) + "…" : r.g.site;
-          if (box[3] > 40) part.append(svg("text", { x: box[0] + 7, y: box[1] + 34, class: "in" }, site));
+          if (box[3] > 40) part.append(svg("text", { x: box[0] + 7, y: box[1] + 34, class: "in" }, cut(r.g.site, room)));
         }
         root.append(part);
         along += long;
@@ -198,6 +204,11 @@
     const out = [el("h2", {}, test.nodeid), el("p", { class: "soft" }, test.environment + (test.host ? ", on " + test.host : ""))];
     if (test.broken_limit) out.push(el("p", { class: "bad" }, test.broken_limit));
     if (test.incident) out.push(el("p", { class: "bad" }, test.incident));
+    if (test.limits.length) {
+      out.push(el("h3", {}, "Limits"), grid([["metric", 0], ["card", 0], ["phase", 0], ["limit", 1], ["measured", 1], ["", 1]],
+        test.limits.map((l) => [l.metric, l.device_index === null ? "all" : "cuda:" + l.device_index, l.phase, bytes(l.limit_bytes), bytes(l.measured_bytes),
+          el("td", { class: l.held ? "n good" : "n bad" }, l.held ? "held" : "broken")])));
+    }
     if (test.timeline === null) out.push(el("p", { class: "soft" }, "No timeline: this device shows no single allocations."));
     for (const card of test.timeline || []) {
       out.push(el("h3", {}, "cuda:" + card.device_index + " over time"), timeline(card),
@@ -205,14 +216,10 @@
           card.budget_bytes === null ? el("span", {}, "no budget") : swatch("var(--bad)", "budget " + bytes(card.budget_bytes))));
       if (card.live_at_peak.length) {
         out.push(el("h3", {}, "Live at the peak, " + bytes(card.peak_bytes)), treemap(card.live_at_peak),
-          grid([["owner or site", 0], ["largest of them", 0], ["blocks", 1], ["bytes", 1]], card.live_at_peak.map((g) => [g.site,
-            el("div", { class: "soft" }, ...(g.largest || []).map((l) => el("div", {}, bytes(l.bytes) + " " + shortened(l.owner, g.site)))), g.blocks || "", bytes(g.bytes)])));
+          grid([["owner or site", 0], ["blocks", 1], ["bytes", 1]], card.live_at_peak.map((g) => [
+            el("div", {}, g.site, ...(g.largest || []).map((l) => el("div", { class: "soft small" }, bytes(l.bytes) + "  " + shortened(l.owner, g.site)))),
+            g.blocks || "", bytes(g.bytes)])));
       }
-    }
-    if (test.limits.length) {
-      out.push(el("h3", {}, "Limits"), grid([["metric", 0], ["card", 0], ["phase", 0], ["limit", 1], ["measured", 1], ["", 1]],
-        test.limits.map((l) => [l.metric, l.device_index === null ? "all" : "cuda:" + l.device_index, l.phase, bytes(l.limit_bytes), bytes(l.measured_bytes),
-          el("td", { class: l.held ? "n good" : "n bad" }, l.held ? "held" : "broken")])));
     }
     for (const each of test.fallbacks) out.push(...staircase(each));
     for (const each of test.sweeps) out.push(...sweep(each));
