@@ -97,7 +97,8 @@ def test_a_tracker_sees_the_peak_and_the_end(device: Device) -> None:
     start = figures.start_allocated_bytes
     assert start >= kept.numel()
     assert start + 50 * MIB == figures.peak_allocated_bytes
-    assert start == figures.end_allocated_bytes
+    assert start == figures.end_allocated_bytes == figures.end_active_bytes
+    assert kept.numel() <= figures.end_requested_bytes <= start
     assert figures.peak_reserved_bytes >= figures.peak_allocated_bytes
 
 

@@ -21,6 +21,7 @@ from pytest_gpumem.reports import page as page_module  # an inner run keeps it
 pytest_plugins = ["pytester"]
 
 SCHEMA = Path(pytest_gpumem.__file__).parent / "reports" / "report.schema.json"
+T4 = "Tesla T4, simulated, torch " + ".".join(torch.__version__.split(".")[:2])
 T4_BYTES = find_card("T4")[0].total_bytes
 TESTS = """
     import pytest
@@ -115,8 +116,7 @@ def test_every_kind_is_written_in_every_way(
     """JSON by its schema, a page that no test's name breaks, Markdown, a summary."""
     Baseline(
         {
-            "Tesla T4, simulated, torch "
-            + ".".join(torch.__version__.split(".")[:2]): {
+            T4: {
                 "test_limits.py::test_under": {"allocated": 2**19, "reserved": 2**21},
                 "test_it.py::test_gone": {"allocated": 7},
             }
@@ -284,3 +284,37 @@ def test_a_step_summary_that_cannot_be_written_fails_nothing(
 
     assert pytest.ExitCode.OK == done.ret
     done.stdout.fnmatch_lines(["GITHUB_STEP_SUMMARY: *cannot be written*"])
+
+
+def test_a_report_says_what_an_update_changed(pytester: pytest.Pytester) -> None:
+    """Against the file as it was: nothing of that is a regression."""
+    known = {"test_it.py::test_it": {"allocated": 7}, "test_gone.py::test": {}}
+    Baseline({T4: known}).write(pytester.path / "b.json")
+    pytester.makepyfile(
+        test_it="""
+        import torch
+
+        def test_it(): torch.zeros(1, device="cuda")
+        def test_new(): torch.zeros(1, device="cuda")
+        """
+    )
+
+    done = pytester.runpytest(
+        "-p",
+        "no:cacheprovider",
+        "--gpu-baseline=b.json",
+        "--gpu-update-baseline",
+        "--gpu-report=json:r.json",
+        "--gpu-report=md:r.md",
+    )
+
+    done.assert_outcomes(passed=2)
+    report = json.loads((pytester.path / "r.json").read_text("utf-8"))
+    jsonschema.validate(report, json.loads(SCHEMA.read_text("utf-8")))
+    (change,) = report["baseline"]["changes"]
+    assert (7, 512, False) == (change["before"], change["now"], change["is_regression"])
+    (new,), (stale,) = report["baseline"]["new"], report["baseline"]["stale"]
+    assert ("test_it.py::test_new", 512) == (new["test"], new["peaks"]["allocated"])
+    assert ("test_gone.py::test", T4) == (stale["test"], stale["environment"])
+    text = (pytester.path / "r.md").read_text("utf-8")
+    assert "**1 changes against b.json, 1 new, 1 stale**" in text

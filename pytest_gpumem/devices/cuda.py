@@ -71,6 +71,8 @@ class CudaTracker:
             context_bytes=_context_bytes(
                 self._index, stats.get("reserved_bytes.all.current", 0)
             ),
+            end_requested_bytes=stats.get("requested_bytes.all.current", 0),
+            end_active_bytes=stats.get("active_bytes.all.current", 0),
         )
 
     def peek(self) -> MemoryFigures:

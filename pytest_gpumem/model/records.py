@@ -29,6 +29,8 @@ class MemoryFigures:
         num_alloc_retries: Cache flushes followed by a second try in the block.
         context_bytes: What the driver counts for this process beside the allocator
             (context, loaded kernels, libraries), as far as it is known.
+        end_requested_bytes: Asked for and alive at the block's end.
+        end_active_bytes: In blocks not reusable at its end.
     """
 
     device_index: int
@@ -42,6 +44,8 @@ class MemoryFigures:
     num_ooms: int
     num_alloc_retries: int
     context_bytes: int = 0
+    end_requested_bytes: int = 0
+    end_active_bytes: int = 0
 
     @property
     def peak_process_bytes(self) -> int:

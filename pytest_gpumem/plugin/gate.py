@@ -172,6 +172,7 @@ class BaselineSummary:
         """Compare, or write the file."""
         stale = {environment: self._stale(environment) for environment in self._peaks}
         if self._gate.updates:
+            self._find(stale)
             self._write(stale)
         else:
             self._compare(stale)
@@ -225,50 +226,51 @@ class BaselineSummary:
         parts += [f"{left} that failed left as they were"] if left else []
         self._say(f"{self._gate.name} {verb}: {', '.join(parts)}")
 
-    def _compare(self, stale: Mapping[str, Sequence[str]]) -> None:
+    def _find(self, stale: Mapping[str, Sequence[str]]) -> dict[str, int]:
+        """Note what differs from the baseline; return how many tests, by what became."""
+        known = self._gate.baseline.peaks
         counts = {"the same": 0, "changed": 0, "new": 0}
-        changes: list[Change] = []
-        for environment, tests in self._peaks.items():
-            known = self._gate.baseline.peaks.get(environment)
-            self.new += [
-                entry(environment, test, peaks)
-                for test, peaks in sorted(tests.items())
-                if test not in (known or ())
-            ]
-            if known is None:
+        tolerances = () if self._gate.updates else self._gate.tolerances
+        for environment, tests in sorted(self._peaks.items()):
+            before = known.get(environment, {})
+            for test, peaks in sorted(tests.items()):
+                if test not in before:
+                    self.new.append(entry(environment, test, peaks))
+                    counts["new"] += environment in known
+                    continue
+                found = compare(test, before[test], peaks, tolerances)
+                counts["changed" if found else "the same"] += 1
+                self.changes += found
+        self.stale = [
+            entry(environment, test, known[environment][test])
+            for environment, tests in sorted(stale.items())
+            for test in tests
+        ]
+        return counts
+
+    def _compare(self, stale: Mapping[str, Sequence[str]]) -> None:
+        counts = self._find(stale)
+        for environment in self._peaks:
+            if environment not in self._gate.baseline.peaks:
                 others = ", ".join(sorted(self._gate.baseline.peaks)) or "none"
                 self._say(
                     f"{self._gate.name} has no figures for {environment} (it has: "
                     f"{others}); write them with --gpu-update-baseline",
                     "yellow",
                 )
-                continue
-            for test, peaks in sorted(tests.items()):
-                if test not in known:
-                    counts["new"] += 1
-                    continue
-                found = compare(test, known[test], peaks, self._gate.tolerances)
-                counts["changed" if found else "the same"] += 1
-                changes += found
-        self.changes = changes
-        for change in sorted(changes, key=lambda each: -abs(each.now - each.before)):
+        ranked = sorted(self.changes, key=lambda each: -abs(each.now - each.before))
+        for change in ranked:
             colour = "red" if change.is_regression else ""
             colour = "green" if change.now < change.before else colour
             self._say(f"{change.test}: {change}", colour, is_detail=True)
-        gone = [test for tests in stale.values() for test in tests]
-        self.stale = [
-            entry(environment, test, self._gate.baseline.peaks[environment][test])
-            for environment, tests in sorted(stale.items())
-            for test in tests
-        ]
         parts = [f"{count} {word}" for word, count in counts.items() if count]
-        parts += [f"{len(gone)} stale"] if gone else []
+        parts += [f"{len(self.stale)} stale"] if self.stale else []
         if parts:
             self._say(f"{self._gate.name}: {', '.join(parts)}")
-        for test in gone:
-            text = f"stale: {test} is no more, or uses no card"
+        for each in self.stale:
+            text = f"stale: {each['test']} is no more, or uses no card"
             self._say(text, "yellow", is_detail=True)
-        if counts["new"] or gone:
+        if counts["new"] or self.stale:
             self._say("--gpu-update-baseline takes in new tests and drops stale ones")
 
     def _stale(self, environment: str) -> list[str]:

@@ -59,6 +59,8 @@ class SimulatedTracker:
             num_ooms=allocator.num_ooms - self._start_ooms,
             num_alloc_retries=allocator.num_alloc_retries - self._start_retries,
             context_bytes=self._card.card.context_bytes,
+            end_requested_bytes=allocator.requested_bytes,
+            end_active_bytes=allocator.active_bytes,
         )
 
     def close(self) -> MemoryFigures:
