@@ -317,4 +317,4 @@ def test_a_report_says_what_an_update_changed(pytester: pytest.Pytester) -> None
     assert ("test_it.py::test_new", 512) == (new["test"], new["peaks"]["allocated"])
     assert ("test_gone.py::test", T4) == (stale["test"], stale["environment"])
     text = (pytester.path / "r.md").read_text("utf-8")
-    assert "**1 changes against b.json, 1 new, 1 stale**" in text
+    assert "**1 change against b.json, 1 new, 1 stale**" in text

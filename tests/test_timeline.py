@@ -142,3 +142,32 @@ def test_a_part_that_is_itself_again_ends_nowhere() -> None:
         inner.weight = nn.Parameter(torch.zeros(128, device="cuda"))
 
     assert {"inner.weight of Module": 512} == live(timeline)
+
+
+class Odd(Encoder):
+    """A module that can be in no dictionary: torch can run it all the same."""
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    __hash__ = None  # type: ignore[assignment]  # that is the point
+
+
+def test_what_cannot_be_named_is_recorded_all_the_same() -> None:
+    """And nothing of it reaches the code that is recorded."""
+    with Timeline(active_device()) as timeline:
+        holder = nn.Module()
+        holder.weight = nn.UninitializedParameter()
+        with torch.no_grad():
+            Odd.forward(built(), torch.ones(1, 128, device="cuda"))
+
+    (card,) = timeline.result()
+    assert card["peak_bytes"] == sum(each["bytes"] for each in card["live_at_peak"])
+
+
+def built() -> Odd:
+    """Return an odd model on the card; not even ``to`` takes it."""
+    odd = Odd()
+    for each in odd.layer:
+        each.to("cuda")
+    return odd

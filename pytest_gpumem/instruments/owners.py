@@ -7,11 +7,13 @@ names.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn.modules import module as torch_module
+from torch.nn.parameter import is_lazy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -121,17 +123,22 @@ class Owners:
                     self._tell(parameter.grad, owner)
 
     def _joined(self, parent: torch.nn.Module, name: str, child: Any) -> None:
+        with suppress(Exception):  # a record must not change what it sees
+            self._join(parent, name, child)
+
+    def _join(self, parent: torch.nn.Module, name: str, child: Any) -> None:
         if isinstance(child, torch.nn.Module) and child is not parent:
             node, above = self.node(child), self.node(parent)
             if node not in above._upward():  # noqa: SLF001  # a module may hold what holds it
                 node.parent, node.name = above, name
 
     def _given(self, module: torch.nn.Module, name: str, tensor: Any) -> None:
-        if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
-            self._tell(tensor, Owner(self.node(module), name))
+        with suppress(Exception):  # likewise
+            if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
+                self._tell(tensor, Owner(self.node(module), name))
 
     def _tell(self, tensor: torch.Tensor, owner: Owner) -> None:
-        if not tensor.is_cuda or tensor.layout != torch.strided:
+        if is_lazy(tensor) or not tensor.is_cuda or tensor.layout != torch.strided:
             return
         storage = tensor.untyped_storage()
         address = self._device.block_address(storage)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from pytest_gpumem.devices import Device
+    from pytest_gpumem.instruments.chains import Chain
     from pytest_gpumem.instruments.owners import Node
 
 #: Most points of a card's series; beyond, neighbours are merged.
@@ -189,13 +190,19 @@ class Timeline:
         if change < 0:
             card.lose(address)
         else:
-            block = self._block(change, sys._getframe(1))  # noqa: SLF001  # the documented way to walk a stack
+            block = self._look(change, sys._getframe(1))  # noqa: SLF001  # the documented way to walk a stack
             card.gain(address, allocated, block)
         card.series.add(allocated, reserved)
 
-    def _block(self, nbytes: int, frame: FrameType) -> _Block:
+    def _look(self, nbytes: int, frame: FrameType) -> _Block:
         """Return a new block with what the stack says of it."""
         chain = _CHAINS.read(frame)
+        try:
+            return self._block(nbytes, frame, chain)
+        except Exception:  # noqa: BLE001  # a record must not change what it sees
+            return _Block(nbytes, chain.place, None)
+
+    def _block(self, nbytes: int, frame: FrameType, chain: Chain) -> _Block:
         module, parameter = module_at(frame, chain)
         if module is None:
             if chain.optimizer is not None:
@@ -224,10 +231,11 @@ class Timeline:
     def _meet(self, _nbytes: int) -> None:
         unmet, self._unmet = self._unmet, []
         for each in unmet:
-            if isinstance(each, torch.nn.Module):
-                self._owners.meet(each)
-            else:
-                self._owners.meet_gradients(each)
+            with suppress(Exception):  # likewise
+                if isinstance(each, torch.nn.Module):
+                    self._owners.meet(each)
+                else:
+                    self._owners.meet_gradients(each)
 
     def _claim(self, index: int, address: int, nbytes: int, owner: Owner) -> None:
         """Take in whose a block is; one that is not known was there before the test."""

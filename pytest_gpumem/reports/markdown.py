@@ -139,7 +139,7 @@ def _baseline(baseline: Mapping[str, Any] | None) -> list[str]:
         return []
     changes, new, stale = (baseline[each] for each in ("changes", "new", "stale"))
     changes = sorted(changes, key=lambda each: -abs(each["now"] - each["before"]))
-    title = f"{len(changes)} changes against {escape(baseline['file'])}"
+    title = f"{len(changes)} change{'s' * (len(changes) != 1)} against {escape(baseline['file'])}"
     counts = "".join(
         f", {len(entries)} {word}"
         for word, entries in (("new", new), ("stale", stale))

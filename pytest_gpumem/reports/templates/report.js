@@ -247,7 +247,7 @@
   }
   if (data.baseline) {
     const changes = [...data.baseline.changes].sort((a, b) => Math.abs(b.now - b.before) - Math.abs(a.now - a.before));
-    const out = [el("p", { class: "soft" }, changes.length + " changes, " + data.baseline.new.length + " new, " + data.baseline.stale.length + " stale")];
+    const out = [el("p", { class: "soft" }, changes.length + (changes.length === 1 ? " change, " : " changes, ") + data.baseline.new.length + " new, " + data.baseline.stale.length + " stale")];
     if (changes.length) {
       out.push(...listed([["test", 0], ["metric", 0], ["before", 1], ["now", 1], ["Δ", 1]], changes, (c) => [c.test, c.metric,
         bytes(c.before), bytes(c.now), el("td", { class: c.is_regression ? "n bad" : c.now < c.before ? "n good" : "n" }, (c.now > c.before ? "+" : "") + bytes(c.now - c.before))]));
