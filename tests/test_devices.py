@@ -99,7 +99,8 @@ def test_a_tracker_sees_the_peak_and_the_end(device: Device) -> None:
     start = figures.start_allocated_bytes
     assert start >= kept.numel()
     assert start + 50 * MIB == figures.peak_allocated_bytes
-    assert start == figures.end_allocated_bytes
+    assert start == figures.end_allocated_bytes == figures.end_active_bytes
+    assert kept.numel() <= figures.end_requested_bytes <= start
     assert figures.peak_reserved_bytes >= figures.peak_allocated_bytes
 
 
@@ -188,6 +189,17 @@ def test_a_block_has_the_allocators_size(device: Device) -> None:
     tensor = torch.zeros(1000, dtype=torch.uint8, device="cuda")
 
     assert 1024 == device.block_bytes(tensor.untyped_storage())
+
+
+def test_a_block_has_an_address(device: Device) -> None:
+    """A view's is its base's; what is on the host has none."""
+    one, other = _mib(1), _mib(1)
+    storages = [each.untyped_storage() for each in (one, other, one[8:])]
+
+    first, second, third = (device.block_address(each) for each in storages)
+
+    assert first == third != second
+    assert None is device.block_address(torch.zeros(1).untyped_storage())
 
 
 def test_requests_are_counted(device: Device) -> None:

@@ -88,6 +88,9 @@ class Device(Protocol):
     def block_bytes(self, storage: Any) -> int:
         """Return the bytes of the allocator's block under a storage of a card."""
 
+    def block_address(self, storage: Any) -> int | None:
+        """Return where that block is on the card; None for a storage on the host."""
+
     def holds(self, storage: Any, index: int) -> bool:
         """Tell whether a storage is on a card of this device."""
 

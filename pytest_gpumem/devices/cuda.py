@@ -77,6 +77,8 @@ class CudaTracker:
             peak_process_bytes=None
             if beside is None
             else self._peaks["reserved"] + beside,
+            end_requested_bytes=stats.get("requested_bytes.all.current", 0),
+            end_active_bytes=stats.get("active_bytes.all.current", 0),
         )
 
     def peek(self) -> MemoryFigures:
@@ -293,6 +295,11 @@ class CudaDevice:
         if budget is not None:
             free = min(free, max(budget - self._reserved(index), 0))
         return free, total
+
+    def block_address(self, storage: Any) -> int | None:
+        """Return where the block under a storage is; None for one on the host."""
+        address: int = storage.data_ptr()
+        return address if storage.device.type == "cuda" else None
 
     def block_bytes(self, storage: Any) -> int:
         """Return the bytes of the block under a storage, from a snapshot.

@@ -35,6 +35,8 @@ class MemoryFigures:
             None where it cannot tell.
         peak_card_bytes: Most bytes of the card that all processes held at once; None
             where nobody has looked, or NVML cannot tell.
+        end_requested_bytes: Asked for and alive at the block's end.
+        end_active_bytes: In blocks not reusable at its end.
     """
 
     device_index: int
@@ -50,6 +52,8 @@ class MemoryFigures:
     context_bytes: int = 0
     peak_process_bytes: int | None = None
     peak_card_bytes: int | None = None
+    end_requested_bytes: int = 0
+    end_active_bytes: int = 0
 
     def peak(self, metric: str) -> int | None:
         """Return the peak of ``"allocated"``, ``"reserved"`` or ``"process"`` bytes.

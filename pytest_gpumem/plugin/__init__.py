@@ -73,8 +73,8 @@ def pytest_configure(config: pytest.Config) -> None:
             SummaryPlugin(collection.phases, config), "gpumem-summary"
         )
         _control(run, config)
-        if run.settings.reports or os.environ.get("GITHUB_STEP_SUMMARY"):
-            _report(run, config)
+    if run.settings.reports or os.environ.get("GITHUB_STEP_SUMMARY"):
+        _report(run, config)
 
 
 def _share(run: Run, config: pytest.Config, collection: Collection) -> None:
@@ -110,9 +110,10 @@ def _control(run: Run, config: pytest.Config) -> None:
 
 
 def _report(run: Run, config: pytest.Config) -> None:
-    from pytest_gpumem.plugin.reporting import Reporting  # noqa: PLC0415  # one was asked for
+    from pytest_gpumem.plugin.reporting import MachineNote, Reporting  # noqa: PLC0415  # one was asked for
 
-    config.pluginmanager.register(Reporting(run, config), "gpumem-reports")
+    kind = MachineNote if hasattr(config, "workerinput") else Reporting
+    config.pluginmanager.register(kind(run, config), "gpumem-reports")
 
 
 def _suggest(run: Run, config: pytest.Config) -> None:

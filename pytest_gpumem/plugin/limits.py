@@ -110,6 +110,29 @@ class Limits:
             )
         return ""
 
+    def outcome(self, item: pytest.Item) -> list[dict[str, Any]]:
+        """Return each limit with what was measured, from a test's properties."""
+        from pytest_gpumem.model.records import from_properties  # noqa: PLC0415  # there are figures
+
+        peaks: dict[_Bound, int] = {}
+        for (phase, index), figures in from_properties(
+            dict(item.user_properties)
+        ).items():
+            for bound in self._of(phase):
+                if bound.device_index == index:
+                    peak = figures.peak(bound.limit.metric)
+                    peaks[bound] = max(peak, peaks.get(bound, 0))
+        return [
+            outcome_of(
+                bound.limit.metric,
+                bound.device_index,
+                bound.limit.phase,
+                bound.nbytes,
+                peaks.get(bound, 0),
+            )
+            for bound in self._bounds
+        ]
+
     def _of(self, phase: str) -> list[_Bound]:
         own = {"call": ("call", "test"), "children": ("children",)}
         of = own.get(phase, ("test",))
@@ -124,6 +147,20 @@ class Limits:
             start = format_size(figures.start_allocated_bytes)
             where += f"; {start} were allocated before the {phase} began"
         return where
+
+
+def outcome_of(
+    metric: str, device_index: int | None, phase: str, limit: int, measured: int
+) -> dict[str, Any]:
+    """Return a limit as reports have it; bytes are ``int``."""
+    return {
+        "metric": metric,
+        "device_index": device_index,
+        "phase": phase,
+        "limit_bytes": limit,
+        "measured_bytes": measured,
+        "held": measured <= limit,
+    }
 
 
 def fail(item: pytest.Item, text: str) -> None:
@@ -157,6 +194,8 @@ class LeakCheck:
         self._allowed = allowed
         self._start = allocated_bytes(device) - held_by_fixtures
         self._blocks = blocks_on_cards()
+        #: What came of it, once it was checked.
+        self.outcome: dict[str, Any] | None = None
 
     def check(self, held_by_fixtures: int) -> None:
         """Fail the test if it left more than it may.
@@ -164,13 +203,16 @@ class LeakCheck:
         Raises:
             pytest.fail.Exception: It did; the text names who holds what.
         """
-        if self._left(held_by_fixtures) <= self._allowed:
+        left = self._left(held_by_fixtures)
+        if left <= self._allowed:
+            self._note(left)
             return
         # pytest lets go of these only after the teardown's hooks.
         getattr(self._item, "funcargs", {}).clear()
         gc.collect()
         self._device.empty_cache()
         left = self._left(held_by_fixtures)
+        self._note(left)
         if left <= self._allowed:
             return
         from pytest_gpumem.instruments.holders import find_holders  # noqa: PLC0415  # torch is here
@@ -182,6 +224,9 @@ class LeakCheck:
             *(f"  {each}" for each in held),
         ]
         fail(self._item, "\n".join(lines))
+
+    def _note(self, left: int) -> None:
+        self.outcome = outcome_of("leak", None, "test", self._allowed, max(left, 0))
 
     def _left(self, held_by_fixtures: int) -> int:
         return allocated_bytes(self._device) - held_by_fixtures - self._start

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import platform
 import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final
@@ -144,6 +145,7 @@ class Phases:
         finally:
             self._end(item, "teardown")
             self._end_timeline(item)
+            self._note_limits(item)
             self._item = None
             self._limits = self._leak = None
             self._passed = False
@@ -187,7 +189,8 @@ class Phases:
 
             environment = (marks.ENVIRONMENT_PROPERTY, self._run.environment())
             if environment not in item.user_properties:
-                item.user_properties.append(environment)
+                host = (marks.HOST_PROPERTY, platform.node())
+                item.user_properties += [environment, host]
             if self._run.settings.suggest is not None and phase == "call":
                 self._note_limit(item, device)
             used = _used_cards(figures)
@@ -227,6 +230,17 @@ class Phases:
                 separators=(",", ":"),
             )
             item.user_properties.append((marks.TIMELINE_PROPERTY, text))
+
+    def _note_limits(self, item: pytest.Item) -> None:
+        """Put the limits of a test that used a card into its properties."""
+        if not any(name.startswith("gpumem.") for name, _ in item.user_properties):
+            return
+        found = [] if self._limits is None else self._limits.outcome(item)
+        if self._leak is not None and self._leak.outcome is not None:
+            found.append(self._leak.outcome)
+        if found:
+            text = json.dumps(found, separators=(",", ":"))
+            item.user_properties.append((marks.LIMITS_PROPERTY, text))
 
     def _used(self, device: Device) -> bool:
         """Tell whether anything was asked of a card since the phase began."""

@@ -67,6 +67,8 @@ class SimulatedTracker:
             num_alloc_retries=allocator.num_alloc_retries - self._start_retries,
             context_bytes=context_bytes,
             peak_process_bytes=self._reserved + context_bytes,
+            end_requested_bytes=allocator.requested_bytes,
+            end_active_bytes=allocator.active_bytes,
         )
 
     def close(self) -> MemoryFigures:
@@ -155,6 +157,14 @@ class SimulatedDevice:
             return 0
         nbytes: int = memory.block.size
         return nbytes
+
+    def block_address(self, storage: Any) -> int | None:
+        """Return where the block under a storage is; None for one on the host."""
+        memory = getattr(storage, "_gpumem", None)
+        if memory is None or memory.block is None:
+            return None
+        address: int = memory.block.address
+        return address
 
     def holds(self, storage: Any, index: int) -> bool:
         """Tell whether a storage is on a card of this machine, and of no other."""
