@@ -82,7 +82,7 @@ def visible_cards(cards: Sequence[Card]) -> tuple[Card, ...]:
     shown: list[Card] = []
     for entry in listed.split(","):
         text = entry.strip()
-        if not text.isdigit() or int(text) >= len(cards):
+        if not re.fullmatch(r"[0-9]{1,4}", text) or int(text) >= len(cards):
             break
         shown.append(cards[int(text)])
     return tuple(shown) or tuple(cards)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from contextlib import nullcontext
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code: 0 done, 1 failed, 2 wrong usage."""
     options = _parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Names in files may have what the terminal's encoding has not.
+            stream.reconfigure(errors="backslashreplace")
     try:
         code: int = options.run(options)
     except (GpuMemError, OSError) as error:
@@ -188,7 +193,7 @@ def _replay(options: argparse.Namespace) -> int:
 
     try:
         trace = json.loads(options.trace.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TraceError(f"{options.trace}: no JSON: {error}") from error
     json.dump(replay(trace).to_dict(), sys.stdout)
     sys.stdout.write("\n")

@@ -12,11 +12,13 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file so that a reader finds the old text or all of the new.
 
     Folders on the way are made. The permissions of a file that is replaced are kept.
+    A lone surrogate, as names in another encoding have, becomes the escape that JSON
+    reads as the same.
 
     Raises:
         OSError: It cannot be written; the old file is untouched.
     """
-    write_bytes_atomically(path, text.encode("utf-8"))
+    write_bytes_atomically(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_bytes_atomically(path: str | os.PathLike[str], content: bytes) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from typing import Final, NamedTuple
 
 VARIABLE: Final = "PYTEST_GPUMEM_CHILDREN"
 
 #: The key of a budget that holds for every card.
 EVERY_CARD: Final = ""
+_INDEX: Final = re.compile(r"[0-9]{1,4}")
 
 
 class Inheritance(NamedTuple):
@@ -51,10 +53,20 @@ class Inheritance(NamedTuple):
         """
         try:
             given = cls(**json.loads(text))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(
                 f"{VARIABLE} is none that a run of pytest sets ({error}); unset it"
             ) from None
+        wrong = [
+            name
+            for name, value in zip(cls._fields, given, strict=False)
+            if not _is(name, value)
+        ]
+        if wrong:
+            raise ValueError(
+                f"{VARIABLE} is none that a run of pytest sets (its {wrong[0]!r} is of "
+                "another type); unset it"
+            )
         return given._replace(rules=tuple(given.rules))
 
     def indices_here(self, visible: str | None, count: int) -> list[int]:
@@ -74,8 +86,22 @@ class Inheritance(NamedTuple):
                 for index, name in enumerate(names)
             ]
         return [
-            int(name) if name.isdigit() else index for index, name in enumerate(names)
+            int(name) if _INDEX.fullmatch(name) else index
+            for index, name in enumerate(names)
         ]
+
+
+def _is(name: str, value: object) -> bool:
+    """Tell whether a setting has the type that it must have."""
+    if name == "budgets":
+        return isinstance(value, dict) and all(
+            isinstance(size, str) for size in value.values()
+        )
+    if name == "rules":
+        return isinstance(value, (list, tuple)) and all(
+            isinstance(rule, str) for rule in value
+        )
+    return isinstance(value, str) or (name == "visible" and value is None)
 
 
 def _entries(visible: str | None) -> list[str]:

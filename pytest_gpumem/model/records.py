@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 #: A property's name in reports is this and the figure's name.
 PREFIX = "gpumem"
+_CARD: Final = re.compile("cuda[0-9]{1,4}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ def from_properties(
     grouped: dict[tuple[str, int], dict[str, int]] = {}
     for name, value in properties.items():
         parts = name.split(".")
-        if len(parts) == 4 and parts[0] == PREFIX and parts[2].startswith("cuda"):  # noqa: PLR2004  # the four parts of a name
+        if len(parts) == 4 and parts[0] == PREFIX and _CARD.fullmatch(parts[2]):  # noqa: PLR2004  # the four parts of a name
             key = (parts[1], int(parts[2].removeprefix("cuda")))
             grouped.setdefault(key, {})[parts[3]] = int(value)
     names = {field.name for field in fields(MemoryFigures)} - {"device_index"}

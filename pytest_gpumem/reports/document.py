@@ -130,18 +130,13 @@ def parse(text: str, name: str) -> dict[str, Any]:
             f"{name} has format version {version!r}; this pytest-gpumem reads up to "
             f"{VERSION}: upgrade it"
         )
-    tests, runs = report.get("tests"), report.get("runs")
-    if (
-        not isinstance(runs, list)
-        or not isinstance(tests, list)
-        or not all(
-            isinstance(test, dict)
-            and isinstance(test.get("nodeid"), str)
-            and isinstance(test.get("figures"), list)
-            for test in tests
+    from pytest_gpumem.reports.check import find_damage  # noqa: PLC0415  # a run writes only
+
+    damage = find_damage(report)
+    if damage is not None:
+        raise ReportError(
+            f"{name} is damaged ({damage}); write it again with --gpu-report"
         )
-    ):
-        raise ReportError(f"{name} is damaged; write it again with --gpu-report")
     return report
 
 
