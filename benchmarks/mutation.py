@@ -54,7 +54,7 @@ CONFIG = """
 module-path = "{module}"
 timeout = 60.0
 excluded-modules = []
-test-command = "{python} -m pytest -x -q -p no:cacheprovider -p no:randomly {tests}"
+test-command = "{python} -m pytest -x -q -p no:cacheprovider {tests}"
 [cosmic-ray.distributor]
 name = "local"
 """
@@ -83,6 +83,8 @@ def run(folder: Path, name: str, most: int, seed: int) -> tuple[int, list[str]]:
         encoding="utf-8",
     )
     tool = [sys.executable, "-m", "cosmic_ray.cli"]
+    # Tests that fail as they are would kill every mutant.
+    subprocess.run([*tool, "baseline", config], cwd=folder, check=True)
     subprocess.run([*tool, "init", config, session], cwd=folder, check=True)
     sample(session, most, seed)
     subprocess.run([*tool, "exec", config, session], cwd=folder, check=True)

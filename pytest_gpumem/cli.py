@@ -7,6 +7,7 @@ import io
 import json
 import sys
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -147,6 +148,10 @@ def _checkpoint(options: argparse.Namespace) -> int:
 def _record(options: argparse.Namespace) -> int:
     from pytest_gpumem.recording import record, save  # noqa: PLC0415  # only this command needs it
 
+    if find_spec("torch") is None:
+        raise DeviceUnavailableError(
+            "record needs torch; install it: pip install torch"
+        )
     if not options.out.parent.is_dir():
         raise RecordingError(
             f"--out: {options.out.parent} is no folder; make it, or choose another"
