@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -108,3 +109,21 @@ def cut(draw: st.DrawFn, content: bytes) -> bytes:
     start = draw(st.integers(0, len(content)))
     end = draw(st.sampled_from([len(content), min(start + 1, len(content)), start]))
     return content[:start] + draw(st.binary(max_size=8)) + content[end:]
+
+
+#: JSON that is nested more deeply than Python follows.
+NESTED: Final = (b"[" * 10**5, b'{"format":' * 10**5)
+
+
+def files(document: Any) -> st.SearchStrategy[bytes]:
+    """Return a strategy for any bytes, any JSON, and the document with something wrong."""
+    good = json.dumps(document).encode()
+    return st.one_of(
+        st.binary(max_size=60),
+        json_values.map(lambda value: json.dumps(value).encode()),
+        broken(document).map(lambda value: json.dumps(value).encode()),
+        cut(good),
+        st.sampled_from(
+            [*NESTED, good, good.decode().encode("utf-16"), b"\xff" + good]
+        ),
+    )

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import jsonschema
-from fuzzing import broken, cut, fuzz, json_values, texts
+from fuzzing import NESTED, broken, files, fuzz, json_values, texts
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
@@ -23,10 +23,8 @@ from pytest_gpumem.errors import (
     ReportError,
     TraceError,
 )
-from pytest_gpumem.instruments.sweep_state import SweepState
 from pytest_gpumem.model.records import MemoryFigures, from_properties, to_properties
 from pytest_gpumem.model.replay import replay
-from pytest_gpumem.model.sweeps import Outcome, Point, Verdict
 from pytest_gpumem.recording import FORMAT, KIND, load, save
 from pytest_gpumem.recording.compare import differences
 from pytest_gpumem.reports import check, document
@@ -39,7 +37,6 @@ if TYPE_CHECKING:
     import pytest
 
 FIGURES = MemoryFigures(0, 9, 8, 7, 6, 5, 4, 3, 2, 1)
-NESTED = (b"[" * 10**5, b'{"format":' * 10**5)
 
 # -- documents that are right ---------------------------------------------------------
 
@@ -135,30 +132,13 @@ RECORDING: dict[str, Any] = {
     "traces": [TRACE],
     "phases": [{"plan": {"load": "to"}, "phases": {"load": {"allocated": 5}}}],
 }
-OUTCOME = Outcome(
-    Point(1, "transient", "native", "any:nth=1", "a.py:f"), Verdict.LEAK, "x", 5, ("h",)
-)
-
-
-def _files(document_: Any) -> st.SearchStrategy[bytes]:
-    """Return a strategy for any bytes, any JSON, and the document with something wrong."""
-    good = json.dumps(document_).encode()
-    return st.one_of(
-        st.binary(max_size=60),
-        json_values.map(lambda value: json.dumps(value).encode()),
-        broken(document_).map(lambda value: json.dumps(value).encode()),
-        cut(good),
-        st.sampled_from(
-            [*NESTED, good, good.decode().encode("utf-16"), b"\xff" + good]
-        ),
-    )
 
 
 # -- baselines --------------------------------------------------------------------------
 
 
 @fuzz
-@given(content=_files(BASELINE))
+@given(content=files(BASELINE))
 def test_a_baseline_is_read_or_refused(content: bytes, tmp_path: Path) -> None:
     """What is read can be compared, merged and written, and is then the same."""
     path = tmp_path / "b.json"
@@ -191,7 +171,7 @@ def test_every_baseline_can_be_written(
 
 
 @fuzz
-@given(content=_files(REPORT))
+@given(content=files(REPORT))
 @example(content=json.dumps({**REPORT, "new": [1e400]}).encode())
 @example(
     content=(json.dumps(REPORT)[:-1] + ',"new":' + "[" * 300 + "]" * 300 + "}").encode()
@@ -267,7 +247,7 @@ def test_the_schema_says_nothing_that_is_not_checked() -> None:
 
 
 @fuzz
-@given(content=_files(TRACE))
+@given(content=files(TRACE))
 def test_a_trace_is_replayed_or_refused(content: bytes, tmp_path: Path) -> None:
     """The command ends with 0 or, with a sentence, with 1."""
     path = tmp_path / "t.json"
@@ -290,7 +270,7 @@ def test_a_replayed_trace_has_a_row_for_each_event(trace: Any) -> None:
 
 
 @fuzz
-@given(content=_files(RECORDING))
+@given(content=files(RECORDING))
 def test_a_recording_is_read_or_refused(content: bytes, tmp_path: Path) -> None:
     """What is read can be held to another, and is written as it was."""
     path = tmp_path / "r.json"
@@ -310,34 +290,7 @@ def test_a_recording_is_read_or_refused(content: bytes, tmp_path: Path) -> None:
     assert json.dumps(recorded, sort_keys=True) == json.dumps(again, sort_keys=True)
 
 
-# -- what sweeps and children keep ------------------------------------------------------
-
-
-@fuzz
-@given(
-    content=st.lists(
-        _files(OUTCOME.to_json()) | st.just(json.dumps(OUTCOME.to_json()).encode()),
-        max_size=3,
-    ).map(b"\n".join),
-    has_header=st.booleans(),
-)
-def test_a_broken_state_of_a_sweep_is_begun_anew(
-    content: bytes, tmp_path: Path, *, has_header: bool
-) -> None:
-    """What can be read of it is used; the rest is forgotten."""
-    path = tmp_path / "state.jsonl"
-    header = json.dumps({"name": "s", "allocations": 1, "plan": repr("plan")}).encode()
-    path.write_bytes(b"\n".join([header, content] if has_header else [content]))
-
-    with SweepState(path, "s", 1, "plan") as state:
-        known = state.known(OUTCOME.point)
-        state.note(OUTCOME)
-    with SweepState(path, "s", 1, "plan") as state:
-        assert OUTCOME == state.known(OUTCOME.point)
-        state.finish()
-
-    assert known is None or known.point == OUTCOME.point
-    assert not path.exists()
+# -- what children keep -----------------------------------------------------------------
 
 
 @fuzz
@@ -400,7 +353,7 @@ def test_foreign_properties_are_no_figures(properties: dict[str, Any]) -> None:
 
 @fuzz
 @given(
-    content=_files(
+    content=files(
         {
             "request": "x",
             "files": {"config.json": {"bytes": 2, "sample": "x", "sha256": "x"}},
@@ -418,7 +371,7 @@ def test_a_broken_manifest_is_damage(content: bytes, tmp_path: Path) -> None:
 
 
 @fuzz
-@given(content=_files({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}))
+@given(content=files({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}))
 def test_a_broken_index_of_weights_is_damage(content: bytes, tmp_path: Path) -> None:
     """What it names is missing, or it cannot be read."""
     (tmp_path / "config.json").write_text("{}", "utf-8")
@@ -430,7 +383,7 @@ def test_a_broken_index_of_weights_is_damage(content: bytes, tmp_path: Path) -> 
 
 
 @fuzz
-@given(content=_files({"model_type": "bert", "architectures": ["BertModel"], "x": 1}))
+@given(content=files({"model_type": "bert", "architectures": ["BertModel"], "x": 1}))
 def test_a_models_config_is_read_or_refused(content: bytes, tmp_path: Path) -> None:
     """What is read says which model it is."""
     (tmp_path / "config.json").write_bytes(content)
