@@ -1,25 +1,38 @@
-"""What the reports of 10,000 recorded tests cost: python benchmarks/reports.py."""
+"""What the reports of 10,000 recorded tests cost: python benchmarks/reports.py.
+
+Each row is a run of pytest in a process of its own whose tests do nothing but carry what
+a recorded test carries: first without reports, then with one of each kind. The memory
+is the process's peak above what it held before the run.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from pytest_gpumem.files import write_atomically
+import pytest
+
 from pytest_gpumem.instruments.timeline import Series
 from pytest_gpumem.model.records import MemoryFigures, to_properties
-from pytest_gpumem.plugin.reporting import render
-from pytest_gpumem.reports.document import document, test_record
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 TESTS = 10_000
 #: Events of each test: enough to fill a timeline.
 EVENTS = 200
+KINDS = ("json", "html", "md")
+FILE = "suite.recorded"
 
 
-def properties(number: int) -> list[tuple[str, object]]:
+def properties(number: int) -> list[tuple[str, Any]]:
     """Return what a test's report carries."""
     series = Series()
     for event in range(EVENTS):
@@ -37,37 +50,109 @@ def properties(number: int) -> list[tuple[str, object]]:
             for n in range(12)
         ],
     }
+    limit = {
+        "metric": "allocated",
+        "device_index": 0,
+        "phase": "call",
+        "limit_bytes": 2 * peak,
+        "measured_bytes": peak,
+        "held": True,
+    }
     figures = MemoryFigures(0, peak, peak, peak, peak, 0, 0, 0, 0, 0)
     return [
         ("gpumem.environment", "Tesla T4, simulated, torch 2.13"),
-        ("gpumem.timeline", json.dumps([card])),
+        ("gpumem.host", "host"),
+        ("gpumem.timeline", json.dumps([card], separators=(",", ":"))),
+        ("gpumem.limits", json.dumps([limit], separators=(",", ":"))),
         *to_properties("setup", figures),
         *to_properties("call", figures),
     ]
 
 
+class Recorded(pytest.Item):
+    """A test that a card's record is put on."""
+
+    number: int
+
+    def runtest(self) -> None:
+        """Carry what a recorded test carries."""
+        self.user_properties += properties(self.number)
+
+
+class Suite(pytest.File):
+    """All of the tests."""
+
+    def collect(self) -> Iterator[Recorded]:
+        """Yield them."""
+        for number in range(TESTS):
+            name = f"test_model[layers-{number}]"
+            item: Recorded = Recorded.from_parent(self, name=name)
+            item.number = number
+            yield item
+
+
+class Plugin:
+    """Collects the suite."""
+
+    def pytest_collect_file(
+        self, file_path: Path, parent: pytest.Collector
+    ) -> Suite | None:
+        """Take the one file there is."""
+        if file_path.name != FILE:
+            return None
+        suite: Suite = Suite.from_parent(parent, path=file_path)
+        return suite
+
+
+def peak_mib() -> float:
+    """Return the most that this process held, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def run(options: list[str]) -> None:
+    """Run the suite here; print seconds and MiB as JSON on the last line."""
+    before, start = peak_mib(), time.process_time()
+    pytest.main(
+        ["-q", "-p", "no:cacheprovider", "--gpu-backend=off", *options, FILE],
+        plugins=[Plugin()],
+    )
+    print(json.dumps([time.process_time() - start, peak_mib() - before]))
+
+
+def measure(folder: str, options: list[str]) -> tuple[float, float]:
+    """Run the suite in a process of its own; return seconds and MiB."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).resolve()), *options],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(["", *sys.path])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    seconds, mib = json.loads(done.stdout.splitlines()[-1])
+    return seconds, mib
+
+
 def main() -> None:
     """Print seconds and memory, as a table in Markdown."""
-    reports = [
-        (f"tests/test_{n % 100}.py::test_{n}", properties(n)) for n in range(TESTS)
-    ]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    start = time.perf_counter()
-    tests = [test_record(name, "passed", 0.1, pairs) for name, pairs in reports]
-    whole = document("synthetic", [each for each in tests if each is not None], None)
-    print(f"| {TESTS} tests | seconds | MiB of file |\n|---|---|---|")
-    print(f"| collected | {time.perf_counter() - start:.2f} | |")
     with tempfile.TemporaryDirectory() as folder:
-        for kind in ("json", "html", "md"):
-            began = time.perf_counter()
-            path = Path(folder) / f"report.{kind}"
-            write_atomically(path, render(kind, whole))
-            seconds = time.perf_counter() - began
-            print(f"| {kind} | {seconds:.2f} | {path.stat().st_size / 2**20:.1f} |")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    print(f"| together | {time.perf_counter() - start:.2f} | |")
-    print(f"\nPeak of the process {peak} MiB; before the reports {before} MiB.")
+        (Path(folder) / FILE).touch()
+        options = [f"--gpu-report={kind}:report.{kind}" for kind in KINDS]
+        without = measure(folder, ["--durations=1"])
+        row = "| {} | {:.1f} s | {:.0f} MiB |"
+        print(f"| {TESTS} recorded tests | processor time | memory |\n|---|---|---|")
+        print(row.format("without reports", *without))
+        together = measure(folder, options)
+        print(row.format("all three reports", *together))
+        more = (together[0] - without[0], together[1] - without[1])
+        print(row.format("the reports' own part", *more))
+        for kind in KINDS:
+            size = (Path(folder) / f"report.{kind}").stat().st_size / 2**20
+            print(f"\nreport.{kind}: {size:.1f} MiB")
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) > 1:
+        run(sys.argv[1:])
+    else:
+        main()

@@ -6,17 +6,26 @@ import os
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
-def write_atomically(path: str | os.PathLike[str], text: str) -> None:
+def write_atomically(path: str | os.PathLike[str], text: str | Iterable[str]) -> None:
     """Write a text file so that a reader finds the old text or all of the new.
 
     Folders on the way are made. The permissions of a file that is replaced are kept.
 
+    Args:
+        path: The file.
+        text: Its text, or the text's pieces; what UTF-8 has not is written escaped.
+
     Raises:
         OSError: It cannot be written; the old file is untouched.
     """
-    write_bytes_atomically(path, text.encode("utf-8"))
+    pieces = (text,) if isinstance(text, str) else text
+    _write(path, (each.encode("utf-8", "backslashreplace") for each in pieces))
 
 
 def write_bytes_atomically(path: str | os.PathLike[str], content: bytes) -> None:
@@ -25,6 +34,10 @@ def write_bytes_atomically(path: str | os.PathLike[str], content: bytes) -> None
     Raises:
         OSError: It cannot be written; the old file is untouched.
     """
+    _write(path, (content,))
+
+
+def _write(path: str | os.PathLike[str], pieces: Iterable[bytes]) -> None:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(
@@ -32,7 +45,7 @@ def write_bytes_atomically(path: str | os.PathLike[str], content: bytes) -> None
     )
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes a file for its owner alone.

@@ -6,6 +6,8 @@ uses nothing but torch's own functions.
 
 from __future__ import annotations
 
+import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -97,7 +99,8 @@ def test_a_tracker_sees_the_peak_and_the_end(device: Device) -> None:
     start = figures.start_allocated_bytes
     assert start >= kept.numel()
     assert start + 50 * MIB == figures.peak_allocated_bytes
-    assert start == figures.end_allocated_bytes
+    assert start == figures.end_allocated_bytes == figures.end_active_bytes
+    assert kept.numel() <= figures.end_requested_bytes <= start
     assert figures.peak_reserved_bytes >= figures.peak_allocated_bytes
 
 
@@ -188,6 +191,17 @@ def test_a_block_has_the_allocators_size(device: Device) -> None:
     assert 1024 == device.block_bytes(tensor.untyped_storage())
 
 
+def test_a_block_has_an_address(device: Device) -> None:
+    """A view's is its base's; what is on the host has none."""
+    one, other = _mib(1), _mib(1)
+    storages = [each.untyped_storage() for each in (one, other, one[8:])]
+
+    first, second, third = (device.block_address(each) for each in storages)
+
+    assert first == third != second
+    assert None is device.block_address(torch.zeros(1).untyped_storage())
+
+
 def test_requests_are_counted(device: Device) -> None:
     """The number of requests grows with every allocation, and only then."""
     before = device.num_requests
@@ -196,6 +210,25 @@ def test_requests_are_counted(device: Device) -> None:
     tensor.add_(1)
 
     assert before + 1 == after == device.num_requests
+
+
+def test_nvml_is_capped_whenever_it_is_imported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before the budget or after it; with the budget the cap is gone."""
+    pytest.importorskip("pynvml")
+    with simulated_device(find_card("512MiB,cc=8.0"), values="none"):
+        device = CudaDevice()
+        device.set_budget(0, 64 * MIB)
+        monkeypatch.delitem(sys.modules, "pynvml")
+        device.set_budget(0, None)
+        device.set_budget(0, 64 * MIB)
+        module: Any = importlib.import_module("pynvml")
+        capped = module.nvmlDeviceGetMemoryInfo
+        device.set_budget(0, None)
+
+        assert capped.__wrapped__ is module.nvmlDeviceGetMemoryInfo
+        assert not hasattr(module.nvmlDeviceGetMemoryInfo, "__wrapped__")
 
 
 def test_the_largest_fraction_below_a_limit_is_exact() -> None:

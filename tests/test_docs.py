@@ -164,3 +164,31 @@ def test_the_trainers_reproduction_shows_the_finding(
     runpy.run_path("script.py")
 
     assert "False" == capsys.readouterr().out.splitlines()[-1]
+
+
+def test_process_bytes_are_what_the_page_shows(pytester: pytest.Pytester) -> None:
+    """Table and script; a tenant that comes and goes may be missed by the samples."""
+    tests, script = blocks("process-bytes.md")
+    text = (DOCS / "process-bytes.md").read_text(encoding="utf-8")
+    shown = text.partition("report.json\n")[2].partition("```")[0].splitlines()
+    pytester.makepyfile(test_it=tests)
+    result = pytester.runpytest(
+        *LIGHT, "-v", "--gpu-card=16GiB,ctx=300MiB", "--gpu-report=json:report.json"
+    )
+
+    result.assert_outcomes(passed=2)
+    result.stdout.fnmatch_lines([each.replace("1.36 GiB", "*iB") for each in shown])
+    exec(script, {})  # noqa: S102  # the page's own
+
+
+def test_tests_beside_each_other_do_what_the_page_says(
+    pytester: pytest.Pytester,
+) -> None:
+    """All blocks are one file, run by two workers on one card of 16 GiB."""
+    pytester.makepyfile("\n".join(blocks("many-processes.md")))
+    result = pytester.runpytest(
+        *LIGHT, "-n", "2", "--gpu-card=16GiB", "--gpu-values=none"
+    )
+
+    result.assert_outcomes(passed=4)
+    assert "contended" not in result.stdout.str()

@@ -9,6 +9,8 @@ import pytest
 import torch
 from ways import WAYS
 
+from pytest_gpumem.baselines.baseline import Baseline
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -234,3 +236,63 @@ def test_the_ini_files_path_starts_at_the_ini_file(pytester: pytest.Pytester) ->
         result = pytester.runpytest("..", "-p", "no:cacheprovider")
 
     result.stdout.fnmatch_lines(["*b.json: 3 the same"])
+
+
+def test_what_is_skipped_or_left_out_is_kept(pytester: pytest.Pytester) -> None:
+    """It is there still: on another machine, in another shard, it runs."""
+    options = ("-p", "no:cacheprovider", "--gpu-baseline=b.json")
+    pytester.makepyfile(test_it=TESTS)
+    pytester.runpytest(*options, "--gpu-update-baseline")
+    before = (pytester.path / "b.json").read_text("utf-8")
+    pytester.makeconftest(
+        """
+        def pytest_collection_modifyitems(config, items):
+            config.hook.pytest_deselected(items=items[1:])
+            del items[1:]
+        """
+    )
+    pytester.makepyfile(
+        test_it=TESTS.replace("def test_one", "@pytest.mark.skip\n    def test_one")
+    )
+
+    compared = pytester.runpytest(*options)
+    pytester.runpytest(*options, "--gpu-update-baseline")
+
+    compared.stdout.no_fnmatch_line("*stale*")
+    assert before == (pytester.path / "b.json").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("options", "num_lines", "is_more_told"),
+    [((), 20, True), (("-v",), 25, False), (("-q",), 0, False)],
+)
+def test_changes_are_listed_as_far_as_is_asked(
+    options: tuple[str, ...],
+    num_lines: int,
+    is_more_told: bool,  # noqa: FBT001  # pytest gives it by name
+    pytester: pytest.Pytester,
+) -> None:
+    """The largest first; the count is always there."""
+    pytester.makepyfile(
+        test_it="""
+        import pytest
+        import torch
+
+        @pytest.mark.parametrize("n", range(25))
+        def test_it(n):
+            torch.zeros((n + 1) * 2**18, device="cuda")
+        """
+    )
+    peaks = {f"test_it.py::test_it[{n}]": {"allocated": 2**30} for n in range(25)}
+    Baseline({T4: peaks}).write(pytester.path / "b.json")
+
+    done = pytester.runpytest(
+        "-p", "no:cacheprovider", "--gpu-baseline=b.json", *options
+    )
+
+    lines = [line for line in done.outlines if "allocated 1 GiB -> " in line]
+    assert num_lines == len(lines)
+    if lines:
+        assert "test_it[0]" in lines[0]
+    assert is_more_told == ("... and 5 lines more; -v shows all" in done.outlines)
+    done.stdout.fnmatch_lines(["b.json: 25 changed"])

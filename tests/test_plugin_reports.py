@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,15 @@ import torch  # an inner run would import it anew, which torch does not survive
 from ways import WAYS
 
 import pytest_gpumem
+from pytest_gpumem.baselines.baseline import Baseline
+from pytest_gpumem.cards import find_card
 from pytest_gpumem.reports import page as page_module  # an inner run keeps it
 
 pytest_plugins = ["pytester"]
 
 SCHEMA = Path(pytest_gpumem.__file__).parent / "reports" / "report.schema.json"
+T4 = "Tesla T4, simulated, torch " + ".".join(torch.__version__.split(".")[:2])
+T4_BYTES = find_card("T4")[0].total_bytes
 TESTS = """
     import pytest
     import torch
@@ -34,10 +39,6 @@ TESTS = """
     @pytest.mark.parametrize("text", ["</script><script>alert(1)</script>", "a|b'\\"`"])
     def test_text(text):
         torch.zeros(1024, device="cuda")
-
-    @pytest.mark.max_vram("1MiB")
-    def test_over():
-        torch.zeros(2**20, device="cuda")
 
     @pytest.mark.oom_sweep
     def test_sweep():
@@ -56,6 +57,28 @@ TESTS = """
         fallback(load, budgets=["2MiB"])
 
     def test_no_card():
+        pass
+"""
+LIMITS = """
+    import pytest
+    import torch
+
+    @pytest.mark.max_vram("1MiB")
+    @pytest.mark.max_vram("50%", metric="reserved", phase="test")
+    @pytest.mark.max_vram_leak("1KiB")
+    def test_over():
+        torch.zeros(2**20, device="cuda")
+
+    @pytest.mark.max_vram("1MiB")
+    def test_under():
+        torch.zeros(2**18, device="cuda")
+
+    @pytest.mark.max_vram_leak("1KiB")
+    def test_leak():
+        torch.zeros(2**18, device="cuda")
+
+    @pytest.mark.max_vram("1MiB")
+    def test_limit_without_card():
         pass
 """
 
@@ -91,21 +114,32 @@ def test_every_kind_is_written_in_every_way(
     way: str, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """JSON by its schema, a page that no test's name breaks, Markdown, a summary."""
-    assert torch.__version__
+    Baseline(
+        {
+            T4: {
+                "test_limits.py::test_under": {"allocated": 2**19, "reserved": 2**21},
+                "test_it.py::test_gone": {"allocated": 7},
+            }
+        }
+    ).write(pytester.path / "b.json")
     summary = pytester.path / "summary.md"
     summary.write_text("before\n", encoding="utf-8")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
-    pytester.makepyfile(test_it=TESTS)
+    pytester.makepyfile(test_it=TESTS, test_limits=LIMITS)
 
     done = pytester.runpytest(
         "-p",
         "no:cacheprovider",
         *(f"--gpu-report={kind}:out/r.{kind}" for kind in ("json", "html", "md")),
+        "--gpu-baseline=b.json",
+        "--gpu-compare-fail=allocated:0%",
+        "--gpu-card=T4",
+        "--gpu-budget=4GiB",
         *WAYS[way],
     )
 
     counts = done.parseoutcomes()
-    assert 1 == counts["failed"]
+    assert 2 == counts["failed"]
     done.stdout.fnmatch_lines(
         [f"{kind} report: out/r.{kind}" for kind in ("json", "html", "md")]
     )
@@ -113,7 +147,19 @@ def test_every_kind_is_written_in_every_way(
     report = json.loads((folder / "r.json").read_text("utf-8"))
     jsonschema.validate(report, json.loads(SCHEMA.read_text("utf-8")))
     tests = {each["nodeid"].partition("::")[2]: each for each in report["tests"]}
-    assert "test_no_card" not in tests
+    assert not {"test_no_card", "test_limit_without_card"} & set(tests)
+    _check_machine(report)
+    _check_limits(tests)
+    assert report["baseline"]["file"] == "b.json"
+    changes = {each["metric"]: each for each in report["baseline"]["changes"]}
+    assert {"allocated"} == set(changes)
+    assert changes["allocated"]["is_regression"]
+    assert {"test_it.py::test_gone"} == {
+        each["test"] for each in report["baseline"]["stale"]
+    }
+    assert {"test_it.py::test_peak"} < {
+        each["test"] for each in report["baseline"]["new"]
+    }
     _check_peak(tests["test_peak"], is_alone="-n" not in WAYS[way])
     over = tests["test_over"]
     assert "failed" == over["outcome"]
@@ -141,6 +187,34 @@ def test_every_kind_is_written_in_every_way(
     assert "<script" not in text
     assert "a&#124;b" in text
     assert f"before\n{text}" == summary.read_text("utf-8")
+
+
+def _check_machine(report: dict[str, Any]) -> None:
+    (machine,) = report["environments"]
+    assert platform.node() == machine["host"]
+    assert torch.__version__ == machine["torch"]
+    assert ("simulated", None) == (machine["backend"], machine["driver"])
+    (card,) = machine["cards"]
+    assert ("Tesla T4", 4 * 2**30) == (card["name"], card["budget_bytes"])
+    assert {platform.node()} == {each["host"] for each in report["tests"]}
+
+
+def _check_limits(tests: dict[str, Any]) -> None:
+    over, under, leak = (
+        tests[name]["limits"] for name in ("test_over", "test_under", "test_leak")
+    )
+    figures = tests["test_over"]["figures"]
+    reserved = max(each["peak_reserved_bytes"] for each in figures)
+    assert {
+        ("allocated", 0, "call", 2**20, 4 * 2**20, False),
+        ("reserved", 0, "test", T4_BYTES // 2, reserved, True),
+    } == {tuple(each.values()) for each in over}
+    assert [("allocated", 0, "call", 2**20, 2**20, True)] == [
+        tuple(each.values()) for each in under
+    ]
+    assert [("leak", None, "test", 1024, 0, True)] == [
+        tuple(each.values()) for each in leak
+    ]
 
 
 def _check_peak(test: dict[str, Any], *, is_alone: bool) -> None:
@@ -210,3 +284,37 @@ def test_a_step_summary_that_cannot_be_written_fails_nothing(
 
     assert pytest.ExitCode.OK == done.ret
     done.stdout.fnmatch_lines(["GITHUB_STEP_SUMMARY: *cannot be written*"])
+
+
+def test_a_report_says_what_an_update_changed(pytester: pytest.Pytester) -> None:
+    """Against the file as it was: nothing of that is a regression."""
+    known = {"test_it.py::test_it": {"allocated": 7}, "test_gone.py::test": {}}
+    Baseline({T4: known}).write(pytester.path / "b.json")
+    pytester.makepyfile(
+        test_it="""
+        import torch
+
+        def test_it(): torch.zeros(1, device="cuda")
+        def test_new(): torch.zeros(1, device="cuda")
+        """
+    )
+
+    done = pytester.runpytest(
+        "-p",
+        "no:cacheprovider",
+        "--gpu-baseline=b.json",
+        "--gpu-update-baseline",
+        "--gpu-report=json:r.json",
+        "--gpu-report=md:r.md",
+    )
+
+    done.assert_outcomes(passed=2)
+    report = json.loads((pytester.path / "r.json").read_text("utf-8"))
+    jsonschema.validate(report, json.loads(SCHEMA.read_text("utf-8")))
+    (change,) = report["baseline"]["changes"]
+    assert (7, 512, False) == (change["before"], change["now"], change["is_regression"])
+    (new,), (stale,) = report["baseline"]["new"], report["baseline"]["stale"]
+    assert ("test_it.py::test_new", 512) == (new["test"], new["peaks"]["allocated"])
+    assert ("test_gone.py::test", T4) == (stale["test"], stale["environment"])
+    text = (pytester.path / "r.md").read_text("utf-8")
+    assert "**1 change against b.json, 1 new, 1 stale**" in text

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
+import jsonschema
 import pytest
 
 import pytest_gpumem
@@ -16,10 +16,12 @@ from pytest_gpumem.devices.active import active_device
 from pytest_gpumem.errors import ReportError
 from pytest_gpumem.instruments.timeline import MAX_GROUPS, MAX_POINTS, Series, Timeline
 from pytest_gpumem.model.records import MemoryFigures, to_properties
-from pytest_gpumem.reports import document
+from pytest_gpumem.reports import document, recorded
 from pytest_gpumem.reports.markdown import escape, markdown
+from pytest_gpumem.reports.merging import merge
 
 PACKAGE = Path(pytest_gpumem.__file__).parent
+SCHEMA = PACKAGE / "reports" / "report.schema.json"
 
 
 def a_report(tmp_path: Path, name: str, **peaks: int) -> Path:
@@ -28,18 +30,17 @@ def a_report(tmp_path: Path, name: str, **peaks: int) -> Path:
     for test, nbytes in peaks.items():
         figures = MemoryFigures(0, nbytes, nbytes, nbytes, nbytes, 0, 0, 0, 0, 0)
         properties = [("gpumem.environment", "T4"), *to_properties("call", figures)]
-        tests.append(document.test_record(test, "passed", 0.1, properties))
+        tests.append(recorded.test_record(test, "passed", 0.1, properties))
     path = tmp_path / name
-    found = [each for each in tests if each is not None]
-    path.write_text(document.to_text(document.document(name, found, None)), "utf-8")
+    found = document.by_name(each for each in tests if each is not None)
+    path.write_text(document.to_text(document.Report((name,), tests=found)), "utf-8")
     return path
 
 
 def test_the_published_schema_is_the_shipped_one() -> None:
     """Otherwise: copy pytest_gpumem/reports/report.schema.json to docs."""
-    shipped = PACKAGE / "reports" / "report.schema.json"
     published = Path(__file__).parents[1] / "docs" / "report.schema.json"
-    assert shipped.read_text("utf-8") == published.read_text("utf-8")
+    assert SCHEMA.read_text("utf-8") == published.read_text("utf-8")
 
 
 @pytest.mark.parametrize(
@@ -50,6 +51,16 @@ def test_the_published_schema_is_the_shipped_one() -> None:
         ("{}", "is no report"),
         ('{"format": "pytest-gpumem report", "version": 9}', "upgrade it"),
         ('{"format": "pytest-gpumem report", "version": 1}', "is damaged"),
+        (
+            '{"format": "pytest-gpumem report", "version": 2, "runs": [], '
+            '"tests": [{"nodeid": "a", "figures": [7], "environment": ""}]}',
+            "is damaged",
+        ),
+        (
+            '{"format": "pytest-gpumem report", "version": 2, "runs": [], "tests": [], '
+            '"baseline": {"file": "b"}}',
+            "is damaged",
+        ),
     ],
 )
 def test_what_is_no_report_is_refused(text: str, message: str) -> None:
@@ -63,7 +74,7 @@ def test_a_report_comes_back_as_it_was(tmp_path: Path) -> None:
     path = a_report(tmp_path, "a.json", one=1, two=2)
     report = document.read(path)
     assert document.to_text(report) == path.read_text("utf-8")
-    assert ["one", "two"] == [each["nodeid"] for each in report["tests"]]
+    assert ["one", "two"] == [each.nodeid for each in report.tests]
 
 
 def test_markdown_shows_the_largest_and_counts_the_others(tmp_path: Path) -> None:
@@ -142,9 +153,9 @@ def test_merge_joins_reports_and_baselines(
     a, b = a_report(tmp_path, "a", one=1, two=2), a_report(tmp_path, "b", two=3)
     out = tmp_path / "out"
     assert 0 == main(["merge", str(a), str(b), "--out", str(out)])
-    tests = document.read(out)["tests"]
     peaks = {
-        each["nodeid"]: each["figures"][0]["peak_allocated_bytes"] for each in tests
+        each.nodeid: each.record()["figures"][0]["peak_allocated_bytes"]
+        for each in document.read(out).tests
     }
     assert {"one": 1, "two": 3} == peaks
 
@@ -195,14 +206,116 @@ def test_compare_refuses_what_does_not_compare(
     assert "missing.json does not exist; write it" in capsys.readouterr().err
 
 
-def test_merging_keeps_what_the_baseline_said() -> None:
-    """Each change once, by test and metric."""
+def test_merging_keeps_what_the_runs_said() -> None:
+    """Each change, machine and new test once; what one shard ran is stale in none."""
 
-    def one(now: int) -> dict[str, Any]:
+    def one(now: int, host: str) -> document.Report:
         change = {"test": "t", "metric": "allocated", "before": 1, "now": now}
-        baseline = {"file": "b.json", "changes": [{**change, "is_regression": True}]}
-        return document.document("run", [], baseline)
+        entries = [
+            {"environment": "T4", "test": test, "peaks": {"allocated": 1}}
+            for test in ("s", "t")
+        ]
+        baseline = {
+            "file": "b.json",
+            "changes": [{**change, "is_regression": True}],
+            "new": entries[:1],
+            "stale": entries,
+        }
+        figures = to_properties("call", MemoryFigures(0, *[now] * 5, *[0] * 4))
+        test = recorded.test_record("t", "passed", 0.1, figures)
+        assert test is not None
+        return document.Report(("run",), ({"host": host},), baseline, (test,))
 
-    merged = json.loads(document.to_text(document.merge([one(2), one(3)])))
-    assert [3] == [each["now"] for each in merged["baseline"]["changes"]]
+    merged = json.loads(
+        document.to_text(merge([one(2, "a"), one(3, "b"), one(3, "b")]))
+    )
+
+    baseline = merged["baseline"]
+    assert [3] == [each["now"] for each in baseline["changes"]]
+    assert ["s"] == [each["test"] for each in baseline["new"]]
+    assert ["s"] == [each["test"] for each in baseline["stale"]]
     assert ["run"] == merged["runs"]
+    assert [{"host": "a"}, {"host": "b"}] == merged["environments"]
+
+
+def test_a_report_of_format_1_is_read(tmp_path: Path) -> None:
+    """And written as one of today's, with what it lacks filled in."""
+    old = json.loads(a_report(tmp_path, "a.json", one=1).read_text("utf-8"))
+    old["version"] = 1
+    del old["environments"], old["tests"][0]["host"], old["tests"][0]["limits"]
+    old["baseline"] = {"file": "b.json", "changes": []}
+    path, out = tmp_path / "old.json", tmp_path / "new.json"
+    path.write_text(json.dumps(old), "utf-8")
+
+    assert 0 == main(["merge", str(path), "--out", str(out)])
+
+    new = json.loads(out.read_text("utf-8"))
+    jsonschema.validate(new, json.loads(SCHEMA.read_text("utf-8")))
+    assert 2 == new["version"]
+    assert ("", []) == (new["tests"][0]["host"], new["tests"][0]["limits"])
+    assert {"file": "b.json", "changes": [], "new": [], "stale": []} == new["baseline"]
+
+
+def test_compare_names_what_is_new_gone_or_broken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tests, limits that hold in one of two reports, and machines that differ."""
+
+    def write(name: str, test: str, measured: int, host: str) -> str:
+        path = a_report(tmp_path, name, same=7, **{test: 2**20})
+        found = json.loads(path.read_text("utf-8"))
+        found["environments"] = [{"host": host, "cards": []}]
+        found["tests"][-1]["limits"] = [
+            {
+                "metric": "allocated",
+                "device_index": 0,
+                "phase": "call",
+                "limit_bytes": 2**20,
+                "measured_bytes": measured,
+                "held": measured <= 2**20,
+            }
+        ]
+        path.write_text(json.dumps(found), "utf-8")
+        return str(path)
+
+    before = write("a.json", "a_gone", 2**20, "left")
+    now = write("b.json", "a_new", 2**20 + 1, "right")
+
+    assert 0 == main(["compare", before, now])
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("before: host left")
+    assert out[1].startswith("now: host right")
+    assert "new: a_new (allocated 1 MiB, reserved 1 MiB)" == out[2]
+    assert "gone: a_gone (allocated 1 MiB, reserved 1 MiB)" == out[3]
+    assert (
+        "a limit is broken now: same: allocated on cuda:0, call: "
+        "1 MiB of 1 MiB, 1 B too much" == out[4]
+    )
+    assert 0 == main(["compare", now, before])
+    assert "a limit holds again: same" in capsys.readouterr().out
+
+
+def test_markdown_shows_limits_and_what_is_new_or_stale(tmp_path: Path) -> None:
+    """What a reviewer of a pull request must see."""
+    found = json.loads(a_report(tmp_path, "a.json", one=3 * 2**20).read_text("utf-8"))
+    found["tests"][0]["limits"] = [
+        {
+            "metric": metric,
+            "device_index": None,
+            "phase": "test",
+            "limit_bytes": 2**20,
+            "measured_bytes": measured,
+            "held": measured <= 2**20,
+        }
+        for metric, measured in (("leak", 3 * 2**20), ("allocated", 5))
+    ]
+    entry = {"environment": "T4", "test": "x", "peaks": {"allocated": 2**20}}
+    found["baseline"] = {"file": "b", "changes": [], "new": [entry], "stale": [entry]}
+
+    text = markdown(document.parse(json.dumps(found), "a.json"))
+
+    assert "**0 changes against b, 1 new, 1 stale**" in text
+    assert "| stale | peaks | environment |" in text
+    assert 2 == text.count("| x | allocated 1 MiB | T4 |")
+    assert "**1 of 2 limits broken**" in text
+    assert "| one | leak on all cards, test | 1 MiB | 3 MiB | +2 MiB ❌ |" in text

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from ways import WAYS
 
 from pytest_gpumem.cards import CARDS
+from pytest_gpumem.plugin import smallest  # an inner run keeps it
 from pytest_gpumem.sizes import parse_size
 from pytest_gpumem.suggestions.limits import (
     Peak,
@@ -230,6 +231,8 @@ def test_trials_that_fail_call_no_debugger(pytester: pytest.Pytester) -> None:
 
 
 SMALLEST = """
+    import unittest
+
     import pytest
     import torch
 
@@ -267,6 +270,24 @@ SMALLEST = """
     def test_sweep():
         torch.zeros(2**20, device="cuda")
 
+    def test_subtests(subtests):
+        with subtests.test("a"):
+            torch.zeros(2**20, device="cuda")
+
+    class TestOld(unittest.TestCase):
+        def test_parts(self):
+            for mib in (10, 12):
+                with self.subTest(mib=mib):
+                    torch.zeros(mib * 2**18, device="cuda")
+
+        def test_whole(self):
+            torch.zeros(16 * 2**18, device="cuda")
+
+    def test_without_room_for_half():
+        if made.append("again") or made.count("again") == 2:
+            raise RuntimeError
+        torch.zeros(2**20, device="cuda")
+
     def test_fixtures(wide):
         assert made.count("wide") == 1
         assert made.count("narrow") in (0, 6)
@@ -280,12 +301,19 @@ def test_the_smallest_budget_is_found(way: str, pytester: pytest.Pytester) -> No
     result = pytester.runpytest(*LIGHT, *WAYS[way], "--gpu-find-budget")
 
     counts = result.parseoutcomes()
-    assert (5 if "-n" not in WAYS[way] else counts["passed"]) == counts["passed"]
+    assert (9 if "-n" not in WAYS[way] else counts["passed"]) == counts["passed"]
     assert 1 == counts["failed"]
+    swept = "test_sweep" if "-n" not in WAYS[way] else "test_sweep[[]points 1 of 2]"
     result.stdout.fnmatch_lines_random(
         [
             "test_it.py::test_fallback: passes from a budget of 20 MiB on",
             "test_it.py::test_plain: passes from a budget of 14 MiB on",
+            "test_it.py::TestOld::test_parts: passes from a budget of 12 MiB on",
+            "test_it.py::TestOld::test_whole: passes from a budget of 16 MiB on",
+            f"test_it.py::{swept}: its smallest budget was not sought: it is swept, *",
+            "test_it.py::test_subtests: its smallest budget was not sought: the fixture *",
+            "test_it.py::test_without_room_for_half: its smallest budget was not found: "
+            "it does not do the same each time",
         ]
     )
     for name in ("test_fails", "test_no_card", "test_sweep", "test_fixtures"):
@@ -293,3 +321,34 @@ def test_the_smallest_budget_is_found(way: str, pytester: pytest.Pytester) -> No
     if "junit" in str(WAYS[way]):
         text = (pytester.path / "junit.xml").read_text(encoding="utf-8")
         assert f'name="gpumem.smallest_budget" value="{14 * MIB}"' in text
+
+
+def test_a_trial_that_does_not_end_is_bounded(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counts as failed, and is told of; also where it waits for a lock."""
+    monkeypatch.setattr(smallest, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(smallest, "PATIENCE", 0)
+    pytester.makepyfile(
+        test_it="""
+        import threading
+        import torch
+
+        def test_it():
+            try:
+                torch.zeros(10 * 2**18, device="cuda")
+            except torch.OutOfMemoryError:
+                threading.Event().wait()
+        """
+    )
+
+    result = pytester.runpytest(*LIGHT, "--gpu-find-budget")
+
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(
+        [
+            "*= smallest budgets of GPU memory =*",
+            "test_it.py::test_it: passes from a budget of 10 MiB on; 3 of the trials "
+            "below did not end in 0.5 s",
+        ]
+    )

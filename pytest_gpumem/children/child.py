@@ -83,7 +83,7 @@ class Child:
             self._installation = None
 
     def _nvml_imported(self) -> None:
-        from pytest_gpumem.devices.nvml import NvmlHook  # noqa: PLC0415  # it is used
+        from pytest_gpumem.devices.simulated_nvml import NvmlHook  # noqa: PLC0415  # it is used
 
         self._nvml = NvmlHook(self._machine)
         self._nvml.start()

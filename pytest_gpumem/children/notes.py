@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pytest_gpumem.cards import MAX_CARDS
-from pytest_gpumem.model.records import MemoryFigures
+from pytest_gpumem.model.records import OPTIONAL, MemoryFigures
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,6 +26,8 @@ SUFFIX: Final = ".gpumem"
 MAX_RULES: Final = 32
 
 _HEADER: Final = 1024
+#: Stands for a figure that is not known.
+_UNKNOWN: Final = -1
 _NAMES: Final = tuple(field.name for field in fields(MemoryFigures))
 _CARD: Final = struct.Struct(f"<q{len(_NAMES)}q")
 _COUNTS: Final = struct.Struct(f"<q{MAX_RULES}q")
@@ -88,7 +90,7 @@ class Note:
 
 
 def _values(figures: MemoryFigures) -> tuple[Any, ...]:
-    return tuple(astuple(figures))
+    return tuple(_UNKNOWN if value is None else value for value in astuple(figures))
 
 
 def read_note(path: Path) -> ChildFigures | None:
@@ -104,7 +106,10 @@ def read_note(path: Path) -> ChildFigures | None:
         place = _HEADER + _COUNTS.size + index * _CARD.size
         is_used, *values = _CARD.unpack_from(content, place)
         if is_used:
-            figures = dict(zip(_NAMES, values, strict=True))
+            figures: dict[str, Any] = {
+                name: None if name in OPTIONAL and value == _UNKNOWN else value
+                for name, value in zip(_NAMES, values, strict=True)
+            }
             figures["device_index"] = index
             found[index] = MemoryFigures(**figures)
     return ChildFigures(
@@ -130,8 +135,9 @@ def read_notes(folder: Path) -> list[ChildFigures]:
 def together(children: Sequence[ChildFigures]) -> list[MemoryFigures]:
     """Return the figures of several children as those of one.
 
-    Peaks are the largest that one of them had; errors and retries are added up. What
-    a process holds as it ends is given back, so nothing counts as left.
+    Peaks are the largest that one of them had, and not known where one's is not;
+    errors and retries are added up. What a process holds as it ends is given back, so
+    nothing counts as left.
     """
     by_card: dict[int, list[MemoryFigures]] = {}
     for child in children:
@@ -141,10 +147,13 @@ def together(children: Sequence[ChildFigures]) -> list[MemoryFigures]:
 
 
 def _together(several: Sequence[MemoryFigures]) -> MemoryFigures:
-    values = {}
+    values: dict[str, Any] = {}
     for name in _NAMES:
         told = [getattr(each, name) for each in several]
-        values[name] = sum(told) if name.startswith("num_") else max(told)
+        if None in told:
+            values[name] = None
+        else:
+            values[name] = sum(told) if name.startswith("num_") else max(told)
         if name.startswith("end_"):
             values[name] = 0
     return MemoryFigures(**values)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
     import argparse
 
     from pytest_gpumem.baselines.baseline import Baseline
-    from pytest_gpumem.baselines.gate import Change
+    from pytest_gpumem.reports.document import Report
 
 
 def add_commands(commands: Any) -> None:
@@ -72,116 +71,53 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
-def _is_report(path: Path) -> bool:
-    """Tell a report from what is read, and refused, as a baseline."""
-    from pytest_gpumem.reports.document import FORMAT  # noqa: PLC0415  # see above
+def _read(path: Path) -> Report | Baseline:
+    """Read a file; what does not call itself a report is taken for a baseline.
+
+    Raises:
+        ReportError: It is a report, and broken.
+        BaselineError: It is neither, or cannot be read.
+    """
+    from pytest_gpumem.baselines.baseline import Baseline  # noqa: PLC0415  # see above
+    from pytest_gpumem.reports.document import FORMAT, parse  # noqa: PLC0415  # likewise
 
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(found, dict) and found.get("format") == FORMAT
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        text = ""
+    return parse(text, str(path)) if f'"{FORMAT}"' in text else Baseline.read(path)
 
 
 def _merge(options: argparse.Namespace) -> int:
     from pytest_gpumem.baselines.baseline import Baseline  # noqa: PLC0415  # see above
-    from pytest_gpumem.reports.document import merge, read, to_text  # noqa: PLC0415  # likewise
+    from pytest_gpumem.reports.document import Report, to_chunks  # noqa: PLC0415  # likewise
+    from pytest_gpumem.reports.merging import merge  # noqa: PLC0415  # likewise
 
-    kinds = {_is_report(path) for path in options.files}
-    if len(kinds) > 1:
+    files = [_read(path) for path in options.files]
+    reports = [each for each in files if isinstance(each, Report)]
+    if reports and len(reports) < len(files):
         raise ReportError("merge takes reports or baselines, not both at once")
-    if kinds == {True}:
-        text = to_text(merge(read(path) for path in options.files))
+    if reports:
+        write_atomically(options.out, to_chunks(merge(reports)))
     else:
         merged = Baseline()
-        for path in options.files:
-            merged.merge(Baseline.read(path))
-        text = merged.to_text()
-    write_atomically(options.out, text)
+        for each in files:
+            if isinstance(each, Baseline):
+                merged.merge(each)
+        write_atomically(options.out, merged.to_text())
     sys.stdout.write(f"{options.out}\n")
     return 0
 
 
-def _peaks(path: Path) -> Baseline:
-    """Return a report's or a baseline's peaks, as a baseline has them."""
-    from pytest_gpumem.baselines.baseline import (  # noqa: PLC0415  # see above
-        METRICS,
-        Baseline,
-        metric_key,
-    )
-    from pytest_gpumem.reports.document import read  # noqa: PLC0415  # likewise
-
-    if not _is_report(path):
-        return Baseline.read(path)
-    before = {"call": "", "children": "children "}
-    peaks: dict[str, dict[str, dict[str, int]]] = {}
-    for test in read(path)["tests"]:
-        found = {
-            before[each["phase"]] + metric_key(metric, each["device_index"]): int(
-                each[f"peak_{metric}_bytes"]
-            )
-            for each in test["figures"]
-            if each["phase"] in before
-            for metric in METRICS
-        }
-        if found:
-            peaks.setdefault(test["environment"], {})[test["nodeid"]] = found
-    return Baseline(peaks)
-
-
 def _compare(options: argparse.Namespace) -> int:
-    from pytest_gpumem.baselines.gate import Tolerance, compare  # noqa: PLC0415  # see above
+    from pytest_gpumem.baselines.gate import Tolerance  # noqa: PLC0415  # see above
+    from pytest_gpumem.commands.comparison import compare_files  # noqa: PLC0415  # likewise
 
     try:
         gate = [Tolerance.parse(text) for text in options.fail]
     except ValueError as error:
         raise ReportError(f"--fail: {error}") from None
-    before, now = _peaks(options.before).peaks, _peaks(options.now).peaks
-    changes: list[Change] = []
-    same = new = 0
-    shared = before.keys() & now.keys()
-    for environment in sorted(shared):
-        known = before[environment]
-        for test, peaks in sorted(now[environment].items()):
-            if test not in known:
-                new += 1
-                continue
-            found = compare(test, known[test], peaks, gate)
-            same += not found
-            changes += found
-    if not shared and before and now:
-        raise ReportError(
-            f"the files share no environment: {', '.join(sorted(before))} and "
-            f"{', '.join(sorted(now))}; compare runs on the same card and PyTorch"
-        )
-    gone = sum(len(before[each].keys() - now[each].keys()) for each in shared)
-    for line in _table(changes):
+    lines, is_bad = compare_files(_read(options.before), _read(options.now), gate)
+    for line in lines:
         sys.stdout.write(f"{line}\n")
-    bad = sum(each.is_regression for each in changes)
-    counts = {"the same": same, "new": new, "gone": gone, "beyond --fail": bad}
-    parts = [f"{len({each.test for each in changes})} tests changed"]
-    parts += [f"{count} {word}" for word, count in counts.items() if count]
-    sys.stdout.write(f"{', '.join(parts)}\n")
-    return 1 if bad else 0
-
-
-def _table(changes: list[Change]) -> list[str]:
-    from pytest_gpumem.sizes import format_size  # noqa: PLC0415  # see above
-    from pytest_gpumem.tables import align  # noqa: PLC0415  # likewise
-
-    if not changes:
-        return []
-    rows = [("before", "now", "Δ", "%", "metric", "test")]
-    for each in sorted(changes, key=lambda each: -abs(each.now - each.before)):
-        delta = each.now - each.before
-        rows.append(
-            (
-                format_size(each.before),
-                format_size(each.now),
-                f"{'+' if delta >= 0 else '-'}{format_size(abs(delta))}",
-                f"{each.percent:+.1f}",
-                each.metric + (" !" if each.is_regression else ""),
-                each.test,
-            )
-        )
-    return align(rows, left=(4,))
+    return int(is_bad)

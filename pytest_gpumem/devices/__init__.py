@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from contextlib import AbstractContextManager
 
+    from pytest_gpumem.devices.nvml import Reading
     from pytest_gpumem.model.records import MemoryFigures
 
 
@@ -65,6 +66,12 @@ class Device(Protocol):
     def memory_stats(self, index: int) -> Mapping[str, int]:
         """Return ``torch.cuda.memory_stats``'s flat dictionary."""
 
+    def counted(self, index: int) -> Reading:
+        """Return what NVML counts now, for this process and on the card.
+
+        Never raises, and uses no card for it.
+        """
+
     def empty_cache(self) -> None:
         """Give cuBLAS workspaces and cached segments of every card back."""
 
@@ -80,6 +87,9 @@ class Device(Protocol):
 
     def block_bytes(self, storage: Any) -> int:
         """Return the bytes of the allocator's block under a storage of a card."""
+
+    def block_address(self, storage: Any) -> int | None:
+        """Return where that block is on the card; None for a storage on the host."""
 
     def holds(self, storage: Any, index: int) -> bool:
         """Tell whether a storage is on a card of this device."""

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytest_gpumem.devices.fractions import fraction_for
-from pytest_gpumem.devices.nvml import cap_free_memory, process_bytes
+from pytest_gpumem.devices.nvml import CardCount, Reading, cap_free_memory
+from pytest_gpumem.devices.on_import import AfterImport
 from pytest_gpumem.devices.patches import PatchSet
 from pytest_gpumem.errors import BudgetError
 from pytest_gpumem.model.records import MemoryFigures
@@ -56,6 +57,9 @@ class CudaTracker:
         """Return the figures up to now."""
         stats = self._device.memory_stats(self._index)
         self.take(self._index, stats)
+        reserved = stats.get("reserved_bytes.all.current", 0)
+        process = self._device.counted(self._index).process_bytes
+        beside = None if process is None else max(process - reserved, 0)
         return MemoryFigures(
             device_index=self._index,
             peak_allocated_bytes=self._peaks["allocated"],
@@ -64,11 +68,17 @@ class CudaTracker:
             peak_active_bytes=self._peaks["active"],
             start_allocated_bytes=self._start.get("allocated_bytes.all.current", 0),
             end_allocated_bytes=stats.get("allocated_bytes.all.current", 0),
-            end_reserved_bytes=stats.get("reserved_bytes.all.current", 0),
+            end_reserved_bytes=reserved,
             num_ooms=stats.get("num_ooms", 0) - self._start.get("num_ooms", 0),
             num_alloc_retries=stats.get("num_alloc_retries", 0)
             - self._start.get("num_alloc_retries", 0),
-            context_bytes=self._device.context_bytes(self._index),
+            context_bytes=beside or 0,
+            # The allocator's peak is exact; what is beside it comes and seldom goes.
+            peak_process_bytes=None
+            if beside is None
+            else self._peaks["reserved"] + beside,
+            end_requested_bytes=stats.get("requested_bytes.all.current", 0),
+            end_active_bytes=stats.get("active_bytes.all.current", 0),
         )
 
     def peek(self) -> MemoryFigures:
@@ -99,6 +109,8 @@ class CudaDevice:
         self._reset_patches = PatchSet()
         self._oom_observers: list[Callable[[int, int], None]] = []
         self._observes = False
+        self._counts: dict[int, CardCount] = {}
+        self._nvml_hook = AfterImport("pynvml", self._cap_nvml)
 
     @property
     def device_count(self) -> int:
@@ -127,10 +139,8 @@ class CudaDevice:
 
     def context_bytes(self, index: int) -> int:
         """Return what the driver counts beside the allocator's bytes."""
-        if not torch.cuda.is_initialized():
-            return 0
-        nvml_index = torch.cuda._get_nvml_device_index(index)  # noqa: SLF001  # heeds CUDA_VISIBLE_DEVICES
-        return max((process_bytes(nvml_index) or 0) - self._reserved(index), 0)
+        process = self.counted(index).process_bytes
+        return max((process or 0) - self._reserved(index), 0)
 
     def others_bytes(self, index: int) -> int:
         """Return the bytes of a card that other processes hold."""
@@ -147,6 +157,14 @@ class CudaDevice:
     def memory_stats(self, index: int) -> Mapping[str, int]:
         """Return ``torch.cuda.memory_stats``; empty before CUDA is used."""
         return torch.cuda.memory_stats(index) if torch.cuda.is_initialized() else {}
+
+    def counted(self, index: int) -> Reading:
+        """Return what NVML counts now; nothing before this process uses the card."""
+        if not _has_context(index):
+            return Reading(0, None)
+        if index not in self._counts:
+            self._counts[index] = CardCount(index, lambda: _has_context(index))
+        return self._counts[index].read()
 
     def empty_cache(self) -> None:
         """Give cuBLAS workspaces and cached segments of every card back."""
@@ -229,6 +247,7 @@ class CudaDevice:
             # A cached segment would serve requests whatever the cap.
             self.empty_cache()
         if not self._budgets:
+            self._nvml_hook.stop()
             self._patches.restore()
 
     def _apply(self, index: int) -> None:
@@ -254,8 +273,7 @@ class CudaDevice:
         )
         torch.cuda.init()
         patches.set(torch.cuda, "_cudart", _Cudart(torch.cuda.cudart(), self))
-        if "pynvml" in sys.modules:
-            cap_free_memory(sys.modules["pynvml"], patches, self.shared)
+        self._nvml_hook.start()
         info = getattr(torch._C, "_accelerator_getMemoryInfo", None)  # noqa: SLF001  # below torch.accelerator
         if info is not None:
             patches.set(
@@ -263,6 +281,9 @@ class CudaDevice:
                 "_accelerator_getMemoryInfo",
                 lambda index: self.shared(index, *info(index)),
             )
+
+    def _cap_nvml(self) -> None:
+        cap_free_memory(sys.modules["pynvml"], self._patches, self.shared)
 
     def _user_fraction(self, fraction: float, index: int) -> None:
         self._fractions[index] = fraction
@@ -274,6 +295,11 @@ class CudaDevice:
         if budget is not None:
             free = min(free, max(budget - self._reserved(index), 0))
         return free, total
+
+    def block_address(self, storage: Any) -> int | None:
+        """Return where the block under a storage is; None for one on the host."""
+        address: int = storage.data_ptr()
+        return address if storage.device.type == "cuda" else None
 
     def block_bytes(self, storage: Any) -> int:
         """Return the bytes of the block under a storage, from a snapshot.
@@ -361,6 +387,14 @@ class CudaDevice:
     ) -> Iterator[bool]:
         """Do nothing, as above."""
         yield False
+
+
+def _has_context(index: int) -> bool:
+    """Tell whether this process has a context on a card, without making one."""
+    if not torch.cuda.is_initialized():
+        return False
+    has_context: Any = getattr(torch._C, "_cuda_hasPrimaryContext", None)  # noqa: SLF001  # no public name; builds for CPUs lack it
+    return has_context is None or bool(has_context(index))
 
 
 class _Cudart:

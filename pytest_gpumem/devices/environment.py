@@ -1,8 +1,11 @@
-"""What figures of a device are kept under."""
+"""What figures of a device are kept under, and the machine they were taken on."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import platform
+from typing import TYPE_CHECKING, Any
+
+from pytest_gpumem.devices.selection import torch_versions
 
 if TYPE_CHECKING:
     from pytest_gpumem.devices import Device
@@ -18,3 +21,44 @@ def environment_of(device: Device) -> str:
     names = list(dict.fromkeys(device.name(i) for i in range(device.device_count)))
     version = ".".join(torch.__version__.split("+")[0].split(".")[:2])
     return f"{' + '.join(names)}, {device.kind}, torch {version}"
+
+
+def facts_of(device: Device | None, backend: str) -> dict[str, Any]:
+    """Return the machine and its cards, as reports have them; sizes are bytes.
+
+    Args:
+        device: The cards; None where nothing in this process asked for one.
+        backend: ``"cuda"``, ``"simulated"`` or ``"off"``.
+    """
+    versions = torch_versions()
+    indices = range(0 if device is None else device.device_count)
+    return {
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": None if versions is None else versions[0],
+        "backend": backend,
+        "driver": driver_version() if backend == "cuda" else None,
+        "cards": [
+            {
+                "name": device.name(index),
+                "total_bytes": device.mem_get_info(index)[1],
+                "budget_bytes": device.budget(index),
+            }
+            for index in indices
+            if device is not None
+        ],
+    }
+
+
+def driver_version() -> str | None:
+    """Return the version of NVIDIA's driver; None where NVML does not tell."""
+    try:
+        import pynvml  # noqa: PLC0415  # an optional library
+
+        pynvml.nvmlInit()
+        version = pynvml.nvmlSystemGetDriverVersion()
+        pynvml.nvmlShutdown()
+    except Exception:  # noqa: BLE001  # without NVML the rest is still worth having
+        return None
+    return version.decode() if isinstance(version, bytes) else str(version)

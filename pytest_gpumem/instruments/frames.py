@@ -1,8 +1,9 @@
-"""Let go of what the frames of a handled exception keep alive."""
+"""Look at frames, and let go of what those of a handled exception keep alive."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import inspect
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -42,3 +43,24 @@ def clear_frame(frame: FrameType) -> None:
     except RuntimeError:
         return  # it runs, or is a suspended coroutine
     _ = frame.f_locals
+
+
+def locals_of(frame: FrameType, *names: str) -> dict[str, Any]:
+    """Return a frame's variables, and leave nothing behind that holds them.
+
+    Before Python 3.13 a look at ``f_locals`` leaves a dictionary at the frame that
+    would keep alive what the function lets go of later.
+
+    Args:
+        frame: The frame.
+        names: Those that are wanted; none means all.
+    """
+    looked = frame.f_locals
+    variables = (
+        {name: looked[name] for name in names if name in looked}
+        if names
+        else dict(looked)
+    )
+    if frame.f_code.co_flags & inspect.CO_OPTIMIZED and type(looked) is dict:
+        looked.clear()
+    return variables

@@ -7,7 +7,6 @@ and one up the stack. Nothing of what is seen is kept; ``holders.py`` asks more 
 from __future__ import annotations
 
 import gc
-import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import torch
 from torch.nn.parameter import is_lazy
 
+from pytest_gpumem.instruments.frames import locals_of
 from pytest_gpumem.model.incidents import LiveTensor, ModelSize
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ class _Names:
         for each, state in _frames(frame):
             code = each.f_code
             place = f"{code.co_name} ({Path(code.co_filename).name}:{each.f_lineno})"
-            self._of_variables(_locals(each), f"of {state}{place}", modules)
+            self._of_variables(locals_of(each), f"of {state}{place}", modules)
             if id(each.f_globals) not in globals_seen:
                 globals_seen.add(id(each.f_globals))
                 module = each.f_globals.get("__name__")
@@ -243,20 +243,6 @@ def _frames(frame: FrameType | None) -> Iterator[tuple[FrameType, str]]:
 def _is_shown(frame: FrameType) -> bool:
     name = frame.f_globals.get("__name__")
     return isinstance(name, str) and name.partition(".")[0] not in _HIDDEN
-
-
-def _locals(frame: FrameType) -> dict[str, Any]:
-    """Return a frame's variables, and leave nothing behind that holds them.
-
-    Before Python 3.13 a look at ``f_locals`` leaves a dictionary at the frame that
-    would keep alive what the function lets go of later.
-    """
-    is_function = bool(frame.f_code.co_flags & inspect.CO_OPTIMIZED)
-    looked = frame.f_locals
-    variables = dict(looked)
-    if is_function and isinstance(looked, dict):
-        looked.clear()
-    return variables
 
 
 def _roots(modules: list[torch.nn.Module]) -> list[torch.nn.Module]:

@@ -47,6 +47,23 @@ def describe_site(frame: FrameType | None, *, exact: bool = False) -> str:
     it the innermost function of a library and the module at work, with numbers of
     layers left out: two layers of a kind are one site.
     """
+    place = describe_place(frame)
+    module = (parameter_name(frame) if exact else "") or module_path(frame)
+    if module and exact:
+        return f"{place} for {module}"
+    return f"{place} in {starred(module)}" if module else place
+
+
+def starred(path: str) -> str:
+    """Return a module's path with numbers left out: ``encoder.layer.*.attention``."""
+    return re.sub(r"(?<![A-Za-z_])[0-9]+", "*", path)
+
+
+def describe_place(frame: FrameType | None) -> str:
+    """Return what ``describe_site`` says, but for the module at work.
+
+    It depends on nothing but the frames' code and lines.
+    """
     phase = current_phase(frame)
     user = library = line = None
     for each in _frames(frame):
@@ -65,11 +82,6 @@ def describe_site(frame: FrameType | None, *, exact: bool = False) -> str:
     parts = [f"{user or line or 'unknown site'} ({phase})"]
     if user and library:
         parts.append(f"via {library}")
-    module = (parameter_name(frame) if exact else "") or module_path(frame)
-    if module and exact:
-        parts.append(f"for {module}")
-    elif module:
-        parts.append(f"in {re.sub(r'(?<![A-Za-z_])[0-9]+', '*', module)}")
     return " ".join(parts)
 
 

@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_gpumem.instruments.sites import describe_site
+import torch
+
+from pytest_gpumem.instruments.chains import (
+    Chains,
+    module_at,
+    optimizer_at,
+    outermost_at,
+)
+from pytest_gpumem.instruments.owners import Owner, Owners
+from pytest_gpumem.instruments.sites import starred
+from pytest_gpumem.model.live_groups import LiveBlock, group_blocks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from types import FrameType
 
     from pytest_gpumem.devices import Device
+    from pytest_gpumem.instruments.chains import Chain
+    from pytest_gpumem.instruments.owners import Node
 
 #: Most points of a card's series; beyond, neighbours are merged.
 MAX_POINTS: Final = 100
 #: Most groups of live blocks that are told apart; the others are summed.
 MAX_GROUPS: Final = 12
+#: The site of what was on the card already.
+BEFORE: Final = "held before the test"
+#: The same code asks in test after test.
+_CHAINS: Final = Chains()
 
 
 class Series:
@@ -56,31 +73,64 @@ class Series:
         return [*self._points, self._last]
 
 
+class _Block:
+    """A block that is or was on a card."""
+
+    __slots__ = ("nbytes", "node", "owner", "place")
+
+    def __init__(self, nbytes: int, place: str, node: Node | None) -> None:
+        self.nbytes = nbytes
+        self.place = place
+        self.node = node
+        self.owner: Owner | None = None
+
+    def at_peak(self) -> LiveBlock:
+        """Return what is told of it."""
+        owner = self.owner
+        if owner is not None:
+            path = (*owner.node.path, owner.name)
+            kind = owner.node.root.kind
+            return LiveBlock(self.nbytes, self.place, kind, path, owner.role)
+        site = self.place
+        if self.node is not None:
+            module = ".".join(self.node.path) or self.node.kind
+            site = f"{site} in {starred(module)}"
+        return LiveBlock(self.nbytes, site)
+
+
 class _Card:
     def __init__(self) -> None:
         self.series = Series()
-        self.blocks: dict[int, tuple[int, str]] = {}
-        self.by_site: dict[str, int] = {}
-        self.at_peak: dict[str, int] = {}
+        self.blocks: dict[int, _Block] = {}
         self.peak = 0
-        self.is_at_peak = False
+        # What came after the peak, and what went of what was live at it.
+        self._since: set[int] = set()
+        self._gone: list[_Block] = []
 
-    def gain(self, address: int, nbytes: int, allocated: int, site: str) -> None:
-        self.blocks[address] = (nbytes, site)
-        self.by_site[site] = self.by_site.get(site, 0) + nbytes
+    def gain(self, address: int, allocated: int, block: _Block) -> None:
+        self.blocks[address] = block
         if allocated > self.peak:
-            self.peak, self.is_at_peak = allocated, True
+            self.peak = allocated
+            self._since.clear()
+            self._gone.clear()
+        else:
+            self._since.add(address)
 
     def lose(self, address: int) -> None:
-        # The peak is copied only when it is over: mostly there are few of them.
-        self.keep_peak()
-        nbytes, site = self.blocks.pop(address, (0, ""))
-        if nbytes:
-            self.by_site[site] -= nbytes
+        block = self.blocks.pop(address, None)
+        if address in self._since:
+            self._since.remove(address)
+        elif block is not None:
+            self._gone.append(block)
 
-    def keep_peak(self) -> None:
-        if self.is_at_peak:
-            self.at_peak, self.is_at_peak = dict(self.by_site), False
+    def at_peak(self) -> list[LiveBlock]:
+        """Return what was live at the peak."""
+        still = [
+            block
+            for address, block in self.blocks.items()
+            if address not in self._since
+        ]
+        return [each.at_peak() for each in (*still, *self._gone)]
 
 
 class Timeline:
@@ -97,11 +147,19 @@ class Timeline:
         self._device: Final = device
         self._stack: Final = ExitStack()
         self._cards: Final[dict[int, _Card]] = {}
+        self._owners: Final = Owners(device, self._claim)
+        #: Models and optimisers to look at, once the device may be asked.
+        self._unmet: list[Any] = []
+        self._met_at: dict[int, int] = {}
         self._is_paused = False
         self.is_recorded = False
 
     def __enter__(self) -> Timeline:  # noqa: PYI034  # Self needs Python 3.11
         self.is_recorded = self._stack.enter_context(self._device.tracing(self._trace))
+        if self.is_recorded:
+            self._stack.enter_context(self._device.watching(self._watch))
+            self._owners.start()
+            self._stack.callback(self._owners.stop)
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -111,10 +169,13 @@ class Timeline:
     def paused(self) -> Iterator[None]:
         """Record nothing in a block: a sweep would say the same thousands of times."""
         self._is_paused = True
+        self._owners.stop()
         try:
             yield
         finally:
             self._is_paused = False
+            if self.is_recorded:
+                self._owners.start()
 
     def _trace(
         self, index: int, address: int, change: int, allocated: int, reserved: int
@@ -123,29 +184,81 @@ class Timeline:
             if change < 0 and index in self._cards:
                 self._cards[index].lose(address)
             return
-        card = self._cards.setdefault(index, _Card())
+        card = self._cards.get(index)
+        if card is None:
+            card = self._cards[index] = _Card()
         if change < 0:
             card.lose(address)
         else:
-            site = describe_site(sys._getframe(1))  # noqa: SLF001  # the documented way to walk a stack
-            card.gain(address, change, allocated, site)
+            block = self._look(change, sys._getframe(1))  # noqa: SLF001  # the documented way to walk a stack
+            card.gain(address, allocated, block)
         card.series.add(allocated, reserved)
+
+    def _look(self, nbytes: int, frame: FrameType) -> _Block:
+        """Return a new block with what the stack says of it."""
+        chain = _CHAINS.read(frame)
+        try:
+            return self._block(nbytes, frame, chain)
+        except Exception:  # noqa: BLE001  # a record must not change what it sees
+            return _Block(nbytes, chain.place, None)
+
+    def _block(self, nbytes: int, frame: FrameType, chain: Chain) -> _Block:
+        module, parameter = module_at(frame, chain)
+        if module is None:
+            if chain.optimizer is not None:
+                self._meet_optimizer(optimizer_at(frame, chain))
+            return _Block(nbytes, chain.place, None)
+        if not self._owners.knows(module):
+            outer = outermost_at(frame, chain)
+            self._unmet.append(module if outer is None else outer)
+        block = _Block(nbytes, chain.place, self._owners.node(module))
+        if parameter and block.node is not None:
+            block.owner = Owner(block.node, parameter)
+        return block
+
+    def _meet_optimizer(self, optimizer: Any) -> None:
+        """Look at an optimiser's gradients, if there was a peak since the last look."""
+        peak = sum(card.peak for card in self._cards.values())
+        if optimizer is not None and self._met_at.get(id(optimizer)) != peak:
+            self._met_at[id(optimizer)] = peak
+            self._unmet.append(optimizer)
+
+    def _watch(
+        self, _index: int, _allocated: int, _reserved: int
+    ) -> Callable[[int], None] | None:
+        return self._meet if self._unmet and not self._is_paused else None
+
+    def _meet(self, _nbytes: int) -> None:
+        unmet, self._unmet = self._unmet, []
+        for each in unmet:
+            with suppress(Exception):  # likewise
+                if isinstance(each, torch.nn.Module):
+                    self._owners.meet(each)
+                else:
+                    self._owners.meet_gradients(each)
+
+    def _claim(self, index: int, address: int, nbytes: int, owner: Owner) -> None:
+        """Take in whose a block is; one that is not known was there before the test."""
+        card = self._cards.get(index)
+        if card is None:
+            card = self._cards[index] = _Card()
+        block = card.blocks.get(address)
+        if block is None:
+            block = card.blocks[address] = _Block(nbytes, BEFORE, None)
+        if block.owner is None or not owner.role:
+            block.owner = owner
 
     def result(self) -> list[dict[str, Any]]:
         """Return for each card that was used what happened, as JSON can hold it."""
         cards = []
         for index, card in sorted(self._cards.items()):
-            card.keep_peak()
-            live = sorted(
-                ((n, site) for site, n in card.at_peak.items() if n > 0), reverse=True
-            )
-            groups = [{"site": site, "bytes": n} for n, site in live[:MAX_GROUPS]]
-            rest = sum(n for n, _site in live[MAX_GROUPS:])
-            if rest:
-                groups.append({"site": "other sites", "bytes": rest})
-            before = card.peak - sum(n for n, _site in live)
+            if not card.series.num_events:
+                continue
+            live = card.at_peak()
+            groups = group_blocks(live, most=MAX_GROUPS)
+            before = card.peak - sum(each.nbytes for each in live)
             if before > 0:
-                groups.append({"site": "held before the test", "bytes": before})
+                groups.append({"site": BEFORE, "bytes": before})
             cards.append(
                 {
                     "device_index": index,

@@ -65,15 +65,16 @@ def pytest_configure(config: pytest.Config) -> None:
         _gate(run, config)
     if run.settings.suggest is not None or run.settings.find_budget:
         _suggest(run, config)
-    if run.sharing.place is not None or run.choice.kind == "cuda":
+    is_real = run.choice.kind == "cuda" and run.settings.share == "equal"
+    if run.sharing.admits or is_real:
         _share(run, config, collection)
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(
             SummaryPlugin(collection.phases, config), "gpumem-summary"
         )
         _control(run, config)
-        if run.settings.reports or os.environ.get("GITHUB_STEP_SUMMARY"):
-            _report(run, config)
+    if run.settings.reports or os.environ.get("GITHUB_STEP_SUMMARY"):
+        _report(run, config)
 
 
 def _share(run: Run, config: pytest.Config, collection: Collection) -> None:
@@ -104,14 +105,15 @@ def _control(run: Run, config: pytest.Config) -> None:
     history = History(config)
     config.pluginmanager.register(history, "gpumem-history")
     config.pluginmanager.register(SharingSummary(), "gpumem-sharing")
-    if is_distributed and run.settings.share != "off":
+    if is_distributed and run.settings.share != "own":
         config.pluginmanager.register(Workers(history), "gpumem-workers")
 
 
 def _report(run: Run, config: pytest.Config) -> None:
-    from pytest_gpumem.plugin.reporting import Reporting  # noqa: PLC0415  # one was asked for
+    from pytest_gpumem.plugin.reporting import MachineNote, Reporting  # noqa: PLC0415  # one was asked for
 
-    config.pluginmanager.register(Reporting(run, config), "gpumem-reports")
+    kind = MachineNote if hasattr(config, "workerinput") else Reporting
+    config.pluginmanager.register(kind(run, config), "gpumem-reports")
 
 
 def _suggest(run: Run, config: pytest.Config) -> None:

@@ -115,7 +115,7 @@ class Admission:
                 index: claim._replace(nbytes=claims.get(index, claim).nbytes)
                 for index, claim in whole.items()
             }
-        if not claims and sharing.place is not None:
+        if not claims and sharing.admits:
             share = sharing.share_bytes(device, 0, totals[0])
             claims[0] = Claim(min(share, totals[0]))
         return claims

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import secrets
 import shutil
 import site
@@ -13,7 +14,11 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from pytest_gpumem.inheritance import EVERY_CARD, VARIABLE, Inheritance
-from pytest_gpumem.plugin.marks import CHILDREN_PROPERTY, ENVIRONMENT_PROPERTY
+from pytest_gpumem.plugin.marks import (
+    CHILDREN_PROPERTY,
+    ENVIRONMENT_PROPERTY,
+    HOST_PROPERTY,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -183,7 +188,10 @@ class Children:
 
         properties = item.user_properties
         if not any(name == ENVIRONMENT_PROPERTY for name, _value in properties):
-            properties.append((ENVIRONMENT_PROPERTY, children[0].environment))
+            properties += [
+                (ENVIRONMENT_PROPERTY, children[0].environment),
+                (HOST_PROPERTY, platform.node()),
+            ]
         properties.append((CHILDREN_PROPERTY, len(children)))
         for figures in self.together(children):
             properties.extend(to_properties(PHASE, figures))

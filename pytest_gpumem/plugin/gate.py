@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 #: Where a worker finds the baseline's text.
 WORKER_INPUT: Final = "gpumem_baseline"
+#: Changes and stale tests that are listed without ``-v``.
+TOP: Final = 20
 
 
 def peaks_of(
@@ -28,7 +30,7 @@ def peaks_of(
 ) -> dict[str, int]:
     """Return what a baseline keeps of a call's figures, and of its children's."""
     return {
-        before + metric_key(metric, each.device_index): each.peak(metric)
+        before + metric_key(metric, each.device_index): each.peak(metric) or 0
         for before, several in (("", figures), ("children ", children))
         for each in several
         for metric in METRICS
@@ -93,6 +95,11 @@ class Gate:
         )
 
 
+def entry(environment: str, test: str, peaks: Mapping[str, int]) -> dict[str, Any]:
+    """Return a test that is new or stale as reports have it."""
+    return {"environment": environment, "test": test, "peaks": dict(peaks)}
+
+
 class BaselineSummary:
     """Compares the whole run with the baseline, or writes it; where reports arrive.
 
@@ -107,9 +114,13 @@ class BaselineSummary:
         self._collected: Final[set[str]] = set()
         self._peaks: Final[dict[str, dict[str, dict[str, int]]]] = {}
         self._failed: Final[set[str]] = set()
-        self._lines: list[tuple[str, str]] = []
+        self._spared: Final[set[str]] = set()
+        self._lines: list[tuple[str, str, bool]] = []
         #: What differs from the baseline, for reports.
         self.changes: list[Change] = []
+        #: What is new in this run and what is stale in the file, likewise.
+        self.new: list[dict[str, Any]] = []
+        self.stale: list[dict[str, Any]] = []
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
@@ -123,6 +134,10 @@ class BaselineSummary:
         """Note what there is to run, in a run without workers."""
         self._collected.update(item.nodeid for item in session.items)
 
+    def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
+        """Note what there is and does not run, by whomever it was left out."""
+        self._spared.update(item.nodeid for item in items)
+
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(
         self,
@@ -135,6 +150,8 @@ class BaselineSummary:
         """Take in a test's peaks once it is over."""
         if report.failed:
             self._failed.add(report.nodeid)
+        if report.skipped:
+            self._spared.add(report.nodeid)
         if report.when != "teardown" or not report.user_properties:
             return
         from pytest_gpumem.model.records import from_properties  # noqa: PLC0415  # there are figures
@@ -155,6 +172,7 @@ class BaselineSummary:
         """Compare, or write the file."""
         stale = {environment: self._stale(environment) for environment in self._peaks}
         if self._gate.updates:
+            self._find(stale)
             self._write(stale)
         else:
             self._compare(stale)
@@ -165,12 +183,21 @@ class BaselineSummary:
         """Say what changed."""
         if not self._lines:
             return
+        verbosity = self._config.get_verbosity()
         terminalreporter.section("GPU memory against the baseline")
-        for line, colour in self._lines:
+        hidden = shown = 0
+        for line, colour, is_detail in self._lines:
+            if is_detail and verbosity <= 0:
+                shown += 1
+                if verbosity < 0 or shown > TOP:
+                    hidden += 1
+                    continue
             terminalreporter.write_line(line, **({colour: True} if colour else {}))
+        if hidden and not verbosity:
+            terminalreporter.write_line(f"... and {hidden} lines more; -v shows all")
 
-    def _say(self, line: str, colour: str = "") -> None:
-        self._lines.append((line, colour))
+    def _say(self, line: str, colour: str = "", *, is_detail: bool = False) -> None:
+        self._lines.append((line, colour, is_detail))
 
     def _write(self, stale: Mapping[str, Sequence[str]]) -> None:
         baseline, before = self._gate.baseline, self._gate.baseline.to_text()
@@ -199,39 +226,51 @@ class BaselineSummary:
         parts += [f"{left} that failed left as they were"] if left else []
         self._say(f"{self._gate.name} {verb}: {', '.join(parts)}")
 
-    def _compare(self, stale: Mapping[str, Sequence[str]]) -> None:
+    def _find(self, stale: Mapping[str, Sequence[str]]) -> dict[str, int]:
+        """Note what differs from the baseline; return how many tests, by what became."""
+        known = self._gate.baseline.peaks
         counts = {"the same": 0, "changed": 0, "new": 0}
-        changes: list[Change] = []
-        for environment, tests in self._peaks.items():
-            known = self._gate.baseline.peaks.get(environment)
-            if known is None:
+        tolerances = () if self._gate.updates else self._gate.tolerances
+        for environment, tests in sorted(self._peaks.items()):
+            before = known.get(environment, {})
+            for test, peaks in sorted(tests.items()):
+                if test not in before:
+                    self.new.append(entry(environment, test, peaks))
+                    counts["new"] += environment in known
+                    continue
+                found = compare(test, before[test], peaks, tolerances)
+                counts["changed" if found else "the same"] += 1
+                self.changes += found
+        self.stale = [
+            entry(environment, test, known[environment][test])
+            for environment, tests in sorted(stale.items())
+            for test in tests
+        ]
+        return counts
+
+    def _compare(self, stale: Mapping[str, Sequence[str]]) -> None:
+        counts = self._find(stale)
+        for environment in self._peaks:
+            if environment not in self._gate.baseline.peaks:
                 others = ", ".join(sorted(self._gate.baseline.peaks)) or "none"
                 self._say(
                     f"{self._gate.name} has no figures for {environment} (it has: "
                     f"{others}); write them with --gpu-update-baseline",
                     "yellow",
                 )
-                continue
-            for test, peaks in sorted(tests.items()):
-                if test not in known:
-                    counts["new"] += 1
-                    continue
-                found = compare(test, known[test], peaks, self._gate.tolerances)
-                counts["changed" if found else "the same"] += 1
-                changes += found
-        self.changes = changes
-        for change in sorted(changes, key=lambda each: -abs(each.now - each.before)):
+        ranked = sorted(self.changes, key=lambda each: -abs(each.now - each.before))
+        for change in ranked:
             colour = "red" if change.is_regression else ""
             colour = "green" if change.now < change.before else colour
-            self._say(f"{change.test}: {change}", colour)
-        gone = [test for tests in stale.values() for test in tests]
+            self._say(f"{change.test}: {change}", colour, is_detail=True)
         parts = [f"{count} {word}" for word, count in counts.items() if count]
-        parts += [f"{len(gone)} stale"] if gone else []
+        parts += [f"{len(self.stale)} stale"] if self.stale else []
         if parts:
             self._say(f"{self._gate.name}: {', '.join(parts)}")
-        for test in gone:
-            self._say(f"stale: {test} is no more, or uses no card", "yellow")
-        if counts["new"] or gone:
+        for each in self.stale:
+            text = f"stale: {each['test']} is no more, or uses no card"
+            self._say(text, "yellow", is_detail=True)
+        if counts["new"] or self.stale:
             self._say("--gpu-update-baseline takes in new tests and drops stale ones")
 
     def _stale(self, environment: str) -> list[str]:
@@ -249,7 +288,7 @@ class BaselineSummary:
             file = test.partition("::")[0]
             if not (self._config.rootpath / file).exists():
                 stale.append(test)
-            elif is_chosen or file not in files:
+            elif is_chosen or file not in files or test in self._spared:
                 continue
             elif test not in self._collected or (
                 test not in used and test not in self._failed

@@ -9,6 +9,7 @@ import pytest
 
 from pytest_gpumem.devices import allocated_bytes
 from pytest_gpumem.plugin import marks
+from pytest_gpumem.plugin.sampling import why_unknown
 from pytest_gpumem.sizes import format_size
 
 if TYPE_CHECKING:
@@ -74,22 +75,70 @@ class Limits:
             )
 
     def check(self, phase: str, figures: Mapping[int, MemoryFigures]) -> str | None:
-        """Return what is wrong with a phase's peaks, by card; None if nothing is."""
+        """Return what is wrong with a phase's peaks, by card; None if nothing is.
+
+        A limit that cannot be checked is wrong, too.
+        """
         texts = [
-            self._explain(bound, phase, figures[bound.device_index])
+            self._judge(bound, phase, figures[bound.device_index])
             for bound in self._of(phase)
             if bound.device_index in figures
-            and figures[bound.device_index].peak(bound.limit.metric) > bound.nbytes
         ]
-        return "\n".join(texts) or None
+        return "\n".join(filter(None, texts)) or None
+
+    def _judge(self, bound: _Bound, phase: str, figures: MemoryFigures) -> str:
+        """Return what is wrong with one card's peak; empty if nothing is."""
+        peak, about = figures.peak(bound.limit.metric), bound.limit.metric
+        if peak is None and figures.peak_reserved_bytes > bound.nbytes:
+            peak, about = figures.peak_reserved_bytes, f"{about} at least"
+        if peak is None:
+            why = why_unknown(self._device, bound.device_index)
+            return (
+                f"max_vram(metric={bound.limit.metric!r}) cannot be checked on "
+                f"cuda:{bound.device_index}: process bytes unknown: {why}\n"
+                f"{format_size(figures.peak_reserved_bytes)} of the limit of "
+                f"{format_size(bound.nbytes)} were reserved at most; limit them "
+                "with metric='reserved'"
+            )
+        if peak > bound.nbytes:
+            more = self._where(bound, phase, figures)
+            return (
+                f"peak VRAM above max_vram: {about} {format_size(peak)} "
+                f"({peak} bytes) on cuda:{bound.device_index}, limit "
+                f"{format_size(bound.nbytes)} ({bound.nbytes} bytes), "
+                f"{format_size(peak - bound.nbytes)} too much\n{more}"
+            )
+        return ""
+
+    def outcome(self, item: pytest.Item) -> list[dict[str, Any]]:
+        """Return each limit with what was measured, from a test's properties."""
+        from pytest_gpumem.model.records import from_properties  # noqa: PLC0415  # there are figures
+
+        peaks: dict[_Bound, int] = {}
+        for (phase, index), figures in from_properties(
+            dict(item.user_properties)
+        ).items():
+            for bound in self._of(phase):
+                if bound.device_index == index:
+                    peak = figures.peak(bound.limit.metric)
+                    peaks[bound] = max(peak, peaks.get(bound, 0))
+        return [
+            outcome_of(
+                bound.limit.metric,
+                bound.device_index,
+                bound.limit.phase,
+                bound.nbytes,
+                peaks.get(bound, 0),
+            )
+            for bound in self._bounds
+        ]
 
     def _of(self, phase: str) -> list[_Bound]:
         own = {"call": ("call", "test"), "children": ("children",)}
         of = own.get(phase, ("test",))
         return [bound for bound in self._bounds if bound.limit.phase in of]
 
-    def _explain(self, bound: _Bound, phase: str, figures: MemoryFigures) -> str:
-        peak = figures.peak(bound.limit.metric)
+    def _where(self, bound: _Bound, phase: str, figures: MemoryFigures) -> str:
         watch = self._sites.get(bound)
         where = f"in the test's {phase}"
         if watch is not None and watch.site:
@@ -97,12 +146,21 @@ class Limits:
         if figures.start_allocated_bytes:
             start = format_size(figures.start_allocated_bytes)
             where += f"; {start} were allocated before the {phase} began"
-        return (
-            f"peak VRAM above max_vram: {bound.limit.metric} {format_size(peak)} "
-            f"({peak} bytes) on cuda:{bound.device_index}, limit "
-            f"{format_size(bound.nbytes)} ({bound.nbytes} bytes), "
-            f"{format_size(peak - bound.nbytes)} too much\n{where}"
-        )
+        return where
+
+
+def outcome_of(
+    metric: str, device_index: int | None, phase: str, limit: int, measured: int
+) -> dict[str, Any]:
+    """Return a limit as reports have it; bytes are ``int``."""
+    return {
+        "metric": metric,
+        "device_index": device_index,
+        "phase": phase,
+        "limit_bytes": limit,
+        "measured_bytes": measured,
+        "held": measured <= limit,
+    }
 
 
 def fail(item: pytest.Item, text: str) -> None:
@@ -136,6 +194,8 @@ class LeakCheck:
         self._allowed = allowed
         self._start = allocated_bytes(device) - held_by_fixtures
         self._blocks = blocks_on_cards()
+        #: What came of it, once it was checked.
+        self.outcome: dict[str, Any] | None = None
 
     def check(self, held_by_fixtures: int) -> None:
         """Fail the test if it left more than it may.
@@ -143,13 +203,16 @@ class LeakCheck:
         Raises:
             pytest.fail.Exception: It did; the text names who holds what.
         """
-        if self._left(held_by_fixtures) <= self._allowed:
+        left = self._left(held_by_fixtures)
+        if left <= self._allowed:
+            self._note(left)
             return
         # pytest lets go of these only after the teardown's hooks.
         getattr(self._item, "funcargs", {}).clear()
         gc.collect()
         self._device.empty_cache()
         left = self._left(held_by_fixtures)
+        self._note(left)
         if left <= self._allowed:
             return
         from pytest_gpumem.instruments.holders import find_holders  # noqa: PLC0415  # torch is here
@@ -161,6 +224,9 @@ class LeakCheck:
             *(f"  {each}" for each in held),
         ]
         fail(self._item, "\n".join(lines))
+
+    def _note(self, left: int) -> None:
+        self.outcome = outcome_of("leak", None, "test", self._allowed, max(left, 0))
 
     def _left(self, held_by_fixtures: int) -> int:
         return allocated_bytes(self._device) - held_by_fixtures - self._start

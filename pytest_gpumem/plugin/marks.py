@@ -23,6 +23,12 @@ PROGRESS_PROPERTY: Final = "gpumem.sweep-progress"
 #: A test's property: the environment that its figures belong to.
 ENVIRONMENT_PROPERTY: Final = "gpumem.environment"
 
+#: A test's property: the host that it ran on.
+HOST_PROPERTY: Final = "gpumem.host"
+
+#: A test's property: its limits, what was measured, and whether they held; as JSON.
+LIMITS_PROPERTY: Final = "gpumem.limits"
+
 #: A test's property: how many of its child processes used a card.
 CHILDREN_PROPERTY: Final = "gpumem.children"
 
@@ -31,6 +37,9 @@ OVER_PROPERTY: Final = "gpumem.over_limit"
 
 #: A test's property: what the limit was and how it was broken, on one line.
 BROKEN_PROPERTY: Final = "gpumem.broken_limit"
+
+#: A test's property: why its process bytes are not known, in words.
+UNKNOWN_PROPERTY: Final = "gpumem.unknown"
 
 #: A test's property: its cards over time, and what was live at the peak; as JSON.
 TIMELINE_PROPERTY: Final = "gpumem.timeline"
@@ -49,6 +58,9 @@ WAIT_PROPERTY: Final = "gpumem.waited_s"
 
 #: A test's property: the OOM under contention after which it was retried; as JSON.
 CONTENTION_PROPERTY: Final = "gpumem.contention"
+
+#: A test's property: why that was not sought or found, or what was amiss in it.
+SMALLEST_NOTE_PROPERTY: Final = "gpumem.smallest_budget_note"
 
 #: Kinds of reports that show timelines.
 DETAILED: Final = ("json", "html")

@@ -15,7 +15,7 @@ from pytest_gpumem.devices.selection import BACKENDS
 VALUES: Final = ("computed", "none")
 
 #: What the workers of pytest-xdist may have of each card.
-SHARES: Final = ("equal", "off")
+SHARES: Final = ("equal", "off", "own")
 
 #: Kinds of reports.
 REPORTS: Final = ("json", "html", "md")

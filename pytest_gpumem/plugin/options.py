@@ -232,8 +232,8 @@ OPTIONS: Final = (
         parse_share,
         "what the workers of pytest-xdist have of each card: equal (a test that does "
         "not say how much it needs has an equal share; one that does waits until that "
-        "much is free), or off (each has a simulated card for itself; on a real one "
-        "they are in each other's way)",
+        "much is free), off (they share it and nobody waits: they are in each other's "
+        "way), or own (each has simulated cards for itself; real ones as off)",
     ),
     Option(
         "--gpu-wait-timeout",

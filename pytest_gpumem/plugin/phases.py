@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import platform
 import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final
@@ -12,6 +13,7 @@ import pytest
 
 from pytest_gpumem.devices import allocated_bytes
 from pytest_gpumem.plugin import marks
+from pytest_gpumem.plugin.sampling import is_wanted, note_unknown, with_samples
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -143,6 +145,7 @@ class Phases:
         finally:
             self._end(item, "teardown")
             self._end_timeline(item)
+            self._note_limits(item)
             self._item = None
             self._limits = self._leak = None
             self._passed = False
@@ -165,6 +168,12 @@ class Phases:
         self._trackers = [
             device.open_tracker(index) for index in range(device.device_count)
         ]
+        if self._wants_samples():
+            self._trackers = with_samples(device, self._trackers)
+
+    def _wants_samples(self) -> bool:
+        wishes = None if self._item is None else self._wishes.get(self._item)
+        return is_wanted(self._run.settings, wishes)
 
     def _end(self, item: pytest.Item, phase: str) -> None:
         """Put the phase's figures into the item's properties, if it used a card."""
@@ -180,11 +189,15 @@ class Phases:
 
             environment = (marks.ENVIRONMENT_PROPERTY, self._run.environment())
             if environment not in item.user_properties:
-                item.user_properties.append(environment)
+                host = (marks.HOST_PROPERTY, platform.node())
+                item.user_properties += [environment, host]
             if self._run.settings.suggest is not None and phase == "call":
                 self._note_limit(item, device)
-            for each in _used_cards(figures):
+            used = _used_cards(figures)
+            for each in used:
                 item.user_properties.extend(to_properties(phase, each))
+            if self._wants_samples():
+                note_unknown(item, device, used)
 
     def _note_limit(self, item: pytest.Item, device: Device) -> None:
         """Put the limit that a test's markers set into its properties."""
@@ -217,6 +230,17 @@ class Phases:
                 separators=(",", ":"),
             )
             item.user_properties.append((marks.TIMELINE_PROPERTY, text))
+
+    def _note_limits(self, item: pytest.Item) -> None:
+        """Put the limits of a test that used a card into its properties."""
+        if not any(name.startswith("gpumem.") for name, _ in item.user_properties):
+            return
+        found = [] if self._limits is None else self._limits.outcome(item)
+        if self._leak is not None and self._leak.outcome is not None:
+            found.append(self._leak.outcome)
+        if found:
+            text = json.dumps(found, separators=(",", ":"))
+            item.user_properties.append((marks.LIMITS_PROPERTY, text))
 
     def _used(self, device: Device) -> bool:
         """Tell whether anything was asked of a card since the phase began."""

@@ -13,12 +13,16 @@ from pytest_gpumem.errors import ReportError
 from pytest_gpumem.files import write_atomically
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping
+    from collections.abc import Generator, Iterator
 
     from pytest_gpumem.plugin.session import Run
+    from pytest_gpumem.reports.document import Report
+    from pytest_gpumem.reports.recorded import RecordedTest
 
 #: GitHub's file for a step's summary.
 STEP_SUMMARY: Final = "GITHUB_STEP_SUMMARY"
+#: Where a worker tells on which machine it ran.
+WORKER_OUTPUT: Final = "gpumem_machine"
 _RANK: Final = ("passed", "skipped", "failed", "error")
 
 
@@ -43,7 +47,8 @@ class Reporting:
         for kind, path in self._files:
             _check(kind, path)
         self._pending: Final[dict[str, tuple[str, float]]] = {}
-        self._tests: Final[dict[str, dict[str, Any]]] = {}
+        self._tests: Final[dict[str, RecordedTest]] = {}
+        self._machines: Final[list[dict[str, Any]]] = []
         self._lines: list[tuple[str, bool]] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -61,11 +66,18 @@ class Reporting:
             return
         if not report.user_properties:
             return
-        from pytest_gpumem.reports.document import test_record  # noqa: PLC0415  # there are figures
+        from pytest_gpumem.reports.recorded import test_record  # noqa: PLC0415  # there are figures
 
-        record = test_record(report.nodeid, outcome, seconds, report.user_properties)
-        if record is not None:
-            self._tests[report.nodeid] = record
+        test = test_record(report.nodeid, outcome, seconds, report.user_properties)
+        if test is not None:
+            self._tests[report.nodeid] = test
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """Take in on which machine a worker ran; one that crashed has not told."""
+        machine = getattr(node, "workeroutput", {}).get(WORKER_OUTPUT)
+        if machine is not None and machine not in self._machines:
+            self._machines.append(machine)
 
     @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_sessionfinish(self) -> Generator[None, object, object]:
@@ -77,9 +89,14 @@ class Reporting:
     def _write(self) -> None:
         if not self._files and not self._tests:
             return
-        from pytest_gpumem.reports.document import document  # noqa: PLC0415  # likewise
+        from pytest_gpumem.reports.document import Report, by_name  # noqa: PLC0415  # likewise
 
-        report = document(self._run.describe(), self._tests.values(), self._baseline())
+        report = Report(
+            (self._run.describe(),),
+            tuple(self._machines) or (machine_of(self._run),),
+            self._baseline(),
+            by_name(self._tests.values()),
+        )
         for kind, path in self._files:
             try:
                 write_atomically(path, render(kind, report))
@@ -92,7 +109,7 @@ class Reporting:
         if summary and self._tests:
             try:
                 with Path(summary).open("a", encoding="utf-8") as file:
-                    file.write(render("md", report))
+                    file.writelines(render("md", report))
             except OSError as error:
                 text = f"{STEP_SUMMARY}: {summary} cannot be written: {error}"
                 self._lines.append((text, True))
@@ -101,8 +118,12 @@ class Reporting:
         plugin: Any = self._config.pluginmanager.get_plugin("gpumem-baseline")
         if plugin is None or self._run.gate is None:
             return None
-        changes = [asdict(each) for each in plugin.changes]
-        return {"file": self._run.gate.name, "changes": changes}
+        return {
+            "file": self._run.gate.name,
+            "changes": [asdict(each) for each in plugin.changes],
+            "new": plugin.new,
+            "stale": plugin.stale,
+        }
 
     def pytest_terminal_summary(
         self, terminalreporter: pytest.TerminalReporter
@@ -112,16 +133,41 @@ class Reporting:
             terminalreporter.write_line(line, yellow=is_warning)
 
 
-def render(kind: str, report: Mapping[str, Any]) -> str:
-    """Return a report's text."""
-    if kind == "json":
-        from pytest_gpumem.reports.document import to_text  # noqa: PLC0415  # of one kind only
+class MachineNote:
+    """Tells the controller on which machine a worker of pytest-xdist ran.
 
-        return to_text(report)
+    Args:
+        run: The worker's run.
+        config: The worker's.
+    """
+
+    def __init__(self, run: Run, config: pytest.Config) -> None:
+        self._run: Final = run
+        self._config: Final = config
+
+    def pytest_sessionfinish(self) -> None:
+        """Send it along with what xdist sends."""
+        output: dict[str, Any] = self._config.workeroutput  # type: ignore[attr-defined]  # xdist sets it
+        output[WORKER_OUTPUT] = machine_of(self._run)
+
+
+def machine_of(run: Run) -> dict[str, Any]:
+    """Return the machine and the cards of a run."""
+    from pytest_gpumem.devices.environment import facts_of  # noqa: PLC0415  # for reports only
+
+    return facts_of(run.device, run.choice.kind)
+
+
+def render(kind: str, report: Report) -> Iterator[str]:
+    """Return a report's text, piece by piece."""
+    if kind == "json":
+        from pytest_gpumem.reports.document import to_chunks  # noqa: PLC0415  # of one kind only
+
+        return to_chunks(report)
     if kind == "md":
         from pytest_gpumem.reports.markdown import markdown  # noqa: PLC0415  # likewise
 
-        return markdown(report)
+        return iter((markdown(report),))
     from pytest_gpumem.reports.page import page  # noqa: PLC0415  # likewise
 
     return page(report)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from pytest_gpumem.devices.environment import environment_of
-from pytest_gpumem.devices.nvml import NvmlHook
 from pytest_gpumem.devices.on_import import AfterImport
 from pytest_gpumem.devices.selection import Choice, choose
+from pytest_gpumem.devices.simulated_nvml import NvmlHook
 from pytest_gpumem.errors import AllocatorSettingError, DeviceUnavailableError
 from pytest_gpumem.plugin.children import Children
 from pytest_gpumem.plugin.options import DEFAULT_CARD

@@ -68,15 +68,17 @@ class Sharing:
         place: This process's place among the workers; None where it has no others.
 
     Attributes:
-        place: As given; None too where the run's workers share nothing.
+        place: As given; None too where the run's workers have cards of their own.
+        admits: Whether tests wait for their bytes.
         is_capped: Whether the present test may hold no more than an equal share.
     """
 
     def __init__(self, settings: Settings, place: Place | None) -> None:
         self._settings: Final = settings
-        alone = place is None or place.workers == 1 or settings.share == "off"
+        alone = place is None or place.workers == 1 or settings.share == "own"
         self.place: Final = None if alone else place
-        self.is_capped = not alone
+        self.admits: Final = not alone and settings.share == "equal"
+        self.is_capped = self.admits
         self._num_cards = 1
         self._names: tuple[str, ...] = ()
         self._saved: str | None = None
@@ -152,7 +154,7 @@ class Sharing:
 
     def cap_bytes(self, device: Device, index: int, total_bytes: int) -> int | None:
         """Return what the allocator may hold for a test that claims nothing; or None."""
-        if self.place is None or not self.is_capped:
+        if not self.admits or not self.is_capped:
             return None
         share = self.share_bytes(device, index, total_bytes)
         return share - device.context_bytes(index)

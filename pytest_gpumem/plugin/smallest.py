@@ -2,40 +2,85 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from pytest_gpumem.plugin.marks import SMALLEST_PROPERTY
+from pytest_gpumem.plugin.marks import SMALLEST_NOTE_PROPERTY, SMALLEST_PROPERTY
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from pytest_gpumem.plugin.session import Run
 
 #: The driver hands out memory in such pieces: budgets between them are the same.
 STEP: Final = 2 * 2**20
+#: How long a phase of a trial may last: so many times the first trial, which had all
+#: the memory, and so many seconds at least. A fallback may well be slower.
+PATIENCE: Final = 10
+PATIENCE_S: Final = 10.0
 
 
 class SmallestBudgets:
     """Runs each test again under other budgets, before its own run.
 
     Every trial is the whole test: setup with fixtures made anew, call and teardown;
-    fixtures of wider scope stay. Nothing of a trial is reported.
+    fixtures of wider scope stay. Nothing of a trial is reported. A phase of a trial that
+    does not end is interrupted, as ``Watchdog`` can; it counts as failed.
 
     Args:
         run: The run, whose budget is changed.
 
     Limits: a test that passes with much and with little, and fails between, is searched
-    as if it failed below the point found. Tests with sweeps, subtests or ``unittest``
-    classes report while they run, and are left out.
+    as if it failed below the point found. What reports while it runs is left out, and
+    said to be: sweeps, the fixture ``subtests``; so are doctests, which run once.
     """
 
     def __init__(self, run: Run) -> None:
         self._run: Final = run
+        self._is_trial = False
+        self._patience_s: float | None = None
+        self._num_hung = 0
+        self._note = ""
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_setup(self) -> Generator[None]:
+        """Bound the phase, in a trial."""
+        return (yield from self._bounded())
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_call(self) -> Generator[None]:
+        """Bound the phase, in a trial."""
+        return (yield from self._bounded())
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None]:
+        """Bound the phase, in a trial; else say of a test that used a card what was amiss."""
+        try:
+            return (yield from self._bounded())
+        finally:
+            used = any(name.startswith("gpumem.") for name, _ in item.user_properties)
+            if self._note and used and not self._is_trial:
+                item.user_properties.append((SMALLEST_NOTE_PROPERTY, self._note))
+
+    def _bounded(self) -> Generator[None]:
+        if not self._is_trial or self._patience_s is None:
+            return (yield)
+        from pytest_gpumem.instruments.watchdog import Watchdog  # noqa: PLC0415  # torch is here
+
+        watchdog = Watchdog(self._patience_s)
+        try:
+            with watchdog:
+                return (yield)
+        finally:
+            self._num_hung += watchdog.stacks is not None
 
     def pytest_runtest_protocol(self, item: pytest.Item) -> None:
         """Search, then let the test run as ever."""
-        if not _suits(item):
+        self._note = self._why_not(item)
+        if self._note or item.get_closest_marker("skip") is not None:
             return
         witness = self._run.witness
         with nullcontext() if witness is None else witness.paused():
@@ -45,18 +90,27 @@ class SmallestBudgets:
 
     def _search(self, item: pytest.Item) -> int | None:
         """Return the budget in bytes; None if the test fails or uses no card."""
+        self._patience_s, self._num_hung = None, 0
+        start = time.perf_counter()
         passes, peak = self._try(item, None)
         if not passes or not peak:
             return None
+        self._patience_s = max(PATIENCE * (time.perf_counter() - start), PATIENCE_S)
         low, high = 0, -(-peak // STEP)
         if not self._try(item, high * STEP)[0]:
-            return None  # it does not do the same each time
+            self._note = "not found: it does not do the same each time"
+            return None
         while high - low > 1:
             middle = (low + high) // 2
             if self._try(item, middle * STEP)[0]:
                 high = middle
             else:
                 low = middle
+        if self._num_hung:
+            self._note = (
+                f"{self._num_hung} of the trials below did not end in "
+                f"{self._patience_s:.3g} s"
+            )
         return high * STEP
 
     def _try(self, item: pytest.Item, budget: int | None) -> tuple[bool, int]:
@@ -67,24 +121,52 @@ class SmallestBudgets:
         parent: Any = item.parent  # as the next test: what is wider stays
         properties, sections = item.user_properties, item._report_sections  # noqa: SLF001  # pytest keeps output there
         marks = (len(properties), len(sections))
-        self._run.trial_bytes = budget
+        parts = _Parts(item)
+        self._run.trial_bytes, self._is_trial = budget, True
         try:
-            reports = runner.runtestprotocol(item, log=False, nextitem=parent)
+            with parts:
+                reports = runner.runtestprotocol(item, log=False, nextitem=parent)
             figures = from_properties(dict(properties[marks[0] :]))
         finally:
-            self._run.trial_bytes = None
+            self._run.trial_bytes, self._is_trial = None, False
             del properties[marks[0] :]
             del sections[marks[1] :]
         peak = max((each.peak_reserved_bytes for each in figures.values()), default=0)
-        return all(each.passed for each in reports), peak
+        return all(each.passed for each in reports) and not parts.has_failed, peak
+
+    def _why_not(self, item: pytest.Item) -> str:
+        """Return why a test is not run again; empty if it is."""
+        if not isinstance(item, pytest.Function):
+            return "not sought: only test functions are run again"
+        names = {mark.name for mark in item.iter_markers()}
+        settings = self._run.settings
+        sweeps = settings.oom_sweep or settings.replay is not None
+        if (
+            "oom_sweep" in names
+            or ("oom_fallback" in names and sweeps)
+            or "oom_sweep" in item.fixturenames
+        ):
+            return "not sought: it is swept, and a sweep reports while it runs"
+        if "subtests" in item.fixturenames:
+            return "not sought: the fixture subtests reports while the test runs"
+        return ""
 
 
-def _suits(item: pytest.Item) -> bool:
-    names = {mark.name for mark in item.iter_markers()}
-    bases = getattr(getattr(item, "cls", None), "__mro__", ())
-    return (
-        isinstance(item, pytest.Function)
-        and not names & {"oom_sweep", "oom_fallback", "skip"}
-        and not {"subtests", "oom_sweep"} & set(item.fixturenames)
-        and all(base.__module__ != "unittest.case" for base in bases)
-    )
+class _Parts:
+    """The parts of a ``unittest`` test: in a trial their failures are kept, not told."""
+
+    def __init__(self, item: Any) -> None:
+        self._item = item if hasattr(item, "addSubTest") else None
+        self.has_failed = False
+
+    def __enter__(self) -> None:
+        if self._item is not None:
+            # Where unittest tells a result of its subTest blocks: the item is that.
+            self._item.addSubTest = self._take
+
+    def __exit__(self, *_error: object) -> None:
+        if self._item is not None:
+            del self._item.addSubTest
+
+    def _take(self, _case: object, _part: object, error: object) -> None:
+        self.has_failed = self.has_failed or error is not None

@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from pytest_gpumem.plugin.marks import LIMIT_PROPERTY, SMALLEST_PROPERTY
+from pytest_gpumem.plugin.marks import (
+    LIMIT_PROPERTY,
+    SMALLEST_NOTE_PROPERTY,
+    SMALLEST_PROPERTY,
+)
 
 if TYPE_CHECKING:
     from pytest_gpumem.plugin.settings import Settings
@@ -55,9 +59,13 @@ class Suggestions:
         self._peaks[report.nodeid] = Peak(
             test=report.nodeid,
             allocated_bytes=max(each.peak_allocated_bytes for each in calls),
-            process_bytes=max(each.peak_process_bytes for each in figures.values()),
+            process_bytes=max(
+                each.peak_process_bytes or each.peak_reserved_bytes
+                for each in figures.values()
+            ),
             limit_bytes=None if limit is None else int(str(limit)),
             smallest_budget=None if smallest is None else int(str(smallest)),
+            budget_note=str(properties.get(SMALLEST_NOTE_PROPERTY, "")),
         )
 
     def pytest_terminal_summary(
@@ -67,13 +75,12 @@ class Suggestions:
         passed = {t: p for t, p in self._peaks.items() if t not in self._failed}
         if not passed:
             return
-        from pytest_gpumem.suggestions.limits import explain  # noqa: PLC0415  # there are peaks
+        from pytest_gpumem.suggestions.limits import budgets, explain  # noqa: PLC0415  # there are peaks
 
-        lines = explain(passed)
-        if not self._suggests:
-            lines = [line for line in lines if ": passes from a budget of " in line]
+        lines = explain(passed) if self._suggests else budgets(passed)
         if lines:
-            terminalreporter.section("suggested limits on GPU memory")
+            title = "suggested limits on" if self._suggests else "smallest budgets of"
+            terminalreporter.section(f"{title} GPU memory")
             for line in lines:
                 terminalreporter.write_line(line)
         if self._file is not None:

@@ -8,6 +8,8 @@ from typing import Any, Final
 
 import torch
 
+from pytest_gpumem.devices.environment import driver_version
+
 _LIBRARIES: Final = ("torch", "transformers", "accelerate", "pytest-gpumem")
 _MIB: Final = 2**20
 
@@ -15,21 +17,12 @@ _MIB: Final = 2**20
 def describe_card() -> dict[str, Any]:
     """Return the current card's name, size and what its kernels depend on."""
     properties = torch.cuda.get_device_properties()
-    driver: str | None = None
-    try:
-        import pynvml  # noqa: PLC0415  # not everywhere
-
-        pynvml.nvmlInit()
-        driver = str(pynvml.nvmlSystemGetDriverVersion())
-        pynvml.nvmlShutdown()
-    except Exception:  # noqa: BLE001  # without NVML the rest is still worth having
-        driver = None
     return {
         "name": properties.name,
         "total_bytes": torch.cuda.mem_get_info()[1],
         "compute_capability": [properties.major, properties.minor],
         "multi_processor_count": properties.multi_processor_count,
-        "driver": driver,
+        "driver": driver_version(),
         "cuda": torch.version.cuda,
     }
 

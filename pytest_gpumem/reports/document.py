@@ -6,105 +6,74 @@ Its schema is ``report.schema.json`` beside this file.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem._version import __version__
 from pytest_gpumem.errors import ReportError
-from pytest_gpumem.model.records import from_properties
+from pytest_gpumem.reports.recorded import RecordedTest, is_record
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator
 
 FORMAT: Final = "pytest-gpumem report"
-VERSION: Final = 1
-_FIXTURE: Final = "gpumem.fixture."
-_COMPACT: Final = (",", ":")
+#: 2 brought environments, hosts, limits, and what is new or stale in a baseline.
+VERSION: Final = 2
 
 
-class Unparsed(str):
-    """JSON that is written as it came: timelines are most of a report's bytes."""
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a run recorded.
 
-    __slots__ = ()
-
-
-def test_record(
-    nodeid: str, outcome: str, seconds: float, properties: Iterable[tuple[str, Any]]
-) -> dict[str, Any] | None:
-    """Return a test's part of the document; None for a test that used no card.
-
-    Args:
-        nodeid: The test.
-        outcome: ``"passed"``, ``"failed"``, ``"error"``, ``"skipped"``, ….
-        seconds: How long all of its phases took.
-        properties: The properties of its report.
+    Attributes:
+        runs: Each run's device, card and budget, in words.
+        environments: The machines that tests ran on, as ``devices.facts_of`` has them.
+        baseline: The baseline's name, what differs from it, what is new in this run and
+            what is stale in the file; None if there was none.
+        tests: The tests that used a card, by name.
+        plugin: The version that wrote it.
     """
-    pairs = [each for each in properties if each[0].startswith("gpumem.")]
-    if not pairs:
-        return None
-    by_name = dict(pairs)
-    return {
-        "nodeid": nodeid,
-        "outcome": outcome,
-        "seconds": round(seconds, 4),
-        "environment": str(by_name.get("gpumem.environment", "")),
-        "figures": [
-            {"phase": phase, **asdict(each)}
-            for (phase, _index), each in from_properties(by_name).items()
-        ],
-        "fixtures": [
-            {"scope": scope, "name": fixture, "bytes": int(value)}
-            for name, value in pairs
-            if name.startswith(_FIXTURE)
-            for scope, _dot, fixture in [name.removeprefix(_FIXTURE).partition(".")]
-        ],
-        "broken_limit": by_name.get("gpumem.broken_limit"),
-        "incident": by_name.get("gpumem.incident"),
-        "sweeps": [json.loads(v) for name, v in pairs if name == "gpumem.sweep"],
-        "fallbacks": [json.loads(v) for name, v in pairs if name == "gpumem.fallback"],
-        "timeline": Unparsed(by_name.get("gpumem.timeline", "null")),
-    }
+
+    runs: tuple[str, ...] = ()
+    environments: tuple[dict[str, Any], ...] = ()
+    baseline: dict[str, Any] | None = None
+    tests: tuple[RecordedTest, ...] = ()
+    plugin: str = __version__
 
 
-def document(
-    run: str, tests: Iterable[Mapping[str, Any]], baseline: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """Return the whole document.
+def by_name(tests: Iterable[RecordedTest]) -> tuple[RecordedTest, ...]:
+    """Return tests in a report's order; of several of one name, the last."""
+    last = {each.nodeid: each for each in tests}
+    return tuple(last[name] for name in sorted(last))
 
-    Args:
-        run: The run's device, card and budget, in words.
-        tests: What ``test_record`` returned.
-        baseline: The baseline's name and what differs from it, if there was one.
-    """
-    return {
+
+def to_chunks(report: Report) -> Iterator[str]:
+    """Yield a report as JSON in ASCII, one test on a line."""
+    head = {
         "format": FORMAT,
         "version": VERSION,
-        "plugin": __version__,
-        "runs": [run],
-        "tests": sorted(tests, key=lambda each: str(each["nodeid"])),
-        "baseline": baseline,
+        "plugin": report.plugin,
+        "runs": report.runs,
+        "environments": report.environments,
+        "baseline": report.baseline,
     }
+    yield f'{json.dumps(head, indent=2)[:-2]},\n  "tests": ['
+    comma = ""
+    for each in report.tests:
+        yield f"{comma}\n{each.text}"
+        comma = ","
+    yield "\n  ]\n}\n"
 
 
-def _test_text(test: Mapping[str, Any]) -> str:
-    timeline = test.get("timeline")
-    if not isinstance(timeline, Unparsed):
-        return json.dumps(test, separators=_COMPACT)
-    small = {name: value for name, value in test.items() if name != "timeline"}
-    return f'{json.dumps(small, separators=_COMPACT)[:-1]},"timeline":{timeline}}}'
+def to_text(report: Report) -> str:
+    """Return a report as JSON."""
+    return "".join(to_chunks(report))
 
 
-def to_text(report: Mapping[str, Any]) -> str:
-    """Return a document as JSON in ASCII, one test on a line."""
-    head = {name: value for name, value in report.items() if name != "tests"}
-    lines = ",\n".join(map(_test_text, report["tests"]))
-    return f'{json.dumps(head, indent=2)[:-2]},\n  "tests": [\n{lines}\n  ]\n}}\n'
-
-
-def parse(text: str, name: str) -> dict[str, Any]:
-    """Read a document.
+def parse(text: str, name: str) -> Report:
+    """Read a document of this format or an earlier one.
 
     Args:
         text: The JSON.
@@ -114,38 +83,45 @@ def parse(text: str, name: str) -> dict[str, Any]:
         ReportError: It is no report, damaged, or of a newer format.
     """
     try:
-        report = json.loads(text)
+        found = json.loads(text, object_hook=_compact)
     except (ValueError, RecursionError) as error:
         raise ReportError(
             f"{name} is no JSON ({error}); write it with --gpu-report=json:PATH"
         ) from None
-    if not isinstance(report, dict) or report.get("format") != FORMAT:
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise ReportError(
             f"{name} is no report of pytest-gpumem; write one with "
             "--gpu-report=json:PATH"
         )
-    version = report.get("version")
+    version = found.get("version")
     if not isinstance(version, int) or not 1 <= version <= VERSION:
         raise ReportError(
             f"{name} has format version {version!r}; this pytest-gpumem reads up to "
             f"{VERSION}: upgrade it"
         )
-    tests, runs = report.get("tests"), report.get("runs")
+    tests: Any = found.get("tests")
+    runs: Any = found.get("runs")
+    environments: Any = found.get("environments", [])
+    baseline = found.get("baseline")
     if (
-        not isinstance(runs, list)
-        or not isinstance(tests, list)
-        or not all(
-            isinstance(test, dict)
-            and isinstance(test.get("nodeid"), str)
-            and isinstance(test.get("figures"), list)
-            for test in tests
-        )
+        not _is_list_of(str, runs)
+        or not _is_list_of(dict, environments)
+        or not _is_list_of(RecordedTest, tests)
+        or not (baseline is None or _is_baseline(baseline))
     ):
         raise ReportError(f"{name} is damaged; write it again with --gpu-report")
-    return report
+    if baseline is not None:
+        baseline = {"new": [], "stale": [], **baseline}
+    return Report(
+        tuple(runs),
+        tuple(environments),
+        baseline,
+        by_name(tests),
+        str(found.get("plugin")),
+    )
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read(path: str | os.PathLike[str]) -> Report:
     """Read a file.
 
     Raises:
@@ -158,34 +134,21 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     return parse(text, str(path))
 
 
-def merge(reports: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return one document of several runs' tests; of a test in two, the later one."""
-    tests: dict[str, Any] = {}
-    runs: list[str] = []
-    names: list[str] = []
-    changes: dict[tuple[str, str], Any] = {}
-    for report in reports:
-        tests.update({each["nodeid"]: each for each in report["tests"]})
-        runs += [each for each in report["runs"] if each not in runs]
-        baseline = report.get("baseline")
-        if baseline is not None:
-            names += [baseline["file"]] if baseline["file"] not in names else []
-            for each in baseline["changes"]:
-                changes[each["test"], each["metric"]] = each
-    merged = document("", tests.values(), None)
-    merged["runs"] = runs
-    if names:
-        merged["baseline"] = {
-            "file": ", ".join(names),
-            "changes": list(changes.values()),
-        }
-    return merged
+def _compact(found: dict[str, Any]) -> Any:
+    """Keep a test as text as soon as it is read: it is far smaller so."""
+    if "nodeid" in found and "figures" in found and is_record(found):
+        return RecordedTest.of(found)
+    return found
 
 
-def top_figures(test: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return a test's most telling figures: its call's largest, else any phase's."""
-    return max(
-        test["figures"],
-        key=lambda each: (each["phase"] == "call", each["peak_allocated_bytes"]),
-        default=None,
+def _is_list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, kind) for each in value)
+
+
+def _is_baseline(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("file"), str)
+        and _is_list_of(dict, value.get("changes"))
+        and all(_is_list_of(dict, value.get(name, [])) for name in ("new", "stale"))
     )

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from pytest_gpumem.errors import ReportError
-from pytest_gpumem.reports.document import to_text
+from pytest_gpumem.reports.document import to_chunks
+from pytest_gpumem.reports.words import environment_line
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator
+
+    from pytest_gpumem.reports.document import Report
 
 _TEMPLATES: Final = Path(__file__).parent / "templates"
 
@@ -28,8 +31,8 @@ def check_available() -> None:
         )
 
 
-def page(report: Mapping[str, Any]) -> str:
-    """Return the page.
+def page(report: Report) -> Iterator[str]:
+    """Return the page, piece by piece.
 
     Raises:
         ReportError: jinja2 is missing.
@@ -44,5 +47,12 @@ def page(report: Mapping[str, Any]) -> str:
         undefined=StrictUndefined,
     )
     # In a script element only "<" can end what is data.
-    data = Markup(to_text(report).replace("<", "\\u003c"))  # noqa: S704  # escaped in this line
-    return environment.get_template("report.html").render(report=report, data=data)
+    data = (
+        Markup(chunk.replace("<", "\\u003c"))  # noqa: S704  # escaped in this line
+        for chunk in to_chunks(report)
+    )
+    return environment.get_template("report.html").generate(
+        report=report,
+        machines=[environment_line(each) for each in report.environments],
+        data=data,
+    )

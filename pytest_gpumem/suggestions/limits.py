@@ -28,6 +28,7 @@ class Peak:
         process_bytes: Reserved and, as far as known, the context's bytes, likewise.
         limit_bytes: The limit on allocated bytes that its markers set, or None.
         smallest_budget: The smallest budget under which it passes, if that was sought.
+        budget_note: Why that was not sought or found, or what was amiss in it.
     """
 
     test: str
@@ -35,6 +36,7 @@ class Peak:
     process_bytes: int
     limit_bytes: int | None = None
     smallest_budget: int | None = None
+    budget_note: str = ""
 
 
 def suggested_limit(peak_bytes: int) -> int:
@@ -112,12 +114,21 @@ def explain(peaks: Mapping[str, Peak]) -> list[str]:
             f"{limit / each.allocated_bytes:.1f} times its peak of "
             f"{format_size(each.allocated_bytes)}; {size_text(enough)} would do"
         )
-    lines += [
-        f"{each.test}: passes from a budget of {format_size(each.smallest_budget)} on"
-        for each in ordered
-        if each.smallest_budget is not None
-    ]
-    return lines + _cards(ordered)
+    return lines + budgets(peaks) + _cards(ordered)
+
+
+def budgets(peaks: Mapping[str, Peak]) -> list[str]:
+    """Return what was found of smallest budgets, as lines."""
+    lines = []
+    for test in sorted(peaks):
+        each = peaks[test]
+        if each.smallest_budget is not None:
+            size = format_size(each.smallest_budget)
+            note = f"; {each.budget_note}" if each.budget_note else ""
+            lines.append(f"{test}: passes from a budget of {size} on{note}")
+        elif each.budget_note:
+            lines.append(f"{test}: its smallest budget was {each.budget_note}")
+    return lines
 
 
 def _cards(peaks: list[Peak]) -> list[str]:

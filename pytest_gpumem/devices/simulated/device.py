@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from pytest_gpumem.devices.nvml import uuid_of
-from pytest_gpumem.devices.simulated.machine import OutOfMemory
+from pytest_gpumem.devices.nvml import CardCount, Reading
+from pytest_gpumem.devices.simulated.machine import OutOfMemory, innermost_machine
+from pytest_gpumem.devices.simulated_nvml import uuid_of
 from pytest_gpumem.model.records import MemoryFigures
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from pytest_gpumem.devices.simulated.machine import SimulatedCard, SimulatedMachine
+
+
+_ANOTHER: Final = "another machine is simulated at the moment"
 
 
 class SimulatedTracker:
@@ -48,6 +52,8 @@ class SimulatedTracker:
     def peek(self) -> MemoryFigures:
         """Return the figures up to now, to a caller that holds the card's lock."""
         allocator = self._allocator
+        is_used = self._card.num_requests > 0
+        context_bytes = self._card.card.context_bytes if is_used else 0
         return MemoryFigures(
             device_index=self._card.index,
             peak_allocated_bytes=self._allocated,
@@ -59,7 +65,10 @@ class SimulatedTracker:
             end_reserved_bytes=allocator.reserved_bytes,
             num_ooms=allocator.num_ooms - self._start_ooms,
             num_alloc_retries=allocator.num_alloc_retries - self._start_retries,
-            context_bytes=self._card.card.context_bytes,
+            context_bytes=context_bytes,
+            peak_process_bytes=self._reserved + context_bytes,
+            end_requested_bytes=allocator.requested_bytes,
+            end_active_bytes=allocator.active_bytes,
         )
 
     def close(self) -> MemoryFigures:
@@ -76,6 +85,7 @@ class SimulatedDevice:
 
     def __init__(self, machine: SimulatedMachine) -> None:
         self.machine = machine
+        self._counts: dict[int, CardCount] = {}
 
     @property
     def device_count(self) -> int:
@@ -113,6 +123,15 @@ class SimulatedDevice:
         """Return ``torch.cuda.memory_stats``'s flat dictionary."""
         return self.machine.cards[index].memory_stats()
 
+    def counted(self, index: int) -> Reading:
+        """Return what the simulated NVML counts now; it knows the innermost machine."""
+        if index not in self._counts:
+            # A process that holds bytes of a simulated card is listed.
+            self._counts[index] = CardCount(index, lambda: False)
+        reading = self._counts[index].read()
+        is_this = innermost_machine() is self.machine
+        return reading if is_this else Reading(None, None, _ANOTHER)
+
     def empty_cache(self) -> None:
         """Give cuBLAS workspaces and cached segments of every card back."""
         for card in self.machine.cards:
@@ -138,6 +157,14 @@ class SimulatedDevice:
             return 0
         nbytes: int = memory.block.size
         return nbytes
+
+    def block_address(self, storage: Any) -> int | None:
+        """Return where the block under a storage is; None for one on the host."""
+        memory = getattr(storage, "_gpumem", None)
+        if memory is None or memory.block is None:
+            return None
+        address: int = memory.block.address
+        return address
 
     def holds(self, storage: Any, index: int) -> bool:
         """Tell whether a storage is on a card of this machine, and of no other."""

@@ -1,7 +1,7 @@
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const SIZE = 50;
+  const SIZE = 25;
   const COLOURS = ["#2563c9", "#a8480f", "#1b7a3d", "#8a3ab9", "#a12f5b", "#176f7d", "#77620b", "#4f5bd5"];
   const byId = (id) => document.getElementById(id);
 
@@ -48,10 +48,13 @@
     const figure = (name) => (top === null ? 0 : top[name]);
     return { test, nodeid: test.nodeid, outcome: test.outcome, seconds: test.seconds,
       allocated: figure("peak_allocated_bytes"), reserved: figure("peak_reserved_bytes"),
-      left: figure("end_allocated_bytes"), ooms: figure("num_ooms") };
+      left: figure("end_allocated_bytes"), ooms: figure("num_ooms"),
+      // The share of its tightest limit that a test used; -1 sorts those without below all others.
+      used: Math.max(-1, ...test.limits.map((l) => (l.limit_bytes ? l.measured_bytes / l.limit_bytes : l.held ? 0 : Infinity))),
+      broken: test.limits.filter((l) => !l.held).length };
   });
   const columns = [["nodeid", "test", false], ["outcome", "outcome", false], ["allocated", "peak allocated", true],
-    ["reserved", "peak reserved", true], ["left", "left", true], ["ooms", "OOMs", true], ["seconds", "seconds", true]];
+    ["reserved", "peak reserved", true], ["left", "left", true], ["used", "of limit", true], ["ooms", "OOMs", true], ["seconds", "seconds", true]];
   let order = { key: "allocated", down: true }, page = 0, chosen = null;
 
   function shown() {
@@ -80,11 +83,12 @@
       return el("th", { class: n ? "n" : "", scope: "col", "aria-sort": sort }, button);
     }));
     byId("tests").tBodies[0].replaceChildren(...list.slice(page * SIZE, page * SIZE + SIZE).map((row) => {
-      const name = el("button", { type: "button", class: "name", click: () => { chosen = row; draw(); detail(row.test); } }, row.nodeid);
+      const name = el("button", { type: "button", class: "name", click: () => { chosen = row; draw(); detail(row.test); byId("detail").scrollIntoView({ block: "start" }); } }, row.nodeid);
       const bad = row.outcome === "failed" || row.outcome === "error";
       return el("tr", { class: row === chosen ? "chosen" : "" }, el("td", { class: "wide" }, name),
         el("td", { class: bad ? "bad" : row.outcome === "passed" ? "good" : "" }, row.outcome),
         ...["allocated", "reserved", "left"].map((key) => el("td", { class: "n" }, bytes(row[key]))),
+        el("td", { class: row.broken ? "n bad" : "n" }, row.used < 0 ? "–" : row.used === Infinity ? "broken" : Math.round(row.used * 100) + " %"),
         el("td", { class: "n" }, row.ooms), el("td", { class: "n" }, row.seconds.toFixed(2)));
     }));
     byId("count").textContent = list.length + " of " + rows.length + " tests";
@@ -124,6 +128,13 @@
     mark.style.background = colour;
     return el("span", {}, mark, text);
   }
+  // A site is told by its beginning, an owner by its end.
+  function cut(text, room) {
+    const at = text.lastIndexOf(" of ");
+    const own = at > 0 && !text.slice(0, at).includes(":") ? text.slice(0, at) : "";
+    if (own) return own.length > room ? "…" + own.slice(own.length - room + 1) : own;
+    return text.length > room ? text.slice(0, room - 1) + "…" : text;
+  }
   // Squarified in one level: rows of blocks, each as near to a square as its row allows.
   function treemap(groups) {
     const W = 1160, H = 220, total = groups.reduce((sum, g) => sum + g.bytes, 0);
@@ -149,8 +160,7 @@
         const room = Math.floor((box[2] - 14) / 7);
         if (room >= 8 && box[3] > 22) {
           part.append(svg("text", { x: box[0] + 7, y: box[1] + 17, class: "in" }, bytes(r.g.bytes)));
-          const site = r.g.site.length > room ? r.g.site.slice(0, room - 1) + "…" : r.g.site;
-          if (box[3] > 40) part.append(svg("text", { x: box[0] + 7, y: box[1] + 34, class: "in" }, site));
+          if (box[3] > 40) part.append(svg("text", { x: box[0] + 7, y: box[1] + 34, class: "in" }, cut(r.g.site, room)));
         }
         root.append(part);
         along += long;
@@ -185,10 +195,20 @@
     for (const s of steps) for (const problem of s.problems) out.push(el("p", { class: "bad" }, s.cause + ": " + problem));
     return out;
   }
+  // The model's class is said once, at the group.
+  function shortened(owner, site) {
+    const at = owner.lastIndexOf(" of ");
+    return at > 0 && site.endsWith(owner.slice(at)) ? owner.slice(0, at) : owner;
+  }
   function detail(test) {
-    const out = [el("h2", {}, test.nodeid), el("p", { class: "soft" }, test.environment)];
+    const out = [el("h2", {}, test.nodeid), el("p", { class: "soft" }, test.environment + (test.host ? ", on " + test.host : ""))];
     if (test.broken_limit) out.push(el("p", { class: "bad" }, test.broken_limit));
     if (test.incident) out.push(el("p", { class: "bad" }, test.incident));
+    if (test.limits.length) {
+      out.push(el("h3", {}, "Limits"), grid([["metric", 0], ["card", 0], ["phase", 0], ["limit", 1], ["measured", 1], ["", 1]],
+        test.limits.map((l) => [l.metric, l.device_index === null ? "all" : "cuda:" + l.device_index, l.phase, bytes(l.limit_bytes), bytes(l.measured_bytes),
+          el("td", { class: l.held ? "n good" : "n bad" }, l.held ? "held" : "broken")])));
+    }
     if (test.timeline === null) out.push(el("p", { class: "soft" }, "No timeline: this device shows no single allocations."));
     for (const card of test.timeline || []) {
       out.push(el("h3", {}, "cuda:" + card.device_index + " over time"), timeline(card),
@@ -196,7 +216,9 @@
           card.budget_bytes === null ? el("span", {}, "no budget") : swatch("var(--bad)", "budget " + bytes(card.budget_bytes))));
       if (card.live_at_peak.length) {
         out.push(el("h3", {}, "Live at the peak, " + bytes(card.peak_bytes)), treemap(card.live_at_peak),
-          grid([["site", 0], ["bytes", 1]], card.live_at_peak.map((g) => [g.site, bytes(g.bytes)])));
+          grid([["owner or site", 0], ["blocks", 1], ["bytes", 1]], card.live_at_peak.map((g) => [
+            el("div", {}, g.site, ...(g.largest || []).map((l) => el("div", { class: "soft small" }, bytes(l.bytes) + "  " + shortened(l.owner, g.site)))),
+            g.blocks || "", bytes(g.bytes)])));
       }
     }
     for (const each of test.fallbacks) out.push(...staircase(each));
@@ -214,14 +236,28 @@
 
   const failed = rows.filter((row) => row.outcome === "failed" || row.outcome === "error").length;
   const largest = rows.reduce((most, row) => Math.max(most, row.allocated), 0);
-  for (const [value, text] of [[rows.length, "tests on a card"], [failed, "failed"], [bytes(largest), "largest peak"],
+  for (const [value, text] of [[rows.length, "tests on a card"], [failed, "failed"], [rows.reduce((sum, row) => sum + row.broken, 0), "limits broken"], [bytes(largest), "largest peak"],
     [rows.reduce((sum, row) => sum + row.test.sweeps.reduce((s, each) => s + each.points, 0), 0), "swept points"]]) {
     byId("tiles").append(el("div", { class: "tile" }, el("b", {}, value), el("span", {}, text)));
   }
+  function listed(heads, list, line) {
+    const parts = [grid(heads, list.slice(0, 100).map(line))];
+    if (list.length > 100) parts.push(el("p", { class: "soft" }, "… and " + (list.length - 100) + " more in the JSON"));
+    return parts;
+  }
   if (data.baseline) {
-    const list = [...data.baseline.changes].sort((a, b) => Math.abs(b.now - b.before) - Math.abs(a.now - a.before));
-    byId("changes").append(list.length ? grid([["test", 0], ["metric", 0], ["before", 1], ["now", 1], ["Δ", 1]], list.slice(0, 100).map((c) => [c.test, c.metric,
-      bytes(c.before), bytes(c.now), el("td", { class: c.is_regression ? "n bad" : c.now < c.before ? "n good" : "n" }, (c.now > c.before ? "+" : "") + bytes(c.now - c.before))])) : el("p", {}, "Nothing changed."));
+    const changes = [...data.baseline.changes].sort((a, b) => Math.abs(b.now - b.before) - Math.abs(a.now - a.before));
+    const out = [el("p", { class: "soft" }, changes.length + (changes.length === 1 ? " change, " : " changes, ") + data.baseline.new.length + " new, " + data.baseline.stale.length + " stale")];
+    if (changes.length) {
+      out.push(...listed([["test", 0], ["metric", 0], ["before", 1], ["now", 1], ["Δ", 1]], changes, (c) => [c.test, c.metric,
+        bytes(c.before), bytes(c.now), el("td", { class: c.is_regression ? "n bad" : c.now < c.before ? "n good" : "n" }, (c.now > c.before ? "+" : "") + bytes(c.now - c.before))]));
+    }
+    for (const [list, title] of [[data.baseline.new, "New: not in the baseline"], [data.baseline.stale, "Stale: in the baseline, and no more or without a card"]]) {
+      if (!list.length) continue;
+      out.push(el("h3", {}, title), ...listed([["test", 0], ["peaks", 0], ["environment", 0]], list,
+        (e) => [e.test, Object.entries(e.peaks).map(([name, n]) => name + " " + bytes(n)).join(", "), e.environment]));
+    }
+    byId("changes").append(...out);
   }
   for (const outcome of [...new Set(rows.map((row) => row.outcome))].sort()) byId("outcome").append(el("option", { value: outcome }, outcome));
   byId("filter").addEventListener("input", () => { page = 0; draw(); });

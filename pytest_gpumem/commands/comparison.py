@@ -1,0 +1,156 @@
+"""What ``compare`` says of two reports or baselines."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pytest_gpumem.baselines.baseline import METRICS, Baseline, metric_key
+from pytest_gpumem.baselines.gate import compare
+from pytest_gpumem.errors import ReportError
+from pytest_gpumem.reports.words import environment_line, limit_words
+from pytest_gpumem.sizes import format_size
+from pytest_gpumem.tables import align
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from pytest_gpumem.baselines.gate import Change, Tolerance
+    from pytest_gpumem.reports.document import Report
+
+_Peaks = dict[str, dict[str, dict[str, int]]]
+
+
+def compare_files(
+    before: Report | Baseline, now: Report | Baseline, gate: Sequence[Tolerance]
+) -> tuple[list[str], bool]:
+    """Return what to print, and whether a peak grew by more than is allowed.
+
+    Args:
+        before: A report or a baseline.
+        now: Another.
+        gate: How much more passes.
+
+    Raises:
+        ReportError: They share no environment.
+    """
+    then, today = _peaks(before), _peaks(now)
+    shared = then.keys() & today.keys()
+    if not shared and then and today:
+        raise ReportError(
+            f"the files share no environment: {', '.join(sorted(then))} and "
+            f"{', '.join(sorted(today))}; compare runs on the same card and PyTorch"
+        )
+    changes: list[Change] = []
+    new: list[str] = []
+    gone: list[str] = []
+    same = 0
+    for environment in sorted(shared):
+        known, found = then[environment], today[environment]
+        for test in sorted(found.keys() & known.keys()):
+            changed = compare(test, known[test], found[test], gate)
+            same += not changed
+            changes += changed
+        new += [_named(test, found[test]) for test in sorted(found.keys() - known)]
+        gone += [_named(test, known[test]) for test in sorted(known.keys() - found)]
+    bad = sum(each.is_regression for each in changes)
+    counts = {
+        "the same": same,
+        "new": len(new),
+        "gone": len(gone),
+        "beyond --fail": bad,
+    }
+    parts = [f"{len({each.test for each in changes})} tests changed"]
+    parts += [f"{count} {word}" for word, count in counts.items() if count]
+    lines = [
+        *_machines(before, now),
+        *_table(changes),
+        *(f"new: {each}" for each in new),
+        *(f"gone: {each}" for each in gone),
+        *_limits(before, now),
+        ", ".join(parts),
+    ]
+    return lines, bad > 0
+
+
+def _peaks(source: Report | Baseline) -> _Peaks:
+    """Return a report's or a baseline's peaks, as a baseline has them."""
+    if isinstance(source, Baseline):
+        return source.peaks
+    before = {"call": "", "children": "children "}
+    peaks: _Peaks = {}
+    for test in source.tests:
+        record = test.record()
+        found = {
+            before[each["phase"]] + metric_key(metric, each["device_index"]): int(
+                each[f"peak_{metric}_bytes"]
+            )
+            for each in record["figures"]
+            if each["phase"] in before
+            for metric in METRICS
+        }
+        if found:
+            peaks.setdefault(record["environment"], {})[test.nodeid] = found
+    return peaks
+
+
+def _named(test: str, peaks: Mapping[str, int]) -> str:
+    sizes = ", ".join(f"{name} {format_size(n)}" for name, n in sorted(peaks.items()))
+    return f"{test} ({sizes})"
+
+
+def _machines(before: Report | Baseline, now: Report | Baseline) -> Iterator[str]:
+    """Say where the figures are from, if it is not the same machine."""
+    if isinstance(before, Baseline) or isinstance(now, Baseline):
+        return
+    if before.environments == now.environments:
+        return
+    for word, report in (("before", before), ("now", now)):
+        for each in report.environments:
+            yield f"{word}: {environment_line(each)}"
+
+
+def _limits(before: Report | Baseline, now: Report | Baseline) -> Iterator[str]:
+    """Say which limits hold in one of two reports and not in the other."""
+    if isinstance(before, Baseline) or isinstance(now, Baseline):
+        return
+    then, today = _held(before), _held(now)
+    for key in sorted(then.keys() & today.keys()):
+        if then[key]["held"] == today[key]["held"]:
+            continue
+        (test, words), limit = key, today[key]
+        verb = "holds again" if limit["held"] else "is broken now"
+        excess = limit["measured_bytes"] - limit["limit_bytes"]
+        yield (
+            f"a limit {verb}: {test}: {words}: "
+            f"{format_size(limit['measured_bytes'])} of "
+            f"{format_size(limit['limit_bytes'])}"
+            + (f", {format_size(excess)} too much" if excess > 0 else "")
+        )
+
+
+def _held(report: Report) -> dict[tuple[str, str], Any]:
+    return {
+        (test.nodeid, limit_words(limit)): limit
+        for test in report.tests
+        for limit in test.record()["limits"]
+    }
+
+
+def _table(changes: Iterable[Change]) -> list[str]:
+    ranked = sorted(changes, key=lambda each: -abs(each.now - each.before))
+    if not ranked:
+        return []
+    rows = [("before", "now", "Δ", "%", "metric", "test")]
+    for each in ranked:
+        delta = each.now - each.before
+        rows.append(
+            (
+                format_size(each.before),
+                format_size(each.now),
+                f"{'+' if delta >= 0 else '-'}{format_size(abs(delta))}",
+                f"{each.percent:+.1f}",
+                each.metric + (" !" if each.is_regression else ""),
+                each.test,
+            )
+        )
+    return align(rows, left=(4,))

@@ -1,0 +1,147 @@
+"""Whose a block of memory is, learnt while models are built, moved and called.
+
+Torch tells of each parameter and submodule that a module is given; of models that were
+there before, the first call tells. Models are not kept alive: what is kept are their
+names.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch.nn.modules import module as torch_module
+from torch.nn.parameter import is_lazy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from pytest_gpumem.devices import Device
+
+
+class Node:
+    """A module's place in its model."""
+
+    __slots__ = ("kind", "name", "parent")
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.name = ""
+        self.parent: Node | None = None
+
+    @property
+    def root(self) -> Node:
+        """The whole model."""
+        return list(self._upward())[-1]
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        """Names from the model down to here; empty for the model itself."""
+        return tuple(node.name for node in self._upward() if node.parent)[::-1]
+
+    def _upward(self) -> Iterator[Node]:
+        node: Node | None = self
+        while node is not None:
+            yield node
+            node = node.parent
+
+
+class Owner(NamedTuple):
+    """A module's parameter, buffer or gradient, by name."""
+
+    node: Node
+    name: str
+    role: str = ""
+
+
+class Owners:
+    """Names of modules and of the blocks that are theirs.
+
+    Args:
+        device: The cards.
+        claim: Called with card, address, bytes and owner of each block that is somebody's.
+    """
+
+    def __init__(
+        self, device: Device, claim: Callable[[int, int, int, Owner], None]
+    ) -> None:
+        self._device: Final = device
+        self._claim: Final = claim
+        self._nodes: Final[WeakKeyDictionary[torch.nn.Module, Node]] = (
+            WeakKeyDictionary()
+        )
+        self._handles: list[Any] = []
+
+    def start(self) -> None:
+        """Listen to what modules are given, from here on."""
+        self._handles = [
+            torch_module.register_module_parameter_registration_hook(self._given),
+            torch_module.register_module_buffer_registration_hook(self._given),
+            torch_module.register_module_module_registration_hook(self._joined),
+        ]
+
+    def stop(self) -> None:
+        """Stop listening."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def node(self, module: torch.nn.Module) -> Node:
+        """Return a module's place, as far as it is known by now."""
+        found = self._nodes.get(module)
+        if found is None:
+            found = self._nodes[module] = Node(type(module).__name__)
+        return found
+
+    def knows(self, module: torch.nn.Module) -> bool:
+        """Tell whether a module was met."""
+        return module in self._nodes
+
+    def meet(self, model: torch.nn.Module) -> None:
+        """Learn the names of a whole model, and what of it is on a card."""
+        for each in model.modules():
+            for name, child in each._modules.items():  # noqa: SLF001  # named_children leaves out what is there twice
+                if child is not None:
+                    self._joined(each, name, child)
+            for name, tensor in (*each._parameters.items(), *each._buffers.items()):  # noqa: SLF001  # likewise
+                self._given(each, name, tensor)
+
+    def meet_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Learn which blocks are gradients of parameters that are known."""
+        owners = {
+            id(tensor): Owner(node, name, "gradient of")
+            for module, node in list(self._nodes.items())
+            for name, tensor in module._parameters.items()  # noqa: SLF001  # one module's own
+            if tensor is not None
+        }
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                owner = owners.get(id(parameter))
+                if owner is not None and parameter.grad is not None:
+                    self._tell(parameter.grad, owner)
+
+    def _joined(self, parent: torch.nn.Module, name: str, child: Any) -> None:
+        with suppress(Exception):  # a record must not change what it sees
+            self._join(parent, name, child)
+
+    def _join(self, parent: torch.nn.Module, name: str, child: Any) -> None:
+        if isinstance(child, torch.nn.Module) and child is not parent:
+            node, above = self.node(child), self.node(parent)
+            if node not in above._upward():  # noqa: SLF001  # a module may hold what holds it
+                node.parent, node.name = above, name
+
+    def _given(self, module: torch.nn.Module, name: str, tensor: Any) -> None:
+        with suppress(Exception):  # likewise
+            if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
+                self._tell(tensor, Owner(self.node(module), name))
+
+    def _tell(self, tensor: torch.Tensor, owner: Owner) -> None:
+        if is_lazy(tensor) or not tensor.is_cuda or tensor.layout != torch.strided:
+            return
+        storage = tensor.untyped_storage()
+        address = self._device.block_address(storage)
+        if address is not None:
+            index = tensor.device.index or 0
+            self._claim(index, address, self._device.block_bytes(storage), owner)

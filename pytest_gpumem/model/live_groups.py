@@ -1,0 +1,139 @@
+"""What was live at a peak, in a few groups: by owner where one is known, else by site."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+#: Groups by owner that there are at least room for.
+_FEWEST: Final = 4
+#: A site of a smaller share than this leaves its place to owners.
+_LITTLE: Final = 0.01
+#: Owners of a group that are named.
+_NAMED: Final = 3
+
+
+class LiveBlock(NamedTuple):
+    """A block that was live at a peak.
+
+    Attributes:
+        nbytes: Its bytes.
+        site: The place that allocated it.
+        kind: The class of the model that owns it; empty if nobody was found.
+        path: What it is of that model: ``("encoder", "layer", "3", "weight")``.
+        role: What it is to that: empty for itself, or ``"gradient of"``.
+    """
+
+    nbytes: int
+    site: str
+    kind: str = ""
+    path: tuple[str, ...] = ()
+    role: str = ""
+
+    @property
+    def owner(self) -> str:
+        """The owner in words."""
+        return _words(self.role, self.path, self.kind)
+
+
+def group_blocks(blocks: Iterable[LiveBlock], *, most: int) -> list[dict[str, Any]]:
+    """Return groups, the largest first, as JSON can hold them.
+
+    A model's parts are one group, then the largest group is taken apart along the dots
+    of its names, layers of a kind together, for as long as there is room.
+
+    Args:
+        blocks: The blocks.
+        most: Groups that are told apart; what is left is one group more.
+    """
+    sites: dict[str, list[LiveBlock]] = {}
+    owned: dict[tuple[str, ...], list[LiveBlock]] = {}
+    for each in blocks:
+        if each.path:
+            owned.setdefault((each.role, each.kind), []).append(each)
+        else:
+            sites.setdefault(each.site, []).append(each)
+    total = sum(each.nbytes for several in (sites, owned) for each in _all(several))
+    shown = sum(
+        sum(each.nbytes for each in members) >= total * _LITTLE
+        for members in sites.values()
+    )
+    room = max(most - shown, _FEWEST)
+    groups = [
+        *((site, members) for site, members in sites.items()),
+        *(
+            (_label(key, members), members)
+            for key, members in _take_apart(owned, room).items()
+        ),
+    ]
+    sized = [
+        (sum(b.nbytes for b in members), text, members) for text, members in groups
+    ]
+    sized.sort(key=lambda each: (-each[0], each[1]))
+    found = [_group(*each) for each in sized[:most]]
+    rest = sized[most:]
+    if rest:
+        found.append(
+            {
+                "site": "other sites",
+                "bytes": sum(nbytes for nbytes, _text, _members in rest),
+                "blocks": sum(len(members) for _nbytes, _text, members in rest),
+            }
+        )
+    return found
+
+
+def _all(groups: Mapping[Any, Sequence[LiveBlock]]) -> Iterator[LiveBlock]:
+    return (each for members in groups.values() for each in members)
+
+
+def _group(nbytes: int, text: str, members: Sequence[LiveBlock]) -> dict[str, Any]:
+    group: dict[str, Any] = {"site": text, "bytes": nbytes, "blocks": len(members)}
+    if members[0].path and len(members) > 1:
+        largest = sorted(members, key=lambda each: -each.nbytes)
+        group["largest"] = [
+            {"owner": each.owner, "bytes": each.nbytes} for each in largest[:_NAMED]
+        ]
+    return group
+
+
+def _take_apart(
+    owned: dict[tuple[str, ...], list[LiveBlock]], room: int
+) -> dict[tuple[str, ...], list[LiveBlock]]:
+    """Return groups by role, kind and as much of the path as there is room for."""
+    groups = dict(owned)
+    whole: set[tuple[str, ...]] = set()
+    while True:
+        open_groups = groups.keys() - whole
+        if not open_groups:
+            return groups
+        key = max(
+            open_groups, key=lambda each: (sum(b.nbytes for b in groups[each]), each)
+        )
+        parts: dict[tuple[str, ...], list[LiveBlock]] = {}
+        depth = len(key) - 2
+        for block in groups[key]:
+            if len(block.path) > depth:
+                part = (*key, re.sub(r"^[0-9]+$", "*", block.path[depth]))
+                parts.setdefault(part, []).append(block)
+        is_end = sum(map(len, parts.values())) < len(groups[key])
+        if is_end or len(groups) - 1 + len(parts) > room:
+            whole.add(key)
+        else:
+            del groups[key]
+            groups.update(parts)
+
+
+def _label(key: tuple[str, ...], members: Sequence[LiveBlock]) -> str:
+    if len(members) == 1:
+        return members[0].owner
+    role, kind, *path = key
+    return _words(role, path, kind)
+
+
+def _words(role: str, path: Sequence[str], kind: str) -> str:
+    name = ".".join(path) or "all"
+    return " ".join(filter(None, (role, name, f"of {kind}" if kind else "")))

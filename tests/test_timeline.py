@@ -1,0 +1,173 @@
+"""What was live at a peak, and whose it was."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+
+from pytest_gpumem import simulated_device
+from pytest_gpumem.devices.active import active_device
+from pytest_gpumem.instruments.timeline import BEFORE, Timeline
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class Encoder(nn.Module):
+    """Layers of a kind."""
+
+    def __init__(self, size: int = 128) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(nn.Linear(size, size, bias=False) for _ in range(3))
+        self.register_buffer("scale", torch.ones(128))
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """Run them."""
+        for each in self.layer:
+            values = each(values)
+        return values
+
+
+@pytest.fixture(autouse=True)
+def _card() -> Iterator[None]:
+    with simulated_device("T4"):
+        yield
+
+
+def live(timeline: Timeline) -> dict[str, int]:
+    """Return what was live at the peak of the one card."""
+    (card,) = timeline.result()
+    assert card["peak_bytes"] == sum(each["bytes"] for each in card["live_at_peak"])
+    return {each["site"]: each["bytes"] for each in card["live_at_peak"]}
+
+
+#: What the first product of matrices leaves on a T4.
+WORKSPACE_BYTES = 8519680
+WEIGHTS = {"layer.*.weight of Encoder": 3 * 2**16, "scale of Encoder": 512}
+
+
+def test_a_model_that_is_moved_names_its_parts() -> None:
+    """Also after it is gone."""
+    with Timeline(active_device()) as timeline:
+        model = Encoder().to("cuda")
+        del model
+
+    assert WEIGHTS == live(timeline)
+
+
+def test_a_model_built_on_the_card_names_its_parts() -> None:
+    """Nothing is called or moved: torch tells of what modules are given."""
+    with Timeline(active_device()) as timeline, torch.device("cuda"):
+        model = Encoder()
+
+    found = live(timeline)
+    assert WEIGHTS.items() <= found.items()
+    del model
+
+
+def test_a_model_filled_in_place_names_its_parts() -> None:
+    """As transformers fills one: parameters are set, one after the other."""
+    with Timeline(active_device()) as timeline:
+        model = Encoder().to("meta")
+        for each in model.layer:
+            weight = torch.zeros(128, 128, device="cuda")
+            each.weight = nn.Parameter(weight)
+
+    assert {"layer.*.weight of Encoder": 3 * 2**16} == live(timeline)
+
+
+def test_a_model_that_was_there_names_its_parts_when_called() -> None:
+    """What was on the card before is told apart, by owner where there is one."""
+    other = torch.zeros(2**16, device="cuda")
+    model = Encoder().to("cuda")
+    with Timeline(active_device()) as timeline, torch.no_grad():
+        values = torch.ones(512, 128, device="cuda")
+        model(values)
+
+    found = live(timeline)
+    assert WEIGHTS.items() <= found.items()
+    assert 2**18 == found[BEFORE]
+    # Two layers' results: the one at work, and what it works on.
+    assert 2 * 2**18 == sum(
+        n for site, n in found.items() if site.endswith("(forward) in layer.*")
+    )
+    assert [WORKSPACE_BYTES] == [
+        n for site, n in found.items() if site.startswith("cuBLAS workspace, first")
+    ]
+    del other
+
+
+def test_gradients_are_told_from_weights() -> None:
+    """Once an optimiser steps."""
+    model = Encoder().to("cuda")
+    optimizer = torch.optim.AdamW(model.parameters())
+    with Timeline(active_device()) as timeline:
+        for _ in range(2):
+            model(torch.ones(1, 128, device="cuda")).sum().backward()
+            optimizer.step()
+
+    assert 3 * 2**16 == live(timeline)["gradient of layer.*.weight of Encoder"]
+
+
+def test_a_timeline_keeps_no_model_alive() -> None:
+    """Nor leaves it a hook behind."""
+    hooks: Any = (
+        nn.modules.module._global_parameter_registration_hooks
+    )  # there is no other way to see them
+    before = len(hooks)
+    with Timeline(active_device()) as timeline:
+        model = Encoder().to("cuda")
+        model(torch.ones(1, 128, device="cuda"))
+        gone = weakref.ref(model)
+        del model
+        gc.collect()
+        assert gone() is None
+        assert WORKSPACE_BYTES == torch.cuda.memory_allocated()
+
+    assert before == len(hooks)
+    assert WEIGHTS.items() <= live(timeline).items()
+
+
+def test_a_part_that_is_itself_again_ends_nowhere() -> None:
+    """A module that holds the one that holds it has still a name."""
+    outer, inner = nn.Module(), nn.Module()
+    with Timeline(active_device()) as timeline:
+        outer.inner = inner
+        inner._modules["outer"] = outer  # register_module would run for ever in repr
+        inner.weight = nn.Parameter(torch.zeros(128, device="cuda"))
+
+    assert {"inner.weight of Module": 512} == live(timeline)
+
+
+class Odd(Encoder):
+    """A module that can be in no dictionary: torch can run it all the same."""
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    __hash__ = None  # type: ignore[assignment]  # that is the point
+
+
+def test_what_cannot_be_named_is_recorded_all_the_same() -> None:
+    """And nothing of it reaches the code that is recorded."""
+    with Timeline(active_device()) as timeline:
+        holder = nn.Module()
+        holder.weight = nn.UninitializedParameter()
+        with torch.no_grad():
+            Odd.forward(built(), torch.ones(1, 128, device="cuda"))
+
+    (card,) = timeline.result()
+    assert card["peak_bytes"] == sum(each["bytes"] for each in card["live_at_peak"])
+
+
+def built() -> Odd:
+    """Return an odd model on the card; not even ``to`` takes it."""
+    odd = Odd()
+    for each in odd.layer:
+        each.to("cuda")
+    return odd
