@@ -1,7 +1,8 @@
 """Run every benchmark and print all figures of the one run, in Markdown.
 
-Run: ``python -m benchmarks [--quick] [--write]``. ``--quick`` leaves out the sweep of each
-allocation of bert-large, which takes some minutes; ``--write`` writes ``docs/figures.md``.
+Run: ``python -m benchmarks [--quick] [--write] [SCRIPT ...]``. ``--quick`` leaves out the
+sweep of each allocation of bert-large and makes one round where others are compared;
+``--write`` writes ``docs/figures.md``; scripts that are named are run alone.
 Let the machine do nothing else meanwhile; the page says how busy it was.
 """
 
@@ -27,16 +28,18 @@ class Section(NamedTuple):
     Attributes:
         title: Over what it prints.
         script: Its name, without ``.py``.
-        slow: Arguments that ``--quick`` leaves out.
+        slow: Its arguments, unless the run is to be quick.
+        quick: Its arguments in a quick run.
     """
 
     title: str
     script: str
     slow: tuple[str, ...] = ()
+    quick: tuple[str, ...] = ()
 
 
 SECTIONS: Final = (
-    Section("Beside other tools", "peers"),
+    Section("Beside other tools", "peers", quick=("--quick",)),
     Section("What the plugin costs a run", "startup"),
     Section("The simulated card", "device"),
     Section("The allocator model", "allocator"),
@@ -59,7 +62,7 @@ def machine() -> list[str]:
 
 def run(section: Section, *, quick: bool) -> str:
     """Return what a script prints; its progress goes where ours does."""
-    arguments = () if quick else section.slow
+    arguments = section.quick if quick else section.slow
     command = [sys.executable, str(HERE / f"{section.script}.py"), *arguments]
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
     if done.returncode:
@@ -71,11 +74,13 @@ def main() -> None:
     """Print the page, and write it if asked."""
     quick = "--quick" in sys.argv
     started_s, load = time.monotonic(), os.getloadavg()[0]
+    named = [each for each in SECTIONS if each.script in sys.argv] or SECTIONS
     parts = []
-    for number, section in enumerate(SECTIONS, start=1):
-        print(f"[{number}/{len(SECTIONS)}] {section.title} ...", file=sys.stderr)
+    for number, section in enumerate(named, start=1):
+        print(f"[{number}/{len(named)}] {section.title} ...", file=sys.stderr)
         began_s = time.monotonic()
-        parts += [f"## {section.title}", run(section, quick=quick)]
+        parts.append(f"## {section.title}\n\n{run(section, quick=quick)}")
+        print(parts[-1], end="\n\n", flush=True)
         print(f"      {time.monotonic() - began_s:.0f} s", file=sys.stderr)
     minutes = (time.monotonic() - started_s) / 60
     head = [
@@ -91,7 +96,7 @@ def main() -> None:
         ),
     ]
     text = "\n\n".join([*head, *parts]) + "\n"
-    print(text)
+    print("\n\n".join(head))
     if "--write" in sys.argv:
         PAGE.write_text(text, encoding="utf-8")
         print(f"written: {PAGE}", file=sys.stderr)

@@ -6,7 +6,7 @@ processes of its own with one thread, all of them in turn, and the fastest run c
 processor time. What is not
 installed is left out: FakeGPU is on no package index; put a clone of it on PYTHONPATH.
 
-Run: ``python benchmarks/peers.py``
+Run: ``python benchmarks/peers.py [--quick]``; ``--quick`` makes one round.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pytest_gpumem import format_size, make_checkpoint
 
 HERE: Final = Path(__file__).parent
 RECORDING: Final = HERE.parent / "tests" / "recordings" / "bert_large_allocator.json"
-ROUNDS: Final = 2
+ROUNDS: Final = 1 if "--quick" in sys.argv else 3
 #: Characters of an error that a cell shows.
 SHOWN: Final = 60
 

@@ -152,6 +152,20 @@ def test_suggestions_are_what_the_page_shows(pytester: pytest.Pytester) -> None:
     result.stdout.fnmatch_lines(shown)
 
 
+def test_the_trainers_reproduction_shows_the_finding(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others are in tests_third_party: their libraries are not installed here."""
+    (code,) = (each for each in blocks("third-party.md") if "_train" in each)
+    (tmp_path / "script.py").write_text(code, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(DOCS.parent))
+
+    runpy.run_path("script.py")
+
+    assert "False" == capsys.readouterr().out.splitlines()[-1]
+
+
 def test_process_bytes_are_what_the_page_shows(pytester: pytest.Pytester) -> None:
     """Table and script; a tenant that comes and goes may be missed by the samples."""
     tests, script = blocks("process-bytes.md")
