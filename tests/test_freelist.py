@@ -41,7 +41,8 @@ def test_it_answers_as_a_plain_sorted_list(
     steps: list[tuple[bool, int]], *, descends: bool
 ) -> None:
     """Whatever was put in and taken out before."""
-    entries, plain = FreeList(), []
+    entries = FreeList()
+    plain: list[tuple[int, ...]] = []
     for is_removed, number in steps:
         key = (2 * (20 - number if descends else number),)
         if is_removed and plain:
