@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.instruments.fallback import FallbackReport, check_fallback
     from pytest_gpumem.instruments.injector import OomInjector
     from pytest_gpumem.instruments.recorder import PeakRecorder
+    from pytest_gpumem.instruments.sampler import MemorySampler
     from pytest_gpumem.instruments.sweep import sweep_ooms
     from pytest_gpumem.instruments.tenants import competing_process
     from pytest_gpumem.instruments.verdict import LoadVerdict, judge_load
@@ -38,6 +39,7 @@ _HOMES: Final = {
     "GpuMemError": "errors",
     "LoadVerdict": "instruments.verdict",
     "MemoryFigures": "model.records",
+    "MemorySampler": "instruments.sampler",
     "OomInjector": "instruments.injector",
     "Outcome": "model.sweeps",
     "Point": "model.sweeps",
@@ -68,6 +70,7 @@ __all__ = [
     "GpuMemError",
     "LoadVerdict",
     "MemoryFigures",
+    "MemorySampler",
     "OomInjector",
     "Outcome",
     "PeakRecorder",

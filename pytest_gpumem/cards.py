@@ -76,16 +76,18 @@ def visible_cards(cards: Sequence[Card]) -> tuple[Card, ...]:
 
     Source: CUDA C++ Programming Guide, "CUDA Environment Variables".
     """
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES", "").strip()
-    if listed in ("", "-1"):
-        return tuple(cards)
-    shown: list[Card] = []
-    for entry in listed.split(","):
+    return tuple(cards[index] for index in visible_indices(len(cards)))
+
+
+def visible_indices(count: int) -> tuple[int, ...]:
+    """Return which of so many simulated cards a process sees; see ``visible_cards``."""
+    shown: list[int] = []
+    for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","):
         text = entry.strip()
-        if not text.isdigit() or int(text) >= len(cards):
+        if not re.fullmatch(r"[0-9]{1,4}", text) or int(text) >= count:
             break
-        shown.append(cards[int(text)])
-    return tuple(shown) or tuple(cards)
+        shown.append(int(text))
+    return tuple(shown) or tuple(range(count))
 
 
 def _card(text: str, description: str) -> Card:
@@ -195,4 +197,12 @@ def _error(text: str, reason: str, advice: str) -> CardError:
     return CardError(f"card {text!r}: {reason}; {advice}", value=text)
 
 
-__all__ = ["CARDS", "DEFAULT_CARD", "MAX_CARDS", "Card", "find_card", "visible_cards"]
+__all__ = [
+    "CARDS",
+    "DEFAULT_CARD",
+    "MAX_CARDS",
+    "Card",
+    "find_card",
+    "visible_cards",
+    "visible_indices",
+]

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem._version import __version__
 from pytest_gpumem.cards import DEFAULT_CARD, find_card, visible_cards
 from pytest_gpumem.checkpoints.cache import cache_folder
+from pytest_gpumem.devices.nvml import why_unknown
 from pytest_gpumem.devices.selection import Choice, choose, torch_versions
 from pytest_gpumem.errors import AllocatorSettingError
 from pytest_gpumem.model.config import VARIABLES, config_from_environment
@@ -30,7 +31,7 @@ LIBRARIES: Final = {
     "hypothesis": "pytest_gpumem.strategies",
     "pytest-xdist": "several workers (-n)",
     "jinja2": "the HTML report",
-    "nvidia-ml-py": "other processes on real cards",
+    "nvidia-ml-py": "process bytes and other processes on real cards",
 }
 #: Below this a bert-large checkpoint and its copies have no room, in bytes.
 _LITTLE: Final = 4 * 2**30
@@ -143,17 +144,15 @@ def _torch(problems: list[Problem]) -> dict[str, Any]:
 
 def _nvml() -> dict[str, Any]:
     """Ask NVIDIA's library for the driver."""
-    if importlib.util.find_spec("pynvml") is None:
-        return {"driver": None}
-    import pynvml  # noqa: PLC0415  # it is there
+    why = why_unknown()
+    driver = None
+    with suppress(Exception):  # without NVML there is no answer
+        import pynvml  # noqa: PLC0415  # an optional library
 
-    try:
-        pynvml.nvmlInit()
         version = pynvml.nvmlSystemGetDriverVersion()
-    except pynvml.NVMLError as error:
-        return {"driver": None, "NVML": f"not usable: {error}"}
-    text = version.decode() if isinstance(version, bytes) else str(version)
-    return {"driver": text, "NVML": "usable"}
+        driver = version.decode() if isinstance(version, bytes) else str(version)
+    known = f"unknown: {why}" if why else "NVML counts them"
+    return {"driver": driver, "process bytes": known}
 
 
 def _environment(problems: list[Problem]) -> dict[str, Any]:

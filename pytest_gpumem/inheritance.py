@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import tempfile
 from typing import Final, NamedTuple
 
 VARIABLE: Final = "PYTEST_GPUMEM_CHILDREN"
 
+#: Names the folder that processes must share to know of one another.
+FOLDER_VARIABLE: Final = "PYTEST_GPUMEM_TENANCY"
+
 #: The key of a budget that holds for every card.
 EVERY_CARD: Final = ""
+_INDEX: Final = re.compile(r"[0-9]{1,4}")
 
 
 class Inheritance(NamedTuple):
@@ -27,6 +33,8 @@ class Inheritance(NamedTuple):
         budgets: Sizes as text by card's index as text; ``EVERY_CARD`` for the others.
         rules: Injection rules as text.
         visible: The run's own ``CUDA_VISIBLE_DEVICES``, or None.
+        shared: Where the processes that share simulated cards note what they hold;
+            empty where they share none.
     """
 
     backend: str
@@ -36,6 +44,7 @@ class Inheritance(NamedTuple):
     budgets: dict[str, str]
     rules: tuple[str, ...] = ()
     visible: str | None = None
+    shared: str = ""
 
     @property
     def text(self) -> str:
@@ -51,10 +60,20 @@ class Inheritance(NamedTuple):
         """
         try:
             given = cls(**json.loads(text))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(
                 f"{VARIABLE} is none that a run of pytest sets ({error}); unset it"
             ) from None
+        wrong = [
+            name
+            for name, value in zip(cls._fields, given, strict=False)
+            if not _is(name, value)
+        ]
+        if wrong:
+            raise ValueError(
+                f"{VARIABLE} is none that a run of pytest sets (its {wrong[0]!r} is of "
+                "another type); unset it"
+            )
         return given._replace(rules=tuple(given.rules))
 
     def indices_here(self, visible: str | None, count: int) -> list[int]:
@@ -74,8 +93,29 @@ class Inheritance(NamedTuple):
                 for index, name in enumerate(names)
             ]
         return [
-            int(name) if name.isdigit() else index for index, name in enumerate(names)
+            int(name) if _INDEX.fullmatch(name) else index
+            for index, name in enumerate(names)
         ]
+
+
+def tenancy_root() -> str:
+    """Return the folder that this machine's processes of one user share."""
+    named = os.environ.get(FOLDER_VARIABLE)
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    return named or os.path.join(tempfile.gettempdir(), f"pytest-gpumem-{user}")  # noqa: PTH118  # light
+
+
+def _is(name: str, value: object) -> bool:
+    """Tell whether a setting has the type that it must have."""
+    if name == "budgets":
+        return isinstance(value, dict) and all(
+            isinstance(size, str) for size in value.values()
+        )
+    if name == "rules":
+        return isinstance(value, (list, tuple)) and all(
+            isinstance(rule, str) for rule in value
+        )
+    return isinstance(value, str) or (name == "visible" and value is None)
 
 
 def _entries(visible: str | None) -> list[str]:

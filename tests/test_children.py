@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from pytest_gpumem.children.notes import Note, read_notes, together
 from pytest_gpumem.children.watch import Watch
 from pytest_gpumem.devices.simulated.device import SimulatedDevice
 from pytest_gpumem.inheritance import VARIABLE, Inheritance, pass_budget_on
+from pytest_gpumem.model.records import MemoryFigures
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -178,6 +180,20 @@ def test_several_children_count_as_one(tmp_path: Path) -> None:
 
     assert (4 * MIB, 2 * MIB) == (one.peak_allocated_bytes, two.peak_allocated_bytes)
     assert (0, 0) == (one.end_allocated_bytes, one.end_reserved_bytes)
+
+
+def test_what_a_child_does_not_know_stays_unknown(tmp_path: Path) -> None:
+    """In its file, and of all children together: one may have had more."""
+    known = MemoryFigures(0, 1, 2, 1, 1, 0, 0, 0, 0, 0, 0, 7, 9)
+    for figures in (known, replace(known, peak_process_bytes=None)):
+        note = Note(tmp_path, "T4")
+        note.write_card(0, figures)
+        note.write(1, [])
+    read = [each.figures[0] for each in read_notes(tmp_path)]
+    (one,) = together(read_notes(tmp_path))
+
+    assert {None, 7} == {each.peak_process_bytes for each in read}
+    assert (None, 9) == (one.peak_process_bytes, one.peak_card_bytes)
 
 
 # -- how a child is reached ---------------------------------------------------------------

@@ -6,6 +6,8 @@ uses nothing but torch's own functions.
 
 from __future__ import annotations
 
+import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -208,6 +210,25 @@ def test_requests_are_counted(device: Device) -> None:
     tensor.add_(1)
 
     assert before + 1 == after == device.num_requests
+
+
+def test_nvml_is_capped_whenever_it_is_imported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before the budget or after it; with the budget the cap is gone."""
+    pytest.importorskip("pynvml")
+    with simulated_device(find_card("512MiB,cc=8.0"), values="none"):
+        device = CudaDevice()
+        device.set_budget(0, 64 * MIB)
+        monkeypatch.delitem(sys.modules, "pynvml")
+        device.set_budget(0, None)
+        device.set_budget(0, 64 * MIB)
+        module: Any = importlib.import_module("pynvml")
+        capped = module.nvmlDeviceGetMemoryInfo
+        device.set_budget(0, None)
+
+        assert capped.__wrapped__ is module.nvmlDeviceGetMemoryInfo
+        assert not hasattr(module.nvmlDeviceGetMemoryInfo, "__wrapped__")
 
 
 def test_the_largest_fraction_below_a_limit_is_exact() -> None:

@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
 
+import pytest
 import torch  # noqa: F401  # before an in-process run
-
-if TYPE_CHECKING:
-    import pytest
 
 pytest_plugins = ["pytester"]
 
 RANK = """
+import gc
 import os
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
+from pytest_gpumem import vram_budget
+
 dist.init_process_group("gloo")
-rank = int(os.environ["LOCAL_RANK"])
+rank, world = int(os.environ["LOCAL_RANK"]), dist.get_world_size()
 torch.cuda.set_device(rank)
-assert torch.cuda.mem_get_info()[0] == (128 if rank == 0 else 96) * 2**20
+assert torch.cuda.device_count() == world
+assert torch.cuda.mem_get_info()[0] == (192 - 16 * rank) * 2**20
 
 total = torch.full((4,), rank + 1.0, device="cuda")
 dist.all_reduce(total)
-assert total.tolist() == [3.0] * 4
+assert total.tolist() == [sum(range(1, world + 1))] * 4
 
 def model():
     torch.manual_seed(0)
-    layers = [torch.nn.Linear(512, 512) for _ in range(4)]
+    layers = [torch.nn.Linear(512, 512, bias=False) for _ in range(12)]
     return torch.nn.Sequential(*layers).cuda()
 
 def train(made):
@@ -42,22 +44,44 @@ def train(made):
     return loss.item()
 
 def held(wrap):
+    gc.collect()
+    torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     made = wrap(model())
     loss = train(made)
     return loss, torch.cuda.memory_allocated() - before
 
+mesh = init_device_mesh("cuda", (world,))
+
+def replicated(made):
+    return torch.nn.parallel.DistributedDataParallel(made, [rank])
+
+def sharded(made):
+    for layer in made:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(made, mesh=mesh)
+
 plain = held(lambda made: made)
-ddp = held(lambda made: torch.nn.parallel.DistributedDataParallel(made, [rank]))
-mesh = init_device_mesh("cuda", (2,))
-sharded = held(lambda made: fully_shard(made, mesh=mesh))
+ddp = held(replicated)
+own = held(sharded)
 older = held(lambda made: FullyShardedDataParallel(made, device_id=rank))
-for loss, _held in (ddp, sharded, older):
+for loss, _held in (ddp, own, older):
     assert abs(loss - plain[0]) < 1e-5, (loss, plain)
-assert sharded[1] < ddp[1] and older[1] < ddp[1]
-if rank == 1:
+assert own[1] < ddp[1] and older[1] < ddp[1], (own, ddp, older)
+
+# Shards fit a budget that a whole copy with its optimizer does not.
+gc.collect()
+with vram_budget("84MiB", device_index=rank):
+    assert held(sharded)[0] == own[0]
     try:
-        torch.empty(100 * 2**20, dtype=torch.uint8, device="cuda")
+        held(replicated)
+    except torch.OutOfMemoryError as error:
+        assert "84.00 MiB allowed" in str(error), error
+    else:
+        raise AssertionError("a replica fits, too")
+if rank == world - 1:
+    try:
+        torch.empty((192 - 16 * rank) * 2**20, dtype=torch.uint8, device="cuda")
     except torch.OutOfMemoryError:
         pass
     else:
@@ -65,41 +89,95 @@ if rank == 1:
 dist.destroy_process_group()
 """
 
+START = """
+import subprocess
+import sys
 
-def test_ranks_have_a_card_a_budget_and_a_gate_each(
-    pytester: pytest.Pytester,
+import pytest
+
+def start(world):
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone",
+            f"--nproc-per-node={world}", "rank.py",
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert not done.returncode, done.stderr
+"""
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_have_a_card_a_budget_and_a_limit_each(
+    world: int, pytester: pytest.Pytester
 ) -> None:
     """DDP and both FSDPs compute what one card does; peaks come back by card."""
-    pytester.makefile(".py", rank=RANK)
+    pytester.makepyfile(rank=RANK)
+    last = world - 1
     pytester.makepyfile(
-        test_it="""
-        import subprocess
-        import sys
-
-        import pytest
-
-        @pytest.mark.max_vram("1MiB", phase="children", device=1)
-        def test_it():
-            done = subprocess.run(
-                [
-                    sys.executable, "-m", "torch.distributed.run", "--standalone",
-                    "--nproc-per-node=2", "rank.py",
-                ],
-                capture_output=True,
-                text=True,
-            )
-            assert not done.returncode, done.stderr
-        """
+        test_it=f"""{START}
+@pytest.mark.max_vram("1MiB", phase="children", device={last})
+@pytest.mark.max_vram("180MiB", phase="children", device=0)
+def test_it():
+    start({world})
+"""
     )
-
+    budgets = ",".join(f"{rank}={192 - 16 * rank}MiB" for rank in range(world))
     result = pytester.runpytest_inprocess(
-        "--gpu-card=T4*2", "--gpu-budget=0=128MiB,1=96MiB", "-p", "no:cacheprovider"
+        f"--gpu-card=T4*{world}", f"--gpu-budget={budgets}", "-p", "no:cacheprovider"
     )
 
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(
-        ["peak VRAM above max_vram: allocated * on cuda:1, limit 1 MiB *"]
+        [f"peak VRAM above max_vram: allocated * on cuda:{last}, limit 1 MiB *"]
     )
     result.stdout.fnmatch_lines_random(
-        ["* test_it.py::test_it (children) [[]cuda:0]", "* 1 * (children) [[]cuda:1]"]
+        [
+            f"* {1 + (rank == last)} * (children) [[]cuda:{rank}]"
+            for rank in range(world)
+        ]
     )
+
+
+def test_a_baseline_gates_every_rank(pytester: pytest.Pytester) -> None:
+    """The rank that needs more is named, and no other."""
+    pytester.makepyfile(
+        rank="""
+        import os
+        import pathlib
+        import torch
+
+        rank = int(os.environ["LOCAL_RANK"])
+        more = pathlib.Path("more").exists() and rank == 2
+        mib = 8 * (rank + 1) + more
+        torch.zeros(mib * 2**20, dtype=torch.uint8, device=f"cuda:{rank}")
+        """
+    )
+    pytester.makepyfile(test_it=f"{START}\ndef test_it():\n    start(4)\n")
+    options = ("--gpu-card=T4*4", "--gpu-baseline=peaks.json", "-p", "no:cacheprovider")
+
+    written = pytester.runpytest_inprocess(*options, "--gpu-update-baseline")
+    text = (pytester.path / "peaks.json").read_text(encoding="utf-8")
+    (pytester.path / "more").touch()
+    grown = pytester.runpytest_inprocess(*options)
+
+    written.assert_outcomes(passed=1)
+    for key in ("children allocated", "children cuda:3 allocated"):
+        assert key in text
+    assert (
+        32 * 2**20
+        in json.loads(text)["peaks"][_environment(text)]["test_it.py::test_it"].values()
+    )
+    grown.assert_outcomes(failed=1)
+    grown.stdout.fnmatch_lines(
+        ["peak VRAM above the baseline peaks.json: *children cuda:2 allocated*"]
+    )
+    said = grown.stdout.str().partition("peak VRAM above")[2]
+    assert "children cuda:1 allocated" not in said
+    assert "children cuda:3 allocated" not in said
+
+
+def _environment(text: str) -> str:
+    (environment,) = json.loads(text)["peaks"]
+    return str(environment)

@@ -10,10 +10,15 @@ import pytest
 import torch  # an inner run would import it anew, which torch does not survive
 from transformers import BertForSequenceClassification  # noqa: F401  # likewise
 
+import pytest_gpumem
+from pytest_gpumem.plugin.marks import DESCRIPTIONS
+from pytest_gpumem.plugin.options import OPTIONS
+
 pytest_plugins = ["pytester"]
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = runpy.run_path(str(DOCS / "generate.py"))["PAGES"]
+REFERENCE = [Path(name).stem for name in PAGES if name.startswith("reference/")]
 LIGHT = ("-p", "no:cacheprovider")
 
 
@@ -28,6 +33,47 @@ def test_a_generated_page_is_in_step(name: str) -> None:
     """Otherwise: run python docs/generate.py."""
     assert torch.__version__
     assert (DOCS / name).read_text(encoding="utf-8") == PAGES[name]()
+
+
+def test_the_reference_is_complete() -> None:
+    """Every option, marker, fixture and public name is there, and has its words."""
+    pages = {name: PAGES[f"reference/{name}.md"]() for name in REFERENCE}
+
+    for option in OPTIONS:
+        assert f"`{option.ini}`" in pages["options"]
+    for description in DESCRIPTIONS:
+        name = re.split(r"[:(]", description)[0]
+        assert f"## {name}\n" in pages["markers"]
+    for name in set(pytest_gpumem.__all__) - {"__version__"}:
+        assert f"### {name}\n" in pages["api"]
+    assert "scope `session`" in pages["fixtures"].partition("## bert_large")[2]
+    for name in ("checkpoint", "merge", "Exit codes"):
+        assert f"## {name}\n" in pages["command-line"]
+    assert "read by" not in pages["environment"], "say what the variable means"
+
+
+def test_the_examples_of_markers_run(pytester: pytest.Pytester) -> None:
+    """As they stand, and swept."""
+    examples = [each for each in blocks("reference/markers.md") if "import" in each]
+    pytester.makepyfile(**{f"test_{n}": each for n, each in enumerate(examples)})
+
+    result = pytester.runpytest(*LIGHT, "--gpu-backend=simulated", "--gpu-oom-sweep")
+
+    assert len(examples) > 1
+    assert {"passed", "skipped"} == set(result.parseoutcomes())
+    result.stdout.fnmatch_lines(["*1 skipped*"])
+
+
+def test_the_ini_example_is_accepted(pytester: pytest.Pytester) -> None:
+    """A card, a budget, and what may be repeated."""
+    text = (DOCS / "reference" / "options.md").read_text(encoding="utf-8")
+    pytester.makepyprojecttoml(text.partition("```toml\n")[2].partition("```")[0])
+    pytester.makepyfile("def test_it(pytestconfig): pass")
+
+    result = pytester.runpytest_subprocess(*LIGHT)
+
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["gpumem: * card NVIDIA A100*, budget 4GiB"])
 
 
 @pytest.mark.parametrize(
@@ -104,3 +150,45 @@ def test_suggestions_are_what_the_page_shows(pytester: pytest.Pytester) -> None:
 
     result.assert_outcomes(passed=2)
     result.stdout.fnmatch_lines(shown)
+
+
+def test_the_trainers_reproduction_shows_the_finding(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others are in tests_third_party: their libraries are not installed here."""
+    (code,) = (each for each in blocks("third-party.md") if "_train" in each)
+    (tmp_path / "script.py").write_text(code, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(DOCS.parent))
+
+    runpy.run_path("script.py")
+
+    assert "False" == capsys.readouterr().out.splitlines()[-1]
+
+
+def test_process_bytes_are_what_the_page_shows(pytester: pytest.Pytester) -> None:
+    """Table and script; a tenant that comes and goes may be missed by the samples."""
+    tests, script = blocks("process-bytes.md")
+    text = (DOCS / "process-bytes.md").read_text(encoding="utf-8")
+    shown = text.partition("report.json\n")[2].partition("```")[0].splitlines()
+    pytester.makepyfile(test_it=tests)
+    result = pytester.runpytest(
+        *LIGHT, "-v", "--gpu-card=16GiB,ctx=300MiB", "--gpu-report=json:report.json"
+    )
+
+    result.assert_outcomes(passed=2)
+    result.stdout.fnmatch_lines([each.replace("1.36 GiB", "*iB") for each in shown])
+    exec(script, {})  # noqa: S102  # the page's own
+
+
+def test_tests_beside_each_other_do_what_the_page_says(
+    pytester: pytest.Pytester,
+) -> None:
+    """All blocks are one file, run by two workers on one card of 16 GiB."""
+    pytester.makepyfile("\n".join(blocks("many-processes.md")))
+    result = pytester.runpytest(
+        *LIGHT, "-n", "2", "--gpu-card=16GiB", "--gpu-values=none"
+    )
+
+    result.assert_outcomes(passed=4)
+    assert "contended" not in result.stdout.str()

@@ -14,7 +14,6 @@ import torch
 import torch._dynamo  # an inner run of another file must not import it first
 from torch.cuda import _memory_viz
 
-from pytest_gpumem.devices import nvml
 from pytest_gpumem.devices.simulated.device import SimulatedDevice
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.instruments.injector import OomInjector
@@ -260,35 +259,6 @@ def test_arithmetic_is_said_and_honest() -> None:
     assert "offload to the CPU" not in {each.name for each in remedies(trained)}
     assert "fragments took the rest" in "\n".join(explain(fragmented))
     assert [] == remedies(replace(INCIDENT, models=(), allocated_bytes=0, nbytes=0))
-
-
-def test_other_processes_come_from_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The largest first, this one left out; none where NVML cannot tell."""
-    import os  # noqa: PLC0415  # its own id
-
-    import pynvml  # noqa: PLC0415  # patched
-
-    own, parent = os.getpid(), os.getppid()
-    running = [
-        nvml.ProcessInfo(own, 1),
-        nvml.ProcessInfo(2**22 + 1, 5),
-        nvml.ProcessInfo(parent, 9),
-    ]
-    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: index)
-    monkeypatch.setattr(
-        pynvml, "nvmlDeviceGetComputeRunningProcesses", lambda _handle: running
-    )
-    found = nvml.other_processes(0)
-
-    def fail() -> None:
-        raise pynvml.NVMLError(pynvml.NVML_ERROR_NO_PERMISSION)
-
-    monkeypatch.setattr(pynvml, "nvmlInit", fail)
-
-    name = Path(f"/proc/{parent}/comm").read_text(encoding="utf-8").strip()
-    assert (Process(parent, name, 9), Process(2**22 + 1, "", 5)) == found
-    assert () == nvml.other_processes(0)
 
 
 def test_memory_viz_opens_a_snapshot(witness: OomWitness, tmp_path: Path) -> None:

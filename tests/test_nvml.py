@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from pytest_gpumem import vram_budget
-from pytest_gpumem.devices.nvml import SimulatedNvml, cap_free_memory, uuid_of
+from pytest_gpumem.devices.nvml import cap_free_memory
 from pytest_gpumem.devices.patches import PatchSet
 from pytest_gpumem.devices.simulated import machine
 from pytest_gpumem.devices.simulated.install import simulated_device
+from pytest_gpumem.devices.simulated_nvml import SimulatedNvml, uuid_of
 
 pynvml: Any = pytest.importorskip("pynvml")
 

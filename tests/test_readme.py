@@ -17,14 +17,41 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
 def test_the_readme_has_examples() -> None:
-    """Three blocks: a plain test, a proved fallback, a script."""
-    assert 3 == len(BLOCKS)
+    """Four: a fallback that fails, a plain test, a proved fallback, a script."""
+    assert 4 == len(BLOCKS)
     assert torch.__version__
+
+
+def test_the_newcomer_sees_what_the_first_screen_shows(
+    pytester: pytest.Pytester,
+) -> None:
+    """The fallback fails, is mended, has a baseline, and is gated."""
+    budget = ("-p", "no:cacheprovider", "--gpu-budget=280MiB")
+    gate = (*budget, "--gpu-baseline=gpu-baseline.json")
+    shown = README.partition("$ pytest --gpu-budget=280MiB\n")[2].partition("```")[0]
+    mended = BLOCKS[0].replace("model.half()", "model.cpu().half()")
+
+    pytester.makepyfile(test_load=BLOCKS[0])
+    before = pytester.runpytest_subprocess(*budget)
+    pytester.makepyfile(test_load=mended)
+    after = pytester.runpytest_subprocess(*gate, "--gpu-update-baseline")
+    pytester.makepyfile(test_load=mended.replace("4096, 4096", "4160, 4160"))
+    larger = pytester.runpytest_subprocess(*gate)
+
+    before.assert_outcomes(failed=1)
+    before.stdout.fnmatch_lines(
+        [each.replace("…", "*") for each in shown.splitlines() if each.strip() != "…"]
+    )
+    after.assert_outcomes(passed=1)
+    larger.assert_outcomes(failed=1)
+    larger.stdout.fnmatch_lines(
+        [line.strip() for line in README.splitlines() if "+8.07 MiB" in line]
+    )
 
 
 def test_the_plain_test_meets_its_budget(pytester: pytest.Pytester) -> None:
     """Under 1 GiB it fails with torch's error, under 4 GiB it passes with its peak."""
-    pytester.makepyfile(BLOCKS[0])
+    pytester.makepyfile(BLOCKS[1])
 
     short = pytester.runpytest_subprocess("-p", "no:cacheprovider", "--gpu-budget=1GiB")
     ample = pytester.runpytest_subprocess("-p", "no:cacheprovider", "--gpu-budget=4GiB")
@@ -39,7 +66,7 @@ def test_the_plain_test_meets_its_budget(pytester: pytest.Pytester) -> None:
 
 def test_the_fallback_is_proved(pytester: pytest.Pytester) -> None:
     """The example of judge_load passes."""
-    pytester.makepyfile(BLOCKS[1])
+    pytester.makepyfile(BLOCKS[2])
 
     result = pytester.runpytest_subprocess("-p", "no:cacheprovider")
 
@@ -49,7 +76,7 @@ def test_the_fallback_is_proved(pytester: pytest.Pytester) -> None:
 def test_the_script_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The example without pytest prints the error and the peak."""
     script = tmp_path / "script.py"
-    script.write_text(BLOCKS[2], encoding="utf-8")
+    script.write_text(BLOCKS[3], encoding="utf-8")
 
     runpy.run_path(str(script))
 

@@ -32,6 +32,8 @@ _bytes = st.integers(0, 2**40)
             ],
             _bytes,
         ),
+        peak_process_bytes=st.none() | _bytes,
+        peak_card_bytes=st.none() | _bytes,
     ),
     phase=st.sampled_from(["setup", "call", "teardown"]),
 )

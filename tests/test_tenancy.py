@@ -18,7 +18,12 @@ from pytest_gpumem.errors import AdmissionTimeoutError, BudgetError
 from pytest_gpumem.model.driver import Driver
 from pytest_gpumem.tenancy.ledger import Ledger
 from pytest_gpumem.tenancy.load_lock import gpu_load_lock, physical_card
-from pytest_gpumem.tenancy.queue import PATIENCE_S, Request, admissible
+from pytest_gpumem.tenancy.queue import (
+    PATIENCE_ALONE_S,
+    PATIENCE_S,
+    Request,
+    admissible,
+)
 from pytest_gpumem.tenancy.shared_card import SharedCard
 
 if TYPE_CHECKING:
@@ -77,7 +82,9 @@ def test_a_killed_process_gives_its_share_back(tmp_path: Path) -> None:
         assert 12 == ledger.held_bytes
         waits: list[int] = []
         with (
-            pytest.raises(AdmissionTimeoutError, match="12 are held by 1 others"),
+            pytest.raises(
+                AdmissionTimeoutError, match=f"12 are held by process.* {holder.pid};"
+            ),
             ledger.admitted(8, timeout_s=0.1, on_wait=waits.append),
         ):
             pass
@@ -138,6 +145,34 @@ def test_the_order_of_admission() -> None:
     )
     alone = Request("alone", 0, since=3, is_exclusive=True)
     assert ["alone"] == admissible([*wishes, alone], total_bytes=16, now=4)
+
+
+def test_what_stands_is_part_of_what_is_admitted(tmp_path: Path) -> None:
+    """A model that a fixture holds is not asked for twice, and hinders nobody alone."""
+    mine, other = Ledger(tmp_path, 16), Ledger(tmp_path, 16)
+    mine.stand(6)
+    with mine.admitted(8, timeout_s=0):
+        assert 8 == mine.held_bytes
+        with other.admitted(8, timeout_s=0):
+            pass
+    with pytest.raises(AdmissionTimeoutError), other.admitted(11, timeout_s=0):
+        pass
+    with other.admitted(0, is_exclusive=True, timeout_s=0):
+        pass
+    mine.stand(0)
+    with other.admitted(16, timeout_s=0):
+        pass
+
+
+def test_who_wants_the_card_alone_waits_less_patiently() -> None:
+    """It needs everybody to have ended, so nobody new begins."""
+    held = Request("held", 5, since=0, is_admitted=True)
+    alone = Request("alone", 0, since=0, is_exclusive=True)
+    new = Request("new", 1, since=PATIENCE_ALONE_S)
+    wishes = [held, alone, new]
+
+    assert ["new"] == admissible(wishes, total_bytes=16, now=PATIENCE_ALONE_S / 2)
+    assert [] == admissible(wishes, total_bytes=16, now=PATIENCE_ALONE_S)
 
 
 def test_who_has_waited_long_is_not_passed() -> None:

@@ -83,7 +83,7 @@ class Child:
             self._installation = None
 
     def _nvml_imported(self) -> None:
-        from pytest_gpumem.devices.nvml import NvmlHook  # noqa: PLC0415  # it is used
+        from pytest_gpumem.devices.simulated_nvml import NvmlHook  # noqa: PLC0415  # it is used
 
         self._nvml = NvmlHook(self._machine)
         self._nvml.start()
@@ -127,8 +127,12 @@ class Child:
         from pytest_gpumem.devices.simulated.install import Installation  # noqa: PLC0415
         from pytest_gpumem.devices.simulated.machine import SimulatedMachine  # noqa: PLC0415
 
-        cards = visible_cards(find_card(self._given.card))
-        machine = SimulatedMachine(cards, values=self._given.values)
+        every = find_card(self._given.card)
+        machine = SimulatedMachine(visible_cards(every), values=self._given.values)
+        if self._given.shared:
+            from pytest_gpumem.tenancy.shared_card import join_cards  # noqa: PLC0415
+
+            join_cards(machine.cards, self._given.shared, len(every))
         self._installation = Installation(machine)
         self._installation.install()
         return SimulatedDevice(machine)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from contextlib import AbstractContextManager
 
+    from pytest_gpumem.devices.nvml import Reading
     from pytest_gpumem.model.records import MemoryFigures
 
 
@@ -50,8 +51,26 @@ class Device(Protocol):
     def mem_get_info(self, index: int) -> tuple[int, int]:
         """Return free and total bytes, as user code sees them."""
 
+    def card_id(self, index: int) -> str:
+        """Return a card's UUID, by which every process knows it."""
+
+    def context_bytes(self, index: int) -> int:
+        """Return what the driver counts for this process beside the allocator's bytes.
+
+        0 before the card is used, and where the driver does not say.
+        """
+
+    def others_bytes(self, index: int) -> int:
+        """Return the bytes of a card that other processes hold."""
+
     def memory_stats(self, index: int) -> Mapping[str, int]:
         """Return ``torch.cuda.memory_stats``'s flat dictionary."""
+
+    def counted(self, index: int) -> Reading:
+        """Return what NVML counts now, for this process and on the card.
+
+        Never raises, and uses no card for it.
+        """
 
     def empty_cache(self) -> None:
         """Give cuBLAS workspaces and cached segments of every card back."""

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytest_gpumem.devices.fractions import fraction_for
-from pytest_gpumem.devices.nvml import cap_free_memory, process_bytes
+from pytest_gpumem.devices.nvml import CardCount, Reading, cap_free_memory
+from pytest_gpumem.devices.on_import import AfterImport
 from pytest_gpumem.devices.patches import PatchSet
 from pytest_gpumem.errors import BudgetError
 from pytest_gpumem.model.records import MemoryFigures
@@ -56,6 +57,9 @@ class CudaTracker:
         """Return the figures up to now."""
         stats = self._device.memory_stats(self._index)
         self.take(self._index, stats)
+        reserved = stats.get("reserved_bytes.all.current", 0)
+        process = self._device.counted(self._index).process_bytes
+        beside = None if process is None else max(process - reserved, 0)
         return MemoryFigures(
             device_index=self._index,
             peak_allocated_bytes=self._peaks["allocated"],
@@ -64,13 +68,15 @@ class CudaTracker:
             peak_active_bytes=self._peaks["active"],
             start_allocated_bytes=self._start.get("allocated_bytes.all.current", 0),
             end_allocated_bytes=stats.get("allocated_bytes.all.current", 0),
-            end_reserved_bytes=stats.get("reserved_bytes.all.current", 0),
+            end_reserved_bytes=reserved,
             num_ooms=stats.get("num_ooms", 0) - self._start.get("num_ooms", 0),
             num_alloc_retries=stats.get("num_alloc_retries", 0)
             - self._start.get("num_alloc_retries", 0),
-            context_bytes=_context_bytes(
-                self._index, stats.get("reserved_bytes.all.current", 0)
-            ),
+            context_bytes=beside or 0,
+            # The allocator's peak is exact; what is beside it comes and seldom goes.
+            peak_process_bytes=None
+            if beside is None
+            else self._peaks["reserved"] + beside,
             end_requested_bytes=stats.get("requested_bytes.all.current", 0),
             end_active_bytes=stats.get("active_bytes.all.current", 0),
         )
@@ -84,14 +90,6 @@ class CudaTracker:
         figures = self.read()
         self._device.drop(self)
         return figures
-
-
-def _context_bytes(index: int, reserved_bytes: int) -> int:
-    """Return what the driver counts for this process beside the allocator's bytes."""
-    if not torch.cuda.is_initialized():
-        return 0
-    nvml_index = torch.cuda._get_nvml_device_index(index)  # noqa: SLF001  # heeds CUDA_VISIBLE_DEVICES
-    return max((process_bytes(nvml_index) or 0) - reserved_bytes, 0)
 
 
 class CudaDevice:
@@ -111,6 +109,8 @@ class CudaDevice:
         self._reset_patches = PatchSet()
         self._oom_observers: list[Callable[[int, int], None]] = []
         self._observes = False
+        self._counts: dict[int, CardCount] = {}
+        self._nvml_hook = AfterImport("pynvml", self._cap_nvml)
 
     @property
     def device_count(self) -> int:
@@ -133,9 +133,38 @@ class CudaDevice:
         """Return free and total bytes; under a budget, what it leaves."""
         return torch.cuda.mem_get_info(index)
 
+    def card_id(self, index: int) -> str:
+        """Return a card's UUID."""
+        return f"GPU-{torch.cuda.get_device_properties(index).uuid}"
+
+    def context_bytes(self, index: int) -> int:
+        """Return what the driver counts beside the allocator's bytes."""
+        process = self.counted(index).process_bytes
+        return max((process or 0) - self._reserved(index), 0)
+
+    def others_bytes(self, index: int) -> int:
+        """Return the bytes of a card that other processes hold."""
+        cudart: Any = torch.cuda.cudart()
+        module = cudart.original if isinstance(cudart, _Cudart) else cudart
+        free, total = module.cudaMemGetInfo(index)
+        own = self._reserved(index) + self.context_bytes(index)
+        others: int = max(total - free - own, 0)
+        return others
+
+    def _reserved(self, index: int) -> int:
+        return self.memory_stats(index).get("reserved_bytes.all.current", 0)
+
     def memory_stats(self, index: int) -> Mapping[str, int]:
         """Return ``torch.cuda.memory_stats``; empty before CUDA is used."""
         return torch.cuda.memory_stats(index) if torch.cuda.is_initialized() else {}
+
+    def counted(self, index: int) -> Reading:
+        """Return what NVML counts now; nothing before this process uses the card."""
+        if not _has_context(index):
+            return Reading(0, None)
+        if index not in self._counts:
+            self._counts[index] = CardCount(index, lambda: _has_context(index))
+        return self._counts[index].read()
 
     def empty_cache(self) -> None:
         """Give cuBLAS workspaces and cached segments of every card back."""
@@ -214,12 +243,11 @@ class CudaDevice:
                 value=budget_bytes,
             )
         self._apply(index)
-        if budget_bytes is not None:
-            reserved = self.memory_stats(index).get("reserved_bytes.all.current", 0)
-            if reserved > budget_bytes:
-                # A cached segment would serve requests whatever the cap.
-                self.empty_cache()
+        if budget_bytes is not None and self._reserved(index) > budget_bytes:
+            # A cached segment would serve requests whatever the cap.
+            self.empty_cache()
         if not self._budgets:
+            self._nvml_hook.stop()
             self._patches.restore()
 
     def _apply(self, index: int) -> None:
@@ -245,8 +273,7 @@ class CudaDevice:
         )
         torch.cuda.init()
         patches.set(torch.cuda, "_cudart", _Cudart(torch.cuda.cudart(), self))
-        if "pynvml" in sys.modules:
-            cap_free_memory(sys.modules["pynvml"], patches, self.shared)
+        self._nvml_hook.start()
         info = getattr(torch._C, "_accelerator_getMemoryInfo", None)  # noqa: SLF001  # below torch.accelerator
         if info is not None:
             patches.set(
@@ -254,6 +281,9 @@ class CudaDevice:
                 "_accelerator_getMemoryInfo",
                 lambda index: self.shared(index, *info(index)),
             )
+
+    def _cap_nvml(self) -> None:
+        cap_free_memory(sys.modules["pynvml"], self._patches, self.shared)
 
     def _user_fraction(self, fraction: float, index: int) -> None:
         self._fractions[index] = fraction
@@ -263,8 +293,7 @@ class CudaDevice:
         """Return free and total bytes as a card shared with others shows them."""
         budget = self._budgets.get(index)
         if budget is not None:
-            reserved = self.memory_stats(index).get("reserved_bytes.all.current", 0)
-            free = min(free, max(budget - reserved, 0))
+            free = min(free, max(budget - self._reserved(index), 0))
         return free, total
 
     def block_address(self, storage: Any) -> int | None:
@@ -360,15 +389,23 @@ class CudaDevice:
         yield False
 
 
+def _has_context(index: int) -> bool:
+    """Tell whether this process has a context on a card, without making one."""
+    if not torch.cuda.is_initialized():
+        return False
+    has_context: Any = getattr(torch._C, "_cuda_hasPrimaryContext", None)  # noqa: SLF001  # no public name; builds for CPUs lack it
+    return has_context is None or bool(has_context(index))
+
+
 class _Cudart:
     """torch's CUDA runtime module, with ``cudaMemGetInfo`` under a budget."""
 
     def __init__(self, module: Any, device: CudaDevice) -> None:
-        self._module = module
+        self.original = module
         self._device = device
 
     def cudaMemGetInfo(self, index: int) -> tuple[int, int]:  # noqa: N802  # the runtime's name
-        return self._device.shared(index, *self._module.cudaMemGetInfo(index))
+        return self._device.shared(index, *self.original.cudaMemGetInfo(index))
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
+        return getattr(self.original, name)

@@ -1,31 +1,57 @@
-"""NVML answers that agree with the cards that torch sees.
+"""What NVML counts on the cards that torch sees: bytes of processes and of a card.
 
-``pynvml`` (nvidia-ml-py) asks NVIDIA's driver. While cards are simulated it must not
-reach one: the functions that programs use to look at memory are replaced, every other
-device function says "Not Supported", as NVML itself does for what a card lacks. While
-a budget is in force on real cards, only their free memory is capped.
+``pynvml`` (nvidia-ml-py) asks NVIDIA's driver. It is asked late, never fails its
+caller, and says why where it cannot tell.
+
+Note [Which card NVML means]
+NVML numbers the cards of the machine by their PCI bus, CUDA those that
+``CUDA_VISIBLE_DEVICES`` leaves, the fastest first unless ``CUDA_DEVICE_ORDER`` says
+``PCI_BUS_ID``. An index of the one is none of the other. Both know a card's UUID, and a
+MIG instance's: ``torch.cuda.get_device_properties`` tells the one that CUDA uses, in
+which every spelling of the variable is resolved. Where it is still the UUID of a card in
+MIG mode, the instance is the one that counts this process.
+Source: CUDA C++ Programming Guide, "CUDA Environment Variables"; CUDA Driver API,
+``cuDeviceGetUuid``; NVML API Reference, ``nvmlDeviceGetHandleByUUID``.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
-import sys
-from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from pytest_gpumem.devices.on_import import AfterImport
-from pytest_gpumem.devices.patches import PatchSet
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pytest_gpumem.devices.simulated.machine import SimulatedMachine
+    from pytest_gpumem.devices.patches import PatchSet
     from pytest_gpumem.model.incidents import Process
 
+#: What a code of NVML means to somebody who runs tests.
+#: Source: ``nvmlReturn_t`` of ``nvml.h``.
+_WORDS: Final = {
+    3: "NVML does not count here, as under WSL, on a Jetson or a vGPU",
+    4: "NVML may not be asked here; run with more permissions",
+    6: "NVML does not know the card that torch uses",
+    9: "NVIDIA's driver is not loaded",
+    12: "there is no NVML library, as on a Jetson or without NVIDIA's driver",
+    13: "the driver is too old for nvidia-ml-py",
+    15: "the card is lost; restart the machine",
+    18: "NVML's library and the kernel's driver differ; restart machine or container",
+}
+_NOT_FOUND: Final = (2, 6)
+_MISSING: Final = "nvidia-ml-py is not installed; pip install nvidia-ml-py"
+_NOT_LISTED: Final = (
+    "NVML does not list this process, as in a container that has its own process ids; "
+    "start the container with the host's (--pid=host)"
+)
+_NO_BYTES: Final = (
+    "NVML lists this process without its bytes, as under WSL and Windows (WDDM)"
+)
 
-@dataclass(frozen=True, slots=True)
-class MemoryInfo:
+
+class MemoryInfo(NamedTuple):
     """``nvmlMemory_t``: bytes of a card."""
 
     total: int
@@ -33,183 +59,160 @@ class MemoryInfo:
     used: int
 
 
-@dataclass(frozen=True, slots=True)
-class ProcessInfo:
-    """``nvmlProcessInfo_t``: bytes that a process holds of a card."""
-
-    pid: int
-    usedGpuMemory: int  # noqa: N815  # NVML's name
-    gpuInstanceId: int = 0xFFFFFFFF  # noqa: N815  # NVML's name
-    computeInstanceId: int = 0xFFFFFFFF  # noqa: N815  # NVML's name
+def memory_info(free: int, total: int) -> MemoryInfo:
+    """Return the bytes of a card of which so many are free."""
+    return MemoryInfo(total, free, total - free)
 
 
-@dataclass(frozen=True, slots=True)
-class Utilization:
-    """``nvmlUtilization_t``; a simulated card computes nothing."""
+class Reading(NamedTuple):
+    """What NVML counts at one moment.
 
-    gpu: int = 0
-    memory: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Handle:
-    """``nvmlDevice_t`` of a simulated card."""
-
-    index: int
-
-
-class SimulatedNvml:
-    """``pynvml`` over simulated cards.
-
-    Args:
-        module: The imported ``pynvml``.
-        machine: Returns the cards in force, or None before there are any.
+    Attributes:
+        process_bytes: This process's bytes on the card; None if NVML cannot tell.
+        card_bytes: All processes' bytes on the card, or on the MIG instance that torch
+            uses; None likewise.
+        why: Why ``process_bytes`` is None; empty if it is not.
     """
 
-    def __init__(
-        self, module: Any, machine: Callable[[], SimulatedMachine | None]
-    ) -> None:
-        self._module = module
-        self._machine = machine
-        self._patches = PatchSet()
-
-    def install(self) -> None:
-        """Replace the module's functions."""
-        own = {
-            "nvmlInit": lambda: None,
-            "nvmlInitWithFlags": lambda _flags: None,
-            "nvmlShutdown": lambda: None,
-            "nvmlDeviceGetCount": lambda: len(self._cards()),
-            "nvmlDeviceGetHandleByIndex": self._handle,
-            "nvmlDeviceGetHandleByUUID": self._handle_by_uuid,
-            "nvmlDeviceGetIndex": lambda handle: handle.index,
-            "nvmlDeviceGetName": lambda handle: self._card(handle).card.name,
-            "nvmlDeviceGetUUID": lambda handle: uuid_of(handle.index),
-            "nvmlDeviceGetMemoryInfo": self._memory,
-            "nvmlDeviceGetUtilizationRates": lambda _handle: Utilization(),
-            "nvmlDeviceGetComputeRunningProcesses": self._running,
-            "nvmlDeviceGetComputeRunningProcesses_v2": self._running,
-            "nvmlDeviceGetComputeRunningProcesses_v3": self._running,
-            "nvmlDeviceGetGraphicsRunningProcesses": lambda _handle: [],
-            "nvmlDeviceGetCudaComputeCapability": lambda handle: (
-                self._card(handle).card.compute_capability
-            ),
-            "nvmlSystemGetDriverVersion": lambda: "simulated",
-        }
-        for name in dir(self._module):
-            if name.startswith("nvmlDevice") and callable(getattr(self._module, name)):
-                self._patches.set(self._module, name, self._unsupported)
-        for name, function in own.items():
-            self._patches.set(self._module, name, function)
-
-    def remove(self) -> None:
-        """Put the module's functions back."""
-        self._patches.restore()
-
-    def _error(self, code: str) -> Exception:
-        error: Exception = self._module.NVMLError(getattr(self._module, code))
-        return error
-
-    def _unsupported(self, *_args: Any, **_kwargs: Any) -> Any:
-        raise self._error("NVML_ERROR_NOT_SUPPORTED")
-
-    def _cards(self) -> tuple[Any, ...]:
-        machine = self._machine()
-        if machine is None:
-            raise self._error("NVML_ERROR_UNINITIALIZED")
-        return machine.cards
-
-    def _card(self, handle: Handle) -> Any:
-        return self._cards()[handle.index]
-
-    def _handle(self, index: int) -> Handle:
-        if not 0 <= index < len(self._cards()):
-            raise self._error("NVML_ERROR_INVALID_ARGUMENT")
-        return Handle(index)
-
-    def _handle_by_uuid(self, uuid: str | bytes) -> Handle:
-        text = uuid.decode() if isinstance(uuid, bytes) else uuid
-        for index in range(len(self._cards())):
-            if uuid_of(index) == text:
-                return Handle(index)
-        raise self._error("NVML_ERROR_NOT_FOUND")
-
-    def _memory(self, handle: Handle, version: Any = None) -> MemoryInfo:  # noqa: ARG002  # NVML's signature
-        free, total = self._card(handle).mem_get_info()
-        return MemoryInfo(total, free, total - free)
-
-    def _running(self, handle: Handle) -> list[ProcessInfo]:
-        card = self._card(handle)
-        used = card.driver.used_bytes
-        own = [ProcessInfo(os.getpid(), used)] if used else []
-        return own + [ProcessInfo(*each) for each in card.driver.other_processes()]
+    process_bytes: int | None
+    card_bytes: int | None
+    why: str = ""
 
 
-class NvmlHook:
-    """NVML's answers for simulated cards, from whenever ``pynvml`` is imported.
+class CardCount:
+    """NVML's count on one card.
 
     Args:
-        machine: Returns the cards in force, or None before there are any.
+        index: The card, as CUDA numbers it.
+        has_context: Tells whether this process has a context on the card; NVML lists
+            no process that has none.
+
+    Limits: asking from several threads at once is safe, as NVML is.
     """
 
-    def __init__(self, machine: Callable[[], SimulatedMachine | None]) -> None:
-        self._machine = machine
-        self._hook = AfterImport("pynvml", self._imported)
-        self._nvml: SimulatedNvml | None = None
+    def __init__(self, index: int, has_context: Callable[[], bool]) -> None:
+        self._index: Final = index
+        self._has_context: Final = has_context
+        self._handle: Any = None
 
-    def start(self) -> None:
-        """Replace the module's functions, now or once it is imported."""
-        self._hook.start()
+    def read(self) -> Reading:
+        """Ask now; never raises."""
+        try:
+            import pynvml  # noqa: PLC0415  # an optional library
+        except ImportError:
+            return Reading(None, None, _MISSING)
+        try:
+            if self._handle is None:
+                self._handle = find_card(pynvml, self._index)
+            handle = self._handle
+            card_bytes = _used_bytes(pynvml, handle)
+            running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        except Exception as error:  # noqa: BLE001  # a measurement must end no test
+            handle, self._handle = self._handle, None
+            card_bytes = None if handle is None else _used_bytes(pynvml, handle)
+            return Reading(None, card_bytes, in_words(error))
+        own = [each.usedGpuMemory for each in running if each.pid == os.getpid()]
+        if own and own[0] is not None:
+            return Reading(int(own[0]), card_bytes)
+        if own:
+            return Reading(None, card_bytes, _NO_BYTES)
+        if self._has_context():
+            return Reading(None, card_bytes, _NOT_LISTED)
+        return Reading(0, card_bytes)
 
-    def stop(self) -> None:
-        """Put the module's functions back; safe to call twice."""
-        self._hook.stop()
-        if self._nvml is not None:
-            self._nvml.remove()
-            self._nvml = None
 
-    def _imported(self) -> None:
-        self._nvml = SimulatedNvml(sys.modules["pynvml"], self._machine)
-        self._nvml.install()
+def in_words(error: Exception) -> str:
+    """Return what an error of NVML means, and NVML's own words."""
+    words = _WORDS.get(getattr(error, "value", 0))
+    return f"NVML says {str(error) or repr(error)!r}" + (f": {words}" if words else "")
 
 
-def uuid_of(index: int) -> str:
-    """Return the UUID of a simulated card, as NVML writes it."""
-    return f"GPU-00000000-0000-0000-0000-{index:012d}"
+def why_unknown() -> str:
+    """Return why NVML can count no process on this machine; empty if it seems to.
 
-
-def process_bytes(index: int) -> int | None:
-    """Return what the driver counts for this process on a real card, in bytes.
-
-    Args:
-        index: The card's index as NVML numbers them.
-
-    Returns:
-        None where NVML cannot tell: no library, no permission, a container that sees
-        no process ids, a driver that does not count (WSL, MIG, Jetson).
+    Asks the cards of the machine, as NVML numbers them, and needs no CUDA.
     """
     try:
         import pynvml  # noqa: PLC0415  # an optional library
     except ImportError:
-        return None
+        return _MISSING
     try:
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-        running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            if _is_mig(pynvml, handle):
+                continue  # each instance counts its own
+            running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+            if any(each.usedGpuMemory is None for each in running):
+                return _NO_BYTES
+    except Exception as error:  # noqa: BLE001  # whatever is amiss is the answer
+        return in_words(error)
+    return ""
+
+
+def find_card(pynvml: Any, index: int) -> Any:
+    """Return NVML's handle of a card, or of a MIG instance, that torch uses.
+
+    See Note [Which card NVML means]. Initialises NVML, and CUDA if need be.
+
+    Args:
+        pynvml: The module.
+        index: The card, as CUDA numbers it.
+
+    Raises:
+        NVMLError: NVML cannot be used, or does not know the card.
+    """
+    import torch  # noqa: PLC0415  # there is a device
+
+    pynvml.nvmlInit()
+    uuid = torch.cuda.get_device_properties(index).uuid
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+    except pynvml.NVMLError as error:
+        if error.value not in _NOT_FOUND:
+            raise
+        return pynvml.nvmlDeviceGetHandleByUUID(f"MIG-{uuid}")
+    return _own_instance(pynvml, handle) if _is_mig(pynvml, handle) else handle
+
+
+def _is_mig(pynvml: Any, handle: Any) -> bool:
+    try:
+        current, _pending = pynvml.nvmlDeviceGetMigMode(handle)
     except pynvml.NVMLError:
+        return False  # a card that has no such mode
+    return bool(current)
+
+
+def _own_instance(pynvml: Any, card: Any) -> Any:
+    """Return the MIG instance that counts this process, else the card."""
+    for number in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(card)):
+        try:
+            instance = pynvml.nvmlDeviceGetMigDeviceHandleByIndex(card, number)
+            running = pynvml.nvmlDeviceGetComputeRunningProcesses(instance)
+        except pynvml.NVMLError:
+            continue  # not every place has an instance
+        if any(each.pid == os.getpid() for each in running):
+            return instance
+    return card
+
+
+def _used_bytes(pynvml: Any, handle: Any) -> int | None:
+    """Return what is used of a card, whatever a budget makes of it; or None."""
+    ask = inspect.unwrap(pynvml.nvmlDeviceGetMemoryInfo)
+    try:
+        return int(ask(handle).used)
+    except Exception:  # noqa: BLE001  # a measurement must end no test
         return None
-    own = [each.usedGpuMemory for each in running if each.pid == os.getpid()]
-    return own[0] if own and isinstance(own[0], int) else None
 
 
 def other_processes(index: int) -> tuple[Process, ...]:
-    """Return the other processes on a real card, the largest first.
+    """Return the other processes on a card, the largest first.
 
     Args:
-        index: The card's index as NVML numbers them.
+        index: The card, as CUDA numbers it.
 
     Returns:
-        None of them where NVML cannot tell, as for ``process_bytes``.
+        None of them where NVML cannot tell.
     """
     from pytest_gpumem.model.incidents import Process  # noqa: PLC0415  # memory ran out
 
@@ -218,10 +221,9 @@ def other_processes(index: int) -> tuple[Process, ...]:
     except ImportError:
         return ()
     try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        handle = find_card(pynvml, index)
         running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
-    except pynvml.NVMLError:
+    except Exception:  # noqa: BLE001  # a measurement must end no test
         return ()
     found = [
         Process(each.pid, _process_name(each.pid), each.usedGpuMemory or 0)
@@ -247,14 +249,29 @@ def cap_free_memory(
     Args:
         module: The imported ``pynvml``.
         patches: Where the replacement is noted.
-        shared: Index, free and total bytes in; free and total under the budget out.
+        shared: CUDA's index, free and total bytes in; free and total under the budget
+            out.
     """
     original = module.nvmlDeviceGetMemoryInfo
 
-    def memory(handle: Any, version: Any = None) -> MemoryInfo:
+    @wraps(original)
+    def memory(handle: Any, version: Any = None) -> Any:
         info = original(handle) if version is None else original(handle, version)
-        index = module.nvmlDeviceGetIndex(handle)
-        free, total = shared(index, info.free, info.total)
-        return MemoryInfo(total, free, total - free)
+        index = _cuda_index(module.nvmlDeviceGetUUID(handle))
+        if index is None:
+            return info
+        return memory_info(*shared(index, info.free, info.total))
 
     patches.set(module, "nvmlDeviceGetMemoryInfo", memory)
+
+
+def _cuda_index(nvml_uuid: str | bytes) -> int | None:
+    """Return CUDA's number of a card; None if torch does not see it."""
+    import torch  # noqa: PLC0415  # a budget is in force
+
+    text = nvml_uuid.decode() if isinstance(nvml_uuid, bytes) else nvml_uuid
+    bare = text.removeprefix("GPU-").removeprefix("MIG-")
+    for index in range(torch.cuda.device_count()):
+        if str(torch.cuda.get_device_properties(index).uuid) == bare:
+            return index
+    return None

@@ -60,7 +60,7 @@ def why_no_card(torch_version: str, cuda_version: str | None) -> str | None:
         return f"torch {torch_version} is built without CUDA"
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         return "CUDA_VISIBLE_DEVICES hides every card"
-    count = _count_cards()
+    count = count_cards()
     if count is None:
         return "this machine has no NVIDIA driver"
     return None if count else "the NVIDIA driver has no card"
@@ -83,7 +83,7 @@ def torch_versions() -> tuple[str, str | None] | None:
     return (version[1] if version else "unknown", cuda[1] if cuda else None)
 
 
-def _count_cards() -> int | None:
+def count_cards() -> int | None:
     """Return how many cards the driver's library counts; None without a driver."""
     import ctypes  # noqa: PLC0415  # only where torch could use a card
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from pytest_gpumem.devices.active import active_device
@@ -105,14 +105,15 @@ class _Real:
             patience.cancel()
         if answer != "ready":
             raise TenantError(
-                "the competing process holds nothing: "
+                "the competing process does not hold that: "
                 f"{answer or f'it has ended, or did not answer in {TIMEOUT_S:.0f} s'}"
             )
 
     def hold(self, nbytes: int) -> None:
         if self._process.stdin is not None:
-            self._process.stdin.write(f"{nbytes}\n")
-            self._process.stdin.flush()
+            with suppress(OSError):  # it has ended, and gives no answer
+                self._process.stdin.write(f"{nbytes}\n")
+                self._process.stdin.flush()
             self._wait()
 
     def close(self) -> None:

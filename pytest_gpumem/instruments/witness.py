@@ -134,7 +134,7 @@ class OomWitness:
                 found = survey(device, index, frame)
                 largest = _largest_free(index)
                 if device.kind == "cuda":
-                    processes = other_processes(nvml_index(index))
+                    processes = other_processes(index)
             except Exception as error:  # noqa: BLE001  # a witness must not change what it sees
                 note = f"what is live could not be looked at: {error!r}"
         else:
@@ -204,9 +204,3 @@ def _largest_free(index: int) -> int:
         ),
         default=0,
     )
-
-
-def nvml_index(index: int) -> int:
-    """Return a card's number as NVML counts them."""
-    number: int = torch.cuda._get_nvml_device_index(index)  # noqa: SLF001  # heeds CUDA_VISIBLE_DEVICES
-    return number

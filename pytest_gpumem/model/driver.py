@@ -78,6 +78,14 @@ class Driver:
             free = min(free, self.free_cap())
         return max(free, 0)
 
+    @property
+    def process_bytes(self) -> int:
+        """What NVML counts for this process, where all others are ``tenants``.
+
+        The context lives on the card from the first allocation on.
+        """
+        return self.used_bytes + self.other_bytes if self.used_bytes else 0
+
     def other_processes(self) -> list[tuple[int, int]]:
         """Return pid and bytes of every other process on the card."""
         return [each for tenants in self.tenants for each in tenants.others()]
@@ -107,10 +115,8 @@ class Driver:
                 self._tell()
 
     def _tell(self) -> None:
-        # The context lives on the card from the first allocation on.
-        held = self.used_bytes + self.other_bytes if self.used_bytes else 0
         for tenants in self.tenants:
-            tenants.hold(held)
+            tenants.hold(self.process_bytes)
 
     # -- ranges -------------------------------------------------------------------------
 

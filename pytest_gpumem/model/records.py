@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 #: A property's name in reports is this and the figure's name.
-PREFIX = "gpumem"
+PREFIX: Final = "gpumem"
+#: Figures that may be not known.
+OPTIONAL: Final = frozenset({"peak_process_bytes", "peak_card_bytes"})
+_CARD: Final = re.compile("cuda[0-9]{1,4}")
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryFigures:
-    """Bytes of one card over one block of code; every figure is an ``int``.
+    """Bytes of one card over one block of code; a figure is an ``int``, or not known.
 
     Attributes:
         device_index: The card.
@@ -29,6 +33,10 @@ class MemoryFigures:
         num_alloc_retries: Cache flushes followed by a second try in the block.
         context_bytes: What the driver counts for this process beside the allocator
             (context, loaded kernels, libraries), as far as it is known.
+        peak_process_bytes: Most bytes that the driver counted for this process at once;
+            None where it cannot tell.
+        peak_card_bytes: Most bytes of the card that all processes held at once; None
+            where nobody has looked, or NVML cannot tell.
         end_requested_bytes: Asked for and alive at the block's end.
         end_active_bytes: In blocks not reusable at its end.
     """
@@ -44,27 +52,31 @@ class MemoryFigures:
     num_ooms: int
     num_alloc_retries: int
     context_bytes: int = 0
+    peak_process_bytes: int | None = None
+    peak_card_bytes: int | None = None
     end_requested_bytes: int = 0
     end_active_bytes: int = 0
 
-    @property
-    def peak_process_bytes(self) -> int:
-        """The most that the driver counted for this process: reserved and context."""
-        return self.peak_reserved_bytes + self.context_bytes
+    def peak(self, metric: str) -> int | None:
+        """Return the peak of ``"allocated"``, ``"reserved"`` or ``"process"`` bytes.
 
-    def peak(self, metric: str) -> int:
-        """Return the peak of ``"allocated"``, ``"reserved"`` or ``"process"`` bytes."""
-        value: int = getattr(self, f"peak_{metric}_bytes")
+        Only the last can be None: the driver does not tell.
+        """
+        value: int | None = getattr(self, f"peak_{metric}_bytes")
         return value
 
 
 def to_properties(phase: str, figures: MemoryFigures) -> list[tuple[str, int]]:
-    """Return figures as flat properties: ``gpumem.call.cuda0.num_ooms``."""
+    """Return figures as flat properties: ``gpumem.call.cuda0.num_ooms``.
+
+    What is not known is left out.
+    """
     values = asdict(figures)
     index = values.pop("device_index")
     return [
         (f"{PREFIX}.{phase}.cuda{index}.{name}", value)
         for name, value in values.items()
+        if value is not None
     ]
 
 
@@ -75,12 +87,13 @@ def from_properties(
     grouped: dict[tuple[str, int], dict[str, int]] = {}
     for name, value in properties.items():
         parts = name.split(".")
-        if len(parts) == 4 and parts[0] == PREFIX and parts[2].startswith("cuda"):  # noqa: PLR2004  # the four parts of a name
+        if len(parts) == 4 and parts[0] == PREFIX and _CARD.fullmatch(parts[2]):  # noqa: PLR2004  # the four parts of a name
             key = (parts[1], int(parts[2].removeprefix("cuda")))
             grouped.setdefault(key, {})[parts[3]] = int(value)
-    names = {field.name for field in fields(MemoryFigures)} - {"device_index"}
+    known = [field.name for field in fields(MemoryFigures)]
+    names = set(known) - {"device_index", *OPTIONAL}
     return {
         key: MemoryFigures(device_index=key[1], **values)
         for key, values in grouped.items()
-        if values.keys() == names
+        if values.keys() - OPTIONAL == names
     }

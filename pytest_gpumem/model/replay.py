@@ -9,6 +9,7 @@ from pytest_gpumem.errors import TraceError
 from pytest_gpumem.model.allocator import CachingAllocator, OutOfMemory
 from pytest_gpumem.model.config import AllocatorConfig
 from pytest_gpumem.model.driver import Driver
+from pytest_gpumem.model.oom_text import ProcessMemory
 from pytest_gpumem.model.trace_fields import STATS, no_trace, read, read_size
 
 if TYPE_CHECKING:
@@ -84,7 +85,12 @@ class _Run:
             raise
         except ValueError as error:
             raise no_trace(f"'meta': {error}") from error
-        self._allocator = CachingAllocator(self._driver, config=config)
+        context = self._driver.other_bytes
+        self._allocator = CachingAllocator(
+            self._driver,
+            config=config,
+            processes=lambda: [ProcessMemory(None, self._driver.used_bytes + context)],
+        )
         streams = read(meta, "streams", dict, "'meta'")
         self._streams = {key: read_size(streams, key, "'streams'") for key in streams}
         self._blocks: dict[Any, Block | None] = {}

@@ -5,6 +5,7 @@ This is the only room that imports pytest; nothing in it imports torch at its to
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Final
 
@@ -64,12 +65,48 @@ def pytest_configure(config: pytest.Config) -> None:
         _gate(run, config)
     if run.settings.suggest is not None or run.settings.find_budget:
         _suggest(run, config)
+    is_real = run.choice.kind == "cuda" and run.settings.share == "equal"
+    if run.sharing.admits or is_real:
+        _share(run, config, collection)
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(
             SummaryPlugin(collection.phases, config), "gpumem-summary"
         )
+        _control(run, config)
     if run.settings.reports or os.environ.get("GITHUB_STEP_SUMMARY"):
         _report(run, config)
+
+
+def _share(run: Run, config: pytest.Config, collection: Collection) -> None:
+    from pytest_gpumem.plugin.admission import Admission  # noqa: PLC0415  # there are others
+    from pytest_gpumem.plugin.contention import Contention  # noqa: PLC0415  # likewise
+    from pytest_gpumem.plugin.workers import WORKER_INPUT  # noqa: PLC0415  # likewise
+
+    text = getattr(config, "workerinput", {}).get(WORKER_INPUT)
+    collection.seconds = None if text is None else json.loads(text)
+    admission = Admission(
+        run, collection.phases, collection.wishes, collection.seconds or {}
+    )
+    contention = Contention(run, admission, collection.wishes)
+    collection.incidents.listeners.append(contention.note)
+    config.pluginmanager.register(admission, "gpumem-admission")
+    # After the other: a test is retried once its first claim is given back.
+    config.pluginmanager.register(contention, "gpumem-contention")
+
+
+def _control(run: Run, config: pytest.Config) -> None:
+    is_distributed = bool(config.getoption("tx", default=None))
+    if not is_distributed and run.choice.kind != "cuda":
+        return
+    from pytest_gpumem.plugin.history import History  # noqa: PLC0415  # there are workers
+    from pytest_gpumem.plugin.sharing_summary import SharingSummary  # noqa: PLC0415  # likewise
+    from pytest_gpumem.plugin.workers import Workers  # noqa: PLC0415  # likewise
+
+    history = History(config)
+    config.pluginmanager.register(history, "gpumem-history")
+    config.pluginmanager.register(SharingSummary(), "gpumem-sharing")
+    if is_distributed and run.settings.share != "own":
+        config.pluginmanager.register(Workers(history), "gpumem-workers")
 
 
 def _report(run: Run, config: pytest.Config) -> None:

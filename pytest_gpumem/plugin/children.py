@@ -57,11 +57,18 @@ class Children:
         self._text = ""
         #: What refuses allocations at present; children that are forked have it too.
         self.injector: Any = None
+        #: This worker's shares of cards without a budget, as ``Inheritance.budgets``.
+        self.shares: dict[str, str] = {}
 
     # -- what they take over ----------------------------------------------------------
 
-    def start(self, backend: str) -> None:
-        """Reach children that are started from here on, unless it is switched off."""
+    def start(self, backend: str, *, shared: str = "") -> None:
+        """Reach children that are started from here on, unless it is switched off.
+
+        Args:
+            backend: The run's.
+            shared: Where the processes that share simulated cards meet.
+        """
         if not self._settings.reaches_children or backend == "off":
             self._set(VARIABLE, None)
             return
@@ -75,6 +82,7 @@ class Children:
                 for index, spec in self._settings.budgets.items()
             },
             visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
+            shared=shared,
         )
         self._text = self._given.text
         self._set(VARIABLE, self._text)
@@ -119,10 +127,10 @@ class Children:
         if self._given is None:
             return
         text = self._text
-        if own or rules:
+        if own or rules or self.shares:
             own_sizes = {str(each.device_index): each.size.text for each in own[::-1]}
             given = self._given._replace(
-                budgets={**self._given.budgets, **own_sizes},
+                budgets={**self._given.budgets, **self.shares, **own_sizes},
                 rules=tuple(str(rule) for rule in rules),
             )
             text = given.text

@@ -35,9 +35,11 @@ class Collection:
         self._item: pytest.Item | None = None
         self.wishes: Final[dict[pytest.Item, marks.Wishes]] = {}
         self._fixtures: Final = WiderFixtures(run)
-        self._incidents: Final = Incidents(run)
+        self.incidents: Final = Incidents(run)
         self.phases: Final = Phases(run, self.wishes, self._fixtures)
         run.on_device = self._device_came
+        #: Seconds of tests in earlier runs, where the tests are to be ordered by them.
+        self.seconds: dict[str, float] | None = None
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Read every marker; skip what this run's device cannot serve."""
@@ -51,9 +53,34 @@ class Collection:
             reason = self._why_not(wishes)
             if reason is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
+        if self.seconds is not None:
+            self._order(items, self.seconds)
         run = self._run
         if self.wishes or run.settings.rules or run.device is not None or run.gate:
             self._register()
+
+    def _order(self, items: list[pytest.Item], seconds: dict[str, float]) -> None:
+        """Put those that say how much they need first; see ``order``."""
+        totals = self._run.totals()
+        place = self._run.sharing.place
+        if not self.wishes or totals is None or place is None:
+            return
+        from pytest_gpumem.plugin.claims import declared_claims  # noqa: PLC0415  # there are some
+        from pytest_gpumem.plugin.order import largest_first  # noqa: PLC0415  # likewise
+
+        needs: dict[pytest.Item, int] = {}
+        for item, wishes in self.wishes.items():
+            own = wishes.requirements or wishes.limits or wishes.budgets
+            if own or wishes.alone_on:
+                claims = declared_claims(
+                    wishes, self._run.settings, dict(enumerate(totals))
+                )
+                needs[item] = max(
+                    totals[index] if claim.is_alone else claim.nbytes
+                    for index, claim in claims.items()
+                )
+        if needs:
+            largest_first(items, needs, seconds, place.workers)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> None:
@@ -117,6 +144,7 @@ class Collection:
             return
         named = [("gpu_budget", each.device_index) for each in wishes.budgets]
         named += [("max_vram", each.device_index or 0) for each in wishes.limits]
+        named += [("gpu_exclusive", each or 0) for each in wishes.alone_on]
         for name, index in named:
             if index >= len(totals):
                 raise pytest.UsageError(
@@ -138,15 +166,44 @@ class Collection:
             return f"needs a real CUDA card: {choice.reason}"
         if choice.kind == "off":
             return f"needs a GPU, but gpumem's backend is off: {choice.reason}"
+        return self._what_lacks(wishes)
+
+    def _what_lacks(self, wishes: marks.Wishes) -> str | None:
+        """Return why no wait would give a test the bytes it requires; None if one does."""
+        if not wishes.requirements:
+            return None
+        totals = self._run.totals()
+        if totals is None:
+            self._run.require_device()
+            totals = self._run.totals() or ()
+        own = {each.device_index: each.size for each in reversed(wishes.budgets)}
+        for size, index in wishes.requirements:
+            if index >= len(totals):
+                return (
+                    f"requires {size.text} of card {index}; this run has {len(totals)} "
+                    "card(s), numbered from 0"
+                )
+            total = totals[index]
+            budget = self._run.settings.budget_bytes(index, total)
+            if index in own:
+                budget = own[index].resolve(total)
+            has = total if budget is None else min(budget, total)
+            if size.resolve(total) > has:
+                from pytest_gpumem.sizes import format_size  # noqa: PLC0415  # it lacks
+
+                whose = "the card has" if budget is None else "its budget is"
+                return (
+                    f"requires {size.text} of card {index}; {whose} {format_size(has)}"
+                )
         return None
 
     def _register(self) -> None:
         if not self._manager.is_registered(self.phases):
             self._manager.register(self.phases, "gpumem-phases")
             self._manager.register(self._fixtures, "gpumem-fixtures")
-            self._manager.register(self._incidents, "gpumem-incidents")
+            self._manager.register(self.incidents, "gpumem-incidents")
         if self._run.device is not None:
-            self._incidents.attach(self._run.device)
+            self.incidents.attach(self._run.device)
 
     def _device_came(self) -> None:
         """Take up a test in whose middle torch was imported."""

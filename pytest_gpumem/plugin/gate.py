@@ -30,7 +30,7 @@ def peaks_of(
 ) -> dict[str, int]:
     """Return what a baseline keeps of a call's figures, and of its children's."""
     return {
-        before + metric_key(metric, each.device_index): each.peak(metric)
+        before + metric_key(metric, each.device_index): each.peak(metric) or 0
         for before, several in (("", figures), ("children ", children))
         for each in several
         for metric in METRICS

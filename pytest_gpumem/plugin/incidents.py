@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
 
     from pytest_gpumem.devices import Device
     from pytest_gpumem.instruments.witness import OomWitness
@@ -30,6 +30,8 @@ class Incidents:
     def __init__(self, run: Run) -> None:
         self._run: Final = run
         self._snapshot: dict[str, Any] | None = None
+        #: Others to tell of each OOM while it lasts.
+        self.listeners: Final[list[Callable[[Incident], None]]] = []
 
     def attach(self, device: Device) -> None:
         """Begin to watch a device; it costs nothing until memory runs out."""
@@ -42,10 +44,16 @@ class Incidents:
             from pytest_gpumem.instruments.snapshots import keep_history  # noqa: PLC0415  # likewise
 
             keep_history()
-        witness = OomWitness(device, also=None if folder is None else self._take)
+        witness = OomWitness(device, also=self._tell)
         self._run.witness = witness.__enter__()
 
-    def _take(self, _incident: Incident) -> None:
+    def _tell(self, incident: Incident) -> None:
+        for listener in self.listeners:
+            listener(incident)
+        if self._run.settings.snapshots is not None:
+            self._take()
+
+    def _take(self) -> None:
         from pytest_gpumem.instruments.snapshots import take_snapshot  # noqa: PLC0415  # torch is here
 
         self._snapshot = take_snapshot()

@@ -9,6 +9,7 @@ import pytest
 
 from pytest_gpumem.devices import allocated_bytes
 from pytest_gpumem.plugin import marks
+from pytest_gpumem.plugin.sampling import why_unknown
 from pytest_gpumem.sizes import format_size
 
 if TYPE_CHECKING:
@@ -74,26 +75,56 @@ class Limits:
             )
 
     def check(self, phase: str, figures: Mapping[int, MemoryFigures]) -> str | None:
-        """Return what is wrong with a phase's peaks, by card; None if nothing is."""
+        """Return what is wrong with a phase's peaks, by card; None if nothing is.
+
+        A limit that cannot be checked is wrong, too.
+        """
         texts = [
-            self._explain(bound, phase, figures[bound.device_index])
+            self._judge(bound, phase, figures[bound.device_index])
             for bound in self._of(phase)
             if bound.device_index in figures
-            and figures[bound.device_index].peak(bound.limit.metric) > bound.nbytes
         ]
-        return "\n".join(texts) or None
+        return "\n".join(filter(None, texts)) or None
+
+    def _judge(self, bound: _Bound, phase: str, figures: MemoryFigures) -> str:
+        """Return what is wrong with one card's peak; empty if nothing is."""
+        peak, about = figures.peak(bound.limit.metric), bound.limit.metric
+        if peak is None and figures.peak_reserved_bytes > bound.nbytes:
+            peak, about = figures.peak_reserved_bytes, f"{about} at least"
+        if peak is None:
+            why = why_unknown(self._device, bound.device_index)
+            return (
+                f"max_vram(metric={bound.limit.metric!r}) cannot be checked on "
+                f"cuda:{bound.device_index}: process bytes unknown: {why}\n"
+                f"{format_size(figures.peak_reserved_bytes)} of the limit of "
+                f"{format_size(bound.nbytes)} were reserved at most; limit them "
+                "with metric='reserved'"
+            )
+        if peak > bound.nbytes:
+            more = self._where(bound, phase, figures)
+            return (
+                f"peak VRAM above max_vram: {about} {format_size(peak)} "
+                f"({peak} bytes) on cuda:{bound.device_index}, limit "
+                f"{format_size(bound.nbytes)} ({bound.nbytes} bytes), "
+                f"{format_size(peak - bound.nbytes)} too much\n{more}"
+            )
+        return ""
 
     def outcome(self, item: pytest.Item) -> list[dict[str, Any]]:
         """Return each limit with what was measured, from a test's properties."""
         from pytest_gpumem.model.records import from_properties  # noqa: PLC0415  # there are figures
 
         peaks: dict[_Bound, int] = {}
+        unknown: set[_Bound] = set()
         for (phase, index), figures in from_properties(
             dict(item.user_properties)
         ).items():
             for bound in self._of(phase):
                 if bound.device_index == index:
                     peak = figures.peak(bound.limit.metric)
+                    if peak is None:
+                        peak = figures.peak_reserved_bytes  # that much at least
+                        unknown.add(bound)
                     peaks[bound] = max(peak, peaks.get(bound, 0))
         return [
             outcome_of(
@@ -102,6 +133,7 @@ class Limits:
                 bound.limit.phase,
                 bound.nbytes,
                 peaks.get(bound, 0),
+                is_known=bound not in unknown,
             )
             for bound in self._bounds
         ]
@@ -111,8 +143,7 @@ class Limits:
         of = own.get(phase, ("test",))
         return [bound for bound in self._bounds if bound.limit.phase in of]
 
-    def _explain(self, bound: _Bound, phase: str, figures: MemoryFigures) -> str:
-        peak = figures.peak(bound.limit.metric)
+    def _where(self, bound: _Bound, phase: str, figures: MemoryFigures) -> str:
         watch = self._sites.get(bound)
         where = f"in the test's {phase}"
         if watch is not None and watch.site:
@@ -120,25 +151,29 @@ class Limits:
         if figures.start_allocated_bytes:
             start = format_size(figures.start_allocated_bytes)
             where += f"; {start} were allocated before the {phase} began"
-        return (
-            f"peak VRAM above max_vram: {bound.limit.metric} {format_size(peak)} "
-            f"({peak} bytes) on cuda:{bound.device_index}, limit "
-            f"{format_size(bound.nbytes)} ({bound.nbytes} bytes), "
-            f"{format_size(peak - bound.nbytes)} too much\n{where}"
-        )
+        return where
 
 
 def outcome_of(
-    metric: str, device_index: int | None, phase: str, limit: int, measured: int
+    metric: str,
+    device_index: int | None,
+    phase: str,
+    limit: int,
+    measured: int,
+    *,
+    is_known: bool = True,
 ) -> dict[str, Any]:
-    """Return a limit as reports have it; bytes are ``int``."""
+    """Return a limit as reports have it; bytes are ``int``.
+
+    One whose bytes are not known did not hold.
+    """
     return {
         "metric": metric,
         "device_index": device_index,
         "phase": phase,
         "limit_bytes": limit,
         "measured_bytes": measured,
-        "held": measured <= limit,
+        "held": is_known and measured <= limit,
     }
 
 

@@ -38,6 +38,9 @@ OVER_PROPERTY: Final = "gpumem.over_limit"
 #: A test's property: what the limit was and how it was broken, on one line.
 BROKEN_PROPERTY: Final = "gpumem.broken_limit"
 
+#: A test's property: why its process bytes are not known, in words.
+UNKNOWN_PROPERTY: Final = "gpumem.unknown"
+
 #: A test's property: its cards over time, and what was live at the peak; as JSON.
 TIMELINE_PROPERTY: Final = "gpumem.timeline"
 
@@ -49,6 +52,12 @@ LIMIT_PROPERTY: Final = "gpumem.max_vram"
 
 #: A test's property: the smallest budget under which it passes.
 SMALLEST_PROPERTY: Final = "gpumem.smallest_budget"
+
+#: A test's property: how long it waited for its bytes of a card, in seconds.
+WAIT_PROPERTY: Final = "gpumem.waited_s"
+
+#: A test's property: the OOM under contention after which it was retried; as JSON.
+CONTENTION_PROPERTY: Final = "gpumem.contention"
 
 #: A test's property: why that was not sought or found, or what was amiss in it.
 SMALLEST_NOTE_PROPERTY: Final = "gpumem.smallest_budget_note"
@@ -69,6 +78,10 @@ DESCRIPTIONS: Final = (
     "a card's index (None: each), phase call, test (setup and teardown too) or "
     "children (each process that the test starts)",
     "max_vram_leak(size=0): fail the test if it leaves more bytes on the cards",
+    "requires_vram(size, *, device=0): bytes of a card that this test needs; it runs "
+    "once they are free among all workers, and is skipped where no card has that much",
+    "gpu_exclusive(*, device=None): this test has a card (None: each) alone; no other "
+    "worker's test runs on it meanwhile",
     "inject_oom(rule): make chosen allocations of this test's call fail",
     "oom_sweep(points='all', *, recover=False, modes=('transient', 'persistent'), "
     "flavours=('native',), rule='any', timeout_s=None): run the test once for each of "
@@ -80,6 +93,13 @@ DESCRIPTIONS: Final = (
 
 class Budget(NamedTuple):
     """``gpu_budget``: a share of one card."""
+
+    size: SizeSpec
+    device_index: int
+
+
+class Requirement(NamedTuple):
+    """``requires_vram``: the bytes of one card that a test needs."""
 
     size: SizeSpec
     device_index: int
@@ -115,6 +135,14 @@ def _device(value: Any) -> int:
 
 def _budget(size: Any, *, device: Any = 0) -> Budget:
     return Budget(_size(size), _device(device))
+
+
+def _requirement(size: Any, *, device: Any = 0) -> Requirement:
+    return Requirement(_size(size), _device(device))
+
+
+def _exclusive(*, device: Any = None) -> int | None:
+    return None if device is None else _device(device)
 
 
 def _limit(
@@ -168,6 +196,8 @@ _READERS: Final[dict[str, Callable[..., Any]]] = {
     "gpu": _gpu,
     "gpu_budget": _budget,
     "max_vram": _limit,
+    "requires_vram": _requirement,
+    "gpu_exclusive": _exclusive,
     "max_vram_leak": _leak,
     "inject_oom": _rule,
     "oom_sweep": _sweep,
@@ -184,6 +214,8 @@ class Wishes(NamedTuple):
     rules: tuple[Rule, ...]
     leak_bytes: int | None = None
     sweep: dict[str, Any] | None = None
+    requirements: tuple[Requirement, ...] = ()
+    alone_on: tuple[int | None, ...] = ()
 
 
 def wishes(item: pytest.Item, *, sweeps_fallbacks: bool = False) -> Wishes | None:
@@ -206,6 +238,8 @@ def wishes(item: pytest.Item, *, sweeps_fallbacks: bool = False) -> Wishes | Non
         needs_card=bool(read["gpu"]),
         budgets=tuple(read["gpu_budget"]),
         limits=_distinct(read["max_vram"]),
+        requirements=tuple(read["requires_vram"]),
+        alone_on=tuple(read["gpu_exclusive"]),
         rules=tuple(read["inject_oom"]),
         leak_bytes=next(iter(read["max_vram_leak"]), None),
         sweep=_nearest(read["oom_sweep"], read["oom_fallback"] * sweeps_fallbacks),

@@ -14,6 +14,9 @@ from pytest_gpumem.devices.selection import BACKENDS
 #: What a simulated card may keep of tensors' values; ``machine.VALUES``, likewise.
 VALUES: Final = ("computed", "none")
 
+#: What the workers of pytest-xdist may have of each card.
+SHARES: Final = ("equal", "off", "own")
+
 #: Kinds of reports.
 REPORTS: Final = ("json", "html", "md")
 
@@ -114,6 +117,31 @@ def parse_values(text: str) -> str:
     if text not in VALUES:
         raise ValueError(f"{text!r} is unknown; accepted are {', '.join(VALUES)}")
     return text
+
+
+def parse_share(text: str) -> str:
+    """Read ``--gpu-share``."""
+    if text not in SHARES:
+        raise ValueError(f"{text!r} is unknown; accepted are {', '.join(SHARES)}")
+    return text
+
+
+def parse_seconds(text: str) -> float:
+    """Read ``--gpu-wait-timeout``."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise ValueError(f"{text!r} is no time; give seconds, such as 60 or 0.5")
+    return seconds
+
+
+def parse_count(text: str) -> int:
+    """Read ``--gpu-max-contention-retries``."""
+    if not text.isascii() or not text.isdigit():
+        raise ValueError(f"{text!r} is no number; give 0, 1, 2, ...")
+    return int(text)
 
 
 def parse_backend(text: str) -> str:

@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from pytest_gpumem.plugin.option_values import (
     find_card,
     parse_backend,
+    parse_count,
     parse_folder,
     parse_points,
     parse_report,
     parse_rule,
     parse_rule_text,
+    parse_seconds,
+    parse_share,
     parse_size_spec,
     parse_sizes,
     parse_suggest,
@@ -221,6 +224,32 @@ OPTIONS: Final = (
         "leave child processes alone: without it they have the run's device, budgets "
         "and rules, and their peaks come back to the test that started them",
         is_flag=True,
+    ),
+    Option(
+        "--gpu-share",
+        "KIND",
+        "equal",
+        parse_share,
+        "what the workers of pytest-xdist have of each card: equal (a test that does "
+        "not say how much it needs has an equal share; one that does waits until that "
+        "much is free), off (they share it and nobody waits: they are in each other's "
+        "way), or own (each has simulated cards for itself; real ones as off)",
+    ),
+    Option(
+        "--gpu-wait-timeout",
+        "SECONDS",
+        "600",
+        parse_seconds,
+        "the longest that a test waits until its bytes of a card are free; then it is "
+        "an error that names who holds them",
+    ),
+    Option(
+        "--gpu-max-contention-retries",
+        "N",
+        "20",
+        parse_count,
+        "how many tests of a run may be retried alone after an OOM that other workers "
+        "had a part in",
     ),
     Option(
         "--gpu-checkpoint",

@@ -13,6 +13,7 @@ import pytest
 
 from pytest_gpumem.devices import allocated_bytes
 from pytest_gpumem.plugin import marks
+from pytest_gpumem.plugin.sampling import is_wanted, note_unknown, with_samples
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -27,7 +28,12 @@ if TYPE_CHECKING:
 
 
 #: Properties that hold for every attempt at a test.
-_LASTING: Final = ("gpumem.fixture.", marks.SMALLEST_PROPERTY)
+_LASTING: Final = (
+    "gpumem.fixture.",
+    marks.SMALLEST_PROPERTY,
+    marks.WAIT_PROPERTY,
+    marks.CONTENTION_PROPERTY,
+)
 
 
 class Phases:
@@ -88,7 +94,7 @@ class Phases:
         if wishes is not None and item.get_closest_marker("skip") is None:
             self._run.require_device()
         if self._run.device is not None:
-            self._clean(self._run.device)
+            self.clean(self._run.device)
             self._run.apply_budgets(() if wishes is None else wishes.budgets)
             self._take_up(item, self._run.device)
             self._start_timeline(self._run.device)
@@ -162,6 +168,12 @@ class Phases:
         self._trackers = [
             device.open_tracker(index) for index in range(device.device_count)
         ]
+        if self._wants_samples():
+            self._trackers = with_samples(device, self._trackers)
+
+    def _wants_samples(self) -> bool:
+        wishes = None if self._item is None else self._wishes.get(self._item)
+        return is_wanted(self._run.settings, wishes)
 
     def _end(self, item: pytest.Item, phase: str) -> None:
         """Put the phase's figures into the item's properties, if it used a card."""
@@ -181,8 +193,11 @@ class Phases:
                 item.user_properties += [environment, host]
             if self._run.settings.suggest is not None and phase == "call":
                 self._note_limit(item, device)
-            for each in _used_cards(figures):
+            used = _used_cards(figures)
+            for each in used:
                 item.user_properties.extend(to_properties(phase, each))
+            if self._wants_samples():
+                note_unknown(item, device, used)
 
     def _note_limit(self, item: pytest.Item, device: Device) -> None:
         """Put the limit that a test's markers set into its properties."""
@@ -333,7 +348,7 @@ class Phases:
 
     # -- between tests --------------------------------------------------------------------
 
-    def _clean(self, device: Device) -> None:
+    def clean(self, device: Device) -> None:
         """Give back what the test before left in caches, tracebacks and cycles."""
         if device.num_requests == self._seen_requests:
             return

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from pytest_gpumem.devices.environment import environment_of
-from pytest_gpumem.devices.nvml import NvmlHook
 from pytest_gpumem.devices.on_import import AfterImport
 from pytest_gpumem.devices.selection import Choice, choose
+from pytest_gpumem.devices.simulated_nvml import NvmlHook
 from pytest_gpumem.errors import AllocatorSettingError, DeviceUnavailableError
 from pytest_gpumem.plugin.children import Children
 from pytest_gpumem.plugin.options import DEFAULT_CARD
 from pytest_gpumem.plugin.settings import Settings, check_budgets
+from pytest_gpumem.plugin.sharing import Sharing, take_place
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -45,6 +46,8 @@ class Run:
             self.choice: Choice = choose(settings.backend)
         except DeviceUnavailableError as error:
             raise pytest.UsageError(f"--gpu-backend: {error}") from None
+        #: What this process shares with others that run tests.
+        self.sharing: Final = Sharing(settings, take_place())
         self.device: Device | None = None
         self._installation: Any = None
         self._hook = AfterImport("torch", self._torch_imported)
@@ -80,7 +83,8 @@ class Run:
 
     def start(self) -> None:
         """Have the device ready by the time anybody can use torch."""
-        self.children.start(self.choice.kind)
+        self.sharing.spread(self.choice.kind)
+        self.children.start(self.choice.kind, shared=self.sharing.folder)
         if self.choice.kind == "cuda" and self.settings.budgets:
             # A real card's total is known to torch alone; ask before the first test.
             self._hook.start()
@@ -100,7 +104,9 @@ class Run:
                     "--gpu-backend=auto or simulated"
                 )
             self.choice = Choice("simulated", "torch cannot use the card")
-            self.children.start("simulated")
+            self.sharing.stop()
+            self.sharing.spread("simulated")
+            self.children.start("simulated", shared=self.sharing.folder)
         if self.choice.kind == "simulated":
             self._install()
         else:
@@ -134,6 +140,7 @@ class Run:
         )
 
         machine = SimulatedMachine(self.settings.cards, values=self.settings.values)
+        self.sharing.join_cards(machine)
         self._installation = Installation(machine)
         self._installation.install()
         self.device = SimulatedDevice(machine)
@@ -156,6 +163,7 @@ class Run:
         """Put everything back."""
         self._hook.stop()
         self._nvml.stop()
+        self.sharing.stop()
         if self.witness is not None:
             self.witness.__exit__()
             self.witness = None
@@ -178,21 +186,29 @@ class Run:
     def apply_budgets(self, own: Sequence[marks.Budget]) -> None:
         """Give every card its budget: a test's own where it has one, else the run's.
 
+        Where there is neither, it is this worker's share of the card, if it shares it.
+
         Args:
             own: The test's budgets, the nearest first.
         """
-        self.children.pass_on(own)
         if self.device is None:
+            self.children.pass_on(own)
             return
+        self.children.shares = {}
         wanted = {budget.device_index: budget.size for budget in reversed(own)}
         for index in range(self.device.device_count):
             total = self.device.mem_get_info(index)[1]
             budget = self.settings.budget_bytes(index, total)
             if index in wanted:
                 budget = wanted[index].resolve(total)
+            if budget is None:
+                budget = self.sharing.cap_bytes(self.device, index, total)
+                if budget is not None:
+                    self.children.shares[str(index)] = str(budget)
             if self.trial_bytes is not None:
                 budget = min(self.trial_bytes, budget or total)
             self.device.set_budget(index, budget)
+        self.children.pass_on(own)
 
     # -- words --------------------------------------------------------------------------
 

@@ -44,6 +44,9 @@ class Settings(NamedTuple):
         replay: The rule of the one point to run in sweeps, or None.
         reaches_children: Whether child processes take the settings over.
         reports: Kind and path of each report to write.
+        share: One of ``SHARES``.
+        wait_s: The longest that a test waits for its bytes of a card, in seconds.
+        max_retries: How many tests may be retried alone.
     """
 
     backend: str
@@ -66,13 +69,22 @@ class Settings(NamedTuple):
     find_budget: bool = False
     reaches_children: bool = True
     reports: tuple[tuple[str, str], ...] = ()
+    share: str = "equal"
+    wait_s: float = 600.0
+    max_retries: int = 20
+
+    @property
+    def all_cards(self) -> tuple[Card, ...]:
+        """The simulated machine's cards, whether a process sees them or not."""
+        cards: tuple[Card, ...] = find_card(self.card_text)
+        return cards
 
     @property
     def cards(self) -> tuple[Card, ...]:
         """The simulated cards."""
         from pytest_gpumem.cards import visible_cards  # noqa: PLC0415  # a device is wanted
 
-        return visible_cards(find_card(self.card_text))
+        return visible_cards(self.all_cards)
 
     def budget_bytes(self, index: int, total_bytes: int) -> int | None:
         """Return the budget of a card of so many bytes; None where there is none.
@@ -116,6 +128,9 @@ def read_settings(config: pytest.Config, namespace: Any) -> Settings:
         find_budget=values["gpu_find_budget"],
         reaches_children=not values["gpu_no_children"],
         reports=tuple(values["gpu_report"]),
+        share=values["gpu_share"],
+        wait_s=float(values["gpu_wait_timeout"]),
+        max_retries=int(values["gpu_max_contention_retries"]),
     )
 
 

@@ -9,6 +9,7 @@ from pytest_gpumem.plugin.marks import (
     FALLBACK_PROPERTY,
     PROGRESS_PROPERTY,
     SWEEP_PROPERTY,
+    UNKNOWN_PROPERTY,
 )
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class SummaryPlugin:
         self._rows: list[Row] = []
         self._fallbacks: list[tuple[str, list[dict[str, Any]]]] = []
         self._sweeps: list[dict[str, Any]] = []
+        self._unknown: dict[str, None] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Take the figures in once a test is over, and the progress of sweeps before."""
@@ -56,6 +58,11 @@ class SummaryPlugin:
             for name, value in report.user_properties
             if name == SWEEP_PROPERTY
         ]
+        self._unknown |= {
+            str(value): None
+            for name, value in report.user_properties
+            if name == UNKNOWN_PROPERTY
+        }
         from pytest_gpumem.model.records import from_properties  # noqa: PLC0415  # there are figures
         from pytest_gpumem.reports.terminal import Row  # noqa: PLC0415  # likewise
 
@@ -82,6 +89,8 @@ class SummaryPlugin:
             self._show_peaks(terminalreporter, detailed=verbosity > 0)
             self._show_fallbacks(terminalreporter)
             self._show_sweeps(terminalreporter, detailed=verbosity > 0)
+        for text in self._unknown:
+            terminalreporter.write_line(text, yellow=True)
         for rule, count in self._hooks.rule_counts.items():
             if not count:
                 terminalreporter.write_line(

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 #: Tests shown without ``-v``.
 TOP: Final = 20
 _HEAD: Final = ("peak allocated", "peak reserved", "left", "OOMs", "retries", "test")
+#: Shown as well where there is more to them than the allocator knows.
+_DRIVER_HEAD: Final = ("peak process", "peak card")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +42,31 @@ def table(rows: Sequence[Row], *, detailed: bool) -> list[str]:
     hidden = 0 if detailed else max(len(shown) - TOP, 0)
     shown = shown[: len(shown) - hidden]
     many = len({row.figures.device_index for row in shown}) > 1
-    lines = align([_HEAD, *(_cells(row, name_device=many) for row in shown)])
+    cells = [_HEAD, *(_cells(row, name_device=many) for row in shown)]
+    if detailed and any(_tells_more(row.figures) for row in shown):
+        told = [_DRIVER_HEAD, *(_driver_cells(row.figures) for row in shown)]
+        cells = [
+            (*own[:2], *more, *own[2:]) for own, more in zip(cells, told, strict=True)
+        ]
+    lines = align(cells)
     if hidden:
         lines.append(f"... and {hidden} more with smaller peaks; -v shows all")
     return lines
+
+
+def _tells_more(figures: MemoryFigures) -> bool:
+    process = figures.peak_process_bytes
+    if figures.peak_card_bytes is not None:
+        return True
+    return process is not None and process != figures.peak_reserved_bytes
+
+
+def _driver_cells(figures: MemoryFigures) -> tuple[str, str]:
+    process, card = (
+        "unknown" if nbytes is None else format_size(nbytes)
+        for nbytes in (figures.peak_process_bytes, figures.peak_card_bytes)
+    )
+    return process, card
 
 
 def _calls(rows: Iterable[Row]) -> list[Row]:

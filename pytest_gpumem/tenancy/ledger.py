@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator
 
+    from pytest_gpumem.tenancy.entries import Entry
+
 #: Seconds between two looks at the queue.
 POLL_S: Final = 0.02
 
@@ -29,6 +31,8 @@ class Ledger:
     def __init__(self, folder: str | os.PathLike[str], total_bytes: int) -> None:
         self._folder: Final = Folder(folder)
         self.total_bytes: Final = total_bytes
+        self._standing: Entry | None = None
+        self._standing_bytes = 0
 
     def requests(self) -> dict[str, Request]:
         """Return everything that is held or waited for, by name."""
@@ -36,6 +40,27 @@ class Ledger:
             path.name: Request(path.name, **value)
             for path, value in self._folder.read().items()
         }
+
+    def stand(self, nbytes: int) -> None:
+        """Note what this process holds while nothing of it runs.
+
+        What is admitted on top of it is less by so much: a test that needs 6 GiB finds
+        2 of them in a model that a fixture has loaded before.
+        """
+        nbytes = min(max(nbytes, 0), self.total_bytes)
+        if nbytes == self._standing_bytes:
+            return
+        wish = {"nbytes": nbytes, "since": 0.0, "is_admitted": True}
+        value = {**wish, "is_standing": True}
+        with self._folder.mutex():
+            if self._standing is None:
+                self._standing = self._folder.add(value)
+            elif nbytes:
+                self._standing.write(value)
+            else:
+                self._standing.close()
+                self._standing = None
+        self._standing_bytes = nbytes
 
     @property
     def held_bytes(self) -> int:
@@ -55,7 +80,7 @@ class Ledger:
         """Hold bytes of the card, waiting for them first.
 
         Args:
-            nbytes: Bytes to hold.
+            nbytes: Bytes to hold, with those that stand already.
             is_exclusive: Whether to have the card alone.
             duration_s: How long this is thought to take, for the order.
             timeout_s: The longest wait; None waits for ever.
@@ -77,7 +102,7 @@ class Ledger:
         # The wall clock's monotonic time is one for all processes of a machine.
         start = time.monotonic()
         wish = {
-            "nbytes": nbytes,
+            "nbytes": max(nbytes - self._standing_bytes, 0),
             "since": start,
             "duration_s": duration_s,
             "is_exclusive": is_exclusive,
@@ -99,8 +124,8 @@ class Ledger:
                 held = sum(each.nbytes for each in holders)
                 if timeout_s is not None and now - start >= timeout_s:
                     raise AdmissionTimeoutError(
-                        f"waited {timeout_s} s for {nbytes} bytes of a card of "
-                        f"{self.total_bytes}: {held} are held by {len(holders)} others; "
+                        f"waited {timeout_s:g} s for {nbytes} bytes of a card of "
+                        f"{self.total_bytes}: {held} are held by {_names(holders)}; "
                         "give a longer timeout, or ask for less"
                     )
                 if not has_told:
@@ -111,3 +136,9 @@ class Ledger:
         finally:
             with self._folder.mutex():
                 entry.close()
+
+
+def _names(requests: list[Request]) -> str:
+    """Return the processes that made requests, in words; entries begin with them."""
+    pids = sorted({int(each.name.partition("-")[0]) for each in requests})
+    return f"process(es) {', '.join(map(str, pids))}" if pids else "nobody"

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
+from pytest_gpumem.inheritance import tenancy_root
 from pytest_gpumem.tenancy.entries import Folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-#: Names the folder that processes must share to know of one another.
-FOLDER_VARIABLE: Final = "PYTEST_GPUMEM_TENANCY"
-
-
-def tenancy_folder() -> Path:
-    """Return the folder that this machine's processes of one user share."""
-    named = os.environ.get(FOLDER_VARIABLE)
-    if named:
-        return Path(named)
-    return Path(tempfile.gettempdir()) / f"pytest-gpumem-{os.getuid()}"
 
 
 @contextmanager
@@ -48,7 +37,7 @@ def gpu_load_lock(
         TimeoutError: The wait was longer than ``timeout_s``.
     """
     card = physical_card(device) if isinstance(device, int) else device
-    root = tenancy_folder() if folder is None else Path(folder)
+    root = Path(tenancy_root() if folder is None else folder)
     with Folder(root / f"load-{card}").mutex(timeout_s):
         yield
 

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 #: Seconds after which a waiting request lets no later one pass.
 PATIENCE_S: Final = 10.0
+#: The same for one that wants the card alone: it needs all others to have ended.
+PATIENCE_ALONE_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,7 @@ class Request:
         duration_s: How long it is thought to take; 0 where nothing is known.
         is_exclusive: Whether nobody else may hold any of the card.
         is_admitted: Whether it holds its bytes already.
+        is_standing: Whether it holds them while nothing of it runs.
     """
 
     name: str
@@ -31,6 +34,12 @@ class Request:
     duration_s: float = 0.0
     is_exclusive: bool = False
     is_admitted: bool = False
+    is_standing: bool = False
+
+    def is_patient(self, now: float) -> bool:
+        """Tell whether later requests may pass it still."""
+        patience = PATIENCE_ALONE_S if self.is_exclusive else PATIENCE_S
+        return now - self.since < patience
 
 
 def admissible(
@@ -38,15 +47,15 @@ def admissible(
 ) -> list[str]:
     """Return the names of those that may start now.
 
-    Who has waited for ``PATIENCE_S`` comes before all others, the oldest first, and
-    while it does not fit nobody behind it starts. The rest go by size, then by
+    Who is not patient any more comes before all others, the oldest first, and while it
+    does not fit nobody behind it starts. The rest go by size, then by
     duration, then by age; one that does not fit is passed by one that does.
     """
     everyone = list(requests)
     held = [each for each in everyone if each.is_admitted]
     waiting = [each for each in everyone if not each.is_admitted]
     free = total_bytes - sum(each.nbytes for each in held)
-    count = len(held)
+    count = sum(not each.is_standing for each in held)
     if any(each.is_exclusive for each in held):
         return []
     chosen = []
@@ -58,13 +67,13 @@ def admissible(
             count += 1
             if each.is_exclusive:
                 break
-        elif now - each.since >= PATIENCE_S:
+        elif not each.is_patient(now):
             break
     return chosen
 
 
 def _rank(request: Request, now: float) -> tuple[float, ...]:
-    if now - request.since >= PATIENCE_S:
+    if not request.is_patient(now):
         return (0, request.since)
     size = 0 if request.is_exclusive else -request.nbytes
     return (1, not request.is_exclusive, size, -request.duration_s, request.since)

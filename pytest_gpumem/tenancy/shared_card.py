@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from pytest_gpumem.cards import visible_indices
 from pytest_gpumem.model.tenants import Tenants
 from pytest_gpumem.tenancy.entries import Folder
 
@@ -53,6 +54,31 @@ class SharedCard(Tenants):
             entry.close()
             self._entry = None
 
+    def leave(self) -> None:
+        """Hold nothing any more."""
+        if self._own() is not None:
+            with self._folder.mutex():
+                self.hold(0)
+
     def _own(self) -> Entry | None:
         """Return this process's entry; a forked child has none of its parent's."""
         return self._entry if self._pid == os.getpid() else None
+
+
+def join_cards(cards: Sequence[Any], root: str, count: int) -> list[SharedCard]:
+    """Let the processes that name the same folder share simulated cards.
+
+    Args:
+        cards: This process's cards, whose ``driver`` others are to know of.
+        root: The folder.
+        count: How many cards the machine has, whether this process sees them or not.
+
+    Returns:
+        What was joined, card by card.
+    """
+    joined = []
+    for card, number in zip(cards, visible_indices(count), strict=True):
+        shared = SharedCard(os.path.join(root, f"card-{number}"))  # noqa: PTH118  # of text
+        card.driver.tenants.append(shared)
+        joined.append(shared)
+    return joined

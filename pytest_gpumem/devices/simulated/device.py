@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from pytest_gpumem.devices.simulated.machine import OutOfMemory
+from pytest_gpumem.devices.nvml import CardCount, Reading
+from pytest_gpumem.devices.simulated.machine import OutOfMemory, innermost_machine
+from pytest_gpumem.devices.simulated_nvml import uuid_of
 from pytest_gpumem.model.records import MemoryFigures
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from pytest_gpumem.devices.simulated.machine import SimulatedCard, SimulatedMachine
+
+
+_ANOTHER: Final = "another machine is simulated at the moment"
 
 
 class SimulatedTracker:
@@ -47,6 +52,8 @@ class SimulatedTracker:
     def peek(self) -> MemoryFigures:
         """Return the figures up to now, to a caller that holds the card's lock."""
         allocator = self._allocator
+        is_used = self._card.num_requests > 0
+        context_bytes = self._card.card.context_bytes if is_used else 0
         return MemoryFigures(
             device_index=self._card.index,
             peak_allocated_bytes=self._allocated,
@@ -58,7 +65,8 @@ class SimulatedTracker:
             end_reserved_bytes=allocator.reserved_bytes,
             num_ooms=allocator.num_ooms - self._start_ooms,
             num_alloc_retries=allocator.num_alloc_retries - self._start_retries,
-            context_bytes=self._card.card.context_bytes,
+            context_bytes=context_bytes,
+            peak_process_bytes=self._reserved + context_bytes,
             end_requested_bytes=allocator.requested_bytes,
             end_active_bytes=allocator.active_bytes,
         )
@@ -77,6 +85,7 @@ class SimulatedDevice:
 
     def __init__(self, machine: SimulatedMachine) -> None:
         self.machine = machine
+        self._counts: dict[int, CardCount] = {}
 
     @property
     def device_count(self) -> int:
@@ -96,9 +105,32 @@ class SimulatedDevice:
         """Return free and total bytes; under a budget, what it leaves."""
         return self.machine.cards[index].mem_get_info()
 
+    def card_id(self, index: int) -> str:
+        """Return a card's UUID, as NVML has it."""
+        return uuid_of(index)
+
+    def context_bytes(self, index: int) -> int:
+        """Return what the driver counts beside the allocator's bytes."""
+        card = self.machine.cards[index]
+        return card.card.context_bytes if card.num_requests else 0
+
+    def others_bytes(self, index: int) -> int:
+        """Return the bytes of a card that other processes hold."""
+        driver = self.machine.cards[index].driver
+        return sum(nbytes for _pid, nbytes in driver.other_processes())
+
     def memory_stats(self, index: int) -> dict[str, int]:
         """Return ``torch.cuda.memory_stats``'s flat dictionary."""
         return self.machine.cards[index].memory_stats()
+
+    def counted(self, index: int) -> Reading:
+        """Return what the simulated NVML counts now; it knows the innermost machine."""
+        if index not in self._counts:
+            # A process that holds bytes of a simulated card is listed.
+            self._counts[index] = CardCount(index, lambda: False)
+        reading = self._counts[index].read()
+        is_this = innermost_machine() is self.machine
+        return reading if is_this else Reading(None, None, _ANOTHER)
 
     def empty_cache(self) -> None:
         """Give cuBLAS workspaces and cached segments of every card back."""

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch.utils._device import _device_constructors
 
-from pytest_gpumem.devices.nvml import NvmlHook
 from pytest_gpumem.devices.patches import PatchSet
 from pytest_gpumem.devices.simulated import (
     compiling,
@@ -36,6 +35,7 @@ from pytest_gpumem.devices.simulated.storages import EVERY_STORAGE, typed_init
 from pytest_gpumem.devices.simulated.streams import Event, EventName, Stream, StreamName
 from pytest_gpumem.devices.simulated.surface import C_FUNCTIONS, cuda_names
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
+from pytest_gpumem.devices.simulated_nvml import NvmlHook
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

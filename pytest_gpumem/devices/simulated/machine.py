@@ -14,6 +14,7 @@ from pytest_gpumem.errors import BudgetError, DeviceUnavailableError
 from pytest_gpumem.model.allocator import CachingAllocator, OutOfMemory
 from pytest_gpumem.model.config import AllocatorConfig, config_from_environment
 from pytest_gpumem.model.driver import Driver
+from pytest_gpumem.model.oom_text import ProcessMemory
 from pytest_gpumem.model.workspaces import workspace_bytes
 
 if TYPE_CHECKING:
@@ -55,7 +56,10 @@ class SimulatedCard:
         self.value_device: Final = machine.value_device
         self.driver: Final = Driver(card.total_bytes, other_bytes=card.context_bytes)
         self.allocator: Final = CachingAllocator(
-            self.driver, config=config, device_index=index
+            self.driver,
+            config=config,
+            device_index=index,
+            processes=self._processes,
         )
         self.faults: list[Callable[[int, int], bool]] = []
         #: Called after each allocation, under the lock; what one returns, without it.
@@ -71,6 +75,15 @@ class SimulatedCard:
         self._released: deque[Block] = deque()
         self._budget_bytes: int | None = None
         self._fraction = self.allocator.memory_fraction
+
+    def _processes(self) -> list[ProcessMemory]:
+        """Return who holds what of the card, as NVML tells an allocator that asks.
+
+        Whoever asks has a context.
+        """
+        driver = self.driver
+        others = [ProcessMemory(*each) for each in driver.other_processes()]
+        return [*others, ProcessMemory(None, driver.used_bytes + driver.other_bytes)]
 
     def renew_lock(self) -> None:
         """Be free of a thread that held the lock when this process was forked."""

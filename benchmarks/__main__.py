@@ -1,0 +1,106 @@
+"""Run every benchmark and print all figures of the one run, in Markdown.
+
+Run: ``python -m benchmarks [--quick] [--write] [SCRIPT ...]``. ``--quick`` leaves out the
+sweep of each allocation of bert-large and makes one round where others are compared;
+``--write`` writes ``docs/figures.md``; scripts that are named are run alone.
+Let the machine do nothing else meanwhile; the page says how busy it was.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Final, NamedTuple
+
+HERE: Final = Path(__file__).parent
+PAGE: Final = HERE.parent / "docs" / "figures.md"
+LIBRARIES: Final = ("pytest-gpumem", "torch", "transformers", "accelerate", "pytest")
+
+
+class Section(NamedTuple):
+    """A script of this folder.
+
+    Attributes:
+        title: Over what it prints.
+        script: Its name, without ``.py``.
+        slow: Its arguments, unless the run is to be quick.
+        quick: Its arguments in a quick run.
+    """
+
+    title: str
+    script: str
+    slow: tuple[str, ...] = ()
+    quick: tuple[str, ...] = ()
+
+
+SECTIONS: Final = (
+    Section("Beside other tools", "peers", quick=("--quick",)),
+    Section("What the plugin costs a run", "startup"),
+    Section("The simulated card", "device"),
+    Section("The allocator model", "allocator"),
+    Section("Sweeps", "sweep", ("--full",)),
+    Section("Reports", "reports"),
+)
+
+
+def machine() -> list[str]:
+    """Return lines about where this runs."""
+    cpus = Path("/proc/cpuinfo").read_text(encoding="ascii").splitlines()
+    names = {line.partition(": ")[2] for line in cpus if line.startswith("model name")}
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    versions = (f"{name} {metadata.version(name)}" for name in LIBRARIES)
+    return [
+        f"- {os.cpu_count()} cores ({', '.join(names)}), {pages / 2**30:.0f} GiB, no GPU",
+        f"- Python {platform.python_version()}, {', '.join(versions)}",
+    ]
+
+
+def run(section: Section, *, quick: bool) -> str:
+    """Return what a script prints; its progress goes where ours does."""
+    arguments = section.quick if quick else section.slow
+    command = [sys.executable, str(HERE / f"{section.script}.py"), *arguments]
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}")
+    return done.stdout.strip()
+
+
+def main() -> None:
+    """Print the page, and write it if asked."""
+    quick = "--quick" in sys.argv
+    started_s, load = time.monotonic(), os.getloadavg()[0]
+    named = [each for each in SECTIONS if each.script in sys.argv] or SECTIONS
+    parts = []
+    for number, section in enumerate(named, start=1):
+        print(f"[{number}/{len(named)}] {section.title} ...", file=sys.stderr)
+        began_s = time.monotonic()
+        parts.append(f"## {section.title}\n\n{run(section, quick=quick)}")
+        print(parts[-1], end="\n\n", flush=True)
+        print(f"      {time.monotonic() - began_s:.0f} s", file=sys.stderr)
+    minutes = (time.monotonic() - started_s) / 60
+    head = [
+        "# All figures of one run",
+        "Made by `python -m benchmarks --write`. [What they mean](performance.md), "
+        "[the other tools](comparison.md).",
+        "\n".join(
+            [
+                *machine(),
+                f"- {minutes:.0f} minutes{', `--quick`' if quick else ''}; load of the "
+                f"machine {load:.1f} at the start",
+            ]
+        ),
+    ]
+    text = "\n\n".join([*head, *parts]) + "\n"
+    print("\n\n".join(head))
+    if "--write" in sys.argv:
+        PAGE.write_text(text, encoding="utf-8")
+        print(f"written: {PAGE}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""One peer's run of the task of ``peers.py``, in a process of its own.
+
+The task: load bert-large in single precision, move it to the card, and pass 8 rows of 128
+tokens through it. Each run is made twice, and the second counts.
+
+Run: ``python benchmarks/peer_runs.py PEER CHECKPOINT RESULT.json``
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+#: The card of the recording that all are compared with.
+CARD = "16GiB,cc=8.0"
+#: One on which the move to the card runs out of memory in that recording.
+SMALL_CARD = "1GiB,cc=8.0"
+#: The smallest NVIDIA card, but for a test's own, that FakeGPU knows.
+FAKEGPU_CARD, FAKEGPU_SMALL_CARD = "t4", "test-512m"
+
+
+def task(
+    path: str,
+    device: str,
+    *,
+    note: Callable[[str], None] = lambda _: None,
+    mend: Callable[[Any], None] = lambda _: None,
+) -> Any:
+    """Load, move and pass, as a user would write it; ``mend`` comes after the load."""
+    import torch  # noqa: PLC0415  # some peers must come before it
+    from transformers import AutoModelForSequenceClassification  # noqa: PLC0415  # likewise
+
+    model = AutoModelForSequenceClassification.from_pretrained(
+        path, attn_implementation="sdpa"
+    )
+    mend(model)
+    model.to(device)
+    note("load")
+    with torch.no_grad():
+        return _forward(model, device, note)
+
+
+def adapted_task(
+    path: str, device: str, *, note: Callable[[str], None] = lambda _: None
+) -> Any:
+    """Make the model on the device instead, with weights of its own."""
+    import torch  # noqa: PLC0415  # likewise
+    from transformers import AutoConfig, AutoModelForSequenceClassification  # noqa: PLC0415  # likewise
+
+    with torch.no_grad(), torch.device(device):
+        config = AutoConfig.from_pretrained(path)
+        auto: Any = AutoModelForSequenceClassification
+        model = auto.from_config(config, attn_implementation="sdpa").eval()
+        note("load")
+        return _forward(model, device, note)
+
+
+def mend_buffers(model: Any) -> None:
+    """Set what FakeGPU leaves as it was in memory: buffers that no file holds."""
+    import torch  # noqa: PLC0415  # likewise
+
+    embeddings = model.bert.embeddings
+    embeddings.position_ids = torch.arange(512)[None]
+    embeddings.token_type_ids = torch.zeros(1, 512, dtype=torch.int64)
+
+
+def _forward(model: Any, device: str, note: Callable[[str], None]) -> Any:
+    import torch  # noqa: PLC0415  # likewise
+
+    tokens = torch.ones(8, 128, dtype=torch.int64).to(device)
+    mask = torch.ones(8, 128, dtype=torch.int64).to(device)
+    labels = torch.ones(8, dtype=torch.int64).to(device)  # as in the recording
+    logits = model(tokens, attention_mask=mask).logits
+    note("forward")
+    return logits, labels
+
+
+class CudaPeaks:
+    """What ``torch.cuda`` says at the end of each step."""
+
+    def __init__(self) -> None:
+        """Begin."""
+        self.found: dict[str, int] = {}
+
+    def note(self, step: str) -> None:
+        """Read the figures."""
+        import torch  # noqa: PLC0415  # likewise
+
+        self.found[f"{step}_bytes"] = torch.cuda.max_memory_allocated()
+        self.found["reserved_bytes"] = torch.cuda.max_memory_reserved()
+
+
+def timed(run: Callable[[], dict[str, int]]) -> dict[str, Any]:
+    """Return the figures of a second run, and its seconds of processor time."""
+    run()
+    gc.collect()
+    started_s = time.process_time()
+    found = run()
+    return {"seconds": time.process_time() - started_s, **found}
+
+
+def attempt(run: Callable[[], Any]) -> str:
+    """Return the error that a run ends with; empty if with none."""
+    try:
+        run()
+    except Exception as error:  # noqa: BLE001  # whatever a peer raises
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def cpu(path: str) -> dict[str, Any]:
+    """Run the task on the CPU, without any tool: what times are compared with."""
+
+    def run() -> dict[str, int]:
+        task(path, "cpu")
+        return {}
+
+    return timed(run)
+
+
+def gpumem(path: str) -> dict[str, Any]:
+    """Run the task on a simulated card."""
+    from pytest_gpumem import OomInjector, simulated_device  # noqa: PLC0415  # one peer of many
+
+    def run() -> dict[str, int]:
+        peaks = CudaPeaks()
+        with simulated_device(CARD):
+            task(path, "cuda", note=peaks.note)
+        return peaks.found
+
+    def injected() -> None:
+        with simulated_device(CARD), OomInjector("any:nth=100"):
+            task(path, "cuda")
+
+    def small() -> None:
+        with simulated_device(SMALL_CARD):
+            task(path, "cuda")
+
+    return {
+        **timed(run),
+        "unmodified": "",
+        "small_card": attempt(small),
+        "injected": attempt(injected),
+    }
+
+
+def memray(path: str) -> dict[str, Any]:
+    """Run the task on the CPU under pytest-memray."""
+    import pytest  # noqa: PLC0415  # one peer of many
+    from memray import FileReader  # type: ignore[import-not-found]  # noqa: PLC0415  # likewise
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "test_task.py").write_text(
+            "import json, sys, time\n"
+            f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+            "from peer_runs import task\n"
+            "def test_first():\n"
+            f"    task({path!r}, 'cpu')\n"
+            "def test_task():\n"
+            "    began = time.process_time()\n"
+            f"    task({path!r}, 'cpu')\n"
+            f"    open({str(folder / 'seconds')!r}, 'w').write(str(time.process_time() - began))\n",
+            encoding="utf-8",
+        )
+        options = ["-q", "--rootdir", name, "-p", "no:cacheprovider", "-p", "no:gpumem"]
+        code = pytest.main(
+            [*options, "--memray", f"--memray-bin-path={name}", str(folder)]
+        )
+        if code != 0:
+            raise RuntimeError(f"pytest ended with {code}")
+        (results,) = folder.glob("*py-test_task.bin")
+        peak = FileReader(results).metadata.peak_memory
+        seconds = float((folder / "seconds").read_text(encoding="ascii"))
+    return {"seconds": seconds, "forward_bytes": peak}
+
+
+def _tracked(tracker: Any, device: str) -> int:
+    snapshot = tracker.get_tracker_snapshot("peak")
+    return next(
+        int(figures["Total"])
+        for place, figures in snapshot.items()
+        if str(place).startswith(device)
+    )
+
+
+def memtracker(path: str) -> dict[str, Any]:
+    """Run the task on the CPU inside torch's MemTracker.
+
+    Weights that come from a mapped file are seen when they are first used.
+    """
+    from torch.distributed._tools.mem_tracker import MemTracker  # noqa: PLC0415  # one peer of many
+
+    def run() -> dict[str, int]:
+        with MemTracker() as tracker:
+            task(path, "cpu")
+            return {"forward_bytes": _tracked(tracker, "cpu")}
+
+    return {
+        **timed(run),
+        "unmodified": attempt(lambda: task(path, "cuda")),
+    }
+
+
+def fake(path: str) -> dict[str, Any]:
+    """Make the model under FakeTensorMode, MemTracker counting."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: PLC0415  # one peer of many
+    from torch.distributed._tools.mem_tracker import MemTracker  # noqa: PLC0415  # likewise
+
+    def run() -> dict[str, int]:
+        found: dict[str, int] = {}
+        with FakeTensorMode(), MemTracker() as tracker:
+            adapted_task(
+                path,
+                "cpu",
+                note=lambda step: found.update(
+                    {f"{step}_bytes": _tracked(tracker, "cpu")}
+                ),
+            )
+        return found
+
+    def unmodified() -> None:
+        with FakeTensorMode():
+            task(path, "cuda")
+
+    return {**timed(run), "unmodified": attempt(unmodified)}
+
+
+def accelerate(path: str) -> dict[str, Any]:
+    """Add up the sizes of a model without weights, as estimate-memory does.
+
+    The command itself asks the hub which library a model is of, so it wants a name there.
+    """
+    from accelerate import init_empty_weights  # noqa: PLC0415  # one peer of many
+    from accelerate.utils import calculate_maximum_sizes  # noqa: PLC0415  # likewise
+    from transformers import AutoConfig, AutoModelForSequenceClassification  # noqa: PLC0415  # slow
+
+    def run() -> dict[str, int]:
+        config = AutoConfig.from_pretrained(path)
+        with init_empty_weights():
+            auto: Any = AutoModelForSequenceClassification
+            model = auto.from_config(config)
+        return {"load_bytes": calculate_maximum_sizes(model)[0]}
+
+    return timed(run)
+
+
+def fakegpu(path: str, card: str = FAKEGPU_CARD) -> dict[str, Any]:
+    """Run the task on FakeGPU's own CUDA, which must come before torch."""
+    import fakegpu as peer  # type: ignore[import-not-found]  # noqa: PLC0415  # one peer of many
+
+    peer.init(runtime="fakecuda", profile=card, device_count=1)
+    import torch  # noqa: PLC0415  # see above
+
+    if card != FAKEGPU_CARD:
+        return {"small_card": attempt(lambda: task(path, "cuda"))}
+
+    def run() -> dict[str, int]:
+        torch.cuda.reset_peak_memory_stats()
+        peaks = CudaPeaks()
+        task(path, "cuda", note=peaks.note, mend=mend_buffers)
+        return peaks.found
+
+    found = {"unmodified": attempt(lambda: task(path, "cuda"))}
+    gc.collect()
+    return {**timed(run), **found}
+
+
+PEERS: dict[str, Callable[[str], dict[str, Any]]] = {
+    "cpu": cpu,
+    "gpumem": gpumem,
+    "memray": memray,
+    "memtracker": memtracker,
+    "fake": fake,
+    "accelerate": accelerate,
+    "fakegpu": fakegpu,
+    "fakegpu-small": lambda path: fakegpu(path, FAKEGPU_SMALL_CARD),
+}
+
+
+def main() -> None:
+    """Run the peer that is named, and write what it found."""
+    name, path, result = sys.argv[1:]
+    warnings.simplefilter("ignore")
+    try:
+        found = PEERS[name](path)
+    except ImportError as error:
+        found = {"missing": str(error)}
+    Path(result).write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""The reference of environment variables: those whose names the package's source has."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Final
+
+import pytest_gpumem
+from generators.markdown import page, table
+
+_NAME: Final = re.compile(r"(PYTEST_GPUMEM|PYTORCH|CUDA|CUBLAS|GITHUB)_[A-Z_]+")
+
+NOTES: Final = {
+    "PYTEST_GPUMEM_CACHE": "where checkpoints that were built are kept; else the user's "
+    "cache folder, as XDG says",
+    "PYTEST_GPUMEM_TENANCY": "the folder through which processes know of one another: "
+    "`gpu_load_lock` and cards that several processes share; else a folder of the user "
+    "in the temporary one",
+    "PYTEST_GPUMEM_WORKER": "set by a run for its pytest-xdist workers, to tell each its "
+    "place; not for you to set",
+    "PYTEST_GPUMEM_CHILDREN": "set by a run for its child processes, to hand over device, "
+    "budgets and rules; not for you to set",
+    "CUDA_VISIBLE_DEVICES": "which cards are seen, and in which order; simulated cards "
+    "heed it too",
+    "CUBLAS_WORKSPACE_CONFIG": "the size of cuBLAS's workspace, on simulated cards too",
+    "PYTORCH_ALLOC_CONF": "settings of the caching allocator, which the simulated card's "
+    "model heeds; a setting that is not modelled is refused at the start",
+    "PYTORCH_CUDA_ALLOC_CONF": "its older name",
+    "PYTORCH_HIP_ALLOC_CONF": "not read; only in the text of the flavour `hip`",
+    "GITHUB_STEP_SUMMARY": "set by GitHub Actions; runs that used a card write their "
+    "summary there",
+}
+
+
+def environment() -> str:
+    """Return the page."""
+    found = find_names()
+    ours = [name for name in found if name.startswith("PYTEST_GPUMEM")]
+    theirs = [name for name in found if name not in ours]
+    return page(
+        [
+            "# Environment variables",
+            "Every [option](options.md) can stand in the ini file; none is read from "
+            "the environment, pytest's own `PYTEST_ADDOPTS` aside. These variables are "
+            "heeded:",
+            "## Its own",
+            _table(ours, found),
+            "## Of CUDA, PyTorch and GitHub",
+            _table(theirs, found),
+        ]
+    )
+
+
+def _table(names: list[str], found: dict[str, str]) -> str:
+    return table(
+        ("variable", "meaning"),
+        ((f"`{name}`", NOTES.get(name, f"read by `{found[name]}`")) for name in names),
+    )
+
+
+def find_names() -> dict[str, str]:
+    """Return the variables that the source names, and the module of each."""
+    found: dict[str, str] = {}
+    root = Path(pytest_gpumem.__path__[0])
+    for path in sorted(root.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            value = node.value if isinstance(node, ast.Constant) else None
+            if isinstance(value, str) and _NAME.fullmatch(value):
+                module = path.relative_to(root).with_suffix("").as_posix()
+                found.setdefault(value, module.replace("/", "."))
+    return dict(sorted(found.items()))

@@ -1,0 +1,165 @@
+"""What the markers' descriptions have no room for: arguments, and an example each."""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+from generators.docstrings import read
+from pytest_gpumem.model.sweep_plan import SweepPlan
+
+SIZE: Final = "`4GiB`, `4GB`, `50%` of the card, or bytes as a number; inclusive"
+
+
+class Note(NamedTuple):
+    """What is said of a marker.
+
+    Attributes:
+        arguments: The meaning of each.
+        example: A test file that passes on a machine without a GPU.
+    """
+
+    arguments: dict[str, str]
+    example: str
+
+
+_SWEEP: Final = dict(read(SweepPlan).entries("Attributes"))
+
+NOTES: Final = {
+    "gpu": Note(
+        {},
+        """
+import pytest
+import torch
+
+
+@pytest.mark.gpu
+def test_a_real_card_is_there():
+    assert torch.cuda.is_available()
+""",
+    ),
+    "gpu_budget": Note(
+        {"size": SIZE, "device": "the card's index"},
+        """
+import pytest
+import torch
+
+
+@pytest.mark.gpu_budget("64MiB")
+def test_more_does_not_fit():
+    with pytest.raises(torch.OutOfMemoryError, match="64.00 MiB allowed"):
+        torch.empty(65 * 2**20, dtype=torch.uint8, device="cuda")
+""",
+    ),
+    "requires_vram": Note(
+        {"size": SIZE, "device": "the card's index"},
+        """
+import pytest
+import torch
+
+
+@pytest.mark.requires_vram("6GiB")
+def test_it_waits_for_its_bytes():
+    torch.ones(3, device="cuda")
+""",
+    ),
+    "gpu_exclusive": Note(
+        {"device": "the card's index; `None` means each card"},
+        """
+import pytest
+import torch
+
+
+@pytest.mark.gpu_exclusive
+def test_it_may_take_what_is_free():
+    free, _total = torch.cuda.mem_get_info()
+    torch.empty(free // 4, dtype=torch.uint8, device="cuda")
+""",
+    ),
+    "max_vram": Note(
+        {
+            "limit": SIZE,
+            "metric": "`allocated` (bytes in live tensors), `reserved` (what the "
+            "allocator holds from the driver) or `process` (what the driver counts: "
+            "reserved and context)",
+            "device": "the card's index; `None` means each card",
+            "phase": "`call`, `test` (setup and teardown too) or `children` (each process "
+            "that the test starts)",
+        },
+        """
+import pytest
+import torch
+
+
+@pytest.mark.max_vram("8MiB")
+@pytest.mark.max_vram("32MiB", metric="reserved")
+def test_it_is_small():
+    torch.ones(2**20, device="cuda")
+""",
+    ),
+    "max_vram_leak": Note(
+        {"size": "what may be left, in bytes or as text; 0 allows nothing"},
+        """
+import pytest
+import torch
+
+CACHE = []
+
+
+@pytest.mark.max_vram_leak("4MiB")
+def test_its_cache_is_small():
+    CACHE.append(torch.ones(2**20, device="cuda"))
+""",
+    ),
+    "inject_oom": Note(
+        {"rule": "[a rule](../rules.md): which allocations fail, and how"},
+        """
+import pytest
+import torch
+
+
+@pytest.mark.inject_oom("any:nth=1")
+def test_it_falls_back():
+    try:
+        where = torch.ones(3, device="cuda").device.type
+    except torch.OutOfMemoryError:
+        where = "cpu"
+    assert where == "cpu"
+""",
+    ),
+    "oom_sweep": Note(
+        _SWEEP,
+        """
+import pytest
+import torch
+
+
+def double(values, device):
+    return (torch.tensor(values, device=device) * 2).tolist()
+
+
+@pytest.mark.oom_sweep(recover=True)
+def test_every_allocation_may_fail():
+    try:
+        result = double([1, 2], "cuda")
+    except torch.OutOfMemoryError:
+        result = double([1, 2], "cpu")
+    assert result == [2, 4]
+""",
+    ),
+    "oom_fallback": Note(
+        _SWEEP,
+        """
+import pytest
+import torch
+
+
+@pytest.mark.oom_fallback("sites")
+def test_it_is_swept_on_demand():
+    try:
+        result = torch.ones(3, device="cuda").tolist()
+    except torch.OutOfMemoryError:
+        result = torch.ones(3).tolist()
+    assert result == [1, 1, 1]
+""",
+    ),
+}

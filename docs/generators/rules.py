@@ -1,0 +1,74 @@
+"""The rule language."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from generators.markdown import table
+from pytest_gpumem import OomInjector, simulated_device
+from pytest_gpumem.instruments.flavours import COUNTED
+from pytest_gpumem.model.rule_parser import KEYS
+from pytest_gpumem.model.rules import FLAVOURS, PHASES, Rule
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+def rules() -> str:
+    """Return the page of the rule language."""
+    keys = [
+        (
+            f"`{name}`" if name == "persistent" else f"`{name}=…`",
+            key.help,
+            f"`{key.example}`",
+        )
+        for name, key in KEYS.items()
+    ]
+    return "\n".join(
+        [
+            "# Rules: which allocations fail, and how\n",
+            "One small language serves the command line (`--gpu-inject-oom=RULE`), the "
+            "marker (`@pytest.mark.inject_oom(RULE)`), the fixture (`oom_injector.arm("
+            "RULE)`) and the API (`OomInjector(RULE)`):\n",
+            "```text\nPHASE[:KEY=VALUE,…]\n```\n",
+            f"Phases are {', '.join(f'`{phase}`' for phase in PHASES)}. A rule that "
+            "makes no sense is refused before any test runs, by an error that points "
+            "at the character.\n",
+            table(("key", "meaning", "example"), keys),
+            "## Flavours\n",
+            "Memory runs out with many words. `flavour=` chooses them; each error has "
+            "the class, the one argument and the text of the real thing, with the "
+            "card's figures of that moment. “OOM class” says whether `except "
+            "torch.OutOfMemoryError` catches it, “counted” whether the allocator's "
+            "`num_ooms` goes up. `not-oom` is the negative control: an error that is "
+            "no OOM and that no fallback may swallow.\n",
+            table(("flavour", "class", "OOM class", "counted", "text"), _flavours()),
+        ]
+    )
+
+
+def _flavours() -> Iterable[tuple[str, ...]]:
+    for flavour in FLAVOURS:
+        error = _error(flavour)
+        text = str(error).split("\n", maxsplit=1)[0]
+        if len(text) > 90:  # noqa: PLR2004  # what fits into a table
+            text = text[:89] + "…"
+        yield (
+            f"`{flavour}`",
+            f"`{type(error).__name__}`",
+            "yes" if isinstance(error, torch.OutOfMemoryError) else "no",
+            "yes" if flavour in COUNTED else "no",
+            f"``{text}``" if "`" in text else f"`{text}`",
+        )
+
+
+def _error(flavour: str) -> BaseException:
+    """Return what a request of 1 GiB on a T4 fails with."""
+    with simulated_device("T4"), OomInjector(Rule(flavour=flavour)):
+        try:
+            torch.empty(2**28, device="cuda")
+        except Exception as error:  # noqa: BLE001  # whatever it is
+            return error
+    raise AssertionError(f"{flavour}: nothing was raised")

@@ -1,0 +1,206 @@
+"""What NVML counts over a block of code: sampled in a thread, peaks kept."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+from pytest_gpumem.devices.active import active_device
+from pytest_gpumem.devices.nvml import Reading
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+
+    from pytest_gpumem.devices import Device, Tracker
+    from pytest_gpumem.model.records import MemoryFigures
+
+#: Seconds between two samples.
+PERIOD_S: Final = 0.05
+#: A sample that took so many seconds of a processor is followed by this many times as
+#: many without one, so that sampling costs less than 1 %.
+_REST: Final = 100
+
+
+class MemorySampler:
+    """Sample what NVML counts for this process and on every card, over a block.
+
+    Args:
+        device: Where; None means the active device.
+        period_s: Seconds between two samples, at least; more where one takes long.
+
+    Limits: what comes and goes between two samples is not seen. The thread is stopped
+    while the process is forked.
+
+    Raises:
+        DeviceUnavailableError: There is no active device.
+
+    Example::
+
+        with MemorySampler() as sampler:
+            train()
+        print(sampler.peak(0).card_bytes)
+    """
+
+    def __init__(
+        self, *, device: Device | None = None, period_s: float = PERIOD_S
+    ) -> None:
+        self._device: Final = active_device() if device is None else device
+        self._period_s: Final = period_s
+        self._wake: Final = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._last: Final[dict[int, Reading]] = {}
+        self._most: Final[dict[int, tuple[int, int]]] = {}
+        self._lock: Final = threading.Lock()
+
+    def __enter__(self) -> MemorySampler:  # noqa: PYI034  # Self needs Python 3.11
+        self.sample()
+        _register()
+        _active.append(self)
+        self.resume()
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the last sample; safe to call twice."""
+        if self in _active:
+            _active.remove(self)
+            self.pause()
+            self.sample()
+
+    def peak(self, index: int) -> Reading:
+        """Return the most that was counted on a card so far.
+
+        A figure is None, and the reason is given, where NVML could not tell it at the
+        last sample: it may have been more than was seen.
+        """
+        with self._lock:
+            last = self._last.get(index, Reading(None, None, "nobody has looked yet"))
+            process, card = self._most.get(index, (0, 0))
+        return Reading(
+            None if last.process_bytes is None else process,
+            None if last.card_bytes is None else card,
+            last.why,
+        )
+
+    def sample(self) -> None:
+        """Take a sample now."""
+        with self._lock:
+            for index in range(self._device.device_count):
+                now = self._last[index] = self._device.counted(index)
+                process, card = self._most.get(index, (0, 0))
+                self._most[index] = (
+                    max(process, now.process_bytes or 0),
+                    max(card, now.card_bytes or 0),
+                )
+
+    def pause(self) -> None:
+        """Let the thread end."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._wake.set()
+            thread.join()
+
+    def resume(self) -> None:
+        """Start the thread."""
+        self._wake.clear()
+        self._thread = threading.Thread(
+            target=self._run, name="gpumem-sampler", daemon=True
+        )
+        self._thread.start()
+
+    def _run(self) -> None:
+        rest_s = self._period_s
+        while not self._wake.wait(rest_s):
+            before_s = time.thread_time()
+            self.sample()
+            rest_s = rest_after(time.thread_time() - before_s, self._period_s)
+
+
+def rest_after(spent_s: float, period_s: float) -> float:
+    """Return how many seconds to wait after a sample that took so many.
+
+    Args:
+        spent_s: Seconds of a processor.
+        period_s: The least to wait.
+    """
+    return max(period_s, _REST * spent_s)
+
+
+class SampledTracker:
+    """A card's tracker whose figures know what was sampled, too."""
+
+    def __init__(self, tracker: Tracker, sampler: MemorySampler, index: int) -> None:
+        self._tracker: Final = tracker
+        self._sampler: Final = sampler
+        self._index: Final = index
+
+    def read(self) -> MemoryFigures:
+        """Return the figures up to now."""
+        self._sampler.sample()
+        return self._with_samples(self._tracker.read())
+
+    def peek(self) -> MemoryFigures:
+        """Return the figures up to now, without a sample."""
+        return self._with_samples(self._tracker.peek())
+
+    def close(self) -> MemoryFigures:
+        """Return the final figures; the first of a run's cards ends the sampling."""
+        self._sampler.close()
+        return self._with_samples(self._tracker.close())
+
+    def _with_samples(self, figures: MemoryFigures) -> MemoryFigures:
+        sampled = self._sampler.peak(self._index)
+        process = figures.peak_process_bytes
+        if process is not None:
+            process = max(process, sampled.process_bytes or 0)
+        return replace(
+            figures, peak_process_bytes=process, peak_card_bytes=sampled.card_bytes
+        )
+
+
+def sampled(device: Device, trackers: Sequence[Tracker]) -> list[Tracker]:
+    """Return trackers of a device's cards, from here on with samples of NVML."""
+    sampler = MemorySampler(device=device).__enter__()
+    return [
+        SampledTracker(tracker, sampler, index)
+        for index, tracker in enumerate(trackers)
+    ]
+
+
+# A child must not find a lock held by a thread that it does not have; and Python warns
+# of a fork beside threads.
+
+
+def _before_fork() -> None:
+    for sampler in _active:
+        sampler.pause()
+
+
+def _after_fork_in_parent() -> None:
+    for sampler in _active:
+        sampler.resume()
+
+
+def _register() -> None:
+    if not _hooked and hasattr(os, "register_at_fork"):  # not on Windows
+        _hooked.append(True)
+        os.register_at_fork(
+            before=_before_fork,
+            after_in_parent=_after_fork_in_parent,
+            after_in_child=_active.clear,
+        )
+
+
+_active: Final[list[MemorySampler]] = []
+_hooked: Final[list[bool]] = []

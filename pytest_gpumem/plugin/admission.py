@@ -1,0 +1,127 @@
+"""Each test runs once its bytes of the cards are free; see Note [A card among workers]."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+from pytest_gpumem.errors import AdmissionTimeoutError
+from pytest_gpumem.plugin import marks
+from pytest_gpumem.plugin.claims import Claim, declared_claims
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Mapping
+
+    from pytest_gpumem.devices import Device
+    from pytest_gpumem.plugin.phases import Phases
+    from pytest_gpumem.plugin.session import Run
+
+#: Waits below this many seconds are not worth a word.
+_SHORT_S: Final = 0.05
+
+
+class Admission:
+    """Has every test wait for what it claims, and hold it until it is torn down.
+
+    Args:
+        run: The run.
+        phases: The hooks around tests' phases, which clean up between tests.
+        wishes: What each test's markers ask for.
+        seconds: How long tests took before, by name, for the order of those that wait.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        phases: Phases,
+        wishes: Mapping[pytest.Item, marks.Wishes],
+        seconds: Mapping[str, float],
+    ) -> None:
+        self._run: Final = run
+        self._phases: Final = phases
+        self._wishes: Final = wishes
+        self._seconds: Final = seconds
+        self._refusal: AdmissionTimeoutError | None = None
+        #: A test that is to have all cards alone: it is retried after contention.
+        self.alone: pytest.Item | None = None
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:
+        """Claim, outside whatever measures or bounds the test's own time."""
+        with ExitStack() as stack:
+            self._claim(item, stack)
+            try:
+                return (yield)
+            finally:
+                self._refusal = None
+                self._run.sharing.is_capped = True
+                if self._run.device is not None:
+                    self._settle(self._run.device)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self) -> None:
+        """Let a test that waited in vain be an error of its own."""
+        if self._refusal is not None:
+            pytest.fail(
+                f"{self._refusal} (--gpu-wait-timeout, @pytest.mark.requires_vram)",
+                pytrace=False,
+            )
+
+    def _claim(self, item: pytest.Item, stack: ExitStack) -> None:
+        if item.get_closest_marker("skip") is not None:
+            return
+        wishes = self._wishes.get(item)
+        if wishes is not None:
+            self._run.require_device()
+        device = self._run.device
+        if device is None:
+            return
+        claims = self._claims(item, wishes, device)
+        waited = 0.0
+        sharing = self._run.sharing
+        # Always in the same order, so that no two tests wait for each other.
+        by_card = sorted(claims, key=lambda index: sharing.card_name(device, index))
+        try:
+            for index in by_card:
+                claim, total = claims[index], device.mem_get_info(index)[1]
+                waited += stack.enter_context(
+                    sharing.ledger(device, index, total).admitted(
+                        claim.nbytes,
+                        is_exclusive=claim.is_alone,
+                        duration_s=self._seconds.get(item.nodeid, 0.0),
+                        timeout_s=self._run.settings.wait_s,
+                    )
+                )
+        except AdmissionTimeoutError as error:
+            stack.close()
+            self._refusal = error
+        if waited > _SHORT_S:
+            item.user_properties.append((marks.WAIT_PROPERTY, f"{waited:.2f}"))
+
+    def _claims(
+        self, item: pytest.Item, wishes: marks.Wishes | None, device: Device
+    ) -> dict[int, Claim]:
+        sharing = self._run.sharing
+        totals = {
+            index: device.mem_get_info(index)[1] for index in range(device.device_count)
+        }
+        claims = declared_claims(wishes, self._run.settings, totals)
+        sharing.is_capped = not claims and item is not self.alone
+        if item is self.alone:
+            whole = {index: Claim(0, is_alone=True) for index in totals}
+            return {
+                index: claim._replace(nbytes=claims.get(index, claim).nbytes)
+                for index, claim in whole.items()
+            }
+        if not claims and sharing.admits:
+            share = sharing.share_bytes(device, 0, totals[0])
+            claims[0] = Claim(min(share, totals[0]))
+        return claims
+
+    def _settle(self, device: Device) -> None:
+        """Give back what is free, and note what stands beyond the test."""
+        self._phases.clean(device)
+        for index in range(device.device_count):
+            self._run.sharing.stand(device, index)

@@ -1,0 +1,215 @@
+"""What the workers of pytest-xdist share: the cards of their machine.
+
+Note [A card among workers]
+N workers share each card. A test that says how much it needs (``requires_vram``, a limit,
+a budget) runs once that much is free among all workers. One that says nothing may hold
+an equal share, which is its cap, so that such tests never take anything from each other.
+What a test may hold is its claim, an entry of the card's ledger that dies with the worker;
+see Note [Entries that die with their process].
+
+The first card of each worker is another one, as far as there are cards: the list of
+``CUDA_VISIBLE_DEVICES`` is turned by the worker's place, so every card stays visible.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from pytest_gpumem.inheritance import tenancy_root
+
+if TYPE_CHECKING:
+    from pytest_gpumem.devices import Device
+    from pytest_gpumem.plugin.settings import Settings
+    from pytest_gpumem.tenancy.ledger import Ledger
+    from pytest_gpumem.tenancy.shared_card import SharedCard
+
+#: Tells a worker its place: position, number of workers on its machine, and the run.
+VARIABLE: Final = "PYTEST_GPUMEM_WORKER"
+_VISIBLE: Final = "CUDA_VISIBLE_DEVICES"
+
+
+class Place(NamedTuple):
+    """A worker's place among those of its machine.
+
+    Attributes:
+        position: Counted from 0.
+        workers: How many there are.
+        run: Distinct for each run of pytest.
+    """
+
+    position: int
+    workers: int
+    run: str
+
+    @property
+    def text(self) -> str:
+        """The variable's value."""
+        return f"{self.position}/{self.workers}/{self.run}"
+
+
+def take_place() -> Place | None:
+    """Return this worker's place, once: its children are no workers."""
+    text = os.environ.pop(VARIABLE, None)
+    if text is None:
+        return None
+    position, workers, run = text.split("/")
+    return Place(int(position), int(workers), run)
+
+
+class Sharing:
+    """The cards of a machine, as one of several processes that run tests uses them.
+
+    Args:
+        settings: The run's options.
+        place: This process's place among the workers; None where it has no others.
+
+    Attributes:
+        place: As given; None too where the run's workers have cards of their own.
+        admits: Whether tests wait for their bytes.
+        is_capped: Whether the present test may hold no more than an equal share.
+    """
+
+    def __init__(self, settings: Settings, place: Place | None) -> None:
+        self._settings: Final = settings
+        alone = place is None or place.workers == 1 or settings.share == "own"
+        self.place: Final = None if alone else place
+        self.admits: Final = not alone and settings.share == "equal"
+        self.is_capped = self.admits
+        self._num_cards = 1
+        self._names: tuple[str, ...] = ()
+        self._saved: str | None = None
+        self._is_spread = False
+        self._run: Final = (
+            secrets.token_hex(8) if self.place is None else self.place.run
+        )
+        self._ledgers: Final[dict[str, Ledger]] = {}
+        self._joined: list[SharedCard] = []
+        self._num_retries = 0
+        self._own_folder: str | None = None
+
+    # -- spreading over the cards -----------------------------------------------------
+
+    def spread(self, kind: str) -> None:
+        """Have another card first than the workers beside, before torch is imported."""
+        if self.place is None or kind == "off":
+            return
+        names = self._visible(kind)
+        self._num_cards = max(len(names), 1)
+        turn = self.place.position % self._num_cards
+        self._names = (*names[turn:], *names[:turn])
+        if turn:
+            self._saved, self._is_spread = os.environ.get(_VISIBLE), True
+            os.environ[_VISIBLE] = ",".join(self._names)
+
+    def stop(self) -> None:
+        """Hold nothing any more, and put the environment back."""
+        for ledger in self._ledgers.values():
+            ledger.stand(0)
+        for shared in self._joined:
+            shared.leave()
+        self._joined = []
+        if self._own_folder is not None:
+            shutil.rmtree(self._own_folder, ignore_errors=True)
+            self._own_folder = None
+        if self._is_spread:
+            self._is_spread = False
+            if self._saved is None:
+                os.environ.pop(_VISIBLE, None)
+            else:
+                os.environ[_VISIBLE] = self._saved
+
+    def _visible(self, kind: str) -> tuple[str, ...]:
+        if kind == "simulated":
+            from pytest_gpumem.cards import visible_indices  # noqa: PLC0415  # they are shared
+
+            count = len(self._settings.all_cards)
+            return tuple(str(index) for index in visible_indices(count))
+        listed = os.environ.get(_VISIBLE)
+        if listed is not None:
+            return tuple(each.strip() for each in listed.split(",") if each.strip())
+        from pytest_gpumem.devices.selection import count_cards  # noqa: PLC0415  # there is a card
+
+        return tuple(str(index) for index in range(count_cards() or 1))
+
+    # -- shares -----------------------------------------------------------------------
+
+    def num_sharing(self, index: int) -> int:
+        """Return how many workers share a card of this process."""
+        if self.place is None:
+            return 1
+        if index:
+            return self.place.workers
+        mine = self.place.position % self._num_cards
+        return len(range(mine, self.place.workers, self._num_cards))
+
+    def share_bytes(self, device: Device, index: int, total_bytes: int) -> int:
+        """Return the equal share of a card, the process's own context included."""
+        return max(
+            total_bytes // self.num_sharing(index), device.context_bytes(index) + 1
+        )
+
+    def cap_bytes(self, device: Device, index: int, total_bytes: int) -> int | None:
+        """Return what the allocator may hold for a test that claims nothing; or None."""
+        if not self.admits or not self.is_capped:
+            return None
+        share = self.share_bytes(device, index, total_bytes)
+        return share - device.context_bytes(index)
+
+    # -- what the processes have in common ----------------------------------------------
+
+    @property
+    def folder(self) -> str:
+        """Where this run's processes on this machine note what they hold."""
+        return os.path.join(tenancy_root(), f"run-{self._run}")  # noqa: PTH118  # asked for in every run
+
+    def ledger(self, device: Device, index: int, total_bytes: int) -> Ledger:
+        """Return what is promised of a card, among workers and, if real, other runs."""
+        name = self.card_name(device, index)
+        if name not in self._ledgers:
+            from pytest_gpumem.tenancy.ledger import Ledger  # noqa: PLC0415  # it is shared
+
+            root = self.folder if device.kind == "simulated" else tenancy_root()
+            self._ledgers[name] = Ledger(Path(root, f"ledger-{name}"), total_bytes)
+        return self._ledgers[name]
+
+    def stand(self, device: Device, index: int) -> None:
+        """Note what this process holds of a card beyond its tests."""
+        held = device.memory_stats(index).get("reserved_bytes.all.current", 0)
+        held += device.context_bytes(index)
+        if held or self.card_name(device, index) in self._ledgers:
+            total = device.mem_get_info(index)[1]
+            self.ledger(device, index, total).stand(held)
+
+    def join_cards(self, machine: Any) -> None:
+        """Let this process and its children, or the workers, see each other's bytes.
+
+        Args:
+            machine: The simulated one.
+        """
+        if self.place is None and not self._settings.reaches_children:
+            return
+        from pytest_gpumem.tenancy.shared_card import join_cards  # noqa: PLC0415  # torch is here
+
+        if self.place is None:
+            self._own_folder = self.folder
+        count = len(self._settings.all_cards)
+        self._joined = join_cards(machine.cards, self.folder, count)
+
+    def card_name(self, device: Device, index: int) -> str:
+        """Return what all processes that share a card call it."""
+        return (
+            self._names[index] if device.kind == "simulated" else device.card_id(index)
+        )
+
+    def take_retry(self, most: int) -> bool:
+        """Tell whether another test of this run may be retried, and count it."""
+        if self.place is None:
+            self._num_retries += 1
+            return self._num_retries <= most
+        from pytest_gpumem.tenancy.counter import count_up  # noqa: PLC0415  # it happens seldom
+
+        return count_up(Path(self.folder, "retries"), most)

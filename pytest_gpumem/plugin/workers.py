@@ -1,0 +1,60 @@
+"""The controller of pytest-xdist tells workers their places and what tests took before."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+from pytest_gpumem.inheritance import tenancy_root
+from pytest_gpumem.plugin.sharing import VARIABLE, Place
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from pytest_gpumem.plugin.history import History
+
+#: The key of what tests took before, in a worker's input.
+WORKER_INPUT: Final = "gpumem_history"
+#: Ways to hand tests out in which a test's place in the order is free.
+FREE_ORDERS: Final = ("load", "worksteal")
+
+
+class Workers:
+    """Gives each worker its place among those of its machine.
+
+    Args:
+        history: What tests took before.
+    """
+
+    def __init__(self, history: History) -> None:
+        self._history: Final = history
+        self._run: Final = secrets.token_hex(8)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_setupnodes(self, specs: Sequence[Any]) -> None:
+        """Number the workers of each machine; execnet sets their environment."""
+        machines: dict[str, list[Any]] = {}
+        for spec in specs:
+            host = spec.ssh or spec.socket or spec.via or spec.vagrant_ssh or ""
+            machines.setdefault(str(host), []).append(spec)
+        for workers in machines.values():
+            for position, spec in enumerate(workers):
+                place = Place(position, len(workers), self._run)
+                spec.env[VARIABLE] = place.text
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        """Tell a worker what tests took before, where it may order them."""
+        if node.config.getoption("dist") in FREE_ORDERS:
+            taken: Mapping[str, Any] = self._history.before
+            node.workerinput[WORKER_INPUT] = json.dumps(taken)
+
+    def pytest_unconfigure(self) -> None:
+        """Remove what this machine's workers noted for each other."""
+        folder = Path(tenancy_root(), f"run-{self._run}")
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,475 @@
+"""Workers of pytest-xdist share the cards of their machine, by bytes."""
+
+from __future__ import annotations
+
+import os
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch  # noqa: F401  # an inner run may not be the first to import it
+
+from pytest_gpumem.plugin.claims import Claim, declared_claims
+from pytest_gpumem.plugin.marks import Budget, Limit, Requirement, Wishes
+from pytest_gpumem.plugin.order import largest_first
+from pytest_gpumem.plugin.settings import Settings
+from pytest_gpumem.plugin.sharing import VARIABLE, Place, take_place
+from pytest_gpumem.sizes import parse_size_spec
+
+GiB = 2**30
+
+#: Four tests at a time would need 20 of 16 GiB; none says so but by its marker.
+DECLARED = """
+import time
+import pytest
+import torch  # noqa: F401  # an inner run may not be the first to import it
+import torch
+
+@pytest.mark.requires_vram("5GiB")
+@pytest.mark.parametrize("number", range(8))
+def test_needs_five(number):
+    weights = torch.empty(5 * 2**30, dtype=torch.uint8, device="cuda")
+    time.sleep(0.1)
+"""
+
+#: Each fits the card, and not an equal share of it.
+UNDECLARED = """
+import torch
+
+def test_small():
+    torch.empty(2**30, dtype=torch.uint8, device="cuda")
+
+def test_large():
+    torch.empty(9 * 2**30, dtype=torch.uint8, device="cuda")
+
+def test_that_hides_it():
+    try:
+        weights = torch.empty(9 * 2**30, dtype=torch.uint8, device="cuda")
+    except torch.OutOfMemoryError:
+        weights = None
+    assert weights is not None
+"""
+
+WITH_FIXTURE = """
+import pytest
+import torch  # noqa: F401  # an inner run may not be the first to import it
+import torch
+
+@pytest.fixture(scope="module")
+def model():
+    return torch.empty(9 * 2**30, dtype=torch.uint8, device="cuda")
+
+def test_of_a_fixture(model):
+    assert 9 * 2**30 == model.numel()
+"""
+
+OPTIONS = ("--gpu-card=16GiB", "--gpu-values=none", "-p", "no:cacheprovider")
+
+
+@pytest.fixture(autouse=True)
+def _own_tenancy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTEST_GPUMEM_TENANCY", str(tmp_path / "tenancy"))
+
+
+def test_tests_that_say_what_they_need_wait_for_it(pytester: pytest.Pytester) -> None:
+    """Three of five GiB fit on a card of 16 at once, four do not."""
+    pytester.makepyfile(DECLARED)
+
+    result = pytester.runpytest(*OPTIONS, "-n", "4")
+
+    result.assert_outcomes(passed=8)
+    result.stdout.fnmatch_lines(["*test(s) waited for their bytes of a card*"])
+    assert "contended" not in result.stdout.str()
+
+
+def test_workers_may_have_cards_of_their_own(pytester: pytest.Pytester) -> None:
+    """--gpu-share=own is what simulated cards allow and real ones do not."""
+    pytester.makepyfile(test_a=UNDECLARED, test_b=WITH_FIXTURE)
+
+    result = pytester.runpytest(*OPTIONS, "-n", "2", "--gpu-share=own")
+
+    result.assert_outcomes(passed=4)
+    assert "shared GPUs" not in result.stdout.str()
+
+
+def test_nobody_waits_where_sharing_is_off(pytester: pytest.Pytester) -> None:
+    """Then workers are in each other's way, as on a real card without a plugin."""
+    pytester.makepyfile(
+        """
+        import time
+        from pathlib import Path
+        import pytest
+        import torch
+
+        @pytest.mark.requires_vram("9GiB")
+        @pytest.mark.parametrize("number", range(2))
+        def test_needs_nine(number):
+            here = Path(__file__).parent
+            try:
+                weights = torch.empty(9 * 2**30, dtype=torch.uint8, device="cuda")
+            finally:
+                (here / f"tried-{number}").touch()
+                for _ in range(600):
+                    if len(list(here.glob("tried-*"))) == 2:
+                        break
+                    time.sleep(0.05)
+        """
+    )
+
+    result = pytester.runpytest(*OPTIONS, "-n", "2", "--gpu-share=off")
+
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(["*OutOfMemoryError*Process * has 9.00 GiB memory*"])
+
+
+@pytest.mark.parametrize("junit", [(), ("--junitxml=junit.xml",)], ids=["", "junit"])
+def test_ooms_for_want_of_the_whole_card_are_retried_alone(
+    pytester: pytest.Pytester, junit: tuple[str, ...]
+) -> None:
+    """Each is reported as such, once, and its test as what the retry came to."""
+    pytester.makepyfile(test_a=UNDECLARED, test_b=WITH_FIXTURE)
+
+    result = pytester.runpytest(*OPTIONS, "-n", "2", "-rA", *junit)
+
+    assert 0 == result.ret
+    result.stdout.fnmatch_lines(
+        [
+            "*test_large: an OOM under contention: 9 GiB were needed of a share of "
+            "8 GiB*; retried alone, passed",
+            "*4 passed, 3 contended*",
+        ],
+    )
+    if junit:
+        cases = ET.fromstring(Path("junit.xml").read_text()).findall(".//testcase")  # noqa: S314  # our own file
+        names = [str(case.get("name")) for case in cases]
+        assert sorted(names) == sorted(set(names))
+        assert not [case for case in cases if case.find("failure") is not None]
+        told = {
+            str(case.get("name"))
+            for case in cases
+            for each in case.findall(".//property")
+            if each.get("name") == "gpumem.contention"
+        }
+        assert {"test_large", "test_of_a_fixture", "test_that_hides_it"} == told
+
+
+def test_the_number_of_retries_has_a_limit(pytester: pytest.Pytester) -> None:
+    """Beyond it an OOM under contention is a failure, and says that it was one."""
+    pytester.makepyfile(UNDECLARED)
+
+    result = pytester.runpytest(*OPTIONS, "-n", "2", "--gpu-max-contention-retries=1")
+
+    assert 1 == result.ret
+    result.stdout.fnmatch_lines(
+        ["*not retried alone: the run's limit of 1 such retries is reached*"]
+    )
+    result.stdout.fnmatch_lines(["*1 failed, 2 passed, 1 contended*"])
+
+
+def test_an_oom_of_its_own_is_not_retried(pytester: pytest.Pytester) -> None:
+    """Neither what no card holds, nor a budget's, nor a rule's."""
+    pytester.makepyfile(
+        """
+        import pytest
+        import torch
+
+        def test_more_than_the_card():
+            torch.empty(17 * 2**30, dtype=torch.uint8, device="cuda")
+
+        @pytest.mark.gpu_budget("1GiB")
+        def test_more_than_its_budget():
+            torch.empty(2 * 2**30, dtype=torch.uint8, device="cuda")
+
+        @pytest.mark.inject_oom("any:nth=1")
+        def test_injected():
+            torch.empty(1024, device="cuda")
+        """
+    )
+
+    result = pytester.runpytest(*OPTIONS, "-n", "2")
+
+    result.assert_outcomes(failed=3)
+    assert "contended" not in result.stdout.str()
+
+
+def test_an_oom_that_others_caused_within_a_budget_is_retried(
+    pytester: pytest.Pytester,
+) -> None:
+    """A test's budget is its own; what others hold beyond their claims is not."""
+    pytester.makepyfile(
+        """
+        import time
+        from pathlib import Path
+        import pytest
+        import torch
+
+        HERE = Path(__file__).parent
+
+        @pytest.mark.requires_vram("1GiB")
+        def test_a_that_takes_more_than_it_says():
+            weights = torch.empty(14 * 2**30, dtype=torch.uint8, device="cuda")
+            (HERE / "taken").touch()
+            for _ in range(400):
+                if (HERE / "tried").exists():
+                    break
+                time.sleep(0.05)
+
+        @pytest.mark.gpu_budget("4GiB")
+        def test_b_that_suffers():
+            for _ in range(400):
+                if (HERE / "taken").exists():
+                    break
+                time.sleep(0.05)
+            try:
+                torch.empty(4 * 2**30, dtype=torch.uint8, device="cuda")
+            finally:
+                (HERE / "tried").touch()
+        """
+    )
+
+    result = pytester.runpytest(*OPTIONS, "-n", "2")
+
+    assert 0 == result.ret
+    result.stdout.fnmatch_lines(
+        [
+            "*test_b_that_suffers: an OOM under contention: 4 GiB were needed, others "
+            "held 14 GiB; retried alone, passed",
+            "*2 passed, 1 contended*",
+        ]
+    )
+
+
+def test_who_has_a_card_alone_meets_nobody(pytester: pytest.Pytester) -> None:
+    """Nor does anybody begin meanwhile."""
+    pytester.makepyfile(
+        """
+        import os
+        import time
+        from pathlib import Path
+        import pytest
+        import torch
+
+        HERE = Path(__file__).parent
+
+        def _meet(kind):
+            mark = HERE / f"{kind}-{os.getpid()}"
+            mark.touch()
+            torch.empty(2**20, device="cuda")
+            time.sleep(0.05)
+            others = [path.name for path in HERE.glob("*-*") if path != mark]
+            mark.unlink()
+            return others
+
+        @pytest.mark.parametrize("number", range(6))
+        def test_shared(number):
+            assert not [name for name in _meet("shared") if "alone" in name]
+
+        @pytest.mark.gpu_exclusive
+        @pytest.mark.parametrize("number", range(3))
+        def test_alone(number):
+            assert [] == _meet("alone")
+        """
+    )
+
+    pytester.runpytest(*OPTIONS, "-n", "3").assert_outcomes(passed=9)
+
+
+def test_who_waits_too_long_is_an_error(pytester: pytest.Pytester) -> None:
+    """It names who holds the card, and how to wait longer."""
+    pytester.makepyfile(
+        """
+        import os
+        import time
+        from pathlib import Path
+        import pytest
+        import torch
+
+        @pytest.mark.requires_vram("12GiB")
+        @pytest.mark.parametrize("number", range(2))
+        def test_large(number):
+            torch.empty(1024, device="cuda")
+            time.sleep(3)
+        """
+    )
+
+    result = pytester.runpytest(*OPTIONS, "-n", "2", "--gpu-wait-timeout=0.5")
+
+    result.assert_outcomes(passed=1, errors=1)
+    result.stdout.fnmatch_lines(
+        ["*waited 0.5 s for 12884901888 bytes of a card of 17179869184*process(es)*"]
+    )
+
+
+def test_what_no_card_has_is_skipped_with_the_reason(
+    pytester: pytest.Pytester,
+) -> None:
+    """Also without workers; a wait would never end."""
+    pytester.makepyfile(
+        """
+        import pytest
+
+        @pytest.mark.requires_vram("20GiB")
+        def test_large(): pass
+
+        @pytest.mark.requires_vram("1GiB", device=1)
+        def test_second_card(): pass
+
+        @pytest.mark.gpu_budget("2GiB")
+        @pytest.mark.requires_vram("3GiB")
+        def test_budget(): pass
+
+        @pytest.mark.requires_vram("100%")
+        def test_fits(): pass
+        """
+    )
+
+    result = pytester.runpytest(*OPTIONS, "-rs")
+
+    result.assert_outcomes(passed=1, skipped=3)
+    result.stdout.fnmatch_lines_random(
+        [
+            "*requires 20GiB of card 0; the card has 16 GiB",
+            "*requires 1GiB of card 1; this run has 1 card(s)*",
+            "*requires 3GiB of card 0; its budget is 2 GiB",
+        ]
+    )
+
+
+def test_workers_are_spread_over_the_cards(pytester: pytest.Pytester) -> None:
+    """Each sees every card, another one first, in the order of the environment."""
+    pytester.makepyfile(
+        """
+        import os
+        import time
+        import pytest
+        import torch
+
+        @pytest.mark.parametrize("number", range(6))
+        def test_cards(number):
+            time.sleep(0.3)
+            name = os.environ["PYTEST_XDIST_WORKER"]
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            with open("seen", "a") as file:
+                file.write(f"{name} {visible} {torch.cuda.device_count()}\\n")
+        """
+    )
+
+    pytester.runpytest(*OPTIONS[1:], "--gpu-card=16GiB*3", "-n", "3")
+
+    seen = set((pytester.path / "seen").read_text().splitlines())
+    assert {"gw0 None 3", "gw1 1,2,0 3", "gw2 2,0,1 3"} == seen
+
+
+@pytest.mark.parametrize("option", ["--gpu-share=most", "--gpu-wait-timeout=soon"])
+def test_bad_values_are_refused(pytester: pytest.Pytester, option: str) -> None:
+    """Before any test, with what is accepted."""
+    result = pytester.runpytest(option)
+
+    assert pytest.ExitCode.USAGE_ERROR == result.ret
+    result.stderr.fnmatch_lines([f"*{option.partition('=')[0]}: *"])
+
+
+def test_nothing_is_left_behind(pytester: pytest.Pytester, tmp_path: Path) -> None:
+    """No folder of a run that is over, with workers or without."""
+    pytester.makepyfile(DECLARED)
+
+    pytester.runpytest(*OPTIONS, "-n", "2")
+    pytester.runpytest_inprocess(*OPTIONS)
+
+    assert [] == list((tmp_path / "tenancy").glob("run-*"))
+
+
+def test_a_killed_worker_gives_its_claim_back(
+    pytester: pytest.Pytester, tmp_path: Path
+) -> None:
+    """Its test fails, every other one has its turn, and nothing is left."""
+    pytester.makepyfile(
+        """
+        import os
+        import signal
+        from pathlib import Path
+        import pytest
+        import torch
+
+        @pytest.mark.requires_vram("12GiB")
+        @pytest.mark.parametrize("number", range(8))
+        def test_large(number):
+            weights = torch.empty(12 * 2**30, dtype=torch.uint8, device="cuda")
+            if number == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+        """
+    )
+
+    result = pytester.runpytest(*OPTIONS, "-n", "2", "--gpu-wait-timeout=120")
+
+    result.assert_outcomes(passed=7, failed=1)
+    result.stdout.fnmatch_lines(["*crashed while running *test_large?3?*"])
+    assert [] == [path for path in (tmp_path / "tenancy").rglob("*") if path.is_file()]
+
+
+def test_a_place_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker's children, and runs inside of it, are no workers."""
+    place = Place(2, 8, "abc")
+    monkeypatch.setenv(VARIABLE, place.text)
+
+    assert place == take_place()
+    assert VARIABLE not in os.environ
+    assert take_place() is None
+
+
+def _wishes(**given: Any) -> Any:
+    empty: dict[str, Any] = {
+        "needs_card": False,
+        "budgets": (),
+        "limits": (),
+        "rules": (),
+    }
+    return Wishes(**{**empty, **given})
+
+
+def test_what_tests_claim() -> None:
+    """requires_vram, then a budget, a limit, the run's limit, the run's budget."""
+    size = parse_size_spec
+    plain = Settings("auto", "T4", "computed", {}, (), "")
+    limited = plain._replace(max_vram=size("3GiB"), budgets={None: size("50%")})
+    totals = {0: 16 * GiB, 1: 16 * GiB}
+    limits = (Limit(size("2GiB")), Limit(size("5GiB"), "reserved"))
+    budget = (Budget(size("4GiB"), 0),)
+    required = (Requirement(size("6GiB"), 0), Requirement(size("1GiB"), 1))
+
+    assert {} == declared_claims(None, plain, totals)
+    assert {0: Claim(3 * GiB)} == declared_claims(None, limited, totals)
+    assert {0: Claim(8 * GiB)} == declared_claims(
+        None, limited._replace(max_vram=None), totals
+    )
+    assert {0: Claim(5 * GiB)} == declared_claims(
+        _wishes(limits=limits), limited, totals
+    )
+    assert {0: Claim(4 * GiB)} == declared_claims(
+        _wishes(limits=limits, budgets=budget), limited, totals
+    )
+    assert {0: Claim(6 * GiB), 1: Claim(GiB)} == declared_claims(
+        _wishes(limits=limits, budgets=budget, requirements=required), plain, totals
+    )
+    assert {0: Claim(0, is_alone=True), 1: Claim(0, is_alone=True)} == declared_claims(
+        _wishes(alone_on=(None,)), plain, totals
+    )
+
+
+class _Item:
+    def __init__(self, nodeid: str) -> None:
+        self.nodeid = nodeid
+
+
+def test_large_tests_are_dealt_out() -> None:
+    """Largest first, then longest; no worker gets all of them at once."""
+    items: list[Any] = [_Item(f"small{number}") for number in range(10)]
+    large: list[Any] = [_Item(name) for name in ("a", "b", "c", "d")]
+    mixed = [*items[:5], *large, *items[5:]]
+    needs = dict(zip(large, (4, 8, 4, 2), strict=True))
+
+    largest_first(mixed, needs, {"c": 9.0}, 2)
+
+    assert ["b", "a", "c", "d", "small0"] == [each.nodeid for each in mixed[:5]]
+    assert [each.nodeid for each in items] == [each.nodeid for each in mixed[4:]]
