@@ -322,6 +322,8 @@ def test_markdown_shows_limits_and_what_is_new_or_stale(tmp_path: Path) -> None:
         }
         for metric, measured in (("leak", 3 * 2**20), ("allocated", 5))
     ]
+    unknown = dict(found["tests"][0]["limits"][1], metric="process", held=False)
+    found["tests"][0]["limits"].append(unknown)
     entry = {"environment": "T4", "test": "x", "peaks": {"allocated": 2**20}}
     found["baseline"] = {"file": "b", "changes": [], "new": [entry], "stale": [entry]}
 
@@ -330,7 +332,8 @@ def test_markdown_shows_limits_and_what_is_new_or_stale(tmp_path: Path) -> None:
     assert "**0 changes against b, 1 new, 1 stale**" in text
     assert "| stale | peaks | environment |" in text
     assert 2 == text.count("| x | allocated 1 MiB | T4 |")
-    assert "**1 of 2 limits broken**" in text
+    assert "**2 of 3 limits broken**" in text
+    assert "| process on all cards, test | 1 MiB | 5 B | not known ❌ |" in text
     assert "| one | leak on all cards, test | 1 MiB | 3 MiB | +2 MiB ❌ |" in text
 
 
