@@ -73,3 +73,12 @@ def test_a_process_holds_what_is_reserved_and_its_context() -> None:
     peaks = [FIGURES.peak(metric) for metric in ("allocated", "reserved", "process")]
 
     assert [10, 24, 24 + 11] == peaks
+
+
+def test_figures_of_another_version_are_none() -> None:
+    """Neither fewer nor more than there are."""
+    own = dict(to_properties("call", FIGURES))
+
+    assert {} == from_properties({**own, "gpumem.call.cuda1.new_bytes": 3})
+    own.popitem()
+    assert {} == from_properties(own)
