@@ -2,7 +2,7 @@
 
 Runs pytest over 1,000 trivial tests, with the plugin and without, in turn, and compares
 the processor time of the fastest runs and of the faster half, which other programs
-disturb least.
+disturb least. Before that, what ``import pytest_gpumem`` costs beside ``import pytest``.
 
 Run: ``python benchmarks/startup.py``
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 
 TESTS = 1000
 ROUNDS = 40
+IMPORTS = 10
 
 
 def run(folder: Path, *options: str) -> float:
@@ -34,8 +35,26 @@ def run(folder: Path, *options: str) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
+def import_ms(module: str) -> float:
+    """Return the median milliseconds of an import, in a process of its own each."""
+    command = [sys.executable, "-X", "importtime", "-c", f"import {module}"]
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
+    took_us = []
+    for _ in range(IMPORTS + 1):
+        done = subprocess.run(
+            command, check=True, capture_output=True, env=environment, text=True
+        )
+        last = done.stderr.splitlines()[-1]
+        took_us.append(int(last.split("|")[1]))
+    return statistics.median(took_us[1:]) / 1000  # the first may write bytecode
+
+
 def main() -> None:
     """Print the figures, in Markdown."""
+    own, pytests = import_ms("pytest_gpumem"), import_ms("pytest")
+    print(
+        f"import pytest_gpumem {own:.1f} ms, pytest {pytests:.1f} ms, {own / pytests:.3f}\n"
+    )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         text = "import pytest\n\n\n@pytest.mark.parametrize('n', range(1000))\ndef test_it(n): pass\n"

@@ -84,7 +84,7 @@ def visible_indices(count: int) -> tuple[int, ...]:
     shown: list[int] = []
     for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","):
         text = entry.strip()
-        if not text.isdigit() or int(text) >= count:
+        if not re.fullmatch(r"[0-9]{1,4}", text) or int(text) >= count:
             break
         shown.append(int(text))
     return tuple(shown) or tuple(range(count))

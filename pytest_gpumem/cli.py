@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code: 0 done, 1 failed, 2 wrong usage."""
     options = _parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Names in files may have what the terminal's encoding has not.
+            stream.reconfigure(errors="backslashreplace")
     try:
         code: int = options.run(options)
     except (GpuMemError, OSError) as error:
@@ -142,6 +148,10 @@ def _checkpoint(options: argparse.Namespace) -> int:
 def _record(options: argparse.Namespace) -> int:
     from pytest_gpumem.recording import record, save  # noqa: PLC0415  # only this command needs it
 
+    if find_spec("torch") is None:
+        raise DeviceUnavailableError(
+            "record needs torch; install it: pip install torch"
+        )
     if not options.out.parent.is_dir():
         raise RecordingError(
             f"--out: {options.out.parent} is no folder; make it, or choose another"
@@ -188,7 +198,7 @@ def _replay(options: argparse.Namespace) -> int:
 
     try:
         trace = json.loads(options.trace.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TraceError(f"{options.trace}: no JSON: {error}") from error
     json.dump(replay(trace).to_dict(), sys.stdout)
     sys.stdout.write("\n")

@@ -16,6 +16,8 @@ def write_atomically(path: str | os.PathLike[str], text: str | Iterable[str]) ->
     """Write a text file so that a reader finds the old text or all of the new.
 
     Folders on the way are made. The permissions of a file that is replaced are kept.
+    A lone surrogate, as names in another encoding have, becomes the escape that JSON
+    reads as the same.
 
     Args:
         path: The file.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from typing import Final, NamedTuple
 
@@ -18,6 +19,7 @@ FOLDER_VARIABLE: Final = "PYTEST_GPUMEM_TENANCY"
 
 #: The key of a budget that holds for every card.
 EVERY_CARD: Final = ""
+_INDEX: Final = re.compile(r"[0-9]{1,4}")
 
 
 class Inheritance(NamedTuple):
@@ -58,10 +60,20 @@ class Inheritance(NamedTuple):
         """
         try:
             given = cls(**json.loads(text))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(
                 f"{VARIABLE} is none that a run of pytest sets ({error}); unset it"
             ) from None
+        wrong = [
+            name
+            for name, value in zip(cls._fields, given, strict=False)
+            if not _is(name, value)
+        ]
+        if wrong:
+            raise ValueError(
+                f"{VARIABLE} is none that a run of pytest sets (its {wrong[0]!r} is of "
+                "another type); unset it"
+            )
         return given._replace(rules=tuple(given.rules))
 
     def indices_here(self, visible: str | None, count: int) -> list[int]:
@@ -81,7 +93,8 @@ class Inheritance(NamedTuple):
                 for index, name in enumerate(names)
             ]
         return [
-            int(name) if name.isdigit() else index for index, name in enumerate(names)
+            int(name) if _INDEX.fullmatch(name) else index
+            for index, name in enumerate(names)
         ]
 
 
@@ -90,6 +103,19 @@ def tenancy_root() -> str:
     named = os.environ.get(FOLDER_VARIABLE)
     user = os.getuid() if hasattr(os, "getuid") else "user"
     return named or os.path.join(tempfile.gettempdir(), f"pytest-gpumem-{user}")  # noqa: PTH118  # light
+
+
+def _is(name: str, value: object) -> bool:
+    """Tell whether a setting has the type that it must have."""
+    if name == "budgets":
+        return isinstance(value, dict) and all(
+            isinstance(size, str) for size in value.values()
+        )
+    if name == "rules":
+        return isinstance(value, (list, tuple)) and all(
+            isinstance(rule, str) for rule in value
+        )
+    return isinstance(value, str) or (name == "visible" and value is None)
 
 
 def _entries(visible: str | None) -> list[str]:

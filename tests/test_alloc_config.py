@@ -96,3 +96,17 @@ def test_any_text_is_read_or_refused(text: str) -> None:
         return
 
     assert text == config.text
+
+
+def test_a_division_beyond_the_table_is_its_last() -> None:
+    """As PyTorch takes it."""
+    config = AllocatorConfig.parse("roundup_power2_divisions:[1:2,1048576:4]")
+
+    assert 2 == config.divisions[0]
+    assert 4 == config.divisions[-1]
+    assert {0} == set(config.divisions[1:-1])
+
+
+def test_without_settings_no_block_is_too_large_to_split() -> None:
+    """The bound is PyTorch's own: as many bytes as there can be."""
+    assert 2**64 - 1 == AllocatorConfig.parse("").max_split_size

@@ -129,6 +129,62 @@ def test_importing_stays_light(code: str, tmp_path: Path) -> None:
     assert 0 == done.returncode, done.stderr.decode()
 
 
+#: What reads pickles, or code, out of a file.
+_UNSAFE = {
+    ("pickle", "load"),
+    ("pickle", "loads"),
+    ("pickle", "Unpickler"),
+    ("torch", "load"),
+    ("torch.jit", "load"),
+    ("torch.hub", "load"),
+    ("numpy", "load"),
+    ("np", "load"),
+    ("marshal", "loads"),
+    ("shelve", "open"),
+    ("builtins", "eval"),
+    ("builtins", "exec"),
+}
+
+
+def _unsafe(source: str) -> list[str]:
+    """Return the calls and imports in a source that would run what a file says."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        names: list[tuple[str, str]] = []
+        if isinstance(node, ast.ImportFrom):
+            names = [(node.module or "", alias.name) for alias in node.names]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            names = [(ast.unparse(node.func.value), node.func.attr)]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            names = [("builtins", node.func.id)]
+        found += [f"{node.lineno}: {name}" for name in names if name in _UNSAFE]  # type: ignore[attr-defined]
+    return found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch\ntorch.load('x')",
+        "from pickle import loads",
+        "import numpy as np\nnp.load('x', allow_pickle=True)",
+        "pickle.Unpickler(stream).load()",
+        "eval(text)",
+    ],
+)
+def test_an_unsafe_call_is_seen(source: str) -> None:
+    """The next test can fail."""
+    assert 1 == len(_unsafe(source))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_is_unpickled(path: Path) -> None:
+    """The package loads no pickle and runs no text, whoever wrote the file.
+
+    Checkpoints in the legacy format are read by the user's own call of transformers.
+    """
+    assert [] == _unsafe(path.read_text(encoding="utf-8"))
+
+
 def test_every_public_name_can_be_had() -> None:
     """What __all__ promises is there."""
     for name in pytest_gpumem.__all__:

@@ -247,3 +247,20 @@ def test_a_card_has_the_limits_of_its_compute_capability(
         card.shared_memory_per_block_optin,
         card.shared_memory_per_multiprocessor,
     ) == figures
+
+
+@pytest.mark.parametrize("context", ["16GiB", "17GiB"])
+def test_a_context_leaves_room_on_its_card(context: str) -> None:
+    """Neither all of it nor more; one byte less is a card."""
+    with pytest.raises(CardError, match="leaves no room on the card"):
+        find_card(f"16GiB,ctx={context}")
+
+    (card,) = find_card(f"16GiB,ctx={2**34 - 1}")
+    assert 2**34 - 1 == card.context_bytes
+
+
+@pytest.mark.parametrize("capability", ["x", "0.0", "1.0", "80"])
+def test_a_capability_below_every_card_is_refused(capability: str) -> None:
+    """The lowest of the table is named."""
+    with pytest.raises(CardError, match="no compute capability; give"):
+        find_card(f"16GiB,cc={capability}")

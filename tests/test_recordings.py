@@ -145,13 +145,13 @@ def test_a_wrong_answer_is_found(recorded: dict[str, Any], part: str) -> None:
 def test_a_recording_is_whole_or_not_written(tmp_path: Path) -> None:
     """What cannot be written as JSON leaves the old file, and no other."""
     target = tmp_path / "card.json"
-    save({"kind": KIND, "format": FORMAT}, target)
+    save({"kind": KIND, "before": True}, target)
 
     with pytest.raises(TypeError):
         save({"kind": KIND, "bad": object()}, target)
 
     assert [target] == list(tmp_path.iterdir())
-    assert KIND == load(target)["kind"]
+    assert json.loads(target.read_text("utf-8"))["before"]
 
 
 @pytest.mark.parametrize(
@@ -161,6 +161,7 @@ def test_a_recording_is_whole_or_not_written(tmp_path: Path) -> None:
         ("[]", "is no recording"),
         ('{"kind": "other"}', "is no recording"),
         (json.dumps({"kind": KIND, "format": FORMAT + 1}), "upgrade pytest-gpumem"),
+        (json.dumps({"kind": KIND, "format": FORMAT}), "damaged: 'card' is no object"),
     ],
 )
 def test_a_foreign_file_is_refused(tmp_path: Path, content: str, message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -256,6 +257,18 @@ def test_a_report_of_format_1_is_read(tmp_path: Path) -> None:
     assert {"file": "b.json", "changes": [], "new": [], "stale": []} == new["baseline"]
 
 
+def _machine(host: str) -> dict[str, Any]:
+    words = dict.fromkeys(("python", "platform"), "")
+    return {
+        **words,
+        "host": host,
+        "torch": None,
+        "backend": "off",
+        "driver": None,
+        "cards": [],
+    }
+
+
 def test_compare_names_what_is_new_gone_or_broken(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -264,7 +277,7 @@ def test_compare_names_what_is_new_gone_or_broken(
     def write(name: str, test: str, measured: int, host: str) -> str:
         path = a_report(tmp_path, name, same=7, **{test: 2**20})
         found = json.loads(path.read_text("utf-8"))
-        found["environments"] = [{"host": host, "cards": []}]
+        found["environments"] = [_machine(host)]
         found["tests"][-1]["limits"] = [
             {
                 "metric": "allocated",

@@ -214,6 +214,7 @@ def test_after_counts_bytes() -> None:
 
     assert [3] == _refused("any:after=1000", sizes)
     assert [3, 4] == _refused("any:after=1000,persistent", sizes)
+    assert [4] == _refused("any:after=1109", sizes)
     assert [] == _refused("any:after=1110", sizes)
 
 
@@ -253,3 +254,70 @@ def test_sites_match_any_name() -> None:
     for pattern in ("loader.py:*", "*embeddings*", "*.bias"):
         assert parse_rule(f"any:site={pattern}").counts(request)
     assert not parse_rule("any:site=embeddings").counts(request)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("any", "allocation number 1"),
+        ("load:nth=3", "allocation number 3 in load"),
+        ("any:nth=2,times=4", "allocation number 2 and the next 3"),
+        ("any:persistent", "allocation number 1 and every later one"),
+        (
+            "load:min=1MiB,after=1GiB",
+            "the first allocation of at least 1 MiB after 1 GiB in load",
+        ),
+        ("any:after=1KiB,times=2", "the first allocation after 1 KiB and the next 1"),
+        ("forward:every=10", "every 10th allocation in forward"),
+        ("any:p=0.25,min=512B", "allocations of at least 512 B with probability 0.25"),
+    ],
+)
+def test_a_rule_is_described_in_words(text: str, words: str) -> None:
+    """As the end of a sentence."""
+    assert words == parse_rule(text).describe()
+
+
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [
+        (Rule(), "any:nth=1"),
+        (Rule(times=2), "any:nth=1,times=2"),
+        (Rule(times=None, min_bytes=1), "any:nth=1,min=1,persistent"),
+        (Rule(every=3, times=None), "any:every=3"),
+        (Rule(every=3, times=1), "any:every=3,times=1"),
+        (Rule(probability=0.5, seed=7, times=None), "any:p=0.5,seed=7"),
+        (
+            Rule(
+                "load", after_bytes=9, max_bytes=8, device_index=0, site="*", thread="x"
+            ),
+            "load:after=9,max=8,device=0,site=*,thread=x",
+        ),
+    ],
+)
+def test_a_rule_is_written_without_what_goes_without_saying(
+    rule: Rule, text: str
+) -> None:
+    """Only keys that say something."""
+    assert text == str(rule)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "takes"),
+    [
+        (None, "main", True),
+        ("main", "main", True),
+        ("main", "pool-1", False),
+        ("other", "main", False),
+        ("other", "pool-1", True),
+        ("other", "a", True),
+        ("pool-*", "pool-1", True),
+        ("pool-*", "loader", False),
+    ],
+)
+def test_a_rule_takes_the_threads_that_it_names(
+    pattern: str | None, name: str, *, takes: bool
+) -> None:
+    """``other`` is any but the main one, wherever its name sorts."""
+    request = Request(1024, 0, "other", thread=name)
+
+    assert takes == Rule(thread=pattern).counts(request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from typing import TYPE_CHECKING
 
@@ -99,3 +100,27 @@ def test_a_call_follows_an_import(
 
     assert [7, 7] == seen
     assert "SourceFileLoader" in type(late_module.__loader__).__name__
+
+
+def test_a_call_waits_while_a_module_is_only_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Libraries look whether there is torch before they import it; or it fails once."""
+    (tmp_path / "looked_for.py").write_text("import sys\nsys.look_for_it", "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    seen: list[str] = []
+    hooks = [AfterImport("looked_for", lambda: seen.append("now")) for _ in range(2)]
+    for hook in hooks:
+        hook.start()
+
+    assert importlib.util.find_spec("looked_for") is not None
+    with pytest.raises(AttributeError, match="look_for_it"):
+        importlib.import_module("looked_for")
+    before = list(seen)
+    monkeypatch.setattr(sys, "look_for_it", True, raising=False)
+    hooks[0].stop()
+    importlib.import_module("looked_for")
+
+    assert [] == before
+    assert ["now"] == seen
+    assert not set(hooks) & set(sys.meta_path)

@@ -314,3 +314,11 @@ def test_any_text_is_a_positive_size_or_a_size_error(text: str) -> None:
         assert error.value == text  # noqa: PT017  # either outcome is right
     else:
         assert 0 < nbytes <= MAX_BYTES
+
+
+def test_a_long_text_is_not_shown_whole() -> None:
+    """Nor less of it than fits on a line."""
+    with pytest.raises(SizeError) as caught:
+        parse_size("x" * 500)
+
+    assert f"size '{'x' * 55}...' cannot be read; write bytes" in str(caught.value)

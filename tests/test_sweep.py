@@ -325,7 +325,7 @@ def test_code_that_allocates_nothing_has_nothing_to_sweep() -> None:
         ({"modes": ["often"]}, SweepError, "'often'; accepted are transient"),
         ({"modes": "transient"}, SweepError, "give a list"),
         ({"modes": []}, SweepError, "give a list"),
-        ({"flavours": "native"}, SweepError, "give a list of flavours"),
+        ({"flavours": "native"}, SweepError, "give a list"),
         ({"timeout_s": 0}, SweepError, "give seconds above 0"),
         ({"rule": "sometimes"}, RuleError, "'sometimes' is no phase"),
         ({"only": "any:nth=0"}, RuleError, "nth"),

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem.errors import BaselineError
 from pytest_gpumem.files import write_atomically
+from pytest_gpumem.sizes import MAX_BYTES
 
 if TYPE_CHECKING:
     import os
@@ -149,7 +150,7 @@ def _is_peaks(value: Any) -> bool:
         and all(
             isinstance(peaks, dict)
             and all(
-                isinstance(nbytes, int) and not isinstance(nbytes, bool) and nbytes >= 0
+                type(nbytes) is int and 0 <= nbytes <= MAX_BYTES
                 for nbytes in peaks.values()
             )
             for peaks in tests.values()

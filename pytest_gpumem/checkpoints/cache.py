@@ -75,7 +75,7 @@ def find_damage(
     except OSError as error:
         missing = Path(error.filename or folder).name
         return f"{missing} cannot be read: {error.strerror}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return f"{MANIFEST} is not as it was written"
     return None
 
@@ -214,7 +214,7 @@ def _is_of(folder: Path, request: Mapping[str, Any]) -> bool:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         return bool(manifest["request"] == digest_of(request))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

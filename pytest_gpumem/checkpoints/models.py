@@ -156,7 +156,7 @@ def _from_file(path: Path, architecture: str | None) -> ModelSpec:
         )
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
     if not isinstance(entries, dict):
         raise CheckpointError(f"{file} is no config of transformers")
@@ -170,7 +170,10 @@ def _spec(name: str, entries: Mapping[str, Any], architecture: str | None) -> Mo
             f"the config of {name} has no model_type, so nothing tells which model it "
             'is of; add for example "model_type": "bert"'
         )
-    own = (entries.get("architectures") or [None])[0]
+    listed = entries.get("architectures")
+    own = listed[0] if isinstance(listed, list) and listed else None
+    if own is not None and not isinstance(own, str):
+        raise CheckpointError(f"the config of {name} has no class in its architectures")
     config_dict = {key: entries[key] for key in entries if key not in _IDLE}
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or model_type
     return ModelSpec(plain, config_dict, architecture or own)

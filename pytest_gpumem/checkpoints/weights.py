@@ -15,6 +15,15 @@ if TYPE_CHECKING:
     import torch
 
 _WHOLE: Final = ("model.safetensors", "pytorch_model.bin")
+#: What reading an index may raise that is damaged in any way.
+_UNREADABLE: Final = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+)
 
 
 def missing_weights(folder: Path) -> str | None:
@@ -35,9 +44,9 @@ def missing_weights(folder: Path) -> str | None:
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             shards = sorted({str(shard) for shard in weight_map.values()})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            missing = [shard for shard in shards if not (folder / shard).is_file()]
+        except _UNREADABLE:
             return f"{index.name} cannot be read"
-        missing = [shard for shard in shards if not (folder / shard).is_file()]
         return f"{missing[0]} is missing" if missing else None
     return f"it has neither {' nor '.join(_WHOLE)}, nor an index of either"
 

@@ -25,13 +25,15 @@ SUFFIX: Final = ".gpumem"
 #: Rules whose strikes are counted.
 MAX_RULES: Final = 32
 
-_HEADER: Final = 1024
 #: Stands for a figure that is not known.
 _UNKNOWN: Final = -1
 _NAMES: Final = tuple(field.name for field in fields(MemoryFigures))
 _CARD: Final = struct.Struct(f"<q{len(_NAMES)}q")
 _COUNTS: Final = struct.Struct(f"<q{MAX_RULES}q")
-_SIZE: Final = _HEADER + _COUNTS.size + MAX_CARDS * _CARD.size
+#: Counts, cards, and then what the file is about, as JSON of any length.
+_FIGURES: Final = _COUNTS.size + MAX_CARDS * _CARD.size
+#: Source: ``PID_MAX_LIMIT`` in Linux's ``include/linux/threads.h``.
+_MAX_PID: Final = 2**22
 
 
 class ChildFigures(NamedTuple):
@@ -67,12 +69,11 @@ class Note:
 
     def __init__(self, folder: Path, environment: str) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        about = {"pid": os.getpid(), "environment": environment}
-        header = json.dumps(about).encode().ljust(_HEADER)
+        about = json.dumps({"pid": os.getpid(), "environment": environment}).encode()
         handle, temporary = tempfile.mkstemp(suffix=".new", dir=folder)
         try:
-            os.write(handle, header + bytes(_SIZE - _HEADER))
-            self._map: Final = mmap.mmap(handle, _SIZE)
+            os.write(handle, bytes(_FIGURES) + about)
+            self._map: Final = mmap.mmap(handle, _FIGURES)
         finally:
             os.close(handle)
         made = Path(temporary)
@@ -81,11 +82,11 @@ class Note:
     def write(self, num_requests: int, strikes: Sequence[int]) -> None:
         """Note how much was asked for, and what rules refused."""
         counted = [*strikes[:MAX_RULES], *[0] * (MAX_RULES - len(strikes))]
-        _COUNTS.pack_into(self._map, _HEADER, num_requests, *counted)
+        _COUNTS.pack_into(self._map, 0, num_requests, *counted)
 
     def write_card(self, index: int, figures: MemoryFigures) -> None:
         """Note a card's figures, under the index that the run knows it by."""
-        place = _HEADER + _COUNTS.size + index * _CARD.size
+        place = _COUNTS.size + index * _CARD.size
         _CARD.pack_into(self._map, place, 1, *_values(figures))
 
 
@@ -97,13 +98,16 @@ def read_note(path: Path) -> ChildFigures | None:
     """Return what a file says; None if it is no such file."""
     try:
         content = path.read_bytes()
-        about = json.loads(content[:_HEADER])
-        num_requests, *strikes = _COUNTS.unpack_from(content, _HEADER)
-    except (OSError, ValueError, struct.error):
+        about = json.loads(content[_FIGURES:])
+        pid, environment = about["pid"], about["environment"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+    if type(pid) is not int or not 0 < pid <= _MAX_PID or type(environment) is not str:
+        return None
+    num_requests, *strikes = _COUNTS.unpack_from(content)
     found = {}
     for index in range(MAX_CARDS):
-        place = _HEADER + _COUNTS.size + index * _CARD.size
+        place = _COUNTS.size + index * _CARD.size
         is_used, *values = _CARD.unpack_from(content, place)
         if is_used:
             figures: dict[str, Any] = {
@@ -114,8 +118,8 @@ def read_note(path: Path) -> ChildFigures | None:
             found[index] = MemoryFigures(**figures)
     return ChildFigures(
         path,
-        about["pid"],
-        about["environment"],
+        pid,
+        environment,
         num_requests,
         tuple(strikes),
         found,

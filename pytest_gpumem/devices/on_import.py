@@ -51,16 +51,21 @@ class AfterImport(importlib.abc.MetaPathFinder):
         target: ModuleType | None = None,
     ) -> ModuleSpec | None:
         """Find the module as Python would, with its loader wrapped."""
-        if fullname != self._name:
+        if fullname != self._name or self not in sys.meta_path:
             return None
-        self.stop()
-        for finder in sys.meta_path:
+        # Whoever only looks for the module does not import it: the hook stays.
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
             spec = finder.find_spec(fullname, path, target)
             if spec is not None:
                 if spec.loader is not None:
-                    spec.loader = _Loader(spec.loader, self._callback)
+                    spec.loader = _Loader(spec.loader, self._imported)
                 return spec
         return None
+
+    def _imported(self) -> None:
+        if self in sys.meta_path:  # else it was stopped meanwhile
+            self.stop()
+            self._callback()
 
 
 class _Loader(importlib.abc.Loader):

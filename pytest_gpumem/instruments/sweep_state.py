@@ -85,7 +85,7 @@ class SweepState:
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
             header: Any = json.loads(lines[0])
-        except (OSError, ValueError, IndexError):
+        except (OSError, ValueError, IndexError, RecursionError):
             return {}
         if header != self._header:
             return {}
@@ -97,5 +97,5 @@ def _outcome(line: str) -> Outcome | None:
     """Read a line; None for one that a killed process wrote in part."""
     try:
         return Outcome.from_json(json.loads(line))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, RecursionError):
         return None

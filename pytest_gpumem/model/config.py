@@ -14,6 +14,7 @@ MIB: Final = 2**20
 UNLIMITED: Final = 2**64 - 1
 #: Entries of the division table: 1 MiB … 32 GiB, one for each power of two.
 NUM_DIVISIONS: Final = 16
+_NUMBER: Final = re.compile(r"[0-9]{1,12}")
 #: Keys that change no byte of the device's own counts; accepted and kept unread.
 _WITHOUT_EFFECT: Final = frozenset(
     {
@@ -105,7 +106,7 @@ def config_from_environment() -> AllocatorConfig:
 
 
 def _megabytes(key: str, value: str, lowest: int) -> int:
-    if not value.isdigit() or int(value) < lowest:
+    if not _NUMBER.fullmatch(value) or int(value) < lowest:
         raise ValueError(
             f"CachingAllocator option {key} too small, must be >= {lowest}, got {value!r}"
         )
@@ -161,7 +162,7 @@ def _read(  # noqa: C901, PLR0911, PLR0912  # a list of keys
 
 
 def _power_of_two(value: str) -> int:
-    if not value.isdigit() or int(value) < 1 or int(value) & (int(value) - 1):
+    if not _NUMBER.fullmatch(value) or int(value).bit_count() != 1:
         raise ValueError(
             f"For roundups, the divisions has to be power of 2, got {value!r}"
         )

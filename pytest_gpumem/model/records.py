@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 PREFIX: Final = "gpumem"
 #: Figures that may be not known.
 OPTIONAL: Final = frozenset({"peak_process_bytes", "peak_card_bytes"})
+_CARD: Final = re.compile("cuda[0-9]{1,4}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ def from_properties(
     grouped: dict[tuple[str, int], dict[str, int]] = {}
     for name, value in properties.items():
         parts = name.split(".")
-        if len(parts) == 4 and parts[0] == PREFIX and parts[2].startswith("cuda"):  # noqa: PLR2004  # the four parts of a name
+        if len(parts) == 4 and parts[0] == PREFIX and _CARD.fullmatch(parts[2]):  # noqa: PLR2004  # the four parts of a name
             key = (parts[1], int(parts[2].removeprefix("cuda")))
             grouped.setdefault(key, {})[parts[3]] = int(value)
     known = [field.name for field in fields(MemoryFigures)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -51,22 +52,20 @@ class SweepPlan:
             raise SweepError(
                 f"points={points!r}; accepted are 'all', 'sites' or a number from 1 on"
             )
-        if not self.modes or isinstance(self.modes, str):
-            raise SweepError(
-                f"modes={self.modes!r}; give a list, such as {list(MODES)}"
-            )
-        for mode in self.modes:
-            if mode not in MODES:
-                raise SweepError(f"mode {mode!r}; accepted are {', '.join(MODES)}")
-        if not self.flavours or isinstance(self.flavours, str):
-            raise SweepError(f"flavours={self.flavours!r}; give a list of flavours")
-        if self.timeout_s is not None and self.timeout_s <= 0:
+        _check_words("mode", self.modes, MODES)
+        _check_words("flavour", self.flavours, FLAVOURS)
+        if self.timeout_s is not None and not _is_seconds(self.timeout_s):
             raise SweepError(f"timeout_s={self.timeout_s!r}; give seconds above 0")
-        for flavour in self.flavours:
-            if flavour not in FLAVOURS:
-                raise SweepError(
-                    f"flavour {flavour!r}; accepted are {', '.join(FLAVOURS)}"
-                )
+        if not isinstance(self.recover, bool):
+            raise SweepError(f"recover={self.recover!r}; accepted are True and False")
+        if not _is_shard(self.shard):
+            raise SweepError(
+                f"shard={self.shard!r}; give an index from 0 on and a count above it"
+            )
+        for name in ("rule", "only"):
+            text = getattr(self, name)
+            if not isinstance(text, str) and (text is not None or name == "rule"):
+                raise SweepError(f"{name}={text!r} is no text such as 'load:nth=3'")
         self.base()
         if self.only is not None:
             parse_rule(self.only)
@@ -96,3 +95,23 @@ class SweepPlan:
         """
         times = None if mode == "persistent" else 1
         return replace(self.base(), nth=number, times=times, flavour=flavour)
+
+
+def _check_words(name: str, words: object, accepted: Sequence[str]) -> None:
+    if not words or not isinstance(words, (list, tuple)):
+        raise SweepError(f"{name}s={words!r}; give a list, such as {[accepted[0]]}")
+    for word in words:
+        if word not in accepted:
+            raise SweepError(f"{name} {word!r}; accepted are {', '.join(accepted)}")
+
+
+def _is_seconds(value: object) -> bool:
+    # A longer time overflows where it is waited for.
+    return isinstance(value, (int, float)) and 0 < value <= threading.TIMEOUT_MAX
+
+
+def _is_shard(value: object) -> bool:
+    if not isinstance(value, (list, tuple)) or len(value) != len(("index", "count")):
+        return False
+    index, count = value
+    return isinstance(index, int) and isinstance(count, int) and 0 <= index < count

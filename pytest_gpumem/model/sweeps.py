@@ -114,8 +114,15 @@ class Outcome:
 
         Raises:
             KeyError: Something is missing.
-            ValueError: There is no such verdict.
+            ValueError: There is no such verdict, or a value of another type.
         """
+        if not isinstance(entry, dict):
+            raise ValueError(f"{entry!r:.60} is no point of a sweep")  # noqa: TRY004  # of a file
+        for name, kinds in _KINDS.items():
+            if not isinstance(entry[name], kinds):
+                raise ValueError(f"{name}={entry[name]!r:.60} is of another type")  # noqa: TRY004  # likewise
+        if not all(isinstance(each, str) for each in entry["holders"]):
+            raise ValueError("a holder is no text")
         point = Point(*(entry[key] for key in Point.__dataclass_fields__))
         return cls(
             point,
@@ -126,6 +133,15 @@ class Outcome:
             entry["seconds"],
             entry["num_injected"],
         )
+
+
+#: Of what type each entry of ``Outcome.to_json`` is.
+_KINDS: Final[dict[str, type | tuple[type, ...]]] = {
+    **dict.fromkeys(("mode", "flavour", "rule", "site", "verdict", "detail"), str),
+    **dict.fromkeys(("number", "left_bytes", "num_injected"), int),
+    "seconds": (int, float),
+    "holders": list,
+}
 
 
 @dataclass(slots=True)

@@ -61,13 +61,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(run, PLUGIN_NAME)
     config.pluginmanager.register(collection, "gpumem-collection")
     config.pluginmanager.register(run.children, "gpumem-children")
+    is_real = run.choice.kind == "cuda" and run.settings.share == "equal"
+    if run.sharing.admits or is_real:
+        # Before what else runs tests, such as the search for their smallest budgets.
+        _share(run, config, collection)
     if run.settings.baseline is not None:
         _gate(run, config)
     if run.settings.suggest is not None or run.settings.find_budget:
         _suggest(run, config)
-    is_real = run.choice.kind == "cuda" and run.settings.share == "equal"
-    if run.sharing.admits or is_real:
-        _share(run, config, collection)
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(
             SummaryPlugin(collection.phases, config), "gpumem-summary"

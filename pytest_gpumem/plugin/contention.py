@@ -125,7 +125,7 @@ class Contention:
 
     # -- the retry --------------------------------------------------------------------
 
-    @pytest.hookimpl(tryfirst=True, specname="pytest_runtest_protocol")
+    @pytest.hookimpl(specname="pytest_runtest_protocol")
     def pytest_run_attempt(
         self, item: pytest.Item, nextitem: pytest.Item | None
     ) -> bool | None:

@@ -115,12 +115,16 @@ class Limits:
         from pytest_gpumem.model.records import from_properties  # noqa: PLC0415  # there are figures
 
         peaks: dict[_Bound, int] = {}
+        unknown: set[_Bound] = set()
         for (phase, index), figures in from_properties(
             dict(item.user_properties)
         ).items():
             for bound in self._of(phase):
                 if bound.device_index == index:
                     peak = figures.peak(bound.limit.metric)
+                    if peak is None:
+                        peak = figures.peak_reserved_bytes  # that much at least
+                        unknown.add(bound)
                     peaks[bound] = max(peak, peaks.get(bound, 0))
         return [
             outcome_of(
@@ -129,6 +133,7 @@ class Limits:
                 bound.limit.phase,
                 bound.nbytes,
                 peaks.get(bound, 0),
+                is_known=bound not in unknown,
             )
             for bound in self._bounds
         ]
@@ -150,16 +155,25 @@ class Limits:
 
 
 def outcome_of(
-    metric: str, device_index: int | None, phase: str, limit: int, measured: int
+    metric: str,
+    device_index: int | None,
+    phase: str,
+    limit: int,
+    measured: int,
+    *,
+    is_known: bool = True,
 ) -> dict[str, Any]:
-    """Return a limit as reports have it; bytes are ``int``."""
+    """Return a limit as reports have it; bytes are ``int``.
+
+    One whose bytes are not known did not hold.
+    """
     return {
         "metric": metric,
         "device_index": device_index,
         "phase": phase,
         "limit_bytes": limit,
         "measured_bytes": measured,
-        "held": measured <= limit,
+        "held": is_known and measured <= limit,
     }
 
 

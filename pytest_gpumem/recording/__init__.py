@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem.errors import RecordingError
 from pytest_gpumem.files import write_atomically
+from pytest_gpumem.recording.shape import find_damage
 
 if TYPE_CHECKING:
     import os
@@ -90,12 +91,12 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a recording.
 
     Raises:
-        RecordingError: It is none, or of a newer format.
+        RecordingError: It is none, damaged, or of a newer format.
         OSError: The file cannot be read.
     """
     try:
         recorded = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecordingError(f"{path}: no JSON: {error}") from error
     if not isinstance(recorded, dict) or recorded.get("kind") != KIND:
         raise RecordingError(
@@ -107,6 +108,9 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path} has format {version!r}, newer than {FORMAT}, which this version "
             "reads; upgrade pytest-gpumem"
         )
+    damage = find_damage(recorded)
+    if damage is not None:
+        raise RecordingError(f"{path} is damaged: {damage}; record it again")
     return recorded
 
 

@@ -58,7 +58,9 @@ def phase_differences(
     recorded: Mapping[str, Any], measured: Mapping[str, Any]
 ) -> Iterator[Difference]:
     """Yield the figures of a model's phases that two recordings do not share."""
-    for want, have in zip(recorded["phases"], measured["phases"], strict=True):
+    if len(recorded["phases"]) != len(measured["phases"]):
+        yield Difference("plans", len(recorded["phases"]), len(measured["phases"]))
+    for want, have in zip(recorded["phases"], measured["phases"], strict=False):
         plan = " ".join(want["plan"].values())
         if want["plan"] != have["plan"] or want.get("oom") != have.get("oom"):
             yield Difference(f"{plan}, outcome", want.get("oom"), have.get("oom"))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem._version import __version__
 from pytest_gpumem.errors import ReportError
-from pytest_gpumem.reports.recorded import RecordedTest, is_record
+from pytest_gpumem.reports.recorded import RecordedTest, filled
 
 if TYPE_CHECKING:
     import os
@@ -99,25 +99,23 @@ def parse(text: str, name: str) -> Report:
             f"{name} has format version {version!r}; this pytest-gpumem reads up to "
             f"{VERSION}: upgrade it"
         )
-    tests: Any = found.get("tests")
-    runs: Any = found.get("runs")
-    environments: Any = found.get("environments", [])
-    baseline = found.get("baseline")
-    if (
-        not _is_list_of(str, runs)
-        or not _is_list_of(dict, environments)
-        or not _is_list_of(RecordedTest, tests)
-        or not (baseline is None or _is_baseline(baseline))
-    ):
-        raise ReportError(f"{name} is damaged; write it again with --gpu-report")
-    if baseline is not None:
-        baseline = {"new": [], "stale": [], **baseline}
+    from pytest_gpumem.reports.check import find_damage  # noqa: PLC0415  # a run writes only
+
+    head, tests = _since_2(found), found.get("tests")
+    whole = isinstance(tests, list) and all(
+        type(each) is RecordedTest for each in tests
+    )
+    damage = find_damage({**head, "tests": [] if whole else tests})
+    if damage is not None:
+        raise ReportError(
+            f"{name} is damaged ({damage}); write it again with --gpu-report"
+        )
     return Report(
-        tuple(runs),
-        tuple(environments),
-        baseline,
-        by_name(tests),
-        str(found.get("plugin")),
+        tuple(head["runs"]),
+        tuple(head["environments"]),
+        head["baseline"],
+        by_name(found["tests"]),
+        head["plugin"],
     )
 
 
@@ -134,21 +132,20 @@ def read(path: str | os.PathLike[str]) -> Report:
     return parse(text, str(path))
 
 
+def _since_2(found: dict[str, Any]) -> dict[str, Any]:
+    """Return a report's head with what an earlier format lacks."""
+    head = {**found, "version": VERSION}
+    head.setdefault("environments", [])
+    if isinstance(head.get("baseline"), dict):
+        head["baseline"] = {"new": [], "stale": [], **head["baseline"]}
+    return head
+
+
 def _compact(found: dict[str, Any]) -> Any:
     """Keep a test as text as soon as it is read: it is far smaller so."""
-    if "nodeid" in found and "figures" in found and is_record(found):
-        return RecordedTest.of(found)
-    return found
+    if "nodeid" not in found or "figures" not in found:
+        return found
+    from pytest_gpumem.reports.check import find_damage_of_a_test  # noqa: PLC0415  # a run writes only
 
-
-def _is_list_of(kind: type, value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(each, kind) for each in value)
-
-
-def _is_baseline(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and isinstance(value.get("file"), str)
-        and _is_list_of(dict, value.get("changes"))
-        and all(_is_list_of(dict, value.get(name, [])) for name in ("new", "stale"))
-    )
+    record = filled(found)
+    return found if find_damage_of_a_test(record) else RecordedTest.of(record)

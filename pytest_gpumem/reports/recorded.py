@@ -17,6 +17,7 @@ COMPACT: Final = (",", ":")
 _SINCE_2: Final[dict[str, Any]] = {
     "host": "",
     "limits": [],
+    "unknown": None,
     "waited_s": 0.0,
     "contention": None,
 }
@@ -44,7 +45,7 @@ class RecordedTest(NamedTuple):
     @classmethod
     def apart(cls, record: Mapping[str, Any], timeline: str) -> RecordedTest:
         """Return a record's text, with a timeline that is text already."""
-        head = {**_SINCE_2, **record}
+        head = filled(record)
         head.pop("timeline", None)
         return cls(record["nodeid"], json.dumps(head, separators=COMPACT), timeline)
 
@@ -59,22 +60,9 @@ class RecordedTest(NamedTuple):
         return found
 
 
-def is_record(value: Any) -> bool:
-    """Tell whether something that was read can be a test's record."""
-    return (
-        isinstance(value, dict)
-        and all(isinstance(value.get(name), str) for name in ("nodeid", "environment"))
-        and all(
-            isinstance(value.get(name, []), list)
-            and all(isinstance(each, kind) for each in value.get(name, []))
-            for name, kind in (
-                ("figures", dict),
-                ("limits", dict),
-                ("sweeps", dict),
-                ("fallbacks", list),
-            )
-        )
-    )
+def filled(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record with what one of an earlier format lacks."""
+    return {**_SINCE_2, **record}
 
 
 def test_record(

@@ -1,0 +1,403 @@
+"""Any file is read, refused by the project's own error, or of no use; never more."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import jsonschema
+from fuzzing import NESTED, broken, files, fuzz, json_values, texts
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+from pytest_gpumem.baselines import Baseline
+from pytest_gpumem.checkpoints.cache import MANIFEST, find_damage
+from pytest_gpumem.checkpoints.models import model_spec
+from pytest_gpumem.checkpoints.weights import missing_weights
+from pytest_gpumem.children.notes import SUFFIX, Note, read_notes, together
+from pytest_gpumem.cli import main
+from pytest_gpumem.errors import (
+    BaselineError,
+    CheckpointError,
+    RecordingError,
+    ReportError,
+    TraceError,
+)
+from pytest_gpumem.model.records import MemoryFigures, from_properties, to_properties
+from pytest_gpumem.model.replay import replay
+from pytest_gpumem.recording import FORMAT, KIND, load, save
+from pytest_gpumem.recording.compare import differences
+from pytest_gpumem.reports import check, document, recorded
+from pytest_gpumem.reports.markdown import markdown
+from pytest_gpumem.reports.page import page
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pytest
+
+FIGURES = MemoryFigures(0, 9, 8, 7, 6, 5, 4, 3, 2, 1)
+
+# -- documents that are right ---------------------------------------------------------
+
+BASELINE: dict[str, Any] = {
+    "format": "pytest-gpumem baseline",
+    "version": 1,
+    "peaks": {"T4": {"t.py::a": {"allocated": 5, "cuda:1 reserved": 2**21}}},
+}
+SITE = {"site": "a.py:f", "allocations": 2, "failed": 2, "verdicts": {"recovered": 2}}
+SWEEP = {
+    "nodeid": "t.py::a",
+    "name": "a",
+    "recover": True,
+    "points": 2,
+    "failures": 1,
+    "resumed": 0,
+    "seconds": 0.5,
+    "sites": [SITE],
+    "replays": [{"site": "a.py:f", "verdict": "leak", "points": 1, "command": "x"}],
+}
+STEP = {
+    "cause": "2 MiB",
+    "budget_bytes": 2**21,
+    "fault": None,
+    "rung": "cpu",
+    "num_ooms": 1,
+    "peak_reserved_bytes": 2**21,
+    "left_bytes": 0,
+    "holders": [],
+    "problems": ["x"],
+}
+CARD = {
+    "device_index": 0,
+    "budget_bytes": None,
+    "total_bytes": 2**34,
+    "num_events": 2,
+    "peak_bytes": 512,
+    "points": [[1, 512, 2**21], [2, 0, 2**21]],
+    "live_at_peak": [{"site": "a.py:3", "bytes": 512}],
+}
+CHANGE = {"test": "t.py::a", "metric": "allocated", "before": 1, "now": 2}
+
+
+def _report() -> dict[str, Any]:
+    properties = [
+        ("gpumem.environment", "T4"),
+        *to_properties("call", FIGURES),
+        ("gpumem.fixture.module.table", 5),
+        ("gpumem.sweep", json.dumps(SWEEP)),
+        ("gpumem.fallback", json.dumps([STEP])),
+        ("gpumem.timeline", json.dumps([CARD])),
+    ]
+    test = recorded.test_record("t.py::a", "passed", 0.1, properties)
+    assert test is not None
+    baseline = {
+        "file": "b.json",
+        "changes": [{**CHANGE, "is_regression": True}],
+        "new": [],
+        "stale": [],
+    }
+    report = document.Report(("T4, no budget",), (), baseline, (test,))
+    text = document.to_text(report)
+    return dict(json.loads(text))
+
+
+REPORT = _report()
+SCHEMA = json.loads(check.SCHEMA.read_text("utf-8"))
+TRACE: dict[str, Any] = {
+    "meta": {
+        "name": "n",
+        "total_bytes": 2**26,
+        "ctx": 2**20,
+        "conf": "max_split_size_mb:20,expandable_segments:False",
+        "addr": "firstfit",
+        "streams": {"0": 0, "1": 7},
+    },
+    "fields": ["allocated", "reserved", "num_ooms", "oom"],
+    "events": [
+        {"op": "set_fraction", "fraction": 0.9},
+        {"op": "alloc", "id": 1, "bytes": 2**20, "stream": 0},
+        {"op": "record_stream", "id": 1, "stream": 1},
+        {"op": "events_pending", "value": True},
+        {"op": "alloc", "id": "x", "bytes": 2**30, "stream": 1},
+        {"op": "free", "id": 1},
+        {"op": "set_ctx", "bytes": 2**21},
+        {"op": "empty_cache"},
+    ],
+    "rows": [[0, 0, 0, 0]] * 8,
+    "oom": {"4": "text"},
+}
+RECORDING: dict[str, Any] = {
+    "kind": KIND,
+    "format": FORMAT,
+    "card": {"name": "T4"},
+    "versions": {"torch": "2.13"},
+    "context_bytes": 5,
+    "workspace_bytes": {"matmul": 5},
+    "oom_texts": {"first": "CUDA out of memory."},
+    "traces": [TRACE],
+    "phases": [{"plan": {"load": "to"}, "phases": {"load": {"allocated": 5}}}],
+}
+
+
+# -- baselines --------------------------------------------------------------------------
+
+
+@fuzz
+@given(content=files(BASELINE))
+def test_a_baseline_is_read_or_refused(content: bytes, tmp_path: Path) -> None:
+    """What is read can be compared, merged and written, and is then the same."""
+    path = tmp_path / "b.json"
+    path.write_bytes(content)
+    try:
+        baseline = Baseline.read(path)
+    except BaselineError:
+        assert 1 == main(["compare", str(path), str(path)])
+        return
+
+    assert 0 == main(["compare", str(path), str(path), "--fail=allocated:5%"])
+    assert 0 == main(["merge", str(path), str(path), "--out", str(tmp_path / "o.json")])
+    assert baseline == Baseline.read(tmp_path / "o.json")
+
+
+@fuzz
+@given(test=texts, environment=texts, nbytes=st.integers(0, 2**63 - 1))
+def test_every_baseline_can_be_written(
+    test: str, environment: str, nbytes: int, tmp_path: Path
+) -> None:
+    """Names of tests may be anything that a file's name can be."""
+    baseline = Baseline({environment: {test: {"allocated": nbytes}}})
+
+    baseline.write(tmp_path / "b.json")
+
+    assert baseline == Baseline.read(tmp_path / "b.json")
+
+
+# -- reports ----------------------------------------------------------------------------
+
+
+@fuzz
+@given(content=files(REPORT))
+@example(content=json.dumps({**REPORT, "new": [1e400]}).encode())
+@example(
+    content=(json.dumps(REPORT)[:-1] + ',"new":' + "[" * 300 + "]" * 300 + "}").encode()
+)
+def test_a_report_is_read_or_refused(content: bytes, tmp_path: Path) -> None:
+    """What is read can be shown, merged and compared, and written as it was."""
+    path, out = tmp_path / "r.json", tmp_path / "o.json"
+    path.write_bytes(content)
+    try:
+        report = document.read(path)
+    except ReportError:
+        assert 1 == main(["report", str(path)])
+        assert 1 == main(["merge", str(path), str(path), "--out", str(out)])
+        return
+
+    assert report == document.parse(document.to_text(report), "again")
+    assert markdown(report)
+    assert "<script" in "".join(page(report))
+    made = ["--html", str(tmp_path / "r.html"), "--md", str(tmp_path / "r.md")]
+    assert 0 == main(["report", str(path), *made])
+    assert 0 == main(["report", str(path)])
+    assert 0 == main(["merge", str(path), str(path), "--out", str(out)])
+    assert 0 == main(["compare", str(out), str(path), "--fail=reserved:0"])
+
+
+@fuzz
+@given(report=broken(REPORT))
+def test_what_is_taken_for_a_report_is_one_by_the_schema(report: Any) -> None:
+    """And the other way round, but for numbers that no card and no JSON has."""
+    is_by_schema = jsonschema.Draft202012Validator(SCHEMA).is_valid(report)
+
+    if check.find_damage(report) is None:
+        assert is_by_schema
+    elif is_by_schema:
+        text = json.dumps(report)
+        numbers = [*_numbers_of(report)]
+        assert (
+            any(word in text for word in ("Infinity", "NaN"))
+            or any(abs(number) >= 2**63 for number in numbers)
+            or any(isinstance(number, float) for number in numbers)  # 1.0 is an integer
+        )
+
+
+def _numbers_of(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [number for each in value for number in _numbers_of(each)]
+    return [value] if isinstance(value, (int, float)) else []
+
+
+def test_the_schema_says_nothing_that_is_not_checked() -> None:
+    """Each of its words is one that the check knows."""
+
+    def words(schema: dict[str, Any]) -> set[str]:
+        found = set(schema)
+        inner = [
+            schema[name]
+            for name in ("items", "additionalProperties", "propertyNames")
+            if name in schema
+        ]
+        inner += [
+            *schema.get("properties", {}).values(),
+            *schema.get("$defs", {}).values(),
+        ]
+        inner += [*schema.get("anyOf", ()), *schema.get("prefixItems", ())]
+        return found.union(*map(words, inner))
+
+    assert words(SCHEMA) <= check.WORDS | check.SILENT
+
+
+# -- traces and recordings --------------------------------------------------------------
+
+
+@fuzz
+@given(content=files(TRACE))
+def test_a_trace_is_replayed_or_refused(content: bytes, tmp_path: Path) -> None:
+    """The command ends with 0 or, with a sentence, with 1."""
+    path = tmp_path / "t.json"
+    path.write_bytes(content)
+
+    assert main(["replay", str(path)]) in (0, 1)
+
+
+@fuzz
+@given(trace=broken(TRACE) | json_values)
+def test_a_replayed_trace_has_a_row_for_each_event(trace: Any) -> None:
+    """Whatever its figures are."""
+    try:
+        answer = replay(trace)
+    except TraceError:
+        return
+
+    assert len(trace["events"]) == len(answer.rows)
+    assert all(len(trace["fields"]) == len(row) for row in answer.rows)
+
+
+@fuzz
+@given(content=files(RECORDING))
+def test_a_recording_is_read_or_refused(content: bytes, tmp_path: Path) -> None:
+    """What is read can be held to another, and is written as it was."""
+    path = tmp_path / "r.json"
+    path.write_bytes(content)
+    try:
+        recorded = load(path)
+    except RecordingError:
+        return
+
+    try:
+        differences(recorded, RECORDING)
+        differences(RECORDING, recorded)
+    except TraceError:
+        pass
+    save(recorded, tmp_path / "again.json")
+    again = load(tmp_path / "again.json")
+    assert json.dumps(recorded, sort_keys=True) == json.dumps(again, sort_keys=True)
+
+
+# -- what children keep -----------------------------------------------------------------
+
+
+@fuzz
+@given(
+    environment=texts | texts.map(lambda text: 2000 * "n" + text),
+    content=st.binary(max_size=40) | st.sampled_from(NESTED),
+    end=st.integers(0, 9000),
+)
+def test_a_childs_broken_note_is_no_note(
+    environment: str, content: bytes, end: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A whole one is read as it was written, whatever its card is called."""
+    folder = tmp_path_factory.mktemp("notes")
+    note = Note(folder, environment)
+    note.write(3, [1, 2])
+    note.write_card(0, FIGURES)
+    (path,) = folder.iterdir()
+    whole = path.read_bytes()
+
+    (child,) = read_notes(folder)
+    path.write_bytes(whole[:end] + content)
+    (folder / f"other{SUFFIX}").write_bytes(content)
+    rest = read_notes(folder)
+
+    assert (environment, 3, (1, 2)) == (
+        child.environment,
+        child.num_requests,
+        child.strikes[:2],
+    )
+    assert [FIGURES] == [*child.figures.values()]
+    assert {environment} >= {each.environment for each in rest}
+    assert len(rest) == len(together(rest))
+
+
+@fuzz
+@given(
+    properties=st.dictionaries(
+        st.builds(
+            "gpumem.{}.{}.{}".format,
+            texts,
+            st.sampled_from(["cuda0", "cuda²", "cudaX", "cuda", "cuda" + "9" * 5000]),
+            st.sampled_from(["num_ooms", "x"]),
+        )
+        | texts,
+        st.integers(),
+        max_size=4,
+    )
+)
+def test_foreign_properties_are_no_figures(properties: dict[str, Any]) -> None:
+    """Whatever they are called."""
+    own = dict(to_properties("call", FIGURES))
+
+    found = from_properties({**properties, **own})
+
+    assert FIGURES == found["call", 0]
+
+
+# -- checkpoints ------------------------------------------------------------------------
+
+
+@fuzz
+@given(
+    content=files(
+        {
+            "request": "x",
+            "files": {"config.json": {"bytes": 2, "sample": "x", "sha256": "x"}},
+        }
+    )
+)
+def test_a_broken_manifest_is_damage(content: bytes, tmp_path: Path) -> None:
+    """And is said in words."""
+    (tmp_path / "config.json").write_text("{}", "utf-8")
+    (tmp_path / MANIFEST).write_bytes(content)
+
+    assert isinstance(find_damage(tmp_path, {"a": 1}), str)
+    damage = find_damage(tmp_path)
+    assert damage is None or isinstance(damage, str)
+
+
+@fuzz
+@given(content=files({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}))
+def test_a_broken_index_of_weights_is_damage(content: bytes, tmp_path: Path) -> None:
+    """What it names is missing, or it cannot be read."""
+    (tmp_path / "config.json").write_text("{}", "utf-8")
+    (tmp_path / "model.safetensors.index.json").write_bytes(content)
+
+    missing = missing_weights(tmp_path)
+
+    assert missing is None or isinstance(missing, str)
+
+
+@fuzz
+@given(content=files({"model_type": "bert", "architectures": ["BertModel"], "x": 1}))
+def test_a_models_config_is_read_or_refused(content: bytes, tmp_path: Path) -> None:
+    """What is read says which model it is."""
+    (tmp_path / "config.json").write_bytes(content)
+    try:
+        spec = model_spec(str(tmp_path))
+    except CheckpointError:
+        return
+
+    assert spec.config_dict["model_type"]
+    assume(spec.architecture is not None)
+    assert isinstance(spec.architecture, str)

@@ -1,0 +1,192 @@
+"""A report's page and Markdown show names; whatever these are, they stay names."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from fuzzing import fuzz, texts
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import pytest_gpumem
+from pytest_gpumem.model.records import MemoryFigures, to_properties
+from pytest_gpumem.reports import document, recorded
+from pytest_gpumem.reports.markdown import markdown
+from pytest_gpumem.reports.page import page
+
+SCRIPT = Path(pytest_gpumem.__file__).parent / "reports" / "templates" / "report.js"
+NASTY = (
+    "</script><script>alert(1)</script>",
+    "<!--<script>",
+    "]]><svg onload=alert(1)>",
+    "\" onmouseover='alert(1)' x=\"",
+    "javascript:alert(1)",
+    "\u2028alert(1)\u2029",
+    "{{ 7 * 7 }}{% include 'report.js' %}",
+    "&lt;/script&gt;",
+    "\udc80\x00\x1b[31m",
+    "|`*_[x](http://y)~#\n\n<b>",
+)
+_names = (
+    st.sampled_from(NASTY)
+    | texts
+    | st.lists(st.sampled_from(NASTY) | texts, min_size=2, max_size=3).map("".join)
+)
+
+
+def a_report(name: str) -> document.Report:
+    """Return a report in which everything that has a name has this one."""
+    site = {"site": name, "allocations": 1, "failed": 1, "verdicts": {"leak": 1}}
+    replay = {"site": name, "verdict": "leak", "points": 1, "command": name}
+    sweep = {
+        "nodeid": name,
+        "name": name,
+        "recover": True,
+        "points": 1,
+        "failures": 1,
+        "resumed": 0,
+        "seconds": 0.1,
+        "sites": [site],
+        "replays": [replay],
+    }
+    step = {
+        "cause": name,
+        "budget_bytes": 5,
+        "fault": name,
+        "rung": name,
+        "num_ooms": 1,
+        "peak_reserved_bytes": 5,
+        "left_bytes": 5,
+        "holders": [name],
+        "problems": [name],
+    }
+    card = {
+        "device_index": 0,
+        "budget_bytes": None,
+        "total_bytes": 5,
+        "num_events": 1,
+        "peak_bytes": 5,
+        "points": [[0, 5, 5]],
+        "live_at_peak": [{"site": name, "bytes": 5}],
+    }
+    properties = [
+        ("gpumem.environment", name),
+        ("gpumem.broken_limit", name),
+        ("gpumem.incident", name),
+        (f"gpumem.fixture.module.{name}", 5),
+        ("gpumem.sweep", json.dumps(sweep)),
+        ("gpumem.fallback", json.dumps([step])),
+        ("gpumem.timeline", json.dumps([card])),
+        *to_properties("call", MemoryFigures(0, 5, 5, 5, 5, 5, 5, 5, 5, 5)),
+    ]
+    limit = {
+        "metric": "allocated",
+        "device_index": 0,
+        "phase": "call",
+        "limit_bytes": 4,
+        "measured_bytes": 5,
+        "held": False,
+    }
+    properties.append(("gpumem.limits", json.dumps([limit])))
+    test = recorded.test_record(name, "failed", 0.1, properties)
+    assert test is not None
+    change = {"test": name, "metric": "allocated", "before": 1, "now": 2}
+    entry = {"test": name, "environment": name, "peaks": {"allocated": 1}}
+    baseline = {
+        "file": name,
+        "changes": [{**change, "is_regression": True}],
+        "new": [entry],
+        "stale": [entry],
+    }
+    return document.Report((name,), (), baseline, (test,))
+
+
+class Page(HTMLParser):
+    """The elements of a page with their attributes, and its scripts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, tuple[tuple[str, str | None], ...]]] = []
+        self.scripts: list[str] = []
+        self._is_script = False
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, tuple(attrs)))
+        self._is_script = tag == "script"
+        if self._is_script:
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._is_script = self._is_script and tag != "script"
+
+    def handle_data(self, data: str) -> None:
+        if self._is_script:
+            self.scripts[-1] += data
+
+
+HARMLESS = Page("".join(page(a_report("name"))))
+
+
+@fuzz
+@given(name=_names)
+@example(name="".join(NASTY))
+def test_no_name_adds_an_element_or_a_script_to_the_page(name: str) -> None:
+    """Elements, attributes and scripts are those of a page with a harmless name."""
+    report = a_report(name)
+
+    made = Page("".join(page(report)))
+
+    assert HARMLESS.elements == made.elements
+    assert HARMLESS.scripts[1:] == made.scripts[1:]
+    data = made.scripts[0]
+    assert json.loads(document.to_text(report)) == json.loads(data)
+    assert data.isascii()
+    assert "<" not in data
+
+
+@fuzz
+@given(name=_names)
+@example(name="".join(NASTY))
+def test_no_name_adds_a_line_or_an_element_to_the_markdown(name: str) -> None:
+    """The only elements are those of the fallback's table, which is text."""
+    text = markdown(a_report(name))
+    outside, _pre, table = text.partition("<pre>")
+
+    assert "<" not in outside
+    assert "<" not in table.removesuffix("</pre>\n").replace("</pre>", "", 1)
+    harmless = markdown(a_report("name")).partition("<pre>")[0]
+    assert _columns(harmless) == _columns(outside)
+
+
+def _columns(text: str) -> list[int]:
+    return [row.count("|") for row in text.splitlines() if row.startswith("| ")]
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "innerHTML",
+        "outerHTML",
+        "insertAdjacentHTML",
+        "document.write",
+        "createContextualFragment",
+        "eval",
+        "Function",
+        "DOMParser",
+        "setTimeout",
+        "fetch",
+        "href",
+        "src",
+    ],
+)
+def test_the_pages_script_takes_nothing_for_code(word: str) -> None:
+    """What it shows goes through textContent and attributes with fixed names."""
+    script = SCRIPT.read_text("utf-8")
+
+    assert not re.search(rf"\b{re.escape(word)}\b", script)

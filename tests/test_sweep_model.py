@@ -1,0 +1,345 @@
+"""Sweeps as data: what is to be done, what became of it, and how it is said."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from pytest_gpumem.errors import RuleError, SweepError
+from pytest_gpumem.model.rules import FLAVOURS, Rule
+from pytest_gpumem.model.staircase import staircase_table
+from pytest_gpumem.model.sweep_plan import SweepPlan
+from pytest_gpumem.model.sweep_summary import SweepSummary
+from pytest_gpumem.model.sweep_text import (
+    SHOWN,
+    coverage_table,
+    describe,
+    explain,
+    replays,
+    summarise,
+)
+from pytest_gpumem.model.sweeps import (
+    Outcome,
+    Point,
+    SiteCoverage,
+    SweepReport,
+    Verdict,
+    group,
+)
+
+
+def an_outcome(
+    number: int = 1,
+    verdict: Verdict = Verdict.RECOVERED,
+    *,
+    site: str = "a.py:1 in f",
+    flavour: str = "native",
+    **fields: Any,
+) -> Outcome:
+    """Return what became of a point."""
+    point = Point(number, "transient", flavour, f"any:nth={number}", site)
+    return Outcome(point, verdict, **fields)
+
+
+# -- plans ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"points": 0},
+            SweepError,
+            "points=0; accepted are 'all', 'sites' or a number",
+        ),
+        ({"points": True}, SweepError, "points=True"),
+        ({"points": "some"}, SweepError, "points='some'"),
+        ({"modes": []}, SweepError, r"modes=\[\]; give a list"),
+        ({"modes": "transient"}, SweepError, "modes='transient'"),
+        ({"modes": ["once"]}, SweepError, "mode 'once'; accepted are transient, persi"),
+        ({"flavours": ["x"]}, SweepError, "flavour 'x'; accepted are native, legacy"),
+        ({"flavours": 3}, SweepError, "flavours=3; give a list, such as .'native'."),
+        ({"timeout_s": 0}, SweepError, "timeout_s=0; give seconds above 0"),
+        ({"timeout_s": float("nan")}, SweepError, "timeout_s=nan"),
+        ({"timeout_s": "5"}, SweepError, "timeout_s='5'"),
+        ({"timeout_s": threading.TIMEOUT_MAX * 2}, SweepError, "timeout_s="),
+        ({"recover": "no"}, SweepError, "recover='no'; accepted are True and False"),
+        ({"shard": (2, 2)}, SweepError, r"shard=\(2, 2\); give an index from 0"),
+        ({"shard": (-1, 2)}, SweepError, "shard="),
+        ({"shard": (0,)}, SweepError, "shard="),
+        ({"shard": (0.0, 1)}, SweepError, "shard="),
+        ({"rule": None}, SweepError, "rule=None is no text such as 'load:nth=3'"),
+        ({"only": 3}, SweepError, "only=3 is no text"),
+        ({"only": "x"}, RuleError, "'x' is no phase"),
+        ({"rule": "any:nth=2"}, SweepError, "says which allocations fail"),
+        ({"rule": "any:times=2"}, SweepError, "leave phase, min, max, device, site"),
+        ({"rule": "any:after=1MiB"}, SweepError, "says which allocations fail"),
+        ({"rule": "any:every=2"}, SweepError, "says which allocations fail"),
+        ({"rule": "any:p=0.5"}, SweepError, "says which allocations fail"),
+    ],
+)
+def test_a_plan_that_makes_no_sense_is_refused(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    """It names the value and what is accepted."""
+    with pytest.raises(error, match=message):
+        SweepPlan(**options)
+
+
+def test_a_plan_gives_the_rule_of_each_point() -> None:
+    """The plan's own rule says which allocations count, the point which of them fails."""
+    plan = SweepPlan(
+        points=1, rule="load:min=1MiB,site=*x*", timeout_s=0.1, shard=(1, 2), only="any"
+    )
+
+    assert Rule("load", 7, 2**20, site="*x*") == plan.rule_of(7, "transient", "native")
+    assert Rule("load", 7, 2**20, times=None, site="*x*", flavour="driver") == (
+        plan.rule_of(7, "persistent", "driver")
+    )
+    assert SweepPlan(flavours=FLAVOURS, modes=("persistent",)).base() == Rule()
+
+
+# -- verdicts and reports -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verdict", Verdict)
+def test_only_two_ends_are_good(verdict: Verdict) -> None:
+    """A clean OOM is one only where recovery was not demanded."""
+    assert (verdict is Verdict.RECOVERED) == verdict.passes(recover=True)
+    assert (verdict in (Verdict.RECOVERED, Verdict.CLEAN_OOM)) == (
+        verdict.passes(recover=False)
+    )
+
+
+def test_nobody_must_recover_from_what_is_no_oom() -> None:
+    """The negative control passes if its error comes through."""
+    outcome = an_outcome(verdict=Verdict.CLEAN_OOM, flavour="not-oom")
+
+    assert outcome.passes(recover=True)
+    assert not an_outcome(verdict=Verdict.CLEAN_OOM).passes(recover=True)
+
+
+def test_a_point_says_what_fails_and_where() -> None:
+    """The site is left out where it is not known."""
+    assert "allocation 3 fails, transient, native at a.py:1 in f" == str(
+        an_outcome(3).point
+    )
+    assert "allocation 3 fails, transient, native" == str(an_outcome(3, site="").point)
+
+
+def test_an_outcome_survives_json() -> None:
+    """Every field of it."""
+    outcome = an_outcome(
+        2,
+        Verdict.LEAK,
+        detail="x\ny",
+        left_bytes=5,
+        holders=("h", "i"),
+        seconds=0.25,
+        num_injected=3,
+    )
+
+    assert outcome == Outcome.from_json(json.loads(json.dumps(outcome.to_json())))
+
+
+@pytest.fixture
+def report() -> SweepReport:
+    """Four allocations at two sites; three points failed, one was resumed."""
+    a, b = "a.py:1 in f", "b.py:2 in g"
+    outcomes = [
+        an_outcome(1, site=a, seconds=0.5),
+        an_outcome(2, Verdict.LEAK, site=b, seconds=0.25, left_bytes=2**20),
+        an_outcome(3, Verdict.CLEAN_OOM, site=b, seconds=1.0),
+        an_outcome(4, Verdict.LEAK, site=b, seconds=0.25),
+    ]
+    return SweepReport(
+        "s", recover=True, sites=(a, b, b, b), outcomes=outcomes, num_resumed=1
+    )
+
+
+def test_a_report_counts_and_groups(report: SweepReport) -> None:
+    """By verdict, and failures by site."""
+    leak, oom = report.outcomes[1], report.outcomes[2]
+
+    assert 4 == report.num_allocations
+    assert report.outcomes[1:] == report.failures
+    assert Counter({Verdict.LEAK: 2, Verdict.RECOVERED: 1, Verdict.CLEAN_OOM: 1}) == (
+        report.verdicts
+    )
+    assert 2.0 == report.seconds
+    assert {
+        ("b.py:2 in g", Verdict.LEAK): [leak, report.outcomes[3]],
+        ("b.py:2 in g", Verdict.CLEAN_OOM): [oom],
+    } == report.failures_by_site()
+    assert {} == group([])
+    assert [("a.py:1 in f", 1, 1, 1), ("b.py:2 in g", 3, 3, 0)] == [
+        (row.site, row.num_allocations, row.num_failed, row.num_recovered)
+        for row in report.coverage()
+    ]
+
+
+def test_a_summary_is_the_reports(report: SweepReport) -> None:
+    """And survives JSON, whose sums it shows."""
+    report.outcomes.append(an_outcome(9, site="late"))
+    summary = SweepSummary.of(report)
+    entry = json.loads(json.dumps(summary.to_json()))
+
+    assert summary == SweepSummary.from_json(entry)
+    assert (4, 2, 5) == (summary.num_allocations, summary.num_sites, summary.num_points)
+    assert report.verdicts == summary.verdicts
+    assert {"points": 5, "failures": 3, "resumed": 1, "seconds": 2.0} == {
+        name: entry[name] for name in ("points", "failures", "resumed", "seconds")
+    }
+    assert {
+        "site": "late",
+        "allocations": 0,
+        "failed": 1,
+        "verdicts": {"recovered": 1},
+    } == (entry["sites"][2])
+
+
+def test_parts_of_a_sweep_are_joined() -> None:
+    """Points add up; what each part counted in its clean run is the same."""
+
+    def part(site: str, verdict: Verdict) -> SweepSummary:
+        sites = (
+            SiteCoverage("both", 3, 1, Counter({verdict: 1})),
+            SiteCoverage(site, 2),
+        )
+        return SweepSummary("s", sites, num_failures=1, num_resumed=2, seconds=0.5)
+
+    joined = part("a", Verdict.LEAK).joined(part("b", Verdict.HANG))
+
+    assert (
+        SweepSummary(
+            "s",
+            (
+                SiteCoverage("both", 3, 2, Counter({Verdict.LEAK: 1, Verdict.HANG: 1})),
+                SiteCoverage("a", 2),
+                SiteCoverage("b", 2),
+            ),
+            num_failures=2,
+            num_resumed=4,
+            seconds=1.0,
+        )
+        == joined
+    )
+
+
+# -- words --------------------------------------------------------------------------------
+
+
+def test_a_summary_fits_on_a_line(report: SweepReport) -> None:
+    """One of a thing is not many; verdicts come in their order."""
+    empty = SweepReport("s", recover=False, sites=())
+
+    assert (
+        "4 allocations at 2 sites, 4 points, 1 of them resumed: 1 recovered, "
+        "1 clean OOM, 2 leak (2.0 s)"
+    ) == summarise(SweepSummary.of(report))
+    assert "0 allocations at 0 sites, 0 points: none run (0.0 s)" == summarise(
+        SweepSummary.of(empty)
+    )
+    one = SweepReport("s", recover=False, sites=("a",), outcomes=[an_outcome(site="a")])
+    assert "1 allocation at 1 site, 1 point: 1 recovered (0.0 s)" == summarise(
+        SweepSummary.of(one)
+    )
+
+
+def test_a_point_is_described_with_its_replay() -> None:
+    """What is left and who holds it; as a repetition, in short."""
+    outcome = an_outcome(
+        2, Verdict.LEAK, detail="kept\nby you", left_bytes=2**20, holders=("a", "b")
+    )
+    bare = an_outcome(2, Verdict.LEAK, left_bytes=2**20)
+
+    assert [
+        "allocation 2, transient, native: leak",
+        "  kept",
+        "  by you",
+        "  1 MiB stay on the card",
+        "    a",
+        "    b",
+        "  replay: <any:nth=2>",
+    ] == describe(outcome, "<{}>".format).splitlines()
+    assert "  1 MiB stay on the card, held as by an earlier point" in describe(
+        bare, "<{}>".format
+    )
+    assert [
+        "allocation 2, transient, native: leak, as before at this site",
+        "  replay: <any:nth=2>",
+    ] == describe(outcome, "<{}>".format, detailed=False).splitlines()
+    assert "stay" not in describe(an_outcome(), str)
+
+
+def test_failures_are_explained_site_by_site(report: SweepReport) -> None:
+    """Some of a group in full, the others by their replay; JSON has the first of each."""
+    b = "b.py:2 in g"
+    report.outcomes += [an_outcome(n, Verdict.LEAK, site=b) for n in (5, 6)]
+
+    text = explain(report, "<{}>".format)
+
+    shown = [line for line in text.splitlines() if "leak" in line and "alloc" in line]
+    assert SHOWN == len(shown)
+    assert all(f"<any:nth={number}>" in text for number in (2, 3, 4, 5, 6))
+    assert [
+        {"site": b, "verdict": "leak", "points": 4, "command": "<any:nth=2>"},
+        {"site": b, "verdict": "clean OOM", "points": 1, "command": "<any:nth=3>"},
+    ] == replays(report, "<{}>".format)
+
+
+def test_coverage_shows_the_worst_sites_first(report: SweepReport) -> None:
+    """All in the order of the code, or so many with what failed most on top."""
+    report.sites += ("",)
+    summary = SweepSummary.of(report)
+
+    assert [
+        "allocates  failed  recovered  site",
+        "        1       1          1  a.py:1 in f",
+        "        3       3          0  b.py:2 in g",
+        "        1       0          0  unknown",
+    ] == coverage_table(summary).splitlines()
+    assert [
+        "allocates  failed  recovered  site",
+        "        3       3          0  b.py:2 in g",
+        "... and 2 sites more; -v shows all",
+    ] == coverage_table(summary, most=1).splitlines()
+    assert coverage_table(summary) == coverage_table(summary, most=3)
+
+
+def test_a_staircase_has_a_line_for_each_step() -> None:
+    """Nothing counted is a hyphen."""
+    steps = [
+        {
+            "cause": "whole card",
+            "num_ooms": 0,
+            "peak_reserved_bytes": 2**21,
+            "left_bytes": 0,
+            "rung": "cuda:0",
+        },
+        {
+            "cause": "2 MiB",
+            "num_ooms": 3,
+            "peak_reserved_bytes": 512,
+            "left_bytes": 1,
+            "rung": "cpu",
+        },
+        {
+            "cause": "x",
+            "num_ooms": 1,
+            "peak_reserved_bytes": 0,
+            "left_bytes": -1,
+            "rung": "cpu",
+        },
+    ]
+
+    assert [
+        "budget or fault  OOMs  peak reserved  left  rung",
+        "     whole card     -          2 MiB     -  cuda:0",
+        "          2 MiB     3          512 B   1 B  cpu",
+        "              x     1            0 B     -  cpu",
+    ] == staircase_table(steps).splitlines()
