@@ -30,12 +30,14 @@ class Section(NamedTuple):
         script: Its name, without ``.py``.
         slow: Its arguments, unless the run is to be quick.
         quick: Its arguments in a quick run.
+        is_text: Whether what it prints is no Markdown.
     """
 
     title: str
     script: str
     slow: tuple[str, ...] = ()
     quick: tuple[str, ...] = ()
+    is_text: bool = False
 
 
 SECTIONS: Final = (
@@ -44,7 +46,10 @@ SECTIONS: Final = (
     Section("The simulated card", "device"),
     Section("The allocator model", "allocator"),
     Section("Sweeps", "sweep", ("--full",)),
+    Section("Timelines", "timeline"),
     Section("Reports", "reports"),
+    Section("What the driver counts", "nvml", is_text=True),
+    Section("Many processes on one card", "contention", is_text=True),
 )
 
 
@@ -67,7 +72,8 @@ def run(section: Section, *, quick: bool) -> str:
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {done.returncode}")
-    return done.stdout.strip()
+    found = done.stdout.strip()
+    return f"```text\n{found}\n```" if section.is_text else found
 
 
 def main() -> None:

@@ -73,17 +73,17 @@ def traces() -> Iterator[tuple[str, ...]]:
             f"`{meta['conf']}`" if meta["conf"] else "default",
             format_size(meta["total_bytes"]),
             f"{len(trace['events'])}",
-            count.text,
-            _same(trace["oom"], answer.oom, "OOM texts"),
-            _same(trace["driver"], answer.driver, "events with driver calls"),
-            _same(trace["snapshots"], answer.snapshots, "snapshots"),
+            f"{count.equal:,} of {count.all:,}",
+            _same(trace["oom"], answer.oom),
+            _same(trace["driver"], answer.driver),
+            _same(trace["snapshots"], answer.snapshots),
         )
 
 
-def _same(recorded: dict[str, Any], simulated: dict[str, Any], what: str) -> str:
-    differ = sum(recorded[key] != simulated.get(key) for key in recorded)
-    differ += len(simulated.keys() - recorded.keys())
-    return f"{len(recorded)} {what}, {f'{differ} differ' if differ else 'the same'}"
+def _same(recorded: dict[str, Any], simulated: dict[str, Any]) -> str:
+    keys = recorded.keys() | simulated.keys()
+    same = sum(recorded.get(key) == simulated.get(key) for key in keys)
+    return f"{same} of {len(keys)}"
 
 
 def heading(settings: dict[str, Any]) -> str:
@@ -128,9 +128,12 @@ def compare(case: dict[str, Any], seen: dict[str, Any]) -> tuple[Count, list[str
     head = ["after"]
     for name in ("allocated", "reserved"):
         head += [f"peak {name}, recorded", "simulated", "difference"]
-    parts = [f"### {heading(case['case'])}"]
+    title = heading(case["case"])
+    parts = [
+        f"**{title[0].upper()}{title[1:]}**" + (f": {count.text}." if rows else "")
+    ]
     if rows:
-        parts += [f"{count.text}.", table(head, rows)]
+        parts.append(table(head, rows))
     return count, [*parts, *ends]
 
 
@@ -155,7 +158,9 @@ def render() -> str:
             "case on the simulated card. [What the recordings are](exactness.md): "
             "PyTorch's own allocator, torch 2.13.0+cu130, without a card. Bytes.",
             "## Allocation traces",
-            "Random allocations and frees; after each event 29 figures.",
+            "Random allocations and frees. How many are the recorded ones, to the byte and "
+            "to the letter: 29 figures after each event, texts of OOMs, events with calls "
+            "of the driver, snapshots.",
             table(
                 (
                     "trace",
@@ -163,7 +168,7 @@ def render() -> str:
                     "card",
                     "events",
                     "figures",
-                    "errors",
+                    "OOMs",
                     "driver",
                     "snapshots",
                 ),

@@ -162,9 +162,9 @@ def main() -> None:
     cpu_s = found["cpu"]["seconds"]
     print(
         f"Recorded: {truth['load_bytes']:,} bytes after the load, "
-        f"{truth['forward_bytes']:,} at the forward's peak, "
-        f"{truth['reserved_bytes']:,} reserved "
-        f"({format_size(truth['forward_bytes'])}). On the CPU the task takes "
+        f"{truth['forward_bytes']:,} at the forward's peak "
+        f"({format_size(truth['forward_bytes'])}), {truth['reserved_bytes']:,} reserved. "
+        f"On the CPU the task takes "
         f"{cpu_s:.2f} s of processor time.\n"
     )
     print(

@@ -53,7 +53,7 @@ def main() -> None:
     """Print the figures, in Markdown."""
     own, pytests = import_ms("pytest_gpumem"), import_ms("pytest")
     print(
-        f"import pytest_gpumem {own:.1f} ms, pytest {pytests:.1f} ms, {own / pytests:.3f}"
+        f"import pytest_gpumem {own:.1f} ms, pytest {pytests:.1f} ms, {own / pytests:.3f}\n"
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

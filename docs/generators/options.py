@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from generators.markdown import DASH, block, page, table
+from generators.markdown import block, page
 from pytest_gpumem.plugin.options import OPTIONS, Option
 
 
@@ -14,13 +14,6 @@ def options() -> str:
             "Each option is one of the command line and one of the ini file; the command "
             "line wins. A value that makes no sense ends the run with exit code 4 and "
             "one sentence, before any test.",
-            table(
-                ("option", "in the ini file", "default", "meaning"),
-                (
-                    (f"`{_flag(each)}`", f"`{each.ini}`", _default(each), _help(each))
-                    for each in OPTIONS
-                ),
-            ),
             "In `pyproject.toml`, where what may be repeated is a list:",
             block(
                 "[tool.pytest.ini_options]\n"
@@ -33,8 +26,19 @@ def options() -> str:
             "Sizes are `4GiB` (binary), `4GB` (decimal), plain bytes, or `50%` of the "
             "card where that is said. Rules have [a page of their own](../rules.md), "
             "and what the environment says has [another](environment.md).",
+            *(part for each in OPTIONS for part in _entry(each)),
         ]
     )
+
+
+def _entry(option: Option) -> list[str]:
+    text = _help(option)
+    return [
+        f"## {option.flag}",
+        f"`{_flag(option)}`, in the ini file `{option.ini}`; default: "
+        f"{_default(option)}.",
+        f"{text[0].upper()}{text[1:]}.",
+    ]
 
 
 def _flag(option: Option) -> str:
@@ -47,7 +51,7 @@ def _flag(option: Option) -> str:
 def _default(option: Option) -> str:
     if option.is_flag:
         return "off"
-    return f"`{option.default}`" if option.default else DASH
+    return f"`{option.default}`" if option.default else "none"
 
 
 def _help(option: Option) -> str:
