@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -423,6 +424,29 @@ def test_a_place_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert place == take_place()
     assert VARIABLE not in os.environ
     assert take_place() is None
+
+
+def test_the_seconds_of_tests_are_kept(pytester: pytest.Pytester) -> None:
+    """Of those that use a card, for the order in later runs; no broken cache ends one."""
+    pytester.makepyfile(
+        """
+        import torch
+
+        def test_card(): torch.empty(1024, device="cuda")
+        def test_none(): pass
+        """
+    )
+    options = [option for option in OPTIONS if "cache" not in option and option != "-p"]
+    file = pytester.path / ".pytest_cache" / "v" / "gpumem" / "seconds"
+
+    pytester.runpytest(*options, "-n", "2").assert_outcomes(passed=2)
+    kept = json.loads(file.read_text())
+    assert ["test_the_seconds_of_tests_are_kept.py::test_card"] == list(kept)
+
+    for broken in ("[]", '{"a": "b"}', "{"):
+        file.write_text(broken)
+        pytester.runpytest(*options, "-n", "2").assert_outcomes(passed=2)
+        assert kept.keys() == json.loads(file.read_text()).keys()
 
 
 class _Spec:
