@@ -205,6 +205,19 @@ def test_statistics_can_be_reset() -> None:
     assert 20 * MIB == stats["reserved_bytes.all.peak"]
 
 
+def test_statistics_begin_at_nothing() -> None:
+    """Each one; and what comes and goes is in both totals."""
+    allocator = _allocator()
+    stats = allocator.memory_stats()
+    assert {0} == {stats[name] for name in stats if name != "max_split_size"}
+
+    allocator.free(allocator.malloc(512))
+    stats = allocator.memory_stats()
+
+    assert 512 == stats["allocated_bytes.all.allocated"]
+    assert 512 == stats["allocated_bytes.all.freed"]
+
+
 def test_the_statistics_have_torchs_keys() -> None:
     """There are 123 keys, sorted, as in torch 2.13; max_split_size -1 is no limit."""
     stats = _allocator().memory_stats()
