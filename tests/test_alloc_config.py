@@ -48,6 +48,7 @@ def test_settings_are_read(text: str, attribute: str, value: object) -> None:
         ("garbage_collection_threshold:1.0", "above 0 and below 1"),
         ("per_process_memory_fraction:2", "between 0 and 1"),
         ("per_process_memory_fraction:-0.5", "between 0 and 1"),
+        ("per_process_memory_fraction:x", "between 0 and 1"),
         ("roundup_power2_divisions:3", "power of 2"),
         ("expandable_segments:true", "Expected 'True' or 'False'"),
         ("throw_on_cudamalloc_oom:1", "Expected 'True' or 'False'"),
