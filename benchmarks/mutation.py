@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from cosmic_ray.work_db import WorkDB, use_db
-from cosmic_ray.work_item import TestOutcome, WorkerOutcome, WorkResult
+from cosmic_ray.work_item import TestOutcome, WorkerOutcome, WorkItem, WorkResult
 
 ROOT = Path(__file__).parents[1]
 #: Modules that need no torch, and the test files that hold them.
@@ -35,14 +35,14 @@ MODULES = {
     "model/records": "records",
     "model/oom_text": "oom_text allocator",
     "model/blocks": "allocator replay",
-    "model/freelist": "freelist allocator replay",
+    "model/freelist": "freelist",
     "model/heap": "allocator replay",
     "model/pools": "allocator replay",
     "model/stats": "allocator replay",
     "model/release": "allocator replay",
     "model/allocator": "allocator replay",
     "model/expandable": "allocator_expandable replay",
-    "model/driver": "allocator_driver replay",
+    "model/driver": "allocator_driver replay tenants",
     "model/replay": "replay",
     "tenancy/queue": "tenancy",
     "baselines/baseline": "baselines",
@@ -65,11 +65,17 @@ name = "local"
 UNSEEN = "core/ReplaceBinaryOperator_BitOr"
 
 
+def place(item: WorkItem) -> tuple[object, ...]:
+    """Return what orders mutants in each session alike."""
+    one = item.mutations[0]
+    return (one.start_pos, one.operator_name, one.occurrence)
+
+
 def sample(session: Path, most: int, seed: int) -> None:
     """Leave so many of a session's mutants to be run."""
     draw = random.Random(seed)  # noqa: S311  # a repeatable sample
     with use_db(session, WorkDB.Mode.open) as work:
-        items = list(work.pending_work_items)
+        items = sorted(work.pending_work_items, key=place)
         seen = [
             each.job_id
             for each in items

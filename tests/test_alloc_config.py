@@ -47,6 +47,8 @@ def test_settings_are_read(text: str, attribute: str, value: object) -> None:
         ("max_split_size_mb:19", "must be >= 20"),
         ("garbage_collection_threshold:1.0", "above 0 and below 1"),
         ("per_process_memory_fraction:2", "between 0 and 1"),
+        ("per_process_memory_fraction:-0.5", "between 0 and 1"),
+        ("per_process_memory_fraction:x", "between 0 and 1"),
         ("roundup_power2_divisions:3", "power of 2"),
         ("expandable_segments:true", "Expected 'True' or 'False'"),
         ("throw_on_cudamalloc_oom:1", "Expected 'True' or 'False'"),
@@ -110,3 +112,4 @@ def test_a_division_beyond_the_table_is_its_last() -> None:
 def test_without_settings_no_block_is_too_large_to_split() -> None:
     """The bound is PyTorch's own: as many bytes as there can be."""
     assert 2**64 - 1 == AllocatorConfig.parse("").max_split_size
+    assert 20 * MIB == AllocatorConfig.parse("").max_non_split_rounding

@@ -9,6 +9,7 @@ from pytest_gpumem.model.blocks import round_size, segment_size
 from pytest_gpumem.model.config import AllocatorConfig
 from pytest_gpumem.model.driver import Driver
 from pytest_gpumem.model.oom_text import ProcessMemory
+from pytest_gpumem.model.stats import Stat
 
 MIB = 2**20
 PLAIN = AllocatorConfig().divisions
@@ -203,6 +204,33 @@ def test_statistics_can_be_reset() -> None:
     assert 0 == stats["allocated_bytes.all.peak"]
     assert 0 == stats["allocation.all.allocated"] == stats["num_device_alloc"]
     assert 20 * MIB == stats["reserved_bytes.all.peak"]
+
+
+def test_statistics_begin_at_nothing() -> None:
+    """Each one; and what comes and goes is in both totals."""
+    allocator = _allocator()
+    stats = allocator.memory_stats()
+    assert {0} == {stats[name] for name in stats if name != "max_split_size"}
+
+    allocator.free(allocator.malloc(512))
+    stats = allocator.memory_stats()
+
+    assert 512 == stats["allocated_bytes.all.allocated"]
+    assert 512 == stats["allocated_bytes.all.freed"]
+
+
+def test_a_statistic_has_a_peak_and_two_totals() -> None:
+    """They begin again on their own; the current value does not."""
+    stat = Stat()
+    stat.increase(5)
+    stat.decrease(3)
+    stat.increase(2)
+    before = (stat.current, stat.peak, stat.allocated, stat.freed)
+    stat.reset_peak()
+    stat.reset_totals()
+
+    assert (4, 5, 7, 3) == before
+    assert (4, 4, 0, 0) == (stat.current, stat.peak, stat.allocated, stat.freed)
 
 
 def test_the_statistics_have_torchs_keys() -> None:

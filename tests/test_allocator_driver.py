@@ -1,13 +1,16 @@
-"""The card's memory below the allocator, and the sorted list of free blocks."""
+"""The card's memory below the allocator."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from pytest_gpumem.model.driver import VIRTUAL_BASE, Driver
-from pytest_gpumem.model.freelist import FreeList
+from pytest_gpumem.model.tenants import Tenants
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 MIB = 2**20
 
@@ -96,37 +99,32 @@ def test_address_space_costs_no_memory() -> None:
     assert 10 * MIB == driver.free_bytes
 
 
-def test_a_free_list_stays_sorted_over_many_chunks() -> None:
-    """Insertions and removals in any order keep order and search right."""
-    entries = FreeList()
-    numbers = [(n * 7919) % 10007 for n in range(5000)]
-    for number in numbers:
-        entries.add((number,))
-    for number in numbers[::2]:
-        entries.remove((number,))
-    kept = sorted(numbers[1::2])
+class Watched(Tenants):
+    """One other process, and what it is told that this one holds."""
 
-    assert [(n,) for n in kept] == list(entries)
-    assert len(kept) == len(entries)
-    assert (kept[100],) == entries.first_from((kept[99] + 1,))
-    assert entries.first_from((10**6,)) is None
-    assert [(n,) for n in kept[-3:]] == list(entries.iterate_from((kept[-3],)))
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.told: list[int] = []
+
+    def others(self) -> Sequence[tuple[int, int]]:
+        return ((7, self.nbytes),)
+
+    def hold(self, nbytes: int) -> None:
+        self.told.append(nbytes)
 
 
-@given(st.lists(st.tuples(st.booleans(), st.integers(0, 300)), max_size=60))
-def test_a_free_list_is_a_sorted_set(steps: list[tuple[bool, int]]) -> None:
-    """Whatever is added and removed, order and search are those of a sorted list."""
-    entries = FreeList()
-    model: set[int] = set()
-    for is_added, number in steps:
-        if is_added and number not in model:
-            entries.add((number,))
-            model.add(number)
-        elif not is_added and number in model:
-            entries.remove((number,))
-            model.discard(number)
+def test_other_processes_bytes_are_not_free() -> None:
+    """To the byte; they are told what this process holds, with its context."""
+    driver = Driver(64 * MIB, other_bytes=3 * MIB)
+    tenants = Watched(40 * MIB)
+    driver.tenants.append(tenants)
 
-    assert [(n,) for n in sorted(model)] == list(entries)
-    assert min(((n,) for n in model if n >= 150), default=None) == entries.first_from(
-        (150,)
-    )
+    assert 21 * MIB == driver.free_bytes
+    assert driver.malloc(21 * MIB + 1) is None
+    address = driver.malloc(21 * MIB)
+    assert address is not None
+    assert 0 == driver.free_bytes
+    driver.free(address)
+
+    assert [24 * MIB, 0] == tenants.told
+    assert [(7, 40 * MIB)] == driver.other_processes()

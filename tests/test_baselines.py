@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_gpumem.baselines import Baseline, Tolerance, compare
+from pytest_gpumem.baselines import Baseline, Change, Tolerance, compare
+from pytest_gpumem.baselines.baseline import metric_key
+from pytest_gpumem.baselines.gate import DEFAULT
 from pytest_gpumem.errors import BaselineError
 from pytest_gpumem.files import write_atomically
 
@@ -173,3 +175,54 @@ def test_a_file_is_replaced_whole_or_not_at_all(
     assert "newer" == path.read_text(encoding="utf-8")
     assert [path] == list(path.parent.iterdir())
     assert 0o640 == path.stat().st_mode & 0o777
+
+
+def test_a_metric_of_another_card_is_named_by_it() -> None:
+    """The first card goes without saying."""
+    assert "allocated" == metric_key("allocated", 0)
+    assert "cuda:1 reserved" == metric_key("reserved", 1)
+
+
+def test_a_files_lines_are_sorted() -> None:
+    """So that two branches' changes meet where they differ."""
+    text = Baseline({"T4": {"b": {"x": 1, "a": 2**63 - 1}, "a": {}}}).to_text()
+
+    keys = [line.split('"')[1] for line in text.splitlines() if '":' in line]
+
+    assert ["format", "peaks", "T4", "a", "b", "a", "x", "version"] == keys
+    assert Baseline.parse(text, "x").peaks["T4"]["b"] == {"a": 2**63 - 1, "x": 1}
+
+
+@pytest.mark.parametrize("nbytes", ["-1", str(2**63), "1.0", "true", "null"])
+def test_a_figure_that_no_card_has_is_damage(nbytes: str) -> None:
+    """Peaks are whole bytes of at most 63 bits."""
+    text = Baseline({"T4": {"a": {"x": 7}}}).to_text().replace("7", nbytes)
+
+    with pytest.raises(BaselineError, match="damaged"):
+        Baseline.parse(text, "x")
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "percent"),
+    [(100, 101, 1.0), (100, 50, -50.0), (0, 0, 0.0), (0, 1, float("inf"))],
+)
+def test_a_change_has_a_percentage(before: int, now: int, percent: float) -> None:
+    """From nothing it is infinite."""
+    change = Change("t", "allocated", before, now, is_regression=False)
+
+    assert percent == change.percent
+
+
+def test_the_gate_that_nobody_named_lets_one_percent_pass() -> None:
+    """Of allocated bytes; nothing is said of reserved ones."""
+    before = {"allocated": 1000, "reserved": 1000}
+
+    def regressions(**now: int) -> list[str]:
+        return [
+            each.metric
+            for each in compare("t", before, now, DEFAULT)
+            if each.is_regression
+        ]
+
+    assert [] == regressions(allocated=1010, reserved=9999)
+    assert ["allocated"] == regressions(allocated=1011)

@@ -264,3 +264,9 @@ def test_a_capability_below_every_card_is_refused(capability: str) -> None:
     """The lowest of the table is named."""
     with pytest.raises(CardError, match="no compute capability; give"):
         find_card(f"16GiB,cc={capability}")
+
+
+def test_a_context_that_is_no_size_is_refused() -> None:
+    """The card and the key are named."""
+    with pytest.raises(CardError, match=r"card '16GiB,ctx=x': ctx: size 'x' cannot"):
+        find_card("16GiB,ctx=x")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def _short_chunks() -> Iterator[None]:
     """Let a few entries fill several chunks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(freelist, "_CHUNK", 4)
+        patch.setattr(freelist, "_CHUNK", 6)
         yield
 
 
@@ -54,15 +54,24 @@ def test_it_answers_as_a_plain_sorted_list(
         _check(entries, plain)
 
 
-@pytest.mark.parametrize("order", [1, -1])
-def test_chunks_stay_short(order: int) -> None:
-    """Each is split in half once it is longer than it may be."""
+@pytest.mark.parametrize("step", [1, 210, 79])
+def test_chunks_stay_short_and_in_order(step: int) -> None:
+    """Each is split in half once it is too long: upwards, downwards, anywhere."""
     entries = FreeList()
-    for number in range(200)[::order]:
+    numbers = [step * number % 211 for number in range(200)]
+    for count, number in enumerate(numbers):
         entries.add((number,))
+        assert [(each,) for each in sorted(numbers[: count + 1])] == list(entries)
 
     lengths = [len(chunk) for chunk in entries._chunks]
 
-    assert 200 == sum(lengths)
-    assert 4 >= max(lengths)
-    assert 2 <= min(lengths)
+    assert 6 >= max(lengths)
+    assert 3 <= min(lengths)
+    for number in numbers:
+        assert (number,) == entries.first_from((number,))
+        rest = sorted(each for each in numbers if each >= number)
+        assert [(each,) for each in rest] == list(entries.iterate_from((number,)))
+    for number in numbers:
+        entries.remove((number,))
+    assert 0 == len(entries)
+    assert entries.first_from((0,)) is None

@@ -184,6 +184,9 @@ def test_who_has_waited_long_is_not_passed() -> None:
     assert ["new"] == admissible([held, old, new], total_bytes=16, now=PATIENCE_S - 1)
     assert [] == admissible([held, old, new], total_bytes=16, now=PATIENCE_S)
     assert ["old", "new"] == admissible([old, new], total_bytes=16, now=PATIENCE_S)
+    small = Request("small", 1, since=1)
+    alone = Request("alone", 0, since=5, is_exclusive=True)
+    assert ["small"] == admissible([alone, small], total_bytes=16, now=PATIENCE_S + 1)
 
 
 @given(
