@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -58,9 +59,10 @@ def machine() -> list[str]:
     cpus = Path("/proc/cpuinfo").read_text(encoding="ascii").splitlines()
     names = {line.partition(": ")[2] for line in cpus if line.startswith("model name")}
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    cards = "no GPU" if shutil.which("nvidia-smi") is None else "a GPU"
     versions = (f"{name} {metadata.version(name)}" for name in LIBRARIES)
     return [
-        f"- {os.cpu_count()} cores ({', '.join(names)}), {pages / 2**30:.0f} GiB, no GPU",
+        f"- {os.cpu_count()} cores ({', '.join(names)}), {pages / 2**30:.0f} GiB, {cards}",
         f"- Python {platform.python_version()}, {', '.join(versions)}",
     ]
 
