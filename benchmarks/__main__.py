@@ -82,7 +82,8 @@ def main() -> None:
     """Print the page, and write it if asked."""
     quick = "--quick" in sys.argv
     started_s, load = time.monotonic(), os.getloadavg()[0]
-    named = [each for each in SECTIONS if each.script in sys.argv] or SECTIONS
+    named = [each for each in SECTIONS if each.script in sys.argv] or list(SECTIONS)
+    left_out = [each.script for each in SECTIONS if each not in named]
     parts = []
     for number, section in enumerate(named, start=1):
         print(f"[{number}/{len(named)}] {section.title} ...", file=sys.stderr)
@@ -100,6 +101,7 @@ def main() -> None:
                 *machine(),
                 f"- {minutes:.0f} minutes{', `--quick`' if quick else ''}; load of the "
                 f"machine {load:.1f} at the start",
+                *([f"- not in this run: {', '.join(left_out)}"] if left_out else []),
             ]
         ),
     ]
