@@ -15,7 +15,7 @@ import torch
 import pytest_gpumem
 from pytest_gpumem import simulated_device
 from pytest_gpumem.children import child
-from pytest_gpumem.children.notes import Note, read_notes, together
+from pytest_gpumem.children.notes import MAX_RULES, Note, read_notes, together
 from pytest_gpumem.children.watch import Watch
 from pytest_gpumem.devices.simulated.device import SimulatedDevice
 from pytest_gpumem.inheritance import VARIABLE, Inheritance, pass_budget_on
@@ -372,3 +372,29 @@ def test_children_can_be_left_alone(pytester: pytest.Pytester) -> None:
 
     for option in ("--gpu-no-children", "--gpu-backend=off"):
         pytester.runpytest_inprocess(option).assert_outcomes(passed=1)
+
+
+def test_more_rules_than_a_note_counts_are_no_trouble(
+    pytester: pytest.Pytester,
+) -> None:
+    """The strikes of the first of them are told; a child has all of them."""
+    code = "import torch; torch.zeros(1, device='cuda')"
+    pytester.makepyfile(
+        test_it=f"""
+        import subprocess
+        import sys
+
+        def test_it():
+            done = subprocess.run([sys.executable, "-c", {code!r}], stderr=subprocess.PIPE)
+            assert b"OutOfMemoryError" in done.stderr
+        """
+    )
+    rules = ["any:nth=1000"] * MAX_RULES
+
+    done = pytester.runpytest(
+        "-p",
+        "no:cacheprovider",
+        *(f"--gpu-inject-oom={rule}" for rule in [*rules, "any:nth=1"]),
+    )
+
+    done.assert_outcomes(passed=1)

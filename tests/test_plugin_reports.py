@@ -178,6 +178,11 @@ def test_every_kind_is_written_in_every_way(
     }
     assert {64 * 2**20} == budgets
 
+    if "--junitxml=junit.xml" in WAYS[way]:
+        junit = (pytester.path / "junit.xml").read_text("utf-8")
+        assert 'name="gpumem.limits"' in junit
+        assert "gpumem.timeline" not in junit
+
     page = Scripts((folder / "r.html").read_text("utf-8"))
     assert 2 == len(page.scripts)
     assert report == json.loads(page.scripts[0])

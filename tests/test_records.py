@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,6 +12,7 @@ from pytest_gpumem.model.records import (
     to_properties,
 )
 
+FIGURES = MemoryFigures(1, 10, 24, 9, 10, 0, 1, 2, 3, 4, 11)
 _bytes = st.integers(0, 2**40)
 
 
@@ -49,3 +51,36 @@ def test_foreign_properties_are_left_alone() -> None:
     properties = {"gpumem.call.cuda0.num_ooms": 1, "other": "x", "gpumem.a.b.c": 2}
 
     assert {} == from_properties(properties)
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        "gpu.call.cuda0.x",
+        "zzz.call.cuda0.x",
+        "gpumem.call.cuda0",
+        "gpumem.call.cuda0.x.y",
+        "gpumem.call.cpu0.x",
+    ],
+)
+def test_a_name_that_is_nearly_one_of_ours_is_not(foreign: str) -> None:
+    """However near; its value need be no number."""
+    own = dict(to_properties("call", FIGURES))
+
+    assert {("call", 1): FIGURES} == from_properties({**own, foreign: "x"})
+
+
+def test_a_process_holds_what_is_reserved_and_its_context() -> None:
+    """The largest of each metric, by its name."""
+    peaks = [FIGURES.peak(metric) for metric in ("allocated", "reserved", "process")]
+
+    assert [10, 24, 24 + 11] == peaks
+
+
+def test_figures_of_another_version_are_none() -> None:
+    """Neither fewer nor more than there are."""
+    own = dict(to_properties("call", FIGURES))
+
+    assert {} == from_properties({**own, "gpumem.call.cuda1.new_bytes": 3})
+    own.popitem()
+    assert {} == from_properties(own)

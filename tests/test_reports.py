@@ -322,6 +322,8 @@ def test_markdown_shows_limits_and_what_is_new_or_stale(tmp_path: Path) -> None:
         }
         for metric, measured in (("leak", 3 * 2**20), ("allocated", 5))
     ]
+    unknown = dict(found["tests"][0]["limits"][1], metric="process", held=False)
+    found["tests"][0]["limits"].append(unknown)
     entry = {"environment": "T4", "test": "x", "peaks": {"allocated": 2**20}}
     found["baseline"] = {"file": "b", "changes": [], "new": [entry], "stale": [entry]}
 
@@ -330,5 +332,39 @@ def test_markdown_shows_limits_and_what_is_new_or_stale(tmp_path: Path) -> None:
     assert "**0 changes against b, 1 new, 1 stale**" in text
     assert "| stale | peaks | environment |" in text
     assert 2 == text.count("| x | allocated 1 MiB | T4 |")
-    assert "**1 of 2 limits broken**" in text
+    assert "**2 of 3 limits broken**" in text
+    assert "| process on all cards, test | 1 MiB | 5 B | not known ❌ |" in text
     assert "| one | leak on all cards, test | 1 MiB | 3 MiB | +2 MiB ❌ |" in text
+
+
+def test_shards_are_merged_and_gated_as_one(
+    pytester: pytest.Pytester, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A baseline of the whole suite, a run in two jobs, one verdict."""
+    pytester.makepyfile(
+        test_a="import torch\ndef test_a(): torch.zeros(2**20, device='cuda')",
+        test_b="import os, torch\ndef test_b():"
+        " torch.zeros(int(os.environ.get('N', 2**20)), device='cuda')",
+    )
+    options = ("--gpu-backend=simulated", "-p", "no:cacheprovider")
+    baseline = ("--gpu-baseline=base.json", "--gpu-update-baseline")
+    assert 0 == pytester.runpytest(*options, *baseline).ret
+    shards = ["1.json", "2.json"]
+    for name, file in zip(shards, ("test_a.py", "test_b.py"), strict=True):
+        made = pytester.runpytest(*options, f"--gpu-report=json:{name}", file)
+        assert 0 == made.ret
+
+    assert 0 == main(["merge", *shards, "--out", "now.json"])
+    assert 0 == main(["compare", "base.json", "now.json", "--fail=allocated:0"])
+    tests = json.loads(Path("now.json").read_text("utf-8"))["tests"]
+    assert ["test_a.py::test_a", "test_b.py::test_b"] == [
+        each["nodeid"] for each in tests
+    ]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("N", str(2**21))
+        pytester.runpytest(*options, "--gpu-report=json:2.json", "test_b.py")
+    assert 0 == main(["merge", *shards, "--out", "now.json"])
+    capsys.readouterr()
+    assert 1 == main(["compare", "base.json", "now.json", "--fail=allocated:0"])
+    assert "test_b.py::test_b" in capsys.readouterr().out

@@ -261,6 +261,7 @@ def test_sites_match_any_name() -> None:
     [
         ("any", "allocation number 1"),
         ("load:nth=3", "allocation number 3 in load"),
+        ("any:nth=2,times=2", "allocation number 2 and the next 1"),
         ("any:nth=2,times=4", "allocation number 2 and the next 3"),
         ("any:persistent", "allocation number 1 and every later one"),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -11,10 +12,12 @@ import pytest
 import torch  # noqa: F401  # an inner run may not be the first to import it
 
 from pytest_gpumem.plugin.claims import Claim, declared_claims
+from pytest_gpumem.plugin.history import History
 from pytest_gpumem.plugin.marks import Budget, Limit, Requirement, Wishes
 from pytest_gpumem.plugin.order import largest_first
 from pytest_gpumem.plugin.settings import Settings
 from pytest_gpumem.plugin.sharing import VARIABLE, Place, take_place
+from pytest_gpumem.plugin.workers import Workers
 from pytest_gpumem.sizes import parse_size_spec
 
 GiB = 2**30
@@ -79,7 +82,12 @@ def test_tests_that_say_what_they_need_wait_for_it(pytester: pytest.Pytester) ->
     result = pytester.runpytest(*OPTIONS, "-n", "4")
 
     result.assert_outcomes(passed=8)
-    result.stdout.fnmatch_lines(["*test(s) waited for their bytes of a card*"])
+    result.stdout.fnmatch_lines(
+        [
+            "gpumem: 4 workers share each machine's cards (an equal share each*",
+            "*test(s) waited for their bytes of a card*",
+        ]
+    )
     assert "contended" not in result.stdout.str()
 
 
@@ -416,6 +424,52 @@ def test_a_place_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert place == take_place()
     assert VARIABLE not in os.environ
     assert take_place() is None
+
+
+def test_the_seconds_of_tests_are_kept(pytester: pytest.Pytester) -> None:
+    """Of those that use a card, for the order in later runs; no broken cache ends one."""
+    pytester.makepyfile(
+        """
+        import torch
+
+        def test_card(): torch.empty(1024, device="cuda")
+        def test_none(): pass
+        """
+    )
+    options = [option for option in OPTIONS if "cache" not in option and option != "-p"]
+    file = pytester.path / ".pytest_cache" / "v" / "gpumem" / "seconds"
+
+    pytester.runpytest(*options, "-n", "2").assert_outcomes(passed=2)
+    kept = json.loads(file.read_text())
+    assert ["test_the_seconds_of_tests_are_kept.py::test_card"] == list(kept)
+
+    for broken in ("[]", '{"a": "b"}', "{"):
+        file.write_text(broken)
+        pytester.runpytest(*options, "-n", "2").assert_outcomes(passed=2)
+        assert kept.keys() == json.loads(file.read_text()).keys()
+
+
+class _Spec:
+    def __init__(self, **given: str) -> None:
+        self.ssh = self.socket = self.via = self.vagrant_ssh = None
+        self.env: dict[str, str] = {}
+        self.__dict__.update(given)
+
+
+def test_workers_of_each_host_share_its_cards(pytestconfig: pytest.Config) -> None:
+    """A place is one among the workers of the same host."""
+    here = [_Spec(), _Spec()]
+    there = [_Spec(ssh="far"), _Spec(ssh="far"), _Spec(ssh="far")]
+    specs = [here[0], *there, here[1]]
+
+    Workers(History(pytestconfig), "equal").pytest_xdist_setupnodes(specs)
+
+    def places(of: list[_Spec]) -> list[str]:
+        return [each.env[VARIABLE].rpartition("/")[0] for each in of]
+
+    assert ["0/2", "1/2"] == places(here)
+    assert ["0/3", "1/3", "2/3"] == places(there)
+    assert 1 == len({each.env[VARIABLE].rpartition("/")[2] for each in specs})
 
 
 def _wishes(**given: Any) -> Any:

@@ -144,6 +144,8 @@ def test_an_outcome_survives_json() -> None:
     )
 
     assert outcome == Outcome.from_json(json.loads(json.dumps(outcome.to_json())))
+    bare = Outcome(outcome.point, Verdict.RECOVERED)
+    assert Outcome(outcome.point, Verdict.RECOVERED, "", 0, (), 0.0, 0) == bare
 
 
 @pytest.fixture
@@ -205,29 +207,18 @@ def test_a_summary_is_the_reports(report: SweepReport) -> None:
 def test_parts_of_a_sweep_are_joined() -> None:
     """Points add up; what each part counted in its clean run is the same."""
 
-    def part(site: str, verdict: Verdict) -> SweepSummary:
+    def part(site: str, verdict: Verdict, number: int) -> SweepSummary:
         sites = (
-            SiteCoverage("both", 3, 1, Counter({verdict: 1})),
+            SiteCoverage("both", 3, number, Counter({verdict: number})),
             SiteCoverage(site, 2),
         )
-        return SweepSummary("s", sites, num_failures=1, num_resumed=2, seconds=0.5)
+        return SweepSummary("s", sites, number, 2 * number, 0.5 * number)
 
-    joined = part("a", Verdict.LEAK).joined(part("b", Verdict.HANG))
+    joined = part("a", Verdict.LEAK, 1).joined(part("b", Verdict.HANG, 3))
 
-    assert (
-        SweepSummary(
-            "s",
-            (
-                SiteCoverage("both", 3, 2, Counter({Verdict.LEAK: 1, Verdict.HANG: 1})),
-                SiteCoverage("a", 2),
-                SiteCoverage("b", 2),
-            ),
-            num_failures=2,
-            num_resumed=4,
-            seconds=1.0,
-        )
-        == joined
-    )
+    both = SiteCoverage("both", 3, 4, Counter({Verdict.LEAK: 1, Verdict.HANG: 3}))
+    sites = (both, SiteCoverage("a", 2), SiteCoverage("b", 2))
+    assert SweepSummary("s", sites, 4, 8, 2.0) == joined
 
 
 # -- words --------------------------------------------------------------------------------

@@ -107,7 +107,9 @@ def _control(run: Run, config: pytest.Config) -> None:
     config.pluginmanager.register(history, "gpumem-history")
     config.pluginmanager.register(SharingSummary(), "gpumem-sharing")
     if is_distributed and run.settings.share != "own":
-        config.pluginmanager.register(Workers(history), "gpumem-workers")
+        config.pluginmanager.register(
+            Workers(history, run.settings.share), "gpumem-workers"
+        )
 
 
 def _report(run: Run, config: pytest.Config) -> None:

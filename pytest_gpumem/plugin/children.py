@@ -162,7 +162,10 @@ class Children:
     def strikes(self, count: int) -> list[int]:
         """Return how many allocations each of the first rules refused in children."""
         told = [child.strikes for child in self.new_figures()]
-        return [sum(each[index] for each in told) for index in range(count)]
+        # Notes count the strikes of so many rules; of more, nothing is known.
+        return [
+            sum(sum(each[index : index + 1]) for each in told) for index in range(count)
+        ]
 
     @staticmethod
     def together(children: Sequence[ChildFigures]) -> list[MemoryFigures]:

@@ -11,6 +11,7 @@ import pytest
 
 from pytest_gpumem.errors import ReportError
 from pytest_gpumem.files import write_atomically
+from pytest_gpumem.plugin.marks import TIMELINE_PROPERTY
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -51,6 +52,7 @@ class Reporting:
         self._machines: Final[list[dict[str, Any]]] = []
         self._lines: list[tuple[str, bool]] = []
 
+    @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Take a test in once it is over."""
         outcome, seconds = self._pending.pop(report.nodeid, ("passed", 0.0))
@@ -71,6 +73,10 @@ class Reporting:
         test = test_record(report.nodeid, outcome, seconds, report.user_properties)
         if test is not None:
             self._tests[report.nodeid] = test
+            # Neither a JUnit file nor who keeps all reports has a use for these.
+            report.user_properties[:] = [
+                each for each in report.user_properties if each[0] != TIMELINE_PROPERTY
+            ]
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from pytest_gpumem.tenancy.ledger import Ledger
     from pytest_gpumem.tenancy.shared_card import SharedCard
 
+#: Whether processes can share anything here: claims are locks of ``fcntl``.
+_CAN_SHARE: Final = sys.platform != "win32"
 #: Tells a worker its place: position, number of workers on its machine, and the run.
 VARIABLE: Final = "PYTEST_GPUMEM_WORKER"
 _VISIBLE: Final = "CUDA_VISIBLE_DEVICES"
@@ -76,6 +79,7 @@ class Sharing:
     def __init__(self, settings: Settings, place: Place | None) -> None:
         self._settings: Final = settings
         alone = place is None or place.workers == 1 or settings.share == "own"
+        alone = alone or not _CAN_SHARE
         self.place: Final = None if alone else place
         self.admits: Final = not alone and settings.share == "equal"
         self.is_capped = self.admits
@@ -190,7 +194,7 @@ class Sharing:
         Args:
             machine: The simulated one.
         """
-        if self.place is None and not self._settings.reaches_children:
+        if self.place is None and not (self._settings.reaches_children and _CAN_SHARE):
             return
         from pytest_gpumem.tenancy.shared_card import join_cards  # noqa: PLC0415  # torch is here
 

@@ -29,10 +29,15 @@ class Workers:
 
     Args:
         history: What tests took before.
+        share: How they share cards, as ``--gpu-share`` has it.
     """
 
-    def __init__(self, history: History) -> None:
+    def __init__(self, history: History, share: str) -> None:
         self._history: Final = history
+        self._share: Final = {
+            "equal": "an equal share each, or what a test says it needs",
+            "off": "nobody waits for another",
+        }[share]
         self._run: Final = secrets.token_hex(8)
 
     @pytest.hookimpl(optionalhook=True)
@@ -46,6 +51,11 @@ class Workers:
             for position, spec in enumerate(workers):
                 place = Place(position, len(workers), self._run)
                 spec.env[VARIABLE] = place.text
+
+    def pytest_report_header(self, config: pytest.Config) -> str:
+        """Say that the cards are shared."""
+        count = len(config.getoption("tx"))
+        return f"gpumem: {count} workers share each machine's cards ({self._share})"
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:

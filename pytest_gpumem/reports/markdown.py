@@ -119,7 +119,7 @@ def _limits(found: _Found) -> list[str]:
             escape(limit_words(limit)),
             format_size(limit["limit_bytes"]),
             format_size(limit["measured_bytes"]),
-            f"+{format_size(limit['measured_bytes'] - limit['limit_bytes'])} ❌",
+            f"{_excess(limit)} ❌",
         )
         for test, limit in found.broken[:TOP]
     ]
@@ -132,6 +132,12 @@ def _limits(found: _Found) -> list[str]:
             len(found.broken) - TOP,
         ),
     ]
+
+
+def _excess(limit: Mapping[str, Any]) -> str:
+    """Return by how much a limit was broken; what is not known breaks it too."""
+    excess = limit["measured_bytes"] - limit["limit_bytes"]
+    return f"+{format_size(excess)}" if excess > 0 else "not known"
 
 
 def _baseline(baseline: Mapping[str, Any] | None) -> list[str]:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_SUFFIX: Final = ".entry"
 _live: Final[weakref.WeakSet[Entry]] = weakref.WeakSet()
 _folders: Final[weakref.WeakSet[Folder]] = weakref.WeakSet()
 
@@ -66,6 +67,7 @@ class Folder:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path: Final = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
+        self._mutex: Final = str(self.path / "mutex")
         self._threads = threading.RLock()
         self._depth = 0
         self._handle = -1
@@ -95,7 +97,7 @@ class Folder:
             threads.release()
 
     def _take(self, timeout_s: float | None) -> None:
-        handle = os.open(self.path / "mutex", os.O_RDWR | os.O_CREAT, 0o600)
+        handle = os.open(self._mutex, os.O_RDWR | os.O_CREAT, 0o600)
         self._handle = handle
         try:
             _lock(handle, timeout_s, self.path)
@@ -117,16 +119,26 @@ class Folder:
     def add(self, value: dict[str, Any]) -> Entry:
         """Make an entry of this process."""
         with self.mutex():
-            entry = Entry(self.path / f"{os.getpid()}-{uuid.uuid4().hex}.entry")
+            entry = Entry(self.path / f"{os.getpid()}-{uuid.uuid4().hex}{_SUFFIX}")
             entry.write(value)
         return entry
 
-    def read(self) -> dict[Path, dict[str, Any]]:
-        """Return every live entry; those of dead processes are removed."""
+    def read(self, *, without: Entry | None = None) -> dict[Path, dict[str, Any]]:
+        """Return every live entry; those of dead processes are removed.
+
+        Args:
+            without: One of this process's that is left out.
+        """
         found: dict[Path, dict[str, Any]] = {}
+        left_out = "" if without is None else without.path.name
         with self.mutex():
-            own = {entry.path for entry in tuple(_live)}
-            for path in sorted(self.path.glob("*.entry")):
+            names = [
+                name
+                for name in os.listdir(self.path)  # noqa: PTH208  # asked often
+                if name.endswith(_SUFFIX) and name != left_out
+            ]
+            own = {entry.path for entry in tuple(_live)} if names else ()
+            for path in (self.path / name for name in sorted(names)):
                 if path not in own and _is_dead(path):
                     path.unlink()
                     continue

@@ -30,13 +30,8 @@ class SharedCard(Tenants):
 
     def others(self) -> Sequence[tuple[int, int]]:
         """Return pid and bytes of every other process that holds any."""
-        entry = self._own()
-        own = None if entry is None else entry.path
-        return [
-            (value["pid"], value["nbytes"])
-            for path, value in self._folder.read().items()
-            if path != own
-        ]
+        found = self._folder.read(without=self._own())
+        return [(value["pid"], value["nbytes"]) for value in found.values()]
 
     def changing(self) -> AbstractContextManager[None]:
         """Return a block in which no other process takes or gives bytes."""

@@ -204,10 +204,17 @@
     const out = [el("h2", {}, test.nodeid), el("p", { class: "soft" }, test.environment + (test.host ? ", on " + test.host : ""))];
     if (test.broken_limit) out.push(el("p", { class: "bad" }, test.broken_limit));
     if (test.incident) out.push(el("p", { class: "bad" }, test.incident));
+    if (test.unknown) out.push(el("p", { class: "soft" }, "Process bytes are not known: " + test.unknown));
+    if (test.waited_s) out.push(el("p", { class: "soft" }, "Waited " + test.waited_s.toFixed(1) + " s for its bytes of the cards."));
+    if (test.contention) {
+      const c = test.contention;
+      out.push(el("p", {}, "Retried alone after an OOM under contention: " + bytes(c.needed_bytes) + " needed on cuda:" + c.device_index +
+        ", others held " + bytes(c.others_bytes) + (c.share_bytes === null ? "" : ", this worker's share was " + bytes(c.share_bytes)) + "; at " + c.site));
+    }
     if (test.limits.length) {
       out.push(el("h3", {}, "Limits"), grid([["metric", 0], ["card", 0], ["phase", 0], ["limit", 1], ["measured", 1], ["", 1]],
         test.limits.map((l) => [l.metric, l.device_index === null ? "all" : "cuda:" + l.device_index, l.phase, bytes(l.limit_bytes), bytes(l.measured_bytes),
-          el("td", { class: l.held ? "n good" : "n bad" }, l.held ? "held" : "broken")])));
+          el("td", { class: l.held ? "n good" : "n bad" }, l.held ? "held" : l.measured_bytes > l.limit_bytes ? "broken" : "not known")])));
     }
     if (test.timeline === null) out.push(el("p", { class: "soft" }, "No timeline: this device shows no single allocations."));
     for (const card of test.timeline || []) {
@@ -224,9 +231,9 @@
     for (const each of test.fallbacks) out.push(...staircase(each));
     for (const each of test.sweeps) out.push(...sweep(each));
     if (test.figures.length) {
-      out.push(el("h3", {}, "Figures"), grid([["phase", 0], ["card", 0], ["allocated", 1], ["reserved", 1], ["requested", 1], ["active", 1], ["left", 1], ["OOMs", 1], ["retries", 1]],
+      out.push(el("h3", {}, "Figures"), grid([["phase", 0], ["card", 0], ["allocated", 1], ["reserved", 1], ["requested", 1], ["active", 1], ["process", 1], ["left", 1], ["OOMs", 1], ["retries", 1]],
         test.figures.map((f) => [f.phase, "cuda:" + f.device_index, bytes(f.peak_allocated_bytes), bytes(f.peak_reserved_bytes), bytes(f.peak_requested_bytes),
-          bytes(f.peak_active_bytes), bytes(f.end_allocated_bytes), f.num_ooms, f.num_alloc_retries])));
+          bytes(f.peak_active_bytes), f.peak_process_bytes === null || f.peak_process_bytes === undefined ? "–" : bytes(f.peak_process_bytes), bytes(f.end_allocated_bytes), f.num_ooms, f.num_alloc_retries])));
     }
     if (test.fixtures.length) {
       out.push(el("h3", {}, "Fixtures of wider scope"), grid([["fixture", 0], ["scope", 0], ["bytes", 1]], test.fixtures.map((f) => [f.name, f.scope, bytes(f.bytes)])));
