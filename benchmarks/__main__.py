@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -58,9 +59,10 @@ def machine() -> list[str]:
     cpus = Path("/proc/cpuinfo").read_text(encoding="ascii").splitlines()
     names = {line.partition(": ")[2] for line in cpus if line.startswith("model name")}
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    cards = "no GPU" if shutil.which("nvidia-smi") is None else "a GPU"
     versions = (f"{name} {metadata.version(name)}" for name in LIBRARIES)
     return [
-        f"- {os.cpu_count()} cores ({', '.join(names)}), {pages / 2**30:.0f} GiB, no GPU",
+        f"- {os.cpu_count()} cores ({', '.join(names)}), {pages / 2**30:.0f} GiB, {cards}",
         f"- Python {platform.python_version()}, {', '.join(versions)}",
     ]
 
@@ -80,7 +82,8 @@ def main() -> None:
     """Print the page, and write it if asked."""
     quick = "--quick" in sys.argv
     started_s, load = time.monotonic(), os.getloadavg()[0]
-    named = [each for each in SECTIONS if each.script in sys.argv] or SECTIONS
+    named = [each for each in SECTIONS if each.script in sys.argv] or list(SECTIONS)
+    left_out = [each.script for each in SECTIONS if each not in named]
     parts = []
     for number, section in enumerate(named, start=1):
         print(f"[{number}/{len(named)}] {section.title} ...", file=sys.stderr)
@@ -98,6 +101,7 @@ def main() -> None:
                 *machine(),
                 f"- {minutes:.0f} minutes{', `--quick`' if quick else ''}; load of the "
                 f"machine {load:.1f} at the start",
+                *([f"- not in this run: {', '.join(left_out)}"] if left_out else []),
             ]
         ),
     ]

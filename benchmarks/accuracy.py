@@ -72,8 +72,7 @@ def traces() -> Iterator[tuple[str, ...]]:
             path.stem,
             f"`{meta['conf']}`" if meta["conf"] else "default",
             format_size(meta["total_bytes"]),
-            f"{len(trace['events'])}",
-            f"{count.equal:,} of {count.all:,}",
+            _part(count.equal, count.all),
             _same(trace["oom"], answer.oom),
             _same(trace["driver"], answer.driver),
             _same(trace["snapshots"], answer.snapshots),
@@ -83,7 +82,11 @@ def traces() -> Iterator[tuple[str, ...]]:
 def _same(recorded: dict[str, Any], simulated: dict[str, Any]) -> str:
     keys = recorded.keys() | simulated.keys()
     same = sum(recorded.get(key) == simulated.get(key) for key in keys)
-    return f"{same} of {len(keys)}"
+    return _part(same, len(keys))
+
+
+def _part(same: int, of: int) -> str:
+    return f"all {of:,}" if same == of else f"{same:,} of {of:,}"
 
 
 def heading(settings: dict[str, Any]) -> str:
@@ -166,7 +169,6 @@ def render() -> str:
                     "trace",
                     "settings",
                     "card",
-                    "events",
                     "figures",
                     "OOMs",
                     "driver",

@@ -112,24 +112,39 @@ def all_rounds(path: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def row(peer: Peer, found: dict[str, Any], truth: dict[str, Any], cpu_s: float) -> str:
-    """Return a tool's line of the table."""
-    title = f"{peer.title} {version(peer.package)}".strip()
+def figures(
+    peer: Peer, found: dict[str, Any], truth: dict[str, Any], cpu_s: float
+) -> list[str]:
+    """Return what a tool says of bytes, and what it costs: a line of a table."""
     reason = found.get("missing") or found.get("failed")
     if reason:
-        return f"| {title} | not run: {reason} | | | | | | | |"
-    cells = [title, peer.way]
-    cells += [
+        return [peer.title, f"not run: {reason}"]
+    bytes_said = (
         difference(found[step], truth[step]) if step in found else "says nothing"
         for step in ("load_bytes", "forward_bytes", "reserved_bytes")
-    ]
-    cells += [
-        f"{found['seconds'] / cpu_s:.2f}",
-        "yes" if not found.get("unmodified", "cpu") else "no",
+    )
+    title = f"{peer.title} {version(peer.package)}".strip()
+    return [title, peer.way, *bytes_said, f"{found['seconds'] / cpu_s:.2f}"]
+
+
+def manners(peer: Peer, found: dict[str, Any], truth: dict[str, Any]) -> list[str]:
+    """Return how a tool takes the task as it stands: a line of a table."""
+    if "missing" in found or "failed" in found:
+        return [peer.title, "not run"]
+    error = found.get("unmodified")
+    return [
+        peer.title,
+        f"`{error[:SHOWN]}`" if error else "not tried" if error is None else "runs",
         small_card(found, truth),
         "yes" if peer.injects else "no",
     ]
-    return f"| {' | '.join(cells)} |"
+
+
+def show(head: list[str], rows: list[list[str]]) -> None:
+    """Print a table, in Markdown."""
+    for line in (head, ["---"] * len(head), *rows):
+        print(f"| {' | '.join([*line, *[''] * (len(head) - len(line))])} |")
+    print()
 
 
 def difference(said: int, true: int) -> str:
@@ -143,7 +158,7 @@ def small_card(found: dict[str, Any], truth: dict[str, Any]) -> str:
     text = found.get("small_card", "")
     if text == f"OutOfMemoryError: {truth['oom']}":
         return "`OutOfMemoryError`, the recorded words"
-    return f"`{text.partition(':')[0]}`, words of its own" if text else "knows no card"
+    return f"`{text.partition(':')[0]}`, words of its own" if text else "knows none"
 
 
 def version(package: str) -> str:
@@ -164,21 +179,28 @@ def main() -> None:
         f"Recorded: {truth['load_bytes']:,} bytes after the load, "
         f"{truth['forward_bytes']:,} at the forward's peak "
         f"({format_size(truth['forward_bytes'])}), {truth['reserved_bytes']:,} reserved. "
-        f"On the CPU the task takes "
-        f"{cpu_s:.2f} s of processor time.\n"
+        f"On the CPU the task takes {cpu_s:.2f} s of processor time.\n"
     )
-    print(
-        "| tool | runs | after the load | the forward's peak | peak reserved | time / CPU "
-        "| task as it stands | on a card too small | can fail a chosen allocation |\n"
-        f"|{'---|' * 9}"
+    show(
+        [
+            "tool",
+            "runs",
+            "after the load",
+            "the forward's peak",
+            "peak reserved",
+            "time / CPU",
+        ],
+        [figures(peer, found[peer.name], truth, cpu_s) for peer in PEERS],
     )
-    for peer in PEERS:
-        print(row(peer, found[peer.name], truth, cpu_s))
-    print("\nThe task as it stands, where it does not run:\n")
-    for peer in PEERS:
-        error = found[peer.name].get("unmodified")
-        if error:
-            print(f"- {peer.title}: `{error[:SHOWN]}`")
+    show(
+        [
+            "tool",
+            "the task as it stands",
+            "on a card too small",
+            "can fail a chosen allocation",
+        ],
+        [manners(peer, found[peer.name], truth) for peer in PEERS],
+    )
 
 
 if __name__ == "__main__":
