@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import tempfile
+from contextlib import suppress
 from typing import Final, NamedTuple
 
 VARIABLE: Final = "PYTEST_GPUMEM_CHILDREN"
@@ -103,6 +105,18 @@ def tenancy_root() -> str:
     named = os.environ.get(FOLDER_VARIABLE)
     user = os.getuid() if hasattr(os, "getuid") else "user"
     return named or os.path.join(tempfile.gettempdir(), f"pytest-gpumem-{user}")  # noqa: PTH118  # light
+
+
+def run_folder(run: str) -> str:
+    """Return where the processes of one run note what they hold of simulated cards."""
+    return os.path.join(tenancy_root(), f"run-{run}")  # noqa: PTH118  # light
+
+
+def remove_run(folder: str) -> None:
+    """Remove a run's folder, and the one around it if nothing else is in there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        os.rmdir(os.path.dirname(folder))  # noqa: PTH106, PTH120  # light
 
 
 def _is(name: str, value: object) -> bool:

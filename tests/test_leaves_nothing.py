@@ -250,4 +250,5 @@ def test_a_session_leaves_nothing_behind(when: str, pytester: pytest.Pytester) -
         first["torch"] = [0, 0, False, False, False, "torch.float32", True]
     for name, before in first.items():
         assert [before, before] == [each[name] for each in others], name
-    assert [] == found["changed"]
+    # How many hooks torch has handed out so far; each was taken back.
+    assert {"torch.utils.hooks:RemovableHandle.next_id"} >= set(found["changed"])

@@ -117,7 +117,7 @@ def test_every_kind_is_written_in_every_way(
     Baseline(
         {
             T4: {
-                "test_limits.py::test_under": {"allocated": 2**19, "reserved": 2**21},
+                "test_bounds.py::test_under": {"allocated": 2**19, "reserved": 2**21},
                 "test_it.py::test_gone": {"allocated": 7},
             }
         }
@@ -125,7 +125,7 @@ def test_every_kind_is_written_in_every_way(
     summary = pytester.path / "summary.md"
     summary.write_text("before\n", encoding="utf-8")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
-    pytester.makepyfile(test_it=TESTS, test_limits=LIMITS)
+    pytester.makepyfile(test_it=TESTS, test_bounds=LIMITS)
 
     done = pytester.runpytest(
         "-p",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A machine with a CUDA build of torch and one card, to be changed."""
     monkeypatch.setattr(selection, "torch_versions", lambda: ("2.13.0", "13.0"))
-    monkeypatch.setattr(selection, "_count_cards", lambda: 1)
+    monkeypatch.setattr(selection, "count_cards", lambda: 1)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return monkeypatch
 
@@ -55,7 +55,7 @@ def test_without_a_card_the_device_is_simulated(
         machine.setenv("CUDA_VISIBLE_DEVICES", "")
     else:
         count = None if change == "no driver" else 0
-        machine.setattr(selection, "_count_cards", lambda: count)
+        machine.setattr(selection, "count_cards", lambda: count)
 
     assert Choice("simulated", reason) == choose("auto")
     with pytest.raises(

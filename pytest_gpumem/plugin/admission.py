@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from pytest_gpumem.plugin.phases import Phases
     from pytest_gpumem.plugin.session import Run
 
+#: The fixture that puts other processes on a card.
+TENANTS: Final = "competing_process"
 #: Waits below this many seconds are not worth a word.
 _SHORT_S: Final = 0.05
 
@@ -108,6 +110,12 @@ class Admission:
             index: device.mem_get_info(index)[1] for index in range(device.device_count)
         }
         claims = declared_claims(wishes, self._run.settings, totals)
+        if TENANTS in getattr(item, "fixturenames", ()):
+            # What such a test puts on a card would be in others' way, and they in its.
+            claims = {
+                index: claims.get(index, Claim(0))._replace(is_alone=True)
+                for index in totals
+            }
         sharing.is_capped = not claims and item is not self.alone
         if item is self.alone:
             whole = {index: Claim(0, is_alone=True) for index in totals}

@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from pytest_gpumem.inheritance import tenancy_root
+from pytest_gpumem.inheritance import remove_run, run_folder, tenancy_root
 
 if TYPE_CHECKING:
     from pytest_gpumem.devices import Device
@@ -117,7 +116,7 @@ class Sharing:
             shared.leave()
         self._joined = []
         if self._own_folder is not None:
-            shutil.rmtree(self._own_folder, ignore_errors=True)
+            remove_run(self._own_folder)
             self._own_folder = None
         if self._is_spread:
             self._is_spread = False
@@ -168,7 +167,7 @@ class Sharing:
     @property
     def folder(self) -> str:
         """Where this run's processes on this machine note what they hold."""
-        return os.path.join(tenancy_root(), f"run-{self._run}")  # noqa: PTH118  # asked for in every run
+        return run_folder(self._run)
 
     def ledger(self, device: Device, index: int, total_bytes: int) -> Ledger:
         """Return what is promised of a card, among workers and, if real, other runs."""

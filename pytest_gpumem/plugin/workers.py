@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import secrets
-import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from pytest_gpumem.inheritance import tenancy_root
+from pytest_gpumem.inheritance import remove_run, run_folder
 from pytest_gpumem.plugin.sharing import VARIABLE, Place
 
 if TYPE_CHECKING:
@@ -66,5 +64,4 @@ class Workers:
 
     def pytest_unconfigure(self) -> None:
         """Remove what this machine's workers noted for each other."""
-        folder = Path(tenancy_root(), f"run-{self._run}")
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_run(run_folder(self._run))
