@@ -1,6 +1,6 @@
 """Eight workers on one simulated card of 16 GiB: with admission and without.
 
-Run: ``python benchmarks/contention.py``. The suite has tests of 1 to 9 GiB that say so,
+Run: ``python benchmarks/contention.py``. The suite has tests of 1 to 8 GiB that say so,
 and hold their bytes for a time; together the workers want more than the card has. A
 watcher adds up what all processes hold.
 """
@@ -130,7 +130,7 @@ def main() -> None:
                 format_size(peak),
             )
         )
-    print(f"a card of {CARD}; tests hold 1 to 9 GiB for half a second")
+    print(f"a card of {CARD}; tests hold 1 to 8 GiB for half a second")
     for line in align(rows, left=(0,)):
         print(line)
 

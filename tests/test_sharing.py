@@ -16,7 +16,7 @@ from pytest_gpumem.plugin.history import History
 from pytest_gpumem.plugin.marks import Budget, Limit, Requirement, Wishes
 from pytest_gpumem.plugin.order import largest_first
 from pytest_gpumem.plugin.settings import Settings
-from pytest_gpumem.plugin.sharing import VARIABLE, Place, take_place
+from pytest_gpumem.plugin.sharing import VARIABLE, Place, Sharing, take_place
 from pytest_gpumem.plugin.workers import Workers
 from pytest_gpumem.sizes import parse_size_spec
 
@@ -447,6 +447,32 @@ def test_the_seconds_of_tests_are_kept(pytester: pytest.Pytester) -> None:
         file.write_text(broken)
         pytester.runpytest(*options, "-n", "2").assert_outcomes(passed=2)
         assert kept.keys() == json.loads(file.read_text()).keys()
+
+
+@pytest.mark.parametrize(
+    ("listed", "turned"),
+    [
+        ("GPU-aa,GPU-bb,GPU-cc", "GPU-bb,GPU-cc,GPU-aa"),
+        ("MIG-1, MIG-2", "MIG-2,MIG-1"),
+        ("3,1", "1,3"),
+        ("GPU-aa", "GPU-aa"),
+    ],
+)
+def test_names_of_real_cards_are_turned_as_they_stand(
+    monkeypatch: pytest.MonkeyPatch, listed: str, turned: str
+) -> None:
+    """Indices, UUIDs and MIG instances; afterwards the environment is as before."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    settings = Settings("cuda", "T4", "computed", {}, (), "")
+    sharing = Sharing(settings, Place(1, 4, "abc"))
+
+    sharing.spread("cuda")
+    assert turned == os.environ["CUDA_VISIBLE_DEVICES"]
+    count = len(turned.split(","))
+    assert len(range(1 % count, 4, count)) == sharing.num_sharing(0)
+    assert count == 1 or sharing.num_sharing(1) == 4
+    sharing.stop()
+    assert listed == os.environ["CUDA_VISIBLE_DEVICES"]
 
 
 class _Spec:
