@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from pytest_gpumem.errors import AdmissionTimeoutError, BudgetError
 from pytest_gpumem.model.driver import Driver
+from pytest_gpumem.tenancy.entries import Folder
 from pytest_gpumem.tenancy.ledger import Ledger
 from pytest_gpumem.tenancy.load_lock import gpu_load_lock, physical_card
 from pytest_gpumem.tenancy.queue import (
@@ -118,6 +119,21 @@ def test_a_forked_child_holds_nothing_of_its_parents(tmp_path: Path) -> None:
             assert 0 == ledger.held_bytes
         finally:
             os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "1", "[" * 9999, "\udcff", '{"nbytes": 1}', '{"new": 1}']
+)
+def test_an_entry_that_says_nothing_is_passed_over(tmp_path: Path, text: str) -> None:
+    """Its process was killed as it wrote, or is of another version."""
+    entry = Folder(tmp_path).add({})
+    entry.path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    ledger = Ledger(tmp_path, 16)
+
+    assert {} == ledger.requests()
+    with ledger.admitted(16, timeout_s=0):
+        assert 16 == ledger.held_bytes
+    entry.close()
 
 
 def test_more_than_the_card_is_refused_at_once(tmp_path: Path) -> None:

@@ -142,8 +142,11 @@ class Folder:
                 if path not in own and _is_dead(path):
                     path.unlink()
                     continue
-                with suppress(ValueError):  # killed between opening and writing
-                    found[path] = json.loads(path.read_text(encoding="utf-8"))
+                value = None
+                with suppress(ValueError, RecursionError):  # killed before it wrote
+                    value = json.loads(path.read_text(encoding="utf-8"))
+                if isinstance(value, dict):
+                    found[path] = value
         return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 from pytest_gpumem.errors import AdmissionTimeoutError, BudgetError
@@ -36,10 +36,11 @@ class Ledger:
 
     def requests(self) -> dict[str, Request]:
         """Return everything that is held or waited for, by name."""
-        return {
-            path.name: Request(path.name, **value)
-            for path, value in self._folder.read().items()
-        }
+        found = {}
+        for path, value in self._folder.read().items():
+            with suppress(TypeError):  # another version's
+                found[path.name] = Request(path.name, **value)
+        return found
 
     def stand(self, nbytes: int) -> None:
         """Note what this process holds while nothing of it runs.
