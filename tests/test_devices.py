@@ -122,6 +122,7 @@ def test_trackers_nest(device: Device) -> None:
 def test_a_budget_caps_and_is_told_everywhere(device: Device) -> None:
     """Free memory is at most what the budget leaves; the total stays the card's."""
     _free, total = device.mem_get_info(0)
+    assert total == device.total_bytes(0)
     device.empty_cache()
     held = torch.cuda.memory_reserved(0)
     device.set_budget(0, held + 100 * MIB)

@@ -144,7 +144,7 @@ class Child:
         for here, there in enumerate(indices):
             text = budgets.get(str(there), budgets.get(EVERY_CARD))
             if text is not None:
-                total = device.mem_get_info(here)[1]
+                total = device.total_bytes(here)
                 device.set_budget(here, parse_size(text, of=total))
 
     def _start_watch(self, device: Device, indices: list[int]) -> None:

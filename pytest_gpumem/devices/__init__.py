@@ -51,6 +51,9 @@ class Device(Protocol):
     def mem_get_info(self, index: int) -> tuple[int, int]:
         """Return free and total bytes, as user code sees them."""
 
+    def total_bytes(self, index: int) -> int:
+        """Return a card's total bytes; cheaper than ``mem_get_info`` may be."""
+
     def card_id(self, index: int) -> str:
         """Return a card's UUID, by which every process knows it."""
 

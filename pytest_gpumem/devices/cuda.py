@@ -133,6 +133,10 @@ class CudaDevice:
         """Return free and total bytes; under a budget, what it leaves."""
         return torch.cuda.mem_get_info(index)
 
+    def total_bytes(self, index: int) -> int:
+        """Return a card's total bytes."""
+        return self.mem_get_info(index)[1]
+
     def card_id(self, index: int) -> str:
         """Return a card's UUID."""
         return f"GPU-{torch.cuda.get_device_properties(index).uuid}"

@@ -42,7 +42,7 @@ def facts_of(device: Device | None, backend: str) -> dict[str, Any]:
         "cards": [
             {
                 "name": device.name(index),
-                "total_bytes": device.mem_get_info(index)[1],
+                "total_bytes": device.total_bytes(index),
                 "budget_bytes": device.budget(index),
             }
             for index in indices

@@ -263,7 +263,7 @@ class Timeline:
                 {
                     "device_index": index,
                     "budget_bytes": self._device.budget(index),
-                    "total_bytes": self._device.mem_get_info(index)[1],
+                    "total_bytes": self._device.total_bytes(index),
                     "num_events": card.series.num_events,
                     "peak_bytes": card.peak,
                     "points": card.series.points,

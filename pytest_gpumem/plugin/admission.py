@@ -87,7 +87,7 @@ class Admission:
         by_card = sorted(claims, key=lambda index: sharing.card_name(device, index))
         try:
             for index in by_card:
-                claim, total = claims[index], device.mem_get_info(index)[1]
+                claim, total = claims[index], device.total_bytes(index)
                 waited += stack.enter_context(
                     sharing.ledger(device, index, total).admitted(
                         claim.nbytes,
@@ -107,22 +107,16 @@ class Admission:
     ) -> dict[int, Claim]:
         sharing = self._run.sharing
         totals = {
-            index: device.mem_get_info(index)[1] for index in range(device.device_count)
+            index: device.total_bytes(index) for index in range(device.device_count)
         }
         claims = declared_claims(wishes, self._run.settings, totals)
-        if TENANTS in getattr(item, "fixturenames", ()):
-            # What such a test puts on a card would be in others' way, and they in its.
+        # What a tenant puts on a card would be in others' way, and they in its.
+        if item is self.alone or TENANTS in getattr(item, "fixturenames", ()):
             claims = {
                 index: claims.get(index, Claim(0))._replace(is_alone=True)
                 for index in totals
             }
-        sharing.is_capped = not claims and item is not self.alone
-        if item is self.alone:
-            whole = {index: Claim(0, is_alone=True) for index in totals}
-            return {
-                index: claim._replace(nbytes=claims.get(index, claim).nbytes)
-                for index, claim in whole.items()
-            }
+        sharing.is_capped = not claims
         if not claims and sharing.admits:
             share = sharing.share_bytes(device, 0, totals[0])
             claims[0] = Claim(min(share, totals[0]))

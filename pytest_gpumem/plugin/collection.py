@@ -176,7 +176,6 @@ class Collection:
         if totals is None:
             self._run.require_device()
             totals = self._run.totals() or ()
-        own = {each.device_index: each.size for each in reversed(wishes.budgets)}
         for size, index in wishes.requirements:
             if index >= len(totals):
                 return (
@@ -184,9 +183,7 @@ class Collection:
                     "card(s), numbered from 0"
                 )
             total = totals[index]
-            budget = self._run.settings.budget_bytes(index, total)
-            if index in own:
-                budget = own[index].resolve(total)
+            budget = self._run.settings.budget_bytes(index, total, wishes.budgets)
             has = total if budget is None else min(budget, total)
             if size.resolve(total) > has:
                 from pytest_gpumem.sizes import format_size  # noqa: PLC0415  # it lacks

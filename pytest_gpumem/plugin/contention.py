@@ -62,7 +62,9 @@ class Contention:
             return
         index, nbytes = incident.device_index, incident.nbytes
         total = incident.total_bytes - device.context_bytes(index)
-        budget = self._own_budget(index, incident.total_bytes)
+        wishes = self._wishes.get(self._item)
+        own = () if wishes is None else wishes.budgets
+        budget = self._run.settings.budget_bytes(index, incident.total_bytes, own)
         needed = incident.allocated_bytes + nbytes
         if incident.injected_by or needed > min(budget or total, total):
             return  # its own: it would have run out of memory alone too
@@ -77,13 +79,6 @@ class Contention:
                 "others_bytes": others,
                 "site": incident.site,
             }
-
-    def _own_budget(self, index: int, total: int) -> int | None:
-        wishes = self._wishes.get(self._item) if self._item is not None else None
-        for budget in () if wishes is None else wishes.budgets:
-            if budget.device_index == index:
-                return budget.size.resolve(total)
-        return self._run.settings.budget_bytes(index, total)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None]:

@@ -47,7 +47,7 @@ class Limits:
         self._device = device
         self._witness = witness
         self._bounds = [
-            _Bound(limit, index, limit.size.resolve(device.mem_get_info(index)[1]))
+            _Bound(limit, index, limit.size.resolve(device.total_bytes(index)))
             for limit in limits
             for index in (
                 range(device.device_count)

@@ -203,7 +203,7 @@ class Phases:
         """Put the limit that a test's markers set into its properties."""
         wishes = self._wishes.get(item)
         bounds = [
-            limit.size.resolve(device.mem_get_info(limit.device_index or 0)[1])
+            limit.size.resolve(device.total_bytes(limit.device_index or 0))
             for limit in (() if wishes is None else wishes.limits)
             if limit.metric == "allocated"
         ]

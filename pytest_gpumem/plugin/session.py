@@ -77,7 +77,7 @@ class Run:
         if self.device is None:
             return None
         device = self.device
-        return tuple(device.mem_get_info(i)[1] for i in range(device.device_count))
+        return tuple(device.total_bytes(i) for i in range(device.device_count))
 
     # -- the device -------------------------------------------------------------------
 
@@ -195,12 +195,9 @@ class Run:
             self.children.pass_on(own)
             return
         self.children.shares = {}
-        wanted = {budget.device_index: budget.size for budget in reversed(own)}
         for index in range(self.device.device_count):
-            total = self.device.mem_get_info(index)[1]
-            budget = self.settings.budget_bytes(index, total)
-            if index in wanted:
-                budget = wanted[index].resolve(total)
+            total = self.device.total_bytes(index)
+            budget = self.settings.budget_bytes(index, total, own)
             if budget is None:
                 budget = self.sharing.cap_bytes(self.device, index, total)
                 if budget is not None:

@@ -12,11 +12,12 @@ from pytest_gpumem.plugin.option_values import find_card
 from pytest_gpumem.plugin.options import DEFAULT_CARD, OPTIONS, Option
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from pytest_gpumem.baselines.gate import Tolerance
     from pytest_gpumem.cards import Card
     from pytest_gpumem.model.rules import Rule
+    from pytest_gpumem.plugin.marks import Budget
     from pytest_gpumem.sizes import SizeSpec
 
 
@@ -86,13 +87,22 @@ class Settings(NamedTuple):
 
         return visible_cards(self.all_cards)
 
-    def budget_bytes(self, index: int, total_bytes: int) -> int | None:
+    def budget_bytes(
+        self, index: int, total_bytes: int, own: Sequence[Budget] = ()
+    ) -> int | None:
         """Return the budget of a card of so many bytes; None where there is none.
+
+        Args:
+            index: The card.
+            total_bytes: Its bytes.
+            own: A test's own budgets, the nearest first; they come before the run's.
 
         Raises:
             SizeError: A percentage of the card comes to nothing.
         """
-        spec = self.budgets.get(index, self.budgets.get(None))
+        run_wide = self.budgets.get(index, self.budgets.get(None))
+        sizes = (each.size for each in own if each.device_index == index)
+        spec = next(sizes, run_wide)
         return None if spec is None else spec.resolve(total_bytes)
 
 

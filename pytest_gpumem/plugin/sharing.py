@@ -184,7 +184,7 @@ class Sharing:
         held = device.memory_stats(index).get("reserved_bytes.all.current", 0)
         held += device.context_bytes(index)
         if held or self.card_name(device, index) in self._ledgers:
-            total = device.mem_get_info(index)[1]
+            total = device.total_bytes(index)
             self.ledger(device, index, total).stand(held)
 
     def join_cards(self, machine: Any) -> None:

@@ -105,6 +105,10 @@ class SimulatedDevice:
         """Return free and total bytes; under a budget, what it leaves."""
         return self.machine.cards[index].mem_get_info()
 
+    def total_bytes(self, index: int) -> int:
+        """Return a card's total bytes; asks no other process, as free bytes do."""
+        return self.machine.cards[index].driver.total_bytes
+
     def card_id(self, index: int) -> str:
         """Return a card's UUID, as NVML has it."""
         return uuid_of(index)
