@@ -23,6 +23,18 @@ def small_config(*, architectures: list[str] | None = None) -> transformers.Bert
     )
 
 
+def layered_config() -> transformers.BertConfig:
+    """Return a BERT of 16 layers of 2 MiB, and little else."""
+    return transformers.BertConfig(
+        hidden_size=256,
+        num_hidden_layers=16,
+        num_attention_heads=4,
+        intermediate_size=512,
+        vocab_size=500,
+        max_position_embeddings=32,
+    )
+
+
 def names_in(folder: Path) -> list[str]:
     """Return what a folder holds, hidden or not, but for lock files."""
     return sorted(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from fuzzing import fuzz, texts
 from hypothesis import example, given
 from hypothesis import strategies as st
+from pages import Page
 
 import pytest_gpumem
 from pytest_gpumem.model.records import MemoryFigures, to_properties
@@ -103,31 +103,6 @@ def a_report(name: str) -> document.Report:
         "stale": [entry],
     }
     return document.Report((name,), (), baseline, (test,))
-
-
-class Page(HTMLParser):
-    """The elements of a page with their attributes, and its scripts."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, tuple[tuple[str, str | None], ...]]] = []
-        self.scripts: list[str] = []
-        self._is_script = False
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, tuple(attrs)))
-        self._is_script = tag == "script"
-        if self._is_script:
-            self.scripts.append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        self._is_script = self._is_script and tag != "script"
-
-    def handle_data(self, data: str) -> None:
-        if self._is_script:
-            self.scripts[-1] += data
 
 
 HARMLESS = Page("".join(page(a_report("name"))))

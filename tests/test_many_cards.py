@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import transformers
+from small_bert import layered_config
 
 from pytest_gpumem import PeakRecorder, simulated_device, vram_budget
 
@@ -19,15 +20,6 @@ pytest_plugins = ["pytester"]
 MIB = 2**20
 
 Classifier: Any = transformers.BertForSequenceClassification
-#: 16 layers of 2 MiB, and little else.
-CONFIG = transformers.BertConfig(
-    hidden_size=256,
-    num_hidden_layers=16,
-    num_attention_heads=4,
-    intermediate_size=512,
-    vocab_size=500,
-    max_position_embeddings=32,
-)
 IDS = torch.arange(1, 17)[None]
 
 COUNTS = pytest.mark.parametrize("count", [2, 4, 8])
@@ -128,7 +120,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of 34 MiB as a checkpoint."""
     folder = tmp_path_factory.mktemp("many")
     torch.manual_seed(0)
-    Classifier(CONFIG).save_pretrained(folder)
+    Classifier(layered_config()).save_pretrained(folder)
     return folder
 
 

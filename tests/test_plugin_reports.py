@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import platform
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 import torch  # an inner run would import it anew, which torch does not survive
+from pages import Page
 from ways import WAYS
 
 import pytest_gpumem
@@ -81,32 +81,6 @@ LIMITS = """
     def test_limit_without_card():
         pass
 """
-
-
-class Scripts(HTMLParser):
-    """The scripts of a page, the images, and whatever would be loaded."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.scripts: list[str] = []
-        self.tags: list[str] = []
-        self.loads: list[str] = []
-        self._is_script = False
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.loads += [name for name, _ in attrs if name in ("src", "href")]
-        self._is_script = tag == "script"
-        if self._is_script:
-            self.scripts.append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        self._is_script = self._is_script and tag != "script"
-
-    def handle_data(self, data: str) -> None:
-        if self._is_script:
-            self.scripts[-1] += data
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -183,7 +157,7 @@ def test_every_kind_is_written_in_every_way(
         assert 'name="gpumem.limits"' in junit
         assert "gpumem.timeline" not in junit
 
-    page = Scripts((folder / "r.html").read_text("utf-8"))
+    page = Page((folder / "r.html").read_text("utf-8"))
     assert 2 == len(page.scripts)
     assert report == json.loads(page.scripts[0])
     assert [] == page.loads

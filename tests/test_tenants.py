@@ -12,6 +12,7 @@ import transformers
 from accelerate.utils import get_max_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_bert import layered_config
 
 from pytest_gpumem import competing_process, simulated_device, vram_budget
 from pytest_gpumem.errors import SizeError, TenantError
@@ -23,15 +24,6 @@ MIB = 2**20
 GIB = 2**30
 
 Classifier: Any = transformers.BertForSequenceClassification
-#: 16 layers of 2 MiB, and little else.
-CONFIG = transformers.BertConfig(
-    hidden_size=256,
-    num_hidden_layers=16,
-    num_attention_heads=4,
-    intermediate_size=512,
-    vocab_size=500,
-    max_position_embeddings=32,
-)
 IDS = torch.arange(1, 17)[None]
 
 
@@ -166,7 +158,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model as a checkpoint."""
     folder = tmp_path_factory.mktemp("tenants")
     torch.manual_seed(0)
-    Classifier(CONFIG).save_pretrained(folder)
+    Classifier(layered_config()).save_pretrained(folder)
     return folder
 
 
