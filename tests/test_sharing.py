@@ -19,6 +19,7 @@ from pytest_gpumem.plugin.settings import Settings
 from pytest_gpumem.plugin.sharing import VARIABLE, Place, Sharing, take_place
 from pytest_gpumem.plugin.workers import Workers
 from pytest_gpumem.sizes import parse_size_spec
+from pytest_gpumem.tenancy.entries import Folder
 
 GiB = 2**30
 
@@ -414,6 +415,29 @@ def test_a_killed_worker_gives_its_claim_back(
     result.assert_outcomes(passed=7, failed=1)
     result.stdout.fnmatch_lines(["*crashed while running *test_large?3?*"])
     assert [] == [path for path in (tmp_path / "tenancy").rglob("*") if path.is_file()]
+
+
+def test_the_next_run_removes_what_a_killed_one_left(
+    pytester: pytest.Pytester, tmp_path: Path
+) -> None:
+    """Not what is of a run that lives, or has only just begun."""
+    dead, alive, young = (
+        tmp_path / "tenancy" / f"run-{name}" for name in ("dead", "alive", "young")
+    )
+    for folder in (dead, alive, young):
+        (folder / "card-0").mkdir(parents=True)
+    (dead / "1-a.entry").touch()
+    sign = Folder(alive).add({})
+    for folder in (dead, alive):
+        os.utime(folder, (1, 1))
+    pytester.makepyfile(
+        "import torch; torch.empty(1, device='cuda')\ndef test_it(): pass"
+    )
+
+    pytester.runpytest_subprocess(*OPTIONS).assert_outcomes(passed=1)
+
+    assert [alive, young] == sorted((tmp_path / "tenancy").iterdir())
+    sign.close()
 
 
 def test_a_place_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+import time
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem.cards import visible_indices
@@ -15,16 +19,23 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.tenancy.entries import Entry
 
+#: Seconds in which a run may be about to say that it lives.
+_YOUNG_S: Final = 60.0
+
 
 class SharedCard(Tenants):
     """The other processes that use the same simulated card.
 
     Args:
         folder: Where each process notes what it holds.
+        sign: What says that the run lives; it is taken back in the end.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], sign: Entry | None = None
+    ) -> None:
         self._folder: Final = Folder(folder)
+        self._sign: Final = sign
         self._entry: Entry | None = None
         self._pid = 0
 
@@ -54,6 +65,8 @@ class SharedCard(Tenants):
         if self._own() is not None:
             with self._folder.mutex():
                 self.hold(0)
+        if self._sign is not None:
+            self._sign.close()
 
     def _own(self) -> Entry | None:
         """Return this process's entry; a forked child has none of its parent's."""
@@ -71,9 +84,20 @@ def join_cards(cards: Sequence[Any], root: str, count: int) -> list[SharedCard]:
     Returns:
         What was joined, card by card.
     """
+    _remove_dead_runs(Path(root))
+    sign = Folder(root).add({})
     joined = []
     for card, number in zip(cards, visible_indices(count), strict=True):
-        shared = SharedCard(os.path.join(root, f"card-{number}"))  # noqa: PTH118  # of text
+        shared = SharedCard(os.path.join(root, f"card-{number}"), sign)  # noqa: PTH118  # of text
         card.driver.tenants.append(shared)
         joined.append(shared)
     return joined
+
+
+def _remove_dead_runs(root: Path) -> None:
+    """Remove the folders beside it that killed runs have left."""
+    for other in root.parent.glob("run-*"):
+        with suppress(OSError):
+            is_old = time.time() - other.stat().st_mtime > _YOUNG_S
+            if other != root and is_old and not Folder(other).read():
+                shutil.rmtree(other)
