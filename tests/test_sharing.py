@@ -379,6 +379,31 @@ def test_bad_values_are_refused(pytester: pytest.Pytester, option: str) -> None:
     result.stderr.fnmatch_lines([f"*{option.partition('=')[0]}: *"])
 
 
+def test_a_wrong_marker_ends_the_run_as_without_workers(
+    pytester: pytest.Pytester,
+) -> None:
+    """Exit code 4 and one sentence, before any test; no internal error."""
+    pytester.makepyfile(
+        """
+        import pytest
+
+        def test_first(): raise SystemError("was run")
+
+        @pytest.mark.requires_vram("much")
+        def test_wrong(): pass
+        """
+    )
+
+    for workers in ([], ["-n", "2"]):
+        result = pytester.runpytest(*OPTIONS, *workers)
+
+        assert pytest.ExitCode.USAGE_ERROR == result.ret
+        result.stderr.fnmatch_lines(
+            ["ERROR: *test_wrong: @pytest.mark.requires_vram: size 'much' cannot be*"]
+        )
+        assert "INTERNALERROR" not in result.stdout.str()
+
+
 def test_nothing_is_left_behind(pytester: pytest.Pytester, tmp_path: Path) -> None:
     """No folder of a run that is over, with workers or without."""
     pytester.makepyfile(DECLARED)

@@ -20,6 +20,9 @@ from pytest_gpumem.plugin.wider_fixtures import WiderFixtures
 if TYPE_CHECKING:
     from pytest_gpumem.plugin.session import Run
 
+#: Stands for a test where a worker reports a wrong marker.
+_USAGE: Final = "gpumem-usage"
+
 
 class Collection:
     """What tests ask for, and when the hooks around them are needed.
@@ -40,9 +43,38 @@ class Collection:
         run.on_device = self._device_came
         #: Seconds of tests in earlier runs, where the tests are to be ordered by them.
         self.seconds: dict[str, float] | None = None
+        self._is_worker = False
 
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Read every marker; skip what this run's device cannot serve."""
+    def pytest_collection_modifyitems(
+        self, config: pytest.Config, items: list[pytest.Item]
+    ) -> None:
+        """Read every marker; skip what this run's device cannot serve.
+
+        Raises:
+            pytest.UsageError: A marker asks for what makes no sense. A worker of
+                pytest-xdist has its controller raise it: its own would not be shown.
+        """
+        self._is_worker = hasattr(config, "workerinput")
+        try:
+            self._read(items)
+        except pytest.UsageError as error:
+            if not self._is_worker:
+                raise
+            report = pytest.CollectReport(_USAGE, "failed", str(error), [])
+            config.hook.pytest_collectreport(report=report)
+            items.clear()
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """End the run for what a worker has found wrong.
+
+        Raises:
+            pytest.UsageError: A worker has.
+        """
+        if report.nodeid == _USAGE and not self._is_worker:
+            raise pytest.UsageError(str(report.longrepr))
+
+    def _read(self, items: list[pytest.Item]) -> None:
         for item in items:
             wishes = marks.wishes(item, sweeps_fallbacks=self._sweeps_fallbacks)
             if wishes is None:
