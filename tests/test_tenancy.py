@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
@@ -313,6 +315,45 @@ def test_a_child_forked_in_a_load_does_not_keep_the_lock(tmp_path: Path) -> None
                 pass
         finally:
             os.kill(child, signal.SIGKILL)
+
+
+def _another_enters(folder: Path) -> bool:
+    source = (
+        "import sys\n"
+        "from pytest_gpumem import gpu_load_lock\n"
+        "with gpu_load_lock(folder=sys.argv[1], timeout_s=0.05):\n"
+        "    print('in', flush=True)\n"
+    )
+    command = [sys.executable, "-c", source, str(folder)]
+    run = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert run.returncode == 0 or "TimeoutError" in run.stderr
+    return run.stdout == "in\n"
+
+
+def test_a_load_within_a_load_has_the_lock_already(tmp_path: Path) -> None:
+    """A pipeline holds it, and so does each of its parts; others wait for the whole."""
+
+    def enters() -> bool:
+        with suppress(TimeoutError), gpu_load_lock(folder=tmp_path, timeout_s=0.05):
+            return True
+        return False
+
+    with ThreadPoolExecutor(1) as pool:
+        with gpu_load_lock(folder=tmp_path, timeout_s=5):
+            assert enters()
+            assert not pool.submit(enters).result(timeout=5)
+            assert not _another_enters(tmp_path)
+        assert pool.submit(enters).result(timeout=5)
+        assert _another_enters(tmp_path)
+
+
+def test_the_load_lock_outlives_what_cleans_temporary_folders(tmp_path: Path) -> None:
+    """A service runs for weeks."""
+    folder = tmp_path / "shared"
+    for _ in range(2):
+        with gpu_load_lock(folder=folder, timeout_s=5):
+            pass
+        shutil.rmtree(folder)
 
 
 def test_threads_of_a_load_may_use_the_card(tmp_path: Path) -> None:

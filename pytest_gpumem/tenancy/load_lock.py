@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,8 @@ def gpu_load_lock(
     """Hold a card's load lock: no other process is inside it meanwhile.
 
     Loading needs more than the loaded model; two loads at once may not fit where two
-    models do. A process that dies gives the lock back. Do not enter it again inside.
+    models do. A process that dies gives the lock back. Like `threading.RLock`, a thread
+    may enter it again inside, as a pipeline does whose parts hold it for themselves.
 
     Args:
         device: The card: an index as CUDA counts it, or any name that the processes
@@ -38,8 +40,16 @@ def gpu_load_lock(
     """
     card = physical_card(device) if isinstance(device, int) else device
     root = Path(tenancy_root() if folder is None else folder)
-    with Folder(root / f"load-{card}").mutex(timeout_s):
+    path = Path(root.absolute(), f"load-{card}")
+    path.mkdir(parents=True, exist_ok=True)  # a service outlives what cleans /tmp
+    with _folder(path).mutex(timeout_s):
         yield
+
+
+@cache
+def _folder(path: Path) -> Folder:
+    """Return this process's one folder of that path: its mutex nests by object."""
+    return Folder(path)
 
 
 def physical_card(index: int) -> str:
