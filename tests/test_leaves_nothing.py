@@ -30,8 +30,7 @@ TESTS = """
         return torch.zeros(2**18, device="cuda")
 
     def fork():
-        # Not zeros: after a fork, OpenMP has no threads to fill them with.
-        torch.empty(2**18, device="cuda")
+        torch.zeros(2**18, device="cuda")
 
     # First, as CUDA refuses to be used in a fork of a process that has used it.
     def test_fork():

@@ -5,8 +5,11 @@ from __future__ import annotations
 import inspect
 import os
 import pickle
+import signal
+import subprocess
 import sys
 import warnings
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -340,6 +343,35 @@ def test_a_forked_child_may_not_use_the_parents_card(*, has_used: bool) -> None:
         _pid, status = os.waitpid(child, 0)
 
     assert (3 if has_used else 2) == os.waitstatus_to_exitcode(status)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_forked_child_computes_where_its_parent_did() -> None:
+    """OpenMP's threads are not in the child, and on a real card none are needed."""
+    source = (
+        "import os, torch\n"
+        "from pytest_gpumem import simulated_device\n"
+        "torch.set_num_threads(2)\n"
+        "torch.ones(2**20).add_(1)\n"
+        "with simulated_device('T4'):\n"
+        "    child = os.fork()\n"
+        "    total = torch.ones(2**20, device='cuda').sum().item()\n"
+        "    if not child:\n"
+        "        os._exit(7 if total == 2**20 else 8)\n"
+        "    _pid, status = os.waitpid(child, 0)\n"
+        "print(os.waitstatus_to_exitcode(status), torch.get_num_threads())\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", source]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        out, _ = process.communicate(timeout=120)
+    finally:
+        with suppress(ProcessLookupError):  # the child too, should it hang
+            os.killpg(process.pid, signal.SIGKILL)
+
+    assert "7 2\n" == out
 
 
 @pytest.mark.usefixtures("machine")

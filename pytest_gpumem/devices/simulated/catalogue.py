@@ -145,7 +145,8 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
         "`torch.compile` with the backends `eager` and `aot_eager`: what meets a "
         "tensor of a card runs as it is",
         "threads, DataLoader workers, autograd's threads; a forked child of a process "
-        "that has used a card gets torch's own error",
+        "that has used a card gets torch's own error, and computes on the host with "
+        "one thread",
         "`CUDA_VISIBLE_DEVICES`: a choice and an order of the simulated cards",
         "pinned memory: tensors say that they are pinned",
     ),

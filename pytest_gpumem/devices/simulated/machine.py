@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+import torch
+
 from pytest_gpumem.devices.fractions import fraction_for
 from pytest_gpumem.errors import BudgetError, DeviceUnavailableError
 from pytest_gpumem.model.allocator import CachingAllocator, OutOfMemory
@@ -358,6 +360,14 @@ _machines: Final[list[SimulatedMachine]] = []
 
 
 def _after_fork() -> None:
+    """Renew the machines; the host, which computes for their cards, has one thread left.
+
+    The child has none of its parent's OpenMP threads, and libgomp waits for them for
+    ever. One thread asks for no other; torch has it so in workers of a DataLoader
+    (``torch/utils/data/_utils/worker.py``, ``_worker_loop``).
+    """
+    if _machines:
+        torch.set_num_threads(1)
     for machine in _machines:
         machine.after_fork()
 
