@@ -1,19 +1,25 @@
-"""A BERT small enough for tests of checkpoints, and what they look at."""
+"""BERTs small enough for tests, what they are asked, and what their folders hold."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 import transformers
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+Classifier: Any = transformers.BertForSequenceClassification
+IDS = torch.arange(1, 17)[None]
 
-def small_config(*, architectures: list[str] | None = None) -> transformers.BertConfig:
+
+def small_config(
+    *, vocab_size: int = 100, architectures: list[str] | None = None
+) -> transformers.BertConfig:
     """Return a BERT of 18.7 kB."""
     return transformers.BertConfig(
-        vocab_size=100,
+        vocab_size=vocab_size,
         hidden_size=16,
         num_hidden_layers=1,
         num_attention_heads=2,
@@ -33,6 +39,19 @@ def layered_config() -> transformers.BertConfig:
         vocab_size=500,
         max_position_embeddings=32,
     )
+
+
+def save_layered(folder: Path) -> None:
+    """Write the BERT of 16 layers, always the same, as a checkpoint."""
+    torch.manual_seed(0)
+    Classifier(layered_config()).save_pretrained(folder)
+
+
+def logits(model: Any, device: Any = "cuda:0") -> torch.Tensor:
+    """Return what a model answers, on the host."""
+    with torch.no_grad():
+        answer: torch.Tensor = model.eval()(IDS.to(device)).logits
+    return answer.cpu()
 
 
 def names_in(folder: Path) -> list[str]:

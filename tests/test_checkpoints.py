@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from small_bert import small_config
 
 from pytest_gpumem.checkpoints import (
     NAMES,
@@ -22,21 +23,6 @@ if TYPE_CHECKING:
 
 
 Weights = dict[str, torch.Tensor]
-
-
-def small_config(
-    *, vocab_size: int = 100, architectures: list[str] | None = None
-) -> transformers.BertConfig:
-    """Return a BERT of 18.7 kB."""
-    return transformers.BertConfig(
-        vocab_size=vocab_size,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=16,
-        architectures=architectures,
-    )
 
 
 def weights_of(folder: Path) -> Weights:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-import transformers
-from small_bert import layered_config
+from small_bert import Classifier, logits, save_layered
 
 from pytest_gpumem import PeakRecorder, simulated_device, vram_budget
 
@@ -19,8 +18,6 @@ pytest_plugins = ["pytester"]
 
 MIB = 2**20
 
-Classifier: Any = transformers.BertForSequenceClassification
-IDS = torch.arange(1, 17)[None]
 
 COUNTS = pytest.mark.parametrize("count", [2, 4, 8])
 
@@ -119,15 +116,8 @@ def test_a_baseline_keeps_every_card(pytester: pytest.Pytester) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of 34 MiB as a checkpoint."""
     folder = tmp_path_factory.mktemp("many")
-    torch.manual_seed(0)
-    Classifier(layered_config()).save_pretrained(folder)
+    save_layered(folder)
     return folder
-
-
-def _answer(model: Any, device: str) -> torch.Tensor:
-    with torch.no_grad():
-        logits: torch.Tensor = model.eval()(IDS.to(device)).logits
-    return logits.cpu()
 
 
 @COUNTS
@@ -139,13 +129,13 @@ def test_a_model_is_split_over_all_cards(
     How many of them accelerate uses is its own affair.
     """
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
-    wanted = _answer(Classifier.from_pretrained(folder), "cpu")
+    wanted = logits(Classifier.from_pretrained(folder), "cpu")
     with simulated_device(f"16GiB,cc=8.0*{count}"):
         recorders = [PeakRecorder(device_index=card) for card in range(count)]
         for recorder in recorders:
             recorder.__enter__()
         model = Classifier.from_pretrained(folder, device_map="balanced")
-        answer = _answer(model, "cuda:0")
+        answer = logits(model, "cuda:0")
         held = [torch.cuda.memory_allocated(card) for card in range(count)]
         for recorder in recorders:
             recorder.__exit__(None, None, None)
@@ -165,7 +155,7 @@ def test_budgets_of_the_cards_are_what_auto_plans_for(
 ) -> None:
     """A narrow card gets little, the host the rest; no card goes beyond its own."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
-    wanted = _answer(Classifier.from_pretrained(folder), "cpu")
+    wanted = logits(Classifier.from_pretrained(folder), "cpu")
     with (
         simulated_device("16GiB,cc=8.0*3"),
         vram_budget("22MiB", device_index=0),
@@ -173,7 +163,7 @@ def test_budgets_of_the_cards_are_what_auto_plans_for(
         vram_budget("2MiB", device_index=2),
     ):
         model = Classifier.from_pretrained(folder, device_map="auto")
-        answer = _answer(model, "cuda:0")
+        answer = logits(model, "cuda:0")
         peaks = [torch.cuda.max_memory_reserved(card) for card in range(3)]
         places = {str(each) for each in model.hf_device_map.values()}
 

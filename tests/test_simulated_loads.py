@@ -18,6 +18,7 @@ from accelerate import (
     init_empty_weights,
     load_checkpoint_and_dispatch,
 )
+from small_bert import IDS, Classifier, logits
 
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.instruments.budget import vram_budget
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices.simulated.machine import SimulatedMachine
 
-Classifier: Any = transformers.BertForSequenceClassification
 CONFIG = transformers.BertConfig(
     hidden_size=64,
     num_hidden_layers=4,
@@ -37,7 +37,6 @@ CONFIG = transformers.BertConfig(
     vocab_size=500,
     max_position_embeddings=32,
 )
-IDS = torch.arange(1, 17)[None]
 #: Everything of the model but one layer on the card.
 SPLIT: dict[str, Any] = {
     "bert.embeddings": 0,
@@ -76,13 +75,6 @@ def machine(reference: torch.Tensor) -> Iterator[SimulatedMachine]:
     assert reference.device.type == "cpu"
     with simulated_device("A100-80GB*2") as machine:
         yield machine
-
-
-def logits(model: Any, device: Any = "cuda:0") -> torch.Tensor:
-    """Return what a model answers, on the host."""
-    with torch.no_grad():
-        answer: torch.Tensor = model.eval()(IDS.to(device)).logits
-    return answer.cpu()
 
 
 def places(model: Any) -> set[str]:

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-import transformers
 from accelerate.utils import get_max_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_bert import layered_config
+from small_bert import Classifier, logits, save_layered
 
 from pytest_gpumem import competing_process, simulated_device, vram_budget
 from pytest_gpumem.errors import SizeError, TenantError
@@ -22,9 +21,6 @@ if TYPE_CHECKING:
 
 MIB = 2**20
 GIB = 2**30
-
-Classifier: Any = transformers.BertForSequenceClassification
-IDS = torch.arange(1, 17)[None]
 
 
 def _bytes(nbytes: int, card: int = 0) -> torch.Tensor:
@@ -157,15 +153,8 @@ def in_torch_words(nbytes: int) -> str:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model as a checkpoint."""
     folder = tmp_path_factory.mktemp("tenants")
-    torch.manual_seed(0)
-    Classifier(layered_config()).save_pretrained(folder)
+    save_layered(folder)
     return folder
-
-
-def _answer(model: Any, device: str) -> torch.Tensor:
-    with torch.no_grad():
-        logits: torch.Tensor = model.eval()(IDS.to(device)).logits
-    return logits.cpu()
 
 
 def test_auto_plans_around_a_tenant(
@@ -173,7 +162,7 @@ def test_auto_plans_around_a_tenant(
 ) -> None:
     """A model that fits an empty card ends partly on the host, and answers the same."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
-    wanted = _answer(Classifier.from_pretrained(folder), "cpu")
+    wanted = logits(Classifier.from_pretrained(folder), "cpu")
     with simulated_device("16GiB,cc=8.0"):
         alone = Classifier.from_pretrained(folder, device_map="auto")
         whole = {each.device.type for each in alone.parameters()}
@@ -182,7 +171,7 @@ def test_auto_plans_around_a_tenant(
         torch.cuda.reset_peak_memory_stats()
         with competing_process(16 * GIB - 24 * MIB):
             spread = Classifier.from_pretrained(folder, device_map="auto")
-            beside = _answer(spread, "cuda")
+            beside = logits(spread, "cuda")
             peak = torch.cuda.max_memory_reserved()
         places = {str(each) for each in spread.hf_device_map.values()}
 
