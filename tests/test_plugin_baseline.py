@@ -213,6 +213,10 @@ def test_a_file_that_cannot_be_used_ends_the_run(
             "'peak' is no metric; accepted are allocated,",
         ),
         (["--gpu-compare-fail=allocated:lots"], "'allocated:lots': *lots*"),
+        (
+            ["--gpu-compare-fail=allocated:5%"],
+            "nothing to compare with; name it with --gpu-baseline=FILE",
+        ),
     ],
 )
 def test_options_that_make_no_sense_end_the_run(
@@ -223,6 +227,16 @@ def test_options_that_make_no_sense_end_the_run(
 
     assert pytest.ExitCode.USAGE_ERROR == result.ret
     result.stderr.fnmatch_lines([f"*{words}*"])
+
+
+def test_the_ini_file_may_say_what_runs_that_compare_let_pass(
+    pytester: pytest.Pytester,
+) -> None:
+    """A run without a baseline compares nothing, and need not."""
+    pytester.makeini("[pytest]\ngpu_compare_fail = allocated:5%\n")
+    pytester.makepyfile(test_it=TESTS)
+
+    assert pytest.ExitCode.OK == pytester.runpytest("-p", "no:cacheprovider").ret
 
 
 def test_the_ini_files_path_starts_at_the_ini_file(pytester: pytest.Pytester) -> None:

@@ -150,13 +150,19 @@ def _baseline_path(
     """Return where the baseline is: from the ini file's folder, or from where we are.
 
     Raises:
-        pytest.UsageError: It is to be written, and there is no name for it.
+        pytest.UsageError: There is none, and it is to be written or compared with.
     """
     text = values["gpu_baseline"]
     if not text:
         if values["gpu_update_baseline"]:
             raise pytest.UsageError(
                 "--gpu-update-baseline: which file? name it with --gpu-baseline=FILE"
+            )
+        if getattr(namespace, "gpu_compare_fail", None):
+            raise pytest.UsageError(
+                "--gpu-compare-fail: there is nothing to compare with; name it with "
+                "--gpu-baseline=FILE, or put gpu_compare_fail into the ini file, for "
+                "those runs that compare"
             )
         return None
     is_ini = getattr(namespace, "gpu_baseline", None) is None
