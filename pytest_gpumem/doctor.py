@@ -7,13 +7,13 @@ import os
 import platform
 import shutil
 import sys
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem._version import __version__
 from pytest_gpumem.cards import DEFAULT_CARD, find_card, visible_cards
 from pytest_gpumem.checkpoints.cache import cache_folder
+from pytest_gpumem.devices.environment import driver_version
 from pytest_gpumem.devices.nvml import why_unknown
 from pytest_gpumem.devices.selection import Choice, choose, torch_versions
 from pytest_gpumem.errors import AllocatorSettingError
@@ -145,14 +145,8 @@ def _torch(problems: list[Problem]) -> dict[str, Any]:
 def _nvml() -> dict[str, Any]:
     """Ask NVIDIA's library for the driver."""
     why = why_unknown()
-    driver = None
-    with suppress(Exception):  # without NVML there is no answer
-        import pynvml  # noqa: PLC0415  # an optional library
-
-        version = pynvml.nvmlSystemGetDriverVersion()
-        driver = version.decode() if isinstance(version, bytes) else str(version)
     known = f"unknown: {why}" if why else "NVML counts them"
-    return {"driver": driver, "process bytes": known}
+    return {"driver": driver_version(), "process bytes": known}
 
 
 def _environment(problems: list[Problem]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_gpumem.model.sweeps import SiteCoverage, SweepReport, Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +83,26 @@ class SweepSummary:
             self.num_resumed + other.num_resumed,
             self.seconds + other.seconds,
         )
+
+    @staticmethod
+    def whole(
+        entries: Iterable[Mapping[str, Any]],
+    ) -> dict[tuple[str, str], SweepSummary]:
+        """Return whole sweeps of parts from several workers, by test and name.
+
+        Args:
+            entries: What ``to_json`` wrote, each with its test as ``"nodeid"``.
+
+        Raises:
+            KeyError: Something is missing.
+            ValueError: There is no such verdict.
+        """
+        found: dict[tuple[str, str], SweepSummary] = {}
+        for entry in entries:
+            part = SweepSummary.from_json(entry)
+            key = (str(entry["nodeid"]), part.name)
+            found[key] = found[key].joined(part) if key in found else part
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """Return the summary as what JSON can hold; ``from_json`` reads it."""

@@ -75,8 +75,9 @@ class Collection:
             raise pytest.UsageError(str(report.longrepr))
 
     def _read(self, items: list[pytest.Item]) -> None:
+        sweeps_fallbacks = self._run.settings.sweeps_fallbacks
         for item in items:
-            wishes = marks.wishes(item, sweeps_fallbacks=self._sweeps_fallbacks)
+            wishes = marks.wishes(item, sweeps_fallbacks=sweeps_fallbacks)
             if wishes is None:
                 continue
             self.wishes[item] = wishes
@@ -130,18 +131,15 @@ class Collection:
         category = "failed" if report.when == "call" else "error"
         return category, "V", ("OVER VRAM LIMIT", {"red": True})
 
-    @property
-    def _sweeps_fallbacks(self) -> bool:
-        settings = self._run.settings
-        return settings.oom_sweep or settings.replay is not None
-
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Share the points of a sweep out to the workers of pytest-xdist."""
-        names = {mark.name for mark in metafunc.definition.iter_markers()}
-        if "oom_sweep" in names or ("oom_fallback" in names and self._sweeps_fallbacks):
+        settings = self._run.settings
+        if marks.is_swept(
+            metafunc.definition, sweeps_fallbacks=settings.sweeps_fallbacks
+        ):
             from pytest_gpumem.plugin.sweeps import shard_tests  # noqa: PLC0415  # there is one
 
-            shard_tests(metafunc, is_replay=self._run.settings.replay is not None)
+            shard_tests(metafunc, is_replay=settings.replay is not None)
 
     def _check_sweep(self, item: pytest.Item, wishes: marks.Wishes) -> None:
         """Refuse what cannot be called again and again; have the others swept.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_gpumem.plugin.marks import has_figures
+
 if TYPE_CHECKING:
     import pytest
 
@@ -41,7 +43,7 @@ class History:
         seconds = self._pending.pop(report.nodeid, 0.0) + report.duration
         if report.when != "teardown":
             self._pending[report.nodeid] = seconds
-        elif any(name.startswith("gpumem.") for name, _ in report.user_properties):
+        elif has_figures(report.user_properties):
             self._now[report.nodeid] = round(seconds, 3)
 
     def pytest_sessionfinish(self) -> None:

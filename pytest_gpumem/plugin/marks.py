@@ -10,7 +10,7 @@ import pytest
 from pytest_gpumem.errors import GpuMemError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from pytest_gpumem.model.rules import Rule
     from pytest_gpumem.sizes import SizeSpec
@@ -244,6 +244,17 @@ def wishes(item: pytest.Item, *, sweeps_fallbacks: bool = False) -> Wishes | Non
         leak_bytes=next(iter(read["max_vram_leak"]), None),
         sweep=_nearest(read["oom_sweep"], read["oom_fallback"] * sweeps_fallbacks),
     )
+
+
+def is_swept(test: pytest.Item, *, sweeps_fallbacks: bool) -> bool:
+    """Tell whether a test's markers ask for a sweep; see ``wishes``."""
+    names = {mark.name for mark in test.iter_markers()}
+    return "oom_sweep" in names or (sweeps_fallbacks and "oom_fallback" in names)
+
+
+def has_figures(properties: Iterable[tuple[str, object]]) -> bool:
+    """Tell by a test's properties whether it used a card."""
+    return any(name.startswith("gpumem.") for name, _ in properties)
 
 
 def _distinct(limits: list[Limit]) -> tuple[Limit, ...]:

@@ -224,7 +224,7 @@ class Phases:
             return
         timeline.__exit__()
         # Not for a test in whose teardown an earlier test's fixture goes.
-        if any(name.startswith("gpumem.") for name, _ in item.user_properties):
+        if marks.has_figures(item.user_properties):
             text = json.dumps(
                 timeline.result() if timeline.is_recorded else None,
                 separators=(",", ":"),
@@ -233,7 +233,7 @@ class Phases:
 
     def _note_limits(self, item: pytest.Item) -> None:
         """Put the limits of a test that used a card into its properties."""
-        if not any(name.startswith("gpumem.") for name, _ in item.user_properties):
+        if not marks.has_figures(item.user_properties):
             return
         found = [] if self._limits is None else self._limits.outcome(item)
         if self._leak is not None and self._leak.outcome is not None:

@@ -31,7 +31,7 @@ class Settings(NamedTuple):
         budgets: Budget by device index; None stands for every card. Empty: none.
         rules: Injection rules for every test.
         checkpoint: Name or folder of the ``bert_large`` fixture's checkpoint.
-        oom_sweep: Whether tests with ``oom_fallback`` are swept.
+        oom_sweep: Whether it was asked that tests with ``oom_fallback`` be swept.
         oom_points: What all sweeps fail; None leaves it to the markers.
         resume: Whether interrupted sweeps go on.
         max_vram: Limit of tests that carry none, or None.
@@ -73,6 +73,11 @@ class Settings(NamedTuple):
     share: str = "equal"
     wait_s: float = 600.0
     max_retries: int = 20
+
+    @property
+    def sweeps_fallbacks(self) -> bool:
+        """Whether tests with ``oom_fallback`` are swept."""
+        return self.oom_sweep or self.replay is not None
 
     @property
     def all_cards(self) -> tuple[Card, ...]:

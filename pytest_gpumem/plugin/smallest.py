@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from pytest_gpumem.plugin.marks import SMALLEST_NOTE_PROPERTY, SMALLEST_PROPERTY
+from pytest_gpumem.plugin.marks import (
+    SMALLEST_NOTE_PROPERTY,
+    SMALLEST_PROPERTY,
+    has_figures,
+    is_swept,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -61,7 +66,7 @@ class SmallestBudgets:
         try:
             return (yield from self._bounded())
         finally:
-            used = any(name.startswith("gpumem.") for name, _ in item.user_properties)
+            used = has_figures(item.user_properties)
             if self._note and used and not self._is_trial:
                 item.user_properties.append((SMALLEST_NOTE_PROPERTY, self._note))
 
@@ -138,12 +143,9 @@ class SmallestBudgets:
         """Return why a test is not run again; empty if it is."""
         if not isinstance(item, pytest.Function):
             return "not sought: only test functions are run again"
-        names = {mark.name for mark in item.iter_markers()}
-        settings = self._run.settings
-        sweeps = settings.oom_sweep or settings.replay is not None
+        sweeps_fallbacks = self._run.settings.sweeps_fallbacks
         if (
-            "oom_sweep" in names
-            or ("oom_fallback" in names and sweeps)
+            is_swept(item, sweeps_fallbacks=sweeps_fallbacks)
             or "oom_sweep" in item.fixturenames
         ):
             return "not sought: it is swept, and a sweep reports while it runs"

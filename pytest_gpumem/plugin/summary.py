@@ -125,13 +125,8 @@ class SummaryPlugin:
         from pytest_gpumem.model.sweep_summary import SweepSummary  # noqa: PLC0415  # there was a sweep
         from pytest_gpumem.model.sweep_text import coverage_table, summarise  # noqa: PLC0415  # likewise
 
-        whole: dict[tuple[str, str], SweepSummary] = {}
-        for entry in self._sweeps:
-            part = SweepSummary.from_json(entry)
-            key = (str(entry["nodeid"]), part.name)
-            whole[key] = whole[key].joined(part) if key in whole else part
         terminal.section("OOM sweeps")
-        for (nodeid, _name), summary in whole.items():
+        for (nodeid, _name), summary in SweepSummary.whole(self._sweeps).items():
             terminal.write_line(
                 f"{nodeid}: {summarise(summary)}", red=summary.num_failures > 0
             )

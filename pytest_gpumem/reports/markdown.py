@@ -37,10 +37,13 @@ class _Found:
         self.peaks: list[tuple[int, int]] = []
         self.broken: list[tuple[str, Mapping[str, Any]]] = []
         self.num_limits = 0
-        self.sweeps: dict[tuple[str, str], SweepSummary] = {}
+        entries: list[Mapping[str, Any]] = []
         self.fallbacks: list[tuple[str, list[dict[str, Any]]]] = []
         for position, test in enumerate(report.tests):
-            self._take(position, test.record())
+            record = test.record()
+            self._take(position, record)
+            entries += record["sweeps"]
+        self.sweeps: Final = SweepSummary.whole(entries)
 
     def _take(self, position: int, record: Mapping[str, Any]) -> None:
         top = top_figures(record)
@@ -50,11 +53,6 @@ class _Found:
         self.broken += [
             (record["nodeid"], limit) for limit in record["limits"] if not limit["held"]
         ]
-        for entry in record["sweeps"]:
-            part = SweepSummary.from_json(entry)
-            key = (str(entry["nodeid"]), part.name)
-            whole = self.sweeps.get(key)
-            self.sweeps[key] = part if whole is None else whole.joined(part)
         self.fallbacks += [(record["nodeid"], each) for each in record["fallbacks"]]
 
 

@@ -52,8 +52,7 @@ class SimulatedTracker:
     def peek(self) -> MemoryFigures:
         """Return the figures up to now, to a caller that holds the card's lock."""
         allocator = self._allocator
-        is_used = self._card.num_requests > 0
-        context_bytes = self._card.card.context_bytes if is_used else 0
+        context_bytes = self._card.context_bytes
         return MemoryFigures(
             device_index=self._card.index,
             peak_allocated_bytes=self._allocated,
@@ -115,8 +114,7 @@ class SimulatedDevice:
 
     def context_bytes(self, index: int) -> int:
         """Return what the driver counts beside the allocator's bytes."""
-        card = self.machine.cards[index]
-        return card.card.context_bytes if card.num_requests else 0
+        return self.machine.cards[index].context_bytes
 
     def others_bytes(self, index: int) -> int:
         """Return the bytes of a card that other processes hold."""

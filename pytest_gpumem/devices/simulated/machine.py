@@ -78,6 +78,14 @@ class SimulatedCard:
         self._budget_bytes: int | None = None
         self._fraction = self.allocator.memory_fraction
 
+    @property
+    def context_bytes(self) -> int:
+        """What the driver counts for this process beside the allocator, in bytes.
+
+        There is no context before the card is used.
+        """
+        return self.card.context_bytes if self.num_requests else 0
+
     def _processes(self) -> list[ProcessMemory]:
         """Return who holds what of the card, as NVML tells an allocator that asks.
 
