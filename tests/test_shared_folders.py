@@ -146,7 +146,7 @@ def test_a_link_further_in_is_not_followed(root: Path, name: str) -> None:
 def test_a_lock_is_a_regular_file(root: Path, kind: str) -> None:
     """Nothing else is opened: a pipe would block, a link make a file elsewhere."""
     root.mkdir()
-    lock = root / "load-0"
+    lock = root / "0.lock"
     if kind == "pipe":
         os.mkfifo(lock)
     elif kind == "folder":
@@ -169,9 +169,9 @@ def test_a_name_of_a_card_stays_in_the_folder(root: Path) -> None:
             pass
 
     assert [
-        "load-.._.._x",
-        "load-MIG-GPU-1_2_0",
-        "load-_etc_x",
+        ".._.._x.lock",
+        "MIG-GPU-1_2_0.lock",
+        "_etc_x.lock",
     ] == sorted(each.name for each in root.iterdir())
 
 
@@ -186,7 +186,7 @@ def test_users_share_locks_where_one_chose_it(
     with gpu_load_lock(timeout_s=1), gpu_load_lock(1, timeout_s=1):
         names = sorted(each.name for each in shared.iterdir())
 
-    assert ["load-0", "load-1"] == names
+    assert ["0.lock", "1.lock"] == names
     assert {0o666} == {_mode(each) for each in shared.iterdir()}
     assert not root.exists()
 
@@ -196,12 +196,12 @@ def test_a_group_shares_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     shared = tmp_path / "locks"
     monkeypatch.setenv("PYTEST_GPUMEM_LOCKS", str(shared))
     _enter()
-    private = _mode(shared / "load-0")
+    private = _mode(shared / "0.lock")
     shared.chmod(0o3770)
     with gpu_load_lock(1, timeout_s=1):
         pass
 
-    assert (0o600, 0o660) == (private, _mode(shared / "load-1"))
+    assert (0o600, 0o660) == (private, _mode(shared / "1.lock"))
 
 
 def test_a_shared_folder_without_the_sticky_bit_is_refused(

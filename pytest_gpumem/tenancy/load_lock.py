@@ -45,7 +45,7 @@ def gpu_load_lock(
     card = physical_card(device) if isinstance(device, int) else device
     named = folder if folder is not None else os.environ.get(LOCKS_VARIABLE)
     root = os.path.abspath(named or tenancy_root())  # noqa: PTH100  # no link is resolved
-    with _mutex(root, f"load-{card.replace('/', '_')}", bool(named)).held(timeout_s):
+    with _mutex(root, f"{card.replace('/', '_')}.lock", bool(named)).held(timeout_s):
         yield
 
 
