@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 #: Properties that hold for every attempt at a test.
 _LASTING: Final = (
     "gpumem.fixture.",
+    "gpumem.fixture_growth",
     marks.SMALLEST_PROPERTY,
     marks.WAIT_PROPERTY,
     marks.CONTENTION_PROPERTY,
@@ -72,6 +73,8 @@ class Phases:
     def join(self, item: pytest.Item, phase: str, device: Device) -> None:
         """Take up a test in the middle of a phase: the device has just come."""
         self._item, self._phase = item, phase
+        if self._run.growth is not None:
+            self._run.growth.device_came(device)
         wishes = self._wishes.get(item)
         if wishes is not None:
             self._run.apply_budgets(wishes.budgets)
@@ -90,6 +93,10 @@ class Phases:
         """Set the test's budget and record the setup."""
         self._item = item
         _forget_attempt(item)
+        if self._run.growth is not None:
+            self._run.growth.begin(item)
+        if self._run.gate is not None:
+            self._run.gate.begin()
         wishes = self._wishes.get(item)
         if wishes is not None and item.get_closest_marker("skip") is None:
             self._run.require_device()
@@ -110,6 +117,9 @@ class Phases:
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None]:
         """Run the test with its faults armed, then hold it to its limits."""
         self._begin("call")
+        growth = self._run.growth
+        if growth is not None:
+            growth.begin_call()
         wishes = self._wishes.get(item)
         rules = self._rules(wishes)
         budgets = () if wishes is None else wishes.budgets
@@ -120,6 +130,9 @@ class Phases:
                 self._arm(self._run.device)
             result = yield
             self._call.close()
+            if growth is not None:
+                children = self._run.children
+                growth.end_call(children.together(children.new_figures()))
             if wishes is not None:
                 self._check_rules(wishes)
             self._check_limits(item, "call")
@@ -127,6 +140,8 @@ class Phases:
             return result
         finally:
             self._call.close()
+            if growth is not None:
+                growth.end_call()
             if rules:
                 self._count_refused(wishes)
                 self._run.children.pass_on(budgets)
@@ -136,13 +151,25 @@ class Phases:
     def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None]:
         """Record the teardown, then put the run's own budget back."""
         self._begin("teardown")
+        growth, gate = self._run.growth, self._run.gate
+        if growth is not None:
+            growth.begin_teardown()
         try:
             result = yield
             self._check_limits(item, "teardown")
             if self._leak is not None and self._passed:
                 self._leak.check(self._fixtures.held_bytes)
+            if growth and gate and growth.peaks and self._passed:
+                text = gate.check_left(item.nodeid, growth.end())
+                if text is not None:
+                    from pytest_gpumem.plugin.limits import fail  # noqa: PLC0415  # see above
+
+                    fail(item, text)
             return result
         finally:
+            if growth is not None:
+                left = growth.end()
+                growth.tell(item, left, None if gate is None else gate.judgement)
             self._end(item, "teardown")
             self._end_timeline(item)
             self._note_limits(item)
@@ -287,10 +314,10 @@ class Phases:
                 text = text or self._limits.check(of, by_card)
         device = self._run.device
         is_used = device is not None and self._used(device)
-        if text is None and gate is not None and (is_used or children):
+        growth = self._run.growth
+        if text is None and gate and growth and (is_used or children):
             environment = self._environment(children)
-            own = _used_cards(read) if is_used else []
-            text = gate.check(environment, item.nodeid, own, below)
+            text = gate.check(environment, item, growth)
         if text is not None:
             from pytest_gpumem.plugin.limits import fail  # noqa: PLC0415  # a limit is broken
 
