@@ -110,7 +110,7 @@ class Phases:
         budgets = () if wishes is None else wishes.budgets
         try:
             if rules:
-                self._run.children.pass_on(budgets, rules)
+                self._run.pass_on(budgets, rules)
             if self._run.device is not None:
                 self._arm(self._run.device)
             result = yield
@@ -124,7 +124,7 @@ class Phases:
             self._call.close()
             if rules:
                 self._count_refused(wishes)
-                self._run.children.pass_on(budgets)
+                self._run.pass_on(budgets)
             self._end(item, "call")
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
