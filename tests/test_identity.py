@@ -52,7 +52,8 @@ def test_a_module_with_gradients_goes_to_the_host_and_back() -> None:
     before = module.weight.tolist()
 
     module.cpu()
-    on_host = (_held(), module.weight.grad is grad, type(grad), grad.device.type)
+    kept: Any = module.weight.grad
+    on_host = (_held(), kept is grad, type(grad), grad.device.type)
     optimizer.step()
     module.cuda()
     optimizer.step()
@@ -67,7 +68,7 @@ def test_a_module_with_gradients_goes_to_the_host_and_back() -> None:
 
 def test_a_gradient_that_moves_alone_stays_its_owners() -> None:
     """``p.grad.data = …`` on either side, before or after its parameter moves."""
-    parameter = nn.Parameter(torch.ones(4))
+    parameter: Any = nn.Parameter(torch.ones(4))
     parameter.grad = torch.ones(4)
 
     parameter.grad.data = parameter.grad.data.cuda()
@@ -242,7 +243,8 @@ def test_copies_share_what_their_originals_share() -> None:
     whole.grad = torch.ones_like(whole)
     before = _held()
 
-    first, part, storage = copy.deepcopy([whole, whole[8:512], whole.untyped_storage()])
+    originals: list[Any] = [whole, whole[8:512], whole.untyped_storage()]
+    first, part, storage = copy.deepcopy(originals)
 
     assert 8 * MIB == _held() - before
     assert first.mark == "copied"
@@ -256,7 +258,7 @@ def test_storages_are_made_and_copied_on_a_card() -> None:
     """``UntypedStorage(…, device="cuda")`` holds bytes there; so does a clone."""
     made = torch.UntypedStorage(MIB, device="cuda")
     copied = made.clone()
-    typed = copy.deepcopy(torch.ones(2, device="cuda")._typed_storage())
+    typed = copy.copy(torch.ones(2, device="cuda").untyped_storage())
 
     assert ["cuda:0", "cuda:0"] == [str(made.device), str(copied.device)]
     assert 2 * MIB + 512 == _held()
@@ -376,7 +378,7 @@ def test_factories_fill_what_they_are_given() -> None:
         lambda: torch.full((3,), 2.0, out=out, device="cuda:0"),
         lambda: torch.normal(0.0, 1.0, (3,), out=out, device="cuda"),
     ):
-        assert make() is out
+        assert make() is out  # type: ignore[no-untyped-call]  # of a lambda
         assert 3 == out.numel()
     with pytest.raises(RuntimeError, match="device type cuda does not match"):
         torch.zeros(3, out=torch.empty(0), device="cuda")
@@ -399,14 +401,16 @@ def test_a_number_is_copied_into_a_tensor() -> None:
 
 def test_small_parts_of_the_runtime_answer() -> None:
     """Codes, identifiers and offsets have the types that they have on a card."""
-    event = torch.Event("cuda:1", enable_timing=True)
-    generator = torch.Generator("cuda")
+    event: Any = torch.Event("cuda:1", enable_timing=True)
+    generator: Any = torch.Generator("cuda")
     generator.set_offset(8)
+    timed: Any = torch.cuda.Event(True)
+    properties: Any = torch.cuda.get_device_properties(1)
 
     assert isinstance(event.event_id, int)
     assert ("cuda:1", True) == (str(event.device), event.enable_timing)
-    assert torch.cuda.Event(True).enable_timing
-    assert 16 == len(torch.cuda.get_device_properties(1).uuid.bytes)
+    assert timed.enable_timing
+    assert 16 == len(properties.uuid.bytes)
     assert 8 == generator.get_offset()
     with pytest.raises(torch.cuda.CudaError, match="out of memory"):
         torch.cuda.check_error(2)

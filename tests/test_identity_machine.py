@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from fuzzing import EXAMPLES
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -41,7 +41,7 @@ class Marks(TorchDispatchMode):
     """Marks what operators make as being where their operands are."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.forced: str | None = None
         self._storages: list[Any] = []
 
@@ -95,6 +95,8 @@ def storage_of(tensor: torch.Tensor) -> int:
 
 class Net(nn.Module):
     """Two layers, a norm and a buffer."""
+
+    scale: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -220,7 +222,9 @@ class Programs(RuleBasedStateMachine):
 
         first, second = self.net(index)
         with self.marks:
-            failed = is_out_of_memory(lambda: first._apply(moving))
+            failed = is_out_of_memory(
+                lambda: first._apply(moving)  # type: ignore[no-untyped-call]  # torch's
+            )
         faults = current_machine().cards[0].faults
         faults.append(refuses)
         try:
@@ -229,7 +233,7 @@ class Programs(RuleBasedStateMachine):
             faults.remove(refuses)
 
     @rule(index=INDEX, is_half=st.booleans())
-    def cast(self, index: int, is_half: bool) -> None:
+    def cast(self, *, index: int, is_half: bool) -> None:
         """``module.half()`` and ``module.float()``."""
         self.both(
             lambda _world, net: net.half() if is_half else net.float(), self.net(index)
@@ -265,7 +269,7 @@ class Programs(RuleBasedStateMachine):
         self.both(tying, self.net(index), self.net(other))
 
     @rule(index=INDEX, where=WHERE, assign=st.booleans())
-    def save_and_load(self, index: int, where: str, assign: bool) -> None:
+    def save_and_load(self, *, index: int, where: str, assign: bool) -> None:
         """``torch.save`` of a state and ``load_state_dict`` from another device."""
 
         def loading(world: int, net: Net) -> None:
@@ -311,7 +315,7 @@ class Programs(RuleBasedStateMachine):
 
     @precondition(lambda self: len(self.views) < 4)
     @rule(index=INDEX, which=INDEX, is_transposed=st.booleans())
-    def view(self, index: int, which: int, is_transposed: bool) -> None:
+    def view(self, *, index: int, which: int, is_transposed: bool) -> None:
         """A view of a parameter, turned in place or cut."""
 
         def viewing(_world: int, parameter: Any) -> Any:
@@ -375,7 +379,7 @@ class Programs(RuleBasedStateMachine):
 
     @precondition(lambda self: self.graphs)
     @rule(index=INDEX, drops=st.booleans())
-    def backward(self, index: int, drops: bool) -> None:
+    def backward(self, *, index: int, drops: bool) -> None:
         """Go back through a graph whose module is where it was, or drop the graph."""
         first, second, nets, where = self.graphs.pop(index % len(self.graphs))
         grads = [each.grad for each in nets[0].parameters()]
@@ -398,7 +402,7 @@ class Programs(RuleBasedStateMachine):
         assert results[0] == results[1]
 
     @rule(index=INDEX, to_none=st.booleans())
-    def zero_grad(self, index: int, to_none: bool) -> None:
+    def zero_grad(self, *, index: int, to_none: bool) -> None:
         """``module.zero_grad()``."""
         self.both(
             lambda _world, net: net.zero_grad(set_to_none=to_none), self.net(index)
@@ -425,7 +429,7 @@ class Programs(RuleBasedStateMachine):
         self.both(setting, self.parameter(index, which))
 
     @rule(index=INDEX, foreach=st.booleans())
-    def step(self, index: int, foreach: bool) -> None:
+    def step(self, *, index: int, foreach: bool) -> None:
         """A step of an optimiser with state, where all its tensors are together."""
         nets = self.net(index)
         where = self.wholly(nets[0])
@@ -436,8 +440,12 @@ class Programs(RuleBasedStateMachine):
             return
 
         def stepping(_world: int, net: Net) -> Any:
+            # The CPU's own foreach counts versions otherwise in a mode than without.
             optimizer = torch.optim.SGD(
-                net.parameters(), lr=0.1, momentum=0.9, foreach=foreach
+                net.parameters(),
+                lr=0.1,
+                momentum=0.9,
+                foreach=foreach and where == "cuda",
             )
             optimizer.step()
             return optimizer
@@ -509,5 +517,6 @@ TestPrograms.settings = settings(
     max_examples=EXAMPLES // 10,
     stateful_step_count=25,
     deadline=None,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking takes minutes
     suppress_health_check=list(HealthCheck),
 )

@@ -34,7 +34,7 @@ _base: Final[Any] = torch._C.TensorBase
 _grad: Final[Any] = _base.grad  # the getset below Tensor.grad
 _data: Final[Any] = _base.data  # the getset below Tensor.data
 _swap: Final[Any] = torch._C._swap_tensor_impl  # what swap_tensors calls
-_set_versions: Final[Any] = torch._C._autograd._unsafe_set_version_counter  # type: ignore[attr-defined]  # not in its stub
+_set_versions: Final[Any] = torch._C._autograd._unsafe_set_version_counter
 
 #: What this package keeps in the ``__dict__`` of a tensor on a card.
 OWN_NAMES: Final = frozenset({"_value", "_card", "_is_param", "_host_class"})
@@ -92,7 +92,7 @@ def _take_value(tensor: Any, data: Any) -> None:
     tensor._value, tensor._card = data._value.detach(), data._card
 
 
-def _body_for(tensor: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
+def _body_for(tensor: torch.Tensor, data: torch.Tensor) -> Any:
     """Return the other body of a tensor, with the data that it is to have."""
     body: Any = _bodies.pop(id(tensor), None)
     if body is None:
@@ -289,7 +289,7 @@ def deepcopy(self: SimulatedTensor, memo: dict[int, Any]) -> Any:
     value, card = self._value, self._card
     storage = copy.deepcopy(self.untyped_storage(), memo)
     copied = torch.empty(0, dtype=value.dtype, device=value.device)
-    copied.set_(storage, value.storage_offset(), value.size(), value.stride())  # type: ignore[call-overload]  # as torch does
+    copied.set_(storage, value.storage_offset(), value.size(), value.stride())
     twin = make(copied, card)
     with torch.no_grad():
         if self.is_conj():
