@@ -286,9 +286,10 @@ def add_options(parser: pytest.Parser) -> None:
             group.addoption(
                 option.flag, action="store_true", default=None, help=option.help
             )
-            # One with a default, which its flag overrides, is text in the ini file.
-            kind = None if option.default else "bool"
-            parser.addini(option.ini, option.help, type=kind, default=None)
+            if option.default:
+                parser.addini(option.ini, option.help, default=None)
+            else:
+                parser.addini(option.ini, option.help, type="bool", default=None)
             continue
         default = f" (default: {option.default})" if option.default else ""
         optional = {"nargs": "?", "const": option.alone} if option.alone else {}
