@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Final
+from typing import Any, Final
 
 import pytest
 
@@ -23,6 +23,7 @@ from pytest_gpumem.plugin.fixtures import (
     vram_budget,
     vram_recorder,
 )
+from pytest_gpumem.plugin.hub import HubModels
 from pytest_gpumem.plugin.options import add_options
 from pytest_gpumem.plugin.session import Run
 from pytest_gpumem.plugin.settings import read_settings
@@ -30,6 +31,7 @@ from pytest_gpumem.plugin.summary import SummaryPlugin
 
 PLUGIN_NAME: Final = "gpumem-session"
 _key: Final = pytest.StashKey[Run]()
+_hub_key: Final = pytest.StashKey[HubModels]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,10 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     """Have the device ready before any conftest or test module is imported."""
-    plugin = Run(read_settings(early_config, early_config.known_args_namespace))
-    early_config.stash[_key] = plugin
-    early_config.add_cleanup(plugin.stop)
-    plugin.start()
+    _start(early_config, early_config.known_args_namespace)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -52,15 +51,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", description)
     if _key not in config.stash:
         # Loaded late, by a conftest's pytest_plugins: from here on it works too.
-        plugin = Run(read_settings(config, config.option))
-        config.stash[_key] = plugin
-        config.add_cleanup(plugin.stop)
-        plugin.start()
+        _start(config, config.option)
     run = config.stash[_key]
     collection = Collection(run, config.pluginmanager)
     config.pluginmanager.register(run, PLUGIN_NAME)
     config.pluginmanager.register(collection, "gpumem-collection")
     config.pluginmanager.register(run.children, "gpumem-children")
+    config.pluginmanager.register(config.stash[_hub_key], "gpumem-hub")
     is_real = run.choice.kind == "cuda" and run.settings.share == "equal"
     if run.sharing.admits or is_real:
         # Before what else runs tests, such as the search for their smallest budgets.
@@ -76,6 +73,15 @@ def pytest_configure(config: pytest.Config) -> None:
         _control(run, config)
     if run.settings.reports or os.environ.get("GITHUB_STEP_SUMMARY"):
         _report(run, config)
+
+
+def _start(config: pytest.Config, namespace: Any) -> None:
+    settings = read_settings(config, namespace)
+    run, hub = Run(settings), HubModels(settings)
+    config.stash[_key], config.stash[_hub_key] = run, hub
+    for each in (run, hub):
+        config.add_cleanup(each.stop)
+        each.start()
 
 
 def _share(run: Run, config: pytest.Config, collection: Collection) -> None:

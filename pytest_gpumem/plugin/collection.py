@@ -76,7 +76,9 @@ class Collection:
 
     def _read(self, items: list[pytest.Item]) -> None:
         sweeps_fallbacks = self._run.settings.sweeps_fallbacks
+        hub = self._manager.get_plugin("gpumem-hub")
         for item in items:
+            hub.read(item)
             wishes = marks.wishes(item, sweeps_fallbacks=sweeps_fallbacks)
             if wishes is None:
                 continue
