@@ -56,6 +56,14 @@ TESTS = """
         except torch.OutOfMemoryError:
             pass
 
+    @pytest.mark.gpu_budget("32MiB")
+    @pytest.mark.max_vram("4MiB")
+    def test_recovered_and_over_the_limit():
+        try:
+            torch.zeros(2**24, device="cuda")
+        except torch.OutOfMemoryError:
+            torch.zeros(5 * 2**18, device="cuda")
+
     @pytest.mark.inject_oom("load:nth=5,flavour=not-oom")
     def test_no_oom():
         Model().to("cuda")
@@ -80,7 +88,7 @@ def test_a_failure_says_what_was_on_the_card(
     pytester.makepyfile(test_it=TESTS)
     result = pytester.runpytest(*LIGHT, *WAYS[way], "--gpu-snapshots=snaps")
 
-    result.assert_outcomes(passed=1, failed=5, errors=1)
+    result.assert_outcomes(passed=1, failed=6, errors=1)
     oom = section(result, "test_too_small")
     for text in (
         "an allocation failed on cuda:0 (Tesla T4, 14.57 GiB), a budget of 6 MiB\n",
@@ -102,19 +110,28 @@ def test_a_failure_says_what_was_on_the_card(
     assert "the limit of 4 MiB allocated was broken on cuda:0 (" in limit
     assert "went over it with 1 MiB at test_it.py:29 in test_limit (load)" in limit
     assert "layers.0.weight of Model" in limit
+    recovered = section(result, "test_recovered_and_over_the_limit")
+    assert "\nthe limit of 4 MiB allocated was broken on cuda:0 (" in recovered
+    assert "such moments" not in recovered
     assert not section(result, "test_no_oom")
     assert not section(result, "test_plain_failure")
 
     files = sorted((pytester.path / "snaps").iterdir())
     assert [
         f"test_it.py-test_{name}"
-        for name in ("injected", "limit", "too_small", "too_small_in_setup")
+        for name in (
+            "injected",
+            "limit",
+            "recovered_and_over_the_limit",
+            "too_small",
+            "too_small_in_setup",
+        )
     ] == [file.name.rpartition("-")[0] for file in files]
     for file in files:
         assert "<html>" in _memory_viz.trace_plot(_load(file)).lower()
-    assert f"snapshot for https://pytorch.org/memory_viz: {files[2]}" in oom
+    assert f"snapshot for https://pytorch.org/memory_viz: {files[3]}" in oom
     if "junit" in str(WAYS[way]):
-        _check_junit(pytester.path / "junit.xml", str(files[2]))
+        _check_junit(pytester.path / "junit.xml", str(files[3]))
 
 
 def _load(file: Path) -> object:

@@ -29,6 +29,9 @@ NOTES: Final = {
     "model heeds; a setting that is not modelled is refused at the start",
     "PYTORCH_CUDA_ALLOC_CONF": "its older name",
     "PYTORCH_HIP_ALLOC_CONF": "not read; only in the text of the flavour `hip`",
+    "GITHUB_ACTIONS": "`true` in a run of GitHub Actions: tests that fail for their memory "
+    "are marked in the pull request; a step that sets it to anything else has no marks",
+    "GITHUB_WORKSPACE": "set by GitHub Actions: the checkout, from which it counts paths",
     "GITHUB_STEP_SUMMARY": "set by GitHub Actions; runs that used a card write their "
     "summary there",
 }

@@ -71,6 +71,8 @@ def pytest_configure(config: pytest.Config) -> None:
             SummaryPlugin(collection.phases, config), "gpumem-summary"
         )
         _control(run, config)
+        if os.environ.get("GITHUB_ACTIONS") == "true":
+            _annotate(config)
     if run.settings.reports or os.environ.get("GITHUB_STEP_SUMMARY"):
         _report(run, config)
 
@@ -123,6 +125,12 @@ def _report(run: Run, config: pytest.Config) -> None:
 
     kind = MachineNote if hasattr(config, "workerinput") else Reporting
     config.pluginmanager.register(kind(run, config), "gpumem-reports")
+
+
+def _annotate(config: pytest.Config) -> None:
+    from pytest_gpumem.plugin.annotations import Annotations  # noqa: PLC0415  # GitHub shows them
+
+    config.pluginmanager.register(Annotations(config), "gpumem-annotations")
 
 
 def _suggest(run: Run, config: pytest.Config) -> None:

@@ -6,16 +6,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
+from pytest_gpumem.plugin import marks
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Sequence
 
     from pytest_gpumem.devices import Device
-    from pytest_gpumem.instruments.witness import OomWitness
     from pytest_gpumem.model.incidents import Incident
     from pytest_gpumem.plugin.session import Run
 
-#: A test's property: what happened when its memory ran out, on one line.
-INCIDENT_PROPERTY: Final = "gpumem.incident"
 #: A test's property: the file of its snapshot.
 SNAPSHOT_PROPERTY: Final = "gpumem.snapshot"
 
@@ -66,24 +65,32 @@ class Incidents:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
-        self, item: pytest.Item
+        self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         """Tell a failed phase's report what was on the card."""
         report = yield
         witness = self._run.witness
         if witness is not None and witness.incidents and report.failed:
-            self._show(item, report, witness)
+            incidents = _causes(item, call, witness.incidents)
+            if incidents:
+                self._show(item, report, incidents)
             self._forget()
         return report
 
     def _show(
-        self, item: pytest.Item, report: pytest.TestReport, witness: OomWitness
+        self,
+        item: pytest.Item,
+        report: pytest.TestReport,
+        incidents: Sequence[Incident],
     ) -> None:
         from pytest_gpumem.reports.incident import TITLE, explain, headline  # noqa: PLC0415  # memory ran out
 
-        last = witness.incidents[-1]
-        lines = explain(last, count=len(witness.incidents))
-        item.user_properties.append((INCIDENT_PROPERTY, headline(last)))
+        last = incidents[-1]
+        lines = explain(last, count=len(incidents))
+        item.user_properties += [
+            (marks.INCIDENT_PROPERTY, headline(last)),
+            (marks.SITE_PROPERTY, last.site),
+        ]
         folder = self._run.settings.snapshots
         if folder is not None and self._snapshot is not None:
             from pytest_gpumem.instruments.snapshots import write_snapshot  # noqa: PLC0415  # likewise
@@ -101,3 +108,17 @@ class Incidents:
         self._snapshot = None
         if self._run.witness is not None:
             self._run.witness.clear()
+
+
+def _causes(
+    item: pytest.Item, call: pytest.CallInfo[None], incidents: Sequence[Incident]
+) -> Sequence[Incident]:
+    """Return the incidents that a failure may come from.
+
+    A test that a limit or a baseline failed has survived every OOM it met.
+    """
+    message = str(getattr(getattr(call.excinfo, "value", None), "msg", ""))
+    broken = (marks.BROKEN_PROPERTY, message.partition("\n")[0])
+    if broken not in item.user_properties:
+        return incidents
+    return [each for each in incidents if each.kind == "limit"]

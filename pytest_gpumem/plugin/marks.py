@@ -38,6 +38,12 @@ OVER_PROPERTY: Final = "gpumem.over_limit"
 #: A test's property: what the limit was and how it was broken, on one line.
 BROKEN_PROPERTY: Final = "gpumem.broken_limit"
 
+#: A test's property: what happened when its memory ran out, on one line.
+INCIDENT_PROPERTY: Final = "gpumem.incident"
+
+#: A test's property: where that was, ``"file.py:42 in function (phase)"``.
+SITE_PROPERTY: Final = "gpumem.site"
+
 #: A test's property: why its process bytes are not known, in words.
 UNKNOWN_PROPERTY: Final = "gpumem.unknown"
 
