@@ -420,12 +420,12 @@ def test_a_model_that_nobody_serves_says_what_to_do(config: Path) -> None:
     ):
         Auto.from_pretrained("nobody/it")
     with (
-        pytest.raises(OSError, match="give --gpu-hub-model=bert-large-uncased, "),
+        pytest.raises(OSError, match=r"give --gpu-hub-model=bert-large-uncased, "),
         serve_models({"my-org/mine": config}),
     ):
         hub.hf_hub_download("bert-large-uncased", "config.json")
     with (
-        pytest.raises(OSError, match="^mine$") as other,
+        pytest.raises(OSError, match=r"^mine$") as other,
         serve_models({"my-org/mine": config}),
     ):
         raise OSError("mine")

@@ -10,7 +10,7 @@ import transformers
 
 # The parts that register operators, which raises when it is done again.
 assert torch.__version__
-assert transformers.BertForSequenceClassification
+assert transformers.BertForSequenceClassification is not None
 
 PLAIN = ("-p", "no:cacheprovider", "-W", "ignore")
 SCRIPT = """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
@@ -76,7 +76,7 @@ class Collection:
 
     def _read(self, items: list[pytest.Item]) -> None:
         sweeps_fallbacks = self._run.settings.sweeps_fallbacks
-        hub = self._manager.get_plugin("gpumem-hub")
+        hub: Any = self._manager.get_plugin("gpumem-hub")
         for item in items:
             hub.read(item)
             wishes = marks.wishes(item, sweeps_fallbacks=sweeps_fallbacks)
