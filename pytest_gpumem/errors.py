@@ -65,6 +65,18 @@ class AdmissionTimeoutError(GpuMemError, TimeoutError):
     """A card had no room among other processes for longer than was allowed."""
 
 
+class SharedFolderError(GpuMemError, PermissionError):
+    """A folder or lock that processes share is not safe to use.
+
+    Attributes:
+        path: What is not.
+    """
+
+    def __init__(self, message: str, *, path: str) -> None:
+        super().__init__(message)
+        self.path = path
+
+
 class AllocatorSettingError(GpuMemError, ValueError):
     """The environment's settings of the caching allocator cannot be honoured."""
 

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import tempfile
-from contextlib import suppress
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
+
+#: How long ``locked`` waits for another process, and how often it looks.
+LOCK_WAIT_S: Final = 60.0
+LOCK_LOOK_S: Final = 0.02
+#: What a file system answers that has no locks.
+_NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP})
 
 
 def write_atomically(path: str | os.PathLike[str], text: str | Iterable[str]) -> None:
     """Write a text file so that a reader finds the old text or all of the new.
 
-    Folders on the way are made. The permissions of a file that is replaced are kept.
+    Folders on the way are made. Of a file that is replaced, permissions and owner are
+    kept. A symbolic link stays one: the file that it names is replaced. What is no
+    regular file (``/dev/stdout``, a pipe) cannot be replaced and is written to.
     A lone surrogate, as names in another encoding have, becomes the escape that JSON
     reads as the same.
 
@@ -39,20 +50,121 @@ def write_bytes_atomically(path: str | os.PathLike[str], content: bytes) -> None
     _write(path, (content,))
 
 
+def is_special(path: str | os.PathLike[str]) -> bool:
+    """Tell whether a path leads to a device, a pipe or a socket."""
+    try:
+        mode = os.stat(path).st_mode  # noqa: PTH116  # a path of any kind
+    except OSError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
+def why_not_writable(path: Path) -> str | None:
+    """Return why a file could not be written by ``write_atomically``; None if it could.
+
+    Nothing is made or changed.
+
+    Args:
+        path: The file; it need not be there.
+    """
+    try:
+        folder = Path(os.path.realpath(path)).parent
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        problems = {
+            "it is a folder; name a file in it": path.is_dir(),
+            "the file is read-only": path.exists() and not os.access(path, os.W_OK),
+            f"{folder} is no folder": not folder.is_dir(),
+            f"the folder {folder} may not be written to": not is_special(path)
+            and not os.access(folder, os.W_OK | os.X_OK),
+        }
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        return str(error)
+    return next((problem for problem, holds in problems.items() if holds), None)
+
+
+@contextmanager
+def locked(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Have a file for this process alone, among those that ask so: read, change, write.
+
+    The lock is a hidden file beside the one that a symbolic link, if it is one, names;
+    it is removed afterwards. Where the file system has no locks there is none.
+
+    Args:
+        path: The file; it need not be there.
+
+    Raises:
+        OSError: The lock cannot be made, or another process keeps it for a minute.
+    """
+    target = Path(os.path.realpath(path))
+    if is_special(target):
+        yield
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = target.with_name(f".{target.name[:100]}.lock")
+    try:
+        import fcntl  # noqa: PLC0415  # not on Windows
+    except ImportError:
+        from filelock import FileLock  # noqa: PLC0415  # where there is no flock
+
+        with FileLock(lock, timeout=LOCK_WAIT_S):
+            yield
+        return
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    end_s = time.monotonic() + LOCK_WAIT_S
+    while True:
+        handle = os.open(lock, flags, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(handle)
+            if error.errno in _NO_LOCKS:
+                yield
+                return
+            if error.errno not in (errno.EWOULDBLOCK, errno.EINTR):
+                raise
+            if time.monotonic() > end_s:
+                raise TimeoutError(
+                    f"another process keeps {lock} locked for {LOCK_WAIT_S:.0f} s"
+                ) from None
+            time.sleep(LOCK_LOOK_S)
+            continue
+        # Whoever had it before removes the file: a lock on a removed one is none.
+        if _is_same(lock, handle):
+            break
+        os.close(handle)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            lock.unlink()
+        os.close(handle)
+
+
+def _is_same(path: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
 def _write(path: str | os.PathLike[str], pieces: Iterable[bytes]) -> None:
-    target = Path(path)
+    if is_special(path):
+        with open(path, "wb") as file:  # noqa: PTH123  # a path of any kind
+            file.writelines(pieces)
+        return
+    # A rename would put a file in a link's place; what the link names is replaced.
+    target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(
-        prefix=f".{target.name}.", suffix=".tmp", dir=target.parent
+        prefix=f".{target.name[:100]}.", suffix=".tmp", dir=target.parent
     )
     try:
         with os.fdopen(handle, "wb") as file:
             file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes a file for its owner alone.
-        mode = target.stat().st_mode if target.exists() else 0o666 & ~_umask()
-        Path(temporary).chmod(mode)
+        _take_rights(Path(temporary), target)
         Path(temporary).replace(target)
     except BaseException:
         with suppress(OSError):
@@ -60,7 +172,25 @@ def _write(path: str | os.PathLike[str], pieces: Iterable[bytes]) -> None:
         raise
 
 
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
+def _take_rights(temporary: Path, target: Path) -> None:
+    """Give a file the rights of the one that it replaces, or those of any new file.
+
+    The process's umask can only be read by changing it, for all threads; a new file
+    shows what it leaves.
+    """
+    try:
+        before = target.stat()
+    except FileNotFoundError:
+        sample = temporary.with_suffix(".new")
+        os.close(os.open(sample, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        try:
+            mode = sample.stat().st_mode
+        finally:
+            sample.unlink()
+    else:
+        mode = before.st_mode
+        if hasattr(os, "chown"):
+            # Root, as in a container, would make another user's file its own.
+            with suppress(OSError):
+                os.chown(temporary, before.st_uid, before.st_gid)
+    temporary.chmod(stat.S_IMODE(mode))

@@ -22,6 +22,9 @@ HUB_VARIABLE: Final = "PYTEST_GPUMEM_HUB"
 #: Names the folder that processes must share to know of one another.
 FOLDER_VARIABLE: Final = "PYTEST_GPUMEM_TENANCY"
 
+#: Names the folder of load locks that several users share.
+LOCKS_VARIABLE: Final = "PYTEST_GPUMEM_LOCKS"
+
 #: The key of a budget that holds for every card.
 EVERY_CARD: Final = ""
 _INDEX: Final = re.compile(r"[0-9]{1,4}")
@@ -106,7 +109,7 @@ class Inheritance(NamedTuple):
 def tenancy_root() -> str:
     """Return the folder that this machine's processes of one user share."""
     named = os.environ.get(FOLDER_VARIABLE)
-    user = os.getuid() if hasattr(os, "getuid") else "user"
+    user = os.geteuid() if hasattr(os, "geteuid") else "user"
     return named or os.path.join(tempfile.gettempdir(), f"pytest-gpumem-{user}")  # noqa: PTH118  # light
 
 

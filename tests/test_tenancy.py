@@ -373,6 +373,6 @@ def test_cards_are_named_as_the_machine_names_them(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert "1" == physical_card(1)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, MIG-GPU-1/2/0,GPU-abc")
-    assert ["3", "MIG-GPU-1_2_0", "GPU-abc"] == [physical_card(i) for i in range(3)]
+    assert ["3", "MIG-GPU-1/2/0", "GPU-abc"] == [physical_card(i) for i in range(3)]
     with pytest.raises(ValueError, match=r"shows 3 card\(s\)"):
         physical_card(3)

@@ -15,9 +15,11 @@ _NAME: Final = re.compile(r"(PYTEST_GPUMEM|PYTORCH|CUDA|CUBLAS|GITHUB)_[A-Z_]+")
 NOTES: Final = {
     "PYTEST_GPUMEM_CACHE": "where checkpoints that were built are kept; else the user's "
     "cache folder, as XDG says",
-    "PYTEST_GPUMEM_TENANCY": "the folder through which processes know of one another: "
-    "`gpu_load_lock` and cards that several processes share; else a folder of the user "
-    "in the temporary one",
+    "PYTEST_GPUMEM_TENANCY": "the folder through which a user's processes know of one "
+    "another: `gpu_load_lock` and cards that several processes share; else a folder of "
+    "the user in the temporary one; see [security](../security.md)",
+    "PYTEST_GPUMEM_LOCKS": "the folder of `gpu_load_lock` that several users share; see "
+    "[security](../security.md#one-lock-for-all-users-of-a-machine)",
     "PYTEST_GPUMEM_WORKER": "set by a run for its pytest-xdist workers, to tell each its "
     "place; not for you to set",
     "PYTEST_GPUMEM_CHILDREN": "set by a run for its child processes, to hand over device, "

@@ -36,7 +36,12 @@ class Tolerance:
         Raises:
             ValueError: It is neither.
         """
-        metric, _colon, amount = text.partition(":")
+        metric, _colon, amount = (each.strip() for each in text.partition(":"))
+        if not amount:
+            raise ValueError(
+                f"{text!r} is half a tolerance; write METRIC:TOLERANCE, as in "
+                "allocated:5% or reserved:16MiB"
+            )
         if metric not in METRICS:
             raise ValueError(
                 f"{text!r}: {metric!r} is no metric; accepted are "

@@ -11,11 +11,12 @@ import torch
 
 from pytest_gpumem.devices import allocated_bytes
 from pytest_gpumem.errors import SweepError
-from pytest_gpumem.instruments.equality import difference, portrait
+from pytest_gpumem.instruments.equality import difference
 from pytest_gpumem.instruments.flavours import is_injected
 from pytest_gpumem.instruments.frames import clear_exception
 from pytest_gpumem.instruments.holders import blocks_on_cards, find_holders
 from pytest_gpumem.instruments.injector import OomInjector
+from pytest_gpumem.instruments.portraits import portrait
 from pytest_gpumem.instruments.surroundings import (
     Defaults,
     RandomState,

@@ -1,68 +1,55 @@
-"""Whether two results are the same, wherever their tensors lie."""
+"""Whether two results are the same, wherever their tensors lie, and where they differ."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Final
+from contextlib import suppress
+from numbers import Integral, Number
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 
-from pytest_gpumem.errors import NoValuesError
-from pytest_gpumem.instruments.placement import placement_of
+from pytest_gpumem.instruments.portraits import Fields, Opaque, Unordered
 
-#: Largest difference from a reference that a dtype explains, as a share of the
-#: reference's largest value (at least of 1). The machine epsilons are 1.2e-7, 9.8e-4
-#: and 7.8e-3; a network of some dozens of layers adds an order of magnitude.
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+#: What a dtype explains of a difference from a reference: a share of the values' size,
+#: and beside it an amount. The machine epsilons are 2.2e-16, 1.2e-7, 9.8e-4 and 7.8e-3;
+#: a network of some dozens of layers adds an order of magnitude. The amounts of the
+#: first two are those of ``torch.testing.assert_close``; those of the others are what
+#: is left where numbers around 1 cancel each other.
 TOLERANCE: Final = {
-    torch.float64: 1e-6,
-    torch.float32: 1e-4,
-    torch.float16: 2e-2,
-    torch.bfloat16: 1e-1,
+    torch.float64: (1e-6, 1e-7),
+    torch.float32: (1e-4, 1e-5),
+    torch.float16: (2e-2, 2e-2),
+    torch.bfloat16: (1e-1, 1e-1),
 }
 #: For dtypes of fewer bits still, quantised ones among them.
-_COARSEST: Final = 1e-1
+_COARSEST: Final = (1e-1, 1e-1)
+_PARTS: Final = {
+    torch.complex128: torch.float64,
+    torch.complex64: torch.float32,
+    torch.complex32: torch.float16,
+}
+#: An array's largest values are its typical ones up to so many times the median; what
+#: is beyond (``torch.finfo(dtype).min`` in a mask) says nothing of the others' errors.
+_TYPICAL: Final = 10.0
+_HALF: Final = 2
+_INF: Final = float("inf")
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Opaque:
-    """Stands for an object that cannot be compared by value."""
+class Comparison(NamedTuple):
+    """What comparing two results has shown.
 
-    kind: type
-
-
-def portrait(value: Any) -> Any:  # a kind of value each
-    """Return what of a result can be compared later, with every tensor on the host.
-
-    Tensors become copies on the CPU (on meta where the device keeps no values),
-    modules their state and whether they are whole, mappings, sequences and dataclasses the same of their items.
-    Other objects are kept where their class defines equality; else only their class.
+    Attributes:
+        first: Where they first differ by more than is allowed, and how, in a sentence;
+            None if nowhere.
+        largest: The largest difference of numbers, allowed or not; infinite where
+            something else differs.
     """
-    if isinstance(value, torch.Tensor):
-        return _on_host(value.detach())
-    if isinstance(value, torch.nn.Module):
-        state = {name: _on_host(each) for name, each in value.state_dict().items()}
-        placement = placement_of(value)
-        whole = "whole" if placement.is_whole else f"half moved: {placement}"
-        return {"placement": whole, "state": state}
-    if isinstance(value, Mapping):
-        return {key: portrait(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [portrait(item) for item in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = dataclasses.fields(value)
-        return {each.name: portrait(getattr(value, each.name)) for each in fields}
-    compares = any("__eq__" in vars(kind) for kind in type(value).__mro__[:-1])
-    return value if compares else Opaque(type(value))
 
-
-def _on_host(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.is_meta:
-        return tensor
-    try:
-        return tensor.to("cpu", copy=True)
-    except NoValuesError:
-        return torch.empty_like(tensor, device="meta")
+    first: str | None
+    largest: float
 
 
 def difference(
@@ -74,98 +61,318 @@ def difference(
 ) -> str | None:
     """Return in what two portraits differ, in a sentence; None if in nothing.
 
+    See ``compare``.
+    """
+    return compare(reference, result, where=where, dtypes=dtypes).first
+
+
+def compare(
+    reference: Any,
+    result: Any,
+    *,
+    where: str = "the result",
+    dtypes: Collection[torch.dtype] = (),
+) -> Comparison:
+    """Compare two portraits.
+
     Args:
         reference: What should be.
         result: What is.
         where: What the result is called.
         dtypes: Dtypes that took part in computing it, besides those of its tensors.
 
-    Floating-point tensors may differ by what the coarser of their dtypes explains
-    (``TOLERANCE``); everything else must be equal. Tensors without values are compared
-    by shape.
+    Floating-point numbers may differ by what the coarsest of their dtypes explains
+    (``TOLERANCE``), and be of another dtype: a fallback may compute in half precision.
+    NaN equals NaN, an infinity itself alone. Everything else must be equal, dtypes and
+    shapes included. Tensors without values are compared by shape and dtype.
+
+    Source: ``torch.testing.assert_close`` with ``equal_nan``, but for the allowance.
     """
-    if isinstance(reference, torch.Tensor) and isinstance(result, torch.Tensor):
-        return _tensor_difference(reference, result, where, dtypes)
-    if isinstance(reference, Mapping) and isinstance(result, Mapping):
-        if reference.keys() != result.keys():
-            odd = sorted(map(str, reference.keys() ^ result.keys()))
-            return f"{where} has other entries: {', '.join(odd[:5])}"
-        pairs = [
-            (f"{where}[{key!r}]", reference[key], result[key]) for key in reference
-        ]
-    elif _is_list(reference) and _is_list(result):
+    comparer = _Comparer(dtypes)
+    comparer.walk(reference, result, where)
+    return Comparison(comparer.first, comparer.largest)
+
+
+class _Comparer:
+    def __init__(self, dtypes: Collection[torch.dtype]) -> None:
+        self._dtypes: Final = dtypes
+        self.first: str | None = None
+        self.largest = 0.0
+
+    def _differ(self, where: str, how: str, amount: float = _INF) -> None:
+        self.largest = max(self.largest, amount)
+        if self.first is None:
+            self.first = f"{where} {how}"
+
+    def walk(self, reference: Any, result: Any, where: str) -> None:
+        """Compare two values and what they hold."""
+        kind, found = _kind(reference), _kind(result)
+        if kind != found:
+            self._differ(where, f"is {_a(found)} instead of {_a(kind)}")
+            return
+        for base, compare in (
+            (torch.Tensor, self._tensors),
+            (dict, self._mappings),
+            ((Unordered, frozenset), self._unordered),
+            ((list, tuple), self._sequences),
+            (Number, self._numbers),
+            (Opaque, _nothing),
+            (object, self._arrays if kind == "ndarray" else self._others),
+        ):
+            if issubclass(type(reference), base):
+                compare(reference, result, where)
+                return
+
+    def _mappings(self, reference: Any, result: Any, where: str) -> None:
+        missing = [f"{_show(key)} is missing" for key in reference if key not in result]
+        odd = [f"{_show(key)} is new" for key in result if key not in reference]
+        if missing or odd:
+            self._differ(where, f"has other entries: {', '.join([*missing, *odd][:5])}")
+        form = "{}.{}" if isinstance(reference, Fields) else "{}[{!r}]"
+        for key in reference:
+            if key in result:
+                place = form.format(where, key if isinstance(key, str) else _Shown(key))
+                self.walk(reference[key], result[key], place)
+
+    def _sequences(self, reference: Any, result: Any, where: str) -> None:
         if len(reference) != len(result):
-            return f"{where} has {len(result)} items instead of {len(reference)}"
-        pairs = [
-            (f"{where}[{index}]", *pair)
-            for index, pair in enumerate(zip(reference, result, strict=True))
-        ]
-    else:
-        return _plain_difference(reference, result, where)
-    for name, first, second in pairs:
-        found = difference(first, second, where=name, dtypes=dtypes)
-        if found is not None:
-            return found
-    return None
+            self._differ(where, f"has {len(result)} items instead of {len(reference)}")
+        names = getattr(type(reference), "_fields", None)
+        for index, pair in enumerate(zip(reference, result, strict=False)):
+            name = f"[{index}]" if names is None else f".{names[index]}"
+            self.walk(*pair, f"{where}{name}")
 
+    def _unordered(self, reference: Any, result: Any, where: str) -> None:
+        left = list(result)
+        for item in reference:
+            same = next(
+                (at for at, each in enumerate(left) if self._is(item, each)), None
+            )
+            if same is None:
+                self._differ(where, f"lacks {_show(item)}")
+            else:
+                del left[same]
+        if left:
+            self._differ(where, f"has {_show(left[0])} besides")
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    def _is(self, first: Any, second: Any) -> bool:
+        return difference(first, second, dtypes=self._dtypes) is None
 
+    def _others(self, reference: Any, result: Any, where: str) -> None:
+        try:
+            same = bool(reference == result)
+        except Exception:  # noqa: BLE001  # a class whose equality is no yes or no
+            return
+        if not same:
+            self._differ(where, f"is {_show(result)} instead of {_show(reference)}")
 
-def _plain_difference(reference: Any, result: Any, where: str) -> str | None:
-    both = type(reference), type(result)
-    if torch.Tensor in both and both[0] is not both[1]:
-        return f"{where} is a {both[1].__name__} instead of a {both[0].__name__}"
-    if isinstance(reference, float) and isinstance(result, float):
-        allowed = TOLERANCE[torch.float32] * max(1.0, abs(reference))
-        same = abs(reference - result) <= allowed or reference != reference != result  # noqa: PLR0124  # NaN
-    else:
-        same = bool(reference == result)
-    return None if same else f"{where} is {result!r:.80} instead of {reference!r:.80}"
+    def _numbers(self, reference: Any, result: Any, where: str) -> None:
+        if reference == result:
+            return
+        said = f"is {_show(result)} instead of {_show(reference)}"
+        amount = _INF
+        with suppress(OverflowError):  # an integer beyond all floats
+            amount = float(abs(complex(result) - complex(reference)))
+            if not all(isinstance(each, Integral) for each in (reference, result)):
+                dtypes = {_dtype_of(each) for each in (reference, result)}
+                if self._floats(_tensor(reference), _tensor(result), dtypes) is None:
+                    return
+        self._differ(where, said, _INF if amount != amount else amount)  # noqa: PLR0124  # NaN
 
-
-def _tensor_difference(
-    reference: torch.Tensor,
-    result: torch.Tensor,
-    where: str,
-    dtypes: Collection[torch.dtype],
-) -> str | None:
-    if reference.shape != result.shape:
-        return (
-            f"{where} has shape {tuple(result.shape)} instead of "
-            f"{tuple(reference.shape)}"
+    def _arrays(self, reference: Any, result: Any, where: str) -> None:
+        kinds = [each.dtype.newbyteorder("=") for each in (reference, result)]
+        names = reference.dtype.names
+        are_alike = kinds[0] == kinds[1] or {*(each.kind for each in kinds)} in (
+            {"f"},
+            {"c"},
         )
-    if reference.is_meta or result.is_meta or not reference.numel():
-        return None
-    if not (reference.is_floating_point() and result.is_floating_point()):
-        same = torch.equal(reference.to(result.dtype), result)
-        return None if same else f"{where} has other values"
-    took_part = {reference.dtype, result.dtype, *dtypes}
-    return _float_difference(reference, result, where, took_part)
+        if are_alike and kinds[0].kind in "biufc":
+            self._tensors(_as_tensor(reference), _as_tensor(result), where)
+        elif reference.shape != result.shape:
+            self._differ(
+                where, f"has shape {result.shape} instead of {reference.shape}"
+            )
+        elif not are_alike:
+            self._differ(where, f"has dtype {kinds[1]} instead of {kinds[0]}")
+        elif names is not None:
+            for name in names:
+                self._arrays(reference[name], result[name], f"{where}[{name!r}]")
+        elif not bool(
+            ((reference == result) | _unset(reference) & _unset(result)).all()
+        ):
+            self._differ(where, "has other values")
+
+    def _tensors(
+        self, reference: torch.Tensor, result: torch.Tensor, where: str
+    ) -> None:
+        shapes = tuple(reference.shape), tuple(result.shape)
+        dtypes = reference.dtype, result.dtype
+        if shapes[0] != shapes[1]:
+            self._differ(where, f"has shape {shapes[1]} instead of {shapes[0]}")
+        elif _family(dtypes[0]) != _family(dtypes[1]):
+            self._differ(where, f"has dtype {dtypes[1]} instead of {dtypes[0]}")
+        elif reference.layout != result.layout:
+            self._differ(where, f"is {result.layout} instead of {reference.layout}")
+        elif not (reference.is_meta or result.is_meta):
+            pair = _dense(reference), _dense(result)
+            if pair[0].is_floating_point() or pair[0].is_complex():
+                found = self._floats(*pair, set(dtypes))
+            else:
+                found = self._integers(*pair)
+            if found is not None:
+                self._differ(where, found, 0.0)
+
+    def _integers(self, reference: torch.Tensor, result: torch.Tensor) -> str | None:
+        wrong = reference != result
+        if not bool(wrong.any()):
+            return None
+        off = (result.double() - reference.double()).abs()
+        self.largest = max(self.largest, float(off.max()))
+        return f"has other values; {_first(wrong, reference, result)}"
+
+    def _floats(
+        self,
+        reference: torch.Tensor,
+        result: torch.Tensor,
+        dtypes: set[torch.dtype],
+    ) -> str | None:
+        """Compare numbers; return how they differ if by more than is allowed."""
+        expected, found = _alike(reference, result)
+        same = (expected == found) | (expected.isnan() & found.isnan())
+        off = (found - expected).abs().masked_fill(same, 0.0)
+        off = off.nan_to_num(nan=_INF, posinf=_INF)
+        if not off.numel() or not float(off.max()):
+            return None
+        self.largest = max(self.largest, float(off.max()))
+        coarsest = max({*dtypes, *self._dtypes}, key=_tolerance)
+        share, amount = _tolerance(coarsest)
+        size = expected.abs()
+        differing = size[size.isfinite() & ~same & (size > 0)]
+        typical = 0.0
+        if differing.numel():
+            typical = min(float(differing.max()), _TYPICAL * float(differing.median()))
+        size = size.masked_fill(~size.isfinite(), 0.0).clamp(min=typical)
+        allowed = amount + share * size
+        wrong = off > allowed
+        if not bool(wrong.any()):
+            return None
+        first = _first(wrong, reference, result)
+        if bool(off[wrong].isinf().any()):
+            return f"has other infinite or NaN values; {first}"
+        worst = int(torch.where(wrong, off, 0.0).argmax())
+        return (
+            f"differs by {float(off.flatten()[worst]):.3g}, more than the "
+            f"{float(allowed.flatten()[worst]):.3g} that {coarsest} explains; {first}"
+        )
 
 
-def _float_difference(
-    reference: torch.Tensor,
-    result: torch.Tensor,
-    where: str,
-    dtypes: Collection[torch.dtype],
-) -> str | None:
-    expected = reference.to(torch.float64)
-    off = (result.to(torch.float64) - expected).abs()
-    unsure = expected.isnan() | expected.isinf()
-    if not torch.equal(
-        expected[unsure].nan_to_num(), result[unsure].double().nan_to_num()
-    ):
-        return f"{where} has other infinite or NaN values"
-    off = off[~unsure]
-    largest = float(off.max()) if off.numel() else 0.0
-    scale = max(1.0, float(expected[~unsure].abs().max()) if off.numel() else 1.0)
-    coarsest = max(dtypes, key=lambda dtype: TOLERANCE.get(dtype, _COARSEST))
-    allowed = scale * TOLERANCE.get(coarsest, _COARSEST)
-    if largest <= allowed:
-        return None
-    return (
-        f"{where} differs by {largest:.3g}, more than the {allowed:.3g} that "
-        f"{coarsest} explains"
-    )
+def _nothing(_reference: Opaque, _result: Opaque, _where: str) -> None:
+    """Compare no more: their classes are the same."""
+
+
+class _Shown:
+    """A key that is written as well as its class allows."""
+
+    def __init__(self, key: object) -> None:
+        self._text = _show(key)
+
+    def __repr__(self) -> str:
+        return self._text
+
+
+_KINDS: Final = (
+    (torch.Tensor, "Tensor"),
+    (dict, "dict"),
+    (Unordered, "set"),
+    (frozenset, "set"),
+    ((list, tuple), "list"),
+    (Number, "number"),
+    (type(None), "None"),
+)
+
+
+def _show(value: object) -> str:
+    try:
+        return f"{value!r:.80}"
+    except Exception:  # noqa: BLE001  # a hostile class
+        return f"<{type(value).__name__}, whose repr fails>"
+
+
+def _kind(value: Any) -> str:
+    """Return what a portrait is called; only those of one kind are compared."""
+    kind = type(value)  # what a hostile __class__ says is not asked
+    if issubclass(kind, (Fields, Opaque)):
+        return str(value.kind.__qualname__)
+    known = next((name for base, name in _KINDS if issubclass(kind, base)), None)
+    return kind.__qualname__ if known is None or hasattr(kind, "_fields") else known
+
+
+def _a(kind: str) -> str:
+    return kind if kind == "None" else f"a {kind}"
+
+
+def _tolerance(dtype: torch.dtype) -> tuple[float, float]:
+    return TOLERANCE.get(_PARTS.get(dtype, dtype), _COARSEST)
+
+
+def _family(dtype: torch.dtype) -> str:
+    """Return what dtypes that may stand for each other have in common."""
+    if dtype.is_complex:
+        return "complex"
+    is_quantised = str(dtype).startswith(("torch.qint", "torch.quint"))
+    return "floating" if dtype.is_floating_point or is_quantised else str(dtype)
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor if tensor.layout == torch.strided else tensor.to_dense()
+    return tensor.dequantize() if tensor.is_quantized else tensor
+
+
+def _alike(*pair: torch.Tensor) -> list[torch.Tensor]:
+    """Return tensors in the widest dtype; what is largest in a dtype stands for infinity.
+
+    A mask is filled with ``torch.finfo(dtype).min``, and so with another number where
+    the dtype is another one.
+    """
+    is_complex = pair[0].is_complex()
+    wide = [each.to(torch.complex128 if is_complex else torch.float64) for each in pair]
+    if is_complex or pair[0].dtype == pair[1].dtype:
+        return wide
+    return [
+        each.masked_fill(each >= most, _INF).masked_fill(each <= -most, -_INF)
+        for each, most in zip(
+            wide, (torch.finfo(each.dtype).max for each in pair), strict=True
+        )
+    ]
+
+
+def _first(wrong: torch.Tensor, reference: torch.Tensor, result: torch.Tensor) -> str:
+    """Return where a tensor is first wrong, what is there and what should be."""
+    at = tuple(wrong.nonzero()[0].tolist())
+    values = f"{result[at].item()!r:.24} instead of {reference[at].item()!r:.24}"
+    if not at:
+        return values
+    count = int(wrong.sum())
+    return f"first at {list(at)}: {values} ({count} of {wrong.numel()} values)"
+
+
+def _tensor(number: Any) -> torch.Tensor:
+    return torch.tensor(complex(number), dtype=torch.complex128)
+
+
+def _dtype_of(number: Any) -> torch.dtype:
+    """Return the dtype of a number of numpy; Python's have mostly been a tensor's."""
+    is_half = getattr(getattr(number, "dtype", None), "itemsize", 0) == _HALF
+    return torch.float16 if is_half else torch.float32
+
+
+def _unset(array: Any) -> Any:
+    return array != array  # noqa: PLR0124  # not a number, not a time
+
+
+def _as_tensor(array: Any) -> torch.Tensor:
+    """Return a tensor of an array's numbers."""
+    own = f"{array.dtype.kind}{array.dtype.itemsize}"
+    if own not in {"b1", "u1", "i1", "i2", "i4", "i8", "f2", "f4", "f8", "c8", "c16"}:
+        array = array.astype({"u": "i8", "i": "i8", "f": "f8", "c": "c16"}[own[0]])
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))

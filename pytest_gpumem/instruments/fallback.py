@@ -13,7 +13,7 @@ from pytest_gpumem.devices import allocated_bytes
 from pytest_gpumem.devices.active import active_device
 from pytest_gpumem.instruments.attempts import is_the_oom
 from pytest_gpumem.instruments.budget import vram_budget
-from pytest_gpumem.instruments.equality import difference, portrait
+from pytest_gpumem.instruments.equality import difference
 from pytest_gpumem.instruments.frames import clear_exception
 from pytest_gpumem.instruments.holders import (
     blocks_on_cards,
@@ -22,6 +22,7 @@ from pytest_gpumem.instruments.holders import (
 )
 from pytest_gpumem.instruments.injector import OomInjector
 from pytest_gpumem.instruments.placement import Placement, placement_of
+from pytest_gpumem.instruments.portraits import portrait
 from pytest_gpumem.instruments.recorder import PeakRecorder
 from pytest_gpumem.instruments.surroundings import (
     RandomState,

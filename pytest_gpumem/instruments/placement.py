@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch.nn.parameter import is_lazy
+
 from pytest_gpumem.sizes import format_size
 
 if TYPE_CHECKING:
@@ -52,6 +54,8 @@ def placement_of(model: torch.nn.Module) -> Placement:
     nbytes: Counter[str] = Counter()
     dtypes = set()
     for tensor in [*model.parameters(), *model.buffers()]:
+        if is_lazy(tensor):
+            continue  # it has no size yet
         nbytes[str(tensor.device)] += tensor.numel() * tensor.element_size()
     for parameter in model.parameters():
         if parameter.is_floating_point():

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytest_gpumem.devices.active import active_device
-from pytest_gpumem.instruments.equality import TOLERANCE
+from pytest_gpumem.instruments.equality import Comparison, compare
 from pytest_gpumem.instruments.injector import OomInjector
 from pytest_gpumem.instruments.placement import Placement, placement_of
+from pytest_gpumem.instruments.portraits import portrait
 from pytest_gpumem.instruments.recorder import PeakRecorder
 from pytest_gpumem.sizes import format_size
 
@@ -107,16 +108,20 @@ def judge_load(
                 error = str(expected)
                 came_through = True
         left = _left_bytes(device, device_index, model) - before
-        output_error = None
+        compared: Comparison | None = None
         if model is not None and run is not None and reference is not None:
-            output = run(model).detach().to("cpu", torch.float32)
-            output_error = _difference(output, reference)
+            compared = compare(
+                portrait(reference),
+                portrait(run(model)),
+                where="the output",
+                dtypes=placement_of(model).dtypes,
+            )
     verdict = LoadVerdict(
         model=model,
         placement=None if model is None else placement_of(model),
         figures=recorder.figures,
         left_bytes=left,
-        output_error=output_error,
+        output_error=None if compared is None else compared.largest,
         num_injected=injector.num_injected,
         error=error,
     )
@@ -124,7 +129,9 @@ def judge_load(
         name = expect_error.__name__
         missing = f"a {name} should have come through and did not"
         return replace(verdict, problems=() if came_through else (missing,))
-    problems = _problems(verdict, reference, expect_devices, expect_dtype)
+    problems = _problems(verdict, expect_devices, expect_dtype)
+    if compared is not None and compared.first is not None:
+        problems.append(compared.first)
     problems += _over_budget(verdict, device.budget(device_index))
     return replace(verdict, problems=tuple(problems))
 
@@ -141,7 +148,6 @@ def _over_budget(verdict: LoadVerdict, budget: int | None) -> list[str]:
 
 def _problems(
     verdict: LoadVerdict,
-    reference: torch.Tensor | None,
     expect_devices: Sequence[str] | None,
     expect_dtype: torch.dtype | None,
 ) -> list[str]:
@@ -166,23 +172,7 @@ def _problems(
         problems.append(
             f"{format_size(verdict.left_bytes)} of a failed attempt stay on the card"
         )
-    if verdict.output_error is not None and reference is not None:
-        scale = max(1.0, float(reference.abs().max()))
-        allowed = scale * max(TOLERANCE.get(dtype, 1e-1) for dtype in placement.dtypes)
-        if not verdict.output_error <= allowed:
-            problems.append(
-                f"the output differs from the reference by {verdict.output_error:.3g}, "
-                f"more than the {allowed:.3g} that the dtype explains"
-            )
     return problems
-
-
-def _difference(output: torch.Tensor, reference: torch.Tensor) -> float:
-    """Return the largest difference; infinite where shapes differ or NaN appears."""
-    if output.shape != reference.shape:
-        return float("inf")
-    difference = (output - reference.to(torch.float32)).abs().max()
-    return float("inf") if bool(difference.isnan()) else float(difference)
 
 
 def _left_bytes(device: Device, device_index: int, model: Any) -> int:

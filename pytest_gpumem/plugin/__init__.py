@@ -13,6 +13,8 @@ import pytest
 
 from pytest_gpumem.plugin import marks
 from pytest_gpumem.plugin.collection import Collection
+from pytest_gpumem.plugin.endings import PLUGIN_NAME as ENDINGS_NAME
+from pytest_gpumem.plugin.endings import Endings
 from pytest_gpumem.plugin.fixtures import (
     bert_large,
     competing_process,
@@ -25,6 +27,7 @@ from pytest_gpumem.plugin.fixtures import (
 )
 from pytest_gpumem.plugin.hub import HubModels
 from pytest_gpumem.plugin.options import add_options
+from pytest_gpumem.plugin.outputs import check_outputs
 from pytest_gpumem.plugin.session import Run
 from pytest_gpumem.plugin.settings import read_settings
 from pytest_gpumem.plugin.summary import SummaryPlugin
@@ -62,11 +65,16 @@ def pytest_configure(config: pytest.Config) -> None:
     if run.sharing.admits or is_real:
         # Before what else runs tests, such as the search for their smallest budgets.
         _share(run, config, collection)
+    is_worker = hasattr(config, "workerinput")
+    if not is_worker:
+        check_outputs(run.settings, config)
+        run.endings = Endings(is_strict=run.settings.is_strict)
+        config.pluginmanager.register(run.endings, ENDINGS_NAME)
     if run.settings.baseline is not None:
         _gate(run, config)
     if run.settings.suggest is not None or run.settings.find_budget:
         _suggest(run, config)
-    if not hasattr(config, "workerinput"):
+    if not is_worker:
         config.pluginmanager.register(
             SummaryPlugin(collection.phases, config), "gpumem-summary"
         )
@@ -137,7 +145,7 @@ def _suggest(run: Run, config: pytest.Config) -> None:
     from pytest_gpumem.plugin.suggest import Suggestions  # noqa: PLC0415  # it was asked for
 
     if not hasattr(config, "workerinput"):
-        plugin = Suggestions(run.settings, config)
+        plugin = Suggestions(run, config)
         config.pluginmanager.register(plugin, "gpumem-suggestions")
     if run.settings.find_budget:
         if config.getoption("usepdb", default=False):
@@ -154,9 +162,9 @@ def _gate(run: Run, config: pytest.Config) -> None:
 
     text = getattr(config, "workerinput", {}).get(WORKER_INPUT)
     run.gate = Gate(run.settings, text)
-    if text is None:
+    if run.endings is not None:
         config.pluginmanager.register(
-            BaselineSummary(run.gate, config), "gpumem-baseline"
+            BaselineSummary(run.gate, config, run.endings), "gpumem-baseline"
         )
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from pytest_gpumem.model.records import MemoryFigures
+    from pytest_gpumem.plugin.endings import Endings
     from pytest_gpumem.plugin.settings import Settings
 
 
@@ -106,10 +107,12 @@ class BaselineSummary:
     Args:
         gate: The baseline.
         config: The run's.
+        endings: Told of what fails at the run's end.
     """
 
-    def __init__(self, gate: Gate, config: pytest.Config) -> None:
+    def __init__(self, gate: Gate, config: pytest.Config, endings: Endings) -> None:
         self._gate: Final = gate
+        self._endings: Final = endings
         self._config: Final = config
         self._collected: Final[set[str]] = set()
         self._peaks: Final[dict[str, dict[str, dict[str, int]]]] = {}
@@ -170,6 +173,8 @@ class BaselineSummary:
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self) -> None:
         """Compare, or write the file."""
+        if not self._endings.has_run:
+            return
         stale = {environment: self._stale(environment) for environment in self._peaks}
         if self._gate.updates:
             self._find(stale)
@@ -214,10 +219,11 @@ class BaselineSummary:
             try:
                 baseline.write(self._gate.path)
             except OSError as error:
-                raise pytest.UsageError(
+                self._endings.fail(
                     f"--gpu-update-baseline: {self._gate.name} cannot be written: "
                     f"{error}; name another file with --gpu-baseline"
-                ) from None
+                )
+                return
             verb = "written"
         else:
             verb = "unchanged"

@@ -17,6 +17,9 @@ VALUES: Final = ("computed", "none")
 #: What the workers of pytest-xdist may have of each card.
 SHARES: Final = ("equal", "off", "own")
 
+#: Whether a check that holds nothing fails the run; auto: in CI.
+STRICT: Final = ("auto", "true", "false")
+
 #: Kinds of reports.
 REPORTS: Final = ("json", "html", "md")
 
@@ -124,6 +127,14 @@ def parse_share(text: str) -> str:
     if text not in SHARES:
         raise ValueError(f"{text!r} is unknown; accepted are {', '.join(SHARES)}")
     return text
+
+
+def parse_strict(text: str) -> str:
+    """Read ``gpu_strict``."""
+    chosen = text.strip().lower()
+    if chosen not in STRICT:
+        raise ValueError(f"{text!r} is unknown; accepted are {', '.join(STRICT)}")
+    return chosen
 
 
 def parse_seconds(text: str) -> float:

@@ -17,6 +17,7 @@ from pytest_gpumem.plugin.option_values import (
     parse_share,
     parse_size_spec,
     parse_sizes,
+    parse_strict,
     parse_suggest,
     parse_tolerance,
     parse_values,
@@ -38,7 +39,8 @@ class Option(NamedTuple):
         parse: Text in, value out; raises ``GpuMemError`` or ``ValueError``.
         help: What the option does.
         repeated: Whether it may be given several times.
-        is_flag: Whether it stands alone, without a value.
+        is_flag: Whether it stands alone, without a value; the ini file's is a truth
+            value, or, where there is a default, text.
         alone: What it means where it stands without a value; None if it may not.
         ini_name: The name in the ini file, where it is another.
     """
@@ -139,6 +141,17 @@ OPTIONS: Final = (
         "how much more than the baseline passes: allocated:5%% or reserved:16MiB; may "
         "be repeated (default: allocated:1%%, and reserved is reported)",
         repeated=True,
+    ),
+    Option(
+        "--gpu-strict",
+        "",
+        "auto",
+        parse_strict,
+        "fail the run where a check that was asked for holds nothing: a baseline "
+        "without figures of this card and torch, a test that it lacks or that no "
+        "longer uses the card, a replay with nothing to replay; in the ini file auto "
+        "(where the environment variable CI is set), true or false",
+        is_flag=True,
     ),
     Option(
         "--gpu-snapshots",
@@ -288,7 +301,10 @@ def add_options(parser: pytest.Parser) -> None:
                 default=None,
                 help=option.help,
             )
-            parser.addini(option.ini, option.help, type="bool", default=False)
+            if option.default:
+                parser.addini(option.ini, option.help, default=option.default)
+            else:
+                parser.addini(option.ini, option.help, type="bool", default=False)
             continue
         default = f" (default: {option.default})" if option.default else ""
         optional = {"nargs": "?", "const": option.alone} if option.alone else {}

@@ -12,6 +12,7 @@ import pytest
 from pytest_gpumem.errors import ReportError
 from pytest_gpumem.files import write_atomically
 from pytest_gpumem.plugin.marks import TIMELINE_PROPERTY
+from pytest_gpumem.plugin.outputs import STEP_SUMMARY
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from pytest_gpumem.reports.document import Report
     from pytest_gpumem.reports.recorded import RecordedTest
 
-#: GitHub's file for a step's summary.
-STEP_SUMMARY: Final = "GITHUB_STEP_SUMMARY"
 #: Where a worker tells on which machine it ran.
 WORKER_OUTPUT: Final = "gpumem_machine"
 _RANK: Final = ("passed", "skipped", "failed", "error")
@@ -35,7 +34,7 @@ class Reporting:
         config: pytest's.
 
     Raises:
-        pytest.UsageError: A report could not be written.
+        pytest.UsageError: A page could not be made.
     """
 
     def __init__(self, run: Run, config: pytest.Config) -> None:
@@ -45,8 +44,8 @@ class Reporting:
         self._files: Final = [
             (kind, base / path) for kind, path in run.settings.reports
         ]
-        for kind, path in self._files:
-            _check(kind, path)
+        if any(kind == "html" for kind, _ in self._files):
+            _check_pages()
         self._pending: Final[dict[str, tuple[str, float]]] = {}
         self._tests: Final[dict[str, RecordedTest]] = {}
         self._machines: Final[list[dict[str, Any]]] = []
@@ -93,6 +92,9 @@ class Reporting:
         return result
 
     def _write(self) -> None:
+        endings = self._run.endings
+        if endings is None or not endings.has_run:
+            return  # tests were listed, not run: an earlier run's reports stay
         if not self._files and not self._tests:
             return
         from pytest_gpumem.reports.document import Report, by_name  # noqa: PLC0415  # likewise
@@ -107,9 +109,8 @@ class Reporting:
             try:
                 write_atomically(path, render(kind, report))
             except OSError as error:
-                raise pytest.UsageError(
-                    f"--gpu-report: {path} cannot be written: {error}"
-                ) from None
+                endings.fail(f"--gpu-report: {path} cannot be written: {error}")
+                continue
             self._lines.append((f"{kind} report: {os.path.relpath(path)}", False))
         summary = os.environ.get(STEP_SUMMARY)
         if summary and self._tests:
@@ -179,28 +180,15 @@ def render(kind: str, report: Report) -> Iterator[str]:
     return page(report)
 
 
-def _check(kind: str, path: Path) -> None:
-    """Refuse before any test what could not be written after all of them.
+def _check_pages() -> None:
+    """Refuse before any test a page that could not be made.
 
     Raises:
         pytest.UsageError: It could not.
     """
-    if kind == "html":
-        from pytest_gpumem.reports.page import check_available  # noqa: PLC0415  # a page is wanted
+    from pytest_gpumem.reports.page import check_available  # noqa: PLC0415  # a page is wanted
 
-        try:
-            check_available()
-        except ReportError as error:
-            raise pytest.UsageError(f"--gpu-report: {error}") from None
-    folder = path.parent
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    if path.is_dir():
-        reason = "it is a folder; name a file in it"
-    elif not folder.is_dir():
-        reason = f"{folder} is no folder"
-    elif not os.access(folder, os.W_OK):
-        reason = f"the folder {folder} may not be written to"
-    else:
-        return
-    raise pytest.UsageError(f"--gpu-report: {path} cannot be written: {reason}")
+    try:
+        check_available()
+    except ReportError as error:
+        raise pytest.UsageError(f"--gpu-report: {error}") from None

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.instruments.timeline import Timeline
     from pytest_gpumem.instruments.witness import OomWitness
     from pytest_gpumem.plugin import marks
+    from pytest_gpumem.plugin.endings import Endings
     from pytest_gpumem.plugin.gate import Gate
 
 
@@ -54,6 +55,8 @@ class Run:
         self._nvml = NvmlHook(self._machine)
         #: The baseline to hold tests to, or None.
         self.gate: Gate | None = None
+        #: What is wrong with the run beside its tests; None in a worker.
+        self.endings: Endings | None = None
         self._environment: str | None = None
         #: Notes the moments in which memory runs out, once there is a device.
         self.witness: OomWitness | None = None

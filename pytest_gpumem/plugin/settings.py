@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -40,6 +41,7 @@ class Settings(NamedTuple):
         baseline: The file of peaks to compare with, or None.
         updates_baseline: Whether it is written instead.
         compare_fail: How much more passes; none for the default.
+        is_strict: Whether a check that holds nothing fails the run.
         snapshots: The folder for snapshots of failed tests, or None.
         suggest: ``"print"``, the patch to write, or None for no suggestions.
         find_budget: Whether each test's smallest budget is sought.
@@ -67,6 +69,7 @@ class Settings(NamedTuple):
     baseline: Path | None = None
     updates_baseline: bool = False
     compare_fail: tuple[Tolerance, ...] = ()
+    is_strict: bool = False
     snapshots: Path | None = None
     suggest: str | None = None
     find_budget: bool = False
@@ -141,6 +144,7 @@ def read_settings(config: pytest.Config, namespace: Any) -> Settings:
         baseline=_baseline_path(values, config, namespace),
         updates_baseline=values["gpu_update_baseline"],
         compare_fail=tuple(values["gpu_compare_fail"]),
+        is_strict=_is_strict(values["gpu_strict"]),
         snapshots=values["gpu_snapshots"],
         suggest=values["gpu_suggest"],
         find_budget=values["gpu_find_budget"],
@@ -176,6 +180,13 @@ def _hub_models(config: pytest.Config, namespace: Any) -> tuple[HubModel, ...]:
         *read("gpu_hub_models", ini, config.rootpath),
         *read("--gpu-hub-model", line, Path(config.invocation_params.dir)),
     )
+
+
+def _is_strict(chosen: object) -> bool:
+    """Tell whether the run is strict: as was chosen, else where ``CI`` is set."""
+    if chosen in (True, "true", "false"):
+        return chosen != "false"
+    return os.environ.get("CI", "").strip().lower() not in ("", "0", "false")
 
 
 def _baseline_path(
@@ -241,14 +252,15 @@ def _text(option: Option, config: pytest.Config, namespace: Any) -> Any:
 def _value(option: Option, config: pytest.Config, namespace: Any) -> Any:
     given = getattr(namespace, option.ini, None)
     source = option.flag if given is not None else option.ini
-    text = _text(option, config, namespace)
     try:
-        if option.is_flag:
+        text = _text(option, config, namespace)
+        if option.is_flag and (given or not option.default):
             return bool(text)
         if option.repeated:
             return [option.parse(each) for each in text]
         if given is None and text in ("", option.default):
             return text or None
         return option.parse(text)
-    except (GpuMemError, ValueError) as error:
+    except (GpuMemError, ValueError, TypeError, pytest.UsageError) as error:
+        # pytest's own, of an ini file's value of the wrong kind, do not name it.
         raise pytest.UsageError(f"{source}: {error}") from None

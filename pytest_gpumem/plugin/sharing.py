@@ -19,6 +19,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+import pytest
+
+from pytest_gpumem.errors import SharedFolderError
 from pytest_gpumem.inheritance import remove_run, run_folder, tenancy_root
 
 if TYPE_CHECKING:
@@ -97,7 +100,12 @@ class Sharing:
     # -- spreading over the cards -----------------------------------------------------
 
     def spread(self, kind: str) -> None:
-        """Have another card first than the workers beside, before torch is imported."""
+        """Have another card first than the workers beside, before torch is imported.
+
+        Raises:
+            pytest.UsageError: Another user could tamper with what processes share.
+        """
+        self._check_folder(kind)
         if self.place is None or kind == "off":
             return
         names = self._visible(kind)
@@ -124,6 +132,21 @@ class Sharing:
                 os.environ.pop(_VISIBLE, None)
             else:
                 os.environ[_VISIBLE] = self._saved
+
+    def _check_folder(self, kind: str) -> None:
+        if not (self.admits and kind != "off") and not self._joins(kind):
+            return
+        from pytest_gpumem.tenancy.folders import open_private  # noqa: PLC0415  # it is shared
+
+        try:
+            os.close(open_private(tenancy_root()))
+        except SharedFolderError as error:
+            raise pytest.UsageError(str(error)) from None
+
+    def _joins(self, kind: str) -> bool:
+        """Tell whether processes see each other's bytes of simulated cards."""
+        is_shared = self.place is not None or self._settings.reaches_children
+        return kind == "simulated" and is_shared and _CAN_SHARE
 
     def _visible(self, kind: str) -> tuple[str, ...]:
         if kind == "simulated":
@@ -193,7 +216,7 @@ class Sharing:
         Args:
             machine: The simulated one.
         """
-        if self.place is None and not (self._settings.reaches_children and _CAN_SHARE):
+        if not self._joins("simulated"):
             return
         from pytest_gpumem.tenancy.shared_card import join_cards  # noqa: PLC0415  # torch is here
 

@@ -7,8 +7,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-import pytest
-
 from pytest_gpumem.plugin.marks import (
     LIMIT_PROPERTY,
     SMALLEST_NOTE_PROPERTY,
@@ -16,7 +14,9 @@ from pytest_gpumem.plugin.marks import (
 )
 
 if TYPE_CHECKING:
-    from pytest_gpumem.plugin.settings import Settings
+    import pytest
+
+    from pytest_gpumem.plugin.session import Run
     from pytest_gpumem.suggestions.limits import Peak
 
 
@@ -24,11 +24,13 @@ class Suggestions:
     """Takes in every test's peak and suggests limits at the end of the run.
 
     Args:
-        settings: The options.
+        run: The run.
         config: The run's.
     """
 
-    def __init__(self, settings: Settings, config: pytest.Config) -> None:
+    def __init__(self, run: Run, config: pytest.Config) -> None:
+        settings = run.settings
+        self._run: Final = run
         self._suggests: Final = settings.suggest is not None
         self._file: Final = (
             Path(config.invocation_params.dir) / settings.suggest
@@ -105,8 +107,9 @@ class Suggestions:
         try:
             write_atomically(self._file, patch.text)
         except OSError as error:
-            raise pytest.UsageError(
-                f"--gpu-suggest: {name} cannot be written: {error}; name another file"
-            ) from None
+            text = f"--gpu-suggest: {name} cannot be written: {error}"
+            if self._run.endings is not None:
+                self._run.endings.fail(f"{text}; name another file")
+            return lines
         lines.append(f"{name} written; apply it in {self._root}: patch -p1 < {name}")
         return lines

@@ -20,20 +20,28 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_gpumem.tenancy.folders import open_file, open_private
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
 _SUFFIX: Final = ".entry"
 _live: Final[weakref.WeakSet[Entry]] = weakref.WeakSet()
-_folders: Final[weakref.WeakSet[Folder]] = weakref.WeakSet()
+_mutexes: Final[weakref.WeakSet[Mutex]] = weakref.WeakSet()
 
 
 class Entry:
-    """One file of a folder, ours until it is closed or this process ends."""
+    """One file of a folder, ours until it is closed or this process ends.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        folder: Handle of its folder.
+        path: Where it is.
+    """
+
+    def __init__(self, folder: int, path: Path) -> None:
         self.path: Final = path
-        self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        self._handle = open_file(path.name, folder, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         fcntl.flock(self._handle, fcntl.LOCK_EX)
         _live.add(self)
 
@@ -57,32 +65,33 @@ class Entry:
             self._handle = -1
 
 
-class Folder:
-    """A folder of entries with one mutex.
+class Mutex:
+    """A lock among processes, and among this one's threads; nests within a thread.
 
     Args:
-        path: The folder; it is made if need be.
+        path: What is locked, for words.
+        open_lock: Opens the lock's file.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path: Final = Path(path)
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._mutex: Final = str(self.path / "mutex")
+    def __init__(self, path: Path, open_lock: Callable[[], int]) -> None:
+        self._path: Final = path
+        self._open_lock: Final = open_lock
         self._threads = threading.RLock()
         self._depth = 0
         self._handle = -1
-        _folders.add(self)
+        _mutexes.add(self)
 
     @contextmanager
-    def mutex(self, timeout_s: float | None = None) -> Iterator[None]:
-        """Hold the folder's mutex; nests within a thread and this object.
+    def held(self, timeout_s: float | None = None) -> Iterator[None]:
+        """Hold it for a block.
 
         Raises:
+            SharedFolderError: Its file cannot be trusted.
             TimeoutError: Another held it for longer than ``timeout_s``.
         """
         threads = self._threads
         if not threads.acquire(timeout=-1 if timeout_s is None else timeout_s):
-            raise _timeout(self.path, timeout_s)
+            raise _timeout(self._path, timeout_s)
         try:
             if not self._depth:
                 self._take(timeout_s)
@@ -97,10 +106,10 @@ class Folder:
             threads.release()
 
     def _take(self, timeout_s: float | None) -> None:
-        handle = os.open(self._mutex, os.O_RDWR | os.O_CREAT, 0o600)
+        handle = self._open_lock()
         self._handle = handle
         try:
-            _lock(handle, timeout_s, self.path)
+            _lock(handle, timeout_s, self._path)
         except BaseException:
             self._drop()
             raise
@@ -116,10 +125,45 @@ class Folder:
         self._depth = 0
         self._threads = threading.RLock()
 
+
+class Folder:
+    """A folder of entries with one mutex, of this user alone.
+
+    Args:
+        path: The folder; it is made if need be.
+
+    Raises:
+        SharedFolderError: Another user can have put something into it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path: Final = Path(os.path.abspath(path))
+        os.close(open_private(self.path))
+        self._mutex: Final = Mutex(self.path, self._open_mutex)
+
+    def mutex(self, timeout_s: float | None = None) -> AbstractContextManager[None]:
+        """Hold the folder's mutex; nests within a thread and this object."""
+        return self._mutex.held(timeout_s)
+
+    def _open_mutex(self) -> int:
+        with self._opened() as folder:
+            return open_file(
+                "mutex", folder, os.O_RDWR | os.O_CREAT, os.fspath(self.path)
+            )
+
+    @contextmanager
+    def _opened(self) -> Iterator[int]:
+        folder = open_private(self.path)
+        try:
+            yield folder
+        finally:
+            os.close(folder)
+
     def add(self, value: dict[str, Any]) -> Entry:
         """Make an entry of this process."""
-        with self.mutex():
-            entry = Entry(self.path / f"{os.getpid()}-{uuid.uuid4().hex}{_SUFFIX}")
+        name = f"{os.getpid()}-{uuid.uuid4().hex}{_SUFFIX}"
+        with self.mutex(), self._opened() as folder:
+            entry = Entry(folder, self.path / name)
             entry.write(value)
         return entry
 
@@ -131,31 +175,35 @@ class Folder:
         """
         found: dict[Path, dict[str, Any]] = {}
         left_out = "" if without is None else without.path.name
-        with self.mutex():
+        with self.mutex(), self._opened() as folder:
             names = [
                 name
-                for name in os.listdir(self.path)  # noqa: PTH208  # asked often
+                for name in os.listdir(folder)
                 if name.endswith(_SUFFIX) and name != left_out
             ]
             own = {entry.path for entry in tuple(_live)} if names else ()
-            for path in (self.path / name for name in sorted(names)):
-                if path not in own and _is_dead(path):
-                    path.unlink()
-                    continue
-                value = None
-                with suppress(ValueError, RecursionError):  # killed before it wrote
-                    value = json.loads(path.read_text(encoding="utf-8"))
-                if isinstance(value, dict):
+            for name in sorted(names):
+                path = self.path / name
+                handle = open_file(name, folder, os.O_RDWR)
+                try:
+                    if path not in own and _try_lock(handle):
+                        os.unlink(name, dir_fd=folder)
+                        continue
+                    value = _content(handle)
+                finally:
+                    os.close(handle)
+                if value is not None:
                     found[path] = value
         return found
 
 
-def _is_dead(path: Path) -> bool:
-    handle = os.open(path, os.O_RDWR)
+def _content(handle: int) -> dict[str, Any] | None:
+    """Return what an entry says; None if its process was killed before it wrote."""
     try:
-        return _try_lock(handle)
-    finally:
-        os.close(handle)
+        value = json.loads(os.pread(handle, os.fstat(handle).st_size, 0))
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _lock(handle: int, timeout_s: float | None, path: Path) -> None:
@@ -187,8 +235,8 @@ def _timeout(path: Path, timeout_s: float | None) -> TimeoutError:
 def _after_fork() -> None:
     for entry in tuple(_live):
         entry.forget()
-    for folder in tuple(_folders):
-        folder.forget()
+    for mutex in tuple(_mutexes):
+        mutex.forget()
     _live.clear()
 
 

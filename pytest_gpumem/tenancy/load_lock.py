@@ -8,8 +8,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pytest_gpumem.inheritance import tenancy_root
-from pytest_gpumem.tenancy.entries import Folder
+from pytest_gpumem.inheritance import LOCKS_VARIABLE, tenancy_root
+from pytest_gpumem.tenancy.entries import Mutex
+from pytest_gpumem.tenancy.folders import open_lock, open_named, open_private
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,7 +23,7 @@ def gpu_load_lock(
     timeout_s: float | None = None,
     folder: str | os.PathLike[str] | None = None,
 ) -> Iterator[None]:
-    """Hold a card's load lock: no other process is inside it meanwhile.
+    """Hold a card's load lock: no other process of this user is inside it meanwhile.
 
     Loading needs more than the loaded model; two loads at once may not fit where two
     models do. A process that dies gives the lock back. Like `threading.RLock`, a thread
@@ -32,24 +33,35 @@ def gpu_load_lock(
         device: The card: an index as CUDA counts it, or any name that the processes
             agree on, such as a UUID.
         timeout_s: The longest wait; None waits for ever.
-        folder: What the processes share; by default the environment variable
-            ``PYTEST_GPUMEM_TENANCY``, else a folder of this user.
+        folder: What the processes share. By default it is that of the environment
+            variable ``PYTEST_GPUMEM_LOCKS``, which several users may share (root makes
+            it: ``install -d -m 1777``); else of ``PYTEST_GPUMEM_TENANCY``, else a
+            folder in the temporary one, both of this user alone.
 
     Raises:
+        SharedFolderError: Another user could tamper with the folder or the lock.
         TimeoutError: The wait was longer than ``timeout_s``.
     """
     card = physical_card(device) if isinstance(device, int) else device
-    root = Path(tenancy_root() if folder is None else folder)
-    path = Path(root.absolute(), f"load-{card}")
-    path.mkdir(parents=True, exist_ok=True)  # a service outlives what cleans /tmp
-    with _folder(path).mutex(timeout_s):
+    named = folder if folder is not None else os.environ.get(LOCKS_VARIABLE)
+    root = os.path.abspath(named or tenancy_root())  # noqa: PTH100  # no link is resolved
+    with _mutex(root, f"{card.replace('/', '_')}.lock", bool(named)).held(timeout_s):
         yield
 
 
 @cache
-def _folder(path: Path) -> Folder:
-    """Return this process's one folder of that path: its mutex nests by object."""
-    return Folder(path)
+def _mutex(folder: str, name: str, is_named: bool) -> Mutex:  # noqa: FBT001  # a key
+    """Return this process's one lock of that name: it nests by object."""
+
+    def opened() -> int:
+        # Each time anew: a service outlives what cleans temporary folders.
+        handle = open_named(folder) if is_named else open_private(folder)
+        try:
+            return open_lock(name, handle, folder)
+        finally:
+            os.close(handle)
+
+    return Mutex(Path(folder, name), opened)
 
 
 def physical_card(index: int) -> str:
@@ -66,4 +78,4 @@ def physical_card(index: int) -> str:
         raise ValueError(
             f"device={index}: CUDA_VISIBLE_DEVICES={visible!r} shows {len(names)} card(s)"
         )
-    return names[index].replace("/", "_")
+    return names[index]

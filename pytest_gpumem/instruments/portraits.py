@@ -1,0 +1,189 @@
+"""What of a result can be compared later, with every tensor on the host."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from types import FunctionType, ModuleType
+from typing import Any, Final
+
+import torch
+from torch.nn.parameter import is_lazy
+
+from pytest_gpumem.errors import NoValuesError
+from pytest_gpumem.instruments.placement import placement_of
+
+#: What is compared as it is: it has equality, or there is but one of each.
+_PLAIN: Final = (
+    *(str, bytes, bytearray, range, enum.Enum, type(None), type(...)),
+    *(torch.dtype, torch.layout, torch.memory_format),
+)
+#: How deep in objects without equality of their own tensors are looked for.
+_DEPTH: Final = 4
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Opaque:
+    """Stands for an object of which only the class can be compared."""
+
+    kind: type
+
+
+class Fields(dict[str, Any]):
+    """What an object has, by the names of its attributes.
+
+    Attributes:
+        kind: Its class.
+    """
+
+    def __init__(self, kind: type, fields: Mapping[str, Any]) -> None:
+        super().__init__(fields)
+        self.kind: Final = kind
+
+
+class Unordered(list[Any]):
+    """The items of a set that is no set of plain values."""
+
+
+def portrait(value: Any) -> Any:
+    """Return what of a result can be compared later, and hold nothing of a card.
+
+    Tensors and arrays become copies on the CPU (on meta where the device keeps no
+    values). Mappings, sequences, sets, dataclasses, and classes of attrs and pydantic
+    become the same of their items; modules their parameters, all buffers, whether each
+    part is in training, and whether they are whole. Of other objects the tensors,
+    arrays and modules among their public attributes are taken; without such, the object
+    itself where its class defines equality, else its class.
+    """
+    return _paint(value, (), _DEPTH)
+
+
+def _paint(value: Any, above: tuple[int, ...], depth: int) -> Any:
+    kind = type(value)  # what a hostile __class__ says is not asked
+    if issubclass(kind, torch.Tensor):
+        return _tensor(value)
+    if id(value) in above:
+        return Opaque(kind)  # a container that holds itself
+
+    def inner(item: Any) -> Any:
+        return _paint(item, (*above, id(value)), depth)
+
+    array = _array(value, kind)
+    if array is not None:
+        return inner(array.tolist()) if _is_of_objects(array) else array
+    if issubclass(kind, _PLAIN):
+        return value
+    if issubclass(kind, (type, FunctionType, ModuleType)):
+        return _name(value, kind)
+    parts = _parts(value, kind, inner)
+    return _object(value, kind, (*above, id(value)), depth) if parts is None else parts
+
+
+def _is_of_objects(array: Any) -> bool:
+    return getattr(getattr(array, "dtype", None), "kind", "") == "O"
+
+
+def _name(value: Any, kind: type) -> str:
+    name = getattr(value, "__qualname__", value.__name__)
+    return f"{kind.__name__} {getattr(value, '__module__', '')}.{name}"
+
+
+def _parts(value: Any, kind: type, inner: Callable[[Any], Any]) -> Any:  # noqa: PLR0911  # a kind of value each
+    """Return the portrait of what consists of parts; None for anything else."""
+    if issubclass(kind, torch.nn.Module):
+        return _module(value, inner)
+    if issubclass(kind, Mapping):
+        return {key: inner(item) for key, item in value.items()}
+    if issubclass(kind, tuple) and hasattr(kind, "_make"):
+        return kind._make(map(inner, value))
+    if issubclass(kind, Sequence):
+        return [inner(item) for item in value]
+    if issubclass(kind, AbstractSet):
+        # Tensors are hashed by identity: there is no set of their copies.
+        return frozenset(value) if _are_plain(value) else Unordered(map(inner, value))
+    names = _field_names(kind)
+    if names is None:
+        return None
+    return Fields(kind, {name: inner(getattr(value, name, Opaque)) for name in names})
+
+
+def _are_plain(items: AbstractSet[Any]) -> bool:
+    return all(type(each) in {str, bytes, int, bool, type(None)} for each in items)
+
+
+def _tensor(tensor: torch.Tensor) -> Any:
+    if is_lazy(tensor):
+        return Opaque(type(tensor))
+    tensor = tensor.detach()
+    if tensor.is_meta:
+        return tensor
+    if tensor.is_nested:
+        return [_tensor(part) for part in tensor.unbind()]
+    try:
+        return tensor.to("cpu", copy=True)
+    except NoValuesError:
+        return torch.empty_like(tensor, device="meta")
+
+
+def _module(module: torch.nn.Module, inner: Callable[[Any], Any]) -> dict[str, Any]:
+    placement = placement_of(module)
+    # Of buffers that are not saved the state says nothing.
+    state = {**dict(module.named_buffers()), **module.state_dict()}
+    return {
+        "placement": "whole" if placement.is_whole else f"half moved: {placement}",
+        "training": {name: part.training for name, part in module.named_modules()},
+        "state": {name: inner(each) for name, each in state.items()},
+    }
+
+
+def _field_names(kind: type) -> list[str] | None:
+    """Return the fields of a dataclass, or of a class of attrs or pydantic."""
+    if dataclasses.is_dataclass(kind):
+        return [each.name for each in dataclasses.fields(kind)]
+    attrs = getattr(kind, "__attrs_attrs__", None)
+    if attrs is not None:
+        return [each.name for each in attrs]
+    fields = getattr(kind, "__pydantic_fields__", None)
+    return list(fields) if isinstance(fields, dict) else None
+
+
+def _array(value: Any, kind: type) -> Any:
+    """Return a copy of a numpy array, or of what says that it is one; else None."""
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is None or not hasattr(kind, "__array__"):
+        return None
+    if issubclass(kind, numpy.generic):
+        return bool(value) if issubclass(kind, numpy.bool_) else value
+    try:
+        return numpy.array(value)
+    except Exception:  # noqa: BLE001  # it says so and is none
+        return None
+
+
+def _object(value: Any, kind: type, above: tuple[int, ...], depth: int) -> Any:
+    try:
+        attributes: Any = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        attributes = {}
+    if depth:
+        painted = {
+            name: _paint(item, above, depth - 1)
+            for name, item in list(attributes.items())
+            if not name.startswith("_") and type(item) not in {str, int, float, bool}
+        }
+        held = {name: item for name, item in painted.items() if _has_tensors(item)}
+        if held:
+            return Fields(kind, held)
+    compares = any("__eq__" in vars(base) for base in kind.__mro__[:-1])
+    return value if compares else Opaque(kind)
+
+
+def _has_tensors(painted: Any) -> bool:
+    if isinstance(painted, dict):
+        return any(map(_has_tensors, painted.values()))
+    if isinstance(painted, list):
+        return any(map(_has_tensors, painted))
+    return isinstance(painted, torch.Tensor) or type(painted).__module__ == "numpy"

@@ -1,0 +1,217 @@
+"""Folders that processes share: which of them can be trusted, and how they are opened.
+
+Note [Whom a shared folder is open to]
+Anybody may make a folder of any name in a temporary folder, and put links in it that
+point elsewhere. A private folder is therefore opened without following a link, and used
+only if this user owns it and nobody else may write to it; what lies in it is opened
+relative to that handle, so that no name is looked up twice. A folder that a user names
+for several users to share may be written to by others, if each file in it can only be
+removed by its owner (the sticky bit) and the folder itself is root's or this user's.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from contextlib import suppress
+from typing import Final
+
+from pytest_gpumem.errors import SharedFolderError
+from pytest_gpumem.inheritance import FOLDER_VARIABLE, tenancy_root
+
+_FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+#: A pipe of that name must not make us wait, and no link leads elsewhere.
+_FILE: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+#: Runs that end remove the folder of all runs once it is empty.
+_TRIES: Final = 100
+_OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
+
+
+def open_private(path: str | os.PathLike[str]) -> int:
+    """Return a handle of a folder of this user; it is made, mode 0700, if need be.
+
+    Args:
+        path: The folder. Where it is below the folder that this user's processes share,
+            that one and those between are held to the same.
+
+    Raises:
+        SharedFolderError: It is something else than a folder, another user's, or others
+            may write to it.
+    """
+    path, root = os.path.abspath(path), os.path.abspath(tenancy_root())
+    is_below = path.startswith(root + os.sep)
+    names = path[len(root) + 1 :].split(os.sep) if is_below else []
+    for _ in range(_TRIES):
+        with suppress(FileNotFoundError):
+            return _open_way(root if is_below else path, names)
+    raise SharedFolderError(f"{path} is removed as often as it is made", path=path)
+
+
+def _open_way(path: str, names: list[str]) -> int:
+    handle = _open_or_make(path, path, None)
+    for name in names:
+        outer = handle
+        path = os.path.join(path, name)
+        try:
+            handle = _open_or_make(name, path, outer)
+        finally:
+            os.close(outer)
+    return handle
+
+
+def open_named(path: str | os.PathLike[str]) -> int:
+    """Return a handle of a folder that a user named, for one user or for several.
+
+    One that is not there is made as a private one.
+
+    Raises:
+        SharedFolderError: It is something else than a folder, or others could put
+            files into the place of this user's.
+    """
+    path = os.path.abspath(path)
+    try:
+        handle = os.open(path, _FOLDER)
+    except FileNotFoundError:
+        return open_private(path)
+    except OSError as error:
+        raise _no_folder(path, error, path, None) from None
+    found = os.fstat(handle)
+    wrong = None
+    if found.st_uid not in (0, os.geteuid()):
+        wrong = f"belongs to user {found.st_uid}, neither to root nor to this user"
+    elif found.st_mode & _OTHERS_WRITE and not found.st_mode & stat.S_ISVTX:
+        wrong = "may be written to by others and lacks the sticky bit"
+    if wrong:
+        os.close(handle)
+        raise SharedFolderError(
+            f"{path} {wrong}, so its locks could be replaced; let root make it: "
+            f"install -d -m 1777 {path}",
+            path=path,
+        )
+    return handle
+
+
+def open_file(name: str, folder: int, flags: int, path: str = "") -> int:
+    """Return a handle of a regular file in an open folder; new ones are of mode 0600.
+
+    Args:
+        name: Its name in the folder.
+        folder: Handle of the folder.
+        flags: As for ``os.open``.
+        path: The folder's, for the error.
+
+    Raises:
+        FileNotFoundError: There is none, and the flags do not ask for a new one.
+        SharedFolderError: It is a link, a pipe or something else of that kind.
+    """
+    try:
+        handle = os.open(name, flags | _FILE, 0o600, dir_fd=folder)
+        if stat.S_ISREG(os.fstat(handle).st_mode):
+            return handle
+        os.close(handle)
+    except FileNotFoundError:
+        raise
+    except PermissionError:
+        raise SharedFolderError(
+            f"{os.path.join(path, name)} is not open to this user; let its owner "
+            "remove it",
+            path=os.path.join(path, name),
+        ) from None
+    except OSError:  # a link, a socket
+        pass
+    raise SharedFolderError(
+        f"{os.path.join(path, name)} is no regular file, as a lock is; remove it",
+        path=os.path.join(path, name),
+    )
+
+
+def open_lock(name: str, folder: int, path: str) -> int:
+    """Return a handle of a lock file; a new one is open to whom the folder is.
+
+    Args:
+        name: Its name in the folder.
+        folder: Handle of the folder.
+        path: The folder's, for the error.
+
+    Raises:
+        SharedFolderError: It cannot be a lock of this user's.
+    """
+    # Not O_CREAT alone: Linux refuses it for another's file in a folder open to all.
+    # Source: Linux, Documentation/admin-guide/sysctl/fs.rst, "protected_regular".
+    with suppress(FileNotFoundError):
+        return open_file(name, folder, os.O_RDONLY, path)
+    _make_lock(name, folder, path)
+    return open_file(name, folder, os.O_RDONLY, path)
+
+
+def _make_lock(name: str, folder: int, path: str) -> None:
+    """Make a lock file that has its mode from the moment others see it."""
+    there = os.fstat(folder)
+    fresh = f".{name[:100]}.{secrets.token_hex(8)}"
+    try:
+        handle = open_file(fresh, folder, os.O_RDWR | os.O_CREAT | os.O_EXCL, path)
+    except SharedFolderError:
+        raise SharedFolderError(
+            f"{path} has no lock {name!r} and lets this user make none; ask its owner "
+            "for the right to write to it",
+            path=path,
+        ) from None
+    try:
+        if there.st_mode & _OTHERS_WRITE:
+            with suppress(OSError):  # of a group that this user is not in
+                os.fchown(handle, -1, there.st_gid)
+            os.fchmod(handle, 0o600 | (there.st_mode & 0o066))
+        with suppress(FileExistsError):
+            os.link(fresh, name, src_dir_fd=folder, dst_dir_fd=folder)
+    finally:
+        os.unlink(fresh, dir_fd=folder)
+        os.close(handle)
+
+
+def _open_or_make(name: str, path: str, outer: int | None) -> int:
+    """Return a handle of one private folder."""
+    try:
+        handle = _open_or_make_any(name, path, outer)
+    except FileNotFoundError:
+        raise  # another process removed what has become empty
+    except OSError as error:
+        raise _no_folder(path, error, name, outer) from None
+    found = os.fstat(handle)
+    wrong = None
+    if found.st_uid != os.geteuid():
+        wrong = f"belongs to user {found.st_uid}, not to this user ({os.geteuid()})"
+    elif found.st_mode & _OTHERS_WRITE:
+        wrong = f"may be written to by others (mode {stat.S_IMODE(found.st_mode):o})"
+    if wrong:
+        os.close(handle)
+        raise SharedFolderError(f"{path} {wrong}; {_ADVICE}", path=path)
+    return handle
+
+
+def _open_or_make_any(name: str, path: str, outer: int | None) -> int:
+    with suppress(FileNotFoundError):
+        return os.open(name, _FOLDER, dir_fd=outer)
+    if outer is None:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+    with suppress(FileExistsError):
+        os.mkdir(name, 0o700, dir_fd=outer)
+    return os.open(name, _FOLDER, dir_fd=outer)
+
+
+def _no_folder(
+    path: str, error: OSError, name: str, outer: int | None
+) -> SharedFolderError:
+    wrong = f"cannot be opened ({error.strerror})"
+    with suppress(OSError):
+        mode = os.stat(name, dir_fd=outer, follow_symlinks=False).st_mode
+        if stat.S_ISLNK(mode):
+            wrong = "is a symbolic link, which is not followed"
+        elif not stat.S_ISDIR(mode):
+            wrong = "is no folder"
+    return SharedFolderError(f"{path} {wrong}; {_ADVICE}", path=path)
+
+
+_ADVICE: Final = (
+    f"remove it, or name a folder of your own with the variable {FOLDER_VARIABLE}"
+)
