@@ -84,7 +84,10 @@ def test_the_ini_file_and_the_command_line_add_up(pytester: pytest.Pytester) -> 
 
 
 def test_a_marker_serves_for_its_test(pytester: pytest.Pytester) -> None:
-    """In setup, call and teardown; the nearest one wins; the next test has it not."""
+    """In setup, call and teardown; the nearest wins; it needs no device.
+
+    The next test has it not.
+    """
     pytester.makepyfile(
         """
         import os
@@ -114,9 +117,13 @@ def test_a_marker_serves_for_its_test(pytester: pytest.Pytester) -> None:
         """
     )
 
-    result = pytester.runpytest_inprocess(*PLAIN, "--gpu-backend=simulated")
+    result = pytester.runpytest_inprocess(*PLAIN)
+    pytester._monkeypatch.delenv("PYTEST_ADDOPTS")
+    unasked = pytester.runpytest_inprocess(*PLAIN)
 
     result.assert_outcomes(passed=2)
+    unasked.assert_outcomes(passed=2)
+    unasked.stdout.fnmatch_lines(["gpumem: not in use, *"])
 
 
 @pytest.mark.parametrize("option", ["--gpu-backend=simulated", "--gpu-backend=off"])

@@ -394,8 +394,13 @@ class CudaDevice:
 
 
 def _has_context(index: int) -> bool:
-    """Tell whether this process has a context on a card, without making one."""
-    if not torch.cuda.is_initialized():
+    """Tell whether this process has a context on a card, without making one.
+
+    It has none on a card that it does not see; asked for such, torch raises.
+
+    Source: ``hasPrimaryContext`` in ``aten/src/ATen/cuda/detail/CUDAHooks.cpp``.
+    """
+    if not torch.cuda.is_initialized() or index >= torch.cuda.device_count():
         return False
     has_context: Any = getattr(torch._C, "_cuda_hasPrimaryContext", None)  # noqa: SLF001  # no public name; builds for CPUs lack it
     return has_context is None or bool(has_context(index))

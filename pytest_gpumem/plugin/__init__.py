@@ -25,12 +25,13 @@ from pytest_gpumem.plugin.fixtures import (
     vram_budget,
     vram_recorder,
 )
-from pytest_gpumem.plugin.hub import HubModels
+from pytest_gpumem.plugin.hub import HubAdvice, HubModels
 from pytest_gpumem.plugin.options import add_options
 from pytest_gpumem.plugin.outputs import check_outputs
 from pytest_gpumem.plugin.session import Run
-from pytest_gpumem.plugin.settings import read_settings
+from pytest_gpumem.plugin.settings import Settings, is_asked, read_settings
 from pytest_gpumem.plugin.summary import SummaryPlugin
+from pytest_gpumem.plugin.unasked import Unasked
 
 PLUGIN_NAME: Final = "gpumem-session"
 _key: Final = pytest.StashKey[Run]()
@@ -45,22 +46,49 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     """Have the device ready before any conftest or test module is imported."""
-    _start(early_config, early_config.known_args_namespace)
+    if is_asked(early_config, early_config.known_args_namespace):
+        _start(early_config, early_config.known_args_namespace)
+
+
+def _start(config: pytest.Config, namespace: Any) -> None:
+    settings = read_settings(config, namespace)
+    run = Run(settings)
+    config.stash[_key] = run
+    config.add_cleanup(run.stop)
+    run.start()
+    _serve(settings, config)
+
+
+def _serve(settings: Settings, config: pytest.Config) -> None:
+    hub = HubModels(settings)
+    config.stash[_hub_key] = hub
+    config.add_cleanup(hub.stop)
+    hub.start()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the markers and the run's own hooks."""
     for description in marks.DESCRIPTIONS:
         config.addinivalue_line("markers", description)
-    if _key not in config.stash:
+    if _key not in config.stash and is_asked(config, config.option):
         # Loaded late, by a conftest's pytest_plugins: from here on it works too.
         _start(config, config.option)
-    run = config.stash[_key]
-    collection = Collection(run, config.pluginmanager)
+    run = config.stash.get(_key, None)
+    if run is not None:
+        _configure(run, config)
+    else:
+        settings = read_settings(config, config.option)
+        _serve(settings, config)
+        config.pluginmanager.register(Unasked(settings, config), PLUGIN_NAME)
+    config.pluginmanager.register(config.stash[_hub_key], "gpumem-hub")
+
+
+def _configure(run: Run, config: pytest.Config) -> None:
+    collection = Collection(run, config)
     config.pluginmanager.register(run, PLUGIN_NAME)
     config.pluginmanager.register(collection, "gpumem-collection")
     config.pluginmanager.register(run.children, "gpumem-children")
-    config.pluginmanager.register(config.stash[_hub_key], "gpumem-hub")
+    config.pluginmanager.register(HubAdvice, "gpumem-hub-advice")
     is_real = run.choice.kind == "cuda" and run.settings.share == "equal"
     if run.sharing.admits or is_real:
         # Before what else runs tests, such as the search for their smallest budgets.
@@ -83,15 +111,6 @@ def pytest_configure(config: pytest.Config) -> None:
             _annotate(config)
     if run.settings.reports or os.environ.get("GITHUB_STEP_SUMMARY"):
         _report(run, config)
-
-
-def _start(config: pytest.Config, namespace: Any) -> None:
-    settings = read_settings(config, namespace)
-    run, hub = Run(settings), HubModels(settings)
-    config.stash[_key], config.stash[_hub_key] = run, hub
-    for each in (run, hub):
-        config.add_cleanup(each.stop)
-        each.start()
 
 
 def _share(run: Run, config: pytest.Config, collection: Collection) -> None:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from pytest_gpumem.errors import GpuMemError
+from pytest_gpumem.plugin.usage import UsageErrors
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator, Sequence
 
     from pytest_gpumem.hub import HubModel
     from pytest_gpumem.plugin.settings import Settings
@@ -41,7 +42,7 @@ class HubModels:
         """Serve nothing any more."""
         self._served.close()
 
-    def _serve(self, stack: ExitStack, models: Any) -> None:
+    def _serve(self, stack: ExitStack, models: Sequence[HubModel]) -> None:
         from pytest_gpumem.hub.service import serving  # noqa: PLC0415  # there are some
 
         reaches = self._settings.reaches_children
@@ -61,15 +62,56 @@ class HubModels:
 
     # -- tests ----------------------------------------------------------------------------
 
-    def read(self, item: pytest.Item) -> None:
-        """Read a test's markers.
+    def pytest_collection_modifyitems(
+        self, config: pytest.Config, items: list[pytest.Item]
+    ) -> None:
+        """Read the markers.
 
         Raises:
             pytest.UsageError: One makes no sense.
         """
-        found = [_read(item, mark) for mark in item.iter_markers(MARKER)]
-        if found:
-            self._by_test[item] = found[::-1]  # the nearest last: it wins
+        with UsageErrors(config).reported(items):
+            for item in items:
+                found = [_read(item, mark) for mark in item.iter_markers(MARKER)]
+                if found:
+                    self._by_test[item] = found[::-1]  # the nearest last: it wins
+        if self._by_test and not config.pluginmanager.has_plugin("gpumem-hub-tests"):
+            config.pluginmanager.register(
+                _MarkedTests(self._by_test, self._serve), "gpumem-hub-tests"
+            )
+
+
+class HubAdvice:
+    """The sentence on models that nobody serves."""
+
+    @staticmethod
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        call: pytest.CallInfo[None],
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Say what to do about a model that the hub did not give."""
+        if call.excinfo is not None and "huggingface_hub.errors" in sys.modules:
+            from pytest_gpumem.hub import advise  # noqa: PLC0415  # a test failed
+
+            advise(call.excinfo.value)
+        return (yield)
+
+
+class _MarkedTests:
+    """The hook around each test of a run in which some have the marker.
+
+    Args:
+        by_test: What each test has served.
+        serve: Serves it until a stack is closed.
+    """
+
+    def __init__(
+        self,
+        by_test: dict[pytest.Item, list[HubModel]],
+        serve: Callable[[ExitStack, list[HubModel]], None],
+    ) -> None:
+        self._by_test: Final = by_test
+        self._serve: Final = serve
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(
@@ -81,17 +123,6 @@ class HubModels:
             if models is not None:
                 self._serve(stack, models)
             return (yield)
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(
-        self, call: pytest.CallInfo[None]
-    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Say what to do about a model that the hub did not give."""
-        if call.excinfo is not None and "huggingface_hub.errors" in sys.modules:
-            from pytest_gpumem.hub import advise  # noqa: PLC0415  # a test failed
-
-            advise(call.excinfo.value)
-        return (yield)
 
 
 def _read(item: pytest.Item, mark: pytest.Mark) -> HubModel:

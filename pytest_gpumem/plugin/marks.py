@@ -255,6 +255,15 @@ def wishes(item: pytest.Item, *, sweeps_fallbacks: bool = False) -> Wishes | Non
     )
 
 
+def first_of_ours(item: pytest.Item) -> str | None:
+    """Return the name of a marker that only this plugin heeds; None if there is none.
+
+    ``gpu`` is left out: many suites have a marker of that name with rules of their own.
+    """
+    names = (mark.name for mark in item.iter_markers())
+    return next((each for each in names if each in _READERS and each != "gpu"), None)
+
+
 def is_swept(test: pytest.Item, *, sweeps_fallbacks: bool) -> bool:
     """Tell whether a test's markers ask for a sweep; see ``wishes``."""
     names = {mark.name for mark in test.iter_markers()}

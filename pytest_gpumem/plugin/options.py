@@ -290,7 +290,10 @@ OPTIONS: Final = (
 
 
 def add_options(parser: pytest.Parser) -> None:
-    """Declare every row on the command line and in the ini file."""
+    """Declare every row on the command line and in the ini file.
+
+    None stands for what is not given at either place, so that ``is_asked`` can tell.
+    """
     group = parser.getgroup("gpumem", "GPU memory: budgets, peaks and OOM injection")
     for option in OPTIONS:
         if option.is_flag:
@@ -302,9 +305,9 @@ def add_options(parser: pytest.Parser) -> None:
                 help=option.help,
             )
             if option.default:
-                parser.addini(option.ini, option.help, default=option.default)
+                parser.addini(option.ini, option.help, default=None)
             else:
-                parser.addini(option.ini, option.help, type="bool", default=False)
+                parser.addini(option.ini, option.help, type="bool", default=None)
             continue
         default = f" (default: {option.default})" if option.default else ""
         optional = {"nargs": "?", "const": option.alone} if option.alone else {}
@@ -319,6 +322,6 @@ def add_options(parser: pytest.Parser) -> None:
         )
         plain_help = option.help.replace("%%", "%")
         if option.repeated:
-            parser.addini(option.ini, plain_help, type="linelist", default=[])
+            parser.addini(option.ini, plain_help, type="linelist", default=None)
         else:
-            parser.addini(option.ini, plain_help, default=option.default)
+            parser.addini(option.ini, plain_help, default=None)

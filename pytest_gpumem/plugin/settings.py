@@ -117,6 +117,20 @@ class Settings(NamedTuple):
         return None if spec is None else spec.resolve(total_bytes)
 
 
+def is_asked(config: pytest.Config, namespace: Any) -> bool:
+    """Tell whether a run asks for a device: by any option or ini setting of the plugin.
+
+    Args:
+        config: For the ini file.
+        namespace: The command line, as far as it is parsed.
+    """
+    return any(
+        getattr(namespace, option.ini, None) is not None
+        or config.getini(option.ini) is not None
+        for option in OPTIONS
+    )
+
+
 def read_settings(config: pytest.Config, namespace: Any) -> Settings:
     """Parse the options of a run.
 
@@ -165,7 +179,8 @@ def _hub_models(config: pytest.Config, namespace: Any) -> tuple[HubModel, ...]:
     Raises:
         pytest.UsageError: One of them makes no sense.
     """
-    ini, line = config.getini("gpu_hub_models"), namespace.gpu_hub_models or ()
+    ini = config.getini("gpu_hub_models") or ()
+    line = getattr(namespace, "gpu_hub_models", None) or ()
     if not ini and not line:
         return ()
     from pytest_gpumem.hub import parse_hub_model  # noqa: PLC0415  # there are some
@@ -246,7 +261,9 @@ def check_budgets(settings: Settings, totals: Mapping[int, int]) -> None:
 
 def _text(option: Option, config: pytest.Config, namespace: Any) -> Any:
     given = getattr(namespace, option.ini, None)
-    return config.getini(option.ini) if given is None else given
+    if given is None:
+        given = config.getini(option.ini)
+    return option.default if given is None else given
 
 
 def _value(option: Option, config: pytest.Config, namespace: Any) -> Any:

@@ -42,6 +42,23 @@ def _set_device(index: int) -> None:
         current_machine().current_index = index
 
 
+def _has_context(index: int) -> bool:
+    """Tell whether a card was used.
+
+    Raises:
+        RuntimeError: There is no such card.
+
+    Source: ``hasPrimaryContext`` in ``aten/src/ATen/cuda/detail/CUDAHooks.cpp``.
+    """
+    cards = current_machine().cards
+    if not 0 <= index < len(cards):
+        raise RuntimeError(
+            "hasPrimaryContext expects a valid device index, but got "
+            f"device_index={index}"
+        )
+    return cards[index].num_requests > 0
+
+
 def _exchange_device(index: int) -> int:
     previous = current_machine().current_index
     _set_device(index)
@@ -272,6 +289,7 @@ C_FUNCTIONS: Final[dict[str, Any]] = {
     "_cuda_init": _nothing,
     "_cuda_isInBadFork": lambda: current_machine().is_forked,
     "_cuda_getDeviceCount": lambda: len(current_machine().cards),
+    "_cuda_hasPrimaryContext": _has_context,
     "_cuda_getDevice": lambda: current_machine().current_index,
     "_cuda_setDevice": _set_device,
     "_cuda_exchangeDevice": _exchange_device,
