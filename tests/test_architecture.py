@@ -15,8 +15,10 @@ ROOT = Path(pytest_gpumem.__file__).parent
 GROUND = {
     "errors",
     "files",
+    "guards",
     "inheritance",
     "sizes",
+    "stacks",
     "tables",
     "cards",
     "cards_table",

@@ -20,6 +20,7 @@ from pytest_gpumem.devices.nvml import CardCount, Reading, cap_free_memory
 from pytest_gpumem.devices.on_import import AfterImport
 from pytest_gpumem.devices.patches import PatchSet
 from pytest_gpumem.errors import BudgetError
+from pytest_gpumem.guards import Guarded
 from pytest_gpumem.model.records import MemoryFigures
 
 if TYPE_CHECKING:
@@ -362,11 +363,12 @@ class CudaDevice:
         if not self._oom_observers and not self._observes:
             self._observes = True
             torch.cuda._lazy_call(self._attach)  # noqa: SLF001  # now, or once CUDA is in use
-        self._oom_observers.append(observe)
+        observer = Guarded(observe)
+        self._oom_observers.append(observer)
         try:
             yield
         finally:
-            self._oom_observers.remove(observe)
+            self._oom_observers.remove(observer)
 
     def _attach(self) -> None:
         attach = getattr(torch._C, "_cuda_attach_out_of_memory_observer")  # noqa: B009, SLF001  # stubs lack it

@@ -30,7 +30,7 @@ from pytest_gpumem.plugin.options import add_options
 from pytest_gpumem.plugin.outputs import check_outputs
 from pytest_gpumem.plugin.session import Run
 from pytest_gpumem.plugin.settings import Settings, is_asked, read_settings
-from pytest_gpumem.plugin.summary import SummaryPlugin
+from pytest_gpumem.plugin.summary import DroppedNote, SummaryPlugin
 from pytest_gpumem.plugin.unasked import Unasked
 
 PLUGIN_NAME: Final = "gpumem-session"
@@ -102,7 +102,9 @@ def _configure(run: Run, config: pytest.Config) -> None:
         _gate(run, config)
     if run.settings.suggest is not None or run.settings.find_budget:
         _suggest(run, config)
-    if not is_worker:
+    if is_worker:
+        config.pluginmanager.register(DroppedNote(), "gpumem-dropped")
+    else:
         config.pluginmanager.register(
             SummaryPlugin(collection.phases, config), "gpumem-summary"
         )
