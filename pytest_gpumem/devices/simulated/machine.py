@@ -139,27 +139,34 @@ class SimulatedCard:
                 fault refused the request.
         """
         __tracebackhide__ = True
-        refuse, later = False, None
+        refuse = False
         for fault in () if is_internal else self.faults:
             refuse = fault(self.index, nbytes) or refuse
         with self._lock:
             self._drain()
             self.num_requests += 1
             block = self.allocator.malloc(nbytes, stream, refuse=refuse)
-            history = self.machine.history
-            block.frames = None if history is None else history.frames()
-            self._trace(block.address, block.size)
-            # Under the lock, so that no other thread's release hides a peak.
-            for watcher in self.watchers:
-                wanted = watcher(
-                    self.index,
-                    self.allocator.allocated_bytes,
-                    self.allocator.reserved_bytes,
-                )
-                later = wanted or later
-        if later is not None:
-            later(nbytes)
+            try:
+                later = self._observe(block)
+            except BaseException:  # the program is being interrupted
+                self.allocator.free(block)
+                raise
+        try:
+            for each in later:
+                each(nbytes)
+        except BaseException:
+            self.release(block)
+            raise
         return block
+
+    def _observe(self, block: Block) -> list[Callable[[int], None]]:
+        """Have a new block seen; return what is to be called without the lock."""
+        history = self.machine.history
+        block.frames = None if history is None else history.frames()
+        self._trace(block.address, block.size)
+        # Under the lock, so that no other thread's release hides a peak.
+        totals = self.allocator.allocated_bytes, self.allocator.reserved_bytes
+        return [*filter(None, (each(self.index, *totals) for each in self.watchers))]
 
     def release(self, block: Block) -> None:
         """Give a block back; safe in a finaliser."""
