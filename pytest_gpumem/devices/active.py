@@ -33,8 +33,8 @@ def active_device() -> Device:
         return SimulatedDevice(simulated)
     if not torch.cuda.is_available():
         raise DeviceUnavailableError(
-            "no CUDA device: torch finds none and no simulated one is installed; run "
-            "under pytest with --gpu-backend=simulated, or enter simulated_device()"
+            "no CUDA device: torch finds none and no simulated one is installed; put "
+            "'gpu_backend = auto' into pytest's ini file, or enter simulated_device()"
         )
     if not _real:
         from pytest_gpumem.devices.cuda import CudaDevice  # noqa: PLC0415  # likewise

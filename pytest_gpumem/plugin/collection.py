@@ -1,13 +1,8 @@
-"""What the tests of a run ask for, read and checked before any of them runs.
-
-A test that touches no card costs next to nothing: the hooks around each phase are only
-registered once there is a device, or a test or an option that will need one.
-"""
+"""What the tests of a run ask for, read and checked before any of them runs."""
 
 from __future__ import annotations
 
 import inspect
-import os
 from typing import TYPE_CHECKING, Final
 
 import pytest
@@ -15,27 +10,27 @@ import pytest
 from pytest_gpumem.plugin import marks
 from pytest_gpumem.plugin.incidents import Incidents
 from pytest_gpumem.plugin.phases import Phases
+from pytest_gpumem.plugin.usage import UsageErrors
 from pytest_gpumem.plugin.wider_fixtures import WiderFixtures
 
 if TYPE_CHECKING:
+    from pytest_gpumem.devices import Device
     from pytest_gpumem.plugin.session import Run
-
-#: Stands for a test where a worker reports a wrong marker.
-_USAGE: Final = "gpumem-usage"
 
 
 class Collection:
-    """What tests ask for, and when the hooks around them are needed.
+    """What tests ask for, and the hooks around them.
 
     Args:
         run: The run, whose device may come to be in the middle of a test.
-        manager: Where the hooks around tests are registered.
+        config: The run's.
     """
 
-    def __init__(self, run: Run, manager: pytest.PytestPluginManager) -> None:
+    def __init__(self, run: Run, config: pytest.Config) -> None:
         self._run: Final = run
-        self._manager: Final = manager
-        self._item: pytest.Item | None = None
+        self._manager: Final = config.pluginmanager
+        self._errors: Final = UsageErrors(config)
+        self._manager.register(self._errors, "gpumem-usage")
         self.wishes: Final[dict[pytest.Item, marks.Wishes]] = {}
         self._fixtures: Final = WiderFixtures(run)
         self.incidents: Final = Incidents(run)
@@ -43,36 +38,15 @@ class Collection:
         run.on_device = self._device_came
         #: Seconds of tests in earlier runs, where the tests are to be ordered by them.
         self.seconds: dict[str, float] | None = None
-        self._is_worker = False
 
-    def pytest_collection_modifyitems(
-        self, config: pytest.Config, items: list[pytest.Item]
-    ) -> None:
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Read every marker; skip what this run's device cannot serve.
 
         Raises:
-            pytest.UsageError: A marker asks for what makes no sense. A worker of
-                pytest-xdist has its controller raise it: its own would not be shown.
+            pytest.UsageError: A marker asks for what makes no sense.
         """
-        self._is_worker = hasattr(config, "workerinput")
-        try:
+        with self._errors.reported(items):
             self._read(items)
-        except pytest.UsageError as error:
-            if not self._is_worker:
-                raise
-            report = pytest.CollectReport(_USAGE, "failed", str(error), [])
-            config.hook.pytest_collectreport(report=report)
-            items.clear()
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """End the run for what a worker has found wrong.
-
-        Raises:
-            pytest.UsageError: A worker has.
-        """
-        if report.nodeid == _USAGE and not self._is_worker:
-            raise pytest.UsageError(str(report.longrepr))
 
     def _read(self, items: list[pytest.Item]) -> None:
         sweeps_fallbacks = self._run.settings.sweeps_fallbacks
@@ -88,8 +62,7 @@ class Collection:
                 item.add_marker(pytest.mark.skip(reason=reason))
         if self.seconds is not None:
             self._order(items, self.seconds)
-        run = self._run
-        if self.wishes or run.settings.rules or run.device is not None or run.gate:
+        if self._run.choice.kind != "off" and not self._is_registered:
             self._register()
 
     def _order(self, items: list[pytest.Item], seconds: dict[str, float]) -> None:
@@ -114,11 +87,6 @@ class Collection:
                 )
         if needs:
             largest_first(items, needs, seconds, place.workers)
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_protocol(self, item: pytest.Item) -> None:
-        """Note the test that is about to run."""
-        self._item = item
 
     def pytest_report_teststatus(
         self, report: pytest.TestReport | pytest.CollectReport
@@ -224,19 +192,30 @@ class Collection:
                 )
         return None
 
+    @property
+    def _is_registered(self) -> bool:
+        return self._manager.is_registered(self.phases)
+
     def _register(self) -> None:
-        if not self._manager.is_registered(self.phases):
-            self._manager.register(self.phases, "gpumem-phases")
-            self._manager.register(self._fixtures, "gpumem-fixtures")
-            self._manager.register(self.incidents, "gpumem-incidents")
+        """Put the hooks around every test, whether there is a device yet or not.
+
+        torch may be imported in the middle of any test; what is registered there takes
+        no part in the hooks that are running.
+        """
+        self._manager.register(self._fixtures, "gpumem-fixtures")
+        self._manager.register(self.phases, "gpumem-phases")
         if self._run.device is not None:
-            self.incidents.attach(self._run.device)
+            self._attach(self._run.device)
+
+    def _attach(self, device: Device) -> None:
+        """Watch for OOMs; their hook begins after a phase, so it can come in one."""
+        if self._run.witness is None:
+            self._manager.register(self.incidents, "gpumem-incidents")
+            self.incidents.attach(device)
 
     def _device_came(self) -> None:
         """Take up a test in whose middle torch was imported."""
-        if self._item is None or self._run.device is None:
-            return
-        self._register()
-        # pytest itself notes "nodeid (phase)" there.
-        phase = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition("(")[2]
-        self.phases.join(self._item, phase.removesuffix(")"), self._run.device)
+        device = self._run.require_device()
+        if self._is_registered:
+            self._attach(device)
+            self.phases.device_came(device)
