@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 _PEAKS = ("allocated", "reserved", "requested", "active")
+#: Requests served, requests that failed, and flushes of the cache for one.
+_COUNTS = ("allocation.all.allocated", "num_ooms", "num_alloc_retries")
 
 
 class CudaTracker:
@@ -41,6 +43,7 @@ class CudaTracker:
         device.fold(index)
         stats = device.memory_stats(index)
         self._start = stats
+        self._start_counts = device.counts(index)
         self._peaks = {
             name: stats.get(f"{name}_bytes.all.current", 0) for name in _PEAKS
         }
@@ -58,6 +61,10 @@ class CudaTracker:
         stats = self._device.memory_stats(self._index)
         self.take(self._index, stats)
         reserved = stats.get("reserved_bytes.all.current", 0)
+        counts = self._device.counts(self._index)
+        _served, ooms, retries = (
+            now - before for now, before in zip(counts, self._start_counts, strict=True)
+        )
         process = self._device.counted(self._index).process_bytes
         beside = None if process is None else max(process - reserved, 0)
         return MemoryFigures(
@@ -69,9 +76,8 @@ class CudaTracker:
             start_allocated_bytes=self._start.get("allocated_bytes.all.current", 0),
             end_allocated_bytes=stats.get("allocated_bytes.all.current", 0),
             end_reserved_bytes=reserved,
-            num_ooms=stats.get("num_ooms", 0) - self._start.get("num_ooms", 0),
-            num_alloc_retries=stats.get("num_alloc_retries", 0)
-            - self._start.get("num_alloc_retries", 0),
+            num_ooms=ooms,
+            num_alloc_retries=retries,
             context_bytes=beside or 0,
             # The allocator's peak is exact; what is beside it comes and seldom goes.
             peak_process_bytes=None
@@ -110,6 +116,8 @@ class CudaDevice:
         self._oom_observers: list[Callable[[int, int], None]] = []
         self._observes = False
         self._counts: dict[int, CardCount] = {}
+        #: What ``counts`` would have lost to resets by user code.
+        self._past_counts: dict[int, list[int]] = {}
         self._nvml_hook = AfterImport("pynvml", self._cap_nvml)
 
     @property
@@ -119,11 +127,20 @@ class CudaDevice:
 
     @property
     def num_requests(self) -> int:
-        """Allocations asked for so far, over all cards."""
-        return sum(
-            self.memory_stats(index).get("allocation.all.allocated", 0)
-            for index in range(self.device_count)
-        )
+        """Allocations asked for so far, over all cards; those that failed, too."""
+        return sum(sum(self.counts(index)[:2]) for index in range(self.device_count))
+
+    def counts(self, index: int) -> list[int]:
+        """Return how many requests were served, failed, and made the cache be flushed.
+
+        A reset of these statistics by user code, while a tracker is open, loses none.
+        """
+        stats = self.memory_stats(index)
+        past = self._past_counts.get(index, (0,) * len(_COUNTS))
+        return [
+            before + stats.get(name, 0)
+            for name, before in zip(_COUNTS, past, strict=True)
+        ]
 
     def name(self, index: int) -> str:
         """Return a card's name."""
@@ -192,11 +209,28 @@ class CudaDevice:
     def add(self, tracker: CudaTracker) -> None:
         """Note an open tracker; user code's own resets are folded from now on."""
         if not self.trackers:
-            for name in ("_cuda_resetPeakMemoryStats", "_accelerator_resetPeakStats"):
-                original = getattr(torch._C, name, None)  # noqa: SLF001  # below torch.cuda
-                if original is not None:
-                    self._reset_patches.set(torch._C, name, self._folding(original))  # noqa: SLF001  # likewise
+            for fold, names in (
+                (
+                    self._take,
+                    ("_cuda_resetPeakMemoryStats", "_accelerator_resetPeakStats"),
+                ),
+                (
+                    self._keep_counts,
+                    (
+                        "_cuda_resetAccumulatedMemoryStats",
+                        "_accelerator_resetAccumulatedStats",
+                    ),
+                ),
+            ):
+                for name in names:
+                    original = getattr(torch._C, name, None)  # noqa: SLF001  # below torch.cuda
+                    if original is not None:
+                        folding = _folding(fold, original)
+                        self._reset_patches.set(torch._C, name, folding)  # noqa: SLF001  # likewise
         self.trackers.append(tracker)
+
+    def _keep_counts(self, index: int) -> None:
+        self._past_counts[index] = self.counts(index)
 
     def drop(self, tracker: CudaTracker) -> None:
         """Forget a tracker; with the last one, resets are torch's own again."""
@@ -204,13 +238,6 @@ class CudaDevice:
             self.trackers.remove(tracker)
             if not self.trackers:
                 self._reset_patches.restore()
-
-    def _folding(self, original: Any) -> Any:
-        def reset(index: int) -> None:
-            self._take(index)
-            original(index)
-
-        return reset
 
     def holds(self, storage: Any, index: int) -> bool:
         """Tell whether a storage is on a card."""
@@ -404,6 +431,14 @@ def _has_context(index: int) -> bool:
         return False
     has_context: Any = getattr(torch._C, "_cuda_hasPrimaryContext", None)  # noqa: SLF001  # no public name; builds for CPUs lack it
     return has_context is None or bool(has_context(index))
+
+
+def _folding(fold: Callable[[int], None], original: Any) -> Any:
+    def reset(index: int) -> None:
+        fold(index)
+        original(index)
+
+    return reset
 
 
 class _Cudart:
