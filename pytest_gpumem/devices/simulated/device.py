@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pytest_gpumem.devices.nvml import CardCount, Reading
 from pytest_gpumem.devices.simulated.machine import OutOfMemory, innermost_machine
 from pytest_gpumem.devices.simulated_nvml import uuid_of
+from pytest_gpumem.guards import Guarded
 from pytest_gpumem.model.records import MemoryFigures
 
 if TYPE_CHECKING:
@@ -141,16 +142,18 @@ class SimulatedDevice:
             card.empty_cache()
 
     def budget(self, index: int) -> int | None:
-        """Return the budget of a card, or None."""
+        """Return the smallest budget in force on a card, or None."""
         return self.machine.cards[index].budget_bytes
 
-    def set_budget(self, index: int, budget_bytes: int | None) -> None:
-        """Cap a card (inclusive); None lifts the cap.
+    def set_budget(
+        self, index: int, budget_bytes: int | None, *, owner: object = None
+    ) -> None:
+        """Cap a card for an owner (inclusive); None takes its cap back.
 
         Raises:
             BudgetError: Not between 1 byte and the card's total.
         """
-        self.machine.cards[index].set_budget(budget_bytes)
+        self.machine.cards[index].set_budget(budget_bytes, owner=owner)
 
     def block_bytes(self, storage: Any) -> int:
         """Return the bytes of the block under a storage; 0 for one on the host."""
@@ -191,11 +194,12 @@ class SimulatedDevice:
     @contextmanager
     def observing_ooms(self, observe: Callable[[int, int], None]) -> Iterator[None]:
         """Call ``observe`` after each request that failed."""
-        self.machine.oom_observers.append(observe)
+        observer = Guarded(observe)
+        self.machine.oom_observers.append(observer)
         try:
             yield
         finally:
-            self.machine.oom_observers.remove(observe)
+            self.machine.oom_observers.remove(observer)
 
     def fail_allocation(self, index: int, nbytes: int) -> str:
         """Fail a request as the allocator does; return its words."""
@@ -214,23 +218,25 @@ class SimulatedDevice:
         self, watch: Callable[[int, int, int], Callable[[int], None] | None]
     ) -> Iterator[bool]:
         """Call ``watch`` after each allocation; always possible here."""
+        observer = Guarded(watch)
         for card in self.machine.cards:
-            card.watchers.append(watch)
+            card.watchers.append(observer)
         try:
             yield True
         finally:
             for card in self.machine.cards:
-                card.watchers.remove(watch)
+                card.watchers.remove(observer)
 
     @contextmanager
     def tracing(
         self, trace: Callable[[int, int, int, int, int], None]
     ) -> Iterator[bool]:
         """Call ``trace`` after each change; always possible here."""
+        observer = Guarded(trace)
         for card in self.machine.cards:
-            card.tracers.append(trace)
+            card.tracers.append(observer)
         try:
             yield True
         finally:
             for card in self.machine.cards:
-                card.tracers.remove(trace)
+                card.tracers.remove(observer)
