@@ -25,7 +25,10 @@ _REAL: Final = {
     # Every value is read as zero, and no memory of the host's is needed.
     "CUDA_HOST_VALUES": "none",
 }
-_SIMULATED: Final = ("--gpu-backend=simulated", "--gpu-card=16GiB,cc=8.0,sms=108,ctx=300MiB*2")
+_SIMULATED: Final = (
+    "--gpu-backend=simulated",
+    "--gpu-card=16GiB,cc=8.0,sms=108,ctx=300MiB*2",
+)
 #: What two runs differ in: time, names, samples taken in a thread, and the timeline, which
 #: only a device whose single allocations can be watched tells.
 _OWN: Final = frozenset(

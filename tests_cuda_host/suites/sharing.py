@@ -41,12 +41,12 @@ def test_beside_a_tenant(competing_process: Any) -> None:
 
 @pytest.mark.max_vram("32MiB", phase="children")
 def test_a_child() -> None:
-    subprocess.run([sys.executable, "-c", CHILD], check=True)  # noqa: S603
+    subprocess.run([sys.executable, "-c", CHILD], check=True)
 
 
 @pytest.mark.gpu_budget("32MiB")
 def test_a_child_under_the_budget() -> None:
-    done = subprocess.run(  # noqa: S603
+    done = subprocess.run(
         [sys.executable, "-c", CHILD], check=False, capture_output=True, text=True
     )
     assert "32.00 MiB allowed" in done.stderr
