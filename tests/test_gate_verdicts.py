@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 import torch
 
+from pytest_gpumem.baselines.baseline import Baseline
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -236,6 +238,10 @@ TREES = {
 }
 
 
+#: The project's, written once.
+_BASELINE: list[bytes] = []
+
+
 @pytest.fixture
 def project(pytester: pytest.Pytester) -> Callable[..., pytest.RunResult]:
     """Write the project with its baseline; return what runs a change of it."""
@@ -248,7 +254,12 @@ def project(pytester: pytest.Pytester) -> Callable[..., pytest.RunResult]:
             pytester.makepyfile(**{name: changed})
         return pytester.runpytest(*OPTIONS, "--gpu-baseline=b.json", *options)
 
-    run({}, "--gpu-update-baseline")
+    file = pytester.path / "b.json"
+    if _BASELINE:
+        file.write_bytes(_BASELINE[0])
+    else:
+        run({}, "--gpu-update-baseline")
+        _BASELINE.append(file.read_bytes())
     return run
 
 
@@ -261,23 +272,52 @@ def test_a_changed_tree_has_the_verdict_of_a_reviewer(
     if tree.torch_moved is not None:
         _age(pytester, tree.torch_moved)
 
-    result = project(tree.edits, *tree.options)
-    strict = project(tree.edits, *tree.options, "--gpu-strict")
+    result = project(tree.edits, *tree.options, "--gpu-strict")
 
-    bad = tree.failed + tree.errors
     counts = result.parseoutcomes()
-    assert (tree.failed, tree.errors) == (
+    assert (tree.failed, tree.errors + tree.is_inert) == (
         counts.get("failed", 0),
         counts.get("errors", 0),
     )
-    assert (bad > 0) == (result.ret != 0)
-    assert (bad > 0 or tree.is_inert) == (strict.ret != 0)
+    assert (result.ret != 0) == bool(tree.failed + tree.errors + tree.is_inert)
     result.stdout.fnmatch_lines_random(list(tree.lines))
     said = "GPU memory: this run proves less than was asked" in result.stdout.str()
     assert tree.is_inert == said
-    assert bad + tree.is_inert == sum(
-        strict.parseoutcomes().get(each, 0) for each in ("failed", "errors")
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_strict"),
+    [
+        (("auto", ""), False),
+        (("auto", "0"), False),
+        (("auto", "true"), True),
+        (("false", "true"), False),
+        (("false", "", "--gpu-strict"), True),
+        (("true", ""), True),
+    ],
+)
+def test_a_run_is_strict_where_somebody_says_so(
+    settings: tuple[str, ...],
+    is_strict: bool,  # noqa: FBT001  # pytest gives it by name
+    pytester: pytest.Pytester,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The command line, the ini file, CI; else it is said, and the run passes."""
+    ini, variable, *option = settings
+    monkeypatch.setenv("CI", variable)
+    pytester.makeini(f"[pytest]\ngpu_strict = {ini}\n")
+    pytester.makepyfile("def test_it(): pass")
+    Baseline().write(pytester.path / "b.json")
+
+    result = pytester.runpytest(
+        *OPTIONS[:-1], "--gpu-backend=off", "--gpu-baseline=b.json", *option
     )
+
+    assert is_strict == (result.ret == pytest.ExitCode.TESTS_FAILED)
+    result.stdout.fnmatch_lines(
+        ["b.json: nothing was compared with it, as the backend is off *"]
+    )
+    result.assert_outcomes(passed=1, errors=int(is_strict))
 
 
 def _age(pytester: pytest.Pytester, moved: int) -> None:

@@ -93,7 +93,7 @@ class Change:
     Attributes:
         test: The test, or the fixture.
         metric: The metric; a card but the first is named in it. It is what was added
-            (growth), unless it ends in ``left`` or ``peak``.
+            (the absolute peak against an entry of format 1), or ends in ``left``.
         before: Bytes in the baseline.
         now: Bytes in this run.
         is_regression: Whether it is more than what is allowed.
@@ -155,8 +155,7 @@ def compare(
         tolerance = tolerances.get(word)
         grew, left = f"{metric} {GROWTH}", f"{metric} {LEFT}"
         if grew not in before or grew not in now:
-            name = f"{metric} peak" if grew in now else metric
-            changes += _change(test, name, before[metric], now[metric], tolerance)
+            changes += _change(test, metric, before[metric], now[metric], tolerance)
             continue
         found = _change(test, metric, before[grew], now[grew], tolerance)
         if found and not _asked_for_more(metric, before, now, tolerance):

@@ -189,7 +189,8 @@ def _measure(run: Run, config: pytest.Config) -> None:
 
 
 def _gate(run: Run, config: pytest.Config) -> None:
-    from pytest_gpumem.plugin.baseline_summary import BaselineSummary, Spared  # noqa: PLC0415  # there is a baseline
+    from pytest_gpumem.plugin.baseline_record import Spared  # noqa: PLC0415  # there is a baseline
+    from pytest_gpumem.plugin.baseline_summary import BaselineSummary  # noqa: PLC0415  # likewise
     from pytest_gpumem.plugin.gate import WORKER_INPUT, Gate  # noqa: PLC0415  # likewise
 
     text = getattr(config, "workerinput", {}).get(WORKER_INPUT)
