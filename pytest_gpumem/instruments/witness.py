@@ -10,6 +10,7 @@ import torch
 
 from pytest_gpumem.devices.nvml import other_processes
 from pytest_gpumem.instruments.live import Survey, survey
+from pytest_gpumem.instruments.parts import unseen
 from pytest_gpumem.instruments.phases import current_phase
 from pytest_gpumem.instruments.sites import describe_site
 from pytest_gpumem.model.incidents import Incident, Process
@@ -131,7 +132,8 @@ class OomWitness:
         processes: tuple[Process, ...] = ()
         if len(self.incidents) < self._closely:
             try:
-                found = survey(device, index, frame)
+                with unseen():
+                    found = survey(device, index, frame)
                 largest = _largest_free(index)
                 if device.kind == "cuda":
                     processes = other_processes(index)
