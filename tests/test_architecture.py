@@ -31,10 +31,13 @@ MAY_IMPORT = {
     "instruments": GROUND | {"model", "devices", "instruments"},
     "tenancy": GROUND | {"model", "tenancy"},
     "reports": GROUND | {"model", "reports"},
-    "children": GROUND | {"model", "devices", "instruments", "tenancy", "children"},
+    "children": GROUND
+    | {"model", "devices", "instruments", "tenancy", "hub", "children"},
     "baselines": GROUND | {"baselines"},
     "suggestions": GROUND | {"suggestions"},
     "checkpoints": GROUND | {"checkpoints"},
+    # Of devices only what waits for imports and replaces attributes.
+    "hub": GROUND | {"devices", "checkpoints", "hub"},
     "strategies": GROUND | {"model"},
     "recording": GROUND | {"model", "devices", "recording"},
     "doctor": GROUND | {"model", "devices", "checkpoints"},
@@ -58,6 +61,7 @@ MAY_IMPORT = {
         "reports",
         "baselines",
         "checkpoints",
+        "hub",
         "suggestions",
         "children",
         "tenancy",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from pytest_gpumem.devices.nvml import Reading
@@ -79,10 +79,14 @@ class Device(Protocol):
         """Give cuBLAS workspaces and cached segments of every card back."""
 
     def budget(self, index: int) -> int | None:
-        """Return the budget of a card, or None."""
+        """Return the smallest budget in force on a card, or None."""
 
-    def set_budget(self, index: int, budget_bytes: int | None) -> None:
-        """Cap a card (inclusive) and make all that reports free memory agree.
+    def set_budget(
+        self, index: int, budget_bytes: int | None, *, owner: object = None
+    ) -> None:
+        """Cap a card for an owner (inclusive); None takes the owner's cap back.
+
+        The smallest cap of all owners holds, and all that reports free memory agrees.
 
         Raises:
             BudgetError: Not between 1 byte and the card's total.
@@ -93,6 +97,9 @@ class Device(Protocol):
 
     def block_address(self, storage: Any) -> int | None:
         """Return where that block is on the card; None for a storage on the host."""
+
+    def segments(self, index: int) -> Sequence[Mapping[str, Any]]:
+        """Return a card's segments, as ``torch.cuda.memory_snapshot`` shows them."""
 
     def holds(self, storage: Any, index: int) -> bool:
         """Tell whether a storage is on a card of this device."""

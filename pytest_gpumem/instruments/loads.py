@@ -100,12 +100,13 @@ class Loader:
         device_index: int,
     ) -> None:
         self._model_of = model_of
+        self._run = run
         self._reference = None if reference is None else portrait(reference)
         self._device = device
         self._trial = Trial(
             body=load,
             owns=self._own_blocks,
-            then=run,
+            then=None if run is None else self._output,
             names_cycles=True,
             device=device,
             device_index=device_index,
@@ -146,6 +147,10 @@ class Loader:
         elif attempt.note:
             holders += (attempt.note,)
         return Load(attempt, model, placement, compared, left, holders)
+
+    def _output(self, loaded: Any) -> Any:
+        has_model = loaded is not None and self._model_of(loaded) is not None
+        return self._run(loaded) if has_model and self._run is not None else None
 
     def _own_blocks(self, loaded: Any) -> dict[int, int]:
         """Return the bytes of the model's blocks on cards, by address."""

@@ -91,17 +91,18 @@ def sweep_ooms(
     wanted = SweepPlan(**plan)
     if setup is not None and args:
         raise SweepError("give the arguments or a setup that makes them, not both")
+    judge = SweepJudge(
+        body,
+        setup or (lambda: args),
+        same,
+        active_device() if device is None else device,
+    )
     sweep = _Sweep(
-        judge=SweepJudge(
-            body,
-            setup or (lambda: args),
-            same,
-            active_device() if device is None else device,
-        ),
+        judge=judge,
         plan=wanted,
         name=name or str(getattr(body, "__qualname__", repr(body))),
     )
-    with frozen_heap():
+    with frozen_heap() as judge.thawed:
         return sweep.run(resume, progress or (lambda _done, _total, _outcome: None))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gc
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem.errors import SweepError
@@ -49,6 +49,8 @@ class SweepJudge:
         self._searched: set[tuple[str, str]] = set()
         # A frozen heap does not show what was on the cards before it was frozen.
         self._known = blocks_on_cards()
+        #: What shows such objects for a block.
+        self.thawed: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def clean(self) -> Attempt:
         """Run without a fault; the last such run is the reference.
@@ -94,11 +96,8 @@ class SweepJudge:
         if kind in self._searched or len(self._searched) >= _SEARCHES:
             return ()
         self._searched.add(kind)
-        gc.unfreeze()
-        try:
+        with self.thawed():
             return self._trial.holders(attempt, also_known=self._known)
-        finally:
-            gc.freeze()
 
     def _verdict(self, point: Point, attempt: Attempt) -> tuple[Verdict, str]:
         failure = attempt.failure

@@ -97,7 +97,8 @@ def judge_load(
     Returns:
         The verdict; ``verdict.check()`` raises if anything is wrong.
 
-    Limits: an error that is neither an OOM nor the expected one is not caught.
+    Limits: an error of the load that is neither an OOM nor the expected one is not
+    caught; one of ``run`` is a problem.
     """
     loader = Loader(
         load,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -134,7 +134,7 @@ class OomWitness:
             try:
                 with unseen():
                     found = survey(device, index, frame)
-                largest = _largest_free(index)
+                largest = _largest_free(device, index)
                 if device.kind == "cuda":
                     processes = other_processes(index)
             except Exception as error:  # noqa: BLE001  # a witness must not change what it sees
@@ -194,13 +194,11 @@ def _fraction(index: int) -> float:
     return torch.cuda.get_per_process_memory_fraction(index)
 
 
-def _largest_free(index: int) -> int:
-    snapshot: Any = torch.cuda.memory_snapshot()
+def _largest_free(device: Device, index: int) -> int:
     return max(
         (
             block["size"]
-            for segment in snapshot
-            if segment["device"] == index
+            for segment in device.segments(index)
             for block in segment["blocks"]
             if block["state"] == "inactive"
         ),

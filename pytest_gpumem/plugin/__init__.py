@@ -25,15 +25,17 @@ from pytest_gpumem.plugin.fixtures import (
     vram_budget,
     vram_recorder,
 )
+from pytest_gpumem.plugin.hub import HubAdvice, HubModels
 from pytest_gpumem.plugin.options import add_options
 from pytest_gpumem.plugin.outputs import check_outputs
 from pytest_gpumem.plugin.session import Run
-from pytest_gpumem.plugin.settings import is_asked, read_settings
+from pytest_gpumem.plugin.settings import Settings, is_asked, read_settings
 from pytest_gpumem.plugin.summary import DroppedNote, SummaryPlugin
 from pytest_gpumem.plugin.unasked import Unasked
 
 PLUGIN_NAME: Final = "gpumem-session"
 _key: Final = pytest.StashKey[Run]()
+_hub_key: Final = pytest.StashKey[HubModels]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -49,10 +51,19 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
 
 
 def _start(config: pytest.Config, namespace: Any) -> None:
-    run = Run(read_settings(config, namespace))
+    settings = read_settings(config, namespace)
+    run = Run(settings)
     config.stash[_key] = run
     config.add_cleanup(run.stop)
     run.start()
+    _serve(settings, config)
+
+
+def _serve(settings: Settings, config: pytest.Config) -> None:
+    hub = HubModels(settings)
+    config.stash[_hub_key] = hub
+    config.add_cleanup(hub.stop)
+    hub.start()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -66,8 +77,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if run is not None:
         _configure(run, config)
     else:
-        unasked = Unasked(read_settings(config, config.option), config)
-        config.pluginmanager.register(unasked, PLUGIN_NAME)
+        settings = read_settings(config, config.option)
+        _serve(settings, config)
+        config.pluginmanager.register(Unasked(settings, config), PLUGIN_NAME)
+    config.pluginmanager.register(config.stash[_hub_key], "gpumem-hub")
 
 
 def _configure(run: Run, config: pytest.Config) -> None:
@@ -75,6 +88,7 @@ def _configure(run: Run, config: pytest.Config) -> None:
     config.pluginmanager.register(run, PLUGIN_NAME)
     config.pluginmanager.register(collection, "gpumem-collection")
     config.pluginmanager.register(run.children, "gpumem-children")
+    config.pluginmanager.register(HubAdvice, "gpumem-hub-advice")
     is_real = run.choice.kind == "cuda" and run.settings.share == "equal"
     if run.sharing.admits or is_real:
         # Before what else runs tests, such as the search for their smallest budgets.

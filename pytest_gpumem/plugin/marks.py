@@ -94,6 +94,9 @@ DESCRIPTIONS: Final = (
     "its allocations, with that one failing, and judge every run",
     "oom_fallback(points='all', *, recover=True, ...): the test has a fallback; "
     "--gpu-oom-sweep sweeps it as oom_sweep does",
+    "hub_model(name, source=None, *, format='safetensors', max_shard_size=None, "
+    "dtype='float32', seed=0, weights='random', architecture=None): serve a model "
+    "under its name on the hub while this test runs, as --gpu-hub-model does",
 )
 
 

@@ -490,7 +490,8 @@ def loads_other_weights() -> nn.Module:
         return model.cuda()
     except torch.OutOfMemoryError:
         model = new_model()
-    nn.init.constant_(model.get_submodule("0").weight, 1.0)
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, 1.0)
     return model
 
 
