@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from small_bert import Classifier, small_config
 from pytest_gpumem import serve_models
 from pytest_gpumem.errors import CheckpointError
 from pytest_gpumem.hub.names import HubModel, hub_model, parse_hub_model
+from pytest_gpumem.hub.service import Service
 from pytest_gpumem.inheritance import HUB_VARIABLE
 
 if TYPE_CHECKING:
@@ -78,7 +80,7 @@ def differing(left: Any, right: Any) -> list[str]:
         ("gpt2=hub", HubModel("gpt2", "hub")),
         (
             "bert-tiny, format=bin,seed=3",
-            HubModel("bert-tiny", "bert-tiny", (("format", "bin"), ("seed", 3)), True),
+            HubModel("bert-tiny", "bert-tiny", (("format", "bin"), ("seed", 3)), False),
         ),
         (
             "a/b=bert-tiny,max_shard_size=4MB",
@@ -114,12 +116,19 @@ def test_what_makes_no_sense_is_refused(text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "others"),
     [
-        ("bert-large-uncased", ["google-bert/bert-large-uncased"]),
+        (
+            "bert-large-uncased",
+            [
+                "google-bert/bert-large-uncased",
+                "sentence-transformers/bert-large-uncased",
+                "cross-encoder/bert-large-uncased",
+            ],
+        ),
         ("google-bert/bert-large-uncased", ["bert-large-uncased"]),
-        ("gpt2", ["openai-community/gpt2"]),
-        ("roberta-base", ["FacebookAI/roberta-base"]),
+        ("openai-community/gpt2", ["gpt2"]),
+        ("FacebookAI/roberta-base", ["roberta-base"]),
         ("my-org/bert-large-uncased", []),
-        ("mine", []),
+        ("mine", ["sentence-transformers/mine", "cross-encoder/mine"]),
     ],
 )
 def test_a_model_has_its_old_name_and_its_new_one(name: str, others: list[str]) -> None:
@@ -222,6 +231,32 @@ def test_a_generating_model_has_its_generation_config(mode: str) -> None:
     assert mode
 
 
+def test_the_trainer_trains(mode: str, config: Path, tmp_path: Path) -> None:
+    """With the tokenizer to measure."""
+    with serve_models({"bert-mini": config}):
+        tokenizer = AutoTokenizer.from_pretrained("bert-mini")
+        given = tokenizer(["a b", "c d"], padding="max_length", max_length=8)
+        rows = [
+            {"input_ids": ids, "attention_mask": mask, "labels": label}
+            for label, (ids, mask) in enumerate(
+                zip(given["input_ids"], given["attention_mask"], strict=True)
+            )
+        ]
+        trainer = transformers_auto.Trainer(
+            Auto.from_pretrained("bert-mini"),
+            transformers_auto.TrainingArguments(
+                tmp_path / "out", max_steps=1, report_to=[], use_cpu=True, save_steps=1
+            ),
+            train_dataset=rows,
+            processing_class=tokenizer,
+        )
+        trainer.train()
+
+    assert 1 == trainer.state.global_step
+    assert (tmp_path / "out" / "checkpoint-1" / "model.safetensors").is_file()
+    assert mode
+
+
 def test_the_hubs_own_functions(mode: str, config: Path, tmp_path: Path) -> None:
     """Files, folders, listings and information; each revision is the same."""
     name = "google-bert/bert-mini"
@@ -257,6 +292,8 @@ def test_the_hubs_own_functions(mode: str, config: Path, tmp_path: Path) -> None
         with files.open(f"{name}/model.safetensors", block_size=64) as stream:
             stream.seek(8)
             assert b'{"__metadata__"' == stream.read(15)
+        with pytest.raises(hub.errors.EntryNotFoundError):
+            hub.hf_hub_download(name, "modules.json", subfolder=".")
         with pytest.raises(hub.errors.HfHubHTTPError, match="served by pytest-gpumem"):
             api.create_branch(name, branch="mine")
     assert mode
@@ -434,6 +471,35 @@ def test_a_model_that_nobody_serves_says_what_to_do(config: Path) -> None:
     assert str(told.value).startswith(str(plain.value))
     assert type(plain.value.__cause__) is type(told.value.__cause__)
     assert ("mine",) == other.value.args
+
+
+def test_a_head_of_another_size_says_what_to_do(config: Path) -> None:
+    """Served without a head, a model takes any."""
+    with (
+        pytest.raises(RuntimeError, match="my-org/mine,architecture=AutoModel") as told,
+        serve_models({"my-org/mine": config}),
+    ):
+        Auto.from_pretrained("my-org/mine", num_labels=5)
+    with serve_models({"my-org/mine": config}, architecture="AutoModel"):
+        model = Auto.from_pretrained("my-org/mine", num_labels=5)
+
+    assert "ignore_mismatched_sizes" in str(told.value)
+    assert 5 == model.classifier.out_features
+
+
+def test_a_forked_child_leaves_the_folder_to_its_parent(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It leaves the block too, while its parent is still in it."""
+    service = Service()
+    service.push([hub_model("my-org/mine", config)])
+    root = Path(os.environ[HUB_VARIABLE]).parent
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: -1)
+        service.pop()
+
+    assert root.is_dir()
+    shutil.rmtree(root)
 
 
 def test_nothing_is_left_behind(config: Path) -> None:

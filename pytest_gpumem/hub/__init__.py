@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_gpumem.hub.advice import advise
 from pytest_gpumem.hub.names import HubModel, hub_model, parse_hub_model
-from pytest_gpumem.hub.service import serving
+from pytest_gpumem.hub.service import served_names, serving
 
 if TYPE_CHECKING:
     import os
@@ -48,7 +48,7 @@ def serve_models(
         with serve_models({"bert-tiny-uncased": "bert-tiny"}):
             model = AutoModel.from_pretrained("bert-tiny-uncased")
 
-    Limits: a model named without source is left alone where the user's own cache has
+    Limits: a model named without source and options is left alone where the user's own cache has
     it. Not for several threads that serve different models at once. What asks the hub
     by other means than huggingface_hub is not reached.
     """
@@ -66,12 +66,19 @@ def serve_models(
             )
             for each in given
         ]
-    with serving(chosen):
+    with serving(chosen) as service:
         try:
             yield
         except BaseException as error:
-            advise(error)
+            advise(error, service.models)
             raise
 
 
-__all__ = ["HubModel", "advise", "hub_model", "parse_hub_model", "serve_models"]
+__all__ = [
+    "HubModel",
+    "advise",
+    "hub_model",
+    "parse_hub_model",
+    "serve_models",
+    "served_names",
+]
