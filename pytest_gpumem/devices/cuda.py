@@ -122,6 +122,10 @@ class CudaDevice:
         """Start tracking a card's peaks."""
         return CudaTracker(self._statistics, index, self.counted)
 
+    def restore(self) -> None:
+        """Let torch's statistics be its own again; see Note [Peaks of user code]."""
+        self._statistics.restore()
+
     # -- budget -------------------------------------------------------------------
 
     def budget(self, index: int) -> int | None:

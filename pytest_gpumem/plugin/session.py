@@ -187,6 +187,7 @@ class Run:
     def _lift_budgets(self, device: Device) -> None:
         for index in range(device.device_count):
             device.set_budget(index, None, owner=self)
+        device.restore()
 
     @pytest.hookimpl(trylast=True)
     def pytest_unconfigure(self) -> None:

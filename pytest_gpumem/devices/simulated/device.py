@@ -180,6 +180,9 @@ class SimulatedDevice:
         """Start tracking a card's peaks."""
         return SimulatedTracker(self.machine.cards[index])
 
+    def restore(self) -> None:
+        """Do nothing: a simulated card's trackers replace nothing."""
+
     @contextmanager
     def refusing(self, refuses: Callable[[int, int], bool]) -> Iterator[None]:
         """Ask before each allocation whether it is to fail."""
