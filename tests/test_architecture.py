@@ -20,6 +20,7 @@ GROUND = {
     "tables",
     "cards",
     "cards_table",
+    "visibility",
     "_version",
 }
 MAY_IMPORT = {

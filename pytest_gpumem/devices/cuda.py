@@ -233,6 +233,8 @@ class CudaDevice:
         Raises:
             BudgetError: Not between 1 byte and the card's total.
         """
+        if budget_bytes is None and index not in self._budgets:
+            return  # nor is CUDA used, which would read what hides cards
         total = torch.cuda.get_device_properties(index).total_memory
         if budget_bytes is None:
             self._budgets.pop(index, None)

@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -18,6 +18,7 @@ from pytest_gpumem.model.config import AllocatorConfig, config_from_environment
 from pytest_gpumem.model.driver import Driver
 from pytest_gpumem.model.oom_text import ProcessMemory
 from pytest_gpumem.model.workspaces import workspace_bytes
+from pytest_gpumem.visibility import VARIABLE, visible_numbers, why_hidden
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,10 @@ INVALID_ORDINAL: Final = (
     "GPU device may be out of range, do you have enough GPUs?"
 )
 
+
+#: What torch says where CUDA sees no card.
+#: Source: ``c10/cuda/CUDAFunctions.cpp``, ``device_count_ensure_non_zero``.
+NO_CARDS: Final = "No CUDA GPUs are available"
 
 #: What a simulated machine may keep of tensors' values.
 VALUES: Final = ("computed", "none")
@@ -48,19 +53,20 @@ class SimulatedCard:
     def __init__(
         self,
         machine: SimulatedMachine,
-        index: int,
+        number: int,
         card: Card,
         config: AllocatorConfig,
     ) -> None:
         self.machine: Final = machine
-        self.index: Final = index
+        #: What the machine calls it: NVML's index.
+        self.number: Final = number
         self.card: Final = card
         self.value_device: Final = machine.value_device
         self.driver: Final = Driver(card.total_bytes, other_bytes=card.context_bytes)
         self.allocator: Final = CachingAllocator(
             self.driver,
             config=config,
-            device_index=index,
+            device_index=number,
             processes=self._processes,
         )
         self.faults: list[Callable[[int, int], bool]] = []
@@ -77,6 +83,15 @@ class SimulatedCard:
         self._released: deque[Block] = deque()
         self._budget_bytes: int | None = None
         self._fraction = self.allocator.memory_fraction
+
+    @property
+    def index(self) -> int:
+        """What this process calls it, if it sees it: CUDA's index."""
+        return self.allocator.device_index
+
+    @index.setter
+    def index(self, index: int) -> None:
+        self.allocator.device_index = index
 
     @property
     def context_bytes(self) -> int:
@@ -264,7 +279,8 @@ class SimulatedMachine:
     """The cards of a simulated machine, and which one is current in each thread.
 
     Args:
-        cards: One card for each device index, at least one.
+        cards: The machine's cards, at least one; ``CUDA_VISIBLE_DEVICES`` says which
+            of them the process sees.
         config: Settings of the caching allocator, the same for every card; None takes
             the environment's.
         values: One of ``VALUES``: ``"computed"`` by the CPU, or ``"none"``, shapes and
@@ -286,10 +302,15 @@ class SimulatedMachine:
             raise ValueError(f"values={values!r}; accepted are {', '.join(VALUES)}")
         self.value_device: Final = "cpu" if values == "computed" else "meta"
         settings = config if config is not None else config_from_environment()
-        self.cards: Final = tuple(
-            SimulatedCard(self, index, card, settings)
-            for index, card in enumerate(cards)
+        self.all_cards: Final = tuple(
+            SimulatedCard(self, number, card, settings)
+            for number, card in enumerate(cards)
         )
+        #: Called where the cards that the process sees have become others.
+        self.on_change: list[Callable[[], None]] = []
+        self._cards: tuple[SimulatedCard, ...] | None = None
+        self._listed: str | None = None
+        self._is_used = False
         #: Whether anything was put on a card: torch's "CUDA is initialized".
         self.is_initialized = False
         #: Whether this process was forked from one that had put something on a card.
@@ -302,15 +323,69 @@ class SimulatedMachine:
         self._local = threading.local()
 
     @property
+    def cards(self) -> tuple[SimulatedCard, ...]:
+        """The cards that the process sees; until CUDA is used, as it would see them."""
+        if not self._is_used:
+            self._look()
+        return self._cards or ()
+
+    def use(self) -> None:
+        """Use CUDA: from the first time on, the process sees the same cards.
+
+        See Note [When the variable is read].
+        """
+        if not self._is_used:
+            self._look()
+            self._is_used = True
+
+    def _look(self) -> None:
+        listed = os.environ.get(VARIABLE)
+        if self._cards is not None and listed == self._listed:
+            return
+        before, self._listed = self._cards, listed
+        numbers = visible_numbers(len(self.all_cards))
+        self._cards = tuple(self.all_cards[number] for number in numbers)
+        for index, card in enumerate(self._cards):
+            card.index = index
+        if before is not None and before != self._cards:
+            for changed in tuple(self.on_change):
+                if changed in self.on_change:  # not taken back by another of them
+                    changed()
+
+    @property
+    def why_none(self) -> str:
+        """Why the process sees no card, and what to do, as half a sentence."""
+        if os.environ.get(VARIABLE) == self._listed:
+            return f"{why_hidden()}; unset it"
+        return (
+            f"{VARIABLE}={self._listed!r} hid every card when this process first used "
+            "CUDA; give the code that set it a process of its own"
+        )
+
+    @property
     def current_index(self) -> int:
         """Index of the calling thread's current device."""
         return getattr(self._local, "index", 0)
 
     @current_index.setter
     def current_index(self, index: int) -> None:
+        self.card(index)
+        self._local.index = index
+
+    def card(self, index: int | None = None) -> SimulatedCard:
+        """Use CUDA, and return a card; None means the thread's current one.
+
+        Raises:
+            RuntimeError: There is no such card (torch's text).
+        """
+        self.use()
+        if not self.cards:
+            raise RuntimeError(NO_CARDS)
+        if index is None:
+            index = self.current_index
         if not 0 <= index < len(self.cards):
             raise RuntimeError(INVALID_ORDINAL)
-        self._local.index = index
+        return self.cards[index]
 
     def current_stream(self, index: int) -> int:
         """Return the handle of the thread's current stream on a device."""
@@ -327,14 +402,14 @@ class SimulatedMachine:
         """Keep every change of memory from here on."""
         self.stop_history()
         self.history = history
-        for card in self.cards:
+        for card in self.all_cards:
             with card.locked() as allocator:
-                allocator.trace = partial(history.note, card.index)
+                allocator.trace = partial(_note, history, card)
 
     def stop_history(self) -> None:
         """Keep no more changes, and forget those kept."""
         self.history = None
-        for card in self.cards:
+        for card in self.all_cards:
             with card.locked() as allocator:
                 allocator.trace = None
 
@@ -345,7 +420,7 @@ class SimulatedMachine:
         """
         self.is_forked = self.is_forked or self.is_initialized
         self.is_initialized = False
-        for card in self.cards:
+        for card in self.all_cards:
             card.renew_lock()
 
     def tell_oom(self, index: int, error: OutOfMemory) -> None:
@@ -361,7 +436,11 @@ class SimulatedMachine:
     @property
     def num_requests(self) -> int:
         """How many allocations all cards were asked for so far."""
-        return sum(card.num_requests for card in self.cards)
+        return sum(card.num_requests for card in self.all_cards)
+
+
+def _note(history: History, card: SimulatedCard, *change: Any) -> None:
+    history.note(card.index, *change)
 
 
 _machines: Final[list[SimulatedMachine]] = []
@@ -420,16 +499,12 @@ def card_of(index: int | None) -> SimulatedCard:
     Raises:
         RuntimeError: There is no such card (torch's text).
     """
-    machine = current_machine()
-    if index is None:
-        index = machine.current_index
-    if not 0 <= index < len(machine.cards):
-        raise RuntimeError(INVALID_ORDINAL)
-    return machine.cards[index]
+    return current_machine().card(index)
 
 
 __all__ = [
     "INVALID_ORDINAL",
+    "NO_CARDS",
     "VALUES",
     "OutOfMemory",
     "SimulatedCard",
