@@ -5,12 +5,35 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from pathlib import Path
 
 import platformdirs
 import pytest
 from hypothesis import HealthCheck, settings
 
 pytest_plugins = ["pytester"]
+
+
+@pytest.fixture
+def pytester(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> pytest.Pytester:
+    """Have inner runs ask for a device, in place of an option in every test.
+
+    A test of what a run does by itself deletes the variable.
+    """
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--gpu-backend=auto")
+    return pytester
+
+
+@pytest.fixture
+def as_read(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have inner runs ask for a device as the README tells its readers to do."""
+    monkeypatch.delenv("PYTEST_ADDOPTS")
+    lines = Path(__file__).with_name("README.md").read_text("utf-8").splitlines()
+    at = lines.index("    [tool.pytest.ini_options]")
+    pytester.makepyprojecttoml("\n".join(each.strip() for each in lines[at : at + 2]))
+
 
 settings.register_profile("dev", max_examples=30, deadline=None)
 settings.register_profile(

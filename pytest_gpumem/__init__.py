@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices.active import active_device
     from pytest_gpumem.devices.simulated.install import simulated_device
     from pytest_gpumem.errors import GpuMemError
+    from pytest_gpumem.hub import serve_models
     from pytest_gpumem.instruments.budget import vram_budget
     from pytest_gpumem.instruments.fallback import FallbackReport, check_fallback
     from pytest_gpumem.instruments.injector import OomInjector
@@ -58,6 +59,7 @@ _HOMES: Final = {
     "make_checkpoint": "checkpoints",
     "parse_rule": "model.rule_parser",
     "parse_size": "sizes",
+    "serve_models": "hub",
     "simulated_device": "devices.simulated.install",
     "sweep_ooms": "instruments.sweep",
     "vram_budget": "instruments.budget",
@@ -89,6 +91,7 @@ __all__ = [
     "make_checkpoint",
     "parse_rule",
     "parse_size",
+    "serve_models",
     "simulated_device",
     "sweep_ooms",
     "vram_budget",

@@ -16,6 +16,9 @@ from typing import Final, NamedTuple
 
 VARIABLE: Final = "PYTEST_GPUMEM_CHILDREN"
 
+#: Names a file with the models of the hub that children serve too.
+HUB_VARIABLE: Final = "PYTEST_GPUMEM_HUB"
+
 #: Names the folder that processes must share to know of one another.
 FOLDER_VARIABLE: Final = "PYTEST_GPUMEM_TENANCY"
 

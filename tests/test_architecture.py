@@ -15,8 +15,10 @@ ROOT = Path(pytest_gpumem.__file__).parent
 GROUND = {
     "errors",
     "files",
+    "guards",
     "inheritance",
     "sizes",
+    "stacks",
     "tables",
     "cards",
     "cards_table",
@@ -30,10 +32,13 @@ MAY_IMPORT = {
     "instruments": GROUND | {"model", "devices", "instruments"},
     "tenancy": GROUND | {"model", "tenancy"},
     "reports": GROUND | {"model", "reports"},
-    "children": GROUND | {"model", "devices", "instruments", "tenancy", "children"},
+    "children": GROUND
+    | {"model", "devices", "instruments", "tenancy", "hub", "children"},
     "baselines": GROUND | {"baselines"},
     "suggestions": GROUND | {"suggestions"},
     "checkpoints": GROUND | {"checkpoints"},
+    # Of devices only what waits for imports and replaces attributes.
+    "hub": GROUND | {"devices", "checkpoints", "hub"},
     "strategies": GROUND | {"model"},
     "recording": GROUND | {"model", "devices", "recording"},
     "doctor": GROUND | {"model", "devices", "checkpoints"},
@@ -57,6 +62,7 @@ MAY_IMPORT = {
         "reports",
         "baselines",
         "checkpoints",
+        "hub",
         "suggestions",
         "children",
         "tenancy",

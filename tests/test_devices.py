@@ -104,6 +104,34 @@ def test_a_tracker_sees_the_peak_and_the_end(device: Device) -> None:
     assert figures.peak_reserved_bytes >= figures.peak_allocated_bytes
 
 
+def test_a_card_has_a_context_once_it_was_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A build with CUDA is not asked for it where there is no driver, and no card."""
+
+    def driver(index: int) -> bool:
+        raise RuntimeError(
+            "hasPrimaryContext expects a valid device index, but got "
+            f"device_index={index}"
+        )
+
+    name = "_cuda_hasPrimaryContext"
+    monkeypatch.setattr(torch._C, name, driver, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert 0 == CudaDevice().counted(0).process_bytes
+    monkeypatch.undo()
+
+    with simulated_device("512MiB,cc=8.0"):
+        asked = getattr(torch._C, name)
+
+        assert not asked(0)
+        torch.zeros(1, device="cuda")
+        assert asked(0)
+        with pytest.raises(RuntimeError, match="but got device_index=1"):
+            asked(1)
+
+
 def test_trackers_nest(device: Device) -> None:
     """An inner tracker's peak is the inner block's; the outer one sees both."""
     outer = device.open_tracker(0)

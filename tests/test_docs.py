@@ -16,6 +16,8 @@ from pytest_gpumem.plugin.options import OPTIONS
 
 pytest_plugins = ["pytester"]
 
+pytestmark = pytest.mark.usefixtures("as_read")
+
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = runpy.run_path(str(DOCS / "generate.py"))["PAGES"]
 REFERENCE = [Path(name).stem for name in PAGES if name.startswith("reference/")]

@@ -8,6 +8,8 @@ from typing import Final
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("as_read")
+
 PAGES = Path(__file__).parents[1] / "docs" / "how-to"
 LIGHT = ("-p", "no:cacheprovider", "-W", "error")
 FILES = {

@@ -309,6 +309,7 @@ def test_a_cleared_exception_lets_its_tensors_go() -> None:
     trace = caught.__traceback__
     while trace is not None:
         _ = trace.tb_frame.f_locals
+        del _
         trace = trace.tb_next
     before = torch.cuda.memory_allocated()
 

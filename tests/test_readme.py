@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 import runpy
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import pytest
 import torch  # an inner run would import it anew, which torch does not survive
 
-if TYPE_CHECKING:
-    import pytest
+pytestmark = pytest.mark.usefixtures("as_read")
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)

@@ -105,7 +105,9 @@ def test_a_suite_without_torch_passes(pytester: pytest.Pytester) -> None:
         """
     )
 
-    done = pytester.runpytest_subprocess("-p", "no:cacheprovider", "-v")
+    done = pytester.runpytest_subprocess(
+        "-p", "no:cacheprovider", "-v", "--gpu-backend=auto"
+    )
 
     done.stdout.fnmatch_lines(
         [

@@ -24,6 +24,8 @@ NOTES: Final = {
     "place; not for you to set",
     "PYTEST_GPUMEM_CHILDREN": "set by a run for its child processes, to hand over device, "
     "budgets and rules; not for you to set",
+    "PYTEST_GPUMEM_HUB": "set by a run for its child processes, to name the models of the "
+    "hub that they serve too; not for you to set",
     "CUDA_VISIBLE_DEVICES": "which cards are seen, and in which order; read as CUDA "
     "reads it, when it is first used in a process, for simulated cards too",
     "CUBLAS_WORKSPACE_CONFIG": "the size of cuBLAS's workspace, on simulated cards too",

@@ -162,4 +162,34 @@ def test_it_is_swept_on_demand():
     assert result == [1, 1, 1]
 """,
     ),
+    "hub_model": Note(
+        {
+            "name": "the name on the hub, with or without organisation",
+            "source": "what it is built from: a known name such as `bert-large`, a "
+            "`config.json` or a folder with one, or a checkpoint's folder, which is served "
+            "as it is; `hub` means the hub's own model; `None`, the known model of that "
+            "name, unless the user's own cache has it. A path starts from the test's file",
+            "format": "`safetensors`, or `bin` for the legacy `pytorch_model.bin`; where "
+            "it is left out, that is built too once it is asked for",
+            "max_shard_size": "bytes of a file of weights at most, such as `200MB`; `None` "
+            "means one file",
+            "dtype": "of the weights: `float32`, `float16`, `bfloat16`, `float64`",
+            "seed": "of the weights",
+            "weights": "`random`, or `zeros`, which take no room",
+            "architecture": "class of transformers; `None` means the config's own",
+        },
+        """
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+@pytest.mark.hub_model("my-org/my-chat", source="llama-tiny")
+def test_it_loads_by_name():
+    tokenizer = AutoTokenizer.from_pretrained("my-org/my-chat")
+    model = AutoModelForCausalLM.from_pretrained("my-org/my-chat", device_map="cuda")
+    words = tokenizer("Once upon a time", return_tensors="pt").to("cuda")
+    assert model(**words).logits.shape[-1] == len(tokenizer)
+""",
+    ),
 }

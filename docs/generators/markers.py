@@ -37,7 +37,9 @@ def markers() -> str:
         "# Markers",
         "On a test, a class or a module; where one is on several, the nearest counts. "
         "Arguments that make no sense end the run with exit code 4, before any test. "
-        "Each example is a test file that runs as it stands, without a GPU.",
+        "Each example is a test file that runs as it stands, without a GPU, where the ini "
+        "file has `gpu_backend = auto`; where nothing asks for a device, a marker ends "
+        "the run and says so.",
         table(
             ("marker", "meaning"),
             ((f"[`{each.name}`](#{each.name})", each.meaning) for each in found),

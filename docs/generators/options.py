@@ -14,6 +14,11 @@ def options() -> str:
             "Each option is one of the command line and one of the ini file; the command "
             "line wins. A value that makes no sense ends the run with exit code 4 and "
             "one sentence, before any test.",
+            "A run in which none of them is given, at either place, leaves torch and the "
+            "tests alone: nothing is simulated, patched or recorded. A marker of this "
+            "plugin (all but `gpu`, whose name many suites use) then ends the run, and a "
+            "fixture that needs a device fails its test; both say that "
+            "`gpu_backend = auto` is the line to add to the ini file.",
             "In `pyproject.toml`, where what may be repeated is a list:",
             block(
                 "[tool.pytest.ini_options]\n"

@@ -97,19 +97,7 @@ def make_checkpoint(  # keyword-only, one for each choice there is
     memory: the model in float32, and nothing besides. Random numbers that other threads
     draw meanwhile change the weights.
     """
-    _check("format", format, FORMATS)
-    _check("dtype", dtype, DTYPES)
-    _check("verify", verify, CHECKS)
-    _check("weights", weights, WEIGHTS)
-    if weights == "zeros" and format != "safetensors":
-        raise CheckpointError(
-            f"weights='zeros' makes sparse safetensors files, no format={format!r}; "
-            "leave one of the two out"
-        )
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise CheckpointError(
-            f"seed={seed!r} is no seed; give a whole number from 0 to 2**63 - 1"
-        )
+    check_options(format=format, dtype=dtype, verify=verify, weights=weights, seed=seed)
     spec = model_spec(model, architecture=architecture)
     shard_bytes = None if max_shard_size is None else parse_size(max_shard_size)
     request = {
@@ -153,6 +141,38 @@ def make_checkpoint(  # keyword-only, one for each choice there is
         check_all=verify == "full",
     )
     return target
+
+
+def check_options(
+    *,
+    format: str = "safetensors",  # noqa: A002  # the command line's word
+    dtype: str = "float32",
+    verify: str = "quick",
+    weights: str = "random",
+    seed: int = 0,
+    max_shard_size: str | int | None = None,
+) -> None:
+    """Refuse options of ``make_checkpoint`` that make no sense.
+
+    Raises:
+        CheckpointError: One of them, or two together, cannot be had.
+        SizeError: ``max_shard_size`` is no size.
+    """
+    _check("format", format, FORMATS)
+    _check("dtype", dtype, DTYPES)
+    _check("verify", verify, CHECKS)
+    _check("weights", weights, WEIGHTS)
+    if weights == "zeros" and format != "safetensors":
+        raise CheckpointError(
+            f"weights='zeros' makes sparse safetensors files, no format={format!r}; "
+            "leave one of the two out"
+        )
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise CheckpointError(
+            f"seed={seed!r} is no seed; give a whole number from 0 to 2**63 - 1"
+        )
+    if max_shard_size is not None:
+        parse_size(max_shard_size)
 
 
 def resolve_checkpoint(
@@ -199,6 +219,7 @@ __all__ = [
     "NAMES",
     "WEIGHTS",
     "ModelSpec",
+    "check_options",
     "find_damage",
     "is_intact",
     "make_checkpoint",

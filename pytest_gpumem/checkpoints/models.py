@@ -57,6 +57,42 @@ NAMES: Final[dict[str, dict[str, Any]]] = {
         "intermediate_size": 512,
         "vocab_size": 30522,
     },
+    # Source of these three: the published config.json of each.
+    "distilbert-base": {
+        "model_type": "distilbert",
+        "architectures": ["DistilBertForSequenceClassification"],
+        "dim": 768,
+        "hidden_dim": 3072,
+        "n_layers": 6,
+        "n_heads": 12,
+        "vocab_size": 30522,
+    },
+    "roberta-base": {
+        "model_type": "roberta",
+        "architectures": ["RobertaForSequenceClassification"],
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+        "vocab_size": 50265,
+        "max_position_embeddings": 514,
+        "type_vocab_size": 1,
+        "layer_norm_eps": 1e-5,
+        "bos_token_id": 0,
+        "pad_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "gpt2": {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "n_embd": 768,
+        "n_layer": 12,
+        "n_head": 12,
+        "vocab_size": 50257,
+        "n_positions": 1024,
+        "bos_token_id": 50256,
+        "eos_token_id": 50256,
+    },
     "gpt2-tiny": {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
@@ -98,9 +134,11 @@ NAMES: Final[dict[str, dict[str, Any]]] = {
         "eos_token_id": 128001,
     },
 }
-_ALIASES: Final = {
+#: Names on the hub of what stands above under another name.
+ALIASES: Final = {
     "bert-large-uncased": "bert-large",
     "bert-base-uncased": "bert-base",
+    "distilbert-base-uncased": "distilbert-base",
 }
 
 
@@ -134,7 +172,7 @@ def model_spec(
         CheckpointError: It is none of them.
     """
     if isinstance(model, (str, os.PathLike)):
-        name = _ALIASES.get(str(model), str(model))
+        name = ALIASES.get(str(model), str(model))
         if name in NAMES:
             return _spec(name, NAMES[name], architecture)
         return _from_file(Path(model), architecture)

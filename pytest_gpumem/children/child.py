@@ -10,7 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem.devices.on_import import AfterImport
-from pytest_gpumem.inheritance import EVERY_CARD, VARIABLE, Inheritance
+from pytest_gpumem.inheritance import EVERY_CARD, HUB_VARIABLE, VARIABLE, Inheritance
 from pytest_gpumem.visibility import VARIABLE as VISIBLE
 from pytest_gpumem.visibility import numbers_of, uuid_of
 
@@ -18,10 +18,15 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices import Device
 
 _active: Final[list[Child]] = []
+#: What waits for the library of the hub, where the run above serves models.
+_hub: Final[list[AfterImport]] = []
 
 
 def activate() -> None:
     """Do what the environment says, from when torch is imported; never raise."""
+    if os.environ.get(HUB_VARIABLE) and not _hub:
+        _hub.append(AfterImport("huggingface_hub", _inherit_hub))
+        _hub[0].start()
     text = os.environ.get(VARIABLE)
     if not text or _active:
         return
@@ -38,6 +43,20 @@ def withdraw() -> None:
     """Undo it: this process has a run of its own."""
     while _active:
         _active.pop().stop()
+    while _hub:
+        _hub.pop().stop()
+        service = sys.modules.get("pytest_gpumem.hub.service")
+        if service is not None:
+            service.withdraw()
+
+
+def _inherit_hub() -> None:
+    from pytest_gpumem.hub.service import inherit  # noqa: PLC0415  # there is a hub
+
+    try:
+        inherit()
+    except ValueError as error:
+        sys.stderr.write(f"pytest-gpumem: {error}\n")
 
 
 class Child:

@@ -36,8 +36,8 @@ def active_device() -> Device:
     # Counted without CUDA: see Note [When the variable is read].
     if not torch.cuda.device_count():
         raise DeviceUnavailableError(
-            "no CUDA device: torch finds none and no simulated one is installed; run "
-            "under pytest with --gpu-backend=simulated, or enter simulated_device()"
+            "no CUDA device: torch finds none and no simulated one is installed; put "
+            "'gpu_backend = auto' into pytest's ini file, or enter simulated_device()"
         )
     if not _real:
         from pytest_gpumem.devices.cuda import CudaDevice  # noqa: PLC0415  # likewise

@@ -20,6 +20,7 @@ from pytest_gpumem.devices.nvml import CardCount, Reading, cap_free_memory
 from pytest_gpumem.devices.on_import import AfterImport
 from pytest_gpumem.devices.patches import PatchSet
 from pytest_gpumem.errors import BudgetError
+from pytest_gpumem.guards import Guarded
 from pytest_gpumem.model.records import MemoryFigures
 
 if TYPE_CHECKING:
@@ -364,11 +365,12 @@ class CudaDevice:
         if not self._oom_observers and not self._observes:
             self._observes = True
             torch.cuda._lazy_call(self._attach)  # noqa: SLF001  # now, or once CUDA is in use
-        self._oom_observers.append(observe)
+        observer = Guarded(observe)
+        self._oom_observers.append(observer)
         try:
             yield
         finally:
-            self._oom_observers.remove(observe)
+            self._oom_observers.remove(observer)
 
     def _attach(self) -> None:
         attach = getattr(torch._C, "_cuda_attach_out_of_memory_observer")  # noqa: B009, SLF001  # stubs lack it
@@ -396,8 +398,13 @@ class CudaDevice:
 
 
 def _has_context(index: int) -> bool:
-    """Tell whether this process has a context on a card, without making one."""
-    if not torch.cuda.is_initialized():
+    """Tell whether this process has a context on a card, without making one.
+
+    It has none on a card that it does not see; asked for such, torch raises.
+
+    Source: ``hasPrimaryContext`` in ``aten/src/ATen/cuda/detail/CUDAHooks.cpp``.
+    """
+    if not torch.cuda.is_initialized() or index >= torch.cuda.device_count():
         return False
     has_context: Any = getattr(torch._C, "_cuda_hasPrimaryContext", None)  # noqa: SLF001  # no public name; builds for CPUs lack it
     return has_context is None or bool(has_context(index))

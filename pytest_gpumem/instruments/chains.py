@@ -6,12 +6,13 @@ are few such chains: each is studied once.
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 
-from pytest_gpumem.instruments.frames import locals_of
 from pytest_gpumem.instruments.sites import describe_place
+from pytest_gpumem.stacks import frames_from, variables_of
 
 if TYPE_CHECKING:
     from types import CodeType, FrameType
@@ -65,13 +66,11 @@ class Chains:
         """
         numbers: list[int] = []
         add, ends = numbers.append, self._ends
-        each: FrameType | None = frame
-        while each is not None:
+        for each in frames_from(frame):
             number = id(each.f_code)
             if number in ends:
                 break
             add(number + each.f_lasti)  # what two codes share only by rare chance
-            each = each.f_back
         key = tuple(numbers)
         found = self._known.get(key)
         if found is None:
@@ -84,11 +83,9 @@ class Chains:
         module = outer = optimizer = None
         variables = ("self", "")
         codes = []
-        each: FrameType | None = frame
-        depth = 0
         place = describe_place(frame)
         is_workspace = False
-        while each is not None:
+        for depth, each in enumerate(frames_from(frame)):
             code = each.f_code
             is_workspace = is_workspace or _is(code, _WORKSPACE)
             if _is(code, _PLUGGY):
@@ -103,8 +100,6 @@ class Chains:
                 module, variables = depth, ("module", "tensor_name")
             elif code.co_name == "step" and "/torch/optim/" in code.co_filename:
                 optimizer = depth
-            each = each.f_back
-            depth += 1
         if is_workspace:
             place, module = f"cuBLAS workspace, first needed at {place}", None
         return Chain(place, module, variables, outer, optimizer, tuple(codes))
@@ -118,7 +113,7 @@ def module_at(frame: FrameType, chain: Chain) -> tuple[Any, str]:
     """
     if chain.module is None:
         return None, ""
-    variables = locals_of(_at(frame, chain.module), *chain.variables)
+    variables = variables_of(_at(frame, chain.module), *chain.variables)
     module, name = (variables.get(each) for each in chain.variables)
     is_module = issubclass(type(module), torch.nn.Module)
     return module if is_module else None, name if isinstance(name, str) else ""
@@ -129,7 +124,7 @@ def outermost_at(frame: FrameType, chain: Chain) -> Any:
     found = (
         None
         if chain.outer is None
-        else locals_of(_at(frame, chain.outer), "self").get("self")
+        else variables_of(_at(frame, chain.outer), "self").get("self")
     )
     return found if issubclass(type(found), torch.nn.Module) else None
 
@@ -138,16 +133,12 @@ def optimizer_at(frame: FrameType, chain: Chain) -> Any:
     """Return the optimiser at work; None without."""
     if chain.optimizer is None:
         return None
-    found = locals_of(_at(frame, chain.optimizer), "self").get("self")
+    found = variables_of(_at(frame, chain.optimizer), "self").get("self")
     return found if issubclass(type(found), torch.optim.Optimizer) else None
 
 
 def _at(frame: FrameType, depth: int) -> FrameType:
-    for _ in range(depth):
-        above = frame.f_back
-        if above is not None:
-            frame = above
-    return frame
+    return next(islice(frames_from(frame), depth, None), frame)
 
 
 def _is(code: CodeType, wanted: tuple[str, str]) -> bool:

@@ -1,12 +1,14 @@
-"""Look at frames, and let go of what those of a handled exception keep alive."""
+"""Let go of what the frames of a handled exception keep alive."""
 
 from __future__ import annotations
 
-import inspect
-from typing import TYPE_CHECKING, Any
+import builtins
+from typing import Final
 
-if TYPE_CHECKING:
-    from types import FrameType
+from pytest_gpumem.stacks import clear_frame
+
+#: Groups of exceptions; there are none before Python 3.11.
+_GROUP: Final = getattr(builtins, "BaseExceptionGroup", ())
 
 
 def clear_exception(error: BaseException) -> None:
@@ -29,38 +31,5 @@ def clear_exception(error: BaseException) -> None:
             clear_frame(trace.tb_frame)
             trace = trace.tb_next
         waiting += [current.__cause__, current.__context__]
-
-
-def clear_frame(frame: FrameType) -> None:
-    """Clear one frame's locals, unless it still runs.
-
-    ``frame.clear`` leaves alone the dictionary that an earlier look at ``f_locals``
-    made (pytest's tracebacks look, before Python 3.13); looking again brings it in
-    line with the cleared frame.
-    """
-    try:
-        frame.clear()
-    except RuntimeError:
-        return  # it runs, or is a suspended coroutine
-    _ = frame.f_locals
-
-
-def locals_of(frame: FrameType, *names: str) -> dict[str, Any]:
-    """Return a frame's variables, and leave nothing behind that holds them.
-
-    Before Python 3.13 a look at ``f_locals`` leaves a dictionary at the frame that
-    would keep alive what the function lets go of later.
-
-    Args:
-        frame: The frame.
-        names: Those that are wanted; none means all.
-    """
-    looked = frame.f_locals
-    variables = (
-        {name: looked[name] for name in names if name in looked}
-        if names
-        else dict(looked)
-    )
-    if frame.f_code.co_flags & inspect.CO_OPTIMIZED and type(looked) is dict:
-        looked.clear()
-    return variables
+        if issubclass(type(current), _GROUP):
+            waiting += current.exceptions  # type: ignore[attr-defined]  # a group has them

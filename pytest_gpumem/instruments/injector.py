@@ -6,6 +6,7 @@ import threading
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from pytest_gpumem.guards import guarded
 from pytest_gpumem.instruments.flavours import COUNTED, Failure, make_error
 from pytest_gpumem.instruments.phases import current_phase
 from pytest_gpumem.instruments.sites import caller_names
@@ -113,7 +114,7 @@ class OomInjector:
             device_index=device_index,
             phase=current_phase() if self._needs_phase else "other",
             thread=_thread_name() if self._needs_thread else "main",
-            names=caller_names() if self._needs_site else (),
+            names=guarded(caller_names, otherwise=()) if self._needs_site else (),
         )
         # Every rule counts every request: no short circuit.
         striking = [each for each in self.schedules if each.refuses(request)]

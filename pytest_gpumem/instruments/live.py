@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import torch
 from torch.nn.parameter import is_lazy
 
-from pytest_gpumem.instruments.frames import locals_of
+from pytest_gpumem.instruments.parts import modules_of, registry, tensors_of
 from pytest_gpumem.model.incidents import LiveTensor, ModelSize
+from pytest_gpumem.stacks import frames_from, variables_of
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 #: Tensors that are shown; the largest.
 SHOWN: Final = 8
+#: Keys that are shown; the repr of others is the program's own code.
+_KEYS: Final = frozenset({str, int, bytes, bool, type(None)})
 #: Members of a container that are looked at.
 _MEMBERS: Final = 1000
 _HIDDEN: Final = frozenset(
@@ -146,7 +149,7 @@ class _Names:
         whole = on_card = full = 0
         seen = set()
         layers: dict[str, int] = {}
-        for name, part in (*root.named_parameters(), *root.named_buffers()):
+        for name, part in _tensors_in(root):
             if is_lazy(part) or id(part) in seen:
                 continue
             seen.add(id(part))
@@ -188,7 +191,7 @@ class _Names:
         for each, state in _frames(frame):
             code = each.f_code
             place = f"{code.co_name} ({Path(code.co_filename).name}:{each.f_lineno})"
-            self._of_variables(locals_of(each), f"of {state}{place}", modules)
+            self._of_variables(variables_of(each), f"of {state}{place}", modules)
             if id(each.f_globals) not in globals_seen:
                 globals_seen.add(id(each.f_globals))
                 module = each.f_globals.get("__name__")
@@ -213,21 +216,22 @@ def _tensors_of(value: Any) -> Iterator[tuple[str, torch.Tensor]]:
     if issubclass(kind, torch.Tensor):
         yield "", value
     elif issubclass(kind, (list, tuple)):
-        for position, item in enumerate(value[:_MEMBERS]):
+        # A user's class may count or slice otherwise.
+        inner = list if issubclass(kind, list) else tuple
+        for position, item in enumerate(inner.__getitem__(value, slice(_MEMBERS))):
             if issubclass(type(item), torch.Tensor):
                 yield f"[{position}]", item
-    elif issubclass(kind, dict) and len(value) <= _MEMBERS:
-        for key, item in list(value.items()):
+    elif issubclass(kind, dict) and dict.__len__(value) <= _MEMBERS:
+        for key, item in list(dict.items(value)):
             if issubclass(type(item), torch.Tensor):
-                yield f"[{key!r}]", item
+                yield f"[{key!r}]" if type(key) in _KEYS else "[…]", item
 
 
 def _frames(frame: FrameType | None) -> Iterator[tuple[FrameType, str]]:
     """Yield frames that may hold something of the user's: running ones, then caught."""
-    while frame is not None:
-        if _is_shown(frame):
-            yield frame, ""
-        frame = frame.f_back
+    for each in frames_from(frame):
+        if _is_shown(each):
+            yield each, ""
     error = sys.exc_info()[1]
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
@@ -245,18 +249,16 @@ def _is_shown(frame: FrameType) -> bool:
     return isinstance(name, str) and name.partition(".")[0] not in _HIDDEN
 
 
+def _tensors_in(root: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for path, module in modules_of(root):
+        for name, tensor in tensors_of(module):
+            yield f"{path}.{name}" if path else name, tensor
+
+
 def _roots(modules: list[torch.nn.Module]) -> list[torch.nn.Module]:
     """Return the modules that are no part of another."""
-    inner = {
-        id(part)
-        for each in modules
-        for part in each.__dict__.get("_modules", {}).values()
-    }
-    return [
-        each
-        for each in modules
-        if id(each) not in inner and "_modules" in each.__dict__
-    ]
+    inner = {id(part) for each in modules for _name, part in registry(each, "_modules")}
+    return [each for each in modules if id(each) not in inner]
 
 
 def address(tensor: torch.Tensor) -> int:

@@ -15,6 +15,8 @@ import torch
 from torch.nn.modules import module as torch_module
 from torch.nn.parameter import is_lazy
 
+from pytest_gpumem.instruments.parts import modules_of, registry, tensors_of
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -101,11 +103,10 @@ class Owners:
 
     def meet(self, model: torch.nn.Module) -> None:
         """Learn the names of a whole model, and what of it is on a card."""
-        for each in model.modules():
-            for name, child in each._modules.items():  # noqa: SLF001  # named_children leaves out what is there twice
-                if child is not None:
-                    self._joined(each, name, child)
-            for name, tensor in (*each._parameters.items(), *each._buffers.items()):  # noqa: SLF001  # likewise
+        for _path, each in modules_of(model):
+            for name, child in registry(each, "_modules"):
+                self._joined(each, name, child)
+            for name, tensor in tensors_of(each):
                 self._given(each, name, tensor)
 
     def meet_gradients(self, optimizer: torch.optim.Optimizer) -> None:
@@ -113,8 +114,7 @@ class Owners:
         owners = {
             id(tensor): Owner(node, name, "gradient of")
             for module, node in list(self._nodes.items())
-            for name, tensor in module._parameters.items()  # noqa: SLF001  # one module's own
-            if tensor is not None
+            for name, tensor in tensors_of(module)
         }
         for group in optimizer.param_groups:
             for parameter in group["params"]:
@@ -133,7 +133,7 @@ class Owners:
                 node.parent, node.name = above, name
 
     def _given(self, module: torch.nn.Module, name: str, tensor: Any) -> None:
-        with suppress(Exception):  # likewise
+        with suppress(Exception):  # a record must not change what it sees
             if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
                 self._tell(tensor, Owner(self.node(module), name))
 

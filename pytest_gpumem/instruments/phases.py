@@ -7,8 +7,9 @@ worker threads. Only an armed rule that names a phase looks.
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Final
+
+from pytest_gpumem.stacks import calling_frame, frames_from
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -41,14 +42,10 @@ def current_phase(frame: FrameType | None = None) -> str:
     Limits: a model built on a card inside its own ``forward`` counts as forward; a
     backward's gradient hooks count as backward.
     """
-    frame = sys._getframe(1) if frame is None else frame  # noqa: SLF001  # the documented way to walk a stack
-    current: FrameType | None = frame
-    while current is not None:
-        code = current.f_code
-        phase = _phase_of(code.co_filename, code.co_name)
+    for each in frames_from(frame or calling_frame()):
+        phase = _phase_of(each.f_code.co_filename, each.f_code.co_name)
         if phase is not None:
             return phase
-        current = current.f_back
     return "other"
 
 

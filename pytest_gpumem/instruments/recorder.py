@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from pytest_gpumem.devices.active import active_device
 from pytest_gpumem.instruments.sites import describe_site
 from pytest_gpumem.sizes import format_size
+from pytest_gpumem.stacks import calling_frame
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -124,11 +124,11 @@ class LimitWatch:
             return None
         if (allocated if self._metric == "allocated" else reserved) <= self._limit:
             return None
-        self.site = describe_site(sys._getframe(1))  # noqa: SLF001  # the documented way to walk a stack
+        self.site = describe_site(calling_frame())
         return None if self._witness is None else self._tell
 
     def _tell(self, nbytes: int) -> None:
         """Have the moment described, now that the device can be asked."""
         if self._witness is not None:
             limit = f"the limit of {format_size(self._limit)} {self._metric}"
-            self._witness.note(self._index, nbytes, sys._getframe(1), limit=limit)  # noqa: SLF001  # likewise
+            self._witness.note(self._index, nbytes, calling_frame(), limit=limit)

@@ -8,19 +8,23 @@ walk up the stack, so only armed rules and counting sweeps ask.
 from __future__ import annotations
 
 import re
-import sys
-import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_gpumem.instruments.parts import modules_of
 from pytest_gpumem.instruments.phases import current_phase
+from pytest_gpumem.stacks import (
+    calling_frame,
+    frames_from,
+    is_users_own,
+    short_path,
+    variables_of,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from types import FrameType
 
 _OURS: Final = frozenset({"torch", "pytest_gpumem", "contextlib"})
-_STDLIB: Final = sysconfig.get_paths()["stdlib"]
 _CALLS: Final = frozenset({"_call_impl", "_wrapped_call_impl"})
 _MODULE_FILE: Final = "/torch/nn/modules/module.py"
 #: Local variables in which loaders keep the name of the parameter at hand.
@@ -66,19 +70,17 @@ def describe_place(frame: FrameType | None) -> str:
     """
     phase = current_phase(frame)
     user = library = line = None
-    for each in _frames(frame):
-        name = each.f_globals.get("__name__", "").partition(".")[0]
-        if name in _OURS or name == "threading":
+    for each in frames_from(frame):
+        if _package(each) in {*_OURS, "threading"}:
             continue
         code = each.f_code
-        if _is_installed(code.co_filename):
-            if library is None:
-                library = f"{_short(code.co_filename)} {code.co_name}"
-                line = f"{_short(code.co_filename)}:{each.f_lineno} in {code.co_name}"
-        else:
-            place = f"{_short(code.co_filename)}:{each.f_lineno}"
-            user = f"{place} in {code.co_name}"
+        file = short_path(code.co_filename)
+        if is_users_own(code.co_filename):
+            user = f"{file}:{each.f_lineno} in {code.co_name}"
             break
+        if library is None:
+            library = f"{file} {code.co_name}"
+            line = f"{file}:{each.f_lineno} in {code.co_name}"
     parts = [f"{user or line or 'unknown site'} ({phase})"]
     if user and library:
         parts.append(f"via {library}")
@@ -92,9 +94,8 @@ def names_of(frame: FrameType | None) -> tuple[str, ...]:
     module at work, the name of the parameter being loaded.
     """
     names = []
-    for each in _frames(frame):
-        name = each.f_globals.get("__name__", "").partition(".")[0]
-        if name not in _OURS:
+    for each in frames_from(frame):
+        if _package(each) not in _OURS:
             code = each.f_code
             names.append(f"{Path(code.co_filename).name}:{code.co_name}")
     module = module_path(frame)
@@ -113,60 +114,44 @@ def module_path(frame: FrameType | None) -> str:
     module that the outermost one does not have is named by its class.
     """
     modules: list[Any] = []
-    for each in _frames(frame):
+    for each in frames_from(frame):
         code = each.f_code
         calls = code.co_name in _CALLS or code.co_name == "_apply"
         if calls and code.co_filename.endswith(_MODULE_FILE):
-            module = each.f_locals.get("self")
+            module = variables_of(each, "self").get("self")
             if not modules or modules[-1] is not module:
                 modules.append(module)
     if not modules:
         return ""
     outer, inner = modules[-1], modules[0]
-    for path, module in outer.named_modules():
-        if module is inner:
-            return path or type(inner).__name__
-    return type(inner).__name__
+    names = (path for path, module in modules_of(outer) if module is inner)
+    return next(names, "") or type(inner).__name__
 
 
 def parameter_name(frame: FrameType | None) -> str:
     """Return the name of the parameter that a loader has at hand; empty if none."""
-    for each in _frames(frame):
+    for each in frames_from(frame):
         filename = each.f_code.co_filename
         is_move = each.f_code.co_name == "_apply" and filename.endswith(_MODULE_FILE)
         if is_move:
-            path, key = module_path(each), each.f_locals.get("key")
-            return f"{path}.{key}" if isinstance(key, str) else path
+            path, key = module_path(each), variables_of(each, "key").get("key")
+            return f"{path}.{key}" if type(key) is str else path
         if not any(part in filename for part in ("/transformers/", "/accelerate/")):
             continue
+        variables = variables_of(each, *_NAME_VARIABLES)
         for variable in _NAME_VARIABLES:
-            value = each.f_locals.get(variable)
-            if isinstance(value, str) and _PARAMETER.fullmatch(value):
+            value = variables.get(variable)
+            if type(value) is str and _PARAMETER.fullmatch(value):
                 return value
     return ""
 
 
-def _frames(frame: FrameType | None) -> Iterator[FrameType]:
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def _short(filename: str) -> str:
-    """Return a file's path from the package or the working directory on."""
-    head, mark, tail = filename.rpartition("site-packages/")
-    if mark:
-        return tail
-    try:
-        return str(Path(filename).relative_to(Path.cwd()))
-    except ValueError:
-        return filename if not head else tail
-
-
-def _is_installed(filename: str) -> bool:
-    return "site-packages" in filename or filename.startswith((_STDLIB, "<"))
+def _package(frame: FrameType) -> str:
+    """Return the package that a frame's code belongs to."""
+    name = frame.f_globals.get("__name__")
+    return name.partition(".")[0] if type(name) is str else ""
 
 
 def caller_names() -> tuple[str, ...]:
     """Return ``names_of`` the calling code."""
-    return names_of(sys._getframe(1))  # noqa: SLF001  # the documented way to walk a stack
+    return names_of(calling_frame())

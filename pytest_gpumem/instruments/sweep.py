@@ -10,7 +10,6 @@ The method is that of SQLite's ``do_malloc_test`` and of Linux's ``fail-nth``.
 
 from __future__ import annotations
 
-import sys
 import threading
 from contextlib import ExitStack
 from dataclasses import replace
@@ -26,6 +25,7 @@ from pytest_gpumem.instruments.sweep_state import SweepState
 from pytest_gpumem.model.rule_parser import parse_rule
 from pytest_gpumem.model.sweep_plan import SweepPlan
 from pytest_gpumem.model.sweeps import Outcome, Point, SweepReport
+from pytest_gpumem.stacks import calling_frame
 
 if TYPE_CHECKING:
     import os
@@ -179,7 +179,7 @@ class _Sweep:
                 before = schedule.num_counted
                 injector.refuses(device_index, nbytes)
                 if schedule.num_counted > before:
-                    sites.append(describe_site(sys._getframe(1)))  # noqa: SLF001  # the documented way to walk a stack
+                    sites.append(describe_site(calling_frame()))
             return False
 
         with ExitStack() as stack:

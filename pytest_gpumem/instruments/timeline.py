@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from pytest_gpumem.guards import guarded
 from pytest_gpumem.instruments.chains import (
     Chains,
     module_at,
@@ -17,6 +18,7 @@ from pytest_gpumem.instruments.chains import (
 from pytest_gpumem.instruments.owners import Owner, Owners
 from pytest_gpumem.instruments.sites import starred
 from pytest_gpumem.model.live_groups import LiveBlock, group_blocks
+from pytest_gpumem.stacks import calling_frame
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -190,17 +192,15 @@ class Timeline:
         if change < 0:
             card.lose(address)
         else:
-            block = self._look(change, sys._getframe(1))  # noqa: SLF001  # the documented way to walk a stack
+            block = self._look(change, calling_frame())
             card.gain(address, allocated, block)
         card.series.add(allocated, reserved)
 
     def _look(self, nbytes: int, frame: FrameType) -> _Block:
         """Return a new block with what the stack says of it."""
         chain = _CHAINS.read(frame)
-        try:
-            return self._block(nbytes, frame, chain)
-        except Exception:  # noqa: BLE001  # a record must not change what it sees
-            return _Block(nbytes, chain.place, None)
+        plain = _Block(nbytes, chain.place, None)
+        return guarded(lambda: self._block(nbytes, frame, chain), otherwise=plain)
 
     def _block(self, nbytes: int, frame: FrameType, chain: Chain) -> _Block:
         module, parameter = module_at(frame, chain)
@@ -231,11 +231,9 @@ class Timeline:
     def _meet(self, _nbytes: int) -> None:
         unmet, self._unmet = self._unmet, []
         for each in unmet:
-            with suppress(Exception):  # likewise
-                if isinstance(each, torch.nn.Module):
-                    self._owners.meet(each)
-                else:
-                    self._owners.meet_gradients(each)
+            is_module = issubclass(type(each), torch.nn.Module)
+            meet = self._owners.meet if is_module else self._owners.meet_gradients
+            guarded(partial(meet, each), otherwise=None)
 
     def _claim(self, index: int, address: int, nbytes: int, owner: Owner) -> None:
         """Take in whose a block is; one that is not known was there before the test."""

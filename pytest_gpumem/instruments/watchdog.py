@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 #: Seconds between attempts: code that catches everything is told again.
 _AGAIN_S: Final = 0.5
 _FRAMES: Final = 12
+#: Bytes that hold a ``struct sigaction`` on every system; Linux's has 152.
+_ACTION: Final = 1024
 _OURS: Final = str(Path(__file__).parent)
 
 
@@ -47,6 +49,7 @@ class Watchdog:
         self._target = 0
         self._uses_signal = False
         self._handler: Any = None
+        self._action: Any = None
         self.stacks: str | None = None
 
     def __enter__(self) -> Watchdog:  # noqa: PYI034  # Self needs Python 3.11
@@ -56,6 +59,7 @@ class Watchdog:
         in_main = threading.current_thread() is threading.main_thread()
         self._uses_signal = in_main and hasattr(signal, "pthread_kill")
         if self._uses_signal:
+            self._action = _action(signal.SIGUSR2)
             self._handler = signal.signal(signal.SIGUSR2, self._interrupt)
         self._thread = threading.Thread(
             target=self._watch, name="gpumem watchdog", daemon=True
@@ -80,6 +84,7 @@ class Watchdog:
                 continue  # told once more on the way out
         if self._uses_signal:
             signal.signal(signal.SIGUSR2, self._handler)
+            _set_action(signal.SIGUSR2, self._action)
 
     def _watch(self) -> None:
         if self._done.wait(self._timeout_s):
@@ -96,6 +101,20 @@ class Watchdog:
     def _interrupt(self, _number: int, _frame: FrameType | None) -> None:
         if not self._done.is_set():
             raise HangError(f"no end after {self._timeout_s:g} s")
+
+
+def _action(number: int) -> Any:
+    """Return what the system does on a signal, as it has it.
+
+    Python knows of handlers of its own only, and not of faulthandler's.
+    """
+    action = ctypes.create_string_buffer(_ACTION)
+    ctypes.CDLL(None).sigaction(ctypes.c_int(number), None, action)
+    return action
+
+
+def _set_action(number: int, action: Any) -> None:
+    ctypes.CDLL(None).sigaction(ctypes.c_int(number), action, None)
 
 
 def describe_stacks(*, exclude: int) -> str:

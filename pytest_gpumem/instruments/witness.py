@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Final
@@ -14,6 +13,7 @@ from pytest_gpumem.instruments.live import Survey, survey
 from pytest_gpumem.instruments.phases import current_phase
 from pytest_gpumem.instruments.sites import describe_site
 from pytest_gpumem.model.incidents import Incident, Process
+from pytest_gpumem.stacks import calling_frame
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -82,7 +82,7 @@ class OomWitness:
         self._stack.close()
 
     def _failed(self, index: int, nbytes: int) -> None:
-        self.note(index, nbytes, sys._getframe(1), injected_by=refusal())  # noqa: SLF001  # the documented way to walk a stack
+        self.note(index, nbytes, calling_frame(), injected_by=refusal())
 
     def note(
         self,
@@ -182,7 +182,7 @@ def tell_refused(index: int, nbytes: int) -> None:
     rule = refusal()
     if rule is None:
         return  # the allocator's own observers have seen it
-    frame = sys._getframe(1)  # noqa: SLF001  # the documented way to walk a stack
+    frame = calling_frame()
     for witness in _witnesses:
         witness.note(index, nbytes, frame, injected_by=rule)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Final
+from typing import Any, Final
 
 import pytest
 
@@ -25,14 +25,17 @@ from pytest_gpumem.plugin.fixtures import (
     vram_budget,
     vram_recorder,
 )
+from pytest_gpumem.plugin.hub import HubAdvice, HubModels
 from pytest_gpumem.plugin.options import add_options
 from pytest_gpumem.plugin.outputs import check_outputs
 from pytest_gpumem.plugin.session import Run
-from pytest_gpumem.plugin.settings import read_settings
-from pytest_gpumem.plugin.summary import SummaryPlugin
+from pytest_gpumem.plugin.settings import Settings, is_asked, read_settings
+from pytest_gpumem.plugin.summary import DroppedNote, SummaryPlugin
+from pytest_gpumem.plugin.unasked import Unasked
 
 PLUGIN_NAME: Final = "gpumem-session"
 _key: Final = pytest.StashKey[Run]()
+_hub_key: Final = pytest.StashKey[HubModels]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,27 +46,49 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     """Have the device ready before any conftest or test module is imported."""
-    plugin = Run(read_settings(early_config, early_config.known_args_namespace))
-    early_config.stash[_key] = plugin
-    early_config.add_cleanup(plugin.stop)
-    plugin.start()
+    if is_asked(early_config, early_config.known_args_namespace):
+        _start(early_config, early_config.known_args_namespace)
+
+
+def _start(config: pytest.Config, namespace: Any) -> None:
+    settings = read_settings(config, namespace)
+    run = Run(settings)
+    config.stash[_key] = run
+    config.add_cleanup(run.stop)
+    run.start()
+    _serve(settings, config)
+
+
+def _serve(settings: Settings, config: pytest.Config) -> None:
+    hub = HubModels(settings)
+    config.stash[_hub_key] = hub
+    config.add_cleanup(hub.stop)
+    hub.start()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the markers and the run's own hooks."""
     for description in marks.DESCRIPTIONS:
         config.addinivalue_line("markers", description)
-    if _key not in config.stash:
+    if _key not in config.stash and is_asked(config, config.option):
         # Loaded late, by a conftest's pytest_plugins: from here on it works too.
-        plugin = Run(read_settings(config, config.option))
-        config.stash[_key] = plugin
-        config.add_cleanup(plugin.stop)
-        plugin.start()
-    run = config.stash[_key]
-    collection = Collection(run, config.pluginmanager)
+        _start(config, config.option)
+    run = config.stash.get(_key, None)
+    if run is not None:
+        _configure(run, config)
+    else:
+        settings = read_settings(config, config.option)
+        _serve(settings, config)
+        config.pluginmanager.register(Unasked(settings, config), PLUGIN_NAME)
+    config.pluginmanager.register(config.stash[_hub_key], "gpumem-hub")
+
+
+def _configure(run: Run, config: pytest.Config) -> None:
+    collection = Collection(run, config)
     config.pluginmanager.register(run, PLUGIN_NAME)
     config.pluginmanager.register(collection, "gpumem-collection")
     config.pluginmanager.register(run.children, "gpumem-children")
+    config.pluginmanager.register(HubAdvice, "gpumem-hub-advice")
     is_real = run.choice.kind == "cuda" and run.settings.share == "equal"
     if run.sharing.admits or is_real:
         # Before what else runs tests, such as the search for their smallest budgets.
@@ -77,7 +102,9 @@ def pytest_configure(config: pytest.Config) -> None:
         _gate(run, config)
     if run.settings.suggest is not None or run.settings.find_budget:
         _suggest(run, config)
-    if not is_worker:
+    if is_worker:
+        config.pluginmanager.register(DroppedNote(), "gpumem-dropped")
+    else:
         config.pluginmanager.register(
             SummaryPlugin(collection.phases, config), "gpumem-summary"
         )

@@ -15,14 +15,12 @@ import pytest
 from pytest_gpumem.plugin import marks
 from pytest_gpumem.plugin.incidents import Incidents
 from pytest_gpumem.plugin.phases import Phases
+from pytest_gpumem.plugin.usage import UsageErrors
 from pytest_gpumem.plugin.wider_fixtures import WiderFixtures
 from pytest_gpumem.visibility import why_hidden
 
 if TYPE_CHECKING:
     from pytest_gpumem.plugin.session import Run
-
-#: Stands for a test where a worker reports a wrong marker.
-_USAGE: Final = "gpumem-usage"
 
 
 class Collection:
@@ -30,12 +28,14 @@ class Collection:
 
     Args:
         run: The run, whose device may come to be in the middle of a test.
-        manager: Where the hooks around tests are registered.
+        config: The run's.
     """
 
-    def __init__(self, run: Run, manager: pytest.PytestPluginManager) -> None:
+    def __init__(self, run: Run, config: pytest.Config) -> None:
         self._run: Final = run
-        self._manager: Final = manager
+        self._manager: Final = config.pluginmanager
+        self._errors: Final = UsageErrors(config)
+        self._manager.register(self._errors, "gpumem-usage")
         self._item: pytest.Item | None = None
         self.wishes: Final[dict[pytest.Item, marks.Wishes]] = {}
         self._fixtures: Final = WiderFixtures(run)
@@ -44,36 +44,15 @@ class Collection:
         run.on_device = self._device_came
         #: Seconds of tests in earlier runs, where the tests are to be ordered by them.
         self.seconds: dict[str, float] | None = None
-        self._is_worker = False
 
-    def pytest_collection_modifyitems(
-        self, config: pytest.Config, items: list[pytest.Item]
-    ) -> None:
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Read every marker; skip what this run's device cannot serve.
 
         Raises:
-            pytest.UsageError: A marker asks for what makes no sense. A worker of
-                pytest-xdist has its controller raise it: its own would not be shown.
+            pytest.UsageError: A marker asks for what makes no sense.
         """
-        self._is_worker = hasattr(config, "workerinput")
-        try:
+        with self._errors.reported(items):
             self._read(items)
-        except pytest.UsageError as error:
-            if not self._is_worker:
-                raise
-            report = pytest.CollectReport(_USAGE, "failed", str(error), [])
-            config.hook.pytest_collectreport(report=report)
-            items.clear()
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """End the run for what a worker has found wrong.
-
-        Raises:
-            pytest.UsageError: A worker has.
-        """
-        if report.nodeid == _USAGE and not self._is_worker:
-            raise pytest.UsageError(str(report.longrepr))
 
     def _read(self, items: list[pytest.Item]) -> None:
         sweeps_fallbacks = self._run.settings.sweeps_fallbacks

@@ -94,6 +94,9 @@ DESCRIPTIONS: Final = (
     "its allocations, with that one failing, and judge every run",
     "oom_fallback(points='all', *, recover=True, ...): the test has a fallback; "
     "--gpu-oom-sweep sweeps it as oom_sweep does",
+    "hub_model(name, source=None, *, format='safetensors', max_shard_size=None, "
+    "dtype='float32', seed=0, weights='random', architecture=None): serve a model "
+    "under its name on the hub while this test runs, as --gpu-hub-model does",
 )
 
 
@@ -250,6 +253,15 @@ def wishes(item: pytest.Item, *, sweeps_fallbacks: bool = False) -> Wishes | Non
         leak_bytes=next(iter(read["max_vram_leak"]), None),
         sweep=_nearest(read["oom_sweep"], read["oom_fallback"] * sweeps_fallbacks),
     )
+
+
+def first_of_ours(item: pytest.Item) -> str | None:
+    """Return the name of a marker that only this plugin heeds; None if there is none.
+
+    ``gpu`` is left out: many suites have a marker of that name with rules of their own.
+    """
+    names = (mark.name for mark in item.iter_markers())
+    return next((each for each in names if each in _READERS and each != "gpu"), None)
 
 
 def is_swept(test: pytest.Item, *, sweeps_fallbacks: bool) -> bool:

@@ -42,6 +42,7 @@ class Option(NamedTuple):
         is_flag: Whether it stands alone, without a value; the ini file's is a truth
             value, or, where there is a default, text.
         alone: What it means where it stands without a value; None if it may not.
+        ini_name: The name in the ini file, where it is another.
     """
 
     flag: str
@@ -52,11 +53,12 @@ class Option(NamedTuple):
     repeated: bool = False
     is_flag: bool = False
     alone: str | None = None
+    ini_name: str = ""
 
     @property
     def ini(self) -> str:
         """The name in the ini file."""
-        return self.flag.removeprefix("--").replace("-", "_")
+        return self.ini_name or self.flag.removeprefix("--").replace("-", "_")
 
 
 #: The simulated card of a run that names none; ``cards.DEFAULT_CARD``, said here so
@@ -272,26 +274,46 @@ OPTIONS: Final = (
         "what the bert_large fixture gives: a folder with a checkpoint, or the name "
         "of one to build",
     ),
+    Option(
+        "--gpu-hub-model",
+        "NAME[=SOURCE]",
+        "",
+        str,
+        "serve a model under its name on the hub, without network: bert-large-uncased, "
+        "or my-org/mine=SOURCE, where SOURCE is a known name, a config.json, or a "
+        "checkpoint's folder; hub means the hub's own; may be repeated, and adds to "
+        "the ini file's",
+        repeated=True,
+        ini_name="gpu_hub_models",
+    ),
 )
 
 
 def add_options(parser: pytest.Parser) -> None:
-    """Declare every row on the command line and in the ini file."""
+    """Declare every row on the command line and in the ini file.
+
+    None stands for what is not given at either place, so that ``is_asked`` can tell.
+    """
     group = parser.getgroup("gpumem", "GPU memory: budgets, peaks and OOM injection")
     for option in OPTIONS:
         if option.is_flag:
             group.addoption(
-                option.flag, action="store_true", default=None, help=option.help
+                option.flag,
+                dest=option.ini,
+                action="store_true",
+                default=None,
+                help=option.help,
             )
             if option.default:
-                parser.addini(option.ini, option.help, default=option.default)
+                parser.addini(option.ini, option.help, default=None)
             else:
-                parser.addini(option.ini, option.help, type="bool", default=False)
+                parser.addini(option.ini, option.help, type="bool", default=None)
             continue
         default = f" (default: {option.default})" if option.default else ""
         optional = {"nargs": "?", "const": option.alone} if option.alone else {}
         group.addoption(
             option.flag,
+            dest=option.ini,
             action="append" if option.repeated else "store",
             default=None,
             metavar=option.metavar,
@@ -300,6 +322,6 @@ def add_options(parser: pytest.Parser) -> None:
         )
         plain_help = option.help.replace("%%", "%")
         if option.repeated:
-            parser.addini(option.ini, plain_help, type="linelist", default=[])
+            parser.addini(option.ini, plain_help, type="linelist", default=None)
         else:
-            parser.addini(option.ini, plain_help, default=option.default)
+            parser.addini(option.ini, plain_help, default=None)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.baselines.gate import Tolerance
     from pytest_gpumem.cards import Card
+    from pytest_gpumem.hub import HubModel
     from pytest_gpumem.model.rules import Rule
     from pytest_gpumem.plugin.marks import Budget
     from pytest_gpumem.sizes import SizeSpec
@@ -50,6 +51,7 @@ class Settings(NamedTuple):
         share: One of ``SHARES``.
         wait_s: The longest that a test waits for its bytes of a card, in seconds.
         max_retries: How many tests may be retried alone.
+        hub_models: What is served under names of the hub; the later ones win.
     """
 
     backend: str
@@ -76,6 +78,7 @@ class Settings(NamedTuple):
     share: str = "equal"
     wait_s: float = 600.0
     max_retries: int = 20
+    hub_models: tuple[HubModel, ...] = ()
 
     @property
     def sweeps_fallbacks(self) -> bool:
@@ -114,6 +117,20 @@ class Settings(NamedTuple):
         return None if spec is None else spec.resolve(total_bytes)
 
 
+def is_asked(config: pytest.Config, namespace: Any) -> bool:
+    """Tell whether a run asks for a device: by any option or ini setting of the plugin.
+
+    Args:
+        config: For the ini file.
+        namespace: The command line, as far as it is parsed.
+    """
+    return any(
+        getattr(namespace, option.ini, None) is not None
+        or config.getini(option.ini) is not None
+        for option in OPTIONS
+    )
+
+
 def read_settings(config: pytest.Config, namespace: Any) -> Settings:
     """Parse the options of a run.
 
@@ -150,6 +167,33 @@ def read_settings(config: pytest.Config, namespace: Any) -> Settings:
         share=values["gpu_share"],
         wait_s=float(values["gpu_wait_timeout"]),
         max_retries=int(values["gpu_max_contention_retries"]),
+        hub_models=_hub_models(config, namespace),
+    )
+
+
+def _hub_models(config: pytest.Config, namespace: Any) -> tuple[HubModel, ...]:
+    """Return what is served: the ini file's models, then the command line's.
+
+    A path starts from where it is said: from the ini file, or from where we are.
+
+    Raises:
+        pytest.UsageError: One of them makes no sense.
+    """
+    ini = config.getini("gpu_hub_models") or ()
+    line = getattr(namespace, "gpu_hub_models", None) or ()
+    if not ini and not line:
+        return ()
+    from pytest_gpumem.hub import parse_hub_model  # noqa: PLC0415  # there are some
+
+    def read(source: str, texts: Sequence[str], base: Path) -> list[HubModel]:
+        try:
+            return [parse_hub_model(text, base=base) for text in texts]
+        except GpuMemError as error:
+            raise pytest.UsageError(f"{source}: {error}") from None
+
+    return (
+        *read("gpu_hub_models", ini, config.rootpath),
+        *read("--gpu-hub-model", line, Path(config.invocation_params.dir)),
     )
 
 
@@ -217,7 +261,9 @@ def check_budgets(settings: Settings, totals: Mapping[int, int]) -> None:
 
 def _text(option: Option, config: pytest.Config, namespace: Any) -> Any:
     given = getattr(namespace, option.ini, None)
-    return config.getini(option.ini) if given is None else given
+    if given is None:
+        given = config.getini(option.ini)
+    return option.default if given is None else given
 
 
 def _value(option: Option, config: pytest.Config, namespace: Any) -> Any:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, Final
 
+import pytest
+
+from pytest_gpumem.guards import take_dropped
 from pytest_gpumem.plugin.marks import (
     FALLBACK_PROPERTY,
     PROGRESS_PROPERTY,
@@ -13,12 +16,12 @@ from pytest_gpumem.plugin.marks import (
 )
 
 if TYPE_CHECKING:
-    import pytest
-
     from pytest_gpumem.plugin.phases import Phases
     from pytest_gpumem.plugin.sweep_progress import SweepProgress
     from pytest_gpumem.reports.terminal import Row
 
+#: The key of observers that were dropped, in a worker's output.
+WORKER_OUTPUT: Final = "gpumem_dropped"
 #: Sites of a sweep that are listed without ``-v``.
 SITES: Final = 10
 
@@ -39,6 +42,13 @@ class SummaryPlugin:
         self._fallbacks: list[tuple[str, list[dict[str, Any]]]] = []
         self._sweeps: list[dict[str, Any]] = []
         self._unknown: dict[str, None] = {}
+        self._dropped: dict[str, None] = {}
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """Take in which of a worker's observers failed; one that crashed tells none."""
+        told = getattr(node, "workeroutput", {}).get(WORKER_OUTPUT, ())
+        self._dropped |= dict.fromkeys(told)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Take the figures in once a test is over, and the progress of sweeps before."""
@@ -89,6 +99,8 @@ class SummaryPlugin:
             self._show_peaks(terminalreporter, detailed=verbosity > 0)
             self._show_fallbacks(terminalreporter)
             self._show_sweeps(terminalreporter, detailed=verbosity > 0)
+        for text in (*self._dropped, *take_dropped()):
+            terminalreporter.write_line(f"gpumem: {text}", yellow=True)
         for text in self._unknown:
             terminalreporter.write_line(text, yellow=True)
         for rule, count in self._hooks.rule_counts.items():
@@ -133,3 +145,12 @@ class SummaryPlugin:
             table = coverage_table(summary, most=None if detailed else SITES)
             for line in table.splitlines():
                 terminal.write_line(f"  {line}")
+
+
+class DroppedNote:
+    """Tells the controller which observers of a worker failed."""
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Note them in the worker's output."""
+        output: dict[str, Any] = session.config.workeroutput  # type: ignore[attr-defined]  # xdist's
+        output[WORKER_OUTPUT] = take_dropped()

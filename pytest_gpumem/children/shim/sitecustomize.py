@@ -23,7 +23,7 @@ def _activate() -> None:
         sys.path.remove(root)
 
 
-if os.environ.get("PYTEST_GPUMEM_CHILDREN"):
+if os.environ.get("PYTEST_GPUMEM_CHILDREN") or os.environ.get("PYTEST_GPUMEM_HUB"):
     _activate()
 sys.path[:] = [
     each

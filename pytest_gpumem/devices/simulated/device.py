@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem.devices.nvml import CardCount, Reading
 from pytest_gpumem.devices.simulated.machine import OutOfMemory, innermost_machine
+from pytest_gpumem.guards import Guarded
 from pytest_gpumem.model.records import MemoryFigures
 from pytest_gpumem.visibility import uuid_of
 
@@ -214,11 +215,12 @@ class SimulatedDevice:
     @contextmanager
     def observing_ooms(self, observe: Callable[[int, int], None]) -> Iterator[None]:
         """Call ``observe`` after each request that failed."""
-        self.machine.oom_observers.append(observe)
+        observer = Guarded(observe)
+        self.machine.oom_observers.append(observer)
         try:
             yield
         finally:
-            self.machine.oom_observers.remove(observe)
+            self.machine.oom_observers.remove(observer)
 
     def fail_allocation(self, index: int, nbytes: int) -> str:
         """Fail a request as the allocator does; return its words."""
@@ -237,23 +239,25 @@ class SimulatedDevice:
         self, watch: Callable[[int, int, int], Callable[[int], None] | None]
     ) -> Iterator[bool]:
         """Call ``watch`` after each allocation; always possible here."""
+        observer = Guarded(watch)
         for card in self.machine.all_cards:
-            card.watchers.append(watch)
+            card.watchers.append(observer)
         try:
             yield True
         finally:
             for card in self.machine.all_cards:
-                card.watchers.remove(watch)
+                card.watchers.remove(observer)
 
     @contextmanager
     def tracing(
         self, trace: Callable[[int, int, int, int, int], None]
     ) -> Iterator[bool]:
         """Call ``trace`` after each change; always possible here."""
+        observer = Guarded(trace)
         for card in self.machine.all_cards:
-            card.tracers.append(trace)
+            card.tracers.append(observer)
         try:
             yield True
         finally:
             for card in self.machine.all_cards:
-                card.tracers.remove(trace)
+                card.tracers.remove(observer)

@@ -13,9 +13,10 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_gpumem.stacks import calling_frame, frames_from
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from types import FrameType
 
 #: Frames below this folder are the simulation's own and are left out.
 _OWN: Final = str(Path(__file__).resolve().parents[2])
@@ -88,17 +89,8 @@ class History:
 
 def python_frames() -> list[dict[str, Any]]:
     """Return the calling thread's Python frames, innermost first, without our own."""
-    frames = []
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if not code.co_filename.startswith(_OWN):
-            frames.append(
-                {
-                    "filename": code.co_filename,
-                    "line": frame.f_lineno,
-                    "name": code.co_name,
-                }
-            )
-        frame = frame.f_back
-    return frames
+    return [
+        {"filename": code.co_filename, "line": frame.f_lineno, "name": code.co_name}
+        for frame in frames_from(calling_frame())
+        if not (code := frame.f_code).co_filename.startswith(_OWN)
+    ]

@@ -55,7 +55,25 @@ def _init() -> None:
     Source: ``torch/csrc/cuda/Module.cpp``, ``THCPModule_initExtension``.
     """
     machine = card_of(None).machine
-    torch.cuda.default_generators = tuple(map(rng.generator_of, machine.cards))
+    generators: Any = tuple(map(rng.generator_of, machine.cards))
+    torch.cuda.default_generators = generators
+
+
+def _has_context(index: int) -> bool:
+    """Tell whether a card was used.
+
+    Raises:
+        RuntimeError: There is no such card.
+
+    Source: ``hasPrimaryContext`` in ``aten/src/ATen/cuda/detail/CUDAHooks.cpp``.
+    """
+    cards = current_machine().cards
+    if not 0 <= index < len(cards):
+        raise RuntimeError(
+            "hasPrimaryContext expects a valid device index, but got "
+            f"device_index={index}"
+        )
+    return cards[index].num_requests > 0
 
 
 def _exchange_device(index: int) -> int:
@@ -294,6 +312,7 @@ C_FUNCTIONS: Final[dict[str, Any]] = {
     "_cuda_init": _init,
     "_cuda_isInBadFork": lambda: current_machine().is_forked,
     "_cuda_getDeviceCount": _count,
+    "_cuda_hasPrimaryContext": _has_context,
     "_cuda_getDevice": lambda: card_of(None).index,
     "_cuda_setDevice": _set_device,
     "_cuda_exchangeDevice": _exchange_device,

@@ -1,0 +1,100 @@
+"""What to do about a model that the hub does not give and nobody serves."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any, Final
+
+from pytest_gpumem.hub.names import known_model
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+
+#: Classes of ``huggingface_hub.errors`` that mean: this model is not to be had.
+_ERRORS: Final = (
+    "LocalEntryNotFoundError",
+    "OfflineModeIsEnabled",
+    "RepositoryNotFoundError",
+    "RevisionResolutionError",
+)
+#: Names under which libraries hold a model's name.
+_VARIABLES: Final = (
+    "repo_id",
+    "path_or_repo_id",
+    "pretrained_model_name_or_path",
+    "model_name_or_path",
+)
+_MARK: Final = "__gpumem_advised__"
+
+
+def advise(error: BaseException) -> None:
+    """Add one sentence to an error that says that a model of the hub is not to be had.
+
+    Class, cause and traceback stay; other errors, and those that have it, stay as they
+    are.
+    """
+    errors = sys.modules.get("huggingface_hub.errors")
+    if errors is None:
+        return
+    kinds = tuple(
+        kind for name in _ERRORS if (kind := getattr(errors, name, None)) is not None
+    )
+    chain = list(_chain(error))
+    if any(getattr(each, _MARK, False) for each in chain):
+        return
+    if not any(isinstance(each, kinds) for each in chain):
+        return
+    name = next((found for each in chain if (found := _name_in(each))), None)
+    if name is not None:
+        _add(error, sentence(name))
+
+
+def sentence(name: str) -> str:
+    """Return what to do to have a model served."""
+    source = "" if known_model(name) is not None else "=SOURCE"
+    what = (
+        ""
+        if not source
+        else (
+            "; SOURCE is a known name such as bert-large, a config.json, or a checkpoint's "
+            "folder"
+        )
+    )
+    return (
+        f"pytest-gpumem serves no model {name!r}: to have one with random weights, "
+        f"without network, give --gpu-hub-model={name}{source}, the ini setting "
+        f"gpu_hub_models, @pytest.mark.hub_model({name!r}) or "
+        f"pytest_gpumem.serve_models{what}"
+    )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _name_in(error: BaseException) -> str | None:
+    """Return the model's name, from the frames that the error came through."""
+    found = None
+    frame: TracebackType | None = error.__traceback__
+    while frame is not None:
+        values = frame.tb_frame.f_locals
+        for variable in _VARIABLES:
+            value = values.get(variable)
+            if isinstance(value, str) and value:
+                found = value
+        frame = frame.tb_next
+    return found
+
+
+def _add(error: BaseException, text: str) -> None:
+    first: Any = error.args[0] if error.args else None
+    if isinstance(first, str) and str(error) == first:
+        error.args = (f"{first}\n{text}", *error.args[1:])
+    elif hasattr(error, "add_note"):  # from Python 3.11 on
+        error.add_note(text)
+    setattr(error, _MARK, True)

@@ -1,0 +1,223 @@
+"""A served model's folder, laid out as huggingface_hub lays out its cache.
+
+Note [A folder of the hub's cache]
+``models--ORG--NAME`` holds ``refs/main`` with a commit, ``snapshots/COMMIT`` with the
+files, and ``blobs`` with their contents, each under its digest; a file of a snapshot is
+a link to its blob. Here a blob of a checkpoint is a link too, to the checkpoint's own
+file: nothing is copied, and removing the folder leaves the checkpoint alone.
+Source: "Understand caching" in huggingface_hub's guides, and ``file_download.py``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from pytest_gpumem.checkpoints import make_checkpoint
+from pytest_gpumem.checkpoints.cache import MANIFEST
+from pytest_gpumem.files import write_atomically
+from pytest_gpumem.hub import tokenizer
+from pytest_gpumem.hub.names import HubModel, known_model
+
+MAIN: Final = "main"
+LEGACY: Final = "pytorch_model.bin"
+
+#: Files up to this size are known by their contents; larger ones, which git's large
+#: file storage would keep, by what is known of them without reading them.
+_READ_BYTES: Final = 2**20
+_COMMIT_DIGITS: Final = 40
+
+
+class HubFile(NamedTuple):
+    """A file of a served model.
+
+    Attributes:
+        name: Its name in the repository.
+        path: Where it is.
+        nbytes: Its size.
+        digest: Its blob's name, 64 hexadecimal digits for a large file, else 40.
+    """
+
+    name: str
+    path: Path
+    nbytes: int
+    digest: str
+
+    @property
+    def is_large(self) -> bool:
+        """Whether the hub would keep it in its large file storage."""
+        return len(self.digest) > _COMMIT_DIGITS
+
+
+def repository(model: HubModel, root: Path) -> Path:
+    """Return a model's folder below ``root``, building what is not there yet.
+
+    Several processes may ask at once.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be built.
+        OSError: The folder cannot be written.
+    """
+    name = f"models--{model.name.replace('/', '--')}"
+    home = root / _digest(json.dumps(model.to_json()).encode())[:16]
+    target = home / name
+    if target.is_dir():
+        return target
+    checkpoint = _checkpoint(model)
+    home.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=home))
+    try:
+        _lay_out(model, checkpoint, building)
+        try:
+            building.rename(target)
+        except OSError:
+            if not target.is_dir():  # else another process was faster
+                raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return target
+
+
+def commit_of(folder: Path) -> str:
+    """Return the commit that a model's folder holds."""
+    return (folder / "refs" / MAIN).read_text(encoding="utf-8")
+
+
+def files_of(folder: Path) -> list[HubFile]:
+    """Return the files of a model's folder, by name."""
+    snapshot = folder / "snapshots" / commit_of(folder)
+    found = []
+    for path in sorted(snapshot.rglob("*")):
+        if path.is_file():
+            digest = path.readlink().name
+            name = path.relative_to(snapshot).as_posix()
+            found.append(HubFile(name, path, path.stat().st_size, digest))
+    return found
+
+
+def have_revision(folder: Path, revision: str) -> None:
+    """Let a branch, tag or commit be found: a served model is the same at each."""
+    ref = folder / "refs" / revision
+    if revision != MAIN and ".." not in revision and not ref.exists():
+        commit = commit_of(folder)
+        write_atomically(ref, commit)
+        if len(revision) == _COMMIT_DIGITS:
+            with suppress(FileExistsError):
+                (folder / "snapshots" / revision).symlink_to(commit)
+
+
+def have_file(model: HubModel, folder: Path, name: str) -> None:
+    """Build the legacy format of a built model's weights, if that is asked for.
+
+    Published models mostly have both formats. Here the second is built once somebody
+    wants it, unless the model was asked for in one format.
+    """
+    chosen = {key for key, _value in model.options}
+    if name != LEGACY or model.is_folder or chosen & {"format", "max_shard_size"}:
+        return
+    if chosen & {"weights"} or not (_snapshot(folder) / "model.safetensors").exists():
+        return
+    if not (_snapshot(folder) / LEGACY).exists():
+        built = _make(model, format="bin")
+        _link(folder, _snapshot(folder), built / LEGACY, LEGACY, _written(built))
+
+
+# -- building -----------------------------------------------------------------------------
+
+
+def _checkpoint(model: HubModel) -> Path:
+    return Path(model.source) if model.is_folder else _make(model)
+
+
+def _make(model: HubModel, **more: Any) -> Path:
+    return make_checkpoint(model.source, **{**dict(model.options), **more})
+
+
+def _snapshot(folder: Path) -> Path:
+    return folder / "snapshots" / commit_of(folder)
+
+
+def _lay_out(model: HubModel, checkpoint: Path, folder: Path) -> None:
+    written = _written(checkpoint)
+    sources = {
+        path.relative_to(checkpoint).as_posix(): path
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file() and path.name != MANIFEST and not _is_hidden(path, checkpoint)
+    }
+    sources |= _own_tokenizer(model)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        if not sources.keys() & set(tokenizer.FILES):
+            config = json.loads((checkpoint / "config.json").read_text("utf-8"))
+            tokenizer.write_tokenizer(Path(scratch), config, name=model.name)
+        made = {path.name: path for path in sorted(Path(scratch).iterdir())}
+        digests = {
+            name: _blob_name(path, written) for name, path in (sources | made).items()
+        }
+        commit = _digest(json.dumps(digests, sort_keys=True).encode())[:_COMMIT_DIGITS]
+        snapshot = folder / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        (folder / "blobs").mkdir()
+        (folder / "refs").mkdir()
+        for name, path in made.items():
+            path.replace(folder / "blobs" / digests[name])
+            (snapshot / name).symlink_to(Path("../../blobs", digests[name]))
+        for name, path in sources.items():
+            _link(folder, snapshot, path, name, written)
+    write_atomically(folder / "refs" / MAIN, commit)
+
+
+def _own_tokenizer(model: HubModel) -> dict[str, Path]:
+    """Return the tokenizer's files that stand beside the config to build from."""
+    path = Path(model.source)
+    if model.is_folder or known_model(model.source) is not None:
+        return {}
+    beside = path if path.is_dir() else path.parent
+    return {
+        name: (beside / name).resolve()
+        for name in tokenizer.FILES
+        if (beside / name).is_file()
+    }
+
+
+def _link(
+    folder: Path, snapshot: Path, path: Path, name: str, written: dict[str, str]
+) -> None:
+    digest = _blob_name(path, written)
+    with suppress(FileExistsError):
+        (folder / "blobs" / digest).symlink_to(path.resolve())
+    pointer = snapshot / name
+    pointer.parent.mkdir(parents=True, exist_ok=True)
+    blob = os.path.relpath(folder / "blobs" / digest, pointer.parent)
+    with suppress(FileExistsError):
+        pointer.symlink_to(blob)
+
+
+def _written(checkpoint: Path) -> dict[str, str]:
+    """Return the digests of files that were built here, which are known."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        return {name: str(of["sha256"]) for name, of in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # somebody else's checkpoint
+
+
+def _blob_name(path: Path, written: dict[str, str]) -> str:
+    about = path.stat()
+    if about.st_size <= _READ_BYTES:
+        return _digest(path.read_bytes())[:_COMMIT_DIGITS]
+    known = f"{path.resolve()} {about.st_size} {about.st_mtime_ns}"
+    return written.get(path.name) or _digest(known.encode())
+
+
+def _is_hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

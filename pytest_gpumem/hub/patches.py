@@ -1,0 +1,189 @@
+"""Where huggingface_hub asks for a served model, and gets this project's folder.
+
+Note [Two places]
+Every path into the cache is joined from the cache's folder and ``repo_folder_name``:
+for a served model that function answers with an absolute path, so that whatever cache
+is named, by variable, argument or default, the model is found in the run's own folder,
+and neither the user's cache nor any constant is touched. And every request is sent by
+``Client.send``: for a served model it is answered here, so that nothing of the network
+is needed or asked. ``local_files_only`` and the offline mode need the first alone.
+Source: ``huggingface_hub.file_download``, ``_snapshot_download``, ``hf_api`` and
+``utils._http``, 1.0 to 2.4.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import sys
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
+
+from pytest_gpumem.devices.on_import import AfterImport
+from pytest_gpumem.devices.patches import PatchSet
+from pytest_gpumem.hub.advice import advise
+from pytest_gpumem.hub.answers import Answer, answer
+from pytest_gpumem.hub.layout import have_file, have_revision
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from pytest_gpumem.hub.names import HubModel
+
+_LIBRARY: Final = "huggingface_hub"
+_CHUNK_BYTES: Final = 2**22
+#: Hosts of the hub; ``HF_ENDPOINT`` may name another.
+_HOSTS: Final = frozenset(("huggingface.co", "hf.co"))
+
+
+class Patches:
+    """What is replaced in the libraries, from when each is imported.
+
+    Args:
+        find: Gives the model that is served under a name, and its folder; None where
+            none is.
+    """
+
+    def __init__(self, find: Callable[[str], tuple[HubModel, Path] | None]) -> None:
+        self._find: Final = find
+        self._patches: Final = PatchSet()
+        self._hooks: Final = [
+            AfterImport(f"{_LIBRARY}.utils._http", self._patch_client),
+            AfterImport(f"{_LIBRARY}.file_download", self._patch_downloads),
+            AfterImport(f"{_LIBRARY}._snapshot_download", self._patch_snapshots),
+            AfterImport(f"{_LIBRARY}.hf_api", self._patch_api),
+            AfterImport("transformers.utils.hub", self._patch_transformers),
+        ]
+
+    def start(self) -> None:
+        """Replace what is imported, and wait for what is not."""
+        for hook in self._hooks:
+            hook.start()
+
+    def stop(self) -> None:
+        """Put everything back."""
+        for hook in self._hooks:
+            hook.stop()
+        self._patches.restore()
+
+    # -- the cache's folders --------------------------------------------------------------
+
+    def _patch_downloads(self) -> None:
+        module = importlib.import_module(f"{_LIBRARY}.file_download")
+        plain = module.repo_folder_name
+
+        @functools.wraps(plain)
+        def repo_folder_name(*, repo_id: str, repo_type: str) -> str:
+            found = self._find(repo_id) if repo_type == "model" else None
+            if found is None:
+                name: str = plain(repo_id=repo_id, repo_type=repo_type)
+                return name
+            return str(found[1])
+
+        self._replace(plain, repo_folder_name)
+        self._wrap(module, "_hf_hub_download_to_cache_dir")
+
+    def _patch_snapshots(self) -> None:
+        module = importlib.import_module(f"{_LIBRARY}._snapshot_download")
+        self._replace(
+            module.snapshot_download, self._prepared(module.snapshot_download)
+        )
+
+    def _patch_api(self) -> None:
+        module = importlib.import_module(f"{_LIBRARY}.hf_api")
+        if hasattr(module.HfApi, "resolve_revision"):  # from 2.0 on
+            self._wrap(module.HfApi, "resolve_revision")
+
+    def _replace(self, plain: Any, other: Any) -> None:
+        """Replace a function in every module of the library that has it by now."""
+        for name, module in list(sys.modules.items()):
+            if name.partition(".")[0] == _LIBRARY:
+                for key, value in list(vars(module).items()):
+                    if value is plain:
+                        self._patches.set(module, key, other)
+
+    def _wrap(self, owner: Any, name: str) -> None:
+        plain = getattr(owner, name, None)
+        if plain is not None:
+            self._patches.set(owner, name, self._prepared(plain))
+
+    def _prepared(self, plain: Any) -> Any:
+        """Return a function before which a served model has the revision asked for."""
+
+        @functools.wraps(plain)
+        def prepared(*args: Any, **kwargs: Any) -> Any:
+            texts = (each for each in args if isinstance(each, str))
+            name = kwargs.get("repo_id") or next(texts, None)
+            is_model = kwargs.get("repo_type") in (None, "model")
+            found = self._find(name) if is_model and isinstance(name, str) else None
+            if found is not None:
+                have_revision(found[1], str(kwargs.get("revision") or "main"))
+                have_file(found[0], found[1], str(kwargs.get("filename")))
+            return plain(*args, **kwargs)
+
+        return prepared
+
+    # -- requests -------------------------------------------------------------------------
+
+    def _patch_client(self) -> None:
+        http = importlib.import_module(f"{_LIBRARY}.utils._http")
+        library: Any = getattr(http, "httpx2", None) or http.httpx
+        plain = library.Client.send
+
+        @functools.wraps(plain)
+        def send(client: Any, request: Any, **options: Any) -> Any:
+            made = self._answer(library, request)
+            if made is None:
+                return plain(client, request, **options)
+            if not options.get("stream"):
+                made.read()
+            return made
+
+        self._patches.set(library.Client, "send", send)
+
+    def _answer(self, library: Any, request: Any) -> Any:
+        endpoint = urlsplit(os.environ.get("HF_ENDPOINT", ""))
+        if request.url.host not in _HOSTS and request.url.host != endpoint.hostname:
+            return None
+        target = request.url.raw_path.decode("ascii").removeprefix(endpoint.path)
+        body = request.read() if request.method == "POST" else b""
+        wanted = request.headers.get("Range", "")
+        made = answer(request.method, target, body, self._find, wanted_range=wanted)
+        if made is None:
+            return None
+        is_head = request.method == "HEAD"
+        content: Any = made.content if made.path is None else _read(made, made.path)
+        return library.Response(
+            made.status,
+            headers=made.headers,
+            content=b"" if is_head else content,
+            request=request,
+        )
+
+    # -- models that nobody serves --------------------------------------------------------
+
+    def _patch_transformers(self) -> None:
+        module = importlib.import_module("transformers.utils.hub")
+        plain = module.cached_files
+
+        @functools.wraps(plain)
+        def cached_files(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return plain(*args, **kwargs)
+            except OSError as error:
+                advise(error)
+                raise
+
+        self._patches.set(module, "cached_files", cached_files)
+
+
+def _read(made: Answer, path: Path) -> Iterator[bytes]:
+    """Yield the bytes of an answer that is a file."""
+    left = int(made.headers["Content-Length"])
+    with path.open("rb") as stream:
+        stream.seek(made.start)
+        while left and (chunk := stream.read(min(left, _CHUNK_BYTES))):
+            left -= len(chunk)
+            yield chunk

@@ -1,0 +1,172 @@
+"""The models that a process serves, and what its children need to serve them too."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from pytest_gpumem.checkpoints.weights import missing_weights
+from pytest_gpumem.files import write_atomically
+from pytest_gpumem.hub.layout import commit_of, repository
+from pytest_gpumem.hub.names import FROM_HUB, HubModel
+from pytest_gpumem.hub.patches import Patches
+from pytest_gpumem.inheritance import HUB_VARIABLE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+
+class Service:
+    """What one process serves: a stack of models by name, the last one in force.
+
+    Args:
+        root: Where the models' folders are; None means a temporary folder, which goes
+            when nothing is served any more.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        self._given: Final = root
+        self._root: Path | None = root
+        self._stack: Final[list[tuple[dict[str, HubModel], str | None]]] = []
+        self._own: Final[dict[str, bool]] = {}
+        self._patches: Final = Patches(self.find)
+
+    @property
+    def models(self) -> dict[str, HubModel]:
+        """What is in force, by every name that is answered to."""
+        return self._stack[-1][0] if self._stack else {}
+
+    def find(self, name: str) -> tuple[HubModel, Path] | None:
+        """Return the model that is served under a name, and its folder, built by now.
+
+        Raises:
+            CheckpointError: It cannot be built.
+            OSError: Its folder cannot be written.
+        """
+        model = self.models.get(name)
+        if model is None or model.source == FROM_HUB or self._root is None:
+            return None
+        if model.yields and self._is_own(model):
+            return None
+        return model, repository(model, self._root)
+
+    def push(
+        self, models: Iterable[HubModel], *, reaches_children: bool = True
+    ) -> None:
+        """Serve these from here on, beside those that are served already."""
+        if self._root is None:
+            self._root = Path(tempfile.mkdtemp(prefix="gpumem-hub-"))
+        merged = dict(self.models)
+        for model in models:
+            merged |= dict.fromkeys(model.names, model)
+        self._stack.append((merged, os.environ.get(HUB_VARIABLE)))
+        if len(self._stack) == 1:
+            self._patches.start()
+        if reaches_children and self._given is None:
+            file = self._root / f"{len(self._stack)}.json"
+            listed = {name: model.to_json() for name, model in merged.items()}
+            write_atomically(file, json.dumps(listed))
+            os.environ[HUB_VARIABLE] = str(file)
+
+    def pop(self) -> None:
+        """Serve what was served before the last ``push``."""
+        _models, variable = self._stack.pop()
+        if self._given is None:
+            if variable is None:
+                os.environ.pop(HUB_VARIABLE, None)
+            else:
+                os.environ[HUB_VARIABLE] = variable
+        if self._stack:
+            return
+        self._patches.stop()
+        self._own.clear()
+        if self._root is not None and self._given is None:
+            shutil.rmtree(self._root, ignore_errors=True)
+            self._root = None
+
+    def _is_own(self, model: HubModel) -> bool:
+        """Tell whether the user's own cache has the model, whole."""
+        if model.name not in self._own:
+            cache = own_cache()
+            self._own[model.name] = any(_is_whole(cache, each) for each in model.names)
+        return self._own[model.name]
+
+
+def own_cache() -> Path:
+    """Return the user's cache of the hub.
+
+    Source: ``huggingface_hub.constants``.
+    """
+    home = os.environ.get("HF_HOME")
+    if not home:
+        caches = os.environ.get("XDG_CACHE_HOME") or Path("~", ".cache")
+        home = str(Path(caches, "huggingface"))
+    named = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    return Path(os.path.expandvars(named or Path(home, "hub"))).expanduser()
+
+
+def _is_whole(cache: Path, name: str) -> bool:
+    folder = cache / f"models--{name.replace('/', '--')}"
+    try:
+        return missing_weights(folder / "snapshots" / commit_of(folder).strip()) is None
+    except OSError:
+        return False
+
+
+# -- children -----------------------------------------------------------------------------
+
+_inherited: Final[list[Service]] = []
+
+
+def inherit() -> None:
+    """Serve what the process above serves, if it does.
+
+    Raises:
+        ValueError: What it says makes no sense.
+    """
+    named = os.environ.get(HUB_VARIABLE)
+    if not named or _inherited:
+        return
+    try:
+        listed: Mapping[str, Any] = json.loads(Path(named).read_text("utf-8"))
+        models = {name: HubModel.from_json(each) for name, each in listed.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{HUB_VARIABLE} names no list of models ({error}); unset it"
+        ) from None
+    service = Service(Path(named).parent)
+    _inherited.append(service)
+    service.push(models.values())
+
+
+def withdraw() -> None:
+    """Undo it: this process has a run of its own."""
+    while _inherited:
+        _inherited.pop().pop()
+
+
+# -- this process -------------------------------------------------------------------------
+
+_service: Final = Service()
+
+
+@contextmanager
+def serving(
+    models: Iterable[HubModel], *, reaches_children: bool = True
+) -> Iterator[Service]:
+    """Serve models for a block.
+
+    Args:
+        models: What to serve beside what is served already.
+        reaches_children: Whether child processes have them too.
+    """
+    _service.push(models, reaches_children=reaches_children)
+    try:
+        yield _service
+    finally:
+        _service.pop()

@@ -1,0 +1,142 @@
+"""Models served under their hub names: for the run, and for single tests by marker."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+from pytest_gpumem.errors import GpuMemError
+from pytest_gpumem.plugin.usage import UsageErrors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Sequence
+
+    from pytest_gpumem.hub import HubModel
+    from pytest_gpumem.plugin.settings import Settings
+
+MARKER: Final = "hub_model"
+
+
+class HubModels:
+    """What a run serves from its start on, and what its tests ask for.
+
+    Args:
+        settings: The run's options.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings: Final = settings
+        self._served: Final = ExitStack()
+        self._by_test: Final[dict[pytest.Item, list[HubModel]]] = {}
+
+    def start(self) -> None:
+        """Serve what the options name, before any conftest is imported."""
+        if self._settings.hub_models:
+            self._serve(self._served, self._settings.hub_models)
+
+    def stop(self) -> None:
+        """Serve nothing any more."""
+        self._served.close()
+
+    def _serve(self, stack: ExitStack, models: Sequence[HubModel]) -> None:
+        from pytest_gpumem.hub.service import serving  # noqa: PLC0415  # there are some
+
+        reaches = self._settings.reaches_children
+        stack.enter_context(serving(models, reaches_children=reaches))
+
+    def pytest_report_header(self) -> str | None:
+        """Say which models are served."""
+        models = self._settings.hub_models
+        if not models:
+            return None
+        return f"gpumem: hub models {'; '.join(str(each) for each in models)}"
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_unconfigure(self) -> None:
+        """Serve nothing any more."""
+        self.stop()
+
+    # -- tests ----------------------------------------------------------------------------
+
+    def pytest_collection_modifyitems(
+        self, config: pytest.Config, items: list[pytest.Item]
+    ) -> None:
+        """Read the markers.
+
+        Raises:
+            pytest.UsageError: One makes no sense.
+        """
+        with UsageErrors(config).reported(items):
+            for item in items:
+                found = [_read(item, mark) for mark in item.iter_markers(MARKER)]
+                if found:
+                    self._by_test[item] = found[::-1]  # the nearest last: it wins
+        if self._by_test and not config.pluginmanager.has_plugin("gpumem-hub-tests"):
+            config.pluginmanager.register(
+                _MarkedTests(self._by_test, self._serve), "gpumem-hub-tests"
+            )
+
+
+class HubAdvice:
+    """The sentence on models that nobody serves."""
+
+    @staticmethod
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        call: pytest.CallInfo[None],
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Say what to do about a model that the hub did not give."""
+        if call.excinfo is not None and "huggingface_hub.errors" in sys.modules:
+            from pytest_gpumem.hub import advise  # noqa: PLC0415  # a test failed
+
+            advise(call.excinfo.value)
+        return (yield)
+
+
+class _MarkedTests:
+    """The hook around each test of a run in which some have the marker.
+
+    Args:
+        by_test: What each test has served.
+        serve: Serves it until a stack is closed.
+    """
+
+    def __init__(
+        self,
+        by_test: dict[pytest.Item, list[HubModel]],
+        serve: Callable[[ExitStack, list[HubModel]], None],
+    ) -> None:
+        self._by_test: Final = by_test
+        self._serve: Final = serve
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_protocol(
+        self, item: pytest.Item
+    ) -> Generator[None, object, object]:
+        """Serve what a test's markers name, from its setup to its teardown."""
+        with ExitStack() as stack:
+            models = self._by_test.get(item)
+            if models is not None:
+                self._serve(stack, models)
+            return (yield)
+
+
+def _read(item: pytest.Item, mark: pytest.Mark) -> HubModel:
+    from pytest_gpumem.hub import hub_model  # noqa: PLC0415  # there is a marker
+
+    def reader(name: Any, source: Any = None, **options: Any) -> HubModel:
+        if not isinstance(name, str):
+            raise TypeError(f"name={name!r} is no text such as 'bert-large-uncased'")
+        return hub_model(name, source, options, base=item.path.parent)
+
+    try:
+        inspect.signature(reader).bind(*mark.args, **mark.kwargs)
+        return reader(*mark.args, **mark.kwargs)
+    except (GpuMemError, TypeError) as error:
+        raise pytest.UsageError(
+            f"{item.nodeid}: @pytest.mark.{MARKER}: {error}"
+        ) from None

@@ -1,0 +1,62 @@
+"""A run that asks for no device: torch and the tests are left alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, NoReturn
+
+import pytest
+
+from pytest_gpumem.plugin import marks
+from pytest_gpumem.plugin.usage import UsageErrors
+
+if TYPE_CHECKING:
+    from pytest_gpumem.plugin.settings import Settings
+
+#: What to do about it.
+_HOW: Final = (
+    "this run asks for no device; put 'gpu_backend = auto' into the ini file, or give "
+    "--gpu-backend=auto"
+)
+
+
+class Unasked:
+    """Stands where a run's device would: it has none and says how to get one.
+
+    Args:
+        settings: The options, none of which is given.
+        config: The run's.
+    """
+
+    def __init__(self, settings: Settings, config: pytest.Config) -> None:
+        self.settings: Final = settings
+        self._errors: Final = UsageErrors(config)
+        config.pluginmanager.register(self._errors, "gpumem-usage")
+
+    def require_device(self) -> NoReturn:
+        """Fail the test whose fixture needs a device.
+
+        Raises:
+            pytest.fail.Exception: Always.
+        """
+        pytest.fail(f"a fixture of gpumem needs a device, but {_HOW}", pytrace=False)
+
+    def pytest_report_header(self) -> str:
+        """Say that nothing is done, and how to change that."""
+        return (
+            "gpumem: not in use, as no option or ini setting asks for it "
+            "(gpu_backend = auto does)"
+        )
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Refuse markers that nothing would heed.
+
+        Raises:
+            pytest.UsageError: A test has one.
+        """
+        with self._errors.reported(items):
+            for item in items:
+                name = marks.first_of_ours(item)
+                if name is not None:
+                    raise pytest.UsageError(
+                        f"{item.nodeid}: @pytest.mark.{name} needs a device, but {_HOW}"
+                    )

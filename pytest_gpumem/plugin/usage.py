@@ -1,0 +1,52 @@
+"""Wrong markers end the run with exit code 4, whichever process finds them."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+#: Stands for a test where a worker reports a wrong marker.
+_NODEID: Final = "gpumem-usage"
+
+
+class UsageErrors:
+    """Has the controller of pytest-xdist raise what a worker found: its own is not shown.
+
+    Args:
+        config: The run's.
+    """
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config: Final = config
+        self._is_worker: Final = hasattr(config, "workerinput")
+
+    @contextmanager
+    def reported(self, items: list[pytest.Item]) -> Iterator[None]:
+        """Report a usage error of the block; the worker then has no tests.
+
+        Raises:
+            pytest.UsageError: The block raised it, and this process is no worker.
+        """
+        try:
+            yield
+        except pytest.UsageError as error:
+            if not self._is_worker:
+                raise
+            report = pytest.CollectReport(_NODEID, "failed", str(error), [])
+            self._config.hook.pytest_collectreport(report=report)
+            items.clear()
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """End the run for what a worker has found wrong.
+
+        Raises:
+            pytest.UsageError: A worker has.
+        """
+        if report.nodeid == _NODEID and not self._is_worker:
+            raise pytest.UsageError(str(report.longrepr))

@@ -1,0 +1,216 @@
+"""Read the stack of a program that runs, and change nothing of it.
+
+What is read is held by nobody afterwards, no dictionary of the program's is touched, and
+nothing of the program is called.
+
+Note [Variables of a running function]
+Before Python 3.13 a look at a frame's ``f_locals`` writes: it brings the one dictionary of
+that frame up to date, which is what ``locals()`` has given the program, and leaves it at
+the frame, where it keeps alive what the function lets go of later. So the slots in which
+the interpreter keeps a function's variables are read instead. They are at fixed places in
+the releases in question, which get no more changes; that what is read is the frame meant
+is checked each time. Source: CPython, ``Include/internal/pycore_frame.h`` (3.11, 3.12),
+``Include/cpython/frameobject.h`` (3.10).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import inspect
+import opcode
+import os
+import re
+import site
+import sys
+import sysconfig
+from pathlib import Path
+from types import CellType
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import CodeType, FrameType
+
+#: Directories of installed packages, as Debian and conda name them too.
+_PACKAGES: Final = re.compile(r"(?:site|dist)-packages[\\/]")
+_ARCHIVE: Final = re.compile(r"\.(?:zip|egg|whl|pyz)[\\/]")
+#: What is typed or written to be run, and has no file.
+_TYPED: Final = ("<doctest ", "<ipython-input", "<stdin>")
+_YIELDS: Final = {
+    opcode.opmap[name]
+    for name in ("YIELD_VALUE", "YIELD_FROM", "SEND", "RETURN_GENERATOR")
+    if name in opcode.opmap
+}
+_SUSPENDS: Final = (
+    inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+)
+#: A dictionary that a frame alone holds: by that frame, a variable and an argument.
+_HELD_BY_FRAME: Final = 3
+
+
+def frames_from(frame: FrameType | None) -> Iterator[FrameType]:
+    """Yield a frame and those above it, from the inside out."""
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def calling_frame() -> FrameType:
+    """Return the frame that called the function which asks.
+
+    Not the function's own: that would hold itself.
+    """
+    return sys._getframe(2)  # noqa: SLF001  # the documented way to walk a stack
+
+
+# -- code ---------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=4096)
+def is_users_own(filename: str) -> bool:
+    """Tell whether code is the user's: neither installed, nor the interpreter's."""
+    if filename.startswith("<"):
+        return filename.startswith(_TYPED)
+    if _PACKAGES.search(filename) or _ARCHIVE.search(filename):
+        return False
+    return not os.path.normcase(filename).startswith(_installed())
+
+
+@functools.lru_cache(maxsize=1)
+def _installed() -> tuple[str, ...]:
+    """Return the directories of what is installed, each with its separator."""
+    paths = sysconfig.get_paths()
+    found = [paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    found += [*site.getsitepackages(), site.getusersitepackages()]
+    return tuple({os.path.normcase(each).rstrip(os.sep) + os.sep for each in found})
+
+
+def short_path(filename: str) -> str:
+    """Return a file's path from its package, or from the working directory, on."""
+    tail = _PACKAGES.split(filename)[-1]
+    if tail != filename:
+        return tail
+    try:
+        return filename.removeprefix(f"{Path.cwd()}{os.sep}")
+    except OSError:
+        return filename  # the directory was removed
+
+
+# -- variables ----------------------------------------------------------------------------
+
+
+def variables_of(frame: FrameType, *names: str) -> dict[str, Any]:
+    """Return a frame's variables; see Note [Variables of a running function].
+
+    Args:
+        frame: The frame.
+        names: Those that are wanted; none means all.
+
+    Limits: nothing is known of functions on an interpreter before 3.13 that is no
+    ordinary 64-bit CPython.
+    """
+    is_function = frame.f_code.co_flags & inspect.CO_OPTIMIZED
+    if is_function and sys.version_info < (3, 13):
+        return _in_slots(frame, names)
+    found = dict(frame.f_locals)
+    return {name: found[name] for name in names if name in found} if names else found
+
+
+class _Layout(NamedTuple):
+    """Where the parts of a frame are, in bytes from its start."""
+
+    is_apart: bool
+    code: int
+    dictionary: int
+    slots: int
+
+
+_LAYOUTS: Final = {
+    (3, 10): _Layout(is_apart=False, code=32, dictionary=56, slots=352),
+    (3, 11): _Layout(is_apart=True, code=32, dictionary=24, slots=72),
+    (3, 12): _Layout(is_apart=True, code=0, dictionary=40, slots=72),
+}
+#: From a frame object to where the interpreter's own part of it is said to be.
+_APART: Final = 24
+_WORD: Final = 8
+_is_ordinary = (
+    sys.implementation.name == "cpython"
+    and ctypes.sizeof(ctypes.c_void_p) == _WORD
+    and not hasattr(sys, "gettotalrefcount")
+)
+_layout: Final = _LAYOUTS.get(sys.version_info[:2]) if _is_ordinary else None
+
+
+def _start(frame: FrameType) -> int | None:
+    """Return where the interpreter has a frame; None where that is not known."""
+    if _layout is None:
+        return None
+    start = id(frame)
+    if _layout.is_apart:
+        start = _word(start + _APART)
+    return start if _word(start + _layout.code) == id(frame.f_code) else None
+
+
+def _word(address: int) -> int:
+    return ctypes.c_size_t.from_address(address).value
+
+
+def _object(address: int) -> Any:
+    """Return the object that a word points to; None if it points nowhere."""
+    return ctypes.py_object.from_address(address).value if _word(address) else None
+
+
+@functools.lru_cache(maxsize=512)
+def _slots(code: CodeType) -> dict[str, tuple[int, bool]]:
+    """Return each variable's place among a function's, and whether a cell is there."""
+    cells = code.co_cellvars
+    if sys.version_info >= (3, 11):  # an argument that is a cell has one slot
+        cells = tuple(name for name in cells if name not in code.co_varnames)
+    in_cells = {*code.co_cellvars, *code.co_freevars}
+    every = (*code.co_varnames, *cells, *code.co_freevars)
+    return {name: (place, name in in_cells) for place, name in enumerate(every)}
+
+
+def _in_slots(frame: FrameType, names: tuple[str, ...]) -> dict[str, Any]:
+    start = _start(frame)
+    if start is None or _layout is None:
+        return {}
+    slots = _slots(frame.f_code)
+    found = {}
+    for name in names or slots:
+        if name not in slots:
+            continue
+        place, is_cell = slots[name]
+        address = start + _layout.slots + place * _WORD
+        if not _word(address):
+            continue  # it is not bound yet, or no more
+        value = _object(address)
+        if is_cell and type(value) is CellType:
+            try:
+                value = value.cell_contents
+            except ValueError:
+                continue
+        found[name] = value
+    return found
+
+
+def clear_frame(frame: FrameType) -> None:
+    """Let go of what a frame holds, unless it still runs or will run on.
+
+    A dictionary that a look at ``f_locals`` has left there (pytest's tracebacks look,
+    before Python 3.13) is emptied too, unless the program has it.
+    """
+    code = frame.f_code
+    if code.co_flags & _SUSPENDS and code.co_code[max(frame.f_lasti, 0)] in _YIELDS:
+        return  # a generator: clearing its frame would close it
+    try:
+        frame.clear()
+    except RuntimeError:
+        return  # it runs
+    start = _start(frame) if code.co_flags & inspect.CO_OPTIMIZED else None
+    if start is None or _layout is None:
+        return
+    left = _object(start + _layout.dictionary)
+    if type(left) is dict and sys.getrefcount(left) <= _HELD_BY_FRAME:
+        left.clear()
