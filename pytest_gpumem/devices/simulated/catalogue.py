@@ -133,7 +133,9 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
     ),
     "like a card": (
         "`.to`, `.cuda`, `.cpu`, `.type`, `.data =`, `.item`, `.tolist`, printing, "
-        "pickling, `torch.save`, `torch.load`, `deepcopy`, weak references",
+        "pickling, `torch.save`, `torch.load`, `deepcopy`, weak references; "
+        "`isinstance(x, torch.Tensor)` holds, `type(x) is torch.Tensor` does not, since "
+        "C++ asks a tensor's class how to run its operators",
         "`.numpy()` and operands on two devices: torch's own errors",
         "`torch.device(0)`, `with torch.device('cuda')`, `torch.set_default_device`",
         "generators and the state of random numbers: an OOM draws none",

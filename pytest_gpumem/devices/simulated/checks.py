@@ -7,9 +7,6 @@ from typing import Any, Final
 import torch
 
 from pytest_gpumem.devices.simulated.rng import CardGenerator
-from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
-
-_base_grad: Final[Any] = torch._C.TensorBase.grad  # the getset below Tensor.grad
 
 #: Operators that take indices, by packet name.
 INDEXING: Final = frozenset(
@@ -69,18 +66,3 @@ def check_generator(generator: Any, kind: str) -> None:
         raise RuntimeError(
             f"Expected a '{kind}' device type for generator but found '{found}'"
         )
-
-
-def _set_grad(self: SimulatedTensor, grad: torch.Tensor | None) -> None:
-    """``tensor.grad = …``. Source: ``torch/csrc/autograd/python_variable.cpp``."""
-    if grad is not None and not isinstance(grad, SimulatedTensor):
-        raise RuntimeError(  # torch's own class
-            f"attempting to assign a gradient with device type '{grad.device.type}' to "
-            "a tensor with device type 'cuda'. Please ensure that the gradient and the "
-            "tensor are on the same device"
-        )
-    _base_grad.__set__(self, grad)
-
-
-#: ``Tensor.grad`` of a tensor on a card.
-GRAD: Final = property(_base_grad.__get__, _set_grad, _base_grad.__delete__)

@@ -7,6 +7,7 @@ build does not have; here the host tensor is made first and uploaded after.
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any, Final
 
 import torch
@@ -42,24 +43,40 @@ def _context_device() -> torch.device | None:
 
 
 def _plain(data: Any) -> Any:
-    """Return data with tensors of cards, however nested, as Python numbers."""
+    """Return data with tensors of cards, however nested, as tensors of the host."""
     if isinstance(data, SimulatedTensor):
         return data.detach().cpu()
     if isinstance(data, (list, tuple)):
-        return [
-            item.tolist() if isinstance(item, SimulatedTensor) else _plain(item)
-            for item in data
-        ]
+        return [_plain(item) for item in data]
     return data
 
 
 def tensor(data: Any, **options: Any) -> torch.Tensor:
     """``torch.tensor``: a copy of the data, on the host or on a card."""
     __tracebackhide__ = True
-    on_card = isinstance(data, SimulatedTensor)
+    if not isinstance(data, torch.Tensor):
+        return _copy(data, options)
+    # C++ would warn of this module's line.
+    warnings.warn(_COPYING, stacklevel=2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "To copy construct from a tensor")
+        return _copy(data, options)
+
+
+#: Source: ``tensor_ctor`` of ``torch/csrc/utils/tensor_new.cpp``.
+_COPYING: Final = (
+    "To copy construct from a tensor, it is recommended to use "
+    "sourceTensor.detach().clone() or "
+    "sourceTensor.detach().clone().requires_grad_(True), rather than "
+    "torch.tensor(sourceTensor)."
+)
+
+
+def _copy(data: Any, options: dict[str, Any]) -> torch.Tensor:
+    __tracebackhide__ = True
     goal = _goal(options.get("device"))
-    if goal is None and on_card and options.get("device") is None:
-        goal = data.device
+    if goal is None and isinstance(data, SimulatedTensor):
+        goal = data.device if _device_for(options.get("device")) is None else None
     if goal is None:
         made: torch.Tensor = _tensor(_plain(data), **options)
         return made
@@ -69,11 +86,17 @@ def tensor(data: Any, **options: Any) -> torch.Tensor:
     return move(host, goal).requires_grad_(requires_grad)
 
 
+def _device_for(device: Any) -> Any:
+    """Return the device that a constructor is asked for: named, or by a context."""
+    return _context_device() if device is None else device
+
+
 def as_tensor(data: Any, dtype: Any = None, device: Any = None) -> torch.Tensor:
     """``torch.as_tensor``: the data itself where it is a tensor in place already."""
     __tracebackhide__ = True
     if isinstance(data, torch.Tensor):
-        same = data.device if device is None else device
+        named = _device_for(device)
+        same = data.device if named is None else named
         return data.to(same, data.dtype if dtype is None else dtype)
     goal = _goal(device)
     if goal is None:
@@ -82,16 +105,66 @@ def as_tensor(data: Any, dtype: Any = None, device: Any = None) -> torch.Tensor:
     return moved(_as_tensor(_plain(data), dtype=dtype, device="cpu"), goal)
 
 
-def asarray(data: Any, **options: Any) -> torch.Tensor:
-    """``torch.asarray``: as ``as_tensor``, for any array."""
-    device = options.pop("device", None)
-    if isinstance(data, SimulatedTensor):
-        return as_tensor(data, dtype=options.get("dtype"), device=device)
+def asarray(
+    obj: Any,
+    *,
+    dtype: torch.dtype | None = None,
+    device: Any = None,
+    copy: bool | None = None,
+    requires_grad: bool = False,
+) -> torch.Tensor:
+    """``torch.asarray``: the object as a tensor, shared where that can be.
+
+    Source: ``asarray`` of ``torch/csrc/utils/tensor_new.cpp``.
+
+    Raises:
+        ValueError: The object cannot be shared as asked for (torch's text).
+    """
+    __tracebackhide__ = True
     goal = _goal(device)
-    made: torch.Tensor = _asarray(
-        data, device=device if goal is None else "cpu", **options
-    )
-    return made if goal is None else moved(made, goal)
+    if goal is None and not isinstance(obj, SimulatedTensor):
+        made: torch.Tensor = _asarray(
+            _plain(obj),
+            dtype=dtype,
+            device=device,
+            copy=copy,
+            requires_grad=requires_grad,
+        )
+        return made
+    named = goal if goal is not None else _device_for(device)
+    if isinstance(obj, torch.Tensor):
+        source = obj
+    else:
+        # What is copied on its way to the card need not be copied on the host.
+        is_shared = copy is False
+        source = _asarray(
+            _plain(obj), dtype=dtype, device="cpu", copy=False if is_shared else None
+        )
+    target = source.device if named is None else torch.device(named)
+    kind = source.dtype if dtype is None else dtype
+    is_elsewhere, is_other = target != source.device, kind is not source.dtype
+    if copy is False and is_elsewhere:
+        raise ValueError(
+            f"can't alias tensor from device '{source.device}' to '{target}'."
+        )
+    if copy is False and is_other:
+        raise ValueError(
+            f"can't alias tensor with dtype '{_name(source.dtype)}' into dtype "
+            f"'{_name(kind)}'."
+        )
+    result = source
+    if is_elsewhere or is_other:
+        result = source.to(target, kind, copy=bool(copy))
+    elif copy:
+        result = source.clone()
+    if not result.is_leaf and not requires_grad:
+        return result.detach()
+    return result.requires_grad_(requires_grad)
+
+
+def _name(dtype: torch.dtype) -> str:
+    """Return a type's name in C++, as ``Float``."""
+    return torch.empty(0, dtype=dtype, device="cpu").type()[6:-6]
 
 
 def _factory(original: Any) -> Any:
@@ -104,6 +177,8 @@ def _factory(original: Any) -> Any:
         device = options.get("device")
         if isinstance(device, int) and not isinstance(device, bool):
             options["device"] = cuda_device(device)
+        if options.get("out") is not None and device is not None:
+            _check_out(options["out"], torch.device(options.pop("device")))
         made: torch.Tensor = original(*args, **options)
         if options.get("generator") is not None:
             check_generator(options["generator"], made.device.type)
@@ -114,6 +189,22 @@ def _factory(original: Any) -> Any:
         return made
 
     return factory
+
+
+def _check_out(out: torch.Tensor, device: torch.device) -> None:
+    """Refuse a device that is not that of ``out=``; C++ takes a card's for the host's.
+
+    Source: ``check_out_type_matches`` of
+    ``torch/csrc/autograd/utils/python_arg_parsing.h``.
+
+    Raises:
+        RuntimeError: With torch's text.
+    """
+    if out.device.type != device.type:
+        raise RuntimeError(
+            f"device type {device.type} does not match device type of out parameter "
+            f"({out.device.type})"
+        )
 
 
 def _refusing_on_cards(name: str, feature: str) -> Any:
@@ -165,14 +256,21 @@ def set_default_tensor_type(kind: Any, /) -> None:
 
 _FACTORIES: Final = (
     "arange",
+    "bartlett_window",
+    "blackman_window",
     "empty",
     "empty_like",
+    "empty_permuted",
     "empty_strided",
     "eye",
     "full",
     "full_like",
+    "hamming_window",
+    "hann_window",
+    "kaiser_window",
     "linspace",
     "logspace",
+    "normal",
     "ones",
     "ones_like",
     "rand",
@@ -182,6 +280,10 @@ _FACTORIES: Final = (
     "randn",
     "randn_like",
     "randperm",
+    "range",
+    "scalar_tensor",
+    "tril_indices",
+    "triu_indices",
     "zeros",
     "zeros_like",
 )
@@ -219,6 +321,10 @@ class DeviceName(metaclass=_DeviceType):
 
     Limits: ``type(device) is torch.device`` is False; ``==`` and ``isinstance`` hold.
     """
+
+    # What pickles name it by.
+    __module__ = "torch"
+    __qualname__ = "device"
 
 
 #: Replacements in the ``torch`` namespace.

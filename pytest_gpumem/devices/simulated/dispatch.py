@@ -53,6 +53,7 @@ TAKES_HOST_TENSORS: Final = INDEXING | frozenset(
         "index_fill_",  # how torch 2.15 assigns a number at host indices
         "_foreach_add_",
         "_foreach_copy_",
+        "mkldnn_rnn_layer",  # its biases, where a layer has none
     }
 )
 

@@ -17,6 +17,7 @@ from pytest_gpumem.devices.simulated.composites import KERNELS
 from pytest_gpumem.devices.simulated.machine import SimulatedCard, card_of
 from pytest_gpumem.devices.simulated.memory import Memory, hold
 from pytest_gpumem.devices.simulated.tensor import make
+from pytest_gpumem.errors import NoValuesError
 
 
 def _new(
@@ -104,6 +105,19 @@ def _indices(operator: Any) -> Any:
     return kernel
 
 
+def _read(source: Any) -> Any:
+    """``_local_scalar_dense``: where C++ reads a number below Python's dispatch.
+
+    ``torch.LongTensor([x, y])`` and sequences of tensors as indices do.
+
+    Raises:
+        NoValuesError: The card keeps no values.
+    """
+    if source._value.is_meta:
+        raise NoValuesError("Tensor.item()")
+    return source._value.item()
+
+
 def register() -> torch.library.Library:
     """Register the kernels; dropping the library takes them back."""
     library = torch.library.Library("aten", "IMPL")
@@ -112,6 +126,7 @@ def register() -> torch.library.Library:
         warnings.simplefilter("ignore")
         library.impl("empty.memory_format", _empty, "CUDA")
         library.impl("empty_strided", _empty_strided, "CUDA")
+        library.impl("_local_scalar_dense", _read, "CUDA")
         for name in ("tril_indices", "triu_indices"):
             operator = getattr(torch.ops.aten, name).default
             library.impl(name, _indices(operator), "CUDA")

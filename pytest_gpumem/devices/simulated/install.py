@@ -16,6 +16,7 @@ from pytest_gpumem.devices.simulated import (
     compiling,
     factories,
     handover,
+    identity,
     profiling,
     special,
     torchscript,
@@ -99,6 +100,7 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
     yield torch._C._nn, "_parse_to", parse_to
     yield from compiling.REPLACEMENTS
     yield from handover.REPLACEMENTS
+    yield from identity.REPLACEMENTS
     yield from profiling.REPLACEMENTS
 
 

@@ -7,7 +7,6 @@ installed, because its C++ would ask the CUDA driver (``to``, ``cuda``, ``data =
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from typing import Any, Final
 
@@ -16,11 +15,16 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._tensor_str import _add_suffixes, _tensor_str
 from torch.nn.parameter import is_lazy
 
-from pytest_gpumem.devices.simulated.checks import GRAD
+from pytest_gpumem.devices.simulated.identity import (
+    GRAD,
+    become,
+    deepcopy,
+    is_parameter,
+)
 from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.memory import memory_of
 from pytest_gpumem.devices.simulated.refusals import refuse, refusing
-from pytest_gpumem.devices.simulated.tensor import DEVICES, SimulatedTensor, become
+from pytest_gpumem.devices.simulated.tensor import DEVICES, SimulatedTensor
 from pytest_gpumem.devices.simulated.transfer import moved
 from pytest_gpumem.devices.simulated.typed import wanted
 from pytest_gpumem.errors import NoValuesError
@@ -162,13 +166,6 @@ def _get_data(self: torch.Tensor) -> Any:
     return _original_data.__get__(self)
 
 
-def _set_data(self: torch.Tensor, data: torch.Tensor) -> None:
-    if isinstance(data, SimulatedTensor) or isinstance(self, SimulatedTensor):
-        become(self, data)
-    else:
-        _original_data.__set__(self, data)
-
-
 # -- pinned memory ----------------------------------------------------------------------
 
 
@@ -208,7 +205,8 @@ EVERY_TENSOR: Final[dict[str, Any]] = {
     "cuda": cuda,
     "cpu": cpu,
     "type": as_type,
-    "data": property(_get_data, _set_data),
+    "data": property(_get_data, become),
+    "grad": GRAD,
     "pin_memory": pin_memory,
     "is_pinned": is_pinned,
 }
@@ -257,37 +255,13 @@ def _repr(self: SimulatedTensor, *, tensor_contents: Any = None) -> str:
     elif self.requires_grad:
         suffixes.append("requires_grad=True")
     whole: str = _add_suffixes("tensor(" + text, suffixes, len("tensor("), False)
-    return f"Parameter containing:\n{whole}" if _is_parameter(self) else whole
-
-
-def _is_parameter(tensor: torch.Tensor) -> bool:
-    return getattr(tensor, "_is_param", False)
+    return f"Parameter containing:\n{whole}" if is_parameter(self) else whole
 
 
 def _format(self: SimulatedTensor, spec: str) -> str:
     if self.dim() == 0:
         return format(self.item(), spec)
     return format(repr(self), spec)
-
-
-def _deepcopy(self: SimulatedTensor, memo: dict[int, Any]) -> Any:
-    if not self.is_leaf:
-        raise RuntimeError(
-            "Only Tensors created explicitly by the user (graph leaves) support the "
-            "deepcopy protocol at the moment."
-        )
-    if id(self) in memo:
-        return memo[id(self)]
-    with torch.no_grad():
-        twin: Any = self.detach().clone(memory_format=torch.preserve_format)
-    if _is_parameter(self):
-        twin = torch.nn.Parameter(twin, self.requires_grad)
-    else:
-        twin.requires_grad_(self.requires_grad)
-    memo[id(self)] = twin
-    if self.grad is not None:
-        twin.grad = copy.deepcopy(self.grad, memo)
-    return twin
 
 
 def _reduce_ex(self: SimulatedTensor, _protocol: Any) -> Any:
@@ -309,7 +283,7 @@ def _reduce_ex(self: SimulatedTensor, _protocol: Any) -> Any:
             hooks,
         ),
     )
-    if not _is_parameter(self):
+    if not is_parameter(self):
         return rebuilt
     return (
         torch._utils._rebuild_parameter,  # how torch pickles
@@ -377,7 +351,6 @@ _ANSWERS: Final[dict[str, Any]] = {
     "data_ptr": _data_ptr,
     "record_stream": _record_stream,
     "device": property(_device),
-    "grad": GRAD,
     "is_cuda": property(lambda _self: True),
     "is_cpu": property(lambda _self: False),
     "get_device": lambda self: self._card.index,  # the device's own room
@@ -393,7 +366,7 @@ _ANSWERS: Final[dict[str, Any]] = {
     "is_shared": lambda _self: True,
     "__repr__": _repr,
     "__format__": _format,
-    "__deepcopy__": _deepcopy,
+    "__deepcopy__": deepcopy,
     "__reduce_ex__": _reduce_ex,
     **EVERY_TENSOR,
 }

@@ -29,11 +29,12 @@ def profile(self: Any, *args: Any, **options: Any) -> None:
 
 def _uninitialized(original: Any) -> Any:
     @functools.wraps(original)
-    def new(cls: type, *args: Any, device: Any = None, **options: Any) -> Any:
+    def new(cls: type, *args: Any, **options: Any) -> Any:
         __tracebackhide__ = True
+        device = args[1] if len(args) > 1 else options.get("device")
         if device is not None and torch.device(device).type == "cuda":
             refuse("a lazy module's parameter")
-        return original(cls, *args, device=device, **options)
+        return original(cls, *args, **options)
 
     return staticmethod(new)
 

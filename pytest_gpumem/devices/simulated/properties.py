@@ -10,6 +10,30 @@ if TYPE_CHECKING:
 _MIB = 2**20
 
 
+class _Uuid:
+    """A card's UUID, as ``torch._C._CUuuid``: a text, and its sixteen bytes."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    @property
+    def bytes(self) -> list[int]:
+        """The sixteen bytes."""
+        return list(bytes.fromhex(self._text.replace("-", "")))
+
+    def __str__(self) -> str:
+        return self._text
+
+    def __repr__(self) -> str:
+        return self._text
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Uuid) and other._text == self._text  # its own class
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
+
 class DeviceProperties:
     """A card's properties under torch's names; ``total_memory`` is in bytes.
 
@@ -36,7 +60,7 @@ class DeviceProperties:
         self.pci_bus_id = index
         self.pci_device_id = 0
         self.pci_domain_id = 0
-        self.uuid = f"00000000-0000-0000-0000-{index:012d}"
+        self.uuid = _Uuid(f"00000000-0000-0000-0000-{index:012d}")
 
     def __repr__(self) -> str:
         return (

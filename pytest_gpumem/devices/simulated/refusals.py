@@ -28,6 +28,11 @@ ADVICE: Final[dict[str, str]] = {
     "torch.cuda.caching_allocator_disabled": "keep PyTorch's own allocator",
     "torch.cuda.caching_allocator_alloc": "allocate a torch.uint8 tensor instead",
     "torch.cuda.caching_allocator_delete": "allocate a torch.uint8 tensor instead",
+    "Generator.graphsafe_get_state": "use get_state()",
+    "Generator.graphsafe_set_state": "use set_state()",
+    "tensor.data = of another device, of a tensor computed with gradients": (
+        "use tensor.to(device), or detach the tensor first"
+    ),
     "torch.cuda.ExternalStream": "use torch.cuda.Stream",
     "torch.cuda.get_stream_from_external": "use torch.cuda.Stream",
     "torch.cuda.GreenContext": _REAL,

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from pytest_gpumem.devices.simulated.machine import card_of
+from pytest_gpumem.devices.simulated.refusals import refuse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,10 +24,10 @@ _generators: Final[WeakKeyDictionary[SimulatedCard, torch.Generator]] = (
 
 
 def generator_of(card: SimulatedCard) -> torch.Generator:
-    """Return the card's default generator (a CPU one: the CPU draws the numbers)."""
+    """Return the card's default generator."""
     with _lock:
         if card not in _generators:
-            _generators[card] = torch.Generator()
+            _generators[card] = CardGenerator(card.index)
         return _generators[card]
 
 
@@ -40,11 +41,59 @@ class CardGenerator(_generator):  # type: ignore[misc]  # torch's C type, held a
         """Make a CPU generator of this class."""
         made: CardGenerator = _generator.__new__(cls)
         made._index = index
+        made._offset = 0
         return made
 
     def __init__(self, index: int) -> None:
         super().__init__()
         self._index = index
+        self._offset = 0
+
+    def get_offset(self) -> int:
+        """Return the offset that was set last; draws do not move it here."""
+        return self._offset
+
+    def set_offset(self, offset: int) -> None:
+        """Keep an offset.
+
+        Raises:
+            RuntimeError: The offset is no multiple of four (torch's text).
+        """
+        if offset % 4:
+            raise RuntimeError("offset must be a multiple of 4")
+        self._offset = offset
+
+    def clone_state(self) -> CardGenerator:
+        """Return another generator of the card in the same state."""
+        twin = CardGenerator(self._index)
+        twin.__setstate__(self.__reduce__()[2])
+        return twin
+
+    def graphsafe_get_state(self) -> Any:
+        """Refuse: the state that a CUDA graph captures is on no card.
+
+        Raises:
+            UnsupportedOnSimulatedDeviceError: Always.
+        """
+        refuse("Generator.graphsafe_get_state")
+
+    def graphsafe_set_state(self, _state: Any) -> Any:
+        """Refuse, as ``graphsafe_get_state`` does.
+
+        Raises:
+            UnsupportedOnSimulatedDeviceError: Always.
+        """
+        refuse("Generator.graphsafe_set_state")
+
+    def __reduce__(self) -> Any:
+        # As ``THPGenerator_reduce`` of ``torch/csrc/Generator.cpp``.
+        state = (self.initial_seed(), self._offset, self.get_state())
+        return GeneratorName, (self.device,), state
+
+    def __setstate__(self, state: tuple[int, int, torch.Tensor]) -> None:
+        seed, self._offset, inner = state
+        self.manual_seed(seed)
+        self.set_state(inner)
 
     @property
     def device(self) -> torch.device:
@@ -70,6 +119,10 @@ class _GeneratorType(type):
 
 class GeneratorName(metaclass=_GeneratorType):
     """``torch.Generator`` while cards are simulated."""
+
+    # What pickles name it by.
+    __module__ = "torch"
+    __qualname__ = "Generator"
 
 
 @contextmanager

@@ -48,7 +48,9 @@ def _copy_(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
     """
     target, source = args[0], args[1]
     staging = None
-    if not isinstance(source, SimulatedTensor):
+    if not isinstance(source, torch.Tensor):
+        target._value.fill_(source)  # a number
+    elif not isinstance(source, SimulatedTensor):
         if source.is_meta:
             raise NotImplementedError("Cannot copy out of meta tensor; no data!")
         if not target._value.is_contiguous() and source.dim() > 0:

@@ -6,7 +6,7 @@ these must be able to move to a card, say where they are, and come back.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -17,8 +17,12 @@ from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.devices.simulated.tensor import DEVICES
 from pytest_gpumem.errors import NoValuesError
 
+if TYPE_CHECKING:
+    from pytest_gpumem.devices.simulated.machine import SimulatedCard
+
 _Storage: Final[Any] = torch.UntypedStorage
 _original_new: Final[Any] = torch.UntypedStorage.__new__
+_original_clone: Final[Any] = torch.UntypedStorage.clone
 _original_device: Final[Any] = torch.UntypedStorage.device
 _original_to: Final[Any] = torch.UntypedStorage.to
 _original_data_ptr: Final[Any] = torch.UntypedStorage.data_ptr
@@ -31,6 +35,47 @@ def _device(self: torch.UntypedStorage) -> torch.device:
         return DEVICES[memory.card.index]
     device: torch.device = _original_device.__get__(self)
     return device
+
+
+def _new(
+    kind: type, *args: Any, device: Any = None, **options: Any
+) -> torch.UntypedStorage:
+    """``UntypedStorage(…, device=…)``; for a card C++ would ask the CUDA driver."""
+    __tracebackhide__ = True
+    target = None if device is None else cuda_device(device)
+    if target is None:
+        if device is not None:
+            options["device"] = device
+        made: torch.UntypedStorage = _original_new(kind, *args, **options)
+        return made
+    if args and not isinstance(args[0], int):
+        return _upload(_original_new(kind, *args, **options), target)
+    card = card_of(target.index)
+    nbytes = options.get("size", args[0] if args else 0)
+    return _empty(card, nbytes)
+
+
+def _empty(card: SimulatedCard, nbytes: int) -> torch.UntypedStorage:
+    """Return an uninitialised storage on a card: first the bytes, then the values."""
+    __tracebackhide__ = True
+    held = Memory(card, nbytes)
+    made: torch.UntypedStorage = _original_new(
+        _Storage, nbytes, device=card.value_device
+    )
+    hold(made, held)
+    return made
+
+
+def _clone(self: torch.UntypedStorage) -> torch.UntypedStorage:
+    __tracebackhide__ = True
+    memory = memory_of(self)
+    if memory is None:
+        copied: torch.UntypedStorage = _original_clone(self)
+        return copied
+    made = _empty(memory.card, self.nbytes())
+    if memory.card.value_device != "meta":
+        made.copy_(self)
+    return made
 
 
 def _host_copy(self: torch.UntypedStorage) -> torch.UntypedStorage:
@@ -58,12 +103,9 @@ def _to(
 
 def _upload(self: torch.UntypedStorage, target: torch.device) -> torch.UntypedStorage:
     card = card_of(target.index)
-    held = Memory(card, self.nbytes())
-    if card.value_device == "meta":
-        copied: torch.UntypedStorage = _Storage(self.nbytes(), device="meta")
-    else:
-        copied = _host_copy(self)
-    hold(copied, held)
+    copied = _empty(card, self.nbytes())
+    if card.value_device != "meta":
+        copied.copy_(self)
     return copied
 
 
@@ -128,4 +170,6 @@ EVERY_STORAGE: Final[dict[str, Any]] = {
     "cpu": _cpu,
     "resize_": _resize,
     "data_ptr": _data_ptr,
+    "clone": _clone,
+    "__new__": staticmethod(_new),
 }

@@ -20,6 +20,14 @@ _handles: Final = itertools.count(1)
 _CUDA_TYPE: Final = 1  # c10::DeviceType::CUDA
 
 
+def named_index(device: Any) -> int | None:
+    """Return the index that a device names; None means the thread's current card."""
+    if device is None or isinstance(device, int):
+        return device
+    index: int | None = torch.device(device).index
+    return index
+
+
 class Stream:
     """``torch.cuda.Stream`` on a simulated card.
 
@@ -111,15 +119,18 @@ class Event:
 
     def __init__(
         self,
-        device: Any = None,  # noqa: ARG002  # torch.Event's first; it is of any card
         enable_timing: bool = False,  # noqa: FBT001, FBT002  # torch's signature
         blocking: bool = False,  # noqa: FBT001, FBT002  # torch's signature
         interprocess: bool = False,  # noqa: ARG002, FBT001, FBT002  # torch's signature
         external: bool = False,  # noqa: ARG002, FBT001, FBT002  # torch's signature
+        *,
+        device: Any = None,
     ) -> None:
         self.enable_timing = enable_timing
         self.blocking = blocking
         self._recorded_s: float | None = None
+        self.event_id = next(_handles)
+        self.device = DEVICES[card_of(named_index(device)).index]
 
     def record(self, stream: Stream | None = None) -> None:  # noqa: ARG002  # torch's signature
         """Note the host's time."""
@@ -161,7 +172,8 @@ class _NameType(type):
         if isinstance(named, int):
             named = torch.device("cuda", named)
         if named is None or torch.device(named).type == "cuda":
-            return cls.simulated(*args, **options)
+            options["device"] = named
+            return cls.simulated(*args[1:], **options)
         return cls.original(*args, **options)
 
     def __instancecheck__(cls, instance: object) -> bool:
@@ -174,12 +186,20 @@ class _NameType(type):
 class StreamName(metaclass=_NameType):
     """``torch.Stream`` while cards are simulated: by default one of a card."""
 
+    # What pickles name it by.
+    __module__ = "torch"
+    __qualname__ = "Stream"
+
     original = torch.Stream
     simulated = Stream
 
 
 class EventName(metaclass=_NameType):
     """``torch.Event`` while cards are simulated: by default one of a card."""
+
+    # What pickles name it by.
+    __module__ = "torch"
+    __qualname__ = "Event"
 
     original = torch.Event
     simulated = Event

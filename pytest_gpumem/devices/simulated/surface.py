@@ -371,16 +371,30 @@ C_FUNCTIONS: Final[dict[str, Any]] = {
 }
 
 
-class _Success:
-    """``cudaError`` with the one code that a simulated call ends in."""
+class _Code(int):
+    """``cudaError``: a call's code; a simulated call ends in success."""
 
     success = 0
+
+
+#: Source: ``cudaGetErrorString`` of the CUDA runtime API's manual.
+_ERRORS: Final[dict[int, str]] = {
+    0: "no error",
+    1: "invalid argument",
+    2: "out of memory",
+    3: "initialization error",
+    100: "no CUDA-capable device is detected",
+    101: "invalid device ordinal",
+    700: "an illegal memory access was encountered",
+    719: "unspecified launch failure",
+    801: "operation not supported",
+}
 
 
 class Runtime:
     """What ``torch.cuda.cudart()`` returns: the few runtime calls that libraries make."""
 
-    cudaError = _Success  # noqa: N815  # the runtime's name
+    cudaError = _Code  # noqa: N815  # the runtime's name
 
     def cudaMemGetInfo(self, device: int) -> tuple[int, int]:  # noqa: N802  # the runtime's name
         """Return free and total bytes of a card."""
@@ -388,7 +402,7 @@ class Runtime:
 
     def cudaGetErrorString(self, code: int) -> str:  # noqa: N802  # the runtime's name
         """Return the text of an error code."""
-        return "no error" if code == 0 else f"error {code}"
+        return _ERRORS.get(code, "unrecognized error code")
 
     def cudaProfilerStart(self) -> int:  # noqa: N802  # the runtime's name
         """Start nothing; 0 is success."""

@@ -30,11 +30,6 @@ _make_subclass: Final[Any] = (
     torch.Tensor._make_subclass
 )  # how torch's own subclasses are made
 _set_data: Final[Any] = torch._C.TensorBase.data.__set__  # type: ignore[attr-defined]  # the setter below Tensor.data
-_tensor_base: Final[Any] = torch._C.TensorBase
-_set_grad: Final[Any] = _tensor_base.grad.__set__  # the setter below Tensor.grad
-_swap_impl: Final[Any] = (
-    torch._C._swap_tensor_impl
-)  # what torch.utils.swap_tensors calls
 _no_function: Final[Any] = (
     torch._C._disabled_torch_function_impl
 )  # torch's word for "no __torch_function__"
@@ -126,33 +121,3 @@ def refresh(tensor: SimulatedTensor) -> None:
     value = tensor._value  # its maker
     charge(value.untyped_storage(), tensor._card)  # its maker
     _set_data(tensor, make(value, tensor._card))  # its maker
-
-
-def become(tensor: torch.Tensor, data: torch.Tensor) -> None:
-    """Give ``tensor`` the data of ``data``, across devices: ``tensor.data = data``.
-
-    The Python object stays the same: optimisers, modules and weak references keep
-    hold of it.
-
-    Raises:
-        RuntimeError: The tensor is part of a live autograd graph (torch's text).
-    """
-    if isinstance(tensor, SimulatedTensor) and isinstance(data, SimulatedTensor):
-        _set_data(tensor, data)
-        tensor._value, tensor._card = data._value, data._card  # its maker
-        return
-    is_parameter = isinstance(tensor, torch.nn.Parameter)
-    fresh = data.detach()
-    fresh.requires_grad_(tensor.requires_grad)
-    grad = tensor.grad
-    _swap_impl(tensor, fresh)
-    if isinstance(fresh, SimulatedTensor):
-        tensor.__class__ = SimulatedTensor
-        tensor._value, tensor._card = fresh._value, fresh._card  # type: ignore[attr-defined]  # it now is one
-        tensor._is_param = is_parameter  # as torch marks subclasses
-    else:
-        tensor.__class__ = torch.nn.Parameter if is_parameter else torch.Tensor
-        for name in ("_value", "_card", "_is_param"):
-            tensor.__dict__.pop(name, None)
-    if grad is not None:
-        _set_grad(tensor, grad)  # it follows later; a module moves it next

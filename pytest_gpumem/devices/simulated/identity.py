@@ -1,0 +1,312 @@
+"""What a Python object, its C++ tensor, its value and its bytes are to each other.
+
+Note [Bodies]
+``tensor.data = other`` gives a tensor other memory and leaves it the same tensor: for
+Python, and for C++, which holds it where no Python object shows, as the gradient of
+another, in a graph, in an accumulator. Here C++ cannot turn a tensor of the host into
+one of a card: it sets its data, but not what dispatches its operators. So a tensor has
+two bodies in C++, one for the host and one for cards, and its Python object wears the
+one of the device that it is on. Whatever changes device comes through ``become``:
+
+* The body put on gets what belongs to the tensor: gradient, ``requires_grad``, hooks,
+  version. A gradient's owner, whose slot in C++ holds the gradient's other body, gets
+  the one that is worn now.
+* The body taken off is let go. If C++ still holds it, it is kept to be put on again: a
+  graph made before the tensor was away then finds it back, as it would on a card. Until
+  then it has no bytes of its own; it holds those that the tensor has now.
+
+Limits: a graph that meets a body that is not worn fails by its shape, where on a card
+it would fail by its device. It does not keep the gradient of a tensor that is gone.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import Any, Final
+
+import torch
+
+from pytest_gpumem.devices.simulated.refusals import refuse
+from pytest_gpumem.devices.simulated.tensor import SimulatedTensor, make
+
+_base: Final[Any] = torch._C.TensorBase
+_grad: Final[Any] = _base.grad  # the getset below Tensor.grad
+_data: Final[Any] = _base.data  # the getset below Tensor.data
+_swap: Final[Any] = torch._C._swap_tensor_impl  # what swap_tensors calls
+_set_versions: Final[Any] = torch._C._autograd._unsafe_set_version_counter
+
+#: What this package keeps in the ``__dict__`` of a tensor on a card.
+OWN_NAMES: Final = frozenset({"_value", "_card", "_is_param", "_host_class"})
+
+#: The body that a tensor does not wear and C++ still holds, by the tensor's id.
+_bodies: Final[dict[int, torch.Tensor]] = {}
+#: Ids of the tensors whose gradient a tensor was seen to be, by the gradient's id.
+_owners: Final[dict[int, set[int]]] = {}
+#: The tensors whose ids these are. Each has one weak reference, which can be taken
+#: back: ``torch.utils.swap_tensors`` exchanges no tensor that has any.
+_known: Final[dict[int, Any]] = {}
+
+
+def _know(tensor: torch.Tensor) -> int:
+    """Return a tensor's id, which stands for it in the tables as long as it lives."""
+    key = id(tensor)
+    if key not in _known:
+        _known[key] = weakref.ref(tensor, lambda _dead: _forget(key))
+    return key
+
+
+def _forget(key: int) -> None:
+    _known.pop(key, None)
+    _bodies.pop(key, None)
+    _owners.pop(key, None)
+
+
+def become(tensor: torch.Tensor, data: torch.Tensor) -> None:
+    """Give ``tensor`` the data of ``data``, across devices: ``tensor.data = data``.
+
+    The Python object stays the same: optimisers, modules and weak references keep
+    hold of it.
+
+    Raises:
+        UnsupportedOnSimulatedDeviceError: The tensor changes its device and was
+            computed with gradients.
+    """
+    __tracebackhide__ = True
+    was_on_card = isinstance(tensor, SimulatedTensor)
+    is_on_card = isinstance(data, SimulatedTensor)
+    if was_on_card is is_on_card:
+        _data.__set__(tensor, data)
+        if is_on_card:
+            _take_value(tensor, data)
+        if id(tensor) in _bodies:
+            _hold_worn(tensor, _bodies[id(tensor)])
+        return
+    if tensor.grad_fn is not None:
+        refuse("tensor.data = of another device, of a tensor computed with gradients")
+    _put_on(tensor, _body_for(tensor, data))
+
+
+def _take_value(tensor: Any, data: Any) -> None:
+    """Let a card's tensor have the value of another, under a name of its own."""
+    tensor._value, tensor._card = data._value.detach(), data._card
+
+
+def _body_for(tensor: torch.Tensor, data: torch.Tensor) -> Any:
+    """Return the other body of a tensor, with the data that it is to have."""
+    body: Any = _bodies.pop(id(tensor), None)
+    if body is None:
+        body = torch.empty(0, device="cpu")  # with a version of its own
+        if isinstance(data, SimulatedTensor):
+            body = make(body, data._card)
+    _data.__set__(body, data)
+    if isinstance(data, SimulatedTensor):
+        _take_value(body, data)
+    _set_versions((body,), (tensor._version,))
+    if body.requires_grad is not tensor.requires_grad:
+        body.requires_grad_(tensor.requires_grad)
+    return body
+
+
+def _put_on(tensor: Any, body: Any) -> None:
+    """Let a Python object wear another body; deal with the one it wore."""
+    grad = _grad.__get__(tensor)
+    hooks = tensor._backward_hooks
+    later_hooks = tensor._post_accumulate_grad_hooks
+    _swap(tensor, body)
+    _dress(tensor, body)
+    if hooks is not None:
+        tensor._backward_hooks = hooks  # in C++ they belong to a body
+    if later_hooks is not None:
+        tensor._post_accumulate_grad_hooks = later_hooks
+    if grad is not None:
+        _grad.__set__(body, None)
+        _grad.__set__(tensor, grad)  # a module moves it next
+        _note_owner(grad, tensor)
+    for owner in _owners_of(tensor):
+        if _grad.__get__(owner) is body:
+            _grad.__set__(owner, tensor)
+    if body._use_count() > 1:
+        _keep(tensor, body)
+
+
+def _dress(tensor: Any, body: Any) -> None:
+    """Give two Python objects that have exchanged bodies the classes that go with them."""
+    if isinstance(tensor, SimulatedTensor):
+        born = torch.nn.Parameter if is_parameter(tensor) else torch.Tensor
+        tensor.__class__ = vars(tensor).get("_host_class", born)
+        body.__class__ = SimulatedTensor
+        body._card = tensor._card
+        for name in OWN_NAMES:
+            tensor.__dict__.pop(name, None)
+        return
+    host_class = type(tensor)
+    tensor.__class__, body.__class__ = SimulatedTensor, torch.Tensor
+    names = body.__dict__
+    tensor._value, tensor._card = names.pop("_value"), names.pop("_card")
+    names.clear()
+    tensor._host_class = host_class
+    if issubclass(host_class, torch.nn.Parameter):
+        tensor._is_param = True  # as torch marks subclasses
+
+
+def _keep(tensor: torch.Tensor, body: Any) -> None:
+    """Keep a body that C++ holds, without bytes of its own, while the tensor lives."""
+    empty: Any = torch.empty(0, dtype=body.dtype, device="cpu")
+    if isinstance(body, SimulatedTensor):
+        empty = make(empty, body._card)
+        _take_value(body, empty)
+    _data.__set__(body, empty)
+    _hold_worn(tensor, body)
+    _bodies[_know(tensor)] = body
+
+
+def _hold_worn(tensor: torch.Tensor, body: torch.Tensor) -> None:
+    """Let a body that is not worn hold the memory of the one that is."""
+    body.untyped_storage()._gpumem_worn = tensor.untyped_storage()  # type: ignore[attr-defined]  # lives as long as the storage does
+
+
+# -- gradients ------------------------------------------------------------------------
+
+
+def _note_owner(grad: torch.Tensor, owner: torch.Tensor) -> None:
+    """Remember whose gradient a tensor is: its slot in C++ has to follow it."""
+    owners = _owners.get(id(grad))
+    if owners is None:
+        owners = _owners[_know(grad)] = set()
+    if id(owner) not in owners:
+        owners.add(_know(owner))
+
+
+def _owners_of(grad: torch.Tensor) -> list[Any]:
+    """Return the tensors whose gradient a tensor was seen to be."""
+    references = [_known.get(key) for key in _owners.get(id(grad), ())]
+    owners = [each() for each in references if each is not None]
+    return [each for each in owners if each is not None]
+
+
+class _Grad:
+    """``Tensor.grad`` of every tensor while cards are simulated.
+
+    The class has torch's own attribute, which torch compares with.
+    """
+
+    def __get__(self, tensor: Any, _owner: Any = None) -> Any:
+        if tensor is None:
+            return _grad
+        grad = _grad.__get__(tensor)
+        if grad is not None:
+            _note_owner(grad, tensor)
+        return grad
+
+    def __set__(self, tensor: Any, grad: Any) -> None:
+        __tracebackhide__ = True
+        if isinstance(grad, torch.Tensor):
+            _check_grad(tensor, grad)
+            _note_owner(grad, tensor)
+        _grad.__set__(tensor, grad)
+
+    def __delete__(self, tensor: Any) -> None:
+        _grad.__delete__(tensor)
+
+
+def _check_grad(tensor: torch.Tensor, grad: torch.Tensor) -> None:
+    """Refuse a gradient of another device.
+
+    Source: ``THPVariable_set_grad`` of ``torch/csrc/autograd/python_variable.cpp``.
+
+    Raises:
+        RuntimeError: With torch's text.
+    """
+    if not (isinstance(tensor, SimulatedTensor) or isinstance(grad, SimulatedTensor)):
+        return  # C++ sees what there is
+    mine, given = tensor.device, grad.device
+    if mine.type != given.type:
+        raise RuntimeError(
+            f"attempting to assign a gradient with device type '{given.type}' to a "
+            f"tensor with device type '{mine.type}'. Please ensure that the gradient "
+            "and the tensor are on the same device"
+        )
+    if mine != given:
+        raise RuntimeError(
+            "attempting to assign a gradient located on device with index "
+            f"{given.index} to a tensor located on device with index {mine.index}. "
+            "Please ensure that the gradient and the tensor are on the same device"
+        )
+
+
+GRAD: Final = _Grad()
+
+
+_swap_tensors: Final[Any] = torch.utils.swap_tensors
+
+
+def swap_tensors(first: torch.Tensor, second: torch.Tensor) -> None:
+    """``torch.utils.swap_tensors``: what is remembered of either does not hold after."""
+    __tracebackhide__ = True
+    _forget(id(first))
+    _forget(id(second))
+    _swap_tensors(first, second)
+
+
+#: Owner, name and replacement.
+REPLACEMENTS: Final[tuple[tuple[Any, str, Any], ...]] = (
+    (torch.utils, "swap_tensors", swap_tensors),
+)
+
+
+# -- copies ---------------------------------------------------------------------------
+
+
+def deepcopy(self: SimulatedTensor, memo: dict[int, Any]) -> Any:
+    """``copy.deepcopy`` of a tensor on a card.
+
+    Source: ``Parameter.__deepcopy__`` of ``torch/nn/parameter.py`` (a parameter is
+    cloned, without gradient and attributes); ``Tensor.__deepcopy__`` of
+    ``torch/_tensor.py`` (a tensor keeps its view of a storage, which is copied once).
+
+    Raises:
+        RuntimeError: The tensor is part of a graph (torch's text).
+        torch.OutOfMemoryError: There is no room for the copy.
+    """
+    __tracebackhide__ = True
+    if is_parameter(self):
+        if id(self) in memo:
+            return memo[id(self)]
+        data = self.data.clone(memory_format=torch.preserve_format)
+        twin: Any = torch.nn.Parameter(data, self.requires_grad)
+        memo[id(self)] = twin
+        return twin
+    if not self.is_leaf:
+        raise RuntimeError(
+            "Only Tensors created explicitly by the user (graph leaves) support the "
+            "deepcopy protocol at the moment.  If you were attempting to deepcopy a "
+            "module, this may be because of a torch.nn.utils.weight_norm usage, "
+            "see https://github.com/pytorch/pytorch/pull/103001"
+        )
+    if id(self) in memo:
+        return memo[id(self)]
+    value, card = self._value, self._card
+    storage = copy.deepcopy(self.untyped_storage(), memo)
+    copied = torch.empty(0, dtype=value.dtype, device=value.device)
+    copied.set_(storage, value.storage_offset(), value.size(), value.stride())
+    twin = make(copied, card)
+    with torch.no_grad():
+        if self.is_conj():
+            twin = twin.conj_physical()
+        if self.is_neg():
+            twin = twin.neg()
+    if self.requires_grad:
+        twin.requires_grad_()
+    grad = _grad.__get__(self)
+    if grad is not None:
+        twin.grad = grad.__deepcopy__(memo)
+    names = {key: each for key, each in vars(self).items() if key not in OWN_NAMES}
+    vars(twin).update(copy.deepcopy(names, memo))
+    memo[id(self)] = twin
+    return twin
+
+
+def is_parameter(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor on a card is a parameter."""
+    return getattr(tensor, "_is_param", False)
