@@ -175,11 +175,11 @@ class Sharing:
             total_bytes // self.num_sharing(index), device.context_bytes(index) + 1
         )
 
-    def cap_bytes(self, device: Device, index: int, total_bytes: int) -> int | None:
+    def cap_bytes(self, device: Device, index: int) -> int | None:
         """Return what the allocator may hold for a test that claims nothing; or None."""
         if not self.admits or not self.is_capped:
             return None
-        share = self.share_bytes(device, index, total_bytes)
+        share = self.share_bytes(device, index, device.total_bytes(index))
         return share - device.context_bytes(index)
 
     # -- what the processes have in common ----------------------------------------------
