@@ -121,7 +121,7 @@ class Run:
             if self.settings.budgets:
                 check_budgets(self.settings, dict(enumerate(self.totals() or ())))
         self.apply_budgets(())
-        self.children.device_came(self._any_device())
+        self.children.device_came(self.any_device())
         self.on_device()
 
     def environment(self) -> str:
@@ -130,11 +130,11 @@ class Run:
         A method: some versions of pytest read every property of a plugin.
         """
         if self._environment is None:
-            self._environment = environment_of(self._any_device())
+            self._environment = environment_of(self.any_device())
         return self._environment
 
     def _machine(self) -> Any:
-        return self._any_device().machine  # type: ignore[attr-defined]  # only simulated runs ask
+        return self.any_device().machine  # type: ignore[attr-defined]  # only simulated runs ask
 
     def _install(self) -> None:
         from pytest_gpumem.devices.simulated.device import (  # noqa: PLC0415  # torch is here
@@ -164,17 +164,21 @@ class Run:
         """Return the run's device, with a card at least; imports torch if nobody has.
 
         Raises:
-            pytest.UsageError: The run has none (``--gpu-backend=off``), or this process
-                sees none.
+            pytest.UsageError: The run has none, or this process sees none.
         """
-        device = self._any_device()
+        device = self.any_device()
         if not device.device_count:
             is_simulated = device.kind == "simulated"
             hidden = self._machine().why_none if is_simulated else why_hidden()
             raise pytest.UsageError(f"this test needs a GPU, but {hidden}")
         return device
 
-    def _any_device(self) -> Device:
+    def any_device(self) -> Device:
+        """Return the run's device, whether this process sees a card or not.
+
+        Raises:
+            pytest.UsageError: The run has none (``--gpu-backend=off``).
+        """
         if self.device is None and self.choice.kind != "off":
             import torch  # noqa: F401, PLC0415  # a test wants the device
         if self.device is None:
@@ -217,7 +221,7 @@ class Run:
         """
         self._own = own
         for index in range(0 if self.device is None else self.device.device_count):
-            device = self.require_device()
+            device = self.any_device()
             budget = self._said_bytes(device, index, own)
             if budget is None:
                 budget = self.sharing.cap_bytes(device, index)
@@ -241,7 +245,7 @@ class Run:
         """
         caps = {}
         for index in range(0 if self.device is None else self.device.device_count):
-            device = self.require_device()
+            device = self.any_device()
             said = self._said_bytes(device, index, own)
             in_force = device.budget(index)
             if in_force is not None and in_force != said:
