@@ -158,11 +158,19 @@ class Contention:
 
 
 def _reruns(item: pytest.Item) -> bool:
-    """Tell whether pytest-rerunfailures runs the test; it shows every attempt whole."""
-    return bool(
-        item.config.getoption("reruns", default=None)
-        or item.get_closest_marker("flaky")
-    )
+    """Tell whether pytest-rerunfailures runs the test; it shows every attempt whole.
+
+    By its options, its marker or, from its ini setting, for every test.
+    """
+    config = item.config
+    if not config.pluginmanager.has_plugin("rerunfailures"):
+        return False
+    asked = [config.getoption(name, None) for name in ("reruns", "force_reruns")]
+    try:
+        asked.append(config.getini("reruns"))
+    except ValueError:
+        pass  # a version without the setting
+    return any(asked) or item.get_closest_marker("flaky") is not None
 
 
 def _forget_failed_fixtures(item: pytest.Item) -> None:

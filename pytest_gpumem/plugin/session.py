@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Any, Final
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import pytest
 
@@ -21,6 +22,7 @@ from pytest_gpumem.visibility import visible_numbers, why_hidden
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
     from pytest_gpumem.devices import Device
     from pytest_gpumem.instruments.timeline import Timeline
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from pytest_gpumem.plugin.endings import Endings
     from pytest_gpumem.plugin.gate import Gate
 
+
+_T = TypeVar("_T")
 
 #: ``model.config.VARIABLES``, said here so that most runs need not read it.
 ALLOCATOR_VARIABLES: Final = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -52,7 +56,8 @@ class Run:
         #: What this process shares with others that run tests.
         self.sharing: Final = Sharing(settings, take_place())
         self.device: Device | None = None
-        self._installation: Any = None
+        #: What is to be put back, the last first; see ``stop``.
+        self._stack: Final = ExitStack()
         self._hook = AfterImport("torch", self._torch_imported)
         self._nvml = NvmlHook(self._machine)
         #: The baseline to hold tests to, or None.
@@ -87,8 +92,12 @@ class Run:
 
     def start(self) -> None:
         """Have the device ready by the time anybody can use torch."""
+        self._stack.callback(self.sharing.stop)
         self.sharing.spread(self.choice.kind)
+        self._stack.callback(self.children.stop)
         self.children.start(self.choice.kind, shared=self.sharing.folder)
+        self._stack.callback(self._nvml.stop)
+        self._stack.callback(self._hook.stop)
         if self.choice.kind == "cuda" and self.settings.budgets:
             # A real card's total is known to torch alone; ask before the first test.
             self._hook.start()
@@ -120,6 +129,7 @@ class Run:
             self.device = active_device()
             if self.settings.budgets:
                 check_budgets(self.settings, dict(enumerate(self.totals() or ())))
+        self._stack.callback(self._lift_budgets, self.any_device())
         self.apply_budgets(())
         self.children.device_came(self.any_device())
         self.on_device()
@@ -149,8 +159,9 @@ class Run:
         machine = SimulatedMachine(every, values=self.settings.values)
         machine.on_change.append(self._cards_changed)
         self.sharing.join_cards(machine)
-        self._installation = Installation(machine)
-        self._installation.install()
+        installation = Installation(machine)
+        installation.install()
+        self._stack.callback(installation.remove)
         self.device = SimulatedDevice(machine)
 
     def _cards_changed(self) -> None:
@@ -187,22 +198,21 @@ class Run:
             )
         return self.device
 
+    def enter(self, block: AbstractContextManager[_T]) -> _T:
+        """Enter a block that lasts until the run ends."""
+        return self._stack.enter_context(block)
+
     def stop(self) -> None:
-        """Put everything back."""
-        self._hook.stop()
-        self._nvml.stop()
-        self.sharing.stop()
-        if self.witness is not None:
-            self.witness.__exit__()
-            self.witness = None
-        self.children.stop()
-        if self.device is not None:
-            for index in range(self.device.device_count):
-                self.device.set_budget(index, None, owner=self)
-            self.device = None
-        if self._installation is not None:
-            self._installation.remove()
-            self._installation = None
+        """Put everything back, whichever part of it fails; safe to call twice."""
+        timeline, self.timeline = self.timeline, None
+        if timeline is not None:  # the test was interrupted
+            self._stack.push(timeline)
+        self.device = self.witness = None
+        self._stack.close()
+
+    def _lift_budgets(self, device: Device) -> None:
+        for index in range(device.device_count):
+            device.set_budget(index, None, owner=self)
 
     @pytest.hookimpl(trylast=True)
     def pytest_unconfigure(self) -> None:

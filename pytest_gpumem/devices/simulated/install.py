@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -134,6 +134,7 @@ class Installation:
         # on first use: that must be the originals.
         _device_constructors()
         torchscript.patch(self._patches)
+        handover.patch(self._patches)
         for owner, name, value in _replacements():
             self._patches.set(owner, name, value)
         self._patch_optimizers()
@@ -157,17 +158,25 @@ class Installation:
 
     def remove(self) -> None:
         """Put everything back; safe to call twice."""
-        with _lock:
-            self._triton.stop()
-            self._patches.restore()
-            if self._library is not None:
-                self._library._destroy()  # torch's way to take kernels back
-                self._library = None
-                _libraries.clear()
-            try:
-                pop_machine(self.machine)
-            except ValueError:
-                pass  # removed before
+        with _lock, ExitStack() as stack:
+            stack.callback(self._pop)
+            stack.callback(self._take_kernels_back)
+            stack.callback(self._patches.restore)
+            stack.callback(self._triton.stop)
+
+    def _take_kernels_back(self) -> None:
+        if self._library is not None:
+            self._library._destroy()  # torch's way
+            self._library = None
+            _libraries.clear()
+
+    def _pop(self) -> None:
+        try:
+            pop_machine(self.machine)
+        except ValueError:
+            pass  # removed before
+        if innermost_machine() is None:
+            compiling.show_to_dynamo()
 
 
 #: The registered kernels: the outermost installation's serve those inside it.
@@ -213,13 +222,12 @@ def simulated_device(
         cards = find_card(cards)
     installation = Installation(SimulatedMachine(cards, config=config, values=values))
     nvml = NvmlHook(innermost_machine)
-    installation.install()
-    nvml.start()
-    try:
+    with ExitStack() as stack:
+        installation.install()
+        stack.callback(installation.remove)
+        stack.callback(nvml.stop)
+        nvml.start()
         yield installation.machine
-    finally:
-        nvml.stop()
-        installation.remove()
 
 
 __all__ = ["Installation", "simulated_device", "special"]

@@ -341,6 +341,7 @@ C_FUNCTIONS: Final[dict[str, Any]] = {
     "_cuda_clearCublasWorkspaces": _clear_workspaces,
     "_cuda_record_memory_history": _record_history,
     "_cuda_record_memory_history_legacy": _record_history_legacy,
+    "_cuda_isHistoryEnabled": lambda: current_machine().history is not None,
     "_cuda_allocationTraceback": _allocation_traceback,
     "_cuda_getMemoryMetadata": lambda: "",
     "_cuda_setMemoryMetadata": _nothing,
