@@ -142,6 +142,8 @@ class CudaDevice:
         Raises:
             BudgetError: Not between 1 byte and the card's total.
         """
+        if budget_bytes is None and not self._has_budgets:
+            return  # nor is CUDA used, which would read what hides cards
         with self._lock:
             had_any = self._has_budgets
             self._budgets[index].put(

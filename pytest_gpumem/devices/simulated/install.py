@@ -193,7 +193,8 @@ def simulated_device(
     """Let "cuda" mean simulated cards for a block.
 
     Args:
-        cards: The cards, or their description as for ``--gpu-card``.
+        cards: The machine's cards, or their description as for ``--gpu-card``;
+            ``CUDA_VISIBLE_DEVICES`` says which of them are seen, once CUDA is used.
         config: Settings of the caching allocator; None takes the environment's
             (``PYTORCH_ALLOC_CONF``).
         values: ``"computed"`` by the CPU, or ``"none"``: shapes and bytes only, for
@@ -216,9 +217,9 @@ def simulated_device(
     turn.
     """
     if isinstance(cards, str):
-        from pytest_gpumem.cards import find_card, visible_cards  # noqa: PLC0415  # text only
+        from pytest_gpumem.cards import find_card  # noqa: PLC0415  # text only
 
-        cards = visible_cards(find_card(cards))
+        cards = find_card(cards)
     installation = Installation(SimulatedMachine(cards, config=config, values=values))
     nvml = NvmlHook(innermost_machine)
     with ExitStack() as stack:
