@@ -8,13 +8,15 @@ Each operator gets a handler, made once from its schema:
   an argument that changed its shape or storage is refreshed.
 * a special handler from ``special.py`` for what crosses devices.
 
-Results of an operator that draws random numbers, or changes more than its schema says,
-are charged before it runs: an OOM comes before any effect.
+Results of an operator that draws random numbers, or changes something, be it its
+arguments or more than its schema says, are charged before it runs: an OOM comes before
+any effect.
 """
 
 from __future__ import annotations
 
 import threading
+import warnings
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -73,6 +75,12 @@ SPECIAL: Final[dict[str, Handler]] = {}
 COMPOSED: Final[dict[Any, Callable[..., Any]]] = {}
 
 
+#: Operators that have a kernel of their own on a card, and are composed where a backend
+#: has none. For C++ this build has none for cards.
+#: Source: ``CUDA`` beside ``CompositeImplicitAutograd`` in ``native_functions.yaml``.
+OWN_KERNELS: Final = frozenset({"_fused_rms_norm", "mish_backward", "silu_backward"})
+
+
 class _Operands:
     """Unwraps the arguments of one call and notes which card they live on."""
 
@@ -83,6 +91,10 @@ class _Operands:
         self.host: torch.Tensor | None = None
         self.outer: dict[int, SimulatedTensor] = {}
         self.strays: SimulatedCard | None = None
+
+    def outer_values(self) -> list[torch.Tensor]:
+        """Return the tensors with the values of the operands on the card."""
+        return [outer._value for outer in self.outer.values()]
 
     def unwrap(self, value: Any) -> Any:
         kind = type(value)
@@ -300,8 +312,77 @@ def _any_card(card: SimulatedCard | None) -> SimulatedCard:
     return card
 
 
+def _may_allocate(func: Any) -> bool:
+    """Tell whether an operator that changes its arguments can also ask for memory.
+
+    It does where it gives an ``out=`` another size, or returns something new.
+    """
+    schema = func._schema  # it has no public name
+    return (
+        "resize" in func.overloadpacket.__name__
+        or any(each.is_out for each in schema.arguments)
+        or any(each.alias_info is None for each in schema.returns)
+    )
+
+
+_Growth = tuple[list[tuple[torch.Tensor, Memory]], list[Memory]]
+_NOTHING: Final[_Growth] = ([], [])
+#: Tensors with their shadows on meta, by the tensors' ids.
+_Shadows = dict[int, tuple[torch.Tensor, torch.Tensor]]
+
+
+def _shade(value: Any, shadows: _Shadows) -> Any:
+    """Return an argument's shadow: the same one for the same tensor."""
+    if isinstance(value, (list, tuple)):
+        return type(value)([_shade(item, shadows) for item in value])
+    if isinstance(value, torch.device):
+        return _META
+    if not isinstance(value, torch.Tensor):
+        return value
+    if id(value) not in shadows:
+        shadows[id(value)] = (value, _shadow(value))
+    return shadows[id(value)][1]
+
+
+def _foresee_growth(
+    func: Any, values: list[Any], kwargs: dict[str, Any], card: SimulatedCard
+) -> _Growth:
+    """Take the bytes by which a mutating operator grows arguments, and of its results.
+
+    It runs on meta tensors first; where it cannot, it is charged afterwards.
+
+    Returns:
+        Arguments whose storage grows, with what they will hold; what new results hold.
+
+    Raises:
+        torch.OutOfMemoryError: There is no room; nothing has changed.
+    """
+    __tracebackhide__ = True
+    shadows: _Shadows = {}
+    options = {name: _shade(each, shadows) for name, each in kwargs.items()}
+    options.pop("generator", None)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the operator itself will say it
+            made = func(*(_shade(value, shadows) for value in values), **options)
+    except (RuntimeError, TypeError, NotImplementedError, IndexError):
+        return [], []
+    growing = []
+    for value, shadow in shadows.values():
+        if value.shape == shadow.shape and value.stride() == shadow.stride():
+            continue
+        skipped = int(value.storage_offset()) * value.element_size()
+        nbytes = shadow.untyped_storage().nbytes() + skipped
+        if nbytes > value.untyped_storage().nbytes():
+            growing.append((value, Memory(card, nbytes)))
+    known = {id(shadow) for _value, shadow in shadows.values()}
+    results = [each for each in _tensors(made) if id(each) not in known]
+    return growing, [Memory(card, each.untyped_storage().nbytes()) for each in results]
+
+
 def _mutating(func: Any) -> Handler:
     draws = torch.Tag.nondeterministic_seeded in func.tags
+    may_allocate = _may_allocate(func)
 
     def handler(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         operands = _Operands()
@@ -314,7 +395,17 @@ def _mutating(func: Any) -> Handler:
             (outer, outer._value.shape, outer._value.untyped_storage().nbytes())
             for outer in operands.outer.values()
         ]
+        growing, made = (
+            _foresee_growth(func, values, inner, card) if may_allocate else _NOTHING
+        )
         out = run(func, values, inner, card, draws=draws)
+        for value, memory in growing:
+            hold(value.untyped_storage(), memory)
+        if made:
+            own = {id(each) for each in operands.outer_values()}
+            results = [each for each in _tensors(out) if id(each) not in own]
+            for result, memory in zip(results, made, strict=False):
+                hold(result.untyped_storage(), memory)
         for outer, shape, nbytes in shapes:
             value = outer._value
             if (
@@ -357,6 +448,8 @@ def _composed(func: Any) -> Handler | None:
     """
     kernel = COMPOSED.get(func) or _python_kernel(func)
     if kernel is None:
+        if func.overloadpacket.__name__ in OWN_KERNELS:
+            return None
         if not torch._C._dispatch_has_kernel_for_dispatch_key(
             func.name(), "CompositeImplicitAutograd"
         ):

@@ -34,7 +34,7 @@ from pytest_gpumem.devices.simulated.nvtx import Nvtx
 from pytest_gpumem.devices.simulated.refusals import CLASSES, refusing_class
 from pytest_gpumem.devices.simulated.storages import EVERY_STORAGE, typed_init
 from pytest_gpumem.devices.simulated.streams import Event, EventName, Stream, StreamName
-from pytest_gpumem.devices.simulated.surface import C_FUNCTIONS, cuda_names
+from pytest_gpumem.devices.simulated.surface import C_FUNCTIONS, build_names, cuda_names
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 from pytest_gpumem.devices.simulated_nvml import NvmlHook
 
@@ -96,6 +96,7 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
         for name, value in replacements.items():
             yield owner, name, value
     yield torch.TypedStorage, "__init__", typed_init
+    yield from build_names()
     yield from _refused_classes()
     yield torch._C._nn, "_parse_to", parse_to
     yield from compiling.REPLACEMENTS

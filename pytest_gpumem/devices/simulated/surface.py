@@ -280,6 +280,19 @@ _DTYPES: Final = (
 )
 
 
+def _renew_settings(text: str) -> None:
+    """Give every card's allocator other settings, for the requests to come.
+
+    Raises:
+        ValueError: A key or value that torch refuses, or that is not modelled.
+    """
+    cards = current_machine().cards
+    config = cards[0].allocator.config.renewed(text)
+    for card in cards:
+        with card.locked() as allocator:
+            allocator.config = config
+
+
 def _nothing(*_args: Any, **_kwargs: Any) -> None:
     """Do nothing: what would wait or collect has nothing to wait for."""
 
@@ -339,6 +352,11 @@ C_FUNCTIONS: Final[dict[str, Any]] = {
     "_accelerator_synchronizeDevice": _nothing,
     "_accelerator_isAllocatorInitialized": lambda: True,
     "_accelerator_emptyCache": _empty_cache,
+    "_accelerator_setAllocatorSettings": _renew_settings,
+    "_accelerator_getAllocatorSettings": (
+        lambda: current_machine().cards[0].allocator.config.text
+    ),
+    "_cuda_cudaCachingAllocator_set_allocator_settings": _renew_settings,
     "_accelerator_emptyHostCache": _nothing,
     "_accelerator_getDeviceStats": _memory_stats,
     "_accelerator_resetPeakStats": _reset_peaks,
@@ -396,6 +414,28 @@ class Runtime:
     def cudaHostUnregister(self, *_args: Any) -> int:  # noqa: N802  # the runtime's name
         """Unpin nothing; 0 is success."""
         return 0
+
+
+#: What a build for these cards says of itself, where the installed one is for the CPU.
+#: Source: the wheels that ``pip install torch`` takes on Linux, torch 2.13.
+CUDA_VERSION: Final = "13.0"
+CUDNN_VERSION: Final = 91300
+
+
+def build_names() -> list[tuple[Any, str, Any]]:
+    """Return owner, name and value of what tells of torch's build: it is for CUDA.
+
+    A build for CUDA says it itself. Libraries read the version's numbers, and take a
+    build without one for one of the CPU.
+    """
+    if torch.version.cuda is not None:
+        return []
+    return [
+        (torch.version, "cuda", CUDA_VERSION),
+        (torch.backends.cuda, "is_built", lambda: True),
+        (torch.backends.cudnn, "version", lambda: CUDNN_VERSION),
+        (torch.backends.cudnn, "is_available", lambda: True),
+    ]
 
 
 def cuda_names() -> dict[str, Any]:
