@@ -48,19 +48,21 @@ def test_the_newcomer_sees_what_the_first_screen_shows(
     )
 
 
-def test_the_plain_test_meets_its_budget(pytester: pytest.Pytester) -> None:
+def test_the_plain_script_meets_its_budget(pytester: pytest.Pytester) -> None:
     """Under 1 GiB it fails with torch's error, under 4 GiB it passes with its peak."""
     pytester.makepyfile(BLOCKS[1])
+    served = ("-p", "no:cacheprovider", "--gpu-hub-model=bert-large-uncased")
 
-    short = pytester.runpytest_subprocess("-p", "no:cacheprovider", "--gpu-budget=1GiB")
-    ample = pytester.runpytest_subprocess("-p", "no:cacheprovider", "--gpu-budget=4GiB")
+    short = pytester.runpytest_subprocess(*served, "--gpu-budget=1GiB")
+    ample = pytester.runpytest_subprocess(*served, "--gpu-budget=4GiB")
 
-    short.assert_outcomes(failed=1)
+    short.assert_outcomes(failed=1, passed=1)
     short.stdout.fnmatch_lines(
         ["E *torch.OutOfMemoryError: CUDA out of memory.* 1024.00 MiB allowed; *"]
     )
-    ample.assert_outcomes(passed=1)
-    ample.stdout.fnmatch_lines(["* 1.25 GiB * 1.25 GiB * - * - * - *::test_it_loads"])
+    ample.assert_outcomes(passed=2)
+    ample.stdout.fnmatch_lines(["* 1.25 GiB * - * - *::test_it_loads"])
+    ample.stdout.fnmatch_lines(["* 1.25 GiB * - * - *::test_auto_finds_room"])
 
 
 def test_the_fallback_is_proved(pytester: pytest.Pytester) -> None:

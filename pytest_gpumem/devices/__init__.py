@@ -79,10 +79,14 @@ class Device(Protocol):
         """Give cuBLAS workspaces and cached segments of every card back."""
 
     def budget(self, index: int) -> int | None:
-        """Return the budget of a card, or None."""
+        """Return the smallest budget in force on a card, or None."""
 
-    def set_budget(self, index: int, budget_bytes: int | None) -> None:
-        """Cap a card (inclusive) and make all that reports free memory agree.
+    def set_budget(
+        self, index: int, budget_bytes: int | None, *, owner: object = None
+    ) -> None:
+        """Cap a card for an owner (inclusive); None takes the owner's cap back.
+
+        The smallest cap of all owners holds, and all that reports free memory agrees.
 
         Raises:
             BudgetError: Not between 1 byte and the card's total.

@@ -10,16 +10,18 @@ sets is clamped to the budget. All of it is put back when the last budget is lif
 from __future__ import annotations
 
 import sys
+import threading
+from collections import defaultdict
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pytest_gpumem.devices.budgets import Budgets
 from pytest_gpumem.devices.fractions import fraction_for
 from pytest_gpumem.devices.nvml import CardCount, Reading, cap_free_memory
 from pytest_gpumem.devices.on_import import AfterImport
 from pytest_gpumem.devices.patches import PatchSet
-from pytest_gpumem.errors import BudgetError
 from pytest_gpumem.guards import Guarded
 from pytest_gpumem.model.records import MemoryFigures
 
@@ -104,8 +106,9 @@ class CudaDevice:
 
     def __init__(self) -> None:
         self.trackers: list[CudaTracker] = []
-        self._budgets: dict[int, int] = {}
+        self._budgets: defaultdict[int, Budgets] = defaultdict(Budgets)
         self._fractions: dict[int, float] = {}
+        self._lock = threading.RLock()
         self._patches = PatchSet()
         self._reset_patches = PatchSet()
         self._oom_observers: list[Callable[[int, int], None]] = []
@@ -225,41 +228,50 @@ class CudaDevice:
     # -- budget -------------------------------------------------------------------
 
     def budget(self, index: int) -> int | None:
-        """Return the budget of a card, or None."""
-        return self._budgets.get(index)
+        """Return the smallest budget in force on a card, or None."""
+        return self._budgets[index].smallest
 
-    def set_budget(self, index: int, budget_bytes: int | None) -> None:
-        """Cap a card (inclusive); None lifts the cap. See Note [A budget on a real card].
+    def set_budget(
+        self, index: int, budget_bytes: int | None, *, owner: object = None
+    ) -> None:
+        """Cap a card for an owner (inclusive); None takes its cap back.
+
+        See Note [A budget on a real card].
 
         Raises:
             BudgetError: Not between 1 byte and the card's total.
         """
-        total = torch.cuda.get_device_properties(index).total_memory
-        if budget_bytes is None:
-            self._budgets.pop(index, None)
-        elif 0 < budget_bytes <= total:
-            if not self._budgets:
-                self._patch()
-            self._budgets[index] = budget_bytes
-        else:
-            raise BudgetError(
-                f"budget of {budget_bytes} bytes on cuda:{index}: accepted are 1 to "
-                f"{total} bytes, the total of {self.name(index)}",
-                value=budget_bytes,
+        with self._lock:
+            had_any = self._has_budgets
+            self._budgets[index].put(
+                owner,
+                budget_bytes,
+                total_bytes=torch.cuda.get_device_properties(index).total_memory,
+                index=index,
+                name=self.name(index),
             )
-        self._apply(index)
-        if budget_bytes is not None and self._reserved(index) > budget_bytes:
+            if self._has_budgets and not had_any:
+                self._patch()
+            if self._has_budgets or had_any:
+                self._apply(index)
+            if had_any and not self._has_budgets:
+                self._nvml_hook.stop()
+                self._patches.restore()
+        smallest = self.budget(index)
+        if smallest is not None and self._reserved(index) > smallest:
             # A cached segment would serve requests whatever the cap.
             self.empty_cache()
-        if not self._budgets:
-            self._nvml_hook.stop()
-            self._patches.restore()
+
+    @property
+    def _has_budgets(self) -> bool:
+        return any(each.smallest is not None for each in self._budgets.values())
 
     def _apply(self, index: int) -> None:
         total = torch.cuda.get_device_properties(index).total_memory
         fraction = self._fractions.get(index, 1.0)
-        if index in self._budgets:
-            fraction = min(fraction, fraction_for(self._budgets[index], total))
+        budget = self.budget(index)
+        if budget is not None:
+            fraction = min(fraction, fraction_for(budget, total))
         self._set_fraction(fraction, index)
 
     _set_fraction: Callable[[float, int], None] = staticmethod(
@@ -267,8 +279,13 @@ class CudaDevice:
     )
 
     def _patch(self) -> None:
+        torch.cuda.init()
         original = torch._C._cuda_setMemoryFraction  # noqa: SLF001  # below torch.cuda
         self._set_fraction = original
+        # What user code has set before holds beside the budgets, and again after them.
+        get: Any = getattr(torch._C, "_cuda_getMemoryFraction", None)  # noqa: SLF001  # older versions lack it
+        cards = range(self.device_count if get is not None else 0)
+        self._fractions.update({index: get(index) for index in cards})
         patches = self._patches
         patches.set(torch._C, "_cuda_setMemoryFraction", self._user_fraction)  # noqa: SLF001  # below torch.cuda
         patches.set(
@@ -276,7 +293,6 @@ class CudaDevice:
             "_cuda_getMemoryFraction",
             lambda index: self._fractions.get(index, 1.0),
         )
-        torch.cuda.init()
         patches.set(torch.cuda, "_cudart", _Cudart(torch.cuda.cudart(), self))
         self._nvml_hook.start()
         info = getattr(torch._C, "_accelerator_getMemoryInfo", None)  # noqa: SLF001  # below torch.accelerator
@@ -296,7 +312,7 @@ class CudaDevice:
 
     def shared(self, index: int, free: int, total: int) -> tuple[int, int]:
         """Return free and total bytes as a card shared with others shows them."""
-        budget = self._budgets.get(index)
+        budget = self.budget(index)
         if budget is not None:
             free = min(free, max(budget - self._reserved(index), 0))
         return free, total

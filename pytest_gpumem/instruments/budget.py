@@ -23,8 +23,9 @@ def vram_budget(
 
     The cap is the allocator's own (``set_per_process_memory_fraction``): reserved
     bytes, inclusive. What reports free memory agrees with it; the card's total stays.
-    Blocks nest, and the smaller budget holds. The budget from before holds again
-    afterwards, whatever happened inside.
+    Of all budgets that are alive (of blocks, fixtures, the test and the run) the smallest
+    holds. At its end a block takes its own back, whatever happened inside and in
+    whatever order blocks end.
 
     Args:
         size: Bytes, or a text such as ``"1.5GiB"`` or ``"50%"`` of the card.
@@ -46,14 +47,12 @@ def vram_budget(
     """
     device = active_device() if device is None else device
     _free, total = device.mem_get_info(device_index)
-    wanted = parse_size(size, of=total)
-    before = device.budget(device_index)
-    in_force = wanted if before is None else min(wanted, before)
+    wanted, owner = parse_size(size, of=total), object()
+    device.set_budget(device_index, wanted, owner=owner)
     try:
-        device.set_budget(device_index, wanted)
-        device.set_budget(device_index, in_force)
+        in_force = device.budget(device_index) or wanted
         pass_budget_on(device_index, in_force)
         yield in_force
     finally:
-        device.set_budget(device_index, before)
-        pass_budget_on(device_index, before)
+        device.set_budget(device_index, None, owner=owner)
+        pass_budget_on(device_index, device.budget(device_index))

@@ -73,6 +73,7 @@ class CachingAllocator(Heap):
         self._processes = processes or self._own_process
         self._events: dict[int, deque[Block]] = {}
         self._fraction: float | None = None
+        self._budget_bytes: int | None = None
         self._limit_bytes: int | None = None
         if self.config.memory_fraction is not None:
             self.set_memory_fraction(self.config.memory_fraction)
@@ -213,9 +214,24 @@ class CachingAllocator(Heap):
         if not 0.0 <= fraction <= 1.0:
             raise ValueError(f"invalid fraction: {fraction}. Please set within [0, 1].")
         self._fraction = fraction
-        self._limit_bytes = (
-            int(fraction * self.driver.total_bytes) if fraction < 1.0 else None
-        )
+        self._set_limit()
+
+    def set_budget(self, budget_bytes: int | None) -> None:
+        """Limit reserved bytes, beside the fraction: the smaller of both holds.
+
+        Args:
+            budget_bytes: The limit, inclusive; None means none.
+        """
+        self._budget_bytes = budget_bytes
+        self._set_limit()
+
+    def _set_limit(self) -> None:
+        total = self.driver.total_bytes
+        fraction = 1.0 if self._fraction is None else self._fraction
+        limits = [int(fraction * total), total]
+        if self._budget_bytes is not None:
+            limits.append(self._budget_bytes)
+        self._limit_bytes = min(limits) if min(limits) < total else None
 
     def _own_process(self) -> list[ProcessMemory]:
         own = ProcessMemory(None, self.driver.used_bytes)

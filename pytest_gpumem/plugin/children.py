@@ -21,7 +21,7 @@ from pytest_gpumem.plugin.marks import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Generator, Mapping, Sequence
 
     from pytest_gpumem.children.notes import ChildFigures
     from pytest_gpumem.devices import Device
@@ -57,8 +57,6 @@ class Children:
         self._text = ""
         #: What refuses allocations at present; children that are forked have it too.
         self.injector: Any = None
-        #: This worker's shares of cards without a budget, as ``Inheritance.budgets``.
-        self.shares: dict[str, str] = {}
 
     # -- what they take over ----------------------------------------------------------
 
@@ -117,20 +115,23 @@ class Children:
             self._given = None
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def pass_on(self, own: Sequence[Budget], rules: Sequence[Rule] = ()) -> None:
+    def pass_on(
+        self, own: Sequence[Budget], caps: Mapping[str, str], rules: Sequence[Rule]
+    ) -> None:
         """Let children have a test's own budgets, and rules while its call runs.
 
         Args:
             own: The test's budgets, the nearest first.
+            caps: What holds on cards beside them, as ``Inheritance.budgets``.
             rules: The rules in force.
         """
         if self._given is None:
             return
         text = self._text
-        if own or rules or self.shares:
+        if own or rules or caps:
             own_sizes = {str(each.device_index): each.size.text for each in own[::-1]}
             given = self._given._replace(
-                budgets={**self._given.budgets, **self.shares, **own_sizes},
+                budgets={**self._given.budgets, **own_sizes, **caps},
                 rules=tuple(str(rule) for rule in rules),
             )
             text = given.text

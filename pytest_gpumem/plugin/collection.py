@@ -1,13 +1,8 @@
-"""What the tests of a run ask for, read and checked before any of them runs.
-
-A test that touches no card costs next to nothing: the hooks around each phase are only
-registered once there is a device, or a test or an option that will need one.
-"""
+"""What the tests of a run ask for, read and checked before any of them runs."""
 
 from __future__ import annotations
 
 import inspect
-import os
 from typing import TYPE_CHECKING, Final
 
 import pytest
@@ -19,11 +14,12 @@ from pytest_gpumem.plugin.usage import UsageErrors
 from pytest_gpumem.plugin.wider_fixtures import WiderFixtures
 
 if TYPE_CHECKING:
+    from pytest_gpumem.devices import Device
     from pytest_gpumem.plugin.session import Run
 
 
 class Collection:
-    """What tests ask for, and when the hooks around them are needed.
+    """What tests ask for, and the hooks around them.
 
     Args:
         run: The run, whose device may come to be in the middle of a test.
@@ -35,7 +31,6 @@ class Collection:
         self._manager: Final = config.pluginmanager
         self._errors: Final = UsageErrors(config)
         self._manager.register(self._errors, "gpumem-usage")
-        self._item: pytest.Item | None = None
         self.wishes: Final[dict[pytest.Item, marks.Wishes]] = {}
         self._fixtures: Final = WiderFixtures(run)
         self.incidents: Final = Incidents(run)
@@ -67,8 +62,7 @@ class Collection:
                 item.add_marker(pytest.mark.skip(reason=reason))
         if self.seconds is not None:
             self._order(items, self.seconds)
-        run = self._run
-        if self.wishes or run.settings.rules or run.device is not None or run.gate:
+        if self._run.choice.kind != "off" and not self._is_registered:
             self._register()
 
     def _order(self, items: list[pytest.Item], seconds: dict[str, float]) -> None:
@@ -93,11 +87,6 @@ class Collection:
                 )
         if needs:
             largest_first(items, needs, seconds, place.workers)
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_protocol(self, item: pytest.Item) -> None:
-        """Note the test that is about to run."""
-        self._item = item
 
     def pytest_report_teststatus(
         self, report: pytest.TestReport | pytest.CollectReport
@@ -203,19 +192,30 @@ class Collection:
                 )
         return None
 
+    @property
+    def _is_registered(self) -> bool:
+        return self._manager.is_registered(self.phases)
+
     def _register(self) -> None:
-        if not self._manager.is_registered(self.phases):
-            self._manager.register(self.phases, "gpumem-phases")
-            self._manager.register(self._fixtures, "gpumem-fixtures")
-            self._manager.register(self.incidents, "gpumem-incidents")
+        """Put the hooks around every test, whether there is a device yet or not.
+
+        torch may be imported in the middle of any test; what is registered there takes
+        no part in the hooks that are running.
+        """
+        self._manager.register(self._fixtures, "gpumem-fixtures")
+        self._manager.register(self.phases, "gpumem-phases")
         if self._run.device is not None:
-            self.incidents.attach(self._run.device)
+            self._attach(self._run.device)
+
+    def _attach(self, device: Device) -> None:
+        """Watch for OOMs; their hook begins after a phase, so it can come in one."""
+        if self._run.witness is None:
+            self._manager.register(self.incidents, "gpumem-incidents")
+            self.incidents.attach(device)
 
     def _device_came(self) -> None:
         """Take up a test in whose middle torch was imported."""
-        if self._item is None or self._run.device is None:
-            return
-        self._register()
-        # pytest itself notes "nodeid (phase)" there.
-        phase = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition("(")[2]
-        self.phases.join(self._item, phase.removesuffix(")"), self._run.device)
+        device = self._run.require_device()
+        if self._is_registered:
+            self._attach(device)
+            self.phases.device_came(device)

@@ -34,8 +34,6 @@ class Incidents:
 
     def attach(self, device: Device) -> None:
         """Begin to watch a device; it costs nothing until memory runs out."""
-        if self._run.witness is not None:
-            return
         from pytest_gpumem.instruments.witness import OomWitness  # noqa: PLC0415  # torch is here
 
         folder = self._run.settings.snapshots

@@ -104,8 +104,9 @@ OPTIONS: Final = (
         "SIZE",
         "",
         parse_size_spec,
-        "limit on the peak of allocated bytes of every test's call that carries no "
-        "max_vram of its own for them: a size, or a percentage of the card",
+        "limit on the peak of allocated bytes of every test's call, and of each process "
+        "that it starts, unless the test carries a max_vram of its own for them: a size, "
+        "or a percentage of the card",
     ),
     Option(
         "--gpu-leak-check",

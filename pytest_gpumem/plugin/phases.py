@@ -54,6 +54,7 @@ class Phases:
         self._run: Final = run
         self._wishes: Final = wishes
         self._fixtures: Final = fixtures
+        self._general: Final = run.settings.max_vram
         self._limits: Limits | None = None
         self._leak: LeakCheck | None = None
         self._item: pytest.Item | None = None
@@ -69,18 +70,14 @@ class Phases:
         #: Allocations refused so far, by rule of the command line.
         self.rule_counts: Final = {str(rule): 0 for rule in run.settings.rules}
 
-    def join(self, item: pytest.Item, phase: str, device: Device) -> None:
-        """Take up a test in the middle of a phase: the device has just come."""
-        self._item, self._phase = item, phase
-        wishes = self._wishes.get(item)
-        if wishes is not None:
-            self._run.apply_budgets(wishes.budgets)
-        self._take_up(item, device)
-        self._start_timeline(device)
-        self._track(device)
-        if self._limits is not None:
-            self._limits.watch(phase, self._watches)
-        if phase == "call":
+    def device_came(self, device: Device) -> None:
+        """Take up the test that runs: the device has come to be in its middle."""
+        if self._item is None:
+            return
+        self._start(self._item, device)
+        if self._phase is not None:
+            self._watch(self._phase, device)
+        if self._phase == "call":
             self._arm(device)
 
     # -- the phases of a test -------------------------------------------------------------
@@ -88,16 +85,14 @@ class Phases:
     @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None]:
         """Set the test's budget and record the setup."""
-        self._item = item
         _forget_attempt(item)
         wishes = self._wishes.get(item)
         if wishes is not None and item.get_closest_marker("skip") is None:
             self._run.require_device()
+        self._item = item
         if self._run.device is not None:
             self.clean(self._run.device)
-            self._run.apply_budgets(() if wishes is None else wishes.budgets)
-            self._take_up(item, self._run.device)
-            self._start_timeline(self._run.device)
+            self._start(item, self._run.device)
         self._begin("setup")
         try:
             result = yield
@@ -115,7 +110,7 @@ class Phases:
         budgets = () if wishes is None else wishes.budgets
         try:
             if rules:
-                self._run.children.pass_on(budgets, rules)
+                self._run.pass_on(budgets, rules)
             if self._run.device is not None:
                 self._arm(self._run.device)
             result = yield
@@ -129,7 +124,7 @@ class Phases:
             self._call.close()
             if rules:
                 self._count_refused(wishes)
-                self._run.children.pass_on(budgets)
+                self._run.pass_on(budgets)
             self._end(item, "call")
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -144,26 +139,33 @@ class Phases:
             return result
         finally:
             self._end(item, "teardown")
-            self._end_timeline(item)
-            self._note_limits(item)
+            if self._run.device is not None:
+                self._end_timeline(item)
+                self._note_limits(item)
             self._item = None
             self._limits = self._leak = None
             self._passed = False
-            self._run.apply_budgets(())
+            if self._run.device is not None or item in self._wishes:
+                self._run.apply_budgets(())
 
     # -- peaks ----------------------------------------------------------------------------
 
+    def _start(self, item: pytest.Item, device: Device) -> None:
+        """Have a test's budget, limits and timeline hold from here on."""
+        wishes = self._wishes.get(item)
+        self._run.apply_budgets(() if wishes is None else wishes.budgets)
+        self._take_up(item, device)
+        self._start_timeline(device)
+
     def _begin(self, phase: str) -> None:
-        if self._phase is not None and self._item is not None:
-            # A phase that was joined in its middle ends here.
-            self._end(self._item, self._phase)
         self._phase = phase
         if self._run.device is not None:
-            self._track(self._run.device)
-            if self._limits is not None:
-                self._limits.watch(phase, self._watches)
+            self._watch(phase, self._run.device)
 
-    def _track(self, device: Device) -> None:
+    def _watch(self, phase: str, device: Device) -> None:
+        """Record a phase from here on, and note where it breaks a limit."""
+        if self._limits is not None:
+            self._limits.watch(phase, self._watches)
         self._requests = device.num_requests
         self._trackers = [
             device.open_tracker(index) for index in range(device.device_count)
@@ -253,11 +255,10 @@ class Phases:
         wishes = self._wishes.get(item)
         settings = self._run.settings
         limits = () if wishes is None else wishes.limits
-        if settings.max_vram is not None:
-            own = {each[1:] for each in limits}
-            general = marks.Limit(settings.max_vram)
-            if not any(each[0] == general.metric for each in own):
-                limits = (*limits, general)
+        if self._general is not None:
+            general = marks.Limit(self._general)
+            if not any(each.metric == general.metric for each in limits):
+                limits = (*limits, general, general._replace(phase="children"))
         allowed = None if wishes is None else wishes.leak_bytes
         if allowed is None and settings.leak_check:
             allowed = 0
@@ -273,10 +274,12 @@ class Phases:
 
     def _check_limits(self, item: pytest.Item, phase: str) -> None:
         gate = self._run.gate if phase == "call" else None
-        if not self._limits and not gate:
+        if not self._limits and not gate and self._general is None:
             return
-        read = [tracker.read() for tracker in self._trackers]
         children = self._run.children.new_figures() if phase == "call" else []
+        if children and self._general is not None:
+            self._run.require_device()  # only the test's processes have used torch
+        read = [tracker.read() for tracker in self._trackers]
         if not read and not children:
             return
         below = self._run.children.together(children)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices import Device
     from pytest_gpumem.instruments.timeline import Timeline
     from pytest_gpumem.instruments.witness import OomWitness
+    from pytest_gpumem.model.rules import Rule
     from pytest_gpumem.plugin import marks
     from pytest_gpumem.plugin.endings import Endings
     from pytest_gpumem.plugin.gate import Gate
@@ -60,8 +61,6 @@ class Run:
         self._environment: str | None = None
         #: Notes the moments in which memory runs out, once there is a device.
         self.witness: OomWitness | None = None
-        #: A budget to try a test under, on every card; see ``smallest``.
-        self.trial_bytes: int | None = None
         self.children: Final = Children(settings)
         #: What records the running test's timeline, where a report shows it.
         self.timeline: Timeline | None = None
@@ -173,7 +172,7 @@ class Run:
         self.children.stop()
         if self.device is not None:
             for index in range(self.device.device_count):
-                self.device.set_budget(index, None)
+                self.device.set_budget(index, None, owner=self)
             self.device = None
         if self._installation is not None:
             self._installation.remove()
@@ -194,21 +193,31 @@ class Run:
         Args:
             own: The test's budgets, the nearest first.
         """
-        if self.device is None:
-            self.children.pass_on(own)
-            return
-        self.children.shares = {}
-        for index in range(self.device.device_count):
-            total = self.device.total_bytes(index)
+        for index in range(0 if self.device is None else self.device.device_count):
+            device = self.require_device()
+            total = device.total_bytes(index)
             budget = self.settings.budget_bytes(index, total, own)
             if budget is None:
-                budget = self.sharing.cap_bytes(self.device, index, total)
-                if budget is not None:
-                    self.children.shares[str(index)] = str(budget)
-            if self.trial_bytes is not None:
-                budget = min(self.trial_bytes, budget or total)
-            self.device.set_budget(index, budget)
-        self.children.pass_on(own)
+                budget = self.sharing.cap_bytes(device, index, total)
+            device.set_budget(index, budget, owner=self)
+        self.pass_on(own)
+
+    def pass_on(self, own: Sequence[marks.Budget], rules: Sequence[Rule] = ()) -> None:
+        """Let children that are started from here on have what holds at present.
+
+        Args:
+            own: The test's budgets, the nearest first.
+            rules: The rules in force.
+        """
+        caps = {}
+        for index in range(0 if self.device is None else self.device.device_count):
+            device = self.require_device()
+            said = self.settings.budget_bytes(index, device.total_bytes(index), own)
+            in_force = device.budget(index)
+            if in_force is not None and in_force != said:
+                # A share, or a budget of a fixture, a block or a trial.
+                caps[str(index)] = str(in_force)
+        self.children.pass_on(own, caps, rules)
 
     # -- words --------------------------------------------------------------------------
 

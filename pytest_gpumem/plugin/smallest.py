@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -16,7 +16,7 @@ from pytest_gpumem.plugin.marks import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Iterator
 
     from pytest_gpumem.plugin.session import Run
 
@@ -127,17 +127,34 @@ class SmallestBudgets:
         properties, sections = item.user_properties, item._report_sections  # noqa: SLF001  # pytest keeps output there
         marks = (len(properties), len(sections))
         parts = _Parts(item)
-        self._run.trial_bytes, self._is_trial = budget, True
+        self._is_trial = True
         try:
-            with parts:
+            with parts, self._capped(budget):
                 reports = runner.runtestprotocol(item, log=False, nextitem=parent)
             figures = from_properties(dict(properties[marks[0] :]))
         finally:
-            self._run.trial_bytes, self._is_trial = None, False
+            self._is_trial = False
             del properties[marks[0] :]
             del sections[marks[1] :]
         peak = max((each.peak_reserved_bytes for each in figures.values()), default=0)
         return all(each.passed for each in reports) and not parts.has_failed, peak
+
+    @contextmanager
+    def _capped(self, budget: int | None) -> Iterator[None]:
+        """Cap every card for a trial; the first trial, without a cap, may bring them."""
+        device = self._run.device if budget is not None else None
+        if device is None or budget is None:
+            yield
+            return
+        cards = range(device.device_count)
+        try:
+            for index in cards:
+                capped = min(budget, device.total_bytes(index))
+                device.set_budget(index, capped, owner=self)
+            yield
+        finally:
+            for index in cards:
+                device.set_budget(index, None, owner=self)
 
     def _why_not(self, item: pytest.Item) -> str:
         """Return why a test is not run again; empty if it is."""

@@ -142,16 +142,18 @@ class SimulatedDevice:
             card.empty_cache()
 
     def budget(self, index: int) -> int | None:
-        """Return the budget of a card, or None."""
+        """Return the smallest budget in force on a card, or None."""
         return self.machine.cards[index].budget_bytes
 
-    def set_budget(self, index: int, budget_bytes: int | None) -> None:
-        """Cap a card (inclusive); None lifts the cap.
+    def set_budget(
+        self, index: int, budget_bytes: int | None, *, owner: object = None
+    ) -> None:
+        """Cap a card for an owner (inclusive); None takes its cap back.
 
         Raises:
             BudgetError: Not between 1 byte and the card's total.
         """
-        self.machine.cards[index].set_budget(budget_bytes)
+        self.machine.cards[index].set_budget(budget_bytes, owner=owner)
 
     def block_bytes(self, storage: Any) -> int:
         """Return the bytes of the block under a storage; 0 for one on the host."""

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from pytest_gpumem.devices.fractions import fraction_for
-from pytest_gpumem.errors import BudgetError, DeviceUnavailableError
+from pytest_gpumem.devices.budgets import Budgets
+from pytest_gpumem.errors import DeviceUnavailableError
 from pytest_gpumem.model.allocator import CachingAllocator, OutOfMemory
 from pytest_gpumem.model.config import AllocatorConfig, config_from_environment
 from pytest_gpumem.model.driver import Driver
@@ -75,8 +75,7 @@ class SimulatedCard:
         self.workspaces: dict[tuple[object, int], Block] = {}
         self._lock = threading.Lock()
         self._released: deque[Block] = deque()
-        self._budget_bytes: int | None = None
-        self._fraction = self.allocator.memory_fraction
+        self._budgets: Final = Budgets()
 
     @property
     def context_bytes(self) -> int:
@@ -198,47 +197,40 @@ class SimulatedCard:
 
     @property
     def budget_bytes(self) -> int | None:
-        """The budget in bytes, or None where there is none."""
-        return self._budget_bytes
+        """The smallest budget in force in bytes, or None where there is none."""
+        return self._budgets.smallest
 
-    def set_budget(self, budget_bytes: int | None) -> None:
-        """Cap reserved bytes at ``budget_bytes`` (inclusive); None lifts the cap.
+    def set_budget(self, budget_bytes: int | None, *, owner: object = None) -> None:
+        """Cap reserved bytes for an owner (inclusive); None takes its cap back.
 
-        A fraction that user code sets holds beside it: the smaller one counts.
+        A fraction that user code sets holds beside it: the smallest counts.
 
         Raises:
             BudgetError: The budget is not between one byte and the card's total.
         """
-        total = self.driver.total_bytes
-        if budget_bytes is not None and not 0 < budget_bytes <= total:
-            raise BudgetError(
-                f"budget of {budget_bytes} bytes on cuda:{self.index}: accepted are "
-                f"1 to {total} bytes, the total of {self.card.name}",
-                value=budget_bytes,
+        with self._budgets.lock:
+            self._budgets.put(
+                owner,
+                budget_bytes,
+                total_bytes=self.driver.total_bytes,
+                index=self.index,
+                name=self.card.name,
             )
-        self._budget_bytes = budget_bytes
-        self._apply_limit()
-        if budget_bytes is not None:
-            # A cached segment would serve requests whatever the cap.
+            smallest = self._budgets.smallest
             with self.locked() as allocator:
-                if allocator.reserved_bytes > budget_bytes:
+                allocator.set_budget(smallest)
+                if smallest is not None and allocator.reserved_bytes > smallest:
+                    # A cached segment would serve requests whatever the cap.
                     allocator.empty_cache()
 
     @property
     def fraction(self) -> float:
         """What ``set_per_process_memory_fraction`` was last given; 1.0 at first."""
-        return 1.0 if self._fraction is None else self._fraction
+        fraction = self.allocator.memory_fraction
+        return 1.0 if fraction is None else fraction
 
     @fraction.setter
     def fraction(self, fraction: float) -> None:
-        self._fraction = fraction
-        self._apply_limit()
-
-    def _apply_limit(self) -> None:
-        fraction = self.fraction
-        if self._budget_bytes is not None:
-            total = self.driver.total_bytes
-            fraction = min(fraction, fraction_for(self._budget_bytes, total))
         with self.locked() as allocator:
             allocator.set_memory_fraction(fraction)
 
@@ -249,8 +241,9 @@ class SimulatedCard:
         """
         with self.locked() as allocator:
             free = self.driver.free_bytes
-            if self._budget_bytes is not None:
-                left = self._budget_bytes - allocator.reserved_bytes
+            budget = self._budgets.smallest
+            if budget is not None:
+                left = budget - allocator.reserved_bytes
                 free = min(free, max(left, 0))
             return free, self.driver.total_bytes
 
