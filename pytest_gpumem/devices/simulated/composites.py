@@ -57,10 +57,22 @@ def _on_host(operator: Any) -> Callable[..., Any]:
     def kernel(*args: Any, **options: Any) -> Any:
         operands = (*args, *options.values())
         cards = [each.device for each in operands if isinstance(each, SimulatedTensor)]
+        _check_quantile(operator, args)
         options = {name: down(value) for name, value in options.items()}
         return moved(operator(*(down(each) for each in args), **options), cards[0])
 
     return kernel
+
+
+def _check_quantile(operator: Any, args: tuple[Any, ...]) -> None:
+    """Refuse shares on another device: ``quantile_checks`` of ``Sorting.cpp``."""
+    if "quantile" not in operator.overloadpacket.__name__:
+        return
+    source, share = args[:2]
+    if isinstance(share, torch.Tensor) and share.device != source.device:
+        raise RuntimeError(
+            "quantile() q tensor must be on the same device as the input tensor"
+        )
 
 
 def _with_out(operator: Any, functional: Any) -> Callable[..., Any]:

@@ -16,19 +16,29 @@ any effect.
 from __future__ import annotations
 
 import threading
-import warnings
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch._library.custom_ops import OPDEFS
 
 from pytest_gpumem.devices.simulated.accumulation import with_accumulation
-from pytest_gpumem.devices.simulated.checks import INDEXING, check_indexing
-from pytest_gpumem.devices.simulated.memory import Memory, hold, hold_workspace
+from pytest_gpumem.devices.simulated.determinism import check_cublas, with_alert
+from pytest_gpumem.devices.simulated.foresight import (
+    NOTHING,
+    foresee,
+    foresee_growth,
+    may_allocate,
+    tensors_of,
+)
+from pytest_gpumem.devices.simulated.memory import hold, hold_workspace
+from pytest_gpumem.devices.simulated.operands import (
+    Operands,
+    check_devices,
+    in_backward,
+)
 from pytest_gpumem.devices.simulated.scratch import with_scratch
 from pytest_gpumem.devices.simulated.tensor import (
     HANDLERS,
-    SimulatedTensor,
     make,
     refresh,
 )
@@ -39,25 +49,6 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
     from pytest_gpumem.devices.simulated.tensor import Handler
-
-#: Operators that take CPU tensors beside CUDA ones, by packet name.
-#: Source: torch's own operators accept host indices, lengths and step counters.
-TAKES_HOST_TENSORS: Final = INDEXING | frozenset(
-    {
-        "_pack_padded_sequence",
-        "_ctc_loss",
-        "_fused_adam_",
-        "_fused_adamw_",
-        "_fused_sgd_",
-        "_fused_adagrad_",
-        "_amp_foreach_non_finite_check_and_unscale_",
-        "_amp_update_scale_",
-        "index_fill_",  # how torch 2.15 assigns a number at host indices
-        "_foreach_add_",
-        "_foreach_copy_",
-        "mkldnn_rnn_layer",  # its biases, where a layer has none
-    }
-)
 
 #: Operators whose kernels use a cuBLAS handle, by packet name.
 #: Source: callers of ``getCurrentCUDABlasHandle`` in ``aten/src/ATen/native/cuda``.
@@ -81,96 +72,6 @@ COMPOSED: Final[dict[Any, Callable[..., Any]]] = {}
 OWN_KERNELS: Final = frozenset({"_fused_rms_norm", "mish_backward", "silu_backward"})
 
 
-class _Operands:
-    """Unwraps the arguments of one call and notes which card they live on."""
-
-    __slots__ = ("card", "host", "outer", "strays")
-
-    def __init__(self) -> None:
-        self.card: SimulatedCard | None = None
-        self.host: torch.Tensor | None = None
-        self.outer: dict[int, SimulatedTensor] = {}
-        self.strays: SimulatedCard | None = None
-
-    def outer_values(self) -> list[torch.Tensor]:
-        """Return the tensors with the values of the operands on the card."""
-        return [outer._value for outer in self.outer.values()]
-
-    def unwrap(self, value: Any) -> Any:
-        kind = type(value)
-        if kind is SimulatedTensor:
-            card = value._card
-            if self.card is None:
-                self.card = card
-            elif card is not self.card:
-                self.strays = card
-            self.outer[id(value._value)] = value
-            return value._value
-        if kind is list or kind is tuple:
-            return kind([self.unwrap(item) for item in value])
-        if isinstance(value, torch.Tensor) and value.dim() > 0:
-            self.host = value
-        return value
-
-
-def _mismatch(func: Any, args: Any, operands: _Operands) -> RuntimeError:
-    """Return torch's error for operands on more than one device.
-
-    Source: ``aten/src/ATen/TensorIterator.cpp`` for element-wise operators,
-    ``c10/core/impl/DeviceGuardImplInterface`` checks of generated kernels
-    (``common_device_check_failure``) for the others.
-    """
-    name = func._schema.name.partition("::")[2]  # the schema has no public name
-    if torch.Tag.pointwise in func.tags:
-        first, second = _two_devices(operands)
-        return RuntimeError(
-            "Expected all tensors to be on the same device, but found at least two "
-            f"devices, {first} and {second}!"
-        )
-    places = [
-        (argument.name, str(each.device))
-        for argument, value in zip(
-            func._schema.arguments, args, strict=False
-        )  # see above
-        for each in (value if isinstance(value, (list, tuple)) else (value,))
-        if isinstance(each, torch.Tensor) and each.dim() > 0
-    ]
-    first = places[0][1] if places else "cuda:0"
-    argument, other = next(
-        (place for place in places if place[1] != first), ("tensors", "cpu")
-    )
-    return RuntimeError(
-        f"Expected all tensors to be on the same device, but got {argument} is on "
-        f"{other}, different from other tensors on {first} (when checking argument in "
-        f"method wrapper_CUDA_{name})"
-    )
-
-
-def _two_devices(operands: _Operands) -> tuple[str, str]:
-    first = f"cuda:{operands.card.index}" if operands.card is not None else "cpu"
-    if operands.strays is not None:
-        return first, f"cuda:{operands.strays.index}"
-    return first, str(operands.host.device) if operands.host is not None else "cpu"
-
-
-def _check_devices(func: Any, args: Any, operands: _Operands) -> None:
-    if func.overloadpacket.__name__ in INDEXING and not in_backward():
-        check_indexing(args[0], args[1], args[2] if len(args) > 2 else None)  # noqa: PLR2004  # the values
-        return
-    if operands.strays is not None:
-        raise _mismatch(func, args, operands)
-    if (
-        operands.host is not None
-        and operands.card is not None
-        and func.overloadpacket.__name__ not in TAKES_HOST_TENSORS
-        and not in_backward()
-        # Where no values are kept, operators that torch composes in C++ make their
-        # helpers on what it takes for the tensors' device.
-        and not (operands.host.is_meta and operands.card.value_device == "meta")
-    ):
-        raise _mismatch(func, args, operands)
-
-
 def _wrap(value: Any, card: SimulatedCard) -> Any:
     if isinstance(value, torch.Tensor):
         return make(value, card)
@@ -179,7 +80,7 @@ def _wrap(value: Any, card: SimulatedCard) -> Any:
     return value
 
 
-def _target(kwargs: dict[str, Any], operands: _Operands) -> SimulatedCard | None:
+def _target(kwargs: dict[str, Any], operands: Operands) -> SimulatedCard | None:
     """Return the card that results go to; None where ``device=`` says the host."""
     card = operands.card
     device = kwargs.get("device")
@@ -209,15 +110,6 @@ def is_own_device(kwargs: dict[str, Any], card: SimulatedCard) -> bool:
     )
 
 
-def in_backward() -> bool:
-    """Tell whether autograd is at work in this thread.
-
-    There, torch's own C++ makes helpers on what it takes for the tensors' device, the
-    CPU: such an operand or target is no mistake, and no wish, of the user's.
-    """
-    return bool(torch._C._current_graph_task_id() != -1)  # no public way to ask
-
-
 def _blas_handle() -> object:
     """Return which cuBLAS handle the thread has.
 
@@ -235,22 +127,24 @@ def _plain(func: Any) -> Handler:
     compute = computing(func)
 
     def handler(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        operands = _Operands()
+        operands = Operands()
         unwrap = operands.unwrap
         values = [unwrap(arg) for arg in args]
         if kwargs:
             kwargs = {name: unwrap(value) for name, value in kwargs.items()}
         if operands.host is not None or operands.strays is not None:
-            _check_devices(func, args, operands)
+            check_devices(func, args, kwargs, operands)
         card = _any_card(operands.card)
         target = _target(kwargs, operands) if "device" in kwargs else card
         if uses_cublas:
+            if torch.are_deterministic_algorithms_enabled():
+                check_cublas()
             hold_workspace(card, _blas_handle())
-        held = _foresee(func, values, kwargs, target) if has_effects else ()
+        held = foresee(func, values, kwargs, target) if has_effects else ()
         out = run(func, values, kwargs, card, draws=draws, compute=compute)
         if target is None:
             return out
-        for result, memory in zip(_tensors(out), held, strict=False):
+        for result, memory in zip(tensors_of(out), held, strict=False):
             hold(result.untyped_storage(), memory)
         if isinstance(out, torch.Tensor):
             return make(out, target)
@@ -259,151 +153,35 @@ def _plain(func: Any) -> Handler:
     return handler
 
 
-def _foresee(
-    func: Any, values: list[Any], kwargs: dict[str, Any], card: SimulatedCard | None
-) -> list[Memory]:
-    """Take the bytes of an operator's results before it runs.
-
-    An operator that draws numbers, or changes what its schema does not say, must not
-    have done so when there is no room. Its results are foreseen on meta tensors; one
-    that cannot run there is charged afterwards.
-
-    Raises:
-        torch.OutOfMemoryError: There is no room.
-    """
-    __tracebackhide__ = True
-    if card is None or card.value_device == "meta":
-        return []  # a run on meta tensors has no effects
-    options = {
-        name: _META if isinstance(value, torch.device) else value
-        for name, value in kwargs.items()
-        if name != "generator"
-    }
-    try:
-        made = func(*(_shadow(value) for value in values), **options)
-    except (RuntimeError, TypeError):
-        return []
-    sizes = [result.untyped_storage().nbytes() for result in _tensors(made)]
-    return [Memory(card, nbytes) for nbytes in sizes]
-
-
-_META: Final = torch.device("meta")
-
-
-def _shadow(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return torch.empty_strided(
-            value.size(), value.stride(), dtype=value.dtype, device=_META
-        )
-    if isinstance(value, (list, tuple)):
-        return type(value)([_shadow(item) for item in value])
-    return value
-
-
-def _tensors(out: Any) -> list[torch.Tensor]:
-    if isinstance(out, torch.Tensor):
-        return [out]
-    results = out if isinstance(out, (tuple, list)) else ()
-    return [each for each in results if isinstance(each, torch.Tensor)]
-
-
 def _any_card(card: SimulatedCard | None) -> SimulatedCard:
     assert card is not None, "unreachable: dispatch needs a simulated operand"  # noqa: S101  # states why
     return card
 
 
-def _may_allocate(func: Any) -> bool:
-    """Tell whether an operator that changes its arguments can also ask for memory.
-
-    It does where it gives an ``out=`` another size, or returns something new.
-    """
-    schema = func._schema  # it has no public name
-    return (
-        "resize" in func.overloadpacket.__name__
-        or any(each.is_out for each in schema.arguments)
-        or any(each.alias_info is None for each in schema.returns)
-    )
-
-
-_Growth = tuple[list[tuple[torch.Tensor, Memory]], list[Memory]]
-_NOTHING: Final[_Growth] = ([], [])
-#: Tensors with their shadows on meta, by the tensors' ids.
-_Shadows = dict[int, tuple[torch.Tensor, torch.Tensor]]
-
-
-def _shade(value: Any, shadows: _Shadows) -> Any:
-    """Return an argument's shadow: the same one for the same tensor."""
-    if isinstance(value, (list, tuple)):
-        return type(value)([_shade(item, shadows) for item in value])
-    if isinstance(value, torch.device):
-        return _META
-    if not isinstance(value, torch.Tensor):
-        return value
-    if id(value) not in shadows:
-        shadows[id(value)] = (value, _shadow(value))
-    return shadows[id(value)][1]
-
-
-def _foresee_growth(
-    func: Any, values: list[Any], kwargs: dict[str, Any], card: SimulatedCard
-) -> _Growth:
-    """Take the bytes by which a mutating operator grows arguments, and of its results.
-
-    It runs on meta tensors first; where it cannot, it is charged afterwards.
-
-    Returns:
-        Arguments whose storage grows, with what they will hold; what new results hold.
-
-    Raises:
-        torch.OutOfMemoryError: There is no room; nothing has changed.
-    """
-    __tracebackhide__ = True
-    shadows: _Shadows = {}
-    options = {name: _shade(each, shadows) for name, each in kwargs.items()}
-    options.pop("generator", None)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the operator itself will say it
-            made = func(*(_shade(value, shadows) for value in values), **options)
-    except (RuntimeError, TypeError, NotImplementedError, IndexError):
-        return [], []
-    growing = []
-    for value, shadow in shadows.values():
-        if value.shape == shadow.shape and value.stride() == shadow.stride():
-            continue
-        skipped = int(value.storage_offset()) * value.element_size()
-        nbytes = shadow.untyped_storage().nbytes() + skipped
-        if nbytes > value.untyped_storage().nbytes():
-            growing.append((value, Memory(card, nbytes)))
-    known = {id(shadow) for _value, shadow in shadows.values()}
-    results = [each for each in _tensors(made) if id(each) not in known]
-    return growing, [Memory(card, each.untyped_storage().nbytes()) for each in results]
-
-
 def _mutating(func: Any) -> Handler:
     draws = torch.Tag.nondeterministic_seeded in func.tags
-    may_allocate = _may_allocate(func)
+    allocates = may_allocate(func)
 
     def handler(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        operands = _Operands()
+        operands = Operands()
         values = [operands.unwrap(arg) for arg in args]
         inner = {name: operands.unwrap(value) for name, value in kwargs.items()}
         if operands.host is not None or operands.strays is not None:
-            _check_devices(func, args, operands)
+            check_devices(func, args, kwargs, operands)
         card = _any_card(operands.card)
         shapes = [
             (outer, outer._value.shape, outer._value.untyped_storage().nbytes())
             for outer in operands.outer.values()
         ]
         growing, made = (
-            _foresee_growth(func, values, inner, card) if may_allocate else _NOTHING
+            foresee_growth(func, values, inner, card) if allocates else NOTHING
         )
         out = run(func, values, inner, card, draws=draws)
         for value, memory in growing:
             hold(value.untyped_storage(), memory)
         if made:
             own = {id(each) for each in operands.outer_values()}
-            results = [each for each in _tensors(out) if id(each) not in own]
+            results = [each for each in tensors_of(out) if id(each) not in own]
             for result, memory in zip(results, made, strict=False):
                 hold(result.untyped_storage(), memory)
         for outer, shape, nbytes in shapes:
@@ -420,7 +198,7 @@ def _mutating(func: Any) -> Handler:
     return handler
 
 
-def _same(value: Any, operands: _Operands, card: SimulatedCard) -> Any:
+def _same(value: Any, operands: Operands, card: SimulatedCard) -> Any:
     """Wrap results, giving back the very argument where one was returned."""
     if isinstance(value, torch.Tensor):
         outer = operands.outer.get(id(value))
@@ -473,9 +251,9 @@ def handler_for(func: Any) -> Handler:
     if composed is not None:
         return composed
     if func._schema.is_mutable:  # the schema has no public name
-        return _mutating(func)
+        return with_alert(func, _mutating(func))
     handler = with_scratch(func.overloadpacket.__name__, _plain(func))
-    return with_accumulation(func, handler)
+    return with_alert(func, with_accumulation(func, handler))
 
 
 HANDLERS.make = handler_for

@@ -22,7 +22,13 @@ from pytest_gpumem.devices.simulated import (
     torchscript,
 )
 from pytest_gpumem.devices.simulated.autocast import clear_cache
-from pytest_gpumem.devices.simulated.constructors import CONSTRUCTORS, NESTED, parse_to
+from pytest_gpumem.devices.simulated.build import build_names
+from pytest_gpumem.devices.simulated.constructors import (
+    CONSTRUCTORS,
+    DRAWING_METHODS,
+    NESTED,
+    parse_to,
+)
 from pytest_gpumem.devices.simulated.machine import (
     SimulatedMachine,
     innermost_machine,
@@ -34,7 +40,7 @@ from pytest_gpumem.devices.simulated.nvtx import Nvtx
 from pytest_gpumem.devices.simulated.refusals import CLASSES, refusing_class
 from pytest_gpumem.devices.simulated.storages import EVERY_STORAGE, typed_init
 from pytest_gpumem.devices.simulated.streams import Event, EventName, Stream, StreamName
-from pytest_gpumem.devices.simulated.surface import C_FUNCTIONS, build_names, cuda_names
+from pytest_gpumem.devices.simulated.surface import C_FUNCTIONS, cuda_names
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 from pytest_gpumem.devices.simulated_nvml import NvmlHook
 
@@ -84,6 +90,7 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
         (torch.cuda.nvtx, {"_nvtx": Nvtx()}),
         (torch.cuda.nccl, {"is_available": lambda _tensors: False}),
         (torch.Tensor, EVERY_TENSOR),
+        (torch.Tensor, DRAWING_METHODS),
         (torch.UntypedStorage, EVERY_STORAGE),
         (torch, CONSTRUCTORS),
         (torch, {"Stream": StreamName, "Event": EventName}),

@@ -416,28 +416,6 @@ class Runtime:
         return 0
 
 
-#: What a build for these cards says of itself, where the installed one is for the CPU.
-#: Source: the wheels that ``pip install torch`` takes on Linux, torch 2.13.
-CUDA_VERSION: Final = "13.0"
-CUDNN_VERSION: Final = 91300
-
-
-def build_names() -> list[tuple[Any, str, Any]]:
-    """Return owner, name and value of what tells of torch's build: it is for CUDA.
-
-    A build for CUDA says it itself. Libraries read the version's numbers, and take a
-    build without one for one of the CPU.
-    """
-    if torch.version.cuda is not None:
-        return []
-    return [
-        (torch.version, "cuda", CUDA_VERSION),
-        (torch.backends.cuda, "is_built", lambda: True),
-        (torch.backends.cudnn, "version", lambda: CUDNN_VERSION),
-        (torch.backends.cudnn, "is_available", lambda: True),
-    ]
-
-
 def cuda_names() -> dict[str, Any]:
     """Return the replacements in ``torch.cuda`` itself.
 
