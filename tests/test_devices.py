@@ -239,6 +239,28 @@ def test_requests_are_counted(device: Device) -> None:
     tensor.add_(1)
 
     assert before + 1 == after == device.num_requests
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.zeros(2**50, dtype=torch.uint8, device="cuda")
+    assert after + 1 == device.num_requests
+
+
+def test_counts_survive_a_reset_of_torchs(device: Device) -> None:
+    """A test that resets the accumulated statistics has used the card all the same."""
+    tracker = device.open_tracker(0)
+    before = device.num_requests
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.zeros(2**50, dtype=torch.uint8, device="cuda")
+    torch.cuda.reset_accumulated_memory_stats()
+    again = device.num_requests
+    torch.accelerator.reset_accumulated_memory_stats()
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.zeros(2**50, dtype=torch.uint8, device="cuda")
+
+    figures = tracker.close()
+
+    assert before + 1 == again
+    assert before + 2 == device.num_requests
+    assert (2, 2) == (figures.num_ooms, figures.num_alloc_retries)
 
 
 def test_nvml_is_capped_whenever_it_is_imported(

@@ -114,12 +114,19 @@ def test_what_makes_no_sense_is_refused(text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "others"),
     [
-        ("bert-large-uncased", ["google-bert/bert-large-uncased"]),
+        (
+            "bert-large-uncased",
+            [
+                "google-bert/bert-large-uncased",
+                "sentence-transformers/bert-large-uncased",
+                "cross-encoder/bert-large-uncased",
+            ],
+        ),
         ("google-bert/bert-large-uncased", ["bert-large-uncased"]),
-        ("gpt2", ["openai-community/gpt2"]),
-        ("roberta-base", ["FacebookAI/roberta-base"]),
+        ("openai-community/gpt2", ["gpt2"]),
+        ("FacebookAI/roberta-base", ["roberta-base"]),
         ("my-org/bert-large-uncased", []),
-        ("mine", []),
+        ("mine", ["sentence-transformers/mine", "cross-encoder/mine"]),
     ],
 )
 def test_a_model_has_its_old_name_and_its_new_one(name: str, others: list[str]) -> None:
@@ -222,6 +229,32 @@ def test_a_generating_model_has_its_generation_config(mode: str) -> None:
     assert mode
 
 
+def test_the_trainer_trains(mode: str, config: Path, tmp_path: Path) -> None:
+    """With the tokenizer to measure."""
+    with serve_models({"bert-mini": config}):
+        tokenizer = AutoTokenizer.from_pretrained("bert-mini")
+        given = tokenizer(["a b", "c d"], padding="max_length", max_length=8)
+        rows = [
+            {"input_ids": ids, "attention_mask": mask, "labels": label}
+            for label, (ids, mask) in enumerate(
+                zip(given["input_ids"], given["attention_mask"], strict=True)
+            )
+        ]
+        trainer = transformers_auto.Trainer(
+            Auto.from_pretrained("bert-mini"),
+            transformers_auto.TrainingArguments(
+                tmp_path / "out", max_steps=1, report_to=[], use_cpu=True, save_steps=1
+            ),
+            train_dataset=rows,
+            processing_class=tokenizer,
+        )
+        trainer.train()
+
+    assert 1 == trainer.state.global_step
+    assert (tmp_path / "out" / "checkpoint-1" / "model.safetensors").is_file()
+    assert mode
+
+
 def test_the_hubs_own_functions(mode: str, config: Path, tmp_path: Path) -> None:
     """Files, folders, listings and information; each revision is the same."""
     name = "google-bert/bert-mini"
@@ -257,6 +290,8 @@ def test_the_hubs_own_functions(mode: str, config: Path, tmp_path: Path) -> None
         with files.open(f"{name}/model.safetensors", block_size=64) as stream:
             stream.seek(8)
             assert b'{"__metadata__"' == stream.read(15)
+        with pytest.raises(hub.errors.EntryNotFoundError):
+            hub.hf_hub_download(name, "modules.json", subfolder=".")
         with pytest.raises(hub.errors.HfHubHTTPError, match="served by pytest-gpumem"):
             api.create_branch(name, branch="mine")
     assert mode
@@ -434,6 +469,20 @@ def test_a_model_that_nobody_serves_says_what_to_do(config: Path) -> None:
     assert str(told.value).startswith(str(plain.value))
     assert type(plain.value.__cause__) is type(told.value.__cause__)
     assert ("mine",) == other.value.args
+
+
+def test_a_head_of_another_size_says_what_to_do(config: Path) -> None:
+    """Served without a head, a model takes any."""
+    with (
+        pytest.raises(RuntimeError, match="my-org/mine,architecture=AutoModel") as told,
+        serve_models({"my-org/mine": config}),
+    ):
+        Auto.from_pretrained("my-org/mine", num_labels=5)
+    with serve_models({"my-org/mine": config}, architecture="AutoModel"):
+        model = Auto.from_pretrained("my-org/mine", num_labels=5)
+
+    assert "ignore_mismatched_sizes" in str(told.value)
+    assert 5 == model.classifier.out_features
 
 
 def test_nothing_is_left_behind(config: Path) -> None:

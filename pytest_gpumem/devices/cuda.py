@@ -18,81 +18,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytest_gpumem.devices.budgets import Budgets
+from pytest_gpumem.devices.cuda_statistics import CudaStatistics, CudaTracker
 from pytest_gpumem.devices.fractions import fraction_for
 from pytest_gpumem.devices.nvml import CardCount, Reading, cap_free_memory
 from pytest_gpumem.devices.on_import import AfterImport
 from pytest_gpumem.devices.patches import PatchSet
 from pytest_gpumem.guards import Guarded
-from pytest_gpumem.model.records import MemoryFigures
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-
-_PEAKS = ("allocated", "reserved", "requested", "active")
-
-
-class CudaTracker:
-    """Peaks of one real card, by resetting torch's own peak statistics.
-
-    Trackers of a card share its one set of statistics: before any reset, by a
-    tracker or by user code, every open tracker takes the peaks in.
-    """
-
-    def __init__(self, device: CudaDevice, index: int) -> None:
-        self._device = device
-        self._index = index
-        device.fold(index)
-        stats = device.memory_stats(index)
-        self._start = stats
-        self._peaks = {
-            name: stats.get(f"{name}_bytes.all.current", 0) for name in _PEAKS
-        }
-        device.add(self)
-
-    def take(self, index: int, stats: Mapping[str, int]) -> None:
-        """Take in the peaks since the last reset."""
-        if index == self._index:
-            for name in _PEAKS:
-                peak = stats.get(f"{name}_bytes.all.peak", 0)
-                self._peaks[name] = max(self._peaks[name], peak)
-
-    def read(self) -> MemoryFigures:
-        """Return the figures up to now."""
-        stats = self._device.memory_stats(self._index)
-        self.take(self._index, stats)
-        reserved = stats.get("reserved_bytes.all.current", 0)
-        process = self._device.counted(self._index).process_bytes
-        beside = None if process is None else max(process - reserved, 0)
-        return MemoryFigures(
-            device_index=self._index,
-            peak_allocated_bytes=self._peaks["allocated"],
-            peak_reserved_bytes=self._peaks["reserved"],
-            peak_requested_bytes=self._peaks["requested"],
-            peak_active_bytes=self._peaks["active"],
-            start_allocated_bytes=self._start.get("allocated_bytes.all.current", 0),
-            end_allocated_bytes=stats.get("allocated_bytes.all.current", 0),
-            end_reserved_bytes=reserved,
-            num_ooms=stats.get("num_ooms", 0) - self._start.get("num_ooms", 0),
-            num_alloc_retries=stats.get("num_alloc_retries", 0)
-            - self._start.get("num_alloc_retries", 0),
-            context_bytes=beside or 0,
-            # The allocator's peak is exact; what is beside it comes and seldom goes.
-            peak_process_bytes=None
-            if beside is None
-            else self._peaks["reserved"] + beside,
-            end_requested_bytes=stats.get("requested_bytes.all.current", 0),
-            end_active_bytes=stats.get("active_bytes.all.current", 0),
-        )
-
-    def peek(self) -> MemoryFigures:
-        """Return the figures up to now."""
-        return self.read()
-
-    def close(self) -> MemoryFigures:
-        """Return the final figures and stop tracking."""
-        figures = self.read()
-        self._device.drop(self)
-        return figures
 
 
 class CudaDevice:
@@ -105,12 +39,11 @@ class CudaDevice:
     kind = "cuda"
 
     def __init__(self) -> None:
-        self.trackers: list[CudaTracker] = []
+        self._statistics = CudaStatistics()
         self._budgets: defaultdict[int, Budgets] = defaultdict(Budgets)
         self._fractions: dict[int, float] = {}
         self._lock = threading.RLock()
         self._patches = PatchSet()
-        self._reset_patches = PatchSet()
         self._oom_observers: list[Callable[[int, int], None]] = []
         self._observes = False
         self._counts: dict[int, CardCount] = {}
@@ -123,9 +56,9 @@ class CudaDevice:
 
     @property
     def num_requests(self) -> int:
-        """Allocations asked for so far, over all cards."""
+        """Allocations asked for so far, over all cards; those that failed, too."""
         return sum(
-            self.memory_stats(index).get("allocation.all.allocated", 0)
+            sum(self._statistics.counts(index)[:2])
             for index in range(self.device_count)
         )
 
@@ -164,7 +97,7 @@ class CudaDevice:
 
     def memory_stats(self, index: int) -> Mapping[str, int]:
         """Return ``torch.cuda.memory_stats``; empty before CUDA is used."""
-        return torch.cuda.memory_stats(index) if torch.cuda.is_initialized() else {}
+        return self._statistics.of(index)
 
     def counted(self, index: int) -> Reading:
         """Return what NVML counts now; nothing before this process uses the card."""
@@ -180,42 +113,6 @@ class CudaDevice:
             torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001  # no public name
             torch.cuda.empty_cache()
 
-    # -- peaks --------------------------------------------------------------------
-
-    def fold(self, index: int) -> None:
-        """Let every open tracker take the peaks in, then reset them."""
-        self._take(index)
-        if torch.cuda.is_initialized():
-            torch.cuda.reset_peak_memory_stats(index)
-
-    def _take(self, index: int) -> None:
-        stats = self.memory_stats(index)
-        for tracker in self.trackers:
-            tracker.take(index, stats)
-
-    def add(self, tracker: CudaTracker) -> None:
-        """Note an open tracker; user code's own resets are folded from now on."""
-        if not self.trackers:
-            for name in ("_cuda_resetPeakMemoryStats", "_accelerator_resetPeakStats"):
-                original = getattr(torch._C, name, None)  # noqa: SLF001  # below torch.cuda
-                if original is not None:
-                    self._reset_patches.set(torch._C, name, self._folding(original))  # noqa: SLF001  # likewise
-        self.trackers.append(tracker)
-
-    def drop(self, tracker: CudaTracker) -> None:
-        """Forget a tracker; with the last one, resets are torch's own again."""
-        if tracker in self.trackers:
-            self.trackers.remove(tracker)
-            if not self.trackers:
-                self._reset_patches.restore()
-
-    def _folding(self, original: Any) -> Any:
-        def reset(index: int) -> None:
-            self._take(index)
-            original(index)
-
-        return reset
-
     def holds(self, storage: Any, index: int) -> bool:
         """Tell whether a storage is on a card."""
         place: torch.device = storage.device
@@ -223,7 +120,7 @@ class CudaDevice:
 
     def open_tracker(self, index: int) -> CudaTracker:
         """Start tracking a card's peaks."""
-        return CudaTracker(self, index)
+        return CudaTracker(self._statistics, index, self.counted)
 
     # -- budget -------------------------------------------------------------------
 

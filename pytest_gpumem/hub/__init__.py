@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_gpumem.hub.advice import advise
 from pytest_gpumem.hub.names import HubModel, hub_model, parse_hub_model
-from pytest_gpumem.hub.service import serving
+from pytest_gpumem.hub.service import served_names, serving
 
 if TYPE_CHECKING:
     import os
@@ -66,12 +66,19 @@ def serve_models(
             )
             for each in given
         ]
-    with serving(chosen):
+    with serving(chosen) as service:
         try:
             yield
         except BaseException as error:
-            advise(error)
+            advise(error, service.models)
             raise
 
 
-__all__ = ["HubModel", "advise", "hub_model", "parse_hub_model", "serve_models"]
+__all__ = [
+    "HubModel",
+    "advise",
+    "hub_model",
+    "parse_hub_model",
+    "serve_models",
+    "served_names",
+]

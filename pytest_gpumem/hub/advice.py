@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pytest_gpumem.hub.names import known_model
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Container, Iterator
     from types import TracebackType
 
 #: Classes of ``huggingface_hub.errors`` that mean: this model is not to be had.
@@ -25,15 +25,27 @@ _VARIABLES: Final = (
     "pretrained_model_name_or_path",
     "model_name_or_path",
 )
+#: What transformers says where a weight has another shape, as heads have.
+_HEAD: Final = "`ignore_mismatched_sizes`"
 _MARK: Final = "__gpumem_advised__"
 
 
-def advise(error: BaseException) -> None:
-    """Add one sentence to an error that says that a model of the hub is not to be had.
+def advise(error: BaseException, served: Container[str] = ()) -> None:
+    """Add one sentence to an error that a model of the hub is behind.
 
-    Class, cause and traceback stay; other errors, and those that have it, stay as they
-    are.
+    The model is not to be had, or it is served with another head than the code wants.
+    Class, cause and traceback stay; other errors, and those that have the sentence,
+    stay as they are.
+
+    Args:
+        error: What was raised.
+        served: The names of the models that are served.
     """
+    if _HEAD in str(error) and not getattr(error, _MARK, False):
+        wanted = _name_in(error)
+        if wanted is not None and wanted in served:
+            _add(error, _about_head(wanted))
+        return
     errors = sys.modules.get("huggingface_hub.errors")
     if errors is None:
         return
@@ -66,6 +78,14 @@ def sentence(name: str) -> str:
         f"without network, give --gpu-hub-model={name}{source}, the ini setting "
         f"gpu_hub_models, @pytest.mark.hub_model({name!r}) or "
         f"pytest_gpumem.serve_models{what}"
+    )
+
+
+def _about_head(name: str) -> str:
+    return (
+        f"pytest-gpumem serves {name!r} with the head of its class, of a size of its own: "
+        f"give --gpu-hub-model={name},architecture=AutoModel to have it without a head, "
+        "as published models mostly are"
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from posixpath import normpath
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import parse_qs, unquote
 
@@ -36,6 +37,7 @@ _TASKS: Final = {
     "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering",
     "ForMaskedLM": "fill-mask",
+    "ForPreTraining": "fill-mask",
     "ForCausalLM": "text-generation",
     "LMHeadModel": "text-generation",
     "ForConditionalGeneration": "text2text-generation",
@@ -94,7 +96,7 @@ def answer(
             found = find("/".join(parts[:length]))
             if found is not None and len(parts) > length + 2:
                 revision = unquote(parts[length + 1])
-                file = unquote("/".join(parts[length + 2 :]))
+                file = normpath(unquote("/".join(parts[length + 2 :])))
                 return _file(found, revision, file, wanted_range)
     return None
 

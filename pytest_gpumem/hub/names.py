@@ -50,6 +50,11 @@ _ORGANISATIONS: Final = (
 )
 
 
+#: Where sentence-transformers looks for a name without organisation.
+#: Source: ``_load_modules`` in its ``base/model.py``.
+_SENTENCES: Final = ("sentence-transformers", "cross-encoder")
+
+
 @dataclass(frozen=True, slots=True)
 class HubModel:
     """A model that is served under a name of the hub.
@@ -70,13 +75,13 @@ class HubModel:
     @property
     def names(self) -> tuple[str, ...]:
         """All names that it answers to: its own, and the one it has moved to or from."""
-        organisation, slash, short = self.name.rpartition("/")
-        for pattern, home in _ORGANISATIONS:
-            if pattern.fullmatch(short):
-                if not slash:
-                    return self.name, f"{home}/{short}"
-                return (self.name, short) if organisation == home else (self.name,)
-        return (self.name,)
+        organisation, _slash, short = self.name.rpartition("/")
+        homes = [home for pattern, home in _ORGANISATIONS if pattern.fullmatch(short)]
+        if not organisation:
+            others = [f"{home}/{short}" for home in (*homes[:1], *_SENTENCES)]
+        else:
+            others = [short] if organisation in homes[:1] else []
+        return (self.name, *others)
 
     @property
     def is_folder(self) -> bool:
@@ -152,7 +157,7 @@ def hub_model(
         model = HubModel(name, known, chosen, yields=True)
         _check_source(model)
         return model
-    text = os.fspath(source)
+    text = os.path.expanduser(os.fspath(source))  # noqa: PTH111  # links stay as they are
     if ALIASES.get(text, text) not in NAMES:
         text = os.path.abspath(os.path.join(base, text))  # noqa: PTH100, PTH118  # links stay as they are
     model = HubModel(name, text, chosen)

@@ -18,7 +18,7 @@ from pytest_gpumem.hub.patches import Patches
 from pytest_gpumem.inheritance import HUB_VARIABLE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping
 
 
 class Service:
@@ -32,6 +32,7 @@ class Service:
     def __init__(self, root: Path | None = None) -> None:
         self._given: Final = root
         self._root: Path | None = root
+        self._made_by = 0
         self._stack: Final[list[tuple[dict[str, HubModel], str | None]]] = []
         self._own: Final[dict[str, bool]] = {}
         self._patches: Final = Patches(self.find)
@@ -53,6 +54,8 @@ class Service:
             return None
         if model.yields and self._is_own(model):
             return None
+        if self._given is not None and not self._given.is_dir():
+            return None  # the run above has ended
         return model, repository(model, self._root)
 
     def push(
@@ -61,6 +64,7 @@ class Service:
         """Serve these from here on, beside those that are served already."""
         if self._root is None:
             self._root = Path(tempfile.mkdtemp(prefix="gpumem-hub-"))
+            self._made_by = os.getpid()
         merged = dict(self.models)
         for model in models:
             merged |= dict.fromkeys(model.names, model)
@@ -85,7 +89,8 @@ class Service:
             return
         self._patches.stop()
         self._own.clear()
-        if self._root is not None and self._given is None:
+        # A child that was forked in the block leaves it too; the folder is its parent's.
+        if self._root and self._given is None and os.getpid() == self._made_by:
             shutil.rmtree(self._root, ignore_errors=True)
             self._root = None
 
@@ -153,6 +158,11 @@ def withdraw() -> None:
 # -- this process -------------------------------------------------------------------------
 
 _service: Final = Service()
+
+
+def served_names() -> Collection[str]:
+    """Return all names that this process serves a model under."""
+    return _service.models.keys()
 
 
 @contextmanager

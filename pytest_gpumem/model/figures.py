@@ -16,6 +16,7 @@ class Figures:
     """
 
     stats: Statistics
+    _past_ooms = _past_retries = 0
 
     @property
     def allocated_bytes(self) -> int:
@@ -59,18 +60,19 @@ class Figures:
 
     @property
     def num_ooms(self) -> int:
-        """Out-of-memory errors raised."""
-        return self.stats.num_ooms
+        """Out-of-memory errors raised so far, whatever was reset."""
+        return self._past_ooms + self.stats.num_ooms
 
     @property
     def num_alloc_retries(self) -> int:
-        """Cache flushes followed by a second try."""
-        return self.stats.num_alloc_retries
+        """Cache flushes followed by a second try so far, whatever was reset."""
+        return self._past_retries + self.stats.num_alloc_retries
 
     def reset_peak_stats(self) -> None:
         """Let every peak begin again at the current value."""
         self.stats.reset_peak()
 
     def reset_accumulated_stats(self) -> None:
-        """Let running totals and counters begin again at 0."""
+        """Let running totals and counters begin again at 0, in ``stats``."""
+        self._past_ooms, self._past_retries = self.num_ooms, self.num_alloc_retries
         self.stats.reset_accumulated()

@@ -91,9 +91,9 @@ class HubAdvice:
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         """Say what to do about a model that the hub did not give."""
         if call.excinfo is not None and "huggingface_hub.errors" in sys.modules:
-            from pytest_gpumem.hub import advise  # noqa: PLC0415  # a test failed
+            from pytest_gpumem.hub import advise, served_names  # noqa: PLC0415  # a test failed
 
-            advise(call.excinfo.value)
+            advise(call.excinfo.value, served_names())
         return (yield)
 
 
