@@ -204,7 +204,9 @@ class _Grad:
             return _grad
         grad = _grad.__get__(tensor)
         if grad is not None:
-            if isinstance(tensor, SimulatedTensor):
+            is_new = id(tensor) not in _owners.get(id(grad), ())
+            if is_new and isinstance(tensor, SimulatedTensor):
+                # One that was seen before is on its way: a module moves it next.
                 on_card = landed(grad, tensor)
                 if on_card is not grad:
                     _grad.__set__(tensor, on_card)
