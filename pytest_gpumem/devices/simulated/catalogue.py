@@ -149,7 +149,8 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
         "threads, DataLoader workers, autograd's threads; a forked child of a process "
         "that has used a card gets torch's own error, and computes on the host with "
         "one thread",
-        "`CUDA_VISIBLE_DEVICES`: a choice and an order of the simulated cards",
+        "`CUDA_VISIBLE_DEVICES`, read when CUDA is first used in a process: hides, "
+        "chooses and orders the simulated cards",
         "pinned memory: tensors say that they are pinned",
         "`torch.version.cuda`, `torch.backends.cuda.is_built()`, "
         "`torch.backends.cudnn.version()`: a build for CUDA 13.0, unless the installed "

@@ -333,7 +333,7 @@ class _DeviceType(type):
     def __call__(cls, *args: Any, **options: Any) -> Any:
         index = args[0] if args else options.get("device")
         if isinstance(index, int) and not isinstance(index, bool) and len(args) < 2:  # noqa: PLR2004  # a lone index
-            return cuda_device(index)
+            return _device("cuda", index)
         return _device(*args, **options)
 
     def __instancecheck__(cls, instance: object) -> bool:

@@ -91,9 +91,7 @@ def _target(kwargs: dict[str, Any], operands: Operands) -> SimulatedCard | None:
     if is_own:
         return card
     if device.type == "cuda":
-        machine = card.machine
-        index = machine.current_index if device.index is None else device.index
-        return machine.cards[index]
+        return card.machine.card(device.index)
     kwargs["device"] = device
     return None
 
