@@ -123,6 +123,10 @@ class CudaDevice:
         """Start tracking a card's peaks."""
         return CudaTracker(self._statistics, index, self.counted)
 
+    def restore(self) -> None:
+        """Let torch's statistics be its own again; see Note [Peaks of user code]."""
+        self._statistics.restore()
+
     # -- budget -------------------------------------------------------------------
 
     def budget(self, index: int) -> int | None:
@@ -139,6 +143,8 @@ class CudaDevice:
         Raises:
             BudgetError: Not between 1 byte and the card's total.
         """
+        if budget_bytes is None and not self._has_budgets:
+            return  # nor is CUDA used, which would read what hides cards
         with self._lock:
             had_any = self._has_budgets
             self._budgets[index].put(

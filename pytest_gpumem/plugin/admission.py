@@ -78,13 +78,13 @@ class Admission:
         if wishes is not None:
             self._run.require_device()
         device = self._run.device
-        if device is None:
+        if device is None or not device.device_count:
             return
         claims = self._claims(item, wishes, device)
         waited = 0.0
         sharing = self._run.sharing
         # Always in the same order, so that no two tests wait for each other.
-        by_card = sorted(claims, key=lambda index: sharing.card_name(device, index))
+        by_card = sorted(claims, key=device.card_id)
         try:
             for index in by_card:
                 claim, total = claims[index], device.total_bytes(index)
