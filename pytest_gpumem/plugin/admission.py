@@ -105,6 +105,7 @@ class Admission:
                     sharing.ledger(device, index, total).admitted(
                         claim.nbytes,
                         is_exclusive=claim.is_alone,
+                        is_share=claim.is_share,
                         duration_s=self._seconds.get(item.nodeid, 0.0),
                         timeout_s=self._run.settings.wait_s,
                     )
@@ -131,7 +132,7 @@ class Admission:
         sharing.is_capped = not claims
         if not claims and sharing.admits and item.nodeid not in self._idle:
             share = sharing.share_bytes(device, 0, totals[0])
-            claims[0] = Claim(min(share, totals[0]))
+            claims[0] = Claim(min(share, totals[0]), is_share=True)
         return claims
 
     def _settle(self, device: Device) -> None:
