@@ -105,7 +105,13 @@ class Device(Protocol):
         """Tell whether a storage is on a card of this device."""
 
     def open_tracker(self, index: int) -> Tracker:
-        """Start tracking a card's peaks."""
+        """Start tracking a card's peaks.
+
+        User code goes on to read its own from torch.
+        """
+
+    def restore(self) -> None:
+        """Put back what trackers have replaced in torch, at the end of a run."""
 
     def refusing(
         self, refuses: Callable[[int, int], bool]

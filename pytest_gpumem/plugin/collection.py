@@ -12,6 +12,7 @@ from pytest_gpumem.plugin.incidents import Incidents
 from pytest_gpumem.plugin.phases import Phases
 from pytest_gpumem.plugin.usage import UsageErrors
 from pytest_gpumem.plugin.wider_fixtures import WiderFixtures
+from pytest_gpumem.visibility import why_hidden
 
 if TYPE_CHECKING:
     from pytest_gpumem.devices import Device
@@ -135,7 +136,7 @@ class Collection:
             pytest.UsageError: A marker does so.
         """
         totals = self._run.totals()
-        if totals is None:
+        if not totals:  # only torch could tell, or the cards are hidden
             return
         named = [("gpu_budget", each.device_index) for each in wishes.budgets]
         named += [("max_vram", each.device_index or 0) for each in wishes.limits]
@@ -161,6 +162,8 @@ class Collection:
             return f"needs a real CUDA card: {choice.reason}"
         if choice.kind == "off":
             return f"needs a GPU, but gpumem's backend is off: {choice.reason}"
+        if choice.kind == "simulated" and not self._run.settings.cards:
+            return f"needs a GPU, but {why_hidden()}"
         return self._what_lacks(wishes)
 
     def _what_lacks(self, wishes: marks.Wishes) -> str | None:

@@ -69,7 +69,7 @@ class Contention:
         if incident.injected_by or needed > min(budget or total, total):
             return  # its own: it would have run out of memory alone too
         others = device.others_bytes(index)
-        share = self._run.sharing.cap_bytes(device, index, incident.total_bytes)
+        share = self._run.sharing.cap_bytes(device, index)
         lacks_share = budget is None and share is not None
         if lacks_share or total - others - incident.reserved_bytes < nbytes:
             self._seen = {

@@ -290,7 +290,7 @@ class Phases:
             return
         children = self._run.children.new_figures() if phase == "call" else []
         if children and self._general is not None:
-            self._run.require_device()  # only the test's processes have used torch
+            self._run.any_device()  # only the test's processes have used torch
         read = [tracker.read() for tracker in self._trackers]
         if not read and not children:
             return

@@ -18,6 +18,7 @@ from pytest_gpumem.plugin.children import Children
 from pytest_gpumem.plugin.options import DEFAULT_CARD
 from pytest_gpumem.plugin.settings import Settings, check_budgets
 from pytest_gpumem.plugin.sharing import Sharing, take_place
+from pytest_gpumem.visibility import visible_numbers, why_hidden
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -66,6 +67,7 @@ class Run:
         self._environment: str | None = None
         #: Notes the moments in which memory runs out, once there is a device.
         self.witness: OomWitness | None = None
+        self._own: Sequence[marks.Budget] = ()
         self.children: Final = Children(settings)
         #: What records the running test's timeline, where a report shows it.
         self.timeline: Timeline | None = None
@@ -74,7 +76,7 @@ class Run:
         if self.choice.kind == "simulated":
             _check_environment()
         totals = self.totals() if settings.budgets else None
-        if totals is not None:
+        if totals:  # none are known, or none are seen
             check_budgets(settings, dict(enumerate(totals)))
 
     def totals(self) -> tuple[int, ...] | None:
@@ -108,7 +110,8 @@ class Run:
     def _torch_imported(self) -> None:
         import torch  # noqa: PLC0415  # it has just been imported
 
-        if self.choice.kind == "cuda" and not torch.cuda.is_available():
+        # Counted without CUDA: see Note [When the variable is read].
+        if self.choice.kind == "cuda" and not torch.cuda.device_count():
             if self.settings.backend == "cuda":
                 raise pytest.UsageError(
                     "--gpu-backend=cuda: torch finds no usable CUDA card; use "
@@ -124,10 +127,11 @@ class Run:
             from pytest_gpumem.devices.active import active_device  # noqa: PLC0415
 
             self.device = active_device()
-            check_budgets(self.settings, dict(enumerate(self.totals() or ())))
-        self._stack.callback(self._lift_budgets, self.require_device())
+            if self.settings.budgets:
+                check_budgets(self.settings, dict(enumerate(self.totals() or ())))
+        self._stack.callback(self._lift_budgets, self.any_device())
         self.apply_budgets(())
-        self.children.device_came(self.require_device())
+        self.children.device_came(self.any_device())
         self.on_device()
 
     def environment(self) -> str:
@@ -136,11 +140,11 @@ class Run:
         A method: some versions of pytest read every property of a plugin.
         """
         if self._environment is None:
-            self._environment = environment_of(self.require_device())
+            self._environment = environment_of(self.any_device())
         return self._environment
 
     def _machine(self) -> Any:
-        return self.require_device().machine  # type: ignore[attr-defined]  # only simulated runs ask
+        return self.any_device().machine  # type: ignore[attr-defined]  # only simulated runs ask
 
     def _install(self) -> None:
         from pytest_gpumem.devices.simulated.device import (  # noqa: PLC0415  # torch is here
@@ -151,15 +155,37 @@ class Run:
             SimulatedMachine,
         )
 
-        machine = SimulatedMachine(self.settings.cards, values=self.settings.values)
+        every = self.settings.all_cards
+        machine = SimulatedMachine(every, values=self.settings.values)
+        machine.on_change.append(self._cards_changed)
         self.sharing.join_cards(machine)
         installation = Installation(machine)
         installation.install()
         self._stack.callback(installation.remove)
         self.device = SimulatedDevice(machine)
 
+    def _cards_changed(self) -> None:
+        """Give a test's budgets to the cards that it shows itself before it uses any."""
+        if self.device is not None:
+            for card in self._machine().all_cards:
+                card.set_budget(None, owner=self)
+            self.apply_budgets(self._own)
+
     def require_device(self) -> Device:
-        """Return the run's device; imports torch if nobody has.
+        """Return the run's device, with a card at least; imports torch if nobody has.
+
+        Raises:
+            pytest.UsageError: The run has none, or this process sees none.
+        """
+        device = self.any_device()
+        if not device.device_count:
+            is_simulated = device.kind == "simulated"
+            hidden = self._machine().why_none if is_simulated else why_hidden()
+            raise pytest.UsageError(f"this test needs a GPU, but {hidden}")
+        return device
+
+    def any_device(self) -> Device:
+        """Return the run's device, whether this process sees a card or not.
 
         Raises:
             pytest.UsageError: The run has none (``--gpu-backend=off``).
@@ -187,6 +213,7 @@ class Run:
     def _lift_budgets(self, device: Device) -> None:
         for index in range(device.device_count):
             device.set_budget(index, None, owner=self)
+        device.restore()
 
     @pytest.hookimpl(trylast=True)
     def pytest_unconfigure(self) -> None:
@@ -203,14 +230,22 @@ class Run:
         Args:
             own: The test's budgets, the nearest first.
         """
+        self._own = own
         for index in range(0 if self.device is None else self.device.device_count):
-            device = self.require_device()
-            total = device.total_bytes(index)
-            budget = self.settings.budget_bytes(index, total, own)
+            device = self.any_device()
+            budget = self._said_bytes(device, index, own)
             if budget is None:
-                budget = self.sharing.cap_bytes(device, index, total)
+                budget = self.sharing.cap_bytes(device, index)
             device.set_budget(index, budget, owner=self)
         self.pass_on(own)
+
+    def _said_bytes(
+        self, device: Device, index: int, own: Sequence[marks.Budget]
+    ) -> int | None:
+        """Return the budget that the test, or the run, gives a card; or None."""
+        if not own and not self.settings.budgets:
+            return None  # a real card's total is not asked for: that would use CUDA
+        return self.settings.budget_bytes(index, device.total_bytes(index), own)
 
     def pass_on(self, own: Sequence[marks.Budget], rules: Sequence[Rule] = ()) -> None:
         """Let children that are started from here on have what holds at present.
@@ -221,8 +256,8 @@ class Run:
         """
         caps = {}
         for index in range(0 if self.device is None else self.device.device_count):
-            device = self.require_device()
-            said = self.settings.budget_bytes(index, device.total_bytes(index), own)
+            device = self.any_device()
+            said = self._said_bytes(device, index, own)
             in_force = device.budget(index)
             if in_force is not None and in_force != said:
                 # A share, or a budget of a fixture, a block or a trial.
@@ -283,9 +318,13 @@ def _check_environment() -> None:
 def describe_cards(settings: Settings) -> str:
     """Return the simulated cards' names and sizes; of the default, the name alone."""
     if settings.card_text == DEFAULT_CARD and not settings.budgets:
+        if not visible_numbers(1):
+            return f"no card is seen, as {why_hidden()}"
         return f"card {DEFAULT_CARD} (the default)"
     from pytest_gpumem.sizes import format_size  # noqa: PLC0415  # a card was named
 
+    if not settings.cards:
+        return f"no card is seen, as {why_hidden()}"
     first = settings.cards[0]
     many = f"{len(settings.cards)} x " if len(settings.cards) > 1 else ""
     major, minor = first.compute_capability
