@@ -71,8 +71,9 @@ class CudaDevice:
         return torch.cuda.mem_get_info(index)
 
     def total_bytes(self, index: int) -> int:
-        """Return a card's total bytes."""
-        return self.mem_get_info(index)[1]
+        """Return a card's total bytes; asking makes no context on it."""
+        total: int = torch.cuda.get_device_properties(index).total_memory
+        return total
 
     def card_id(self, index: int) -> str:
         """Return a card's UUID."""
