@@ -126,21 +126,14 @@ def test_a_marker_serves_for_its_test(pytester: pytest.Pytester) -> None:
     unasked.stdout.fnmatch_lines(["gpumem: not in use, *"])
 
 
-CHILDREN = (
-    """
-import os, subprocess, sys
+CHILDREN = """
+import subprocess, sys
 import pytest
 
-ASK = """
-    + '"""'
-    + """
-import sys
-from huggingface_hub import try_to_load_from_cache as find
-
-print(*(name for name in sys.argv[1:] if find(name, "config.json")))
-"""
-    + '"""'
-    + """
+ASK = (
+    "import sys; from huggingface_hub import try_to_load_from_cache as find; "
+    "print(*(name for name in sys.argv[1:] if find(name, 'config.json')))"
+)
 
 
 def found():
@@ -156,7 +149,6 @@ def test_it():
 def test_it_is_over():
     assert FOUND[:1] == found()
 """
-)
 
 
 @pytest.mark.parametrize(
