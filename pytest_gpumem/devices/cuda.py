@@ -114,6 +114,14 @@ class CudaDevice:
             torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001  # no public name
             torch.cuda.empty_cache()
 
+    def segments(self, index: int) -> list[dict[str, Any]]:
+        """Return a card's segments.
+
+        Limits: a history that is kept notes that somebody looked.
+        """
+        every: Any = torch.cuda.memory_snapshot()
+        return [each for each in every if each["device"] == index]
+
     def holds(self, storage: Any, index: int) -> bool:
         """Tell whether a storage is on a card."""
         place: torch.device = storage.device
