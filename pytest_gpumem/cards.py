@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 from pytest_gpumem.cards_table import CARDS, Card
 from pytest_gpumem.errors import CardError, SizeError
 from pytest_gpumem.sizes import format_size, parse_size
+from pytest_gpumem.visibility import visible_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,26 +68,8 @@ def find_card(text: str) -> tuple[Card, ...]:
 
 
 def visible_cards(cards: Sequence[Card]) -> tuple[Card, ...]:
-    """Return the cards that ``CUDA_VISIBLE_DEVICES`` leaves, in its order.
-
-    As with real ones, the list ends at the first index that there is not. An empty
-    value and -1, which hide every real card, leave the simulated ones as they are: that
-    is how a machine with a card is told to simulate one.
-
-    Source: CUDA C++ Programming Guide, "CUDA Environment Variables".
-    """
-    return tuple(cards[index] for index in visible_indices(len(cards)))
-
-
-def visible_indices(count: int) -> tuple[int, ...]:
-    """Return which of so many simulated cards a process sees; see ``visible_cards``."""
-    shown: list[int] = []
-    for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","):
-        text = entry.strip()
-        if not re.fullmatch(r"[0-9]{1,4}", text) or int(text) >= count:
-            break
-        shown.append(int(text))
-    return tuple(shown) or tuple(range(count))
+    """Return the cards that ``CUDA_VISIBLE_DEVICES`` shows at present, in its order."""
+    return tuple(cards[number] for number in visible_numbers(len(cards)))
 
 
 def _card(text: str, description: str) -> Card:
@@ -204,5 +186,4 @@ __all__ = [
     "Card",
     "find_card",
     "visible_cards",
-    "visible_indices",
 ]

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem._version import __version__
-from pytest_gpumem.cards import DEFAULT_CARD, find_card, visible_cards
+from pytest_gpumem.cards import DEFAULT_CARD, find_card
 from pytest_gpumem.checkpoints.cache import cache_folder
 from pytest_gpumem.devices.environment import driver_version
 from pytest_gpumem.devices.nvml import why_unknown
@@ -214,7 +214,7 @@ def _version(distribution: str) -> str | None:
 def _card(choice: Choice) -> str:
     if choice.kind != "simulated":
         return ""
-    (card, *_more) = visible_cards(find_card(DEFAULT_CARD))
+    (card,) = find_card(DEFAULT_CARD)
     return f"{DEFAULT_CARD} ({card.name}, {format_size(card.total_bytes)}, simulated)"
 
 

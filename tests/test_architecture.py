@@ -22,6 +22,7 @@ GROUND = {
     "tables",
     "cards",
     "cards_table",
+    "visibility",
     "_version",
 }
 MAY_IMPORT = {

@@ -8,6 +8,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 import transformers
 from small_bert import names_in, small_config
 
@@ -26,6 +27,30 @@ if TYPE_CHECKING:
 def test_a_published_name_means_the_size(alias: str, name: str) -> None:
     """The names of the hub are accepted for the sizes that they stand for."""
     assert model_spec(alias) == model_spec(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("bert-large", 335_143_938),
+        ("bert-base", 109_483_778),
+        ("distilbert-base", 66_955_010),
+        ("roberta-base", 124_647_170),
+        ("gpt2", 124_439_808),
+    ],
+)
+def test_a_known_model_has_the_size_of_the_published_one(
+    name: str, parameters: int
+) -> None:
+    """To the parameter, with a head for two labels where it classifies."""
+    spec = model_spec(name)
+    entries = dict(spec.config_dict)
+    config = transformers.AutoConfig.for_model(entries.pop("model_type"), **entries)
+    kind: Any = getattr(transformers, str(spec.architecture))
+    with torch.device("meta"):
+        model = kind(config)
+
+    assert parameters == sum(each.numel() for each in model.parameters())
 
 
 def test_a_config_without_a_class_becomes_a_sequence_classifier(

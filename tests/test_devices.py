@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pytest_gpumem.cards import find_card
-from pytest_gpumem.devices import Device
+from pytest_gpumem.devices import Device, Tracker
 from pytest_gpumem.devices.cuda import CudaDevice
 from pytest_gpumem.devices.fractions import fraction_for
 from pytest_gpumem.devices.simulated.device import SimulatedDevice
@@ -102,6 +102,77 @@ def test_a_tracker_sees_the_peak_and_the_end(device: Device) -> None:
     assert start == figures.end_allocated_bytes == figures.end_active_bytes
     assert kept.numel() <= figures.end_requested_bytes <= start
     assert figures.peak_reserved_bytes >= figures.peak_allocated_bytes
+
+
+def _what_user_code_reads(device: Device, *, is_tracked: bool) -> list[dict[str, int]]:
+    """Run a program, with trackers that begin and end in its middle or without."""
+    device.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    read: list[dict[str, int]] = []
+
+    def look() -> None:
+        stats = torch.cuda.memory_stats()
+        read.append(
+            {
+                name: value
+                for name, value in stats.items()
+                if name.endswith((".peak", ".current"))
+            }
+        )
+
+    def tracker() -> list[Tracker]:
+        return [device.open_tracker(0)] if is_tracked else []
+
+    kept, passing = _mib(10), _mib(50)
+    del passing
+    outer = tracker()
+    look()
+    inner = tracker()
+    passing = _mib(20)
+    del passing
+    look()
+    figures = [each.close() for each in inner]
+    look()
+    torch.cuda.reset_peak_memory_stats()
+    look()
+    passing = _mib(30)
+    del passing
+    figures += [each.close() for each in outer]
+    look()
+    torch.cuda.reset_peak_memory_stats()
+    look()
+    assert all(each.peak_allocated_bytes < kept.numel() + 50 * MIB for each in figures)
+    return read
+
+
+def test_trackers_change_no_figure_of_user_code(device: Device) -> None:
+    """It reads its own peaks: before, beside and after trackers, and after resets."""
+    alone = _what_user_code_reads(device, is_tracked=False)
+    functions = torch._C._cuda_memoryStats, torch._C._cuda_resetPeakMemoryStats
+
+    tracked = _what_user_code_reads(device, is_tracked=True)
+
+    assert alone == tracked
+    assert functions == (
+        torch._C._cuda_memoryStats,
+        torch._C._cuda_resetPeakMemoryStats,
+    )
+
+
+def test_what_user_code_reads_outlasts_the_tracker(device: Device) -> None:
+    """Until the device is done with, and torch's functions are its own."""
+    functions = torch._C._cuda_memoryStats
+    kept, passing = _mib(1), _mib(50)
+    del passing
+    peak = torch.cuda.max_memory_allocated()
+
+    device.open_tracker(0).close()
+    after = torch.cuda.max_memory_allocated()
+    device.restore()
+
+    assert peak == after
+    assert functions == torch._C._cuda_memoryStats
+    assert kept.is_cuda
 
 
 def test_a_card_has_a_context_once_it_was_used(

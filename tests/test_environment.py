@@ -5,35 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pytest_gpumem.cards import find_card, visible_cards
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.errors import AllocatorSettingError
 from pytest_gpumem.model.config import AllocatorConfig
 
 pytest_plugins = ["pytester"]
-
-
-@pytest.mark.parametrize(
-    ("listed", "names"),
-    [
-        ("1", ["NVIDIA A100-SXM4-80GB"]),
-        ("1,0", ["NVIDIA A100-SXM4-80GB", "Tesla T4"]),
-        ("0, 1", ["Tesla T4", "NVIDIA A100-SXM4-80GB"]),
-        ("0,7,1", ["Tesla T4"]),
-        ("", ["Tesla T4", "NVIDIA A100-SXM4-80GB"]),
-        ("-1", ["Tesla T4", "NVIDIA A100-SXM4-80GB"]),
-    ],
-)
-def test_visible_devices_choose_and_order_the_cards(
-    monkeypatch: pytest.MonkeyPatch, listed: str, names: list[str]
-) -> None:
-    """The list ends at an index that there is not, as the driver's does."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
-
-    assert names == [card.name for card in visible_cards(find_card("T4+A100-80GB"))]
-    with simulated_device("T4+A100-80GB"):
-        assert len(names) == torch.cuda.device_count()
-        assert names[0] == torch.cuda.get_device_name(0)
 
 
 @pytest.mark.parametrize("variable", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])

@@ -123,7 +123,7 @@ def test_a_card_is_read_or_refused(text: str) -> None:
 )
 @example(listed="²")
 @example(listed="9" * 5000)
-def test_any_list_of_visible_cards_leaves_some(listed: str) -> None:
+def test_any_list_of_visible_cards_shows_some_or_none(listed: str) -> None:
     """An index that is none ends it, as on a real machine."""
     cards = find_card("T4+A100-80GB+16GiB")
 
@@ -131,7 +131,6 @@ def test_any_list_of_visible_cards_leaves_some(listed: str) -> None:
         patch.setenv("CUDA_VISIBLE_DEVICES", listed)
         shown = visible_cards(cards)
 
-    assert shown
     assert set(shown) <= set(cards)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from small_bert import Classifier, small_config
 from pytest_gpumem import serve_models
 from pytest_gpumem.errors import CheckpointError
 from pytest_gpumem.hub.names import HubModel, hub_model, parse_hub_model
+from pytest_gpumem.hub.service import Service
 from pytest_gpumem.inheritance import HUB_VARIABLE
 
 if TYPE_CHECKING:
@@ -78,7 +80,7 @@ def differing(left: Any, right: Any) -> list[str]:
         ("gpt2=hub", HubModel("gpt2", "hub")),
         (
             "bert-tiny, format=bin,seed=3",
-            HubModel("bert-tiny", "bert-tiny", (("format", "bin"), ("seed", 3)), True),
+            HubModel("bert-tiny", "bert-tiny", (("format", "bin"), ("seed", 3)), False),
         ),
         (
             "a/b=bert-tiny,max_shard_size=4MB",
@@ -483,6 +485,21 @@ def test_a_head_of_another_size_says_what_to_do(config: Path) -> None:
 
     assert "ignore_mismatched_sizes" in str(told.value)
     assert 5 == model.classifier.out_features
+
+
+def test_a_forked_child_leaves_the_folder_to_its_parent(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It leaves the block too, while its parent is still in it."""
+    service = Service()
+    service.push([hub_model("my-org/mine", config)])
+    root = Path(os.environ[HUB_VARIABLE]).parent
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: -1)
+        service.pop()
+
+    assert root.is_dir()
+    shutil.rmtree(root)
 
 
 def test_nothing_is_left_behind(config: Path) -> None:

@@ -378,7 +378,7 @@ def test_factories_fill_what_they_are_given() -> None:
         lambda: torch.full((3,), 2.0, out=out, device="cuda:0"),
         lambda: torch.normal(0.0, 1.0, (3,), out=out, device="cuda"),
     ):
-        assert make() is out
+        assert make() is out  # type: ignore[no-untyped-call]  # a lambda's
         assert 3 == out.numel()
     with pytest.raises(RuntimeError, match="device type cuda does not match"):
         torch.zeros(3, out=torch.empty(0), device="cuda")

@@ -18,7 +18,7 @@ from pytest_gpumem.devices.simulated.device import SimulatedDevice
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.instruments.injector import OomInjector
 from pytest_gpumem.instruments.snapshots import (
-    keep_history,
+    history_kept,
     snapshot_name,
     take_snapshot,
     write_snapshot,
@@ -263,10 +263,10 @@ def test_arithmetic_is_said_and_honest() -> None:
 
 def test_memory_viz_opens_a_snapshot(witness: OomWitness, tmp_path: Path) -> None:
     """Protocol 4, plain values, the OOM among the changes, with frames."""
-    keep_history()
-    kept = _take(3)
-    _fail()
-    file = write_snapshot(take_snapshot(), tmp_path / "new", "a.py::test[../x]")
+    with history_kept():
+        kept = _take(3)
+        _fail()
+        file = write_snapshot(take_snapshot(), tmp_path / "new", "a.py::test[../x]")
 
     content = file.read_bytes()
     assert b"\x80\x04" == content[:2]

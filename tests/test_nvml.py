@@ -13,7 +13,8 @@ from pytest_gpumem.devices.nvml import cap_free_memory
 from pytest_gpumem.devices.patches import PatchSet
 from pytest_gpumem.devices.simulated import machine
 from pytest_gpumem.devices.simulated.install import simulated_device
-from pytest_gpumem.devices.simulated_nvml import SimulatedNvml, uuid_of
+from pytest_gpumem.devices.simulated_nvml import SimulatedNvml
+from pytest_gpumem.visibility import uuid_of
 
 pynvml: Any = pytest.importorskip("pynvml")
 

@@ -102,8 +102,10 @@ def test_a_bad_option_stops_before_any_test(
     """Exit code 4 and one sentence that names option and value."""
     pytester.makepyfile("def test_nothing(): raise SystemError('was run')")
 
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    backend = [] if "backend" in option else ["--gpu-backend=simulated"]
+    backend = ["--gpu-backend=simulated"]
+    if "backend" in option:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        backend = []
     result = pytester.runpytest(*backend, option)
 
     assert pytest.ExitCode.USAGE_ERROR == result.ret

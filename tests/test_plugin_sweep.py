@@ -207,6 +207,32 @@ def test_workers_share_the_points(make: pytest.Pytester) -> None:
     assert re.search(r"replay: pytest \S+::test_bad --gpu-replay-oom=any:nth=2\b", text)
 
 
+def test_shares_are_told_from_a_tests_own_parameters(
+    pytester: pytest.Pytester,
+) -> None:
+    """Whatever they are called, and wherever pytest puts the share among them."""
+    pytester.makepyfile(
+        CODE
+        + """
+    def pytest_generate_tests(metafunc):
+        if "late" in metafunc.fixturenames:
+            metafunc.parametrize("late", ["points 1 of 2"], ids=["points 1 of 2"])
+
+    @pytest.mark.oom_sweep(recover=True, modes=("transient",))
+    @pytest.mark.parametrize("n", ["points 3"])
+    def test_it(n, late):
+        recover()
+"""
+    )
+    for workers in ((), ("-n", "2")):
+        result = pytester.runpytest(*LIGHT, *workers)
+
+        lines = [each for each in result.outlines if ": 8 allocations at" in each]
+        (name,) = {each.partition(": 8 ")[0].strip() for each in lines}
+        assert name.endswith(("[points 3-points 1 of 2]", "[points 1 of 2-points 3]"))
+        assert "8 points: 8 recovered" in "".join(lines)
+
+
 def test_coverage_is_shown(make: pytest.Pytester) -> None:
     """The sites that allocate, were failed, and were recovered from."""
     result = make.runpytest(*LIGHT, "-k", "good")
@@ -276,6 +302,12 @@ def test_an_interrupted_sweep_is_resumed_on_demand(pytester: pytest.Pytester) ->
     second = pytester.runpytest_subprocess("--gpu-oom-resume")
 
     assert pytest.ExitCode.INTERRUPTED == first.ret
+    first.stdout.fnmatch_lines(
+        [
+            "*KeyboardInterrupt: a sweep of *::test_it was interrupted after 5 of 16 "
+            "points; go on with --gpu-oom-resume"
+        ]
+    )
     second.assert_outcomes(passed=1)
     second.stdout.fnmatch_lines(["*16 points, 5 of them resumed: 16 recovered*"])
 
@@ -310,14 +342,15 @@ def test_markers_are_checked_early(
 def test_what_cannot_be_called_again_is_refused(
     pytester: pytest.Pytester, source: str
 ) -> None:
-    """The error names what to use instead."""
+    """The test's error names what to use instead; other tests run."""
     pytester.makepyfile(
-        "import unittest, pytest\npytestmark = pytest.mark.oom_sweep\n" + source
+        f"import unittest, pytest\npytestmark = pytest.mark.oom_sweep\n{source}\n",
+        test_other="def test_other(): pass",
     )
     result = pytester.runpytest(*LIGHT)
 
-    assert pytest.ExitCode.USAGE_ERROR == result.ret
-    result.stderr.fnmatch_lines(["*needs a plain test function*fixture oom_sweep*"])
+    result.assert_outcomes(passed=1, errors=1)
+    result.stdout.fnmatch_lines(["*needs a plain test function*fixture oom_sweep*"])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 
 from pytest_gpumem.devices import selection
 from pytest_gpumem.devices.on_import import AfterImport
-from pytest_gpumem.devices.selection import Choice, choose, torch_versions
+from pytest_gpumem.devices.selection import Choice, Driver, choose, torch_versions
 from pytest_gpumem.errors import DeviceUnavailableError
 
 if TYPE_CHECKING:
@@ -22,16 +22,17 @@ if TYPE_CHECKING:
 def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A machine with a CUDA build of torch and one card, to be changed."""
     monkeypatch.setattr(selection, "torch_versions", lambda: ("2.13.0", "13.0"))
-    monkeypatch.setattr(selection, "count_cards", lambda: 1)
+    monkeypatch.setattr(selection, "ask_driver", lambda: Driver(("GPU-1a",), "13.0"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return monkeypatch
 
 
 def test_a_usable_card_is_taken(machine: pytest.MonkeyPatch) -> None:
     """Auto means cuda where torch and the driver agree."""
-    machine.setenv("CUDA_VISIBLE_DEVICES", "0")
+    for listed in ("0", "0,7", "GPU-1", "MIG-GPU-1a/1/0"):
+        machine.setenv("CUDA_VISIBLE_DEVICES", listed)
+        assert Choice("cuda", "a usable card") == choose("auto")
 
-    assert Choice("cuda", "a usable card") == choose("auto")
     assert Choice("cuda", "as asked for") == choose("cuda")
     assert "simulated" == choose("simulated").kind
 
@@ -43,6 +44,11 @@ def test_a_usable_card_is_taken(machine: pytest.MonkeyPatch) -> None:
         ("no driver", "this machine has no NVIDIA driver"),
         ("no card", "the NVIDIA driver has no card"),
         ("hidden", "CUDA_VISIBLE_DEVICES hides every card"),
+        ("another card", "CUDA_VISIBLE_DEVICES hides every card"),
+        (
+            "old driver",
+            "the NVIDIA driver is for CUDA 12.8, torch 2.13.0 for CUDA 13.0",
+        ),
     ],
 )
 def test_without_a_card_the_device_is_simulated(
@@ -53,9 +59,15 @@ def test_without_a_card_the_device_is_simulated(
         machine.setattr(selection, "torch_versions", lambda: ("2.13.0+cpu", None))
     elif change == "hidden":
         machine.setenv("CUDA_VISIBLE_DEVICES", "")
+    elif change == "another card":
+        machine.setenv("CUDA_VISIBLE_DEVICES", "1,0")
     else:
-        count = None if change == "no driver" else 0
-        machine.setattr(selection, "count_cards", lambda: count)
+        driver = {
+            "no driver": None,
+            "no card": Driver((), "0.0"),
+            "old driver": Driver(("GPU-1a",), "12.8"),
+        }[change]
+        machine.setattr(selection, "ask_driver", lambda: driver)
 
     assert Choice("simulated", reason) == choose("auto")
     with pytest.raises(

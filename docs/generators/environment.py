@@ -26,8 +26,8 @@ NOTES: Final = {
     "budgets and rules; not for you to set",
     "PYTEST_GPUMEM_HUB": "set by a run for its child processes, to name the models of the "
     "hub that they serve too; not for you to set",
-    "CUDA_VISIBLE_DEVICES": "which cards are seen, and in which order; simulated cards "
-    "heed it too",
+    "CUDA_VISIBLE_DEVICES": "which cards are seen, and in which order; read as CUDA "
+    "reads it, when it is first used in a process, for simulated cards too",
     "CUBLAS_WORKSPACE_CONFIG": "the size of cuBLAS's workspace, on simulated cards too",
     "PYTORCH_ALLOC_CONF": "settings of the caching allocator, which the simulated card's "
     "model heeds; a setting that is not modelled is refused at the start",

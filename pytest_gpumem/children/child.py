@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem.devices.on_import import AfterImport
 from pytest_gpumem.inheritance import EVERY_CARD, HUB_VARIABLE, VARIABLE, Inheritance
+from pytest_gpumem.visibility import VARIABLE as VISIBLE
+from pytest_gpumem.visibility import numbers_of, uuid_of
 
 if TYPE_CHECKING:
     from pytest_gpumem.devices import Device
@@ -118,16 +120,16 @@ class Child:
         else:
             import torch  # noqa: PLC0415  # it has just been imported
 
-            if not torch.cuda.is_available():
+            if not torch.cuda.device_count():
                 return  # this process does not see the card: somebody wants that
             from pytest_gpumem.devices.active import active_device  # noqa: PLC0415
 
             self._device = active_device()
         device = self._device
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        indices = self._given.indices_here(visible, device.device_count)
+        indices = self._indices(device)
         if device.kind == "simulated":
             self._set_budgets(device, indices)
+            self._installation.machine.on_change.append(self._cards_changed)
         elif self._given.budgets:
             # A budget makes the card's context, which a process may not want so early.
             import torch  # noqa: PLC0415  # it is here
@@ -140,18 +142,44 @@ class Child:
             self._injector.__enter__()
         self._start_watch(device, indices)
 
+    def _indices(self, device: Device) -> list[int]:
+        """Return what the run calls each card that this process sees."""
+        count = device.device_count
+        if device.kind != "simulated":
+            return self._given.indices_here(os.environ.get(VISIBLE), count)
+        machine = self._installation.machine
+        uuids = [uuid_of(card.number) for card in machine.all_cards]
+        theirs = numbers_of(self._given.visible, uuids)
+        return [
+            theirs.index(card.number) if card.number in theirs else index
+            for index, card in enumerate(machine.cards)
+        ]
+
+    def _cards_changed(self) -> None:
+        """Have other cards than when torch was imported: the process chose them."""
+        device = self._device
+        if device is None or self._watch is None:
+            return
+        for card in self._installation.machine.all_cards:
+            card.set_budget(None)
+        indices = self._indices(device)
+        self._set_budgets(device, indices)
+        self._watch.stop()
+        self._forks.stop()
+        self._start_watch(device, indices)
+
     def _simulated(self) -> Device:
-        from pytest_gpumem.cards import find_card, visible_cards  # noqa: PLC0415  # torch is here
+        from pytest_gpumem.cards import find_card  # noqa: PLC0415  # torch is here
         from pytest_gpumem.devices.simulated.device import SimulatedDevice  # noqa: PLC0415
         from pytest_gpumem.devices.simulated.install import Installation  # noqa: PLC0415
         from pytest_gpumem.devices.simulated.machine import SimulatedMachine  # noqa: PLC0415
 
         every = find_card(self._given.card)
-        machine = SimulatedMachine(visible_cards(every), values=self._given.values)
+        machine = SimulatedMachine(every, values=self._given.values)
         if self._given.shared:
             from pytest_gpumem.tenancy.shared_card import join_cards  # noqa: PLC0415
 
-            join_cards(machine.cards, self._given.shared, len(every))
+            join_cards(machine.all_cards, self._given.shared)
         self._installation = Installation(machine)
         self._installation.install()
         return SimulatedDevice(machine)

@@ -30,8 +30,11 @@ def active_device() -> Device:
             SimulatedDevice,
         )
 
+        if not simulated.cards:
+            raise DeviceUnavailableError(f"no CUDA device: {simulated.why_none}")
         return SimulatedDevice(simulated)
-    if not torch.cuda.is_available():
+    # Counted without CUDA: see Note [When the variable is read].
+    if not torch.cuda.device_count():
         raise DeviceUnavailableError(
             "no CUDA device: torch finds none and no simulated one is installed; put "
             "'gpu_backend = auto' into pytest's ini file, or enter simulated_device()"

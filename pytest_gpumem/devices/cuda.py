@@ -71,8 +71,9 @@ class CudaDevice:
         return torch.cuda.mem_get_info(index)
 
     def total_bytes(self, index: int) -> int:
-        """Return a card's total bytes."""
-        return self.mem_get_info(index)[1]
+        """Return a card's total bytes; asking makes no context on it."""
+        total: int = torch.cuda.get_device_properties(index).total_memory
+        return total
 
     def card_id(self, index: int) -> str:
         """Return a card's UUID."""
@@ -113,6 +114,14 @@ class CudaDevice:
             torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001  # no public name
             torch.cuda.empty_cache()
 
+    def segments(self, index: int) -> list[dict[str, Any]]:
+        """Return a card's segments.
+
+        Limits: a history that is kept notes that somebody looked.
+        """
+        every: Any = torch.cuda.memory_snapshot()
+        return [each for each in every if each["device"] == index]
+
     def holds(self, storage: Any, index: int) -> bool:
         """Tell whether a storage is on a card."""
         place: torch.device = storage.device
@@ -121,6 +130,10 @@ class CudaDevice:
     def open_tracker(self, index: int) -> CudaTracker:
         """Start tracking a card's peaks."""
         return CudaTracker(self._statistics, index, self.counted)
+
+    def restore(self) -> None:
+        """Let torch's statistics be its own again; see Note [Peaks of user code]."""
+        self._statistics.restore()
 
     # -- budget -------------------------------------------------------------------
 
@@ -138,6 +151,8 @@ class CudaDevice:
         Raises:
             BudgetError: Not between 1 byte and the card's total.
         """
+        if budget_bytes is None and not self._has_budgets:
+            return  # nor is CUDA used, which would read what hides cards
         with self._lock:
             had_any = self._has_budgets
             self._budgets[index].put(

@@ -4,10 +4,19 @@ Note [Who resets torch's statistics]
 Every tracker of a card, and user code, read and reset the same statistics. Before a
 reset of peaks, whoever's it is, every open tracker takes the peaks in; before a reset of
 running totals the counts so far are kept. So nobody's reset hides anything from others.
+
+Note [Peaks of user code]
+A tracker has to reset the peaks, as it could not tell its own from a higher one before.
+What user code would have read is kept, and it reads the higher of what was kept and what
+is, until it resets the peaks itself. Where nothing is kept, and no tracker is open, torch's
+functions are its own. Limits: C++ code that asks the allocator reads what it has.
+Source: ``c10/cuda/CUDACachingAllocator.cpp``, ``resetPeakStats``: it sets the peak of every
+statistic of every pool to what is current.
 """
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -16,7 +25,7 @@ from pytest_gpumem.devices.patches import PatchSet
 from pytest_gpumem.model.records import MemoryFigures
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from pytest_gpumem.devices.nvml import Reading
 
@@ -33,10 +42,22 @@ class CudaStatistics:
         self._patches = PatchSet()
         #: What ``counts`` would have lost to resets by user code.
         self._past_counts: dict[int, list[int]] = {}
+        #: Peaks that user code reads, above the card's own; by card, statistic and pool.
+        self._kept_peaks: dict[int, dict[tuple[str, str], int]] = {}
+        self._is_patched = False
+        self._reads_own = threading.local()
+        self._read: Any = None
+        self._reset: Any = None
 
     def of(self, index: int) -> Mapping[str, int]:
-        """Return ``torch.cuda.memory_stats``; empty before CUDA is used."""
-        return torch.cuda.memory_stats(index) if torch.cuda.is_initialized() else {}
+        """Return the card's own ``memory_stats``; empty before CUDA is used."""
+        if not torch.cuda.is_initialized():
+            return {}
+        self._reads_own.value = True
+        try:
+            return torch.cuda.memory_stats(index)
+        finally:
+            self._reads_own.value = False
 
     def counts(self, index: int) -> list[int]:
         """Return how many requests were served, failed, and made the cache be flushed.
@@ -51,10 +72,17 @@ class CudaStatistics:
         ]
 
     def fold(self, index: int) -> None:
-        """Let every open tracker take the peaks in, then reset them."""
+        """Let every open tracker take the peaks in, keep user code's, then reset them."""
+        if not torch.cuda.is_initialized():
+            return
+        self._patch()
         self._take(index)
-        if torch.cuda.is_initialized():
-            torch.cuda.reset_peak_memory_stats(index)
+        kept = self._kept_peaks.pop(index, {})
+        for name, values in _with_peaks(self._read(index)):
+            peak = max(values["peak"], kept.get(name, 0))
+            if peak > values["current"]:
+                self._kept_peaks.setdefault(index, {})[name] = peak
+        self._reset(index)
 
     def _take(self, index: int) -> None:
         stats = self.of(index)
@@ -66,33 +94,96 @@ class CudaStatistics:
 
     def add(self, tracker: CudaTracker) -> None:
         """Note an open tracker; user code's own resets are folded from now on."""
-        if not self._trackers:
-            self._fold_before("_cuda_resetPeakMemoryStats", self._take)
-            self._fold_before("_accelerator_resetPeakStats", self._take)
-            self._fold_before("_cuda_resetAccumulatedMemoryStats", self._keep_counts)
-            self._fold_before("_accelerator_resetAccumulatedStats", self._keep_counts)
+        self._patch()
         self._trackers.append(tracker)
 
     def drop(self, tracker: CudaTracker) -> None:
-        """Forget a tracker; with the last one, resets are torch's own again."""
+        """Forget a tracker."""
         if tracker in self._trackers:
             self._trackers.remove(tracker)
-            if not self._trackers:
-                self._patches.restore()
+            self._settle()
 
-    def _fold_before(self, name: str, fold: Callable[[int], None]) -> None:
-        original: Any = getattr(torch._C, name, None)  # noqa: SLF001  # below torch.cuda
+    def restore(self) -> None:
+        """Let torch's functions be its own again, whatever user code then reads."""
+        self._kept_peaks.clear()
+        self._patches.restore()
+        self._is_patched = False
 
+    def _settle(self) -> None:
+        """Let torch's functions be its own, if user code reads the same from them."""
+        if self._trackers:
+            return
+        for index, kept in list(self._kept_peaks.items()):
+            peaks = {
+                name: each["peak"] for name, each in _with_peaks(self._read(index))
+            }
+            if all(peaks.get(name, 0) >= peak for name, peak in kept.items()):
+                del self._kept_peaks[index]
+        if not self._kept_peaks:
+            self.restore()
+
+    def _patch(self) -> None:
+        if self._is_patched:
+            return
+        self._is_patched = True
+        functions: Any = torch._C  # noqa: SLF001  # below torch.cuda
+        self._read = functions._cuda_memoryStats  # noqa: SLF001  # likewise
+        self._reset = functions._cuda_resetPeakMemoryStats  # noqa: SLF001  # likewise
+        for name, wrapper in (
+            ("_cuda_memoryStats", self._reading),
+            ("_accelerator_getDeviceStats", self._reading),
+            ("_cuda_resetPeakMemoryStats", self._resetting_peaks),
+            ("_accelerator_resetPeakStats", self._resetting_peaks),
+            ("_cuda_resetAccumulatedMemoryStats", self._resetting_counts),
+            ("_accelerator_resetAccumulatedStats", self._resetting_counts),
+        ):
+            original = getattr(functions, name, None)
+            if original is not None:
+                self._patches.set(functions, name, wrapper(original))
+
+    def _reading(self, original: Any) -> Any:
+        def read(index: int) -> Any:
+            stats = original(index)
+            if not getattr(self._reads_own, "value", False):
+                kept = self._kept_peaks.get(index, {})
+                for name, values in _with_peaks(stats):
+                    values["peak"] = max(values["peak"], kept.get(name, 0))
+            return stats
+
+        return read
+
+    def _resetting_peaks(self, original: Any) -> Any:
         def reset(index: int) -> None:
-            fold(index)
+            self._take(index)
+            original(index)
+            self._kept_peaks.pop(index, None)
+            self._settle()
+
+        return reset
+
+    def _resetting_counts(self, original: Any) -> Any:
+        def reset(index: int) -> None:
+            self._keep_counts(index)
             original(index)
 
-        if original is not None:
-            self._patches.set(torch._C, name, reset)  # noqa: SLF001  # likewise
+        return reset
+
+
+def _with_peaks(
+    stats: Mapping[str, Any],
+) -> Iterator[tuple[tuple[str, str], dict[str, int]]]:
+    """Yield name, pool and values of each statistic that has a peak."""
+    for name, pools in stats.items():
+        if isinstance(pools, dict):
+            for pool, values in pools.items():
+                if isinstance(values, dict) and "peak" in values:
+                    yield (name, pool), values
 
 
 class CudaTracker:
     """Peaks of one real card, by resetting torch's own peak statistics.
+
+    User code reads its own all the while; see Note [Peaks of user code].
 
     Args:
         statistics: The statistics, shared by all trackers.

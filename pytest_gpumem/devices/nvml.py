@@ -86,12 +86,19 @@ class CardCount:
         index: The card, as CUDA numbers it.
         has_context: Tells whether this process has a context on the card; NVML lists
             no process that has none.
+        find: Returns NVML's handle of it.
 
     Limits: asking from several threads at once is safe, as NVML is.
     """
 
-    def __init__(self, index: int, has_context: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        index: int,
+        has_context: Callable[[], bool],
+        find: Callable[[Any, int], Any] | None = None,
+    ) -> None:
         self._index: Final = index
+        self._find: Final = find_card if find is None else find
         self._has_context: Final = has_context
         self._handle: Any = None
 
@@ -103,7 +110,7 @@ class CardCount:
             return Reading(None, None, _MISSING)
         try:
             if self._handle is None:
-                self._handle = find_card(pynvml, self._index)
+                self._handle = self._find(pynvml, self._index)
             handle = self._handle
             card_bytes = _used_bytes(pynvml, handle)
             running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)

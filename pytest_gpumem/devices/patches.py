@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import MutableMapping
 
 _ABSENT: Final = object()
 
 
 class PatchSet:
-    """A stack of replaced attributes; ``restore`` undoes them, last first.
+    """A stack of replaced attributes and entries; ``restore`` undoes them, last first.
 
     Limits: not thread-safe.
     """
 
     def __init__(self) -> None:
-        self._saved: list[tuple[Any, str, Any]] = []
+        self._stack: Final = ExitStack()
 
     def set(self, owner: Any, name: str, value: Any) -> Any:
         """Replace ``owner.name`` and return what stood there (None if nothing)."""
         saved = vars(owner).get(name, _ABSENT)
         setattr(owner, name, value)
-        self._saved.append((owner, name, saved))
-        return None if saved is _ABSENT else saved
+        if saved is _ABSENT:
+            self._stack.callback(delattr, owner, name)
+            return None
+        self._stack.callback(setattr, owner, name, saved)
+        return saved
+
+    def put(self, table: MutableMapping[Any, Any], key: Any, value: Any) -> None:
+        """Put an entry into a table, in place of what stood there."""
+        if key in table:
+            self._stack.callback(table.__setitem__, key, table[key])
+        else:
+            self._stack.callback(table.pop, key, None)
+        table[key] = value
 
     def restore(self) -> None:
-        """Put every attribute back; those that were not there are taken away."""
-        while self._saved:
-            owner, name, saved = self._saved.pop()
-            if saved is _ABSENT:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, saved)
+        """Put everything back, whichever part of it fails; safe to call twice."""
+        self._stack.close()

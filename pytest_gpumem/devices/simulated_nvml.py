@@ -1,4 +1,4 @@
-"""NVML's answers for simulated cards.
+"""NVML's answers for simulated cards: for all of the machine, as NVML's are.
 
 ``pynvml`` (nvidia-ml-py) asks NVIDIA's driver. While cards are simulated it must not
 reach one: the functions that programs use to look at memory are replaced, every other
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_gpumem.devices.nvml import MemoryInfo, memory_info
 from pytest_gpumem.devices.on_import import AfterImport
 from pytest_gpumem.devices.patches import PatchSet
+from pytest_gpumem.visibility import uuid_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -112,7 +113,7 @@ class SimulatedNvml:
         machine = self._machine()
         if machine is None:
             raise self._error("NVML_ERROR_UNINITIALIZED")
-        return machine.cards
+        return machine.all_cards
 
     def _card(self, handle: Handle) -> Any:
         return self._cards()[handle.index]
@@ -169,8 +170,3 @@ class NvmlHook:
     def _imported(self) -> None:
         self._nvml = SimulatedNvml(sys.modules["pynvml"], self._machine)
         self._nvml.install()
-
-
-def uuid_of(index: int) -> str:
-    """Return the UUID of a simulated card, as NVML writes it."""
-    return f"GPU-00000000-0000-0000-0000-{index:012d}"

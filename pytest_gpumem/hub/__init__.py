@@ -48,7 +48,7 @@ def serve_models(
         with serve_models({"bert-tiny-uncased": "bert-tiny"}):
             model = AutoModel.from_pretrained("bert-tiny-uncased")
 
-    Limits: a model named without source is left alone where the user's own cache has
+    Limits: a model named without source and options is left alone where the user's own cache has
     it. Not for several threads that serve different models at once. What asks the hub
     by other means than huggingface_hub is not reached.
     """

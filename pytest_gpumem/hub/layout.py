@@ -104,7 +104,8 @@ def files_of(folder: Path) -> list[HubFile]:
 def have_revision(folder: Path, revision: str) -> None:
     """Let a branch, tag or commit be found: a served model is the same at each."""
     ref = folder / "refs" / revision
-    if revision != MAIN and ".." not in revision and not ref.exists():
+    is_inside = ".." not in revision and not revision.startswith("/")
+    if revision != MAIN and is_inside and not ref.exists():
         commit = commit_of(folder)
         write_atomically(ref, commit)
         if len(revision) == _COMMIT_DIGITS:

@@ -135,7 +135,8 @@ def hub_model(
 
     Args:
         name: Its name on the hub.
-        source: As ``HubModel.source``; None means the known model of that name.
+        source: As ``HubModel.source``; None means the known model of that name, and,
+            without options, the user's own copy first.
         options: What else ``make_checkpoint`` is told.
         base: The folder that relative paths start from.
 
@@ -154,7 +155,7 @@ def hub_model(
                 f"it from, {name}=SOURCE, where SOURCE is a known name "
                 f"({', '.join(NAMES)}), a config.json, or a checkpoint's folder"
             )
-        model = HubModel(name, known, chosen, yields=True)
+        model = HubModel(name, known, chosen, yields=not chosen)
         _check_source(model)
         return model
     text = os.path.expanduser(os.fspath(source))  # noqa: PTH111  # links stay as they are

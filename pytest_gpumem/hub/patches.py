@@ -129,7 +129,9 @@ class Patches:
 
     def _patch_client(self) -> None:
         http = importlib.import_module(f"{_LIBRARY}.utils._http")
-        library: Any = getattr(http, "httpx2", None) or http.httpx
+        library: Any = getattr(http, "httpx2", None) or getattr(http, "httpx", None)
+        if library is None:
+            return  # before 1.0; there, the offline mode finds what is served
         plain = library.Client.send
 
         @functools.wraps(plain)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import re
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from pytest_gpumem.files import write_bytes_atomically
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 #: What memory_viz reads: it has an unpickler of its own.
@@ -22,9 +24,22 @@ ENTRIES: Final = 20_000
 _NAME: Final = 100
 
 
-def keep_history() -> None:
-    """Have changes of memory kept, for snapshots to show them with their frames."""
-    torch.cuda.memory._record_memory_history(max_entries=ENTRIES, stacks="python")  # noqa: SLF001  # torch's only way
+@contextmanager
+def history_kept() -> Iterator[None]:
+    """Have changes of memory kept for a block, for snapshots to show their frames.
+
+    Where user code has them kept already, its own choice stays.
+    """
+    is_kept: Any = getattr(torch._C, "_cuda_isHistoryEnabled", None)  # noqa: SLF001  # older versions lack it
+    if is_kept is not None and torch.cuda.is_initialized() and is_kept():
+        yield
+        return
+    keep = torch.cuda.memory._record_memory_history  # noqa: SLF001  # torch's only way
+    keep(max_entries=ENTRIES, stacks="python")
+    try:
+        yield
+    finally:
+        keep(enabled=None)
 
 
 def take_snapshot() -> dict[str, Any]:

@@ -119,12 +119,17 @@ def _configure(run: Run, config: pytest.Config) -> None:
 def _share(run: Run, config: pytest.Config, collection: Collection) -> None:
     from pytest_gpumem.plugin.admission import Admission  # noqa: PLC0415  # there are others
     from pytest_gpumem.plugin.contention import Contention  # noqa: PLC0415  # likewise
-    from pytest_gpumem.plugin.workers import WORKER_INPUT  # noqa: PLC0415  # likewise
+    from pytest_gpumem.plugin.workers import IDLE_INPUT, WORKER_INPUT  # noqa: PLC0415  # likewise
 
-    text = getattr(config, "workerinput", {}).get(WORKER_INPUT)
+    given = getattr(config, "workerinput", {})
+    text = given.get(WORKER_INPUT)
     collection.seconds = None if text is None else json.loads(text)
     admission = Admission(
-        run, collection.phases, collection.wishes, collection.seconds or {}
+        run,
+        collection.phases,
+        collection.wishes,
+        collection.seconds or {},
+        frozenset(json.loads(given.get(IDLE_INPUT, "[]"))),
     )
     contention = Contention(run, admission, collection.wishes)
     collection.incidents.listeners.append(contention.note)

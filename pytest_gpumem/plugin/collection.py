@@ -12,6 +12,7 @@ from pytest_gpumem.plugin.incidents import Incidents
 from pytest_gpumem.plugin.phases import Phases
 from pytest_gpumem.plugin.usage import UsageErrors
 from pytest_gpumem.plugin.wider_fixtures import WiderFixtures
+from pytest_gpumem.visibility import why_hidden
 
 if TYPE_CHECKING:
     from pytest_gpumem.devices import Device
@@ -104,17 +105,13 @@ class Collection:
         settings = self._run.settings
         if marks.is_swept(
             metafunc.definition, sweeps_fallbacks=settings.sweeps_fallbacks
-        ):
+        ) and not inspect.iscoroutinefunction(metafunc.function):
             from pytest_gpumem.plugin.sweeps import shard_tests  # noqa: PLC0415  # there is one
 
             shard_tests(metafunc, is_replay=settings.replay is not None)
 
     def _check_sweep(self, item: pytest.Item, wishes: marks.Wishes) -> None:
-        """Refuse what cannot be called again and again; have the others swept.
-
-        Raises:
-            pytest.UsageError: A sweep is asked of a test that is no plain function.
-        """
+        """Have tests swept; one that cannot be called again and again fails, saying so."""
         if wishes.sweep is None:
             return
         bases = getattr(getattr(item, "cls", None), "__mro__", ())
@@ -122,10 +119,11 @@ class Collection:
             base.__module__ != "unittest.case" for base in bases
         )
         if not is_plain or inspect.iscoroutinefunction(getattr(item, "obj", None)):
-            raise pytest.UsageError(
-                f"{item.nodeid}: a sweep needs a plain test function, to call it again "
-                "and again; use the fixture oom_sweep or pytest_gpumem.sweep_ooms"
+            self.phases.refusals[item] = (
+                "a sweep needs a plain test function, to call it again and again; use "
+                "the fixture oom_sweep or pytest_gpumem.sweep_ooms"
             )
+            return
         if not self._manager.has_plugin("gpumem-sweeps"):
             from pytest_gpumem.plugin.sweeps import Sweeps  # noqa: PLC0415  # there is one
 
@@ -138,7 +136,7 @@ class Collection:
             pytest.UsageError: A marker does so.
         """
         totals = self._run.totals()
-        if totals is None:
+        if not totals:  # only torch could tell, or the cards are hidden
             return
         named = [("gpu_budget", each.device_index) for each in wishes.budgets]
         named += [("max_vram", each.device_index or 0) for each in wishes.limits]
@@ -164,6 +162,8 @@ class Collection:
             return f"needs a real CUDA card: {choice.reason}"
         if choice.kind == "off":
             return f"needs a GPU, but gpumem's backend is off: {choice.reason}"
+        if choice.kind == "simulated" and not self._run.settings.cards:
+            return f"needs a GPU, but {why_hidden()}"
         return self._what_lacks(wishes)
 
     def _what_lacks(self, wishes: marks.Wishes) -> str | None:
@@ -208,8 +208,9 @@ class Collection:
             self._attach(self._run.device)
 
     def _attach(self, device: Device) -> None:
-        """Watch for OOMs; their hook begins after a phase, so it can come in one."""
+        """Watch for OOMs and failures; their hooks are called after a phase."""
         if self._run.witness is None:
+            self._manager.register(self.phases.failures, "gpumem-failures")
             self._manager.register(self.incidents, "gpumem-incidents")
             self.incidents.attach(device)
 

@@ -69,7 +69,7 @@ class Contention:
         if incident.injected_by or needed > min(budget or total, total):
             return  # its own: it would have run out of memory alone too
         others = device.others_bytes(index)
-        share = self._run.sharing.cap_bytes(device, index, incident.total_bytes)
+        share = self._run.sharing.cap_bytes(device, index)
         lacks_share = budget is None and share is not None
         if lacks_share or total - others - incident.reserved_bytes < nbytes:
             self._seen = {
@@ -158,11 +158,19 @@ class Contention:
 
 
 def _reruns(item: pytest.Item) -> bool:
-    """Tell whether pytest-rerunfailures runs the test; it shows every attempt whole."""
-    return bool(
-        item.config.getoption("reruns", default=None)
-        or item.get_closest_marker("flaky")
-    )
+    """Tell whether pytest-rerunfailures runs the test; it shows every attempt whole.
+
+    By its options, its marker or, from its ini setting, for every test.
+    """
+    config = item.config
+    if not config.pluginmanager.has_plugin("rerunfailures"):
+        return False
+    asked = [config.getoption(name, None) for name in ("reruns", "force_reruns")]
+    try:
+        asked.append(config.getini("reruns"))
+    except ValueError:
+        pass  # a version without the setting
+    return any(asked) or item.get_closest_marker("flaky") is not None
 
 
 def _forget_failed_fixtures(item: pytest.Item) -> None:

@@ -38,11 +38,10 @@ class Incidents:
 
         folder = self._run.settings.snapshots
         if folder is not None:
-            from pytest_gpumem.instruments.snapshots import keep_history  # noqa: PLC0415  # likewise
+            from pytest_gpumem.instruments.snapshots import history_kept  # noqa: PLC0415  # likewise
 
-            keep_history()
-        witness = OomWitness(device, also=self._tell)
-        self._run.witness = witness.__enter__()
+            self._run.enter(history_kept())
+        self._run.witness = self._run.enter(OomWitness(device, also=self._tell))
 
     def _tell(self, incident: Incident) -> None:
         for listener in self.listeners:

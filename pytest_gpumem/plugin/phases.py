@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import platform
-import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,6 +12,7 @@ import pytest
 
 from pytest_gpumem.devices import allocated_bytes
 from pytest_gpumem.plugin import marks
+from pytest_gpumem.plugin.failures import Failures
 from pytest_gpumem.plugin.sampling import is_wanted, note_unknown, with_samples
 
 if TYPE_CHECKING:
@@ -56,6 +56,10 @@ class Phases:
         self._wishes: Final = wishes
         self._fixtures: Final = fixtures
         self._general: Final = run.settings.max_vram
+        #: Why a test cannot be run as its markers ask.
+        self.refusals: Final[dict[pytest.Item, str]] = {}
+        #: Lets go of what failed phases hold.
+        self.failures: Final = Failures()
         self._limits: Limits | None = None
         self._leak: LeakCheck | None = None
         self._item: pytest.Item | None = None
@@ -102,6 +106,8 @@ class Phases:
             self._start(item, self._run.device)
         self._begin("setup")
         try:
+            if item in self.refusals:
+                pytest.fail(self.refusals[item], pytrace=False)
             result = yield
             self._check_limits(item, "setup")
             return result
@@ -145,6 +151,7 @@ class Phases:
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None]:
         """Record the teardown, then put the run's own budget back."""
+        self.failures.release()
         self._begin("teardown")
         growth, gate = self._run.growth, self._run.gate
         if growth is not None:
@@ -162,18 +169,23 @@ class Phases:
                     fail(item, text)
             return result
         finally:
-            if growth is not None:
-                left = growth.end()
-                growth.tell(item, left, None if gate is None else gate.judgement)
-            self._end(item, "teardown")
-            if self._run.device is not None:
-                self._end_timeline(item)
-                self._note_limits(item)
-            self._item = None
-            self._limits = self._leak = None
-            self._passed = False
-            if self._run.device is not None or item in self._wishes:
-                self._run.apply_budgets(())
+            with ExitStack() as ending:
+                if self._run.device is not None or item in self._wishes:
+                    ending.callback(self._run.apply_budgets, ())
+                ending.callback(self._forget)
+                if self._run.device is not None:
+                    ending.callback(self._note_limits, item)
+                    ending.callback(self._end_timeline, item)
+                if growth is not None:
+                    judgement = None if gate is None else gate.judgement
+                    growth.tell(item, growth.end(), judgement)
+                self._end(item, "teardown")
+
+    def _forget(self) -> None:
+        """Be done with a test."""
+        self._item = None
+        self._limits = self._leak = None
+        self._passed = False
 
     # -- peaks ----------------------------------------------------------------------------
 
@@ -305,7 +317,7 @@ class Phases:
             return
         children = self._run.children.new_figures() if phase == "call" else []
         if children and self._general is not None:
-            self._run.require_device()  # only the test's processes have used torch
+            self._run.any_device()  # only the test's processes have used torch
         read = [tracker.read() for tracker in self._trackers]
         if not read and not children:
             return
@@ -380,14 +392,9 @@ class Phases:
 
     def clean(self, device: Device) -> None:
         """Give back what the test before left in caches, tracebacks and cycles."""
+        self.failures.release()
         if device.num_requests == self._seen_requests:
             return
-        last = getattr(sys, "last_value", None)
-        if last is not None:
-            from pytest_gpumem.instruments.frames import clear_exception  # noqa: PLC0415  # after a failure
-
-            # The frames of a failed test would hold its tensors on the card.
-            clear_exception(last)
         if allocated_bytes(device) > self._held_bytes:
             gc.collect()
         device.empty_cache()

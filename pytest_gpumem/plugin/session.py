@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Any, Final
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import pytest
 
@@ -17,9 +18,11 @@ from pytest_gpumem.plugin.children import Children
 from pytest_gpumem.plugin.options import DEFAULT_CARD
 from pytest_gpumem.plugin.settings import Settings, check_budgets
 from pytest_gpumem.plugin.sharing import Sharing, take_place
+from pytest_gpumem.visibility import visible_numbers, why_hidden
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
     from pytest_gpumem.devices import Device
     from pytest_gpumem.instruments.timeline import Timeline
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
     from pytest_gpumem.plugin.gate import Gate
     from pytest_gpumem.plugin.growth import Growth
 
+
+_T = TypeVar("_T")
 
 #: ``model.config.VARIABLES``, said here so that most runs need not read it.
 ALLOCATOR_VARIABLES: Final = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -52,7 +57,8 @@ class Run:
         #: What this process shares with others that run tests.
         self.sharing: Final = Sharing(settings, take_place())
         self.device: Device | None = None
-        self._installation: Any = None
+        #: What is to be put back, the last first; see ``stop``.
+        self._stack: Final = ExitStack()
         self._hook = AfterImport("torch", self._torch_imported)
         self._nvml = NvmlHook(self._machine)
         #: The baseline to hold tests to, or None.
@@ -64,6 +70,7 @@ class Run:
         self._environment: str | None = None
         #: Notes the moments in which memory runs out, once there is a device.
         self.witness: OomWitness | None = None
+        self._own: Sequence[marks.Budget] = ()
         self.children: Final = Children(settings)
         #: What records the running test's timeline, where a report shows it.
         self.timeline: Timeline | None = None
@@ -72,7 +79,7 @@ class Run:
         if self.choice.kind == "simulated":
             _check_environment()
         totals = self.totals() if settings.budgets else None
-        if totals is not None:
+        if totals:  # none are known, or none are seen
             check_budgets(settings, dict(enumerate(totals)))
 
     def totals(self) -> tuple[int, ...] | None:
@@ -88,8 +95,12 @@ class Run:
 
     def start(self) -> None:
         """Have the device ready by the time anybody can use torch."""
+        self._stack.callback(self.sharing.stop)
         self.sharing.spread(self.choice.kind)
+        self._stack.callback(self.children.stop)
         self.children.start(self.choice.kind, shared=self.sharing.folder)
+        self._stack.callback(self._nvml.stop)
+        self._stack.callback(self._hook.stop)
         if self.choice.kind == "cuda" and self.settings.budgets:
             # A real card's total is known to torch alone; ask before the first test.
             self._hook.start()
@@ -102,7 +113,8 @@ class Run:
     def _torch_imported(self) -> None:
         import torch  # noqa: PLC0415  # it has just been imported
 
-        if self.choice.kind == "cuda" and not torch.cuda.is_available():
+        # Counted without CUDA: see Note [When the variable is read].
+        if self.choice.kind == "cuda" and not torch.cuda.device_count():
             if self.settings.backend == "cuda":
                 raise pytest.UsageError(
                     "--gpu-backend=cuda: torch finds no usable CUDA card; use "
@@ -118,9 +130,11 @@ class Run:
             from pytest_gpumem.devices.active import active_device  # noqa: PLC0415
 
             self.device = active_device()
-            check_budgets(self.settings, dict(enumerate(self.totals() or ())))
+            if self.settings.budgets:
+                check_budgets(self.settings, dict(enumerate(self.totals() or ())))
+        self._stack.callback(self._lift_budgets, self.any_device())
         self.apply_budgets(())
-        self.children.device_came(self.require_device())
+        self.children.device_came(self.any_device())
         self.on_device()
 
     def environment(self) -> str:
@@ -129,11 +143,11 @@ class Run:
         A method: some versions of pytest read every property of a plugin.
         """
         if self._environment is None:
-            self._environment = environment_of(self.require_device())
+            self._environment = environment_of(self.any_device())
         return self._environment
 
     def _machine(self) -> Any:
-        return self.require_device().machine  # type: ignore[attr-defined]  # only simulated runs ask
+        return self.any_device().machine  # type: ignore[attr-defined]  # only simulated runs ask
 
     def _install(self) -> None:
         from pytest_gpumem.devices.simulated.device import (  # noqa: PLC0415  # torch is here
@@ -144,14 +158,37 @@ class Run:
             SimulatedMachine,
         )
 
-        machine = SimulatedMachine(self.settings.cards, values=self.settings.values)
+        every = self.settings.all_cards
+        machine = SimulatedMachine(every, values=self.settings.values)
+        machine.on_change.append(self._cards_changed)
         self.sharing.join_cards(machine)
-        self._installation = Installation(machine)
-        self._installation.install()
+        installation = Installation(machine)
+        installation.install()
+        self._stack.callback(installation.remove)
         self.device = SimulatedDevice(machine)
 
+    def _cards_changed(self) -> None:
+        """Give a test's budgets to the cards that it shows itself before it uses any."""
+        if self.device is not None:
+            for card in self._machine().all_cards:
+                card.set_budget(None, owner=self)
+            self.apply_budgets(self._own)
+
     def require_device(self) -> Device:
-        """Return the run's device; imports torch if nobody has.
+        """Return the run's device, with a card at least; imports torch if nobody has.
+
+        Raises:
+            pytest.UsageError: The run has none, or this process sees none.
+        """
+        device = self.any_device()
+        if not device.device_count:
+            is_simulated = device.kind == "simulated"
+            hidden = self._machine().why_none if is_simulated else why_hidden()
+            raise pytest.UsageError(f"this test needs a GPU, but {hidden}")
+        return device
+
+    def any_device(self) -> Device:
+        """Return the run's device, whether this process sees a card or not.
 
         Raises:
             pytest.UsageError: The run has none (``--gpu-backend=off``).
@@ -164,22 +201,22 @@ class Run:
             )
         return self.device
 
+    def enter(self, block: AbstractContextManager[_T]) -> _T:
+        """Enter a block that lasts until the run ends."""
+        return self._stack.enter_context(block)
+
     def stop(self) -> None:
-        """Put everything back."""
-        self._hook.stop()
-        self._nvml.stop()
-        self.sharing.stop()
-        if self.witness is not None:
-            self.witness.__exit__()
-            self.witness = None
-        self.children.stop()
-        if self.device is not None:
-            for index in range(self.device.device_count):
-                self.device.set_budget(index, None, owner=self)
-            self.device = None
-        if self._installation is not None:
-            self._installation.remove()
-            self._installation = None
+        """Put everything back, whichever part of it fails; safe to call twice."""
+        timeline, self.timeline = self.timeline, None
+        if timeline is not None:  # the test was interrupted
+            self._stack.push(timeline)
+        self.device = self.witness = None
+        self._stack.close()
+
+    def _lift_budgets(self, device: Device) -> None:
+        for index in range(device.device_count):
+            device.set_budget(index, None, owner=self)
+        device.restore()
 
     @pytest.hookimpl(trylast=True)
     def pytest_unconfigure(self) -> None:
@@ -196,14 +233,22 @@ class Run:
         Args:
             own: The test's budgets, the nearest first.
         """
+        self._own = own
         for index in range(0 if self.device is None else self.device.device_count):
-            device = self.require_device()
-            total = device.total_bytes(index)
-            budget = self.settings.budget_bytes(index, total, own)
+            device = self.any_device()
+            budget = self._said_bytes(device, index, own)
             if budget is None:
-                budget = self.sharing.cap_bytes(device, index, total)
+                budget = self.sharing.cap_bytes(device, index)
             device.set_budget(index, budget, owner=self)
         self.pass_on(own)
+
+    def _said_bytes(
+        self, device: Device, index: int, own: Sequence[marks.Budget]
+    ) -> int | None:
+        """Return the budget that the test, or the run, gives a card; or None."""
+        if not own and not self.settings.budgets:
+            return None  # a real card's total is not asked for: that would use CUDA
+        return self.settings.budget_bytes(index, device.total_bytes(index), own)
 
     def pass_on(self, own: Sequence[marks.Budget], rules: Sequence[Rule] = ()) -> None:
         """Let children that are started from here on have what holds at present.
@@ -214,8 +259,8 @@ class Run:
         """
         caps = {}
         for index in range(0 if self.device is None else self.device.device_count):
-            device = self.require_device()
-            said = self.settings.budget_bytes(index, device.total_bytes(index), own)
+            device = self.any_device()
+            said = self._said_bytes(device, index, own)
             in_force = device.budget(index)
             if in_force is not None and in_force != said:
                 # A share, or a budget of a fixture, a block or a trial.
@@ -276,9 +321,13 @@ def _check_environment() -> None:
 def describe_cards(settings: Settings) -> str:
     """Return the simulated cards' names and sizes; of the default, the name alone."""
     if settings.card_text == DEFAULT_CARD and not settings.budgets:
+        if not visible_numbers(1):
+            return f"no card is seen, as {why_hidden()}"
         return f"card {DEFAULT_CARD} (the default)"
     from pytest_gpumem.sizes import format_size  # noqa: PLC0415  # a card was named
 
+    if not settings.cards:
+        return f"no card is seen, as {why_hidden()}"
     first = settings.cards[0]
     many = f"{len(settings.cards)} x " if len(settings.cards) > 1 else ""
     major, minor = first.compute_capability

@@ -23,6 +23,8 @@ import pytest
 
 from pytest_gpumem.errors import SharedFolderError
 from pytest_gpumem.inheritance import remove_run, run_folder, tenancy_root
+from pytest_gpumem.visibility import VARIABLE as _VISIBLE
+from pytest_gpumem.visibility import visible_numbers
 
 if TYPE_CHECKING:
     from pytest_gpumem.devices import Device
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
 _CAN_SHARE: Final = sys.platform != "win32"
 #: Tells a worker its place: position, number of workers on its machine, and the run.
 VARIABLE: Final = "PYTEST_GPUMEM_WORKER"
-_VISIBLE: Final = "CUDA_VISIBLE_DEVICES"
 
 
 class Place(NamedTuple):
@@ -86,7 +87,6 @@ class Sharing:
         self.admits: Final = not alone and settings.share == "equal"
         self.is_capped = self.admits
         self._num_cards = 1
-        self._names: tuple[str, ...] = ()
         self._saved: str | None = None
         self._is_spread = False
         self._run: Final = (
@@ -111,10 +111,9 @@ class Sharing:
         names = self._visible(kind)
         self._num_cards = max(len(names), 1)
         turn = self.place.position % self._num_cards
-        self._names = (*names[turn:], *names[:turn])
         if turn:
             self._saved, self._is_spread = os.environ.get(_VISIBLE), True
-            os.environ[_VISIBLE] = ",".join(self._names)
+            os.environ[_VISIBLE] = ",".join((*names[turn:], *names[:turn]))
 
     def stop(self) -> None:
         """Hold nothing any more, and put the environment back."""
@@ -150,10 +149,8 @@ class Sharing:
 
     def _visible(self, kind: str) -> tuple[str, ...]:
         if kind == "simulated":
-            from pytest_gpumem.cards import visible_indices  # noqa: PLC0415  # they are shared
-
             count = len(self._settings.all_cards)
-            return tuple(str(index) for index in visible_indices(count))
+            return tuple(map(str, visible_numbers(count)))
         listed = os.environ.get(_VISIBLE)
         if listed is not None:
             return tuple(each.strip() for each in listed.split(",") if each.strip())
@@ -178,11 +175,11 @@ class Sharing:
             total_bytes // self.num_sharing(index), device.context_bytes(index) + 1
         )
 
-    def cap_bytes(self, device: Device, index: int, total_bytes: int) -> int | None:
+    def cap_bytes(self, device: Device, index: int) -> int | None:
         """Return what the allocator may hold for a test that claims nothing; or None."""
         if not self.admits or not self.is_capped:
             return None
-        share = self.share_bytes(device, index, total_bytes)
+        share = self.share_bytes(device, index, device.total_bytes(index))
         return share - device.context_bytes(index)
 
     # -- what the processes have in common ----------------------------------------------
@@ -194,7 +191,7 @@ class Sharing:
 
     def ledger(self, device: Device, index: int, total_bytes: int) -> Ledger:
         """Return what is promised of a card, among workers and, if real, other runs."""
-        name = self.card_name(device, index)
+        name = device.card_id(index)
         if name not in self._ledgers:
             from pytest_gpumem.tenancy.ledger import Ledger  # noqa: PLC0415  # it is shared
 
@@ -206,7 +203,7 @@ class Sharing:
         """Note what this process holds of a card beyond its tests."""
         held = device.memory_stats(index).get("reserved_bytes.all.current", 0)
         held += device.context_bytes(index)
-        if held or self.card_name(device, index) in self._ledgers:
+        if held or device.card_id(index) in self._ledgers:
             total = device.total_bytes(index)
             self.ledger(device, index, total).stand(held)
 
@@ -222,14 +219,7 @@ class Sharing:
 
         if self.place is None:
             self._own_folder = self.folder
-        count = len(self._settings.all_cards)
-        self._joined = join_cards(machine.cards, self.folder, count)
-
-    def card_name(self, device: Device, index: int) -> str:
-        """Return what all processes that share a card call it."""
-        return (
-            self._names[index] if device.kind == "simulated" else device.card_id(index)
-        )
+        self._joined = join_cards(machine.all_cards, self.folder)
 
     def take_retry(self, most: int) -> bool:
         """Tell whether another test of this run may be retried, and count it."""

@@ -8,7 +8,7 @@ import shlex
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import pytest
 
@@ -37,12 +37,50 @@ def shard_tests(metafunc: pytest.Metafunc, *, is_replay: bool) -> None:
     workers = getattr(metafunc.config, "workerinput", {}).get("workercount", 1)
     if workers < 2 or is_replay:  # noqa: PLR2004  # nobody to share with
         return
+    # How many ids the test has by now: its other parameters may come before or after.
+    position = max((len(each._idlist) for each in metafunc._calls), default=0)  # noqa: SLF001  # no public name
     metafunc.fixturenames.append(SHARD)
     metafunc.parametrize(
         SHARD,
-        [(index, workers) for index in range(workers)],
+        [Shard(index, workers, position) for index in range(workers)],
         ids=[f"points {index + 1} of {workers}" for index in range(workers)],
     )
+
+
+class Shard(NamedTuple):
+    """A worker's share of a sweep's points: every so-many-th.
+
+    Attributes:
+        part: The share's number, from 0.
+        parts: How many shares there are.
+        position: Where its id stands among those of the test's parameters.
+    """
+
+    part: int
+    parts: int
+    position: int
+
+
+def _shard(item: Any) -> Shard | None:
+    """Return the share of a test whose points are shared out."""
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    shard = parameters.get(SHARD)
+    return shard if isinstance(shard, Shard) else None
+
+
+def _whole_name(item: Any) -> str:
+    """Return the name that a test has where its points are not shared out."""
+    shard = _shard(item)
+    if shard is None:
+        return str(item.name)
+    ids = list(item.callspec._idlist)  # noqa: SLF001  # no public name
+    del ids[shard.position]
+    return f"{item.originalname}[{'-'.join(ids)}]" if ids else str(item.originalname)
+
+
+def _whole_id(item: pytest.Item) -> str:
+    """Return the node id that a test has where its points are not shared out."""
+    return item.nodeid.removesuffix(item.name) + _whole_name(item)
 
 
 class Sweeps:
@@ -66,10 +104,10 @@ class Sweeps:
             return None
         names = pyfuncitem._fixtureinfo.argnames  # noqa: SLF001  # as pytest's own hook calls a test
         arguments = {name: pyfuncitem.funcargs[name] for name in names}
-        shard = getattr(pyfuncitem, "callspec", None)
+        shard = _shard(pyfuncitem)
         options = dict(plan)
-        if shard is not None and SHARD in shard.params:
-            options["shard"] = shard.params[SHARD]
+        if shard is not None:
+            options["shard"] = (shard.part, shard.parts)
         report = self.sweep(
             pyfuncitem, lambda: pyfuncitem.obj(**arguments), options=options
         )
@@ -96,15 +134,16 @@ class Sweeps:
             options["points"] = settings.oom_points
         if settings.replay is not None:
             options["only"] = settings.replay
-        options.setdefault("name", _whole(item.name))
+        options.setdefault("name", _whole_name(item))
         recover = bool(options.get("recover", False))
         subtests = _subtests(item)
 
         seen: Counter[tuple[str, Verdict]] = Counter()
         failing = 0
+        so_far: Progress | None = None
 
         def progress(done: int, total: int, outcome: Outcome) -> None:
-            nonlocal failing
+            nonlocal failing, so_far
             passes = outcome.passes(recover=recover)
             failing += not passes
             kind = (outcome.point.site, outcome.verdict)
@@ -122,6 +161,7 @@ class Sweeps:
             finally:
                 item.user_properties.remove(carried)
 
+        resume = self._state_file(item, str(options["name"]))
         device = self._run.require_device()
         witness = self._run.witness
         timeline = self._run.timeline
@@ -135,15 +175,23 @@ class Sweeps:
                     *arguments,
                     device=device,
                     progress=progress,
-                    resume=self._state_file(item, str(options["name"])),
+                    resume=resume,
                     **options,
                 )
+        except KeyboardInterrupt as error:
+            # pytest prints it, as the last thing of the run.
+            if resume is not None and so_far is not None:
+                error.args = (
+                    f"a sweep of {_whole_id(item)} was interrupted after {so_far.done} "
+                    f"of {so_far.total} points; go on with --gpu-oom-resume",
+                )
+            raise
         except SweepError as error:
             if error.__cause__ is not None:
                 raise error.__cause__ from None  # the test fails by itself
             raise
         found = {
-            "nodeid": _whole(item.nodeid),
+            "nodeid": _whole_id(item),
             **SweepSummary.of(report).to_json(),
             "recover": report.recover,
             "replays": replays(report, replay_line(item)),
@@ -188,17 +236,10 @@ def _tell(
 
 def replay_line(item: pytest.Item) -> Callable[[str], str]:
     """Return what turns a point's rule into the command that replays it alone."""
-    nodeid = _whole(item.nodeid)
+    nodeid = _whole_id(item)
     return lambda rule: (
         f"pytest {shlex.quote(nodeid)} --gpu-replay-oom={shlex.quote(rule)}"
     )
-
-
-def _whole(nodeid: str) -> str:
-    """Return the id of a test whose points are shared out, without its share."""
-    head, _bracket, shard = nodeid.partition("[points ")
-    rest = shard.partition("]")[0].partition("-")[2]
-    return f"{head}[{rest}]" if rest else head
 
 
 def _subtests(item: pytest.Item) -> Any:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from pytest_gpumem.inheritance import LOCKS_VARIABLE, tenancy_root
 from pytest_gpumem.tenancy.entries import Mutex
 from pytest_gpumem.tenancy.folders import open_lock, open_named, open_private
+from pytest_gpumem.visibility import VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,7 +71,7 @@ def physical_card(index: int) -> str:
     Raises:
         ValueError: The variable shows no such card.
     """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = os.environ.get(VARIABLE)
     if visible is None:
         return str(index)
     names = [name.strip() for name in visible.split(",") if name.strip()]

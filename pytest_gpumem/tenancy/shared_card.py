@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_gpumem.cards import visible_indices
 from pytest_gpumem.model.tenants import Tenants
 from pytest_gpumem.tenancy.entries import Folder
 
@@ -73,13 +72,13 @@ class SharedCard(Tenants):
         return self._entry if self._pid == os.getpid() else None
 
 
-def join_cards(cards: Sequence[Any], root: str, count: int) -> list[SharedCard]:
+def join_cards(cards: Sequence[Any], root: str) -> list[SharedCard]:
     """Let the processes that name the same folder share simulated cards.
 
     Args:
-        cards: This process's cards, whose ``driver`` others are to know of.
+        cards: Every card of the machine, whether this process sees it or not; others
+            are to know of its ``driver``.
         root: The folder.
-        count: How many cards the machine has, whether this process sees them or not.
 
     Returns:
         What was joined, card by card.
@@ -87,8 +86,8 @@ def join_cards(cards: Sequence[Any], root: str, count: int) -> list[SharedCard]:
     _remove_dead_runs(Path(root))
     sign = Folder(root).add({})
     joined = []
-    for card, number in zip(cards, visible_indices(count), strict=True):
-        shared = SharedCard(os.path.join(root, f"card-{number}"), sign)  # noqa: PTH118  # of text
+    for card in cards:
+        shared = SharedCard(os.path.join(root, f"card-{card.number}"), sign)  # noqa: PTH118  # of text
         card.driver.tenants.append(shared)
         joined.append(shared)
     return joined

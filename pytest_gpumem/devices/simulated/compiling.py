@@ -61,15 +61,33 @@ def compiling(model: Any = None, **options: Any) -> Any:
     return guard(compiled, model)
 
 
-@functools.cache
+#: Folders that TorchDynamo passes over because of this module.
+_hidden: Final[list[str]] = []
+
+
 def _hide_from_dynamo() -> None:
     """Have TorchDynamo run this package's own frames as they are.
 
     Otherwise it would compile the code that simulates the card.
     """
+    if _hidden:
+        return
     from torch._dynamo import trace_rules  # noqa: PLC0415  # seconds, and only here
 
+    before = len(trace_rules.SKIP_DIRS)
     trace_rules.add(__name__.partition(".")[0])
+    _hidden.extend(trace_rules.SKIP_DIRS[before:])
+
+
+def show_to_dynamo() -> None:
+    """Put TorchDynamo's rules back."""
+    if not _hidden:
+        return
+    from torch._dynamo import trace_rules  # noqa: PLC0415  # it was imported to be changed
+
+    while _hidden:
+        trace_rules.SKIP_DIRS.remove(_hidden.pop())
+    trace_rules._recompile_re()
 
 
 def _as_it_is(compiled: Callable[..., Any], original: Any) -> Callable[..., Any]:

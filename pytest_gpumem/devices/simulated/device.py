@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem.devices.nvml import CardCount, Reading
 from pytest_gpumem.devices.simulated.machine import OutOfMemory, innermost_machine
-from pytest_gpumem.devices.simulated_nvml import uuid_of
 from pytest_gpumem.guards import Guarded
 from pytest_gpumem.model.records import MemoryFigures
+from pytest_gpumem.visibility import uuid_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -21,9 +21,27 @@ _ANOTHER: Final = "another machine is simulated at the moment"
 
 
 class SimulatedTracker:
-    """Peaks of one simulated card; leaves torch's own peak statistics alone."""
+    """Peaks of one simulated card; leaves torch's own peak statistics alone.
 
-    def __init__(self, card: SimulatedCard) -> None:
+    Args:
+        machine: The card's.
+        index: The card, as CUDA numbers it. Which one that is may change until CUDA is
+            used, and nothing is on any until then.
+    """
+
+    def __init__(self, machine: SimulatedMachine, index: int) -> None:
+        self._machine: Final = machine
+        self._index: Final = index
+        self._start(machine.cards[index])
+        machine.on_change.append(self._changed)
+
+    def _changed(self) -> None:
+        cards = self._machine.cards
+        if self._index < len(cards):
+            self._card.watchers.remove(self._watch)
+            self._start(cards[self._index])
+
+    def _start(self, card: SimulatedCard) -> None:
         self._card = card
         with card.locked() as allocator:
             self._allocator = allocator
@@ -55,7 +73,7 @@ class SimulatedTracker:
         allocator = self._allocator
         context_bytes = self._card.context_bytes
         return MemoryFigures(
-            device_index=self._card.index,
+            device_index=self._index,
             peak_allocated_bytes=self._allocated,
             peak_reserved_bytes=self._reserved,
             peak_requested_bytes=self._requested,
@@ -75,6 +93,7 @@ class SimulatedTracker:
         """Return the final figures and stop tracking."""
         if self._watch in self._card.watchers:
             self._card.watchers.remove(self._watch)
+            self._machine.on_change.remove(self._changed)
         return self.read()
 
 
@@ -111,7 +130,7 @@ class SimulatedDevice:
 
     def card_id(self, index: int) -> str:
         """Return a card's UUID, as NVML has it."""
-        return uuid_of(index)
+        return uuid_of(self.machine.cards[index].number)
 
     def context_bytes(self, index: int) -> int:
         """Return what the driver counts beside the allocator's bytes."""
@@ -130,10 +149,14 @@ class SimulatedDevice:
         """Return what the simulated NVML counts now; it knows the innermost machine."""
         if index not in self._counts:
             # A process that holds bytes of a simulated card is listed.
-            self._counts[index] = CardCount(index, lambda: False)
+            self._counts[index] = CardCount(index, lambda: False, self._handle)
         reading = self._counts[index].read()
         is_this = innermost_machine() is self.machine
         return reading if is_this else Reading(None, None, _ANOTHER)
+
+    def _handle(self, pynvml: Any, index: int) -> Any:
+        """Return NVML's handle of a card; torch, if asked, would use CUDA for it."""
+        return pynvml.nvmlDeviceGetHandleByUUID(self.card_id(index))
 
     def empty_cache(self) -> None:
         """Give cuBLAS workspaces and cached segments of every card back."""
@@ -171,6 +194,11 @@ class SimulatedDevice:
         address: int = memory.block.address
         return address
 
+    def segments(self, index: int) -> list[dict[str, Any]]:
+        """Return a card's segments; a history that is kept does not tell of it."""
+        with self.machine.cards[index].locked() as allocator:
+            return allocator.snapshot()
+
     def holds(self, storage: Any, index: int) -> bool:
         """Tell whether a storage is on a card of this machine, and of no other."""
         memory = getattr(storage, "_gpumem", None)
@@ -178,17 +206,20 @@ class SimulatedDevice:
 
     def open_tracker(self, index: int) -> SimulatedTracker:
         """Start tracking a card's peaks."""
-        return SimulatedTracker(self.machine.cards[index])
+        return SimulatedTracker(self.machine, index)
+
+    def restore(self) -> None:
+        """Do nothing: a simulated card's trackers replace nothing."""
 
     @contextmanager
     def refusing(self, refuses: Callable[[int, int], bool]) -> Iterator[None]:
         """Ask before each allocation whether it is to fail."""
-        for card in self.machine.cards:
+        for card in self.machine.all_cards:
             card.faults.append(refuses)
         try:
             yield
         finally:
-            for card in self.machine.cards:
+            for card in self.machine.all_cards:
                 card.faults.remove(refuses)
 
     @contextmanager
@@ -219,12 +250,12 @@ class SimulatedDevice:
     ) -> Iterator[bool]:
         """Call ``watch`` after each allocation; always possible here."""
         observer = Guarded(watch)
-        for card in self.machine.cards:
+        for card in self.machine.all_cards:
             card.watchers.append(observer)
         try:
             yield True
         finally:
-            for card in self.machine.cards:
+            for card in self.machine.all_cards:
                 card.watchers.remove(observer)
 
     @contextmanager
@@ -233,10 +264,10 @@ class SimulatedDevice:
     ) -> Iterator[bool]:
         """Call ``trace`` after each change; always possible here."""
         observer = Guarded(trace)
-        for card in self.machine.cards:
+        for card in self.machine.all_cards:
             card.tracers.append(observer)
         try:
             yield True
         finally:
-            for card in self.machine.cards:
+            for card in self.machine.all_cards:
                 card.tracers.remove(observer)

@@ -50,10 +50,15 @@ REPLACEMENTS: Final[tuple[tuple[Any, str, Any], ...]] = (
     (torch.cuda, "_compile_kernel", refusing("torch.cuda._compile_kernel")),
 )
 
-# What multiprocessing's queues and pipes send tensors with.
-ForkingPickler.register(
-    SimulatedTensor, refusing("sharing a tensor of a card with another process")
+_refuse_sending: Final[Any] = refusing(
+    "sharing a tensor of a card with another process"
 )
+
+
+def patch(patches: PatchSet) -> None:
+    """Refuse what multiprocessing's queues and pipes would send."""
+    reducers: Any = ForkingPickler._extra_reducers  # type: ignore[attr-defined]  # what ``register`` writes to
+    patches.put(reducers, SimulatedTensor, _refuse_sending)
 
 
 class TritonHook:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,7 +22,13 @@ from pytest_gpumem.devices.simulated import (
     torchscript,
 )
 from pytest_gpumem.devices.simulated.autocast import clear_cache
-from pytest_gpumem.devices.simulated.constructors import CONSTRUCTORS, NESTED, parse_to
+from pytest_gpumem.devices.simulated.build import build_names
+from pytest_gpumem.devices.simulated.constructors import (
+    CONSTRUCTORS,
+    DRAWING_METHODS,
+    NESTED,
+    parse_to,
+)
 from pytest_gpumem.devices.simulated.machine import (
     SimulatedMachine,
     innermost_machine,
@@ -84,6 +90,7 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
         (torch.cuda.nvtx, {"_nvtx": Nvtx()}),
         (torch.cuda.nccl, {"is_available": lambda _tensors: False}),
         (torch.Tensor, EVERY_TENSOR),
+        (torch.Tensor, DRAWING_METHODS),
         (torch.UntypedStorage, EVERY_STORAGE),
         (torch, CONSTRUCTORS),
         (torch, {"Stream": StreamName, "Event": EventName}),
@@ -96,6 +103,7 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
         for name, value in replacements.items():
             yield owner, name, value
     yield torch.TypedStorage, "__init__", typed_init
+    yield from build_names()
     yield from _refused_classes()
     yield torch._C._nn, "_parse_to", parse_to
     yield from compiling.REPLACEMENTS
@@ -134,6 +142,7 @@ class Installation:
         # on first use: that must be the originals.
         _device_constructors()
         torchscript.patch(self._patches)
+        handover.patch(self._patches)
         for owner, name, value in _replacements():
             self._patches.set(owner, name, value)
         self._patch_optimizers()
@@ -157,17 +166,25 @@ class Installation:
 
     def remove(self) -> None:
         """Put everything back; safe to call twice."""
-        with _lock:
-            self._triton.stop()
-            self._patches.restore()
-            if self._library is not None:
-                self._library._destroy()  # torch's way to take kernels back
-                self._library = None
-                _libraries.clear()
-            try:
-                pop_machine(self.machine)
-            except ValueError:
-                pass  # removed before
+        with _lock, ExitStack() as stack:
+            stack.callback(self._pop)
+            stack.callback(self._take_kernels_back)
+            stack.callback(self._patches.restore)
+            stack.callback(self._triton.stop)
+
+    def _take_kernels_back(self) -> None:
+        if self._library is not None:
+            self._library._destroy()  # torch's way
+            self._library = None
+            _libraries.clear()
+
+    def _pop(self) -> None:
+        try:
+            pop_machine(self.machine)
+        except ValueError:
+            pass  # removed before
+        if innermost_machine() is None:
+            compiling.show_to_dynamo()
 
 
 #: The registered kernels: the outermost installation's serve those inside it.
@@ -184,7 +201,8 @@ def simulated_device(
     """Let "cuda" mean simulated cards for a block.
 
     Args:
-        cards: The cards, or their description as for ``--gpu-card``.
+        cards: The machine's cards, or their description as for ``--gpu-card``;
+            ``CUDA_VISIBLE_DEVICES`` says which of them are seen, once CUDA is used.
         config: Settings of the caching allocator; None takes the environment's
             (``PYTORCH_ALLOC_CONF``).
         values: ``"computed"`` by the CPU, or ``"none"``: shapes and bytes only, for
@@ -207,18 +225,17 @@ def simulated_device(
     turn.
     """
     if isinstance(cards, str):
-        from pytest_gpumem.cards import find_card, visible_cards  # noqa: PLC0415  # text only
+        from pytest_gpumem.cards import find_card  # noqa: PLC0415  # text only
 
-        cards = visible_cards(find_card(cards))
+        cards = find_card(cards)
     installation = Installation(SimulatedMachine(cards, config=config, values=values))
     nvml = NvmlHook(innermost_machine)
-    installation.install()
-    nvml.start()
-    try:
+    with ExitStack() as stack:
+        installation.install()
+        stack.callback(installation.remove)
+        stack.callback(nvml.stop)
+        nvml.start()
         yield installation.machine
-    finally:
-        nvml.stop()
-        installation.remove()
 
 
 __all__ = ["Installation", "simulated_device", "special"]

@@ -183,7 +183,12 @@ def pin_memory(self: torch.Tensor, device: Any = None) -> torch.Tensor:  # noqa:
 
 
 def mark_pinned(tensor: torch.Tensor) -> None:
-    """Have a host tensor say that its memory is pinned."""
+    """Have a host tensor say that its memory is pinned, which CUDA does.
+
+    Raises:
+        RuntimeError: There is no card (torch's text).
+    """
+    card_of(None)
     tensor.untyped_storage()._gpumem_pinned = True  # type: ignore[attr-defined]  # a mark of ours
 
 

@@ -17,9 +17,11 @@ from pytest_gpumem.devices.simulated.history import History
 from pytest_gpumem.devices.simulated.machine import card_of, current_machine
 from pytest_gpumem.devices.simulated.properties import DeviceProperties
 from pytest_gpumem.devices.simulated.refusals import C_REFUSALS
+from pytest_gpumem.devices.simulated.runtime import Runtime
 from pytest_gpumem.devices.simulated.streams import Event, Stream, stream_triple
 from pytest_gpumem.devices.simulated.typed import typed_tensors
 from pytest_gpumem.model.snapshot import snapshot
+from pytest_gpumem.visibility import uuid_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,6 +44,22 @@ def _set_device(index: int) -> None:
         current_machine().current_index = index
 
 
+def _count() -> int:
+    machine = current_machine()
+    machine.use()
+    return len(machine.cards)
+
+
+def _init() -> None:
+    """Use CUDA, and make the generators of the cards that there are.
+
+    Source: ``torch/csrc/cuda/Module.cpp``, ``THCPModule_initExtension``.
+    """
+    machine = card_of(None).machine
+    generators: Any = tuple(map(rng.generator_of, machine.cards))
+    torch.cuda.default_generators = generators
+
+
 def _has_context(index: int) -> bool:
     """Tell whether a card was used.
 
@@ -60,7 +78,10 @@ def _has_context(index: int) -> bool:
 
 
 def _exchange_device(index: int) -> int:
-    previous = current_machine().current_index
+    # Source: ``torch/csrc/cuda/Module.cpp``, ``THCPModule_exchangeDevice``.
+    if index < 0:
+        return -1
+    previous = card_of(None).index
     _set_device(index)
     return previous
 
@@ -121,7 +142,8 @@ def _device_traces() -> list[list[dict[str, Any]]]:
         return [[] for _ in machine.cards]
     for card in machine.cards:
         machine.history.note(card.index, "snapshot", 0, 0, 0)
-    return [list(entries) for entries in machine.history.entries]
+    kept = machine.history.entries[: len(machine.cards)]
+    return [list(entries) for entries in kept]
 
 
 def _settings() -> dict[str, Any]:
@@ -129,7 +151,7 @@ def _settings() -> dict[str, Any]:
 
     Source: ``torch/csrc/cuda/memory_snapshot.cpp``.
     """
-    config = current_machine().cards[0].allocator.config
+    config = current_machine().all_cards[0].allocator.config
     return {
         "PYTORCH_CUDA_ALLOC_CONF": config.text,
         "max_split_size": config.max_split_size,
@@ -175,7 +197,7 @@ def _record_history(  # noqa: PLR0917  # torch's own signature
         machine.stop_history()
         return
     history = History(
-        len(machine.cards),
+        len(machine.all_cards),
         keeps_entries=enabled == "all",
         context=context,
         max_entries=max_entries,
@@ -208,7 +230,9 @@ def _allocation_traceback(address: int) -> list[dict[str, Any]] | None:
 
 def _arch_flags() -> str:
     """Return the architectures of the machine's cards, as a build for them has."""
-    capabilities = {card.card.compute_capability for card in current_machine().cards}
+    capabilities = {
+        card.card.compute_capability for card in current_machine().all_cards
+    }
     return " ".join(f"sm_{major}{minor}" for major, minor in sorted(capabilities))
 
 
@@ -280,17 +304,30 @@ _DTYPES: Final = (
 )
 
 
+def _renew_settings(text: str) -> None:
+    """Give every card's allocator other settings, for the requests to come.
+
+    Raises:
+        ValueError: A key or value that torch refuses, or that is not modelled.
+    """
+    cards = current_machine().cards
+    config = cards[0].allocator.config.renewed(text)
+    for card in cards:
+        with card.locked() as allocator:
+            allocator.config = config
+
+
 def _nothing(*_args: Any, **_kwargs: Any) -> None:
     """Do nothing: what would wait or collect has nothing to wait for."""
 
 
 #: Replacements in ``torch._C``; names as torch 2.11 to 2.13 calls them.
 C_FUNCTIONS: Final[dict[str, Any]] = {
-    "_cuda_init": _nothing,
+    "_cuda_init": _init,
     "_cuda_isInBadFork": lambda: current_machine().is_forked,
-    "_cuda_getDeviceCount": lambda: len(current_machine().cards),
+    "_cuda_getDeviceCount": _count,
     "_cuda_hasPrimaryContext": _has_context,
-    "_cuda_getDevice": lambda: current_machine().current_index,
+    "_cuda_getDevice": lambda: card_of(None).index,
     "_cuda_setDevice": _set_device,
     "_cuda_exchangeDevice": _exchange_device,
     "_cuda_maybeExchangeDevice": _maybe_exchange_device,
@@ -317,6 +354,7 @@ C_FUNCTIONS: Final[dict[str, Any]] = {
     "_cuda_clearCublasWorkspaces": _clear_workspaces,
     "_cuda_record_memory_history": _record_history,
     "_cuda_record_memory_history_legacy": _record_history_legacy,
+    "_cuda_isHistoryEnabled": lambda: current_machine().history is not None,
     "_cuda_allocationTraceback": _allocation_traceback,
     "_cuda_getMemoryMetadata": lambda: "",
     "_cuda_setMemoryMetadata": _nothing,
@@ -330,7 +368,7 @@ C_FUNCTIONS: Final[dict[str, Any]] = {
     **C_REFUSALS,
     **C_COLLECTIVES,
     "_accelerator_getAccelerator": lambda: torch.device("cuda"),
-    "_accelerator_getDeviceIndex": lambda: current_machine().current_index,
+    "_accelerator_getDeviceIndex": lambda: card_of(None).index,
     "_accelerator_setDeviceIndex": _set_device,
     "_accelerator_exchangeDevice": _exchange_device,
     "_accelerator_maybeExchangeDevice": _maybe_exchange_device,
@@ -339,6 +377,11 @@ C_FUNCTIONS: Final[dict[str, Any]] = {
     "_accelerator_synchronizeDevice": _nothing,
     "_accelerator_isAllocatorInitialized": lambda: True,
     "_accelerator_emptyCache": _empty_cache,
+    "_accelerator_setAllocatorSettings": _renew_settings,
+    "_accelerator_getAllocatorSettings": (
+        lambda: current_machine().cards[0].allocator.config.text
+    ),
+    "_cuda_cudaCachingAllocator_set_allocator_settings": _renew_settings,
     "_accelerator_emptyHostCache": _nothing,
     "_accelerator_getDeviceStats": _memory_stats,
     "_accelerator_resetPeakStats": _reset_peaks,
@@ -348,71 +391,26 @@ C_FUNCTIONS: Final[dict[str, Any]] = {
 }
 
 
-class _Code(int):
-    """``cudaError``: a call's code; a simulated call ends in success."""
-
-    success = 0
-
-
-#: Source: ``cudaGetErrorString`` of the CUDA runtime API's manual.
-_ERRORS: Final[dict[int, str]] = {
-    0: "no error",
-    1: "invalid argument",
-    2: "out of memory",
-    3: "initialization error",
-    100: "no CUDA-capable device is detected",
-    101: "invalid device ordinal",
-    700: "an illegal memory access was encountered",
-    719: "unspecified launch failure",
-    801: "operation not supported",
-}
-
-
-class Runtime:
-    """What ``torch.cuda.cudart()`` returns: the few runtime calls that libraries make."""
-
-    cudaError = _Code  # noqa: N815  # the runtime's name
-
-    def cudaMemGetInfo(self, device: int) -> tuple[int, int]:  # noqa: N802  # the runtime's name
-        """Return free and total bytes of a card."""
-        return _mem_get_info(device)
-
-    def cudaGetErrorString(self, code: int) -> str:  # noqa: N802  # the runtime's name
-        """Return the text of an error code."""
-        return _ERRORS.get(code, "unrecognized error code")
-
-    def cudaProfilerStart(self) -> int:  # noqa: N802  # the runtime's name
-        """Start nothing; 0 is success."""
-        return 0
-
-    def cudaProfilerStop(self) -> int:  # noqa: N802  # the runtime's name
-        """Stop nothing; 0 is success."""
-        return 0
-
-    def cudaHostRegister(self, *_args: Any) -> int:  # noqa: N802  # the runtime's name
-        """Pin nothing; 0 is success."""
-        return 0
-
-    def cudaHostUnregister(self, *_args: Any) -> int:  # noqa: N802  # the runtime's name
-        """Unpin nothing; 0 is success."""
-        return 0
+def _properties(index: int) -> DeviceProperties:
+    card = card_of(index)
+    return DeviceProperties(card.card, card.number)
 
 
 def cuda_names() -> dict[str, Any]:
     """Return the replacements in ``torch.cuda`` itself.
 
-    ``_device_count_nvml`` is torch's fork-safe count through NVML: it must never
-    reach a real driver while the cards are simulated ones.
+    ``_raw_device_…_nvml`` are what torch counts with before CUDA is used: they must
+    never reach a real driver while the cards are simulated ones.
     """
-    machine = current_machine()
     return {
         "_cudart": Runtime(),
         "_cached_device_count": None,
-        "_device_count_nvml": lambda: len(current_machine().cards),
-        "_get_device_properties": lambda index: DeviceProperties(
-            card_of(index).card, index
-        ),
-        "default_generators": tuple(rng.generator_of(card) for card in machine.cards),
+        "_raw_device_count_nvml": lambda: len(current_machine().all_cards),
+        "_raw_device_uuid_nvml": lambda: [
+            uuid_of(card.number) for card in current_machine().all_cards
+        ],
+        "_get_device_properties": _properties,
+        "default_generators": (),
         "_initialized": False,
         "_queued_calls": [],
         "_exchange_device": _exchange_device,

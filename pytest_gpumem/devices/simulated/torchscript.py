@@ -27,9 +27,10 @@ def patch(patches: PatchSet) -> None:
     Limits: a scripted module still goes to the interpreter; so does a function that is
     given nothing of a card and makes it by itself.
     """
+    # The table is made on first use and must hold the originals too.
+    table = _builtins._get_builtin_table()
     for name, value in CONSTRUCTORS.items():
-        # The table is made on first use and must hold the originals too.
-        _builtins._register_builtin(value, f"aten::{name}")
+        patches.put(table, id(value), f"aten::{name}")
     patches.set(torch.jit.ScriptFunction, "__call__", _run)
 
 

@@ -1,0 +1,256 @@
+"""One simulated card: its driver, its allocator, its limits and who watches."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+from pytest_gpumem.devices.budgets import Budgets
+from pytest_gpumem.model.allocator import CachingAllocator
+from pytest_gpumem.model.driver import Driver
+from pytest_gpumem.model.oom_text import ProcessMemory
+from pytest_gpumem.model.workspaces import workspace_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from pytest_gpumem.cards import Card
+    from pytest_gpumem.devices.simulated.machine import SimulatedMachine
+    from pytest_gpumem.model.blocks import Block
+    from pytest_gpumem.model.config import AllocatorConfig
+
+
+class SimulatedCard:
+    """One card: its driver, its caching allocator and the lock around them.
+
+    Every method may be called from any thread, and from a finaliser that runs in
+    the middle of another call: such a release is queued and done by the call that
+    holds the lock, or by the next one.
+    """
+
+    def __init__(
+        self,
+        machine: SimulatedMachine,
+        number: int,
+        card: Card,
+        config: AllocatorConfig,
+    ) -> None:
+        self.machine: Final = machine
+        #: What the machine calls it: NVML's index.
+        self.number: Final = number
+        self.card: Final = card
+        self.value_device: Final = machine.value_device
+        self.driver: Final = Driver(card.total_bytes, other_bytes=card.context_bytes)
+        self.allocator: Final = CachingAllocator(
+            self.driver,
+            config=config,
+            device_index=number,
+            processes=self._processes,
+        )
+        self.faults: list[Callable[[int, int], bool]] = []
+        #: Called after each allocation, under the lock; what one returns, without it.
+        self.watchers: list[
+            Callable[[int, int, int], Callable[[int], None] | None]
+        ] = []
+        #: Called after each change with card, address, bytes gained and both totals.
+        self.tracers: list[Callable[[int, int, int, int, int], None]] = []
+        self.num_requests = 0
+        #: cuBLAS workspaces, by handle (a host thread's, or autograd's) and stream.
+        self.workspaces: dict[tuple[object, int], Block] = {}
+        self._lock = threading.Lock()
+        self._released: deque[Block] = deque()
+        self._budgets: Final = Budgets()
+
+    @property
+    def index(self) -> int:
+        """What this process calls it, if it sees it: CUDA's index."""
+        return self.allocator.device_index
+
+    @index.setter
+    def index(self, index: int) -> None:
+        self.allocator.device_index = index
+
+    @property
+    def context_bytes(self) -> int:
+        """What the driver counts for this process beside the allocator, in bytes.
+
+        There is no context before the card is used.
+        """
+        return self.card.context_bytes if self.num_requests else 0
+
+    def _processes(self) -> list[ProcessMemory]:
+        """Return who holds what of the card, as NVML tells an allocator that asks.
+
+        Whoever asks has a context.
+        """
+        driver = self.driver
+        others = [ProcessMemory(*each) for each in driver.other_processes()]
+        return [*others, ProcessMemory(None, driver.used_bytes + driver.other_bytes)]
+
+    def renew_lock(self) -> None:
+        """Be free of a thread that held the lock when this process was forked."""
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def locked(self) -> Iterator[CachingAllocator]:
+        """Yield the allocator, with all queued releases done, under the lock."""
+        with self._lock:
+            self._drain()
+            yield self.allocator
+
+    def _drain(self) -> None:
+        released = self._released
+        while released:
+            block = released.popleft()
+            address, nbytes = block.address, block.size
+            self.allocator.free(block)
+            self._trace(address, -nbytes)
+
+    def _trace(self, address: int, change: int) -> None:
+        for tracer in self.tracers:
+            tracer(
+                self.index,
+                address,
+                change,
+                self.allocator.allocated_bytes,
+                self.allocator.reserved_bytes,
+            )
+
+    def allocate(
+        self, nbytes: int, stream: int = 0, *, is_internal: bool = False
+    ) -> Block:
+        """Serve a request of ``nbytes`` bytes on a stream.
+
+        Args:
+            nbytes: Bytes, at least 1.
+            stream: Handle of the stream.
+            is_internal: Whether a library asks for itself; faults number only what
+                operators return, which is what can be numbered on a real card too.
+
+        Raises:
+            OutOfMemory: Nothing that large is free within card and budget, or a
+                fault refused the request.
+        """
+        __tracebackhide__ = True
+        refuse = False
+        for fault in () if is_internal else self.faults:
+            refuse = fault(self.index, nbytes) or refuse
+        with self._lock:
+            self._drain()
+            self.num_requests += 1
+            block = self.allocator.malloc(nbytes, stream, refuse=refuse)
+            try:
+                later = self._observe(block)
+            except BaseException:  # the program is being interrupted
+                self.allocator.free(block)
+                raise
+        try:
+            for each in later:
+                each(nbytes)
+        except BaseException:
+            self.release(block)
+            raise
+        return block
+
+    def _observe(self, block: Block) -> list[Callable[[int], None]]:
+        """Have a new block seen; return what is to be called without the lock."""
+        history = self.machine.history
+        block.frames = None if history is None else history.frames()
+        self._trace(block.address, block.size)
+        # Under the lock, so that no other thread's release hides a peak.
+        totals = self.allocator.allocated_bytes, self.allocator.reserved_bytes
+        return [*filter(None, (each(self.index, *totals) for each in self.watchers))]
+
+    def release(self, block: Block) -> None:
+        """Give a block back; safe in a finaliser."""
+        self._released.append(block)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._drain()
+            finally:
+                self._lock.release()
+
+    def hold_workspace(self, handle: object, stream: int) -> None:
+        """Take the cuBLAS workspace of a handle on a stream.
+
+        Raises:
+            OutOfMemory: There is no room for it.
+        """
+        setting = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+        nbytes = workspace_bytes(self.card.compute_capability, setting)
+        block = self.allocate(nbytes, stream, is_internal=True)
+        self.workspaces[handle, stream] = block
+
+    def clear_workspaces(self) -> None:
+        """Give every cuBLAS workspace back to the allocator."""
+        while self.workspaces:
+            self.release(self.workspaces.popitem()[1])
+
+    # -- limits -----------------------------------------------------------------
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """The smallest budget in force in bytes, or None where there is none."""
+        return self._budgets.smallest
+
+    def set_budget(self, budget_bytes: int | None, *, owner: object = None) -> None:
+        """Cap reserved bytes for an owner (inclusive); None takes its cap back.
+
+        A fraction that user code sets holds beside it: the smallest counts.
+
+        Raises:
+            BudgetError: The budget is not between one byte and the card's total.
+        """
+        with self._budgets.lock:
+            self._budgets.put(
+                owner,
+                budget_bytes,
+                total_bytes=self.driver.total_bytes,
+                index=self.index,
+                name=self.card.name,
+            )
+            smallest = self._budgets.smallest
+            with self.locked() as allocator:
+                allocator.set_budget(smallest)
+                if smallest is not None and allocator.reserved_bytes > smallest:
+                    # A cached segment would serve requests whatever the cap.
+                    allocator.empty_cache()
+
+    @property
+    def fraction(self) -> float:
+        """What ``set_per_process_memory_fraction`` was last given; 1.0 at first."""
+        fraction = self.allocator.memory_fraction
+        return 1.0 if fraction is None else fraction
+
+    @fraction.setter
+    def fraction(self, fraction: float) -> None:
+        with self.locked() as allocator:
+            allocator.set_memory_fraction(fraction)
+
+    def mem_get_info(self) -> tuple[int, int]:
+        """Return free and total bytes as a card shared with others shows them.
+
+        Under a budget, free is at most what the budget still leaves.
+        """
+        with self.locked() as allocator:
+            free = self.driver.free_bytes
+            budget = self._budgets.smallest
+            if budget is not None:
+                left = budget - allocator.reserved_bytes
+                free = min(free, max(left, 0))
+            return free, self.driver.total_bytes
+
+    # -- statistics -------------------------------------------------------------
+
+    def memory_stats(self) -> dict[str, int]:
+        """Return ``torch.cuda.memory_stats``'s flat dictionary."""
+        with self.locked() as allocator:
+            return allocator.memory_stats()
+
+    def empty_cache(self) -> None:
+        """Give every free segment back to the driver."""
+        with self.locked() as allocator:
+            allocator.empty_cache()

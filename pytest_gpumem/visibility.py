@@ -1,0 +1,97 @@
+"""Which of a machine's cards a process sees: ``CUDA_VISIBLE_DEVICES``, as CUDA reads it.
+
+Note [When the variable is read]
+CUDA reads it once in each process, when it is first used, and never again; what torch
+counts before that through NVML is counted anew each time. Reading it as torch does, and
+when CUDA does, is what lets a test hide the card from code that has not used it yet.
+Source: CUDA C++ Programming Guide, "CUDA Environment Variables";
+``c10/cuda/CUDAFunctions.cpp``, ``device_count`` (counts once in a process);
+``torch/cuda/__init__.py``, ``_parse_visible_devices``, ``_transform_uuid_to_ordinals``
+and ``device_count``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+VARIABLE: Final = "CUDA_VISIBLE_DEVICES"
+
+#: How names of cards, and of parts of cards, begin.
+_PREFIXES: Final = ("GPU-", "MIG-")
+#: As C's ``strtoul`` reads the beginning of a text: ``1gpu`` is 1.
+_NUMBER: Final = re.compile(r"[+-]?[0-9]+")
+#: More digits than any index has; Python converts no number of thousands of them.
+_DIGITS: Final = 9
+
+
+def uuid_of(number: int) -> str:
+    """Return the UUID of a simulated card, as NVML writes it."""
+    return f"GPU-00000000-0000-0000-0000-{number:012d}"
+
+
+def visible_numbers(count: int) -> tuple[int, ...]:
+    """Return which of so many simulated cards a process sees that uses CUDA now."""
+    return numbers_of(os.environ.get(VARIABLE), [uuid_of(i) for i in range(count)])
+
+
+def numbers_of(listed: str | None, uuids: Sequence[str]) -> tuple[int, ...]:
+    """Return the cards that a value of the variable shows, in its order.
+
+    The list ends at the first entry that names no card, or more than one; where it
+    names one twice, it shows none. See Note [When the variable is read].
+
+    Args:
+        listed: The value; None where it is not set.
+        uuids: The UUIDs of the machine's cards, as NVML writes and orders them.
+    """
+    if listed is None:
+        return tuple(range(len(uuids)))
+    shown: list[int] = []
+    for entry in names_of(listed):
+        if isinstance(entry, int):
+            found = [entry] if entry < len(uuids) else []
+        else:
+            found = [i for i, uuid in enumerate(uuids) if uuid.startswith(entry)]
+        if len(found) != 1:
+            break
+        if found[0] in shown:
+            return ()
+        shown += found
+    return tuple(shown)
+
+
+def names_of(listed: str) -> list[int] | list[str]:
+    """Return what a value of the variable names: indices, or beginnings of UUIDs.
+
+    The names of MIG instances are as they stand.
+    """
+    for prefix in _PREFIXES:
+        if listed.startswith(prefix):
+            names: list[str] = []
+            for name in listed.split(","):
+                if name in names:
+                    return []
+                if not name.startswith(prefix):
+                    break
+                names.append(name)
+            return names
+    indices: list[int] = []
+    for entry in listed.split(","):
+        match = _NUMBER.match(entry.strip())
+        if match is None or len(match[0]) > _DIGITS or int(match[0]) < 0:
+            break
+        index = int(match[0])
+        if index in indices:
+            return []
+        indices.append(index)
+    return indices
+
+
+def why_hidden() -> str:
+    """Return how the variable hides every card, as half a sentence."""
+    return f"{VARIABLE}={os.environ.get(VARIABLE, '')!r} hides every card"
