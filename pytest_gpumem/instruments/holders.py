@@ -79,7 +79,7 @@ def find_holders(device: Device, before: Iterable[int] = ()) -> list[Held]:
     """
     found: list[Held] = []
     for nbytes, tensor, ignored in _largest(device, before):
-        holder = describe_holder(tensor, ignored=[ignored])
+        holder = _holder(tensor, ignored)
         found.append(Held(nbytes, _words(tensor), holder))
     return found
 
@@ -95,10 +95,18 @@ def find_cycles(device: Device, before: Iterable[int] = ()) -> list[Held]:
     """
     found: list[Held] = []
     for nbytes, tensor, ignored in _largest(device, before):
-        holder = describe_holder(tensor, ignored=[ignored])
+        holder = _holder(tensor, ignored)
         if holder.startswith(CYCLE):
             found.append(Held(nbytes, _words(tensor), holder))
     return found
+
+
+def _holder(tensor: torch.Tensor, ignored: Any) -> str:
+    """Return who holds a tensor; a class of the program's may not want to be asked."""
+    try:
+        return describe_holder(tensor, ignored=[ignored])
+    except Exception as error:  # noqa: BLE001  # whatever it is, a verdict is due
+        return f"what holds it cannot be looked at: {type(error).__name__}"
 
 
 def _largest(
