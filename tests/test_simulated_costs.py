@@ -276,7 +276,7 @@ def test_the_build_is_one_for_cuda() -> None:
 
 def _held_on(stream: int) -> int:
     """Return the bytes in use of the segments of a stream."""
-    segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]  # torch's
+    segments = torch.cuda.memory_snapshot()
     return sum(each["allocated_size"] for each in segments if each["stream"] == stream)
 
 
@@ -289,11 +289,11 @@ def test_backward_runs_on_the_stream_of_its_forward() -> None:
 
     class Doubled(torch.autograd.Function):
         @staticmethod
-        def forward(_ctx: Any, source: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # torch's way
+        def forward(_ctx: Any, source: torch.Tensor) -> torch.Tensor:
             return source * 2
 
         @staticmethod
-        def backward(_ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # torch's way
+        def backward(_ctx: Any, grad: torch.Tensor) -> torch.Tensor:
             note(grad)
             return grad * 2
 

@@ -11,7 +11,7 @@ import torch
 
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 
-_grouping: Final[Any] = torch._C._group_tensors_by_device_and_dtype  # type: ignore[attr-defined]  # not in its stub
+_grouping: Final[Any] = torch._C._group_tensors_by_device_and_dtype
 
 
 def grouping(lists: Any, with_indices: bool = False) -> Any:  # noqa: FBT001, FBT002  # torch's signature
