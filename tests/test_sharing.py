@@ -498,6 +498,49 @@ def test_the_seconds_of_tests_are_kept(pytester: pytest.Pytester) -> None:
         assert kept.keys() == json.loads(file.read_text()).keys()
 
 
+def test_who_used_no_card_claims_nothing_in_the_next_run(
+    pytester: pytest.Pytester,
+) -> None:
+    """It does not wait for one that has the card alone, and is no GPU test."""
+    pytester.makepyfile(
+        """
+        import time
+        from pathlib import Path
+        import pytest
+        import torch
+
+        HERE = Path(__file__).parent
+
+        def pause_until(name):
+            for _ in range(600):
+                if (HERE / name).exists() or not (HERE / "second").exists():
+                    return
+                time.sleep(0.05)
+            raise AssertionError(name)
+
+        @pytest.mark.gpu_exclusive
+        def test_alone():
+            torch.empty(1024, device="cuda")
+            pause_until("idle")
+
+        def test_idle():
+            (HERE / "idle").touch()
+        """
+    )
+    options = [option for option in OPTIONS if "cache" not in option and option != "-p"]
+    order = ("-n", "2", "--gpu-report=json:r.json", "--gpu-wait-timeout=20")
+
+    pytester.runpytest(*options, *order).assert_outcomes(passed=2)
+    (pytester.path / "idle").unlink()
+    (pytester.path / "second").touch()
+    result = pytester.runpytest(*options, *order)
+
+    result.assert_outcomes(passed=2)
+    assert "waited" not in result.stdout.str()
+    tests = json.loads((pytester.path / "r.json").read_text())["tests"]
+    assert ["test_alone"] == [each["nodeid"].partition("::")[2] for each in tests]
+
+
 @pytest.mark.parametrize(
     ("listed", "turned"),
     [

@@ -182,6 +182,23 @@ def test_what_stands_is_part_of_what_is_admitted(tmp_path: Path) -> None:
         pass
 
 
+def test_a_share_is_less_by_what_stands_of_others(tmp_path: Path) -> None:
+    """A context stays until its process ends: waiting for its bytes would last as long."""
+    mine, other = Ledger(tmp_path, 100), Ledger(tmp_path, 100)
+    mine.stand(5)
+    other.stand(7)
+
+    with mine.admitted(100, is_share=True, timeout_s=0.1):
+        held = mine.held_bytes
+    with (
+        pytest.raises(AdmissionTimeoutError, match="for 100 bytes of a card of 100"),
+        mine.admitted(100, timeout_s=0.0),
+    ):
+        pass
+
+    assert 100 == held
+
+
 def test_who_wants_the_card_alone_waits_less_patiently() -> None:
     """It needs everybody to have ended, so nobody new begins."""
     held = Request("held", 5, since=0, is_admitted=True)

@@ -41,7 +41,7 @@ def start(runtime: Path, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]
             stderr=subprocess.PIPE,
             text=True,
             env=environment(runtime)
-            | {"CUDA_HOST_STATE": str(tmp_path / "cards"), "OMP_NUM_THREADS": "1"}
+            | {"CUDA_HOST_STATE": str(tmp_path / "cards"), "CUDA_HOST_CONTEXT": "0"}
             | settings,
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from pytest_gpumem.devices.nvml import Reading
@@ -97,6 +97,9 @@ class Device(Protocol):
 
     def block_address(self, storage: Any) -> int | None:
         """Return where that block is on the card; None for a storage on the host."""
+
+    def segments(self, index: int) -> Sequence[Mapping[str, Any]]:
+        """Return a card's segments, as ``torch.cuda.memory_snapshot`` shows them."""
 
     def holds(self, storage: Any, index: int) -> bool:
         """Tell whether a storage is on a card of this device."""

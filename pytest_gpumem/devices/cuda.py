@@ -71,8 +71,9 @@ class CudaDevice:
         return torch.cuda.mem_get_info(index)
 
     def total_bytes(self, index: int) -> int:
-        """Return a card's total bytes."""
-        return self.mem_get_info(index)[1]
+        """Return a card's total bytes; asking makes no context on it."""
+        total: int = torch.cuda.get_device_properties(index).total_memory
+        return total
 
     def card_id(self, index: int) -> str:
         """Return a card's UUID."""
@@ -112,6 +113,14 @@ class CudaDevice:
         if torch.cuda.is_initialized():
             torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001  # no public name
             torch.cuda.empty_cache()
+
+    def segments(self, index: int) -> list[dict[str, Any]]:
+        """Return a card's segments.
+
+        Limits: a history that is kept notes that somebody looked.
+        """
+        every: Any = torch.cuda.memory_snapshot()
+        return [each for each in every if each["device"] == index]
 
     def holds(self, storage: Any, index: int) -> bool:
         """Tell whether a storage is on a card."""

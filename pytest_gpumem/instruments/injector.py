@@ -81,6 +81,15 @@ class OomInjector:
         )
 
     @property
+    def num_uncounted_ooms(self) -> int:
+        """How many are OOMs of other parts of CUDA, of which ``num_ooms`` knows nothing."""
+        return sum(
+            schedule.num_failed
+            for schedule in self.schedules
+            if schedule.rule.flavour not in {*COUNTED, NOT_OOM}
+        )
+
+    @property
     def num_counted(self) -> int:
         """How many allocations the rules have numbered so far."""
         return sum(schedule.num_counted for schedule in self.schedules)

@@ -15,7 +15,7 @@ import torch
 from torch.nn.modules import module as torch_module
 from torch.nn.parameter import is_lazy
 
-from pytest_gpumem.instruments.parts import modules_of, registry, tensors_of
+from pytest_gpumem.instruments.parts import modules_of, registry, tensors_of, unseen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -127,14 +127,14 @@ class Owners:
             self._join(parent, name, child)
 
     def _join(self, parent: torch.nn.Module, name: str, child: Any) -> None:
-        if isinstance(child, torch.nn.Module) and child is not parent:
+        if issubclass(type(child), torch.nn.Module) and child is not parent:
             node, above = self.node(child), self.node(parent)
             if node not in above._upward():  # noqa: SLF001  # a module may hold what holds it
                 node.parent, node.name = above, name
 
     def _given(self, module: torch.nn.Module, name: str, tensor: Any) -> None:
-        with suppress(Exception):  # a record must not change what it sees
-            if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
+        with suppress(Exception), unseen():  # a record must not change what it sees
+            if issubclass(type(tensor), torch.Tensor) and tensor.is_cuda:
                 self._tell(tensor, Owner(self.node(module), name))
 
     def _tell(self, tensor: torch.Tensor, owner: Owner) -> None:

@@ -6,12 +6,16 @@ three registries of the object itself.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+#: A block in which the program's modes and tensor classes do not see what is asked of a
+#: tensor.
+unseen: Final = torch._C.DisableTorchFunction  # noqa: SLF001  # no public name
 
 
 def modules_of(root: Any) -> Iterator[tuple[str, Any]]:
@@ -53,3 +57,27 @@ def registry(module: Any, kind: str) -> list[tuple[str, Any]]:
         return []
     found = attributes.get(kind)
     return [] if found is None else list(found.items())
+
+
+def tensors_held_by(model: Any) -> Iterator[torch.Tensor]:
+    """Yield what a model holds: parameters, buffers, gradients and plain attributes.
+
+    Plain attributes are those of any module inside, also in lists and mappings: a cache
+    of positions, say, that is no buffer.
+    """
+    for _path, module in modules_of(model):
+        for _name, tensor in tensors_of(module):
+            yield tensor
+            if tensor.is_leaf and tensor.grad is not None:
+                yield tensor.grad
+        for value in vars(module).values():
+            yield from _tensors_among(value)
+
+
+def _tensors_among(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from (item for item in value.values() if isinstance(item, torch.Tensor))
+    elif isinstance(value, (list, tuple)):
+        yield from (item for item in value if isinstance(item, torch.Tensor))

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from concurrent.futures.thread import _worker
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -17,7 +17,7 @@ from pytest_gpumem.devices import allocated_bytes
 from pytest_gpumem.instruments.logs import release_log_records
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from pytest_gpumem.devices import Device
 
@@ -100,14 +100,34 @@ def _waits_for_work(thread: threading.Thread) -> bool:
 
 
 @contextmanager
-def frozen_heap() -> Iterator[None]:
-    """Leave what exists already out of collections, for a block: they get cheap."""
+def frozen_heap() -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Leave what exists already out of collections, for a block: they get cheap.
+
+    A heap that the program has frozen itself stays as it is.
+
+    Yields:
+        What thaws it for a block.
+    """
     gc.collect()
-    gc.freeze()
+    is_ours = not gc.get_freeze_count()
+
+    @contextmanager
+    def thawed() -> Iterator[None]:
+        if is_ours:
+            gc.unfreeze()
+        try:
+            yield
+        finally:
+            if is_ours:
+                gc.freeze()
+
+    if is_ours:
+        gc.freeze()
     try:
-        yield
+        yield thawed
     finally:
-        gc.unfreeze()
+        if is_ours:
+            gc.unfreeze()
 
 
 def num_ooms(device: Device) -> int:

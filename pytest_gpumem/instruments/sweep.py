@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem.devices.active import active_device
 from pytest_gpumem.errors import SweepError
-from pytest_gpumem.instruments.attempts import Attempts
 from pytest_gpumem.instruments.injector import OomInjector
 from pytest_gpumem.instruments.sites import describe_site
 from pytest_gpumem.instruments.surroundings import frozen_heap
+from pytest_gpumem.instruments.sweep_judge import SweepJudge
 from pytest_gpumem.instruments.sweep_state import SweepState
 from pytest_gpumem.model.rule_parser import parse_rule
 from pytest_gpumem.model.sweep_plan import SweepPlan
@@ -91,23 +91,24 @@ def sweep_ooms(
     wanted = SweepPlan(**plan)
     if setup is not None and args:
         raise SweepError("give the arguments or a setup that makes them, not both")
+    judge = SweepJudge(
+        body,
+        setup or (lambda: args),
+        same,
+        active_device() if device is None else device,
+    )
     sweep = _Sweep(
-        attempts=Attempts(
-            body,
-            setup or (lambda: args),
-            same,
-            active_device() if device is None else device,
-        ),
+        judge=judge,
         plan=wanted,
         name=name or str(getattr(body, "__qualname__", repr(body))),
     )
-    with frozen_heap():
+    with frozen_heap() as judge.thawed:
         return sweep.run(resume, progress or (lambda _done, _total, _outcome: None))
 
 
 class _Sweep:
-    def __init__(self, attempts: Attempts, plan: SweepPlan, name: str) -> None:
-        self._attempts = attempts
+    def __init__(self, judge: SweepJudge, plan: SweepPlan, name: str) -> None:
+        self._judge = judge
         self._plan = plan
         self._name = name
 
@@ -116,7 +117,7 @@ class _Sweep:
         resume: str | os.PathLike[str] | None,
         progress: Callable[[int, int, Outcome], None],
     ) -> SweepReport:
-        clean = self._attempts.clean()
+        clean = self._judge.clean()
         sites = self._count()
         timeout_s = self._plan.timeout_s or max(_LEAST_S, _PATIENCE * clean.seconds)
         report = SweepReport(self._name, self._plan.recover, sites)
@@ -126,7 +127,7 @@ class _Sweep:
             for done, point in enumerate(points, start=1):
                 outcome = state.known(point)
                 if outcome is None:
-                    outcome = self._attempts.judge(
+                    outcome = self._judge.judge(
                         point, parse_rule(point.rule), timeout_s
                     )
                     if outcome is None:
@@ -158,7 +159,7 @@ class _Sweep:
             for flavour in self._plan.flavours:
                 for number in range(count + 1, 2 * count + 2):
                     point = self._point(number, mode, flavour, "")
-                    outcome = self._attempts.judge(
+                    outcome = self._judge.judge(
                         point, parse_rule(point.rule), timeout_s
                     )
                     if outcome is None:
@@ -169,7 +170,7 @@ class _Sweep:
     def _count(self) -> tuple[str, ...]:
         """Return the site of each allocation that counts in a clean run."""
         rule = replace(self._plan.base(), nth=_NEVER, times=1)
-        injector = OomInjector(rule, device=self._attempts.device)
+        injector = OomInjector(rule, device=self._judge.device)
         schedule = injector.schedules[0]
         sites: list[str] = []
         lock = threading.Lock()
@@ -183,8 +184,8 @@ class _Sweep:
             return False
 
         with ExitStack() as stack:
-            stack.enter_context(self._attempts.device.refusing(count))
-            self._attempts.clean()
+            stack.enter_context(self._judge.device.refusing(count))
+            self._judge.clean()
         if not sites:
             raise SweepError(
                 f"{self._name} makes no allocation that {str(self._plan.base().phase)!r} "

@@ -16,6 +16,7 @@ from pytest_gpumem.instruments.chains import (
     outermost_at,
 )
 from pytest_gpumem.instruments.owners import Owner, Owners
+from pytest_gpumem.instruments.parts import unseen
 from pytest_gpumem.instruments.sites import starred
 from pytest_gpumem.model.live_groups import LiveBlock, group_blocks
 from pytest_gpumem.stacks import calling_frame
@@ -233,7 +234,8 @@ class Timeline:
         for each in unmet:
             is_module = issubclass(type(each), torch.nn.Module)
             meet = self._owners.meet if is_module else self._owners.meet_gradients
-            guarded(partial(meet, each), otherwise=None)
+            with unseen():
+                guarded(partial(meet, each), otherwise=None)
 
     def _claim(self, index: int, address: int, nbytes: int, owner: Owner) -> None:
         """Take in whose a block is; one that is not known was there before the test."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 
 from pytest_gpumem.devices.nvml import other_processes
 from pytest_gpumem.instruments.live import Survey, survey
+from pytest_gpumem.instruments.parts import unseen
 from pytest_gpumem.instruments.phases import current_phase
 from pytest_gpumem.instruments.sites import describe_site
 from pytest_gpumem.model.incidents import Incident, Process
@@ -131,8 +132,9 @@ class OomWitness:
         processes: tuple[Process, ...] = ()
         if len(self.incidents) < self._closely:
             try:
-                found = survey(device, index, frame)
-                largest = _largest_free(index)
+                with unseen():
+                    found = survey(device, index, frame)
+                largest = _largest_free(device, index)
                 if device.kind == "cuda":
                     processes = other_processes(index)
             except Exception as error:  # noqa: BLE001  # a witness must not change what it sees
@@ -192,13 +194,11 @@ def _fraction(index: int) -> float:
     return torch.cuda.get_per_process_memory_fraction(index)
 
 
-def _largest_free(index: int) -> int:
-    snapshot: Any = torch.cuda.memory_snapshot()
+def _largest_free(device: Device, index: int) -> int:
     return max(
         (
             block["size"]
-            for segment in snapshot
-            if segment["device"] == index
+            for segment in device.segments(index)
             for block in segment["blocks"]
             if block["state"] == "inactive"
         ),

@@ -19,8 +19,16 @@ _NUMBER: Final = re.compile(r"[0-9]{1,12}")
 _WITHOUT_EFFECT: Final = frozenset(
     {
         "release_lock_on_cudamalloc",
+        "release_lock_on_hipmalloc",
         "pinned_use_cuda_host_register",
+        "pinned_use_hip_host_register",
         "pinned_num_register_threads",
+        "pinned_reserve_segment_size_mb",
+        "pinned_free_catch_all",
+        "pinned_max_cached_size_mb",
+        "pinned_max_round_threshold_mb",
+        "expandable_segments_reserve",
+        "expandable_segments_reserve_by_class",
         "pinned_use_background_threads",
         "graph_capture_record_stream_reuse",
     }
@@ -66,16 +74,42 @@ class AllocatorConfig:
         Raises:
             ValueError: A key or value that torch refuses, or that is not modelled.
         """
-        config = cls(text=text)
-        # Commas inside brackets belong to a list.
-        for part in re.split(r",(?![^\[]*\])", text):
-            if not part.strip():
-                continue
-            key, colon, value = (piece.strip() for piece in part.partition(":"))
-            if not colon:
-                raise ValueError(f"allocator setting {part!r} has no value")
-            config = replace(config, **_read(key, value, config))
-        return config
+        return _read_all(cls(text=text))
+
+    def renewed(self, text: str) -> AllocatorConfig:
+        """Return the settings after torch is given others while it runs.
+
+        Source: ``AcceleratorAllocatorConfig::parseArgs`` of
+        ``c10/core/AllocatorConfig.cpp``: three settings go back to their defaults where
+        they are not named, the others stay.
+
+        Args:
+            text: ``key:value,…`` as in ``PYTORCH_CUDA_ALLOC_CONF``.
+
+        Raises:
+            ValueError: A key or value that torch refuses, or that is not modelled.
+        """
+        default = AllocatorConfig()
+        start = replace(
+            self,
+            max_split_size=default.max_split_size,
+            divisions=default.divisions,
+            gc_threshold=default.gc_threshold,
+        )
+        return _read_all(replace(start, text=text))
+
+
+def _read_all(config: AllocatorConfig) -> AllocatorConfig:
+    """Return settings with what their text says."""
+    # Commas inside brackets belong to a list.
+    for part in re.split(r",(?![^\[]*\])", config.text):
+        if not part.strip():
+            continue
+        key, colon, value = (piece.strip() for piece in part.partition(":"))
+        if not colon:
+            raise ValueError(f"allocator setting {part!r} has no value")
+        config = replace(config, **_read(key, value, config))
+    return config
 
 
 #: Where PyTorch looks for its allocator's settings; the first that is set counts.

@@ -100,6 +100,7 @@ def _configure(run: Run, config: pytest.Config) -> None:
         config.pluginmanager.register(run.endings, ENDINGS_NAME)
     if run.settings.baseline is not None:
         _gate(run, config)
+    _measure(run, config)
     if run.settings.suggest is not None or run.settings.find_budget:
         _suggest(run, config)
     if is_worker:
@@ -118,12 +119,17 @@ def _configure(run: Run, config: pytest.Config) -> None:
 def _share(run: Run, config: pytest.Config, collection: Collection) -> None:
     from pytest_gpumem.plugin.admission import Admission  # noqa: PLC0415  # there are others
     from pytest_gpumem.plugin.contention import Contention  # noqa: PLC0415  # likewise
-    from pytest_gpumem.plugin.workers import WORKER_INPUT  # noqa: PLC0415  # likewise
+    from pytest_gpumem.plugin.workers import IDLE_INPUT, WORKER_INPUT  # noqa: PLC0415  # likewise
 
-    text = getattr(config, "workerinput", {}).get(WORKER_INPUT)
+    given = getattr(config, "workerinput", {})
+    text = given.get(WORKER_INPUT)
     collection.seconds = None if text is None else json.loads(text)
     admission = Admission(
-        run, collection.phases, collection.wishes, collection.seconds or {}
+        run,
+        collection.phases,
+        collection.wishes,
+        collection.seconds or {},
+        frozenset(json.loads(given.get(IDLE_INPUT, "[]"))),
     )
     contention = Contention(run, admission, collection.wishes)
     collection.incidents.listeners.append(contention.note)
@@ -178,15 +184,27 @@ def _suggest(run: Run, config: pytest.Config) -> None:
         config.pluginmanager.register(SmallestBudgets(run), "gpumem-smallest")
 
 
+def _measure(run: Run, config: pytest.Config) -> None:
+    if run.gate is None and not run.settings.reports:
+        return
+    from pytest_gpumem.plugin.growth import Growth  # noqa: PLC0415  # somebody wants it
+
+    run.growth = Growth(run)
+    config.pluginmanager.register(run.growth, "gpumem-growth")
+
+
 def _gate(run: Run, config: pytest.Config) -> None:
-    from pytest_gpumem.plugin.gate import WORKER_INPUT, BaselineSummary, Gate  # noqa: PLC0415  # there is a baseline
+    from pytest_gpumem.plugin.baseline_record import Spared  # noqa: PLC0415  # there is a baseline
+    from pytest_gpumem.plugin.baseline_summary import BaselineSummary  # noqa: PLC0415  # likewise
+    from pytest_gpumem.plugin.gate import WORKER_INPUT, Gate  # noqa: PLC0415  # likewise
 
     text = getattr(config, "workerinput", {}).get(WORKER_INPUT)
     run.gate = Gate(run.settings, text)
     if run.endings is not None:
-        config.pluginmanager.register(
-            BaselineSummary(run.gate, config, run.endings), "gpumem-baseline"
-        )
+        plugin = BaselineSummary(run, run.gate, config, run.endings)
+        config.pluginmanager.register(plugin, "gpumem-baseline")
+    else:
+        config.pluginmanager.register(Spared(config), "gpumem-spared")
 
 
 __all__ = [

@@ -32,6 +32,7 @@ class Admission:
         phases: The hooks around tests' phases, which clean up between tests.
         wishes: What each test's markers ask for.
         seconds: How long tests took before, by name, for the order of those that wait.
+        idle: Tests that used no card before: they claim no share.
     """
 
     def __init__(
@@ -40,11 +41,14 @@ class Admission:
         phases: Phases,
         wishes: Mapping[pytest.Item, marks.Wishes],
         seconds: Mapping[str, float],
+        idle: frozenset[str] = frozenset(),
     ) -> None:
         self._run: Final = run
         self._phases: Final = phases
         self._wishes: Final = wishes
         self._seconds: Final = seconds
+        self._idle: Final = idle
+        self._waited_s = 0.0
         self._refusal: AdmissionTimeoutError | None = None
         #: A test that is to have all cards alone: it is retried after contention.
         self.alone: pytest.Item | None = None
@@ -71,6 +75,15 @@ class Admission:
                 pytrace=False,
             )
 
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_teardown(self, item: pytest.Item) -> None:
+        """Say how long a test waited, if it turned out to need a card."""
+        waited_s, self._waited_s = self._waited_s, 0.0
+        if waited_s > _SHORT_S and (
+            item in self._wishes or marks.has_figures(item.user_properties)
+        ):
+            item.user_properties.append((marks.WAIT_PROPERTY, f"{waited_s:.2f}"))
+
     def _claim(self, item: pytest.Item, stack: ExitStack) -> None:
         if item.get_closest_marker("skip") is not None:
             return
@@ -81,7 +94,7 @@ class Admission:
         if device is None or not device.device_count:
             return
         claims = self._claims(item, wishes, device)
-        waited = 0.0
+        self._waited_s = waited = 0.0
         sharing = self._run.sharing
         # Always in the same order, so that no two tests wait for each other.
         by_card = sorted(claims, key=device.card_id)
@@ -92,6 +105,7 @@ class Admission:
                     sharing.ledger(device, index, total).admitted(
                         claim.nbytes,
                         is_exclusive=claim.is_alone,
+                        is_share=claim.is_share,
                         duration_s=self._seconds.get(item.nodeid, 0.0),
                         timeout_s=self._run.settings.wait_s,
                     )
@@ -99,8 +113,7 @@ class Admission:
         except AdmissionTimeoutError as error:
             stack.close()
             self._refusal = error
-        if waited > _SHORT_S:
-            item.user_properties.append((marks.WAIT_PROPERTY, f"{waited:.2f}"))
+        self._waited_s = waited
 
     def _claims(
         self, item: pytest.Item, wishes: marks.Wishes | None, device: Device
@@ -117,9 +130,9 @@ class Admission:
                 for index in totals
             }
         sharing.is_capped = not claims
-        if not claims and sharing.admits:
+        if not claims and sharing.admits and item.nodeid not in self._idle:
             share = sharing.share_bytes(device, 0, totals[0])
-            claims[0] = Claim(min(share, totals[0]))
+            claims[0] = Claim(min(share, totals[0]), is_share=True)
         return claims
 
     def _settle(self, device: Device) -> None:

@@ -17,10 +17,12 @@ class Claim(NamedTuple):
     Attributes:
         nbytes: Bytes; 0 for a test that only wants the card alone.
         is_alone: Whether no other test may use the card meanwhile.
+        is_share: Whether less will do where other workers hold contexts on the card.
     """
 
     nbytes: int
     is_alone: bool = False
+    is_share: bool = False
 
 
 def declared_claims(

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 #: The key of what tests took before, in a worker's input.
 WORKER_INPUT: Final = "gpumem_history"
+#: The key of the names of tests that used no card before.
+IDLE_INPUT: Final = "gpumem_idle"
 #: Ways to hand tests out in which a test's place in the order is free.
 FREE_ORDERS: Final = ("load", "worksteal")
 
@@ -57,7 +59,8 @@ class Workers:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
-        """Tell a worker what tests took before, where it may order them."""
+        """Tell a worker who used no card, and what tests took, where it may order them."""
+        node.workerinput[IDLE_INPUT] = json.dumps(sorted(self._history.idle))
         if node.config.getoption("dist") in FREE_ORDERS:
             taken: Mapping[str, Any] = self._history.before
             node.workerinput[WORKER_INPUT] = json.dumps(taken)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem.errors import AdmissionTimeoutError, BudgetError
 from pytest_gpumem.tenancy.entries import Folder
@@ -12,7 +12,7 @@ from pytest_gpumem.tenancy.queue import Request, admissible
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from pytest_gpumem.tenancy.entries import Entry
 
@@ -74,6 +74,7 @@ class Ledger:
         nbytes: int,
         *,
         is_exclusive: bool = False,
+        is_share: bool = False,
         duration_s: float = 0.0,
         timeout_s: float | None = None,
         on_wait: Callable[[int], None] = lambda _held: None,
@@ -83,6 +84,8 @@ class Ledger:
         Args:
             nbytes: Bytes to hold, with those that stand already.
             is_exclusive: Whether to have the card alone.
+            is_share: Whether less will do where others hold bytes beyond their tests,
+                such as a context: they hold them until they end.
             duration_s: How long this is thought to take, for the order.
             timeout_s: The longest wait; None waits for ever.
             on_wait: Called once, with the bytes held by others, if there is a wait.
@@ -102,7 +105,7 @@ class Ledger:
             )
         # The wall clock's monotonic time is one for all processes of a machine.
         start = time.monotonic()
-        wish = {
+        wish: dict[str, Any] = {
             "nbytes": max(nbytes - self._standing_bytes, 0),
             "since": start,
             "duration_s": duration_s,
@@ -115,6 +118,11 @@ class Ledger:
                 now = time.monotonic()
                 with self._folder.mutex():
                     requests = self.requests()
+                    if is_share:
+                        room = self.total_bytes - _standing_bytes(requests)
+                        wish["nbytes"] = min(wish["nbytes"], max(room, 0))
+                        own = Request(entry.path.name, **wish)
+                        requests[entry.path.name] = own
                     names = admissible(
                         requests.values(), total_bytes=self.total_bytes, now=now
                     )
@@ -137,6 +145,10 @@ class Ledger:
         finally:
             with self._folder.mutex():
                 entry.close()
+
+
+def _standing_bytes(requests: Mapping[str, Request]) -> int:
+    return sum(each.nbytes for each in requests.values() if each.is_standing)
 
 
 def _names(requests: list[Request]) -> str:

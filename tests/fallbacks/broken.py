@@ -16,7 +16,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fallbacks.parts import batch, gradients, infer, labels, new_model
+from fallbacks.parts import (
+    Service,
+    batch,
+    gradients,
+    infer,
+    infer_masked,
+    labels,
+    new_model,
+)
 from pytest_gpumem import Verdict
 
 MIB: Final = 2**20
@@ -293,6 +301,102 @@ def logs_the_error_and_tries_again() -> int:
     return attempt(48 * MIB)
 
 
+def spoils_what_is_beside_an_infinity() -> torch.Tensor:
+    """Scores that may not be chosen are minus infinity; the others are wrong."""
+    scores = torch.tensor([0.5, -torch.inf])
+    try:
+        return scores.cuda().cpu()
+    except torch.OutOfMemoryError:
+        return torch.tensor([99.0, torch.nan])
+
+
+def spoils_what_is_beside_a_mask() -> torch.Tensor:
+    """A mask's huge numbers say nothing of what the others may be."""
+    try:
+        return infer_masked("cuda")
+    except torch.OutOfMemoryError:
+        pass
+    logits = infer_masked("cpu")
+    logits[0, 0] += 1.0
+    return logits
+
+
+def divides_by_nothing() -> torch.Tensor:
+    """Where there were no rows the mean is no number, and not 0."""
+    try:
+        return torch.zeros(3).cuda().mean().cpu()
+    except torch.OutOfMemoryError:
+        return torch.zeros(0).mean()
+
+
+def answers_a_number_for_nan() -> list[float]:
+    """And a number is not right where there is none."""
+    try:
+        return [float("nan"), float(torch.ones(1).cuda())]
+    except torch.OutOfMemoryError:
+        return [0.0, 1.0]
+
+
+def cuts_off_the_fraction() -> torch.Tensor:
+    """The fallback counts in integers."""
+    prices = torch.tensor([1.7, 2.2])
+    try:
+        return prices.cuda().cpu()
+    except torch.OutOfMemoryError:
+        return prices.to(torch.int64)
+
+
+def answers_other_numbers_in_numpy() -> dict[str, Any]:
+    """A service answers with arrays."""
+    try:
+        return {"scores": infer("cuda").numpy()}
+    except torch.OutOfMemoryError:
+        return {"scores": infer("cpu").numpy() + 1}
+
+
+class _Answer:
+    """An answer without an equality of its own."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        self.logits = logits
+
+
+def answers_other_numbers_in_an_object() -> _Answer:
+    """Only a look inside tells the two answers apart."""
+    try:
+        return _Answer(infer("cuda"))
+    except torch.OutOfMemoryError:
+        return _Answer(infer("cpu") + 1)
+
+
+def forgets_to_evaluate() -> nn.Module:
+    """The model that is built anew would train: dropout is on."""
+    try:
+        return new_model().eval().cuda()
+    except torch.OutOfMemoryError:
+        return new_model()
+
+
+def doubles_small_gradients() -> list[torch.Tensor]:
+    """The gradients of a mean over many rows are small, and still wrong."""
+    weight = torch.ones(8, requires_grad=True)
+    try:
+        (weight.cuda() * 2e-5).sum().backward()
+    except torch.OutOfMemoryError:
+        weight.grad = torch.full((8,), 4e-5)
+    assert weight.grad is not None
+    return [weight.grad.cpu()]
+
+
+def keeps_and_raises_the_error() -> torch.Tensor:
+    """It lets the error through, and a status page has it for ever."""
+    try:
+        return infer("cuda")
+    except torch.OutOfMemoryError as error:
+        KEPT.append(error)
+        raise
+
+
 class Case(NamedTuple):
     """How a sweep must judge a broken fallback.
 
@@ -340,4 +444,105 @@ EXPECTED: Final = {
     returns_nothing: Case(Verdict.WRONG_RESULT),
     draws_again: Case(Verdict.WRONG_RESULT),
     turns_an_oom_into_an_error_of_its_own_making: Case(Verdict.OTHER_ERROR),
+    spoils_what_is_beside_an_infinity: Case(
+        Verdict.WRONG_RESULT, says="first at [0]: 99.0 instead of 0.5"
+    ),
+    spoils_what_is_beside_a_mask: Case(Verdict.WRONG_RESULT, says="first at [0, 0]"),
+    divides_by_nothing: Case(Verdict.WRONG_RESULT, says="nan instead of 0.0"),
+    answers_a_number_for_nan: Case(
+        Verdict.WRONG_RESULT, says="the result[0] is 0.0 instead of nan"
+    ),
+    cuts_off_the_fraction: Case(Verdict.WRONG_RESULT, says="has dtype torch.int64"),
+    answers_other_numbers_in_numpy: Case(
+        Verdict.WRONG_RESULT, says="the result['scores'] differs by 1"
+    ),
+    answers_other_numbers_in_an_object: Case(
+        Verdict.WRONG_RESULT, says="the result.logits differs by 1"
+    ),
+    forgets_to_evaluate: Case(
+        Verdict.WRONG_RESULT, says="the result['training'][''] is True instead of False"
+    ),
+    doubles_small_gradients: Case(Verdict.WRONG_RESULT, says="differs by 2e-05"),
+    keeps_and_raises_the_error: Case(Verdict.LEAK),
+}
+
+
+# -- loaders ------------------------------------------------------------------------------
+
+
+def persistent_load() -> nn.Module:
+    """No fallback at all; a rule's pattern may say "persistent" all the same."""
+    return new_model().cuda()
+
+
+def knows_one_text_only() -> nn.Module:
+    """An OOM of cuBLAS or the driver is none for it."""
+    try:
+        return new_model().cuda()
+    except torch.OutOfMemoryError:
+        return new_model()
+
+
+def loads_other_weights() -> nn.Module:
+    """What is computed is something else, beside an output of infinities."""
+    model = new_model()
+    try:
+        return model.cuda()
+    except torch.OutOfMemoryError:
+        model = new_model()
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, 1.0)
+    return model
+
+
+def loads_half() -> nn.Module:
+    """The module whose move failed."""
+    model = new_model()
+    try:
+        return model.cuda()
+    except torch.OutOfMemoryError:
+        return model
+
+
+def keeps_its_first_attempt() -> nn.Module:
+    """In a list, as a log of errors would."""
+    try:
+        return new_model().cuda()
+    except torch.OutOfMemoryError as error:
+        KEPT.append(error)
+    return new_model()
+
+
+def serves_half_a_model() -> Service:
+    """An object with half of a model on each device."""
+    return Service(loads_half())
+
+
+def loads_nothing() -> nn.Module | None:
+    """Neither a model nor an error."""
+    try:
+        return new_model().cuda()
+    except torch.OutOfMemoryError:
+        return None
+
+
+def breaks_on_the_way_down() -> nn.Module:
+    """The path that nobody ran; another error lets it break too."""
+    try:
+        return new_model().cuda()
+    except RuntimeError:
+        pass
+    model: Any = new_model()
+    return model.to_host()  # type: ignore[no-any-return]  # there is no such method
+
+
+#: Loaders, the fault that shows what is wrong, and what both judges must say of it.
+LOADERS: Final = {
+    persistent_load: ("any:site=*persistent_load*,nth=1", "CUDA out of memory"),
+    knows_one_text_only: ("any:nth=2,flavour=cublas", "CUBLAS_STATUS_ALLOC_FAILED"),
+    loads_other_weights: ("any:nth=2", "the output differs by"),
+    loads_half: ("any:nth=3", "the model is half moved: weights on cpu, cuda:0"),
+    keeps_its_first_attempt: ("any:nth=3", "of a failed attempt stay on the card"),
+    serves_half_a_model: ("any:nth=3", "the model is half moved"),
+    loads_nothing: ("any:nth=1", "the loader returned no model and raised nothing"),
 }

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import queue
 import threading
-from typing import Final
+import time
+from typing import Any, Final
 
 import torch
 from accelerate.utils import find_executable_batch_size
+from torch import nn
 from torch.nn import functional
 
-from fallbacks.parts import batch, gradients, infer, labels, new_model
+from fallbacks.parts import (
+    Service,
+    batch,
+    gradients,
+    infer,
+    infer_masked,
+    labels,
+    new_model,
+)
+
+MIB: Final = 2**20
 
 
 def falls_back_to_the_host() -> torch.Tensor:
@@ -155,6 +168,80 @@ def knows_every_text() -> torch.Tensor:
     return infer("cpu")
 
 
+def answers_with_infinities_and_nan() -> list[Any]:
+    """What may not be chosen is minus infinity, what is not there is no number."""
+    scores = torch.tensor([0.5, -torch.inf, torch.nan])
+    try:
+        scores = scores.cuda().cpu()
+    except torch.OutOfMemoryError:
+        pass
+    return [scores, scores.tolist(), scores.numpy()]
+
+
+def masks_in_half_precision() -> torch.Tensor:
+    """The lowest number of half precision stands for that of single precision."""
+    try:
+        return infer_masked("cuda")
+    except torch.OutOfMemoryError:
+        return infer_masked("cpu", dtype=torch.float16)
+
+
+def answers_in_numpy() -> dict[str, Any]:
+    """Arrays, numbers and sets are the same wherever they were computed."""
+    device = "cuda"
+    try:
+        scores = infer(device)
+    except torch.OutOfMemoryError:
+        device = "cpu"
+        scores = infer(device)
+    best = scores.argmax(dim=1)
+    return {
+        "scores": scores.numpy(),
+        "best": best.numpy(),
+        "labels": set(best.tolist()),
+        "largest": scores.numpy().max(),
+    }
+
+
+class _Answer:
+    """An answer without an equality of its own, and what is each time another."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        self.logits = logits
+        self.at_s = time.perf_counter()
+
+
+def answers_with_an_object() -> _Answer:
+    """When it was made does not matter; what it holds does."""
+    try:
+        return _Answer(infer("cuda"))
+    except torch.OutOfMemoryError:
+        return _Answer(infer("cpu"))
+
+
+_cache: dict[str, torch.Tensor] = {}
+
+
+def gives_up_its_cache() -> torch.Tensor:
+    """After an OOM there is less on the card than before, which is no leak."""
+    if not _cache:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            _cache["table"] = torch.ones(MIB, device="cuda")
+    try:
+        return infer("cuda")
+    except torch.OutOfMemoryError:
+        _cache.clear()
+    return infer("cpu")
+
+
+def returns_an_evaluated_module() -> nn.Module:
+    """A module is compared by what it holds, wherever it ends."""
+    try:
+        return new_model().eval().cuda()
+    except torch.OutOfMemoryError:
+        return new_model().eval().half()
+
+
 ALL: Final = (
     falls_back_to_the_host,
     cleans_then_retries,
@@ -167,6 +254,12 @@ ALL: Final = (
     asks_accelerate,
     hears_of_its_workers_error,
     knows_every_text,
+    answers_with_infinities_and_nan,
+    masks_in_half_precision,
+    answers_in_numpy,
+    answers_with_an_object,
+    gives_up_its_cache,
+    returns_an_evaluated_module,
 )
 #: Those that recover from every OOM, whatever is raised for it.
 RECOVER: Final = frozenset(ALL) - {
@@ -176,3 +269,90 @@ RECOVER: Final = frozenset(ALL) - {
 }
 #: Those that know other errors than torch's own.
 KNOW_FLAVOURS: Final = frozenset({asks_accelerate, knows_every_text})
+
+
+# -- loaders ------------------------------------------------------------------------------
+
+
+def persistent_ladder() -> nn.Module:
+    """Onto the card, else the host; whatever real machines raise for want of memory."""
+    try:
+        return new_model().cuda()
+    except RuntimeError as error:
+        texts = ("out of memory", "ALLOC_FAILED")
+        if not any(text in str(error) for text in texts):
+            raise
+    return new_model()
+
+
+def serves_a_model() -> Service:
+    """An object with a model."""
+    return Service(persistent_ladder())
+
+
+def loads_with_a_tokeniser() -> tuple[nn.Module, str]:
+    """A tuple with a model."""
+    return persistent_ladder(), "tokeniser"
+
+
+_old: list[torch.Tensor] = []
+
+
+def makes_room_first() -> nn.Module:
+    """What was on the card before goes, so that there is less afterwards."""
+    if not _old:
+        _old.append(torch.ones(MIB, device="cuda"))
+    try:
+        return new_model().cuda()
+    except torch.OutOfMemoryError:
+        _old.clear()
+    return new_model()
+
+
+class _Rotary(nn.Module):
+    """A model with a table that is no buffer, as some position encodings have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = new_model()
+        self.table = torch.ones(32)
+        self.others: dict[str, torch.Tensor] = {}
+
+    def to_card(self) -> _Rotary:
+        """Move everything."""
+        table = self.table.cuda()
+        self.others = {"cosines": table * 2}
+        self.table = table
+        self.cuda()
+        return self
+
+    def forward(self, rows: torch.Tensor) -> Any:
+        """Compute."""
+        return self.inner(rows * self.table.to(rows.device))
+
+
+def has_a_table_of_its_own() -> nn.Module:
+    """Bytes of the model's own, whatever torch knows of them."""
+    try:
+        return _Rotary().to_card()
+    except torch.OutOfMemoryError:
+        return _Rotary()
+
+
+def forget() -> None:
+    """Forget what was kept between calls."""
+    _old.clear()
+    _cache.clear()
+
+
+#: Loaders and a fault from which they recover.
+LOADERS: Final = (
+    (persistent_ladder, "any:nth=2"),
+    (persistent_ladder, "any:site=*persistent*,nth=1"),
+    (persistent_ladder, "any:nth=2,flavour=cublas"),
+    (serves_a_model, "any:nth=3"),
+    (loads_with_a_tokeniser, "any:nth=3"),
+    (makes_room_first, "any:nth=3"),
+    (has_a_table_of_its_own, "any:nth=3"),
+    (has_a_table_of_its_own, "any:nth=99"),
+)

@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional
 
 from pytest_gpumem.devices.simulated import rng
-from pytest_gpumem.devices.simulated.memory import Memory, hold
+from pytest_gpumem.devices.simulated.memory import HOST_ROOM, Memory, hold
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor, make
 
 if TYPE_CHECKING:
@@ -266,6 +266,13 @@ def _compute(
         settings: Dropout's probability, whether it is causal, the scale.
         state: Random state to draw from again; None draws from the card's own.
     """
+    with HOST_ROOM:
+        return _computed(card, values, mask, settings, state)
+
+
+def _computed(
+    card: SimulatedCard, values: Any, mask: Any, settings: Any, state: Any
+) -> torch.Tensor:
     dropout_p, is_causal, scale = settings
     query, key, value = values
     if dropout_p == 0:

@@ -127,7 +127,7 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
         "`torch.OutOfMemoryError`: class, argument and text, cache flushed first, "
         "`num_ooms` counted, observers called",
         "`PYTORCH_ALLOC_CONF`, `PYTORCH_CUDA_ALLOC_CONF`: every setting but private "
-        "pools",
+        "pools; `torch.cuda.memory._set_allocator_settings` while a program runs",
         "`Tensor.record_stream`: a freed block waits for the other stream",
         "cuBLAS's workspace, by compute capability and `CUBLAS_WORKSPACE_CONFIG`",
     ),
@@ -152,6 +152,9 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
         "`CUDA_VISIBLE_DEVICES`, read when CUDA is first used in a process: hides, "
         "chooses and orders the simulated cards",
         "pinned memory: tensors say that they are pinned",
+        "`torch.version.cuda`, `torch.backends.cuda.is_built()`, "
+        "`torch.backends.cudnn.version()`: a build for CUDA 13.0, unless the installed "
+        "one is for CUDA itself",
     ),
     "modelled": (
         "attention, dropout, reductions, sums of gradients: what CUDA's kernels save "

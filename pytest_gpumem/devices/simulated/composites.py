@@ -57,8 +57,62 @@ def _on_host(operator: Any) -> Callable[..., Any]:
     def kernel(*args: Any, **options: Any) -> Any:
         operands = (*args, *options.values())
         cards = [each.device for each in operands if isinstance(each, SimulatedTensor)]
+        _check_quantile(operator, args)
         options = {name: down(value) for name, value in options.items()}
         return moved(operator(*(down(each) for each in args), **options), cards[0])
+
+    return kernel
+
+
+def _check_quantile(operator: Any, args: tuple[Any, ...]) -> None:
+    """Refuse shares on another device: ``quantile_checks`` of ``Sorting.cpp``."""
+    if "quantile" not in operator.overloadpacket.__name__:
+        return
+    source, share = args[:2]
+    if isinstance(share, torch.Tensor) and share.device != source.device:
+        raise RuntimeError(
+            "quantile() q tensor must be on the same device as the input tensor"
+        )
+
+
+def _with_out(operator: Any, functional: Any) -> Callable[..., Any]:
+    """Return a kernel of ``out=`` that computes the results and puts them there.
+
+    C++ computes into helpers that it makes on the host. Limits: the results take their
+    bytes beside those of ``out``.
+    """
+    names = [each.name for each in operator._schema.arguments if each.is_out]
+
+    def kernel(*args: Any, **options: Any) -> Any:
+        outs = [options.pop(name) for name in names]
+        computed = functional(*args, **options)
+        results = [computed] if isinstance(computed, torch.Tensor) else [*computed]
+        for out, result in zip(outs, results, strict=True):
+            if out.dtype is not result.dtype:
+                raise RuntimeError(
+                    f"Expected out tensor to have dtype {_spelt(result.dtype)}, but got "
+                    f"{_spelt(out.dtype)} instead"
+                )
+            if out.shape != result.shape:
+                out.resize_(result.shape)
+            out.copy_(result)
+        return outs[0] if len(outs) == 1 else tuple(outs)
+
+    return kernel
+
+
+def _spelt(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.").replace("float32", "float")
+
+
+def _landing(operator: Any) -> Callable[..., Any]:
+    """Return a kernel whose result is on the card, where C++ may have made it anew."""
+
+    def kernel(*args: Any, **options: Any) -> Any:
+        result = operator.decompose(*args, **options)
+        if isinstance(result, SimulatedTensor):
+            return result
+        return moved(result, args[0].device)
 
     return kernel
 
@@ -183,12 +237,45 @@ KERNELS: Final[dict[str, Callable[..., Any]]] = {
 }
 
 
+#: With ``out=``, by the operator without.
+_WITH_OUT: Final = {
+    "linalg_inv.out": "linalg_inv",
+    "linalg_det.out": "linalg_det",
+    "linalg_slogdet.out": "linalg_slogdet",
+    "linalg_cholesky.out": "linalg_cholesky",
+    "linalg_lu_factor.out": "linalg_lu_factor",
+    "linalg_ldl_factor.out": "linalg_ldl_factor",
+    "linalg_eigvalsh.out": "linalg_eigvalsh",
+    "linalg_svdvals.out": "linalg_svdvals",
+    "linalg_matrix_rank.out": "linalg_matrix_rank",
+    "linalg_matrix_rank.out_tol_tensor": "linalg_matrix_rank.tol_tensor",
+    "linalg_matrix_rank.atol_rtol_float_out": "linalg_matrix_rank.atol_rtol_float",
+    "linalg_matrix_rank.atol_rtol_tensor_out": "linalg_matrix_rank.atol_rtol_tensor",
+    "inverse.out": "inverse",
+    "log_sigmoid.out": "log_sigmoid",
+    "msort.out": "msort",
+    "nanquantile.out": "nanquantile",
+    "nanquantile.scalar_out": "nanquantile.scalar",
+    "quantile.out": "quantile",
+    "quantile.scalar_out": "quantile.scalar",
+}
+#: Where C++ may make the result by itself.
+_LANDING: Final = ("linalg_matrix_norm", "linalg_matrix_norm.str_ord")
+
+
 def _operator(name: str) -> Any:
     packet, _dot, overload = name.partition(".")
     return getattr(getattr(_aten, packet), overload or "default")
 
 
 KERNELS.update({name: _on_host(_operator(name)) for name in _ON_HOST})
+KERNELS.update({name: _landing(_operator(name)) for name in _LANDING})
+KERNELS.update(
+    {
+        name: _with_out(_operator(name), _operator(functional))
+        for name, functional in _WITH_OUT.items()
+    }
+)
 COMPUTED.update(
     {
         _aten._softmax.default: _widening(_aten._softmax.default),

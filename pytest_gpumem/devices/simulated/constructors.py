@@ -191,6 +191,43 @@ def _factory(original: Any) -> Any:
     return factory
 
 
+def _drawing(original: Any) -> Any:
+    """Return a function that draws for its first tensor from a generator of its kind."""
+
+    @functools.wraps(original)
+    def draw(*args: Any, **options: Any) -> torch.Tensor:
+        __tracebackhide__ = True
+        generator = options.get("generator")
+        if generator is not None:
+            source = next(
+                (each for each in args if isinstance(each, torch.Tensor)), None
+            )
+            if source is not None:
+                check_generator(generator, source.device.type)
+        result: torch.Tensor = original(*args, **options)
+        return result
+
+    return draw
+
+
+#: Methods that draw into a tensor.
+DRAWING_METHODS: Final[dict[str, Any]] = {
+    name: _drawing(getattr(torch.Tensor, name))
+    for name in (
+        "bernoulli",
+        "bernoulli_",
+        "cauchy_",
+        "exponential_",
+        "geometric_",
+        "log_normal_",
+        "multinomial",
+        "normal_",
+        "random_",
+        "uniform_",
+    )
+}
+
+
 def _check_out(out: torch.Tensor, device: torch.device) -> None:
     """Refuse a device that is not that of ``out=``; C++ takes a card's for the host's.
 
@@ -270,7 +307,6 @@ _FACTORIES: Final = (
     "kaiser_window",
     "linspace",
     "logspace",
-    "normal",
     "ones",
     "ones_like",
     "rand",
@@ -336,6 +372,11 @@ CONSTRUCTORS: Final[dict[str, Any]] = {
     "set_default_tensor_type": set_default_tensor_type,
     "Generator": GeneratorName,
     **{name: _factory(getattr(torch, name)) for name in _FACTORIES},
+    **{
+        name: _drawing(getattr(torch, name))
+        for name in ("bernoulli", "binomial", "multinomial", "poisson")
+    },
+    "normal": _factory(_drawing(torch.normal)),
     **{
         name: _refusing_on_cards(name, "a sparse tensor")
         for name in (

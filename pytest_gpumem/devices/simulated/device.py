@@ -194,6 +194,11 @@ class SimulatedDevice:
         address: int = memory.block.address
         return address
 
+    def segments(self, index: int) -> list[dict[str, Any]]:
+        """Return a card's segments; a history that is kept does not tell of it."""
+        with self.machine.cards[index].locked() as allocator:
+            return allocator.snapshot()
+
     def holds(self, storage: Any, index: int) -> bool:
         """Tell whether a storage is on a card of this machine, and of no other."""
         memory = getattr(storage, "_gpumem", None)

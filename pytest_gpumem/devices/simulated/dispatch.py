@@ -8,8 +8,9 @@ Each operator gets a handler, made once from its schema:
   an argument that changed its shape or storage is refreshed.
 * a special handler from ``special.py`` for what crosses devices.
 
-Results of an operator that draws random numbers, or changes more than its schema says,
-are charged before it runs: an OOM comes before any effect.
+Results of an operator that draws random numbers, or changes something, be it its
+arguments or more than its schema says, are charged before it runs: an OOM comes before
+any effect.
 """
 
 from __future__ import annotations
@@ -21,12 +22,23 @@ import torch
 from torch._library.custom_ops import OPDEFS
 
 from pytest_gpumem.devices.simulated.accumulation import with_accumulation
-from pytest_gpumem.devices.simulated.checks import INDEXING, check_indexing
-from pytest_gpumem.devices.simulated.memory import Memory, hold, hold_workspace
+from pytest_gpumem.devices.simulated.determinism import check_cublas, with_alert
+from pytest_gpumem.devices.simulated.foresight import (
+    NOTHING,
+    foresee,
+    foresee_growth,
+    may_allocate,
+    tensors_of,
+)
+from pytest_gpumem.devices.simulated.memory import hold, hold_workspace
+from pytest_gpumem.devices.simulated.operands import (
+    Operands,
+    check_devices,
+    in_backward,
+)
 from pytest_gpumem.devices.simulated.scratch import with_scratch
 from pytest_gpumem.devices.simulated.tensor import (
     HANDLERS,
-    SimulatedTensor,
     make,
     refresh,
 )
@@ -37,25 +49,6 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
     from pytest_gpumem.devices.simulated.tensor import Handler
-
-#: Operators that take CPU tensors beside CUDA ones, by packet name.
-#: Source: torch's own operators accept host indices, lengths and step counters.
-TAKES_HOST_TENSORS: Final = INDEXING | frozenset(
-    {
-        "_pack_padded_sequence",
-        "_ctc_loss",
-        "_fused_adam_",
-        "_fused_adamw_",
-        "_fused_sgd_",
-        "_fused_adagrad_",
-        "_amp_foreach_non_finite_check_and_unscale_",
-        "_amp_update_scale_",
-        "index_fill_",  # how torch 2.15 assigns a number at host indices
-        "_foreach_add_",
-        "_foreach_copy_",
-        "mkldnn_rnn_layer",  # its biases, where a layer has none
-    }
-)
 
 #: Operators whose kernels use a cuBLAS handle, by packet name.
 #: Source: callers of ``getCurrentCUDABlasHandle`` in ``aten/src/ATen/native/cuda``.
@@ -73,90 +66,10 @@ SPECIAL: Final[dict[str, Handler]] = {}
 COMPOSED: Final[dict[Any, Callable[..., Any]]] = {}
 
 
-class _Operands:
-    """Unwraps the arguments of one call and notes which card they live on."""
-
-    __slots__ = ("card", "host", "outer", "strays")
-
-    def __init__(self) -> None:
-        self.card: SimulatedCard | None = None
-        self.host: torch.Tensor | None = None
-        self.outer: dict[int, SimulatedTensor] = {}
-        self.strays: SimulatedCard | None = None
-
-    def unwrap(self, value: Any) -> Any:
-        kind = type(value)
-        if kind is SimulatedTensor:
-            card = value._card
-            if self.card is None:
-                self.card = card
-            elif card is not self.card:
-                self.strays = card
-            self.outer[id(value._value)] = value
-            return value._value
-        if kind is list or kind is tuple:
-            return kind([self.unwrap(item) for item in value])
-        if isinstance(value, torch.Tensor) and value.dim() > 0:
-            self.host = value
-        return value
-
-
-def _mismatch(func: Any, args: Any, operands: _Operands) -> RuntimeError:
-    """Return torch's error for operands on more than one device.
-
-    Source: ``aten/src/ATen/TensorIterator.cpp`` for element-wise operators,
-    ``c10/core/impl/DeviceGuardImplInterface`` checks of generated kernels
-    (``common_device_check_failure``) for the others.
-    """
-    name = func._schema.name.partition("::")[2]  # the schema has no public name
-    if torch.Tag.pointwise in func.tags:
-        first, second = _two_devices(operands)
-        return RuntimeError(
-            "Expected all tensors to be on the same device, but found at least two "
-            f"devices, {first} and {second}!"
-        )
-    places = [
-        (argument.name, str(each.device))
-        for argument, value in zip(
-            func._schema.arguments, args, strict=False
-        )  # see above
-        for each in (value if isinstance(value, (list, tuple)) else (value,))
-        if isinstance(each, torch.Tensor) and each.dim() > 0
-    ]
-    first = places[0][1] if places else "cuda:0"
-    argument, other = next(
-        (place for place in places if place[1] != first), ("tensors", "cpu")
-    )
-    return RuntimeError(
-        f"Expected all tensors to be on the same device, but got {argument} is on "
-        f"{other}, different from other tensors on {first} (when checking argument in "
-        f"method wrapper_CUDA_{name})"
-    )
-
-
-def _two_devices(operands: _Operands) -> tuple[str, str]:
-    first = f"cuda:{operands.card.index}" if operands.card is not None else "cpu"
-    if operands.strays is not None:
-        return first, f"cuda:{operands.strays.index}"
-    return first, str(operands.host.device) if operands.host is not None else "cpu"
-
-
-def _check_devices(func: Any, args: Any, operands: _Operands) -> None:
-    if func.overloadpacket.__name__ in INDEXING and not in_backward():
-        check_indexing(args[0], args[1], args[2] if len(args) > 2 else None)  # noqa: PLR2004  # the values
-        return
-    if operands.strays is not None:
-        raise _mismatch(func, args, operands)
-    if (
-        operands.host is not None
-        and operands.card is not None
-        and func.overloadpacket.__name__ not in TAKES_HOST_TENSORS
-        and not in_backward()
-        # Where no values are kept, operators that torch composes in C++ make their
-        # helpers on what it takes for the tensors' device.
-        and not (operands.host.is_meta and operands.card.value_device == "meta")
-    ):
-        raise _mismatch(func, args, operands)
+#: Operators that have a kernel of their own on a card, and are composed where a backend
+#: has none. For C++ this build has none for cards.
+#: Source: ``CUDA`` beside ``CompositeImplicitAutograd`` in ``native_functions.yaml``.
+OWN_KERNELS: Final = frozenset({"_fused_rms_norm", "mish_backward", "silu_backward"})
 
 
 def _wrap(value: Any, card: SimulatedCard) -> Any:
@@ -167,7 +80,7 @@ def _wrap(value: Any, card: SimulatedCard) -> Any:
     return value
 
 
-def _target(kwargs: dict[str, Any], operands: _Operands) -> SimulatedCard | None:
+def _target(kwargs: dict[str, Any], operands: Operands) -> SimulatedCard | None:
     """Return the card that results go to; None where ``device=`` says the host."""
     card = operands.card
     device = kwargs.get("device")
@@ -195,15 +108,6 @@ def is_own_device(kwargs: dict[str, Any], card: SimulatedCard) -> bool:
     )
 
 
-def in_backward() -> bool:
-    """Tell whether autograd is at work in this thread.
-
-    There, torch's own C++ makes helpers on what it takes for the tensors' device, the
-    CPU: such an operand or target is no mistake, and no wish, of the user's.
-    """
-    return bool(torch._C._current_graph_task_id() != -1)  # no public way to ask
-
-
 def _blas_handle() -> object:
     """Return which cuBLAS handle the thread has.
 
@@ -221,76 +125,30 @@ def _plain(func: Any) -> Handler:
     compute = computing(func)
 
     def handler(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        operands = _Operands()
+        operands = Operands()
         unwrap = operands.unwrap
         values = [unwrap(arg) for arg in args]
         if kwargs:
             kwargs = {name: unwrap(value) for name, value in kwargs.items()}
         if operands.host is not None or operands.strays is not None:
-            _check_devices(func, args, operands)
+            check_devices(func, args, kwargs, operands)
         card = _any_card(operands.card)
         target = _target(kwargs, operands) if "device" in kwargs else card
         if uses_cublas:
+            if torch.are_deterministic_algorithms_enabled():
+                check_cublas()
             hold_workspace(card, _blas_handle())
-        held = _foresee(func, values, kwargs, target) if has_effects else ()
+        held = foresee(func, values, kwargs, target) if has_effects else ()
         out = run(func, values, kwargs, card, draws=draws, compute=compute)
         if target is None:
             return out
-        for result, memory in zip(_tensors(out), held, strict=False):
+        for result, memory in zip(tensors_of(out), held, strict=False):
             hold(result.untyped_storage(), memory)
         if isinstance(out, torch.Tensor):
             return make(out, target)
         return _wrap(out, target)
 
     return handler
-
-
-def _foresee(
-    func: Any, values: list[Any], kwargs: dict[str, Any], card: SimulatedCard | None
-) -> list[Memory]:
-    """Take the bytes of an operator's results before it runs.
-
-    An operator that draws numbers, or changes what its schema does not say, must not
-    have done so when there is no room. Its results are foreseen on meta tensors; one
-    that cannot run there is charged afterwards.
-
-    Raises:
-        torch.OutOfMemoryError: There is no room.
-    """
-    __tracebackhide__ = True
-    if card is None or card.value_device == "meta":
-        return []  # a run on meta tensors has no effects
-    options = {
-        name: _META if isinstance(value, torch.device) else value
-        for name, value in kwargs.items()
-        if name != "generator"
-    }
-    try:
-        made = func(*(_shadow(value) for value in values), **options)
-    except (RuntimeError, TypeError):
-        return []
-    sizes = [result.untyped_storage().nbytes() for result in _tensors(made)]
-    return [Memory(card, nbytes) for nbytes in sizes]
-
-
-_META: Final = torch.device("meta")
-
-
-def _shadow(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return torch.empty_strided(
-            value.size(), value.stride(), dtype=value.dtype, device=_META
-        )
-    if isinstance(value, (list, tuple)):
-        return type(value)([_shadow(item) for item in value])
-    return value
-
-
-def _tensors(out: Any) -> list[torch.Tensor]:
-    if isinstance(out, torch.Tensor):
-        return [out]
-    results = out if isinstance(out, (tuple, list)) else ()
-    return [each for each in results if isinstance(each, torch.Tensor)]
 
 
 def _any_card(card: SimulatedCard | None) -> SimulatedCard:
@@ -300,19 +158,30 @@ def _any_card(card: SimulatedCard | None) -> SimulatedCard:
 
 def _mutating(func: Any) -> Handler:
     draws = torch.Tag.nondeterministic_seeded in func.tags
+    allocates = may_allocate(func)
 
     def handler(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        operands = _Operands()
+        operands = Operands()
         values = [operands.unwrap(arg) for arg in args]
         inner = {name: operands.unwrap(value) for name, value in kwargs.items()}
         if operands.host is not None or operands.strays is not None:
-            _check_devices(func, args, operands)
+            check_devices(func, args, kwargs, operands)
         card = _any_card(operands.card)
         shapes = [
             (outer, outer._value.shape, outer._value.untyped_storage().nbytes())
             for outer in operands.outer.values()
         ]
+        growing, made = (
+            foresee_growth(func, values, inner, card) if allocates else NOTHING
+        )
         out = run(func, values, inner, card, draws=draws)
+        for value, memory in growing:
+            hold(value.untyped_storage(), memory)
+        if made:
+            own = {id(each) for each in operands.outer_values()}
+            results = [each for each in tensors_of(out) if id(each) not in own]
+            for result, memory in zip(results, made, strict=False):
+                hold(result.untyped_storage(), memory)
         for outer, shape, nbytes in shapes:
             value = outer._value
             if (
@@ -327,7 +196,7 @@ def _mutating(func: Any) -> Handler:
     return handler
 
 
-def _same(value: Any, operands: _Operands, card: SimulatedCard) -> Any:
+def _same(value: Any, operands: Operands, card: SimulatedCard) -> Any:
     """Wrap results, giving back the very argument where one was returned."""
     if isinstance(value, torch.Tensor):
         outer = operands.outer.get(id(value))
@@ -355,6 +224,8 @@ def _composed(func: Any) -> Handler | None:
     """
     kernel = COMPOSED.get(func) or _python_kernel(func)
     if kernel is None:
+        if func.overloadpacket.__name__ in OWN_KERNELS:
+            return None
         if not torch._C._dispatch_has_kernel_for_dispatch_key(
             func.name(), "CompositeImplicitAutograd"
         ):
@@ -378,9 +249,9 @@ def handler_for(func: Any) -> Handler:
     if composed is not None:
         return composed
     if func._schema.is_mutable:  # the schema has no public name
-        return _mutating(func)
+        return with_alert(func, _mutating(func))
     handler = with_scratch(func.overloadpacket.__name__, _plain(func))
-    return with_accumulation(func, handler)
+    return with_alert(func, with_accumulation(func, handler))
 
 
 HANDLERS.make = handler_for

@@ -8,15 +8,17 @@ without CUDA.
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
 
 from pytest_gpumem.devices.simulated import autocast
 from pytest_gpumem.devices.simulated.composites import KERNELS
+from pytest_gpumem.devices.simulated.dispatch import OWN_KERNELS
 from pytest_gpumem.devices.simulated.machine import SimulatedCard, card_of
-from pytest_gpumem.devices.simulated.memory import Memory, hold
-from pytest_gpumem.devices.simulated.tensor import make
+from pytest_gpumem.devices.simulated.memory import HOST_ROOM, Memory, hold
+from pytest_gpumem.devices.simulated.tensor import HANDLERS, make
 from pytest_gpumem.errors import NoValuesError
 
 
@@ -47,15 +49,16 @@ def _new(
         return torch.empty(size, dtype=dtype)
     memory = Memory(card, count * dtype.itemsize)
     place = card.value_device
-    if stride is None:
-        value = torch.empty(
-            size,
-            dtype=dtype,
-            device=place,
-            memory_format=memory_format or torch.contiguous_format,
-        )
-    else:
-        value = torch.empty_strided(size, stride, dtype=dtype, device=place)
+    with HOST_ROOM:
+        if stride is None:
+            value = torch.empty(
+                size,
+                dtype=dtype,
+                device=place,
+                memory_format=memory_format or torch.contiguous_format,
+            )
+        else:
+            value = torch.empty_strided(size, stride, dtype=dtype, device=place)
     hold(value.untyped_storage(), memory)
     return make(value, card)
 
@@ -118,6 +121,11 @@ def _read(source: Any) -> Any:
     return source._value.item()
 
 
+def _own_kernel(operator: Any) -> Any:
+    """Return a card's kernel: the operator's handler."""
+    return lambda *args, **options: HANDLERS[operator](args, options)
+
+
 def register() -> torch.library.Library:
     """Register the kernels; dropping the library takes them back."""
     library = torch.library.Library("aten", "IMPL")
@@ -130,6 +138,10 @@ def register() -> torch.library.Library:
         for name in ("tril_indices", "triu_indices"):
             operator = getattr(torch.ops.aten, name).default
             library.impl(name, _indices(operator), "CUDA")
+        for name in filter(partial(hasattr, torch.ops.aten), OWN_KERNELS):
+            # Autograd takes an operator apart unless the backend has a kernel.
+            operator = getattr(torch.ops.aten, name).default
+            library.impl(name, _own_kernel(operator), "CUDA")
         for name, kernel in KERNELS.items():
             library.impl(name, kernel, "AutogradCUDA")
         autocast.register(library)

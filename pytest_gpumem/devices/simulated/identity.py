@@ -22,6 +22,7 @@ it would fail by its device. It does not keep the gradient of a tensor that is g
 from __future__ import annotations
 
 import copy
+import functools
 import weakref
 from typing import Any, Final
 
@@ -185,6 +186,13 @@ def _owners_of(grad: torch.Tensor) -> list[Any]:
     return [each for each in owners if each is not None]
 
 
+def landed(grad: Any, tensor: Any) -> Any:
+    """Return a gradient on its tensor's card; C++ makes some anew on the host."""
+    if isinstance(grad, SimulatedTensor) or grad.layout is not torch.strided:
+        return grad
+    return make(grad.detach(), tensor._card)
+
+
 class _Grad:
     """``Tensor.grad`` of every tensor while cards are simulated.
 
@@ -196,6 +204,13 @@ class _Grad:
             return _grad
         grad = _grad.__get__(tensor)
         if grad is not None:
+            is_new = id(tensor) not in _owners.get(id(grad), ())
+            if is_new and isinstance(tensor, SimulatedTensor):
+                # One that was seen before is on its way: a module moves it next.
+                on_card = landed(grad, tensor)
+                if on_card is not grad:
+                    _grad.__set__(tensor, on_card)
+                    grad = on_card
             _note_owner(grad, tensor)
         return grad
 
@@ -238,6 +253,27 @@ def _check_grad(tensor: torch.Tensor, grad: torch.Tensor) -> None:
 GRAD: Final = _Grad()
 
 
+_autograd_grad: Final[Any] = torch.autograd.grad
+
+
+@functools.wraps(_autograd_grad)
+def autograd_grad(
+    outputs: Any, inputs: Any, *args: Any, **options: Any
+) -> tuple[Any, ...]:
+    """``torch.autograd.grad``: each gradient is where its input is."""
+    __tracebackhide__ = True
+    grads: tuple[Any, ...] = _autograd_grad(outputs, inputs, *args, **options)
+    sources = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
+    if not any(isinstance(each, SimulatedTensor) for each in sources):
+        return grads
+    return tuple(
+        landed(grad, source)
+        if isinstance(grad, torch.Tensor) and isinstance(source, SimulatedTensor)
+        else grad
+        for grad, source in zip(grads, sources, strict=True)
+    )
+
+
 _swap_tensors: Final[Any] = torch.utils.swap_tensors
 
 
@@ -249,9 +285,10 @@ def swap_tensors(first: torch.Tensor, second: torch.Tensor) -> None:
     _swap_tensors(first, second)
 
 
-#: Owner, name and replacement.
+#: Owner, name and replacement of each.
 REPLACEMENTS: Final[tuple[tuple[Any, str, Any], ...]] = (
     (torch.utils, "swap_tensors", swap_tensors),
+    (torch.autograd, "grad", autograd_grad),
 )
 
 

@@ -22,7 +22,13 @@ from pytest_gpumem.devices.simulated import (
     torchscript,
 )
 from pytest_gpumem.devices.simulated.autocast import clear_cache
-from pytest_gpumem.devices.simulated.constructors import CONSTRUCTORS, NESTED, parse_to
+from pytest_gpumem.devices.simulated.build import build_names
+from pytest_gpumem.devices.simulated.constructors import (
+    CONSTRUCTORS,
+    DRAWING_METHODS,
+    NESTED,
+    parse_to,
+)
 from pytest_gpumem.devices.simulated.machine import (
     SimulatedMachine,
     innermost_machine,
@@ -84,6 +90,7 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
         (torch.cuda.nvtx, {"_nvtx": Nvtx()}),
         (torch.cuda.nccl, {"is_available": lambda _tensors: False}),
         (torch.Tensor, EVERY_TENSOR),
+        (torch.Tensor, DRAWING_METHODS),
         (torch.UntypedStorage, EVERY_STORAGE),
         (torch, CONSTRUCTORS),
         (torch, {"Stream": StreamName, "Event": EventName}),
@@ -96,6 +103,7 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
         for name, value in replacements.items():
             yield owner, name, value
     yield torch.TypedStorage, "__init__", typed_init
+    yield from build_names()
     yield from _refused_classes()
     yield torch._C._nn, "_parse_to", parse_to
     yield from compiling.REPLACEMENTS

@@ -8,12 +8,13 @@ tensors saved for backward, ``untyped_storage()``. When it goes, so does the blo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import torch
 
 from pytest_gpumem.devices.simulated.machine import OutOfMemory
 from pytest_gpumem.devices.simulated.refusals import refuse
+from pytest_gpumem.errors import HostMemoryError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -86,6 +87,37 @@ def _with_torchs_error(card: SimulatedCard, request: Callable[[], _T]) -> _T:
         failure = error.with_traceback(None)  # its frames would hold themselves
     card.machine.tell_oom(card.index, failure)
     raise torch.OutOfMemoryError(str(failure))
+
+
+def lacks_host_memory(error: RuntimeError) -> bool:
+    """Tell whether it was the host that had no room, and nobody pretends so.
+
+    Source: ``c10/core/impl/alloc_cpu.cpp``.
+    """
+    return "DefaultCPUAllocator" in str(error) and not hasattr(
+        error, "_gpumem_injected"
+    )
+
+
+class HostRoom:
+    """A block that computes or keeps a card's values; the host's error gets a name.
+
+    Raises:
+        HostMemoryError: The host has no room for them.
+    """
+
+    def __enter__(self) -> None:
+        """Begin."""
+
+    def __exit__(
+        self, _kind: object, error: BaseException | None, _frames: object
+    ) -> None:
+        """Name the host where it was the host's."""
+        if isinstance(error, RuntimeError) and lacks_host_memory(error):
+            raise HostMemoryError from None
+
+
+HOST_ROOM: Final = HostRoom()
 
 
 def memory_of(storage: torch.UntypedStorage) -> Memory | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from pytest_gpumem.devices.simulated.machine import card_of
-from pytest_gpumem.devices.simulated.memory import Memory, hold, memory_of
+from pytest_gpumem.devices.simulated.memory import HOST_ROOM, Memory, hold, memory_of
 from pytest_gpumem.devices.simulated.methods import cuda_device
 from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.devices.simulated.tensor import DEVICES
@@ -59,9 +59,10 @@ def _empty(card: SimulatedCard, nbytes: int) -> torch.UntypedStorage:
     """Return an uninitialised storage on a card: first the bytes, then the values."""
     __tracebackhide__ = True
     held = Memory(card, nbytes)
-    made: torch.UntypedStorage = _original_new(
-        _Storage, nbytes, device=card.value_device
-    )
+    with HOST_ROOM:
+        made: torch.UntypedStorage = _original_new(
+            _Storage, nbytes, device=card.value_device
+        )
     hold(made, held)
     return made
 
@@ -128,7 +129,8 @@ def _resize(self: torch.UntypedStorage, size: int) -> Any:
     # First the new bytes, then the copy, then the old ones go.
     # Source: ``aten/src/ATen/native/cuda/Resize.cpp``, ``resize_bytes_cuda``.
     held = Memory(memory.card, size)
-    _original_resize(self, size)
+    with HOST_ROOM:
+        _original_resize(self, size)
     hold(self, held)
     return self
 

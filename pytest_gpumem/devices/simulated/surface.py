@@ -304,6 +304,19 @@ _DTYPES: Final = (
 )
 
 
+def _renew_settings(text: str) -> None:
+    """Give every card's allocator other settings, for the requests to come.
+
+    Raises:
+        ValueError: A key or value that torch refuses, or that is not modelled.
+    """
+    cards = current_machine().cards
+    config = cards[0].allocator.config.renewed(text)
+    for card in cards:
+        with card.locked() as allocator:
+            allocator.config = config
+
+
 def _nothing(*_args: Any, **_kwargs: Any) -> None:
     """Do nothing: what would wait or collect has nothing to wait for."""
 
@@ -364,6 +377,11 @@ C_FUNCTIONS: Final[dict[str, Any]] = {
     "_accelerator_synchronizeDevice": _nothing,
     "_accelerator_isAllocatorInitialized": lambda: True,
     "_accelerator_emptyCache": _empty_cache,
+    "_accelerator_setAllocatorSettings": _renew_settings,
+    "_accelerator_getAllocatorSettings": (
+        lambda: current_machine().cards[0].allocator.config.text
+    ),
+    "_cuda_cudaCachingAllocator_set_allocator_settings": _renew_settings,
     "_accelerator_emptyHostCache": _nothing,
     "_accelerator_getDeviceStats": _memory_stats,
     "_accelerator_resetPeakStats": _reset_peaks,

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from pytest_gpumem.devices.simulated.memory import charge
+from pytest_gpumem.devices.simulated.memory import charge, lacks_host_memory
 from pytest_gpumem.devices.simulated.refusals import refuse
+from pytest_gpumem.errors import HostMemoryError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,6 +82,10 @@ class SimulatedTensor(torch.Tensor):
             if not isinstance(error, torch.OutOfMemoryError) and not hasattr(
                 error, "_gpumem_injected"
             ):
+                if lacks_host_memory(error):
+                    del args, kwargs
+                    error.__traceback__ = None  # for the same reason as below
+                    raise HostMemoryError from None
                 raise
             # The error's traceback must not keep operands alive: on a real card
             # nothing below the caller's own frame would.

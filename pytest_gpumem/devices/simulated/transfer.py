@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytest_gpumem.devices.simulated.machine import card_of
-from pytest_gpumem.devices.simulated.memory import Memory, hold
+from pytest_gpumem.devices.simulated.memory import HOST_ROOM, Memory, hold
 from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor, make
 from pytest_gpumem.errors import NoValuesError
@@ -53,7 +53,8 @@ def upload(
 def _copied(source: torch.Tensor, card: SimulatedCard, **options: Any) -> torch.Tensor:
     """Return what a card keeps of a copy: its values, or its shape alone."""
     place = torch.device(card.value_device)
-    copied: torch.Tensor = _to_copy(source, device=place, **options)
+    with HOST_ROOM:
+        copied: torch.Tensor = _to_copy(source, device=place, **options)
     return copied
 
 

@@ -27,6 +27,37 @@ def _histc(source: torch.Tensor, *args: Any, **options: Any) -> Any:
 
 COMPUTED[torch.ops.aten.histc.default] = _histc
 
+
+def _rms_norm_backward(  # noqa: PLR0917  # the operator's signature
+    grad: torch.Tensor,
+    source: torch.Tensor,
+    shape: list[int],
+    scale: torch.Tensor,
+    weight: torch.Tensor | None,
+    wanted: list[bool],
+) -> Any:
+    """``_fused_rms_norm_backward``: a card's alone; sums are of single precision.
+
+    Source: ``infinitely_differentiable_native_rms_norm_backward`` of
+    ``torch/csrc/autograd/FunctionsManual.cpp``.
+    """
+    dims = list(range(-len(shape), 0))
+    outer = list(range(source.dim() - len(shape)))
+    wide = torch.float64 if source.dtype is torch.float64 else torch.float32
+    normal = source.to(wide) * scale
+    scaled = grad.to(wide) if weight is None else grad.to(wide) * weight
+    by_source = scale * (scaled - normal * (scaled * normal).mean(dims, keepdim=True))
+    by_weight = grad.to(wide) * normal
+    by_weight = by_weight.sum(outer) if outer else by_weight
+    return (
+        by_source.to(source.dtype) if wanted[0] else None,
+        by_weight.to(weight.dtype) if wanted[1] and weight is not None else None,
+    )
+
+
+if hasattr(torch.ops.aten, "_fused_rms_norm_backward"):  # torch 2.9 and later
+    COMPUTED[torch.ops.aten._fused_rms_norm_backward.default] = _rms_norm_backward
+
 #: Keys that torch excludes while Python runs an operator. C++ that composes one of
 #: others leaves it to them to heed the marks of lazy conjugation.
 _LAZY_MARKS: Final = ("Conjugate", "Negative", "ZeroTensor")

@@ -1,0 +1,185 @@
+"""Where operands, generators and results may be: torch's own rules for a card."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from pytest_gpumem.devices.simulated.install import simulated_device
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+HOST = torch.tensor(1.0)
+INDEX = torch.tensor(0)
+
+
+@pytest.fixture(autouse=True)
+def _card() -> Iterator[None]:
+    with simulated_device("T4*2"):
+        yield
+
+
+def _add_to_a_host_total(x: Any) -> None:
+    total = torch.tensor(0.0)
+    total += x[0, 0]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (_add_to_a_host_total, "found at least two devices, cuda:0 and cpu!"),
+        (lambda x: torch.stack([x[0, 0], HOST]), "got tensors is on cpu, different"),
+        (lambda x: functional.cross_entropy(x[0], INDEX), "got target is on cpu"),
+        (lambda x: functional.embedding(INDEX, x), "got indices is on cpu|cuda:0"),
+        (lambda x: torch.gather(x, 0, INDEX[None, None]), "got index is on cpu"),
+        (lambda x: x.index_select(0, INDEX), "got index is on cpu"),
+        (lambda x: x.take(INDEX), "got index is on cpu"),
+        (lambda x: torch.quantile(x, HOST), "q tensor must be on the same device"),
+        (
+            lambda x: torch.sum(x, (0, 1), out=torch.empty(())),
+            "Expected out tensor to have device cuda:0, but got cpu instead",
+        ),
+        (lambda x: torch.add(x, x, out=torch.empty(2, 3)), "cuda:0 and cpu!"),
+        (
+            lambda x: x.masked_fill(torch.tensor(True), 1.0),
+            "got mask on cpu and self on cuda:0",
+        ),
+        (lambda x: torch.equal(x, x.cpu()), "got other is on cpu"),
+        (lambda x: torch.equal(x[0, 0], x[0, 0].cpu()), "got other is on cpu"),
+        (lambda x: x + x.to("cuda:1"), "cuda:0 and cuda:1!"),
+        (lambda x: torch.ones(3, 3) @ x.t(), "got mat2 is on cuda:0, .* on cpu"),
+        (
+            lambda x: functional.conv1d(torch.ones(1, 2, 3), x[:, :2, None]),
+            r"Input type \(torch.FloatTensor\) and weight type "
+            r"\(torch.cuda.FloatTensor\) should be the same",
+        ),
+        (
+            lambda x: functional.conv1d(x[None], torch.ones(1, 2, 1)),
+            r"Input type \(torch.cuda.FloatTensor\) and weight type "
+            r"\(torch.FloatTensor\) should be the same",
+        ),
+    ],
+)
+def test_a_wrong_program_fails_in_the_cards_words(
+    wrong: Callable[[torch.Tensor], object], text: str
+) -> None:
+    """Operands of two devices are refused, single numbers too where a card refuses."""
+    with pytest.raises(RuntimeError, match=text):
+        wrong(torch.ones(2, 3, device="cuda"))
+
+
+@pytest.mark.parametrize(
+    "right",
+    [
+        lambda x: x + HOST,
+        lambda x: HOST * x,
+        lambda x: x.clone().add_(HOST),
+        lambda x: x**HOST,
+        lambda x: x < HOST,
+        lambda x: torch.where(x > 0, x, HOST),
+        lambda x: x.masked_fill(x > 0, HOST),
+        lambda x: torch.addcmul(x, x, HOST),
+        lambda x: x[INDEX],
+        torch.linalg.pinv,
+    ],
+)
+def test_single_numbers_of_the_host_are_read(
+    right: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """Arithmetic takes them, as on a card, and indexing does."""
+    host = torch.full((2, 3), 2.0)
+
+    result = right(host.cuda())
+
+    assert result.is_cuda
+    torch.testing.assert_close(result.cpu(), right(host))
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda x, g: x.normal_(generator=g),
+        lambda x, g: x.uniform_(generator=g),
+        lambda x, g: x.bernoulli_(generator=g),
+        lambda x, g: torch.bernoulli(x, generator=g),
+        lambda x, g: torch.multinomial(x, 1, generator=g),
+        lambda x, g: torch.normal(x, 1.0, generator=g),
+        lambda x, g: torch.nn.init.normal_(x, generator=g),
+        lambda x, g: torch.randn(3, device=x.device, generator=g),
+    ],
+)
+def test_a_generator_draws_for_its_own_device(
+    draw: Callable[[torch.Tensor, torch.Generator], torch.Tensor],
+) -> None:
+    """A generator of the host does not draw on a card, nor one of a card on the host."""
+    card, host = torch.full((3,), 0.5, device="cuda"), torch.full((3,), 0.5)
+
+    assert draw(card, torch.Generator("cuda")).is_cuda
+    assert draw(card, torch.cuda.default_generators[0]).is_cuda
+    assert draw(host, torch.Generator()).is_cpu
+    with pytest.raises(RuntimeError, match="Expected a 'cuda' device type for gen"):
+        draw(card, torch.Generator())
+    with pytest.raises(RuntimeError, match="Expected a 'cpu' device type for gener"):
+        draw(host, torch.Generator("cuda"))
+
+
+@pytest.fixture
+def _deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_deterministic")
+def test_deterministic_mode_follows_the_cards_list(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What has no deterministic kernel on a card raises there, and not on the host."""
+    card = torch.ones(1, 1, 4, 4, device="cuda", requires_grad=True)
+    bicubic = functional.interpolate(card, scale_factor=2, mode="bicubic").sum()
+    flat = torch.ones(4, 4, device="cuda")
+
+    with pytest.raises(RuntimeError, match="upsample_bicubic2d_backward_out_cuda does"):
+        bicubic.backward()
+    with pytest.raises(RuntimeError, match="cumsum_cuda_kernel does not have a dete"):
+        flat.cumsum(0)
+    with pytest.raises(RuntimeError, match="median CUDA with indices output"):
+        flat.median(0)
+    with pytest.raises(RuntimeError, match="because it uses CuBLAS"):
+        flat @ flat
+    assert [1, 2] == torch.ones(2, dtype=torch.int64, device="cuda").cumsum(0).tolist()
+    assert 1.0 == flat.median().item()
+    assert [1.0, 2.0] == torch.ones(2).cumsum(0).tolist()
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    assert 4.0 == (flat @ flat)[0, 0].item()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with pytest.warns(UserWarning, match="cumsum_cuda_kernel does not have a determ"):
+        flat.cumsum(0)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        torch.sgn,
+        lambda x: torch.copysign(x, x.detach()),
+        lambda x: torch.nextafter(x, x.detach()),
+        lambda x: torch.normal(x, 1.0),
+        lambda x: x.repeat(0, 1),
+    ],
+)
+def test_gradients_are_on_their_tensors_card(
+    use: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """Also where they are nothing but zeros, which C++ makes by itself."""
+    tensor: Any = torch.ones(2, 3, device="cuda", requires_grad=True)
+
+    use(tensor).sum().backward()
+    (grad,) = torch.autograd.grad(use(tensor).sum(), tensor)
+
+    assert tensor.grad.is_cuda
+    assert tensor.grad is tensor.grad
+    assert grad.is_cuda
