@@ -130,7 +130,7 @@ def test_it():
 
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(
-        [f"peak VRAM above max_vram: allocated * on cuda:{last}, limit 1 MiB *"]
+        [f"VRAM growth above max_vram: allocated * on cuda:{last}, limit 1 MiB *"]
     )
     result.stdout.fnmatch_lines_random(
         [
@@ -171,9 +171,9 @@ def test_a_baseline_gates_every_rank(pytester: pytest.Pytester) -> None:
     )
     grown.assert_outcomes(failed=1)
     grown.stdout.fnmatch_lines(
-        ["peak VRAM above the baseline peaks.json: *children cuda:2 allocated*"]
+        ["VRAM growth above the baseline peaks.json: *children cuda:2 allocated*"]
     )
-    said = grown.stdout.str().partition("peak VRAM above")[2]
+    said = grown.stdout.str().partition("VRAM growth above")[2]
     assert "children cuda:1 allocated" not in said
     assert "children cuda:3 allocated" not in said
 

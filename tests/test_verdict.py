@@ -203,6 +203,40 @@ def test_other_errors_must_come_through(
         assert "a TypeError should have come through and did not" in verdict.problems
 
 
+def test_an_injected_error_that_is_no_oom_must_come_through() -> None:
+    """A loader that takes it for an OOM is told so; from others it comes through."""
+    rules = ["load:nth=1,flavour=not-oom"]
+
+    verdict = judge_load(swallows_everything, rules=rules)
+
+    assert ("an error that is no OOM was swallowed",) == verdict.problems
+    with pytest.raises(torch.AcceleratorError, match="device-side assert"):
+        judge_load(good_ladder, rules=rules)
+    judge_load(good_ladder, rules=rules, expect_error=torch.AcceleratorError).check()
+
+
+def test_a_model_that_cannot_be_run_is_a_problem() -> None:
+    """Whatever it raises; the rest of the verdict stands."""
+    verdict = judge_load(
+        half_moved, run=_run, reference=_reference(), rules=["load:nth=20"]
+    )
+
+    half, broken = verdict.problems
+    assert half.startswith("the model is half moved")
+    assert broken.startswith(
+        "the loaded model cannot be run: RuntimeError: Expected all"
+    )
+
+
+def test_holders_of_what_is_left_are_named() -> None:
+    """check() says who holds the bytes."""
+    verdict = judge_load(keeps_the_first_attempt, rules=["load:nth=11"])
+    _kept.clear()
+
+    with pytest.raises(AssertionError, match="global '_kept' of test_verdict"):
+        verdict.check()
+
+
 def test_an_oom_of_the_load_is_reported() -> None:
     """A loader without a fallback ends in the error's own text."""
     with vram_budget("8MiB"):

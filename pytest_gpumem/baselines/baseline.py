@@ -1,40 +1,60 @@
-"""A file of peaks: sorted JSON, to be reviewed in a pull request.
+"""A file of what tests add to the cards: sorted JSON, to be reviewed in a pull request.
 
-Peaks are kept by environment (card, backend, PyTorch's version), for figures of two of
-them do not compare, then by test, then by metric and card, in bytes::
+Figures are kept by environment (card, backend, PyTorch's version), for those of two of
+them do not compare, then by test or fixture, then by name, in bytes::
 
     {
+      "fixtures": {
+        "Tesla T4, simulated, torch 2.13": {
+          "tests/conftest.py::model": {"allocated": 1340928000, ...}
+        }
+      },
       "format": "pytest-gpumem baseline",
-      "version": 1,
       "peaks": {
         "Tesla T4, simulated, torch 2.13": {
-          "tests/test_load.py::test_it_loads": {"allocated": 1340928000, ...}
+          "tests/test_load.py::test_it_answers": {"allocated": 1350365184, ...}
         }
-      }
+      },
+      "version": 2
     }
+
+Note [What an entry holds]
+``allocated`` is the peak on the card, whoever it belongs to. ``allocated before`` is what
+was there and not the test's own, ``allocated growth`` how far the test went above that,
+``allocated left`` what it left behind (of a fixture: what it holds once it is made); no
+``left`` is 0. Growth and what is left are judged: they do not depend on what else ran.
+``reserved`` has the same figures; ``requested growth`` are the bytes asked for, which do
+not depend on where blocks lay. Format 1 had the two peaks alone.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem.errors import BaselineError
-from pytest_gpumem.files import write_atomically
+from pytest_gpumem.files import locked, write_atomically
 from pytest_gpumem.sizes import MAX_BYTES
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
 FORMAT: Final = "pytest-gpumem baseline"
-VERSION: Final = 1
+VERSION: Final = 2
 #: What is kept of each test and card.
 METRICS: Final = ("allocated", "reserved")
+#: What is kept beside them, to tell a request from where its block lay.
+REQUESTED: Final = "requested"
+BEFORE: Final = "before"
+GROWTH: Final = "growth"
+LEFT: Final = "left"
 
-#: Bytes by metric; a card but the first is named: ``"cuda:1 allocated"``.
+#: Bytes by figure; a card but the first is named: ``"cuda:1 allocated growth"``.
 Peaks = dict[str, int]
+_VERSION: Final = re.compile(r"(.*, torch )([0-9]+)\.([0-9]+)", re.DOTALL)
 
 
 def metric_key(metric: str, device_index: int) -> str:
@@ -42,21 +62,67 @@ def metric_key(metric: str, device_index: int) -> str:
     return metric if device_index == 0 else f"cuda:{device_index} {metric}"
 
 
-class Baseline:
-    """Peaks of tests by environment.
+def has_growth(peaks: Mapping[str, int]) -> bool:
+    """Tell whether an entry has more than the absolute peaks of format 1."""
+    return any(name.endswith(f" {GROWTH}") for name in peaks)
+
+
+def torch_of(environment: str) -> str:
+    """Return the version of torch that an environment names, for example ``"2.13"``."""
+    found = _VERSION.fullmatch(environment)
+    return "unknown" if found is None else f"{found[2]}.{found[3]}"
+
+
+def nearest(environment: str, known: Iterable[str]) -> str | None:
+    """Return the same card and backend with the nearest version of torch.
 
     Args:
-        peaks: By environment and test.
+        environment: What is looked for.
+        known: What there is; of two as near, the earlier version is taken.
+    """
+    wanted = _VERSION.fullmatch(environment)
+    others = [found for each in known if (found := _VERSION.fullmatch(each))]
+    if wanted is None:
+        return None
+
+    def distance(found: re.Match[str]) -> tuple[int, int, int]:
+        major, minor = int(found[2]), int(found[3])
+        return (
+            abs(major - int(wanted[2])),
+            abs(minor - int(wanted[3])),
+            100 * major + minor,
+        )
+
+    best = min(
+        (found for found in others if found[1] == wanted[1]),
+        key=distance,
+        default=None,
+    )
+    return None if best is None else best[0]
+
+
+class Baseline:
+    """Figures of tests and fixtures by environment.
+
+    Args:
+        peaks: Of tests, by environment and test.
+        fixtures: Of fixtures, likewise.
     """
 
-    def __init__(self, peaks: Mapping[str, Mapping[str, Peaks]] | None = None) -> None:
-        self.peaks: Final[dict[str, dict[str, Peaks]]] = {
-            environment: {test: dict(values) for test, values in tests.items()}
-            for environment, tests in (peaks or {}).items()
-        }
+    def __init__(
+        self,
+        peaks: Mapping[str, Mapping[str, Peaks]] | None = None,
+        fixtures: Mapping[str, Mapping[str, Peaks]] | None = None,
+    ) -> None:
+        self.peaks: Final = _copied(peaks or {})
+        self.fixtures: Final = _copied(fixtures or {})
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Baseline) and self.peaks == other.peaks
+        return (
+            isinstance(other, Baseline)
+            and self.peaks == other.peaks
+            and self.fixtures == other.fixtures
+        )
 
     __hash__ = None  # type: ignore[assignment]  # it changes
 
@@ -72,7 +138,8 @@ class Baseline:
             BaselineError: It is broken, not a baseline, or of a newer format.
         """
         try:
-            document = json.loads(text)
+            # Editors on Windows put a byte order mark before it.
+            document = json.loads(text.removeprefix("\ufeff"))
         except (ValueError, RecursionError) as error:
             raise BaselineError(
                 f"{name} is no JSON ({error}); restore it from version control, or "
@@ -89,13 +156,13 @@ class Baseline:
                 f"{name} has format version {version!r}; this pytest-gpumem reads up "
                 f"to {VERSION}: upgrade it"
             )
-        peaks = document.get("peaks")
-        if not _is_peaks(peaks):
+        peaks, fixtures = document.get("peaks"), document.get("fixtures", {})
+        if not _is_peaks(peaks) or not _is_peaks(fixtures):
             raise BaselineError(
-                f"{name} is damaged: 'peaks' must map environments to tests to metrics "
-                "to bytes; restore it from version control"
+                f"{name} is damaged: 'peaks' and 'fixtures' must map environments to "
+                "names to figures to bytes; restore it from version control"
             )
-        return cls(peaks)
+        return cls(peaks, fixtures)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Baseline:
@@ -110,38 +177,104 @@ class Baseline:
             raise BaselineError(
                 f"{path} does not exist; write it with --gpu-update-baseline"
             ) from None
-        except (OSError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError:
+            raise BaselineError(
+                f"{path} cannot be read: it is not in UTF-8; save it in UTF-8 (a "
+                "shell's > may have written UTF-16), or restore it from version control"
+            ) from None
+        except (OSError, ValueError) as error:
             raise BaselineError(f"{path} cannot be read: {error}") from None
         return cls.parse(text, str(path))
 
     def to_text(self) -> str:
         """Return the file's text: sorted, one figure on a line."""
-        document = {"format": FORMAT, "version": VERSION, "peaks": self.peaks}
+        document = {
+            "format": FORMAT,
+            "version": VERSION,
+            "peaks": self.peaks,
+            "fixtures": self.fixtures,
+        }
         return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the file, whole or not at all."""
         write_atomically(path, self.to_text())
 
+    @classmethod
+    def revise(
+        cls, path: str | os.PathLike[str], change: Callable[[Baseline], None]
+    ) -> bool:
+        """Read a file, change it and write it, under a lock; two that do lose nothing.
+
+        Args:
+            path: The file; where there is none, an empty baseline is changed.
+            change: What changes it.
+
+        Returns:
+            Whether the file was written: it is not if nothing changed.
+
+        Raises:
+            BaselineError: What is there is no baseline.
+            OSError: It cannot be written; the old file is untouched.
+        """
+        with locked(path):
+            is_there = Path(path).exists()
+            baseline = cls.read(path) if is_there else cls()
+            before = _copied(baseline.peaks), _copied(baseline.fixtures)
+            change(baseline)
+            if is_there and before == (baseline.peaks, baseline.fixtures):
+                return False
+            baseline.write(path)
+            return True
+
     def update(
-        self, environment: str, peaks: Mapping[str, Peaks], stale: Iterable[str] = ()
+        self,
+        environment: str,
+        peaks: Mapping[str, Peaks],
+        stale: Iterable[str] = (),
+        *,
+        fixtures: Mapping[str, Peaks] | None = None,
+        stale_fixtures: Iterable[str] = (),
     ) -> None:
-        """Take in new peaks of an environment; drop tests that are no more."""
-        kept = self.peaks.setdefault(environment, {})
-        kept.update({test: dict(values) for test, values in peaks.items()})
-        for test in stale:
-            kept.pop(test, None)
-        if not kept:
-            del self.peaks[environment]
+        """Take in new figures of an environment; drop what is no more."""
+        for kept, found, gone in (
+            (self.peaks, peaks, stale),
+            (self.fixtures, fixtures or {}, stale_fixtures),
+        ):
+            entries = kept.setdefault(environment, {})
+            entries.update({name: dict(values) for name, values in found.items()})
+            for name in gone:
+                entries.pop(name, None)
+            if not entries:
+                del kept[environment]
 
     def merge(self, other: Baseline) -> None:
-        """Take in all of another baseline; of a test in both, the larger peaks."""
-        for environment, tests in other.peaks.items():
-            kept = self.peaks.setdefault(environment, {})
-            for test, values in tests.items():
-                mine = kept.setdefault(test, {})
-                for metric, nbytes in values.items():
-                    mine[metric] = max(nbytes, mine.get(metric, 0))
+        """Take in all of another baseline; of what is in both, the larger figures."""
+        for kept, others in (
+            (self.peaks, other.peaks),
+            (self.fixtures, other.fixtures),
+        ):
+            for environment, entries in others.items():
+                mine = kept.setdefault(environment, {})
+                for name, values in entries.items():
+                    mine[name] = larger(mine.get(name, {}), values)
+
+
+def larger(one: Mapping[str, int], other: Mapping[str, int]) -> Peaks:
+    """Return the larger of each figure of two entries."""
+    return {
+        name: max(one.get(name, 0), other.get(name, 0))
+        for name in one.keys() | other.keys()
+    }
+
+
+def _copied(
+    peaks: Mapping[str, Mapping[str, Mapping[str, int]]],
+) -> dict[str, dict[str, Peaks]]:
+    return {
+        environment: {name: dict(values) for name, values in entries.items()}
+        for environment, entries in peaks.items()
+    }
 
 
 def _is_peaks(value: Any) -> bool:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pytest_gpumem.baselines.baseline import METRICS, Baseline, metric_key
+from pytest_gpumem.baselines.baseline import (
+    METRICS,
+    Baseline,
+    larger,
+    metric_key,
+    nearest,
+    torch_of,
+)
 from pytest_gpumem.baselines.gate import compare
 from pytest_gpumem.errors import ReportError
 from pytest_gpumem.reports.words import environment_line, limit_words
@@ -34,8 +41,10 @@ def compare_files(
         ReportError: They share no environment.
     """
     then, today = _peaks(before), _peaks(now)
-    shared = then.keys() & today.keys()
-    if not shared and then and today:
+    shared = {
+        each: each if each in then else nearest(each, then) for each in sorted(today)
+    }
+    if not any(shared.values()) and then and today:
         raise ReportError(
             f"the files share no environment: {', '.join(sorted(then))} and "
             f"{', '.join(sorted(today))}; compare runs on the same card and PyTorch"
@@ -44,8 +53,15 @@ def compare_files(
     new: list[str] = []
     gone: list[str] = []
     same = 0
-    for environment in sorted(shared):
-        known, found = then[environment], today[environment]
+    notes: list[str] = []
+    for environment, other in shared.items():
+        if other is None:
+            continue
+        known, found = then[other], today[environment]
+        if other != environment:
+            notes.append(
+                f"{environment} is compared with figures of torch {torch_of(other)}"
+            )
         for test in sorted(found.keys() & known.keys()):
             changed = compare(test, known[test], found[test], gate)
             same += not changed
@@ -63,6 +79,7 @@ def compare_files(
     parts += [f"{count} {word}" for word, count in counts.items() if count]
     lines = [
         *_machines(before, now),
+        *notes,
         *_table(changes),
         *(f"new: {each}" for each in new),
         *(f"gone: {each}" for each in gone),
@@ -73,28 +90,46 @@ def compare_files(
 
 
 def _peaks(source: Report | Baseline) -> _Peaks:
-    """Return a report's or a baseline's peaks, as a baseline has them."""
-    if isinstance(source, Baseline):
-        return source.peaks
-    before = {"call": "", "children": "children "}
+    """Return the figures of a report or a baseline, as a baseline has them.
+
+    Fixtures are marked as such: a test may have the same name.
+    """
     peaks: _Peaks = {}
+    if isinstance(source, Baseline):
+        for kind, several in (("", source.peaks), (" (fixture)", source.fixtures)):
+            for environment, entries in several.items():
+                peaks.setdefault(environment, {}).update(
+                    {f"{name}{kind}": found for name, found in entries.items()}
+                )
+        return peaks
     for test in source.tests:
         record = test.record()
-        found = {
-            before[each["phase"]] + metric_key(metric, each["device_index"]): int(
-                each[f"peak_{metric}_bytes"]
-            )
-            for each in record["figures"]
-            if each["phase"] in before
-            for metric in METRICS
-        }
+        found = record["growth"] or _absolute(record)
+        known = peaks.setdefault(record["environment"], {})
         if found:
-            peaks.setdefault(record["environment"], {})[test.nodeid] = found
-    return peaks
+            known[test.nodeid] = found
+        for made in record["fixture_growth"]:
+            name = f"{made['key']} (fixture)"
+            known[name] = larger(known.get(name, {}), made["peaks"])
+    return {environment: known for environment, known in peaks.items() if known}
+
+
+def _absolute(record: Mapping[str, Any]) -> dict[str, int]:
+    """Return the peaks of a test of which its report does not say what it added."""
+    before = {"call": "", "children": "children "}
+    return {
+        before[each["phase"]] + metric_key(metric, each["device_index"]): int(
+            each[f"peak_{metric}_bytes"]
+        )
+        for each in record["figures"]
+        if each["phase"] in before
+        for metric in METRICS
+    }
 
 
 def _named(test: str, peaks: Mapping[str, int]) -> str:
-    sizes = ", ".join(f"{name} {format_size(n)}" for name, n in sorted(peaks.items()))
+    shown = {name: n for name, n in peaks.items() if name.rpartition(" ")[2] in METRICS}
+    sizes = ", ".join(f"{name} {format_size(n)}" for name, n in sorted(shown.items()))
     return f"{test} ({sizes})"
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from pytest_gpumem.devices.active import active_device
 from pytest_gpumem.instruments.loads import Loader, model_in
 from pytest_gpumem.instruments.trials import is_the_oom
+from pytest_gpumem.model.rule_parser import parse_rule
+from pytest_gpumem.model.rules import NOT_OOM
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    import torch
 
     from pytest_gpumem.devices import Device
     from pytest_gpumem.instruments.placement import Placement
@@ -108,10 +110,19 @@ def judge_load(
         device=active_device() if device is None else device,
         device_index=device_index,
     )
+    parsed = [parse_rule(each) if isinstance(each, str) else each for each in rules]
+    is_control = any(rule.flavour == NOT_OOM for rule in parsed)
     expected = () if expect_error is None else (expect_error,)
-    done = loader.load(
-        *rules, catches=lambda error: isinstance(error, expected) or is_the_oom(error)
-    )
+
+    def catches(error: BaseException) -> bool:
+        is_oom = (
+            isinstance(error, torch.OutOfMemoryError)
+            if is_control
+            else is_the_oom(error)
+        )
+        return is_oom or isinstance(error, expected)
+
+    done = loader.load(*parsed, catches=catches)
     failure = done.attempt.failure
     if expect_error is not None:
         name = expect_error.__name__
@@ -122,7 +133,9 @@ def judge_load(
         problems = [f"the load ended in an OOM: {failure.text}"]
         problems += done.problems() + done.over_budget()
     else:
-        problems = done.problems()
+        is_swallowed = is_control and done.attempt.num_injected
+        problems = ["an error that is no OOM was swallowed"] if is_swallowed else []
+        problems += done.problems()
         problems += _unexpected(done.placement, expect_devices, expect_dtype)
         problems += done.over_budget()
     return LoadVerdict(

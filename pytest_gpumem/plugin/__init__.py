@@ -100,6 +100,7 @@ def _configure(run: Run, config: pytest.Config) -> None:
         config.pluginmanager.register(run.endings, ENDINGS_NAME)
     if run.settings.baseline is not None:
         _gate(run, config)
+    _measure(run, config)
     if run.settings.suggest is not None or run.settings.find_budget:
         _suggest(run, config)
     if is_worker:
@@ -183,15 +184,27 @@ def _suggest(run: Run, config: pytest.Config) -> None:
         config.pluginmanager.register(SmallestBudgets(run), "gpumem-smallest")
 
 
+def _measure(run: Run, config: pytest.Config) -> None:
+    if run.gate is None and not run.settings.reports:
+        return
+    from pytest_gpumem.plugin.growth import Growth  # noqa: PLC0415  # somebody wants it
+
+    run.growth = Growth(run)
+    config.pluginmanager.register(run.growth, "gpumem-growth")
+
+
 def _gate(run: Run, config: pytest.Config) -> None:
-    from pytest_gpumem.plugin.gate import WORKER_INPUT, BaselineSummary, Gate  # noqa: PLC0415  # there is a baseline
+    from pytest_gpumem.plugin.baseline_record import Spared  # noqa: PLC0415  # there is a baseline
+    from pytest_gpumem.plugin.baseline_summary import BaselineSummary  # noqa: PLC0415  # likewise
+    from pytest_gpumem.plugin.gate import WORKER_INPUT, Gate  # noqa: PLC0415  # likewise
 
     text = getattr(config, "workerinput", {}).get(WORKER_INPUT)
     run.gate = Gate(run.settings, text)
     if run.endings is not None:
-        config.pluginmanager.register(
-            BaselineSummary(run.gate, config, run.endings), "gpumem-baseline"
-        )
+        plugin = BaselineSummary(run, run.gate, config, run.endings)
+        config.pluginmanager.register(plugin, "gpumem-baseline")
+    else:
+        config.pluginmanager.register(Spared(config), "gpumem-spared")
 
 
 __all__ = [

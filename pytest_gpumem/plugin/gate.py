@@ -1,4 +1,12 @@
-"""The run's baseline: read before any test, compared with as tests end, or written."""
+"""The run's baseline in each process that runs tests: a test is judged as it ends.
+
+Note [One cause, one failure]
+A fixture that grew fails under its own name, and not in the tests that use it: they are
+listed below it, with the reason. A test that needs more because it comes first, where
+in the baseline another one did, does not fail; see ``FirstUses``. Figures of another
+version of torch are compared when the run is over, since what torch moved shows only
+beside the other tests.
+"""
 
 from __future__ import annotations
 
@@ -7,35 +15,77 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from pytest_gpumem.baselines.baseline import METRICS, Baseline, metric_key
-from pytest_gpumem.baselines.gate import DEFAULT, Change, Tolerance, compare
+from pytest_gpumem.baselines.baseline import (
+    GROWTH,
+    LEFT,
+    Baseline,
+    has_growth,
+    nearest,
+)
+from pytest_gpumem.baselines.gate import (
+    DEFAULT,
+    Change,
+    FirstUses,
+    Tolerance,
+    compare,
+)
 from pytest_gpumem.errors import BaselineError
-from pytest_gpumem.plugin.marks import ENVIRONMENT_PROPERTY
+from pytest_gpumem.sizes import format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-    from pytest_gpumem.model.records import MemoryFigures
-    from pytest_gpumem.plugin.endings import Endings
+    from pytest_gpumem.baselines.baseline import Peaks
+    from pytest_gpumem.plugin.growth import Growth, MadeFixture
     from pytest_gpumem.plugin.settings import Settings
 
 
 #: Where a worker finds the baseline's text.
 WORKER_INPUT: Final = "gpumem_baseline"
-#: Changes and stale tests that are listed without ``-v``.
-TOP: Final = 20
 
 
-def peaks_of(
-    figures: Iterable[MemoryFigures], children: Iterable[MemoryFigures] = ()
-) -> dict[str, int]:
-    """Return what a baseline keeps of a call's figures, and of its children's."""
-    return {
-        before + metric_key(metric, each.device_index): each.peak(metric) or 0
-        for before, several in (("", figures), ("children ", children))
-        for each in several
-        for metric in METRICS
-    }
+class Known:
+    """What a baseline says of an environment, and of the same with other versions.
+
+    Args:
+        baseline: The baseline.
+        environment: The environment.
+
+    Attributes:
+        other: The environment of the nearest version of torch, where one's figures
+            stand for what the file has not of this one.
+    """
+
+    def __init__(self, baseline: Baseline, environment: str) -> None:
+        self.tests: Final = baseline.peaks.get(environment, {})
+        self.fixtures: Final = baseline.fixtures.get(environment, {})
+        others = [each for each in baseline.peaks if each != environment]
+        self.other: Final = nearest(environment, others)
+        self._tests = baseline.peaks.get(self.other or "", {})
+        self._fixtures = baseline.fixtures.get(self.other or "", {})
+        self.has_growth: Final = any(map(has_growth, self.tests.values()))
+        #: Pairs of entries of one test, under the other version and under this one.
+        self.pairs: Final = [
+            (self._tests[test], self.tests[test])
+            for test in self._tests.keys() & self.tests.keys()
+        ]
+
+    @property
+    def all_tests(self) -> dict[str, Peaks]:
+        """Every test's entry, this version's before the other's."""
+        return {**self._tests, **self.tests}
+
+    def test(self, name: str) -> tuple[Peaks | None, bool]:
+        """Return a test's entry, and whether it is another version's."""
+        if name in self.tests:
+            return self.tests[name], False
+        return self._tests.get(name), name in self._tests
+
+    def fixture(self, key: str) -> tuple[Peaks | None, bool]:
+        """Return a fixture's entry, and whether it is another version's."""
+        if key in self.fixtures:
+            return self.fixtures[key], False
+        return self._fixtures.get(key), key in self._fixtures
 
 
 class Gate:
@@ -59,6 +109,16 @@ class Gate:
         self.baseline: Final = (
             self._read() if text is None else Baseline.parse(text, self.name)
         )
+        self._known: Final[dict[str, Known]] = {}
+        self._uses: Final[dict[str, FirstUses]] = {}
+        self._environment = ""
+        #: What is to be known of the running test beside its figures: which bytes it
+        #: paid for others (``moved``), which fixtures explain what it needs
+        #: (``because``), and who is to blame after all (``denied``).
+        self.judgement: dict[str, Any] = {}
+        #: What the running test is taken to have paid for others, until its teardown
+        #: shows whether that stays; and what to say if it does not.
+        self._excused: tuple[dict[str, int], str] = ({}, "")
 
     def _read(self) -> Baseline:
         if self.updates and not self.path.exists():
@@ -68,236 +128,209 @@ class Gate:
         except BaselineError as error:
             raise pytest.UsageError(f"--gpu-baseline: {error}") from None
 
-    def check(
-        self,
-        environment: str,
-        test: str,
-        figures: Iterable[MemoryFigures],
-        children: Iterable[MemoryFigures] = (),
+    def known(self, environment: str) -> Known:
+        """Return what the file says of an environment."""
+        if environment not in self._known:
+            self._known[environment] = Known(self.baseline, environment)
+        return self._known[environment]
+
+    @property
+    def allowed(self) -> str:
+        """What passes, in words."""
+        return ", ".join(f"{each.metric}:{each}" for each in self.tolerances)
+
+    # -- one test -------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Begin with a test, before its setup."""
+        self.judgement = {}
+        self._excused = ({}, "")
+
+    def check(self, environment: str, item: pytest.Item, growth: Growth) -> str | None:
+        """Return what is wrong with what a test's call added; None if nothing is."""
+        self._environment = environment
+        known = self.known(environment)
+        before, is_carried = known.test(item.nodeid)
+        if environment not in self._uses:
+            self._uses[environment] = FirstUses(known.all_tests)
+        paid = self._uses[environment].begin(item.nodeid)
+        if paid:
+            self.judgement["moved"] = {name: -nbytes for name, nbytes in paid.items()}
+        if before is None or is_carried or self.updates:
+            return None
+        return self._judge(item, before, growth, known)
+
+    def _judge(
+        self, item: pytest.Item, before: Peaks, growth: Growth, known: Known
     ) -> str | None:
-        """Return what is wrong with a test's peaks; None if nothing is."""
-        if self.updates:
+        uses = self._uses[self._environment]
+        test, peaks = item.nodeid, growth.peaks
+        moved = dict(self.judgement.get("moved", {}))
+        bad = self._grown(test, before, peaks, moved)
+        if bad and moved and not self._grown(test, before, peaks, {}):
+            # It pays itself after all: who paid in its place has leaked.
+            self.judgement = {"denied": uses.deny(test)}
+            bad = []
+        if bad:
+            self._explain(bad, growth.used_by(item), known)
+        if not bad or self.judgement.get("because"):
             return None
-        before = self.baseline.peaks.get(environment, {}).get(test)
-        if before is None:
+        text = self._text(bad, peaks, before, growth)
+        if not has_growth(before):
+            return text
+        for name, nbytes in self._more(before, growth.left(), moved).items():
+            if uses.can_pay(test, name, nbytes):
+                moved[name] = moved.get(name, 0) + nbytes
+        if self._grown(test, before, peaks, moved):
+            return text
+        self._excused = moved, text
+        return None
+
+    def _grown(
+        self,
+        test: str,
+        before: Mapping[str, int],
+        peaks: Mapping[str, int],
+        moved: Mapping[str, int],
+    ) -> list[Change]:
+        """Return what a call added beyond what is allowed.
+
+        What is left is known after the teardown.
+        """
+        now = _but_left(adjusted(peaks, moved))
+        changes = compare(test, _but_left(before), now, self.tolerances)
+        return [change for change in changes if change.is_regression]
+
+    @staticmethod
+    def _more(
+        before: Mapping[str, int], left: Mapping[str, int], moved: Mapping[str, int]
+    ) -> dict[str, int]:
+        """Return what is left beyond the baseline's, by figure."""
+        more = {
+            name: nbytes - moved.get(name, 0) - before.get(name, 0)
+            for name, nbytes in left.items()
+        }
+        return {name: nbytes for name, nbytes in more.items() if nbytes > 0}
+
+    def _explain(
+        self,
+        bad: Sequence[Change],
+        used: Sequence[MadeFixture],
+        known: Known,
+    ) -> None:
+        """Note the fixtures that explain what a test needs more."""
+        grown: dict[str, int] = {}
+        is_wider = False
+        for made in used:
+            before, _is_carried = known.fixture(made.key)
+            if before is None and made.scope == "function" and known.has_growth:
+                grown[made.key] = made.peaks.get(f"allocated {LEFT}", 0)
+            elif before is not None:
+                found = compare(made.key, before, made.peaks, self.tolerances)
+                if any(each.is_regression for each in found):
+                    then = before.get(f"allocated {LEFT}", 0)
+                    grown[made.key] = made.peaks.get(f"allocated {LEFT}", 0) - then
+                    is_wider = is_wider or made.scope != "function"
+        tolerances = {each.metric: each for each in self.tolerances}
+        more = sum(grown.values())
+        explained = all(
+            tolerances["allocated"].allows(each.before, each.now - more)
+            for each in bad
+            if each.metric.endswith("allocated")
+        )
+        if grown and (is_wider or explained):
+            self.judgement["because"] = sorted(grown)
+
+    def _text(
+        self,
+        bad: Sequence[Change],
+        now: Mapping[str, int],
+        before: Mapping[str, int],
+        growth: Growth,
+    ) -> str:
+        kind = "VRAM growth" if has_growth(before) else "peak VRAM"
+        lines = [
+            f"{kind} above the baseline {self.name}: {bad[0]}",
+            *(f"and {change}" for change in bad[1:]),
+        ]
+        start = now.get("allocated before", 0)
+        if has_growth(before) and start:
+            lines.append(
+                f"what was on the card before and is not this test's "
+                f"({format_size(start)}) does not count"
+            )
+        stays = growth.left().get(f"allocated {LEFT}", 0)
+        if stays:
+            lines.append(
+                f"{format_size(stays)} of it stay after the call: a leak, a cache, or "
+                "what a fixture keeps"
+            )
+        return "\n".join([*lines, self.advice])
+
+    @property
+    def advice(self) -> str:
+        """What to do about a figure that is too large."""
+        return (
+            f"allowed is {self.allowed} more; if this is meant, run again with "
+            "--gpu-update-baseline and commit the file"
+        )
+
+    def check_left(self, test: str, left: Mapping[str, int]) -> str | None:
+        """Return what is wrong with what a test leaves; None if nothing is."""
+        known = self.known(self._environment)
+        before, is_carried = known.test(test)
+        if before is None or not has_growth(before):
             return None
-        changes = compare(test, before, peaks_of(figures, children), self.tolerances)
-        bad = [change for change in changes if change.is_regression]
-        if not bad:
+        uses = self._uses[self._environment]
+        moved: dict[str, int] = dict(self.judgement.get("moved", {}))
+        changes = self._left_changes(test, before, adjusted(left, moved))
+        if changes and moved:
+            # It leaves its own after all: who paid in its place has leaked.
+            self.judgement["denied"] = uses.deny(test)
+            moved = {}
+        for name, nbytes in self._more(before, left, moved).items():
+            if uses.can_pay(test, name, nbytes):
+                uses.pay(test, name, nbytes)
+                moved[name] = nbytes
+        self.judgement["moved"] = moved
+        excused, text = self._excused
+        if any(nbytes > moved.get(name, 0) for name, nbytes in excused.items()):
+            return text  # what it had more did not stay
+        changes = self._left_changes(test, before, adjusted(left, moved))
+        if not changes or is_carried or self.updates:
             return None
-        gate = ", ".join(f"{each.metric}:{each}" for each in self.tolerances)
         return "\n".join(
             [
-                f"peak VRAM above the baseline {self.name}: {bad[0]}",
-                *(f"and {change}" for change in bad[1:]),
-                f"allowed is {gate} more; if this is meant, run again with "
-                "--gpu-update-baseline and commit the file",
+                f"VRAM left above the baseline {self.name}: {changes[0]}",
+                *(f"and {change}" for change in changes[1:]),
+                "it stays on the card after the test, for all that follow; "
+                "--gpu-leak-check names who holds it",
+                self.advice,
             ]
         )
 
+    def _left_changes(
+        self, test: str, before: Mapping[str, int], left: Mapping[str, int]
+    ) -> list[Change]:
+        """Return what is left beyond what is allowed."""
+        now = {**_but_left(before), **left}
+        changes = compare(test, before, now, self.tolerances)
+        return [each for each in changes if each.is_regression]
 
-def entry(environment: str, test: str, peaks: Mapping[str, int]) -> dict[str, Any]:
-    """Return a test that is new or stale as reports have it."""
-    return {"environment": environment, "test": test, "peaks": dict(peaks)}
+
+def _but_left(peaks: Mapping[str, int]) -> Peaks:
+    return {name: n for name, n in peaks.items() if not name.endswith(f" {LEFT}")}
 
 
-class BaselineSummary:
-    """Compares the whole run with the baseline, or writes it; where reports arrive.
-
-    Args:
-        gate: The baseline.
-        config: The run's.
-        endings: Told of what fails at the run's end.
-    """
-
-    def __init__(self, gate: Gate, config: pytest.Config, endings: Endings) -> None:
-        self._gate: Final = gate
-        self._endings: Final = endings
-        self._config: Final = config
-        self._collected: Final[set[str]] = set()
-        self._peaks: Final[dict[str, dict[str, dict[str, int]]]] = {}
-        self._failed: Final[set[str]] = set()
-        self._spared: Final[set[str]] = set()
-        self._lines: list[tuple[str, str, bool]] = []
-        #: What differs from the baseline, for reports.
-        self.changes: list[Change] = []
-        #: What is new in this run and what is stale in the file, likewise.
-        self.new: list[dict[str, Any]] = []
-        self.stale: list[dict[str, Any]] = []
-
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_configure_node(self, node: Any) -> None:
-        """Hand the baseline to a worker, wherever it is."""
-        node.workerinput[WORKER_INPUT] = self._gate.baseline.to_text()
-
-    # -- what ran -------------------------------------------------------------------------
-
-    @pytest.hookimpl(trylast=True)
-    def pytest_collection_finish(self, session: pytest.Session) -> None:
-        """Note what there is to run, in a run without workers."""
-        self._collected.update(item.nodeid for item in session.items)
-
-    def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
-        """Note what there is and does not run, by whomever it was left out."""
-        self._spared.update(item.nodeid for item in items)
-
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_xdist_node_collection_finished(
-        self,
-        ids: Sequence[str],
-    ) -> None:
-        """Note what there is to run, as a worker tells it."""
-        self._collected.update(ids)
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Take in a test's peaks once it is over."""
-        if report.failed:
-            self._failed.add(report.nodeid)
-        if report.skipped:
-            self._spared.add(report.nodeid)
-        if report.when != "teardown" or not report.user_properties:
-            return
-        from pytest_gpumem.model.records import from_properties  # noqa: PLC0415  # there are figures
-
-        properties = dict(report.user_properties)
-        environment = properties.get(ENVIRONMENT_PROPERTY)
-        by_phase: dict[str, list[MemoryFigures]] = {"call": [], "children": []}
-        for (phase, _index), each in from_properties(properties).items():
-            by_phase.setdefault(phase, []).append(each)
-        peaks = peaks_of(by_phase["call"], by_phase["children"])
-        if environment is not None and peaks:
-            self._peaks.setdefault(str(environment), {})[report.nodeid] = peaks
-
-    # -- what comes of it -----------------------------------------------------------------
-
-    @pytest.hookimpl(trylast=True)
-    def pytest_sessionfinish(self) -> None:
-        """Compare, or write the file."""
-        if not self._endings.has_run:
-            return
-        stale = {environment: self._stale(environment) for environment in self._peaks}
-        if self._gate.updates:
-            self._find(stale)
-            self._write(stale)
-        else:
-            self._compare(stale)
-
-    def pytest_terminal_summary(
-        self, terminalreporter: pytest.TerminalReporter
-    ) -> None:
-        """Say what changed."""
-        if not self._lines:
-            return
-        verbosity = self._config.get_verbosity()
-        terminalreporter.section("GPU memory against the baseline")
-        hidden = shown = 0
-        for line, colour, is_detail in self._lines:
-            if is_detail and verbosity <= 0:
-                shown += 1
-                if verbosity < 0 or shown > TOP:
-                    hidden += 1
-                    continue
-            terminalreporter.write_line(line, **({colour: True} if colour else {}))
-        if hidden and not verbosity:
-            terminalreporter.write_line(f"... and {hidden} lines more; -v shows all")
-
-    def _say(self, line: str, colour: str = "", *, is_detail: bool = False) -> None:
-        self._lines.append((line, colour, is_detail))
-
-    def _write(self, stale: Mapping[str, Sequence[str]]) -> None:
-        baseline, before = self._gate.baseline, self._gate.baseline.to_text()
-        written = left = 0
-        for environment, tests in self._peaks.items():
-            passed = {
-                test: peaks for test, peaks in tests.items() if test not in self._failed
-            }
-            written += len(passed)
-            left += len(tests) - len(passed)
-            baseline.update(environment, passed, stale[environment])
-        dropped = sum(map(len, stale.values()))
-        if baseline.to_text() != before or not self._gate.path.exists():
-            try:
-                baseline.write(self._gate.path)
-            except OSError as error:
-                self._endings.fail(
-                    f"--gpu-update-baseline: {self._gate.name} cannot be written: "
-                    f"{error}; name another file with --gpu-baseline"
-                )
-                return
-            verb = "written"
-        else:
-            verb = "unchanged"
-        parts = [f"{written} tests"]
-        parts += [f"{dropped} stale dropped"] if dropped else []
-        parts += [f"{left} that failed left as they were"] if left else []
-        self._say(f"{self._gate.name} {verb}: {', '.join(parts)}")
-
-    def _find(self, stale: Mapping[str, Sequence[str]]) -> dict[str, int]:
-        """Note what differs from the baseline; return how many tests, by what became."""
-        known = self._gate.baseline.peaks
-        counts = {"the same": 0, "changed": 0, "new": 0}
-        tolerances = () if self._gate.updates else self._gate.tolerances
-        for environment, tests in sorted(self._peaks.items()):
-            before = known.get(environment, {})
-            for test, peaks in sorted(tests.items()):
-                if test not in before:
-                    self.new.append(entry(environment, test, peaks))
-                    counts["new"] += environment in known
-                    continue
-                found = compare(test, before[test], peaks, tolerances)
-                counts["changed" if found else "the same"] += 1
-                self.changes += found
-        self.stale = [
-            entry(environment, test, known[environment][test])
-            for environment, tests in sorted(stale.items())
-            for test in tests
-        ]
-        return counts
-
-    def _compare(self, stale: Mapping[str, Sequence[str]]) -> None:
-        counts = self._find(stale)
-        for environment in self._peaks:
-            if environment not in self._gate.baseline.peaks:
-                others = ", ".join(sorted(self._gate.baseline.peaks)) or "none"
-                self._say(
-                    f"{self._gate.name} has no figures for {environment} (it has: "
-                    f"{others}); write them with --gpu-update-baseline",
-                    "yellow",
-                )
-        ranked = sorted(self.changes, key=lambda each: -abs(each.now - each.before))
-        for change in ranked:
-            colour = "red" if change.is_regression else ""
-            colour = "green" if change.now < change.before else colour
-            self._say(f"{change.test}: {change}", colour, is_detail=True)
-        parts = [f"{count} {word}" for word, count in counts.items() if count]
-        parts += [f"{len(self.stale)} stale"] if self.stale else []
-        if parts:
-            self._say(f"{self._gate.name}: {', '.join(parts)}")
-        for each in self.stale:
-            text = f"stale: {each['test']} is no more, or uses no card"
-            self._say(text, "yellow", is_detail=True)
-        if counts["new"] or self.stale:
-            self._say("--gpu-update-baseline takes in new tests and drops stale ones")
-
-    def _stale(self, environment: str) -> list[str]:
-        """Return the baseline's tests that are no more, as far as this run can tell."""
-        known = self._gate.baseline.peaks.get(environment, {})
-        used = self._peaks.get(environment, {})
-        option = self._config.option
-        is_chosen = any(
-            getattr(option, name, None)
-            for name in ("keyword", "markexpr", "deselect", "lf", "maxfail", "stepwise")
-        ) or any("::" in argument for argument in self._config.args)
-        files = {test.partition("::")[0] for test in self._collected}
-        stale = []
-        for test in known:
-            file = test.partition("::")[0]
-            if not (self._config.rootpath / file).exists():
-                stale.append(test)
-            elif is_chosen or file not in files or test in self._spared:
-                continue
-            elif test not in self._collected or (
-                test not in used and test not in self._failed
-            ):
-                stale.append(test)
-        return sorted(stale)
+def adjusted(peaks: Mapping[str, int], moved: Mapping[str, int]) -> Peaks:
+    """Return figures without what a test paid for others, or others paid for it."""
+    found = dict(peaks)
+    for name, nbytes in moved.items():
+        head = name.removesuffix(f"allocated {LEFT}")
+        for each in (
+            name,
+            *(f"{head}{word} {GROWTH}" for word in ("allocated", "requested")),
+        ):
+            if each in found or nbytes < 0:
+                found[each] = max(found.get(each, 0) - nbytes, 0)
+    return found

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 #: Properties that hold for every attempt at a test.
 _LASTING: Final = (
     "gpumem.fixture.",
+    "gpumem.fixture_growth",
     marks.SMALLEST_PROPERTY,
     marks.WAIT_PROPERTY,
     marks.CONTENTION_PROPERTY,
@@ -76,6 +77,8 @@ class Phases:
 
     def device_came(self, device: Device) -> None:
         """Take up the test that runs: the device has come to be in its middle."""
+        if self._run.growth is not None:
+            self._run.growth.device_came(device)
         if self._item is None:
             return
         self._start(self._item, device)
@@ -90,6 +93,10 @@ class Phases:
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None]:
         """Set the test's budget and record the setup."""
         _forget_attempt(item)
+        if self._run.growth is not None:
+            self._run.growth.begin(item)
+        if self._run.gate is not None:
+            self._run.gate.begin()
         wishes = self._wishes.get(item)
         if wishes is not None and item.get_closest_marker("skip") is None:
             self._run.require_device()
@@ -111,6 +118,9 @@ class Phases:
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None]:
         """Run the test with its faults armed, then hold it to its limits."""
         self._begin("call")
+        growth = self._run.growth
+        if growth is not None:
+            growth.begin_call()
         wishes = self._wishes.get(item)
         rules = self._rules(wishes)
         budgets = () if wishes is None else wishes.budgets
@@ -121,6 +131,9 @@ class Phases:
                 self._arm(self._run.device)
             result = yield
             self._call.close()
+            if growth is not None:
+                children = self._run.children
+                growth.end_call(children.together(children.new_figures()))
             if wishes is not None:
                 self._check_rules(wishes)
             self._check_limits(item, "call")
@@ -128,6 +141,8 @@ class Phases:
             return result
         finally:
             self._call.close()
+            if growth is not None:
+                growth.end_call()
             if rules:
                 self._count_refused(wishes)
                 self._run.pass_on(budgets)
@@ -138,11 +153,20 @@ class Phases:
         """Record the teardown, then put the run's own budget back."""
         self.failures.release()
         self._begin("teardown")
+        growth, gate = self._run.growth, self._run.gate
+        if growth is not None:
+            growth.begin_teardown()
         try:
             result = yield
             self._check_limits(item, "teardown")
             if self._leak is not None and self._passed:
                 self._leak.check(self._fixtures.held_bytes)
+            if growth and gate and growth.peaks and self._passed:
+                text = gate.check_left(item.nodeid, growth.end())
+                if text is not None:
+                    from pytest_gpumem.plugin.limits import fail  # noqa: PLC0415  # see above
+
+                    fail(item, text)
             return result
         finally:
             with ExitStack() as ending:
@@ -152,6 +176,9 @@ class Phases:
                 if self._run.device is not None:
                     ending.callback(self._note_limits, item)
                     ending.callback(self._end_timeline, item)
+                if growth is not None:
+                    judgement = None if gate is None else gate.judgement
+                    growth.tell(item, growth.end(), judgement)
                 self._end(item, "teardown")
 
     def _forget(self) -> None:
@@ -302,10 +329,10 @@ class Phases:
                 text = text or self._limits.check(of, by_card)
         device = self._run.device
         is_used = device is not None and self._used(device)
-        if text is None and gate is not None and (is_used or children):
+        growth = self._run.growth
+        if text is None and gate and growth and (is_used or children):
             environment = self._environment(children)
-            own = _used_cards(read) if is_used else []
-            text = gate.check(environment, item.nodeid, own, below)
+            text = gate.check(environment, item, growth)
         if text is not None:
             from pytest_gpumem.plugin.limits import fail  # noqa: PLC0415  # a limit is broken
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.plugin import marks
     from pytest_gpumem.plugin.endings import Endings
     from pytest_gpumem.plugin.gate import Gate
+    from pytest_gpumem.plugin.growth import Growth
 
 
 _T = TypeVar("_T")
@@ -62,6 +63,8 @@ class Run:
         self._nvml = NvmlHook(self._machine)
         #: The baseline to hold tests to, or None.
         self.gate: Gate | None = None
+        #: Measures what each test adds, where a baseline or a report has it.
+        self.growth: Growth | None = None
         #: What is wrong with the run beside its tests; None in a worker.
         self.endings: Endings | None = None
         self._environment: str | None = None

@@ -179,7 +179,9 @@ def _entries(word: str, entries: Sequence[Mapping[str, Any]]) -> list[str]:
             escape(each["test"]),
             escape(
                 ", ".join(
-                    f"{name} {format_size(n)}" for name, n in each["peaks"].items()
+                    f"{name} {format_size(n)}"
+                    for name, n in each["peaks"].items()
+                    if name.endswith(("allocated", "reserved"))
                 )
             ),
             escape(each["environment"]),

@@ -20,6 +20,8 @@ _SINCE_2: Final[dict[str, Any]] = {
     "unknown": None,
     "waited_s": 0.0,
     "contention": None,
+    "growth": {},
+    "fixture_growth": [],
 }
 
 
@@ -95,6 +97,12 @@ def test_record(
             for name, value in pairs
             if name.startswith(_FIXTURE)
             for scope, _dot, fixture in [name.removeprefix(_FIXTURE).partition(".")]
+        ],
+        "growth": json.loads(by_name.get("gpumem.growth", "{}")).get("peaks", {}),
+        "fixture_growth": [
+            json.loads(value)
+            for name, value in pairs
+            if name == "gpumem.fixture_growth"
         ],
         "limits": json.loads(by_name.get("gpumem.limits", "[]")),
         "unknown": by_name.get("gpumem.unknown"),

@@ -262,7 +262,7 @@
     for (const [list, title] of [[data.baseline.new, "New: not in the baseline"], [data.baseline.stale, "Stale: in the baseline, and no more or without a card"]]) {
       if (!list.length) continue;
       out.push(el("h3", {}, title), ...listed([["test", 0], ["peaks", 0], ["environment", 0]], list,
-        (e) => [e.test, Object.entries(e.peaks).map(([name, n]) => name + " " + bytes(n)).join(", "), e.environment]));
+        (e) => [e.test, Object.entries(e.peaks).filter(([name]) => /(allocated|reserved)$/.test(name)).map(([name, n]) => name + " " + bytes(n)).join(", "), e.environment]));
     }
     byId("changes").append(...out);
   }

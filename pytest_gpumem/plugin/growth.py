@@ -1,0 +1,410 @@
+"""What a test itself adds to the cards, whatever else is on them.
+
+Note [Whose bytes are whose]
+Bytes belong to the test that runs, but for those that a fixture of wider scope adds
+while it is made, in whichever test's setup or call that is: it is one for all, and has
+figures under its own name. So the time from a test's setup to its teardown is cut where
+such a fixture begins and ends, and where the first of them goes; what changes in the
+test's own pieces is the test's. Fixtures of function scope are the test's own; they
+have figures under their own names, too, so that one which grew is told from its tests.
+
+cuBLAS keeps a workspace for each thread and stream that multiplied matrices. It is
+cleared, with the cache, between tests and after each fixture of wider scope: else the
+first test that multiplies would pay for all after it.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import pytest
+
+from pytest_gpumem.baselines.baseline import (
+    BEFORE,
+    GROWTH,
+    LEFT,
+    METRICS,
+    REQUESTED,
+    metric_key,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterable, Mapping
+
+    from pytest_gpumem.devices import Device, Tracker
+    from pytest_gpumem.model.records import MemoryFigures
+    from pytest_gpumem.plugin.session import Run
+
+#: A test's property: what it added to the cards; as JSON.
+GROWTH_PROPERTY: Final = "gpumem.growth"
+#: A test's property: a fixture that was made for it, and what that added; as JSON.
+FIXTURE_PROPERTY: Final = "gpumem.fixture_growth"
+
+_WORDS: Final = (*METRICS, REQUESTED)
+
+#: Bytes by card and metric.
+Bytes = dict[tuple[int, str], int]
+
+
+class MadeFixture(NamedTuple):
+    """A fixture that was made, and what it added.
+
+    Attributes:
+        key: Where it is defined, its name and its parameter.
+        scope: Its scope.
+        peaks: Its figures, as a baseline has them.
+    """
+
+    key: str
+    scope: str
+    peaks: dict[str, int]
+
+
+def current_bytes(device: Device) -> Bytes:
+    """Return what is on the cards now."""
+    found = {}
+    for index in range(device.device_count):
+        stats = device.memory_stats(index)
+        for word in _WORDS:
+            found[index, word] = stats.get(f"{word}_bytes.all.current", 0)
+    return found
+
+
+def _plus(one: Bytes, other: Mapping[tuple[int, str], int], sign: int = 1) -> Bytes:
+    return {
+        key: one.get(key, 0) + sign * other.get(key, 0)
+        for key in one.keys() | other.keys()
+    }
+
+
+class Meter:
+    """Peak growth of a piece of code, in pieces where something else comes between.
+
+    It may begin before there is a device: until then, nothing was on the cards.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run: Final = run
+        self._trackers: list[Tracker] = []
+        #: What was there at the start, and what others have added since.
+        self.before: Bytes = {}
+        self._paused: Bytes | None = None
+        #: The most that was there above that.
+        self.growth: Bytes = {}
+        #: The most that was there at all.
+        self.peak: Bytes = {}
+        self._requests = 0
+        #: Whether anything was asked of a card.
+        self.is_used = False
+        device = run.device
+        if device is not None:
+            self.before = current_bytes(device)
+            self.start(device)
+
+    def start(self, device: Device) -> None:
+        """Begin a piece: also when the device has just come."""
+        self._requests = device.num_requests
+        self._trackers = [
+            device.open_tracker(index) for index in range(device.device_count)
+        ]
+
+    def pause(self) -> None:
+        """End a piece: what comes now is not counted."""
+        device = self._run.device
+        if device is None or self._paused is not None:
+            return
+        trackers, self._trackers = self._trackers, []
+        for tracker in trackers:
+            figures = tracker.close()
+            for word in _WORDS:
+                key = (figures.device_index, word)
+                peak: int = getattr(figures, f"peak_{word}_bytes")
+                grown = peak - self.before.get(key, 0)
+                self.peak[key] = max(peak, self.peak.get(key, 0))
+                self.growth[key] = max(grown, self.growth.get(key, 0))
+        self.is_used = self.is_used or device.num_requests != self._requests
+        self._paused = current_bytes(device)
+
+    def resume(self) -> None:
+        """Begin the next piece; what came in between belongs to others."""
+        device = self._run.device
+        if device is None or self._paused is None:
+            return
+        added = _plus(current_bytes(device), self._paused, -1)
+        self.before = _plus(self.before, added)
+        self._paused = None
+        self.start(device)
+
+    def close(self) -> Bytes:
+        """End the last piece; return what has stayed."""
+        self.pause()
+        return self.stayed()
+
+    def stayed(self) -> Bytes:
+        """Return what stays now, once it is closed."""
+        if self._paused is None or self._run.device is None:
+            return {}
+        return _plus(current_bytes(self._run.device), self.before, -1)
+
+
+class Growth:
+    """Measures each test and each fixture; see Note [Whose bytes are whose].
+
+    Args:
+        run: The run, whose device may come to be in the middle of anything.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run: Final = run
+        self._meters: list[Meter] = []
+        self._item: pytest.Item | None = None
+        self._phase = ""
+        self._own: Bytes = {}
+        self._start: Bytes = {}
+        self._is_over = False
+        #: What was made for the running test.
+        self.made: list[MadeFixture] = []
+        #: The living fixtures of wider scope.
+        self.alive: Final[dict[Any, MadeFixture]] = {}
+        #: What the test has added, once its call is over; as a baseline has it.
+        self.peaks: dict[str, int] = {}
+
+    def device_came(self, device: Device) -> None:
+        """Go on with a device that came in the middle of all that is open."""
+        for meter in self._meters:
+            meter.start(device)
+
+    # -- a test ---------------------------------------------------------------------------
+
+    def begin(self, item: pytest.Item) -> None:
+        """Begin with a test, before its setup."""
+        for meter in self._meters:
+            meter.close()  # a trial that was interrupted
+        self._meters = []
+        self._item, self._phase = item, "setup"
+        self._own, self._start, self._is_over = {}, {}, False
+        self.made, self.peaks = [], {}
+
+    def begin_call(self) -> None:
+        """Begin with its call."""
+        self._phase = "call"
+        self._meters.append(Meter(self._run))
+
+    def end_call(self, children: Iterable[MemoryFigures] = ()) -> None:
+        """End its call.
+
+        Args:
+            children: The figures of the processes that it started, as of one.
+        """
+        if self._phase != "call":
+            return
+        meter = self._meters.pop()
+        stayed = meter.close()
+        if meter.is_used:
+            self._note(self.peaks, meter, "", self._own)
+        for each in children:
+            _note_child(self.peaks, each)
+        self._own = _plus(self._own, stayed)
+        self._phase, self._start = "called", self._now()
+
+    def begin_teardown(self) -> None:
+        """Begin with its teardown."""
+        if self._phase == "called":
+            self._own = self._so_far()
+        self._phase, self._start = "teardown", self._now()
+
+    def end(self) -> dict[str, int]:
+        """End the test; return what it leaves, by figure."""
+        self._end_own()
+        self._phase, self._item = "", None
+        return _left(self._own)
+
+    def left(self) -> dict[str, int]:
+        """Return what it would leave now, between its call and its teardown."""
+        if _left(self._so_far()):
+            _clear_workspaces()
+        return _left(self._so_far())
+
+    def _now(self) -> Bytes:
+        device = self._run.device
+        return {} if device is None else current_bytes(device)
+
+    def _so_far(self) -> Bytes:
+        return _plus(self._own, _plus(self._now(), self._start, -1))
+
+    def _end_own(self) -> None:
+        """End what is the test's own: now wider fixtures go, or it is over."""
+        if self._is_over or self._phase != "teardown" or self._run.device is None:
+            return
+        self._is_over = True
+        if _left(self._so_far()):
+            _clear_workspaces()
+        if _left(self._so_far()):
+            # pytest lets go of these only after the teardown's hooks.
+            getattr(self._item, "funcargs", {}).clear()
+        if _left(self._so_far()):
+            gc.collect()
+        self._own = self._so_far()
+
+    @staticmethod
+    def _note(
+        peaks: dict[str, int],
+        meter: Meter,
+        prefix: str,
+        own: Mapping[tuple[int, str], int],
+    ) -> None:
+        """Put a meter's figures into an entry, with what was its own before it began."""
+        for (index, word), peak in meter.peak.items():
+            key = f"{prefix}{metric_key(word, index)}"
+            mine = max(own.get((index, word), 0), 0)
+            grown = max(meter.growth.get((index, word), 0) + mine, 0)
+            if not peak and index:
+                continue  # a card that was not used
+            peaks[f"{key} {GROWTH}"] = grown
+            if word in METRICS:
+                peaks[key] = peak
+                before = meter.before.get((index, word), 0) - mine
+                peaks[f"{key} {BEFORE}"] = max(before, 0)
+
+    def tell(
+        self, item: pytest.Item, left: Mapping[str, int], judgement: Any = None
+    ) -> None:
+        """Put what a test and its fixtures have added into the test's properties."""
+        for made in self.made:
+            text = json.dumps(made._asdict(), separators=(",", ":"))
+            item.user_properties.append((FIXTURE_PROPERTY, text))
+        if self.peaks:
+            told = {"peaks": {**self.peaks, **left}, **(judgement or {})}
+            text = json.dumps(told, separators=(",", ":"))
+            item.user_properties.append((GROWTH_PROPERTY, text))
+
+    # -- fixtures -------------------------------------------------------------------------
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(
+        self, fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
+    ) -> Generator[None, object, object]:
+        """Measure a fixture as it is made."""
+        is_wider = fixturedef.scope != "function"
+        if is_wider:
+            for each in self._meters:
+                each.pause()
+        meter = Meter(self._run)
+        self._meters.append(meter)
+        try:
+            return (yield)
+        finally:
+            self._meters.remove(meter)
+            stayed = meter.close()
+            device = self._run.device
+            if is_wider:
+                if device is not None and meter.is_used:
+                    device.empty_cache()
+                    stayed = meter.stayed()
+                fixturedef.addfinalizer(self._end_own)
+            if meter.is_used:
+                self._take(fixturedef, request, meter, stayed)
+            if is_wider:
+                for each in self._meters:
+                    each.resume()
+            elif self._phase == "setup" and not self._meters:
+                self._own = _plus(self._own, stayed)
+
+    def _take(
+        self,
+        fixturedef: pytest.FixtureDef[Any],
+        request: pytest.FixtureRequest,
+        meter: Meter,
+        stayed: Bytes,
+    ) -> None:
+        peaks: dict[str, int] = {}
+        self._note(peaks, meter, "", {})
+        peaks |= _left(stayed)
+        made = MadeFixture(
+            fixture_key(fixturedef, request), str(fixturedef.scope), peaks
+        )
+        self.made.append(made)
+        if fixturedef.scope != "function":
+            self.alive[fixturedef] = made
+
+    def pytest_fixture_post_finalizer(self, fixturedef: pytest.FixtureDef[Any]) -> None:
+        """Forget a fixture that is gone."""
+        self.alive.pop(fixturedef, None)
+
+    def used_by(self, item: pytest.Item) -> list[MadeFixture]:
+        """Return the fixtures that a test uses and that used a card."""
+        info = getattr(item, "_fixtureinfo", None)
+        known = getattr(info, "name2fixturedefs", {})
+        names = getattr(item, "fixturenames", ())
+        mine = {id(each) for name in names for each in known.get(name, ())}
+        own = [each for each in self.made if each.scope == "function"]
+        wider = [made for each, made in self.alive.items() if id(each) in mine]
+        return [*wider, *own]
+
+
+def _clear_workspaces() -> None:
+    """Have cuBLAS give its workspaces back: nobody keeps them."""
+    import torch  # noqa: PLC0415  # there is a device
+
+    # None in a build without CUDA, where nothing is simulated.
+    clear: Any = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)  # noqa: SLF001  # no public name
+    if clear is not None:
+        clear()
+
+
+def _left(found: Mapping[tuple[int, str], int]) -> dict[str, int]:
+    return {
+        f"{metric_key(word, index)} {LEFT}": nbytes
+        for (index, word), nbytes in found.items()
+        if word == "allocated" and nbytes > 0
+    }
+
+
+def _note_child(peaks: dict[str, int], figures: MemoryFigures) -> None:
+    """Put children's figures into an entry: nothing was there before them."""
+    for word in METRICS:
+        key = f"children {metric_key(word, figures.device_index)}"
+        peak = figures.peak(word) or 0
+        peaks[key] = peaks[f"{key} {GROWTH}"] = peak
+
+
+def fixture_key(
+    fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
+) -> str:
+    """Return where a fixture is defined, its name, and its parameter if it has one."""
+    where = fixturedef.baseid
+    if ".py" not in where:
+        code = getattr(inspect.unwrap(fixturedef.func), "__code__", None)
+        file = Path(code.co_filename) if code is not None else None
+        root = request.config.rootpath
+        if file is not None and file.is_relative_to(root):
+            where = file.relative_to(root).as_posix()
+        else:
+            where = str(getattr(fixturedef.func, "__module__", where))
+    name = f"{where}::{fixturedef.argname}"
+    if not hasattr(request, "param"):
+        return name
+    return f"{name}[{_param_id(fixturedef, request)}]"
+
+
+def _param_id(
+    fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
+) -> str:
+    param: Any = request.param
+    index: int = getattr(request, "param_index", 0)
+    ids: Any = fixturedef.ids
+    found = None
+    if callable(ids):
+        found = ids(param)
+    elif ids is not None and index < len(ids):
+        found = ids[index]
+    if found is None and isinstance(param, str | int | float | bool | None):
+        found = param
+    if found is None:
+        found = getattr(param, "__name__", f"{fixturedef.argname}{index}")
+    return str(found).replace(os.linesep, " ")
