@@ -98,6 +98,18 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
             assert anchor in slugs, f"{page.name}: {target}"
 
 
+def test_each_cause_and_each_fix_has_a_page_with_one_file() -> None:
+    """It shows the error first, and is in the table of contents."""
+    contents = (DOCS / "how-to" / "README.md").read_text("utf-8")
+    pages = {each.stem for each in (DOCS / "how-to").glob("*.md")} - {"README"}
+
+    assert pages
+    for name in pages:
+        (code,) = blocks(f"how-to/{name}.md")
+        assert "OutOfMemoryError" in code, name
+        assert f"]({name}.md)" in contents
+
+
 def test_the_ways_to_ask_for_a_sweep_work(pytester: pytest.Pytester) -> None:
     """Marker, fixture, function."""
     pytester.makepyfile(blocks("sweeps.md")[0])
@@ -127,33 +139,6 @@ def test_the_bug_is_found_and_the_fix_is_one(pytester: pytest.Pytester) -> None:
     after.stdout.fnmatch_lines(["*at 1 site, 16 points: 16 recovered (*"])
 
 
-def test_a_failed_test_says_what_the_page_shows(pytester: pytest.Pytester) -> None:
-    """Every line of the example's section is in the run's output."""
-    (code,) = blocks("failures.md")
-    text = (DOCS / "failures.md").read_text(encoding="utf-8")
-    shown = text.partition("```text\n")[2].partition("```")[0].splitlines()
-    pytester.makepyfile(test_it=code)
-    result = pytester.runpytest(
-        *LIGHT, "--gpu-budget=150MiB", "--gpu-snapshots=snapshots"
-    )
-
-    result.assert_outcomes(failed=1)
-    lines = [line.replace("…", "*") for line in shown if line != "…"]
-    result.stdout.fnmatch_lines(lines)
-
-
-def test_suggestions_are_what_the_page_shows(pytester: pytest.Pytester) -> None:
-    """Line by line."""
-    (code,) = blocks("suggestions.md")
-    text = (DOCS / "suggestions.md").read_text(encoding="utf-8")
-    shown = text.partition("```text\n")[2].partition("```")[0].splitlines()
-    pytester.makepyfile(test_it=code)
-    result = pytester.runpytest(*LIGHT, "--gpu-suggest")
-
-    result.assert_outcomes(passed=2)
-    result.stdout.fnmatch_lines(shown)
-
-
 def test_the_trainers_reproduction_shows_the_finding(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,21 +151,6 @@ def test_the_trainers_reproduction_shows_the_finding(
     runpy.run_path("script.py")
 
     assert "False" == capsys.readouterr().out.splitlines()[-1]
-
-
-def test_process_bytes_are_what_the_page_shows(pytester: pytest.Pytester) -> None:
-    """Table and script; a tenant that comes and goes may be missed by the samples."""
-    tests, script = blocks("process-bytes.md")
-    text = (DOCS / "process-bytes.md").read_text(encoding="utf-8")
-    shown = text.partition("report.json\n")[2].partition("```")[0].splitlines()
-    pytester.makepyfile(test_it=tests)
-    result = pytester.runpytest(
-        *LIGHT, "-v", "--gpu-card=16GiB,ctx=300MiB", "--gpu-report=json:report.json"
-    )
-
-    result.assert_outcomes(passed=2)
-    result.stdout.fnmatch_lines([each.replace("1.36 GiB", "*iB") for each in shown])
-    exec(script, {})  # noqa: S102  # the page's own
 
 
 def test_tests_beside_each_other_do_what_the_page_says(

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.instruments.equality import compare, difference
-from pytest_gpumem.instruments.portraits import portrait
+from pytest_gpumem.instruments.portraits import Opaque, portrait
 
 INF: Final = math.inf
 NAN: Final = math.nan
@@ -49,6 +49,20 @@ class OtherData:
     """A dataclass with the same fields."""
 
     logits: Any
+
+
+@dataclasses.dataclass(eq=False)
+class NoEquality:
+    """A dataclass that is equal to itself alone."""
+
+    logits: Any
+
+
+@attr.s(eq=False)
+class AttrsNoEquality:
+    """A class of attrs that is equal to itself alone."""
+
+    logits: Any = attr.ib()
 
 
 @attr.s
@@ -160,6 +174,14 @@ def _quantised(value: float) -> torch.Tensor:
 SAME: Final[dict[str, tuple[Any, Any]]] = {
     "tensors": (_t(1.0, 2.0), _t(1.0, 2.0)),
     "an error of rounding": (_t(1.0, 2.0), _t(1.00005, 2.0)),
+    "cancelled among numbers around 1": (
+        _t(1.0, 1.0, 0.0, 0.0, 0.0, 1e-3),
+        _t(1.00001, 1.00002, 5e-5, 5e-5, 5e-5, 1.05e-3),
+    ),
+    "cancelled among numbers around 100": (
+        _t(100.0, 100.0, 100.0, 0.1),
+        _t(100.001, 100.001, 100.001, 0.105),
+    ),
     "empty tensors": (torch.empty(0, 3), torch.empty(0, 3)),
     "half precision": (_t(1.0, 1000.3), _t(1.004, 1001.0, dtype=HALF)),
     "cancelled to zero in half precision": (_t(1e-3), _t(-4e-3, dtype=HALF)),
@@ -178,6 +200,7 @@ SAME: Final[dict[str, tuple[Any, Any]]] = {
     "integers": (_t(1, 2), _t(1, 2)),
     "truth values": (_t(True, False), _t(True, False)),  # values
     "complex": (_t(1 + 2j), _t(1.00001 + 2j)),
+    "sizes of complex": (_t(1j), _t(1j, dtype=torch.complex128)),
     "complex NaN": (_t(complex(NAN, 1)), _t(complex(NAN, 1))),
     "quantised": (_quantised(1.0), _quantised(1.0)),
     "quantised for floats": (_t(0.98, 1.0), _quantised(1.0)),
@@ -201,6 +224,7 @@ SAME: Final[dict[str, tuple[Any, Any]]] = {
     "half arrays": (np.array([1.0]), np.array([1.005], dtype=np.float16)),
     "arrays of another byte order": (np.array([1.0]), np.array([1.0], dtype=">f8")),
     "unsigned arrays": (np.array([1], np.uint16), np.array([1], np.uint16)),
+    "long arrays": (np.ones(1, np.longdouble), np.ones(1)),
     "arrays of text": (np.array(["a"]), np.array(["a"])),
     "times": (np.array(["NaT"], "M8[s]"), np.array(["NaT"], "M8[s]")),
     "records": (np.zeros(1, [("a", "f4")]), np.zeros(1, [("a", "f4")])),
@@ -236,6 +260,7 @@ SAME: Final[dict[str, tuple[Any, Any]]] = {
     "frozen modules": (_linear(), _frozen()),
     "objects": (Plain(started=1.0), Plain(started=2.0)),
     "objects with tensors": (Plain(a=_t(1.0), at=1.0), Plain(a=_t(1.0), at=2.0)),
+    "objects with times": (Plain(at=Opaque(int)), Plain(at=Opaque(float))),
     "private parts": (Plain(_scratch=_t(1.0)), Plain(_scratch=_t(2.0))),
     "objects with equality": (Number(1), Number(1)),
     "hostile objects": (Odd(), Odd()),
@@ -257,7 +282,33 @@ DIFFERENT: Final[dict[str, tuple[Any, Any, str]]] = {
         _t(1.1, dtype=HALF),
         "differs by 0.0996, more than the 0.04 that torch.float16 explains",
     ),
+    "more than bfloat16": (
+        _t(1.0),
+        _t(1.5, dtype=torch.bfloat16),
+        "differs by 0.5, more than the 0.2 that torch.bfloat16 explains",
+    ),
     "small gradients": (_t(3e-5, 2e-5), _t(6e-5, 4e-5), "differs by 3e-05"),
+    "more than float64": (
+        _t(1.0, dtype=torch.float64),
+        _t(1.00001, dtype=torch.float64),
+        "more than the 1.1e-06 that torch.float64 explains",
+    ),
+    "near zero in float64": (
+        _t(0.0, dtype=torch.float64),
+        _t(1e-6, dtype=torch.float64),
+        "more than the 1e-07 that torch.float64 explains",
+    ),
+    "near zero": (_t(0.0, 0.0), _t(5e-5, 0.0), "more than the 1e-05 that"),
+    "fewer bits": (
+        _t(1.0),
+        _t(2.0, dtype=torch.float8_e4m3fn),
+        "differs by 1, more than the 0.2 that torch.float8_e4m3fn explains",
+    ),
+    "beside numbers of another size": (
+        _t(1.0, 1.0, 1.0, 1000.0),
+        _t(1.002, 1.002, 1.002, 1000.01),
+        "differs by 0.002, more than the 0.00101 that",
+    ),
     "beside a huge value": (_t(0.5, 1e9), _t(0.9, 1e9), "at [0]: 0.89"),
     "beside huge values that differ": (
         _t(0.5, 0.5, 1e9),
@@ -327,6 +378,7 @@ DIFFERENT: Final[dict[str, tuple[Any, Any, str]]] = {
     "infinite numbers": (INF, -INF, "the result is -inf instead of inf"),
     "text and a number": ("1", 1, "is a number instead of a str"),
     "numbers of numpy": (np.float32(1.0), np.float32(1.1), "instead of np.float32(1.0"),
+    "numbers of numpy, not half": (np.float32(1.0), np.float32(1.005), "instead of"),
     "arrays": (np.ones(2), np.array([1.0, 3.0]), "first at [1]: 3.0 instead of 1.0"),
     "arrays of integers": (
         np.array([1]),
@@ -375,6 +427,17 @@ DIFFERENT: Final[dict[str, tuple[Any, Any, str]]] = {
     "sets of tensors": ({_t(1.0)}, {_t(2.0)}, "the result lacks tensor([1.])"),
     "named tuples": (Pair(_t(1.0)), Pair(_t(1.0), 2), "the result.label is 2 instead"),
     "dataclasses": (Data(_t(1.0)), Data(_t(2.0)), "the result.logits differs by 1"),
+    "words of a dataclass": (NoEquality("a"), NoEquality("b"), "logits is 'b' instead"),
+    "words of attrs": (
+        AttrsNoEquality("a"),
+        AttrsNoEquality("b"),
+        "logits is 'b' inst",
+    ),
+    "objects with arrays": (
+        Plain(a=np.ones(1)),
+        Plain(a=np.zeros(1)),
+        "the result.a differs by 1",
+    ),
     "other dataclasses": (Data(1), OtherData(1), "is a OtherData instead of a Data"),
     "attrs": (Attrs(_t(1.0)), Attrs(_t(2.0)), "the result.logits differs by 1"),
     "pydantic": (
@@ -491,14 +554,14 @@ def test_everything_equals_itself_in_half_precision(values: list[float]) -> None
 def test_where_tensors_lie_makes_no_difference() -> None:
     """The card's and the host's are the same; a portrait keeps nothing on the card."""
     with simulated_device("T4"):
-        values = [_t(1.0), {"a": _t(1, 2).t()}, Plain(a=_t(3.0)), Data(_t(1.0))]
+        values = [_t(1.0), {"a": _t(1, 2).t()}, Plain(a=_t(3.0)), {_t(1.0)}]
         here = portrait(values)
         there = portrait(
             [
                 _t(1.0).cuda(),
                 {"a": _t(1, 2).cuda()},
                 Plain(a=_t(3.0).cuda()),
-                Data(_t(1.0).cuda()),
+                {_t(1.0).cuda()},
             ]
         )
 
