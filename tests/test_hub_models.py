@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -500,6 +502,23 @@ def test_a_forked_child_leaves_the_folder_to_its_parent(
 
     assert root.is_dir()
     shutil.rmtree(root)
+
+
+def test_what_a_killed_run_left_goes_with_the_next(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a week: a younger folder may be in use."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name, age_s in (("old", 8 * 86400), ("young", 6 * 86400)):
+        folder = tmp_path / f"gpumem-hub-{name}"
+        folder.mkdir()
+        then = time.time() - age_s
+        os.utime(folder, (then, then))
+
+    with serve_models({"my-org/mine": config}):
+        pass
+
+    assert ["gpumem-hub-young"] == [each.name for each in tmp_path.glob("gpumem-*")]
 
 
 def test_nothing_is_left_behind(config: Path) -> None:

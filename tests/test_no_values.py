@@ -217,3 +217,21 @@ def test_an_unknown_option_value_is_a_usage_error(pytester: pytest.Pytester) -> 
 
     assert pytest.ExitCode.USAGE_ERROR == result.ret
     result.stderr.fnmatch_lines(["*--gpu-values: 'half'*computed, none*"])
+
+
+@pytest.mark.usefixtures("machine")
+def test_numbers_are_written_where_no_values_are_kept() -> None:
+    """Assigning, filling and masking with numbers need no value; clipping neither."""
+    target = torch.zeros(3, 4, device="cuda")
+    parameter = torch.nn.Parameter(torch.ones(3, device="cuda"))
+    parameter.grad = torch.ones(3, device="cuda")
+
+    target[..., 0] = 1.5
+    target[torch.tensor([0, 1])] = torch.tensor(1.0)
+    masked = target.masked_fill(target > 0, torch.tensor(1.0))
+    norm = torch.nn.utils.clip_grad_norm_([parameter], 1.0, foreach=True)
+
+    assert (3, 4) == tuple(masked.shape)
+    assert norm.is_cuda
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        target.copy_(torch.empty(3, 4, device="meta"))

@@ -78,6 +78,7 @@ def test_off_means_off(pytester: pytest.Pytester) -> None:
         ("--gpu-backend=gpu", "--gpu-backend: 'gpu' is no backend; accepted are auto,"),
         ("--gpu-backend=cuda", "--gpu-backend: backend 'cuda' was asked for, but "),
         ("--gpu-card=T5", "--gpu-card: card 'T5'*"),
+        ("--gpu-checkpoint=bert-hugee", "--gpu-checkpoint: model 'bert-hugee' is nei"),
         ("--gpu-budget=lots", "--gpu-budget: *'lots'*"),
         ("--gpu-budget=", "--gpu-budget: *''*"),
         ("--gpu-budget=0", "--gpu-budget: *'0'*"),
@@ -749,7 +750,7 @@ def test_options_and_markers_are_documented(pytester: pytest.Pytester) -> None:
 def test_the_checkpoint_option_names_the_models_folder(
     pytester: pytest.Pytester,
 ) -> None:
-    """--gpu-checkpoint puts another checkpoint in bert_large's place."""
+    """--gpu-checkpoint puts another in bert_large's place; a wrong one ends the run."""
     pytester.makepyfile(
         """
         def test_it(bert_large, make_checkpoint):
@@ -762,5 +763,5 @@ def test_the_checkpoint_option_names_the_models_folder(
     missing = pytester.runpytest_subprocess("--gpu-checkpoint=/nowhere")
 
     by_name.assert_outcomes(passed=1)
-    missing.assert_outcomes(errors=1)
-    missing.stdout.fnmatch_lines(["*/nowhere*"])
+    assert pytest.ExitCode.USAGE_ERROR == missing.ret
+    missing.stderr.fnmatch_lines(["*--gpu-checkpoint: model '/nowhere' is neither*"])

@@ -8,9 +8,11 @@ import pytest
 import torch  # an inner run would import it anew, which torch does not survive
 import transformers
 
-# The parts that register operators, which raises when it is done again.
+# An inner run drops what it is the first to import: torch's operators cannot be
+# registered twice, and classes of two imports do not fit together.
 assert torch.__version__
 assert transformers.BertForSequenceClassification is not None
+assert transformers.GPT2LMHeadModel is not None
 
 PLAIN = ("-p", "no:cacheprovider", "-W", "ignore")
 SCRIPT = """

@@ -269,3 +269,67 @@ def test_the_build_is_one_for_cuda() -> None:
     assert 12 <= int(version.split(".")[0])
     assert torch.backends.cuda.is_built()
     assert 90000 <= int(torch.backends.cudnn.version() or 0)
+
+
+# -- streams ----------------------------------------------------------------------------------
+
+
+def _held_on(stream: int) -> int:
+    """Return the bytes in use of the segments of a stream."""
+    segments = torch.cuda.memory_snapshot()
+    return sum(each["allocated_size"] for each in segments if each["stream"] == stream)
+
+
+def test_backward_runs_on_the_stream_of_its_forward() -> None:
+    """Gradients are of the forward's stream, which hooks and functions find current."""
+    seen: list[int] = []
+
+    def note(_grad: Any) -> None:
+        seen.append(torch.cuda.current_stream().cuda_stream)
+
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(_ctx: Any, source: torch.Tensor) -> torch.Tensor:
+            return source * 2
+
+        @staticmethod
+        def backward(_ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            note(grad)
+            return grad * 2
+
+    stream = torch.cuda.Stream()
+    leaf = torch.ones(MIB, device="cuda", requires_grad=True)
+    with torch.cuda.stream(stream):
+        inner = leaf.sin()
+        doubled = Doubled.apply(inner)  # type: ignore[no-untyped-call]  # torch's
+    inner.register_hook(note)
+    outer = doubled * 3
+    outer.register_hook(note)
+
+    before = _held_on(stream.cuda_stream)
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        outer.sum().backward()
+    assert [0, stream.cuda_stream, stream.cuda_stream] == seen
+    # The leaf's gradient, beside what the forward left there.
+    assert 4 * MIB == _held_on(stream.cuda_stream) - before
+    assert 0 == torch.cuda.current_stream().cuda_stream
+
+
+def test_lists_are_grouped_by_card() -> None:
+    """Foreach functions see each card's tensors as a group of its own."""
+    with simulated_device("T4*2"):
+        parameters = [
+            torch.nn.Parameter(torch.ones(2, device=f"cuda:{index}"))
+            for index in (0, 1, 0)
+        ]
+        for each in parameters:
+            each.grad = torch.ones_like(each)
+        torch.optim.AdamW(parameters, lr=0.5, weight_decay=0).step()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
+
+        assert [[0.5, 0.5]] * 3 == [
+            [round(value, 4) for value in each.tolist()] for each in parameters
+        ]
+        assert 6**0.5 == pytest.approx(norm.item())
+        assert "cuda" == torch._C._get_accelerator().type

@@ -51,6 +51,10 @@ def _add_to_a_host_total(x: Any) -> None:
         (lambda x: torch.equal(x, x.cpu()), "got other is on cpu"),
         (lambda x: torch.equal(x[0, 0], x[0, 0].cpu()), "got other is on cpu"),
         (lambda x: x + x.to("cuda:1"), "cuda:0 and cuda:1!"),
+        (
+            lambda x: torch._foreach_mul_([x], HOST),
+            "scalar tensor expected to be on cud",
+        ),
         (lambda x: torch.ones(3, 3) @ x.t(), "got mat2 is on cuda:0, .* on cpu"),
         (
             lambda x: functional.conv1d(torch.ones(1, 2, 3), x[:, :2, None]),

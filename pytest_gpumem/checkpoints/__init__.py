@@ -199,10 +199,23 @@ def resolve_checkpoint(
     path = Path(name_or_path)
     if not path.is_dir():
         return make_checkpoint(name_or_path, cache_dir=cache_dir, progress=progress)
+    check_checkpoint(path)
+    return path
+
+
+def check_checkpoint(name_or_path: str | os.PathLike[str]) -> None:
+    """Refuse what ``resolve_checkpoint`` would refuse; nothing is built.
+
+    Raises:
+        CheckpointError: Neither a whole checkpoint's folder nor a known name.
+    """
+    path = Path(name_or_path)
+    if not path.is_dir():
+        model_spec(name_or_path, architecture=None)
+        return
     reason = missing_weights(path)
     if reason is not None:
         raise CheckpointError(f"{path} is no checkpoint: {reason}")
-    return path
 
 
 def _check(option: str, value: str, accepted: tuple[str, ...]) -> None:

@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import tempfile
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,6 +20,11 @@ from pytest_gpumem.inheritance import HUB_VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping
+
+
+_PREFIX: Final = "gpumem-hub-"
+#: No run takes a week; what is older was left by one that was killed.
+_OLD_S: Final = 7 * 86400.0
 
 
 class Service:
@@ -63,7 +69,8 @@ class Service:
     ) -> None:
         """Serve these from here on, beside those that are served already."""
         if self._root is None:
-            self._root = Path(tempfile.mkdtemp(prefix="gpumem-hub-"))
+            _remove_left()
+            self._root = Path(tempfile.mkdtemp(prefix=_PREFIX))
             self._made_by = os.getpid()
         merged = dict(self.models)
         for model in models:
@@ -100,6 +107,17 @@ class Service:
             cache = own_cache()
             self._own[model.name] = any(_is_whole(cache, each) for each in model.names)
         return self._own[model.name]
+
+
+def _remove_left() -> None:
+    """Remove folders that killed runs of this user have left, once they are old."""
+    user = os.getuid() if hasattr(os, "getuid") else None
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with suppress(OSError):
+            about = folder.lstat()
+            is_ours = user is None or about.st_uid == user
+            if is_ours and time.time() - about.st_mtime > _OLD_S:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def own_cache() -> Path:

@@ -7,31 +7,25 @@ needs to free the memory.
 
 from __future__ import annotations
 
+import contextvars
 import gc
-import itertools
 import logging
-import sys
 import threading
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import (
-    BuiltinFunctionType,
-    CellType,
-    CoroutineType,
     FrameType,
-    FunctionType,
-    GeneratorType,
     ModuleType,
-    TracebackType,
 )
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-import torch
-
+from pytest_gpumem.instruments.hidden import HiddenHolders, Place, living_tensors
+from pytest_gpumem.instruments.holder_words import path_in_words, runs, tensor_words
 from pytest_gpumem.sizes import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+
+    import torch
 
     from pytest_gpumem.devices import Device
 
@@ -40,9 +34,24 @@ _DEPTH: Final = 24
 _BREADTH: Final = 4000
 #: How many tensors are traced; the largest come first.
 _TRACED: Final = 3
+#: How many objects are looked at on the way, in all.
+_VISITED: Final = 20_000
+_NOBODY: Final = (
+    "no Python object that can be named (a graph of autograd, or C++ at work)"
+)
 #: How the words for what a cycle holds begin.
 CYCLE: Final = "a reference cycle, which only a collection frees"
 _OURS: Final = str(Path(__file__).parent)
+
+
+#: What needs no holder.
+_ROOTS: Final = (
+    ModuleType,
+    logging.LogRecord,
+    threading.Thread,
+    contextvars.Context,
+    Place,
+)
 
 
 class Held(NamedTuple):
@@ -74,13 +83,15 @@ def find_holders(device: Device, before: Iterable[int] = ()) -> list[Held]:
         device: Knows the size of a block.
         before: Addresses of storages to leave out; see ``blocks_on_cards``.
 
-    Limits: what only C++ holds (a graph's saved tensors) is named by its graph node
-    where Python can see that, else not at all.
+    Limits: what only C++ holds beside gradients and graphs is not named, nor what the
+    interpreter keeps to itself (arguments of ``atexit.register``).
     """
     found: list[Held] = []
+    hidden: HiddenHolders | None = None
     for nbytes, tensor, ignored in _largest(device, before):
-        holder = describe_holder(tensor, ignored=[ignored])
-        found.append(Held(nbytes, _words(tensor), holder))
+        hidden = HiddenHolders(_is_ours) if hidden is None else hidden
+        holder = _holder(tensor, ignored, hidden)
+        found.append(Held(nbytes, tensor_words(tensor), holder))
     return found
 
 
@@ -95,10 +106,20 @@ def find_cycles(device: Device, before: Iterable[int] = ()) -> list[Held]:
     """
     found: list[Held] = []
     for nbytes, tensor, ignored in _largest(device, before):
-        holder = describe_holder(tensor, ignored=[ignored])
+        holder = _holder(tensor, ignored)
         if holder.startswith(CYCLE):
-            found.append(Held(nbytes, _words(tensor), holder))
+            found.append(Held(nbytes, tensor_words(tensor), holder))
     return found
+
+
+def _holder(
+    tensor: torch.Tensor, ignored: Any, hidden: HiddenHolders | None = None
+) -> str:
+    """Return who holds a tensor; a class of the program's may not want to be asked."""
+    try:
+        return describe_holder(tensor, ignored=[ignored], hidden=hidden)
+    except Exception as error:  # noqa: BLE001  # whatever it is, a verdict is due
+        return f"what holds it cannot be looked at: {type(error).__name__}"
 
 
 def _largest(
@@ -121,57 +142,71 @@ def _largest(
 
 
 def _tensors() -> list[torch.Tensor]:
-    return [
-        each
-        for each in gc.get_objects()
-        if issubclass(type(each), torch.Tensor) and each.is_cuda
-    ]
+    return [each for each in living_tensors() if each.is_cuda]
 
 
-def _words(tensor: torch.Tensor) -> str:
-    shape = "x".join(map(str, tensor.shape)) or "scalar"
-    kind = "gradient-tracked " if tensor.grad_fn is not None else ""
-    return f"{kind}{shape} {str(tensor.dtype).removeprefix('torch.')}"
-
-
-def describe_holder(value: Any, *, ignored: Iterable[Any] = ()) -> str:
+def describe_holder(
+    value: Any, *, ignored: Iterable[Any] = (), hidden: HiddenHolders | None = None
+) -> str:
     """Return the shortest way from an object to what keeps it alive, in words.
 
     Args:
         value: The object.
         ignored: Objects of the caller's own that hold it too.
+        hidden: What the collector does not show, if it was looked for already.
     """
+    hidden = HiddenHolders(_is_ours) if hidden is None else hidden
+    left_out = [hidden.holders, *ignored]
+    found = _search(value, hidden, left_out)
+    if found.startswith(CYCLE) or found == _NOBODY:
+        hidden.add_graphs()
+        of_graphs = _search(value, hidden, left_out)
+        found = found if of_graphs == _NOBODY else of_graphs
+    return found
+
+
+def _search(value: Any, hidden: HiddenHolders, left_out: list[Any]) -> str:
+    """Return the way in words; what graphs hold has to be added to the hidden."""
     parents: dict[int, Any] = {}
     visited = [value]
-    seen = {id(value), id(parents), id(visited), *map(id, ignored)}
+    seen = {id(value), id(parents), id(visited), id(left_out), *map(id, left_out)}
     level = [value]
     seen.add(id(seen))
     for _ in range(_DEPTH):
-        referrers = _referrers(level, seen)
+        referrers = _referrers(level, seen, hidden)
         next_level = []
         for child, holder in referrers:
             seen.add(id(holder))
             parents[id(holder)] = child
             if _is_root(holder):
-                return _path(_way(holder, parents, value))
+                return path_in_words(_way(holder, parents, value))
             next_level.append(holder)
             visited.append(holder)
         level = next_level[:_BREADTH]
         del referrers, next_level
-        if not level:
+        if not level or len(visited) > _VISITED:
             break
     cycle = _cycle(visited)
     if cycle:
-        return f"{CYCLE}: {_path(cycle)}"
-    return "no Python object that can be named (a graph of autograd, or C++ at work)"
+        return f"{CYCLE}: {path_in_words(cycle)}"
+    return _NOBODY
 
 
-def _referrers(level: list[Any], seen: set[int]) -> list[tuple[Any, Any]]:
+def _referrers(
+    level: list[Any], seen: set[int], hidden: HiddenHolders
+) -> list[tuple[Any, Any]]:
     """Return pairs of an object of the level and one that refers to it."""
     members = {id(each) for each in level}
-    pairs = []
+    pairs = [
+        (child, holder)
+        for child in level
+        for holder in hidden.of(child)
+        if id(holder) not in seen
+    ]
     for holder in gc.get_referrers(*level):
-        if id(holder) in seen or holder is level or _is_ours(holder):
+        if id(holder) in seen or holder is level or holder is pairs:
+            continue
+        if _is_ours(holder):
             continue
         child = next(
             (each for each in gc.get_referents(holder) if id(each) in members), None
@@ -184,26 +219,13 @@ def _referrers(level: list[Any], seen: set[int]) -> list[tuple[Any, Any]]:
 def _is_ours(holder: Any) -> bool:
     if isinstance(holder, FrameType):
         return holder.f_code.co_filename.startswith(_OURS)
-    return isinstance(holder, BuiltinFunctionType)
+    return False
 
 
 def _is_root(holder: Any) -> bool:
-    return isinstance(holder, (ModuleType, logging.LogRecord, threading.Thread)) or (
-        isinstance(holder, FrameType) and _runs(holder)
+    return isinstance(holder, _ROOTS) or (
+        isinstance(holder, FrameType) and runs(holder)
     )
-
-
-def _runs(frame: FrameType) -> bool:
-    current: FrameType | None = None
-    for running in sys._current_frames().values():  # noqa: SLF001  # the documented way to see other threads
-        current = running
-        while current is not None and current is not frame:
-            current = current.f_back
-        if current is frame:
-            break
-    # The last of them is this very frame: it would be a cycle that holds the tensors.
-    del running
-    return current is frame
 
 
 def _way(root: Any, parents: dict[int, Any], value: Any) -> list[Any]:
@@ -234,116 +256,3 @@ def _cycle(visited: list[Any]) -> list[Any]:
             return [by_id[each] for each in [*way, around]]
         way.append(above[0])
     return []
-
-
-def _path(chain: list[Any]) -> str:
-    """Return the way from a value to its holder, in words."""
-    steps = []
-    names: list[str] = []
-    for child, holder in itertools.pairwise(chain):
-        if isinstance(holder, dict) and _is_registry(holder, chain):
-            names.insert(0, str(_key(holder, child)))
-        elif isinstance(holder, torch.nn.Module) and names:
-            if _is_inside_another(holder, chain):
-                continue
-            steps.append(f"{'.'.join(names)!r} of {type(holder).__name__}")
-            names = []
-        elif not (isinstance(child, dict) and _is_registry(child, chain)):
-            steps.append(_step(holder, child))
-    return ", ".join(step for step in steps if step)
-
-
-def _is_registry(holder: dict[Any, Any], chain: list[Any]) -> bool:
-    """Tell whether a dictionary is where a module of the chain keeps its parts."""
-    return any(
-        any(holder is registry for registry in _registries(each))
-        for each in chain
-        if isinstance(each, torch.nn.Module)
-    )
-
-
-def _is_inside_another(module: torch.nn.Module, chain: list[Any]) -> bool:
-    return any(
-        _key(each._modules, module) is not None  # noqa: SLF001  # torch's registry of parts
-        for each in chain
-        if isinstance(each, torch.nn.Module)
-    )
-
-
-def _registries(module: torch.nn.Module) -> tuple[Any, ...]:
-    return module._parameters, module._buffers, module._modules  # noqa: SLF001  # torch's registries of parts
-
-
-def _step(holder: Any, child: Any) -> str:
-    """Return how one object holds another, in words; empty for mere containers."""
-    for kinds, describe in _WORDS:
-        if isinstance(holder, kinds):
-            return describe(holder, child)
-    name = _key(getattr(holder, "__dict__", {}), child)
-    kind = type(holder).__name__
-    return f"attribute {name!r} of a {kind}" if name else f"a {kind}"
-
-
-def _frame(holder: FrameType, child: Any) -> str:
-    code = holder.f_code
-    place = f"{code.co_name} ({Path(code.co_filename).name}:{holder.f_lineno})"
-    name = _key(holder.f_locals, child)
-    state = "running " if _runs(holder) else ""
-    return f"local {name!r} of {state}{place}" if name else f"{state}{place}"
-
-
-def _traceback(_holder: TracebackType, child: Any) -> str:
-    return "a traceback" if isinstance(child, FrameType) else ""
-
-
-def _error(holder: BaseException, _child: Any) -> str:
-    return f"{type(holder).__name__}({str(holder)[:60]!r})"
-
-
-def _record(holder: logging.LogRecord, _child: Any) -> str:
-    return (
-        f"a log record of logger {holder.name!r} ({holder.getMessage()[:60]!r}), kept "
-        "by a handler (pytest's log capture keeps records until teardown)"
-    )
-
-
-def _module(holder: ModuleType, child: Any) -> str:
-    return "" if child is vars(holder) else f"module {holder.__name__}"
-
-
-def _mapping(holder: Mapping[Any, Any], child: Any) -> str:
-    key = _key(holder, child)
-    module = sys.modules.get(str(holder.get("__name__")))
-    if module is not None and vars(module) is holder:
-        return f"global {key!r} of {holder['__name__']}"
-    return f"entry {key!r}" if key else ""
-
-
-def _container(holder: Any, _child: Any) -> str:
-    return f"a {type(holder).__name__} of {len(holder)}"
-
-
-_WORDS: Final[tuple[tuple[Any, Callable[[Any, Any], str]], ...]] = (
-    (FrameType, _frame),
-    (TracebackType, _traceback),
-    (BaseException, _error),
-    (logging.LogRecord, _record),
-    (ModuleType, _module),
-    (Mapping, _mapping),
-    (CellType, lambda _holder, _child: "a closure"),
-    (FunctionType, lambda holder, _child: f"function {holder.__qualname__}"),
-    (
-        (GeneratorType, CoroutineType),
-        lambda holder, _child: f"suspended {holder.__qualname__}",
-    ),
-    (threading.Thread, lambda holder, _child: f"thread {holder.name!r}"),
-    ((list, tuple, set, frozenset), _container),
-)
-
-
-def _key(mapping: Mapping[Any, Any], child: Any) -> str | None:
-    """Return under which key a mapping has an object; None if it has not."""
-    for key, item in list(mapping.items()):
-        if item is child:
-            return str(key)
-    return None

@@ -45,6 +45,14 @@ def parse_size_spec(text: str) -> Any:
     return parse_size_spec(text)
 
 
+def parse_checkpoint(text: str) -> str:
+    """Read ``--gpu-checkpoint``: what can be built, or is there; it stays as it is."""
+    from pytest_gpumem.checkpoints import check_checkpoint  # noqa: PLC0415  # see above
+
+    check_checkpoint(text)
+    return text
+
+
 def parse_tolerance(text: str) -> Any:
     """Read ``--gpu-compare-fail``."""
     from pytest_gpumem.baselines.gate import Tolerance  # noqa: PLC0415  # see above

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from pytest_gpumem.plugin.option_values import (
     find_card,
     parse_backend,
+    parse_checkpoint,
     parse_count,
     parse_folder,
     parse_points,
@@ -271,7 +272,7 @@ OPTIONS: Final = (
         "--gpu-checkpoint",
         "NAME_OR_DIR",
         "bert-large",
-        str,
+        parse_checkpoint,
         "what the bert_large fixture gives: a folder with a checkpoint, or the name "
         "of one to build",
     ),

@@ -235,7 +235,7 @@ class SimulatedDevice:
     def fail_allocation(self, index: int, nbytes: int) -> str:
         """Fail a request as the allocator does; return its words."""
         card = self.machine.cards[index]
-        stream = self.machine.current_stream(index)
+        stream = self.machine.streams.current(index)
         try:
             with card.locked() as allocator:
                 allocator.malloc(nbytes, stream, refuse=True)

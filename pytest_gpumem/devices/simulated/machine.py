@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from pytest_gpumem.devices.simulated.card import SimulatedCard
+from pytest_gpumem.devices.simulated.current_streams import Streams
 from pytest_gpumem.errors import DeviceUnavailableError
 from pytest_gpumem.model.allocator import OutOfMemory
 from pytest_gpumem.model.config import AllocatorConfig, config_from_environment
@@ -81,6 +82,7 @@ class SimulatedMachine:
         self.oom_observers: list[Callable[[int, int], None]] = []
         #: User code's, as torch calls them: card, segment bytes, limit, free bytes.
         self.user_oom_observers: list[Callable[[int, int, int, int], object]] = []
+        self.streams: Final = Streams()
         self._local = threading.local()
 
     @property
@@ -147,17 +149,6 @@ class SimulatedMachine:
         if not 0 <= index < len(self.cards):
             raise RuntimeError(INVALID_ORDINAL)
         return self.cards[index]
-
-    def current_stream(self, index: int) -> int:
-        """Return the handle of the thread's current stream on a device."""
-        streams: dict[int, int] = getattr(self._local, "streams", {})
-        return streams.get(index, 0)
-
-    def set_stream(self, index: int, stream: int) -> None:
-        """Make a stream current on a device, for the calling thread."""
-        if not hasattr(self._local, "streams"):
-            self._local.streams = {}
-        self._local.streams[index] = stream
 
     def start_history(self, history: History) -> None:
         """Keep every change of memory from here on."""

@@ -62,7 +62,7 @@ def allocate(card: SimulatedCard, nbytes: int) -> Block:
             context of the model's, as the real allocator's does not.
     """
     __tracebackhide__ = True
-    stream = card.machine.current_stream(card.index)
+    stream = card.machine.streams.current(card.index)
     return _with_torchs_error(card, lambda: card.allocate(nbytes, stream))
 
 
@@ -73,7 +73,7 @@ def hold_workspace(card: SimulatedCard, handle: object) -> None:
         torch.OutOfMemoryError: There is no room for it.
     """
     __tracebackhide__ = True
-    stream = card.machine.current_stream(card.index)
+    stream = card.machine.streams.current(card.index)
     if (handle, stream) not in card.workspaces:
         _with_torchs_error(card, lambda: card.hold_workspace(handle, stream))
 

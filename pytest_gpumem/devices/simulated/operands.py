@@ -238,7 +238,9 @@ def check_devices(func: Any, args: Any, kwargs: Any, operands: Operands) -> None
             return
     places = _places(func, args, kwargs)
     base = name if name.endswith("__") else name.removesuffix("_")
-    if base in UNCHECKED or func.namespace != "aten":
+    if base.startswith("_foreach_"):
+        _check_foreach(func, base, places)
+    elif base in UNCHECKED or func.namespace != "aten":
         _check_iterated(func, base, places)
     elif name in _CONVOLUTIONS:
         _check_convolution(places)
@@ -307,6 +309,20 @@ def _check_iterated(func: Any, name: str, places: list[_Place]) -> None:
             "Expected all tensors to be on the same device, but found at least two "
             f"devices, {card} and {each.device}!"
         )
+
+
+def _check_foreach(func: Any, name: str, places: list[_Place]) -> None:
+    """Check lists as their elements; a number for all of them is the card's.
+
+    Source: ``aten/src/ATen/native/cuda/ForeachBinaryOpScalarTensor.cu``.
+    """
+    number = places[-1]
+    if func._overloadname == "Tensor" and number.device != places[0].device:
+        raise RuntimeError(
+            f"scalar tensor expected to be on {places[0].device} but is on "
+            f"{number.device}"
+        )
+    _check_iterated(func, name, places)
 
 
 def _check_common(name: str, places: list[_Place]) -> None:

@@ -51,7 +51,9 @@ def _copy_(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
     if not isinstance(source, torch.Tensor):
         target._value.fill_(source)  # a number
     elif not isinstance(source, SimulatedTensor):
-        if source.is_meta:
+        # Where no values are kept C++ makes the number of ``x[...] = 1`` on meta.
+        keeps_none = target._card.value_device == "meta" and not any(source.stride())
+        if source.is_meta and not keeps_none:
             raise NotImplementedError("Cannot copy out of meta tensor; no data!")
         if not target._value.is_contiguous() and source.dim() > 0:
             staging = Memory(target._card, target._value.nbytes)

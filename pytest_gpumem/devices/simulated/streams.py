@@ -90,12 +90,12 @@ class Stream:
 
     def __enter__(self) -> Stream:  # noqa: PYI034  # Self needs Python 3.11
         machine = current_machine()
-        self._outer = machine.current_stream(self.device_index)
-        machine.set_stream(self.device_index, self.stream_id)
+        self._outer = machine.streams.current(self.device_index)
+        machine.streams.set(self.device_index, self.stream_id)
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        current_machine().set_stream(self.device_index, self._outer)
+        current_machine().streams.set(self.device_index, self._outer)
 
     def __eq__(self, other: object) -> bool:
         return (

@@ -14,6 +14,7 @@ import torch
 from pytest_gpumem.devices.simulated import rng
 from pytest_gpumem.devices.simulated.collectives import C_COLLECTIVES
 from pytest_gpumem.devices.simulated.history import History
+from pytest_gpumem.devices.simulated.lists import grouping
 from pytest_gpumem.devices.simulated.machine import card_of, current_machine
 from pytest_gpumem.devices.simulated.properties import DeviceProperties
 from pytest_gpumem.devices.simulated.refusals import C_REFUSALS
@@ -162,7 +163,7 @@ def _settings() -> dict[str, Any]:
 
 def _current_stream(index: int) -> tuple[int, int, int]:
     card = card_of(None if index < 0 else index)
-    return stream_triple(card.index, current_machine().current_stream(card.index))
+    return stream_triple(card.index, current_machine().streams.current(card.index))
 
 
 def _default_stream(index: int) -> tuple[int, int, int]:
@@ -170,7 +171,7 @@ def _default_stream(index: int) -> tuple[int, int, int]:
 
 
 def _set_stream(*, stream_id: int, device_index: int, device_type: int) -> None:  # noqa: ARG001  # torch's keywords
-    current_machine().set_stream(device_index, stream_id)
+    current_machine().streams.set(device_index, stream_id)
     current_machine().current_index = device_index
 
 
@@ -267,7 +268,7 @@ def _mem_get_info(index: int | None) -> tuple[int, int]:
 def _stream_of(index: int | None) -> Stream:
     card = card_of(None if index is None or index < 0 else index)
     return Stream(
-        stream_id=current_machine().current_stream(card.index), device_index=card.index
+        stream_id=current_machine().streams.current(card.index), device_index=card.index
     )
 
 
@@ -368,6 +369,8 @@ C_FUNCTIONS: Final[dict[str, Any]] = {
     **C_REFUSALS,
     **C_COLLECTIVES,
     "_accelerator_getAccelerator": lambda: torch.device("cuda"),
+    "_get_accelerator": lambda _check=None: torch.device("cuda"),
+    "_group_tensors_by_device_and_dtype": grouping,
     "_accelerator_getDeviceIndex": lambda: card_of(None).index,
     "_accelerator_setDeviceIndex": _set_device,
     "_accelerator_exchangeDevice": _exchange_device,

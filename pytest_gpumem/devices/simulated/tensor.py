@@ -107,6 +107,8 @@ def make(value: torch.Tensor, card: SimulatedCard) -> SimulatedTensor:
     if value.layout is not torch.strided:
         refuse("a sparse tensor")
     storage = value.untyped_storage()
+    if card.machine.streams.are_used:
+        card.machine.streams.note_result(card.index)
     if not hasattr(storage, "_gpumem"):
         charge(storage, card)
     tensor: SimulatedTensor = _make_subclass(

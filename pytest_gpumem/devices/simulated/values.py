@@ -127,6 +127,12 @@ def _is_of(value: Any, dtypes: set[torch.dtype]) -> bool:
     return isinstance(value, torch.Tensor) and value.dtype in dtypes
 
 
+def _without_value(value: Any) -> Any:
+    """Return a single number of the host as a shape; meta kernels refuse to mix."""
+    is_number = isinstance(value, torch.Tensor) and value.dim() == 0 and value.is_cpu
+    return value.to("meta") if is_number else value
+
+
 def run(
     func: Any,
     args: Any,
@@ -151,6 +157,8 @@ def run(
         UnsupportedOnSimulatedDeviceError: The operator has no CPU kernel.
     """
     compute = func if compute is None else compute
+    if card.value_device == "meta":
+        args = [_without_value(each) for each in args]
     try:
         if draws:
             with rng.drawing_for(card):

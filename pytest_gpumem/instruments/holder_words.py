@@ -1,0 +1,288 @@
+"""The way from a tensor to its holder, in words."""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import itertools
+import logging
+import sys
+import threading
+import weakref
+from collections import deque
+from pathlib import Path
+from types import (
+    AsyncGeneratorType,
+    BuiltinFunctionType,
+    CellType,
+    CoroutineType,
+    FrameType,
+    FunctionType,
+    GeneratorType,
+    MemberDescriptorType,
+    ModuleType,
+    TracebackType,
+)
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from pytest_gpumem.instruments.hidden import Place, base_of
+from pytest_gpumem.stacks import variables_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def tensor_words(tensor: torch.Tensor) -> str:
+    """Return a tensor's shape and type."""
+    shape = "x".join(map(str, tensor.shape)) or "scalar"
+    kind = "gradient-tracked " if tensor.grad_fn is not None else ""
+    return f"{kind}{shape} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def runs(frame: FrameType) -> bool:
+    """Tell whether a frame is one of a thread's."""
+    current: FrameType | None = None
+    for running in sys._current_frames().values():  # noqa: SLF001  # the documented way to see other threads
+        current = running
+        while current is not None and current is not frame:
+            current = current.f_back
+        if current is frame:
+            break
+    # The last of them is this very frame: it would be a cycle that holds the tensors.
+    del running
+    return current is frame
+
+
+def path_in_words(chain: list[Any]) -> str:
+    """Return the way from a value to its holder, in words."""
+    # Parts of a context's map are no names to anybody.
+    chain = [each for each in chain if not type(each).__name__.startswith("hamt")]
+    steps = []
+    names: list[str] = []
+    attribute = None
+    for place, (child, holder) in enumerate(itertools.pairwise(chain)):
+        above = chain[place + 2] if place + 2 < len(chain) else None
+        if isinstance(holder, dict) and _is_registry(holder, chain):
+            names.insert(0, str(_key(holder, child)))
+        elif isinstance(holder, torch.nn.Module) and names:
+            if not _is_inside_another(holder, chain):
+                steps.append(f"{'.'.join(names)!r} of {type(holder).__name__}")
+                names = []
+        elif isinstance(child, dict) and _is_registry(child, chain):
+            continue
+        elif isinstance(holder, dict) and _owns(above, holder):
+            attribute = _key(holder, child)
+        elif attribute is not None:
+            steps.append(f"attribute {attribute!r} of {_noun(holder)}")
+            attribute = None
+        else:
+            steps.append(_step(holder, child))
+    return ", ".join(step for step in steps if step)
+
+
+def _owns(owner: Any, mapping: dict[Any, Any]) -> bool:
+    """Tell whether a dictionary is where an object has its attributes."""
+    if isinstance(owner, type):
+        return mapping.keys() == vars(owner).keys()
+    return not isinstance(owner, ModuleType) and _dictionary(owner) is mapping
+
+
+def _noun(holder: Any) -> str:
+    if isinstance(holder, type):
+        return f"class {holder.__qualname__}"
+    if isinstance(holder, FunctionType):
+        return f"function {holder.__qualname__}"
+    if isinstance(holder, torch.Tensor):
+        return f"a {tensor_words(holder)}"
+    if isinstance(holder, threading.Thread):
+        return _thread(holder, None)
+    return f"a {type(holder).__name__}"
+
+
+def _is_registry(holder: dict[Any, Any], chain: list[Any]) -> bool:
+    """Tell whether a dictionary is where a module of the chain keeps its parts."""
+    return any(
+        any(holder is registry for registry in _registries(each))
+        for each in chain
+        if isinstance(each, torch.nn.Module)
+    )
+
+
+def _is_inside_another(module: torch.nn.Module, chain: list[Any]) -> bool:
+    return any(
+        _key(each._modules, module) is not None  # noqa: SLF001  # torch's registry of parts
+        for each in chain
+        if isinstance(each, torch.nn.Module)
+    )
+
+
+def _registries(module: torch.nn.Module) -> tuple[Any, ...]:
+    return module._parameters, module._buffers, module._modules  # noqa: SLF001  # torch's registries of parts
+
+
+def _step(holder: Any, child: Any) -> str:
+    """Return how one object holds another, in words; empty for mere containers."""
+    for kinds, describe in _WORDS:
+        if isinstance(holder, kinds):
+            return describe(holder, child)
+    kind = type(holder).__name__
+    name = _attribute(holder, child)
+    return f"attribute {name!r} of a {kind}" if name else f"a {kind}"
+
+
+def _attribute(holder: Any, child: Any) -> str | None:
+    """Return the name under which an object has another, in its dictionary or a slot."""
+    name = _key(_dictionary(holder), child)
+    if name is not None:
+        return name
+    for kind in type(holder).__mro__:
+        for slot, member in vars(kind).items():
+            if isinstance(member, MemberDescriptorType):
+                try:
+                    if member.__get__(holder) is child:
+                        return slot
+                except AttributeError:
+                    continue  # it is not set
+    return None
+
+
+def _dictionary(holder: Any) -> dict[str, Any]:
+    try:
+        found = object.__getattribute__(holder, "__dict__")
+    except AttributeError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _frame(holder: FrameType, child: Any) -> str:
+    code = holder.f_code
+    place = f"{code.co_name} ({Path(code.co_filename).name}:{holder.f_lineno})"
+    name = _key(variables_of(holder), child)
+    state = "running " if runs(holder) else ""
+    return f"local {name!r} of {state}{place}" if name else f"{state}{place}"
+
+
+def _traceback(_holder: TracebackType, child: Any) -> str:
+    return "a traceback" if isinstance(child, FrameType) else ""
+
+
+def _error(holder: BaseException, _child: Any) -> str:
+    return f"{type(holder).__name__}({str(holder)[:60]!r})"
+
+
+def _record(holder: logging.LogRecord, _child: Any) -> str:
+    return (
+        f"a log record of logger {holder.name!r} ({holder.getMessage()[:60]!r}), kept "
+        "by a handler (pytest's log capture keeps records until teardown)"
+    )
+
+
+def _module(holder: ModuleType, child: Any) -> str:
+    return "" if child is vars(holder) else f"module {holder.__name__}"
+
+
+def _mapping(holder: dict[Any, Any], child: Any) -> str:
+    key = _key(holder, child)
+    module = sys.modules.get(str(holder.get("__name__")))
+    if module is not None and vars(module) is holder:
+        return f"global {key!r} of {holder['__name__']}"
+    return f"entry {key!r}" if key else ""
+
+
+def _container(holder: Any, _child: Any) -> str:
+    return f"a {type(holder).__name__} of {len(holder)}"
+
+
+def _function(holder: FunctionType, child: Any) -> str:
+    name = f"function {holder.__qualname__}"
+    defaults = (holder.__defaults__, holder.__kwdefaults__)
+    is_default = any(child is each for each in defaults if each is not None)
+    return f"a default argument of {name}" if is_default else name
+
+
+def _suspended(holder: Any, child: Any) -> str:
+    names = ("gi_frame", "cr_frame", "ag_frame")
+    frame = next(filter(None, (getattr(holder, name, None) for name in names)), None)
+    name = None if frame is None else _key(variables_of(frame), child)
+    what = f"suspended {holder.__qualname__}"
+    return f"local {name!r} of {what}" if name else what
+
+
+def _thread(holder: threading.Thread, _child: Any) -> str:
+    return f"thread {holder.name!r}"
+
+
+def _class(holder: type, child: Any) -> str:
+    is_attributes = isinstance(child, dict) and child.keys() == vars(holder).keys()
+    return f"class {holder.__qualname__}" if is_attributes else holder.__qualname__
+
+
+def _tensor(holder: torch.Tensor, child: Any) -> str:
+    words = tensor_words(holder)
+    if isinstance(child, torch.Tensor):
+        if holder.is_leaf and holder.grad is child:
+            return f"gradient of a {words}"
+        if base_of(holder) is child:
+            return f"a view, {words}"
+    name = _key(_dictionary(holder), child)
+    if name:
+        return f"attribute {name!r} of a {words}"
+    if holder.grad_fn is None:
+        return f"a {words}"
+    return f"saved for backward, graph of a {words}"
+
+
+def _context(holder: contextvars.Context, child: Any) -> str:
+    names = [
+        f"{variable.name!r}" for variable, value in holder.items() if value is child
+    ]
+    return f"context variable {names[0]}" if names else "a context variable"
+
+
+def _partial(holder: functools.partial[Any], _child: Any) -> str:
+    name = getattr(holder.func, "__qualname__", repr(holder.func))
+    return f"an argument of functools.partial({name})"
+
+
+def _finalizer(holder: Any, _child: Any) -> str:
+    name = getattr(holder.func, "__qualname__", "a function")
+    return f"an argument of weakref.finalize(…, {name})"
+
+
+_LRU: Final = type(functools.lru_cache(tensor_words))
+_WORDS: Final[tuple[tuple[Any, Callable[[Any, Any], str]], ...]] = (
+    (FrameType, _frame),
+    (TracebackType, _traceback),
+    (BaseException, _error),
+    (logging.LogRecord, _record),
+    (ModuleType, _module),
+    (dict, _mapping),
+    (BuiltinFunctionType, lambda holder, _child: f"method {holder.__name__!r}"),
+    (CellType, lambda _holder, _child: "a closure"),
+    (FunctionType, _function),
+    ((GeneratorType, CoroutineType, AsyncGeneratorType), _suspended),
+    (threading.Thread, _thread),
+    (type, _class),
+    (torch.Tensor, _tensor),
+    (Place, lambda holder, _child: holder.text),
+    (contextvars.Context, _context),
+    (_LRU, lambda holder, _child: f"the cache of function {holder.__qualname__}"),
+    (functools.partial, _partial),
+    (weakref.finalize._Info, _finalizer),  # type: ignore[attr-defined]  # noqa: SLF001  # what it keeps arguments in
+    ((list, tuple, set, frozenset, deque), _container),
+)
+
+
+def _key(mapping: Any, child: Any) -> str | None:
+    """Return under which key a dictionary has an object; None if it has not."""
+    items = dict.items(mapping) if isinstance(mapping, dict) else mapping.items()
+    for key, item in list(items):
+        if item is child:
+            # Nothing of the program is called for its words.
+            return str(key) if type(key) in _PLAIN else f"<{type(key).__name__}>"
+    return None
+
+
+_PLAIN: Final = (str, int, float, bool, bytes)
