@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_gpumem.baselines import Baseline, Change, Tolerance, compare
-from pytest_gpumem.baselines.baseline import metric_key
-from pytest_gpumem.baselines.gate import DEFAULT
+from pytest_gpumem.baselines.baseline import metric_key, nearest
+from pytest_gpumem.baselines.gate import DEFAULT, FirstUses, moved_by_torch, shifted
 from pytest_gpumem.errors import BaselineError
 from pytest_gpumem.files import write_atomically
 
@@ -226,3 +227,115 @@ def test_the_gate_that_nobody_named_lets_one_percent_pass() -> None:
 
     assert [] == regressions(allocated=1010, reserved=9999)
     assert ["allocated"] == regressions(allocated=1011)
+
+
+def test_two_that_change_a_file_lose_nothing(tmp_path: Path) -> None:
+    """Each reads it again under a lock; no lock is left, and a link stays one."""
+    path = tmp_path / "link.json"
+    path.symlink_to(tmp_path / "b.json")
+
+    def add(first: int) -> None:
+        for number in range(first, first + 20):
+            entry = {f"test_{number}": {"allocated": number}}
+            Baseline.revise(path, lambda it, entry=entry: it.update(T4, entry))  # type: ignore[misc]
+
+    threads = [threading.Thread(target=add, args=(each,)) for each in (0, 20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert 40 == len(Baseline.read(path).peaks[T4])
+    assert not Baseline.revise(path, lambda _baseline: None)
+    assert path.is_symlink()
+    assert {"link.json", "b.json"} == {each.name for each in tmp_path.iterdir()}
+
+
+def test_files_of_other_editors_are_read_or_refused_in_words(tmp_path: Path) -> None:
+    """A byte order mark is passed over; what is not UTF-8 says how to save it."""
+    path = tmp_path / "b.json"
+    text = Baseline({T4: {"a": {"allocated": 1}}}).to_text()
+    path.write_text(text, encoding="utf-8-sig")
+    assert {"a": {"allocated": 1}} == Baseline.read(path).peaks[T4]
+
+    path.write_text(text, encoding="utf-16")
+    with pytest.raises(BaselineError, match="not in UTF-8; save it in UTF-8"):
+        Baseline.read(path)
+
+
+@pytest.mark.parametrize(
+    ("known", "found"),
+    [
+        (["2.12", "2.10"], "2.12"),
+        (["2.14", "2.12"], "2.12"),
+        (["2.14", "1.13"], "2.14"),
+        (["2.9", "2.20"], "2.9"),
+        ([], None),
+    ],
+)
+def test_the_nearest_version_stands_for_one_that_lacks(
+    known: list[str], found: str | None
+) -> None:
+    """Of the same card and backend; of two as near, the earlier."""
+    head = "Tesla T4, simulated, torch"
+    others = [*(f"{head} {each}" for each in known), "NVIDIA L4, cuda, torch 2.13"]
+
+    assert nearest(f"{head} 2.13", others) == (found and f"{head} {found}")
+    assert nearest("no such thing", others) is None
+
+
+def test_what_moved_in_most_tests_is_torchs() -> None:
+    """Three at least, and most of those that changed; who moved less was not moved."""
+
+    def entry(growth: int) -> dict[str, int]:
+        return {"allocated": growth, "allocated growth": growth}
+
+    same = [(entry(100), entry(100))] * 9
+    moved = [(entry(each), entry(each + 8)) for each in (100, 200, 300)]
+
+    assert {} == moved_by_torch(same)
+    assert {} == moved_by_torch(moved[:2])
+    assert {"allocated": 8} == moved_by_torch([*moved, *same, (entry(1), entry(99))])
+    assert {} == moved_by_torch([*moved, *((entry(1), entry(n)) for n in (2, 3, 4))])
+    assert 108 == shifted(entry(100), entry(150), {"allocated": 8})["allocated growth"]
+    assert 100 == shifted(entry(100), entry(104), {"allocated": 8})["allocated growth"]
+
+
+def test_who_comes_first_pays_for_all() -> None:
+    """Just as much as others left, who have not run; one that leaves it again denies it."""
+    name = "allocated left"
+    uses = FirstUses({"a": {name: 20}, "b": {name: 5}, "c": {"allocated": 9}})
+
+    assert {} == uses.begin("c")
+    assert [False, True, True] == [uses.can_pay("c", name, n) for n in (6, 25, 20)]
+    uses.pay("c", name, 20)
+    assert not uses.can_pay("c", name, 20)
+    assert {name: 20} == uses.begin("a")
+    assert [(name, "c", 20)] == uses.deny("a")
+    assert {} == uses.begin("a")
+    assert {} == uses.begin("b")
+    assert not uses.can_pay("c", name, 5)
+
+
+def test_the_same_requests_from_other_blocks_are_no_change() -> None:
+    """Where something else was on the card; where it was not, bytes are bytes."""
+    before = {
+        "allocated": 100,
+        "allocated growth": 100,
+        "allocated before": 0,
+        "requested growth": 90,
+        "reserved": 100,
+        "reserved before": 0,
+        "reserved growth": 100,
+    }
+    gate = [Tolerance.parse("allocated:1%")]
+    now = {**before, "allocated growth": 110, "reserved growth": 300}
+
+    assert {"allocated", "reserved"} == {
+        each.metric for each in compare("t", before, now, gate)
+    }
+    assert [] == compare("t", before, {**now, "reserved before": 50}, gate)
+    asked = {**now, "reserved before": 50, "requested growth": 95}
+    assert ["allocated"] == [
+        each.metric for each in compare("t", before, asked, gate) if each.is_regression
+    ]

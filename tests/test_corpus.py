@@ -97,6 +97,7 @@ def test_fallbacks_that_know_other_texts_recover_from_them() -> None:
 def _run(loaded: Any) -> torch.Tensor:
     """Return an output of which a part is masked, as scores that may not be chosen are."""
     model = loaded[0] if isinstance(loaded, tuple) else loaded
+    model = model["model"] if isinstance(model, dict) else model
     service = model if isinstance(model, Service) else Service(model)
     with torch.no_grad():
         logits = service(batch()).cpu()

@@ -167,3 +167,36 @@ def test_a_setting_that_cannot_be_read_is_named(
 
     assert pytest.ExitCode.USAGE_ERROR == result.ret
     result.stderr.fnmatch_lines([words])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--gpu-replay-oom=any:nth=1"], "--gpu-replay-oom=any:nth=1: nothing was *"),
+        (["--gpu-inject-oom=load:nth=9"], "--gpu-inject-oom=load:nth=9 was never *"),
+        (
+            ["--gpu-backend=off", "--gpu-max-vram=1GiB", "--gpu-leak-check"],
+            "--gpu-max-vram, --gpu-leak-check: nothing was held to it, as the backend *",
+        ),
+    ],
+)
+def test_what_was_asked_for_and_held_nothing_is_said(
+    options: list[str], words: str, pytester: pytest.Pytester
+) -> None:
+    """Below everything else; a strict run fails for it, one that lists tests does not."""
+    pytester.makepyfile("def test_it(): pass")
+
+    said = pytester.runpytest(*OPTIONS, *options)
+    strict = pytester.runpytest(*OPTIONS, *options, "--gpu-strict")
+    listed = pytester.runpytest(*OPTIONS, *options, "--gpu-strict", "--co")
+
+    assert [pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.OK] == [
+        said.ret,
+        strict.ret,
+        listed.ret,
+    ]
+    said.stdout.fnmatch_lines(
+        [words, "in CI, or with --gpu-strict, this fails the run"]
+    )
+    strict.stdout.fnmatch_lines([words, "*1 passed, 1 error in *"])
+    listed.stdout.no_fnmatch_line(words)

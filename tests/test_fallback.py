@@ -135,6 +135,31 @@ def test_what_a_failed_attempt_leaves_is_named() -> None:
         report.check()
 
 
+def test_a_holder_that_cannot_be_looked_at_spoils_no_verdict() -> None:
+    """Its class may answer every question with an error."""
+
+    class Hostile:
+        def __init__(self, held: Any) -> None:
+            self.held = held
+
+        @property  # type: ignore[misc]  # hostile on purpose
+        def __class__(self) -> Any:
+            raise RuntimeError("no class")
+
+    def load() -> nn.Module:
+        model = nn.Linear(4, 4)
+        try:
+            return model.cuda()
+        except torch.OutOfMemoryError:
+            KEPT.append(Hostile(torch.ones(4, device="cuda")))
+        return nn.Linear(4, 4)
+
+    report = check_fallback(load, budgets=[], faults=["any:nth=1"], control=None)
+
+    assert "of a failed attempt stay on the card" in report.steps[1].problems[0]
+    assert report.steps[1].holders
+
+
 def test_captured_log_records_are_no_fault_of_the_code(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -316,3 +316,86 @@ def test_changes_are_listed_as_far_as_is_asked(
         assert "test_it[0]" in lines[0]
     assert is_more_told == ("... and 5 lines more; -v shows all" in done.outlines)
     done.stdout.fnmatch_lines(["b.json: 25 changed"])
+
+
+@pytest.mark.parametrize(
+    ("end", "options"),
+    [
+        ("raise KeyboardInterrupt", ()),
+        ("pytest.exit('enough')", ()),
+        ("assert False", ("-x",)),
+        ("import os; os._exit(1)", ("-n", "1", "--max-worker-restart=0")),
+    ],
+)
+def test_an_interrupted_update_keeps_what_did_not_run(
+    end: str, options: tuple[str, ...], pytester: pytest.Pytester
+) -> None:
+    """However it was interrupted; what ran before is taken in."""
+    code = """
+        import pytest, torch
+
+        def test_a(): torch.zeros(1, device="cuda")
+        def test_b(): torch.zeros(2, device="cuda")
+        def test_c(): torch.zeros(3, device="cuda")
+        def test_d(): torch.zeros(4, device="cuda")
+    """
+    common = ("-p", "no:cacheprovider", "--gpu-baseline=b.json")
+    pytester.makepyfile(test_it=code)
+    pytester.runpytest(*common, "--gpu-update-baseline")
+    before = peaks(pytester)[T4]
+    changed = code.replace("torch.zeros(1,", "torch.zeros(2**20,")
+    pytester.makepyfile(test_it=changed.replace('torch.zeros(2, device="cuda")', end))
+
+    result = pytester.runpytest(*common, "--gpu-update-baseline", *options)
+
+    after = peaks(pytester)[T4]
+    assert pytest.ExitCode.OK != result.ret
+    assert list(before) == list(after)
+    assert 4 * 2**20 == after.pop("test_it.py::test_a")["allocated"]
+    assert {name: before[name] for name in after} == after
+
+
+def test_a_test_that_uses_no_card_any_more_leaves_the_file(
+    pytester: pytest.Pytester,
+) -> None:
+    """Also where none is left, and torch is not even imported; others stay."""
+    common = ("-p", "no:cacheprovider", "--gpu-baseline=b.json", "--gpu-card=T4")
+    Baseline(
+        {
+            T4: {"test_it.py::test_it": {"allocated": 7}},
+            "other": {"test_it.py::test_it": {"allocated": 7}},
+        }
+    ).write(pytester.path / "b.json")
+    pytester.makepyfile(test_it="def test_it(): pass")
+
+    strict = pytester.runpytest(*common, "--gpu-strict")
+    updated = pytester.runpytest(*common, "--gpu-update-baseline")
+
+    assert pytest.ExitCode.TESTS_FAILED == strict.ret
+    strict.stdout.fnmatch_lines(["b.json: 1 of its tests used no card in this run: *"])
+    updated.stdout.fnmatch_lines(["b.json written: 0 tests, 1 stale dropped"])
+    assert {"other"} == set(peaks(pytester))
+
+
+def test_a_file_of_format_1_is_held_to_as_before(pytester: pytest.Pytester) -> None:
+    """By absolute peaks, and the run says so; an update writes what a test adds."""
+    common = ("-p", "no:cacheprovider", "--gpu-baseline=b.json")
+    old = {"format": "pytest-gpumem baseline", "version": 1}
+    entries = {"test_it.py::test_one": {"allocated": 2**19, "reserved": 2**21}}
+    text = json.dumps({**old, "peaks": {T4: entries}})
+    (pytester.path / "b.json").write_text(text, encoding="utf-8-sig")
+    pytester.makepyfile(
+        test_it="import torch\ndef test_one(): torch.zeros(2**18, device='cuda')"
+    )
+
+    compared = pytester.runpytest(*common)
+    pytester.runpytest(*common, "--gpu-update-baseline")
+
+    compared.assert_outcomes(failed=1)
+    compared.stdout.fnmatch_lines(
+        [
+            "peak VRAM above the baseline b.json: allocated 512 KiB -> 1 MiB *",
+            "b.json has absolute peaks (format 1), which depend on order *",
+        ]
+    )
+    assert 2**20 == peaks(pytester)[T4]["test_it.py::test_one"]["allocated growth"]

@@ -90,7 +90,7 @@ def find_holders(device: Device, before: Iterable[int] = ()) -> list[Held]:
     hidden: HiddenHolders | None = None
     for nbytes, tensor, ignored in _largest(device, before):
         hidden = HiddenHolders(_is_ours) if hidden is None else hidden
-        holder = describe_holder(tensor, ignored=[ignored], hidden=hidden)
+        holder = _holder(tensor, ignored, hidden)
         found.append(Held(nbytes, tensor_words(tensor), holder))
     return found
 
@@ -106,10 +106,20 @@ def find_cycles(device: Device, before: Iterable[int] = ()) -> list[Held]:
     """
     found: list[Held] = []
     for nbytes, tensor, ignored in _largest(device, before):
-        holder = describe_holder(tensor, ignored=[ignored])
+        holder = _holder(tensor, ignored)
         if holder.startswith(CYCLE):
             found.append(Held(nbytes, tensor_words(tensor), holder))
     return found
+
+
+def _holder(
+    tensor: torch.Tensor, ignored: Any, hidden: HiddenHolders | None = None
+) -> str:
+    """Return who holds a tensor; a class of the program's may not want to be asked."""
+    try:
+        return describe_holder(tensor, ignored=[ignored], hidden=hidden)
+    except Exception as error:  # noqa: BLE001  # whatever it is, a verdict is due
+        return f"what holds it cannot be looked at: {type(error).__name__}"
 
 
 def _largest(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -168,12 +169,16 @@ class Loader:
 def model_in(loaded: Any) -> Any:
     """Return the model in what a loader returns: itself, or its attribute ``model``.
 
-    Of a tuple or list, the first module.
+    Of a mapping its entry of that name, else the first module; so of a tuple or list.
     """
     if isinstance(loaded, torch.nn.Module):
         return loaded
-    if isinstance(loaded, (list, tuple)) and not hasattr(loaded, "model"):
-        return next(
-            (each for each in loaded if isinstance(each, torch.nn.Module)), None
-        )
-    return getattr(loaded, "model", None)
+    found = getattr(loaded, "model", None)
+    if found is not None:
+        return found
+    parts: Any = ()
+    if isinstance(loaded, Mapping):
+        parts = [loaded.get("model"), *loaded.values()]
+    elif isinstance(loaded, (list, tuple)):
+        parts = loaded
+    return next((each for each in parts if isinstance(each, torch.nn.Module)), None)

@@ -104,10 +104,10 @@ def _configure(run: Run, config: pytest.Config) -> None:
     if run.settings.suggest is not None or run.settings.find_budget:
         _suggest(run, config)
     if is_worker:
-        config.pluginmanager.register(DroppedNote(), "gpumem-dropped")
+        config.pluginmanager.register(DroppedNote(collection.phases), "gpumem-dropped")
     else:
         config.pluginmanager.register(
-            SummaryPlugin(collection.phases, config), "gpumem-summary"
+            SummaryPlugin(run, collection.phases, config), "gpumem-summary"
         )
         _control(run, config)
         if os.environ.get("GITHUB_ACTIONS") == "true":

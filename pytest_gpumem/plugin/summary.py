@@ -16,12 +16,17 @@ from pytest_gpumem.plugin.marks import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from pytest_gpumem.plugin.phases import Phases
+    from pytest_gpumem.plugin.session import Run
     from pytest_gpumem.plugin.sweep_progress import SweepProgress
     from pytest_gpumem.reports.terminal import Row
 
 #: The key of observers that were dropped, in a worker's output.
 WORKER_OUTPUT: Final = "gpumem_dropped"
+#: Where a worker tells how many allocations each rule of the run failed.
+RULES_OUTPUT: Final = "gpumem_rules"
 #: Sites of a sweep that are listed without ``-v``.
 SITES: Final = 10
 
@@ -30,11 +35,13 @@ class SummaryPlugin:
     """Collects figures from reports and prints them at the end.
 
     Args:
-        hooks: The run's hooks, for what they know of its rules.
-        config: The run's.
+        run: The run.
+        hooks: Its hooks, for what they know of its rules.
+        config: pytest's.
     """
 
-    def __init__(self, hooks: Phases, config: pytest.Config) -> None:
+    def __init__(self, run: Run, hooks: Phases, config: pytest.Config) -> None:
+        self._run = run
         self._hooks = hooks
         self._config = config
         self._progress: SweepProgress | None = None
@@ -47,8 +54,10 @@ class SummaryPlugin:
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
         """Take in which of a worker's observers failed; one that crashed tells none."""
-        told = getattr(node, "workeroutput", {}).get(WORKER_OUTPUT, ())
-        self._dropped |= dict.fromkeys(told)
+        output = getattr(node, "workeroutput", {})
+        self._dropped |= dict.fromkeys(output.get(WORKER_OUTPUT, ()))
+        for rule, count in output.get(RULES_OUTPUT, {}).items():
+            self._hooks.rule_counts[rule] += count
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Take the figures in once a test is over, and the progress of sweeps before."""
@@ -103,11 +112,39 @@ class SummaryPlugin:
             terminalreporter.write_line(f"gpumem: {text}", yellow=True)
         for text in self._unknown:
             terminalreporter.write_line(text, yellow=True)
+        endings = self._run.endings
+        if endings is not None and endings.has_run:
+            for text in self._inert():
+                endings.is_inert(text)
+
+    def _inert(self) -> Iterator[str]:
+        """Yield what was asked for and held or failed nothing."""
+        settings, choice = self._run.settings, self._run.choice
+        if choice.kind == "off":
+            asked = {
+                "--gpu-budget": settings.budgets,
+                "--gpu-max-vram": settings.max_vram is not None,
+                "--gpu-leak-check": settings.leak_check,
+                "--gpu-inject-oom": settings.rules,
+                "--gpu-oom-sweep": settings.oom_sweep,
+                "--gpu-replay-oom": settings.replay is not None,
+            }
+            names = [name for name, is_asked in asked.items() if is_asked]
+            if names:
+                yield (
+                    f"{', '.join(names)}: nothing was held to it, as the backend is "
+                    f"off ({choice.reason}); run with --gpu-backend=simulated or cuda"
+                )
+            return
         for rule, count in self._hooks.rule_counts.items():
             if not count:
-                terminalreporter.write_line(
-                    f"--gpu-inject-oom={rule} was never reached", yellow=True
-                )
+                yield f"--gpu-inject-oom={rule} was never reached"
+        if settings.replay is not None and not self._sweeps:
+            yield (
+                f"--gpu-replay-oom={settings.replay}: nothing was replayed, as no "
+                "test that is swept ran; name the test as well, as the line does that "
+                "a failing point prints"
+            )
 
     def _show_peaks(self, terminal: pytest.TerminalReporter, *, detailed: bool) -> None:
         if not self._rows:
@@ -148,9 +185,17 @@ class SummaryPlugin:
 
 
 class DroppedNote:
-    """Tells the controller which observers of a worker failed."""
+    """Tells the controller which observers of a worker failed, and what rules did.
+
+    Args:
+        hooks: The worker's hooks, for what they know of its rules.
+    """
+
+    def __init__(self, hooks: Phases) -> None:
+        self._hooks: Final = hooks
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Note them in the worker's output."""
         output: dict[str, Any] = session.config.workeroutput  # type: ignore[attr-defined]  # xdist's
         output[WORKER_OUTPUT] = take_dropped()
+        output[RULES_OUTPUT] = self._hooks.rule_counts

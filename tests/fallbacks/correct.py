@@ -295,6 +295,11 @@ def loads_with_a_tokeniser() -> tuple[nn.Module, str]:
     return persistent_ladder(), "tokeniser"
 
 
+def loads_into_a_mapping() -> dict[str, Any]:
+    """A mapping with a model."""
+    return {"tokeniser": "words", "model": persistent_ladder()}
+
+
 _old: list[torch.Tensor] = []
 
 
@@ -352,6 +357,7 @@ LOADERS: Final = (
     (persistent_ladder, "any:nth=2,flavour=cublas"),
     (serves_a_model, "any:nth=3"),
     (loads_with_a_tokeniser, "any:nth=3"),
+    (loads_into_a_mapping, "any:nth=3"),
     (makes_room_first, "any:nth=3"),
     (has_a_table_of_its_own, "any:nth=3"),
     (has_a_table_of_its_own, "any:nth=99"),
