@@ -161,7 +161,8 @@ def _change(text: str) -> Change:
 def first_missing(shown: Sequence[str], output: str) -> str | None:
     """Return the first shown line that the output lacks; None if it has them all.
 
-    Blank lines count for nothing, nor does what stands at the end of a line unseen.
+    Blank lines count for nothing, and several blanks are one: how wide a column is
+    depends on what else is in it.
     """
     lines = [each for each in shown if each.strip()]
     if not lines or _matches(lines, output):
@@ -176,14 +177,18 @@ def _matches(shown: Sequence[str], output: str) -> bool:
     parts = [
         r"(?:.*\n)*"
         if each.strip() == "…"
-        else ".*".join(map(re.escape, each.rstrip().split("…"))) + "\n"
+        else ".*".join(map(re.escape, _narrow(each).split("…"))) + "\n"
         for each in shown
     ]
     return re.fullmatch("".join(parts), _lines(output)) is not None
 
 
 def _lines(output: str) -> str:
-    return "".join(f"{each.rstrip()}\n" for each in output.splitlines() if each.strip())
+    return "".join(f"{_narrow(each)}\n" for each in output.splitlines() if each.strip())
+
+
+def _narrow(line: str) -> str:
+    return re.sub(r"\s+", " ", line).strip()
 
 
 class Shell:

@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem.hub.names import known_model
+from pytest_gpumem.stacks import variables_of
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterator
@@ -102,7 +103,7 @@ def _name_in(error: BaseException) -> str | None:
     found = None
     frame: TracebackType | None = error.__traceback__
     while frame is not None:
-        values = frame.tb_frame.f_locals
+        values = variables_of(frame.tb_frame, *_VARIABLES)
         for variable in _VARIABLES:
             value = values.get(variable)
             if isinstance(value, str) and value:

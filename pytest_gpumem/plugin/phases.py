@@ -130,7 +130,8 @@ class Phases:
             if self._run.device is not None:
                 self._arm(self._run.device)
             result = yield
-            self._call.close()
+            if rules:
+                self._call.close()
             if growth is not None:
                 children = self._run.children
                 growth.end_call(children.together(children.new_figures()))
@@ -140,10 +141,10 @@ class Phases:
             self._passed = True
             return result
         finally:
-            self._call.close()
             if growth is not None:
                 growth.end_call()
             if rules:
+                self._call.close()
                 self._count_refused(wishes)
                 self._run.pass_on(budgets)
             self._end(item, "call")
@@ -219,10 +220,10 @@ class Phases:
     def _end(self, item: pytest.Item, phase: str) -> None:
         """Put the phase's figures into the item's properties, if it used a card."""
         self._phase = None
-        self._watches.close()
         device = self._run.device
         if device is None:
             return
+        self._watches.close()
         trackers, self._trackers = self._trackers, []
         figures = [tracker.close() for tracker in trackers]
         if self._used(device):

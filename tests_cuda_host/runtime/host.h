@@ -11,7 +11,8 @@
 // Not real: kernels and cuBLAS do nothing, so the values of a result are whatever its
 // memory held. Only bytes, calls, errors, texts, statistics and snapshots mean something;
 // a program that branches on values, or takes a size from the card, may go another way
-// than on a card. Work ends at once, unless events are held (below). A context, where one
+// than on a card: transformers, for one, looks at positions and masks, and so an SDPA model
+// builds a mask here that it does without on a card. Work ends at once, unless events are held (below). A context, where one
 // is asked for, has the bytes that it is told to have. Missing altogether: cuDNN (say
 // torch.backends.cudnn.enabled = False), cuSOLVER, cuSPARSE, NCCL, graphs, sharing a block
 // between processes, peer access, MIG.

@@ -204,6 +204,8 @@ EXPORT CUresult cuMemCreate(CUmemGenericAllocationHandle *out, size_t bytes,
   int ordinal = prop->location.id;
   if (!bytes || bytes % PAGE_BYTES || ordinal < 0 || ordinal >= host_visible_count())
     return CUDA_ERROR_INVALID_VALUE;
+  // Pages are mapped into a context; the first call of torch's that needs one is this.
+  if (host_use(ordinal)) return CUDA_ERROR_OUT_OF_MEMORY;
   pthread_mutex_lock(&mutex);
   int taken = host_take(host_physical(ordinal), bytes);
   if (taken) {
