@@ -261,3 +261,21 @@ def test_a_run_whose_processes_alone_use_a_card_is_held(
 
     result.assert_outcomes(failed=2)
     result.stdout.fnmatch_lines([OVER, "*in the test's children*", OVER])
+
+
+def test_a_test_that_hides_the_card_before_torch_comes(
+    pytester: pytest.Pytester,
+) -> None:
+    """A test of the CPU's path that imports torch last sees no card, and passes."""
+    pytester.makepyfile(
+        """
+        def test_cpu(monkeypatch):
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+            import late
+            assert not late.torch.cuda.is_available()
+        """
+    )
+
+    result = pytester.runpytest(*LIGHT, *CHECKS)
+
+    result.assert_outcomes(passed=1)

@@ -109,7 +109,9 @@ def test_a_baseline_keeps_every_card(pytester: pytest.Pytester) -> None:
     written.assert_outcomes(passed=1)
     grown.assert_outcomes(failed=1)
     grown.stdout.fnmatch_lines(["VRAM growth above the baseline *cuda:5 allocated*"])
-    said = grown.stdout.str().partition("VRAM growth above")[2].partition("allowed is")[0]
+    said = (
+        grown.stdout.str().partition("VRAM growth above")[2].partition("allowed is")[0]
+    )
     assert "cuda:4" not in said
     assert "cuda:6" not in said
 

@@ -100,7 +100,7 @@ class BaselineSummary(BaselineRecord):
             version = "" if versions is None else versions[0].split("+")[0]
             short = ".".join(version.split(".")[:2])
             return f"{' + '.join(cards)}, simulated, torch {short}"
-        self._run.require_device()
+        self._run.any_device()
         return self._run.environment()
 
     def pytest_terminal_summary(
