@@ -130,7 +130,7 @@ def test_it():
 
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(
-        [f"VRAM growth above max_vram: allocated * on cuda:{last}, limit 1 MiB *"]
+        [f"peak VRAM above max_vram: allocated * on cuda:{last}, limit 1 MiB *"]
     )
     result.stdout.fnmatch_lines_random(
         [

@@ -285,6 +285,36 @@ def test_a_changed_tree_has_the_verdict_of_a_reviewer(
     assert tree.is_inert == said
 
 
+def test_what_stays_with_a_fixture_grows_with_it(pytester: pytest.Pytester) -> None:
+    """Gradients of a wider model are the model's doing; what else stays is a leak."""
+    text = """
+        import pytest
+        import torch
+
+        LEFT = []
+
+        @pytest.fixture(scope="module")
+        def model():
+            return torch.nn.Linear(256, WIDTH, bias=False).to("cuda")
+
+        def test_trains(model):
+            model(torch.ones(2, 256, device="cuda")).sum().backward()
+            KEEP
+        """
+    options = (*OPTIONS, "--gpu-baseline=b.json")
+
+    def run(width: int, keep: str, *more: str) -> dict[str, int]:
+        changed = text.replace("WIDTH", str(width)).replace("KEEP", keep)
+        pytester.makepyfile(test_it=changed)
+        return pytester.runpytest(*options, *more).parseoutcomes()
+
+    run(1024, "pass", "--gpu-update-baseline")
+
+    assert {"passed": 1, "failed": 1} == run(2048, "pass")
+    kept = "LEFT.append(torch.zeros(2**20, device='cuda'))"
+    assert {"passed": 1, "failed": 1, "errors": 1} == run(2048, kept)
+
+
 @pytest.mark.parametrize(
     ("settings", "is_strict"),
     [

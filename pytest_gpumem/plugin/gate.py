@@ -119,6 +119,9 @@ class Gate:
         #: What the running test is taken to have paid for others, until its teardown
         #: shows whether that stays; and what to say if it does not.
         self._excused: tuple[dict[str, int], str] = ({}, "")
+        #: By how much the fixtures of wider scope that explain what the running test
+        #: needs have grown: what they hold now, over what they held then.
+        self._ratio = 1.0
 
     def _read(self) -> Baseline:
         if self.updates and not self.path.exists():
@@ -145,6 +148,7 @@ class Gate:
         """Begin with a test, before its setup."""
         self.judgement = {}
         self._excused = ({}, "")
+        self._ratio = 1.0
 
     def check(self, environment: str, item: pytest.Item, growth: Growth) -> str | None:
         """Return what is wrong with what a test's call added; None if nothing is."""
@@ -221,6 +225,7 @@ class Gate:
         """Note the fixtures that explain what a test needs more."""
         grown: dict[str, int] = {}
         is_wider = False
+        ratio = 1.0
         for made in used:
             before, _is_carried = known.fixture(made.key)
             if before is None and made.scope == "function" and known.has_growth:
@@ -229,8 +234,11 @@ class Gate:
                 found = compare(made.key, before, made.peaks, self.tolerances)
                 if any(each.is_regression for each in found):
                     then = before.get(f"allocated {LEFT}", 0)
-                    grown[made.key] = made.peaks.get(f"allocated {LEFT}", 0) - then
-                    is_wider = is_wider or made.scope != "function"
+                    holds = made.peaks.get(f"allocated {LEFT}", 0)
+                    grown[made.key] = holds - then
+                    if made.scope != "function":
+                        is_wider = True
+                        ratio = max(ratio, holds / then if then else 1.0)
         tolerances = {each.metric: each for each in self.tolerances}
         more = sum(grown.values())
         explained = all(
@@ -240,6 +248,7 @@ class Gate:
         )
         if grown and (is_wider or explained):
             self.judgement["because"] = sorted(grown)
+            self._ratio = ratio
 
     def _text(
         self,
@@ -312,10 +321,17 @@ class Gate:
     def _left_changes(
         self, test: str, before: Mapping[str, int], left: Mapping[str, int]
     ) -> list[Change]:
-        """Return what is left beyond what is allowed."""
+        """Return what is left beyond what is allowed.
+
+        What a test leaves with a fixture of wider scope, such as gradients of its
+        model, grows with the fixture.
+        """
         now = {**_but_left(before), **left}
+        then = {name: round(n * self._ratio) for name, n in before.items()}
+        as_grown = compare(test, then, now, self.tolerances)
+        grown = {each.metric for each in as_grown if each.is_regression}
         changes = compare(test, before, now, self.tolerances)
-        return [each for each in changes if each.is_regression]
+        return [each for each in changes if each.is_regression and each.metric in grown]
 
 
 def _but_left(peaks: Mapping[str, int]) -> Peaks:
