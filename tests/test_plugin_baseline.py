@@ -346,7 +346,9 @@ def test_an_interrupted_update_keeps_what_did_not_run(
     changed = code.replace("torch.zeros(1,", "torch.zeros(2**20,")
     pytester.makepyfile(test_it=changed.replace('torch.zeros(2, device="cuda")', end))
 
-    result = pytester.runpytest(*common, "--gpu-update-baseline", *options)
+    result = pytester.runpytest_inprocess(
+        *common, "--gpu-update-baseline", *options, no_reraise_ctrlc=True
+    )
 
     after = peaks(pytester)[T4]
     assert pytest.ExitCode.OK != result.ret
