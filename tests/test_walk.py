@@ -131,3 +131,9 @@ def test_a_part_can_be_walked_alone() -> None:
     assert ["c"] == [each.line for each in walk.steps(page, "C")]
     with pytest.raises(walk.WalkError, match="no heading 'E'"):
         walk.steps(page, "E")
+
+
+def test_any_text_may_be_none() -> None:
+    """Where a page has … between blanks the output may have the blanks alone."""
+    assert walk.first_missing(["E   … Error: …"], "E       Error: no\n") is None
+    assert walk.first_missing(["E   … Error: …"], "E       Warning\n") is not None

@@ -162,7 +162,7 @@ def first_missing(shown: Sequence[str], output: str) -> str | None:
     """Return the first shown line that the output lacks; None if it has them all.
 
     Blank lines count for nothing, and several blanks are one: how wide a column is
-    depends on what else is in it.
+    depends on what else is in it. Blanks beside … may be missing.
     """
     lines = [each for each in shown if each.strip()]
     if not lines or _matches(lines, output):
@@ -177,7 +177,7 @@ def _matches(shown: Sequence[str], output: str) -> bool:
     parts = [
         r"(?:.*\n)*"
         if each.strip() == "…"
-        else ".*".join(map(re.escape, _narrow(each).split("…"))) + "\n"
+        else ".*".join(map(re.escape, re.split(r"\s*…\s*", _narrow(each)))) + "\n"
         for each in shown
     ]
     return re.fullmatch("".join(parts), _lines(output)) is not None
