@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from pytest_gpumem.devices.selection import torch_versions
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from pytest_gpumem.devices import Device
 
 
@@ -18,9 +20,20 @@ def environment_of(device: Device) -> str:
     """
     import torch  # noqa: PLC0415  # there is a device
 
-    names = list(dict.fromkeys(device.name(i) for i in range(device.device_count)))
-    version = ".".join(torch.__version__.split("+")[0].split(".")[:2])
-    return f"{' + '.join(names)}, {device.kind}, torch {version}"
+    names = [device.name(i) for i in range(device.device_count)]
+    return environment_name(names, device.kind, torch.__version__)
+
+
+def environment_name(names: Iterable[str], kind: str, torch_version: str) -> str:
+    """Return what figures are kept under, of cards that need not be there yet.
+
+    Args:
+        names: The cards' names; equal ones count once.
+        kind: ``"cuda"`` or ``"simulated"``.
+        torch_version: As ``torch.__version__`` says it.
+    """
+    version = ".".join(torch_version.split("+", maxsplit=1)[0].split(".")[:2])
+    return f"{' + '.join(dict.fromkeys(names))}, {kind}, torch {version}"
 
 
 def facts_of(device: Device | None, backend: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pytest_gpumem.baselines.baseline import (
     torch_of,
 )
 from pytest_gpumem.baselines.gate import Change, compare, moved_by_torch, shifted
+from pytest_gpumem.devices.environment import environment_name
 from pytest_gpumem.devices.selection import torch_versions
 from pytest_gpumem.errors import BaselineError
 from pytest_gpumem.plugin.baseline_record import BaselineRecord
@@ -96,10 +97,9 @@ class BaselineSummary(BaselineRecord):
         """Return the environment that tests of this run would have had."""
         if self._run.choice.kind == "simulated":
             versions = torch_versions()
-            cards = list(dict.fromkeys(each.name for each in self._run.settings.cards))
-            version = "" if versions is None else versions[0].split("+")[0]
-            short = ".".join(version.split(".")[:2])
-            return f"{' + '.join(cards)}, simulated, torch {short}"
+            names = [each.name for each in self._run.settings.cards]
+            version = "" if versions is None else versions[0]
+            return environment_name(names, "simulated", version)
         self._run.any_device()
         return self._run.environment()
 
