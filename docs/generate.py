@@ -14,6 +14,7 @@ if str(HERE) not in sys.path:
     sys.path.append(str(HERE))
 
 from generators.api import api  # noqa: E402  # found through the line above
+from generators.cards import cards  # noqa: E402  # likewise
 from generators.command_line import command_line  # noqa: E402  # likewise
 from generators.environment import environment  # noqa: E402  # likewise
 from generators.fixtures import fixtures  # noqa: E402  # likewise
@@ -34,6 +35,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "reference/api.md": api,
     "reference/environment.md": environment,
     "reference/command-line.md": command_line,
+    "cards.md": cards,
 }
 
 

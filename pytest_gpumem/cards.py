@@ -31,6 +31,7 @@ _GRAMMAR: Final = (
     "write a name (T4, A100-80GB), a made-up card (16GiB,cc=8.0), several of one "
     "(A100-80GB*2) or several kinds (T4+A100-80GB)"
 )
+_OF_NAMED: Final = ("ctx",)
 
 
 def find_card(text: str) -> tuple[Card, ...]:
@@ -39,11 +40,12 @@ def find_card(text: str) -> tuple[Card, ...]:
     Args:
         text: ``CARD``, ``CARD*COUNT``, or several of these joined by ``+``. A card is
             a name of the table or the driver's own (case, blanks, hyphens and the
-            maker's words do not matter: ``rtx 4090``, ``NVIDIA A100-SXM4-80GB``), or
-            ``SIZE[,cc=MAJOR.MINOR][,sms=COUNT][,ctx=SIZE][,name=NAME]``, a made-up
-            card; ``ctx`` is what the driver's context takes. Its compute capability is
-            8.0 unless given; what it leaves out is as on the table's first card of
-            that capability, or of the one below it.
+            maker's words do not matter: ``rtx 4090``, ``NVIDIA A100-SXM4-80GB``), with
+            ``,ctx=SIZE`` if a process's context takes something else than is modelled;
+            or ``SIZE[,cc=MAJOR.MINOR][,sms=COUNT][,ctx=SIZE][,name=NAME]``, a made-up
+            card. Its compute capability is 8.0 and its context takes 0 bytes unless
+            given; what else it leaves out is as on the table's first card of that
+            capability, or of the one below it.
 
     Raises:
         CardError: The text names no card; the message suggests names.
@@ -75,8 +77,18 @@ def visible_cards(cards: Sequence[Card]) -> tuple[Card, ...]:
 def _card(text: str, description: str) -> Card:
     if not description:
         raise _error(text, "a card is missing", _GRAMMAR)
-    if "," in description or "=" in description:
-        return _made_up_card(text, description)
+    head, *pairs = (piece.strip() for piece in description.split(","))
+    if _SIZE.fullmatch(head) or "=" in head:
+        return _made_up_card(text, head, _pairs(text, pairs, _KEYS))
+    card = _named(text, head)
+    given = _pairs(text, pairs, _OF_NAMED)
+    if "ctx" not in given:
+        return card
+    context_bytes = _context(text, given["ctx"], card.total_bytes)
+    return replace(card, given_context_bytes=context_bytes)
+
+
+def _named(text: str, description: str) -> Card:
     wanted = _plain(description)
     wanted = _plain(_ALIASES.get(wanted, wanted))
     for key, card in CARDS.items():
@@ -89,8 +101,6 @@ def _card(text: str, description: str) -> Card:
             f"{description!r} comes in several sizes",
             f"write {' or '.join(variants)}",
         )
-    if _SIZE.fullmatch(description):
-        return _made_up_card(text, description)
     names = {_plain(key): key for key in CARDS}
     close = difflib.get_close_matches(wanted, names, cutoff=0.5)
     raise _error(
@@ -103,18 +113,28 @@ def _card(text: str, description: str) -> Card:
     )
 
 
-def _made_up_card(text: str, description: str) -> Card:
-    size, *pairs = (part.strip() for part in description.split(","))
+def _pairs(text: str, pairs: list[str], keys: tuple[str, ...]) -> dict[str, str]:
+    """Return what ``KEY=VALUE`` pairs give, each key at most once."""
     given: dict[str, str] = {}
     for pair in pairs:
         key, equals, value = (piece.strip() for piece in pair.partition("="))
-        if key not in _KEYS or not equals or not value or key in given:
+        if key in _KEYS and key not in keys:
+            raise _error(
+                text,
+                f"{key} is fixed for a card of the table",
+                f"give {', '.join(keys)}, or make a card up: 16GiB,{key}={value}",
+            )
+        if key not in keys or not equals or not value or key in given:
             raise _error(
                 text,
                 f"{pair!r} is no KEY=VALUE",
-                f"keys, each at most once: {', '.join(_KEYS)}",
+                f"keys, each at most once: {', '.join(keys)}",
             )
         given[key] = value
+    return given
+
+
+def _made_up_card(text: str, size: str, given: dict[str, str]) -> Card:
     try:
         total_bytes = parse_size(size)
     except SizeError as error:
@@ -129,10 +149,9 @@ def _made_up_card(text: str, description: str) -> Card:
     sms = given.get("sms", str(model.multi_processor_count))
     if not re.fullmatch(r"[1-9][0-9]{0,3}", sms):
         raise _error(text, f"sms={sms!r} is no count", "give 1 to 9999")
-    context_bytes = _context(text, given.get("ctx", "0"), total_bytes)
     return replace(
         model,
-        context_bytes=context_bytes,
+        given_context_bytes=_context(text, given.get("ctx", "0"), total_bytes),
         name=given.get("name", f"Simulated GPU {format_size(total_bytes)}"),
         total_bytes=total_bytes,
         multi_processor_count=int(sms),

@@ -115,10 +115,11 @@ class Watched(Tenants):
 
 def test_other_processes_bytes_are_not_free() -> None:
     """To the byte; they are told what this process holds, with its context."""
-    driver = Driver(64 * MIB, other_bytes=3 * MIB)
+    driver = Driver(64 * MIB, context_bytes=3 * MIB)
     tenants = Watched(40 * MIB)
     driver.tenants.append(tenants)
 
+    assert driver.make_context()
     assert 21 * MIB == driver.free_bytes
     assert driver.malloc(21 * MIB + 1) is None
     address = driver.malloc(21 * MIB)
@@ -126,5 +127,23 @@ def test_other_processes_bytes_are_not_free() -> None:
     assert 0 == driver.free_bytes
     driver.free(address)
 
-    assert [24 * MIB, 0] == tenants.told
+    assert [3 * MIB, 24 * MIB, 3 * MIB] == tenants.told
     assert [(7, 40 * MIB)] == driver.other_processes()
+
+
+def test_a_context_is_made_once_and_stays() -> None:
+    """It is nobody's before, and needs its bytes to be free."""
+    driver = Driver(10 * MIB, context_bytes=4 * MIB)
+    assert (10 * MIB, 0) == (driver.free_bytes, driver.process_bytes)
+
+    assert driver.make_context()
+    assert driver.make_context()
+    assert (6 * MIB, 4 * MIB) == (driver.free_bytes, driver.process_bytes)
+
+
+def test_a_context_without_room_is_not_made() -> None:
+    """Somebody else holds the card; nothing is taken."""
+    driver = Driver(10 * MIB, other_bytes=7 * MIB, context_bytes=4 * MIB)
+
+    assert not driver.make_context()
+    assert (3 * MIB, 0) == (driver.free_bytes, driver.process_bytes)

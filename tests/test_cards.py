@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -64,6 +65,7 @@ def test_a_made_up_card_takes_what_it_is_not_told_from_its_generation() -> None:
         compute_capability=(8, 6),
         multi_processor_count=28,
         l2_cache_size=2359296,
+        given_context_bytes=0,
         precision_bytes=1,
         source="made up",
     )
@@ -106,10 +108,10 @@ def test_a_compute_capability_off_the_table_takes_the_limits_below_it() -> None:
             "'V100' comes in several sizes; write V100-16GB or V100-32GB",
         ),
         (
-            "3080",
+            "3085",
             (
-                "'3080' is no known card; did you mean RTX-3090 or RTX-3060 "
-                f"or RTX-2080-Ti? Known are {', '.join(CARDS)}"
+                "'3085' is no known card; did you mean RTX-3080 or RTX-5080 "
+                f"or RTX-4080? Known are {', '.join(CARDS)}"
             ),
         ),
         (
@@ -221,8 +223,32 @@ def test_every_figure_of_the_table_has_a_source_and_a_precision(key: str) -> Non
     card = CARDS[key]
 
     assert card.source
-    assert card.precision_bytes in (1, 2**20)
-    assert card.total_bytes % card.precision_bytes == 0
+    assert card.precision_bytes in (1, 2**20, round(0.01 * 2**30))
+    assert card.precision_bytes != 2**20 or card.total_bytes % 2**20 == 0
+
+
+def test_a_card_of_the_table_has_the_modelled_context() -> None:
+    """36 MiB and 2.18 MiB for 1,024 threads: a T4 has 40 times 1,024."""
+    (card,) = find_card("T4")
+
+    assert 123 * 2**20 == card.context_bytes
+
+
+@pytest.mark.parametrize(("text", "mib"), [("0", 0), ("135MiB", 135)])
+def test_a_card_of_the_table_takes_a_context_that_is_given(text: str, mib: int) -> None:
+    """All else stays the table's."""
+    (card,) = find_card(f"rtx 4090, ctx={text}")
+
+    assert mib * 2**20 == card.context_bytes
+    assert card == replace(CARDS["RTX-4090"], given_context_bytes=mib * 2**20)
+
+
+@pytest.mark.parametrize("pair", ["cc=8.0", "sms=4", "name=mine"])
+def test_what_a_card_of_the_table_is_cannot_be_changed(pair: str) -> None:
+    """The message says how to have such a card."""
+    key = pair.partition("=")[0]
+    with pytest.raises(CardError, match=f"{key} is fixed .* make a card up: 16GiB,"):
+        find_card(f"T4,{pair}")
 
 
 @pytest.mark.parametrize(

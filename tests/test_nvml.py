@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pytest_gpumem import vram_budget
+from pytest_gpumem.cards import CARDS
 from pytest_gpumem.devices.nvml import cap_free_memory
 from pytest_gpumem.devices.patches import PatchSet
 from pytest_gpumem.devices.simulated import machine
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 MIB = 2**20
+#: What the context of a T4 takes.
+CONTEXT = CARDS["T4"].context_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +47,7 @@ def test_memory_is_the_cards() -> None:
 
     free, total = torch.cuda.mem_get_info(1)
     assert (total, free, total - free) == (info.total, info.free, info.used)
-    assert 20 * MIB == info.used == kept.numel()
+    assert 20 * MIB + CONTEXT == info.used == kept.numel() + CONTEXT
     assert 1004 * MIB == capped.free
 
 
@@ -59,15 +62,20 @@ def test_cards_are_described() -> None:
     assert 0 == pynvml.nvmlDeviceGetUtilizationRates(handle).gpu
 
 
-def test_the_process_is_listed_while_it_holds_memory() -> None:
-    """Running processes are this one, with what its tensors hold."""
+def test_the_process_is_listed_from_its_first_use_on() -> None:
+    """Running processes are this one, with its context and what its tensors hold."""
     handle = pynvml.nvmlDeviceGetHandleByIndex(0)
     before = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
     kept = torch.zeros(20 * MIB, dtype=torch.uint8, device="cuda")
     (process,) = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
 
     assert [] == before
-    assert (os.getpid(), kept.numel()) == (process.pid, process.usedGpuMemory)
+    assert os.getpid() == process.pid
+    assert kept.numel() + CONTEXT == process.usedGpuMemory
+    del kept
+    torch.cuda.empty_cache()
+    (process,) = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    assert CONTEXT == process.usedGpuMemory
 
 
 def test_everything_else_is_not_supported() -> None:

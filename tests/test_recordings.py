@@ -55,7 +55,7 @@ def _simulate(recorded: dict[str, Any], checkpoint: Path | None) -> dict[str, An
         f"{facts['total_bytes']},cc={major}.{minor},"
         f"sms={facts['multi_processor_count']},name={facts['name']}"
     )
-    card = replace(made_up, context_bytes=recorded["context_bytes"])
+    card = replace(made_up, given_context_bytes=recorded["context_bytes"])
     with simulated_device([card]):
         return record(checkpoint)
 

@@ -45,7 +45,7 @@ def simulated_device() -> str:
     parts.append("\n**refused**\n\n" + table(("feature", "what to do"), refused))
     parts.append(
         "\nAn operator that the CPU cannot compute is refused by name too. The driver's "
-        "own context bytes (`ctx=` of `--gpu-card`) are 0 unless given, and cuDNN's "
-        "workspaces are not simulated.\n"
+        "own [context](cards.md) is modelled by card, and cuDNN's workspaces are not "
+        "simulated.\n"
     )
     return page(parts)

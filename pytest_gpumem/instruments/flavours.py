@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from pytest_gpumem.model.oom_text import format_bytes
+from pytest_gpumem.model.oom_text import cuda_error_text, format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,15 +22,6 @@ if TYPE_CHECKING:
 #: Set on every error made here, to know it again.
 MARK: Final = "_gpumem_injected"
 
-#: Source: ``c10/cuda/CUDAException.cpp`` and ``CUDAMiscFunctions.cpp``, torch 2.11.
-_CUDA_HELP: Final = (
-    "Search for `{code}' in https://docs.nvidia.com/cuda/cuda-runtime-api/"
-    "group__CUDART__TYPES.html for more information.\n"
-    "CUDA kernel errors might be asynchronously reported at some other API call, so the "
-    "stacktrace below might be incorrect.\n"
-    "For debugging consider passing CUDA_LAUNCH_BLOCKING=1\n"
-    "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n"
-)
 #: The sentence that only the CUDA allocator has, and its last words.
 _PROCESS: Final = re.compile(
     r"(Process \d+ has|Including non-PyTorch memory, this process has) .*? in use\. "
@@ -99,8 +90,8 @@ def _async(failure: Failure) -> Exception:
 
 
 def _cuda_error(text: str, code: str) -> Exception:
-    """Source: ``c10/cuda/CUDAException.cpp``; the class is torch's since 2.8."""
-    return torch.AcceleratorError(f"CUDA error: {text}\n{_CUDA_HELP.format(code=code)}")
+    """The class is torch's since 2.8."""
+    return torch.AcceleratorError(cuda_error_text(text, code))
 
 
 def _driver(_failure: Failure) -> Exception:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from pytest_gpumem.model.tenants import Tenants
 
@@ -29,12 +29,14 @@ class Driver:
 
     Args:
         total_bytes: The card's bytes.
-        other_bytes: Bytes held by others: processes, the context, libraries.
+        other_bytes: Bytes held by others from the beginning.
+        context_bytes: Bytes that this process's context takes once it is made.
         address_policy: ``"firstfit"`` hands out the lowest free range; ``"down"``
             hands out ever lower addresses and never uses one again.
 
     Attributes:
-        used_bytes: Bytes that this process holds.
+        used_bytes: Bytes that this process holds beside its context.
+        has_context: Whether this process has a context on the card.
         tenants: Who else holds bytes of the card; their sum is not free.
         free_cap: Where set, a function whose answer bounds the free bytes from above.
         calls: Where set to a list, every call is noted: name, bytes, code, and the
@@ -49,6 +51,7 @@ class Driver:
         total_bytes: int,
         *,
         other_bytes: int = 0,
+        context_bytes: int = 0,
         address_policy: str = "firstfit",
     ) -> None:
         if address_policy not in ("firstfit", "down"):
@@ -57,6 +60,8 @@ class Driver:
             )
         self.total_bytes = total_bytes
         self.other_bytes = other_bytes
+        self.context_bytes = context_bytes
+        self.has_context = False
         self.used_bytes = 0
         self.tenants: list[Tenants] = []
         self.free_cap: Callable[[], int] | None = None
@@ -71,7 +76,7 @@ class Driver:
     @property
     def free_bytes(self) -> int:
         """What ``cudaMemGetInfo`` calls free."""
-        free = self.total_bytes - self.other_bytes - self.used_bytes
+        free = self.total_bytes - self.other_bytes - self.process_bytes
         if self.tenants:
             free -= sum(nbytes for _pid, nbytes in self.other_processes())
         if self.free_cap is not None:
@@ -80,38 +85,51 @@ class Driver:
 
     @property
     def process_bytes(self) -> int:
-        """What NVML counts for this process, where all others are ``tenants``.
-
-        The context lives on the card from the first allocation on.
-        """
-        return self.used_bytes + self.other_bytes if self.used_bytes else 0
+        """What NVML counts for this process: what it holds, and its context."""
+        return self.used_bytes + (self.context_bytes if self.has_context else 0)
 
     def other_processes(self) -> list[tuple[int, int]]:
         """Return pid and bytes of every other process on the card."""
         return [each for tenants in self.tenants for each in tenants.others()]
 
+    def make_context(self) -> bool:
+        """Make this process's context, which stays until the process ends.
+
+        Returns:
+            Whether there is one now; it needs its bytes to be free.
+        """
+        if self.has_context:
+            return True
+        with self._changing():
+            if self.context_bytes > self.free_bytes:
+                return False
+            self.has_context = True
+        return True
+
     def _take(self, nbytes: int) -> bool:
         """Take bytes if they are free; no other process comes between."""
-        if not self.tenants:
+        with self._changing():
             if nbytes > self.free_bytes:
                 return False
             self.used_bytes += nbytes
-            return True
-        with ExitStack() as stack:
-            for tenants in self.tenants:
-                stack.enter_context(tenants.changing())
-            if nbytes > self.free_bytes:
-                return False
-            self.used_bytes += nbytes
-            self._tell()
         return True
 
     def _give(self, nbytes: int) -> None:
-        self.used_bytes -= nbytes
-        if self.tenants:
-            with ExitStack() as stack:
-                for tenants in self.tenants:
-                    stack.enter_context(tenants.changing())
+        with self._changing():
+            self.used_bytes -= nbytes
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Keep other processes from changing theirs; tell them what this one holds."""
+        if not self.tenants:
+            yield
+            return
+        with ExitStack() as stack:
+            for tenants in self.tenants:
+                stack.enter_context(tenants.changing())
+            before = self.process_bytes
+            yield
+            if self.process_bytes != before:
                 self._tell()
 
     def _tell(self) -> None:

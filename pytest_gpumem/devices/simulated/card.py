@@ -8,10 +8,12 @@ from collections import deque
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
+import torch
+
 from pytest_gpumem.devices.budgets import Budgets
 from pytest_gpumem.model.allocator import CachingAllocator
 from pytest_gpumem.model.driver import Driver
-from pytest_gpumem.model.oom_text import ProcessMemory
+from pytest_gpumem.model.oom_text import ProcessMemory, cuda_error_text
 from pytest_gpumem.model.workspaces import workspace_bytes
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ class SimulatedCard:
         self.number: Final = number
         self.card: Final = card
         self.value_device: Final = machine.value_device
-        self.driver: Final = Driver(card.total_bytes, other_bytes=card.context_bytes)
+        self.driver: Final = Driver(card.total_bytes, context_bytes=card.context_bytes)
         self.allocator: Final = CachingAllocator(
             self.driver,
             config=config,
@@ -75,24 +77,34 @@ class SimulatedCard:
 
     @property
     def context_bytes(self) -> int:
-        """What the driver counts for this process beside the allocator, in bytes.
+        """Bytes of this process's context; 0 before there is one."""
+        return self.driver.context_bytes if self.driver.has_context else 0
 
-        There is no context before the card is used.
+    def make_context(self) -> None:
+        """Make this process's context, as the first use of a card does.
+
+        Raises:
+            torch.AcceleratorError: There is no room for it.
         """
-        return self.card.context_bytes if self.num_requests else 0
+        with self._lock:
+            has_context = self.driver.make_context()
+        if not has_context:
+            # What ``cudaMalloc`` and ``cudaMemGetInfo`` return then is no matter of
+            # the caching allocator's, which has no words of its own for it.
+            raise torch.AcceleratorError(
+                cuda_error_text("out of memory", "cudaErrorMemoryAllocation")
+            )
 
     def _processes(self) -> list[ProcessMemory]:
-        """Return who holds what of the card, as NVML tells an allocator that asks.
-
-        Whoever asks has a context.
-        """
+        """Return who holds what of the card, as NVML tells an allocator that asks."""
         driver = self.driver
         others = [ProcessMemory(*each) for each in driver.other_processes()]
-        return [*others, ProcessMemory(None, driver.used_bytes + driver.other_bytes)]
+        return [*others, ProcessMemory(None, driver.process_bytes)]
 
-    def renew_lock(self) -> None:
-        """Be free of a thread that held the lock when this process was forked."""
+    def after_fork(self) -> None:
+        """Be free of a thread that held the lock, and of the parent's context."""
         self._lock = threading.Lock()
+        self.driver.has_context = False
 
     @contextmanager
     def locked(self) -> Iterator[CachingAllocator]:
@@ -133,8 +145,11 @@ class SimulatedCard:
         Raises:
             OutOfMemory: Nothing that large is free within card and budget, or a
                 fault refused the request.
+            torch.AcceleratorError: There is no room for the context.
         """
         __tracebackhide__ = True
+        if not self.driver.has_context:
+            self.make_context()
         refuse = False
         for fault in () if is_internal else self.faults:
             refuse = fault(self.index, nbytes) or refuse

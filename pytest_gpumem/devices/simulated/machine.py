@@ -173,7 +173,7 @@ class SimulatedMachine:
         self.is_forked = self.is_forked or self.is_initialized
         self.is_initialized = False
         for card in self.all_cards:
-            card.renew_lock()
+            card.after_fork()
 
     def tell_oom(self, index: int, error: OutOfMemory) -> None:
         """Tell the observers of a request that failed; they may ask anything."""

@@ -33,8 +33,10 @@ class Runtime:
     cudaError = _Code  # noqa: N815  # the runtime's name
 
     def cudaMemGetInfo(self, device: int) -> tuple[int, int]:  # noqa: N802  # the runtime's name
-        """Return free and total bytes of a card."""
-        return card_of(device).mem_get_info()
+        """Return free and total bytes of a card; it has a context from then on."""
+        card = card_of(device)
+        card.make_context()
+        return card.mem_get_info()
 
     def cudaGetErrorString(self, code: int) -> str:  # noqa: N802  # the runtime's name
         """Return the text of an error code."""

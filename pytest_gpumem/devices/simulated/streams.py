@@ -56,6 +56,8 @@ class Stream:
         self.device_type = device_type
         self.priority = priority
         given = stream_id if stream_id is not None else stream_ptr
+        if given is None:
+            card_of(device_index).make_context()
         self.stream_id = next(_handles) if given is None else given
 
     @property
@@ -134,6 +136,7 @@ class Event:
 
     def record(self, stream: Stream | None = None) -> None:  # noqa: ARG002  # torch's signature
         """Note the host's time."""
+        card_of(self.device.index).make_context()
         self._recorded_s = time.perf_counter()
 
     def wait(self, stream: Stream | None = None) -> None:

@@ -41,8 +41,15 @@ def _nested(flat: dict[str, int]) -> dict[str, Any]:
 
 
 def _set_device(index: int) -> None:
-    if index >= 0:
-        current_machine().current_index = index
+    """Make a card the thread's current one; CUDA makes a context on another one.
+
+    Source: ``c10::cuda::SetDevice`` of ``c10/cuda/CUDAFunctions.cpp``; ``cudaSetDevice``
+    initialises the context since CUDA 12.
+    """
+    machine = current_machine()
+    if index >= 0 and index != machine.current_index:
+        machine.current_index = index
+        machine.card(index).make_context()
 
 
 def _count() -> int:
@@ -75,7 +82,7 @@ def _has_context(index: int) -> bool:
             "hasPrimaryContext expects a valid device index, but got "
             f"device_index={index}"
         )
-    return cards[index].num_requests > 0
+    return cards[index].driver.has_context
 
 
 def _exchange_device(index: int) -> int:
@@ -88,8 +95,15 @@ def _exchange_device(index: int) -> int:
 
 
 def _maybe_exchange_device(index: int) -> int:
-    # A function of its own: torch.compile tells the two apart by identity.
-    return _exchange_device(index)
+    """Make a card current as ``_exchange_device`` does, but make no context.
+
+    Source: ``c10::cuda::MaybeExchangeDevice`` of ``c10/cuda/CUDAFunctions.cpp``.
+    """
+    if index < 0:
+        return -1
+    previous = card_of(None).index
+    current_machine().current_index = index
+    return previous
 
 
 def _memory_stats(index: int) -> dict[str, Any]:
@@ -262,7 +276,14 @@ def _host_stats() -> dict[str, Any]:
 
 
 def _mem_get_info(index: int | None) -> tuple[int, int]:
-    return card_of(index).mem_get_info()
+    card = card_of(index)
+    card.make_context()
+    return card.mem_get_info()
+
+
+def _synchronize(index: int | None = None) -> None:
+    """Wait for nothing: work is done. CUDA makes a context to wait in."""
+    card_of(None if index is None or index < 0 else index).make_context()
 
 
 def _stream_of(index: int | None) -> Stream:
@@ -339,7 +360,7 @@ C_FUNCTIONS: Final[dict[str, Any]] = {
     "_cuda_setMemoryFraction": _set_fraction,
     "_cuda_getMemoryFraction": _get_fraction,
     "_cuda_memorySnapshot": _snapshot,
-    "_cuda_synchronize": _nothing,
+    "_cuda_synchronize": _synchronize,
     "_cuda_ipc_collect": _nothing,
     "_cuda_getCurrentStream": _current_stream,
     "_cuda_getCurrentRawStream": lambda index: _current_stream(index)[0],
@@ -377,7 +398,7 @@ C_FUNCTIONS: Final[dict[str, Any]] = {
     "_accelerator_maybeExchangeDevice": _maybe_exchange_device,
     "_accelerator_getStream": _stream_of,
     "_accelerator_setStream": _accelerator_set_stream,
-    "_accelerator_synchronizeDevice": _nothing,
+    "_accelerator_synchronizeDevice": _synchronize,
     "_accelerator_isAllocatorInitialized": lambda: True,
     "_accelerator_emptyCache": _empty_cache,
     "_accelerator_setAllocatorSettings": _renew_settings,

@@ -79,9 +79,9 @@ class SimulatedTensor(torch.Tensor):
         try:
             return HANDLERS[func](args, kwargs if kwargs is not None else {})
         except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and not hasattr(
-                error, "_gpumem_injected"
-            ):
+            if not isinstance(
+                error, (torch.OutOfMemoryError, torch.AcceleratorError)
+            ) and not hasattr(error, "_gpumem_injected"):
                 if lacks_host_memory(error):
                     del args, kwargs
                     error.__traceback__ = None  # for the same reason as below
