@@ -32,8 +32,15 @@ def cards() -> str:
             "column or the driver's; case, blanks, hyphens and the maker's words do not "
             "matter. Any other card can be made up: `--gpu-card=16GiB,cc=8.6,sms=46`.",
             table(
-                "card|driver's name|total|others saw|compute capability|"
-                "multiprocessors|context",
+                [
+                    "card",
+                    "driver's name",
+                    "total",
+                    "others saw",
+                    "compute capability",
+                    "multiprocessors",
+                    "context",
+                ],
                 rows,
             ),
             "**Total** is what the driver reports to CUDA, in bytes where an output "
@@ -60,13 +67,13 @@ def _row(key: str, card: Card) -> list[str]:
     exact = card.precision_bytes == 1
     total = f"{card.total_bytes:,}" if exact else f"≈ {format_size(card.total_bytes)}"
     seen = published_totals(key)
-    spread = f"{_gib(min(seen))} to {_gib(max(seen))}" if seen else DASH
+    ends = dict.fromkeys(map(_gib, (min(seen), max(seen)))) if seen else [DASH]
     major, minor = card.compute_capability
     return [
         f"`{key}`",
         card.name,
         total,
-        spread,
+        " to ".join(ends),
         f"{major}.{minor}",
         str(card.multi_processor_count),
         format_size(card.context_bytes),

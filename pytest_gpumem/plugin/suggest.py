@@ -61,10 +61,7 @@ class Suggestions:
         self._peaks[report.nodeid] = Peak(
             test=report.nodeid,
             allocated_bytes=max(each.peak_allocated_bytes for each in calls),
-            process_bytes=max(
-                each.peak_process_bytes or each.peak_reserved_bytes
-                for each in figures.values()
-            ),
+            reserved_bytes=max(each.peak_reserved_bytes for each in figures.values()),
             limit_bytes=None if limit is None else int(str(limit)),
             smallest_budget=None if smallest is None else int(str(smallest)),
             budget_note=str(properties.get(SMALLEST_NOTE_PROPERTY, "")),

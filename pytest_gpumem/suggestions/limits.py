@@ -25,7 +25,7 @@ class Peak:
     Attributes:
         test: The test.
         allocated_bytes: Its call's peak, on the card that it needed most of.
-        process_bytes: Reserved and, as far as known, the context's bytes, likewise.
+        reserved_bytes: The most that PyTorch held of a card in any phase.
         limit_bytes: The limit on allocated bytes that its markers set, or None.
         smallest_budget: The smallest budget under which it passes, if that was sought.
         budget_note: Why that was not sought or found, or what was amiss in it.
@@ -33,7 +33,7 @@ class Peak:
 
     test: str
     allocated_bytes: int
-    process_bytes: int
+    reserved_bytes: int
     limit_bytes: int | None = None
     smallest_budget: int | None = None
     budget_note: str = ""
@@ -135,13 +135,19 @@ def _cards(peaks: list[Peak]) -> list[str]:
     """Say on which cards of the table the suite would fit."""
     if not peaks:
         return []
-    worst = max(peaks, key=lambda each: each.process_bytes)
-    sizes = sorted(CARDS, key=lambda name: CARDS[name].total_bytes)
-    fits = [n for n in sizes if CARDS[n].total_bytes >= worst.process_bytes]
-    too_small = [name for name in sizes if name not in fits]
-    needs = f"the suite needs {format_size(worst.process_bytes)} ({worst.test})"
-    if not too_small:
-        return [f"{needs}; it fits on each of the {len(fits)} cards that are known"]
+    worst = max(peaks, key=lambda each: each.reserved_bytes)
+    rooms = {
+        name: card.total_bytes - card.context_bytes for name, card in CARDS.items()
+    }
+    fits = [name for name, room in rooms.items() if room >= worst.reserved_bytes]
+    needs = (
+        f"the suite needs {format_size(worst.reserved_bytes)} beside the context "
+        f"({worst.test})"
+    )
     if not fits:
-        return [f"{needs}; none of the {len(sizes)} cards that are known has that"]
-    return [f"{needs}; it fits on {', '.join(fits)}; not on {', '.join(too_small)}"]
+        return [f"{needs}; none of the {len(CARDS)} cards that are known has that"]
+    smallest = min(fits, key=rooms.__getitem__)
+    return [
+        f"{needs}; it fits on {len(fits)} of the {len(CARDS)} cards that are known, of "
+        f"which {smallest} is the smallest"
+    ]
