@@ -36,6 +36,7 @@ from pytest_gpumem.devices.simulated.operands import (
     check_devices,
     in_backward,
 )
+from pytest_gpumem.devices.simulated.rng import drawing
 from pytest_gpumem.devices.simulated.scratch import with_scratch
 from pytest_gpumem.devices.simulated.tensor import (
     HANDLERS,
@@ -120,8 +121,8 @@ def _blas_handle() -> object:
 def _plain(func: Any) -> Handler:
     name = func.overloadpacket.__name__
     uses_cublas = name in USES_CUBLAS
-    has_effects = name in HAS_EFFECTS or torch.Tag.nondeterministic_seeded in func.tags
-    draws = torch.Tag.nondeterministic_seeded in func.tags
+    draw = drawing(func)
+    has_effects = name in HAS_EFFECTS or draw is not None
     compute = computing(func)
 
     def handler(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -139,7 +140,7 @@ def _plain(func: Any) -> Handler:
                 check_cublas()
             hold_workspace(card, _blas_handle())
         held = foresee(func, values, kwargs, target) if has_effects else ()
-        out = run(func, values, kwargs, card, draws=draws, compute=compute)
+        out = run(func, values, kwargs, card, draw=draw, compute=compute)
         if target is None:
             return out
         for result, memory in zip(tensors_of(out), held, strict=False):
@@ -157,7 +158,7 @@ def _any_card(card: SimulatedCard | None) -> SimulatedCard:
 
 
 def _mutating(func: Any) -> Handler:
-    draws = torch.Tag.nondeterministic_seeded in func.tags
+    draw = drawing(func)
     allocates = may_allocate(func)
 
     def handler(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -174,7 +175,7 @@ def _mutating(func: Any) -> Handler:
         growing, made = (
             foresee_growth(func, values, inner, card) if allocates else NOTHING
         )
-        out = run(func, values, inner, card, draws=draws)
+        out = run(func, values, inner, card, draw=draw)
         for value, memory in growing:
             hold(value.untyped_storage(), memory)
         if made:

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from pytest_gpumem.devices.simulated import rng
+from pytest_gpumem.devices.simulated.rng import generator_of
 from pytest_gpumem.errors import NoValuesError, UnsupportedOnSimulatedDeviceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
+    from pytest_gpumem.devices.simulated.rng import Drawing
 
 #: Where the CPU's kernel does not know what a card's does: what to call instead.
 COMPUTED: Final[dict[Any, Callable[..., Any]]] = {}
@@ -139,7 +140,7 @@ def run(
     kwargs: dict[str, Any],
     card: SimulatedCard,
     *,
-    draws: bool,
+    draw: Drawing | None,
     compute: Callable[..., Any] | None = None,
 ) -> Any:
     """Run an operator on the tensors with the values.
@@ -149,7 +150,7 @@ def run(
         args: Its arguments, on the CPU, or on meta where no values are kept.
         kwargs: Its keyword arguments.
         card: The card that computes.
-        draws: Whether the operator draws from the card's random state.
+        draw: How the operator draws from the card's generator, if it does.
         compute: What computes the values; None means the operator.
 
     Raises:
@@ -160,9 +161,8 @@ def run(
     if card.value_device == "meta":
         args = [_without_value(each) for each in args]
     try:
-        if draws:
-            with rng.drawing_for(card):
-                return compute(*args, **kwargs)
+        if draw is not None and card.value_device != "meta":
+            return draw(generator_of(card), args, kwargs)
         return compute(*args, **kwargs)
     except RuntimeError as error:
         lacks_kernel = isinstance(error, NotImplementedError)
@@ -172,7 +172,7 @@ def run(
         if not lacks_values and not (lacks_kernel and _is_the_cpus(str(error))):
             raise
         lacks_half = any(f"for '{name}'" in str(error) for name in ("Half", "BFloat16"))
-    if lacks_half and not draws and not func._schema.is_mutable:  # no public name
+    if lacks_half and draw is None and not func._schema.is_mutable:  # no public name
         return _widened(func, args, kwargs)
     if lacks_values:
         raise NoValuesError(str(func))
