@@ -14,11 +14,11 @@ from torch.utils._device import _device_constructors
 from pytest_gpumem.devices.patches import PatchSet
 from pytest_gpumem.devices.simulated import (
     compiling,
+    dispatch,
     factories,
     handover,
     identity,
     profiling,
-    special,
     torchscript,
 )
 from pytest_gpumem.devices.simulated.autocast import clear_cache
@@ -238,4 +238,4 @@ def simulated_device(
         yield installation.machine
 
 
-__all__ = ["Installation", "simulated_device", "special"]
+__all__ = ["Installation", "dispatch", "simulated_device"]

@@ -128,6 +128,23 @@ class GeneratorName(metaclass=_GeneratorType):
     __qualname__ = "Generator"
 
 
+def check_generator(generator: Any, kind: str) -> None:
+    """Refuse a generator of the other kind of device.
+
+    Limits: only constructors can tell; C++ forgets the class of a generator.
+
+    Source: ``check_generator`` of ``aten/src/ATen/core/Generator.h``.
+
+    Raises:
+        RuntimeError: With torch's text.
+    """
+    found = "cuda" if isinstance(generator, CardGenerator) else "cpu"
+    if found != kind:
+        raise RuntimeError(
+            f"Expected a '{kind}' device type for generator but found '{found}'"
+        )
+
+
 class Drawing(Protocol):
     """Computes what an operator draws, on the CPU, from a generator."""
 

@@ -15,50 +15,6 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
     from pytest_gpumem.devices.simulated.rng import Drawing
 
-#: Where the CPU's kernel does not know what a card's does: what to call instead.
-COMPUTED: Final[dict[Any, Callable[..., Any]]] = {}
-
-
-def _histc(source: torch.Tensor, *args: Any, **options: Any) -> Any:
-    """``histc``: whole numbers are a card's alone."""
-    if source.dtype.is_floating_point:
-        return torch.histc(source, *args, **options)
-    return torch.histc(source.double(), *args, **options).to(source.dtype)
-
-
-COMPUTED[torch.ops.aten.histc.default] = _histc
-
-
-def _rms_norm_backward(  # noqa: PLR0917  # the operator's signature
-    grad: torch.Tensor,
-    source: torch.Tensor,
-    shape: list[int],
-    scale: torch.Tensor,
-    weight: torch.Tensor | None,
-    wanted: list[bool],
-) -> Any:
-    """``_fused_rms_norm_backward``: a card's alone; sums are of single precision.
-
-    Source: ``infinitely_differentiable_native_rms_norm_backward`` of
-    ``torch/csrc/autograd/FunctionsManual.cpp``.
-    """
-    dims = list(range(-len(shape), 0))
-    outer = list(range(source.dim() - len(shape)))
-    wide = torch.float64 if source.dtype is torch.float64 else torch.float32
-    normal = source.to(wide) * scale
-    scaled = grad.to(wide) if weight is None else grad.to(wide) * weight
-    by_source = scale * (scaled - normal * (scaled * normal).mean(dims, keepdim=True))
-    by_weight = grad.to(wide) * normal
-    by_weight = by_weight.sum(outer) if outer else by_weight
-    return (
-        by_source.to(source.dtype) if wanted[0] else None,
-        by_weight.to(weight.dtype) if wanted[1] and weight is not None else None,
-    )
-
-
-if hasattr(torch.ops.aten, "_fused_rms_norm_backward"):  # torch 2.9 and later
-    COMPUTED[torch.ops.aten._fused_rms_norm_backward.default] = _rms_norm_backward
-
 #: Keys that torch excludes while Python runs an operator. C++ that composes one of
 #: others leaves it to them to heed the marks of lazy conjugation.
 _LAZY_MARKS: Final = ("Conjugate", "Negative", "ZeroTensor")
@@ -68,10 +24,10 @@ _COMPOSITE: Final = (
 )
 
 
-def computing(func: Any) -> Callable[..., Any]:
-    """Return what computes the values of an operator."""
-    compute: Callable[..., Any] = COMPUTED.get(func, func)
-    return _heeding_marks(compute) if _is_composite(func) else compute
+def computing(func: Any, compute: Callable[..., Any] | None) -> Callable[..., Any]:
+    """Return what computes the values of an operator: ``compute``, or the CPU's own."""
+    chosen: Callable[..., Any] = func if compute is None else compute
+    return _heeding_marks(chosen) if _is_composite(func) else chosen
 
 
 def _is_composite(func: Any) -> bool:

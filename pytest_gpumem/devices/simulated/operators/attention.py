@@ -1,13 +1,13 @@
-"""Attention and dropout as the CUDA kernels hold memory for them.
+"""Attention as the CUDA kernels hold memory for it.
 
 A simulated tensor is one of the CPU to C++, so torch would choose the CPU's way to
-compose these operators, which saves other tensors for backward than CUDA's fused
+compose it, which saves other tensors for backward than CUDA's fused
 kernels do. Here the choice, what is allocated and what is saved are CUDA's; the values
 are the CPU's.
 
 Sources, torch 2.13: ``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp`` (which
 kernel runs), ``attention.cu`` and ``flash_attn/flash_api.cpp`` (what it allocates),
-``attention_backward.cu``, ``aten/src/ATen/native/Dropout.cpp``.
+``attention_backward.cu``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import torch
 from torch.nn import functional
 
 from pytest_gpumem.devices.simulated.memory import HOST_ROOM, Memory, hold
+from pytest_gpumem.devices.simulated.operators.composing import only
+from pytest_gpumem.devices.simulated.operators.registry import Cast, register
 from pytest_gpumem.devices.simulated.rng import (
     GENERATOR,
     draw_kept,
@@ -40,19 +42,6 @@ _ALIGN_BIAS: Final = 16
 _WIDEST_FLASH: Final = 256
 _HALVES: Final = (torch.float16, torch.bfloat16)
 _FLOAT_BYTES: Final = 4
-
-
-def dropout(source: torch.Tensor, p: float, train: bool) -> torch.Tensor:  # noqa: FBT001  # the operator's signature
-    """``aten.dropout``: on CUDA one kernel, which keeps a mask of one byte a number.
-
-    Source: ``is_fused_kernel_acceptable`` of ``Dropout.cpp``.
-    """
-    if not train or p == 0 or source.numel() == 0:
-        return source
-    if p == 1:
-        return source * torch.zeros_like(source)
-    result: torch.Tensor = torch.ops.aten.native_dropout.default(source, p, train)[0]
-    return result
 
 
 def choose_kernel(
@@ -289,3 +278,14 @@ def _compute(
         kept, factor = draw_kept(weights.shape, dropout_p, generator)
         result: torch.Tensor = (weights * kept * factor) @ value
         return result
+
+
+register(
+    "scaled_dot_product_attention",
+    composed=only(attention),
+    autocast=Cast("lower"),
+    source=(
+        "transformers/cuda/sdp_utils.cpp, select_sdp_backend; autocast_mode.h, "
+        "AT_FORALL_LOWER_PRECISION_FP"
+    ),
+)

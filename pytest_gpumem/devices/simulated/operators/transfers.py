@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 
-from pytest_gpumem.devices.simulated.dispatch import SPECIAL, handler_for, is_own_device
 from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.memory import Memory
+from pytest_gpumem.devices.simulated.operands import is_own_device
+from pytest_gpumem.devices.simulated.operators.checks import iterated
+from pytest_gpumem.devices.simulated.operators.registry import register
 from pytest_gpumem.devices.simulated.tensor import (
     SimulatedTensor,
     make,
@@ -89,34 +91,14 @@ def _is_pinned(_args: tuple[Any, ...], _kwargs: dict[str, Any]) -> bool:
     return False
 
 
-def _pack_padded_sequence(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
-    """``aten._pack_padded_sequence``: lengths and batch sizes are the host's.
-
-    Source: ``aten/src/ATen/native/PackedSequence.cpp``, ``checkLongTensor``.
-
-    Raises:
-        RuntimeError: The lengths lie on a card (torch's text).
-    """
-    source, lengths, batch_first = args
-    if isinstance(lengths, SimulatedTensor):
-        raise RuntimeError(  # noqa: TRY004  # torch's own class
-            "'lengths' argument should be a 1D CPU int64 tensor, but got "
-            f"{lengths.dim()}D {lengths.device} Long tensor"
-        )
-    data, batch_sizes = _aten._pack_padded_sequence.default(  # the operator's name
-        source._value, lengths, batch_first
-    )
-    return make(data, source._card), batch_sizes
-
-
-SPECIAL.update(
-    {
-        "_pack_padded_sequence": _pack_padded_sequence,
-        "_to_copy": _to_copy,
-        "copy_": _copy_,
-        "set_": _set_,
-        "is_pinned": _is_pinned,
-    }
+register("_to_copy", handler=_to_copy, source="TensorConversions.cpp, _to_copy")
+register("copy_", handler=_copy_, source="cuda/Copy.cu, copy_requires_temporaries")
+register(
+    "set_", handler=_set_, source="cuda/TensorFactories.cu and TensorShape.cpp, set_"
 )
-
-__all__ = ["handler_for"]
+register("is_pinned", handler=_is_pinned, source="Memory.cpp, is_pinned")
+register(
+    "copy is_set_to set",
+    check=iterated,
+    source="native_functions.yaml, device_check: NoCheck",
+)
