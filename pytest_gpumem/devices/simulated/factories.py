@@ -16,8 +16,8 @@ from pytest_gpumem.devices.simulated import autocast
 from pytest_gpumem.devices.simulated.machine import SimulatedCard, card_of
 from pytest_gpumem.devices.simulated.memory import HOST_ROOM, Memory, hold
 from pytest_gpumem.devices.simulated.operators import overloads
+from pytest_gpumem.devices.simulated.refusals import refuse_value
 from pytest_gpumem.devices.simulated.tensor import HANDLERS, make
-from pytest_gpumem.errors import NoValuesError
 
 
 def _new(
@@ -115,7 +115,7 @@ def _read(source: Any) -> Any:
         NoValuesError: The card keeps no values.
     """
     if source._value.is_meta:
-        raise NoValuesError("Tensor.item()")
+        refuse_value("Tensor.item()")
     return source._value.item()
 
 

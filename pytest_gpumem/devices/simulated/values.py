@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from pytest_gpumem.devices.simulated.refusals import refuse_value
 from pytest_gpumem.devices.simulated.rng import generator_of
-from pytest_gpumem.errors import NoValuesError, UnsupportedOnSimulatedDeviceError
+from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -131,7 +132,7 @@ def run(
     if lacks_half and draw is None and not func._schema.is_mutable:  # no public name
         return _widened(func, args, kwargs)
     if lacks_values:
-        raise NoValuesError(str(func))
+        refuse_value(str(func))
     raise UnsupportedOnSimulatedDeviceError(
         str(func), "it has no CPU kernel to take the values from; run it on a real card"
     )

@@ -11,15 +11,16 @@ from pytest_gpumem.devices.simulated.memory import Memory
 from pytest_gpumem.devices.simulated.operands import is_own_device
 from pytest_gpumem.devices.simulated.operators.checks import iterated
 from pytest_gpumem.devices.simulated.operators.registry import register
+from pytest_gpumem.devices.simulated.refusals import refuse_value
 from pytest_gpumem.devices.simulated.tensor import (
     SimulatedTensor,
     make,
     refresh,
 )
 from pytest_gpumem.devices.simulated.transfer import download, peer_copy, upload
-from pytest_gpumem.errors import NoValuesError
 
 _aten = torch.ops.aten
+_set_storage: Any = torch._C.TensorBase.set_  # below Tensor.set_
 
 
 def _to_copy(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -62,7 +63,7 @@ def _copy_(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
         target._value.copy_(source)
     elif not isinstance(target, SimulatedTensor):
         if source._value.is_meta:
-            raise NoValuesError("copying a tensor from the card to the host")
+            refuse_value("copying a tensor from the card to the host")
         if not source._value.is_contiguous() and source._value.numel() > 1:
             staging = Memory(source._card, source._value.nbytes)
         target.copy_(source._value)
@@ -77,11 +78,11 @@ def _set_(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     target = args[0]
     source = args[1] if len(args) > 1 else kwargs.get("source")
     if isinstance(source, SimulatedTensor):
-        target._value.set_(source._value, *args[2:])
+        _set_storage(target._value, source._value, *args[2:])
     elif source is None:
-        target._value.set_()
+        _set_storage(target._value)
     else:
-        target._value.set_(source, *args[2:])
+        _set_storage(target._value, source, *args[2:])
     refresh(target)
     return target
 
