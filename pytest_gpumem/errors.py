@@ -104,15 +104,18 @@ class NoValuesError(GpuMemError, RuntimeError):
 
     Attributes:
         operation: What asked for the value.
+        place: The file, line and function that called it; empty where none is known.
     """
 
-    def __init__(self, operation: str) -> None:
+    def __init__(self, operation: str, place: str = "") -> None:
+        caller = f" at {place}" if place else ""
         super().__init__(
-            f"{operation} reads values, and this simulated CUDA device keeps only "
+            f"{operation}{caller} reads values, and this simulated CUDA device keeps only "
             "shapes and bytes; run it with --gpu-values=computed "
             '(simulated_device(..., values="computed")), or do not read the result'
         )
         self.operation = operation
+        self.place = place
 
 
 class HostMemoryError(GpuMemError):

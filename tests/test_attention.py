@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional
 
 from pytest_gpumem import PeakRecorder
-from pytest_gpumem.devices.simulated.attention import choose_kernel
 from pytest_gpumem.devices.simulated.install import simulated_device
+from pytest_gpumem.devices.simulated.operators.attention import choose_kernel
 from pytest_gpumem.model.reductions import Processors, scratch_bytes
 
 if TYPE_CHECKING:

@@ -235,3 +235,21 @@ def test_numbers_are_written_where_no_values_are_kept() -> None:
     assert norm.is_cuda
     with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
         target.copy_(torch.empty(3, 4, device="meta"))
+
+
+@pytest.mark.usefixtures("machine")
+def test_a_library_that_branches_on_a_value_is_named() -> None:
+    """A mask may be left out if it hides nothing: transformers looks at its values."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.RobertaConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9
+    )
+    model = transformers.RobertaModel(config).cuda()
+    tokens = torch.ones(1, 4, dtype=torch.int64, device="cuda")
+    with pytest.raises(NoValuesError) as caught:
+        model(tokens, attention_mask=tokens)
+
+    assert caught.value.place.startswith("transformers/masking_utils.py:")
+    assert str(caught.value).startswith(
+        f"Tensor.__bool__() at {caught.value.place} reads values"
+    )

@@ -3,10 +3,11 @@
 C++ decides by what it takes for a tensor's device, which for a simulated tensor is the
 host; so the casts are made here, operator by operator.
 
-Source: the lists are those of PyTorch's documentation, "CUDA Ops that can autocast to
-float16", "… to float32" and "CUDA Ops that promote to the widest input type"
-(docs.pytorch.org/docs/stable/amp.html), for the operators that they dispatch to; the
-rule for kept casts is ``cached_cast`` of ``aten/src/ATen/autocast_mode.cpp``.
+Source: PyTorch's documentation, "CUDA Ops that can autocast to float16", "… to float32"
+and "CUDA Ops that promote to the widest input type"
+(docs.pytorch.org/docs/stable/amp.html), for the operators that they dispatch to, each in
+its record (``operators/``); the rule for kept casts is ``cached_cast`` of
+``aten/src/ATen/autocast_mode.cpp``.
 """
 
 from __future__ import annotations
@@ -16,105 +17,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from pytest_gpumem.devices.simulated.operators import overloads
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-
-_LOWER: Final = (
-    "_convolution",
-    "addbmm",
-    "addmm",
-    "addmv",
-    "addr",
-    "baddbmm",
-    "bmm",
-    "chain_matmul",
-    "conv1d",
-    "conv2d",
-    "conv3d",
-    "conv_transpose1d",
-    "conv_transpose2d.input",
-    "conv_transpose3d.input",
-    "gru_cell",
-    "linalg_multi_dot",
-    "linear",
-    "lstm_cell",
-    "matmul",
-    "mm",
-    "mv",
-    "prelu",
-    "rnn_relu_cell",
-    "rnn_tanh_cell",
-    "scaled_dot_product_attention",
-)
-_FP32: Final = (
-    "acos",
-    "asin",
-    "binary_cross_entropy_with_logits",
-    "cdist",
-    "cosh",
-    "cosine_embedding_loss",
-    "cosine_similarity",
-    "cross_entropy_loss",
-    "cumprod",
-    "cumsum",
-    "dist",
-    "erfinv",
-    "exp",
-    "expm1",
-    "group_norm",
-    "hinge_embedding_loss",
-    "kl_div",
-    "l1_loss",
-    "layer_norm",
-    "log",
-    "log10",
-    "log1p",
-    "log2",
-    "log_softmax.int",
-    "margin_ranking_loss",
-    "mse_loss",
-    "multi_margin_loss",
-    "multilabel_margin_loss",
-    "nll_loss",
-    "norm.Scalar",
-    "norm.ScalarOpt_dim",
-    "pdist",
-    "poisson_nll_loss",
-    "pow.Scalar",
-    "pow.Tensor_Scalar",
-    "pow.Tensor_Tensor",
-    "prod",
-    "prod.dim_int",
-    "reciprocal",
-    "renorm",
-    "rsqrt",
-    "sinh",
-    "smooth_l1_loss",
-    "soft_margin_loss",
-    "softmax.int",
-    "softplus",
-    "sum",
-    "sum.dim_IntList",
-    "tan",
-    "triplet_margin_loss",
-)
-_PROMOTE: Final = (
-    "addcdiv",
-    "addcmul",
-    "atan2",
-    "bilinear",
-    "cat",
-    "cross",
-    "dot",
-    "grid_sampler",
-    "index_put",
-    "scatter_add",
-    "stack",
-    "tensordot",
-    "vdot",
-)
 
 _kept: Final = threading.local()
 _clear: Final[Any] = torch.clear_autocast_cache
@@ -188,10 +95,12 @@ def _kernel(operator: Any, choose: Callable[[Any], torch.dtype]) -> Any:
     return kernel
 
 
+_CHOICES: Final = {"lower": _lower, "float32": _fp32, "widest": _widest}
+
+
 def register(library: Any) -> None:
     """Register the casts with a ``torch.library.Library`` of ``aten``."""
-    for names, choose in ((_LOWER, _lower), (_FP32, _fp32), (_PROMOTE, _widest)):
-        for name in names:
-            packet, _dot, overload = name.partition(".")
-            operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
-            library.impl(name, _kernel(operator, choose), "AutocastCUDA")
+    for name, overload, operator in overloads():
+        cast = operator.autocast
+        if cast is not None and overload._overloadname in cast.overloads:
+            library.impl(name, _kernel(overload, _CHOICES[cast.to]), "AutocastCUDA")

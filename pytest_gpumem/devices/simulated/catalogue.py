@@ -40,6 +40,9 @@ _CUDA: Final[dict[str, str]] = {
         is_available is_initialized manual_seed manual_seed_all memory random seed
         seed_all set_device set_rng_state set_rng_state_all set_stream stream streams
         synchronize check_error cudaStatus
+        BFloat16Storage BoolStorage ByteStorage CharStorage ComplexDoubleStorage
+        ComplexFloatStorage DoubleStorage FloatStorage HalfStorage IntStorage
+        LongStorage ShortStorage
     """,
     "modelled": """
         can_device_access_peer cudart device_memory_used get_arch_list
@@ -55,9 +58,6 @@ _CUDA: Final[dict[str, str]] = {
         set_sync_debug_mode sparse utilization temperature power_draw clock_rate
     """,
     "refused": """
-        BFloat16Storage BoolStorage ByteStorage CharStorage ComplexDoubleStorage
-        ComplexFloatStorage DoubleStorage FloatStorage HalfStorage IntStorage
-        LongStorage ShortStorage
         CUDAGraph CUDAPluggableAllocator ExternalStream GreenContext MemPool
         caching_allocator_alloc caching_allocator_delete caching_allocator_disabled
         caching_allocator_enable change_current_allocator get_stream_from_external
@@ -102,23 +102,6 @@ NOTES: Final[dict[str, str]] = {
     "torch.cuda.nvtx": "ranges are counted, no profiler sees them",
     "torch.cuda.nccl": "`is_available` says no; use the gloo backend",
     "torch.cuda.tunable": "`is_enabled` says no",
-    **{
-        f"torch.cuda.{name}Storage": ADVICE["a typed storage"]
-        for name in (
-            "BFloat16",
-            "Bool",
-            "Byte",
-            "Char",
-            "ComplexDouble",
-            "ComplexFloat",
-            "Double",
-            "Float",
-            "Half",
-            "Int",
-            "Long",
-            "Short",
-        )
-    },
 }
 
 #: What goes beyond those modules, by kind.

@@ -13,10 +13,9 @@ from typing import Any, Final
 import torch
 from torch.utils._device import DeviceContext
 
-from pytest_gpumem.devices.simulated.checks import check_generator
 from pytest_gpumem.devices.simulated.methods import cuda_device, mark_pinned
 from pytest_gpumem.devices.simulated.refusals import refuse
-from pytest_gpumem.devices.simulated.rng import GeneratorName
+from pytest_gpumem.devices.simulated.rng import GeneratorName, check_generator
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 from pytest_gpumem.devices.simulated.transfer import move, moved
 from pytest_gpumem.devices.simulated.typed import wanted

@@ -13,56 +13,23 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 if TYPE_CHECKING:
+    from pytest_gpumem.devices.simulated.operators.registry import Operator
     from pytest_gpumem.devices.simulated.tensor import Handler
-
-#: What each operator says that it is, by packet name.
-NONDETERMINISTIC: Final[dict[str, str]] = {
-    "_adaptive_avg_pool2d_backward": "adaptive_avg_pool2d_backward_cuda",
-    "_adaptive_avg_pool3d_backward": "adaptive_avg_pool3d_backward_cuda",
-    "_ctc_loss_backward": "ctc_loss_backward_gpu",
-    "adaptive_max_pool2d_backward": "adaptive_max_pool2d_backward_cuda",
-    "avg_pool3d_backward": "avg_pool3d_backward_cuda",
-    "cumsum": "cumsum_cuda_kernel",
-    "cumsum_": "cumsum_cuda_kernel",
-    "fractional_max_pool2d_backward": "fractional_max_pool2d_backward_cuda",
-    "fractional_max_pool3d_backward": "fractional_max_pool3d_backward_cuda",
-    "grid_sampler_2d_backward": "grid_sampler_2d_backward_cuda",
-    "grid_sampler_3d_backward": "grid_sampler_3d_backward_cuda",
-    "histc": "_histc_cuda",
-    "kthvalue": "kthvalue CUDA",
-    "max_pool3d_with_indices_backward": "max_pool3d_with_indices_backward_cuda",
-    "median": "median CUDA with indices output",
-    "nanmedian": "median CUDA with indices output",
-    "nll_loss2d_backward": "nll_loss2d_backward_out_cuda_template",
-    "nll_loss2d_forward": "nll_loss2d_forward_out_cuda_template",
-    "reflection_pad1d_backward": "reflection_pad1d_backward_out_cuda",
-    "reflection_pad2d_backward": "reflection_pad2d_backward_cuda",
-    "reflection_pad3d_backward": "reflection_pad3d_backward_out_cuda",
-    "replication_pad1d_backward": "replication_pad1d_backward_cuda",
-    "replication_pad2d_backward": "replication_pad2d_backward_cuda",
-    "replication_pad3d_backward": "replication_pad3d_backward_cuda",
-    "upsample_bicubic2d_backward": "upsample_bicubic2d_backward_out_cuda",
-    "upsample_bilinear2d_backward": "upsample_bilinear2d_backward_out_cuda",
-    "upsample_linear1d_backward": "upsample_linear1d_backward_out_cuda",
-    "upsample_trilinear3d_backward": "upsample_trilinear3d_backward_out_cuda",
-}
 
 #: What ``CUBLAS_WORKSPACE_CONFIG`` may say for cuBLAS to be deterministic.
 _CUBLAS_SETTINGS: Final = (":4096:8", ":16:8")
 
 
-def with_alert(func: Any, handler: Handler) -> Handler:
+def with_alert(func: Any, operator: Operator, handler: Handler) -> Handler:
     """Return a handler that alerts where a card has no deterministic way to run."""
-    caller = NONDETERMINISTIC.get(func.overloadpacket.__name__)
-    returns_indices = len(func._schema.returns) > 1  # it has no public name
-    if caller is None or (caller.startswith("median") and not returns_indices):
+    caller, alerts = operator.alert, operator.alerts
+    if not caller:
         return handler
-    is_sum = caller.startswith("cumsum")
 
     def alerting(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         __tracebackhide__ = True
-        if torch.are_deterministic_algorithms_enabled() and not (
-            is_sum and not (args[0].is_floating_point() or args[0].is_complex())
+        if torch.are_deterministic_algorithms_enabled() and (
+            alerts is None or alerts(func, args)
         ):
             _alert(caller)
         return handler(args, kwargs)

@@ -1,42 +1,38 @@
 """How an operator runs on the simulated device: values by the CPU, bytes by the card.
 
-Each operator gets a handler, made once from its schema:
+Each overload gets a handler, made once from its schema and its record in
+``operators/``:
 
 * *plain*: run on the CPU tensors, wrap what comes out. A result whose storage is
   already on the card is a view; any other is charged.
 * *mutating*: likewise, but a result that is an argument is that argument again, and
   an argument that changed its shape or storage is refreshed.
-* a special handler from ``special.py`` for what crosses devices.
+* *composed*: a function of other operators, which is then all that runs.
 
-Results of an operator that draws random numbers, or changes something, be it its
-arguments or more than its schema says, are charged before it runs: an OOM comes before
-any effect.
+Memory of an operator that draws random numbers, or changes something, be it its
+arguments or more than its schema says, is charged before it runs: an OOM comes before
+any effect. For any other it is charged once the values are there, which nobody can
+tell from before.
 """
 
 from __future__ import annotations
 
-import threading
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._library.custom_ops import OPDEFS
 
-from pytest_gpumem.devices.simulated.accumulation import with_accumulation
 from pytest_gpumem.devices.simulated.determinism import check_cublas, with_alert
 from pytest_gpumem.devices.simulated.foresight import (
-    NOTHING,
     foresee,
-    foresee_growth,
     may_allocate,
-    tensors_of,
 )
 from pytest_gpumem.devices.simulated.memory import hold, hold_workspace
-from pytest_gpumem.devices.simulated.operands import (
-    Operands,
-    check_devices,
-    in_backward,
-)
-from pytest_gpumem.devices.simulated.scratch import with_scratch
+from pytest_gpumem.devices.simulated.operands import Operands, is_own_device
+from pytest_gpumem.devices.simulated.operators import find
+from pytest_gpumem.devices.simulated.operators.checks import checking
+from pytest_gpumem.devices.simulated.operators.requests import Call, ask, flat
+from pytest_gpumem.devices.simulated.rng import drawing
 from pytest_gpumem.devices.simulated.tensor import (
     HANDLERS,
     make,
@@ -48,28 +44,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
+    from pytest_gpumem.devices.simulated.memory import Memory
+    from pytest_gpumem.devices.simulated.operators.registry import Operator
     from pytest_gpumem.devices.simulated.tensor import Handler
-
-#: Operators whose kernels use a cuBLAS handle, by packet name.
-#: Source: callers of ``getCurrentCUDABlasHandle`` in ``aten/src/ATen/native/cuda``.
-USES_CUBLAS: Final = frozenset(
-    {"mm", "addmm", "bmm", "baddbmm", "addmv", "mv", "dot", "vdot", "addr"}
-)
-
-#: Operators that change running statistics though their schemas say nothing of it.
-#: Source: ``aten/src/ATen/native/native_functions.yaml``, torch 2.13.
-HAS_EFFECTS: Final = frozenset({"native_batch_norm", "cudnn_batch_norm", "batch_norm"})
-
-SPECIAL: Final[dict[str, Handler]] = {}
-
-#: Operators that are composed anew for the simulated cards; see ``composites.py``.
-COMPOSED: Final[dict[Any, Callable[..., Any]]] = {}
-
-
-#: Operators that have a kernel of their own on a card, and are composed where a backend
-#: has none. For C++ this build has none for cards.
-#: Source: ``CUDA`` beside ``CompositeImplicitAutograd`` in ``native_functions.yaml``.
-OWN_KERNELS: Final = frozenset({"_fused_rms_norm", "mish_backward", "silu_backward"})
 
 
 def _wrap(value: Any, card: SimulatedCard) -> Any:
@@ -96,33 +73,13 @@ def _target(kwargs: dict[str, Any], operands: Operands) -> SimulatedCard | None:
     return None
 
 
-def is_own_device(kwargs: dict[str, Any], card: SimulatedCard) -> bool:
-    """Tell whether ``device=`` is what C++ takes for the tensor's own device.
-
-    Operators that torch composes in C++ hand on ``tensor.options()``, in backward and
-    out of it. Such options name a layout; a device that Python code asks for comes
-    without one.
-    """
-    return kwargs["device"].type == card.value_device and (
-        kwargs.get("layout") is not None or in_backward()
-    )
-
-
-def _blas_handle() -> object:
-    """Return which cuBLAS handle the thread has.
-
-    A handle belongs to a host thread, and on a real card backward runs in one of its
-    own.
-    """
-    return "autograd" if in_backward() else threading.get_ident()
-
-
-def _plain(func: Any) -> Handler:
-    name = func.overloadpacket.__name__
-    uses_cublas = name in USES_CUBLAS
-    has_effects = name in HAS_EFFECTS or torch.Tag.nondeterministic_seeded in func.tags
-    draws = torch.Tag.nondeterministic_seeded in func.tags
-    compute = computing(func)
+def _plain(func: Any, operator: Operator) -> Handler:
+    uses_cublas = operator.uses_cublas
+    draw = drawing(func)
+    has_effects = operator.has_effects or draw is not None
+    asks = operator.requests is not None
+    compute = computing(func, operator.compute)
+    check_devices = checking(func, operator)
 
     def handler(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         operands = Operands()
@@ -131,19 +88,21 @@ def _plain(func: Any) -> Handler:
         if kwargs:
             kwargs = {name: unwrap(value) for name, value in kwargs.items()}
         if operands.host is not None or operands.strays is not None:
-            check_devices(func, args, kwargs, operands)
+            check_devices(args, kwargs, operands)
         card = _any_card(operands.card)
         target = _target(kwargs, operands) if "device" in kwargs else card
         if uses_cublas:
-            if torch.are_deterministic_algorithms_enabled():
-                check_cublas()
-            hold_workspace(card, _blas_handle())
-        held = foresee(func, values, kwargs, target) if has_effects else ()
-        out = run(func, values, kwargs, card, draws=draws, compute=compute)
+            _prepare_cublas(card)
+        held: Any = ()
+        if has_effects and target is not None and target.value_device != "meta":
+            held = foresee(func, values, kwargs, target, operator)[1]
+        out = run(func, values, kwargs, card, draw=draw, compute=compute)
         if target is None:
             return out
-        for result, memory in zip(tensors_of(out), held, strict=False):
-            hold(result.untyped_storage(), memory)
+        if asks and not held:
+            held = _charge(func, operator, values, kwargs, out, target)
+        if held:
+            _hang(held, out)
         if isinstance(out, torch.Tensor):
             return make(out, target)
         return _wrap(out, target)
@@ -151,37 +110,78 @@ def _plain(func: Any) -> Handler:
     return handler
 
 
+def _prepare_cublas(card: SimulatedCard) -> None:
+    if torch.are_deterministic_algorithms_enabled():
+        check_cublas()
+    hold_workspace(card)
+
+
+def _charge(  # noqa: PLR0917  # a call and what came of it
+    func: Any, operator: Operator, values: Any, kwargs: Any, out: Any, card: Any
+) -> list[Memory | None]:
+    """Ask for what an operator asks for by its rule, once its results are there."""
+    __tracebackhide__ = True
+    rule: Any = operator.requests
+    results = flat(out)
+    steps = rule(Call(func, values, kwargs, results, card))
+    return ask(steps, _new_bytes(results), card)
+
+
+def _new_bytes(results: list[torch.Tensor | None]) -> list[int]:
+    """Return what each result asks for, in bytes: a view asks for nothing."""
+    known: set[int] = set()
+    sizes = []
+    for result in results:
+        nbytes = 0
+        if result is not None:
+            storage = result.untyped_storage()
+            if not hasattr(storage, "_gpumem") and storage._cdata not in known:
+                known.add(storage._cdata)
+                nbytes = storage.nbytes()
+        sizes.append(nbytes)
+    return sizes
+
+
+def _hang(held: list[Memory | None], out: Any) -> None:
+    """Hang what was taken for results on their storages."""
+    for result, memory in zip(flat(out), held, strict=False):
+        if result is not None and memory is not None:
+            hold(result.untyped_storage(), memory)
+
+
 def _any_card(card: SimulatedCard | None) -> SimulatedCard:
     assert card is not None, "unreachable: dispatch needs a simulated operand"  # noqa: S101  # states why
     return card
 
 
-def _mutating(func: Any) -> Handler:
-    draws = torch.Tag.nondeterministic_seeded in func.tags
-    allocates = may_allocate(func)
+def _mutating(func: Any, operator: Operator) -> Handler:
+    uses_cublas = operator.uses_cublas
+    draw = drawing(func)
+    allocates = operator.requests is not None or may_allocate(func)
+    check_devices = checking(func, operator)
 
     def handler(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         operands = Operands()
         values = [operands.unwrap(arg) for arg in args]
         inner = {name: operands.unwrap(value) for name, value in kwargs.items()}
         if operands.host is not None or operands.strays is not None:
-            check_devices(func, args, kwargs, operands)
+            check_devices(args, kwargs, operands)
         card = _any_card(operands.card)
+        if uses_cublas:
+            _prepare_cublas(card)
         shapes = [
             (outer, outer._value.shape, outer._value.untyped_storage().nbytes())
             for outer in operands.outer.values()
         ]
-        growing, made = (
-            foresee_growth(func, values, inner, card) if allocates else NOTHING
-        )
-        out = run(func, values, inner, card, draws=draws)
+        growing: Any = ()
+        made: Any = ()
+        if allocates:
+            growing, made = foresee(func, values, inner, card, operator)
+        out = run(func, values, inner, card, draw=draw)
         for value, memory in growing:
             hold(value.untyped_storage(), memory)
         if made:
-            own = {id(each) for each in operands.outer_values()}
-            results = [each for each in tensors_of(out) if id(each) not in own]
-            for result, memory in zip(results, made, strict=False):
-                hold(result.untyped_storage(), memory)
+            _hang(made, out)
         for outer, shape, nbytes in shapes:
             value = outer._value
             if (
@@ -216,15 +216,16 @@ def _python_kernel(func: Any) -> Callable[..., Any] | None:
     return found
 
 
-def _composed(func: Any) -> Handler | None:
+def _composed(func: Any, operator: Operator) -> Handler | None:
     """Return how to run an operator that consists of others; None for any else.
 
     Autograd takes these apart before they come here. In ``torch.inference_mode`` it
     does not, but on a card their parts are what runs and asks for memory.
     """
-    kernel = COMPOSED.get(func) or _python_kernel(func)
+    kernel = operator.composed and operator.composed(func)
+    kernel = kernel or _python_kernel(func)
     if kernel is None:
-        if func.overloadpacket.__name__ in OWN_KERNELS:
+        if operator.has_cuda_kernel:
             return None
         if not torch._C._dispatch_has_kernel_for_dispatch_key(
             func.name(), "CompositeImplicitAutograd"
@@ -241,17 +242,18 @@ def _composed(func: Any) -> Handler | None:
 
 
 def handler_for(func: Any) -> Handler:
-    """Return how to run an operator, from its name and schema."""
-    special = SPECIAL.get(func.overloadpacket.__name__)
-    if special is not None and func.namespace == "aten":
-        return special
-    composed = _composed(func)
+    """Return how to run an operator, from its record and schema."""
+    operator = find(func)
+    if operator.handler is not None:
+        return operator.handler
+    composed = _composed(func, operator)
     if composed is not None:
         return composed
-    if func._schema.is_mutable:  # the schema has no public name
-        return with_alert(func, _mutating(func))
-    handler = with_scratch(func.overloadpacket.__name__, _plain(func))
-    return with_alert(func, with_accumulation(func, handler))
+    maker = _mutating if func._schema.is_mutable else _plain
+    handler = maker(func, operator)
+    if operator.around is not None:
+        handler = operator.around(func, handler)
+    return with_alert(func, operator, handler)
 
 
 HANDLERS.make = handler_for

@@ -8,18 +8,16 @@ without CUDA.
 from __future__ import annotations
 
 import warnings
-from functools import partial
 from typing import Any
 
 import torch
 
 from pytest_gpumem.devices.simulated import autocast
-from pytest_gpumem.devices.simulated.composites import KERNELS
-from pytest_gpumem.devices.simulated.dispatch import OWN_KERNELS
 from pytest_gpumem.devices.simulated.machine import SimulatedCard, card_of
 from pytest_gpumem.devices.simulated.memory import HOST_ROOM, Memory, hold
+from pytest_gpumem.devices.simulated.operators import overloads
+from pytest_gpumem.devices.simulated.refusals import refuse_value
 from pytest_gpumem.devices.simulated.tensor import HANDLERS, make
-from pytest_gpumem.errors import NoValuesError
 
 
 def _new(
@@ -117,7 +115,7 @@ def _read(source: Any) -> Any:
         NoValuesError: The card keeps no values.
     """
     if source._value.is_meta:
-        raise NoValuesError("Tensor.item()")
+        refuse_value("Tensor.item()")
     return source._value.item()
 
 
@@ -138,11 +136,12 @@ def register() -> torch.library.Library:
         for name in ("tril_indices", "triu_indices"):
             operator = getattr(torch.ops.aten, name).default
             library.impl(name, _indices(operator), "CUDA")
-        for name in filter(partial(hasattr, torch.ops.aten), OWN_KERNELS):
-            # Autograd takes an operator apart unless the backend has a kernel.
-            operator = getattr(torch.ops.aten, name).default
-            library.impl(name, _own_kernel(operator), "CUDA")
-        for name, kernel in KERNELS.items():
-            library.impl(name, kernel, "AutogradCUDA")
+        for name, overload, operator in overloads():
+            if operator.has_cuda_kernel and not overload._schema.is_mutable:
+                # Autograd takes an operator apart unless the backend has a kernel.
+                library.impl(name, _own_kernel(overload), "CUDA")
+            kernel = operator.composed and operator.composed(overload)
+            if kernel:
+                library.impl(name, kernel, "AutogradCUDA")
         autocast.register(library)
     return library

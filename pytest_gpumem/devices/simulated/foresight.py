@@ -11,58 +11,22 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from pytest_gpumem.devices.simulated.memory import Memory
+from pytest_gpumem.devices.simulated.operators.requests import Call, ask, flat
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
+    from pytest_gpumem.devices.simulated.memory import Memory
+    from pytest_gpumem.devices.simulated.operators.registry import Operator
+    from pytest_gpumem.devices.simulated.operators.requests import Step
 
 _META: Final = torch.device("meta")
 
-
-def _shadow(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return torch.empty_strided(
-            value.size(), value.stride(), dtype=value.dtype, device=_META
-        )
-    if isinstance(value, (list, tuple)):
-        return type(value)([_shadow(item) for item in value])
-    return value
-
-
-def tensors_of(out: Any) -> list[torch.Tensor]:
-    """Return the tensors that an operator returned."""
-    if isinstance(out, torch.Tensor):
-        return [out]
-    results = out if isinstance(out, (tuple, list)) else ()
-    return [each for each in results if isinstance(each, torch.Tensor)]
-
-
-def foresee(
-    func: Any, values: list[Any], kwargs: dict[str, Any], card: SimulatedCard | None
-) -> list[Memory]:
-    """Take the bytes of an operator's results before it runs.
-
-    An operator that draws numbers, or changes what its schema does not say, must not
-    have done so when there is no room. Its results are foreseen on meta tensors; one
-    that cannot run there is charged afterwards.
-
-    Raises:
-        torch.OutOfMemoryError: There is no room.
-    """
-    __tracebackhide__ = True
-    if card is None or card.value_device == "meta":
-        return []  # a run on meta tensors has no effects
-    options = {
-        name: _META if isinstance(value, torch.device) else value
-        for name, value in kwargs.items()
-        if name != "generator"
-    }
-    try:
-        made = func(*(_shadow(value) for value in values), **options)
-    except (RuntimeError, TypeError):
-        return []
-    sizes = [result.untyped_storage().nbytes() for result in tensors_of(made)]
-    return [Memory(card, nbytes) for nbytes in sizes]
+#: Tensors with their shadows on meta, by the tensors' ids.
+_Shadows = dict[int, tuple[torch.Tensor, torch.Tensor]]
+#: Arguments that grow, with what they will hold; what each result will hold.
+_Foreseen = tuple[list[tuple[torch.Tensor, "Memory"]], "list[Memory | None]"]
 
 
 def may_allocate(func: Any) -> bool:
@@ -78,12 +42,6 @@ def may_allocate(func: Any) -> bool:
     )
 
 
-_Growth = tuple[list[tuple[torch.Tensor, Memory]], list[Memory]]
-NOTHING: Final[_Growth] = ([], [])
-#: Tensors with their shadows on meta, by the tensors' ids.
-_Shadows = dict[int, tuple[torch.Tensor, torch.Tensor]]
-
-
 def _shade(value: Any, shadows: _Shadows) -> Any:
     """Return an argument's shadow: the same one for the same tensor."""
     if isinstance(value, (list, tuple)):
@@ -93,19 +51,23 @@ def _shade(value: Any, shadows: _Shadows) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     if id(value) not in shadows:
-        shadows[id(value)] = (value, _shadow(value))
+        shadow = torch.empty_strided(
+            value.size(), value.stride(), dtype=value.dtype, device=_META
+        )
+        shadows[id(value)] = (value, shadow)
     return shadows[id(value)][1]
 
 
-def foresee_growth(
-    func: Any, values: list[Any], kwargs: dict[str, Any], card: SimulatedCard
-) -> _Growth:
-    """Take the bytes by which a mutating operator grows arguments, and of its results.
+def foresee(
+    func: Any,
+    values: list[Any],
+    kwargs: dict[str, Any],
+    card: SimulatedCard,
+    operator: Operator,
+) -> _Foreseen:
+    """Take the bytes that an operator asks for, before it runs and changes anything.
 
     It runs on meta tensors first; where it cannot, it is charged afterwards.
-
-    Returns:
-        Arguments whose storage grows, with what they will hold; what new results hold.
 
     Raises:
         torch.OutOfMemoryError: There is no room; nothing has changed.
@@ -114,20 +76,43 @@ def foresee_growth(
     shadows: _Shadows = {}
     options = {name: _shade(each, shadows) for name, each in kwargs.items()}
     options.pop("generator", None)
+    arguments = [_shade(value, shadows) for value in values]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the operator itself will say it
-            made = func(*(_shade(value, shadows) for value in values), **options)
+            made = flat((operator.shapes or func)(*arguments, **options))
     except (RuntimeError, TypeError, NotImplementedError, IndexError):
         return [], []
-    growing = []
-    for value, shadow in shadows.values():
-        if value.shape == shadow.shape and value.stride() == shadow.stride():
-            continue
-        skipped = int(value.storage_offset()) * value.element_size()
-        nbytes = shadow.untyped_storage().nbytes() + skipped
-        if nbytes > value.untyped_storage().nbytes():
-            growing.append((value, Memory(card, nbytes)))
-    known = {id(shadow) for _value, shadow in shadows.values()}
-    results = [each for each in tensors_of(made) if id(each) not in known]
-    return growing, [Memory(card, each.untyped_storage().nbytes()) for each in results]
+    own = {id(shadow): (value, shadow) for value, shadow in shadows.values()}
+    # Arguments that are not returned may grow as well.
+    returned = {id(each) for each in made}
+    made += [shadow for key, (_value, shadow) in own.items() if key not in returned]
+    sizes = [0 if each is None else _bytes(each, own.get(id(each))) for each in made]
+    steps: Iterable[Step] = ()
+    if operator.requests is not None:
+        steps = operator.requests(Call(func, values, kwargs, made, card))
+    held = ask(steps, sizes, card)
+    growing = [
+        (own[id(each)][0], memory)
+        for each, memory in zip(made, held, strict=True)
+        if memory is not None and id(each) in own
+    ]
+    results = [
+        None if id(each) in own else memory
+        for each, memory in zip(made, held, strict=True)
+    ]
+    return growing, results
+
+
+def _bytes(
+    made: torch.Tensor, argument: tuple[torch.Tensor, torch.Tensor] | None
+) -> int:
+    """Return what a result asks for; an argument that does not grow asks for nothing."""
+    nbytes = made.untyped_storage().nbytes()
+    if argument is None:
+        return nbytes
+    value, shadow = argument
+    if value.shape == shadow.shape and value.stride() == shadow.stride():
+        return 0
+    nbytes += int(value.storage_offset()) * value.element_size()
+    return nbytes if nbytes > value.untyped_storage().nbytes() else 0

@@ -326,7 +326,9 @@ def deepcopy(self: SimulatedTensor, memo: dict[int, Any]) -> Any:
     value, card = self._value, self._card
     storage = copy.deepcopy(self.untyped_storage(), memo)
     copied = torch.empty(0, dtype=value.dtype, device=value.device)
-    copied.set_(storage, value.storage_offset(), value.size(), value.stride())
+    torch._C.TensorBase.set_(
+        copied, storage, value.storage_offset(), value.size(), value.stride()
+    )
     twin = make(copied, card)
     with torch.no_grad():
         if self.is_conj():

@@ -14,11 +14,11 @@ from torch.utils._device import _device_constructors
 from pytest_gpumem.devices.patches import PatchSet
 from pytest_gpumem.devices.simulated import (
     compiling,
+    dispatch,
     factories,
     handover,
     identity,
     profiling,
-    special,
     torchscript,
 )
 from pytest_gpumem.devices.simulated.autocast import clear_cache
@@ -38,7 +38,11 @@ from pytest_gpumem.devices.simulated.machine import (
 from pytest_gpumem.devices.simulated.methods import EVERY_TENSOR
 from pytest_gpumem.devices.simulated.nvtx import Nvtx
 from pytest_gpumem.devices.simulated.refusals import CLASSES, refusing_class
-from pytest_gpumem.devices.simulated.storages import EVERY_STORAGE, typed_init
+from pytest_gpumem.devices.simulated.storages import (
+    EVERY_STORAGE,
+    EVERY_TENSORS_STORAGE,
+    typed_init,
+)
 from pytest_gpumem.devices.simulated.streams import Event, EventName, Stream, StreamName
 from pytest_gpumem.devices.simulated.surface import C_FUNCTIONS, cuda_names
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
@@ -92,6 +96,7 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
         (torch.Tensor, EVERY_TENSOR),
         (torch.Tensor, DRAWING_METHODS),
         (torch.UntypedStorage, EVERY_STORAGE),
+        (torch.Tensor, EVERY_TENSORS_STORAGE),
         (torch, CONSTRUCTORS),
         (torch, {"Stream": StreamName, "Event": EventName}),
         (torch.nested, NESTED),
@@ -238,4 +243,4 @@ def simulated_device(
         yield installation.machine
 
 
-__all__ = ["Installation", "simulated_device", "special"]
+__all__ = ["Installation", "dispatch", "simulated_device"]

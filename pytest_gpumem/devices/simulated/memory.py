@@ -8,10 +8,12 @@ tensors saved for backward, ``untyped_storage()``. When it goes, so does the blo
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import torch
 
+from pytest_gpumem.devices.simulated.backward import in_backward
 from pytest_gpumem.devices.simulated.machine import OutOfMemory
 from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.errors import HostMemoryError
@@ -66,14 +68,18 @@ def allocate(card: SimulatedCard, nbytes: int) -> Block:
     return _with_torchs_error(card, lambda: card.allocate(nbytes, stream))
 
 
-def hold_workspace(card: SimulatedCard, handle: object) -> None:
-    """Take the cuBLAS workspace of a handle on the thread's stream, if it has none.
+def hold_workspace(card: SimulatedCard) -> None:
+    """Take the workspace of the thread's cuBLAS handle on its stream, if it has none.
+
+    A handle belongs to a host thread, and on a real card backward runs in one of its
+    own.
 
     Raises:
         torch.OutOfMemoryError: There is no room for it.
     """
     __tracebackhide__ = True
     stream = card.machine.streams.current(card.index)
+    handle = "autograd" if in_backward() else threading.get_ident()
     if (handle, stream) not in card.workspaces:
         _with_torchs_error(card, lambda: card.hold_workspace(handle, stream))
 

@@ -23,11 +23,10 @@ from pytest_gpumem.devices.simulated.identity import (
 )
 from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.memory import memory_of
-from pytest_gpumem.devices.simulated.refusals import refuse, refusing
+from pytest_gpumem.devices.simulated.refusals import refuse, refuse_value, refusing
 from pytest_gpumem.devices.simulated.tensor import DEVICES, SimulatedTensor
 from pytest_gpumem.devices.simulated.transfer import moved
 from pytest_gpumem.devices.simulated.typed import wanted
-from pytest_gpumem.errors import NoValuesError
 
 _base: Final[Any] = torch.Tensor
 _original_type: Final[Any] = torch.Tensor.type
@@ -267,7 +266,7 @@ def _format(self: SimulatedTensor, spec: str) -> str:
 def _reduce_ex(self: SimulatedTensor, _protocol: Any) -> Any:
     """Pickle as a plain tensor or parameter of the card."""
     if self._value.is_meta:
-        raise NoValuesError("pickling a tensor")
+        refuse_value("pickling a tensor")
     storage = torch.storage.TypedStorage(
         wrap_storage=self.untyped_storage(), dtype=self.dtype, _internal=True
     )
@@ -315,7 +314,7 @@ def _reader(name: str) -> Any:
 
     def read(self: SimulatedTensor, *args: Any) -> Any:
         if self._value.is_meta:
-            raise NoValuesError(f"Tensor.{name}()")
+            refuse_value(f"Tensor.{name}()")
         return original(self, *args)
 
     return read

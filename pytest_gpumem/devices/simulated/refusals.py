@@ -6,9 +6,14 @@ host, which would prove nothing.
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
+import torch
+
+from pytest_gpumem.errors import NoValuesError, UnsupportedOnSimulatedDeviceError
+from pytest_gpumem.stacks import calling_frame, frames_from, short_path
 
 _REAL: Final = "run this on a real card"
 _KERNEL: Final = "take the code's own path without it, or run this on a real card"
@@ -40,7 +45,6 @@ ADVICE: Final[dict[str, str]] = {
     "torch.cuda.nccl": "use the gloo backend of torch.distributed",
     "torch.cuda.gds": "read the file on the host",
     "torch.cuda.tunable": _REAL,
-    "a typed storage": "make a tensor and take its untyped_storage()",
     "torch.export.export": "export the module while it is on the CPU",
     "FakeTensorMode.from_tensor": "make fake tensors of the module on the CPU",
     "tensor.__cuda_array_interface__": "hand over tensor.cpu() instead",
@@ -69,6 +73,29 @@ def refuse(feature: str) -> NoReturn:
     """
     __tracebackhide__ = True
     raise UnsupportedOnSimulatedDeviceError(feature, ADVICE[feature])
+
+
+#: Directories whose code reads values for others.
+_BETWEEN: Final = tuple(
+    str(Path(file).parents[level]) + os.sep
+    for file, level in ((torch.__file__, 0), (__file__, 2))
+)
+
+
+def refuse_value(operation: str) -> NoReturn:
+    """Raise the error of a card that keeps no values, naming the code that reads one.
+
+    Raises:
+        NoValuesError: Always.
+    """
+    __tracebackhide__ = True
+    for frame in frames_from(calling_frame()):
+        code = frame.f_code
+        if not code.co_filename.startswith(_BETWEEN):
+            file = short_path(code.co_filename)
+            place = f"{file}:{frame.f_lineno} in {code.co_name}"
+            raise NoValuesError(operation, place)
+    raise NoValuesError(operation)
 
 
 def refusing(feature: str) -> Any:

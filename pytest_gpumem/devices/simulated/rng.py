@@ -1,23 +1,27 @@
-"""Random numbers on the simulated cards: each card has its own generator state."""
+"""Random numbers on the simulated cards: each card draws from its own generator.
+
+Note [Drawing]
+The CPU computes what a card draws, from the card's generator, which is named to the
+operator. The CPU's default generator is never touched, so threads that draw on the host
+meanwhile, and processes forked meanwhile, notice nothing. There is no lock either: torch
+itself locks a generator while it draws. Numbers differ from a real card's (Philox there,
+Mersenne Twister here); the same seed gives the same numbers on every run.
+"""
 
 from __future__ import annotations
 
-import threading
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 
 from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.refusals import refuse
+from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
 
-_lock: Final = threading.RLock()
 _generators: Final[WeakKeyDictionary[SimulatedCard, torch.Generator]] = (
     WeakKeyDictionary()
 )
@@ -25,21 +29,20 @@ _generators: Final[WeakKeyDictionary[SimulatedCard, torch.Generator]] = (
 
 def generator_of(card: SimulatedCard) -> torch.Generator:
     """Return the card's default generator."""
-    with _lock:
-        if card not in _generators:
-            _generators[card] = CardGenerator(card.index)
-        return _generators[card]
+    found = _generators.get(card)
+    return found or _generators.setdefault(card, CardGenerator(card.index))
 
 
-_generator: Final[Any] = torch.Generator
+#: The host's generators: ``torch.Generator`` as C++ has it.
+GENERATOR: Final[Any] = torch.Generator
 
 
-class CardGenerator(_generator):  # type: ignore[misc]  # torch's C type, held as Any
+class CardGenerator(GENERATOR):  # type: ignore[misc]  # torch's C type, held as Any
     """``torch.Generator("cuda")``: the CPU draws, the generator says it is a card's."""
 
     def __new__(cls, index: int) -> CardGenerator:  # noqa: PYI034  # Self needs 3.11
         """Make a CPU generator of this class."""
-        made: CardGenerator = _generator.__new__(cls)
+        made: CardGenerator = GENERATOR.__new__(cls)
         made._index = index
         made._offset = 0
         return made
@@ -105,16 +108,16 @@ class _GeneratorType(type):
     """Answers for ``torch.Generator``, whose C code has no generators of cards."""
 
     def __call__(cls, device: Any = "cpu") -> Any:
-        named = _generator().device if device is None else torch.device(device)
+        named = GENERATOR().device if device is None else torch.device(device)
         if named.type != "cuda":
-            return _generator(named)
+            return GENERATOR(named)
         return CardGenerator(card_of(named.index).index)
 
     def __instancecheck__(cls, instance: object) -> bool:
-        return isinstance(instance, _generator)
+        return isinstance(instance, GENERATOR)
 
     def __subclasscheck__(cls, subclass: type) -> bool:
-        return issubclass(subclass, _generator)
+        return issubclass(subclass, GENERATOR)
 
 
 class GeneratorName(metaclass=_GeneratorType):
@@ -125,21 +128,147 @@ class GeneratorName(metaclass=_GeneratorType):
     __qualname__ = "Generator"
 
 
-@contextmanager
-def drawing_for(card: SimulatedCard) -> Iterator[None]:
-    """Let operators that know no generator draw from the card's, for a block.
+def check_generator(generator: Any, kind: str) -> None:
+    """Refuse a generator of the other kind of device.
 
-    The CPU's default generator is as before afterwards: numbers drawn on a card do
-    not move it, as on a real one. Numbers differ from a real card's (Philox there,
-    Mersenne Twister here); the same seed gives the same numbers on every run.
+    Limits: only constructors can tell; C++ forgets the class of a generator.
+
+    Source: ``check_generator`` of ``aten/src/ATen/core/Generator.h``.
+
+    Raises:
+        RuntimeError: With torch's text.
     """
-    default = torch.default_generator
-    with _lock:
-        generator = generator_of(card)
-        saved = default.get_state()
-        default.set_state(generator.get_state())
-        try:
-            yield
-        finally:
-            generator.set_state(default.get_state())
-            default.set_state(saved)
+    found = "cuda" if isinstance(generator, CardGenerator) else "cpu"
+    if found != kind:
+        raise RuntimeError(
+            f"Expected a '{kind}' device type for generator but found '{found}'"
+        )
+
+
+class Drawing(Protocol):
+    """Computes what an operator draws, on the CPU, from a generator."""
+
+    def __call__(
+        self, generator: torch.Generator, args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        """Return the operator's result."""
+
+
+def drawing(func: Any) -> Drawing | None:
+    """Return how an operator draws from a generator; None if it draws nothing.
+
+    See Note [Drawing]. An operator that has no way to name a generator is refused when
+    it is run.
+    """
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return None
+    if func.overloadpacket is torch.ops.aten.native_dropout:
+        return _native_dropout
+    named = _with_generator(func)
+    if named is not None:
+        return _naming(named)
+    if func.overloadpacket.__name__ in _DRAWS_NOTHING or not _runs_on_host(func):
+        return None
+    return _refused(func)
+
+
+#: Operators of the CPU that carry the tag and draw nothing: the first refuses dropout.
+#: Source: ``aten/src/ATen/native/transformers/attention.cpp``.
+_DRAWS_NOTHING: Final = frozenset(
+    {"_scaled_dot_product_flash_attention_for_cpu", "_fused_sdp_choice", "philox_rand"}
+)
+
+
+def _runs_on_host(func: Any) -> bool:
+    """Tell whether the CPU has a kernel for any form of an operator."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # no public name
+    packet = func.overloadpacket
+    forms = [getattr(packet, each) for each in packet.overloads()]
+    return any(
+        has_kernel(form.name(), "CPU")
+        or (
+            has_kernel(form.name(), "CompositeExplicitAutograd")
+            and not any(each.is_out for each in form._schema.arguments)  # likewise
+        )
+        for form in forms
+    )
+
+
+def _with_generator(func: Any) -> Any:
+    """Return the form of an operator that takes a generator beside the same arguments."""
+
+    def arguments(form: Any) -> list[tuple[str, str]]:
+        return [
+            (each.name, str(each.type))
+            for each in form._schema.arguments  # no public name
+            if each.name != "generator"
+        ]
+
+    packet = func.overloadpacket
+    forms = [func, *(getattr(packet, each) for each in packet.overloads())]
+    return next(
+        (
+            form
+            for form in forms
+            if any(each.name == "generator" for each in form._schema.arguments)
+            and arguments(form) == arguments(func)
+        ),
+        None,
+    )
+
+
+def _naming(func: Any) -> Drawing:
+    """Return a drawing that names the generator, unless the caller has named one."""
+    names = [each.name for each in func._schema.arguments]  # no public name
+    position = names.index("generator")
+
+    def draw(generator: torch.Generator, args: Any, kwargs: dict[str, Any]) -> Any:
+        if len(args) > position and not func._schema.arguments[position].kwarg_only:
+            given = [*args]
+            given[position] = given[position] or generator
+            return func(*given, **kwargs)
+        chosen = kwargs.get("generator") or generator
+        return func(*args, **{**kwargs, "generator": chosen})
+
+    return draw
+
+
+def _refused(func: Any) -> Drawing:
+    def draw(generator: Any, args: Any, kwargs: dict[str, Any]) -> Any:  # noqa: ARG001  # as every drawing
+        raise UnsupportedOnSimulatedDeviceError(
+            str(func), "it draws random numbers and takes no generator"
+        )
+
+    return draw
+
+
+def draw_kept(
+    shape: torch.Size, p: float, generator: torch.Generator
+) -> tuple[torch.Tensor, float]:
+    """Draw which numbers dropout keeps.
+
+    Returns:
+        A mask of booleans in that shape, and the factor of what is kept.
+
+    Source: ``native_dropout_cpu`` of ``aten/src/ATen/native/Dropout.cpp``.
+    """
+    kept = torch.empty(shape, dtype=torch.bool, device="cpu")
+    torch.ops.aten.bernoulli_.float(kept, 1 - p, generator=generator)
+    return kept, 0.0 if p == 1 else 1 / (1 - p)
+
+
+def _native_dropout(
+    generator: torch.Generator, args: Any, kwargs: dict[str, Any]
+) -> Any:
+    """``native_dropout``, whose kernel takes no generator."""
+    source, p, train = args
+    if train is False or source.numel() == 0:
+        return torch.ops.aten.native_dropout(*args, **kwargs)  # draws nothing
+    kept, factor = draw_kept(source.shape, p, generator)
+    results = source.mul(kept).mul_(factor), kept
+    if not kwargs:
+        return results
+    outs = kwargs["out0"], kwargs["out1"]
+    for out, result in zip(outs, results, strict=True):
+        out.resize_(result.shape).copy_(result)
+    return outs

@@ -13,9 +13,8 @@ import torch
 from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.memory import HOST_ROOM, Memory, hold, memory_of
 from pytest_gpumem.devices.simulated.methods import cuda_device
-from pytest_gpumem.devices.simulated.refusals import refuse
+from pytest_gpumem.devices.simulated.refusals import refuse_value
 from pytest_gpumem.devices.simulated.tensor import DEVICES
-from pytest_gpumem.errors import NoValuesError
 
 if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
@@ -81,7 +80,7 @@ def _clone(self: torch.UntypedStorage) -> torch.UntypedStorage:
 
 def _host_copy(self: torch.UntypedStorage) -> torch.UntypedStorage:
     if _original_device.__get__(self).type == "meta":
-        raise NoValuesError("copying a storage from the card to the host")
+        refuse_value("copying a storage from the card to the host")
     copied: torch.UntypedStorage = _Storage(self.nbytes())
     torch.UntypedStorage.copy_(copied, self)
     return copied
@@ -149,18 +148,49 @@ _original_init: Final[Any] = torch.TypedStorage.__init__
 def typed_init(
     self: torch.TypedStorage, *args: Any, device: Any = None, **options: Any
 ) -> None:
-    """``TypedStorage(…)``, refusing a new one on a card.
+    """``TypedStorage(…)``: for a card a new one is wrapped around an untyped one.
 
     Raises:
-        UnsupportedOnSimulatedDeviceError: It would lie on a card.
+        torch.OutOfMemoryError: The card has no room.
     """
     __tracebackhide__ = True
-    on_card = device is not None and torch.device(device).type == "cuda"
-    if on_card and options.get("wrap_storage") is None:
-        refuse("a typed storage")
-    if device is not None:
-        options["device"] = device
-    _original_init(self, *args, **options)
+    target = None if device is None else cuda_device(device)
+    if target is None or options.get("wrap_storage") is not None:
+        if device is not None:
+            options["device"] = device
+        _original_init(self, *args, **options)
+        return
+    dtype = options.get("dtype") or torch.get_default_dtype()
+    if len(args) == 1 and isinstance(args[0], int):
+        wrapped = _Storage(args[0] * dtype.itemsize, device=target)
+    else:
+        _original_init(self, *args, **options)
+        wrapped = _upload(self._untyped_storage, target)
+    internal = options.get("_internal", False)
+    _original_init(self, wrap_storage=wrapped, dtype=dtype, _internal=internal)
+
+
+_original_set: Final[Any] = torch.Tensor.set_
+
+
+def _set(self: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+    """``Tensor.set_``: C++ takes the storages of cards for the host's.
+
+    Source: ``checkSetStorage`` of ``aten/src/ATen/native/Resize.h``.
+
+    Raises:
+        RuntimeError: The storage is on another device (torch's text).
+    """
+    __tracebackhide__ = True
+    source = args[0] if args else options.get("source")
+    if source is not None and source.device != self.device:
+        raise RuntimeError(
+            f'Attempted to set the storage of a tensor on device "{self.device}" to a '
+            f'storage on different device "{source.device}".  This is no longer '
+            "allowed; the devices must match."
+        )
+    result: torch.Tensor = _original_set(self, *args, **options)
+    return result
 
 
 #: What every storage does differently while the simulated device is installed.
@@ -175,3 +205,6 @@ EVERY_STORAGE: Final[dict[str, Any]] = {
     "clone": _clone,
     "__new__": staticmethod(_new),
 }
+
+#: What every tensor does differently with its storage.
+EVERY_TENSORS_STORAGE: Final[dict[str, Any]] = {"set_": _set}

@@ -134,6 +134,11 @@ class Event:
         self.event_id = next(_handles)
         self.device = DEVICES[card_of(named_index(device)).index]
 
+    @property
+    def cuda_event(self) -> int:
+        """The event's handle: 0 until it is recorded, which makes it."""
+        return 0 if self._recorded_s is None else self.event_id
+
     def record(self, stream: Stream | None = None) -> None:  # noqa: ARG002  # torch's signature
         """Note the host's time."""
         card_of(self.device.index).make_context()

@@ -8,9 +8,8 @@ import torch
 
 from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.memory import HOST_ROOM, Memory, hold
-from pytest_gpumem.devices.simulated.refusals import refuse
+from pytest_gpumem.devices.simulated.refusals import refuse, refuse_value
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor, make
-from pytest_gpumem.errors import NoValuesError
 
 if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
@@ -79,7 +78,7 @@ def download(
     if device is not None and device.type == "meta":
         return torch.empty_like(value, dtype=dtype, device=device)
     if value.is_meta:
-        raise NoValuesError("copying a tensor from the card to the host")
+        refuse_value("copying a tensor from the card to the host")
     staging = (
         None if _is_dense(value) else Memory(source._card, value.nbytes)
     )  # likewise

@@ -6,57 +6,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from pytest_gpumem.devices.simulated import rng
-from pytest_gpumem.errors import NoValuesError, UnsupportedOnSimulatedDeviceError
+from pytest_gpumem.devices.simulated.refusals import refuse_value
+from pytest_gpumem.devices.simulated.rng import generator_of
+from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
-
-#: Where the CPU's kernel does not know what a card's does: what to call instead.
-COMPUTED: Final[dict[Any, Callable[..., Any]]] = {}
-
-
-def _histc(source: torch.Tensor, *args: Any, **options: Any) -> Any:
-    """``histc``: whole numbers are a card's alone."""
-    if source.dtype.is_floating_point:
-        return torch.histc(source, *args, **options)
-    return torch.histc(source.double(), *args, **options).to(source.dtype)
-
-
-COMPUTED[torch.ops.aten.histc.default] = _histc
-
-
-def _rms_norm_backward(  # noqa: PLR0917  # the operator's signature
-    grad: torch.Tensor,
-    source: torch.Tensor,
-    shape: list[int],
-    scale: torch.Tensor,
-    weight: torch.Tensor | None,
-    wanted: list[bool],
-) -> Any:
-    """``_fused_rms_norm_backward``: a card's alone; sums are of single precision.
-
-    Source: ``infinitely_differentiable_native_rms_norm_backward`` of
-    ``torch/csrc/autograd/FunctionsManual.cpp``.
-    """
-    dims = list(range(-len(shape), 0))
-    outer = list(range(source.dim() - len(shape)))
-    wide = torch.float64 if source.dtype is torch.float64 else torch.float32
-    normal = source.to(wide) * scale
-    scaled = grad.to(wide) if weight is None else grad.to(wide) * weight
-    by_source = scale * (scaled - normal * (scaled * normal).mean(dims, keepdim=True))
-    by_weight = grad.to(wide) * normal
-    by_weight = by_weight.sum(outer) if outer else by_weight
-    return (
-        by_source.to(source.dtype) if wanted[0] else None,
-        by_weight.to(weight.dtype) if wanted[1] and weight is not None else None,
-    )
-
-
-if hasattr(torch.ops.aten, "_fused_rms_norm_backward"):  # torch 2.9 and later
-    COMPUTED[torch.ops.aten._fused_rms_norm_backward.default] = _rms_norm_backward
+    from pytest_gpumem.devices.simulated.rng import Drawing
 
 #: Keys that torch excludes while Python runs an operator. C++ that composes one of
 #: others leaves it to them to heed the marks of lazy conjugation.
@@ -67,10 +25,10 @@ _COMPOSITE: Final = (
 )
 
 
-def computing(func: Any) -> Callable[..., Any]:
-    """Return what computes the values of an operator."""
-    compute: Callable[..., Any] = COMPUTED.get(func, func)
-    return _heeding_marks(compute) if _is_composite(func) else compute
+def computing(func: Any, compute: Callable[..., Any] | None) -> Callable[..., Any]:
+    """Return what computes the values of an operator: ``compute``, or the CPU's own."""
+    chosen: Callable[..., Any] = func if compute is None else compute
+    return _heeding_marks(chosen) if _is_composite(func) else chosen
 
 
 def _is_composite(func: Any) -> bool:
@@ -139,7 +97,7 @@ def run(
     kwargs: dict[str, Any],
     card: SimulatedCard,
     *,
-    draws: bool,
+    draw: Drawing | None,
     compute: Callable[..., Any] | None = None,
 ) -> Any:
     """Run an operator on the tensors with the values.
@@ -149,7 +107,7 @@ def run(
         args: Its arguments, on the CPU, or on meta where no values are kept.
         kwargs: Its keyword arguments.
         card: The card that computes.
-        draws: Whether the operator draws from the card's random state.
+        draw: How the operator draws from the card's generator, if it does.
         compute: What computes the values; None means the operator.
 
     Raises:
@@ -160,9 +118,8 @@ def run(
     if card.value_device == "meta":
         args = [_without_value(each) for each in args]
     try:
-        if draws:
-            with rng.drawing_for(card):
-                return compute(*args, **kwargs)
+        if draw is not None and card.value_device != "meta":
+            return draw(generator_of(card), args, kwargs)
         return compute(*args, **kwargs)
     except RuntimeError as error:
         lacks_kernel = isinstance(error, NotImplementedError)
@@ -172,10 +129,10 @@ def run(
         if not lacks_values and not (lacks_kernel and _is_the_cpus(str(error))):
             raise
         lacks_half = any(f"for '{name}'" in str(error) for name in ("Half", "BFloat16"))
-    if lacks_half and not draws and not func._schema.is_mutable:  # no public name
+    if lacks_half and draw is None and not func._schema.is_mutable:  # no public name
         return _widened(func, args, kwargs)
     if lacks_values:
-        raise NoValuesError(str(func))
+        refuse_value(str(func))
     raise UnsupportedOnSimulatedDeviceError(
         str(func), "it has no CPU kernel to take the values from; run it on a real card"
     )

@@ -6,18 +6,21 @@ from typing import Any
 
 import torch
 
-from pytest_gpumem.devices.simulated.dispatch import SPECIAL, handler_for, is_own_device
 from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.memory import Memory
+from pytest_gpumem.devices.simulated.operands import is_own_device
+from pytest_gpumem.devices.simulated.operators.checks import iterated
+from pytest_gpumem.devices.simulated.operators.registry import register
+from pytest_gpumem.devices.simulated.refusals import refuse_value
 from pytest_gpumem.devices.simulated.tensor import (
     SimulatedTensor,
     make,
     refresh,
 )
 from pytest_gpumem.devices.simulated.transfer import download, peer_copy, upload
-from pytest_gpumem.errors import NoValuesError
 
 _aten = torch.ops.aten
+_set_storage: Any = torch._C.TensorBase.set_  # below Tensor.set_
 
 
 def _to_copy(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -60,7 +63,7 @@ def _copy_(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
         target._value.copy_(source)
     elif not isinstance(target, SimulatedTensor):
         if source._value.is_meta:
-            raise NoValuesError("copying a tensor from the card to the host")
+            refuse_value("copying a tensor from the card to the host")
         if not source._value.is_contiguous() and source._value.numel() > 1:
             staging = Memory(source._card, source._value.nbytes)
         target.copy_(source._value)
@@ -75,11 +78,11 @@ def _set_(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     target = args[0]
     source = args[1] if len(args) > 1 else kwargs.get("source")
     if isinstance(source, SimulatedTensor):
-        target._value.set_(source._value, *args[2:])
+        _set_storage(target._value, source._value, *args[2:])
     elif source is None:
-        target._value.set_()
+        _set_storage(target._value)
     else:
-        target._value.set_(source, *args[2:])
+        _set_storage(target._value, source, *args[2:])
     refresh(target)
     return target
 
@@ -89,34 +92,14 @@ def _is_pinned(_args: tuple[Any, ...], _kwargs: dict[str, Any]) -> bool:
     return False
 
 
-def _pack_padded_sequence(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
-    """``aten._pack_padded_sequence``: lengths and batch sizes are the host's.
-
-    Source: ``aten/src/ATen/native/PackedSequence.cpp``, ``checkLongTensor``.
-
-    Raises:
-        RuntimeError: The lengths lie on a card (torch's text).
-    """
-    source, lengths, batch_first = args
-    if isinstance(lengths, SimulatedTensor):
-        raise RuntimeError(  # noqa: TRY004  # torch's own class
-            "'lengths' argument should be a 1D CPU int64 tensor, but got "
-            f"{lengths.dim()}D {lengths.device} Long tensor"
-        )
-    data, batch_sizes = _aten._pack_padded_sequence.default(  # the operator's name
-        source._value, lengths, batch_first
-    )
-    return make(data, source._card), batch_sizes
-
-
-SPECIAL.update(
-    {
-        "_pack_padded_sequence": _pack_padded_sequence,
-        "_to_copy": _to_copy,
-        "copy_": _copy_,
-        "set_": _set_,
-        "is_pinned": _is_pinned,
-    }
+register("_to_copy", handler=_to_copy, source="TensorConversions.cpp, _to_copy")
+register("copy_", handler=_copy_, source="cuda/Copy.cu, copy_requires_temporaries")
+register(
+    "set_", handler=_set_, source="cuda/TensorFactories.cu and TensorShape.cpp, set_"
 )
-
-__all__ = ["handler_for"]
+register("is_pinned", handler=_is_pinned, source="Memory.cpp, is_pinned")
+register(
+    "copy is_set_to set",
+    check=iterated,
+    source="native_functions.yaml, device_check: NoCheck",
+)

@@ -1,13 +1,13 @@
-"""Attention and dropout as the CUDA kernels hold memory for them.
+"""Attention as the CUDA kernels hold memory for it.
 
 A simulated tensor is one of the CPU to C++, so torch would choose the CPU's way to
-compose these operators, which saves other tensors for backward than CUDA's fused
+compose it, which saves other tensors for backward than CUDA's fused
 kernels do. Here the choice, what is allocated and what is saved are CUDA's; the values
 are the CPU's.
 
 Sources, torch 2.13: ``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp`` (which
 kernel runs), ``attention.cu`` and ``flash_attn/flash_api.cpp`` (what it allocates),
-``attention_backward.cu``, ``aten/src/ATen/native/Dropout.cpp``.
+``attention_backward.cu``.
 """
 
 from __future__ import annotations
@@ -18,8 +18,14 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch.nn import functional
 
-from pytest_gpumem.devices.simulated import rng
 from pytest_gpumem.devices.simulated.memory import HOST_ROOM, Memory, hold
+from pytest_gpumem.devices.simulated.operators.composing import only
+from pytest_gpumem.devices.simulated.operators.registry import Cast, register
+from pytest_gpumem.devices.simulated.rng import (
+    GENERATOR,
+    draw_kept,
+    generator_of,
+)
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor, make
 
 if TYPE_CHECKING:
@@ -36,19 +42,6 @@ _ALIGN_BIAS: Final = 16
 _WIDEST_FLASH: Final = 256
 _HALVES: Final = (torch.float16, torch.bfloat16)
 _FLOAT_BYTES: Final = 4
-
-
-def dropout(source: torch.Tensor, p: float, train: bool) -> torch.Tensor:  # noqa: FBT001  # the operator's signature
-    """``aten.dropout``: on CUDA one kernel, which keeps a mask of one byte a number.
-
-    Source: ``is_fused_kernel_acceptable`` of ``Dropout.cpp``.
-    """
-    if not train or p == 0 or source.numel() == 0:
-        return source
-    if p == 1:
-        return source * torch.zeros_like(source)
-    result: torch.Tensor = torch.ops.aten.native_dropout.default(source, p, train)[0]
-    return result
 
 
 def choose_kernel(
@@ -177,14 +170,15 @@ class _Attention(torch.autograd.Function):
         else:
             sizes = [batch * heads * aligned * _FLOAT_BYTES] if saves else []
         kept = [_kept(card, nbytes) for nbytes in sizes]
-        state = rng.generator_of(card).get_state() if dropout_p > 0 else None
+        seed = None
         if card.value_device != "meta":
+            seed = _draw_seed(card) if dropout_p > 0 else None
             values = (query._value, key._value, value._value)
             mask = None if bias is None else bias._value
             settings = (dropout_p, is_causal, scale)
-            out._value.copy_(_compute(card, values, mask, settings, None))
+            out._value.copy_(_compute(values, mask, settings, seed))
         ctx.save_for_backward(query, key, value, bias, *kept)
-        ctx.options, ctx.state = options, state
+        ctx.options, ctx.seed = options, seed
         return out
 
     @staticmethod
@@ -214,7 +208,7 @@ class _Attention(torch.autograd.Function):
             with torch.enable_grad():
                 leaves = [each.requires_grad_() for each in values]
                 settings = (dropout_p, is_causal, scale)
-                again = _compute(card, leaves, mask, settings, ctx.state)
+                again = _compute(leaves, mask, settings, ctx.seed)
                 found = torch.autograd.grad(again, leaves, grad._value)
             for made, computed in zip(grads, found, strict=True):
                 made._value.copy_(computed)
@@ -250,52 +244,48 @@ def _scratch(card: SimulatedCard, nbytes: int) -> Memory:
     return Memory(card, nbytes)
 
 
+def _draw_seed(card: SimulatedCard) -> int:
+    """Draw what dropout's mask is made from, once for forward and again for backward."""
+    seed = torch.empty((), dtype=torch.int64, device="cpu")
+    return int(torch.ops.aten.random_(seed, generator=generator_of(card)))
+
+
 def _compute(
-    card: SimulatedCard,
     values: Any,
     mask: torch.Tensor | None,
     settings: tuple[float, bool, float | None],
-    state: torch.Tensor | None,
+    seed: int | None,
 ) -> torch.Tensor:
     """Compute attention on the host.
 
     Args:
-        card: Whose random numbers dropout draws.
         values: Query, key and value.
         mask: To be added to the scores.
         settings: Dropout's probability, whether it is causal, the scale.
-        state: Random state to draw from again; None draws from the card's own.
+        seed: What dropout's mask is made from; None without dropout.
     """
-    with HOST_ROOM:
-        return _computed(card, values, mask, settings, state)
-
-
-def _computed(
-    card: SimulatedCard, values: Any, mask: Any, settings: Any, state: Any
-) -> torch.Tensor:
     dropout_p, is_causal, scale = settings
     query, key, value = values
-    if dropout_p == 0:
-        return functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale
+    with HOST_ROOM:
+        if seed is None:
+            return functional.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale
+            )
+        _, weights = _math_attention(
+            query, key, value, mask, 0.0, is_causal, scale=scale
         )
-    if state is None:
-        with rng.drawing_for(card):
-            return _dropping(query, key, value, mask, settings)
-    generator = torch.default_generator
-    saved = generator.get_state()
-    try:
-        generator.set_state(state)
-        return _dropping(query, key, value, mask, settings)
-    finally:
-        generator.set_state(saved)
+        generator = GENERATOR().manual_seed(seed)
+        kept, factor = draw_kept(weights.shape, dropout_p, generator)
+        result: torch.Tensor = (weights * kept * factor) @ value
+        return result
 
 
-def _dropping(
-    query: Any, key: Any, value: Any, mask: Any, settings: tuple[float, bool, Any]
-) -> torch.Tensor:
-    dropout_p, is_causal, scale = settings
-    result: torch.Tensor = _math_attention(
-        query, key, value, mask, dropout_p, is_causal, scale=scale
-    )[0]
-    return result
+register(
+    "scaled_dot_product_attention",
+    composed=only(attention),
+    autocast=Cast("lower"),
+    source=(
+        "transformers/cuda/sdp_utils.cpp, select_sdp_backend; autocast_mode.h, "
+        "AT_FORALL_LOWER_PRECISION_FP"
+    ),
+)

@@ -1,0 +1,127 @@
+"""Which devices an operator takes operands of, held to torch's own rules.
+
+Note [Device checks]
+A card's kernel checks its operands in one of two ways. Generated code compares all of
+them with the first one, single numbers too (``common``). Operators marked
+``device_check: NoCheck`` leave it to ``TensorIterator``, which takes a single number of
+the host where it only reads it (``iterated``), or have a check of their own.
+
+A check raises RuntimeError with torch's text.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pytest_gpumem.devices.simulated.backward import in_backward
+from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pytest_gpumem.devices.simulated.operands import Operands
+    from pytest_gpumem.devices.simulated.operators.registry import Operator
+
+
+class Place:
+    """An operand: its argument's name, whether it is written to, and the tensor."""
+
+    __slots__ = ("device", "is_written", "name", "tensor")
+
+    def __init__(self, name: str, is_written: bool, tensor: torch.Tensor) -> None:  # noqa: FBT001  # its own class
+        self.name = name
+        self.is_written = is_written
+        self.tensor = tensor
+        self.device = tensor.device
+
+
+def checking(func: Any, operator: Operator) -> Callable[[Any, Any, Operands], None]:
+    """Return what holds an operator's operands to the devices that it takes together.
+
+    It is called where one of them is on the host or on another card.
+    """
+    check = operator.check or common
+
+    def check_devices(args: Any, kwargs: Any, operands: Operands) -> None:
+        __tracebackhide__ = True
+        if operands.strays is None:
+            if operator.takes_host or in_backward():
+                return
+            # Where no values are kept, operators that torch composes in C++ make their
+            # helpers on what it takes for the tensors' device.
+            host, card = operands.host, operands.card
+            if (
+                host is not None
+                and host.is_meta
+                and card
+                and card.value_device == "meta"
+            ):
+                return
+        check(func, _places(func, args, kwargs))
+
+    return check_devices
+
+
+def _places(func: Any, args: Any, kwargs: Any) -> list[Place]:
+    """Return the tensors among the arguments, in the schema's order."""
+    places: list[Place] = []
+    for position, argument in enumerate(func._schema.arguments):
+        value = args[position] if position < len(args) else kwargs.get(argument.name)
+        is_written = argument.alias_info is not None and argument.alias_info.is_write
+        places.extend(
+            Place(argument.name, is_written, each)
+            for each in (value if isinstance(value, (list, tuple)) else (value,))
+            if isinstance(each, torch.Tensor)
+        )
+    return places
+
+
+def common(func: Any, places: list[Place]) -> None:
+    """Check as generated code does, which takes nothing from another device.
+
+    Source: ``common_device_check_failure`` of ``c10/core/impl``.
+    """
+    compare(func.overloadpacket.__name__, places)
+
+
+def compare(name: str, places: list[Place]) -> None:
+    """Compare all operands with the first one, in the name of a kernel."""
+    first = places[0].device
+    for each in places:
+        if each.device != first:
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but got {each.name} is "
+                f"on {each.device}, different from other tensors on {first} (when "
+                f"checking argument in method wrapper_CUDA_{name})"
+            )
+
+
+def iterated(func: Any, places: list[Place]) -> None:
+    """Check as ``TensorIterator`` does, which reads single numbers of the host.
+
+    Source: ``TensorIteratorBase::compute_types`` of ``aten/src/ATen/TensorIterator.cpp``;
+    ``resize_out`` of ``torchgen/dest/register_dispatch_key.py``.
+    """
+    card = next(
+        each.device for each in places if isinstance(each.tensor, SimulatedTensor)
+    )
+    for each in places:
+        if each.device == card:
+            continue
+        is_number = each.device.type == "cpu" and each.tensor.dim() == 0
+        if is_number and not each.is_written:
+            continue
+        if (
+            each.is_written
+            and each.name == "out"
+            and torch.Tag.pointwise not in func.tags
+        ):
+            raise RuntimeError(
+                f"Expected out tensor to have device {card}, but got {each.device} instead"
+            )
+        raise RuntimeError(
+            "Expected all tensors to be on the same device, but found at least two "
+            f"devices, {card} and {each.device}!"
+        )

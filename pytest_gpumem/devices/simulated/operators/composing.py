@@ -1,0 +1,111 @@
+"""Ways to compose an operator of others anew, above autograd.
+
+C++ that composes asks tensors for their device and is told the host: it makes helpers
+there, or takes a branch that a card's tensors do not take. What comes to a card's own
+kernels again is left to C++.
+
+Each function here is what the field ``composed`` of a record takes: it returns the
+kernel of an overload, or None where that needs none.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
+from pytest_gpumem.devices.simulated.transfer import moved
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pytest_gpumem.devices.simulated.operators.registry import Kernel
+
+
+def only(kernel: Kernel, overload: str = "default") -> Callable[[Any], Kernel | None]:
+    """Compose one overload by a function."""
+    return lambda func: kernel if func._overloadname == overload else None
+
+
+def on_host(func: Any) -> Kernel:
+    """Compute on the host as a whole, and move the result to the card.
+
+    Gradients flow through the moves. Limits: what is saved for backward is held on
+    the host, not on the card.
+    """
+    into = into_out(func)
+    if into is not None:
+        return into
+    host = torch.device("cpu")
+
+    def down(value: Any) -> Any:
+        return moved(value, host) if isinstance(value, SimulatedTensor) else value
+
+    def kernel(*args: Any, **options: Any) -> Any:
+        operands = (*args, *options.values())
+        cards = [each.device for each in operands if isinstance(each, SimulatedTensor)]
+        options = {name: down(value) for name, value in options.items()}
+        return moved(func(*(down(each) for each in args), **options), cards[0])
+
+    return kernel
+
+
+def into_out(func: Any) -> Kernel | None:
+    """Compute what an overload with ``out=`` returns by the one without; put it there.
+
+    C++ computes into helpers that it makes on the host. Limits: the results take their
+    bytes beside those of ``out``.
+    """
+    names = [each.name for each in func._schema.arguments if each.is_out]
+    if not names:
+        return None
+    functional = _without_out(func)
+
+    def kernel(*args: Any, **options: Any) -> Any:
+        outs = [options.pop(name) for name in names]
+        computed = functional(*args, **options)
+        results = [computed] if isinstance(computed, torch.Tensor) else [*computed]
+        for out, result in zip(outs, results, strict=True):
+            if out.dtype is not result.dtype:
+                raise RuntimeError(
+                    f"Expected out tensor to have dtype {_spelt(result.dtype)}, but got "
+                    f"{_spelt(out.dtype)} instead"
+                )
+            if out.shape != result.shape:
+                out.resize_(result.shape)
+            out.copy_(result)
+        return outs[0] if len(outs) == 1 else tuple(outs)
+
+    return kernel
+
+
+def _without_out(func: Any) -> Any:
+    """Return the overload that takes the same arguments but ``out=``."""
+    wanted = _taken(func)
+    packet = func.overloadpacket
+    others = (getattr(packet, name) for name in packet.overloads())
+    return next(each for each in others if each is not func and _taken(each) == wanted)
+
+
+def _taken(func: Any) -> list[tuple[str, str]]:
+    arguments = func._schema.arguments
+    return [(each.name, str(each.type)) for each in arguments if not each.is_out]
+
+
+def _spelt(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.").replace("float32", "float")
+
+
+def landing(func: Any) -> Kernel | None:
+    """Put a result on the card that C++ may have made anew on the host."""
+    if func._schema.is_mutable:
+        return None
+
+    def kernel(*args: Any, **options: Any) -> Any:
+        result = func.decompose(*args, **options)
+        if isinstance(result, SimulatedTensor):
+            return result
+        return moved(result, args[0].device)
+
+    return kernel

@@ -1,0 +1,38 @@
+"""Operators that draw random numbers.
+
+That an operator draws is no field of its record: torch's own tag
+``nondeterministic_seeded`` says it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from pytest_gpumem.devices.simulated.operators.checks import iterated
+from pytest_gpumem.devices.simulated.operators.composing import only
+from pytest_gpumem.devices.simulated.operators.registry import register
+
+register(
+    "bernoulli binomial normal normal_functional poisson uniform",
+    check=iterated,
+    source="native_functions.yaml, device_check: NoCheck",
+)
+
+
+def dropout(source: torch.Tensor, p: float, train: bool) -> torch.Tensor:  # noqa: FBT001  # the operator's signature
+    """``dropout``: on a card one kernel, which keeps a mask of one byte a number."""
+    if not train or p == 0 or source.numel() == 0:
+        return source
+    if p == 1:
+        return source * torch.zeros_like(source)
+    result: torch.Tensor = torch.ops.aten.native_dropout.default(source, p, train)[0]
+    return result
+
+
+register(
+    "dropout",
+    composed=only(dropout),
+    source="Dropout.cpp, is_fused_kernel_acceptable",
+)
+# Its bound is the host's: "high must be a scalar tensor and on CPU".
+register("randint_like", takes_host=True, source="TensorFactories.cpp, randint_like")

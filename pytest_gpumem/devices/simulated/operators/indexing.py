@@ -1,0 +1,79 @@
+"""Operators that take indices, gather and scatter."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from pytest_gpumem.devices.simulated.operators.checks import iterated
+from pytest_gpumem.devices.simulated.operators.composing import on_host
+from pytest_gpumem.devices.simulated.operators.registry import Cast, register
+
+if TYPE_CHECKING:
+    from pytest_gpumem.devices.simulated.operators.checks import Place
+
+_HOST: Final = torch.device("cpu")
+_NO_CHECK = "native_functions.yaml, device_check: NoCheck"
+_TO_WIDEST = "autocast_mode.h, AT_FORALL_PROMOTE"
+
+
+def _indices(_func: Any, places: list[Place]) -> None:
+    """Check that indices are the host's or the tensor's card's, values the card's."""
+    target = places[0].device
+    for each in places[1:]:
+        if each.name == "indices" and each.device not in (target, _HOST):
+            raise RuntimeError(
+                "indices should be either on cpu or on the same device as the indexed "
+                f"tensor ({target})"
+            )
+        if each.name == "values" and each.device != target and each.tensor.dim() > 0:
+            raise RuntimeError(
+                "Expected all tensors to be on the same device, but found at least two "
+                f"devices, {target} and {each.device}!"
+            )
+
+
+_CHECK = "TensorIndexing.h and TensorAdvancedIndexing.cpp, make_info"
+
+register(
+    "_index_put_impl _unsafe_index _unsafe_index_put index",
+    check=_indices,
+    source=_CHECK,
+)
+register(
+    "index_put",
+    check=_indices,
+    autocast=Cast("widest"),
+    source=f"{_CHECK}; {_TO_WIDEST}",
+)
+
+
+def _mask(func: Any, places: list[Place]) -> None:
+    """Check the mask first, a single one too."""
+    target, mask = places[0].device, places[1].device
+    if mask != target:
+        raise RuntimeError(
+            "expected self and mask to be on the same device, but got mask on "
+            f"{mask} and self on {target}"
+        )
+    iterated(func, places)
+
+
+register("masked_fill", check=_mask, source="cuda/IndexKernel.cpp, masked_fill__cuda")
+register("index_fill", check=iterated, source=_NO_CHECK)
+# How torch 2.15 assigns a number at indices of the host.
+register("index_fill_", check=iterated, takes_host=True, source=_NO_CHECK)
+register(
+    """
+    as_strided_scatter diagonal_scatter is_same_size select_scatter slice_scatter
+    """,
+    check=iterated,
+    source=_NO_CHECK,
+)
+register("cat scatter_add stack", autocast=Cast("widest"), source=_TO_WIDEST)
+register(
+    "combinations one_hot",
+    composed=on_host,
+    source="Itertools.cpp and Onehot.cpp: helpers by tensor.options()",
+)

@@ -1,0 +1,157 @@
+"""One record for each operator: all that the simulated card has to know about it.
+
+An operator that needs nothing has none: it runs on the CPU's tensors, its results are
+charged in their order, and its operands all have to be on the card. Any other has one
+row in the module of its family::
+
+    register("cumsum", alert="cumsum_cuda_kernel", source="ScanKernels.cpp")
+
+A row speaks of an operator by its name in ``torch.ops.aten``, all overloads together,
+and of its variant in place (``add`` is ``add`` and ``add_``) unless that has a row of
+its own. ``_foreach_*`` is a row for what has none of that beginning. A name in two rows
+is an error of the import. A name that the installed torch does not have is passed over.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from pytest_gpumem.devices.simulated.operators.checks import iterated
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from pytest_gpumem.devices.simulated.operators.checks import Place
+    from pytest_gpumem.devices.simulated.operators.requests import Call, Step
+    from pytest_gpumem.devices.simulated.tensor import Handler
+
+    Kernel = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """What ``torch.autocast("cuda")`` does to an operator's floating operands.
+
+    Attributes:
+        to: ``"lower"`` (autocast's own type), ``"float32"``, or ``"widest"`` (float32
+            if any operand is).
+        overloads: The overloads that it does so to.
+    """
+
+    to: str
+    overloads: tuple[str, ...] = ("default",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operator:
+    """All that is known about one operator, or about several by the same rule.
+
+    Attributes:
+        source: Where it stands, in PyTorch's sources: file and function, or the field
+            of ``native_functions.yaml``.
+        place: The module and line of the row.
+        requests: What it asks of the allocator, in order; None: its results alone.
+            See ``requests.py``.
+        compute: How the CPU computes its values, where the CPU's own kernel does not
+            know what a card's does; called as the operator is.
+        shapes: How its results are foreseen, where torch's own kernel for meta tensors
+            cannot; called as the operator is, with meta tensors.
+        composed: Returns the Python function that composes an overload of other
+            operators, above autograd; None for an overload that needs none.
+        handler: Runs it instead of everything else, given arguments and keywords.
+        around: Wraps the handler of an overload.
+        check: Holds operands to devices; None compares all with the first one.
+        takes_host: Whether tensors of the host may stand beside a card's.
+        has_cuda_kernel: Whether a card has a kernel for what is composed elsewhere.
+        uses_cublas: Whether the kernel takes a cuBLAS handle, with its workspace.
+        has_effects: Whether it changes what its schema does not say.
+        alert: What it calls itself where it has no deterministic way to run.
+        alerts: Whether that holds of an overload and its arguments; None: of all.
+        autocast: What autocast does to its operands; None: nothing.
+    """
+
+    source: str
+    place: str
+    requests: Callable[[Call], Iterable[Step]] | None = None
+    compute: Kernel | None = None
+    shapes: Kernel | None = None
+    composed: Callable[[Any], Kernel | None] | None = None
+    handler: Handler | None = None
+    around: Callable[[Any, Handler], Handler] | None = None
+    check: Callable[[Any, list[Place]], None] | None = None
+    takes_host: bool = False
+    has_cuda_kernel: bool = False
+    uses_cublas: bool = False
+    has_effects: bool = False
+    alert: str = ""
+    alerts: Callable[[Any, tuple[Any, ...]], bool] | None = None
+    autocast: Cast | None = None
+
+
+#: Every record, by name.
+OPERATORS: Final[dict[str, Operator]] = {}
+
+#: What an operator of ``aten`` needs that has no record.
+PLAIN: Final = Operator(source="", place="")
+#: What an operator that a library registered needs.
+FOREIGN: Final = Operator(source="", place="", check=iterated)
+
+
+def register(names: str, *, source: str, **fields: Any) -> None:
+    """Give operators their record.
+
+    Args:
+        names: Their names in ``torch.ops.aten``, between blanks.
+        source: Where it stands in PyTorch's sources.
+        fields: The others of ``Operator``.
+
+    Raises:
+        ValueError: One of them has a record already.
+    """
+    frame = sys._getframe(1)
+    place = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+    operator = Operator(source=source, place=place, **fields)
+    for name in names.split():
+        other = OPERATORS.setdefault(name, operator)
+        if other is not operator:
+            raise ValueError(
+                f"operator {name} has two rows: {other.place} and {place}; keep one"
+            )
+
+
+def find(func: Any) -> Operator:
+    """Return the record of an overload of an operator."""
+    if func.namespace != "aten":
+        return FOREIGN
+    name = func.overloadpacket.__name__
+    found = OPERATORS.get(name)
+    if found is not None:
+        return found
+    out_of_place = name.removesuffix("_")
+    if out_of_place in OPERATORS and not name.endswith("__"):
+        # What is done in place is no other thing, but what runs it is.
+        return replace(
+            OPERATORS[out_of_place],
+            composed=None,
+            handler=None,
+            around=None,
+            autocast=None,
+        )
+    for beginning, operator in OPERATORS.items():
+        if beginning.endswith("*") and name.startswith(beginning[:-1]):
+            return operator
+    return PLAIN
+
+
+def overloads() -> Iterator[tuple[str, Any, Operator]]:
+    """Yield each overload of the installed torch that a record names, by name."""
+    for name, operator in OPERATORS.items():
+        packet = getattr(torch.ops.aten, name, None)
+        for overload in () if packet is None else packet.overloads():
+            spelt = name if overload == "default" else f"{name}.{overload}"
+            yield spelt, getattr(packet, overload), operator

@@ -1,0 +1,201 @@
+"""What an operator asks of the caching allocator, in order: the words for it.
+
+The rule of an operator is a generator. It is given the call and yields what CUDA's code
+asks for, in the order in which it asks; without a rule that is the results, in theirs.
+It knows shapes, strides, types, arguments and the card, never a value, so it also holds
+before the operator has run and where no values are kept.
+
+============================  =========================================================
+``yield Results()``           the results that have not been asked for, in their order
+``yield Results(2, 0)``       these, by their place among what the operator returns
+``buffer = Temporary(512)``   bytes that it has for itself: asked for by ``yield buffer``,
+                              held until the operator ends
+``yield Free(buffer)``        or until here
+``yield Workspace()``         the workspace of the thread's cuBLAS handle, if it has none
+============================  =========================================================
+
+What is not asked for by the end is asked for then. Views and arguments that are returned
+ask for nothing; an argument that grows (``out=``) is a result here.
+
+Two examples. A kernel that sorts in a buffer beside its results::
+
+    def sorting(call: Call) -> Iterator[Step]:
+        source = call["self"]
+        yield Results()
+        yield Temporary(source.numel() * source.itemsize)
+
+One that works on a contiguous copy, and makes its second result first::
+
+    def folding(call: Call) -> Iterator[Step]:
+        copy = None if call["self"].is_contiguous() else copy_of(call["self"])
+        if copy:
+            yield copy
+        yield Results(1)
+        if copy:
+            yield Free(copy)
+        yield Results(0)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pytest_gpumem.devices.simulated.memory import Memory, hold_workspace
+from pytest_gpumem.model.reductions import Processors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from pytest_gpumem.devices.simulated.machine import SimulatedCard
+
+    Rule = Callable[["Call"], Iterable["Step"]]
+
+
+class Results:
+    """Results are asked for; see the module's table."""
+
+    __slots__ = ("places",)
+
+    def __init__(self, *places: int) -> None:
+        self.places = places
+
+
+class Temporary:
+    """Bytes that an operator has for itself; 0 asks for nothing."""
+
+    __slots__ = ("nbytes",)
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+
+
+class Free:
+    """A temporary is given back before the operator ends."""
+
+    __slots__ = ("temporary",)
+
+    def __init__(self, temporary: Temporary) -> None:
+        self.temporary = temporary
+
+
+class Workspace:
+    """The workspace of the thread's cuBLAS handle is asked for, if it has none."""
+
+    __slots__ = ()
+
+
+Step = Results | Temporary | Free | Workspace
+
+
+def copy_of(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> Temporary:
+    """Return what a contiguous copy of a tensor holds, as another type if one is given."""
+    itemsize = (dtype or tensor.dtype).itemsize
+    return Temporary(tensor.numel() * itemsize)
+
+
+class Call:
+    """One call of an operator, as its rule sees it: ``call["dim"]``, ``call.results``.
+
+    Attributes:
+        card: The card; ``card.card`` are its properties.
+        results: What the operator returns, flat: tensors of the right shapes, strides
+            and types, and None for what is no tensor.
+    """
+
+    __slots__ = ("_args", "_func", "_kwargs", "card", "results")
+
+    def __init__(
+        self,
+        func: Any,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        results: Sequence[torch.Tensor | None],
+        card: SimulatedCard,
+    ) -> None:
+        self._func, self._args, self._kwargs = func, args, kwargs
+        self.results = results
+        self.card = card
+
+    def __getitem__(self, name: str) -> Any:
+        """Return an argument by its name in the schema, or its default.
+
+        Raises:
+            KeyError: The overload has no argument of the name.
+        """
+        if name in self._kwargs:
+            return self._kwargs[name]
+        for position, argument in enumerate(self._func._schema.arguments):
+            if argument.name == name:
+                given = position < len(self._args)
+                return self._args[position] if given else argument.default_value
+        raise KeyError(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return an argument, or ``default`` where the overload has none of the name."""
+        try:
+            return self[name]
+        except KeyError:
+            return default
+
+    @property
+    def overload(self) -> str:
+        """The overload's name: ``"default"``, ``"dim_IntList"``, …."""
+        name: str = self._func._overloadname
+        return name
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """The card's compute capability."""
+        return self.card.card.compute_capability
+
+    @property
+    def processors(self) -> Processors:
+        """The card's streaming multiprocessors, and the threads that one holds."""
+        card = self.card.card
+        return Processors(
+            card.multi_processor_count, card.max_threads_per_multi_processor
+        )
+
+
+def flat(out: Any) -> list[torch.Tensor | None]:
+    """Return what an operator returned, lists laid open; None for what is no tensor."""
+    if isinstance(out, torch.Tensor):
+        return [out]
+    if isinstance(out, (tuple, list)):
+        return [each for item in out for each in flat(item)]
+    return [None]
+
+
+def ask(steps: Iterable[Step], sizes: Sequence[int], card: SimulatedCard) -> list[Any]:
+    """Ask the card's allocator for what an operator asks for, step by step.
+
+    Args:
+        steps: From the operator's rule.
+        sizes: Bytes of each result; 0 for one that asks for nothing.
+        card: Whose allocator.
+
+    Returns:
+        What each result holds, a ``Memory`` or None. Temporaries are given back.
+
+    Raises:
+        torch.OutOfMemoryError: There is no room; what was taken is given back.
+    """
+    __tracebackhide__ = True
+    held: list[Memory | None] = [None] * len(sizes)
+    left = dict.fromkeys(index for index, nbytes in enumerate(sizes) if nbytes)
+    temporaries: dict[int, tuple[Temporary, Memory]] = {}
+    for step in (*steps, Results()):
+        if isinstance(step, Temporary):
+            temporaries[id(step)] = (step, Memory(card, step.nbytes))
+        elif isinstance(step, Free):
+            del temporaries[id(step.temporary)]
+        elif isinstance(step, Workspace):
+            hold_workspace(card)
+        else:
+            for index in step.places or list(left):
+                if index in left:
+                    del left[index]
+                    held[index] = Memory(card, sizes[index])
+    return held

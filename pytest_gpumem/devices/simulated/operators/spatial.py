@@ -1,0 +1,39 @@
+"""Pooling, padding and resampling of images and signals."""
+
+from __future__ import annotations
+
+from pytest_gpumem.devices.simulated.operators.composing import on_host
+from pytest_gpumem.devices.simulated.operators.registry import Cast, register
+
+#: Gradients that are added up atomically, by what their kernel calls itself.
+#: Source: the callers of ``alertNotDeterministic`` in ``aten/src/ATen/native/cuda``.
+_ADDED_ATOMICALLY = {
+    "_adaptive_avg_pool2d_backward": "adaptive_avg_pool2d_backward_cuda",
+    "_adaptive_avg_pool3d_backward": "adaptive_avg_pool3d_backward_cuda",
+    "adaptive_max_pool2d_backward": "adaptive_max_pool2d_backward_cuda",
+    "avg_pool3d_backward": "avg_pool3d_backward_cuda",
+    "fractional_max_pool2d_backward": "fractional_max_pool2d_backward_cuda",
+    "fractional_max_pool3d_backward": "fractional_max_pool3d_backward_cuda",
+    "grid_sampler_2d_backward": "grid_sampler_2d_backward_cuda",
+    "grid_sampler_3d_backward": "grid_sampler_3d_backward_cuda",
+    "max_pool3d_with_indices_backward": "max_pool3d_with_indices_backward_cuda",
+    "reflection_pad1d_backward": "reflection_pad1d_backward_out_cuda",
+    "reflection_pad2d_backward": "reflection_pad2d_backward_cuda",
+    "reflection_pad3d_backward": "reflection_pad3d_backward_out_cuda",
+    "replication_pad1d_backward": "replication_pad1d_backward_cuda",
+    "replication_pad2d_backward": "replication_pad2d_backward_cuda",
+    "replication_pad3d_backward": "replication_pad3d_backward_cuda",
+    "upsample_bicubic2d_backward": "upsample_bicubic2d_backward_out_cuda",
+    "upsample_bilinear2d_backward": "upsample_bilinear2d_backward_out_cuda",
+    "upsample_linear1d_backward": "upsample_linear1d_backward_out_cuda",
+    "upsample_trilinear3d_backward": "upsample_trilinear3d_backward_out_cuda",
+}
+for _name, _caller in _ADDED_ATOMICALLY.items():
+    register(_name, alert=_caller, source=f"alertNotDeterministic in {_caller}")
+
+register(
+    "grid_sampler",
+    autocast=Cast("widest"),
+    source="autocast_mode.h, AT_FORALL_PROMOTE",
+)
+register("istft", composed=on_host, source="SpectralOps.cpp, istft")
