@@ -14,6 +14,7 @@ import torch
 import torch._dynamo  # an inner run of another file must not import it first
 from torch.cuda import _memory_viz
 
+from pytest_gpumem.cards import CARDS
 from pytest_gpumem.devices.simulated.device import SimulatedDevice
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.instruments.injector import OomInjector
@@ -293,7 +294,8 @@ def test_a_users_own_observer_may_ask_the_card(witness: OomWitness) -> None:
 
     (card, segment, limit, free), allocated, _ = seen[0]
     assert (0, 100 * MIB, 24 * MIB) == (card, segment, limit)
-    assert torch.cuda.get_device_properties(0).total_memory - 20 * MIB == free
+    context = CARDS["T4"].context_bytes
+    assert CARDS["T4"].total_bytes - context - 20 * MIB == free
     assert kept.numel() == allocated
     assert witness.incidents
 

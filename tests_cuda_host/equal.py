@@ -30,7 +30,7 @@ _SIMULATED: Final = (
     "--gpu-card=16GiB,cc=8.0,sms=108,ctx=300MiB*2",
 )
 #: What two runs differ in: time, names, samples taken in a thread, and the timeline, which
-#: only a device whose single allocations can be watched tells.
+#: is compared by itself: autograd's threads show no Python code on a real card.
 _OWN: Final = frozenset(
     {"seconds", "waited_s", "environment", "host", "timeline", "peak_card_bytes"}
 )
@@ -44,6 +44,7 @@ class Run(NamedTuple):
         text: What it printed.
         folder: Where it ran.
         tests: Its JSON report's tests by node id, without what is each device's own.
+        timelines: Their timelines, of those that have one.
         baseline: What the report says of the baseline, likewise.
     """
 
@@ -51,6 +52,7 @@ class Run(NamedTuple):
     text: str
     folder: Path
     tests: dict[str, Any]
+    timelines: dict[str, Any]
     baseline: Any
 
 
@@ -93,8 +95,13 @@ def run(suite: str, backend: str, folder: Path, *options: str, **variables: str)
     assert report.is_file(), text
     document = json.loads(report.read_text(encoding="utf-8"))
     tests = {each["nodeid"]: _comparable(each) for each in document["tests"]}
+    timelines = {
+        each["nodeid"].partition("::")[2]: each["timeline"]
+        for each in document["tests"]
+        if each.get("timeline")
+    }
     baseline = _comparable(document["baseline"])
-    return Run(done.returncode, text, folder, tests, baseline)
+    return Run(done.returncode, text, folder, tests, timelines, baseline)
 
 
 def _comparable(value: Any) -> Any:

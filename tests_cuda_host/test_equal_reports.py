@@ -77,6 +77,34 @@ def test_loads_under_budgets_and_faults(tmp_path: Path) -> None:
     assert 8 == len(_outcomes(real.tests, "passed")), real.text
 
 
+def test_timelines(tmp_path: Path) -> None:
+    """The same peak, and the same weights and lines that were live at it."""
+    real, simulated = _both("timelines.py", tmp_path)
+
+    assert 4 == len(real.timelines), real.text
+    assert simulated.timelines.keys() == real.timelines.keys()
+    for test, (card,) in real.timelines.items():
+        (other,) = simulated.timelines[test]
+        assert other["peak_bytes"] == card["peak_bytes"], test
+        assert other["points"][-1][1:] == card["points"][-1][1:], test
+        assert _weights(other) == _weights(card), test
+    (card,) = real.timelines["test_a_peak_by_lines"]
+    sites = [each["site"] for each in card["live_at_peak"]]
+    assert sites == [
+        "timelines.py:18 in test_a_peak_by_lines (other)",
+        "timelines.py:19 in test_a_peak_by_lines (other)",
+    ]
+
+
+def _weights(card: dict[str, Any]) -> dict[str, int]:
+    """Return the bytes that are a model's, by name."""
+    return {
+        each["site"]: each["bytes"]
+        for each in card["live_at_peak"]
+        if " of " in each["site"]
+    }
+
+
 def test_who_shares_a_card(tmp_path: Path) -> None:
     """A context, a tenant, children and their budget, as the driver counts them."""
     real, _simulated = _both("sharing.py", tmp_path)

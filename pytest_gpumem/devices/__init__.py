@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
+    from pytest_gpumem.devices.cuda_history import History
     from pytest_gpumem.devices.nvml import Reading
     from pytest_gpumem.model.records import MemoryFigures
 
@@ -161,6 +162,13 @@ class Device(Protocol):
 
         Yields:
             Whether this device can do so (a real card cannot).
+        """
+
+    def recording(self) -> AbstractContextManager[History | None]:
+        """Keep what happens over a block, to be read afterwards.
+
+        Yields:
+            The history, on a card that cannot trace; None on one that can.
         """
 
 

@@ -88,6 +88,11 @@ def survey(device: Device, index: int, frame: FrameType | None) -> Survey:
     )
 
 
+def living_models() -> list[torch.nn.Module]:
+    """Return every model that is alive: modules that are no part of another."""
+    return _roots(_Found().modules)
+
+
 class _Found:
     """The objects that matter among all that the collector knows, by one walk."""
 

@@ -63,11 +63,14 @@ class Owners:
 
     Args:
         device: The cards.
-        claim: Called with card, address, bytes and owner of each block that is somebody's.
+        claim: Called with card, address, storage and owner of each block that is
+            somebody's.
     """
 
     def __init__(
-        self, device: Device, claim: Callable[[int, int, int, Owner], None]
+        self,
+        device: Device,
+        claim: Callable[[int, int, torch.UntypedStorage, Owner], None],
     ) -> None:
         self._device: Final = device
         self._claim: Final = claim
@@ -144,4 +147,4 @@ class Owners:
         address = self._device.block_address(storage)
         if address is not None:
             index = tensor.device.index or 0
-            self._claim(index, address, self._device.block_bytes(storage), owner)
+            self._claim(index, address, storage, owner)

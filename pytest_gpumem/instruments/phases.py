@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from pytest_gpumem.stacks import calling_frame, frames_from
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from types import FrameType
 
 #: Functions whose work is a load: the file's end and the function names; an empty set
@@ -42,11 +43,16 @@ def current_phase(frame: FrameType | None = None) -> str:
     Limits: a model built on a card inside its own ``forward`` counts as forward; a
     backward's gradient hooks count as backward.
     """
-    for each in frames_from(frame or calling_frame()):
-        phase = _phase_of(each.f_code.co_filename, each.f_code.co_name)
-        if phase is not None:
-            return phase
-    return "other"
+    return phase_at(
+        (each.f_code.co_filename, each.f_code.co_name)
+        for each in frames_from(frame or calling_frame())
+    )
+
+
+def phase_at(functions: Iterable[tuple[str, str]]) -> str:
+    """Return the phase of functions, each a file and a name, from the inside out."""
+    found = (_phase_of(filename, function) for filename, function in functions)
+    return next((phase for phase in found if phase is not None), "other")
 
 
 def _phase_of(filename: str, function: str) -> str | None:

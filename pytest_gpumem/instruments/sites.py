@@ -7,12 +7,18 @@ walk up the stack, so only armed rules and counting sweeps ask.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import os
 import re
+import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import torch
 
 from pytest_gpumem.instruments.parts import modules_of
-from pytest_gpumem.instruments.phases import current_phase
+from pytest_gpumem.instruments.phases import phase_at
 from pytest_gpumem.stacks import (
     calling_frame,
     frames_from,
@@ -22,6 +28,7 @@ from pytest_gpumem.stacks import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from types import FrameType
 
 _OURS: Final = frozenset({"torch", "pytest_gpumem", "contextlib"})
@@ -63,24 +70,42 @@ def starred(path: str) -> str:
     return re.sub(r"(?<![A-Za-z_])[0-9]+", "*", path)
 
 
+class Line(NamedTuple):
+    """A line of code that runs, or ran."""
+
+    filename: str
+    number: int
+    function: str
+
+
 def describe_place(frame: FrameType | None) -> str:
     """Return what ``describe_site`` says, but for the module at work.
 
     It depends on nothing but the frames' code and lines.
     """
-    phase = current_phase(frame)
+    return place_of(
+        [
+            Line(each.f_code.co_filename, each.f_lineno, each.f_code.co_name)
+            for each in frames_from(frame)
+        ]
+    )
+
+
+def place_of(lines: Iterable[Line]) -> str:
+    """Return the place of lines that called each other, from the inside out."""
+    lines = list(lines)
+    phase = phase_at((each.filename, each.function) for each in lines)
     user = library = line = None
-    for each in frames_from(frame):
-        if _package(each) in {*_OURS, "threading"}:
+    for each in lines:
+        if each.filename.startswith(_passed_over()):
             continue
-        code = each.f_code
-        file = short_path(code.co_filename)
-        if is_users_own(code.co_filename):
-            user = f"{file}:{each.f_lineno} in {code.co_name}"
+        file = short_path(each.filename)
+        if is_users_own(each.filename):
+            user = f"{file}:{each.number} in {each.function}"
             break
         if library is None:
-            library = f"{file} {code.co_name}"
-            line = f"{file}:{each.f_lineno} in {code.co_name}"
+            library = f"{file} {each.function}"
+            line = f"{file}:{each.number} in {each.function}"
     parts = [f"{user or line or 'unknown site'} ({phase})"]
     if user and library:
         parts.append(f"via {library}")
@@ -144,6 +169,14 @@ def parameter_name(frame: FrameType | None) -> str:
             if type(value) is str and _PARAMETER.fullmatch(value):
                 return value
     return ""
+
+
+@functools.lru_cache(maxsize=1)
+def _passed_over() -> tuple[str, ...]:
+    """Return where the code is that only hands a request on, as beginnings of paths."""
+    folders = (Path(torch.__file__).parent, Path(__file__).parents[1])
+    files = (contextlib.__file__, threading.__file__)
+    return (*(f"{folder}{os.sep}" for folder in folders), *files)
 
 
 def _package(frame: FrameType) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from pytest_gpumem.guards import guarded
 from pytest_gpumem.instruments.chains import (
@@ -15,9 +18,10 @@ from pytest_gpumem.instruments.chains import (
     optimizer_at,
     outermost_at,
 )
+from pytest_gpumem.instruments.live import living_models
 from pytest_gpumem.instruments.owners import Owner, Owners
 from pytest_gpumem.instruments.parts import unseen
-from pytest_gpumem.instruments.sites import starred
+from pytest_gpumem.instruments.sites import Line, place_of, starred
 from pytest_gpumem.model.live_groups import LiveBlock, group_blocks
 from pytest_gpumem.stacks import calling_frame
 
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from pytest_gpumem.devices import Device
+    from pytest_gpumem.devices.cuda_history import Change, History
     from pytest_gpumem.instruments.chains import Chain
     from pytest_gpumem.instruments.owners import Node
 
@@ -35,6 +40,8 @@ MAX_POINTS: Final = 100
 MAX_GROUPS: Final = 12
 #: The site of what was on the card already.
 BEFORE: Final = "held before the test"
+#: The site of a request without a Python stack, on a real card.
+AUTOGRAD: Final = "a thread that runs no Python code, as autograd's do (backward)"
 #: The same code asks in test after test.
 _CHAINS: Final = Chains()
 
@@ -101,6 +108,16 @@ class _Block:
         return LiveBlock(self.nbytes, site)
 
 
+class Claim(NamedTuple):
+    """Whose a block is, as it was seen at a time, in microseconds since the epoch."""
+
+    time_us: int
+    card: int
+    address: int
+    nbytes: int
+    owner: Owner
+
+
 class _Card:
     def __init__(self) -> None:
         self.series = Series()
@@ -126,6 +143,14 @@ class _Card:
         elif block is not None:
             self._gone.append(block)
 
+    def claim(self, claim: Claim) -> None:
+        """Take in whose a block is; one that is not known was there before the test."""
+        block = self.blocks.get(claim.address)
+        if block is None:
+            block = self.blocks[claim.address] = _Block(claim.nbytes, BEFORE, None)
+        if block.owner is None or not claim.owner.role:
+            block.owner = claim.owner
+
     def at_peak(self) -> list[LiveBlock]:
         """Return what was live at the peak."""
         still = [
@@ -143,7 +168,8 @@ class Timeline:
         device: The cards.
 
     Attributes:
-        is_recorded: Whether the device shows its allocations (a real card does not).
+        is_recorded: Whether there is something to tell. A real card tells afterwards
+            what it did, and nothing where the program under test ends the recording.
     """
 
     def __init__(self, device: Device) -> None:
@@ -155,30 +181,102 @@ class Timeline:
         self._unmet: list[Any] = []
         self._met_at: dict[int, int] = {}
         self._is_paused = False
+        self._history: History | None = None
+        #: Whose blocks are, as far as is known before the history is read.
+        self._claims: list[Claim] = []
+        self._has_met = False
         self.is_recorded = False
 
     def __enter__(self) -> Timeline:  # noqa: PYI034  # Self needs Python 3.11
         self.is_recorded = self._stack.enter_context(self._device.tracing(self._trace))
         if self.is_recorded:
             self._stack.enter_context(self._device.watching(self._watch))
-            self._owners.start()
-            self._stack.callback(self._owners.stop)
+        else:
+            self._history = self._stack.enter_context(self._device.recording())
+            hook = register_optimizer_step_pre_hook(self._steps)
+            self._stack.callback(hook.remove)
+        self._owners.start()
+        self._stack.callback(self._owners.stop)
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self._stack.close()
+        with self._stack:
+            self._read()
+
+    def meet_living(self) -> None:
+        """On a real card, learn the names of every model that lives at this moment.
+
+        The stack of a request is read later there, and shows no variables.
+        """
+        if self._history is not None:
+            with unseen():
+                for each in living_models():
+                    guarded(partial(self._owners.meet, each), otherwise=None)
+
+    def _steps(self, optimizer: Any, *_call: Any) -> None:
+        """On a real card, learn whose the gradients are that a step will use."""
+        if self._history is None:
+            return
+        if not self._has_met:
+            self._has_met = True
+            self.meet_living()
+        with unseen():
+            guarded(partial(self._owners.meet_gradients, optimizer), otherwise=None)
+
+    def _read(self) -> None:
+        """Take in what a real card's history says, and be done with it."""
+        history, self._history = self._history, None
+        changes = None if history is None else history.read()
+        if changes is None:
+            return
+        self.is_recorded = True
+        for index, each in enumerate(changes):
+            self._replay(index, each)
+
+    def _replay(self, index: int, changes: list[Change]) -> None:
+        if not changes:
+            return
+        card = self._cards[index] = _Card()
+        statistics = self._device.memory_stats(index)
+        allocated = statistics.get("allocated_bytes.all.current", 0)
+        reserved = statistics.get("reserved_bytes.all.current", 0)
+        allocated -= sum(each.nbytes for each in changes)
+        reserved -= sum(each.reserved_bytes for each in changes)
+        claims = deque(each for each in self._claims if each.card == index)
+        places: dict[tuple[Line, ...], str] = {}
+        for each in changes:
+            while claims and claims[0].time_us < each.time_us:
+                card.claim(claims.popleft())
+            allocated += each.nbytes
+            reserved += each.reserved_bytes
+            if each.nbytes > 0:
+                lines = tuple(
+                    Line(frame["filename"], frame["line"], frame["name"])
+                    for frame in each.frames
+                )
+                if lines not in places:
+                    places[lines] = place_of(lines) if lines else AUTOGRAD
+                block = _Block(each.nbytes, places[lines], None)
+                card.gain(each.address, allocated, block)
+            elif each.nbytes:
+                card.lose(each.address)
+            else:
+                continue
+            card.series.add(allocated, reserved)
+        for claim in claims:
+            card.claim(claim)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Record nothing in a block: a sweep would say the same thousands of times."""
+        self._read()
         self._is_paused = True
         self._owners.stop()
         try:
             yield
         finally:
             self._is_paused = False
-            if self.is_recorded:
-                self._owners.start()
+            self._owners.start()
 
     def _trace(
         self, index: int, address: int, change: int, allocated: int, reserved: int
@@ -237,16 +335,18 @@ class Timeline:
             with unseen():
                 guarded(partial(meet, each), otherwise=None)
 
-    def _claim(self, index: int, address: int, nbytes: int, owner: Owner) -> None:
-        """Take in whose a block is; one that is not known was there before the test."""
+    def _claim(
+        self, index: int, address: int, storage: torch.UntypedStorage, owner: Owner
+    ) -> None:
+        if self._history is not None:
+            now = time.time_ns() // 1000
+            self._claims.append(Claim(now, index, address, storage.nbytes(), owner))
+            return
         card = self._cards.get(index)
         if card is None:
             card = self._cards[index] = _Card()
-        block = card.blocks.get(address)
-        if block is None:
-            block = card.blocks[address] = _Block(nbytes, BEFORE, None)
-        if block.owner is None or not owner.role:
-            block.owner = owner
+        nbytes = self._device.block_bytes(storage)
+        card.claim(Claim(0, index, address, nbytes, owner))
 
     def result(self) -> list[dict[str, Any]]:
         """Return for each card that was used what happened, as JSON can hold it."""

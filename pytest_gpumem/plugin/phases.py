@@ -147,6 +147,8 @@ class Phases:
                 self._call.close()
                 self._count_refused(wishes)
                 self._run.pass_on(budgets)
+            if self._run.timeline is not None:
+                self._run.timeline.meet_living()
             self._end(item, "call")
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -264,7 +266,7 @@ class Phases:
         timeline, self._run.timeline = self._run.timeline, None
         if timeline is None:
             return
-        timeline.__exit__()
+        timeline.__exit__(None, None, None)
         # Not for a test in whose teardown an earlier test's fixture goes.
         if marks.has_figures(item.user_properties):
             text = json.dumps(

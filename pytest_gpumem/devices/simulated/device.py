@@ -259,6 +259,11 @@ class SimulatedDevice:
                 card.watchers.remove(observer)
 
     @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Keep nothing: ``tracing`` tells of each change as it comes."""
+        yield None
+
+    @contextmanager
     def tracing(
         self, trace: Callable[[int, int, int, int, int], None]
     ) -> Iterator[bool]:

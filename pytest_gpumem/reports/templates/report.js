@@ -216,7 +216,7 @@
         test.limits.map((l) => [l.metric, l.device_index === null ? "all" : "cuda:" + l.device_index, l.phase, bytes(l.limit_bytes), bytes(l.measured_bytes),
           el("td", { class: l.held ? "n good" : "n bad" }, l.held ? "held" : l.measured_bytes > l.limit_bytes ? "broken" : "not known")])));
     }
-    if (test.timeline === null) out.push(el("p", { class: "soft" }, "No timeline: this device shows no single allocations."));
+    if (test.timeline === null) out.push(el("p", { class: "soft" }, "No timeline: the test ended the recording of the card's memory, or used no card while it was kept."));
     for (const card of test.timeline || []) {
       out.push(el("h3", {}, "cuda:" + card.device_index + " over time"), timeline(card),
         el("div", { class: "legend" }, swatch("var(--accent)", "allocated"), swatch("var(--second)", "reserved"),
