@@ -27,6 +27,7 @@ from pytest_gpumem.devices.simulated.foresight import (
     foresee,
     may_allocate,
 )
+from pytest_gpumem.devices.simulated.kernel_types import with_types
 from pytest_gpumem.devices.simulated.memory import hold, hold_workspace
 from pytest_gpumem.devices.simulated.operands import Operands, is_own_device
 from pytest_gpumem.devices.simulated.operators import find
@@ -78,7 +79,7 @@ def _plain(func: Any, operator: Operator) -> Handler:
     draw = drawing(func)
     has_effects = operator.has_effects or draw is not None
     asks = operator.requests is not None
-    compute = computing(func, operator.compute)
+    compute = computing(func, operator)
     check_devices = checking(func, operator)
 
     def handler(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -158,6 +159,7 @@ def _mutating(func: Any, operator: Operator) -> Handler:
     uses_cublas = operator.uses_cublas
     draw = drawing(func)
     allocates = operator.requests is not None or may_allocate(func)
+    compute = computing(func, operator)
     check_devices = checking(func, operator)
 
     def handler(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -177,7 +179,7 @@ def _mutating(func: Any, operator: Operator) -> Handler:
         made: Any = ()
         if allocates:
             growing, made = foresee(func, values, inner, card, operator)
-        out = run(func, values, inner, card, draw=draw)
+        out = run(func, values, inner, card, draw=draw, compute=compute)
         for value, memory in growing:
             hold(value.untyped_storage(), memory)
         if made:
@@ -251,6 +253,8 @@ def handler_for(func: Any) -> Handler:
         return composed
     maker = _mutating if func._schema.is_mutable else _plain
     handler = maker(func, operator)
+    if operator.lacks is not None:
+        handler = with_types(operator.lacks, handler)
     if operator.around is not None:
         handler = operator.around(func, handler)
     return with_alert(func, operator, handler)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
+    from pytest_gpumem.devices.simulated.operators.registry import Operator
     from pytest_gpumem.devices.simulated.rng import Drawing
 
 #: Keys that torch excludes while Python runs an operator. C++ that composes one of
@@ -25,9 +26,10 @@ _COMPOSITE: Final = (
 )
 
 
-def computing(func: Any, compute: Callable[..., Any] | None) -> Callable[..., Any]:
-    """Return what computes the values of an operator: ``compute``, or the CPU's own."""
-    chosen: Callable[..., Any] = func if compute is None else compute
+def computing(func: Any, operator: Operator) -> Callable[..., Any]:
+    """Return what computes the values of an overload: its record's, or the CPU's own."""
+    compute = operator.compute and operator.compute(func)
+    chosen: Callable[..., Any] = compute or func
     return _heeding_marks(chosen) if _is_composite(func) else chosen
 
 

@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from pytest_gpumem.devices.simulated.operators.checks import iterated
-from pytest_gpumem.devices.simulated.operators.composing import on_host
+from pytest_gpumem.devices.simulated.operators.composing import (
+    on_cpu_alone,
+    on_host,
+    only,
+)
 from pytest_gpumem.devices.simulated.operators.registry import Cast, register
 
 if TYPE_CHECKING:
@@ -57,6 +61,8 @@ def _mask(func: Any, places: list[Place]) -> None:
             "expected self and mask to be on the same device, but got mask on "
             f"{mask} and self on {target}"
         )
+    if target.type == "cpu" and places[-1].device != target:
+        raise RuntimeError("masked_fill: Expected inputs to be on same device")
     iterated(func, places)
 
 
@@ -76,4 +82,32 @@ register(
     "combinations one_hot",
     composed=on_host,
     source="Itertools.cpp and Onehot.cpp: helpers by tensor.options()",
+)
+
+
+def _narrow_copy(
+    source: torch.Tensor, dim: int, start: int, length: int
+) -> torch.Tensor:
+    """``narrow_copy``: a card copies a view; the CPU's own kernel errs otherwise."""
+    part = source.narrow(dim, start, length)
+    return part.clone(memory_format=torch.contiguous_format)
+
+
+register(
+    "narrow_copy",
+    compute=only(_narrow_copy),
+    composed=lambda func: on_cpu_alone(func) if func._overloadname == "out" else None,
+    source="native_functions.yaml, dispatch: of narrow_copy.out the CPU alone",
+)
+
+
+def _reduces(args: tuple[Any, ...]) -> str:
+    lacks = args[0].dtype is torch.bool and {"prod", "amin", "amax"} & set(args[4:5])
+    return "cuda_scatter_gather_base_kernel_func" if lacks else ""
+
+
+register(
+    "scatter_reduce",
+    lacks=_reduces,
+    source="cuda/ScatterGatherKernel.cu, cuda_scatter_gather_base_kernel",
 )

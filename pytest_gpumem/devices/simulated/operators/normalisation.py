@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from pytest_gpumem.devices.simulated.operators.composing import only
 from pytest_gpumem.devices.simulated.operators.registry import Cast, register
 
 register(
@@ -51,6 +52,6 @@ register(
 )
 register(
     "_fused_rms_norm_backward",
-    compute=_rms_norm_backward,
+    compute=only(_rms_norm_backward),
     source="FunctionsManual.cpp, infinitely_differentiable_native_rms_norm_backward",
 )

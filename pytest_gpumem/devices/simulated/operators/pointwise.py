@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from pytest_gpumem.devices.simulated.accumulation import with_accumulation
+from pytest_gpumem.devices.simulated.kernel_types import HALVES, lacking
 from pytest_gpumem.devices.simulated.operators.checks import iterated
-from pytest_gpumem.devices.simulated.operators.composing import into_out
+from pytest_gpumem.devices.simulated.operators.composing import (
+    into_out,
+    on_cpu_alone,
+    packing,
+)
 from pytest_gpumem.devices.simulated.operators.registry import Cast, register
 
 _NO_CHECK = "native_functions.yaml, device_check: NoCheck"
@@ -20,10 +25,10 @@ register(
 register(
     """
     __and__ __iand__ __ilshift__ __ior__ __irshift__ __ixor__ __lshift__ __or__
-    __rshift__ __xor__ angle arctan2 bitwise_and bitwise_left_shift bitwise_or
+    __rshift__ __xor__ arctan2 bitwise_and bitwise_left_shift bitwise_or
     bitwise_right_shift bitwise_xor clamp clamp_max clamp_min copysign div eq
     fake_quantize_per_channel_affine fake_quantize_per_tensor_affine fill floor_divide
-    fmax fmin fmod ge gelu glu gt heaviside hypot isfinite le lerp logical_and
+    fmax fmin fmod ge glu gt heaviside hypot isfinite le lerp logical_and
     logical_or logical_xor lt maximum minimum mul mvlgamma ne polygamma remainder rsub
     special_chebyshev_polynomial_t special_chebyshev_polynomial_u
     special_chebyshev_polynomial_v special_chebyshev_polynomial_w
@@ -68,4 +73,23 @@ register(
     "mish_backward silu_backward",
     has_cuda_kernel=True,
     source="native_functions.yaml, CUDA beside CompositeImplicitAutograd",
+)
+register(
+    "angle",
+    check=iterated,
+    lacks=lacking("angle_cuda", HALVES),
+    source=f"cuda/UnaryComplexKernels.cu, angle_kernel_cuda; {_NO_CHECK}",
+)
+# The CPU's kernel writes past the strides of ``out=``.
+register("gelu", check=iterated, compute=packing, source=_NO_CHECK)
+for _name in ("igamma", "igammac"):
+    register(
+        _name,
+        lacks=lacking(f"{_name}_cuda", HALVES),
+        source=f"cuda/IGammaKernel.cu, {_name}_kernel_cuda",
+    )
+register(
+    "_add_relu",
+    composed=on_cpu_alone,
+    source="native_functions.yaml, dispatch: CPU",
 )

@@ -144,11 +144,11 @@ for _name in ("softmax", "log_softmax"):
     )
     register(
         f"_{_name}",
-        compute=_widening(_inner.default),
+        compute=only(_widening(_inner.default)),
         source=f"cuda/SoftMax.cu, {_name}_cuda_out",
     )
     register(
         f"_{_name}_backward_data",
-        compute=_narrowing(getattr(_aten, f"_{_name}_backward_data").default),
+        compute=only(_narrowing(getattr(_aten, f"_{_name}_backward_data").default)),
         source=f"cuda/SoftMax.cu, {_name}_backward_cuda_out",
     )

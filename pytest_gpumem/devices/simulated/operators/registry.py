@@ -57,8 +57,9 @@ class Operator:
         place: The module and line of the row.
         requests: What it asks of the allocator, in order; None: its results alone.
             See ``requests.py``.
-        compute: How the CPU computes its values, where the CPU's own kernel does not
-            know what a card's does; called as the operator is.
+        compute: Returns how the CPU computes the values of an overload, where the CPU's
+            own kernel does not know what a card's does: a function called as the
+            overload is; None for an overload of which that is not so.
         shapes: How its results are foreseen, where torch's own kernel for meta tensors
             cannot; called as the operator is, with meta tensors.
         composed: Returns the Python function that composes an overload of other
@@ -70,6 +71,8 @@ class Operator:
         has_cuda_kernel: Whether a card has a kernel for what is composed elsewhere.
         uses_cublas: Whether the kernel takes a cuBLAS handle, with its workspace.
         has_effects: Whether it changes what its schema does not say.
+        lacks: Names the kernel that has no variant for the types of some arguments;
+            empty where it has one.
         alert: What it calls itself where it has no deterministic way to run.
         alerts: Whether that holds of an overload and its arguments; None: of all.
         autocast: What autocast does to its operands; None: nothing.
@@ -78,7 +81,7 @@ class Operator:
     source: str
     place: str
     requests: Callable[[Call], Iterable[Step]] | None = None
-    compute: Kernel | None = None
+    compute: Callable[[Any], Kernel | None] | None = None
     shapes: Kernel | None = None
     composed: Callable[[Any], Kernel | None] | None = None
     handler: Handler | None = None
@@ -88,6 +91,7 @@ class Operator:
     has_cuda_kernel: bool = False
     uses_cublas: bool = False
     has_effects: bool = False
+    lacks: Callable[[tuple[Any, ...]], str] | None = None
     alert: str = ""
     alerts: Callable[[Any, tuple[Any, ...]], bool] | None = None
     autocast: Cast | None = None

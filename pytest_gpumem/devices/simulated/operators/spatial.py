@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pytest_gpumem.devices.simulated.operators.composing import on_host
+from pytest_gpumem.devices.simulated.kernel_types import INTEGERS, lacking
+from pytest_gpumem.devices.simulated.operators.composing import on_host, packing
 from pytest_gpumem.devices.simulated.operators.registry import Cast, register
 
 #: Gradients that are added up atomically, by what their kernel calls itself.
@@ -36,4 +37,26 @@ register(
     autocast=Cast("widest"),
     source="autocast_mode.h, AT_FORALL_PROMOTE",
 )
+for _names, _kernel, _file in (
+    ("avg_pool1d avg_pool2d", "avg_pool2d_out_cuda_frame", "AveragePool2d.cu"),
+    (
+        "max_pool2d_with_indices",
+        "max_pool2d_with_indices_out_cuda_frame",
+        "DilatedMaxPool2d.cu",
+    ),
+    (
+        "max_pool3d_with_indices",
+        "max_pool3d_with_indices_out_frame",
+        "DilatedMaxPool3d.cu",
+    ),
+):
+    register(_names, lacks=lacking(_kernel, INTEGERS), source=f"cuda/{_file}")
+# The CPU's kernel writes past the strides of ``out=``.
+register(
+    "avg_pool3d",
+    compute=packing,
+    lacks=lacking("avg_pool3d_out_cuda", INTEGERS),
+    source="cuda/AveragePool3d.cu, avg_pool3d_out_cuda",
+)
+
 register("istft", composed=on_host, source="SpectralOps.cpp, istft")
