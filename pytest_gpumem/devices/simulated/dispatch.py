@@ -24,7 +24,7 @@ from torch._library.custom_ops import OPDEFS
 
 from pytest_gpumem.devices.simulated.determinism import check_cublas, with_alert
 from pytest_gpumem.devices.simulated.foresight import (
-    foresee,
+    foreseeing,
     may_allocate,
 )
 from pytest_gpumem.devices.simulated.kernel_types import with_types
@@ -80,6 +80,7 @@ def _plain(func: Any, operator: Operator) -> Handler:
     has_effects = operator.has_effects or draw is not None
     asks = operator.requests is not None
     compute = computing(func, operator)
+    foresee = foreseeing(func, operator, draw=draw, compute=compute)
     check_devices = checking(func, operator)
 
     def handler(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -92,11 +93,11 @@ def _plain(func: Any, operator: Operator) -> Handler:
             check_devices(args, kwargs, operands)
         card = _any_card(operands.card)
         target = _target(kwargs, operands) if "device" in kwargs else card
-        if uses_cublas:
-            _prepare_cublas(card)
+        if uses_cublas and torch.are_deterministic_algorithms_enabled():
+            check_cublas()
         held: Any = ()
         if has_effects and target is not None and target.value_device != "meta":
-            held = foresee(func, values, kwargs, target, operator)[1]
+            held = foresee(values, kwargs, target)[1]
         out = run(func, values, kwargs, card, draw=draw, compute=compute)
         if target is None:
             return out
@@ -104,17 +105,14 @@ def _plain(func: Any, operator: Operator) -> Handler:
             held = _charge(func, operator, values, kwargs, out, target)
         if held:
             _hang(held, out)
-        if isinstance(out, torch.Tensor):
-            return make(out, target)
-        return _wrap(out, target)
+        made = (
+            make(out, target) if isinstance(out, torch.Tensor) else _wrap(out, target)
+        )
+        if uses_cublas:
+            hold_workspace(card)
+        return made
 
     return handler
-
-
-def _prepare_cublas(card: SimulatedCard) -> None:
-    if torch.are_deterministic_algorithms_enabled():
-        check_cublas()
-    hold_workspace(card)
 
 
 def _charge(  # noqa: PLR0917  # a call and what came of it
@@ -160,6 +158,7 @@ def _mutating(func: Any, operator: Operator) -> Handler:
     draw = drawing(func)
     allocates = operator.requests is not None or may_allocate(func)
     compute = computing(func, operator)
+    foresee = foreseeing(func, operator, draw=draw, compute=compute)
     check_devices = checking(func, operator)
 
     def handler(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -169,8 +168,8 @@ def _mutating(func: Any, operator: Operator) -> Handler:
         if operands.host is not None or operands.strays is not None:
             check_devices(args, kwargs, operands)
         card = _any_card(operands.card)
-        if uses_cublas:
-            _prepare_cublas(card)
+        if uses_cublas and torch.are_deterministic_algorithms_enabled():
+            check_cublas()
         shapes = [
             (outer, outer._value.shape, outer._value.untyped_storage().nbytes())
             for outer in operands.outer.values()
@@ -178,7 +177,9 @@ def _mutating(func: Any, operator: Operator) -> Handler:
         growing: Any = ()
         made: Any = ()
         if allocates:
-            growing, made = foresee(func, values, inner, card, operator)
+            growing, made = foresee(values, inner, card)
+        if uses_cublas:
+            hold_workspace(card)
         out = run(func, values, inner, card, draw=draw, compute=compute)
         for value, memory in growing:
             hold(value.untyped_storage(), memory)

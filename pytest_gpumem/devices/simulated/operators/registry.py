@@ -141,6 +141,7 @@ def find(func: Any) -> Operator:
         # What is done in place is no other thing, but what runs it is.
         return replace(
             OPERATORS[out_of_place],
+            compute=None,
             composed=None,
             handler=None,
             around=None,
