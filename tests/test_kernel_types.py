@@ -9,9 +9,13 @@ import torch
 from torch.nn import functional
 
 from pytest_gpumem.devices.simulated.install import simulated_device
+from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+#: Its annotations know no ``out=``.
+_nn: Any = torch._C._nn
 
 #: By the kernel's name: a call with whole numbers.
 WHOLE: dict[str, Callable[[torch.Tensor], Any]] = {
@@ -72,8 +76,8 @@ def test_a_product_may_be_of_a_wider_type(call: Any) -> None:
 @pytest.mark.parametrize(
     "call",
     [
-        lambda out: torch._C._nn.avg_pool3d(_ones(1, 2, 4, 4, 4), 2, out=out),
-        lambda out: torch._C._nn.gelu(_ones(1, 2, 2, 2, 2), out=out),
+        lambda out: _nn.avg_pool3d(_ones(1, 2, 4, 4, 4), 2, out=out),
+        lambda out: _nn.gelu(_ones(1, 2, 2, 2, 2), out=out),
     ],
     ids=["avg_pool3d", "gelu"],
 )
@@ -99,3 +103,42 @@ def test_singular_values_ask_for_no_vectors() -> None:
 
     assert torch.equal(values.cpu(), torch.linalg.svdvals(source.cpu()))
     assert torch.cuda.max_memory_allocated() - before < source.nbytes
+
+
+def test_lazy_conjugation_is_heeded_by_what_is_composed_into_out() -> None:
+    """C++ leaves it to operators inside, which Python's dispatch would pass over."""
+    source = torch.randn(3, 3, dtype=torch.complex64, device="cuda")
+    out = torch.empty_like(source)
+    torch.linalg.pinv(source, out=out)
+
+    assert torch.equal(out.cpu(), torch.linalg.pinv(source.cpu()))
+
+    real = torch.randn(3, 4, device="cuda")
+    out = torch.empty_like(torch.fft.ihfftn(real))
+    torch.fft.ihfftn(real, out=out)
+
+    assert torch.equal(out.cpu(), torch.fft.ihfftn(real.cpu()))
+
+
+def test_a_transform_in_half_precision_is_refused_by_name() -> None:
+    """C++ takes it of cards alone, and takes a simulated tensor for the host's."""
+    with pytest.raises(
+        UnsupportedOnSimulatedDeviceError, match="a Fourier transform in half precision"
+    ):
+        torch.fft.fft(_ones(4).half())
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (lambda: torch.ones(2, dtype=torch.bool, device="cuda").abs(), [True, True]),
+        (lambda: torch.eye(2, device="cuda").bool().trace(), 2),
+        (lambda: torch.full((2,), complex("nan"), device="cuda").nansum(), 0),
+    ],
+    ids=["abs", "trace", "nansum"],
+)
+def test_a_card_has_types_that_the_cpu_has_not(
+    call: Callable[[], torch.Tensor], expected: Any
+) -> None:
+    """Truth values and complex numbers are computed by what the CPU does have."""
+    assert expected == call().tolist()

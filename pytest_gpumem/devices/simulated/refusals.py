@@ -56,6 +56,7 @@ ADVICE: Final[dict[str, str]] = {
     "a subclass of torch.Tensor": "use plain tensors on the card",
     "a Triton kernel": _KERNEL,
     "flex_attention": "use torch.nn.functional.scaled_dot_product_attention",
+    "a Fourier transform in half precision": "transform in float32, as source.float()",
     "a sparse tensor": "use dense ones, or keep these on the CPU",
     "a nested tensor": "pad them, or keep them on the CPU",
     "a torch.compile backend that makes kernels": (

@@ -117,6 +117,22 @@ register(
     source=f"Linear.cpp, linear; LinearAlgebra.cpp, should_fold; {_TO_LOWER}",
 )
 
+register(
+    "_trilinear",
+    lacks=lacking("baddbmm_cuda", INTEGERS),
+    source="Linear.cpp, _trilinear and sumproduct_pair",
+)
+
+
+def _trace(source: torch.Tensor) -> torch.Tensor:
+    """``trace``: on a card the sum of a diagonal, of truth values, too."""
+    if source.dtype is torch.bool and source.dim() == 2:  # noqa: PLR2004  # a matrix
+        return source.diagonal().sum()
+    return torch.trace(source)
+
+
+register("trace", compute=only(_trace), source="cuda/TriangularOps.cu, trace_cuda")
+
 # -- decompositions -------------------------------------------------------------------
 
 register(

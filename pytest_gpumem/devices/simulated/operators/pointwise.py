@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+
 from pytest_gpumem.devices.simulated.accumulation import with_accumulation
 from pytest_gpumem.devices.simulated.kernel_types import HALVES, lacking
 from pytest_gpumem.devices.simulated.operators.checks import iterated
 from pytest_gpumem.devices.simulated.operators.composing import (
     into_out,
     on_cpu_alone,
+    only,
     packing,
 )
 from pytest_gpumem.devices.simulated.operators.registry import Cast, register
@@ -93,3 +96,11 @@ register(
     composed=on_cpu_alone,
     source="native_functions.yaml, dispatch: CPU",
 )
+
+
+def _abs(source: torch.Tensor) -> torch.Tensor:
+    """``abs``: a card has it of truth values, too."""
+    return source.clone() if source.dtype is torch.bool else torch.abs(source)
+
+
+register("abs", compute=only(_abs), source="cuda/AbsKernel.cu, abs_kernel_cuda")

@@ -64,7 +64,21 @@ register(
     source=f"{_KERNEL}; {_NO_CHECK}; {_TO_FLOAT32}",
 )
 register("mean", check=iterated, requests=_reducing, source=f"{_KERNEL}; {_NO_CHECK}")
-register("nansum", requests=_reducing, source=_KERNEL)
+
+
+def _nansum(source: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+    """``nansum``: a card has it of complex numbers, too."""
+    if source.is_complex():
+        return torch.sum(source.masked_fill(source.isnan(), 0), *args, **options)
+    return torch.nansum(source, *args, **options)
+
+
+register(
+    "nansum",
+    requests=_reducing,
+    compute=only(_nansum),
+    source=f"{_KERNEL}; cuda/ReduceSumProdKernel.cu, nansum_kernel_cuda",
+)
 register(
     """
     all aminmax any argmax argmin cummax cummin logsumexp max min std std_mean var

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+
 from pytest_gpumem.devices.simulated.kernel_types import INTEGERS, lacking
 from pytest_gpumem.devices.simulated.operators.composing import on_host, packing
 from pytest_gpumem.devices.simulated.operators.registry import Cast, register
+from pytest_gpumem.devices.simulated.refusals import refuse
 
 #: Gradients that are added up atomically, by what their kernel calls itself.
 #: Source: the callers of ``alertNotDeterministic`` in ``aten/src/ATen/native/cuda``.
@@ -59,4 +64,25 @@ register(
     source="cuda/AveragePool3d.cu, avg_pool3d_out_cuda",
 )
 
+
+def _transforming(func: Any) -> Any:
+    """Refuse half precision, which C++ takes of cards alone, for cuFFT."""
+
+    def kernel(source: torch.Tensor, *args: Any, **options: Any) -> Any:
+        if source.dtype in {torch.float16, torch.complex32}:
+            refuse("a Fourier transform in half precision")
+        return func.decompose(source, *args, **options)
+
+    return kernel
+
+
+register(
+    """
+    fft_fft fft_fft2 fft_fftn fft_hfft fft_hfft2 fft_hfftn fft_ifft fft_ifft2 fft_ifftn
+    fft_ihfft fft_ihfft2 fft_ihfftn fft_irfft fft_irfft2 fft_irfftn fft_rfft fft_rfft2
+    fft_rfftn
+    """,
+    composed=_transforming,
+    source="SpectralOps.cpp, promote_type_fft",
+)
 register("istft", composed=on_host, source="SpectralOps.cpp, istft")
