@@ -19,6 +19,7 @@ from pytest_gpumem.devices.simulated import (
     handover,
     identity,
     profiling,
+    subclasses,
     torchscript,
 )
 from pytest_gpumem.devices.simulated.autocast import clear_cache
@@ -115,6 +116,7 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
     yield from handover.REPLACEMENTS
     yield from identity.REPLACEMENTS
     yield from profiling.REPLACEMENTS
+    yield from subclasses.REPLACEMENTS
 
 
 class Installation:

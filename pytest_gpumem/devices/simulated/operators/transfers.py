@@ -17,7 +17,12 @@ from pytest_gpumem.devices.simulated.tensor import (
     make,
     refresh,
 )
-from pytest_gpumem.devices.simulated.transfer import download, peer_copy, upload
+from pytest_gpumem.devices.simulated.transfer import (
+    download,
+    is_asked_for,
+    peer_copy,
+    upload,
+)
 
 _aten = torch.ops.aten
 _set_storage: Any = torch._C.TensorBase.set_  # below Tensor.set_
@@ -32,7 +37,7 @@ def _to_copy(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not isinstance(source, SimulatedTensor):
         index = None if device is None else device.index
         return upload(source, card_of(index), dtype=dtype, memory_format=memory_format)
-    if device is None or is_own_device(kwargs, source._card):
+    if device is None or (is_own_device(kwargs, source._card) and not is_asked_for()):
         value = _aten._to_copy.default(  # the operator's name
             source._value, dtype=dtype, memory_format=memory_format
         )
