@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+import itertools
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import torchgen  # type: ignore[import-untyped]  # it comes with torch
 import yaml
+from torch.testing._internal.common_methods_invocations import op_db
 
 from pytest_gpumem.devices.simulated import operators
 from pytest_gpumem.devices.simulated.install import simulated_device
@@ -22,9 +25,10 @@ from pytest_gpumem.devices.simulated.operators.requests import (
     Workspace,
     ask,
 )
+from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
     from pytest_gpumem.devices.simulated.operators.requests import Step
@@ -196,3 +200,114 @@ def test_a_call_knows_arguments_by_name(card: SimulatedCard) -> None:
     assert 40 == call.processors.count
     with pytest.raises(KeyError):
         call["dims"]
+
+
+# -- charged before it takes effect ----------------------------------------------------
+
+
+@contextlib.contextmanager
+def _full(card: SimulatedCard) -> Iterator[None]:
+    """Let the card refuse every request; the block may meet an OOM."""
+
+    def refuse(_index: int, _nbytes: int) -> bool:
+        return True
+
+    card.faults.append(refuse)
+    try:
+        yield
+    finally:
+        card.faults.remove(refuse)
+
+
+def _samples(ability: str) -> Iterator[tuple[Any, Any]]:
+    """Yield operators of torch's own database that have an ability, with arguments."""
+    for info in op_db:
+        if torch.float32 in info.dtypes and getattr(info, ability):
+            # Its method of that name looks through the stack of the test each time.
+            samples = info.sample_inputs_func(
+                info, "cpu", torch.float32, requires_grad=False
+            )
+            for sample in itertools.islice(samples, 3):
+                with contextlib.suppress(UnsupportedOnSimulatedDeviceError):
+                    yield info, sample.transform(_on_card)
+
+
+def _on_card(value: Any) -> Any:
+    return value.cuda() if isinstance(value, torch.Tensor) else value
+
+
+def _filling(info: Any, sample: Any) -> tuple[Callable[[], Any], list[torch.Tensor]]:
+    """Return a call with an empty ``out=``, and what that is; nothing without results."""
+    result = info(sample.input, *sample.args, **sample.kwargs)
+    results = [result] if isinstance(result, torch.Tensor) else [*result]
+    if not any(each.numel() for each in results):
+        return list, []
+    outs = [torch.empty(0, dtype=each.dtype, device="cuda") for each in results]
+    given = outs[0] if isinstance(result, torch.Tensor) else tuple(outs)
+    return (
+        lambda: info(sample.input, *sample.args, **sample.kwargs, out=given),
+        outs,
+    )
+
+
+def _changing(info: Any, sample: Any) -> tuple[Callable[[], Any], list[torch.Tensor]]:
+    """Return a call that changes its first argument, and that."""
+    source = sample.input
+    return (
+        lambda: info.inplace_variant(source, *sample.args, **sample.kwargs),
+        [source] if isinstance(source, torch.Tensor) else [],
+    )
+
+
+def _meets_an_oom(card: SimulatedCard, call: Callable[[], Any]) -> bool:
+    with _full(card):
+        try:
+            call()
+        except torch.OutOfMemoryError:
+            return True
+        except (RuntimeError, TypeError, ValueError):
+            pass  # it takes no such arguments
+    return False
+
+
+def _are_equal(before: Any, after: Any) -> bool:
+    return all(
+        old_bytes == new_bytes and torch.equal(old.nan_to_num(), new.nan_to_num())
+        for (old_bytes, old), (new_bytes, new) in zip(before, after, strict=True)
+    )
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("ability", "make_call", "least"),
+    [("supports_out", _filling, 280), ("inplace_variant", _changing, 5)],
+    ids=["out", "in_place"],
+)
+def test_an_oom_of_any_operator_leaves_everything_as_it_was(
+    card: SimulatedCard, ability: str, make_call: Any, least: int
+) -> None:
+    """On a full card nothing was resized, written or drawn, whatever the operator."""
+    tried: set[str] = set()
+    torn: set[str] = set()
+    for info, sample in _samples(ability):
+        if info.name in tried:
+            continue
+        try:
+            call, watched = make_call(info, sample)
+        except (RuntimeError, TypeError):
+            continue  # not of a card, or not of tensors
+        before = [(each.untyped_storage().nbytes(), each.cpu()) for each in watched]
+        state = torch.cuda.get_rng_state()
+        if not _meets_an_oom(card, call):
+            continue
+        tried.add(info.name)
+        after = [(each.untyped_storage().nbytes(), each.cpu()) for each in watched]
+        if not (
+            torch.equal(state, torch.cuda.get_rng_state()) and _are_equal(before, after)
+        ):
+            torn.add(info.name)
+
+    # In Python it adds a dimension in place first, on a real card too.
+    assert set() == torn - {"nn.functional.dropout3d"}
+    assert least < len(tried), sorted(tried)

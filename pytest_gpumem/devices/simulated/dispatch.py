@@ -156,7 +156,7 @@ def _any_card(card: SimulatedCard | None) -> SimulatedCard:
 def _mutating(func: Any, operator: Operator) -> Handler:
     uses_cublas = operator.uses_cublas
     draw = drawing(func)
-    allocates = operator.requests is not None or may_allocate(func)
+    allocates = may_allocate(func, operator)
     compute = computing(func, operator)
     foresee = foreseeing(func, operator, draw=draw, compute=compute)
     check_devices = checking(func, operator)

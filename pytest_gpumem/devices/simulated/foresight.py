@@ -32,14 +32,15 @@ _META: Final = torch.device("meta")
 _Foreseen = tuple[list[tuple[torch.Tensor, "Memory"]], "list[Memory | None]"]
 
 
-def may_allocate(func: Any) -> bool:
+def may_allocate(func: Any, operator: Operator) -> bool:
     """Tell whether an operator that changes its arguments can also ask for memory.
 
-    It does where it gives an ``out=`` another size, or returns something new.
+    It does where it gives an argument another size, or returns something new.
     """
     schema = func._schema  # it has no public name
     return (
-        "resize" in func.overloadpacket.__name__
+        operator.resizes
+        or operator.requests is not None
         or any(each.is_out for each in schema.arguments)
         or any(each.alias_info is None for each in schema.returns)
     )

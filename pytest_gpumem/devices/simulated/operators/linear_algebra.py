@@ -76,6 +76,7 @@ for _name in ("dot", "vdot"):
     )
 register(
     "addbmm",
+    resizes=True,
     lacks=lacking("addmm_cuda", INTEGERS),
     autocast=Cast("lower"),
     source=f"LinearAlgebra.cpp, addbmm_impl_; {_TO_LOWER}",

@@ -70,6 +70,7 @@ class Operator:
         takes_host: Whether tensors of the host may stand beside a card's.
         has_cuda_kernel: Whether a card has a kernel for what is composed elsewhere.
         uses_cublas: Whether the kernel takes a cuBLAS handle, with its workspace.
+        resizes: Whether it may give an argument another size that is no ``out=``.
         has_effects: Whether it changes what its schema does not say.
         lacks: Names the kernel that has no variant for the types of some arguments;
             empty where it has one.
@@ -90,6 +91,7 @@ class Operator:
     takes_host: bool = False
     has_cuda_kernel: bool = False
     uses_cublas: bool = False
+    resizes: bool = False
     has_effects: bool = False
     lacks: Callable[[tuple[Any, ...]], str] | None = None
     alert: str = ""

@@ -102,6 +102,11 @@ register("copy_", handler=_copy_, source="cuda/Copy.cu, copy_requires_temporarie
 register(
     "set_", handler=_set_, source="cuda/TensorFactories.cu and TensorShape.cpp, set_"
 )
+register(
+    "_resize_output_ resize_ resize_as_",
+    resizes=True,
+    source="cuda/Resize.cpp, resize_cuda_",
+)
 register("is_pinned", handler=_is_pinned, source="Memory.cpp, is_pinned")
 register(
     "copy is_set_to set",
