@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,7 +17,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 from pytest_gpumem.devices.simulated import operators
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.devices.simulated.operators import find, overloads
-from pytest_gpumem.devices.simulated.operators.checks import common
+from pytest_gpumem.devices.simulated.operators.declarations import declaration_of
 from pytest_gpumem.devices.simulated.operators.registry import OPERATORS, register
 from pytest_gpumem.devices.simulated.operators.requests import (
     Call,
@@ -100,41 +102,67 @@ def test_a_variant_in_place_shares_what_it_can() -> None:
     """Checks and alerts hold for it too; what runs the operator does not."""
     assert find(_aten.cumsum.default).alert == find(_aten.cumsum_.default).alert
     assert find(_aten.addmm_.default).uses_cublas
-    assert find(_aten.add_.Tensor).check is find(_aten.add.Tensor).check
     assert find(_aten.add_.Tensor).around is None
     assert find(_aten.relu.default).check is None
 
 
-def test_operators_that_check_no_devices_are_not_held_to_the_common_check() -> None:
-    """``device_check: NoCheck`` of ``native_functions.yaml``, for more than one tensor.
-
-    Those that no CPU runs, or that are of no card, never come that far.
-    """
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+def test_declarations_are_read_as_a_yaml_reader_reads_them() -> None:
+    """Every hundredth, and the first one."""
     path = f"{torchgen.__path__[0]}/packaged/ATen/native/native_functions.yaml"
-    with open(path, encoding="utf-8") as stream:  # noqa: PTH123  # inside the wheel
-        entries = yaml.safe_load(stream)
-    held = set()
-    for entry in entries:
-        if entry.get("device_check") != "NoCheck":
-            continue
-        name, _, overload = entry["func"].partition("(")[0].partition(".")
+    text = Path(path).read_text(encoding="utf-8")
+    entries = text.split("\n- func: ")[1:]
+    for entry in entries[::100]:
+        fields = yaml.safe_load(f"- func: {entry}")[0]
+        name, _, overload = fields["func"].partition("(")[0].partition(".")
         func = getattr(getattr(_aten, name, None), overload or "default", None)
-        if func is None or not has_kernel(func.name(), "CPU"):
+        if func is None:
             continue
-        if any(word in name for word in ("nested", "sparse", "_for_cpu")):
-            continue
-        tensors = [
-            each
-            for each in func._schema.arguments
-            if "Tensor" in str(each.type) and not each.is_out
-        ]
-        operator = find(func)
-        is_own = operator.handler or operator.takes_host
-        if len(tensors) > 1 and (operator.check or common) is common and not is_own:
-            held.add(name)
+        declared = declaration_of(func)
+        is_structured = fields.get("structured") or "structured_delegate" in fields
+        assert bool(is_structured) == declared.is_structured, name
+        is_checked = fields.get("device_check") != "NoCheck"
+        assert is_checked == declared.checks_devices, name
 
-    assert set() == held
+
+# -- devices ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (
+            torch.mm,
+            "got mat2 is on cpu, different from other tensors on cuda:0 (when checking "
+            "argument in method wrapper_CUDA_mm)",
+        ),
+        (
+            lambda card, host: card.index_select(0, host[0].long()),
+            "got index is on cpu, different from other tensors on cuda:0 (when checking "
+            "argument in method wrapper_CUDA__index_select)",
+        ),
+        (
+            lambda card, host: torch.gather(card, 0, card.long(), out=host),
+            "got self is on cuda:0, different from other tensors on cpu (when checking "
+            "argument in method wrapper_CUDA_gather_out)",
+        ),
+        (
+            lambda card, host: card.index_add_(0, card[0].long(), host),
+            "got source is on cpu, different from other tensors on cuda:0 (when checking "
+            "argument in method wrapper_CUDA_index_add_)",
+        ),
+        (
+            torch.normal,
+            "got std is on cpu, different from other tensors on cuda:0 (when checking "
+            "argument in method wrapper_CUDA_Tensor_Tensor_normal)",
+        ),
+    ],
+    ids=["structured", "unstructured", "out", "in_place", "overload"],
+)
+@pytest.mark.usefixtures("card")
+def test_a_stray_operand_is_refused_in_the_kernels_name(call: Any, text: str) -> None:
+    """Generated code names itself by operator, and by overload if not structured."""
+    with pytest.raises(RuntimeError, match=re.escape(text)):
+        call(torch.ones(2, 2, device="cuda"), torch.ones(2, 2))
 
 
 # -- what is asked of the allocator ------------------------------------------------------

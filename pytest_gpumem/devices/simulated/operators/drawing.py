@@ -9,15 +9,8 @@ from __future__ import annotations
 import torch
 
 from pytest_gpumem.devices.simulated.kernel_types import INTEGERS, lacking
-from pytest_gpumem.devices.simulated.operators.checks import iterated
 from pytest_gpumem.devices.simulated.operators.composing import only
 from pytest_gpumem.devices.simulated.operators.registry import register
-
-register(
-    "bernoulli binomial normal normal_functional poisson uniform",
-    check=iterated,
-    source="native_functions.yaml, device_check: NoCheck",
-)
 
 
 def dropout(source: torch.Tensor, p: float, train: bool) -> torch.Tensor:  # noqa: FBT001  # the operator's signature

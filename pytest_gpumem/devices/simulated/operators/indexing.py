@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.operators.checks import Place
 
 _HOST: Final = torch.device("cpu")
-_NO_CHECK = "native_functions.yaml, device_check: NoCheck"
 _TO_WIDEST = "autocast_mode.h, AT_FORALL_PROMOTE"
 
 
@@ -67,15 +66,9 @@ def _mask(func: Any, places: list[Place]) -> None:
 
 
 register("masked_fill", check=_mask, source="cuda/IndexKernel.cpp, masked_fill__cuda")
-register("index_fill", check=iterated, source=_NO_CHECK)
 # How torch 2.15 assigns a number at indices of the host.
-register("index_fill_", check=iterated, takes_host=True, source=_NO_CHECK)
 register(
-    """
-    as_strided_scatter diagonal_scatter is_same_size select_scatter slice_scatter
-    """,
-    check=iterated,
-    source=_NO_CHECK,
+    "index_fill_", takes_host=True, source="TensorAdvancedIndexing.cpp, index_fill_"
 )
 register("cat scatter_add stack", autocast=Cast("widest"), source=_TO_WIDEST)
 register(

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytest_gpumem.devices.simulated.kernel_types import INTEGERS, lacking
-from pytest_gpumem.devices.simulated.operators.checks import iterated
 from pytest_gpumem.devices.simulated.operators.composing import (
     into_out,
     landing,
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
 _aten = torch.ops.aten
 
-_NO_CHECK = "native_functions.yaml, device_check: NoCheck"
 _HANDLE = "CUDABlas.cpp, getCurrentCUDABlasHandle"
 _TO_LOWER = "autocast_mode.h, AT_FORALL_LOWER_PRECISION_FP"
 _TO_FLOAT32 = "autocast_mode.h, AT_FORALL_FP32"
@@ -183,14 +181,12 @@ register("vander", composed=on_host, source=_COMPOSED)
 
 register(
     "norm",
-    check=iterated,
     autocast=Cast("float32", ("Scalar", "ScalarOpt_dim")),
-    source=f"{_NO_CHECK}; {_TO_FLOAT32}",
+    source=_TO_FLOAT32,
 )
 register(
     "dist renorm",
-    check=iterated,
     autocast=Cast("float32"),
-    source=f"{_NO_CHECK}; {_TO_FLOAT32}",
+    source=_TO_FLOAT32,
 )
 register("cdist pdist", autocast=Cast("float32"), source=_TO_FLOAT32)

@@ -21,8 +21,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from pytest_gpumem.devices.simulated.operators.checks import iterated
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
@@ -66,7 +64,7 @@ class Operator:
             operators, above autograd; None for an overload that needs none.
         handler: Runs it instead of everything else, given arguments and keywords.
         around: Wraps the handler of an overload.
-        check: Holds operands to devices; None compares all with the first one.
+        check: Holds operands to devices; None: as its declaration says.
         takes_host: Whether tensors of the host may stand beside a card's.
         has_cuda_kernel: Whether a card has a kernel for what is composed elsewhere.
         uses_cublas: Whether the kernel takes a cuBLAS handle, with its workspace.
@@ -102,10 +100,8 @@ class Operator:
 #: Every record, by name.
 OPERATORS: Final[dict[str, Operator]] = {}
 
-#: What an operator of ``aten`` needs that has no record.
+#: What an operator needs that has no record.
 PLAIN: Final = Operator(source="", place="")
-#: What an operator that a library registered needs.
-FOREIGN: Final = Operator(source="", place="", check=iterated)
 
 
 def register(names: str, *, source: str, **fields: Any) -> None:
@@ -133,7 +129,7 @@ def register(names: str, *, source: str, **fields: Any) -> None:
 def find(func: Any) -> Operator:
     """Return the record of an overload of an operator."""
     if func.namespace != "aten":
-        return FOREIGN
+        return PLAIN
     name = func.overloadpacket.__name__
     found = OPERATORS.get(name)
     if found is not None:

@@ -9,7 +9,6 @@ import torch
 from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.memory import Memory
 from pytest_gpumem.devices.simulated.operands import is_own_device
-from pytest_gpumem.devices.simulated.operators.checks import iterated
 from pytest_gpumem.devices.simulated.operators.registry import register
 from pytest_gpumem.devices.simulated.refusals import refuse_value
 from pytest_gpumem.devices.simulated.tensor import (
@@ -108,8 +107,3 @@ register(
     source="cuda/Resize.cpp, resize_cuda_",
 )
 register("is_pinned", handler=_is_pinned, source="Memory.cpp, is_pinned")
-register(
-    "copy is_set_to set",
-    check=iterated,
-    source="native_functions.yaml, device_check: NoCheck",
-)
