@@ -38,6 +38,10 @@ ADVICE: Final[dict[str, str]] = {
     "tensor.data = of another device, of a tensor computed with gradients": (
         "use tensor.to(device), or detach the tensor first"
     ),
+    "torch.backends.cuda.cublas_workspace_size of another size": (
+        "set CUBLAS_WORKSPACE_CONFIG before the process starts"
+    ),
+    "torch.backends.cuda.cublaslt_workspace_size": _REAL,
     "torch.cuda.ExternalStream": "use torch.cuda.Stream",
     "torch.cuda.get_stream_from_external": "use torch.cuda.Stream",
     "torch.cuda.GreenContext": _REAL,
@@ -128,6 +132,41 @@ C_REFUSALS: Final[dict[str, Any]] = {
     ),
     "_cuda_cudaCachingAllocator_raw_delete": refusing(
         "torch.cuda.caching_allocator_delete"
+    ),
+    "_cuda_cudaHostAllocator": refusing("torch.cuda.CUDAPluggableAllocator"),
+    "_cuda_customAllocator": refusing("torch.cuda.CUDAPluggableAllocator"),
+    "_cuda_getAllocator": refusing("torch.cuda.CUDAPluggableAllocator"),
+    "_cuda_CUDAAllocator": refusing_class("torch.cuda.CUDAPluggableAllocator"),
+    "_CUDAGreenContext": refusing_class("torch.cuda.GreenContext"),
+    "_CUDAGraph": refusing_class("torch.cuda.CUDAGraph"),
+    "_MemPool": refusing_class("torch.cuda.MemPool"),
+    "_acceleratorGraph": refusing_class("torch.accelerator.Graph"),
+    **{
+        name: refusing("torch.cuda.MemPool")
+        for name in (
+            "_cuda_beginAllocateCurrentThreadToPool",
+            "_cuda_beginAllocateToPool",
+            "_cuda_endAllocateToPool",
+            "_cuda_releasePool",
+        )
+    },
+    **{
+        name: refusing("torch.cuda.graph")
+        for name in (
+            "_cuda_beginAllocateCurrentStreamToPool",
+            "_cuda_checkPoolLiveAllocations",
+            "_cuda_getCheckpointState",
+            "_cuda_setCheckpointPoolState",
+        )
+    },
+    "_cuda_setCublasWorkspaceSize": refusing(
+        "torch.backends.cuda.cublas_workspace_size of another size"
+    ),
+    "_cuda_getCublasLtWorkspaceSize": refusing(
+        "torch.backends.cuda.cublaslt_workspace_size"
+    ),
+    "_cuda_setCublasLtWorkspaceSize": refusing(
+        "torch.backends.cuda.cublaslt_workspace_size"
     ),
     "_cuda_getStreamFromExternal": refusing("torch.cuda.get_stream_from_external"),
     "_cuda_jiterator_compile_and_launch_kernel": refusing("torch.cuda.jiterator"),
