@@ -78,6 +78,18 @@ def test_the_process_is_listed_from_its_first_use_on() -> None:
     assert CONTEXT == process.usedGpuMemory
 
 
+def test_every_core_is_near_every_card() -> None:
+    """The cores are words of 64 bits; those beyond the machine's are not set."""
+    handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+    words = list(pynvml.nvmlDeviceGetCpuAffinity(handle, 3))
+    cores = [bit for bit in range(192) if words[bit // 64] >> (bit % 64) & 1]
+
+    assert list(range(min(os.cpu_count() or 1, 192))) == cores
+    assert words == list(pynvml.nvmlDeviceGetCpuAffinityWithinScope(handle, 3, 0))
+    with pytest.raises(pynvml.NVMLError, match="Invalid Argument"):
+        pynvml.nvmlDeviceGetCpuAffinity(handle, 0)
+
+
 def test_everything_else_is_not_supported() -> None:
     """A function that is not simulated raises NVML's own error."""
     handle = pynvml.nvmlDeviceGetHandleByIndex(0)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+import itertools
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import torchgen  # type: ignore[import-untyped]  # it comes with torch
 import yaml
+from torch.testing._internal.common_methods_invocations import op_db
 
 from pytest_gpumem.devices.simulated import operators
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.devices.simulated.operators import find, overloads
-from pytest_gpumem.devices.simulated.operators.checks import common
+from pytest_gpumem.devices.simulated.operators.declarations import declaration_of
 from pytest_gpumem.devices.simulated.operators.registry import OPERATORS, register
 from pytest_gpumem.devices.simulated.operators.requests import (
     Call,
@@ -22,9 +27,10 @@ from pytest_gpumem.devices.simulated.operators.requests import (
     Workspace,
     ask,
 )
+from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
     from pytest_gpumem.devices.simulated.operators.requests import Step
@@ -96,41 +102,67 @@ def test_a_variant_in_place_shares_what_it_can() -> None:
     """Checks and alerts hold for it too; what runs the operator does not."""
     assert find(_aten.cumsum.default).alert == find(_aten.cumsum_.default).alert
     assert find(_aten.addmm_.default).uses_cublas
-    assert find(_aten.add_.Tensor).check is find(_aten.add.Tensor).check
     assert find(_aten.add_.Tensor).around is None
     assert find(_aten.relu.default).check is None
 
 
-def test_operators_that_check_no_devices_are_not_held_to_the_common_check() -> None:
-    """``device_check: NoCheck`` of ``native_functions.yaml``, for more than one tensor.
-
-    Those that no CPU runs, or that are of no card, never come that far.
-    """
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+def test_declarations_are_read_as_a_yaml_reader_reads_them() -> None:
+    """Every hundredth, and the first one."""
     path = f"{torchgen.__path__[0]}/packaged/ATen/native/native_functions.yaml"
-    with open(path, encoding="utf-8") as stream:  # noqa: PTH123  # inside the wheel
-        entries = yaml.safe_load(stream)
-    held = set()
-    for entry in entries:
-        if entry.get("device_check") != "NoCheck":
-            continue
-        name, _, overload = entry["func"].partition("(")[0].partition(".")
+    text = Path(path).read_text(encoding="utf-8")
+    entries = text.split("\n- func: ")[1:]
+    for entry in entries[::100]:
+        fields = yaml.safe_load(f"- func: {entry}")[0]
+        name, _, overload = fields["func"].partition("(")[0].partition(".")
         func = getattr(getattr(_aten, name, None), overload or "default", None)
-        if func is None or not has_kernel(func.name(), "CPU"):
+        if func is None:
             continue
-        if any(word in name for word in ("nested", "sparse", "_for_cpu")):
-            continue
-        tensors = [
-            each
-            for each in func._schema.arguments
-            if "Tensor" in str(each.type) and not each.is_out
-        ]
-        operator = find(func)
-        is_own = operator.handler or operator.takes_host
-        if len(tensors) > 1 and (operator.check or common) is common and not is_own:
-            held.add(name)
+        declared = declaration_of(func)
+        is_structured = fields.get("structured") or "structured_delegate" in fields
+        assert bool(is_structured) == declared.is_structured, name
+        is_checked = fields.get("device_check") != "NoCheck"
+        assert is_checked == declared.checks_devices, name
 
-    assert set() == held
+
+# -- devices ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (
+            torch.mm,
+            "got mat2 is on cpu, different from other tensors on cuda:0 (when checking "
+            "argument in method wrapper_CUDA_mm)",
+        ),
+        (
+            lambda card, host: card.index_select(0, host[0].long()),
+            "got index is on cpu, different from other tensors on cuda:0 (when checking "
+            "argument in method wrapper_CUDA__index_select)",
+        ),
+        (
+            lambda card, host: torch.gather(card, 0, card.long(), out=host),
+            "got self is on cuda:0, different from other tensors on cpu (when checking "
+            "argument in method wrapper_CUDA_gather_out)",
+        ),
+        (
+            lambda card, host: card.index_add_(0, card[0].long(), host),
+            "got source is on cpu, different from other tensors on cuda:0 (when checking "
+            "argument in method wrapper_CUDA_index_add_)",
+        ),
+        (
+            torch.normal,
+            "got std is on cpu, different from other tensors on cuda:0 (when checking "
+            "argument in method wrapper_CUDA_Tensor_Tensor_normal)",
+        ),
+    ],
+    ids=["structured", "unstructured", "out", "in_place", "overload"],
+)
+@pytest.mark.usefixtures("card")
+def test_a_stray_operand_is_refused_in_the_kernels_name(call: Any, text: str) -> None:
+    """Generated code names itself by operator, and by overload if not structured."""
+    with pytest.raises(RuntimeError, match=re.escape(text)):
+        call(torch.ones(2, 2, device="cuda"), torch.ones(2, 2))
 
 
 # -- what is asked of the allocator ------------------------------------------------------
@@ -196,3 +228,114 @@ def test_a_call_knows_arguments_by_name(card: SimulatedCard) -> None:
     assert 40 == call.processors.count
     with pytest.raises(KeyError):
         call["dims"]
+
+
+# -- charged before it takes effect ----------------------------------------------------
+
+
+@contextlib.contextmanager
+def _full(card: SimulatedCard) -> Iterator[None]:
+    """Let the card refuse every request; the block may meet an OOM."""
+
+    def refuse(_index: int, _nbytes: int) -> bool:
+        return True
+
+    card.faults.append(refuse)
+    try:
+        yield
+    finally:
+        card.faults.remove(refuse)
+
+
+def _samples(ability: str) -> Iterator[tuple[Any, Any]]:
+    """Yield operators of torch's own database that have an ability, with arguments."""
+    for info in op_db:
+        if torch.float32 in info.dtypes and getattr(info, ability):
+            # Its method of that name looks through the stack of the test each time.
+            samples = info.sample_inputs_func(
+                info, "cpu", torch.float32, requires_grad=False
+            )
+            for sample in itertools.islice(samples, 3):
+                with contextlib.suppress(UnsupportedOnSimulatedDeviceError):
+                    yield info, sample.transform(_on_card)
+
+
+def _on_card(value: Any) -> Any:
+    return value.cuda() if isinstance(value, torch.Tensor) else value
+
+
+def _filling(info: Any, sample: Any) -> tuple[Callable[[], Any], list[torch.Tensor]]:
+    """Return a call with an empty ``out=``, and what that is; nothing without results."""
+    result = info(sample.input, *sample.args, **sample.kwargs)
+    results = [result] if isinstance(result, torch.Tensor) else [*result]
+    if not any(each.numel() for each in results):
+        return list, []
+    outs = [torch.empty(0, dtype=each.dtype, device="cuda") for each in results]
+    given = outs[0] if isinstance(result, torch.Tensor) else tuple(outs)
+    return (
+        lambda: info(sample.input, *sample.args, **sample.kwargs, out=given),
+        outs,
+    )
+
+
+def _changing(info: Any, sample: Any) -> tuple[Callable[[], Any], list[torch.Tensor]]:
+    """Return a call that changes its first argument, and that."""
+    source = sample.input
+    return (
+        lambda: info.inplace_variant(source, *sample.args, **sample.kwargs),
+        [source] if isinstance(source, torch.Tensor) else [],
+    )
+
+
+def _meets_an_oom(card: SimulatedCard, call: Callable[[], Any]) -> bool:
+    with _full(card):
+        try:
+            call()
+        except torch.OutOfMemoryError:
+            return True
+        except (RuntimeError, TypeError, ValueError):
+            pass  # it takes no such arguments
+    return False
+
+
+def _are_equal(before: Any, after: Any) -> bool:
+    return all(
+        old_bytes == new_bytes and torch.equal(old.nan_to_num(), new.nan_to_num())
+        for (old_bytes, old), (new_bytes, new) in zip(before, after, strict=True)
+    )
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("ability", "make_call", "least"),
+    [("supports_out", _filling, 280), ("inplace_variant", _changing, 5)],
+    ids=["out", "in_place"],
+)
+def test_an_oom_of_any_operator_leaves_everything_as_it_was(
+    card: SimulatedCard, ability: str, make_call: Any, least: int
+) -> None:
+    """On a full card nothing was resized, written or drawn, whatever the operator."""
+    tried: set[str] = set()
+    torn: set[str] = set()
+    for info, sample in _samples(ability):
+        if info.name in tried:
+            continue
+        try:
+            call, watched = make_call(info, sample)
+        except (RuntimeError, TypeError):
+            continue  # not of a card, or not of tensors
+        before = [(each.untyped_storage().nbytes(), each.cpu()) for each in watched]
+        state = torch.cuda.get_rng_state()
+        if not _meets_an_oom(card, call):
+            continue
+        tried.add(info.name)
+        after = [(each.untyped_storage().nbytes(), each.cpu()) for each in watched]
+        if not (
+            torch.equal(state, torch.cuda.get_rng_state()) and _are_equal(before, after)
+        ):
+            torn.add(info.name)
+
+    # In Python it adds a dimension in place first, on a real card too.
+    assert set() == torn - {"nn.functional.dropout3d"}
+    assert least < len(tried), sorted(tried)

@@ -90,6 +90,10 @@ class SimulatedNvml:
             "nvmlDeviceGetCudaComputeCapability": lambda handle: (
                 self._card(handle).card.compute_capability
             ),
+            "nvmlDeviceGetCpuAffinity": self._cores,
+            "nvmlDeviceGetCpuAffinityWithinScope": (
+                lambda handle, size, _scope: self._cores(handle, size)
+            ),
             "nvmlSystemGetDriverVersion": lambda: "simulated",
         }
         for name in dir(self._module):
@@ -129,6 +133,14 @@ class SimulatedNvml:
             if uuid_of(index) == text:
                 return Handle(index)
         raise self._error("NVML_ERROR_NOT_FOUND")
+
+    def _cores(self, handle: Handle, size: int) -> list[int]:
+        """Return the cores near a card, all of the machine's, as words of 64 bits."""
+        self._card(handle)
+        if size < 1:
+            raise self._error("NVML_ERROR_INVALID_ARGUMENT")
+        mask = (1 << (os.cpu_count() or 1)) - 1
+        return [mask >> (64 * word) & (2**64 - 1) for word in range(size)]
 
     def _memory(self, handle: Handle, version: Any = None) -> MemoryInfo:  # noqa: ARG002  # NVML's signature
         return memory_info(*self._card(handle).mem_get_info())

@@ -6,10 +6,46 @@ from typing import Any, Final
 
 import torch
 
+from pytest_gpumem.devices.simulated.machine import current_machine
+
 #: What a build for these cards says of itself, where the installed one is for the CPU.
 #: Source: the wheels that ``pip install torch`` takes on Linux, torch 2.13.
 CUDA_VERSION: Final = "13.0"
 CUDNN_VERSION: Final = 91300
+
+
+class _Cudnn:
+    """``torch._C._cudnn``: the versions of cuDNN."""
+
+    is_cuda = True
+
+    @staticmethod
+    def getVersionInt() -> int:  # noqa: N802  # torch's name
+        """Return the version as one number."""
+        return CUDNN_VERSION
+
+    @staticmethod
+    def getRuntimeVersion() -> tuple[int, int, int]:  # noqa: N802  # torch's name
+        """Return the version's numbers."""
+        major, rest = divmod(CUDNN_VERSION, 10_000)
+        return major, *divmod(rest, 100)
+
+    getCompileVersion = getRuntimeVersion  # noqa: N815  # torch's name
+
+
+def compiled_version() -> int:
+    """Return the CUDA version that torch was built for, as ``CUDA_VERSION`` of C++."""
+    major, minor = (torch.version.cuda or CUDA_VERSION).split(".")[:2]
+    return int(major) * 1000 + int(minor) * 10
+
+
+def _set_limit(limit: int) -> None:
+    current_machine().cudnn["limit"] = limit
+
+
+_LIMIT: Final = torch.backends.ContextProp(
+    lambda: current_machine().cudnn["limit"], _set_limit
+)
 
 
 def build_names() -> list[tuple[Any, str, Any]]:
@@ -20,7 +56,9 @@ def build_names() -> list[tuple[Any, str, Any]]:
     """
     if torch.version.cuda is not None:
         return []
+    cudnn: Any = torch.backends.cudnn
     return [
+        (type(cudnn), "benchmark_limit", _LIMIT),
         (torch.version, "cuda", CUDA_VERSION),
         (torch.backends.cuda, "is_built", lambda: True),
         (torch.backends.cudnn, "version", lambda: CUDNN_VERSION),
@@ -31,5 +69,6 @@ def build_names() -> list[tuple[Any, str, Any]]:
             "_cuda_CUDAAllocator_AllocatorState",
             type("AllocatorState", (), {}),
         ),
+        (torch._C, "_cudnn", _Cudnn),
         (torch._C, "_set_cached_tensors_enabled", lambda _enabled: None),
     ]

@@ -117,13 +117,23 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
     "like a card": (
         "`.to`, `.cuda`, `.cpu`, `.type`, `.data =`, `.item`, `.tolist`, printing, "
         "pickling, `torch.save`, `torch.load`, `deepcopy`, weak references; "
-        "`isinstance(x, torch.Tensor)` holds, `type(x) is torch.Tensor` does not, since "
-        "C++ asks a tensor's class how to run its operators",
+        "`isinstance(x, torch.Tensor)` holds, `type(x) is torch.Tensor` does not",
+        "tensors of a class without `__torch_dispatch__` (like torchvision's "
+        "`tv_tensors`, MONAI's `MetaTensor`, subclasses of `nn.Parameter`): made on a "
+        "card or moved there they stay of it, with the attributes that "
+        "`__torch_function__` gives them",
+        "wrapper subclasses (torchao, optimum-quanto, `DTensor`, jagged nested "
+        "tensors): made around a card's tensors or moved there",
+        "classes with `__torch_dispatch__` and memory of their own: what they ask "
+        "`super()` for knows the card; inside `torch._C._DisableTorchDispatch` their "
+        "operators end in torch's `NotImplementedError`",
         "`.numpy()` and operands on two devices: torch's own errors",
         "`torch.device(0)`, `with torch.device('cuda')`, `torch.set_default_device`",
         "generators and the state of random numbers: an OOM draws none",
         "`torch.autocast` and `torch.amp.GradScaler`, fp16 and bf16",
-        "optimisers, foreach and fused; `torch.utils.checkpoint`; `torch.func`",
+        "optimisers, foreach and fused; `torch.utils.checkpoint`",
+        "`torch.func`, forward AD and batched gradients: transforms see where tensors "
+        "go",
         "`torch.inference_mode`: the bytes of `torch.no_grad`",
         "operators of `torch.library.custom_op`: their Python code sees the card",
         "`torch.nn.DataParallel` over several simulated cards",

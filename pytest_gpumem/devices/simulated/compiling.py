@@ -205,6 +205,23 @@ def faking(
     return _original_fake(converter, mode, tensor, *rest, **options)
 
 
+def linearizing(function: Any, *primals: Any) -> Any:
+    """``torch.func.linearize``, refusing primals on a card.
+
+    It records tangents by objects that C++ makes anew for tensors of a card: what it
+    returns would not depend on its argument.
+
+    Raises:
+        UnsupportedOnSimulatedDeviceError: A primal lies on a simulated card.
+    """
+    __tracebackhide__ = True
+    leaves = torch.utils._pytree.tree_leaves(primals)
+    if any(isinstance(each, torch.Tensor) and each.is_cuda for each in leaves):
+        refuse("torch.func.linearize")
+    return _original_linearize(function, *primals)
+
+
+_original_linearize: Final[Any] = torch.func.linearize
 _original_inductor: Final[Any] = torch._TorchCompileInductorWrapper.__call__
 
 
@@ -229,6 +246,7 @@ REPLACEMENTS: Final[tuple[tuple[Any, str, Any], ...]] = (
     (torch, "compile", compiling),
     (torch._TorchCompileInductorWrapper, "__call__", making_kernels),
     (torch.export, "export", exporting),
+    (torch.func, "linearize", linearizing),
     (FlexAttentionHOP, "__call__", flexible),
     (FakeTensorConverter, "from_real_tensor", faking),
 )

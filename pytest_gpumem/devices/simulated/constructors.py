@@ -16,8 +16,9 @@ from torch.utils._device import DeviceContext
 from pytest_gpumem.devices.simulated.methods import cuda_device, mark_pinned
 from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.devices.simulated.rng import GeneratorName, check_generator
+from pytest_gpumem.devices.simulated.subclasses import checked
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
-from pytest_gpumem.devices.simulated.transfer import move, moved
+from pytest_gpumem.devices.simulated.transfer import moved
 from pytest_gpumem.devices.simulated.typed import wanted
 
 _tensor: Final[Any] = torch.tensor
@@ -82,7 +83,8 @@ def _copy(data: Any, options: dict[str, Any]) -> torch.Tensor:
     requires_grad = options.pop("requires_grad", False)
     options.pop("pin_memory", None)
     host = _tensor(_plain(data), **{**options, "device": "cpu"})
-    return move(host, goal).requires_grad_(requires_grad)
+    made = moved(host, goal)
+    return made.requires_grad_() if requires_grad else made
 
 
 def _device_for(device: Any) -> Any:
@@ -179,6 +181,8 @@ def _factory(original: Any) -> Any:
         if options.get("out") is not None and device is not None:
             _check_out(options["out"], torch.device(options.pop("device")))
         made: torch.Tensor = original(*args, **options)
+        if options.get("requires_grad"):
+            checked(made)
         if options.get("generator") is not None:
             check_generator(options["generator"], made.device.type)
         if pinned:
@@ -253,7 +257,9 @@ def _refusing_on_cards(name: str, feature: str) -> Any:
         __tracebackhide__ = True
         leaves = torch.utils._pytree.tree_leaves((args, options))
         on_card = any(isinstance(leaf, SimulatedTensor) for leaf in leaves)
-        if on_card or _goal(options.get("device")) is not None:
+        is_there = on_card or _goal(options.get("device")) is not None
+        # A jagged one is a subclass of tensors around those of a card.
+        if is_there and torch.jagged not in {*args[3:], options.get("layout")}:
             refuse(feature)
         return original(*args, **options)
 
@@ -395,7 +401,6 @@ NESTED: Final[dict[str, Any]] = {
     for name in (
         "nested_tensor",
         "as_nested_tensor",
-        "nested_tensor_from_jagged",
         "narrow",
     )
 }

@@ -24,9 +24,10 @@ from torch._library.custom_ops import OPDEFS
 
 from pytest_gpumem.devices.simulated.determinism import check_cublas, with_alert
 from pytest_gpumem.devices.simulated.foresight import (
-    foresee,
+    foreseeing,
     may_allocate,
 )
+from pytest_gpumem.devices.simulated.kernel_types import with_types
 from pytest_gpumem.devices.simulated.memory import hold, hold_workspace
 from pytest_gpumem.devices.simulated.operands import Operands, is_own_device
 from pytest_gpumem.devices.simulated.operators import find
@@ -78,7 +79,8 @@ def _plain(func: Any, operator: Operator) -> Handler:
     draw = drawing(func)
     has_effects = operator.has_effects or draw is not None
     asks = operator.requests is not None
-    compute = computing(func, operator.compute)
+    compute = computing(func, operator)
+    foresee = foreseeing(func, operator, draw=draw, compute=compute)
     check_devices = checking(func, operator)
 
     def handler(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -91,11 +93,11 @@ def _plain(func: Any, operator: Operator) -> Handler:
             check_devices(args, kwargs, operands)
         card = _any_card(operands.card)
         target = _target(kwargs, operands) if "device" in kwargs else card
-        if uses_cublas:
-            _prepare_cublas(card)
+        if uses_cublas and torch.are_deterministic_algorithms_enabled():
+            check_cublas()
         held: Any = ()
         if has_effects and target is not None and target.value_device != "meta":
-            held = foresee(func, values, kwargs, target, operator)[1]
+            held = foresee(values, kwargs, target)[1]
         out = run(func, values, kwargs, card, draw=draw, compute=compute)
         if target is None:
             return out
@@ -103,17 +105,14 @@ def _plain(func: Any, operator: Operator) -> Handler:
             held = _charge(func, operator, values, kwargs, out, target)
         if held:
             _hang(held, out)
-        if isinstance(out, torch.Tensor):
-            return make(out, target)
-        return _wrap(out, target)
+        made = (
+            make(out, target) if isinstance(out, torch.Tensor) else _wrap(out, target)
+        )
+        if uses_cublas:
+            hold_workspace(card)
+        return made
 
     return handler
-
-
-def _prepare_cublas(card: SimulatedCard) -> None:
-    if torch.are_deterministic_algorithms_enabled():
-        check_cublas()
-    hold_workspace(card)
 
 
 def _charge(  # noqa: PLR0917  # a call and what came of it
@@ -157,7 +156,9 @@ def _any_card(card: SimulatedCard | None) -> SimulatedCard:
 def _mutating(func: Any, operator: Operator) -> Handler:
     uses_cublas = operator.uses_cublas
     draw = drawing(func)
-    allocates = operator.requests is not None or may_allocate(func)
+    allocates = may_allocate(func, operator)
+    compute = computing(func, operator)
+    foresee = foreseeing(func, operator, draw=draw, compute=compute)
     check_devices = checking(func, operator)
 
     def handler(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -167,8 +168,8 @@ def _mutating(func: Any, operator: Operator) -> Handler:
         if operands.host is not None or operands.strays is not None:
             check_devices(args, kwargs, operands)
         card = _any_card(operands.card)
-        if uses_cublas:
-            _prepare_cublas(card)
+        if uses_cublas and torch.are_deterministic_algorithms_enabled():
+            check_cublas()
         shapes = [
             (outer, outer._value.shape, outer._value.untyped_storage().nbytes())
             for outer in operands.outer.values()
@@ -176,8 +177,10 @@ def _mutating(func: Any, operator: Operator) -> Handler:
         growing: Any = ()
         made: Any = ()
         if allocates:
-            growing, made = foresee(func, values, inner, card, operator)
-        out = run(func, values, inner, card, draw=draw)
+            growing, made = foresee(values, inner, card)
+        if uses_cublas:
+            hold_workspace(card)
+        out = run(func, values, inner, card, draw=draw, compute=compute)
         for value, memory in growing:
             hold(value.untyped_storage(), memory)
         if made:
@@ -251,6 +254,8 @@ def handler_for(func: Any) -> Handler:
         return composed
     maker = _mutating if func._schema.is_mutable else _plain
     handler = maker(func, operator)
+    if operator.lacks is not None:
+        handler = with_types(operator.lacks, handler)
     if operator.around is not None:
         handler = operator.around(func, handler)
     return with_alert(func, operator, handler)

@@ -1,7 +1,7 @@
 """What an operator will ask for, found out before it runs and changes anything.
 
-It runs on meta tensors first, its operands' shadows. What cannot run there is charged
-once its results are made.
+It runs on meta tensors first, its operands' shadows. What cannot run there runs on
+copies of its operands, and draws from a copy of the generator.
 """
 
 from __future__ import annotations
@@ -12,96 +12,149 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from pytest_gpumem.devices.simulated.operators.requests import Call, ask, flat
+from pytest_gpumem.devices.simulated.rng import GENERATOR
+from pytest_gpumem.devices.simulated.values import run
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
     from pytest_gpumem.devices.simulated.memory import Memory
     from pytest_gpumem.devices.simulated.operators.registry import Operator
     from pytest_gpumem.devices.simulated.operators.requests import Step
+    from pytest_gpumem.devices.simulated.rng import Drawing
+
+    Foresight = Callable[[Any, dict[str, Any], SimulatedCard], "_Foreseen"]
 
 _META: Final = torch.device("meta")
 
-#: Tensors with their shadows on meta, by the tensors' ids.
-_Shadows = dict[int, tuple[torch.Tensor, torch.Tensor]]
 #: Arguments that grow, with what they will hold; what each result will hold.
 _Foreseen = tuple[list[tuple[torch.Tensor, "Memory"]], "list[Memory | None]"]
 
 
-def may_allocate(func: Any) -> bool:
+def may_allocate(func: Any, operator: Operator) -> bool:
     """Tell whether an operator that changes its arguments can also ask for memory.
 
-    It does where it gives an ``out=`` another size, or returns something new.
+    It does where it gives an argument another size, or returns something new.
     """
     schema = func._schema  # it has no public name
     return (
-        "resize" in func.overloadpacket.__name__
+        operator.resizes
+        or operator.requests is not None
         or any(each.is_out for each in schema.arguments)
         or any(each.alias_info is None for each in schema.returns)
     )
 
 
-def _shade(value: Any, shadows: _Shadows) -> Any:
-    """Return an argument's shadow: the same one for the same tensor."""
-    if isinstance(value, (list, tuple)):
-        return type(value)([_shade(item, shadows) for item in value])
-    if isinstance(value, torch.device):
-        return _META
-    if not isinstance(value, torch.Tensor):
-        return value
-    if id(value) not in shadows:
-        shadow = torch.empty_strided(
-            value.size(), value.stride(), dtype=value.dtype, device=_META
-        )
-        shadows[id(value)] = (value, shadow)
-    return shadows[id(value)][1]
+class _Rehearsal:
+    """Stand-ins for arguments: the same one for the same tensor.
 
-
-def foresee(
-    func: Any,
-    values: list[Any],
-    kwargs: dict[str, Any],
-    card: SimulatedCard,
-    operator: Operator,
-) -> _Foreseen:
-    """Take the bytes that an operator asks for, before it runs and changes anything.
-
-    It runs on meta tensors first; where it cannot, it is charged afterwards.
-
-    Raises:
-        torch.OutOfMemoryError: There is no room; nothing has changed.
+    Args:
+        on_meta: Whether they are without values.
     """
-    __tracebackhide__ = True
-    shadows: _Shadows = {}
-    options = {name: _shade(each, shadows) for name, each in kwargs.items()}
-    options.pop("generator", None)
-    arguments = [_shade(value, shadows) for value in values]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the operator itself will say it
-            made = flat((operator.shapes or func)(*arguments, **options))
-    except (RuntimeError, TypeError, NotImplementedError, IndexError):
-        return [], []
-    own = {id(shadow): (value, shadow) for value, shadow in shadows.values()}
-    # Arguments that are not returned may grow as well.
-    returned = {id(each) for each in made}
-    made += [shadow for key, (_value, shadow) in own.items() if key not in returned]
-    sizes = [0 if each is None else _bytes(each, own.get(id(each))) for each in made]
-    steps: Iterable[Step] = ()
-    if operator.requests is not None:
-        steps = operator.requests(Call(func, values, kwargs, made, card))
-    held = ask(steps, sizes, card)
-    growing = [
-        (own[id(each)][0], memory)
-        for each, memory in zip(made, held, strict=True)
-        if memory is not None and id(each) in own
-    ]
-    results = [
-        None if id(each) in own else memory
-        for each, memory in zip(made, held, strict=True)
-    ]
-    return growing, results
+
+    def __init__(self, *, on_meta: bool) -> None:
+        self._on_meta = on_meta
+        #: Tensors with their stand-ins, by the stand-ins' ids.
+        self.known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._made: dict[int, torch.Tensor] = {}
+
+    def replace(self, value: Any) -> Any:
+        """Return what stands for an argument."""
+        if isinstance(value, (list, tuple)):
+            return type(value)([self.replace(item) for item in value])
+        if isinstance(value, torch.Tensor):
+            if id(value) not in self._made:
+                twin = self._made[id(value)] = self._twin(value)
+                self.known[id(twin)] = (value, twin)
+            return self._made[id(value)]
+        if isinstance(value, GENERATOR):
+            return None if self._on_meta else value.clone_state()
+        return _META if self._on_meta and isinstance(value, torch.device) else value
+
+    def _twin(self, value: torch.Tensor) -> torch.Tensor:
+        device = _META if self._on_meta else value.device
+        twin = torch.empty_strided(
+            value.size(), value.stride(), dtype=value.dtype, device=device
+        )
+        if not self._on_meta:
+            with torch.no_grad():
+                twin.copy_(value)
+        return twin
+
+
+def foreseeing(
+    func: Any,
+    operator: Operator,
+    *,
+    draw: Drawing | None,
+    compute: Callable[..., Any] | None = None,
+) -> Foresight:
+    """Return what takes the bytes that an operator asks for, before it runs.
+
+    It is given the tensors with the values, and raises ``torch.OutOfMemoryError`` where
+    there is no room: nothing has changed by then.
+
+    Args:
+        func: The operator.
+        operator: Its record.
+        draw: How it draws from the card's generator, if it does.
+        compute: What computes its values; None means the operator.
+    """
+    requests = operator.requests
+
+    def foresee(values: Any, kwargs: dict[str, Any], card: SimulatedCard) -> _Foreseen:
+        __tracebackhide__ = True
+        rehearsal, made = rehearse(values, kwargs, card)
+        own = rehearsal.known
+        # Arguments that are not returned may grow as well.
+        returned = {id(each) for each in made}
+        made += [twin for key, (_value, twin) in own.items() if key not in returned]
+        sizes = [
+            0 if each is None else _bytes(each, own.get(id(each))) for each in made
+        ]
+        steps: Iterable[Step] = ()
+        if requests is not None:
+            steps = requests(Call(func, values, kwargs, made, card))
+        held = ask(steps, sizes, card)
+        growing = []
+        results: list[Memory | None] = []
+        for each, memory in zip(made, held, strict=True):
+            is_own = id(each) in own
+            results.append(None if is_own else memory)
+            if is_own and memory is not None:
+                growing.append((own[id(each)][0], memory))
+        return growing, results
+
+    def rehearse(
+        values: Any, kwargs: dict[str, Any], card: SimulatedCard
+    ) -> tuple[_Rehearsal, list[torch.Tensor | None]]:
+        """Run on stand-ins; return them, and what was returned, lists laid open."""
+        ways = (True,) if card.value_device == "meta" else (True, False)
+        for on_meta in ways:
+            rehearsal = _Rehearsal(on_meta=on_meta)
+            args = [rehearsal.replace(each) for each in values]
+            options = {name: rehearsal.replace(each) for name, each in kwargs.items()}
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # the operator itself will say it
+                    if on_meta:
+                        return rehearsal, flat(
+                            (operator.shapes or func)(*args, **options)
+                        )
+                    copied = draw and _from_a_copy(draw)
+                    out = run(func, args, options, card, draw=copied, compute=compute)
+                    return rehearsal, flat(out)
+            except Exception:  # noqa: BLE001, S112  # the operator itself will say it
+                continue
+        return _Rehearsal(on_meta=True), []
+
+    return foresee
+
+
+def _from_a_copy(draw: Drawing) -> Drawing:
+    """Return a drawing that leaves the generator where it was."""
+    return lambda generator, args, kwargs: draw(generator.clone_state(), args, kwargs)
 
 
 def _bytes(

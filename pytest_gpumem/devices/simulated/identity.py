@@ -29,16 +29,22 @@ from typing import Any, Final
 import torch
 
 from pytest_gpumem.devices.simulated.refusals import refuse
-from pytest_gpumem.devices.simulated.tensor import SimulatedTensor, make
+from pytest_gpumem.devices.simulated.subclasses import runs_itself
+from pytest_gpumem.devices.simulated.tensor import (
+    HOST_KINDS,
+    OWN_NAMES,
+    SimulatedTensor,
+    make,
+    put_on_card,
+    take_off_card,
+)
 
 _base: Final[Any] = torch._C.TensorBase
 _grad: Final[Any] = _base.grad  # the getset below Tensor.grad
 _data: Final[Any] = _base.data  # the getset below Tensor.data
 _swap: Final[Any] = torch._C._swap_tensor_impl  # what swap_tensors calls
+_functorch: Final[Any] = torch._C._functorch
 _set_versions: Final[Any] = torch._C._autograd._unsafe_set_version_counter
-
-#: What this package keeps in the ``__dict__`` of a tensor on a card.
-OWN_NAMES: Final = frozenset({"_value", "_card", "_is_param", "_host_class"})
 
 #: The body that a tensor does not wear and C++ still holds, by the tensor's id.
 _bodies: Final[dict[int, torch.Tensor]] = {}
@@ -90,7 +96,7 @@ def become(tensor: torch.Tensor, data: torch.Tensor) -> None:
 
 def _take_value(tensor: Any, data: Any) -> None:
     """Let a card's tensor have the value of another, under a name of its own."""
-    tensor._value, tensor._card = data._value.detach(), data._card
+    put_on_card(tensor, data._value.detach(), data._card)
 
 
 def _body_for(tensor: torch.Tensor, data: torch.Tensor) -> Any:
@@ -132,23 +138,35 @@ def _put_on(tensor: Any, body: Any) -> None:
 
 
 def _dress(tensor: Any, body: Any) -> None:
-    """Give two Python objects that have exchanged bodies the classes that go with them."""
-    if isinstance(tensor, SimulatedTensor):
-        born = torch.nn.Parameter if is_parameter(tensor) else torch.Tensor
-        tensor.__class__ = vars(tensor).get("_host_class", born)
-        body.__class__ = SimulatedTensor
-        body._card = tensor._card
-        for name in OWN_NAMES:
-            tensor.__dict__.pop(name, None)
+    """Give two Python objects that have exchanged bodies the classes that go with them.
+
+    An object of a user's class stays of it; see Note [Tensors of users' classes].
+    """
+    if type(body) is SimulatedTensor:
+        value, card = body._value, body._card
+        _say(body, torch.Tensor)
+        vars(body).clear()
+        is_param = type(tensor) is torch.nn.Parameter
+        if type(tensor) in HOST_KINDS:
+            _say(tensor, SimulatedTensor)
+        put_on_card(tensor, value, card)
+        if is_param:
+            tensor._is_param = True  # as torch marks subclasses
         return
-    host_class = type(tensor)
-    tensor.__class__, body.__class__ = SimulatedTensor, torch.Tensor
-    names = body.__dict__
-    tensor._value, tensor._card = names.pop("_value"), names.pop("_card")
-    names.clear()
-    tensor._host_class = host_class
-    if issubclass(host_class, torch.nn.Parameter):
-        tensor._is_param = True  # as torch marks subclasses
+    card = tensor._card
+    if type(tensor) is SimulatedTensor:
+        kind = torch.nn.Parameter if is_parameter(tensor) else torch.Tensor
+        take_off_card(tensor)
+        _say(tensor, kind)
+    else:
+        take_off_card(tensor)
+    _say(body, SimulatedTensor)
+    body._card = card
+
+
+def _say(tensor: Any, kind: type) -> None:
+    """Give a Python object a class, whatever class it has."""
+    tensor.__class__ = kind
 
 
 def _keep(tensor: torch.Tensor, body: Any) -> None:
@@ -186,9 +204,18 @@ def _owners_of(grad: torch.Tensor) -> list[Any]:
     return [each for each in owners if each is not None]
 
 
+def _is_batch(grad: Any) -> bool:
+    """Tell whether a gradient is of a transform that is at work: it lands later."""
+    return bool(
+        _functorch.is_functorch_wrapped_tensor(grad)
+        or _functorch.is_legacy_batchedtensor(grad)
+    )
+
+
 def landed(grad: Any, tensor: Any) -> Any:
     """Return a gradient on its tensor's card; C++ makes some anew on the host."""
-    if isinstance(grad, SimulatedTensor) or grad.layout is not torch.strided:
+    is_there = isinstance(grad, SimulatedTensor) or runs_itself(grad) or _is_batch(grad)
+    if is_there or grad.layout is not torch.strided:
         return grad
     return make(grad.detach(), tensor._card)
 
@@ -233,7 +260,7 @@ def _check_grad(tensor: torch.Tensor, grad: torch.Tensor) -> None:
     Raises:
         RuntimeError: With torch's text.
     """
-    if not (isinstance(tensor, SimulatedTensor) or isinstance(grad, SimulatedTensor)):
+    if type(tensor) in HOST_KINDS and type(grad) in HOST_KINDS:
         return  # C++ sees what there is
     mine, given = tensor.device, grad.device
     if mine.type != given.type:
@@ -348,4 +375,4 @@ def deepcopy(self: SimulatedTensor, memo: dict[int, Any]) -> Any:
 
 def is_parameter(tensor: torch.Tensor) -> bool:
     """Tell whether a tensor on a card is a parameter."""
-    return getattr(tensor, "_is_param", False)
+    return isinstance(tensor, torch.nn.Parameter)

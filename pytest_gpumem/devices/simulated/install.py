@@ -19,6 +19,7 @@ from pytest_gpumem.devices.simulated import (
     handover,
     identity,
     profiling,
+    subclasses,
     torchscript,
 )
 from pytest_gpumem.devices.simulated.autocast import clear_cache
@@ -36,7 +37,6 @@ from pytest_gpumem.devices.simulated.machine import (
     push_machine,
 )
 from pytest_gpumem.devices.simulated.methods import EVERY_TENSOR
-from pytest_gpumem.devices.simulated.nvtx import Nvtx
 from pytest_gpumem.devices.simulated.refusals import CLASSES, refusing_class
 from pytest_gpumem.devices.simulated.storages import (
     EVERY_STORAGE,
@@ -91,7 +91,6 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
     owned: tuple[tuple[Any, dict[str, Any]], ...] = (
         (torch.cuda, cuda_names()),
         (torch.cuda.streams, {"Stream": Stream, "Event": Event}),
-        (torch.cuda.nvtx, {"_nvtx": Nvtx()}),
         (torch.cuda.nccl, {"is_available": lambda _tensors: False}),
         (torch.Tensor, EVERY_TENSOR),
         (torch.Tensor, DRAWING_METHODS),
@@ -115,6 +114,7 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
     yield from handover.REPLACEMENTS
     yield from identity.REPLACEMENTS
     yield from profiling.REPLACEMENTS
+    yield from subclasses.REPLACEMENTS
 
 
 class Installation:

@@ -82,6 +82,9 @@ class SimulatedMachine:
         self.oom_observers: list[Callable[[int, int], None]] = []
         #: User code's, as torch calls them: card, segment bytes, limit, free bytes.
         self.user_oom_observers: list[Callable[[int, int, int, int], object]] = []
+        #: What C++ keeps for cuDNN, which does not compute here. Source:
+        #: ``aten/src/ATen/Context.h`` and ``aten/src/ATen/native/Convolution.cpp``.
+        self.cudnn: Final[dict[str, Any]] = {"limit": 10, "empties_cache": True}
         self.streams: Final = Streams()
         self._local = threading.local()
 

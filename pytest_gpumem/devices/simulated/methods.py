@@ -7,13 +7,16 @@ installed, because its C++ would ask the CUDA driver (``to``, ``cuda``, ``data =
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
-from typing import Any, Final
+from types import MethodType
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._tensor_str import _add_suffixes, _tensor_str
 from torch.nn.parameter import is_lazy
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from pytest_gpumem.devices.simulated.identity import (
     GRAD,
@@ -24,9 +27,17 @@ from pytest_gpumem.devices.simulated.identity import (
 from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.memory import memory_of
 from pytest_gpumem.devices.simulated.refusals import refuse, refuse_value, refusing
+from pytest_gpumem.devices.simulated.subclasses import (
+    as_class,
+    place_of,
+    runs_itself,
+)
 from pytest_gpumem.devices.simulated.tensor import DEVICES, SimulatedTensor
 from pytest_gpumem.devices.simulated.transfer import moved
 from pytest_gpumem.devices.simulated.typed import wanted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _base: Final[Any] = torch.Tensor
 _original_type: Final[Any] = torch.Tensor.type
@@ -34,6 +45,34 @@ _original_to: Final[Any] = torch.Tensor.to
 _original_data: Final[Any] = torch._C.TensorBase.data  # the getset below Tensor.data
 _original_pin: Final[Any] = torch.Tensor.pin_memory
 _original_is_pinned: Final[Any] = torch.Tensor.is_pinned
+
+
+class _Overridable:
+    """A method of every tensor that ``__torch_function__`` of a class may take over.
+
+    It equals torch's own: classes keep tables of such methods from before.
+    """
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, method)
+        self.__name__ = method.__name__.removeprefix("as_")
+        self._method = method
+        self._original = getattr(torch.Tensor, self.__name__)
+
+    def __get__(self, tensor: Any, owner: Any = None) -> Any:
+        return self if tensor is None else MethodType(self, tensor)
+
+    def __call__(self, tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
+        __tracebackhide__ = True
+        if has_torch_function_unary(tensor) and not is_lazy(tensor):
+            return handle_torch_function(self, (tensor,), tensor, *args, **options)
+        return self._method(tensor, *args, **options)
+
+    def __eq__(self, other: object) -> bool:
+        return other is self or other is self._original
+
+    def __hash__(self) -> int:
+        return hash(self._original)
 
 
 # -- where a tensor goes --------------------------------------------------------------
@@ -84,18 +123,22 @@ def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     __tracebackhide__ = True
     options = _parse_to(args, kwargs)
     device = options["device"]
-    on_card = type(self) is SimulatedTensor
     target = None if device is None else cuda_device(device)
+    if isinstance(self, FakeTensor):
+        if target is not None:
+            options["device"] = target  # a program that is being traced, not run
+            return _to_dtype(self, options)
+        traced: torch.Tensor = _original_to(self, *args, **kwargs)
+        return traced
+    on_card = self.is_cuda
     if target is None and (not on_card or device is None):
-        return (
-            _to_dtype(self, options) if on_card else _original_to(self, *args, **kwargs)
-        )
+        if on_card and not runs_itself(self):
+            return _to_dtype(self, options)
+        there: torch.Tensor = _original_to(self, *args, **kwargs)
+        return there
     goal = target if target is not None else torch.device(device)
     if is_lazy(self):
         refuse("a lazy module's parameter")
-    if isinstance(self, FakeTensor):
-        options["device"] = goal  # a program that is being traced, not run
-        return _to_dtype(self, options)
     if on_card and goal == self.device:
         return _to_dtype(self, options)
     return moved(
@@ -104,7 +147,7 @@ def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
 
 
 def _to_dtype(self: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
-    place = () if type(self) is SimulatedTensor else (options["device"],)
+    place = (options["device"],) if isinstance(self, FakeTensor) else ()
     result: torch.Tensor = _original_to(
         self,
         *place,
@@ -145,7 +188,7 @@ def as_type(
     """``Tensor.type``: the name of its type, or the tensor as another type."""
     __tracebackhide__ = True
     if dtype is None:
-        if type(self) is not SimulatedTensor:
+        if not self.is_cuda or isinstance(self, FakeTensor):
             return _original_type(self)
         plain = torch.empty(0, dtype=self.dtype).type()
         return plain.replace("torch.", "torch.cuda.", 1)
@@ -200,14 +243,12 @@ def is_pinned(self: torch.Tensor, device: Any = None) -> bool:  # noqa: ARG001  
 
 #: What every tensor does differently while the simulated device is installed.
 EVERY_TENSOR: Final[dict[str, Any]] = {
-    "to": to,
-    "cuda": cuda,
-    "cpu": cpu,
-    "type": as_type,
     "data": property(_get_data, become),
     "grad": GRAD,
-    "pin_memory": pin_memory,
-    "is_pinned": is_pinned,
+    **{
+        each.__name__.removeprefix("as_"): _Overridable(each)
+        for each in (to, cuda, cpu, as_type, pin_memory, is_pinned)
+    },
 }
 
 
@@ -352,12 +393,12 @@ _ANSWERS: Final[dict[str, Any]] = {
     "device": property(_device),
     "is_cuda": property(lambda _self: True),
     "is_cpu": property(lambda _self: False),
-    "get_device": lambda self: self._card.index,  # the device's own room
+    "get_device": lambda self: self.device.index,
     "numpy": _refuse_numpy,
     "__array__": _refuse_numpy,
     "tolist": _tolist,
     "__cuda_array_interface__": property(refusing("tensor.__cuda_array_interface__")),
-    "as_subclass": refusing("a subclass of torch.Tensor"),
+    "as_subclass": as_class,
     "__dlpack__": refusing("tensor.__dlpack__"),
     "__dlpack_device__": lambda self: (_DLPACK_CUDA, self.get_device()),
     "new_tensor": _new_tensor,
@@ -372,3 +413,70 @@ _ANSWERS: Final[dict[str, Any]] = {
 
 for _name, _answer in _ANSWERS.items():
     setattr(SimulatedTensor, _name, _answer)
+
+
+# -- what a tensor of a user's class answers ------------------------------------------
+
+
+class _Attribute(property):
+    """An attribute that is another for tensors of users' classes on cards.
+
+    Args:
+        name: Its name.
+        answer: What it is there, by tensor and card.
+    """
+
+    def __init__(self, name: str, answer: Callable[[Any, torch.device], Any]) -> None:
+        original = getattr(torch.Tensor, name)
+
+        def read(tensor: Any) -> Any:
+            if has_torch_function_unary(tensor):
+                public = getattr(torch.Tensor, name).__get__
+                return handle_torch_function(public, (tensor,), tensor)
+            place = place_of(tensor)
+            return original.__get__(tensor) if place is None else answer(tensor, place)
+
+        super().__init__(read, doc=original.__doc__)
+
+
+def _method(name: str, answer: Callable[..., Any]) -> Any:
+    """Return a method that is another for tensors of users' classes on cards."""
+    original = getattr(torch.Tensor, name)
+
+    @functools.wraps(original)
+    def call(self: Any, *args: Any, **options: Any) -> Any:
+        __tracebackhide__ = True
+        is_other = not has_torch_function_unary(self) and place_of(self) is not None
+        chosen = answer if is_other else original
+        return chosen(self, *args, **options)
+
+    return call
+
+
+#: Answers of a ``SimulatedTensor`` that hold for those classes as well.
+_SHARED: Final = (
+    "__array__",
+    "__dlpack__",
+    "__dlpack_device__",
+    "get_device",
+    "is_shared",
+    "new_tensor",
+    "numpy",
+    "record_stream",
+    "share_memory_",
+    "tolist",
+)
+
+EVERY_TENSOR.update(
+    {
+        "device": _Attribute("device", lambda _self, place: place),
+        "is_cuda": _Attribute("is_cuda", lambda _self, _place: True),
+        "is_cpu": _Attribute("is_cpu", lambda _self, _place: False),
+        "is_meta": _Attribute("is_meta", lambda _self, _place: False),
+        "__cuda_array_interface__": _Attribute(
+            "__cuda_array_interface__",
+            lambda _self, _place: refuse("tensor.__cuda_array_interface__"),
+        ),
+        **{name: _method(name, _ANSWERS[name]) for name in _SHARED},
+    }
+)

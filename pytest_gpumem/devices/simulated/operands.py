@@ -27,19 +27,22 @@ class Operands:
     def unwrap(self, value: Any) -> Any:
         """Return an argument with values in the place of tensors of a card."""
         kind = type(value)
-        if kind is SimulatedTensor:
-            card = value._card
-            if self.card is None:
-                self.card = card
-            elif card is not self.card:
-                self.strays = card
-            self.outer[id(value._value)] = value
-            return value._value
-        if kind is list or kind is tuple:
-            return kind([self.unwrap(item) for item in value])
-        if isinstance(value, torch.Tensor):
-            self.host = value
-        return value
+        if kind is not SimulatedTensor:
+            if kind is list or kind is tuple:
+                return kind([self.unwrap(item) for item in value])
+            if not isinstance(value, torch.Tensor):
+                return value
+            if not isinstance(value, SimulatedTensor):  # nor of a user's class there
+                self.host = value
+                return value
+        card = value._card
+        if self.card is None:
+            self.card = card
+        elif card is not self.card:
+            self.strays = card
+        inner = value._value
+        self.outer[id(inner)] = value
+        return inner
 
 
 def is_own_device(kwargs: dict[str, Any], card: SimulatedCard) -> bool:

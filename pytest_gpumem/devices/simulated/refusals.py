@@ -38,6 +38,10 @@ ADVICE: Final[dict[str, str]] = {
     "tensor.data = of another device, of a tensor computed with gradients": (
         "use tensor.to(device), or detach the tensor first"
     ),
+    "torch.backends.cuda.cublas_workspace_size of another size": (
+        "set CUBLAS_WORKSPACE_CONFIG before the process starts"
+    ),
+    "torch.backends.cuda.cublaslt_workspace_size": _REAL,
     "torch.cuda.ExternalStream": "use torch.cuda.Stream",
     "torch.cuda.get_stream_from_external": "use torch.cuda.Stream",
     "torch.cuda.GreenContext": _REAL,
@@ -46,6 +50,7 @@ ADVICE: Final[dict[str, str]] = {
     "torch.cuda.gds": "read the file on the host",
     "torch.cuda.tunable": _REAL,
     "torch.export.export": "export the module while it is on the CPU",
+    "torch.func.linearize": "use torch.func.jvp, or linearize at values of the CPU",
     "FakeTensorMode.from_tensor": "make fake tensors of the module on the CPU",
     "tensor.__cuda_array_interface__": "hand over tensor.cpu() instead",
     "tensor.__dlpack__": "hand over tensor.cpu() instead",
@@ -53,9 +58,9 @@ ADVICE: Final[dict[str, str]] = {
     "sharing a tensor of a card with another process": "send tensor.cpu() instead",
     "torch.cuda._compile_kernel": _KERNEL,
     "a lazy module's parameter": "call the module once on the CPU, then move it",
-    "a subclass of torch.Tensor": "use plain tensors on the card",
     "a Triton kernel": _KERNEL,
     "flex_attention": "use torch.nn.functional.scaled_dot_product_attention",
+    "a Fourier transform in half precision": "transform in float32, as source.float()",
     "a sparse tensor": "use dense ones, or keep these on the CPU",
     "a nested tensor": "pad them, or keep them on the CPU",
     "a torch.compile backend that makes kernels": (
@@ -127,6 +132,41 @@ C_REFUSALS: Final[dict[str, Any]] = {
     ),
     "_cuda_cudaCachingAllocator_raw_delete": refusing(
         "torch.cuda.caching_allocator_delete"
+    ),
+    "_cuda_cudaHostAllocator": refusing("torch.cuda.CUDAPluggableAllocator"),
+    "_cuda_customAllocator": refusing("torch.cuda.CUDAPluggableAllocator"),
+    "_cuda_getAllocator": refusing("torch.cuda.CUDAPluggableAllocator"),
+    "_cuda_CUDAAllocator": refusing_class("torch.cuda.CUDAPluggableAllocator"),
+    "_CUDAGreenContext": refusing_class("torch.cuda.GreenContext"),
+    "_CUDAGraph": refusing_class("torch.cuda.CUDAGraph"),
+    "_MemPool": refusing_class("torch.cuda.MemPool"),
+    "_acceleratorGraph": refusing_class("torch.accelerator.Graph"),
+    **{
+        name: refusing("torch.cuda.MemPool")
+        for name in (
+            "_cuda_beginAllocateCurrentThreadToPool",
+            "_cuda_beginAllocateToPool",
+            "_cuda_endAllocateToPool",
+            "_cuda_releasePool",
+        )
+    },
+    **{
+        name: refusing("torch.cuda.graph")
+        for name in (
+            "_cuda_beginAllocateCurrentStreamToPool",
+            "_cuda_checkPoolLiveAllocations",
+            "_cuda_getCheckpointState",
+            "_cuda_setCheckpointPoolState",
+        )
+    },
+    "_cuda_setCublasWorkspaceSize": refusing(
+        "torch.backends.cuda.cublas_workspace_size of another size"
+    ),
+    "_cuda_getCublasLtWorkspaceSize": refusing(
+        "torch.backends.cuda.cublaslt_workspace_size"
+    ),
+    "_cuda_setCublasLtWorkspaceSize": refusing(
+        "torch.backends.cuda.cublaslt_workspace_size"
     ),
     "_cuda_getStreamFromExternal": refusing("torch.cuda.get_stream_from_external"),
     "_cuda_jiterator_compile_and_launch_kernel": refusing("torch.cuda.jiterator"),

@@ -182,7 +182,8 @@ def _set(self: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         RuntimeError: The storage is on another device (torch's text).
     """
     __tracebackhide__ = True
-    source = args[0] if args else options.get("source")
+    source: Any = args[0] if args else options.get("source")
+    source = getattr(source, "_untyped_storage", source)  # a typed one warns
     if source is not None and source.device != self.device:
         raise RuntimeError(
             f'Attempted to set the storage of a tensor on device "{self.device}" to a '

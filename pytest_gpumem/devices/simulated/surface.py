@@ -6,26 +6,30 @@ functions of ``torch._C`` that a CUDA build has and that would ask a driver.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from pytest_gpumem.devices.simulated import rng
+from pytest_gpumem.devices.simulated.build import compiled_version
 from pytest_gpumem.devices.simulated.collectives import C_COLLECTIVES
 from pytest_gpumem.devices.simulated.history import History
 from pytest_gpumem.devices.simulated.lists import grouping
 from pytest_gpumem.devices.simulated.machine import card_of, current_machine
+from pytest_gpumem.devices.simulated.nvtx import Nvtx
 from pytest_gpumem.devices.simulated.properties import DeviceProperties
 from pytest_gpumem.devices.simulated.refusals import C_REFUSALS
 from pytest_gpumem.devices.simulated.runtime import Runtime
 from pytest_gpumem.devices.simulated.streams import Event, Stream, stream_triple
 from pytest_gpumem.devices.simulated.typed import typed_tensors
 from pytest_gpumem.model.snapshot import snapshot
+from pytest_gpumem.model.workspaces import workspace_bytes
 from pytest_gpumem.visibility import uuid_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 
 def _nested(flat: dict[str, int]) -> dict[str, Any]:
@@ -339,6 +343,19 @@ def _renew_settings(text: str) -> None:
             allocator.config = config
 
 
+def _workspace_size() -> int:
+    card = card_of(None)
+    setting = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    return workspace_bytes(card.card.compute_capability, setting)
+
+
+def _cudnn_setter(name: str) -> Callable[[Any], None]:
+    def set_it(value: Any) -> None:
+        current_machine().cudnn[name] = value
+
+    return set_it
+
+
 def _nothing(*_args: Any, **_kwargs: Any) -> None:
     """Do nothing: what would wait or collect has nothing to wait for."""
 
@@ -384,6 +401,17 @@ C_FUNCTIONS: Final[dict[str, Any]] = {
     "_cuda_resetPeakHostMemoryStats": _nothing,
     "_cuda_resetAccumulatedHostMemoryStats": _nothing,
     "_host_emptyCache": _nothing,
+    "_cudart": Runtime(),
+    "_nvtx": Nvtx(),
+    "_CudaDeviceProperties": DeviceProperties,
+    "_cuda_getCompiledVersion": compiled_version,
+    "_cuda_getCublasWorkspaceSize": _workspace_size,
+    "_cuda_get_cudnn_benchmark_limit": lambda: current_machine().cudnn["limit"],
+    "_cuda_set_cudnn_benchmark_limit": _cudnn_setter("limit"),
+    "_cuda_get_conv_benchmark_empty_cache": (
+        lambda: current_machine().cudnn["empties_cache"]
+    ),
+    "_cudnn_set_conv_benchmark_empty_cache": _cudnn_setter("empties_cache"),
     "_cuda_sleep": _nothing,
     "_cuda_getCurrentBlasHandle": lambda: 1,
     "_cuda_getCurrentSolverHandle": lambda: 1,
@@ -427,7 +455,7 @@ def cuda_names() -> dict[str, Any]:
     never reach a real driver while the cards are simulated ones.
     """
     return {
-        "_cudart": Runtime(),
+        "_cudart": C_FUNCTIONS["_cudart"],
         "_cached_device_count": None,
         "_raw_device_count_nvml": lambda: len(current_machine().all_cards),
         "_raw_device_uuid_nvml": lambda: [

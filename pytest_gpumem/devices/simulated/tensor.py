@@ -8,15 +8,26 @@ being mirrored, and its Python dispatch key sends every operator to ``dispatch.p
 which runs it on the CPU tensors. C++ still takes the tensor for one on the CPU, which
 is what keeps autograd from asking for a CUDA device guard that is not there; what
 Python sees (``device``, ``is_cuda``, …) is overridden in ``methods.py``.
+
+Note [Tensors of users' classes]
+An object of a user's subclass of ``torch.Tensor`` that lies on a card stays of that
+class. C++ asks the *object* for ``__torch_dispatch__``, and ``torch.Tensor`` answers for
+it while cards are simulated (``subclasses.py``). Its value and its card stand in a table
+here: its ``__dict__`` is the user's own, to be copied and replaced.
 """
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from pytest_gpumem.devices.simulated.memory import charge, lacks_host_memory
+from pytest_gpumem.devices.simulated.memory import (
+    charge,
+    lacks_host_memory,
+    memory_of,
+)
 from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.errors import HostMemoryError
 
@@ -34,6 +45,10 @@ _set_data: Final[Any] = torch._C.TensorBase.data.__set__  # type: ignore[attr-de
 _no_function: Final[Any] = (
     torch._C._disabled_torch_function_impl
 )  # torch's word for "no __torch_function__"
+_keys: Final[Any] = torch._C._dispatch_keys
+_CUDA: Final[Any] = torch._C.DispatchKey.CUDA
+#: Classes whose tensors are on the host, whatever their objects say.
+HOST_KINDS: Final = frozenset({torch.Tensor, torch.nn.Parameter})
 
 DEVICES: Final = tuple(torch.device("cuda", index) for index in range(64))
 
@@ -51,7 +66,41 @@ class _Handlers(dict[Any, "Handler"]):
 HANDLERS: Final = _Handlers()
 
 
-class SimulatedTensor(torch.Tensor):
+def has_own_dispatch(kind: type) -> bool:
+    """Tell whether a class says itself how its operators are run."""
+    return any(
+        "__torch_dispatch__" in vars(each)
+        for each in kind.__mro__
+        if each is not torch.Tensor
+    )
+
+
+def _dispatches(kind: type) -> bool:
+    return kind is not SimulatedTensor and has_own_dispatch(kind)
+
+
+def is_keyed(tensor: torch.Tensor) -> bool:
+    """Tell whether C++ takes a tensor's operators for those of a card."""
+    found: bool = _keys(tensor).has(_CUDA)
+    return found
+
+
+class _OnCard(type(torch.Tensor)):  # type: ignore[misc]  # torch's metaclass has no name
+    """Makes ``isinstance`` mean: a tensor on a card, also one of a user's class."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        kind = type(instance)
+        if kind is cls:
+            return True
+        return (
+            kind not in HOST_KINDS
+            and issubclass(kind, torch.Tensor)
+            and not has_own_dispatch(kind)
+            and is_keyed(instance)
+        )
+
+
+class SimulatedTensor(torch.Tensor, metaclass=_OnCard):
     """A tensor on a simulated card; answers as a ``torch.Tensor`` there does."""
 
     # The CPU tensor with the values; it shares its storage with this one.
@@ -72,10 +121,12 @@ class SimulatedTensor(torch.Tensor):
 
     @staticmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch calls it on the class
-        func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run one operator on the CPU and charge what it made to the card."""
         __tracebackhide__ = True
+        if len(types) > 1 and any(map(_dispatches, types)):
+            return NotImplemented  # to plain tensors of a card, C++ would not come
         try:
             return HANDLERS[func](args, kwargs if kwargs is not None else {})
         except RuntimeError as error:
@@ -117,6 +168,84 @@ def make(value: torch.Tensor, card: SimulatedCard) -> SimulatedTensor:
     tensor._value = value  # its maker
     tensor._card = card  # its maker
     return tensor
+
+
+#: Value and card of the tensors of users' classes, by id; each with the reference that
+#: takes its row out in time.
+_rows: Final[dict[int, tuple[torch.Tensor, SimulatedCard, Any]]] = {}
+
+
+def put_on_card(tensor: Any, value: torch.Tensor, card: SimulatedCard) -> None:
+    """Note the value and the card of a tensor whose C++ side is a card's already."""
+    if type(tensor) is SimulatedTensor:
+        tensor._value, tensor._card = value, card
+        return
+    key = id(tensor)
+    gone = weakref.ref(tensor, lambda _dead: _rows.pop(key, None))
+    _rows[key] = value, card, gone
+
+
+def take_off_card(tensor: Any) -> None:
+    """Forget value and card of a tensor."""
+    if type(tensor) is SimulatedTensor:
+        for name in OWN_NAMES:
+            tensor.__dict__.pop(name, None)
+    _rows.pop(id(tensor), None)
+
+
+#: What this package keeps in the ``__dict__`` of a ``SimulatedTensor``.
+OWN_NAMES: Final = frozenset({"_value", "_card", "_is_param"})
+
+
+class _Row:
+    """``_value`` and ``_card`` of a tensor of a user's class on a card.
+
+    Raises:
+        AttributeError: The tensor is not on a card.
+    """
+
+    def __init__(self, name: str, position: int) -> None:
+        self._name = name
+        self._position = position
+
+    def __get__(self, tensor: Any, owner: Any = None) -> Any:
+        if tensor is None:
+            return None  # torch lists what its class has
+        row = _rows.get(id(tensor))
+        if row is None:
+            row = self._found(tensor)
+        return row[self._position]
+
+    def _found(self, tensor: Any) -> Any:
+        """Return the row of a tensor that C++ has brought here by ways of its own."""
+        with torch._C.DisableTorchFunctionSubclass():
+            memory = memory_of(tensor.untyped_storage()) if is_keyed(tensor) else None
+            if memory is None:
+                raise AttributeError(
+                    f"{type(tensor).__name__!r} object has no attribute {self._name!r}"
+                )
+            value = _alias(tensor, memory.card)
+        put_on_card(tensor, value, memory.card)
+        return _rows[id(tensor)]
+
+
+def _alias(tensor: torch.Tensor, card: SimulatedCard) -> torch.Tensor:
+    """Return a tensor of the host over the memory of one on a card."""
+    value = torch.empty(0, dtype=tensor.dtype, device=card.value_device)
+    torch._C.TensorBase.set_(  # below Tensor.set_
+        value,
+        tensor.untyped_storage(),
+        tensor.storage_offset(),
+        tensor.size(),
+        tensor.stride(),
+    )
+    if tensor.is_conj():
+        value = value.conj()
+    return torch._neg_view(value) if tensor.is_neg() else value
+
+
+#: What ``torch.Tensor`` answers with while cards are simulated.
+ROWS: Final[dict[str, Any]] = {"_value": _Row("_value", 0), "_card": _Row("_card", 1)}
 
 
 def refresh(tensor: SimulatedTensor) -> None:

@@ -2,19 +2,71 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import threading
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from torch.autograd import forward_ad
 
 from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.memory import HOST_ROOM, Memory, hold
 from pytest_gpumem.devices.simulated.refusals import refuse, refuse_value
+from pytest_gpumem.devices.simulated.subclasses import (
+    are_transforms_active,
+    runs_itself,
+)
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor, make
 
 if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
 
 _to_copy: Any = torch.ops.aten._to_copy.default  # the operator below Tensor.to
+
+
+class _Wish(threading.local):
+    """Whether ``device=`` is what a user asks for, in backward as well."""
+
+    is_stated = False
+
+
+_wish: Final = _Wish()
+
+
+def is_asked_for() -> bool:
+    """Tell whether the thread moves a tensor whose class runs its operators itself.
+
+    Then a device that comes back with one of them is the user's own, not what C++
+    takes for the tensors' device.
+    """
+    return _wish.is_stated
+
+
+_functorch: Final[Any] = torch._C._functorch
+
+
+def _is_traced() -> bool:
+    """Tell whether a program is recorded, operator by operator, as it runs."""
+    proxies = torch._C._TorchDispatchModeKey.PROXY  # no public way to ask
+    if torch._C._get_dispatch_mode(proxies) is not None:
+        return True
+    if not are_transforms_active():
+        return False
+    top = _functorch.peek_interpreter_stack()
+    return bool(top.key() == _functorch.TransformType.Functionalize)
+
+
+def _each_moved(
+    source: torch.Tensor, device: torch.device, dtype: torch.dtype | None
+) -> torch.Tensor:
+    """Copy a batch of tensors that ``is_grads_batched`` and its like show as one.
+
+    Source: ``torch/_vmap_internals.py``.
+    """
+    level = torch._C._vmapmode_increment_nesting() - 1  # no public way to ask
+    torch._C._vmapmode_decrement_nesting()
+    batch = torch._remove_batch_dim(source, level, 1, 0)  # as torch itself does
+    batch = moved(batch, device, dtype=dtype)
+    return torch._add_batch_dim(batch, 0, level)  # likewise
 
 
 def upload(
@@ -113,19 +165,38 @@ def peer_copy(
 
 
 class _Move(torch.autograd.Function):
-    """A copy to another device whose gradient travels back to where it came from."""
+    """A copy to another device, as autograd and ``torch.func`` see it.
+
+    Its gradient travels back to where it came from, its tangent along with it.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, source: torch.Tensor, device: torch.device, options: dict[str, Any]
+        source: torch.Tensor,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        memory_format: torch.memory_format,
     ) -> torch.Tensor:
         __tracebackhide__ = True
+        return move(source, device, dtype=dtype, memory_format=memory_format)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004  # torch's signature
+        source, *ctx.goal = inputs
         ctx.device, ctx.dtype = source.device, source.dtype
-        return move(source, device, **options)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # one gradient
-        return move(grad, ctx.device, dtype=ctx.dtype), None, None
+        return moved(grad, ctx.device, dtype=ctx.dtype), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: torch.Tensor, *_rest: Any) -> Any:
+        device, dtype, memory_format = ctx.goal
+        return moved(tangent, device, dtype=dtype, memory_format=memory_format)
+
+    @staticmethod
+    def vmap(_info: Any, in_dims: Any, source: torch.Tensor, *goal: Any) -> Any:
+        return _Move.apply(source, *goal), in_dims[0]  # type: ignore[no-untyped-call]  # torch's
 
 
 def move(
@@ -141,6 +212,16 @@ def move(
         torch.OutOfMemoryError: No room on the target.
     """
     __tracebackhide__ = True
+    if runs_itself(source) or _is_traced():
+        options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+        if memory_format is not torch.preserve_format:
+            options["memory_format"] = memory_format
+        is_outer, _wish.is_stated = _wish.is_stated, True
+        try:
+            moved: torch.Tensor = _to_copy(source, device=device, **options)
+        finally:
+            _wish.is_stated = is_outer
+        return moved
     if device.type == "cuda":
         card = card_of(device.index)
         if isinstance(source, SimulatedTensor):
@@ -151,14 +232,24 @@ def move(
     return source.to(device, dtype)
 
 
-def moved(source: torch.Tensor, device: torch.device, **options: Any) -> torch.Tensor:
-    """Copy a tensor to a device; gradients flow back.
+def moved(
+    source: torch.Tensor,
+    device: torch.device,
+    *,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format = torch.preserve_format,
+) -> torch.Tensor:
+    """Copy a tensor to a device; gradients, tangents and transforms go along.
 
     Raises:
         torch.OutOfMemoryError: No room on the target.
     """
     __tracebackhide__ = True
-    if source.requires_grad and torch.is_grad_enabled():
-        result: torch.Tensor = _Move.apply(source, device, options)  # type: ignore[no-untyped-call]  # torch's
+    if _functorch.is_legacy_batchedtensor(source):
+        return _each_moved(source, device, dtype)
+    is_seen = source.requires_grad and torch.is_grad_enabled()
+    is_dual = forward_ad._current_level >= 0  # no public way to ask
+    if is_seen or is_dual or (are_transforms_active() and not _is_traced()):
+        result: torch.Tensor = _Move.apply(source, device, dtype, memory_format)  # type: ignore[no-untyped-call]  # torch's
         return result
-    return move(source, device, **options)
+    return move(source, device, dtype=dtype, memory_format=memory_format)

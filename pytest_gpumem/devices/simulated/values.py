@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
+    from pytest_gpumem.devices.simulated.operators.registry import Operator
     from pytest_gpumem.devices.simulated.rng import Drawing
 
 #: Keys that torch excludes while Python runs an operator. C++ that composes one of
@@ -25,9 +26,10 @@ _COMPOSITE: Final = (
 )
 
 
-def computing(func: Any, compute: Callable[..., Any] | None) -> Callable[..., Any]:
-    """Return what computes the values of an operator: ``compute``, or the CPU's own."""
-    chosen: Callable[..., Any] = func if compute is None else compute
+def computing(func: Any, operator: Operator) -> Callable[..., Any]:
+    """Return what computes the values of an overload: its record's, or the CPU's own."""
+    compute = operator.compute and operator.compute(func)
+    chosen: Callable[..., Any] = compute or func
     return _heeding_marks(chosen) if _is_composite(func) else chosen
 
 
@@ -38,15 +40,20 @@ def _is_composite(func: Any) -> bool:
     return (
         not has_kernel(name, "CPU")
         and any(has_kernel(name, key) for key in _COMPOSITE)
-        and all(each.alias_info is None for each in func._schema.returns)  # likewise
+        and not any(map(_is_view, func._schema.returns))  # likewise
     )
+
+
+def _is_view(result: Any) -> bool:
+    """Tell whether a result shares memory with an argument that is not written to."""
+    return result.alias_info is not None and not result.alias_info.is_write
 
 
 def _heeding_marks(compute: Callable[..., Any]) -> Callable[..., Any]:
     """Return a computation that heeds lazy conjugation inside itself."""
 
     def heeding(*args: Any, **kwargs: Any) -> Any:
-        if not any(isinstance(arg, torch.Tensor) and arg.is_complex() for arg in args):
+        if not any(map(_is_complex, (*args, *kwargs.values()))):
             return compute(*args, **kwargs)
         excluded = torch._C._dispatch_tls_local_exclude_set()  # no public name
         for name in _LAZY_MARKS:
@@ -56,6 +63,10 @@ def _heeding_marks(compute: Callable[..., Any]) -> Callable[..., Any]:
             return compute(*args, **kwargs)
 
     return heeding
+
+
+def _is_complex(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_complex()
 
 
 def _is_the_cpus(text: str) -> bool:

@@ -1,10 +1,10 @@
 """Which devices an operator takes operands of, held to torch's own rules.
 
 Note [Device checks]
-A card's kernel checks its operands in one of two ways. Generated code compares all of
-them with the first one, single numbers too (``common``). Operators marked
-``device_check: NoCheck`` leave it to ``TensorIterator``, which takes a single number of
-the host where it only reads it (``iterated``), or have a check of their own.
+A card's kernel checks its operands in one of two ways, as ``native_functions.yaml`` says.
+Generated code compares all of them with the first one, single numbers too. Operators
+marked ``device_check: NoCheck`` leave it to ``TensorIterator``, which takes a single
+number of the host where it only reads it (``iterated``), or have a check of their own.
 
 A check raises RuntimeError with torch's text.
 """
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytest_gpumem.devices.simulated.backward import in_backward
+from pytest_gpumem.devices.simulated.operators.declarations import declaration_of
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 
 if TYPE_CHECKING:
@@ -28,11 +29,14 @@ if TYPE_CHECKING:
 class Place:
     """An operand: its argument's name, whether it is written to, and the tensor."""
 
-    __slots__ = ("device", "is_written", "name", "tensor")
+    __slots__ = ("device", "is_out", "is_written", "name", "tensor")
 
-    def __init__(self, name: str, is_written: bool, tensor: torch.Tensor) -> None:  # noqa: FBT001  # its own class
-        self.name = name
-        self.is_written = is_written
+    def __init__(self, argument: Any, tensor: torch.Tensor) -> None:
+        self.name: str = argument.name
+        self.is_out: bool = argument.is_out
+        self.is_written = (
+            argument.alias_info is not None and argument.alias_info.is_write
+        )
         self.tensor = tensor
         self.device = tensor.device
 
@@ -42,7 +46,7 @@ def checking(func: Any, operator: Operator) -> Callable[[Any, Any, Operands], No
 
     It is called where one of them is on the host or on another card.
     """
-    check = operator.check or common
+    check = operator.check or declared
 
     def check_devices(args: Any, kwargs: Any, operands: Operands) -> None:
         __tracebackhide__ = True
@@ -69,25 +73,39 @@ def _places(func: Any, args: Any, kwargs: Any) -> list[Place]:
     places: list[Place] = []
     for position, argument in enumerate(func._schema.arguments):
         value = args[position] if position < len(args) else kwargs.get(argument.name)
-        is_written = argument.alias_info is not None and argument.alias_info.is_write
         places.extend(
-            Place(argument.name, is_written, each)
+            Place(argument, each)
             for each in (value if isinstance(value, (list, tuple)) else (value,))
             if isinstance(each, torch.Tensor)
         )
     return places
 
 
-def common(func: Any, places: list[Place]) -> None:
-    """Check as generated code does, which takes nothing from another device.
+def declared(func: Any, places: list[Place]) -> None:
+    """Check as the declaration says: in generated code, or as ``TensorIterator`` does.
 
-    Source: ``common_device_check_failure`` of ``c10/core/impl``.
+    Source: ``gen_device_check`` and ``wrapper_kernel_sig`` of
+    ``torchgen/dest/register_dispatch_key.py``: ``out=`` comes first, and what is not
+    structured has its overload in its name.
     """
-    compare(func.overloadpacket.__name__, places)
+    declaration = declaration_of(func)
+    if not declaration.checks_devices:
+        iterated(func, places)
+        return
+    outs = [each for each in places if each.is_out]
+    overload = "" if func._overloadname == "default" else func._overloadname
+    name = func.overloadpacket.__name__ + ("_out" if outs else "")
+    compare(
+        name if declaration.is_structured else f"{overload}_{name}",
+        outs + [each for each in places if not each.is_out],
+    )
 
 
 def compare(name: str, places: list[Place]) -> None:
-    """Compare all operands with the first one, in the name of a kernel."""
+    """Compare all operands with the first one, in the name of a kernel.
+
+    Source: ``common_device_check_failure`` of ``c10/core/impl``.
+    """
     first = places[0].device
     for each in places:
         if each.device != first:
@@ -113,11 +131,7 @@ def iterated(func: Any, places: list[Place]) -> None:
         is_number = each.device.type == "cpu" and each.tensor.dim() == 0
         if is_number and not each.is_written:
             continue
-        if (
-            each.is_written
-            and each.name == "out"
-            and torch.Tag.pointwise not in func.tags
-        ):
+        if each.is_out and torch.Tag.pointwise not in func.tags:
             raise RuntimeError(
                 f"Expected out tensor to have device {card}, but got {each.device} instead"
             )

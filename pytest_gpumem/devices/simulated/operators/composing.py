@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pytest_gpumem.devices.simulated.kernel_types import refuse_backend
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 from pytest_gpumem.devices.simulated.transfer import moved
 
@@ -21,6 +22,34 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pytest_gpumem.devices.simulated.operators.registry import Kernel
+
+_DENSE = torch.contiguous_format
+
+
+def packing(func: Any) -> Kernel | None:
+    """Compute into dense tensors what the CPU's kernel writes past strides of ``out=``."""
+    names = [each.name for each in func._schema.arguments if each.is_out]
+    if not names:
+        return None
+
+    def compute(*args: Any, **options: Any) -> Any:
+        outs = [options.pop(name) for name in names]
+        dense = [
+            out if out.is_contiguous() else torch.empty_like(out, memory_format=_DENSE)
+            for out in outs
+        ]
+        func(*args, **options, **dict(zip(names, dense, strict=True)))
+        for out, made in zip(outs, dense, strict=True):
+            if made is not out:
+                out.resize_(made.shape).copy_(made)
+        return outs[0] if len(outs) == 1 else tuple(outs)
+
+    return compute
+
+
+def on_cpu_alone(func: Any) -> Kernel:
+    """Refuse, as a card does, what has kernels for the CPU alone."""
+    return lambda *_args, **_options: refuse_backend(func)
 
 
 def only(kernel: Kernel, overload: str = "default") -> Callable[[Any], Kernel | None]:
@@ -51,11 +80,15 @@ def on_host(func: Any) -> Kernel:
     return kernel
 
 
-def into_out(func: Any) -> Kernel | None:
+def into_out(func: Any, *, casts: bool = False) -> Kernel | None:
     """Compute what an overload with ``out=`` returns by the one without; put it there.
 
     C++ computes into helpers that it makes on the host. Limits: the results take their
     bytes beside those of ``out``.
+
+    Args:
+        func: The overload.
+        casts: Whether ``out`` may be of another type, where a result can be cast to it.
     """
     names = [each.name for each in func._schema.arguments if each.is_out]
     if not names:
@@ -67,13 +100,15 @@ def into_out(func: Any) -> Kernel | None:
         computed = functional(*args, **options)
         results = [computed] if isinstance(computed, torch.Tensor) else [*computed]
         for out, result in zip(outs, results, strict=True):
-            if out.dtype is not result.dtype:
+            fits = casts and torch.can_cast(result.dtype, out.dtype)
+            if out.dtype is not result.dtype and not fits:
                 raise RuntimeError(
                     f"Expected out tensor to have dtype {_spelt(result.dtype)}, but got "
                     f"{_spelt(out.dtype)} instead"
                 )
             if out.shape != result.shape:
                 out.resize_(result.shape)
+                out.as_strided_(result.shape, result.stride())
             out.copy_(result)
         return outs[0] if len(outs) == 1 else tuple(outs)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pytest_gpumem.devices.simulated.kernel_types import INTEGERS
 from pytest_gpumem.devices.simulated.operators.checks import compare
 from pytest_gpumem.devices.simulated.operators.composing import only
 from pytest_gpumem.devices.simulated.operators.registry import Cast, register
@@ -34,10 +35,30 @@ def _types(_func: Any, places: list[Place]) -> None:
 
 _CHECK = "Convolution.cpp, check_input_same_type_as_parameters"
 
-register("convolution convolution_overrideable", check=_types, source=_CHECK)
+
+def _kernel(args: tuple[Any, ...]) -> str:
+    """Name the kernel for whole numbers, which cuDNN does not take.
+
+    Source: ``_select_conv_backend`` of ``Convolution.cpp``; ``slow_conv2d_forward`` and
+    ``slow_conv_dilated_all_cuda_template`` of ``cuda``.
+    """
+    source, dilation, is_transposed = args[0], args[5], args[6]
+    if source.dtype not in INTEGERS:
+        return ""
+    dimensions = max(source.dim() - 2, 2)  # one is taken for two
+    if is_transposed:
+        return f"slow_conv_transpose{dimensions}d_out_cuda"
+    is_plain = dimensions == 2 and all(each == 1 for each in dilation)  # noqa: PLR2004  # images
+    return "slow_conv2d_cuda" if is_plain else "slow_conv_dilated<>"
+
+
+register(
+    "convolution convolution_overrideable", check=_types, lacks=_kernel, source=_CHECK
+)
 register(
     "_convolution",
     check=_types,
+    lacks=_kernel,
     autocast=Cast("lower"),
     source=f"{_CHECK}; {_TO_LOWER}",
 )

@@ -8,15 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from pytest_gpumem.devices.simulated.operators.checks import iterated
+from pytest_gpumem.devices.simulated.kernel_types import INTEGERS, lacking
 from pytest_gpumem.devices.simulated.operators.composing import only
 from pytest_gpumem.devices.simulated.operators.registry import register
-
-register(
-    "bernoulli binomial normal normal_functional poisson uniform",
-    check=iterated,
-    source="native_functions.yaml, device_check: NoCheck",
-)
 
 
 def dropout(source: torch.Tensor, p: float, train: bool) -> torch.Tensor:  # noqa: FBT001  # the operator's signature
@@ -36,3 +30,8 @@ register(
 )
 # Its bound is the host's: "high must be a scalar tensor and on CPU".
 register("randint_like", takes_host=True, source="TensorFactories.cpp, randint_like")
+register(
+    "native_dropout_backward",
+    lacks=lacking("masked_scale", INTEGERS),
+    source="cuda/Dropout.cu, dropout_backward_cuda",
+)

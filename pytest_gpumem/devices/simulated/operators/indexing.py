@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from pytest_gpumem.devices.simulated.operators.checks import iterated
-from pytest_gpumem.devices.simulated.operators.composing import on_host
+from pytest_gpumem.devices.simulated.operators.composing import (
+    on_cpu_alone,
+    on_host,
+    only,
+)
 from pytest_gpumem.devices.simulated.operators.registry import Cast, register
 
 if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.operators.checks import Place
 
 _HOST: Final = torch.device("cpu")
-_NO_CHECK = "native_functions.yaml, device_check: NoCheck"
 _TO_WIDEST = "autocast_mode.h, AT_FORALL_PROMOTE"
 
 
@@ -57,23 +60,47 @@ def _mask(func: Any, places: list[Place]) -> None:
             "expected self and mask to be on the same device, but got mask on "
             f"{mask} and self on {target}"
         )
+    if target.type == "cpu" and places[-1].device != target:
+        raise RuntimeError("masked_fill: Expected inputs to be on same device")
     iterated(func, places)
 
 
 register("masked_fill", check=_mask, source="cuda/IndexKernel.cpp, masked_fill__cuda")
-register("index_fill", check=iterated, source=_NO_CHECK)
 # How torch 2.15 assigns a number at indices of the host.
-register("index_fill_", check=iterated, takes_host=True, source=_NO_CHECK)
 register(
-    """
-    as_strided_scatter diagonal_scatter is_same_size select_scatter slice_scatter
-    """,
-    check=iterated,
-    source=_NO_CHECK,
+    "index_fill_", takes_host=True, source="TensorAdvancedIndexing.cpp, index_fill_"
 )
 register("cat scatter_add stack", autocast=Cast("widest"), source=_TO_WIDEST)
 register(
     "combinations one_hot",
     composed=on_host,
     source="Itertools.cpp and Onehot.cpp: helpers by tensor.options()",
+)
+
+
+def _narrow_copy(
+    source: torch.Tensor, dim: int, start: int, length: int
+) -> torch.Tensor:
+    """``narrow_copy``: a card copies a view; the CPU's own kernel errs otherwise."""
+    part = source.narrow(dim, start, length)
+    return part.clone(memory_format=torch.contiguous_format)
+
+
+register(
+    "narrow_copy",
+    compute=only(_narrow_copy),
+    composed=lambda func: on_cpu_alone(func) if func._overloadname == "out" else None,
+    source="native_functions.yaml, dispatch: of narrow_copy.out the CPU alone",
+)
+
+
+def _reduces(args: tuple[Any, ...]) -> str:
+    lacks = args[0].dtype is torch.bool and {"prod", "amin", "amax"} & set(args[4:5])
+    return "cuda_scatter_gather_base_kernel_func" if lacks else ""
+
+
+register(
+    "scatter_reduce",
+    lacks=_reduces,
+    source="cuda/ScatterGatherKernel.cu, cuda_scatter_gather_base_kernel",
 )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pytest_gpumem.devices.simulated.operators.checks import iterated
+from pytest_gpumem.devices.simulated.kernel_types import INTEGERS, lacking
 from pytest_gpumem.devices.simulated.operators.composing import (
     into_out,
     landing,
@@ -15,31 +16,71 @@ from pytest_gpumem.devices.simulated.operators.composing import (
 )
 from pytest_gpumem.devices.simulated.operators.registry import Cast, register
 
+if TYPE_CHECKING:
+    from pytest_gpumem.devices.simulated.operators.registry import Kernel
+
 _aten = torch.ops.aten
 
-_NO_CHECK = "native_functions.yaml, device_check: NoCheck"
 _HANDLE = "CUDABlas.cpp, getCurrentCUDABlasHandle"
 _TO_LOWER = "autocast_mode.h, AT_FORALL_LOWER_PRECISION_FP"
 _TO_FLOAT32 = "autocast_mode.h, AT_FORALL_FP32"
 _TO_WIDEST = "autocast_mode.h, AT_FORALL_PROMOTE"
 _COMPOSED = "BatchLinearAlgebra.cpp and LinearAlgebra.cpp: helpers by tensor.options()"
 
+
+def _as_wanted(func: Any) -> Kernel | None:
+    """Compute products whose type is asked for: on a card sums are of single precision."""
+    if "out_dtype" not in [each.name for each in func._schema.arguments]:
+        return None
+    inner = func.overloadpacket.default
+
+    def compute(
+        *args: Any, out_dtype: Any = None, out: Any = None, **options: Any
+    ) -> Any:
+        operands = [each for each in args if isinstance(each, torch.Tensor)]
+        wanted = args[len(operands)] if out_dtype is None else out_dtype
+        result = inner(*(each.to(wanted) for each in operands), **options)
+        return result if out is None else out.resize_(result.shape).copy_(result)
+
+    return compute
+
+
+for _names, _kernel in (
+    ("addmm mm", "addmm_cuda"),
+    ("addmv mv", "addmv_impl_cuda"),
+    ("baddbmm bmm", "baddbmm_cuda"),
+):
+    register(
+        _names,
+        uses_cublas=True,
+        compute=_as_wanted,
+        lacks=lacking(_kernel, INTEGERS),
+        autocast=Cast("lower"),
+        source=f"{_HANDLE}; cuda/Blas.cpp; {_TO_LOWER}",
+    )
 register(
-    "addmm addmv addr baddbmm bmm mm mv",
+    "addr",
     uses_cublas=True,
     autocast=Cast("lower"),
     source=f"{_HANDLE}; {_TO_LOWER}",
 )
+for _name in ("dot", "vdot"):
+    register(
+        _name,
+        uses_cublas=True,
+        lacks=lacking(_name, INTEGERS),
+        autocast=Cast("widest"),
+        source=f"{_HANDLE}; cuda/Blas.cpp, {_name}_cuda; {_TO_WIDEST}",
+    )
 register(
-    "dot vdot",
-    uses_cublas=True,
-    autocast=Cast("widest"),
-    source=f"{_HANDLE}; {_TO_WIDEST}",
+    "addbmm",
+    resizes=True,
+    lacks=lacking("addmm_cuda", INTEGERS),
+    autocast=Cast("lower"),
+    source=f"LinearAlgebra.cpp, addbmm_impl_; {_TO_LOWER}",
 )
 register(
-    "addbmm chain_matmul linalg_multi_dot matmul",
-    autocast=Cast("lower"),
-    source=_TO_LOWER,
+    "chain_matmul linalg_multi_dot matmul", autocast=Cast("lower"), source=_TO_LOWER
 )
 register("bilinear cross tensordot", autocast=Cast("widest"), source=_TO_WIDEST)
 
@@ -75,17 +116,62 @@ register(
     source=f"Linear.cpp, linear; LinearAlgebra.cpp, should_fold; {_TO_LOWER}",
 )
 
+register(
+    "_trilinear",
+    lacks=lacking("baddbmm_cuda", INTEGERS),
+    source="Linear.cpp, _trilinear and sumproduct_pair",
+)
+
+
+def _trace(source: torch.Tensor) -> torch.Tensor:
+    """``trace``: on a card the sum of a diagonal, of truth values, too."""
+    if source.dtype is torch.bool and source.dim() == 2:  # noqa: PLR2004  # a matrix
+        return source.diagonal().sum()
+    return torch.trace(source)
+
+
+register("trace", compute=only(_trace), source="cuda/TriangularOps.cu, trace_cuda")
+
 # -- decompositions -------------------------------------------------------------------
 
 register(
     """
-    inverse linalg_cholesky linalg_det linalg_eigvalsh linalg_inv linalg_ldl_factor
-    linalg_lu_factor linalg_slogdet linalg_svdvals
+    inverse linalg_cholesky linalg_det linalg_inv linalg_ldl_factor linalg_lu_factor
+    linalg_slogdet
     """,
     composed=into_out,
     source=_COMPOSED,
 )
-register("linalg_matrix_rank", composed=on_host, source=_COMPOSED)
+
+
+def _needs_vectors(source: torch.Tensor) -> bool:
+    """Tell whether a gradient may be asked for; C++ says so of any subclass."""
+    is_dual = torch.autograd.forward_ad._current_level >= 0  # no public way to ask
+    return is_dual or (source.requires_grad and torch.is_grad_enabled())
+
+
+def _eigvalsh(source: torch.Tensor, UPLO: str = "L") -> torch.Tensor:  # noqa: N803  # the operator's signature
+    values: torch.Tensor = _aten._linalg_eigh(source, UPLO, _needs_vectors(source))[0]
+    return values
+
+
+def _svdvals(source: torch.Tensor, *, driver: str | None = None) -> torch.Tensor:
+    vectors = _needs_vectors(source)
+    values: torch.Tensor = _aten._linalg_svd(source, False, vectors, driver=driver)[1]
+    return values
+
+
+for _name, _values in (("linalg_eigvalsh", _eigvalsh), ("linalg_svdvals", _svdvals)):
+    register(
+        _name,
+        composed=lambda func, values=_values: into_out(func) or values,
+        source="BatchLinearAlgebra.cpp, _may_require_fw_or_bw_grad",
+    )
+register(
+    "linalg_matrix_rank",
+    composed=lambda func: into_out(func, casts=True) or on_host(func),
+    source=_COMPOSED,
+)
 register("linalg_matrix_norm", composed=landing, source=_COMPOSED)
 # The tolerances that C++ makes for it are the host's.
 register("linalg_pinv", takes_host=True, source=_COMPOSED)
@@ -95,14 +181,12 @@ register("vander", composed=on_host, source=_COMPOSED)
 
 register(
     "norm",
-    check=iterated,
     autocast=Cast("float32", ("Scalar", "ScalarOpt_dim")),
-    source=f"{_NO_CHECK}; {_TO_FLOAT32}",
+    source=_TO_FLOAT32,
 )
 register(
     "dist renorm",
-    check=iterated,
     autocast=Cast("float32"),
-    source=f"{_NO_CHECK}; {_TO_FLOAT32}",
+    source=_TO_FLOAT32,
 )
 register("cdist pdist", autocast=Cast("float32"), source=_TO_FLOAT32)

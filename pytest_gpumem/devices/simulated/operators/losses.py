@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from pytest_gpumem.devices.simulated.operators.checks import iterated
 from pytest_gpumem.devices.simulated.operators.composing import on_host
 from pytest_gpumem.devices.simulated.operators.registry import Cast, register
 
-_NO_CHECK = "native_functions.yaml, device_check: NoCheck"
 _TO_FLOAT32 = "autocast_mode.h, AT_FORALL_FP32"
 
-register("binary_cross_entropy", check=iterated, source=_NO_CHECK)
 register(
     "binary_cross_entropy_with_logits mse_loss smooth_l1_loss",
-    check=iterated,
     autocast=Cast("float32"),
-    source=f"{_NO_CHECK}; {_TO_FLOAT32}",
+    source=_TO_FLOAT32,
 )
 register(
     """

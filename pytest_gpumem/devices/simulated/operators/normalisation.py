@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+from pytest_gpumem.devices.simulated.operators.composing import only
 from pytest_gpumem.devices.simulated.operators.registry import Cast, register
+
+if TYPE_CHECKING:
+    import torch
 
 register(
     "group_norm layer_norm",
@@ -29,14 +32,19 @@ def _rms_norm_backward(  # noqa: PLR0917  # the operator's signature
     weight: torch.Tensor | None,
     wanted: list[bool],
 ) -> Any:
-    """``_fused_rms_norm_backward``: a card's alone; sums are of single precision."""
+    """``_fused_rms_norm_backward``: a card's alone; sums are of single precision.
+
+    The CPU composes ``rms_norm``; each step here is one of its gradients, in its order,
+    so that values are the CPU's to the last bit.
+    """
     dims = list(range(-len(shape), 0))
     outer = list(range(source.dim() - len(shape)))
-    wide = torch.float64 if source.dtype is torch.float64 else torch.float32
-    normal = source.to(wide) * scale
-    scaled = grad.to(wide) if weight is None else grad.to(wide) * weight
-    by_source = scale * (scaled - normal * (scaled * normal).mean(dims, keepdim=True))
-    by_weight = grad.to(wide) * normal
+    wide, upcast = source.to(scale.dtype), grad.to(scale.dtype)
+    scaled = upcast if weight is None else upcast * weight
+    by_scale = (scaled * wide).sum(dims, keepdim=True)
+    by_mean = -0.5 * by_scale * scale.pow(3) / math.prod(shape)
+    by_source = scaled * scale + by_mean * (2 * wide)
+    by_weight = upcast * (wide * scale)
     by_weight = by_weight.sum(outer) if outer else by_weight
     return (
         by_source.to(source.dtype) if wanted[0] else None,
@@ -51,6 +59,6 @@ register(
 )
 register(
     "_fused_rms_norm_backward",
-    compute=_rms_norm_backward,
-    source="FunctionsManual.cpp, infinitely_differentiable_native_rms_norm_backward",
+    compute=only(_rms_norm_backward),
+    source="layer_norm.cpp, rms_norm_composite",
 )

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pytest_gpumem.devices.simulated.operators.checks import iterated
 from pytest_gpumem.devices.simulated.operators.composing import only
 from pytest_gpumem.devices.simulated.operators.registry import Cast, register
 from pytest_gpumem.devices.simulated.operators.requests import Results, Temporary
@@ -46,32 +45,35 @@ def _reducing(call: Call) -> Iterator[Step]:
 
 
 _KERNEL = "Reduce.cuh, gpu_reduce_kernel"
-_NO_CHECK = "native_functions.yaml, device_check: NoCheck"
 _TO_FLOAT32 = "autocast_mode.h, AT_FORALL_FP32"
 
 register(
     "sum",
-    check=iterated,
     requests=_reducing,
     autocast=Cast("float32", ("default", "dim_IntList")),
-    source=f"{_KERNEL}; {_NO_CHECK}; {_TO_FLOAT32}",
+    source=f"{_KERNEL}; {_TO_FLOAT32}",
 )
 register(
     "prod",
-    check=iterated,
     requests=_reducing,
     autocast=Cast("float32", ("default", "dim_int")),
-    source=f"{_KERNEL}; {_NO_CHECK}; {_TO_FLOAT32}",
+    source=f"{_KERNEL}; {_TO_FLOAT32}",
 )
-register("mean", check=iterated, requests=_reducing, source=f"{_KERNEL}; {_NO_CHECK}")
-register("nansum", requests=_reducing, source=_KERNEL)
+register("mean", requests=_reducing, source=f"{_KERNEL}")
+
+
+def _nansum(source: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+    """``nansum``: a card has it of complex numbers, too."""
+    if source.is_complex():
+        return torch.sum(source.masked_fill(source.isnan(), 0), *args, **options)
+    return torch.nansum(source, *args, **options)
+
+
 register(
-    """
-    all aminmax any argmax argmin cummax cummin logsumexp max min std std_mean var
-    var_mean
-    """,
-    check=iterated,
-    source=_NO_CHECK,
+    "nansum",
+    requests=_reducing,
+    compute=only(_nansum),
+    source=f"{_KERNEL}; cuda/ReduceSumProdKernel.cu, nansum_kernel_cuda",
 )
 
 
@@ -81,17 +83,15 @@ def _is_inexact(_func: Any, args: tuple[Any, ...]) -> bool:
 
 register(
     "cumsum",
-    check=iterated,
     alert="cumsum_cuda_kernel",
     alerts=_is_inexact,
     autocast=Cast("float32"),
-    source=f"ScanKernels.cpp, cumsum_cuda_kernel; {_NO_CHECK}; {_TO_FLOAT32}",
+    source=f"ScanKernels.cpp, cumsum_cuda_kernel; {_TO_FLOAT32}",
 )
 register(
     "cumprod",
-    check=iterated,
     autocast=Cast("float32"),
-    source=f"{_NO_CHECK}; {_TO_FLOAT32}",
+    source=_TO_FLOAT32,
 )
 
 # -- softmax --------------------------------------------------------------------------
@@ -144,11 +144,11 @@ for _name in ("softmax", "log_softmax"):
     )
     register(
         f"_{_name}",
-        compute=_widening(_inner.default),
+        compute=only(_widening(_inner.default)),
         source=f"cuda/SoftMax.cu, {_name}_cuda_out",
     )
     register(
         f"_{_name}_backward_data",
-        compute=_narrowing(getattr(_aten, f"_{_name}_backward_data").default),
+        compute=only(_narrowing(getattr(_aten, f"_{_name}_backward_data").default)),
         source=f"cuda/SoftMax.cu, {_name}_backward_cuda_out",
     )

@@ -21,8 +21,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from pytest_gpumem.devices.simulated.operators.checks import iterated
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
@@ -57,19 +55,23 @@ class Operator:
         place: The module and line of the row.
         requests: What it asks of the allocator, in order; None: its results alone.
             See ``requests.py``.
-        compute: How the CPU computes its values, where the CPU's own kernel does not
-            know what a card's does; called as the operator is.
+        compute: Returns how the CPU computes the values of an overload, where the CPU's
+            own kernel does not know what a card's does: a function called as the
+            overload is; None for an overload of which that is not so.
         shapes: How its results are foreseen, where torch's own kernel for meta tensors
             cannot; called as the operator is, with meta tensors.
         composed: Returns the Python function that composes an overload of other
             operators, above autograd; None for an overload that needs none.
         handler: Runs it instead of everything else, given arguments and keywords.
         around: Wraps the handler of an overload.
-        check: Holds operands to devices; None compares all with the first one.
+        check: Holds operands to devices; None: as its declaration says.
         takes_host: Whether tensors of the host may stand beside a card's.
         has_cuda_kernel: Whether a card has a kernel for what is composed elsewhere.
         uses_cublas: Whether the kernel takes a cuBLAS handle, with its workspace.
+        resizes: Whether it may give an argument another size that is no ``out=``.
         has_effects: Whether it changes what its schema does not say.
+        lacks: Names the kernel that has no variant for the types of some arguments;
+            empty where it has one.
         alert: What it calls itself where it has no deterministic way to run.
         alerts: Whether that holds of an overload and its arguments; None: of all.
         autocast: What autocast does to its operands; None: nothing.
@@ -78,7 +80,7 @@ class Operator:
     source: str
     place: str
     requests: Callable[[Call], Iterable[Step]] | None = None
-    compute: Kernel | None = None
+    compute: Callable[[Any], Kernel | None] | None = None
     shapes: Kernel | None = None
     composed: Callable[[Any], Kernel | None] | None = None
     handler: Handler | None = None
@@ -87,7 +89,9 @@ class Operator:
     takes_host: bool = False
     has_cuda_kernel: bool = False
     uses_cublas: bool = False
+    resizes: bool = False
     has_effects: bool = False
+    lacks: Callable[[tuple[Any, ...]], str] | None = None
     alert: str = ""
     alerts: Callable[[Any, tuple[Any, ...]], bool] | None = None
     autocast: Cast | None = None
@@ -96,10 +100,8 @@ class Operator:
 #: Every record, by name.
 OPERATORS: Final[dict[str, Operator]] = {}
 
-#: What an operator of ``aten`` needs that has no record.
+#: What an operator needs that has no record.
 PLAIN: Final = Operator(source="", place="")
-#: What an operator that a library registered needs.
-FOREIGN: Final = Operator(source="", place="", check=iterated)
 
 
 def register(names: str, *, source: str, **fields: Any) -> None:
@@ -127,7 +129,7 @@ def register(names: str, *, source: str, **fields: Any) -> None:
 def find(func: Any) -> Operator:
     """Return the record of an overload of an operator."""
     if func.namespace != "aten":
-        return FOREIGN
+        return PLAIN
     name = func.overloadpacket.__name__
     found = OPERATORS.get(name)
     if found is not None:
@@ -137,6 +139,7 @@ def find(func: Any) -> Operator:
         # What is done in place is no other thing, but what runs it is.
         return replace(
             OPERATORS[out_of_place],
+            compute=None,
             composed=None,
             handler=None,
             around=None,

@@ -6,7 +6,13 @@ from typing import Any
 
 import torch
 
-from pytest_gpumem.devices.simulated.operators.composing import into_out, on_host
+from pytest_gpumem.devices.simulated.kernel_types import HALVES, lacking
+from pytest_gpumem.devices.simulated.operators.composing import (
+    into_out,
+    on_cpu_alone,
+    on_host,
+    only,
+)
 from pytest_gpumem.devices.simulated.operators.registry import register
 
 
@@ -57,6 +63,15 @@ def _histc(source: torch.Tensor, *args: Any, **options: Any) -> Any:
 register(
     "histc",
     alert="_histc_cuda",
-    compute=_histc,
+    compute=only(_histc),
+    lacks=lacking("histc", HALVES | {torch.bool}),
     source="cuda/SummaryOps.cu, _histc_cuda",
+)
+register(
+    """
+    _histogramdd_bin_edges _histogramdd_from_bin_cts _histogramdd_from_bin_tensors
+    histogram
+    """,
+    composed=on_cpu_alone,
+    source="native_functions.yaml, dispatch: CPU",
 )

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from pytest_gpumem.devices.simulated.operators.composing import on_host
+from typing import Any
+
+import torch
+
+from pytest_gpumem.devices.simulated.kernel_types import INTEGERS, lacking
+from pytest_gpumem.devices.simulated.operators.composing import on_host, packing
 from pytest_gpumem.devices.simulated.operators.registry import Cast, register
+from pytest_gpumem.devices.simulated.refusals import refuse
 
 #: Gradients that are added up atomically, by what their kernel calls itself.
 #: Source: the callers of ``alertNotDeterministic`` in ``aten/src/ATen/native/cuda``.
@@ -35,5 +41,48 @@ register(
     "grid_sampler",
     autocast=Cast("widest"),
     source="autocast_mode.h, AT_FORALL_PROMOTE",
+)
+for _names, _kernel, _file in (
+    ("avg_pool1d avg_pool2d", "avg_pool2d_out_cuda_frame", "AveragePool2d.cu"),
+    (
+        "max_pool2d_with_indices",
+        "max_pool2d_with_indices_out_cuda_frame",
+        "DilatedMaxPool2d.cu",
+    ),
+    (
+        "max_pool3d_with_indices",
+        "max_pool3d_with_indices_out_frame",
+        "DilatedMaxPool3d.cu",
+    ),
+):
+    register(_names, lacks=lacking(_kernel, INTEGERS), source=f"cuda/{_file}")
+# The CPU's kernel writes past the strides of ``out=``.
+register(
+    "avg_pool3d",
+    compute=packing,
+    lacks=lacking("avg_pool3d_out_cuda", INTEGERS),
+    source="cuda/AveragePool3d.cu, avg_pool3d_out_cuda",
+)
+
+
+def _transforming(func: Any) -> Any:
+    """Refuse half precision, which C++ takes of cards alone, for cuFFT."""
+
+    def kernel(source: torch.Tensor, *args: Any, **options: Any) -> Any:
+        if source.dtype in {torch.float16, torch.complex32}:
+            refuse("a Fourier transform in half precision")
+        return func.decompose(source, *args, **options)
+
+    return kernel
+
+
+register(
+    """
+    fft_fft fft_fft2 fft_fftn fft_hfft fft_hfft2 fft_hfftn fft_ifft fft_ifft2 fft_ifftn
+    fft_ihfft fft_ihfft2 fft_ihfftn fft_irfft fft_irfft2 fft_irfftn fft_rfft fft_rfft2
+    fft_rfftn
+    """,
+    composed=_transforming,
+    source="SpectralOps.cpp, promote_type_fft",
 )
 register("istft", composed=on_host, source="SpectralOps.cpp, istft")

@@ -9,7 +9,6 @@ import torch
 from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.memory import Memory
 from pytest_gpumem.devices.simulated.operands import is_own_device
-from pytest_gpumem.devices.simulated.operators.checks import iterated
 from pytest_gpumem.devices.simulated.operators.registry import register
 from pytest_gpumem.devices.simulated.refusals import refuse_value
 from pytest_gpumem.devices.simulated.tensor import (
@@ -17,7 +16,12 @@ from pytest_gpumem.devices.simulated.tensor import (
     make,
     refresh,
 )
-from pytest_gpumem.devices.simulated.transfer import download, peer_copy, upload
+from pytest_gpumem.devices.simulated.transfer import (
+    download,
+    is_asked_for,
+    peer_copy,
+    upload,
+)
 
 _aten = torch.ops.aten
 _set_storage: Any = torch._C.TensorBase.set_  # below Tensor.set_
@@ -32,7 +36,7 @@ def _to_copy(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not isinstance(source, SimulatedTensor):
         index = None if device is None else device.index
         return upload(source, card_of(index), dtype=dtype, memory_format=memory_format)
-    if device is None or is_own_device(kwargs, source._card):
+    if device is None or (is_own_device(kwargs, source._card) and not is_asked_for()):
         value = _aten._to_copy.default(  # the operator's name
             source._value, dtype=dtype, memory_format=memory_format
         )
@@ -97,9 +101,9 @@ register("copy_", handler=_copy_, source="cuda/Copy.cu, copy_requires_temporarie
 register(
     "set_", handler=_set_, source="cuda/TensorFactories.cu and TensorShape.cpp, set_"
 )
-register("is_pinned", handler=_is_pinned, source="Memory.cpp, is_pinned")
 register(
-    "copy is_set_to set",
-    check=iterated,
-    source="native_functions.yaml, device_check: NoCheck",
+    "_resize_output_ resize_ resize_as_",
+    resizes=True,
+    source="cuda/Resize.cpp, resize_cuda_",
 )
+register("is_pinned", handler=_is_pinned, source="Memory.cpp, is_pinned")

@@ -1,0 +1,58 @@
+"""What torch's own declaration of an operator says, in ``native_functions.yaml``.
+
+torch ships the file, for programs that generate code of it. It is read where an error
+is about to be raised, so it is searched as text: that takes no YAML library.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Declaration:
+    """What is declared of one overload.
+
+    Attributes:
+        is_structured: Whether its code is generated around a ``structured`` kernel.
+        checks_devices: Whether generated code compares its operands' devices.
+    """
+
+    is_structured: bool
+    checks_devices: bool
+
+
+@lru_cache(maxsize=1)
+def _text() -> str:
+    found = find_spec("torchgen")
+    folders = (found and found.submodule_search_locations) or ["."]
+    path = Path(folders[0], "packaged/ATen/native/native_functions.yaml")
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def declaration_of(func: Any) -> Declaration:
+    """Return what is declared of an overload.
+
+    An operator that a library registered is declared nowhere, and none of its code is
+    generated.
+    """
+    if func.namespace != "aten":
+        return Declaration(is_structured=False, checks_devices=False)
+    overload = func._overloadname
+    name = func.overloadpacket.__name__ + (
+        "" if overload == "default" else f".{overload}"
+    )
+    _before, _func, rest = _text().partition(f"\n- func: {name}(")
+    entry = rest.partition("\n- func: ")[0]
+    if not entry:  # a build without the file
+        return Declaration(False, torch.Tag.pointwise not in func.tags)
+    return Declaration(
+        is_structured="\n  structured" in entry,
+        checks_devices="\n  device_check: NoCheck" not in entry,
+    )

@@ -1,0 +1,144 @@
+"""Types and ways that the CPU has and a card has not, and the other way round."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from pytest_gpumem.devices.simulated.install import simulated_device
+from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+#: Its annotations know no ``out=``.
+_nn: Any = torch._C._nn
+
+#: By the kernel's name: a call with whole numbers.
+WHOLE: dict[str, Callable[[torch.Tensor], Any]] = {
+    "addmm_cuda": lambda each: each @ each,
+    "addmv_impl_cuda": lambda each: each @ each[0],
+    "baddbmm_cuda": lambda each: each[None] @ each[None],
+    "dot": lambda each: each[0] @ each[0],
+    "slow_conv2d_cuda": lambda each: functional.conv1d(each[None], each[:, :, None]),
+    "slow_conv_transpose2d_out_cuda": lambda each: functional.conv_transpose2d(
+        each[None, None], each[None, None]
+    ),
+    "avg_pool2d_out_cuda_frame": lambda each: functional.avg_pool2d(each[None], 2),
+    "max_pool2d_with_indices_out_cuda_frame": lambda each: functional.max_pool2d(
+        each[None], 2
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def _card() -> Iterator[None]:
+    with simulated_device("T4"):
+        yield
+
+
+@pytest.mark.parametrize("kernel", WHOLE)
+def test_a_kernel_for_floating_numbers_takes_no_whole_ones(kernel: str) -> None:
+    """The CPU multiplies and convolves them, a card does not."""
+    with pytest.raises(NotImplementedError) as caught:
+        WHOLE[kernel](torch.ones(3, 3, dtype=torch.int64, device="cuda"))
+
+    assert f"\"{kernel}\" not implemented for 'Long'" == str(caught.value)
+
+
+def test_nothing_is_launched_for_no_elements() -> None:
+    """An empty product of whole numbers has a result on a card, too."""
+    empty = torch.ones(0, 3, dtype=torch.int64, device="cuda")
+
+    assert (0, 0) == tuple((empty @ empty.T).shape)
+
+
+def test_what_has_kernels_for_the_cpu_alone_is_torchs_error() -> None:
+    """A histogram of unequal bins is counted on the host only."""
+    with pytest.raises(NotImplementedError, match="from the 'CUDA' backend"):
+        torch.histogram(torch.ones(3, device="cuda"), 2)
+
+
+@pytest.mark.parametrize("call", [torch.mm, torch.bmm], ids=["mm", "bmm"])
+def test_a_product_may_be_of_a_wider_type(call: Any) -> None:
+    """On a card sums of half precision are of single precision."""
+    half = torch.full((1, 2, 2), 0.1, dtype=torch.float16, device="cuda")
+    half = half if call is torch.bmm else half[0]
+    result = call(half, half, out_dtype=torch.float32)
+
+    assert (torch.float32, "cuda:0") == (result.dtype, str(result.device))
+    assert torch.equal(result.cpu(), call(half.cpu().float(), half.cpu().float()))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda out: _nn.avg_pool3d(_ones(1, 2, 4, 4, 4), 2, out=out),
+        lambda out: _nn.gelu(_ones(1, 2, 2, 2, 2), out=out),
+    ],
+    ids=["avg_pool3d", "gelu"],
+)
+def test_strides_of_out_are_heeded(call: Callable[[torch.Tensor], Any]) -> None:
+    """Some of the CPU's kernels write as if it were dense; a card's do not."""
+    out = torch.zeros(2, 2, 2, 2, 2, device="cuda").permute(4, 3, 2, 1, 0)[:1]
+    call(out)
+
+    assert 1 == out.unique().numel()
+    assert 0.5 < out.min().item()
+
+
+def _ones(*shape: int) -> torch.Tensor:
+    return torch.ones(shape, device="cuda")
+
+
+def test_singular_values_ask_for_no_vectors() -> None:
+    """C++ would compute them for any subclass of tensors: other bits, more bytes."""
+    source = torch.randn(64, 64, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    values = torch.linalg.svdvals(source)
+
+    assert torch.equal(values.cpu(), torch.linalg.svdvals(source.cpu()))
+    assert torch.cuda.max_memory_allocated() - before < source.nbytes
+
+
+def test_lazy_conjugation_is_heeded_by_what_is_composed_into_out() -> None:
+    """C++ leaves it to operators inside, which Python's dispatch would pass over."""
+    source = torch.randn(3, 3, dtype=torch.complex64, device="cuda")
+    out = torch.empty_like(source)
+    torch.linalg.pinv(source, out=out)
+
+    assert torch.equal(out.cpu(), torch.linalg.pinv(source.cpu()))
+
+    real = torch.randn(3, 4, device="cuda")
+    out = torch.empty_like(torch.fft.ihfftn(real))
+    torch.fft.ihfftn(real, out=out)
+
+    assert torch.equal(out.cpu(), torch.fft.ihfftn(real.cpu()))
+
+
+def test_a_transform_in_half_precision_is_refused_by_name() -> None:
+    """C++ takes it of cards alone, and takes a simulated tensor for the host's."""
+    with pytest.raises(
+        UnsupportedOnSimulatedDeviceError, match="a Fourier transform in half precision"
+    ):
+        torch.fft.fft(_ones(4).half())
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (lambda: torch.ones(2, dtype=torch.bool, device="cuda").abs(), [True, True]),
+        (lambda: torch.eye(2, device="cuda").bool().trace(), 2),
+        (lambda: torch.full((2,), complex("nan"), device="cuda").nansum(), 0),
+    ],
+    ids=["abs", "trace", "nansum"],
+)
+def test_a_card_has_types_that_the_cpu_has_not(
+    call: Callable[[], torch.Tensor], expected: Any
+) -> None:
+    """Truth values and complex numbers are computed by what the CPU does have."""
+    assert expected == call().tolist()

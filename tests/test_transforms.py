@@ -1,0 +1,204 @@
+"""Transforms of ``torch.func`` and of autograd see where tensors go."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.func import (
+    functional_call,
+    functionalize,
+    grad,
+    hessian,
+    jacfwd,
+    jacrev,
+    jvp,
+    stack_module_state,
+    vjp,
+    vmap,
+)
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pytest_gpumem.devices.simulated.install import simulated_device
+from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+WAYS = [("cpu", "cuda:0"), ("cuda:0", "cpu"), ("cuda:0", "cuda:1")]
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`torch.jit",  # torch's own
+    "ignore:Attempted to insert a get_attr",  # likewise
+)
+
+
+@pytest.fixture(autouse=True)
+def _cards() -> Iterator[None]:
+    with simulated_device("T4*2"):
+        yield
+
+
+def _source(device: str) -> torch.Tensor:
+    return torch.tensor([[1.0, 2.0], [3.0, 4.0]]).to(device)
+
+
+#: Each takes a function that moves, and the tensor; returns what is where the tensor
+#: is, and what is where it goes.
+TRANSFORMS: dict[str, Callable[[Any, torch.Tensor], tuple[list[Any], list[Any]]]] = {
+    "vmap": lambda f, x: ([], [vmap(f)(x), vmap(vmap(f))(x), vmap(f, chunk_size=1)(x)]),
+    "grad": lambda f, x: ([grad(lambda v: f(v).sum())(x)], []),
+    "grad of grad": lambda f, x: (
+        [grad(lambda v: grad(lambda w: f(w).sum())(v).sum())(x)],
+        [],
+    ),
+    "per sample": lambda f, x: ([vmap(grad(lambda v: f(v).sum()))(x)], []),
+    "jvp": lambda f, x: ([], [*jvp(f, (x,), (x,))]),
+    "vjp": lambda f, x: ([vjp(f, x)[1](f(x))[0]], []),
+    "jacrev": lambda f, x: ([jacrev(lambda v: f(v).sum(0))(x)], []),
+    "jacfwd": lambda f, x: ([], [jacfwd(f)(x)]),
+    "hessian": lambda f, x: ([hessian(lambda v: f(v).sum())(x)], []),
+    "functionalize": lambda f, x: ([], [functionalize(f)(x)]),
+    "make_fx": lambda f, x: ([], [make_fx(f)(x)(x + 1)]),
+    "jacobian": lambda f, x: (
+        [torch.autograd.functional.jacobian(f, x, vectorize=True)],
+        [],
+    ),
+    "forward jacobian": lambda f, x: (
+        [],
+        [
+            torch.autograd.functional.jacobian(
+                f, x, vectorize=True, strategy="forward-mode"
+            )
+        ],
+    ),
+    "functional hessian": lambda f, x: (
+        [torch.autograd.functional.hessian(lambda v: f(v).sum(), x, vectorize=True)],
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize(("origin", "goal"), WAYS)
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_transform_sees_a_transfer(name: str, origin: str, goal: str) -> None:
+    """Values are those without a move; results are where the function puts them."""
+    transform = TRANSFORMS[name]
+    expected = transform(lambda v: v**3, _source("cpu"))
+
+    results = transform(
+        lambda v: (v.to(goal) + v.to(goal, torch.float32)) * v.to(goal) ** 2 / 2,
+        _source(origin),
+    )
+
+    for place, there, known in zip((origin, goal), results, expected, strict=True):
+        for one, other in zip(there, known, strict=True):
+            assert place == str(one.device).replace("cpu:0", "cpu")
+            torch.testing.assert_close(one.cpu(), other)
+
+
+@pytest.mark.parametrize(("origin", "goal"), WAYS)
+def test_a_tangent_goes_along(origin: str, goal: str) -> None:
+    """Forward AD through ``.to``, to another type as well."""
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(_source(origin), _source(origin) * 10)
+        moved = forward_ad.unpack_dual(dual.to(goal, torch.float64))
+
+    assert goal == str(moved.tangent.device)
+    assert torch.float64 is moved.tangent.dtype
+    assert [[10.0, 20.0], [30.0, 40.0]] == moved.tangent.tolist()
+
+
+def test_inside_a_transform_a_tensor_says_where_it_is() -> None:
+    """A function that looks at its argument's device sees the card."""
+    seen: list[Any] = []
+
+    def looking(row: torch.Tensor) -> torch.Tensor:
+        seen.append((str(row.device), row.is_cuda, row.cpu().is_cuda, row.get_device()))
+        return row + torch.ones(2, device=row.device) + row.new_zeros(2)
+
+    result = grad(lambda v: vmap(looking)(v).sum())(_source("cuda:1"))
+
+    assert [("cuda:1", True, False, 1)] == seen
+    assert "cuda:1" == str(result.device)
+
+
+def test_indices_of_a_card_and_made_inside() -> None:
+    """Indexing by a card's tensor, given or made by the function."""
+    indices = torch.tensor([1, 0], device="cuda")
+
+    def choosing(values: torch.Tensor) -> torch.Tensor:
+        chosen = values[indices] + values[torch.tensor([0, 1], device="cuda")]
+        return (chosen * torch.tensor([1.0, 2.0], device="cuda")).sum()
+
+    assert [[2.0, 4.0], [2.0, 4.0]] == grad(choosing)(_source("cuda")).tolist()
+    rows = vmap(lambda v, i: v[i])(_source("cuda"), indices)
+    assert ("cuda:0", [2.0, 3.0]) == (str(rows.device), rows.tolist())
+
+
+def test_batches_of_gradients_come_back() -> None:
+    """``is_grads_batched``: each is where its input is."""
+    host = torch.ones(2, requires_grad=True)
+    card = torch.ones(2, device="cuda", requires_grad=True)
+    eye = torch.eye(2)
+
+    (first,) = torch.autograd.grad(
+        host.cuda() * 2, host, eye.cuda(), is_grads_batched=True
+    )
+    (second,) = torch.autograd.grad(card.cpu() * 2, card, eye, is_grads_batched=True)
+
+    assert ("cpu", "cuda:0") == (str(first.device), str(second.device))
+    assert (2 * eye).tolist() == first.tolist() == second.tolist()
+
+
+def test_a_move_is_differentiable_twice() -> None:
+    """``create_graph`` through the border; torch's own check of gradients agrees."""
+    host = torch.ones(2, requires_grad=True)
+    (first,) = torch.autograd.grad((host.cuda() ** 3).sum(), host, create_graph=True)
+    first.sum().backward()
+
+    assert [6.0, 6.0] == host.grad.tolist()  # type: ignore[union-attr]  # it is there
+    card = torch.ones(2, dtype=torch.double, device="cuda", requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda v: (v.cpu() * 2).cuda() * v,
+        card,
+        check_forward_ad=True,
+        check_batched_grad=True,
+    )
+
+
+def test_ensembles_and_gradients_of_samples() -> None:
+    """``functional_call`` with ``vmap``, over models and over samples."""
+    models = [nn.Linear(2, 2).cuda() for _ in range(3)]
+    parameters, buffers = stack_module_state(models)
+    rows = _source("cpu")
+
+    outputs = vmap(
+        lambda p, b, v: functional_call(models[0], (p, b), (v.cuda(),)),
+        in_dims=(0, 0, None),
+    )(parameters, buffers, rows)
+    own = {name: each.detach() for name, each in models[0].named_parameters()}
+    grads = vmap(
+        grad(lambda p, v: functional_call(models[0], p, (v.cuda(),)).sum()), (None, 0)
+    )(own, rows)
+
+    for model, output in zip(models, outputs, strict=True):
+        assert torch.equal(model(rows.cuda()), output)
+    assert ("cuda:0", (2, 2, 2)) == (
+        str(grads["weight"].device),
+        tuple(grads["weight"].shape),
+    )
+    assert [[[1.0, 2.0]] * 2, [[3.0, 4.0]] * 2] == grads["weight"].tolist()
+
+
+def test_what_is_recorded_by_objects_is_refused() -> None:
+    """``linearize`` at a card's values; at the host's it may go to a card."""
+    value, tangent = torch.func.linearize(lambda v: v.cuda() ** 3, _source("cpu"))
+
+    assert torch.equal(value.cpu(), _source("cpu") ** 3)
+    assert [[3.0, 24.0], [81.0, 192.0]] == tangent(_source("cpu")).tolist()
+    with pytest.raises(UnsupportedOnSimulatedDeviceError, match="linearize"):
+        torch.func.linearize(lambda v: v**3, _source("cuda"))
