@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from pytest_gpumem.devices.active import active_device
 from pytest_gpumem.devices.simulated import catalogue
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
@@ -150,7 +151,9 @@ def test_torch_asks_nvml_for_the_simulated_card() -> None:
 
     assert held.numel()
     assert 0 == torch.cuda.utilization()
-    assert torch.cuda.memory_reserved() == torch.cuda.device_memory_used()
+    context = active_device().context_bytes(0)
+    assert context
+    assert torch.cuda.memory_reserved() + context == torch.cuda.device_memory_used()
     assert f"process {os.getpid():10d} uses" in torch.cuda.list_gpu_processes()
 
 
