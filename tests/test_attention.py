@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from pytest_gpumem import PeakRecorder
 from pytest_gpumem.devices.simulated.install import simulated_device
@@ -64,6 +65,83 @@ def test_attention_and_its_gradients_are_the_cpus(
         torch.testing.assert_close(
             one.grad.cpu(), other.grad, rtol=tolerance, atol=tolerance * 4
         )
+
+
+#: Heads of keys, width of keys and of values, where a card composes and the CPU fuses.
+COMPOSED = [(2, 8, 8), (4, 6, 6), (4, 2, 2), (4, 8, 6)]
+
+
+def _composed(
+    heads: int, width: int, wide: int, dtype: torch.dtype = torch.float32
+) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 4, 40, width), (2, heads, 40, width), (2, heads, 40, wide))
+    return [torch.randn(each, generator=generator).to(dtype) for each in shapes]
+
+
+@pytest.mark.parametrize(("heads", "width", "wide"), COMPOSED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("kind", ["plain", "causal", "mask"])
+def test_attention_that_a_card_composes_is_the_cpus(
+    kind: str, dtype: torch.dtype, heads: int, width: int, wide: int
+) -> None:
+    """Bit by bit, and its gradients: the CPU's kernel is fused and the card's is not."""
+    mask = _masks()["bool"] if kind == "mask" else None
+    found = []
+    for device in ("cpu", "cuda"):
+        operands = [
+            each.to(device).requires_grad_()
+            for each in _composed(heads, width, wide, dtype)
+        ]
+        result = _attend(
+            *operands,
+            attn_mask=None if mask is None else mask.to(device),
+            is_causal=kind == "causal",
+            enable_gqa=heads == 2,
+        )
+        grads = torch.autograd.grad(result.square().sum(), operands)
+        found.append([each.cpu() for each in (result, *grads)])
+
+    assert all(map(torch.equal, *found))
+
+
+def test_attention_that_a_card_composes_keeps_what_it_composes() -> None:
+    """The scores and both scaled operands; nothing of them stays after backward."""
+    operands = [each.cuda().requires_grad_() for each in _composed(2, 8, 8)]
+    before = torch.cuda.memory_allocated()
+    result = _attend(*operands, enable_gqa=True)
+    held = torch.cuda.memory_allocated() - before
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        composed = _attend(*operands, enable_gqa=True)
+    beside = torch.cuda.memory_allocated() - before - held
+    grads = torch.autograd.grad((result.sum() + composed.sum()), operands)
+    del result, composed, grads
+    torch._C._cuda_clearCublasWorkspaces()
+
+    assert held - 8_519_680 == beside  # cuBLAS's workspace came with the first
+    assert before == torch.cuda.memory_allocated()
+
+
+def test_attention_that_a_card_composes_in_checkpoints_and_second_derivatives() -> None:
+    """Both see operands and graphs as of any other operator."""
+    expected = [each.double().requires_grad_() for each in _composed(2, 8, 8)]
+    for device in ("cpu", "cuda"):
+        leaves = [each.detach().to(device).requires_grad_() for each in expected]
+        kept = checkpoint(
+            lambda *each: _attend(*each, enable_gqa=True), *leaves, use_reentrant=False
+        )
+        first = torch.autograd.grad(kept.square().sum(), leaves)
+        made = _attend(*leaves, enable_gqa=True)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            twice = _attend(*leaves, enable_gqa=True) if device == "cpu" else made
+        again = torch.autograd.grad(twice.square().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(each.sum() for each in again), leaves)
+        found = [each.cpu() for each in (*first, *second)]
+        if device == "cpu":
+            host = found
+
+    assert all(map(torch.equal, host[:3], found[:3]))
+    torch.testing.assert_close(host[3:], found[3:])
 
 
 def test_dropout_in_attention_drops_the_same_in_backward() -> None:

@@ -13,10 +13,12 @@ kernel runs), ``attention.cu`` and ``flash_attn/flash_api.cpp`` (what it allocat
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch.nn import functional
+from torch.nn.attention import SDPBackend
 
 from pytest_gpumem.devices.simulated.memory import HOST_ROOM, Memory, hold
 from pytest_gpumem.devices.simulated.operators.composing import only
@@ -29,6 +31,8 @@ from pytest_gpumem.devices.simulated.rng import (
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor, make
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
 
 _math_attention: Final[Any] = torch.ops.aten._scaled_dot_product_attention_math.default
@@ -117,6 +121,12 @@ def attention(  # noqa: PLR0917  # the operator's signature
             ones = torch.ones(rows, columns, dtype=torch.bool, device=query.device)
             mask, is_causal = ones.tril(), False
         bias = _as_bias(mask, query) if mask is not None else None
+        fused = None
+        if all(type(each) is SimulatedTensor for each in tensors):
+            settings = (dropout_p, mask is not attn_mask or is_causal, scale)
+            fused = _FusedOnHost.of(tensors, attn_mask, settings, enable_gqa)
+        if fused is not None:
+            query, key, value = map(fused.watch, range(3), tensors)
         composed: torch.Tensor = _math_attention(
             query,
             key,
@@ -127,6 +137,8 @@ def attention(  # noqa: PLR0917  # the operator's signature
             scale=scale,
             enable_gqa=enable_gqa,
         )[0]
+        if fused is not None:
+            fused.give_values(composed)
         return composed
     bias = None if attn_mask is None else _padded(_as_bias(attn_mask, query))
     saves = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
@@ -149,6 +161,96 @@ def _padded(bias: Any) -> Any:
     if length % _ALIGN_BIAS == 0:
         return bias
     return functional.pad(bias, (0, -length % _ALIGN_BIAS))[..., :length]
+
+
+class _FusedOnHost:
+    """The CPU's values for attention that it fuses and the card composes.
+
+    Groups of heads in single precision are the common case. Bytes, and what is saved for
+    backward, are those of the composed operators; values and gradients are put in place
+    of theirs, which differ in the last bit. Nothing of the card's is kept here.
+    """
+
+    def __init__(self, tensors: Any, mask: Any, settings: Any, *, groups: bool) -> None:
+        # Copies: the values' own storages hold bytes of the card.
+        with HOST_ROOM:
+            self._values = [each._value.detach().clone() for each in tensors]
+        self._mask, self._settings, self._groups = mask, settings, groups
+        self._grad: torch.Tensor | None = None
+        self._found: Sequence[torch.Tensor] = ()
+        self._is_plain = True
+
+    @classmethod
+    def of(
+        cls,
+        tensors: Any,
+        mask: Any,
+        settings: Any,
+        groups: bool,  # noqa: FBT001  # the operator's own
+    ) -> _FusedOnHost | None:
+        """Return what the CPU makes of operands; None where it composes them, too."""
+        dropout_p, is_causal, scale = settings
+        values = [each._value for each in tensors]
+        if values[0].device.type == "meta" or dropout_p > 0:
+            return None
+        if mask is not None and (mask.requires_grad or not hasattr(mask, "_value")):
+            return None
+        mask = None if mask is None else mask._value
+        options = {"scale": scale, "enable_gqa": groups}
+        way = torch._fused_sdp_choice(*values, mask, 0.0, is_causal, **options)
+        if way == SDPBackend.MATH.value:
+            return None
+        mask = None if mask is None else mask.clone()
+        return cls(tensors, mask, settings, groups=groups)
+
+    def watch(self, index: int, operand: Any) -> Any:
+        """Return an operand to compose of, which will get the CPU's gradient."""
+        if not (torch.is_grad_enabled() and operand.requires_grad):
+            return operand
+        watched = operand.view_as(operand)
+        watched.register_hook(partial(self._take, index))
+        return watched
+
+    def give_values(self, composed: Any) -> None:
+        """Put the CPU's values into a result, and wait for its gradient."""
+        composed._value.copy_(self._compute(self._values))
+        if composed.requires_grad:
+            composed.register_hook(self._see)
+        else:
+            self._values = []
+
+    def _compute(self, values: Any) -> torch.Tensor:
+        _dropout_p, is_causal, scale = self._settings
+        with HOST_ROOM:
+            return functional.scaled_dot_product_attention(
+                *values,
+                attn_mask=self._mask,
+                is_causal=is_causal,
+                scale=scale,
+                enable_gqa=self._groups,
+            )
+
+    def _see(self, grad: Any) -> None:
+        """Keep the result's gradient.
+
+        Where gradients are differentiated again, an operand's comes by other ways than
+        the result, too, from then on: they all keep the values of their graph.
+        """
+        self._is_plain = self._is_plain and not torch.is_grad_enabled()
+        is_known = self._is_plain and type(grad) is SimulatedTensor
+        self._grad = grad._value.clone() if is_known else None
+        self._found = ()
+
+    def _take(self, index: int, grad: Any) -> None:
+        """Put the CPU's gradient of an operand in place of the composed one."""
+        if self._grad is None or type(grad) is not SimulatedTensor:
+            return
+        if not self._found:
+            with torch.enable_grad():
+                leaves = [each.detach().requires_grad_() for each in self._values]
+                result = self._compute(leaves)
+                self._found = torch.autograd.grad(result, leaves, self._grad)
+        grad._value.copy_(self._found[index])
 
 
 class _Attention(torch.autograd.Function):
