@@ -135,7 +135,8 @@ def test_attention_that_a_card_composes_in_checkpoints_and_second_derivatives() 
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             twice = _attend(*leaves, enable_gqa=True) if device == "cpu" else made
         again = torch.autograd.grad(twice.square().sum(), leaves, create_graph=True)
-        second = torch.autograd.grad(sum(each.sum() for each in again), leaves)
+        total = torch.stack([each.sum() for each in again]).sum()
+        second = torch.autograd.grad(total, leaves)
         found = [each.cpu() for each in (*first, *second)]
         if device == "cpu":
             host = found

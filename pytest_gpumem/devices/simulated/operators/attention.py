@@ -197,7 +197,10 @@ class _FusedOnHost:
             return None
         mask = None if mask is None else mask._value
         options = {"scale": scale, "enable_gqa": groups}
-        way = torch._fused_sdp_choice(*values, mask, 0.0, is_causal, **options)
+        query, key, value = values
+        way = torch._fused_sdp_choice(
+            query, key, value, mask, 0.0, is_causal, **options
+        )
         if way == SDPBackend.MATH.value:
             return None
         mask = None if mask is None else mask.clone()
@@ -221,9 +224,12 @@ class _FusedOnHost:
 
     def _compute(self, values: Any) -> torch.Tensor:
         _dropout_p, is_causal, scale = self._settings
+        query, key, value = values
         with HOST_ROOM:
             return functional.scaled_dot_product_attention(
-                *values,
+                query,
+                key,
+                value,
                 attn_mask=self._mask,
                 is_causal=is_causal,
                 scale=scale,
