@@ -1,16 +1,23 @@
-"""Broadcast, scatter and gather between the cards of one process, for DataParallel.
+"""What C++ does for parallel modules: copies between cards, and buckets on them.
 
-On a real machine C++ does this below ``torch.nn.parallel.comm``; here copies from card
-to card do. Source: ``torch/csrc/cuda/comm.cpp``.
+Below ``torch.nn.parallel.comm`` it broadcasts, scatters and gathers between the cards
+of one process; here copies from card to card do. Source: ``torch/csrc/cuda/comm.cpp``.
+
+For ``DistributedDataParallel`` it makes buckets of gradients on what it takes for the
+parameters' device. Source: ``initialize_buckets`` and ``initialize_local_used_map`` of
+``torch/csrc/distributed/c10d/reducer.cpp``.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pytest_gpumem.devices.simulated.machine import card_of
+from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -109,3 +116,57 @@ C_COLLECTIVES: Final[dict[str, Any]] = {
     "_gather": gather,
     "_gather_out": gather_out,
 }
+
+
+# -- buckets --------------------------------------------------------------------------
+
+
+class _Placing(TorchDispatchMode):
+    """A block in which memory that C++ asks for on the host is a card's."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Ask for the memory on the card."""
+        options = kwargs or {}
+        asked = options.get("device")
+        if func is _empty and asked is not None and asked.type == "cpu":
+            options = {**options, "device": self._device}
+        return func(*args, **options)
+
+
+_empty: Final = torch.ops.aten.empty.memory_format
+
+
+def _reducers() -> tuple[tuple[Any, str, Any], ...]:
+    """Return owner, name and replacement of what makes buckets, if there is any."""
+    if not torch.distributed.is_available():
+        return ()
+    original: Any = torch.distributed.Reducer
+
+    class Reducer(original):  # type: ignore[misc]  # a class of C++
+        """``torch.distributed.Reducer``, whose buckets are where the parameters are."""
+
+        def __init__(self, params: Any, *args: Any, **options: Any) -> None:
+            __tracebackhide__ = True
+            cards = [
+                each.device for each in params if isinstance(each, SimulatedTensor)
+            ]
+            self._place = _Placing(cards[0]) if cards else nullcontext()
+            with self._place:
+                super().__init__(params, *args, **options)
+
+        def _rebuild_buckets(self) -> Any:
+            __tracebackhide__ = True
+            with self._place:
+                return super()._rebuild_buckets()
+
+    return ((torch.distributed, "Reducer", Reducer),)
+
+
+#: Owner, name and replacement of each.
+REPLACEMENTS: Final = _reducers()
