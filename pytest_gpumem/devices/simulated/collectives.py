@@ -10,6 +10,7 @@ parameters' device. Source: ``initialize_buckets`` and ``initialize_local_used_m
 
 from __future__ import annotations
 
+import functools
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,6 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pytest_gpumem.devices.simulated.machine import card_of
+from pytest_gpumem.devices.simulated.refusals import refused
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 
 if TYPE_CHECKING:
@@ -118,14 +120,14 @@ C_COLLECTIVES: Final[dict[str, Any]] = {
 }
 
 
-# -- buckets --------------------------------------------------------------------------
+# -- torch.distributed ----------------------------------------------------------------
 
 
 class _Placing(TorchDispatchMode):
     """A block in which memory that C++ asks for on the host is a card's."""
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self._device = device
 
     def __torch_dispatch__(
@@ -142,11 +144,11 @@ class _Placing(TorchDispatchMode):
 _empty: Final = torch.ops.aten.empty.memory_format
 
 
-def _reducers() -> tuple[tuple[Any, str, Any], ...]:
-    """Return owner, name and replacement of what makes buckets, if there is any."""
+def _of_distributed() -> tuple[tuple[Any, str, Any], ...]:
+    """Return owner, name and replacement of what torch.distributed calls."""
     if not torch.distributed.is_available():
         return ()
-    original: Any = torch.distributed.Reducer
+    original: Any = vars(torch.distributed)["Reducer"]
 
     class Reducer(original):  # type: ignore[misc]  # a class of C++
         """``torch.distributed.Reducer``, whose buckets are where the parameters are."""
@@ -165,8 +167,25 @@ def _reducers() -> tuple[tuple[Any, str, Any], ...]:
             with self._place:
                 return super()._rebuild_buckets()
 
-    return ((torch.distributed, "Reducer", Reducer),)
+    c10d: Any = torch.distributed.distributed_c10d
+    new_group: Any = c10d._new_process_group_helper
+
+    @functools.wraps(new_group)
+    def new_process_group(*args: Any, **options: Any) -> Any:
+        __tracebackhide__ = True
+        try:
+            return new_group(*args, **options)
+        except (RuntimeError, ValueError) as error:
+            if "NCCL" not in str(error):
+                raise
+            refusal = refused("torch.distributed's nccl backend")
+        raise refusal  # without torch's text before it
+
+    return (
+        (torch.distributed, "Reducer", Reducer),
+        (c10d, "_new_process_group_helper", new_process_group),
+    )
 
 
 #: Owner, name and replacement of each.
-REPLACEMENTS: Final = _reducers()
+REPLACEMENTS: Final = _of_distributed()

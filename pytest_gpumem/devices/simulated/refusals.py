@@ -47,6 +47,9 @@ ADVICE: Final[dict[str, str]] = {
     "torch.cuda.GreenContext": _REAL,
     "torch.cuda.jiterator": "write the operation with torch's operators",
     "torch.cuda.nccl": "use the gloo backend of torch.distributed",
+    "torch.distributed's nccl backend": (
+        'use backend="gloo", which takes tensors of simulated cards'
+    ),
     "torch.cuda.gds": "read the file on the host",
     "torch.cuda.tunable": _REAL,
     "torch.export.export": "export the module while it is on the CPU",
@@ -70,6 +73,11 @@ ADVICE: Final[dict[str, str]] = {
 }
 
 
+def refused(feature: str) -> UnsupportedOnSimulatedDeviceError:
+    """Return the one error for what cannot be simulated."""
+    return UnsupportedOnSimulatedDeviceError(feature, ADVICE[feature])
+
+
 def refuse(feature: str) -> NoReturn:
     """Raise the one error for what cannot be simulated.
 
@@ -77,7 +85,7 @@ def refuse(feature: str) -> NoReturn:
         UnsupportedOnSimulatedDeviceError: Always.
     """
     __tracebackhide__ = True
-    raise UnsupportedOnSimulatedDeviceError(feature, ADVICE[feature])
+    raise refused(feature)
 
 
 #: Directories whose code reads values for others.
@@ -106,11 +114,11 @@ def refuse_value(operation: str) -> NoReturn:
 def refusing(feature: str) -> Any:
     """Return a function that refuses, whatever it is given."""
 
-    def refused(*_args: Any, **_kwargs: Any) -> NoReturn:
+    def refuse_it(*_args: Any, **_kwargs: Any) -> NoReturn:
         __tracebackhide__ = True
         refuse(feature)
 
-    return refused
+    return refuse_it
 
 
 def refusing_class(feature: str) -> type:
