@@ -7,7 +7,13 @@ import enum
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from types import FunctionType, ModuleType
+from types import (
+    AsyncGeneratorType,
+    CoroutineType,
+    FunctionType,
+    GeneratorType,
+    ModuleType,
+)
 from typing import Any, Final
 
 import torch
@@ -20,6 +26,11 @@ from pytest_gpumem.instruments.placement import placement_of
 _PLAIN: Final = (
     *(str, bytes, bytearray, range, enum.Enum, type(None), type(...)),
     *(torch.dtype, torch.layout, torch.memory_format),
+)
+#: What has done nothing yet.
+_LAZY: Final = (
+    *(GeneratorType, CoroutineType, AsyncGeneratorType),
+    *(map, filter, zip),
 )
 #: How deep in objects without equality of their own tensors are looked for.
 _DEPTH: Final = 4
@@ -54,10 +65,19 @@ def portrait(value: Any) -> Any:
     Tensors and arrays become copies on the CPU (on meta where the device keeps no
     values). Mappings, sequences, sets, dataclasses, and classes of attrs and pydantic
     become the same of their items; modules their parameters, all buffers, whether each
-    part is in training, and whether they are whole. Of other objects the tensors,
+    part is in training, which parameters train, and whether they are whole. Of other objects the tensors,
     arrays and modules among their public attributes are taken; without such, the object
     itself where its class defines equality, else its class.
+
+    Raises:
+        TypeError: The value is a generator or another that has done nothing yet.
     """
+    if isinstance(value, _LAZY):
+        kind = type(value).__name__
+        raise TypeError(
+            f"the result is a {kind}, which has done nothing yet: return what it gives, "
+            "as list(...) does"
+        )
     return _paint(value, (), _DEPTH)
 
 
@@ -135,6 +155,9 @@ def _module(module: torch.nn.Module, inner: Callable[[Any], Any]) -> dict[str, A
     return {
         "placement": "whole" if placement.is_whole else f"half moved: {placement}",
         "training": {name: part.training for name, part in module.named_modules()},
+        "trains": {
+            name: each.requires_grad for name, each in module.named_parameters()
+        },
         "state": {name: inner(each) for name, each in state.items()},
     }
 

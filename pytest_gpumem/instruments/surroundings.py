@@ -9,7 +9,9 @@ import threading
 import time
 from concurrent.futures.thread import _worker
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from functools import partial
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 
@@ -45,25 +47,102 @@ class RandomState:
             sys.modules["numpy"].random.set_state(self._numpy)
 
 
+class _Setting(NamedTuple):
+    """What torch holds for the process or the thread, beyond any block.
+
+    Attributes:
+        name: What it is called.
+        read: Returns it.
+        write: Sets it.
+        counts: Whether code computes other numbers once it is another.
+    """
+
+    name: str
+    read: Callable[[], Any]
+    write: Callable[[Any], Any]
+    counts: bool = True
+
+
+def _set_default_device(device: torch.device) -> None:
+    torch.set_default_device(None if device.type == "cpu" else device)
+
+
+def _attribute(name: str) -> _Setting:
+    """Return a setting that is an attribute of torch's, by its path."""
+    owner, _, attribute = name.rpartition(".")
+    of = attrgetter(owner.removeprefix("torch."))
+    return _Setting(
+        name,
+        lambda: getattr(of(torch), attribute),
+        lambda value: setattr(of(torch), attribute, value),
+    )
+
+
+_SETTINGS: Final = (
+    _Setting("the default dtype", torch.get_default_dtype, torch.set_default_dtype),
+    _Setting("the default device", torch.get_default_device, _set_default_device),
+    _Setting("grad mode", torch.is_grad_enabled, torch.set_grad_enabled),
+    *(
+        _Setting(
+            f"autocast of {kind}",
+            partial(torch.is_autocast_enabled, kind),
+            partial(torch.set_autocast_enabled, kind),
+        )
+        for kind in ("cuda", "cpu")
+    ),
+    _Setting(
+        "the debug mode of deterministic algorithms",
+        torch.get_deterministic_debug_mode,
+        torch.set_deterministic_debug_mode,
+    ),
+    # Each of torch's older names for a precision before the newer ones, which it sets.
+    _Setting(
+        "the precision of float32 products",
+        torch.get_float32_matmul_precision,
+        torch.set_float32_matmul_precision,
+    ),
+    _attribute("torch.backends.cuda.matmul.fp32_precision"),
+    _attribute("torch.backends.cudnn.allow_tf32"),
+    _attribute("torch.backends.cudnn.conv.fp32_precision"),
+    _attribute("torch.backends.cudnn.rnn.fp32_precision"),
+    *(
+        _attribute(f"torch.backends.cudnn.{name}")._replace(counts=False)
+        for name in ("enabled", "benchmark", "deterministic")
+    ),
+    _Setting("threads", torch.get_num_threads, torch.set_num_threads, counts=False),
+    _Setting(
+        "the card", torch.cuda.current_device, torch.cuda.set_device, counts=False
+    ),
+)
+
+
 class Defaults:
     """What torch holds for the process or thread and a failed run may leave changed."""
 
     def __init__(self) -> None:
-        self._dtype = torch.get_default_dtype()
-        self._grad = torch.is_grad_enabled()
-        self._num_threads = torch.get_num_threads()
-        self._card = torch.cuda.current_device()
+        self._values = [_read(each) for each in _SETTINGS]
 
     def restore(self) -> None:
         """Put back what is not as it was."""
-        if torch.get_default_dtype() is not self._dtype:
-            torch.set_default_dtype(self._dtype)
-        if torch.is_grad_enabled() != self._grad:
-            torch.set_grad_enabled(self._grad)
-        if torch.get_num_threads() != self._num_threads:
-            torch.set_num_threads(self._num_threads)
-        if torch.cuda.current_device() != self._card:
-            torch.cuda.set_device(self._card)
+        for setting, value in zip(_SETTINGS, self._values, strict=True):
+            if value is not None and _read(setting) != value:
+                setting.write(value)
+
+    def changed(self) -> frozenset[str]:
+        """Return what is not as it was and lets code compute other numbers, in words."""
+        return frozenset(
+            f"{setting.name} is {now}, and was {value}"
+            for setting, value in zip(_SETTINGS, self._values, strict=True)
+            if setting.counts and (now := _read(setting)) != value
+        )
+
+
+def _read(setting: _Setting) -> Any:
+    """Return a setting; None where torch has been told it in two ways that differ."""
+    try:
+        return setting.read()
+    except RuntimeError:
+        return None
 
 
 class StartedThreads:

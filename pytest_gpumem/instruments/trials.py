@@ -87,6 +87,7 @@ class Attempt:
         left_bytes: Bytes on the cards afterwards that were not there before, and that
             the result does not own; negative where the run has freed some.
         logged_bytes: Bytes that only captured log records held.
+        changed: What of torch's defaults it left changed, in words.
         cycles: What reference cycles held until a collection, where that was asked.
         known: Addresses of blocks that are not what a failed attempt has left.
         figures: Peaks, of everything.
@@ -103,6 +104,7 @@ class Attempt:
     extra_ooms: int
     left_bytes: int
     logged_bytes: int
+    changed: frozenset[str]
     cycles: tuple[Held, ...]
     known: frozenset[int]
     figures: MemoryFigures
@@ -169,7 +171,7 @@ class Trial:
             budget_bytes: What the card may hold; None leaves that as it is.
             timeout_s: Seconds after which the run is ended; None never does.
             catches: Tells which errors are part of the verdict. Others come through, as
-                do those that end the program.
+                does an interruption.
         """
         self._defaults.restore()
         device, index = self.device, self.device_index
@@ -197,6 +199,7 @@ class Trial:
             seconds = time.perf_counter() - started_s
             is_hang = failure is not None and failure.is_hang
             threads.wait(0.0 if is_hang else _PATIENCE_S)
+            changed = self._defaults.changed()
             self._defaults.restore()
             del arguments
             own = self.owns(result) if failure is None else {}
@@ -218,6 +221,7 @@ class Trial:
             extra_ooms=total - injector.num_ooms,
             left_bytes=left,
             logged_bytes=logged,
+            changed=changed,
             cycles=cycles,
             known=known,
             figures=recorder.figures,
@@ -246,14 +250,14 @@ class Trial:
     ) -> tuple[Any, Failure | None]:
         watchdog = Watchdog(timeout_s)
         try:
-            with watchdog, injector:
+            with injector, watchdog:
                 result = self.body(*arguments)
             return self.keep(result), None
         except HangError as hang:
             stacks = watchdog.stacks or ""
             failure = failure_of(hang)
             return None, failure._replace(text=f"{hang}\n{stacks}", is_hang=True)
-        except (KeyboardInterrupt, SystemExit):
+        except KeyboardInterrupt:
             raise
         except BaseException as error:  # the verdict is on whatever it is
             if not catches(error):
