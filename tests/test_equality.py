@@ -257,7 +257,6 @@ SAME: Final[dict[str, tuple[Any, Any]]] = {
     "caches": (_cache(1.0), _cache(1.0)),
     "modules": (_linear(), _linear()),
     "modules in half precision": (_linear(), _linear().half()),
-    "frozen modules": (_linear(), _frozen()),
     "objects": (Plain(started=1.0), Plain(started=2.0)),
     "objects with tensors": (Plain(a=_t(1.0), at=1.0), Plain(a=_t(1.0), at=2.0)),
     "objects with times": (Plain(at=Opaque(int)), Plain(at=Opaque(float))),
@@ -457,6 +456,11 @@ DIFFERENT: Final[dict[str, tuple[Any, Any, str]]] = {
         "the result['state']['0.weight'] differs by 1",
     ),
     "training": (_linear(), _linear().eval(), "the result['training'][''] is False"),
+    "frozen modules": (
+        _linear(),
+        _frozen(),
+        "the result['trains']['0.weight'] is False instead of True",
+    ),
     "parts in training": (
         _linear(),
         nn.Sequential(_linear().get_submodule("0")),

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from pytest_gpumem.instruments.hidden import Place, base_of
+from pytest_gpumem.instruments.parts import shape_words
 from pytest_gpumem.stacks import variables_of
 
 if TYPE_CHECKING:
@@ -35,10 +36,9 @@ if TYPE_CHECKING:
 
 
 def tensor_words(tensor: torch.Tensor) -> str:
-    """Return a tensor's shape and type."""
-    shape = "x".join(map(str, tensor.shape)) or "scalar"
+    """Return a tensor's shape and type, and whether it has a graph."""
     kind = "gradient-tracked " if tensor.grad_fn is not None else ""
-    return f"{kind}{shape} {str(tensor.dtype).removeprefix('torch.')}"
+    return f"{kind}{shape_words(tensor)}"
 
 
 def runs(frame: FrameType) -> bool:

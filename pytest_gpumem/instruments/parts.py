@@ -6,6 +6,7 @@ three registries of the object itself.
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -16,6 +17,24 @@ if TYPE_CHECKING:
 #: A block in which the program's modes and tensor classes do not see what is asked of a
 #: tensor.
 unseen: Final = torch._C.DisableTorchFunction  # noqa: SLF001  # no public name
+
+
+def living(*bases: type) -> tuple[list[Any], ...]:
+    """Return all objects of each class that the collector knows, by one walk."""
+    lists: tuple[list[Any], ...] = tuple([] for _ in bases)
+    # There are a hundred thousand objects and a few thousand types.
+    homes: dict[type, list[Any] | None] = {}
+    for each in gc.get_objects():
+        kind = type(each)
+        if kind not in homes:
+            pairs = zip(bases, lists, strict=True)
+            homes[kind] = next(
+                (to for base, to in pairs if issubclass(kind, base)), None
+            )
+        home = homes[kind]
+        if home is not None:
+            home.append(each)
+    return lists
 
 
 def modules_of(root: Any) -> Iterator[tuple[str, Any]]:
@@ -81,3 +100,9 @@ def _tensors_among(value: Any) -> Iterator[torch.Tensor]:
         yield from (item for item in value.values() if isinstance(item, torch.Tensor))
     elif isinstance(value, (list, tuple)):
         yield from (item for item in value if isinstance(item, torch.Tensor))
+
+
+def shape_words(tensor: torch.Tensor) -> str:
+    """Return a tensor's shape and type."""
+    shape = "x".join(map(str, tensor.shape)) or "scalar"
+    return f"{shape} {str(tensor.dtype).removeprefix('torch.')}"

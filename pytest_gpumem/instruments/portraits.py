@@ -72,7 +72,7 @@ def portrait(value: Any) -> Any:
     Raises:
         TypeError: The value is a generator or another that has done nothing yet.
     """
-    if isinstance(value, _LAZY):
+    if issubclass(type(value), _LAZY):
         kind = type(value).__name__
         raise TypeError(
             f"the result is a {kind}, which has done nothing yet: return what it gives, "

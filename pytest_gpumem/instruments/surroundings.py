@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import torch
 
 from pytest_gpumem.devices import allocated_bytes
-from pytest_gpumem.instruments.logs import release_log_records
+from pytest_gpumem.instruments.frames import release_log_records
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
     from pytest_gpumem.devices import Device
 
@@ -145,31 +145,24 @@ def _read(setting: _Setting) -> Any:
         return None
 
 
-class StartedThreads:
-    """The threads that come to be from now on."""
+def wait_for_threads(before: Collection[threading.Thread], patience_s: float) -> None:
+    """Wait until all other threads have ended, or wait for work as a pool's do.
 
-    def __init__(self) -> None:
-        self._before = set(threading.enumerate())
-
-    def wait(self, patience_s: float) -> list[threading.Thread]:
-        """Wait until they have ended, or wait for work as a pool's do.
-
-        Args:
-            patience_s: Seconds after which those left are waited for no more.
-
-        Returns:
-            Those still at work.
-        """
-        end_s = time.monotonic() + patience_s
-        while True:
-            working = [
-                thread
-                for thread in threading.enumerate()
-                if thread not in self._before and not _waits_for_work(thread)
-            ]
-            if not working or time.monotonic() > end_s:
-                return working
-            working[0].join(_LOOK_S)
+    Args:
+        before: Those that are not waited for.
+        patience_s: Seconds after which those left are waited for no more.
+    """
+    end_s = time.monotonic() + patience_s
+    while time.monotonic() <= end_s:
+        working = (
+            thread
+            for thread in threading.enumerate()
+            if thread not in before and not _waits_for_work(thread)
+        )
+        first = next(working, None)
+        if first is None:
+            return
+        first.join(_LOOK_S)
 
 
 def _waits_for_work(thread: threading.Thread) -> bool:

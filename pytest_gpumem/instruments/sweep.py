@@ -140,7 +140,6 @@ class _Sweep:
                 progress(done, len(points), outcome)
             if self._is_whole:
                 self._run_on(report, len(sites), timeout_s, progress)
-            state.finish()
         return report
 
     @property

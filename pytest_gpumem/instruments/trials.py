@@ -7,6 +7,7 @@ what of it is wrong. How code is run and what is seen of it is said here, once.
 from __future__ import annotations
 
 import dis
+import threading
 import time
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -29,9 +30,9 @@ from pytest_gpumem.instruments.recorder import PeakRecorder
 from pytest_gpumem.instruments.surroundings import (
     Defaults,
     RandomState,
-    StartedThreads,
     num_ooms,
     settle,
+    wait_for_threads,
 )
 from pytest_gpumem.instruments.watchdog import HangError, Watchdog
 from pytest_gpumem.sizes import format_size
@@ -194,11 +195,11 @@ class Trial:
             in_force = device.budget(index)
             recorder = PeakRecorder(device_index=index, device=device)
             stack.enter_context(recorder)
-            threads, started_s = StartedThreads(), time.perf_counter()
+            threads, started_s = set(threading.enumerate()), time.perf_counter()
             result, failure = self._attempt(injector, arguments, timeout_s, catches)
             seconds = time.perf_counter() - started_s
             is_hang = failure is not None and failure.is_hang
-            threads.wait(0.0 if is_hang else _PATIENCE_S)
+            wait_for_threads(threads, 0.0 if is_hang else _PATIENCE_S)
             changed = self._defaults.changed()
             self._defaults.restore()
             del arguments

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pytest_gpumem.stacks import frames_from
 
 if TYPE_CHECKING:
-    from types import FrameType, TracebackType
+    from types import FrameType
 
 #: Seconds between attempts: code that catches everything is told again, and at last so
 #: often that it is told outside what it catches.
@@ -73,12 +73,7 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         if self._thread is None:
             return
         while True:
