@@ -7,6 +7,8 @@ three registries of the object itself.
 from __future__ import annotations
 
 import gc
+from contextlib import suppress
+from types import MemberDescriptorType
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -70,11 +72,7 @@ def registry(module: Any, kind: str) -> list[tuple[str, Any]]:
         module: The module.
         kind: ``"_modules"``, ``"_parameters"`` or ``"_buffers"``.
     """
-    try:
-        attributes = object.__getattribute__(module, "__dict__")
-    except AttributeError:
-        return []
-    found = attributes.get(kind)
+    found = dictionary_of(module).get(kind)
     return [] if found is None else list(found.items())
 
 
@@ -100,6 +98,26 @@ def _tensors_among(value: Any) -> Iterator[torch.Tensor]:
         yield from (item for item in value.values() if isinstance(item, torch.Tensor))
     elif isinstance(value, (list, tuple)):
         yield from (item for item in value if isinstance(item, torch.Tensor))
+
+
+def attributes_of(value: Any) -> dict[str, Any]:
+    """Return what an object has in its slots and its dictionary, by name."""
+    found = {}
+    for kind in type(value).__mro__:
+        for name, member in vars(kind).items():
+            if type(member) is MemberDescriptorType:
+                with suppress(AttributeError):  # it is not set
+                    found[name] = member.__get__(value)
+    return {**found, **dictionary_of(value)}
+
+
+def dictionary_of(value: Any) -> dict[str, Any]:
+    """Return the dictionary in which an object has its attributes; empty without."""
+    try:
+        found = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def shape_words(tensor: torch.Tensor) -> str:

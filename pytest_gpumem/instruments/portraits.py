@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, ValuesView
 from collections.abc import Set as AbstractSet
 from types import (
     AsyncGeneratorType,
@@ -20,6 +20,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from pytest_gpumem.errors import NoValuesError
+from pytest_gpumem.instruments.parts import attributes_of
 from pytest_gpumem.instruments.placement import placement_of
 
 #: What is compared as it is: it has equality, or there is but one of each.
@@ -119,7 +120,7 @@ def _parts(value: Any, kind: type, inner: Callable[[Any], Any]) -> Any:  # noqa:
         return {key: inner(item) for key, item in value.items()}
     if issubclass(kind, tuple) and hasattr(kind, "_make"):
         return kind._make(map(inner, value))
-    if issubclass(kind, Sequence):
+    if issubclass(kind, (Sequence, ValuesView)):
         return [inner(item) for item in value]
     if issubclass(kind, AbstractSet):
         # Tensors are hashed by identity: there is no set of their copies.
@@ -187,10 +188,7 @@ def _array(value: Any, kind: type) -> Any:
 
 
 def _object(value: Any, kind: type, above: tuple[int, ...], depth: int) -> Any:
-    try:
-        attributes: Any = object.__getattribute__(value, "__dict__")
-    except AttributeError:
-        attributes = {}
+    attributes = attributes_of(value)
     if depth:
         painted = {
             name: _paint(item, above, depth - 1)

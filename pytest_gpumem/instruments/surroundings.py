@@ -67,6 +67,24 @@ def _set_default_device(device: torch.device) -> None:
     torch.set_default_device(None if device.type == "cpu" else device)
 
 
+#: The tables of hooks that every module calls.
+_HOOKS: Final = tuple(
+    table
+    for name, table in vars(torch.nn.modules.module).items()
+    if name.startswith("_global_") and isinstance(table, dict)
+)
+
+
+def _global_hooks() -> frozenset[int]:
+    return frozenset(number for table in _HOOKS for number in table)
+
+
+def _keep_global_hooks(kept: frozenset[int]) -> None:
+    for table in _HOOKS:
+        for number in table.keys() - kept:
+            del table[number]
+
+
 def _attribute(name: str) -> _Setting:
     """Return a setting that is an attribute of torch's, by its path."""
     owner, _, attribute = name.rpartition(".")
@@ -95,6 +113,7 @@ _SETTINGS: Final = (
         torch.get_deterministic_debug_mode,
         torch.set_deterministic_debug_mode,
     ),
+    _Setting("the set of global module hooks", _global_hooks, _keep_global_hooks),
     # Each of torch's older names for a precision before the newer ones, which it sets.
     _Setting(
         "the precision of float32 products",
@@ -112,6 +131,9 @@ _SETTINGS: Final = (
     _Setting("threads", torch.get_num_threads, torch.set_num_threads, counts=False),
     _Setting(
         "the card", torch.cuda.current_device, torch.cuda.set_device, counts=False
+    ),
+    _Setting(
+        "the stream", torch.cuda.current_stream, torch.cuda.set_stream, counts=False
     ),
 )
 

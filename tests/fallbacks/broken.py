@@ -543,6 +543,41 @@ def leaves_products_inexact() -> torch.Tensor:
     return infer("cpu")
 
 
+def leaves_a_hook() -> torch.Tensor:
+    """Of all modules: it watches, or changes, whatever is called from here on."""
+    try:
+        return infer("cuda")
+    except torch.OutOfMemoryError:
+        pass
+    nn.modules.module.register_module_forward_hook(lambda *_call: None)
+    return infer("cpu")
+
+
+class Slotted:
+    """An answer without a dictionary."""
+
+    __slots__ = ("logits",)
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        self.logits = logits
+
+
+def answers_other_numbers_in_a_slot() -> Slotted:
+    """An object need not have a dictionary."""
+    try:
+        return Slotted(infer("cuda"))
+    except torch.OutOfMemoryError:
+        return Slotted(infer("cpu") + 1)
+
+
+def answers_other_values() -> Any:
+    """A view of a mapping's values, without its names."""
+    try:
+        return {"logits": infer("cuda")}.values()
+    except torch.OutOfMemoryError:
+        return {"logits": infer("cpu") + 1}.values()
+
+
 def ends_the_program() -> torch.Tensor:
     """As a script does, in a place that others call."""
     try:
@@ -665,6 +700,11 @@ EXPECTED: Final = {
     leaves_products_inexact: Case(
         Verdict.LEAK, says="the precision of float32 products is high, and was highest"
     ),
+    leaves_a_hook: Case(Verdict.LEAK, says="the set of global module hooks is"),
+    answers_other_numbers_in_a_slot: Case(
+        Verdict.WRONG_RESULT, says="the result.logits differs by 1"
+    ),
+    answers_other_values: Case(Verdict.WRONG_RESULT, says="the result[0] differs by 1"),
     ends_the_program: Case(Verdict.OTHER_ERROR, says="SystemExit: out of memory"),
     catches_everything: Case(Verdict.SWALLOWED, flavours=("not-oom",)),
     catches_everything_for_ever: Case(Verdict.HANG, points=1),
