@@ -65,6 +65,9 @@ ADVICE: Final[dict[str, str]] = {
     "flex_attention": "use torch.nn.functional.scaled_dot_product_attention",
     "a Fourier transform in half precision": "transform in float32, as source.float()",
     "a sparse tensor": "use dense ones, or keep these on the CPU",
+    "a quantized tensor": "keep it on the CPU, or use torch.ao.quantization's fake ones",
+    "torch.autograd.profiler.emit_nvtx": "profile with torch.profiler",
+    "torch.autocast without torch's header files": "install torch from its own wheel",
     "a nested tensor": "pad them, or keep them on the CPU",
     "a torch.compile backend that makes kernels": (
         'use backend="eager" or "aot_eager", or set TORCH_COMPILE_DISABLE=1: kernels '

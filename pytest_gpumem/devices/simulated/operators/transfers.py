@@ -9,6 +9,7 @@ import torch
 from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.memory import Memory
 from pytest_gpumem.devices.simulated.operands import is_own_device
+from pytest_gpumem.devices.simulated.operators.composing import refused
 from pytest_gpumem.devices.simulated.operators.registry import register
 from pytest_gpumem.devices.simulated.refusals import refuse_value
 from pytest_gpumem.devices.simulated.tensor import (
@@ -105,5 +106,13 @@ register(
     "_resize_output_ resize_ resize_as_",
     resizes=True,
     source="cuda/Resize.cpp, resize_cuda_",
+)
+register(
+    """
+    _make_per_channel_quantized_tensor _make_per_tensor_quantized_tensor
+    quantize_per_channel quantize_per_tensor quantize_per_tensor_dynamic
+    """,
+    composed=refused("a quantized tensor"),
+    source="native_functions.yaml, QuantizedCUDA",
 )
 register("is_pinned", handler=_is_pinned, source="Memory.cpp, is_pinned")
