@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import itertools
 import re
@@ -17,7 +18,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 from pytest_gpumem.devices.simulated import operators
 from pytest_gpumem.devices.simulated.autocast import kernels
 from pytest_gpumem.devices.simulated.install import simulated_device
-from pytest_gpumem.devices.simulated.operators import find
+from pytest_gpumem.devices.simulated.operators import find, overloads
 from pytest_gpumem.devices.simulated.operators.declarations import declaration_of
 from pytest_gpumem.devices.simulated.operators.registry import OPERATORS, register
 from pytest_gpumem.devices.simulated.operators.requests import (
@@ -28,6 +29,7 @@ from pytest_gpumem.devices.simulated.operators.requests import (
     Workspace,
     ask,
 )
+from pytest_gpumem.devices.simulated.tensor import HANDLERS
 from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
 
 if TYPE_CHECKING:
@@ -416,3 +418,48 @@ def test_an_oom_of_any_operator_leaves_everything_as_it_was(
     # In Python it adds a dimension in place first, on a real card too.
     assert set() == torn - {"nn.functional.dropout3d"}
     assert least < len(tried), sorted(tried)
+
+
+def test_storage_that_has_to_grow_is_charged_before_it_does(
+    card: SimulatedCard,
+) -> None:
+    """``set_`` with a size beyond the storage's end."""
+    tensor = torch.ones(2, device="cuda")
+    storage = torch.ones(4, device="cuda").untyped_storage()
+
+    with _full(card), pytest.raises(torch.OutOfMemoryError):
+        tensor.set_(storage, 1, (1000,), (1,))
+
+    assert [1.0, 1.0] == tensor.tolist()
+    assert 16 == storage.nbytes()
+    before = torch.cuda.memory_allocated()
+    tensor.set_(storage, 1, (1000,), (1,))
+    assert 4004 == storage.nbytes()
+    assert 4096 - 512 - 512 == torch.cuda.memory_allocated() - before
+
+
+def test_only_these_mutating_operators_charge_by_themselves() -> None:
+    """Every other goes through the one place that charges first."""
+    alone = {
+        "copy_": "its staging buffer is taken before anything is copied",
+        "set_": "a storage that grows is taken before it does",
+    }
+
+    found = {
+        func.overloadpacket.__name__
+        for _name, func, each in overloads()
+        if func._schema.is_mutable and HANDLERS.make(func) is each.handler
+    }
+    assert alone.keys() == found
+
+
+def test_rows_know_nothing_of_what_runs_them() -> None:
+    """The registry is below the dispatcher: no row imports what looks rows up."""
+    above = {"dispatch", "foresight", "factories", "autocast", "install"}
+    folder = Path(operators.__file__).parent
+
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                assert node.module is not None
+                assert not above & set(node.module.split(".")), path.name
