@@ -345,6 +345,25 @@ def keeps_a_graph_or_none() -> torch.Tensor:
     return logits
 
 
+def starts_its_statistics_anew() -> torch.Tensor:
+    """How often memory ran out so far says less then, and nothing of this OOM."""
+    try:
+        return infer("cuda")
+    except torch.OutOfMemoryError:
+        torch.cuda.reset_accumulated_memory_stats()
+        raise
+
+
+_tables: list[torch.Tensor] = []
+
+
+def keeps_a_table_each_time() -> torch.Tensor:
+    """What a run without a fault leaves too is no leak of the fallback's."""
+    with contextlib.suppress(torch.OutOfMemoryError):
+        _tables.append(torch.ones(1024, device="cuda"))
+    return falls_back_to_the_host()
+
+
 class _Service:
     """Turns an OOM of its block into an error of its own."""
 
@@ -390,6 +409,8 @@ ALL: Final = (
     computes_in_bfloat16,
     keeps_a_graph_or_none,
     serves_in_a_block,
+    starts_its_statistics_anew,
+    keeps_a_table_each_time,
 )
 #: Those that recover from every OOM, whatever is raised for it.
 RECOVER: Final = frozenset(ALL) - {
@@ -398,6 +419,7 @@ RECOVER: Final = frozenset(ALL) - {
     lets_it_through,
     cleans_up_after_any_error,
     serves_in_a_block,
+    starts_its_statistics_anew,
 }
 #: Those that know other errors than torch's own.
 KNOW_FLAVOURS: Final = frozenset({asks_accelerate, knows_every_text})
@@ -480,6 +502,7 @@ def forget() -> None:
     """Forget what was kept between calls."""
     _old.clear()
     _cache.clear()
+    _tables.clear()
 
 
 #: Loaders and a fault from which they recover.
