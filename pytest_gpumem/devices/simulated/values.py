@@ -31,7 +31,10 @@ def computing(func: Any, operator: Operator) -> Callable[..., Any]:
     """Return what computes the values of an overload: its record's, or the CPU's own."""
     compute = operator.compute and operator.compute(func)
     chosen: Callable[..., Any] = compute or func
-    return _heeding_marks(chosen) if _is_composite(func) else chosen
+    is_inside = _is_composite(func) or any(
+        each.is_out for each in func._schema.arguments
+    )
+    return _heeding_marks(chosen) if is_inside else chosen
 
 
 def _is_composite(func: Any) -> bool:

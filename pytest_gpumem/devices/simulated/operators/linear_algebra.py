@@ -13,6 +13,7 @@ from pytest_gpumem.devices.simulated.operators.composing import (
     landing,
     on_host,
     only,
+    packing,
 )
 from pytest_gpumem.devices.simulated.operators.registry import register
 
@@ -165,4 +166,5 @@ register("linalg_cond linalg_matrix_norm", composed=landing, source=_COMPOSED)
 register("linalg_pinv", takes_host=True, source=_COMPOSED)
 register("vander", composed=on_host, source=_COMPOSED)
 
-# -- norms and distances --------------------------------------------------------------
+# The CPU's kernels write past the strides of ``out=``, and past its memory.
+register("tril triu", compute=packing, source="cuda/TriangularOps.cu")
