@@ -19,7 +19,7 @@ from cosmic_ray.work_db import WorkDB, use_db
 from cosmic_ray.work_item import TestOutcome, WorkerOutcome, WorkItem, WorkResult
 
 ROOT = Path(__file__).parents[1]
-#: Modules that need no torch, and the test files that hold them.
+#: Modules, and the test files that hold them.
 MODULES = {
     "sizes": "sizes",
     "cards": "cards",
@@ -49,11 +49,22 @@ MODULES = {
     "baselines/gate": "baselines",
     "reports/check": "fuzz_files",
     "recording/shape": "fuzz_files",
+    # Minutes for each mutant, as the judges wait for threads and for hangs.
+    "guards": "stacks",
+    "stacks": "stacks",
+    "devices/budgets": "budgets",
+    "instruments/equality": "equality",
+    "instruments/portraits": "equality",
+    "instruments/trials": "verdict corpus",
+    "instruments/sweep_judge": "corpus",
+    "instruments/fallback": "fallback corpus",
+    "instruments/loads": "verdict corpus",
+    "instruments/verdict": "verdict corpus",
 }
 CONFIG = """
 [cosmic-ray]
 module-path = "{module}"
-timeout = 60.0
+timeout = 900.0
 excluded-modules = []
 test-command = "{python} -m pytest -x -q -p no:cacheprovider {tests}"
 [cosmic-ray.distributor]

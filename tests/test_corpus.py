@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from fallbacks import broken, correct
-from fallbacks.parts import Service, batch
+from fallbacks.parts import Service, batch, infer, new_model
 
 from pytest_gpumem import (
     Verdict,
@@ -18,6 +19,8 @@ from pytest_gpumem import (
     vram_budget,
 )
 from pytest_gpumem.devices.simulated.install import simulated_device
+from pytest_gpumem.errors import SweepError
+from pytest_gpumem.instruments.surroundings import _SETTINGS, Defaults
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -32,11 +35,11 @@ def _card() -> Iterator[None]:
 
 
 def test_the_corpus_is_as_large_as_it_should_be() -> None:
-    """At least 15 broken fallbacks and 10 correct ones, every verdict among them."""
+    """At least 45 broken fallbacks and 25 correct ones, every verdict among them."""
     verdicts = {case.verdict for case in broken.EXPECTED.values()}
 
-    assert len(broken.EXPECTED) >= 30
-    assert len(correct.ALL) >= 15
+    assert len(broken.EXPECTED) >= 45
+    assert len(correct.ALL) >= 25
     assert set(Verdict) - {Verdict.RECOVERED} == verdicts
 
 
@@ -56,7 +59,7 @@ def test_a_broken_fallback_is_caught(body: Callable[[], Any]) -> None:
             recover=True,
             flavours=case.flavours,
             timeout_s=timeout_s,
-            points=12,
+            points=case.points,
         )
 
     caught = [each for each in report.failures if each.verdict is case.verdict]
@@ -156,3 +159,100 @@ def test_what_fails_for_good_may_reach_the_caller() -> None:
     )
 
     report.check()
+
+
+def _ends_the_program() -> Any:
+    """As a script does."""
+    try:
+        return new_model().cuda()
+    except torch.OutOfMemoryError:
+        sys.exit(3)
+
+
+def _leaves_half_precision() -> Any:
+    """As a loader does that dies between two settings."""
+    model = new_model()
+    try:
+        return model.cuda()
+    except torch.OutOfMemoryError:
+        torch.set_default_dtype(torch.float16)
+    return new_model().float()
+
+
+def _always_turns_gradients_off() -> Any:
+    """As a server does."""
+    torch.set_grad_enabled(False)
+    return correct.persistent_ladder()
+
+
+@pytest.mark.parametrize(
+    ("load", "says"),
+    [
+        (_ends_the_program, "it ended in an error that is no OOM: SystemExit: 3"),
+        (
+            _leaves_half_precision,
+            "it leaves torch changed: the default dtype is torch.float16, and was "
+            "torch.float32",
+        ),
+        (_always_turns_gradients_off, ""),
+    ],
+)
+def test_what_a_loader_does_to_the_program_is_told(
+    load: Callable[[], Any], says: str
+) -> None:
+    """Beside what it does on the whole card."""
+    report = check_fallback(load, budgets=[], faults=["any:nth=2"], control=None)
+
+    assert says == "\n".join(report.steps[1].problems)
+    assert not report.steps[0].problems
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    "lazy",
+    [
+        lambda: (infer("cuda") for _ in range(2)),
+        lambda: map(infer, ["cuda"]),
+        lambda: zip(["cuda"], [1], strict=True),
+    ],
+    ids=["generator", "map", "zip"],
+)
+def test_a_result_that_has_done_nothing_yet_is_refused(lazy: Any) -> None:
+    """There would be nothing to compare, and no fault inside it."""
+    with pytest.raises(SweepError, match="which has done nothing yet: return what it"):
+        sweep_ooms(lazy)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        each
+        for each in _SETTINGS
+        if each.name
+        not in {"the card", "the stream", "threads", "the set of global module hooks"}
+    ],
+    ids=lambda each: each.name,
+)
+def test_torchs_defaults_are_put_back(setting: Any) -> None:
+    """Each of them, whatever else was set with it."""
+    other: dict[Any, Any] = {
+        torch.float32: torch.float64,
+        torch.device("cpu"): torch.device("meta"),
+        "highest": "high",
+        "none": "ieee",
+        "tf32": "ieee",
+        0: 1,
+    }
+    before = [each.read() for each in _SETTINGS]
+    defaults = Defaults()
+    assert not defaults.changed()
+    old = setting.read()
+    new = not old if isinstance(old, bool) else other[old]
+
+    setting.write(new)
+    told = defaults.changed()
+    defaults.restore()
+
+    assert (f"{setting.name} is {new}, and was {old}" in told) is setting.counts
+    assert before == [each.read() for each in _SETTINGS]
+    assert not defaults.changed()

@@ -69,6 +69,40 @@ for loss, _held in (ddp, own, older):
     assert abs(loss - plain[0]) < 1e-5, (loss, plain)
 assert own[1] < ddp[1] and older[1] < ddp[1], (own, ddp, older)
 
+# A mesh is not needed; shards and their gradients say that they are on the card.
+bare = model()
+for layer in bare:
+    fully_shard(layer)
+fully_shard(bare)
+assert abs(train(bare) - plain[0]) < 1e-5
+bare(torch.ones(4, 512, device="cuda")).sum().backward()
+for each in bare.parameters():
+    for tensor in (each, each.grad):
+        assert tensor.is_cuda and tensor.device.index == rank, tensor.device
+        assert type(tensor).__name__ == "DTensor", type(tensor)
+
+# A bucket byte for each parameter byte, from the wrapping on; gradients may be views.
+for is_view in (False, True):
+    made = model()
+    torch._C._cuda_clearCublasWorkspaces()
+    before = torch.cuda.memory_allocated()
+    wrapped = torch.nn.parallel.DistributedDataParallel(
+        made, [rank], gradient_as_bucket_view=is_view
+    )
+    nbytes = sum(each.nbytes for each in made.parameters())
+    assert torch.cuda.memory_allocated() - before == nbytes
+    wrapped(torch.full((4, 512), rank + 1.0, device="cuda")).sum().backward()
+    grads = [each.grad for each in made.parameters()]
+    assert all(each.is_cuda and each.device.index == rank for each in grads)
+    torch._C._cuda_clearCublasWorkspaces()
+    taken = torch.cuda.memory_allocated() - before
+    assert taken == nbytes * (1 if is_view else 2), (is_view, taken)
+    first = grads[0].clone()
+    dist.broadcast(first, 0)
+    assert torch.equal(first, grads[0])
+    del made, wrapped, grads, first
+del bare, each, tensor, layer
+
 # Shards fit a budget that a whole copy with its optimizer does not.
 gc.collect()
 with vram_budget("84MiB", device_index=rank):

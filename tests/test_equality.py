@@ -226,6 +226,7 @@ SAME: Final[dict[str, tuple[Any, Any]]] = {
     "unsigned arrays": (np.array([1], np.uint16), np.array([1], np.uint16)),
     "long arrays": (np.ones(1, np.longdouble), np.ones(1)),
     "arrays of text": (np.array(["a"]), np.array(["a"])),
+    "long lists": ([0] * 300, [0] * 300),
     "times": (np.array(["NaT"], "M8[s]"), np.array(["NaT"], "M8[s]")),
     "records": (np.zeros(1, [("a", "f4")]), np.zeros(1, [("a", "f4")])),
     "objects in arrays": (np.array([None, "a"], object), np.array([None, "a"], object)),
@@ -257,7 +258,6 @@ SAME: Final[dict[str, tuple[Any, Any]]] = {
     "caches": (_cache(1.0), _cache(1.0)),
     "modules": (_linear(), _linear()),
     "modules in half precision": (_linear(), _linear().half()),
-    "frozen modules": (_linear(), _frozen()),
     "objects": (Plain(started=1.0), Plain(started=2.0)),
     "objects with tensors": (Plain(a=_t(1.0), at=1.0), Plain(a=_t(1.0), at=2.0)),
     "objects with times": (Plain(at=Opaque(int)), Plain(at=Opaque(float))),
@@ -394,6 +394,11 @@ DIFFERENT: Final[dict[str, tuple[Any, Any, str]]] = {
     "sizes of arrays' integers": (np.ones(1, "i8"), np.ones(1, "i4"), "dtype int32"),
     "shapes of arrays": (np.ones(1), np.ones(2), "has shape (2,) instead of (1,)"),
     "arrays of text": (np.array(["a"]), np.array(["b"]), "has other values"),
+    "smaller shapes of text": (
+        np.array([["a"]]),
+        np.array(["a"]),
+        "has shape (1,) instead of (1, 1)",
+    ),
     "shapes of text": (np.array(["a"]), np.array([["a"]]), "has shape (1, 1)"),
     "times": (np.array(["NaT"], "M8[s]"), np.array(["2020"], "M8[s]"), "other values"),
     "records": (
@@ -457,6 +462,11 @@ DIFFERENT: Final[dict[str, tuple[Any, Any, str]]] = {
         "the result['state']['0.weight'] differs by 1",
     ),
     "training": (_linear(), _linear().eval(), "the result['training'][''] is False"),
+    "frozen modules": (
+        _linear(),
+        _frozen(),
+        "the result['trains']['0.weight'] is False instead of True",
+    ),
     "parts in training": (
         _linear(),
         nn.Sequential(_linear().get_submodule("0")),

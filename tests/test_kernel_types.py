@@ -90,6 +90,29 @@ def test_strides_of_out_are_heeded(call: Callable[[torch.Tensor], Any]) -> None:
     assert 0.5 < out.min().item()
 
 
+def test_a_strided_triangle_stays_in_its_memory() -> None:
+    """The CPU's kernel for a batch takes one stride for another, and writes beyond."""
+    source = torch.randn(3, 3, 5, 5, device="cuda")
+    whole = torch.zeros(5, 5, 3, 6, device="cuda")
+    out = whole.permute(3, 2, 1, 0)[::2]
+    torch.tril(source, out=out)
+
+    assert torch.equal(out.cpu(), torch.tril(source.cpu()))
+    assert not whole.permute(3, 2, 1, 0)[1::2].any()
+
+
+def test_cosine_similarity_makes_its_helpers_on_the_card() -> None:
+    """C++ makes the least norm where it takes the operands to be."""
+    one, other = torch.randn(2, 3, 4, device="cuda").requires_grad_()
+    result = functional.cosine_similarity(one, other)
+    (gradient,) = torch.autograd.grad(result.sum(), one)
+    host = one.detach().cpu().requires_grad_()
+    expected = functional.cosine_similarity(host, other.detach().cpu())
+
+    assert torch.equal(result.cpu(), expected)
+    assert torch.equal(gradient.cpu(), torch.autograd.grad(expected.sum(), host)[0])
+
+
 def _ones(*shape: int) -> torch.Tensor:
     return torch.ones(shape, device="cuda")
 
@@ -113,11 +136,14 @@ def test_lazy_conjugation_is_heeded_by_what_is_composed_into_out() -> None:
 
     assert torch.equal(out.cpu(), torch.linalg.pinv(source.cpu()))
 
-    real = torch.randn(3, 4, device="cuda")
-    out = torch.empty_like(torch.fft.ihfftn(real))
-    torch.fft.ihfftn(real, out=out)
+    source = torch.randn(4, 3, dtype=torch.complex64, device="cuda")
+    other = torch.randn(4, 2, dtype=torch.complex64, device="cuda")
+    solved = [torch.empty_like(each) for each in torch.linalg.lstsq(source, other)]
+    torch.linalg.lstsq(source, other, out=solved)
+    expected = torch.linalg.lstsq(source.cpu(), other.cpu())
 
-    assert torch.equal(out.cpu(), torch.fft.ihfftn(real.cpu()))
+    torch.testing.assert_close(solved[0].cpu(), expected.solution)
+    torch.testing.assert_close(solved[1].cpu(), expected.residuals)
 
 
 def test_a_transform_in_half_precision_is_refused_by_name() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import itertools
 import re
@@ -15,6 +16,7 @@ import yaml
 from torch.testing._internal.common_methods_invocations import op_db
 
 from pytest_gpumem.devices.simulated import operators
+from pytest_gpumem.devices.simulated.autocast import kernels
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.devices.simulated.operators import find, overloads
 from pytest_gpumem.devices.simulated.operators.declarations import declaration_of
@@ -27,6 +29,7 @@ from pytest_gpumem.devices.simulated.operators.requests import (
     Workspace,
     ask,
 )
+from pytest_gpumem.devices.simulated.tensor import HANDLERS
 from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
 
 if TYPE_CHECKING:
@@ -82,20 +85,44 @@ def test_every_row_stands_in_its_familys_module() -> None:
     assert modules == {each.place.partition(":")[0] for each in OPERATORS.values()}
 
 
-def test_every_overload_that_autocast_names_is_there() -> None:
-    """A cast of an overload that does not exist would never run."""
-    found = {
-        (each.overloadpacket.__name__, each._overloadname) for _, each, _ in overloads()
-    }
+def test_autocast_knows_every_operator_that_its_header_names() -> None:
+    """The lists of ``autocast_mode.h`` are read to their ends."""
+    made = kernels()
 
-    missing = [
-        (name, overload)
-        for name, each in OPERATORS.items()
-        for overload in (each.autocast.overloads if each.autocast else ())
-        if (name, overload) not in found
-    ]
+    assert {"linear", "conv2d", "scaled_dot_product_attention", "prelu"} <= made.keys()
+    assert {"exp", "layer_norm", "upsample_bilinear2d", "huber_loss"} <= made.keys()
+    assert {"sum", "sum.dim_IntList", "softmax.int", "norm.Scalar"} <= made.keys()
+    assert {"addcdiv", "scatter_add"} <= made.keys()
+    assert not {"cat", "cross_entropy_loss", "relu"} & made.keys()
 
-    assert [] == missing
+
+def test_autocast_asks_for_wide_results_and_copies_nothing(card: SimulatedCard) -> None:
+    """A softmax of half precision writes single precision, without a wide copy of it."""
+    scores = torch.zeros(64, 256, device="cuda", dtype=torch.float16)
+    changes: list[int] = []
+    card.tracers.append(lambda _i, _a, change, _all, _res: changes.append(change))
+
+    with torch.autocast("cuda"):
+        wide = scores.softmax(1)
+        total = scores.sum()
+        norm = torch.norm(scores, dim=1)
+
+    card.tracers.pop()
+    assert [64 * 256 * 4, 512, 512] == changes
+    assert {torch.float32} == {each.dtype for each in (wide, total, norm)}
+
+
+@pytest.mark.usefixtures("card")
+def test_autocast_refuses_what_is_not_safe() -> None:
+    """The text is torch's own; out of autocast it runs."""
+    shares = torch.full((3,), 0.5, device="cuda")
+
+    with (
+        torch.autocast("cuda"),
+        pytest.raises(RuntimeError, match="are unsafe to autocast"),
+    ):
+        torch.nn.functional.binary_cross_entropy(shares, shares)
+    assert torch.nn.functional.binary_cross_entropy(shares, shares).is_cuda
 
 
 def test_a_variant_in_place_shares_what_it_can() -> None:
@@ -163,6 +190,58 @@ def test_a_stray_operand_is_refused_in_the_kernels_name(call: Any, text: str) ->
     """Generated code names itself by operator, and by overload if not structured."""
     with pytest.raises(RuntimeError, match=re.escape(text)):
         call(torch.ones(2, 2, device="cuda"), torch.ones(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("run", "feature"),
+    [
+        (lambda card: torch.linalg.lu(card, pivot=False), "aten.linalg_lu"),
+        (
+            lambda card: torch.quantize_per_tensor(card, 0.1, 0, torch.quint8),
+            "a quantized tensor",
+        ),
+        (
+            lambda card: torch.quantize_per_tensor(
+                card.cpu(), 0.1, 0, torch.quint8
+            ).cuda(),
+            "a quantized tensor",
+        ),
+        (
+            lambda _card: torch._empty_affine_quantized(
+                [3], scale=0.1, zero_point=0, dtype=torch.quint8, device="cuda"
+            ),
+            "a quantized tensor",
+        ),
+        (
+            lambda _card: torch.autograd.profiler.emit_nvtx().__enter__(),
+            "torch.autograd.profiler.emit_nvtx",
+        ),
+    ],
+    ids=["lu", "quantize", "move", "make", "nvtx"],
+)
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.usefixtures("card")
+def test_what_the_cpu_lacks_is_refused_by_name(run: Any, feature: str) -> None:
+    """A text about the CPU would be wrong on a card."""
+    with pytest.raises(UnsupportedOnSimulatedDeviceError, match=re.escape(feature)):
+        run(torch.eye(2, device="cuda"))
+
+
+@pytest.mark.usefixtures("card")
+def test_a_switched_off_nvtx_emitter_is_none() -> None:
+    """It does nothing on a card either."""
+    with torch.autograd.profiler.emit_nvtx(enabled=False):
+        assert torch.ones(2, device="cuda").sum() == 2
+
+
+@pytest.mark.usefixtures("card")
+def test_results_that_are_made_anew_are_on_the_card() -> None:
+    """C++ makes those of empty matrices by itself."""
+    empty = torch.empty(0, 0, device="cuda")
+
+    for norm in (None, "nuc", 1):
+        assert torch.linalg.cond(empty, norm).is_cuda
+    assert torch.linalg.norm(torch.empty(5, 0, device="cuda"), 1).is_cuda
 
 
 # -- what is asked of the allocator ------------------------------------------------------
@@ -339,3 +418,48 @@ def test_an_oom_of_any_operator_leaves_everything_as_it_was(
     # In Python it adds a dimension in place first, on a real card too.
     assert set() == torn - {"nn.functional.dropout3d"}
     assert least < len(tried), sorted(tried)
+
+
+def test_storage_that_has_to_grow_is_charged_before_it_does(
+    card: SimulatedCard,
+) -> None:
+    """``set_`` with a size beyond the storage's end."""
+    tensor = torch.ones(2, device="cuda")
+    storage = torch.ones(4, device="cuda").untyped_storage()
+
+    with _full(card), pytest.raises(torch.OutOfMemoryError):
+        tensor.set_(storage, 1, (1000,), (1,))
+
+    assert [1.0, 1.0] == tensor.tolist()
+    assert 16 == storage.nbytes()
+    before = torch.cuda.memory_allocated()
+    tensor.set_(storage, 1, (1000,), (1,))
+    assert 4004 == storage.nbytes()
+    assert 4096 - 512 - 512 == torch.cuda.memory_allocated() - before
+
+
+def test_only_these_mutating_operators_charge_by_themselves() -> None:
+    """Every other goes through the one place that charges first."""
+    alone = {
+        "copy_": "its staging buffer is taken before anything is copied",
+        "set_": "a storage that grows is taken before it does",
+    }
+
+    found = {
+        func.overloadpacket.__name__
+        for _name, func, each in overloads()
+        if func._schema.is_mutable and HANDLERS.make(func) is each.handler
+    }
+    assert alone.keys() == found
+
+
+def test_rows_know_nothing_of_what_runs_them() -> None:
+    """The registry is below the dispatcher: no row imports what looks rows up."""
+    above = {"dispatch", "foresight", "factories", "autocast", "install"}
+    folder = Path(operators.__file__).parent
+
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                assert node.module is not None
+                assert not above & set(node.module.split(".")), path.name

@@ -226,6 +226,42 @@ def test_a_failed_phase_holds_nothing(pytester: pytest.Pytester, name: str) -> N
     result.stdout.fnmatch_lines(["test_b.py .*"])
 
 
+@pytest.mark.parametrize(
+    "module",
+    [
+        """
+        @pytest.fixture(scope="module")
+        def model():
+            held = mib(64)
+            mib(10**6)
+            yield
+
+        def test_first(model): pass
+        """,
+        """
+        @pytest.fixture(scope="module")
+        def model():
+            return [mib(64)]
+
+        def test_first(model):
+            model.clear()
+        """,
+    ],
+    ids=["failed", "smaller by now"],
+)
+def test_the_last_test_of_a_module_is_not_blamed_for_its_fixture(
+    pytester: pytest.Pytester, module: str
+) -> None:
+    """A fixture that is gone held no more than it did: one that failed, nothing."""
+    last = "def test_last():\n    assert allocated() == 0\n    mib(1)\n"
+    pytester.makepyfile(f"{HEAD}\n{textwrap.dedent(module)}\n{last}")
+
+    result = pytester.runpytest(*LIGHT, "--gpu-leak-check", "--gpu-card=8GiB,cc=8.0")
+
+    assert "VRAM leak" not in result.stdout.str()
+    assert 1 <= result.parseoutcomes()["passed"]
+
+
 def test_a_debugger_sees_what_failed(pytester: pytest.Pytester) -> None:
     """Variables of a failed test are there while it is reported."""
     pytester.makeconftest(

@@ -175,6 +175,9 @@ def test_torch_asks_nvml_for_the_simulated_card() -> None:
             torch.ones(2, device="cuda")
         ),
         lambda: torch.export.export(torch.nn.Linear(2, 2).cuda(), (torch.ones(2),)),
+        lambda: torch.distributed.init_process_group(
+            "nccl", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1
+        ),
     ],
     ids=[
         "coo",
@@ -187,6 +190,7 @@ def test_torch_asks_nvml_for_the_simulated_card() -> None:
         "compile",
         "compile-module",
         "export",
+        "nccl",
     ],
 )
 @pytest.mark.filterwarnings("ignore")  # torch's own: sparse and nested are in beta

@@ -121,20 +121,19 @@ def module_at(frame: FrameType, chain: Chain) -> tuple[Any, str]:
 
 def outermost_at(frame: FrameType, chain: Chain) -> Any:
     """Return the outermost module at work; None without."""
-    found = (
-        None
-        if chain.outer is None
-        else variables_of(_at(frame, chain.outer), "self").get("self")
-    )
-    return found if issubclass(type(found), torch.nn.Module) else None
+    return _self_at(frame, chain.outer, torch.nn.Module)
 
 
 def optimizer_at(frame: FrameType, chain: Chain) -> Any:
     """Return the optimiser at work; None without."""
-    if chain.optimizer is None:
+    return _self_at(frame, chain.optimizer, torch.optim.Optimizer)
+
+
+def _self_at(frame: FrameType, depth: int | None, base: type) -> Any:
+    if depth is None:
         return None
-    found = variables_of(_at(frame, chain.optimizer), "self").get("self")
-    return found if issubclass(type(found), torch.optim.Optimizer) else None
+    found = variables_of(_at(frame, depth), "self").get("self")
+    return found if issubclass(type(found), base) else None
 
 
 def _at(frame: FrameType, depth: int) -> FrameType:

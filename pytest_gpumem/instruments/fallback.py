@@ -190,7 +190,7 @@ def _step(
     done = loader.load(
         *([] if rule is None else [rule]),
         budget_bytes=budget_bytes,
-        catches=lambda error: isinstance(error, Exception),
+        catches=lambda error: isinstance(error, (Exception, SystemExit)),
         compares=not is_control,
     )
     attempt = done.attempt

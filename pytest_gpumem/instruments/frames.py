@@ -1,8 +1,9 @@
-"""Let go of what the frames of a handled exception keep alive."""
+"""Let go of what handled exceptions keep alive by their frames, in log records too."""
 
 from __future__ import annotations
 
 import builtins
+import logging
 from typing import Final
 
 from pytest_gpumem.stacks import clear_frame
@@ -33,3 +34,25 @@ def clear_exception(error: BaseException) -> None:
         waiting += [current.__cause__, current.__context__]
         if issubclass(type(current), _GROUP):
             waiting += current.exceptions  # type: ignore[attr-defined]  # a group has them
+
+
+def release_log_records() -> None:
+    """Clear the frames of the exceptions in records that a handler has kept.
+
+    pytest's log capture keeps every record until the test's teardown, and with
+    ``logger.exception`` the frames of the error, and with those their tensors. The
+    records' texts stay.
+    """
+    loggers = [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]
+    for logger in loggers:
+        for handler in getattr(logger, "handlers", ()):
+            for record in _kept(handler):
+                if record.exc_info and record.exc_info[1] is not None:
+                    clear_exception(record.exc_info[1])
+
+
+def _kept(handler: logging.Handler) -> list[logging.LogRecord]:
+    records = getattr(handler, "records", None) or getattr(handler, "buffer", None)
+    if not isinstance(records, list):
+        return []
+    return [each for each in records if isinstance(each, logging.LogRecord)]

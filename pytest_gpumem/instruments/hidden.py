@@ -7,13 +7,13 @@ it has saved), nor those of the interpreter itself (signal handlers).
 
 from __future__ import annotations
 
-import gc
 import signal
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from pytest_gpumem.instruments.parts import living
 from pytest_gpumem.stacks import frames_from, variables_of
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def _held(is_ours: Callable[[FrameType], bool]) -> Iterator[tuple[Any, Any]]:
             if not is_ours(frame) and frame.f_code.co_name != "<module>":
                 for value in variables_of(frame).values():
                     yield frame, value
-    for tensor in living_tensors():
+    for tensor in living(torch.Tensor)[0]:
         gradient = _gradient(tensor)
         if gradient is not None:
             yield tensor, gradient
@@ -90,7 +90,7 @@ def _held(is_ours: Callable[[FrameType], bool]) -> Iterator[tuple[Any, Any]]:
 def _saved() -> Iterator[tuple[torch.Tensor, Any]]:
     """Yield pairs of a tensor and what the graph behind it keeps for backward."""
     seen: set[int] = set()
-    for tensor in living_tensors():
+    for tensor in living(torch.Tensor)[0]:
         waiting = [tensor.grad_fn]
         while waiting and len(seen) < _NODES:
             node = waiting.pop()
@@ -126,17 +126,3 @@ def base_of(tensor: torch.Tensor) -> torch.Tensor | None:
         return tensor._base  # noqa: SLF001  # torch's documented way
     except Exception:  # noqa: BLE001  # a subclass that has none
         return None
-
-
-def living_tensors() -> list[torch.Tensor]:
-    """Return every tensor that the collector knows."""
-    # There are a hundred thousand objects and a few thousand types.
-    kinds: dict[type, bool] = {}
-    found = []
-    for each in gc.get_objects():
-        kind = type(each)
-        if kind not in kinds:
-            kinds[kind] = issubclass(kind, torch.Tensor)
-        if kinds[kind]:
-            found.append(each)
-    return found

@@ -19,7 +19,6 @@ from types import (
     FrameType,
     FunctionType,
     GeneratorType,
-    MemberDescriptorType,
     ModuleType,
     TracebackType,
 )
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from pytest_gpumem.instruments.hidden import Place, base_of
+from pytest_gpumem.instruments.parts import attributes_of, dictionary_of, shape_words
 from pytest_gpumem.stacks import variables_of
 
 if TYPE_CHECKING:
@@ -35,10 +35,9 @@ if TYPE_CHECKING:
 
 
 def tensor_words(tensor: torch.Tensor) -> str:
-    """Return a tensor's shape and type."""
-    shape = "x".join(map(str, tensor.shape)) or "scalar"
+    """Return a tensor's shape and type, and whether it has a graph."""
     kind = "gradient-tracked " if tensor.grad_fn is not None else ""
-    return f"{kind}{shape} {str(tensor.dtype).removeprefix('torch.')}"
+    return f"{kind}{shape_words(tensor)}"
 
 
 def runs(frame: FrameType) -> bool:
@@ -86,7 +85,7 @@ def _owns(owner: Any, mapping: dict[Any, Any]) -> bool:
     """Tell whether a dictionary is where an object has its attributes."""
     if isinstance(owner, type):
         return mapping.keys() == vars(owner).keys()
-    return not isinstance(owner, ModuleType) and _dictionary(owner) is mapping
+    return not isinstance(owner, ModuleType) and dictionary_of(owner) is mapping
 
 
 def _noun(holder: Any) -> str:
@@ -128,32 +127,8 @@ def _step(holder: Any, child: Any) -> str:
         if isinstance(holder, kinds):
             return describe(holder, child)
     kind = type(holder).__name__
-    name = _attribute(holder, child)
+    name = _key(attributes_of(holder), child)
     return f"attribute {name!r} of a {kind}" if name else f"a {kind}"
-
-
-def _attribute(holder: Any, child: Any) -> str | None:
-    """Return the name under which an object has another, in its dictionary or a slot."""
-    name = _key(_dictionary(holder), child)
-    if name is not None:
-        return name
-    for kind in type(holder).__mro__:
-        for slot, member in vars(kind).items():
-            if isinstance(member, MemberDescriptorType):
-                try:
-                    if member.__get__(holder) is child:
-                        return slot
-                except AttributeError:
-                    continue  # it is not set
-    return None
-
-
-def _dictionary(holder: Any) -> dict[str, Any]:
-    try:
-        found = object.__getattribute__(holder, "__dict__")
-    except AttributeError:
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _frame(holder: FrameType, child: Any) -> str:
@@ -226,7 +201,7 @@ def _tensor(holder: torch.Tensor, child: Any) -> str:
             return f"gradient of a {words}"
         if base_of(holder) is child:
             return f"a view, {words}"
-    name = _key(_dictionary(holder), child)
+    name = _key(dictionary_of(holder), child)
     if name:
         return f"attribute {name!r} of a {words}"
     if holder.grad_fn is None:

@@ -12,20 +12,18 @@ import gc
 import logging
 import threading
 from pathlib import Path
-from types import (
-    FrameType,
-    ModuleType,
-)
+from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from pytest_gpumem.instruments.hidden import HiddenHolders, Place, living_tensors
+import torch
+
+from pytest_gpumem.instruments.hidden import HiddenHolders, Place
 from pytest_gpumem.instruments.holder_words import path_in_words, runs, tensor_words
+from pytest_gpumem.instruments.parts import living
 from pytest_gpumem.sizes import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-
-    import torch
 
     from pytest_gpumem.devices import Device
 
@@ -86,13 +84,11 @@ def find_holders(device: Device, before: Iterable[int] = ()) -> list[Held]:
     Limits: what only C++ holds beside gradients and graphs is not named, nor what the
     interpreter keeps to itself (arguments of ``atexit.register``).
     """
-    found: list[Held] = []
-    hidden: HiddenHolders | None = None
-    for nbytes, tensor, ignored in _largest(device, before):
-        hidden = HiddenHolders(_is_ours) if hidden is None else hidden
-        holder = _holder(tensor, ignored, hidden)
-        found.append(Held(nbytes, tensor_words(tensor), holder))
-    return found
+    hidden: list[HiddenHolders] = []
+    return [
+        Held(nbytes, tensor_words(tensor), _holder(tensor, ignored, hidden))
+        for nbytes, tensor, ignored in _largest(device, before)
+    ]
 
 
 def find_cycles(device: Device, before: Iterable[int] = ()) -> list[Held]:
@@ -104,22 +100,9 @@ def find_cycles(device: Device, before: Iterable[int] = ()) -> list[Held]:
         device: Knows the size of a block.
         before: Addresses of storages to leave out; see ``blocks_on_cards``.
     """
-    found: list[Held] = []
-    for nbytes, tensor, ignored in _largest(device, before):
-        holder = _holder(tensor, ignored)
-        if holder.startswith(CYCLE):
-            found.append(Held(nbytes, tensor_words(tensor), holder))
-    return found
-
-
-def _holder(
-    tensor: torch.Tensor, ignored: Any, hidden: HiddenHolders | None = None
-) -> str:
-    """Return who holds a tensor; a class of the program's may not want to be asked."""
-    try:
-        return describe_holder(tensor, ignored=[ignored], hidden=hidden)
-    except Exception as error:  # noqa: BLE001  # whatever it is, a verdict is due
-        return f"what holds it cannot be looked at: {type(error).__name__}"
+    return [
+        each for each in find_holders(device, before) if each.holder.startswith(CYCLE)
+    ]
 
 
 def _largest(
@@ -142,26 +125,28 @@ def _largest(
 
 
 def _tensors() -> list[torch.Tensor]:
-    return [each for each in living_tensors() if each.is_cuda]
+    return [each for each in living(torch.Tensor)[0] if each.is_cuda]
 
 
-def describe_holder(
-    value: Any, *, ignored: Iterable[Any] = (), hidden: HiddenHolders | None = None
-) -> str:
+def _holder(value: Any, ignored: Any, hidden: list[HiddenHolders]) -> str:
     """Return the shortest way from an object to what keeps it alive, in words.
 
     Args:
         value: The object.
-        ignored: Objects of the caller's own that hold it too.
-        hidden: What the collector does not show, if it was looked for already.
+        ignored: What of the caller's own holds it too.
+        hidden: What the collector does not show; looked for once.
     """
-    hidden = HiddenHolders(_is_ours) if hidden is None else hidden
-    left_out = [hidden.holders, *ignored]
-    found = _search(value, hidden, left_out)
-    if found.startswith(CYCLE) or found == _NOBODY:
-        hidden.add_graphs()
-        of_graphs = _search(value, hidden, left_out)
-        found = found if of_graphs == _NOBODY else of_graphs
+    try:
+        if not hidden:
+            hidden.append(HiddenHolders(_is_ours))
+        left_out = [hidden[0].holders, ignored]
+        found = _search(value, hidden[0], left_out)
+        if found.startswith(CYCLE) or found == _NOBODY:
+            hidden[0].add_graphs()
+            of_graphs = _search(value, hidden[0], left_out)
+            found = found if of_graphs == _NOBODY else of_graphs
+    except Exception as error:  # noqa: BLE001  # a class of the program's may not want to be asked
+        return f"what holds it cannot be looked at: {type(error).__name__}"
     return found
 
 
@@ -217,9 +202,7 @@ def _referrers(
 
 
 def _is_ours(holder: Any) -> bool:
-    if isinstance(holder, FrameType):
-        return holder.f_code.co_filename.startswith(_OURS)
-    return False
+    return isinstance(holder, FrameType) and holder.f_code.co_filename.startswith(_OURS)
 
 
 def _is_root(holder: Any) -> bool:

@@ -14,7 +14,7 @@ from pytest_gpumem.model.rule_parser import parse_rule
 from pytest_gpumem.model.rules import NOT_OOM, Request, Rule, Schedule
 
 if TYPE_CHECKING:
-    from types import TracebackType
+    from collections.abc import Collection
 
     from pytest_gpumem.devices import Device
 
@@ -74,20 +74,16 @@ class OomInjector:
     @property
     def num_ooms(self) -> int:
         """How many of them the allocator's ``num_ooms`` counts; see ``flavours``."""
-        return sum(
-            schedule.num_failed
-            for schedule in self.schedules
-            if schedule.rule.flavour in COUNTED
-        )
+        return self._num_failed(COUNTED)
 
     @property
     def num_uncounted_ooms(self) -> int:
         """How many are OOMs of other parts of CUDA, of which ``num_ooms`` knows nothing."""
-        return sum(
-            schedule.num_failed
-            for schedule in self.schedules
-            if schedule.rule.flavour not in {*COUNTED, NOT_OOM}
-        )
+        return self.num_injected - self._num_failed({*COUNTED, NOT_OOM})
+
+    def _num_failed(self, flavours: Collection[str]) -> int:
+        mine = (each for each in self.schedules if each.rule.flavour in flavours)
+        return sum(each.num_failed for each in mine)
 
     @property
     def num_counted(self) -> int:
@@ -152,12 +148,7 @@ class OomInjector:
         self._look()
         return self
 
-    def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self._is_entered = False
         self._stack.close()
 

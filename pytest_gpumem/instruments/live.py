@@ -6,7 +6,6 @@ and one up the stack. Nothing of what is seen is kept; ``holders.py`` asks more 
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +14,13 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import torch
 from torch.nn.parameter import is_lazy
 
-from pytest_gpumem.instruments.parts import modules_of, registry, tensors_of
+from pytest_gpumem.instruments.parts import (
+    living,
+    modules_of,
+    registry,
+    shape_words,
+    tensors_of,
+)
 from pytest_gpumem.model.incidents import LiveTensor, ModelSize
 from pytest_gpumem.stacks import frames_from, variables_of
 
@@ -61,24 +66,26 @@ def survey(device: Device, index: int, frame: FrameType | None) -> Survey:
         index: The card.
         frame: The innermost frame of the code that asked for memory.
     """
-    found = _Found()
+    every, modules, optimizers = living(
+        torch.Tensor, torch.nn.Module, torch.optim.Optimizer
+    )
     names = _Names(device, index)
-    tensors = {address(each): each for each in found.tensors if names.has(each)}
+    tensors = {address(each): each for each in every if names.has(each)}
     on_stack = names.of_frames(frame)
     models = [
         size
-        for root in _roots(found.modules)
+        for root in _roots(modules)
         if (size := names.of_model(root, is_wanted=id(root) in on_stack)) is not None
     ]
-    for each in found.optimizers:
+    for each in optimizers:
         names.of_optimizer(each)
-    del found
+    del every, modules, optimizers
     ranked = sorted(
         tensors.items(), key=lambda pair: -pair[1].untyped_storage().nbytes()
     )
     return Survey(
         tuple(
-            LiveTensor(nbytes(tensor), _words(tensor), names.owner(place, tensor))
+            LiveTensor(nbytes(tensor), shape_words(tensor), names.owner(place, tensor))
             for place, tensor in ranked[:SHOWN]
         ),
         len(tensors),
@@ -90,31 +97,7 @@ def survey(device: Device, index: int, frame: FrameType | None) -> Survey:
 
 def living_models() -> list[torch.nn.Module]:
     """Return every model that is alive: modules that are no part of another."""
-    return _roots(_Found().modules)
-
-
-class _Found:
-    """The objects that matter among all that the collector knows, by one walk."""
-
-    def __init__(self) -> None:
-        self.tensors: list[torch.Tensor] = []
-        self.modules: list[torch.nn.Module] = []
-        self.optimizers: list[torch.optim.Optimizer] = []
-        lists: tuple[tuple[type, list[Any]], ...] = (
-            (torch.Tensor, self.tensors),
-            (torch.nn.Module, self.modules),
-            (torch.optim.Optimizer, self.optimizers),
-        )
-        # There are a hundred thousand objects and a few thousand types.
-        homes: dict[type, list[Any] | None] = {}
-        for each in gc.get_objects():
-            kind = type(each)
-            if kind not in homes:
-                fitting = (home for base, home in lists if issubclass(kind, base))
-                homes[kind] = next(fitting, None)
-            home = homes[kind]
-            if home is not None:
-                home.append(each)
+    return _roots(living(torch.nn.Module)[0])
 
 
 class _Names:
@@ -274,8 +257,3 @@ def address(tensor: torch.Tensor) -> int:
 def nbytes(tensor: torch.Tensor) -> int:
     """Return the bytes of a tensor's storage."""
     return tensor.untyped_storage().nbytes()
-
-
-def _words(tensor: torch.Tensor) -> str:
-    shape = "x".join(map(str, tensor.shape)) or "scalar"
-    return f"{shape} {str(tensor.dtype).removeprefix('torch.')}"

@@ -34,6 +34,7 @@ class Load:
         model: The model in what the loader returned; None without one.
         placement: Where it is; None without a model.
         compared: Its output beside the reference; None if not compared.
+        changed: What of torch's defaults it left changed and the first load did not.
         left_bytes: Bytes on the cards that are not the model's own, at least 0.
         holders: Who holds those, and which reference cycles held more until a collection.
     """
@@ -42,6 +43,7 @@ class Load:
     model: Any
     placement: Placement | None
     compared: Comparison | None
+    changed: tuple[str, ...]
     left_bytes: int
     holders: tuple[str, ...]
 
@@ -59,6 +61,7 @@ class Load:
         if self.left_bytes:
             left = format_size(self.left_bytes)
             found.append(f"{left} of a failed attempt stay on the card")
+        found += [f"it leaves torch changed: {each}" for each in self.changed]
         if attempt.output_failure is not None:
             words = attempt.output_failure.words(_WORDS)
             found.append(f"the loaded model cannot be run: {words}")
@@ -103,6 +106,7 @@ class Loader:
         self._model_of = model_of
         self._run = run
         self._reference = None if reference is None else portrait(reference)
+        self._usual: frozenset[str] | None = None
         self._device = device
         self._trial = Trial(
             body=load,
@@ -141,13 +145,16 @@ class Loader:
                 where="the output",
                 dtypes=placement.dtypes,
             )
+        if self._usual is None:
+            self._usual = attempt.changed
+        changed = tuple(sorted(attempt.changed - self._usual))
         left = max(attempt.left_bytes, 0)
         holders = tuple(map(str, attempt.cycles))
         if left:
             holders += self._trial.holders(attempt)
         elif attempt.note:
             holders += (attempt.note,)
-        return Load(attempt, model, placement, compared, left, holders)
+        return Load(attempt, model, placement, compared, changed, left, holders)
 
     def _output(self, loaded: Any) -> Any:
         has_model = loaded is not None and self._model_of(loaded) is not None

@@ -6,6 +6,9 @@ three registries of the object itself.
 
 from __future__ import annotations
 
+import gc
+from contextlib import suppress
+from types import MemberDescriptorType
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -16,6 +19,24 @@ if TYPE_CHECKING:
 #: A block in which the program's modes and tensor classes do not see what is asked of a
 #: tensor.
 unseen: Final = torch._C.DisableTorchFunction  # noqa: SLF001  # no public name
+
+
+def living(*bases: type) -> tuple[list[Any], ...]:
+    """Return all objects of each class that the collector knows, by one walk."""
+    lists: tuple[list[Any], ...] = tuple([] for _ in bases)
+    # There are a hundred thousand objects and a few thousand types.
+    homes: dict[type, list[Any] | None] = {}
+    for each in gc.get_objects():
+        kind = type(each)
+        if kind not in homes:
+            pairs = zip(bases, lists, strict=True)
+            homes[kind] = next(
+                (to for base, to in pairs if issubclass(kind, base)), None
+            )
+        home = homes[kind]
+        if home is not None:
+            home.append(each)
+    return lists
 
 
 def modules_of(root: Any) -> Iterator[tuple[str, Any]]:
@@ -51,11 +72,7 @@ def registry(module: Any, kind: str) -> list[tuple[str, Any]]:
         module: The module.
         kind: ``"_modules"``, ``"_parameters"`` or ``"_buffers"``.
     """
-    try:
-        attributes = object.__getattribute__(module, "__dict__")
-    except AttributeError:
-        return []
-    found = attributes.get(kind)
+    found = dictionary_of(module).get(kind)
     return [] if found is None else list(found.items())
 
 
@@ -81,3 +98,29 @@ def _tensors_among(value: Any) -> Iterator[torch.Tensor]:
         yield from (item for item in value.values() if isinstance(item, torch.Tensor))
     elif isinstance(value, (list, tuple)):
         yield from (item for item in value if isinstance(item, torch.Tensor))
+
+
+def attributes_of(value: Any) -> dict[str, Any]:
+    """Return what an object has in its slots and its dictionary, by name."""
+    found = {}
+    for kind in type(value).__mro__:
+        for name, member in vars(kind).items():
+            if type(member) is MemberDescriptorType:
+                with suppress(AttributeError):  # it is not set
+                    found[name] = member.__get__(value)
+    return {**found, **dictionary_of(value)}
+
+
+def dictionary_of(value: Any) -> dict[str, Any]:
+    """Return the dictionary in which an object has its attributes; empty without."""
+    try:
+        found = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def shape_words(tensor: torch.Tensor) -> str:
+    """Return a tensor's shape and type."""
+    shape = "x".join(map(str, tensor.shape)) or "scalar"
+    return f"{shape} {str(tensor.dtype).removeprefix('torch.')}"

@@ -5,21 +5,33 @@ from __future__ import annotations
 import dataclasses
 import enum
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, ValuesView
 from collections.abc import Set as AbstractSet
-from types import FunctionType, ModuleType
+from types import (
+    AsyncGeneratorType,
+    CoroutineType,
+    FunctionType,
+    GeneratorType,
+    ModuleType,
+)
 from typing import Any, Final
 
 import torch
 from torch.nn.parameter import is_lazy
 
 from pytest_gpumem.errors import NoValuesError
+from pytest_gpumem.instruments.parts import attributes_of
 from pytest_gpumem.instruments.placement import placement_of
 
 #: What is compared as it is: it has equality, or there is but one of each.
 _PLAIN: Final = (
     *(str, bytes, bytearray, range, enum.Enum, type(None), type(...)),
     *(torch.dtype, torch.layout, torch.memory_format),
+)
+#: What has done nothing yet.
+_LAZY: Final = (
+    *(GeneratorType, CoroutineType, AsyncGeneratorType),
+    *(map, filter, zip),
 )
 #: How deep in objects without equality of their own tensors are looked for.
 _DEPTH: Final = 4
@@ -54,10 +66,19 @@ def portrait(value: Any) -> Any:
     Tensors and arrays become copies on the CPU (on meta where the device keeps no
     values). Mappings, sequences, sets, dataclasses, and classes of attrs and pydantic
     become the same of their items; modules their parameters, all buffers, whether each
-    part is in training, and whether they are whole. Of other objects the tensors,
+    part is in training, which parameters train, and whether they are whole. Of other objects the tensors,
     arrays and modules among their public attributes are taken; without such, the object
     itself where its class defines equality, else its class.
+
+    Raises:
+        TypeError: The value is a generator or another that has done nothing yet.
     """
+    if issubclass(type(value), _LAZY):
+        kind = type(value).__name__
+        raise TypeError(
+            f"the result is a {kind}, which has done nothing yet: return what it gives, "
+            "as list(...) does"
+        )
     return _paint(value, (), _DEPTH)
 
 
@@ -99,7 +120,7 @@ def _parts(value: Any, kind: type, inner: Callable[[Any], Any]) -> Any:  # noqa:
         return {key: inner(item) for key, item in value.items()}
     if issubclass(kind, tuple) and hasattr(kind, "_make"):
         return kind._make(map(inner, value))
-    if issubclass(kind, Sequence):
+    if issubclass(kind, (Sequence, ValuesView)):
         return [inner(item) for item in value]
     if issubclass(kind, AbstractSet):
         # Tensors are hashed by identity: there is no set of their copies.
@@ -135,6 +156,9 @@ def _module(module: torch.nn.Module, inner: Callable[[Any], Any]) -> dict[str, A
     return {
         "placement": "whole" if placement.is_whole else f"half moved: {placement}",
         "training": {name: part.training for name, part in module.named_modules()},
+        "trains": {
+            name: each.requires_grad for name, each in module.named_parameters()
+        },
         "state": {name: inner(each) for name, each in state.items()},
     }
 
@@ -164,10 +188,7 @@ def _array(value: Any, kind: type) -> Any:
 
 
 def _object(value: Any, kind: type, above: tuple[int, ...], depth: int) -> Any:
-    try:
-        attributes: Any = object.__getattribute__(value, "__dict__")
-    except AttributeError:
-        attributes = {}
+    attributes = attributes_of(value)
     if depth:
         painted = {
             name: _paint(item, above, depth - 1)

@@ -12,7 +12,6 @@ from pytest_gpumem.stacks import calling_frame
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import TracebackType
 
     from pytest_gpumem.devices import Device, Tracker
     from pytest_gpumem.instruments.witness import OomWitness
@@ -61,12 +60,7 @@ class PeakRecorder:
         self._tracker = device.open_tracker(self._index)
         return self
 
-    def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         if self._tracker is not None:
             self._final = self._tracker.close()
 
@@ -109,12 +103,7 @@ class LimitWatch:
         self._stack.enter_context(self._device.watching(self._watch))
         return self
 
-    def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self._stack.close()
 
     def _watch(

@@ -13,7 +13,6 @@ from pytest_gpumem.devices.nvml import Reading
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from types import TracebackType
 
     from pytest_gpumem.devices import Device, Tracker
     from pytest_gpumem.model.records import MemoryFigures
@@ -63,12 +62,7 @@ class MemorySampler:
         self.resume()
         return self
 
-    def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
 
     def close(self) -> None:

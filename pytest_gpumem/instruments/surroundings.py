@@ -9,15 +9,17 @@ import threading
 import time
 from concurrent.futures.thread import _worker
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from functools import partial
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 
 from pytest_gpumem.devices import allocated_bytes
-from pytest_gpumem.instruments.logs import release_log_records
+from pytest_gpumem.instruments.frames import release_log_records
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
     from pytest_gpumem.devices import Device
 
@@ -45,52 +47,144 @@ class RandomState:
             sys.modules["numpy"].random.set_state(self._numpy)
 
 
+class _Setting(NamedTuple):
+    """What torch holds for the process or the thread, beyond any block.
+
+    Attributes:
+        name: What it is called.
+        read: Returns it.
+        write: Sets it.
+        counts: Whether code computes other numbers once it is another.
+    """
+
+    name: str
+    read: Callable[[], Any]
+    write: Callable[[Any], Any]
+    counts: bool = True
+
+
+def _set_default_device(device: torch.device) -> None:
+    torch.set_default_device(None if device.type == "cpu" else device)
+
+
+#: The tables of hooks that every module calls.
+_HOOKS: Final = tuple(
+    table
+    for name, table in vars(torch.nn.modules.module).items()
+    if name.startswith("_global_") and isinstance(table, dict)
+)
+
+
+def _global_hooks() -> frozenset[int]:
+    return frozenset(number for table in _HOOKS for number in table)
+
+
+def _keep_global_hooks(kept: frozenset[int]) -> None:
+    for table in _HOOKS:
+        for number in table.keys() - kept:
+            del table[number]
+
+
+def _attribute(name: str) -> _Setting:
+    """Return a setting that is an attribute of torch's, by its path."""
+    owner, _, attribute = name.rpartition(".")
+    of = attrgetter(owner.removeprefix("torch."))
+    return _Setting(
+        name,
+        lambda: getattr(of(torch), attribute),
+        lambda value: setattr(of(torch), attribute, value),
+    )
+
+
+_SETTINGS: Final = (
+    _Setting("the default dtype", torch.get_default_dtype, torch.set_default_dtype),
+    _Setting("the default device", torch.get_default_device, _set_default_device),
+    _Setting("grad mode", torch.is_grad_enabled, torch.set_grad_enabled),
+    *(
+        _Setting(
+            f"autocast of {kind}",
+            partial(torch.is_autocast_enabled, kind),
+            partial(torch.set_autocast_enabled, kind),
+        )
+        for kind in ("cuda", "cpu")
+    ),
+    _Setting(
+        "the debug mode of deterministic algorithms",
+        torch.get_deterministic_debug_mode,
+        torch.set_deterministic_debug_mode,
+    ),
+    _Setting("the set of global module hooks", _global_hooks, _keep_global_hooks),
+    # Each of torch's older names for a precision before the newer ones, which it sets.
+    _Setting(
+        "the precision of float32 products",
+        torch.get_float32_matmul_precision,
+        torch.set_float32_matmul_precision,
+    ),
+    _attribute("torch.backends.cuda.matmul.fp32_precision"),
+    _attribute("torch.backends.cudnn.allow_tf32"),
+    _attribute("torch.backends.cudnn.conv.fp32_precision"),
+    _attribute("torch.backends.cudnn.rnn.fp32_precision"),
+    *(
+        _attribute(f"torch.backends.cudnn.{name}")._replace(counts=False)
+        for name in ("enabled", "benchmark", "deterministic")
+    ),
+    _Setting("threads", torch.get_num_threads, torch.set_num_threads, counts=False),
+    _Setting(
+        "the card", torch.cuda.current_device, torch.cuda.set_device, counts=False
+    ),
+    _Setting(
+        "the stream", torch.cuda.current_stream, torch.cuda.set_stream, counts=False
+    ),
+)
+
+
 class Defaults:
     """What torch holds for the process or thread and a failed run may leave changed."""
 
     def __init__(self) -> None:
-        self._dtype = torch.get_default_dtype()
-        self._grad = torch.is_grad_enabled()
-        self._num_threads = torch.get_num_threads()
-        self._card = torch.cuda.current_device()
+        self._values = [_read(each) for each in _SETTINGS]
 
     def restore(self) -> None:
         """Put back what is not as it was."""
-        if torch.get_default_dtype() is not self._dtype:
-            torch.set_default_dtype(self._dtype)
-        if torch.is_grad_enabled() != self._grad:
-            torch.set_grad_enabled(self._grad)
-        if torch.get_num_threads() != self._num_threads:
-            torch.set_num_threads(self._num_threads)
-        if torch.cuda.current_device() != self._card:
-            torch.cuda.set_device(self._card)
+        for setting, value in zip(_SETTINGS, self._values, strict=True):
+            if value is not None and _read(setting) != value:
+                setting.write(value)
+
+    def changed(self) -> frozenset[str]:
+        """Return what is not as it was and lets code compute other numbers, in words."""
+        return frozenset(
+            f"{setting.name} is {now}, and was {value}"
+            for setting, value in zip(_SETTINGS, self._values, strict=True)
+            if setting.counts and (now := _read(setting)) != value
+        )
 
 
-class StartedThreads:
-    """The threads that come to be from now on."""
+def _read(setting: _Setting) -> Any:
+    """Return a setting; None where torch has been told it in two ways that differ."""
+    try:
+        return setting.read()
+    except RuntimeError:
+        return None
 
-    def __init__(self) -> None:
-        self._before = set(threading.enumerate())
 
-    def wait(self, patience_s: float) -> list[threading.Thread]:
-        """Wait until they have ended, or wait for work as a pool's do.
+def wait_for_threads(before: Collection[threading.Thread], patience_s: float) -> None:
+    """Wait until all other threads have ended, or wait for work as a pool's do.
 
-        Args:
-            patience_s: Seconds after which those left are waited for no more.
-
-        Returns:
-            Those still at work.
-        """
-        end_s = time.monotonic() + patience_s
-        while True:
-            working = [
-                thread
-                for thread in threading.enumerate()
-                if thread not in self._before and not _waits_for_work(thread)
-            ]
-            if not working or time.monotonic() > end_s:
-                return working
-            working[0].join(_LOOK_S)
+    Args:
+        before: Those that are not waited for.
+        patience_s: Seconds after which those left are waited for no more.
+    """
+    end_s = time.monotonic() + patience_s
+    while time.monotonic() <= end_s:
+        working = (
+            thread
+            for thread in threading.enumerate()
+            if thread not in before and not _waits_for_work(thread)
+        )
+        first = next(working, None)
+        if first is None:
+            return
+        first.join(_LOOK_S)
 
 
 def _waits_for_work(thread: threading.Thread) -> bool:

@@ -53,10 +53,11 @@ def sweep_ooms(
 ) -> SweepReport:
     """Fail every allocation of ``body(*args)`` in turn and judge what comes of it.
 
-    Before each run random states and torch's defaults (dtype, card, gradients, number of
-    threads) are put back, caches emptied and the arguments made anew if there is a
-    factory for them; threads that the run before left at work are waited for. A run's result is compared with that of a run
-    without faults: tensors by value, wherever they lie, modules by their state.
+    Before each run random states and torch's defaults (dtype, card, gradients, ...) are
+    put back, caches emptied and the arguments made anew if there is a factory for them;
+    threads that the run before left at work are waited for. A run's result is compared
+    with that of a run without faults: tensors by value, wherever they lie, modules by
+    their state.
 
     Args:
         body: The code under test; returns a result to compare.
@@ -139,7 +140,6 @@ class _Sweep:
                 progress(done, len(points), outcome)
             if self._is_whole:
                 self._run_on(report, len(sites), timeout_s, progress)
-            state.finish()
         return report
 
     @property

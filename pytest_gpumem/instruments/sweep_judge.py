@@ -60,7 +60,7 @@ class SweepJudge:
         """
         try:
             attempt = self._trial.run(catches=lambda _error: False)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             kind, text = type(error).__name__, str(error).strip()[:_WORDS]
             said = f"{kind}: {text}" if text else kind
             raise SweepError(f"the code fails without any fault: {said}") from error
@@ -78,9 +78,11 @@ class SweepJudge:
         holders: tuple[str, ...] = ()
         if left > 0:
             holders = self._holders(point, attempt)
-            if verdict.passes(recover=False):
-                verdict = Verdict.LEAK
-        detail = f"{detail}\n{attempt.note}".strip()
+        changed = sorted(attempt.changed - (self._reference or attempt).changed)
+        if (left > 0 or changed) and verdict.passes(recover=False):
+            verdict = Verdict.LEAK
+        notes = [f"it leaves torch changed: {each}" for each in changed]
+        detail = "\n".join(filter(None, [detail, *notes, attempt.note]))
         return Outcome(
             point,
             verdict,

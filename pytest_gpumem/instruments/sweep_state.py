@@ -10,7 +10,6 @@ from pytest_gpumem.model.sweeps import Outcome, Point
 
 if TYPE_CHECKING:
     import os
-    from types import TracebackType
 
 
 class SweepState:
@@ -41,7 +40,6 @@ class SweepState:
         }
         self._known: dict[Point, Outcome] = {}
         self._stream: TextIO | None = None
-        self._is_finished = False
 
     def known(self, point: Point) -> Outcome | None:
         """Return what became of a point in the interrupted sweep."""
@@ -52,10 +50,6 @@ class SweepState:
         if self._stream is not None:
             self._stream.write(json.dumps(outcome.to_json()) + "\n")
             self._stream.flush()
-
-    def finish(self) -> None:
-        """Forget everything: the sweep is whole."""
-        self._is_finished = True
 
     def __enter__(self) -> SweepState:  # noqa: PYI034  # Self needs Python 3.11
         if self._path is not None:
@@ -70,15 +64,10 @@ class SweepState:
             self._stream = self._path.open("a", encoding="utf-8")
         return self
 
-    def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *_error: object) -> None:
         if self._stream is not None and self._path is not None:
             self._stream.close()
-            if self._is_finished:
+            if kind is None:  # the sweep is whole
                 self._path.unlink(missing_ok=True)
 
     def _read(self, path: Path) -> dict[Point, Outcome]:

@@ -7,6 +7,7 @@ what of it is wrong. How code is run and what is seen of it is said here, once.
 from __future__ import annotations
 
 import dis
+import threading
 import time
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -29,9 +30,9 @@ from pytest_gpumem.instruments.recorder import PeakRecorder
 from pytest_gpumem.instruments.surroundings import (
     Defaults,
     RandomState,
-    StartedThreads,
     num_ooms,
     settle,
+    wait_for_threads,
 )
 from pytest_gpumem.instruments.watchdog import HangError, Watchdog
 from pytest_gpumem.sizes import format_size
@@ -87,6 +88,7 @@ class Attempt:
         left_bytes: Bytes on the cards afterwards that were not there before, and that
             the result does not own; negative where the run has freed some.
         logged_bytes: Bytes that only captured log records held.
+        changed: What of torch's defaults it left changed, in words.
         cycles: What reference cycles held until a collection, where that was asked.
         known: Addresses of blocks that are not what a failed attempt has left.
         figures: Peaks, of everything.
@@ -103,6 +105,7 @@ class Attempt:
     extra_ooms: int
     left_bytes: int
     logged_bytes: int
+    changed: frozenset[str]
     cycles: tuple[Held, ...]
     known: frozenset[int]
     figures: MemoryFigures
@@ -169,7 +172,7 @@ class Trial:
             budget_bytes: What the card may hold; None leaves that as it is.
             timeout_s: Seconds after which the run is ended; None never does.
             catches: Tells which errors are part of the verdict. Others come through, as
-                do those that end the program.
+                does an interruption.
         """
         self._defaults.restore()
         device, index = self.device, self.device_index
@@ -192,11 +195,12 @@ class Trial:
             in_force = device.budget(index)
             recorder = PeakRecorder(device_index=index, device=device)
             stack.enter_context(recorder)
-            threads, started_s = StartedThreads(), time.perf_counter()
+            threads, started_s = set(threading.enumerate()), time.perf_counter()
             result, failure = self._attempt(injector, arguments, timeout_s, catches)
             seconds = time.perf_counter() - started_s
             is_hang = failure is not None and failure.is_hang
-            threads.wait(0.0 if is_hang else _PATIENCE_S)
+            wait_for_threads(threads, 0.0 if is_hang else _PATIENCE_S)
+            changed = self._defaults.changed()
             self._defaults.restore()
             del arguments
             own = self.owns(result) if failure is None else {}
@@ -218,6 +222,7 @@ class Trial:
             extra_ooms=total - injector.num_ooms,
             left_bytes=left,
             logged_bytes=logged,
+            changed=changed,
             cycles=cycles,
             known=known,
             figures=recorder.figures,
@@ -246,14 +251,14 @@ class Trial:
     ) -> tuple[Any, Failure | None]:
         watchdog = Watchdog(timeout_s)
         try:
-            with watchdog, injector:
+            with injector, watchdog:
                 result = self.body(*arguments)
             return self.keep(result), None
         except HangError as hang:
             stacks = watchdog.stacks or ""
             failure = failure_of(hang)
             return None, failure._replace(text=f"{hang}\n{stacks}", is_hang=True)
-        except (KeyboardInterrupt, SystemExit):
+        except KeyboardInterrupt:
             raise
         except BaseException as error:  # the verdict is on whatever it is
             if not catches(error):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import signal
 import sys
 import threading
@@ -10,11 +11,16 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-if TYPE_CHECKING:
-    from types import FrameType, TracebackType
+from pytest_gpumem.stacks import frames_from
 
-#: Seconds between attempts: code that catches everything is told again.
+if TYPE_CHECKING:
+    from types import FrameType
+
+#: Seconds between attempts: code that catches everything is told again, and at last so
+#: often that it is told outside what it catches.
 _AGAIN_S: Final = 0.5
+_OFTEN_S: Final = 0.001
+_PATIENCE: Final = 2
 _FRAMES: Final = 12
 #: Bytes that hold a ``struct sigaction`` on every system; Linux's has 152.
 _ACTION: Final = 1024
@@ -67,12 +73,7 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         if self._thread is None:
             return
         while True:
@@ -90,16 +91,22 @@ class Watchdog:
         if self._done.wait(self._timeout_s):
             return
         self.stacks = describe_stacks(exclude=threading.get_ident())
-        while not self._done.is_set():
+        for attempt in itertools.count():
+            if self._done.is_set():
+                return
             if self._uses_signal:
                 signal.pthread_kill(self._target, signal.SIGUSR2)
             else:
                 raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
                 raise_in(ctypes.c_ulong(self._target), ctypes.py_object(HangError))
-            self._done.wait(_AGAIN_S)
+            is_deaf = self._uses_signal and attempt >= _PATIENCE
+            self._done.wait(_OFTEN_S if is_deaf else _AGAIN_S)
 
-    def _interrupt(self, _number: int, _frame: FrameType | None) -> None:
-        if not self._done.is_set():
+    def _interrupt(self, _number: int, frame: FrameType | None) -> None:
+        ends = any(
+            each.f_code is Watchdog.__exit__.__code__ for each in frames_from(frame)
+        )
+        if not ends:
             raise HangError(f"no end after {self._timeout_s:g} s")
 
 

@@ -126,7 +126,8 @@ class OomWitness:
         stats = device.memory_stats(index)
         free, total = device.mem_get_info(index)
         reserved = stats.get("reserved_bytes.all.current", 0)
-        room = min(reserved + free, int(total * _fraction(index)))
+        share = torch.cuda.get_per_process_memory_fraction(index)  # user code's own
+        room = min(reserved + free, int(total * share))
         found, note = Survey((), 0, 0, (), 0), ""
         largest = 0
         processes: tuple[Process, ...] = ()
@@ -187,11 +188,6 @@ def tell_refused(index: int, nbytes: int) -> None:
     frame = calling_frame()
     for witness in _witnesses:
         witness.note(index, nbytes, frame, injected_by=rule)
-
-
-def _fraction(index: int) -> float:
-    """Return the share of a card that user code lets this process have."""
-    return torch.cuda.get_per_process_memory_fraction(index)
 
 
 def _largest_free(device: Device, index: int) -> int:

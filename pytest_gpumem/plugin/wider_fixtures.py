@@ -33,8 +33,10 @@ class WiderFixtures:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes that all living ones hold."""
-        return sum(self._held.values())
+        """Bytes that all living ones hold; one may have let go of some since."""
+        device = self._run.device
+        held = sum(self._held.values())
+        return held if device is None else min(held, allocated_bytes(device))
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(
@@ -46,8 +48,10 @@ class WiderFixtures:
         device = self._run.device
         before = 0 if device is None else allocated_bytes(device)
         self._inner.append(0)
+        is_made = False
         try:
-            return (yield)
+            value = yield
+            is_made = True
         finally:
             inner = self._inner.pop()
             device = self._run.device
@@ -55,11 +59,12 @@ class WiderFixtures:
                 total = allocated_bytes(device) - before
                 self._inner[-1] += total
                 own = total - inner
-                if own:
+                if own and is_made:  # what a failed one has goes with its frames
                     self._held[fixturedef] = own
                     node = getattr(request, "_pyfuncitem", request.node)
                     name = f"{FIXTURE_PREFIX}.{fixturedef.scope}.{fixturedef.argname}"
                     node.user_properties.append((name, own))
+        return value
 
     def pytest_fixture_post_finalizer(self, fixturedef: pytest.FixtureDef[Any]) -> None:
         """Forget a fixture that is gone."""

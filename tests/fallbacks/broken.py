@@ -9,9 +9,11 @@ from __future__ import annotations
 import gc
 import logging
 import queue
+import sys
 import threading
 from typing import Any, Final, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -397,6 +399,210 @@ def keeps_and_raises_the_error() -> torch.Tensor:
         raise
 
 
+def does_not_wait_for_its_retry() -> torch.Tensor:
+    """A thread tries again, and the answer is given before it has one."""
+    logits = torch.zeros(8, 8)
+    try:
+        return infer("cuda")
+    except torch.OutOfMemoryError:
+        pass
+    begin = threading.Event()
+
+    def retry() -> None:
+        begin.wait(0.2)
+        logits.copy_(infer("cpu"))
+
+    threading.Thread(target=retry).start()
+    return logits.clone()
+
+
+class Rotary(nn.Module):
+    """A model with a table that is not saved."""
+
+    table: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = new_model()
+        self.register_buffer("table", torch.ones(32), persistent=False)
+
+    def forward(self, rows: torch.Tensor) -> Any:
+        """Compute."""
+        return self.inner(rows * self.table)
+
+
+def moves_the_parameters_back_alone() -> nn.Module:
+    """A table of the model's stays on the card."""
+    model = Rotary()
+    model.register_buffer("table", torch.ones(32).cuda(), persistent=False)
+    try:
+        return model.cuda()
+    except torch.OutOfMemoryError:
+        for each in model.parameters():
+            each.data = each.data.cpu()
+    return model
+
+
+def returns_a_model_that_does_not_train() -> nn.Module:
+    """What was frozen to save memory stays so."""
+    try:
+        return new_model().cuda()
+    except torch.OutOfMemoryError:
+        return new_model().requires_grad_(requires_grad=False)
+
+
+def answers_one_other_number() -> dict[str, Any]:
+    """One of many, deep in the answer."""
+    table = np.arange(6.0).reshape(2, 3)
+    answer: dict[str, Any] = {
+        "pages": [{"scores": table, "title": "a"}, {"scores": table + 1}]
+    }
+    try:
+        torch.ones(8, device="cuda")
+    except torch.OutOfMemoryError:
+        other = table + 1
+        other[1, 2] += 0.5
+        answer["pages"][1]["scores"] = other
+    return answer
+
+
+def squeezes_a_batch_of_one() -> torch.Tensor:
+    """The fallback goes row by row, and one row is no batch to it."""
+    try:
+        return infer("cuda")[:1]
+    except torch.OutOfMemoryError:
+        return infer("cpu")[0]
+
+
+def answers_in_another_order() -> list[str]:
+    """The parts are joined as they come."""
+    try:
+        torch.ones(8, device="cuda")
+    except torch.OutOfMemoryError:
+        return ["second", "first"]
+    return ["first", "second"]
+
+
+def answers_zeros_and_ones() -> torch.Tensor:
+    """A mask of numbers selects other rows than one of truth values."""
+    try:
+        return (torch.arange(4).cuda() > 1).cpu()
+    except torch.OutOfMemoryError:
+        return torch.tensor([0, 0, 1, 1])
+
+
+def retries_on_changed_arguments() -> torch.Tensor:
+    """The rows were scaled in place before memory ran out."""
+    rows = batch()
+    for device in ("cuda", "cuda", "cpu"):
+        rows /= 2
+        try:
+            with torch.no_grad():
+                logits: torch.Tensor = new_model().to(device)(rows.to(device))
+            return logits.cpu()
+        except torch.OutOfMemoryError:
+            continue
+    raise AssertionError("unreachable: the host has room")
+
+
+def leaves_half_precision_as_the_default() -> torch.Tensor:
+    """Whatever the program makes next is of another dtype."""
+    try:
+        return infer("cuda")
+    except torch.OutOfMemoryError:
+        pass
+    logits = infer("cpu")
+    torch.set_default_dtype(torch.float16)
+    return logits
+
+
+def leaves_gradients_off() -> torch.Tensor:
+    """The error passes before they are on again: nothing trains from here on."""
+    torch.set_grad_enabled(False)
+    logits = infer("cuda")
+    torch.set_grad_enabled(True)
+    return logits
+
+
+def leaves_autocast_on() -> torch.Tensor:
+    """A block that is entered by hand and never left."""
+    try:
+        return infer("cuda")
+    except torch.OutOfMemoryError:
+        pass
+    torch.autocast("cpu", dtype=torch.bfloat16).__enter__()
+    return infer("cpu")
+
+
+def leaves_products_inexact() -> torch.Tensor:
+    """Later products on a card are of fewer bits."""
+    try:
+        return infer("cuda")
+    except torch.OutOfMemoryError:
+        torch.set_float32_matmul_precision("high")
+    return infer("cpu")
+
+
+def leaves_a_hook() -> torch.Tensor:
+    """Of all modules: it watches, or changes, whatever is called from here on."""
+    try:
+        return infer("cuda")
+    except torch.OutOfMemoryError:
+        pass
+    nn.modules.module.register_module_forward_hook(lambda *_call: None)
+    return infer("cpu")
+
+
+class Slotted:
+    """An answer without a dictionary."""
+
+    __slots__ = ("logits",)
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        self.logits = logits
+
+
+def answers_other_numbers_in_a_slot() -> Slotted:
+    """An object need not have a dictionary."""
+    try:
+        return Slotted(infer("cuda"))
+    except torch.OutOfMemoryError:
+        return Slotted(infer("cpu") + 1)
+
+
+def answers_other_values() -> Any:
+    """A view of a mapping's values, without its names."""
+    try:
+        return {"logits": infer("cuda")}.values()
+    except torch.OutOfMemoryError:
+        return {"logits": infer("cpu") + 1}.values()
+
+
+def ends_the_program() -> torch.Tensor:
+    """As a script does, in a place that others call."""
+    try:
+        return infer("cuda")
+    except torch.OutOfMemoryError:
+        sys.exit("out of memory")
+
+
+def catches_everything() -> torch.Tensor:
+    """An interruption and a bug are no reasons to go on."""
+    try:
+        return infer("cuda")
+    except BaseException:  # noqa: BLE001  # what is tested
+        return infer("cpu")
+
+
+def catches_everything_for_ever() -> torch.Tensor:
+    """Nothing ends it, not even an interruption."""
+    while True:
+        try:
+            return infer("cuda")
+        except BaseException:  # noqa: BLE001, S110  # what is tested
+            pass
+
+
 class Case(NamedTuple):
     """How a sweep must judge a broken fallback.
 
@@ -404,12 +610,14 @@ class Case(NamedTuple):
         verdict: Of at least one point.
         flavours: The errors to raise.
         budget: The card's share.
+        points: How many allocations fail at the most.
         says: What a failing point's text must name.
     """
 
     verdict: Verdict
     flavours: tuple[str, ...] = ("native",)
     budget: str | None = None
+    points: int = 12
     says: str = ""
 
 
@@ -464,6 +672,42 @@ EXPECTED: Final = {
     ),
     doubles_small_gradients: Case(Verdict.WRONG_RESULT, says="differs by 2e-05"),
     keeps_and_raises_the_error: Case(Verdict.LEAK),
+    does_not_wait_for_its_retry: Case(Verdict.WRONG_RESULT, says="differs by "),
+    moves_the_parameters_back_alone: Case(Verdict.WRONG_RESULT, says="half moved"),
+    returns_a_model_that_does_not_train: Case(
+        Verdict.WRONG_RESULT, says="['trains']['0.weight'] is False instead of True"
+    ),
+    answers_one_other_number: Case(
+        Verdict.WRONG_RESULT,
+        says="the result['pages'][1]['scores'] differs by 0.5, more than",
+    ),
+    squeezes_a_batch_of_one: Case(Verdict.WRONG_RESULT, says="has shape (8,)"),
+    answers_in_another_order: Case(
+        Verdict.WRONG_RESULT, says="the result[0] is 'second' instead of 'first'"
+    ),
+    answers_zeros_and_ones: Case(
+        Verdict.WRONG_RESULT, says="has dtype torch.int64 instead of torch.bool"
+    ),
+    retries_on_changed_arguments: Case(Verdict.WRONG_RESULT),
+    leaves_half_precision_as_the_default: Case(
+        Verdict.LEAK,
+        says="torch changed: the default dtype is torch.float16, and was torch.float32",
+    ),
+    leaves_gradients_off: Case(
+        Verdict.LEAK, says="it leaves torch changed: grad mode is False, and was True"
+    ),
+    leaves_autocast_on: Case(Verdict.LEAK, says="autocast of cpu is True, and was"),
+    leaves_products_inexact: Case(
+        Verdict.LEAK, says="the precision of float32 products is high, and was highest"
+    ),
+    leaves_a_hook: Case(Verdict.LEAK, says="the set of global module hooks is"),
+    answers_other_numbers_in_a_slot: Case(
+        Verdict.WRONG_RESULT, says="the result.logits differs by 1"
+    ),
+    answers_other_values: Case(Verdict.WRONG_RESULT, says="the result[0] differs by 1"),
+    ends_the_program: Case(Verdict.OTHER_ERROR, says="SystemExit: out of memory"),
+    catches_everything: Case(Verdict.SWALLOWED, flavours=("not-oom",)),
+    catches_everything_for_ever: Case(Verdict.HANG, points=1),
 }
 
 

@@ -7,7 +7,8 @@ import gc
 import queue
 import threading
 import time
-from typing import Any, Final
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from accelerate.utils import find_executable_batch_size
@@ -23,6 +24,9 @@ from fallbacks.parts import (
     labels,
     new_model,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 MIB: Final = 2**20
 
@@ -242,6 +246,141 @@ def returns_an_evaluated_module() -> nn.Module:
         return new_model().eval().half()
 
 
+def puts_torchs_defaults_back() -> torch.Tensor:
+    """What it sets for a block is as before after it."""
+    torch.set_default_dtype(torch.float16)
+    try:
+        torch.ones(8, device="cuda")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            torch.ones(8, device="cuda")
+    except torch.OutOfMemoryError:
+        pass
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return infer("cpu")
+
+
+def turns_gradients_off_for_good() -> torch.Tensor:
+    """As a server does; with a fault or without."""
+    try:
+        torch.ones(8, device="cuda")
+        torch.set_grad_enabled(False)
+        return infer("cuda")
+    except torch.OutOfMemoryError:
+        return infer("cpu")
+
+
+def takes_plainer_kernels_for_good() -> torch.Tensor:
+    """Of those that compute the same, the ones that need less."""
+    try:
+        return infer("cuda")
+    except torch.OutOfMemoryError:
+        torch.backends.cudnn.benchmark = not torch.backends.cudnn.benchmark
+    return infer("cpu")
+
+
+def cleans_up_after_any_error() -> torch.Tensor:
+    """And lets it through, an interruption too."""
+    try:
+        return infer("cuda")
+    except BaseException:
+        gc.collect()
+        torch.cuda.empty_cache()
+        raise
+
+
+def retries_in_a_thread() -> torch.Tensor:
+    """A pool of one thread, which is waited for."""
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            return pool.submit(infer, "cuda").result()
+        except torch.OutOfMemoryError:
+            pass
+        return pool.submit(infer, "cpu").result()
+
+
+def lists_what_it_yields() -> list[torch.Tensor]:
+    """A generator that has been run to its end."""
+
+    def rows() -> Iterator[torch.Tensor]:
+        for part in batch().split(4):
+            for device in ("cuda", "cpu"):
+                try:
+                    answer = new_model().to(device)(part.to(device)).detach().cpu()
+                except torch.OutOfMemoryError:
+                    continue
+                yield answer
+                break
+
+    return list(rows())
+
+
+def answers_a_mapping_in_any_order() -> dict[str, Any]:
+    """What is told by its name has no order."""
+    answer = {"scores": batch().numpy(), "mask": batch() > 0.5}
+    try:
+        answer["logits"] = infer("cuda")
+    except torch.OutOfMemoryError:
+        return {"logits": infer("cpu"), **answer}
+    return answer
+
+
+def computes_in_bfloat16() -> torch.Tensor:
+    """Fewer bits, and numbers that these explain."""
+    try:
+        return infer("cuda")
+    except torch.OutOfMemoryError:
+        pass
+    with torch.no_grad():
+        logits: torch.Tensor = new_model().bfloat16()(batch().bfloat16())
+    return logits
+
+
+def keeps_a_graph_or_none() -> torch.Tensor:
+    """Whether a result requires a gradient is not what it says."""
+    try:
+        logits: torch.Tensor = new_model().cuda()(batch().cuda()).cpu()
+    except torch.OutOfMemoryError:
+        return infer("cpu")
+    return logits
+
+
+def starts_its_statistics_anew() -> torch.Tensor:
+    """How often memory ran out so far says less then, and nothing of this OOM."""
+    try:
+        return infer("cuda")
+    except torch.OutOfMemoryError:
+        torch.cuda.reset_accumulated_memory_stats()
+        raise
+
+
+_tables: list[torch.Tensor] = []
+
+
+def keeps_a_table_each_time() -> torch.Tensor:
+    """What a run without a fault leaves too is no leak of the fallback's."""
+    with contextlib.suppress(torch.OutOfMemoryError):
+        _tables.append(torch.ones(1024, device="cuda"))
+    return falls_back_to_the_host()
+
+
+class _Service:
+    """Turns an OOM of its block into an error of its own."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        if isinstance(error[1], torch.OutOfMemoryError):
+            raise RuntimeError("a larger card is needed") from error[1]  # noqa: TRY004  # as services do
+
+
+def serves_in_a_block() -> torch.Tensor:
+    """The error that comes out names the OOM."""
+    with _Service():
+        return infer("cuda")
+
+
 ALL: Final = (
     falls_back_to_the_host,
     cleans_then_retries,
@@ -260,12 +399,27 @@ ALL: Final = (
     answers_with_an_object,
     gives_up_its_cache,
     returns_an_evaluated_module,
+    puts_torchs_defaults_back,
+    turns_gradients_off_for_good,
+    takes_plainer_kernels_for_good,
+    cleans_up_after_any_error,
+    retries_in_a_thread,
+    lists_what_it_yields,
+    answers_a_mapping_in_any_order,
+    computes_in_bfloat16,
+    keeps_a_graph_or_none,
+    serves_in_a_block,
+    starts_its_statistics_anew,
+    keeps_a_table_each_time,
 )
 #: Those that recover from every OOM, whatever is raised for it.
 RECOVER: Final = frozenset(ALL) - {
     raises_an_error_of_its_own,
     raises_without_saying_from,
     lets_it_through,
+    cleans_up_after_any_error,
+    serves_in_a_block,
+    starts_its_statistics_anew,
 }
 #: Those that know other errors than torch's own.
 KNOW_FLAVOURS: Final = frozenset({asks_accelerate, knows_every_text})
@@ -348,6 +502,7 @@ def forget() -> None:
     """Forget what was kept between calls."""
     _old.clear()
     _cache.clear()
+    _tables.clear()
 
 
 #: Loaders and a fault from which they recover.

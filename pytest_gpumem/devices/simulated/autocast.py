@@ -3,21 +3,19 @@
 C++ decides by what it takes for a tensor's device, which for a simulated tensor is the
 host; so the casts are made here, operator by operator.
 
-Source: PyTorch's documentation, "CUDA Ops that can autocast to float16", "… to float32"
-and "CUDA Ops that promote to the widest input type"
-(docs.pytorch.org/docs/stable/amp.html), for the operators that they dispatch to, each in
-its record (``operators/``); the rule for kept casts is ``cached_cast`` of
-``aten/src/ATen/autocast_mode.cpp``.
+Source: ``aten/src/ATen/autocast_mode.h``, which comes with torch, for which operators,
+and ``autocast_mode.cpp`` for what is done to them and which casts are kept.
 """
 
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import torch
 
-from pytest_gpumem.devices.simulated.operators import overloads
+from pytest_gpumem.devices.simulated.operators.declarations import autocast_names
+from pytest_gpumem.devices.simulated.refusals import refusing
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 
 if TYPE_CHECKING:
@@ -81,12 +79,15 @@ def _dtypes(values: Iterable[Any]) -> set[torch.dtype]:
     return dtypes
 
 
-def _kernel(operator: Any, choose: Callable[[Any], torch.dtype]) -> Any:
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+_KEYS: Final = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+
+
+def _casting(operator: Any, choose: Callable[[Any], torch.dtype]) -> Any:
+    """Return a kernel that casts the operands: ``CachedCast`` of ``lower``, ``fp32``."""
 
     def kernel(*args: Any, **options: Any) -> Any:
         dtype = choose(args)
-        with torch._C._ExcludeDispatchKeyGuard(keys):
+        with torch._C._ExcludeDispatchKeyGuard(_KEYS):
             return operator(
                 *(_cast(arg, dtype) for arg in args),
                 **{name: _cast(value, dtype) for name, value in options.items()},
@@ -95,12 +96,99 @@ def _kernel(operator: Any, choose: Callable[[Any], torch.dtype]) -> Any:
     return kernel
 
 
-_CHOICES: Final = {"lower": _lower, "float32": _fp32, "widest": _widest}
+def _asking(operator: Any, wider: Any = None) -> Any:
+    """Return a kernel that asks for a result of single precision, and casts nothing.
+
+    Args:
+        operator: What is called.
+        wider: Its overload that takes a type, where it takes none itself.
+    """
+    target = operator if wider is None else wider
+    names = [each.name for each in target._schema.arguments]
+    position = names.index("dtype")
+
+    def kernel(*args: Any, **options: Any) -> Any:
+        source = args[0]
+        with torch._C._ExcludeDispatchKeyGuard(_KEYS):
+            if not isinstance(source, SimulatedTensor) or not _is_eligible(source):
+                return operator(*args, **options)
+            given = args[position] if position < len(args) else options.get("dtype")
+            if given is not None:
+                return operator(*args, **options)
+            options["dtype"] = torch.float32
+            for argument in operator._schema.arguments[len(args) :] if wider else ():
+                options.setdefault(argument.name, argument.default_value)
+            return target(*args[:position], **options)
+
+    return kernel
+
+
+def _is_eligible(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype is not torch.float64
+
+
+def _refused(*_args: Any, **_options: Any) -> NoReturn:
+    """``binary_cross_entropy``: ``binary_cross_entropy_banned``.
+
+    Raises:
+        RuntimeError: Always (torch's text).
+    """
+    raise RuntimeError(
+        "torch.nn.functional.binary_cross_entropy and torch.nn.BCELoss are unsafe to "
+        "autocast.\nMany models use a sigmoid layer right before the binary cross "
+        "entropy layer.\nIn this case, combine the two layers using "
+        "torch.nn.functional.binary_cross_entropy_with_logits\nor "
+        "torch.nn.BCEWithLogitsLoss.  binary_cross_entropy_with_logits and "
+        "BCEWithLogits are\nsafe to autocast."
+    )
+
+
+def _operator(name: str) -> Any:
+    """Return an overload by its name; None in a torch that does not have it."""
+    packet, _dot, overload = name.partition(".")
+    found = getattr(torch.ops.aten, packet, None)
+    return getattr(found, overload or "default", None)
+
+
+def kernels() -> dict[str, Any]:
+    """Return the kernel of each operator that autocast treats, by name."""
+    made: dict[str, Any] = {"binary_cross_entropy": _refused}
+    for policy, choose in _CHOICES.items():
+        for name in autocast_names(policy):
+            made[name] = _casting(_operator(name), choose)
+    for name in autocast_names("FP32_SET_OPT_DTYPE"):
+        made[name] = _asking(_operator(name))
+    for name, wider in _WITH_TYPE.items():
+        made[name] = _asking(_operator(name), _operator(wider))
+    return {name: kernel for name, kernel in made.items() if _operator(name)}
 
 
 def register(library: Any) -> None:
     """Register the casts with a ``torch.library.Library`` of ``aten``."""
-    for name, overload, operator in overloads():
-        cast = operator.autocast
-        if cast is not None and overload._overloadname in cast.overloads:
-            library.impl(name, _kernel(overload, _CHOICES[cast.to]), "AutocastCUDA")
+    for name, kernel in kernels().items():
+        library.impl(name, kernel, "AutocastCUDA")
+    if not autocast_names("FP32"):
+        for name in _IN_MOST_MODELS:
+            refused = refusing("torch.autocast without torch's header files")
+            library.impl(name, refused, "AutocastCUDA")
+
+
+_CHOICES: Final = {
+    "LOWER_PRECISION_FP": _lower,
+    "FP32": _fp32,
+    "PROMOTE": _widest,
+}
+_IN_MOST_MODELS: Final = (
+    "addmm",
+    "bmm",
+    "conv2d",
+    "layer_norm",
+    "linear",
+    "matmul",
+    "mm",
+)
+#: Overloads that take no type, and those that do: ``fp32_append_dtype``.
+_WITH_TYPE: Final = {
+    "norm.Scalar": "norm.ScalarOpt_dtype",
+    "norm.ScalarOpt_dim": "norm.ScalarOpt_dim_dtype",
+}

@@ -247,7 +247,8 @@ def _composed(func: Any, operator: Operator) -> Handler | None:
 def handler_for(func: Any) -> Handler:
     """Return how to run an operator, from its record and schema."""
     operator = find(func)
-    if operator.handler is not None:
+    fills_out = any(each.is_out for each in func._schema.arguments)
+    if operator.handler is not None and not fills_out:
         return operator.handler
     composed = _composed(func, operator)
     if composed is not None:

@@ -16,7 +16,7 @@ from pytest_gpumem.devices.simulated import autocast
 from pytest_gpumem.devices.simulated.machine import SimulatedCard, card_of
 from pytest_gpumem.devices.simulated.memory import HOST_ROOM, Memory, hold
 from pytest_gpumem.devices.simulated.operators import overloads
-from pytest_gpumem.devices.simulated.refusals import refuse_value
+from pytest_gpumem.devices.simulated.refusals import refuse_value, refusing
 from pytest_gpumem.devices.simulated.tensor import HANDLERS, make
 
 
@@ -124,6 +124,10 @@ def _own_kernel(operator: Any) -> Any:
     return lambda *args, **options: HANDLERS[operator](args, options)
 
 
+#: Where tensors of quantized types begin.
+_QUANTIZED = ("_empty_affine_quantized", "_empty_per_channel_affine_quantized")
+
+
 def register() -> torch.library.Library:
     """Register the kernels; dropping the library takes them back."""
     library = torch.library.Library("aten", "IMPL")
@@ -133,6 +137,8 @@ def register() -> torch.library.Library:
         library.impl("empty.memory_format", _empty, "CUDA")
         library.impl("empty_strided", _empty_strided, "CUDA")
         library.impl("_local_scalar_dense", _read, "CUDA")
+        for name in _QUANTIZED:
+            library.impl(name, refusing("a quantized tensor"), "QuantizedCUDA")
         for name in ("tril_indices", "triu_indices"):
             operator = getattr(torch.ops.aten, name).default
             library.impl(name, _indices(operator), "CUDA")

@@ -13,6 +13,7 @@ from torch.utils._device import _device_constructors
 
 from pytest_gpumem.devices.patches import PatchSet
 from pytest_gpumem.devices.simulated import (
+    collectives,
     compiling,
     dispatch,
     factories,
@@ -110,6 +111,7 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
     yield from build_names()
     yield from _refused_classes()
     yield torch._C._nn, "_parse_to", parse_to
+    yield from collectives.REPLACEMENTS
     yield from compiling.REPLACEMENTS
     yield from handover.REPLACEMENTS
     yield from identity.REPLACEMENTS

@@ -27,6 +27,21 @@ def profile(self: Any, *args: Any, **options: Any) -> None:
     _original_profile(self, *args, **options)
 
 
+_original_emitting: Final[Any] = profiler.emit_nvtx.__enter__
+
+
+def emitting(self: Any) -> Any:
+    """``torch.autograd.profiler.emit_nvtx``: no profiler sees its ranges.
+
+    Raises:
+        UnsupportedOnSimulatedDeviceError: It is enabled.
+    """
+    __tracebackhide__ = True
+    if self.enabled:
+        refuse("torch.autograd.profiler.emit_nvtx")
+    return _original_emitting(self)
+
+
 def _uninitialized(original: Any) -> Any:
     @functools.wraps(original)
     def new(cls: type, *args: Any, **options: Any) -> Any:
@@ -42,6 +57,7 @@ def _uninitialized(original: Any) -> Any:
 #: Owner, name and replacement of each.
 REPLACEMENTS: Final[tuple[tuple[Any, str, Any], ...]] = (
     (profiler.profile, "__init__", profile),
+    (profiler.emit_nvtx, "__enter__", emitting),
     *(
         (kind, "__new__", _uninitialized(kind.__new__))
         for kind in (UninitializedParameter, UninitializedBuffer)

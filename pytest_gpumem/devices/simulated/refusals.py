@@ -47,6 +47,9 @@ ADVICE: Final[dict[str, str]] = {
     "torch.cuda.GreenContext": _REAL,
     "torch.cuda.jiterator": "write the operation with torch's operators",
     "torch.cuda.nccl": "use the gloo backend of torch.distributed",
+    "torch.distributed's nccl backend": (
+        'use backend="gloo", which takes tensors of simulated cards'
+    ),
     "torch.cuda.gds": "read the file on the host",
     "torch.cuda.tunable": _REAL,
     "torch.export.export": "export the module while it is on the CPU",
@@ -62,12 +65,20 @@ ADVICE: Final[dict[str, str]] = {
     "flex_attention": "use torch.nn.functional.scaled_dot_product_attention",
     "a Fourier transform in half precision": "transform in float32, as source.float()",
     "a sparse tensor": "use dense ones, or keep these on the CPU",
+    "a quantized tensor": "keep it on the CPU, or use torch.ao.quantization's fake ones",
+    "torch.autograd.profiler.emit_nvtx": "profile with torch.profiler",
+    "torch.autocast without torch's header files": "install torch from its own wheel",
     "a nested tensor": "pad them, or keep them on the CPU",
     "a torch.compile backend that makes kernels": (
         'use backend="eager" or "aot_eager", or set TORCH_COMPILE_DISABLE=1: kernels '
         "for a card cannot run here"
     ),
 }
+
+
+def refused(feature: str) -> UnsupportedOnSimulatedDeviceError:
+    """Return the one error for what cannot be simulated."""
+    return UnsupportedOnSimulatedDeviceError(feature, ADVICE[feature])
 
 
 def refuse(feature: str) -> NoReturn:
@@ -77,7 +88,7 @@ def refuse(feature: str) -> NoReturn:
         UnsupportedOnSimulatedDeviceError: Always.
     """
     __tracebackhide__ = True
-    raise UnsupportedOnSimulatedDeviceError(feature, ADVICE[feature])
+    raise refused(feature)
 
 
 #: Directories whose code reads values for others.
@@ -106,11 +117,11 @@ def refuse_value(operation: str) -> NoReturn:
 def refusing(feature: str) -> Any:
     """Return a function that refuses, whatever it is given."""
 
-    def refused(*_args: Any, **_kwargs: Any) -> NoReturn:
+    def refuse_it(*_args: Any, **_kwargs: Any) -> NoReturn:
         __tracebackhide__ = True
         refuse(feature)
 
-    return refused
+    return refuse_it
 
 
 def refusing_class(feature: str) -> type:

@@ -84,7 +84,7 @@ def upload(
     Raises:
         NotImplementedError: The source is a meta tensor (torch's text).
         torch.OutOfMemoryError: No room; nothing was copied.
-        UnsupportedOnSimulatedDeviceError: The source is sparse or nested.
+        UnsupportedOnSimulatedDeviceError: The source is sparse, nested or quantized.
     """
     __tracebackhide__ = True
     if source.is_meta:
@@ -93,6 +93,8 @@ def upload(
         refuse("a nested tensor")
     if source.layout is not torch.strided:
         refuse("a sparse tensor")
+    if source.is_quantized:
+        refuse("a quantized tensor")
     dtype = source.dtype if dtype is None else dtype
     # A strided copy is dense, so the bytes are known before anything is made.
     memory = Memory(card, source.numel() * dtype.itemsize)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -30,7 +31,10 @@ def computing(func: Any, operator: Operator) -> Callable[..., Any]:
     """Return what computes the values of an overload: its record's, or the CPU's own."""
     compute = operator.compute and operator.compute(func)
     chosen: Callable[..., Any] = compute or func
-    return _heeding_marks(chosen) if _is_composite(func) else chosen
+    is_inside = _is_composite(func) or any(
+        each.is_out for each in func._schema.arguments
+    )
+    return _heeding_marks(chosen) if is_inside else chosen
 
 
 def _is_composite(func: Any) -> bool:
@@ -69,9 +73,20 @@ def _is_complex(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_complex()
 
 
-def _is_the_cpus(text: str) -> bool:
+#: How kernels of the CPU say that they lack what a card's may have.
+_LIMIT: Final = re.compile(
+    r"(support|implemented)\b.*\bCPU\b|\bCPU\b.*\b(support|implemented)", re.IGNORECASE
+)
+
+
+def _is_the_cpus(error: RuntimeError) -> bool:
     """Tell whether it is the CPU that lacks a kernel, for any or for this dtype."""
-    return "'CPU' backend" in text or "not implemented for '" in text
+    text = str(error)
+    if _LIMIT.search(text):
+        return True
+    return isinstance(error, NotImplementedError) and (
+        "'CPU' backend" in text or "not implemented for '" in text
+    )
 
 
 def _widened(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -133,11 +148,11 @@ def run(
             return draw(generator_of(card), args, kwargs)
         return compute(*args, **kwargs)
     except RuntimeError as error:
-        lacks_kernel = isinstance(error, NotImplementedError)
         lacks_values = card.value_device == "meta" and (
-            lacks_kernel or "called on meta tensors" in str(error)
+            isinstance(error, NotImplementedError)
+            or "called on meta tensors" in str(error)
         )
-        if not lacks_values and not (lacks_kernel and _is_the_cpus(str(error))):
+        if not lacks_values and not _is_the_cpus(error):
             raise
         lacks_half = any(f"for '{name}'" in str(error) for name in ("Half", "BFloat16"))
     if lacks_half and draw is None and not func._schema.is_mutable:  # no public name

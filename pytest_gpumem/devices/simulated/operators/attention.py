@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend
 
 from pytest_gpumem.devices.simulated.memory import HOST_ROOM, Memory, hold
 from pytest_gpumem.devices.simulated.operators.composing import only
-from pytest_gpumem.devices.simulated.operators.registry import Cast, register
+from pytest_gpumem.devices.simulated.operators.registry import register
 from pytest_gpumem.devices.simulated.rng import (
     GENERATOR,
     draw_kept,
@@ -391,9 +391,5 @@ def _compute(
 register(
     "scaled_dot_product_attention",
     composed=only(attention),
-    autocast=Cast("lower"),
-    source=(
-        "transformers/cuda/sdp_utils.cpp, select_sdp_backend; autocast_mode.h, "
-        "AT_FORALL_LOWER_PRECISION_FP"
-    ),
+    source="transformers/cuda/sdp_utils.cpp, select_sdp_backend",
 )

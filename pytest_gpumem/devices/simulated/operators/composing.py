@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytest_gpumem.devices.simulated.kernel_types import refuse_backend
+from pytest_gpumem.devices.simulated.refusals import refusing
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 from pytest_gpumem.devices.simulated.transfer import moved
 
@@ -50,6 +51,11 @@ def packing(func: Any) -> Kernel | None:
 def on_cpu_alone(func: Any) -> Kernel:
     """Refuse, as a card does, what has kernels for the CPU alone."""
     return lambda *_args, **_options: refuse_backend(func)
+
+
+def refused(feature: str) -> Callable[[Any], Kernel]:
+    """Refuse what cannot be simulated, by its name in ``refusals.py``."""
+    return lambda _func: refusing(feature)
 
 
 def only(kernel: Kernel, overload: str = "default") -> Callable[[Any], Kernel | None]:

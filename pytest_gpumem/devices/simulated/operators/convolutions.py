@@ -10,15 +10,13 @@ import torch
 from pytest_gpumem.devices.simulated.kernel_types import INTEGERS
 from pytest_gpumem.devices.simulated.operators.checks import compare
 from pytest_gpumem.devices.simulated.operators.composing import only
-from pytest_gpumem.devices.simulated.operators.registry import Cast, register
+from pytest_gpumem.devices.simulated.operators.registry import register
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor, make
 
 if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.operators.checks import Place
 
 _aten = torch.ops.aten
-
-_TO_LOWER = "autocast_mode.h, AT_FORALL_LOWER_PRECISION_FP"
 
 
 def _types(_func: Any, places: list[Place]) -> None:
@@ -59,25 +57,11 @@ register(
     "_convolution",
     check=_types,
     lacks=_kernel,
-    autocast=Cast("lower"),
-    source=f"{_CHECK}; {_TO_LOWER}",
-)
-register(
-    "conv1d conv2d conv3d conv_transpose1d", autocast=Cast("lower"), source=_TO_LOWER
-)
-register(
-    "conv_transpose2d conv_transpose3d",
-    autocast=Cast("lower", ("input",)),
-    source=_TO_LOWER,
+    source=_CHECK,
 )
 
 # -- recurrent layers -----------------------------------------------------------------
 
-register(
-    "gru_cell lstm_cell rnn_relu_cell rnn_tanh_cell",
-    autocast=Cast("lower"),
-    source=_TO_LOWER,
-)
 # Its biases, where a layer has none, are the host's.
 register("mkldnn_rnn_layer", takes_host=True, source="mkldnn/RNN.cpp, mkldnn_rnn_layer")
 

@@ -1,11 +1,13 @@
-"""What torch's own declaration of an operator says, in ``native_functions.yaml``.
+"""What torch itself declares of its operators, in files that come with it.
 
-torch ships the file, for programs that generate code of it. It is read where an error
-is about to be raised, so it is searched as text: that takes no YAML library.
+``native_functions.yaml`` is there for programs that generate code, ``autocast_mode.h``
+for extensions. They are searched as text: that takes no YAML library and no compiler,
+and is right for whatever version is installed.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -56,3 +58,20 @@ def declaration_of(func: Any) -> Declaration:
         is_structured="\n  structured" in entry,
         checks_devices="\n  device_check: NoCheck" not in entry,
     )
+
+
+def autocast_names(policy: str) -> list[str]:
+    """Return the operators that ``torch.autocast`` treats by a policy, with overloads.
+
+    Args:
+        policy: The end of a macro's name in ``autocast_mode.h``, as ``"FP32"``.
+
+    Returns:
+        Names as ``torch.library`` takes them; none in a build without the file.
+    """
+    path = Path(torch.__file__).parent / "include/ATen/autocast_mode.h"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    _before, _macro, rest = text.partition(f"#define AT_FORALL_{policy}(_)")
+    macro = re.match(r"(.*\\\n)*.*", rest)  # to the line that is not continued
+    entries = re.findall(r"_\((\w+)(?:, (\w+))?\)", macro.group() if macro else "")
+    return [f"{name}.{overload}" if overload else name for name, overload in entries]

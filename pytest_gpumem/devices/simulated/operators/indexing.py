@@ -12,13 +12,12 @@ from pytest_gpumem.devices.simulated.operators.composing import (
     on_host,
     only,
 )
-from pytest_gpumem.devices.simulated.operators.registry import Cast, register
+from pytest_gpumem.devices.simulated.operators.registry import register
 
 if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.operators.checks import Place
 
 _HOST: Final = torch.device("cpu")
-_TO_WIDEST = "autocast_mode.h, AT_FORALL_PROMOTE"
 
 
 def _indices(_func: Any, places: list[Place]) -> None:
@@ -47,8 +46,7 @@ register(
 register(
     "index_put",
     check=_indices,
-    autocast=Cast("widest"),
-    source=f"{_CHECK}; {_TO_WIDEST}",
+    source=_CHECK,
 )
 
 
@@ -70,7 +68,6 @@ register("masked_fill", check=_mask, source="cuda/IndexKernel.cpp, masked_fill__
 register(
     "index_fill_", takes_host=True, source="TensorAdvancedIndexing.cpp, index_fill_"
 )
-register("cat scatter_add stack", autocast=Cast("widest"), source=_TO_WIDEST)
 register(
     "combinations one_hot",
     composed=on_host,

@@ -13,8 +13,9 @@ from pytest_gpumem.devices.simulated.operators.composing import (
     landing,
     on_host,
     only,
+    packing,
 )
-from pytest_gpumem.devices.simulated.operators.registry import Cast, register
+from pytest_gpumem.devices.simulated.operators.registry import register
 
 if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.operators.registry import Kernel
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
 _aten = torch.ops.aten
 
 _HANDLE = "CUDABlas.cpp, getCurrentCUDABlasHandle"
-_TO_LOWER = "autocast_mode.h, AT_FORALL_LOWER_PRECISION_FP"
-_TO_FLOAT32 = "autocast_mode.h, AT_FORALL_FP32"
-_TO_WIDEST = "autocast_mode.h, AT_FORALL_PROMOTE"
 _COMPOSED = "BatchLinearAlgebra.cpp and LinearAlgebra.cpp: helpers by tensor.options()"
 
 
@@ -55,34 +53,26 @@ for _names, _kernel in (
         uses_cublas=True,
         compute=_as_wanted,
         lacks=lacking(_kernel, INTEGERS),
-        autocast=Cast("lower"),
-        source=f"{_HANDLE}; cuda/Blas.cpp; {_TO_LOWER}",
+        source=f"{_HANDLE}; cuda/Blas.cpp",
     )
 register(
     "addr",
     uses_cublas=True,
-    autocast=Cast("lower"),
-    source=f"{_HANDLE}; {_TO_LOWER}",
+    source=_HANDLE,
 )
 for _name in ("dot", "vdot"):
     register(
         _name,
         uses_cublas=True,
         lacks=lacking(_name, INTEGERS),
-        autocast=Cast("widest"),
-        source=f"{_HANDLE}; cuda/Blas.cpp, {_name}_cuda; {_TO_WIDEST}",
+        source=f"{_HANDLE}; cuda/Blas.cpp, {_name}_cuda",
     )
 register(
     "addbmm",
     resizes=True,
     lacks=lacking("addmm_cuda", INTEGERS),
-    autocast=Cast("lower"),
-    source=f"LinearAlgebra.cpp, addbmm_impl_; {_TO_LOWER}",
+    source="LinearAlgebra.cpp, addbmm_impl_",
 )
-register(
-    "chain_matmul linalg_multi_dot matmul", autocast=Cast("lower"), source=_TO_LOWER
-)
-register("bilinear cross tensordot", autocast=Cast("widest"), source=_TO_WIDEST)
 
 
 def _linear(
@@ -112,8 +102,7 @@ def _linear(
 register(
     "linear",
     composed=only(_linear),
-    autocast=Cast("lower"),
-    source=f"Linear.cpp, linear; LinearAlgebra.cpp, should_fold; {_TO_LOWER}",
+    source="Linear.cpp, linear; LinearAlgebra.cpp, should_fold",
 )
 
 register(
@@ -172,21 +161,10 @@ register(
     composed=lambda func: into_out(func, casts=True) or on_host(func),
     source=_COMPOSED,
 )
-register("linalg_matrix_norm", composed=landing, source=_COMPOSED)
+register("linalg_cond linalg_matrix_norm", composed=landing, source=_COMPOSED)
 # The tolerances that C++ makes for it are the host's.
 register("linalg_pinv", takes_host=True, source=_COMPOSED)
 register("vander", composed=on_host, source=_COMPOSED)
 
-# -- norms and distances --------------------------------------------------------------
-
-register(
-    "norm",
-    autocast=Cast("float32", ("Scalar", "ScalarOpt_dim")),
-    source=_TO_FLOAT32,
-)
-register(
-    "dist renorm",
-    autocast=Cast("float32"),
-    source=_TO_FLOAT32,
-)
-register("cdist pdist", autocast=Cast("float32"), source=_TO_FLOAT32)
+# The CPU's kernels write past the strides of ``out=``, and past its memory.
+register("tril triu", compute=packing, source="cuda/TriangularOps.cu")

@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-from pytest_gpumem.devices.simulated.operators.composing import on_host
-from pytest_gpumem.devices.simulated.operators.registry import Cast, register
+import torch
 
-_TO_FLOAT32 = "autocast_mode.h, AT_FORALL_FP32"
+from pytest_gpumem.devices.simulated.operators.composing import on_host, only
+from pytest_gpumem.devices.simulated.operators.registry import register
 
-register(
-    "binary_cross_entropy_with_logits mse_loss smooth_l1_loss",
-    autocast=Cast("float32"),
-    source=_TO_FLOAT32,
-)
-register(
-    """
-    cosine_embedding_loss cosine_similarity cross_entropy_loss hinge_embedding_loss
-    kl_div l1_loss margin_ranking_loss multi_margin_loss multilabel_margin_loss nll_loss
-    poisson_nll_loss soft_margin_loss triplet_margin_loss
-    """,
-    autocast=Cast("float32"),
-    source=_TO_FLOAT32,
-)
 register(
     "nll_loss2d_forward",
     alert="nll_loss2d_forward_out_cuda_template",
@@ -38,4 +24,32 @@ register(
     "_ctc_loss_backward",
     alert="ctc_loss_backward_gpu",
     source="cuda/LossCTC.cu, ctc_loss_backward_gpu",
+)
+
+
+def _cosine_similarity(
+    x1: torch.Tensor, x2: torch.Tensor, dim: int = 1, eps: float = 1e-8
+) -> torch.Tensor:
+    """``cosine_similarity``: C++ makes the least norm, a tensor, on the host."""
+    common = torch.result_type(x1, x2)
+    if not common.is_floating_point:
+        name = torch.empty(0, dtype=common, device="cpu").type()[6:-6]
+        raise RuntimeError(
+            "expected common dtype to be floating point, yet common dtype is " + name
+        )
+    shape = torch.broadcast_shapes(x1.shape, x2.shape)
+    normal = []
+    for each in (x1, x2):
+        whole = each.to(common).expand(shape)
+        norm = torch.linalg.vector_norm(whole, 2, dim, keepdim=True).clone()
+        with torch.no_grad():
+            norm.clamp_min_(eps)
+        normal.append(whole / norm)
+    return (normal[0] * normal[1]).sum(dim)
+
+
+register(
+    "cosine_similarity",
+    composed=only(_cosine_similarity),
+    source="Distance.cpp, cosine_similarity",
 )

@@ -6,16 +6,11 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from pytest_gpumem.devices.simulated.operators.composing import only
-from pytest_gpumem.devices.simulated.operators.registry import Cast, register
+from pytest_gpumem.devices.simulated.operators.registry import register
 
 if TYPE_CHECKING:
     import torch
 
-register(
-    "group_norm layer_norm",
-    autocast=Cast("float32"),
-    source="autocast_mode.h, AT_FORALL_FP32",
-)
 # They change running statistics, of which their schemas say nothing.
 register(
     "batch_norm cudnn_batch_norm native_batch_norm",

@@ -12,38 +12,12 @@ from pytest_gpumem.devices.simulated.operators.composing import (
     only,
     packing,
 )
-from pytest_gpumem.devices.simulated.operators.registry import Cast, register
-
-_TO_FLOAT32 = "autocast_mode.h, AT_FORALL_FP32"
-_TO_WIDEST = "autocast_mode.h, AT_FORALL_PROMOTE"
+from pytest_gpumem.devices.simulated.operators.registry import register
 
 register(
     "add",
     around=with_accumulation,
     source="input_buffer.cpp, accumulate",
-)
-register(
-    "addcdiv addcmul atan2",
-    autocast=Cast("widest"),
-    source=_TO_WIDEST,
-)
-register(
-    "pow",
-    autocast=Cast("float32", ("Scalar", "Tensor_Scalar", "Tensor_Tensor")),
-    source=_TO_FLOAT32,
-)
-register(
-    """
-    acos asin cosh erfinv exp expm1 log log10 log1p log2 reciprocal rsqrt sinh softplus
-    tan
-    """,
-    autocast=Cast("float32"),
-    source=_TO_FLOAT32,
-)
-register(
-    "prelu",
-    autocast=Cast("lower"),
-    source="autocast_mode.h, AT_FORALL_LOWER_PRECISION_FP",
 )
 # C++ makes a buffer on the host.
 register("log_sigmoid", composed=into_out, source="Activation.cpp, log_sigmoid_out")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytest_gpumem.devices.simulated.operators.composing import only
-from pytest_gpumem.devices.simulated.operators.registry import Cast, register
+from pytest_gpumem.devices.simulated.operators.registry import register
 from pytest_gpumem.devices.simulated.operators.requests import Results, Temporary
 from pytest_gpumem.model.reductions import scratch_bytes
 
@@ -45,21 +45,18 @@ def _reducing(call: Call) -> Iterator[Step]:
 
 
 _KERNEL = "Reduce.cuh, gpu_reduce_kernel"
-_TO_FLOAT32 = "autocast_mode.h, AT_FORALL_FP32"
 
 register(
     "sum",
     requests=_reducing,
-    autocast=Cast("float32", ("default", "dim_IntList")),
-    source=f"{_KERNEL}; {_TO_FLOAT32}",
+    source=_KERNEL,
 )
 register(
     "prod",
     requests=_reducing,
-    autocast=Cast("float32", ("default", "dim_int")),
-    source=f"{_KERNEL}; {_TO_FLOAT32}",
+    source=_KERNEL,
 )
-register("mean", requests=_reducing, source=f"{_KERNEL}")
+register("mean", requests=_reducing, source=_KERNEL)
 
 
 def _nansum(source: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
@@ -85,13 +82,7 @@ register(
     "cumsum",
     alert="cumsum_cuda_kernel",
     alerts=_is_inexact,
-    autocast=Cast("float32"),
-    source=f"ScanKernels.cpp, cumsum_cuda_kernel; {_TO_FLOAT32}",
-)
-register(
-    "cumprod",
-    autocast=Cast("float32"),
-    source=_TO_FLOAT32,
+    source="ScanKernels.cpp, cumsum_cuda_kernel",
 )
 
 # -- softmax --------------------------------------------------------------------------
@@ -139,8 +130,7 @@ for _name in ("softmax", "log_softmax"):
     register(
         _name,
         composed=only(_softmax(_inner.default), "int"),
-        autocast=Cast("float32", ("int",)),
-        source=f"SoftMax.cpp, {_name}; {_TO_FLOAT32}",
+        source=f"SoftMax.cpp, {_name}",
     )
     register(
         f"_{_name}",

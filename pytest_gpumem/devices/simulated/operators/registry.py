@@ -31,20 +31,6 @@ if TYPE_CHECKING:
     Kernel = Callable[..., Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Cast:
-    """What ``torch.autocast("cuda")`` does to an operator's floating operands.
-
-    Attributes:
-        to: ``"lower"`` (autocast's own type), ``"float32"``, or ``"widest"`` (float32
-            if any operand is).
-        overloads: The overloads that it does so to.
-    """
-
-    to: str
-    overloads: tuple[str, ...] = ("default",)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operator:
     """All that is known about one operator, or about several by the same rule.
@@ -74,7 +60,6 @@ class Operator:
             empty where it has one.
         alert: What it calls itself where it has no deterministic way to run.
         alerts: Whether that holds of an overload and its arguments; None: of all.
-        autocast: What autocast does to its operands; None: nothing.
     """
 
     source: str
@@ -94,7 +79,6 @@ class Operator:
     lacks: Callable[[tuple[Any, ...]], str] | None = None
     alert: str = ""
     alerts: Callable[[Any, tuple[Any, ...]], bool] | None = None
-    autocast: Cast | None = None
 
 
 #: Every record, by name.
@@ -143,7 +127,6 @@ def find(func: Any) -> Operator:
             composed=None,
             handler=None,
             around=None,
-            autocast=None,
         )
     for beginning, operator in OPERATORS.items():
         if beginning.endswith("*") and name.startswith(beginning[:-1]):

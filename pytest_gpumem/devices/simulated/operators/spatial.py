@@ -8,7 +8,7 @@ import torch
 
 from pytest_gpumem.devices.simulated.kernel_types import INTEGERS, lacking
 from pytest_gpumem.devices.simulated.operators.composing import on_host, packing
-from pytest_gpumem.devices.simulated.operators.registry import Cast, register
+from pytest_gpumem.devices.simulated.operators.registry import register
 from pytest_gpumem.devices.simulated.refusals import refuse
 
 #: Gradients that are added up atomically, by what their kernel calls itself.
@@ -37,11 +37,6 @@ _ADDED_ATOMICALLY = {
 for _name, _caller in _ADDED_ATOMICALLY.items():
     register(_name, alert=_caller, source=f"alertNotDeterministic in {_caller}")
 
-register(
-    "grid_sampler",
-    autocast=Cast("widest"),
-    source="autocast_mode.h, AT_FORALL_PROMOTE",
-)
 for _names, _kernel, _file in (
     ("avg_pool1d avg_pool2d", "avg_pool2d_out_cuda_frame", "AveragePool2d.cu"),
     (

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from pytest_gpumem.devices.simulated.machine import card_of
-from pytest_gpumem.devices.simulated.memory import Memory
+from pytest_gpumem.devices.simulated.memory import Memory, hold
 from pytest_gpumem.devices.simulated.operands import is_own_device
+from pytest_gpumem.devices.simulated.operators.composing import refused
 from pytest_gpumem.devices.simulated.operators.registry import register
 from pytest_gpumem.devices.simulated.refusals import refuse_value
 from pytest_gpumem.devices.simulated.tensor import (
@@ -78,17 +79,43 @@ def _copy_(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
 
 
 def _set_(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``aten.set_``: another storage under the same tensor."""
+    """``aten.set_``: another storage under the same tensor; it may have to grow.
+
+    Source: ``set_storage_cuda_`` of ``aten/src/ATen/native/cuda/TensorFactories.cu``.
+    """
+    __tracebackhide__ = True
     target = args[0]
     source = args[1] if len(args) > 1 else kwargs.get("source")
+    grown = _growth(target, source, *args[2:])
     if isinstance(source, SimulatedTensor):
         _set_storage(target._value, source._value, *args[2:])
     elif source is None:
         _set_storage(target._value)
     else:
         _set_storage(target._value, source, *args[2:])
+    if grown is not None:
+        hold(target._value.untyped_storage(), grown)
     refresh(target)
     return target
+
+
+def _growth(
+    target: SimulatedTensor,
+    source: Any,
+    offset: int = 0,
+    size: Any = (),
+    stride: Any = (),
+) -> Memory | None:
+    """Take the bytes of a storage that is smaller than what is to lie in it."""
+    if source is None or not size:
+        return None
+    storage = source.untyped_storage() if hasattr(source, "untyped_storage") else source
+    shape = torch.empty(size, dtype=target.dtype, device="meta")
+    if stride:
+        shape = torch.empty_strided(size, stride, dtype=target.dtype, device="meta")
+    nbytes = shape.untyped_storage().nbytes()
+    nbytes += offset * target.element_size() if nbytes else 0
+    return Memory(target._card, nbytes) if nbytes > storage.nbytes() else None
 
 
 def _is_pinned(_args: tuple[Any, ...], _kwargs: dict[str, Any]) -> bool:
@@ -105,5 +132,13 @@ register(
     "_resize_output_ resize_ resize_as_",
     resizes=True,
     source="cuda/Resize.cpp, resize_cuda_",
+)
+register(
+    """
+    _make_per_channel_quantized_tensor _make_per_tensor_quantized_tensor
+    quantize_per_channel quantize_per_tensor quantize_per_tensor_dynamic
+    """,
+    composed=refused("a quantized tensor"),
+    source="native_functions.yaml, QuantizedCUDA",
 )
 register("is_pinned", handler=_is_pinned, source="Memory.cpp, is_pinned")
