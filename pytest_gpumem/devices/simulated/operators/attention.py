@@ -223,6 +223,7 @@ class _FusedOnHost:
             self._values = []
 
     def _compute(self, values: Any) -> torch.Tensor:
+        query, key, value = values
         _dropout_p, is_causal, scale = self._settings
         query, key, value = values
         with HOST_ROOM:
