@@ -225,7 +225,6 @@ class _FusedOnHost:
     def _compute(self, values: Any) -> torch.Tensor:
         query, key, value = values
         _dropout_p, is_causal, scale = self._settings
-        query, key, value = values
         with HOST_ROOM:
             return functional.scaled_dot_product_attention(
                 query,
