@@ -1,16 +1,19 @@
 """Operators that draw random numbers.
 
-That an operator draws is no field of its record: torch's own tag
-``nondeterministic_seeded`` says it.
+That an operator draws is torch's own tag, ``nondeterministic_seeded``; how, where it
+takes no generator, is in its record.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
 from pytest_gpumem.devices.simulated.kernel_types import INTEGERS, lacking
 from pytest_gpumem.devices.simulated.operators.composing import only
 from pytest_gpumem.devices.simulated.operators.registry import register
+from pytest_gpumem.devices.simulated.rng import draw_kept
 
 
 def dropout(source: torch.Tensor, p: float, train: bool) -> torch.Tensor:  # noqa: FBT001  # the operator's signature
@@ -27,6 +30,36 @@ register(
     "dropout",
     composed=only(dropout),
     source="Dropout.cpp, is_fused_kernel_acceptable",
+)
+
+
+def _native_dropout(
+    generator: torch.Generator, args: Any, kwargs: dict[str, Any]
+) -> Any:
+    """``native_dropout``, whose kernel takes no generator."""
+    source, p, train = args
+    if train is False or source.numel() == 0:
+        return torch.ops.aten.native_dropout(*args, **kwargs)  # draws nothing
+    kept, factor = draw_kept(source.shape, p, generator)
+    results = source.mul(kept).mul_(factor), kept
+    if not kwargs:
+        return results
+    outs = kwargs["out0"], kwargs["out1"]
+    for out, result in zip(outs, results, strict=True):
+        out.resize_(result.shape).copy_(result)
+    return outs
+
+
+register(
+    "native_dropout",
+    draw=_native_dropout,
+    source="Dropout.cpp, native_dropout_cpu",
+)
+# They have the tag and draw nothing: the first one refuses dropout.
+register(
+    "_fused_sdp_choice _scaled_dot_product_flash_attention_for_cpu",
+    draws_nothing=True,
+    source="transformers/attention.cpp",
 )
 # Its bound is the host's: "high must be a scalar tensor and on CPU".
 register("randint_like", takes_host=True, source="TensorFactories.cpp, randint_like")
