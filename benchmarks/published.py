@@ -3,7 +3,7 @@
 Run: ``python benchmarks/published.py [--write]``. It prints the page
 ``docs/published.md``, or writes it. No values are kept, so it takes a minute or two and
 little memory. The published figures, with their sources, are those of
-``tests/recordings/published/peaks.json``.
+``tests/published/peaks.json``.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 PAGE: Final = ROOT / "docs" / "published.md"
-PEAKS: Final = ROOT / "tests" / "recordings" / "published" / "peaks.json"
+PEAKS: Final = ROOT / "tests" / "published" / "peaks.json"
 _UNITS: Final = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
 _WORKSPACE: Final = 8519680  # of cuBLAS, cc 8.0 and 8.6
 

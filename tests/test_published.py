@@ -13,7 +13,7 @@ import pytest
 from pytest_gpumem.cards import CARDS, find_card
 from pytest_gpumem.errors import CardError
 
-PUBLISHED: Final = Path(__file__).parent / "recordings" / "published"
+PUBLISHED: Final = Path(__file__).parent / "published"
 _BYTES: Final = {"B": 1, "MiB": 2**20, "GiB": 2**30}
 #: What a note says where a process holds more beside PyTorch than its context.
 _MORE: Final = (

@@ -10,7 +10,7 @@ from generators.markdown import DASH, page, table
 from pytest_gpumem.cards import CARDS, Card
 from pytest_gpumem.sizes import format_size
 
-PUBLISHED: Final = Path(__file__).parents[2] / "tests/recordings/published"
+PUBLISHED: Final = Path(__file__).parents[2] / "tests/published"
 _BYTES: Final = {"B": 1, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -46,7 +46,7 @@ def cards() -> str:
             "**Total** is what the driver reports to CUDA, in bytes where an output "
             "shows them; `≈` marks one known in whole MiB or to 0.01 GiB. **Others saw**: "
             "the smallest and the largest total in public issues, logs and data sets "
-            "(`tests/recordings/published/cards.json` names each source). The same card "
+            "(`tests/published/cards.json` names each source). The same card "
             "differs by up to 5 % with driver, system (Windows shows more) and error "
             "correction; where it matters to the byte, make the card up.",
             "**Context** is what a process's CUDA context takes of the card, from its "
