@@ -6,11 +6,19 @@ That an operator draws is no field of its record: torch's own tag
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from pytest_gpumem.devices.simulated.kernel_types import INTEGERS, lacking
 from pytest_gpumem.devices.simulated.operators.composing import only
 from pytest_gpumem.devices.simulated.operators.registry import register
+from pytest_gpumem.devices.simulated.operators.requests import Results
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pytest_gpumem.devices.simulated.operators.requests import Call, Step
 
 
 def dropout(source: torch.Tensor, p: float, train: bool) -> torch.Tensor:  # noqa: FBT001  # the operator's signature
@@ -23,6 +31,15 @@ def dropout(source: torch.Tensor, p: float, train: bool) -> torch.Tensor:  # noq
     return result
 
 
+def _mask_first(_call: Call) -> Iterator[Step]:
+    yield Results(1)
+
+
+register(
+    "native_dropout",
+    requests=_mask_first,
+    source="cuda/Dropout.cu, dropout_cuda",
+)
 register(
     "dropout",
     composed=only(dropout),
