@@ -76,7 +76,7 @@ def _target(kwargs: dict[str, Any], operands: Operands) -> SimulatedCard | None:
 
 def _plain(func: Any, operator: Operator) -> Handler:
     uses_cublas = operator.uses_cublas
-    draw = drawing(func)
+    draw = drawing(func, operator)
     has_effects = operator.has_effects or draw is not None
     asks = operator.requests is not None
     compute = computing(func, operator)
@@ -171,7 +171,7 @@ def _any_card(card: SimulatedCard | None) -> SimulatedCard:
 
 def _mutating(func: Any, operator: Operator) -> Handler:
     uses_cublas = operator.uses_cublas
-    draw = drawing(func)
+    draw = drawing(func, operator)
     allocates = may_allocate(func, operator)
     compute = computing(func, operator)
     foresee = foreseeing(func, operator, draw=draw, compute=compute)

@@ -139,9 +139,7 @@ def foreseeing(
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # the operator itself will say it
                     if on_meta:
-                        return rehearsal, flat(
-                            (operator.shapes or func)(*args, **options)
-                        )
+                        return rehearsal, flat(func(*args, **options))
                     copied = draw and _from_a_copy(draw)
                     out = run(func, args, options, card, draw=copied, compute=compute)
                     return rehearsal, flat(out)

@@ -21,6 +21,7 @@ from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
 
 if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
+    from pytest_gpumem.devices.simulated.operators.registry import Operator
 
 _generators: Final[WeakKeyDictionary[SimulatedCard, torch.Generator]] = (
     WeakKeyDictionary()
@@ -154,29 +155,20 @@ class Drawing(Protocol):
         """Return the operator's result."""
 
 
-def drawing(func: Any) -> Drawing | None:
+def drawing(func: Any, operator: Operator) -> Drawing | None:
     """Return how an operator draws from a generator; None if it draws nothing.
 
     See Note [Drawing]. An operator that has no way to name a generator is refused when
     it is run.
     """
-    if torch.Tag.nondeterministic_seeded not in func.tags:
+    if torch.Tag.nondeterministic_seeded not in func.tags or operator.draws_nothing:
         return None
-    if func.overloadpacket is torch.ops.aten.native_dropout:
-        return _native_dropout
+    if operator.draw is not None:
+        return operator.draw
     named = _with_generator(func)
     if named is not None:
         return _naming(named)
-    if func.overloadpacket.__name__ in _DRAWS_NOTHING or not _runs_on_host(func):
-        return None
-    return _refused(func)
-
-
-#: Operators of the CPU that carry the tag and draw nothing: the first refuses dropout.
-#: Source: ``aten/src/ATen/native/transformers/attention.cpp``.
-_DRAWS_NOTHING: Final = frozenset(
-    {"_scaled_dot_product_flash_attention_for_cpu", "_fused_sdp_choice", "philox_rand"}
-)
+    return _refused(func) if _runs_on_host(func) else None
 
 
 def _runs_on_host(func: Any) -> bool:
@@ -255,20 +247,3 @@ def draw_kept(
     kept = torch.empty(shape, dtype=torch.bool, device="cpu")
     torch.ops.aten.bernoulli_.float(kept, 1 - p, generator=generator)
     return kept, 0.0 if p == 1 else 1 / (1 - p)
-
-
-def _native_dropout(
-    generator: torch.Generator, args: Any, kwargs: dict[str, Any]
-) -> Any:
-    """``native_dropout``, whose kernel takes no generator."""
-    source, p, train = args
-    if train is False or source.numel() == 0:
-        return torch.ops.aten.native_dropout(*args, **kwargs)  # draws nothing
-    kept, factor = draw_kept(source.shape, p, generator)
-    results = source.mul(kept).mul_(factor), kept
-    if not kwargs:
-        return results
-    outs = kwargs["out0"], kwargs["out1"]
-    for out, result in zip(outs, results, strict=True):
-        out.resize_(result.shape).copy_(result)
-    return outs

@@ -343,8 +343,8 @@ class _FusedOnHost:
             self._values = []
 
     def _compute(self, values: Any) -> torch.Tensor:
-        _dropout_p, is_causal, scale = self._settings
         query, key, value = values
+        _dropout_p, is_causal, scale = self._settings
         with HOST_ROOM:
             return functional.scaled_dot_product_attention(
                 query,

@@ -1,12 +1,12 @@
 """Operators that draw random numbers.
 
-That an operator draws is no field of its record: torch's own tag
-``nondeterministic_seeded`` says it.
+That an operator draws is torch's own tag, ``nondeterministic_seeded``; how, where it
+takes no generator, is in its record.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +14,7 @@ from pytest_gpumem.devices.simulated.kernel_types import INTEGERS, lacking
 from pytest_gpumem.devices.simulated.operators.composing import only
 from pytest_gpumem.devices.simulated.operators.registry import register
 from pytest_gpumem.devices.simulated.operators.requests import Results
+from pytest_gpumem.devices.simulated.rng import draw_kept
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,19 +32,45 @@ def dropout(source: torch.Tensor, p: float, train: bool) -> torch.Tensor:  # noq
     return result
 
 
+register(
+    "dropout",
+    composed=only(dropout),
+    source="Dropout.cpp, is_fused_kernel_acceptable",
+)
+
+
+def _native_dropout(
+    generator: torch.Generator, args: Any, kwargs: dict[str, Any]
+) -> Any:
+    """``native_dropout``, whose kernel takes no generator."""
+    source, p, train = args
+    if train is False or source.numel() == 0:
+        return torch.ops.aten.native_dropout(*args, **kwargs)  # draws nothing
+    kept, factor = draw_kept(source.shape, p, generator)
+    results = source.mul(kept).mul_(factor), kept
+    if not kwargs:
+        return results
+    outs = kwargs["out0"], kwargs["out1"]
+    for out, result in zip(outs, results, strict=True):
+        out.resize_(result.shape).copy_(result)
+    return outs
+
+
 def _mask_first(_call: Call) -> Iterator[Step]:
     yield Results(1)
 
 
 register(
     "native_dropout",
+    draw=_native_dropout,
     requests=_mask_first,
-    source="cuda/Dropout.cu, dropout_cuda",
+    source="Dropout.cpp, native_dropout_cpu; cuda/Dropout.cu, dropout_cuda",
 )
+# They have the tag and draw nothing: the first one refuses dropout.
 register(
-    "dropout",
-    composed=only(dropout),
-    source="Dropout.cpp, is_fused_kernel_acceptable",
+    "_fused_sdp_choice _scaled_dot_product_flash_attention_for_cpu",
+    draws_nothing=True,
+    source="transformers/attention.cpp",
 )
 # Its bound is the host's: "high must be a scalar tensor and on CPU".
 register("randint_like", takes_host=True, source="TensorFactories.cpp, randint_like")

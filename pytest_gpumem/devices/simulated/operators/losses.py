@@ -168,7 +168,8 @@ def _cosine_similarity(
         with torch.no_grad():
             norm.clamp_min_(eps)
         normal.append(whole / norm)
-    return (normal[0] * normal[1]).sum(dim)
+    cosine: torch.Tensor = (normal[0] * normal[1]).sum(dim)
+    return cosine
 
 
 register(

@@ -1,8 +1,9 @@
 """One record for each operator: all that the simulated card has to know about it.
 
-An operator that needs nothing has none: it runs on the CPU's tensors, its results are
-charged in their order, and its operands all have to be on the card. Any other has one
-row in the module of its family::
+An operator that needs nothing has none: it runs on the CPU's tensors and its results
+are charged in their order. What torch declares itself, as which operands are compared,
+what autocast does and what draws, is read from its own files and tags. Whatever else an
+operator needs is one row in the module of its family::
 
     register("cumsum", alert="cumsum_cuda_kernel", source="ScanKernels.cpp")
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices.simulated.operators.checks import Place
     from pytest_gpumem.devices.simulated.operators.requests import Call, Step
+    from pytest_gpumem.devices.simulated.rng import Drawing
     from pytest_gpumem.devices.simulated.tensor import Handler
 
     Kernel = Callable[..., Any]
@@ -44,8 +46,8 @@ class Operator:
         compute: Returns how the CPU computes the values of an overload, where the CPU's
             own kernel does not know what a card's does: a function called as the
             overload is; None for an overload of which that is not so.
-        shapes: How its results are foreseen, where torch's own kernel for meta tensors
-            cannot; called as the operator is, with meta tensors.
+        draw: How it draws from a generator, where it takes none as an argument.
+        draws_nothing: Whether torch's tag that it draws is wrong.
         composed: Returns the Python function that composes an overload of other
             operators, above autograd; None for an overload that needs none.
         handler: Runs it instead of everything else, given arguments and keywords.
@@ -66,7 +68,8 @@ class Operator:
     place: str
     requests: Callable[[Call], Iterable[Step]] | None = None
     compute: Callable[[Any], Kernel | None] | None = None
-    shapes: Kernel | None = None
+    draw: Drawing | None = None
+    draws_nothing: bool = False
     composed: Callable[[Any], Kernel | None] | None = None
     handler: Handler | None = None
     around: Callable[[Any, Handler], Handler] | None = None
