@@ -18,7 +18,6 @@ from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.devices.simulated.rng import GeneratorName, check_generator
 from pytest_gpumem.devices.simulated.subclasses import checked
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
-from pytest_gpumem.devices.simulated.transfer import moved
 from pytest_gpumem.devices.simulated.typed import wanted
 
 _tensor: Final[Any] = torch.tensor
@@ -63,6 +62,11 @@ def tensor(data: Any, **options: Any) -> torch.Tensor:
         return _copy(data, options)
 
 
+def _uploaded(host: torch.Tensor, goal: torch.device) -> torch.Tensor:
+    """Return a tensor on a card, known to whatever traces or transforms."""
+    return host.to(goal)
+
+
 #: Source: ``tensor_ctor`` of ``torch/csrc/utils/tensor_new.cpp``.
 _COPYING: Final = (
     "To copy construct from a tensor, it is recommended to use "
@@ -83,7 +87,7 @@ def _copy(data: Any, options: dict[str, Any]) -> torch.Tensor:
     requires_grad = options.pop("requires_grad", False)
     options.pop("pin_memory", None)
     host = _tensor(_plain(data), **{**options, "device": "cpu"})
-    made = moved(host, goal)
+    made = _uploaded(host, goal)
     return made.requires_grad_() if requires_grad else made
 
 
@@ -103,7 +107,7 @@ def as_tensor(data: Any, dtype: Any = None, device: Any = None) -> torch.Tensor:
     if goal is None:
         made: torch.Tensor = _as_tensor(_plain(data), dtype=dtype, device=device)
         return made
-    return moved(_as_tensor(_plain(data), dtype=dtype, device="cpu"), goal)
+    return _uploaded(_as_tensor(_plain(data), dtype=dtype, device="cpu"), goal)
 
 
 def asarray(

@@ -126,8 +126,11 @@ def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     target = None if device is None else cuda_device(device)
     if isinstance(self, FakeTensor):
         if target is not None:
-            options["device"] = target  # a program that is being traced, not run
-            return _to_dtype(self, options)
+            # A program that is being traced, not run. C++ would abort on a fake
+            # tensor of a card that takes part in autograd.
+            options["device"] = target
+            with torch.no_grad():
+                return _to_dtype(self, options)
         traced: torch.Tensor = _original_to(self, *args, **kwargs)
         return traced
     on_card = self.is_cuda
