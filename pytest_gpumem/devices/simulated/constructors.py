@@ -19,10 +19,12 @@ from pytest_gpumem.devices.simulated.rng import GeneratorName, check_generator
 from pytest_gpumem.devices.simulated.subclasses import checked
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 from pytest_gpumem.devices.simulated.typed import wanted
+from pytest_gpumem.devices.simulated.warned import relayed
 
 _tensor: Final[Any] = torch.tensor
 _as_tensor: Final[Any] = torch.as_tensor
 _asarray: Final[Any] = torch.asarray
+_range: Final[Any] = torch.range
 
 
 def _goal(device: Any) -> torch.device | None:
@@ -54,6 +56,8 @@ def tensor(data: Any, **options: Any) -> torch.Tensor:
     """``torch.tensor``: a copy of the data, on the host or on a card."""
     __tracebackhide__ = True
     if not isinstance(data, torch.Tensor):
+        if isinstance(data, (list, tuple)) and data and hasattr(data[0], "__array__"):
+            return relayed(lambda: _copy(data, options))  # arrays: C++ warns
         return _copy(data, options)
     # C++ would warn of this module's line.
     warnings.warn(_COPYING, stacklevel=2)
@@ -184,7 +188,11 @@ def _factory(original: Any) -> Any:
             options["device"] = cuda_device(device)
         if options.get("out") is not None and device is not None:
             _check_out(options["out"], torch.device(options.pop("device")))
-        made: torch.Tensor = original(*args, **options)
+        made: torch.Tensor = (
+            relayed(lambda: original(*args, **options))
+            if original is _range  # C++ warns
+            else original(*args, **options)
+        )
         if options.get("requires_grad"):
             checked(made)
         if options.get("generator") is not None:
@@ -265,7 +273,7 @@ def _refusing_on_cards(name: str, feature: str) -> Any:
         # A jagged one is a subclass of tensors around those of a card.
         if is_there and torch.jagged not in {*args[3:], options.get("layout")}:
             refuse(feature)
-        return original(*args, **options)
+        return relayed(lambda: original(*args, **options))
 
     return construct
 

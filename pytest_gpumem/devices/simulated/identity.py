@@ -39,6 +39,7 @@ from pytest_gpumem.devices.simulated.tensor import (
     take_off_card,
 )
 from pytest_gpumem.devices.simulated.transfer import moved
+from pytest_gpumem.devices.simulated.warned import relayed
 
 _base: Final[Any] = torch._C.TensorBase
 _grad: Final[Any] = _base.grad  # the getset below Tensor.grad
@@ -240,7 +241,12 @@ class _Grad:
     def __get__(self, tensor: Any, _owner: Any = None) -> Any:
         if tensor is None:
             return _grad
-        grad = _grad.__get__(tensor)
+        is_warned_of = not (tensor.is_leaf or tensor.retains_grad)
+        grad = (
+            relayed(lambda: _grad.__get__(tensor))
+            if is_warned_of
+            else _grad.__get__(tensor)
+        )
         if grad is not None:
             is_new = id(tensor) not in _owners.get(id(grad), ())
             if is_new:

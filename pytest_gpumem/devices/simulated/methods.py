@@ -35,6 +35,7 @@ from pytest_gpumem.devices.simulated.subclasses import (
 from pytest_gpumem.devices.simulated.tensor import DEVICES, SimulatedTensor
 from pytest_gpumem.devices.simulated.transfer import moved
 from pytest_gpumem.devices.simulated.typed import wanted
+from pytest_gpumem.devices.simulated.warned import relayed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,6 +67,8 @@ class _Overridable:
         __tracebackhide__ = True
         if has_torch_function_unary(tensor) and not is_lazy(tensor):
             return handle_torch_function(self, (tensor,), tensor, *args, **options)
+        if tensor.is_complex():  # C++ warns of what a real type drops
+            return relayed(lambda: self._method(tensor, *args, **options))
         return self._method(tensor, *args, **options)
 
     def __eq__(self, other: object) -> bool:
