@@ -425,3 +425,19 @@ def test_a_recurrent_layer_without_biases_runs() -> None:
     source = torch.ones(2, 1, 4)
 
     torch.testing.assert_close(card(source.cuda())[0].cpu(), host(source)[0])
+
+
+def test_a_single_number_of_the_host_keeps_its_gradient_there() -> None:
+    """A scale on the host, times a card's tensor: torch moves such a gradient."""
+    scale = nn.Parameter(torch.tensor(2.0))
+    card = torch.ones(3, device="cuda")
+
+    (alone,) = torch.autograd.grad((card * scale).sum(), scale)
+    for _ in range(2):
+        (card * scale).sum().backward()
+    torch.optim.SGD([scale], lr=0.5).step()
+
+    grad: Any = scale.grad
+    assert ("cpu", 6.0) == (grad.device.type, grad.item())
+    assert ("cpu", 3.0) == (alone.device.type, alone.item())
+    assert -1.0 == scale.item()

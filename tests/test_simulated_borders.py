@@ -245,6 +245,10 @@ def _makes(count: int) -> torch.Tensor:
     return torch.ones(count, device="cuda") + 1
 
 
+def _makes_of_data(_count: int) -> torch.Tensor:
+    return torch.tensor([1.0, 2.0], device="cuda") + 1
+
+
 def _moves(source: torch.Tensor) -> torch.Tensor:
     return (source.to("cuda") + 1).cpu()
 
@@ -252,7 +256,9 @@ def _moves(source: torch.Tensor) -> torch.Tensor:
 CALLS: dict[str, tuple[Callable[..., torch.Tensor], Callable[[], tuple[Any, ...]]]] = {
     "given": (torch.sin, lambda: (_card(),)),
     "made": (_makes, lambda: (4,)),
+    "made of data": (_makes_of_data, lambda: (4,)),
     "moved": (_moves, lambda: (torch.ones(4),)),
+    "moved with a graph": (_moves, lambda: (torch.ones(4, requires_grad=True),)),
     "held": (_Holder.add, lambda: (_Holder(),)),
 }
 

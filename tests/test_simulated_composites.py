@@ -139,7 +139,9 @@ def test_half_becomes_single_precision_inside_softmax() -> None:
     grad = torch.zeros_like(result)
     torch.cuda.reset_peak_memory_stats()
     result.backward(grad)
-    assert 8 * MIB + 8 * MIB + 4 * MIB == torch.cuda.max_memory_allocated() - before
+    # The gradient times the result is a buffer of its own.
+    made = 8 * MIB + 8 * MIB + 4 * MIB
+    assert made + 8 * MIB == torch.cuda.max_memory_allocated() - before
     assert source.grad is not None
     assert torch.float16 == source.grad.dtype
 

@@ -212,7 +212,9 @@ def test_a_tensor_made_on_the_card_becomes_one_of_a_class(kind: Any) -> None:
     back = card.as_subclass(torch.Tensor)
 
     assert (kind, (3, 2), "cuda:0") == (type(card), tuple(card.shape), str(card.device))
+    assert not isinstance(back, kind)
     assert [[0.0, 6.0], [2.0, 8.0], [4.0, 10.0]] == back.tolist()
+    assert "[ 4., 10.]], device='cuda:0')" in repr(card)
     assert [[0.0, 2.0, 4.0], [6.0, 8.0, 10.0]] == source.tolist()
     assert type(torch.cat([card, card])) is kind
     assert type(source + card.t()) is kind

@@ -65,14 +65,16 @@ def build(folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     cuda = folder / "libcuda.so.1"
     nvml = folder / "libnvidia-ml.so.1"
+    nvrtc = folder / "libnvrtc.so.13"
     sources = [_SOURCES / f"{name}.c" for name in _CUDA]
     newest = max(each.stat().st_mtime for each in (*_SOURCES.iterdir(), Path(__file__)))
     if not (nvml.is_file() and nvml.stat().st_mtime > newest):
         rest = folder / "rest.c"
         rest.write_text(_rest(libraries, sources), encoding="utf-8")
         _compile(cuda, [*sources, rest], headers, "-lpthread", "-ldl")
+        _compile(nvrtc, [_SOURCES / "nvrtc.c"], headers)
         _compile(nvml, [_SOURCES / "nvml.c"], headers, str(cuda))
-    return [cuda, nvml]
+    return [cuda, nvml, nvrtc]
 
 
 def _rest(libraries: Path, sources: list[Path]) -> str:
@@ -117,7 +119,9 @@ def _compile(library: Path, sources: list[Path], headers: Path, *more: str) -> N
 def environment(folder: Path) -> dict[str, str]:
     """Return the environment in which a program runs on the substitute."""
     preload = [str(each.resolve()) for each in build(folder)]
-    return os.environ | {"LD_PRELOAD": " ".join(preload)}
+    # Kernels that torch would keep from run to run are empty here.
+    settings = {"LD_PRELOAD": " ".join(preload), "USE_PYTORCH_KERNEL_CACHE": "0"}
+    return os.environ | settings
 
 
 def main(arguments: list[str]) -> None:

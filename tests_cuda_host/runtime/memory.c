@@ -421,7 +421,15 @@ EXPORT CUresult cuPointerGetAttribute(void *out, CUpointer_attribute attribute,
 
 // -- copies and memsets ----------------------------------------------------------------
 
+static unsigned long reads;
+
+// How many copies from a card to the host's memory there were: whoever makes one may act
+// on a value that nothing computed.
+EXPORT unsigned long cuda_host_reads(void) { return __atomic_load_n(&reads, __ATOMIC_RELAXED); }
+
 static cudaError_t copy(void *to, const void *from, size_t bytes) {
+  if (bytes && host_device_of(from) >= 0 && host_device_of(to) < 0)
+    __atomic_add_fetch(&reads, 1, __ATOMIC_RELAXED);
   if (bytes && (host_settings()->copies_values || host_device_of(to) < 0))
     memmove(to, from, bytes);
   return cudaSuccess;

@@ -15,7 +15,11 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from pytest_gpumem.devices.simulated.memory import hold, memory_of
+from pytest_gpumem.devices.simulated.operands import Operands
+from pytest_gpumem.devices.simulated.operators.registry import find
+from pytest_gpumem.devices.simulated.operators.requests import Call, ask
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor, make
+from pytest_gpumem.devices.simulated.values import run
 
 if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.tensor import Handler
@@ -51,6 +55,53 @@ def with_accumulation(func: Any, handler: Handler) -> Handler:
         return make(summed, first._card)
 
     return adding
+
+
+def taking_over(func: Any, handler: Handler) -> Handler:
+    """Return a handler whose result takes over the memory of its first operand.
+
+    C++ that computes gradients makes a tensor and writes to it in place; where tensors
+    are of a subclass it uses the operator that returns a new one. The first tensor has
+    no other owner, so that its block is handed over.
+
+    Source: the callers of ``areAnyTensorSubclassLike`` in
+    ``torch/csrc/autograd/FunctionsManual.cpp`` and in ``aten/src/ATen/native``.
+    """
+    if func._schema.is_mutable:
+        return handler
+
+    def writing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        __tracebackhide__ = True
+        first = args[0]
+        if torch._C._current_graph_task_id() == -1 or not _is_new(first):
+            return handler(args, kwargs)
+        storage = first._value.untyped_storage()
+        memory = memory_of(storage)
+        operands = Operands()
+        values = [operands.unwrap(each) for each in args]
+        card = first._card
+        written = run(func, values, kwargs, card, draw=None)
+        if memory is None or written.untyped_storage().nbytes() != memory.nbytes:
+            return handler(args, kwargs)
+        hold(written.untyped_storage(), memory)
+        del storage._gpumem  # the block has a new owner
+        rule = find(func).requests
+        if rule is not None:
+            ask(rule(Call(func, values, kwargs, [written], card)), [0], card)
+        return make(written, card)
+
+    return writing
+
+
+def _is_new(tensor: Any) -> bool:
+    """Tell whether only the C++ that calls an operator has its first operand."""
+    uses: Any = tensor
+    return (
+        type(tensor) is SimulatedTensor
+        and uses._use_count() <= _TENSOR_USES + 1  # an optional of C++
+        and sys.getrefcount(tensor) <= _PYTHON_USES
+        and _storage_uses(tensor) <= _STORAGE_USES
+    )
 
 
 def _may_reuse(args: tuple[Any, ...]) -> bool:

@@ -17,6 +17,7 @@ import torch
 from torch._higher_order_ops.flex_attention import FlexAttentionHOP
 from torch._subclasses.fake_tensor import FakeTensorConverter
 
+from pytest_gpumem.devices.patches import PatchSet
 from pytest_gpumem.devices.simulated.refusals import refuse, refusing
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 
@@ -72,8 +73,9 @@ def _hide_from_dynamo() -> None:
     """
     if _hidden:
         return
-    from torch._dynamo import trace_rules  # noqa: PLC0415  # seconds, and only here
+    from torch._dynamo import trace_rules, utils  # noqa: PLC0415  # seconds, and only here
 
+    _dynamo.set(utils, "run_node", _without_grad(utils.run_node))
     before = len(trace_rules.SKIP_DIRS)
     trace_rules.add(__name__.partition(".")[0])
     _hidden.extend(trace_rules.SKIP_DIRS[before:])
@@ -85,9 +87,33 @@ def show_to_dynamo() -> None:
         return
     from torch._dynamo import trace_rules  # noqa: PLC0415  # it was imported to be changed
 
+    _dynamo.restore()
     while _hidden:
         trace_rules.SKIP_DIRS.remove(_hidden.pop())
     trace_rules._recompile_re()
+
+
+#: What is replaced in TorchDynamo for as long.
+_dynamo: Final = PatchSet()
+
+
+def _without_grad(run_node: Callable[..., Any]) -> Callable[..., Any]:
+    """Return how TorchDynamo tries a node, without autograd on a card.
+
+    C++ would ask for a CUDA device guard for a fake result that has a graph.
+    """
+
+    @functools.wraps(run_node)
+    def trying(tracer: Any, node: Any, args: Any, kwargs: Any, module: Any) -> Any:
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+        on_card = any(
+            isinstance(each, torch.Tensor) and each.device.type == "cuda"
+            for each in leaves
+        )
+        with torch.no_grad() if on_card else contextlib.nullcontext():
+            return run_node(tracer, node, args, kwargs, module)
+
+    return trying
 
 
 def _as_it_is(compiled: Callable[..., Any], original: Any) -> Callable[..., Any]:

@@ -18,12 +18,13 @@ from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.devices.simulated.rng import GeneratorName, check_generator
 from pytest_gpumem.devices.simulated.subclasses import checked
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
-from pytest_gpumem.devices.simulated.transfer import moved
 from pytest_gpumem.devices.simulated.typed import wanted
+from pytest_gpumem.devices.simulated.warned import relayed
 
 _tensor: Final[Any] = torch.tensor
 _as_tensor: Final[Any] = torch.as_tensor
 _asarray: Final[Any] = torch.asarray
+_range: Final[Any] = torch.range
 
 
 def _goal(device: Any) -> torch.device | None:
@@ -55,12 +56,19 @@ def tensor(data: Any, **options: Any) -> torch.Tensor:
     """``torch.tensor``: a copy of the data, on the host or on a card."""
     __tracebackhide__ = True
     if not isinstance(data, torch.Tensor):
+        if isinstance(data, (list, tuple)) and data and hasattr(data[0], "__array__"):
+            return relayed(lambda: _copy(data, options))  # arrays: C++ warns
         return _copy(data, options)
     # C++ would warn of this module's line.
     warnings.warn(_COPYING, stacklevel=2)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "To copy construct from a tensor")
         return _copy(data, options)
+
+
+def _uploaded(host: torch.Tensor, goal: torch.device) -> torch.Tensor:
+    """Return a tensor on a card, known to whatever traces or transforms."""
+    return host.to(goal)
 
 
 #: Source: ``tensor_ctor`` of ``torch/csrc/utils/tensor_new.cpp``.
@@ -83,7 +91,7 @@ def _copy(data: Any, options: dict[str, Any]) -> torch.Tensor:
     requires_grad = options.pop("requires_grad", False)
     options.pop("pin_memory", None)
     host = _tensor(_plain(data), **{**options, "device": "cpu"})
-    made = moved(host, goal)
+    made = _uploaded(host, goal)
     return made.requires_grad_() if requires_grad else made
 
 
@@ -103,7 +111,7 @@ def as_tensor(data: Any, dtype: Any = None, device: Any = None) -> torch.Tensor:
     if goal is None:
         made: torch.Tensor = _as_tensor(_plain(data), dtype=dtype, device=device)
         return made
-    return moved(_as_tensor(_plain(data), dtype=dtype, device="cpu"), goal)
+    return _uploaded(_as_tensor(_plain(data), dtype=dtype, device="cpu"), goal)
 
 
 def asarray(
@@ -180,7 +188,11 @@ def _factory(original: Any) -> Any:
             options["device"] = cuda_device(device)
         if options.get("out") is not None and device is not None:
             _check_out(options["out"], torch.device(options.pop("device")))
-        made: torch.Tensor = original(*args, **options)
+        made: torch.Tensor = (
+            relayed(lambda: original(*args, **options))
+            if original is _range  # C++ warns
+            else original(*args, **options)
+        )
         if options.get("requires_grad"):
             checked(made)
         if options.get("generator") is not None:
@@ -261,7 +273,7 @@ def _refusing_on_cards(name: str, feature: str) -> Any:
         # A jagged one is a subclass of tensors around those of a card.
         if is_there and torch.jagged not in {*args[3:], options.get("layout")}:
             refuse(feature)
-        return original(*args, **options)
+        return relayed(lambda: original(*args, **options))
 
     return construct
 

@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._library.custom_ops import OPDEFS
 
+from pytest_gpumem.devices.simulated.backward import in_backward
 from pytest_gpumem.devices.simulated.determinism import check_cublas, with_alert
 from pytest_gpumem.devices.simulated.foresight import (
     foreseeing,
     may_allocate,
 )
 from pytest_gpumem.devices.simulated.kernel_types import with_types
-from pytest_gpumem.devices.simulated.memory import hold, hold_workspace
+from pytest_gpumem.devices.simulated.memory import Memory, hold, hold_workspace
 from pytest_gpumem.devices.simulated.operands import Operands, is_own_device
 from pytest_gpumem.devices.simulated.operators import find
 from pytest_gpumem.devices.simulated.operators.checks import checking
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
-    from pytest_gpumem.devices.simulated.memory import Memory
     from pytest_gpumem.devices.simulated.operators.registry import Operator
     from pytest_gpumem.devices.simulated.tensor import Handler
 
@@ -95,6 +95,7 @@ def _plain(func: Any, operator: Operator) -> Handler:
         target = _target(kwargs, operands) if "device" in kwargs else card
         if uses_cublas and torch.are_deterministic_algorithms_enabled():
             check_cublas()
+        helpers = _helpers(values, card) if operands.host is not None else ()
         held: Any = ()
         if has_effects and target is not None and target.value_device != "meta":
             held = foresee(values, kwargs, target)[1]
@@ -110,9 +111,24 @@ def _plain(func: Any, operator: Operator) -> Handler:
         )
         if uses_cublas:
             hold_workspace(card)
+        del helpers
         return made
 
     return handler
+
+
+def _helpers(values: list[Any], card: SimulatedCard) -> list[Memory]:
+    """Ask for what C++ made on the host for a gradient, and makes on a card itself."""
+    __tracebackhide__ = True
+    if not in_backward():
+        return []
+    return [
+        Memory(card, each.nbytes)
+        for each in flat(values)
+        if each is not None
+        and each.dim() > 0
+        and not hasattr(each.untyped_storage(), "_gpumem")
+    ]
 
 
 def _charge(  # noqa: PLR0917  # a call and what came of it

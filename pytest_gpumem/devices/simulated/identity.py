@@ -38,6 +38,8 @@ from pytest_gpumem.devices.simulated.tensor import (
     put_on_card,
     take_off_card,
 )
+from pytest_gpumem.devices.simulated.transfer import moved
+from pytest_gpumem.devices.simulated.warned import relayed
 
 _base: Final[Any] = torch._C.TensorBase
 _grad: Final[Any] = _base.grad  # the getset below Tensor.grad
@@ -204,20 +206,30 @@ def _owners_of(grad: torch.Tensor) -> list[Any]:
     return [each for each in owners if each is not None]
 
 
-def _is_batch(grad: Any) -> bool:
-    """Tell whether a gradient is of a transform that is at work: it lands later."""
+def _is_batch(tensor: Any) -> bool:
+    """Tell whether a tensor is of a transform that is at work: it lands later."""
     return bool(
-        _functorch.is_functorch_wrapped_tensor(grad)
-        or _functorch.is_legacy_batchedtensor(grad)
+        _functorch.is_functorch_wrapped_tensor(tensor)
+        or _functorch.is_legacy_batchedtensor(tensor)
     )
 
 
 def landed(grad: Any, tensor: Any) -> Any:
-    """Return a gradient on its tensor's card; C++ makes some anew on the host."""
-    is_there = isinstance(grad, SimulatedTensor) or runs_itself(grad) or _is_batch(grad)
-    if is_there or grad.layout is not torch.strided:
+    """Return a gradient where its tensor is.
+
+    C++ makes some anew on the host, and leaves a card's to a single number of the host.
+    Source: ``validate_outputs`` of ``torch/csrc/autograd/engine.cpp``.
+    """
+    if runs_itself(grad) or grad.layout is not torch.strided:
         return grad
-    return make(grad.detach(), tensor._card)
+    if _is_batch(grad) or _is_batch(tensor):
+        return grad
+    on_card = isinstance(tensor, SimulatedTensor)
+    if isinstance(grad, SimulatedTensor) is on_card:
+        return grad
+    if on_card:
+        return make(grad.detach(), tensor._card)
+    return moved(grad, tensor.device) if type(tensor) in HOST_KINDS else grad
 
 
 class _Grad:
@@ -229,15 +241,20 @@ class _Grad:
     def __get__(self, tensor: Any, _owner: Any = None) -> Any:
         if tensor is None:
             return _grad
-        grad = _grad.__get__(tensor)
+        is_warned_of = not (tensor.is_leaf or tensor.retains_grad)
+        grad = (
+            relayed(lambda: _grad.__get__(tensor))
+            if is_warned_of
+            else _grad.__get__(tensor)
+        )
         if grad is not None:
             is_new = id(tensor) not in _owners.get(id(grad), ())
-            if is_new and isinstance(tensor, SimulatedTensor):
+            if is_new:
                 # One that was seen before is on its way: a module moves it next.
-                on_card = landed(grad, tensor)
-                if on_card is not grad:
-                    _grad.__set__(tensor, on_card)
-                    grad = on_card
+                there = landed(grad, tensor)
+                if there is not grad:
+                    _grad.__set__(tensor, there)
+                    grad = there
             _note_owner(grad, tensor)
         return grad
 
@@ -291,11 +308,9 @@ def autograd_grad(
     __tracebackhide__ = True
     grads: tuple[Any, ...] = _autograd_grad(outputs, inputs, *args, **options)
     sources = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
-    if not any(isinstance(each, SimulatedTensor) for each in sources):
-        return grads
     return tuple(
         landed(grad, source)
-        if isinstance(grad, torch.Tensor) and isinstance(source, SimulatedTensor)
+        if isinstance(grad, torch.Tensor) and isinstance(source, torch.Tensor)
         else grad
         for grad, source in zip(grads, sources, strict=True)
     )

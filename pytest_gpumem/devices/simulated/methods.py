@@ -35,6 +35,7 @@ from pytest_gpumem.devices.simulated.subclasses import (
 from pytest_gpumem.devices.simulated.tensor import DEVICES, SimulatedTensor
 from pytest_gpumem.devices.simulated.transfer import moved
 from pytest_gpumem.devices.simulated.typed import wanted
+from pytest_gpumem.devices.simulated.warned import relayed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,6 +67,8 @@ class _Overridable:
         __tracebackhide__ = True
         if has_torch_function_unary(tensor) and not is_lazy(tensor):
             return handle_torch_function(self, (tensor,), tensor, *args, **options)
+        if tensor.is_complex():  # C++ warns of what a real type drops
+            return relayed(lambda: self._method(tensor, *args, **options))
         return self._method(tensor, *args, **options)
 
     def __eq__(self, other: object) -> bool:
@@ -126,8 +129,11 @@ def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     target = None if device is None else cuda_device(device)
     if isinstance(self, FakeTensor):
         if target is not None:
-            options["device"] = target  # a program that is being traced, not run
-            return _to_dtype(self, options)
+            # A program that is being traced, not run. C++ would abort on a fake
+            # tensor of a card that takes part in autograd.
+            options["device"] = target
+            with torch.no_grad():
+                return _to_dtype(self, options)
         traced: torch.Tensor = _original_to(self, *args, **kwargs)
         return traced
     on_card = self.is_cuda

@@ -107,7 +107,8 @@ def as_class(tensor: torch.Tensor, kind: Any) -> Any:
     Source: ``THPVariable_as_subclass`` of ``torch/csrc/autograd/python_variable.cpp``.
     """
     __tracebackhide__ = True
-    alias: Any = _alias(tensor)
+    with torch._C.DisableTorchFunctionSubclass():
+        alias: Any = _alias(tensor)
     if kind is torch.Tensor or kind is SimulatedTensor:
         return alias
     value, card = alias._value, alias._card

@@ -1,20 +1,22 @@
 """Attention as the CUDA kernels hold memory for it.
 
 A simulated tensor is one of the CPU to C++, so torch would choose the CPU's way to
-compose it, which saves other tensors for backward than CUDA's fused
-kernels do. Here the choice, what is allocated and what is saved are CUDA's; the values
-are the CPU's.
+compose it, which saves other tensors for backward than CUDA's fused kernels do. Here
+the choice, what is allocated and what is saved are CUDA's; the values are the CPU's.
 
-Sources, torch 2.13: ``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp`` (which
-kernel runs), ``attention.cu`` and ``flash_attn/flash_api.cpp`` (what it allocates),
-``attention_backward.cu``.
+Sources, torch 2.13, ``aten/src/ATen/native``: ``transformers/cuda/sdp_utils.cpp`` (which
+kernel runs), ``transformers/attention.cpp`` (what is done around it),
+``transformers/cuda/attention.cu`` and ``attention_backward.cu`` (what the
+memory-efficient kernels ask for), ``transformers/cuda/flash_attn/flash_api.cpp``
+(``mha_fwd``, ``mha_bwd``). Sizes of workspaces are in
+``model/attention.py``.
 """
 
 from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -29,70 +31,129 @@ from pytest_gpumem.devices.simulated.rng import (
     generator_of,
 )
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor, make
+from pytest_gpumem.model import attention as model
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
 
 _math_attention: Final[Any] = torch.ops.aten._scaled_dot_product_attention_math.default
 
-#: The memory-efficient kernel stores a logarithm for each row, rows rounded up to this.
-#: Source: ``kAlignLSE`` of ``mem_eff_attention/kernel_forward.h``.
-_ALIGN_LSE: Final = 32
-#: A mask's last dimension is padded to a multiple of this. Source: ``pad_bias``.
+#: A mask's rows start at a multiple of so many numbers. Source: ``preprocess_mask``.
 _ALIGN_BIAS: Final = 16
+#: Heads of the flash kernels are padded to a multiple of this. Source: ``pad_last_dim``.
+_ALIGN_HEAD: Final = 8
 #: Widest head of the flash kernels. Source: ``check_head_dim_size_flash``.
 _WIDEST_FLASH: Final = 256
 _HALVES: Final = (torch.float16, torch.bfloat16)
 _FLOAT_BYTES: Final = 4
+#: What the flash kernels keep of the random state, and a number that is not used.
+_STATE_BYTES: Final = 16
+_UNUSED_BYTES: Final = 8
 
 
-def choose_kernel(
+class Settings(NamedTuple):
+    """The arguments of one call that are no tensors.
+
+    Attributes:
+        dropout_p: Probability that a score is dropped.
+        is_causal: Whether a row sees no later column.
+        scale: Of the scores; None: one over the root of the head's width.
+        enable_gqa: Whether several query heads may share a key head.
+        width: Of a head, where the kernel gets wider ones; None: as they are.
+    """
+
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+    width: int | None = None
+
+
+def choose_kernel(  # noqa: PLR0917  # one call's operands
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
     capability: tuple[int, int],
+    settings: Settings = Settings(),  # noqa: B008  # a tuple
 ) -> str:
     """Return which kernel CUDA runs: ``"flash"``, ``"efficient"`` or ``"math"``.
 
-    Limits: cuDNN's kernel, which torch tries last, is never chosen; groups of heads
-    and masks that need a gradient go to ``math``.
+    Limits: cuDNN's kernel, which torch tries first on cards of compute capability 9 and
+    10 and last on others, is never chosen.
     """
     tensors = (query, key, value)
-    width = query.shape[-1]
     is_plain = (
-        all(each.dim() == 4 and each.stride(-1) == 1 for each in tensors)  # noqa: PLR2004  # batch, head, row, width
+        all(each.dim() == 4 for each in tensors)  # noqa: PLR2004  # batch, head, row, width
+        and all(each.stride(-1) == 1 or each.shape[-1] == 1 for each in tensors)
+        and (mask is None or mask.stride(-1) == 1 or mask.shape[-1] == 1)
         and all(each.shape[-2] > 0 for each in tensors)
-        and query.shape[1] == key.shape[1] == value.shape[1]
-        and query.shape[0] == key.shape[0] == value.shape[0]
-        and width == key.shape[-1]
-        and (mask is None or not mask.requires_grad)
+        and query.shape[0] == key.shape[0] == value.shape[0] > 0
+        and key.shape[1] == value.shape[1]
+        and query.shape[-1] == key.shape[-1]
     )
     if not is_plain:
         return "math"
-    backends = torch.backends.cuda
-    if (
-        backends.flash_sdp_enabled()
+    if _may_be_flash(query, key, value, mask, capability, settings):
+        return "flash"
+    if _may_be_efficient(query, key, value, capability):
+        return "efficient"
+    return "math"
+
+
+def _may_be_flash(  # noqa: PLR0917  # one call's operands
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    capability: tuple[int, int],
+    settings: Settings,
+) -> bool:
+    width = query.shape[-1]
+    heads, key_heads = query.shape[1], key.shape[1]
+    shares_heads = settings.enable_gqa and heads % key_heads == 0
+    # Source: check_requires_grad_and_head_dim_gt192_constraints_on_sm86_89_or_120.
+    grows = torch.is_grad_enabled() and any(
+        each.requires_grad for each in (query, key, value)
+    )
+    is_small = (8, 6) <= capability <= (8, 9) or capability[0] == 12  # noqa: PLR2004  # as the source's name says
+    is_too_wide = 192 < width <= 224 or (width > 224 and settings.dropout_p > 0)  # noqa: PLR2004  # likewise
+    return (
+        torch.backends.cuda.flash_sdp_enabled()
         and mask is None
         and query.dtype in _HALVES
         and capability >= (8, 0)
         and width == value.shape[-1]
         and width <= _WIDEST_FLASH
-    ):
-        return "flash"
-    alignment = 4 if query.dtype is torch.float32 else 8
-    if (
-        backends.mem_efficient_sdp_enabled()
+        and (heads == key_heads or shares_heads)
+        and not (settings.is_causal and query.shape[-2] != key.shape[-2])
+        and not (grows and is_small and is_too_wide)
+    )
+
+
+def _may_be_efficient(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    capability: tuple[int, int],
+) -> bool:
+    # Source: minimum_gemm_alignment.
+    is_half = query.dtype in _HALVES
+    has_tensor_cores = capability >= (8, 0) or (capability >= (7, 0) and is_half)
+    alignment = 4 if capability >= (8, 0) else 1
+    if has_tensor_cores:
+        alignment = 8 if is_half else 4
+    return (
+        torch.backends.cuda.mem_efficient_sdp_enabled()
         and query.dtype in (torch.float32, *_HALVES)
         and (query.dtype is not torch.bfloat16 or capability >= (8, 0))
         and capability >= (5, 0)
-        and (capability < (8, 0) or width % alignment == 0)
+        and query.shape[1] == key.shape[1]
+        and query.shape[-1] % alignment == 0
         and value.shape[-1] % alignment == 0
-    ):
-        return "efficient"
-    return "math"
+    )
 
 
 def attention(  # noqa: PLR0917  # the operator's signature
@@ -105,62 +166,121 @@ def attention(  # noqa: PLR0917  # the operator's signature
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> torch.Tensor:
+) -> Any:
     """``aten.scaled_dot_product_attention`` by the kernel that CUDA would choose."""
     __tracebackhide__ = True
     tensors = (query, key, value)
+    settings = Settings(dropout_p, is_causal, scale, enable_gqa)
     kernel = "math"
-    if all(type(each) is SimulatedTensor for each in tensors) and not enable_gqa:
+    if all(type(each) is SimulatedTensor for each in tensors):
         capability = query._card.card.compute_capability
-        kernel = choose_kernel(query, key, value, attn_mask, capability)
-    if kernel == "math" or (attn_mask is not None and is_causal):
-        mask = attn_mask
-        if is_causal and mask is None:
-            # C++ would make it on what it takes for the operands' device, the host.
-            rows, columns = query.shape[-2], key.shape[-2]
-            ones = torch.ones(rows, columns, dtype=torch.bool, device=query.device)
-            mask, is_causal = ones.tril(), False
-        bias = _as_bias(mask, query) if mask is not None else None
-        fused = None
-        if all(type(each) is SimulatedTensor for each in tensors):
-            settings = (dropout_p, mask is not attn_mask or is_causal, scale)
-            fused = _FusedOnHost.of(tensors, attn_mask, settings, enable_gqa)
-        if fused is not None:
-            query, key, value = map(fused.watch, range(3), tensors)
-        composed: torch.Tensor = _math_attention(
-            query,
-            key,
-            value,
-            bias,
-            dropout_p,
-            is_causal,
-            scale=scale,
-            enable_gqa=enable_gqa,
-        )[0]
-        if fused is not None:
-            fused.give_values(composed)
-        return composed
-    bias = None if attn_mask is None else _padded(_as_bias(attn_mask, query))
-    saves = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
-    options = (dropout_p, is_causal, scale, kernel, saves)
-    result: torch.Tensor = _Attention.apply(query, key, value, bias, options)  # type: ignore[no-untyped-call]  # torch's
-    return result
+        kernel = choose_kernel(*tensors, attn_mask, capability, settings)
+    if attn_mask is not None and is_causal:
+        # torch's own error.
+        return _math_attention(*tensors, attn_mask, dropout_p, is_causal)[0]
+    mask = None if attn_mask is None else _as_bias(attn_mask, query.dtype)
+    if kernel == "flash":
+        return _flash(query, key, value, settings)
+    if kernel == "efficient":
+        if mask is not None:
+            mask = _aligned(mask).expand(*query.shape[:3], key.shape[2])
+        return _fused(query, key, value, mask, settings, kernel)
+    fused = None
+    if all(type(each) is SimulatedTensor for each in tensors):
+        told = (dropout_p, is_causal, scale)
+        fused = _FusedOnHost.of(tensors, attn_mask, told, enable_gqa)
+    if fused is not None:
+        query, key, value = map(fused.watch, range(3), tensors)
+    composed = _composed(query, key, value, mask, settings)
+    if fused is not None:
+        fused.give_values(composed)
+    return composed
 
 
-def _as_bias(mask: Any, query: torch.Tensor) -> Any:
+def _as_bias(mask: Any, dtype: torch.dtype) -> Any:
     """Turn a mask of booleans into numbers to add: ``convert_boolean_attn_mask``."""
     if mask.dtype is not torch.bool:
         return mask
-    bias = torch.zeros_like(mask, dtype=query.dtype)
-    return bias.masked_fill_(mask.logical_not(), -math.inf)
+    shown = torch.zeros((), dtype=dtype, device=mask.device)
+    hidden = torch.full((), -math.inf, dtype=dtype, device=mask.device)
+    bias = torch.where(mask, shown, hidden)
+    del hidden  # before the other, as C++ does
+    return bias
 
 
-def _padded(bias: Any) -> Any:
-    """Give a mask rows of an aligned length, as ``preprocess_mask`` does."""
-    length = bias.shape[-1]
-    if length % _ALIGN_BIAS == 0:
-        return bias
-    return functional.pad(bias, (0, -length % _ALIGN_BIAS))[..., :length]
+def _aligned(mask: Any) -> Any:
+    """Give a mask rows of an aligned length: ``preprocess_mask``."""
+    length = mask.shape[-1]
+    if mask.stride(-1) == 1 and all(
+        each % _ALIGN_BIAS == 0 for each in mask.stride()[:-1]
+    ):
+        return mask
+    missing = _ALIGN_BIAS - length % _ALIGN_BIAS
+    return functional.pad(mask, (0, missing))[..., :length]
+
+
+def _flash(query: Any, key: Any, value: Any, settings: Settings) -> Any:
+    """Run the flash kernel, on padded heads where it needs them."""
+    __tracebackhide__ = True
+    width = query.shape[-1]
+    missing = -width % _ALIGN_HEAD
+    if not missing:
+        return _fused(query, key, value, None, settings, "flash")
+    settings = settings._replace(width=width)
+    query, key, value = (
+        functional.pad(each, (0, missing)) for each in (query, key, value)
+    )
+    return _fused(query, key, value, None, settings, "flash")[..., :width]
+
+
+def _composed(query: Any, key: Any, value: Any, mask: Any, settings: Settings) -> Any:
+    """Attention of other operators: ``_scaled_dot_product_attention_math``."""
+    __tracebackhide__ = True
+    dtype = query.dtype
+    # C++ keeps each of them to the end.
+    kept = [query, key, value]
+    reduces = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    if dtype in _HALVES and not reduces:
+        query, key, value = query.float(), key.float(), value.float()
+        kept += [query, key, value]
+    factor = settings.scale
+    if factor is None:
+        factor = 1 / math.sqrt(query.shape[-1])
+    root = math.sqrt(abs(factor))
+    query = query * (-root if factor < 0 else root)
+    if settings.is_causal:
+        rows, columns = query.shape[-2], key.shape[-2]
+        ones = torch.ones(rows, columns, dtype=torch.bool, device=query.device)
+        shown = ones.tril()
+        del ones
+        mask = _as_bias(shown, query.dtype)
+        del shown
+    if settings.enable_gqa and query.shape[-3] != key.shape[-3]:
+        group = query.shape[-3] // key.shape[-3]
+        key = key.repeat_interleave(group, -3)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    scores = torch.matmul(query, key.transpose(-2, -1) * root)
+    if mask is not None:
+        scores.add_(mask)
+    shares = torch.ops.aten._safe_softmax.default(scores, -1)
+    del scores
+    if settings.dropout_p > 0:
+        shares = torch.dropout(shares, settings.dropout_p, True)
+    # The operator returns these as well.
+    returned = shares.to(dtype)
+    result = torch.matmul(shares, value).to(dtype)
+    del returned, kept
+    return result
+
+
+def _fused(  # noqa: PLR0917  # one call's operands
+    query: Any, key: Any, value: Any, bias: Any, settings: Settings, kernel: str
+) -> Any:
+    __tracebackhide__ = True
+    tensors = (query, key, value)
+    saves = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
+    options = (settings, kernel, saves)
+    return _Attention.apply(*tensors, bias, options)  # type: ignore[no-untyped-call]  # torch's
 
 
 class _FusedOnHost:
@@ -267,61 +387,198 @@ class _Attention(torch.autograd.Function):
         ctx: Any, query: Any, key: Any, value: Any, bias: Any, options: Any
     ) -> Any:
         __tracebackhide__ = True
-        dropout_p, is_causal, scale, kernel, saves = options
+        settings, kernel, saves = options
         card = query._card
-        batch, heads, rows, _width = query.shape
-        out = _empty_rows_first(query, value.shape[-1])
-        aligned = -(-rows // _ALIGN_LSE) * _ALIGN_LSE
-        if kernel == "flash":
-            # The random state and a number that is not used live on the card.
-            sizes = [batch * heads * rows * _FLOAT_BYTES, 16, 8]
-        else:
-            sizes = [batch * heads * aligned * _FLOAT_BYTES] if saves else []
-        kept = [_kept(card, nbytes) for nbytes in sizes]
+        run = _flash_forward if kernel == "flash" else _efficient_forward
+        out, kept = run(query, key, value, settings, saves)
         seed = None
         if card.value_device != "meta":
-            seed = _draw_seed(card) if dropout_p > 0 else None
+            seed = _draw_seed(card) if settings.dropout_p > 0 else None
             values = (query._value, key._value, value._value)
             mask = None if bias is None else bias._value
-            settings = (dropout_p, is_causal, scale)
-            out._value.copy_(_compute(values, mask, settings, seed))
-        ctx.save_for_backward(query, key, value, bias, *kept)
+            out._value[..., : settings.width].copy_(
+                _compute(values, mask, settings, seed)
+            )
+        ctx.save_for_backward(query, key, value, bias, out, *kept)
         ctx.options, ctx.seed = options, seed
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:  # one gradient
         __tracebackhide__ = True
-        query, key, value, bias, *_kept = ctx.saved_tensors
-        dropout_p, is_causal, scale, kernel, _saves = ctx.options
+        query, key, value, bias, out, *_kept = ctx.saved_tensors
+        settings, kernel, _saves = ctx.options
         card = query._card
-        batch, heads, rows, width = query.shape
-        scratch = []
-        grads = [
-            _empty_rows_first(each, each.shape[-1]) for each in (query, key, value)
-        ]
+        grows = bias is not None and ctx.needs_input_grad[3]
         if kernel == "flash":
-            # Rounded rows: dot products of gradient and result, and dQ in fp32.
-            rounded = -(-rows // 128) * 128
-            scratch.append(_scratch(card, batch * heads * rounded * _FLOAT_BYTES))
-            wide = -(-width // 32) * 32
-            scratch.append(
-                _scratch(card, batch * rounded * heads * wide * _FLOAT_BYTES)
-            )
+            grads = _flash_backward(grad, query, key, value, out)
         else:
-            scratch.append(_scratch(card, batch * heads * rows * _FLOAT_BYTES))
+            grads = _efficient_backward(
+                grad, query, key, value, bias if grows else None, settings
+            )
         if card.value_device != "meta":
             values = [each._value.detach() for each in (query, key, value)]
-            mask = None if bias is None else bias._value
+            mask = None if bias is None else bias._value.detach()
             with torch.enable_grad():
                 leaves = [each.requires_grad_() for each in values]
-                settings = (dropout_p, is_causal, scale)
-                again = _compute(leaves, mask, settings, ctx.seed)
-                found = torch.autograd.grad(again, leaves, grad._value)
+                if grows and mask is not None:
+                    leaves.append(mask.requires_grad_())
+                again = _compute(leaves[:3], mask, settings, ctx.seed)
+                given = grad._value[..., : settings.width]
+                found = torch.autograd.grad(again, leaves, given)
             for made, computed in zip(grads, found, strict=True):
                 made._value.copy_(computed)
-        del scratch
-        return (*grads, None, None)
+        return (*grads, None, None)[:5] if not grows else (*grads, None)
+
+
+def _flash_forward(
+    query: Any,
+    key: Any,
+    value: Any,
+    settings: Settings,
+    _saves: bool,  # noqa: FBT001  # its own
+) -> tuple[Any, list[Any]]:
+    """Return an empty result, and what is kept beside it: ``mha_fwd``."""
+    __tracebackhide__ = True
+    del value
+    card = query._card
+    out = _empty_like_rows(query)
+    batch, heads, rows, width = query.shape
+    logarithms = _kept(card, batch * heads * rows * _FLOAT_BYTES)
+    parts = [
+        _scratch(card, nbytes)
+        for nbytes in model.flash_parts(
+            batch,
+            (heads, key.shape[1]),
+            (rows, key.shape[2]),
+            width,
+            card.card.multi_processor_count,
+        )
+        if settings.dropout_p == 0
+    ]
+    state, unused = _kept(card, _STATE_BYTES), _kept(card, _UNUSED_BYTES)
+    if settings.dropout_p > 0:
+        state = _kept(card, _STATE_BYTES)  # in place of the first
+    del parts
+    return out, [logarithms, state, unused]
+
+
+def _efficient_forward(
+    query: Any,
+    key: Any,
+    value: Any,
+    settings: Settings,
+    saves: bool,  # noqa: FBT001  # its own
+) -> tuple[Any, list[Any]]:
+    """Return an empty result, and what is kept: ``_efficient_attention_forward``."""
+    __tracebackhide__ = True
+    del key, settings
+    card = query._card
+    batch, heads, rows, _width = query.shape
+    out = _empty_rows_first(query, value.shape[-1])
+    kept = []
+    if saves:
+        nbytes = model.efficient_logarithms(rows) * batch * heads * _FLOAT_BYTES
+        kept.append(_kept(card, nbytes))
+    is_half = query.dtype in _HALVES
+    if is_half and value.shape[-1] > model.WIDEST_IN_REGISTERS:
+        _scratch(card, out.numel() * _FLOAT_BYTES)
+    return out, kept
+
+
+def _flash_backward(grad: Any, query: Any, key: Any, value: Any, out: Any) -> list[Any]:
+    """Return empty gradients, with what else ``mha_bwd`` asks for."""
+    __tracebackhide__ = True
+    card = query._card
+    batch, heads, rows, width = query.shape
+    copies = [*_contiguous_rows(grad), *_contiguous_rows(out)]
+    grads = [_empty_like_rows(each) for each in (query, key, value)]
+    copies += [
+        _scratch(card, nbytes)
+        for nbytes in model.flash_backward(
+            batch,
+            heads,
+            rows,
+            width,
+            card.card.multi_processor_count,
+            deterministic=torch.are_deterministic_algorithms_enabled()
+            and not torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
+    ]
+    if heads != key.shape[1]:
+        nbytes = batch * heads * key.shape[2] * width * query.element_size()
+        copies += [_scratch(card, nbytes), _scratch(card, nbytes)]
+    while copies:
+        copies.pop()
+    return grads
+
+
+def _efficient_backward(  # noqa: PLR0917  # the operator's own
+    grad: Any, query: Any, key: Any, value: Any, bias: Any, settings: Settings
+) -> list[Any]:
+    """Return empty gradients, with what else ``_efficient_attention_backward`` asks for."""
+    __tracebackhide__ = True
+    card = query._card
+    batch, heads, rows, width = query.shape
+    copies = list(_contiguous_rows(grad))
+    grads = [_empty_rows_first(each, each.shape[-1]) for each in (query, key, value)]
+    if bias is not None:
+        grads.append(_empty_bias(bias))
+    kernel = model.efficient_kernel(
+        card.card.compute_capability,
+        max(width, value.shape[-1]),
+        is_half=query.dtype in _HALVES,
+        drops=settings.dropout_p > 0,
+    )
+    delta_bytes = batch * heads * rows * _FLOAT_BYTES
+    delta = (
+        _scratch(card, delta_bytes)
+        if kernel.computes_delta
+        else _composed_delta(card, value.shape[-1], query)
+    )
+    nbytes = model.efficient_workspace(
+        kernel,
+        batch * heads,
+        (rows, key.shape[2]),
+        (width, value.shape[-1]),
+        is_deterministic=torch.are_deterministic_algorithms_enabled()
+        and not torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    workspace = _scratch(card, nbytes)
+    del delta, workspace, copies
+    return grads
+
+
+def _composed_delta(card: SimulatedCard, value_width: int, query: Any) -> Memory:
+    """Ask for what composes the rows' dot products of gradient and result."""
+    __tracebackhide__ = True
+    batch, heads, rows, _width = query.shape
+    nbytes = batch * heads * rows * _FLOAT_BYTES
+    is_half = query.dtype in _HALVES
+    wide = [_scratch(card, nbytes * value_width) for _each in range(2 * is_half)]
+    product = _scratch(card, nbytes * value_width)
+    delta = _scratch(card, nbytes)
+    if heads > 1 and rows > 1:
+        delta = _scratch(card, nbytes)  # in the order that the kernel reads
+    del product, wide
+    return delta
+
+
+def _contiguous_rows(tensor: Any) -> Iterator[Memory]:
+    """Ask for a contiguous copy of a tensor with rows before heads, if it is none."""
+    __tracebackhide__ = True
+    if not tensor._value.transpose(1, 2).is_contiguous():
+        yield _scratch(tensor._card, tensor.numel() * tensor.element_size())
+
+
+def _empty_like_rows(like: Any) -> Any:
+    """Return what ``empty_like`` makes of a tensor with rows before heads."""
+    __tracebackhide__ = True
+    card = like._card
+    memory = Memory(card, like.numel() * like.element_size())
+    value = torch.empty_like(like._value.transpose(1, 2))
+    hold(value.untyped_storage(), memory)
+    return make(value.transpose(1, 2), card)
 
 
 def _empty_rows_first(like: Any, width: int) -> Any:
@@ -335,6 +592,18 @@ def _empty_rows_first(like: Any, width: int) -> Any:
     )
     hold(value.untyped_storage(), memory)
     return make(value.transpose(1, 2), card)
+
+
+def _empty_bias(bias: Any) -> Any:
+    """Return an empty gradient of a bias, its rows of an aligned length."""
+    __tracebackhide__ = True
+    card = bias._card
+    *outer, length = bias.shape
+    shape = (*outer, length + -length % _ALIGN_BIAS)
+    memory = Memory(card, math.prod(shape) * bias.element_size())
+    value = torch.empty(shape, dtype=bias.dtype, device=card.value_device)
+    hold(value.untyped_storage(), memory)
+    return make(value[..., :length], card)
 
 
 def _kept(card: SimulatedCard, nbytes: int) -> Any:
@@ -361,7 +630,7 @@ def _draw_seed(card: SimulatedCard) -> int:
 def _compute(
     values: Any,
     mask: torch.Tensor | None,
-    settings: tuple[float, bool, float | None],
+    settings: Settings,
     seed: int | None,
 ) -> torch.Tensor:
     """Compute attention on the host.
@@ -369,21 +638,32 @@ def _compute(
     Args:
         values: Query, key and value.
         mask: To be added to the scores.
-        settings: Dropout's probability, whether it is causal, the scale.
+        settings: Of the call.
         seed: What dropout's mask is made from; None without dropout.
     """
-    dropout_p, is_causal, scale = settings
+    if settings.width is not None:
+        values = [each[..., : settings.width] for each in values]
     query, key, value = values
     with HOST_ROOM:
         if seed is None:
             return functional.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                is_causal=settings.is_causal,
+                scale=settings.scale,
+                enable_gqa=settings.enable_gqa,
             )
+        if settings.enable_gqa:
+            group = query.shape[1] // key.shape[1]
+            key = key.repeat_interleave(group, 1)
+            value = value.repeat_interleave(group, 1)
         _, weights = _math_attention(
-            query, key, value, mask, 0.0, is_causal, scale=scale
+            query, key, value, mask, 0.0, settings.is_causal, scale=settings.scale
         )
         generator = GENERATOR().manual_seed(seed)
-        kept, factor = draw_kept(weights.shape, dropout_p, generator)
+        kept, factor = draw_kept(weights.shape, settings.dropout_p, generator)
         result: torch.Tensor = (weights * kept * factor) @ value
         return result
 

@@ -6,14 +6,20 @@ takes no generator, is in its record.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pytest_gpumem.devices.simulated.kernel_types import INTEGERS, lacking
 from pytest_gpumem.devices.simulated.operators.composing import only
 from pytest_gpumem.devices.simulated.operators.registry import register
+from pytest_gpumem.devices.simulated.operators.requests import Results
 from pytest_gpumem.devices.simulated.rng import draw_kept
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pytest_gpumem.devices.simulated.operators.requests import Call, Step
 
 
 def dropout(source: torch.Tensor, p: float, train: bool) -> torch.Tensor:  # noqa: FBT001  # the operator's signature
@@ -50,10 +56,15 @@ def _native_dropout(
     return outs
 
 
+def _mask_first(_call: Call) -> Iterator[Step]:
+    yield Results(1)
+
+
 register(
     "native_dropout",
     draw=_native_dropout,
-    source="Dropout.cpp, native_dropout_cpu",
+    requests=_mask_first,
+    source="Dropout.cpp, native_dropout_cpu; cuda/Dropout.cu, dropout_cuda",
 )
 # They have the tag and draw nothing: the first one refuses dropout.
 register(

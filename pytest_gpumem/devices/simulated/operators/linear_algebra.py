@@ -15,6 +15,7 @@ from pytest_gpumem.devices.simulated.operators.composing import (
     only,
     packing,
 )
+from pytest_gpumem.devices.simulated.operators.reductions import norming
 from pytest_gpumem.devices.simulated.operators.registry import register
 
 if TYPE_CHECKING:
@@ -168,3 +169,11 @@ register("vander", composed=on_host, source=_COMPOSED)
 
 # The CPU's kernels write past the strides of ``out=``, and past its memory.
 register("tril triu", compute=packing, source="cuda/TriangularOps.cu")
+
+# -- norms and distances --------------------------------------------------------------
+
+register(
+    "norm",
+    requests=norming,
+    source="cuda/ReduceNormKernel.cu, norm_kernel_cuda",
+)

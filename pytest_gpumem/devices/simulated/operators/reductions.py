@@ -8,7 +8,12 @@ import torch
 
 from pytest_gpumem.devices.simulated.operators.composing import only
 from pytest_gpumem.devices.simulated.operators.registry import register
-from pytest_gpumem.devices.simulated.operators.requests import Results, Temporary
+from pytest_gpumem.devices.simulated.operators.requests import (
+    Free,
+    Results,
+    Temporary,
+    copy_of,
+)
 from pytest_gpumem.model.reductions import scratch_bytes
 
 if TYPE_CHECKING:
@@ -22,10 +27,24 @@ _aten = torch.ops.aten
 _OPMATH_BYTES = {torch.float16: 4, torch.bfloat16: 4}
 
 
-def _reducing(call: Call) -> Iterator[Step]:
-    """``gpu_reduce_kernel``: see ``model.reductions``."""
-    yield Results()
-    operand, dims = call["self"], call.get("dim")
+#: What a block hands on of a mean and a variance: two accumulators and two counts.
+#: Source: ``WelfordData`` of ``SharedReduceOps.h``.
+_WELFORD_BYTES = {torch.float64: 32}
+#: A number and where it stands. Source: ``ArgReduceOps`` of ``SharedReduceOps.h``.
+_PAIR_BYTES = 16
+
+
+def parts_of(
+    call: Call, operand: torch.Tensor, dims: Any, element_bytes: int
+) -> Iterator[Temporary]:
+    """Ask for what the blocks of a reduction exchange: ``model.reductions``.
+
+    Args:
+        call: Whose card to ask.
+        operand: What is reduced, or a tensor like it.
+        dims: The dimensions that go: a number, several, or None for all.
+        element_bytes: Of an accumulator.
+    """
     if isinstance(dims, int) and not isinstance(dims, bool):
         dims = [dims]
     count = operand.dim()
@@ -33,15 +52,80 @@ def _reducing(call: Call) -> Iterator[Step]:
         reduced = list(range(count))
     else:
         reduced = [dim % count for dim in dims] if count else []
-    dtype = operand.dtype
-    is_whole = not dtype.is_floating_point and not dtype.is_complex
-    # Whole numbers are added up as int64.
-    element_bytes = 8 if is_whole else _OPMATH_BYTES.get(dtype, dtype.itemsize)
     shape, strides = operand.shape, operand.stride()
     for nbytes in scratch_bytes(
         shape, strides, reduced, element_bytes, call.processors
     ):
         yield Temporary(nbytes)
+
+
+def opmath_bytes(dtype: torch.dtype) -> int:
+    """Return the bytes of an accumulator of a sum."""
+    return _OPMATH_BYTES.get(dtype, dtype.itemsize)
+
+
+def _reducing(call: Call) -> Iterator[Step]:
+    """Add up, in the result's type; only half precision is read as it is."""
+    yield Results()
+    operand: torch.Tensor = call["self"]
+    result: Any = call.results[0]
+    dtype = operand.dtype
+    widens = dtype in _OPMATH_BYTES and result.dtype is torch.float32
+    if dtype is not result.dtype and not widens:
+        yield copy_of(operand, result.dtype)
+        dtype = result.dtype
+    yield from parts_of(call, operand, call.get("dim"), opmath_bytes(dtype))
+
+
+def _counting(call: Call) -> Iterator[Step]:
+    """``(self != 0).sum(dim)``."""
+    operand = call["self"]
+    yield copy_of(operand, torch.bool)
+    yield Results()
+    yield copy_of(operand, torch.int64)
+    yield from parts_of(call, operand, call.get("dim"), 8)
+
+
+def _selecting(call: Call) -> Iterator[Step]:
+    """A largest or smallest number; no accumulator is wider than it."""
+    yield Results()
+    operand = call["self"]
+    if call.overload == "other":
+        return
+    pairs = call.overload in {"dim", "names_dim"}
+    nbytes = _PAIR_BYTES if pairs else operand.itemsize
+    yield from parts_of(call, operand, call.get("dim", ()), nbytes)
+
+
+def _finding(call: Call) -> Iterator[Step]:
+    yield Results()
+    yield from parts_of(call, call["self"], call["dim"], _PAIR_BYTES)
+
+
+def _deciding(call: Call) -> Iterator[Step]:
+    """``allany_impl``: a single number is only converted."""
+    yield Results()
+    operand = call["self"]
+    if operand.numel() == 1 and call.overload == "default":
+        if operand.dtype is not torch.bool:
+            yield Temporary(1)
+    else:
+        yield from parts_of(call, operand, call.get("dim"), 1)
+
+
+def _varying(call: Call) -> Iterator[Step]:
+    yield Results()
+    operand = call["self"]
+    nbytes = _WELFORD_BYTES.get(operand.dtype, 16)
+    yield from parts_of(call, operand, call.get("dim"), nbytes)
+
+
+def norming(call: Call) -> Iterator[Step]:
+    """Add up powers of sizes, which are real."""
+    yield Results()
+    operand = call["self"]
+    real = operand.dtype.to_real()
+    yield from parts_of(call, operand, call.get("dim"), opmath_bytes(real))
 
 
 _KERNEL = "Reduce.cuh, gpu_reduce_kernel"
@@ -72,17 +156,91 @@ register(
     compute=only(_nansum),
     source=f"{_KERNEL}; cuda/ReduceSumProdKernel.cu, nansum_kernel_cuda",
 )
+register(
+    "amax amin",
+    requests=_selecting,
+    source="cuda/ReduceMaxValuesKernel.cu, max_values_kernel_cuda",
+)
+register(
+    "max min",
+    requests=_selecting,
+    source="cuda/ReduceMaxValuesKernel.cu, max_all_launch_kernel",
+)
+register(
+    "argmax argmin",
+    requests=_finding,
+    source="cuda/ReduceArgMaxKernel.cu, argmax_kernel_cuda",
+)
+register(
+    "all any",
+    requests=_deciding,
+    source="ReduceOps.cpp, allany_impl",
+)
+register(
+    "std std_mean var var_mean",
+    requests=_varying,
+    source="cuda/ReduceMomentKernel.cu, std_var_kernel_cuda",
+)
+register(
+    "linalg_vector_norm",
+    requests=norming,
+    source="cuda/ReduceNormKernel.cu, norm_kernel_cuda",
+)
+register(
+    "count_nonzero",
+    requests=_counting,
+    source="TensorAdvancedIndexing.cpp, count_nonzero_cuda",
+)
+
+
+def _adding_exponentials(call: Call) -> Iterator[Step]:
+    """The largest numbers are taken off first, where they are finite."""
+    operand: torch.Tensor = call["self"]
+    result: Any = call.results[0]
+    dims = call["dim"]
+    largest = Temporary(result.numel() * operand.itemsize)
+    yield largest
+    parts = list(parts_of(call, operand, dims, operand.itemsize))
+    yield from parts
+    yield from (Free(each) for each in reversed(parts))
+    sizes, are_infinite = copy_of(result), copy_of(result, torch.bool)
+    yield from (sizes, are_infinite, Free(are_infinite), Free(sizes))
+    yield copy_of(operand)
+    yield Results()
+    yield from parts_of(call, operand, dims, opmath_bytes(operand.dtype))
+
+
+register(
+    "logsumexp",
+    requests=_adding_exponentials,
+    source="ReduceOps.cpp, logsumexp_out_impl",
+)
 
 
 def _is_inexact(_func: Any, args: tuple[Any, ...]) -> bool:
     return bool(args[0].is_floating_point() or args[0].is_complex())
 
 
+def _running(call: Call) -> Iterator[Step]:
+    """A running sum; whole numbers become those of the result first."""
+    yield Results()
+    operand: torch.Tensor = call["self"]
+    result: Any = call.results[0]
+    if operand.dtype is not result.dtype:
+        yield copy_of(operand, result.dtype)
+
+
 register(
     "cumsum",
+    requests=_running,
     alert="cumsum_cuda_kernel",
     alerts=_is_inexact,
     source="ScanKernels.cpp, cumsum_cuda_kernel",
+)
+register(
+    "cumprod",
+    requests=_running,
+    source="cuda/ScanKernels.cpp",
 )
 
 # -- softmax --------------------------------------------------------------------------
@@ -125,6 +283,27 @@ def _narrowing(operator: Any) -> Callable[..., Any]:
     return compute
 
 
+def _multiplying(call: Call) -> Iterator[Step]:
+    """The gradient times the output is made first, in a buffer of its own."""
+    grad = call["grad_output"]
+    yield Results()
+    yield copy_of(grad)
+
+
+def _safe(call: Call) -> Iterator[Step]:
+    """A softmax, then 0 in rows that have nothing but minus infinity."""
+    source, dim = call["self"], call["dim"]
+    length = source.shape[dim] if source.dim() else 1
+    yield Results()
+    yield copy_of(source, torch.bool)
+    yield Temporary(source.numel() // max(length, 1))
+    yield Temporary(source.itemsize)
+
+
+register(
+    "_safe_softmax", requests=_safe, source="transformers/attention.cpp, _safe_softmax"
+)
+
 for _name in ("softmax", "log_softmax"):
     _inner = getattr(_aten, f"_{_name}")
     register(
@@ -140,5 +319,6 @@ for _name in ("softmax", "log_softmax"):
     register(
         f"_{_name}_backward_data",
         compute=only(_narrowing(getattr(_aten, f"_{_name}_backward_data").default)),
+        requests=_multiplying if _name == "softmax" else None,
         source=f"cuda/SoftMax.cu, {_name}_backward_cuda_out",
     )

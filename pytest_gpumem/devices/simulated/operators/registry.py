@@ -139,8 +139,11 @@ def find(func: Any) -> Operator:
 
 def overloads() -> Iterator[tuple[str, Any, Operator]]:
     """Yield each overload of the installed torch that a record names, by name."""
+    known = set(torch._C._dispatch_get_all_op_names())  # it has no public name
     for name, operator in OPERATORS.items():
         packet = getattr(torch.ops.aten, name, None)
         for overload in () if packet is None else packet.overloads():
             spelt = name if overload == "default" else f"{name}.{overload}"
-            yield spelt, getattr(packet, overload), operator
+            func = getattr(packet, overload)
+            if func.name() in known:  # TorchScript's own, of lists, are not
+                yield spelt, func, operator

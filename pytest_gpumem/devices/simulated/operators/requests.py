@@ -8,6 +8,7 @@ before the operator has run and where no values are kept.
 ============================  =========================================================
 ``yield Results()``           the results that have not been asked for, in their order
 ``yield Results(2, 0)``       these, by their place among what the operator returns
+``yield Sized(0, 4096)``      this one, with other bytes than its elements have
 ``buffer = Temporary(512)``   bytes that it has for itself: asked for by ``yield buffer``,
                               held until the operator ends
 ``yield Free(buffer)``        or until here
@@ -62,6 +63,20 @@ class Results:
         self.places = places
 
 
+class Sized:
+    """A result is asked for, with other bytes than its elements have.
+
+    One that CUDA's code shrinks afterwards keeps the bytes that it had; one that only
+    another device's code uses has none.
+    """
+
+    __slots__ = ("nbytes", "place")
+
+    def __init__(self, place: int, nbytes: int) -> None:
+        self.place = place
+        self.nbytes = nbytes
+
+
 class Temporary:
     """Bytes that an operator has for itself; 0 asks for nothing."""
 
@@ -86,13 +101,22 @@ class Workspace:
     __slots__ = ()
 
 
-Step = Results | Temporary | Free | Workspace
+Step = Results | Sized | Temporary | Free | Workspace
 
 
 def copy_of(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> Temporary:
     """Return what a contiguous copy of a tensor holds, as another type if one is given."""
     itemsize = (dtype or tensor.dtype).itemsize
     return Temporary(tensor.numel() * itemsize)
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether an argument is a single number of the host."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.dim() == 0
+        and not hasattr(value.untyped_storage(), "_gpumem")
+    )
 
 
 class Call:
@@ -193,9 +217,14 @@ def ask(steps: Iterable[Step], sizes: Sequence[int], card: SimulatedCard) -> lis
             del temporaries[id(step.temporary)]
         elif isinstance(step, Workspace):
             hold_workspace(card)
+        elif isinstance(step, Sized):
+            if left.pop(step.place, step) is None:
+                held[step.place] = Memory(card, step.nbytes)
         else:
             for index in step.places or list(left):
                 if index in left:
                     del left[index]
                     held[index] = Memory(card, sizes[index])
+    while temporaries:
+        temporaries.popitem()  # the last one first, as C++ does
     return held

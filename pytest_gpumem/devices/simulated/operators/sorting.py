@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +14,23 @@ from pytest_gpumem.devices.simulated.operators.composing import (
     only,
 )
 from pytest_gpumem.devices.simulated.operators.registry import register
+from pytest_gpumem.devices.simulated.operators.requests import (
+    Free,
+    Results,
+    Temporary,
+    copy_of,
+)
+from pytest_gpumem.model.sorting import (
+    INDEX_BYTES,
+    pairs_bytes,
+    segmented_bytes,
+    segments_bytes,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pytest_gpumem.devices.simulated.operators.requests import Call, Step
 
 
 def _quantile(func: Any) -> Any:
@@ -37,6 +54,87 @@ register(
 )
 register("msort", composed=into_out, source="Sorting.cpp, msort_out")
 
+#: The longest dimension that is sorted in place. Source: ``should_use_small_sort``.
+_SMALL = 4096
+#: Segments, and numbers in one, from which on they are sorted in another way.
+#: Source: ``launch_stable_sort_kernel``.
+_MANY_SEGMENTS = 128
+_LARGE_SEGMENT = 1_000_000
+
+
+def _sorting(call: Call) -> Iterator[Step]:
+    source, dim = call["self"], call.get("dim", -1)
+    yield Results()
+    if source.dim() == 0 or not source.numel():
+        return
+    length = source.shape[dim]
+    if length <= _SMALL:
+        yield Temporary(length * INDEX_BYTES)
+        return
+    copy = copy_of(source)
+    is_copied = source.stride(dim) != 1 or not source.is_contiguous()
+    if is_copied:
+        yield copy
+    yield from _sorting_segments(source, length)
+
+
+def _sorting_segments(source: torch.Tensor, length: int) -> Iterator[Step]:
+    """Sort the last dimension: ``launch_stable_sort_kernel``."""
+    count, key_bytes = source.numel(), source.itemsize
+    bits = 8 * key_bytes
+    segments = count // length
+    indices = Temporary(count * INDEX_BYTES)
+    yield indices
+    if segments == 1 or length >= _LARGE_SEGMENT:
+        found = Temporary(pairs_bytes(count, key_bytes, bits))
+        yield found
+        yield Free(found)
+    elif segments < _MANY_SEGMENTS:
+        numbers, values = Temporary(count * INDEX_BYTES), copy_of(source)
+        found = Temporary(pairs_bytes(count, key_bytes, bits))
+        yield from (numbers, values, found, Free(found), Free(values))
+        found = Temporary(segments_bytes(count, segments))
+        yield from (found, Free(found), Free(numbers))
+    else:
+        found = Temporary(segmented_bytes(count, key_bytes))
+        yield from (found, Free(found))
+    yield Free(indices)
+
+
+register("sort", requests=_sorting, source="cuda/Sort.cpp, sort_stable_out")
+
+
+def _sorting_away(call: Call) -> Iterator[Step]:
+    """Sort beside the operand; only the indices are wanted."""
+    values = copy_of(call["self"])
+    yield values
+    yield from _sorting(call)
+
+
+register(
+    "argsort",
+    requests=_sorting_away,
+    source="Sorting.cpp, argsort; cuda/Sort.cpp, sort_stable_out",
+)
+
+
+def _middle(call: Call) -> Iterator[Step]:
+    """Without a dimension all numbers are sorted; with one they are counted."""
+    source = call["self"]
+    if call.overload != "default" or not source.numel():
+        return
+    values = copy_of(source)
+    indices = Temporary(source.numel() * INDEX_BYTES)
+    yield from (values, indices)
+    if source.numel() <= _SMALL:
+        places = Temporary(source.numel() * INDEX_BYTES)
+        yield from (places, Free(places))
+    else:
+        yield from _sorting_segments(source, source.numel())
+    yield Free(indices)
+    yield Temporary(1)
+    yield Results()
+
 
 def _returns_indices(func: Any, _args: tuple[Any, ...]) -> bool:
     return len(func._schema.returns) > 1
@@ -44,6 +142,7 @@ def _returns_indices(func: Any, _args: tuple[Any, ...]) -> bool:
 
 register(
     "median nanmedian",
+    requests=_middle,
     alert="median CUDA with indices output",
     alerts=_returns_indices,
     source="cuda/Sorting.cpp, median_with_indices_impl",

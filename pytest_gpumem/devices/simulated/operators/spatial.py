@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pytest_gpumem.devices.simulated.kernel_types import INTEGERS, lacking
 from pytest_gpumem.devices.simulated.operators.composing import on_host, packing
 from pytest_gpumem.devices.simulated.operators.registry import register
+from pytest_gpumem.devices.simulated.operators.requests import Results, Temporary
 from pytest_gpumem.devices.simulated.refusals import refuse
+from pytest_gpumem.model.sorting import INDEX_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pytest_gpumem.devices.simulated.operators.requests import Call, Step
 
 #: Gradients that are added up atomically, by what their kernel calls itself.
 #: Source: the callers of ``alertNotDeterministic`` in ``aten/src/ATen/native/cuda``.
@@ -36,6 +43,20 @@ _ADDED_ATOMICALLY = {
 }
 for _name, _caller in _ADDED_ATOMICALLY.items():
     register(_name, alert=_caller, source=f"alertNotDeterministic in {_caller}")
+
+
+def _with_places(call: Call) -> Iterator[Step]:
+    """The dimension's places are numbered while gradients go back to them."""
+    yield Results()
+    length = call["input_sizes"][call["dim"]] if call["input_sizes"] else 1
+    yield Temporary(length * INDEX_BYTES)
+
+
+register(
+    "unfold_backward",
+    requests=_with_places,
+    source="UnfoldBackward.h, _make_unfold_backward_iter_over_grad_out",
+)
 
 for _names, _kernel, _file in (
     ("avg_pool1d avg_pool2d", "avg_pool2d_out_cuda_frame", "AveragePool2d.cu"),

@@ -63,7 +63,9 @@ def _copy_(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
         keeps_none = target._card.value_device == "meta" and not any(source.stride())
         if source.is_meta and not keeps_none:
             raise NotImplementedError("Cannot copy out of meta tensor; no data!")
-        if not target._value.is_contiguous() and source.dim() > 0:
+        # A number that C++ has spread over the target is filled in on a card.
+        is_number = not any(source.stride())
+        if not target._value.is_contiguous() and not is_number:
             staging = Memory(target._card, target._value.nbytes)
         target._value.copy_(source)
     elif not isinstance(target, SimulatedTensor):

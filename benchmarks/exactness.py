@@ -1,0 +1,212 @@
+"""What the simulated card asks its allocator for, beside PyTorch's own CUDA code.
+
+Run: ``python benchmarks/exactness.py [--write | --check] [-v] [ROOM ...]``. It compares
+every case of ``tests/recordings/requests``, or of the rooms that are named, prints how
+many agree, and with ``-v`` what differs. ``--write`` writes the list of what differs,
+which the tests hold, and the page ``docs/operators.md`` from it; ``--check`` says
+whether they are in step. It takes some minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+ROOT: Final = Path(__file__).parents[1]
+sys.path += [str(ROOT / "tests"), str(ROOT / "docs")]
+
+import torch  # noqa: E402  # after the paths, with the others
+from generators.markdown import page, table  # noqa: E402  # found through the line above
+from recorded_requests import (  # noqa: E402  # likewise
+    DIFFERING,
+    ROOMS,
+    VERDICTS,
+    Comparison,
+    compare_groups,
+    load,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PAGE: Final = ROOT / "docs" / "operators.md"
+#: A peak that differs by no more than this share is near.
+NEAR: Final = 0.01
+_TITLES: Final = {
+    "operators": "operators of `op_db`, up to six samples each",
+    "sizes": "common operators at the sizes of models",
+    "attention": "`scaled_dot_product_attention`",
+    "modules": "modules of `module_db`",
+    "optimizers": "optimizers of `optim_db`",
+    "training": "steps of a training",
+    "models": "models of transformers, two training steps",
+}
+Found = dict[str, dict[str, Comparison]]
+
+
+def known() -> Found:
+    """Return what the list says of every group that is recorded, by room."""
+    listed = json.loads(DIFFERING.read_text("utf-8"))
+    found: Found = {}
+    for room in ROOMS:
+        _version, recorded = load(room)
+        found[room] = {}
+        for card, groups in recorded.items():
+            for group, cases in groups.items():
+                name = f"{card}: {group}"
+                if name in listed.get(room, {}):
+                    found[room][name] = Comparison(*listed[room][name])
+                elif cases:
+                    is_missing = all(each.error for each in cases.values())
+                    verdict = "unrecorded" if is_missing else "same"
+                    found[room][name] = Comparison(verdict)
+    return found
+
+
+def listed(found: Found) -> str:
+    """Return the list of what differs, as text."""
+    content = {
+        room: {
+            name: [each.verdict, round(each.error, 4)]
+            for name, each in groups.items()
+            if each.verdict not in {"same", "unrecorded"}
+        }
+        for room, groups in found.items()
+    }
+    return json.dumps(content, indent=0) + "\n"
+
+
+def _part_of(name: str, room: str) -> str:
+    """Return what a group is counted under: its type, or its card."""
+    card, _colon, group = name.partition(": ")
+    return group.rpartition(" ")[2] if room in {"operators", "modules"} else card
+
+
+def _rows(found: Found) -> Iterator[list[str]]:
+    for room, groups in found.items():
+        parts: dict[str, list[Comparison]] = {}
+        for name, each in groups.items():
+            parts.setdefault(_part_of(name, room), []).append(each)
+        for part, inner in parts.items():
+            count = Counter(each.verdict for each in inner)
+            recorded = len(inner) - count["unrecorded"]
+            near = sum(
+                each.verdict == "differs" and each.error <= NEAR for each in inner
+            )
+            numbers = (
+                recorded,
+                count["same"],
+                count["peaks"],
+                near,
+                count["differs"] - near,
+                count["values"],
+                count["fails"] + count["unlike"],
+                count["unrecorded"],
+            )
+            yield [_TITLES[room], part, *(f"{each:,}" for each in numbers)]
+
+
+def _listing(found: Found) -> Iterator[list[str]]:
+    """Yield what differs, each over its types."""
+    for room, groups in found.items():
+        kinds: dict[tuple[str, str], list[tuple[str, float]]] = {}
+        for name, each in groups.items():
+            if each.verdict in {"differs", "fails", "values"}:
+                card, _colon, group = name.partition(": ")
+                base, _blank, kind = group.rpartition(" ")
+                if not base:
+                    base, kind = kind, card
+                kinds.setdefault((base, each.verdict), []).append((kind, each.error))
+        for (base, verdict), inner in sorted(kinds.items()):
+            worst = max(error for _kind, error in inner)
+            words = sorted({kind for kind, _error in inner})
+            much = "" if verdict == "fails" else f"{100 * worst:.1f} %"
+            yield [room, f"`{base}`", ", ".join(words), verdict, much]
+
+
+def render(found: Found) -> str:
+    """Return the page."""
+    version, _recorded = load(ROOMS[0])
+    missing = {
+        name.partition(": ")[2].rpartition(" ")[0]
+        for name, each in found["operators"].items()
+        if each.verdict == "unrecorded"
+    }
+    return page(
+        [
+            "# Exactness, operator by operator",
+            "Made by `python benchmarks/exactness.py --write`. What PyTorch's own CUDA "
+            f"code (torch {version}) asks of its allocator was recorded on a substitute "
+            "of the CUDA runtime, by `python tests_cuda_host/record_requests.py`; the "
+            "simulated card runs the same cases. An operator in one type counts once, by "
+            "its worst sample, forward and backward. [What this proves](exactness.md).",
+            table(
+                (
+                    "what",
+                    "type or card",
+                    "recorded",
+                    "same requests, in order",
+                    "same peaks",
+                    "peak within 1 %",
+                    "peak differs more",
+                    "needs values",
+                    "refused",
+                    "not recorded",
+                ),
+                _rows(found),
+            ),
+            "Samples are small: one temporary of 512 bytes more or less is a large share "
+            "of them. *Needs values*: the code reads a value back from the card, and "
+            "nothing computed it on the substitute; what it asks for afterwards is "
+            "another program's. *Not recorded*: cuSOLVER, cuSPARSE and MAGMA are not on "
+            "the substitute, and some operators end their process there. Convolutions "
+            "were recorded without cuDNN, which a card prefers.",
+            "## What differs",
+            "By how much a peak differs at most, as a share of the recorded one.",
+            table(
+                ("room", "what", "types, cards or kinds", "verdict", "error"),
+                _listing(found),
+            ),
+            "## Not recorded",
+            ", ".join(f"`{name}`" for name in sorted(missing)) + ".",
+        ]
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """Compare, and print, write or check."""
+    torch.set_num_threads(1)
+    rooms = [each for each in arguments if not each.startswith("-")]
+    found = known()
+    for room in rooms or ROOMS:
+        since = time.monotonic()
+        found[room] = dict(compare_groups(room, load(room)[1]))
+        count = Counter(each.verdict for each in found[room].values())
+        words = ", ".join(f"{name} {count[name]:,}" for name in VERDICTS)
+        took = time.monotonic() - since
+        print(f"... {room}: {words} ({took:.0f} s)", file=sys.stderr)
+        if "-v" in arguments:
+            for name, each in found[room].items():
+                if each.verdict not in {"same", "unrecorded"}:
+                    print(f"{room} {name}: {each.verdict} {each.error:.3f} {each.text}")
+    texts = {DIFFERING: listed(found), PAGE: render(found)}
+    if "--check" in arguments:
+        stale = [each for each in texts if each.read_text("utf-8") != texts[each]]
+        names = ", ".join(each.name for each in stale)
+        print(f"out of step: {names}; run with --write" if stale else "in step")
+        return int(bool(stale))
+    if "--write" in arguments:
+        for path, text in texts.items():
+            path.write_text(text, encoding="utf-8")
+            print(f"written: {path.name}")
+    elif "-v" not in arguments:
+        print(texts[PAGE])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,98 @@
+"""The simulated card asks its allocator for what PyTorch's own CUDA code asks for."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from typing import Any
+
+import pytest
+import torch
+from allocator_requests import kept, peaks
+from recorded_requests import (
+    DIFFERING,
+    FOLDER,
+    ROOMS,
+    Comparison,
+    Outcome,
+    compare,
+    compare_groups,
+    load,
+)
+
+#: Parts that the operators are tried in; each is a test of its own.
+PARTS = 6
+#: Of a room's groups, one in so many is tried; all are by ``benchmarks/exactness.py``.
+SHARE = {
+    "operators": 5,
+    "sizes": 12,
+    "attention": 12,
+    "modules": 8,
+    "optimizers": 12,
+    "training": 21,
+}
+KNOWN: dict[str, dict[str, list[Any]]] = json.loads(DIFFERING.read_text("utf-8"))
+
+
+def test_every_room_is_recorded_and_no_other() -> None:
+    """What is recorded is compared, and the other way round."""
+    assert {f"{room}.json.xz" for room in ROOMS} == {
+        path.name for path in FOLDER.glob("*.xz")
+    }
+    assert set(ROOMS) == set(KNOWN)
+
+
+def _number(name: str) -> int:
+    return zlib.crc32(name.encode())
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("room", ROOMS)
+def test_what_is_asked_for(room: str, part: int) -> None:
+    """No worse than the list says; what is not on it is the same, request by request."""
+    version, recorded = load(room)
+    if torch.__version__.partition("+")[0] != version.partition("+")[0]:
+        pytest.skip(f"recorded with torch {version}")
+
+    def is_wanted(name: str) -> bool:
+        number = _number(name)
+        return number % PARTS == part and number // PARTS % SHARE[room] == 0
+
+    found = dict(compare_groups(room, recorded, is_wanted))
+
+    worse = {
+        name: each
+        for name, each in found.items()
+        if each.verdict != "unrecorded" and _known(room, name).rank < each.rank
+    }
+    assert {} == worse
+
+
+def _known(room: str, name: str) -> Comparison:
+    verdict, error = KNOWN[room].get(name, ("same", 0.0))
+    return Comparison(verdict, error + 1e-4)
+
+
+def test_figures_of_requests() -> None:
+    """Peaks are of rounded blocks; what is kept is what a phase does not give back."""
+    phases = {"forward": [100, 600, -1, 512], "backward": [0, 2000, -2, -3, 100, -4]}
+
+    assert {"forward": 512 + 1024, "backward": 2048} == peaks(phases)
+    assert [600, 512] == kept(phases["forward"])
+
+
+@pytest.mark.parametrize(
+    ("here", "verdict"),
+    [
+        ([100, -1, 200], "same"),
+        ([200, 100, -2], "differs"),
+        ([100, -1, 100, -2, 200], "peaks"),
+        ([100, -1, 1000], "differs"),
+        ([100, -1], "peaks"),
+    ],
+)
+def test_a_comparison(here: list[int], verdict: str) -> None:
+    """The order and the sizes count, and so does the peak."""
+    recorded = Outcome(1, {"forward": [100, -1, 200]})
+
+    assert verdict == compare(recorded, Outcome(1, {"forward": here})).verdict

@@ -1,0 +1,147 @@
+"""The page of the docs about models of other libraries."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from architectures import Row
+
+#: Why a model does not run on the CPU, by the words of its error.
+REASONS: Final = {
+    r"parameters are too many": "stay too large",
+    r"requires the \w+ library|ImportError|No module named": "need another library",
+    r"too slow": "take too long",
+    r"crashed": "end their process",
+    r"": "are not built, or not fed, by names and values alone",
+}
+
+#: Why models differ, by the beginning of their names.
+KNOWN: Final = {
+    "Beam": "layers that normalise what goes into attention sum its gradient, which lies "
+    "in memory as a card's composed attention leaves it: the sum is taken in another order",
+}
+
+#: Why models leave bytes, by their names.
+LEFT: Final = {
+    "RwkvModel": "its graph, which cannot go backward on the CPU either, holds itself; "
+    "there, too, parameters outlive the model",
+}
+
+HEAD: Final = """# Models of other libraries
+
+Every class that transformers' automatic classes lead to, made small by rules that know none
+of them; the smallest model of each of timm's and torchvision's modules; the blocks of
+diffusers. Each runs on the CPU and on a simulated card, in a process of its own: a forward,
+a backward, a generation where it can generate. Values and gradients are compared bit by bit,
+and the card must be empty once all is deleted.
+
+```console
+$ tox run -e architectures -- --write --out rows.jsonl
+$ tox run -e architectures-vision -- --write --out rows.jsonl
+```
+
+make this page; torchvision wants a torch of its own. Whether a model can be made small, and
+fed, is tried; what does not run on the CPU says nothing of the card and is only counted.
+"""
+
+
+def _why(row: Row) -> str:
+    words = f"{row.cpu} {row.details}"
+    return next(text for rule, text in REASONS.items() if re.search(rule, words))
+
+
+def _is_equal(row: Row) -> bool:
+    return row.forward == "equal" and row.backward in {"equal", ""}
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    lines = [
+        "| library | tried | run on the CPU | forward equal | gradients, equal | "
+        "generate, equal | bytes left |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for family in dict.fromkeys(each.family for each in rows):
+        mine = [each for each in rows if each.family == family]
+        ran = [each for each in mine if each.cpu == "ran"]
+        cells = [
+            family,
+            str(len(mine)),
+            str(len(ran)),
+            str(sum(each.forward == "equal" for each in ran)),
+            *(
+                f"{sum(bool(getattr(each, stage)) for each in ran)}, "
+                f"{sum(getattr(each, stage) == 'equal' for each in ran)}"
+                for stage in ("backward", "generate")
+            ),
+            str(sum(each.bytes_left for each in ran)),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _exceptions(rows: Sequence[Row]) -> list[str]:
+    """Return a line for each model that is not as on the CPU."""
+    lines = []
+    for each in rows:
+        if each.cpu != "ran":
+            continue
+        for stage in ("forward", "backward", "generate"):
+            found = getattr(each, stage)
+            if found not in {"equal", ""}:
+                known = (v for k, v in KNOWN.items() if each.name.startswith(k))
+                reason = next(known, "not explained")
+                lines.append(
+                    f"- {each.family} `{each.name}`, {stage}: {found}: {reason}"
+                )
+        if each.bytes_left:
+            reason = LEFT.get(each.name, "not explained")
+            lines.append(
+                f"- {each.family} `{each.name}` leaves {each.bytes_left:,} bytes: "
+                f"{reason}"
+            )
+    cached = [f"`{each.name}`" for each in rows if each.bytes_cached]
+    if cached:
+        lines.append(
+            f"- {', '.join(cached)}: caches of the library's functions "
+            "(`functools.lru_cache`) keep tensors of the card; emptied, nothing stays"
+        )
+    return lines or ["None."]
+
+
+def text_of(rows: Sequence[Row], versions: Sequence[str]) -> str:
+    """Return the page.
+
+    Args:
+        rows: Of all families.
+        versions: Libraries and their versions, as text.
+    """
+    ran = [each for each in rows if each.cpu == "ran"]
+    equal = sum(map(_is_equal, ran))
+    left_out = Counter((each.family, _why(each)) for each in rows if each.cpu != "ran")
+    return "\n".join(
+        [
+            HEAD,
+            f"With {', '.join(versions)}. **{equal} of the {len(ran)} that run on the CPU "
+            f"are equal to it ({100 * equal / max(len(ran), 1):.1f} %)**, forward and "
+            "gradients.",
+            "",
+            *_table(rows),
+            "",
+            "## What is not as on the CPU",
+            "",
+            *_exceptions(rows),
+            "",
+            "## What does not run on the CPU",
+            "",
+            *(
+                f"- {number} of {family} {text}"
+                for (family, text), number in left_out.most_common()
+            ),
+            "",
+        ]
+    )

@@ -1,0 +1,146 @@
+"""A plugin of pytest: what became of each test, one line of JSON each, as it ends.
+
+It is loaded with ``-p outcomes`` into runs of other projects' tests. A line is written
+when a test begins and when it ends, so that the reader knows which test a process died
+in. Three variables of the environment rule it: ``UPSTREAM_OUTCOMES``, the file it appends
+to; ``UPSTREAM_LIMIT_S``, the longest that a test may take, in seconds; and
+``UPSTREAM_EVERY``: of files with ``MANY`` tests or more, one in so many is run. A test
+that has a line in the file when the run begins is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+FILE: Final = Path(os.environ["UPSTREAM_OUTCOMES"])
+LIMIT_S: Final = float(os.environ["UPSTREAM_LIMIT_S"])
+EVERY: Final = int(os.environ["UPSTREAM_EVERY"])
+MANY: Final = 1000
+#: Of an exception's text, and of the number of exceptions in a chain, what is kept.
+KEPT_CHARACTERS: Final = 3000
+KEPT_ERRORS: Final = 8
+
+_found: dict[str, Any] = {}
+
+
+class TestTookTooLongError(BaseException):
+    """The test did not end in time; no handler of the tested program takes it."""
+
+    __test__ = False
+
+
+def _write(line: dict[str, Any]) -> None:
+    with FILE.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _ended(_signal: int, _frame: object) -> None:
+    raise TestTookTooLongError(f"not done after {LIMIT_S:.0f} s")
+
+
+def chain_of(error: BaseException | None) -> list[tuple[str, str]]:
+    """Return an error and those it came from: the class's name and the text of each."""
+    chain: list[tuple[str, str]] = []
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen and len(chain) < KEPT_ERRORS:
+        seen.add(id(error))
+        try:
+            text = str(error)
+        except Exception as broken:  # noqa: BLE001  # a stranger's __str__
+            text = f"<{type(broken).__name__}>"
+        if len(text) > KEPT_CHARACTERS:
+            # Where a child process failed, its last words are the reason.
+            text = f"{text[:500]} ... {text[-KEPT_CHARACTERS + 505 :]}"
+        chain.append((type(error).__qualname__, text))
+        error = error.__cause__ or error.__context__
+    return chain
+
+
+def _allocations() -> int:
+    """Return how often the cards have been asked for bytes in this process."""
+    import sys  # noqa: PLC0415
+
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return 0
+    return sum(
+        torch.cuda.memory_stats(each).get("allocation.all.allocated", 0)
+        for each in range(torch.cuda.device_count())
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out what a run before this one has begun."""
+    done = set()
+    if FILE.exists():
+        for line in FILE.read_text(encoding="utf-8").splitlines():
+            done.add(json.loads(line)["test"])
+    sizes: dict[str, int] = {}
+    kept = []
+    for each in items:
+        file = each.nodeid.partition("::")[0]
+        number = sizes[file] = sizes.get(file, 0) + 1
+        kept.append((file, number, each))
+    items[:] = [
+        each
+        for file, number, each in kept
+        if (sizes[file] < MANY or number % EVERY == 0) and each.nodeid not in done
+    ]
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    """Write down a file that cannot be read."""
+    if report.failed:
+        text = str(report.longrepr)[-KEPT_CHARACTERS:]
+        _write({"test": report.nodeid, "outcome": "failed", "chain": [["", text]]})
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Write a line before a test and one after it; end it when its time is over."""
+    _found.clear()
+    _found.update(test=item.nodeid, outcome="passed", chain=[], where="")
+    _write({"test": item.nodeid, "outcome": "begun"})
+    began_s, before = time.monotonic(), _allocations()
+    signal.signal(signal.SIGALRM, _ended)
+    signal.setitimer(signal.ITIMER_REAL, LIMIT_S)
+    try:
+        return (yield)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        _found["seconds"] = round(time.monotonic() - began_s, 2)
+        _found["allocations"] = _allocations() - before
+        _write(_found)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,  # noqa: ARG001
+    call: pytest.CallInfo[None],
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Keep the outcome, and the errors behind it."""
+    report = yield
+    if report.failed or (report.skipped and _found["outcome"] == "passed"):
+        expected = "xfailed" if hasattr(report, "wasxfail") else report.outcome
+        _found["outcome"] = expected
+        if call.excinfo is not None:
+            _found["chain"] = chain_of(call.excinfo.value)
+            last = call.excinfo.traceback[-1]
+            _found["where"] = f"{last.path}:{last.lineno + 1}"
+    return report
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Keep what a subtest failed of: the test around it only counts them."""
+    if type(report).__name__ == "SubtestReport" and report.failed:
+        _found["subtests"] = str(report.longrepr)[-KEPT_CHARACTERS:]

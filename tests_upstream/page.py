@@ -1,0 +1,156 @@
+"""The page of the docs about other projects' tests."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Final
+
+from runs import CARD, LIMIT_S
+from suites import SUITES
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from verdicts import Verdict
+
+#: What a kind of outcome is called over its column, and in words.
+COLUMNS: Final = {
+    "passed": "passed",
+    "refused": "refused by name",
+    "nccl": "NCCL",
+    "hub": "hub",
+    "kernels": "compiled kernels",
+    "host": "fails on the host",
+    "explained": "explained",
+    "unexplained": "not explained",
+}
+#: Kinds that say nothing of the simulated card.
+OUTSIDE: Final = ("hub", "kernels", "nccl", "host")
+
+HEAD: Final = f"""# Other projects' tests on simulated cards
+
+The GPU tests of other projects run here as they are, without the plugin and with it on one
+and on two simulated cards (`{CARD}`). What a card un-skips must pass, or be refused by name.
+
+```console
+$ tox run -e upstream
+```
+
+fetches the released sources from the package index, runs them, and writes this page with
+`-- --write`. It takes hours on one core, and no card. A test has {LIMIT_S:.0f} s; one that
+takes longer, or that takes its process with it, is one that fails. No hub is reachable: a
+test that needs files of one fails on the host, too, or is counted as such. NCCL needs cards;
+PyTorch's build for the CPU is without it.
+"""
+
+
+def _row(name: str, setting: str, group: Mapping[str, int]) -> str:
+    numbers = [str(group.get(each, 0) or "-") for each in COLUMNS]
+    return f"| {name} | {setting} | {sum(group.values())} | {' | '.join(numbers)} |"
+
+
+def _table(
+    verdicts: Mapping[str, Mapping[str, Verdict]], group: str, title: str
+) -> list[str]:
+    head = f"| suite | cards | {title} | {' | '.join(COLUMNS.values())} |"
+    rule = "|---" * (3 + len(COLUMNS)) + "|"
+    rows = [
+        _row(name, setting, getattr(verdict, group))
+        for name, settings in verdicts.items()
+        for setting, verdict in settings.items()
+    ]
+    return [head, rule, *rows]
+
+
+def share(verdicts: Mapping[str, Mapping[str, Verdict]]) -> tuple[int, int]:
+    """Return how many un-skipped tests pass, of those that could."""
+    passed = could = 0
+    for settings in verdicts.values():
+        for verdict in settings.values():
+            passed += verdict.unskipped.get("passed", 0)
+            could += sum(
+                number
+                for kind, number in verdict.unskipped.items()
+                if kind not in OUTSIDE
+            )
+    return passed, could
+
+
+def _short(test: str) -> str:
+    """Return a test's name without its folders and its parameters."""
+    file, _, name = test.partition("::")
+    return re.sub(r"\[.*", "", f"{file.rpartition('/')[2]}::{name}")
+
+
+def _failures(verdicts: Mapping[str, Mapping[str, Verdict]]) -> list[str]:
+    """Return every test that does not pass on cards, under its suite and reason."""
+    lines = []
+    for name, settings in verdicts.items():
+        by_reason: dict[tuple[str, str], dict[str, set[str]]] = {}
+        for setting, verdict in settings.items():
+            for test, (kind, reason) in verdict.failures.items():
+                if kind == "host":
+                    continue
+                tests = by_reason.setdefault((kind, reason), {})
+                tests.setdefault(_short(test), set()).add(setting)
+        if not by_reason:
+            continue
+        lines += [f"### {name}", ""]
+        for (kind, reason), tests in sorted(by_reason.items()):
+            named = ", ".join(f"`{each}`" for each in sorted(tests))
+            lines.append(f"- **{COLUMNS[kind]}**: {reason.splitlines()[0]}: {named}")
+        lines.append("")
+    return lines
+
+
+def text_of(verdicts: Mapping[str, Mapping[str, Verdict]]) -> str:
+    """Return the page.
+
+    Args:
+        verdicts: By suite and setting.
+    """
+    passed, could = share(verdicts)
+    tests = {
+        name: next(iter(settings.values())).tests for name, settings in verdicts.items()
+    }
+    sources = [
+        f"- {each.name} {each.version}: "
+        + (
+            "the release's source"
+            if each.is_released
+            else "the release's source has no tests; those of a checkout"
+        )
+        + (
+            f", one in {each.every} of the files with a thousand tests and more"
+            if each.every > 1
+            else ""
+        )
+        + f"; {tests[each.name]} tests"
+        for each in SUITES
+        if each.name in tests
+    ]
+    lines = [
+        HEAD,
+        *sources,
+        "",
+        "## What a card un-skips",
+        "",
+        "Tests that the host skips and a card does not. Of those that need neither the hub,",
+        f"nor kernels, nor NCCL, **{passed} of {could} pass "
+        f"({100 * passed / max(could, 1):.1f} %)**.",
+        "",
+        *_table(verdicts, "unskipped", "un-skipped"),
+        "",
+        "## What runs on both",
+        "",
+        "Tests that run on the host, too. Most of them take a card where there is one.",
+        "",
+        *_table(verdicts, "others", "tests"),
+        "",
+        "## What does not pass, and why",
+        "",
+        "Tests that fail on the host in the same way are counted above and not named.",
+        "",
+        *_failures(verdicts),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
