@@ -23,6 +23,7 @@ from hypothesis.stateful import (
 from pytest_gpumem import simulated_device, vram_budget
 from pytest_gpumem.cards import find_card
 from pytest_gpumem.devices.active import active_device
+from pytest_gpumem.devices.budgets import Budgets
 from pytest_gpumem.devices.fractions import fraction_for
 from pytest_gpumem.errors import BudgetError
 
@@ -119,6 +120,18 @@ def _card() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_card")
+def test_the_bounds_of_a_budget_are_inclusive() -> None:
+    """One byte and the whole card are budgets; a byte less or more is none."""
+    budgets = Budgets()
+
+    for nbytes in (1, 100):
+        budgets.put("owner", nbytes, total_bytes=100, index=0, name="T4")
+        assert nbytes == budgets.smallest
+    for nbytes in (0, 101):
+        with pytest.raises(BudgetError, match="accepted are 1 to 100 bytes"):
+            budgets.put("owner", nbytes, total_bytes=100, index=0, name="T4")
+
+
 def test_crossed_blocks_each_take_their_own_back() -> None:
     """The first to end is not the last to have begun."""
     first, second = vram_budget("64MiB"), vram_budget("128MiB")

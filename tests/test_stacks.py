@@ -487,6 +487,17 @@ def test_a_dropped_observer_is_called_no_more() -> None:
     assert 1 == len(take_dropped())
 
 
+def test_the_innermost_line_is_told() -> None:
+    """However deep in the observer it is."""
+
+    def look() -> Any:
+        return _broken_later()()
+
+    assert guarded(lambda: look(), otherwise=None) is None  # noqa: PLW0108  # a frame more
+    line = _broken.__code__.co_firstlineno + 1
+    assert take_dropped()[0].endswith(f"(_broken, line {line})")
+
+
 def test_an_error_without_a_text_is_told_too() -> None:
     """Its class may be the program's own."""
 
