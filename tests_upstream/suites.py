@@ -155,6 +155,8 @@ SUITES: Final = (
         ),
         is_released=False,
         folder="tests/tests_pytorch",
+        # Those that start processes of their own take most of the time.
+        keyword="not spawn and not fork and not ddp",
         paths=("tests", "src"),
     ),
 )

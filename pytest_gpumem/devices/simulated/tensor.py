@@ -115,8 +115,18 @@ class SimulatedTensor(torch.Tensor, metaclass=_OnCard):
         cls: Any,
         data: torch.Tensor,
         requires_grad: bool = True,  # noqa: FBT001, FBT002  # nn.Parameter's signature
+        **kept: Any,
     ) -> Any:
-        """Return a parameter: only ``type(parameter)(data, …)`` comes here."""
+        """Return a parameter: only ``type(parameter)(data, …)`` comes here.
+
+        Libraries pass on what the parameter's ``__dict__`` has, as for classes with
+        arguments of their own; a card's would be empty.
+        """
+        unknown = sorted(kept.keys() - OWN_NAMES)
+        if unknown:
+            raise TypeError(
+                f"Parameter.__new__() got an unexpected keyword argument '{unknown[0]}'"
+            )
         return torch.nn.Parameter(data, requires_grad)
 
     @staticmethod
