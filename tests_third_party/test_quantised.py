@@ -1,0 +1,88 @@
+"""Quantised models, whose weights are subclasses of tensors, on the simulated card."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+from optimum.quanto import freeze, qint8, quantize
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+four_bits: Any = bitsandbytes.nn
+
+
+def _model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 32))
+
+
+def _with_torchao(model: nn.Module) -> None:
+    quantize_(model, Int8WeightOnlyConfig())
+
+
+def _with_quanto(model: nn.Module) -> None:
+    quantize(model, weights=qint8)
+    freeze(model)
+
+
+@pytest.mark.filterwarnings("ignore")  # the libraries' own
+@pytest.mark.parametrize("quantise", [_with_torchao, _with_quanto])
+@pytest.mark.parametrize("is_first_moved", [True, False])
+@torch.no_grad()
+def test_a_quantised_model_computes_what_the_host_does(
+    quantise: Any, *, is_first_moved: bool
+) -> None:
+    """Quantised on the card or moved there, and back; its bytes go with it."""
+    square = torch.ones(2, 2, device="cuda")
+    torch.mm(square, square)  # takes cuBLAS's workspace, which stays
+    before = torch.cuda.memory_allocated()
+    source = torch.randn(3, 64)
+    host = _model()
+    quantise(host)
+    expected = host(source)
+
+    model = _model()
+    if is_first_moved:
+        quantise(model.cuda())
+    else:
+        quantise(model)
+        model.cuda()
+    weight: Any = model[0].weight
+    result = model(source.cuda()).cpu()
+    kind, place = type(weight).__name__, weight.device.type
+    model.cpu()
+    back = model(source)
+
+    assert ("cuda", type(host[0].weight).__name__) == (place, kind)
+    assert torch.equal(expected, result)
+    assert torch.equal(expected, back)
+    del model, weight, result, back
+    gc.collect()
+    assert before == torch.cuda.memory_allocated()
+
+
+@pytest.mark.filterwarnings("ignore")  # the library's own
+def test_four_bits_train_an_adapter() -> None:
+    """Bitsandbytes' 4-bit weights under peft's LoRA: gradients reach the adapter."""
+    model = nn.Sequential(
+        four_bits.Linear4bit(64, 64, compute_dtype=torch.float32, quant_type="nf4")
+    ).cuda()
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["0"]))
+    source = torch.randn(3, 64, device="cuda")
+
+    adapted(source).square().mean().backward()
+
+    weight = adapted.base_model.model[0].base_layer.weight
+    grads = {
+        name: each.grad
+        for name, each in adapted.named_parameters()
+        if each.requires_grad
+    }
+    assert (four_bits.Params4bit, "cuda") == (type(weight), weight.device.type)
+    assert grads
+    assert all(each is not None and each.is_cuda for each in grads.values())
