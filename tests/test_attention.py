@@ -307,3 +307,23 @@ def test_sums_of_gradients_take_no_block_of_their_own() -> None:
     assert 2**20 == alone  # the sum itself
     assert 3 * 2**20 == shared  # and both gradients, each in its own block
     assert {2.0, 3.0} == {each.unique().item() for each in kept if each is not None}
+
+
+@pytest.mark.parametrize("name", ["sort", "gather", "take", "index_select", "max"])
+def test_gradients_that_are_written_in_place_take_one_block(name: str) -> None:
+    """C++ makes zeros and writes to them; a second block is no card's."""
+    source = torch.zeros(512, 1024, device="cuda").requires_grad_()
+    indices = torch.zeros(512, 1024, dtype=torch.int64, device="cuda")
+    picked = {
+        "sort": lambda: source.sort(1)[0],
+        "gather": lambda: source.gather(1, indices),
+        "take": lambda: source.take(indices),
+        "index_select": lambda: source.index_select(0, indices[:, 0]),
+        "max": lambda: source.max(1)[0],
+    }[name]()
+    given = torch.ones_like(picked)
+    with PeakRecorder() as recorder:
+        (grad,) = torch.autograd.grad(picked, source, given)
+    figures = recorder.figures
+
+    assert grad.nbytes == figures.peak_allocated_bytes - figures.start_allocated_bytes

@@ -95,10 +95,10 @@ def taking_over(func: Any, handler: Handler) -> Handler:
 
 def _is_new(tensor: Any) -> bool:
     """Tell whether only the C++ that calls an operator has its first operand."""
-    uses: Any = tensor
+    is_ours = type(tensor) is SimulatedTensor
     return (
-        type(tensor) is SimulatedTensor
-        and uses._use_count() <= _TENSOR_USES + 1  # an optional of C++
+        is_ours
+        and tensor._use_count() <= _TENSOR_USES + 1  # an optional of C++
         and sys.getrefcount(tensor) <= _PYTHON_USES
         and _storage_uses(tensor) <= _STORAGE_USES
     )
