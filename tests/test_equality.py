@@ -158,6 +158,10 @@ def _cache(value: float) -> Any:
     return cache
 
 
+def _nested(depth: int, value: Any) -> Any:
+    return value if not depth else Plain(inner=_nested(depth - 1, value))
+
+
 def _itself() -> list[Any]:
     items: list[Any] = [1]
     items.append(items)
@@ -261,6 +265,7 @@ SAME: Final[dict[str, tuple[Any, Any]]] = {
     "objects": (Plain(started=1.0), Plain(started=2.0)),
     "objects with tensors": (Plain(a=_t(1.0), at=1.0), Plain(a=_t(1.0), at=2.0)),
     "objects with times": (Plain(at=Opaque(int)), Plain(at=Opaque(float))),
+    "objects deep in objects": (_nested(5, _t(1.0)), _nested(5, _t(2.0))),
     "private parts": (Plain(_scratch=_t(1.0)), Plain(_scratch=_t(2.0))),
     "objects with equality": (Number(1), Number(1)),
     "hostile objects": (Odd(), Odd()),
@@ -462,6 +467,11 @@ DIFFERENT: Final[dict[str, tuple[Any, Any, str]]] = {
         "the result['state']['0.weight'] differs by 1",
     ),
     "training": (_linear(), _linear().eval(), "the result['training'][''] is False"),
+    "objects in objects": (
+        _nested(4, _t(1.0)),
+        _nested(4, _t(2.0)),
+        "the result.inner.inner.inner.inner differs by 1",
+    ),
     "frozen modules": (
         _linear(),
         _frozen(),

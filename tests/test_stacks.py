@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import weakref
+from types import coroutine
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -33,7 +34,7 @@ from pytest_gpumem.stacks import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
     from types import FrameType
 
@@ -168,6 +169,35 @@ def test_a_generator_that_waits_is_not_closed() -> None:
     clear_exception(caught[0])
 
     assert [1, 2] == [first, *numbers]
+
+
+def test_a_coroutine_that_waits_is_not_closed() -> None:
+    """Nor an asynchronous generator's."""
+    caught: list[BaseException] = []
+
+    @coroutine
+    def pause() -> Iterator[int]:
+        yield 1
+
+    async def work() -> int:
+        try:
+            _ = {1: 1}[0]
+        except KeyError as error:
+            caught.append(error)
+        await pause()
+        return 2
+
+    async def generate() -> AsyncIterator[int]:
+        yield await work()
+
+    waits: list[Any] = [work(), generate().__anext__()]
+    for each in waits:
+        assert 1 == each.send(None)
+    for error in caught:
+        clear_exception(error)
+    for each in waits:
+        with pytest.raises(StopIteration, match="2"):
+            each.send(None)
 
 
 def test_frames_of_a_finished_generator_are_cleared() -> None:

@@ -103,6 +103,12 @@ def _failures(verdicts: Mapping[str, Mapping[str, Verdict]]) -> list[str]:
     return lines
 
 
+def _number(verdict: Verdict) -> str:
+    if verdict.tests >= verdict.of:
+        return f"{verdict.tests} tests"
+    return f"the first {verdict.tests} of {verdict.of} tests, then the run was ended"
+
+
 def text_of(verdicts: Mapping[str, Mapping[str, Verdict]]) -> str:
     """Return the page.
 
@@ -110,9 +116,7 @@ def text_of(verdicts: Mapping[str, Mapping[str, Verdict]]) -> str:
         verdicts: By suite and setting.
     """
     passed, could = share(verdicts)
-    tests = {
-        name: next(iter(settings.values())).tests for name, settings in verdicts.items()
-    }
+    first = {name: next(iter(each.values())) for name, each in verdicts.items()}
     sources = [
         f"- {each.name} {each.version}: "
         + (
@@ -125,9 +129,9 @@ def text_of(verdicts: Mapping[str, Mapping[str, Verdict]]) -> str:
             if each.every > 1
             else ""
         )
-        + f"; {tests[each.name]} tests"
+        + f"; {_number(first[each.name])}"
         for each in SUITES
-        if each.name in tests
+        if each.name in first
     ]
     lines = [
         HEAD,

@@ -42,6 +42,12 @@ REASONS: Final[tuple[Reason, ...]] = (
         "measures the free memory of the whole host, on which other programs ran",
     ),
     Reason(
+        "Lightning",
+        "test_get_nvidia_gpu_stats",
+        "nvidia-smi: command not found",
+        "starts `nvidia-smi`, a program of the driver, which is not there",
+    ),
+    Reason(
         "peft",
         "test_boft_",
         "not done after|fbd_cuda",

@@ -16,7 +16,7 @@ class Suite:
     Attributes:
         name: What the table calls it.
         distribution: Its name in the package index.
-        version: The release.
+        version: The release, or that of the checkout whose figures the docs have.
         files: The files of tests, seen from ``folder``.
         sha256: Of the release's source archive, where that has the tests.
         is_released: Whether the release's source archive has the tests. Those of the
@@ -129,7 +129,7 @@ SUITES: Final = (
     Suite(
         "diffusers",
         "diffusers",
-        "0.42.1",
+        "0.40.0.dev0",
         (
             *_tests("test_group_offloading", "test_hooks", under="tests/hooks"),
             "tests/models/unets/test_models_unet_2d_condition.py",
@@ -140,7 +140,7 @@ SUITES: Final = (
     Suite(
         "Lightning",
         "pytorch-lightning",
-        "2.6.6",
+        "2.6.2",
         (
             "accelerators/test_gpu.py",
             "callbacks/test_device_stats_monitor.py",

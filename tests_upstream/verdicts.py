@@ -67,6 +67,7 @@ class Verdict:
 
     Attributes:
         tests: How many ran or were skipped.
+        of: How many the host has; a run that was ended early has fewer.
         skipped: Skipped on cards, too.
         unskipped: Those that the host skips and cards do not, by kind.
         others: Those that run on the host, too, by kind.
@@ -75,6 +76,7 @@ class Verdict:
     """
 
     tests: int = 0
+    of: int = 0
     skipped: int = 0
     unskipped: dict[str, int] = field(default_factory=dict)
     others: dict[str, int] = field(default_factory=dict)
@@ -109,6 +111,9 @@ def kind_of(
             return each.kind, each.text
     if host is not None and host.outcome in {"failed", "died"}:
         return "host", "fails on the host, too"
+    refusal = re.search(r"[^\n:]+ is not supported on the simulated CUDA device", words)
+    if refusal:
+        return "refused", refusal[0].strip()
     for kind, expression, text in OUTSIDE:
         if expression.search(words):
             return kind, text
@@ -121,7 +126,7 @@ def judge(
     reasons: tuple[Reason, ...],
 ) -> Verdict:
     """Count a suite's outcomes on cards beside those on the host."""
-    verdict = Verdict()
+    verdict = Verdict(of=len(host))
     for name, outcome in found.items():
         verdict.tests += 1
         verdict.on_card += outcome.allocations > 0
