@@ -257,3 +257,19 @@ def test_torchs_defaults_are_put_back(setting: Any) -> None:
     assert (f"{setting.name} is {new}, and was {old}" in told) is setting.counts
     assert before == [each.read() for each in _SETTINGS]
     assert not defaults.changed()
+
+
+def test_results_without_values_are_compared_by_shape() -> None:
+    """Where a card keeps no values, there are no others to be had."""
+    with simulated_device("T4", values="none"):
+        assert not sweep_ooms(lambda: torch.ones(3, device="cuda")).failures
+
+        def body() -> torch.Tensor:
+            try:
+                return torch.ones(3, device="cuda")
+            except torch.OutOfMemoryError:
+                return torch.ones(4)
+
+        report = sweep_ooms(body, modes=("transient",), points=1)
+
+    assert "has shape (4,) instead of (3,)" in report.failures[0].detail

@@ -117,6 +117,12 @@ def _ones(*shape: int) -> torch.Tensor:
     return torch.ones(shape, device="cuda")
 
 
+def test_out_of_a_wrong_type_is_torchs_error() -> None:
+    """What a reduction would ask for is not known of one that fails."""
+    with pytest.raises(RuntimeError, match="can't be cast to the desired output type"):
+        torch.mean(_ones(3), 0, out=torch.empty(0, dtype=torch.int32, device="cuda"))
+
+
 def test_singular_values_ask_for_no_vectors() -> None:
     """C++ would compute them for any subclass of tensors: other bits, more bytes."""
     source = torch.randn(64, 64, device="cuda")

@@ -298,13 +298,14 @@ def test_data_moves_a_parameter_in_place() -> None:
 def test_a_parameter_is_made_anew_from_its_class_and_its_attributes() -> None:
     """As ``init_empty_weights`` of accelerate and of peft does it."""
     parameter = nn.Linear(2, 3, device="cuda").weight
-    again = type(parameter)(parameter.to("meta"), **vars(parameter))
+    kind: Any = type(parameter)
+    again = kind(parameter.to("meta"), **vars(parameter))
 
     assert isinstance(again, nn.Parameter)
     assert again.is_meta
     assert again.requires_grad
     with pytest.raises(TypeError, match="unexpected keyword argument 'other'"):
-        type(parameter)(parameter, other=1)  # type: ignore[call-arg]
+        kind(parameter, other=1)
 
 
 def test_a_module_moves_with_all_it_has() -> None:

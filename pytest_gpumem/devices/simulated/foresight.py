@@ -114,7 +114,8 @@ def foreseeing(
             0 if each is None else _bytes(each, own.get(id(each))) for each in made
         ]
         steps: Iterable[Step] = ()
-        if requests is not None:
+        # An operator that fails asks for nothing; it says itself what is wrong.
+        if requests is not None and made:
             steps = requests(Call(func, values, kwargs, made, card))
         held = ask(steps, sizes, card)
         growing = []
