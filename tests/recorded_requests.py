@@ -14,6 +14,7 @@ import lzma
 import random
 import re
 import warnings
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
@@ -161,6 +162,7 @@ def save(room: str, recorded: Recorded) -> Path:
     return path
 
 
+@cache
 def load(room: str) -> tuple[str, Recorded]:
     """Return the version of torch that a room was recorded with, and its recordings."""
     content = json.loads(lzma.decompress((FOLDER / f"{room}.json.xz").read_bytes()))

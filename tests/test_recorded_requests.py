@@ -24,12 +24,13 @@ from recorded_requests import (
 PARTS = 6
 #: Of a room's groups, one in so many is tried; all are by ``benchmarks/exactness.py``.
 SHARE = {
-    "operators": 5,
-    "sizes": 12,
-    "attention": 12,
-    "modules": 8,
+    "operators": 15,
+    "sizes": 24,
+    "attention": 24,
+    "modules": 12,
     "optimizers": 12,
-    "training": 21,
+    "training": 15,
+    "models": 15,
 }
 KNOWN: dict[str, dict[str, list[Any]]] = json.loads(DIFFERING.read_text("utf-8"))
 
