@@ -1,0 +1,208 @@
+"""What differs from the CPU on the simulated card by design, each with its reason.
+
+The list is complete: a difference that it does not hold fails, and so does an entry that
+differs no more. It imports no torch.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+#: The release of torch that the list is for, which ``tox.ini`` names.
+RELEASE: Final = "2.13."
+
+#: What a comparison comes to, from the best to the worst.
+EQUAL: Final = "equal"
+CLOSE: Final = "within tolerance"
+REFUSED: Final = "refused"
+DIFFERS: Final = "differs"
+LEVELS: Final = (EQUAL, CLOSE, REFUSED, DIFFERS)
+
+
+class Finding(NamedTuple):
+    """The samples of one operator, type and way that came to one level.
+
+    Attributes:
+        operator: The name of the operator, module or optimiser in its database.
+        dtype: The type's name, without ``torch.``; empty for wrong inputs.
+        way: How it was run: ``forward``, ``gradient``, ``out= strided`` …
+        level: One of ``LEVELS``.
+        samples: How many.
+        text: What the first of them differs in.
+    """
+
+    operator: str
+    dtype: str
+    way: str
+    level: str
+    samples: int
+    text: str
+
+
+class Difference(NamedTuple):
+    """What is known to differ, and why.
+
+    Attributes:
+        operators: Names in the databases, between blanks.
+        level: Which of ``LEVELS`` it comes to.
+        reason: Why it is so.
+        ways: Patterns of the ways, between semicolons; empty for all.
+        types: The types, between blanks; empty for all.
+    """
+
+    operators: str
+    level: str
+    reason: str
+    ways: str = ""
+    types: str = ""
+
+    def fits(self, finding: Finding) -> bool:
+        """Tell whether a finding is meant."""
+        return (
+            finding.level == self.level
+            and finding.operator in self.operators.split()
+            and (not self.types or finding.dtype in self.types.split())
+            and (
+                not self.ways
+                or any(
+                    fnmatchcase(finding.way, each.strip())
+                    for each in self.ways.split(";")
+                )
+            )
+        )
+
+
+DIFFERENCES: Final = (
+    Difference(
+        "sparse_mm_reduce sparse_sampled_addmm to_sparse SparseAdam",
+        REFUSED,
+        "sparse tensors are not simulated",
+    ),
+    Difference(
+        """
+        jiterator_2inputs_2outputs jiterator_4inputs_with_extra_args jiterator_binary
+        jiterator_binary_return_by_ref jiterator_unary
+        """,
+        REFUSED,
+        "their kernels are CUDA's source text, which is compiled for a card",
+    ),
+    Difference(
+        """
+        fft_fft fft_fft2 fft_fftn fft_hfft fft_hfft2 fft_hfftn fft_ifft fft_ifft2
+        fft_ifftn fft_ihfft fft_ihfft2 fft_ihfftn fft_irfft fft_irfft2 fft_irfftn fft_rfft
+        fft_rfft2 fft_rfftn
+        """,
+        REFUSED,
+        "cuFFT alone transforms in half precision; the CPU has no kernel for it",
+        ways="card's type",
+        types="float16",
+    ),
+    Difference(
+        """
+        torch_ops_aten__efficient_attention_forward
+        torch_ops_aten__flash_attention_forward
+        """,
+        REFUSED,
+        "kernels of CUDA's by their inner names; `scaled_dot_product_attention` runs",
+        ways="card's type",
+    ),
+    Difference(
+        "nn_functional_rrelu",
+        REFUSED,
+        "the CPU draws no slopes in half precision",
+        ways="card's type",
+        types="float16",
+    ),
+    Difference(
+        "narrow_copy",
+        DIFFERS,
+        "a card has no kernel for `narrow_copy.out`: torch's error is raised, as there",
+        ways="out=*",
+    ),
+    Difference(
+        "histogramdd",
+        DIFFERS,
+        "a card has no kernel, which torch says before it looks at the input",
+        ways="wrong input",
+    ),
+    Difference(
+        "median",
+        DIFFERS,
+        "that CUDA's kernels take no more than 25 dimensions is not simulated",
+        ways="wrong input",
+    ),
+    Difference(
+        """
+        nn_functional_linear_cross_entropy_chunked
+        nn_functional_linear_cross_entropy_chunked_none
+        """,
+        CLOSE,
+        "on a card it asks for products in float32 (`out_dtype=`), on the CPU it does not",
+        types="float16 bfloat16",
+    ),
+    Difference(
+        """
+        nn_functional_linear_cross_entropy_chunked
+        nn_functional_linear_cross_entropy_chunked_none
+        """,
+        DIFFERS,
+        "in half precision the gradients of those products differ by more",
+        ways="gradient",
+        types="float16",
+    ),
+    Difference(
+        "prod",
+        CLOSE,
+        "for a subclass of tensors C++ takes the way to the gradient that heeds zeros",
+        ways="gradient",
+        types="float32 bfloat16 complex64",
+    ),
+    Difference(
+        "prod",
+        DIFFERS,
+        "the same, in half precision",
+        ways="gradient",
+        types="float16",
+    ),
+    Difference(
+        "_softmax_backward_data",
+        DIFFERS,
+        "a card's kernel narrows to half precision, which the CPU's refuses",
+        ways="forward; gradient",
+        types="float32",
+    ),
+    Difference(
+        "ASGD Adam AdamW Adamax NAdam RMSprop",
+        CLOSE,
+        "`capturable=True` is a card's alone and computes with steps as tensors; compared "
+        "with `capturable=False`",
+    ),
+    Difference(
+        """
+        nn_LazyConv1d nn_LazyConv2d nn_LazyConv3d nn_LazyConvTranspose1d
+        nn_LazyConvTranspose2d nn_LazyConvTranspose3d
+        """,
+        REFUSED,
+        "parameters without a shape cannot move; call the module once, then move it",
+    ),
+)
+
+
+def listed(finding: Finding) -> int | None:
+    """Return the place of the entry that a finding is meant by, or None."""
+    return next(
+        (place for place, each in enumerate(DIFFERENCES) if each.fits(finding)), None
+    )
+
+
+def unused(findings: Iterable[Finding]) -> Iterator[tuple[Difference, str]]:
+    """Yield each entry and name of it for which there was no finding."""
+    found = list(findings)
+    for each in DIFFERENCES:
+        for name in each.operators.split():
+            if not any(one.operator == name and each.fits(one) for one in found):
+                yield each, name
