@@ -72,7 +72,8 @@ def work() -> None:
         kinds: dict[str, tuple[Any, Any]] = {
             "operator": (OPERATORS, run_operator),
             "module": (MODULES, run_module),
-            "optimiser": (OPTIMISERS, run_optimiser),
+            # Its samples are settings, of which the last ones are a card's alone.
+            "optimiser": (OPTIMISERS, lambda name, _limit: run_optimiser(name, None)),
         }
         names = [
             [kind, name] for kind, (known, _run) in kinds.items() for name in known
@@ -293,8 +294,8 @@ def main() -> int:
         counts[each.level] += each.samples
     print(", ".join(f"{counts[level]:,} {level}" for level in LEVELS))
     missing = [each for _kind, each in found if _is_unlisted(each)]
-    # An entry may speak of a later sample than those taken.
-    is_part = options.names or options.samples is not None
+    # An entry may speak of a second sample.
+    is_part = options.names or options.samples == 1
     stale = [] if is_part else list(unused(each for _kind, each in found))
     for entry, name in stale:
         print(f"differs no more: {name} in {entry}")

@@ -215,13 +215,14 @@ class Sample:
         self.broadcasts = bool(getattr(sample, "broadcasts_input", False))
         self.is_mixed = is_mixed(self.card)
         self.differentiable = sample.output_process_fn_grad
-        self.leaves = str(self.card[2].get("device", "")) == "cpu"
+        device = str(self.card[2].get("device", ""))
+        self.leaves = device == "cpu" or not (device or _on_card(self.card))
 
     def landed(self, out: Any) -> Any:
-        """Return a result where it is expected, if its sample asks for the host."""
+        """Return a result where it is expected, if its sample leaves it to the host."""
         if not self.leaves:
             return out
-        return tree_map(lambda each: each.cpu() if each.is_cuda else each.cuda(), out)
+        return tree_map(_elsewhere, out)
 
     def sides(self) -> tuple[Any, Any]:
         """Return the arguments on the card and on the CPU."""
@@ -235,6 +236,18 @@ def seed() -> None:
     """
     torch.default_generator.manual_seed(0)
     torch.cuda.manual_seed(0)
+
+
+def _elsewhere(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.cpu() if value.is_cuda else value.cuda()
+
+
+def _on_card(tree: Any) -> bool:
+    return any(
+        isinstance(leaf, torch.Tensor) and leaf.is_cuda for leaf in tree_leaves(tree)
+    )
 
 
 def is_mixed(tree: Any) -> bool:
@@ -353,7 +366,8 @@ def _variants(
         ("method", operator.method_variant),
         ("operator", operator.operator_variant),
     ):
-        if variant is not None:
+        # Operators of the language take no keywords.
+        if variant is not None and not (way == "operator" and sample.card[2]):
             yield (
                 way,
                 judge(
@@ -453,6 +467,7 @@ def _with_out(
             if side is host and make is _strided and operator.name in CORRUPTING:
                 return given.copy_(model), [True]
             out = operator.op(source, *args, **kwargs, out=given)
+            out = sample.landed(out) if side is card else out
         pairs = list(zip(tree_leaves(out), tree_leaves(given), strict=True))
         for each, value in zip(tree_leaves(given), tree_leaves(model), strict=True):
             if right and each.shape == value.shape and each.dtype is value.dtype:

@@ -1,6 +1,6 @@
 """PyTorch's own databases: each operator, module and optimiser once, on one sample.
 
-``tox run -e databases`` takes all samples, types and ways; see
+``tox run -e databases`` takes more samples, and all types; see
 ``benchmarks/databases.py``. The databases are imported by the tests that need them: that
 takes seconds, and they ask for the card as they are imported.
 """
