@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 #: Tests shown without ``-v``.
 TOP: Final = 20
 _HEAD: Final = ("peak allocated", "peak reserved", "left", "OOMs", "retries", "test")
-#: Shown as well where there is more to them than the allocator knows.
+#: Shown as well where the driver was asked.
 _DRIVER_HEAD: Final = ("peak process", "peak card")
 
 
@@ -55,10 +55,12 @@ def table(rows: Sequence[Row], *, detailed: bool) -> list[str]:
 
 
 def _tells_more(figures: MemoryFigures) -> bool:
+    """Tell whether somebody has asked the driver: the context's bytes alone say little."""
     process = figures.peak_process_bytes
     if figures.peak_card_bytes is not None:
         return True
-    return process is not None and process != figures.peak_reserved_bytes
+    known = figures.peak_reserved_bytes + figures.context_bytes
+    return process is not None and process != known
 
 
 def _driver_cells(figures: MemoryFigures) -> tuple[str, str]:
