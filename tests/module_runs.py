@@ -14,9 +14,8 @@ from operator_runs import (
     quietly,
     seed,
 )
-from torch.testing._internal.common_modules import module_db
-from torch.testing._internal.common_optimizers import optim_db
 from torch.utils._pytree import tree_leaves, tree_map
+from torch_databases import module_db, optim_db
 
 if TYPE_CHECKING:
     from operator_differences import Finding

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 from operator_differences import CLOSE, DIFFERS, EQUAL, LEVELS, REFUSED, Finding
-from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._pytree import tree_leaves, tree_map
+from torch_databases import op_db
 
 from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
 

@@ -132,6 +132,7 @@ def test_the_bounds_of_a_budget_are_inclusive() -> None:
             budgets.put("owner", nbytes, total_bytes=100, index=0, name="T4")
 
 
+@pytest.mark.usefixtures("_card")
 def test_crossed_blocks_each_take_their_own_back() -> None:
     """The first to end is not the last to have begun."""
     first, second = vram_budget("64MiB"), vram_budget("128MiB")

@@ -259,6 +259,23 @@ def test_torchs_defaults_are_put_back(setting: Any) -> None:
     assert not defaults.changed()
 
 
+def test_defaults_are_put_back_where_torch_forbids_to_set_them() -> None:
+    """Torch's own test utilities forbid it for the process, but in blocks."""
+    frozen = torch.backends.flags_frozen.__globals__
+    name = "__allow_nonbracketed_mutation_flag"
+    old = torch.backends.cudnn.benchmark
+    defaults = Defaults()
+    torch.backends.cudnn.benchmark = not old
+    try:
+        frozen[name] = False
+        defaults.restore()
+        assert old is torch.backends.cudnn.benchmark
+        assert torch.backends.flags_frozen()
+    finally:
+        frozen[name] = True
+        torch.backends.cudnn.benchmark = old
+
+
 def test_results_without_values_are_compared_by_shape() -> None:
     """Where a card keeps no values, there are no others to be had."""
     with simulated_device("T4", values="none"):

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torchgen  # type: ignore[import-untyped]  # it comes with torch
 import yaml
-from torch.testing._internal.common_methods_invocations import op_db
+from torch_databases import op_db
 
 from pytest_gpumem.devices.simulated import operators
 from pytest_gpumem.devices.simulated.autocast import kernels

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from concurrent.futures.thread import _worker
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -92,8 +92,18 @@ def _attribute(name: str) -> _Setting:
     return _Setting(
         name,
         lambda: getattr(of(torch), attribute),
-        lambda value: setattr(of(torch), attribute, value),
+        lambda value: _write(of(torch), attribute, value),
     )
+
+
+def _write(owner: Any, attribute: str, value: Any) -> None:
+    """Set an attribute of torch's, also where ``disable_global_flags`` was called.
+
+    torch's own test utilities call that when they are imported, for the process.
+    """
+    allowing = getattr(torch.backends, "__allow_nonbracketed_mutation", nullcontext)
+    with allowing():
+        setattr(owner, attribute, value)
 
 
 _SETTINGS: Final = (

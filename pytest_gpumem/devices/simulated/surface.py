@@ -51,9 +51,12 @@ def _set_device(index: int) -> None:
     initialises the context since CUDA 12.
     """
     machine = current_machine()
-    if index >= 0 and index != machine.current_index:
-        machine.current_index = index
-        machine.card(index).make_context()
+    if index < 0:
+        return
+    card, is_another = machine.card(index), index != machine.current_index
+    machine.current_index = index
+    if is_another:
+        card.make_context()
 
 
 def _count() -> int:
