@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 
+from pytest_gpumem.model.blocks import MIN_BLOCK_SIZE
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _keep: Final[Any] = torch.cuda.memory._record_memory_history  # noqa: SLF001  # torch's only way
 #: Changes that are kept of each card, the newest.
 ENTRIES: Final = 50_000
-#: The allocator rounds requests up to this many bytes.
-#: Source: ``kMinBlockSize`` of ``c10/core/AllocatorConfig.h``.
-_ROUNDING: Final = 512
 #: What changes reserved bytes, and in which direction.
 #: Source: ``TraceEntry::Action`` of ``c10/cuda/CUDACachingAllocator.h``.
 _SEGMENTS: Final = {
@@ -105,7 +104,7 @@ def _change(entry: dict[str, Any]) -> Change | None:
         return Change(0, 0, _SEGMENTS[action] * size, when, frames)
     if action not in ("alloc", "free_requested"):
         return None
-    rounded = -(-size // _ROUNDING) * _ROUNDING
+    rounded = -(-size // MIN_BLOCK_SIZE) * MIN_BLOCK_SIZE
     nbytes = rounded if action == "alloc" else -rounded
     return Change(entry["addr"], nbytes, 0, when, frames)
 

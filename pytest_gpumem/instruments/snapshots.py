@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from pytest_gpumem.devices.cuda_history import is_kept
 from pytest_gpumem.files import write_bytes_atomically
 
 if TYPE_CHECKING:
@@ -30,8 +31,7 @@ def history_kept() -> Iterator[None]:
 
     Where user code has them kept already, its own choice stays.
     """
-    is_kept: Any = getattr(torch._C, "_cuda_isHistoryEnabled", None)  # noqa: SLF001  # older versions lack it
-    if is_kept is not None and torch.cuda.is_initialized() and is_kept():
+    if is_kept():
         yield
         return
     keep = torch.cuda.memory._record_memory_history  # noqa: SLF001  # torch's only way
