@@ -18,7 +18,7 @@ from generators.markdown import page, table  # noqa: E402  # found through the l
 from recorded_cases import CASES, RECORDINGS, simulate  # noqa: E402  # likewise
 
 from pytest_gpumem import format_size, make_checkpoint  # noqa: E402  # likewise
-from pytest_gpumem.model.replay import replay  # noqa: E402  # likewise
+from pytest_gpumem.allocator.replay import replay  # noqa: E402  # likewise
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,8 +9,8 @@ from __future__ import annotations
 import random
 import time
 
-from pytest_gpumem.model.allocator import CachingAllocator
-from pytest_gpumem.model.driver import Driver
+from pytest_gpumem.allocator.caching import CachingAllocator
+from pytest_gpumem.allocator.driver import Driver
 
 EVENTS = 200_000
 

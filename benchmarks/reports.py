@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_gpumem.instruments.timeline import Series
-from pytest_gpumem.model.records import MemoryFigures, to_properties
+from pytest_gpumem.records.memory import MemoryFigures, to_properties
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from pytest_gpumem import OomInjector, make_checkpoint, simulated_device, sweep_ooms
-from pytest_gpumem.model.sweep_summary import SweepSummary
-from pytest_gpumem.model.sweep_text import summarise
+from pytest_gpumem.sweeps.summary import SweepSummary
+from pytest_gpumem.sweeps.text import summarise
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from pytest_gpumem.instruments.injector import OomInjector
     from pytest_gpumem.instruments.recorder import PeakRecorder
     from pytest_gpumem.instruments.sampler import MemorySampler
-    from pytest_gpumem.instruments.sweep import sweep_ooms
     from pytest_gpumem.instruments.tenants import competing_process
     from pytest_gpumem.instruments.verdict import LoadVerdict, judge_load
-    from pytest_gpumem.model.records import MemoryFigures
-    from pytest_gpumem.model.rule_parser import parse_rule
-    from pytest_gpumem.model.rules import Rule
-    from pytest_gpumem.model.sweeps import Outcome, Point, SweepReport, Verdict
+    from pytest_gpumem.records.memory import MemoryFigures
+    from pytest_gpumem.rules.parser import parse_rule
+    from pytest_gpumem.rules.rule import Rule
     from pytest_gpumem.sizes import format_size, parse_size
+    from pytest_gpumem.sweeps.report import Outcome, Point, SweepReport, Verdict
+    from pytest_gpumem.sweeps.run import sweep_ooms
     from pytest_gpumem.tenancy.load_lock import gpu_load_lock
 
 _HOMES: Final = {
@@ -39,15 +39,15 @@ _HOMES: Final = {
     "FallbackReport": "instruments.fallback",
     "GpuMemError": "errors",
     "LoadVerdict": "instruments.verdict",
-    "MemoryFigures": "model.records",
+    "MemoryFigures": "records.memory",
     "MemorySampler": "instruments.sampler",
     "OomInjector": "instruments.injector",
-    "Outcome": "model.sweeps",
-    "Point": "model.sweeps",
+    "Outcome": "sweeps.report",
+    "Point": "sweeps.report",
     "PeakRecorder": "instruments.recorder",
-    "Rule": "model.rules",
-    "SweepReport": "model.sweeps",
-    "Verdict": "model.sweeps",
+    "Rule": "rules.rule",
+    "SweepReport": "sweeps.report",
+    "Verdict": "sweeps.report",
     "__version__": "_version",
     "active_device": "devices.active",
     "check_fallback": "instruments.fallback",
@@ -57,11 +57,11 @@ _HOMES: Final = {
     "gpu_load_lock": "tenancy.load_lock",
     "judge_load": "instruments.verdict",
     "make_checkpoint": "checkpoints",
-    "parse_rule": "model.rule_parser",
+    "parse_rule": "rules.parser",
     "parse_size": "sizes",
     "serve_models": "hub",
     "simulated_device": "devices.simulated.install",
-    "sweep_ooms": "instruments.sweep",
+    "sweep_ooms": "sweeps.run",
     "vram_budget": "instruments.budget",
 }
 

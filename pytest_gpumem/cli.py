@@ -194,7 +194,7 @@ def _say(text: str) -> None:
 
 
 def _replay(options: argparse.Namespace) -> int:
-    from pytest_gpumem.model.replay import replay  # noqa: PLC0415  # only this command needs it
+    from pytest_gpumem.allocator.replay import replay  # noqa: PLC0415  # only this command needs it
 
     try:
         trace = json.loads(options.trace.read_text(encoding="utf-8"))

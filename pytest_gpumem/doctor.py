@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem._version import __version__
+from pytest_gpumem.allocator.config import VARIABLES, config_from_environment
 from pytest_gpumem.cards import DEFAULT_CARD, find_card
 from pytest_gpumem.checkpoints.cache import cache_folder
 from pytest_gpumem.devices.environment import driver_version
 from pytest_gpumem.devices.nvml import why_unknown
 from pytest_gpumem.devices.selection import Choice, choose, torch_versions
 from pytest_gpumem.errors import AllocatorSettingError
-from pytest_gpumem.model.config import VARIABLES, config_from_environment
 from pytest_gpumem.sizes import format_size
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from hypothesis import strategies as st
 
-from pytest_gpumem.model.rules import FLAVOURS, NOT_OOM, Rule
+from pytest_gpumem.rules.rule import FLAVOURS, NOT_OOM, Rule
 from pytest_gpumem.sizes import parse_size
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_gpumem.model.config import AllocatorConfig
+from pytest_gpumem.allocator.config import AllocatorConfig
 
 MIB = 2**20
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from pytest_gpumem.model.allocator import CachingAllocator, OutOfMemory
-from pytest_gpumem.model.blocks import round_size, segment_size
-from pytest_gpumem.model.config import AllocatorConfig
-from pytest_gpumem.model.driver import Driver
-from pytest_gpumem.model.oom_text import ProcessMemory
-from pytest_gpumem.model.stats import Stat
+from pytest_gpumem.allocator.blocks import round_size, segment_size
+from pytest_gpumem.allocator.caching import CachingAllocator, OutOfMemory
+from pytest_gpumem.allocator.config import AllocatorConfig
+from pytest_gpumem.allocator.driver import Driver
+from pytest_gpumem.allocator.oom_text import ProcessMemory
+from pytest_gpumem.allocator.stats import Stat
 
 MIB = 2**20
 PLAIN = AllocatorConfig().divisions

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_gpumem.model.driver import VIRTUAL_BASE, Driver
-from pytest_gpumem.model.tenants import Tenants
+from pytest_gpumem.allocator.driver import VIRTUAL_BASE, Driver
+from pytest_gpumem.allocator.tenants import Tenants
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

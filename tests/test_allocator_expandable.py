@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from pytest_gpumem.model.allocator import CachingAllocator, OutOfMemory
-from pytest_gpumem.model.config import AllocatorConfig
-from pytest_gpumem.model.driver import VIRTUAL_BASE, Driver
+from pytest_gpumem.allocator.caching import CachingAllocator, OutOfMemory
+from pytest_gpumem.allocator.config import AllocatorConfig
+from pytest_gpumem.allocator.driver import VIRTUAL_BASE, Driver
 
 MIB = 2**20
 

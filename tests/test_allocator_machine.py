@@ -16,13 +16,13 @@ from hypothesis.stateful import (
     rule,
 )
 
-from pytest_gpumem.model.allocator import CachingAllocator, OutOfMemory
-from pytest_gpumem.model.config import AllocatorConfig
-from pytest_gpumem.model.driver import Driver
-from pytest_gpumem.model.snapshot import blocks_of
+from pytest_gpumem.allocator.caching import CachingAllocator, OutOfMemory
+from pytest_gpumem.allocator.config import AllocatorConfig
+from pytest_gpumem.allocator.driver import Driver
+from pytest_gpumem.allocator.snapshot import blocks_of
 
 if TYPE_CHECKING:
-    from pytest_gpumem.model.blocks import Block
+    from pytest_gpumem.allocator.blocks import Block
 
 MIB = 2**20
 CONFS = (

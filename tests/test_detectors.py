@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 from pytest_gpumem import OomInjector, vram_budget
 from pytest_gpumem.devices.simulated.install import simulated_device
-from pytest_gpumem.model.rules import FLAVOURS
+from pytest_gpumem.rules.rule import FLAVOURS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

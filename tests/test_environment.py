@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pytest_gpumem.allocator.config import AllocatorConfig
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.errors import AllocatorSettingError
-from pytest_gpumem.model.config import AllocatorConfig
 
 pytest_plugins = ["pytester"]
 

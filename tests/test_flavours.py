@@ -10,7 +10,7 @@ import torch
 from pytest_gpumem import OomInjector
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.instruments.flavours import COUNTED
-from pytest_gpumem.model.rules import FLAVOURS
+from pytest_gpumem.rules.rule import FLAVOURS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

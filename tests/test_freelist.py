@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_gpumem.model import freelist
-from pytest_gpumem.model.freelist import FreeList
+from pytest_gpumem.allocator import freelist
+from pytest_gpumem.allocator.freelist import FreeList
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,6 +10,7 @@ from fuzzing import NESTED, broken, files, fuzz, json_values, texts
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+from pytest_gpumem.allocator.replay import replay
 from pytest_gpumem.baselines import Baseline
 from pytest_gpumem.checkpoints.cache import MANIFEST, find_damage
 from pytest_gpumem.checkpoints.models import model_spec
@@ -23,10 +24,9 @@ from pytest_gpumem.errors import (
     ReportError,
     TraceError,
 )
-from pytest_gpumem.model.records import MemoryFigures, from_properties, to_properties
-from pytest_gpumem.model.replay import replay
 from pytest_gpumem.recording import FORMAT, KIND, load, save
 from pytest_gpumem.recording.compare import differences
+from pytest_gpumem.records.memory import MemoryFigures, from_properties, to_properties
 from pytest_gpumem.reports import check, document, recorded
 from pytest_gpumem.reports.markdown import markdown
 from pytest_gpumem.reports.page import page

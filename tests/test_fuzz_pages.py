@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pages import Page
 
 import pytest_gpumem
-from pytest_gpumem.model.records import MemoryFigures, to_properties
+from pytest_gpumem.records.memory import MemoryFigures, to_properties
 from pytest_gpumem.reports import document, recorded
 from pytest_gpumem.reports.markdown import markdown
 from pytest_gpumem.reports.page import page

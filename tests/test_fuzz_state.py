@@ -10,8 +10,8 @@ from fuzzing import files, fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_gpumem.instruments.sweep_state import SweepState
-from pytest_gpumem.model.sweeps import Outcome, Point, Verdict
+from pytest_gpumem.sweeps.report import Outcome, Point, Verdict
+from pytest_gpumem.sweeps.state import SweepState
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,6 +11,11 @@ from fuzzing import broken, fuzz, json_values, texts, variables
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from pytest_gpumem.allocator.config import (
+    VARIABLES,
+    AllocatorConfig,
+    config_from_environment,
+)
 from pytest_gpumem.baselines import Tolerance
 from pytest_gpumem.cards import MAX_CARDS, find_card, visible_cards
 from pytest_gpumem.errors import (
@@ -21,14 +26,6 @@ from pytest_gpumem.errors import (
     SweepError,
 )
 from pytest_gpumem.inheritance import VARIABLE, Inheritance, pass_budget_on
-from pytest_gpumem.model.config import (
-    VARIABLES,
-    AllocatorConfig,
-    config_from_environment,
-)
-from pytest_gpumem.model.rule_parser import KEYS, parse_rule
-from pytest_gpumem.model.rules import FLAVOURS, PHASES, Rule
-from pytest_gpumem.model.sweep_plan import SweepPlan
 from pytest_gpumem.plugin.option_values import (
     parse_backend,
     parse_points,
@@ -36,6 +33,8 @@ from pytest_gpumem.plugin.option_values import (
     parse_suggest,
     parse_values,
 )
+from pytest_gpumem.rules.parser import KEYS, parse_rule
+from pytest_gpumem.rules.rule import FLAVOURS, PHASES, Rule
 from pytest_gpumem.sizes import (
     MAX_BYTES,
     UNITS,
@@ -44,6 +43,7 @@ from pytest_gpumem.sizes import (
     parse_size,
     parse_size_spec,
 )
+from pytest_gpumem.sweeps.plan import SweepPlan
 
 _sizes = st.one_of(
     texts,

@@ -25,7 +25,7 @@ from pytest_gpumem.instruments.snapshots import (
     write_snapshot,
 )
 from pytest_gpumem.instruments.witness import OomWitness
-from pytest_gpumem.model.incidents import Incident, ModelSize, Process, remedies
+from pytest_gpumem.records.incidents import Incident, ModelSize, Process, remedies
 from pytest_gpumem.reports.incident import explain
 
 if TYPE_CHECKING:

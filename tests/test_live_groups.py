@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_gpumem.model.live_groups import LiveBlock, group_blocks
+from pytest_gpumem.records.live_groups import LiveBlock, group_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -30,7 +30,7 @@ from pytest_gpumem.devices.nvml import (  # noqa: E402  # likewise
     why_unknown,
 )
 from pytest_gpumem.devices.patches import PatchSet  # noqa: E402  # likewise
-from pytest_gpumem.model.incidents import Process  # noqa: E402  # likewise
+from pytest_gpumem.records.incidents import Process  # noqa: E402  # likewise
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

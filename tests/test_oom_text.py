@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_gpumem.model.oom_text import ProcessMemory, format_bytes, oom_text
+from pytest_gpumem.allocator.oom_text import ProcessMemory, format_bytes, oom_text
 
 MIB = 2**20
 GIB = 2**30

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_gpumem.model.records import (
+from pytest_gpumem.records.memory import (
     MemoryFigures,
     from_properties,
     to_properties,

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pytest_gpumem.allocator.replay import replay
 from pytest_gpumem.errors import TraceError
-from pytest_gpumem.model.replay import replay
 
 TRACES = sorted((Path(__file__).parent / "recordings" / "traces").glob("*.json"))
 

@@ -16,7 +16,7 @@ from pytest_gpumem.cli import main
 from pytest_gpumem.devices.active import active_device
 from pytest_gpumem.errors import ReportError
 from pytest_gpumem.instruments.timeline import MAX_GROUPS, MAX_POINTS, Series, Timeline
-from pytest_gpumem.model.records import MemoryFigures, to_properties
+from pytest_gpumem.records.memory import MemoryFigures, to_properties
 from pytest_gpumem.reports import document, recorded
 from pytest_gpumem.reports.markdown import escape, markdown
 from pytest_gpumem.reports.merging import merge

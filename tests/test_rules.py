@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_gpumem.errors import RuleError
-from pytest_gpumem.model.rule_parser import KEYS, Key, parse_rule
-from pytest_gpumem.model.rules import FLAVOURS, PHASES, Request, Rule, Schedule
+from pytest_gpumem.rules.parser import KEYS, Key, parse_rule
+from pytest_gpumem.rules.rule import FLAVOURS, PHASES, Request, Rule, Schedule
 
 
 def _request(nbytes: int = 1024, *, device: int = 0, phase: str = "other") -> Request:

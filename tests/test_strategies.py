@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import find, given
 
-from pytest_gpumem.model.rule_parser import parse_rule
-from pytest_gpumem.model.rules import Rule
+from pytest_gpumem.rules.parser import parse_rule
+from pytest_gpumem.rules.rule import Rule
 from pytest_gpumem.strategies import OOMS, budgets, rules, schedules
 
 pytest_plugins = ["pytester"]

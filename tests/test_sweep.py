@@ -15,8 +15,8 @@ from torch import nn
 from pytest_gpumem import Outcome, SweepReport, Verdict, sweep_ooms, vram_budget
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.errors import RuleError, SweepError
-from pytest_gpumem.model.sweep_summary import SweepSummary
-from pytest_gpumem.model.sweep_text import coverage_table, explain, summarise
+from pytest_gpumem.sweeps.summary import SweepSummary
+from pytest_gpumem.sweeps.text import coverage_table, explain, summarise
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

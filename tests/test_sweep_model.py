@@ -10,25 +10,25 @@ from typing import Any
 import pytest
 
 from pytest_gpumem.errors import RuleError, SweepError
-from pytest_gpumem.model.rules import FLAVOURS, Rule
-from pytest_gpumem.model.staircase import staircase_table
-from pytest_gpumem.model.sweep_plan import SweepPlan
-from pytest_gpumem.model.sweep_summary import SweepSummary
-from pytest_gpumem.model.sweep_text import (
-    SHOWN,
-    coverage_table,
-    describe,
-    explain,
-    replays,
-    summarise,
-)
-from pytest_gpumem.model.sweeps import (
+from pytest_gpumem.records.staircase import staircase_table
+from pytest_gpumem.rules.rule import FLAVOURS, Rule
+from pytest_gpumem.sweeps.plan import SweepPlan
+from pytest_gpumem.sweeps.report import (
     Outcome,
     Point,
     SiteCoverage,
     SweepReport,
     Verdict,
     group,
+)
+from pytest_gpumem.sweeps.summary import SweepSummary
+from pytest_gpumem.sweeps.text import (
+    SHOWN,
+    coverage_table,
+    describe,
+    explain,
+    replays,
+    summarise,
 )
 
 

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pytest_gpumem.allocator.driver import Driver
 from pytest_gpumem.errors import AdmissionTimeoutError, BudgetError
-from pytest_gpumem.model.driver import Driver
 from pytest_gpumem.tenancy.entries import Folder
 from pytest_gpumem.tenancy.ledger import Ledger
 from pytest_gpumem.tenancy.load_lock import gpu_load_lock, physical_card
@@ -43,7 +43,7 @@ with Ledger(sys.argv[1], 16).admitted(12):
 LOADER = """
 import sys, time
 from contextlib import nullcontext
-from pytest_gpumem.model.driver import Driver
+from pytest_gpumem.allocator.driver import Driver
 from pytest_gpumem.tenancy.load_lock import gpu_load_lock
 from pytest_gpumem.tenancy.shared_card import SharedCard
 folder, is_locked = sys.argv[1], sys.argv[2] == "locked"

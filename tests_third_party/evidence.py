@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pytest_gpumem import OomInjector
-from pytest_gpumem.model.rules import FLAVOURS
+from pytest_gpumem.rules.rule import FLAVOURS
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,7 +11,7 @@ from FlagEmbedding import FlagModel
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from pytest_gpumem import OomInjector
-from pytest_gpumem.model.rules import FLAVOURS
+from pytest_gpumem.rules.rule import FLAVOURS
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,7 +10,7 @@ from evidence import CountOoms
 from mteb.similarity_functions import cos_sim, dot_score
 
 from pytest_gpumem import OomInjector
-from pytest_gpumem.model.rules import FLAVOURS
+from pytest_gpumem.rules.rule import FLAVOURS
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,7 +12,7 @@ from torch_sim.autobatching import BinningAutoBatcher, determine_max_batch_size
 from torch_sim.models.interface import ModelInterface
 
 from pytest_gpumem import OomInjector
-from pytest_gpumem.model.rules import FLAVOURS
+from pytest_gpumem.rules.rule import FLAVOURS
 
 if TYPE_CHECKING:
     from collections.abc import Callable

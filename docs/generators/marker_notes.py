@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 from generators.docstrings import read
-from pytest_gpumem.model.sweep_plan import SweepPlan
+from pytest_gpumem.sweeps.plan import SweepPlan
 
 SIZE: Final = "`4GiB`, `4GB`, `50%` of the card, or bytes as a number; inclusive"
 

@@ -9,8 +9,8 @@ import torch
 from generators.markdown import table
 from pytest_gpumem import OomInjector, simulated_device
 from pytest_gpumem.instruments.flavours import COUNTED
-from pytest_gpumem.model.rule_parser import KEYS
-from pytest_gpumem.model.rules import FLAVOURS, PHASES, Rule
+from pytest_gpumem.rules.parser import KEYS
+from pytest_gpumem.rules.rule import FLAVOURS, PHASES, Rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 
-from pytest_gpumem.model.blocks import MIN_BLOCK_SIZE
+from pytest_gpumem.allocator.blocks import MIN_BLOCK_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

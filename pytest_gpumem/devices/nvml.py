@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pytest_gpumem.devices.patches import PatchSet
-    from pytest_gpumem.model.incidents import Process
+    from pytest_gpumem.records.incidents import Process
 
 #: What a code of NVML means to somebody who runs tests.
 #: Source: ``nvmlReturn_t`` of ``nvml.h``.
@@ -221,7 +221,7 @@ def other_processes(index: int) -> tuple[Process, ...]:
     Returns:
         None of them where NVML cannot tell.
     """
-    from pytest_gpumem.model.incidents import Process  # noqa: PLC0415  # memory ran out
+    from pytest_gpumem.records.incidents import Process  # noqa: PLC0415  # memory ran out
 
     try:
         import pynvml  # noqa: PLC0415  # an optional library

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem.devices.active import active_device
 from pytest_gpumem.instruments.loads import Loader, model_in
-from pytest_gpumem.model.rule_parser import parse_rule
-from pytest_gpumem.model.rules import NOT_OOM
-from pytest_gpumem.model.staircase import staircase_table
+from pytest_gpumem.records.staircase import staircase_table
+from pytest_gpumem.rules.parser import parse_rule
+from pytest_gpumem.rules.rule import NOT_OOM
 from pytest_gpumem.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices import Device
     from pytest_gpumem.instruments.placement import Placement
     from pytest_gpumem.instruments.trials import Attempt
-    from pytest_gpumem.model.rules import Rule
+    from pytest_gpumem.rules.rule import Rule
 
 #: Budgets of a staircase that names none, as shares of what the top rung reserves.
 SHARES: Final = (1.0, 0.6, 0.35, 0.15, 0.05)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from pytest_gpumem.model.oom_text import cuda_error_text, format_bytes
+from pytest_gpumem.allocator.oom_text import cuda_error_text, format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,8 +10,8 @@ from pytest_gpumem.guards import guarded
 from pytest_gpumem.instruments.flavours import COUNTED, Failure, make_error
 from pytest_gpumem.instruments.phases import current_phase
 from pytest_gpumem.instruments.sites import caller_names
-from pytest_gpumem.model.rule_parser import parse_rule
-from pytest_gpumem.model.rules import NOT_OOM, Request, Rule, Schedule
+from pytest_gpumem.rules.parser import parse_rule
+from pytest_gpumem.rules.rule import NOT_OOM, Request, Rule, Schedule
 
 if TYPE_CHECKING:
     from collections.abc import Collection

@@ -21,7 +21,7 @@ from pytest_gpumem.instruments.parts import (
     shape_words,
     tensors_of,
 )
-from pytest_gpumem.model.incidents import LiveTensor, ModelSize
+from pytest_gpumem.records.incidents import LiveTensor, ModelSize
 from pytest_gpumem.stacks import frames_from, variables_of
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pytest_gpumem.devices import Device
-    from pytest_gpumem.model.rules import Rule
+    from pytest_gpumem.rules.rule import Rule
 
 #: Letters of an error's text that a problem shows.
 _WORDS = 200

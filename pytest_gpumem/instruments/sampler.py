@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pytest_gpumem.devices import Device, Tracker
-    from pytest_gpumem.model.records import MemoryFigures
+    from pytest_gpumem.records.memory import MemoryFigures
 
 #: Seconds between two samples.
 PERIOD_S: Final = 0.05

@@ -11,10 +11,10 @@ import time
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from pytest_gpumem.allocator.tenants import FixedTenant
 from pytest_gpumem.devices.active import active_device
 from pytest_gpumem.errors import TenantError
 from pytest_gpumem.inheritance import VARIABLE
-from pytest_gpumem.model.tenants import FixedTenant
 from pytest_gpumem.sizes import format_size, parse_size
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from pytest_gpumem.instruments.live import living_models
 from pytest_gpumem.instruments.owners import Owner, Owners
 from pytest_gpumem.instruments.parts import unseen
 from pytest_gpumem.instruments.sites import Line, place_of, starred
-from pytest_gpumem.model.live_groups import LiveBlock, group_blocks
+from pytest_gpumem.records.live_groups import LiveBlock, group_blocks
 from pytest_gpumem.stacks import calling_frame
 
 if TYPE_CHECKING:

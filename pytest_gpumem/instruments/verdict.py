@@ -10,16 +10,16 @@ import torch
 from pytest_gpumem.devices.active import active_device
 from pytest_gpumem.instruments.loads import Loader, model_in
 from pytest_gpumem.instruments.trials import is_the_oom
-from pytest_gpumem.model.rule_parser import parse_rule
-from pytest_gpumem.model.rules import NOT_OOM
+from pytest_gpumem.rules.parser import parse_rule
+from pytest_gpumem.rules.rule import NOT_OOM
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pytest_gpumem.devices import Device
     from pytest_gpumem.instruments.placement import Placement
-    from pytest_gpumem.model.records import MemoryFigures
-    from pytest_gpumem.model.rules import Rule
+    from pytest_gpumem.records.memory import MemoryFigures
+    from pytest_gpumem.rules.rule import Rule
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from pytest_gpumem.instruments.live import Survey, survey
 from pytest_gpumem.instruments.parts import unseen
 from pytest_gpumem.instruments.phases import current_phase
 from pytest_gpumem.instruments.sites import describe_site
-from pytest_gpumem.model.incidents import Incident, Process
+from pytest_gpumem.records.incidents import Incident, Process
 from pytest_gpumem.stacks import calling_frame
 
 if TYPE_CHECKING:

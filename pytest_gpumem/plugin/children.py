@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.children.notes import ChildFigures
     from pytest_gpumem.devices import Device
-    from pytest_gpumem.model.records import MemoryFigures
-    from pytest_gpumem.model.rules import Rule
     from pytest_gpumem.plugin.marks import Budget
     from pytest_gpumem.plugin.settings import Settings
+    from pytest_gpumem.records.memory import MemoryFigures
+    from pytest_gpumem.rules.rule import Rule
 
 #: The phase that children's figures stand under.
 PHASE: Final = "children"
@@ -188,7 +188,7 @@ class Children:
                 self._tell(item, children)
 
     def _tell(self, item: pytest.Item, children: list[ChildFigures]) -> None:
-        from pytest_gpumem.model.records import to_properties  # noqa: PLC0415  # there are some
+        from pytest_gpumem.records.memory import to_properties  # noqa: PLC0415  # there are some
 
         properties = item.user_properties
         if not any(name == ENVIRONMENT_PROPERTY for name, _value in properties):

@@ -18,9 +18,9 @@ from pytest_gpumem.plugin import marks
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
 
-    from pytest_gpumem.model.incidents import Incident
     from pytest_gpumem.plugin.admission import Admission
     from pytest_gpumem.plugin.session import Run
+    from pytest_gpumem.records.incidents import Incident
 
 #: The outcome of a report whose test is retried.
 OUTCOME: Final = "contended"

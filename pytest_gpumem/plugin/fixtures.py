@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.instruments.injector import OomInjector
     from pytest_gpumem.instruments.recorder import PeakRecorder
     from pytest_gpumem.instruments.tenants import Tenant
-    from pytest_gpumem.model.sweeps import SweepReport
+    from pytest_gpumem.sweeps.report import SweepReport
 
 
 def _session(config: pytest.Config) -> Any:

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Mapping
 
     from pytest_gpumem.devices import Device, Tracker
-    from pytest_gpumem.model.records import MemoryFigures
     from pytest_gpumem.plugin.session import Run
+    from pytest_gpumem.records.memory import MemoryFigures
 
 #: A test's property: what it added to the cards; as JSON.
 GROWTH_PROPERTY: Final = "gpumem.growth"

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
 
     from pytest_gpumem.devices import Device
-    from pytest_gpumem.model.incidents import Incident
     from pytest_gpumem.plugin.session import Run
+    from pytest_gpumem.records.incidents import Incident
 
 #: A test's property: the file of its snapshot.
 SNAPSHOT_PROPERTY: Final = "gpumem.snapshot"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices import Device
     from pytest_gpumem.instruments.witness import OomWitness
-    from pytest_gpumem.model.records import MemoryFigures
+    from pytest_gpumem.records.memory import MemoryFigures
 
 
 class _Bound(NamedTuple):
@@ -112,7 +112,7 @@ class Limits:
 
     def outcome(self, item: pytest.Item) -> list[dict[str, Any]]:
         """Return each limit with what was measured, from a test's properties."""
-        from pytest_gpumem.model.records import from_properties  # noqa: PLC0415  # there are figures
+        from pytest_gpumem.records.memory import from_properties  # noqa: PLC0415  # there are figures
 
         peaks: dict[_Bound, int] = {}
         unknown: set[_Bound] = set()

@@ -12,7 +12,7 @@ from pytest_gpumem.errors import GpuMemError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from pytest_gpumem.model.rules import Rule
+    from pytest_gpumem.rules.rule import Rule
     from pytest_gpumem.sizes import SizeSpec
 
 #: A test's property that holds what a sweep found, as JSON.
@@ -177,13 +177,13 @@ def _leak(size: Any = 0) -> int:
 def _rule(rule: Any) -> Rule:
     if not isinstance(rule, str):
         raise TypeError(f"rule={rule!r} is no text such as 'load:nth=3'")
-    from pytest_gpumem.model.rule_parser import parse_rule  # noqa: PLC0415  # there are markers
+    from pytest_gpumem.rules.parser import parse_rule  # noqa: PLC0415  # there are markers
 
     return parse_rule(rule)
 
 
 def _sweep(points: Any = "all", **options: Any) -> dict[str, Any]:
-    from pytest_gpumem.model.sweep_plan import SweepPlan  # noqa: PLC0415  # there are markers
+    from pytest_gpumem.sweeps.plan import SweepPlan  # noqa: PLC0415  # there are markers
 
     chosen = {"points": points, **options}
     for name in ("only", "shard"):

@@ -73,7 +73,7 @@ def parse_report(text: str) -> tuple[str, str]:
 
 def parse_rule(text: str) -> Any:
     """Read an injection rule."""
-    from pytest_gpumem.model.rule_parser import parse_rule  # noqa: PLC0415  # see above
+    from pytest_gpumem.rules.parser import parse_rule  # noqa: PLC0415  # see above
 
     return parse_rule(text)
 

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.children.notes import ChildFigures
     from pytest_gpumem.devices import Device, Tracker
-    from pytest_gpumem.model.records import MemoryFigures
-    from pytest_gpumem.model.rules import Rule
     from pytest_gpumem.plugin.limits import LeakCheck, Limits
     from pytest_gpumem.plugin.session import Run
     from pytest_gpumem.plugin.wider_fixtures import WiderFixtures
+    from pytest_gpumem.records.memory import MemoryFigures
+    from pytest_gpumem.rules.rule import Rule
 
 
 #: Properties that hold for every attempt at a test.
@@ -229,7 +229,7 @@ class Phases:
         trackers, self._trackers = self._trackers, []
         figures = [tracker.close() for tracker in trackers]
         if self._used(device):
-            from pytest_gpumem.model.records import to_properties  # noqa: PLC0415  # there are figures
+            from pytest_gpumem.records.memory import to_properties  # noqa: PLC0415  # there are figures
 
             environment = (marks.ENVIRONMENT_PROPERTY, self._run.environment())
             if environment not in item.user_properties:

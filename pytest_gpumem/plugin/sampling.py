@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     import pytest
 
     from pytest_gpumem.devices import Device, Tracker
-    from pytest_gpumem.model.records import MemoryFigures
     from pytest_gpumem.plugin.settings import Settings
+    from pytest_gpumem.records.memory import MemoryFigures
 
 _AT_THE_TIME: Final = "NVML could not tell at the time"
 

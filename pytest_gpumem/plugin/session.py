@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices import Device
     from pytest_gpumem.instruments.timeline import Timeline
     from pytest_gpumem.instruments.witness import OomWitness
-    from pytest_gpumem.model.rules import Rule
     from pytest_gpumem.plugin import marks
     from pytest_gpumem.plugin.endings import Endings
     from pytest_gpumem.plugin.gate import Gate
     from pytest_gpumem.plugin.growth import Growth
+    from pytest_gpumem.rules.rule import Rule
 
 
 _T = TypeVar("_T")
@@ -310,7 +310,7 @@ def _check_environment() -> None:
     """
     if not any(os.environ.get(name) for name in ALLOCATOR_VARIABLES):
         return
-    from pytest_gpumem.model.config import config_from_environment  # noqa: PLC0415
+    from pytest_gpumem.allocator.config import config_from_environment  # noqa: PLC0415
 
     try:
         config_from_environment()

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from pytest_gpumem.baselines.gate import Tolerance
     from pytest_gpumem.cards import Card
     from pytest_gpumem.hub import HubModel
-    from pytest_gpumem.model.rules import Rule
     from pytest_gpumem.plugin.marks import Budget
+    from pytest_gpumem.rules.rule import Rule
     from pytest_gpumem.sizes import SizeSpec
 
 

@@ -120,7 +120,7 @@ class SmallestBudgets:
 
     def _try(self, item: pytest.Item, budget: int | None) -> tuple[bool, int]:
         """Run a test unseen; return whether it passed, and its peak of reserved bytes."""
-        from pytest_gpumem.model.records import from_properties  # noqa: PLC0415  # there is a test
+        from pytest_gpumem.records.memory import from_properties  # noqa: PLC0415  # there is a test
 
         runner: Any = item.config.pluginmanager.get_plugin("runner")
         parent: Any = item.parent  # as the next test: what is wider stays

@@ -48,7 +48,7 @@ class Suggestions:
             self._failed.add(report.nodeid)
         if report.when != "teardown" or not report.user_properties:
             return
-        from pytest_gpumem.model.records import from_properties  # noqa: PLC0415  # there are figures
+        from pytest_gpumem.records.memory import from_properties  # noqa: PLC0415  # there are figures
         from pytest_gpumem.suggestions.limits import Peak  # noqa: PLC0415  # likewise
 
         properties = dict(report.user_properties)

@@ -82,7 +82,7 @@ class SummaryPlugin:
             for name, value in report.user_properties
             if name == UNKNOWN_PROPERTY
         }
-        from pytest_gpumem.model.records import from_properties  # noqa: PLC0415  # there are figures
+        from pytest_gpumem.records.memory import from_properties  # noqa: PLC0415  # there are figures
         from pytest_gpumem.reports.terminal import Row  # noqa: PLC0415  # likewise
 
         figures = from_properties(dict(report.user_properties))
@@ -158,7 +158,7 @@ class SummaryPlugin:
     def _show_fallbacks(self, terminal: pytest.TerminalReporter) -> None:
         if not self._fallbacks:
             return
-        from pytest_gpumem.model.staircase import staircase_table  # noqa: PLC0415  # there is one
+        from pytest_gpumem.records.staircase import staircase_table  # noqa: PLC0415  # there is one
 
         terminal.section("fallbacks")
         for nodeid, steps in self._fallbacks:
@@ -171,8 +171,8 @@ class SummaryPlugin:
     ) -> None:
         if not self._sweeps:
             return
-        from pytest_gpumem.model.sweep_summary import SweepSummary  # noqa: PLC0415  # there was a sweep
-        from pytest_gpumem.model.sweep_text import coverage_table, summarise  # noqa: PLC0415  # likewise
+        from pytest_gpumem.sweeps.summary import SweepSummary  # noqa: PLC0415  # there was a sweep
+        from pytest_gpumem.sweeps.text import coverage_table, summarise  # noqa: PLC0415  # likewise
 
         terminal.section("OOM sweeps")
         for (nodeid, _name), summary in SweepSummary.whole(self._sweeps).items():

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import pytest
 
 from pytest_gpumem.errors import SweepError
-from pytest_gpumem.model.sweep_summary import SweepSummary
-from pytest_gpumem.model.sweep_text import SHOWN, describe, explain, replays
 from pytest_gpumem.plugin.marks import PROGRESS_PROPERTY, SWEEP_PROPERTY
 from pytest_gpumem.plugin.sweep_progress import Progress, show_progress
+from pytest_gpumem.sweeps.summary import SweepSummary
+from pytest_gpumem.sweeps.text import SHOWN, describe, explain, replays
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pytest_gpumem.model.sweeps import Outcome, SweepReport, Verdict
     from pytest_gpumem.plugin.marks import Wishes
     from pytest_gpumem.plugin.session import Run
+    from pytest_gpumem.sweeps.report import Outcome, SweepReport, Verdict
 
 #: The argument that tells the points of one worker from another's.
 SHARD: Final = "_gpumem_shard"
@@ -127,7 +127,7 @@ class Sweeps:
             SweepError: The options make no sense, or the body fails without a fault
                 by something else than an error of its own.
         """
-        from pytest_gpumem.instruments.sweep import sweep_ooms  # noqa: PLC0415  # torch is needed now
+        from pytest_gpumem.sweeps.run import sweep_ooms  # noqa: PLC0415  # torch is needed now
 
         settings = self._run.settings
         if settings.oom_points is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pytest_gpumem.model.replay import replay
+from pytest_gpumem.allocator.replay import replay
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

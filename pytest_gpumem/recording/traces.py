@@ -7,9 +7,9 @@ from typing import Any, Final
 
 import torch
 
-from pytest_gpumem.model.config import config_text
-from pytest_gpumem.model.replay import replay
-from pytest_gpumem.model.trace_fields import STATS
+from pytest_gpumem.allocator.config import config_text
+from pytest_gpumem.allocator.replay import replay
+from pytest_gpumem.allocator.trace_fields import STATS
 from pytest_gpumem.recording.facts import settle
 
 #: Bytes that a trace may reserve: enough for every size class, and soon full.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_gpumem.model.incidents import remedies
+from pytest_gpumem.records.incidents import remedies
 from pytest_gpumem.sizes import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pytest_gpumem.model.incidents import Incident
+    from pytest_gpumem.records.incidents import Incident
 
 #: Heading of the section in a failure's report.
 TITLE = "GPU memory"

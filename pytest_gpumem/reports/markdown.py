@@ -6,12 +6,12 @@ import heapq
 import html
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_gpumem.model.staircase import staircase_table
-from pytest_gpumem.model.sweep_summary import SweepSummary
-from pytest_gpumem.model.sweep_text import summarise
+from pytest_gpumem.records.staircase import staircase_table
 from pytest_gpumem.reports.recorded import top_figures
 from pytest_gpumem.reports.words import environment_line, limit_words
 from pytest_gpumem.sizes import format_size
+from pytest_gpumem.sweeps.summary import SweepSummary
+from pytest_gpumem.sweeps.text import summarise
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from pytest_gpumem.model.records import from_properties
+from pytest_gpumem.records.memory import from_properties
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

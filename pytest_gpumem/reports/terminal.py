@@ -11,7 +11,7 @@ from pytest_gpumem.tables import align
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from pytest_gpumem.model.records import MemoryFigures
+    from pytest_gpumem.records.memory import MemoryFigures
 
 #: Tests shown without ``-v``.
 TOP: Final = 20

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from pytest_gpumem.allocator.caching import CachingAllocator
+from pytest_gpumem.allocator.driver import Driver
+from pytest_gpumem.allocator.oom_text import ProcessMemory, cuda_error_text
 from pytest_gpumem.devices.budgets import Budgets
-from pytest_gpumem.model.allocator import CachingAllocator
-from pytest_gpumem.model.driver import Driver
-from pytest_gpumem.model.oom_text import ProcessMemory, cuda_error_text
-from pytest_gpumem.model.workspaces import workspace_bytes
+from pytest_gpumem.kernels.cublas import workspace_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from pytest_gpumem.allocator.blocks import Block
+    from pytest_gpumem.allocator.config import AllocatorConfig
     from pytest_gpumem.cards import Card
     from pytest_gpumem.devices.simulated.machine import SimulatedMachine
-    from pytest_gpumem.model.blocks import Block
-    from pytest_gpumem.model.config import AllocatorConfig
 
 
 class SimulatedCard:

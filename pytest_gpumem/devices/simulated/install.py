@@ -52,8 +52,8 @@ from pytest_gpumem.devices.simulated_nvml import NvmlHook
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from pytest_gpumem.allocator.config import AllocatorConfig
     from pytest_gpumem.cards import Card
-    from pytest_gpumem.model.config import AllocatorConfig
 
 _lock: Final = threading.RLock()
 

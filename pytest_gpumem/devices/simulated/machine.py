@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from pytest_gpumem.allocator.caching import OutOfMemory
+from pytest_gpumem.allocator.config import AllocatorConfig, config_from_environment
 from pytest_gpumem.devices.simulated.card import SimulatedCard
 from pytest_gpumem.devices.simulated.current_streams import Streams
 from pytest_gpumem.errors import DeviceUnavailableError
-from pytest_gpumem.model.allocator import OutOfMemory
-from pytest_gpumem.model.config import AllocatorConfig, config_from_environment
 from pytest_gpumem.visibility import VARIABLE, visible_numbers, why_hidden
 
 if TYPE_CHECKING:

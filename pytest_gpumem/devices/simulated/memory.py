@@ -21,8 +21,8 @@ from pytest_gpumem.errors import HostMemoryError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pytest_gpumem.allocator.blocks import Block
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
-    from pytest_gpumem.model.blocks import Block
 
 _T = TypeVar("_T")
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from pytest_gpumem.allocator.snapshot import snapshot
 from pytest_gpumem.devices.simulated import rng
 from pytest_gpumem.devices.simulated.build import compiled_version
 from pytest_gpumem.devices.simulated.collectives import C_COLLECTIVES
@@ -24,8 +25,7 @@ from pytest_gpumem.devices.simulated.refusals import C_REFUSALS
 from pytest_gpumem.devices.simulated.runtime import Runtime
 from pytest_gpumem.devices.simulated.streams import Event, Stream, stream_triple
 from pytest_gpumem.devices.simulated.typed import typed_tensors
-from pytest_gpumem.model.snapshot import snapshot
-from pytest_gpumem.model.workspaces import workspace_bytes
+from pytest_gpumem.kernels.cublas import workspace_bytes
 from pytest_gpumem.visibility import uuid_of
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ kernel runs), ``transformers/attention.cpp`` (what is done around it),
 ``transformers/cuda/attention.cu`` and ``attention_backward.cu`` (what the
 memory-efficient kernels ask for), ``transformers/cuda/flash_attn/flash_api.cpp``
 (``mha_fwd``, ``mha_bwd``). Sizes of workspaces are in
-``model/attention.py``.
+``kernels/attention.py``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pytest_gpumem.devices.simulated.rng import (
     generator_of,
 )
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor, make
-from pytest_gpumem.model import attention as model
+from pytest_gpumem.kernels import attention as kernels
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -447,7 +447,7 @@ def _flash_forward(
     logarithms = _kept(card, batch * heads * rows * _FLOAT_BYTES)
     parts = [
         _scratch(card, nbytes)
-        for nbytes in model.flash_parts(
+        for nbytes in kernels.flash_parts(
             batch,
             (heads, key.shape[1]),
             (rows, key.shape[2]),
@@ -478,10 +478,10 @@ def _efficient_forward(
     out = _empty_rows_first(query, value.shape[-1])
     kept = []
     if saves:
-        nbytes = model.efficient_logarithms(rows) * batch * heads * _FLOAT_BYTES
+        nbytes = kernels.efficient_logarithms(rows) * batch * heads * _FLOAT_BYTES
         kept.append(_kept(card, nbytes))
     is_half = query.dtype in _HALVES
-    if is_half and value.shape[-1] > model.WIDEST_IN_REGISTERS:
+    if is_half and value.shape[-1] > kernels.WIDEST_IN_REGISTERS:
         _scratch(card, out.numel() * _FLOAT_BYTES)
     return out, kept
 
@@ -495,7 +495,7 @@ def _flash_backward(grad: Any, query: Any, key: Any, value: Any, out: Any) -> li
     grads = [_empty_like_rows(each) for each in (query, key, value)]
     copies += [
         _scratch(card, nbytes)
-        for nbytes in model.flash_backward(
+        for nbytes in kernels.flash_backward(
             batch,
             heads,
             rows,
@@ -524,7 +524,7 @@ def _efficient_backward(  # noqa: PLR0917  # the operator's own
     grads = [_empty_rows_first(each, each.shape[-1]) for each in (query, key, value)]
     if bias is not None:
         grads.append(_empty_bias(bias))
-    kernel = model.efficient_kernel(
+    kernel = kernels.efficient_kernel(
         card.card.compute_capability,
         max(width, value.shape[-1]),
         is_half=query.dtype in _HALVES,
@@ -536,7 +536,7 @@ def _efficient_backward(  # noqa: PLR0917  # the operator's own
         if kernel.computes_delta
         else _composed_delta(card, value.shape[-1], query)
     )
-    nbytes = model.efficient_workspace(
+    nbytes = kernels.efficient_workspace(
         kernel,
         batch * heads,
         (rows, key.shape[2]),

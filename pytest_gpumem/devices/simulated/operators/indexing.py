@@ -22,7 +22,7 @@ from pytest_gpumem.devices.simulated.operators.requests import (
     Temporary,
     copy_of,
 )
-from pytest_gpumem.model.sorting import INDEX_BYTES, pairs_bytes
+from pytest_gpumem.kernels.sorting import INDEX_BYTES, pairs_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

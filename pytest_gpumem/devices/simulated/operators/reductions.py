@@ -14,7 +14,7 @@ from pytest_gpumem.devices.simulated.operators.requests import (
     Temporary,
     copy_of,
 )
-from pytest_gpumem.model.reductions import scratch_bytes
+from pytest_gpumem.kernels.reductions import scratch_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -20,7 +20,7 @@ from pytest_gpumem.devices.simulated.operators.requests import (
     Temporary,
     copy_of,
 )
-from pytest_gpumem.model.sorting import (
+from pytest_gpumem.kernels.sorting import (
     INDEX_BYTES,
     pairs_bytes,
     segmented_bytes,

@@ -11,7 +11,7 @@ from pytest_gpumem.devices.simulated.operators.composing import on_host, packing
 from pytest_gpumem.devices.simulated.operators.registry import register
 from pytest_gpumem.devices.simulated.operators.requests import Results, Temporary
 from pytest_gpumem.devices.simulated.refusals import refuse
-from pytest_gpumem.model.sorting import INDEX_BYTES
+from pytest_gpumem.kernels.sorting import INDEX_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from pytest_gpumem.model.blocks import SMALL_SIZE, Block, round_size, segment_size
-from pytest_gpumem.model.config import UNLIMITED, AllocatorConfig
-from pytest_gpumem.model.expandable import take_mapped
-from pytest_gpumem.model.heap import Heap
-from pytest_gpumem.model.oom_text import (
+from pytest_gpumem.allocator.blocks import SMALL_SIZE, Block, round_size, segment_size
+from pytest_gpumem.allocator.config import UNLIMITED, AllocatorConfig
+from pytest_gpumem.allocator.expandable import take_mapped
+from pytest_gpumem.allocator.heap import Heap
+from pytest_gpumem.allocator.oom_text import (
     MAX_REQUEST,
     TOO_LARGE,
     OutOfMemory,
     ProcessMemory,
     oom_text,
 )
-from pytest_gpumem.model.release import (
+from pytest_gpumem.allocator.release import (
     collect_garbage,
     release_available,
     release_cached,
@@ -29,8 +29,8 @@ from pytest_gpumem.model.release import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from pytest_gpumem.model.driver import Driver
-    from pytest_gpumem.model.pools import Pool
+    from pytest_gpumem.allocator.driver import Driver
+    from pytest_gpumem.allocator.pools import Pool
 
 
 class CachingAllocator(Heap):

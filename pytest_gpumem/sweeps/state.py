@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from pytest_gpumem.model.sweeps import Outcome, Point
+from pytest_gpumem.sweeps.report import Outcome, Point
 
 if TYPE_CHECKING:
     import os

@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_gpumem.allocator.caching import CachingAllocator, OutOfMemory
+from pytest_gpumem.allocator.config import AllocatorConfig
+from pytest_gpumem.allocator.driver import Driver
+from pytest_gpumem.allocator.oom_text import ProcessMemory
+from pytest_gpumem.allocator.trace_fields import STATS, no_trace, read, read_size
 from pytest_gpumem.errors import TraceError
-from pytest_gpumem.model.allocator import CachingAllocator, OutOfMemory
-from pytest_gpumem.model.config import AllocatorConfig
-from pytest_gpumem.model.driver import Driver
-from pytest_gpumem.model.oom_text import ProcessMemory
-from pytest_gpumem.model.trace_fields import STATS, no_trace, read, read_size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from pytest_gpumem.model.blocks import Block
+    from pytest_gpumem.allocator.blocks import Block
 
 _LETTERS: Final = {
     "active_allocated": "A",

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pytest_gpumem.model.blocks import (
+from pytest_gpumem.allocator.blocks import (
     MIN_BLOCK_SIZE,
     SMALL_BUFFER,
     SMALL_SIZE,
     Block,
     Segment,
 )
-from pytest_gpumem.model.config import UNLIMITED
-from pytest_gpumem.model.expandable import reach
-from pytest_gpumem.model.figures import Figures
-from pytest_gpumem.model.pools import Pool
-from pytest_gpumem.model.snapshot import snapshot
-from pytest_gpumem.model.stats import Statistics
+from pytest_gpumem.allocator.config import UNLIMITED
+from pytest_gpumem.allocator.expandable import reach
+from pytest_gpumem.allocator.figures import Figures
+from pytest_gpumem.allocator.pools import Pool
+from pytest_gpumem.allocator.snapshot import snapshot
+from pytest_gpumem.allocator.stats import Statistics
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pytest_gpumem.model.config import AllocatorConfig
-    from pytest_gpumem.model.driver import Driver
-    from pytest_gpumem.model.freelist import FreeList
+    from pytest_gpumem.allocator.config import AllocatorConfig
+    from pytest_gpumem.allocator.driver import Driver
+    from pytest_gpumem.allocator.freelist import FreeList
 
 
 class Heap(Figures):

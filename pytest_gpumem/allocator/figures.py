@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pytest_gpumem.model.stats import Statistics
+    from pytest_gpumem.allocator.stats import Statistics
 
 
 class Figures:

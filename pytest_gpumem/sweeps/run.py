@@ -20,12 +20,12 @@ from pytest_gpumem.errors import SweepError
 from pytest_gpumem.instruments.injector import OomInjector
 from pytest_gpumem.instruments.sites import describe_site
 from pytest_gpumem.instruments.surroundings import frozen_heap
-from pytest_gpumem.instruments.sweep_judge import SweepJudge
-from pytest_gpumem.instruments.sweep_state import SweepState
-from pytest_gpumem.model.rule_parser import parse_rule
-from pytest_gpumem.model.sweep_plan import SweepPlan
-from pytest_gpumem.model.sweeps import Outcome, Point, SweepReport
+from pytest_gpumem.rules.parser import parse_rule
 from pytest_gpumem.stacks import calling_frame
+from pytest_gpumem.sweeps.judge import SweepJudge
+from pytest_gpumem.sweeps.plan import SweepPlan
+from pytest_gpumem.sweeps.report import Outcome, Point, SweepReport
+from pytest_gpumem.sweeps.state import SweepState
 
 if TYPE_CHECKING:
     import os

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from pytest_gpumem.model.blocks import Block, Segment
+from pytest_gpumem.allocator.blocks import Block, Segment
 
 if TYPE_CHECKING:
-    from pytest_gpumem.model.heap import Heap
-    from pytest_gpumem.model.pools import Pool
+    from pytest_gpumem.allocator.heap import Heap
+    from pytest_gpumem.allocator.pools import Pool
 
 
 class ExpandableSegment(Segment):

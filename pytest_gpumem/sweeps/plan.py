@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pytest_gpumem.errors import SweepError
-from pytest_gpumem.model.rule_parser import parse_rule
-from pytest_gpumem.model.rules import FLAVOURS, Rule
-from pytest_gpumem.model.sweeps import MODES
+from pytest_gpumem.rules.parser import parse_rule
+from pytest_gpumem.rules.rule import FLAVOURS, Rule
+from pytest_gpumem.sweeps.report import MODES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_gpumem.model.rules import NOT_OOM
+from pytest_gpumem.rules.rule import NOT_OOM
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

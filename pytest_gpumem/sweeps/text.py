@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_gpumem.model.sweeps import Outcome, SweepReport, Verdict
 from pytest_gpumem.sizes import format_size
+from pytest_gpumem.sweeps.report import Outcome, SweepReport, Verdict
 from pytest_gpumem.tables import align
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pytest_gpumem.model.sweep_summary import SweepSummary
+    from pytest_gpumem.sweeps.summary import SweepSummary
 
 #: How many points of a group are shown one by one; the others are counted.
 SHOWN: Final = 3

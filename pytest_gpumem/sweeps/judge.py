@@ -10,14 +10,14 @@ from pytest_gpumem.instruments.equality import difference
 from pytest_gpumem.instruments.holders import blocks_on_cards
 from pytest_gpumem.instruments.portraits import portrait
 from pytest_gpumem.instruments.trials import Attempt, Trial
-from pytest_gpumem.model.rules import NOT_OOM
-from pytest_gpumem.model.sweeps import Outcome, Point, Verdict
+from pytest_gpumem.rules.rule import NOT_OOM
+from pytest_gpumem.sweeps.report import Outcome, Point, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pytest_gpumem.devices import Device
-    from pytest_gpumem.model.rules import Rule
+    from pytest_gpumem.rules.rule import Rule
 
 #: Leaks whose holders are looked for, one for each site and mode; each search walks the
 #: whole heap several times.

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_gpumem.model.expandable import unmap
+from pytest_gpumem.allocator.expandable import unmap
 
 if TYPE_CHECKING:
-    from pytest_gpumem.model.blocks import Block
-    from pytest_gpumem.model.heap import Heap
-    from pytest_gpumem.model.pools import Pool
+    from pytest_gpumem.allocator.blocks import Block
+    from pytest_gpumem.allocator.heap import Heap
+    from pytest_gpumem.allocator.pools import Pool
 
 
 def release(heap: Heap, pool: Pool, block: Block) -> None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pytest_gpumem.errors import RuleError, SizeError
-from pytest_gpumem.model.rules import FLAVOURS, PHASES, Rule
+from pytest_gpumem.rules.rule import FLAVOURS, PHASES, Rule
 from pytest_gpumem.sizes import parse_size
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pytest_gpumem.model.blocks import Block, Segment
-    from pytest_gpumem.model.heap import Heap
+    from pytest_gpumem.allocator.blocks import Block, Segment
+    from pytest_gpumem.allocator.heap import Heap
 
 
 def blocks_of(segment: Segment) -> Iterator[Block]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_gpumem.model.freelist import FreeList
+from pytest_gpumem.allocator.freelist import FreeList
 
 if TYPE_CHECKING:
-    from pytest_gpumem.model.blocks import Block
+    from pytest_gpumem.allocator.blocks import Block
 
 
 class Pool:

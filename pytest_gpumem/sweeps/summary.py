@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pytest_gpumem.model.sweeps import SiteCoverage, SweepReport, Verdict
+from pytest_gpumem.sweeps.report import SiteCoverage, SweepReport, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -1,1 +1,0 @@
-"""The model: allocator, rules and records, in pure Python without torch or pytest."""

@@ -1,0 +1,1 @@
+"""Injection rules: which allocations fail. Pure Python."""
