@@ -103,7 +103,7 @@ class Counterparts:
         return leaf
 
     def _copy(self, tensor: Any) -> torch.Tensor:
-        value = tensor._value
+        value = tensor._gpumem_value
         storage = value.untyped_storage()
         key = storage.data_ptr()
         if key not in self._storages:

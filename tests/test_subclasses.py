@@ -201,6 +201,29 @@ def test_a_dictionary_is_the_users_own() -> None:
     assert 0 == _held()
 
 
+def test_names_of_attributes_are_the_users_own() -> None:
+    """Common names on a tensor, a class or a plain tensor of a card change nothing."""
+
+    class Named(torch.Tensor):
+        """Has names that a wrapper would choose."""
+
+        _value = "of the class"
+        _card = "of the class"
+
+    of_class: Any = torch.ones(2).as_subclass(Named).cuda()
+    plain: Any = torch.ones(2, device="cuda")
+    for tensor in (of_class, plain):
+        tensor._value, tensor._device, tensor._memory = "own", "own", "own"
+
+    moved = of_class.to("cuda:1")
+
+    assert [2.0, 2.0] == (of_class * 2).tolist()
+    assert [2.0, 2.0] == (plain + of_class).tolist()
+    assert ("of the class", "cuda:1") == (moved._card, str(moved.device))
+    assert ("own", "of the class") == (of_class._value, of_class._card)
+    assert not hasattr(plain, "_card")
+
+
 @pytest.mark.parametrize("kind", [Plain, Slotted, Meta])
 def test_a_tensor_made_on_the_card_becomes_one_of_a_class(kind: Any) -> None:
     """``as_subclass`` shares the memory; in-place changes of shape are seen."""

@@ -45,14 +45,14 @@ def with_accumulation(func: Any, handler: Handler) -> Handler:
         if not _may_reuse(args):
             return handler(args, kwargs)
         first, second = args
-        summed = _add(first._value, second._value)
-        storage = first._value.untyped_storage()
+        summed = _add(first._gpumem_value, second._gpumem_value)
+        storage = first._gpumem_value.untyped_storage()
         memory = memory_of(storage)
         if memory is None or summed.untyped_storage().nbytes() != memory.nbytes:
             return handler(args, kwargs)
         hold(summed.untyped_storage(), memory)
         del storage._gpumem  # the block has a new owner
-        return make(summed, first._card)
+        return make(summed, first._gpumem_card)
 
     return adding
 
@@ -75,11 +75,11 @@ def taking_over(func: Any, handler: Handler) -> Handler:
         first = args[0]
         if torch._C._current_graph_task_id() == -1 or not _is_new(first):
             return handler(args, kwargs)
-        storage = first._value.untyped_storage()
+        storage = first._gpumem_value.untyped_storage()
         memory = memory_of(storage)
         operands = Operands()
         values = [operands.unwrap(each) for each in args]
-        card = first._card
+        card = first._gpumem_card
         written = run(func, values, kwargs, card, draw=None)
         if memory is None or written.untyped_storage().nbytes() != memory.nbytes:
             return handler(args, kwargs)
@@ -116,7 +116,9 @@ def _may_reuse(args: tuple[Any, ...]) -> bool:
         and uses._use_count() <= _TENSOR_USES
         and sys.getrefcount(first) <= _PYTHON_USES
         and _storage_uses(first) <= _STORAGE_USES
-        and bool(torch.ops.aten.is_non_overlapping_and_dense.default(first._value))
+        and bool(
+            torch.ops.aten.is_non_overlapping_and_dense.default(first._gpumem_value)
+        )
     )
 
 

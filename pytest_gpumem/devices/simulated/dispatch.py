@@ -187,7 +187,11 @@ def _mutating(func: Any, operator: Operator) -> Handler:
         if uses_cublas and torch.are_deterministic_algorithms_enabled():
             check_cublas()
         shapes = [
-            (outer, outer._value.shape, outer._value.untyped_storage().nbytes())
+            (
+                outer,
+                outer._gpumem_value.shape,
+                outer._gpumem_value.untyped_storage().nbytes(),
+            )
             for outer in operands.outer.values()
         ]
         growing: Any = ()
@@ -202,7 +206,7 @@ def _mutating(func: Any, operator: Operator) -> Handler:
         if made:
             _hang(made, out)
         for outer, shape, nbytes in shapes:
-            value = outer._value
+            value = outer._gpumem_value
             if (
                 value.shape != shape
                 or value.untyped_storage().nbytes() != nbytes

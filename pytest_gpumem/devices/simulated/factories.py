@@ -114,9 +114,9 @@ def _read(source: Any) -> Any:
     Raises:
         NoValuesError: The card keeps no values.
     """
-    if source._value.is_meta:
+    if source._gpumem_value.is_meta:
         refuse_value("Tensor.item()")
-    return source._value.item()
+    return source._gpumem_value.item()
 
 
 def _own_kernel(operator: Any) -> Any:

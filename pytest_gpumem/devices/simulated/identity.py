@@ -98,7 +98,7 @@ def become(tensor: torch.Tensor, data: torch.Tensor) -> None:
 
 def _take_value(tensor: Any, data: Any) -> None:
     """Let a card's tensor have the value of another, under a name of its own."""
-    put_on_card(tensor, data._value.detach(), data._card)
+    put_on_card(tensor, data._gpumem_value.detach(), data._gpumem_card)
 
 
 def _body_for(tensor: torch.Tensor, data: torch.Tensor) -> Any:
@@ -107,7 +107,7 @@ def _body_for(tensor: torch.Tensor, data: torch.Tensor) -> Any:
     if body is None:
         body = torch.empty(0, device="cpu")  # with a version of its own
         if isinstance(data, SimulatedTensor):
-            body = make(body, data._card)
+            body = make(body, data._gpumem_card)
     _data.__set__(body, data)
     if isinstance(data, SimulatedTensor):
         _take_value(body, data)
@@ -145,7 +145,7 @@ def _dress(tensor: Any, body: Any) -> None:
     An object of a user's class stays of it; see Note [Tensors of users' classes].
     """
     if type(body) is SimulatedTensor:
-        value, card = body._value, body._card
+        value, card = body._gpumem_value, body._gpumem_card
         _say(body, torch.Tensor)
         vars(body).clear()
         is_param = type(tensor) is torch.nn.Parameter
@@ -155,7 +155,7 @@ def _dress(tensor: Any, body: Any) -> None:
         if is_param:
             tensor._is_param = True  # as torch marks subclasses
         return
-    card = tensor._card
+    card = tensor._gpumem_card
     if type(tensor) is SimulatedTensor:
         kind = torch.nn.Parameter if is_parameter(tensor) else torch.Tensor
         take_off_card(tensor)
@@ -163,7 +163,7 @@ def _dress(tensor: Any, body: Any) -> None:
     else:
         take_off_card(tensor)
     _say(body, SimulatedTensor)
-    body._card = card
+    body._gpumem_card = card
 
 
 def _say(tensor: Any, kind: type) -> None:
@@ -175,7 +175,7 @@ def _keep(tensor: torch.Tensor, body: Any) -> None:
     """Keep a body that C++ holds, without bytes of its own, while the tensor lives."""
     empty: Any = torch.empty(0, dtype=body.dtype, device="cpu")
     if isinstance(body, SimulatedTensor):
-        empty = make(empty, body._card)
+        empty = make(empty, body._gpumem_card)
         _take_value(body, empty)
     _data.__set__(body, empty)
     _hold_worn(tensor, body)
@@ -228,7 +228,7 @@ def landed(grad: Any, tensor: Any) -> Any:
     if isinstance(grad, SimulatedTensor) is on_card:
         return grad
     if on_card:
-        return make(grad.detach(), tensor._card)
+        return make(grad.detach(), tensor._gpumem_card)
     return moved(grad, tensor.device) if type(tensor) in HOST_KINDS else grad
 
 
@@ -365,7 +365,7 @@ def deepcopy(self: SimulatedTensor, memo: dict[int, Any]) -> Any:
         )
     if id(self) in memo:
         return memo[id(self)]
-    value, card = self._value, self._card
+    value, card = self._gpumem_value, self._gpumem_card
     storage = copy.deepcopy(self.untyped_storage(), memo)
     copied = torch.empty(0, dtype=value.dtype, device=value.device)
     torch._C.TensorBase.set_(

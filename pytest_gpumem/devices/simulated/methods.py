@@ -262,7 +262,7 @@ EVERY_TENSOR: Final[dict[str, Any]] = {
 
 
 def _device(self: SimulatedTensor) -> torch.device:
-    return DEVICES[self._card.index]  # the device's own room
+    return DEVICES[self._gpumem_card.index]  # the device's own room
 
 
 def _refuse_numpy(self: SimulatedTensor, *_args: Any, **_kwargs: Any) -> Any:
@@ -278,7 +278,7 @@ def _tolist(self: SimulatedTensor) -> Any:
 
 def _repr(self: SimulatedTensor, *, tensor_contents: Any = None) -> str:
     """Return torch's own text for a tensor on a card."""
-    value = self._value.detach()  # the device's own room
+    value = self._gpumem_value.detach()  # the device's own room
     suffixes = [f"device='{self.device}'"]
     default = torch.get_default_dtype()
     if value.is_meta:
@@ -312,7 +312,7 @@ def _format(self: SimulatedTensor, spec: str) -> str:
 
 def _reduce_ex(self: SimulatedTensor, _protocol: Any) -> Any:
     """Pickle as a plain tensor or parameter of the card."""
-    if self._value.is_meta:
+    if self._gpumem_value.is_meta:
         refuse_value("pickling a tensor")
     storage = torch.storage.TypedStorage(
         wrap_storage=self.untyped_storage(), dtype=self.dtype, _internal=True
@@ -360,7 +360,7 @@ def _reader(name: str) -> Any:
     original = getattr(_base, name)
 
     def read(self: SimulatedTensor, *args: Any) -> Any:
-        if self._value.is_meta:
+        if self._gpumem_value.is_meta:
             refuse_value(f"Tensor.{name}()")
         return original(self, *args)
 
@@ -369,10 +369,10 @@ def _reader(name: str) -> Any:
 
 def _data_ptr(self: SimulatedTensor) -> int:
     """Return where the values lie; where there are none, the address on the card."""
-    if not self._value.is_meta:
-        pointer: int = self._value.data_ptr()
+    if not self._gpumem_value.is_meta:
+        pointer: int = self._gpumem_value.data_ptr()
         return pointer
-    memory = memory_of(self._value.untyped_storage())
+    memory = memory_of(self._gpumem_value.untyped_storage())
     if memory is None or memory.block is None:
         return 0
     return memory.block.address + int(self.storage_offset()) * self.element_size()

@@ -35,12 +35,12 @@ class Operands:
             if not isinstance(value, SimulatedTensor):  # nor of a user's class there
                 self.host = value
                 return value
-        card = value._card
+        card = value._gpumem_card
         if self.card is None:
             self.card = card
         elif card is not self.card:
             self.strays = card
-        inner = value._value
+        inner = value._gpumem_value
         self.outer[id(inner)] = value
         return inner
 

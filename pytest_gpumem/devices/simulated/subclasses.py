@@ -111,7 +111,7 @@ def as_class(tensor: torch.Tensor, kind: Any) -> Any:
         alias: Any = _alias(tensor)
     if kind is torch.Tensor or kind is SimulatedTensor:
         return alias
-    value, card = alias._value, alias._card
+    value, card = alias._gpumem_value, alias._gpumem_card
     take_off_card(alias)
     try:
         alias.__class__ = kind
@@ -238,7 +238,7 @@ def run_plain(func: Any, *args: Any, **options: Any) -> Any:
     def plain(each: Any) -> Any:
         if not (runs_itself(each) and is_keyed(each)):
             return each
-        simple = make(each._value, each._card)
+        simple = make(each._gpumem_value, each._gpumem_card)
         originals[id(simple)] = each
         return simple
 

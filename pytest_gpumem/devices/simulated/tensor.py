@@ -104,9 +104,9 @@ class SimulatedTensor(torch.Tensor, metaclass=_OnCard):
     """A tensor on a simulated card; answers as a ``torch.Tensor`` there does."""
 
     # The CPU tensor with the values; it shares its storage with this one.
-    _value: torch.Tensor
+    _gpumem_value: torch.Tensor
     # The card the tensor lives on.
-    _card: SimulatedCard
+    _gpumem_card: SimulatedCard
 
     __torch_function__ = _no_function
 
@@ -175,8 +175,8 @@ def make(value: torch.Tensor, card: SimulatedCard) -> SimulatedTensor:
     tensor: SimulatedTensor = _make_subclass(
         SimulatedTensor, value, False, device_for_backend_keys=DEVICES[card.index]
     )
-    tensor._value = value  # its maker
-    tensor._card = card  # its maker
+    tensor._gpumem_value = value  # its maker
+    tensor._gpumem_card = card  # its maker
     return tensor
 
 
@@ -188,7 +188,7 @@ _rows: Final[dict[int, tuple[torch.Tensor, SimulatedCard, Any]]] = {}
 def put_on_card(tensor: Any, value: torch.Tensor, card: SimulatedCard) -> None:
     """Note the value and the card of a tensor whose C++ side is a card's already."""
     if type(tensor) is SimulatedTensor:
-        tensor._value, tensor._card = value, card
+        tensor._gpumem_value, tensor._gpumem_card = value, card
         return
     key = id(tensor)
     gone = weakref.ref(tensor, lambda _dead: _rows.pop(key, None))
@@ -204,11 +204,11 @@ def take_off_card(tensor: Any) -> None:
 
 
 #: What this package keeps in the ``__dict__`` of a ``SimulatedTensor``.
-OWN_NAMES: Final = frozenset({"_value", "_card", "_is_param"})
+OWN_NAMES: Final = frozenset({"_gpumem_value", "_gpumem_card", "_is_param"})
 
 
 class _Row:
-    """``_value`` and ``_card`` of a tensor of a user's class on a card.
+    """``_gpumem_value`` and ``_gpumem_card`` of a tensor of a user's class on a card.
 
     Raises:
         AttributeError: The tensor is not on a card.
@@ -255,7 +255,10 @@ def _alias(tensor: torch.Tensor, card: SimulatedCard) -> torch.Tensor:
 
 
 #: What ``torch.Tensor`` answers with while cards are simulated.
-ROWS: Final[dict[str, Any]] = {"_value": _Row("_value", 0), "_card": _Row("_card", 1)}
+ROWS: Final[dict[str, Any]] = {
+    "_gpumem_value": _Row("_gpumem_value", 0),
+    "_gpumem_card": _Row("_gpumem_card", 1),
+}
 
 
 def refresh(tensor: SimulatedTensor) -> None:
@@ -264,6 +267,6 @@ def refresh(tensor: SimulatedTensor) -> None:
     Raises:
         torch.OutOfMemoryError: The storage grew and the card has no room.
     """
-    value = tensor._value  # its maker
-    charge(value.untyped_storage(), tensor._card)  # its maker
-    _set_data(tensor, make(value, tensor._card))  # its maker
+    value = tensor._gpumem_value  # its maker
+    charge(value.untyped_storage(), tensor._gpumem_card)  # its maker
+    _set_data(tensor, make(value, tensor._gpumem_card))  # its maker

@@ -128,13 +128,13 @@ def download(
         torch.OutOfMemoryError: No room for the contiguous copy.
     """
     __tracebackhide__ = True
-    value = source._value  # the device's own room
+    value = source._gpumem_value  # the device's own room
     if device is not None and device.type == "meta":
         return torch.empty_like(value, dtype=dtype, device=device)
     if value.is_meta:
         refuse_value("copying a tensor from the card to the host")
     staging = (
-        None if _is_dense(value) else Memory(source._card, value.nbytes)
+        None if _is_dense(value) else Memory(source._gpumem_card, value.nbytes)
     )  # likewise
     host: torch.Tensor = _to_copy(value, dtype=dtype, memory_format=memory_format)
     del staging
@@ -161,7 +161,7 @@ def peer_copy(
     __tracebackhide__ = True
     dtype = source.dtype if dtype is None else dtype
     memory = Memory(card, source.numel() * dtype.itemsize)
-    value = _copied(source._value, card, dtype=dtype)  # the device's own room
+    value = _copied(source._gpumem_value, card, dtype=dtype)  # the device's own room
     hold(value.untyped_storage(), memory)
     return make(value, card)
 

@@ -173,7 +173,7 @@ def attention(  # noqa: PLR0917  # the operator's signature
     settings = Settings(dropout_p, is_causal, scale, enable_gqa)
     kernel = "math"
     if all(type(each) is SimulatedTensor for each in tensors):
-        capability = query._card.card.compute_capability
+        capability = query._gpumem_card.card.compute_capability
         kernel = choose_kernel(*tensors, attn_mask, capability, settings)
     if attn_mask is not None and is_causal:
         # torch's own error.
@@ -294,7 +294,7 @@ class _FusedOnHost:
     def __init__(self, tensors: Any, mask: Any, settings: Any, *, groups: bool) -> None:
         # Copies: the values' own storages hold bytes of the card.
         with HOST_ROOM:
-            self._values = [each._value.detach().clone() for each in tensors]
+            self._values = [each._gpumem_value.detach().clone() for each in tensors]
         self._mask, self._settings, self._groups = mask, settings, groups
         self._grad: torch.Tensor | None = None
         self._found: Sequence[torch.Tensor] = ()
@@ -310,12 +310,14 @@ class _FusedOnHost:
     ) -> _FusedOnHost | None:
         """Return what the CPU makes of operands; None where it composes them, too."""
         dropout_p, is_causal, scale = settings
-        values = [each._value for each in tensors]
+        values = [each._gpumem_value for each in tensors]
         if values[0].device.type == "meta" or dropout_p > 0:
             return None
-        if mask is not None and (mask.requires_grad or not hasattr(mask, "_value")):
+        if mask is not None and (
+            mask.requires_grad or not hasattr(mask, "_gpumem_value")
+        ):
             return None
-        mask = None if mask is None else mask._value
+        mask = None if mask is None else mask._gpumem_value
         options = {"scale": scale, "enable_gqa": groups}
         query, key, value = values
         way = torch._fused_sdp_choice(
@@ -336,7 +338,7 @@ class _FusedOnHost:
 
     def give_values(self, composed: Any) -> None:
         """Put the CPU's values into a result, and wait for its gradient."""
-        composed._value.copy_(self._compute(self._values))
+        composed._gpumem_value.copy_(self._compute(self._values))
         if composed.requires_grad:
             composed.register_hook(self._see)
         else:
@@ -364,7 +366,7 @@ class _FusedOnHost:
         """
         self._is_plain = self._is_plain and not torch.is_grad_enabled()
         is_known = self._is_plain and type(grad) is SimulatedTensor
-        self._grad = grad._value.clone() if is_known else None
+        self._grad = grad._gpumem_value.clone() if is_known else None
         self._found = ()
 
     def _take(self, index: int, grad: Any) -> None:
@@ -376,7 +378,7 @@ class _FusedOnHost:
                 leaves = [each.detach().requires_grad_() for each in self._values]
                 result = self._compute(leaves)
                 self._found = torch.autograd.grad(result, leaves, self._grad)
-        grad._value.copy_(self._found[index])
+        grad._gpumem_value.copy_(self._found[index])
 
 
 class _Attention(torch.autograd.Function):
@@ -388,15 +390,15 @@ class _Attention(torch.autograd.Function):
     ) -> Any:
         __tracebackhide__ = True
         settings, kernel, saves = options
-        card = query._card
+        card = query._gpumem_card
         run = _flash_forward if kernel == "flash" else _efficient_forward
         out, kept = run(query, key, value, settings, saves)
         seed = None
         if card.value_device != "meta":
             seed = _draw_seed(card) if settings.dropout_p > 0 else None
-            values = (query._value, key._value, value._value)
-            mask = None if bias is None else bias._value
-            out._value[..., : settings.width].copy_(
+            values = (query._gpumem_value, key._gpumem_value, value._gpumem_value)
+            mask = None if bias is None else bias._gpumem_value
+            out._gpumem_value[..., : settings.width].copy_(
                 _compute(values, mask, settings, seed)
             )
         ctx.save_for_backward(query, key, value, bias, out, *kept)
@@ -408,7 +410,7 @@ class _Attention(torch.autograd.Function):
         __tracebackhide__ = True
         query, key, value, bias, out, *_kept = ctx.saved_tensors
         settings, kernel, _saves = ctx.options
-        card = query._card
+        card = query._gpumem_card
         grows = bias is not None and ctx.needs_input_grad[3]
         if kernel == "flash":
             grads = _flash_backward(grad, query, key, value, out)
@@ -417,17 +419,17 @@ class _Attention(torch.autograd.Function):
                 grad, query, key, value, bias if grows else None, settings
             )
         if card.value_device != "meta":
-            values = [each._value.detach() for each in (query, key, value)]
-            mask = None if bias is None else bias._value.detach()
+            values = [each._gpumem_value.detach() for each in (query, key, value)]
+            mask = None if bias is None else bias._gpumem_value.detach()
             with torch.enable_grad():
                 leaves = [each.requires_grad_() for each in values]
                 if grows and mask is not None:
                     leaves.append(mask.requires_grad_())
                 again = _compute(leaves[:3], mask, settings, ctx.seed)
-                given = grad._value[..., : settings.width]
+                given = grad._gpumem_value[..., : settings.width]
                 found = torch.autograd.grad(again, leaves, given)
             for made, computed in zip(grads, found, strict=True):
-                made._value.copy_(computed)
+                made._gpumem_value.copy_(computed)
         return (*grads, None, None)[:5] if not grows else (*grads, None)
 
 
@@ -441,7 +443,7 @@ def _flash_forward(
     """Return an empty result, and what is kept beside it: ``mha_fwd``."""
     __tracebackhide__ = True
     del value
-    card = query._card
+    card = query._gpumem_card
     out = _empty_like_rows(query)
     batch, heads, rows, width = query.shape
     logarithms = _kept(card, batch * heads * rows * _FLOAT_BYTES)
@@ -473,7 +475,7 @@ def _efficient_forward(
     """Return an empty result, and what is kept: ``_efficient_attention_forward``."""
     __tracebackhide__ = True
     del key, settings
-    card = query._card
+    card = query._gpumem_card
     batch, heads, rows, _width = query.shape
     out = _empty_rows_first(query, value.shape[-1])
     kept = []
@@ -489,7 +491,7 @@ def _efficient_forward(
 def _flash_backward(grad: Any, query: Any, key: Any, value: Any, out: Any) -> list[Any]:
     """Return empty gradients, with what else ``mha_bwd`` asks for."""
     __tracebackhide__ = True
-    card = query._card
+    card = query._gpumem_card
     batch, heads, rows, width = query.shape
     copies = [*_contiguous_rows(grad), *_contiguous_rows(out)]
     grads = [_empty_like_rows(each) for each in (query, key, value)]
@@ -518,7 +520,7 @@ def _efficient_backward(  # noqa: PLR0917  # the operator's own
 ) -> list[Any]:
     """Return empty gradients, with what else ``_efficient_attention_backward`` asks for."""
     __tracebackhide__ = True
-    card = query._card
+    card = query._gpumem_card
     batch, heads, rows, width = query.shape
     copies = list(_contiguous_rows(grad))
     grads = [_empty_rows_first(each, each.shape[-1]) for each in (query, key, value)]
@@ -567,16 +569,16 @@ def _composed_delta(card: SimulatedCard, value_width: int, query: Any) -> Memory
 def _contiguous_rows(tensor: Any) -> Iterator[Memory]:
     """Ask for a contiguous copy of a tensor with rows before heads, if it is none."""
     __tracebackhide__ = True
-    if not tensor._value.transpose(1, 2).is_contiguous():
-        yield _scratch(tensor._card, tensor.numel() * tensor.element_size())
+    if not tensor._gpumem_value.transpose(1, 2).is_contiguous():
+        yield _scratch(tensor._gpumem_card, tensor.numel() * tensor.element_size())
 
 
 def _empty_like_rows(like: Any) -> Any:
     """Return what ``empty_like`` makes of a tensor with rows before heads."""
     __tracebackhide__ = True
-    card = like._card
+    card = like._gpumem_card
     memory = Memory(card, like.numel() * like.element_size())
-    value = torch.empty_like(like._value.transpose(1, 2))
+    value = torch.empty_like(like._gpumem_value.transpose(1, 2))
     hold(value.untyped_storage(), memory)
     return make(value.transpose(1, 2), card)
 
@@ -585,7 +587,7 @@ def _empty_rows_first(like: Any, width: int) -> Any:
     """Return an empty (batch, heads, rows, width) whose memory has rows before heads."""
     __tracebackhide__ = True
     batch, heads, rows, _width = like.shape
-    card = like._card
+    card = like._gpumem_card
     memory = Memory(card, batch * rows * heads * width * like.element_size())
     value = torch.empty(
         (batch, rows, heads, width), dtype=like.dtype, device=card.value_device
@@ -597,7 +599,7 @@ def _empty_rows_first(like: Any, width: int) -> Any:
 def _empty_bias(bias: Any) -> Any:
     """Return an empty gradient of a bias, its rows of an aligned length."""
     __tracebackhide__ = True
-    card = bias._card
+    card = bias._gpumem_card
     *outer, length = bias.shape
     shape = (*outer, length + -length % _ALIGN_BIAS)
     memory = Memory(card, math.prod(shape) * bias.element_size())

@@ -79,9 +79,9 @@ def _pack_padded_sequence(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any
             f"{lengths.dim()}D {lengths.device} Long tensor"
         )
     data, batch_sizes = _aten._pack_padded_sequence.default(
-        source._value, lengths, batch_first
+        source._gpumem_value, lengths, batch_first
     )
-    return make(data, source._card), batch_sizes
+    return make(data, source._gpumem_card), batch_sizes
 
 
 def _pad_sequence(

@@ -37,11 +37,13 @@ def _to_copy(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not isinstance(source, SimulatedTensor):
         index = None if device is None else device.index
         return upload(source, card_of(index), dtype=dtype, memory_format=memory_format)
-    if device is None or (is_own_device(kwargs, source._card) and not is_asked_for()):
+    if device is None or (
+        is_own_device(kwargs, source._gpumem_card) and not is_asked_for()
+    ):
         value = _aten._to_copy.default(  # the operator's name
-            source._value, dtype=dtype, memory_format=memory_format
+            source._gpumem_value, dtype=dtype, memory_format=memory_format
         )
-        return make(value, source._card)
+        return make(value, source._gpumem_card)
     if device.type == "cuda":
         return peer_copy(source, card_of(device.index), dtype=dtype)
     return download(source, dtype=dtype, device=device, memory_format=memory_format)
@@ -57,25 +59,30 @@ def _copy_(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
     target, source = args[0], args[1]
     staging = None
     if not isinstance(source, torch.Tensor):
-        target._value.fill_(source)  # a number
+        target._gpumem_value.fill_(source)  # a number
     elif not isinstance(source, SimulatedTensor):
         # Where no values are kept C++ makes the number of ``x[...] = 1`` on meta.
-        keeps_none = target._card.value_device == "meta" and not any(source.stride())
+        keeps_none = target._gpumem_card.value_device == "meta" and not any(
+            source.stride()
+        )
         if source.is_meta and not keeps_none:
             raise NotImplementedError("Cannot copy out of meta tensor; no data!")
         # A number that C++ has spread over the target is filled in on a card.
         is_number = not any(source.stride())
-        if not target._value.is_contiguous() and not is_number:
-            staging = Memory(target._card, target._value.nbytes)
-        target._value.copy_(source)
+        if not target._gpumem_value.is_contiguous() and not is_number:
+            staging = Memory(target._gpumem_card, target._gpumem_value.nbytes)
+        target._gpumem_value.copy_(source)
     elif not isinstance(target, SimulatedTensor):
-        if source._value.is_meta:
+        if source._gpumem_value.is_meta:
             refuse_value("copying a tensor from the card to the host")
-        if not source._value.is_contiguous() and source._value.numel() > 1:
-            staging = Memory(source._card, source._value.nbytes)
-        target.copy_(source._value)
+        if (
+            not source._gpumem_value.is_contiguous()
+            and source._gpumem_value.numel() > 1
+        ):
+            staging = Memory(source._gpumem_card, source._gpumem_value.nbytes)
+        target.copy_(source._gpumem_value)
     else:
-        target._value.copy_(source._value)
+        target._gpumem_value.copy_(source._gpumem_value)
     del staging
     return target
 
@@ -90,13 +97,13 @@ def _set_(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     source = args[1] if len(args) > 1 else kwargs.get("source")
     grown = _growth(target, source, *args[2:])
     if isinstance(source, SimulatedTensor):
-        _set_storage(target._value, source._value, *args[2:])
+        _set_storage(target._gpumem_value, source._gpumem_value, *args[2:])
     elif source is None:
-        _set_storage(target._value)
+        _set_storage(target._gpumem_value)
     else:
-        _set_storage(target._value, source, *args[2:])
+        _set_storage(target._gpumem_value, source, *args[2:])
     if grown is not None:
-        hold(target._value.untyped_storage(), grown)
+        hold(target._gpumem_value.untyped_storage(), grown)
     refresh(target)
     return target
 
@@ -117,7 +124,7 @@ def _growth(
         shape = torch.empty_strided(size, stride, dtype=target.dtype, device="meta")
     nbytes = shape.untyped_storage().nbytes()
     nbytes += offset * target.element_size() if nbytes else 0
-    return Memory(target._card, nbytes) if nbytes > storage.nbytes() else None
+    return Memory(target._gpumem_card, nbytes) if nbytes > storage.nbytes() else None
 
 
 def _is_pinned(_args: tuple[Any, ...], _kwargs: dict[str, Any]) -> bool:
