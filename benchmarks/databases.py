@@ -6,7 +6,8 @@ with the installed torch, or those of the given names, and compares each result 
 CPU's. It ends with exit code 1 where something differs that
 ``tests/operator_differences.py`` does not list, or where an entry there differs no more.
 ``--write`` writes the page ``docs/databases.md``. ``--samples`` takes the first N samples
-of each operator and type, not all.
+of each operator and type, not all. All samples take hours: ``--keep FILE`` keeps what is
+done, and goes on from there. ``--processes`` takes fewer than there are CPUs.
 
 Processes of their own do the work: what ends or hangs one is a finding as any other.
 """
@@ -20,6 +21,7 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -139,14 +141,46 @@ def _is_unlisted(finding: Finding) -> bool:
     return finding.level != LEVELS[0] and listed(finding) is None
 
 
-def collect(names: list[str], limit: int | None) -> list[tuple[str, Finding]]:
-    """Run what is named, or all, on every CPU; return findings with their kind."""
+class Kept:
+    """What is done, in a file, if there is one: a run that was stopped goes on there.
+
+    Args:
+        file: A line in JSON for each task; None keeps nothing.
+        limit: How many samples of each; what was run with another is done again.
+    """
+
+    def __init__(self, file: Path | None, limit: int | None) -> None:
+        self._file = file
+        self._limit = limit
+        self._lock = threading.Lock()
+        self.findings: dict[tuple[str, str], list[Finding]] = {}
+        if file is not None and file.exists():
+            for line in file.read_text(encoding="utf-8").splitlines():
+                kind, name, limit_then, _seconds, findings = json.loads(line)
+                if limit_then == limit:
+                    self.findings[kind, name] = [Finding(*each) for each in findings]
+
+    def add(self, kind: str, name: str, seconds: float, found: list[Finding]) -> None:
+        """Keep what one task came to."""
+        with self._lock:
+            self.findings[kind, name] = found
+            if self._file is not None:
+                with self._file.open("a", encoding="utf-8") as out:
+                    task = [kind, name, self._limit, round(seconds, 1), found]
+                    out.write(json.dumps(task) + "\n")
+
+
+def collect(
+    names: list[str], limit: int | None, processes: int, file: Path | None
+) -> list[tuple[str, Finding]]:
+    """Run what is named, or all; return findings with their kind."""
     first = Worker()
     wanted = [each for each in first.names if not names or each[1] in names]
+    kept = Kept(file, limit)
     tasks: queue.Queue[list[str]] = queue.Queue()
     for each in wanted:
-        tasks.put(each)
-    found: list[tuple[str, Finding]] = []
+        if tuple(each) not in kept.findings:
+            tasks.put(each)
 
     def serve(worker: Worker) -> None:
         while True:
@@ -155,12 +189,13 @@ def collect(names: list[str], limit: int | None) -> list[tuple[str, Finding]]:
             except queue.Empty:
                 worker.end()
                 return
+            start = time.monotonic()
             findings = worker.run(kind, name, limit)
             for each in filter(_is_unlisted, findings):
                 print(f"not listed: {each}", flush=True)
-            found.extend((kind, each) for each in findings)
+            kept.add(kind, name, time.monotonic() - start, findings)
 
-    others = min(len(os.sched_getaffinity(0)), len(wanted)) - 1
+    others = min(processes, tasks.qsize()) - 1
     threads = [
         threading.Thread(target=lambda: serve(Worker())) for _other in range(others)
     ]
@@ -169,8 +204,7 @@ def collect(names: list[str], limit: int | None) -> list[tuple[str, Finding]]:
     serve(first)
     for thread in threads:
         thread.join()
-    order = {tuple(each): index for index, each in enumerate(wanted)}
-    return sorted(found, key=lambda each: order[each[0], each[1].operator])
+    return [(kind, each) for kind, name in wanted for each in kept.findings[kind, name]]
 
 
 # -- the page -----------------------------------------------------------------------------
@@ -282,13 +316,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--samples", type=int, metavar="N")
+    parser.add_argument(
+        "--processes", type=int, metavar="N", default=len(os.sched_getaffinity(0))
+    )
+    parser.add_argument("--keep", type=Path, metavar="FILE")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
         work()
         return 0
-    found = collect(options.names, options.samples)
+    found = collect(options.names, options.samples, options.processes, options.keep)
     counts = Counter[str]()
     for _kind, each in found:
         counts[each.level] += each.samples
