@@ -28,9 +28,10 @@ def pytester(
 
 @pytest.fixture
 def as_read(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have inner runs ask for a device as the README tells its readers to do."""
+    """Have inner runs ask for a device as the first page tells its readers to do."""
     monkeypatch.delenv("PYTEST_ADDOPTS")
-    lines = Path(__file__).with_name("README.md").read_text("utf-8").splitlines()
+    page = Path(__file__).parent / "docs" / "quick-start.md"
+    lines = page.read_text("utf-8").splitlines()
     at = lines.index("    [tool.pytest.ini_options]")
     pytester.makepyprojecttoml("\n".join(each.strip() for each in lines[at : at + 2]))
 

@@ -19,7 +19,16 @@ CHAPTERS: Final = [
     ("README.md",),
     *(
         (f"docs/{name}.md",)
-        for name in ("ci", "failures", "process-bytes", "suggestions", "tutorial")
+        for name in (
+            "ci",
+            "failures",
+            "fallbacks",
+            "process-bytes",
+            "quick-start",
+            "scripts",
+            "suggestions",
+            "tutorial",
+        )
     ),
     *(
         ("docs/how-to/README.md", f"docs/how-to/{page.name}")
