@@ -35,9 +35,8 @@ class Inheritance(NamedTuple):
 
     Attributes:
         backend: ``"cuda"`` or ``"simulated"``.
-        card: Description of the simulated cards.
-        values: What they keep of values.
         folder: Where children write their figures; the first one makes it.
+        options: The run's options that hold in children too, by name, as text.
         budgets: Sizes as text by card's index as text; ``EVERY_CARD`` for the others.
         rules: Injection rules as text.
         visible: The run's own ``CUDA_VISIBLE_DEVICES``, or None.
@@ -46,9 +45,8 @@ class Inheritance(NamedTuple):
     """
 
     backend: str
-    card: str
-    values: str
     folder: str
+    options: dict[str, str]
     budgets: dict[str, str]
     rules: tuple[str, ...] = ()
     visible: str | None = None
@@ -127,7 +125,7 @@ def remove_run(folder: str) -> None:
 
 def _is(name: str, value: object) -> bool:
     """Tell whether a setting has the type that it must have."""
-    if name == "budgets":
+    if name in ("budgets", "options"):
         return isinstance(value, dict) and all(
             isinstance(size, str) for size in value.values()
         )

@@ -28,7 +28,7 @@ pytest_plugins = ["pytester"]
 
 MIB = 2**20
 ROOT = Path(pytest_gpumem.__file__).parent
-GIVEN = Inheritance("simulated", "T4*2", "computed", "/nowhere", {"": "1GiB"})
+GIVEN = Inheritance("simulated", "/nowhere", {"card": "T4*2"}, {"": "1GiB"})
 
 
 @pytest.fixture
@@ -216,7 +216,7 @@ def test_the_installed_file_and_the_folder_on_the_path_both_work(
     (own / "sitecustomize.py").write_text("print('own')\n")
     paths = [str(ROOT / "children" / "shim"), str(own)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    reached = {**environment, VARIABLE: GIVEN._replace(card="K80").text}
+    reached = {**environment, VARIABLE: GIVEN._replace(options={"card": "K80"}).text}
     add = f"import sys; sys.path.insert(0, {str(ROOT.parent)!r})\n{line}"
     look = "; import sys, os; print('pytest_gpumem' in sys.modules)"
 

@@ -12,7 +12,7 @@ from transformers import BertForSequenceClassification  # noqa: F401  # likewise
 
 import pytest_gpumem
 from pytest_gpumem.plugin.marks import DESCRIPTIONS
-from pytest_gpumem.plugin.options import OPTIONS
+from pytest_gpumem.plugin.settings import OPTIONS
 
 pytest_plugins = ["pytester"]
 

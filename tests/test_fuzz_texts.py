@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,12 +28,13 @@ from pytest_gpumem.errors import (
     SweepError,
 )
 from pytest_gpumem.inheritance import VARIABLE, Inheritance, pass_budget_on
-from pytest_gpumem.plugin.option_values import (
-    parse_backend,
+from pytest_gpumem.plugin.settings import (
+    OPTIONS,
+    parse_count,
     parse_points,
     parse_report,
+    parse_seconds,
     parse_suggest,
-    parse_values,
 )
 from pytest_gpumem.rules.parser import KEYS, parse_rule
 from pytest_gpumem.rules.rule import FLAVOURS, PHASES, Rule
@@ -244,7 +247,15 @@ def test_a_tolerance_is_read_or_refused(text: str) -> None:
 @fuzz
 @given(text=texts | st.integers().map(str))
 @pytest.mark.parametrize(
-    "parse", [parse_points, parse_report, parse_suggest, parse_values, parse_backend]
+    "parse",
+    [
+        parse_count,
+        parse_points,
+        parse_report,
+        parse_seconds,
+        parse_suggest,
+        *(partial(each.value, base=Path()) for each in OPTIONS if each.choices),
+    ],
 )
 def test_an_options_value_is_read_or_refused(parse: Any, text: str) -> None:
     """By a ValueError that names it."""
@@ -305,8 +316,7 @@ def test_allocator_settings_are_read_or_refused(text: str) -> None:
 
 _INHERITANCE: dict[str, Any] = {
     "backend": "simulated",
-    "card": "T4",
-    "values": "computed",
+    "options": {"card": "T4", "values": "computed"},
     "folder": "/tmp/x",  # noqa: S108  # nothing is written
     "budgets": {"": "1GiB", "0": "50%"},
     "rules": ["any:nth=1"],

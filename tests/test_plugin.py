@@ -75,7 +75,7 @@ def test_off_means_off(pytester: pytest.Pytester) -> None:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--gpu-backend=gpu", "--gpu-backend: 'gpu' is no backend; accepted are auto,"),
+        ("--gpu-backend=gpu", "--gpu-backend: 'gpu' is unknown; accepted are auto,"),
         ("--gpu-backend=cuda", "--gpu-backend: backend 'cuda' was asked for, but "),
         ("--gpu-card=T5", "--gpu-card: card 'T5'*"),
         ("--gpu-checkpoint=bert-hugee", "--gpu-checkpoint: model 'bert-hugee' is nei"),

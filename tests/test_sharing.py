@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -555,7 +556,7 @@ def test_names_of_real_cards_are_turned_as_they_stand(
 ) -> None:
     """Indices, UUIDs and MIG instances; afterwards the environment is as before."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
-    settings = Settings("cuda", "T4", "computed", {}, (), "")
+    settings = Settings(backend="cuda")
     sharing = Sharing(settings, Place(1, 4, "abc"))
 
     sharing.spread("cuda")
@@ -603,8 +604,8 @@ def _wishes(**given: Any) -> Any:
 def test_what_tests_claim() -> None:
     """requires_vram, then a budget, a limit, the run's limit, the run's budget."""
     size = parse_size_spec
-    plain = Settings("auto", "T4", "computed", {}, (), "")
-    limited = plain._replace(max_vram=size("3GiB"), budgets={None: size("50%")})
+    plain = Settings()
+    limited = replace(plain, max_vram=size("3GiB"), budgets={None: size("50%")})
     totals = {0: 16 * GiB, 1: 16 * GiB}
     limits = (Limit(size("2GiB")), Limit(size("5GiB"), "reserved"))
     budget = (Budget(size("4GiB"), 0),)
@@ -613,7 +614,7 @@ def test_what_tests_claim() -> None:
     assert {} == declared_claims(None, plain, totals)
     assert {0: Claim(3 * GiB)} == declared_claims(None, limited, totals)
     assert {0: Claim(8 * GiB)} == declared_claims(
-        None, limited._replace(max_vram=None), totals
+        None, replace(limited, max_vram=None), totals
     )
     assert {0: Claim(5 * GiB)} == declared_claims(
         _wishes(limits=limits), limited, totals

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +10,8 @@ import pytest
 import torch  # an inner run would import it anew, which torch does not survive
 
 from pytest_gpumem.inheritance import VARIABLE
-from pytest_gpumem.plugin.options import OPTIONS
-from pytest_gpumem.plugin.settings import is_asked
+from pytest_gpumem.plugin.options import load, options_of
+from pytest_gpumem.plugin.settings import OPTIONS, Settings, is_asked
 
 LIGHT = ("-p", "no:cacheprovider")
 MARKERS = (
@@ -171,3 +172,14 @@ def test_a_line_of_the_ini_file_is_enough(pytester: pytest.Pytester, line: str) 
 
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines(["gpumem: backend *"])
+
+
+def test_an_option_is_one_line() -> None:
+    """What it names is there, and its default is what its text would give."""
+    for name, option in options_of(Settings).items():
+        assert hasattr(Settings(), name)
+        for each in (option.parse, option.check):
+            if isinstance(each, str) and each:
+                assert callable(load(each))
+        if option.default_text:
+            assert option.default == option.value(option.default_text, Path())

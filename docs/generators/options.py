@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from generators.markdown import block, page
-from pytest_gpumem.plugin.options import OPTIONS, Option
+from pytest_gpumem.plugin.settings import OPTIONS
+
+if TYPE_CHECKING:
+    from pytest_gpumem.plugin.options import Option
 
 
 def options() -> str:
@@ -56,7 +61,7 @@ def _flag(option: Option) -> str:
 def _default(option: Option) -> str:
     if option.is_flag:
         return "off"
-    return f"`{option.default}`" if option.default else "none"
+    return f"`{option.default_text}`" if option.default_text else "none"
 
 
 def _help(option: Option) -> str:

@@ -169,13 +169,14 @@ class Child:
         self._start_watch(device, indices)
 
     def _simulated(self) -> Device:
-        from pytest_gpumem.cards import find_card  # noqa: PLC0415  # torch is here
+        from pytest_gpumem.cards import DEFAULT_CARD, find_card  # noqa: PLC0415  # torch is here
         from pytest_gpumem.devices.simulated.device import SimulatedDevice  # noqa: PLC0415
         from pytest_gpumem.devices.simulated.install import Installation  # noqa: PLC0415
         from pytest_gpumem.devices.simulated.machine import SimulatedMachine  # noqa: PLC0415
 
-        every = find_card(self._given.card)
-        machine = SimulatedMachine(every, values=self._given.values)
+        options = self._given.options
+        every = find_card(options.get("card", DEFAULT_CARD))
+        machine = SimulatedMachine(every, values=options.get("values", "computed"))
         if self._given.shared:
             from pytest_gpumem.tenancy.shared_card import join_cards  # noqa: PLC0415
 

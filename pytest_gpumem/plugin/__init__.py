@@ -29,7 +29,7 @@ from pytest_gpumem.plugin.hub import HubAdvice, HubModels
 from pytest_gpumem.plugin.options import add_options
 from pytest_gpumem.plugin.outputs import check_outputs
 from pytest_gpumem.plugin.session import Run
-from pytest_gpumem.plugin.settings import Settings, is_asked, read_settings
+from pytest_gpumem.plugin.settings import OPTIONS, Settings, is_asked, read_settings
 from pytest_gpumem.plugin.summary import DroppedNote, SummaryPlugin
 from pytest_gpumem.plugin.unasked import Unasked
 
@@ -40,7 +40,7 @@ _hub_key: Final = pytest.StashKey[HubModels]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Declare the options."""
-    add_options(parser)
+    add_options(parser, OPTIONS)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -72,9 +72,8 @@ class Children:
             return
         self._given = Inheritance(
             backend=backend,
-            card=self._settings.card_text,
-            values=self._settings.values,
             folder=self._folder,
+            options=self._settings.inherited,
             budgets={
                 EVERY_CARD if index is None else str(index): spec.text
                 for index, spec in self._settings.budgets.items()

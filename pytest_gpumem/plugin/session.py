@@ -15,8 +15,7 @@ from pytest_gpumem.devices.selection import Choice, choose
 from pytest_gpumem.devices.simulated_nvml import NvmlHook
 from pytest_gpumem.errors import AllocatorSettingError, DeviceUnavailableError
 from pytest_gpumem.plugin.children import Children
-from pytest_gpumem.plugin.options import DEFAULT_CARD
-from pytest_gpumem.plugin.settings import Settings, check_budgets
+from pytest_gpumem.plugin.settings import DEFAULT_CARD, Settings, check_budgets
 from pytest_gpumem.plugin.sharing import Sharing, take_place
 from pytest_gpumem.visibility import visible_numbers, why_hidden
 
@@ -320,7 +319,7 @@ def _check_environment() -> None:
 
 def describe_cards(settings: Settings) -> str:
     """Return the simulated cards' names and sizes; of the default, the name alone."""
-    if settings.card_text == DEFAULT_CARD and not settings.budgets:
+    if settings.card == DEFAULT_CARD and not settings.budgets:
         if not visible_numbers(1):
             return f"no card is seen, as {why_hidden()}"
         return f"card {DEFAULT_CARD} (the default)"

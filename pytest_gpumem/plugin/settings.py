@@ -1,16 +1,23 @@
-"""The options of a run, parsed and checked before any test."""
+"""The options of a run: each is declared in one line, and read before any test."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
+from pytest_gpumem.devices.selection import BACKENDS
 from pytest_gpumem.errors import GpuMemError
-from pytest_gpumem.plugin.option_values import find_card
-from pytest_gpumem.plugin.options import DEFAULT_CARD, OPTIONS, Option
+from pytest_gpumem.plugin.options import (
+    Option,
+    is_given,
+    option,
+    options_of,
+    read_option,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,63 +29,312 @@ if TYPE_CHECKING:
     from pytest_gpumem.rules.rule import Rule
     from pytest_gpumem.sizes import SizeSpec
 
+#: The simulated card of a run that names none; ``cards.DEFAULT_CARD``, said here so
+#: that a run without a GPU test need not read the table of cards.
+DEFAULT_CARD: Final = "T4"
 
-class Settings(NamedTuple):
-    """The options of a run, parsed.
+#: Kinds of reports.
+REPORTS: Final = ("json", "html", "md")
 
-    Attributes:
-        backend: One of ``BACKENDS``.
-        card_text: How the simulated cards were named.
-        values: One of ``VALUES``.
-        budgets: Budget by device index; None stands for every card. Empty: none.
-        rules: Injection rules for every test.
-        checkpoint: Name or folder of the ``bert_large`` fixture's checkpoint.
-        oom_sweep: Whether it was asked that tests with ``oom_fallback`` be swept.
-        oom_points: What all sweeps fail; None leaves it to the markers.
-        resume: Whether interrupted sweeps go on.
-        max_vram: Limit of tests that carry none, or None.
-        leak_check: Whether every test is held to leave nothing.
-        baseline: The file of peaks to compare with, or None.
-        updates_baseline: Whether it is written instead.
-        compare_fail: How much more passes; none for the default.
-        is_strict: Whether a check that holds nothing fails the run.
-        snapshots: The folder for snapshots of failed tests, or None.
-        suggest: ``"print"``, the patch to write, or None for no suggestions.
-        find_budget: Whether each test's smallest budget is sought.
-        replay: The rule of the one point to run in sweeps, or None.
-        reaches_children: Whether child processes take the settings over.
-        reports: Kind and path of each report to write.
-        share: One of ``SHARES``.
-        wait_s: The longest that a test waits for its bytes of a card, in seconds.
-        max_retries: How many tests may be retried alone.
-        hub_models: What is served under names of the hub; the later ones win.
-    """
 
-    backend: str
-    card_text: str
-    values: str
-    budgets: Mapping[int | None, SizeSpec]
-    rules: tuple[Rule, ...]
-    checkpoint: str
-    oom_sweep: bool = False
-    oom_points: str | int | None = None
-    resume: bool = False
-    replay: str | None = None
-    max_vram: SizeSpec | None = None
-    leak_check: bool = False
-    baseline: Path | None = None
-    updates_baseline: bool = False
-    compare_fail: tuple[Tolerance, ...] = ()
-    is_strict: bool = False
-    snapshots: Path | None = None
-    suggest: str | None = None
-    find_budget: bool = False
-    reaches_children: bool = True
-    reports: tuple[tuple[str, str], ...] = ()
-    share: str = "equal"
-    wait_s: float = 600.0
-    max_retries: int = 20
-    hub_models: tuple[HubModel, ...] = ()
+def parse_report(text: str) -> tuple[str, str]:
+    """Read ``--gpu-report``."""
+    kind, colon, path = text.partition(":")
+    if kind not in REPORTS or not colon or not path:
+        raise ValueError(
+            f"{text!r} is no report; accepted are "
+            f"{', '.join(f'{each}:PATH' for each in REPORTS)}"
+        )
+    return kind, path
+
+
+def parse_points(text: str) -> str | int:
+    """Read ``--gpu-oom-points``."""
+    if text in ("all", "sites"):
+        return text
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise ValueError(
+            f"{text!r} is neither all, sites nor a number of allocations from 1 on"
+        )
+    return int(text)
+
+
+def parse_folder(text: str) -> Path:
+    """Read ``--gpu-snapshots``: a folder, or where one can be made."""
+    import tempfile  # noqa: PLC0415  # a folder is named
+
+    folder = Path(text).absolute()
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    if not there.is_dir():
+        raise ValueError(f"{text!r}: {there} is no folder; name another")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return folder
+    except OSError as error:
+        raise ValueError(
+            f"{text!r}: nothing can be written in {there}: {error.strerror}; name "
+            "another folder"
+        ) from None
+
+
+def parse_suggest(text: str) -> str:
+    """Read ``--gpu-suggest``; a test file that follows it is no patch to overwrite."""
+    if text != "print" and Path(text).suffix not in (".patch", ".diff"):
+        raise ValueError(
+            f"{text!r} is no name of a patch; write --gpu-suggest=print, or "
+            "--gpu-suggest=FILE with a FILE that ends in .patch or .diff"
+        )
+    return text
+
+
+def parse_seconds(text: str) -> float:
+    """Read ``--gpu-wait-timeout``."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise ValueError(f"{text!r} is no time; give seconds, such as 60 or 0.5")
+    return seconds
+
+
+def parse_count(text: str) -> int:
+    """Read ``--gpu-max-contention-retries``."""
+    if not text.isascii() or not text.isdigit():
+        raise ValueError(f"{text!r} is no number; give 0, 1, 2, ...")
+    return int(text)
+
+
+def _baseline(text: str, *, base: Path) -> Path | None:
+    return base / text if text else None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of a run, parsed. An option is a line here and where it is used."""
+
+    backend: str = option(
+        "--gpu-backend",
+        "KIND",
+        default="auto",
+        choices=BACKENDS,
+        help="the device that 'cuda' means: auto (a usable CUDA card, else simulated), "
+        "cuda, simulated, off",
+    )
+    card: str = option(
+        "--gpu-card",
+        "CARD",
+        default=DEFAULT_CARD,
+        check="pytest_gpumem.cards:find_card",
+        is_inherited=True,
+        help="the simulated card: a name such as T4 or A100-80GB, two of them with "
+        "A100-80GB*2, or a made-up one with 16GiB,cc=8.0",
+    )
+    values: str = option(
+        "--gpu-values",
+        "KEPT",
+        default="computed",
+        choices=("computed", "none"),
+        is_inherited=True,
+        help="what the simulated card keeps of tensors: computed values, or none, only "
+        "shapes and bytes, for models larger than the host",
+    )
+    #: By device index; None stands for every card. Child processes take over what is in
+    #: force when they start.
+    budgets: Mapping[int | None, SizeSpec] = option(
+        "--gpu-budget",
+        "SIZE",
+        default={},
+        parse="pytest_gpumem.sizes:parse_device_sizes",
+        help="bytes of the card that a test may hold, inclusive: 4GiB, 4GB, 512MiB, 50%% "
+        "of the card, plain bytes, or 0=4GiB,1=8GiB for each card",
+    )
+    max_vram: SizeSpec | None = option(
+        "--gpu-max-vram",
+        "SIZE",
+        parse="pytest_gpumem.sizes:parse_size_spec",
+        help="limit on the peak of allocated bytes of every test's call, and of each "
+        "process that it starts, unless the test carries a max_vram of its own for "
+        "them: a size, or a percentage of the card",
+    )
+    leak_check: bool = option(
+        "--gpu-leak-check",
+        default=False,
+        help="fail every test that leaves bytes on the cards, and say who holds them; "
+        "@pytest.mark.max_vram_leak(size) allows some",
+    )
+    baseline: Path | None = option(
+        "--gpu-baseline",
+        "FILE",
+        parse=_baseline,
+        takes_base=True,
+        help="compare every test's peaks with those in this file, and fail tests that "
+        "need more; a path in the ini file starts at the ini file",
+    )
+    updates_baseline: bool = option(
+        "--gpu-update-baseline",
+        default=False,
+        help="write the peaks of the tests that pass into the file of --gpu-baseline, "
+        "and drop tests that are no more",
+    )
+    compare_fail: tuple[Tolerance, ...] = option(
+        "--gpu-compare-fail",
+        "METRIC:TOLERANCE",
+        default=(),
+        parse="pytest_gpumem.baselines.gate:Tolerance.parse",
+        repeated=True,
+        help="how much more than the baseline passes: allocated:5%% or reserved:16MiB; "
+        "may be repeated (default: allocated:1%%, and reserved is reported)",
+    )
+    strict: str = option(
+        "--gpu-strict",
+        default="auto",
+        choices=("auto", "true", "false"),
+        help="fail the run where a check that was asked for holds nothing: a baseline "
+        "without figures of this card and torch, a test that it lacks or that no "
+        "longer uses the card, a replay with nothing to replay; in the ini file auto "
+        "(where the environment variable CI is set), true or false",
+    )
+    snapshots: Path | None = option(
+        "--gpu-snapshots",
+        "DIR",
+        parse=parse_folder,
+        help="write a snapshot for PyTorch's memory_viz into this folder for every test "
+        "that fails with an OOM or a broken limit",
+    )
+    suggest: str | None = option(
+        "--gpu-suggest",
+        "FILE",
+        alone="print",
+        parse=parse_suggest,
+        help="suggest the max_vram markers that tests lack, from the peaks of this run, "
+        "and the cards that the suite fits on; with =FILE.patch write a patch that "
+        "adds the markers",
+    )
+    find_budget: bool = option(
+        "--gpu-find-budget",
+        default=False,
+        help="run each test that uses a card again under smaller and smaller budgets, "
+        "and say from which one on it passes",
+    )
+    reports: tuple[tuple[str, str], ...] = option(
+        "--gpu-report",
+        "KIND:PATH",
+        default=(),
+        parse=parse_report,
+        repeated=True,
+        help="write a report of the run: json:PATH, html:PATH (one page that needs no "
+        "network) or md:PATH; may be repeated",
+    )
+    rules: tuple[Rule, ...] = option(
+        "--gpu-inject-oom",
+        "RULE",
+        default=(),
+        parse="pytest_gpumem.rules.parser:parse_rule",
+        repeated=True,
+        help="make allocations fail in every test's call: PHASE[:KEY=VALUE,...], for "
+        "example load:nth=3 or any:min=64MiB,persistent; may be repeated",
+    )
+    oom_sweep: bool = option(
+        "--gpu-oom-sweep",
+        default=False,
+        help="sweep every test that carries @pytest.mark.oom_fallback: fail each of its "
+        "allocations in turn",
+    )
+    oom_points: str | int | None = option(
+        "--gpu-oom-points",
+        "POINTS",
+        parse=parse_points,
+        help="which allocations the sweeps of this run fail, whatever the markers say: "
+        "all, sites (the first of each place that allocates), or a number of them",
+    )
+    resume: bool = option(
+        "--gpu-oom-resume",
+        default=False,
+        help="go on with sweeps that were interrupted",
+    )
+    replay: str | None = option(
+        "--gpu-replay-oom",
+        "RULE",
+        check="pytest_gpumem.rules.parser:parse_rule",
+        help="in swept tests run the one point that this rule names; a failing point "
+        "prints the line",
+    )
+    no_children: bool = option(
+        "--gpu-no-children",
+        default=False,
+        help="leave child processes alone: without it they have the run's device, "
+        "budgets and rules, and their peaks come back to the test that started them",
+    )
+    share: str = option(
+        "--gpu-share",
+        "KIND",
+        default="equal",
+        choices=("equal", "off", "own"),
+        help="what the workers of pytest-xdist have of each card: equal (a test that "
+        "does not say how much it needs has an equal share; one that does waits until "
+        "that much is free), off (they share it and nobody waits: they are in each "
+        "other's way), or own (each has simulated cards for itself; real ones as off)",
+    )
+    wait_s: float = option(
+        "--gpu-wait-timeout",
+        "SECONDS",
+        default=600.0,
+        parse=parse_seconds,
+        help="the longest that a test waits until its bytes of a card are free; then it "
+        "is an error that names who holds them",
+    )
+    max_retries: int = option(
+        "--gpu-max-contention-retries",
+        "N",
+        default=20,
+        parse=parse_count,
+        help="how many tests of a run may be retried alone after an OOM that other "
+        "workers had a part in",
+    )
+    checkpoint: str = option(
+        "--gpu-checkpoint",
+        "NAME_OR_DIR",
+        default="bert-large",
+        check="pytest_gpumem.checkpoints:check_checkpoint",
+        help="what the bert_large fixture gives: a folder with a checkpoint, or the "
+        "name of one to build",
+    )
+    hub_models: tuple[HubModel, ...] = option(
+        "--gpu-hub-model",
+        "NAME[=SOURCE]",
+        default=(),
+        parse="pytest_gpumem.hub:parse_hub_model",
+        repeated=True,
+        adds=True,
+        takes_base=True,
+        ini_name="gpu_hub_models",
+        help="serve a model under its name on the hub, without network: "
+        "bert-large-uncased, or my-org/mine=SOURCE, where SOURCE is a known name, a "
+        "config.json, or a checkpoint's folder; hub means the hub's own; may be "
+        "repeated, and adds to the ini file's",
+    )
+
+    @property
+    def is_strict(self) -> bool:
+        """Whether a check that holds nothing fails the run: in CI, unless it is said."""
+        if self.strict == "auto":
+            return os.environ.get("CI", "").strip().lower() not in ("", "0", "false")
+        return self.strict == "true"
+
+    @property
+    def reaches_children(self) -> bool:
+        """Whether child processes take the settings over."""
+        return not self.no_children
+
+    @property
+    def inherited(self) -> dict[str, str]:
+        """What child processes take over of the options themselves, by field."""
+        return {
+            name: getattr(self, name)
+            for name, each in options_of(Settings).items()
+            if each.is_inherited
+        }
 
     @property
     def sweeps_fallbacks(self) -> bool:
@@ -88,12 +344,13 @@ class Settings(NamedTuple):
     @property
     def all_cards(self) -> tuple[Card, ...]:
         """The simulated machine's cards, whether a process sees them or not."""
-        cards: tuple[Card, ...] = find_card(self.card_text)
-        return cards
+        from pytest_gpumem.cards import find_card  # noqa: PLC0415  # a device is wanted
+
+        return find_card(self.card)
 
     @property
     def cards(self) -> tuple[Card, ...]:
-        """The simulated cards."""
+        """The simulated cards that this process sees."""
         from pytest_gpumem.cards import visible_cards  # noqa: PLC0415  # a device is wanted
 
         return visible_cards(self.all_cards)
@@ -117,22 +374,16 @@ class Settings(NamedTuple):
         return None if spec is None else spec.resolve(total_bytes)
 
 
-def is_asked(config: pytest.Config, namespace: Any) -> bool:
-    """Tell whether a run asks for a device: by any option or ini setting of the plugin.
+OPTIONS: Final[tuple[Option, ...]] = tuple(options_of(Settings).values())
 
-    Args:
-        config: For the ini file.
-        namespace: The command line, as far as it is parsed.
-    """
-    return any(
-        getattr(namespace, option.ini, None) is not None
-        or config.getini(option.ini) is not None
-        for option in OPTIONS
-    )
+
+def is_asked(config: pytest.Config, namespace: Any) -> bool:
+    """Tell whether a run asks for a device: by any option or ini setting of the plugin."""
+    return is_given(OPTIONS, config, namespace)
 
 
 def read_settings(config: pytest.Config, namespace: Any) -> Settings:
-    """Parse the options of a run.
+    """Read the options of a run.
 
     Args:
         config: For the ini file.
@@ -141,93 +392,34 @@ def read_settings(config: pytest.Config, namespace: Any) -> Settings:
     Raises:
         pytest.UsageError: A value cannot be read, or makes no sense.
     """
-    values = {option.ini: _value(option, config, namespace) for option in OPTIONS}
-    return Settings(
-        backend=values["gpu_backend"],
-        card_text=_text(OPTIONS[1], config, namespace) or DEFAULT_CARD,
-        values=values["gpu_values"],
-        budgets=values["gpu_budget"] or {},
-        rules=tuple(values["gpu_inject_oom"]),
-        checkpoint=values["gpu_checkpoint"],
-        oom_sweep=values["gpu_oom_sweep"],
-        oom_points=values["gpu_oom_points"],
-        resume=values["gpu_oom_resume"],
-        replay=values["gpu_replay_oom"],
-        max_vram=values["gpu_max_vram"],
-        leak_check=values["gpu_leak_check"],
-        baseline=_baseline_path(values, config, namespace),
-        updates_baseline=values["gpu_update_baseline"],
-        compare_fail=tuple(values["gpu_compare_fail"]),
-        is_strict=_is_strict(values["gpu_strict"]),
-        snapshots=values["gpu_snapshots"],
-        suggest=values["gpu_suggest"],
-        find_budget=values["gpu_find_budget"],
-        reaches_children=not values["gpu_no_children"],
-        reports=tuple(values["gpu_report"]),
-        share=values["gpu_share"],
-        wait_s=float(values["gpu_wait_timeout"]),
-        max_retries=int(values["gpu_max_contention_retries"]),
-        hub_models=_hub_models(config, namespace),
+    settings = Settings(
+        **{
+            name: read_option(each, config, namespace)
+            for name, each in options_of(Settings).items()
+        }
     )
+    _check_baseline(settings, namespace)
+    return settings
 
 
-def _hub_models(config: pytest.Config, namespace: Any) -> tuple[HubModel, ...]:
-    """Return what is served: the ini file's models, then the command line's.
-
-    A path starts from where it is said: from the ini file, or from where we are.
+def _check_baseline(settings: Settings, namespace: Any) -> None:
+    """Refuse options about a baseline where none is named.
 
     Raises:
-        pytest.UsageError: One of them makes no sense.
+        pytest.UsageError: There are such.
     """
-    ini = config.getini("gpu_hub_models") or ()
-    line = getattr(namespace, "gpu_hub_models", None) or ()
-    if not ini and not line:
-        return ()
-    from pytest_gpumem.hub import parse_hub_model  # noqa: PLC0415  # there are some
-
-    def read(source: str, texts: Sequence[str], base: Path) -> list[HubModel]:
-        try:
-            return [parse_hub_model(text, base=base) for text in texts]
-        except GpuMemError as error:
-            raise pytest.UsageError(f"{source}: {error}") from None
-
-    return (
-        *read("gpu_hub_models", ini, config.rootpath),
-        *read("--gpu-hub-model", line, Path(config.invocation_params.dir)),
-    )
-
-
-def _is_strict(chosen: object) -> bool:
-    """Tell whether the run is strict: as was chosen, else where ``CI`` is set."""
-    if chosen in (True, "true", "false"):
-        return chosen != "false"
-    return os.environ.get("CI", "").strip().lower() not in ("", "0", "false")
-
-
-def _baseline_path(
-    values: Mapping[str, Any], config: pytest.Config, namespace: Any
-) -> Path | None:
-    """Return where the baseline is: from the ini file's folder, or from where we are.
-
-    Raises:
-        pytest.UsageError: There is none, and it is to be written or compared with.
-    """
-    text = values["gpu_baseline"]
-    if not text:
-        if values["gpu_update_baseline"]:
-            raise pytest.UsageError(
-                "--gpu-update-baseline: which file? name it with --gpu-baseline=FILE"
-            )
-        if getattr(namespace, "gpu_compare_fail", None):
-            raise pytest.UsageError(
-                "--gpu-compare-fail: there is nothing to compare with; name it with "
-                "--gpu-baseline=FILE, or put gpu_compare_fail into the ini file, for "
-                "those runs that compare"
-            )
-        return None
-    is_ini = getattr(namespace, "gpu_baseline", None) is None
-    base = config.rootpath if is_ini else Path(config.invocation_params.dir)
-    return base / str(text)
+    if settings.baseline is not None:
+        return
+    if settings.updates_baseline:
+        raise pytest.UsageError(
+            "--gpu-update-baseline: which file? name it with --gpu-baseline=FILE"
+        )
+    if getattr(namespace, "gpu_compare_fail", None):
+        raise pytest.UsageError(
+            "--gpu-compare-fail: there is nothing to compare with; name it with "
+            "--gpu-baseline=FILE, or put gpu_compare_fail into the ini file, for "
+            "those runs that compare"
+        )
 
 
 def check_budgets(settings: Settings, totals: Mapping[int, int]) -> None:
@@ -257,27 +449,3 @@ def check_budgets(settings: Settings, totals: Mapping[int, int]) -> None:
                     f"{card} has ({totals[card]} bytes); give less, or name a larger "
                     "card with --gpu-card"
                 )
-
-
-def _text(option: Option, config: pytest.Config, namespace: Any) -> Any:
-    given = getattr(namespace, option.ini, None)
-    if given is None:
-        given = config.getini(option.ini)
-    return option.default if given is None else given
-
-
-def _value(option: Option, config: pytest.Config, namespace: Any) -> Any:
-    given = getattr(namespace, option.ini, None)
-    source = option.flag if given is not None else option.ini
-    try:
-        text = _text(option, config, namespace)
-        if option.is_flag and (given or not option.default):
-            return bool(text)
-        if option.repeated:
-            return [option.parse(each) for each in text]
-        if given is None and text in ("", option.default):
-            return text or None
-        return option.parse(text)
-    except (GpuMemError, ValueError, TypeError, pytest.UsageError) as error:
-        # pytest's own, of an ini file's value of the wrong kind, do not name it.
-        raise pytest.UsageError(f"{source}: {error}") from None
