@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 #: The card of a run that names none: the one that free notebooks and most CI machines
 #: with a GPU have, so that what fits here fits there. Its total is known to the byte.
 DEFAULT_CARD: Final = "T4"
+#: What the driver of a simulated machine says: the newest CUDA version that it serves,
+#: that of the wheels which ``pip install torch`` takes on Linux, torch 2.13; and its own,
+#: the first with that one. Source: CUDA Toolkit 13.0 Release Notes, "CUDA Driver".
+CUDA_VERSION: Final = "13.0"
+DRIVER_VERSION: Final = "580.65.06"
 #: Most cards of one simulated machine.
 MAX_CARDS: Final = 64
 

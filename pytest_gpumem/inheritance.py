@@ -19,6 +19,9 @@ VARIABLE: Final = "PYTEST_GPUMEM_CHILDREN"
 #: Names a file with the models of the hub that children serve too.
 HUB_VARIABLE: Final = "PYTEST_GPUMEM_HUB"
 
+#: Names the Python that answers as ``nvidia-smi`` on simulated cards.
+PYTHON_VARIABLE: Final = "PYTEST_GPUMEM_PYTHON"
+
 #: Names the folder that processes must share to know of one another.
 FOLDER_VARIABLE: Final = "PYTEST_GPUMEM_TENANCY"
 
@@ -42,6 +45,8 @@ class Inheritance(NamedTuple):
         visible: The run's own ``CUDA_VISIBLE_DEVICES``, or None.
         shared: Where the processes that share simulated cards note what they hold;
             empty where they share none.
+        tenants: Bytes of pretended processes, by card's index and by process id, both
+            as text.
     """
 
     backend: str
@@ -51,6 +56,7 @@ class Inheritance(NamedTuple):
     rules: tuple[str, ...] = ()
     visible: str | None = None
     shared: str = ""
+    tenants: dict[str, dict[str, int]] = {}  # noqa: RUF012  # nobody writes to it
 
     @property
     def text(self) -> str:
@@ -129,6 +135,12 @@ def _is(name: str, value: object) -> bool:
         return isinstance(value, dict) and all(
             isinstance(size, str) for size in value.values()
         )
+    if name == "tenants":
+        return isinstance(value, dict) and all(
+            isinstance(held, dict)
+            and all(pid.isdecimal() and isinstance(n, int) for pid, n in held.items())
+            for held in value.values()
+        )
     if name == "rules":
         return isinstance(value, (list, tuple)) and all(
             isinstance(rule, str) for rule in value
@@ -146,15 +158,50 @@ def pass_budget_on(index: int, budget_bytes: int | None) -> None:
 
     Nothing happens outside a run of pytest.
     """
-    text = os.environ.get(VARIABLE)
-    if not text:
+    given = _given_now()
+    if given is None:
         return
-    try:
-        given = Inheritance.parse(text)
-    except ValueError:
-        return  # somebody else's
     budgets = dict(given.budgets)
     budgets.pop(str(index), None)
     if budget_bytes is not None:
         budgets[str(index)] = str(budget_bytes)
     os.environ[VARIABLE] = given._replace(budgets=budgets).text
+
+
+#: Pretended processes that are on the cards now, as ``Inheritance.tenants``.
+_tenants: Final[dict[str, dict[str, int]]] = {}
+
+
+def present_tenants() -> dict[str, dict[str, int]]:
+    """Return the pretended processes on the cards, as ``Inheritance.tenants``."""
+    return {index: dict(held) for index, held in _tenants.items()}
+
+
+def pass_tenant_on(index: int, pid: int, nbytes: int) -> None:
+    """Let children started from here on see what a pretended process holds of a card.
+
+    Args:
+        index: The card.
+        pid: What the card calls the process.
+        nbytes: What it holds; 0 takes it off the card.
+    """
+    held = _tenants.setdefault(str(index), {})
+    held[str(pid)] = nbytes
+    if not nbytes:
+        del held[str(pid)]
+    if not held:
+        del _tenants[str(index)]
+    given = _given_now()
+    if given is not None:
+        os.environ[VARIABLE] = given._replace(tenants=present_tenants()).text
+
+
+def _given_now() -> Inheritance | None:
+    """Return what the environment says; None outside a run of pytest."""
+    text = os.environ.get(VARIABLE)
+    if not text:
+        return None
+    try:
+        return Inheritance.parse(text)
+    except ValueError:
+        return None  # somebody else's

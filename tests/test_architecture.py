@@ -42,6 +42,7 @@ MAY_IMPORT = {
     "tenancy": GROUND | {"allocator", "tenancy"},
     "reports": PURE | {"reports"},
     "children": PURE | {"devices", "instruments", "tenancy", "hub", "children"},
+    "nvidia_smi": GROUND | {"tenancy", "nvidia_smi"},
     "baselines": GROUND | {"baselines"},
     "suggestions": GROUND | {"suggestions"},
     "checkpoints": GROUND | {"checkpoints"},

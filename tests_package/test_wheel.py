@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from importlib import metadata
@@ -46,11 +47,21 @@ def test_it_is_the_wheel_that_is_tested() -> None:
         "pytest_gpumem/reports/templates/report.js",
         "pytest_gpumem/children/shim/sitecustomize.py",
         "pytest_gpumem_child.pth",
+        "pytest_gpumem/nvidia_smi/bin/nvidia-smi",
     ],
 )
 def test_a_file_beside_the_code_is_installed(name: str) -> None:
     """Templates, schema, types, and what reaches child processes."""
     assert name in {str(each) for each in DISTRIBUTION.files or ()}
+
+
+def test_nvidia_smi_can_be_run() -> None:
+    """Pip keeps the mark of a program."""
+    (program,) = (
+        each for each in DISTRIBUTION.files or () if each.name == "nvidia-smi"
+    )
+
+    assert os.access(program.locate(), os.X_OK)
 
 
 def test_nothing_else_is_installed() -> None:

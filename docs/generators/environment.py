@@ -24,6 +24,8 @@ NOTES: Final = {
     "place; not for you to set",
     "PYTEST_GPUMEM_CHILDREN": "set by a run for its child processes, to hand over device, "
     "budgets and rules; not for you to set",
+    "PYTEST_GPUMEM_PYTHON": "set by a run on simulated cards: the Python that answers as "
+    "`nvidia-smi`; not for you to set",
     "PYTEST_GPUMEM_HUB": "set by a run for its child processes, to name the models of the "
     "hub that they serve too; not for you to set",
     "CUDA_VISIBLE_DEVICES": "which cards are seen, and in which order; read as CUDA "

@@ -129,6 +129,7 @@ class Child:
         indices = self._indices(device)
         if device.kind == "simulated":
             self._set_budgets(device, indices)
+            self._add_tenants(indices)
             self._installation.machine.on_change.append(self._cards_changed)
         elif self._given.budgets:
             # A budget makes the card's context, which a process may not want so early.
@@ -184,6 +185,16 @@ class Child:
         self._installation = Installation(machine)
         self._installation.install()
         return SimulatedDevice(machine)
+
+    def _add_tenants(self, indices: list[int]) -> None:
+        """Put the run's pretended processes on the cards."""
+        if not self._given.tenants:
+            return
+        from pytest_gpumem.allocator.tenants import FixedTenant  # noqa: PLC0415  # there are some
+
+        for card, there in zip(self._installation.machine.cards, indices, strict=True):
+            for pid, nbytes in self._given.tenants.get(str(there), {}).items():
+                card.driver.tenants.append(FixedTenant(int(pid), nbytes))
 
     def _set_budgets(self, device: Device, indices: list[int]) -> None:
         from pytest_gpumem.sizes import parse_size  # noqa: PLC0415  # torch is here

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
+from pytest_gpumem.cards import CUDA_VERSION, DRIVER_VERSION
 from pytest_gpumem.devices.nvml import MemoryInfo, memory_info
 from pytest_gpumem.devices.on_import import AfterImport
 from pytest_gpumem.devices.patches import PatchSet
@@ -40,6 +41,12 @@ class Utilization:
 
     gpu: int = 0
     memory: int = 0
+
+
+def _cuda_driver_version() -> int:
+    """Return the CUDA version as NVML writes it: 13.0 is 13000."""
+    major, minor = CUDA_VERSION.split(".")
+    return int(major) * 1000 + int(minor) * 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +101,9 @@ class SimulatedNvml:
             "nvmlDeviceGetCpuAffinityWithinScope": (
                 lambda handle, size, _scope: self._cores(handle, size)
             ),
-            "nvmlSystemGetDriverVersion": lambda: "simulated",
+            "nvmlSystemGetDriverVersion": lambda: DRIVER_VERSION,
+            "nvmlSystemGetCudaDriverVersion": _cuda_driver_version,
+            "nvmlSystemGetCudaDriverVersion_v2": _cuda_driver_version,
         }
         for name in dir(self._module):
             if name.startswith("nvmlDevice") and callable(getattr(self._module, name)):

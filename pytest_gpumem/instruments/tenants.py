@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from pytest_gpumem.allocator.tenants import FixedTenant
 from pytest_gpumem.devices.active import active_device
 from pytest_gpumem.errors import TenantError
-from pytest_gpumem.inheritance import VARIABLE
+from pytest_gpumem.inheritance import VARIABLE, pass_tenant_on
 from pytest_gpumem.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class _Holder(Protocol):
 class _Simulated:
     def __init__(self, device: Any, index: int) -> None:
         self.pid: Final = next(_pids)
+        self._index: Final = index
         self._card: Final = device.machine.cards[index]
         self._tenant: Final = FixedTenant(self.pid, 0)
         self._card.driver.tenants.append(self._tenant)
@@ -67,12 +68,14 @@ class _Simulated:
     def hold(self, nbytes: int) -> None:
         with self._card.locked():
             self._tenant.nbytes = nbytes
+        pass_tenant_on(self._index, self.pid, nbytes)
 
     def close(self) -> None:
         with self._card.locked():
             self._tenant.nbytes = 0
             if self._tenant in self._card.driver.tenants:
                 self._card.driver.tenants.remove(self._tenant)
+        pass_tenant_on(self._index, self.pid, 0)
 
 
 class _Real:

@@ -7,13 +7,20 @@ import platform
 import secrets
 import shutil
 import site
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from pytest_gpumem.inheritance import EVERY_CARD, VARIABLE, Inheritance
+from pytest_gpumem.inheritance import (
+    EVERY_CARD,
+    PYTHON_VARIABLE,
+    VARIABLE,
+    Inheritance,
+    present_tenants,
+)
 from pytest_gpumem.plugin.marks import (
     CHILDREN_PROPERTY,
     ENVIRONMENT_PROPERTY,
@@ -35,6 +42,7 @@ PHASE: Final = "children"
 
 PTH: Final = "pytest_gpumem_child.pth"
 _SHIM: Final = Path(__file__).parents[1] / "children" / "shim"
+_NVIDIA_SMI: Final = Path(__file__).parents[1] / "nvidia_smi" / "bin"
 
 
 class Children:
@@ -86,6 +94,11 @@ class Children:
         paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
         if str(_SHIM) not in paths and not _is_installed():
             self._set("PYTHONPATH", os.pathsep.join(filter(None, [str(_SHIM), *paths])))
+        if backend == "simulated":
+            folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
+            others = [each for each in folders if each != str(_NVIDIA_SMI)]
+            self._set("PATH", os.pathsep.join([str(_NVIDIA_SMI), *others]))
+            self._set(PYTHON_VARIABLE, sys.executable)
 
     def device_came(self, device: Device) -> None:
         """Have children that are forked from here on noted."""
@@ -127,11 +140,13 @@ class Children:
         if self._given is None:
             return
         text = self._text
-        if own or rules or caps:
+        tenants = present_tenants()
+        if own or rules or caps or tenants:
             own_sizes = {str(each.device_index): each.size.text for each in own[::-1]}
             given = self._given._replace(
                 budgets={**self._given.budgets, **own_sizes, **caps},
                 rules=tuple(str(rule) for rule in rules),
+                tenants=tenants,
             )
             text = given.text
         if os.environ.get(VARIABLE) != text:

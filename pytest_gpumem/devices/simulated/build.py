@@ -6,11 +6,11 @@ from typing import Any, Final
 
 import torch
 
+from pytest_gpumem.cards import CUDA_VERSION
 from pytest_gpumem.devices.simulated.machine import current_machine
 
 #: What a build for these cards says of itself, where the installed one is for the CPU.
 #: Source: the wheels that ``pip install torch`` takes on Linux, torch 2.13.
-CUDA_VERSION: Final = "13.0"
 CUDNN_VERSION: Final = 91300
 
 

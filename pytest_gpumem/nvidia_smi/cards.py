@@ -1,0 +1,157 @@
+"""What ``nvidia-smi`` knows of the simulated cards at one moment."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from pytest_gpumem.cards import find_card
+from pytest_gpumem.inheritance import EVERY_CARD, VARIABLE, Inheritance
+from pytest_gpumem.sizes import parse_size
+from pytest_gpumem.visibility import numbers_of, uuid_of
+
+if TYPE_CHECKING:
+    from pytest_gpumem.cards_table import Card
+
+#: Ids of pretended processes begin here; the system has none that high by default.
+#: Source: ``PID_MAX_LIMIT`` is 4,194,304 on Linux, ``pid_max`` 32,768 unless raised.
+_PRETENDED: Final = 900_000
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process on a card.
+
+    Attributes:
+        pid: Its id.
+        name: Its program; pretended processes say that they are.
+        nbytes: What it holds, its context included.
+    """
+
+    pid: int
+    name: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class CardNow:
+    """One card at one moment.
+
+    Attributes:
+        index: As NVML numbers it, whatever ``CUDA_VISIBLE_DEVICES`` says.
+        card: What it is.
+        processes: Who holds bytes of it.
+        free_bytes: What is free to the program that asks, under its budget.
+    """
+
+    index: int
+    card: Card
+    processes: tuple[Process, ...]
+    free_bytes: int
+
+    @property
+    def uuid(self) -> str:
+        """The card's UUID."""
+        return uuid_of(self.index)
+
+    @property
+    def bus_id(self) -> str:
+        """The card's address on the PCI bus, one bus for each card."""
+        return f"00000000:{self.index + 1:02X}:00.0"
+
+    @property
+    def total_bytes(self) -> int:
+        """What CUDA calls the card's total."""
+        return self.card.total_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        """What is not free."""
+        return self.total_bytes - self.free_bytes
+
+
+def read_cards() -> list[CardNow] | None:
+    """Return every card of the run around this process; None where there is no run.
+
+    Raises:
+        ValueError: The run's settings cannot be read.
+    """
+    text = os.environ.get(VARIABLE)
+    if not text:
+        return None
+    given = Inheritance.parse(text)
+    if given.backend != "simulated":
+        return None
+    cards = find_card(given.options["card"])
+    # The run numbers the cards that it sees, NVML all of them.
+    seen = numbers_of(given.visible, [uuid_of(number) for number in range(len(cards))])
+    ancestors = _ancestors()
+    return [
+        _card_now(
+            number,
+            card,
+            given,
+            str(seen.index(number)) if number in seen else "",
+            ancestors,
+        )
+        for number, card in enumerate(cards)
+    ]
+
+
+def _card_now(
+    number: int, card: Card, given: Inheritance, index: str, ancestors: list[int]
+) -> CardNow:
+    held = _held(given.shared, number)
+    held |= {int(pid): held for pid, held in given.tenants.get(index, {}).items()}
+    free = max(card.total_bytes - sum(held.values()), 0)
+    budget = given.budgets.get(index, given.budgets.get(EVERY_CARD))
+    if budget is not None and index:
+        # The program that asks is the nearest of this process's ancestors on the card.
+        own = next((held[pid] for pid in ancestors if pid in held), 0)
+        reserved = max(own - card.context_bytes, 0)
+        left = parse_size(budget, of=card.total_bytes) - reserved
+        free = min(free, max(left, 0))
+    processes = tuple(
+        Process(pid, _name_of(pid), nbytes) for pid, nbytes in sorted(held.items())
+    )
+    return CardNow(number, card, processes, free)
+
+
+def _held(shared: str, number: int) -> dict[int, int]:
+    """Return the bytes of each process that has noted some on a card."""
+    folder = Path(shared) / f"card-{number}"
+    if not shared or not folder.is_dir():
+        return {}
+    from pytest_gpumem.tenancy.entries import Folder  # noqa: PLC0415  # there may be none
+
+    held: dict[int, int] = {}
+    for value in Folder(folder).read().values():
+        held[value["pid"]] = held.get(value["pid"], 0) + value["nbytes"]
+    return {pid: nbytes for pid, nbytes in held.items() if nbytes}
+
+
+def _ancestors() -> list[int]:
+    """Return the ids of the processes above this one, the nearest first."""
+    found = []
+    pid = os.getppid()
+    while pid > 0 and pid not in found:
+        found.append(pid)
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+            # The second field is the program's name in brackets, which may hold both.
+            pid = int(stat.rpartition(")")[2].split()[1])
+        except (OSError, ValueError, IndexError, UnicodeDecodeError):
+            break
+    return found
+
+
+def _name_of(pid: int) -> str:
+    if pid > _PRETENDED:
+        return "competing_process"
+    try:
+        line = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return "[Not Found]"
+    return line.partition(b"\0")[0].decode(errors="replace") or "[Not Found]"

@@ -1,0 +1,149 @@
+"""The fields that ``--query-gpu`` and ``--query-compute-apps`` name.
+
+Source: ``nvidia-smi --help-query-gpu`` and ``--help-query-compute-apps``: names, their
+second spellings, units in the header line, ``[N/A]`` for what a card does not tell.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pytest_gpumem.nvidia_smi.cards import CardNow, Process
+
+NOT_KNOWN: Final = "[N/A]"
+MIB: Final = 2**20
+
+
+class Field(NamedTuple):
+    """One column.
+
+    Attributes:
+        name: As the header line spells it.
+        read: The value of one row, without its unit.
+        unit: Its unit, or nothing.
+    """
+
+    name: str
+    read: Callable[[CardNow, Process | None], str]
+    unit: str = ""
+
+
+def mib(nbytes: int) -> str:
+    """Return bytes as whole MiB, rounded down."""
+    return str(nbytes // MIB)
+
+
+def _gpu(
+    name: str, read: Callable[[CardNow], object], unit: str = "", *, also: str = ""
+) -> dict[str, Field]:
+    field = Field(name, lambda card, _process: str(read(card)), unit)
+    return dict.fromkeys((name, *also.split()), field)
+
+
+def _app(
+    name: str, read: Callable[[Process], object], unit: str = "", *, also: str = ""
+) -> dict[str, Field]:
+    def of_process(_card: CardNow, process: Process | None) -> str:
+        return NOT_KNOWN if process is None else str(read(process))
+
+    return dict.fromkeys((name, *also.split()), Field(name, of_process, unit))
+
+
+def _unknown(names: str, unit: str = "") -> dict[str, Field]:
+    return {
+        name: Field(name, lambda _card, _process: NOT_KNOWN, unit)
+        for name in names.split()
+    }
+
+
+#: What a simulated card has no answer for, because it has no clocks, fans or sensors.
+_WITHOUT_ANSWER: Final = (
+    _unknown(
+        "accounting.mode addressing_mode clocks_event_reasons.active "
+        "clocks_throttle_reasons.active compute_mode.current display_attached "
+        "ecc.mode.current ecc.mode.pending ecc.errors.corrected.volatile.total "
+        "ecc.errors.uncorrected.volatile.total gom.current gpu_reset_status.reset_required "
+        "inforom.img mig.mode.current mig.mode.pending pci.sub_device_id "
+        "pcie.link.gen.current pcie.link.gen.max pcie.link.width.current "
+        "pcie.link.width.max pstate serial gpu_serial vbios_version temperature.gpu "
+        "temperature.memory"
+    )
+    | _unknown("fan.speed", "%")
+    | _unknown(
+        "power.draw power.draw.average power.draw.instant power.limit "
+        "power.default_limit power.max_limit power.min_limit enforced.power.limit",
+        "W",
+    )
+    | _unknown(
+        "clocks.current.graphics clocks.current.memory clocks.current.sm clocks.gr "
+        "clocks.max.graphics clocks.max.memory clocks.max.sm clocks.mem clocks.sm",
+        "MHz",
+    )
+)
+
+
+def _of_a_card(driver: str, now: str, count: int) -> dict[str, Field]:
+    return (
+        _gpu("timestamp", lambda _card: now)
+        | _gpu("driver_version", lambda _card: driver)
+        | _gpu("count", lambda _card: count)
+        | _gpu("name", lambda card: card.card.name, also="gpu_name")
+        | _gpu("uuid", lambda card: card.uuid, also="gpu_uuid")
+        | _gpu("pci.bus_id", lambda card: card.bus_id, also="gpu_bus_id")
+        | _gpu("pci.bus", lambda card: f"0x{card.index + 1:02X}")
+        | _gpu("pci.device", lambda _card: "0x00")
+        | _gpu("pci.domain", lambda _card: "0x0000")
+    )
+
+
+def fields_of_cards(driver: str, now: str, count: int) -> dict[str, Field]:
+    """Return every field of ``--query-gpu`` by each of its spellings.
+
+    Args:
+        driver: The driver's version.
+        now: The time.
+        count: How many cards the machine has.
+    """
+    return (
+        _WITHOUT_ANSWER
+        | _of_a_card(driver, now, count)
+        | _gpu("index", lambda card: card.index)
+        | _gpu(
+            "compute_cap", lambda card: "{}.{}".format(*card.card.compute_capability)
+        )
+        | _gpu("memory.total", lambda card: mib(card.total_bytes), "MiB")
+        | _gpu("memory.used", lambda card: mib(card.used_bytes), "MiB")
+        | _gpu("memory.free", lambda card: mib(card.free_bytes), "MiB")
+        | _gpu("memory.reserved", lambda _card: 0, "MiB")
+        | _gpu("utilization.gpu", lambda _card: 0, "%")
+        | _gpu("utilization.memory", lambda _card: 0, "%")
+        | _gpu("persistence_mode", lambda _card: "Disabled")
+        | _gpu("display_active", lambda _card: "Disabled")
+        | _gpu("display_mode", lambda _card: "Disabled")
+        | _gpu("compute_mode", lambda _card: "Default")
+    )
+
+
+def fields_of_processes(driver: str, now: str, count: int) -> dict[str, Field]:
+    """Return every field of ``--query-compute-apps`` by each of its spellings."""
+    of_card = _of_a_card(driver, now, count)
+    in_front = {
+        name: field._replace(name=name if name.startswith("gpu_") else field.name)
+        for name, field in of_card.items()
+        if name in ("timestamp", "gpu_name", "gpu_uuid", "gpu_bus_id")
+    }
+    return (
+        in_front
+        | _unknown("gpu_serial")
+        | _app("pid", lambda process: process.pid)
+        | _app("process_name", lambda process: process.name, also="name")
+        | _app(
+            "used_gpu_memory",
+            lambda process: mib(process.nbytes),
+            "MiB",
+            also="used_memory",
+        )
+    )
