@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 ROOT: Final = Path(__file__).parents[1]
-sys.path += [str(ROOT / "tests"), str(ROOT / "docs")]
+sys.path += [str(ROOT / "tests/support"), str(ROOT / "docs")]
 
 from generators.markdown import page, table  # noqa: E402  # found through the line above
 from recorded_cases import CASES, RECORDINGS, simulate  # noqa: E402  # likewise

@@ -4,7 +4,7 @@ Run: ``python benchmarks/databases.py [--write] [--samples N] [NAME …]``. It r
 operator of ``op_db``, module of ``module_db`` and optimiser of ``optim_db`` that comes
 with the installed torch, or those of the given names, and compares each result with the
 CPU's. It ends with exit code 1 where something differs that
-``tests/operator_differences.py`` does not list, or where an entry there differs no more.
+``tests/support/operator_differences.py`` does not list, or where an entry there differs no more.
 ``--write`` writes the page ``docs/databases.md``. ``--samples`` takes the first N samples
 of each operator and type, not all. All samples take hours: ``--keep FILE`` keeps what is
 done, and goes on from there. ``--processes`` takes fewer than there are CPUs.
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 ROOT: Final = Path(__file__).parents[1]
-sys.path += [str(ROOT / "tests"), str(ROOT / "docs")]
+sys.path += [str(ROOT / "tests/support"), str(ROOT / "docs")]
 
 from generators.markdown import page, table  # noqa: E402  # found through the line above
 from operator_differences import (  # noqa: E402  # likewise

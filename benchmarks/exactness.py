@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 ROOT: Final = Path(__file__).parents[1]
-sys.path += [str(ROOT / "tests"), str(ROOT / "docs")]
+sys.path += [str(ROOT / "tests/support"), str(ROOT / "docs")]
 
 import torch  # noqa: E402  # after the paths, with the others
 from generators.markdown import page, table  # noqa: E402  # found through the line above
@@ -141,7 +141,7 @@ def render(found: Found) -> str:
             "# Exactness, operator by operator",
             "Made by `python benchmarks/exactness.py --write`. What PyTorch's own CUDA "
             f"code (torch {version}) asks of its allocator was recorded on a substitute "
-            "of the CUDA runtime, by `python tests_cuda_host/record_requests.py`; the "
+            "of the CUDA runtime, by `python tests/cuda_host/record_requests.py`; the "
             "simulated card runs the same cases. An operator in one type counts once, by "
             "its worst sample, forward and backward. [What this proves](exactness.md).",
             table(

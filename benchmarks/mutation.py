@@ -101,14 +101,17 @@ def sample(session: Path, most: int, seed: int) -> None:
 
 def run(folder: Path, name: str, most: int, seed: int) -> tuple[int, list[str]]:
     """Return how many mutants of a module were run, and the diffs of the survivors."""
-    files = [f"tests/test_{each}.py" for each in MODULES[name].split()]
+    wanted = {f"test_{each}.py" for each in MODULES[name].split()}
+    files = [
+        str(each) for each in (folder / "tests").rglob("*.py") if each.name in wanted
+    ]
     config, session = folder / "mutation.toml", folder / "mutation.sqlite"
     session.unlink(missing_ok=True)
     config.write_text(
         CONFIG.format(
             module=f"pytest_gpumem/{name}.py",
             python=sys.executable,
-            tests=" ".join(each for each in files if (folder / each).exists()),
+            tests=" ".join(files),
         ),
         encoding="utf-8",
     )
