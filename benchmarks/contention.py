@@ -108,13 +108,10 @@ def main() -> None:
     ways = {
         "serial": (plain, ()),
         f"{WORKERS} workers, no admission": (plain, (*many, "--gpu-share=off")),
-        f"{WORKERS} workers, equal shares": (
-            plain,
-            (*many, f"--gpu-max-contention-retries={TESTS}"),
-        ),
+        f"{WORKERS} workers, equal shares": (plain, many),
         f"{WORKERS} workers, tests say what they need": (declared, many),
     }
-    rows = [("run", "passed", "retried alone", "time", "of serial", "peak of the sum")]
+    rows = [("run", "passed", "time", "of serial", "peak of the sum")]
     serial_s = 0.0
     for name, (suite, options) in ways.items():
         print(f"{name} ...", file=sys.stderr, flush=True)
@@ -124,7 +121,6 @@ def main() -> None:
             (
                 name,
                 f"{outcomes.get('passed', 0)} of {TESTS}",
-                str(outcomes.get("contended", 0)),
                 f"{seconds:.1f} s",
                 f"{seconds / serial_s:.2f}",
                 format_size(peak),

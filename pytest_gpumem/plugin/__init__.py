@@ -29,7 +29,14 @@ from pytest_gpumem.plugin.hub import HubAdvice, HubModels
 from pytest_gpumem.plugin.options import add_options
 from pytest_gpumem.plugin.outputs import check_outputs
 from pytest_gpumem.plugin.session import Run
-from pytest_gpumem.plugin.settings import OPTIONS, Settings, is_asked, read_settings
+from pytest_gpumem.plugin.settings import (
+    OPTIONS,
+    REMOVED,
+    Settings,
+    is_asked,
+    read_settings,
+    warn_of_removed,
+)
 from pytest_gpumem.plugin.summary import DroppedNote, SummaryPlugin
 from pytest_gpumem.plugin.unasked import Unasked
 
@@ -40,7 +47,7 @@ _hub_key: Final = pytest.StashKey[HubModels]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Declare the options."""
-    add_options(parser, OPTIONS)
+    add_options(parser, (*OPTIONS, *REMOVED))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -73,6 +80,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if _key not in config.stash and is_asked(config, config.option):
         # Loaded late, by a conftest's pytest_plugins: from here on it works too.
         _start(config, config.option)
+    warn_of_removed(config)
     run = config.stash.get(_key, None)
     if run is not None:
         _configure(run, config)
@@ -101,7 +109,7 @@ def _configure(run: Run, config: pytest.Config) -> None:
     if run.settings.baseline is not None:
         _gate(run, config)
     _measure(run, config)
-    if run.settings.suggest is not None or run.settings.find_budget:
+    if run.settings.suggest or run.settings.find_budget:
         _suggest(run, config)
     if is_worker:
         config.pluginmanager.register(DroppedNote(collection.phases), "gpumem-dropped")
@@ -119,22 +127,18 @@ def _configure(run: Run, config: pytest.Config) -> None:
 def _share(run: Run, config: pytest.Config, collection: Collection) -> None:
     from pytest_gpumem.plugin.admission import Admission  # noqa: PLC0415  # there are others
     from pytest_gpumem.plugin.contention import Contention  # noqa: PLC0415  # likewise
-    from pytest_gpumem.plugin.workers import IDLE_INPUT, WORKER_INPUT  # noqa: PLC0415  # likewise
+    from pytest_gpumem.plugin.workers import IDLE_INPUT  # noqa: PLC0415  # likewise
 
     given = getattr(config, "workerinput", {})
-    text = given.get(WORKER_INPUT)
-    collection.seconds = None if text is None else json.loads(text)
     admission = Admission(
         run,
         collection.phases,
         collection.wishes,
-        collection.seconds or {},
         frozenset(json.loads(given.get(IDLE_INPUT, "[]"))),
     )
-    contention = Contention(run, admission, collection.wishes)
+    contention = Contention(run, collection.wishes)
     collection.incidents.listeners.append(contention.note)
     config.pluginmanager.register(admission, "gpumem-admission")
-    # After the other: a test is retried once its first claim is given back.
     config.pluginmanager.register(contention, "gpumem-contention")
 
 
@@ -172,7 +176,7 @@ def _suggest(run: Run, config: pytest.Config) -> None:
     from pytest_gpumem.plugin.suggest import Suggestions  # noqa: PLC0415  # it was asked for
 
     if not hasattr(config, "workerinput"):
-        plugin = Suggestions(run, config)
+        plugin = Suggestions(run)
         config.pluginmanager.register(plugin, "gpumem-suggestions")
     if run.settings.find_budget:
         if config.getoption("usepdb", default=False):

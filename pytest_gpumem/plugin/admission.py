@@ -31,7 +31,6 @@ class Admission:
         run: The run.
         phases: The hooks around tests' phases, which clean up between tests.
         wishes: What each test's markers ask for.
-        seconds: How long tests took before, by name, for the order of those that wait.
         idle: Tests that used no card before: they claim no share.
     """
 
@@ -40,18 +39,14 @@ class Admission:
         run: Run,
         phases: Phases,
         wishes: Mapping[pytest.Item, marks.Wishes],
-        seconds: Mapping[str, float],
         idle: frozenset[str] = frozenset(),
     ) -> None:
         self._run: Final = run
         self._phases: Final = phases
         self._wishes: Final = wishes
-        self._seconds: Final = seconds
         self._idle: Final = idle
         self._waited_s = 0.0
         self._refusal: AdmissionTimeoutError | None = None
-        #: A test that is to have all cards alone: it is retried after contention.
-        self.alone: pytest.Item | None = None
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:
@@ -106,7 +101,6 @@ class Admission:
                         claim.nbytes,
                         is_exclusive=claim.is_alone,
                         is_share=claim.is_share,
-                        duration_s=self._seconds.get(item.nodeid, 0.0),
                         timeout_s=self._run.settings.wait_s,
                     )
                 )
@@ -124,7 +118,7 @@ class Admission:
         }
         claims = declared_claims(wishes, self._run.settings, totals)
         # What a tenant puts on a card would be in others' way, and they in its.
-        if item is self.alone or TENANTS in getattr(item, "fixturenames", ()):
+        if TENANTS in getattr(item, "fixturenames", ()):
             claims = {
                 index: claims.get(index, Claim(0))._replace(is_alone=True)
                 for index in totals

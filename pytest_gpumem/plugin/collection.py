@@ -37,8 +37,6 @@ class Collection:
         self.incidents: Final = Incidents(run)
         self.phases: Final = Phases(run, self.wishes, self._fixtures)
         run.on_device = self._device_came
-        #: Seconds of tests in earlier runs, where the tests are to be ordered by them.
-        self.seconds: dict[str, float] | None = None
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Read every marker; skip what this run's device cannot serve.
@@ -61,33 +59,8 @@ class Collection:
             reason = self._why_not(wishes)
             if reason is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
-        if self.seconds is not None:
-            self._order(items, self.seconds)
         if self._run.choice.kind != "off" and not self._is_registered:
             self._register()
-
-    def _order(self, items: list[pytest.Item], seconds: dict[str, float]) -> None:
-        """Put those that say how much they need first; see ``order``."""
-        totals = self._run.totals()
-        place = self._run.sharing.place
-        if not self.wishes or totals is None or place is None:
-            return
-        from pytest_gpumem.plugin.claims import declared_claims  # noqa: PLC0415  # there are some
-        from pytest_gpumem.plugin.order import largest_first  # noqa: PLC0415  # likewise
-
-        needs: dict[pytest.Item, int] = {}
-        for item, wishes in self.wishes.items():
-            own = wishes.requirements or wishes.limits or wishes.budgets
-            if own or wishes.alone_on:
-                claims = declared_claims(
-                    wishes, self._run.settings, dict(enumerate(totals))
-                )
-                needs[item] = max(
-                    totals[index] if claim.is_alone else claim.nbytes
-                    for index, claim in claims.items()
-                )
-        if needs:
-            largest_first(items, needs, seconds, place.workers)
 
     def pytest_report_teststatus(
         self, report: pytest.TestReport | pytest.CollectReport

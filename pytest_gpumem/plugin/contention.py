@@ -1,9 +1,8 @@
-"""OOMs that other workers had a part in: their tests are retried alone, once.
+"""OOMs that other workers had a part in: the failure says so, and what to do.
 
-Such an OOM is one that would not have been, had this process had the card for itself:
-what was live and what was asked for fit the test's own budget, or else the card. A rule's
-OOM never is. The first attempt is reported with a status of its own; the retry's outcome is
-the test's.
+Such an OOM is one that the test would not have had with the card to itself: what was live
+and what was asked for fit the test's own budget, or else the card. A rule's OOM never is
+one. The test fails; its marker ``requires_vram`` makes it wait for its bytes instead.
 """
 
 from __future__ import annotations
@@ -18,42 +17,25 @@ from pytest_gpumem.plugin import marks
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
 
-    from pytest_gpumem.plugin.admission import Admission
     from pytest_gpumem.plugin.session import Run
     from pytest_gpumem.records.incidents import Incident
 
-#: The outcome of a report whose test is retried.
-OUTCOME: Final = "contended"
-
-
-def is_contended(report: pytest.TestReport | pytest.CollectReport) -> bool:
-    """Tell whether a report is of an attempt whose test is retried."""
-    return str(report.outcome) == OUTCOME
+_MIB: Final = 2**20
 
 
 class Contention:
-    """Tells OOMs under contention apart, and retries their tests alone.
+    """Tells a test's OOMs under contention apart from its own.
 
     Args:
         run: The run.
-        admission: Gives a test all cards alone.
         wishes: What each test's markers ask for.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        admission: Admission,
-        wishes: Mapping[pytest.Item, marks.Wishes],
-    ) -> None:
+    def __init__(self, run: Run, wishes: Mapping[pytest.Item, marks.Wishes]) -> None:
         self._run: Final = run
-        self._admission: Final = admission
         self._wishes: Final = wishes
         self._item: pytest.Item | None = None
         self._seen: dict[str, Any] | None = None
-        self._retry: pytest.Item | None = None
-
-    # -- the OOM ----------------------------------------------------------------------
 
     def note(self, incident: Incident) -> None:
         """Look at an OOM while it lasts."""
@@ -90,96 +72,17 @@ class Contention:
     def pytest_runtest_makereport(
         self, item: pytest.Item
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Give a failure under contention its own outcome, where a retry follows."""
+        """Say of a failure what the OOM was, and which marker the test lacks."""
         report = yield
+        if report.failed and self._seen is not None:
+            told = (marks.CONTENTION_PROPERTY, json.dumps(self._seen))
+            item.user_properties.append(told)
+            text = f"{describe(self._seen)}; {advice(self._seen)}"
+            report.sections.append(("GPU contention", text))
+            self._seen = None
         if report.when == "teardown":
             self._item = None
-        elif report.failed and self._seen is not None:
-            self._judge(item, report, self._seen)
-            self._seen = None
         return report
-
-    def _judge(
-        self, item: pytest.Item, report: pytest.TestReport, seen: dict[str, Any]
-    ) -> None:
-        most = self._run.settings.max_retries
-        if item is self._admission.alone:
-            text = "this was the retry, alone on the card; it was not enough"
-        elif not self._run.sharing.take_retry(most):
-            text = (
-                f"not retried alone: the run's limit of {most} such retries is reached "
-                "(--gpu-max-contention-retries)"
-            )
-        else:
-            report.outcome = OUTCOME  # type: ignore[assignment]  # one of ours, as of reruns
-            told = (marks.CONTENTION_PROPERTY, json.dumps(seen))
-            report.user_properties.append(told)
-            item.user_properties.append(told)
-            return
-        report.sections.append(("GPU contention", f"{describe(seen)}; {text}"))
-
-    # -- the retry --------------------------------------------------------------------
-
-    @pytest.hookimpl(specname="pytest_runtest_protocol")
-    def pytest_run_attempt(
-        self, item: pytest.Item, nextitem: pytest.Item | None
-    ) -> bool | None:
-        """Run a test; of an attempt under contention, report that alone."""
-        if self._run.device is None or item is self._admission.alone or _reruns(item):
-            return None
-        hook = item.ihook
-        hook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-        # pytest's own plugin that runs tests; it has no other name that is public.
-        runner: Any = item.config.pluginmanager.get_plugin("runner")
-        reports = runner.runtestprotocol(item, nextitem=nextitem, log=False)
-        contended = [each for each in reports if is_contended(each)]
-        for report in contended or reports:
-            hook.pytest_runtest_logreport(report=report)
-        hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
-        if contended:
-            self._retry = item
-        return True
-
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_runtest_protocol(
-        self, item: pytest.Item, nextitem: pytest.Item | None
-    ) -> Generator[None, Any, Any]:
-        """Run a test that is to be retried again, alone."""
-        result = yield
-        if self._retry is not item:
-            return result
-        self._retry, self._admission.alone = None, item
-        _forget_failed_fixtures(item)
-        try:
-            item.ihook.pytest_runtest_protocol(item=item, nextitem=nextitem)
-        finally:
-            self._admission.alone = None
-        return result
-
-
-def _reruns(item: pytest.Item) -> bool:
-    """Tell whether pytest-rerunfailures runs the test; it shows every attempt whole.
-
-    By its options, its marker or, from its ini setting, for every test.
-    """
-    config = item.config
-    if not config.pluginmanager.has_plugin("rerunfailures"):
-        return False
-    asked = [config.getoption(name, None) for name in ("reruns", "force_reruns")]
-    try:
-        asked.append(config.getini("reruns"))
-    except ValueError:
-        pass  # a version without the setting
-    return any(asked) or item.get_closest_marker("flaky") is not None
-
-
-def _forget_failed_fixtures(item: pytest.Item) -> None:
-    """Let fixtures that failed be made again; pytest keeps their exceptions."""
-    info = getattr(item, "_fixtureinfo", None)
-    for definitions in getattr(info, "name2fixturedefs", {}).values():
-        for each in definitions:
-            if each.cached_result is not None and each.cached_result[2] is not None:
-                each.cached_result = None
 
 
 def describe(seen: Mapping[str, Any]) -> str:
@@ -191,3 +94,10 @@ def describe(seen: Mapping[str, Any]) -> str:
     if seen["share_bytes"] is None:
         return f"{needed}, {others}"
     return f"{needed} of a share of {format_size(seen['share_bytes'])}, {others}"
+
+
+def advice(seen: Mapping[str, Any]) -> str:
+    """Return which marker makes the test wait for its bytes."""
+    mebibytes = -(-seen["needed_bytes"] // _MIB)
+    size = f"{mebibytes // 1024}GiB" if mebibytes % 1024 == 0 else f"{mebibytes}MiB"
+    return f'@pytest.mark.requires_vram("{size}") makes it wait until that much is free'

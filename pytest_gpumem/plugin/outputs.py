@@ -43,10 +43,6 @@ def outputs(settings: Settings, config: pytest.Config) -> list[Output]:
         Output(f"--gpu-report={kind}:{path}", base / path)
         for kind, path in settings.reports
     ]
-    if settings.suggest not in (None, "print"):
-        found.append(
-            Output(f"--gpu-suggest={settings.suggest}", base / settings.suggest)
-        )
     if settings.snapshots is not None:
         found.append(Output("--gpu-snapshots", settings.snapshots, is_ours=False))
     others = [

@@ -235,7 +235,7 @@ class Phases:
             if environment not in item.user_properties:
                 host = (marks.HOST_PROPERTY, platform.node())
                 item.user_properties += [environment, host]
-            if self._run.settings.suggest is not None and phase == "call":
+            if self._run.settings.suggest and phase == "call":
                 self._note_limit(item, device)
             used = _used_cards(figures)
             for each in used:

@@ -77,14 +77,17 @@ def parse_folder(text: str) -> Path:
         ) from None
 
 
-def parse_suggest(text: str) -> str:
-    """Read ``--gpu-suggest``; a test file that follows it is no patch to overwrite."""
-    if text != "print" and Path(text).suffix not in (".patch", ".diff"):
+def parse_suggest(text: str) -> bool:
+    """Read ``--gpu-suggest``; it takes what follows it, which may be a test file.
+
+    A patch's name is still accepted: see ``PATCHES``.
+    """
+    if text != "print" and Path(text).suffix not in PATCHES:
         raise ValueError(
-            f"{text!r} is no name of a patch; write --gpu-suggest=print, or "
-            "--gpu-suggest=FILE with a FILE that ends in .patch or .diff"
+            f"{text!r} is not accepted; write --gpu-suggest=print, or put --gpu-suggest "
+            "after the tests"
         )
-    return text
+    return True
 
 
 def parse_seconds(text: str) -> float:
@@ -96,13 +99,6 @@ def parse_seconds(text: str) -> float:
     if not 0 <= seconds < float("inf"):
         raise ValueError(f"{text!r} is no time; give seconds, such as 60 or 0.5")
     return seconds
-
-
-def parse_count(text: str) -> int:
-    """Read ``--gpu-max-contention-retries``."""
-    if not text.isascii() or not text.isdigit():
-        raise ValueError(f"{text!r} is no number; give 0, 1, 2, ...")
-    return int(text)
 
 
 def _baseline(text: str, *, base: Path) -> Path | None:
@@ -202,14 +198,14 @@ class Settings:
         help="write a snapshot for PyTorch's memory_viz into this folder for every test "
         "that fails with an OOM or a broken limit",
     )
-    suggest: str | None = option(
+    suggest: bool = option(
         "--gpu-suggest",
-        "FILE",
+        "print",
+        default=False,
         alone="print",
         parse=parse_suggest,
         help="suggest the max_vram markers that tests lack, from the peaks of this run, "
-        "and the cards that the suite fits on; with =FILE.patch write a patch that "
-        "adds the markers",
+        "and name the cards that the suite fits on",
     )
     find_budget: bool = option(
         "--gpu-find-budget",
@@ -283,14 +279,6 @@ class Settings:
         parse=parse_seconds,
         help="the longest that a test waits until its bytes of a card are free; then it "
         "is an error that names who holds them",
-    )
-    max_retries: int = option(
-        "--gpu-max-contention-retries",
-        "N",
-        default=20,
-        parse=parse_count,
-        help="how many tests of a run may be retried alone after an OOM that other "
-        "workers had a part in",
     )
     checkpoint: str = option(
         "--gpu-checkpoint",
@@ -376,10 +364,43 @@ class Settings:
 
 OPTIONS: Final[tuple[Option, ...]] = tuple(options_of(Settings).values())
 
+#: Options of earlier versions: accepted, without effect, with one warning.
+REMOVED: Final = (
+    Option(
+        "--gpu-max-contention-retries",
+        metavar="N",
+        help="no longer in use",
+        removed="tests are no longer retried after an OOM that other workers had a part "
+        "in; such a failure names the requires_vram marker to add",
+    ),
+)
+#: File names that ``--gpu-suggest=FILE`` wrote patches to in earlier versions.
+PATCHES: Final = (".patch", ".diff")
+_NO_PATCH: Final = (
+    "patches are no longer written; copy the suggested markers from the end of the "
+    "output, or hold the whole suite to a baseline with --gpu-baseline"
+)
+
 
 def is_asked(config: pytest.Config, namespace: Any) -> bool:
     """Tell whether a run asks for a device: by any option or ini setting of the plugin."""
-    return is_given(OPTIONS, config, namespace)
+    return is_given((*OPTIONS, *REMOVED), config, namespace)
+
+
+def warn_of_removed(config: pytest.Config) -> None:
+    """Say once of each option without effect what to do instead; not in workers."""
+    if hasattr(config, "workerinput"):
+        return
+    for each in REMOVED:
+        if is_given((each,), config, config.option):
+            _warn(config, f"{each.flag}: {each.removed}")
+    text = getattr(config.option, "gpu_suggest", None) or config.getini("gpu_suggest")
+    if text and Path(text).suffix in PATCHES:
+        _warn(config, f"--gpu-suggest={text}: {_NO_PATCH}")
+
+
+def _warn(config: pytest.Config, text: str) -> None:
+    config.issue_config_time_warning(pytest.PytestDeprecationWarning(text), 2)
 
 
 def read_settings(config: pytest.Config, namespace: Any) -> Settings:

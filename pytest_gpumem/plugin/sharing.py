@@ -94,7 +94,6 @@ class Sharing:
         )
         self._ledgers: Final[dict[str, Ledger]] = {}
         self._joined: list[SharedCard] = []
-        self._num_retries = 0
         self._own_folder: str | None = None
 
     # -- spreading over the cards -----------------------------------------------------
@@ -220,12 +219,3 @@ class Sharing:
         if self.place is None:
             self._own_folder = self.folder
         self._joined = join_cards(machine.all_cards, self.folder)
-
-    def take_retry(self, most: int) -> bool:
-        """Tell whether another test of this run may be retried, and count it."""
-        if self.place is None:
-            self._num_retries += 1
-            return self._num_retries <= most
-        from pytest_gpumem.tenancy.counter import count_up  # noqa: PLC0415  # it happens seldom
-
-        return count_up(Path(self.folder, "retries"), most)

@@ -1,11 +1,11 @@
-"""What sharing cards came to, at the end of a run: retries and waits."""
+"""What sharing cards came to, at the end of a run: waits and OOMs under contention."""
 
 from __future__ import annotations
 
 import json
 from typing import TYPE_CHECKING, Any
 
-from pytest_gpumem.plugin.contention import OUTCOME, describe, is_contended
+from pytest_gpumem.plugin.contention import advice, describe
 from pytest_gpumem.plugin.marks import CONTENTION_PROPERTY, WAIT_PROPERTY
 
 if TYPE_CHECKING:
@@ -13,29 +13,18 @@ if TYPE_CHECKING:
 
 
 class SharingSummary:
-    """Shows attempts under contention as such, and sums waits up; not in workers."""
+    """Sums up waits and OOMs under contention; not in workers."""
 
     def __init__(self) -> None:
         self._contended: dict[str, dict[str, Any]] = {}
-        self._outcomes: dict[str, str] = {}
         self._waits: dict[str, float] = {}
 
-    def pytest_report_teststatus(
-        self, report: pytest.TestReport | pytest.CollectReport
-    ) -> tuple[str, str, tuple[str, dict[str, bool]]] | None:
-        """Show an attempt under contention as such: C, no failure of its own."""
-        if not is_contended(report):
-            return None
-        return OUTCOME, "C", ("CONTENDED", {"yellow": True})
-
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Note retries, waits, and how retried tests ended."""
+        """Note waits, and OOMs under contention."""
         properties = dict(report.user_properties)
-        if is_contended(report):
+        if CONTENTION_PROPERTY in properties:
             told = json.loads(str(properties[CONTENTION_PROPERTY]))
             self._contended[report.nodeid] = told
-        elif report.nodeid in self._contended and not report.passed:
-            self._outcomes[report.nodeid] = report.outcome
         if WAIT_PROPERTY in properties:
             waited = float(str(properties[WAIT_PROPERTY]))
             self._waits[report.nodeid] = waited
@@ -55,12 +44,5 @@ class SharingSummary:
                 f"{self._waits[longest]:.1f} s: {longest}"
             )
         for nodeid, seen in self._contended.items():
-            outcome = self._outcomes.get(nodeid, "passed")
-            terminalreporter.write_line(
-                f"{nodeid}: {describe(seen)}; retried alone, {outcome}", yellow=True
-            )
-        if any(seen["share_bytes"] for seen in self._contended.values()):
-            terminalreporter.write_line(
-                "tests that say what they need wait for it: "
-                "@pytest.mark.requires_vram('...')"
-            )
+            text = f"{nodeid}: {describe(seen)}; {advice(seen)}"
+            terminalreporter.write_line(text, yellow=True)

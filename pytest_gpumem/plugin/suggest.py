@@ -1,10 +1,7 @@
-"""``--gpu-suggest``: the limits that a suite lacks, printed or as a patch."""
+"""``--gpu-suggest`` and ``--gpu-find-budget``: the limits that a suite lacks."""
 
 from __future__ import annotations
 
-import os
-import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from pytest_gpumem.plugin.marks import (
@@ -25,20 +22,10 @@ class Suggestions:
 
     Args:
         run: The run.
-        config: The run's.
     """
 
-    def __init__(self, run: Run, config: pytest.Config) -> None:
-        settings = run.settings
-        self._run: Final = run
-        self._suggests: Final = settings.suggest is not None
-        self._file: Final = (
-            Path(config.invocation_params.dir) / settings.suggest
-            if settings.suggest not in (None, "print")
-            else None
-        )
-        self._root: Final = config.rootpath
-        self._started_s: Final = time.time()
+    def __init__(self, run: Run) -> None:
+        self._suggests: Final = run.settings.suggest
         self._peaks: Final[dict[str, Peak]] = {}
         self._failed: Final[set[str]] = set()
 
@@ -70,7 +57,7 @@ class Suggestions:
     def pytest_terminal_summary(
         self, terminalreporter: pytest.TerminalReporter
     ) -> None:
-        """Print the suggestions, and write the patch."""
+        """Print the suggestions."""
         passed = {t: p for t, p in self._peaks.items() if t not in self._failed}
         if not passed:
             return
@@ -82,31 +69,3 @@ class Suggestions:
             terminalreporter.section(f"{title} GPU memory")
             for line in lines:
                 terminalreporter.write_line(line)
-        if self._file is not None:
-            for line in self._write(passed):
-                terminalreporter.write_line(line)
-
-    def _write(self, passed: dict[str, Peak]) -> list[str]:
-        from pytest_gpumem.files import write_atomically  # noqa: PLC0415  # a patch is wanted
-        from pytest_gpumem.suggestions.limits import missing, size_text  # noqa: PLC0415  # likewise
-        from pytest_gpumem.suggestions.patch import make_patch  # noqa: PLC0415  # likewise
-
-        assert self._file is not None, "the caller looks"  # noqa: S101  # states why
-        markers = {
-            test: f'max_vram("{size_text(limit)}")'
-            for test, limit in missing(passed.values()).items()
-        }
-        patch = make_patch(self._root, markers, self._started_s)
-        lines = [f"{test} is left to you: {why}" for test, why in patch.left.items()]
-        name = os.path.relpath(self._file)
-        if not patch.text:
-            return [*lines, f"{name} was not written: there is nothing to add"]
-        try:
-            write_atomically(self._file, patch.text)
-        except OSError as error:
-            text = f"--gpu-suggest: {name} cannot be written: {error}"
-            if self._run.endings is not None:
-                self._run.endings.fail(f"{text}; name another file")
-            return lines
-        lines.append(f"{name} written; apply it in {self._root}: patch -p1 < {name}")
-        return lines

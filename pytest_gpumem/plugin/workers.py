@@ -1,4 +1,4 @@
-"""The controller of pytest-xdist tells workers their places and what tests took before."""
+"""The controller of pytest-xdist tells workers their places, and who used no card before."""
 
 from __future__ import annotations
 
@@ -12,23 +12,19 @@ from pytest_gpumem.inheritance import remove_run, run_folder
 from pytest_gpumem.plugin.sharing import VARIABLE, Place
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from pytest_gpumem.plugin.history import History
 
-#: The key of what tests took before, in a worker's input.
-WORKER_INPUT: Final = "gpumem_history"
 #: The key of the names of tests that used no card before.
 IDLE_INPUT: Final = "gpumem_idle"
-#: Ways to hand tests out in which a test's place in the order is free.
-FREE_ORDERS: Final = ("load", "worksteal")
 
 
 class Workers:
     """Gives each worker its place among those of its machine.
 
     Args:
-        history: What tests took before.
+        history: Which tests used no card before.
         share: How they share cards, as ``--gpu-share`` has it.
     """
 
@@ -59,11 +55,8 @@ class Workers:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
-        """Tell a worker who used no card, and what tests took, where it may order them."""
+        """Tell a worker which tests used no card before."""
         node.workerinput[IDLE_INPUT] = json.dumps(sorted(self._history.idle))
-        if node.config.getoption("dist") in FREE_ORDERS:
-            taken: Mapping[str, Any] = self._history.before
-            node.workerinput[WORKER_INPUT] = json.dumps(taken)
 
     def pytest_unconfigure(self) -> None:
         """Remove what this machine's workers noted for each other."""

@@ -1,1 +1,1 @@
-"""Limits that a suite could have: how much, where, and as a patch."""
+"""Limits that a suite could have: how much, and where."""

@@ -75,7 +75,6 @@ class Ledger:
         *,
         is_exclusive: bool = False,
         is_share: bool = False,
-        duration_s: float = 0.0,
         timeout_s: float | None = None,
         on_wait: Callable[[int], None] = lambda _held: None,
     ) -> Iterator[float]:
@@ -86,7 +85,6 @@ class Ledger:
             is_exclusive: Whether to have the card alone.
             is_share: Whether less will do where others hold bytes beyond their tests,
                 such as a context: they hold them until they end.
-            duration_s: How long this is thought to take, for the order.
             timeout_s: The longest wait; None waits for ever.
             on_wait: Called once, with the bytes held by others, if there is a wait.
 
@@ -108,7 +106,6 @@ class Ledger:
         wish: dict[str, Any] = {
             "nbytes": max(nbytes - self._standing_bytes, 0),
             "since": start,
-            "duration_s": duration_s,
             "is_exclusive": is_exclusive,
         }
         entry = self._folder.add(wish)

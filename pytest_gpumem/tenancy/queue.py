@@ -1,4 +1,4 @@
-"""Who of those that wait may start: largest and longest first, nobody starves."""
+"""Who of those that wait may start: largest first, nobody starves."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ class Request:
         name: Distinct for each request.
         nbytes: Bytes; more than the card is for the caller to refuse.
         since: When it began to wait, in seconds.
-        duration_s: How long it is thought to take; 0 where nothing is known.
         is_exclusive: Whether nobody else may hold any of the card.
         is_admitted: Whether it holds its bytes already.
         is_standing: Whether it holds them while nothing of it runs.
@@ -31,7 +30,6 @@ class Request:
     name: str
     nbytes: int
     since: float
-    duration_s: float = 0.0
     is_exclusive: bool = False
     is_admitted: bool = False
     is_standing: bool = False
@@ -49,7 +47,7 @@ def admissible(
 
     Who is not patient any more comes before all others, the oldest first, and while it
     does not fit nobody behind it starts. The rest go by size, then by
-    duration, then by age; one that does not fit is passed by one that does.
+    age; one that does not fit is passed by one that does.
     """
     everyone = list(requests)
     held = [each for each in everyone if each.is_admitted]
@@ -76,4 +74,4 @@ def _rank(request: Request, now: float) -> tuple[float, ...]:
     if not request.is_patient(now):
         return (0, request.since)
     size = 0 if request.is_exclusive else -request.nbytes
-    return (1, not request.is_exclusive, size, -request.duration_s, request.since)
+    return (1, not request.is_exclusive, size, request.since)

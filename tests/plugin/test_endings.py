@@ -31,13 +31,11 @@ TEST = """
         (["--gpu-report=json:r", "--gpu-report=md:./r"], "*same file (r)*"),
         (["--gpu-report=json:r", "--gpu-report=md:link"], "*same file (link)*"),
         (["--gpu-report=json:j.xml", "--junitxml=j.xml"], "*same file (j.xml)*"),
-        (["--gpu-suggest=a.patch", "--gpu-report=md:a.patch"], "*same file (a.patch)*"),
         (["--gpu-report=md:folder"], "*cannot be written: it is a folder*"),
         (
             ["--gpu-baseline=folder", "--gpu-update-baseline"],
             "*--gpu-baseline: *folder cannot be written: it is a folder*",
         ),
-        (["--gpu-suggest=b.json/a.patch"], "*b.json is no folder*"),
     ],
 )
 def test_outputs_that_cannot_be_end_the_run(

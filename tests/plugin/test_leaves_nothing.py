@@ -104,7 +104,7 @@ OPTIONS = (
     "--gpu-report=html:out/r.html",
     "--gpu-baseline=out/b.json",
     "--gpu-update-baseline",
-    "--gpu-suggest=out/s.patch",
+    "--gpu-suggest=print",
     "--gpu-inject-oom=any:nth=100",
 )
 SCRIPT = """

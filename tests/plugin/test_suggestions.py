@@ -1,12 +1,8 @@
-"""Limits that a suite lacks: how much, printed, as a patch, by bisection."""
+"""Limits that a suite lacks: how much, printed, and found by bisection."""
 
 from __future__ import annotations
 
-import os
-import subprocess
 import textwrap
-import time
-from typing import TYPE_CHECKING
 
 import pytest
 import torch  # noqa: F401  # inner runs in this process must find it imported
@@ -24,10 +20,6 @@ from pytest_gpumem.suggestions.limits import (
     suggested_limit,
     too_generous,
 )
-from pytest_gpumem.suggestions.patch import make_patch
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytest_plugins = ["pytester"]
 
@@ -83,82 +75,6 @@ def test_the_smallest_card_that_has_the_room_is_named(nbytes: int, words: str) -
     assert words in explain({"t": Peak("t", 0, nbytes)})[-1]
 
 
-SOURCE = '''\
-"""A module."""
-from __future__ import annotations
-
-import os
-import torch
-
-class TestIt:
-    class TestInner:
-        @staticmethod
-        def test_deep():
-            torch.zeros(2**20, device="cuda")
-
-    async def test_async(self):
-        pass
-
-def test_plain():
-    torch.zeros(2**20, device="cuda")'''
-
-
-def _apply(folder: Path) -> None:
-    """Apply the patch in a folder, whatever repository it may be in."""
-    environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.parent)}
-    subprocess.run(
-        ["git", "apply", "it.patch"],  # noqa: S607  # the user's
-        cwd=folder,
-        env=environment,
-        check=True,
-    )
-
-
-def test_a_patch_adds_markers_and_an_import(tmp_path: Path) -> None:
-    """Before decorators, at the right depth; once the import; git takes it."""
-    (tmp_path / "test_it.py").write_text(SOURCE, encoding="utf-8")
-    names = ("TestIt::TestInner::test_deep", "TestIt::test_async", "test_plain")
-    markers = {f"test_it.py::{name}": 'max_vram("9MiB")' for name in names}
-    patch = make_patch(tmp_path, markers, time.time() + 1)
-    (tmp_path / "it.patch").write_text(patch.text, encoding="utf-8")
-    _apply(tmp_path)
-
-    assert {} == patch.left
-    marker = '@pytest.mark.max_vram("9MiB")\n'
-    assert (tmp_path / "test_it.py").read_text(encoding="utf-8") == (
-        SOURCE.replace("import os", "import pytest\nimport os")
-        .replace("        @static", f"        {marker}        @static")
-        .replace("    async", f"    {marker}    async")
-        .replace("def test_plain", f"{marker}def test_plain")
-    )
-
-
-def test_what_cannot_be_patched_is_left_with_a_reason(tmp_path: Path) -> None:
-    """Text files, twins, inherited tests, broken or changed files; nothing is lost."""
-    (tmp_path / "twins.py").write_text("def t(): 1\ndef t(): 2\n", encoding="utf-8")
-    (tmp_path / "broken.py").write_text("def t(:", encoding="utf-8")
-    (tmp_path / "latin.py").write_bytes(b"# \xe4\ndef t(): 1\n")
-    (tmp_path / "it.txt").write_text(">>> 1", encoding="utf-8")
-    names = ("twins.py::t", "broken.py::t", "latin.py::t", "it.txt::t", "no.py::t")
-    markers = dict.fromkeys(names, "gpu")
-    patch = make_patch(tmp_path, markers, time.time() + 1)
-    late = make_patch(tmp_path, {"twins.py::t": "gpu"}, 0)
-
-    assert "" == patch.text == late.text
-    assert set(names) == set(patch.left)
-    assert "more than one" in patch.left["twins.py::t"]
-    assert "no Python file" in patch.left["it.txt::t"]
-    assert "changed during the run" in late.left["twins.py::t"]
-
-
-def test_names_and_line_ends_are_the_files_own(tmp_path: Path) -> None:
-    """An import under another name is used; CRLF stays."""
-    (tmp_path / "a.py").write_bytes(b"import pytest as pt\r\ndef t(): 1\r\n")
-    patch = make_patch(tmp_path, {"a.py::t": "gpu"}, time.time() + 1)
-
-    assert "\n+@pt.mark.gpu\r\n" in patch.text
-
-
 TESTS = """
     import torch
     import pytest as pt
@@ -188,41 +104,43 @@ TESTS = """
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_patch_is_written_and_holds(way: str, pytester: pytest.Pytester) -> None:
-    """Applied, the same tests pass, and nothing more is suggested but the generous."""
-    test_file = pytester.makepyfile(test_it=TESTS)
-    before = test_file.read_bytes()
-    options = (*LIGHT, *WAYS[way], "--gpu-suggest=it.patch")
-    first = pytester.runpytest(*options)
-    written = (pytester.path / "it.patch").read_text(encoding="utf-8")
-    assert before == test_file.read_bytes()
-    _apply(pytester.path)
-    again = pytester.runpytest(*options)
+def test_limits_are_suggested(way: str, pytester: pytest.Pytester) -> None:
+    """For tests that pass and lack one, and where one is generous."""
+    pytester.makepyfile(test_it=TESTS)
+    result = pytester.runpytest(*LIGHT, *WAYS[way], "--gpu-suggest")
 
-    first.assert_outcomes(passed=5, failed=1)
-    first.stdout.fnmatch_lines_random(
+    result.assert_outcomes(passed=5, failed=1)
+    result.stdout.fnmatch_lines_random(
         [
             'test_it.py::test_many: @pytest.mark.max_vram("9MiB")  # peak 8 MiB',
             "test_it.py::test_generous: its limit of 80 MiB is 10.0 times its *",
             "the suite needs 20 MiB beside the context (test_it.py::*); it fits on *",
-            "it.patch written; apply it in *: patch -p1 < it.patch",
         ]
     )
-    assert "+@pt.mark.max_vram" in written
-    assert 1 == written.count("\n+@")
-    again.assert_outcomes(passed=5, failed=1)
-    again.stdout.fnmatch_lines(["it.patch was not written: there is nothing to add"])
-    again.stdout.no_fnmatch_line("*test_many: @pytest*")
+    for name in ("good", "fails", "no_card"):
+        result.stdout.no_fnmatch_line(f"*test_{name}: @pytest*")
+
+
+def test_a_patch_is_no_longer_written(pytester: pytest.Pytester) -> None:
+    """The option is accepted, says so once, and suggests as without it."""
+    pytester.makepyfile(test_it=TESTS)
+    result = pytester.runpytest(*LIGHT, "--gpu-suggest=it.patch")
+
+    result.assert_outcomes(passed=5, failed=1, warnings=1)
+    result.stdout.fnmatch_lines_random(
+        ["*--gpu-suggest=it.patch: patches are no longer written; *", "*test_many: @*"]
+    )
+    assert not (pytester.path / "it.patch").exists()
 
 
 def test_a_test_file_is_never_overwritten(pytester: pytest.Pytester) -> None:
-    """The option takes what follows it; only a patch's name is accepted."""
+    """The option takes what follows it; a test file is refused."""
     test_file = pytester.makepyfile(test_it="def test_it(): pass")
     before = test_file.read_bytes()
     result = pytester.runpytest(*LIGHT, "--gpu-suggest", "test_it.py")
 
     assert pytest.ExitCode.USAGE_ERROR == result.ret
-    result.stderr.fnmatch_lines(["*--gpu-suggest: 'test_it.py' is no name of a patch*"])
+    result.stderr.fnmatch_lines(["*--gpu-suggest: 'test_it.py' is not accepted*"])
     assert before == test_file.read_bytes()
 
 

@@ -15,7 +15,6 @@ import pytest
 
 import pytest_gpumem
 from pytest_gpumem.errors import SharedFolderError
-from pytest_gpumem.tenancy.counter import count_up
 from pytest_gpumem.tenancy.entries import Folder
 from pytest_gpumem.tenancy.ledger import Ledger
 from pytest_gpumem.tenancy.load_lock import gpu_load_lock
@@ -47,7 +46,6 @@ USES: dict[str, Callable[[Path], Any]] = {
     "load lock": lambda _root: _enter(),
     "ledger": lambda root: Ledger(root / "ledger-0", 16).requests(),
     "shared card": lambda root: SharedCard(root / "run-1" / "card-0").others(),
-    "counter": lambda root: count_up(root / "run-1" / "retries", 1),
 }
 
 

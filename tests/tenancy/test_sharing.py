@@ -7,6 +7,7 @@ import os
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,6 @@ import torch  # noqa: F401  # an inner run may not be the first to import it
 from pytest_gpumem.plugin.claims import Claim, declared_claims
 from pytest_gpumem.plugin.history import History
 from pytest_gpumem.plugin.marks import Budget, Limit, Requirement, Wishes
-from pytest_gpumem.plugin.order import largest_first
 from pytest_gpumem.plugin.settings import Settings
 from pytest_gpumem.plugin.sharing import VARIABLE, Place, Sharing, take_place
 from pytest_gpumem.plugin.workers import Workers
@@ -90,7 +90,7 @@ def test_tests_that_say_what_they_need_wait_for_it(pytester: pytest.Pytester) ->
             "*test(s) waited for their bytes of a card*",
         ]
     )
-    assert "contended" not in result.stdout.str()
+    assert "under contention" not in result.stdout.str()
 
 
 def test_workers_may_have_cards_of_their_own(pytester: pytest.Pytester) -> None:
@@ -133,51 +133,49 @@ def test_nobody_waits_where_sharing_is_off(pytester: pytest.Pytester) -> None:
     result.stdout.fnmatch_lines(["*OutOfMemoryError*Process * has 9.00 GiB memory*"])
 
 
-@pytest.mark.parametrize("junit", [(), ("--junitxml=junit.xml",)], ids=["", "junit"])
-def test_ooms_for_want_of_the_whole_card_are_retried_alone(
-    pytester: pytest.Pytester, junit: tuple[str, ...]
+def test_ooms_for_want_of_the_whole_card_name_the_marker_to_add(
+    pytester: pytest.Pytester,
 ) -> None:
-    """Each is reported as such, once, and its test as what the retry came to."""
+    """Each test fails once, and its report, the summary and JUnit say why."""
     pytester.makepyfile(test_a=UNDECLARED, test_b=WITH_FIXTURE)
 
-    result = pytester.runpytest(*OPTIONS, "-n", "2", "-rA", *junit)
+    result = pytester.runpytest(*OPTIONS, "-n", "2", "--junitxml=junit.xml")
 
-    assert 0 == result.ret
+    result.assert_outcomes(passed=1, failed=2, errors=1)
     result.stdout.fnmatch_lines(
         [
-            "*test_large: an OOM under contention: 9 GiB were needed of a share of "
-            "8 GiB*; retried alone, passed",
-            "*4 passed, 3 contended*",
+            "*GPU contention*",
+            "an OOM under contention: 9 GiB were needed of a share of 8 GiB*; "
+            '@pytest.mark.requires_vram("9GiB") makes it wait until that much is free',
+            "*= shared GPUs =*",
         ],
     )
-    if junit:
-        cases = ET.fromstring(Path("junit.xml").read_text()).findall(".//testcase")  # noqa: S314  # our own file
-        names = [str(case.get("name")) for case in cases]
-        assert sorted(names) == sorted(set(names))
-        assert not [case for case in cases if case.find("failure") is not None]
-        told = {
-            str(case.get("name"))
-            for case in cases
-            for each in case.findall(".//property")
-            if each.get("name") == "gpumem.contention"
-        }
-        assert {"test_large", "test_of_a_fixture", "test_that_hides_it"} == told
+    cases = ET.fromstring(Path("junit.xml").read_text()).findall(".//testcase")  # noqa: S314  # our own file
+    told = {
+        str(case.get("name"))
+        for case in cases
+        for each in case.findall(".//property")
+        if each.get("name") == "gpumem.contention"
+    }
+    assert {"test_large", "test_of_a_fixture", "test_that_hides_it"} == told
 
 
-def test_the_number_of_retries_has_a_limit(pytester: pytest.Pytester) -> None:
-    """Beyond it an OOM under contention is a failure, and says that it was one."""
-    pytester.makepyfile(UNDECLARED)
+def test_the_retries_of_earlier_versions_are_accepted_with_one_warning(
+    pytester: pytest.Pytester,
+) -> None:
+    """On the command line and in the ini file; workers say nothing of their own."""
+    pytester.makepyfile("def test_it(): pass")
+    pytester.makeini("[pytest]\ngpu_max_contention_retries = 3\n")
 
-    result = pytester.runpytest(*OPTIONS, "-n", "2", "--gpu-max-contention-retries=1")
+    result = pytester.runpytest("-n", "2", "--gpu-max-contention-retries=1")
 
-    assert 1 == result.ret
+    result.assert_outcomes(passed=1, warnings=1)
     result.stdout.fnmatch_lines(
-        ["*not retried alone: the run's limit of 1 such retries is reached*"]
+        ["*--gpu-max-contention-retries: tests are no longer *"]
     )
-    result.stdout.fnmatch_lines(["*1 failed, 2 passed, 1 contended*"])
 
 
-def test_an_oom_of_its_own_is_not_retried(pytester: pytest.Pytester) -> None:
+def test_an_oom_of_its_own_is_not_told_as_others(pytester: pytest.Pytester) -> None:
     """Neither what no card holds, nor a budget's, nor a rule's."""
     pytester.makepyfile(
         """
@@ -200,10 +198,10 @@ def test_an_oom_of_its_own_is_not_retried(pytester: pytest.Pytester) -> None:
     result = pytester.runpytest(*OPTIONS, "-n", "2")
 
     result.assert_outcomes(failed=3)
-    assert "contended" not in result.stdout.str()
+    assert "under contention" not in result.stdout.str()
 
 
-def test_an_oom_that_others_caused_within_a_budget_is_retried(
+def test_an_oom_that_others_caused_within_a_budget_is_told(
     pytester: pytest.Pytester,
 ) -> None:
     """A test's budget is its own; what others hold beyond their claims is not."""
@@ -240,12 +238,11 @@ def test_an_oom_that_others_caused_within_a_budget_is_retried(
 
     result = pytester.runpytest(*OPTIONS, "-n", "2")
 
-    assert 0 == result.ret
+    result.assert_outcomes(passed=1, failed=1)
     result.stdout.fnmatch_lines(
         [
             "*test_b_that_suffers: an OOM under contention: 4 GiB were needed, others "
-            "held 14 GiB; retried alone, passed",
-            "*2 passed, 1 contended*",
+            'held 14 GiB; @pytest.mark.requires_vram("4GiB") makes it wait *',
         ]
     )
 
@@ -476,27 +473,13 @@ def test_a_place_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert take_place() is None
 
 
-def test_the_seconds_of_tests_are_kept(pytester: pytest.Pytester) -> None:
-    """Of those that use a card, for the order in later runs; no broken cache ends one."""
-    pytester.makepyfile(
-        """
-        import torch
+@pytest.mark.parametrize("kept", [None, {"a": 1}, "idle", 3])
+def test_a_broken_cache_knows_no_test(kept: Any) -> None:
+    """Whatever somebody has written there."""
+    cache = SimpleNamespace(get=lambda _key, _default: kept)
+    config: Any = SimpleNamespace(cache=cache)
 
-        def test_card(): torch.empty(1024, device="cuda")
-        def test_none(): pass
-        """
-    )
-    options = [option for option in OPTIONS if "cache" not in option and option != "-p"]
-    file = pytester.path / ".pytest_cache" / "v" / "gpumem" / "seconds"
-
-    pytester.runpytest(*options, "-n", "2").assert_outcomes(passed=2)
-    kept = json.loads(file.read_text())
-    assert ["test_the_seconds_of_tests_are_kept.py::test_card"] == list(kept)
-
-    for broken in ("[]", '{"a": "b"}', "{"):
-        file.write_text(broken)
-        pytester.runpytest(*options, "-n", "2").assert_outcomes(passed=2)
-        assert kept.keys() == json.loads(file.read_text()).keys()
+    assert set() == History(config).idle
 
 
 def test_who_used_no_card_claims_nothing_in_the_next_run(
@@ -628,21 +611,3 @@ def test_what_tests_claim() -> None:
     assert {0: Claim(0, is_alone=True), 1: Claim(0, is_alone=True)} == declared_claims(
         _wishes(alone_on=(None,)), plain, totals
     )
-
-
-class _Item:
-    def __init__(self, nodeid: str) -> None:
-        self.nodeid = nodeid
-
-
-def test_large_tests_are_dealt_out() -> None:
-    """Largest first, then longest; no worker gets all of them at once."""
-    items: list[Any] = [_Item(f"small{number}") for number in range(10)]
-    large: list[Any] = [_Item(name) for name in ("a", "b", "c", "d")]
-    mixed = [*items[:5], *large, *items[5:]]
-    needs = dict(zip(large, (4, 8, 4, 2), strict=True))
-
-    largest_first(mixed, needs, {"c": 9.0}, 2)
-
-    assert ["b", "a", "c", "d", "small0"] == [each.nodeid for each in mixed[:5]]
-    assert [each.nodeid for each in items] == [each.nodeid for each in mixed[4:]]

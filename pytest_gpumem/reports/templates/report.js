@@ -208,7 +208,7 @@
     if (test.waited_s) out.push(el("p", { class: "soft" }, "Waited " + test.waited_s.toFixed(1) + " s for its bytes of the cards."));
     if (test.contention) {
       const c = test.contention;
-      out.push(el("p", {}, "Retried alone after an OOM under contention: " + bytes(c.needed_bytes) + " needed on cuda:" + c.device_index +
+      out.push(el("p", {}, "An OOM under contention: " + bytes(c.needed_bytes) + " needed on cuda:" + c.device_index +
         ", others held " + bytes(c.others_bytes) + (c.share_bytes === null ? "" : ", this worker's share was " + bytes(c.share_bytes)) + "; at " + c.site));
     }
     if (test.limits.length) {
