@@ -16,7 +16,7 @@ from pytest_gpumem.cards import DEFAULT_CARD, find_card
 from pytest_gpumem.checkpoints.cache import cache_folder
 from pytest_gpumem.devices.environment import driver_version
 from pytest_gpumem.devices.nvml import why_unknown
-from pytest_gpumem.devices.selection import Choice, choose, torch_versions
+from pytest_gpumem.devices.selection import Choice, choose, torch_build
 from pytest_gpumem.errors import AllocatorSettingError
 from pytest_gpumem.sizes import format_size
 
@@ -114,7 +114,7 @@ def examine() -> Examination:
 
 
 def _torch(problems: list[Problem]) -> dict[str, Any]:
-    found = torch_versions()
+    found = torch_build()
     if found is None:
         problems.append(
             Problem(
@@ -124,7 +124,7 @@ def _torch(problems: list[Problem]) -> dict[str, Any]:
             )
         )
         return {"torch": None}
-    version, cuda = found
+    version, cuda = found.version, found.cuda
     try:
         import torch  # noqa: PLC0415  # slow, and it may be broken
     except (ImportError, OSError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from typing import TYPE_CHECKING, Any
 
-from pytest_gpumem.devices.selection import torch_versions
+from pytest_gpumem.devices.selection import torch_build
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -43,13 +43,13 @@ def facts_of(device: Device | None, backend: str) -> dict[str, Any]:
         device: The cards; None where nothing in this process asked for one.
         backend: ``"cuda"``, ``"simulated"`` or ``"off"``.
     """
-    versions = torch_versions()
+    build = torch_build()
     indices = range(0 if device is None else device.device_count)
     return {
         "host": platform.node(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "torch": None if versions is None else versions[0],
+        "torch": None if build is None else build.version,
         "backend": backend,
         "driver": driver_version() if backend == "cuda" else None,
         "cards": [

@@ -8,10 +8,31 @@ import re
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from pytest_gpumem.devices.accelerators import other_accelerator, why_no_amd_card
 from pytest_gpumem.errors import DeviceUnavailableError
 from pytest_gpumem.visibility import VARIABLE, names_of, numbers_of
 
 BACKENDS: Final = ("auto", "cuda", "simulated", "off")
+
+
+#: The oldest torch that is supported, and tested.
+OLDEST_TORCH: Final = (2, 11)
+
+
+class TorchBuild(NamedTuple):
+    """What torch's files say of how it was built.
+
+    Attributes:
+        version: Its version; ``"unknown"`` if the files do not say.
+        cuda: The CUDA version, or None.
+        hip: The version of AMD's HIP, or None.
+        xpu: The version of Intel's compiler, or None.
+    """
+
+    version: str
+    cuda: str | None = None
+    hip: str | None = None
+    xpu: str | None = None
 
 
 class Choice(NamedTuple):
@@ -29,36 +50,69 @@ class Choice(NamedTuple):
 def choose(backend: str) -> Choice:
     """Return the device that a backend option means on this machine.
 
-    ``auto`` takes a usable CUDA card where there is one, else the simulated device.
-    A card is usable if torch was built with CUDA and NVIDIA's driver counts one.
+    ``auto`` takes a usable card where there is one, else the simulated device. A card
+    is usable if torch was built with CUDA and NVIDIA's driver counts one, or with ROCm
+    and the kernel lists one. Where torch computes on another accelerator (Apple's,
+    Intel's), ``auto`` leaves the machine as it is.
 
     Args:
         backend: One of ``BACKENDS``.
 
     Raises:
-        DeviceUnavailableError: ``cuda`` was asked for and cannot be had.
+        DeviceUnavailableError: ``cuda`` was asked for and cannot be had, or torch is
+            older than is supported.
     """
     if backend == "off":
         return Choice("off", "switched off")
-    version = torch_versions()
-    if version is None:
+    build = torch_build()
+    if build is None:
         return Choice("off", "torch is not installed")
+    _check_age(build)
     if backend == "simulated":
         return Choice("simulated", "as asked for")
-    missing = why_no_card(*version)
+    missing = why_no_card(build)
     if missing is None:
         return Choice("cuda", "as asked for" if backend == "cuda" else "a usable card")
+    return _without_a_card(backend, build, missing)
+
+
+def _without_a_card(backend: str, build: TorchBuild, missing: str) -> Choice:
+    """Return what a backend means where torch can use no card."""
     if backend == "cuda":
         raise DeviceUnavailableError(
             f"backend 'cuda' was asked for, but {missing}; use auto or simulated"
         )
-    return Choice("simulated", missing)
+    other = other_accelerator(build)
+    if other is None:
+        return Choice("simulated", missing)
+    return Choice(
+        "off",
+        f"this machine has {other}, which is left alone; "
+        "--gpu-backend=simulated simulates a CUDA card",
+    )
 
 
-def why_no_card(torch_version: str, cuda_version: str | None) -> str | None:
+def _check_age(build: TorchBuild) -> None:
+    numbers = re.match(r"([0-9]+)\.([0-9]+)", build.version)
+    if numbers and (int(numbers[1]), int(numbers[2])) < OLDEST_TORCH:
+        oldest = "{}.{}".format(*OLDEST_TORCH)
+        raise DeviceUnavailableError(
+            f"torch {build.version} is installed, the oldest that is supported is "
+            f"{oldest}; install a newer torch, or use --gpu-backend=off"
+        )
+
+
+def why_no_card(build: TorchBuild) -> str | None:
     """Return why torch cannot use a real card here; None if it seems it can."""
-    if cuda_version is None:
-        return f"torch {torch_version} is built without CUDA"
+    if build.hip:
+        missing = why_no_amd_card()
+        return missing and f"torch {build.version} is built for ROCm, but {missing}"
+    if build.cuda is None:
+        return f"torch {build.version} is built without CUDA"
+    return _why_no_nvidia_card(build.version, build.cuda)
+
+
+def _why_no_nvidia_card(torch_version: str, cuda_version: str) -> str | None:
     listed = os.environ.get(VARIABLE)
     hidden = f"{VARIABLE} hides every card"
     if listed is not None and not names_of(listed):
@@ -82,8 +136,8 @@ def _major(version: str) -> int:
     return int(version.partition(".")[0])
 
 
-def torch_versions() -> tuple[str, str | None] | None:
-    """Return torch's version and the CUDA version it was built with.
+def torch_build() -> TorchBuild | None:
+    """Return how the installed torch was built; None where there is none.
 
     Read from the file that torch's build writes, since importing torch takes seconds.
 
@@ -94,9 +148,13 @@ def torch_versions() -> tuple[str, str | None] | None:
         return None
     path = Path(spec.origin).with_name("version.py")
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    version = re.search(r"^__version__\s*=\s*['\"]([^'\"]+)", text, re.MULTILINE)
-    cuda = re.search(r"^cuda[^=\n]*=\s*['\"]([^'\"]+)", text, re.MULTILINE)
-    return (version[1] if version else "unknown", cuda[1] if cuda else None)
+    found = {
+        name: re.search(rf"^{name}[^=\n]*=\s*['\"]([^'\"]+)", text, re.MULTILINE)
+        for name in ("__version__", "cuda", "hip", "xpu")
+    }
+    said = {name: match and match[1] for name, match in found.items()}
+    version = said.pop("__version__")
+    return TorchBuild(version or "unknown", **said)
 
 
 class Driver(NamedTuple):

@@ -14,7 +14,7 @@ from pytest_gpumem.baselines.baseline import (
 )
 from pytest_gpumem.baselines.gate import Change, compare, moved_by_torch, shifted
 from pytest_gpumem.devices.environment import environment_name
-from pytest_gpumem.devices.selection import torch_versions
+from pytest_gpumem.devices.selection import torch_build
 from pytest_gpumem.errors import BaselineError
 from pytest_gpumem.plugin.baseline_record import BaselineRecord
 from pytest_gpumem.plugin.gate import adjusted
@@ -96,9 +96,9 @@ class BaselineSummary(BaselineRecord):
     def _expected(self) -> str | None:
         """Return the environment that tests of this run would have had."""
         if self._run.choice.kind == "simulated":
-            versions = torch_versions()
+            build = torch_build()
             names = [each.name for each in self._run.settings.cards]
-            version = "" if versions is None else versions[0]
+            version = "" if build is None else build.version
             return environment_name(names, "simulated", version)
         self._run.any_device()
         return self._run.environment()

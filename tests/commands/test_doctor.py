@@ -11,7 +11,7 @@ import pytest
 
 from pytest_gpumem import doctor
 from pytest_gpumem.cli import main
-from pytest_gpumem.devices.selection import torch_versions
+from pytest_gpumem.devices.selection import torch_build
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,7 +40,8 @@ def test_it_tells_what_there_is(
     assert 0 == main(["doctor", "--json"])
     told: dict[str, Any] = json.loads(capsys.readouterr().out)
 
-    version, _cuda = torch_versions() or ("", None)
+    build = torch_build()
+    version = build.version if build else ""
     assert version == told["facts"]["torch"]
     assert told["is_well"]
     assert f"--gpu-backend=auto means {told['backend']}: {told['reason']}" in text
@@ -66,9 +67,9 @@ def test_wrong_settings_are_fatal(
 
 def test_a_machine_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing can run, and the advice says what is enough."""
-    monkeypatch.setattr(doctor, "torch_versions", lambda: None)
+    monkeypatch.setattr(doctor, "torch_build", lambda: None)
     monkeypatch.setattr(
-        "pytest_gpumem.devices.selection.torch_versions", lambda: None, raising=True
+        "pytest_gpumem.devices.selection.torch_build", lambda: None, raising=True
     )
     found = doctor.examine()
 

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import platform
+import re
 import runpy
 import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_gpumem.devices import selection
+from pytest_gpumem.devices import accelerators, selection
 from pytest_gpumem.devices.on_import import AfterImport
-from pytest_gpumem.devices.selection import Choice, Driver, choose, torch_versions
+from pytest_gpumem.devices.selection import (
+    Choice,
+    Driver,
+    TorchBuild,
+    choose,
+    torch_build,
+)
 from pytest_gpumem.errors import DeviceUnavailableError
 
 if TYPE_CHECKING:
@@ -22,7 +30,7 @@ if TYPE_CHECKING:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A machine with a CUDA build of torch and one card, to be changed."""
-    monkeypatch.setattr(selection, "torch_versions", lambda: ("2.13.0", "13.0"))
+    monkeypatch.setattr(selection, "torch_build", lambda: TorchBuild("2.13.0", "13.0"))
     monkeypatch.setattr(selection, "ask_driver", lambda: Driver(("GPU-1a",), "13.0"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return monkeypatch
@@ -57,7 +65,7 @@ def test_without_a_card_the_device_is_simulated(
 ) -> None:
     """Auto says why it simulates; cuda says why it cannot be had."""
     if change == "cpu build":
-        machine.setattr(selection, "torch_versions", lambda: ("2.13.0+cpu", None))
+        machine.setattr(selection, "torch_build", lambda: TorchBuild("2.13.0+cpu"))
     elif change == "hidden":
         machine.setenv("CUDA_VISIBLE_DEVICES", "")
     elif change == "another card":
@@ -79,7 +87,7 @@ def test_without_a_card_the_device_is_simulated(
 
 def test_without_torch_there_is_nothing_to_do(machine: pytest.MonkeyPatch) -> None:
     """Where torch is not installed the plugin is off."""
-    machine.setattr(selection, "torch_versions", lambda: None)
+    machine.setattr(selection, "torch_build", lambda: None)
 
     assert Choice("off", "torch is not installed") == choose("auto")
     assert Choice("off", "switched off") == choose("off")
@@ -94,7 +102,119 @@ def test_torchs_versions_are_read_from_its_files() -> None:
 
     said = runpy.run_path(torch.version.__file__)
 
-    assert (said["__version__"], said["cuda"]) == torch_versions()
+    build = torch_build()
+
+    assert (
+        TorchBuild(*(said[n] for n in ("__version__", "cuda", "hip", "xpu"))) == build
+    )
+
+
+@pytest.mark.parametrize("version", ["1.13.1", "2.10.0+cu128"])
+def test_a_torch_that_is_too_old_is_named(
+    machine: pytest.MonkeyPatch, version: str
+) -> None:
+    """With what is needed; a run without a device goes on."""
+    machine.setattr(selection, "torch_build", lambda: TorchBuild(version, "12.8"))
+
+    for backend in ("auto", "cuda", "simulated"):
+        with pytest.raises(DeviceUnavailableError, match=re.escape(version)):
+            choose(backend)
+    assert "off" == choose("off").kind
+
+
+@pytest.fixture
+def amd(machine: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A machine with torch for ROCm; its kernel lists a processor and a card."""
+    machine.setattr(
+        selection, "torch_build", lambda: TorchBuild("2.13.0+rocm7.1", hip="7.1.25424")
+    )
+    find = accelerators.why_no_amd_card
+    machine.setattr(selection, "why_no_amd_card", lambda: find(tmp_path))
+    for name in ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
+        machine.delenv(name, raising=False)
+    nodes = tmp_path / "sys/class/kfd/kfd/topology/nodes"
+    for number, count in enumerate((0, 304)):
+        (nodes / str(number)).mkdir(parents=True)
+        (nodes / str(number) / "properties").write_text(
+            f"cpu_cores_count {96 if not count else 0}\nsimd_count {count}\n"
+        )
+    return nodes
+
+
+@pytest.mark.usefixtures("amd")
+def test_an_amd_card_is_a_real_one() -> None:
+    """ROCm's cards are torch's cuda; they are not replaced by a simulated one."""
+    assert Choice("cuda", "a usable card") == choose("auto")
+    assert Choice("cuda", "as asked for") == choose("cuda")
+    assert "simulated" == choose("simulated").kind
+
+
+@pytest.mark.parametrize("change", ["none", "unreadable", "HIP_VISIBLE_DEVICES"])
+def test_without_an_amd_card_the_device_is_simulated(
+    machine: pytest.MonkeyPatch, amd: Path, change: str
+) -> None:
+    """Auto says what is missing; cuda ends with it."""
+    if change == "none":
+        (amd / "1" / "properties").unlink()
+    elif change == "unreadable":
+        (amd / "1" / "properties").unlink()
+        (amd / "1" / "properties").mkdir()
+    else:
+        machine.setenv(change, "-1")
+
+    kind, reason = choose("auto")
+
+    assert "simulated" == kind
+    assert reason.startswith("torch 2.13.0+rocm7.1 is built for ROCm, but ")
+    assert change in reason or "no AMD card" in reason
+    with pytest.raises(DeviceUnavailableError, match="built for ROCm, but"):
+        choose("cuda")
+
+
+@pytest.mark.parametrize(
+    ("build", "named"),
+    [
+        (TorchBuild("2.13.0"), "Apple's GPU (mps)"),
+        (TorchBuild("2.13.0+xpu", xpu="20250301"), "Intel's GPU (xpu)"),
+    ],
+)
+def test_another_accelerator_is_left_alone(
+    machine: pytest.MonkeyPatch, tmp_path: Path, build: TorchBuild, named: str
+) -> None:
+    """Auto names it and says how to simulate; simulated does so."""
+    machine.setattr(selection, "torch_build", lambda: build)
+    if build.xpu:
+        vendor = tmp_path / "sys/class/drm/renderD128/device/vendor"
+        vendor.parent.mkdir(parents=True)
+        vendor.write_text("0x8086\n")
+        find = accelerators.other_accelerator
+        machine.setattr(
+            selection, "other_accelerator", lambda each: find(each, tmp_path)
+        )
+    else:
+        machine.setattr(sys, "platform", "darwin")
+        machine.setattr(platform, "machine", lambda: "arm64")
+
+    kind, reason = choose("auto")
+
+    assert "off" == kind
+    assert named in reason
+    assert "--gpu-backend=simulated" in reason
+    assert "simulated" == choose("simulated").kind
+
+
+def test_intel_s_build_without_intel_s_card_simulates(
+    machine: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A build alone computes nothing."""
+    build = TorchBuild("2.13.0+xpu", xpu="20250301")
+    machine.setattr(selection, "torch_build", lambda: build)
+    find = accelerators.other_accelerator
+    machine.setattr(selection, "other_accelerator", lambda each: find(each, tmp_path))
+
+    assert Choice(
+        "simulated", f"torch {build.version} is built without CUDA"
+    ) == choose("auto")
 
 
 def test_a_call_follows_an_import(

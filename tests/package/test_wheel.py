@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
+import venv
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -14,7 +17,7 @@ import pytest
 pytest_plugins = ["pytester"]
 
 DISTRIBUTION = metadata.distribution("pytest-gpumem")
-HERE = Path(__file__).parents[2]
+PROJECT = Path(__file__).parents[2]
 
 
 def _run(*command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -33,7 +36,7 @@ def test_it_is_the_wheel_that_is_tested() -> None:
 
     assert spec is not None
     assert spec.origin is not None
-    assert HERE not in Path(spec.origin).parents
+    assert PROJECT / "pytest_gpumem" not in Path(spec.origin).parents
     assert importlib.util.find_spec("torch") is None
 
 
@@ -79,7 +82,7 @@ def test_the_metadata_says_what_it_is() -> None:
     classifiers = about.get_all("Classifier")
 
     assert classifiers is not None
-    for minor in range(10, 15):
+    for minor in range(10, 14):
         assert f"Programming Language :: Python :: 3.{minor}" in classifiers
     assert {"Framework :: Pytest", "Typing :: Typed"} <= set(classifiers)
     assert "MIT" == about["License-Expression"]
@@ -88,7 +91,60 @@ def test_the_metadata_says_what_it_is() -> None:
     )
     requires = [each for each in DISTRIBUTION.requires or () if "extra ==" not in each]
     names = {each.partition(">")[0] for each in requires}
-    assert {"filelock", "numpy", "platformdirs", "pytest", "torch"} == names
+    assert {"filelock", "numpy", "platformdirs", "pytest"} == names
+
+
+#: A project's environment with the oldest versions that are supported, all pinned.
+PINNED = {
+    "accelerate": "1.10.0",
+    "filelock": "3.12.0",
+    "hypothesis": "6.100.0",
+    "jinja2": "3.1.0",
+    "numpy": "1.26.0",
+    "nvidia-ml-py": "12.560.30",
+    "platformdirs": "4.0.0",
+    "pytest": "8.2.0",
+    "safetensors": "0.5.0",
+    "torch": "2.11.0+cu128",
+    "transformers": "5.17.0",
+}
+_METADATA = "Metadata-Version: 2.1\nName: {}\nVersion: {}\n"
+
+
+def _wheel(folder: Path, name: str, version: str, metadata: str) -> None:
+    """Make a wheel of nothing but metadata."""
+    about = f"{name.replace('-', '_')}-{version}"
+    with zipfile.ZipFile(folder / f"{about}-py3-none-any.whl", "w") as wheel:
+        tag = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        for file, text in (("METADATA", metadata), ("WHEEL", tag), ("RECORD", "")):
+            wheel.writestr(f"{about}.dist-info/{file}", text)
+
+
+@pytest.mark.parametrize("extra", ["", "[hf,nvml,hypothesis,report]"])
+def test_nothing_that_is_there_is_upgraded(tmp_path: Path, extra: str) -> None:
+    """Into a pinned environment pip installs this wheel alone, whatever is newer."""
+    index, environment = tmp_path / "index", tmp_path / "environment"
+    index.mkdir()
+    venv.create(environment, with_pip=False)
+    (site,) = environment.glob("lib/python3*/site-packages")
+    for name, version in PINNED.items():
+        about = site / f"{name.replace('-', '_')}-{version}.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(_METADATA.format(name, version))
+        _wheel(index, name, "999.0", _METADATA.format(name, "999.0"))
+    metadata = DISTRIBUTION.read_text("METADATA") or ""
+    _wheel(index, "pytest-gpumem", DISTRIBUTION.version, metadata)
+
+    done = _run(
+        "pip",
+        *("--python", str(environment / "bin" / "python"), "install", "--dry-run"),
+        *("--no-index", "--find-links", str(index), "--quiet", "--report", "-"),
+        f"pytest-gpumem{extra}",
+    )
+
+    assert 0 == done.returncode, done.stderr
+    installed = json.loads(done.stdout)["install"]
+    assert ["pytest-gpumem"] == [each["metadata"]["name"] for each in installed]
 
 
 def test_pytest_knows_the_plugin(tmp_path: Path) -> None:

@@ -392,3 +392,21 @@ def test_a_storage_grows_only_where_there_is_room() -> None:
 
     assert 32 == size
     assert 64 == storage.nbytes()
+
+
+def test_other_accelerators_are_out_of_sight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries that ask for Apple's and Intel's cards first find the simulated one."""
+    from accelerate.state import PartialState  # noqa: PLC0415  # it asks as it is made
+
+    for module in (torch.backends.mps, torch.xpu):
+        monkeypatch.setattr(module, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_built", lambda: True)
+
+    with simulated_device("T4"):
+        assert not torch.backends.mps.is_available()
+        assert not torch.xpu.is_available()
+        assert torch.device("cuda") == PartialState().default_device
+    PartialState._reset_state()
+
+    assert torch.backends.mps.is_available()
+    assert torch.xpu.is_available()

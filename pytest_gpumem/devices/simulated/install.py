@@ -103,6 +103,9 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
         # Recurrent layers ask whether cuDNN would take their weights: the CPU computes.
         (torch.backends.cudnn, {"is_acceptable": lambda _tensor: False}),
         (torch, {"clear_autocast_cache": clear_cache}),
+        # Libraries ask for Apple's and Intel's cards before they ask for CUDA.
+        (torch.backends.mps, {"is_available": lambda: False}),
+        (torch.xpu, {"is_available": lambda: False, "device_count": lambda: 0}),
     )
     for owner, replacements in owned:
         for name, value in replacements.items():
