@@ -8,12 +8,15 @@ import stat
 import tempfile
 import time
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+#: Whether the system has POSIX's locks, signals and owners of files; Windows has not.
+IS_POSIX: Final = find_spec("fcntl") is not None
 #: How long ``locked`` waits for another process, and how often it looks.
 LOCK_WAIT_S: Final = 60.0
 LOCK_LOOK_S: Final = 0.02
@@ -102,14 +105,14 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = target.with_name(f".{target.name[:100]}.lock")
-    try:
-        import fcntl  # noqa: PLC0415  # not on Windows
-    except ImportError:
+    if not IS_POSIX:
         from filelock import FileLock  # noqa: PLC0415  # where there is no flock
 
         with FileLock(lock, timeout=LOCK_WAIT_S):
             yield
         return
+    import fcntl  # noqa: PLC0415  # not on Windows, as the flags below
+
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     end_s = time.monotonic() + LOCK_WAIT_S
     while True:

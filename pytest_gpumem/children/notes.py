@@ -71,13 +71,12 @@ class Note:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         about = json.dumps({"pid": os.getpid(), "environment": environment}).encode()
         handle, temporary = tempfile.mkstemp(suffix=".new", dir=folder)
-        try:
-            os.write(handle, bytes(_FIGURES) + about)
-            self._map: Final = mmap.mmap(handle, _FIGURES)
-        finally:
-            os.close(handle)
-        made = Path(temporary)
-        made.rename(made.with_suffix(SUFFIX))
+        with os.fdopen(handle, "wb") as file:
+            file.write(bytes(_FIGURES) + about)
+        # Windows renames no file that is open or mapped.
+        path = Path(temporary).rename(Path(temporary).with_suffix(SUFFIX))
+        with path.open("r+b") as file:
+            self._map: Final = mmap.mmap(file.fileno(), _FIGURES)
 
     def write(self, num_requests: int, strikes: Sequence[int]) -> None:
         """Note how much was asked for, and what rules refused."""

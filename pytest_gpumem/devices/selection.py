@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -181,7 +182,7 @@ def ask_driver() -> Driver | None:
     import ctypes  # noqa: PLC0415  # only where torch could use a card
 
     try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        nvml = ctypes.CDLL(_LIBRARY)
     except OSError:
         return None
     if nvml.nvmlInit_v2() != 0:
@@ -210,5 +211,7 @@ def count_cards() -> int | None:
     return None if found is None else len(found.uuids)
 
 
+#: NVML, as NVIDIA's driver installs it. Source: NVML API Reference, "Installing".
+_LIBRARY: Final = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
 #: Bytes of a UUID's text. Source: ``NVML_DEVICE_UUID_V2_BUFFER_SIZE`` of ``nvml.h``.
 _UUID: Final = 96

@@ -15,12 +15,12 @@ import json
 import os
 import shutil
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from pytest_gpumem.checkpoints import make_checkpoint
 from pytest_gpumem.checkpoints.cache import MANIFEST
+from pytest_gpumem.errors import CheckpointError
 from pytest_gpumem.files import write_atomically
 from pytest_gpumem.hub import tokenizer
 from pytest_gpumem.hub.names import HubModel, known_model
@@ -109,8 +109,7 @@ def have_revision(folder: Path, revision: str) -> None:
         commit = commit_of(folder)
         write_atomically(ref, commit)
         if len(revision) == _COMMIT_DIGITS:
-            with suppress(FileExistsError):
-                (folder / "snapshots" / revision).symlink_to(commit)
+            _make_link(folder / "snapshots" / revision, commit)
 
 
 def have_file(model: HubModel, folder: Path, name: str) -> None:
@@ -167,10 +166,28 @@ def _lay_out(model: HubModel, checkpoint: Path, folder: Path) -> None:
         (folder / "refs").mkdir()
         for name, path in made.items():
             path.replace(folder / "blobs" / digests[name])
-            (snapshot / name).symlink_to(Path("../../blobs", digests[name]))
+            _make_link(snapshot / name, Path("../../blobs", digests[name]))
         for name, path in sources.items():
             _link(folder, snapshot, path, name, written)
     write_atomically(folder / "refs" / MAIN, commit)
+
+
+def _make_link(link: Path, target: Path | str) -> None:
+    """Make a symbolic link, as the hub's own cache does.
+
+    Raises:
+        CheckpointError: The system or the folder has none.
+    """
+    try:
+        link.symlink_to(target)
+    except FileExistsError:
+        pass  # another process was faster
+    except OSError as error:
+        raise CheckpointError(
+            f"a model is served by symbolic links, which cannot be made in "
+            f"{link.parent} ({error}); on Windows switch on Developer Mode, elsewhere "
+            "set PYTEST_GPUMEM_CACHE to a folder that has them"
+        ) from error
 
 
 def _own_tokenizer(model: HubModel) -> dict[str, Path]:
@@ -190,13 +207,11 @@ def _link(
     folder: Path, snapshot: Path, path: Path, name: str, written: dict[str, str]
 ) -> None:
     digest = _blob_name(path, written)
-    with suppress(FileExistsError):
-        (folder / "blobs" / digest).symlink_to(path.resolve())
+    _make_link(folder / "blobs" / digest, path.resolve())
     pointer = snapshot / name
     pointer.parent.mkdir(parents=True, exist_ok=True)
     blob = os.path.relpath(folder / "blobs" / digest, pointer.parent)
-    with suppress(FileExistsError):
-        pointer.symlink_to(blob)
+    _make_link(pointer, blob)
 
 
 def _written(checkpoint: Path) -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
+from pytest_gpumem.files import IS_POSIX
 from pytest_gpumem.inheritance import (
     EVERY_CARD,
     PYTHON_VARIABLE,
@@ -94,7 +95,7 @@ class Children:
         paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
         if str(_SHIM) not in paths and not _is_installed():
             self._set("PYTHONPATH", os.pathsep.join(filter(None, [str(_SHIM), *paths])))
-        if backend == "simulated":
+        if backend == "simulated" and IS_POSIX:
             folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
             others = [each for each in folders if each != str(_NVIDIA_SMI)]
             self._set("PATH", os.pathsep.join([str(_NVIDIA_SMI), *others]))
@@ -234,6 +235,8 @@ def _is_installed() -> bool:
 
 
 def _is_alive(pid: int) -> bool:
+    if not IS_POSIX:
+        return True  # signal 0 asks nothing there; the note goes with the run's folder
     try:
         os.kill(pid, 0)
     except OSError:

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import os
 import secrets
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import pytest
 
 from pytest_gpumem.errors import SharedFolderError
+from pytest_gpumem.files import IS_POSIX
 from pytest_gpumem.inheritance import remove_run, run_folder, tenancy_root
 from pytest_gpumem.visibility import VARIABLE as _VISIBLE
 from pytest_gpumem.visibility import visible_numbers
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.tenancy.shared_card import SharedCard
 
 #: Whether processes can share anything here: claims are locks of ``fcntl``.
-_CAN_SHARE: Final = sys.platform != "win32"
+_CAN_SHARE: Final = IS_POSIX
 #: Tells a worker its place: position, number of workers on its machine, and the run.
 VARIABLE: Final = "PYTEST_GPUMEM_WORKER"
 
@@ -185,8 +185,8 @@ class Sharing:
 
     @property
     def folder(self) -> str:
-        """Where this run's processes on this machine note what they hold."""
-        return run_folder(self._run)
+        """Where this run's processes on this machine note what they hold, or nothing."""
+        return run_folder(self._run) if _CAN_SHARE else ""
 
     def ledger(self, device: Device, index: int, total_bytes: int) -> Ledger:
         """Return what is promised of a card, among workers and, if real, other runs."""

@@ -6,15 +6,16 @@ import os
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from pytest_gpumem.files import IS_POSIX
 from pytest_gpumem.inheritance import LOCKS_VARIABLE, tenancy_root
-from pytest_gpumem.tenancy.entries import Mutex
-from pytest_gpumem.tenancy.folders import open_lock, open_named, open_private
 from pytest_gpumem.visibility import VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from pytest_gpumem.tenancy.entries import Mutex
 
 
 @contextmanager
@@ -46,13 +47,56 @@ def gpu_load_lock(
     card = physical_card(device) if isinstance(device, int) else device
     named = folder if folder is not None else os.environ.get(LOCKS_VARIABLE)
     root = os.path.abspath(named or tenancy_root())  # noqa: PTH100  # no link is resolved
-    with _mutex(root, f"{card.replace('/', '_')}.lock", bool(named)).held(timeout_s):
+    name = f"{card.replace('/', '_')}.lock"
+    lock = _mutex if IS_POSIX else _library_lock
+    with lock(root, name, bool(named)).held(timeout_s):
         yield
+
+
+class _LibraryLock:
+    """The lock where the system has no ``flock``, as on Windows.
+
+    Limits: folders there have no owner that could be looked at; the temporary one is
+    the user's own.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from filelock import FileLock  # noqa: PLC0415  # where there is no flock
+
+        self._lock: Final = FileLock(path)  # one for each thread, nesting in it
+
+    @contextmanager
+    def held(self, timeout_s: float | None = None) -> Iterator[None]:
+        from filelock import Timeout  # noqa: PLC0415  # where there is no flock
+
+        try:
+            self._lock.acquire(timeout=-1 if timeout_s is None else timeout_s)
+        except Timeout:
+            raise TimeoutError(
+                f"{self._lock.lock_file} was held by another for over {timeout_s} s; "
+                "give a longer timeout_s, or look for a process that hangs"
+            ) from None
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+
+@cache
+def _library_lock(folder: str, name: str, _is_named: bool) -> _LibraryLock:  # noqa: FBT001  # a key
+    Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+    return _LibraryLock(Path(folder, name))
 
 
 @cache
 def _mutex(folder: str, name: str, is_named: bool) -> Mutex:  # noqa: FBT001  # a key
     """Return this process's one lock of that name: it nests by object."""
+    from pytest_gpumem.tenancy.entries import Mutex  # noqa: PLC0415  # there is flock
+    from pytest_gpumem.tenancy.folders import (  # noqa: PLC0415  # there is flock
+        open_lock,
+        open_named,
+        open_private,
+    )
 
     def opened() -> int:
         # Each time anew: a service outlives what cleans temporary folders.
