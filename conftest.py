@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
@@ -79,6 +80,43 @@ def pytest_collection_finish() -> None:
     if "torch" in sys.modules:
         for name in ("distributed._functional_collectives", "_dynamo"):
             importlib.import_module(f"torch.{name}")
+
+
+class _Heap:
+    """What was imported, kept out of the garbage collector's sight.
+
+    The plugin collects garbage around every test. With torch and transformers imported
+    those collections would take most of the time of most tests.
+    """
+
+    def __init__(self) -> None:
+        self._num_modules = 0
+
+    def freeze(self) -> None:
+        """Freeze what is there, if much has been imported since the last time."""
+        if len(sys.modules) > self._num_modules + 20:
+            self._num_modules = len(sys.modules)
+            gc.collect()
+            gc.freeze()
+
+    def thaw(self) -> None:
+        """Let collections see everything, until the next test freezes it again."""
+        self._num_modules = 0
+        gc.unfreeze()
+
+
+_HEAP = _Heap()
+
+
+@pytest.fixture(autouse=True)
+def _heap_is_frozen() -> None:
+    _HEAP.freeze()
+
+
+@pytest.fixture
+def thawed_heap(_heap_is_frozen: None) -> None:
+    """Show collections and searches for holders every object, as in a user's run."""
+    _HEAP.thaw()
 
 
 @pytest.fixture(autouse=True)

@@ -268,6 +268,7 @@ def test_a_sweep_of_other_code_is_not_resumed(tmp_path: Path) -> None:
     assert 0 == sweep_ooms(_infer, resume=file, modes=["transient"]).num_resumed
 
 
+@pytest.mark.usefixtures("thawed_heap")
 def test_heap_and_handlers_are_as_before() -> None:
     """A sweep thaws what it froze and takes its signal handler back."""
     import gc  # noqa: PLC0415  # this test's only
