@@ -281,8 +281,10 @@ def render(found: list[tuple[str, Finding]], version: str, limit: int | None) ->
             "inputs. What comes out must lie on the card and be the CPU's, bit by bit, with "
             "its type, shape, strides, sharing and version; an error must be of torch's "
             "class; no byte may stay on the card.",
-            f"torch {version}; float32, float16, bfloat16, complex64, int64 and bool, as "
-            f"far as both devices have them; {how_many}.",
+            f"torch {version}; float32, float16, bfloat16, complex64, int64 and bool; "
+            f"{how_many}. A type that a card lacks must be refused there, by an error of "
+            "torch's class; one that a card has alone must give a result, or be refused by "
+            "name.",
             _counted("database", _grouped(found, lambda kind, _each: f"{kind}s")),
             "*Within tolerance* is that of `torch.testing.assert_close`. *Refused* is "
             "`UnsupportedOnSimulatedDeviceError`, which names what cannot be simulated. "

@@ -174,3 +174,85 @@ def test_a_card_has_types_that_the_cpu_has_not(
 ) -> None:
     """Truth values and complex numbers are computed by what the CPU does have."""
     assert expected == call().tolist()
+
+
+#: By the kernel's name: a call in half precision that neither the CPU nor a card has.
+HALF: dict[str, Callable[[torch.Tensor], Any]] = {
+    "cholesky_cuda": torch.linalg.cholesky,
+    "linalg_svd_cuda": torch.linalg.svd,
+    "bitwise_and_cuda": lambda each: each & each,
+    "airy_ai_cuda": torch.special.airy_ai,
+    "polar_cuda": lambda each: torch.polar(each, each),
+}
+
+
+@pytest.mark.parametrize("kernel", HALF)
+def test_a_kernel_that_lacks_half_precision_refuses_it(kernel: str) -> None:
+    """Torch's error, not a result in single precision that is rounded."""
+    with pytest.raises(NotImplementedError) as caught:
+        HALF[kernel](torch.eye(3, dtype=torch.float16, device="cuda"))
+
+    assert f"\"{kernel}\" not implemented for 'Half'" == str(caught.value)
+
+
+@pytest.mark.parametrize("kernel", ["histc", "fused_dropout"])
+def test_complex_numbers_have_no_such_kernel(kernel: str) -> None:
+    """The CPU's values come from kernels that could be given their parts."""
+    calls: dict[str, Any] = {"histc": torch.histc, "fused_dropout": functional.dropout}
+
+    with pytest.raises(NotImplementedError, match=f'"{kernel}" not implemented'):
+        calls[kernel](torch.ones(3, dtype=torch.complex64, device="cuda"))
+
+
+@pytest.mark.parametrize("text", ["Sort", "topk"])
+def test_an_error_of_types_speaks_of_the_card(text: str) -> None:
+    """Sorts of complex numbers have the CPU's words, of a card."""
+    calls: dict[str, Any] = {"Sort": torch.sort, "topk": lambda each: each.topk(1)}
+
+    with pytest.raises(RuntimeError, match=f"{text} does not support .* on CUDA"):
+        calls[text](torch.ones(3, dtype=torch.complex64, device="cuda"))
+
+
+@pytest.mark.parametrize("way", ["result", "out", "gradient"])
+def test_a_card_alone_computes_in_half_precision(way: str) -> None:
+    """Its kernels do it in single precision, and round the result."""
+    source = torch.rand(1, 1, 4, 4, 4).half().cuda().requires_grad_(way == "gradient")
+    single = source.detach().cpu().float().requires_grad_(way == "gradient")
+    expected = functional.avg_pool3d(single, 2)
+    if way == "out":
+        result = torch.empty(0, dtype=torch.float16, device="cuda")
+        _nn.avg_pool3d(source, 2, out=result)
+    else:
+        result = functional.avg_pool3d(source, 2)
+    if way == "gradient":
+        (result,) = torch.autograd.grad(result.sum(), source)
+        (expected,) = torch.autograd.grad(expected.sum(), single)
+
+    assert (torch.float16, "cuda:0") == (result.dtype, str(result.device))
+    assert torch.equal(result.cpu(), expected.half())
+
+
+@pytest.mark.parametrize("call", ["linalg.lu", "lu_unpack"])
+def test_strided_factors_stay_in_their_memory(call: str) -> None:
+    """The CPU's kernels for triangles write beyond what a strided ``out=`` has."""
+    source = torch.randn(3, 3, 5, 5, device="cuda")
+    function: Any = torch.linalg.lu
+    args: Any = (source,)
+    if call == "lu_unpack":
+        function, args = torch.lu_unpack, torch.linalg.lu_factor(source)
+    expected = function(*args)
+    wholes = [torch.zeros(5, 5, 3, 6, device="cuda") for _each in expected]
+    outs = tuple(whole.permute(3, 2, 1, 0)[::2] for whole in wholes)
+    function(*args, out=outs)
+
+    for out, whole, result in zip(outs, wholes, expected, strict=True):
+        assert torch.equal(out.cpu(), result.cpu())
+        assert not whole.permute(3, 2, 1, 0)[1::2].any()
+
+
+def test_a_quantile_gives_an_empty_out_the_usual_strides() -> None:
+    """Its result turns dimensions; what it is put into need not."""
+    out = torch.empty(0, device="cuda")
+    torch.quantile(_ones(3, 5), _ones(2) / 2, dim=0, out=out)
+
+    assert ((2, 5), (5, 1)) == (tuple(out.shape), out.stride())

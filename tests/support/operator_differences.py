@@ -98,7 +98,7 @@ DIFFERENCES: Final = (
         """,
         REFUSED,
         "cuFFT alone transforms in half precision; the CPU has no kernel for it",
-        ways="card's type",
+        ways="card's type; card's gradient",
         types="float16",
     ),
     Difference(
@@ -108,13 +108,20 @@ DIFFERENCES: Final = (
         """,
         REFUSED,
         "kernels of CUDA's by their inner names; `scaled_dot_product_attention` runs",
-        ways="card's type",
+        ways="card's type; card's gradient; type",
+    ),
+    Difference(
+        "linalg_lu linalg_lu_factor linalg_lu_factor_ex",
+        REFUSED,
+        "a card alone decomposes without exchanging rows (`pivot=False`)",
+        ways="forward; gradient",
+        types="float32 complex64",
     ),
     Difference(
         "nn_functional_rrelu",
         REFUSED,
         "the CPU draws no slopes in half precision",
-        ways="card's type",
+        ways="card's type; card's gradient",
         types="float16",
     ),
     Difference(
@@ -150,16 +157,55 @@ DIFFERENCES: Final = (
         nn_functional_linear_cross_entropy_chunked_none
         """,
         DIFFERS,
-        "in half precision the gradients of those products differ by more",
-        ways="gradient",
+        "the same, where half precision rounds by more than is tolerated",
+        ways="forward; gradient",
+        types="float16 bfloat16",
+    ),
+    Difference(
+        "nn_LinearCrossEntropyLoss",
+        CLOSE,
+        "the same",
+        ways="moved; copied",
+    ),
+    Difference(
+        "nn_LinearCrossEntropyLoss",
+        DIFFERS,
+        "the same",
+        ways="moved; copied",
         types="float16",
     ),
     Difference(
-        "prod",
+        "nn_functional_scaled_dot_product_attention",
+        DIFFERS,
+        "a card's memory-efficient kernel lays its result out head by head, and draws what "
+        "is dropped in an order of its own",
+        ways="forward; gradient",
+    ),
+    Difference(
+        "nn_functional_scaled_dot_product_attention",
+        CLOSE,
+        "a card's kernel for a mask that learns; the CPU composes it of others",
+        ways="gradient",
+        types="float32",
+    ),
+    Difference(
+        "matmul __rmatmul__",
+        CLOSE,
+        "where one batch is for all, C++ makes one product (`mm`) of a subclass of tensors, "
+        "and many (`bmm`) of others: `isTensorSubclassLike` in `LinearAlgebra.cpp`",
+        types="complex64",
+    ),
+    Difference(
+        "matmul",
+        DIFFERS,
+        "the same: for that product C++ has no `out=` whose numbers lie apart",
+        ways="out= strided",
+    ),
+    Difference(
+        "cumprod prod masked_prod",
         CLOSE,
         "for a subclass of tensors C++ takes the way to the gradient that heeds zeros",
         ways="gradient",
-        types="float32 bfloat16 complex64",
     ),
     Difference(
         "prod",

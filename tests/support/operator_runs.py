@@ -65,8 +65,9 @@ class Outcome(NamedTuple):
 #: C++ swaps source and target. Source: ``SpectralOps.cpp``, ``fft_ihfftn_impl``.
 UNFILLED: Final = frozenset({"fft_ihfft2", "fft_ihfftn"})
 
-#: Operators whose kernels on the CPU write beyond the memory of a strided ``out=``.
-CORRUPTING: Final = frozenset({"tril", "triu"})
+#: Operators whose kernels on the CPU write beyond the memory of a strided ``out=``; that
+#: of ``triu`` does it in all of them.
+CORRUPTING: Final = frozenset({"linalg.lu", "lu_unpack", "tril", "triu"})
 
 OPERATORS: Final = {each.formatted_name: each for each in op_db}
 
@@ -118,7 +119,8 @@ class Counterparts:
             twin = twin.conj()
         if value.is_neg():
             twin = torch._neg_view(twin)
-        return twin.requires_grad_(tensor.requires_grad)
+        # A view that is made without gradients says that it requires one, and gets none.
+        return twin.requires_grad_(tensor.requires_grad and not tensor._is_view())
 
 
 # -- comparing ------------------------------------------------------------------------
@@ -239,9 +241,15 @@ def seed() -> None:
 
 
 def _elsewhere(value: Any) -> Any:
+    """Return a tensor on the other device, with the strides that it has."""
     if not isinstance(value, torch.Tensor):
         return value
-    return value.cpu() if value.is_cuda else value.cuda()
+    moved = value.cpu() if value.is_cuda else value.cuda()
+    if moved.stride() == value.stride():
+        return moved
+    return torch.empty_strided(
+        value.shape, value.stride(), dtype=value.dtype, device=moved.device
+    ).copy_(moved)
 
 
 def _on_card(tree: Any) -> bool:
@@ -404,18 +412,7 @@ def _gradient(operator: Any, sample: Sample) -> Iterator[tuple[str, Outcome]]:
     """Take the gradient of an operator with respect to all that requires it."""
 
     def run(side: Any) -> Any:
-        wanted = [
-            each
-            for each in tree_leaves(side)
-            if isinstance(each, torch.Tensor) and each.requires_grad
-        ]
-        out = _call(operator.op, side)
-        out = sample.differentiable(out)
-        results = [
-            each
-            for each in tree_leaves(out)
-            if isinstance(each, torch.Tensor) and each.requires_grad
-        ]
+        wanted, results = _graph(operator, sample, side)
         if not results or not wanted:
             return []
         seeds = [torch.ones_like(each) for each in results]
@@ -425,6 +422,22 @@ def _gradient(operator: Any, sample: Sample) -> Iterator[tuple[str, Outcome]]:
 
     card, host = sample.sides()
     yield "gradient", judge(lambda: run(card), lambda: run(host))
+
+
+def _graph(operator: Any, sample: Sample, side: Any) -> tuple[list[Any], list[Any]]:
+    """Run an operator; return what requires a gradient before and after it."""
+    wanted = [
+        each
+        for each in tree_leaves(side)
+        if isinstance(each, torch.Tensor) and each.requires_grad and not each._is_view()
+    ]
+    out = sample.differentiable(_call(operator.op, side))
+    results = [
+        each
+        for each in tree_leaves(out)
+        if isinstance(each, torch.Tensor) and each.requires_grad
+    ]
+    return wanted, results
 
 
 def _strided(tensor: torch.Tensor) -> torch.Tensor:
@@ -465,14 +478,19 @@ def _with_out(
             source, args, kwargs = side
             kwargs = {key: value for key, value in kwargs.items() if key != "device"}
             if side is host and make is _strided and operator.name in CORRUPTING:
-                return given.copy_(model), [True]
+                for each, value in zip(
+                    tree_leaves(given), tree_leaves(model), strict=True
+                ):
+                    each.copy_(value)
+                return given, [True for _each in tree_leaves(given)]
             out = operator.op(source, *args, **kwargs, out=given)
-            out = sample.landed(out) if side is card else out
         pairs = list(zip(tree_leaves(out), tree_leaves(given), strict=True))
+        is_given = [each is other for each, other in pairs]
+        out = sample.landed(out) if side is card else out
         for each, value in zip(tree_leaves(given), tree_leaves(model), strict=True):
             if right and each.shape == value.shape and each.dtype is value.dtype:
                 each.copy_(value)
-        return out, [each is other for each, other in pairs]
+        return out, is_given
 
     card, host = sample.sides()
     values = values and operator.name.replace(".", "_") not in UNFILLED
@@ -547,6 +565,29 @@ def _run_gradients(
             gathered.add(way, outcome)
 
 
+def _made_on_card(
+    operator: Any, dtype: torch.dtype, *, requires_grad: bool = False
+) -> Iterator[Any]:
+    """Yield an operator's samples on the card; where it makes none, those of the CPU.
+
+    Some are kept only where ``type(mask) is torch.Tensor``.
+    """
+    seed()
+    is_none = True
+    for sample in operator.sample_inputs("cuda", dtype, requires_grad=requires_grad):
+        is_none = False
+        yield sample
+    if is_none:
+        for sample in operator.sample_inputs("cpu", dtype, requires_grad=requires_grad):
+            yield sample.transform(_to_card)
+
+
+def _to_card(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.detach().cuda().requires_grad_(value.requires_grad)
+
+
 def _samples(
     operator: Any,
     dtype: torch.dtype,
@@ -555,8 +596,7 @@ def _samples(
     *,
     requires_grad: bool = False,
 ) -> Iterator[Sample]:
-    seed()
-    samples = operator.sample_inputs("cuda", dtype, requires_grad=requires_grad)
+    samples = _made_on_card(operator, dtype, requires_grad=requires_grad)
     try:
         for sample in itertools.islice(samples, limit):
             yield Sample(sample)
@@ -640,30 +680,62 @@ def types_of(name: str) -> list[torch.dtype]:
 
 
 def types_on_one(name: str) -> tuple[list[torch.dtype], list[torch.dtype]]:
-    """Return the types of ``TYPES`` on the CPU alone, and on a card alone."""
+    """Return the types of ``TYPES`` that a card lacks, and those that it has alone."""
     operator: Any = OPERATORS[name]
     host, card = operator.supported_dtypes("cpu"), operator.supported_dtypes("cuda")
     return (
-        [each for each in TYPES if each in host - card],
+        [each for each in TYPES if each not in card],
         [each for each in TYPES if each in card - host],
     )
 
 
+def gradients_of_the_card(name: str) -> list[torch.dtype]:
+    """Return the types of ``TYPES`` that have a gradient on a card alone."""
+    operator: Any = OPERATORS[name]
+    if not operator.supports_autograd:
+        return []
+    host = operator.supported_backward_dtypes("cpu") & operator.supported_dtypes("cpu")
+    card = operator.supported_backward_dtypes("cuda")
+    return [each for each in TYPES if each in card - host]
+
+
 def run_lacking(name: str, dtype: torch.dtype) -> list[Finding]:
-    """Run an operator of a type that only the CPU has: a card must refuse all samples."""
+    """Run an operator of a type that a card lacks: one of the samples must be refused.
+
+    Where the CPU takes all of them, though the database says that it lacks the type,
+    too, the database is no judge.
+    """
     operator: Any = OPERATORS[name]
     gathered = Gathered(name, name_of(dtype))
     with quietly():
-        errors = [
-            _attempt(partial(_call, operator.op, sample.card))[1]
-            for sample in _samples(operator, dtype, None, gathered)
-        ]
-    refused = any(errors)
-    gathered.add(
-        "type",
-        Outcome(EQUAL) if refused else Outcome(DIFFERS, "passes; a card has no kernel"),
-    )
+        error = _first_error(operator, "cuda", dtype)
+        if isinstance(error, UnsupportedOnSimulatedDeviceError):
+            gathered.add("type", Outcome(REFUSED, str(error)))
+        elif isinstance(error, (RuntimeError, TypeError, ValueError)):
+            gathered.add("type", Outcome(EQUAL))
+        else:
+            host_error = _first_error(operator, "cpu", dtype)
+            if error is not None or host_error is not None:
+                gathered.add("type", _judge_raised(error, host_error))
+            elif dtype in operator.supported_dtypes("cpu"):
+                gathered.add("type", Outcome(DIFFERS, "passes; a card has no kernel"))
     return gathered.findings()
+
+
+def _first_error(operator: Any, device: str, dtype: torch.dtype) -> Exception | None:
+    """Return what the first sample that fails raises, or what making it raises."""
+
+    def run() -> None:
+        samples = (
+            _made_on_card(operator, dtype)
+            if device == "cuda"
+            else operator.sample_inputs(device, dtype)
+        )
+        for sample in samples:
+            seed()
+            operator.op(sample.input, *sample.args, **sample.kwargs)
+
+    return _attempt(run)[1]
 
 
 def run_card_only(name: str, dtype: torch.dtype) -> list[Finding]:
@@ -672,20 +744,43 @@ def run_card_only(name: str, dtype: torch.dtype) -> list[Finding]:
     gathered = Gathered(name, name_of(dtype))
     with quietly():
         for sample in _samples(operator, dtype, None, gathered):
-            out, error = _attempt(partial(_call, operator.op, sample.card))
-            if isinstance(error, UnsupportedOnSimulatedDeviceError):
-                gathered.add("card's type", Outcome(REFUSED, str(error)))
-            elif error is not None:
-                gathered.add("card's type", Outcome(DIFFERS, f"raises {_short(error)}"))
-            else:
-                places = {each.device.type for each in tree_leaves(out)}
-                gathered.add(
-                    "card's type",
-                    Outcome(EQUAL)
-                    if places == {"cuda"}
-                    else Outcome(DIFFERS, f"the result is on {places}"),
-                )
+            gathered.add(
+                "card's type", _lands(partial(_call, operator.op, sample.card))
+            )
     return gathered.findings()
+
+
+def run_card_only_gradient(name: str, dtype: torch.dtype) -> list[Finding]:
+    """Take a gradient that only a card has: it is on the card, or is refused."""
+    operator: Any = OPERATORS[name]
+    gathered = Gathered(name, name_of(dtype))
+    with quietly():
+        for sample in _samples(operator, dtype, None, gathered, requires_grad=True):
+            gathered.add(
+                "card's gradient", _lands(partial(_take_gradient, operator, sample))
+            )
+    return gathered.findings()
+
+
+def _take_gradient(operator: Any, sample: Sample) -> Any:
+    wanted, results = _graph(operator, sample, sample.card)
+    if not results or not wanted:
+        return []
+    seeds = [torch.ones_like(each) for each in results]
+    return torch.autograd.grad(results, wanted, seeds, allow_unused=True)
+
+
+def _lands(fn: Callable[[], Any]) -> Outcome:
+    """Run something: what it gives is on the card, or it is refused by name."""
+    out, error = _attempt(fn)
+    if isinstance(error, UnsupportedOnSimulatedDeviceError):
+        return Outcome(REFUSED, str(error))
+    if error is not None:
+        return Outcome(DIFFERS, f"raises {_short(error)}")
+    places = {each.device.type for each in tree_leaves(out) if each is not None}
+    if places <= {"cuda"}:
+        return Outcome(EQUAL)
+    return Outcome(DIFFERS, f"the result is on {places}")
 
 
 def run_errors(name: str) -> list[Finding]:
@@ -743,10 +838,12 @@ def run_first(name: str) -> list[Finding]:
 
 def run_operator(name: str, limit: int | None) -> list[Finding]:
     """Run an operator in all its types and ways."""
-    host_only, card_only = types_on_one(name)
+    lacking, card_only = types_on_one(name)
+    gradients = gradients_of_the_card(name)
     return [
         *(found for each in types_of(name) for found in run_type(name, each, limit)),
-        *(found for each in host_only for found in run_lacking(name, each)),
+        *(found for each in lacking for found in run_lacking(name, each)),
         *(found for each in card_only for found in run_card_only(name, each)),
+        *(found for each in gradients for found in run_card_only_gradient(name, each)),
         *run_errors(name),
     ]

@@ -19,6 +19,7 @@ INTEGERS: Final = frozenset(
     {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 )
 HALVES: Final = frozenset({torch.float16, torch.bfloat16})
+COMPLEX: Final = frozenset({torch.complex32, torch.complex64, torch.complex128})
 
 
 def lacking(

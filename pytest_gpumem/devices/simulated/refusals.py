@@ -64,6 +64,7 @@ ADVICE: Final[dict[str, str]] = {
     "a Triton kernel": _KERNEL,
     "flex_attention": "use torch.nn.functional.scaled_dot_product_attention",
     "a Fourier transform in half precision": "transform in float32, as source.float()",
+    "rrelu in half precision": "compute it in float32, as source.float()",
     "a sparse tensor": "use dense ones, or keep these on the CPU",
     "a quantized tensor": "keep it on the CPU, or use torch.ao.quantization's fake ones",
     "torch.autograd.profiler.emit_nvtx": "profile with torch.profiler",

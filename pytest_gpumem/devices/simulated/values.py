@@ -77,38 +77,35 @@ def _is_complex(value: Any) -> bool:
 _LIMIT: Final = re.compile(
     r"(support|implemented)\b.*\bCPU\b|\bCPU\b.*\b(support|implemented)", re.IGNORECASE
 )
+#: How a kernel says that it lacks a type. Source: ``AT_DISPATCH_SWITCH`` of
+#: ``aten/src/ATen/Dispatch.h``; ``Sorting.cpp``.
+_LACKS_TYPE: Final = re.compile(
+    r"\"\w+\" not implemented for '\w+'| ?\w+ does not support \w+ dtypes on CPU"
+)
 
 
 def _is_the_cpus(error: RuntimeError) -> bool:
-    """Tell whether it is the CPU that lacks a kernel, for any or for this dtype."""
+    """Tell whether it is the CPU that lacks a kernel."""
     text = str(error)
     if _LIMIT.search(text):
         return True
-    return isinstance(error, NotImplementedError) and (
-        "'CPU' backend" in text or "not implemented for '" in text
-    )
+    return isinstance(error, NotImplementedError) and "'CPU' backend" in text
 
 
-def _widened(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Compute in single precision what the CPU cannot compute in half; round after.
+def _check_type(error: RuntimeError) -> None:
+    """Refuse a type that the CPU's kernel lacks, as a card's kernel does.
 
-    A card's kernels do so as well, in registers.
+    A card has kernels for every type that the CPU has them for, but for those that the
+    operators' records name, and for few others, whose records compute them in another way.
+
+    Raises:
+        RuntimeError: Of the class that it is, if that is the error.
     """
-    halves = {torch.float16, torch.bfloat16}
-    operands = torch.utils._pytree.tree_leaves((args, kwargs))
-    dtype = next(each.dtype for each in operands if _is_of(each, halves))
-
-    def cast(value: Any, old: set[torch.dtype], new: torch.dtype) -> Any:
-        return torch.utils._pytree.tree_map(
-            lambda each: each.to(new) if _is_of(each, old) else each, value
-        )
-
-    out = func(*cast(args, halves, torch.float32), **kwargs)
-    return cast(out, {torch.float32}, dtype)
-
-
-def _is_of(value: Any, dtypes: set[torch.dtype]) -> bool:
-    return isinstance(value, torch.Tensor) and value.dtype in dtypes
+    __tracebackhide__ = True
+    text = str(error)
+    if _LACKS_TYPE.match(text):
+        text = text.replace("_cpu", "_cuda", 1).replace("on CPU", "on CUDA")
+        raise type(error)(text) from None
 
 
 def _without_value(value: Any) -> Any:
@@ -138,6 +135,7 @@ def run(
 
     Raises:
         NoValuesError: The result depends on values, and none are kept.
+        NotImplementedError: No kernel is compiled for the operands' type.
         UnsupportedOnSimulatedDeviceError: The operator has no CPU kernel.
     """
     compute = func if compute is None else compute
@@ -152,11 +150,10 @@ def run(
             isinstance(error, NotImplementedError)
             or "called on meta tensors" in str(error)
         )
-        if not lacks_values and not _is_the_cpus(error):
-            raise
-        lacks_half = any(f"for '{name}'" in str(error) for name in ("Half", "BFloat16"))
-    if lacks_half and draw is None and not func._schema.is_mutable:  # no public name
-        return _widened(func, args, kwargs)
+        if not lacks_values:
+            _check_type(error)
+            if not _is_the_cpus(error):
+                raise
     if lacks_values:
         refuse_value(str(func))
     raise UnsupportedOnSimulatedDeviceError(

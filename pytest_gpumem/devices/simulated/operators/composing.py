@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pytest_gpumem.devices.simulated.kernel_types import refuse_backend
+from pytest_gpumem.devices.simulated.kernel_types import HALVES, refuse_backend
 from pytest_gpumem.devices.simulated.refusals import refusing
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 from pytest_gpumem.devices.simulated.transfer import moved
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from pytest_gpumem.devices.simulated.operators.registry import Kernel
 
@@ -46,6 +46,50 @@ def packing(func: Any) -> Kernel | None:
         return outs[0] if len(outs) == 1 else tuple(outs)
 
     return compute
+
+
+def widening(func: Any) -> Kernel:
+    """Compute in single precision what the CPU cannot compute in half; round after.
+
+    A card's kernels do so as well, in registers.
+    """
+    names = [each.name for each in func._schema.arguments if each.is_out]
+    functional = _without_out(func) if names else func
+    inner = packing(func) or func
+
+    def compute(*args: Any, **options: Any) -> Any:
+        try:
+            return inner(*args, **options)
+        except NotImplementedError as error:
+            if not any(f"for '{name}'" in str(error) for name in ("Half", "BFloat16")):
+                raise
+        outs = [options.pop(name) for name in names]
+        computed = _widened(functional, args, options)
+        if not names:
+            return computed
+        results = [computed] if isinstance(computed, torch.Tensor) else [*computed]
+        for out, result in zip(outs, results, strict=True):
+            out.resize_(result.shape).copy_(result)
+        return outs[0] if len(outs) == 1 else tuple(outs)
+
+    return compute
+
+
+def _widened(func: Any, args: Any, options: dict[str, Any]) -> Any:
+    operands = torch.utils._pytree.tree_leaves((args, options))
+    dtype = next(each.dtype for each in operands if _is_of(each, HALVES))
+
+    def cast(value: Any, old: Collection[torch.dtype], new: torch.dtype) -> Any:
+        return torch.utils._pytree.tree_map(
+            lambda each: each.to(new) if _is_of(each, old) else each, value
+        )
+
+    out = func(*cast(args, HALVES, torch.float32), **options)
+    return cast(out, {torch.float32}, dtype)
+
+
+def _is_of(value: Any, dtypes: Collection[torch.dtype]) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype in dtypes
 
 
 def on_cpu_alone(func: Any) -> Kernel:
@@ -86,7 +130,9 @@ def on_host(func: Any) -> Kernel:
     return kernel
 
 
-def into_out(func: Any, *, casts: bool = False) -> Kernel | None:
+def into_out(
+    func: Any, *, casts: bool = False, keeps_strides: bool = True
+) -> Kernel | None:
     """Compute what an overload with ``out=`` returns by the one without; put it there.
 
     C++ computes into helpers that it makes on the host. Limits: the results take their
@@ -95,6 +141,7 @@ def into_out(func: Any, *, casts: bool = False) -> Kernel | None:
     Args:
         func: The overload.
         casts: Whether ``out`` may be of another type, where a result can be cast to it.
+        keeps_strides: Whether an ``out`` of another size gets the strides of the result.
     """
     names = [each.name for each in func._schema.arguments if each.is_out]
     if not names:
@@ -114,7 +161,8 @@ def into_out(func: Any, *, casts: bool = False) -> Kernel | None:
                 )
             if out.shape != result.shape:
                 out.resize_(result.shape)
-                out.as_strided_(result.shape, result.stride())
+                if keeps_strides:
+                    out.as_strided_(result.shape, result.stride())
             out.copy_(result)
         return outs[0] if len(outs) == 1 else tuple(outs)
 

@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pytest_gpumem.devices.simulated.kernel_types import INTEGERS, lacking
+from pytest_gpumem.devices.simulated.kernel_types import COMPLEX, INTEGERS, lacking
 from pytest_gpumem.devices.simulated.operators.composing import only
 from pytest_gpumem.devices.simulated.operators.registry import register
 from pytest_gpumem.devices.simulated.operators.requests import Results
+from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.devices.simulated.rng import draw_kept
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pytest_gpumem.devices.simulated.operators.requests import Call, Step
+    from pytest_gpumem.devices.simulated.tensor import Handler
 
 
 def dropout(source: torch.Tensor, p: float, train: bool) -> torch.Tensor:  # noqa: FBT001  # the operator's signature
@@ -60,11 +62,38 @@ def _mask_first(_call: Call) -> Iterator[Step]:
     yield Results(1)
 
 
+def _lacks_dropout(args: tuple[Any, ...]) -> str:
+    """Name the kernel that is launched for numbers of floating point alone."""
+    source, p, train = args
+    is_launched = train is not False and p < 1 and not source.is_floating_point()
+    return "fused_dropout" if is_launched else ""
+
+
 register(
     "native_dropout",
     draw=_native_dropout,
+    lacks=_lacks_dropout,
     requests=_mask_first,
     source="Dropout.cpp, native_dropout_cpu; cuda/Dropout.cu, dropout_cuda",
+)
+
+
+def _refusing_half(_func: Any, handler: Handler) -> Handler:
+    """Refuse slopes in half precision, which the CPU does not draw."""
+
+    def refusing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        __tracebackhide__ = True
+        if args[0].dtype is torch.float16:
+            refuse("rrelu in half precision")
+        return handler(args, kwargs)
+
+    return refusing
+
+
+register(
+    "rrelu_with_noise rrelu_with_noise_",
+    around=_refusing_half,
+    source="cuda/RreluWithNoise.cu, rrelu_with_noise_out_cuda",
 )
 # They have the tag and draw nothing: the first one refuses dropout.
 register(
@@ -76,6 +105,6 @@ register(
 register("randint_like", takes_host=True, source="TensorFactories.cpp, randint_like")
 register(
     "native_dropout_backward",
-    lacks=lacking("masked_scale", INTEGERS),
+    lacks=lacking("masked_scale", INTEGERS | COMPLEX),
     source="cuda/Dropout.cu, dropout_backward_cuda",
 )

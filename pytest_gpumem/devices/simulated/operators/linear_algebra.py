@@ -168,7 +168,9 @@ register("linalg_pinv", takes_host=True, source=_COMPOSED)
 register("vander", composed=on_host, source=_COMPOSED)
 
 # The CPU's kernels write past the strides of ``out=``, and past its memory.
-register("tril triu", compute=packing, source="cuda/TriangularOps.cu")
+register(
+    "linalg_lu lu_unpack tril triu", compute=packing, source="cuda/TriangularOps.cu"
+)
 
 # -- norms and distances --------------------------------------------------------------
 

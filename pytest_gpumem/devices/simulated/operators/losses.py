@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pytest_gpumem.devices.simulated.operators.composing import on_host, only
+from pytest_gpumem.devices.simulated.operators.composing import on_host, only, widening
 from pytest_gpumem.devices.simulated.operators.reductions import (
     opmath_bytes,
     parts_of,
@@ -176,4 +176,15 @@ register(
     "cosine_similarity",
     composed=only(_cosine_similarity),
     source="Distance.cpp, cosine_similarity",
+)
+
+# -- in half precision ------------------------------------------------------------------
+
+register(
+    """
+    multi_margin_loss multi_margin_loss_backward multilabel_margin_loss_backward
+    multilabel_margin_loss_forward
+    """,
+    compute=widening,
+    source="cuda/MultiMarginLoss.cu and cuda/MultiLabelMarginCriterion.cu",
 )

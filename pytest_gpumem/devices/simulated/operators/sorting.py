@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pytest_gpumem.devices.simulated.kernel_types import HALVES, lacking
+from pytest_gpumem.devices.simulated.kernel_types import COMPLEX, HALVES, lacking
 from pytest_gpumem.devices.simulated.operators.composing import (
     into_out,
     on_cpu_alone,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 def _quantile(func: Any) -> Any:
     """Compute on the host; refuse shares on another device, as C++ does."""
-    inner = on_host(func)
+    inner = into_out(func, keeps_strides=False) or on_host(func)
 
     def kernel(source: torch.Tensor, share: Any, *args: Any, **options: Any) -> Any:
         if isinstance(share, torch.Tensor) and share.device != source.device:
@@ -163,7 +163,7 @@ register(
     "histc",
     alert="_histc_cuda",
     compute=only(_histc),
-    lacks=lacking("histc", HALVES | {torch.bool}),
+    lacks=lacking("histc", HALVES | COMPLEX | {torch.bool}),
     source="cuda/SummaryOps.cu, _histc_cuda",
 )
 register(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytest_gpumem.devices.simulated.kernel_types import INTEGERS, lacking
-from pytest_gpumem.devices.simulated.operators.composing import on_host, packing
+from pytest_gpumem.devices.simulated.operators.composing import on_host, widening
 from pytest_gpumem.devices.simulated.operators.registry import register
 from pytest_gpumem.devices.simulated.operators.requests import Results, Temporary
 from pytest_gpumem.devices.simulated.refusals import refuse
@@ -42,7 +42,12 @@ _ADDED_ATOMICALLY = {
     "upsample_trilinear3d_backward": "upsample_trilinear3d_backward_out_cuda",
 }
 for _name, _caller in _ADDED_ATOMICALLY.items():
-    register(_name, alert=_caller, source=f"alertNotDeterministic in {_caller}")
+    register(
+        _name,
+        alert=_caller,
+        compute=widening if _name == "avg_pool3d_backward" else None,
+        source=f"alertNotDeterministic in {_caller}",
+    )
 
 
 def _with_places(call: Call) -> Iterator[Step]:
@@ -72,10 +77,18 @@ for _names, _kernel, _file in (
     ),
 ):
     register(_names, lacks=lacking(_kernel, INTEGERS), source=f"cuda/{_file}")
-# The CPU's kernel writes past the strides of ``out=``.
+register(
+    """
+    _upsample_bicubic2d_aa _upsample_bicubic2d_aa_backward _upsample_bilinear2d_aa
+    _upsample_bilinear2d_aa_backward _upsample_lanczos2d_aa
+    _upsample_lanczos2d_aa_backward
+    """,
+    compute=widening,
+    source="cuda/UpSampleBilinear2d.cu, upsample_gen2d_aa_out_frame",
+)
 register(
     "avg_pool3d",
-    compute=packing,
+    compute=widening,
     lacks=lacking("avg_pool3d_out_cuda", INTEGERS),
     source="cuda/AveragePool3d.cu, avg_pool3d_out_cuda",
 )
