@@ -28,7 +28,7 @@ MAX_CARDS: Final = 64
 
 #: PyTorch's allocator takes at least this much at a time from the driver.
 _SMALLEST_BYTES: Final = 2 * 2**20
-_KEYS: Final = ("cc", "sms", "ctx", "name")
+_KEYS: Final = ("cc", "sms", "ctx", "nccl", "name")
 _MAKERS: Final = re.compile(r"nvidia|tesla|geforce|rtx")
 _ALIASES: Final = {"h10080gb": "H100", "t416gb": "T4", "p10016gb": "P100"}
 _SIZE: Final = re.compile(r"[0-9.]+\s*([kmgt](i?b)?|b|%)|[0-9]{7,}", re.IGNORECASE)
@@ -36,7 +36,7 @@ _GRAMMAR: Final = (
     "write a name (T4, A100-80GB), a made-up card (16GiB,cc=8.0), several of one "
     "(A100-80GB*2) or several kinds (T4+A100-80GB)"
 )
-_OF_NAMED: Final = ("ctx",)
+_OF_NAMED: Final = ("ctx", "nccl")
 
 
 def find_card(text: str) -> tuple[Card, ...]:
@@ -46,9 +46,10 @@ def find_card(text: str) -> tuple[Card, ...]:
         text: ``CARD``, ``CARD*COUNT``, or several of these joined by ``+``. A card is
             a name of the table or the driver's own (case, blanks, hyphens and the
             maker's words do not matter: ``rtx 4090``, ``NVIDIA A100-SXM4-80GB``), with
-            ``,ctx=SIZE`` if a process's context takes something else than is modelled;
-            or ``SIZE[,cc=MAJOR.MINOR][,sms=COUNT][,ctx=SIZE][,name=NAME]``, a made-up
-            card. Its compute capability is 8.0 and its context takes 0 bytes unless
+            ``,ctx=SIZE`` if a process's context takes something else than is modelled
+            and ``,nccl=SIZE`` if each communicator of NCCL is to take bytes; or
+            ``SIZE[,cc=MAJOR.MINOR][,sms=COUNT][,ctx=SIZE][,nccl=SIZE][,name=NAME]``, a
+            made-up card. Its compute capability is 8.0 and its context takes 0 bytes unless
             given; what else it leaves out is as on the table's first card of that
             capability, or of the one below it.
 
@@ -87,10 +88,11 @@ def _card(text: str, description: str) -> Card:
         return _made_up_card(text, head, _pairs(text, pairs, _KEYS))
     card = _named(text, head)
     given = _pairs(text, pairs, _OF_NAMED)
-    if "ctx" not in given:
-        return card
-    context_bytes = _context(text, given["ctx"], card.total_bytes)
-    return replace(card, given_context_bytes=context_bytes)
+    found: dict[str, int] = {}
+    for key, field in (("ctx", "given_context_bytes"), ("nccl", "nccl_bytes")):
+        if key in given:
+            found[field] = _part(text, key, given[key], card.total_bytes)
+    return replace(card, **found)  # type: ignore[arg-type]  # both are of bytes
 
 
 def _named(text: str, description: str) -> Card:
@@ -156,7 +158,8 @@ def _made_up_card(text: str, size: str, given: dict[str, str]) -> Card:
         raise _error(text, f"sms={sms!r} is no count", "give 1 to 9999")
     return replace(
         model,
-        given_context_bytes=_context(text, given.get("ctx", "0"), total_bytes),
+        given_context_bytes=_part(text, "ctx", given.get("ctx", "0"), total_bytes),
+        nccl_bytes=_part(text, "nccl", given.get("nccl", "0"), total_bytes),
         name=given.get("name", f"Simulated GPU {format_size(total_bytes)}"),
         total_bytes=total_bytes,
         multi_processor_count=int(sms),
@@ -165,16 +168,19 @@ def _made_up_card(text: str, size: str, given: dict[str, str]) -> Card:
     )
 
 
-def _context(text: str, size: str, total_bytes: int) -> int:
+def _part(text: str, key: str, size: str, total_bytes: int) -> int:
+    """Return how many bytes of a card something takes."""
     try:
-        context_bytes = 0 if size == "0" else parse_size(size)
+        nbytes = 0 if size == "0" else parse_size(size)
     except SizeError as error:
-        raise CardError(f"card {text!r}: ctx: {error}", value=text) from None
-    if context_bytes >= total_bytes:
+        raise CardError(f"card {text!r}: {key}: {error}", value=text) from None
+    if nbytes >= total_bytes:
         raise _error(
-            text, f"ctx={size!r} leaves no room on the card", "give less than its size"
+            text,
+            f"{key}={size!r} leaves no room on the card",
+            "give less than its size",
         )
-    return context_bytes
+    return nbytes
 
 
 def _model(text: str, capability: str) -> Card:

@@ -54,6 +54,8 @@ class Card:
         l2_cache_size: Bytes.
         given_context_bytes: What a process's context takes of the total, where it is
             known or was asked for; None has it modelled.
+        nccl_bytes: What a communicator of NCCL takes of the total beside what PyTorch's
+            allocator holds; 0 unless it was asked for.
         precision_bytes: How exactly ``total_bytes`` is known; 1 means to the byte.
         source: Where ``total_bytes`` was read.
     """
@@ -64,6 +66,7 @@ class Card:
     multi_processor_count: int
     l2_cache_size: int = 4 * _MIB
     given_context_bytes: int | None = None
+    nccl_bytes: int = 0
     precision_bytes: int = 1
     source: str = "made up"
 

@@ -56,7 +56,8 @@ def cards() -> str:
             "beside PyTorch's own bytes (median error 5 %, worst 21 %). Kernels of other "
             "libraries, NCCL and old drivers without lazy loading take more. "
             "`--gpu-card=T4,ctx=135MiB` gives another figure, `T4,ctx=0` none. A made-up "
-            "card's context takes nothing unless `ctx=` says so.",
+            "card's context takes nothing unless `ctx=` says so. `nccl=200MiB` is what each "
+            "communicator of [NCCL](nccl.md) takes; unless it is said, nothing.",
             "Slices of a card (MIG) are cards of their own here: "
             "`--gpu-card=A100-80GB:1g.10gb`.",
         ]

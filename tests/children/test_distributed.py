@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from pytest_gpumem import vram_budget
 
-dist.init_process_group("gloo")
+dist.init_process_group(os.environ.get("BACKEND", "gloo"))
 rank, world = int(os.environ["LOCAL_RANK"]), dist.get_world_size()
 torch.cuda.set_device(rank)
 assert torch.cuda.device_count() == world

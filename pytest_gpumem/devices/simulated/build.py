@@ -12,6 +12,8 @@ from pytest_gpumem.devices.simulated.machine import current_machine
 #: What a build for these cards says of itself, where the installed one is for the CPU.
 #: Source: the wheels that ``pip install torch`` takes on Linux, torch 2.13.
 CUDNN_VERSION: Final = 91300
+#: Source: the same wheels' requirement of ``nvidia-nccl-cu13``.
+NCCL_VERSION: Final = (2, 29, 7)
 
 
 class _Cudnn:

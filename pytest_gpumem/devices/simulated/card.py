@@ -199,6 +199,22 @@ class SimulatedCard:
         block = self.allocate(nbytes, stream, is_internal=True)
         self.workspaces[handle, stream] = block
 
+    def take_beside(self, nbytes: int) -> int | None:
+        """Take bytes as a library that does not ask PyTorch's allocator for them.
+
+        Returns:
+            Where they are, or None where there is no room.
+        """
+        if not self.driver.has_context:
+            self.make_context()
+        with self._lock:
+            return self.driver.malloc(nbytes)
+
+    def give_back(self, address: int) -> None:
+        """Give back what was taken beside PyTorch's allocator."""
+        with self._lock:
+            self.driver.free(address)
+
     def clear_workspaces(self) -> None:
         """Give every cuBLAS workspace back to the allocator."""
         while self.workspaces:

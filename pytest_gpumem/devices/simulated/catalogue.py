@@ -38,7 +38,7 @@ _CUDA: Final[dict[str, str]] = {
         current_device current_stream default_generators default_stream device
         device_count device_of export_dot export_graph_data get_rng_state get_rng_state_all init initial_seed
         is_available is_initialized manual_seed manual_seed_all memory random seed
-        seed_all set_device set_rng_state set_rng_state_all set_stream stream streams
+        nccl seed_all set_device set_rng_state set_rng_state_all set_stream stream streams
         synchronize check_error cudaStatus
         BFloat16Storage BoolStorage ByteStorage CharStorage ComplexDoubleStorage
         ComplexFloatStorage DoubleStorage FloatStorage HalfStorage IntStorage
@@ -61,7 +61,7 @@ _CUDA: Final[dict[str, str]] = {
         CUDAGraph CUDAPluggableAllocator ExternalStream GreenContext MemPool
         caching_allocator_alloc caching_allocator_delete caching_allocator_disabled
         caching_allocator_enable change_current_allocator get_stream_from_external
-        graph graph_pool_handle jiterator make_graphed_callables nccl tunable
+        graph graph_pool_handle jiterator make_graphed_callables tunable
         use_mem_pool
     """,
 }
@@ -100,7 +100,7 @@ NOTES: Final[dict[str, str]] = {
     "torch.cuda.export_dot": "a hook for graphs, of which there are none",
     "torch.cuda.export_graph_data": "a hook for graphs, of which there are none",
     "torch.cuda.nvtx": "ranges are counted, no profiler sees them",
-    "torch.cuda.nccl": "`is_available` says no; use the gloo backend",
+    "torch.cuda.nccl": "`unique_id` and `init_rank` are refused",
     "torch.cuda.tunable": "`is_enabled` says no",
 }
 
@@ -137,6 +137,9 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
         "`torch.inference_mode`: the bytes of `torch.no_grad`",
         "operators of `torch.library.custom_op`: their Python code sees the card",
         "`torch.nn.DataParallel` over several simulated cards",
+        "`torch.distributed` with [NCCL](nccl.md), by any way to start it: values "
+        "travel through gloo, with NCCL's rules, errors and work objects; DDP, FSDP, "
+        "`fully_shard`, `DTensor`, `ZeroRedundancyOptimizer` on it",
         "`torch.compile` with the backends `eager` and `aot_eager`: what meets a "
         "tensor of a card runs as it is",
         "threads, DataLoader workers, autograd's threads; a forked child of a process "
@@ -153,6 +156,8 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
         "attention, dropout, reductions, sums of gradients: what CUDA's kernels save "
         "and take for themselves",
         "`pynvml` and `torch.cuda`'s functions that ask it: never a real driver",
+        "what a communicator of NCCL takes beside PyTorch's allocator: nothing, or "
+        "what `nccl=` says of a card",
     ),
 }
 

@@ -1,25 +1,16 @@
-"""What C++ does for parallel modules: copies between cards, and buckets on them.
+"""What C++ does for ``torch.nn.parallel.comm`` between the cards of one process.
 
-Below ``torch.nn.parallel.comm`` it broadcasts, scatters and gathers between the cards
-of one process; here copies from card to card do. Source: ``torch/csrc/cuda/comm.cpp``.
-
-For ``DistributedDataParallel`` it makes buckets of gradients on what it takes for the
-parameters' device. Source: ``initialize_buckets`` and ``initialize_local_used_map`` of
-``torch/csrc/distributed/c10d/reducer.cpp``.
+It broadcasts, scatters and gathers; here copies from card to card do. Source:
+``torch/csrc/cuda/comm.cpp``.
 """
 
 from __future__ import annotations
 
-import functools
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pytest_gpumem.devices.simulated.machine import card_of
-from pytest_gpumem.devices.simulated.refusals import refused
-from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -118,74 +109,3 @@ C_COLLECTIVES: Final[dict[str, Any]] = {
     "_gather": gather,
     "_gather_out": gather_out,
 }
-
-
-# -- torch.distributed ----------------------------------------------------------------
-
-
-class _Placing(TorchDispatchMode):
-    """A block in which memory that C++ asks for on the host is a card's."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's
-        self._device = device
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        """Ask for the memory on the card."""
-        options = kwargs or {}
-        asked = options.get("device")
-        if func is _empty and asked is not None and asked.type == "cpu":
-            options = {**options, "device": self._device}
-        return func(*args, **options)
-
-
-_empty: Final = torch.ops.aten.empty.memory_format
-
-
-def _of_distributed() -> tuple[tuple[Any, str, Any], ...]:
-    """Return owner, name and replacement of what torch.distributed calls."""
-    if not torch.distributed.is_available():
-        return ()
-    original: Any = vars(torch.distributed)["Reducer"]
-
-    class Reducer(original):  # type: ignore[misc]  # a class of C++
-        """``torch.distributed.Reducer``, whose buckets are where the parameters are."""
-
-        def __init__(self, params: Any, *args: Any, **options: Any) -> None:
-            __tracebackhide__ = True
-            cards = [
-                each.device for each in params if isinstance(each, SimulatedTensor)
-            ]
-            self._place = _Placing(cards[0]) if cards else nullcontext()
-            with self._place:
-                super().__init__(params, *args, **options)
-
-        def _rebuild_buckets(self) -> Any:
-            __tracebackhide__ = True
-            with self._place:
-                return super()._rebuild_buckets()
-
-    c10d: Any = torch.distributed.distributed_c10d
-    new_group: Any = c10d._new_process_group_helper
-
-    @functools.wraps(new_group)
-    def new_process_group(*args: Any, **options: Any) -> Any:
-        __tracebackhide__ = True
-        try:
-            return new_group(*args, **options)
-        except (RuntimeError, ValueError) as error:
-            if "NCCL" not in str(error):
-                raise
-            refusal = refused("torch.distributed's nccl backend")
-        raise refusal  # without torch's text before it
-
-    return (
-        (torch.distributed, "Reducer", Reducer),
-        (c10d, "_new_process_group_helper", new_process_group),
-    )
-
-
-#: Owner, name and replacement of each.
-REPLACEMENTS: Final = _of_distributed()

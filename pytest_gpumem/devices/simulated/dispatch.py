@@ -24,6 +24,7 @@ from torch._library.custom_ops import OPDEFS
 
 from pytest_gpumem.devices.simulated.backward import in_backward
 from pytest_gpumem.devices.simulated.determinism import check_cublas, with_alert
+from pytest_gpumem.devices.simulated.distributed import COLLECTIVES
 from pytest_gpumem.devices.simulated.foresight import (
     foreseeing,
     may_allocate,
@@ -275,6 +276,9 @@ def handler_for(func: Any) -> Handler:
         return composed
     maker = _mutating if func._schema.is_mutable else _plain
     handler = maker(func, operator)
+    collective = COLLECTIVES.get(func.namespace)
+    if collective is not None:
+        return collective(func, handler)
     if operator.lacks is not None:
         handler = with_types(operator.lacks, handler)
     if operator.around is not None:

@@ -13,9 +13,9 @@ from torch.utils._device import _device_constructors
 
 from pytest_gpumem.devices.patches import PatchSet
 from pytest_gpumem.devices.simulated import (
-    collectives,
     compiling,
     dispatch,
+    distributed,
     factories,
     handover,
     identity,
@@ -92,7 +92,6 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
     owned: tuple[tuple[Any, dict[str, Any]], ...] = (
         (torch.cuda, cuda_names()),
         (torch.cuda.streams, {"Stream": Stream, "Event": Event}),
-        (torch.cuda.nccl, {"is_available": lambda _tensors: False}),
         (torch.Tensor, EVERY_TENSOR),
         (torch.Tensor, DRAWING_METHODS),
         (torch.UntypedStorage, EVERY_STORAGE),
@@ -114,7 +113,7 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
     yield from build_names()
     yield from _refused_classes()
     yield torch._C._nn, "_parse_to", parse_to
-    yield from collectives.REPLACEMENTS
+    yield from distributed.REPLACEMENTS
     yield from compiling.REPLACEMENTS
     yield from handover.REPLACEMENTS
     yield from identity.REPLACEMENTS

@@ -46,9 +46,9 @@ ADVICE: Final[dict[str, str]] = {
     "torch.cuda.get_stream_from_external": "use torch.cuda.Stream",
     "torch.cuda.GreenContext": _REAL,
     "torch.cuda.jiterator": "write the operation with torch's operators",
-    "torch.cuda.nccl": "use the gloo backend of torch.distributed",
-    "torch.distributed's nccl backend": (
-        'use backend="gloo", which takes tensors of simulated cards'
+    "torch.cuda.nccl.init_rank": "use torch.distributed, whose groups may be of NCCL",
+    "a functional message of torch.distributed": (
+        "use torch.distributed.isend and irecv"
     ),
     "torch.cuda.gds": "read the file on the host",
     "torch.cuda.tunable": _REAL,
@@ -183,18 +183,8 @@ C_REFUSALS: Final[dict[str, Any]] = {
     "_cuda_getStreamFromExternal": refusing("torch.cuda.get_stream_from_external"),
     "_cuda_jiterator_compile_and_launch_kernel": refusing("torch.cuda.jiterator"),
     **{
-        name: refusing("torch.cuda.nccl")
-        for name in (
-            "_nccl_version",
-            "_nccl_version_suffix",
-            "_nccl_unique_id",
-            "_nccl_init_rank",
-            "_nccl_reduce",
-            "_nccl_all_reduce",
-            "_nccl_broadcast",
-            "_nccl_all_gather",
-            "_nccl_reduce_scatter",
-        )
+        name: refusing("torch.cuda.nccl.init_rank")
+        for name in ("_nccl_unique_id", "_nccl_init_rank")
     },
     **{
         name: refusing("torch.cuda.gds")

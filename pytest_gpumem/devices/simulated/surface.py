@@ -16,6 +16,7 @@ from pytest_gpumem.allocator.snapshot import snapshot
 from pytest_gpumem.devices.simulated import rng
 from pytest_gpumem.devices.simulated.build import compiled_version
 from pytest_gpumem.devices.simulated.collectives import C_COLLECTIVES
+from pytest_gpumem.devices.simulated.distributed.one_process import C_NCCL
 from pytest_gpumem.devices.simulated.history import History
 from pytest_gpumem.devices.simulated.lists import grouping
 from pytest_gpumem.devices.simulated.machine import card_of, current_machine
@@ -420,6 +421,7 @@ C_FUNCTIONS: Final[dict[str, Any]] = {
     "_cuda_getCurrentSolverHandle": lambda: 1,
     **C_REFUSALS,
     **C_COLLECTIVES,
+    **C_NCCL,
     "_accelerator_getAccelerator": lambda: torch.device("cuda"),
     "_get_accelerator": lambda _check=None: torch.device("cuda"),
     "_group_tensors_by_device_and_dtype": grouping,

@@ -1,0 +1,539 @@
+"""What stands for NCCL in a process group of torch's, over gloo.
+
+Source of names, options and texts: ``torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp``
+and ``.hpp``, and ``init.cpp`` for what Python sees of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import socket
+import threading
+from collections import deque
+from contextlib import suppress
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, ClassVar, Final, cast
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch._C import _distributed_c10d as c10d
+from torch.distributed import constants, distributed_c10d
+
+from pytest_gpumem.devices.simulated.build import NCCL_VERSION
+from pytest_gpumem.devices.simulated.distributed.works import (
+    NcclWork,
+    idle_work,
+    nccl_error,
+)
+from pytest_gpumem.devices.simulated.machine import card_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from pytest_gpumem.devices.simulated.card import SimulatedCard
+
+#: Source: ``kProcessGroupNCCLDefaultTimeout``.
+DEFAULT_TIMEOUT: Final = timedelta(minutes=10)
+_UNSET: Final = -(2**31)  # NCCL_CONFIG_UNDEF_INT
+#: So many works are kept that nobody has waited for, before the oldest may go.
+_KEPT: Final = 64
+
+_gloo: Final[Any] = getattr(c10d, "ProcessGroupGloo", object)
+_uids: Final = itertools.count()
+
+
+class _Buffers:
+    """What a communicator keeps on a card beside PyTorch's allocator.
+
+    Raises:
+        torch.distributed.DistBackendError: There is no room.
+    """
+
+    def __init__(self, card: SimulatedCard) -> None:
+        __tracebackhide__ = True
+        self._card = card
+        self._address: int | None = None
+        nbytes = card.card.nccl_bytes
+        if not nbytes:
+            return
+        self._address = card.take_beside(nbytes)
+        if self._address is None:
+            # Source: ``ncclCudaMallocDebug`` of NCCL's ``alloc.h``.
+            raise nccl_error(
+                "unhandled cuda error (run with NCCL_DEBUG=INFO for details)",
+                "ncclUnhandledCudaError: Call to CUDA function failed.",
+                f"Failed to CUDA calloc {nbytes} bytes",
+            )
+
+    def close(self) -> None:
+        """Give it back; safe to call twice."""
+        address, self._address = self._address, None
+        if address is not None:
+            self._card.give_back(address)
+
+
+class NCCLConfig:
+    """``ncclConfig_t``: it is taken and kept, and changes nothing here."""
+
+    def __init__(self) -> None:
+        self.blocking = _UNSET
+        self.cga_cluster_size = _UNSET
+        self.min_ctas = _UNSET
+        self.max_ctas = _UNSET
+        self.net_name: str | None = None
+        self.split_share = _UNSET
+        self.traffic_class = _UNSET
+        self.comm_name: str | None = None
+        self.collnet_enable = _UNSET
+        self.cta_policy = _UNSET
+        self.shrink_share = _UNSET
+        self.nvls_ctas = _UNSET
+        self.nchannels_per_net_peer = _UNSET
+        self.nvlink_centric_sched = _UNSET
+
+
+class NcclOptions(c10d.Backend.Options):
+    """``ProcessGroupNCCL.Options``."""
+
+    def __init__(self, is_high_priority_stream: bool = False) -> None:  # noqa: FBT001, FBT002  # torch's signature
+        super().__init__("nccl", DEFAULT_TIMEOUT)
+        self.is_high_priority_stream = is_high_priority_stream
+        self.config = NCCLConfig()
+        self.split_from: ProcessGroupNCCL | None = None
+        self.split_color = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NcclOptions:
+        """Return a copy, as ``split_group`` makes one."""
+        new = NcclOptions(self.is_high_priority_stream)
+        new._timeout = self._timeout
+        new.config = copy.deepcopy(self.config, memo)
+        new.global_ranks_in_group = self.global_ranks_in_group
+        new.group_name = self.group_name
+        new.split_from, new.split_color = self.split_from, self.split_color
+        return new
+
+
+class ProcessGroupNCCL(_gloo):  # type: ignore[misc]  # a class of C++
+    """NCCL in a process group: its rules, over gloo's transport.
+
+    Args:
+        store: Where the ranks find each other.
+        rank: This process's rank in the group.
+        size: How many ranks there are.
+        options: ``ProcessGroupNCCL.Options``, or a time-out.
+    """
+
+    Options: ClassVar[type[NcclOptions]] = NcclOptions
+    NCCLConfig: ClassVar = NCCLConfig
+    NCCL_CTA_POLICY_DEFAULT: ClassVar = 0
+    NCCL_CTA_POLICY_EFFICIENCY: ClassVar = 1
+    NCCL_CTA_POLICY_ZERO: ClassVar = 2
+
+    supports_splitting = True
+    supports_coalescing = True
+    supports_time_estimate = False
+    supports_shrinking = False
+
+    def __init__(
+        self,
+        store: c10d.Store,
+        rank: int,
+        size: int,
+        options: NcclOptions | timedelta | None = None,
+        *,
+        timeout: timedelta | None = None,
+    ) -> None:
+        __tracebackhide__ = True
+        if not torch.cuda.device_count():
+            raise ValueError(
+                "ProcessGroupNCCL is only supported with GPUs, no GPUs found!"
+            )
+        if not isinstance(options, NcclOptions):
+            timeout = options or timeout
+            options = NcclOptions()
+            if timeout is not None:
+                options._timeout = timeout
+        super().__init__(
+            c10d.PrefixStore("gloo", store), rank, size, timeout=options._timeout
+        )
+        self._store = c10d.PrefixStore("nccl", store)
+        self._options = options
+        self._uid = next(_uids)
+        self._lock = threading.RLock()
+        self._communicators: dict[int, _Buffers] = {}
+        self._sequence = 0
+        self._extra_timeout = timedelta(0)
+        self._works: deque[NcclWork] = deque()
+        #: Works between ``_start_coalescing`` and ``_end_coalescing``.
+        self._together: list[dist.Work] | None = None
+        self._num_splits = 0
+
+    # -- what torch's Python code asks ------------------------------------------------
+
+    @property
+    def options(self) -> NcclOptions:
+        """The options that the group was made with."""
+        return self._options
+
+    @property
+    def uid(self) -> int:
+        """The group's number in this process."""
+        return self._uid
+
+    def name(self) -> str:
+        """Return the backend's name."""
+        return "nccl"
+
+    _get_backend_name = name
+
+    def _set_default_timeout(self, timeout: timedelta) -> None:
+        self._options._timeout = timeout
+        super()._set_default_timeout(timeout)
+
+    set_timeout = _set_default_timeout
+
+    def _add_ephemeral_timeout(self, timeout: timedelta) -> None:
+        self._extra_timeout += timeout
+
+    def _verify_work_timeout(self, work: NcclWork, timeout: timedelta) -> bool:
+        return work.timeout == timeout
+
+    def _is_initialized(self) -> bool:
+        return bool(self._communicators)
+
+    def _group_start(self) -> None:
+        """Begin calls that NCCL takes as one; each runs at once here."""
+
+    _group_end = _group_start
+
+    def comm_split_count(self) -> int:
+        """Return how many groups were split from this one."""
+        return self._num_splits
+
+    def perform_nocolor_split(self, device: torch.device) -> None:
+        """Take part in a split whose group this rank is not in."""
+
+    def register_mem_pool(self, pool: object, symm: bool = False) -> None:  # noqa: FBT001, FBT002  # torch's signature
+        """Take a pool whose memory NCCL may use without copies; it changes no bytes."""
+
+    deregister_mem_pool = register_mem_pool
+
+    def eager_connect_single_device(self, device: torch.device) -> None:
+        """Make the communicator of a card now."""
+        __tracebackhide__ = True
+        self.connect(card_of(device.index))
+
+    def close(self) -> None:
+        """Give back what the group holds, and forget what is under way."""
+        for each in self._communicators.values():
+            each.close()
+        self._communicators.clear()
+        self._works.clear()
+
+    def abort(self) -> None:
+        """End the group, with what is under way."""
+        self.close()
+        super().abort()
+
+    def shutdown(self) -> None:
+        """End the group."""
+        self.abort()
+
+    @staticmethod
+    def get_build_nccl_version() -> tuple[int, int, int]:
+        """Return the version of NCCL that torch was built with."""
+        return NCCL_VERSION
+
+    get_runtime_nccl_version = get_build_nccl_version
+
+    # -- communicators ------------------------------------------------------------------
+
+    def connect(self, card: SimulatedCard) -> None:
+        """Make the communicator of a card, once, with the other ranks.
+
+        Raises:
+            torch.distributed.DistBackendError: Two ranks are on one card, another rank
+                does not come, or the card has no room for the buffers.
+        """
+        __tracebackhide__ = True
+        with self._lock:
+            if card.index in self._communicators:
+                return
+            self._meet(card)
+            self._communicators[card.index] = _Buffers(card)
+
+    def _meet(self, card: SimulatedCard) -> None:
+        """Tell the other ranks which card this one has, and hear of theirs.
+
+        Source: ``broadcastUniqueNCCLID`` there, and ``initTransportsRank`` of NCCL's
+        ``init.cc``.
+        """
+        __tracebackhide__ = True
+        rank, size, number = self.rank(), self.size(), len(self._communicators)
+        if size == 1:
+            return
+        # A bus number as NCCL prints it; cards of one machine differ in it.
+        own = f"{socket.gethostname()} {card.number << 12:x}"
+        self._store.set(f"{number}/{rank}", own)
+        for other in range(size):
+            key = f"{number}/{other}"
+            try:
+                self._store.wait([key], self._options._timeout)
+            except RuntimeError as error:
+                raise dist.DistBackendError(
+                    f"[{rank}] is setting up NCCL communicator and retrieving "
+                    f"ncclUniqueId from [{other}] via c10d key-value store by key "
+                    f"'{number}', but store->get('{number}') got error: {error}. This "
+                    f"may indicate a possible application crash on rank {other} or a "
+                    "network set up issue."
+                ) from None
+            if other != rank and self._store.get(key).decode() == own:
+                raise nccl_error(
+                    "invalid usage (run with NCCL_DEBUG=WARN for details)",
+                    "ncclInvalidUsage: This usually reflects invalid usage of NCCL "
+                    "library.",
+                    f"Duplicate GPU detected : rank {rank} and rank {other} both on "
+                    f"CUDA device {own.split()[1]}",
+                )
+
+    # -- collectives ----------------------------------------------------------------
+
+    def timeout_of(self, milliseconds: int) -> timedelta:
+        """Return how long a collective may take that was given so many; -1: any."""
+        if milliseconds >= 0:
+            return timedelta(milliseconds=milliseconds)
+        extra, self._extra_timeout = self._extra_timeout, timedelta(0)
+        return self._options._timeout + extra
+
+    def transport(self, name: str, *args: Any) -> dist.Work:
+        """Let gloo carry values."""
+        carry: Callable[..., dist.Work] = getattr(super(), name)
+        return carry(*args)
+
+    def start(self, what: str, **details: Any) -> dist.Work:
+        """Return the work of a collective whose values are under way."""
+        self._sequence += 1
+        work = NcclWork(what, rank=self.rank(), sequence=self._sequence, **details)
+        if self._together is not None:
+            self._together.append(work)
+            return idle_work()
+        return self._kept(work)
+
+    def _kept(self, work: NcclWork) -> NcclWork:
+        """Keep a work's Python half, which C++ does not, until somebody has waited."""
+        works = self._works
+        if len(works) > _KEPT and works[0].look():
+            works.popleft()
+        works.append(work)
+        work.released = self._forget
+        return work
+
+    def _forget(self, work: NcclWork) -> None:
+        with suppress(ValueError):  # it was one of too many
+            self._works.remove(work)
+
+    def start_coalescing(self) -> None:
+        """Take what comes as one."""
+        self._together = []
+
+    def end_coalescing(self) -> dist.Work | None:
+        """Return the work of all that came since."""
+        together, self._together = self._together, None
+        if not together:
+            return None
+        return self._kept(
+            NcclWork(
+                "COALESCED",
+                rank=self.rank(),
+                sequence=self._sequence,
+                timeout=self._options._timeout,
+                inner=together,
+            )
+        )
+
+    def note_split(self) -> None:
+        """Count a group that was split from this one."""
+        self._num_splits += 1
+
+
+ProcessGroupNCCL.__module__ = "torch.distributed.distributed_c10d"
+
+
+# -- process groups -----------------------------------------------------------------------
+
+_group_class: Final[Any] = c10d.ProcessGroup
+#: The backends of each group, by type of device; C++ keeps them alive without what
+#: Python adds to them.
+_backends: Final[WeakKeyDictionary[Any, dict[str, Any]]] = WeakKeyDictionary()
+
+
+def backend_of(group: Any) -> ProcessGroupNCCL | None:
+    """Return what stands for NCCL in a group, or None."""
+    found = _backends.get(group, {}).get("cuda")
+    found = getattr(found, "wrapped_pg", found)  # TORCH_DISTRIBUTED_DEBUG=DETAIL
+    return found if isinstance(found, ProcessGroupNCCL) else None
+
+
+def _register_backend(
+    self: Any, device: torch.device, backend_type: Any, backend: Any = None
+) -> None:
+    _original["_register_backend"](self, device, backend_type, backend)
+    _backends.setdefault(self, {})[device.type] = backend
+
+
+def _start_coalescing(self: Any, device_type: torch.device) -> None:
+    backend = backend_of(self) if device_type.type == "cuda" else None
+    if backend is None:
+        _original["_start_coalescing"](self, device_type)
+    else:
+        backend.start_coalescing()
+
+
+def _end_coalescing(self: Any, device_type: torch.device) -> Any:
+    backend = backend_of(self) if device_type.type == "cuda" else None
+    if backend is None:
+        return _original["_end_coalescing"](self, device_type)
+    return backend.end_coalescing()
+
+
+def _ending(name: str) -> Any:
+    """Return what ends a group: C++ does not come to the Python half of a backend."""
+
+    def end(self: Any) -> None:
+        backend = backend_of(self)
+        if backend is not None:
+            backend.close()
+        _original[name](self)
+
+    return end
+
+
+def _split_group(  # noqa: PLR0917  # torch's signature
+    self: Any,
+    ranks: Sequence[int],
+    timeout: timedelta | None = None,
+    opts: Any = None,
+    group_name: str | None = None,
+    group_desc: str | None = None,
+    device_types: Sequence[torch.device] | None = None,
+) -> Any:
+    """Return the group of some of a group's ranks, or None on a rank not among them.
+
+    Source: ``ProcessGroup::splitGroup`` of ``ProcessGroup.cpp``.
+    """
+    parent = backend_of(self)
+    if parent is None:
+        given = {} if device_types is None else {"device_types": device_types}
+        return _original["split_group"](
+            self, ranks, timeout, opts, group_name, group_desc, **given
+        )
+    parent.note_split()
+    ordered = sorted(ranks)
+    if self.rank() not in ordered:
+        return None
+    name = group_name or f"{self.group_name}:split:{ordered}"
+    store = c10d.PrefixStore(f"{name}/", self.get_group_store())
+    rank, size = ordered.index(self.rank()), len(ordered)
+    group = _group_class(store, rank, size)
+    group._set_default_backend(_group_class.BackendType.NCCL)
+    types = {each.type for each in device_types} if device_types is not None else None
+    limit = timeout or parent.options._timeout
+    for type_, backend in _backends[self].items():
+        if types is not None and type_ not in types:
+            continue
+        own_store = c10d.PrefixStore(f"{type_}/", store)
+        if isinstance(getattr(backend, "wrapped_pg", backend), ProcessGroupNCCL):
+            options = copy.deepcopy(
+                opts if isinstance(opts, NcclOptions) else NcclOptions()
+            )
+            options._timeout = limit
+            options.group_name = cast("Any", name)
+            new: Any = ProcessGroupNCCL(own_store, rank, size, options)
+            kind = _group_class.BackendType.NCCL
+        else:
+            new = _gloo(own_store, rank, size, timeout=limit)
+            kind = _group_class.BackendType.GLOO
+        group._register_backend(torch.device(type_), kind, new)
+    group._set_group_name(name)
+    group._set_group_desc(group_desc or f"{self.group_desc}:split")
+    return group
+
+
+# -- factors ------------------------------------------------------------------------------
+
+#: What the sum of the calling thread's collective is multiplied by beforehand. C++ hands
+#: the operation on without a way for Python to read it there.
+_local: Final[Any] = threading.local()
+_PREMUL_SUM: Final[Any] = vars(dist.ReduceOp.RedOpType)["PREMUL_SUM"]
+
+
+def current_factor() -> Any:
+    """Return the factor of a PREMUL_SUM that is being called."""
+    return getattr(_local, "factor", 1.0)
+
+
+def _noting_factor(name: str) -> Any:
+    original = vars(_group_class)[name]
+
+    @functools.wraps(getattr(_group_class, name))
+    def call(self: Any, *args: Any, **options: Any) -> Any:
+        __tracebackhide__ = True
+        for each in (*args, *options.values()):
+            operation = getattr(each, "reduceOp", each)
+            if isinstance(operation, dist.ReduceOp):
+                kind, factor = cast("Any", operation).__getstate__()
+                if kind == _PREMUL_SUM:
+                    _local.factor = factor
+        try:
+            return original.__get__(self, type(self))(*args, **options)
+        finally:
+            _local.factor = 1.0
+
+    return call
+
+
+_NAMES: Final[dict[str, Any]] = {
+    "_register_backend": _register_backend,
+    "_start_coalescing": _start_coalescing,
+    "_end_coalescing": _end_coalescing,
+    "split_group": _split_group,
+    "abort": _ending("abort"),
+    "shutdown": _ending("shutdown"),
+}
+_REDUCING: Final = (
+    "allreduce",
+    "allreduce_coalesced",
+    "reduce",
+    "reduce_scatter",
+    "_reduce_scatter_base",
+    "reduce_scatter_single",
+    "reduce_scatter_single_coalesced",
+    "reduce_scatter_tensor_coalesced",
+)
+_original: Final = {
+    name: getattr(_group_class, name) for name in _NAMES if hasattr(_group_class, name)
+}
+
+#: Owner, name and replacement of each.
+REPLACEMENTS: Final[list[tuple[Any, str, Any]]] = []
+if dist.is_gloo_available():
+    REPLACEMENTS[:] = [
+        *((_group_class, name, _NAMES[name]) for name in _original),
+        *(
+            (_group_class, name, _noting_factor(name))
+            for name in _REDUCING
+            if name in vars(_group_class)
+        ),
+        *(
+            (owner, name, value)
+            for owner in (dist, distributed_c10d, c10d)
+            for name, value in (("ProcessGroupNCCL", ProcessGroupNCCL),)
+        ),
+        (c10d, "_DEFAULT_PG_NCCL_TIMEOUT", DEFAULT_TIMEOUT),
+        (constants, "default_pg_nccl_timeout", DEFAULT_TIMEOUT),
+        (distributed_c10d, "default_pg_nccl_timeout", DEFAULT_TIMEOUT),
+        (distributed_c10d, "_NCCL_AVAILABLE", True),
+    ]

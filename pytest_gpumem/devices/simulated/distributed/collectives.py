@@ -1,0 +1,850 @@
+"""What each of ``torch.ops.c10d`` does in a group of NCCL on simulated cards.
+
+Source, unless a function says another: the method of the same name in
+``torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp``, and ``Ops.cpp`` for what an
+operator is given and returns.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch._C import _distributed_c10d as c10d
+
+from pytest_gpumem.devices.simulated.distributed.backend import (
+    ProcessGroupNCCL,
+    backend_of,
+    current_factor,
+)
+from pytest_gpumem.devices.simulated.machine import card_of
+from pytest_gpumem.devices.simulated.memory import Memory
+from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from pytest_gpumem.devices.simulated.card import SimulatedCard
+    from pytest_gpumem.devices.simulated.tensor import Handler
+
+_Kind: Final[Any] = dist.ReduceOp.RedOpType
+_MULTI_DEVICE: Final = (
+    "Expecting one tensor only but got multiple. You are probably using multiple "
+    "devices under one thread. The support for such usage has been deprecated. For "
+    "details, please refer to "
+    "https://pytorch.org/docs/stable/distributed.html#multi-gpu-collective-functions. "
+    "ProcessGroupNCCL continues supporting multi-process and multi-thread modes."
+)
+#: What NCCL has a type for. Source: ``ncclDataType`` of ``ProcessGroupNCCL.cpp``.
+_TYPES: Final = {
+    torch.int8: "Char",
+    torch.uint8: "Byte",
+    torch.bool: "Bool",
+    torch.int32: "Int",
+    torch.int64: "Long",
+    torch.float16: "Half",
+    torch.bfloat16: "BFloat16",
+    torch.float32: "Float",
+    torch.float64: "Double",
+    torch.float8_e4m3fn: "Float8_e4m3fn",
+    torch.float8_e5m2: "Float8_e5m2",
+}
+_FLOAT8: Final = (torch.float8_e4m3fn, torch.float8_e5m2)
+_NAMES: Final = {
+    torch.int16: "Short",
+    torch.uint16: "UInt16",
+    torch.uint32: "UInt32",
+    torch.uint64: "UInt64",
+}
+#: Operations on bits, which NCCL has not.
+_BITWISE: Final = {_Kind.BAND: "BAND", _Kind.BOR: "BOR", _Kind.BXOR: "BXOR"}
+
+
+class Carried(NamedTuple):
+    """Values under way.
+
+    Attributes:
+        works: What carries them.
+        finish: What is left to do on this rank once they are there.
+    """
+
+    works: Sequence[dist.Work]
+    finish: Callable[[], None] | None = None
+
+
+class Call:
+    """One collective: the group, and what the operator was given."""
+
+    def __init__(
+        self, group: Any, backend: ProcessGroupNCCL, given: dict[str, Any]
+    ) -> None:
+        self.group = group
+        self.backend = backend
+        self.given = given
+        self.timeout = backend.timeout_of(given.get("timeout", -1))
+        self.card: SimulatedCard | None = None
+        #: What is kept on the card until the collective is over.
+        self.held: list[Memory] = []
+
+    def __getitem__(self, name: str) -> Any:
+        return self.given[name]
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+        size: int = self.backend.size()
+        return size
+
+    @property
+    def rank(self) -> int:
+        """This process's rank."""
+        rank: int = self.backend.rank()
+        return rank
+
+    # -- checks -------------------------------------------------------------------------
+
+    def values(
+        self, tensors: Sequence[torch.Tensor], *, is_message: bool = False
+    ) -> list[torch.Tensor]:
+        """Return the values of tensors that NCCL takes; complex ones as pairs.
+
+        Source: ``check_gpu_single_tensor`` and ``getNCCLComm``.
+
+        Raises:
+            ValueError: A tensor is on the host, sparse or has gaps.
+            torch.distributed.DistBackendError: It is on a card that is not the group's.
+        """
+        __tracebackhide__ = True
+        return [self._value(each, is_message=is_message) for each in tensors]
+
+    def _value(self, tensor: torch.Tensor, *, is_message: bool) -> torch.Tensor:
+        __tracebackhide__ = True
+        if not isinstance(tensor, SimulatedTensor):
+            raise ValueError("Tensors must be CUDA and dense")  # noqa: TRY004  # torch's
+        value = tensor._gpumem_value
+        if not is_message and not _is_contiguous(value):
+            raise ValueError("Tensors must be contiguous")
+        self._use(tensor._gpumem_card)
+        return torch.view_as_real(value) if value.is_complex() else value
+
+    def _use(self, card: SimulatedCard) -> None:
+        __tracebackhide__ = True
+        if self.card is None:
+            bound = getattr(self.group, "bound_device_id", None)
+            if bound is not None and bound.index != card.index:
+                raise dist.DistBackendError(
+                    "Attempt to perform collective on tensor not on device passed to "
+                    "init_process_group"
+                )
+            self.card = card
+        elif self.card is not card:
+            raise ValueError("Expected list of tensors on the same device")
+
+    def one(self, name: str, *, is_message: bool = False) -> torch.Tensor:
+        """Return the value of the one tensor of a list."""
+        __tracebackhide__ = True
+        tensors = self[name]
+        if len(tensors) != 1:
+            raise RuntimeError(_MULTI_DEVICE)
+        return self.values(tensors, is_message=is_message)[0]
+
+    def hold(self, nbytes: int) -> None:
+        """Take bytes of the card until the collective is over."""
+        __tracebackhide__ = True
+        assert self.card is not None, "unreachable: a tensor is on it"  # noqa: S101  # states why
+        self.held.append(Memory(self.card, nbytes))
+
+    # -- the work -----------------------------------------------------------------------
+
+    def start(
+        self,
+        what: str,
+        carry: Callable[[], Carried],
+        *,
+        outputs: Sequence[torch.Tensor],
+        counts: tuple[int, int],
+        is_message: bool = False,
+    ) -> Any:
+        """Send the values on their way; return the work, as an operator does."""
+        __tracebackhide__ = True
+        card = self.card
+        has_values = card is None or card.value_device != "meta"
+        if card is not None and not is_message:
+            self.backend.connect(card)
+        with torch.no_grad():
+            carried = carry() if has_values else Carried(())
+        work = self.backend.start(
+            what,
+            timeout=self.timeout,
+            inner=carried.works,
+            finish=carried.finish,
+            outputs=outputs,
+            counts=counts,
+            held=self.held,
+        )
+        return work.boxed()
+
+    def options(self, made: Any, **fields: Any) -> Any:
+        """Fill in options of gloo's."""
+        made.timeout = self.timeout
+        for name, value in fields.items():
+            setattr(made, name, value)
+        return made
+
+
+def _is_contiguous(value: torch.Tensor) -> bool:
+    """Tell whether a tensor is dense in the order that it says it is in."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = formats.get(value.dim())
+    return value.is_contiguous() or (
+        last is not None and value.is_contiguous(memory_format=last)
+    )
+
+
+def _check_type(dtype: torch.dtype) -> None:
+    """Raise where NCCL has no such type.
+
+    Raises:
+        RuntimeError: It has none.
+    """
+    if dtype not in _TYPES:
+        name = _NAMES.get(dtype, str(dtype).removeprefix("torch."))
+        raise RuntimeError(f"Unconvertible NCCL type {name}")
+
+
+def _flat(value: torch.Tensor) -> torch.Tensor:
+    """Return the memory of a tensor as bytes, in the order in which it lies there."""
+    _check_type(value.dtype)
+    line = value.as_strided((value.numel(),), (1,), value.storage_offset())
+    return line.view(torch.uint8)
+
+
+# -- reductions -----------------------------------------------------------------------------
+
+
+def _kind(call: Call) -> Any:
+    """Return what a collective reduces by."""
+    kind = call["reduce_op"].op()
+    return _Kind(kind) if isinstance(kind, int) else kind
+
+
+def _check_reduction(kind: Any, value: torch.Tensor) -> None:
+    """Raise where NCCL does not reduce so.
+
+    Source: ``getNcclReduceOp``.
+
+    Raises:
+        TypeError: Booleans have no mean.
+        ValueError: NCCL has no such operation.
+        RuntimeError: NCCL has no such type, or does not reduce it.
+    """
+    __tracebackhide__ = True
+    if value.dtype in _FLOAT8:
+        raise RuntimeError(
+            "Float8 dtypes are not currenlty supported for NCCL reductions"
+        )
+    _check_type(value.dtype)
+    if kind in _BITWISE:
+        raise ValueError(f"Cannot use ReduceOp.{_BITWISE[kind]} with NCCL")
+    if kind == _Kind.AVG and value.dtype is torch.bool:
+        raise TypeError("Cannot use ReduceOp.AVG with Boolean inputs")
+
+
+class _Reduction:
+    """How one collective reduces: what goes to gloo, and what is done with the sum.
+
+    NCCL multiplies before it adds: a mean is a sum of parts, but for whole numbers.
+    Source: ``hostToDevRedOp`` of NCCL's ``enqueue.cc``.
+    """
+
+    def __init__(self, call: Call, value: torch.Tensor) -> None:
+        __tracebackhide__ = True
+        kind = _kind(call)
+        _check_reduction(kind, value)
+        self._is_mean_of_ints = kind == _Kind.AVG and not value.is_floating_point()
+        self._size = call.size
+        self._factor: Any = None
+        if kind == _Kind.PREMUL_SUM:
+            factor = current_factor()
+            self._factor = getattr(factor, "_gpumem_value", factor)
+        elif kind == _Kind.AVG and not self._is_mean_of_ints:
+            self._factor = 1 / call.size
+        self.operation: Any = dist.ReduceOp.SUM
+        if kind in (_Kind.MIN, _Kind.MAX, _Kind.PRODUCT):
+            self.operation = dist.ReduceOp(kind)
+        if value.dtype is torch.bool:
+            # Bytes to NCCL: a sum is the largest of them, a product the smallest.
+            few = kind in (_Kind.MIN, _Kind.PRODUCT)
+            self.operation = dist.ReduceOp.MIN if few else dist.ReduceOp.MAX
+
+    def scratch(self, value: torch.Tensor) -> torch.Tensor:
+        """Return what gloo may reduce in place, in the host's memory."""
+        line = value.as_strided((value.numel(),), (1,), value.storage_offset())
+        if line.dtype is torch.bool:
+            line = line.view(torch.uint8)
+        if self._factor is None:
+            return line.clone()
+        factor = self._factor
+        if isinstance(factor, torch.Tensor):
+            factor = factor.to(line.dtype)
+        scaled: torch.Tensor = line * factor
+        return scaled
+
+    def write(self, reduced: torch.Tensor, value: torch.Tensor) -> None:
+        """Write what came out to where it belongs."""
+        if self._is_mean_of_ints:
+            reduced = torch.div(reduced, self._size, rounding_mode="trunc")
+        line = value.as_strided((value.numel(),), (1,), value.storage_offset())
+        line.copy_(reduced)
+
+
+def _all_reduced(call: Call, value: torch.Tensor) -> Carried:
+    """Reduce a tensor on its way to every rank."""
+    __tracebackhide__ = True
+    reduction = _Reduction(call, value)
+    if value.is_meta:
+        return Carried(())
+    scratch = reduction.scratch(value)
+    options = call.options(c10d.AllreduceOptions(), reduceOp=reduction.operation)
+    work = call.backend.transport("allreduce", [scratch], options)
+    return Carried([work], lambda: reduction.write(scratch, value))
+
+
+def _together(started: Sequence[Carried]) -> Carried:
+    """Return several collectives as one."""
+
+    def finish() -> None:
+        for each in started:
+            if each.finish is not None:
+                each.finish()
+
+    return Carried([work for each in started for work in each.works], finish)
+
+
+def all_reduce(call: Call) -> Any:
+    """``all_reduce``."""
+    __tracebackhide__ = True
+    value = call.one("tensors")
+    return call["tensors"], _reduce_each(call, "ALLREDUCE", [value])
+
+
+def all_reduce_coalesced(call: Call) -> Any:
+    """``all_reduce`` of several at once."""
+    __tracebackhide__ = True
+    values = call.values(call["tensors"])
+    if len({each.dtype for each in values}) > 1:
+        raise TypeError("Tensors must have identical type")
+    return _reduce_each(call, "COALESCED", values)
+
+
+def _reduce_each(call: Call, what: str, values: list[torch.Tensor]) -> Any:
+    __tracebackhide__ = True
+    for each in values:
+        _check_reduction(_kind(call), each)
+
+    def carry() -> Carried:
+        return _together([_all_reduced(call, each) for each in values])
+
+    count = sum(each.numel() for each in values)
+    return call.start(
+        what,
+        carry,
+        outputs=call["tensors"],
+        counts=(count, count),
+    )
+
+
+def reduce(call: Call) -> Any:
+    """``reduce``: the other ranks' tensors stay as they are."""
+    __tracebackhide__ = True
+    value = call.one("tensors")
+    root = call["root_rank"]
+    reduction = _Reduction(call, value)
+    scratch = value if value.is_meta else reduction.scratch(value)
+    options = call.options(
+        c10d.ReduceOptions(), reduceOp=reduction.operation, rootRank=root
+    )
+
+    def finish() -> None:
+        if call.rank == root:
+            reduction.write(scratch, value)
+
+    return call.start(
+        "REDUCE",
+        lambda: Carried([call.backend.transport("reduce", [scratch], options)], finish),
+        outputs=call["tensors"],
+        counts=(value.numel(), value.numel()),
+    )
+
+
+def _scattered(
+    call: Call, parts: Sequence[torch.Tensor], output: torch.Tensor
+) -> Carried:
+    """Reduce one part of each rank's to the rank that it is for."""
+    reduction = _Reduction(call, output)
+    works, scratches = [], []
+    for rank, part in enumerate(parts):
+        scratch = reduction.scratch(part)
+        options = call.options(
+            c10d.ReduceOptions(), reduceOp=reduction.operation, rootRank=rank
+        )
+        works.append(call.backend.transport("reduce", [scratch], options))
+        scratches.append(scratch)
+    return Carried(works, lambda: reduction.write(scratches[call.rank], output))
+
+
+def reduce_scatter(call: Call) -> Any:
+    """``reduce_scatter``, of a list: through one tensor on the card, if all are equal."""
+    __tracebackhide__ = True
+    output = call.one("output_tensors")
+    inputs = call.values(call["input_tensors"][0])
+    if _are_equal(inputs):
+        call.hold(sum(each.nbytes for each in inputs))
+    work = _scatter_each(
+        call, "REDUCE_SCATTER", [(inputs, output)], call["output_tensors"]
+    )
+    return call["output_tensors"], work
+
+
+def reduce_scatter_tensor(call: Call) -> Any:
+    """``reduce_scatter_tensor``."""
+    __tracebackhide__ = True
+    output, source = call["output_tensor"], call["input_tensor"]
+    pair = _parts_for(call, output, source)
+    work = _scatter_each(call, "_REDUCE_SCATTER_BASE", [pair], [output])
+    return output, work
+
+
+def reduce_scatter_tensor_coalesced(call: Call) -> Any:
+    """``reduce_scatter_tensor`` of several at once."""
+    __tracebackhide__ = True
+    pairs = [
+        _parts_for(call, output, source)
+        for output, source in zip(call["outputs"], call["inputs"], strict=True)
+    ]
+    return _scatter_each(call, "COALESCED", pairs, call["outputs"])
+
+
+def _parts_for(
+    call: Call, output: torch.Tensor, source: torch.Tensor
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Return each rank's part of a tensor that is to be scattered, and what gets ours."""
+    __tracebackhide__ = True
+    if source.dtype != output.dtype:
+        raise TypeError("input tensor must be the same type as the output tensor.")
+    if source.numel() != output.numel() * call.size:
+        raise ValueError(
+            "input tensor must be the same size as output size times world size"
+        )
+    target, value = call.values([output, source])
+    line = value.as_strided((value.numel(),), (1,), value.storage_offset())
+    return list(line.view(call.size, -1).unbind()), target
+
+
+def _scatter_each(
+    call: Call,
+    what: str,
+    pairs: list[tuple[list[torch.Tensor], torch.Tensor]],
+    outputs: Sequence[torch.Tensor],
+) -> Any:
+    __tracebackhide__ = True
+    for _parts, output in pairs:
+        _check_reduction(_kind(call), output)
+
+    def carry() -> Carried:
+        return _together([_scattered(call, *each) for each in pairs])
+
+    count = sum(output.numel() for _parts, output in pairs)
+    return call.start(
+        what,
+        carry,
+        outputs=outputs,
+        counts=(count * call.size, count),
+    )
+
+
+# -- moving values --------------------------------------------------------------------------
+
+
+def broadcast(call: Call) -> Any:
+    """``broadcast``."""
+    __tracebackhide__ = True
+    value = call.one("tensors")
+    root = call["root_rank"] + call["root_tensor"]
+    options = call.options(c10d.BroadcastOptions(), rootRank=root)
+    work = call.start(
+        "BROADCAST",
+        lambda: Carried([call.backend.transport("broadcast", [_flat(value)], options)]),
+        outputs=call["tensors"],
+        counts=(value.numel(), value.numel()),
+    )
+    return call["tensors"], work
+
+
+def _are_equal(values: Sequence[torch.Tensor]) -> bool:
+    return all(each.shape == values[0].shape for each in values)
+
+
+def all_gather(call: Call) -> Any:
+    """``all_gather``, to a list: through one tensor on the card, if all are equal."""
+    __tracebackhide__ = True
+    source = call.one("input_tensors")
+    outputs = call["output_tensors"][0]
+    values = call.values(outputs, is_message=True)
+    _check_type(source.dtype)
+    if _are_equal(values):
+        call.hold(sum(each.nbytes for each in values))
+    gathered: list[torch.Tensor] = []
+
+    def carry() -> Carried:
+        works = []
+        for rank, value in enumerate(values):
+            part = _flat(source).clone() if rank == call.rank else _bytes_for(value)
+            gathered.append(part)
+            options = call.options(c10d.BroadcastOptions(), rootRank=rank)
+            works.append(call.backend.transport("broadcast", [part], options))
+        return Carried(works, finish)
+
+    def finish() -> None:
+        for value, part in zip(values, gathered, strict=True):
+            value.copy_(part.view(value.dtype).view(value.shape))
+
+    work = call.start(
+        "ALLGATHER",
+        carry,
+        outputs=outputs,
+        counts=(source.numel(), sum(each.numel() for each in values)),
+    )
+    return call["output_tensors"], work
+
+
+def _bytes_for(value: torch.Tensor) -> torch.Tensor:
+    return torch.empty(value.numel() * value.element_size(), dtype=torch.uint8)
+
+
+def _gathered(call: Call, output: torch.Tensor, source: torch.Tensor) -> dist.Work:
+    flat = _flat(source)
+    target = _flat(output)
+    if target.untyped_storage()._cdata == flat.untyped_storage()._cdata:
+        flat = flat.clone()  # a rank's part may lie in the result
+    return call.backend.transport("_allgather_base", target, flat)
+
+
+def _check_gather(call: Call, output: torch.Tensor, source: torch.Tensor) -> None:
+    __tracebackhide__ = True
+    if source.dtype != output.dtype:
+        raise TypeError("output tensor must have the same type as input tensor")
+    if source.numel() * call.size != output.numel():
+        raise ValueError(
+            "output tensor size must be equal to world_size times input tensor size"
+        )
+
+
+def all_gather_into_tensor(call: Call) -> Any:
+    """``all_gather_into_tensor``."""
+    __tracebackhide__ = True
+    target, source = call["output_tensor"], call["input_tensor"]
+    values = call.values([source, target])
+    _check_gather(call, target, source)
+    _check_type(values[0].dtype)
+    work = call.start(
+        "_ALLGATHER_BASE",
+        lambda: Carried([_gathered(call, values[1], values[0])]),
+        outputs=[target],
+        counts=(source.numel(), target.numel()),
+    )
+    return target, work
+
+
+def all_gather_into_tensor_coalesced(call: Call) -> Any:
+    """``all_gather_into_tensor`` of several at once."""
+    __tracebackhide__ = True
+    outputs, inputs = call["outputs"], call["inputs"]
+    targets, sources = call.values(outputs), call.values(inputs)
+    for target, source in zip(outputs, inputs, strict=True):
+        _check_gather(call, target, source)
+        _check_type(sources[0].dtype)
+    return call.start(
+        "COALESCED",
+        lambda: Carried(
+            [
+                _gathered(call, target, source)
+                for target, source in zip(targets, sources, strict=True)
+            ]
+        ),
+        outputs=outputs,
+        counts=(
+            sum(each.numel() for each in sources),
+            sum(each.numel() for each in targets),
+        ),
+    )
+
+
+def all_gather_coalesced(_call: Call) -> Any:
+    """Refuse, as NCCL does."""
+    __tracebackhide__ = True
+    raise NotImplementedError("ProcessGroupNCCL does not support allgather_coalesced")
+
+
+def gather(call: Call) -> Any:
+    """``gather``."""
+    __tracebackhide__ = True
+    source = call.one("input_tensors")
+    root = call["root_rank"]
+    is_root = call.rank == root
+    outputs = call["output_tensors"][0] if is_root else []
+    targets = call.values(outputs, is_message=True)
+    _check_type(source.dtype)
+    if is_root and len(targets) != call.size:
+        raise ValueError(
+            f"ProcessGroupNCCL::gather: Incorrect output list size {len(targets)}. "
+            f"Output list size should be {call.size}, same as size of the process group."
+        )
+    for target, output in zip(targets, outputs, strict=True):
+        if target.dtype != source.dtype:
+            raise ValueError(
+                "ProcessGroupNCCL::gather: invalid tensor type at index 0 (expected "
+                f"{source.dtype}, got {output.dtype})"
+            )
+        if target.shape != source.shape:
+            raise ValueError(
+                "ProcessGroupNCCL::gather: invalid tensor size at index 0 (expected "
+                f"{tuple(source.shape)}, got {tuple(output.shape)})"
+            )
+    parts = [] if source.is_meta else [_bytes_for(each) for each in targets]
+    options = call.options(c10d.GatherOptions(), rootRank=root)
+
+    def finish() -> None:
+        for target, part in zip(targets, parts, strict=True):
+            target.copy_(part.view(target.dtype).view(target.shape))
+
+    def carry() -> Carried:
+        received = [parts] if is_root else []
+        sent = [_flat(source.contiguous())]
+        work = call.backend.transport("gather", received, sent, options)
+        return Carried([work], finish)
+
+    return call.start(
+        "GATHER",
+        carry,
+        outputs=outputs,
+        counts=(source.numel(), source.numel() * call.size),
+    )
+
+
+def scatter(call: Call) -> Any:
+    """``scatter``."""
+    __tracebackhide__ = True
+    target = call.one("output_tensors", is_message=True)
+    root = call["root_rank"]
+    is_root = call.rank == root
+    sources = call.values(call["input_tensors"][0]) if is_root else []
+    _check_type(target.dtype)
+    if is_root and len(sources) != call.size:
+        raise ValueError(
+            f"ProcessGroupNCCL::scatter: Incorrect input list size {len(sources)}. "
+            f"Input list size should be {call.size}, same as size of the process group."
+        )
+    part = target if target.is_meta else _bytes_for(target)
+    options = call.options(c10d.ScatterOptions(), rootRank=root)
+
+    def finish() -> None:
+        target.copy_(part.view(target.dtype).view(target.shape))
+
+    def carry() -> Carried:
+        sent = [[_flat(each) for each in sources]] if is_root else []
+        work = call.backend.transport("scatter", [part], sent, options)
+        return Carried([work], finish)
+
+    work = call.start(
+        "SCATTER",
+        carry,
+        outputs=call["output_tensors"],
+        counts=(target.numel() * call.size, target.numel()),
+    )
+    return call["output_tensors"], work
+
+
+def all_to_all_single(call: Call) -> Any:
+    """``all_to_all_single``."""
+    __tracebackhide__ = True
+    output, source = call.values([call["output"], call["input"]], is_message=True)
+    splits = []
+    for name, value in (("output", output), ("input", source)):
+        given = list(call[f"{name}_split_sizes"])
+        rows = value.size(0) if value.dim() else 1
+        if given and (len(given) != call.size or sum(given) != rows):
+            raise RuntimeError("Split sizes doesn't match total dim 0 size")
+        if not given and rows % call.size:
+            raise RuntimeError(
+                "Tensor's dim 0 does not divide equally across group size"
+            )
+        row = value[0].numel() * value.element_size() if rows and value.dim() else 0
+        row = row or value.element_size()
+        splits.append([each * row for each in given or [rows // call.size] * call.size])
+    return _exchange(
+        call, "ALLTOALL_BASE", ([output], splits[0]), ([source], splits[1])
+    )
+
+
+def all_to_all(call: Call) -> Any:
+    """``all_to_all``, of lists."""
+    __tracebackhide__ = True
+    both = []
+    for name in ("output", "input"):
+        values = call.values(call[f"{name}_tensors"], is_message=True)
+        both.append((values, [each.nbytes for each in values]))
+    return call["output_tensors"], _exchange(call, "ALLTOALL", *both)
+
+
+def _exchange(
+    call: Call,
+    what: str,
+    into: tuple[list[torch.Tensor], list[int]],
+    out_of: tuple[list[torch.Tensor], list[int]],
+) -> Any:
+    """Send each rank its bytes of some tensors, and take the others' into some."""
+    __tracebackhide__ = True
+    outputs, output_splits = into
+    sources, input_splits = out_of
+    for each in (*outputs, *sources):
+        _check_type(each.dtype)
+    received: list[torch.Tensor] = []
+
+    def carry() -> Carried:
+        received.append(torch.empty(sum(output_splits), dtype=torch.uint8))
+        sent = torch.cat([_flat(each) for each in sources])
+        work = call.backend.transport(
+            "alltoall_base", received[0], sent, output_splits, input_splits
+        )
+        return Carried([work], finish)
+
+    def finish() -> None:
+        start = 0
+        for value in outputs:
+            _flat(value).copy_(received[0][start : start + value.nbytes])
+            start += value.nbytes
+
+    given = call.given.get("output_tensors") or [call["output"]]
+    return call.start(
+        what,
+        carry,
+        outputs=given,
+        counts=(
+            sum(each.numel() for each in sources),
+            sum(each.numel() for each in outputs),
+        ),
+    )
+
+
+def send(call: Call) -> Any:
+    """``send``; NCCL knows no tags."""
+    __tracebackhide__ = True
+    return _message(call, "SEND", call["dst"])
+
+
+def receive(call: Call) -> Any:
+    """``recv``."""
+    __tracebackhide__ = True
+    return _message(call, "RECV", call["src"])
+
+
+def _message(call: Call, what: str, peer: int) -> Any:
+    __tracebackhide__ = True
+    value = call.one("tensors", is_message=True)
+    _check_type(value.dtype)
+    name = what.lower()
+
+    def carry() -> Carried:
+        if not value.numel():
+            return Carried(())
+        return Carried([call.backend.transport(name, [_flat(value)], peer, 0)])
+
+    return call.start(
+        what,
+        carry,
+        outputs=call["tensors"],
+        counts=(value.numel(), value.numel()),
+        is_message=True,
+    )
+
+
+def receive_from_any(_call: Call) -> Any:
+    """Refuse, as NCCL does.
+
+    Source: ``Backend::recvAnysource`` of ``Backend.hpp``.
+    """
+    __tracebackhide__ = True
+    raise RuntimeError("ProcessGroupNCCL does not support recvAnysource")
+
+
+def barrier(call: Call) -> Any:
+    """``barrier``: an ``all_reduce`` of one number, of which the host waits for the end.
+
+    Which card: ``device_ids``, the group's, the one used before, or the rank's.
+    """
+    __tracebackhide__ = True
+    devices = call["device_ids"]
+    bound = getattr(call.group, "bound_device_id", None)
+    if devices:
+        index = devices[0]
+    elif bound is not None:
+        index = bound.index
+    else:
+        index = call["tensor"].device.index
+    card = card_of(index)
+    call._use(card)
+    call.hold(torch.float32.itemsize)
+    one = torch.zeros(1)
+    options = call.options(c10d.AllreduceOptions())
+    return call.start(
+        "ALLREDUCE",
+        lambda: Carried([call.backend.transport("allreduce", [one], options)]),
+        outputs=[],
+        counts=(1, 1),
+    )
+
+
+#: What runs each operator of ``torch.ops.c10d``.
+_RUNS: Final[dict[str, Callable[[Call], Any]]] = {
+    "allreduce_": all_reduce,
+    "allreduce_coalesced_": all_reduce_coalesced,
+    "reduce_": reduce,
+    "reduce_scatter_": reduce_scatter,
+    "_reduce_scatter_base_": reduce_scatter_tensor,
+    "reduce_scatter_tensor_coalesced_": reduce_scatter_tensor_coalesced,
+    "broadcast_": broadcast,
+    "allgather_": all_gather,
+    "_allgather_base_": all_gather_into_tensor,
+    "allgather_into_tensor_coalesced_": all_gather_into_tensor_coalesced,
+    "allgather_coalesced_": all_gather_coalesced,
+    "gather_": gather,
+    "scatter_": scatter,
+    "alltoall_base_": all_to_all_single,
+    "alltoall_": all_to_all,
+    "send": send,
+    "recv_": receive,
+    "recv_any_source_": receive_from_any,
+    "barrier": barrier,
+}
+
+
+def handler_for(func: Any, other: Handler) -> Handler:
+    """Return how a collective runs: in a group of NCCL as here, in any other as given."""
+    run = _RUNS.get(func._schema.name.partition("::")[2])
+    if run is None:
+        return other
+    chosen = run
+    names = [each.name for each in func._schema.arguments]
+
+    def handler(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        __tracebackhide__ = True
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        group = c10d.ProcessGroup.unbox(given["process_group"])
+        backend = backend_of(group)
+        if backend is None:
+            return other(args, kwargs)
+        return chosen(Call(group, backend, given))
+
+    return handler

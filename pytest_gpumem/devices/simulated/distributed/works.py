@@ -1,0 +1,271 @@
+"""A collective under way on simulated cards, and the errors it may end in."""
+
+from __future__ import annotations
+
+import threading
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+import torch.distributed as dist
+from torch._C import _distributed_c10d as c10d
+from torch.futures import Future, collect_all
+
+from pytest_gpumem.devices.simulated.build import NCCL_VERSION
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+_VERSION: Final = ".".join(map(str, NCCL_VERSION))
+_NO_TIMEOUT: Final = timedelta(0)
+
+
+def nccl_error(result: str, detail: str, last: str) -> dist.DistBackendError:
+    """Return the error of a call of NCCL's.
+
+    Source: ``C10D_NCCL_CHECK`` and ``getNcclErrorDetailStr`` of
+    ``torch/csrc/distributed/c10d/NCCLUtils.hpp`` and ``.cpp``.
+    """
+    return dist.DistBackendError(
+        "NCCL error in: torch/csrc/distributed/c10d/NCCLUtils.cpp, "
+        f"{result}, NCCL version {_VERSION}\n{detail}\nLast error:\n{last}"
+    )
+
+
+def remote_error(last: str) -> dist.DistBackendError:
+    """Return NCCL's error for another rank that is gone."""
+    return nccl_error(
+        "remote process exited or there was a network error",
+        "ncclRemoteError: A call failed possibly due to a network error or a remote "
+        "process exiting prematurely.",
+        last,
+    )
+
+
+class NcclWork(dist.Work):
+    """A collective of a group of NCCL.
+
+    Args:
+        what: What torch calls the collective, as ``ALLREDUCE``.
+        rank: This process's rank in the group.
+        sequence: The collective's number in the group.
+        timeout: How long it may take.
+        inner: The works that carry the values.
+        finish: What is left to do on this rank once they are done.
+        outputs: The tensors of the card that hold the result.
+        counts: Elements that go in and come out, for the text of an error.
+        held: What the collective keeps on the card until it is done.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        rank: int,
+        sequence: int,
+        timeout: timedelta,
+        inner: Sequence[dist.Work],
+        finish: Callable[[], None] | None = None,
+        outputs: Sequence[torch.Tensor] = (),
+        counts: tuple[int, int] = (0, 0),
+        held: object = None,
+    ) -> None:
+        super().__init__()
+        milliseconds = timeout // timedelta(milliseconds=1)
+        self._what = (
+            f"WorkNCCL(SeqNum={sequence}, OpType={what}, NumelIn={counts[0]}, "
+            f"NumelOut={counts[1]}, Timeout(ms)={milliseconds})"
+        )
+        self._rank = rank
+        self.timeout = timeout
+        self._inner = tuple(inner)
+        self._finish = finish
+        self._outputs = list(outputs)
+        self._held = held
+        self._lock = threading.RLock()  # a callback may run at once
+        #: Held by who waits: a message's own work can be waited for only once.
+        self._waiting = threading.Lock()
+        self._began = time.monotonic()
+        self._is_done = False
+        self._error: BaseException | None = None
+        #: Called once somebody has what came of the work.
+        self.released: Callable[[NcclWork], None] | None = None
+        self._future: Future[Any] | None = None
+        self._waiter: threading.Thread | None = None
+
+    # -- what torch calls -----------------------------------------------------------
+
+    def wait(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
+        """Wait until the values are there.
+
+        Raises:
+            torch.distributed.DistBackendError: They did not come in time, or another
+                rank is gone.
+        """
+        __tracebackhide__ = True
+        try:
+            self._complete(timeout)
+        finally:
+            self._release()
+        return True
+
+    def synchronize(self) -> None:
+        """Wait, as the current stream of a real card does."""
+        __tracebackhide__ = True
+        self.wait()
+
+    block_current_stream = synchronize
+
+    def is_completed(self) -> bool:
+        """Tell whether it is over, well or not."""
+        if self.look():
+            self._release()
+        return self._is_done
+
+    def look(self) -> bool:
+        """Tell whether it is over, without a wait; whoever keeps it goes on to."""
+        if not self._is_done:
+            if all(each.is_completed() for each in self._inner):
+                self._quietly_complete()
+            elif not self._has_futures():
+                # A message's own work says so only to one that waits for it.
+                self._wait_elsewhere()
+        return self._is_done
+
+    def is_success(self) -> bool:
+        """Tell whether it went well."""
+        return self.is_completed() and self._error is None
+
+    def exception(self) -> BaseException | None:
+        """Return the error it ended in."""
+        return self._error
+
+    def result(self) -> list[torch.Tensor]:
+        """Return the tensors that hold the result."""
+        return self._outputs
+
+    def get_future(self) -> Future[Any]:
+        """Return a future of the tensors that hold the result."""
+        with self._lock:
+            if self._future is None:
+                self._future = self._make_future()
+            return self._future
+
+    # -- how ------------------------------------------------------------------------
+
+    def _has_futures(self) -> bool:
+        return all(_future_of(each) is not None for each in self._inner)
+
+    def _make_future(self) -> Future[Any]:
+        futures = [_future_of(each) for each in self._inner]
+        known = [each for each in futures if each is not None]
+        if len(known) == len(futures):
+            # One of several is as good as all of them, for what comes after.
+            all_done = known[0] if len(known) == 1 else collect_all(known)
+            return all_done.then(self._after)
+        done: Future[Any] = Future()
+        future = done.then(self._after)
+        self._wait_elsewhere(done)
+        return future
+
+    def _after(self, done: Future[Any]) -> list[torch.Tensor]:
+        """Do what is left, in whatever thread brought the values."""
+        try:
+            for each in done.value() if _is_of_futures(done) else (done,):
+                each.value()
+        except RuntimeError as error:
+            self._conclude(error)
+        else:
+            self._conclude(None)
+        self._release()
+        if self._error is not None:
+            raise self._error
+        return self._outputs
+
+    def _release(self) -> None:
+        released, self.released = self.released, None
+        if released is not None:
+            released(self)
+
+    def _wait_elsewhere(self, done: Future[Any] | None = None) -> None:
+        def wait() -> None:
+            self._quietly_complete()
+            if done is not None:
+                done.set_result([])
+
+        if self._waiter is None or done is not None:
+            self._waiter = threading.Thread(target=wait, daemon=True)
+            self._waiter.start()
+
+    def _quietly_complete(self) -> None:
+        try:
+            self._complete()
+        except RuntimeError:
+            pass  # it is kept, and raised to whom waits
+
+    def _complete(self, timeout: timedelta = _NO_TIMEOUT) -> None:
+        __tracebackhide__ = True
+        with self._waiting:
+            if not self._is_done:
+                self._conclude(self._waited(timeout))
+        if self._error is not None:
+            raise self._error
+
+    def _waited(self, timeout: timedelta) -> RuntimeError | None:
+        try:
+            for each in self._inner:
+                each.wait(timeout) if timeout else each.wait()
+        except RuntimeError as error:
+            return error
+        return None
+
+    def _conclude(self, failure: RuntimeError | None) -> None:
+        with self._lock:
+            if self._is_done:
+                return
+            try:
+                if failure is not None:
+                    self._error = self._named(str(failure))
+                elif self._finish is not None:
+                    with torch.no_grad():
+                        self._finish()
+            finally:
+                self._is_done = True
+                self._held = self._finish = None
+
+    def _named(self, said: str) -> dist.DistBackendError:
+        """Return NCCL's words for what gloo said.
+
+        Source: ``WorkNCCL::checkTimeout`` of ``ProcessGroupNCCL.cpp``.
+        """
+        if "timed out" not in said.lower():
+            return remote_error(said)
+        spent = round((time.monotonic() - self._began) * 1000)
+        return dist.DistBackendError(
+            f"[Rank {self._rank}] Watchdog caught collective operation timeout: "
+            f"{self._what} ran for {spent} milliseconds before timing out. "
+            "A rank of the group did not call the same collective: it may have met an "
+            "error, such as an out-of-memory, and gone another way."
+        )
+
+
+def _future_of(work: dist.Work) -> Future[Any] | None:
+    """Return a work's future; a message's has none."""
+    try:
+        return work.get_future()
+    except RuntimeError:
+        return None
+
+
+def _is_of_futures(done: Future[Any]) -> bool:
+    found = done.value()
+    return isinstance(found, list) and any(isinstance(each, Future) for each in found)
+
+
+def idle_work() -> dist.Work:
+    """Return a work that is over, for one of several that are waited for together."""
+    future: Future[list[torch.Tensor]] = Future()
+    future.set_result([])
+    work: dist.Work = vars(c10d)["_create_work_from_future"](future)
+    return work
