@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from pytest_gpumem.guards import guarded
 from pytest_gpumem.instruments.flavours import COUNTED, Failure, make_error
-from pytest_gpumem.instruments.phases import current_phase
-from pytest_gpumem.instruments.sites import caller_names
+from pytest_gpumem.instruments.sites import caller_names, current_phase
 from pytest_gpumem.rules.parser import parse_rule
 from pytest_gpumem.rules.rule import NOT_OOM, Request, Rule, Schedule
 

@@ -1,8 +1,12 @@
 """Where a request for memory comes from, read off the Python stack.
 
-Two uses: a *site* groups the allocations of a program by the place that makes them, and
-*names* are what an injection rule's ``site`` pattern is matched against. Both cost a
-walk up the stack, so only armed rules and counting sweeps ask.
+A *site* groups the allocations of a program by the place that makes them. The *phase* is
+what the program is doing: a load, a forward, …. *Names* are what an injection rule's
+``site`` pattern is matched against. Nothing of it needs help from user code, and it holds
+in a loader's worker threads too.
+
+Which code is on the stack decides nearly all that is to be said of a request, and there
+are few such chains of code: each is studied once.
 """
 
 from __future__ import annotations
@@ -12,13 +16,13 @@ import functools
 import os
 import re
 import threading
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 
 from pytest_gpumem.instruments.parts import modules_of
-from pytest_gpumem.instruments.phases import phase_at
 from pytest_gpumem.stacks import (
     calling_frame,
     frames_from,
@@ -29,28 +33,166 @@ from pytest_gpumem.stacks import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from types import FrameType
+    from types import CodeType, FrameType
 
 _OURS: Final = frozenset({"torch", "pytest_gpumem", "contextlib"})
+_CALL: Final = torch.nn.Module._call_impl.__code__  # noqa: SLF001  # the frame that knows the module at work
+_APPLY: Final = torch.nn.Module._apply.__code__  # noqa: SLF001  # the same, where a module is moved
 _CALLS: Final = frozenset({"_call_impl", "_wrapped_call_impl"})
 _MODULE_FILE: Final = "/torch/nn/modules/module.py"
+#: Functions whose work is a load: the file's end and the function names; an empty set
+#: means every function of the file.
+_LOADS: Final[tuple[tuple[str, frozenset[str]], ...]] = (
+    ("/transformers/core_model_loading.py", frozenset()),
+    ("/transformers/modeling_utils.py", frozenset({"from_pretrained"})),
+    ("/accelerate/big_modeling.py", frozenset()),
+    ("/accelerate/utils/modeling.py", frozenset()),
+    ("/safetensors/torch.py", frozenset()),
+    ("/torch/serialization.py", frozenset()),
+    (
+        _MODULE_FILE,
+        frozenset({"to", "cuda", "_apply", "load_state_dict", "to_empty"}),
+    ),
+)
+_BACKWARD: Final = ("/torch/autograd/__init__.py", "/torch/autograd/graph.py")
+_OPTIMIZERS: Final = "/torch/optim/"
 #: Local variables in which loaders keep the name of the parameter at hand.
 #: Source: transformers 5 ``core_model_loading.py`` and ``modeling_utils.py``,
 #: accelerate ``utils/modeling.py``, torch ``nn/modules/module.py``.
 _NAME_VARIABLES: Final = (
-    "target_name",
-    "param_name",
-    "tensor_name",
-    "full_name",
-    "first_param_name",
-    "layer_name",
-    "name",
-    "key",
+    *("target_name", "param_name", "tensor_name", "full_name", "first_param_name"),
+    *("layer_name", "name", "key"),
 )
 _PARAMETER: Final = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
+#: The function that puts a parameter on a card for accelerate.
+#: Source: accelerate ``utils/modeling.py``.
+_ACCELERATE: Final = ("/accelerate/utils/modeling.py", "set_module_tensor_to_device")
+#: Where the simulated card takes what a library keeps for itself.
+_WORKSPACE: Final = ("/simulated/memory.py", "hold_workspace")
+#: Where pytest calls a hook: what is above it is not the test's.
+_PLUGGY: Final = ("/pluggy/_callers.py", "_multicall")
+#: Chains that are remembered.
+_MOST: Final = 10_000
+_known: Final[dict[tuple[int, ...], Chain]] = {}
+_ends: Final[set[int]] = set()
 
 
-def describe_site(frame: FrameType | None, *, exact: bool = False) -> str:
+class Line(NamedTuple):
+    """A line of code that runs, or ran."""
+
+    filename: str
+    number: int
+    function: str
+
+
+class Chain(NamedTuple):
+    """What a chain of code says of the request at its inner end.
+
+    Attributes:
+        place: The line, in words.
+        is_workspace: Whether a library takes the memory for itself.
+        module: The depth of the frame that knows the module at work; None without.
+        variables: That frame's variables for the module and for the name of its
+            parameter that is being moved; the latter may be empty.
+        outer: The depth of the frame that knows the outermost module at work.
+        optimizer: The depth of the frame that knows the optimiser at work.
+        codes: The code itself, kept so that no other gets its number.
+    """
+
+    place: str
+    is_workspace: bool
+    module: int | None
+    variables: tuple[str, str]
+    outer: int | None
+    optimizer: int | None
+    codes: tuple[CodeType, ...]
+
+    def module_at(self, frame: FrameType) -> tuple[Any, str]:
+        """Return the module at work and its parameter that is being moved.
+
+        Returns:
+            None and nothing, where there is none.
+        """
+        if self.module is None:
+            return None, ""
+        variables = variables_of(_above(frame, self.module), *self.variables)
+        module, name = (variables.get(each) for each in self.variables)
+        is_module = issubclass(type(module), torch.nn.Module)
+        return module if is_module else None, name if isinstance(name, str) else ""
+
+    def outermost_at(self, frame: FrameType) -> Any:
+        """Return the outermost module at work; None without."""
+        return _self_at(frame, self.outer, torch.nn.Module)
+
+    def optimizer_at(self, frame: FrameType) -> Any:
+        """Return the optimiser at work; None without."""
+        return _self_at(frame, self.optimizer, torch.optim.Optimizer)
+
+
+def chain_of(frame: FrameType) -> Chain:
+    """Return the chain of code above a frame, the innermost one."""
+    numbers: list[int] = []
+    add, ends = numbers.append, _ends
+    for each in frames_from(frame):
+        number = id(each.f_code)
+        if number in ends:
+            break
+        add(number + each.f_lasti)  # what two codes share only by rare chance
+    key = tuple(numbers)
+    found = _known.get(key)
+    if found is None:
+        if len(_known) >= _MOST:
+            _known.clear()
+        found = _known[key] = _study(frame)
+    return found
+
+
+def _study(frame: FrameType) -> Chain:
+    module = outer = optimizer = None
+    variables = ("self", "")
+    lines = []
+    codes = []
+    is_workspace = False
+    for depth, each in enumerate(frames_from(frame)):
+        code = each.f_code
+        lines.append(Line(code.co_filename, each.f_lineno, code.co_name))
+        is_workspace = is_workspace or _is(code, _WORKSPACE)
+        if _is(code, _PLUGGY):
+            _ends.add(id(code))
+        codes.append(code)
+        if code is _CALL or code is _APPLY:
+            outer = depth
+            if module is None:
+                module = depth
+                variables = ("self", "key" if code is _APPLY else "")
+        elif module is None and _is(code, _ACCELERATE):
+            module, variables = depth, ("module", "tensor_name")
+        elif code.co_name == "step" and _OPTIMIZERS in code.co_filename:
+            optimizer = depth
+    return Chain(
+        place_of(lines), is_workspace, module, variables, outer, optimizer, tuple(codes)
+    )
+
+
+def _is(code: CodeType, wanted: tuple[str, str]) -> bool:
+    return code.co_name == wanted[1] and code.co_filename.endswith(wanted[0])
+
+
+def _above(frame: FrameType, depth: int) -> FrameType:
+    return next(islice(frames_from(frame), depth, None), frame)
+
+
+def _self_at(frame: FrameType, depth: int | None, base: type) -> Any:
+    if depth is None:
+        return None
+    found = variables_of(_above(frame, depth), "self").get("self")
+    return found if issubclass(type(found), base) else None
+
+
+# -- in words -----------------------------------------------------------------------------
+
+
+def describe_site(frame: FrameType, *, exact: bool = False) -> str:
     """Return the place that asked for memory, in words that are the same each time.
 
     The innermost line of the user's own code where there is one on the stack (in a
@@ -58,7 +200,7 @@ def describe_site(frame: FrameType | None, *, exact: bool = False) -> str:
     it the innermost function of a library and the module at work, with numbers of
     layers left out: two layers of a kind are one site.
     """
-    place = describe_place(frame)
+    place = chain_of(frame).place
     module = (parameter_name(frame) if exact else "") or module_path(frame)
     if module and exact:
         return f"{place} for {module}"
@@ -70,31 +212,9 @@ def starred(path: str) -> str:
     return re.sub(r"(?<![A-Za-z_])[0-9]+", "*", path)
 
 
-class Line(NamedTuple):
-    """A line of code that runs, or ran."""
-
-    filename: str
-    number: int
-    function: str
-
-
-def describe_place(frame: FrameType | None) -> str:
-    """Return what ``describe_site`` says, but for the module at work.
-
-    It depends on nothing but the frames' code and lines.
-    """
-    return place_of(
-        [
-            Line(each.f_code.co_filename, each.f_lineno, each.f_code.co_name)
-            for each in frames_from(frame)
-        ]
-    )
-
-
 def place_of(lines: Iterable[Line]) -> str:
     """Return the place of lines that called each other, from the inside out."""
     lines = list(lines)
-    phase = phase_at((each.filename, each.function) for each in lines)
     user = library = line = None
     for each in lines:
         if each.filename.startswith(_passed_over()):
@@ -106,69 +226,9 @@ def place_of(lines: Iterable[Line]) -> str:
         if library is None:
             library = f"{file} {each.function}"
             line = f"{file}:{each.number} in {each.function}"
-    parts = [f"{user or line or 'unknown site'} ({phase})"]
-    if user and library:
-        parts.append(f"via {library}")
-    return " ".join(parts)
-
-
-def names_of(frame: FrameType | None) -> tuple[str, ...]:
-    """Return what a rule's ``site`` pattern may match for the code above a frame.
-
-    ``file.py:function`` of each frame outside torch and this plugin, the path of the
-    module at work, the name of the parameter being loaded.
-    """
-    names = []
-    for each in frames_from(frame):
-        if _package(each) not in _OURS:
-            code = each.f_code
-            names.append(f"{Path(code.co_filename).name}:{code.co_name}")
-    module = module_path(frame)
-    if module:
-        names.append(module)
-    parameter = parameter_name(frame)
-    if parameter:
-        names.append(parameter)
-    return tuple(names)
-
-
-def module_path(frame: FrameType | None) -> str:
-    """Return the path of the module that is being called or moved, from the outermost.
-
-    For example ``"bert.encoder.layer.3.attention"``; empty outside of modules. A
-    module that the outermost one does not have is named by its class.
-    """
-    modules: list[Any] = []
-    for each in frames_from(frame):
-        code = each.f_code
-        calls = code.co_name in _CALLS or code.co_name == "_apply"
-        if calls and code.co_filename.endswith(_MODULE_FILE):
-            module = variables_of(each, "self").get("self")
-            if not modules or modules[-1] is not module:
-                modules.append(module)
-    if not modules:
-        return ""
-    outer, inner = modules[-1], modules[0]
-    names = (path for path, module in modules_of(outer) if module is inner)
-    return next(names, "") or type(inner).__name__
-
-
-def parameter_name(frame: FrameType | None) -> str:
-    """Return the name of the parameter that a loader has at hand; empty if none."""
-    for each in frames_from(frame):
-        filename = each.f_code.co_filename
-        is_move = each.f_code.co_name == "_apply" and filename.endswith(_MODULE_FILE)
-        if is_move:
-            path, key = module_path(each), variables_of(each, "key").get("key")
-            return f"{path}.{key}" if type(key) is str else path
-        if not any(part in filename for part in ("/transformers/", "/accelerate/")):
-            continue
-        variables = variables_of(each, *_NAME_VARIABLES)
-        for variable in _NAME_VARIABLES:
-            value = variables.get(variable)
-            if type(value) is str and _PARAMETER.fullmatch(value):
-                return value
-    return ""
+    phase = _phase_at((each.filename, each.function) for each in lines)
+    place = f"{user or line or 'unknown site'} ({phase})"
+    return f"{place} via {library}" if user and library else place
 
 
 @functools.lru_cache(maxsize=1)
@@ -179,12 +239,87 @@ def _passed_over() -> tuple[str, ...]:
     return (*(f"{folder}{os.sep}" for folder in folders), *files)
 
 
-def _package(frame: FrameType) -> str:
-    """Return the package that a frame's code belongs to."""
-    name = frame.f_globals.get("__name__")
-    return name.partition(".")[0] if type(name) is str else ""
+def current_phase(frame: FrameType | None = None) -> str:
+    """Return the phase of the calling code: load, forward, backward, optimizer, other.
+
+    Args:
+        frame: Where to begin; None means the caller.
+
+    Limits: a model built on a card inside its own ``forward`` counts as forward; a
+    backward's gradient hooks count as backward.
+    """
+    return _phase_at(
+        (each.f_code.co_filename, each.f_code.co_name)
+        for each in frames_from(frame or calling_frame())
+    )
+
+
+def _phase_at(functions: Iterable[tuple[str, str]]) -> str:
+    """Return the phase of functions, each a file and a name, from the inside out."""
+    found = (_phase_of(filename, function) for filename, function in functions)
+    return next((phase for phase in found if phase is not None), "other")
+
+
+def _phase_of(filename: str, function: str) -> str | None:
+    if function in _CALLS and filename.endswith(_MODULE_FILE):
+        return "forward"
+    for ending, functions in _LOADS:
+        if filename.endswith(ending) and (not functions or function in functions):
+            return "load"
+    if filename.endswith(_BACKWARD):
+        return "backward"
+    return "optimizer" if _OPTIMIZERS in filename else None
+
+
+# -- names --------------------------------------------------------------------------------
 
 
 def caller_names() -> tuple[str, ...]:
-    """Return ``names_of`` the calling code."""
-    return names_of(calling_frame())
+    """Return what a rule's ``site`` pattern may match for the calling code.
+
+    ``file.py:function`` of each frame outside torch and this plugin, the path of the
+    module at work, the name of the parameter being loaded.
+    """
+    frame = calling_frame()
+    names = []
+    for each in frames_from(frame):
+        package = each.f_globals.get("__name__")
+        if type(package) is not str or package.partition(".")[0] not in _OURS:
+            code = each.f_code
+            names.append(f"{Path(code.co_filename).name}:{code.co_name}")
+    return (*names, *filter(None, (module_path(frame), parameter_name(frame))))
+
+
+def module_path(frame: FrameType) -> str:
+    """Return the path of the module that is being called or moved, from the outermost.
+
+    For example ``"bert.encoder.layer.3.attention"``; empty outside of modules. A
+    module that the outermost one does not have is named by its class.
+    """
+    outer = chain_of(frame).outermost_at(frame)
+    if outer is None:
+        return ""
+    inner = next(
+        variables_of(each, "self").get("self")
+        for each in frames_from(frame)
+        if each.f_code is _CALL or each.f_code is _APPLY
+    )
+    names = (path for path, module in modules_of(outer) if module is inner)
+    return next(names, "") or type(inner).__name__
+
+
+def parameter_name(frame: FrameType) -> str:
+    """Return the name of the parameter that a loader has at hand; empty if none."""
+    for each in frames_from(frame):
+        if each.f_code is _APPLY:
+            path, key = module_path(each), variables_of(each, "key").get("key")
+            return f"{path}.{key}" if type(key) is str else path
+        filename = each.f_code.co_filename
+        if not any(part in filename for part in ("/transformers/", "/accelerate/")):
+            continue
+        variables = variables_of(each, *_NAME_VARIABLES)
+        for variable in _NAME_VARIABLES:
+            value = variables.get(variable)
+            if type(value) is str and _PARAMETER.fullmatch(value):
+                return value
+    return ""

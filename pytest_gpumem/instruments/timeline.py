@@ -12,16 +12,10 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from pytest_gpumem.guards import guarded
-from pytest_gpumem.instruments.chains import (
-    Chains,
-    module_at,
-    optimizer_at,
-    outermost_at,
-)
 from pytest_gpumem.instruments.live import living_models
 from pytest_gpumem.instruments.owners import Owner, Owners
 from pytest_gpumem.instruments.parts import unseen
-from pytest_gpumem.instruments.sites import Line, place_of, starred
+from pytest_gpumem.instruments.sites import Line, chain_of, place_of, starred
 from pytest_gpumem.records.live_groups import LiveBlock, group_blocks
 from pytest_gpumem.stacks import calling_frame
 
@@ -31,8 +25,8 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices import Device
     from pytest_gpumem.devices.cuda_history import Change, History
-    from pytest_gpumem.instruments.chains import Chain
     from pytest_gpumem.instruments.owners import Node
+    from pytest_gpumem.instruments.sites import Chain
 
 #: Most points of a card's series; beyond, neighbours are merged.
 MAX_POINTS: Final = 100
@@ -42,8 +36,6 @@ MAX_GROUPS: Final = 12
 BEFORE: Final = "held before the test"
 #: The site of a request without a Python stack, on a real card.
 AUTOGRAD: Final = "a thread that runs no Python code, as autograd's do (backward)"
-#: The same code asks in test after test.
-_CHAINS: Final = Chains()
 
 
 class Series:
@@ -297,18 +289,21 @@ class Timeline:
 
     def _look(self, nbytes: int, frame: FrameType) -> _Block:
         """Return a new block with what the stack says of it."""
-        chain = _CHAINS.read(frame)
+        chain = chain_of(frame)
+        if chain.is_workspace:
+            place = f"cuBLAS workspace, first needed at {chain.place}"
+            return _Block(nbytes, place, None)
         plain = _Block(nbytes, chain.place, None)
         return guarded(lambda: self._block(nbytes, frame, chain), otherwise=plain)
 
     def _block(self, nbytes: int, frame: FrameType, chain: Chain) -> _Block:
-        module, parameter = module_at(frame, chain)
+        module, parameter = chain.module_at(frame)
         if module is None:
             if chain.optimizer is not None:
-                self._meet_optimizer(optimizer_at(frame, chain))
+                self._meet_optimizer(chain.optimizer_at(frame))
             return _Block(nbytes, chain.place, None)
         if not self._owners.knows(module):
-            outer = outermost_at(frame, chain)
+            outer = chain.outermost_at(frame)
             self._unmet.append(module if outer is None else outer)
         block = _Block(nbytes, chain.place, self._owners.node(module))
         if parameter and block.node is not None:
