@@ -52,20 +52,6 @@ class Comparison(NamedTuple):
     largest: float
 
 
-def difference(
-    reference: Any,
-    result: Any,
-    *,
-    where: str = "the result",
-    dtypes: Collection[torch.dtype] = (),
-) -> str | None:
-    """Return in what two portraits differ, in a sentence; None if in nothing.
-
-    See ``compare``.
-    """
-    return compare(reference, result, where=where, dtypes=dtypes).first
-
-
 def compare(
     reference: Any,
     result: Any,
@@ -106,33 +92,22 @@ class _Comparer:
 
     def walk(self, reference: Any, result: Any, where: str) -> None:
         """Compare two values and what they hold."""
-        kind, found = _kind(reference), _kind(result)
+        (kind, how), (found, _how) = _kind(reference), _kind(result)
         if kind != found:
             self._differ(where, f"is {_a(found)} instead of {_a(kind)}")
-            return
-        for base, compare in (
-            (torch.Tensor, self._tensors),
-            (dict, self._mappings),
-            ((Unordered, frozenset), self._unordered),
-            ((list, tuple), self._sequences),
-            (Number, self._numbers),
-            (Opaque, _nothing),
-            (object, self._arrays if kind == "ndarray" else self._others),
-        ):
-            if issubclass(type(reference), base):
-                compare(reference, result, where)
-                return
+        elif how is not None:
+            getattr(self, how)(reference, result, where)
 
     def _mappings(self, reference: Any, result: Any, where: str) -> None:
         missing = [f"{_show(key)} is missing" for key in reference if key not in result]
         odd = [f"{_show(key)} is new" for key in result if key not in reference]
         if missing or odd:
             self._differ(where, f"has other entries: {', '.join([*missing, *odd][:5])}")
-        form = "{}.{}" if isinstance(reference, Fields) else "{}[{!r}]"
+        form = "{}.{}" if isinstance(reference, Fields) else "{}[{}]"
         for key in reference:
             if key in result:
-                place = form.format(where, key if isinstance(key, str) else _Shown(key))
-                self.walk(reference[key], result[key], place)
+                shown = key if isinstance(reference, Fields) else _show(key)
+                self.walk(reference[key], result[key], form.format(where, shown))
 
     def _sequences(self, reference: Any, result: Any, where: str) -> None:
         if len(reference) != len(result):
@@ -156,7 +131,7 @@ class _Comparer:
             self._differ(where, f"has {_show(left[0])} besides")
 
     def _is(self, first: Any, second: Any) -> bool:
-        return difference(first, second, dtypes=self._dtypes) is None
+        return compare(first, second, dtypes=self._dtypes).first is None
 
     def _others(self, reference: Any, result: Any, where: str) -> None:
         try:
@@ -181,26 +156,17 @@ class _Comparer:
 
     def _arrays(self, reference: Any, result: Any, where: str) -> None:
         kinds = [each.dtype.newbyteorder("=") for each in (reference, result)]
-        names = reference.dtype.names
-        are_alike = kinds[0] == kinds[1] or {*(each.kind for each in kinds)} in (
-            {"f"},
-            {"c"},
-        )
-        if are_alike and kinds[0].kind in "biufc":
-            self._tensors(_as_tensor(reference), _as_tensor(result), where)
-        elif reference.shape != result.shape:
+        letters = {each.kind for each in kinds}
+        if reference.shape != result.shape:
             self._differ(
                 where, f"has shape {result.shape} instead of {reference.shape}"
             )
-        elif not are_alike:
+        elif kinds[0] != kinds[1] and letters not in ({"f"}, {"c"}):
             self._differ(where, f"has dtype {kinds[1]} instead of {kinds[0]}")
-        elif names is not None:
-            for name in names:
-                self._arrays(reference[name], result[name], f"{where}[{name!r}]")
-        elif not bool(
-            ((reference == result) | _unset(reference) & _unset(result)).all()
-        ):
-            self._differ(where, "has other values")
+        elif letters <= {*"biufc"}:
+            self._tensors(_as_tensor(reference), _as_tensor(result), where)
+        else:  # words, times, records; what is unset becomes None
+            self.walk(reference.tolist(), result.tolist(), where)
 
     def _tensors(
         self, reference: torch.Tensor, result: torch.Tensor, where: str
@@ -266,28 +232,14 @@ class _Comparer:
         )
 
 
-def _nothing(_reference: Opaque, _result: Opaque, _where: str) -> None:
-    """Compare no more: their classes are the same."""
-
-
-class _Shown:
-    """A key that is written as well as its class allows."""
-
-    def __init__(self, key: object) -> None:
-        self._text = _show(key)
-
-    def __repr__(self) -> str:
-        return self._text
-
-
+#: What values are called, and what compares them; only those of one name are compared.
 _KINDS: Final = (
-    (torch.Tensor, "Tensor"),
-    (dict, "dict"),
-    (Unordered, "set"),
-    (frozenset, "set"),
-    ((list, tuple), "list"),
-    (Number, "number"),
-    (type(None), "None"),
+    (torch.Tensor, "Tensor", "_tensors"),
+    (dict, "dict", "_mappings"),
+    ((Unordered, frozenset), "set", "_unordered"),
+    ((list, tuple), "list", "_sequences"),
+    (Number, "number", "_numbers"),
+    (type(None), "None", None),
 )
 
 
@@ -298,13 +250,18 @@ def _show(value: object) -> str:
         return f"<{type(value).__name__}, whose repr fails>"
 
 
-def _kind(value: Any) -> str:
-    """Return what a portrait is called; only those of one kind are compared."""
+def _kind(value: Any) -> tuple[str, str | None]:
+    """Return what a portrait is called, and what compares two of them."""
     kind = type(value)  # what a hostile __class__ says is not asked
-    if issubclass(kind, (Fields, Opaque)):
-        return str(value.kind.__qualname__)
-    known = next((name for base, name in _KINDS if issubclass(kind, base)), None)
-    return kind.__qualname__ if known is None or hasattr(kind, "_fields") else known
+    if issubclass(kind, Opaque):
+        return str(value.kind.__qualname__), None
+    if issubclass(kind, Fields):
+        return str(value.kind.__qualname__), "_mappings"
+    own = kind.__qualname__
+    for base, name, how in _KINDS:
+        if issubclass(kind, base):
+            return own if hasattr(kind, "_fields") else name, how
+    return own, "_arrays" if own == "ndarray" else "_others"
 
 
 def _a(kind: str) -> str:
@@ -364,10 +321,6 @@ def _dtype_of(number: Any) -> torch.dtype:
     """Return the dtype of a number of numpy; Python's have mostly been a tensor's."""
     is_half = getattr(getattr(number, "dtype", None), "itemsize", 0) == _HALF
     return torch.float16 if is_half else torch.float32
-
-
-def _unset(array: Any) -> Any:
-    return array != array  # noqa: PLR0124  # not a number, not a time
 
 
 def _as_tensor(array: Any) -> torch.Tensor:

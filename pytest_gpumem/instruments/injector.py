@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from pytest_gpumem.guards import guarded
-from pytest_gpumem.instruments.flavours import COUNTED, Failure, make_error
+from pytest_gpumem.instruments.flavours import COUNTED, make_error
 from pytest_gpumem.instruments.sites import caller_names, current_phase
 from pytest_gpumem.rules.parser import parse_rule
 from pytest_gpumem.rules.rule import NOT_OOM, Request, Rule, Schedule
@@ -127,8 +127,8 @@ class OomInjector:
 
             refuse(str(striking[0].rule))
         for schedule in striking:
-            failure = Failure(self._require_device(), device_index, nbytes)
-            error = make_error(schedule.rule.flavour, failure)
+            flavour = schedule.rule.flavour
+            error = make_error(flavour, self._require_device(), device_index, nbytes)
             if error is not None:
                 _tell(schedule.rule, device_index, nbytes)
                 raise error

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem.errors import SweepError
-from pytest_gpumem.instruments.equality import difference
+from pytest_gpumem.instruments.equality import compare
 from pytest_gpumem.instruments.holders import blocks_on_cards
 from pytest_gpumem.instruments.portraits import portrait
 from pytest_gpumem.instruments.trials import Attempt, Trial
@@ -130,7 +130,7 @@ class SweepJudge:
         reference = self._reference
         assert reference is not None, "unreachable: clean runs come first"  # noqa: S101  # states why
         if self._same is None:
-            return difference(reference.result, attempt.result)
+            return compare(reference.result, attempt.result).first
         if self._same(reference.result, attempt.result):
             return None
         return "the result is not the same as without a fault"
