@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pytest_gpumem.devices import Device
-    from pytest_gpumem.rules.rule import Rule
 
 #: Leaks whose holders are looked for, one for each site and mode; each search walks the
 #: whole heap several times.
@@ -67,28 +66,25 @@ class SweepJudge:
         self._reference = attempt
         return attempt
 
-    def judge(self, point: Point, rule: Rule, timeout_s: float) -> Outcome | None:
+    def judge(self, point: Point, timeout_s: float) -> Outcome | None:
         """Run with a fault; None if it was never reached."""
-        attempt = self._trial.run(rule, timeout_s=timeout_s)
+        attempt = self._trial.run(point.rule, timeout_s=timeout_s)
         is_hang = attempt.failure is not None and attempt.failure.is_hang
         if not attempt.num_injected and not is_hang:
             return None
-        verdict, detail = self._verdict(point, attempt)
-        left = attempt.left_bytes - (self._reference or attempt).left_bytes
-        holders: tuple[str, ...] = ()
-        if left > 0:
-            holders = self._holders(point, attempt)
-        changed = sorted(attempt.changed - (self._reference or attempt).changed)
+        reference = self._reference or attempt
+        verdict, detail = self._verdict(point, attempt, reference)
+        left = attempt.left_bytes - reference.left_bytes
+        changed = sorted(attempt.changed - reference.changed)
         if (left > 0 or changed) and verdict.passes(recover=False):
             verdict = Verdict.LEAK
         notes = [f"it leaves torch changed: {each}" for each in changed]
-        detail = "\n".join(filter(None, [detail, *notes, attempt.note]))
         return Outcome(
             point,
             verdict,
-            detail,
+            "\n".join(filter(None, [detail, *notes, attempt.note])),
             max(left, 0),
-            holders,
+            self._holders(point, attempt) if left > 0 else (),
             attempt.seconds,
             attempt.num_injected,
         )
@@ -101,17 +97,26 @@ class SweepJudge:
         with self.thawed():
             return self._trial.holders(attempt, also_known=self._known)
 
-    def _verdict(self, point: Point, attempt: Attempt) -> tuple[Verdict, str]:
+    def _verdict(
+        self, point: Point, attempt: Attempt, reference: Attempt
+    ) -> tuple[Verdict, str]:
         failure = attempt.failure
         if failure is None:
-            return self._verdict_on_result(point, attempt)
+            if point.flavour == NOT_OOM:
+                return Verdict.SWALLOWED, "an error that is no OOM vanished"
+            if self._same is None:
+                wrong = compare(reference.result, attempt.result).first
+            else:
+                same = self._same(reference.result, attempt.result)
+                wrong = "the result is not the same as without a fault"
+                wrong = None if same else wrong
+            return (Verdict.WRONG_RESULT, wrong) if wrong else (Verdict.RECOVERED, "")
         if failure.is_hang:
             return Verdict.HANG, failure.text
         words = failure.words(_WORDS)
-        if failure.is_assertion:
-            return Verdict.WRONG_RESULT, words
-        if not failure.is_oom:
-            return Verdict.OTHER_ERROR, words
+        is_wrong = issubclass(failure.kind, AssertionError)
+        if is_wrong or not failure.is_oom:
+            return Verdict.WRONG_RESULT if is_wrong else Verdict.OTHER_ERROR, words
         if attempt.extra_ooms > 0 and point.flavour != NOT_OOM:
             return (
                 Verdict.OVER_BUDGET,
@@ -119,18 +124,3 @@ class SweepJudge:
                 f"room: {words}",
             )
         return Verdict.CLEAN_OOM, words
-
-    def _verdict_on_result(self, point: Point, attempt: Attempt) -> tuple[Verdict, str]:
-        if point.flavour == NOT_OOM:
-            return Verdict.SWALLOWED, "an error that is no OOM vanished"
-        wrong = self._wrong(attempt)
-        return (Verdict.WRONG_RESULT, wrong) if wrong else (Verdict.RECOVERED, "")
-
-    def _wrong(self, attempt: Attempt) -> str | None:
-        reference = self._reference
-        assert reference is not None, "unreachable: clean runs come first"  # noqa: S101  # states why
-        if self._same is None:
-            return compare(reference.result, attempt.result).first
-        if self._same(reference.result, attempt.result):
-            return None
-        return "the result is not the same as without a fault"

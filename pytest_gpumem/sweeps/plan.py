@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from pytest_gpumem.errors import SweepError
 from pytest_gpumem.rules.parser import parse_rule
 from pytest_gpumem.rules.rule import FLAVOURS, Rule
-from pytest_gpumem.sweeps.report import MODES
+from pytest_gpumem.sweeps.report import MODES, Point
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +86,40 @@ class SweepPlan:
                 "those that count: leave phase, min, max, device, site and thread"
             )
         return rule
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every allocation is failed, and by this sweep alone."""
+        return self.points == "all" and self.only is None and self.shard[0] == 0
+
+    def points_of(self, sites: tuple[str, ...]) -> Iterator[Point]:
+        """Yield the points, given the site of each allocation of a clean run."""
+        if self.only is not None:
+            rule = parse_rule(self.only)
+            mode = "persistent" if rule.times is None else "transient"
+            site = sites[rule.nth - 1] if rule.nth <= len(sites) else ""
+            yield Point(rule.nth, mode, rule.flavour, str(rule), site)
+            return
+        first, count = self.shard
+        for mode in self.modes:
+            for flavour in self.flavours:
+                for number in self._numbers(sites)[first::count]:
+                    yield self.point(number, mode, flavour, sites[number - 1])
+
+    def _numbers(self, sites: tuple[str, ...]) -> list[int]:
+        points, count = self.points, len(sites)
+        if points == "sites":
+            return [sites.index(site) + 1 for site in dict.fromkeys(sites)]
+        if isinstance(points, int) and points < count:
+            return sorted(
+                {1 + round(i * (count - 1) / max(points - 1, 1)) for i in range(points)}
+            )
+        return list(range(1, count + 1))
+
+    def point(self, number: int, mode: str, flavour: str, site: str = "") -> Point:
+        """Return one point, with its rule."""
+        rule = self.rule_of(number, mode, flavour)
+        return Point(number, mode, flavour, str(rule), site)
 
     def rule_of(self, number: int, mode: str, flavour: str) -> Rule:
         """Return the rule of one point.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem.rules.rule import NOT_OOM
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
 #: How often a point's fault strikes: the Nth allocation only, or it and all later ones.
 MODES: Final = ("transient", "persistent")
@@ -93,20 +93,9 @@ class Outcome:
 
     def to_json(self) -> dict[str, Any]:
         """Return the outcome as what JSON can hold; ``from_json`` reads it."""
-        point = self.point
-        return {
-            "number": point.number,
-            "mode": point.mode,
-            "flavour": point.flavour,
-            "rule": point.rule,
-            "site": point.site,
-            "verdict": self.verdict.value,
-            "detail": self.detail,
-            "left_bytes": self.left_bytes,
-            "holders": list(self.holders),
-            "seconds": self.seconds,
-            "num_injected": self.num_injected,
-        }
+        entry = asdict(self)
+        point = entry.pop("point")
+        return {**point, **entry, "verdict": self.verdict.value}
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Outcome:
@@ -120,19 +109,13 @@ class Outcome:
             raise ValueError(f"{entry!r:.60} is no point of a sweep")  # noqa: TRY004  # of a file
         for name, kinds in _KINDS.items():
             if not isinstance(entry[name], kinds):
-                raise ValueError(f"{name}={entry[name]!r:.60} is of another type")  # noqa: TRY004  # likewise
+                raise ValueError(f"{name}={entry[name]!r:.60} is of another type")  # noqa: TRY004  # of a file
         if not all(isinstance(each, str) for each in entry["holders"]):
             raise ValueError("a holder is no text")
-        point = Point(*(entry[key] for key in Point.__dataclass_fields__))
-        return cls(
-            point,
-            Verdict(entry["verdict"]),
-            entry["detail"],
-            entry["left_bytes"],
-            tuple(entry["holders"]),
-            entry["seconds"],
-            entry["num_injected"],
-        )
+        own = {name: entry[name] for name in _KINDS}
+        own["point"] = Point(*map(own.pop, Point.__dataclass_fields__))
+        own["verdict"] = Verdict(own["verdict"])
+        return cls(**{**own, "holders": tuple(own["holders"])})
 
 
 #: Of what type each entry of ``Outcome.to_json`` is.
@@ -140,7 +123,7 @@ _KINDS: Final[dict[str, type | tuple[type, ...]]] = {
     **dict.fromkeys(("mode", "flavour", "rule", "site", "verdict", "detail"), str),
     **dict.fromkeys(("number", "left_bytes", "num_injected"), int),
     "seconds": (int, float),
-    "holders": list,
+    "holders": (list, tuple),
 }
 
 
@@ -210,21 +193,15 @@ class SweepReport:
         for site in self.sites:
             by_site.setdefault(site, SiteCoverage(site)).num_allocations += 1
         for outcome in self.outcomes:
-            row = by_site.setdefault(
-                outcome.point.site, SiteCoverage(outcome.point.site)
-            )
+            site = outcome.point.site
+            row = by_site.setdefault(site, SiteCoverage(site))
             row.num_failed += 1
             row.verdicts[outcome.verdict] += 1
         return list(by_site.values())
 
     def failures_by_site(self) -> dict[tuple[str, Verdict], list[Outcome]]:
         """Return the failures grouped by site and verdict, the first ones first."""
-        return group(self.failures)
-
-
-def group(outcomes: Iterable[Outcome]) -> dict[tuple[str, Verdict], list[Outcome]]:
-    """Group outcomes by site and verdict."""
-    groups: dict[tuple[str, Verdict], list[Outcome]] = {}
-    for each in outcomes:
-        groups.setdefault((each.point.site, each.verdict), []).append(each)
-    return groups
+        groups: dict[tuple[str, Verdict], list[Outcome]] = {}
+        for each in self.failures:
+            groups.setdefault((each.point.site, each.verdict), []).append(each)
+        return groups

@@ -11,7 +11,6 @@ The method is that of SQLite's ``do_malloc_test`` and of Linux's ``fail-nth``.
 from __future__ import annotations
 
 import threading
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -20,16 +19,15 @@ from pytest_gpumem.errors import SweepError
 from pytest_gpumem.instruments.injector import OomInjector
 from pytest_gpumem.instruments.sites import describe_site
 from pytest_gpumem.instruments.surroundings import frozen_heap
-from pytest_gpumem.rules.parser import parse_rule
 from pytest_gpumem.stacks import calling_frame
 from pytest_gpumem.sweeps.judge import SweepJudge
 from pytest_gpumem.sweeps.plan import SweepPlan
-from pytest_gpumem.sweeps.report import Outcome, Point, SweepReport
+from pytest_gpumem.sweeps.report import Outcome, SweepReport
 from pytest_gpumem.sweeps.state import SweepState
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from pytest_gpumem.devices import Device
 
@@ -99,73 +97,63 @@ def sweep_ooms(
         active_device() if device is None else device,
     )
     sweep = _Sweep(
-        judge=judge,
-        plan=wanted,
-        name=name or str(getattr(body, "__qualname__", repr(body))),
+        judge,
+        wanted,
+        name or str(getattr(body, "__qualname__", repr(body))),
+        progress or (lambda _done, _total, _outcome: None),
     )
     with frozen_heap() as judge.thawed:
-        return sweep.run(resume, progress or (lambda _done, _total, _outcome: None))
+        return sweep.run(resume)
 
 
 class _Sweep:
-    def __init__(self, judge: SweepJudge, plan: SweepPlan, name: str) -> None:
+    def __init__(
+        self,
+        judge: SweepJudge,
+        plan: SweepPlan,
+        name: str,
+        progress: Callable[[int, int, Outcome], None],
+    ) -> None:
         self._judge = judge
         self._plan = plan
         self._name = name
+        self._progress = progress
 
-    def run(
-        self,
-        resume: str | os.PathLike[str] | None,
-        progress: Callable[[int, int, Outcome], None],
-    ) -> SweepReport:
+    def run(self, resume: str | os.PathLike[str] | None) -> SweepReport:
         clean = self._judge.clean()
         sites = self._count()
         timeout_s = self._plan.timeout_s or max(_LEAST_S, _PATIENCE * clean.seconds)
         report = SweepReport(self._name, self._plan.recover, sites)
         state = SweepState(resume, self._name, len(sites), self._plan)
-        points = list(self._points(sites))
+        points = list(self._plan.points_of(sites))
         with state:
             for done, point in enumerate(points, start=1):
                 outcome = state.known(point)
-                if outcome is None:
-                    outcome = self._judge.judge(
-                        point, parse_rule(point.rule), timeout_s
-                    )
+                if outcome is not None:
+                    report.num_resumed += 1
+                else:
+                    outcome = self._judge.judge(point, timeout_s)
                     if outcome is None:
                         continue  # the fault was not reached
                     state.note(outcome)
-                else:
-                    report.num_resumed += 1
                 report.outcomes.append(outcome)
-                progress(done, len(points), outcome)
-            if self._is_whole:
-                self._run_on(report, len(sites), timeout_s, progress)
+                self._progress(done, len(points), outcome)
+            if self._plan.is_whole:
+                self._run_on(report, len(sites), timeout_s)
         return report
 
-    @property
-    def _is_whole(self) -> bool:
-        plan = self._plan
-        return plan.points == "all" and plan.only is None and plan.shard[0] == 0
-
-    def _run_on(
-        self,
-        report: SweepReport,
-        count: int,
-        timeout_s: float,
-        progress: Callable[[int, int, Outcome], None],
-    ) -> None:
+    def _run_on(self, report: SweepReport, count: int, timeout_s: float) -> None:
         """Go on until a run ends with its fault unused: only that is the end."""
         for mode in self._plan.modes:
             for flavour in self._plan.flavours:
                 for number in range(count + 1, 2 * count + 2):
-                    point = self._point(number, mode, flavour, "")
-                    outcome = self._judge.judge(
-                        point, parse_rule(point.rule), timeout_s
-                    )
+                    point = self._plan.point(number, mode, flavour)
+                    outcome = self._judge.judge(point, timeout_s)
                     if outcome is None:
                         break
                     report.outcomes.append(outcome)
-                    progress(len(report.outcomes), len(report.outcomes), outcome)
+                    done = len(report.outcomes)
+                    self._progress(done, done, outcome)
 
     def _count(self) -> tuple[str, ...]:
         """Return the site of each allocation that counts in a clean run."""
@@ -183,8 +171,7 @@ class _Sweep:
                     sites.append(describe_site(calling_frame()))
             return False
 
-        with ExitStack() as stack:
-            stack.enter_context(self._judge.device.refusing(count))
+        with self._judge.device.refusing(count):
             self._judge.clean()
         if not sites:
             raise SweepError(
@@ -192,36 +179,6 @@ class _Sweep:
                 "counts: there is nothing to sweep; does it use the card?"
             )
         return tuple(sites)
-
-    def _points(self, sites: tuple[str, ...]) -> Iterator[Point]:
-        plan = self._plan
-        if plan.only is not None:
-            rule = parse_rule(plan.only)
-            mode = "persistent" if rule.times is None else "transient"
-            site = sites[rule.nth - 1] if rule.nth <= len(sites) else ""
-            flavour = rule.flavour
-            yield Point(rule.nth, mode, flavour, str(rule), site)
-            return
-        index, count = plan.shard
-        for mode in plan.modes:
-            for flavour in plan.flavours:
-                for number in self._numbers(sites)[index::count]:
-                    yield self._point(number, mode, flavour, sites[number - 1])
-
-    def _point(self, number: int, mode: str, flavour: str, site: str) -> Point:
-        rule = self._plan.rule_of(number, mode, flavour)
-        return Point(number, mode, flavour, str(rule), site)
-
-    def _numbers(self, sites: tuple[str, ...]) -> list[int]:
-        points = self._plan.points
-        count = len(sites)
-        if points == "sites":
-            return [sites.index(site) + 1 for site in dict.fromkeys(sites)]
-        if isinstance(points, int) and points < count:
-            return sorted(
-                {1 + round(i * (count - 1) / max(points - 1, 1)) for i in range(points)}
-            )
-        return list(range(1, count + 1))
 
 
 __all__ = ["sweep_ooms"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from pytest_gpumem.sweeps.report import Outcome, Point
 
@@ -71,20 +72,12 @@ class SweepState:
                 self._path.unlink(missing_ok=True)
 
     def _read(self, path: Path) -> dict[Point, Outcome]:
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-            header: Any = json.loads(lines[0])
-        except (OSError, ValueError, IndexError, RecursionError):
-            return {}
-        if header != self._header:
-            return {}
-        outcomes = (_outcome(line) for line in lines[1:])
-        return {each.point: each for each in outcomes if each is not None}
-
-
-def _outcome(line: str) -> Outcome | None:
-    """Read a line; None for one that a killed process wrote in part."""
-    try:
-        return Outcome.from_json(json.loads(line))
-    except (ValueError, KeyError, RecursionError):
-        return None
+        found: dict[Point, Outcome] = {}
+        # A killed process has written a line in part.
+        with suppress(OSError, ValueError, KeyError, IndexError, RecursionError):
+            header, *lines = path.read_text(encoding="utf-8").splitlines()
+            if json.loads(header) == self._header:
+                for line in lines:
+                    outcome = Outcome.from_json(json.loads(line))
+                    found[outcome.point] = outcome
+        return found

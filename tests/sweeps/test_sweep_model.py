@@ -19,7 +19,6 @@ from pytest_gpumem.sweeps.report import (
     SiteCoverage,
     SweepReport,
     Verdict,
-    group,
 )
 from pytest_gpumem.sweeps.summary import SweepSummary
 from pytest_gpumem.sweeps.text import (
@@ -177,7 +176,6 @@ def test_a_report_counts_and_groups(report: SweepReport) -> None:
         ("b.py:2 in g", Verdict.LEAK): [leak, report.outcomes[3]],
         ("b.py:2 in g", Verdict.CLEAN_OOM): [oom],
     } == report.failures_by_site()
-    assert {} == group([])
     assert [("a.py:1 in f", 1, 1, 1), ("b.py:2 in g", 3, 3, 0)] == [
         (row.site, row.num_allocations, row.num_failed, row.num_recovered)
         for row in report.coverage()
