@@ -59,7 +59,6 @@ MODULES = {
     "sweeps/judge": "corpus",
     "instruments/fallback": "fallback corpus",
     "instruments/loads": "verdict corpus",
-    "instruments/verdict": "verdict corpus",
 }
 CONFIG = """
 [cosmic-ray]

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from pytest_gpumem.instruments.budget import vram_budget
     from pytest_gpumem.instruments.fallback import FallbackReport, check_fallback
     from pytest_gpumem.instruments.injector import OomInjector
+    from pytest_gpumem.instruments.loads import LoadVerdict, judge_load
     from pytest_gpumem.instruments.recorder import PeakRecorder
     from pytest_gpumem.instruments.sampler import MemorySampler
     from pytest_gpumem.instruments.tenants import competing_process
-    from pytest_gpumem.instruments.verdict import LoadVerdict, judge_load
     from pytest_gpumem.records.memory import MemoryFigures
     from pytest_gpumem.rules.parser import parse_rule
     from pytest_gpumem.rules.rule import Rule
@@ -38,7 +38,7 @@ _HOMES: Final = {
     "Device": "devices",
     "FallbackReport": "instruments.fallback",
     "GpuMemError": "errors",
-    "LoadVerdict": "instruments.verdict",
+    "LoadVerdict": "instruments.loads",
     "MemoryFigures": "records.memory",
     "MemorySampler": "instruments.sampler",
     "OomInjector": "instruments.injector",
@@ -55,7 +55,7 @@ _HOMES: Final = {
     "find_card": "cards",
     "format_size": "sizes",
     "gpu_load_lock": "tenancy.load_lock",
-    "judge_load": "instruments.verdict",
+    "judge_load": "instruments.loads",
     "make_checkpoint": "checkpoints",
     "parse_rule": "rules.parser",
     "parse_size": "sizes",

@@ -15,6 +15,7 @@ is checked each time. Source: CPython, ``Include/internal/pycore_frame.h`` (3.11
 
 from __future__ import annotations
 
+import builtins
 import ctypes
 import functools
 import inspect
@@ -24,6 +25,7 @@ import re
 import site
 import sys
 import sysconfig
+import traceback
 from pathlib import Path
 from types import CellType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -45,6 +47,8 @@ _YIELDS: Final = {
 _SUSPENDS: Final = (
     inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 )
+#: Groups of exceptions; there are none before Python 3.11.
+_GROUP: Final = getattr(builtins, "BaseExceptionGroup", ())
 #: A dictionary that a frame alone holds: by that frame, a variable and an argument.
 _HELD_BY_FRAME: Final = 3
 
@@ -214,3 +218,31 @@ def clear_frame(frame: FrameType) -> None:
     left = _object(start + _layout.dictionary)
     if type(left) is dict and sys.getrefcount(left) <= _HELD_BY_FRAME:
         left.clear()
+
+
+def errors_behind(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and all that it is chained to, members of groups too, each once."""
+    seen: set[int] = set()
+    waiting = [error]
+    while waiting:
+        current = waiting.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        waiting += [current.__context__, current.__cause__]
+        if issubclass(type(current), _GROUP):
+            waiting += current.exceptions  # type: ignore[attr-defined]  # a group has them
+
+
+def clear_exception(error: BaseException) -> None:
+    """Clear the locals of every frame of an exception and of those it is chained to.
+
+    Tensors that only these frames hold are freed. Frames that still run keep theirs.
+
+    Args:
+        error: The exception; its text and line numbers stay.
+    """
+    for each in errors_behind(error):
+        for frame, _line in traceback.walk_tb(each.__traceback__):
+            clear_frame(frame)

@@ -5,19 +5,17 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_gpumem.devices.active import active_device
-from pytest_gpumem.instruments.loads import Loader, model_in
+from pytest_gpumem.instruments.loads import WORDS, Loader, is_no_oom
 from pytest_gpumem.records.staircase import staircase_table
 from pytest_gpumem.rules.parser import parse_rule
-from pytest_gpumem.rules.rule import NOT_OOM
 from pytest_gpumem.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from pytest_gpumem.devices import Device
-    from pytest_gpumem.instruments.placement import Placement
-    from pytest_gpumem.instruments.trials import Attempt
+    from pytest_gpumem.instruments.loads import LoadVerdict
+    from pytest_gpumem.instruments.parts import Placement
     from pytest_gpumem.rules.rule import Rule
 
 #: Budgets of a staircase that names none, as shares of what the top rung reserves.
@@ -28,8 +26,6 @@ FAULTS: Final = ("any:nth=1", "any:nth=1,persistent")
 #: The error that no fallback may swallow.
 CONTROL: Final = "any:nth=1,flavour=not-oom"
 _SMALLEST: Final = 2 * 2**20
-#: Letters of an error's text that a problem shows.
-_WORDS: Final = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +149,8 @@ def check_fallback(
         load,
         run=run,
         reference=reference,
-        model_of=model_of or model_in,
-        device=active_device() if device is None else device,
+        model_of=model_of,
+        device=device,
         device_index=device_index,
     )
     wanted = {parse_size(size): rung for size, rung in (expect or {}).items()}
@@ -186,41 +182,38 @@ def _step(
     expected: str | None = None,
 ) -> Step:
     """Load once and judge."""
-    is_control = rule is not None and rule.flavour == NOT_OOM
     done = loader.load(
         *([] if rule is None else [rule]),
         budget_bytes=budget_bytes,
         catches=lambda error: isinstance(error, (Exception, SystemExit)),
-        compares=not is_control,
     )
-    attempt = done.attempt
-    problems = _of_error(attempt, rule, is_control=is_control) + done.problems()
+    problems = [*_of_error(done, rule), *done.problems]
     rung = "nothing" if done.placement is None else _rung(done.placement)
-    if attempt.failure is not None:
-        rung = f"raised {attempt.failure.kind.__name__}"
+    if done.failure is not None:
+        rung = f"raised {done.failure.kind.__name__}"
     if expected is not None and expected not in rung:
         problems.append(f"it ended in {rung!r}, expected was {expected!r}")
     return Step(
         budget_bytes,
         cause,
         rung,
-        attempt.num_ooms,
-        attempt.figures.peak_reserved_bytes,
+        done.num_ooms,
+        done.figures.peak_reserved_bytes,
         done.left_bytes,
         done.holders,
-        (*problems, *done.over_budget()),
+        tuple(problems),
     )
 
 
-def _of_error(attempt: Attempt, rule: Rule | None, *, is_control: bool) -> list[str]:
-    """Return what is wrong with how a load ended: with an error, or without."""
-    failure = attempt.failure
+def _of_error(done: LoadVerdict, rule: Rule | None) -> list[str]:
+    """Return what is wrong with the error that a load ended in, if it did."""
+    failure = done.failure
     if failure is None:
-        is_swallowed = is_control and attempt.num_injected
-        return ["an error that is no OOM was swallowed"] if is_swallowed else []
-    words = failure.words(_WORDS)
+        return []
+    words = failure.words(WORDS)
+    is_control = rule is not None and is_no_oom(rule)
     if not failure.is_oom:
-        if is_control and attempt.num_injected:
+        if is_control and done.num_injected:
             return [f"an error that is no OOM was lost, and another raised: {words}"]
         return [f"it ended in an error that is no OOM: {words}"]
     # What fails for good may reach the caller, and an error that is no OOM must.

@@ -26,12 +26,18 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from pytest_gpumem.instruments.hidden import Place, base_of
 from pytest_gpumem.instruments.parts import attributes_of, dictionary_of, shape_words
 from pytest_gpumem.stacks import variables_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+
+class Place:
+    """A holder that is no object: a place of the interpreter, in words."""
+
+    def __init__(self, text: str) -> None:
+        self.text: Final = text
 
 
 def tensor_words(tensor: torch.Tensor) -> str:
@@ -96,7 +102,7 @@ def _noun(holder: Any) -> str:
     if isinstance(holder, torch.Tensor):
         return f"a {tensor_words(holder)}"
     if isinstance(holder, threading.Thread):
-        return _thread(holder, None)
+        return f"thread {holder.name!r}"
     return f"a {type(holder).__name__}"
 
 
@@ -139,23 +145,11 @@ def _frame(holder: FrameType, child: Any) -> str:
     return f"local {name!r} of {state}{place}" if name else f"{state}{place}"
 
 
-def _traceback(_holder: TracebackType, child: Any) -> str:
-    return "a traceback" if isinstance(child, FrameType) else ""
-
-
-def _error(holder: BaseException, _child: Any) -> str:
-    return f"{type(holder).__name__}({str(holder)[:60]!r})"
-
-
 def _record(holder: logging.LogRecord, _child: Any) -> str:
     return (
         f"a log record of logger {holder.name!r} ({holder.getMessage()[:60]!r}), kept "
         "by a handler (pytest's log capture keeps records until teardown)"
     )
-
-
-def _module(holder: ModuleType, child: Any) -> str:
-    return "" if child is vars(holder) else f"module {holder.__name__}"
 
 
 def _mapping(holder: dict[Any, Any], child: Any) -> str:
@@ -164,10 +158,6 @@ def _mapping(holder: dict[Any, Any], child: Any) -> str:
     if module is not None and vars(module) is holder:
         return f"global {key!r} of {holder['__name__']}"
     return f"entry {key!r}" if key else ""
-
-
-def _container(holder: Any, _child: Any) -> str:
-    return f"a {type(holder).__name__} of {len(holder)}"
 
 
 def _function(holder: FunctionType, child: Any) -> str:
@@ -183,10 +173,6 @@ def _suspended(holder: Any, child: Any) -> str:
     name = None if frame is None else _key(variables_of(frame), child)
     what = f"suspended {holder.__qualname__}"
     return f"local {name!r} of {what}" if name else what
-
-
-def _thread(holder: threading.Thread, _child: Any) -> str:
-    return f"thread {holder.name!r}"
 
 
 def _class(holder: type, child: Any) -> str:
@@ -209,6 +195,14 @@ def _tensor(holder: torch.Tensor, child: Any) -> str:
     return f"saved for backward, graph of a {words}"
 
 
+def base_of(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Return the tensor that a view is of, and that it keeps; None for others."""
+    try:
+        return tensor._base  # noqa: SLF001  # torch's documented way
+    except Exception:  # noqa: BLE001  # a subclass that has none
+        return None
+
+
 def _context(holder: contextvars.Context, child: Any) -> str:
     names = [
         f"{variable.name!r}" for variable, value in holder.items() if value is child
@@ -216,37 +210,48 @@ def _context(holder: contextvars.Context, child: Any) -> str:
     return f"context variable {names[0]}" if names else "a context variable"
 
 
-def _partial(holder: functools.partial[Any], _child: Any) -> str:
-    name = getattr(holder.func, "__qualname__", repr(holder.func))
-    return f"an argument of functools.partial({name})"
-
-
-def _finalizer(holder: Any, _child: Any) -> str:
-    name = getattr(holder.func, "__qualname__", "a function")
-    return f"an argument of weakref.finalize(…, {name})"
+def _called(function: Any) -> str:
+    return getattr(function, "__qualname__", "a function")
 
 
 _LRU: Final = type(functools.lru_cache(tensor_words))
+_INFO: Final = weakref.finalize._Info  # type: ignore[attr-defined]  # noqa: SLF001  # what it keeps arguments in
+#: How an object of each kind holds another, in words; empty where it is on the way only.
 _WORDS: Final[tuple[tuple[Any, Callable[[Any, Any], str]], ...]] = (
     (FrameType, _frame),
-    (TracebackType, _traceback),
-    (BaseException, _error),
+    (
+        TracebackType,
+        lambda _it, child: "a traceback" if isinstance(child, FrameType) else "",
+    ),
+    (BaseException, lambda it, _child: f"{type(it).__name__}({str(it)[:60]!r})"),
     (logging.LogRecord, _record),
-    (ModuleType, _module),
+    (
+        ModuleType,
+        lambda it, child: "" if child is vars(it) else f"module {it.__name__}",
+    ),
     (dict, _mapping),
-    (BuiltinFunctionType, lambda holder, _child: f"method {holder.__name__!r}"),
-    (CellType, lambda _holder, _child: "a closure"),
+    (BuiltinFunctionType, lambda it, _child: f"method {it.__name__!r}"),
+    (CellType, lambda _it, _child: "a closure"),
     (FunctionType, _function),
     ((GeneratorType, CoroutineType, AsyncGeneratorType), _suspended),
-    (threading.Thread, _thread),
+    (threading.Thread, lambda it, _child: f"thread {it.name!r}"),
     (type, _class),
     (torch.Tensor, _tensor),
-    (Place, lambda holder, _child: holder.text),
+    (Place, lambda it, _child: it.text),
     (contextvars.Context, _context),
-    (_LRU, lambda holder, _child: f"the cache of function {holder.__qualname__}"),
-    (functools.partial, _partial),
-    (weakref.finalize._Info, _finalizer),  # type: ignore[attr-defined]  # noqa: SLF001  # what it keeps arguments in
-    ((list, tuple, set, frozenset, deque), _container),
+    (_LRU, lambda it, _child: f"the cache of function {it.__qualname__}"),
+    (
+        functools.partial,
+        lambda it, _child: f"an argument of functools.partial({_called(it.func)})",
+    ),
+    (
+        _INFO,
+        lambda it, _child: f"an argument of weakref.finalize(…, {_called(it.func)})",
+    ),
+    (
+        (list, tuple, set, frozenset, deque),
+        lambda it, _child: f"a {type(it).__name__} of {len(it)}",
+    ),
 )
 
 

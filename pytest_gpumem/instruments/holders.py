@@ -10,17 +10,25 @@ from __future__ import annotations
 import contextvars
 import gc
 import logging
+import signal
+import sys
 import threading
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from pytest_gpumem.instruments.hidden import HiddenHolders, Place
-from pytest_gpumem.instruments.holder_words import path_in_words, runs, tensor_words
+from pytest_gpumem.instruments.holder_words import (
+    Place,
+    base_of,
+    path_in_words,
+    runs,
+    tensor_words,
+)
 from pytest_gpumem.instruments.parts import living
 from pytest_gpumem.sizes import format_size
+from pytest_gpumem.stacks import frames_from, variables_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -39,6 +47,9 @@ _NOBODY: Final = (
 )
 #: How the words for what a cycle holds begin.
 CYCLE: Final = "a reference cycle, which only a collection frees"
+#: How many nodes of graphs are looked at, in all.
+_NODES: Final = 20_000
+_SAVED: Final = "_saved_"
 _OURS: Final = str(Path(__file__).parent)
 
 
@@ -52,30 +63,13 @@ _ROOTS: Final = (
 )
 
 
-class Held(NamedTuple):
-    """A block on a card and who holds it.
-
-    Attributes:
-        nbytes: Bytes of the block.
-        tensor: The tensor, in words.
-        holder: The way from the tensor to its holder, in words.
-    """
-
-    nbytes: int
-    tensor: str
-    holder: str
-
-    def __str__(self) -> str:
-        return f"{format_size(self.nbytes)} ({self.tensor}): {self.holder}"
-
-
 def blocks_on_cards() -> set[int]:
     """Return the addresses of all storages on cards, to tell later ones from them."""
     return {tensor.untyped_storage().data_ptr() for tensor in _tensors()}
 
 
-def find_holders(device: Device, before: Iterable[int] = ()) -> list[Held]:
-    """Return the largest tensors on the cards and who holds them.
+def find_holders(device: Device, before: Iterable[int] = ()) -> list[str]:
+    """Return the largest tensors on the cards and who holds them, a line each.
 
     Args:
         device: Knows the size of a block.
@@ -84,25 +78,20 @@ def find_holders(device: Device, before: Iterable[int] = ()) -> list[Held]:
     Limits: what only C++ holds beside gradients and graphs is not named, nor what the
     interpreter keeps to itself (arguments of ``atexit.register``).
     """
-    hidden: list[HiddenHolders] = []
+    hidden: list[_Hidden] = []
     return [
-        Held(nbytes, tensor_words(tensor), _holder(tensor, ignored, hidden))
+        f"{format_size(nbytes)} ({tensor_words(tensor)}): "
+        f"{_holder(tensor, ignored, hidden)}"
         for nbytes, tensor, ignored in _largest(device, before)
     ]
 
 
-def find_cycles(device: Device, before: Iterable[int] = ()) -> list[Held]:
+def find_cycles(device: Device, before: Iterable[int] = ()) -> list[str]:
     """Return those of the largest tensors that reference cycles alone hold.
 
-    To be asked before a collection, which frees them.
-
-    Args:
-        device: Knows the size of a block.
-        before: Addresses of storages to leave out; see ``blocks_on_cards``.
+    To be asked before a collection, which frees them; see ``find_holders``.
     """
-    return [
-        each for each in find_holders(device, before) if each.holder.startswith(CYCLE)
-    ]
+    return [each for each in find_holders(device, before) if f": {CYCLE}" in each]
 
 
 def _largest(
@@ -128,7 +117,7 @@ def _tensors() -> list[torch.Tensor]:
     return [each for each in living(torch.Tensor)[0] if each.is_cuda]
 
 
-def _holder(value: Any, ignored: Any, hidden: list[HiddenHolders]) -> str:
+def _holder(value: Any, ignored: Any, hidden: list[_Hidden]) -> str:
     """Return the shortest way from an object to what keeps it alive, in words.
 
     Args:
@@ -138,7 +127,7 @@ def _holder(value: Any, ignored: Any, hidden: list[HiddenHolders]) -> str:
     """
     try:
         if not hidden:
-            hidden.append(HiddenHolders(_is_ours))
+            hidden.append(_Hidden())
         left_out = [hidden[0].holders, ignored]
         found = _search(value, hidden[0], left_out)
         if found.startswith(CYCLE) or found == _NOBODY:
@@ -150,7 +139,7 @@ def _holder(value: Any, ignored: Any, hidden: list[HiddenHolders]) -> str:
     return found
 
 
-def _search(value: Any, hidden: HiddenHolders, left_out: list[Any]) -> str:
+def _search(value: Any, hidden: _Hidden, left_out: list[Any]) -> str:
     """Return the way in words; what graphs hold has to be added to the hidden."""
     parents: dict[int, Any] = {}
     visited = [value]
@@ -178,7 +167,7 @@ def _search(value: Any, hidden: HiddenHolders, left_out: list[Any]) -> str:
 
 
 def _referrers(
-    level: list[Any], seen: set[int], hidden: HiddenHolders
+    level: list[Any], seen: set[int], hidden: _Hidden
 ) -> list[tuple[Any, Any]]:
     """Return pairs of an object of the level and one that refers to it."""
     members = {id(each) for each in level}
@@ -239,3 +228,94 @@ def _cycle(visited: list[Any]) -> list[Any]:
             return [by_id[each] for each in [*way, around]]
         way.append(above[0])
     return []
+
+
+# -- what the collector does not see ------------------------------------------------------
+
+
+class _Hidden:
+    """The holders that the collector does not show, by what they hold.
+
+    It knows the references between objects that it tracks, and not those of functions
+    that run, of the slots that tensors have in C++ (a gradient, a graph and what it has
+    saved), nor those of the interpreter itself (signal handlers). They are found when
+    this is made, and held as long as it lives.
+    """
+
+    def __init__(self) -> None:
+        #: One list, so that a search can leave it out.
+        self.holders: Final[list[Any]] = []
+        self._by_child: Final[dict[int, list[int]]] = {}
+        for holder, child in _held():
+            self._note(holder, child)
+
+    def add_graphs(self) -> None:
+        """Find what graphs of autograd have saved too.
+
+        Limits: tensors are unpacked for it, so hooks of ``saved_tensors_hooks`` run.
+        """
+        for holder, child in _saved():
+            self._note(holder, child)
+
+    def of(self, child: object) -> list[Any]:
+        """Return the holders of an object."""
+        return [self.holders[place] for place in self._by_child.get(id(child), ())]
+
+    def _note(self, holder: Any, child: Any) -> None:
+        self._by_child.setdefault(id(child), []).append(len(self.holders))
+        self.holders.append(holder)
+
+
+def _held() -> Iterator[tuple[Any, Any]]:
+    """Yield pairs of a holder and what it holds."""
+    for innermost in list(sys._current_frames().values()):  # noqa: SLF001  # the documented way to see other threads
+        for frame in frames_from(innermost):
+            # The variables of a module's own code are those of the module.
+            if not _is_ours(frame) and frame.f_code.co_name != "<module>":
+                for value in variables_of(frame).values():
+                    yield frame, value
+    for tensor in living(torch.Tensor)[0]:
+        gradient = _gradient(tensor)
+        if gradient is not None:
+            yield tensor, gradient
+        base = base_of(tensor)
+        if base is not None:
+            yield tensor, base
+    for number in signal.valid_signals():
+        handler = signal.getsignal(number)
+        if callable(handler):
+            name = signal.Signals(number).name
+            yield Place(f"the handler of signal {name}"), handler
+
+
+def _saved() -> Iterator[tuple[torch.Tensor, Any]]:
+    """Yield pairs of a tensor and what the graph behind it keeps for backward."""
+    seen: set[int] = set()
+    for tensor in living(torch.Tensor)[0]:
+        waiting = [tensor.grad_fn]
+        while waiting and len(seen) < _NODES:
+            node = waiting.pop()
+            if node is None or id(node) in seen:
+                continue
+            seen.add(id(node))
+            yield tensor, node  # of a torch.autograd.Function, an object with a dict
+            for name in dir(node):
+                if name.startswith(_SAVED) or name == "saved_tensors":
+                    yield from ((tensor, each) for each in _unpacked(node, name))
+            waiting += [each for each, _number in node.next_functions]
+
+
+def _unpacked(node: Any, name: str) -> list[torch.Tensor]:
+    try:
+        value = getattr(node, name)
+    except Exception:  # noqa: BLE001  # freed by backward, or a hook of the program's
+        return []
+    each = value if isinstance(value, (list, tuple)) else [value]
+    return [one for one in each if isinstance(one, torch.Tensor)]
+
+
+def _gradient(tensor: torch.Tensor) -> torch.Tensor | None:
+    try:
+        return tensor.grad if tensor.is_leaf else None
+    except Exception:  # noqa: BLE001  # a subclass that has none
+        return None

@@ -6,9 +6,11 @@ import threading
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from pytest_gpumem.devices.active import active_device
 from pytest_gpumem.guards import guarded
 from pytest_gpumem.instruments.flavours import COUNTED, make_error
 from pytest_gpumem.instruments.sites import caller_names, current_phase
+from pytest_gpumem.instruments.witness import refuse, tell_refused
 from pytest_gpumem.rules.parser import parse_rule
 from pytest_gpumem.rules.rule import NOT_OOM, Request, Rule, Schedule
 
@@ -123,21 +125,17 @@ class OomInjector:
         # Every rule counts every request: no short circuit.
         striking = [each for each in self.schedules if each.refuses(request)]
         if striking:
-            from pytest_gpumem.instruments.witness import refuse  # noqa: PLC0415  # a rule strikes
-
             refuse(str(striking[0].rule))
         for schedule in striking:
             flavour = schedule.rule.flavour
             error = make_error(flavour, self._require_device(), device_index, nbytes)
             if error is not None:
-                _tell(schedule.rule, device_index, nbytes)
+                tell_refused(device_index, nbytes, is_oom=flavour != NOT_OOM)
                 raise error
         return bool(striking)
 
     def _require_device(self) -> Device:
         if self._device is None:
-            from pytest_gpumem.devices.active import active_device  # noqa: PLC0415  # torch only when used
-
             self._device = active_device()
         return self._device
 
@@ -150,16 +148,6 @@ class OomInjector:
     def __exit__(self, *_error: object) -> None:
         self._is_entered = False
         self._stack.close()
-
-
-def _tell(rule: Rule, device_index: int, nbytes: int) -> None:
-    """Tell of a failure that the allocator has no part in; see ``witness``."""
-    from pytest_gpumem.instruments.witness import refusal, tell_refused  # noqa: PLC0415  # a rule strikes
-
-    if rule.flavour == NOT_OOM:
-        refusal()  # forget it: memory has not run out
-    else:
-        tell_refused(device_index, nbytes)
 
 
 def _thread_name() -> str:

@@ -7,6 +7,7 @@ and one up the stack. Nothing of what is seen is kept; ``holders.py`` asks more 
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -19,10 +20,11 @@ from pytest_gpumem.instruments.parts import (
     modules_of,
     registry,
     shape_words,
+    tensors_in,
     tensors_of,
 )
 from pytest_gpumem.records.incidents import LiveTensor, ModelSize
-from pytest_gpumem.stacks import frames_from, variables_of
+from pytest_gpumem.stacks import errors_behind, frames_from, variables_of
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -31,8 +33,6 @@ if TYPE_CHECKING:
 
 #: Tensors that are shown; the largest.
 SHOWN: Final = 8
-#: Keys that are shown; the repr of others is the program's own code.
-_KEYS: Final = frozenset({str, int, bytes, bool, type(None)})
 #: Members of a container that are looked at.
 _MEMBERS: Final = 1000
 _HIDDEN: Final = frozenset(
@@ -192,27 +192,10 @@ class _Names:
         for name, value in list(variables.items()):
             if issubclass(type(value), torch.nn.Module):
                 modules.add(id(value))
-            for suffix, tensor in _tensors_of(value):
+            for suffix, tensor in tensors_in(value, most=_MEMBERS):
                 if self.has(tensor):
                     text = f"{name}{suffix} {where}"
                     self._locals.setdefault(address(tensor), text)
-
-
-def _tensors_of(value: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors that a variable holds by itself, with how to write them."""
-    kind = type(value)
-    if issubclass(kind, torch.Tensor):
-        yield "", value
-    elif issubclass(kind, (list, tuple)):
-        # A user's class may count or slice otherwise.
-        inner = list if issubclass(kind, list) else tuple
-        for position, item in enumerate(inner.__getitem__(value, slice(_MEMBERS))):
-            if issubclass(type(item), torch.Tensor):
-                yield f"[{position}]", item
-    elif issubclass(kind, dict) and dict.__len__(value) <= _MEMBERS:
-        for key, item in list(dict.items(value)):
-            if issubclass(type(item), torch.Tensor):
-                yield f"[{key!r}]" if type(key) in _KEYS else "[…]", item
 
 
 def _frames(frame: FrameType | None) -> Iterator[tuple[FrameType, str]]:
@@ -220,16 +203,10 @@ def _frames(frame: FrameType | None) -> Iterator[tuple[FrameType, str]]:
     for each in frames_from(frame):
         if _is_shown(each):
             yield each, ""
-    error = sys.exc_info()[1]
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        trace = error.__traceback__
-        while trace is not None:
-            if _is_shown(trace.tb_frame):
-                yield trace.tb_frame, f"the traceback of {type(error).__name__} in "
-            trace = trace.tb_next
-        error = error.__cause__ or error.__context__
+    for error in errors_behind(sys.exc_info()[1]):
+        for each, _line in traceback.walk_tb(error.__traceback__):
+            if _is_shown(each):
+                yield each, f"the traceback of {type(error).__name__} in "
 
 
 def _is_shown(frame: FrameType) -> bool:

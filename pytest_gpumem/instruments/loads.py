@@ -1,84 +1,82 @@
-"""One load of a model, as its judges see it."""
+"""Judge how a model was loaded: where it ended, what it computes, what it left."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from pytest_gpumem.instruments.equality import Comparison, compare
-from pytest_gpumem.instruments.parts import tensors_held_by
-from pytest_gpumem.instruments.placement import Placement, placement_of
+from pytest_gpumem.devices.active import active_device
+from pytest_gpumem.instruments.equality import compare
+from pytest_gpumem.instruments.parts import Placement, placement_of, tensors_held_by
 from pytest_gpumem.instruments.portraits import portrait
-from pytest_gpumem.instruments.trials import Attempt, Trial
+from pytest_gpumem.instruments.trials import Attempt, Failure, Trial, is_the_oom
+from pytest_gpumem.rules.parser import parse_rule
+from pytest_gpumem.rules.rule import NOT_OOM
 from pytest_gpumem.sizes import format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from pytest_gpumem.devices import Device
+    from pytest_gpumem.records.memory import MemoryFigures
     from pytest_gpumem.rules.rule import Rule
 
 #: Letters of an error's text that a problem shows.
-_WORDS = 200
+WORDS: Final = 200
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
-    """What one load ended in.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadVerdict:
+    """What a load ended in.
 
     Attributes:
-        attempt: The run.
-        model: The model in what the loader returned; None without one.
-        placement: Where it is; None without a model.
-        compared: Its output beside the reference; None if not compared.
-        changed: What of torch's defaults it left changed and the first load did not.
-        left_bytes: Bytes on the cards that are not the model's own, at least 0.
-        holders: Who holds those, and which reference cycles held more until a collection.
+        model: The model, for further questions; None if the load raised.
+        placement: Where it is; None if the load raised.
+        figures: Peaks of the whole affair, load and run.
+        left_bytes: Bytes on the cards after the load that were not there before and
+            are not the model's own; at least 0.
+        output_error: Largest difference from the reference; None if not compared.
+        num_injected: Allocations that the rules refused.
+        num_ooms: Allocations that failed on the way: how often it had to retry.
+        failure: What the load raised, in words; None if nothing.
+        problems: What is wrong, one sentence each; empty means all is well.
+        holders: Who holds what is left, and which reference cycles held more until a
+            collection.
     """
 
-    attempt: Attempt
     model: Any
     placement: Placement | None
-    compared: Comparison | None
-    changed: tuple[str, ...]
+    figures: MemoryFigures
     left_bytes: int
+    output_error: float | None
+    num_injected: int
+    num_ooms: int
+    failure: Failure | None
+    problems: tuple[str, ...]
     holders: tuple[str, ...]
 
-    def problems(self) -> list[str]:
-        """Return what is wrong with the model and what is left; not with an error."""
-        attempt, placement = self.attempt, self.placement
-        found = []
-        if placement is None and attempt.failure is None:
-            found.append("the loader returned no model and raised nothing")
-        if placement is not None and not placement.is_whole:
-            found.append(
-                f"the model is half moved: weights on "
-                f"{', '.join(sorted(placement.devices))} and no device map ({placement})"
-            )
-        if self.left_bytes:
-            left = format_size(self.left_bytes)
-            found.append(f"{left} of a failed attempt stay on the card")
-        found += [f"it leaves torch changed: {each}" for each in self.changed]
-        if attempt.output_failure is not None:
-            words = attempt.output_failure.words(_WORDS)
-            found.append(f"the loaded model cannot be run: {words}")
-        if self.compared is not None and self.compared.first is not None:
-            found.append(self.compared.first)
-        return found
+    @property
+    def error(self) -> str | None:
+        """The text of what the load raised; None if nothing."""
+        return None if self.failure is None else self.failure.text
 
-    def over_budget(self) -> list[str]:
-        """Return that the load, or the run after it, was over its budget, if it was."""
-        budget = self.attempt.budget_bytes
-        peak = self.attempt.figures.peak_reserved_bytes
-        if budget is None or peak <= budget:
-            return []
-        return [
-            f"its peak of {format_size(peak)} reserved is over the budget of "
-            f"{format_size(budget)}"
-        ]
+    def check(self) -> None:
+        """Raise unless all is well.
+
+        Raises:
+            AssertionError: Every problem, one line each, with where the model is.
+        """
+        if self.problems:
+            lines = "\n".join(
+                [f"  - {problem}" for problem in self.problems]
+                + [f"    {holder}" for holder in self.holders]
+            )
+            raise AssertionError(
+                f"the load went wrong:\n{lines}\n  model: {self.placement}"
+            )
 
 
 class Loader:
@@ -88,8 +86,8 @@ class Loader:
         load: The loader under test.
         run: Computes an output from what it returns; None for none.
         reference: What the output should be; None means that of the first load.
-        model_of: Finds the model in what the loader returns.
-        device: The cards.
+        model_of: Finds the model in what the loader returns; None means ``model_in``.
+        device: The cards; None means the active device.
         device_index: The card of budgets and peaks.
     """
 
@@ -99,62 +97,91 @@ class Loader:
         *,
         run: Callable[[Any], Any] | None,
         reference: Any,
-        model_of: Callable[[Any], Any],
-        device: Device,
+        model_of: Callable[[Any], Any] | None,
+        device: Device | None,
         device_index: int,
     ) -> None:
-        self._model_of = model_of
+        self._model_of = model_of or model_in
         self._run = run
         self._reference = None if reference is None else portrait(reference)
+        #: What of torch's defaults each load changes.
         self._usual: frozenset[str] | None = None
-        self._device = device
+        self._device = active_device() if device is None else device
         self._trial = Trial(
             body=load,
             owns=self._own_blocks,
             then=None if run is None else self._output,
             names_cycles=True,
-            device=device,
+            device=self._device,
             device_index=device_index,
         )
 
     def load(
         self,
-        *rules: str | Rule,
+        *rules: Rule,
         budget_bytes: int | None = None,
         catches: Callable[[BaseException], bool],
-        compares: bool = True,
-    ) -> Load:
+    ) -> LoadVerdict:
         """Load once, and run what was loaded.
+
+        The problems are those of the model and of what is left; whether an error was
+        right is the caller's to say.
 
         Args:
             rules: Which allocations of the load fail.
             budget_bytes: What the card may hold, for load and run.
             catches: Tells which errors are part of the verdict.
-            compares: Whether the output is held to the reference.
         """
         attempt = self._trial.run(*rules, budget_bytes=budget_bytes, catches=catches)
         model = None if attempt.result is None else self._model_of(attempt.result)
         placement = None if model is None else placement_of(model)
-        compared = None
-        if placement is not None and compares and attempt.output is not None:
+        left = max(attempt.left_bytes, 0)
+        problems = []
+        is_control = attempt.num_injected and is_no_oom(*rules)
+        if is_control and attempt.failure is None:
+            problems.append("an error that is no OOM was swallowed")
+        problems += _of_model(placement, attempt)
+        if left:
+            problems.append(f"{format_size(left)} of a failed attempt stay on the card")
+        if self._usual is None:
+            self._usual = attempt.changed
+        problems += [
+            f"it leaves torch changed: {each}"
+            for each in sorted(attempt.changed - self._usual)
+        ]
+        if attempt.output_failure is not None:
+            words = attempt.output_failure.words(WORDS)
+            problems.append(f"the loaded model cannot be run: {words}")
+        output_error = None
+        if placement is not None and not is_control and attempt.output is not None:
             if self._reference is None:
                 self._reference = attempt.output
-            compared = compare(
+            first, output_error = compare(
                 self._reference,
                 attempt.output,
                 where="the output",
                 dtypes=placement.dtypes,
             )
-        if self._usual is None:
-            self._usual = attempt.changed
-        changed = tuple(sorted(attempt.changed - self._usual))
-        left = max(attempt.left_bytes, 0)
-        holders = tuple(map(str, attempt.cycles))
-        if left:
-            holders += self._trial.holders(attempt)
-        elif attempt.note:
-            holders += (attempt.note,)
-        return Load(attempt, model, placement, compared, changed, left, holders)
+            problems += [] if first is None else [first]
+        budget, peak = attempt.budget_bytes, attempt.figures.peak_reserved_bytes
+        if budget is not None and peak > budget:
+            problems.append(
+                f"its peak of {format_size(peak)} reserved is over the budget of "
+                f"{format_size(budget)}"
+            )
+        holders = self._trial.holders(attempt) if left else (attempt.note,)
+        return LoadVerdict(
+            model=model,
+            placement=placement,
+            figures=attempt.figures,
+            left_bytes=left,
+            output_error=output_error,
+            num_injected=attempt.num_injected,
+            num_ooms=attempt.num_ooms,
+            failure=attempt.failure,
+            problems=tuple(problems),
+            holders=(*attempt.cycles, *filter(None, holders)),
+        )
 
     def _output(self, loaded: Any) -> Any:
         has_model = loaded is not None and self._model_of(loaded) is not None
@@ -173,6 +200,24 @@ class Loader:
         return own
 
 
+def _of_model(placement: Placement | None, attempt: Attempt) -> list[str]:
+    """Return what is wrong with the model itself, if there is one."""
+    if placement is None:
+        missing = "the loader returned no model and raised nothing"
+        return [missing] if attempt.failure is None else []
+    if placement.is_whole:
+        return []
+    devices = ", ".join(sorted(placement.devices))
+    return [
+        f"the model is half moved: weights on {devices} and no device map ({placement})"
+    ]
+
+
+def is_no_oom(*rules: Rule) -> bool:
+    """Tell whether an error that is no OOM is among what rules raise."""
+    return any(rule.flavour == NOT_OOM for rule in rules)
+
+
 def model_in(loaded: Any) -> Any:
     """Return the model in what a loader returns: itself, or its attribute ``model``.
 
@@ -189,3 +234,91 @@ def model_in(loaded: Any) -> Any:
     elif isinstance(loaded, (list, tuple)):
         parts = loaded
     return next((each for each in parts if isinstance(each, torch.nn.Module)), None)
+
+
+def judge_load(
+    load: Callable[[], Any],
+    *,
+    run: Callable[[Any], Any] | None = None,
+    reference: Any = None,
+    expect_devices: Sequence[str] | None = None,
+    expect_dtype: torch.dtype | None = None,
+    expect_error: type[Exception] | None = None,
+    rules: Sequence[str | Rule] = (),
+    model_of: Callable[[Any], Any] | None = None,
+    device_index: int = 0,
+    device: Device | None = None,
+) -> LoadVerdict:
+    """Run a loader, with faults if wanted, and judge what came out.
+
+    Args:
+        load: The loader under test; returns a model, or an object with one.
+        run: Computes an output from what ``load`` returns, to be compared with
+            ``reference``.
+        reference: What a model on the CPU in fp32 computes, shape as ``run``'s.
+        expect_devices: Where the weights should be, for example ``["cuda:0"]``;
+            offloaded weights are on ``"meta"``.
+        expect_dtype: The dtype that the parameters should have.
+        expect_error: An error that is no OOM and that the load must let through.
+        rules: Injection rules in force during the load.
+        model_of: Finds the model in what ``load`` returns; None means itself, or its
+            attribute ``model``.
+        device_index: The card.
+        device: Where; None means the active device.
+
+    Returns:
+        The verdict; ``verdict.check()`` raises if anything is wrong.
+
+    Limits: an error of the load that is neither an OOM nor the expected one is not
+    caught; one of ``run`` is a problem.
+    """
+    loader = Loader(
+        load,
+        run=run if reference is not None else None,
+        reference=reference,
+        model_of=model_of,
+        device=device,
+        device_index=device_index,
+    )
+    parsed = [parse_rule(each) if isinstance(each, str) else each for each in rules]
+    expected = () if expect_error is None else (expect_error,)
+
+    def catches(error: BaseException) -> bool:
+        is_oom = (
+            isinstance(error, torch.OutOfMemoryError)
+            if is_no_oom(*parsed)
+            else is_the_oom(error)
+        )
+        return is_oom or isinstance(error, expected)
+
+    verdict = loader.load(*parsed, catches=catches)
+    failure, problems = verdict.failure, list(verdict.problems)
+    if expect_error is not None:
+        came_through = failure is not None and issubclass(failure.kind, expect_error)
+        missing = f"a {expect_error.__name__} should have come through and did not"
+        problems = [] if came_through else [missing]
+    elif failure is not None:
+        problems.insert(0, f"the load ended in an OOM: {failure.text}")
+    else:
+        problems += _unexpected(verdict.placement, expect_devices, expect_dtype)
+    return replace(verdict, problems=tuple(problems))
+
+
+def _unexpected(
+    placement: Placement | None,
+    devices: Sequence[str] | None,
+    dtype: torch.dtype | None,
+) -> list[str]:
+    """Return where a model is, and of which dtype, if that is not what was expected."""
+    if placement is None:
+        return []
+    problems = []
+    if devices is not None and placement.devices != set(devices):
+        problems.append(
+            f"the weights are on {', '.join(sorted(placement.devices))}, expected "
+            f"{', '.join(sorted(devices))}"
+        )
+    if dtype is not None and placement.dtypes != {dtype}:
+        dtypes = ", ".join(sorted(str(each) for each in placement.dtypes))
+        problems.append(f"the weights are {dtypes}, expected {dtype}")
+    return problems

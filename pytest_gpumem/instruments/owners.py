@@ -126,11 +126,9 @@ class Owners:
                     self._tell(parameter.grad, owner)
 
     def _joined(self, parent: torch.nn.Module, name: str, child: Any) -> None:
+        if not issubclass(type(child), torch.nn.Module) or child is parent:
+            return
         with suppress(Exception):  # a record must not change what it sees
-            self._join(parent, name, child)
-
-    def _join(self, parent: torch.nn.Module, name: str, child: Any) -> None:
-        if issubclass(type(child), torch.nn.Module) and child is not parent:
             node, above = self.node(child), self.node(parent)
             if node not in above._upward():  # noqa: SLF001  # a module may hold what holds it
                 node.parent, node.name = above, name

@@ -7,11 +7,18 @@ three registries of the object itself.
 from __future__ import annotations
 
 import gc
+import sys
+from collections import Counter
 from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
 from types import MemberDescriptorType
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from torch.nn.parameter import is_lazy
+
+from pytest_gpumem.sizes import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,24 +26,21 @@ if TYPE_CHECKING:
 #: A block in which the program's modes and tensor classes do not see what is asked of a
 #: tensor.
 unseen: Final = torch._C.DisableTorchFunction  # noqa: SLF001  # no public name
+#: Keys that are shown; the repr of others is the program's own code.
+_KEYS: Final = frozenset({str, int, bytes, bool, type(None)})
 
 
 def living(*bases: type) -> tuple[list[Any], ...]:
     """Return all objects of each class that the collector knows, by one walk."""
-    lists: tuple[list[Any], ...] = tuple([] for _ in bases)
+    objects = gc.get_objects()
     # There are a hundred thousand objects and a few thousand types.
-    homes: dict[type, list[Any] | None] = {}
-    for each in gc.get_objects():
-        kind = type(each)
-        if kind not in homes:
-            pairs = zip(bases, lists, strict=True)
-            homes[kind] = next(
-                (to for base, to in pairs if issubclass(kind, base)), None
-            )
-        home = homes[kind]
-        if home is not None:
-            home.append(each)
-    return lists
+    kinds = set(map(type, objects))
+    found = []
+    # No closure has the list: one that is in the list itself would be a cycle.
+    for base in bases:
+        wanted = {kind for kind in kinds if issubclass(kind, base)}
+        found.append([each for each in objects if type(each) in wanted])
+    return tuple(found)
 
 
 def modules_of(root: Any) -> Iterator[tuple[str, Any]]:
@@ -88,16 +92,31 @@ def tensors_held_by(model: Any) -> Iterator[torch.Tensor]:
             if tensor.is_leaf and tensor.grad is not None:
                 yield tensor.grad
         for value in vars(module).values():
-            yield from _tensors_among(value)
+            yield from (each for _how, each in tensors_in(value))
 
 
-def _tensors_among(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from (item for item in value.values() if isinstance(item, torch.Tensor))
-    elif isinstance(value, (list, tuple)):
-        yield from (item for item in value if isinstance(item, torch.Tensor))
+def tensors_in(
+    value: Any, *, most: int = sys.maxsize
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors that a value is or directly contains, with how to write them.
+
+    Args:
+        value: A tensor, list, tuple or dictionary; others contain none.
+        most: Members that are looked at.
+    """
+    kind = type(value)
+    if issubclass(kind, torch.Tensor):
+        yield "", value
+    elif issubclass(kind, (list, tuple)):
+        # A user's class may count or slice otherwise.
+        inner = list if issubclass(kind, list) else tuple
+        for position, item in enumerate(islice(inner.__iter__(value), most)):
+            if issubclass(type(item), torch.Tensor):
+                yield f"[{position}]", item
+    elif issubclass(kind, dict) and dict.__len__(value) <= most:
+        for key, item in list(dict.items(value)):
+            if issubclass(type(item), torch.Tensor):
+                yield f"[{key!r}]" if type(key) in _KEYS else "[…]", item
 
 
 def attributes_of(value: Any) -> dict[str, Any]:
@@ -124,3 +143,57 @@ def shape_words(tensor: torch.Tensor) -> str:
     """Return a tensor's shape and type."""
     shape = "x".join(map(str, tensor.shape)) or "scalar"
     return f"{shape} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a model's weights are.
+
+    Attributes:
+        bytes_by_device: Bytes of parameters and buffers by device, for example
+            ``{"cuda:0": 1340583944}``; what is offloaded counts as ``"meta"``.
+        dtypes: Dtypes of the floating-point parameters.
+        device_map: The map that accelerate dispatched by; None without one.
+    """
+
+    bytes_by_device: dict[str, int]
+    dtypes: frozenset[torch.dtype]
+    device_map: dict[str, str] | None
+
+    @property
+    def devices(self) -> frozenset[str]:
+        """The devices that hold weights."""
+        return frozenset(self.bytes_by_device)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all weights are in one place, or spread by a device map."""
+        return len(self.bytes_by_device) <= 1 or self.device_map is not None
+
+    def __str__(self) -> str:
+        places = ", ".join(
+            f"{format_size(nbytes)} on {device}"
+            for device, nbytes in sorted(self.bytes_by_device.items())
+        )
+        dtypes = ", ".join(sorted(str(dtype) for dtype in self.dtypes))
+        spread = " by a device map" if self.device_map is not None else ""
+        return f"{places}{spread} ({dtypes})"
+
+
+def placement_of(model: torch.nn.Module) -> Placement:
+    """Return where a model's parameters and buffers are; tied ones count once."""
+    nbytes: Counter[str] = Counter()
+    dtypes = set()
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if is_lazy(tensor):
+            continue  # it has no size yet
+        nbytes[str(tensor.device)] += tensor.numel() * tensor.element_size()
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            dtypes.add(parameter.dtype)
+    device_map: Any = getattr(model, "hf_device_map", None)
+    if device_map is not None:
+        device_map = {name: str(device) for name, device in device_map.items()}
+        if len(set(device_map.values())) == 1:
+            device_map = None
+    return Placement(dict(nbytes), frozenset(dtypes), device_map)

@@ -20,8 +20,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from pytest_gpumem.errors import NoValuesError
-from pytest_gpumem.instruments.parts import attributes_of
-from pytest_gpumem.instruments.placement import placement_of
+from pytest_gpumem.instruments.parts import attributes_of, placement_of
 
 #: What is compared as it is: it has equality, or there is but one of each.
 _PLAIN: Final = (

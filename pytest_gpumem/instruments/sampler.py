@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import time
@@ -172,29 +173,27 @@ def sampled(device: Device, trackers: Sequence[Tracker]) -> list[Tracker]:
     ]
 
 
-# A child must not find a lock held by a thread that it does not have; and Python warns
-# of a fork beside threads.
+_active: Final[list[MemorySampler]] = []
 
 
-def _before_fork() -> None:
+def _pause_all() -> None:
     for sampler in _active:
         sampler.pause()
 
 
-def _after_fork_in_parent() -> None:
+def _resume_all() -> None:
     for sampler in _active:
         sampler.resume()
 
 
+@functools.cache
 def _register() -> None:
-    if not _hooked and hasattr(os, "register_at_fork"):  # not on Windows
-        _hooked.append(True)
+    """Have the threads stopped while the process is forked.
+
+    A child must not find a lock held by a thread that it does not have; and Python warns
+    of a fork beside threads.
+    """
+    if hasattr(os, "register_at_fork"):  # not on Windows
         os.register_at_fork(
-            before=_before_fork,
-            after_in_parent=_after_fork_in_parent,
-            after_in_child=_active.clear,
+            before=_pause_all, after_in_parent=_resume_all, after_in_child=_active.clear
         )
-
-
-_active: Final[list[MemorySampler]] = []
-_hooked: Final[list[bool]] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import random
 import sys
 import threading
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import torch
 
 from pytest_gpumem.devices import allocated_bytes
-from pytest_gpumem.instruments.frames import release_log_records
+from pytest_gpumem.stacks import clear_exception
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
@@ -262,3 +263,25 @@ def settle(device: Device, start_bytes: int) -> tuple[int, int]:
     device.empty_cache()
     remaining = allocated_bytes(device) - start_bytes
     return remaining, left - remaining
+
+
+def release_log_records() -> None:
+    """Clear the frames of the exceptions in records that a handler has kept.
+
+    pytest's log capture keeps every record until the test's teardown, and with
+    ``logger.exception`` the frames of the error, and with those their tensors. The
+    records' texts stay.
+    """
+    loggers = [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]
+    for logger in loggers:
+        for handler in getattr(logger, "handlers", ()):
+            for record in _kept(handler):
+                if record.exc_info and record.exc_info[1] is not None:
+                    clear_exception(record.exc_info[1])
+
+
+def _kept(handler: logging.Handler) -> list[logging.LogRecord]:
+    records = getattr(handler, "records", None) or getattr(handler, "buffer", None)
+    if not isinstance(records, list):
+        return []
+    return [each for each in records if isinstance(each, logging.LogRecord)]

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem.allocator.tenants import FixedTenant
 from pytest_gpumem.devices.active import active_device
@@ -46,15 +46,6 @@ for line in sys.stdin:
     except torch.OutOfMemoryError as error:
         print(str(error).replace(chr(10), " "), flush=True)
 """
-
-
-class _Holder(Protocol):
-    @property
-    def pid(self) -> int: ...
-
-    def hold(self, nbytes: int) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class _Simulated:
@@ -137,7 +128,7 @@ class Tenant:
         nbytes: What it was told to hold.
     """
 
-    def __init__(self, holder: _Holder, device: Device, index: int) -> None:
+    def __init__(self, holder: _Simulated | _Real, device: Device, index: int) -> None:
         self._holder = holder
         self._device = device
         self._index = index
@@ -197,7 +188,7 @@ def competing_process(
             tenant.leave()
     """
     device = active_device() if device is None else device
-    kind: type[_Simulated | _Real] = _Simulated if device.kind == "simulated" else _Real
+    kind = _Simulated if device.kind == "simulated" else _Real
     holder = kind(device, device_index)
     try:
         tenant = Tenant(holder, device, device_index)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import defaultdict, deque
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -167,7 +167,7 @@ class Timeline:
     def __init__(self, device: Device) -> None:
         self._device: Final = device
         self._stack: Final = ExitStack()
-        self._cards: Final[dict[int, _Card]] = {}
+        self._cards: Final[defaultdict[int, _Card]] = defaultdict(_Card)
         self._owners: Final = Owners(device, self._claim)
         #: Models and optimisers to look at, once the device may be asked.
         self._unmet: list[Any] = []
@@ -274,12 +274,10 @@ class Timeline:
         self, index: int, address: int, change: int, allocated: int, reserved: int
     ) -> None:
         if self._is_paused:
-            if change < 0 and index in self._cards:
+            if change < 0:
                 self._cards[index].lose(address)
             return
-        card = self._cards.get(index)
-        if card is None:
-            card = self._cards[index] = _Card()
+        card = self._cards[index]
         if change < 0:
             card.lose(address)
         else:
@@ -337,11 +335,8 @@ class Timeline:
             now = time.time_ns() // 1000
             self._claims.append(Claim(now, index, address, storage.nbytes(), owner))
             return
-        card = self._cards.get(index)
-        if card is None:
-            card = self._cards[index] = _Card()
         nbytes = self._device.block_bytes(storage)
-        card.claim(Claim(0, index, address, nbytes, owner))
+        self._cards[index].claim(Claim(0, index, address, nbytes, owner))
 
     def result(self) -> list[dict[str, Any]]:
         """Return for each card that was used what happened, as JSON can hold it."""

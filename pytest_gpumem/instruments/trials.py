@@ -19,7 +19,6 @@ from pytest_gpumem.devices import allocated_bytes
 from pytest_gpumem.instruments.budget import vram_budget
 from pytest_gpumem.instruments.flavours import is_injected
 from pytest_gpumem.instruments.holders import (
-    Held,
     blocks_on_cards,
     find_cycles,
     find_holders,
@@ -57,14 +56,12 @@ class Failure(NamedTuple):
         kind: Its class.
         text: Its own text.
         is_oom: Whether it is an OOM or the injected error, or was raised from such a one.
-        is_assertion: Whether an assertion was broken.
         is_hang: Whether the run had to be ended.
     """
 
     kind: type[BaseException]
     text: str
     is_oom: bool
-    is_assertion: bool
     is_hang: bool = False
 
     def words(self, most: int) -> str:
@@ -106,7 +103,7 @@ class Attempt:
     left_bytes: int
     logged_bytes: int
     changed: frozenset[str]
-    cycles: tuple[Held, ...]
+    cycles: tuple[str, ...]
     known: frozenset[int]
     figures: MemoryFigures
     budget_bytes: int | None
@@ -188,7 +185,7 @@ class Trial:
             else vram_budget(budget_bytes, device_index=index, device=device)
         )
         output, output_failure = None, None
-        cycles: tuple[Held, ...] = ()
+        cycles: tuple[str, ...] = ()
         with ExitStack() as stack:
             stack.callback(self._defaults.restore)
             stack.enter_context(budget)
@@ -210,7 +207,10 @@ class Trial:
                 cycles = tuple(find_cycles(device, known))
             left, logged = settle(device, base)
             if failure is None and self.then is not None:
-                output, output_failure = self._output(result)
+                try:
+                    output = portrait(self.then(result))
+                except Exception as error:  # noqa: BLE001  # the verdict is on whatever it is
+                    output_failure = failure_of(error)
         total = num_ooms(device) - start_ooms
         return Attempt(
             result=result,
@@ -237,10 +237,10 @@ class Trial:
 
         Args:
             attempt: The attempt.
-            also_known: Addresses of more blocks that are no failed attempt's.
+            also_known: Addresses of more blocks that were there before.
         """
         known = attempt.known.union(also_known)
-        return tuple(map(str, find_holders(self.device, known)))
+        return tuple(find_holders(self.device, known))
 
     def _attempt(
         self,
@@ -265,33 +265,21 @@ class Trial:
                 raise
             return None, failure_of(error)
 
-    def _output(self, result: Any) -> tuple[Any, Failure | None]:
-        assert self.then is not None, "unreachable: asked where it is wanted"  # noqa: S101  # states why
-        try:
-            return portrait(self.then(result)), None
-        except Exception as error:  # noqa: BLE001  # the verdict is on whatever it is
-            return None, failure_of(error)
-
 
 def failure_of(error: BaseException) -> Failure:
     """Return what an error says, without the error."""
-    return Failure(
-        kind=type(error),
-        text=str(error).strip(),
-        is_oom=is_the_oom(error),
-        is_assertion=isinstance(error, AssertionError),
-    )
+    return Failure(type(error), str(error).strip(), is_the_oom(error))
 
 
 def is_the_oom(error: BaseException) -> bool:
     """Tell whether an error is an OOM or the injected one, or raised from such a one."""
     return any(
         isinstance(each, torch.OutOfMemoryError) or is_injected(each)
-        for each in chain_of(error)
+        for each in _origins(error)
     )
 
 
-def chain_of(error: BaseException) -> list[BaseException]:
+def _origins(error: BaseException) -> list[BaseException]:
     """Return an error and those that it was raised from.
 
     That is its explicit cause, the members of a group, and the error that was being

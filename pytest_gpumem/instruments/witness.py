@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices import Device
 
-#: Moments of one test that are looked at closely; of later ones only figures are kept.
+#: Moments of one test that are looked at closely; of later ones only the figures and the
+#: site are kept.
 CLOSELY: Final = 8
 _refused = threading.local()
 _witnesses: Final[list[OomWitness]] = []
@@ -35,8 +36,6 @@ class OomWitness:
 
     Args:
         device: The cards.
-        closely: How many moments are looked at closely; those after them are noted
-            with their figures and site alone.
         also: Called with each incident while it lasts.
 
     Attributes:
@@ -47,11 +46,9 @@ class OomWitness:
         self,
         device: Device,
         *,
-        closely: int = CLOSELY,
         also: Callable[[Incident], object] | None = None,
     ) -> None:
         self._device = device
-        self._closely = closely
         self._also = also
         self._stack = ExitStack()
         self._is_busy = threading.local()
@@ -88,7 +85,7 @@ class OomWitness:
         self,
         index: int,
         nbytes: int,
-        frame: FrameType | None,
+        frame: FrameType,
         *,
         injected_by: str | None = None,
         limit: str = "",
@@ -117,7 +114,7 @@ class OomWitness:
         self,
         index: int,
         nbytes: int,
-        frame: FrameType | None,
+        frame: FrameType,
         injected_by: str | None,
         limit: str,
     ) -> Incident:
@@ -130,7 +127,7 @@ class OomWitness:
         found, note = Survey((), 0, 0, (), 0), ""
         largest = 0
         processes: tuple[Process, ...] = ()
-        if len(self.incidents) < self._closely:
+        if len(self.incidents) < CLOSELY:
             try:
                 with unseen():
                     found = survey(device, index, frame)
@@ -140,7 +137,7 @@ class OomWitness:
             except Exception as error:  # noqa: BLE001  # a witness must not change what it sees
                 note = f"what is live could not be looked at: {error!r}"
         else:
-            note = f"only the first {self._closely} such moments are looked at closely"
+            note = f"only the first {CLOSELY} such moments are looked at closely"
         return Incident(
             kind="limit" if limit else "oom",
             device_index=index,
@@ -156,33 +153,35 @@ class OomWitness:
             phase=current_phase(frame),
             injected_by=injected_by,
             limit=limit,
-            tensors=found.tensors,
-            num_tensors=found.num_tensors,
-            seen_bytes=found.seen_bytes,
-            models=found.models,
-            kept_bytes=found.kept_bytes,
             processes=processes,
             note=note,
+            **found._asdict(),
         )
 
 
 def refuse(rule: str) -> None:
-    """Say that the thread's next failure is a rule's doing, if anybody asks."""
+    """Say which rule is the cause of the thread's next failure."""
     if _witnesses:
         _refused.rule = rule
 
 
 def refusal() -> str | None:
-    """Return the rule of the thread's failure, once; None if there is none."""
+    """Return the rule that is the cause of the thread's failure, once; None without."""
     rule: str | None = getattr(_refused, "rule", None)
     _refused.rule = None
     return rule
 
 
-def tell_refused(index: int, nbytes: int) -> None:
-    """Tell the witnesses of a failure that the allocator has no part in."""
+def tell_refused(index: int, nbytes: int, *, is_oom: bool) -> None:
+    """Tell the witnesses of a failure that the allocator has no part in.
+
+    Args:
+        index: The card.
+        nbytes: Bytes asked for.
+        is_oom: Whether it means that memory has run out.
+    """
     rule = refusal()
-    if rule is None:
+    if rule is None or not is_oom:
         return  # the allocator's own observers have seen it
     frame = calling_frame()
     for witness in _witnesses:

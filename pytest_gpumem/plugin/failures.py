@@ -6,6 +6,8 @@ from typing import Final
 
 import pytest
 
+from pytest_gpumem.stacks import clear_exception
+
 
 class Failures:
     """Lets go of what the frames of failed phases hold on a card.
@@ -27,9 +29,5 @@ class Failures:
 
     def release(self) -> None:
         """Clear the frames of what was reported."""
-        if not self._reported:
-            return
-        from pytest_gpumem.instruments.frames import clear_exception  # noqa: PLC0415  # a phase failed
-
         while self._reported:
             clear_exception(self._reported.pop())

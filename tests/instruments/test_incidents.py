@@ -191,9 +191,11 @@ def test_what_is_no_oom_is_not_noted(witness: OomWitness) -> None:
     assert [] == witness.incidents
 
 
-def test_later_moments_are_only_counted(witness: OomWitness) -> None:
+def test_later_moments_are_only_counted(
+    witness: OomWitness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A program that runs out of memory often is not slowed down for ever."""
-    witness._closely = 1
+    monkeypatch.setattr("pytest_gpumem.instruments.witness.CLOSELY", 1)
     kept = _take(1)
     _fail()
     _fail()

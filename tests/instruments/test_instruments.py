@@ -17,9 +17,9 @@ from pytest_gpumem.cards import find_card
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.devices.simulated.machine import innermost_machine
 from pytest_gpumem.errors import BudgetError, DeviceUnavailableError, SizeError
-from pytest_gpumem.instruments.frames import clear_exception
-from pytest_gpumem.instruments.sites import current_phase
 from pytest_gpumem.instruments.recorder import LimitWatch
+from pytest_gpumem.instruments.sites import current_phase
+from pytest_gpumem.stacks import clear_exception
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

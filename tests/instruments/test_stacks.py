@@ -19,13 +19,13 @@ from torch import nn
 from pytest_gpumem import OomInjector, active_device, sweep_ooms
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.guards import Guarded, guarded, take_dropped
-from pytest_gpumem.instruments.frames import clear_exception
 from pytest_gpumem.instruments.parts import modules_of, tensors_of
 from pytest_gpumem.instruments.sites import describe_site, module_path
 from pytest_gpumem.instruments.timeline import Timeline
 from pytest_gpumem.instruments.witness import OomWitness
 from pytest_gpumem.stacks import (
     calling_frame,
+    clear_exception,
     clear_frame,
     frames_from,
     is_users_own,

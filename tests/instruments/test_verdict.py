@@ -12,7 +12,7 @@ from torch import nn
 from pytest_gpumem import judge_load, vram_budget
 from pytest_gpumem.cards import find_card
 from pytest_gpumem.devices.simulated.install import simulated_device
-from pytest_gpumem.instruments.placement import placement_of
+from pytest_gpumem.instruments.parts import placement_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -228,6 +228,7 @@ def test_a_model_that_cannot_be_run_is_a_problem() -> None:
     )
 
 
+@pytest.mark.usefixtures("thawed_heap")
 def test_holders_of_what_is_left_are_named() -> None:
     """check() says who holds the bytes."""
     verdict = judge_load(keeps_the_first_attempt, rules=["load:nth=11"])
