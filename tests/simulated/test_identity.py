@@ -427,6 +427,37 @@ def test_a_recurrent_layer_without_biases_runs() -> None:
     torch.testing.assert_close(card(source.cuda())[0].cpu(), host(source)[0])
 
 
+@pytest.mark.parametrize("is_leaf", [True, False])
+@pytest.mark.parametrize("call", [torch.sgn, torch.round])
+def test_a_hook_gets_a_gradient_that_is_where_its_tensor_is(
+    call: Any, *, is_leaf: bool
+) -> None:
+    """C++ makes some zeros on the host."""
+    source = torch.ones(3, device="cuda", requires_grad=True)
+    hooked = source if is_leaf else source * 1
+    seen: list[torch.Tensor] = []
+    hooked.register_hook(seen.append)
+    call(hooked).sum().backward()
+
+    assert ("cuda:0", [0.0] * 3) == (str(seen[0].device), seen[0].tolist())
+
+
+def test_a_hook_sees_the_host_once_its_parameter_is_there() -> None:
+    """And a card's gradient again when it has gone back."""
+    parameter = nn.Parameter(torch.ones(3, device="cuda"))
+    seen: list[str] = []
+    handle = parameter.register_hook(lambda grad: seen.append(grad.device.type))
+    for device in ("cuda", "cpu", "cuda"):
+        parameter.grad = None
+        parameter.data = parameter.data.to(device)
+        parameter.sgn().sum().backward()
+    handle.remove()
+    parameter.grad = None
+    parameter.sgn().sum().backward()
+
+    assert ["cuda", "cpu", "cuda"] == seen
+
+
 def test_a_single_number_of_the_host_keeps_its_gradient_there() -> None:
     """A scale on the host, times a card's tensor: torch moves such a gradient."""
     scale = nn.Parameter(torch.tensor(2.0))

@@ -187,3 +187,20 @@ def test_gradients_are_on_their_tensors_card(
     assert tensor.grad.is_cuda
     assert tensor.grad is tensor.grad
     assert grad.is_cuda
+
+
+@pytest.mark.filterwarnings("ignore:torch.range is deprecated")
+def test_a_range_with_its_end_is_made_on_a_card() -> None:
+    """Named in every way that a device can be; with the default type."""
+    made = [
+        torch.range(0, 4, 2, device="cuda"),
+        torch.range(start=0, end=4, step=2, device=0, requires_grad=True),
+        torch.range(0, 4, 2, out=torch.empty(0, device="cuda")),
+    ]
+    with torch.device("cuda"):
+        made.append(torch.range(0, 4, 2))
+
+    assert ["cuda:0"] * 4 == [str(each.device) for each in made]
+    assert [[0.0, 2.0, 4.0]] * 4 == [each.tolist() for each in made]
+    assert [torch.float32] * 4 == [each.dtype for each in made]
+    assert [False, True, False, False] == [each.requires_grad for each in made]

@@ -61,3 +61,43 @@ def test_a_function_scripted_beside_cards_outlives_them() -> None:
 
     made = scripted(torch.ones(2), torch.device("cpu"), 2)
     assert [6.0, 6.0] == made.tolist()
+
+
+class _Scaled(torch.nn.Module):
+    """A layer inside, a buffer beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+        self.register_buffer("scale", torch.full((4,), 2.0))
+
+    def forward(self, source: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.linear(source) * self.scale
+        return result
+
+
+def test_a_scripted_module_moves_with_its_parameters() -> None:
+    """C++ holds them: it computes and trains on the card, and back on the host."""
+    with simulated_device("T4"):
+        module = torch.jit.script(_Scaled())
+        weight = module.linear.weight
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+        expected = module(torch.ones(2, 4)).detach()
+
+        module.cuda()
+        result = module(torch.ones(2, 4, device="cuda"))
+        result.sum().backward()
+        before = weight.detach().clone()
+        optimizer.step()
+
+        assert module.linear.weight is weight
+        assert ("cuda:0", "cuda:0") == (str(weight.device), str(weight.grad.device))
+        assert torch.equal(result.cpu(), expected)
+        assert torch.equal(weight, before - 2.0)
+        module.cpu()
+        assert "cpu" == str(module(torch.ones(2, 4)).device)
+        assert torch.equal(weight, before.cpu() - 2.0)
+        del result, before, optimizer
+        module.zero_grad()
+        torch._C._cuda_clearCublasWorkspaces()
+        assert 0 == torch.cuda.memory_allocated()

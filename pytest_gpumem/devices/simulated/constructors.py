@@ -25,6 +25,8 @@ _tensor: Final[Any] = torch.tensor
 _as_tensor: Final[Any] = torch.as_tensor
 _asarray: Final[Any] = torch.asarray
 _range: Final[Any] = torch.range
+#: The arguments of ``torch.range`` that are no options of a tensor.
+_BOUNDS: Final = ("start", "end", "step")
 
 
 def _goal(device: Any) -> torch.device | None:
@@ -176,6 +178,19 @@ def _name(dtype: torch.dtype) -> str:
     return torch.empty(0, dtype=dtype, device="cpu").type()[6:-6]
 
 
+def _ranging(*args: Any, **options: Any) -> Any:
+    """``torch.range``: C++ warns, and asks the device that it is given for a guard."""
+    __tracebackhide__ = True
+    goal = _goal(options.get("device"))
+    if goal is None or options.get("out") is not None:
+        return relayed(lambda: _range(*args, **options), depth=1)
+    out = torch.empty(0, dtype=options.get("dtype"), device=goal)
+    bounds = {name: options[name] for name in _BOUNDS if name in options}
+    with torch._C.DisableTorchFunction():  # a device in a context is the one of ``out``
+        relayed(lambda: _range(*args, **bounds, out=out), depth=1)
+    return out.requires_grad_(options.get("requires_grad", False))
+
+
 def _factory(original: Any) -> Any:
     """Return a factory that knows pinned memory and a card's bare index."""
 
@@ -188,11 +203,8 @@ def _factory(original: Any) -> Any:
             options["device"] = cuda_device(device)
         if options.get("out") is not None and device is not None:
             _check_out(options["out"], torch.device(options.pop("device")))
-        made: torch.Tensor = (
-            relayed(lambda: original(*args, **options))
-            if original is _range  # C++ warns
-            else original(*args, **options)
-        )
+        make = _ranging if original is _range else original
+        made: torch.Tensor = make(*args, **options)
         if options.get("requires_grad"):
             checked(made)
         if options.get("generator") is not None:

@@ -232,6 +232,32 @@ def landed(grad: Any, tensor: Any) -> Any:
     return moved(grad, tensor.device) if type(tensor) in HOST_KINDS else grad
 
 
+_register_hook: Final[Any] = torch.Tensor.register_hook
+
+
+def register_hook(self: SimulatedTensor, hook: Any) -> Any:
+    """``Tensor.register_hook``: the hook gets a gradient that is where its tensor is.
+
+    C++ makes some on the host, as zeros by ``tensor.options()``.
+    """
+    __tracebackhide__ = True
+    card = self._gpumem_card
+    # A leaf may be elsewhere by then; a hook must not keep it.
+    key = _know(self) if self.is_leaf else None
+
+    def landing(grad: Any) -> Any:
+        __tracebackhide__ = True
+        reference = None if key is None else _known.get(key)
+        tensor = None if reference is None else reference()
+        if tensor is not None:
+            grad = landed(grad, tensor)
+        elif key is None and type(grad) in HOST_KINDS and not _is_batch(grad):
+            grad = make(grad.detach(), card)
+        return hook(grad)
+
+    return _register_hook(self, functools.update_wrapper(landing, hook))
+
+
 class _Grad:
     """``Tensor.grad`` of every tensor while cards are simulated.
 

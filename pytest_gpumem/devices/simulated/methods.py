@@ -23,6 +23,7 @@ from pytest_gpumem.devices.simulated.identity import (
     become,
     deepcopy,
     is_parameter,
+    register_hook,
 )
 from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.memory import memory_of
@@ -396,6 +397,7 @@ _ANSWERS: Final[dict[str, Any]] = {
     "is_meta": property(lambda _self: False),
     "data_ptr": _data_ptr,
     "record_stream": _record_stream,
+    "register_hook": register_hook,
     "device": property(_device),
     "is_cuda": property(lambda _self: True),
     "is_cpu": property(lambda _self: False),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices.patches import PatchSet
 
 _call: Final[Any] = torch.jit.ScriptFunction.__call__
+_apply_to_module: Final[Any] = torch.nn.Module._apply
 
 
 def patch(patches: PatchSet) -> None:
@@ -27,6 +28,7 @@ def patch(patches: PatchSet) -> None:
     Limits: a scripted module still goes to the interpreter; so does a function that is
     given nothing of a card and makes it by itself.
     """
+    patches.set(torch.jit.RecursiveScriptModule, "_apply", _apply)
     # The table is made on first use and must hold the originals too.
     table = _builtins._get_builtin_table()
     for name, value in CONSTRUCTORS.items():
@@ -41,6 +43,17 @@ def _run(function: Any, *args: Any, **options: Any) -> Any:
     if original is not None and any(map(_is_on_card, (*args, *options.values()))):
         return original(*args, **options)
     return _call(function, *args, **options)
+
+
+def _apply(module: Any, fn: Any, recurse: bool = True) -> Any:  # noqa: FBT001, FBT002  # torch's signature
+    """Move or cast a scripted module: C++ holds its parameters, and gets them again."""
+    __tracebackhide__ = True
+    kept = dict(module._parameters.items())
+    _apply_to_module(module, fn, recurse)
+    for name, parameter in kept.items():
+        if module._parameters[name] is not parameter:
+            module._parameters[name] = parameter
+    return module
 
 
 def _is_on_card(value: Any) -> bool:
