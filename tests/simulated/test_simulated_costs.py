@@ -335,6 +335,27 @@ def test_backward_runs_on_the_stream_of_its_forward() -> None:
     assert 0 == torch.cuda.current_stream().cuda_stream
 
 
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_gradient_of_a_gradient_is_of_the_first_forwards_stream(index: int) -> None:
+    """Its nodes are made in backward, on the stream that backward runs on; on any card."""
+    with simulated_device("T4*2"):
+        stream = torch.cuda.Stream(index)
+        seen: list[int] = []
+
+        def note(_grad: Any) -> None:
+            seen.append(torch.cuda.current_stream(index).cuda_stream)
+
+        leaf = torch.ones(8, device=f"cuda:{index}", requires_grad=True)
+        with torch.cuda.stream(stream):
+            cubed = leaf**3
+        with torch.cuda.stream(torch.cuda.Stream(index)):
+            (first,) = torch.autograd.grad(cubed.sum(), leaf, create_graph=True)
+            first.register_hook(note)
+            torch.autograd.grad(first.sum(), leaf)
+
+        assert [stream.cuda_stream] == seen
+
+
 def test_lists_are_grouped_by_card() -> None:
     """Foreach functions see each card's tensors as a group of its own."""
     with simulated_device("T4*2"):

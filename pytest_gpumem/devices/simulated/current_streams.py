@@ -67,7 +67,8 @@ class Streams:
 
     def note_result(self, index: int) -> None:
         """Remember the stream for the node that was made last, at its first result."""
-        if _node() is None:
+        # In backward nodes are made for gradients of gradients alone.
+        if _node() is None or torch.is_grad_enabled():
             key = (_sequence() - 1, index)
             if key not in self._of_nodes:
                 if len(self._of_nodes) >= _MOST:

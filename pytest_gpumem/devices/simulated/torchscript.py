@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices.patches import PatchSet
 
 _call: Final[Any] = torch.jit.ScriptFunction.__call__
+_Scripted: Final[Any] = torch.jit._script.RecursiveScriptModule
 _apply_to_module: Final[Any] = torch.nn.Module._apply
 
 
@@ -28,7 +29,7 @@ def patch(patches: PatchSet) -> None:
     Limits: a scripted module still goes to the interpreter; so does a function that is
     given nothing of a card and makes it by itself.
     """
-    patches.set(torch.jit.RecursiveScriptModule, "_apply", _apply)
+    patches.set(_Scripted, "_apply", _apply)
     # The table is made on first use and must hold the originals too.
     table = _builtins._get_builtin_table()
     for name, value in CONSTRUCTORS.items():
