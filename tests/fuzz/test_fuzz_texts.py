@@ -30,7 +30,6 @@ from pytest_gpumem.errors import (
 from pytest_gpumem.inheritance import VARIABLE, Inheritance, pass_budget_on
 from pytest_gpumem.plugin.settings import (
     OPTIONS,
-    parse_count,
     parse_points,
     parse_report,
     parse_seconds,
@@ -249,7 +248,6 @@ def test_a_tolerance_is_read_or_refused(text: str) -> None:
 @pytest.mark.parametrize(
     "parse",
     [
-        parse_count,
         parse_points,
         parse_report,
         parse_seconds,
