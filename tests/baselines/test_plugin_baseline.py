@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from ways import WAYS
+from ways import WAYS, WORKERS, each_way
 
 from pytest_gpumem.baselines.baseline import Baseline
 
@@ -37,7 +37,7 @@ TESTS = """
 """
 
 
-@pytest.fixture(params=["plain", "both"])
+@pytest.fixture(params=["junit", pytest.param("both", marks=pytest.mark.slow)])
 def run(request: pytest.FixtureRequest, pytester: pytest.Pytester) -> Any:
     """Run tests in one of the ways, against a baseline."""
 
@@ -160,7 +160,7 @@ def test_tolerances_are_chosen(run: Callable[..., pytest.RunResult]) -> None:
     reserved.stdout.fnmatch_lines(["*above the baseline *: reserved 2 MiB -> 12 MiB *"])
 
 
-@pytest.mark.parametrize("run", WAYS, indirect=True)
+@pytest.mark.parametrize("run", each_way("both"), indirect=True)
 def test_another_card_has_figures_of_its_own(
     run: Callable[..., pytest.RunResult], pytester: pytest.Pytester
 ) -> None:
@@ -189,9 +189,9 @@ def test_another_card_has_figures_of_its_own(
         (None, "does not exist; write it with --gpu-update-baseline"),
     ],
 )
-@pytest.mark.parametrize("way", ["plain", "xdist"])
+@pytest.mark.parametrize("workers", WORKERS)
 def test_a_file_that_cannot_be_used_ends_the_run(
-    pytester: pytest.Pytester, text: str | None, words: str, way: str
+    pytester: pytest.Pytester, text: str | None, words: str, workers: tuple[str, ...]
 ) -> None:
     """Before any test, with exit code 4; the file is untouched, even by an update."""
     pytester.makepyfile("raise AssertionError")
@@ -202,7 +202,7 @@ def test_a_file_that_cannot_be_used_ends_the_run(
     else:
         file.write_text(text, encoding="utf-8")
     for update in updates:
-        result = pytester.runpytest("--gpu-baseline=b.json", *WAYS[way], *update)
+        result = pytester.runpytest("--gpu-baseline=b.json", *workers, *update)
 
         assert pytest.ExitCode.USAGE_ERROR == result.ret
         result.stderr.fnmatch_lines([f"*--gpu-baseline: *b.json {words}*"])

@@ -142,7 +142,7 @@ def start(world):
 """
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_have_a_card_a_budget_and_a_limit_each(
     world: int, pytester: pytest.Pytester
 ) -> None:
@@ -174,6 +174,7 @@ def test_it():
     )
 
 
+@pytest.mark.slow
 def test_a_baseline_gates_every_rank(pytester: pytest.Pytester) -> None:
     """The rank that needs more is named, and no other."""
     pytester.makepyfile(

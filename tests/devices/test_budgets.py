@@ -371,7 +371,13 @@ RUNS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if "-n" in options else name
+        for name, (_text, options) in RUNS.items()
+    ],
+)
 def test_budgets_of_a_run(pytester: pytest.Pytester, name: str) -> None:
     """Every test sees the smallest of what is alive, and nothing of what is gone."""
     text, options = RUNS[name]

@@ -25,6 +25,15 @@ TRAININGS = [case for case in ALL if case["case"]["phase"] == "train"]
 #: Figures that are not exact, and by how much they may differ: from the second
 #: optimiser step in fp32 with eager attention on, one segment more is reserved.
 INEXACT = 0.003
+#: Trainings that are tried every day: both kinds of attention, both types, an OOM.
+DAILY = (
+    "to fp32 train sdpa",
+    "to fp16 train eager",
+    "to fp32 train eager 2G",
+)
+
+#: One process builds and loads the checkpoint for all.
+pytestmark = pytest.mark.xdist_group("bert-large")
 
 
 @pytest.fixture(autouse=True)
@@ -98,16 +107,24 @@ def test_the_loaders_own_failure_on_a_small_card_is_shown(path: Path) -> None:
     assert str(caught.value) in case["result"]["error"]
 
 
-@pytest.mark.parametrize("case", FORWARDS, ids=name_of)
+@pytest.mark.parametrize(
+    ("case", "values"),
+    [
+        *(pytest.param(each, "none", id=name_of(each)) for each in FORWARDS),
+        # Not in fp16, which a CPU is slow at.
+        *(
+            pytest.param(
+                each, "computed", id=f"{name_of(each)} computed", marks=pytest.mark.slow
+            )
+            for each in FORWARDS
+            if each["case"]["dtype"] == "fp32"
+        ),
+    ],
+)
 def test_a_forward_takes_exactly_the_recorded_bytes(
-    path: Path, case: dict[str, Any]
+    path: Path, case: dict[str, Any], values: str
 ) -> None:
-    """Two passes of 8 x 128 tokens, cuBLAS's workspace included, to the byte.
-
-    In fp16, which a CPU is slow at, without values.
-    """
-    values = "computed" if case["case"]["dtype"] == "fp32" else "none"
-
+    """Two passes of 8 x 128 tokens, cuBLAS's workspace included, to the byte."""
     seen = simulate(path, case, values=values)
 
     for phase in ("inputs", "forward_1", "forward_2"):
@@ -115,7 +132,17 @@ def test_a_forward_takes_exactly_the_recorded_bytes(
         assert {name: recorded[name] for name in FIGURES} == seen[phase], phase
 
 
-@pytest.mark.parametrize("case", TRAININGS, ids=name_of)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(
+            each,
+            id=name_of(each),
+            marks=[] if name_of(each) in DAILY else pytest.mark.slow,
+        )
+        for each in TRAININGS
+    ],
+)
 def test_a_training_takes_the_recorded_bytes(path: Path, case: dict[str, Any]) -> None:
     """Three steps of AdamW: every figure, and the text of an OOM, to the byte."""
     seen = simulate(path, case)
@@ -132,38 +159,56 @@ def test_a_training_takes_the_recorded_bytes(path: Path, case: dict[str, Any]) -
             assert abs(value - expected) <= slack * expected, (phase, name)
 
 
-@pytest.mark.parametrize("where", ["cuda", "cuda:0", 0, "auto"])
+TOKENS = torch.arange(1000, 1032)[None]
+
+
+@pytest.fixture(scope="module")
+def expected(path: Path) -> torch.Tensor:
+    """What the model says of the tokens, on the CPU."""
+    from transformers import AutoModelForSequenceClassification  # noqa: PLC0415  # slow
+
+    model = AutoModelForSequenceClassification.from_pretrained(path)
+    with torch.no_grad():
+        logits: torch.Tensor = model(TOKENS).logits
+    return logits
+
+
 def test_every_spelling_of_the_map_computes_the_cpus_numbers(
-    path: Path, where: object
+    path: Path, expected: torch.Tensor
 ) -> None:
     """device_map as name, index or "auto" loads onto the card; logits are equal."""
     from transformers import AutoModelForSequenceClassification  # noqa: PLC0415  # slow
 
-    from_pretrained = AutoModelForSequenceClassification.from_pretrained
-    tokens = torch.arange(1000, 1032)[None]
     with simulated_device("A100-40GB"), torch.no_grad():
-        expected = from_pretrained(path)(tokens).logits
-        model = from_pretrained(path, device_map=where)
-        logits = model(tokens.to("cuda")).logits
+        for where in ("cuda", "cuda:0", 0, "auto"):
+            model = AutoModelForSequenceClassification.from_pretrained(
+                path, device_map=where
+            )
 
-        assert {"cuda:0"} == {str(p.device) for p in model.parameters()}
-        assert torch.equal(expected, logits.cpu())
+            assert {"cuda:0"} == {str(p.device) for p in model.parameters()}, where
+            assert torch.equal(expected, model(TOKENS.to("cuda")).logits.cpu()), where
+            del model
 
 
-def test_auto_plans_for_the_budget_and_offloads_the_rest(path: Path) -> None:
+def test_auto_plans_for_the_budget_and_offloads_the_rest(
+    path: Path, expected: torch.Tensor
+) -> None:
     """Under 1 GiB the map spreads the model; results are equal, the peak keeps to it."""
     from transformers import AutoModelForSequenceClassification  # noqa: PLC0415  # slow
 
     from pytest_gpumem import PeakRecorder, vram_budget  # noqa: PLC0415  # torch is here
 
-    from_pretrained = AutoModelForSequenceClassification.from_pretrained
-    tokens = torch.arange(1000, 1032)[None]
-    with simulated_device("A100-40GB"), torch.no_grad():
-        expected = from_pretrained(path)(tokens).logits
-        with vram_budget("1GiB"), PeakRecorder() as recorder:
-            model = from_pretrained(path, device_map="auto")
-            logits = model(tokens.to("cuda")).logits
+    with (
+        simulated_device("A100-40GB"),
+        torch.no_grad(),
+        vram_budget("1GiB"),
+        PeakRecorder() as recorder,
+    ):
+        model = AutoModelForSequenceClassification.from_pretrained(
+            path, device_map="auto"
+        )
+        logits = model(TOKENS.to("cuda")).logits
 
         assert {"0", "cpu"} == {str(place) for place in model.hf_device_map.values()}
         assert torch.equal(expected, logits.cpu())
-        assert recorder.figures.peak_reserved_bytes <= 2**30
+    assert recorder.figures.peak_reserved_bytes <= 2**30

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch import nn
+from ways import WORKERS
 
 from pytest_gpumem import check_fallback
 from pytest_gpumem.devices.simulated.install import simulated_device
@@ -330,7 +331,10 @@ def test_what_makes_no_sense_is_refused(
         check_fallback(_ladder, **options)
 
 
-def test_the_fixture_checks_and_shows_the_staircase(pytester: pytest.Pytester) -> None:
+@pytest.mark.parametrize("workers", WORKERS)
+def test_the_fixture_checks_and_shows_the_staircase(
+    pytester: pytest.Pytester, workers: tuple[str, ...]
+) -> None:
     """A section at the end has the table, for workers too."""
     pytester.makepyfile(
         """
@@ -349,7 +353,7 @@ def test_the_fixture_checks_and_shows_the_staircase(pytester: pytest.Pytester) -
             assert report.staircase[1][1] == "cpu float32"
         """
     )
-    for options in ((), ("-n", "1")):
-        result = pytester.runpytest_subprocess("-p", "no:cacheprovider", *options)
-        result.assert_outcomes(passed=1)
-        result.stdout.fnmatch_lines(["*= fallbacks =*", "*2 MiB * cpu float32"])
+    result = pytester.runpytest("-p", "no:cacheprovider", *workers)
+
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["*= fallbacks =*", "*2 MiB * cpu float32"])

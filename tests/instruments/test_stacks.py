@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch import nn
+from ways import WORKERS
 
 from pytest_gpumem import OomInjector, active_device, sweep_ooms
 from pytest_gpumem.devices.simulated.install import simulated_device
@@ -542,7 +543,7 @@ def test_an_error_without_a_text_is_told_too() -> None:
     assert "OddError: its text cannot be had (look, line " in take_dropped()[0]
 
 
-@pytest.mark.parametrize("options", [(), ("-n", "1")], ids=["here", "worker"])
+@pytest.mark.parametrize("options", WORKERS)
 def test_the_run_says_what_was_dropped(
     pytester: pytest.Pytester, options: tuple[str, ...]
 ) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch  # noqa: F401  # inner runs in this process must find it imported
-from ways import WAYS
+from ways import WAYS, each_way
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 pytest_plugins = ["pytester"]
 
 
-@pytest.fixture(params=["plain", "both"])
+@pytest.fixture(params=["junit", pytest.param("both", marks=pytest.mark.slow)])
 def run(
     request: pytest.FixtureRequest, pytester: pytest.Pytester
 ) -> Callable[..., pytest.RunResult]:
@@ -99,7 +99,7 @@ def test_limits_of_each_metric_phase_and_card(
     )
 
 
-@pytest.mark.parametrize("run", WAYS, indirect=True)
+@pytest.mark.parametrize("run", each_way(), indirect=True)
 def test_a_broken_limit_has_a_letter_of_its_own(
     run: Callable[..., pytest.RunResult],
 ) -> None:

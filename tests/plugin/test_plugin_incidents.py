@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch  # noqa: F401  # inner runs in this process must find it imported
 from torch.cuda import _memory_viz
-from ways import WAYS
+from ways import WAYS, each_way
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -80,7 +80,7 @@ def section(result: pytest.RunResult, test: str) -> str:
     return failure.partition(" GPU memory -")[2].partition("\n===")[0]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", each_way())
 def test_a_failure_says_what_was_on_the_card(
     way: str, pytester: pytest.Pytester
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch  # noqa: F401  # inner runs in this process must find it imported
-from ways import WAYS
+from ways import WAYS, each_way
 
 pytest.importorskip("pynvml")
 
@@ -74,7 +74,7 @@ def _call(path: Any, name: str = "") -> dict[str, Any]:
     return {**call, "unknown": test["unknown"]}
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", each_way())
 def test_a_report_tells_process_and_card(way: str, pytester: pytest.Pytester) -> None:
     """With its context, and with whoever else is on the card."""
     pytester.makepyfile(SHARED)

@@ -281,6 +281,7 @@ def test_a_debugger_sees_what_failed(pytester: pytest.Pytester) -> None:
 # -- beside other plugins ---------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_reruns_of_the_ini_file_hold_among_workers(pytester: pytest.Pytester) -> None:
     """As those of the option do."""
     pytester.makeini("[pytest]\nreruns = 1\n")

@@ -8,7 +8,7 @@ import pytest
 import torch  # noqa: F401  # inner runs in this process must find it imported
 from hypothesis import given
 from hypothesis import strategies as st
-from ways import WAYS
+from ways import WAYS, each_way
 
 from pytest_gpumem.cards import CARDS
 from pytest_gpumem.plugin import smallest  # an inner run keeps it
@@ -103,7 +103,7 @@ TESTS = """
 """
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", each_way())
 def test_limits_are_suggested(way: str, pytester: pytest.Pytester) -> None:
     """For tests that pass and lack one, and where one is generous."""
     pytester.makepyfile(test_it=TESTS)
@@ -217,7 +217,7 @@ SMALLEST = """
 """
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", each_way())
 def test_the_smallest_budget_is_found(way: str, pytester: pytest.Pytester) -> None:
     """Fixtures are made anew, trials are not reported, failures stay failures."""
     pytester.makepyfile(test_it=textwrap.dedent(SMALLEST))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch  # an inner run would import it anew, which torch does not survive
+from ways import WORKERS
 
 from pytest_gpumem.inheritance import VARIABLE
 from pytest_gpumem.plugin.options import load, options_of
@@ -38,7 +39,7 @@ def _unasked(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None
     pytester.makeini("[pytest]\naddopts = --strict-markers\nfilterwarnings = error\n")
 
 
-@pytest.mark.parametrize("workers", [(), ("-n", "1")], ids=["alone", "xdist"])
+@pytest.mark.parametrize("workers", WORKERS)
 def test_installing_the_plugin_changes_nothing(
     pytester: pytest.Pytester, workers: tuple[str, ...]
 ) -> None:

@@ -153,6 +153,7 @@ def test_the_trainers_reproduction_shows_the_finding(
     assert "False" == capsys.readouterr().out.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_tests_beside_each_other_do_what_the_page_says(
     pytester: pytest.Pytester,
 ) -> None:

@@ -51,6 +51,7 @@ def _load() -> Any:
 walk: Final = _load()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pages", CHAPTERS, ids=lambda pages: Path(pages[-1]).stem)
 def test_a_page_does_what_it_prints(pages: Sequence[str], tmp_path: Path) -> None:
     """Every file saved, every command typed, every shown line compared."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch  # noqa: F401  # an inner run would import it anew, which torch does not survive
+from ways import WORKERS
 
 from pytest_gpumem.reports.annotations import Place, error_command, place_of
 
@@ -64,7 +65,7 @@ def commands(result: pytest.RunResult) -> list[str]:
     return [each for each in result.outlines if each.startswith("::")]
 
 
-@pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["alone", "xdist"])
+@pytest.mark.parametrize("workers", WORKERS)
 def test_failures_are_marked_at_the_test_and_at_the_allocating_line(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, workers: Sequence[str]
 ) -> None:

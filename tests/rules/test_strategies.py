@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import find, given
+from ways import WORKERS
 
 from pytest_gpumem.rules.parser import parse_rule
 from pytest_gpumem.rules.rule import Rule
@@ -43,7 +44,7 @@ def test_schedules_shrink_to_the_fewest_and_earliest_faults() -> None:
     assert [Rule(nth=5)] == smallest
 
 
-@pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["plain", "xdist"])
+@pytest.mark.parametrize("workers", WORKERS)
 def test_a_failing_schedule_is_shrunk_and_replayed(
     pytester: pytest.Pytester, workers: tuple[str, ...]
 ) -> None:

@@ -14,6 +14,7 @@ import io
 import weakref
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import torch
 from fuzzing import EXAMPLES
 from hypothesis import HealthCheck, Phase, settings
@@ -23,6 +24,7 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
+    run_state_machine_as_test,
 )
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -512,11 +514,21 @@ def is_out_of_memory(action: Callable[[], object]) -> bool:
     return False
 
 
-TestPrograms = Programs.TestCase
-TestPrograms.settings = settings(
+_LONG = settings(
     max_examples=EXAMPLES // 10,
     stateful_step_count=25,
     deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking takes minutes
     suppress_health_check=list(HealthCheck),
 )
+
+
+def test_a_few_programs() -> None:
+    """Every day."""
+    run_state_machine_as_test(Programs, settings=settings(_LONG, max_examples=5))
+
+
+@pytest.mark.slow
+def test_programs() -> None:
+    """As many as fuzz tests have."""
+    run_state_machine_as_test(Programs, settings=_LONG)

@@ -665,11 +665,13 @@ def quietly() -> Iterator[None]:
 def frozen() -> Iterator[None]:
     """Have garbage collections pass over the databases, which are large."""
     gc.collect()
+    was_frozen = gc.get_freeze_count() > 0
     gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not was_frozen:
+            gc.unfreeze()
 
 
 def types_of(name: str) -> list[torch.dtype]:

@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 import torch  # noqa: F401  # inner runs in this process must find it imported
+from ways import WORKERS
 
 from pytest_gpumem.plugin import sweep_progress
 
@@ -207,8 +208,9 @@ def test_workers_share_the_points(make: pytest.Pytester) -> None:
     assert re.search(r"replay: pytest \S+::test_bad --gpu-replay-oom=any:nth=2\b", text)
 
 
+@pytest.mark.parametrize("workers", WORKERS)
 def test_shares_are_told_from_a_tests_own_parameters(
-    pytester: pytest.Pytester,
+    pytester: pytest.Pytester, workers: tuple[str, ...]
 ) -> None:
     """Whatever they are called, and wherever pytest puts the share among them."""
     pytester.makepyfile(
@@ -224,13 +226,12 @@ def test_shares_are_told_from_a_tests_own_parameters(
         recover()
 """
     )
-    for workers in ((), ("-n", "2")):
-        result = pytester.runpytest(*LIGHT, *workers)
+    result = pytester.runpytest(*LIGHT, *workers)
 
-        lines = [each for each in result.outlines if ": 8 allocations at" in each]
-        (name,) = {each.partition(": 8 ")[0].strip() for each in lines}
-        assert name.endswith(("[points 3-points 1 of 2]", "[points 1 of 2-points 3]"))
-        assert "8 points: 8 recovered" in "".join(lines)
+    lines = [each for each in result.outlines if ": 8 allocations at" in each]
+    (name,) = {each.partition(": 8 ")[0].strip() for each in lines}
+    assert name.endswith(("[points 3-points 1 of 2]", "[points 1 of 2-points 3]"))
+    assert "8 points: 8 recovered" in "".join(lines)
 
 
 def test_coverage_is_shown(make: pytest.Pytester) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import pytest
+
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import pytest
 
 #: One load has the weights on the card twice, 2.5 GiB, and leaves 1.25 behind; a card of
 #: 4.2 GiB holds a loaded model and a load, and not two loads.
@@ -75,6 +75,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_loads_that_do_not_fit_at_once_fit_in_turn(
     pytester: pytest.Pytester, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

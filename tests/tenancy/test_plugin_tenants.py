@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch  # noqa: F401  # inner runs in this process must find it imported
-from ways import WAYS
+from ways import WAYS, each_way
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,7 +17,7 @@ pytest_plugins = ["pytester"]
 GIB = 2**30
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture(params=each_way())
 def run(
     request: pytest.FixtureRequest, pytester: pytest.Pytester
 ) -> Callable[..., pytest.RunResult]:

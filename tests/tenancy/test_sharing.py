@@ -93,6 +93,7 @@ def test_tests_that_say_what_they_need_wait_for_it(pytester: pytest.Pytester) ->
     assert "under contention" not in result.stdout.str()
 
 
+@pytest.mark.slow
 def test_workers_may_have_cards_of_their_own(pytester: pytest.Pytester) -> None:
     """--gpu-share=own is what simulated cards allow and real ones do not."""
     pytester.makepyfile(test_a=UNDECLARED, test_b=WITH_FIXTURE)
@@ -103,6 +104,7 @@ def test_workers_may_have_cards_of_their_own(pytester: pytest.Pytester) -> None:
     assert "shared GPUs" not in result.stdout.str()
 
 
+@pytest.mark.slow
 def test_nobody_waits_where_sharing_is_off(pytester: pytest.Pytester) -> None:
     """Then workers are in each other's way, as on a real card without a plugin."""
     pytester.makepyfile(
@@ -160,6 +162,7 @@ def test_ooms_for_want_of_the_whole_card_name_the_marker_to_add(
     assert {"test_large", "test_of_a_fixture", "test_that_hides_it"} == told
 
 
+@pytest.mark.slow
 def test_the_retries_of_earlier_versions_are_accepted_with_one_warning(
     pytester: pytest.Pytester,
 ) -> None:
@@ -175,6 +178,7 @@ def test_the_retries_of_earlier_versions_are_accepted_with_one_warning(
     )
 
 
+@pytest.mark.slow
 def test_an_oom_of_its_own_is_not_told_as_others(pytester: pytest.Pytester) -> None:
     """Neither what no card holds, nor a budget's, nor a rule's."""
     pytester.makepyfile(
@@ -201,6 +205,7 @@ def test_an_oom_of_its_own_is_not_told_as_others(pytester: pytest.Pytester) -> N
     assert "under contention" not in result.stdout.str()
 
 
+@pytest.mark.slow
 def test_an_oom_that_others_caused_within_a_budget_is_told(
     pytester: pytest.Pytester,
 ) -> None:
@@ -247,6 +252,7 @@ def test_an_oom_that_others_caused_within_a_budget_is_told(
     )
 
 
+@pytest.mark.slow
 def test_who_has_a_card_alone_meets_nobody(pytester: pytest.Pytester) -> None:
     """Nor does anybody begin meanwhile."""
     pytester.makepyfile(
@@ -282,6 +288,7 @@ def test_who_has_a_card_alone_meets_nobody(pytester: pytest.Pytester) -> None:
     pytester.runpytest(*OPTIONS, "-n", "3").assert_outcomes(passed=9)
 
 
+@pytest.mark.slow
 def test_who_waits_too_long_is_an_error(pytester: pytest.Pytester) -> None:
     """It names who holds the card, and how to wait longer."""
     pytester.makepyfile(
@@ -343,6 +350,7 @@ def test_what_no_card_has_is_skipped_with_the_reason(
     )
 
 
+@pytest.mark.slow
 def test_workers_are_spread_over_the_cards(pytester: pytest.Pytester) -> None:
     """Each sees every card, another one first, in the order of the environment."""
     pytester.makepyfile(
@@ -377,6 +385,7 @@ def test_bad_values_are_refused(pytester: pytest.Pytester, option: str) -> None:
     result.stderr.fnmatch_lines([f"*{option.partition('=')[0]}: *"])
 
 
+@pytest.mark.slow
 def test_a_wrong_marker_ends_the_run_as_without_workers(
     pytester: pytest.Pytester,
 ) -> None:
@@ -402,6 +411,7 @@ def test_a_wrong_marker_ends_the_run_as_without_workers(
         assert "INTERNALERROR" not in result.stdout.str()
 
 
+@pytest.mark.slow
 def test_nothing_is_left_behind(pytester: pytest.Pytester, tmp_path: Path) -> None:
     """No folder of a run that is over, with workers or without."""
     pytester.makepyfile(DECLARED)
@@ -412,6 +422,7 @@ def test_nothing_is_left_behind(pytester: pytest.Pytester, tmp_path: Path) -> No
     assert [] == list((tmp_path / "tenancy").glob("run-*"))
 
 
+@pytest.mark.slow
 def test_a_killed_worker_gives_its_claim_back(
     pytester: pytest.Pytester, tmp_path: Path
 ) -> None:
@@ -440,6 +451,7 @@ def test_a_killed_worker_gives_its_claim_back(
     assert [] == [path for path in (tmp_path / "tenancy").rglob("*") if path.is_file()]
 
 
+@pytest.mark.slow
 def test_the_next_run_removes_what_a_killed_one_left(
     pytester: pytest.Pytester, tmp_path: Path
 ) -> None:
@@ -482,6 +494,7 @@ def test_a_broken_cache_knows_no_test(kept: Any) -> None:
     assert set() == History(config).idle
 
 
+@pytest.mark.slow
 def test_who_used_no_card_claims_nothing_in_the_next_run(
     pytester: pytest.Pytester,
 ) -> None:
