@@ -55,10 +55,13 @@ MODULES = {
     "devices/budgets": "budgets",
     "instruments/equality": "equality",
     "instruments/portraits": "equality",
-    "instruments/trials": "verdict corpus",
-    "sweeps/judge": "corpus",
-    "instruments/fallback": "fallback corpus",
-    "instruments/loads": "verdict corpus",
+    "instruments/surroundings": "surroundings corpus",
+    "instruments/trials": "trials loads surroundings verdict corpus",
+    "sweeps/judge": "sweep corpus",
+    "sweeps/run": "sweep",
+    "sweeps/state": "sweep_model fuzz_state",
+    "instruments/fallback": "loads fallback corpus",
+    "instruments/loads": "loads verdict corpus",
 }
 CONFIG = """
 [cosmic-ray]

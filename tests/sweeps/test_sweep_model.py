@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
-from typing import Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -20,6 +21,7 @@ from pytest_gpumem.sweeps.report import (
     SweepReport,
     Verdict,
 )
+from pytest_gpumem.sweeps.state import SweepState
 from pytest_gpumem.sweeps.summary import SweepSummary
 from pytest_gpumem.sweeps.text import (
     SHOWN,
@@ -29,6 +31,9 @@ from pytest_gpumem.sweeps.text import (
     replays,
     summarise,
 )
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def an_outcome(
@@ -100,6 +105,137 @@ def test_a_plan_gives_the_rule_of_each_point() -> None:
         plan.rule_of(7, "persistent", "driver")
     )
     assert SweepPlan(flavours=FLAVOURS, modes=("persistent",)).base() == Rule()
+
+
+SITES = ("a", "b", "a", "c", "b", "a", "c", "c", "d", "a")
+
+
+@pytest.mark.parametrize(
+    ("options", "numbers"),
+    [
+        ({}, list(range(1, 11))),
+        ({"points": "sites"}, [1, 2, 4, 9]),
+        ({"points": 1}, [1]),
+        ({"points": 2}, [1, 10]),
+        ({"points": 4}, [1, 4, 7, 10]),
+        ({"points": 9}, [1, 2, 3, 4, 5, 7, 8, 9, 10]),
+        ({"points": 10}, list(range(1, 11))),
+        ({"points": 11}, list(range(1, 11))),
+        ({"shard": (0, 3)}, [1, 4, 7, 10]),
+        ({"shard": (2, 3)}, [3, 6, 9]),
+        ({"points": "sites", "shard": (1, 2)}, [2, 9]),
+        ({"only": "any:nth=4"}, [4]),
+    ],
+)
+def test_a_plan_chooses_its_points(options: dict[str, Any], numbers: list[int]) -> None:
+    """All, the first of each site, or some spread evenly; a shard has every so-many-th."""
+    points = list(SweepPlan(modes=["transient"], **options).points_of(SITES))
+
+    assert numbers == [each.number for each in points]
+    assert [SITES[each - 1] for each in numbers] == [each.site for each in points]
+    assert [f"any:nth={each}" for each in numbers] == [each.rule for each in points]
+
+
+def test_points_come_by_mode_and_flavour() -> None:
+    """Each has the rule that replays it alone."""
+    plan = SweepPlan(flavours=["native", "cublas"], rule="load")
+
+    assert [
+        ("transient", "native", "load:nth=1"),
+        ("transient", "cublas", "load:nth=1,flavour=cublas"),
+        ("persistent", "native", "load:nth=1,persistent"),
+        ("persistent", "cublas", "load:nth=1,persistent,flavour=cublas"),
+    ] == [(each.mode, each.flavour, each.rule) for each in plan.points_of(("a",))]
+
+
+@pytest.mark.parametrize(
+    ("rule", "point"),
+    [
+        ("any:nth=10", Point(10, "transient", "native", "any:nth=10", "a")),
+        ("any:nth=11", Point(11, "transient", "native", "any:nth=11", "")),
+        (
+            "any:nth=2,persistent,flavour=xpu",
+            Point(2, "persistent", "xpu", "any:nth=2,persistent,flavour=xpu", "b"),
+        ),
+    ],
+)
+def test_one_point_is_the_one_that_was_asked_for(rule: str, point: Point) -> None:
+    """Also where the code does not allocate so often any more."""
+    assert [point] == list(SweepPlan(only=rule).points_of(SITES))
+
+
+@pytest.mark.parametrize(
+    ("options", "is_whole"),
+    [
+        ({}, True),
+        ({"shard": (0, 2)}, True),
+        ({"shard": (1, 2)}, False),
+        ({"points": "sites"}, False),
+        ({"points": 3}, False),
+        ({"only": "any:nth=1"}, False),
+    ],
+)
+def test_only_a_whole_sweep_goes_on_to_the_end(
+    options: dict[str, Any], *, is_whole: bool
+) -> None:
+    """And of its shards one, or each would run the same."""
+    assert SweepPlan(**options).is_whole is is_whole
+
+
+# -- the state of an interrupted sweep ----------------------------------------------------
+
+
+def _interrupt(path: Path, *outcomes: Outcome, name: str = "s", count: int = 3) -> None:
+    with suppress(KeyboardInterrupt), SweepState(path, name, count, "plan") as state:
+        for each in outcomes:
+            state.note(each)
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_sweep_knows_what_was_done(tmp_path: Path) -> None:
+    """Again and again, until it is whole."""
+    path = tmp_path / "new" / "state.jsonl"
+    first, second = an_outcome(1), an_outcome(2, Verdict.LEAK, holders=("a", "b"))
+    _interrupt(path, first)
+    _interrupt(path, second)
+
+    with SweepState(path, "s", 3, "plan") as state:
+        known = [state.known(an_outcome(number).point) for number in (1, 2, 3)]
+        assert path.exists()
+
+    assert [first, second, None] == known
+    assert not path.exists()
+
+
+def test_a_line_that_was_written_in_part_is_run_again(tmp_path: Path) -> None:
+    """What came before it is known."""
+    path = tmp_path / "state.jsonl"
+    _interrupt(path, an_outcome(1), an_outcome(2))
+    path.write_text(path.read_text("utf-8")[:-20], "utf-8")
+
+    with SweepState(path, "s", 3, "plan") as state:
+        known = [state.known(an_outcome(number).point) for number in (1, 2)]
+
+    assert [an_outcome(1), None] == known
+
+
+@pytest.mark.parametrize("other", [{"name": "t"}, {"count": 4}])
+def test_the_state_of_another_sweep_is_not_used(
+    tmp_path: Path, other: dict[str, Any]
+) -> None:
+    """Of another body, or of one that allocates otherwise now."""
+    path = tmp_path / "state.jsonl"
+    _interrupt(path, an_outcome(1), **other)
+
+    with SweepState(path, "s", 3, "plan") as state:
+        assert state.known(an_outcome(1).point) is None
+
+
+def test_without_a_file_nothing_is_kept() -> None:
+    """A sweep in a script needs none."""
+    with SweepState(None, "s", 3, "plan") as state:
+        state.note(an_outcome(1))
+        assert state.known(an_outcome(1).point) is None
 
 
 # -- verdicts and reports -----------------------------------------------------------------

@@ -1,0 +1,158 @@
+"""What a run finds and leaves: bytes, threads, torch's settings."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from pytest_gpumem import active_device
+from pytest_gpumem.devices.simulated.install import simulated_device
+from pytest_gpumem.instruments.surroundings import (
+    Defaults,
+    num_ooms,
+    settle,
+    wait_for_threads,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MIB = 2**20
+#: Seconds that no test should ever wait.
+_LONG_S = 60.0
+
+
+@pytest.fixture(autouse=True)
+def _card() -> Iterator[None]:
+    with simulated_device("T4"):
+        yield
+
+
+def _take(nbytes: int) -> torch.Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+
+
+def _log_an_error(nbytes: int) -> None:
+    held = _take(nbytes)
+    try:
+        int(f"{held.nbytes} bytes")
+    except ValueError:
+        logging.getLogger("loader").exception("cannot load")
+
+
+def test_what_is_left_is_weighed_against_what_was_there() -> None:
+    """Bytes of before are nobody's leak, and freeing some of them is less than none."""
+    before = _take(6 * MIB)
+    start_bytes = before.nbytes
+
+    assert settle(active_device(), start_bytes) == (0, 0)
+    left = _take(2 * MIB)
+    assert settle(active_device(), start_bytes) == (left.nbytes, 0)
+    del before, left
+    assert settle(active_device(), start_bytes) == (-start_bytes, 0)
+
+
+def test_log_records_are_told_from_what_the_code_has_left(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Pytest's log capture keeps the frames of a logged error; they are let go."""
+    before, left = _take(6 * MIB), _take(2 * MIB)
+    _log_an_error(4 * MIB)
+
+    found = settle(active_device(), before.nbytes)
+
+    assert found == (left.nbytes, 4 * MIB)
+    assert caplog.records[0].exc_info is not None
+    assert settle(active_device(), before.nbytes) == (left.nbytes, 0)
+
+
+def test_a_thread_that_works_is_waited_for() -> None:
+    """It would allocate in the next run."""
+    before = set(threading.enumerate())
+    thread = threading.Thread(target=time.sleep, args=(0.2,))
+    thread.start()
+
+    wait_for_threads(before, _LONG_S)
+
+    assert not thread.is_alive()
+
+
+def test_a_thread_that_never_ends_is_waited_for_so_long_only() -> None:
+    """A program may keep a thread for good."""
+    before, end = set(threading.enumerate()), threading.Event()
+    thread = threading.Thread(target=end.wait)
+    thread.start()
+    started_s = time.monotonic()
+
+    wait_for_threads(before, 0.1)
+    waited_s = time.monotonic() - started_s
+    end.set()
+    thread.join()
+
+    assert 0.1 <= waited_s < _LONG_S
+
+
+def test_threads_of_before_and_idle_ones_of_a_pool_are_not_waited_for() -> None:
+    """A pool's threads live on, and have nothing to do."""
+    end = threading.Event()
+    thread = threading.Thread(target=end.wait)
+    thread.start()
+    before = set(threading.enumerate())
+    started_s = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(int).result()
+        wait_for_threads(before, _LONG_S)
+        waited_s = time.monotonic() - started_s
+    end.set()
+    thread.join()
+
+    assert waited_s < _LONG_S
+
+
+def test_a_default_that_is_left_changed_is_told_and_put_back() -> None:
+    """It is put back whatever its value; those that change no number are not told."""
+    defaults = Defaults()
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("cuda")
+    cudnn, torch.backends.cudnn.enabled = torch.backends.cudnn.enabled, False
+
+    changed = defaults.changed()
+    defaults.restore()
+
+    assert sorted(changed) == [
+        "the default device is cuda:0, and was cpu",
+        "the default dtype is torch.float64, and was torch.float32",
+    ]
+    assert defaults.changed() == frozenset()
+    assert torch.get_default_dtype() is torch.float32
+    assert torch.get_default_device() == torch.device("cpu")
+    assert torch.backends.cudnn.enabled is cudnn
+
+
+def test_a_default_device_is_put_back_too() -> None:
+    """Code that sets the host itself changes what the program had chosen."""
+    torch.set_default_device("cuda")
+    defaults = Defaults()
+    torch.set_default_device(None)
+
+    defaults.restore()
+    found = torch.get_default_device()
+    torch.set_default_device(None)
+
+    assert found == torch.device("cuda:0")
+
+
+def test_failed_allocations_of_all_cards_count() -> None:
+    """A body may run out of room on any card."""
+    device = active_device()
+    before = num_ooms(device)
+    with pytest.raises(torch.OutOfMemoryError):
+        _take(64 * 2**30)
+
+    assert num_ooms(device) == before + 1
