@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch  # an inner run would import it anew, which torch does not survive
+from ways import WORKERS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -496,10 +497,10 @@ def test_it(oom_injector):
 # -- outputs ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [[], ["-n2"]], ids=["plain", "xdist"])
+@pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("junit", [False, True], ids=["terminal", "junit"])
 def test_peaks_are_shown_in_every_setting(
-    pytester: pytest.Pytester, workers: list[str], *, junit: bool
+    pytester: pytest.Pytester, workers: tuple[str, ...], *, junit: bool
 ) -> None:
     """The table is the same plain, under xdist, and beside a JUnit file."""
     pytester.makepyfile(
@@ -525,8 +526,7 @@ def test_none():
     )
     options = ["--junit-xml=out.xml"] if junit else []
 
-    # A run with workers needs a process of its own: theirs must import torch anew.
-    result = pytester.runpytest_subprocess(CARD, *workers, *options)
+    result = pytester.runpytest(CARD, *workers, *options)
 
     result.assert_outcomes(passed=4)
     result.stdout.fnmatch_lines(
@@ -632,8 +632,15 @@ def test_torch_is_not_imported_for_tests_that_do_not(pytester: pytest.Pytester) 
     result.assert_outcomes(passed=1)
 
 
+@pytest.mark.parametrize(
+    ("name", "outcomes"),
+    [
+        ("plain", {"passed": 1, "deselected": 1}),
+        pytest.param("test", {"passed": 1, "failed": 1}, marks=pytest.mark.slow),
+    ],
+)
 def test_torch_imported_inside_a_test_meets_the_budget(
-    pytester: pytest.Pytester,
+    name: str, outcomes: dict[str, int], pytester: pytest.Pytester
 ) -> None:
     """The first import of torch, wherever it is, finds card, budget and recording."""
     pytester.makepyfile(
@@ -652,12 +659,10 @@ def test_torch_imported_inside_a_test_meets_the_budget(
         """
     )
 
-    alone = pytester.runpytest_subprocess(CARD, "--gpu-budget=64MiB", "-k", "plain")
-    both = pytester.runpytest_subprocess(CARD, "--gpu-budget=64MiB")
+    result = pytester.runpytest_subprocess(CARD, "--gpu-budget=64MiB", "-k", name)
 
-    alone.assert_outcomes(passed=1, deselected=1)
-    alone.stdout.fnmatch_lines(["* 20 MiB *::test_plain"])
-    both.assert_outcomes(passed=1, failed=1)
+    assert outcomes == result.parseoutcomes()
+    result.stdout.fnmatch_lines(["* 20 MiB *::test_plain"])
 
 
 def test_torch_imported_inside_a_test_meets_the_rules(
