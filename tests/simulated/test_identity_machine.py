@@ -95,21 +95,37 @@ def storage_of(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+class Gain(nn.Parameter):
+    """A user's class of parameters."""
+
+    label: str
+
+
+class Scale(torch.Tensor):
+    """A user's class of tensors; what is computed from it is of it."""
+
+    def new_empty(self, *args: Any, **options: Any) -> Any:
+        """Return one of the class, without which torch copies none."""
+        return super().new_empty(*args, **options).as_subclass(type(self))
+
+
 class Net(nn.Module):
-    """Two layers, a norm and a buffer."""
+    """Two layers, a norm, a buffer; one of them and a parameter of users' classes."""
 
     scale: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
+        self.gain = Gain(torch.ones(8))
+        self.gain.label = "kept"
         self.first = nn.Linear(8, 8)
         self.norm = nn.LayerNorm(8)
         self.last = nn.Linear(8, 8, bias=False)
-        self.register_buffer("scale", torch.full((8,), 0.5))
+        self.register_buffer("scale", torch.full((8,), 0.5).as_subclass(Scale))
 
     def forward(self, source: torch.Tensor) -> torch.Tensor:
         """Return a loss."""
-        hidden = torch.tanh(self.norm(self.first(source))) * self.scale
+        hidden = torch.tanh(self.norm(self.first(source)) * self.gain) * self.scale
         loss: torch.Tensor = self.last(hidden).square().sum()
         return loss
 
@@ -128,6 +144,7 @@ class Programs(RuleBasedStateMachine):
         self.marks = Marks()
         self.nets: list[tuple[Net, Net]] = []
         self.views: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.buckets: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.graphs: list[tuple[Any, Any, tuple[Net, Net], str]] = []
         self.optimizers: list[tuple[Any, Any]] = []
         self.hooked: tuple[list[str], list[str]] = ([], [])
@@ -136,7 +153,8 @@ class Programs(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Drop everything; nothing is left on the card."""
-        for kept in (self.nets, self.views, self.graphs, self.optimizers):
+        kinds: Any = (self.nets, self.views, self.buckets, self.graphs, self.optimizers)
+        for kept in kinds:
             kept.clear()
         gc.collect()
         torch._C._cuda_clearCublasWorkspaces()
@@ -279,10 +297,10 @@ class Programs(RuleBasedStateMachine):
             torch.save(net.state_dict(), buffer)
             buffer.seek(0)
             if world:
-                state = torch.load(buffer, map_location=where)
+                state = torch.load(buffer, map_location=where, weights_only=False)
             else:
                 self.marks.forced = where
-                state = torch.load(buffer)
+                state = torch.load(buffer, weights_only=False)  # with a user's class
                 self.marks.forced = None
             net.load_state_dict(state, assign=assign)
 
@@ -420,6 +438,48 @@ class Programs(RuleBasedStateMachine):
 
         self.both(setting, self.parameter(index, which))
 
+    @precondition(lambda self: len(self.buckets) < 2)
+    @rule(index=INDEX)
+    def bucket(self, index: int) -> None:
+        """Gradients that are views of one tensor, as ``gradient_as_bucket_view`` has them.
+
+        They are kept, as the C++ of DDP keeps them; backward adds to them in place.
+        """
+        nets = self.net(index)
+        if self.wholly(nets[0]) is None:
+            return
+
+        def bucketing(_world: int, net: Net) -> torch.Tensor:
+            parameters = list(net.parameters())
+            total = sum(each.numel() for each in parameters)
+            flat = parameters[0].data.new_zeros(total)
+            start = 0
+            for each in parameters:
+                part = flat[start : start + each.numel()].view_as(each)
+                start += each.numel()
+                if each.grad is not None and each.grad.dtype is each.dtype:
+                    part.copy_(each.grad)
+                each.grad = part
+            return flat
+
+        places = {
+            place_of(each.grad)
+            for each in nets[0].parameters()
+            if each.grad is not None
+        }
+        if places <= {self.wholly(nets[0])}:
+            self.buckets.append(self.both(bucketing, nets))
+
+    @precondition(lambda self: self.buckets)
+    @rule(index=INDEX, drops=st.booleans())
+    def reduce(self, *, index: int, drops: bool) -> None:
+        """Change a bucket as a reduction over ranks does, or let go of it."""
+        place = index % len(self.buckets)
+        if drops:
+            del self.buckets[place]
+        else:
+            self.both(lambda _world, flat: flat.div_(2), self.buckets[place])
+
     @rule(index=INDEX, which=INDEX, where=WHERE)
     def move_grad(self, index: int, which: int, where: str) -> None:
         """``p.grad.data = p.grad.data.to(device)``, whatever its owner's device is."""
@@ -466,6 +526,7 @@ class Programs(RuleBasedStateMachine):
                 if one.grad is not None and other.grad is not None:
                     yield one.grad, other.grad
         yield from self.views
+        yield from self.buckets
 
     @invariant()
     def tensors_agree(self) -> None:
@@ -474,8 +535,9 @@ class Programs(RuleBasedStateMachine):
         for one, other in pairs:
             assert place_of(one) == other.device.type
             assert isinstance(one, nn.Parameter) is isinstance(other, nn.Parameter)
-            if other.device.type == "cpu":
+            if other.device.type == "cpu" or type(one) in {Gain, Scale}:
                 assert type(one) is type(other)
+            assert getattr(one, "label", "") == getattr(other, "label", "")
             assert (one.dtype, one.shape, one.stride(), one.storage_offset()) == (
                 other.dtype,
                 other.shape,

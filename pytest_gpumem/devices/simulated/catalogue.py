@@ -117,7 +117,9 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
     "like a card": (
         "`.to`, `.cuda`, `.cpu`, `.type`, `.data =`, `.item`, `.tolist`, printing, "
         "pickling, `torch.save`, `torch.load`, `deepcopy`, weak references; "
-        "`isinstance(x, torch.Tensor)` holds, `type(x) is torch.Tensor` does not",
+        "`isinstance(x, torch.Tensor)` holds, `type(x) is torch.Tensor` does not: C++ "
+        "asks an object's class for the device's Python code, and were that "
+        "`torch.Tensor`, every tensor of the host would pay for the question",
         "tensors of a class without `__torch_dispatch__` (like torchvision's "
         "`tv_tensors`, MONAI's `MetaTensor`, subclasses of `nn.Parameter`): made on a "
         "card or moved there they stay of it, with the attributes that "
