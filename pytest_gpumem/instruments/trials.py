@@ -89,7 +89,8 @@ class Attempt:
         cycles: What reference cycles held until a collection, where that was asked.
         known: Addresses of blocks that are not what a failed attempt has left.
         figures: Peaks, of everything.
-        budget_bytes: The card's budget in force; None without one.
+        budget_bytes: The card's budget in force, or what was reserved before where that
+            is more; None without one.
         seconds: How long it took.
     """
 
@@ -190,6 +191,9 @@ class Trial:
             stack.callback(self._defaults.restore)
             stack.enter_context(budget)
             in_force = device.budget(index)
+            if in_force is not None:  # what was there before is not the body's
+                stats = device.memory_stats(index)
+                in_force = max(in_force, stats["reserved_bytes.all.current"])
             recorder = PeakRecorder(device_index=index, device=device)
             stack.enter_context(recorder)
             threads, started_s = set(threading.enumerate()), time.perf_counter()

@@ -9,7 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from pytest_gpumem import check_fallback, judge_load, vram_budget
+from pytest_gpumem import (
+    active_device,
+    check_fallback,
+    judge_load,
+    vram_budget,
+)
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.instruments.fallback import _rung
 from pytest_gpumem.instruments.loads import model_in
@@ -220,23 +225,33 @@ def _holds(problems: tuple[str, ...], expected: str | None) -> None:
 @pytest.mark.parametrize(
     ("budget_bytes", "problems"),
     [
-        (20 * MIB, ()),
-        (
-            20 * MIB - 1,
-            ("its peak of 20 MiB reserved is over the budget of 20 MiB",),
-        ),
+        (2 * MIB, ()),
+        (2 * MIB - 1, ("its peak of 2 MiB reserved is over the budget of 2 MiB",)),
     ],
 )
-def test_the_peak_is_held_to_the_budget(
-    budget_bytes: int, problems: tuple[str, ...]
+def test_a_load_that_lifts_its_cap_is_held_to_the_budget(
+    budget_bytes: int, problems: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the budget it is right, one byte above it is not; what was there counts."""
-    held = torch.empty(20 * MIB, dtype=torch.uint8, device="cuda")
-    with vram_budget(budget_bytes):
-        judged = judge_load(_plain)
-    checked = check_fallback(_plain, budgets=[budget_bytes], faults=[], control=None)
+    """At the budget it is right, one byte above it is not."""
+    # As on a real card, where the program's own fraction replaces the cap.
+    kind = type(active_device())
+    monkeypatch.setattr(kind, "budget", lambda _device, _index: budget_bytes)
 
-    assert problems == judged.problems == checked.steps[1].problems
+    judged = judge_load(_plain).problems
+    checked = check_fallback(_plain, budgets=[], faults=[], control=None)
+
+    assert problems == judged == checked.steps[0].problems
+
+
+def test_what_was_on_the_card_is_not_over_the_budget() -> None:
+    """A fixture may hold more than a step's budget: then nothing fits beside it."""
+    held = torch.empty(20 * MIB, dtype=torch.uint8, device="cuda")
+    with vram_budget("4MiB"):
+        judged = judge_load(_plain)
+    checked = check_fallback(_plain, budgets=["4MiB"], faults=[], control=None)
+
+    assert () == judged.problems == checked.steps[1].problems
+    assert "cpu float32" == checked.steps[1].rung
     assert held.is_cuda
 
 
