@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from pytest_gpumem.instruments.recorder import PeakRecorder
     from pytest_gpumem.instruments.sampler import MemorySampler
     from pytest_gpumem.instruments.tenants import competing_process
+    from pytest_gpumem.planning.fit import FitReport, fit_model
+    from pytest_gpumem.planning.task import FitTask
     from pytest_gpumem.records.memory import MemoryFigures
     from pytest_gpumem.rules.parser import parse_rule
     from pytest_gpumem.rules.rule import Rule
@@ -37,6 +39,8 @@ _HOMES: Final = {
     "Card": "cards",
     "Device": "devices",
     "FallbackReport": "instruments.fallback",
+    "FitReport": "planning.fit",
+    "FitTask": "planning.task",
     "GpuMemError": "errors",
     "LoadVerdict": "instruments.loads",
     "MemoryFigures": "records.memory",
@@ -53,6 +57,7 @@ _HOMES: Final = {
     "check_fallback": "instruments.fallback",
     "competing_process": "instruments.tenants",
     "find_card": "cards",
+    "fit_model": "planning.fit",
     "format_size": "sizes",
     "gpu_load_lock": "tenancy.load_lock",
     "judge_load": "instruments.loads",
@@ -69,6 +74,8 @@ __all__ = [
     "Card",
     "Device",
     "FallbackReport",
+    "FitReport",
+    "FitTask",
     "GpuMemError",
     "LoadVerdict",
     "MemoryFigures",
@@ -85,6 +92,7 @@ __all__ = [
     "check_fallback",
     "competing_process",
     "find_card",
+    "fit_model",
     "format_size",
     "gpu_load_lock",
     "judge_load",

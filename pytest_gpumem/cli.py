@@ -111,6 +111,8 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("trace", type=Path, help="the trace, a JSON file")
     replay.set_defaults(run=_replay)
 
+    _add_fit(commands)
+
     doctor = commands.add_parser(
         "doctor",
         help="say what this machine has and what the plugin would do on it",
@@ -120,6 +122,91 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
     add_commands(commands)
     return parser
+
+
+def _add_fit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    fit = commands.add_parser(
+        "fit",
+        help="say on which cards a model fits, and what takes the room",
+        description="Try a task of a model on simulated cards, without values: models "
+        "may be larger than this machine. Exit with 1 if a card is too small.",
+    )
+    fit.add_argument(
+        "model",
+        help="a known name (bert-large, ...), a config.json of transformers, or a folder "
+        "with one",
+    )
+    fit.add_argument(
+        "--task",
+        default="forward",
+        metavar="TASK",
+        help="load, forward, generate or train (default: forward)",
+    )
+    fit.add_argument(
+        "--cards",
+        metavar="NAMES",
+        help="cards to try, separated by commas (default: a few common ones)",
+    )
+    fit.add_argument("--batch", type=int, default=1, help="rows (default: 1)")
+    fit.add_argument("--seq", type=int, default=128, help="tokens (default: 128)")
+    fit.add_argument(
+        "--new-tokens", type=int, default=32, help="tokens to generate (default: 32)"
+    )
+    fit.add_argument(
+        "--dtype",
+        default="float32",
+        help="float32, bfloat16 or float16 (default: float32)",
+    )
+    fit.add_argument(
+        "--optimizer",
+        default="adamw",
+        help="adamw, adamw-fused, sgd or sgd-momentum (default: adamw)",
+    )
+    fit.add_argument(
+        "--checkpointing", action="store_true", help="train with gradient checkpointing"
+    )
+    fit.add_argument(
+        "--attention", default="sdpa", help="sdpa or eager (default: sdpa)"
+    )
+    fit.add_argument("--architecture", help="the model's class (default: its config's)")
+    fit.add_argument(
+        "--no-largest-batch",
+        action="store_true",
+        help="do not look for the largest batch, which takes several runs a card",
+    )
+    fit.add_argument("--json", action="store_true", help="print JSON; sizes are bytes")
+    fit.set_defaults(run=_fit)
+
+
+def _fit(options: argparse.Namespace) -> int:
+    from pytest_gpumem.planning.fit import DEFAULT_CARDS, fit_model  # noqa: PLC0415  # it needs torch
+    from pytest_gpumem.planning.table import table  # noqa: PLC0415  # it needs torch
+    from pytest_gpumem.planning.task import FitTask  # noqa: PLC0415  # it needs torch
+
+    report = fit_model(
+        options.model,
+        FitTask(
+            options.task,
+            batch=options.batch,
+            seq=options.seq,
+            new_tokens=options.new_tokens,
+            dtype=options.dtype,
+            optimizer=options.optimizer,
+            checkpointing=options.checkpointing,
+            attention=options.attention,
+        ),
+        cards=options.cards or DEFAULT_CARDS,
+        largest_batch=not options.no_largest_batch,
+        architecture=options.architecture,
+        progress=_say,
+    )
+    text = (
+        json.dumps(report.to_json(), indent=1)
+        if options.json
+        else "\n".join(table(report))
+    )
+    sys.stdout.write(f"{text}\n")
+    return 0 if all(each.fits for each in report.cards) else 1
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -138,6 +138,18 @@ class SweepError(GpuMemError, ValueError):
     """A sweep makes no sense, or its code fails without any fault."""
 
 
+class PlanError(GpuMemError, ValueError):
+    """A question to the planner makes no sense, or its model cannot do that.
+
+    Attributes:
+        value: What was given, as given.
+    """
+
+    def __init__(self, message: str, *, value: object) -> None:
+        super().__init__(message)
+        self.value = value
+
+
 class CheckpointError(GpuMemError, RuntimeError):
     """A checkpoint cannot be built, found or trusted."""
 
