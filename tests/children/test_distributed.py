@@ -1,4 +1,4 @@
-"""torchrun with gloo: each rank has its card, its budget and its peaks."""
+"""torchrun with gloo and NCCL: each rank has its card, its budget and its peaks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from pytest_gpumem import vram_budget
 
-dist.init_process_group(os.environ.get("BACKEND", "gloo"))
+dist.init_process_group("BACKEND")
 rank, world = int(os.environ["LOCAL_RANK"]), dist.get_world_size()
 torch.cuda.set_device(rank)
 assert torch.cuda.device_count() == world
@@ -142,12 +142,15 @@ def start(world):
 """
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("world", "backend"),
+    [(2, "nccl"), pytest.param(4, "gloo", marks=pytest.mark.slow)],
+)
 def test_ranks_have_a_card_a_budget_and_a_limit_each(
-    world: int, pytester: pytest.Pytester
+    world: int, backend: str, pytester: pytest.Pytester
 ) -> None:
     """DDP and both FSDPs compute what one card does; peaks come back by card."""
-    pytester.makepyfile(rank=RANK)
+    pytester.makepyfile(rank=RANK.replace("BACKEND", backend))
     last = world - 1
     pytester.makepyfile(
         test_it=f"""{START}
