@@ -189,3 +189,37 @@ def test_replicas_must_be_of_one_shape() -> None:
                 DistributedDataParallel(model, [rank])
 
     run_ranks(body, seconds=1)
+
+
+def test_one_batch_on_two_ranks_is_normalised_as_one() -> None:
+    """``SyncBatchNorm``: values, gradients and running figures of the whole batch."""
+    whole = torch.arange(96.0).cos().reshape(8, 3, 4)
+    plain = nn.BatchNorm1d(3)
+    host = whole.clone().requires_grad_()
+    right = plain(host)
+    right.square().sin().sum().backward()
+    assert host.grad is not None
+
+    def body(rank: int) -> None:
+        rows = slice(3 * rank, 3 + 5 * rank)  # three and five
+        layer = nn.SyncBatchNorm(3).cuda()
+        inputs = whole[rows].cuda().requires_grad_()
+        wrapped = DistributedDataParallel(layer, [rank])
+        found = wrapped(inputs)
+        found.square().sin().sum().backward()
+        assert host.grad is not None
+        assert inputs.grad is not None
+        for ours, theirs in (
+            (found, right[rows]),
+            (inputs.grad, host.grad[rows]),
+            (layer.running_mean, plain.running_mean),
+            (layer.running_var, plain.running_var),
+        ):
+            assert ours.device.index == rank
+            assert torch.allclose(ours.cpu(), theirs, atol=1e-5)
+        assert layer.weight.grad is not None
+        assert plain.weight.grad is not None
+        both = layer.weight.grad.cpu() * 2  # a mean of the ranks' parts
+        assert torch.allclose(both, plain.weight.grad, atol=1e-4)
+
+    run_ranks(body)

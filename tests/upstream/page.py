@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 COLUMNS: Final = {
     "passed": "passed",
     "refused": "refused by name",
-    "nccl": "NCCL",
     "hub": "hub",
     "kernels": "compiled kernels",
     "host": "fails on the host",
@@ -25,7 +24,7 @@ COLUMNS: Final = {
     "unexplained": "not explained",
 }
 #: Kinds that say nothing of the simulated card.
-OUTSIDE: Final = ("hub", "kernels", "nccl", "host")
+OUTSIDE: Final = ("hub", "kernels", "host")
 
 HEAD: Final = f"""# Other projects' tests on simulated cards
 
@@ -39,8 +38,8 @@ $ tox run -e upstream
 fetches the released sources from the package index, runs them, and writes this page with
 `-- --write`. It takes hours on one core, and no card. A test has {LIMIT_S:.0f} s; one that
 takes longer, or that takes its process with it, is one that fails. No hub is reachable: a
-test that needs files of one fails on the host, too, or is counted as such. NCCL needs cards;
-PyTorch's build for the CPU is without it.
+test that needs files of one fails on the host, too, or is counted as such.
+Groups of NCCL are [simulated](nccl.md) as well.
 """
 
 
@@ -139,8 +138,8 @@ def text_of(verdicts: Mapping[str, Mapping[str, Verdict]]) -> str:
         "",
         "## What a card un-skips",
         "",
-        "Tests that the host skips and a card does not. Of those that need neither the hub,",
-        f"nor kernels, nor NCCL, **{passed} of {could} pass "
+        "Tests that the host skips and a card does not. Of those that need neither the hub",
+        f"nor kernels, **{passed} of {could} pass "
         f"({100 * passed / max(could, 1):.1f} %)**.",
         "",
         *_table(verdicts, "unskipped", "un-skipped"),

@@ -16,11 +16,6 @@ if TYPE_CHECKING:
 #: that are looked for, the reason.
 OUTSIDE: Final = (
     (
-        "nccl",
-        re.compile(r"NCCL"),
-        "needs NCCL, which no process can have without a card",
-    ),
-    (
         "refused",
         re.compile(r"UnsupportedOnSimulatedDeviceError|simulated card"),
         "refused by name",
@@ -54,7 +49,6 @@ KINDS: Final = (
     "refused",
     "hub",
     "kernels",
-    "nccl",
     "host",
     "explained",
     "unexplained",

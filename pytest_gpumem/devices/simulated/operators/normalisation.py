@@ -57,3 +57,130 @@ register(
     compute=only(_rms_norm_backward),
     source="layer_norm.cpp, rms_norm_composite",
 )
+
+
+# -- torch.nn.SyncBatchNorm: kernels that only a card has -------------------------------
+
+
+def _wide(source: torch.Tensor) -> torch.Tensor:
+    """Return what a kernel computes with: single precision for halves."""
+    return source if source.dtype.itemsize > 2 else source.float()  # noqa: PLR2004  # bytes
+
+
+def _by_channel(figures: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return figures of channels in the shape of a batch."""
+    return figures.view(1, -1, *(1 for _dim in range(like.dim() - 2)))
+
+
+def _batch_dims(source: torch.Tensor) -> list[int]:
+    return [dim for dim in range(source.dim()) if dim != 1]
+
+
+def _batch_norm_stats(source: torch.Tensor, eps: float) -> Any:
+    """Mean and inverse deviation of each channel."""
+    wide, dims = _wide(source), _batch_dims(source)
+    mean = wide.mean(dims)
+    variance = (wide - _by_channel(mean, wide)).square().mean(dims)
+    return mean, (variance + eps).rsqrt()
+
+
+def _batch_norm_gather_stats_with_counts(  # noqa: PLR0917  # the operator's signature
+    _source: torch.Tensor,
+    means: torch.Tensor,
+    inverses: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_variance: torch.Tensor | None,
+    momentum: float,
+    eps: float,
+    counts: torch.Tensor,
+) -> Any:
+    """The same over several ranks, one after the other as the kernel adds them."""
+    mean, squares = means[0] * 0, means[0] * 0
+    total = counts[0] * 0
+    for count, each, inverse in zip(counts, means, inverses, strict=True):
+        variance = (1 / inverse).square() - eps
+        both = total + count
+        squares = squares + variance * count
+        squares = squares + (mean - each).square() * total * count / both
+        mean = (total * mean + count * each) / both
+        total = both
+    if running_mean is not None:
+        running_mean.mul_(1 - momentum).add_(momentum * mean)
+    if running_variance is not None:
+        running_variance.mul_(1 - momentum).add_(momentum * squares / (total - 1))
+    return mean, (squares / total + eps).rsqrt()
+
+
+def _batch_norm_elemt(  # the operator's signature
+    source: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    inverse: torch.Tensor,
+    _eps: float,
+) -> torch.Tensor:
+    """Each element, by its channel's figures."""
+    wide = _wide(source)
+    found = (wide - _by_channel(mean, wide)) * _by_channel(inverse, wide)
+    if weight is not None:
+        found = found * _by_channel(_wide(weight), wide)
+    if bias is not None:
+        found = found + _by_channel(_wide(bias), wide)
+    return found.to(source.dtype)
+
+
+def _batch_norm_backward_reduce(  # noqa: PLR0917  # the operator's signature
+    grad: torch.Tensor,
+    source: torch.Tensor,
+    mean: torch.Tensor,
+    inverse: torch.Tensor,
+    weight: torch.Tensor | None,
+    input_g: bool,  # noqa: FBT001
+    weight_g: bool,  # noqa: FBT001
+    bias_g: bool,  # noqa: FBT001
+) -> Any:
+    """Sums over the batch, and the gradients of weight and bias."""
+    wide, upcast, dims = _wide(source), _wide(grad), _batch_dims(source)
+    total = upcast.sum(dims)
+    centred = (upcast * (wide - _by_channel(mean, wide))).sum(dims)
+    kind = total.dtype if weight is None else weight.dtype
+    return (
+        total if input_g else None,
+        centred if input_g else None,
+        (centred * inverse).to(kind) if weight_g else None,
+        total.to(kind, copy=True) if bias_g else None,
+    )
+
+
+def _batch_norm_backward_elemt(  # noqa: PLR0917  # the operator's signature
+    grad: torch.Tensor,
+    source: torch.Tensor,
+    mean: torch.Tensor,
+    inverse: torch.Tensor,
+    weight: torch.Tensor | None,
+    sum_dy: torch.Tensor,
+    sum_dy_xmu: torch.Tensor,
+    count: torch.Tensor,
+) -> torch.Tensor:
+    """Gradient of each element, from the sums of all ranks."""
+    wide, number = _wide(source), count.sum()
+    centred = wide - _by_channel(mean, wide)
+    slope = _by_channel(sum_dy_xmu / number * inverse.square(), wide)
+    found = _wide(grad) - _by_channel(sum_dy / number, wide) - centred * slope
+    scale = inverse if weight is None else inverse * _wide(weight)
+    return (found * _by_channel(scale, wide)).to(source.dtype)
+
+
+for _name, _kernel in (
+    ("batch_norm_stats", _batch_norm_stats),
+    ("batch_norm_elemt", _batch_norm_elemt),
+    ("batch_norm_backward_reduce", _batch_norm_backward_reduce),
+    ("batch_norm_backward_elemt", _batch_norm_backward_elemt),
+):
+    register(_name, compute=only(_kernel), source="cuda/Normalization.cuh")
+register(
+    "batch_norm_gather_stats_with_counts",
+    compute=only(_batch_norm_gather_stats_with_counts),
+    has_effects=True,
+    source="cuda/Normalization.cuh, batch_norm_reduce_statistics_kernel",
+)
