@@ -107,6 +107,7 @@ def test_the_kinds_add_up_to_the_peak(config_file: Path, task: FitTask) -> None:
     assert ("inputs" in kinds) == (task.kind != "load")
 
 
+@pytest.mark.slow
 def test_the_largest_batch_fits_and_the_next_does_not() -> None:
     """Found by few runs, to one part in 32; held by two more."""
     card = "160MiB,cc=8.0"

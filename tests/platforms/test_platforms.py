@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+#: Each starts several Pythons that import torch.
+pytestmark = pytest.mark.slow
+
 PLATFORMS = Path(__file__).parents[1] / "support" / "platforms"
 
 SUITE = """
