@@ -82,41 +82,29 @@ def pytest_collection_finish() -> None:
             importlib.import_module(f"torch.{name}")
 
 
-class _Heap:
-    """What was imported, kept out of the garbage collector's sight.
-
-    The plugin collects garbage around every test. With torch and transformers imported
-    those collections would take most of the time of most tests.
-    """
-
-    def __init__(self) -> None:
-        self._num_modules = 0
-
-    def freeze(self) -> None:
-        """Freeze what is there, if much has been imported since the last time."""
-        if len(sys.modules) > self._num_modules + 20:
-            self._num_modules = len(sys.modules)
-            gc.collect()
-            gc.freeze()
-
-    def thaw(self) -> None:
-        """Let collections see everything, until the next test freezes it again."""
-        self._num_modules = 0
-        gc.unfreeze()
-
-
-_HEAP = _Heap()
+#: As many objects as are collected in no time.
+_FEW_OBJECTS = 10_000
 
 
 @pytest.fixture(autouse=True)
 def _heap_is_frozen() -> None:
-    _HEAP.freeze()
+    """Keep what was imported out of the garbage collector's sight.
+
+    The plugin collects garbage around every test. With torch and transformers imported
+    those collections would take most of the time of most tests.
+    """
+    if len(gc.get_objects()) > _FEW_OBJECTS:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture
 def thawed_heap(_heap_is_frozen: None) -> None:
-    """Show collections and searches for holders every object, as in a user's run."""
-    _HEAP.thaw()
+    """Show collections and searches for holders every object, as in a user's run.
+
+    The next test freezes them again.
+    """
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
