@@ -20,6 +20,7 @@ from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+MIB = 2**20
 #: As a class keeps it that is defined before there are cards.
 KEPT = {
     torch.Tensor.clone,
@@ -308,6 +309,21 @@ def test_a_parameters_class_stays_on_a_card() -> None:
     assert (Marked, "cuda:0") == (type(made), str(made.device))
     assert made.requires_grad
     assert isinstance(made, nn.Parameter)
+
+
+@pytest.mark.parametrize(
+    "make", [Marked, lambda data: torch.Tensor._make_subclass(Plain, data)]
+)
+def test_what_is_made_over_a_tensor_keeps_no_more_of_it_than_its_memory(
+    make: Any,
+) -> None:
+    """It is no view of that tensor, which would stay when it gets other data."""
+    made = make(torch.ones(MIB, device="cuda"))
+    before = _held()
+    made.data = made.data.half()
+
+    assert not made._is_view()
+    assert (4 * MIB, 2 * MIB) == (before, _held())
 
 
 # -- classes with __torch_dispatch__ ------------------------------------------------------

@@ -111,6 +111,21 @@ def as_class(tensor: torch.Tensor, kind: Any) -> Any:
         alias: Any = _alias(tensor)
     if kind is torch.Tensor or kind is SimulatedTensor:
         return alias
+    return _of_class(alias, kind)
+
+
+def _detached_as(tensor: torch.Tensor, kind: Any) -> Any:
+    """Return a tensor of a card as one of another class, of which it is no view.
+
+    Source: ``THPVariable_make_subclass`` of ``torch/csrc/autograd/python_variable.cpp``.
+    """
+    __tracebackhide__ = True
+    with torch._C.DisableTorchFunctionSubclass():
+        return _of_class(tensor.detach(), kind)
+
+
+def _of_class(alias: Any, kind: Any) -> Any:
+    """Give a new tensor of a card a user's class."""
     value, card = alias._gpumem_value, alias._gpumem_card
     take_off_card(alias)
     try:
@@ -145,7 +160,7 @@ def make_subclass(*args: Any, **options: Any) -> Any:
     kind: Any = args[0] if args else options["cls"]
     if kind is torch.nn.Parameter:
         return torch.nn.Parameter(data, wants_grad)
-    return as_class(data.detach(), kind).requires_grad_(wants_grad)
+    return _detached_as(data, kind).requires_grad_(wants_grad)
 
 
 def make_wrapper_subclass(cls: Any, size: Any, *args: Any, **options: Any) -> Any:
@@ -182,7 +197,7 @@ def new_parameter(
     """``Parameter.__new__``: a subclass of it takes a plain tensor of a card as well."""
     __tracebackhide__ = True
     if type(data) is SimulatedTensor and cls is not torch.nn.Parameter:
-        return as_class(data.detach(), cls).requires_grad_(requires_grad)
+        return _detached_as(data, cls).requires_grad_(requires_grad)
     return _new_parameter(cls, data, requires_grad)
 
 
