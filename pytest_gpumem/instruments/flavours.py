@@ -138,6 +138,36 @@ _ERRORS: Final[
         "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed "
         "in a non-contiguous input.",
     ),
+    # Source: aten/src/ATen/native/cuda/CuFFTUtils.h, CUFFT_CHECK.
+    "cufft": (RuntimeError, "cuFFT error: CUFFT_ALLOC_FAILED"),
+    # Source: aten/src/ATen/cuda/Exceptions.h, TORCH_CUSOLVER_CHECK.
+    "cusolver": (
+        RuntimeError,
+        "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling "
+        "`cusolverDnCreate(handle)`. If you keep seeing this error, you may use "
+        "`torch.backends.cuda.preferred_linalg_library()` to try linear algebra operators "
+        "with other supported backends. See https://pytorch.org/docs/stable/backends.html"
+        "#torch.backends.cuda.preferred_linalg_library",
+    ),
+    # Registers and shared memory, not the card's memory, are short.
+    "launch": (
+        torch.AcceleratorError,
+        cuda_error_text(
+            "too many resources requested for launch", "cudaErrorLaunchOutOfResources"
+        ),
+    ),
+    # NCCL takes its buffers from the driver. Source:
+    # torch/csrc/distributed/c10d/NCCLUtils.hpp, C10D_NCCL_CHECK; NCCL's include/checks.h.
+    "nccl": (
+        getattr(torch._C, "_DistBackendError", RuntimeError),  # noqa: SLF001  # torch.distributed's, which is slow to import
+        "NCCL error in: /pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:3699, "
+        "unhandled cuda error (run with NCCL_DEBUG=INFO for details), NCCL version 2.27.3\n"
+        "ncclUnhandledCudaError: Call to CUDA function failed.\n"
+        "Last error:\n"
+        "Cuda failure 2 'out of memory'",
+    ),
+    # Source: Triton's third_party/nvidia/backend/driver.c, gpuAssert.
+    "triton": (RuntimeError, "Triton Error [CUDA]: out of memory"),
     "nvml": (RuntimeError, _nvml),
     "hip": (torch.OutOfMemoryError, _hip),
     "xpu": (torch.OutOfMemoryError, _xpu),

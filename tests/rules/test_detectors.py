@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 MIB = 2**20
 #: What accelerate knows: the texts of CUDA's, ROCm's, XPU's and MPS's allocators, one
 #: of cuDNN's and the host's. It misses cudaMallocAsync, the driver, cuBLAS, cuDNN's
-#: failed allocation and NVML.
+#: failed allocation, NVML, and what other libraries of NVIDIA's say.
 ACCEPTED = {"native", "legacy", "hip", "xpu", "cudnn-unsupported", "host"}
 if Version(version("accelerate")) >= Version("1.15"):
     ACCEPTED.add("mps")

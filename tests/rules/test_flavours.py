@@ -39,6 +39,17 @@ BEGINNINGS = {
     ),
     "cudnn": (RuntimeError, "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     "cudnn-unsupported": (RuntimeError, "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED."),
+    "cufft": (RuntimeError, "cuFFT error: CUFFT_ALLOC_FAILED"),
+    "cusolver": (
+        RuntimeError,
+        "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate",
+    ),
+    "launch": (
+        torch.AcceleratorError,
+        "CUDA error: too many resources requested for launch\n",
+    ),
+    "nccl": (torch.distributed.DistBackendError, "NCCL error in: "),
+    "triton": (RuntimeError, "Triton Error [CUDA]: out of memory"),
     "nvml": (RuntimeError, "NVML_SUCCESS == r INTERNAL ASSERT FAILED at"),
     "hip": (
         torch.OutOfMemoryError,
