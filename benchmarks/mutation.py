@@ -33,6 +33,9 @@ MODULES = {
     "sweeps/summary": "sweep_model",
     "records/staircase": "sweep_model",
     "records/memory": "records",
+    "records/codec": "records fuzz_files",
+    "records/junit": "records",
+    "records/record": "records",
     "allocator/oom_text": "oom_text allocator",
     "allocator/blocks": "allocator replay",
     "allocator/freelist": "freelist",
@@ -47,7 +50,6 @@ MODULES = {
     "tenancy/queue": "tenancy",
     "baselines/baseline": "baselines",
     "baselines/gate": "baselines",
-    "reports/check": "fuzz_files",
     "recording/shape": "fuzz_files",
     # Minutes for each mutant, as the judges wait for threads and for hangs.
     "guards": "stacks",

@@ -15,12 +15,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 from pytest_gpumem.instruments.timeline import Series
-from pytest_gpumem.records.memory import MemoryFigures, to_properties
+from pytest_gpumem.plugin.record import keep
+from pytest_gpumem.records.memory import MemoryFigures
+from pytest_gpumem.records.record import LimitOutcome, PhaseFigures, Record
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,7 +34,7 @@ KINDS = ("json", "html", "md")
 FILE = "suite.recorded"
 
 
-def properties(number: int) -> list[tuple[str, Any]]:
+def record(number: int) -> Record:
     """Return what a test's report carries."""
     series = Series()
     for event in range(EVENTS):
@@ -50,23 +52,17 @@ def properties(number: int) -> list[tuple[str, Any]]:
             for n in range(12)
         ],
     }
-    limit = {
-        "metric": "allocated",
-        "device_index": 0,
-        "phase": "call",
-        "limit_bytes": 2 * peak,
-        "measured_bytes": peak,
-        "held": True,
-    }
     figures = MemoryFigures(0, peak, peak, peak, peak, 0, 0, 0, 0, 0)
-    return [
-        ("gpumem.environment", "Tesla T4, simulated, torch 2.13"),
-        ("gpumem.host", "host"),
-        ("gpumem.timeline", json.dumps([card], separators=(",", ":"))),
-        ("gpumem.limits", json.dumps([limit], separators=(",", ":"))),
-        *to_properties("setup", figures),
-        *to_properties("call", figures),
-    ]
+    return Record(
+        "",
+        "passed",
+        0.0,
+        "Tesla T4, simulated, torch 2.13",
+        [PhaseFigures.of(phase, figures) for phase in ("setup", "call")],
+        host="host",
+        limits=[LimitOutcome("allocated", 0, "call", 2 * peak, peak, held=True)],
+        timeline=json.dumps([card], separators=(",", ":")),
+    )
 
 
 class Recorded(pytest.Item):
@@ -76,7 +72,9 @@ class Recorded(pytest.Item):
 
     def runtest(self) -> None:
         """Carry what a recorded test carries."""
-        self.user_properties += properties(self.number)
+        own = record(self.number)
+        own.nodeid = self.nodeid
+        keep(self, own)
 
 
 class Suite(pytest.File):

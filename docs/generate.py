@@ -20,6 +20,7 @@ from generators.environment import environment  # noqa: E402  # likewise
 from generators.fixtures import fixtures  # noqa: E402  # likewise
 from generators.markers import markers  # noqa: E402  # likewise
 from generators.options import options  # noqa: E402  # likewise
+from generators.report_schema import report_schema  # noqa: E402  # likewise
 from generators.rules import rules  # noqa: E402  # likewise
 from generators.simulated_device import simulated_device  # noqa: E402  # likewise
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 PAGES: dict[str, Callable[[], str]] = {
     "simulated-device.md": simulated_device,
+    "report.schema.json": report_schema,
     "rules.md": rules,
     "reference/options.md": options,
     "reference/markers.md": markers,

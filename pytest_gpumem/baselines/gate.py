@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from pytest_gpumem.baselines.baseline import BEFORE, GROWTH, LEFT, METRICS, REQUESTED
 from pytest_gpumem.errors import SizeError
+from pytest_gpumem.records.run import Change
 from pytest_gpumem.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
@@ -84,46 +85,6 @@ MANY: Final = 3
 #: The gate of a run that names none. The same code on the same card allocates the same
 #: bytes; what is left for is a new version's other choice of a kernel.
 DEFAULT: Final = (Tolerance("allocated", share=0.01),)
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """A figure of a test or a fixture, before and now.
-
-    Attributes:
-        test: The test, or the fixture.
-        metric: The metric; a card but the first is named in it. It is what was added
-            (the absolute peak against an entry of format 1), or ends in ``left``.
-        before: Bytes in the baseline.
-        now: Bytes in this run.
-        is_regression: Whether it is more than what is allowed.
-    """
-
-    test: str
-    metric: str
-    before: int
-    now: int
-    is_regression: bool
-
-    @property
-    def percent(self) -> float:
-        """By how much it changed."""
-        if self.before == 0:
-            return float("inf") if self.now else 0.0
-        return (self.now - self.before) / self.before * 100
-
-    @property
-    def excess(self) -> int:
-        """By how many bytes it changed."""
-        return self.now - self.before
-
-    def __str__(self) -> str:
-        sign = "+" if self.now >= self.before else "-"
-        delta = format_size(abs(self.now - self.before))
-        return (
-            f"{self.metric} {format_size(self.before)} -> {format_size(self.now)} "
-            f"({sign}{delta}, {self.percent:+.1f} %)"
-        )
 
 
 def compare(

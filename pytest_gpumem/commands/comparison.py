@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pytest_gpumem.baselines.baseline import (
     METRICS,
@@ -21,7 +21,9 @@ from pytest_gpumem.tables import align
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from pytest_gpumem.baselines.gate import Change, Tolerance
+    from pytest_gpumem.baselines.gate import Tolerance
+    from pytest_gpumem.records.record import LimitOutcome, Record
+    from pytest_gpumem.records.run import Change
     from pytest_gpumem.reports.document import Report
 
 _Peaks = dict[str, dict[str, dict[str, int]]]
@@ -103,26 +105,23 @@ def _peaks(source: Report | Baseline) -> _Peaks:
                 )
         return peaks
     for test in source.tests:
-        record = test.record()
-        found = record["growth"] or _absolute(record)
-        known = peaks.setdefault(record["environment"], {})
+        found = test.growth or _absolute(test)
+        known = peaks.setdefault(test.environment, {})
         if found:
             known[test.nodeid] = found
-        for made in record["fixture_growth"]:
-            name = f"{made['key']} (fixture)"
-            known[name] = larger(known.get(name, {}), made["peaks"])
+        for made in test.fixture_growth:
+            name = f"{made.key} (fixture)"
+            known[name] = larger(known.get(name, {}), made.peaks)
     return {environment: known for environment, known in peaks.items() if known}
 
 
-def _absolute(record: Mapping[str, Any]) -> dict[str, int]:
+def _absolute(test: Record) -> dict[str, int]:
     """Return the peaks of a test of which its report does not say what it added."""
     before = {"call": "", "children": "children "}
     return {
-        before[each["phase"]] + metric_key(metric, each["device_index"]): int(
-            each[f"peak_{metric}_bytes"]
-        )
-        for each in record["figures"]
-        if each["phase"] in before
+        before[each.phase] + metric_key(metric, each.device_index): each.peak(metric)
+        or 0
+        for each in test.of_phase(*before)
         for metric in METRICS
     }
 
@@ -150,42 +149,41 @@ def _limits(before: Report | Baseline, now: Report | Baseline) -> Iterator[str]:
         return
     then, today = _held(before), _held(now)
     for key in sorted(then.keys() & today.keys()):
-        if then[key]["held"] == today[key]["held"]:
+        if then[key].held == today[key].held:
             continue
         (test, words), limit = key, today[key]
-        verb = "holds again" if limit["held"] else "is broken now"
-        excess = limit["measured_bytes"] - limit["limit_bytes"]
+        verb = "holds again" if limit.held else "is broken now"
+        excess = limit.measured_bytes - limit.limit_bytes
         yield (
             f"a limit {verb}: {test}: {words}: "
-            f"{format_size(limit['measured_bytes'])} of "
-            f"{format_size(limit['limit_bytes'])}"
+            f"{format_size(limit.measured_bytes)} of "
+            f"{format_size(limit.limit_bytes)}"
             + (f", {format_size(excess)} too much" if excess > 0 else "")
         )
 
 
-def _held(report: Report) -> dict[tuple[str, str], Any]:
+def _held(report: Report) -> dict[tuple[str, str], LimitOutcome]:
     return {
         (test.nodeid, limit_words(limit)): limit
         for test in report.tests
-        for limit in test.record()["limits"]
+        for limit in test.limits
     }
 
 
 def _table(changes: Iterable[Change]) -> list[str]:
-    ranked = sorted(changes, key=lambda each: -abs(each.now - each.before))
+    ranked = sorted(changes, key=lambda each: -abs(each.excess))
     if not ranked:
         return []
     rows = [("before", "now", "Δ", "%", "metric", "test")]
-    for each in ranked:
-        delta = each.now - each.before
-        rows.append(
-            (
-                format_size(each.before),
-                format_size(each.now),
-                f"{'+' if delta >= 0 else '-'}{format_size(abs(delta))}",
-                f"{each.percent:+.1f}",
-                each.metric + (" !" if each.is_regression else ""),
-                each.test,
-            )
+    rows += [
+        (
+            format_size(each.before),
+            format_size(each.now),
+            each.excess_text,
+            f"{each.percent:+.1f}",
+            each.metric + (" !" if each.is_regression else ""),
+            each.test,
         )
+        for each in ranked
+    ]
     return align(rows, left=(4,))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pytest_gpumem.devices.selection import torch_build
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from pytest_gpumem.devices import Device
+    from pytest_gpumem.records.run import Environment
 
 
 def environment_of(device: Device) -> str:
@@ -36,32 +37,32 @@ def environment_name(names: Iterable[str], kind: str, torch_version: str) -> str
     return f"{' + '.join(dict.fromkeys(names))}, {kind}, torch {version}"
 
 
-def facts_of(device: Device | None, backend: str) -> dict[str, Any]:
+def facts_of(device: Device | None, backend: str) -> Environment:
     """Return the machine and its cards, as reports have them; sizes are bytes.
 
     Args:
         device: The cards; None where nothing in this process asked for one.
         backend: ``"cuda"``, ``"simulated"`` or ``"off"``.
     """
+    from pytest_gpumem.records.run import CardFacts, Environment  # noqa: PLC0415  # for reports
+
     build = torch_build()
     indices = range(0 if device is None else device.device_count)
-    return {
-        "host": platform.node(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "torch": None if build is None else build.version,
-        "backend": backend,
-        "driver": driver_version() if backend == "cuda" else None,
-        "cards": [
-            {
-                "name": device.name(index),
-                "total_bytes": device.total_bytes(index),
-                "budget_bytes": device.budget(index),
-            }
+    return Environment(
+        host=platform.node(),
+        python=platform.python_version(),
+        platform=platform.platform(),
+        torch=None if build is None else build.version,
+        backend=backend,  # type: ignore[arg-type]  # one of the three
+        driver=driver_version() if backend == "cuda" else None,
+        cards=tuple(
+            CardFacts(
+                device.name(index), device.total_bytes(index), device.budget(index)
+            )
             for index in indices
             if device is not None
-        ],
-    }
+        ),
+    )
 
 
 def driver_version() -> str | None:

@@ -85,7 +85,7 @@ class FallbackReport:
         return [{"cause": step.cause, **asdict(step)} for step in self.steps]
 
     def __str__(self) -> str:
-        return staircase_table(self.to_json())
+        return staircase_table(self.steps)
 
     def check(self) -> None:
         """Raise unless every step is as it should be.

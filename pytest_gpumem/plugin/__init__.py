@@ -27,7 +27,8 @@ from pytest_gpumem.plugin.fixtures import (
 )
 from pytest_gpumem.plugin.hub import HubAdvice, HubModels
 from pytest_gpumem.plugin.options import add_options
-from pytest_gpumem.plugin.outputs import check_outputs
+from pytest_gpumem.plugin.outputs import STEP_SUMMARY, check_outputs
+from pytest_gpumem.plugin.record import Attachment, Collector
 from pytest_gpumem.plugin.session import Run
 from pytest_gpumem.plugin.settings import (
     OPTIONS,
@@ -37,7 +38,7 @@ from pytest_gpumem.plugin.settings import (
     read_settings,
     warn_of_removed,
 )
-from pytest_gpumem.plugin.summary import DroppedNote, SummaryPlugin
+from pytest_gpumem.plugin.summary import SummaryPlugin, notes
 from pytest_gpumem.plugin.unasked import Unasked
 
 PLUGIN_NAME: Final = "gpumem-session"
@@ -92,123 +93,114 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _configure(run: Run, config: pytest.Config) -> None:
+    register = config.pluginmanager.register
     collection = Collection(run, config)
-    config.pluginmanager.register(run, PLUGIN_NAME)
-    config.pluginmanager.register(collection, "gpumem-collection")
-    config.pluginmanager.register(run.children, "gpumem-children")
-    config.pluginmanager.register(HubAdvice, "gpumem-hub-advice")
+    register(run, PLUGIN_NAME)
+    register(collection, "gpumem-collection")
+    register(run.children, "gpumem-children")
+    register(HubAdvice, "gpumem-hub-advice")
     is_real = run.choice.kind == "cuda" and run.settings.share == "equal"
     if run.sharing.admits or is_real:
         # Before what else runs tests, such as the search for their smallest budgets.
         _share(run, config, collection)
-    is_worker = hasattr(config, "workerinput")
-    if not is_worker:
-        check_outputs(run.settings, config)
-        run.endings = Endings(is_strict=run.settings.is_strict)
-        config.pluginmanager.register(run.endings, ENDINGS_NAME)
     if run.settings.baseline is not None:
-        _gate(run, config)
-    _measure(run, config)
-    if run.settings.suggest or run.settings.find_budget:
-        _suggest(run, config)
-    if is_worker:
-        config.pluginmanager.register(DroppedNote(collection.phases), "gpumem-dropped")
+        from pytest_gpumem.plugin.gate import WORKER_INPUT, Gate  # noqa: PLC0415  # there is a baseline
+
+        text = getattr(config, "workerinput", {}).get(WORKER_INPUT)
+        run.gate = Gate(run.settings, text)
+    if run.gate is not None or run.settings.reports:
+        from pytest_gpumem.plugin.growth import Growth  # noqa: PLC0415  # somebody wants it
+
+        run.growth = Growth(run)
+        register(run.growth, "gpumem-growth")
+    if hasattr(config, "workerinput"):
+        _tell_controller(run, config, collection)
     else:
-        config.pluginmanager.register(
-            SummaryPlugin(run, collection.phases, config), "gpumem-summary"
-        )
-        _control(run, config)
-        if os.environ.get("GITHUB_ACTIONS") == "true":
-            _annotate(config)
-    if run.settings.reports or os.environ.get("GITHUB_STEP_SUMMARY"):
-        _report(run, config)
+        _control(run, config, collection)
+    if run.settings.find_budget:
+        _find_budgets(run, config)
+    register(Attachment, "gpumem-attachment")
 
 
 def _share(run: Run, config: pytest.Config, collection: Collection) -> None:
     from pytest_gpumem.plugin.admission import Admission  # noqa: PLC0415  # there are others
-    from pytest_gpumem.plugin.contention import Contention  # noqa: PLC0415  # likewise
-    from pytest_gpumem.plugin.workers import IDLE_INPUT  # noqa: PLC0415  # likewise
+    from pytest_gpumem.plugin.contention import Contention  # noqa: PLC0415  # there are others
+    from pytest_gpumem.plugin.workers import IDLE_INPUT  # noqa: PLC0415  # there are others
 
     given = getattr(config, "workerinput", {})
-    admission = Admission(
-        run,
-        collection.phases,
-        collection.wishes,
-        frozenset(json.loads(given.get(IDLE_INPUT, "[]"))),
-    )
+    idle = frozenset(json.loads(given.get(IDLE_INPUT, "[]")))
+    admission = Admission(run, collection.phases, collection.wishes, idle)
     contention = Contention(run, collection.wishes)
     collection.incidents.listeners.append(contention.note)
     config.pluginmanager.register(admission, "gpumem-admission")
     config.pluginmanager.register(contention, "gpumem-contention")
 
 
-def _control(run: Run, config: pytest.Config) -> None:
+def _tell_controller(run: Run, config: pytest.Config, collection: Collection) -> None:
+    """Have a worker of pytest-xdist tell what only it knows."""
+    from pytest_gpumem.plugin.workers import WorkerNotes  # noqa: PLC0415  # it is one
+
+    told = WorkerNotes(config)
+    told.parts.update(notes(collection.phases))
+    if run.gate is not None:
+        from pytest_gpumem.plugin.baseline_record import Spared  # noqa: PLC0415  # there is a baseline
+
+        spared = Spared()
+        told.parts["spared"] = lambda: sorted(spared.spared)
+        config.pluginmanager.register(spared, "gpumem-spared")
+    if run.settings.reports or os.environ.get(STEP_SUMMARY):
+        from pytest_gpumem.plugin.reporting import machine_of  # noqa: PLC0415  # a report is written
+        from pytest_gpumem.records.codec import encode  # noqa: PLC0415  # a report is written
+
+        told.parts["machine"] = lambda: encode(machine_of(run))
+    config.pluginmanager.register(told, "gpumem-notes")
+
+
+def _control(run: Run, config: pytest.Config, collection: Collection) -> None:
+    """Have the process in which reports arrive collect them and say what came of it."""
+    register = config.pluginmanager.register
+    check_outputs(run.settings, config)
+    run.endings = Endings(is_strict=run.settings.is_strict)
+    register(run.endings, ENDINGS_NAME)
+    collector = Collector()
+    register(collector, "gpumem-collector")
+    if run.gate is not None:
+        from pytest_gpumem.plugin.baseline_summary import BaselineSummary  # noqa: PLC0415  # there is a baseline
+
+        plugin = BaselineSummary(run, run.gate, config, collector, run.endings)
+        register(plugin, "gpumem-baseline")
+    summary = SummaryPlugin(run, collection.phases, config, collector)
+    register(summary, "gpumem-summary")
     is_distributed = bool(config.getoption("tx", default=None))
-    if not is_distributed and run.choice.kind != "cuda":
-        return
-    from pytest_gpumem.plugin.history import History  # noqa: PLC0415  # there are workers
-    from pytest_gpumem.plugin.sharing_summary import SharingSummary  # noqa: PLC0415  # likewise
-    from pytest_gpumem.plugin.workers import Workers  # noqa: PLC0415  # likewise
+    if is_distributed or run.choice.kind == "cuda":
+        from pytest_gpumem.plugin.history import History  # noqa: PLC0415  # cards are shared
 
-    history = History(config)
-    config.pluginmanager.register(history, "gpumem-history")
-    config.pluginmanager.register(SharingSummary(), "gpumem-sharing")
-    if is_distributed and run.settings.share != "own":
-        config.pluginmanager.register(
-            Workers(history, run.settings.share), "gpumem-workers"
+        history = History(config, collector)
+        register(history, "gpumem-history")
+        if is_distributed and run.settings.share != "own":
+            from pytest_gpumem.plugin.workers import Workers  # noqa: PLC0415  # there are workers
+
+            register(Workers(history, run.settings.share), "gpumem-workers")
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        from pytest_gpumem.plugin.annotations import Annotations  # noqa: PLC0415  # GitHub shows them
+
+        annotations = Annotations(config)
+        collector.listeners.append(annotations.take)
+        register(annotations, "gpumem-annotations")
+    if run.settings.reports or os.environ.get(STEP_SUMMARY):
+        from pytest_gpumem.plugin.reporting import Reporting  # noqa: PLC0415  # one was asked for
+
+        register(Reporting(run, config, collector), "gpumem-reports")
+
+
+def _find_budgets(run: Run, config: pytest.Config) -> None:
+    if config.getoption("usepdb", default=False):
+        raise pytest.UsageError(
+            "--gpu-find-budget makes tests fail on purpose; run it without --pdb"
         )
+    from pytest_gpumem.plugin.smallest import SmallestBudgets  # noqa: PLC0415  # it was asked for
 
-
-def _report(run: Run, config: pytest.Config) -> None:
-    from pytest_gpumem.plugin.reporting import MachineNote, Reporting  # noqa: PLC0415  # one was asked for
-
-    kind = MachineNote if hasattr(config, "workerinput") else Reporting
-    config.pluginmanager.register(kind(run, config), "gpumem-reports")
-
-
-def _annotate(config: pytest.Config) -> None:
-    from pytest_gpumem.plugin.annotations import Annotations  # noqa: PLC0415  # GitHub shows them
-
-    config.pluginmanager.register(Annotations(config), "gpumem-annotations")
-
-
-def _suggest(run: Run, config: pytest.Config) -> None:
-    from pytest_gpumem.plugin.suggest import Suggestions  # noqa: PLC0415  # it was asked for
-
-    if not hasattr(config, "workerinput"):
-        plugin = Suggestions(run)
-        config.pluginmanager.register(plugin, "gpumem-suggestions")
-    if run.settings.find_budget:
-        if config.getoption("usepdb", default=False):
-            raise pytest.UsageError(
-                "--gpu-find-budget makes tests fail on purpose; run it without --pdb"
-            )
-        from pytest_gpumem.plugin.smallest import SmallestBudgets  # noqa: PLC0415  # likewise
-
-        config.pluginmanager.register(SmallestBudgets(run), "gpumem-smallest")
-
-
-def _measure(run: Run, config: pytest.Config) -> None:
-    if run.gate is None and not run.settings.reports:
-        return
-    from pytest_gpumem.plugin.growth import Growth  # noqa: PLC0415  # somebody wants it
-
-    run.growth = Growth(run)
-    config.pluginmanager.register(run.growth, "gpumem-growth")
-
-
-def _gate(run: Run, config: pytest.Config) -> None:
-    from pytest_gpumem.plugin.baseline_record import Spared  # noqa: PLC0415  # there is a baseline
-    from pytest_gpumem.plugin.baseline_summary import BaselineSummary  # noqa: PLC0415  # likewise
-    from pytest_gpumem.plugin.gate import WORKER_INPUT, Gate  # noqa: PLC0415  # likewise
-
-    text = getattr(config, "workerinput", {}).get(WORKER_INPUT)
-    run.gate = Gate(run.settings, text)
-    if run.endings is not None:
-        plugin = BaselineSummary(run, run.gate, config, run.endings)
-        config.pluginmanager.register(plugin, "gpumem-baseline")
-    else:
-        config.pluginmanager.register(Spared(config), "gpumem-spared")
+    config.pluginmanager.register(SmallestBudgets(run), "gpumem-smallest")
 
 
 __all__ = [

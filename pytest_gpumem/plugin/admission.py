@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from pytest_gpumem.errors import AdmissionTimeoutError
-from pytest_gpumem.plugin import marks
 from pytest_gpumem.plugin.claims import Claim, declared_claims
+from pytest_gpumem.plugin.record import has_record, record_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
 
     from pytest_gpumem.devices import Device
+    from pytest_gpumem.plugin import marks
     from pytest_gpumem.plugin.phases import Phases
     from pytest_gpumem.plugin.session import Run
 
@@ -74,10 +75,8 @@ class Admission:
     def pytest_runtest_teardown(self, item: pytest.Item) -> None:
         """Say how long a test waited, if it turned out to need a card."""
         waited_s, self._waited_s = self._waited_s, 0.0
-        if waited_s > _SHORT_S and (
-            item in self._wishes or marks.has_figures(item.user_properties)
-        ):
-            item.user_properties.append((marks.WAIT_PROPERTY, f"{waited_s:.2f}"))
+        if waited_s > _SHORT_S and (item in self._wishes or has_record(item)):
+            record_of(item).waited_s = round(waited_s, 2)
 
     def _claim(self, item: pytest.Item, stack: ExitStack) -> None:
         if item.get_closest_marker("skip") is not None:

@@ -4,32 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from pytest_gpumem.plugin import marks
 from pytest_gpumem.reports.annotations import Place, error_command, place_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from pytest_gpumem.plugin.record import Finished
 
 #: Where the checkout is.
 WORKSPACE: Final = "GITHUB_WORKSPACE"
-#: A test that fails and has one of these failed for its memory.
-_REASONS: Final = (
-    marks.BROKEN_PROPERTY,
-    marks.INCIDENT_PROPERTY,
-    marks.SWEEP_PROPERTY,
-    marks.FALLBACK_PROPERTY,
-)
-
-
-class _Failure(NamedTuple):
-    """A test that failed: where it is, and the first line of what was raised."""
-
-    place: Place | None
-    text: str
 
 
 class Annotations:
@@ -47,31 +32,26 @@ class Annotations:
         self._start: Final = Path(config.invocation_params.dir)
         workspace = os.environ.get(WORKSPACE)
         self._workspace: Final = Path(workspace) if workspace else self._root
-        self._failures: Final[dict[str, _Failure]] = {}
         self._commands: Final[list[str]] = []
 
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Note a failure; once the test is over, what is known of its memory."""
-        if report.failed:
-            failure = _Failure(self._place(report), _first_line(report))
-            self._failures.setdefault(report.nodeid, failure)
-        if report.when == "teardown":
-            failed = self._failures.pop(report.nodeid, None)
-            if failed is not None:
-                self._annotate(report.nodeid, failed, dict(report.user_properties))
-
-    def _annotate(
-        self, test: str, failure: _Failure, known: Mapping[str, object]
-    ) -> None:
-        if not any(name in known for name in _REASONS):
+    def take(self, test: Finished) -> None:
+        """Note a test that failed for its memory."""
+        record = test.record
+        if test.failure is None or record is None:
             return
-        reasons = (known.get(name) for name in _REASONS[:2])
-        text = next((str(each) for each in reasons if each), failure.text)
-        self._add(f"{test}: {text}", failure.place, "GPU memory")
-        site = known.get(marks.SITE_PROPERTY)
-        place = place_of(str(site or ""), (self._start, self._root))
-        if place is not None and place != failure.place:
-            self._add(f"{test}: {text}\nat {site}", place, "GPU memory: allocated here")
+        reason = record.broken_limit or record.incident
+        if not (reason or record.sweeps or record.fallbacks):
+            return
+        text = reason or _first_line(test.failure)
+        failed_at = self._place(test.failure)
+        self._add(f"{test.nodeid}: {text}", failed_at, "GPU memory")
+        place = place_of(record.site or "", (self._start, self._root))
+        if place is not None and place != failed_at:
+            self._add(
+                f"{test.nodeid}: {text}\nat {record.site}",
+                place,
+                "GPU memory: allocated here",
+            )
 
     def _add(self, message: str, place: Place | None, title: str) -> None:
         self._commands.append(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -10,35 +9,27 @@ import pytest
 from pytest_gpumem.baselines.baseline import larger
 from pytest_gpumem.baselines.gate import compare
 from pytest_gpumem.plugin.gate import WORKER_INPUT
-from pytest_gpumem.plugin.growth import FIXTURE_PROPERTY, GROWTH_PROPERTY
-from pytest_gpumem.plugin.marks import (
-    BROKEN_PROPERTY,
-    ENVIRONMENT_PROPERTY,
-    OVER_PROPERTY,
-)
+from pytest_gpumem.plugin.record import mark_over_limit
+from pytest_gpumem.plugin.workers import notes_of
+from pytest_gpumem.records.record import Judgement
 from pytest_gpumem.sizes import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from pytest_gpumem.plugin.gate import Gate
+    from pytest_gpumem.plugin.record import Collector, Finished
     from pytest_gpumem.plugin.session import Run
+    from pytest_gpumem.records.record import Record
 
-#: Where a worker tells what it collected and does not run.
-WORKER_OUTPUT: Final = "gpumem_spared"
 #: Options with which a run is told to run some of its tests.
 _CHOOSING: Final = ("keyword", "markexpr", "deselect", "lf", "maxfail", "stepwise")
 
 
 class Spared:
-    """Knows which tests were collected and do not run, by whomever they were left out.
+    """Knows which tests were collected and do not run, by whomever they were left out."""
 
-    Args:
-        config: The run's.
-    """
-
-    def __init__(self, config: pytest.Config) -> None:
-        self._config: Final = config
+    def __init__(self) -> None:
         self._seen: Final[set[str]] = set()
         #: The tests that run.
         self.kept: Final[set[str]] = set()
@@ -61,12 +52,6 @@ class Spared:
         """The tests that were left out."""
         return self._seen - self.kept
 
-    def pytest_sessionfinish(self) -> None:
-        """Tell the controller, from a worker."""
-        output: Any = getattr(self._config, "workeroutput", None)
-        if output is not None:
-            output[WORKER_OUTPUT] = sorted(self.spared)
-
 
 class BaselineRecord(Spared):
     """Takes in what ran and what it added, where reports arrive.
@@ -75,19 +60,25 @@ class BaselineRecord(Spared):
         run: The run.
         gate: The baseline.
         config: The run's.
+        collector: Where the records arrive.
     """
 
-    def __init__(self, run: Run, gate: Gate, config: pytest.Config) -> None:
-        super().__init__(config)
+    def __init__(
+        self, run: Run, gate: Gate, config: pytest.Config, collector: Collector
+    ) -> None:
+        super().__init__()
         self._run: Final = run
         self._gate: Final = gate
+        self._config: Final = config
         self._session: pytest.Session | None = None
         self._peaks: Final[dict[str, dict[str, dict[str, int]]]] = {}
         self._fixtures: Final[dict[str, dict[str, dict[str, int]]]] = {}
-        self._told: Final[dict[str, dict[str, Any]]] = {}
-        self._failed: Final[set[str]] = set()
+        #: Bytes that tests paid for others, or others for them, by test and figure.
+        self._moved: Final[dict[str, dict[str, int]]] = {}
+        self._failed: Final = collector.failed
+        self._finished: Final = collector.outcomes
         self._left_out: Final[set[str]] = set()
-        self._finished: Final[set[str]] = set()
+        collector.listeners.append(self._take)
         #: Fixtures that failed, and the tests that are listed below them.
         self._culprits: Final[dict[str, list[str]]] = {}
 
@@ -113,45 +104,37 @@ class BaselineRecord(Spared):
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
         """Note what a worker left out; one that crashed has not told."""
-        output = getattr(node, "workeroutput", {})
-        self._left_out.update(output.get(WORKER_OUTPUT, ()))
+        self._left_out.update(notes_of(node).get("spared", ()))
 
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+    def _take(self, finished: Finished) -> None:
         """Take in what a test added once it is over."""
-        if report.failed:
-            self._failed.add(report.nodeid)
-        if report.skipped:
-            self._left_out.add(report.nodeid)
-        if report.when != "teardown":
+        if finished.outcome == "skipped":
+            self._left_out.add(finished.nodeid)
+        record = finished.record
+        if record is None or not record.environment:
             return
-        self._finished.add(report.nodeid)
-        environment = dict(report.user_properties).get(ENVIRONMENT_PROPERTY)
-        if environment is None:
-            return
-        for name, value in report.user_properties:
-            if name == GROWTH_PROPERTY:
-                self._take(str(environment), report.nodeid, json.loads(str(value)))
-            elif name == FIXTURE_PROPERTY:
-                made = json.loads(str(value))
-                self._take_fixture(str(environment), made["key"], made["peaks"])
+        if record.growth:
+            self._take_growth(record)
+        for made in record.fixture_growth:
+            self._take_fixture(record.environment, made.key, made.peaks)
 
-    def _take(self, environment: str, test: str, told: dict[str, Any]) -> None:
-        self._peaks.setdefault(environment, {})[test] = told["peaks"]
-        self._told[test] = told
-        for key in told.get("because", ()):
+    def _take_growth(self, record: Record) -> None:
+        test, judgement = record.nodeid, record.judgement or Judgement()
+        self._peaks.setdefault(record.environment, {})[test] = record.growth
+        self._moved[test] = judgement.moved
+        for key in judgement.because:
             if key not in self._culprits:  # it is new, and so has failed nobody
                 text = f"the fixture {key} is new, and its tests need more"
                 self._fail(key, f"{text} than the baseline {self._gate.name} allows")
             self._culprits[key].append(test)
-        for name, other, nbytes in told.get("denied", ()):
-            self._deny(environment, other, name, nbytes, test)
+        for name, other, nbytes in judgement.denied:
+            self._deny(record.environment, other, name, nbytes, test)
 
     def _deny(
         self, environment: str, test: str, name: str, nbytes: int, other: str
     ) -> None:
         """Fail a test that was taken to pay for another one's first use."""
-        told = self._told.get(test, {})
-        told["moved"] = {}
+        self._moved[test] = {}
         before, is_carried = self._gate.known(environment).test(test)
         if before is None or is_carried or self._gate.updates or test in self._failed:
             return
@@ -190,7 +173,6 @@ class BaselineRecord(Spared):
             self._session.testscollected += 1
         hook = self._config.hook
         location = (name.partition("::")[0], None, name.partition("::")[2] or name)
-        properties = [(OVER_PROPERTY, 1), (BROKEN_PROPERTY, text.partition("\n")[0])]
         for when, outcome in (("call", "failed"), ("teardown", "passed")):
             report = pytest.TestReport(
                 nodeid=name,
@@ -199,14 +181,15 @@ class BaselineRecord(Spared):
                 outcome=outcome,  # type: ignore[arg-type]  # one of the two that it names
                 longrepr=text if outcome == "failed" else None,
                 when=when,  # type: ignore[arg-type]  # likewise
-                user_properties=properties if outcome == "failed" else [],
             )
+            if report.failed:
+                mark_over_limit(report)
             hook.pytest_runtest_logreport(report=report)
 
     # -- what is stale ----------------------------------------------------------------------
 
     def _num_unfinished(self) -> int:
-        return len(self.kept - self._finished)
+        return len(self.kept - self._finished.keys())
 
     @property
     def _is_chosen(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import pytest
 
@@ -12,12 +12,13 @@ from pytest_gpumem.baselines.baseline import (
     has_growth,
     torch_of,
 )
-from pytest_gpumem.baselines.gate import Change, compare, moved_by_torch, shifted
+from pytest_gpumem.baselines.gate import compare, moved_by_torch, shifted
 from pytest_gpumem.devices.environment import environment_name
 from pytest_gpumem.devices.selection import torch_build
 from pytest_gpumem.errors import BaselineError
 from pytest_gpumem.plugin.baseline_record import BaselineRecord
 from pytest_gpumem.plugin.gate import adjusted
+from pytest_gpumem.records.run import Change, Entry
 from pytest_gpumem.sizes import format_size
 
 if TYPE_CHECKING:
@@ -25,17 +26,13 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.plugin.endings import Endings
     from pytest_gpumem.plugin.gate import Gate
+    from pytest_gpumem.plugin.record import Collector
     from pytest_gpumem.plugin.session import Run
 
 #: Changes and stale tests that are listed without ``-v``.
 TOP: Final = 20
 #: Names that a sentence lists.
 FEW: Final = 3
-
-
-def entry(environment: str, test: str, peaks: Mapping[str, int]) -> dict[str, Any]:
-    """Return a test that is new or stale as reports have it."""
-    return {"environment": environment, "test": test, "peaks": dict(peaks)}
 
 
 class BaselineSummary(BaselineRecord):
@@ -45,20 +42,26 @@ class BaselineSummary(BaselineRecord):
         run: The run.
         gate: The baseline.
         config: The run's.
+        collector: Where the records arrive.
         endings: Told of what fails the run beside its tests.
     """
 
     def __init__(
-        self, run: Run, gate: Gate, config: pytest.Config, endings: Endings
+        self,
+        run: Run,
+        gate: Gate,
+        config: pytest.Config,
+        collector: Collector,
+        endings: Endings,
     ) -> None:
-        super().__init__(run, gate, config)
+        super().__init__(run, gate, config, collector)
         self._endings: Final = endings
         self._lines: list[tuple[str, str, bool]] = []
         #: What differs from the baseline, for reports.
         self.changes: list[Change] = []
         #: What is new in this run and what is stale in the file, likewise.
-        self.new: list[dict[str, Any]] = []
-        self.stale: list[dict[str, Any]] = []
+        self.new: list[Entry] = []
+        self.stale: list[Entry] = []
 
     # -- what comes of it -----------------------------------------------------------------
 
@@ -196,7 +199,7 @@ class BaselineSummary(BaselineRecord):
             return False
         if {each for each in before.keys() ^ now.keys() if not each.endswith(LEFT)}:
             return False
-        moved = self._told.get(name, {}).get("moved", {})
+        moved = self._moved.get(name, {})
         return not compare(name, before, adjusted(now, moved), ())
 
     # -- comparing ------------------------------------------------------------------------
@@ -210,10 +213,10 @@ class BaselineSummary(BaselineRecord):
             for test, peaks in sorted(tests.items()):
                 before, is_carried = known.test(test)
                 if before is None or (is_carried and self._gate.updates):
-                    self.new.append(entry(environment, test, peaks))
+                    self.new.append(Entry(environment, test, dict(peaks)))
                     counts["new"] += 1
                 elif not is_carried:
-                    now = adjusted(peaks, self._told[test].get("moved", {}))
+                    now = adjusted(peaks, self._moved.get(test, {}))
                     found = compare(test, before, now, tolerances)
                     counts["changed" if found else "the same"] += 1
                     self.changes += found
@@ -222,9 +225,9 @@ class BaselineSummary(BaselineRecord):
                 if before is not None and not is_carried:
                     self.changes += compare(key, before, peaks, tolerances)
                 elif before is None and known.has_growth:
-                    self.new.append(entry(environment, key, peaks))
+                    self.new.append(Entry(environment, key, dict(peaks)))
         self.stale = [
-            entry(environment, test, self._gate.baseline.peaks[environment][test])
+            Entry(environment, test, self._gate.baseline.peaks[environment][test])
             for environment, tests in sorted(stale.items())
             for test in tests
         ]
@@ -236,7 +239,7 @@ class BaselineSummary(BaselineRecord):
             self._compare_carried(environment)
         for key, tests in self._culprits.items():
             self._say(f"the fixture {key} grew{self._below(tests)}", "red")
-        ranked = sorted(self.changes, key=lambda each: -abs(each.now - each.before))
+        ranked = sorted(self.changes, key=lambda each: -abs(each.excess))
         for change in ranked:
             colour = "red" if change.is_regression else ""
             colour = "green" if change.now < change.before else colour
@@ -266,10 +269,10 @@ class BaselineSummary(BaselineRecord):
         return f"; because of it, and so not failures of their own: {_few(tests)}"
 
     def _tell_stale(self) -> None:
-        cpu = [each["test"] for each in self.stale if each["test"] in self._finished]
+        cpu = [each.test for each in self.stale if each.test in self._finished]
         for each in self.stale:
-            why = "uses no card any more" if each["test"] in cpu else "is no more"
-            text = f"stale: {each['test']} {why}"
+            why = "uses no card any more" if each.test in cpu else "is no more"
+            text = f"stale: {each.test} {why}"
             self._say(text, "yellow", is_detail=True)
         if cpu:
             self._endings.is_inert(
@@ -280,18 +283,16 @@ class BaselineSummary(BaselineRecord):
 
     def _tell_new(self) -> None:
         tests = [
-            each["test"]
-            for each in self.new
-            if self._gate.known(each["environment"]).tests
+            each.test for each in self.new if self._gate.known(each.environment).tests
         ]
         renamed = {
-            each["test"]: gone["test"]
+            each.test: gone.test
             for each in self.new
             for gone in self.stale
-            if gone["environment"] == each["environment"]
-            and gone["test"] not in self._finished
-            and has_growth(gone["peaks"])
-            and not compare("", gone["peaks"], each["peaks"], ())
+            if gone.environment == each.environment
+            and gone.test not in self._finished
+            and has_growth(gone.peaks)
+            and not compare("", gone.peaks, each.peaks, ())
         }
         for test, before in renamed.items():
             self._say(f"{test} has the figures of {before}: it was renamed, it seems")
@@ -325,9 +326,7 @@ class BaselineSummary(BaselineRecord):
         if not tests:
             return
         now = {
-            test: adjusted(
-                self._peaks[environment][test], self._told[test].get("moved", {})
-            )
+            test: adjusted(self._peaks[environment][test], self._moved.get(test, {}))
             for test in tests
         }
         pairs = [(before, now[test]) for test, before in tests.items()]

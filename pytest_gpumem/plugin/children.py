@@ -22,11 +22,7 @@ from pytest_gpumem.inheritance import (
     Inheritance,
     present_tenants,
 )
-from pytest_gpumem.plugin.marks import (
-    CHILDREN_PROPERTY,
-    ENVIRONMENT_PROPERTY,
-    HOST_PROPERTY,
-)
+from pytest_gpumem.plugin.record import record_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
@@ -194,7 +190,7 @@ class Children:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None]:
-        """Put children's figures into a test's properties once it is over."""
+        """Put children's figures into a test's record once it is over."""
         try:
             return (yield)
         finally:
@@ -203,17 +199,14 @@ class Children:
                 self._tell(item, children)
 
     def _tell(self, item: pytest.Item, children: list[ChildFigures]) -> None:
-        from pytest_gpumem.records.memory import to_properties  # noqa: PLC0415  # there are some
+        from pytest_gpumem.records.record import PhaseFigures  # noqa: PLC0415  # there are some
 
-        properties = item.user_properties
-        if not any(name == ENVIRONMENT_PROPERTY for name, _value in properties):
-            properties += [
-                (ENVIRONMENT_PROPERTY, children[0].environment),
-                (HOST_PROPERTY, platform.node()),
-            ]
-        properties.append((CHILDREN_PROPERTY, len(children)))
-        for figures in self.together(children):
-            properties.extend(to_properties(PHASE, figures))
+        record = record_of(item)
+        if not record.environment:
+            record.environment, record.host = children[0].environment, platform.node()
+        record.children = len(children)
+        together = self.together(children)
+        record.figures += [PhaseFigures.of(PHASE, each) for each in together]
         for child in children:
             self._seen[child.path] = child.num_requests
             if not _is_alive(child.pid):

@@ -62,17 +62,6 @@ class Collection:
         if self._run.choice.kind != "off" and not self._is_registered:
             self._register()
 
-    def pytest_report_teststatus(
-        self, report: pytest.TestReport | pytest.CollectReport
-    ) -> tuple[str, str, tuple[str, dict[str, bool]]] | None:
-        """Show a broken limit as such: V, among the failures and errors."""
-        if not report.failed or not isinstance(report, pytest.TestReport):
-            return None
-        if not any(name == marks.OVER_PROPERTY for name, _ in report.user_properties):
-            return None
-        category = "failed" if report.when == "call" else "error"
-        return category, "V", ("OVER VRAM LIMIT", {"red": True})
-
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Share the points of a sweep out to the workers of pytest-xdist."""
         settings = self._run.settings

@@ -7,16 +7,17 @@ one. The test fails; its marker ``requires_vram`` makes it wait for its bytes in
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from pytest_gpumem.plugin import marks
+from pytest_gpumem.plugin.record import record_of
+from pytest_gpumem.records.record import Contention as Record
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
 
+    from pytest_gpumem.plugin import marks
     from pytest_gpumem.plugin.session import Run
     from pytest_gpumem.records.incidents import Incident
 
@@ -35,7 +36,7 @@ class Contention:
         self._run: Final = run
         self._wishes: Final = wishes
         self._item: pytest.Item | None = None
-        self._seen: dict[str, Any] | None = None
+        self._seen: Record | None = None
 
     def note(self, incident: Incident) -> None:
         """Look at an OOM while it lasts."""
@@ -54,13 +55,9 @@ class Contention:
         share = self._run.sharing.cap_bytes(device, index)
         lacks_share = budget is None and share is not None
         if lacks_share or total - others - incident.reserved_bytes < nbytes:
-            self._seen = {
-                "device_index": index,
-                "needed_bytes": needed,
-                "share_bytes": share if lacks_share else None,
-                "others_bytes": others,
-                "site": incident.site,
-            }
+            self._seen = Record(
+                index, needed, share if lacks_share else None, others, incident.site
+            )
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None]:
@@ -75,8 +72,7 @@ class Contention:
         """Say of a failure what the OOM was, and which marker the test lacks."""
         report = yield
         if report.failed and self._seen is not None:
-            told = (marks.CONTENTION_PROPERTY, json.dumps(self._seen))
-            item.user_properties.append(told)
+            record_of(item).contention = self._seen
             text = f"{describe(self._seen)}; {advice(self._seen)}"
             report.sections.append(("GPU contention", text))
             self._seen = None
@@ -85,19 +81,19 @@ class Contention:
         return report
 
 
-def describe(seen: Mapping[str, Any]) -> str:
+def describe(seen: Record) -> str:
     """Return what an OOM under contention was, on one line."""
     from pytest_gpumem.sizes import format_size  # noqa: PLC0415  # it happens seldom
 
-    needed = f"an OOM under contention: {format_size(seen['needed_bytes'])} were needed"
-    others = f"others held {format_size(seen['others_bytes'])}"
-    if seen["share_bytes"] is None:
+    needed = f"an OOM under contention: {format_size(seen.needed_bytes)} were needed"
+    others = f"others held {format_size(seen.others_bytes)}"
+    if seen.share_bytes is None:
         return f"{needed}, {others}"
-    return f"{needed} of a share of {format_size(seen['share_bytes'])}, {others}"
+    return f"{needed} of a share of {format_size(seen.share_bytes)}, {others}"
 
 
-def advice(seen: Mapping[str, Any]) -> str:
+def advice(seen: Record) -> str:
     """Return which marker makes the test wait for its bytes."""
-    mebibytes = -(-seen["needed_bytes"] // _MIB)
+    mebibytes = -(-seen.needed_bytes // _MIB)
     size = f"{mebibytes // 1024}GiB" if mebibytes % 1024 == 0 else f"{mebibytes}MiB"
     return f'@pytest.mark.requires_vram("{size}") makes it wait until that much is free'

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_gpumem.plugin.marks import FALLBACK_PROPERTY
+from pytest_gpumem.plugin.record import record_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -95,11 +94,12 @@ def fallback(request: pytest.FixtureRequest) -> Callable[..., FallbackReport]:
     """
     _session(request.config).require_device()
     from pytest_gpumem.instruments.fallback import check_fallback  # noqa: PLC0415
+    from pytest_gpumem.records.record import FallbackStep  # noqa: PLC0415
 
     def check(load: Callable[[], Any], **options: Any) -> FallbackReport:
         report = check_fallback(load, **options)
-        steps = json.dumps(report.to_json())
-        request.node.user_properties.append((FALLBACK_PROPERTY, steps))
+        steps = [FallbackStep(**each) for each in report.to_json()]
+        record_of(request.node).fallbacks.append(steps)
         report.check()
         return report
 

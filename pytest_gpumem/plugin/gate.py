@@ -11,7 +11,7 @@ beside the other tests.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import pytest
 
@@ -24,20 +24,22 @@ from pytest_gpumem.baselines.baseline import (
 )
 from pytest_gpumem.baselines.gate import (
     DEFAULT,
-    Change,
     FirstUses,
     Tolerance,
     compare,
 )
 from pytest_gpumem.errors import BaselineError
+from pytest_gpumem.records.record import Judgement
 from pytest_gpumem.sizes import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from pytest_gpumem.baselines.baseline import Peaks
-    from pytest_gpumem.plugin.growth import Growth, MadeFixture
+    from pytest_gpumem.plugin.growth import Growth
     from pytest_gpumem.plugin.settings import Settings
+    from pytest_gpumem.records.record import MadeFixture
+    from pytest_gpumem.records.run import Change
 
 
 #: Where a worker finds the baseline's text.
@@ -112,10 +114,8 @@ class Gate:
         self._known: Final[dict[str, Known]] = {}
         self._uses: Final[dict[str, FirstUses]] = {}
         self._environment = ""
-        #: What is to be known of the running test beside its figures: which bytes it
-        #: paid for others (``moved``), which fixtures explain what it needs
-        #: (``because``), and who is to blame after all (``denied``).
-        self.judgement: dict[str, Any] = {}
+        #: What is to be known of the running test beside its figures.
+        self.judgement = Judgement()
         #: What the running test is taken to have paid for others, until its teardown
         #: shows whether that stays; and what to say if it does not.
         self._excused: tuple[dict[str, int], str] = ({}, "")
@@ -146,7 +146,7 @@ class Gate:
 
     def begin(self) -> None:
         """Begin with a test, before its setup."""
-        self.judgement = {}
+        self.judgement = Judgement()
         self._excused = ({}, "")
         self._ratio = 1.0
 
@@ -159,7 +159,7 @@ class Gate:
             self._uses[environment] = FirstUses(known.all_tests)
         paid = self._uses[environment].begin(item.nodeid)
         if paid:
-            self.judgement["moved"] = {name: -nbytes for name, nbytes in paid.items()}
+            self.judgement.moved = {name: -nbytes for name, nbytes in paid.items()}
         if before is None or is_carried or self.updates:
             return None
         return self._judge(item, before, growth, known)
@@ -169,15 +169,15 @@ class Gate:
     ) -> str | None:
         uses = self._uses[self._environment]
         test, peaks = item.nodeid, growth.peaks
-        moved = dict(self.judgement.get("moved", {}))
+        moved = dict(self.judgement.moved)
         bad = self._grown(test, before, peaks, moved)
         if bad and moved and not self._grown(test, before, peaks, {}):
             # It pays itself after all: who paid in its place has leaked.
-            self.judgement = {"denied": uses.deny(test)}
+            self.judgement = Judgement(denied=uses.deny(test))
             bad = []
         if bad:
             self._explain(bad, growth.used_by(item), known)
-        if not bad or self.judgement.get("because"):
+        if not bad or self.judgement.because:
             return None
         text = self._text(bad, peaks, before, growth)
         if not has_growth(before):
@@ -247,7 +247,7 @@ class Gate:
             if each.metric.endswith("allocated")
         )
         if grown and (is_wider or explained):
-            self.judgement["because"] = sorted(grown)
+            self.judgement.because = sorted(grown)
             self._ratio = ratio
 
     def _text(
@@ -291,17 +291,17 @@ class Gate:
         if before is None or not has_growth(before):
             return None
         uses = self._uses[self._environment]
-        moved: dict[str, int] = dict(self.judgement.get("moved", {}))
+        moved: dict[str, int] = dict(self.judgement.moved)
         changes = self._left_changes(test, before, adjusted(left, moved))
         if changes and moved:
             # It leaves its own after all: who paid in its place has leaked.
-            self.judgement["denied"] = uses.deny(test)
+            self.judgement.denied = uses.deny(test)
             moved = {}
         for name, nbytes in self._more(before, left, moved).items():
             if uses.can_pay(test, name, nbytes):
                 uses.pay(test, name, nbytes)
                 moved[name] = nbytes
-        self.judgement["moved"] = moved
+        self.judgement.moved = moved
         excused, text = self._excused
         if any(nbytes > moved.get(name, 0) for name, nbytes in excused.items()):
             return text  # what it had more did not stay

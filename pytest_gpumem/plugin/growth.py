@@ -17,10 +17,9 @@ from __future__ import annotations
 
 import gc
 import inspect
-import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
@@ -32,6 +31,8 @@ from pytest_gpumem.baselines.baseline import (
     REQUESTED,
     metric_key,
 )
+from pytest_gpumem.plugin.record import record_of
+from pytest_gpumem.records.record import MadeFixture
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Mapping
@@ -39,30 +40,12 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices import Device, Tracker
     from pytest_gpumem.plugin.session import Run
     from pytest_gpumem.records.memory import MemoryFigures
-
-#: A test's property: what it added to the cards; as JSON.
-GROWTH_PROPERTY: Final = "gpumem.growth"
-#: A test's property: a fixture that was made for it, and what that added; as JSON.
-FIXTURE_PROPERTY: Final = "gpumem.fixture_growth"
+    from pytest_gpumem.records.record import Judgement
 
 _WORDS: Final = (*METRICS, REQUESTED)
 
 #: Bytes by card and metric.
 Bytes = dict[tuple[int, str], int]
-
-
-class MadeFixture(NamedTuple):
-    """A fixture that was made, and what it added.
-
-    Attributes:
-        key: Where it is defined, its name and its parameter.
-        scope: Its scope.
-        peaks: Its figures, as a baseline has them.
-    """
-
-    key: str
-    scope: str
-    peaks: dict[str, int]
 
 
 def current_bytes(device: Device) -> Bytes:
@@ -272,16 +255,18 @@ class Growth:
                 peaks[f"{key} {BEFORE}"] = max(before, 0)
 
     def tell(
-        self, item: pytest.Item, left: Mapping[str, int], judgement: Any = None
+        self,
+        item: pytest.Item,
+        left: Mapping[str, int],
+        judgement: Judgement | None = None,
     ) -> None:
-        """Put what a test and its fixtures have added into the test's properties."""
-        for made in self.made:
-            text = json.dumps(made._asdict(), separators=(",", ":"))
-            item.user_properties.append((FIXTURE_PROPERTY, text))
+        """Put what a test and its fixtures have added into the test's record."""
+        if self.made:
+            record_of(item).fixture_growth += self.made
         if self.peaks:
-            told = {"peaks": {**self.peaks, **left}, **(judgement or {})}
-            text = json.dumps(told, separators=(",", ":"))
-            item.user_properties.append((GROWTH_PROPERTY, text))
+            record = record_of(item)
+            record.growth = {**self.peaks, **left}
+            record.judgement = judgement
 
     # -- fixtures -------------------------------------------------------------------------
 

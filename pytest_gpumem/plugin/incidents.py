@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from pytest_gpumem.plugin import marks
+from pytest_gpumem.plugin.record import record_of, taken
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices import Device
     from pytest_gpumem.plugin.session import Run
     from pytest_gpumem.records.incidents import Incident
-
-#: A test's property: the file of its snapshot.
-SNAPSHOT_PROPERTY: Final = "gpumem.snapshot"
 
 
 class Incidents:
@@ -84,10 +81,8 @@ class Incidents:
 
         last = incidents[-1]
         lines = explain(last, count=len(incidents))
-        item.user_properties += [
-            (marks.INCIDENT_PROPERTY, headline(last)),
-            (marks.SITE_PROPERTY, last.site),
-        ]
+        record = record_of(item)
+        record.incident, record.site = headline(last), last.site
         folder = self._run.settings.snapshots
         if folder is not None and self._snapshot is not None:
             from pytest_gpumem.instruments.snapshots import write_snapshot  # noqa: PLC0415  # likewise
@@ -98,7 +93,7 @@ class Incidents:
                 lines.append(f"the snapshot could not be written: {error}")
             else:
                 lines.append(f"snapshot for https://pytorch.org/memory_viz: {file}")
-                item.user_properties.append((SNAPSHOT_PROPERTY, str(file)))
+                record.snapshot = str(file)
         report.sections.append((TITLE, "\n".join(lines)))
 
     def _forget(self) -> None:
@@ -115,7 +110,7 @@ def _causes(
     A test that a limit or a baseline failed has survived every OOM it met.
     """
     message = str(getattr(getattr(call.excinfo, "value", None), "msg", ""))
-    broken = (marks.BROKEN_PROPERTY, message.partition("\n")[0])
-    if broken not in item.user_properties:
+    record = taken(item)
+    if record is None or record.broken_limit != message.partition("\n")[0]:
         return incidents
     return [each for each in incidents if each.kind == "limit"]

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 
 from pytest_gpumem.devices import allocated_bytes
-from pytest_gpumem.plugin import marks
+from pytest_gpumem.plugin.record import record_of
 from pytest_gpumem.plugin.sampling import why_unknown
+from pytest_gpumem.records.record import LimitOutcome
 from pytest_gpumem.sizes import format_size
 
 if TYPE_CHECKING:
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices import Device
     from pytest_gpumem.instruments.witness import OomWitness
+    from pytest_gpumem.plugin import marks
     from pytest_gpumem.records.memory import MemoryFigures
+    from pytest_gpumem.records.record import Record
 
 
 class _Bound(NamedTuple):
@@ -88,7 +91,8 @@ class Limits:
 
     def _judge(self, bound: _Bound, phase: str, figures: MemoryFigures) -> str:
         """Return what is wrong with one card's peak; empty if nothing is."""
-        peak, about = figures.peak(bound.limit.metric), bound.limit.metric
+        about: str = bound.limit.metric
+        peak = figures.peak(about)
         if peak is None and figures.peak_reserved_bytes > bound.nbytes:
             peak, about = figures.peak_reserved_bytes, f"{about} at least"
         if peak is None:
@@ -110,30 +114,27 @@ class Limits:
             )
         return ""
 
-    def outcome(self, item: pytest.Item) -> list[dict[str, Any]]:
-        """Return each limit with what was measured, from a test's properties."""
-        from pytest_gpumem.records.memory import from_properties  # noqa: PLC0415  # there are figures
-
+    def outcomes(self, record: Record) -> list[LimitOutcome]:
+        """Return each limit with what was measured, from a test's record."""
         peaks: dict[_Bound, int] = {}
         unknown: set[_Bound] = set()
-        for (phase, index), figures in from_properties(
-            dict(item.user_properties)
-        ).items():
-            for bound in self._of(phase):
-                if bound.device_index == index:
+        for figures in record.figures:
+            for bound in self._of(figures.phase):
+                if bound.device_index == figures.device_index:
                     peak = figures.peak(bound.limit.metric)
                     if peak is None:
                         peak = figures.peak_reserved_bytes  # that much at least
                         unknown.add(bound)
                     peaks[bound] = max(peak, peaks.get(bound, 0))
         return [
-            outcome_of(
+            LimitOutcome(
                 bound.limit.metric,
                 bound.device_index,
                 bound.limit.phase,
                 bound.nbytes,
                 peaks.get(bound, 0),
-                is_known=bound not in unknown,
+                # One whose bytes are not known did not hold.
+                bound not in unknown and peaks.get(bound, 0) <= bound.nbytes,
             )
             for bound in self._bounds
             # Most tests start no process that uses a card.
@@ -156,37 +157,13 @@ class Limits:
         return where
 
 
-def outcome_of(
-    metric: str,
-    device_index: int | None,
-    phase: str,
-    limit: int,
-    measured: int,
-    *,
-    is_known: bool = True,
-) -> dict[str, Any]:
-    """Return a limit as reports have it; bytes are ``int``.
-
-    One whose bytes are not known did not hold.
-    """
-    return {
-        "metric": metric,
-        "device_index": device_index,
-        "phase": phase,
-        "limit_bytes": limit,
-        "measured_bytes": measured,
-        "held": is_known and measured <= limit,
-    }
-
-
 def fail(item: pytest.Item, text: str) -> None:
     """Fail a test for a limit, in a way that its report can be told by.
 
     Raises:
         pytest.fail.Exception: Always.
     """
-    item.user_properties.append((marks.OVER_PROPERTY, 1))
-    item.user_properties.append((marks.BROKEN_PROPERTY, text.partition("\n")[0]))
+    record_of(item).broken_limit = text.partition("\n")[0]
     pytest.fail(text, pytrace=False)
 
 
@@ -211,7 +188,7 @@ class LeakCheck:
         self._start = allocated_bytes(device) - held_by_fixtures
         self._blocks = blocks_on_cards()
         #: What came of it, once it was checked.
-        self.outcome: dict[str, Any] | None = None
+        self.outcome: LimitOutcome | None = None
 
     def check(self, held_by_fixtures: int) -> None:
         """Fail the test if it left more than it may.
@@ -242,7 +219,9 @@ class LeakCheck:
         fail(self._item, "\n".join(lines))
 
     def _note(self, left: int) -> None:
-        self.outcome = outcome_of("leak", None, "test", self._allowed, max(left, 0))
+        self.outcome = LimitOutcome(
+            "leak", None, "test", self._allowed, max(left, 0), left <= self._allowed
+        )
 
     def _left(self, held_by_fixtures: int) -> int:
         return allocated_bytes(self._device) - held_by_fixtures - self._start

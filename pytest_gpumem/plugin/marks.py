@@ -10,63 +10,11 @@ import pytest
 from pytest_gpumem.errors import GpuMemError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
+    from pytest_gpumem.records.record import LimitPhase, Metric
     from pytest_gpumem.rules.rule import Rule
     from pytest_gpumem.sizes import SizeSpec
-
-#: A test's property that holds what a sweep found, as JSON.
-SWEEP_PROPERTY: Final = "gpumem.sweep"
-#: How far a sweep is; only on reports of its points, on their way to the terminal.
-PROGRESS_PROPERTY: Final = "gpumem.sweep-progress"
-
-#: A test's property: the environment that its figures belong to.
-ENVIRONMENT_PROPERTY: Final = "gpumem.environment"
-
-#: A test's property: the host that it ran on.
-HOST_PROPERTY: Final = "gpumem.host"
-
-#: A test's property: its limits, what was measured, and whether they held; as JSON.
-LIMITS_PROPERTY: Final = "gpumem.limits"
-
-#: A test's property: how many of its child processes used a card.
-CHILDREN_PROPERTY: Final = "gpumem.children"
-
-#: A test's property that says that a limit of it was broken.
-OVER_PROPERTY: Final = "gpumem.over_limit"
-
-#: A test's property: what the limit was and how it was broken, on one line.
-BROKEN_PROPERTY: Final = "gpumem.broken_limit"
-
-#: A test's property: what happened when its memory ran out, on one line.
-INCIDENT_PROPERTY: Final = "gpumem.incident"
-
-#: A test's property: where that was, ``"file.py:42 in function (phase)"``.
-SITE_PROPERTY: Final = "gpumem.site"
-
-#: A test's property: why its process bytes are not known, in words.
-UNKNOWN_PROPERTY: Final = "gpumem.unknown"
-
-#: A test's property: its cards over time, and what was live at the peak; as JSON.
-TIMELINE_PROPERTY: Final = "gpumem.timeline"
-
-#: A test's property: the steps of a fallback's check, as JSON.
-FALLBACK_PROPERTY: Final = "gpumem.fallback"
-
-#: A test's property: the smallest limit on allocated bytes that its markers set.
-LIMIT_PROPERTY: Final = "gpumem.max_vram"
-
-#: A test's property: the smallest budget under which it passes.
-SMALLEST_PROPERTY: Final = "gpumem.smallest_budget"
-
-#: A test's property: how long it waited for its bytes of a card, in seconds.
-WAIT_PROPERTY: Final = "gpumem.waited_s"
-
-#: A test's property: the OOM under contention after which it was retried; as JSON.
-CONTENTION_PROPERTY: Final = "gpumem.contention"
-
-#: A test's property: why that was not sought or found, or what was amiss in it.
-SMALLEST_NOTE_PROPERTY: Final = "gpumem.smallest_budget_note"
 
 #: Kinds of reports that show timelines.
 DETAILED: Final = ("json", "html")
@@ -125,9 +73,9 @@ class Limit(NamedTuple):
     """
 
     size: SizeSpec
-    metric: str = "allocated"
+    metric: Metric = "allocated"
     device_index: int | None = None
-    phase: str = "call"
+    phase: LimitPhase = "call"
 
 
 def _size(value: Any) -> SizeSpec:
@@ -268,11 +216,6 @@ def is_swept(test: pytest.Item, *, sweeps_fallbacks: bool) -> bool:
     """Tell whether a test's markers ask for a sweep; see ``wishes``."""
     names = {mark.name for mark in test.iter_markers()}
     return "oom_sweep" in names or (sweeps_fallbacks and "oom_fallback" in names)
-
-
-def has_figures(properties: Iterable[tuple[str, object]]) -> bool:
-    """Tell by a test's properties whether it used a card."""
-    return any(name.startswith("gpumem.") for name, _ in properties)
 
 
 def _distinct(limits: list[Limit]) -> tuple[Limit, ...]:

@@ -13,6 +13,7 @@ import pytest
 from pytest_gpumem.devices import allocated_bytes
 from pytest_gpumem.plugin import marks
 from pytest_gpumem.plugin.failures import Failures
+from pytest_gpumem.plugin.record import has_record, record_of
 from pytest_gpumem.plugin.sampling import is_wanted, note_unknown, with_samples
 
 if TYPE_CHECKING:
@@ -25,16 +26,6 @@ if TYPE_CHECKING:
     from pytest_gpumem.plugin.wider_fixtures import WiderFixtures
     from pytest_gpumem.records.memory import MemoryFigures
     from pytest_gpumem.rules.rule import Rule
-
-
-#: Properties that hold for every attempt at a test.
-_LASTING: Final = (
-    "gpumem.fixture.",
-    "gpumem.fixture_growth",
-    marks.SMALLEST_PROPERTY,
-    marks.WAIT_PROPERTY,
-    marks.CONTENTION_PROPERTY,
-)
 
 
 class Phases:
@@ -92,7 +83,6 @@ class Phases:
     @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None]:
         """Set the test's budget and record the setup."""
-        _forget_attempt(item)
         if self._run.growth is not None:
             self._run.growth.begin(item)
         if self._run.gate is not None:
@@ -220,7 +210,7 @@ class Phases:
         return is_wanted(self._run.settings, wishes)
 
     def _end(self, item: pytest.Item, phase: str) -> None:
-        """Put the phase's figures into the item's properties, if it used a card."""
+        """Put the phase's figures into the test's record, if it used a card."""
         self._phase = None
         device = self._run.device
         if device is None:
@@ -229,22 +219,20 @@ class Phases:
         trackers, self._trackers = self._trackers, []
         figures = [tracker.close() for tracker in trackers]
         if self._used(device):
-            from pytest_gpumem.records.memory import to_properties  # noqa: PLC0415  # there are figures
+            from pytest_gpumem.records.record import PhaseFigures  # noqa: PLC0415  # there are figures
 
-            environment = (marks.ENVIRONMENT_PROPERTY, self._run.environment())
-            if environment not in item.user_properties:
-                host = (marks.HOST_PROPERTY, platform.node())
-                item.user_properties += [environment, host]
+            record = record_of(item)
+            record.environment = self._run.environment()
+            record.host = platform.node()
             if self._run.settings.suggest and phase == "call":
                 self._note_limit(item, device)
             used = _used_cards(figures)
-            for each in used:
-                item.user_properties.extend(to_properties(phase, each))
+            record.figures += [PhaseFigures.of(phase, each) for each in used]
             if self._wants_samples():
                 note_unknown(item, device, used)
 
     def _note_limit(self, item: pytest.Item, device: Device) -> None:
-        """Put the limit that a test's markers set into its properties."""
+        """Put the limit that a test's markers set into its record."""
         wishes = self._wishes.get(item)
         bounds = [
             limit.size.resolve(device.total_bytes(limit.device_index or 0))
@@ -252,7 +240,7 @@ class Phases:
             if limit.metric == "allocated"
         ]
         if bounds:
-            item.user_properties.append((marks.LIMIT_PROPERTY, min(bounds)))
+            record_of(item).max_vram_bytes = min(bounds)
 
     def _start_timeline(self, device: Device) -> None:
         """Begin to record a test's timeline, if a report shows it."""
@@ -268,23 +256,19 @@ class Phases:
             return
         timeline.__exit__(None, None, None)
         # Not for a test in whose teardown an earlier test's fixture goes.
-        if marks.has_figures(item.user_properties):
-            text = json.dumps(
-                timeline.result() if timeline.is_recorded else None,
-                separators=(",", ":"),
-            )
-            item.user_properties.append((marks.TIMELINE_PROPERTY, text))
+        if has_record(item):
+            result = timeline.result() if timeline.is_recorded else None
+            record_of(item).timeline = json.dumps(result, separators=(",", ":"))
 
     def _note_limits(self, item: pytest.Item) -> None:
-        """Put the limits of a test that used a card into its properties."""
-        if not marks.has_figures(item.user_properties):
+        """Put the limits of a test that used a card into its record."""
+        if not has_record(item):
             return
-        found = [] if self._limits is None else self._limits.outcome(item)
+        record = record_of(item)
+        if self._limits is not None:
+            record.limits += self._limits.outcomes(record)
         if self._leak is not None and self._leak.outcome is not None:
-            found.append(self._leak.outcome)
-        if found:
-            text = json.dumps(found, separators=(",", ":"))
-            item.user_properties.append((marks.LIMITS_PROPERTY, text))
+            record.limits.append(self._leak.outcome)
 
     def _used(self, device: Device) -> bool:
         """Tell whether anything was asked of a card since the phase began."""
@@ -407,13 +391,3 @@ class Phases:
 
 def _used_cards(figures: list[MemoryFigures]) -> list[MemoryFigures]:
     return [each for each in figures if each.peak_reserved_bytes or each.num_ooms]
-
-
-def _forget_attempt(item: pytest.Item) -> None:
-    """Drop what an earlier attempt at a test, that is run again, left behind."""
-    if item.user_properties:
-        item.user_properties[:] = [
-            each
-            for each in item.user_properties
-            if not each[0].startswith("gpumem.") or each[0].startswith(_LASTING)
-        ]

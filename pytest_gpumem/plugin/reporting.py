@@ -1,9 +1,8 @@
-"""The run's reports: collected where reports arrive, written when the run is over."""
+"""The run's reports, written when the run is over."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -11,33 +10,32 @@ import pytest
 
 from pytest_gpumem.errors import ReportError
 from pytest_gpumem.files import write_atomically
-from pytest_gpumem.plugin.marks import TIMELINE_PROPERTY
 from pytest_gpumem.plugin.outputs import STEP_SUMMARY
+from pytest_gpumem.plugin.workers import notes_of
+from pytest_gpumem.records.codec import decode
+from pytest_gpumem.records.run import BaselineOutcome, Environment
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
 
+    from pytest_gpumem.plugin.record import Collector
     from pytest_gpumem.plugin.session import Run
     from pytest_gpumem.reports.document import Report
-    from pytest_gpumem.reports.recorded import RecordedTest
-
-#: Where a worker tells on which machine it ran.
-WORKER_OUTPUT: Final = "gpumem_machine"
-_RANK: Final = ("passed", "skipped", "failed", "error")
 
 
 class Reporting:
-    """Collects tests and writes the reports; not in workers.
+    """Writes the reports; not in workers.
 
     Args:
         run: The run.
         config: pytest's.
+        collector: Where the records are.
 
     Raises:
         pytest.UsageError: A page could not be made.
     """
 
-    def __init__(self, run: Run, config: pytest.Config) -> None:
+    def __init__(self, run: Run, config: pytest.Config, collector: Collector) -> None:
         self._run: Final = run
         self._config: Final = config
         base = Path(config.invocation_params.dir)
@@ -46,41 +44,15 @@ class Reporting:
         ]
         if any(kind == "html" for kind, _ in self._files):
             _check_pages()
-        self._pending: Final[dict[str, tuple[str, float]]] = {}
-        self._tests: Final[dict[str, RecordedTest]] = {}
-        self._machines: Final[list[dict[str, Any]]] = []
+        self._tests: Final = collector.records
+        self._machines: Final[list[Environment]] = []
         self._lines: list[tuple[str, bool]] = []
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Take a test in once it is over."""
-        outcome, seconds = self._pending.pop(report.nodeid, ("passed", 0.0))
-        now = str(report.outcome)
-        if report.failed and report.when != "call":
-            now = "error"
-        if now not in _RANK:  # pytest-rerunfailures: another attempt follows
-            return
-        outcome = max(outcome, now, key=_RANK.index)
-        seconds += report.duration
-        if report.when != "teardown":
-            self._pending[report.nodeid] = outcome, seconds
-            return
-        if not report.user_properties:
-            return
-        from pytest_gpumem.reports.recorded import test_record  # noqa: PLC0415  # there are figures
-
-        test = test_record(report.nodeid, outcome, seconds, report.user_properties)
-        if test is not None:
-            self._tests[report.nodeid] = test
-            # Neither a JUnit file nor who keeps all reports has a use for these.
-            report.user_properties[:] = [
-                each for each in report.user_properties if each[0] != TIMELINE_PROPERTY
-            ]
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
         """Take in on which machine a worker ran; one that crashed has not told."""
-        machine = getattr(node, "workeroutput", {}).get(WORKER_OUTPUT)
+        told = notes_of(node).get("machine")
+        machine = None if told is None else decode(Environment, told)
         if machine is not None and machine not in self._machines:
             self._machines.append(machine)
 
@@ -121,16 +93,13 @@ class Reporting:
                 text = f"{STEP_SUMMARY}: {summary} cannot be written: {error}"
                 self._lines.append((text, True))
 
-    def _baseline(self) -> dict[str, Any] | None:
+    def _baseline(self) -> BaselineOutcome | None:
         plugin: Any = self._config.pluginmanager.get_plugin("gpumem-baseline")
         if plugin is None or self._run.gate is None:
             return None
-        return {
-            "file": self._run.gate.name,
-            "changes": [asdict(each) for each in plugin.changes],
-            "new": plugin.new,
-            "stale": plugin.stale,
-        }
+        return BaselineOutcome(
+            self._run.gate.name, plugin.changes, plugin.new, plugin.stale
+        )
 
     def pytest_terminal_summary(
         self, terminalreporter: pytest.TerminalReporter
@@ -140,25 +109,7 @@ class Reporting:
             terminalreporter.write_line(line, yellow=is_warning)
 
 
-class MachineNote:
-    """Tells the controller on which machine a worker of pytest-xdist ran.
-
-    Args:
-        run: The worker's run.
-        config: The worker's.
-    """
-
-    def __init__(self, run: Run, config: pytest.Config) -> None:
-        self._run: Final = run
-        self._config: Final = config
-
-    def pytest_sessionfinish(self) -> None:
-        """Send it along with what xdist sends."""
-        output: dict[str, Any] = self._config.workeroutput  # type: ignore[attr-defined]  # xdist sets it
-        output[WORKER_OUTPUT] = machine_of(self._run)
-
-
-def machine_of(run: Run) -> dict[str, Any]:
+def machine_of(run: Run) -> Environment:
     """Return the machine and the cards of a run."""
     from pytest_gpumem.devices.environment import facts_of  # noqa: PLC0415  # for reports only
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from pytest_gpumem.plugin import marks
+from pytest_gpumem.plugin.record import record_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import pytest
 
     from pytest_gpumem.devices import Device, Tracker
+    from pytest_gpumem.plugin import marks
     from pytest_gpumem.plugin.settings import Settings
     from pytest_gpumem.records.memory import MemoryFigures
 
@@ -39,9 +40,10 @@ def why_unknown(device: Device, index: int) -> str:
 def note_unknown(
     item: pytest.Item, device: Device, figures: Iterable[MemoryFigures]
 ) -> None:
-    """Put into a test's properties why its process bytes are not known, if so."""
+    """Put into a test's record why its process bytes are not known, if so."""
     for each in figures:
         if each.peak_process_bytes is None:
             text = f"process bytes unknown: {why_unknown(device, each.device_index)}"
-            if (marks.UNKNOWN_PROPERTY, text) not in item.user_properties:
-                item.user_properties.append((marks.UNKNOWN_PROPERTY, text))
+            record = record_of(item)
+            if text not in (record.unknown or ""):
+                record.unknown = "; ".join(filter(None, (record.unknown, text)))

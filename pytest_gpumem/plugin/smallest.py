@@ -8,12 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from pytest_gpumem.plugin.marks import (
-    SMALLEST_NOTE_PROPERTY,
-    SMALLEST_PROPERTY,
-    has_figures,
-    is_swept,
-)
+from pytest_gpumem.plugin.marks import is_swept
+from pytest_gpumem.plugin.record import detach, has_record, keep, record_of, taken
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -66,9 +62,8 @@ class SmallestBudgets:
         try:
             return (yield from self._bounded())
         finally:
-            used = has_figures(item.user_properties)
-            if self._note and used and not self._is_trial:
-                item.user_properties.append((SMALLEST_NOTE_PROPERTY, self._note))
+            if self._note and has_record(item) and not self._is_trial:
+                record_of(item).smallest_budget_note = self._note
 
     def _bounded(self) -> Generator[None]:
         if not self._is_trial or self._patience_s is None:
@@ -91,7 +86,7 @@ class SmallestBudgets:
         with nullcontext() if witness is None else witness.paused():
             smallest = self._search(item)
         if smallest is not None:
-            item.user_properties.append((SMALLEST_PROPERTY, smallest))
+            record_of(item).smallest_budget_bytes = smallest
 
     def _search(self, item: pytest.Item) -> int | None:
         """Return the budget in bytes; None if the test fails or uses no card."""
@@ -120,23 +115,24 @@ class SmallestBudgets:
 
     def _try(self, item: pytest.Item, budget: int | None) -> tuple[bool, int]:
         """Run a test unseen; return whether it passed, and its peak of reserved bytes."""
-        from pytest_gpumem.records.memory import from_properties  # noqa: PLC0415  # there is a test
-
         runner: Any = item.config.pluginmanager.get_plugin("runner")
         parent: Any = item.parent  # as the next test: what is wider stays
         properties, sections = item.user_properties, item._report_sections  # noqa: SLF001  # pytest keeps output there
-        marks = (len(properties), len(sections))
+        marks, before = (len(properties), len(sections)), taken(item)
         parts = _Parts(item)
         self._is_trial = True
+        keep(item, None)
         try:
             with parts, self._capped(budget):
                 reports = runner.runtestprotocol(item, log=False, nextitem=parent)
-            figures = from_properties(dict(properties[marks[0] :]))
         finally:
+            keep(item, before)
             self._is_trial = False
             del properties[marks[0] :]
             del sections[marks[1] :]
-        peak = max((each.peak_reserved_bytes for each in figures.values()), default=0)
+        record = detach(reports[-1])
+        figures = [] if record is None else record.figures
+        peak = max((each.peak_reserved_bytes for each in figures), default=0)
         return all(each.passed for each in reports) and not parts.has_failed, peak
 
     @contextmanager

@@ -1,94 +1,64 @@
-"""The terminal's table of peaks, from the reports of tests run here or in workers."""
+"""The terminal's summary of a run, from the records of its tests."""
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
 from pytest_gpumem.guards import take_dropped
-from pytest_gpumem.plugin.marks import (
-    FALLBACK_PROPERTY,
-    PROGRESS_PROPERTY,
-    SWEEP_PROPERTY,
-    UNKNOWN_PROPERTY,
-)
+from pytest_gpumem.plugin.workers import notes_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from pytest_gpumem.plugin.phases import Phases
+    from pytest_gpumem.plugin.record import Collector
     from pytest_gpumem.plugin.session import Run
     from pytest_gpumem.plugin.sweep_progress import SweepProgress
-    from pytest_gpumem.reports.terminal import Row
+    from pytest_gpumem.records.record import Record
 
-#: The key of observers that were dropped, in a worker's output.
-WORKER_OUTPUT: Final = "gpumem_dropped"
-#: Where a worker tells how many allocations each rule of the run failed.
-RULES_OUTPUT: Final = "gpumem_rules"
 #: Sites of a sweep that are listed without ``-v``.
 SITES: Final = 10
 
 
+def notes(hooks: Phases) -> dict[str, Callable[[], Any]]:
+    """Return what a worker tells: which of its observers failed, and what rules did."""
+    return {"dropped": take_dropped, "rules": lambda: hooks.rule_counts}
+
+
 class SummaryPlugin:
-    """Collects figures from reports and prints them at the end.
+    """Prints what the tests needed and what was found, at the end.
 
     Args:
         run: The run.
         hooks: Its hooks, for what they know of its rules.
         config: pytest's.
+        collector: Where the records are.
     """
 
-    def __init__(self, run: Run, hooks: Phases, config: pytest.Config) -> None:
+    def __init__(
+        self, run: Run, hooks: Phases, config: pytest.Config, collector: Collector
+    ) -> None:
         self._run = run
         self._hooks = hooks
         self._config = config
         self._progress: SweepProgress | None = None
-        self._rows: list[Row] = []
-        self._fallbacks: list[tuple[str, list[dict[str, Any]]]] = []
-        self._sweeps: list[dict[str, Any]] = []
-        self._unknown: dict[str, None] = {}
+        self._tests: Final[Mapping[str, Record]] = collector.records
+        self._failed: Final = collector.failed
         self._dropped: dict[str, None] = {}
+        collector.on_progress = self._take_progress
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
-        """Take in which of a worker's observers failed; one that crashed tells none."""
-        output = getattr(node, "workeroutput", {})
-        self._dropped |= dict.fromkeys(output.get(WORKER_OUTPUT, ()))
-        for rule, count in output.get(RULES_OUTPUT, {}).items():
+        """Take in what a worker tells; one that crashed tells nothing."""
+        told = notes_of(node)
+        self._dropped |= dict.fromkeys(told.get("dropped", ()))
+        for rule, count in told.get("rules", {}).items():
             self._hooks.rule_counts[rule] += count
 
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Take the figures in once a test is over, and the progress of sweeps before."""
-        if report.when == "call":
-            for name, value in report.user_properties:
-                if name == PROGRESS_PROPERTY:
-                    self.sweep_progress.take(str(value))
-        if report.when != "teardown" or not report.user_properties:
-            return
-        self._fallbacks += [
-            (report.nodeid, json.loads(str(value)))
-            for name, value in report.user_properties
-            if name == FALLBACK_PROPERTY
-        ]
-        self._sweeps += [
-            json.loads(str(value))
-            for name, value in report.user_properties
-            if name == SWEEP_PROPERTY
-        ]
-        self._unknown |= {
-            str(value): None
-            for name, value in report.user_properties
-            if name == UNKNOWN_PROPERTY
-        }
-        from pytest_gpumem.records.memory import from_properties  # noqa: PLC0415  # there are figures
-        from pytest_gpumem.reports.terminal import Row  # noqa: PLC0415  # likewise
-
-        figures = from_properties(dict(report.user_properties))
-        self._rows.extend(
-            Row(report.nodeid, phase, each) for (phase, _index), each in figures.items()
-        )
+    def _take_progress(self, values: list[Any]) -> None:
+        self.sweep_progress.take(values)
 
     @property
     def sweep_progress(self) -> SweepProgress:
@@ -102,20 +72,23 @@ class SummaryPlugin:
     def pytest_terminal_summary(
         self, terminalreporter: pytest.TerminalReporter, config: pytest.Config
     ) -> None:
-        """Print the table, and rules that were never reached."""
+        """Print the tables, and rules that were never reached."""
         verbosity = config.get_verbosity()
-        if verbosity >= 0:
+        if verbosity >= 0 and self._tests:
             self._show_peaks(terminalreporter, detailed=verbosity > 0)
             self._show_fallbacks(terminalreporter)
             self._show_sweeps(terminalreporter, detailed=verbosity > 0)
         for text in (*self._dropped, *take_dropped()):
             terminalreporter.write_line(f"gpumem: {text}", yellow=True)
-        for text in self._unknown:
+        unknown = [each.unknown for each in self._tests.values() if each.unknown]
+        for text in dict.fromkeys(unknown):
             terminalreporter.write_line(text, yellow=True)
         endings = self._run.endings
         if endings is not None and endings.has_run:
             for text in self._inert():
                 endings.is_inert(text)
+        self._show_limits(terminalreporter)
+        self._show_sharing(terminalreporter)
 
     def _inert(self) -> Iterator[str]:
         """Yield what was asked for and held or failed nothing."""
@@ -139,7 +112,8 @@ class SummaryPlugin:
         for rule, count in self._hooks.rule_counts.items():
             if not count:
                 yield f"--gpu-inject-oom={rule} was never reached"
-        if settings.replay is not None and not self._sweeps:
+        has_swept = any(each.sweeps for each in self._tests.values())
+        if settings.replay is not None and not has_swept:
             yield (
                 f"--gpu-replay-oom={settings.replay}: nothing was replayed, as no "
                 "test that is swept ran; name the test as well, as the line does that "
@@ -147,35 +121,38 @@ class SummaryPlugin:
             )
 
     def _show_peaks(self, terminal: pytest.TerminalReporter, *, detailed: bool) -> None:
-        if not self._rows:
-            return
         from pytest_gpumem.reports.terminal import table  # noqa: PLC0415  # there are figures
 
-        terminal.section("GPU memory")
-        for line in table(self._rows, detailed=detailed):
+        lines = table(self._tests.values(), detailed=detailed)
+        if lines:
+            terminal.section("GPU memory")
+        for line in lines:
             terminal.write_line(line)
 
     def _show_fallbacks(self, terminal: pytest.TerminalReporter) -> None:
-        if not self._fallbacks:
+        checked = [each for each in self._tests.values() if each.fallbacks]
+        if not checked:
             return
         from pytest_gpumem.records.staircase import staircase_table  # noqa: PLC0415  # there is one
 
         terminal.section("fallbacks")
-        for nodeid, steps in self._fallbacks:
-            terminal.write_line(nodeid)
-            for line in staircase_table(steps).splitlines():
-                terminal.write_line(f"  {line}")
+        for test in checked:
+            for steps in test.fallbacks:
+                terminal.write_line(test.nodeid)
+                for line in staircase_table(steps).splitlines():
+                    terminal.write_line(f"  {line}")
 
     def _show_sweeps(
         self, terminal: pytest.TerminalReporter, *, detailed: bool
     ) -> None:
-        if not self._sweeps:
+        sweeps = [each for test in self._tests.values() for each in test.sweeps]
+        if not sweeps:
             return
         from pytest_gpumem.sweeps.summary import SweepSummary  # noqa: PLC0415  # there was a sweep
         from pytest_gpumem.sweeps.text import coverage_table, summarise  # noqa: PLC0415  # likewise
 
         terminal.section("OOM sweeps")
-        for (nodeid, _name), summary in SweepSummary.whole(self._sweeps).items():
+        for (nodeid, _name), summary in SweepSummary.whole(sweeps).items():
             terminal.write_line(
                 f"{nodeid}: {summarise(summary)}", red=summary.num_failures > 0
             )
@@ -183,19 +160,46 @@ class SummaryPlugin:
             for line in table.splitlines():
                 terminal.write_line(f"  {line}")
 
+    def _show_limits(self, terminal: pytest.TerminalReporter) -> None:
+        """Suggest limits, and tell the smallest budgets, if that was asked for."""
+        suggests = self._run.settings.suggest
+        if not suggests and not self._run.settings.find_budget:
+            return
+        from pytest_gpumem.reports.suggestions import Peak, budgets, explain  # noqa: PLC0415  # it was asked for
 
-class DroppedNote:
-    """Tells the controller which observers of a worker failed, and what rules did.
+        peaks = {
+            name: Peak.of(each)
+            for name, each in self._tests.items()
+            if name not in self._failed and each.of_phase("call")
+        }
+        lines = explain(peaks) if suggests else budgets(peaks)
+        if lines:
+            title = "suggested limits on" if suggests else "smallest budgets of"
+            terminal.section(f"{title} GPU memory")
+        for line in lines:
+            terminal.write_line(line)
 
-    Args:
-        hooks: The worker's hooks, for what they know of its rules.
-    """
+    def _show_sharing(self, terminal: pytest.TerminalReporter) -> None:
+        """Sum up waits, and name OOMs that other workers had a part in."""
+        waits = {name: each.waited_s for name, each in self._tests.items()}
+        waits = {name: waited_s for name, waited_s in waits.items() if waited_s}
+        contended = {
+            name: each.contention
+            for name, each in self._tests.items()
+            if each.contention is not None
+        }
+        if not waits and not contended:
+            return
+        from pytest_gpumem.plugin.contention import advice, describe  # noqa: PLC0415  # it happens seldom
 
-    def __init__(self, hooks: Phases) -> None:
-        self._hooks: Final = hooks
-
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Note them in the worker's output."""
-        output: dict[str, Any] = session.config.workeroutput  # type: ignore[attr-defined]  # xdist's
-        output[WORKER_OUTPUT] = take_dropped()
-        output[RULES_OUTPUT] = self._hooks.rule_counts
+        terminal.section("shared GPUs")
+        if waits:
+            longest = max(waits, key=lambda name: waits[name])
+            terminal.write_line(
+                f"{len(waits)} test(s) waited for their bytes of a card, "
+                f"{sum(waits.values()):.1f} s in all; the longest "
+                f"{waits[longest]:.1f} s: {longest}"
+            )
+        for name, seen in contended.items():
+            text = f"{name}: {describe(seen)}; {advice(seen)}"
+            terminal.write_line(text, yellow=True)

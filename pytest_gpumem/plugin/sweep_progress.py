@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 if TYPE_CHECKING:
     import pytest
@@ -29,10 +28,6 @@ class Progress(NamedTuple):
     total: int
     failing: int
 
-    def to_text(self) -> str:
-        """Return what a report can carry."""
-        return json.dumps(self)
-
     def __str__(self) -> str:
         failing = f", {self.failing} failing" if self.failing else ""
         return f"{self.nodeid}: {self.done} of {self.total} points{failing}"
@@ -49,9 +44,9 @@ class SweepProgress:
         self._config: Final = config
         self._shown_s: Final[dict[str, float]] = {}
 
-    def take(self, text: str) -> None:
+    def take(self, values: list[Any]) -> None:
         """Show what came with the report of a point."""
-        self.show(Progress(*json.loads(text)))
+        self.show(Progress(*values))
 
     def show(self, progress: Progress) -> None:
         """Write a line, unless the sweep has just begun or the last one is fresh."""

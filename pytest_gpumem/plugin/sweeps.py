@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shlex
 from collections import Counter
 from contextlib import nullcontext
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import pytest
 
 from pytest_gpumem.errors import SweepError
-from pytest_gpumem.plugin.marks import PROGRESS_PROPERTY, SWEEP_PROPERTY
+from pytest_gpumem.plugin.record import PROGRESS, record_of
 from pytest_gpumem.plugin.sweep_progress import Progress, show_progress
 from pytest_gpumem.sweeps.summary import SweepSummary
 from pytest_gpumem.sweeps.text import SHOWN, describe, explain, replays
@@ -152,14 +151,13 @@ class Sweeps:
             if subtests is None:
                 show_progress(item.config, so_far)
                 return
-            carried = (PROGRESS_PROPERTY, so_far.to_text())
-            item.user_properties.append(carried)
+            item.stash[PROGRESS] = list(so_far)
             try:
                 _tell(
                     item, subtests, outcome, passes=passes, is_new=seen[kind] <= SHOWN
                 )
             finally:
-                item.user_properties.remove(carried)
+                del item.stash[PROGRESS]
 
         resume = self._state_file(item, str(options["name"]))
         device = self._run.require_device()
@@ -190,13 +188,12 @@ class Sweeps:
             if error.__cause__ is not None:
                 raise error.__cause__ from None  # the test fails by itself
             raise
-        found = {
-            "nodeid": _whole_id(item),
-            **SweepSummary.of(report).to_json(),
-            "recover": report.recover,
-            "replays": replays(report, replay_line(item)),
-        }
-        item.user_properties.append((SWEEP_PROPERTY, json.dumps(found)))
+        found = SweepSummary.of(report).to_record(
+            _whole_id(item),
+            recover=report.recover,
+            replays=replays(report, replay_line(item)),
+        )
+        record_of(item).sweeps.append(found)
         return report
 
     def check(self, item: pytest.Item, report: SweepReport) -> None:

@@ -7,15 +7,12 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from pytest_gpumem.devices import allocated_bytes
+from pytest_gpumem.plugin.record import record_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
     from pytest_gpumem.plugin.session import Run
-
-#: A test's property: a fixture of wider scope that its setup made, as
-#: ``gpumem.fixture.SCOPE.NAME``; the value is its bytes.
-FIXTURE_PREFIX: Final = "gpumem.fixture"
 
 
 class WiderFixtures:
@@ -60,10 +57,12 @@ class WiderFixtures:
                 self._inner[-1] += total
                 own = total - inner
                 if own and is_made:  # what a failed one has goes with its frames
+                    from pytest_gpumem.records.record import WiderFixture  # noqa: PLC0415  # a card is used
+
                     self._held[fixturedef] = own
                     node = getattr(request, "_pyfuncitem", request.node)
-                    name = f"{FIXTURE_PREFIX}.{fixturedef.scope}.{fixturedef.argname}"
-                    node.user_properties.append((name, own))
+                    made = WiderFixture(fixturedef.scope, fixturedef.argname, own)
+                    record_of(node).fixtures.append(made)
         return value
 
     def pytest_fixture_post_finalizer(self, fixturedef: pytest.FixtureDef[Any]) -> None:

@@ -12,12 +12,39 @@ from pytest_gpumem.inheritance import remove_run, run_folder
 from pytest_gpumem.plugin.sharing import VARIABLE, Place
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from pytest_gpumem.plugin.history import History
 
 #: The key of the names of tests that used no card before.
 IDLE_INPUT: Final = "gpumem_idle"
+#: The key of what a worker tells as it ends.
+_OUTPUT: Final = "gpumem"
+
+
+class WorkerNotes:
+    """What a worker of pytest-xdist tells the controller as it ends.
+
+    Args:
+        config: The worker's.
+    """
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config: Final = config
+        #: What returns each part, by name.
+        self.parts: Final[dict[str, Callable[[], Any]]] = {}
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self) -> None:
+        """Send it along with what xdist sends."""
+        output: dict[str, Any] = self._config.workeroutput  # type: ignore[attr-defined]  # xdist sets it
+        output[_OUTPUT] = {name: part() for name, part in self.parts.items()}
+
+
+def notes_of(node: Any) -> dict[str, Any]:
+    """Return what a worker told, by name; nothing of one that crashed."""
+    told: dict[str, Any] = getattr(node, "workeroutput", {}).get(_OUTPUT, {})
+    return told
 
 
 class Workers:

@@ -1,19 +1,14 @@
-"""What crosses rooms: the figures of a test, as plain numbers."""
+"""The figures of a card over a block of code, as plain numbers."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import dataclass
+from typing import Final
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from pytest_gpumem.records.codec import Count  # noqa: TC001  # types are read
 
-#: A property's name in reports is this and the figure's name.
-PREFIX: Final = "gpumem"
 #: Figures that may be not known.
 OPTIONAL: Final = frozenset({"peak_process_bytes", "peak_card_bytes"})
-_CARD: Final = re.compile("cuda[0-9]{1,4}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,21 +36,21 @@ class MemoryFigures:
         end_active_bytes: In blocks not reusable at its end.
     """
 
-    device_index: int
-    peak_allocated_bytes: int
-    peak_reserved_bytes: int
-    peak_requested_bytes: int
-    peak_active_bytes: int
-    start_allocated_bytes: int
-    end_allocated_bytes: int
-    end_reserved_bytes: int
-    num_ooms: int
-    num_alloc_retries: int
-    context_bytes: int = 0
-    peak_process_bytes: int | None = None
-    peak_card_bytes: int | None = None
-    end_requested_bytes: int = 0
-    end_active_bytes: int = 0
+    device_index: Count
+    peak_allocated_bytes: Count
+    peak_reserved_bytes: Count
+    peak_requested_bytes: Count
+    peak_active_bytes: Count
+    start_allocated_bytes: Count
+    end_allocated_bytes: Count
+    end_reserved_bytes: Count
+    num_ooms: Count
+    num_alloc_retries: Count
+    context_bytes: Count = 0
+    peak_process_bytes: Count | None = None
+    peak_card_bytes: Count | None = None
+    end_requested_bytes: Count = 0
+    end_active_bytes: Count = 0
 
     def peak(self, metric: str) -> int | None:
         """Return the peak of ``"allocated"``, ``"reserved"`` or ``"process"`` bytes.
@@ -64,36 +59,3 @@ class MemoryFigures:
         """
         value: int | None = getattr(self, f"peak_{metric}_bytes")
         return value
-
-
-def to_properties(phase: str, figures: MemoryFigures) -> list[tuple[str, int]]:
-    """Return figures as flat properties: ``gpumem.call.cuda0.num_ooms``.
-
-    What is not known is left out.
-    """
-    values = asdict(figures)
-    index = values.pop("device_index")
-    return [
-        (f"{PREFIX}.{phase}.cuda{index}.{name}", value)
-        for name, value in values.items()
-        if value is not None
-    ]
-
-
-def from_properties(
-    properties: Mapping[str, Any],
-) -> dict[tuple[str, int], MemoryFigures]:
-    """Rebuild figures from flat properties, keyed by phase and card."""
-    grouped: dict[tuple[str, int], dict[str, int]] = {}
-    for name, value in properties.items():
-        parts = name.split(".")
-        if len(parts) == 4 and parts[0] == PREFIX and _CARD.fullmatch(parts[2]):  # noqa: PLR2004  # the four parts of a name
-            key = (parts[1], int(parts[2].removeprefix("cuda")))
-            grouped.setdefault(key, {})[parts[3]] = int(value)
-    known = [field.name for field in fields(MemoryFigures)]
-    names = set(known) - {"device_index", *OPTIONAL}
-    return {
-        key: MemoryFigures(device_index=key[1], **values)
-        for key, values in grouped.items()
-        if values.keys() - OPTIONAL == names
-    }

@@ -1,18 +1,20 @@
 """A run's record: one JSON document that every report is made from.
 
-Its schema is ``report.schema.json`` beside this file.
+Its form is that of ``Report``'s types; ``docs/report.schema.json`` is made from them.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem._version import __version__
 from pytest_gpumem.errors import ReportError
-from pytest_gpumem.reports.recorded import RecordedTest, filled
+from pytest_gpumem.records.codec import DamageError, decode, encode
+from pytest_gpumem.records.record import Record
+from pytest_gpumem.records.run import BaselineOutcome, Environment  # noqa: TC001  # types are read
 
 if TYPE_CHECKING:
     import os
@@ -28,22 +30,22 @@ class Report:
     """What a run recorded.
 
     Attributes:
-        runs: Each run's device, card and budget, in words.
-        environments: The machines that tests ran on, as ``devices.facts_of`` has them.
-        baseline: The baseline's name, what differs from it, what is new in this run and
-            what is stale in the file; None if there was none.
+        runs: Backend, card and budget of each run, in words; several after a merge.
+        environments: The machines that tests ran on; several with workers on several
+            hosts, or after a merge.
+        baseline: What differs from the baseline, or None if there was none.
         tests: The tests that used a card, by name.
         plugin: The version that wrote it.
     """
 
-    runs: tuple[str, ...] = ()
-    environments: tuple[dict[str, Any], ...] = ()
-    baseline: dict[str, Any] | None = None
-    tests: tuple[RecordedTest, ...] = ()
+    runs: tuple[str, ...]
+    environments: tuple[Environment, ...] = ()
+    baseline: BaselineOutcome | None = None
+    tests: tuple[Record, ...] = ()
     plugin: str = __version__
 
 
-def by_name(tests: Iterable[RecordedTest]) -> tuple[RecordedTest, ...]:
+def by_name(tests: Iterable[Record]) -> tuple[Record, ...]:
     """Return tests in a report's order; of several of one name, the last."""
     last = {each.nodeid: each for each in tests}
     return tuple(last[name] for name in sorted(last))
@@ -56,8 +58,8 @@ def to_chunks(report: Report) -> Iterator[str]:
         "version": VERSION,
         "plugin": report.plugin,
         "runs": report.runs,
-        "environments": report.environments,
-        "baseline": report.baseline,
+        "environments": encode(report.environments),
+        "baseline": encode(report.baseline),
     }
     yield f'{json.dumps(head, indent=2)[:-2]},\n  "tests": ['
     comma = ""
@@ -99,24 +101,14 @@ def parse(text: str, name: str) -> Report:
             f"{name} has format version {version!r}; this pytest-gpumem reads up to "
             f"{VERSION}: upgrade it"
         )
-    from pytest_gpumem.reports.check import find_damage  # noqa: PLC0415  # a run writes only
-
-    head, tests = _since_2(found), found.get("tests")
-    whole = isinstance(tests, list) and all(
-        type(each) is RecordedTest for each in tests
-    )
-    damage = find_damage({**head, "tests": [] if whole else tests})
-    if damage is not None:
+    try:
+        report = decode(Report, found)
+    except DamageError as error:
         raise ReportError(
-            f"{name} is damaged ({damage}); write it again with --gpu-report"
-        )
-    return Report(
-        tuple(head["runs"]),
-        tuple(head["environments"]),
-        head["baseline"],
-        by_name(found["tests"]),
-        head["plugin"],
-    )
+            f"{name} is damaged ({str(error).lstrip('.')}); write it again with "
+            "--gpu-report"
+        ) from None
+    return replace(report, tests=by_name(report.tests))
 
 
 def read(path: str | os.PathLike[str]) -> Report:
@@ -132,20 +124,11 @@ def read(path: str | os.PathLike[str]) -> Report:
     return parse(text, str(path))
 
 
-def _since_2(found: dict[str, Any]) -> dict[str, Any]:
-    """Return a report's head with what an earlier format lacks."""
-    head = {**found, "version": VERSION}
-    head.setdefault("environments", [])
-    if isinstance(head.get("baseline"), dict):
-        head["baseline"] = {"new": [], "stale": [], **head["baseline"]}
-    return head
-
-
 def _compact(found: dict[str, Any]) -> Any:
-    """Keep a test as text as soon as it is read: it is far smaller so."""
+    """Keep a test as a record as soon as it is read: it is far smaller so."""
     if "nodeid" not in found or "figures" not in found:
         return found
-    from pytest_gpumem.reports.check import find_damage_of_a_test  # noqa: PLC0415  # a run writes only
-
-    record = filled(found)
-    return found if find_damage_of_a_test(record) else RecordedTest.of(record)
+    try:
+        return decode(Record, found)
+    except DamageError:
+        return found  # the whole document says where

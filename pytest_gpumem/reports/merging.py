@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from pytest_gpumem.records.run import BaselineOutcome
 from pytest_gpumem.reports.document import Report, by_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
+
+    from pytest_gpumem.records.run import Entry, Environment
 
 
 def merge(reports: Iterable[Report]) -> Report:
@@ -23,16 +26,13 @@ def merge(reports: Iterable[Report]) -> Report:
     )
 
 
-def _distinct(groups: Iterable[Iterable[dict[str, Any]]]) -> tuple[dict[str, Any], ...]:
-    found: list[dict[str, Any]] = []
-    for group in groups:
-        found += [each for each in group if each not in found]
-    return tuple(found)
+def _distinct(groups: Iterable[Iterable[Environment]]) -> tuple[Environment, ...]:
+    return tuple(dict.fromkeys(each for group in groups for each in group))
 
 
 def _baseline(
-    several: list[dict[str, Any]], recorded: set[str]
-) -> dict[str, Any] | None:
+    several: list[BaselineOutcome], recorded: set[str]
+) -> BaselineOutcome | None:
     """Return what baselines said together.
 
     What one shard found stale and another one ran is not stale.
@@ -40,26 +40,17 @@ def _baseline(
     if not several:
         return None
     changes = {
-        (each["test"], each["metric"]): each
-        for baseline in several
-        for each in baseline["changes"]
+        (each.test, each.metric): each for one in several for each in one.changes
     }
-    return {
-        "file": ", ".join(dict.fromkeys(each["file"] for each in several)),
-        "changes": list(changes.values()),
-        "new": _entries(several, "new"),
-        "stale": [
-            each for each in _entries(several, "stale") if each["test"] not in recorded
-        ],
-    }
+    stale = _entries(each for one in several for each in one.stale)
+    return BaselineOutcome(
+        ", ".join(dict.fromkeys(each.file for each in several)),
+        list(changes.values()),
+        _entries(each for one in several for each in one.new),
+        [each for each in stale if each.test not in recorded],
+    )
 
 
-def _entries(
-    several: Iterable[Mapping[str, Any]], name: str
-) -> list[Mapping[str, Any]]:
-    found = {
-        (each["environment"], each["test"]): each
-        for baseline in several
-        for each in baseline[name]
-    }
+def _entries(entries: Iterable[Entry]) -> list[Entry]:
+    found = {(each.environment, each.test): each for each in entries}
     return [found[key] for key in sorted(found)]

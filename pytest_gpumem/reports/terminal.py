@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pytest_gpumem.sizes import format_size
 from pytest_gpumem.tables import align
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
-    from pytest_gpumem.records.memory import MemoryFigures
+    from pytest_gpumem.records.record import PhaseFigures, Record
 
 #: Tests shown without ``-v``.
 TOP: Final = 20
@@ -20,24 +19,25 @@ _HEAD: Final = ("peak allocated", "peak reserved", "left", "OOMs", "retries", "t
 _DRIVER_HEAD: Final = ("peak process", "peak card")
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class _Row(NamedTuple):
     """The figures of one phase of one test on one card."""
 
     nodeid: str
-    phase: str
-    figures: MemoryFigures
+    figures: PhaseFigures
 
 
-def table(rows: Sequence[Row], *, detailed: bool) -> list[str]:
-    """Return the table's lines, largest peak first.
+def table(tests: Iterable[Record], *, detailed: bool) -> list[str]:
+    """Return the table's lines, largest peak first; none where there are no figures.
 
     Args:
-        rows: The figures of every phase.
+        tests: The tests.
         detailed: Whether every test and phase is shown, not only the calls of the
             largest ``TOP``.
     """
-    shown = list(rows) if detailed else _calls(rows)
+    rows = [_Row(test.nodeid, each) for test in tests for each in test.figures]
+    if not rows:
+        return []
+    shown = rows if detailed else _calls(rows)
     shown.sort(key=lambda row: (-row.figures.peak_allocated_bytes, row.nodeid))
     hidden = 0 if detailed else max(len(shown) - TOP, 0)
     shown = shown[: len(shown) - hidden]
@@ -54,7 +54,7 @@ def table(rows: Sequence[Row], *, detailed: bool) -> list[str]:
     return lines
 
 
-def _tells_more(figures: MemoryFigures) -> bool:
+def _tells_more(figures: PhaseFigures) -> bool:
     """Tell whether somebody has asked the driver: the context's bytes alone say little."""
     process = figures.peak_process_bytes
     if figures.peak_card_bytes is not None:
@@ -63,7 +63,7 @@ def _tells_more(figures: MemoryFigures) -> bool:
     return process is not None and process != known
 
 
-def _driver_cells(figures: MemoryFigures) -> tuple[str, str]:
+def _driver_cells(figures: PhaseFigures) -> tuple[str, str]:
     process, card = (
         "unknown" if nbytes is None else format_size(nbytes)
         for nbytes in (figures.peak_process_bytes, figures.peak_card_bytes)
@@ -71,27 +71,27 @@ def _driver_cells(figures: MemoryFigures) -> tuple[str, str]:
     return process, card
 
 
-def _calls(rows: Iterable[Row]) -> list[Row]:
+def _calls(rows: Iterable[_Row]) -> list[_Row]:
     """Return each test's most telling phase: its call, else where the peak was.
 
     Its child processes stand beside it.
     """
-    best: dict[tuple[str, int, bool], Row] = {}
+    best: dict[tuple[str, int, bool], _Row] = {}
     for row in rows:
-        key = (row.nodeid, row.figures.device_index, row.phase == "children")
+        key = (row.nodeid, row.figures.device_index, row.figures.phase == "children")
         other = best.get(key)
         if other is None or _weight(row) > _weight(other):
             best[key] = row
     return list(best.values())
 
 
-def _weight(row: Row) -> tuple[bool, int]:
-    return row.phase == "call", row.figures.peak_allocated_bytes
+def _weight(row: _Row) -> tuple[bool, int]:
+    return row.figures.phase == "call", row.figures.peak_allocated_bytes
 
 
-def _cells(row: Row, *, name_device: bool) -> tuple[str, ...]:
+def _cells(row: _Row, *, name_device: bool) -> tuple[str, ...]:
     figures = row.figures
-    phase = "" if row.phase == "call" else f" ({row.phase})"
+    phase = "" if row.figures.phase == "call" else f" ({row.figures.phase})"
     device = f" [cuda:{figures.device_index}]" if name_device else ""
     return (
         format_size(figures.peak_allocated_bytes),

@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pytest_gpumem.sizes import format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from pytest_gpumem.records.record import LimitOutcome
+    from pytest_gpumem.records.run import Environment
 
 
-def environment_line(environment: Mapping[str, Any]) -> str:
+def environment_line(machine: Environment) -> str:
     """Return a machine on one line: host, versions, cards."""
     parts = [
-        f"host {environment.get('host')}",
-        str(environment.get("platform")),
-        f"Python {environment.get('python')}",
-        f"torch {environment.get('torch')}",
-        f"backend {environment.get('backend')}",
+        f"host {machine.host}",
+        machine.platform,
+        f"Python {machine.python}",
+        f"torch {machine.torch}",
+        f"backend {machine.backend}",
     ]
-    if environment.get("driver"):
-        parts.append(f"driver {environment['driver']}")
-    for each in environment.get("cards", ()):
-        budget = each.get("budget_bytes")
+    if machine.driver:
+        parts.append(f"driver {machine.driver}")
+    for each in machine.cards:
+        budget = each.budget_bytes
         share = "" if budget is None else f", budget {format_size(budget)}"
-        parts.append(f"{each['name']} {format_size(each['total_bytes'])}{share}")
+        parts.append(f"{each.name} {format_size(each.total_bytes)}{share}")
     return " · ".join(parts)
 
 
-def limit_words(limit: Mapping[str, Any]) -> str:
+def limit_words(limit: LimitOutcome) -> str:
     """Return what a limit is on: ``"allocated on cuda:0, call"``."""
-    index = limit["device_index"]
+    index = limit.device_index
     where = "all cards" if index is None else f"cuda:{index}"
-    return f"{limit['metric']} on {where}, {limit['phase']}"
+    return f"{limit.metric} on {where}, {limit.phase}"

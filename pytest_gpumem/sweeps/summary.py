@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from pytest_gpumem.records.record import Sweep, SweptSite
 from pytest_gpumem.sweeps.report import SiteCoverage, SweepReport, Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
+
+    from pytest_gpumem.records.record import Replay
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,63 +88,54 @@ class SweepSummary:
         )
 
     @staticmethod
-    def whole(
-        entries: Iterable[Mapping[str, Any]],
-    ) -> dict[tuple[str, str], SweepSummary]:
-        """Return whole sweeps of parts from several workers, by test and name.
-
-        Args:
-            entries: What ``to_json`` wrote, each with its test as ``"nodeid"``.
-
-        Raises:
-            KeyError: Something is missing.
-            ValueError: There is no such verdict.
-        """
+    def whole(parts: Iterable[Sweep]) -> dict[tuple[str, str], SweepSummary]:
+        """Return whole sweeps of parts from several workers, by test and name."""
         found: dict[tuple[str, str], SweepSummary] = {}
-        for entry in entries:
-            part = SweepSummary.from_json(entry)
-            key = (str(entry["nodeid"]), part.name)
+        for each in parts:
+            part = SweepSummary.from_record(each)
+            key = (each.nodeid, part.name)
             found[key] = found[key].joined(part) if key in found else part
         return found
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the summary as what JSON can hold; ``from_json`` reads it."""
-        return {
-            "name": self.name,
-            "sites": [
-                {
-                    "site": site.site,
-                    "allocations": site.num_allocations,
-                    "failed": site.num_failed,
-                    "verdicts": {
-                        verdict.value: count for verdict, count in site.verdicts.items()
-                    },
-                }
-                for site in self.sites
-            ],
-            "points": self.num_points,
-            "failures": self.num_failures,
-            "resumed": self.num_resumed,
-            "seconds": self.seconds,
-        }
+    def to_record(self, nodeid: str, *, recover: bool, replays: list[Replay]) -> Sweep:
+        """Return the summary as a test's record has it.
+
+        Args:
+            nodeid: The test that was swept.
+            recover: Whether only recovery passes.
+            replays: Commands for groups of points that ended badly.
+        """
+        sites = [
+            SweptSite(
+                site.site,
+                site.num_allocations,
+                site.num_failed,
+                {verdict.value: count for verdict, count in site.verdicts.items()},
+            )
+            for site in self.sites
+        ]
+        return Sweep(
+            nodeid,
+            self.name,
+            recover,
+            self.num_points,
+            self.num_failures,
+            self.num_resumed,
+            self.seconds,
+            sites,
+            replays,
+        )
 
     @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> SweepSummary:
-        """Read what ``to_json`` wrote.
-
-        Raises:
-            KeyError: Something is missing.
-            ValueError: There is no such verdict.
-        """
+    def from_record(cls, sweep: Sweep) -> SweepSummary:
+        """Read what ``to_record`` returned."""
         sites = tuple(
             SiteCoverage(
-                site["site"],
-                site["allocations"],
-                site["failed"],
-                Counter({Verdict(key): each for key, each in site["verdicts"].items()}),
+                site.site,
+                site.allocations,
+                site.failed,
+                Counter({Verdict(key): each for key, each in site.verdicts.items()}),
             )
-            for site in entry["sites"]
+            for site in sweep.sites
         )
-        return cls(
-            entry["name"], sites, entry["failures"], entry["resumed"], entry["seconds"]
-        )
+        return cls(sweep.name, sites, sweep.failures, sweep.resumed, sweep.seconds)

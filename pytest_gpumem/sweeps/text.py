@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
+from pytest_gpumem.records.record import Replay
 from pytest_gpumem.sizes import format_size
 from pytest_gpumem.sweeps.report import Outcome, SweepReport, Verdict
 from pytest_gpumem.tables import align
@@ -71,15 +72,10 @@ def explain(
     return "\n".join(lines)
 
 
-def replays(report: SweepReport, replay: Callable[[str], str]) -> list[dict[str, Any]]:
-    """Return each group of failures with the replay of its first, as JSON can hold it."""
+def replays(report: SweepReport, replay: Callable[[str], str]) -> list[Replay]:
+    """Return each group of failures with the replay of its first."""
     return [
-        {
-            "site": site,
-            "verdict": verdict.value,
-            "points": len(outcomes),
-            "command": replay(outcomes[0].point.rule),
-        }
+        Replay(site, verdict.value, len(outcomes), replay(outcomes[0].point.rule))
         for (site, verdict), outcomes in report.failures_by_site().items()
     ]
 

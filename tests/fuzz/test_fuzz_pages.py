@@ -13,8 +13,20 @@ from hypothesis import strategies as st
 from pages import Page
 
 import pytest_gpumem
-from pytest_gpumem.records.memory import MemoryFigures, to_properties
-from pytest_gpumem.reports import document, recorded
+from pytest_gpumem.records.memory import MemoryFigures
+from pytest_gpumem.records.record import (
+    Contention,
+    FallbackStep,
+    LimitOutcome,
+    PhaseFigures,
+    Record,
+    Replay,
+    Sweep,
+    SweptSite,
+    WiderFixture,
+)
+from pytest_gpumem.records.run import BaselineOutcome, Change, Entry
+from pytest_gpumem.reports import document
 from pytest_gpumem.reports.markdown import markdown
 from pytest_gpumem.reports.page import page
 
@@ -40,30 +52,17 @@ _names = (
 
 def a_report(name: str) -> document.Report:
     """Return a report in which everything that has a name has this one."""
-    site = {"site": name, "allocations": 1, "failed": 1, "verdicts": {"leak": 1}}
-    replay = {"site": name, "verdict": "leak", "points": 1, "command": name}
-    sweep = {
-        "nodeid": name,
-        "name": name,
-        "recover": True,
-        "points": 1,
-        "failures": 1,
-        "resumed": 0,
-        "seconds": 0.1,
-        "sites": [site],
-        "replays": [replay],
-    }
-    step = {
-        "cause": name,
-        "budget_bytes": 5,
-        "fault": name,
-        "rung": name,
-        "num_ooms": 1,
-        "peak_reserved_bytes": 5,
-        "left_bytes": 5,
-        "holders": [name],
-        "problems": [name],
-    }
+    sweep = Sweep(
+        name,
+        name,
+        recover=True,
+        points=1,
+        failures=1,
+        resumed=0,
+        seconds=0.1,
+        sites=[SweptSite(name, 1, 1, {"leak": 1})],
+        replays=[Replay(name, "leak", 1, name)],
+    )
     card = {
         "device_index": 0,
         "budget_bytes": None,
@@ -73,35 +72,27 @@ def a_report(name: str) -> document.Report:
         "points": [[0, 5, 5]],
         "live_at_peak": [{"site": name, "bytes": 5}],
     }
-    properties = [
-        ("gpumem.environment", name),
-        ("gpumem.broken_limit", name),
-        ("gpumem.incident", name),
-        (f"gpumem.fixture.module.{name}", 5),
-        ("gpumem.sweep", json.dumps(sweep)),
-        ("gpumem.fallback", json.dumps([step])),
-        ("gpumem.timeline", json.dumps([card])),
-        *to_properties("call", MemoryFigures(0, 5, 5, 5, 5, 5, 5, 5, 5, 5)),
-    ]
-    limit = {
-        "metric": "allocated",
-        "device_index": 0,
-        "phase": "call",
-        "limit_bytes": 4,
-        "measured_bytes": 5,
-        "held": False,
-    }
-    properties.append(("gpumem.limits", json.dumps([limit])))
-    test = recorded.test_record(name, "failed", 0.1, properties)
-    assert test is not None
-    change = {"test": name, "metric": "allocated", "before": 1, "now": 2}
-    entry = {"test": name, "environment": name, "peaks": {"allocated": 1}}
-    baseline = {
-        "file": name,
-        "changes": [{**change, "is_regression": True}],
-        "new": [entry],
-        "stale": [entry],
-    }
+    figures = MemoryFigures(0, 5, 5, 5, 5, 5, 5, 5, 5, 5)
+    test = Record(
+        name,
+        "failed",
+        0.1,
+        name,
+        [PhaseFigures.of("call", figures)],
+        host=name,
+        fixtures=[WiderFixture("module", name, 5)],
+        limits=[LimitOutcome("allocated", 0, "call", 4, 5, held=False)],
+        unknown=name,
+        contention=Contention(0, 5, 5, 5, name),
+        broken_limit=name,
+        incident=name,
+        sweeps=[sweep],
+        fallbacks=[[FallbackStep(name, 5, name, name, 1, 5, 5, [name], [name])]],
+        timeline=json.dumps([card]),
+    )
+    entry = Entry(name, name, {"allocated": 1})
+    change = Change(name, "allocated", 1, 2, is_regression=True)
+    baseline = BaselineOutcome(name, [change], [entry], [entry])
     return document.Report((name,), (), baseline, (test,))
 
 

@@ -13,14 +13,13 @@ import torch  # an inner run would import it anew, which torch does not survive
 from pages import Page
 from ways import WAYS, each_way
 
-import pytest_gpumem
 from pytest_gpumem.baselines.baseline import Baseline
 from pytest_gpumem.cards import find_card
 from pytest_gpumem.reports import page as page_module  # an inner run keeps it
 
 pytest_plugins = ["pytester"]
 
-SCHEMA = Path(pytest_gpumem.__file__).parent / "reports" / "report.schema.json"
+SCHEMA = Path(__file__).parents[2] / "docs" / "report.schema.json"
 T4 = "Tesla T4, simulated, torch " + ".".join(torch.__version__.split(".")[:2])
 T4_BYTES = find_card("T4")[0].total_bytes
 TESTS = """

@@ -12,14 +12,14 @@ from ways import WAYS, each_way
 
 from pytest_gpumem.cards import CARDS
 from pytest_gpumem.plugin import smallest  # an inner run keeps it
-from pytest_gpumem.sizes import parse_size
-from pytest_gpumem.suggestions.limits import (
+from pytest_gpumem.reports.suggestions import (
     Peak,
     explain,
     size_text,
     suggested_limit,
     too_generous,
 )
+from pytest_gpumem.sizes import parse_size
 
 pytest_plugins = ["pytester"]
 

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "kernels": GROUND | {"kernels"},
     "records": GROUND | {"records"},
     "rules": GROUND | {"rules"},
-    "sweeps": GROUND | {"rules", "sweeps"},
+    "sweeps": GROUND | {"records", "rules", "sweeps"},
     # What runs a sweep, beside what a sweep is.
     "sweeps.run": PURE | {"devices", "instruments"},
     "sweeps.judge": PURE | {"devices", "instruments"},
@@ -44,15 +44,14 @@ MAY_IMPORT = {
     "children": PURE | {"devices", "instruments", "tenancy", "hub", "children"},
     "planning": GROUND | {"devices", "checkpoints", "planning"},
     "nvidia_smi": GROUND | {"tenancy", "nvidia_smi"},
-    "baselines": GROUND | {"baselines"},
-    "suggestions": GROUND | {"suggestions"},
+    "baselines": GROUND | {"records", "baselines"},
     "checkpoints": GROUND | {"checkpoints"},
     # Of devices only what waits for imports and replaces attributes.
     "hub": GROUND | {"devices", "checkpoints", "hub"},
     "strategies": GROUND | {"rules"},
     "recording": GROUND | {"allocator", "devices", "recording"},
     "doctor": GROUND | {"allocator", "devices", "checkpoints"},
-    "commands": GROUND | {"baselines", "reports", "commands"},
+    "commands": GROUND | {"records", "baselines", "reports", "commands"},
     "cli": GROUND
     | {
         "allocator",
@@ -73,7 +72,6 @@ MAY_IMPORT = {
         "baselines",
         "checkpoints",
         "hub",
-        "suggestions",
         "children",
         "tenancy",
         "plugin",

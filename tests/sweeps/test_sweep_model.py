@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_gpumem.errors import RuleError, SweepError
+from pytest_gpumem.records.codec import decode, encode
+from pytest_gpumem.records.record import FallbackStep, Replay, Sweep
 from pytest_gpumem.records.staircase import staircase_table
 from pytest_gpumem.rules.rule import FLAVOURS, Rule
 from pytest_gpumem.sweeps.plan import SweepPlan
@@ -319,12 +321,13 @@ def test_a_report_counts_and_groups(report: SweepReport) -> None:
 
 
 def test_a_summary_is_the_reports(report: SweepReport) -> None:
-    """And survives JSON, whose sums it shows."""
+    """And survives its record, whose sums it shows."""
     report.outcomes.append(an_outcome(9, site="late"))
     summary = SweepSummary.of(report)
-    entry = json.loads(json.dumps(summary.to_json()))
+    record = summary.to_record("t", recover=True, replays=[])
+    entry = json.loads(json.dumps(encode(record)))
 
-    assert summary == SweepSummary.from_json(entry)
+    assert summary == SweepSummary.from_record(decode(Sweep, entry))
     assert (4, 2, 5) == (summary.num_allocations, summary.num_sites, summary.num_points)
     assert report.verdicts == summary.verdicts
     assert {"points": 5, "failures": 3, "resumed": 1, "seconds": 2.0} == {
@@ -402,7 +405,7 @@ def test_a_point_is_described_with_its_replay() -> None:
 
 
 def test_failures_are_explained_site_by_site(report: SweepReport) -> None:
-    """Some of a group in full, the others by their replay; JSON has the first of each."""
+    """Some of a group in full, the others by their replay; the record has the first of each."""
     b = "b.py:2 in g"
     report.outcomes += [an_outcome(n, Verdict.LEAK, site=b) for n in (5, 6)]
 
@@ -412,8 +415,8 @@ def test_failures_are_explained_site_by_site(report: SweepReport) -> None:
     assert SHOWN == len(shown)
     assert all(f"<any:nth={number}>" in text for number in (2, 3, 4, 5, 6))
     assert [
-        {"site": b, "verdict": "leak", "points": 4, "command": "<any:nth=2>"},
-        {"site": b, "verdict": "clean OOM", "points": 1, "command": "<any:nth=3>"},
+        Replay(b, "leak", 4, "<any:nth=2>"),
+        Replay(b, "clean OOM", 1, "<any:nth=3>"),
     ] == replays(report, "<{}>".format)
 
 
@@ -439,27 +442,12 @@ def test_coverage_shows_the_worst_sites_first(report: SweepReport) -> None:
 def test_a_staircase_has_a_line_for_each_step() -> None:
     """Nothing counted is a hyphen."""
     steps = [
-        {
-            "cause": "whole card",
-            "num_ooms": 0,
-            "peak_reserved_bytes": 2**21,
-            "left_bytes": 0,
-            "rung": "cuda:0",
-        },
-        {
-            "cause": "2 MiB",
-            "num_ooms": 3,
-            "peak_reserved_bytes": 512,
-            "left_bytes": 1,
-            "rung": "cpu",
-        },
-        {
-            "cause": "x",
-            "num_ooms": 1,
-            "peak_reserved_bytes": 0,
-            "left_bytes": -1,
-            "rung": "cpu",
-        },
+        FallbackStep(cause, None, None, rung, num_ooms, reserved, left, [], [])
+        for cause, num_ooms, reserved, left, rung in (
+            ("whole card", 0, 2**21, 0, "cuda:0"),
+            ("2 MiB", 3, 512, 1, "cpu"),
+            ("x", 1, 0, -1, "cpu"),
+        )
     ]
 
     assert [

@@ -11,6 +11,8 @@ from pytest_gpumem.sizes import format_size
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from pytest_gpumem.records.record import Record
+
 #: Room above the peak: another version of a library may need a little more.
 HEAD_ROOM: Final = 1.1
 #: A limit of more than so many times the peak would not notice much.
@@ -37,6 +39,18 @@ class Peak:
     limit_bytes: int | None = None
     smallest_budget: int | None = None
     budget_note: str = ""
+
+    @classmethod
+    def of(cls, test: Record) -> Peak:
+        """Return what a test with figures of its call needed."""
+        return cls(
+            test.nodeid,
+            max(each.peak_allocated_bytes for each in test.of_phase("call")),
+            max(each.peak_reserved_bytes for each in test.figures),
+            test.max_vram_bytes,
+            test.smallest_budget_bytes,
+            test.smallest_budget_note,
+        )
 
 
 def suggested_limit(peak_bytes: int) -> int:

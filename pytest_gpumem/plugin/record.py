@@ -1,0 +1,187 @@
+"""The record of each test: kept with the item, sent with its report, collected once.
+
+Whatever measures something of a test writes it into ``record_of(item)``. The report of the
+teardown takes the record along, also from a worker of pytest-xdist. ``Collector`` is the
+only place where records arrive; the terminal, reports, the gate and the others read them
+there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+    from pytest_gpumem.records.record import Record
+
+_KEY: Final = pytest.StashKey["Record"]()
+#: A report's attribute: the record, as texts. Plain values cross into other processes.
+_ATTRIBUTE: Final = "gpumem_record"
+#: A report's attribute: whether a limit was broken.
+_OVER_LIMIT: Final = "gpumem_over_limit"
+#: A report's attribute: how far a sweep is.
+_PROGRESS: Final = "gpumem_progress"
+#: How far a test's sweep is, while one of its points is reported.
+PROGRESS: Final = pytest.StashKey[list[Any]]()
+_RANK: Final = ("passed", "skipped", "failed", "error")
+
+
+def record_of(item: pytest.Item) -> Record:
+    """Return a test's record, to write into; it is begun if there is none."""
+    record = item.stash.get(_KEY, None)
+    if record is None:
+        from pytest_gpumem.records.record import Record  # noqa: PLC0415  # the test uses a card
+
+        record = item.stash[_KEY] = Record.begin(item.nodeid)
+    return record
+
+
+def has_record(item: pytest.Item) -> bool:
+    """Tell whether anything was recorded of a test: else it used no card."""
+    return _KEY in item.stash
+
+
+class Attachment:
+    """Puts each test's record on the report of its teardown; in processes that run tests."""
+
+    @staticmethod
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_makereport(
+        item: pytest.Item,
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Attach it once everybody has written."""
+        report = yield
+        progress = item.stash.get(PROGRESS, None)
+        if progress is not None:
+            setattr(report, _PROGRESS, progress)
+        record = item.stash.get(_KEY, None)
+        if record is None:
+            return report
+        if report.failed and record.broken_limit is not None:
+            mark_over_limit(report)
+        if report.when == "teardown":
+            setattr(report, _ATTRIBUTE, record.to_texts())
+            keep(item, record.lasting())
+        return report
+
+
+def keep(item: pytest.Item, record: Record | None) -> None:
+    """Let a test's further attempts begin with a record, or with none."""
+    if record is not None:
+        item.stash[_KEY] = record
+    elif _KEY in item.stash:
+        del item.stash[_KEY]
+
+
+def taken(item: pytest.Item) -> Record | None:
+    """Return a test's record as it is, or None."""
+    return item.stash.get(_KEY, None)
+
+
+def mark_over_limit(report: pytest.TestReport) -> None:
+    """Have a report shown as that of a broken limit."""
+    setattr(report, _OVER_LIMIT, True)
+
+
+def detach(report: pytest.TestReport) -> Record | None:
+    """Take the record off a report; None if it has none."""
+    texts = report.__dict__.pop(_ATTRIBUTE, None)
+    if texts is None:
+        return None
+    from pytest_gpumem.records.record import Record  # noqa: PLC0415  # a test used a card
+
+    return Record.of_texts(texts)
+
+
+class Finished(NamedTuple):
+    """A test that is over.
+
+    Attributes:
+        nodeid: The test.
+        outcome: The worst of its phases: passed, skipped, failed or error.
+        record: Its record; None if it used no card.
+        failure: The report of the first phase that failed, or None.
+    """
+
+    nodeid: str
+    outcome: str
+    record: Record | None
+    failure: pytest.TestReport | None
+
+
+class _Pending:
+    """What is known of a test that is not over."""
+
+    __slots__ = ("failure", "outcome", "seconds")
+
+    def __init__(self) -> None:
+        self.outcome = "passed"
+        self.seconds = 0.0
+        self.failure: pytest.TestReport | None = None
+
+
+class Collector:
+    """Takes in every test where reports arrive; not in workers.
+
+    Attributes:
+        records: Of the tests that used a card and are over, by name.
+        outcomes: Of all tests that are over.
+        failed: Tests of which a phase failed, over or not.
+        listeners: Called with each test once it is over.
+        on_progress: Called with how far a sweep is.
+    """
+
+    def __init__(self) -> None:
+        self._pending: Final[dict[str, _Pending]] = {}
+        self.records: Final[dict[str, Record]] = {}
+        self.outcomes: Final[dict[str, str]] = {}
+        self.failed: Final[set[str]] = set()
+        self.listeners: Final[list[Callable[[Finished], None]]] = []
+        self.on_progress: Callable[[Any], None] = lambda _progress: None
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Take in a phase of a test; with its last one, the test."""
+        pending = self._pending.pop(report.nodeid, None) or _Pending()
+        now = str(report.outcome)
+        if now not in _RANK:
+            return  # pytest-rerunfailures: another attempt follows
+        if report.failed:
+            self.failed.add(report.nodeid)
+            pending.failure = pending.failure or report
+            now = "failed" if report.when == "call" else "error"
+        pending.outcome = max(pending.outcome, now, key=_RANK.index)
+        pending.seconds += report.duration
+        if report.when == "teardown":
+            self._finish(report, pending)
+            return
+        self._pending[report.nodeid] = pending
+        progress = getattr(report, _PROGRESS, None)
+        if progress is not None:
+            self.on_progress(progress)
+
+    def _finish(self, report: pytest.TestReport, pending: _Pending) -> None:
+        self.outcomes[report.nodeid] = outcome = pending.outcome
+        record = detach(report)
+        if record is not None:
+            from pytest_gpumem.records.junit import properties  # noqa: PLC0415  # it used a card
+
+            report.user_properties += properties(record)
+            record.outcome = outcome  # type: ignore[assignment]  # one of the four
+            record.seconds = round(pending.seconds, 4)
+            self.records[report.nodeid] = record
+        finished = Finished(report.nodeid, outcome, record, pending.failure)
+        for listener in self.listeners:
+            listener(finished)
+
+    def pytest_report_teststatus(
+        self, report: pytest.TestReport | pytest.CollectReport
+    ) -> tuple[str, str, tuple[str, dict[str, bool]]] | None:
+        """Show a broken limit as such: V, among the failures and errors."""
+        if not report.failed or not getattr(report, _OVER_LIMIT, False):
+            return None
+        category = "failed" if report.when == "call" else "error"
+        return category, "V", ("OVER VRAM LIMIT", {"red": True})

@@ -1,0 +1,122 @@
+"""The record of a run: its machines, and what it said of the baseline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pytest_gpumem.records.codec import Count  # noqa: TC001  # types are read
+from pytest_gpumem.sizes import format_size
+
+
+@dataclass(frozen=True, slots=True)
+class CardFacts:
+    """A card of a machine.
+
+    Attributes:
+        name: Its name.
+        total_bytes: Its total.
+        budget_bytes: The run's budget, or None; a test may have its own.
+    """
+
+    name: str
+    total_bytes: Count
+    budget_bytes: Count | None
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """A machine that tests ran on.
+
+    Attributes:
+        host: Its name.
+        python: Python's version.
+        platform: The operating system.
+        torch: PyTorch's version, or None.
+        backend: What ``"cuda"`` meant.
+        driver: NVIDIA's; None where cards are simulated or NVML does not tell.
+        cards: Its cards; empty where nothing asked for one in that process.
+    """
+
+    host: str
+    python: str
+    platform: str
+    torch: str | None
+    backend: Literal["cuda", "simulated", "off"]
+    driver: str | None
+    cards: tuple[CardFacts, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A figure of a test or a fixture, before and now.
+
+    Attributes:
+        test: The test, or the fixture.
+        metric: The metric; a card but the first is named in it. It is what was added
+            (the absolute peak against an entry of format 1), or ends in ``left``.
+        before: Bytes in the baseline.
+        now: Bytes in this run.
+        is_regression: Whether it is more than what is allowed.
+    """
+
+    test: str
+    metric: str
+    before: Count
+    now: Count
+    is_regression: bool
+
+    @property
+    def percent(self) -> float:
+        """By how much it changed."""
+        if self.before == 0:
+            return float("inf") if self.now else 0.0
+        return self.excess / self.before * 100
+
+    @property
+    def excess(self) -> int:
+        """By how many bytes it changed."""
+        return self.now - self.before
+
+    @property
+    def excess_text(self) -> str:
+        """The same in words, with its sign."""
+        return f"{'+' if self.excess >= 0 else '-'}{format_size(abs(self.excess))}"
+
+    def __str__(self) -> str:
+        return (
+            f"{self.metric} {format_size(self.before)} -> {format_size(self.now)} "
+            f"({self.excess_text}, {self.percent:+.1f} %)"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A test or a fixture that is new in a run, or stale in the baseline.
+
+    Attributes:
+        environment: Card, backend and PyTorch's version.
+        test: The test, or the fixture.
+        peaks: Bytes by metric, as a baseline has them.
+    """
+
+    environment: str
+    test: str
+    peaks: dict[str, Count]
+
+
+@dataclass(frozen=True, slots=True)
+class BaselineOutcome:
+    """What differs from a baseline.
+
+    Attributes:
+        file: The baseline's name.
+        changes: What changed.
+        new: Tests of this run that the file lacks.
+        stale: Tests of the file that are no more, or use no card; with the file's peaks.
+    """
+
+    file: str
+    changes: list[Change] = field(default_factory=list)
+    new: list[Entry] = field(default_factory=list)
+    stale: list[Entry] = field(default_factory=list)

@@ -1,1 +1,0 @@
-"""Limits that a suite could have: how much, and where."""
