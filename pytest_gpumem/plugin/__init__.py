@@ -94,6 +94,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _configure(run: Run, config: pytest.Config) -> None:
     register = config.pluginmanager.register
+    is_worker = hasattr(config, "workerinput")
+    if not is_worker:
+        check_outputs(run.settings, config)
     collection = Collection(run, config)
     register(run, PLUGIN_NAME)
     register(collection, "gpumem-collection")
@@ -113,7 +116,7 @@ def _configure(run: Run, config: pytest.Config) -> None:
 
         run.growth = Growth(run)
         register(run.growth, "gpumem-growth")
-    if hasattr(config, "workerinput"):
+    if is_worker:
         _tell_controller(run, config, collection)
     else:
         _control(run, config, collection)
@@ -159,7 +162,6 @@ def _tell_controller(run: Run, config: pytest.Config, collection: Collection) ->
 def _control(run: Run, config: pytest.Config, collection: Collection) -> None:
     """Have the process in which reports arrive collect them and say what came of it."""
     register = config.pluginmanager.register
-    check_outputs(run.settings, config)
     run.endings = Endings(is_strict=run.settings.is_strict)
     register(run.endings, ENDINGS_NAME)
     collector = Collector()
