@@ -16,6 +16,7 @@ import torch  # noqa: F401  # an inner run may not be the first to import it
 from pytest_gpumem.plugin.claims import Claim, declared_claims
 from pytest_gpumem.plugin.history import History
 from pytest_gpumem.plugin.marks import Budget, Limit, Requirement, Wishes
+from pytest_gpumem.plugin.record import Collector
 from pytest_gpumem.plugin.settings import Settings
 from pytest_gpumem.plugin.sharing import VARIABLE, Place, Sharing, take_place
 from pytest_gpumem.plugin.workers import Workers
@@ -491,7 +492,7 @@ def test_a_broken_cache_knows_no_test(kept: Any) -> None:
     cache = SimpleNamespace(get=lambda _key, _default: kept)
     config: Any = SimpleNamespace(cache=cache)
 
-    assert set() == History(config).idle
+    assert set() == History(config, Collector()).idle
 
 
 @pytest.mark.slow
@@ -577,7 +578,7 @@ def test_workers_of_each_host_share_its_cards(pytestconfig: pytest.Config) -> No
     there = [_Spec(ssh="far"), _Spec(ssh="far"), _Spec(ssh="far")]
     specs = [here[0], *there, here[1]]
 
-    Workers(History(pytestconfig), "equal").pytest_xdist_setupnodes(specs)
+    Workers(History(pytestconfig, Collector()), "equal").pytest_xdist_setupnodes(specs)
 
     def places(of: list[_Spec]) -> list[str]:
         return [each.env[VARIABLE].rpartition("/")[0] for each in of]
