@@ -203,3 +203,12 @@ def test_every_public_name_can_be_had() -> None:
     assert set(pytest_gpumem.__all__) <= set(dir(pytest_gpumem))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = pytest_gpumem.nothing
+
+
+def test_every_test_file_is_in_a_room() -> None:
+    """Under a name of its own, as pytest imports test files by their names."""
+    tests = Path(__file__).parents[1]
+    names = [each.name for each in tests.rglob("test_*.py")]
+
+    assert [] == list(tests.glob("test_*.py"))
+    assert sorted(set(names)) == sorted(names)

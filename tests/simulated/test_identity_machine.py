@@ -14,7 +14,6 @@ import io
 import weakref
 from typing import TYPE_CHECKING, Any
 
-import pytest
 import torch
 from fuzzing import EXAMPLES
 from hypothesis import HealthCheck, Phase, settings
@@ -24,7 +23,6 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -576,21 +574,11 @@ def is_out_of_memory(action: Callable[[], object]) -> bool:
     return False
 
 
-_LONG = settings(
+TestPrograms = Programs.TestCase
+TestPrograms.settings = settings(
     max_examples=EXAMPLES // 10,
     stateful_step_count=25,
     deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking takes minutes
     suppress_health_check=list(HealthCheck),
 )
-
-
-def test_a_few_programs() -> None:
-    """Every day."""
-    run_state_machine_as_test(Programs, settings=settings(_LONG, max_examples=5))
-
-
-@pytest.mark.slow
-def test_programs() -> None:
-    """As many as fuzz tests have."""
-    run_state_machine_as_test(Programs, settings=_LONG)

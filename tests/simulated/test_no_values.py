@@ -162,6 +162,7 @@ def test_a_hollow_checkpoint_has_its_size_and_takes_no_room(llama: Path) -> None
     assert on_disk < 2**20
 
 
+@pytest.mark.slow
 def test_70_billion_parameters_load_on_two_cards(
     llama: Path, machine: SimulatedMachine
 ) -> None:
