@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import torch
 
 from pytest_gpumem.devices import allocated_bytes
-from pytest_gpumem.stacks import clear_exception
+from pytest_gpumem.stacks import clear_exception, clear_frame, frames_from
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
@@ -276,8 +276,13 @@ def release_log_records() -> None:
     for logger in loggers:
         for handler in getattr(logger, "handlers", ()):
             for record in _kept(handler):
-                if record.exc_info and record.exc_info[1] is not None:
-                    clear_exception(record.exc_info[1])
+                error = record.exc_info[1] if record.exc_info else None
+                if error is None:
+                    continue
+                clear_exception(error)
+                if error.__traceback__ is not None:  # and what called the first of them
+                    for frame in frames_from(error.__traceback__.tb_frame.f_back):
+                        clear_frame(frame)
 
 
 def _kept(handler: logging.Handler) -> list[logging.LogRecord]:

@@ -175,10 +175,11 @@ class Trial:
         self._defaults.restore()
         device, index = self.device, self.device_index
         settle(device, 0)
+        start_bytes = allocated_bytes(device)  # the arguments go before it is weighed
         arguments = self.setup()
         self._random.restore()
         known = frozenset(blocks_on_cards())
-        start_bytes, start_ooms = allocated_bytes(device), num_ooms(device)
+        start_ooms = num_ooms(device)
         injector = OomInjector(*rules, device=device)
         budget = (
             nullcontext()

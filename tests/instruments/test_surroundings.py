@@ -148,6 +148,24 @@ def test_a_default_device_is_put_back_too() -> None:
     assert found == torch.device("cuda:0")
 
 
+def test_hooks_of_all_modules_are_taken_away_but_for_those_of_before() -> None:
+    """A module that is called later computes what it did."""
+    seen: list[str] = []
+    module = torch.nn.modules.module
+    kept = module.register_module_forward_hook(lambda *_call: seen.append("kept"))
+    defaults = Defaults()
+    module.register_module_forward_hook(lambda *_call: seen.append("left"))
+    module.register_module_forward_pre_hook(lambda *_call: seen.append("left"))
+
+    changed = defaults.changed()
+    defaults.restore()
+    torch.nn.Identity()(torch.ones(1))
+    kept.remove()
+
+    assert [each[:34] for each in changed] == ["the set of global module hooks is "]
+    assert seen == ["kept"]
+
+
 def test_failed_allocations_of_all_cards_count() -> None:
     """A body may run out of room on any card."""
     device = active_device()
