@@ -263,13 +263,7 @@ def project(pytester: pytest.Pytester) -> Callable[..., pytest.RunResult]:
     return run
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow) if "-n" in tree.options else name
-        for name, tree in TREES.items()
-    ],
-)
+@pytest.mark.parametrize("name", TREES)
 def test_a_changed_tree_has_the_verdict_of_a_reviewer(
     name: str, project: Callable[..., pytest.RunResult], pytester: pytest.Pytester
 ) -> None:

@@ -160,7 +160,7 @@ def test_tolerances_are_chosen(run: Callable[..., pytest.RunResult]) -> None:
     reserved.stdout.fnmatch_lines(["*above the baseline *: reserved 2 MiB -> 12 MiB *"])
 
 
-@pytest.mark.parametrize("run", each_way("both"), indirect=True)
+@pytest.mark.parametrize("run", each_way(), indirect=True)
 def test_another_card_has_figures_of_its_own(
     run: Callable[..., pytest.RunResult], pytester: pytest.Pytester
 ) -> None:
