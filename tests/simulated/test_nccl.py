@@ -430,7 +430,9 @@ def test_a_rank_that_ends_ends_the_others_wait() -> None:
         tensor = torch.ones(1, device="cuda")
         dist.all_reduce(tensor)
         if rank:
-            dist.group.WORLD.abort()
+            group = dist.group.WORLD
+            assert group is not None
+            group.abort()
             return ""
         with pytest.raises(dist.DistBackendError) as caught:
             dist.all_reduce(tensor)

@@ -10,11 +10,14 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 from torch import nn
+from torch._C import _distributed_c10d as c10d
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+
+from pytest_gpumem.devices.simulated.install import simulated_device
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it scripts functions when it is imported
@@ -149,6 +152,30 @@ def test_a_model_on_two_cards_has_buckets_on_each() -> None:
     run_ranks(body, cards="T4*4")
 
 
+def test_bytes_alone_need_no_values() -> None:
+    """A machine that keeps none trains in parallel, too: what is held is the same."""
+
+    def held(values: str) -> tuple[int, ...]:
+        with simulated_device("A100-40GB", values=values):
+            dist.init_process_group(
+                "nccl", store=c10d.HashStore(), rank=0, world_size=1
+            )
+            try:
+                layer = nn.Linear(1024, 1024).cuda()
+                replica = DistributedDataParallel(layer, [0])
+                replica(torch.empty(2, 1024, device="cuda")).sum().backward()
+                shards = nn.Linear(1024, 1024).cuda()
+                fully_shard(shards)
+                shards(torch.empty(2, 1024, device="cuda")).sum().backward()
+                gathered = torch.empty(2, 1024, device="cuda")
+                dist.all_gather_single(gathered, gathered.clone())
+                return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+            finally:
+                dist.destroy_process_group()
+
+    assert held("none") == held("computed")
+
+
 def test_shards_move_from_one_dimension_to_another() -> None:
     """``DTensor`` gathers, scatters and exchanges through NCCL."""
 
@@ -215,6 +242,8 @@ def test_one_batch_on_two_ranks_is_normalised_as_one() -> None:
             (layer.running_mean, plain.running_mean),
             (layer.running_var, plain.running_var),
         ):
+            assert ours is not None
+            assert theirs is not None
             assert ours.device.index == rank
             assert torch.allclose(ours.cpu(), theirs, atol=1e-5)
         assert layer.weight.grad is not None

@@ -15,12 +15,15 @@ import torch.distributed as dist
 from torch._C import _distributed_c10d as c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _empty: Final = torch.ops.aten.empty.memory_format
+#: Where values are, or where they would be if there were any.
+_HOST: Final = ("cpu", "meta")
 
 
 class _Placing(TorchDispatchMode):
@@ -40,7 +43,7 @@ class _Placing(TorchDispatchMode):
         """Ask for the memory on the card."""
         options = kwargs or {}
         asked = options.get("device")
-        if func is _empty and asked is not None and asked.type == "cpu":
+        if func is _empty and asked is not None and asked.type in _HOST:
             device = self._devices[0]
             if len(self._devices) > 1:
                 self._devices.popleft()
@@ -179,6 +182,8 @@ def verify_params(
     if device is None:
         _verify(process_group, params, logger)
         return
+    if card_of(device.index).value_device == "meta":
+        return  # no rank has values to compare
     rank, own = process_group.rank(), len(params)
     count = torch.tensor([own], device=device)
     counts = [torch.empty_like(count) for _ in range(process_group.size())]

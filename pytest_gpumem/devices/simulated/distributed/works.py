@@ -158,6 +158,11 @@ class NcclWork(dist.Work):
         return all(_future_of(each) is not None for each in self._inner)
 
     def _make_future(self) -> Future[Any]:
+        if not self._inner:  # there were no values to carry
+            self._conclude(None)
+            empty: Future[Any] = Future()
+            empty.set_result(self._outputs)
+            return empty
         futures = [_future_of(each) for each in self._inner]
         known = [each for each in futures if each is not None]
         if len(known) == len(futures):
