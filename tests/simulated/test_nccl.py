@@ -11,13 +11,14 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 from torch._C import _distributed_c10d as c10d
+from torch.distributed import _functional_collectives as functional
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _coalescing_manager
 
 from pytest_gpumem.devices.simulated.install import simulated_device
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*torch.distributed.(all_gather_into|reduce_scatter)_tensor. is deprecated",
+    "ignore:.*torch.distributed.* is deprecated:FutureWarning",  # the names of 2.11
     "ignore:.*using the device under current context",
 )
 
@@ -441,6 +442,90 @@ def test_a_rank_that_ends_ends_the_others_wait() -> None:
     said, _ = run_ranks(body, seconds=20)
 
     assert "ncclRemoteError" in said
+
+
+def test_functional_collectives_return_new_tensors_of_the_card() -> None:
+    """Those that ``DTensor`` and compiled programs call, alone and several at once."""
+
+    def body(rank: int) -> None:
+        world = dist.group.WORLD
+        own = on_card(1, 2, 3, 4) * (rank + 1)
+
+        def values(found: Any) -> Any:
+            if isinstance(found, list):
+                return [values(each) for each in found]
+            assert found.device.index == rank
+            return found.tolist()
+
+        assert values(functional.all_reduce(own, "sum", world)) == [3, 6, 9, 12]
+        gathered = [1, 2, 3, 4, 2, 4, 6, 8]
+        assert values(functional.all_gather_tensor(own, 0, world)) == gathered
+        scattered = [[1.5, 3], [4.5, 6]][rank]
+        assert values(functional.reduce_scatter_tensor(own, "avg", 0, world)) == (
+            scattered
+        )
+        exchanged = [[1, 2, 2, 4], [3, 4, 6, 8]][rank]
+        assert values(functional.all_to_all_single(own, None, None, world)) == exchanged
+        assert values(functional.broadcast(own, 1, world)) == [2, 4, 6, 8]
+        both = [own, own * 2]
+        assert values(functional.all_reduce_coalesced(both, "sum", world)) == [
+            [3, 6, 9, 12],
+            [6, 12, 18, 24],
+        ]
+        several = functional.all_gather_into_tensor_coalesced(both, world)
+        assert values(several)[0] == gathered
+        parts = functional.reduce_scatter_tensor_coalesced(both, "avg", [0, 0], world)
+        assert values(parts)[0] == scattered
+        assert own.tolist() == [rank + 1, 2 * rank + 2, 3 * rank + 3, 4 * rank + 4]
+
+    run_ranks(body)
+
+
+def test_a_run_in_torchs_debug_mode_is_the_same() -> None:
+    """``TORCH_DISTRIBUTED_DEBUG=DETAIL``."""
+
+    def body(_rank: int) -> float:
+        tensor = torch.ones(1, device="cuda")
+        dist.all_reduce(tensor)
+        return float(tensor)
+
+    before = c10d.get_debug_level()
+    c10d.set_debug_level(c10d.DebugLevel.DETAIL)
+    try:
+        assert run_ranks(body) == [2.0, 2.0]
+    finally:
+        c10d.set_debug_level(before)
+
+
+def test_collectives_between_the_cards_of_one_process() -> None:
+    """``torch.cuda.nccl``'s own functions, and what they do not take."""
+    nccl = torch.cuda.nccl
+
+    with simulated_device("T4*2"):
+        tensors = [torch.arange(4.0, device=f"cuda:{each}") + each for each in range(2)]
+        assert nccl.is_available(tensors)
+        total = torch.empty(4, device="cuda:1")
+        nccl.reduce(tensors, total, 1)
+        assert total.tolist() == [1, 3, 5, 7]
+        wide = [torch.empty(8, device=f"cuda:{each}") for each in range(2)]
+        nccl.all_gather(tensors, wide)
+        assert wide[1].tolist() == [0, 1, 2, 3, 1, 2, 3, 4]
+        parts = [torch.empty(2, device=f"cuda:{each}") for each in range(2)]
+        nccl.reduce_scatter(tensors, parts)
+        assert [each.tolist() for each in parts] == [[1, 3], [5, 7]]
+        nccl.all_reduce(tensors, op=4)
+        assert [each.tolist() for each in tensors] == [[0.5, 1.5, 2.5, 3.5]] * 2
+        nccl.broadcast([tensors[0], total], 1)
+        assert tensors[0].tolist() == [1, 3, 5, 7]
+        for wrong, words in (
+            ([], "can't be empty"),
+            ([torch.ones(1)], "cuda dense"),
+            ([total, total], "unique devices"),
+            ([total, tensors[0].int()], "same Tensor dtype"),
+            ([wide[0][::2]], "contiguous"),
+        ):
+            with pytest.raises(RuntimeError, match=words):
+                nccl.broadcast(wrong)
 
 
 def test_a_communicator_takes_what_the_card_says() -> None:

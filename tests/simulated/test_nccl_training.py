@@ -168,7 +168,7 @@ def test_bytes_alone_need_no_values() -> None:
                 fully_shard(shards)
                 shards(torch.empty(2, 1024, device="cuda")).sum().backward()
                 gathered = torch.empty(2, 1024, device="cuda")
-                dist.all_gather_single(gathered, gathered.clone())
+                dist.all_gather_into_tensor(gathered, gathered.clone())
                 return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
             finally:
                 dist.destroy_process_group()

@@ -365,6 +365,7 @@ ProcessGroupNCCL.__module__ = "torch.distributed.distributed_c10d"
 # -- process groups -----------------------------------------------------------------------
 
 _group_class: Final[Any] = c10d.ProcessGroup
+_wrap: Final[Any] = vars(distributed_c10d)["_create_process_group_wrapper"]
 #: The backends of each group, by type of device; C++ keeps them alive without what
 #: Python adds to them.
 _backends: Final[WeakKeyDictionary[Any, dict[str, Any]]] = WeakKeyDictionary()
@@ -373,7 +374,6 @@ _backends: Final[WeakKeyDictionary[Any, dict[str, Any]]] = WeakKeyDictionary()
 def backend_of(group: Any) -> ProcessGroupNCCL | None:
     """Return what stands for NCCL in a group, or None."""
     found = _backends.get(group, {}).get("cuda")
-    found = getattr(found, "wrapped_pg", found)  # TORCH_DISTRIBUTED_DEBUG=DETAIL
     return found if isinstance(found, ProcessGroupNCCL) else None
 
 
@@ -382,6 +382,13 @@ def _register_backend(
 ) -> None:
     _original["_register_backend"](self, device, backend_type, backend)
     _backends.setdefault(self, {})[device.type] = backend
+
+
+def _wrapped(wrapped_pg: Any, *args: Any, **options: Any) -> Any:
+    """Let ``TORCH_DISTRIBUTED_DEBUG=DETAIL`` put no C++ around what is Python here."""
+    if isinstance(wrapped_pg, ProcessGroupNCCL):
+        return wrapped_pg
+    return _wrap(wrapped_pg, *args, **options)
 
 
 def _start_coalescing(self: Any, device_type: torch.device) -> None:
@@ -445,7 +452,7 @@ def _split_group(  # noqa: PLR0917  # torch's signature
         if types is not None and type_ not in types:
             continue
         own_store = c10d.PrefixStore(f"{type_}/", store)
-        if isinstance(getattr(backend, "wrapped_pg", backend), ProcessGroupNCCL):
+        if isinstance(backend, ProcessGroupNCCL):
             options = copy.deepcopy(
                 opts if isinstance(opts, NcclOptions) else NcclOptions()
             )
@@ -536,4 +543,5 @@ if dist.is_gloo_available():
         (constants, "default_pg_nccl_timeout", DEFAULT_TIMEOUT),
         (distributed_c10d, "default_pg_nccl_timeout", DEFAULT_TIMEOUT),
         (distributed_c10d, "_NCCL_AVAILABLE", True),
+        (distributed_c10d, "_create_process_group_wrapper", _wrapped),
     ]
