@@ -151,7 +151,12 @@ def _list(kinds: tuple[Any, ...]) -> Decoder:
     def decode_list(value: Any) -> list[Any]:
         if not isinstance(value, (list, tuple)):
             raise _wrong(value, "a list")
-        return [_inside(f"[{index}]", item, each) for index, each in enumerate(value)]
+        found: list[Any] = []
+        try:  # once for all: a timeline has hundreds of values
+            found.extend(map(item, value))
+        except DamageError as error:
+            raise DamageError(f"[{len(found)}]{error}") from None
+        return found
 
     return decode_list
 
@@ -165,10 +170,13 @@ def _tuple(kinds: tuple[Any, ...]) -> Decoder:
     def decode_row(value: Any) -> tuple[Any, ...]:
         if not isinstance(value, (list, tuple)) or len(value) != len(items):
             raise _wrong(value, f"a list of {len(items)} values")
-        return tuple(
-            _inside(f"[{index}]", item, each)
-            for index, (item, each) in enumerate(zip(items, value, strict=True))
-        )
+        found: list[Any] = []
+        try:
+            for item, each in zip(items, value, strict=True):
+                found.append(item(each))
+        except DamageError as error:
+            raise DamageError(f"[{len(found)}]{error}") from None
+        return tuple(found)
 
     return decode_row
 

@@ -184,3 +184,48 @@ def test_an_option_is_one_line() -> None:
                 assert callable(load(each))
         if option.default_text:
             assert option.default == option.value(option.default_text, Path())
+
+
+def test_a_new_option_needs_no_more_than_its_declaration(
+    pytester: pytest.Pytester,
+) -> None:
+    """The flag, the ini setting, help and the value are its own."""
+    pytester.syspathinsert()
+    pytester.makepyfile(
+        more_options="""
+        from dataclasses import dataclass
+
+        from pytest_gpumem.plugin.options import (
+            add_options,
+            option,
+            options_of,
+            read_option,
+        )
+
+        @dataclass
+        class More:
+            steps: int = option("--gpu-steps", "N", parse=int, default=3, help="steps")
+
+        OPTIONS = options_of(More)
+
+        def pytest_addoption(parser):
+            add_options(parser, OPTIONS.values())
+
+        def pytest_report_header(config):
+            return f"steps {read_option(OPTIONS['steps'], config, config.option)}"
+        """
+    )
+    pytester.makeini("[pytest]\ngpu_steps = 5\n")
+
+    asked, said = (
+        pytester.runpytest("-p", "more_options", "--gpu-steps=7"),
+        pytester.runpytest("-p", "more_options"),
+    )
+    wrong = pytester.runpytest("-p", "more_options", "--gpu-steps=few")
+
+    asked.stdout.fnmatch_lines(["steps 7"])
+    said.stdout.fnmatch_lines(["steps 5"])
+    wrong.stderr.fnmatch_lines(["*--gpu-steps: *few*"])
+    pytester.runpytest("-p", "more_options", "--help").stdout.fnmatch_lines(
+        ["*--gpu-steps=N*steps (default: 3)*"]
+    )

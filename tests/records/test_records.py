@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import get_args
 
 import pytest
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_gpumem.plugin.marks import METRICS, PHASES
-from pytest_gpumem.records.codec import DamageError, decode, encode
+from pytest_gpumem.records.codec import DamageError, decode, encode, required_of
 from pytest_gpumem.records.junit import properties
 from pytest_gpumem.records.memory import MemoryFigures
 from pytest_gpumem.records.record import (
@@ -125,6 +125,27 @@ def test_the_names_of_junits_properties_are_as_documented() -> None:
         '"num_ooms":1,"peak_reserved_bytes":5,"left_bytes":-1,"holders":["h"],'
         '"problems":["p"]}]',
     } == {name: value for name, value in found[1:] if ".cuda1." not in name}
+
+
+@dataclass(slots=True)
+class _Newer(Record):
+    """A record with one field more.
+
+    Attributes:
+        steps: A new figure.
+    """
+
+    steps: int = 0
+
+
+def test_a_new_field_needs_no_more_than_its_declaration() -> None:
+    """It is sent, written, read and shown."""
+    record = _Newer("t", "passed", 0.5, "T4", [], steps=3)
+
+    assert record == _Newer.of_texts(record.to_texts())
+    assert record == decode(_Newer, json.loads(record.text))
+    assert ("gpumem.steps", 3) in properties(record)
+    assert required_of(_Newer) == required_of(Record)
 
 
 def test_what_holds_for_a_further_attempt_is_kept() -> None:
