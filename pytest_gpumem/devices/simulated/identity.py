@@ -16,7 +16,8 @@ one of the device that it is on. Whatever changes device comes through ``become`
   then it has no bytes of its own; it holds those that the tensor has now.
 
 Limits: a graph that meets a body that is not worn fails by its shape, where on a card
-it would fail by its device. It does not keep the gradient of a tensor that is gone.
+it would fail by its device. It does not keep the gradient of a tensor that is gone. A
+view that changes its device counts its versions alone from then on.
 """
 
 from __future__ import annotations
