@@ -219,3 +219,40 @@ def test_a_baseline_gates_every_rank(pytester: pytest.Pytester) -> None:
 def _environment(text: str) -> str:
     (environment,) = json.loads(text)["peaks"]
     return str(environment)
+
+
+@pytest.mark.slow
+def test_the_others_hear_of_a_rank_that_ran_out_of_memory(
+    pytester: pytest.Pytester,
+) -> None:
+    """Its process ends; theirs wait for it no longer than for the news."""
+    pytester.makepyfile(
+        rank="""
+        import pathlib
+        import signal
+        import torch
+        import torch.distributed as dist
+
+        # torchrun ends the others at once; this one says first what it has heard.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        dist.init_process_group("nccl")
+        rank = dist.get_rank()
+        torch.cuda.set_device(rank)
+        tensor = torch.ones(1, device="cuda")
+        dist.all_reduce(tensor)
+        if rank:
+            torch.empty(2**50, device="cuda")
+        try:
+            dist.all_reduce(tensor)
+        except dist.DistBackendError as error:
+            pathlib.Path("said").write_text(str(error))
+            raise
+        """
+    )
+    pytester.makepyfile(test_it=f"{START}\ndef test_it():\n    start(2)\n")
+
+    result = pytester.runpytest_inprocess("--gpu-card=T4*2", "-p", "no:cacheprovider")
+
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*torch.OutOfMemoryError: CUDA out of memory*"])
+    assert "ncclRemoteError" in (pytester.path / "said").read_text(encoding="utf-8")
