@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from pytest_gpumem import OomInjector, make_checkpoint, simulated_device, sweep_ooms
-from pytest_gpumem.sweeps.summary import SweepSummary
+from pytest_gpumem.sweeps.summary import summary_of
 from pytest_gpumem.sweeps.text import summarise
 
 if TYPE_CHECKING:
@@ -97,18 +97,18 @@ def main() -> None:
         sweep(small_body, points=1)  # what is imported and built on first use
         report, seconds = sweep(small_body)
         print(
-            f"| two-layer encoder, load and forward: {summarise(SweepSummary.of(report))} | "
+            f"| two-layer encoder, load and forward: {summarise(summary_of(report))} | "
             f"{len(report.outcomes) / seconds:.0f} points/s | 50 |"
         )
         report, seconds = sweep(body, points="sites", recover=True)
         print(
-            f"| bert-large by sites: {summarise(SweepSummary.of(report))} | {seconds:.0f} s | 60 s |",
+            f"| bert-large by sites: {summarise(summary_of(report))} | {seconds:.0f} s | 60 s |",
             flush=True,
         )
         if "--full" in sys.argv:
             report, seconds = sweep(body, recover=True, progress=show)
             print(
-                f"| bert-large, every allocation: {summarise(SweepSummary.of(report))} | "
+                f"| bert-large, every allocation: {summarise(summary_of(report))} | "
                 f"{seconds / 60:.1f} min | 10 min |"
             )
         print(f"| disarmed injector / none | {measure_disarmed():.3f} | 1.01 |")

@@ -148,15 +148,15 @@ class SummaryPlugin:
         sweeps = [each for test in self._tests.values() for each in test.sweeps]
         if not sweeps:
             return
-        from pytest_gpumem.sweeps.summary import SweepSummary  # noqa: PLC0415  # there was a sweep
+        from pytest_gpumem.sweeps.summary import whole_sweeps  # noqa: PLC0415  # there was a sweep
         from pytest_gpumem.sweeps.text import coverage_table, summarise  # noqa: PLC0415  # likewise
 
         terminal.section("OOM sweeps")
-        for (nodeid, _name), summary in SweepSummary.whole(sweeps).items():
+        for sweep in whole_sweeps(sweeps):
             terminal.write_line(
-                f"{nodeid}: {summarise(summary)}", red=summary.num_failures > 0
+                f"{sweep.nodeid}: {summarise(sweep)}", red=sweep.failures > 0
             )
-            table = coverage_table(summary, most=None if detailed else SITES)
+            table = coverage_table(sweep, most=None if detailed else SITES)
             for line in table.splitlines():
                 terminal.write_line(f"  {line}")
 

@@ -14,7 +14,7 @@ import pytest
 from pytest_gpumem.errors import SweepError
 from pytest_gpumem.plugin.record import PROGRESS, record_of
 from pytest_gpumem.plugin.sweep_progress import Progress, show_progress
-from pytest_gpumem.sweeps.summary import SweepSummary
+from pytest_gpumem.sweeps.summary import summary_of
 from pytest_gpumem.sweeps.text import SHOWN, describe, explain, replays
 
 if TYPE_CHECKING:
@@ -188,11 +188,8 @@ class Sweeps:
             if error.__cause__ is not None:
                 raise error.__cause__ from None  # the test fails by itself
             raise
-        found = SweepSummary.of(report).to_record(
-            _whole_id(item),
-            recover=report.recover,
-            replays=replays(report, replay_line(item)),
-        )
+        commands = replays(report, replay_line(item))
+        found = summary_of(report, _whole_id(item), commands)
         record_of(item).sweeps.append(found)
         return report
 

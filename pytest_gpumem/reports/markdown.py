@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from pytest_gpumem.records.staircase import staircase_table
 from pytest_gpumem.reports.words import environment_line, limit_words
 from pytest_gpumem.sizes import format_size
-from pytest_gpumem.sweeps.summary import SweepSummary
+from pytest_gpumem.sweeps.summary import whole_sweeps
 from pytest_gpumem.sweeps.text import summarise
 
 if TYPE_CHECKING:
@@ -158,10 +158,10 @@ def _entries(word: str, entries: Sequence[Entry]) -> list[str]:
 
 
 def _sweeps(tests: Sequence[Record]) -> Iterator[str]:
-    whole = SweepSummary.whole(each for test in tests for each in test.sweeps)
-    worst = sorted(whole.items(), key=lambda pair: -pair[1].num_failures)
-    for (nodeid, _name), summary in worst[:TOP]:
-        yield f"- sweep {escape(nodeid)}: {escape(summarise(summary))}"
+    whole = whole_sweeps(each for test in tests for each in test.sweeps)
+    worst = sorted(whole, key=lambda each: -each.failures)
+    for sweep in worst[:TOP]:
+        yield f"- sweep {escape(sweep.nodeid)}: {escape(summarise(sweep))}"
     if worst:
         yield from _more(len(worst) - TOP)
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_gpumem.records.record import SweptSite
 from pytest_gpumem.rules.rule import NOT_OOM
 
 if TYPE_CHECKING:
@@ -128,28 +129,6 @@ _KINDS: Final[dict[str, type | tuple[type, ...]]] = {
 
 
 @dataclass(slots=True)
-class SiteCoverage:
-    """What a sweep did at one place that allocates.
-
-    Attributes:
-        site: The place, as text.
-        num_allocations: Allocations there in a clean run.
-        num_failed: Of how many the failure was tried, over all modes and flavours.
-        verdicts: How those runs ended.
-    """
-
-    site: str
-    num_allocations: int = 0
-    num_failed: int = 0
-    verdicts: Counter[Verdict] = field(default_factory=Counter)
-
-    @property
-    def num_recovered(self) -> int:
-        """Runs that recovered."""
-        return self.verdicts[Verdict.RECOVERED]
-
-
-@dataclass(slots=True)
 class SweepReport:
     """A sweep's findings.
 
@@ -187,17 +166,16 @@ class SweepReport:
         """How long the points took together."""
         return sum(each.seconds for each in self.outcomes)
 
-    def coverage(self) -> list[SiteCoverage]:
+    def coverage(self) -> list[SweptSite]:
         """Return what was tried at each site, in the order of first allocation."""
-        by_site: dict[str, SiteCoverage] = {}
-        for site in self.sites:
-            by_site.setdefault(site, SiteCoverage(site)).num_allocations += 1
-        for outcome in self.outcomes:
-            site = outcome.point.site
-            row = by_site.setdefault(site, SiteCoverage(site))
-            row.num_failed += 1
-            row.verdicts[outcome.verdict] += 1
-        return list(by_site.values())
+        allocations = Counter(self.sites)
+        verdicts: dict[str, Counter[Any]] = {site: Counter() for site in self.sites}
+        for each in self.outcomes:
+            verdicts.setdefault(each.point.site, Counter())[each.verdict.value] += 1
+        return [
+            SweptSite(site, allocations[site], found.total(), dict(found))
+            for site, found in verdicts.items()
+        ]
 
     def failures_by_site(self) -> dict[tuple[str, Verdict], list[Outcome]]:
         """Return the failures grouped by site and verdict, the first ones first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Final
 
 from pytest_gpumem.records.record import Replay
@@ -12,7 +13,7 @@ from pytest_gpumem.tables import align
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pytest_gpumem.sweeps.summary import SweepSummary
+    from pytest_gpumem.records.record import Sweep
 
 #: How many points of a group are shown one by one; the others are counted.
 SHOWN: Final = 3
@@ -22,20 +23,21 @@ def _count(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
-def summarise(summary: SweepSummary) -> str:
+def summarise(sweep: Sweep) -> str:
     """Return the outcome of a sweep on one line."""
-    verdicts = summary.verdicts
+    verdicts = sum((Counter(site.verdicts) for site in sweep.sites), Counter())
     counts = ", ".join(
-        f"{verdicts[verdict]} {verdict.value}"
+        f"{verdicts[verdict.value]} {verdict.value}"
         for verdict in Verdict
-        if verdicts[verdict]
+        if verdicts[verdict.value]
     )
-    resumed = f", {summary.num_resumed} of them resumed" if summary.num_resumed else ""
+    allocations = [site.allocations for site in sweep.sites if site.allocations]
+    resumed = f", {sweep.resumed} of them resumed" if sweep.resumed else ""
     return (
-        f"{_count(summary.num_allocations, 'allocation')} at "
-        f"{_count(summary.num_sites, 'site')}, "
-        f"{_count(summary.num_points, 'point')}{resumed}: "
-        f"{counts or 'none run'} ({summary.seconds:.1f} s)"
+        f"{_count(sum(allocations), 'allocation')} at "
+        f"{_count(len(allocations), 'site')}, "
+        f"{_count(sweep.points, 'point')}{resumed}: "
+        f"{counts or 'none run'} ({sweep.seconds:.1f} s)"
     )
 
 
@@ -100,29 +102,29 @@ def describe(
     return "\n".join(lines)
 
 
-def coverage_table(summary: SweepSummary, *, most: int | None = None) -> str:
+def coverage_table(sweep: Sweep, *, most: int | None = None) -> str:
     """Return, for each site, how often it allocates, failed and was recovered from.
 
     Args:
-        summary: The sweep.
+        sweep: The sweep.
         most: Sites shown, those with failures that were not recovered from first; None
             shows all, in the order in which the code comes to them.
     """
-    sites = list(summary.sites)
+    sites = [(site, site.verdicts.get("recovered", 0)) for site in sweep.sites]
     if most is not None and len(sites) > most:
-        sites.sort(key=lambda site: site.num_recovered - site.num_failed)
-    hidden = sites[most:] if most is not None else []
+        sites.sort(key=lambda pair: pair[1] - pair[0].failed)
     rows = [("allocates", "failed", "recovered", "site")]
     rows += [
         (
-            str(row.num_allocations),
-            str(row.num_failed),
-            str(row.num_recovered),
-            row.site or "unknown",
+            str(site.allocations),
+            str(site.failed),
+            str(recovered),
+            site.site or "unknown",
         )
-        for row in sites[:most]
+        for site, recovered in sites[:most]
     ]
     lines = align(rows)
+    hidden = len(sites) - len(sites[:most])
     if hidden:
-        lines.append(f"... and {_count(len(hidden), 'site')} more; -v shows all")
+        lines.append(f"... and {_count(hidden, 'site')} more; -v shows all")
     return "\n".join(lines)

@@ -598,3 +598,30 @@ def test_a_half_moved_module_is_not_the_whole_one() -> None:
         text = str(compare(portrait(_linear()), portrait(torn)).first)
 
     assert text.startswith("the result['placement'] is 'half moved: ")
+
+
+class Named:
+    """An object with an equality of its own, and a part without one."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.helper = object()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Named) and self.name == other.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
+def test_an_objects_own_equality_holds_whatever_its_parts_are() -> None:
+    """Parts that cannot be compared are not compared instead."""
+    assert compare(portrait(Named("a")), portrait(Named("a"))).first is None
+    assert compare(portrait(Named("a")), portrait(Named("b"))).first is not None
+
+
+def test_what_is_not_a_number_differs_infinitely() -> None:
+    """Whichever of the two it is."""
+    assert float("inf") == compare(1.0, float("nan")).largest
+    assert float("inf") == compare(float("nan"), 1.0).largest
+    assert float("inf") == compare(_t(1.0), _t(float("nan"))).largest

@@ -189,6 +189,8 @@ def test_what_is_no_oom_is_not_noted(witness: OomWitness) -> None:
         _fail()
 
     assert [] == witness.incidents
+    _fail()
+    assert 1 == len(witness.incidents)
 
 
 def test_later_moments_are_only_counted(

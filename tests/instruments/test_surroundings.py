@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import operator
+import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +18,7 @@ from pytest_gpumem import active_device
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.instruments.surroundings import (
     Defaults,
+    RandomState,
     num_ooms,
     settle,
     wait_for_threads,
@@ -70,6 +74,27 @@ def test_log_records_are_told_from_what_the_code_has_left(
     assert found == (left.nbytes, 4 * MIB)
     assert caplog.records[0].exc_info is not None
     assert settle(active_device(), before.nbytes) == (left.nbytes, 0)
+
+
+def test_random_states_are_put_back() -> None:
+    """Of Python, numpy, the host and the card."""
+
+    def draw() -> list[float]:
+        return [
+            random.random(),  # noqa: S311  # what a program draws
+            np.random.random(),  # noqa: NPY002  # its global state
+            torch.rand(1).item(),
+            torch.rand(1, device="cuda").item(),
+        ]
+
+    state = RandomState()
+    first = draw()
+
+    second = draw()
+    state.restore()
+
+    assert draw() == first
+    assert all(map(operator.ne, first, second))
 
 
 def test_a_thread_that_works_is_waited_for() -> None:

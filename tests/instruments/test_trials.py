@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import logging
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -246,6 +247,19 @@ def test_every_run_draws_the_same_numbers(device: Device) -> None:
     )
 
     assert trial.run().result == trial.run().result
+
+
+def test_a_thread_that_a_run_leaves_at_work_is_waited_for(device: Device) -> None:
+    """What it holds when the run ends is no leak; unless the run had to be ended."""
+
+    def work() -> None:
+        held = _take(2 * MIB)
+        time.sleep(0.3)
+        del held
+
+    attempt = Trial(body=threading.Thread(target=work).start, device=device).run()
+
+    assert attempt.left_bytes == 0
 
 
 def test_what_a_result_owns_is_not_left(device: Device) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import xml.etree.ElementTree as ET
 
@@ -277,7 +278,7 @@ def test_junit_has_the_sweep(make: pytest.Pytester) -> None:
         each.get("name"): str(each.get("value")) for each in root.iter("property")
     }
 
-    assert '"points": 16' in properties["gpumem.sweep"]
+    assert 16 == json.loads(properties["gpumem.sweep"])["points"]
     assert "gpumem.sweep-progress" not in properties
 
 

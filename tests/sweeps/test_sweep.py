@@ -15,7 +15,7 @@ from torch import nn
 from pytest_gpumem import Outcome, SweepReport, Verdict, sweep_ooms, vram_budget
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.errors import RuleError, SweepError
-from pytest_gpumem.sweeps.summary import SweepSummary
+from pytest_gpumem.sweeps.summary import summary_of
 from pytest_gpumem.sweeps.text import coverage_table, explain, summarise
 
 if TYPE_CHECKING:
@@ -98,10 +98,10 @@ def test_sites_are_swept_by_their_first_allocation() -> None:
     rows = report.coverage()
 
     assert len(set(report.sites)) == len(report.outcomes) < report.num_allocations
-    assert report.num_allocations == sum(row.num_allocations for row in rows)
-    assert all(1 == row.num_failed for row in rows)
+    assert report.num_allocations == sum(row.allocations for row in rows)
+    assert all(1 == row.failed for row in rows)
     assert all("test_sweep.py" in row.site for row in rows)
-    assert "test_sweep.py" in coverage_table(SweepSummary.of(report))
+    assert "test_sweep.py" in coverage_table(summary_of(report))
 
 
 def test_a_number_of_points_is_spread_evenly() -> None:
@@ -252,7 +252,7 @@ def test_an_interrupted_sweep_goes_on(tmp_path: Path) -> None:
     assert 16 == len(report.outcomes)
     assert 2 + 11 + 2 == len(runs)  # prime, count, the rest, the unused faults
     assert not file.exists()
-    assert "5 of them resumed" in summarise(SweepSummary.of(report))
+    assert "5 of them resumed" in summarise(summary_of(report))
 
 
 def test_a_sweep_of_other_code_is_not_resumed(tmp_path: Path) -> None:
@@ -280,18 +280,50 @@ def test_heap_and_handlers_are_as_before() -> None:
     assert before == (gc.get_freeze_count(), signal.getsignal(signal.SIGUSR2))
 
 
-def test_a_budget_that_the_fallback_breaks_is_told_apart() -> None:
+def test_a_point_that_is_not_reached_ends_no_sweep() -> None:
+    """Code may allocate less often in one run, and as before in the next."""
+    counts = iter([3, 3, 3, 1])
+
+    def body() -> None:
+        for _ in range(next(counts, 3)):
+            torch.empty(MIB, device="cuda")
+
+    report = sweep_ooms(body, modes=["transient"])
+
+    assert [1, 3] == _numbers(report, "transient")
+
+
+def test_a_run_may_take_many_times_as_long_as_the_clean_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A fallback is slower, and no hang."""
+    monkeypatch.setattr("pytest_gpumem.sweeps.run._LEAST_S", 0.01)
+
+    def body() -> None:
+        try:
+            torch.empty(MIB, device="cuda")
+            time.sleep(0.1)
+        except torch.OutOfMemoryError:
+            time.sleep(0.5)
+
+    report = sweep_ooms(body, modes=["transient"], recover=True)
+
+    assert {Verdict.RECOVERED: 1} == report.verdicts
+
+
+@pytest.mark.parametrize("flavour", ["native", "cublas", "nvml", "xpu"])
+def test_a_budget_that_the_fallback_breaks_is_told_apart(flavour: str) -> None:
     """The injected OOM was met; the fallback then wanted more than the budget."""
 
     def body() -> int:
         try:
             return torch.ones(8 * MIB, dtype=torch.uint8, device="cuda").numel()
-        except torch.OutOfMemoryError:
+        except RuntimeError:
             pass
         return torch.ones(64 * MIB, dtype=torch.uint8, device="cuda").numel()
 
     with vram_budget("32MiB"):
-        report = sweep_ooms(body, modes=["transient"])
+        report = sweep_ooms(body, modes=["transient"], flavours=[flavour])
 
     assert {Verdict.OVER_BUDGET: 1} == report.verdicts
     assert "beyond the injected one" in report.failures[0].detail

@@ -12,19 +12,18 @@ import pytest
 
 from pytest_gpumem.errors import RuleError, SweepError
 from pytest_gpumem.records.codec import decode, encode
-from pytest_gpumem.records.record import FallbackStep, Replay, Sweep
+from pytest_gpumem.records.record import FallbackStep, Replay, Sweep, SweptSite
 from pytest_gpumem.records.staircase import staircase_table
 from pytest_gpumem.rules.rule import FLAVOURS, Rule
 from pytest_gpumem.sweeps.plan import SweepPlan
 from pytest_gpumem.sweeps.report import (
     Outcome,
     Point,
-    SiteCoverage,
     SweepReport,
     Verdict,
 )
 from pytest_gpumem.sweeps.state import SweepState
-from pytest_gpumem.sweeps.summary import SweepSummary
+from pytest_gpumem.sweeps.summary import summary_of, whole_sweeps
 from pytest_gpumem.sweeps.text import (
     SHOWN,
     coverage_table,
@@ -69,7 +68,9 @@ def an_outcome(
         ({"modes": ["once"]}, SweepError, "mode 'once'; accepted are transient, persi"),
         ({"flavours": ["x"]}, SweepError, "flavour 'x'; accepted are native, legacy"),
         ({"flavours": 3}, SweepError, "flavours=3; give a list, such as .'native'."),
+        ({"points": -1}, SweepError, "points=-1"),
         ({"timeout_s": 0}, SweepError, "timeout_s=0; give seconds above 0"),
+        ({"timeout_s": -1}, SweepError, "timeout_s=-1"),
         ({"timeout_s": float("nan")}, SweepError, "timeout_s=nan"),
         ({"timeout_s": "5"}, SweepError, "timeout_s='5'"),
         ({"timeout_s": threading.TIMEOUT_MAX * 2}, SweepError, "timeout_s="),
@@ -315,7 +316,7 @@ def test_a_report_counts_and_groups(report: SweepReport) -> None:
         ("b.py:2 in g", Verdict.CLEAN_OOM): [oom],
     } == report.failures_by_site()
     assert [("a.py:1 in f", 1, 1, 1), ("b.py:2 in g", 3, 3, 0)] == [
-        (row.site, row.num_allocations, row.num_failed, row.num_recovered)
+        (row.site, row.allocations, row.failed, row.verdicts.get("recovered", 0))
         for row in report.coverage()
     ]
 
@@ -323,13 +324,11 @@ def test_a_report_counts_and_groups(report: SweepReport) -> None:
 def test_a_summary_is_the_reports(report: SweepReport) -> None:
     """And survives its record, whose sums it shows."""
     report.outcomes.append(an_outcome(9, site="late"))
-    summary = SweepSummary.of(report)
-    record = summary.to_record("t", recover=True, replays=[])
-    entry = json.loads(json.dumps(encode(record)))
+    summary = summary_of(report, "t")
+    entry = json.loads(json.dumps(encode(summary)))
 
-    assert summary == SweepSummary.from_record(decode(Sweep, entry))
-    assert (4, 2, 5) == (summary.num_allocations, summary.num_sites, summary.num_points)
-    assert report.verdicts == summary.verdicts
+    assert summary == decode(Sweep, entry)
+    assert ("t", "s", True) == (summary.nodeid, summary.name, summary.recover)
     assert {"points": 5, "failures": 3, "resumed": 1, "seconds": 2.0} == {
         name: entry[name] for name in ("points", "failures", "resumed", "seconds")
     }
@@ -344,18 +343,29 @@ def test_a_summary_is_the_reports(report: SweepReport) -> None:
 def test_parts_of_a_sweep_are_joined() -> None:
     """Points add up; what each part counted in its clean run is the same."""
 
-    def part(site: str, verdict: Verdict, number: int) -> SweepSummary:
-        sites = (
-            SiteCoverage("both", 3, number, Counter({verdict: number})),
-            SiteCoverage(site, 2),
-        )
-        return SweepSummary("s", sites, number, 2 * number, 0.5 * number)
+    def part(site: str, verdict: Any, number: int, test: str = "t") -> Sweep:
+        sites = [
+            SweptSite("both", 3, number, {verdict: number}),
+            SweptSite(site, 2, 0, {}),
+        ]
+        command = Replay(site, verdict, number, f"pytest {site}")
+        times = (number, number + 1, 2 * number, 0.5 * number)
+        return Sweep(test, "s", True, *times, sites, [command])
 
-    joined = part("a", Verdict.LEAK, 1).joined(part("b", Verdict.HANG, 3))
+    first, other = part("a", "leak", 1), part("a", "leak", 1, "u")
+    joined, alone = whole_sweeps([first, other, part("b", "hang", 3)])
 
-    both = SiteCoverage("both", 3, 4, Counter({Verdict.LEAK: 1, Verdict.HANG: 3}))
-    sites = (both, SiteCoverage("a", 2), SiteCoverage("b", 2))
-    assert SweepSummary("s", sites, 4, 8, 2.0) == joined
+    assert [
+        SweptSite("both", 3, 4, {"leak": 1, "hang": 3}),
+        SweptSite("a", 2, 0, {}),
+        SweptSite("b", 2, 0, {}),
+    ] == joined.sites
+    assert (4, 6, 8, 2.0) == (
+        *(joined.points, joined.failures, joined.resumed),
+        joined.seconds,
+    )
+    assert ["pytest a", "pytest b"] == [each.command for each in joined.replays]
+    assert other == alone
 
 
 # -- words --------------------------------------------------------------------------------
@@ -368,13 +378,13 @@ def test_a_summary_fits_on_a_line(report: SweepReport) -> None:
     assert (
         "4 allocations at 2 sites, 4 points, 1 of them resumed: 1 recovered, "
         "1 clean OOM, 2 leak (2.0 s)"
-    ) == summarise(SweepSummary.of(report))
+    ) == summarise(summary_of(report))
     assert "0 allocations at 0 sites, 0 points: none run (0.0 s)" == summarise(
-        SweepSummary.of(empty)
+        summary_of(empty)
     )
     one = SweepReport("s", recover=False, sites=("a",), outcomes=[an_outcome(site="a")])
     assert "1 allocation at 1 site, 1 point: 1 recovered (0.0 s)" == summarise(
-        SweepSummary.of(one)
+        summary_of(one)
     )
 
 
@@ -423,7 +433,7 @@ def test_failures_are_explained_site_by_site(report: SweepReport) -> None:
 def test_coverage_shows_the_worst_sites_first(report: SweepReport) -> None:
     """All in the order of the code, or so many with what failed most on top."""
     report.sites += ("",)
-    summary = SweepSummary.of(report)
+    summary = summary_of(report)
 
     assert [
         "allocates  failed  recovered  site",
