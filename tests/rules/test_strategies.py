@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch  # noqa: F401  # inner runs in this process must find it imported
 from hypothesis import find, given
 from ways import WORKERS
 
@@ -82,8 +83,8 @@ def test_a_failing_schedule_is_shrunk_and_replayed(
             assert result == 2
         """
     )
-    first = pytester.runpytest_subprocess(*workers)
-    second = pytester.runpytest_subprocess(*workers)
+    first = pytester.runpytest(*workers)
+    second = pytester.runpytest(*workers)
 
     for result in (first, second):
         result.assert_outcomes(failed=1)
