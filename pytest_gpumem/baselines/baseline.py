@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem.errors import BaselineError
 from pytest_gpumem.files import locked, write_atomically
-from pytest_gpumem.sizes import MAX_BYTES
+from pytest_gpumem.records.codec import Count, DamageError, decoder
 
 if TYPE_CHECKING:
     import os
@@ -54,6 +54,7 @@ LEFT: Final = "left"
 
 #: Bytes by figure; a card but the first is named: ``"cuda:1 allocated growth"``.
 Peaks = dict[str, int]
+_DECODER: Final = decoder(dict[str, dict[str, dict[str, Count]]])
 _VERSION: Final = re.compile(r"(.*, torch )([0-9]+)\.([0-9]+)", re.DOTALL)
 
 
@@ -156,12 +157,15 @@ class Baseline:
                 f"{name} has format version {version!r}; this pytest-gpumem reads up "
                 f"to {VERSION}: upgrade it"
             )
-        peaks, fixtures = document.get("peaks"), document.get("fixtures", {})
-        if not _is_peaks(peaks) or not _is_peaks(fixtures):
+        try:
+            peaks = _entries("peaks", document.get("peaks"))
+            fixtures = _entries("fixtures", document.get("fixtures", {}))
+        except DamageError as error:
             raise BaselineError(
-                f"{name} is damaged: 'peaks' and 'fixtures' must map environments to "
-                "names to figures to bytes; restore it from version control"
-            )
+                f"{name} is damaged ({error}): 'peaks' and 'fixtures' must map "
+                "environments to names to figures to bytes; restore it from version "
+                "control"
+            ) from None
         return cls(peaks, fixtures)
 
     @classmethod
@@ -277,16 +281,9 @@ def _copied(
     }
 
 
-def _is_peaks(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(tests, dict)
-        and all(
-            isinstance(peaks, dict)
-            and all(
-                type(nbytes) is int and 0 <= nbytes <= MAX_BYTES
-                for nbytes in peaks.values()
-            )
-            for peaks in tests.values()
-        )
-        for tests in value.values()
-    )
+def _entries(part: str, value: Any) -> dict[str, dict[str, Peaks]]:
+    try:
+        found: dict[str, dict[str, Peaks]] = _DECODER(value)
+    except DamageError as error:
+        raise DamageError(f"{part}{error}") from None
+    return found

@@ -139,7 +139,8 @@ def _mapping(kinds: tuple[Any, ...]) -> Decoder:
         if not isinstance(value, dict):
             raise _wrong(value, "an object")
         return {
-            name(key): _inside(f".{key:.60}", item, each) for key, each in value.items()
+            name(key): _inside(f".{key}"[:60], item, each)
+            for key, each in value.items()
         }
 
     return decode_mapping
