@@ -80,7 +80,8 @@ class Reducer(_Reducer):  # type: ignore[misc]  # a class of C++
         if self._first is None:
             super().__init__(params, bucket_indices, *args, **options)
             return
-        expects_sparse = args[2] if len(args) > 2 else [False] * len(params)  # noqa: PLR2004  # torch's signature
+        flags = args[2:3] or (options.get("expect_sparse_gradients"),)
+        expects_sparse = flags[0] or [False] * len(params)
         own = [
             _device_of(params[indices[0]]) or torch.device("cpu")
             for indices in bucket_indices
