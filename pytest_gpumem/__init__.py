@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.instruments.loads import LoadVerdict, judge_load
     from pytest_gpumem.instruments.recorder import PeakRecorder
     from pytest_gpumem.instruments.sampler import MemorySampler
+    from pytest_gpumem.instruments.steady import steady
     from pytest_gpumem.instruments.tenants import competing_process
     from pytest_gpumem.planning.fit import FitReport, fit_model
     from pytest_gpumem.planning.task import FitTask
@@ -66,6 +67,7 @@ _HOMES: Final = {
     "parse_size": "sizes",
     "serve_models": "hub",
     "simulated_device": "devices.simulated.install",
+    "steady": "instruments.steady",
     "sweep_ooms": "sweeps.run",
     "vram_budget": "instruments.budget",
 }
@@ -101,6 +103,7 @@ __all__ = [
     "parse_size",
     "serve_models",
     "simulated_device",
+    "steady",
     "sweep_ooms",
     "vram_budget",
 ]

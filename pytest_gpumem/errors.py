@@ -138,6 +138,10 @@ class SweepError(GpuMemError, ValueError):
     """A sweep makes no sense, or its code fails without any fault."""
 
 
+class GrowthError(GpuMemError, AssertionError):
+    """What a loop holds of the cards grows from step to step."""
+
+
 class PlanError(GpuMemError, ValueError):
     """A question to the planner makes no sense, or its model cannot do that.
 

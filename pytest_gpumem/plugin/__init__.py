@@ -22,6 +22,7 @@ from pytest_gpumem.plugin.fixtures import (
     make_checkpoint,
     oom_injector,
     oom_sweep,
+    steady,
     vram_budget,
     vram_recorder,
 )
@@ -216,6 +217,7 @@ __all__ = [
     "pytest_addoption",
     "pytest_configure",
     "pytest_load_initial_conftests",
+    "steady",
     "vram_budget",
     "vram_recorder",
 ]

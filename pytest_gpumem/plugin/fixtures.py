@@ -46,6 +46,18 @@ def competing_process(
     return compete
 
 
+@pytest.fixture(name="steady")
+def steady(request: pytest.FixtureRequest) -> Callable[..., Iterator[int]]:
+    """A loop whose memory must not grow from step to step.
+
+    ``for step in steady(steps=9, warmup=2):``; takes what ``pytest_gpumem.steady`` takes.
+    """
+    _session(request.config).require_device()
+    from pytest_gpumem.instruments.steady import steady as steps  # noqa: PLC0415
+
+    return steps
+
+
 @pytest.fixture(name="vram_recorder")
 def vram_recorder(request: pytest.FixtureRequest) -> type[PeakRecorder]:
     """Record the peaks of a block of the test, in a with statement."""
