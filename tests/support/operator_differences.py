@@ -157,20 +157,24 @@ DIFFERENCES: Final = (
         nn_functional_linear_cross_entropy_chunked_none
         """,
         DIFFERS,
-        "the same, where half precision rounds by more than is tolerated",
+        "on a card it asks for products in float32 (`out_dtype=`): half precision rounds by "
+        "more than is tolerated",
         ways="forward; gradient",
         types="float16 bfloat16",
     ),
     Difference(
         "nn_LinearCrossEntropyLoss",
         CLOSE,
-        "the same",
+        "torch's Python code takes other products on a card: `is_cuda` in "
+        "`nn/modules/linear_cross_entropy.py`",
         ways="moved; copied",
     ),
     Difference(
         "nn_LinearCrossEntropyLoss",
         DIFFERS,
-        "the same",
+        "torch's Python code takes other products on a card (`is_cuda` in "
+        "`nn/modules/linear_cross_entropy.py`): half precision rounds by more than is "
+        "tolerated",
         ways="moved; copied",
         types="float16",
     ),
@@ -198,7 +202,8 @@ DIFFERENCES: Final = (
     Difference(
         "matmul",
         DIFFERS,
-        "the same: for that product C++ has no `out=` whose numbers lie apart",
+        "where one batch is for all, C++ makes one product of a subclass of tensors, and "
+        "fails to put it into an `out=` whose numbers lie apart",
         ways="out= strided",
     ),
     Difference(
@@ -210,7 +215,8 @@ DIFFERENCES: Final = (
     Difference(
         "prod",
         DIFFERS,
-        "the same, in half precision",
+        "for a subclass of tensors C++ takes the way to the gradient that heeds zeros, which "
+        "half precision rounds otherwise",
         ways="gradient",
         types="float16",
     ),
