@@ -165,3 +165,20 @@ def test_tests_beside_each_other_do_what_the_page_says(
 
     result.assert_outcomes(passed=4)
     assert "contended" not in result.stdout.str()
+
+
+def test_the_loop_that_must_not_grow_is_as_shown(pytester: pytest.Pytester) -> None:
+    """Both tests of the page pass: one that forgets, one whose growth is found."""
+    (example,) = blocks("steady.md")
+    pytester.makepyfile(example)
+
+    result = pytester.runpytest(*LIGHT)
+
+    result.assert_outcomes(passed=2)
+
+
+def test_a_model_is_tried_on_a_card_as_shown() -> None:
+    """From Python; the command has tests of its own."""
+    (example,) = blocks("fit.md")
+
+    exec(compile(example, "fit.md", "exec"), {})  # noqa: S102  # our own page
