@@ -1,14 +1,18 @@
 """Bytes that CUDA's sorts take for themselves, by how much they sort.
 
 Sources: CUB's ``dispatch_radix_sort.cuh`` (``InvokeOnesweep``, ``InvokeSingleTile``),
-``tuning_radix_sort.cuh`` (the policies for compute capability 8.0) and
+``tuning_radix_sort.cuh`` (the policies for compute capability 8.0),
+``single_pass_scan_operators.cuh`` and ``tuning_scan.cuh`` (``Policy600``), and
 ``util_device.cuh`` (``AliasTemporaries``); ``aten/src/ATen/native/cuda/Sort.cpp`` and
 ``SortStable.cu``, torch 2.13. The sizes of tiles were found in recordings.
 """
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from pytest_gpumem.kernels.reductions import Processors
 
 #: What each part of a buffer is rounded up to, and what may be lost in front of it.
 _ALIGNMENT: Final = 256
@@ -26,6 +30,16 @@ _SINGLE_TILE: Final = 2304
 #: Bytes that a single block asks for: none, and so one.
 _NOTHING: Final = 1
 INDEX_BYTES: Final = 8
+#: Digits of a pass over keys of so many bytes, and threads of a block; blocks in line for
+#: each place on the card; what one block of the scan over all digits takes.
+_SMALL_KEYS: Final = {1: (32, 128), 2: (128, 256)}
+_SUBSCRIPTION: Final = 5
+_SPINE_TILE: Final = 5632
+#: Threads of a block of a running sum, numbers of 4 bytes that each takes, and tiles in
+#: front of the first.
+_SCAN_THREADS: Final = 128
+_SCAN_ITEMS: Final = 15
+_WARP: Final = 32
 
 
 def _rounded(nbytes: int) -> int:
@@ -36,35 +50,118 @@ def _other_buffers(count: int, key_bytes: int) -> int:
     return _rounded(count * key_bytes) + _rounded(count * INDEX_BYTES)
 
 
-def pairs_bytes(count: int, key_bytes: int, bits: int, tile: int = _TILE) -> int:
+def pairs_bytes(
+    count: int,
+    key_bytes: int,
+    bits: int,
+    processors: Processors,
+    tile: int = _TILE,
+) -> int:
     """Return what sorting keys with their indices asks for, in bytes.
 
     Args:
         count: Pairs.
         key_bytes: Of a key.
         bits: Bits of a key that are looked at.
+        processors: The card's.
         tile: Pairs that one block sorts at once.
 
     Limits: keys of fewer than four bytes are sorted by an older algorithm, whose
-    buffers for counting depend on the kernel's occupancy; these are left out.
+    counters depend on how many blocks of its kernel a multiprocessor holds. That is
+    taken to be as many as their threads allow; registers may allow fewer.
     """
     if count <= _SINGLE_TILE:
         return _NOTHING
-    passes = -(-bits // _DIGIT_BITS)
     nbytes = _ALIGNMENT - 1
+    if key_bytes < _OFFSET_BYTES:
+        counters = _rounded(_spine(key_bytes, processors) * _COUNTER_BYTES)
+        return nbytes + counters + _other_buffers(count, key_bytes)
+    passes = -(-bits // _DIGIT_BITS)
     if passes > 1:
         nbytes += _other_buffers(count, key_bytes)
-    if key_bytes >= _OFFSET_BYTES:
-        blocks = -(-count // tile)
-        nbytes += passes * _DIGITS * _COUNTER_BYTES
-        nbytes += blocks * _DIGITS * _OFFSET_BYTES
-        nbytes += _ALIGNMENT  # counters of the passes
+    blocks = -(-count // tile)
+    nbytes += passes * _DIGITS * _COUNTER_BYTES
+    nbytes += blocks * _DIGITS * _OFFSET_BYTES
+    nbytes += _ALIGNMENT  # counters of the passes
     return nbytes
 
 
-def segments_bytes(count: int, segments: int) -> int:
+def _spine(key_bytes: int, processors: Processors) -> int:
+    """Return how many digits all blocks of a pass count, and a tile of their scan."""
+    digits, threads = _SMALL_KEYS[key_bytes]
+    blocks = processors.max_threads // threads * processors.count * _SUBSCRIPTION
+    return blocks * digits + _SPINE_TILE
+
+
+def scan_bytes(count: int, element_bytes: int, *, is_plain: bool) -> int:
+    """Return what a running sum over numbers in a row asks for, in bytes.
+
+    Args:
+        count: Numbers.
+        element_bytes: Of one.
+        is_plain: Whether CUB has it as a built-in type: a tile's sum and its state
+            then are one word; otherwise there are states, partial sums and sums.
+    """
+    items = min(_SCAN_ITEMS * _OFFSET_BYTES // element_bytes, 2 * _SCAN_ITEMS)
+    tiles = -(-count // (_SCAN_THREADS * items)) + _WARP
+    if is_plain:
+        word = max(2 * element_bytes, _OFFSET_BYTES)
+        nbytes = _rounded(tiles * word)
+    else:
+        nbytes = _rounded(tiles * _OFFSET_BYTES) + 2 * _rounded(tiles * element_bytes)
+    return nbytes + 2 * _ALIGNMENT - 1
+
+
+def selection_bytes(
+    slices: int, length: int, key_bytes: int, processors: Processors
+) -> tuple[int, ...]:
+    """Return what choosing the largest of long rows takes, buffer by buffer.
+
+    Several blocks count the digits of one row. Empty where one block does.
+
+    Args:
+        slices: Rows.
+        length: Numbers of one row.
+        key_bytes: Of a number.
+        processors: The card's.
+
+    Source: ``mbtopk::launch``, ``should_use_sort`` and ``get_items_per_thread`` of
+    ``aten/src/ATen/native/cuda/TensorTopK.cu``.
+    """
+    least = next(least for most, least in _SHORT_ROWS if slices <= most)
+    if length < least:
+        return ()
+    at_once = processors.count * _SELECTING_BLOCKS * _SELECTING_THREADS
+    items = max(4, min(-(-slices * length // at_once), 64))
+    blocks = -(-length // (items * _SELECTING_THREADS)) * slices
+    counters = blocks * _DIGITS * 2
+    each = blocks * _OFFSET_BYTES
+    wide = slices * _COUNTER_BYTES
+    sums = slices * _DIGITS * _OFFSET_BYTES
+    return (slices * key_bytes, wide, wide, counters, sums, each, each)
+
+
+#: From which length on rows are chosen from by several blocks, by how many there are.
+_SHORT_ROWS: Final = (
+    (20, 20000),
+    (40, 10000),
+    (80, 8000),
+    (199, 5000),
+    (799, 3000),
+    (4000, 800),
+    (1 << 62, 400),
+)
+#: Threads of a block, and blocks that the registers of a multiprocessor allow.
+_SELECTING_THREADS: Final = 256
+_SELECTING_BLOCKS: Final = 6
+#: What CUB takes to add up the counts of blocks.
+SELECTION_SCAN_BYTES: Final = 1279
+
+
+def segments_bytes(count: int, segments: int, processors: Processors) -> int:
     """Return what sorting pairs by the number of their segment asks for, in bytes."""
-    return pairs_bytes(count, _OFFSET_BYTES, segments.bit_length(), _SEGMENTS_TILE)
+    bits = segments.bit_length()
+    return pairs_bytes(count, _OFFSET_BYTES, bits, processors, _SEGMENTS_TILE)
 
 
 def segmented_bytes(count: int, key_bytes: int) -> int:

@@ -115,7 +115,8 @@ def _run(operator: Any, sample: Any, notes: Notes) -> None:
     )
     if "device" in options:
         options["device"] = "cuda"
-    with notes.phase("forward"):
+    # The substitute of the CUDA runtime has no cuDNN.
+    with torch.backends.cudnn.flags(enabled=False), notes.phase("forward"):
         result = operator.op(source, *args, **options)
     results = list(_differentiable(result))
     leaves = [each for each in _differentiable((source, args, options)) if each.is_leaf]
@@ -123,7 +124,7 @@ def _run(operator: Any, sample: Any, notes: Notes) -> None:
         return
     gradients = [torch.ones_like(each) for each in results]
     del result
-    with notes.phase("backward"):
+    with torch.backends.cudnn.flags(enabled=False), notes.phase("backward"):
         found = torch.autograd.grad(results, leaves, gradients, allow_unused=True)
     del found
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from pytest_gpumem.devices.simulated.memory import hold, memory_of
+from pytest_gpumem.devices.simulated.memory import Memory, hold, memory_of
 from pytest_gpumem.devices.simulated.operands import Operands
 from pytest_gpumem.devices.simulated.operators.registry import find
 from pytest_gpumem.devices.simulated.operators.requests import Call, ask
@@ -42,7 +42,7 @@ def with_accumulation(func: Any, handler: Handler) -> Handler:
         __tracebackhide__ = True
         if torch._C._current_graph_task_id() == -1 or kwargs:
             return handler(args, kwargs)
-        if not _may_reuse(args):
+        if not _may_reuse(args) or _is_at_work("LuUnpack"):  # which adds by itself
             return handler(args, kwargs)
         first, second = args
         summed = _add(first._gpumem_value, second._gpumem_value)
@@ -73,7 +73,11 @@ def taking_over(func: Any, handler: Handler) -> Handler:
     def writing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         __tracebackhide__ = True
         first = args[0]
-        if torch._C._current_graph_task_id() == -1 or not _is_new(first):
+        if torch._C._current_graph_task_id() == -1:
+            return handler(args, kwargs)
+        if type(first) is torch.Tensor and first.dim():
+            return _into_zeros(func, args, kwargs)
+        if not _is_new(first) or _is_at_work(*_KEEPING):
             return handler(args, kwargs)
         storage = first._gpumem_value.untyped_storage()
         memory = memory_of(storage)
@@ -91,6 +95,85 @@ def taking_over(func: Any, handler: Handler) -> Handler:
         return make(written, card)
 
     return writing
+
+
+def _into_zeros(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Write into zeros that C++ has made on the host, and makes on a card."""
+    __tracebackhide__ = True
+    operands = Operands()
+    values = [operands.unwrap(each) for each in args]
+    card = operands.card
+    assert card is not None, "unreachable: dispatch needs a simulated operand"  # noqa: S101  # states why
+    zeros = Memory(card, args[0].nbytes)
+    others = [
+        Memory(card, each.nbytes)
+        for each in args[1:]
+        if type(each) is torch.Tensor and each.dim()
+    ]
+    written = run(func, values, kwargs, card, draw=None)
+    hold(written.untyped_storage(), zeros)
+    del others
+    return make(written, card)
+
+
+def writing_losses(func: Any, handler: Handler) -> Handler:
+    """Return ``taking_over`` for the gradients of a binary cross entropy alone.
+
+    Source: ``binary_cross_entropy_target_backward`` and
+    ``binary_cross_entropy_with_logits_backward`` of
+    ``torch/csrc/autograd/FunctionsManual.cpp``.
+    """
+    taken = taking_over(func, handler)
+    if taken is handler:
+        return handler
+    is_product = func.overloadpacket is torch.ops.aten.mul
+    node = "BinaryCrossEntropyBackward" if is_product else "BinaryCrossEntropyWith"
+
+    def writing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        __tracebackhide__ = True
+        chosen = taken if _is_at_work(node) else handler
+        return chosen(args, kwargs)
+
+    return writing
+
+
+def numbering(func: Any, handler: Handler) -> Handler:
+    """Return a handler of a sum over places that overlap, which C++ has numbered.
+
+    The numbers, and those of a view's places, are tensors of the card.
+
+    Source: ``as_strided_backward`` of ``torch/csrc/autograd/FunctionsManual.cpp``.
+    """
+    if not func._schema.is_mutable:
+        return handler
+
+    def summing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        __tracebackhide__ = True
+        places = args[2]
+        if type(places) is not torch.Tensor or not _is_at_work("AsStrided"):
+            return handler(args, kwargs)
+        target = args[0]
+        numbers = Memory(target._gpumem_card, target.numel() * places.itemsize)
+        copy = Memory(target._gpumem_card, places.nbytes)
+        try:
+            return handler(args, kwargs)
+        finally:
+            del copy, numbers
+
+    return summing
+
+
+def _is_at_work(*names: str) -> bool:
+    """Tell whether a node of autograd runs whose name begins so."""
+    if torch._C._current_graph_task_id() == -1:
+        return False
+    node = torch._C._current_autograd_node()  # it has no public name
+    return node is not None and node.name().startswith(names)
+
+
+#: Nodes whose C++ keeps the first operand, by name.
+#: Source: ``scatter_reduce_backward`` and ``index_reduce_backward``.
+_KEEPING: Final = ("ScatterReduceBackward", "IndexReduceBackward")
 
 
 def _is_new(tensor: Any) -> bool:

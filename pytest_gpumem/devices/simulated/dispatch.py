@@ -140,6 +140,8 @@ def _charge(  # noqa: PLR0917  # a call and what came of it
     rule: Any = operator.requests
     results = flat(out)
     steps = rule(Call(func, values, kwargs, results, card))
+    if steps == ():
+        return []  # the results alone: what wraps them asks for them
     return ask(steps, _new_bytes(results), card)
 
 
@@ -247,6 +249,7 @@ def _composed(func: Any, operator: Operator) -> Handler | None:
     does not, but on a card their parts are what runs and asks for memory.
     """
     kernel = operator.composed and operator.composed(func)
+    kernel = kernel or (operator.decomposed and operator.decomposed(func))
     kernel = kernel or _python_kernel(func)
     if kernel is None:
         if operator.has_cuda_kernel:

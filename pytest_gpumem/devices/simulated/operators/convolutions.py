@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,19 @@ from pytest_gpumem.devices.simulated.kernel_types import INTEGERS
 from pytest_gpumem.devices.simulated.operators.checks import compare
 from pytest_gpumem.devices.simulated.operators.composing import only
 from pytest_gpumem.devices.simulated.operators.registry import register
+from pytest_gpumem.devices.simulated.operators.requests import (
+    Free,
+    Results,
+    Temporary,
+    copy_of,
+)
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor, make
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
     from pytest_gpumem.devices.simulated.operators.checks import Place
+    from pytest_gpumem.devices.simulated.operators.requests import Call, Step
 
 _aten = torch.ops.aten
 
@@ -50,9 +60,168 @@ def _kernel(args: tuple[Any, ...]) -> str:
     return "slow_conv2d_cuda" if is_plain else "slow_conv_dilated<>"
 
 
-register(
-    "convolution convolution_overrideable", check=_types, lacks=_kernel, source=_CHECK
+class _Layer:
+    """One convolution without cuDNN: what its kernels make columns of, by group."""
+
+    def __init__(self, call: Call) -> None:
+        self.groups: int = call["groups"]
+        self.source: torch.Tensor = call["input"]
+        self.weight: torch.Tensor = call["weight"]
+        self.is_transposed: bool = call["transposed"]
+        self.is_dilated = any(each != 1 for each in call["dilation"])
+        self.itemsize = self.source.itemsize
+        self.batch = self.source.shape[0]
+        # One dimension is taken for two: ``view1d_as_2d``.
+        self.dimensions = max(self.source.dim() - 2, 2)
+
+    @property
+    def is_depthwise(self) -> bool:
+        """Whether each channel has its own kernels: ``is_depthwise``."""
+        channels = self.source.shape[1]
+        return (
+            not self.is_transposed
+            and channels == self.groups > 1
+            and self.weight.shape[0] % channels == 0
+        )
+
+    def columns(self, result: torch.Tensor) -> Temporary:
+        """Return a group's columns for one image: a column for each place."""
+        places = math.prod((self.source if self.is_transposed else result).shape[2:])
+        rows = self.weight.numel() // self.weight.shape[0]
+        return Temporary(rows * places * self.itemsize)
+
+    def part(self, tensor: torch.Tensor) -> Temporary:
+        """Return a group's share of a tensor."""
+        return Temporary(tensor.numel() // self.groups * self.itemsize)
+
+    def copies(self, *tensors: torch.Tensor) -> list[Temporary]:
+        """Return copies of a group's channels, which lie apart in several images."""
+        return [self.part(each) for each in tensors] if self.batch > 1 else []
+
+
+def _without_cudnn(call: Call) -> Iterable[Step]:
+    """Ask for what PyTorch's own kernels ask for; cuDNN's workspaces are not known."""
+    if torch._C._get_cudnn_enabled():  # torch.backends.cudnn.enabled, read faster
+        return ()
+    return _forward(_Layer(call), call)
+
+
+def _forward(layer: _Layer, call: Call) -> Iterator[Step]:
+    result: Any = call.results[0]
+    if layer.is_depthwise or not result.numel():
+        return
+    if layer.groups == 1:
+        given = [layer.source, layer.weight, call["bias"]]
+        laid = [each for each in given if each is not None]
+        yield from (copy_of(each) for each in laid if not each.is_contiguous())
+        yield from _convolved(
+            layer, result, Results(), has_bias=call["bias"] is not None
+        )
+        return
+    parts: list[Temporary] = []
+    for _group in range(layer.groups):
+        copies = layer.copies(layer.source)
+        part = layer.part(result)
+        yield from copies
+        has_bias = call["bias"] is not None
+        yield from _convolved(layer, result, part, has_bias=has_bias)
+        yield from map(Free, copies)
+        parts.append(part)
+    yield Results()
+    yield from map(Free, parts)
+
+
+def _convolved(
+    layer: _Layer, result: torch.Tensor, part: Step, *, has_bias: bool
+) -> Iterator[Step]:
+    """Ask for one group's result and its columns."""
+    small = None
+    if layer.is_transposed and layer.dimensions == 3:  # noqa: PLR2004  # volumes
+        small = layer.part(layer.source)  # the result before it grows
+        yield small
+    yield part
+    if small is not None:
+        yield Free(small)
+    held = [layer.columns(result)]
+    if layer.is_transposed and has_bias:
+        ones = math.prod(result.shape[2:]) * layer.itemsize
+        held.append(Temporary(ones))
+    yield from held
+    yield from map(Free, reversed(held))
+
+
+def _backward_without_cudnn(call: Call) -> Iterable[Step]:
+    """Likewise, for gradients."""
+    if torch._C._get_cudnn_enabled():  # torch.backends.cudnn.enabled, read faster
+        return ()
+    layer = _Layer(call)
+    if not call["grad_output"].numel():
+        return ()
+    if layer.is_depthwise:
+        return (Results(1), Results(0), Results(2))
+    return _backward(layer, call)
+
+
+def _backward(layer: _Layer, call: Call) -> Iterator[Step]:
+    gradient: torch.Tensor = call["grad_output"]
+    wanted = call["output_mask"]
+    if layer.groups == 1:
+        if not gradient.is_contiguous():
+            yield copy_of(gradient)
+        steps: list[Step] = [Results(place) for place in range(3)]
+        yield from _gradients(layer, gradient, steps, wanted)
+        return
+    parts: list[Temporary] = []
+    for _group in range(layer.groups):
+        copies = layer.copies(gradient, layer.source)
+        yield from copies
+        results = [each for each in call.results if each is not None]
+        own = [layer.part(each) for each in results]
+        by_place = iter(own)
+        steps = [next(by_place) if each else Temporary(0) for each in wanted]
+        yield from _gradients(layer, gradient, steps, wanted)
+        yield from map(Free, copies)
+        parts += own
+    yield Results()
+    yield from map(Free, parts)
+
+
+def _gradients(
+    layer: _Layer, gradient: torch.Tensor, steps: Sequence[Step], wanted: list[bool]
+) -> Iterator[Step]:
+    """Ask for one group's gradients and their columns."""
+    of_source, of_weight, of_bias = steps
+    if layer.is_transposed:
+        for needed, own in ((wanted[0], [of_source]), (any(wanted[1:]), steps[1:])):
+            if needed:
+                columns = layer.columns(gradient)
+                yield from (*own, columns, Free(columns))
+    elif layer.dimensions == 2 and not layer.is_dilated:  # noqa: PLR2004  # images
+        columns = layer.columns(gradient)
+        yield from (of_source, columns, of_bias, of_weight, Free(columns))
+    else:
+        columns = layer.columns(gradient)
+        yield from (of_source, of_weight, of_bias, columns)
+        for _image in range(layer.batch if wanted[2] else 0):
+            outputs = gradient.shape[1] // layer.groups
+            total = Temporary(outputs * layer.itemsize)
+            yield from (total, Free(total))
+        yield Free(columns)
+
+
+_SLOW = (
+    "cuda/ConvolutionMM2d.cu, NaiveDilatedConvolution.cu, NaiveConvolutionTranspose2d.cu "
+    "and NaiveConvolutionTranspose3d.cu; Convolution.cpp, _convolution"
 )
+
+register(
+    "convolution convolution_overrideable",
+    check=_types,
+    requests=_without_cudnn,
+    lacks=_kernel,
+    source=f"{_CHECK}; {_SLOW}",
+)
+register("convolution_backward", requests=_backward_without_cudnn, source=_SLOW)
 register(
     "_convolution",
     check=_types,

@@ -10,10 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pytest_gpumem.devices.simulated.kernel_types import COMPLEX, INTEGERS, lacking
+from pytest_gpumem.devices.simulated.kernel_types import (
+    COMPLEX,
+    HALVES,
+    INTEGERS,
+    lacking,
+)
 from pytest_gpumem.devices.simulated.operators.composing import only
+from pytest_gpumem.devices.simulated.operators.reductions import scan_of
 from pytest_gpumem.devices.simulated.operators.registry import register
-from pytest_gpumem.devices.simulated.operators.requests import Results
+from pytest_gpumem.devices.simulated.operators.requests import (
+    Free,
+    Results,
+    Temporary,
+    copy_of,
+)
 from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.devices.simulated.rng import draw_kept
 
@@ -29,11 +40,34 @@ def dropout(source: torch.Tensor, p: float, train: bool) -> torch.Tensor:  # noq
     if not train or p == 0 or source.numel() == 0:
         return source
     if p == 1:
-        return source * torch.zeros_like(source)
+        return _all_dropped(source)
     result: torch.Tensor = torch.ops.aten.native_dropout.default(source, p, train)[0]
     return result
 
 
+def _all_dropped(source: torch.Tensor) -> torch.Tensor:
+    """Return zeros: C++ multiplies by one, a tensor that is kept for backward."""
+    return source * torch.zeros((), dtype=source.dtype, device=source.device)
+
+
+def _dropping(func: Any) -> Any:
+    """Compose a dropout; with ``p=1`` C++ makes its zero on the host."""
+    if func._overloadname != "default" or func._schema.is_mutable:
+        return None
+
+    def kernel(source: torch.Tensor, p: float, train: bool) -> Any:  # noqa: FBT001  # the operator's signature
+        if train and p == 1 and source.numel():
+            return _all_dropped(source)
+        return func.decompose(source, p, train)
+
+    return kernel
+
+
+register(
+    "alpha_dropout feature_alpha_dropout feature_dropout",
+    composed=_dropping,
+    source="Dropout.cpp, _dropout_impl",
+)
 register(
     "dropout",
     composed=only(dropout),
@@ -108,3 +142,72 @@ register(
     lacks=lacking("masked_scale", INTEGERS | COMPLEX),
     source="cuda/Dropout.cu, dropout_backward_cuda",
 )
+
+
+def _in_single_precision(call: Call) -> Iterator[Step]:
+    """Shares of half precision are widened first: ``bernoulli_tensor_kernel``."""
+    shares = call.get("p")
+    shares = call["self"] if not isinstance(shares, torch.Tensor) else shares
+    is_drawn_by_tensor = call.overload != "p" and not isinstance(call.get("p"), float)
+    yield Results()
+    if is_drawn_by_tensor and shares.dtype in HALVES:
+        yield copy_of(shares, torch.float32)
+
+
+register(
+    "bernoulli",
+    requests=_in_single_precision,
+    source="cuda/DistributionBernoulli.cu, bernoulli_tensor_kernel",
+)
+
+
+def _with_a_number(call: Call) -> Iterator[Step]:
+    """A mean or a deviation that is a number becomes a tensor like the result."""
+    yield Results()
+    result: Any = call.results[0]
+    if call.overload in {"Tensor_float", "float_Tensor"}:
+        yield copy_of(result)
+
+
+register(
+    "normal",
+    requests=_with_a_number,
+    source="DistributionTemplates.h, normal_out_impl",
+)
+
+
+def _by_running_sums(source: torch.Tensor) -> Iterator[Step]:
+    """With replacement: shares of the whole, their running sums, and draws."""
+    rows = [copy_of(source) for _each in range(3)]
+    yield from rows
+    if source.dim() == 1:
+        yield from scan_of(source, 0, source.dtype)
+
+
+def _by_race(call: Call) -> Iterator[Step]:
+    """Without replacement, or for one number, the largest of shares over draws."""
+    yield Results()
+    source: torch.Tensor = call["self"]
+    count = call["num_samples"]
+    if call["replacement"] and count != 1:
+        yield from _by_running_sums(source)
+        return
+    least, largest = Temporary(source.itemsize), Temporary(source.itemsize)
+    is_finite, is_positive, is_valid = Temporary(1), Temporary(1), Temporary(1)
+    yield from (largest, least, is_finite, is_positive, is_valid)
+    yield from (Free(is_positive), Free(is_finite))
+    rows = source.shape[0] if source.dim() > 1 else 1
+    sums, are_zero = Temporary(rows * source.itemsize), Temporary(rows)
+    yield from (sums, are_zero)
+    if source.dim() > 1:
+        is_any = Temporary(1)
+        yield from (is_any, Free(are_zero))
+    yield Free(sums)
+    is_none = Temporary(1)
+    yield from (is_none, Free(is_none))
+    yield copy_of(source)
+    if count > 1:
+        yield Temporary(rows * count * source.itemsize)
+
+
+register("multinomial", requests=_by_race, source="Distributions.cpp, multinomial_out")

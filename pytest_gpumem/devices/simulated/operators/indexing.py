@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from pytest_gpumem.devices.simulated.accumulation import taking_over
+from pytest_gpumem.devices.simulated.accumulation import numbering, taking_over
 from pytest_gpumem.devices.simulated.backward import in_backward
 from pytest_gpumem.devices.simulated.operators.checks import iterated
 from pytest_gpumem.devices.simulated.operators.composing import (
@@ -21,8 +21,9 @@ from pytest_gpumem.devices.simulated.operators.requests import (
     Results,
     Temporary,
     copy_of,
+    is_number,
 )
-from pytest_gpumem.kernels.sorting import INDEX_BYTES, pairs_bytes
+from pytest_gpumem.kernels.sorting import INDEX_BYTES, pairs_bytes, scan_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.operators.checks import Place
     from pytest_gpumem.devices.simulated.operators.requests import Call, Step
 
+_aten = torch.ops.aten
 _HOST: Final = torch.device("cpu")
 
 
@@ -68,11 +70,11 @@ def _putting(call: Call) -> Iterator[Step]:
     if not call.get("unsafe", False) and not in_backward():
         # The least and the largest index are compared with the bounds.
         for each in indices:
-            yield from _checking_bounds(each)
+            yield from _checking_bounds(each.expand(shape))
     linear = None
-    for each in indices:
-        wrapped = copy_of(each, torch.int64)
-        scaled = copy_of(each, torch.int64)
+    for _index in indices:
+        wrapped = Temporary(count * INDEX_BYTES)
+        scaled = Temporary(count * INDEX_BYTES)
         yield from (wrapped, scaled, Free(wrapped))
         if linear is None:
             linear = scaled
@@ -88,12 +90,15 @@ def _putting(call: Call) -> Iterator[Step]:
     for _each in range(3):  # sorted, their order, the order before
         yield Temporary(count * INDEX_BYTES)
     bits = max(source.numel() // max(slices, 1), 1).bit_length()
-    yield Temporary(pairs_bytes(count, INDEX_BYTES, bits))
+    yield Temporary(pairs_bytes(count, INDEX_BYTES, bits, call.processors))
 
 
 def _checking_bounds(index: torch.Tensor) -> Iterator[Step]:
     least, largest = Temporary(index.itemsize), Temporary(index.itemsize)
     yield from (least, largest)
+    if not index.is_contiguous():
+        copy = copy_of(index)
+        yield from (copy, Free(copy))
     for _each in range(2):
         is_within = Temporary(1)
         yield from (is_within, Free(is_within))
@@ -102,7 +107,31 @@ def _checking_bounds(index: torch.Tensor) -> Iterator[Step]:
 
 _PUT = "cuda/Indexing.cu, index_put_with_sort_kernel"
 
-register("_unsafe_index index", check=_indices, source=_CHECK)
+
+def _looking_up(call: Call) -> Iterator[Step]:
+    """Indices of the host are copied; several with other strides are laid in rows."""
+    indices = [each for each in call["indices"] if each is not None]
+    for each in indices:
+        if not each.is_meta and not hasattr(each.untyped_storage(), "_gpumem"):
+            yield copy_of(each)
+    if len(indices) > 1 and all(each.dtype in _NUMBERS for each in indices):
+        shape = torch.broadcast_shapes(*(each.shape for each in indices))
+        spread = [each.expand(shape) for each in indices]
+        if len({each.stride() for each in spread}) > 1:
+            for each in spread:
+                if not each.is_contiguous():
+                    yield copy_of(each, torch.int64)
+    yield Results()
+
+
+_NUMBERS: Final = frozenset({torch.int32, torch.int64})
+
+register(
+    "_unsafe_index index",
+    check=_indices,
+    requests=_looking_up,
+    source=f"{_CHECK}; AdvancedIndex, all_strides_match",
+)
 register(
     "_index_put_impl _unsafe_index_put",
     check=_indices,
@@ -143,9 +172,16 @@ register(
     source="TensorAdvancedIndexing.cpp, gather_backward",
 )
 register(
-    "index_add put scatter",
+    "index_add index_fill put scatter",
     around=taking_over,
     source="FunctionsManual.cpp, value_selecting_reduction_backward and its like",
+)
+
+
+register(
+    "index_add_",
+    around=numbering,
+    source="FunctionsManual.cpp, as_strided_backward",
 )
 
 
@@ -192,8 +228,179 @@ def _reduces(args: tuple[Any, ...]) -> str:
     return "cuda_scatter_gather_base_kernel_func" if lacks else ""
 
 
+def _counting_sources(call: Call) -> Iterator[Step]:
+    """For a mean it is counted how many numbers come to a place."""
+    yield Results()
+    if call.get("reduce") != "mean":
+        return
+    result: Any = call.results[0]
+    source = call["src"] if call.name == "scatter_reduce" else call["source"]
+    ones, counts = copy_of(source), copy_of(result)
+    if call.name == "scatter_reduce":
+        yield from (ones, counts)
+    else:
+        yield from (counts, ones, Free(ones))
+    yield copy_of(result, torch.bool)
+
+
+register(
+    "index_reduce",
+    requests=_counting_sources,
+    source="cuda/Indexing.cu, TORCH_IMPL_FUNC(index_reduce_cuda_out)",
+)
 register(
     "scatter_reduce",
+    requests=_counting_sources,
     lacks=_reduces,
-    source="cuda/ScatterGatherKernel.cu, cuda_scatter_gather_base_kernel",
+    source=(
+        "cuda/ScatterGatherKernel.cu, cuda_scatter_gather_base_kernel; "
+        "TensorAdvancedIndexing.cpp, scatter_reduce_two"
+    ),
+)
+
+
+def _rolling(call: Call) -> Iterator[Step]:
+    """Several dimensions are rolled one after the other: ``roll_common``."""
+    source = call["self"]
+    last = None
+    for _dim in range(len(call["dims"]) - 1):
+        rolled = copy_of(source)
+        yield rolled
+        if last is not None:
+            yield Free(last)
+        last = rolled
+    yield Results()
+
+
+register("roll", requests=_rolling, source="TensorTransformations.h, roll_common")
+
+
+def _zero_first(call: Call) -> Iterator[Step]:
+    """A gradient's single zero is a tensor of the card."""
+    if is_number(call["src"]):
+        yield Temporary(call["src"].itemsize)
+
+
+register(
+    "select_scatter",
+    requests=_zero_first,
+    source="derivatives.yaml, select_scatter: at::zeros_symint(src.sym_sizes())",
+)
+
+
+def _repeating(call: Call) -> Iterator[Step]:
+    """How often numbers are repeated is added up first."""
+    repeats = call["repeats"]
+    if repeats.numel():
+        yield copy_of(repeats, torch.int64)
+        count = repeats.numel()
+        scan = Temporary(scan_bytes(count, INDEX_BYTES, is_plain=True))
+        yield from (scan, Free(scan))
+    yield Results()
+
+
+register(
+    "repeat_interleave",
+    requests=lambda call: _repeating(call) if call.overload == "Tensor" else (),
+    source="Repeat.cpp, repeat_interleave_common",
+)
+
+#: Bytes that one block of ``_chunk_cat`` copies.
+_CHUNK_TILE = 2048
+
+
+def _chunking(call: Call) -> Iterator[Step]:
+    """The sizes of all tensors and blocks go to the card together.
+
+    Tensors that do not lie in a row are padded one by one, and joined.
+    """
+    tensors = call["tensors"]
+    dim, chunks = call["dim"], call["num_chunks"]
+    dim %= tensors[0].dim()
+    itemsize = tensors[0].itemsize
+    padded = []
+    for each in tensors:
+        lines = -(-each.shape[dim] // chunks) * chunks
+        padded.append(each.numel() // max(each.shape[dim], 1) * lines * itemsize)
+    if not all(each.is_contiguous() for each in tensors):
+        yield from map(Temporary, padded)
+        return
+    yield Results()
+    slices = chunks * math.prod(tensors[0].shape[:dim])
+    blocks = sum(-(-nbytes // slices // _CHUNK_TILE) for nbytes in padded)
+    count = 6 * len(tensors) + 2 + blocks
+    yield Temporary(count * INDEX_BYTES)
+
+
+register(
+    "_chunk_cat",
+    requests=_chunking,
+    source="cuda/TensorShape.cu, get_chunk_cat_metadata; TensorShape.cpp, _pad_chunk",
+)
+
+
+def _bounded(
+    source: torch.Tensor, indices: list[torch.Tensor | None]
+) -> list[torch.Tensor | None]:
+    return [
+        None if each is None else torch.clamp(each, -size, size - 1)
+        for each, size in zip(indices, source.shape, strict=False)
+    ]
+
+
+def _unsafe_masked_index(
+    source: torch.Tensor, mask: torch.Tensor, indices: Any, fill: float
+) -> torch.Tensor:
+    """``_unsafe_masked_index``: indices within bounds, then what a mask leaves out."""
+    if not source.numel():
+        shape = torch.broadcast_shapes(
+            *(each.shape for each in indices if each is not None)
+        )
+        return source.new_full(shape, fill)
+    found: torch.Tensor = _aten._unsafe_index.Tensor(source, _bounded(source, indices))
+    return found.masked_fill(mask.logical_not(), fill)
+
+
+def _unsafe_masked_index_put(
+    source: torch.Tensor, mask: torch.Tensor, indices: Any, values: torch.Tensor
+) -> torch.Tensor:
+    """``_unsafe_masked_index_put_accumulate``, likewise."""
+    if not source.numel():
+        return source.clone()
+    bounded = _bounded(source, indices)
+    wanted = values.masked_fill(mask.logical_not(), 0)
+    result: torch.Tensor = _aten._unsafe_index_put.default(
+        source, bounded, wanted, True
+    )
+    return result
+
+
+register(
+    "_unsafe_masked_index",
+    decomposed=only(_unsafe_masked_index),
+    source="TensorAdvancedIndexing.cpp, _unsafe_masked_index",
+)
+register(
+    "_unsafe_masked_index_put_accumulate",
+    decomposed=only(_unsafe_masked_index_put),
+    source="TensorAdvancedIndexing.cpp, _unsafe_masked_index_put_accumulate",
+)
+
+
+def _scattering_by_mask(call: Call) -> Iterator[Step]:
+    """Where each number of the source goes is a running sum over the mask."""
+    yield Results()
+    result: Any = call.results[0]
+    if not result.numel():
+        return
+    yield copy_of(result, torch.int64)
+    if not call["mask"].expand(result.shape).is_contiguous():
+        yield copy_of(result, torch.bool)
+    yield Temporary(scan_bytes(result.numel(), INDEX_BYTES, is_plain=True))
+
+
+register(
+    "masked_scatter",
+    requests=_scattering_by_mask,
+    source="cuda/IndexKernel.cpp, masked_scatter__cuda",
 )

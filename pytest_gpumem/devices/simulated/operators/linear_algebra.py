@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,14 +18,200 @@ from pytest_gpumem.devices.simulated.operators.composing import (
 )
 from pytest_gpumem.devices.simulated.operators.reductions import norming
 from pytest_gpumem.devices.simulated.operators.registry import register
+from pytest_gpumem.devices.simulated.operators.requests import (
+    Free,
+    Results,
+    Temporary,
+    copy_of,
+    is_number,
+)
+from pytest_gpumem.kernels.sorting import INDEX_BYTES
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from pytest_gpumem.devices.simulated.operators.registry import Kernel
+    from pytest_gpumem.devices.simulated.operators.requests import Call, Step
 
 _aten = torch.ops.aten
 
 _HANDLE = "CUDABlas.cpp, getCurrentCUDABlasHandle"
 _COMPOSED = "BatchLinearAlgebra.cpp and LinearAlgebra.cpp: helpers by tensor.options()"
+
+
+#: Bytes of the address of one matrix.
+_ADDRESS = 8
+
+
+def _addresses(count: int, *, arrays: int) -> Iterator[Step]:
+    """Ask for the addresses of so many matrices that cuBLAS takes together."""
+    held = [Temporary(count * _ADDRESS) for _array in range(arrays)]
+    yield from held
+    yield from map(Free, held)
+
+
+def _count(matrices: torch.Tensor) -> int:
+    return math.prod(matrices.shape[:-2])
+
+
+def _triangular(call: Call) -> Iterator[Step]:
+    """Solve with a triangle: matrices and right sides by their addresses."""
+    yield Results()
+    result: Any = call.results[0]
+    if result.numel():
+        count = _count(result)
+        if count > _FEW or result.shape[-1] < _LARGE:
+            yield from _addresses(count, arrays=2)
+
+
+#: Matrices that are solved one by one where they are large.
+#: Source: ``triangular_solve_kernel``.
+_FEW, _LARGE = 8, 64
+
+register(
+    "linalg_solve_triangular triangular_solve linalg_lu_solve",
+    requests=_triangular,
+    source="cuda/linalg/BatchLinearAlgebra.cpp, triangular_solve_kernel",
+)
+
+
+def _cholesky_twice(call: Call) -> Iterator[Step]:
+    """Of several matrices: with the factor, then with its transpose."""
+    yield Results()
+    result: Any = call.results[0]
+    count = _count(result)
+    if not result.numel() or count == 1:
+        return
+    if call.name == "cholesky_inverse":
+        yield copy_of(result)
+    for _triangle in range(2):
+        yield from _addresses(count, arrays=2)
+
+
+register(
+    "cholesky_inverse cholesky_solve",
+    requests=_cholesky_twice,
+    source="cuda/linalg/BatchLinearAlgebra.cpp, _cholesky_solve_helper_cuda and "
+    "cholesky_inverse_kernel_impl",
+)
+
+
+def _factorised(call: Call) -> Iterator[Step]:
+    """Of several matrices: factors and pivots, then the solution of each."""
+    yield Results()
+    source: torch.Tensor = call["A"]
+    count = _count(source)
+    if not source.numel() or count == 1:
+        return
+    if call.name == "linalg_inv_ex":
+        yield copy_of(source)
+        yield Temporary(count * source.shape[-1] * _PIVOT_BYTES)
+    yield from _addresses(count, arrays=1)
+    yield from _addresses(count, arrays=2)
+
+
+_PIVOT_BYTES = 4
+
+register(
+    "linalg_inv_ex _linalg_solve_ex",
+    requests=_factorised,
+    source="cuda/linalg/BatchLinearAlgebra.cpp, lu_factor and lu_solve_kernel",
+)
+
+
+def _unpacking(call: Call) -> Iterator[Step]:
+    """Pivots become a permutation, of each matrix where there are several."""
+    yield Results()
+    source: torch.Tensor = call["LU_data" if call.name == "lu_unpack" else "A"]
+    if call.get("unpack_pivots", True) and call.get("pivot", True):
+        rows = source.shape[-2]
+        yield Temporary(rows * INDEX_BYTES)
+        if source.dim() > 2:  # noqa: PLR2004  # several
+            yield Temporary(_count(source) * rows * INDEX_BYTES)
+
+
+def _factorising(call: Call) -> Iterator[Step]:
+    """Factors lie in a result; pivots and whether it worked are left behind."""
+    yield Results()
+    source: torch.Tensor = call["A"]
+    count = _count(source)
+    yield Temporary(count * min(source.shape[-2:]) * _PIVOT_BYTES)
+    yield Temporary(count * _PIVOT_BYTES)
+    if source.numel() and count > 1:
+        yield from _addresses(count, arrays=1)
+    yield from _unpacking(call)
+
+
+register(
+    "linalg_lu",
+    compute=packing,
+    requests=_factorising,
+    source="BatchLinearAlgebra.cpp, TORCH_IMPL_FUNC(linalg_lu_out)",
+)
+register(
+    "lu_unpack",
+    compute=packing,
+    requests=_unpacking,
+    source="BatchLinearAlgebra.cpp, TORCH_IMPL_FUNC(lu_unpack_out)",
+)
+
+
+def _checking_errors(call: Call) -> Iterator[Step]:
+    """``infos.any()`` is read."""
+    yield Temporary(1)
+    if call["info"].numel() == 1:
+        yield Temporary(1)
+
+
+register(
+    "_linalg_check_errors",
+    requests=_checking_errors,
+    source="BatchLinearAlgebra.cpp, _linalg_check_errors",
+)
+
+
+def _by_factors(call: Call) -> Iterator[Step]:
+    """A determinant: of the factors' diagonal, and of how often rows were swapped."""
+    yield Results()
+    source: torch.Tensor = call["A"]
+    count, size = _count(source), source.shape[-1]
+    yield Temporary(count * _PIVOT_BYTES)  # whether it worked
+    if source.numel() and count > 1:
+        yield from _addresses(count, arrays=1)
+    product = Temporary(count * source.itemsize)
+    places, are_swapped = Temporary(size * _PIVOT_BYTES), Temporary(count * size)
+    numbers = Temporary(count * size * INDEX_BYTES)
+    swaps = (
+        *(places, are_swapped, Temporary(count * INDEX_BYTES), numbers),
+        *(Free(numbers), Free(are_swapped), Free(places)),
+    )
+    if call.name == "_linalg_det":
+        yield from (product, *swaps)
+    else:
+        yield from (*swaps, Temporary(count * size * source.itemsize), product)
+
+
+register(
+    "_linalg_det _linalg_slogdet",
+    requests=_by_factors,
+    source="LinearAlgebra.cpp, _linalg_det_out, _linalg_slogdet_out and lu_det_P",
+)
+
+
+def _matrix_power(source: torch.Tensor, n: int) -> torch.Tensor:
+    """``matrix_power``: C++ makes its unit matrix on the host."""
+    if n == 0 and source.dim() > 1 and source.shape[-1] == source.shape[-2]:
+        unit = torch.eye(source.shape[-2], dtype=source.dtype, device=source.device)
+        return source.clone().copy_(unit)
+    power: torch.Tensor = _aten.linalg_matrix_power.default.decompose(source, n)
+    return power
+
+
+register(
+    "linalg_matrix_power",
+    composed=only(_matrix_power),
+    source="LinearAlgebra.cpp, linalg_matrix_power_impl",
+)
 
 
 def _as_wanted(func: Any) -> Kernel | None:
@@ -44,14 +231,68 @@ def _as_wanted(func: Any) -> Kernel | None:
     return compute
 
 
-for _names, _kernel in (
-    ("addmm mm", "addmm_cuda"),
-    ("addmv mv", "addmv_impl_cuda"),
-    ("baddbmm bmm", "baddbmm_cuda"),
+def _is_copied(matrix: torch.Tensor) -> bool:
+    """Tell whether cuBLAS is given a copy of an operand: ``prepare_matrix_for_cublas``.
+
+    The result lies in rows, so that operands are taken in turn. It can conjugate what it
+    transposes, and nothing else.
+    """
+    rows, columns = matrix.stride()
+    if rows >= max(1, matrix.shape[1]) and columns == 1:
+        return matrix.is_conj()
+    if columns >= max(1, matrix.shape[0]) and rows == 1:
+        return False
+    return not torch.ops.aten.is_non_overlapping_and_dense.default(matrix)
+
+
+def _multiplying(call: Call) -> Iterator[Step]:
+    """Operands that cuBLAS cannot read as they lie are copied."""
+    matrices = (call["mat2"], call["self" if call.name == "mm" else "mat1"])
+    copies = [copy_of(each) for each in matrices if each.numel() and _is_copied(each)]
+    if copies:
+        yield Results()
+        yield from copies
+
+
+def _is_copied_in_batch(matrix: torch.Tensor, rows: int, columns: int) -> bool:
+    """Tell the same of several: ``prepare_batch_matrix_for_cublas``.
+
+    Args:
+        matrix: The matrices.
+        rows: Into how many numbers a step along the last dimension must lead at least.
+        columns: The same of the dimension before.
+    """
+    _batch, down, across = matrix.stride()
+    if across == 1 and down >= max(1, rows):
+        return matrix.is_conj()
+    if down == 1 and across >= max(1, columns):
+        return False
+    return not (matrix.is_contiguous() and down and across) or matrix.is_conj()
+
+
+def _multiplying_batches(call: Call) -> Iterable[Step]:
+    """Likewise, of several matrices."""
+    first, second = call.matrices
+    if not first.numel() or not second.numel():
+        return ()
+    inner = first.shape[2]
+    copies = []
+    if _is_copied_in_batch(second, second.shape[2], inner):
+        copies.append(copy_of(second))
+    if _is_copied_in_batch(first, inner, first.shape[1]):
+        copies.append(copy_of(first))
+    return (Results(), *copies) if copies else ()
+
+
+for _names, _kernel, _rule in (
+    ("addmm mm", "addmm_cuda", _multiplying),
+    ("addmv mv", "addmv_impl_cuda", None),
+    ("baddbmm bmm", "baddbmm_cuda", _multiplying_batches),
 ):
     register(
         _names,
         uses_cublas=True,
+        requests=_rule,
         compute=_as_wanted,
         lacks=lacking(_kernel, INTEGERS),
         source=f"{_HANDLE}; cuda/Blas.cpp",
@@ -113,6 +354,14 @@ register(
 )
 
 
+def _summing_diagonal(call: Call) -> Iterator[Step]:
+    """The diagonal's sum; truth values become numbers first."""
+    yield Results()
+    source: torch.Tensor = call["self"]
+    if source.dtype is torch.bool:
+        yield Temporary(min(source.shape) * INDEX_BYTES)
+
+
 def _trace(source: torch.Tensor) -> torch.Tensor:
     """``trace``: on a card the sum of a diagonal, of truth values, too."""
     if source.dtype is torch.bool and source.dim() == 2:  # noqa: PLR2004  # a matrix
@@ -120,7 +369,58 @@ def _trace(source: torch.Tensor) -> torch.Tensor:
     return torch.trace(source)
 
 
-register("trace", compute=only(_trace), source="cuda/TriangularOps.cu, trace_cuda")
+register(
+    "trace",
+    requests=_summing_diagonal,
+    compute=only(_trace),
+    source="cuda/TriangularOps.cu, trace_cuda",
+)
+
+
+def _is_true(number: torch.Tensor) -> bool:
+    """Read a truth value as ``is_scalar_tensor_true`` does."""
+    return torch.equal(number, number.new_ones((), dtype=torch.bool))
+
+
+def _cov(func: Any) -> Kernel:
+    """``cov``: C++ makes its numbers on the host where it has no weights."""
+
+    def kernel(
+        source: torch.Tensor,
+        *,
+        correction: int = 1,
+        fweights: torch.Tensor | None = None,
+        aweights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        is_plain = fweights is None and aweights is None
+        if not is_plain or source.dim() > 2 or source.dtype is torch.bool:  # noqa: PLR2004  # a matrix
+            result: torch.Tensor = func.decompose(
+                source, correction=correction, fweights=fweights, aweights=aweights
+            )
+            return result
+        rows = source.view(1, -1) if source.dim() < 2 else source  # noqa: PLR2004  # a matrix
+        count = rows.shape[1]
+        total = rows.new_full((), count, dtype=torch.int64)
+        mean = rows.sum(1) / total
+        factor = rows.new_full((), count - correction, dtype=torch.int64)
+        if _is_true(factor.le(0)):
+            warnings.warn(
+                "cov(): degrees of freedom is <= 0. Correction should be strictly less "
+                "than the number of observations.",
+                stacklevel=2,
+            )
+            factor.zero_()
+        rows = rows - mean.unsqueeze(1)
+        product = torch.mm(rows, rows.t().conj())
+        if product.is_complex():
+            real = product.real
+            product = torch.complex(real, torch.zeros_like(real))
+        return torch.true_divide(product, factor).squeeze()
+
+    return kernel
+
+
+register("cov", composed=_cov, source="Correlation.cpp, cov")
 
 # -- decompositions -------------------------------------------------------------------
 
@@ -163,14 +463,29 @@ register(
     source=_COMPOSED,
 )
 register("linalg_cond linalg_matrix_norm", composed=landing, source=_COMPOSED)
-# The tolerances that C++ makes for it are the host's.
-register("linalg_pinv", takes_host=True, source=_COMPOSED)
+
+
+def _tolerances(call: Call) -> Iterator[Step]:
+    """Tolerances that are not given, or given as numbers, are tensors of the card."""
+    for name in ("atol", "rtol"):
+        given = call[name]
+        if given is None or is_number(given):
+            yield Temporary(torch.float64.itemsize)
+
+
+# C++ makes tensors of numbers on the host.
+register(
+    "linalg_pinv",
+    requests=lambda call: (
+        _tolerances(call) if call.overload == "atol_rtol_tensor" else ()
+    ),
+    takes_host=True,
+    source="LinearAlgebra.cpp, get_atol_rtol",
+)
 register("vander", composed=on_host, source=_COMPOSED)
 
 # The CPU's kernels write past the strides of ``out=``, and past its memory.
-register(
-    "linalg_lu lu_unpack tril triu", compute=packing, source="cuda/TriangularOps.cu"
-)
+register("tril triu", compute=packing, source="cuda/TriangularOps.cu")
 
 # -- norms and distances --------------------------------------------------------------
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pytest_gpumem.devices.simulated.kernel_types import HALVES
 from pytest_gpumem.devices.simulated.operators.composing import on_host, only, widening
 from pytest_gpumem.devices.simulated.operators.reductions import (
     opmath_bytes,
@@ -161,14 +162,21 @@ def _cosine_similarity(
             "expected common dtype to be floating point, yet common dtype is " + name
         )
     shape = torch.broadcast_shapes(x1.shape, x2.shape)
-    normal = []
-    for each in (x1, x2):
-        whole = each.to(common).expand(shape)
-        norm = torch.linalg.vector_norm(whole, 2, dim, keepdim=True).clone()
-        with torch.no_grad():
-            norm.clamp_min_(eps)
-        normal.append(whole / norm)
-    cosine: torch.Tensor = (normal[0] * normal[1]).sum(dim)
+    wholes = [each.to(common).expand(shape) for each in (x1, x2)]
+    norms = [
+        torch.linalg.vector_norm(whole, 2, dim, keepdim=True).clone()
+        for whole in wholes
+    ]
+    with torch.no_grad():
+        wide = torch.float32 if common in HALVES else common
+        least = norms[0].new_full((), eps, dtype=wide)
+        for norm in norms:
+            norm.clamp_min_(least)
+    # C++ lets go of all of them together, at the end.
+    normal = [whole / norm for whole, norm in zip(wholes, norms, strict=True)]
+    product = normal[0] * normal[1]
+    cosine: torch.Tensor = product.sum(dim)
+    del least
     return cosine
 
 
@@ -181,10 +189,83 @@ register(
 # -- in half precision ------------------------------------------------------------------
 
 register(
-    """
-    multi_margin_loss multi_margin_loss_backward multilabel_margin_loss_backward
-    multilabel_margin_loss_forward
-    """,
+    "multi_margin_loss_backward multilabel_margin_loss_backward",
     compute=widening,
     source="cuda/MultiMarginLoss.cu and cuda/MultiLabelMarginCriterion.cu",
+)
+
+
+def _for_each_row(call: Call) -> Iterator[Step]:
+    """Rows have a loss each, of which the result is made."""
+    source: torch.Tensor = call["self"]
+    yield Results()
+    if source.dim() > 1 and call["reduction"] != _NONE:
+        yield Temporary(source.shape[0] * source.itemsize)
+
+
+register(
+    "multi_margin_loss",
+    compute=widening,
+    requests=_for_each_row,
+    source="cuda/MultiMarginLoss.cu, multi_margin_loss_cuda_out",
+)
+
+
+def _targets_first(call: Call) -> Iterator[Step]:
+    """Which numbers are targets comes first, then a loss for each row."""
+    source: torch.Tensor = call["self"]
+    yield Results(1)
+    if source.dim() > 1 and call["reduction"] != _NONE:
+        yield Temporary(source.shape[0] * source.itemsize)
+    yield Results(0)
+
+
+register(
+    "multilabel_margin_loss_forward",
+    compute=widening,
+    requests=_targets_first,
+    source="cuda/MultiLabelMarginCriterion.cu, multilabel_margin_loss_forward_out",
+)
+
+
+def _by_product(call: Call) -> Iterator[Step]:
+    """``_euclidean_dist``: one product of rows that hold their norms and ones."""
+    first, second = call["x1"], call["x2"]
+    width = first.shape[-1]
+    rows = [each.numel() // max(width, 1) * each.itemsize for each in (first, second)]
+    pads, norms = [], []
+    for each, nbytes in zip((first, second), rows, strict=True):
+        squares, norm, pad = copy_of(each), Temporary(nbytes), Temporary(nbytes)
+        yield from (squares, norm, Free(squares), pad)
+        norms.append(norm)
+        pads.append(pad)
+    scaled, left = copy_of(first), Temporary(rows[0] * (width + 2))
+    yield from (scaled, left, Free(pads[0]), Free(norms[0]), Free(scaled))
+    yield Temporary(rows[1] * (width + 2))
+    yield from (Free(norms[1]), Free(pads[1]))
+    yield Results()
+
+
+register(
+    "_euclidean_dist", requests=_by_product, source="Distance.cpp, _euclidean_dist"
+)
+
+
+def _for_each_pair(call: Call) -> Iterator[Step]:
+    """The gradient of each pair of rows, for each number, before it is added up."""
+    yield Results()
+    if call["p"] == 0:
+        return
+    if call.name == "_cdist_backward":
+        pairs, width = call["cdist"].numel(), call["x1"].shape[-1]
+        yield Temporary(pairs * width * call["x1"].itemsize)
+    elif call["self"].numel():
+        rows, width = call["self"].shape
+        yield Temporary((rows - 1) * rows * width * call["self"].itemsize)
+
+
+register(
+    "_cdist_backward _pdist_backward",
+    requests=_for_each_pair,
+    source="cuda/DistanceKernel.cu, cdist_backward_kernel_impl",
 )

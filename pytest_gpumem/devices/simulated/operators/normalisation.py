@@ -5,11 +5,21 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from pytest_gpumem.devices.simulated.operators.composing import only
+from pytest_gpumem.devices.simulated.operators.reductions import opmath_bytes
 from pytest_gpumem.devices.simulated.operators.registry import register
+from pytest_gpumem.devices.simulated.operators.requests import (
+    Free,
+    Results,
+    Temporary,
+)
 
 if TYPE_CHECKING:
-    import torch
+    from collections.abc import Iterator
+
+    from pytest_gpumem.devices.simulated.operators.requests import Call, Step
 
 # They change running statistics, of which their schemas say nothing.
 register(
@@ -183,4 +193,85 @@ register(
     compute=only(_batch_norm_gather_stats_with_counts),
     has_effects=True,
     source="cuda/Normalization.cuh, batch_norm_reduce_statistics_kernel",
+)
+
+
+def _lies_channels_last(tensor: torch.Tensor) -> bool:
+    """Tell whether channels lie next to each other: ``batch_norm_choose_impl``."""
+    if tensor.is_contiguous():
+        return tensor.stride(1) == 1
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    found = formats.get(tensor.dim())
+    return found is not None and tensor.is_contiguous(memory_format=found)
+
+
+def _batch_norm_backward(call: Call) -> Iterator[Step]:
+    """Where channels lie next to each other, sums of them come first."""
+    source: torch.Tensor = call["input"]
+    if not _lies_channels_last(source):
+        return
+    wanted = call["output_mask"]
+    is_training = call.get("train", call.get("update"))
+    if not (is_training or wanted[1] or wanted[2]):
+        return
+    nbytes = source.shape[1] * opmath_bytes(source.dtype)
+    sums, products = Temporary(nbytes), Temporary(nbytes)
+    yield from (sums, products)
+    yield Results(1)
+    yield Results(2)
+    yield Results(0)
+
+
+register(
+    "native_batch_norm_backward batch_norm_backward",
+    requests=_batch_norm_backward,
+    source="cuda/Normalization.cu, batch_norm_backward_reduce_cuda",
+)
+
+
+def _group_norm(call: Call) -> Iterator[Step]:
+    """Moments of half precision are kept wider, and so is the scale of each channel."""
+    yield Results()
+    source: torch.Tensor = call["input"]
+    rows, channels, places = call["N"], call["C"], call["HxW"]
+    if not source.numel():
+        return
+    nbytes = opmath_bytes(source.dtype)
+    if nbytes != source.itemsize:
+        for _each in range(2):
+            yield Temporary(rows * call["group"] * nbytes)
+    has_scale = call["weight"] is not None or call["bias"] is not None
+    if places != 1 and has_scale:
+        for _each in range(2):
+            yield Temporary(rows * channels * nbytes)
+
+
+register(
+    "native_group_norm",
+    requests=_group_norm,
+    source="cuda/group_norm_kernel.cu, GroupNormKernelImplInternal",
+)
+
+
+def _group_norm_backward(call: Call) -> Iterator[Step]:
+    yield Results()
+    source: torch.Tensor = call["input"]
+    if not source.numel():
+        return
+    rows, channels, groups = call["N"], call["C"], call["group"]
+    nbytes = opmath_bytes(source.dtype)
+    for _each in range(2):
+        yield Temporary(rows * channels * nbytes)
+    if call["output_mask"][0]:
+        parts = [Temporary(rows * groups * nbytes) for _each in range(2)]
+        if call["HxW"] != 1 and call["weight"] is not None:
+            parts.append(Temporary(rows * channels * nbytes))
+        yield from parts
+        yield from map(Free, parts)
+
+
+register(
+    "native_group_norm_backward",
+    requests=_group_norm_backward,
+    source="cuda/group_norm_kernel.cu, GroupNormBackwardKernelImplInternal",
 )

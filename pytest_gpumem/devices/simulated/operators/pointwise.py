@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pytest_gpumem.devices.simulated.accumulation import (
     taking_over,
     with_accumulation,
+    writing_losses,
 )
 from pytest_gpumem.devices.simulated.kernel_types import HALVES, lacking
 from pytest_gpumem.devices.simulated.operators.composing import (
@@ -19,6 +20,7 @@ from pytest_gpumem.devices.simulated.operators.composing import (
 )
 from pytest_gpumem.devices.simulated.operators.registry import register
 from pytest_gpumem.devices.simulated.operators.requests import (
+    Free,
     Results,
     Sized,
     Temporary,
@@ -36,6 +38,11 @@ register(
     "add",
     around=with_accumulation,
     source="input_buffer.cpp, accumulate",
+)
+register(
+    "mul sub",
+    around=writing_losses,
+    source="FunctionsManual.cpp, binary_cross_entropy_target_backward",
 )
 register(
     "logical_and logical_or",
@@ -60,10 +67,21 @@ register(
 
 
 def _by_sizes(call: Call) -> Iterator[Step]:
-    """``self.abs() == inf``; whole numbers are finite."""
+    """``self.abs() == inf``; whole numbers are finite.
+
+    Of complex numbers the two parts are looked at, one after the other.
+    """
     operand = call["self"]
     if operand.dtype.is_floating_point:
         yield copy_of(operand)
+    elif operand.is_complex():
+        real = operand.dtype.to_real()
+        sizes = copy_of(operand, real)
+        yield sizes
+        yield Results()
+        yield Free(sizes)
+        yield copy_of(operand, real)
+        yield copy_of(operand, torch.bool)
 
 
 register("isinf", requests=_by_sizes, source="TensorCompare.cpp, isinf")
@@ -86,10 +104,19 @@ register(
     has_cuda_kernel=True,
     source="native_functions.yaml, CUDA beside CompositeImplicitAutograd",
 )
+
+
+def _complex_first(call: Call) -> Iterator[Step]:
+    """Of complex numbers the kernel's results are complex; then they become real."""
+    if call["self"].is_complex():
+        yield copy_of(call["self"])
+
+
 register(
     "angle",
+    requests=_complex_first,
     lacks=lacking("angle_cuda", HALVES),
-    source="cuda/UnaryComplexKernels.cu, angle_kernel_cuda",
+    source="cuda/UnaryComplexKernels.cu, angle_kernel_cuda; UnaryOps.cpp, angle",
 )
 # The CPU's kernel writes past the strides of ``out=``.
 register("gelu", compute=packing, source="cpu/Activation.cpp, GeluKernelImpl")
@@ -111,4 +138,103 @@ def _abs(source: torch.Tensor) -> torch.Tensor:
     return source.clone() if source.dtype is torch.bool else torch.abs(source)
 
 
-register("abs", compute=only(_abs), source="cuda/AbsKernel.cu, abs_kernel_cuda")
+def _becoming_real(call: Call) -> Iterator[Step]:
+    """Of complex numbers the kernel's results are complex, beside the real ones."""
+    yield Results()
+    if call["self"].is_complex():
+        yield copy_of(call["self"])
+
+
+register(
+    "abs",
+    requests=_becoming_real,
+    compute=only(_abs),
+    source=(
+        "cuda/AbsKernel.cu, abs_kernel_cuda; UnaryOps.cpp, "
+        "unary_op_impl_with_complex_to_float_out"
+    ),
+)
+
+
+def _base_first(call: Call) -> Iterator[Step]:
+    """A base that is a number becomes a tensor of the card; powers of 1 are filled in."""
+    base = call["self"]
+    if not isinstance(base, torch.Tensor) and base != 1:
+        yield Results()
+        yield Temporary(_wrapped_bytes(base))
+
+
+def _wrapped_bytes(number: complex) -> int:
+    """Return the bytes of a number that became a tensor: ``scalar_to_tensor``."""
+    return {bool: 1, complex: 16}.get(type(number), 8)
+
+
+register("pow", requests=_base_first, source="Pow.cpp, TORCH_IMPL_FUNC(pow_Scalar_out)")
+
+
+def _scaling(call: Call) -> Iterator[Step]:
+    """``self * pow(2.0, other)``."""
+    other: torch.Tensor = call["other"]
+    powers = copy_of(other, torch.result_type(other, 2.0))
+    base = Temporary(_wrapped_bytes(2.0))
+    yield from (powers, base, Free(base))
+    yield Results()
+
+
+register("ldexp", requests=_scaling, source="BinaryOps.cpp, ldexp")
+
+
+def _by_products(call: Call) -> Iterator[Step]:
+    """The sum of ``lgamma`` of ``self`` and shifts of it."""
+    result: Any = call.results[0]
+    shifts = Temporary(call["p"] * result.itemsize)
+    shifted = Temporary(call["p"] * result.numel() * result.itemsize)
+    yield from (shifts, shifted, Free(shifts))
+    yield Results()
+
+
+register("mvlgamma", requests=_by_products, source="UnaryOps.cpp, mvlgamma")
+
+
+def _comparing(call: Call) -> Iterator[Step]:
+    """``(self == other).all()`` of tensors that are not the same memory."""
+    first, second = call["self"], call["other"]
+    if first.shape != second.shape or not first.numel():
+        return
+    if first.is_set_to(second):
+        return
+    yield copy_of(first, torch.bool)
+    yield Temporary(1)
+
+
+register("equal", requests=_comparing, source="cuda/Equal.cpp, cuda_equal")
+
+
+def _allclose(
+    source: torch.Tensor,
+    other: torch.Tensor,
+    rtol: float = 1e-05,
+    atol: float = 1e-08,
+    equal_nan: bool = False,  # noqa: FBT001, FBT002  # the operator's signature
+) -> bool:
+    """``allclose``: what is close is a tensor of the card."""
+    close = torch.isclose(source, other, rtol, atol, equal_nan)
+    return bool(close.all().item())
+
+
+register("allclose", composed=only(_allclose), source="TensorCompare.cpp, allclose")
+
+
+def _element_by_element(call: Call) -> Iterator[Step]:
+    """Few numbers to look for are compared with all: ``isin_default_kernel_gpu``."""
+    if call.overload != "Tensor_Tensor" or call["assume_unique"]:
+        return
+    elements, wanted = call["elements"], call["test_elements"]
+    if wanted.numel() >= int(10.0 * elements.numel() ** 0.145):
+        return
+    yield Results()
+    yield Temporary(elements.numel() * wanted.numel())
+    yield Temporary(elements.numel())
+
+
+register("isin", requests=_element_by_element, source="TensorCompare.cpp, isin_out")

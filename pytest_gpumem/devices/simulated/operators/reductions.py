@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pytest_gpumem.devices.simulated.kernel_types import HALVES
 from pytest_gpumem.devices.simulated.operators.composing import only
 from pytest_gpumem.devices.simulated.operators.registry import register
 from pytest_gpumem.devices.simulated.operators.requests import (
@@ -15,6 +16,7 @@ from pytest_gpumem.devices.simulated.operators.requests import (
     copy_of,
 )
 from pytest_gpumem.kernels.reductions import scratch_bytes
+from pytest_gpumem.kernels.sorting import scan_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -78,9 +80,10 @@ def _reducing(call: Call) -> Iterator[Step]:
 
 
 def _counting(call: Call) -> Iterator[Step]:
-    """``(self != 0).sum(dim)``."""
+    """``(self != 0).sum(dim)``; truth values are not compared again."""
     operand = call["self"]
-    yield copy_of(operand, torch.bool)
+    if operand.dtype is not torch.bool:
+        yield copy_of(operand, torch.bool)
     yield Results()
     yield copy_of(operand, torch.int64)
     yield from parts_of(call, operand, call.get("dim"), 8)
@@ -106,7 +109,7 @@ def _deciding(call: Call) -> Iterator[Step]:
     """``allany_impl``: a single number is only converted."""
     yield Results()
     operand = call["self"]
-    if operand.numel() == 1 and call.overload == "default":
+    if operand.numel() == 1:
         if operand.dtype is not torch.bool:
             yield Temporary(1)
     else:
@@ -114,18 +117,75 @@ def _deciding(call: Call) -> Iterator[Step]:
 
 
 def _varying(call: Call) -> Iterator[Step]:
-    yield Results()
+    """A variance; one of complex numbers is the sum of two of real ones."""
     operand = call["self"]
+    if operand.is_complex():
+        yield from _varying_twice(call)
+        return
+    yield Results()
     nbytes = _WELFORD_BYTES.get(operand.dtype, 16)
     yield from parts_of(call, operand, call.get("dim"), nbytes)
 
 
+def _varying_twice(call: Call) -> Iterator[Step]:
+    """``std_var_out`` and ``std_var_mean_out`` of complex numbers."""
+    variance: Any = call.results[0]
+    parts = [copy_of(variance) for _each in call.results for _half in range(2)]
+    if len(call.results) > 1:  # with means, which become complex ones
+        yield from parts
+        yield Results()
+    else:
+        yield Results()
+        yield from parts
+
+
 def norming(call: Call) -> Iterator[Step]:
-    """Add up powers of sizes, which are real."""
+    """Add up powers of sizes, which are real; a norm of nothing but itself is a size."""
     yield Results()
     operand = call["self"]
+    is_sized = call.name == "linalg_vector_norm"
+    if operand.is_complex() and is_sized and _keeps_every(operand, call["dim"]):
+        yield copy_of(operand)  # of ``abs``, see there
+        return
     real = operand.dtype.to_real()
     yield from parts_of(call, operand, call.get("dim"), opmath_bytes(real))
+
+
+def _keeps_every(operand: torch.Tensor, dims: Any) -> bool:
+    """Tell whether the dimensions that go have one number each."""
+    if isinstance(dims, int):
+        dims = [dims]
+    gone = dims or range(operand.dim())
+    return all(operand.shape[dim] == 1 for dim in gone) if operand.dim() else True
+
+
+def _between(call: Call) -> Iterator[Step]:
+    """The norm of a difference, which is made first."""
+    shape = torch.broadcast_shapes(call["self"].shape, call["other"].shape)
+    result: Any = call.results[0]
+    dtype = torch.result_type(call["self"], call["other"])
+    difference = torch.empty(shape, dtype=dtype, device="meta")
+    yield copy_of(difference)
+    yield Results()
+    yield from parts_of(call, difference, None, opmath_bytes(result.dtype))
+
+
+register("dist", requests=_between, source="Distance.cpp, dist")
+
+
+def _commonest(call: Call) -> Iterator[Step]:
+    """The dimension is brought to the end, in a copy where it is not there."""
+    source, dim = call["self"], call["dim"]
+    yield Results()
+    if source.dim():
+        last = source.transpose(dim, -1)
+        if not last.is_contiguous():
+            yield copy_of(last)
+
+
+register(
+    "mode", requests=_commonest, source="cuda/TensorModeKernel.cpp, mode_kernel_impl"
+)
 
 
 _KERNEL = "Reduce.cuh, gpu_reduce_kernel"
@@ -198,6 +258,9 @@ def _adding_exponentials(call: Call) -> Iterator[Step]:
     operand: torch.Tensor = call["self"]
     result: Any = call.results[0]
     dims = call["dim"]
+    if operand.dtype is not result.dtype:
+        yield copy_of(operand, result.dtype)
+        operand = torch.empty_like(operand, dtype=result.dtype, device="meta")
     largest = Temporary(result.numel() * operand.itemsize)
     yield largest
     parts = list(parts_of(call, operand, dims, operand.itemsize))
@@ -226,8 +289,17 @@ def _running(call: Call) -> Iterator[Step]:
     yield Results()
     operand: torch.Tensor = call["self"]
     result: Any = call.results[0]
-    if operand.dtype is not result.dtype:
+    if operand.dtype is not result.dtype or not operand.is_contiguous():
         yield copy_of(operand, result.dtype)
+    yield from scan_of(operand, call["dim"], result.dtype)
+
+
+def scan_of(operand: torch.Tensor, dim: int, dtype: torch.dtype) -> Iterator[Temporary]:
+    """Ask for what CUB takes where a whole tensor is one run: ``scan_dim``."""
+    count = operand.numel()
+    if operand.dim() and count == operand.shape[dim] and count:
+        is_plain = dtype not in HALVES and not dtype.is_complex
+        yield Temporary(scan_bytes(count, dtype.itemsize, is_plain=is_plain))
 
 
 register(
@@ -238,9 +310,9 @@ register(
     source="ScanKernels.cpp, cumsum_cuda_kernel",
 )
 register(
-    "cumprod",
+    "cumprod logcumsumexp",
     requests=_running,
-    source="cuda/ScanKernels.cpp",
+    source="cuda/ScanKernels.cpp; cuda/ScanUtils.cuh, scan_dim",
 )
 
 # -- softmax --------------------------------------------------------------------------
@@ -322,3 +394,45 @@ for _name in ("softmax", "log_softmax"):
         requests=_multiplying if _name == "softmax" else None,
         source=f"cuda/SoftMax.cu, {_name}_backward_cuda_out",
     )
+
+
+def _renorming(call: Call) -> Iterator[Step]:
+    """A norm for each slice, wider for half precision; then the factor, of the type."""
+    yield Results()
+    source: torch.Tensor = call["self"]
+    slices = source.shape[call["dim"]]
+    norm_bytes = opmath_bytes(source.dtype.to_real())
+    yield Temporary(slices * norm_bytes)
+    if norm_bytes != source.itemsize:
+        yield Temporary(slices * source.itemsize)
+
+
+register("renorm", requests=_renorming, source="Normalization.cpp, renorm_out")
+
+
+def _by_segments(call: Call) -> Iterator[Step]:
+    """Lengths and offsets of segments are made of each other."""
+    yield Results()
+    source: torch.Tensor = call["data"]
+    lengths, offsets = call["lengths"], call["offsets"]
+    if lengths is not None:
+        rows = lengths.numel() // max(lengths.shape[-1], 1)
+        zeros = Temporary(rows * lengths.itemsize)
+        ends = Temporary((lengths.numel() + rows) * lengths.itemsize)
+        yield from (zeros, ends, Free(zeros))
+        if lengths.dim() == 1:
+            count = lengths.numel() + 1
+            scan = Temporary(scan_bytes(count, lengths.itemsize, is_plain=True))
+            yield from (scan, Free(scan))
+    elif offsets is not None:
+        rows = offsets.numel() // max(offsets.shape[-1], 1)
+        yield Temporary((offsets.numel() - rows) * offsets.itemsize)
+    if source.dim() == 1 and call.name == "segment_reduce":
+        yield Temporary(1)  # CUB's, where a block does
+
+
+register(
+    "segment_reduce _segment_reduce_backward",
+    requests=_by_segments,
+    source="SegmentReduce.cpp, segment_reduce_kernel; cuda/SegmentReduce.cu",
+)

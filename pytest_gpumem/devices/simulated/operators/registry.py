@@ -50,6 +50,8 @@ class Operator:
         draws_nothing: Whether torch's tag that it draws is wrong.
         composed: Returns the Python function that composes an overload of other
             operators, above autograd; None for an overload that needs none.
+        decomposed: The same below autograd: for what C++ composes of others on a card,
+            while autograd knows its gradient as a whole.
         handler: Runs it instead of everything else, given arguments and keywords.
         around: Wraps the handler of an overload.
         check: Holds operands to devices; None: as its declaration says.
@@ -71,6 +73,7 @@ class Operator:
     draw: Drawing | None = None
     draws_nothing: bool = False
     composed: Callable[[Any], Kernel | None] | None = None
+    decomposed: Callable[[Any], Kernel | None] | None = None
     handler: Handler | None = None
     around: Callable[[Any, Handler], Handler] | None = None
     check: Callable[[Any, list[Place]], None] | None = None
@@ -128,6 +131,7 @@ def find(func: Any) -> Operator:
             OPERATORS[out_of_place],
             compute=None,
             composed=None,
+            decomposed=None,
             handler=None,
             around=None,
         )

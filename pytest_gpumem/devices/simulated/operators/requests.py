@@ -164,6 +164,18 @@ class Call:
             return default
 
     @property
+    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The operands of a product, found faster than by name: the last two tensors."""
+        tensors = [each for each in self._args if isinstance(each, torch.Tensor)]
+        return tensors[-2], tensors[-1]
+
+    @property
+    def name(self) -> str:
+        """The operator's name, in place or not: ``"add"``."""
+        name: str = self._func.overloadpacket.__name__
+        return name.removesuffix("_")
+
+    @property
     def overload(self) -> str:
         """The overload's name: ``"default"``, ``"dim_IntList"``, …."""
         name: str = self._func._overloadname

@@ -22,9 +22,11 @@ from pytest_gpumem.devices.simulated.operators.requests import (
 )
 from pytest_gpumem.kernels.sorting import (
     INDEX_BYTES,
+    SELECTION_SCAN_BYTES,
     pairs_bytes,
     segmented_bytes,
     segments_bytes,
+    selection_bytes,
 )
 
 if TYPE_CHECKING:
@@ -75,10 +77,10 @@ def _sorting(call: Call) -> Iterator[Step]:
     is_copied = source.stride(dim) != 1 or not source.is_contiguous()
     if is_copied:
         yield copy
-    yield from _sorting_segments(source, length)
+    yield from _sorting_segments(call, source, length)
 
 
-def _sorting_segments(source: torch.Tensor, length: int) -> Iterator[Step]:
+def _sorting_segments(call: Call, source: torch.Tensor, length: int) -> Iterator[Step]:
     """Sort the last dimension: ``launch_stable_sort_kernel``."""
     count, key_bytes = source.numel(), source.itemsize
     bits = 8 * key_bytes
@@ -86,14 +88,14 @@ def _sorting_segments(source: torch.Tensor, length: int) -> Iterator[Step]:
     indices = Temporary(count * INDEX_BYTES)
     yield indices
     if segments == 1 or length >= _LARGE_SEGMENT:
-        found = Temporary(pairs_bytes(count, key_bytes, bits))
+        found = Temporary(pairs_bytes(count, key_bytes, bits, call.processors))
         yield found
         yield Free(found)
     elif segments < _MANY_SEGMENTS:
         numbers, values = Temporary(count * INDEX_BYTES), copy_of(source)
-        found = Temporary(pairs_bytes(count, key_bytes, bits))
+        found = Temporary(pairs_bytes(count, key_bytes, bits, call.processors))
         yield from (numbers, values, found, Free(found), Free(values))
-        found = Temporary(segments_bytes(count, segments))
+        found = Temporary(segments_bytes(count, segments, call.processors))
         yield from (found, Free(found), Free(numbers))
     else:
         found = Temporary(segmented_bytes(count, key_bytes))
@@ -130,10 +132,22 @@ def _middle(call: Call) -> Iterator[Step]:
         places = Temporary(source.numel() * INDEX_BYTES)
         yield from (places, Free(places))
     else:
-        yield from _sorting_segments(source, source.numel())
+        yield from _sorting_segments(call, source, source.numel())
     yield Free(indices)
-    yield Temporary(1)
+    if call.name == "nanmedian":
+        yield from _counting_numbers(source.numel())
+    else:
+        yield Temporary(1)
     yield Results()
+
+
+def _counting_numbers(count: int) -> Iterator[Step]:
+    """``((count - 1) - sorted.isnan().sum()) / 2``, as an index."""
+    are_none, wide = Temporary(count), Temporary(count * INDEX_BYTES)
+    total, left = Temporary(INDEX_BYTES), Temporary(INDEX_BYTES)
+    half, index = Temporary(4), Temporary(INDEX_BYTES)  # single precision
+    yield from (are_none, total, wide, Free(wide), left, half, index)
+    yield from (Free(half), Free(left), Free(total), Free(are_none))
 
 
 def _returns_indices(func: Any, _args: tuple[Any, ...]) -> bool:
@@ -174,3 +188,35 @@ register(
     composed=on_cpu_alone,
     source="native_functions.yaml, dispatch: CPU",
 )
+
+
+def _searching(call: Call) -> Iterator[Step]:
+    """The least and the largest place of a sorter are looked at."""
+    if call.get("sorter") is not None:
+        least, largest = Temporary(INDEX_BYTES), Temporary(INDEX_BYTES)
+        yield from (least, largest, Free(least), Free(largest))
+
+
+register(
+    "searchsorted",
+    requests=_searching,
+    source="BucketizationUtils.h, searchsorted_pre_check",
+)
+
+
+def _choosing(call: Call) -> Iterator[Step]:
+    """Long rows are chosen from by several blocks, which count digits."""
+    source: torch.Tensor = call["self"]
+    yield Results()
+    if not source.dim() or not source.numel():
+        return
+    length = source.shape[call["dim"]]
+    slices = source.numel() // length
+    found = selection_bytes(slices, length, source.itemsize, call.processors)
+    yield from map(Temporary, found)
+    for _each in range(2 if found else 0):
+        scan = Temporary(SELECTION_SCAN_BYTES)
+        yield from (scan, Free(scan))
+
+
+register("topk", requests=_choosing, source="cuda/TensorTopK.cu, mbtopk::launch")

@@ -9,7 +9,13 @@ import torch
 from pytest_gpumem.devices.simulated.kernel_types import INTEGERS, lacking
 from pytest_gpumem.devices.simulated.operators.composing import on_host, widening
 from pytest_gpumem.devices.simulated.operators.registry import register
-from pytest_gpumem.devices.simulated.operators.requests import Results, Temporary
+from pytest_gpumem.devices.simulated.operators.requests import (
+    Free,
+    Results,
+    Sized,
+    Temporary,
+    copy_of,
+)
 from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.kernels.sorting import INDEX_BYTES
 
@@ -51,16 +57,63 @@ for _name, _caller in _ADDED_ATOMICALLY.items():
 
 
 def _with_places(call: Call) -> Iterator[Step]:
-    """The dimension's places are numbered while gradients go back to them."""
+    """Where windows overlap, the places that they reach are numbered."""
     yield Results()
-    length = call["input_sizes"][call["dim"]] if call["input_sizes"] else 1
-    yield Temporary(length * INDEX_BYTES)
+    sizes, dim = call["input_sizes"], call["dim"]
+    if sizes and call["step"] < call["size"]:
+        dim %= len(sizes)
+        windows = call["grad_in"].shape[dim]
+        reached = (windows - 1) * call["step"] + call["size"]
+        yield Temporary(min(sizes[dim], reached) * INDEX_BYTES)
 
 
 register(
     "unfold_backward",
     requests=_with_places,
     source="UnfoldBackward.h, _make_unfold_backward_iter_over_grad_out",
+)
+
+
+def _growing(call: Call) -> Iterator[Step]:
+    """The result is as large as the operand until it has to grow; it never shrinks."""
+    source: torch.Tensor = call["self"]
+    result: Any = call.results[0]
+    nbytes, wanted = (each.numel() * each.itemsize for each in (source, result))
+    if nbytes >= wanted:
+        yield Sized(0, nbytes)
+    else:
+        small = Temporary(nbytes)
+        yield small
+        yield Results()
+        yield Free(small)
+
+
+register("im2col", requests=_growing, source="cuda/Im2Col.cu, im2col_cuda")
+
+
+def _in_a_row(call: Call) -> Iterator[Step]:
+    """Operands that do not lie in a row are copied first."""
+    copies = [
+        copy_of(each)
+        for each in (call["self"], call["indices"])
+        if not each.is_contiguous()
+    ]
+    yield from copies
+    yield Results()
+
+
+def _dense(func: Any) -> Any:
+    """A card's result lies in a row; the CPU's follows its operand."""
+    if func._overloadname != "default":
+        return None
+    return lambda *args, **options: func(*args, **options).contiguous()
+
+
+register(
+    "max_unpool2d max_unpool3d",
+    requests=_in_a_row,
+    compute=_dense,
+    source="cuda/MaxUnpooling.cu, max_unpooling2d_forward_out_cuda",
 )
 
 for _names, _kernel, _file in (

@@ -1,0 +1,146 @@
+"""Operators ask for what PyTorch's own CUDA code asks for, one after the other.
+
+The figures are those of ``tests/recordings/requests``, on compute capability 8.0 with 108
+multiprocessors; the recordings' own test tries a part of them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from allocator_requests import Notes, sizes, stop
+from recorded_requests import warm_up
+from torch.nn import functional
+
+from pytest_gpumem.devices.simulated.install import simulated_device
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_HALF = torch.float16
+
+
+@pytest.fixture(autouse=True)
+def _card() -> Iterator[None]:
+    with simulated_device("A100-40GB"):
+        warm_up()
+        yield
+        stop()
+
+
+def _ones(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.ones(shape, dtype=dtype, device="cuda")
+
+
+def _asked_for(operator: Callable[..., Any], *operands: Any) -> list[int]:
+    """Return the bytes of an operator's requests, in order."""
+    notes = Notes()
+    with notes.phase("it"):
+        result = operator(*operands)
+    del result
+    return sizes(notes.phases["it"])
+
+
+def _invert(matrices: torch.Tensor) -> torch.Tensor:
+    inverse: torch.Tensor = torch.linalg.inv_ex(matrices)[0]
+    return inverse
+
+
+@pytest.mark.parametrize(
+    ("operator", "shapes", "wanted"),
+    [
+        (lambda x: torch.roll(x, (4, 5), (0, 1)), [(9, 10)], [360, 360]),
+        (torch.dist, [(5, 5, 5), (5, 5, 5)], [500, 4]),
+        (torch.ldexp, [(5,), ()], [4, 8, 20]),
+        (lambda x: torch.mvlgamma(x + 1, 2), [(5, 5)], [100, 8, 200, 100]),
+        (torch.isin, [(20,), (5,)], [20, 100, 20]),
+        (torch.equal, [(5, 5), (5, 5)], [25, 1]),
+        (torch.trace, [(5, 5)], [4]),
+        (torch.cov, [(2,)], [8, 4, 4, 8, 1, 1, 1, 1, 8, 4, 4]),
+        (
+            lambda x: torch.multinomial(x, 3),
+            [(3, 10)],
+            [72, 4, 4, 1, 1, 1, 12, 3, 1, 1, 120, 36],
+        ),
+        (lambda x: functional.unfold(x, 2), [(2, 3, 5, 5)], [600, 1536]),
+        (lambda x: torch.cumsum(x, 0), [(1048576,)], [4194304, 5375]),
+        (
+            lambda x: torch.topk(x, 5),
+            [(16, 30522)],
+            [320, 640, 64, 128, 128, 245760, 16384, 1920, 1920, 1279, 1279],
+        ),
+        (_invert, [(2, 5, 5)], [200, 8, 200, 40, 16, 16, 16]),
+        (
+            lambda x, y: torch.cdist(x, y, compute_mode="use_mm_for_euclid_dist"),
+            [(5, 5), (5, 5)],
+            [100, 20, 20, 100, 20, 20, 100, 140, 140, 100],
+        ),
+        (lambda x: functional.dropout1d(x, 1.0), [(5, 5, 5)], [4, 500]),
+    ],
+)
+def test_what_an_operator_asks_for(
+    operator: Callable[..., Any], shapes: list[tuple[int, ...]], wanted: list[int]
+) -> None:
+    """Sizes and order are the recorded ones."""
+    operands = [_ones(*shape) for shape in shapes]
+
+    assert wanted == _asked_for(operator, *operands)
+
+
+def test_half_precision_is_sorted_by_its_digits() -> None:
+    """Each block has its counters."""
+    source = _ones(8000, dtype=_HALF)
+
+    assert [16000, 64000, 64000, 4549119] == _asked_for(torch.sort, source)
+
+
+def test_moments_of_half_precision_are_kept_wider() -> None:
+    """So is the scale of each channel."""
+    source, weight = _ones(5, 5, 5, dtype=_HALF), _ones(5, dtype=_HALF)
+
+    found = _asked_for(functional.group_norm, source, 1, weight, weight)
+
+    assert [250, 10, 10, 20, 20, 100, 100] == found
+
+
+@pytest.mark.parametrize(("is_enabled", "wanted"), [(True, [108]), (False, [108, 972])])
+def test_convolutions_without_cudnn_make_columns(
+    *, is_enabled: bool, wanted: list[int]
+) -> None:
+    """With cuDNN they ask for their result; its workspace is not known."""
+    source, weight = _ones(1, 3, 4, 4), _ones(3, 3, 3, 3)
+
+    with torch.backends.cudnn.flags(enabled=is_enabled):
+        found = _asked_for(functional.conv2d, source, weight, None, 2, 2)
+
+    assert wanted == found
+
+
+def test_matrices_that_are_conjugated_where_they_lie_are_copied() -> None:
+    """The product conjugates what it transposes, and nothing else."""
+    source = _ones(3, 3, dtype=torch.complex64)
+
+    assert [72, 72] == _asked_for(torch.mm, source, source.conj())
+    assert [72] == _asked_for(torch.mm, source, source.t().conj())
+
+
+def test_a_gradient_of_places_that_overlap_numbers_them() -> None:
+    """The numbers of all places, and those of the view."""
+    source = _ones(16).requires_grad_()
+    gradient = _ones(2, 2, 2, 2)
+    view = source.as_strided((2, 2, 2, 2), (1, 1, 1, 1))
+
+    found = _asked_for(lambda: torch.autograd.grad(view, source, gradient))
+
+    assert [64, 128, 128] == found
+
+
+def test_a_gradient_is_written_into_its_zeros() -> None:
+    """C++ makes zeros, and scatters into them."""
+    source = _ones(5, 5, 5).requires_grad_()
+    values = torch.cummax(source, 0).values
+    gradient = _ones(5, 5, 5)
+
+    assert [500] == _asked_for(lambda: torch.autograd.grad(values, source, gradient))
