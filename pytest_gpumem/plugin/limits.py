@@ -9,7 +9,6 @@ import pytest
 
 from pytest_gpumem.devices import allocated_bytes
 from pytest_gpumem.plugin.record import record_of
-from pytest_gpumem.plugin.sampling import why_unknown
 from pytest_gpumem.records.record import LimitOutcome
 from pytest_gpumem.sizes import format_size
 
@@ -155,6 +154,11 @@ class Limits:
             start = format_size(figures.start_allocated_bytes)
             where += f"; {start} were allocated before the {phase} began"
         return where
+
+
+def why_unknown(device: Device, index: int) -> str:
+    """Return why this process's bytes on a card are not known."""
+    return device.counted(index).why or "NVML could not tell at the time"
 
 
 def fail(item: pytest.Item, text: str) -> None:

@@ -14,7 +14,6 @@ from pytest_gpumem.devices import allocated_bytes
 from pytest_gpumem.plugin import marks
 from pytest_gpumem.plugin.failures import Failures
 from pytest_gpumem.plugin.record import has_record, record_of
-from pytest_gpumem.plugin.sampling import is_wanted, note_unknown, with_samples
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.plugin.session import Run
     from pytest_gpumem.plugin.wider_fixtures import WiderFixtures
     from pytest_gpumem.records.memory import MemoryFigures
+    from pytest_gpumem.records.record import Record
     from pytest_gpumem.rules.rule import Rule
 
 
@@ -203,11 +203,16 @@ class Phases:
             device.open_tracker(index) for index in range(device.device_count)
         ]
         if self._wants_samples():
-            self._trackers = with_samples(device, self._trackers)
+            from pytest_gpumem.instruments.sampler import sampled  # noqa: PLC0415  # torch is here
+
+            self._trackers = sampled(device, self._trackers)
 
     def _wants_samples(self) -> bool:
+        """Tell whether a limit or a report needs what NVML counts."""
         wishes = None if self._item is None else self._wishes.get(self._item)
-        return is_wanted(self._run.settings, wishes)
+        limits = () if wishes is None else wishes.limits
+        reports = self._run.settings.reports
+        return bool(reports) or any(each.metric == "process" for each in limits)
 
     def _end(self, item: pytest.Item, phase: str) -> None:
         """Put the phase's figures into the test's record, if it used a card."""
@@ -229,7 +234,7 @@ class Phases:
             used = _used_cards(figures)
             record.figures += [PhaseFigures.of(phase, each) for each in used]
             if self._wants_samples():
-                note_unknown(item, device, used)
+                _note_unknown(record, device, used)
 
     def _note_limit(self, item: pytest.Item, device: Device) -> None:
         """Put the limit that a test's markers set into its record."""
@@ -391,3 +396,14 @@ class Phases:
 
 def _used_cards(figures: list[MemoryFigures]) -> list[MemoryFigures]:
     return [each for each in figures if each.peak_reserved_bytes or each.num_ooms]
+
+
+def _note_unknown(record: Record, device: Device, figures: list[MemoryFigures]) -> None:
+    """Note why a process's bytes are not known, if so."""
+    for each in figures:
+        if each.peak_process_bytes is None:
+            from pytest_gpumem.plugin.limits import why_unknown  # noqa: PLC0415  # NVML does not tell
+
+            text = f"process bytes unknown: {why_unknown(device, each.device_index)}"
+            if text not in (record.unknown or ""):
+                record.unknown = "; ".join(filter(None, (record.unknown, text)))
