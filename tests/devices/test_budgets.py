@@ -127,7 +127,7 @@ def test_the_bounds_of_a_budget_are_inclusive() -> None:
     for nbytes in (1, 100):
         budgets.put("owner", nbytes, total_bytes=100, index=0, name="T4")
         assert nbytes == budgets.smallest
-    for nbytes in (0, 101):
+    for nbytes in (-1, 0, 101):
         with pytest.raises(BudgetError, match="accepted are 1 to 100 bytes"):
             budgets.put("owner", nbytes, total_bytes=100, index=0, name="T4")
 

@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from pytest_gpumem.devices.simulated.install import simulated_device
-from pytest_gpumem.instruments.equality import compare
+from pytest_gpumem.instruments.equality import TOLERANCE, compare
 from pytest_gpumem.instruments.portraits import Opaque, portrait
 
 INF: Final = math.inf
@@ -625,3 +625,11 @@ def test_what_is_not_a_number_differs_infinitely() -> None:
     assert float("inf") == compare(1.0, float("nan")).largest
     assert float("inf") == compare(float("nan"), 1.0).largest
     assert float("inf") == compare(_t(1.0), _t(float("nan"))).largest
+
+
+def test_what_a_dtype_explains_is_inclusive() -> None:
+    """At the limit results are the same, just above it they are not."""
+    none, amount = torch.zeros(1).double(), TOLERANCE[torch.float64][1]
+
+    assert compare(none, torch.full_like(none, amount)).first is None
+    assert compare(none, torch.full_like(none, amount * 1.0001)).first is not None

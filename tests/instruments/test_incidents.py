@@ -59,6 +59,18 @@ def _owners(incident: Incident) -> dict[str, str]:
     return {each.owner.partition(" (")[0]: each.what for each in incident.tensors}
 
 
+def test_the_room_is_what_the_programs_own_fraction_leaves() -> None:
+    """The card's total, less what others hold, or a share of it."""
+    with simulated_device("1GiB") as machine:
+        torch.cuda.set_per_process_memory_fraction(0.25)
+        with OomWitness(SimulatedDevice(machine)) as witness:
+            _fail(512)
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+    assert 256 * MIB == witness.incidents[0].room_bytes
+    assert witness.incidents[0].budget_bytes is None
+
+
 def test_figures_are_those_of_the_moment(witness: OomWitness) -> None:
     """Not of what is live later, and the request is the one that failed."""
     kept = _take(4)

@@ -280,6 +280,27 @@ def test_heap_and_handlers_are_as_before() -> None:
     assert before == (gc.get_freeze_count(), signal.getsignal(signal.SIGUSR2))
 
 
+@pytest.mark.parametrize(
+    ("always", "verdict"), [(True, Verdict.RECOVERED), (False, Verdict.LEAK)]
+)
+def test_what_a_run_without_a_fault_changes_too_is_no_fault(
+    verdict: Verdict, *, always: bool
+) -> None:
+    """A default that the fallback alone leaves changed is its leak."""
+
+    def body() -> None:
+        if always:
+            torch.set_default_dtype(torch.float64)
+        try:
+            torch.empty(MIB, device="cuda")
+        except torch.OutOfMemoryError:
+            torch.set_default_dtype(torch.float64)
+
+    report = sweep_ooms(body, modes=["transient"], recover=True)
+
+    assert {verdict: 1} == report.verdicts
+
+
 def test_a_point_that_is_not_reached_ends_no_sweep() -> None:
     """Code may allocate less often in one run, and as before in the next."""
     counts = iter([3, 3, 3, 1])
