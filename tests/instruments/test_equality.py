@@ -633,3 +633,26 @@ def test_what_a_dtype_explains_is_inclusive() -> None:
 
     assert compare(none, torch.full_like(none, amount)).first is None
     assert compare(none, torch.full_like(none, amount * 1.0001)).first is not None
+
+
+@pytest.mark.parametrize("kind", [list, tuple, torch.tensor, np.array])
+def test_a_longer_result_is_another_one(kind: Any) -> None:
+    """And a shorter one, though what both have is the same."""
+    short, long = portrait(kind([1, 2])), portrait(kind([1, 2, 3]))
+
+    assert compare(short, long).first is not None
+    assert compare(long, short).first is not None
+
+
+@pytest.mark.parametrize("dtype", [HALF, torch.bfloat16])
+def test_the_ends_of_a_mask_are_two(dtype: torch.dtype) -> None:
+    """The largest number of a dtype stands for that of another, not for the lowest."""
+    ends = torch.tensor(
+        [torch.finfo(torch.float32).min, torch.finfo(torch.float32).max]
+    )
+    other = torch.tensor([torch.finfo(dtype).min, torch.finfo(dtype).max], dtype=dtype)
+
+    assert compare(ends, other).first is None
+    assert compare(ends, other.flip(0)).first is not None
+    assert compare(ends[:1], other[1:]).first is not None
+    assert compare(ends[1:], other[:1]).first is not None

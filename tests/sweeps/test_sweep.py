@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 from pytest_gpumem import Outcome, SweepReport, Verdict, sweep_ooms, vram_budget
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.errors import RuleError, SweepError
+from pytest_gpumem.rules.rule import FLAVOURS, NOT_OOM
 from pytest_gpumem.sweeps.summary import summary_of
 from pytest_gpumem.sweeps.text import coverage_table, explain, summarise
 
@@ -299,6 +301,21 @@ def test_what_a_run_without_a_fault_changes_too_is_no_fault(
     report = sweep_ooms(body, modes=["transient"], recover=True)
 
     assert {verdict: 1} == report.verdicts
+
+
+def test_an_error_that_is_no_oom_must_come_through() -> None:
+    """Code that catches every RuntimeError recovers from all others."""
+
+    def body() -> None:
+        with suppress(RuntimeError):
+            torch.empty(MIB, device="cuda")
+
+    report = sweep_ooms(body, modes=["transient"], recover=True, flavours=FLAVOURS)
+
+    assert {
+        flavour: Verdict.SWALLOWED if flavour == NOT_OOM else Verdict.RECOVERED
+        for flavour in FLAVOURS
+    } == {each.point.flavour: each.verdict for each in report.outcomes}
 
 
 def test_a_point_that_is_not_reached_ends_no_sweep() -> None:
