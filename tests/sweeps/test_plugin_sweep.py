@@ -195,7 +195,7 @@ def test_the_fixture_sweeps_a_function(pytester: pytest.Pytester) -> None:
 
 def test_workers_share_the_points(make: pytest.Pytester) -> None:
     """With pytest-xdist each worker runs its part; the printed replay is for all."""
-    result = make.runpytest_subprocess(*LIGHT, "-n", "2", "-v")
+    result = make.runpytest(*LIGHT, "-n", "2", "-v")
     text = result.stdout.str()
 
     result.assert_outcomes(passed=2, failed=2 + 14 * EACH)
@@ -300,8 +300,8 @@ def test_an_interrupted_sweep_is_resumed_on_demand(pytester: pytest.Pytester) ->
         recover()
 """
     )
-    first = pytester.runpytest_subprocess()
-    second = pytester.runpytest_subprocess("--gpu-oom-resume")
+    first = pytester.runpytest_inprocess(no_reraise_ctrlc=True)
+    second = pytester.runpytest("--gpu-oom-resume")
 
     assert pytest.ExitCode.INTERRUPTED == first.ret
     first.stdout.fnmatch_lines(
