@@ -130,7 +130,9 @@ def _run(pytester: pytest.Pytester, platform: str, *arguments: str) -> pytest.Ru
         )
 
 
-@pytest.mark.parametrize("platform", ["windows", "macos"])
+@pytest.mark.parametrize(
+    "platform", ["windows", pytest.param("macos", marks=pytest.mark.slow)]
+)
 def test_every_feature_works(pytester: pytest.Pytester, platform: str) -> None:
     """Budgets, limits, faults, sweeps, children, locks, reports and the baseline."""
     result = _run(
@@ -154,6 +156,7 @@ def test_every_feature_works(pytester: pytest.Pytester, platform: str) -> None:
     result.stdout.fnmatch_lines(["*4 MiB*::test_a_limit_is_broken", "*hang*"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["windows", "macos"])
 def test_workers_share_the_tests(pytester: pytest.Pytester, platform: str) -> None:
     """Under pytest-xdist; where cards cannot be shared each worker has its own."""
