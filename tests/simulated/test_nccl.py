@@ -449,6 +449,7 @@ def test_functional_collectives_return_new_tensors_of_the_card() -> None:
 
     def body(rank: int) -> None:
         world = dist.group.WORLD
+        assert world is not None
         own = on_card(1, 2, 3, 4) * (rank + 1)
 
         def values(found: Any) -> Any:
