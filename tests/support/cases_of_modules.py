@@ -83,7 +83,8 @@ def _run(
         module.to("cuda", dtype)
     module.train(training)
     args, kwargs = pytree.tree_map(_up, (passed.args, passed.kwargs))
-    with notes.phase("forward"):
+    # The substitute of the CUDA runtime has no cuDNN.
+    with torch.backends.cudnn.flags(enabled=False), notes.phase("forward"):
         result = module(*args, **kwargs)
     results = [each for each in pytree.tree_leaves(result) if _is_grown(each)]
     leaves = [each for each in pytree.tree_leaves((args, kwargs)) if _is_grown(each)]
@@ -91,7 +92,7 @@ def _run(
         return
     gradients = [torch.ones_like(each) for each in results]
     del result
-    with notes.phase("backward"):
+    with torch.backends.cudnn.flags(enabled=False), notes.phase("backward"):
         torch.autograd.backward(results, gradients)
 
 
