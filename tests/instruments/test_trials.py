@@ -216,8 +216,11 @@ def device() -> Iterator[Device]:
 def test_failed_allocations_are_told_apart(  # noqa: PLR0917  # a row of a table
     device: Device, rules: list[str], nbytes: int, injected: int, ooms: int, extra: int
 ) -> None:
-    """Those of rules, those of the card, and errors that are no OOM."""
-    attempt = Trial(body=lambda: _twice(nbytes), device=device).run(*rules)
+    """Those of rules, those of the card, and errors that are no OOM; of this run."""
+    trial = Trial(body=lambda: _twice(nbytes), device=device)
+
+    trial.run(*rules)
+    attempt = trial.run(*rules)
 
     found = (attempt.num_injected, attempt.num_ooms, attempt.extra_ooms)
     assert found == (injected, ooms, extra)
