@@ -113,7 +113,7 @@ def _torch_is_as_before() -> object:
     if "torch" not in sys.modules:
         yield
         return
-    from pytest_gpumem.devices.simulated import machine  # noqa: PLC0415  # torch is here
+    from pytest_gpumem.devices.simulated import machine
 
     before = machine.innermost_machine()
     yield

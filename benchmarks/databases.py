@@ -53,19 +53,19 @@ START_S: Final = 300
 
 def work() -> None:
     """Answer each line, a task in JSON, by one line: its findings in JSON."""
-    from pytest_gpumem.devices.simulated.install import (  # noqa: PLC0415  # only in a process that works
+    from pytest_gpumem.devices.simulated.install import (
         simulated_device,
     )
 
     with simulated_device("A100-40GB"):
         # The databases ask for the card as they are imported.
-        from module_runs import (  # noqa: PLC0415  # see above
+        from module_runs import (
             MODULES,
             OPTIMISERS,
             run_module,
             run_optimiser,
         )
-        from operator_runs import (  # noqa: PLC0415  # see above
+        from operator_runs import (
             OPERATORS,
             frozen,
             run_operator,
@@ -340,7 +340,7 @@ def main() -> int:
     for entry, name in stale:
         print(f"differs no more: {name} in {entry}")
     if options.write:
-        from importlib.metadata import version  # noqa: PLC0415  # only here
+        from importlib.metadata import version
 
         PAGE.write_text(
             render(found, version("torch"), options.samples), encoding="utf-8"

@@ -68,7 +68,7 @@ def measure_operation() -> tuple[float, float]:
 
 def measure_forward(path: Path) -> tuple[float, float]:
     """Return seconds of bert-large's forward of 1x128: simulated, and on the CPU."""
-    from transformers import AutoModelForSequenceClassification  # noqa: PLC0415  # slow
+    from transformers import AutoModelForSequenceClassification
 
     host = AutoModelForSequenceClassification.from_pretrained(path).eval()
     card = AutoModelForSequenceClassification.from_pretrained(
@@ -82,7 +82,7 @@ def measure_forward(path: Path) -> tuple[float, float]:
 
 def measure_load(path: Path) -> tuple[float, float]:
     """Return seconds of loading to a card, and to the CPU with one copy of the weights."""
-    from transformers import AutoModelForSequenceClassification  # noqa: PLC0415  # slow
+    from transformers import AutoModelForSequenceClassification
 
     def to_host() -> Any:
         model = AutoModelForSequenceClassification.from_pretrained(path)
@@ -99,7 +99,7 @@ def measure_load(path: Path) -> tuple[float, float]:
 
 def load_alone(path: str, values: str) -> None:
     """Load in a process of its own and print how far that raised its peak memory."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification  # noqa: PLC0415  # slow
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     loads: dict[str, Any] = {
         "computed": (

@@ -36,8 +36,8 @@ def task(
     mend: Callable[[Any], None] = lambda _: None,
 ) -> Any:
     """Load, move and pass, as a user would write it; ``mend`` comes after the load."""
-    import torch  # noqa: PLC0415  # some peers must come before it
-    from transformers import AutoModelForSequenceClassification  # noqa: PLC0415  # likewise
+    import torch
+    from transformers import AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_pretrained(
         path, attn_implementation="sdpa"
@@ -53,8 +53,8 @@ def adapted_task(
     path: str, device: str, *, note: Callable[[str], None] = lambda _: None
 ) -> Any:
     """Make the model on the device instead, with weights of its own."""
-    import torch  # noqa: PLC0415  # likewise
-    from transformers import AutoConfig, AutoModelForSequenceClassification  # noqa: PLC0415  # likewise
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
     with torch.no_grad(), torch.device(device):
         config = AutoConfig.from_pretrained(path)
@@ -66,7 +66,7 @@ def adapted_task(
 
 def mend_buffers(model: Any) -> None:
     """Set what FakeGPU leaves as it was in memory: buffers that no file holds."""
-    import torch  # noqa: PLC0415  # likewise
+    import torch
 
     embeddings = model.bert.embeddings
     embeddings.position_ids = torch.arange(512)[None]
@@ -74,7 +74,7 @@ def mend_buffers(model: Any) -> None:
 
 
 def _forward(model: Any, device: str, note: Callable[[str], None]) -> Any:
-    import torch  # noqa: PLC0415  # likewise
+    import torch
 
     tokens = torch.ones(8, 128, dtype=torch.int64).to(device)
     mask = torch.ones(8, 128, dtype=torch.int64).to(device)
@@ -93,7 +93,7 @@ class CudaPeaks:
 
     def note(self, step: str) -> None:
         """Read the figures."""
-        import torch  # noqa: PLC0415  # likewise
+        import torch
 
         self.found[f"{step}_bytes"] = torch.cuda.max_memory_allocated()
         self.found["reserved_bytes"] = torch.cuda.max_memory_reserved()
@@ -129,7 +129,7 @@ def cpu(path: str) -> dict[str, Any]:
 
 def gpumem(path: str) -> dict[str, Any]:
     """Run the task on a simulated card."""
-    from pytest_gpumem import OomInjector, simulated_device  # noqa: PLC0415  # one peer of many
+    from pytest_gpumem import OomInjector, simulated_device
 
     def run() -> dict[str, int]:
         peaks = CudaPeaks()
@@ -155,8 +155,8 @@ def gpumem(path: str) -> dict[str, Any]:
 
 def memray(path: str) -> dict[str, Any]:
     """Run the task on the CPU under pytest-memray."""
-    import pytest  # noqa: PLC0415  # one peer of many
-    from memray import FileReader  # type: ignore[import-not-found]  # noqa: PLC0415  # likewise
+    import pytest
+    from memray import FileReader  # type: ignore[import-not-found]
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -198,7 +198,7 @@ def memtracker(path: str) -> dict[str, Any]:
 
     Weights that come from a mapped file are seen when they are first used.
     """
-    from torch.distributed._tools.mem_tracker import MemTracker  # noqa: PLC0415  # one peer of many
+    from torch.distributed._tools.mem_tracker import MemTracker
 
     def run() -> dict[str, int]:
         with MemTracker() as tracker:
@@ -213,8 +213,8 @@ def memtracker(path: str) -> dict[str, Any]:
 
 def fake(path: str) -> dict[str, Any]:
     """Make the model under FakeTensorMode, MemTracker counting."""
-    from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: PLC0415  # one peer of many
-    from torch.distributed._tools.mem_tracker import MemTracker  # noqa: PLC0415  # likewise
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed._tools.mem_tracker import MemTracker
 
     def run() -> dict[str, int]:
         found: dict[str, int] = {}
@@ -240,9 +240,9 @@ def accelerate(path: str) -> dict[str, Any]:
 
     The command itself asks the hub which library a model is of, so it wants a name there.
     """
-    from accelerate import init_empty_weights  # noqa: PLC0415  # one peer of many
-    from accelerate.utils import calculate_maximum_sizes  # noqa: PLC0415  # likewise
-    from transformers import AutoConfig, AutoModelForSequenceClassification  # noqa: PLC0415  # slow
+    from accelerate import init_empty_weights
+    from accelerate.utils import calculate_maximum_sizes
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
     def run() -> dict[str, int]:
         config = AutoConfig.from_pretrained(path)
@@ -256,10 +256,10 @@ def accelerate(path: str) -> dict[str, Any]:
 
 def fakegpu(path: str, card: str = FAKEGPU_CARD) -> dict[str, Any]:
     """Run the task on FakeGPU's own CUDA, which must come before torch."""
-    import fakegpu as peer  # type: ignore[import-not-found]  # noqa: PLC0415  # one peer of many
+    import fakegpu as peer  # type: ignore[import-not-found]
 
     peer.init(runtime="fakecuda", profile=card, device_count=1)
-    import torch  # noqa: PLC0415  # see above
+    import torch
 
     if card != FAKEGPU_CARD:
         return {"small_card": attempt(lambda: task(path, "cuda"))}

@@ -37,7 +37,7 @@ def small_body() -> torch.Tensor:
 
 def large_body(path: str) -> Callable[[], Any]:
     """Return a load of bert-large with a CPU fallback."""
-    from transformers import AutoModelForSequenceClassification  # noqa: PLC0415  # slow
+    from transformers import AutoModelForSequenceClassification
 
     load = AutoModelForSequenceClassification.from_pretrained
 

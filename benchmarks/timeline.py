@@ -56,7 +56,7 @@ def main() -> None:
     """Print a table in Markdown."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    from transformers import AutoModelForSequenceClassification  # noqa: PLC0415  # slow
+    from transformers import AutoModelForSequenceClassification
 
     path = make_checkpoint("bert-small")
     with simulated_device("T4"):

@@ -65,7 +65,7 @@ def find_card(text: str) -> tuple[Card, ...]:
         description, star, count = (piece.strip() for piece in part.partition("*"))
         if star and not re.fullmatch(r"[1-9][0-9]?", count):
             raise _error(
-                text, f"{count!r} is no number of cards", "write for example T4*2"
+                text, f"{count!r} is not a number of cards", "write for example T4*2"
             )
         cards += [_card(text, description)] * (int(count) if star else 1)
     if len(cards) > MAX_CARDS:
@@ -112,7 +112,7 @@ def _named(text: str, description: str) -> Card:
     close = difflib.get_close_matches(wanted, names, cutoff=0.5)
     raise _error(
         text,
-        f"{description!r} is no known card",
+        f"{description!r} is not a known card",
         f"did you mean {' or '.join(names[name] for name in close)}? Known are "
         f"{', '.join(CARDS)}"
         if close
@@ -155,7 +155,7 @@ def _made_up_card(text: str, size: str, given: dict[str, str]) -> Card:
     model = _model(text, given.get("cc", "8.0"))
     sms = given.get("sms", str(model.multi_processor_count))
     if not re.fullmatch(r"[1-9][0-9]{0,3}", sms):
-        raise _error(text, f"sms={sms!r} is no count", "give 1 to 9999")
+        raise _error(text, f"sms={sms!r} is not a count", "give 1 to 9999")
     return replace(
         model,
         given_context_bytes=_part(text, "ctx", given.get("ctx", "0"), total_bytes),
@@ -192,7 +192,7 @@ def _model(text: str, capability: str) -> Card:
     if not below:
         raise _error(
             text,
-            f"cc={capability!r} is no compute capability",
+            f"cc={capability!r} is not a compute capability",
             f"give MAJOR.MINOR from {'.'.join(map(str, known[0]))} on, such as 8.0",
         )
     model = next(

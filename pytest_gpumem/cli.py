@@ -179,9 +179,9 @@ def _add_fit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 def _fit(options: argparse.Namespace) -> int:
-    from pytest_gpumem.planning.fit import DEFAULT_CARDS, fit_model  # noqa: PLC0415  # it needs torch
-    from pytest_gpumem.planning.table import table  # noqa: PLC0415  # it needs torch
-    from pytest_gpumem.planning.task import FitTask  # noqa: PLC0415  # it needs torch
+    from pytest_gpumem.planning.fit import DEFAULT_CARDS, fit_model
+    from pytest_gpumem.planning.table import table
+    from pytest_gpumem.planning.task import FitTask
 
     report = fit_model(
         options.model,
@@ -210,13 +210,13 @@ def _fit(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from pytest_gpumem import doctor  # noqa: PLC0415  # only this command needs it
+    from pytest_gpumem import doctor
 
     return doctor.run(as_json=options.json)
 
 
 def _checkpoint(options: argparse.Namespace) -> int:
-    from pytest_gpumem.checkpoints import make_checkpoint  # noqa: PLC0415  # it is slow to import
+    from pytest_gpumem.checkpoints import make_checkpoint
 
     path = make_checkpoint(
         options.model,
@@ -233,7 +233,7 @@ def _checkpoint(options: argparse.Namespace) -> int:
 
 
 def _record(options: argparse.Namespace) -> int:
-    from pytest_gpumem.recording import record, save  # noqa: PLC0415  # only this command needs it
+    from pytest_gpumem.recording import record, save
 
     if find_spec("torch") is None:
         raise DeviceUnavailableError(
@@ -241,11 +241,11 @@ def _record(options: argparse.Namespace) -> int:
         )
     if not options.out.parent.is_dir():
         raise RecordingError(
-            f"--out: {options.out.parent} is no folder; make it, or choose another"
+            f"--out: {options.out.parent} is not a folder; make it, or choose another"
         )
     checkpoint = None
     if options.checkpoint != "none":
-        from pytest_gpumem.checkpoints import resolve_checkpoint  # noqa: PLC0415  # see above
+        from pytest_gpumem.checkpoints import resolve_checkpoint
 
         checkpoint = resolve_checkpoint(options.checkpoint, progress=_say)
     with _device(options.simulate):
@@ -262,10 +262,10 @@ def _device(card: str | None) -> AbstractContextManager[object]:
         DeviceUnavailableError: There is no real card, and none is simulated.
     """
     if card is not None:
-        from pytest_gpumem.devices.simulated.install import simulated_device  # noqa: PLC0415
+        from pytest_gpumem.devices.simulated.install import simulated_device
 
         return simulated_device(card)
-    import torch  # noqa: PLC0415  # slow
+    import torch
 
     if not torch.cuda.is_available():
         raise DeviceUnavailableError(
@@ -281,7 +281,7 @@ def _say(text: str) -> None:
 
 
 def _replay(options: argparse.Namespace) -> int:
-    from pytest_gpumem.allocator.replay import replay  # noqa: PLC0415  # only this command needs it
+    from pytest_gpumem.allocator.replay import replay
 
     try:
         trace = json.loads(options.trace.read_text(encoding="utf-8"))

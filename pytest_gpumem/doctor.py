@@ -126,7 +126,7 @@ def _torch(problems: list[Problem]) -> dict[str, Any]:
         return {"torch": None}
     version, cuda = found.version, found.cuda
     try:
-        import torch  # noqa: PLC0415  # slow, and it may be broken
+        import torch
     except (ImportError, OSError) as error:
         problems.append(
             Problem(f"torch cannot be imported: {error}", "reinstall it", is_fatal=True)
@@ -228,7 +228,7 @@ def run(*, as_json: bool) -> int:
     """Print what was found; return 1 if tests cannot run, else 0."""
     found = examine()
     if as_json:
-        import json  # noqa: PLC0415  # only here
+        import json
 
         text = json.dumps(found.to_dict(), indent=2)
     else:

@@ -159,15 +159,15 @@ class CheckpointError(GpuMemError, RuntimeError):
 
 
 class BaselineError(GpuMemError, ValueError):
-    """A file is no baseline, is damaged, or is of a newer format."""
+    """A file is not a baseline, is damaged, or is of a newer format."""
 
 
 class ReportError(GpuMemError, ValueError):
-    """A file is no report, is damaged, or is of a newer format."""
+    """A file is not a report, is damaged, or is of a newer format."""
 
 
 class RecordingError(GpuMemError, ValueError):
-    """A file is no recording, or one of a newer format."""
+    """A file is not a recording, or one of a newer format."""
 
 
 class TraceError(GpuMemError, ValueError):

@@ -77,7 +77,7 @@ def why_not_writable(path: Path) -> str | None:
         problems = {
             "it is a folder; name a file in it": path.is_dir(),
             "the file is read-only": path.exists() and not os.access(path, os.W_OK),
-            f"{folder} is no folder": not folder.is_dir(),
+            f"{folder} is not a folder": not folder.is_dir(),
             f"the folder {folder} may not be written to": not is_special(path)
             and not os.access(folder, os.W_OK | os.X_OK),
         }
@@ -106,12 +106,12 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = target.with_name(f".{target.name[:100]}.lock")
     if not IS_POSIX:
-        from filelock import FileLock  # noqa: PLC0415  # where there is no flock
+        from filelock import FileLock
 
         with FileLock(lock, timeout=LOCK_WAIT_S):
             yield
         return
-    import fcntl  # noqa: PLC0415  # not on Windows, as the flags below
+    import fcntl
 
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     end_s = time.monotonic() + LOCK_WAIT_S

@@ -93,7 +93,7 @@ def parse_size_spec(value: str | int, *, allow_zero: bool = False) -> SizeSpec:
         allow_zero: Whether zero is a size.
 
     Raises:
-        SizeError: The value is no size, negative, zero where zero is no size, more
+        SizeError: The value is not a size, negative, zero where zero is not a size, more
             than 100 % or more than ``MAX_BYTES``.
 
     Example::
@@ -101,7 +101,7 @@ def parse_size_spec(value: str | int, *, allow_zero: bool = False) -> SizeSpec:
         assert parse_size_spec("50%").resolve(2**30) == 2**29
     """
     if isinstance(value, bool) or not isinstance(value, (int, str)):
-        _refuse(value, "is no size")
+        _refuse(value, "is not a size")
     if isinstance(value, int):
         _check_range(value, value, allow_zero=allow_zero)
         return SizeSpec(str(value), Fraction(value), 1)
@@ -116,7 +116,7 @@ def parse_size_spec(value: str | int, *, allow_zero: bool = False) -> SizeSpec:
     elif unit:
         unit_bytes = _unit_bytes(value, unit)
     elif number.denominator != 1:
-        _refuse(value, "is no whole number of bytes")
+        _refuse(value, "is not a whole number of bytes")
     else:
         unit_bytes = 1
     _check_range(value, number * (unit_bytes or 1), allow_zero=allow_zero)
@@ -134,7 +134,7 @@ def parse_size(
         allow_zero: Whether zero is a size.
 
     Raises:
-        SizeError: The value is no size, or a percentage without ``of``.
+        SizeError: The value is not a size, or a percentage without ``of``.
 
     Example::
 
@@ -223,7 +223,7 @@ def _why_unreadable(text: str) -> str:
     if _NEGATIVE.fullmatch(text):
         return "is negative"
     if _NOT_FINITE.fullmatch(text):
-        return "is no finite number"
+        return "is not a finite number"
     return "cannot be read"
 
 

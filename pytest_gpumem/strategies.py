@@ -30,7 +30,7 @@ def budgets(
         max_size: The most, likewise.
 
     Raises:
-        SizeError: One of them is no size.
+        SizeError: One of them is not a size.
 
     Example::
 

@@ -148,7 +148,7 @@ class Baseline:
             ) from None
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise BaselineError(
-                f"{name} is no baseline of pytest-gpumem (its format is not "
+                f"{name} is not a baseline of pytest-gpumem (its format is not "
                 f"{FORMAT!r}); name another file"
             )
         version = document.get("version")

@@ -47,7 +47,7 @@ class Tolerance:
             )
         if metric not in METRICS:
             raise ValueError(
-                f"{text!r}: {metric!r} is no metric; accepted are "
+                f"{text!r}: {metric!r} is not a metric; accepted are "
                 f"{', '.join(METRICS)}, as in allocated:5% or reserved:16MiB"
             )
         if amount.endswith("%"):
@@ -57,7 +57,7 @@ class Tolerance:
             except ValueError:
                 share = -1.0
             if not 0 <= share <= 1000:  # noqa: PLR2004  # beyond, it is a slip; nan is neither
-                raise ValueError(f"{text!r}: {amount!r} is no percentage from 0 on")
+                raise ValueError(f"{text!r}: {amount!r} is not a percentage from 0 on")
             return cls(metric, share=share)
         try:
             return cls(metric, nbytes=parse_size(amount, allow_zero=True))

@@ -86,7 +86,7 @@ def make_checkpoint(  # keyword-only, one for each choice there is
     Raises:
         CheckpointError: The model is not known, an option makes no sense, the disk is
             full or cannot be written, or ``out`` holds something else.
-        SizeError: ``max_shard_size`` is no size.
+        SizeError: ``max_shard_size`` is not a size.
 
     Example::
 
@@ -114,7 +114,7 @@ def make_checkpoint(  # keyword-only, one for each choice there is
     say = progress or (lambda _text: None)
 
     def build(folder: Path) -> None:
-        from pytest_gpumem.checkpoints.build import build_checkpoint  # noqa: PLC0415  # it imports torch
+        from pytest_gpumem.checkpoints.build import build_checkpoint
 
         started_s = time.perf_counter()
         nbytes = build_checkpoint(
@@ -156,7 +156,7 @@ def check_options(
 
     Raises:
         CheckpointError: One of them, or two together, cannot be had.
-        SizeError: ``max_shard_size`` is no size.
+        SizeError: ``max_shard_size`` is not a size.
     """
     _check("format", format, FORMATS)
     _check("dtype", dtype, DTYPES)
@@ -169,7 +169,7 @@ def check_options(
         )
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise CheckpointError(
-            f"seed={seed!r} is no seed; give a whole number from 0 to 2**63 - 1"
+            f"seed={seed!r} is not a seed; give a whole number from 0 to 2**63 - 1"
         )
     if max_shard_size is not None:
         parse_size(max_shard_size)
@@ -215,7 +215,7 @@ def check_checkpoint(name_or_path: str | os.PathLike[str]) -> None:
         return
     reason = missing_weights(path)
     if reason is not None:
-        raise CheckpointError(f"{path} is no checkpoint: {reason}")
+        raise CheckpointError(f"{path} is not a checkpoint: {reason}")
 
 
 def _check(option: str, value: str, accepted: tuple[str, ...]) -> None:

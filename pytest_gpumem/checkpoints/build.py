@@ -120,7 +120,7 @@ def _config(spec: ModelSpec) -> PretrainedConfig:
         return transformers.AutoConfig.for_model(model_type, **entries)
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(
-            f"the config of {spec.name} is no good: {error}"
+            f"the config of {spec.name} is not valid: {error}"
         ) from error
 
 
@@ -130,7 +130,7 @@ def _model_class(spec: ModelSpec, config: PretrainedConfig) -> type[PreTrainedMo
         found: Any = getattr(transformers, name, None)
         if found is None:
             raise CheckpointError(
-                f"architecture {name!r} is no class of transformers "
+                f"architecture {name!r} is not a class of transformers "
                 f"{transformers.__version__}; give for example BertForMaskedLM"
             )
         mapping = getattr(found, "_model_mapping", None)

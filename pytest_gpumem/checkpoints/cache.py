@@ -40,7 +40,7 @@ def cache_folder(given: str | os.PathLike[str] | None = None) -> Path:
     named = os.environ.get("PYTEST_GPUMEM_CACHE")
     if named:
         return Path(named)
-    import platformdirs  # noqa: PLC0415  # only where nothing was named
+    import platformdirs
 
     return Path(platformdirs.user_cache_path("pytest-gpumem")) / "checkpoints"
 

@@ -197,7 +197,7 @@ def _from_file(path: Path, architecture: str | None) -> ModelSpec:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
     if not isinstance(entries, dict):
-        raise CheckpointError(f"{file} is no config of transformers")
+        raise CheckpointError(f"{file} is not a config of transformers")
     return _spec(file.resolve().parent.name, entries, architecture)
 
 

@@ -96,7 +96,7 @@ def save_legacy(
 
 
 def _save(state: dict[str, torch.Tensor], file: Path) -> None:
-    import torch  # noqa: PLC0415  # slow, and the caller has it
+    import torch
 
     # Through a Python file: torch's own writer forgets why a write failed.
     with file.open("wb") as stream:

@@ -51,7 +51,7 @@ def withdraw() -> None:
 
 
 def _inherit_hub() -> None:
-    from pytest_gpumem.hub.service import inherit  # noqa: PLC0415  # there is a hub
+    from pytest_gpumem.hub.service import inherit
 
     try:
         inherit()
@@ -104,25 +104,25 @@ class Child:
             self._installation = None
 
     def _nvml_imported(self) -> None:
-        from pytest_gpumem.devices.simulated_nvml import NvmlHook  # noqa: PLC0415  # it is used
+        from pytest_gpumem.devices.simulated_nvml import NvmlHook
 
         self._nvml = NvmlHook(self._machine)
         self._nvml.start()
 
     def _machine(self) -> Any:
         if self._installation is None:
-            import torch  # noqa: F401, PLC0415  # NVML is asked: there must be cards
+            import torch  # noqa: F401# NVML is asked: there must be cards
         return self._installation.machine
 
     def _torch_imported(self) -> None:
         if self._given.backend == "simulated":
             self._device = self._simulated()
         else:
-            import torch  # noqa: PLC0415  # it has just been imported
+            import torch
 
             if not torch.cuda.device_count():
                 return  # this process does not see the card: somebody wants that
-            from pytest_gpumem.devices.active import active_device  # noqa: PLC0415
+            from pytest_gpumem.devices.active import active_device
 
             self._device = active_device()
         device = self._device
@@ -133,11 +133,11 @@ class Child:
             self._installation.machine.on_change.append(self._cards_changed)
         elif self._given.budgets:
             # A budget makes the card's context, which a process may not want so early.
-            import torch  # noqa: PLC0415  # it is here
+            import torch
 
             torch.cuda._lazy_call(lambda: self._set_budgets(device, indices))  # noqa: SLF001  # as torch's own libraries do
         if self._given.rules:
-            from pytest_gpumem.instruments.injector import OomInjector  # noqa: PLC0415
+            from pytest_gpumem.instruments.injector import OomInjector
 
             self._injector = OomInjector(*self._given.rules, device=device)
             self._injector.__enter__()
@@ -170,16 +170,16 @@ class Child:
         self._start_watch(device, indices)
 
     def _simulated(self) -> Device:
-        from pytest_gpumem.cards import DEFAULT_CARD, find_card  # noqa: PLC0415  # torch is here
-        from pytest_gpumem.devices.simulated.device import SimulatedDevice  # noqa: PLC0415
-        from pytest_gpumem.devices.simulated.install import Installation  # noqa: PLC0415
-        from pytest_gpumem.devices.simulated.machine import SimulatedMachine  # noqa: PLC0415
+        from pytest_gpumem.cards import DEFAULT_CARD, find_card
+        from pytest_gpumem.devices.simulated.device import SimulatedDevice
+        from pytest_gpumem.devices.simulated.install import Installation
+        from pytest_gpumem.devices.simulated.machine import SimulatedMachine
 
         options = self._given.options
         every = find_card(options.get("card", DEFAULT_CARD))
         machine = SimulatedMachine(every, values=options.get("values", "computed"))
         if self._given.shared:
-            from pytest_gpumem.tenancy.shared_card import join_cards  # noqa: PLC0415
+            from pytest_gpumem.tenancy.shared_card import join_cards
 
             join_cards(machine.all_cards, self._given.shared)
         self._installation = Installation(machine)
@@ -190,14 +190,14 @@ class Child:
         """Put the run's pretended processes on the cards."""
         if not self._given.tenants:
             return
-        from pytest_gpumem.allocator.tenants import FixedTenant  # noqa: PLC0415  # there are some
+        from pytest_gpumem.allocator.tenants import FixedTenant
 
         for card, there in zip(self._installation.machine.cards, indices, strict=True):
             for pid, nbytes in self._given.tenants.get(str(there), {}).items():
                 card.driver.tenants.append(FixedTenant(int(pid), nbytes))
 
     def _set_budgets(self, device: Device, indices: list[int]) -> None:
-        from pytest_gpumem.sizes import parse_size  # noqa: PLC0415  # torch is here
+        from pytest_gpumem.sizes import parse_size
 
         budgets = self._given.budgets
         for here, there in enumerate(indices):
@@ -207,7 +207,7 @@ class Child:
                 device.set_budget(here, parse_size(text, of=total))
 
     def _start_watch(self, device: Device, indices: list[int]) -> None:
-        from pytest_gpumem.children.watch import ForkedChildren, Watch  # noqa: PLC0415
+        from pytest_gpumem.children.watch import ForkedChildren, Watch
 
         def make() -> Watch:
             return Watch(device, self._given.folder, indices, self._strikes)

@@ -130,7 +130,7 @@ class ForkedChildren:
 
 
 def _finish_with_multiprocessing(watch: Watch) -> None:
-    from multiprocessing.util import Finalize  # noqa: PLC0415  # it is here
+    from multiprocessing.util import Finalize
 
     Finalize(None, watch.finish, exitpriority=0)
 

@@ -56,12 +56,12 @@ def add_commands(commands: Any) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from pytest_gpumem.reports.document import read  # noqa: PLC0415  # only this command needs it
-    from pytest_gpumem.reports.markdown import markdown  # noqa: PLC0415  # likewise
+    from pytest_gpumem.reports.document import read
+    from pytest_gpumem.reports.markdown import markdown
 
     report = read(options.report)
     if options.html is not None:
-        from pytest_gpumem.reports.page import page  # noqa: PLC0415  # likewise
+        from pytest_gpumem.reports.page import page
 
         write_atomically(options.html, page(report))
     if options.md is not None:
@@ -78,8 +78,8 @@ def _read(path: Path) -> Report | Baseline:
         ReportError: It is a report, and broken.
         BaselineError: It is neither, or cannot be read.
     """
-    from pytest_gpumem.baselines.baseline import Baseline  # noqa: PLC0415  # see above
-    from pytest_gpumem.reports.document import FORMAT, parse  # noqa: PLC0415  # likewise
+    from pytest_gpumem.baselines.baseline import Baseline
+    from pytest_gpumem.reports.document import FORMAT, parse
 
     try:
         text = path.read_text(encoding="utf-8")
@@ -89,9 +89,9 @@ def _read(path: Path) -> Report | Baseline:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from pytest_gpumem.baselines.baseline import Baseline  # noqa: PLC0415  # see above
-    from pytest_gpumem.reports.document import Report, to_chunks  # noqa: PLC0415  # likewise
-    from pytest_gpumem.reports.merging import merge  # noqa: PLC0415  # likewise
+    from pytest_gpumem.baselines.baseline import Baseline
+    from pytest_gpumem.reports.document import Report, to_chunks
+    from pytest_gpumem.reports.merging import merge
 
     files = [_read(path) for path in options.files]
     reports = [each for each in files if isinstance(each, Report)]
@@ -110,8 +110,8 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from pytest_gpumem.baselines.gate import Tolerance  # noqa: PLC0415  # see above
-    from pytest_gpumem.commands.comparison import compare_files  # noqa: PLC0415  # likewise
+    from pytest_gpumem.baselines.gate import Tolerance
+    from pytest_gpumem.commands.comparison import compare_files
 
     try:
         gate = [Tolerance.parse(text) for text in options.fail]

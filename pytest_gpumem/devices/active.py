@@ -20,13 +20,13 @@ def active_device() -> Device:
     Raises:
         DeviceUnavailableError: There is neither.
     """
-    import torch  # noqa: PLC0415  # torch is imported only once a device is wanted
+    import torch
 
-    from pytest_gpumem.devices.simulated import machine  # noqa: PLC0415  # likewise
+    from pytest_gpumem.devices.simulated import machine
 
     simulated = machine.innermost_machine()
     if simulated is not None:
-        from pytest_gpumem.devices.simulated.device import (  # noqa: PLC0415  # likewise
+        from pytest_gpumem.devices.simulated.device import (
             SimulatedDevice,
         )
 
@@ -40,7 +40,7 @@ def active_device() -> Device:
             "'gpu_backend = auto' into pytest's ini file, or enter simulated_device()"
         )
     if not _real:
-        from pytest_gpumem.devices.cuda import CudaDevice  # noqa: PLC0415  # likewise
+        from pytest_gpumem.devices.cuda import CudaDevice
 
         _real.append(CudaDevice())
     return _real[0]

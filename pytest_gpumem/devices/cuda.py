@@ -257,7 +257,7 @@ class CudaDevice:
 
     def fail_allocation(self, index: int, nbytes: int) -> str:
         """Fail a request as the allocator does; return its words."""
-        from pytest_gpumem.devices.interception import (  # noqa: PLC0415  # only when armed
+        from pytest_gpumem.devices.interception import (
             fail_in_null_pool,
         )
 
@@ -275,7 +275,7 @@ class CudaDevice:
     @contextmanager
     def refusing(self, refuses: Callable[[int, int], bool]) -> Iterator[None]:
         """Ask before each operator's allocations whether one is to fail."""
-        from pytest_gpumem.devices.interception import (  # noqa: PLC0415  # only when armed
+        from pytest_gpumem.devices.interception import (
             intercepting,
         )
 

@@ -19,7 +19,7 @@ def environment_of(device: Device) -> str:
 
     Patch releases and local versions of torch share their figures.
     """
-    import torch  # noqa: PLC0415  # there is a device
+    import torch
 
     names = [device.name(i) for i in range(device.device_count)]
     return environment_name(names, device.kind, torch.__version__)
@@ -44,7 +44,7 @@ def facts_of(device: Device | None, backend: str) -> Environment:
         device: The cards; None where nothing in this process asked for one.
         backend: ``"cuda"``, ``"simulated"`` or ``"off"``.
     """
-    from pytest_gpumem.records.run import CardFacts, Environment  # noqa: PLC0415  # for reports
+    from pytest_gpumem.records.run import CardFacts, Environment
 
     build = torch_build()
     indices = range(0 if device is None else device.device_count)
@@ -68,7 +68,7 @@ def facts_of(device: Device | None, backend: str) -> Environment:
 def driver_version() -> str | None:
     """Return the version of NVIDIA's driver; None where NVML does not tell."""
     try:
-        import pynvml  # noqa: PLC0415  # an optional library
+        import pynvml
 
         pynvml.nvmlInit()
         version = pynvml.nvmlSystemGetDriverVersion()

@@ -105,7 +105,7 @@ class CardCount:
     def read(self) -> Reading:
         """Ask now; never raises."""
         try:
-            import pynvml  # noqa: PLC0415  # an optional library
+            import pynvml
         except ImportError:
             return Reading(None, None, _MISSING)
         try:
@@ -140,7 +140,7 @@ def why_unknown() -> str:
     Asks the cards of the machine, as NVML numbers them, and needs no CUDA.
     """
     try:
-        import pynvml  # noqa: PLC0415  # an optional library
+        import pynvml
     except ImportError:
         return _MISSING
     try:
@@ -169,7 +169,7 @@ def find_card(pynvml: Any, index: int) -> Any:
     Raises:
         NVMLError: NVML cannot be used, or does not know the card.
     """
-    import torch  # noqa: PLC0415  # there is a device
+    import torch
 
     pynvml.nvmlInit()
     uuid = torch.cuda.get_device_properties(index).uuid
@@ -221,10 +221,10 @@ def other_processes(index: int) -> tuple[Process, ...]:
     Returns:
         None of them where NVML cannot tell.
     """
-    from pytest_gpumem.records.incidents import Process  # noqa: PLC0415  # memory ran out
+    from pytest_gpumem.records.incidents import Process
 
     try:
-        import pynvml  # noqa: PLC0415  # an optional library
+        import pynvml
     except ImportError:
         return ()
     try:
@@ -274,7 +274,7 @@ def cap_free_memory(
 
 def _cuda_index(nvml_uuid: str | bytes) -> int | None:
     """Return CUDA's number of a card; None if torch does not see it."""
-    import torch  # noqa: PLC0415  # a budget is in force
+    import torch
 
     text = nvml_uuid.decode() if isinstance(nvml_uuid, bytes) else nvml_uuid
     bare = text.removeprefix("GPU-").removeprefix("MIG-")

@@ -179,7 +179,7 @@ def ask_driver() -> Driver | None:
     10 x minor); CUDA Compatibility, "Minor Version Compatibility" (a driver serves
     every minor version of its major one).
     """
-    import ctypes  # noqa: PLC0415  # only where torch could use a card
+    import ctypes
 
     try:
         nvml = ctypes.CDLL(_LIBRARY)

@@ -181,7 +181,7 @@ def _check_name(name: str) -> None:
         or len(name) > _MAX_NAME
     ):
         raise CheckpointError(
-            f"hub model {name!r}: this is no name on the hub; give for example "
+            f"hub model {name!r}: this is not a name on the hub; give for example "
             "bert-large-uncased or my-org/my-model"
         )
 
@@ -196,7 +196,7 @@ def _checked(key: str, value: Any) -> tuple[str, str | int]:
         return key, kind(value)
     except ValueError:
         raise CheckpointError(
-            f"hub model: {key}={value!r} is no whole number"
+            f"hub model: {key}={value!r} is not a whole number"
         ) from None
 
 

@@ -36,7 +36,7 @@ def vram_budget(
         The budget in force, in bytes.
 
     Raises:
-        SizeError: The text is no size.
+        SizeError: The text is not a size.
         BudgetError: The budget is not between 1 byte and the card's total.
         DeviceUnavailableError: There is no active device.
 

@@ -136,7 +136,7 @@ class _Comparer:
     def _others(self, reference: Any, result: Any, where: str) -> None:
         try:
             same = bool(reference == result)
-        except Exception:  # noqa: BLE001  # a class whose equality is no yes or no
+        except Exception:  # noqa: BLE001  # a class whose equality is not a yes or no
             return
         if not same:
             self._differ(where, f"is {_show(result)} instead of {_show(reference)}")

@@ -138,8 +138,8 @@ def check_fallback(
         The report; ``report.check()`` raises unless all is well.
 
     Raises:
-        SizeError: A budget is no size.
-        RuleError: A fault is no rule.
+        SizeError: A budget is not a size.
+        RuleError: A fault is not a rule.
 
     Example::
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class Place:
-    """A holder that is no object: a place of the interpreter, in words."""
+    """A holder that is not an object: a place of the interpreter, in words."""
 
     def __init__(self, text: str) -> None:
         self.text: Final = text

@@ -32,7 +32,7 @@ class OomInjector:
         device: Where to refuse; None means the active device.
 
     Raises:
-        RuleError: A text is no rule.
+        RuleError: A text is not a rule.
         DeviceUnavailableError: There is no active device.
 
     Example::
@@ -95,7 +95,7 @@ class OomInjector:
         """Add a rule inside the block; it counts from now on.
 
         Raises:
-            RuleError: The text is no rule.
+            RuleError: The text is not a rule.
         """
         schedule = Schedule(parse_rule(rule) if isinstance(rule, str) else rule)
         self.schedules.append(schedule)

@@ -84,7 +84,7 @@ def tensors_held_by(model: Any) -> Iterator[torch.Tensor]:
     """Yield what a model holds: parameters, buffers, gradients and plain attributes.
 
     Plain attributes are those of any module inside, also in lists and mappings: a cache
-    of positions, say, that is no buffer.
+    of positions, say, that is not a buffer.
     """
     for _path, module in modules_of(model):
         for _name, tensor in tensors_of(module):

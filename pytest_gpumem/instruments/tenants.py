@@ -124,7 +124,7 @@ class Tenant:
     """A process that holds memory of a card.
 
     Attributes:
-        pid: What the card calls it; a simulated card's tenant is no real process.
+        pid: What the card calls it; a simulated card's tenant is not a real process.
         nbytes: What it was told to hold.
     """
 
@@ -139,7 +139,7 @@ class Tenant:
         """Hold so much more.
 
         Raises:
-            SizeError: The text is no size.
+            SizeError: The text is not a size.
             TenantError: So much is not free; it holds what it did.
         """
         free, total = self._device.mem_get_info(self._index)
@@ -177,7 +177,7 @@ def competing_process(
         The tenant, which may grow and leave.
 
     Raises:
-        SizeError: The text is no size.
+        SizeError: The text is not a size.
         TenantError: So much is not free.
         DeviceUnavailableError: There is no active device.
 

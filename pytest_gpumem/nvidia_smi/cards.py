@@ -124,7 +124,7 @@ def _held(shared: str, number: int) -> dict[int, int]:
     folder = Path(shared) / f"card-{number}"
     if not shared or not folder.is_dir():
         return {}
-    from pytest_gpumem.tenancy.entries import Folder  # noqa: PLC0415  # there may be none
+    from pytest_gpumem.tenancy.entries import Folder
 
     held: dict[int, int] = {}
     for value in Folder(folder).read().values():

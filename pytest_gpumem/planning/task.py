@@ -143,7 +143,7 @@ def build(spec: ModelSpec, task: FitTask) -> Any:
     Raises:
         PlanError: transformers cannot build it.
     """
-    import transformers  # noqa: PLC0415  # it is slow to import
+    import transformers
 
     kind = spec.config_dict["model_type"]
     entries = {k: v for k, v in spec.config_dict.items() if k != "model_type"}

@@ -108,12 +108,12 @@ def _configure(run: Run, config: pytest.Config) -> None:
         # Before what else runs tests, such as the search for their smallest budgets.
         _share(run, config, collection)
     if run.settings.baseline is not None:
-        from pytest_gpumem.plugin.gate import WORKER_INPUT, Gate  # noqa: PLC0415  # there is a baseline
+        from pytest_gpumem.plugin.gate import WORKER_INPUT, Gate
 
         text = getattr(config, "workerinput", {}).get(WORKER_INPUT)
         run.gate = Gate(run.settings, text)
     if run.gate is not None or run.settings.reports:
-        from pytest_gpumem.plugin.growth import Growth  # noqa: PLC0415  # somebody wants it
+        from pytest_gpumem.plugin.growth import Growth
 
         run.growth = Growth(run)
         register(run.growth, "gpumem-growth")
@@ -127,9 +127,9 @@ def _configure(run: Run, config: pytest.Config) -> None:
 
 
 def _share(run: Run, config: pytest.Config, collection: Collection) -> None:
-    from pytest_gpumem.plugin.admission import Admission  # noqa: PLC0415  # there are others
-    from pytest_gpumem.plugin.contention import Contention  # noqa: PLC0415  # there are others
-    from pytest_gpumem.plugin.workers import IDLE_INPUT  # noqa: PLC0415  # there are others
+    from pytest_gpumem.plugin.admission import Admission
+    from pytest_gpumem.plugin.contention import Contention
+    from pytest_gpumem.plugin.workers import IDLE_INPUT
 
     given = getattr(config, "workerinput", {})
     idle = frozenset(json.loads(given.get(IDLE_INPUT, "[]")))
@@ -142,19 +142,19 @@ def _share(run: Run, config: pytest.Config, collection: Collection) -> None:
 
 def _tell_controller(run: Run, config: pytest.Config, collection: Collection) -> None:
     """Have a worker of pytest-xdist tell what only it knows."""
-    from pytest_gpumem.plugin.workers import WorkerNotes  # noqa: PLC0415  # it is one
+    from pytest_gpumem.plugin.workers import WorkerNotes
 
     told = WorkerNotes(config)
     told.parts.update(notes(collection.phases))
     if run.gate is not None:
-        from pytest_gpumem.plugin.baseline_record import Spared  # noqa: PLC0415  # there is a baseline
+        from pytest_gpumem.plugin.baseline_record import Spared
 
         spared = Spared()
         told.parts["spared"] = lambda: sorted(spared.spared)
         config.pluginmanager.register(spared, "gpumem-spared")
     if run.settings.reports or os.environ.get(STEP_SUMMARY):
-        from pytest_gpumem.plugin.reporting import machine_of  # noqa: PLC0415  # a report is written
-        from pytest_gpumem.records.codec import encode  # noqa: PLC0415  # a report is written
+        from pytest_gpumem.plugin.reporting import machine_of
+        from pytest_gpumem.records.codec import encode
 
         told.parts["machine"] = lambda: encode(machine_of(run))
     config.pluginmanager.register(told, "gpumem-notes")
@@ -168,7 +168,7 @@ def _control(run: Run, config: pytest.Config, collection: Collection) -> None:
     collector = Collector()
     register(collector, "gpumem-collector")
     if run.gate is not None:
-        from pytest_gpumem.plugin.baseline_summary import BaselineSummary  # noqa: PLC0415  # there is a baseline
+        from pytest_gpumem.plugin.baseline_summary import BaselineSummary
 
         plugin = BaselineSummary(run, run.gate, config, collector, run.endings)
         register(plugin, "gpumem-baseline")
@@ -176,22 +176,22 @@ def _control(run: Run, config: pytest.Config, collection: Collection) -> None:
     register(summary, "gpumem-summary")
     is_distributed = bool(config.getoption("tx", default=None))
     if is_distributed or run.choice.kind == "cuda":
-        from pytest_gpumem.plugin.history import History  # noqa: PLC0415  # cards are shared
+        from pytest_gpumem.plugin.history import History
 
         history = History(config, collector)
         register(history, "gpumem-history")
         if is_distributed and run.settings.share != "own":
-            from pytest_gpumem.plugin.workers import Workers  # noqa: PLC0415  # there are workers
+            from pytest_gpumem.plugin.workers import Workers
 
             register(Workers(history, run.settings.share), "gpumem-workers")
     if os.environ.get("GITHUB_ACTIONS") == "true":
-        from pytest_gpumem.plugin.annotations import Annotations  # noqa: PLC0415  # GitHub shows them
+        from pytest_gpumem.plugin.annotations import Annotations
 
         annotations = Annotations(config)
         collector.listeners.append(annotations.take)
         register(annotations, "gpumem-annotations")
     if run.settings.reports or os.environ.get(STEP_SUMMARY):
-        from pytest_gpumem.plugin.reporting import Reporting  # noqa: PLC0415  # one was asked for
+        from pytest_gpumem.plugin.reporting import Reporting
 
         register(Reporting(run, config, collector), "gpumem-reports")
 
@@ -201,7 +201,7 @@ def _find_budgets(run: Run, config: pytest.Config) -> None:
         raise pytest.UsageError(
             "--gpu-find-budget makes tests fail on purpose; run it without --pdb"
         )
-    from pytest_gpumem.plugin.smallest import SmallestBudgets  # noqa: PLC0415  # it was asked for
+    from pytest_gpumem.plugin.smallest import SmallestBudgets
 
     config.pluginmanager.register(SmallestBudgets(run), "gpumem-smallest")
 

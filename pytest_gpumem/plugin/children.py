@@ -101,7 +101,7 @@ class Children:
         """Have children that are forked from here on noted."""
         if self._given is None or self._forks is not None:
             return
-        from pytest_gpumem.children.watch import ForkedChildren, Watch  # noqa: PLC0415  # there is a device
+        from pytest_gpumem.children.watch import ForkedChildren, Watch
 
         def make() -> Watch:
             indices = range(device.device_count)
@@ -163,7 +163,7 @@ class Children:
         """Return what children have told since the last test ended."""
         if self._given is None or not os.path.exists(self._folder):  # noqa: PTH110  # asked of every test
             return []
-        from pytest_gpumem.children.notes import read_notes  # noqa: PLC0415  # there are some
+        from pytest_gpumem.children.notes import read_notes
 
         return [
             child
@@ -184,7 +184,7 @@ class Children:
         """Return several children's figures as those of one, by card."""
         if not children:
             return []
-        from pytest_gpumem.children.notes import together  # noqa: PLC0415  # there are some
+        from pytest_gpumem.children.notes import together
 
         return together(children)
 
@@ -199,7 +199,7 @@ class Children:
                 self._tell(item, children)
 
     def _tell(self, item: pytest.Item, children: list[ChildFigures]) -> None:
-        from pytest_gpumem.records.record import PhaseFigures  # noqa: PLC0415  # there are some
+        from pytest_gpumem.records.record import PhaseFigures
 
         record = record_of(item)
         if not record.environment:

@@ -68,7 +68,7 @@ class Collection:
         if marks.is_swept(
             metafunc.definition, sweeps_fallbacks=settings.sweeps_fallbacks
         ) and not inspect.iscoroutinefunction(metafunc.function):
-            from pytest_gpumem.plugin.sweeps import shard_tests  # noqa: PLC0415  # there is one
+            from pytest_gpumem.plugin.sweeps import shard_tests
 
             shard_tests(metafunc, is_replay=settings.replay is not None)
 
@@ -87,7 +87,7 @@ class Collection:
             )
             return
         if not self._manager.has_plugin("gpumem-sweeps"):
-            from pytest_gpumem.plugin.sweeps import Sweeps  # noqa: PLC0415  # there is one
+            from pytest_gpumem.plugin.sweeps import Sweeps
 
             self._manager.register(Sweeps(self._run, self.wishes), "gpumem-sweeps")
 
@@ -146,7 +146,7 @@ class Collection:
             budget = self._run.settings.budget_bytes(index, total, wishes.budgets)
             has = total if budget is None else min(budget, total)
             if size.resolve(total) > has:
-                from pytest_gpumem.sizes import format_size  # noqa: PLC0415  # it lacks
+                from pytest_gpumem.sizes import format_size
 
                 whose = "the card has" if budget is None else "its budget is"
                 return (

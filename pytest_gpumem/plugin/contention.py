@@ -83,7 +83,7 @@ class Contention:
 
 def describe(seen: Record) -> str:
     """Return what an OOM under contention was, on one line."""
-    from pytest_gpumem.sizes import format_size  # noqa: PLC0415  # it happens seldom
+    from pytest_gpumem.sizes import format_size
 
     needed = f"an OOM under contention: {format_size(seen.needed_bytes)} were needed"
     others = f"others held {format_size(seen.others_bytes)}"

@@ -30,7 +30,7 @@ def vram_budget(
 ) -> Callable[..., AbstractContextManager[int]]:
     """Cap a card for a block of the test, in a with statement."""
     _session(request.config).require_device()
-    from pytest_gpumem.instruments.budget import vram_budget as budget  # noqa: PLC0415
+    from pytest_gpumem.instruments.budget import vram_budget as budget
 
     return budget
 
@@ -41,7 +41,7 @@ def competing_process(
 ) -> Callable[..., AbstractContextManager[Tenant]]:
     """Let another process hold memory of a card, in a with statement."""
     _session(request.config).require_device()
-    from pytest_gpumem.instruments.tenants import competing_process as compete  # noqa: PLC0415
+    from pytest_gpumem.instruments.tenants import competing_process as compete
 
     return compete
 
@@ -53,7 +53,7 @@ def steady(request: pytest.FixtureRequest) -> Callable[..., Iterator[int]]:
     ``for step in steady(steps=9, warmup=2):``; takes what ``pytest_gpumem.steady`` takes.
     """
     _session(request.config).require_device()
-    from pytest_gpumem.instruments.steady import steady as steps  # noqa: PLC0415
+    from pytest_gpumem.instruments.steady import steady as steps
 
     return steps
 
@@ -62,7 +62,7 @@ def steady(request: pytest.FixtureRequest) -> Callable[..., Iterator[int]]:
 def vram_recorder(request: pytest.FixtureRequest) -> type[PeakRecorder]:
     """Record the peaks of a block of the test, in a with statement."""
     _session(request.config).require_device()
-    from pytest_gpumem.instruments.recorder import PeakRecorder  # noqa: PLC0415
+    from pytest_gpumem.instruments.recorder import PeakRecorder
 
     return PeakRecorder
 
@@ -71,7 +71,7 @@ def vram_recorder(request: pytest.FixtureRequest) -> type[PeakRecorder]:
 def oom_injector(request: pytest.FixtureRequest) -> Iterator[OomInjector]:
     """An injector for the test: ``oom_injector.arm("load:nth=3")``."""
     device = _session(request.config).require_device()
-    from pytest_gpumem.instruments.injector import OomInjector  # noqa: PLC0415
+    from pytest_gpumem.instruments.injector import OomInjector
 
     with OomInjector(device=device) as injector:
         yield injector
@@ -85,7 +85,7 @@ def oom_sweep(request: pytest.FixtureRequest) -> Callable[..., SweepReport]:
     """
     run = _session(request.config)
     run.require_device()
-    from pytest_gpumem.plugin.sweeps import Sweeps  # noqa: PLC0415  # there is one
+    from pytest_gpumem.plugin.sweeps import Sweeps
 
     def sweep(body: Callable[..., Any], *arguments: Any, **options: Any) -> SweepReport:
         sweeps = Sweeps(run, {})
@@ -105,8 +105,8 @@ def fallback(request: pytest.FixtureRequest) -> Callable[..., FallbackReport]:
     as it should be, and shows the staircase at the end of the run.
     """
     _session(request.config).require_device()
-    from pytest_gpumem.instruments.fallback import check_fallback  # noqa: PLC0415
-    from pytest_gpumem.records.record import FallbackStep  # noqa: PLC0415
+    from pytest_gpumem.instruments.fallback import check_fallback
+    from pytest_gpumem.records.record import FallbackStep
 
     def check(load: Callable[[], Any], **options: Any) -> FallbackReport:
         report = check_fallback(load, **options)
@@ -124,7 +124,7 @@ def bert_large(request: pytest.FixtureRequest) -> Path:
 
     ``--gpu-checkpoint`` puts another checkpoint in its place.
     """
-    from pytest_gpumem.checkpoints import resolve_checkpoint  # noqa: PLC0415
+    from pytest_gpumem.checkpoints import resolve_checkpoint
 
     return resolve_checkpoint(_session(request.config).settings.checkpoint)
 
@@ -132,6 +132,6 @@ def bert_large(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture(scope="session", name="make_checkpoint")
 def make_checkpoint() -> Callable[..., Path]:
     """A function that builds any checkpoint offline; see ``make_checkpoint``."""
-    from pytest_gpumem.checkpoints import make_checkpoint as make  # noqa: PLC0415
+    from pytest_gpumem.checkpoints import make_checkpoint as make
 
     return make

@@ -334,7 +334,7 @@ class Growth:
 
 def _clear_workspaces() -> None:
     """Have cuBLAS give its workspaces back: nobody keeps them."""
-    import torch  # noqa: PLC0415  # there is a device
+    import torch
 
     # None in a build without CUDA, where nothing is simulated.
     clear: Any = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)  # noqa: SLF001  # no public name

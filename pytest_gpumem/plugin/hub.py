@@ -43,7 +43,7 @@ class HubModels:
         self._served.close()
 
     def _serve(self, stack: ExitStack, models: Sequence[HubModel]) -> None:
-        from pytest_gpumem.hub.service import serving  # noqa: PLC0415  # there are some
+        from pytest_gpumem.hub.service import serving
 
         reaches = self._settings.reaches_children
         stack.enter_context(serving(models, reaches_children=reaches))
@@ -91,7 +91,7 @@ class HubAdvice:
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         """Say what to do about a model that the hub did not give."""
         if call.excinfo is not None and "huggingface_hub.errors" in sys.modules:
-            from pytest_gpumem.hub import advise, served_names  # noqa: PLC0415  # a test failed
+            from pytest_gpumem.hub import advise, served_names
 
             advise(call.excinfo.value, served_names())
         return (yield)
@@ -126,11 +126,11 @@ class _MarkedTests:
 
 
 def _read(item: pytest.Item, mark: pytest.Mark) -> HubModel:
-    from pytest_gpumem.hub import hub_model  # noqa: PLC0415  # there is a marker
+    from pytest_gpumem.hub import hub_model
 
     def reader(name: Any, source: Any = None, **options: Any) -> HubModel:
         if not isinstance(name, str):
-            raise TypeError(f"name={name!r} is no text such as 'bert-large-uncased'")
+            raise TypeError(f"name={name!r} is not a text such as 'bert-large-uncased'")
         return hub_model(name, source, options, base=item.path.parent)
 
     try:

@@ -31,11 +31,11 @@ class Incidents:
 
     def attach(self, device: Device) -> None:
         """Begin to watch a device; it costs nothing until memory runs out."""
-        from pytest_gpumem.instruments.witness import OomWitness  # noqa: PLC0415  # torch is here
+        from pytest_gpumem.instruments.witness import OomWitness
 
         folder = self._run.settings.snapshots
         if folder is not None:
-            from pytest_gpumem.instruments.snapshots import history_kept  # noqa: PLC0415  # likewise
+            from pytest_gpumem.instruments.snapshots import history_kept
 
             self._run.enter(history_kept())
         self._run.witness = self._run.enter(OomWitness(device, also=self._tell))
@@ -47,7 +47,7 @@ class Incidents:
             self._take()
 
     def _take(self) -> None:
-        from pytest_gpumem.instruments.snapshots import take_snapshot  # noqa: PLC0415  # torch is here
+        from pytest_gpumem.instruments.snapshots import take_snapshot
 
         self._snapshot = take_snapshot()
 
@@ -77,7 +77,7 @@ class Incidents:
         report: pytest.TestReport,
         incidents: Sequence[Incident],
     ) -> None:
-        from pytest_gpumem.reports.incident import TITLE, explain, headline  # noqa: PLC0415  # memory ran out
+        from pytest_gpumem.reports.incident import TITLE, explain, headline
 
         last = incidents[-1]
         lines = explain(last, count=len(incidents))
@@ -85,7 +85,7 @@ class Incidents:
         record.incident, record.site = headline(last), last.site
         folder = self._run.settings.snapshots
         if folder is not None and self._snapshot is not None:
-            from pytest_gpumem.instruments.snapshots import write_snapshot  # noqa: PLC0415  # likewise
+            from pytest_gpumem.instruments.snapshots import write_snapshot
 
             try:
                 file = write_snapshot(self._snapshot, folder, item.nodeid)

@@ -61,7 +61,7 @@ class Limits:
 
     def watch(self, phase: str, stack: ExitStack) -> None:
         """Note until the stack is closed where a limit is broken first."""
-        from pytest_gpumem.instruments.recorder import LimitWatch  # noqa: PLC0415  # torch is here
+        from pytest_gpumem.instruments.recorder import LimitWatch
 
         for bound in self._of(phase):
             if bound in self._sites and self._sites[bound].site is not None:
@@ -184,7 +184,7 @@ class LeakCheck:
     def __init__(
         self, device: Device, item: pytest.Item, allowed: int, held_by_fixtures: int
     ) -> None:
-        from pytest_gpumem.instruments.holders import blocks_on_cards  # noqa: PLC0415  # torch is here
+        from pytest_gpumem.instruments.holders import blocks_on_cards
 
         self._device = device
         self._item = item
@@ -212,7 +212,7 @@ class LeakCheck:
         self._note(left)
         if left <= self._allowed:
             return
-        from pytest_gpumem.instruments.holders import find_holders  # noqa: PLC0415  # torch is here
+        from pytest_gpumem.instruments.holders import find_holders
 
         held = find_holders(self._device, self._blocks)
         lines = [

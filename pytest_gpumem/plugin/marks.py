@@ -79,14 +79,14 @@ class Limit(NamedTuple):
 
 
 def _size(value: Any) -> SizeSpec:
-    from pytest_gpumem.sizes import parse_size_spec  # noqa: PLC0415  # there are markers
+    from pytest_gpumem.sizes import parse_size_spec
 
     return parse_size_spec(value)
 
 
 def _device(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"device={value!r} is no card's index; give 0, 1, ...")
+        raise ValueError(f"device={value!r} is not a card's index; give 0, 1, ...")
     return value
 
 
@@ -115,7 +115,7 @@ def _limit(
 
 
 def _leak(size: Any = 0) -> int:
-    from pytest_gpumem.sizes import parse_size  # noqa: PLC0415  # there are markers
+    from pytest_gpumem.sizes import parse_size
 
     if size == 0 and not isinstance(size, bool):
         return 0
@@ -124,14 +124,14 @@ def _leak(size: Any = 0) -> int:
 
 def _rule(rule: Any) -> Rule:
     if not isinstance(rule, str):
-        raise TypeError(f"rule={rule!r} is no text such as 'load:nth=3'")
-    from pytest_gpumem.rules.parser import parse_rule  # noqa: PLC0415  # there are markers
+        raise TypeError(f"rule={rule!r} is not a text such as 'load:nth=3'")
+    from pytest_gpumem.rules.parser import parse_rule
 
     return parse_rule(rule)
 
 
 def _sweep(points: Any = "all", **options: Any) -> dict[str, Any]:
-    from pytest_gpumem.sweeps.plan import SweepPlan  # noqa: PLC0415  # there are markers
+    from pytest_gpumem.sweeps.plan import SweepPlan
 
     chosen = {"points": points, **options}
     for name in ("only", "shard"):

@@ -157,7 +157,7 @@ class Phases:
             if growth and gate and growth.peaks and self._passed:
                 text = gate.check_left(item.nodeid, growth.end())
                 if text is not None:
-                    from pytest_gpumem.plugin.limits import fail  # noqa: PLC0415  # see above
+                    from pytest_gpumem.plugin.limits import fail
 
                     fail(item, text)
             return result
@@ -203,7 +203,7 @@ class Phases:
             device.open_tracker(index) for index in range(device.device_count)
         ]
         if self._wants_samples():
-            from pytest_gpumem.instruments.sampler import sampled  # noqa: PLC0415  # torch is here
+            from pytest_gpumem.instruments.sampler import sampled
 
             self._trackers = sampled(device, self._trackers)
 
@@ -224,7 +224,7 @@ class Phases:
         trackers, self._trackers = self._trackers, []
         figures = [tracker.close() for tracker in trackers]
         if self._used(device):
-            from pytest_gpumem.records.record import PhaseFigures  # noqa: PLC0415  # there are figures
+            from pytest_gpumem.records.record import PhaseFigures
 
             record = record_of(item)
             record.environment = self._run.environment()
@@ -251,7 +251,7 @@ class Phases:
         """Begin to record a test's timeline, if a report shows it."""
         if not any(kind in marks.DETAILED for kind, _ in self._run.settings.reports):
             return
-        from pytest_gpumem.instruments.timeline import Timeline  # noqa: PLC0415  # torch is here
+        from pytest_gpumem.instruments.timeline import Timeline
 
         self._run.timeline = Timeline(device).__enter__()
 
@@ -295,7 +295,7 @@ class Phases:
             allowed = 0
         if not limits and allowed is None:
             return
-        from pytest_gpumem.plugin.limits import LeakCheck, Limits  # noqa: PLC0415  # there are some
+        from pytest_gpumem.plugin.limits import LeakCheck, Limits
 
         if limits:
             self._limits = Limits(device, limits, self._run.witness)
@@ -326,7 +326,7 @@ class Phases:
             environment = self._environment(children)
             text = gate.check(environment, item, growth)
         if text is not None:
-            from pytest_gpumem.plugin.limits import fail  # noqa: PLC0415  # a limit is broken
+            from pytest_gpumem.plugin.limits import fail
 
             fail(item, text)
 
@@ -345,7 +345,7 @@ class Phases:
         rules = self._rules(wishes)
         if not rules:
             return
-        from pytest_gpumem.instruments.injector import OomInjector  # noqa: PLC0415  # torch is here
+        from pytest_gpumem.instruments.injector import OomInjector
 
         injector = OomInjector(*rules, device=device)
         self._injector = self._call.enter_context(injector)
@@ -402,7 +402,7 @@ def _note_unknown(record: Record, device: Device, figures: list[MemoryFigures]) 
     """Note why a process's bytes are not known, if so."""
     for each in figures:
         if each.peak_process_bytes is None:
-            from pytest_gpumem.plugin.limits import why_unknown  # noqa: PLC0415  # NVML does not tell
+            from pytest_gpumem.plugin.limits import why_unknown
 
             text = f"process bytes unknown: {why_unknown(device, each.device_index)}"
             if text not in (record.unknown or ""):

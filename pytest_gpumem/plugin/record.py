@@ -33,7 +33,7 @@ def record_of(item: pytest.Item) -> Record:
     """Return a test's record, to write into; it is begun if there is none."""
     record = item.stash.get(_KEY, None)
     if record is None:
-        from pytest_gpumem.records.record import Record  # noqa: PLC0415  # the test uses a card
+        from pytest_gpumem.records.record import Record
 
         record = item.stash[_KEY] = Record.begin(item.nodeid)
     return record
@@ -91,7 +91,7 @@ def detach(report: pytest.TestReport) -> Record | None:
     texts = report.__dict__.pop(_ATTRIBUTE, None)
     if texts is None:
         return None
-    from pytest_gpumem.records.record import Record  # noqa: PLC0415  # a test used a card
+    from pytest_gpumem.records.record import Record
 
     return Record.of_texts(texts)
 
@@ -167,7 +167,7 @@ class Collector:
         self.outcomes[report.nodeid] = outcome = pending.outcome
         record = detach(report)
         if record is not None:
-            from pytest_gpumem.records.junit import properties  # noqa: PLC0415  # it used a card
+            from pytest_gpumem.records.junit import properties
 
             report.user_properties += properties(record)
             record.outcome = outcome  # type: ignore[assignment]  # one of the four

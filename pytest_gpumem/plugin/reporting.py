@@ -69,7 +69,7 @@ class Reporting:
             return  # tests were listed, not run: an earlier run's reports stay
         if not self._files and not self._tests:
             return
-        from pytest_gpumem.reports.document import Report, by_name  # noqa: PLC0415  # likewise
+        from pytest_gpumem.reports.document import Report, by_name
 
         report = Report(
             (self._run.describe(),),
@@ -111,7 +111,7 @@ class Reporting:
 
 def machine_of(run: Run) -> Environment:
     """Return the machine and the cards of a run."""
-    from pytest_gpumem.devices.environment import facts_of  # noqa: PLC0415  # for reports only
+    from pytest_gpumem.devices.environment import facts_of
 
     return facts_of(run.device, run.choice.kind)
 
@@ -119,14 +119,14 @@ def machine_of(run: Run) -> Environment:
 def render(kind: str, report: Report) -> Iterator[str]:
     """Return a report's text, piece by piece."""
     if kind == "json":
-        from pytest_gpumem.reports.document import to_chunks  # noqa: PLC0415  # of one kind only
+        from pytest_gpumem.reports.document import to_chunks
 
         return to_chunks(report)
     if kind == "md":
-        from pytest_gpumem.reports.markdown import markdown  # noqa: PLC0415  # likewise
+        from pytest_gpumem.reports.markdown import markdown
 
         return iter((markdown(report),))
-    from pytest_gpumem.reports.page import page  # noqa: PLC0415  # likewise
+    from pytest_gpumem.reports.page import page
 
     return page(report)
 
@@ -137,7 +137,7 @@ def _check_pages() -> None:
     Raises:
         pytest.UsageError: It could not.
     """
-    from pytest_gpumem.reports.page import check_available  # noqa: PLC0415  # a page is wanted
+    from pytest_gpumem.reports.page import check_available
 
     try:
         check_available()

@@ -103,14 +103,14 @@ class Run:
         if self.choice.kind == "cuda" and self.settings.budgets:
             # A real card's total is known to torch alone; ask before the first test.
             self._hook.start()
-            import torch  # noqa: F401, PLC0415  # a budget was asked for
+            import torch  # noqa: F401# a budget was asked for
         elif self.choice.kind != "off":
             self._hook.start()
         if self.choice.kind == "simulated":
             self._nvml.start()
 
     def _torch_imported(self) -> None:
-        import torch  # noqa: PLC0415  # it has just been imported
+        import torch
 
         # Counted without CUDA: see Note [When the variable is read].
         if self.choice.kind == "cuda" and not torch.cuda.device_count():
@@ -126,7 +126,7 @@ class Run:
         if self.choice.kind == "simulated":
             self._install()
         else:
-            from pytest_gpumem.devices.active import active_device  # noqa: PLC0415
+            from pytest_gpumem.devices.active import active_device
 
             self.device = active_device()
             if self.settings.budgets:
@@ -149,11 +149,11 @@ class Run:
         return self.any_device().machine  # type: ignore[attr-defined]  # only simulated runs ask
 
     def _install(self) -> None:
-        from pytest_gpumem.devices.simulated.device import (  # noqa: PLC0415  # torch is here
+        from pytest_gpumem.devices.simulated.device import (
             SimulatedDevice,
         )
-        from pytest_gpumem.devices.simulated.install import Installation  # noqa: PLC0415
-        from pytest_gpumem.devices.simulated.machine import (  # noqa: PLC0415
+        from pytest_gpumem.devices.simulated.install import Installation
+        from pytest_gpumem.devices.simulated.machine import (
             SimulatedMachine,
         )
 
@@ -193,7 +193,7 @@ class Run:
             pytest.UsageError: The run has none (``--gpu-backend=off``).
         """
         if self.device is None and self.choice.kind != "off":
-            import torch  # noqa: F401, PLC0415  # a test wants the device
+            import torch  # noqa: F401# a test wants the device
         if self.device is None:
             raise pytest.UsageError(
                 f"this test needs a GPU, but the backend is off: {self.choice.reason}"
@@ -309,7 +309,7 @@ def _check_environment() -> None:
     """
     if not any(os.environ.get(name) for name in ALLOCATOR_VARIABLES):
         return
-    from pytest_gpumem.allocator.config import config_from_environment  # noqa: PLC0415
+    from pytest_gpumem.allocator.config import config_from_environment
 
     try:
         config_from_environment()
@@ -323,7 +323,7 @@ def describe_cards(settings: Settings) -> str:
         if not visible_numbers(1):
             return f"no card is seen, as {why_hidden()}"
         return f"card {DEFAULT_CARD} (the default)"
-    from pytest_gpumem.sizes import format_size  # noqa: PLC0415  # a card was named
+    from pytest_gpumem.sizes import format_size
 
     if not settings.cards:
         return f"no card is seen, as {why_hidden()}"

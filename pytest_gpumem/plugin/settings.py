@@ -42,7 +42,7 @@ def parse_report(text: str) -> tuple[str, str]:
     kind, colon, path = text.partition(":")
     if kind not in REPORTS or not colon or not path:
         raise ValueError(
-            f"{text!r} is no report; accepted are "
+            f"{text!r} is not a report; accepted are "
             f"{', '.join(f'{each}:PATH' for each in REPORTS)}"
         )
     return kind, path
@@ -61,12 +61,12 @@ def parse_points(text: str) -> str | int:
 
 def parse_folder(text: str) -> Path:
     """Read ``--gpu-snapshots``: a folder, or where one can be made."""
-    import tempfile  # noqa: PLC0415  # a folder is named
+    import tempfile
 
     folder = Path(text).absolute()
     there = next(each for each in (folder, *folder.parents) if each.exists())
     if not there.is_dir():
-        raise ValueError(f"{text!r}: {there} is no folder; name another")
+        raise ValueError(f"{text!r}: {there} is not a folder; name another")
     try:
         with tempfile.TemporaryFile(dir=there):
             return folder
@@ -97,7 +97,7 @@ def parse_seconds(text: str) -> float:
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds < float("inf"):
-        raise ValueError(f"{text!r} is no time; give seconds, such as 60 or 0.5")
+        raise ValueError(f"{text!r} is not a time; give seconds, such as 60 or 0.5")
     return seconds
 
 
@@ -332,14 +332,14 @@ class Settings:
     @property
     def all_cards(self) -> tuple[Card, ...]:
         """The simulated machine's cards, whether a process sees them or not."""
-        from pytest_gpumem.cards import find_card  # noqa: PLC0415  # a device is wanted
+        from pytest_gpumem.cards import find_card
 
         return find_card(self.card)
 
     @property
     def cards(self) -> tuple[Card, ...]:
         """The simulated cards that this process sees."""
-        from pytest_gpumem.cards import visible_cards  # noqa: PLC0415  # a device is wanted
+        from pytest_gpumem.cards import visible_cards
 
         return visible_cards(self.all_cards)
 

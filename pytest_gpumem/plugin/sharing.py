@@ -134,7 +134,7 @@ class Sharing:
     def _check_folder(self, kind: str) -> None:
         if not (self.admits and kind != "off") and not self._joins(kind):
             return
-        from pytest_gpumem.tenancy.folders import open_private  # noqa: PLC0415  # it is shared
+        from pytest_gpumem.tenancy.folders import open_private
 
         try:
             os.close(open_private(tenancy_root()))
@@ -153,7 +153,7 @@ class Sharing:
         listed = os.environ.get(_VISIBLE)
         if listed is not None:
             return tuple(each.strip() for each in listed.split(",") if each.strip())
-        from pytest_gpumem.devices.selection import count_cards  # noqa: PLC0415  # there is a card
+        from pytest_gpumem.devices.selection import count_cards
 
         return tuple(str(index) for index in range(count_cards() or 1))
 
@@ -192,7 +192,7 @@ class Sharing:
         """Return what is promised of a card, among workers and, if real, other runs."""
         name = device.card_id(index)
         if name not in self._ledgers:
-            from pytest_gpumem.tenancy.ledger import Ledger  # noqa: PLC0415  # it is shared
+            from pytest_gpumem.tenancy.ledger import Ledger
 
             root = self.folder if device.kind == "simulated" else tenancy_root()
             self._ledgers[name] = Ledger(Path(root, f"ledger-{name}"), total_bytes)
@@ -214,7 +214,7 @@ class Sharing:
         """
         if not self._joins("simulated"):
             return
-        from pytest_gpumem.tenancy.shared_card import join_cards  # noqa: PLC0415  # torch is here
+        from pytest_gpumem.tenancy.shared_card import join_cards
 
         if self.place is None:
             self._own_folder = self.folder

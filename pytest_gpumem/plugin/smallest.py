@@ -68,7 +68,7 @@ class SmallestBudgets:
     def _bounded(self) -> Generator[None]:
         if not self._is_trial or self._patience_s is None:
             return (yield)
-        from pytest_gpumem.instruments.watchdog import Watchdog  # noqa: PLC0415  # torch is here
+        from pytest_gpumem.instruments.watchdog import Watchdog
 
         watchdog = Watchdog(self._patience_s)
         try:

@@ -64,7 +64,7 @@ class SummaryPlugin:
     def sweep_progress(self) -> SweepProgress:
         """What shows how far sweeps are."""
         if self._progress is None:
-            from pytest_gpumem.plugin.sweep_progress import SweepProgress  # noqa: PLC0415  # there is a sweep
+            from pytest_gpumem.plugin.sweep_progress import SweepProgress
 
             self._progress = SweepProgress(self._config)
         return self._progress
@@ -121,7 +121,7 @@ class SummaryPlugin:
             )
 
     def _show_peaks(self, terminal: pytest.TerminalReporter, *, detailed: bool) -> None:
-        from pytest_gpumem.reports.terminal import table  # noqa: PLC0415  # there are figures
+        from pytest_gpumem.reports.terminal import table
 
         lines = table(self._tests.values(), detailed=detailed)
         if lines:
@@ -133,7 +133,7 @@ class SummaryPlugin:
         checked = [each for each in self._tests.values() if each.fallbacks]
         if not checked:
             return
-        from pytest_gpumem.records.staircase import staircase_table  # noqa: PLC0415  # there is one
+        from pytest_gpumem.records.staircase import staircase_table
 
         terminal.section("fallbacks")
         for test in checked:
@@ -148,8 +148,8 @@ class SummaryPlugin:
         sweeps = [each for test in self._tests.values() for each in test.sweeps]
         if not sweeps:
             return
-        from pytest_gpumem.sweeps.summary import whole_sweeps  # noqa: PLC0415  # there was a sweep
-        from pytest_gpumem.sweeps.text import coverage_table, summarise  # noqa: PLC0415  # likewise
+        from pytest_gpumem.sweeps.summary import whole_sweeps
+        from pytest_gpumem.sweeps.text import coverage_table, summarise
 
         terminal.section("OOM sweeps")
         for sweep in whole_sweeps(sweeps):
@@ -165,7 +165,7 @@ class SummaryPlugin:
         suggests = self._run.settings.suggest
         if not suggests and not self._run.settings.find_budget:
             return
-        from pytest_gpumem.reports.suggestions import Peak, budgets, explain  # noqa: PLC0415  # it was asked for
+        from pytest_gpumem.reports.suggestions import Peak, budgets, explain
 
         peaks = {
             name: Peak.of(each)
@@ -190,7 +190,7 @@ class SummaryPlugin:
         }
         if not waits and not contended:
             return
-        from pytest_gpumem.plugin.contention import advice, describe  # noqa: PLC0415  # it happens seldom
+        from pytest_gpumem.plugin.contention import advice, describe
 
         terminal.section("shared GPUs")
         if waits:

@@ -126,7 +126,7 @@ class Sweeps:
             SweepError: The options make no sense, or the body fails without a fault
                 by something else than an error of its own.
         """
-        from pytest_gpumem.sweeps.run import sweep_ooms  # noqa: PLC0415  # torch is needed now
+        from pytest_gpumem.sweeps.run import sweep_ooms
 
         settings = self._run.settings
         if settings.oom_points is not None:

@@ -30,7 +30,7 @@ class UsageErrors:
         """Report a usage error of the block; the worker then has no tests.
 
         Raises:
-            pytest.UsageError: The block raised it, and this process is no worker.
+            pytest.UsageError: The block raised it, and this process is not a worker.
         """
         try:
             yield

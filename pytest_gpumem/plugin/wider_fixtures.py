@@ -57,7 +57,7 @@ class WiderFixtures:
                 self._inner[-1] += total
                 own = total - inner
                 if own and is_made:  # what a failed one has goes with its frames
-                    from pytest_gpumem.records.record import WiderFixture  # noqa: PLC0415  # a card is used
+                    from pytest_gpumem.records.record import WiderFixture
 
                     self._held[fixturedef] = own
                     node = getattr(request, "_pyfuncitem", request.node)

@@ -46,15 +46,15 @@ def record(
     Raises:
         DeviceUnavailableError: "cuda" means nothing here.
     """
-    from pytest_gpumem.recording.facts import (  # noqa: PLC0415  # it imports torch
+    from pytest_gpumem.recording.facts import (
         describe_card,
         measure_context,
         measure_workspace,
         oom_texts,
         versions,
     )
-    from pytest_gpumem.recording.phases import PLANS, measure  # noqa: PLC0415
-    from pytest_gpumem.recording.traces import play_all  # noqa: PLC0415
+    from pytest_gpumem.recording.phases import PLANS, measure
+    from pytest_gpumem.recording.traces import play_all
 
     say = progress or (lambda _text: None)
     say("card, versions, context")
@@ -100,7 +100,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise RecordingError(f"{path}: no JSON: {error}") from error
     if not isinstance(recorded, dict) or recorded.get("kind") != KIND:
         raise RecordingError(
-            f"{path} is no recording; make one with pytest-gpumem record --out FILE"
+            f"{path} is not a recording; make one with pytest-gpumem record --out FILE"
         )
     version = recorded.get("format")
     if not isinstance(version, int) or version > FORMAT:

@@ -86,7 +86,7 @@ def measure(path: Path, plan: Plan) -> dict[str, Any]:
 
 
 def _carry_out(path: Path, plan: Plan, note: Any) -> None:
-    from transformers import (  # noqa: PLC0415  # slow
+    from transformers import (
         AutoModelForSequenceClassification,
     )
 

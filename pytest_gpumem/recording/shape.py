@@ -13,12 +13,12 @@ def find_damage(recorded: Any) -> str | None:
     """
     for name in ("card", "versions", "workspace_bytes", "oom_texts"):
         if not isinstance(recorded.get(name), dict):
-            return f"{name!r} is no object"
+            return f"{name!r} is not an object"
     for name in ("traces", "phases"):
         if not isinstance(recorded.get(name), list):
-            return f"{name!r} is no list"
+            return f"{name!r} is not a list"
     if not isinstance(recorded.get("context_bytes"), int):
-        return "'context_bytes' is no integer"
+        return "'context_bytes' is not an integer"
     if not all(map(_is_trace, recorded["traces"])):
         return "one of 'traces' is not one"
     if not all(map(_is_measured, recorded["phases"])):

@@ -82,7 +82,7 @@ def parse(text: str, name: str) -> Report:
         name: What to call it in errors.
 
     Raises:
-        ReportError: It is no report, damaged, or of a newer format.
+        ReportError: It is not a report, damaged, or of a newer format.
     """
     try:
         found = json.loads(text, object_hook=_compact)
@@ -92,7 +92,7 @@ def parse(text: str, name: str) -> Report:
         ) from None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise ReportError(
-            f"{name} is no report of pytest-gpumem; write one with "
+            f"{name} is not a report of pytest-gpumem; write one with "
             "--gpu-report=json:PATH"
         )
     version = found.get("version")

@@ -38,8 +38,8 @@ def page(report: Report) -> Iterator[str]:
         ReportError: jinja2 is missing.
     """
     check_available()
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # noqa: PLC0415  # an extra
-    from markupsafe import Markup  # noqa: PLC0415  # likewise
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
 
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),

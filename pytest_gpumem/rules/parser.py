@@ -37,7 +37,7 @@ class Key(NamedTuple):
 def _whole_from(lowest: int) -> Callable[[str], int]:
     def read(value: str) -> int:
         if not value.isascii() or not value.isdigit() or int(value) < lowest:
-            raise ValueError(f"{value!r} is no whole number from {lowest} on")
+            raise ValueError(f"{value!r} is not a whole number from {lowest} on")
         return int(value)
 
     return read
@@ -56,7 +56,7 @@ def _probability(value: str) -> float:
     except ValueError:
         probability = -1.0
     if not 0 < probability <= 1:
-        raise ValueError(f"{value!r} is no probability above 0 and up to 1")
+        raise ValueError(f"{value!r} is not a probability above 0 and up to 1")
     return probability
 
 
@@ -69,7 +69,7 @@ def _pattern(value: str) -> str:
 def _flavour(value: str) -> str:
     if value not in FLAVOURS:
         raise ValueError(
-            f"{value!r} is no flavour{_meant(value, FLAVOURS)}; accepted are "
+            f"{value!r} is not a flavour{_meant(value, FLAVOURS)}; accepted are "
             f"{', '.join(FLAVOURS)}"
         )
     return value
@@ -160,7 +160,7 @@ def parse_rule(text: str) -> Rule:
             optimizer. ``KEYS`` lists the keys.
 
     Raises:
-        RuleError: The text is no rule; the message points at the character.
+        RuleError: The text is not a rule; the message points at the character.
 
     Example::
 
@@ -168,7 +168,7 @@ def parse_rule(text: str) -> Rule:
     """
     phase, colon, rest = text.partition(":")
     if phase.strip() not in PHASES:
-        reason = f"{phase.strip()!r} is no phase{_meant(phase.strip(), PHASES)}"
+        reason = f"{phase.strip()!r} is not a phase{_meant(phase.strip(), PHASES)}"
         raise _error(text, 0, reason, PHASES)
     rule = Rule(phase=phase.strip())
     if colon and not rest.strip():

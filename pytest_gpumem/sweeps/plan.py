@@ -65,7 +65,7 @@ class SweepPlan:
         for name in ("rule", "only"):
             text = getattr(self, name)
             if not isinstance(text, str) and (text is not None or name == "rule"):
-                raise SweepError(f"{name}={text!r} is no text such as 'load:nth=3'")
+                raise SweepError(f"{name}={text!r} is not a text such as 'load:nth=3'")
         self.base()
         if self.only is not None:
             parse_rule(self.only)

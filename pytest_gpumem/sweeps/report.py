@@ -107,12 +107,12 @@ class Outcome:
             ValueError: There is no such verdict, or a value of another type.
         """
         if not isinstance(entry, dict):
-            raise ValueError(f"{entry!r:.60} is no point of a sweep")  # noqa: TRY004  # of a file
+            raise ValueError(f"{entry!r:.60} is not a point of a sweep")  # noqa: TRY004  # of a file
         for name, kinds in _KINDS.items():
             if not isinstance(entry[name], kinds):
                 raise ValueError(f"{name}={entry[name]!r:.60} is of another type")  # noqa: TRY004  # of a file
         if not all(isinstance(each, str) for each in entry["holders"]):
-            raise ValueError("a holder is no text")
+            raise ValueError("a holder is not a text")
         own = {name: entry[name] for name in _KINDS}
         own["point"] = Point(*map(own.pop, Point.__dataclass_fields__))
         own["verdict"] = Verdict(own["verdict"])

@@ -121,7 +121,7 @@ def open_file(name: str, folder: int, flags: int, path: str = "") -> int:
     except OSError:  # a link, a socket
         pass
     raise SharedFolderError(
-        f"{os.path.join(path, name)} is no regular file, as a lock is; remove it",
+        f"{os.path.join(path, name)} is not a regular file, as a lock is; remove it",
         path=os.path.join(path, name),
     )
 
@@ -208,7 +208,7 @@ def _no_folder(
         if stat.S_ISLNK(mode):
             wrong = "is a symbolic link, which is not followed"
         elif not stat.S_ISDIR(mode):
-            wrong = "is no folder"
+            wrong = "is not a folder"
     return SharedFolderError(f"{path} {wrong}; {_ADVICE}", path=path)
 
 

@@ -61,13 +61,13 @@ class _LibraryLock:
     """
 
     def __init__(self, path: Path) -> None:
-        from filelock import FileLock  # noqa: PLC0415  # where there is no flock
+        from filelock import FileLock
 
         self._lock: Final = FileLock(path)  # one for each thread, nesting in it
 
     @contextmanager
     def held(self, timeout_s: float | None = None) -> Iterator[None]:
-        from filelock import Timeout  # noqa: PLC0415  # where there is no flock
+        from filelock import Timeout
 
         try:
             self._lock.acquire(timeout=-1 if timeout_s is None else timeout_s)
@@ -91,8 +91,8 @@ def _library_lock(folder: str, name: str, _is_named: bool) -> _LibraryLock:  # n
 @cache
 def _mutex(folder: str, name: str, is_named: bool) -> Mutex:  # noqa: FBT001  # a key
     """Return this process's one lock of that name: it nests by object."""
-    from pytest_gpumem.tenancy.entries import Mutex  # noqa: PLC0415  # there is flock
-    from pytest_gpumem.tenancy.folders import (  # noqa: PLC0415  # there is flock
+    from pytest_gpumem.tenancy.entries import Mutex
+    from pytest_gpumem.tenancy.folders import (
         open_lock,
         open_named,
         open_private,

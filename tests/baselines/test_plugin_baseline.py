@@ -180,7 +180,7 @@ def test_another_card_has_figures_of_its_own(
     ("text", "words"),
     [
         ("{", "is no JSON"),
-        ("[]", "is no baseline of pytest-gpumem"),
+        ("[]", "is not a baseline of pytest-gpumem"),
         ('{"format": "pytest-gpumem baseline", "version": 9}', "has format version 9"),
         (
             '{"format": "pytest-gpumem baseline", "version": 1, "peaks": 3}',
@@ -216,7 +216,7 @@ def test_a_file_that_cannot_be_used_ends_the_run(
         (["--gpu-update-baseline"], "which file? name it with --gpu-baseline=FILE"),
         (
             ["--gpu-compare-fail=peak:1%"],
-            "'peak' is no metric; accepted are allocated,",
+            "'peak' is not a metric; accepted are allocated,",
         ),
         (["--gpu-compare-fail=allocated:lots"], "'allocated:lots': *lots*"),
         (

@@ -119,7 +119,9 @@ def test_every_shard_of_a_folder_is_looked_for(
     shard = sorted(file.name for file in folder.iterdir() if "-of-" in file.name)[1]
     (folder / shard).unlink()
 
-    with pytest.raises(CheckpointError, match=f"is no checkpoint: {shard} is missing"):
+    with pytest.raises(
+        CheckpointError, match=f"is not a checkpoint: {shard} is missing"
+    ):
         resolve_checkpoint(folder)
 
 
@@ -146,7 +148,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused(
     """The message says what is missing."""
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    message = f"{tmp_path} is no checkpoint: {reason}"
+    message = f"{tmp_path} is not a checkpoint: {reason}"
 
     with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
         resolve_checkpoint(tmp_path)

@@ -125,12 +125,12 @@ def test_a_config_file_is_as_good_as_its_config(tmp_path: Path) -> None:
         ({"verify": "no"}, "verify='no' is not known; accepted are quick, full"),
         (
             {"seed": -1},
-            "seed=-1 is no seed; give a whole number from 0 to 2**63 - 1",
+            "seed=-1 is not a seed; give a whole number from 0 to 2**63 - 1",
         ),
         (
             {"architecture": "BertForNothing"},
             (
-                "architecture 'BertForNothing' is no class of transformers "
+                "architecture 'BertForNothing' is not a class of transformers "
                 f"{transformers.__version__}; give for example BertForMaskedLM"
             ),
         ),
@@ -179,9 +179,9 @@ def test_an_unknown_name_is_answered_with_the_known_ones(tmp_path: Path) -> None
     ("text", "message"),
     [
         ("{", "cannot be read as JSON"),
-        ("[]", "is no config of transformers"),
+        ("[]", "is not a config of transformers"),
         ("{}", "has no model_type"),
-        ('{"model_type": "perceptron"}', "is no good: .*perceptron"),
+        ('{"model_type": "perceptron"}', "is not valid: .*perceptron"),
     ],
 )
 def test_a_file_that_is_no_config_is_refused(

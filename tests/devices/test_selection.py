@@ -98,7 +98,7 @@ def test_torchs_versions_are_read_from_its_files() -> None:
 
     Not of the module as it stands: a simulated card answers for the CUDA version.
     """
-    import torch  # noqa: PLC0415  # to compare with
+    import torch
 
     said = runpy.run_path(torch.version.__file__)
 

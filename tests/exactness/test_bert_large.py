@@ -165,7 +165,7 @@ TOKENS = torch.arange(1000, 1032)[None]
 @pytest.fixture(scope="module")
 def expected(path: Path) -> torch.Tensor:
     """What the model says of the tokens, on the CPU."""
-    from transformers import AutoModelForSequenceClassification  # noqa: PLC0415  # slow
+    from transformers import AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_pretrained(path)
     with torch.no_grad():
@@ -177,7 +177,7 @@ def test_every_spelling_of_the_map_computes_the_cpus_numbers(
     path: Path, expected: torch.Tensor
 ) -> None:
     """device_map as name, index or "auto" loads onto the card; logits are equal."""
-    from transformers import AutoModelForSequenceClassification  # noqa: PLC0415  # slow
+    from transformers import AutoModelForSequenceClassification
 
     with simulated_device("A100-40GB"), torch.no_grad():
         for where in ("cuda", "cuda:0", 0, "auto"):
@@ -194,9 +194,9 @@ def test_auto_plans_for_the_budget_and_offloads_the_rest(
     path: Path, expected: torch.Tensor
 ) -> None:
     """Under 1 GiB the map spreads the model; results are equal, the peak keeps to it."""
-    from transformers import AutoModelForSequenceClassification  # noqa: PLC0415  # slow
+    from transformers import AutoModelForSequenceClassification
 
-    from pytest_gpumem import PeakRecorder, vram_budget  # noqa: PLC0415  # torch is here
+    from pytest_gpumem import PeakRecorder, vram_budget
 
     with (
         simulated_device("A100-40GB"),

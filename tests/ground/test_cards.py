@@ -110,17 +110,17 @@ def test_a_compute_capability_off_the_table_takes_the_limits_below_it() -> None:
         (
             "3085",
             (
-                "'3085' is no known card; did you mean RTX-3080 or RTX-5080 "
+                "'3085' is not a known card; did you mean RTX-3080 or RTX-5080 "
                 f"or RTX-4080? Known are {', '.join(CARDS)}"
             ),
         ),
         (
             "T4*0",
-            "'0' is no number of cards; write for example T4*2",
+            "'0' is not a number of cards; write for example T4*2",
         ),
         (
             "T4*",
-            "'' is no number of cards; write for example T4*2",
+            "'' is not a number of cards; write for example T4*2",
         ),
         ("T4*65", "65 cards; at most 64 can be simulated"),
         (
@@ -147,20 +147,20 @@ def test_a_compute_capability_off_the_table_takes_the_limits_below_it() -> None:
         (
             "16GiB,cc=8",
             (
-                "cc='8' is no compute capability; give MAJOR.MINOR "
+                "cc='8' is not a compute capability; give MAJOR.MINOR "
                 "from 3.7 on, such as 8.0"
             ),
         ),
         (
             "16GiB,cc=3.5",
             (
-                "cc='3.5' is no compute capability; give MAJOR.MINOR "
+                "cc='3.5' is not a compute capability; give MAJOR.MINOR "
                 "from 3.7 on, such as 8.0"
             ),
         ),
         (
             "16GiB,cc=8.0,sms=0",
-            "sms='0' is no count; give 1 to 9999",
+            "sms='0' is not a count; give 1 to 9999",
         ),
         (
             "16GiB,cc=8.0,cc=8.6",

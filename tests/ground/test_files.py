@@ -160,7 +160,7 @@ def test_it_is_told_beforehand_what_cannot_be_written(tmp_path: Path) -> None:
     assert why_not_writable(tmp_path / "file") is None
     assert why_not_writable(Path("/dev/null")) is None
     assert "it is a folder; name a file in it" == why_not_writable(tmp_path)
-    assert f"{tmp_path / 'file'} is no folder" == (
+    assert f"{tmp_path / 'file'} is not a folder" == (
         why_not_writable(tmp_path / "file" / "a")
     )
     assert "null" in str(why_not_writable(tmp_path / "a\0b"))

@@ -100,13 +100,13 @@ def test_a_model_is_named_in_one_text(text: str, model: HubModel) -> None:
     ("text", "message"),
     [
         ("nobody/knows", "no known model has this name; say what to build it from"),
-        ("two--dashes=bert-tiny", "this is no name on the hub"),
-        ("a/b/c=bert-tiny", "this is no name on the hub"),
+        ("two--dashes=bert-tiny", "this is not a name on the hub"),
+        ("a/b/c=bert-tiny", "this is not a name on the hub"),
         ("a/b=missing", "neither a known name nor a config.json"),
         ("bert-tiny,format=onnx", "format='onnx' is not known"),
-        ("bert-tiny,seed=x", "seed='x' is no whole number"),
+        ("bert-tiny,seed=x", "seed='x' is not a whole number"),
         ("bert-tiny,max_shard_size=x", "cannot be read"),
-        ("bert-tiny,colour=red", "this is no name on the hub"),
+        ("bert-tiny,colour=red", "this is not a name on the hub"),
     ],
 )
 def test_what_makes_no_sense_is_refused(text: str, message: str) -> None:
@@ -371,7 +371,7 @@ KINDS: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_tokenizer_has_the_models_size(kind: str, tmp_path: Path) -> None:
     """Any text becomes numbers below the vocabulary's size, always the same ones."""
-    from pytest_gpumem.hub.tokenizer import write_tokenizer  # noqa: PLC0415  # of the room alone
+    from pytest_gpumem.hub.tokenizer import write_tokenizer
 
     config = KINDS[kind]()
     config.save_pretrained(tmp_path)

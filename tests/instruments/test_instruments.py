@@ -76,7 +76,7 @@ def test_an_inner_budget_cannot_be_wider() -> None:
     ("size", "error"), [("nonsense", SizeError), ("300MiB", BudgetError)]
 )
 def test_a_bad_budget_changes_nothing(size: str, error: type[Exception]) -> None:
-    """What is no size, or more than the card, is refused at the door."""
+    """What is not a size, or more than the card, is refused at the door."""
     with pytest.raises(error), vram_budget(size):
         raise AssertionError("unreachable: the budget was refused")
 
@@ -322,7 +322,7 @@ def test_a_cleared_exception_lets_its_tensors_go() -> None:
 
 def test_without_a_device_instruments_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is no card of either kind, the error says what to do."""
-    from pytest_gpumem.devices.simulated import machine  # noqa: PLC0415  # to empty it
+    from pytest_gpumem.devices.simulated import machine
 
     monkeypatch.setattr(machine, "_machines", [])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -184,7 +184,7 @@ def test_what_a_subtest_takes_is_its_tests(pytester: pytest.Pytester) -> None:
     [
         ('"1MiB", metric="peak"', "metric='peak'; accepted are allocated, reserved"),
         ('"1MiB", phase="setup"', "phase='setup'; accepted are call, test"),
-        ('"1MiB", device="cuda:0"', "device='cuda:0' is no card's index"),
+        ('"1MiB", device="cuda:0"', "device='cuda:0' is not a card's index"),
         ('"1 horse"', "1 horse"),
     ],
 )

@@ -141,11 +141,11 @@ def test_a_bad_ini_value_stops_in_the_same_way(
         ("max_vram", "missing a required argument: 'limit'"),
         ("max_vram('lots')", "'lots'"),
         ("max_vram('1GiB', metric='speed')", "metric='speed'; accepted are allocated"),
-        ("max_vram('1GiB', device=-1)", "device=-1 is no card's index"),
+        ("max_vram('1GiB', device=-1)", "device=-1 is not a card's index"),
         ("max_vram('1GiB', color=1)", "got an unexpected keyword argument 'color'"),
         ("gpu_budget(0)", "size 0 is zero"),
         ("inject_oom('load:x=1')", "no key 'x'"),
-        ("inject_oom(3)", "rule=3 is no text"),
+        ("inject_oom(3)", "rule=3 is not a text"),
         (
             "max_vram('1GiB', device=3)",
             "device=3: there is no such card; this run has 1",

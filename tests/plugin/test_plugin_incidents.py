@@ -156,8 +156,8 @@ def test_a_folder_that_cannot_be_used_ends_the_run(pytester: pytest.Pytester) ->
     pytester.makepyfile("def test_it(): raise AssertionError('ran')")
     (pytester.path / "file").write_text("", encoding="utf-8")
     for folder, words in (
-        ("file", "is no folder"),
-        ("file/below", "is no folder"),
+        ("file", "is not a folder"),
+        ("file/below", "is not a folder"),
         ("/proc/below", "nothing can be written in /proc"),
     ):
         result = pytester.runpytest(*LIGHT, f"--gpu-snapshots={folder}")

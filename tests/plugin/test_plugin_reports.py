@@ -212,10 +212,13 @@ def _check_peak(test: dict[str, Any], *, is_alone: bool) -> None:
     [
         (
             "pdf:r.pdf",
-            "*--gpu-report: 'pdf:r.pdf' is no report; accepted are json:PATH*",
+            "*--gpu-report: 'pdf:r.pdf' is not a report; accepted are json:PATH*",
         ),
-        ("json:", "*--gpu-report: 'json:' is no report*"),
-        ("json:test_it.py/r.json", "*--gpu-report: *cannot be written: *is no folder*"),
+        ("json:", "*--gpu-report: 'json:' is not a report*"),
+        (
+            "json:test_it.py/r.json",
+            "*--gpu-report: *cannot be written: *is not a folder*",
+        ),
         ("md:.", "*cannot be written: it is a folder; name a file in it*"),
     ],
 )

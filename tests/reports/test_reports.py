@@ -44,7 +44,7 @@ def a_report(tmp_path: Path, name: str, **peaks: int) -> Path:
     [
         ("{", "is no JSON"),
         ("[" * 100_000, "is no JSON"),
-        ("{}", "is no report"),
+        ("{}", "is not a report"),
         ('{"format": "pytest-gpumem report", "version": 9}', "upgrade it"),
         ('{"format": "pytest-gpumem report", "version": 1}', "is damaged"),
         (
@@ -97,7 +97,7 @@ def test_a_series_is_short_and_keeps_its_peak() -> None:
 
 def test_a_timeline_knows_what_was_live_at_the_peak() -> None:
     """By site, exactly; what was there before is told apart; so is what is too much."""
-    import torch  # noqa: PLC0415  # the device is simulated from here on
+    import torch
 
     with simulated_device("T4"):
         device = active_device()

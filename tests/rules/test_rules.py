@@ -40,8 +40,8 @@ def test_rules_are_read(text: str, rule: Rule) -> None:
 @pytest.mark.parametrize(
     ("text", "position", "message"),
     [
-        ("", 0, "'' is no phase; accepted are any, load"),
-        ("lod:nth=1", 0, "'lod' is no phase"),
+        ("", 0, "'' is not a phase; accepted are any, load"),
+        ("lod:nth=1", 0, "'lod' is not a phase"),
         ("load:", 5, "nothing follows the colon"),
         ("load:nth=0", 9, "no whole number from 1 on"),
         ("load:nth=x", 9, "no whole number"),

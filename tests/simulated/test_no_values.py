@@ -167,7 +167,7 @@ def test_70_billion_parameters_load_on_two_cards(
     llama: Path, machine: SimulatedMachine
 ) -> None:
     """device_map="auto" plans and loads for two cards of 80 GB; a forward runs."""
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415  # slow
+    from transformers import AutoModelForCausalLM
 
     load = AutoModelForCausalLM.from_pretrained
     model: Any = load(llama, device_map="auto", dtype="auto")
@@ -183,7 +183,7 @@ def test_70_billion_parameters_load_on_two_cards(
 
 def test_the_same_load_ends_in_an_oom_on_one_card(llama: Path) -> None:
     """141 GB do not fit 80 GB."""
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415  # slow
+    from transformers import AutoModelForCausalLM
 
     with (
         simulated_device("A100-80GB", values="none"),

@@ -146,7 +146,7 @@ def test_gradients_flow_between_devices() -> None:
 
 def test_checkpointing_recomputes() -> None:
     """Activation checkpointing gives the same gradient."""
-    from torch.utils.checkpoint import checkpoint  # noqa: PLC0415  # one test's tool
+    from torch.utils.checkpoint import checkpoint
 
     layer = nn.Linear(4, 4).cuda()
     inputs = torch.ones(2, 4, device="cuda", requires_grad=True)

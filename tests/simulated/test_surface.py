@@ -392,7 +392,7 @@ def test_a_storage_grows_only_where_there_is_room() -> None:
 
 def test_other_accelerators_are_out_of_sight(monkeypatch: pytest.MonkeyPatch) -> None:
     """Libraries that ask for Apple's and Intel's cards first find the simulated one."""
-    from accelerate.state import PartialState  # noqa: PLC0415  # it asks as it is made
+    from accelerate.state import PartialState
 
     for module in (torch.backends.mps, torch.xpu):
         monkeypatch.setattr(module, "is_available", lambda: True)

@@ -189,7 +189,7 @@ def _run(  # noqa: PLR0917  # one case
     dtype: torch.dtype,
     notes: Notes,
 ) -> None:
-    import transformers  # noqa: PLC0415  # slow
+    import transformers
 
     auto = getattr(transformers, f"AutoModelFor{use}")
     made = getattr(transformers, config)(**settings)
@@ -233,7 +233,7 @@ def _without_values() -> Any:
     Nothing computes them on the substitute, and a card without values has none: a mask
     hides nothing, positions are those of one sequence.
     """
-    from transformers import masking_utils  # noqa: PLC0415  # slow
+    from transformers import masking_utils
 
     names = ("_ignore_bidirectional_mask_sdpa", "_ignore_causal_mask_sdpa")
     patches: dict[str, Any] = {

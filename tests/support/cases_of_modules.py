@@ -24,7 +24,7 @@ _INPUTS: Final = 8
 
 @cache
 def _modules() -> dict[str, Any]:
-    from torch_databases import module_db  # noqa: PLC0415  # slow
+    from torch_databases import module_db
 
     return {each.name: each for each in module_db}
 

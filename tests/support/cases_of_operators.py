@@ -37,7 +37,7 @@ _MADE: Final = 200
 @cache
 def operators() -> dict[str, Any]:
     """Return the database by name and variant."""
-    from torch_databases import op_db  # noqa: PLC0415  # slow
+    from torch_databases import op_db
 
     return {_name(each): each for each in op_db}
 

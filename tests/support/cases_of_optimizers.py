@@ -24,7 +24,7 @@ _FLAGS: Final = ("foreach", "fused", "capturable", "differentiable")
 
 @cache
 def _optimizers() -> dict[str, Any]:
-    from torch_databases import optim_db  # noqa: PLC0415  # slow
+    from torch_databases import optim_db
 
     return {
         _name(each): each for each in optim_db if not each.only_supports_sparse_grads

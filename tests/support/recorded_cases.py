@@ -89,7 +89,7 @@ class Notes:
 
 def load(path: Path, settings: dict[str, Any]) -> Any:
     """Load the model as a case did."""
-    from transformers import AutoModelForSequenceClassification  # noqa: PLC0415  # slow
+    from transformers import AutoModelForSequenceClassification
 
     options: dict[str, Any] = {"dtype": DTYPES[settings["dtype"]]}
     if "attn" in settings:

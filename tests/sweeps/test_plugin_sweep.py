@@ -320,7 +320,7 @@ def test_an_interrupted_sweep_is_resumed_on_demand(pytester: pytest.Pytester) ->
         ("@pytest.mark.oom_sweep('few')", "*oom_sweep: points='few'; accepted are*"),
         ("@pytest.mark.oom_sweep(only='any:nth=1')", "*only is for the run to choose*"),
         ("@pytest.mark.oom_fallback(mode='once')", "*unexpected keyword*'mode'*"),
-        ("@pytest.mark.oom_sweep(rule='lo')", "*'lo' is no phase*"),
+        ("@pytest.mark.oom_sweep(rule='lo')", "*'lo' is not a phase*"),
     ],
 )
 def test_markers_are_checked_early(
@@ -360,7 +360,7 @@ def test_what_cannot_be_called_again_is_refused(
     [
         ("--gpu-oom-points=few", "*--gpu-oom-points: 'few' is neither all, sites nor*"),
         ("--gpu-oom-points=0", "*--gpu-oom-points: '0' is neither*"),
-        ("--gpu-replay-oom=what", "*--gpu-replay-oom:*'what' is no phase*"),
+        ("--gpu-replay-oom=what", "*--gpu-replay-oom:*'what' is not a phase*"),
     ],
 )
 def test_options_are_checked_early(

@@ -273,8 +273,8 @@ def test_a_sweep_of_other_code_is_not_resumed(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("thawed_heap")
 def test_heap_and_handlers_are_as_before() -> None:
     """A sweep thaws what it froze and takes its signal handler back."""
-    import gc  # noqa: PLC0415  # this test's only
-    import signal  # noqa: PLC0415  # likewise
+    import gc
+    import signal
 
     before = gc.get_freeze_count(), signal.getsignal(signal.SIGUSR2)
     sweep_ooms(_infer, points=1)
@@ -398,7 +398,7 @@ def test_code_that_allocates_nothing_has_nothing_to_sweep() -> None:
         ({"modes": []}, SweepError, "give a list"),
         ({"flavours": "native"}, SweepError, "give a list"),
         ({"timeout_s": 0}, SweepError, "give seconds above 0"),
-        ({"rule": "sometimes"}, RuleError, "'sometimes' is no phase"),
+        ({"rule": "sometimes"}, RuleError, "'sometimes' is not a phase"),
         ({"only": "any:nth=0"}, RuleError, "nth"),
     ],
 )

@@ -84,7 +84,7 @@ def _a_dangling_link(root: Path) -> str:
 
 def _a_file(root: Path) -> str:
     root.write_text("")
-    return "is no folder"
+    return "is not a folder"
 
 
 def _open_to_all(root: Path) -> str:
@@ -154,7 +154,7 @@ def test_a_lock_is_a_regular_file(root: Path, kind: str) -> None:
         if kind == "link":
             target.write_text("kept")
         lock.symlink_to(target)
-    with pytest.raises(SharedFolderError, match=f"{lock} is no regular file"):
+    with pytest.raises(SharedFolderError, match=f"{lock} is not a regular file"):
         _enter()
 
     assert kind == "link" or not (root.parent / "target").exists()

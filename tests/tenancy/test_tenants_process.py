@@ -255,7 +255,7 @@ def test_a_killed_process_is_told_at_the_next_word(card: _Card) -> None:
 @pytest.mark.gpu
 def test_a_real_card_has_a_real_tenant() -> None:
     """Its bytes are gone for this process, and come back."""
-    import torch  # noqa: PLC0415  # only where there is a card
+    import torch
 
     free = torch.cuda.mem_get_info()[0]
     with competing_process("1GiB") as tenant:

@@ -43,7 +43,7 @@ def make() -> Callable[..., Any]:
     here, not in a test, for it imports optuna, which keeps the traceback of an optional
     dependency that is not there, and with it the local variables of every caller.
     """
-    from monai.inferers import SlidingWindowInfererAdapt  # noqa: PLC0415  # see above
+    from monai.inferers import SlidingWindowInfererAdapt
 
     return partial(SlidingWindowInfererAdapt, WINDOW)
 

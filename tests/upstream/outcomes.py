@@ -68,7 +68,7 @@ def chain_of(error: BaseException | None) -> list[tuple[str, str]]:
 
 def _allocations() -> int:
     """Return how often the cards have been asked for bytes in this process."""
-    import sys  # noqa: PLC0415
+    import sys
 
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():

@@ -37,7 +37,7 @@ class Subject:
 
 
 def _of_transformers() -> Iterator[Subject]:
-    import shrunk  # noqa: PLC0415  # transformers need not be there
+    import shrunk
 
     for name in ALL_USE:
         importlib.import_module(name)
@@ -80,7 +80,7 @@ class _FirstArgument(torch.nn.Module):
 
 def _of_timm() -> Iterator[Subject]:
     """Yield the smallest model of each of timm's modules."""
-    import timm  # noqa: PLC0415  # it need not be there
+    import timm
 
     for module in timm.list_modules():
         names = timm.list_models(module=module)
@@ -119,7 +119,7 @@ def _sounds_small(name: str) -> bool:
 
 def _of_torchvision() -> Iterator[Subject]:
     """Yield the smallest model of each of torchvision's modules."""
-    import torchvision  # noqa: PLC0415  # it need not be there
+    import torchvision
 
     modules: dict[str, list[str]] = {}
     for name in torchvision.models.list_models():

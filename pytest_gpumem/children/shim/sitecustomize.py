@@ -14,7 +14,7 @@ def _activate() -> None:
     root = os.path.dirname(os.path.dirname(os.path.dirname(_here)))  # noqa: PTH120  # likewise
     sys.path.append(root)
     try:
-        from pytest_gpumem.children.child import activate  # noqa: PLC0415  # the path is set
+        from pytest_gpumem.children.child import activate
 
         activate()
     except Exception as error:  # noqa: BLE001  # another Python; it must start all the same

@@ -73,7 +73,7 @@ def _hide_from_dynamo() -> None:
     """
     if _hidden:
         return
-    from torch._dynamo import trace_rules, utils  # noqa: PLC0415  # seconds, and only here
+    from torch._dynamo import trace_rules, utils
 
     _dynamo.set(utils, "run_node", _without_grad(utils.run_node))
     before = len(trace_rules.SKIP_DIRS)
@@ -85,7 +85,7 @@ def show_to_dynamo() -> None:
     """Put TorchDynamo's rules back."""
     if not _hidden:
         return
-    from torch._dynamo import trace_rules  # noqa: PLC0415  # it was imported to be changed
+    from torch._dynamo import trace_rules
 
     _dynamo.restore()
     while _hidden:

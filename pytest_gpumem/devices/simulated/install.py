@@ -166,7 +166,7 @@ class Installation:
         Source: ``torch/utils/_foreach_utils.py`` and ``torch/optim/optimizer.py``
         compare exact tensor types.
         """
-        from torch.optim import optimizer  # noqa: PLC0415  # only when installing
+        from torch.optim import optimizer
 
         types: Any = optimizer._foreach_supported_types  # see above
         self._patches.set(
@@ -234,7 +234,7 @@ def simulated_device(
     turn.
     """
     if isinstance(cards, str):
-        from pytest_gpumem.cards import find_card  # noqa: PLC0415  # text only
+        from pytest_gpumem.cards import find_card
 
         cards = find_card(cards)
     installation = Installation(SimulatedMachine(cards, config=config, values=values))

@@ -61,7 +61,7 @@ class CardGenerator(GENERATOR):  # type: ignore[misc]  # torch's C type, held as
         """Keep an offset.
 
         Raises:
-            RuntimeError: The offset is no multiple of four (torch's text).
+            RuntimeError: The offset is not a multiple of four (torch's text).
         """
         if offset % 4:
             raise RuntimeError("offset must be a multiple of 4")

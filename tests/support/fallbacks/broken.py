@@ -324,7 +324,7 @@ def spoils_what_is_beside_a_mask() -> torch.Tensor:
 
 
 def divides_by_nothing() -> torch.Tensor:
-    """Where there were no rows the mean is no number, and not 0."""
+    """Where there were no rows the mean is not a number, and not 0."""
     try:
         return torch.zeros(3).cuda().mean().cpu()
     except torch.OutOfMemoryError:

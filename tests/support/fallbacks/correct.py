@@ -469,7 +469,7 @@ def makes_room_first() -> nn.Module:
 
 
 class _Rotary(nn.Module):
-    """A model with a table that is no buffer, as some position encodings have it."""
+    """A model with a table that is not a buffer, as some position encodings have it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -58,7 +58,7 @@ def _no_link(*_args: object, **_kwargs: object) -> None:
 
 
 class _Library(ctypes.CDLL):
-    """A library by its name: None is no name there."""
+    """A library by its name: None is not a name there."""
 
     def __init__(self, name: str | None, *args: Any, **kwargs: Any) -> None:
         if name is None:

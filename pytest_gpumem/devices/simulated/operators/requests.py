@@ -125,7 +125,7 @@ class Call:
     Attributes:
         card: The card; ``card.card`` are its properties.
         results: What the operator returns, flat: tensors of the right shapes, strides
-            and types, and None for what is no tensor.
+            and types, and None for what is not a tensor.
     """
 
     __slots__ = ("_args", "_func", "_kwargs", "card", "results")
@@ -196,7 +196,7 @@ class Call:
 
 
 def flat(out: Any) -> list[torch.Tensor | None]:
-    """Return what an operator returned, lists laid open; None for what is no tensor."""
+    """Return what an operator returned, lists laid open; None for what is not a tensor."""
     if isinstance(out, torch.Tensor):
         return [out]
     if isinstance(out, (tuple, list)):
