@@ -114,6 +114,7 @@ def test_an_expected_rung_is_checked() -> None:
     assert "60 MiB: it" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("thawed_heap")
 def test_what_a_failed_attempt_leaves_is_named() -> None:
     """The bytes, and who holds them."""

@@ -250,9 +250,8 @@ def _untouched() -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize(
-    "when", ["early", pytest.param("late", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["early", "late"])
 def test_a_session_leaves_nothing_behind(when: str, pytester: pytest.Pytester) -> None:
     """Threads, files, environment, hooks, folders and torch are as before.
 
