@@ -282,8 +282,13 @@ def test_children(monkeypatch):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["--gpu-budget=1GiB", "--gpu-max-vram=1GiB", "--gpu-leak-check"]],
-    ids=["plain", "limits"],
+    [
+        pytest.param([], id="plain", marks=pytest.mark.slow),
+        pytest.param(
+            ["--gpu-budget=1GiB", "--gpu-max-vram=1GiB", "--gpu-leak-check"],
+            id="limits",
+        ),
+    ],
 )
 def test_a_test_of_the_cpu_path_works_unmodified(
     pytester: pytest.Pytester, arguments: list[str]
