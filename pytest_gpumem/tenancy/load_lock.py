@@ -12,10 +12,12 @@ from pytest_gpumem.files import IS_POSIX
 from pytest_gpumem.inheritance import LOCKS_VARIABLE, tenancy_root
 from pytest_gpumem.visibility import VARIABLE
 
+if IS_POSIX:
+    from pytest_gpumem.tenancy.entries import Mutex
+    from pytest_gpumem.tenancy.folders import open_lock, open_named, open_private
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from pytest_gpumem.tenancy.entries import Mutex
 
 
 @contextmanager
@@ -91,12 +93,6 @@ def _library_lock(folder: str, name: str, _is_named: bool) -> _LibraryLock:  # n
 @cache
 def _mutex(folder: str, name: str, is_named: bool) -> Mutex:  # noqa: FBT001  # a key
     """Return this process's one lock of that name: it nests by object."""
-    from pytest_gpumem.tenancy.entries import Mutex
-    from pytest_gpumem.tenancy.folders import (
-        open_lock,
-        open_named,
-        open_private,
-    )
 
     def opened() -> int:
         # Each time anew: a service outlives what cleans temporary folders.
