@@ -159,10 +159,10 @@ def test_a_recording_is_whole_or_not_written(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("{", "no JSON"),
-        ("[]", "is no recording"),
-        ('{"kind": "other"}', "is no recording"),
+        ("[]", "is not a recording"),
+        ('{"kind": "other"}', "is not a recording"),
         (json.dumps({"kind": KIND, "format": FORMAT + 1}), "upgrade pytest-gpumem"),
-        (json.dumps({"kind": KIND, "format": FORMAT}), "damaged: 'card' is no object"),
+        (json.dumps({"kind": KIND, "format": FORMAT}), "damaged: 'card' is not an object"),
     ],
 )
 def test_a_foreign_file_is_refused(tmp_path: Path, content: str, message: str) -> None:
@@ -199,4 +199,4 @@ def test_the_command_wants_a_folder_that_is_there(
     code = main(["record", "--out", str(out), "--simulate", "T4"])
 
     assert 1 == code
-    assert "is no folder" in capsys.readouterr().err
+    assert "is not a folder" in capsys.readouterr().err

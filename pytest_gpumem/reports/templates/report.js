@@ -2,7 +2,6 @@
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const SIZE = 25;
-  const COLOURS = ["#2563c9", "#a8480f", "#1b7a3d", "#8a3ab9", "#a12f5b", "#176f7d", "#77620b", "#4f5bd5"];
   const byId = (id) => document.getElementById(id);
 
   // Text reaches the page as text alone: nothing here reads it as HTML.
@@ -22,6 +21,8 @@
     if (text !== undefined) node.textContent = text;
     return node;
   }
+  const collator = new Intl.Collator("en", { numeric: true });
+  const natural = (a, b) => collator.compare(a, b);
   function bytes(number) {
     if (!number) return "0";
     let value = Math.abs(number), unit = 0;
@@ -31,9 +32,11 @@
   }
   function grid(heads, rows) {
     const head = el("tr", {}, ...heads.map(([text, n]) => el("th", { class: n ? "n" : "", scope: "col" }, text)));
+    // A narrow page shows a row as lines, each with its column's head.
     const lines = rows.map((row) => el("tr", {}, ...row.map((cell, i) => {
-      if (cell instanceof Node && cell.tagName === "TD") return cell;
-      return el("td", { class: heads[i][1] ? "n" : "wide" }, cell);
+      const made = cell instanceof Node && cell.tagName === "TD" ? cell : el("td", { class: heads[i][1] ? "n" : "wide" }, cell);
+      made.dataset.head = heads[i][0];
+      return made;
     })));
     return el("div", { class: "scroll" }, el("table", {}, el("thead", {}, head), el("tbody", {}, ...lines)));
   }
@@ -62,8 +65,9 @@
     const list = rows.filter((row) => row.nodeid.toLowerCase().includes(text) && (!outcome || row.outcome === outcome));
     const sign = order.down ? -1 : 1;
     return list.sort((a, b) => {
-      const x = a[order.key], y = b[order.key];
-      if (x === y) return a.nodeid < b.nodeid ? -1 : 1;
+      const x = a[order.key], y = b[order.key], names = natural(a.nodeid, b.nodeid);
+      if (order.key === "nodeid") return sign * names;
+      if (x === y) return names;
       return x < y ? -sign : sign;
     });
   }
@@ -83,13 +87,15 @@
       return el("th", { class: n ? "n" : "", scope: "col", "aria-sort": sort }, button);
     }));
     byId("tests").tBodies[0].replaceChildren(...list.slice(page * SIZE, page * SIZE + SIZE).map((row) => {
-      const name = el("button", { type: "button", class: "name", click: () => { chosen = row; draw(); detail(row.test); byId("detail").scrollIntoView({ block: "start" }); } }, row.nodeid);
+      const name = el("button", { type: "button", class: "name", click: () => open(row) }, row.nodeid);
       const bad = row.outcome === "failed" || row.outcome === "error";
-      return el("tr", { class: row === chosen ? "chosen" : "" }, el("td", { class: "wide" }, name),
+      const line = el("tr", { class: row === chosen ? "chosen" : "" }, el("td", { class: "wide" }, name),
         el("td", { class: bad ? "bad" : row.outcome === "passed" ? "good" : "" }, row.outcome),
         ...["allocated", "reserved", "left"].map((key) => el("td", { class: "n" }, bytes(row[key]))),
         el("td", { class: row.broken ? "n bad" : "n" }, row.used < 0 ? "–" : row.used === Infinity ? "broken" : Math.round(row.used * 100) + " %"),
         el("td", { class: "n" }, row.ooms), el("td", { class: "n" }, row.seconds.toFixed(2)));
+      columns.forEach(([, title], i) => { line.cells[i].dataset.head = title; });
+      return line;
     }));
     byId("count").textContent = list.length + " of " + rows.length + " tests";
     byId("page").textContent = "page " + (page + 1) + " of " + pages;
@@ -108,8 +114,9 @@
     const y = (value) => H - bottom - (value / top) * (H - bottom - 10);
     const root = svg("svg", { viewBox: "0 0 " + W + " " + H, role: "img",
       "aria-label": "allocated and reserved bytes over allocation events; peak " + bytes(card.peak_bytes) });
-    for (let i = 0; i <= 4; i += 1) {
-      const value = (top * i) / 4;
+    // Round ticks: the smallest power of two that needs no more than five.
+    const tick = 2 ** Math.ceil(Math.log2(Math.max(1, top / 5)));
+    for (let value = 0; value <= top; value += tick) {
       root.append(svg("line", { x1: left, x2: W - 8, y1: y(value), y2: y(value), stroke: "var(--line)" }));
       root.append(svg("text", { x: left - 8, y: y(value) + 4, "text-anchor": "end" }, bytes(Math.round(value))));
     }
@@ -139,7 +146,7 @@
   function treemap(groups) {
     const W = 1160, H = 220, total = groups.reduce((sum, g) => sum + g.bytes, 0);
     const root = svg("svg", { viewBox: "0 0 " + W + " " + H, role: "img", "aria-label": "what was live at the peak, by size" });
-    let rest = groups.map((g, i) => ({ g, colour: COLOURS[i % COLOURS.length], area: (g.bytes / total) * W * H })).sort((a, b) => b.area - a.area);
+    let rest = groups.map((g) => ({ g, area: (g.bytes / total) * W * H })).sort((a, b) => b.area - a.area);
     let x = 0, y = 0, w = W, h = H;
     const worst = (row, side) => {
       const sum = row.reduce((s, r) => s + r.area, 0);
@@ -156,7 +163,7 @@
         const box = w >= h ? [x, y + along, thick, long] : [x + along, y, long, thick];
         const part = svg("g", {});
         part.append(svg("title", {}, bytes(r.g.bytes) + ": " + r.g.site));
-        part.append(svg("rect", { x: box[0], y: box[1], width: Math.max(0, box[2]), height: Math.max(0, box[3]), fill: r.colour, stroke: "var(--card)", "stroke-width": 2 }));
+        part.append(svg("rect", { x: box[0], y: box[1], width: Math.max(0, box[2]), height: Math.max(0, box[3]), fill: "#2563c9", stroke: "var(--card)", "stroke-width": 2 }));
         const room = Math.floor((box[2] - 14) / 7);
         if (room >= 8 && box[3] > 22) {
           part.append(svg("text", { x: box[0] + 7, y: box[1] + 17, class: "in" }, bytes(r.g.bytes)));
@@ -241,28 +248,81 @@
     byId("detail").replaceChildren(...out);
   }
 
-  const failed = rows.filter((row) => row.outcome === "failed" || row.outcome === "error").length;
-  const largest = rows.reduce((most, row) => Math.max(most, row.allocated), 0);
-  for (const [value, text] of [[rows.length, "tests on a card"], [failed, "failed"], [rows.reduce((sum, row) => sum + row.broken, 0), "limits broken"], [bytes(largest), "largest peak"],
-    [rows.reduce((sum, row) => sum + row.test.sweeps.reduce((s, each) => s + each.points, 0), 0), "swept points"]]) {
-    byId("tiles").append(el("div", { class: "tile" }, el("b", {}, value), el("span", {}, text)));
+  function open(row) {
+    chosen = row;
+    draw();
+    detail(row.test);
+    byId("detail").scrollIntoView({ block: "start" });
   }
+  const isBad = (row) => row.outcome === "failed" || row.outcome === "error";
+  const bad = rows.filter(isBad), failed = bad.length;
+  // What broke first, each cause once: tests that fail alike are one thing to mend.
+  function cause(row) {
+    const test = row.test;
+    const limit = test.limits.find((l) => !l.held);
+    if (limit) return ["Above a limit", limit.metric === "leak" ? "left on the card after the test" : "peak " + limit.metric + ", limit " + bytes(limit.limit_bytes)];
+    if (test.broken_limit) return ["Above the baseline", test.broken_limit.split(":")[0]];
+    if (test.site) return ["Out of memory", test.site];
+    if (test.incident) return ["Out of memory", test.incident];
+    return ["Failed for another reason", "nothing about memory is known"];
+  }
+  function broke() {
+    const causes = new Map();
+    for (const row of bad) {
+      const [kind, words] = cause(row), key = kind + "\n" + words;
+      if (!causes.has(key)) causes.set(key, { kind, words, rows: [] });
+      causes.get(key).rows.push(row);
+    }
+    const groups = [...causes.values()].sort((a, b) => b.rows.length - a.rows.length);
+    const item = (row) => el("li", {}, el("button", { type: "button", class: "name", click: () => open(row) }, row.nodeid));
+    const out = [];
+    for (const group of groups) {
+      const list = group.rows.sort((a, b) => natural(a.nodeid, b.nodeid));
+      out.push(el("h3", { class: "bad" }, group.kind + ": " + list.length + (list.length === 1 ? " test" : " tests")), el("p", { class: "soft" }, group.words));
+      out.push(el("ul", { class: "plain" }, ...list.slice(0, 5).map(item)));
+      if (list.length > 5) out.push(el("details", {}, el("summary", {}, (list.length - 5) + " more"), el("ul", { class: "plain" }, ...list.slice(5).map(item))));
+    }
+    if (out.length) byId("broke").append(el("h2", {}, "What broke"), ...out);
+  }
+  broke();
+  const largest = rows.reduce((most, row) => Math.max(most, row.allocated), 0);
+  const grown = data.baseline ? data.baseline.changes.filter((c) => c.is_regression).length : 0;
+  function tile(value, text, target, prepare) {
+    const node = el("a", { class: "tile", href: "#" + target }, el("b", {}, value), el("span", {}, text));
+    if (prepare) node.addEventListener("click", () => { prepare(); page = 0; draw(); });
+    byId("tiles").append(node);
+  }
+  const onlyFailed = () => { byId("outcome").value = bad.some((row) => row.outcome === "failed") ? "failed" : "error"; };
+  tile(failed, "failed", failed ? "broke" : "all", failed ? onlyFailed : null);
+  if (data.baseline) tile(grown, "above the baseline", "grew");
+  tile(rows.reduce((sum, row) => sum + row.broken, 0), "limits broken", "all", () => { order = { key: "used", down: true }; });
+  tile(bytes(largest), "largest peak", "all", () => { order = { key: "allocated", down: true }; });
+  tile(rows.length, "tests on a card", "all", () => { byId("outcome").value = ""; byId("filter").value = ""; });
+  const points = rows.reduce((sum, row) => sum + row.test.sweeps.reduce((s, each) => s + each.points, 0), 0);
+  if (points) tile(points, "swept points", "all");
+  // The first ten, the others folded, the hundred largest at most.
   function listed(heads, list, line) {
-    const parts = [grid(heads, list.slice(0, 100).map(line))];
+    const parts = [grid(heads, list.slice(0, 10).map(line))];
+    const rest = list.slice(10, 100);
+    if (rest.length) parts.push(el("details", {}, el("summary", {}, rest.length + " more"), grid(heads, rest.map(line))));
     if (list.length > 100) parts.push(el("p", { class: "soft" }, "… and " + (list.length - 100) + " more in the JSON"));
     return parts;
   }
   if (data.baseline) {
     const changes = [...data.baseline.changes].sort((a, b) => Math.abs(b.now - b.before) - Math.abs(a.now - a.before));
-    const out = [el("p", { class: "soft" }, changes.length + (changes.length === 1 ? " change, " : " changes, ") + data.baseline.new.length + " new, " + data.baseline.stale.length + " stale")];
-    if (changes.length) {
-      out.push(...listed([["test", 0], ["metric", 0], ["before", 1], ["now", 1], ["Δ", 1]], changes, (c) => [c.test, c.metric,
-        bytes(c.before), bytes(c.now), el("td", { class: c.is_regression ? "n bad" : c.now < c.before ? "n good" : "n" }, (c.now > c.before ? "+" : "") + bytes(c.now - c.before))]));
-    }
-    for (const [list, title] of [[data.baseline.new, "New: not in the baseline"], [data.baseline.stale, "Stale: in the baseline, and no more or without a card"]]) {
+    const heads = [["test", 0], ["metric", 0], ["before", 1], ["now", 1], ["Δ", 1]];
+    const line = (c) => [c.test, c.metric, bytes(c.before), bytes(c.now),
+      el("td", { class: c.is_regression ? "n bad" : c.now < c.before ? "n good" : "n" }, (c.now > c.before ? "+" : "") + bytes(c.now - c.before))];
+    const above = changes.filter((c) => c.is_regression), others = changes.filter((c) => !c.is_regression);
+    const out = [el("p", { class: "soft" }, above.length + " above what is allowed, " + others.length + " other changes, " +
+      data.baseline.new.length + " new, " + data.baseline.stale.length + " stale")];
+    if (above.length) out.push(...listed(heads, above, line));
+    if (others.length) out.push(el("details", {}, el("summary", {}, "Changed within what is allowed, or less: " + others.length), ...listed(heads, others, line)));
+    for (const [list, title] of [[data.baseline.new, "New, not in the baseline"], [data.baseline.stale, "Stale: in the baseline, and no more or without a card"]]) {
       if (!list.length) continue;
-      out.push(el("h3", {}, title), ...listed([["test", 0], ["peaks", 0], ["environment", 0]], list,
-        (e) => [e.test, Object.entries(e.peaks).filter(([name]) => /(allocated|reserved)$/.test(name)).map(([name, n]) => name + " " + bytes(n)).join(", "), e.environment]));
+      out.push(el("details", {}, el("summary", {}, title + ": " + list.length), ...listed([["test", 0], ["peaks", 0], ["environment", 0]],
+        [...list].sort((a, b) => natural(a.test, b.test)),
+        (e) => [e.test, Object.entries(e.peaks).filter(([name]) => /(allocated|reserved)$/.test(name)).map(([name, n]) => name + " " + bytes(n)).join(", "), e.environment])));
     }
     byId("changes").append(...out);
   }
@@ -271,7 +331,7 @@
   byId("outcome").addEventListener("change", () => { page = 0; draw(); });
   byId("previous").addEventListener("click", () => { page -= 1; draw(); });
   byId("next").addEventListener("click", () => { page += 1; draw(); });
-  chosen = shown()[0] || null;
+  chosen = bad[0] || shown()[0] || null;
   draw();
   if (chosen) detail(chosen.test);
 })();
