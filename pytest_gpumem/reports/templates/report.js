@@ -288,9 +288,10 @@
   const largest = rows.reduce((most, row) => Math.max(most, row.allocated), 0);
   const grown = data.baseline ? data.baseline.changes.filter((c) => c.is_regression).length : 0;
   function tile(value, text, target, prepare) {
-    const node = el("a", { class: "tile", href: "#" + target }, el("b", {}, value), el("span", {}, text));
-    if (prepare) node.addEventListener("click", () => { prepare(); page = 0; draw(); });
-    byId("tiles").append(node);
+    byId("tiles").append(el("button", { type: "button", class: "tile", click: () => {
+      if (prepare) { prepare(); page = 0; draw(); }
+      byId(target).scrollIntoView({ block: "start" });
+    } }, el("b", {}, value), el("span", {}, text)));
   }
   const onlyFailed = () => { byId("outcome").value = bad.some((row) => row.outcome === "failed") ? "failed" : "error"; };
   tile(failed, "failed", failed ? "broke" : "all", failed ? onlyFailed : null);
