@@ -290,7 +290,7 @@ def test_a_context_leaves_room_on_its_card(context: str) -> None:
 @pytest.mark.parametrize("capability", ["x", "0.0", "1.0", "80"])
 def test_a_capability_below_every_card_is_refused(capability: str) -> None:
     """The lowest of the table is named."""
-    with pytest.raises(CardError, match="no compute capability; give"):
+    with pytest.raises(CardError, match="not a compute capability; give"):
         find_card(f"16GiB,cc={capability}")
 
 
