@@ -162,7 +162,10 @@ def test_a_recording_is_whole_or_not_written(tmp_path: Path) -> None:
         ("[]", "is not a recording"),
         ('{"kind": "other"}', "is not a recording"),
         (json.dumps({"kind": KIND, "format": FORMAT + 1}), "upgrade pytest-gpumem"),
-        (json.dumps({"kind": KIND, "format": FORMAT}), "damaged: 'card' is not an object"),
+        (
+            json.dumps({"kind": KIND, "format": FORMAT}),
+            "damaged: 'card' is not an object",
+        ),
     ],
 )
 def test_a_foreign_file_is_refused(tmp_path: Path, content: str, message: str) -> None:
