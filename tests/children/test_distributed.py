@@ -12,6 +12,7 @@ pytest_plugins = ["pytester"]
 RANK = """
 import gc
 import os
+import time
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -81,8 +82,21 @@ for each in bare.parameters():
         assert tensor.is_cuda and tensor.device.index == rank, tensor.device
         assert type(tensor).__name__ == "DTensor", type(tensor)
 
+def taken_since(before, expected):
+    # Garbage, and what threads of gloo have just carried, may go a moment later.
+    until = time.monotonic() + 5
+    while True:
+        gc.collect()
+        torch._C._cuda_clearCublasWorkspaces()
+        taken = torch.cuda.memory_allocated() - before
+        if taken == expected or time.monotonic() > until:
+            return taken
+        time.sleep(0.01)
+
 # A bucket byte for each parameter byte, from the wrapping on; gradients may be views.
 for is_view in (False, True):
+    dist.barrier()
+    gc.collect()  # what FSDP and DDP leave in cycles goes at no certain time
     made = model()
     torch._C._cuda_clearCublasWorkspaces()
     before = torch.cuda.memory_allocated()
@@ -90,13 +104,14 @@ for is_view in (False, True):
         made, [rank], gradient_as_bucket_view=is_view
     )
     nbytes = sum(each.nbytes for each in made.parameters())
-    assert torch.cuda.memory_allocated() - before == nbytes
+    taken = taken_since(before, nbytes)
+    assert taken == nbytes, (is_view, taken, nbytes)
     wrapped(torch.full((4, 512), rank + 1.0, device="cuda")).sum().backward()
     grads = [each.grad for each in made.parameters()]
     assert all(each.is_cuda and each.device.index == rank for each in grads)
-    torch._C._cuda_clearCublasWorkspaces()
-    taken = torch.cuda.memory_allocated() - before
-    assert taken == nbytes * (1 if is_view else 2), (is_view, taken)
+    expected = nbytes * (1 if is_view else 2)
+    taken = taken_since(before, expected)
+    assert taken == expected, (is_view, taken, expected)
     first = grads[0].clone()
     dist.broadcast(first, 0)
     assert torch.equal(first, grads[0])
