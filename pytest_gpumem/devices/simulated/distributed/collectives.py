@@ -836,15 +836,42 @@ def handler_for(func: Any, other: Handler) -> Handler:
     if run is None:
         return other
     chosen = run
+
+    def in_nccl(group: c10d.ProcessGroup, backend: Any, given: dict[str, Any]) -> Any:
+        __tracebackhide__ = True
+        return chosen(Call(group, backend, given))
+
+    return by_group(
+        func,
+        other,
+        in_nccl,
+        lambda given: c10d.ProcessGroup.unbox(given["process_group"]),
+    )
+
+
+def by_group(
+    func: Any,
+    other: Handler,
+    in_nccl: Callable[[c10d.ProcessGroup, Any, dict[str, Any]], Any],
+    group_of: Callable[[dict[str, Any]], c10d.ProcessGroup],
+) -> Handler:
+    """Return a handler that runs a collective by the group that it is called for.
+
+    Args:
+        func: The collective.
+        other: Runs it where the group has no NCCL.
+        in_nccl: Runs it with the group, its NCCL backend and the arguments by name.
+        group_of: Finds the group in the arguments by name.
+    """
     names = [each.name for each in func._schema.arguments]
 
     def handler(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         __tracebackhide__ = True
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        group = c10d.ProcessGroup.unbox(given["process_group"])
+        group = group_of(given)
         backend = backend_of(group)
         if backend is None:
             return other(args, kwargs)
-        return chosen(Call(group, backend, given))
+        return in_nccl(group, backend, given)
 
     return handler

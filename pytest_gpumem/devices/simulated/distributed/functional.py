@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch._C import _distributed_c10d as c10d
 
-from pytest_gpumem.devices.simulated.distributed.backend import backend_of
+from pytest_gpumem.devices.simulated.distributed.collectives import by_group
 from pytest_gpumem.devices.simulated.refusals import refuse
 
 if TYPE_CHECKING:
@@ -174,19 +174,14 @@ def handler_for(func: Any, other: Handler) -> Handler:
     if run is None:
         return other
     chosen = run
-    names = [each.name for each in func._schema.arguments]
 
-    def handler(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def in_nccl(group: Any, _backend: Any, given: dict[str, Any]) -> Any:
         __tracebackhide__ = True
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        group = _group(given.pop("group_name"))
-        if backend_of(group) is None:
-            return other(args, kwargs)
         out = given.pop("out", None)
         options = {} if out is None else {"out": out}
         return chosen(group, *given.values(), **options)
 
-    return handler
+    return by_group(func, other, in_nccl, lambda given: _group(given.pop("group_name")))
 
 
 def _group(named: Any) -> Any:
