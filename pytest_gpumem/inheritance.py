@@ -14,6 +14,8 @@ import tempfile
 from contextlib import suppress
 from typing import Final, NamedTuple
 
+from pytest_gpumem.visibility import numbers_of, uuid_of
+
 VARIABLE: Final = "PYTEST_GPUMEM_CHILDREN"
 
 #: Names a file with the models of the hub that children serve too.
@@ -87,6 +89,14 @@ class Inheritance(NamedTuple):
                 "another type); unset it"
             )
         return given._replace(rules=tuple(given.rules))
+
+    def seen_of(self, count: int) -> tuple[int, ...]:
+        """Return the number of each simulated card that the run sees, in its order.
+
+        Args:
+            count: How many cards the machine has.
+        """
+        return numbers_of(self.visible, [uuid_of(number) for number in range(count)])
 
     def indices_here(self, visible: str | None, count: int) -> list[int]:
         """Return what the run calls each card that this process sees.

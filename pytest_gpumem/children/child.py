@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Final
 from pytest_gpumem.devices.on_import import AfterImport
 from pytest_gpumem.inheritance import EVERY_CARD, HUB_VARIABLE, VARIABLE, Inheritance
 from pytest_gpumem.visibility import VARIABLE as VISIBLE
-from pytest_gpumem.visibility import numbers_of, uuid_of
 
 if TYPE_CHECKING:
     from pytest_gpumem.devices import Device
@@ -111,7 +110,7 @@ class Child:
 
     def _machine(self) -> Any:
         if self._installation is None:
-            import torch  # noqa: F401# NVML is asked: there must be cards
+            import torch  # noqa: F401  # NVML is asked: there must be cards
         return self._installation.machine
 
     def _torch_imported(self) -> None:
@@ -129,7 +128,7 @@ class Child:
         indices = self._indices(device)
         if device.kind == "simulated":
             self._set_budgets(device, indices)
-            self._add_tenants(indices)
+            self._add_tenants()
             self._installation.machine.on_change.append(self._cards_changed)
         elif self._given.budgets:
             # A budget makes the card's context, which a process may not want so early.
@@ -149,8 +148,7 @@ class Child:
         if device.kind != "simulated":
             return self._given.indices_here(os.environ.get(VISIBLE), count)
         machine = self._installation.machine
-        uuids = [uuid_of(card.number) for card in machine.all_cards]
-        theirs = numbers_of(self._given.visible, uuids)
+        theirs = self._given.seen_of(len(machine.all_cards))
         return [
             theirs.index(card.number) if card.number in theirs else index
             for index, card in enumerate(machine.cards)
@@ -186,15 +184,16 @@ class Child:
         self._installation.install()
         return SimulatedDevice(machine)
 
-    def _add_tenants(self, indices: list[int]) -> None:
-        """Put the run's pretended processes on the cards."""
+    def _add_tenants(self) -> None:
+        """Put the run's pretended processes on the cards, seen here or not."""
         if not self._given.tenants:
             return
         from pytest_gpumem.allocator.tenants import FixedTenant
 
-        for card, there in zip(self._installation.machine.cards, indices, strict=True):
-            for pid, nbytes in self._given.tenants.get(str(there), {}).items():
-                card.driver.tenants.append(FixedTenant(int(pid), nbytes))
+        cards = self._installation.machine.all_cards
+        for index, number in enumerate(self._given.seen_of(len(cards))):
+            for pid, nbytes in self._given.tenants.get(str(index), {}).items():
+                cards[number].driver.tenants.append(FixedTenant(int(pid), nbytes))
 
     def _set_budgets(self, device: Device, indices: list[int]) -> None:
         from pytest_gpumem.sizes import parse_size

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from pytest_gpumem.cards import find_card
+from pytest_gpumem.cards import DEFAULT_CARD, find_card
 from pytest_gpumem.inheritance import EVERY_CARD, VARIABLE, Inheritance
 from pytest_gpumem.sizes import parse_size
-from pytest_gpumem.visibility import numbers_of, uuid_of
+from pytest_gpumem.visibility import uuid_of
 
 if TYPE_CHECKING:
     from pytest_gpumem.cards_table import Card
@@ -84,9 +84,9 @@ def read_cards() -> list[CardNow] | None:
     given = Inheritance.parse(text)
     if given.backend != "simulated":
         return None
-    cards = find_card(given.options["card"])
+    cards = find_card(given.options.get("card", DEFAULT_CARD))
     # The run numbers the cards that it sees, NVML all of them.
-    seen = numbers_of(given.visible, [uuid_of(number) for number in range(len(cards))])
+    seen = given.seen_of(len(cards))
     ancestors = _ancestors()
     return [
         _card_now(

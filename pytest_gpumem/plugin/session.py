@@ -103,7 +103,7 @@ class Run:
         if self.choice.kind == "cuda" and self.settings.budgets:
             # A real card's total is known to torch alone; ask before the first test.
             self._hook.start()
-            import torch  # noqa: F401# a budget was asked for
+            import torch  # noqa: F401  # a budget was asked for
         elif self.choice.kind != "off":
             self._hook.start()
         if self.choice.kind == "simulated":
@@ -193,7 +193,7 @@ class Run:
             pytest.UsageError: The run has none (``--gpu-backend=off``).
         """
         if self.device is None and self.choice.kind != "off":
-            import torch  # noqa: F401# a test wants the device
+            import torch  # noqa: F401  # a test wants the device
         if self.device is None:
             raise pytest.UsageError(
                 f"this test needs a GPU, but the backend is off: {self.choice.reason}"

@@ -131,6 +131,24 @@ def test_a_budget_of_a_card_that_is_hidden_bounds_nothing(
     assert f"0, {TOTAL_MIB}\n1, 1024\n" == text
 
 
+def test_a_pretended_process_is_on_the_card_that_the_run_means(
+    monkeypatch: pytest.MonkeyPatch, answer: Answer
+) -> None:
+    """The run's first card is the second of the machine, where it hides the first."""
+    _say(
+        monkeypatch,
+        card="T4*2",
+        visible="1",
+        tenants={"0": {"900001": 500 * MIB}},
+    )
+
+    _code, text = answer(
+        "--query-gpu=index,memory.used", "--format=csv,noheader,nounits"
+    )
+
+    assert "0, 0\n1, 500\n" == text
+
+
 def test_cards_are_chosen_by_index_uuid_and_bus(
     monkeypatch: pytest.MonkeyPatch, answer: Answer
 ) -> None:
