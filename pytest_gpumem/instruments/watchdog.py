@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import signal
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pytest_gpumem.stacks import frames_from
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
     from types import FrameType
 
 #: Seconds between attempts: code that catches everything is told again, and at last so
@@ -29,6 +31,47 @@ _OURS: Final = str(Path(__file__).parent)
 
 class HangError(BaseException):
     """A run took too long; not an ``Exception``, so that fallbacks let it pass."""
+
+
+class _LostErrors:
+    """What was raised where Python lets no error out: a finaliser, a weak reference.
+
+    A watchdog's error may come up there. It is then dropped without a word, since the
+    watchdog tells again; any other error goes to the hook that was there. While this
+    hook runs, nothing interrupts it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_users = 0
+        self._previous: Any = None
+
+    @contextlib.contextmanager
+    def ours_dropped(self) -> Generator[None]:
+        """Drop watchdogs' errors during a block; blocks of threads may overlap."""
+        with self._lock:
+            if self._num_users == 0:
+                self._previous, sys.unraisablehook = sys.unraisablehook, self._on_lost
+            self._num_users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_users -= 1
+                if self._num_users == 0 and sys.unraisablehook == self._on_lost:
+                    sys.unraisablehook = self._previous
+
+    def _on_lost(self, lost: Any) -> None:
+        if not issubclass(lost.exc_type, HangError):
+            self._previous(lost)
+
+    def runs_in(self, frame: FrameType | None) -> bool:
+        """Tell whether the hook is among a frame and its callers."""
+        code = _LostErrors._on_lost.__code__
+        return any(each.f_code is code for each in frames_from(frame))
+
+
+_LOST: Final = _LostErrors()
 
 
 class Watchdog:
@@ -56,12 +99,14 @@ class Watchdog:
         self._uses_signal = False
         self._handler: Any = None
         self._action: Any = None
+        self._lost = contextlib.ExitStack()
         self.stacks: str | None = None
 
     def __enter__(self) -> Watchdog:  # noqa: PYI034  # Self needs Python 3.11
         if self._timeout_s is None:
             return self
         self._target = threading.get_ident()
+        self._lost.enter_context(_LOST.ours_dropped())
         in_main = threading.current_thread() is threading.main_thread()
         self._uses_signal = in_main and hasattr(signal, "pthread_kill")
         if self._uses_signal:
@@ -86,6 +131,7 @@ class Watchdog:
         if self._uses_signal:
             signal.signal(signal.SIGUSR2, self._handler)
             _set_action(signal.SIGUSR2, self._action)
+        self._lost.close()
 
     def _watch(self) -> None:
         if self._done.wait(self._timeout_s):
@@ -106,7 +152,7 @@ class Watchdog:
         ends = any(
             each.f_code is Watchdog.__exit__.__code__ for each in frames_from(frame)
         )
-        if not ends:
+        if not ends and not _LOST.runs_in(frame):
             raise HangError(f"no end after {self._timeout_s:g} s")
 
 
