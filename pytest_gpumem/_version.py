@@ -1,3 +1,8 @@
-"""The version of pytest-gpumem."""
+"""The version of pytest-gpumem, as it was built from the repository's tag."""
 
-__version__ = "0.1.0"
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    __version__ = version("pytest-gpumem")
+except PackageNotFoundError:  # its folder is on the path, and it is not installed
+    __version__ = "unknown"

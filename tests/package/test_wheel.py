@@ -91,7 +91,7 @@ def test_the_metadata_says_what_it_is() -> None:
     )
     requires = [each for each in DISTRIBUTION.requires or () if "extra ==" not in each]
     names = {each.partition(">")[0] for each in requires}
-    assert {"filelock", "numpy", "platformdirs", "pytest"} == names
+    assert {"filelock", "platformdirs", "pytest"} == names
 
 
 #: A project's environment with the oldest versions that are supported, all pinned.
