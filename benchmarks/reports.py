@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_gpumem.instruments.timeline import Series
-from pytest_gpumem.plugin.record import keep
-from pytest_gpumem.records.memory import MemoryFigures
+from pytest_gpumem.plugin.record_keeping import keep
+from pytest_gpumem.records.memory_figures import MemoryFigures
 from pytest_gpumem.records.record import LimitOutcome, PhaseFigures, Record
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from pytest_gpumem import OomInjector, make_checkpoint, simulated_device, sweep_ooms
-from pytest_gpumem.sweeps.summary import summary_of
+from pytest_gpumem.sweeps.sweep_record import summary_of
 from pytest_gpumem.sweeps.text import summarise
 
 if TYPE_CHECKING:

@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from pytest_gpumem.errors import GpuMemError
     from pytest_gpumem.hub import serve_models
     from pytest_gpumem.instruments.budget import vram_budget
+    from pytest_gpumem.instruments.competing_process import competing_process
     from pytest_gpumem.instruments.fallback import FallbackReport, check_fallback
     from pytest_gpumem.instruments.injector import OomInjector
     from pytest_gpumem.instruments.loads import LoadVerdict, judge_load
     from pytest_gpumem.instruments.recorder import PeakRecorder
     from pytest_gpumem.instruments.sampler import MemorySampler
     from pytest_gpumem.instruments.steady import steady
-    from pytest_gpumem.instruments.tenants import competing_process
     from pytest_gpumem.planning.fit import FitReport, fit_model
     from pytest_gpumem.planning.task import FitTask
-    from pytest_gpumem.records.memory import MemoryFigures
+    from pytest_gpumem.records.memory_figures import MemoryFigures
     from pytest_gpumem.rules.parser import parse_rule
     from pytest_gpumem.rules.rule import Rule
     from pytest_gpumem.sizes import format_size, parse_size
@@ -44,7 +44,7 @@ _HOMES: Final = {
     "FitTask": "planning.task",
     "GpuMemError": "errors",
     "LoadVerdict": "instruments.loads",
-    "MemoryFigures": "records.memory",
+    "MemoryFigures": "records.memory_figures",
     "MemorySampler": "instruments.sampler",
     "OomInjector": "instruments.injector",
     "Outcome": "sweeps.report",
@@ -56,7 +56,7 @@ _HOMES: Final = {
     "__version__": "_version",
     "active_device": "devices.active",
     "check_fallback": "instruments.fallback",
-    "competing_process": "instruments.tenants",
+    "competing_process": "instruments.competing_process",
     "find_card": "cards",
     "fit_model": "planning.fit",
     "format_size": "sizes",

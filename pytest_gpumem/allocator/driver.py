@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from pytest_gpumem.allocator.tenants import Tenants
+    from pytest_gpumem.allocator.tenant import Tenants
 
 #: The driver's granularity in bytes.
 #: Source: cuMemGetAllocationGranularity answers 2 MiB on current cards.

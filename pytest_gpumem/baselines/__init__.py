@@ -1,7 +1,7 @@
 """Baselines: peaks that were reviewed and committed, and the gate on them."""
 
 from pytest_gpumem.baselines.baseline import Baseline
-from pytest_gpumem.baselines.gate import Tolerance, compare
-from pytest_gpumem.records.run import Change
+from pytest_gpumem.baselines.regressions import Tolerance, compare
+from pytest_gpumem.records.run_record import Change
 
 __all__ = ["Baseline", "Change", "Tolerance", "compare"]

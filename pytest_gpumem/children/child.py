@@ -188,7 +188,7 @@ class Child:
         """Put the run's pretended processes on the cards, seen here or not."""
         if not self._given.tenants:
             return
-        from pytest_gpumem.allocator.tenants import FixedTenant
+        from pytest_gpumem.allocator.tenant import FixedTenant
 
         cards = self._installation.machine.all_cards
         for index, number in enumerate(self._given.seen_of(len(cards))):

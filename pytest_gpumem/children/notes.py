@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pytest_gpumem.cards import MAX_CARDS
-from pytest_gpumem.records.memory import OPTIONAL, MemoryFigures
+from pytest_gpumem.records.memory_figures import OPTIONAL, MemoryFigures
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -12,7 +12,7 @@ from pytest_gpumem.baselines.baseline import (
     nearest,
     torch_of,
 )
-from pytest_gpumem.baselines.gate import compare
+from pytest_gpumem.baselines.regressions import compare
 from pytest_gpumem.errors import ReportError
 from pytest_gpumem.reports.words import environment_line, limit_words
 from pytest_gpumem.sizes import format_size
@@ -21,9 +21,9 @@ from pytest_gpumem.tables import align
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from pytest_gpumem.baselines.gate import Tolerance
+    from pytest_gpumem.baselines.regressions import Tolerance
     from pytest_gpumem.records.record import LimitOutcome, Record
-    from pytest_gpumem.records.run import Change
+    from pytest_gpumem.records.run_record import Change
     from pytest_gpumem.reports.document import Report
 
 _Peaks = dict[str, dict[str, dict[str, int]]]

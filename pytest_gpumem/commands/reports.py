@@ -110,7 +110,7 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from pytest_gpumem.baselines.gate import Tolerance
+    from pytest_gpumem.baselines.regressions import Tolerance
     from pytest_gpumem.commands.comparison import compare_files
 
     try:

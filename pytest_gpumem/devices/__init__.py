@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices.cuda_history import History
     from pytest_gpumem.devices.nvml import Reading
-    from pytest_gpumem.records.memory import MemoryFigures
+    from pytest_gpumem.records.memory_figures import MemoryFigures
 
 
 class Tracker(Protocol):

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from pytest_gpumem.devices.patches import PatchSet
-from pytest_gpumem.records.memory import MemoryFigures
+from pytest_gpumem.records.memory_figures import MemoryFigures
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

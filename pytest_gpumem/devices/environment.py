@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from pytest_gpumem.devices import Device
-    from pytest_gpumem.records.run import Environment
+    from pytest_gpumem.records.run_record import Environment
 
 
 def environment_of(device: Device) -> str:
@@ -44,7 +44,7 @@ def facts_of(device: Device | None, backend: str) -> Environment:
         device: The cards; None where nothing in this process asked for one.
         backend: ``"cuda"``, ``"simulated"`` or ``"off"``.
     """
-    from pytest_gpumem.records.run import CardFacts, Environment
+    from pytest_gpumem.records.run_record import CardFacts, Environment
 
     build = torch_build()
     indices = range(0 if device is None else device.device_count)

@@ -15,7 +15,7 @@ from pytest_gpumem.checkpoints.weights import missing_weights
 from pytest_gpumem.files import write_atomically
 from pytest_gpumem.hub.layout import commit_of, repository
 from pytest_gpumem.hub.names import FROM_HUB, HubModel
-from pytest_gpumem.hub.patches import Patches
+from pytest_gpumem.hub.redirection import Patches
 from pytest_gpumem.inheritance import HUB_VARIABLE
 
 if TYPE_CHECKING:

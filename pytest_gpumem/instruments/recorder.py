@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices import Device, Tracker
     from pytest_gpumem.instruments.witness import OomWitness
-    from pytest_gpumem.records.memory import MemoryFigures
+    from pytest_gpumem.records.memory_figures import MemoryFigures
 
 
 class PeakRecorder:

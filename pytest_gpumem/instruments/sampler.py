@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pytest_gpumem.devices import Device, Tracker
-    from pytest_gpumem.records.memory import MemoryFigures
+    from pytest_gpumem.records.memory_figures import MemoryFigures
 
 #: Seconds between two samples.
 PERIOD_S: Final = 0.05

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
     from pytest_gpumem.devices import Device
-    from pytest_gpumem.records.memory import MemoryFigures
+    from pytest_gpumem.records.memory_figures import MemoryFigures
     from pytest_gpumem.rules.rule import Rule
 
 #: Seconds that threads a run leaves behind are waited for: they would allocate in the

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final, NoReturn
 
 from pytest_gpumem.cards import CUDA_VERSION, DRIVER_VERSION
-from pytest_gpumem.nvidia_smi.cards import CardNow, read_cards
+from pytest_gpumem.nvidia_smi.card_status import CardNow, read_cards
+from pytest_gpumem.nvidia_smi.display import listing, log, summary
 from pytest_gpumem.nvidia_smi.fields import fields_of_cards, fields_of_processes
-from pytest_gpumem.nvidia_smi.tables import listing, log, summary
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from contextlib import AbstractContextManager
 
-    from pytest_gpumem.nvidia_smi.cards import Process
+    from pytest_gpumem.nvidia_smi.card_status import Process
     from pytest_gpumem.nvidia_smi.fields import Field
 
 #: Exit codes. Source: ``man nvidia-smi``, "RETURN VALUE".

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pytest_gpumem.nvidia_smi.cards import CardNow, Process
+    from pytest_gpumem.nvidia_smi.card_status import CardNow, Process
 
 NOT_KNOWN: Final = "[N/A]"
 MIB: Final = 2**20

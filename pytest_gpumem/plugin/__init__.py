@@ -29,7 +29,7 @@ from pytest_gpumem.plugin.fixtures import (
 from pytest_gpumem.plugin.hub import HubAdvice, HubModels
 from pytest_gpumem.plugin.options import add_options
 from pytest_gpumem.plugin.outputs import STEP_SUMMARY, check_outputs
-from pytest_gpumem.plugin.record import Attachment, Collector
+from pytest_gpumem.plugin.record_keeping import Attachment, Collector
 from pytest_gpumem.plugin.session import Run
 from pytest_gpumem.plugin.settings import (
     OPTIONS,
@@ -176,7 +176,7 @@ def _control(run: Run, config: pytest.Config, collection: Collection) -> None:
     register(summary, "gpumem-summary")
     is_distributed = bool(config.getoption("tx", default=None))
     if is_distributed or run.choice.kind == "cuda":
-        from pytest_gpumem.plugin.history import History
+        from pytest_gpumem.plugin.cardless_tests import History
 
         history = History(config, collector)
         register(history, "gpumem-history")
@@ -185,7 +185,7 @@ def _control(run: Run, config: pytest.Config, collection: Collection) -> None:
 
             register(Workers(history, run.settings.share), "gpumem-workers")
     if os.environ.get("GITHUB_ACTIONS") == "true":
-        from pytest_gpumem.plugin.annotations import Annotations
+        from pytest_gpumem.plugin.failure_annotations import Annotations
 
         annotations = Annotations(config)
         collector.listeners.append(annotations.take)

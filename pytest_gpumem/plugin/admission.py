@@ -9,7 +9,7 @@ import pytest
 
 from pytest_gpumem.errors import AdmissionTimeoutError
 from pytest_gpumem.plugin.claims import Claim, declared_claims
-from pytest_gpumem.plugin.record import has_record, record_of
+from pytest_gpumem.plugin.record_keeping import has_record, record_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping

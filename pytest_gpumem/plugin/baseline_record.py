@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from pytest_gpumem.baselines.baseline import larger
-from pytest_gpumem.baselines.gate import compare
+from pytest_gpumem.baselines.regressions import compare
 from pytest_gpumem.plugin.gate import WORKER_INPUT
-from pytest_gpumem.plugin.record import mark_over_limit
+from pytest_gpumem.plugin.record_keeping import mark_over_limit
 from pytest_gpumem.plugin.workers import notes_of
 from pytest_gpumem.records.record import Judgement
 from pytest_gpumem.sizes import format_size
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from pytest_gpumem.plugin.gate import Gate
-    from pytest_gpumem.plugin.record import Collector, Finished
+    from pytest_gpumem.plugin.record_keeping import Collector, Finished
     from pytest_gpumem.plugin.session import Run
     from pytest_gpumem.records.record import Record
 

@@ -12,13 +12,13 @@ from pytest_gpumem.baselines.baseline import (
     has_growth,
     torch_of,
 )
-from pytest_gpumem.baselines.gate import compare, moved_by_torch, shifted
+from pytest_gpumem.baselines.regressions import compare, moved_by_torch, shifted
 from pytest_gpumem.devices.environment import environment_name
 from pytest_gpumem.devices.selection import torch_build
 from pytest_gpumem.errors import BaselineError
 from pytest_gpumem.plugin.baseline_record import BaselineRecord
 from pytest_gpumem.plugin.gate import adjusted
-from pytest_gpumem.records.run import Change, Entry
+from pytest_gpumem.records.run_record import Change, Entry
 from pytest_gpumem.sizes import format_size
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.plugin.endings import Endings
     from pytest_gpumem.plugin.gate import Gate
-    from pytest_gpumem.plugin.record import Collector
+    from pytest_gpumem.plugin.record_keeping import Collector
     from pytest_gpumem.plugin.session import Run
 
 #: Changes and stale tests that are listed without ``-v``.

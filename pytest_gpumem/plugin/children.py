@@ -22,7 +22,7 @@ from pytest_gpumem.inheritance import (
     Inheritance,
     present_tenants,
 )
-from pytest_gpumem.plugin.record import record_of
+from pytest_gpumem.plugin.record_keeping import record_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices import Device
     from pytest_gpumem.plugin.marks import Budget
     from pytest_gpumem.plugin.settings import Settings
-    from pytest_gpumem.records.memory import MemoryFigures
+    from pytest_gpumem.records.memory_figures import MemoryFigures
     from pytest_gpumem.rules.rule import Rule
 
 #: The phase that children's figures stand under.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from pytest_gpumem.plugin.record import record_of
+from pytest_gpumem.plugin.record_keeping import record_of
 from pytest_gpumem.records.record import Contention as Record
 
 if TYPE_CHECKING:

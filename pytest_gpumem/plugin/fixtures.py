@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_gpumem.plugin.record import record_of
+from pytest_gpumem.plugin.record_keeping import record_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
     from pathlib import Path
 
+    from pytest_gpumem.instruments.competing_process import Tenant
     from pytest_gpumem.instruments.fallback import FallbackReport
     from pytest_gpumem.instruments.injector import OomInjector
     from pytest_gpumem.instruments.recorder import PeakRecorder
-    from pytest_gpumem.instruments.tenants import Tenant
     from pytest_gpumem.sweeps.report import SweepReport
 
 
@@ -41,7 +41,7 @@ def competing_process(
 ) -> Callable[..., AbstractContextManager[Tenant]]:
     """Let another process hold memory of a card, in a with statement."""
     _session(request.config).require_device()
-    from pytest_gpumem.instruments.tenants import competing_process as compete
+    from pytest_gpumem.instruments.competing_process import competing_process as compete
 
     return compete
 

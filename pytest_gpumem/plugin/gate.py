@@ -22,7 +22,7 @@ from pytest_gpumem.baselines.baseline import (
     has_growth,
     nearest,
 )
-from pytest_gpumem.baselines.gate import (
+from pytest_gpumem.baselines.regressions import (
     DEFAULT,
     FirstUses,
     Tolerance,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.plugin.growth import Growth
     from pytest_gpumem.plugin.settings import Settings
     from pytest_gpumem.records.record import MadeFixture
-    from pytest_gpumem.records.run import Change
+    from pytest_gpumem.records.run_record import Change
 
 
 #: Where a worker finds the baseline's text.

@@ -31,7 +31,7 @@ from pytest_gpumem.baselines.baseline import (
     REQUESTED,
     metric_key,
 )
-from pytest_gpumem.plugin.record import record_of
+from pytest_gpumem.plugin.record_keeping import record_of
 from pytest_gpumem.records.record import MadeFixture
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices import Device, Tracker
     from pytest_gpumem.plugin.session import Run
-    from pytest_gpumem.records.memory import MemoryFigures
+    from pytest_gpumem.records.memory_figures import MemoryFigures
     from pytest_gpumem.records.record import Judgement
 
 _WORDS: Final = (*METRICS, REQUESTED)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 
 from pytest_gpumem.devices import allocated_bytes
-from pytest_gpumem.plugin.record import record_of
+from pytest_gpumem.plugin.record_keeping import record_of
 from pytest_gpumem.records.record import LimitOutcome
 from pytest_gpumem.sizes import format_size
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices import Device
     from pytest_gpumem.instruments.witness import OomWitness
     from pytest_gpumem.plugin import marks
-    from pytest_gpumem.records.memory import MemoryFigures
+    from pytest_gpumem.records.memory_figures import MemoryFigures
     from pytest_gpumem.records.record import Record
 
 

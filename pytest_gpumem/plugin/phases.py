@@ -13,7 +13,7 @@ import pytest
 from pytest_gpumem.devices import allocated_bytes
 from pytest_gpumem.plugin import marks
 from pytest_gpumem.plugin.failures import Failures
-from pytest_gpumem.plugin.record import has_record, record_of
+from pytest_gpumem.plugin.record_keeping import has_record, record_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.plugin.limits import LeakCheck, Limits
     from pytest_gpumem.plugin.session import Run
     from pytest_gpumem.plugin.wider_fixtures import WiderFixtures
-    from pytest_gpumem.records.memory import MemoryFigures
+    from pytest_gpumem.records.memory_figures import MemoryFigures
     from pytest_gpumem.records.record import Record
     from pytest_gpumem.rules.rule import Rule
 

@@ -13,12 +13,12 @@ from pytest_gpumem.files import write_atomically
 from pytest_gpumem.plugin.outputs import STEP_SUMMARY
 from pytest_gpumem.plugin.workers import notes_of
 from pytest_gpumem.records.codec import decode
-from pytest_gpumem.records.run import BaselineOutcome, Environment
+from pytest_gpumem.records.run_record import BaselineOutcome, Environment
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
 
-    from pytest_gpumem.plugin.record import Collector
+    from pytest_gpumem.plugin.record_keeping import Collector
     from pytest_gpumem.plugin.session import Run
     from pytest_gpumem.reports.document import Report
 

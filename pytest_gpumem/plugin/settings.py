@@ -22,7 +22,7 @@ from pytest_gpumem.plugin.options import (
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from pytest_gpumem.baselines.gate import Tolerance
+    from pytest_gpumem.baselines.regressions import Tolerance
     from pytest_gpumem.cards import Card
     from pytest_gpumem.hub import HubModel
     from pytest_gpumem.plugin.marks import Budget
@@ -177,7 +177,7 @@ class Settings:
         "--gpu-compare-fail",
         "METRIC:TOLERANCE",
         default=(),
-        parse="pytest_gpumem.baselines.gate:Tolerance.parse",
+        parse="pytest_gpumem.baselines.regressions:Tolerance.parse",
         repeated=True,
         help="how much more than the baseline passes: allocated:5%% or reserved:16MiB; "
         "may be repeated (default: allocated:1%%, and reserved is reported)",

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from pytest_gpumem.plugin.marks import is_swept
-from pytest_gpumem.plugin.record import detach, has_record, keep, record_of, taken
+from pytest_gpumem.plugin.record_keeping import (
+    detach,
+    has_record,
+    keep,
+    record_of,
+    taken,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator

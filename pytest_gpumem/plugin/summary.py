@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from pytest_gpumem.plugin.phases import Phases
-    from pytest_gpumem.plugin.record import Collector
+    from pytest_gpumem.plugin.record_keeping import Collector
     from pytest_gpumem.plugin.session import Run
     from pytest_gpumem.plugin.sweep_progress import SweepProgress
     from pytest_gpumem.records.record import Record
@@ -148,7 +148,7 @@ class SummaryPlugin:
         sweeps = [each for test in self._tests.values() for each in test.sweeps]
         if not sweeps:
             return
-        from pytest_gpumem.sweeps.summary import whole_sweeps
+        from pytest_gpumem.sweeps.sweep_record import whole_sweeps
         from pytest_gpumem.sweeps.text import coverage_table, summarise
 
         terminal.section("OOM sweeps")

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import pytest
 
 from pytest_gpumem.errors import SweepError
-from pytest_gpumem.plugin.record import PROGRESS, record_of
+from pytest_gpumem.plugin.record_keeping import PROGRESS, record_of
 from pytest_gpumem.plugin.sweep_progress import Progress, show_progress
-from pytest_gpumem.sweeps.summary import summary_of
+from pytest_gpumem.sweeps.sweep_record import summary_of
 from pytest_gpumem.sweeps.text import SHOWN, describe, explain, replays
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from pytest_gpumem.plugin.sharing import VARIABLE, Place
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from pytest_gpumem.plugin.history import History
+    from pytest_gpumem.plugin.cardless_tests import History
 
 #: The key of the names of tests that used no card before.
 IDLE_INPUT: Final = "gpumem_idle"

@@ -53,8 +53,8 @@ def record(
         oom_texts,
         versions,
     )
-    from pytest_gpumem.recording.phases import PLANS, measure
     from pytest_gpumem.recording.traces import play_all
+    from pytest_gpumem.recording.workload import PLANS, measure
 
     say = progress or (lambda _text: None)
     say("card, versions, context")

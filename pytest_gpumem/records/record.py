@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pytest_gpumem.records.codec import COMPACT, AsText, Count, decode, encode
-from pytest_gpumem.records.memory import MemoryFigures
+from pytest_gpumem.records.memory_figures import MemoryFigures
 
 #: The values of ``sweeps.report.Verdict``.
 VerdictName = Literal[

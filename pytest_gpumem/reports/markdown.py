@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Final
 from pytest_gpumem.records.staircase import staircase_table
 from pytest_gpumem.reports.words import environment_line, limit_words
 from pytest_gpumem.sizes import format_size
-from pytest_gpumem.sweeps.summary import whole_sweeps
+from pytest_gpumem.sweeps.sweep_record import whole_sweeps
 from pytest_gpumem.sweeps.text import summarise
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from pytest_gpumem.records.record import LimitOutcome, Record
-    from pytest_gpumem.records.run import BaselineOutcome, Entry
+    from pytest_gpumem.records.run_record import BaselineOutcome, Entry
     from pytest_gpumem.reports.document import Report
 
 #: Entries of each kind that are shown: a step's summary has room for 1 MiB.

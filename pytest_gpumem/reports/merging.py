@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_gpumem.records.run import BaselineOutcome
+from pytest_gpumem.records.run_record import BaselineOutcome
 from pytest_gpumem.reports.document import Report, by_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from pytest_gpumem.records.run import Entry, Environment
+    from pytest_gpumem.records.run_record import Entry, Environment
 
 
 def merge(reports: Iterable[Report]) -> Report:

@@ -8,7 +8,7 @@ from pytest_gpumem.sizes import format_size
 
 if TYPE_CHECKING:
     from pytest_gpumem.records.record import LimitOutcome
-    from pytest_gpumem.records.run import Environment
+    from pytest_gpumem.records.run_record import Environment
 
 
 def environment_line(machine: Environment) -> str:

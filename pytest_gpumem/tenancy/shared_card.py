@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_gpumem.allocator.tenants import Tenants
+from pytest_gpumem.allocator.tenant import Tenants
 from pytest_gpumem.tenancy.entries import Folder
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_gpumem.allocator.driver import VIRTUAL_BASE, Driver
-from pytest_gpumem.allocator.tenants import Tenants
+from pytest_gpumem.allocator.tenant import Tenants
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

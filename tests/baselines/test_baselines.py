@@ -13,7 +13,12 @@ from hypothesis import strategies as st
 
 from pytest_gpumem.baselines import Baseline, Change, Tolerance, compare
 from pytest_gpumem.baselines.baseline import metric_key, nearest
-from pytest_gpumem.baselines.gate import DEFAULT, FirstUses, moved_by_torch, shifted
+from pytest_gpumem.baselines.regressions import (
+    DEFAULT,
+    FirstUses,
+    moved_by_torch,
+    shifted,
+)
 from pytest_gpumem.errors import BaselineError
 from pytest_gpumem.files import write_atomically
 

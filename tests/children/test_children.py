@@ -19,7 +19,7 @@ from pytest_gpumem.children.notes import MAX_RULES, Note, read_notes, together
 from pytest_gpumem.children.watch import Watch
 from pytest_gpumem.devices.simulated.device import SimulatedDevice
 from pytest_gpumem.inheritance import VARIABLE, Inheritance, pass_budget_on
-from pytest_gpumem.records.memory import MemoryFigures
+from pytest_gpumem.records.memory_figures import MemoryFigures
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

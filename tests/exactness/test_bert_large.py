@@ -13,7 +13,7 @@ from recorded_cases import load, name_of, simulate, total_bytes
 from pytest_gpumem.cards import find_card
 from pytest_gpumem.checkpoints import make_checkpoint
 from pytest_gpumem.devices.simulated.install import simulated_device
-from pytest_gpumem.recording.phases import FIGURES
+from pytest_gpumem.recording.workload import FIGURES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

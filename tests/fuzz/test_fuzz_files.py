@@ -28,7 +28,7 @@ from pytest_gpumem.errors import (
 from pytest_gpumem.recording import FORMAT, KIND, load, save
 from pytest_gpumem.recording.compare import differences
 from pytest_gpumem.records.codec import decode
-from pytest_gpumem.records.memory import MemoryFigures
+from pytest_gpumem.records.memory_figures import MemoryFigures
 from pytest_gpumem.records.record import (
     FallbackStep,
     Judgement,
@@ -38,7 +38,7 @@ from pytest_gpumem.records.record import (
     Sweep,
     WiderFixture,
 )
-from pytest_gpumem.records.run import (
+from pytest_gpumem.records.run_record import (
     BaselineOutcome,
     CardFacts,
     Change,

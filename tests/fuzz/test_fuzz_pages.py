@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pages import Page
 
 import pytest_gpumem
-from pytest_gpumem.records.memory import MemoryFigures
+from pytest_gpumem.records.memory_figures import MemoryFigures
 from pytest_gpumem.records.record import (
     Contention,
     FallbackStep,
@@ -25,7 +25,7 @@ from pytest_gpumem.records.record import (
     SweptSite,
     WiderFixture,
 )
-from pytest_gpumem.records.run import BaselineOutcome, Change, Entry
+from pytest_gpumem.records.run_record import BaselineOutcome, Change, Entry
 from pytest_gpumem.reports import document
 from pytest_gpumem.reports.markdown import markdown
 from pytest_gpumem.reports.page import page

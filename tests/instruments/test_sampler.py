@@ -18,7 +18,7 @@ from pytest_gpumem.instruments.sampler import (
     rest_after,
     sampled,
 )
-from pytest_gpumem.records.memory import MemoryFigures
+from pytest_gpumem.records.memory_figures import MemoryFigures
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

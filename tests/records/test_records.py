@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pytest_gpumem.plugin.marks import METRICS, PHASES
 from pytest_gpumem.records.codec import DamageError, decode, encode, required_of
 from pytest_gpumem.records.junit import properties
-from pytest_gpumem.records.memory import MemoryFigures
+from pytest_gpumem.records.memory_figures import MemoryFigures
 from pytest_gpumem.records.record import (
     Contention,
     FallbackStep,

@@ -15,9 +15,9 @@ from pytest_gpumem.cli import main
 from pytest_gpumem.devices.active import active_device
 from pytest_gpumem.errors import ReportError
 from pytest_gpumem.instruments.timeline import MAX_GROUPS, MAX_POINTS, Series, Timeline
-from pytest_gpumem.records.memory import MemoryFigures
+from pytest_gpumem.records.memory_figures import MemoryFigures
 from pytest_gpumem.records.record import PhaseFigures, Record
-from pytest_gpumem.records.run import BaselineOutcome, Change, Entry, Environment
+from pytest_gpumem.records.run_record import BaselineOutcome, Change, Entry, Environment
 from pytest_gpumem.reports import document
 from pytest_gpumem.reports.markdown import escape, markdown
 from pytest_gpumem.reports.merging import merge

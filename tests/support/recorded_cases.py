@@ -12,7 +12,7 @@ import torch
 
 from pytest_gpumem.cards import find_card
 from pytest_gpumem.devices.simulated.install import simulated_device
-from pytest_gpumem.recording.phases import FIGURES
+from pytest_gpumem.recording.workload import FIGURES
 
 if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.machine import SimulatedMachine

@@ -17,7 +17,7 @@ from pytest_gpumem import Outcome, SweepReport, Verdict, sweep_ooms, vram_budget
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.errors import RuleError, SweepError
 from pytest_gpumem.rules.rule import FLAVOURS, NOT_OOM
-from pytest_gpumem.sweeps.summary import summary_of
+from pytest_gpumem.sweeps.sweep_record import summary_of
 from pytest_gpumem.sweeps.text import coverage_table, explain, summarise
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from pytest_gpumem.sweeps.report import (
     Verdict,
 )
 from pytest_gpumem.sweeps.state import SweepState
-from pytest_gpumem.sweeps.summary import summary_of, whole_sweeps
+from pytest_gpumem.sweeps.sweep_record import summary_of, whole_sweeps
 from pytest_gpumem.sweeps.text import (
     SHOWN,
     coverage_table,

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch  # noqa: F401  # an inner run may not be the first to import it
 
+from pytest_gpumem.plugin.cardless_tests import History
 from pytest_gpumem.plugin.claims import Claim, declared_claims
-from pytest_gpumem.plugin.history import History
 from pytest_gpumem.plugin.marks import Budget, Limit, Requirement, Wishes
-from pytest_gpumem.plugin.record import Collector
+from pytest_gpumem.plugin.record_keeping import Collector
 from pytest_gpumem.plugin.settings import Settings
 from pytest_gpumem.plugin.sharing import VARIABLE, Place, Sharing, take_place
 from pytest_gpumem.plugin.workers import Workers

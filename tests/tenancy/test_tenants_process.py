@@ -10,8 +10,8 @@ import pytest
 
 from pytest_gpumem.errors import TenantError
 from pytest_gpumem.inheritance import VARIABLE
-from pytest_gpumem.instruments import tenants
-from pytest_gpumem.instruments.tenants import competing_process
+from pytest_gpumem.instruments import competing_process as tenants
+from pytest_gpumem.instruments.competing_process import competing_process
 
 if TYPE_CHECKING:
     from pathlib import Path

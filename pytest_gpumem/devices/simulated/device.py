@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pytest_gpumem.devices.nvml import CardCount, Reading
 from pytest_gpumem.devices.simulated.machine import OutOfMemory, innermost_machine
 from pytest_gpumem.guards import Guarded
-from pytest_gpumem.records.memory import MemoryFigures
+from pytest_gpumem.records.memory_figures import MemoryFigures
 from pytest_gpumem.visibility import uuid_of
 
 if TYPE_CHECKING:

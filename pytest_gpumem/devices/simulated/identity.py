@@ -29,6 +29,7 @@ from typing import Any, Final
 
 import torch
 
+from pytest_gpumem.devices.simulated.copies import moved
 from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.devices.simulated.subclasses import runs_itself
 from pytest_gpumem.devices.simulated.tensor import (
@@ -39,7 +40,6 @@ from pytest_gpumem.devices.simulated.tensor import (
     put_on_card,
     take_off_card,
 )
-from pytest_gpumem.devices.simulated.transfer import moved
 from pytest_gpumem.devices.simulated.warned import relayed
 
 _base: Final[Any] = torch._C.TensorBase

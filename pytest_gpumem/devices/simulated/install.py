@@ -24,7 +24,6 @@ from pytest_gpumem.devices.simulated import (
     torchscript,
 )
 from pytest_gpumem.devices.simulated.autocast import clear_cache
-from pytest_gpumem.devices.simulated.build import build_names
 from pytest_gpumem.devices.simulated.constructors import (
     CONSTRUCTORS,
     DRAWING_METHODS,
@@ -47,6 +46,7 @@ from pytest_gpumem.devices.simulated.storages import (
 from pytest_gpumem.devices.simulated.streams import Event, EventName, Stream, StreamName
 from pytest_gpumem.devices.simulated.surface import C_FUNCTIONS, cuda_names
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
+from pytest_gpumem.devices.simulated.torch_build import build_names
 from pytest_gpumem.devices.simulated_nvml import NvmlHook
 
 if TYPE_CHECKING:

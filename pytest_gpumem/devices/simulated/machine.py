@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pytest_gpumem.cards import Card
-    from pytest_gpumem.devices.simulated.history import History
+    from pytest_gpumem.devices.simulated.memory_history import History
 
 #: What torch says of a device index that is not there (cudaErrorInvalidDevice).
 INVALID_ORDINAL: Final = (

@@ -18,6 +18,7 @@ from torch._tensor_str import _add_suffixes, _tensor_str
 from torch.nn.parameter import is_lazy
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from pytest_gpumem.devices.simulated.copies import moved
 from pytest_gpumem.devices.simulated.identity import (
     GRAD,
     become,
@@ -34,7 +35,6 @@ from pytest_gpumem.devices.simulated.subclasses import (
     runs_itself,
 )
 from pytest_gpumem.devices.simulated.tensor import DEVICES, SimulatedTensor
-from pytest_gpumem.devices.simulated.transfer import moved
 from pytest_gpumem.devices.simulated.typed import wanted
 from pytest_gpumem.devices.simulated.warned import relayed
 

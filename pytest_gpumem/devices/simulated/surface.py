@@ -14,17 +14,17 @@ import torch
 
 from pytest_gpumem.allocator.snapshot import snapshot
 from pytest_gpumem.devices.simulated import rng
-from pytest_gpumem.devices.simulated.build import compiled_version
-from pytest_gpumem.devices.simulated.collectives import C_COLLECTIVES
+from pytest_gpumem.devices.simulated.comm import C_COLLECTIVES
 from pytest_gpumem.devices.simulated.distributed.one_process import C_NCCL
-from pytest_gpumem.devices.simulated.history import History
-from pytest_gpumem.devices.simulated.lists import grouping
 from pytest_gpumem.devices.simulated.machine import card_of, current_machine
+from pytest_gpumem.devices.simulated.memory_history import History
 from pytest_gpumem.devices.simulated.nvtx import Nvtx
 from pytest_gpumem.devices.simulated.properties import DeviceProperties
 from pytest_gpumem.devices.simulated.refusals import C_REFUSALS
 from pytest_gpumem.devices.simulated.runtime import Runtime
 from pytest_gpumem.devices.simulated.streams import Event, Stream, stream_triple
+from pytest_gpumem.devices.simulated.tensor_lists import grouping
+from pytest_gpumem.devices.simulated.torch_build import compiled_version
 from pytest_gpumem.devices.simulated.typed import typed_tensors
 from pytest_gpumem.kernels.cublas import workspace_bytes
 from pytest_gpumem.visibility import uuid_of

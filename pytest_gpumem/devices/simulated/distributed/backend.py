@@ -22,13 +22,13 @@ import torch.distributed as dist
 from torch._C import _distributed_c10d as c10d
 from torch.distributed import constants, distributed_c10d
 
-from pytest_gpumem.devices.simulated.build import NCCL_VERSION
 from pytest_gpumem.devices.simulated.distributed.works import (
     NcclWork,
     idle_work,
     nccl_error,
 )
 from pytest_gpumem.devices.simulated.machine import card_of
+from pytest_gpumem.devices.simulated.torch_build import NCCL_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from pytest_gpumem.devices.simulated.build import NCCL_VERSION
+from pytest_gpumem.devices.simulated.torch_build import NCCL_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch._C import _distributed_c10d as c10d
 from torch.futures import Future, collect_all
 
-from pytest_gpumem.devices.simulated.build import NCCL_VERSION
+from pytest_gpumem.devices.simulated.torch_build import NCCL_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

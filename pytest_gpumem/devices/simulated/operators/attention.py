@@ -9,7 +9,7 @@ kernel runs), ``transformers/attention.cpp`` (what is done around it),
 ``transformers/cuda/attention.cu`` and ``attention_backward.cu`` (what the
 memory-efficient kernels ask for), ``transformers/cuda/flash_attn/flash_api.cpp``
 (``mha_fwd``, ``mha_bwd``). Sizes of workspaces are in
-``kernels/attention.py``.
+``kernels/attention_memory.py``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pytest_gpumem.devices.simulated.rng import (
     generator_of,
 )
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor, make
-from pytest_gpumem.kernels import attention as kernels
+from pytest_gpumem.kernels import attention_memory as kernels
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pytest_gpumem.devices.simulated.copies import moved
 from pytest_gpumem.devices.simulated.kernel_types import HALVES, refuse_backend
 from pytest_gpumem.devices.simulated.refusals import refusing
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
-from pytest_gpumem.devices.simulated.transfer import moved
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection

@@ -23,7 +23,7 @@ from pytest_gpumem.devices.simulated.operators.requests import (
     copy_of,
     is_number,
 )
-from pytest_gpumem.kernels.sorting import INDEX_BYTES, pairs_bytes, scan_bytes
+from pytest_gpumem.kernels.sort_memory import INDEX_BYTES, pairs_bytes, scan_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -25,7 +25,7 @@ from pytest_gpumem.devices.simulated.operators.requests import (
     copy_of,
     is_number,
 )
-from pytest_gpumem.kernels.sorting import INDEX_BYTES
+from pytest_gpumem.kernels.sort_memory import INDEX_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -15,8 +15,8 @@ from pytest_gpumem.devices.simulated.operators.requests import (
     Temporary,
     copy_of,
 )
-from pytest_gpumem.kernels.reductions import scratch_bytes
-from pytest_gpumem.kernels.sorting import scan_bytes
+from pytest_gpumem.kernels.reduction_memory import scratch_bytes
+from pytest_gpumem.kernels.sort_memory import scan_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -44,7 +44,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytest_gpumem.devices.simulated.memory import Memory, hold_workspace
-from pytest_gpumem.kernels.reductions import Processors
+from pytest_gpumem.kernels.reduction_memory import Processors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

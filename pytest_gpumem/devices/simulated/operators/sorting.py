@@ -20,7 +20,7 @@ from pytest_gpumem.devices.simulated.operators.requests import (
     Temporary,
     copy_of,
 )
-from pytest_gpumem.kernels.sorting import (
+from pytest_gpumem.kernels.sort_memory import (
     INDEX_BYTES,
     SELECTION_SCAN_BYTES,
     pairs_bytes,

@@ -17,7 +17,7 @@ from pytest_gpumem.devices.simulated.operators.requests import (
     copy_of,
 )
 from pytest_gpumem.devices.simulated.refusals import refuse
-from pytest_gpumem.kernels.sorting import INDEX_BYTES
+from pytest_gpumem.kernels.sort_memory import INDEX_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -6,6 +6,12 @@ from typing import Any
 
 import torch
 
+from pytest_gpumem.devices.simulated.copies import (
+    download,
+    is_asked_for,
+    peer_copy,
+    upload,
+)
 from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.memory import Memory, hold
 from pytest_gpumem.devices.simulated.operands import is_own_device
@@ -16,12 +22,6 @@ from pytest_gpumem.devices.simulated.tensor import (
     SimulatedTensor,
     make,
     refresh,
-)
-from pytest_gpumem.devices.simulated.transfer import (
-    download,
-    is_asked_for,
-    peer_copy,
-    upload,
 )
 
 _aten = torch.ops.aten

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from pytest_gpumem.reports.annotations import Place, error_command, place_of
+from pytest_gpumem.reports.github_commands import Place, error_command, place_of
 
 if TYPE_CHECKING:
-    from pytest_gpumem.plugin.record import Finished
+    from pytest_gpumem.plugin.record_keeping import Finished
 
 #: Where the checkout is.
 WORKSPACE: Final = "GITHUB_WORKSPACE"

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from pytest_gpumem.kernels.reductions import Processors
+    from pytest_gpumem.kernels.reduction_memory import Processors
 
 #: What each part of a buffer is rounded up to, and what may be lost in front of it.
 _ALIGNMENT: Final = 256

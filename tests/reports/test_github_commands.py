@@ -10,7 +10,7 @@ import pytest
 import torch  # noqa: F401  # an inner run would import it anew, which torch does not survive
 from ways import WORKERS
 
-from pytest_gpumem.reports.annotations import Place, error_command, place_of
+from pytest_gpumem.reports.github_commands import Place, error_command, place_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

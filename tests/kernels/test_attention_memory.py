@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from pytest_gpumem import PeakRecorder
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.devices.simulated.operators.attention import choose_kernel
-from pytest_gpumem.kernels.reductions import Processors, scratch_bytes
+from pytest_gpumem.kernels.reduction_memory import Processors, scratch_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -26,7 +26,7 @@ from pytest_gpumem.instruments.snapshots import (
 )
 from pytest_gpumem.instruments.witness import OomWitness
 from pytest_gpumem.records.incidents import Incident, ModelSize, Process, remedies
-from pytest_gpumem.reports.incident import explain
+from pytest_gpumem.reports.oom_section import explain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -86,7 +86,7 @@ def test_figures_are_those_of_the_moment(witness: OomWitness) -> None:
     )
     assert 16 * MIB == first.largest_free_bytes == first.fragmented_bytes
     assert 24 * MIB == first.budget_bytes == first.room_bytes
-    assert first.site.startswith("tests/instruments/test_incidents.py:")
+    assert first.site.startswith("tests/instruments/test_oom_incidents.py:")
     assert "in _take (other)" in first.site
     assert 0 == second.allocated_bytes
     assert 50 * MIB == second.nbytes

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from pytest_gpumem.plugin.record import record_of, taken
+from pytest_gpumem.plugin.record_keeping import record_of, taken
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -77,7 +77,7 @@ class Incidents:
         report: pytest.TestReport,
         incidents: Sequence[Incident],
     ) -> None:
-        from pytest_gpumem.reports.incident import TITLE, explain, headline
+        from pytest_gpumem.reports.oom_section import TITLE, explain, headline
 
         last = incidents[-1]
         lines = explain(last, count=len(incidents))

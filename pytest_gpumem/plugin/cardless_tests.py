@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     import pytest
 
-    from pytest_gpumem.plugin.record import Collector
+    from pytest_gpumem.plugin.record_keeping import Collector
 
 #: Where pytest's cache keeps the names of tests that passed and used no card.
 _KEY: Final = "gpumem/idle"

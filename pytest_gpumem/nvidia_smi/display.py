@@ -12,7 +12,7 @@ from pytest_gpumem.nvidia_smi.fields import mib
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from pytest_gpumem.nvidia_smi.cards import CardNow
+    from pytest_gpumem.nvidia_smi.card_status import CardNow
 
 _WIDTH: Final = 89
 #: Widths of the three columns of the table of cards.

@@ -11,7 +11,7 @@ import time
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_gpumem.allocator.tenants import FixedTenant
+from pytest_gpumem.allocator.tenant import FixedTenant
 from pytest_gpumem.devices.active import active_device
 from pytest_gpumem.errors import TenantError
 from pytest_gpumem.inheritance import VARIABLE, pass_tenant_on

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from pytest_gpumem.baselines.baseline import BEFORE, GROWTH, LEFT, METRICS, REQUESTED
 from pytest_gpumem.errors import SizeError
-from pytest_gpumem.records.run import Change
+from pytest_gpumem.records.run_record import Change
 from pytest_gpumem.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
