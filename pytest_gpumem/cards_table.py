@@ -16,7 +16,7 @@ _MIB: Final = 2**20
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class MultiprocessorLimits:
     """What a compute capability fixes of a multiprocessor; sizes in bytes."""
 
     max_threads: int
@@ -28,17 +28,17 @@ class Limits:
 #: By compute capability; one that is not here takes the one below it.
 #: Source: CUDA C++ Programming Guide, "Technical Specifications per Compute
 #: Capability".
-LIMITS: Final[dict[tuple[int, int], Limits]] = {
-    (3, 7): Limits(2048, 131072, 112 * _KIB, 48 * _KIB),
-    (6, 0): Limits(2048, 65536, 64 * _KIB, 48 * _KIB),
-    (7, 0): Limits(2048, 65536, 96 * _KIB, 96 * _KIB),
-    (7, 5): Limits(1024, 65536, 64 * _KIB, 64 * _KIB),
-    (8, 0): Limits(2048, 65536, 164 * _KIB, 163 * _KIB),
-    (8, 6): Limits(1536, 65536, 100 * _KIB, 99 * _KIB),
-    (8, 9): Limits(1536, 65536, 100 * _KIB, 99 * _KIB),
-    (9, 0): Limits(2048, 65536, 228 * _KIB, 227 * _KIB),
-    (10, 0): Limits(2048, 65536, 228 * _KIB, 227 * _KIB),
-    (12, 0): Limits(1536, 65536, 100 * _KIB, 99 * _KIB),
+LIMITS: Final[dict[tuple[int, int], MultiprocessorLimits]] = {
+    (3, 7): MultiprocessorLimits(2048, 131072, 112 * _KIB, 48 * _KIB),
+    (6, 0): MultiprocessorLimits(2048, 65536, 64 * _KIB, 48 * _KIB),
+    (7, 0): MultiprocessorLimits(2048, 65536, 96 * _KIB, 96 * _KIB),
+    (7, 5): MultiprocessorLimits(1024, 65536, 64 * _KIB, 64 * _KIB),
+    (8, 0): MultiprocessorLimits(2048, 65536, 164 * _KIB, 163 * _KIB),
+    (8, 6): MultiprocessorLimits(1536, 65536, 100 * _KIB, 99 * _KIB),
+    (8, 9): MultiprocessorLimits(1536, 65536, 100 * _KIB, 99 * _KIB),
+    (9, 0): MultiprocessorLimits(2048, 65536, 228 * _KIB, 227 * _KIB),
+    (10, 0): MultiprocessorLimits(2048, 65536, 228 * _KIB, 227 * _KIB),
+    (12, 0): MultiprocessorLimits(1536, 65536, 100 * _KIB, 99 * _KIB),
 }
 
 
@@ -84,7 +84,7 @@ class Card:
         return round(36 + 2.18 * threads / 1024) * _MIB
 
     @property
-    def _limits(self) -> Limits:
+    def _limits(self) -> MultiprocessorLimits:
         known = [cc for cc in LIMITS if cc <= self.compute_capability]
         return LIMITS[max(known, default=min(LIMITS))]
 

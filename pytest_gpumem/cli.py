@@ -180,7 +180,7 @@ def _add_fit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 def _fit(options: argparse.Namespace) -> int:
     from pytest_gpumem.planning.fit import DEFAULT_CARDS, fit_model
-    from pytest_gpumem.planning.table import table
+    from pytest_gpumem.planning.table import fit_table
     from pytest_gpumem.planning.task import FitTask
 
     report = fit_model(
@@ -203,7 +203,7 @@ def _fit(options: argparse.Namespace) -> int:
     text = (
         json.dumps(report.to_json(), indent=1)
         if options.json
-        else "\n".join(table(report))
+        else "\n".join(fit_table(report))
     )
     sys.stdout.write(f"{text}\n")
     return 0 if all(each.fits for each in report.cards) else 1
@@ -212,7 +212,7 @@ def _fit(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     from pytest_gpumem import doctor
 
-    return doctor.run(as_json=options.json)
+    return doctor.print_findings(as_json=options.json)
 
 
 def _checkpoint(options: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ from pytest_gpumem.allocator.config import VARIABLES, config_from_environment
 from pytest_gpumem.cards import DEFAULT_CARD, find_card
 from pytest_gpumem.checkpoints.cache import cache_folder
 from pytest_gpumem.devices.environment import driver_version
-from pytest_gpumem.devices.nvml import why_unknown
+from pytest_gpumem.devices.nvml import why_uncounted
 from pytest_gpumem.devices.selection import Choice, choose, torch_build
 from pytest_gpumem.errors import AllocatorSettingError
 from pytest_gpumem.sizes import format_size
@@ -144,7 +144,7 @@ def _torch(problems: list[Problem]) -> dict[str, Any]:
 
 def _nvml() -> dict[str, Any]:
     """Ask NVIDIA's library for the driver."""
-    why = why_unknown()
+    why = why_uncounted()
     known = f"unknown: {why}" if why else "NVML counts them"
     return {"driver": driver_version(), "process bytes": known}
 
@@ -224,7 +224,7 @@ def _show(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def run(*, as_json: bool) -> int:
+def print_findings(*, as_json: bool) -> int:
     """Print what was found; return 1 if tests cannot run, else 0."""
     found = examine()
     if as_json:

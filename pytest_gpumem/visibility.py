@@ -52,7 +52,7 @@ def numbers_of(listed: str | None, uuids: Sequence[str]) -> tuple[int, ...]:
     if listed is None:
         return tuple(range(len(uuids)))
     shown: list[int] = []
-    for entry in names_of(listed):
+    for entry in visible_names(listed):
         if isinstance(entry, int):
             found = [entry] if entry < len(uuids) else []
         else:
@@ -65,7 +65,7 @@ def numbers_of(listed: str | None, uuids: Sequence[str]) -> tuple[int, ...]:
     return tuple(shown)
 
 
-def names_of(listed: str) -> list[int] | list[str]:
+def visible_names(listed: str) -> list[int] | list[str]:
     """Return what a value of the variable names: indices, or beginnings of UUIDs.
 
     The names of MIG instances are as they stand.

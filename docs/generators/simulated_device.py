@@ -18,7 +18,7 @@ def simulated_device() -> str:
         table(("kind", "means"), catalogue.KINDS.items()),
     ]
     for module in ("torch.cuda", "torch.accelerator"):
-        kinds = catalogue.names_of(module)
+        kinds = catalogue.kinds_of_names(module)
         parts.append(f"\n## {module}\n")
         for kind in catalogue.KINDS:
             names = sorted(name for name, other in kinds.items() if other == kind)

@@ -9,7 +9,7 @@ from pytest_gpumem.allocator.caching import CachingAllocator, OutOfMemory
 from pytest_gpumem.allocator.config import AllocatorConfig
 from pytest_gpumem.allocator.driver import Driver
 from pytest_gpumem.allocator.oom_text import ProcessMemory
-from pytest_gpumem.allocator.trace_fields import STATS, no_trace, read, read_size
+from pytest_gpumem.allocator.trace_fields import STATS, no_trace, read_field, read_size
 from pytest_gpumem.errors import TraceError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _LETTERS: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class Replay:
+class ReplayResult:
     """What the model answered to a trace.
 
     Attributes:
@@ -47,7 +47,7 @@ class Replay:
         return {"rows": self.rows, "oom": self.oom}
 
 
-def replay(trace: Mapping[str, Any]) -> Replay:
+def replay(trace: Mapping[str, Any]) -> ReplayResult:
     """Run a trace's events on a fresh allocator.
 
     Args:
@@ -65,15 +65,17 @@ class _Run:
     """One replay: the allocator and the blocks by the trace's ids."""
 
     def __init__(self, trace: Mapping[str, Any]) -> None:
-        meta = read(trace, "meta", dict, "the trace")
+        meta = read_field(trace, "meta", dict, "the trace")
         total = "total" if "total_bytes" not in meta else "total_bytes"
-        self._events = read(trace, "events", list, "the trace")
-        self._fields = read(trace, "fields", list, "the trace")
+        self._events = read_field(trace, "events", list, "the trace")
+        self._fields = read_field(trace, "fields", list, "the trace")
         self._snapshot_keys = (
-            read(trace, "snapshots", dict, "the trace") if "snapshots" in trace else {}
+            read_field(trace, "snapshots", dict, "the trace")
+            if "snapshots" in trace
+            else {}
         )
-        conf = read(meta, "conf", str, "'meta'")
-        address_policy = read(meta, "addr", str, "'meta'")
+        conf = read_field(meta, "conf", str, "'meta'")
+        address_policy = read_field(meta, "addr", str, "'meta'")
         try:
             self._driver = Driver(
                 read_size(meta, total, "'meta'"),
@@ -91,7 +93,7 @@ class _Run:
             config=config,
             processes=lambda: [ProcessMemory(None, self._driver.used_bytes + context)],
         )
-        streams = read(meta, "streams", dict, "'meta'")
+        streams = read_field(meta, "streams", dict, "'meta'")
         self._streams = {key: read_size(streams, key, "'streams'") for key in streams}
         self._blocks: dict[Any, Block | None] = {}
         self._address: int | None = None
@@ -100,7 +102,7 @@ class _Run:
             if name not in (*STATS, "oom", "ptr"):
                 raise no_trace(f"unknown column in 'fields': {name!r}")
 
-    def finish(self) -> Replay:
+    def finish(self) -> ReplayResult:
         rows = []
         driver: dict[str, list[list[Any]]] = {}
         snapshots = {}
@@ -114,13 +116,13 @@ class _Run:
             rows.append(self._row(key))
             if key in self._snapshot_keys:
                 snapshots[key] = self._snapshot()
-        return Replay(self._fields, rows, self._oom, driver, snapshots)
+        return ReplayResult(self._fields, rows, self._oom, driver, snapshots)
 
     def _step(self, index: str, event: Mapping[str, Any]) -> None:
         where = f"event {index}"
         allocator = self._allocator
         self._address = None
-        kind = read(event, "op", str, where)
+        kind = read_field(event, "op", str, where)
         if kind == "alloc":
             self._alloc(index, event)
         elif kind == "free":
@@ -142,13 +144,13 @@ class _Run:
 
     def _set(self, kind: str, event: Mapping[str, Any], where: str) -> None:
         if kind == "set_fraction":
-            fraction = read(event, "fraction", (int, float), where)
+            fraction = read_field(event, "fraction", (int, float), where)
             try:
                 self._allocator.set_memory_fraction(fraction)
             except ValueError as error:
                 raise no_trace(f"{where}: {error}") from error
         elif kind == "events_pending":
-            pending = read(event, "value", (int, bool), where)
+            pending = read_field(event, "value", (int, bool), where)
             self._allocator.events_pending = bool(pending)
         elif kind == "set_ctx":
             self._driver.other_bytes = read_size(event, "bytes", where)
@@ -162,14 +164,14 @@ class _Run:
         return self._streams[str(number)]
 
     def _block(self, event: Mapping[str, Any], where: str) -> Block | None:
-        name = read(event, "id", (int, str), where)
+        name = read_field(event, "id", (int, str), where)
         if name not in self._blocks:
             raise no_trace(f"{where}: id {name!r} is not alive")
         return self._blocks[name]
 
     def _alloc(self, index: str, event: Mapping[str, Any]) -> None:
         where = f"event {index}"
-        name = read(event, "id", (int, str), where)
+        name = read_field(event, "id", (int, str), where)
         nbytes = read_size(event, "bytes", where)
         stream = self._stream(event, where)
         if name in self._blocks:
@@ -210,4 +212,4 @@ class _Run:
         ]
 
 
-__all__ = ["Replay", "replay"]
+__all__ = ["ReplayResult", "replay"]

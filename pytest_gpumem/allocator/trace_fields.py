@@ -53,7 +53,9 @@ def no_trace(problem: str) -> TraceError:
     return TraceError(f"not a trace that can be replayed: {problem}")
 
 
-def read(mapping: Any, key: str, kinds: type | tuple[type, ...], where: str) -> Any:
+def read_field(
+    mapping: Any, key: str, kinds: type | tuple[type, ...], where: str
+) -> Any:
     """Return an entry of an object in a trace.
 
     Args:
@@ -85,7 +87,7 @@ def read_size(mapping: Any, key: str, where: str) -> int:
     Raises:
         TraceError: There is no such entry, or it is something else.
     """
-    value: int = read(mapping, key, int, where)
+    value: int = read_field(mapping, key, int, where)
     if value < 0:
         raise no_trace(f"{where}: {key}={value} is below 0")
     return value

@@ -1,7 +1,7 @@
 """Baselines: peaks that were reviewed and committed, and the gate on them."""
 
 from pytest_gpumem.baselines.baseline import Baseline
-from pytest_gpumem.baselines.regressions import Tolerance, compare
+from pytest_gpumem.baselines.regressions import Tolerance, compare_figures
 from pytest_gpumem.records.run_record import Change
 
-__all__ = ["Baseline", "Change", "Tolerance", "compare"]
+__all__ = ["Baseline", "Change", "Tolerance", "compare_figures"]

@@ -87,7 +87,7 @@ MANY: Final = 3
 DEFAULT: Final = (Tolerance("allocated", share=0.01),)
 
 
-def compare(
+def compare_figures(
     test: str,
     before: Mapping[str, int],
     now: Mapping[str, int],

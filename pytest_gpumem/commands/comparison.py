@@ -12,7 +12,7 @@ from pytest_gpumem.baselines.baseline import (
     nearest,
     torch_of,
 )
-from pytest_gpumem.baselines.regressions import compare
+from pytest_gpumem.baselines.regressions import compare_figures
 from pytest_gpumem.errors import ReportError
 from pytest_gpumem.reports.words import environment_line, limit_words
 from pytest_gpumem.sizes import format_size
@@ -65,7 +65,7 @@ def compare_files(
                 f"{environment} is compared with figures of torch {torch_of(other)}"
             )
         for test in sorted(found.keys() & known.keys()):
-            changed = compare(test, known[test], found[test], gate)
+            changed = compare_figures(test, known[test], found[test], gate)
             same += not changed
             changes += changed
         new += [_named(test, found[test]) for test in sorted(found.keys() - known)]

@@ -56,10 +56,10 @@ def add_commands(commands: Any) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from pytest_gpumem.reports.document import read
+    from pytest_gpumem.reports.document import read_report
     from pytest_gpumem.reports.markdown import markdown
 
-    report = read(options.report)
+    report = read_report(options.report)
     if options.html is not None:
         from pytest_gpumem.reports.page import page
 

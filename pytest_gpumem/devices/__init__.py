@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
-    from pytest_gpumem.devices.cuda_history import History
+    from pytest_gpumem.devices.cuda_history import CudaHistory
     from pytest_gpumem.devices.nvml import Reading
     from pytest_gpumem.records.memory_figures import MemoryFigures
 
@@ -164,7 +164,7 @@ class Device(Protocol):
             Whether this device can do so (a real card cannot).
         """
 
-    def recording(self) -> AbstractContextManager[History | None]:
+    def recording(self) -> AbstractContextManager[CudaHistory | None]:
         """Keep what happens over a block, to be read afterwards.
 
         Yields:

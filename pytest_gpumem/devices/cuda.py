@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytest_gpumem.devices.budgets import Budgets
-from pytest_gpumem.devices.cuda_history import History, history_of_block
+from pytest_gpumem.devices.cuda_history import CudaHistory, history_of_block
 from pytest_gpumem.devices.cuda_statistics import CudaStatistics, CudaTracker
 from pytest_gpumem.devices.fractions import fraction_for
 from pytest_gpumem.devices.nvml import CardCount, Reading, cap_free_memory
@@ -324,7 +324,7 @@ class CudaDevice:
         yield False
 
     @contextmanager
-    def recording(self) -> Iterator[History | None]:
+    def recording(self) -> Iterator[CudaHistory | None]:
         """Have torch keep its history over a block, once CUDA is in use."""
         with history_of_block() as history:
             yield history

@@ -30,7 +30,7 @@ _SEGMENTS: Final = {
 }
 
 
-class Change(NamedTuple):
+class MemoryChange(NamedTuple):
     """One change of a card's memory.
 
     Attributes:
@@ -49,7 +49,7 @@ class Change(NamedTuple):
     frames: list[dict[str, Any]]
 
 
-class History:
+class CudaHistory:
     """The changes of every card over a block; see ``history_of_block``."""
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class History:
         if self._is_ours and is_kept():
             _keep(enabled=None)
 
-    def read(self) -> list[list[Change]] | None:
+    def read(self) -> list[list[MemoryChange]] | None:
         """Return the changes so far, card by card.
 
         None if there is nothing to tell: CUDA was not used, or the program under test
@@ -97,16 +97,16 @@ class History:
         ]
 
 
-def _change(entry: dict[str, Any]) -> Change | None:
+def _change(entry: dict[str, Any]) -> MemoryChange | None:
     action, size = entry["action"], entry["size"]
     when, frames = entry["time_us"], entry.get("frames", [])
     if action in _SEGMENTS:
-        return Change(0, 0, _SEGMENTS[action] * size, when, frames)
+        return MemoryChange(0, 0, _SEGMENTS[action] * size, when, frames)
     if action not in ("alloc", "free_requested"):
         return None
     rounded = -(-size // MIN_BLOCK_SIZE) * MIN_BLOCK_SIZE
     nbytes = rounded if action == "alloc" else -rounded
-    return Change(entry["addr"], nbytes, 0, when, frames)
+    return MemoryChange(entry["addr"], nbytes, 0, when, frames)
 
 
 def is_kept() -> bool:
@@ -118,7 +118,7 @@ def is_kept() -> bool:
 
 
 @contextmanager
-def history_of_block() -> Iterator[History]:
+def history_of_block() -> Iterator[CudaHistory]:
     """Have torch keep the history of memory over a block.
 
     Where one is kept already, by ``history_kept`` or by the program, that one is read.
@@ -127,7 +127,7 @@ def history_of_block() -> Iterator[History]:
     of requests, rounded up: what the allocator does not split off a larger block is not
     counted. The program can see that a history is kept.
     """
-    history = History()
+    history = CudaHistory()
     torch.cuda._lazy_call(history.begin)  # noqa: SLF001  # now, or once CUDA is in use
     try:
         yield history

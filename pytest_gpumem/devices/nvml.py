@@ -98,7 +98,7 @@ class CardCount:
         find: Callable[[Any, int], Any] | None = None,
     ) -> None:
         self._index: Final = index
-        self._find: Final = find_card if find is None else find
+        self._find: Final = find_handle if find is None else find
         self._has_context: Final = has_context
         self._handle: Any = None
 
@@ -134,7 +134,7 @@ def in_words(error: Exception) -> str:
     return f"NVML says {str(error) or repr(error)!r}" + (f": {words}" if words else "")
 
 
-def why_unknown() -> str:
+def why_uncounted() -> str:
     """Return why NVML can count no process on this machine; empty if it seems to.
 
     Asks the cards of the machine, as NVML numbers them, and needs no CUDA.
@@ -157,7 +157,7 @@ def why_unknown() -> str:
     return ""
 
 
-def find_card(pynvml: Any, index: int) -> Any:
+def find_handle(pynvml: Any, index: int) -> Any:
     """Return NVML's handle of a card, or of a MIG instance, that torch uses.
 
     See Note [Which card NVML means]. Initialises NVML, and CUDA if need be.
@@ -228,7 +228,7 @@ def other_processes(index: int) -> tuple[Process, ...]:
     except ImportError:
         return ()
     try:
-        handle = find_card(pynvml, index)
+        handle = find_handle(pynvml, index)
         running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
     except Exception:  # noqa: BLE001  # a measurement must end no test
         return ()

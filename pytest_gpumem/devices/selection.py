@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 from pytest_gpumem.devices.accelerators import other_accelerator, why_no_amd_card
 from pytest_gpumem.errors import DeviceUnavailableError
-from pytest_gpumem.visibility import VARIABLE, names_of, numbers_of
+from pytest_gpumem.visibility import VARIABLE, numbers_of, visible_names
 
 BACKENDS: Final = ("auto", "cuda", "simulated", "off")
 
@@ -116,7 +116,7 @@ def why_no_card(build: TorchBuild) -> str | None:
 def _why_no_nvidia_card(torch_version: str, cuda_version: str) -> str | None:
     listed = os.environ.get(VARIABLE)
     hidden = f"{VARIABLE} hides every card"
-    if listed is not None and not names_of(listed):
+    if listed is not None and not visible_names(listed):
         return hidden
     found = ask_driver()
     if found is None:
@@ -158,7 +158,7 @@ def torch_build() -> TorchBuild | None:
     return TorchBuild(version or "unknown", **said)
 
 
-class Driver(NamedTuple):
+class NvidiaDriver(NamedTuple):
     """What NVIDIA's driver says of the machine.
 
     Attributes:
@@ -170,7 +170,7 @@ class Driver(NamedTuple):
     cuda_version: str
 
 
-def ask_driver() -> Driver | None:
+def ask_driver() -> NvidiaDriver | None:
     """Return what the driver's library says; None without a driver.
 
     CUDA is not used for it: see Note [When the variable is read].
@@ -186,11 +186,11 @@ def ask_driver() -> Driver | None:
     except OSError:
         return None
     if nvml.nvmlInit_v2() != 0:
-        return Driver((), "0.0")
+        return NvidiaDriver((), "0.0")
     try:
         count, version = ctypes.c_uint(0), ctypes.c_int(0)
         if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
-            return Driver((), "0.0")
+            return NvidiaDriver((), "0.0")
         text = "999.0"  # where it does not tell, torch will
         if nvml.nvmlSystemGetCudaDriverVersion_v2(ctypes.byref(version)) == 0:
             text = f"{version.value // 1000}.{version.value % 1000 // 10}"
@@ -200,7 +200,7 @@ def ask_driver() -> Driver | None:
             nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(handle))
             nvml.nvmlDeviceGetUUID(handle, uuid, _UUID)
             uuids.append(uuid.value.decode("ascii", "replace"))
-        return Driver(tuple(uuids), text)
+        return NvidiaDriver(tuple(uuids), text)
     finally:
         nvml.nvmlShutdown()
 

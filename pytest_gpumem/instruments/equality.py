@@ -52,7 +52,7 @@ class Comparison(NamedTuple):
     largest: float
 
 
-def compare(
+def compare_portraits(
     reference: Any,
     result: Any,
     *,
@@ -131,7 +131,7 @@ class _Comparer:
             self._differ(where, f"has {_show(left[0])} besides")
 
     def _is(self, first: Any, second: Any) -> bool:
-        return compare(first, second, dtypes=self._dtypes).first is None
+        return compare_portraits(first, second, dtypes=self._dtypes).first is None
 
     def _others(self, reference: Any, result: Any, where: str) -> None:
         try:

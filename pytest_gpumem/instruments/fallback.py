@@ -29,7 +29,7 @@ _SMALLEST: Final = 2 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class FallbackRun:
     """What one run of the loader ended in.
 
     Attributes:
@@ -73,7 +73,7 @@ class FallbackReport:
         steps: Budgets first, from the largest, then faults.
     """
 
-    steps: tuple[Step, ...]
+    steps: tuple[FallbackRun, ...]
 
     @property
     def staircase(self) -> tuple[tuple[int | None, str], ...]:
@@ -180,7 +180,7 @@ def _step(
     cause: str | None = None,
     rule: Rule | None = None,
     expected: str | None = None,
-) -> Step:
+) -> FallbackRun:
     """Load once and judge."""
     done = loader.load(
         *([] if rule is None else [rule]),
@@ -193,7 +193,7 @@ def _step(
         rung = f"raised {done.failure.kind.__name__}"
     if expected is not None and expected not in rung:
         problems.append(f"it ended in {rung!r}, expected was {expected!r}")
-    return Step(
+    return FallbackRun(
         budget_bytes,
         cause,
         rung,

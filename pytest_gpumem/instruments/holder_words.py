@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-class Place:
+class InterpreterHolder:
     """A holder that is not an object: a place of the interpreter, in words."""
 
     def __init__(self, text: str) -> None:
@@ -237,7 +237,7 @@ _WORDS: Final[tuple[tuple[Any, Callable[[Any, Any], str]], ...]] = (
     (threading.Thread, lambda it, _child: f"thread {it.name!r}"),
     (type, _class),
     (torch.Tensor, _tensor),
-    (Place, lambda it, _child: it.text),
+    (InterpreterHolder, lambda it, _child: it.text),
     (contextvars.Context, _context),
     (_LRU, lambda it, _child: f"the cache of function {it.__qualname__}"),
     (

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from pytest_gpumem.instruments.holder_words import (
-    Place,
+    InterpreterHolder,
     base_of,
     path_in_words,
     runs,
@@ -59,7 +59,7 @@ _ROOTS: Final = (
     logging.LogRecord,
     threading.Thread,
     contextvars.Context,
-    Place,
+    InterpreterHolder,
 )
 
 
@@ -285,7 +285,7 @@ def _held() -> Iterator[tuple[Any, Any]]:
         handler = signal.getsignal(number)
         if callable(handler):
             name = signal.Signals(number).name
-            yield Place(f"the handler of signal {name}"), handler
+            yield InterpreterHolder(f"the handler of signal {name}"), handler
 
 
 def _saved() -> Iterator[tuple[torch.Tensor, Any]]:

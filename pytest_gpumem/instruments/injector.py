@@ -10,7 +10,7 @@ from pytest_gpumem.devices.active import active_device
 from pytest_gpumem.guards import guarded
 from pytest_gpumem.instruments.flavours import COUNTED, make_error
 from pytest_gpumem.instruments.sites import caller_names, current_phase
-from pytest_gpumem.instruments.witness import refuse, tell_refused
+from pytest_gpumem.instruments.witness import note_cause, tell_refused
 from pytest_gpumem.rules.parser import parse_rule
 from pytest_gpumem.rules.rule import NOT_OOM, Request, Rule, Schedule
 
@@ -125,7 +125,7 @@ class OomInjector:
         # Every rule counts every request: no short circuit.
         striking = [each for each in self.schedules if each.refuses(request)]
         if striking:
-            refuse(str(striking[0].rule))
+            note_cause(str(striking[0].rule))
         for schedule in striking:
             flavour = schedule.rule.flavour
             error = make_error(flavour, self._require_device(), device_index, nbytes)

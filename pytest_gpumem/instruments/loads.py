@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from pytest_gpumem.devices.active import active_device
-from pytest_gpumem.instruments.equality import compare
+from pytest_gpumem.instruments.equality import compare_portraits
 from pytest_gpumem.instruments.parts import Placement, placement_of, tensors_held_by
 from pytest_gpumem.instruments.portraits import portrait
 from pytest_gpumem.instruments.trials import Attempt, Failure, Trial, is_the_oom
@@ -156,7 +156,7 @@ class Loader:
         if placement is not None and not is_control and attempt.output is not None:
             if self._reference is None:
                 self._reference = attempt.output
-            first, output_error = compare(
+            first, output_error = compare_portraits(
                 self._reference,
                 attempt.output,
                 where="the output",

@@ -50,7 +50,7 @@ class Node:
             node = node.parent
 
 
-class Owner(NamedTuple):
+class NamedOwner(NamedTuple):
     """A module's parameter, buffer or gradient, by name."""
 
     node: Node
@@ -70,7 +70,7 @@ class Owners:
     def __init__(
         self,
         device: Device,
-        claim: Callable[[int, int, torch.UntypedStorage, Owner], None],
+        claim: Callable[[int, int, torch.UntypedStorage, NamedOwner], None],
     ) -> None:
         self._device: Final = device
         self._claim: Final = claim
@@ -115,7 +115,7 @@ class Owners:
     def meet_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Learn which blocks are gradients of parameters that are known."""
         owners = {
-            id(tensor): Owner(node, name, "gradient of")
+            id(tensor): NamedOwner(node, name, "gradient of")
             for module, node in list(self._nodes.items())
             for name, tensor in tensors_of(module)
         }
@@ -136,9 +136,9 @@ class Owners:
     def _given(self, module: torch.nn.Module, name: str, tensor: Any) -> None:
         with suppress(Exception), unseen():  # a record must not change what it sees
             if issubclass(type(tensor), torch.Tensor) and tensor.is_cuda:
-                self._tell(tensor, Owner(self.node(module), name))
+                self._tell(tensor, NamedOwner(self.node(module), name))
 
-    def _tell(self, tensor: torch.Tensor, owner: Owner) -> None:
+    def _tell(self, tensor: torch.Tensor, owner: NamedOwner) -> None:
         if is_lazy(tensor) or not tensor.is_cuda or tensor.layout != torch.strided:
             return
         storage = tensor.untyped_storage()

@@ -170,7 +170,7 @@ def _study(frame: FrameType) -> Chain:
         elif code.co_name == "step" and _OPTIMIZERS in code.co_filename:
             optimizer = depth
     return Chain(
-        place_of(lines), is_workspace, module, variables, outer, optimizer, tuple(codes)
+        site_of(lines), is_workspace, module, variables, outer, optimizer, tuple(codes)
     )
 
 
@@ -212,7 +212,7 @@ def starred(path: str) -> str:
     return re.sub(r"(?<![A-Za-z_])[0-9]+", "*", path)
 
 
-def place_of(lines: Iterable[Line]) -> str:
+def site_of(lines: Iterable[Line]) -> str:
     """Return the place of lines that called each other, from the inside out."""
     lines = list(lines)
     user = library = line = None

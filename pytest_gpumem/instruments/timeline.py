@@ -13,9 +13,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from pytest_gpumem.guards import guarded
 from pytest_gpumem.instruments.live import living_models
-from pytest_gpumem.instruments.owners import Owner, Owners
+from pytest_gpumem.instruments.owners import NamedOwner, Owners
 from pytest_gpumem.instruments.parts import unseen
-from pytest_gpumem.instruments.sites import Line, chain_of, place_of, starred
+from pytest_gpumem.instruments.sites import Line, chain_of, site_of, starred
 from pytest_gpumem.records.live_groups import LiveBlock, group_blocks
 from pytest_gpumem.stacks import calling_frame
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from pytest_gpumem.devices import Device
-    from pytest_gpumem.devices.cuda_history import Change, History
+    from pytest_gpumem.devices.cuda_history import CudaHistory, MemoryChange
     from pytest_gpumem.instruments.owners import Node
     from pytest_gpumem.instruments.sites import Chain
 
@@ -84,7 +84,7 @@ class _Block:
         self.nbytes = nbytes
         self.place = place
         self.node = node
-        self.owner: Owner | None = None
+        self.owner: NamedOwner | None = None
 
     def at_peak(self) -> LiveBlock:
         """Return what is told of it."""
@@ -100,14 +100,14 @@ class _Block:
         return LiveBlock(self.nbytes, site)
 
 
-class Claim(NamedTuple):
+class SeenOwner(NamedTuple):
     """Whose a block is, as it was seen at a time, in microseconds since the epoch."""
 
     time_us: int
     card: int
     address: int
     nbytes: int
-    owner: Owner
+    owner: NamedOwner
 
 
 class _Card:
@@ -135,7 +135,7 @@ class _Card:
         elif block is not None:
             self._gone.append(block)
 
-    def claim(self, claim: Claim) -> None:
+    def claim(self, claim: SeenOwner) -> None:
         """Take in whose a block is; one that is not known was there before the test."""
         block = self.blocks.get(claim.address)
         if block is None:
@@ -173,9 +173,9 @@ class Timeline:
         self._unmet: list[Any] = []
         self._met_at: dict[int, int] = {}
         self._is_paused = False
-        self._history: History | None = None
+        self._history: CudaHistory | None = None
         #: Whose blocks are, as far as is known before the history is read.
-        self._claims: list[Claim] = []
+        self._claims: list[SeenOwner] = []
         self._has_met = False
         self.is_recorded = False
 
@@ -225,7 +225,7 @@ class Timeline:
         for index, each in enumerate(changes):
             self._replay(index, each)
 
-    def _replay(self, index: int, changes: list[Change]) -> None:
+    def _replay(self, index: int, changes: list[MemoryChange]) -> None:
         if not changes:
             return
         card = self._cards[index] = _Card()
@@ -247,7 +247,7 @@ class Timeline:
                     for frame in each.frames
                 )
                 if lines not in places:
-                    places[lines] = place_of(lines) if lines else AUTOGRAD
+                    places[lines] = site_of(lines) if lines else AUTOGRAD
                 block = _Block(each.nbytes, places[lines], None)
                 card.gain(each.address, allocated, block)
             elif each.nbytes:
@@ -305,7 +305,7 @@ class Timeline:
             self._unmet.append(module if outer is None else outer)
         block = _Block(nbytes, chain.place, self._owners.node(module))
         if parameter and block.node is not None:
-            block.owner = Owner(block.node, parameter)
+            block.owner = NamedOwner(block.node, parameter)
         return block
 
     def _meet_optimizer(self, optimizer: Any) -> None:
@@ -329,14 +329,14 @@ class Timeline:
                 guarded(partial(meet, each), otherwise=None)
 
     def _claim(
-        self, index: int, address: int, storage: torch.UntypedStorage, owner: Owner
+        self, index: int, address: int, storage: torch.UntypedStorage, owner: NamedOwner
     ) -> None:
         if self._history is not None:
             now = time.time_ns() // 1000
-            self._claims.append(Claim(now, index, address, storage.nbytes(), owner))
+            self._claims.append(SeenOwner(now, index, address, storage.nbytes(), owner))
             return
         nbytes = self._device.block_bytes(storage)
-        self._cards[index].claim(Claim(0, index, address, nbytes, owner))
+        self._cards[index].claim(SeenOwner(0, index, address, nbytes, owner))
 
     def result(self) -> list[dict[str, Any]]:
         """Return for each card that was used what happened, as JSON can hold it."""

@@ -159,7 +159,7 @@ class OomWitness:
         )
 
 
-def refuse(rule: str) -> None:
+def note_cause(rule: str) -> None:
     """Say which rule is the cause of the thread's next failure."""
     if _witnesses:
         _refused.rule = rule

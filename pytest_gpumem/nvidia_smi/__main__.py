@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from contextlib import AbstractContextManager
 
-    from pytest_gpumem.nvidia_smi.card_status import Process
+    from pytest_gpumem.nvidia_smi.card_status import CardProcess
     from pytest_gpumem.nvidia_smi.fields import Field
 
 #: Exit codes. Source: ``man nvidia-smi``, "RETURN VALUE".
@@ -94,7 +94,7 @@ def _chosen(cards: Sequence[CardNow], wanted: str) -> list[CardNow]:
 def _table(
     fields: dict[str, Field],
     names: str,
-    rows: Iterable[tuple[CardNow, Process | None]],
+    rows: Iterable[tuple[CardNow, CardProcess | None]],
     style: str,
 ) -> list[str]:
     """Return the lines of a query's answer."""
@@ -143,10 +143,12 @@ def _answer(given: argparse.Namespace, cards: Sequence[CardNow]) -> list[str]:
     chosen = _chosen(cards, given.id)
     about = (DRIVER_VERSION, stamp, len(cards))
     if given.query_gpu is not None:
-        rows: list[tuple[CardNow, Process | None]] = [(card, None) for card in chosen]
+        rows: list[tuple[CardNow, CardProcess | None]] = [
+            (card, None) for card in chosen
+        ]
         return _table(fields_of_cards(*about), given.query_gpu, rows, given.format)
     if given.query_compute_apps is not None:
-        apps: list[tuple[CardNow, Process | None]] = [
+        apps: list[tuple[CardNow, CardProcess | None]] = [
             (card, each) for card in chosen for each in card.processes
         ]
         names = given.query_compute_apps

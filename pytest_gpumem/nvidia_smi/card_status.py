@@ -21,7 +21,7 @@ _PRETENDED: Final = 900_000
 
 
 @dataclass(frozen=True, slots=True)
-class Process:
+class CardProcess:
     """A process on a card.
 
     Attributes:
@@ -48,7 +48,7 @@ class CardNow:
 
     index: int
     card: Card
-    processes: tuple[Process, ...]
+    processes: tuple[CardProcess, ...]
     free_bytes: int
 
     @property
@@ -114,7 +114,7 @@ def _card_now(
         left = parse_size(budget, of=card.total_bytes) - reserved
         free = min(free, max(left, 0))
     processes = tuple(
-        Process(pid, _name_of(pid), nbytes) for pid, nbytes in sorted(held.items())
+        CardProcess(pid, _name_of(pid), nbytes) for pid, nbytes in sorted(held.items())
     )
     return CardNow(number, card, processes, free)
 

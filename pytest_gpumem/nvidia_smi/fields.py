@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pytest_gpumem.nvidia_smi.card_status import CardNow, Process
+    from pytest_gpumem.nvidia_smi.card_status import CardNow, CardProcess
 
 NOT_KNOWN: Final = "[N/A]"
 MIB: Final = 2**20
@@ -27,7 +27,7 @@ class Field(NamedTuple):
     """
 
     name: str
-    read: Callable[[CardNow, Process | None], str]
+    read: Callable[[CardNow, CardProcess | None], str]
     unit: str = ""
 
 
@@ -44,9 +44,9 @@ def _gpu(
 
 
 def _app(
-    name: str, read: Callable[[Process], object], unit: str = "", *, also: str = ""
+    name: str, read: Callable[[CardProcess], object], unit: str = "", *, also: str = ""
 ) -> dict[str, Field]:
-    def of_process(_card: CardNow, process: Process | None) -> str:
+    def of_process(_card: CardNow, process: CardProcess | None) -> str:
         return NOT_KNOWN if process is None else str(read(process))
 
     return dict.fromkeys((name, *also.split()), Field(name, of_process, unit))

@@ -15,7 +15,7 @@ from pytest_gpumem.devices.simulated.device import SimulatedDevice
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.errors import PlanError
 from pytest_gpumem.planning.kinds import PeakByKind
-from pytest_gpumem.planning.task import FitTask, Stage, build, run
+from pytest_gpumem.planning.task import FitTask, Stage, build, run_task
 
 if TYPE_CHECKING:
     import os
@@ -183,7 +183,7 @@ def _measure(spec: ModelSpec, task: FitTask, card: Card) -> tuple[Needs, str]:
         ran_out_in = ""
         with PeakByKind(device) as kinds:
             try:
-                run(spec, task, kinds, stage)
+                run_task(spec, task, kinds, stage)
             except torch.OutOfMemoryError:
                 ran_out_in = stage.name
             gc.collect()

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.planning.fit import CardFit, FitReport
 
 
-def table(report: FitReport) -> Iterator[str]:
+def fit_table(report: FitReport) -> Iterator[str]:
     """Yield the lines of a report."""
     yield (
         f"{report.model}, {report.num_parameters / 1e6:,.0f} M parameters: "

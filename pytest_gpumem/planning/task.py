@@ -101,7 +101,7 @@ class Stage:
         self.name = "load"
 
 
-def run(spec: ModelSpec, task: FitTask, kinds: PeakByKind, stage: Stage) -> None:
+def run_task(spec: ModelSpec, task: FitTask, kinds: PeakByKind, stage: Stage) -> None:
     """Do a task with a model on the simulated card in force, without values.
 
     Raises:

@@ -128,13 +128,13 @@ def _configure(run: Run, config: pytest.Config) -> None:
 
 def _share(run: Run, config: pytest.Config, collection: Collection) -> None:
     from pytest_gpumem.plugin.admission import Admission
-    from pytest_gpumem.plugin.contention import Contention
+    from pytest_gpumem.plugin.contention import ContentionCheck
     from pytest_gpumem.plugin.workers import IDLE_INPUT
 
     given = getattr(config, "workerinput", {})
     idle = frozenset(json.loads(given.get(IDLE_INPUT, "[]")))
     admission = Admission(run, collection.phases, collection.wishes, idle)
-    contention = Contention(run, collection.wishes)
+    contention = ContentionCheck(run, collection.wishes)
     collection.incidents.listeners.append(contention.note)
     config.pluginmanager.register(admission, "gpumem-admission")
     config.pluginmanager.register(contention, "gpumem-contention")
@@ -176,9 +176,9 @@ def _control(run: Run, config: pytest.Config, collection: Collection) -> None:
     register(summary, "gpumem-summary")
     is_distributed = bool(config.getoption("tx", default=None))
     if is_distributed or run.choice.kind == "cuda":
-        from pytest_gpumem.plugin.cardless_tests import History
+        from pytest_gpumem.plugin.cardless_tests import CardlessTests
 
-        history = History(config, collector)
+        history = CardlessTests(config, collector)
         register(history, "gpumem-history")
         if is_distributed and run.settings.share != "own":
             from pytest_gpumem.plugin.workers import Workers

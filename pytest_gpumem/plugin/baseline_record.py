@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from pytest_gpumem.baselines.baseline import larger
-from pytest_gpumem.baselines.regressions import compare
+from pytest_gpumem.baselines.regressions import compare_figures
 from pytest_gpumem.plugin.gate import WORKER_INPUT
 from pytest_gpumem.plugin.record_keeping import mark_over_limit
 from pytest_gpumem.plugin.workers import notes_of
@@ -154,7 +154,7 @@ class BaselineRecord(Spared):
         before, is_carried = self._gate.known(environment).fixture(key)
         if before is None or is_carried or self._gate.updates or key in self._culprits:
             return
-        changes = compare(key, before, peaks, self._gate.tolerances)
+        changes = compare_figures(key, before, peaks, self._gate.tolerances)
         bad = [each for each in changes if each.is_regression]
         if bad:
             text = f"VRAM growth of the fixture {key} above the baseline"

@@ -12,7 +12,7 @@ from pytest_gpumem.baselines.baseline import (
     has_growth,
     torch_of,
 )
-from pytest_gpumem.baselines.regressions import compare, moved_by_torch, shifted
+from pytest_gpumem.baselines.regressions import compare_figures, moved_by_torch, shifted
 from pytest_gpumem.devices.environment import environment_name
 from pytest_gpumem.devices.selection import torch_build
 from pytest_gpumem.errors import BaselineError
@@ -200,7 +200,7 @@ class BaselineSummary(BaselineRecord):
         if {each for each in before.keys() ^ now.keys() if not each.endswith(LEFT)}:
             return False
         moved = self._moved.get(name, {})
-        return not compare(name, before, adjusted(now, moved), ())
+        return not compare_figures(name, before, adjusted(now, moved), ())
 
     # -- comparing ------------------------------------------------------------------------
 
@@ -217,13 +217,13 @@ class BaselineSummary(BaselineRecord):
                     counts["new"] += 1
                 elif not is_carried:
                     now = adjusted(peaks, self._moved.get(test, {}))
-                    found = compare(test, before, now, tolerances)
+                    found = compare_figures(test, before, now, tolerances)
                     counts["changed" if found else "the same"] += 1
                     self.changes += found
             for key, peaks in sorted(self._fixtures.get(environment, {}).items()):
                 before, is_carried = known.fixture(key)
                 if before is not None and not is_carried:
-                    self.changes += compare(key, before, peaks, tolerances)
+                    self.changes += compare_figures(key, before, peaks, tolerances)
                 elif before is None and known.has_growth:
                     self.new.append(Entry(environment, key, dict(peaks)))
         self.stale = [
@@ -292,7 +292,7 @@ class BaselineSummary(BaselineRecord):
             if gone.environment == each.environment
             and gone.test not in self._finished
             and has_growth(gone.peaks)
-            and not compare("", gone.peaks, each.peaks, ())
+            and not compare_figures("", gone.peaks, each.peaks, ())
         }
         for test, before in renamed.items():
             self._say(f"{test} has the figures of {before}: it was renamed, it seems")
@@ -334,7 +334,7 @@ class BaselineSummary(BaselineRecord):
         changes = [
             change
             for test, before in sorted(tests.items())
-            for change in compare(
+            for change in compare_figures(
                 test,
                 shifted(before, now[test], shift),
                 now[test],

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 _KEY: Final = "gpumem/idle"
 
 
-class History:
+class CardlessTests:
     """Reads and notes which tests use no card; not in workers.
 
     Args:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from pytest_gpumem.plugin.record_keeping import record_of
-from pytest_gpumem.records.record import Contention as Record
+from pytest_gpumem.records.record import Contention
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _MIB: Final = 2**20
 
 
-class Contention:
+class ContentionCheck:
     """Tells a test's OOMs under contention apart from its own.
 
     Args:
@@ -36,7 +36,7 @@ class Contention:
         self._run: Final = run
         self._wishes: Final = wishes
         self._item: pytest.Item | None = None
-        self._seen: Record | None = None
+        self._seen: Contention | None = None
 
     def note(self, incident: Incident) -> None:
         """Look at an OOM while it lasts."""
@@ -55,7 +55,7 @@ class Contention:
         share = self._run.sharing.cap_bytes(device, index)
         lacks_share = budget is None and share is not None
         if lacks_share or total - others - incident.reserved_bytes < nbytes:
-            self._seen = Record(
+            self._seen = Contention(
                 index, needed, share if lacks_share else None, others, incident.site
             )
 
@@ -73,7 +73,7 @@ class Contention:
         report = yield
         if report.failed and self._seen is not None:
             record_of(item).contention = self._seen
-            text = f"{describe(self._seen)}; {advice(self._seen)}"
+            text = f"{describe_contention(self._seen)}; {advice(self._seen)}"
             report.sections.append(("GPU contention", text))
             self._seen = None
         if report.when == "teardown":
@@ -81,7 +81,7 @@ class Contention:
         return report
 
 
-def describe(seen: Record) -> str:
+def describe_contention(seen: Contention) -> str:
     """Return what an OOM under contention was, on one line."""
     from pytest_gpumem.sizes import format_size
 
@@ -92,7 +92,7 @@ def describe(seen: Record) -> str:
     return f"{needed} of a share of {format_size(seen.share_bytes)}, {others}"
 
 
-def advice(seen: Record) -> str:
+def advice(seen: Contention) -> str:
     """Return which marker makes the test wait for its bytes."""
     mebibytes = -(-seen.needed_bytes // _MIB)
     size = f"{mebibytes // 1024}GiB" if mebibytes % 1024 == 0 else f"{mebibytes}MiB"

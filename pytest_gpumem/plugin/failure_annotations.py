@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from pytest_gpumem.reports.github_commands import Place, error_command, place_of
+from pytest_gpumem.reports.github_commands import (
+    SourceLine,
+    error_command,
+    source_line_of,
+)
 
 if TYPE_CHECKING:
     from pytest_gpumem.plugin.record_keeping import Finished
@@ -45,7 +49,7 @@ class Annotations:
         text = reason or _first_line(test.failure)
         failed_at = self._place(test.failure)
         self._add(f"{test.nodeid}: {text}", failed_at, "GPU memory")
-        place = place_of(record.site or "", (self._start, self._root))
+        place = source_line_of(record.site or "", (self._start, self._root))
         if place is not None and place != failed_at:
             self._add(
                 f"{test.nodeid}: {text}\nat {record.site}",
@@ -53,14 +57,14 @@ class Annotations:
                 "GPU memory: allocated here",
             )
 
-    def _add(self, message: str, place: Place | None, title: str) -> None:
+    def _add(self, message: str, place: SourceLine | None, title: str) -> None:
         self._commands.append(
             error_command(message, title=title, place=place, root=self._workspace)
         )
 
-    def _place(self, report: pytest.TestReport) -> Place | None:
+    def _place(self, report: pytest.TestReport) -> SourceLine | None:
         file, line, _name = report.location
-        return None if line is None else Place(self._root / file, line + 1)
+        return None if line is None else SourceLine(self._root / file, line + 1)
 
     @pytest.hookimpl(trylast=True)
     def pytest_terminal_summary(

@@ -26,7 +26,7 @@ from pytest_gpumem.baselines.regressions import (
     DEFAULT,
     FirstUses,
     Tolerance,
-    compare,
+    compare_figures,
 )
 from pytest_gpumem.errors import BaselineError
 from pytest_gpumem.records.record import Judgement
@@ -202,7 +202,7 @@ class Gate:
         What is left is known after the teardown.
         """
         now = _but_left(adjusted(peaks, moved))
-        changes = compare(test, _but_left(before), now, self.tolerances)
+        changes = compare_figures(test, _but_left(before), now, self.tolerances)
         return [change for change in changes if change.is_regression]
 
     @staticmethod
@@ -231,7 +231,7 @@ class Gate:
             if before is None and made.scope == "function" and known.has_growth:
                 grown[made.key] = made.peaks.get(f"allocated {LEFT}", 0)
             elif before is not None:
-                found = compare(made.key, before, made.peaks, self.tolerances)
+                found = compare_figures(made.key, before, made.peaks, self.tolerances)
                 if any(each.is_regression for each in found):
                     then = before.get(f"allocated {LEFT}", 0)
                     holds = made.peaks.get(f"allocated {LEFT}", 0)
@@ -328,9 +328,9 @@ class Gate:
         """
         now = {**_but_left(before), **left}
         then = {name: round(n * self._ratio) for name, n in before.items()}
-        as_grown = compare(test, then, now, self.tolerances)
+        as_grown = compare_figures(test, then, now, self.tolerances)
         grown = {each.metric for each in as_grown if each.is_regression}
-        changes = compare(test, before, now, self.tolerances)
+        changes = compare_figures(test, before, now, self.tolerances)
         return [each for each in changes if each.is_regression and each.metric in grown]
 
 

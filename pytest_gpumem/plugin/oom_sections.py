@@ -77,10 +77,10 @@ class Incidents:
         report: pytest.TestReport,
         incidents: Sequence[Incident],
     ) -> None:
-        from pytest_gpumem.reports.oom_section import TITLE, explain, headline
+        from pytest_gpumem.reports.oom_section import TITLE, headline, section_lines
 
         last = incidents[-1]
-        lines = explain(last, count=len(incidents))
+        lines = section_lines(last, count=len(incidents))
         record = record_of(item)
         record.incident, record.site = headline(last), last.site
         folder = self._run.settings.snapshots

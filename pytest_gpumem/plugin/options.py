@@ -101,13 +101,13 @@ class Option:
                 )
             return chosen
         if self.check:
-            load(self.check)(text)
+            load_object(self.check)(text)
             return text
-        parse = load(self.parse) if isinstance(self.parse, str) else self.parse
+        parse = load_object(self.parse) if isinstance(self.parse, str) else self.parse
         return parse(text, base=base) if self.takes_base else parse(text)
 
 
-def load(name: str) -> Callable[..., Any]:
+def load_object(name: str) -> Callable[..., Any]:
     """Return what ``"module:function"`` names."""
     module, _colon, function = name.partition(":")
     found: Any = importlib.import_module(module)

@@ -16,7 +16,7 @@ from pytest_gpumem.devices.simulated_nvml import NvmlHook
 from pytest_gpumem.errors import AllocatorSettingError, DeviceUnavailableError
 from pytest_gpumem.plugin.children import Children
 from pytest_gpumem.plugin.settings import DEFAULT_CARD, Settings, check_budgets
-from pytest_gpumem.plugin.sharing import Sharing, take_place
+from pytest_gpumem.plugin.sharing import Sharing, take_position
 from pytest_gpumem.visibility import visible_numbers, why_hidden
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Run:
         except DeviceUnavailableError as error:
             raise pytest.UsageError(f"--gpu-backend: {error}") from None
         #: What this process shares with others that run tests.
-        self.sharing: Final = Sharing(settings, take_place())
+        self.sharing: Final = Sharing(settings, take_position())
         self.device: Device | None = None
         #: What is to be put back, the last first; see ``stop``.
         self._stack: Final = ExitStack()

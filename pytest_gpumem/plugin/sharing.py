@@ -38,7 +38,7 @@ _CAN_SHARE: Final = IS_POSIX
 VARIABLE: Final = "PYTEST_GPUMEM_WORKER"
 
 
-class Place(NamedTuple):
+class WorkerPosition(NamedTuple):
     """A worker's place among those of its machine.
 
     Attributes:
@@ -57,13 +57,13 @@ class Place(NamedTuple):
         return f"{self.position}/{self.workers}/{self.run}"
 
 
-def take_place() -> Place | None:
+def take_position() -> WorkerPosition | None:
     """Return this worker's place, once: its children are no workers."""
     text = os.environ.pop(VARIABLE, None)
     if text is None:
         return None
     position, workers, run = text.split("/")
-    return Place(int(position), int(workers), run)
+    return WorkerPosition(int(position), int(workers), run)
 
 
 class Sharing:
@@ -79,7 +79,7 @@ class Sharing:
         is_capped: Whether the present test may hold no more than an equal share.
     """
 
-    def __init__(self, settings: Settings, place: Place | None) -> None:
+    def __init__(self, settings: Settings, place: WorkerPosition | None) -> None:
         self._settings: Final = settings
         alone = place is None or place.workers == 1 or settings.share == "own"
         alone = alone or not _CAN_SHARE

@@ -121,9 +121,9 @@ class SummaryPlugin:
             )
 
     def _show_peaks(self, terminal: pytest.TerminalReporter, *, detailed: bool) -> None:
-        from pytest_gpumem.reports.terminal import table
+        from pytest_gpumem.reports.terminal import peak_table
 
-        lines = table(self._tests.values(), detailed=detailed)
+        lines = peak_table(self._tests.values(), detailed=detailed)
         if lines:
             terminal.section("GPU memory")
         for line in lines:
@@ -165,14 +165,18 @@ class SummaryPlugin:
         suggests = self._run.settings.suggest
         if not suggests and not self._run.settings.find_budget:
             return
-        from pytest_gpumem.reports.suggestions import Peak, budgets, explain
+        from pytest_gpumem.reports.suggestions import (
+            Peak,
+            budget_lines,
+            suggestion_lines,
+        )
 
         peaks = {
             name: Peak.of(each)
             for name, each in self._tests.items()
             if name not in self._failed and each.of_phase("call")
         }
-        lines = explain(peaks) if suggests else budgets(peaks)
+        lines = suggestion_lines(peaks) if suggests else budget_lines(peaks)
         if lines:
             title = "suggested limits on" if suggests else "smallest budgets of"
             terminal.section(f"{title} GPU memory")
@@ -190,7 +194,7 @@ class SummaryPlugin:
         }
         if not waits and not contended:
             return
-        from pytest_gpumem.plugin.contention import advice, describe
+        from pytest_gpumem.plugin.contention import advice, describe_contention
 
         terminal.section("shared GPUs")
         if waits:
@@ -201,5 +205,5 @@ class SummaryPlugin:
                 f"{waits[longest]:.1f} s: {longest}"
             )
         for name, seen in contended.items():
-            text = f"{name}: {describe(seen)}; {advice(seen)}"
+            text = f"{name}: {describe_contention(seen)}; {advice(seen)}"
             terminal.write_line(text, yellow=True)

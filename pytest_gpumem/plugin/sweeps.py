@@ -15,7 +15,7 @@ from pytest_gpumem.errors import SweepError
 from pytest_gpumem.plugin.record_keeping import PROGRESS, record_of
 from pytest_gpumem.plugin.sweep_progress import Progress, show_progress
 from pytest_gpumem.sweeps.sweep_record import summary_of
-from pytest_gpumem.sweeps.text import SHOWN, describe, explain, replays
+from pytest_gpumem.sweeps.text import SHOWN, describe_point, explain_failures, replays
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -203,7 +203,7 @@ class Sweeps:
             )
         if report.failures:
             detailed = _subtests(item) is None  # else each point has been told
-            text = explain(report, replay_line(item), detailed=detailed)
+            text = explain_failures(report, replay_line(item), detailed=detailed)
             pytest.fail(text, pytrace=False)
 
     def _state_file(self, item: pytest.Item, name: str) -> Path | None:
@@ -224,7 +224,7 @@ def _tell(
     """Report one point as a subtest."""
     with subtests.test(str(outcome.point)):
         if not passes:
-            text = describe(outcome, replay_line(item), detailed=is_new)
+            text = describe_point(outcome, replay_line(item), detailed=is_new)
             pytest.fail(text, pytrace=False)
 
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from pytest_gpumem.inheritance import remove_run, run_folder
-from pytest_gpumem.plugin.sharing import VARIABLE, Place
+from pytest_gpumem.plugin.sharing import VARIABLE, WorkerPosition
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from pytest_gpumem.plugin.cardless_tests import History
+    from pytest_gpumem.plugin.cardless_tests import CardlessTests
 
 #: The key of the names of tests that used no card before.
 IDLE_INPUT: Final = "gpumem_idle"
@@ -55,7 +55,7 @@ class Workers:
         share: How they share cards, as ``--gpu-share`` has it.
     """
 
-    def __init__(self, history: History, share: str) -> None:
+    def __init__(self, history: CardlessTests, share: str) -> None:
         self._history: Final = history
         self._share: Final = {
             "equal": "an equal share each, or what a test says it needs",
@@ -72,7 +72,7 @@ class Workers:
             machines.setdefault(str(host), []).append(spec)
         for workers in machines.values():
             for position, spec in enumerate(workers):
-                place = Place(position, len(workers), self._run)
+                place = WorkerPosition(position, len(workers), self._run)
                 spec.env[VARIABLE] = place.text
 
     def pytest_report_header(self, config: pytest.Config) -> str:

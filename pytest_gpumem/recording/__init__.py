@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem.errors import RecordingError
 from pytest_gpumem.files import write_atomically
-from pytest_gpumem.recording.shape import find_damage
+from pytest_gpumem.recording.shape import find_wrong_part
 
 if TYPE_CHECKING:
     import os
@@ -108,7 +108,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path} has format {version!r}, newer than {FORMAT}, which this version "
             "reads; upgrade pytest-gpumem"
         )
-    damage = find_damage(recorded)
+    damage = find_wrong_part(recorded)
     if damage is not None:
         raise RecordingError(f"{path} is damaged: {damage}; record it again")
     return recorded

@@ -37,7 +37,7 @@ def versions() -> dict[str, str]:
     return {**installed, "torch": torch.__version__}
 
 
-def settle() -> None:
+def free_everything() -> None:
     """Free what nobody holds, workspaces included, and forget old peaks."""
     gc.collect()
     torch.cuda.synchronize()
@@ -54,7 +54,7 @@ def measure_context() -> int:
     On a card of one's own that is the context; else it is others' bytes too.
     """
     torch.zeros(1, device="cuda")
-    settle()
+    free_everything()
     free, total = torch.cuda.mem_get_info()
     return total - free - torch.cuda.memory_reserved()
 
@@ -63,19 +63,19 @@ def measure_workspace() -> dict[str, int]:
     """Return what a library's first call keeps allocated, by call, in bytes."""
     kept = {}
     for name, dtype in (("matmul fp32", torch.float32), ("matmul fp16", torch.float16)):
-        settle()
+        free_everything()
         operand = torch.ones(256, 256, dtype=dtype, device="cuda")
         before = torch.cuda.memory_allocated()
         product = operand @ operand
         kept[name] = torch.cuda.memory_allocated() - before - product.nbytes
         del operand, product
-    settle()
+    free_everything()
     return kept
 
 
 def oom_texts() -> dict[str, str]:
     """Return the allocator's words for requests that cannot be served."""
-    settle()
+    free_everything()
     _free, total = torch.cuda.mem_get_info()
     held = torch.ones(3 * _MIB, dtype=torch.uint8, device="cuda")
     texts = {"more than the card": _fail(total + _MIB)}
@@ -85,7 +85,7 @@ def oom_texts() -> dict[str, str]:
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     del held
-    settle()
+    free_everything()
     return texts
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 
-def find_damage(recorded: Any) -> str | None:
+def find_wrong_part(recorded: Any) -> str | None:
     """Return what part of a recording is missing or of another type; None if none is.
 
     Args:

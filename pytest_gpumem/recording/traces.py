@@ -10,7 +10,7 @@ import torch
 from pytest_gpumem.allocator.config import config_text
 from pytest_gpumem.allocator.replay import replay
 from pytest_gpumem.allocator.trace_fields import STATS
-from pytest_gpumem.recording.facts import settle
+from pytest_gpumem.recording.facts import free_everything
 
 #: Bytes that a trace may reserve: enough for every size class, and soon full.
 CAPACITY: Final = 192 * 2**20
@@ -55,7 +55,7 @@ def play(events: list[dict[str, Any]], name: str) -> dict[str, Any]:
     Returns:
         The trace, with a row of statistics after each event, as ``replay`` reads it.
     """
-    settle()
+    free_everything()
     free, total = torch.cuda.mem_get_info()
     context = total - free - torch.cuda.memory_reserved()
     base_stats = torch.cuda.memory_stats()
@@ -75,7 +75,7 @@ def play(events: list[dict[str, Any]], name: str) -> dict[str, Any]:
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
         blocks.clear()
-        settle()
+        free_everything()
     meta: dict[str, Any] = {
         "name": name,
         "total_bytes": total,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 
-from pytest_gpumem.recording.facts import settle
+from pytest_gpumem.recording.facts import free_everything
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,7 +64,7 @@ def measure(path: Path, plan: Plan) -> dict[str, Any]:
         The plan, and by phase the figures after it, in bytes, with peaks since the
         phase before; ``oom`` with the text where a phase did not fit.
     """
-    settle()
+    free_everything()
     base = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     phases: dict[str, dict[str, int]] = {}
     answer: dict[str, Any] = {"plan": plan._asdict(), "phases": phases}
@@ -80,7 +80,7 @@ def measure(path: Path, plan: Plan) -> dict[str, Any]:
     except torch.OutOfMemoryError as error:
         answer["oom"] = str(error)
     gc.collect()
-    settle()
+    free_everything()
     answer["base"] = {"allocated": base[0], "reserved": base[1]}
     return answer
 

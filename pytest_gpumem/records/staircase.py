@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
-class Step(Protocol):
+class StaircaseStep(Protocol):
     """A step of a fallback's check; ``records.record.FallbackStep`` is one."""
 
     @property
@@ -35,7 +35,7 @@ class Step(Protocol):
         """Where the fallback ended."""
 
 
-def staircase_table(steps: Iterable[Step]) -> str:
+def staircase_table(steps: Iterable[StaircaseStep]) -> str:
     """Return a line for each step."""
     rows = [("budget or fault", "OOMs", "peak reserved", "left", "rung")]
     rows += [

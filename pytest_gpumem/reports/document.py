@@ -111,7 +111,7 @@ def parse(text: str, name: str) -> Report:
     return replace(report, tests=by_name(report.tests))
 
 
-def read(path: str | os.PathLike[str]) -> Report:
+def read_report(path: str | os.PathLike[str]) -> Report:
     """Read a file.
 
     Raises:

@@ -20,7 +20,7 @@ _PROPERTY: Final = {**_DATA, ":": "%3A", ",": "%2C"}
 _SITE: Final = re.compile(r"(?P<file>.+?):(?P<line>[1-9][0-9]*) in ")
 
 
-class Place(NamedTuple):
+class SourceLine(NamedTuple):
     """A line of a file; lines count from 1."""
 
     file: Path
@@ -28,7 +28,11 @@ class Place(NamedTuple):
 
 
 def error_command(
-    message: str, *, title: str, place: Place | None = None, root: Path | None = None
+    message: str,
+    *,
+    title: str,
+    place: SourceLine | None = None,
+    root: Path | None = None,
 ) -> str:
     """Return the command that shows an error, on one line.
 
@@ -48,7 +52,7 @@ def error_command(
     return f"::error {text}::{_escape(_DATA, message)}"
 
 
-def place_of(site: str, folders: Iterable[Path]) -> Place | None:
+def source_line_of(site: str, folders: Iterable[Path]) -> SourceLine | None:
     """Return the line that a site's description names; None if there is no such file.
 
     Args:
@@ -61,7 +65,7 @@ def place_of(site: str, folders: Iterable[Path]) -> Place | None:
     for folder in folders:
         file = folder / found["file"]
         if file.is_file():
-            return Place(file, int(found["line"]))
+            return SourceLine(file, int(found["line"]))
     return None
 
 

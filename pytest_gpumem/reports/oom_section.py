@@ -35,7 +35,7 @@ def headline(incident: Incident) -> str:
     )
 
 
-def explain(incident: Incident, *, count: int = 1) -> list[str]:
+def section_lines(incident: Incident, *, count: int = 1) -> list[str]:
     """Return the section's lines.
 
     Args:

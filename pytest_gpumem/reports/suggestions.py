@@ -108,7 +108,7 @@ def function_of(test: str) -> str:
     return test.partition("[")[0]
 
 
-def explain(peaks: Mapping[str, Peak]) -> list[str]:
+def suggestion_lines(peaks: Mapping[str, Peak]) -> list[str]:
     """Return the suggestions as lines."""
     ordered = [peaks[test] for test in sorted(peaks)]
     lines = []
@@ -128,10 +128,10 @@ def explain(peaks: Mapping[str, Peak]) -> list[str]:
             f"{limit / each.allocated_bytes:.1f} times its peak of "
             f"{format_size(each.allocated_bytes)}; {size_text(enough)} would do"
         )
-    return lines + budgets(peaks) + _cards(ordered)
+    return lines + budget_lines(peaks) + _cards(ordered)
 
 
-def budgets(peaks: Mapping[str, Peak]) -> list[str]:
+def budget_lines(peaks: Mapping[str, Peak]) -> list[str]:
     """Return what was found of smallest budgets, as lines."""
     lines = []
     for test in sorted(peaks):

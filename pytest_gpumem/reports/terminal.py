@@ -26,7 +26,7 @@ class _Row(NamedTuple):
     figures: PhaseFigures
 
 
-def table(tests: Iterable[Record], *, detailed: bool) -> list[str]:
+def peak_table(tests: Iterable[Record], *, detailed: bool) -> list[str]:
     """Return the table's lines, largest peak first; none where there are no figures.
 
     Args:

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem.errors import SweepError
-from pytest_gpumem.instruments.equality import compare
+from pytest_gpumem.instruments.equality import compare_portraits
 from pytest_gpumem.instruments.holders import blocks_on_cards
 from pytest_gpumem.instruments.portraits import portrait
 from pytest_gpumem.instruments.trials import Attempt, Trial
@@ -105,7 +105,7 @@ class SweepJudge:
             if point.flavour == NOT_OOM:
                 return Verdict.SWALLOWED, "an error that is no OOM vanished"
             if self._same is None:
-                wrong = compare(reference.result, attempt.result).first
+                wrong = compare_portraits(reference.result, attempt.result).first
             else:
                 same = self._same(reference.result, attempt.result)
                 wrong = "the result is not the same as without a fault"

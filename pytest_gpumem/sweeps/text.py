@@ -41,7 +41,7 @@ def summarise(sweep: Sweep) -> str:
     )
 
 
-def explain(
+def explain_failures(
     report: SweepReport, replay: Callable[[str], str], *, detailed: bool = True
 ) -> str:
     """Return the failing points, grouped by site and verdict, each with its replay.
@@ -67,7 +67,9 @@ def explain(
             continue
         lines.append(f"{verdict.value} at {place}:")
         for outcome in outcomes[:SHOWN]:
-            lines += [f"  {line}" for line in describe(outcome, replay).splitlines()]
+            lines += [
+                f"  {line}" for line in describe_point(outcome, replay).splitlines()
+            ]
         if len(outcomes) > SHOWN:
             lines.append(f"  ... and {len(outcomes) - SHOWN} more like these:")
             lines += [f"    {replay(each.point.rule)}" for each in outcomes[SHOWN:]]
@@ -82,7 +84,7 @@ def replays(report: SweepReport, replay: Callable[[str], str]) -> list[Replay]:
     ]
 
 
-def describe(
+def describe_point(
     outcome: Outcome, replay: Callable[[str], str], *, detailed: bool = True
 ) -> str:
     """Return what became of one point, and the line that replays it."""

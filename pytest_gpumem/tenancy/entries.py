@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
 _SUFFIX: Final = ".entry"
-_live: Final[weakref.WeakSet[Entry]] = weakref.WeakSet()
+_live: Final[weakref.WeakSet[LockedFile]] = weakref.WeakSet()
 _mutexes: Final[weakref.WeakSet[Mutex]] = weakref.WeakSet()
 
 
-class Entry:
+class LockedFile:
     """One file of a folder, ours until it is closed or this process ends.
 
     Args:
@@ -159,15 +159,15 @@ class Folder:
         finally:
             os.close(folder)
 
-    def add(self, value: dict[str, Any]) -> Entry:
+    def add(self, value: dict[str, Any]) -> LockedFile:
         """Make an entry of this process."""
         name = f"{os.getpid()}-{uuid.uuid4().hex}{_SUFFIX}"
         with self.mutex(), self._opened() as folder:
-            entry = Entry(folder, self.path / name)
+            entry = LockedFile(folder, self.path / name)
             entry.write(value)
         return entry
 
-    def read(self, *, without: Entry | None = None) -> dict[Path, dict[str, Any]]:
+    def read(self, *, without: LockedFile | None = None) -> dict[Path, dict[str, Any]]:
         """Return every live entry; those of dead processes are removed.
 
         Args:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem.errors import AdmissionTimeoutError, BudgetError
 from pytest_gpumem.tenancy.entries import Folder
-from pytest_gpumem.tenancy.queue import Request, admissible
+from pytest_gpumem.tenancy.queue import QueuedRequest, admissible
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator, Mapping
 
-    from pytest_gpumem.tenancy.entries import Entry
+    from pytest_gpumem.tenancy.entries import LockedFile
 
 #: Seconds between two looks at the queue.
 POLL_S: Final = 0.02
@@ -31,15 +31,15 @@ class Ledger:
     def __init__(self, folder: str | os.PathLike[str], total_bytes: int) -> None:
         self._folder: Final = Folder(folder)
         self.total_bytes: Final = total_bytes
-        self._standing: Entry | None = None
+        self._standing: LockedFile | None = None
         self._standing_bytes = 0
 
-    def requests(self) -> dict[str, Request]:
+    def requests(self) -> dict[str, QueuedRequest]:
         """Return everything that is held or waited for, by name."""
         found = {}
         for path, value in self._folder.read().items():
             with suppress(TypeError):  # another version's
-                found[path.name] = Request(path.name, **value)
+                found[path.name] = QueuedRequest(path.name, **value)
         return found
 
     def stand(self, nbytes: int) -> None:
@@ -118,7 +118,7 @@ class Ledger:
                     if is_share:
                         room = self.total_bytes - _standing_bytes(requests)
                         wish["nbytes"] = min(wish["nbytes"], max(room, 0))
-                        own = Request(entry.path.name, **wish)
+                        own = QueuedRequest(entry.path.name, **wish)
                         requests[entry.path.name] = own
                     names = admissible(
                         requests.values(), total_bytes=self.total_bytes, now=now
@@ -144,11 +144,11 @@ class Ledger:
                 entry.close()
 
 
-def _standing_bytes(requests: Mapping[str, Request]) -> int:
+def _standing_bytes(requests: Mapping[str, QueuedRequest]) -> int:
     return sum(each.nbytes for each in requests.values() if each.is_standing)
 
 
-def _names(requests: list[Request]) -> str:
+def _names(requests: list[QueuedRequest]) -> str:
     """Return the processes that made requests, in words; entries begin with them."""
     pids = sorted({int(each.name.partition("-")[0]) for each in requests})
     return f"process(es) {', '.join(map(str, pids))}" if pids else "nobody"

@@ -15,7 +15,7 @@ PATIENCE_ALONE_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class QueuedRequest:
     """A wish for bytes of a card.
 
     Attributes:
@@ -41,7 +41,7 @@ class Request:
 
 
 def admissible(
-    requests: Iterable[Request], *, total_bytes: int, now: float
+    requests: Iterable[QueuedRequest], *, total_bytes: int, now: float
 ) -> list[str]:
     """Return the names of those that may start now.
 
@@ -70,7 +70,7 @@ def admissible(
     return chosen
 
 
-def _rank(request: Request, now: float) -> tuple[float, ...]:
+def _rank(request: QueuedRequest, now: float) -> tuple[float, ...]:
     if not request.is_patient(now):
         return (0, request.since)
     size = 0 if request.is_exclusive else -request.nbytes

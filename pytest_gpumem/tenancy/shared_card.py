@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from contextlib import AbstractContextManager
 
-    from pytest_gpumem.tenancy.entries import Entry
+    from pytest_gpumem.tenancy.entries import LockedFile
 
 #: Seconds in which a run may be about to say that it lives.
 _YOUNG_S: Final = 60.0
@@ -31,11 +31,11 @@ class SharedCard(Tenants):
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], sign: Entry | None = None
+        self, folder: str | os.PathLike[str], sign: LockedFile | None = None
     ) -> None:
         self._folder: Final = Folder(folder)
         self._sign: Final = sign
-        self._entry: Entry | None = None
+        self._entry: LockedFile | None = None
         self._pid = 0
 
     def others(self) -> Sequence[tuple[int, int]]:
@@ -67,7 +67,7 @@ class SharedCard(Tenants):
         if self._sign is not None:
             self._sign.close()
 
-    def _own(self) -> Entry | None:
+    def _own(self) -> LockedFile | None:
         """Return this process's entry; a forked child has none of its parent's."""
         return self._entry if self._pid == os.getpid() else None
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_gpumem.baselines import Baseline, Change, Tolerance, compare
+from pytest_gpumem.baselines import Baseline, Change, Tolerance, compare_figures
 from pytest_gpumem.baselines.baseline import metric_key, nearest
 from pytest_gpumem.baselines.regressions import (
     DEFAULT,
@@ -146,7 +146,7 @@ def test_a_tolerance_that_makes_no_sense_is_refused(text: str) -> None:
 
 def test_a_comparison_gates_on_what_has_a_tolerance() -> None:
     """The others are reported; new metrics and equal ones are not changes."""
-    changes = compare(
+    changes = compare_figures(
         "t",
         {"allocated": 100, "reserved": 100, "cuda:1 allocated": 100, "gone": 1},
         {"allocated": 100, "reserved": 300, "cuda:1 allocated": 300, "new": 1},
@@ -226,7 +226,7 @@ def test_the_gate_that_nobody_named_lets_one_percent_pass() -> None:
     def regressions(**now: int) -> list[str]:
         return [
             each.metric
-            for each in compare("t", before, now, DEFAULT)
+            for each in compare_figures("t", before, now, DEFAULT)
             if each.is_regression
         ]
 
@@ -337,10 +337,12 @@ def test_the_same_requests_from_other_blocks_are_no_change() -> None:
     now = {**before, "allocated growth": 110, "reserved growth": 300}
 
     assert {"allocated", "reserved"} == {
-        each.metric for each in compare("t", before, now, gate)
+        each.metric for each in compare_figures("t", before, now, gate)
     }
-    assert [] == compare("t", before, {**now, "reserved before": 50}, gate)
+    assert [] == compare_figures("t", before, {**now, "reserved before": 50}, gate)
     asked = {**now, "reserved before": 50, "requested growth": 95}
     assert ["allocated"] == [
-        each.metric for each in compare("t", before, asked, gate) if each.is_regression
+        each.metric
+        for each in compare_figures("t", before, asked, gate)
+        if each.is_regression
     ]

@@ -27,7 +27,7 @@ from pytest_gpumem.devices.nvml import (  # noqa: E402  # likewise
     Reading,
     cap_free_memory,
     other_processes,
-    why_unknown,
+    why_uncounted,
 )
 from pytest_gpumem.devices.patches import PatchSet  # noqa: E402  # likewise
 from pytest_gpumem.records.incidents import Process  # noqa: E402  # likewise
@@ -142,7 +142,7 @@ def test_without_the_library_there_is_advice(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "pynvml", None)
 
     assert "nvidia-ml-py is not installed; pip install nvidia-ml-py" == _read().why
-    assert _read().why == why_unknown()
+    assert _read().why == why_uncounted()
     assert () == other_processes(0)
 
 

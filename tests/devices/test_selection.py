@@ -16,7 +16,7 @@ from pytest_gpumem.devices import accelerators, selection
 from pytest_gpumem.devices.on_import import AfterImport
 from pytest_gpumem.devices.selection import (
     Choice,
-    Driver,
+    NvidiaDriver,
     TorchBuild,
     choose,
     torch_build,
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A machine with a CUDA build of torch and one card, to be changed."""
     monkeypatch.setattr(selection, "torch_build", lambda: TorchBuild("2.13.0", "13.0"))
-    monkeypatch.setattr(selection, "ask_driver", lambda: Driver(("GPU-1a",), "13.0"))
+    monkeypatch.setattr(
+        selection, "ask_driver", lambda: NvidiaDriver(("GPU-1a",), "13.0")
+    )
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return monkeypatch
 
@@ -73,8 +75,8 @@ def test_without_a_card_the_device_is_simulated(
     else:
         driver = {
             "no driver": None,
-            "no card": Driver((), "0.0"),
-            "old driver": Driver(("GPU-1a",), "12.8"),
+            "no card": NvidiaDriver((), "0.0"),
+            "old driver": NvidiaDriver(("GPU-1a",), "12.8"),
         }[change]
         machine.setattr(selection, "ask_driver", lambda: driver)
 

@@ -203,7 +203,7 @@ def test_a_report_is_read_or_refused(content: bytes, tmp_path: Path) -> None:
     path, out = tmp_path / "r.json", tmp_path / "o.json"
     path.write_bytes(content)
     try:
-        report = document.read(path)
+        report = document.read_report(path)
     except ReportError:
         assert 1 == main(["report", str(path)])
         assert 1 == main(["merge", str(path), str(path), "--out", str(out)])

@@ -14,7 +14,7 @@ from pytest_gpumem.devices.active import active_device
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.errors import DeviceUnavailableError
 from pytest_gpumem.instruments.recorder import PeakRecorder
-from pytest_gpumem.visibility import VARIABLE, names_of, numbers_of, uuid_of
+from pytest_gpumem.visibility import VARIABLE, numbers_of, uuid_of, visible_names
 
 pytest_plugins = ["pytester"]
 
@@ -103,7 +103,7 @@ def test_the_variable_is_read_as_torch_reads_it(listed: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(VARIABLE, listed)
         parsed: Any = torch.cuda._parse_visible_devices()
-    assert parsed == names_of(listed)
+    assert parsed == visible_names(listed)
 
     if parsed and isinstance(parsed[0], str):
         expected = torch.cuda._transform_uuid_to_ordinals(parsed, _UUIDS)

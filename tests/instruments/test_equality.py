@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from pytest_gpumem.devices.simulated.install import simulated_device
-from pytest_gpumem.instruments.equality import TOLERANCE, compare
+from pytest_gpumem.instruments.equality import TOLERANCE, compare_portraits
 from pytest_gpumem.instruments.portraits import Opaque, portrait
 
 INF: Final = math.inf
@@ -516,7 +516,7 @@ def test_what_is_the_same_is_not_told_apart(name: str) -> None:
     """Dtypes may explain a difference, and nothing else may."""
     first, second = SAME[name]
 
-    assert compare(portrait(first), portrait(second)).first is None
+    assert compare_portraits(portrait(first), portrait(second)).first is None
 
 
 @pytest.mark.parametrize("name", DIFFERENT)
@@ -524,7 +524,7 @@ def test_what_differs_is_told_with_its_place(name: str) -> None:
     """The sentence says where the two first differ, and by how much."""
     reference, result, text = DIFFERENT[name]
 
-    found = compare(portrait(reference), portrait(result))
+    found = compare_portraits(portrait(reference), portrait(result))
 
     assert found.first is not None
     assert text in found.first
@@ -548,17 +548,19 @@ def test_the_largest_difference_is_told(
     reference: Any, result: Any, largest: float
 ) -> None:
     """Over everything that was compared, also where it is allowed."""
-    assert largest == compare(portrait(reference), portrait(result)).largest
+    assert largest == compare_portraits(portrait(reference), portrait(result)).largest
 
 
 def test_dtypes_that_took_part_count() -> None:
     """A model in half precision may give its answer as float32."""
     pair = _t(1.0), _t(1.01)
 
-    assert compare(*pair).first is not None
-    assert compare(*pair, dtypes=[HALF]).first is None
-    assert "that torch.float32 explains" in str(compare(*pair, where="it").first)
-    assert compare(1.0, 1.01, dtypes=[HALF]).first is None
+    assert compare_portraits(*pair).first is not None
+    assert compare_portraits(*pair, dtypes=[HALF]).first is None
+    assert "that torch.float32 explains" in str(
+        compare_portraits(*pair, where="it").first
+    )
+    assert compare_portraits(1.0, 1.01, dtypes=[HALF]).first is None
 
 
 @given(values=st.lists(st.floats(width=32), min_size=1, max_size=5))
@@ -566,9 +568,9 @@ def test_everything_equals_itself_in_half_precision(values: list[float]) -> None
     """What a dtype does to a number by rounding alone is explained by it."""
     tensor = torch.tensor(values).clamp(-6e4, 6e4)
 
-    assert compare(tensor, tensor).first is None
-    assert compare(tensor, tensor.to(torch.bfloat16)).first is None
-    assert compare(tensor, tensor.half()).first is None
+    assert compare_portraits(tensor, tensor).first is None
+    assert compare_portraits(tensor, tensor.to(torch.bfloat16)).first is None
+    assert compare_portraits(tensor, tensor.half()).first is None
 
 
 def test_where_tensors_lie_makes_no_difference() -> None:
@@ -585,7 +587,7 @@ def test_where_tensors_lie_makes_no_difference() -> None:
             ]
         )
 
-        assert compare(here, there).first is None
+        assert compare_portraits(here, there).first is None
         assert 0 == torch.cuda.memory_allocated()
 
 
@@ -595,7 +597,7 @@ def test_a_half_moved_module_is_not_the_whole_one() -> None:
         torn = _linear()
         torn.get_submodule("0").weight = nn.Parameter(torch.ones(2, 2).cuda())
 
-        text = str(compare(portrait(_linear()), portrait(torn)).first)
+        text = str(compare_portraits(portrait(_linear()), portrait(torn)).first)
 
     assert text.startswith("the result['placement'] is 'half moved: ")
 
@@ -616,23 +618,28 @@ class Named:
 
 def test_an_objects_own_equality_holds_whatever_its_parts_are() -> None:
     """Parts that cannot be compared are not compared instead."""
-    assert compare(portrait(Named("a")), portrait(Named("a"))).first is None
-    assert compare(portrait(Named("a")), portrait(Named("b"))).first is not None
+    assert compare_portraits(portrait(Named("a")), portrait(Named("a"))).first is None
+    assert (
+        compare_portraits(portrait(Named("a")), portrait(Named("b"))).first is not None
+    )
 
 
 def test_what_is_not_a_number_differs_infinitely() -> None:
     """Whichever of the two it is."""
-    assert float("inf") == compare(1.0, float("nan")).largest
-    assert float("inf") == compare(float("nan"), 1.0).largest
-    assert float("inf") == compare(_t(1.0), _t(float("nan"))).largest
+    assert float("inf") == compare_portraits(1.0, float("nan")).largest
+    assert float("inf") == compare_portraits(float("nan"), 1.0).largest
+    assert float("inf") == compare_portraits(_t(1.0), _t(float("nan"))).largest
 
 
 def test_what_a_dtype_explains_is_inclusive() -> None:
     """At the limit results are the same, just above it they are not."""
     none, amount = torch.zeros(1).double(), TOLERANCE[torch.float64][1]
 
-    assert compare(none, torch.full_like(none, amount)).first is None
-    assert compare(none, torch.full_like(none, amount * 1.0001)).first is not None
+    assert compare_portraits(none, torch.full_like(none, amount)).first is None
+    assert (
+        compare_portraits(none, torch.full_like(none, amount * 1.0001)).first
+        is not None
+    )
 
 
 @pytest.mark.parametrize("kind", [list, tuple, torch.tensor, np.array])
@@ -640,8 +647,8 @@ def test_a_longer_result_is_another_one(kind: Any) -> None:
     """And a shorter one, though what both have is the same."""
     short, long = portrait(kind([1, 2])), portrait(kind([1, 2, 3]))
 
-    assert compare(short, long).first is not None
-    assert compare(long, short).first is not None
+    assert compare_portraits(short, long).first is not None
+    assert compare_portraits(long, short).first is not None
 
 
 @pytest.mark.parametrize("dtype", [HALF, torch.bfloat16])
@@ -652,7 +659,7 @@ def test_the_ends_of_a_mask_are_two(dtype: torch.dtype) -> None:
     )
     other = torch.tensor([torch.finfo(dtype).min, torch.finfo(dtype).max], dtype=dtype)
 
-    assert compare(ends, other).first is None
-    assert compare(ends, other.flip(0)).first is not None
-    assert compare(ends[:1], other[1:]).first is not None
-    assert compare(ends[1:], other[:1]).first is not None
+    assert compare_portraits(ends, other).first is None
+    assert compare_portraits(ends, other.flip(0)).first is not None
+    assert compare_portraits(ends[:1], other[1:]).first is not None
+    assert compare_portraits(ends[1:], other[:1]).first is not None

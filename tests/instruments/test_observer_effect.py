@@ -15,7 +15,7 @@ import torch
 from pytest_gpumem import OomInjector, PeakRecorder, active_device, sweep_ooms
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.guards import take_dropped
-from pytest_gpumem.instruments.equality import compare
+from pytest_gpumem.instruments.equality import compare_portraits
 from pytest_gpumem.instruments.portraits import portrait
 from pytest_gpumem.instruments.recorder import LimitWatch
 from pytest_gpumem.instruments.timeline import Timeline
@@ -130,7 +130,7 @@ def test_a_program_is_the_same_whoever_looks(
     for observed in (limits, timelines, a_rule, a_sweep_before):
         seen = run(program, observed)
 
-        assert compare(alone, seen, where=observed.__name__).first is None
+        assert compare_portraits(alone, seen, where=observed.__name__).first is None
         assert not take_dropped()
 
 
@@ -151,6 +151,6 @@ def test_the_comparison_can_fail() -> None:
             yield
 
     alone, seen = run(programs.loads_a_model), run(programs.loads_a_model, draws)
-    found = compare(alone, seen).first
+    found = compare_portraits(alone, seen).first
 
     assert found is not None

@@ -26,7 +26,7 @@ from pytest_gpumem.instruments.snapshots import (
 )
 from pytest_gpumem.instruments.witness import OomWitness
 from pytest_gpumem.records.incidents import Incident, ModelSize, Process, remedies
-from pytest_gpumem.reports.oom_section import explain
+from pytest_gpumem.reports.oom_section import section_lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -188,7 +188,7 @@ def test_an_injected_oom_names_its_rule(witness: OomWitness, flavour: str) -> No
     _fail()
 
     assert [rule, None] == [each.injected_by for each in witness.incidents]
-    lines = "\n".join(explain(witness.incidents[0]))
+    lines = "\n".join(section_lines(witness.incidents[0]))
     assert f"an OOM was injected by the rule {rule} on cuda:0 (Tesla T4" in lines
     assert "needed at least" not in lines
 
@@ -253,7 +253,7 @@ INCIDENT = Incident(
 
 def test_arithmetic_is_said_and_honest() -> None:
     """What fits, what does not, and by how much; words for every case."""
-    lines = "\n".join(explain(INCIDENT, count=3))
+    lines = "\n".join(section_lines(INCIDENT, count=3))
     crowded = replace(INCIDENT, room_bytes=45 * MIB)
     trained = replace(INCIDENT, kept_bytes=10 * MIB)
     fragmented = replace(INCIDENT, nbytes=5 * MIB)
@@ -274,7 +274,7 @@ def test_arithmetic_is_said_and_honest() -> None:
     assert "a batch 16 times smaller" == remedies(crowded)[2].name
     assert not remedies(replace(crowded, room_bytes=40 * MIB))[2].fits
     assert "offload to the CPU" not in {each.name for each in remedies(trained)}
-    assert "fragments took the rest" in "\n".join(explain(fragmented))
+    assert "fragments took the rest" in "\n".join(section_lines(fragmented))
     assert [] == remedies(replace(INCIDENT, models=(), allocated_bytes=0, nbytes=0))
 
 

@@ -14,7 +14,7 @@ from pytest_gpumem import FitTask, fit_model, simulated_device
 from pytest_gpumem.checkpoints.models import model_spec
 from pytest_gpumem.cli import main
 from pytest_gpumem.errors import CardError, CheckpointError, PlanError
-from pytest_gpumem.planning.table import table
+from pytest_gpumem.planning.table import fit_table
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -223,7 +223,7 @@ def test_the_table_has_a_line_for_each_card_and_its_split() -> None:
     """Cards in the order in which they were named."""
     report = fit_model("bert-tiny", cards="L4,T4", largest_batch=False)
 
-    lines = list(table(report))
+    lines = list(fit_table(report))
 
     assert ["NVIDIA", "Tesla"] == [line.split()[0] for line in lines[3:5]]
     assert lines[7].split()[:2] == ["card", "weights"]

@@ -14,9 +14,9 @@ from pytest_gpumem.cards import CARDS
 from pytest_gpumem.plugin import smallest  # an inner run keeps it
 from pytest_gpumem.reports.suggestions import (
     Peak,
-    explain,
     size_text,
     suggested_limit,
+    suggestion_lines,
     too_generous,
 )
 from pytest_gpumem.sizes import parse_size
@@ -49,7 +49,7 @@ def test_what_is_said_of_a_suite() -> None:
             Peak("a.py::test_none", 0, 0, smallest_budget=4 * MIB),
         )
     }
-    lines = explain(peaks)
+    lines = suggestion_lines(peaks)
 
     assert [
         'a.py::test_many: @pytest.mark.max_vram("9MiB")  # peak 8 MiB',
@@ -72,7 +72,7 @@ def test_what_is_said_of_a_suite() -> None:
 )
 def test_the_smallest_card_that_has_the_room_is_named(nbytes: int, words: str) -> None:
     """What its context takes is not there for PyTorch."""
-    assert words in explain({"t": Peak("t", 0, nbytes)})[-1]
+    assert words in suggestion_lines({"t": Peak("t", 0, nbytes)})[-1]
 
 
 TESTS = """

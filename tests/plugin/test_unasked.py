@@ -11,7 +11,7 @@ import torch  # an inner run would import it anew, which torch does not survive
 from ways import WORKERS
 
 from pytest_gpumem.inheritance import VARIABLE
-from pytest_gpumem.plugin.options import load, options_of
+from pytest_gpumem.plugin.options import load_object, options_of
 from pytest_gpumem.plugin.settings import OPTIONS, Settings, is_asked
 
 LIGHT = ("-p", "no:cacheprovider")
@@ -181,7 +181,7 @@ def test_an_option_is_one_line() -> None:
         assert hasattr(Settings(), name)
         for each in (option.parse, option.check):
             if isinstance(each, str) and each:
-                assert callable(load(each))
+                assert callable(load_object(each))
         if option.default_text:
             assert option.default == option.value(option.default_text, Path())
 

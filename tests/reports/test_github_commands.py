@@ -10,7 +10,11 @@ import pytest
 import torch  # noqa: F401  # an inner run would import it anew, which torch does not survive
 from ways import WORKERS
 
-from pytest_gpumem.reports.github_commands import Place, error_command, place_of
+from pytest_gpumem.reports.github_commands import (
+    SourceLine,
+    error_command,
+    source_line_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -140,7 +144,7 @@ def test_a_text_can_end_no_command_and_begin_none() -> None:
     command = error_command(
         "100 %\r\n::error::a, b: c",
         title="a:b,c%\r\n",
-        place=Place(Path("/checkout/a,b:c/100%.py"), 3),
+        place=SourceLine(Path("/checkout/a,b:c/100%.py"), 3),
         root=Path("/checkout"),
     )
 
@@ -156,7 +160,9 @@ def test_a_site_is_a_line_of_a_file_that_is_there(tmp_path: Path) -> None:
     (tmp_path / "a b.py").touch()
     folders = (tmp_path / "none", tmp_path)
 
-    assert Place(tmp_path / "a b.py", 12) == place_of("a b.py:12 in f (load)", folders)
+    assert SourceLine(tmp_path / "a b.py", 12) == source_line_of(
+        "a b.py:12 in f (load)", folders
+    )
     for site in (
         "",
         "a b.py",
@@ -164,4 +170,4 @@ def test_a_site_is_a_line_of_a_file_that_is_there(tmp_path: Path) -> None:
         "torch/x.py:3 in f",
         "unknown site (load)",
     ):
-        assert place_of(site, folders) is None
+        assert source_line_of(site, folders) is None

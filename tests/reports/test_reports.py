@@ -68,7 +68,7 @@ def test_what_is_no_report_is_refused(text: str, message: str) -> None:
 def test_a_report_comes_back_as_it_was(tmp_path: Path) -> None:
     """What is written is read."""
     path = a_report(tmp_path, "a.json", one=1, two=2)
-    report = document.read(path)
+    report = document.read_report(path)
     assert document.to_text(report) == path.read_text("utf-8")
     assert ["one", "two"] == [each.nodeid for each in report.tests]
 
@@ -76,7 +76,7 @@ def test_a_report_comes_back_as_it_was(tmp_path: Path) -> None:
 def test_markdown_shows_the_largest_and_counts_the_others(tmp_path: Path) -> None:
     """And its cells hold nothing that means more than itself."""
     peaks = {f"test_{number}": number * 2**20 for number in range(1, 31)}
-    text = markdown(document.read(a_report(tmp_path, "a.json", **peaks)))
+    text = markdown(document.read_report(a_report(tmp_path, "a.json", **peaks)))
     assert "| test&#95;30 | passed | 30 MiB |" in text
     assert "test&#95;10 |" not in text
     assert "… and 10 more" in text
@@ -151,7 +151,7 @@ def test_merge_joins_reports_and_baselines(
     assert 0 == main(["merge", str(a), str(b), "--out", str(out)])
     peaks = {
         each.nodeid: each.figures[0].peak_allocated_bytes
-        for each in document.read(out).tests
+        for each in document.read_report(out).tests
     }
     assert {"one": 1, "two": 3} == peaks
 

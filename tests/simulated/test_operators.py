@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
-    from pytest_gpumem.devices.simulated.operators.requests import Step
+    from pytest_gpumem.devices.simulated.operators.requests import RequestStep
 
 _aten = torch.ops.aten
 
@@ -247,7 +247,9 @@ def test_results_that_are_made_anew_are_on_the_card() -> None:
 # -- what is asked of the allocator ------------------------------------------------------
 
 
-def _asked(card: SimulatedCard, steps: list[Step], sizes: list[int]) -> list[int]:
+def _asked(
+    card: SimulatedCard, steps: list[RequestStep], sizes: list[int]
+) -> list[int]:
     """Return the bytes of each change that steps make to a card, in order."""
     changes: list[int] = []
     card.tracers.append(lambda _i, _a, change, _all, _res: changes.append(change))

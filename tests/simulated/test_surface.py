@@ -32,7 +32,7 @@ MODULES = {"torch.cuda": torch.cuda, "torch.accelerator": torch.accelerator}
 NAMES = [
     (module, name, kind)
     for module in MODULES
-    for name, kind in catalogue.names_of(module).items()
+    for name, kind in catalogue.kinds_of_names(module).items()
 ]
 #: Calls that need arguments to be refused.
 CALLS: dict[str, Callable[[], Any]] = {

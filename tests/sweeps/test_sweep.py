@@ -18,7 +18,7 @@ from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.errors import RuleError, SweepError
 from pytest_gpumem.rules.rule import FLAVOURS, NOT_OOM
 from pytest_gpumem.sweeps.sweep_record import summary_of
-from pytest_gpumem.sweeps.text import coverage_table, explain, summarise
+from pytest_gpumem.sweeps.text import coverage_table, explain_failures, summarise
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -413,7 +413,7 @@ def test_a_plan_that_makes_no_sense_is_refused(
 def test_failures_are_told_by_site_with_their_replay() -> None:
     """Three points of a group in full, the others by their replay alone."""
     report = sweep_ooms(_infer, recover=True)
-    text = explain(report, lambda rule: f"replay {rule}")
+    text = explain_failures(report, lambda rule: f"replay {rule}")
 
     assert text.startswith("_infer does not recover from 16 of 16 faults\n")
     assert "clean OOM at " in text

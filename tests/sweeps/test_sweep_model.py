@@ -27,8 +27,8 @@ from pytest_gpumem.sweeps.sweep_record import summary_of, whole_sweeps
 from pytest_gpumem.sweeps.text import (
     SHOWN,
     coverage_table,
-    describe,
-    explain,
+    describe_point,
+    explain_failures,
     replays,
     summarise,
 )
@@ -403,15 +403,15 @@ def test_a_point_is_described_with_its_replay() -> None:
         "    a",
         "    b",
         "  replay: <any:nth=2>",
-    ] == describe(outcome, "<{}>".format).splitlines()
-    assert "  1 MiB stay on the card, held as by an earlier point" in describe(
+    ] == describe_point(outcome, "<{}>".format).splitlines()
+    assert "  1 MiB stay on the card, held as by an earlier point" in describe_point(
         bare, "<{}>".format
     )
     assert [
         "allocation 2, transient, native: leak, as before at this site",
         "  replay: <any:nth=2>",
-    ] == describe(outcome, "<{}>".format, detailed=False).splitlines()
-    assert "stay" not in describe(an_outcome(), str)
+    ] == describe_point(outcome, "<{}>".format, detailed=False).splitlines()
+    assert "stay" not in describe_point(an_outcome(), str)
 
 
 def test_failures_are_explained_site_by_site(report: SweepReport) -> None:
@@ -419,7 +419,7 @@ def test_failures_are_explained_site_by_site(report: SweepReport) -> None:
     b = "b.py:2 in g"
     report.outcomes += [an_outcome(n, Verdict.LEAK, site=b) for n in (5, 6)]
 
-    text = explain(report, "<{}>".format)
+    text = explain_failures(report, "<{}>".format)
 
     shown = [line for line in text.splitlines() if "leak" in line and "alloc" in line]
     assert SHOWN == len(shown)

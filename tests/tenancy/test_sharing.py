@@ -13,12 +13,17 @@ from typing import Any
 import pytest
 import torch  # noqa: F401  # an inner run may not be the first to import it
 
-from pytest_gpumem.plugin.cardless_tests import History
+from pytest_gpumem.plugin.cardless_tests import CardlessTests
 from pytest_gpumem.plugin.claims import Claim, declared_claims
 from pytest_gpumem.plugin.marks import Budget, Limit, Requirement, Wishes
 from pytest_gpumem.plugin.record_keeping import Collector
 from pytest_gpumem.plugin.settings import Settings
-from pytest_gpumem.plugin.sharing import VARIABLE, Place, Sharing, take_place
+from pytest_gpumem.plugin.sharing import (
+    VARIABLE,
+    Sharing,
+    WorkerPosition,
+    take_position,
+)
 from pytest_gpumem.plugin.workers import Workers
 from pytest_gpumem.sizes import parse_size_spec
 from pytest_gpumem.tenancy.entries import Folder
@@ -478,12 +483,12 @@ def test_the_next_run_removes_what_a_killed_one_left(
 
 def test_a_place_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker's children, and runs inside of it, are no workers."""
-    place = Place(2, 8, "abc")
+    place = WorkerPosition(2, 8, "abc")
     monkeypatch.setenv(VARIABLE, place.text)
 
-    assert place == take_place()
+    assert place == take_position()
     assert VARIABLE not in os.environ
-    assert take_place() is None
+    assert take_position() is None
 
 
 @pytest.mark.parametrize("kept", [None, {"a": 1}, "idle", 3])
@@ -492,7 +497,7 @@ def test_a_broken_cache_knows_no_test(kept: Any) -> None:
     cache = SimpleNamespace(get=lambda _key, _default: kept)
     config: Any = SimpleNamespace(cache=cache)
 
-    assert set() == History(config, Collector()).idle
+    assert set() == CardlessTests(config, Collector()).idle
 
 
 @pytest.mark.slow
@@ -554,7 +559,7 @@ def test_names_of_real_cards_are_turned_as_they_stand(
     """Indices, UUIDs and MIG instances; afterwards the environment is as before."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
     settings = Settings(backend="cuda")
-    sharing = Sharing(settings, Place(1, 4, "abc"))
+    sharing = Sharing(settings, WorkerPosition(1, 4, "abc"))
 
     sharing.spread("cuda")
     assert turned == os.environ["CUDA_VISIBLE_DEVICES"]
@@ -578,7 +583,9 @@ def test_workers_of_each_host_share_its_cards(pytestconfig: pytest.Config) -> No
     there = [_Spec(ssh="far"), _Spec(ssh="far"), _Spec(ssh="far")]
     specs = [here[0], *there, here[1]]
 
-    Workers(History(pytestconfig, Collector()), "equal").pytest_xdist_setupnodes(specs)
+    Workers(CardlessTests(pytestconfig, Collector()), "equal").pytest_xdist_setupnodes(
+        specs
+    )
 
     def places(of: list[_Spec]) -> list[str]:
         return [each.env[VARIABLE].rpartition("/")[0] for each in of]

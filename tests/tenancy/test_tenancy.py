@@ -24,7 +24,7 @@ from pytest_gpumem.tenancy.load_lock import gpu_load_lock, physical_card
 from pytest_gpumem.tenancy.queue import (
     PATIENCE_ALONE_S,
     PATIENCE_S,
-    Request,
+    QueuedRequest,
     admissible,
 )
 from pytest_gpumem.tenancy.shared_card import SharedCard
@@ -150,18 +150,18 @@ def test_more_than_the_card_is_refused_at_once(tmp_path: Path) -> None:
 def test_the_order_of_admission() -> None:
     """Exclusive, then large, then who came first; what fits passes what does not."""
     wishes = [
-        Request("small", 2, since=0),
-        Request("late", 4, since=2),
-        Request("early", 4, since=1),
-        Request("large", 12, since=3),
+        QueuedRequest("small", 2, since=0),
+        QueuedRequest("late", 4, since=2),
+        QueuedRequest("early", 4, since=1),
+        QueuedRequest("large", 12, since=3),
     ]
 
     assert ["large", "early"] == admissible(wishes, total_bytes=16, now=4)
-    held = Request("held", 5, since=0, is_admitted=True)
+    held = QueuedRequest("held", 5, since=0, is_admitted=True)
     assert ["early", "late", "small"] == admissible(
         [held, *wishes], total_bytes=16, now=4
     )
-    alone = Request("alone", 0, since=3, is_exclusive=True)
+    alone = QueuedRequest("alone", 0, since=3, is_exclusive=True)
     assert ["alone"] == admissible([*wishes, alone], total_bytes=16, now=4)
 
 
@@ -201,9 +201,9 @@ def test_a_share_is_less_by_what_stands_of_others(tmp_path: Path) -> None:
 
 def test_who_wants_the_card_alone_waits_less_patiently() -> None:
     """It needs everybody to have ended, so nobody new begins."""
-    held = Request("held", 5, since=0, is_admitted=True)
-    alone = Request("alone", 0, since=0, is_exclusive=True)
-    new = Request("new", 1, since=PATIENCE_ALONE_S)
+    held = QueuedRequest("held", 5, since=0, is_admitted=True)
+    alone = QueuedRequest("alone", 0, since=0, is_exclusive=True)
+    new = QueuedRequest("new", 1, since=PATIENCE_ALONE_S)
     wishes = [held, alone, new]
 
     assert ["new"] == admissible(wishes, total_bytes=16, now=PATIENCE_ALONE_S / 2)
@@ -212,15 +212,15 @@ def test_who_wants_the_card_alone_waits_less_patiently() -> None:
 
 def test_who_has_waited_long_is_not_passed() -> None:
     """No starvation: later small requests wait behind an old large one."""
-    held = Request("held", 5, since=0, is_admitted=True)
-    old = Request("old", 12, since=0)
-    new = Request("new", 1, since=PATIENCE_S)
+    held = QueuedRequest("held", 5, since=0, is_admitted=True)
+    old = QueuedRequest("old", 12, since=0)
+    new = QueuedRequest("new", 1, since=PATIENCE_S)
 
     assert ["new"] == admissible([held, old, new], total_bytes=16, now=PATIENCE_S - 1)
     assert [] == admissible([held, old, new], total_bytes=16, now=PATIENCE_S)
     assert ["old", "new"] == admissible([old, new], total_bytes=16, now=PATIENCE_S)
-    small = Request("small", 1, since=1)
-    alone = Request("alone", 0, since=5, is_exclusive=True)
+    small = QueuedRequest("small", 1, since=1)
+    alone = QueuedRequest("alone", 0, since=5, is_exclusive=True)
     assert ["small"] == admissible([alone, small], total_bytes=16, now=PATIENCE_S + 1)
 
 
@@ -235,9 +235,10 @@ def test_every_request_is_served_and_the_card_never_overbooked(
 ) -> None:
     """Whatever waits: admitting and finishing in turn serves everybody."""
     waiting = {
-        str(number): Request(str(number), *wish) for number, wish in enumerate(wishes)
+        str(number): QueuedRequest(str(number), *wish)
+        for number, wish in enumerate(wishes)
     }
-    held: dict[str, Request] = {}
+    held: dict[str, QueuedRequest] = {}
     while waiting or held:
         names = admissible(
             [*waiting.values(), *held.values()], total_bytes=16, now=30.0
@@ -245,7 +246,7 @@ def test_every_request_is_served_and_the_card_never_overbooked(
         assert names or held
         for name in names:
             wish = waiting.pop(name)
-            held[name] = Request(
+            held[name] = QueuedRequest(
                 name, wish.nbytes, wish.since, wish.is_exclusive, is_admitted=True
             )
         assert sum(each.nbytes for each in held.values()) <= 16

@@ -163,7 +163,7 @@ def kernels() -> dict[str, Any]:
     return {name: kernel for name, kernel in made.items() if _operator(name)}
 
 
-def register(library: Any) -> None:
+def register_casts(library: Any) -> None:
     """Register the casts with a ``torch.library.Library`` of ``aten``."""
     for name, kernel in kernels().items():
         library.impl(name, kernel, "AutocastCUDA")

@@ -164,7 +164,7 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
 }
 
 
-def names_of(module: str) -> dict[str, str]:
+def kinds_of_names(module: str) -> dict[str, str]:
     """Return the kind of each public name of ``torch.cuda`` or ``torch.accelerator``."""
     table = {"torch.cuda": _CUDA, "torch.accelerator": _ACCELERATOR}[module]
     return {name: kind for kind in KINDS for name in table[kind].split()}

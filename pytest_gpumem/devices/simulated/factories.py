@@ -128,7 +128,7 @@ def _own_kernel(operator: Any) -> Any:
 _QUANTIZED = ("_empty_affine_quantized", "_empty_per_channel_affine_quantized")
 
 
-def register() -> torch.library.Library:
+def register_kernels() -> torch.library.Library:
     """Register the kernels; dropping the library takes them back."""
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
@@ -149,5 +149,5 @@ def register() -> torch.library.Library:
             kernel = operator.composed and operator.composed(overload)
             if kernel:
                 library.impl(name, kernel, "AutogradCUDA")
-        autocast.register(library)
+        autocast.register_casts(library)
     return library

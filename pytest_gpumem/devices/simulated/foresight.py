@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
     from pytest_gpumem.devices.simulated.memory import Memory
     from pytest_gpumem.devices.simulated.operators.registry import Operator
-    from pytest_gpumem.devices.simulated.operators.requests import Step
+    from pytest_gpumem.devices.simulated.operators.requests import RequestStep
     from pytest_gpumem.devices.simulated.rng import Drawing
 
     Foresight = Callable[[Any, dict[str, Any], SimulatedCard], "_Foreseen"]
@@ -113,7 +113,7 @@ def foreseeing(
         sizes = [
             0 if each is None else _bytes(each, own.get(id(each))) for each in made
         ]
-        steps: Iterable[Step] = ()
+        steps: Iterable[RequestStep] = ()
         # An operator that fails asks for nothing; it says itself what is wrong.
         if requests is not None and made:
             steps = requests(Call(func, values, kwargs, made, card))

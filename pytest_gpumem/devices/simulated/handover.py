@@ -55,7 +55,7 @@ _refuse_sending: Final[Any] = refusing(
 )
 
 
-def patch(patches: PatchSet) -> None:
+def patch_queues(patches: PatchSet) -> None:
     """Refuse what multiprocessing's queues and pipes would send."""
     reducers: Any = ForkingPickler._extra_reducers  # type: ignore[attr-defined]  # what ``register`` writes to
     patches.put(reducers, SimulatedTensor, _refuse_sending)

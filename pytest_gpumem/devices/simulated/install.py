@@ -150,14 +150,14 @@ class Installation:
         # ``with torch.device(…)`` knows constructors by identity and remembers them
         # on first use: that must be the originals.
         _device_constructors()
-        torchscript.patch(self._patches)
-        handover.patch(self._patches)
+        torchscript.patch_scripting(self._patches)
+        handover.patch_queues(self._patches)
         for owner, name, value in _replacements():
             self._patches.set(owner, name, value)
         self._patch_optimizers()
         self._triton.start()
         if not _libraries:
-            self._library = factories.register()
+            self._library = factories.register_kernels()
             _libraries.append(self._library)
 
     def _patch_optimizers(self) -> None:

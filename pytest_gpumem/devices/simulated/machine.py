@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pytest_gpumem.cards import Card
-    from pytest_gpumem.devices.simulated.memory_history import History
+    from pytest_gpumem.devices.simulated.memory_history import MemoryHistory
 
 #: What torch says of a device index that is not there (cudaErrorInvalidDevice).
 INVALID_ORDINAL: Final = (
@@ -77,7 +77,7 @@ class SimulatedMachine:
         self.is_initialized = False
         #: Whether this process was forked from one that had put something on a card.
         self.is_forked = False
-        self.history: History | None = None
+        self.history: MemoryHistory | None = None
         #: Called with card and bytes once a request has failed and no lock is held.
         self.oom_observers: list[Callable[[int, int], None]] = []
         #: User code's, as torch calls them: card, segment bytes, limit, free bytes.
@@ -153,7 +153,7 @@ class SimulatedMachine:
             raise RuntimeError(INVALID_ORDINAL)
         return self.cards[index]
 
-    def start_history(self, history: History) -> None:
+    def start_history(self, history: MemoryHistory) -> None:
         """Keep every change of memory from here on."""
         self.stop_history()
         self.history = history
@@ -194,7 +194,7 @@ class SimulatedMachine:
         return sum(card.num_requests for card in self.all_cards)
 
 
-def _note(history: History, card: SimulatedCard, *change: Any) -> None:
+def _note(history: MemoryHistory, card: SimulatedCard, *change: Any) -> None:
     history.note(card.index, *change)
 
 

@@ -32,7 +32,7 @@ ACTIONS: Final = (
 )
 
 
-class History:
+class MemoryHistory:
     """The changes of each card since recording began.
 
     Args:

@@ -31,7 +31,7 @@ from pytest_gpumem.devices.simulated.memory import memory_of
 from pytest_gpumem.devices.simulated.refusals import refuse, refuse_value, refusing
 from pytest_gpumem.devices.simulated.subclasses import (
     as_class,
-    place_of,
+    known_card,
     runs_itself,
 )
 from pytest_gpumem.devices.simulated.tensor import DEVICES, SimulatedTensor
@@ -441,7 +441,7 @@ class _Attribute(property):
             if has_torch_function_unary(tensor):
                 public = getattr(torch.Tensor, name).__get__
                 return handle_torch_function(public, (tensor,), tensor)
-            place = place_of(tensor)
+            place = known_card(tensor)
             return original.__get__(tensor) if place is None else answer(tensor, place)
 
         super().__init__(read, doc=original.__doc__)
@@ -454,7 +454,7 @@ def _method(name: str, answer: Callable[..., Any]) -> Any:
     @functools.wraps(original)
     def call(self: Any, *args: Any, **options: Any) -> Any:
         __tracebackhide__ = True
-        is_other = not has_torch_function_unary(self) and place_of(self) is not None
+        is_other = not has_torch_function_unary(self) and known_card(self) is not None
         chosen = answer if is_other else original
         return chosen(self, *args, **options)
 

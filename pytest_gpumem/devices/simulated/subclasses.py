@@ -66,7 +66,7 @@ def runs_itself(tensor: torch.Tensor) -> bool:
     )
 
 
-def place_of(tensor: torch.Tensor) -> torch.device | None:
+def known_card(tensor: torch.Tensor) -> torch.device | None:
     """Return the card that a tensor is on, where its class does not say; else None.
 
     Such are tensors of users' classes, and what ``torch.func`` puts around tensors.

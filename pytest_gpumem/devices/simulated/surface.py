@@ -17,7 +17,7 @@ from pytest_gpumem.devices.simulated import rng
 from pytest_gpumem.devices.simulated.comm import C_COLLECTIVES
 from pytest_gpumem.devices.simulated.distributed.one_process import C_NCCL
 from pytest_gpumem.devices.simulated.machine import card_of, current_machine
-from pytest_gpumem.devices.simulated.memory_history import History
+from pytest_gpumem.devices.simulated.memory_history import MemoryHistory
 from pytest_gpumem.devices.simulated.nvtx import Nvtx
 from pytest_gpumem.devices.simulated.properties import DeviceProperties
 from pytest_gpumem.devices.simulated.refusals import C_REFUSALS
@@ -219,7 +219,7 @@ def _record_history(  # noqa: PLR0917  # torch's own signature
     if enabled is None:
         machine.stop_history()
         return
-    history = History(
+    history = MemoryHistory(
         len(machine.all_cards),
         keeps_entries=enabled == "all",
         context=context,

@@ -23,7 +23,7 @@ _Scripted: Final[Any] = torch.jit._script.RecursiveScriptModule
 _apply_to_module: Final[Any] = torch.nn.Module._apply
 
 
-def patch(patches: PatchSet) -> None:
+def patch_scripting(patches: PatchSet) -> None:
     """Replace what is needed; to be called before the constructors are.
 
     Limits: a scripted module still goes to the interpreter; so does a function that is

@@ -42,6 +42,6 @@ if torch.distributed.is_available():  # it is not in every build
     )
 
     REPLACEMENTS[:] = [*backend.REPLACEMENTS, *reducer.REPLACEMENTS]
-    COLLECTIVES["c10d"] = collectives.handler_for
-    COLLECTIVES["_c10d_functional"] = functional.handler_for
-    COLLECTIVES["_dtensor"] = functional.handler_for
+    COLLECTIVES["c10d"] = collectives.collective_handler
+    COLLECTIVES["_c10d_functional"] = functional.functional_handler
+    COLLECTIVES["_dtensor"] = functional.functional_handler

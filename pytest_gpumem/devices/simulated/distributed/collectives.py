@@ -73,7 +73,7 @@ class Carried(NamedTuple):
     finish: Callable[[], None] | None = None
 
 
-class Call:
+class CollectiveCall:
     """One collective: the group, and what the operator was given."""
 
     def __init__(
@@ -223,7 +223,7 @@ def _flat(value: torch.Tensor) -> torch.Tensor:
 # -- reductions -----------------------------------------------------------------------------
 
 
-def _kind(call: Call) -> Any:
+def _kind(call: CollectiveCall) -> Any:
     """Return what a collective reduces by."""
     kind = call["reduce_op"].op()
     return _Kind(kind) if isinstance(kind, int) else kind
@@ -258,7 +258,7 @@ class _Reduction:
     Source: ``hostToDevRedOp`` of NCCL's ``enqueue.cc``.
     """
 
-    def __init__(self, call: Call, value: torch.Tensor) -> None:
+    def __init__(self, call: CollectiveCall, value: torch.Tensor) -> None:
         __tracebackhide__ = True
         kind = _kind(call)
         _check_reduction(kind, value)
@@ -299,7 +299,7 @@ class _Reduction:
         line.copy_(reduced)
 
 
-def _all_reduced(call: Call, value: torch.Tensor) -> Carried:
+def _all_reduced(call: CollectiveCall, value: torch.Tensor) -> Carried:
     """Reduce a tensor on its way to every rank."""
     __tracebackhide__ = True
     reduction = _Reduction(call, value)
@@ -322,14 +322,14 @@ def _together(started: Sequence[Carried]) -> Carried:
     return Carried([work for each in started for work in each.works], finish)
 
 
-def all_reduce(call: Call) -> Any:
+def all_reduce(call: CollectiveCall) -> Any:
     """``all_reduce``."""
     __tracebackhide__ = True
     value = call.one("tensors")
     return call["tensors"], _reduce_each(call, "ALLREDUCE", [value])
 
 
-def all_reduce_coalesced(call: Call) -> Any:
+def all_reduce_coalesced(call: CollectiveCall) -> Any:
     """``all_reduce`` of several at once."""
     __tracebackhide__ = True
     values = call.values(call["tensors"])
@@ -338,7 +338,7 @@ def all_reduce_coalesced(call: Call) -> Any:
     return _reduce_each(call, "COALESCED", values)
 
 
-def _reduce_each(call: Call, what: str, values: list[torch.Tensor]) -> Any:
+def _reduce_each(call: CollectiveCall, what: str, values: list[torch.Tensor]) -> Any:
     __tracebackhide__ = True
     for each in values:
         _check_reduction(_kind(call), each)
@@ -355,7 +355,7 @@ def _reduce_each(call: Call, what: str, values: list[torch.Tensor]) -> Any:
     )
 
 
-def reduce(call: Call) -> Any:
+def reduce(call: CollectiveCall) -> Any:
     """``reduce``: the other ranks' tensors stay as they are."""
     __tracebackhide__ = True
     value = call.one("tensors")
@@ -379,7 +379,7 @@ def reduce(call: Call) -> Any:
 
 
 def _scattered(
-    call: Call, parts: Sequence[torch.Tensor], output: torch.Tensor
+    call: CollectiveCall, parts: Sequence[torch.Tensor], output: torch.Tensor
 ) -> Carried:
     """Reduce one part of each rank's to the rank that it is for."""
     reduction = _Reduction(call, output)
@@ -394,7 +394,7 @@ def _scattered(
     return Carried(works, lambda: reduction.write(scratches[call.rank], output))
 
 
-def reduce_scatter(call: Call) -> Any:
+def reduce_scatter(call: CollectiveCall) -> Any:
     """``reduce_scatter``, of a list: through one tensor on the card, if all are equal."""
     __tracebackhide__ = True
     output = call.one("output_tensors")
@@ -407,7 +407,7 @@ def reduce_scatter(call: Call) -> Any:
     return call["output_tensors"], work
 
 
-def reduce_scatter_tensor(call: Call) -> Any:
+def reduce_scatter_tensor(call: CollectiveCall) -> Any:
     """``reduce_scatter_tensor``."""
     __tracebackhide__ = True
     output, source = call["output_tensor"], call["input_tensor"]
@@ -416,7 +416,7 @@ def reduce_scatter_tensor(call: Call) -> Any:
     return output, work
 
 
-def reduce_scatter_tensor_coalesced(call: Call) -> Any:
+def reduce_scatter_tensor_coalesced(call: CollectiveCall) -> Any:
     """``reduce_scatter_tensor`` of several at once."""
     __tracebackhide__ = True
     pairs = [
@@ -427,7 +427,7 @@ def reduce_scatter_tensor_coalesced(call: Call) -> Any:
 
 
 def _parts_for(
-    call: Call, output: torch.Tensor, source: torch.Tensor
+    call: CollectiveCall, output: torch.Tensor, source: torch.Tensor
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Return each rank's part of a tensor that is to be scattered, and what gets ours."""
     __tracebackhide__ = True
@@ -443,7 +443,7 @@ def _parts_for(
 
 
 def _scatter_each(
-    call: Call,
+    call: CollectiveCall,
     what: str,
     pairs: list[tuple[list[torch.Tensor], torch.Tensor]],
     outputs: Sequence[torch.Tensor],
@@ -467,7 +467,7 @@ def _scatter_each(
 # -- moving values --------------------------------------------------------------------------
 
 
-def broadcast(call: Call) -> Any:
+def broadcast(call: CollectiveCall) -> Any:
     """``broadcast``."""
     __tracebackhide__ = True
     value = call.one("tensors")
@@ -486,7 +486,7 @@ def _are_equal(values: Sequence[torch.Tensor]) -> bool:
     return all(each.shape == values[0].shape for each in values)
 
 
-def all_gather(call: Call) -> Any:
+def all_gather(call: CollectiveCall) -> Any:
     """``all_gather``, to a list: through one tensor on the card, if all are equal."""
     __tracebackhide__ = True
     source = call.one("input_tensors")
@@ -523,7 +523,9 @@ def _bytes_for(value: torch.Tensor) -> torch.Tensor:
     return torch.empty(value.numel() * value.element_size(), dtype=torch.uint8)
 
 
-def _gathered(call: Call, output: torch.Tensor, source: torch.Tensor) -> dist.Work:
+def _gathered(
+    call: CollectiveCall, output: torch.Tensor, source: torch.Tensor
+) -> dist.Work:
     flat = _flat(source)
     target = _flat(output)
     if target.untyped_storage()._cdata == flat.untyped_storage()._cdata:
@@ -531,7 +533,9 @@ def _gathered(call: Call, output: torch.Tensor, source: torch.Tensor) -> dist.Wo
     return call.backend.transport("_allgather_base", target, flat)
 
 
-def _check_gather(call: Call, output: torch.Tensor, source: torch.Tensor) -> None:
+def _check_gather(
+    call: CollectiveCall, output: torch.Tensor, source: torch.Tensor
+) -> None:
     __tracebackhide__ = True
     if source.dtype != output.dtype:
         raise TypeError("output tensor must have the same type as input tensor")
@@ -541,7 +545,7 @@ def _check_gather(call: Call, output: torch.Tensor, source: torch.Tensor) -> Non
         )
 
 
-def all_gather_into_tensor(call: Call) -> Any:
+def all_gather_into_tensor(call: CollectiveCall) -> Any:
     """``all_gather_into_tensor``."""
     __tracebackhide__ = True
     target, source = call["output_tensor"], call["input_tensor"]
@@ -557,7 +561,7 @@ def all_gather_into_tensor(call: Call) -> Any:
     return target, work
 
 
-def all_gather_into_tensor_coalesced(call: Call) -> Any:
+def all_gather_into_tensor_coalesced(call: CollectiveCall) -> Any:
     """``all_gather_into_tensor`` of several at once."""
     __tracebackhide__ = True
     outputs, inputs = call["outputs"], call["inputs"]
@@ -581,13 +585,13 @@ def all_gather_into_tensor_coalesced(call: Call) -> Any:
     )
 
 
-def all_gather_coalesced(_call: Call) -> Any:
+def all_gather_coalesced(_call: CollectiveCall) -> Any:
     """Refuse, as NCCL does."""
     __tracebackhide__ = True
     raise NotImplementedError("ProcessGroupNCCL does not support allgather_coalesced")
 
 
-def gather(call: Call) -> Any:
+def gather(call: CollectiveCall) -> Any:
     """``gather``."""
     __tracebackhide__ = True
     source = call.one("input_tensors")
@@ -633,7 +637,7 @@ def gather(call: Call) -> Any:
     )
 
 
-def scatter(call: Call) -> Any:
+def scatter(call: CollectiveCall) -> Any:
     """``scatter``."""
     __tracebackhide__ = True
     target = call.one("output_tensors", is_message=True)
@@ -666,7 +670,7 @@ def scatter(call: Call) -> Any:
     return call["output_tensors"], work
 
 
-def all_to_all_single(call: Call) -> Any:
+def all_to_all_single(call: CollectiveCall) -> Any:
     """``all_to_all_single``."""
     __tracebackhide__ = True
     output, source = call.values([call["output"], call["input"]], is_message=True)
@@ -688,7 +692,7 @@ def all_to_all_single(call: Call) -> Any:
     )
 
 
-def all_to_all(call: Call) -> Any:
+def all_to_all(call: CollectiveCall) -> Any:
     """``all_to_all``, of lists."""
     __tracebackhide__ = True
     both = []
@@ -699,7 +703,7 @@ def all_to_all(call: Call) -> Any:
 
 
 def _exchange(
-    call: Call,
+    call: CollectiveCall,
     what: str,
     into: tuple[list[torch.Tensor], list[int]],
     out_of: tuple[list[torch.Tensor], list[int]],
@@ -738,19 +742,19 @@ def _exchange(
     )
 
 
-def send(call: Call) -> Any:
+def send(call: CollectiveCall) -> Any:
     """``send``; NCCL knows no tags."""
     __tracebackhide__ = True
     return _message(call, "SEND", call["dst"])
 
 
-def receive(call: Call) -> Any:
+def receive(call: CollectiveCall) -> Any:
     """``recv``."""
     __tracebackhide__ = True
     return _message(call, "RECV", call["src"])
 
 
-def _message(call: Call, what: str, peer: int) -> Any:
+def _message(call: CollectiveCall, what: str, peer: int) -> Any:
     __tracebackhide__ = True
     value = call.one("tensors", is_message=True)
     _check_type(value.dtype)
@@ -770,7 +774,7 @@ def _message(call: Call, what: str, peer: int) -> Any:
     )
 
 
-def receive_from_any(_call: Call) -> Any:
+def receive_from_any(_call: CollectiveCall) -> Any:
     """Refuse, as NCCL does.
 
     Source: ``Backend::recvAnysource`` of ``Backend.hpp``.
@@ -779,7 +783,7 @@ def receive_from_any(_call: Call) -> Any:
     raise RuntimeError("ProcessGroupNCCL does not support recvAnysource")
 
 
-def barrier(call: Call) -> Any:
+def barrier(call: CollectiveCall) -> Any:
     """``barrier``: an ``all_reduce`` of one number, of which the host waits for the end.
 
     Which card: ``device_ids``, the group's, the one used before, or the rank's.
@@ -807,7 +811,7 @@ def barrier(call: Call) -> Any:
 
 
 #: What runs each operator of ``torch.ops.c10d``.
-_RUNS: Final[dict[str, Callable[[Call], Any]]] = {
+_RUNS: Final[dict[str, Callable[[CollectiveCall], Any]]] = {
     "allreduce_": all_reduce,
     "allreduce_coalesced_": all_reduce_coalesced,
     "reduce_": reduce,
@@ -830,7 +834,7 @@ _RUNS: Final[dict[str, Callable[[Call], Any]]] = {
 }
 
 
-def handler_for(func: Any, other: Handler) -> Handler:
+def collective_handler(func: Any, other: Handler) -> Handler:
     """Return how a collective runs: in a group of NCCL as here, in any other as given."""
     run = _RUNS.get(func._schema.name.partition("::")[2])
     if run is None:
@@ -839,7 +843,7 @@ def handler_for(func: Any, other: Handler) -> Handler:
 
     def in_nccl(group: c10d.ProcessGroup, backend: Any, given: dict[str, Any]) -> Any:
         __tracebackhide__ = True
-        return chosen(Call(group, backend, given))
+        return chosen(CollectiveCall(group, backend, given))
 
     return by_group(
         func,

@@ -168,7 +168,7 @@ _RUNS: Final[dict[str, Callable[..., Any]]] = {
 }
 
 
-def handler_for(func: Any, other: Handler) -> Handler:
+def functional_handler(func: Any, other: Handler) -> Handler:
     """Return how a collective runs: in a group of NCCL as here, in any other as given."""
     run = _RUNS.get(func._schema.name.partition("::")[2])
     if run is None:

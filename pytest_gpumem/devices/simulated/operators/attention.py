@@ -53,7 +53,7 @@ _STATE_BYTES: Final = 16
 _UNUSED_BYTES: Final = 8
 
 
-class Settings(NamedTuple):
+class AttentionArguments(NamedTuple):
     """The arguments of one call that are no tensors.
 
     Attributes:
@@ -77,7 +77,7 @@ def choose_kernel(  # noqa: PLR0917  # one call's operands
     value: torch.Tensor,
     mask: torch.Tensor | None,
     capability: tuple[int, int],
-    settings: Settings = Settings(),  # noqa: B008  # a tuple
+    settings: AttentionArguments = AttentionArguments(),  # noqa: B008  # a tuple
 ) -> str:
     """Return which kernel CUDA runs: ``"flash"``, ``"efficient"`` or ``"math"``.
 
@@ -109,7 +109,7 @@ def _may_be_flash(  # noqa: PLR0917  # one call's operands
     value: torch.Tensor,
     mask: torch.Tensor | None,
     capability: tuple[int, int],
-    settings: Settings,
+    settings: AttentionArguments,
 ) -> bool:
     width = query.shape[-1]
     heads, key_heads = query.shape[1], key.shape[1]
@@ -170,7 +170,7 @@ def attention(  # noqa: PLR0917  # the operator's signature
     """``aten.scaled_dot_product_attention`` by the kernel that CUDA would choose."""
     __tracebackhide__ = True
     tensors = (query, key, value)
-    settings = Settings(dropout_p, is_causal, scale, enable_gqa)
+    settings = AttentionArguments(dropout_p, is_causal, scale, enable_gqa)
     kernel = "math"
     if all(type(each) is SimulatedTensor for each in tensors):
         capability = query._gpumem_card.card.compute_capability
@@ -219,7 +219,7 @@ def _aligned(mask: Any) -> Any:
     return functional.pad(mask, (0, missing))[..., :length]
 
 
-def _flash(query: Any, key: Any, value: Any, settings: Settings) -> Any:
+def _flash(query: Any, key: Any, value: Any, settings: AttentionArguments) -> Any:
     """Run the flash kernel, on padded heads where it needs them."""
     __tracebackhide__ = True
     width = query.shape[-1]
@@ -233,7 +233,9 @@ def _flash(query: Any, key: Any, value: Any, settings: Settings) -> Any:
     return _fused(query, key, value, None, settings, "flash")[..., :width]
 
 
-def _composed(query: Any, key: Any, value: Any, mask: Any, settings: Settings) -> Any:
+def _composed(
+    query: Any, key: Any, value: Any, mask: Any, settings: AttentionArguments
+) -> Any:
     """Attention of other operators: ``_scaled_dot_product_attention_math``."""
     __tracebackhide__ = True
     dtype = query.dtype
@@ -274,7 +276,12 @@ def _composed(query: Any, key: Any, value: Any, mask: Any, settings: Settings) -
 
 
 def _fused(  # noqa: PLR0917  # one call's operands
-    query: Any, key: Any, value: Any, bias: Any, settings: Settings, kernel: str
+    query: Any,
+    key: Any,
+    value: Any,
+    bias: Any,
+    settings: AttentionArguments,
+    kernel: str,
 ) -> Any:
     __tracebackhide__ = True
     tensors = (query, key, value)
@@ -437,7 +444,7 @@ def _flash_forward(
     query: Any,
     key: Any,
     value: Any,
-    settings: Settings,
+    settings: AttentionArguments,
     _saves: bool,  # noqa: FBT001  # its own
 ) -> tuple[Any, list[Any]]:
     """Return an empty result, and what is kept beside it: ``mha_fwd``."""
@@ -469,7 +476,7 @@ def _efficient_forward(
     query: Any,
     key: Any,
     value: Any,
-    settings: Settings,
+    settings: AttentionArguments,
     saves: bool,  # noqa: FBT001  # its own
 ) -> tuple[Any, list[Any]]:
     """Return an empty result, and what is kept: ``_efficient_attention_forward``."""
@@ -516,7 +523,7 @@ def _flash_backward(grad: Any, query: Any, key: Any, value: Any, out: Any) -> li
 
 
 def _efficient_backward(  # noqa: PLR0917  # the operator's own
-    grad: Any, query: Any, key: Any, value: Any, bias: Any, settings: Settings
+    grad: Any, query: Any, key: Any, value: Any, bias: Any, settings: AttentionArguments
 ) -> list[Any]:
     """Return empty gradients, with what else ``_efficient_attention_backward`` asks for."""
     __tracebackhide__ = True
@@ -632,7 +639,7 @@ def _draw_seed(card: SimulatedCard) -> int:
 def _compute(
     values: Any,
     mask: torch.Tensor | None,
-    settings: Settings,
+    settings: AttentionArguments,
     seed: int | None,
 ) -> torch.Tensor:
     """Compute attention on the host.

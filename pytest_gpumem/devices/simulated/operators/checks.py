@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.operators.registry import Operator
 
 
-class Place:
+class Operand:
     """An operand: its argument's name, whether it is written to, and the tensor."""
 
     __slots__ = ("device", "is_out", "is_written", "name", "tensor")
@@ -68,20 +68,20 @@ def checking(func: Any, operator: Operator) -> Callable[[Any, Any, Operands], No
     return check_devices
 
 
-def _places(func: Any, args: Any, kwargs: Any) -> list[Place]:
+def _places(func: Any, args: Any, kwargs: Any) -> list[Operand]:
     """Return the tensors among the arguments, in the schema's order."""
-    places: list[Place] = []
+    places: list[Operand] = []
     for position, argument in enumerate(func._schema.arguments):
         value = args[position] if position < len(args) else kwargs.get(argument.name)
         places.extend(
-            Place(argument, each)
+            Operand(argument, each)
             for each in (value if isinstance(value, (list, tuple)) else (value,))
             if isinstance(each, torch.Tensor)
         )
     return places
 
 
-def declared(func: Any, places: list[Place]) -> None:
+def declared(func: Any, places: list[Operand]) -> None:
     """Check as the declaration says: in generated code, or as ``TensorIterator`` does.
 
     Source: ``gen_device_check`` and ``wrapper_kernel_sig`` of
@@ -95,13 +95,13 @@ def declared(func: Any, places: list[Place]) -> None:
     outs = [each for each in places if each.is_out]
     overload = "" if func._overloadname == "default" else func._overloadname
     name = func.overloadpacket.__name__ + ("_out" if outs else "")
-    compare(
+    compare_devices(
         name if declaration.is_structured else f"{overload}_{name}",
         outs + [each for each in places if not each.is_out],
     )
 
 
-def compare(name: str, places: list[Place]) -> None:
+def compare_devices(name: str, places: list[Operand]) -> None:
     """Compare all operands with the first one, in the name of a kernel.
 
     Source: ``common_device_check_failure`` of ``c10/core/impl``.
@@ -116,7 +116,7 @@ def compare(name: str, places: list[Place]) -> None:
             )
 
 
-def iterated(func: Any, places: list[Place]) -> None:
+def iterated(func: Any, places: list[Operand]) -> None:
     """Check as ``TensorIterator`` does, which reads single numbers of the host.
 
     Source: ``TensorIteratorBase::compute_types`` of ``aten/src/ATen/TensorIterator.cpp``;

@@ -97,7 +97,7 @@ def on_cpu_alone(func: Any) -> Kernel:
     return lambda *_args, **_options: refuse_backend(func)
 
 
-def refused(feature: str) -> Callable[[Any], Kernel]:
+def refusal_of(feature: str) -> Callable[[Any], Kernel]:
     """Refuse what cannot be simulated, by its name in ``refusals.py``."""
     return lambda _func: refusing(feature)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytest_gpumem.devices.simulated.kernel_types import INTEGERS
-from pytest_gpumem.devices.simulated.operators.checks import compare
+from pytest_gpumem.devices.simulated.operators.checks import compare_devices
 from pytest_gpumem.devices.simulated.operators.composing import only
 from pytest_gpumem.devices.simulated.operators.registry import register
 from pytest_gpumem.devices.simulated.operators.requests import (
@@ -23,13 +23,13 @@ from pytest_gpumem.devices.simulated.tensor import SimulatedTensor, make
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from pytest_gpumem.devices.simulated.operators.checks import Place
-    from pytest_gpumem.devices.simulated.operators.requests import Call, Step
+    from pytest_gpumem.devices.simulated.operators.checks import Operand
+    from pytest_gpumem.devices.simulated.operators.requests import Call, RequestStep
 
 _aten = torch.ops.aten
 
 
-def _types(_func: Any, places: list[Place]) -> None:
+def _types(_func: Any, places: list[Operand]) -> None:
     """Check as ``check_input_same_type_as_parameters`` does: types before devices."""
     source = places[0]
     for each in places[1:]:
@@ -38,7 +38,7 @@ def _types(_func: Any, places: list[Place]) -> None:
                 f"Input type ({source.tensor.type()}) and {each.name} type "
                 f"({each.tensor.type()}) should be the same"
             )
-    compare("_cudnn_convolution", places)
+    compare_devices("_cudnn_convolution", places)
 
 
 _CHECK = "Convolution.cpp, check_input_same_type_as_parameters"
@@ -99,14 +99,14 @@ class _Layer:
         return [self.part(each) for each in tensors] if self.batch > 1 else []
 
 
-def _without_cudnn(call: Call) -> Iterable[Step]:
+def _without_cudnn(call: Call) -> Iterable[RequestStep]:
     """Ask for what PyTorch's own kernels ask for; cuDNN's workspaces are not known."""
     if torch._C._get_cudnn_enabled():  # torch.backends.cudnn.enabled, read faster
         return ()
     return _forward(_Layer(call), call)
 
 
-def _forward(layer: _Layer, call: Call) -> Iterator[Step]:
+def _forward(layer: _Layer, call: Call) -> Iterator[RequestStep]:
     result: Any = call.results[0]
     if layer.is_depthwise or not result.numel():
         return
@@ -132,8 +132,8 @@ def _forward(layer: _Layer, call: Call) -> Iterator[Step]:
 
 
 def _convolved(
-    layer: _Layer, result: torch.Tensor, part: Step, *, has_bias: bool
-) -> Iterator[Step]:
+    layer: _Layer, result: torch.Tensor, part: RequestStep, *, has_bias: bool
+) -> Iterator[RequestStep]:
     """Ask for one group's result and its columns."""
     small = None
     if layer.is_transposed and layer.dimensions == 3:  # noqa: PLR2004  # volumes
@@ -150,7 +150,7 @@ def _convolved(
     yield from map(Free, reversed(held))
 
 
-def _backward_without_cudnn(call: Call) -> Iterable[Step]:
+def _backward_without_cudnn(call: Call) -> Iterable[RequestStep]:
     """Likewise, for gradients."""
     if torch._C._get_cudnn_enabled():  # torch.backends.cudnn.enabled, read faster
         return ()
@@ -162,13 +162,13 @@ def _backward_without_cudnn(call: Call) -> Iterable[Step]:
     return _backward(layer, call)
 
 
-def _backward(layer: _Layer, call: Call) -> Iterator[Step]:
+def _backward(layer: _Layer, call: Call) -> Iterator[RequestStep]:
     gradient: torch.Tensor = call["grad_output"]
     wanted = call["output_mask"]
     if layer.groups == 1:
         if not gradient.is_contiguous():
             yield copy_of(gradient)
-        steps: list[Step] = [Results(place) for place in range(3)]
+        steps: list[RequestStep] = [Results(place) for place in range(3)]
         yield from _gradients(layer, gradient, steps, wanted)
         return
     parts: list[Temporary] = []
@@ -187,8 +187,11 @@ def _backward(layer: _Layer, call: Call) -> Iterator[Step]:
 
 
 def _gradients(
-    layer: _Layer, gradient: torch.Tensor, steps: Sequence[Step], wanted: list[bool]
-) -> Iterator[Step]:
+    layer: _Layer,
+    gradient: torch.Tensor,
+    steps: Sequence[RequestStep],
+    wanted: list[bool],
+) -> Iterator[RequestStep]:
     """Ask for one group's gradients and their columns."""
     of_source, of_weight, of_bias = steps
     if layer.is_transposed:

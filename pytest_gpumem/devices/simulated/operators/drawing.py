@@ -31,7 +31,7 @@ from pytest_gpumem.devices.simulated.rng import draw_kept
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pytest_gpumem.devices.simulated.operators.requests import Call, Step
+    from pytest_gpumem.devices.simulated.operators.requests import Call, RequestStep
     from pytest_gpumem.devices.simulated.tensor import Handler
 
 
@@ -92,7 +92,7 @@ def _native_dropout(
     return outs
 
 
-def _mask_first(_call: Call) -> Iterator[Step]:
+def _mask_first(_call: Call) -> Iterator[RequestStep]:
     yield Results(1)
 
 
@@ -144,7 +144,7 @@ register(
 )
 
 
-def _in_single_precision(call: Call) -> Iterator[Step]:
+def _in_single_precision(call: Call) -> Iterator[RequestStep]:
     """Shares of half precision are widened first: ``bernoulli_tensor_kernel``."""
     shares = call.get("p")
     shares = call["self"] if not isinstance(shares, torch.Tensor) else shares
@@ -161,7 +161,7 @@ register(
 )
 
 
-def _with_a_number(call: Call) -> Iterator[Step]:
+def _with_a_number(call: Call) -> Iterator[RequestStep]:
     """A mean or a deviation that is a number becomes a tensor like the result."""
     yield Results()
     result: Any = call.results[0]
@@ -176,7 +176,7 @@ register(
 )
 
 
-def _by_running_sums(source: torch.Tensor) -> Iterator[Step]:
+def _by_running_sums(source: torch.Tensor) -> Iterator[RequestStep]:
     """With replacement: shares of the whole, their running sums, and draws."""
     rows = [copy_of(source) for _each in range(3)]
     yield from rows
@@ -184,7 +184,7 @@ def _by_running_sums(source: torch.Tensor) -> Iterator[Step]:
         yield from scan_of(source, 0, source.dtype)
 
 
-def _by_race(call: Call) -> Iterator[Step]:
+def _by_race(call: Call) -> Iterator[RequestStep]:
     """Without replacement, or for one number, the largest of shares over draws."""
     yield Results()
     source: torch.Tensor = call["self"]

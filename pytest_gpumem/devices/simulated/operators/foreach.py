@@ -8,10 +8,10 @@ from pytest_gpumem.devices.simulated.operators.checks import iterated
 from pytest_gpumem.devices.simulated.operators.registry import register
 
 if TYPE_CHECKING:
-    from pytest_gpumem.devices.simulated.operators.checks import Place
+    from pytest_gpumem.devices.simulated.operators.checks import Operand
 
 
-def _elements(func: Any, places: list[Place]) -> None:
+def _elements(func: Any, places: list[Operand]) -> None:
     """Check lists as their elements; a number for all of them is the card's."""
     number = places[-1]
     if func._overloadname == "Tensor" and number.device != places[0].device:

@@ -28,14 +28,14 @@ from pytest_gpumem.kernels.sort_memory import INDEX_BYTES, pairs_bytes, scan_byt
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pytest_gpumem.devices.simulated.operators.checks import Place
-    from pytest_gpumem.devices.simulated.operators.requests import Call, Step
+    from pytest_gpumem.devices.simulated.operators.checks import Operand
+    from pytest_gpumem.devices.simulated.operators.requests import Call, RequestStep
 
 _aten = torch.ops.aten
 _HOST: Final = torch.device("cpu")
 
 
-def _indices(_func: Any, places: list[Place]) -> None:
+def _indices(_func: Any, places: list[Operand]) -> None:
     """Check that indices are the host's or the tensor's card's, values the card's."""
     target = places[0].device
     for each in places[1:]:
@@ -54,7 +54,7 @@ def _indices(_func: Any, places: list[Place]) -> None:
 _CHECK = "TensorIndexing.h and TensorAdvancedIndexing.cpp, make_info"
 
 
-def _putting(call: Call) -> Iterator[Step]:
+def _putting(call: Call) -> Iterator[RequestStep]:
     """Sums at indices go over them in order: ``index_put_with_sort_kernel``."""
     yield Results()
     source, values = call["self"], call["values"]
@@ -93,7 +93,7 @@ def _putting(call: Call) -> Iterator[Step]:
     yield Temporary(pairs_bytes(count, INDEX_BYTES, bits, call.processors))
 
 
-def _checking_bounds(index: torch.Tensor) -> Iterator[Step]:
+def _checking_bounds(index: torch.Tensor) -> Iterator[RequestStep]:
     least, largest = Temporary(index.itemsize), Temporary(index.itemsize)
     yield from (least, largest)
     if not index.is_contiguous():
@@ -108,7 +108,7 @@ def _checking_bounds(index: torch.Tensor) -> Iterator[Step]:
 _PUT = "cuda/Indexing.cu, index_put_with_sort_kernel"
 
 
-def _looking_up(call: Call) -> Iterator[Step]:
+def _looking_up(call: Call) -> Iterator[RequestStep]:
     """Indices of the host are copied; several with other strides are laid in rows."""
     indices = [each for each in call["indices"] if each is not None]
     for each in indices:
@@ -148,7 +148,7 @@ register(
 )
 
 
-def _mask(func: Any, places: list[Place]) -> None:
+def _mask(func: Any, places: list[Operand]) -> None:
     """Check the mask first, a single one too."""
     target, mask = places[0].device, places[1].device
     if mask != target:
@@ -185,7 +185,7 @@ register(
 )
 
 
-def _in_a_row(call: Call) -> Iterator[Step]:
+def _in_a_row(call: Call) -> Iterator[RequestStep]:
     """Indices that do not lie in a row are copied first."""
     indices = call["indices"]
     copy = None if indices.is_contiguous() else copy_of(indices)
@@ -228,7 +228,7 @@ def _reduces(args: tuple[Any, ...]) -> str:
     return "cuda_scatter_gather_base_kernel_func" if lacks else ""
 
 
-def _counting_sources(call: Call) -> Iterator[Step]:
+def _counting_sources(call: Call) -> Iterator[RequestStep]:
     """For a mean it is counted how many numbers come to a place."""
     yield Results()
     if call.get("reduce") != "mean":
@@ -259,7 +259,7 @@ register(
 )
 
 
-def _rolling(call: Call) -> Iterator[Step]:
+def _rolling(call: Call) -> Iterator[RequestStep]:
     """Several dimensions are rolled one after the other: ``roll_common``."""
     source = call["self"]
     last = None
@@ -275,7 +275,7 @@ def _rolling(call: Call) -> Iterator[Step]:
 register("roll", requests=_rolling, source="TensorTransformations.h, roll_common")
 
 
-def _zero_first(call: Call) -> Iterator[Step]:
+def _zero_first(call: Call) -> Iterator[RequestStep]:
     """A gradient's single zero is a tensor of the card."""
     if is_number(call["src"]):
         yield Temporary(call["src"].itemsize)
@@ -288,7 +288,7 @@ register(
 )
 
 
-def _repeating(call: Call) -> Iterator[Step]:
+def _repeating(call: Call) -> Iterator[RequestStep]:
     """How often numbers are repeated is added up first."""
     repeats = call["repeats"]
     if repeats.numel():
@@ -309,7 +309,7 @@ register(
 _CHUNK_TILE = 2048
 
 
-def _chunking(call: Call) -> Iterator[Step]:
+def _chunking(call: Call) -> Iterator[RequestStep]:
     """The sizes of all tensors and blocks go to the card together.
 
     Tensors that do not lie in a row are padded one by one, and joined.
@@ -387,7 +387,7 @@ register(
 )
 
 
-def _scattering_by_mask(call: Call) -> Iterator[Step]:
+def _scattering_by_mask(call: Call) -> Iterator[RequestStep]:
     """Where each number of the source goes is a running sum over the mask."""
     yield Results()
     result: Any = call.results[0]

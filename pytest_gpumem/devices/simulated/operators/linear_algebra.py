@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from pytest_gpumem.devices.simulated.operators.registry import Kernel
-    from pytest_gpumem.devices.simulated.operators.requests import Call, Step
+    from pytest_gpumem.devices.simulated.operators.requests import Call, RequestStep
 
 _aten = torch.ops.aten
 
@@ -43,7 +43,7 @@ _COMPOSED = "BatchLinearAlgebra.cpp and LinearAlgebra.cpp: helpers by tensor.opt
 _ADDRESS = 8
 
 
-def _addresses(count: int, *, arrays: int) -> Iterator[Step]:
+def _addresses(count: int, *, arrays: int) -> Iterator[RequestStep]:
     """Ask for the addresses of so many matrices that cuBLAS takes together."""
     held = [Temporary(count * _ADDRESS) for _array in range(arrays)]
     yield from held
@@ -54,7 +54,7 @@ def _count(matrices: torch.Tensor) -> int:
     return math.prod(matrices.shape[:-2])
 
 
-def _triangular(call: Call) -> Iterator[Step]:
+def _triangular(call: Call) -> Iterator[RequestStep]:
     """Solve with a triangle: matrices and right sides by their addresses."""
     yield Results()
     result: Any = call.results[0]
@@ -75,7 +75,7 @@ register(
 )
 
 
-def _cholesky_twice(call: Call) -> Iterator[Step]:
+def _cholesky_twice(call: Call) -> Iterator[RequestStep]:
     """Of several matrices: with the factor, then with its transpose."""
     yield Results()
     result: Any = call.results[0]
@@ -96,7 +96,7 @@ register(
 )
 
 
-def _factorised(call: Call) -> Iterator[Step]:
+def _factorised(call: Call) -> Iterator[RequestStep]:
     """Of several matrices: factors and pivots, then the solution of each."""
     yield Results()
     source: torch.Tensor = call["A"]
@@ -119,7 +119,7 @@ register(
 )
 
 
-def _unpacking(call: Call) -> Iterator[Step]:
+def _unpacking(call: Call) -> Iterator[RequestStep]:
     """Pivots become a permutation, of each matrix where there are several."""
     yield Results()
     source: torch.Tensor = call["LU_data" if call.name == "lu_unpack" else "A"]
@@ -130,7 +130,7 @@ def _unpacking(call: Call) -> Iterator[Step]:
             yield Temporary(_count(source) * rows * INDEX_BYTES)
 
 
-def _factorising(call: Call) -> Iterator[Step]:
+def _factorising(call: Call) -> Iterator[RequestStep]:
     """Factors lie in a result; pivots and whether it worked are left behind."""
     yield Results()
     source: torch.Tensor = call["A"]
@@ -156,7 +156,7 @@ register(
 )
 
 
-def _checking_errors(call: Call) -> Iterator[Step]:
+def _checking_errors(call: Call) -> Iterator[RequestStep]:
     """``infos.any()`` is read."""
     yield Temporary(1)
     if call["info"].numel() == 1:
@@ -170,7 +170,7 @@ register(
 )
 
 
-def _by_factors(call: Call) -> Iterator[Step]:
+def _by_factors(call: Call) -> Iterator[RequestStep]:
     """A determinant: of the factors' diagonal, and of how often rows were swapped."""
     yield Results()
     source: torch.Tensor = call["A"]
@@ -245,7 +245,7 @@ def _is_copied(matrix: torch.Tensor) -> bool:
     return not torch.ops.aten.is_non_overlapping_and_dense.default(matrix)
 
 
-def _multiplying(call: Call) -> Iterator[Step]:
+def _multiplying(call: Call) -> Iterator[RequestStep]:
     """Operands that cuBLAS cannot read as they lie are copied."""
     matrices = (call["mat2"], call["self" if call.name == "mm" else "mat1"])
     copies = [copy_of(each) for each in matrices if each.numel() and _is_copied(each)]
@@ -270,7 +270,7 @@ def _is_copied_in_batch(matrix: torch.Tensor, rows: int, columns: int) -> bool:
     return not (matrix.is_contiguous() and down and across) or matrix.is_conj()
 
 
-def _multiplying_batches(call: Call) -> Iterable[Step]:
+def _multiplying_batches(call: Call) -> Iterable[RequestStep]:
     """Likewise, of several matrices."""
     first, second = call.matrices
     if not first.numel() or not second.numel():
@@ -354,7 +354,7 @@ register(
 )
 
 
-def _summing_diagonal(call: Call) -> Iterator[Step]:
+def _summing_diagonal(call: Call) -> Iterator[RequestStep]:
     """The diagonal's sum; truth values become numbers first."""
     yield Results()
     source: torch.Tensor = call["self"]
@@ -465,7 +465,7 @@ register(
 register("linalg_cond linalg_matrix_norm", composed=landing, source=_COMPOSED)
 
 
-def _tolerances(call: Call) -> Iterator[Step]:
+def _tolerances(call: Call) -> Iterator[RequestStep]:
     """Tolerances that are not given, or given as numbers, are tensors of the card."""
     for name in ("atol", "rtol"):
         given = call[name]

@@ -24,20 +24,20 @@ from pytest_gpumem.devices.simulated.operators.requests import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pytest_gpumem.devices.simulated.operators.requests import Call, Step
+    from pytest_gpumem.devices.simulated.operators.requests import Call, RequestStep
 
 
 #: Losses as they are: ``at::Reduction::None``.
 _NONE = 0
 
 
-def _total(call: Call, losses: torch.Tensor) -> Iterator[Step]:
+def _total(call: Call, losses: torch.Tensor) -> Iterator[RequestStep]:
     """Ask for the mean or the sum of losses, and for what makes it."""
     yield Temporary(losses.itemsize)
     yield from parts_of(call, losses, None, opmath_bytes(losses.dtype))
 
 
-def _shrinking(call: Call) -> Iterator[Step]:
+def _shrinking(call: Call) -> Iterator[RequestStep]:
     """The result is as large as the losses, even where it becomes their mean."""
     losses = _broadcast(call)
     if call["reduction"] == _NONE:
@@ -47,7 +47,7 @@ def _shrinking(call: Call) -> Iterator[Step]:
     yield from parts_of(call, losses, None, opmath_bytes(losses.dtype))
 
 
-def _reduced_in_place(call: Call) -> Iterator[Step]:
+def _reduced_in_place(call: Call) -> Iterator[RequestStep]:
     """The losses become their own mean, and keep their bytes."""
     losses = _broadcast(call)
     yield Sized(0, losses.numel() * losses.itemsize)
@@ -55,7 +55,7 @@ def _reduced_in_place(call: Call) -> Iterator[Step]:
         yield from _total(call, losses)
 
 
-def _with_losses(call: Call) -> Iterator[Step]:
+def _with_losses(call: Call) -> Iterator[RequestStep]:
     losses = _broadcast(call)
     if call["reduction"] == _NONE:
         return
@@ -64,7 +64,7 @@ def _with_losses(call: Call) -> Iterator[Step]:
     yield from parts_of(call, losses, None, opmath_bytes(losses.dtype))
 
 
-def _with_logits(call: Call) -> Iterator[Step]:
+def _with_logits(call: Call) -> Iterator[RequestStep]:
     losses = _broadcast(call)
     logarithms = copy_of(losses)
     yield logarithms
@@ -107,7 +107,7 @@ register(
 )
 
 
-def _three_steps(call: Call) -> Iterator[Step]:
+def _three_steps(call: Call) -> Iterator[RequestStep]:
     """The exponential of minus target times input, in three buffers."""
     losses = _broadcast(call)
     negative, product, exponential = (copy_of(losses) for _each in range(3))
@@ -195,7 +195,7 @@ register(
 )
 
 
-def _for_each_row(call: Call) -> Iterator[Step]:
+def _for_each_row(call: Call) -> Iterator[RequestStep]:
     """Rows have a loss each, of which the result is made."""
     source: torch.Tensor = call["self"]
     yield Results()
@@ -211,7 +211,7 @@ register(
 )
 
 
-def _targets_first(call: Call) -> Iterator[Step]:
+def _targets_first(call: Call) -> Iterator[RequestStep]:
     """Which numbers are targets comes first, then a loss for each row."""
     source: torch.Tensor = call["self"]
     yield Results(1)
@@ -228,7 +228,7 @@ register(
 )
 
 
-def _by_product(call: Call) -> Iterator[Step]:
+def _by_product(call: Call) -> Iterator[RequestStep]:
     """``_euclidean_dist``: one product of rows that hold their norms and ones."""
     first, second = call["x1"], call["x2"]
     width = first.shape[-1]
@@ -251,7 +251,7 @@ register(
 )
 
 
-def _for_each_pair(call: Call) -> Iterator[Step]:
+def _for_each_pair(call: Call) -> Iterator[RequestStep]:
     """The gradient of each pair of rows, for each number, before it is added up."""
     yield Results()
     if call["p"] == 0:

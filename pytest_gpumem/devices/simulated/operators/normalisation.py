@@ -19,7 +19,7 @@ from pytest_gpumem.devices.simulated.operators.requests import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pytest_gpumem.devices.simulated.operators.requests import Call, Step
+    from pytest_gpumem.devices.simulated.operators.requests import Call, RequestStep
 
 # They change running statistics, of which their schemas say nothing.
 register(
@@ -205,7 +205,7 @@ def _lies_channels_last(tensor: torch.Tensor) -> bool:
     return found is not None and tensor.is_contiguous(memory_format=found)
 
 
-def _batch_norm_backward(call: Call) -> Iterator[Step]:
+def _batch_norm_backward(call: Call) -> Iterator[RequestStep]:
     """Where channels lie next to each other, sums of them come first."""
     source: torch.Tensor = call["input"]
     if not _lies_channels_last(source):
@@ -229,7 +229,7 @@ register(
 )
 
 
-def _group_norm(call: Call) -> Iterator[Step]:
+def _group_norm(call: Call) -> Iterator[RequestStep]:
     """Moments of half precision are kept wider, and so is the scale of each channel."""
     yield Results()
     source: torch.Tensor = call["input"]
@@ -253,7 +253,7 @@ register(
 )
 
 
-def _group_norm_backward(call: Call) -> Iterator[Step]:
+def _group_norm_backward(call: Call) -> Iterator[RequestStep]:
     yield Results()
     source: torch.Tensor = call["input"]
     if not source.numel():

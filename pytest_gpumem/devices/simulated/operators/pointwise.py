@@ -31,7 +31,7 @@ from pytest_gpumem.devices.simulated.operators.requests import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pytest_gpumem.devices.simulated.operators.requests import Call, Step
+    from pytest_gpumem.devices.simulated.operators.requests import Call, RequestStep
 
 
 register(
@@ -53,7 +53,7 @@ register(
 register("log_sigmoid", composed=into_out, source="Activation.cpp, log_sigmoid_out")
 
 
-def _without_buffer(_call: Call) -> Iterator[Step]:
+def _without_buffer(_call: Call) -> Iterator[RequestStep]:
     """The buffer that the CPU's kernel fills is empty on a card."""
     yield Results(0)
     yield Sized(1, 0)
@@ -66,7 +66,7 @@ register(
 )
 
 
-def _by_sizes(call: Call) -> Iterator[Step]:
+def _by_sizes(call: Call) -> Iterator[RequestStep]:
     """``self.abs() == inf``; whole numbers are finite.
 
     Of complex numbers the two parts are looked at, one after the other.
@@ -87,7 +87,7 @@ def _by_sizes(call: Call) -> Iterator[Step]:
 register("isinf", requests=_by_sizes, source="TensorCompare.cpp, isinf")
 
 
-def _with_numbers(call: Call) -> Iterator[Step]:
+def _with_numbers(call: Call) -> Iterator[RequestStep]:
     """A number is a tensor of the card: C++ makes it by the options of another one."""
     for name in ("self", "other"):
         if is_number(call.get(name)):
@@ -106,7 +106,7 @@ register(
 )
 
 
-def _complex_first(call: Call) -> Iterator[Step]:
+def _complex_first(call: Call) -> Iterator[RequestStep]:
     """Of complex numbers the kernel's results are complex; then they become real."""
     if call["self"].is_complex():
         yield copy_of(call["self"])
@@ -138,7 +138,7 @@ def _abs(source: torch.Tensor) -> torch.Tensor:
     return source.clone() if source.dtype is torch.bool else torch.abs(source)
 
 
-def _becoming_real(call: Call) -> Iterator[Step]:
+def _becoming_real(call: Call) -> Iterator[RequestStep]:
     """Of complex numbers the kernel's results are complex, beside the real ones."""
     yield Results()
     if call["self"].is_complex():
@@ -156,7 +156,7 @@ register(
 )
 
 
-def _base_first(call: Call) -> Iterator[Step]:
+def _base_first(call: Call) -> Iterator[RequestStep]:
     """A base that is a number becomes a tensor of the card; powers of 1 are filled in."""
     base = call["self"]
     if not isinstance(base, torch.Tensor) and base != 1:
@@ -172,7 +172,7 @@ def _wrapped_bytes(number: complex) -> int:
 register("pow", requests=_base_first, source="Pow.cpp, TORCH_IMPL_FUNC(pow_Scalar_out)")
 
 
-def _scaling(call: Call) -> Iterator[Step]:
+def _scaling(call: Call) -> Iterator[RequestStep]:
     """``self * pow(2.0, other)``."""
     other: torch.Tensor = call["other"]
     powers = copy_of(other, torch.result_type(other, 2.0))
@@ -184,7 +184,7 @@ def _scaling(call: Call) -> Iterator[Step]:
 register("ldexp", requests=_scaling, source="BinaryOps.cpp, ldexp")
 
 
-def _by_products(call: Call) -> Iterator[Step]:
+def _by_products(call: Call) -> Iterator[RequestStep]:
     """The sum of ``lgamma`` of ``self`` and shifts of it."""
     result: Any = call.results[0]
     shifts = Temporary(call["p"] * result.itemsize)
@@ -196,7 +196,7 @@ def _by_products(call: Call) -> Iterator[Step]:
 register("mvlgamma", requests=_by_products, source="UnaryOps.cpp, mvlgamma")
 
 
-def _comparing(call: Call) -> Iterator[Step]:
+def _comparing(call: Call) -> Iterator[RequestStep]:
     """``(self == other).all()`` of tensors that are not the same memory."""
     first, second = call["self"], call["other"]
     if first.shape != second.shape or not first.numel():
@@ -225,7 +225,7 @@ def _allclose(
 register("allclose", composed=only(_allclose), source="TensorCompare.cpp, allclose")
 
 
-def _element_by_element(call: Call) -> Iterator[Step]:
+def _element_by_element(call: Call) -> Iterator[RequestStep]:
     """Few numbers to look for are compared with all: ``isin_default_kernel_gpu``."""
     if call.overload != "Tensor_Tensor" or call["assume_unique"]:
         return

@@ -21,7 +21,7 @@ from pytest_gpumem.kernels.sort_memory import scan_bytes
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from pytest_gpumem.devices.simulated.operators.requests import Call, Step
+    from pytest_gpumem.devices.simulated.operators.requests import Call, RequestStep
 
 _aten = torch.ops.aten
 
@@ -66,7 +66,7 @@ def opmath_bytes(dtype: torch.dtype) -> int:
     return _OPMATH_BYTES.get(dtype, dtype.itemsize)
 
 
-def _reducing(call: Call) -> Iterator[Step]:
+def _reducing(call: Call) -> Iterator[RequestStep]:
     """Add up, in the result's type; only half precision is read as it is."""
     yield Results()
     operand: torch.Tensor = call["self"]
@@ -79,7 +79,7 @@ def _reducing(call: Call) -> Iterator[Step]:
     yield from parts_of(call, operand, call.get("dim"), opmath_bytes(dtype))
 
 
-def _counting(call: Call) -> Iterator[Step]:
+def _counting(call: Call) -> Iterator[RequestStep]:
     """``(self != 0).sum(dim)``; truth values are not compared again."""
     operand = call["self"]
     if operand.dtype is not torch.bool:
@@ -89,7 +89,7 @@ def _counting(call: Call) -> Iterator[Step]:
     yield from parts_of(call, operand, call.get("dim"), 8)
 
 
-def _selecting(call: Call) -> Iterator[Step]:
+def _selecting(call: Call) -> Iterator[RequestStep]:
     """A largest or smallest number; no accumulator is wider than it."""
     yield Results()
     operand = call["self"]
@@ -100,12 +100,12 @@ def _selecting(call: Call) -> Iterator[Step]:
     yield from parts_of(call, operand, call.get("dim", ()), nbytes)
 
 
-def _finding(call: Call) -> Iterator[Step]:
+def _finding(call: Call) -> Iterator[RequestStep]:
     yield Results()
     yield from parts_of(call, call["self"], call["dim"], _PAIR_BYTES)
 
 
-def _deciding(call: Call) -> Iterator[Step]:
+def _deciding(call: Call) -> Iterator[RequestStep]:
     """``allany_impl``: a single number is only converted."""
     yield Results()
     operand = call["self"]
@@ -116,7 +116,7 @@ def _deciding(call: Call) -> Iterator[Step]:
         yield from parts_of(call, operand, call.get("dim"), 1)
 
 
-def _varying(call: Call) -> Iterator[Step]:
+def _varying(call: Call) -> Iterator[RequestStep]:
     """A variance; one of complex numbers is the sum of two of real ones."""
     operand = call["self"]
     if operand.is_complex():
@@ -127,7 +127,7 @@ def _varying(call: Call) -> Iterator[Step]:
     yield from parts_of(call, operand, call.get("dim"), nbytes)
 
 
-def _varying_twice(call: Call) -> Iterator[Step]:
+def _varying_twice(call: Call) -> Iterator[RequestStep]:
     """``std_var_out`` and ``std_var_mean_out`` of complex numbers."""
     variance: Any = call.results[0]
     parts = [copy_of(variance) for _each in call.results for _half in range(2)]
@@ -139,7 +139,7 @@ def _varying_twice(call: Call) -> Iterator[Step]:
         yield from parts
 
 
-def norming(call: Call) -> Iterator[Step]:
+def norming(call: Call) -> Iterator[RequestStep]:
     """Add up powers of sizes, which are real; a norm of nothing but itself is a size."""
     yield Results()
     operand = call["self"]
@@ -159,7 +159,7 @@ def _keeps_every(operand: torch.Tensor, dims: Any) -> bool:
     return all(operand.shape[dim] == 1 for dim in gone) if operand.dim() else True
 
 
-def _between(call: Call) -> Iterator[Step]:
+def _between(call: Call) -> Iterator[RequestStep]:
     """The norm of a difference, which is made first."""
     shape = torch.broadcast_shapes(call["self"].shape, call["other"].shape)
     result: Any = call.results[0]
@@ -173,7 +173,7 @@ def _between(call: Call) -> Iterator[Step]:
 register("dist", requests=_between, source="Distance.cpp, dist")
 
 
-def _commonest(call: Call) -> Iterator[Step]:
+def _commonest(call: Call) -> Iterator[RequestStep]:
     """The dimension is brought to the end, in a copy where it is not there."""
     source, dim = call["self"], call["dim"]
     yield Results()
@@ -253,7 +253,7 @@ register(
 )
 
 
-def _adding_exponentials(call: Call) -> Iterator[Step]:
+def _adding_exponentials(call: Call) -> Iterator[RequestStep]:
     """The largest numbers are taken off first, where they are finite."""
     operand: torch.Tensor = call["self"]
     result: Any = call.results[0]
@@ -284,7 +284,7 @@ def _is_inexact(_func: Any, args: tuple[Any, ...]) -> bool:
     return bool(args[0].is_floating_point() or args[0].is_complex())
 
 
-def _running(call: Call) -> Iterator[Step]:
+def _running(call: Call) -> Iterator[RequestStep]:
     """A running sum; whole numbers become those of the result first."""
     yield Results()
     operand: torch.Tensor = call["self"]
@@ -355,14 +355,14 @@ def _narrowing(operator: Any) -> Callable[..., Any]:
     return compute
 
 
-def _multiplying(call: Call) -> Iterator[Step]:
+def _multiplying(call: Call) -> Iterator[RequestStep]:
     """The gradient times the output is made first, in a buffer of its own."""
     grad = call["grad_output"]
     yield Results()
     yield copy_of(grad)
 
 
-def _safe(call: Call) -> Iterator[Step]:
+def _safe(call: Call) -> Iterator[RequestStep]:
     """A softmax, then 0 in rows that have nothing but minus infinity."""
     source, dim = call["self"], call["dim"]
     length = source.shape[dim] if source.dim() else 1
@@ -396,7 +396,7 @@ for _name in ("softmax", "log_softmax"):
     )
 
 
-def _renorming(call: Call) -> Iterator[Step]:
+def _renorming(call: Call) -> Iterator[RequestStep]:
     """A norm for each slice, wider for half precision; then the factor, of the type."""
     yield Results()
     source: torch.Tensor = call["self"]
@@ -410,7 +410,7 @@ def _renorming(call: Call) -> Iterator[Step]:
 register("renorm", requests=_renorming, source="Normalization.cpp, renorm_out")
 
 
-def _by_segments(call: Call) -> Iterator[Step]:
+def _by_segments(call: Call) -> Iterator[RequestStep]:
     """Lengths and offsets of segments are made of each other."""
     yield Results()
     source: torch.Tensor = call["data"]

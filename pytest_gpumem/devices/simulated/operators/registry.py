@@ -25,8 +25,8 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from pytest_gpumem.devices.simulated.operators.checks import Place
-    from pytest_gpumem.devices.simulated.operators.requests import Call, Step
+    from pytest_gpumem.devices.simulated.operators.checks import Operand
+    from pytest_gpumem.devices.simulated.operators.requests import Call, RequestStep
     from pytest_gpumem.devices.simulated.rng import Drawing
     from pytest_gpumem.devices.simulated.tensor import Handler
 
@@ -68,7 +68,7 @@ class Operator:
 
     source: str
     place: str
-    requests: Callable[[Call], Iterable[Step]] | None = None
+    requests: Callable[[Call], Iterable[RequestStep]] | None = None
     compute: Callable[[Any], Kernel | None] | None = None
     draw: Drawing | None = None
     draws_nothing: bool = False
@@ -76,7 +76,7 @@ class Operator:
     decomposed: Callable[[Any], Kernel | None] | None = None
     handler: Handler | None = None
     around: Callable[[Any, Handler], Handler] | None = None
-    check: Callable[[Any, list[Place]], None] | None = None
+    check: Callable[[Any, list[Operand]], None] | None = None
     takes_host: bool = False
     has_cuda_kernel: bool = False
     uses_cublas: bool = False

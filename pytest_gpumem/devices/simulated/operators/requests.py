@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
 
-    Rule = Callable[["Call"], Iterable["Step"]]
+    Rule = Callable[["Call"], Iterable["RequestStep"]]
 
 
 class Results:
@@ -101,7 +101,7 @@ class Workspace:
     __slots__ = ()
 
 
-Step = Results | Sized | Temporary | Free | Workspace
+RequestStep = Results | Sized | Temporary | Free | Workspace
 
 
 def copy_of(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> Temporary:
@@ -204,7 +204,9 @@ def flat(out: Any) -> list[torch.Tensor | None]:
     return [None]
 
 
-def ask(steps: Iterable[Step], sizes: Sequence[int], card: SimulatedCard) -> list[Any]:
+def ask(
+    steps: Iterable[RequestStep], sizes: Sequence[int], card: SimulatedCard
+) -> list[Any]:
     """Ask the card's allocator for what an operator asks for, step by step.
 
     Args:

@@ -32,7 +32,7 @@ from pytest_gpumem.kernels.sort_memory import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pytest_gpumem.devices.simulated.operators.requests import Call, Step
+    from pytest_gpumem.devices.simulated.operators.requests import Call, RequestStep
 
 
 def _quantile(func: Any) -> Any:
@@ -64,7 +64,7 @@ _MANY_SEGMENTS = 128
 _LARGE_SEGMENT = 1_000_000
 
 
-def _sorting(call: Call) -> Iterator[Step]:
+def _sorting(call: Call) -> Iterator[RequestStep]:
     source, dim = call["self"], call.get("dim", -1)
     yield Results()
     if source.dim() == 0 or not source.numel():
@@ -80,7 +80,9 @@ def _sorting(call: Call) -> Iterator[Step]:
     yield from _sorting_segments(call, source, length)
 
 
-def _sorting_segments(call: Call, source: torch.Tensor, length: int) -> Iterator[Step]:
+def _sorting_segments(
+    call: Call, source: torch.Tensor, length: int
+) -> Iterator[RequestStep]:
     """Sort the last dimension: ``launch_stable_sort_kernel``."""
     count, key_bytes = source.numel(), source.itemsize
     bits = 8 * key_bytes
@@ -106,7 +108,7 @@ def _sorting_segments(call: Call, source: torch.Tensor, length: int) -> Iterator
 register("sort", requests=_sorting, source="cuda/Sort.cpp, sort_stable_out")
 
 
-def _sorting_away(call: Call) -> Iterator[Step]:
+def _sorting_away(call: Call) -> Iterator[RequestStep]:
     """Sort beside the operand; only the indices are wanted."""
     values = copy_of(call["self"])
     yield values
@@ -120,7 +122,7 @@ register(
 )
 
 
-def _middle(call: Call) -> Iterator[Step]:
+def _middle(call: Call) -> Iterator[RequestStep]:
     """Without a dimension all numbers are sorted; with one they are counted."""
     source = call["self"]
     if call.overload != "default" or not source.numel():
@@ -141,7 +143,7 @@ def _middle(call: Call) -> Iterator[Step]:
     yield Results()
 
 
-def _counting_numbers(count: int) -> Iterator[Step]:
+def _counting_numbers(count: int) -> Iterator[RequestStep]:
     """``((count - 1) - sorted.isnan().sum()) / 2``, as an index."""
     are_none, wide = Temporary(count), Temporary(count * INDEX_BYTES)
     total, left = Temporary(INDEX_BYTES), Temporary(INDEX_BYTES)
@@ -190,7 +192,7 @@ register(
 )
 
 
-def _searching(call: Call) -> Iterator[Step]:
+def _searching(call: Call) -> Iterator[RequestStep]:
     """The least and the largest place of a sorter are looked at."""
     if call.get("sorter") is not None:
         least, largest = Temporary(INDEX_BYTES), Temporary(INDEX_BYTES)
@@ -204,7 +206,7 @@ register(
 )
 
 
-def _choosing(call: Call) -> Iterator[Step]:
+def _choosing(call: Call) -> Iterator[RequestStep]:
     """Long rows are chosen from by several blocks, which count digits."""
     source: torch.Tensor = call["self"]
     yield Results()

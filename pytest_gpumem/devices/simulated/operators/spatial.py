@@ -22,7 +22,7 @@ from pytest_gpumem.kernels.sort_memory import INDEX_BYTES
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pytest_gpumem.devices.simulated.operators.requests import Call, Step
+    from pytest_gpumem.devices.simulated.operators.requests import Call, RequestStep
 
 #: Gradients that are added up atomically, by what their kernel calls itself.
 #: Source: the callers of ``alertNotDeterministic`` in ``aten/src/ATen/native/cuda``.
@@ -56,7 +56,7 @@ for _name, _caller in _ADDED_ATOMICALLY.items():
     )
 
 
-def _with_places(call: Call) -> Iterator[Step]:
+def _with_places(call: Call) -> Iterator[RequestStep]:
     """Where windows overlap, the places that they reach are numbered."""
     yield Results()
     sizes, dim = call["input_sizes"], call["dim"]
@@ -74,7 +74,7 @@ register(
 )
 
 
-def _growing(call: Call) -> Iterator[Step]:
+def _growing(call: Call) -> Iterator[RequestStep]:
     """The result is as large as the operand until it has to grow; it never shrinks."""
     source: torch.Tensor = call["self"]
     result: Any = call.results[0]
@@ -91,7 +91,7 @@ def _growing(call: Call) -> Iterator[Step]:
 register("im2col", requests=_growing, source="cuda/Im2Col.cu, im2col_cuda")
 
 
-def _in_a_row(call: Call) -> Iterator[Step]:
+def _in_a_row(call: Call) -> Iterator[RequestStep]:
     """Operands that do not lie in a row are copied first."""
     copies = [
         copy_of(each)

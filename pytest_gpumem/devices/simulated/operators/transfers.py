@@ -15,7 +15,7 @@ from pytest_gpumem.devices.simulated.copies import (
 from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.memory import Memory, hold
 from pytest_gpumem.devices.simulated.operands import is_own_device
-from pytest_gpumem.devices.simulated.operators.composing import refused
+from pytest_gpumem.devices.simulated.operators.composing import refusal_of
 from pytest_gpumem.devices.simulated.operators.registry import register
 from pytest_gpumem.devices.simulated.refusals import refuse_value
 from pytest_gpumem.devices.simulated.tensor import (
@@ -147,7 +147,7 @@ register(
     _make_per_channel_quantized_tensor _make_per_tensor_quantized_tensor
     quantize_per_channel quantize_per_tensor quantize_per_tensor_dynamic
     """,
-    composed=refused("a quantized tensor"),
+    composed=refusal_of("a quantized tensor"),
     source="native_functions.yaml, QuantizedCUDA",
 )
 register("is_pinned", handler=_is_pinned, source="Memory.cpp, is_pinned")
