@@ -125,6 +125,8 @@ class CachingAllocator(Heap):
         stats = self.stats
         is_small = block.segment.is_small
         block.is_allocated = False
+        if block.streams:
+            stats.separate_active()
         stats.allocation.add(is_small, -1)
         stats.allocated_bytes.add(is_small, -block.size)
         if block.size >= self.config.max_split_size:

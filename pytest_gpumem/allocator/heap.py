@@ -162,8 +162,9 @@ class Heap(Figures):
         size = block.size
         stats.allocation.add(is_small, 1)
         stats.allocated_bytes.add(is_small, size)
-        stats.active.add(is_small, 1)
-        stats.active_bytes.add(is_small, size)
+        if stats.active is not stats.allocation:
+            stats.active.add(is_small, 1)
+            stats.active_bytes.add(is_small, size)
         stats.requested_bytes.add(is_small, nbytes)
         if size >= self.config.max_split_size:
             stats.oversize_allocations.increase(1)
@@ -201,11 +202,13 @@ class Heap(Figures):
         if block.previous is not None or block.next is not None:
             count += 1
             nbytes += block.size
-        if not segment.is_expandable:
-            stats.inactive_split.add(is_small, count)
+        if nbytes and not segment.is_expandable:
             stats.inactive_split_bytes.add(is_small, nbytes)
-        stats.active.add(is_small, -1)
-        stats.active_bytes.add(is_small, -freed)
+            if count:
+                stats.inactive_split.add(is_small, count)
+        if stats.active is not stats.allocation:
+            stats.active.add(is_small, -1)
+            stats.active_bytes.add(is_small, -freed)
         stats.requested_bytes.add(is_small, -requested)
 
     def _record(self, action: str, block: Block) -> None:

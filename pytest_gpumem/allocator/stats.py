@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Final
 
 #: The families, in the order of ``SMALL`` and ``LARGE`` below.
@@ -22,25 +23,29 @@ FAMILIES: Final = (
 class Stat:
     """Current, peak, and the running totals of increases and decreases."""
 
-    __slots__ = ("allocated", "current", "freed", "peak")
+    __slots__ = ("_base", "allocated", "current", "peak")
 
     def __init__(self) -> None:
         self.current = 0
         self.peak = 0
         self.allocated = 0
-        self.freed = 0
+        self._base = 0
+
+    @property
+    def freed(self) -> int:
+        """The running total of decreases: what is not there any more."""
+        return self._base + self.allocated - self.current
 
     def increase(self, amount: int) -> None:
         """Add, and raise the peak if this is the most so far."""
-        self.current += amount
         self.allocated += amount
-        if self.current > self.peak:  # noqa: PLR1730  # the hot path: no call to max
-            self.peak = self.current
+        self.current = current = self.current + amount
+        if current > self.peak:
+            self.peak = current
 
     def decrease(self, amount: int) -> None:
         """Take away."""
         self.current -= amount
-        self.freed += amount
 
     def reset_peak(self) -> None:
         """Let the peak begin again at the current value."""
@@ -49,7 +54,7 @@ class Stat:
     def reset_totals(self) -> None:
         """Let the running totals begin again at 0."""
         self.allocated = 0
-        self.freed = 0
+        self._base = self.current
 
 
 class Family:
@@ -65,24 +70,27 @@ class Family:
     def add(self, is_small: bool, amount: int) -> None:  # noqa: FBT001  # the hot path
         """Add an amount of either sign for a pool; 0 changes nothing.
 
-        Written out, not as calls of ``increase``: most of an allocation's time is here.
+        Written out, without calls: most of an allocation's time is here.
         """
         every = self.all
         pool = self.small if is_small else self.large
-        every.current += amount
-        pool.current += amount
+        every.current = total = every.current + amount
+        pool.current = own = pool.current + amount
         if amount > 0:
             every.allocated += amount
             pool.allocated += amount
-            every.peak = max(every.peak, every.current)
-            pool.peak = max(pool.peak, pool.current)
-        else:
-            every.freed -= amount
-            pool.freed -= amount
+            if total > every.peak:
+                every.peak = total
+            if own > pool.peak:
+                pool.peak = own
 
 
 class Statistics:
-    """All families and counters of one allocator."""
+    """All families and counters of one allocator.
+
+    As long as no block has waited for another stream, the active blocks are the allocated
+    ones: their families are the same objects, counted once.
+    """
 
     __slots__ = (
         "active",
@@ -116,6 +124,8 @@ class Statistics:
     def __init__(self) -> None:
         for name in FAMILIES:
             setattr(self, name, Family())
+        self.active = self.allocation
+        self.active_bytes = self.allocated_bytes
         self.oversize_allocations = Stat()
         self.oversize_segments = Stat()
         for name in self.COUNTERS:
@@ -136,6 +146,12 @@ class Statistics:
     num_device_alloc: int
     num_device_free: int
     num_oom_rejections: int
+
+    def separate_active(self) -> None:
+        """Count active blocks apart from now on: some are not allocated any more."""
+        if self.active is self.allocation:
+            self.active = deepcopy(self.allocation)
+            self.active_bytes = deepcopy(self.allocated_bytes)
 
     def _stats(self) -> list[tuple[str, Stat]]:
         named = [

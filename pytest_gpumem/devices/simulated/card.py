@@ -17,7 +17,7 @@ from pytest_gpumem.devices.budgets import Budgets
 from pytest_gpumem.kernels.cublas import workspace_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from pytest_gpumem.allocator.blocks import Block
     from pytest_gpumem.allocator.config import AllocatorConfig
@@ -119,7 +119,8 @@ class SimulatedCard:
             block = released.popleft()
             address, nbytes = block.address, block.size
             self.allocator.free(block)
-            self._trace(address, -nbytes)
+            if self.tracers:
+                self._trace(address, -nbytes)
 
     def _trace(self, address: int, change: int) -> None:
         for tracer in self.tracers:
@@ -170,11 +171,14 @@ class SimulatedCard:
             raise
         return block
 
-    def _observe(self, block: Block) -> list[Callable[[int], None]]:
+    def _observe(self, block: Block) -> Sequence[Callable[[int], None]]:
         """Have a new block seen; return what is to be called without the lock."""
         history = self.machine.history
         block.frames = None if history is None else history.frames()
-        self._trace(block.address, block.size)
+        if self.tracers:
+            self._trace(block.address, block.size)
+        if not self.watchers:
+            return ()
         # Under the lock, so that no other thread's release hides a peak.
         totals = self.allocator.allocated_bytes, self.allocator.reserved_bytes
         return [*filter(None, (each(self.index, *totals) for each in self.watchers))]

@@ -17,7 +17,7 @@ tell from before.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch._library.custom_ops import OPDEFS
@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
     from pytest_gpumem.devices.simulated.operators.registry import Operator
     from pytest_gpumem.devices.simulated.tensor import Handler
+
+_NEEDS_OPERAND: Final = "unreachable: dispatch needs a simulated operand"
 
 
 def _wrap(value: Any, card: SimulatedCard) -> Any:
@@ -92,7 +94,8 @@ def _plain(func: Any, operator: Operator) -> Handler:
             kwargs = {name: unwrap(value) for name, value in kwargs.items()}
         if operands.host is not None or operands.strays is not None:
             check_devices(args, kwargs, operands)
-        card = _any_card(operands.card)
+        card = operands.card
+        assert card is not None, _NEEDS_OPERAND  # noqa: S101  # states why
         target = _target(kwargs, operands) if "device" in kwargs else card
         if uses_cublas and torch.are_deterministic_algorithms_enabled():
             check_cublas()
@@ -167,11 +170,6 @@ def _hang(held: list[Memory | None], out: Any) -> None:
             hold(result.untyped_storage(), memory)
 
 
-def _any_card(card: SimulatedCard | None) -> SimulatedCard:
-    assert card is not None, "unreachable: dispatch needs a simulated operand"  # noqa: S101  # states why
-    return card
-
-
 def _mutating(func: Any, operator: Operator) -> Handler:
     uses_cublas = operator.uses_cublas
     draw = drawing(func, operator)
@@ -186,7 +184,8 @@ def _mutating(func: Any, operator: Operator) -> Handler:
         inner = {name: operands.unwrap(value) for name, value in kwargs.items()}
         if operands.host is not None or operands.strays is not None:
             check_devices(args, kwargs, operands)
-        card = _any_card(operands.card)
+        card = operands.card
+        assert card is not None, _NEEDS_OPERAND  # noqa: S101  # states why
         if uses_cublas and torch.are_deterministic_algorithms_enabled():
             check_cublas()
         shapes = [

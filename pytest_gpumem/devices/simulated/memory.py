@@ -9,7 +9,7 @@ tensors saved for backward, ``untyped_storage()``. When it goes, so does the blo
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -19,12 +19,8 @@ from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.errors import HostMemoryError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from pytest_gpumem.allocator.blocks import Block
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
-
-_T = TypeVar("_T")
 
 
 class Memory:
@@ -65,7 +61,11 @@ def allocate(card: SimulatedCard, nbytes: int) -> Block:
     """
     __tracebackhide__ = True
     stream = card.machine.streams.current(card.index)
-    return _with_torchs_error(card, lambda: card.allocate(nbytes, stream))
+    try:
+        return card.allocate(nbytes, stream)
+    except OutOfMemory as error:
+        failure = error.with_traceback(None)  # its frames would hold themselves
+    raise _torchs_error(card, failure)
 
 
 def hold_workspace(card: SimulatedCard) -> None:
@@ -80,19 +80,21 @@ def hold_workspace(card: SimulatedCard) -> None:
     __tracebackhide__ = True
     stream = card.machine.streams.current(card.index)
     handle = "autograd" if in_backward() else threading.get_ident()
-    if (handle, stream) not in card.workspaces:
-        _with_torchs_error(card, lambda: card.hold_workspace(handle, stream))
-
-
-def _with_torchs_error(card: SimulatedCard, request: Callable[[], _T]) -> _T:
-    """Make a request of a card; its error becomes torch's, without cause or context."""
-    __tracebackhide__ = True
+    if (handle, stream) in card.workspaces:
+        return
     try:
-        return request()
+        card.hold_workspace(handle, stream)
     except OutOfMemory as error:
         failure = error.with_traceback(None)  # its frames would hold themselves
+    else:
+        return
+    raise _torchs_error(card, failure)
+
+
+def _torchs_error(card: SimulatedCard, failure: OutOfMemory) -> torch.OutOfMemoryError:
+    """Tell who listens of an OOM, and return the error that torch raises for it."""
     card.machine.tell_oom(card.index, failure)
-    raise torch.OutOfMemoryError(str(failure))
+    return torch.OutOfMemoryError(str(failure))
 
 
 def lacks_host_memory(error: RuntimeError) -> bool:

@@ -24,7 +24,9 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from pytest_gpumem.devices.simulated.memory import (
+    Memory,
     charge,
+    hold,
     lacks_host_memory,
     memory_of,
 )
@@ -171,7 +173,7 @@ def make(value: torch.Tensor, card: SimulatedCard) -> SimulatedTensor:
     if card.machine.streams.are_used:
         card.machine.streams.note_result(card.index)
     if not hasattr(storage, "_gpumem"):
-        charge(storage, card)
+        hold(storage, Memory(card, storage.nbytes()))
     tensor: SimulatedTensor = _make_subclass(
         SimulatedTensor, value, False, device_for_backend_keys=DEVICES[card.index]
     )
