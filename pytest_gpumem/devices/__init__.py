@@ -1,7 +1,7 @@
 """Devices: one protocol over a real CUDA device and a simulated one.
 
 The verbs are PyTorch's; what is added is a budget, a view of single allocations and
-the means to refuse one.
+the means to make one fail.
 """
 
 from __future__ import annotations
@@ -114,10 +114,10 @@ class Device(Protocol):
     def restore(self) -> None:
         """Put back what trackers have replaced in torch, at the end of a run."""
 
-    def refusing(
-        self, refuses: Callable[[int, int], bool]
+    def failing(
+        self, fails: Callable[[int, int], bool]
     ) -> AbstractContextManager[None]:
-        """Ask ``refuses(device_index, nbytes)`` before each allocation of a block.
+        """Ask ``fails(device_index, nbytes)`` before each allocation of a block.
 
         Where it answers True the allocation fails as if the card were full.
         """

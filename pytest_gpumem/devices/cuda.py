@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 class CudaDevice:
     """The machine's CUDA cards behind the ``Device`` protocol.
 
-    Limits: single allocations cannot be watched; refusing one works on operators
+    Limits: single allocations cannot be watched; making one fail works on operators
     dispatched from Python-visible threads (see ``interception.py``).
     """
 
@@ -273,13 +273,13 @@ class CudaDevice:
         raise AssertionError("unreachable: a null pool serves nothing")
 
     @contextmanager
-    def refusing(self, refuses: Callable[[int, int], bool]) -> Iterator[None]:
+    def failing(self, fails: Callable[[int, int], bool]) -> Iterator[None]:
         """Ask before each operator's allocations whether one is to fail."""
         from pytest_gpumem.devices.interception import (
             intercepting,
         )
 
-        with intercepting(refuses):
+        with intercepting(fails):
             yield
 
     @contextmanager

@@ -1,7 +1,7 @@
 """Refuse chosen allocations on a real card, with the allocator's own error.
 
 Note [A real OOM at a chosen allocation]
-An operator's new results are foreseen by running it on meta tensors. If a rule refuses
+An operator's new results are foreseen by running it on meta tensors. If a rule fails
 one of them, the operator runs inside a memory pool whose allocator always answers
 "null": the caching allocator then goes its whole way, flush and retry and counters and
 text, and raises its own error. Interception follows a program into the threads that it
@@ -36,7 +36,7 @@ class Interceptor(TorchDispatchMode):
     """Asks about every new result on a card before its operator runs.
 
     Args:
-        refuses: Device index and bytes in, whether it is to fail out.
+        fails: Device index and bytes in, whether it is to fail out.
         fail: Runs the operator so that its allocation fails.
         scope: Once it is set, nothing is asked any more: a thread may outlive the block.
 
@@ -46,12 +46,12 @@ class Interceptor(TorchDispatchMode):
 
     def __init__(
         self,
-        refuses: Callable[[int, int], bool],
+        fails: Callable[[int, int], bool],
         fail: Callable[[Callable[[], Any], int], Any],
         scope: threading.Event,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
-        self._refuses = refuses
+        self._fails = fails
         self._fail = fail
         self._scope = scope
 
@@ -67,7 +67,7 @@ class Interceptor(TorchDispatchMode):
         if self._scope.is_set():
             return func(*args, **options)
         for index, nbytes in new_results(func, args, options):
-            if self._refuses(index, nbytes):
+            if self._fails(index, nbytes):
                 return self._fail(lambda: func(*args, **options), index)
         return func(*args, **options)
 
@@ -135,13 +135,13 @@ def fail_in_null_pool(operator: Callable[[], Any], index: int) -> Any:
 
 @contextmanager
 def intercepting(
-    refuses: Callable[[int, int], bool],
+    fails: Callable[[int, int], bool],
     fail: Callable[[Callable[[], Any], int], Any] = fail_in_null_pool,
 ) -> Iterator[None]:
     """Ask before each allocation of a block, in this thread and in those it starts.
 
     Args:
-        refuses: Device index and bytes in, whether it is to fail out.
+        fails: Device index and bytes in, whether it is to fail out.
         fail: How an operator is made to fail.
     """
     scope = threading.Event()
@@ -150,7 +150,7 @@ def intercepting(
 
     def submitting(self: Any, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
         def inside() -> Any:
-            with Interceptor(refuses, fail, scope):
+            with Interceptor(fails, fail, scope):
                 return fn(*args, **kwargs)
 
         return submit(self, inside)
@@ -161,7 +161,7 @@ def intercepting(
             run = self.run
 
             def inside() -> None:
-                with Interceptor(refuses, fail, scope):
+                with Interceptor(fails, fail, scope):
                     run()
 
             self.run = inside  # type: ignore[method-assign]  # of this thread alone
@@ -170,7 +170,7 @@ def intercepting(
     patches.set(ThreadPoolExecutor, "submit", submitting)
     patches.set(threading.Thread, "start", starting)
     try:
-        with Interceptor(refuses, fail, scope):
+        with Interceptor(fails, fail, scope):
             yield
     finally:
         scope.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from pytest_gpumem.devices.active import active_device
 from pytest_gpumem.guards import guarded
 from pytest_gpumem.instruments.flavours import COUNTED, make_error
 from pytest_gpumem.instruments.sites import caller_names, current_phase
-from pytest_gpumem.instruments.witness import note_cause, tell_refused
+from pytest_gpumem.instruments.witness import note_cause, tell_failed
 from pytest_gpumem.rules.parser import parse_rule
 from pytest_gpumem.rules.rule import NOT_OOM, Request, Rule, Schedule
 
@@ -29,7 +30,7 @@ class OomInjector:
 
     Args:
         rules: Rules, as text (see ``parse_rule``) or parsed.
-        device: Where to refuse; None means the active device.
+        device: The device whose allocations fail; None means the active device.
 
     Raises:
         RuleError: A text is not a rule.
@@ -63,13 +64,13 @@ class OomInjector:
             self._stack.close()
         elif self._is_entered and not self._is_attached:
             device = self._require_device()
-            self._stack.enter_context(device.refusing(self.refuses))
+            self._stack.enter_context(device.failing(self.fails))
             self._stack.callback(setattr, self, "_is_attached", False)
             self._is_attached = True
 
     @property
     def num_injected(self) -> int:
-        """How many allocations were refused so far."""
+        """How many allocations were made to fail so far."""
         return sum(schedule.num_failed for schedule in self.schedules)
 
     @property
@@ -107,11 +108,11 @@ class OomInjector:
         self.schedules.clear()
         self._look()
 
-    def refuses(self, device_index: int, nbytes: int) -> bool:
-        """Count a request of ``nbytes`` bytes and tell whether a rule refuses it.
+    def fails(self, device_index: int, nbytes: int) -> bool:
+        """Count a request of ``nbytes`` bytes and tell whether a rule fails it.
 
         Raises:
-            RuntimeError: A rule refuses it with a flavour that is not the device's own
+            RuntimeError: A rule fails it with a flavour that is not the device's own
                 error.
         """
         __tracebackhide__ = True
@@ -123,16 +124,23 @@ class OomInjector:
             names=guarded(caller_names, otherwise=()) if self._needs_site else (),
         )
         # Every rule counts every request: no short circuit.
-        striking = [each for each in self.schedules if each.refuses(request)]
+        striking = [each for each in self.schedules if each.fails(request)]
         if striking:
             note_cause(str(striking[0].rule))
         for schedule in striking:
             flavour = schedule.rule.flavour
             error = make_error(flavour, self._require_device(), device_index, nbytes)
             if error is not None:
-                tell_refused(device_index, nbytes, is_oom=flavour != NOT_OOM)
+                tell_failed(device_index, nbytes, is_oom=flavour != NOT_OOM)
                 raise error
         return bool(striking)
+
+    def refuses(self, device_index: int, nbytes: int) -> bool:
+        """Do as ``fails``, under its former name."""
+        __tracebackhide__ = True
+        text = "OomInjector.refuses is now called OomInjector.fails"
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
+        return self.fails(device_index, nbytes)
 
     def _require_device(self) -> Device:
         if self._device is None:

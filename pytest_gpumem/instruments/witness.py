@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 #: Moments of one test that are looked at closely; of later ones only the figures and the
 #: site are kept.
 CLOSELY: Final = 8
-_refused = threading.local()
+_failed = threading.local()
 _witnesses: Final[list[OomWitness]] = []
 
 
@@ -57,7 +57,7 @@ class OomWitness:
 
     def clear(self) -> None:
         """Forget what was noted."""
-        refusal()
+        failing_rule()
         self.incidents = []
 
     @contextmanager
@@ -79,7 +79,7 @@ class OomWitness:
         self._stack.close()
 
     def _failed(self, index: int, nbytes: int) -> None:
-        self.note(index, nbytes, calling_frame(), injected_by=refusal())
+        self.note(index, nbytes, calling_frame(), injected_by=failing_rule())
 
     def note(
         self,
@@ -96,7 +96,7 @@ class OomWitness:
             index: The card.
             nbytes: Bytes asked for.
             frame: The innermost frame of the code that asked.
-            injected_by: The rule that refused the request.
+            injected_by: The rule that failed the request.
             limit: The limit that was broken, in words; empty for an OOM.
         """
         if self._pauses or getattr(self._is_busy, "now", False):
@@ -162,17 +162,17 @@ class OomWitness:
 def note_cause(rule: str) -> None:
     """Say which rule is the cause of the thread's next failure."""
     if _witnesses:
-        _refused.rule = rule
+        _failed.rule = rule
 
 
-def refusal() -> str | None:
+def failing_rule() -> str | None:
     """Return the rule that is the cause of the thread's failure, once; None without."""
-    rule: str | None = getattr(_refused, "rule", None)
-    _refused.rule = None
+    rule: str | None = getattr(_failed, "rule", None)
+    _failed.rule = None
     return rule
 
 
-def tell_refused(index: int, nbytes: int, *, is_oom: bool) -> None:
+def tell_failed(index: int, nbytes: int, *, is_oom: bool) -> None:
     """Tell the witnesses of a failure that the allocator has no part in.
 
     Args:
@@ -180,7 +180,7 @@ def tell_refused(index: int, nbytes: int, *, is_oom: bool) -> None:
         nbytes: Bytes asked for.
         is_oom: Whether it means that memory has run out.
     """
-    rule = refusal()
+    rule = failing_rule()
     if rule is None or not is_oom:
         return  # the allocator's own observers have seen it
     frame = calling_frame()

@@ -133,8 +133,8 @@ def _share(run: Run, config: pytest.Config, collection: Collection) -> None:
 
     given = getattr(config, "workerinput", {})
     idle = frozenset(json.loads(given.get(IDLE_INPUT, "[]")))
-    admission = Admission(run, collection.phases, collection.wishes, idle)
-    contention = ContentionCheck(run, collection.wishes)
+    admission = Admission(run, collection.phases, collection.markers, idle)
+    contention = ContentionCheck(run, collection.markers)
     collection.incidents.listeners.append(contention.note)
     config.pluginmanager.register(admission, "gpumem-admission")
     config.pluginmanager.register(contention, "gpumem-contention")

@@ -31,7 +31,7 @@ class Admission:
     Args:
         run: The run.
         phases: The hooks around tests' phases, which clean up between tests.
-        wishes: What each test's markers ask for.
+        markers: What each test's markers ask for.
         idle: Tests that used no card before: they claim no share.
     """
 
@@ -39,12 +39,12 @@ class Admission:
         self,
         run: Run,
         phases: Phases,
-        wishes: Mapping[pytest.Item, marks.Wishes],
+        markers: Mapping[pytest.Item, marks.Markers],
         idle: frozenset[str] = frozenset(),
     ) -> None:
         self._run: Final = run
         self._phases: Final = phases
-        self._wishes: Final = wishes
+        self._markers: Final = markers
         self._idle: Final = idle
         self._waited_s = 0.0
         self._refusal: AdmissionTimeoutError | None = None
@@ -75,19 +75,19 @@ class Admission:
     def pytest_runtest_teardown(self, item: pytest.Item) -> None:
         """Say how long a test waited, if it turned out to need a card."""
         waited_s, self._waited_s = self._waited_s, 0.0
-        if waited_s > _SHORT_S and (item in self._wishes or has_record(item)):
+        if waited_s > _SHORT_S and (item in self._markers or has_record(item)):
             record_of(item).waited_s = round(waited_s, 2)
 
     def _claim(self, item: pytest.Item, stack: ExitStack) -> None:
         if item.get_closest_marker("skip") is not None:
             return
-        wishes = self._wishes.get(item)
-        if wishes is not None:
+        markers = self._markers.get(item)
+        if markers is not None:
             self._run.require_device()
         device = self._run.device
         if device is None or not device.device_count:
             return
-        claims = self._claims(item, wishes, device)
+        claims = self._claims(item, markers, device)
         self._waited_s = waited = 0.0
         sharing = self._run.sharing
         # Always in the same order, so that no two tests wait for each other.
@@ -109,13 +109,13 @@ class Admission:
         self._waited_s = waited
 
     def _claims(
-        self, item: pytest.Item, wishes: marks.Wishes | None, device: Device
+        self, item: pytest.Item, markers: marks.Markers | None, device: Device
     ) -> dict[int, Claim]:
         sharing = self._run.sharing
         totals = {
             index: device.total_bytes(index) for index in range(device.device_count)
         }
-        claims = declared_claims(wishes, self._run.settings, totals)
+        claims = declared_claims(markers, self._run.settings, totals)
         # What a tenant puts on a card would be in others' way, and they in its.
         if TENANTS in getattr(item, "fixturenames", ()):
             claims = {
@@ -132,4 +132,4 @@ class Admission:
         """Give back what is free, and note what stands beyond the test."""
         self._phases.clean(device)
         for index in range(device.device_count):
-            self._run.sharing.stand(device, index)
+            self._run.sharing.hold_idle(device, index)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from pytest_gpumem.plugin.marks import Wishes
+    from pytest_gpumem.plugin.marks import Markers
     from pytest_gpumem.plugin.settings import Settings
 
 
@@ -26,7 +26,7 @@ class Claim(NamedTuple):
 
 
 def declared_claims(
-    wishes: Wishes | None, settings: Settings, totals: Mapping[int, int]
+    markers: Markers | None, settings: Settings, totals: Mapping[int, int]
 ) -> dict[int, Claim]:
     """Return what a test's markers and the run's options say that it needs, by card.
 
@@ -34,7 +34,7 @@ def declared_claims(
     the run's limit, then the run's budget. What names no card means the first.
 
     Args:
-        wishes: What the test's markers ask for.
+        markers: What the test's markers ask for.
         settings: The run's options.
         totals: Bytes of each card.
 
@@ -43,10 +43,10 @@ def declared_claims(
     """
     claims: dict[int, Claim] = {}
     for index, total in totals.items():
-        nbytes = _declared(wishes, settings, index, total)
+        nbytes = _declared(markers, settings, index, total)
         if nbytes is not None:
             claims[index] = Claim(min(nbytes, total))
-    for alone_on in () if wishes is None else wishes.alone_on:
+    for alone_on in () if markers is None else markers.alone_on:
         for index in totals if alone_on is None else (alone_on,):
             own = claims.get(index, Claim(0))
             claims[index] = own._replace(is_alone=True)
@@ -54,22 +54,22 @@ def declared_claims(
 
 
 def _declared(
-    wishes: Wishes | None, settings: Settings, index: int, total: int
+    markers: Markers | None, settings: Settings, index: int, total: int
 ) -> int | None:
-    if wishes is not None:
+    if markers is not None:
         required = [
             each.size.resolve(total)
-            for each in wishes.requirements
+            for each in markers.requirements
             if each.device_index == index
         ]
         if required:
             return max(required)
-        budgets = [each for each in wishes.budgets if each.device_index == index]
+        budgets = [each for each in markers.budgets if each.device_index == index]
         if budgets:
             return budgets[0].size.resolve(total)
         limits = [
             each.size.resolve(total)
-            for each in wishes.limits
+            for each in markers.limits
             if (each.device_index or 0) == index
         ]
         if limits:

@@ -32,10 +32,10 @@ class Collection:
         self._manager: Final = config.pluginmanager
         self._errors: Final = UsageErrors(config)
         self._manager.register(self._errors, "gpumem-usage")
-        self.wishes: Final[dict[pytest.Item, marks.Wishes]] = {}
+        self.markers: Final[dict[pytest.Item, marks.Markers]] = {}
         self._fixtures: Final = WiderFixtures(run)
         self.incidents: Final = Incidents(run)
-        self.phases: Final = Phases(run, self.wishes, self._fixtures)
+        self.phases: Final = Phases(run, self.markers, self._fixtures)
         run.on_device = self._device_came
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -50,13 +50,13 @@ class Collection:
     def _read(self, items: list[pytest.Item]) -> None:
         sweeps_fallbacks = self._run.settings.sweeps_fallbacks
         for item in items:
-            wishes = marks.wishes(item, sweeps_fallbacks=sweeps_fallbacks)
-            if wishes is None:
+            markers = marks.read_markers(item, sweeps_fallbacks=sweeps_fallbacks)
+            if markers is None:
                 continue
-            self.wishes[item] = wishes
-            self._check_cards(item, wishes)
-            self._check_sweep(item, wishes)
-            reason = self._why_not(wishes)
+            self.markers[item] = markers
+            self._check_cards(item, markers)
+            self._check_sweep(item, markers)
+            reason = self._why_not(markers)
             if reason is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
         if self._run.choice.kind != "off" and not self._is_registered:
@@ -72,16 +72,16 @@ class Collection:
 
             shard_tests(metafunc, is_replay=settings.replay is not None)
 
-    def _check_sweep(self, item: pytest.Item, wishes: marks.Wishes) -> None:
+    def _check_sweep(self, item: pytest.Item, markers: marks.Markers) -> None:
         """Have tests swept; one that cannot be called again and again fails, saying so."""
-        if wishes.sweep is None:
+        if markers.sweep is None:
             return
         bases = getattr(getattr(item, "cls", None), "__mro__", ())
         is_plain = isinstance(item, pytest.Function) and all(
             base.__module__ != "unittest.case" for base in bases
         )
         if not is_plain or inspect.iscoroutinefunction(getattr(item, "obj", None)):
-            self.phases.refusals[item] = (
+            self.phases.impossible[item] = (
                 "a sweep needs a plain test function, to call it again and again; use "
                 "the fixture oom_sweep or pytest_gpumem.sweep_ooms"
             )
@@ -89,9 +89,9 @@ class Collection:
         if not self._manager.has_plugin("gpumem-sweeps"):
             from pytest_gpumem.plugin.sweeps import Sweeps
 
-            self._manager.register(Sweeps(self._run, self.wishes), "gpumem-sweeps")
+            self._manager.register(Sweeps(self._run, self.markers), "gpumem-sweeps")
 
-    def _check_cards(self, item: pytest.Item, wishes: marks.Wishes) -> None:
+    def _check_cards(self, item: pytest.Item, markers: marks.Markers) -> None:
         """Refuse markers that name a card, or more of one, than the run has.
 
         Raises:
@@ -100,16 +100,16 @@ class Collection:
         totals = self._run.totals()
         if not totals:  # only torch could tell, or the cards are hidden
             return
-        named = [("gpu_budget", each.device_index) for each in wishes.budgets]
-        named += [("max_vram", each.device_index or 0) for each in wishes.limits]
-        named += [("gpu_exclusive", each or 0) for each in wishes.alone_on]
+        named = [("gpu_budget", each.device_index) for each in markers.budgets]
+        named += [("max_vram", each.device_index or 0) for each in markers.limits]
+        named += [("gpu_exclusive", each or 0) for each in markers.alone_on]
         for name, index in named:
             if index >= len(totals):
                 raise pytest.UsageError(
                     f"{item.nodeid}: @pytest.mark.{name}: device={index}: there is no "
                     f"such card; this run has {len(totals)} card(s), numbered from 0"
                 )
-        for budget in wishes.budgets:
+        for budget in markers.budgets:
             total = totals[budget.device_index]
             if budget.size.resolve(total) > total:
                 raise pytest.UsageError(
@@ -117,33 +117,33 @@ class Collection:
                     f"more than card {budget.device_index} has ({total} bytes)"
                 )
 
-    def _why_not(self, wishes: marks.Wishes) -> str | None:
+    def _why_not(self, markers: marks.Markers) -> str | None:
         """Return why a test cannot run on this run's device; None if it can."""
         choice = self._run.choice
-        if wishes.needs_card and choice.kind != "cuda":
+        if markers.needs_card and choice.kind != "cuda":
             return f"needs a real CUDA card: {choice.reason}"
         if choice.kind == "off":
             return f"needs a GPU, but gpumem's backend is off: {choice.reason}"
         if choice.kind == "simulated" and not self._run.settings.cards:
             return f"needs a GPU, but {why_hidden()}"
-        return self._what_lacks(wishes)
+        return self._what_lacks(markers)
 
-    def _what_lacks(self, wishes: marks.Wishes) -> str | None:
+    def _what_lacks(self, markers: marks.Markers) -> str | None:
         """Return why no wait would give a test the bytes it requires; None if one does."""
-        if not wishes.requirements:
+        if not markers.requirements:
             return None
         totals = self._run.totals()
         if totals is None:
             self._run.require_device()
             totals = self._run.totals() or ()
-        for size, index in wishes.requirements:
+        for size, index in markers.requirements:
             if index >= len(totals):
                 return (
                     f"requires {size.text} of card {index}; this run has {len(totals)} "
                     "card(s), numbered from 0"
                 )
             total = totals[index]
-            budget = self._run.settings.budget_bytes(index, total, wishes.budgets)
+            budget = self._run.settings.budget_bytes(index, total, markers.budgets)
             has = total if budget is None else min(budget, total)
             if size.resolve(total) > has:
                 from pytest_gpumem.sizes import format_size

@@ -29,12 +29,12 @@ class ContentionCheck:
 
     Args:
         run: The run.
-        wishes: What each test's markers ask for.
+        markers: What each test's markers ask for.
     """
 
-    def __init__(self, run: Run, wishes: Mapping[pytest.Item, marks.Wishes]) -> None:
+    def __init__(self, run: Run, markers: Mapping[pytest.Item, marks.Markers]) -> None:
         self._run: Final = run
-        self._wishes: Final = wishes
+        self._markers: Final = markers
         self._item: pytest.Item | None = None
         self._seen: Contention | None = None
 
@@ -45,8 +45,8 @@ class ContentionCheck:
             return
         index, nbytes = incident.device_index, incident.nbytes
         total = incident.total_bytes - device.context_bytes(index)
-        wishes = self._wishes.get(self._item)
-        own = () if wishes is None else wishes.budgets
+        markers = self._markers.get(self._item)
+        own = () if markers is None else markers.budgets
         budget = self._run.settings.budget_bytes(index, incident.total_bytes, own)
         needed = incident.allocated_bytes + nbytes
         if incident.injected_by or needed > min(budget or total, total):

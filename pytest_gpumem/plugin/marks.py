@@ -162,7 +162,7 @@ _READERS: Final[dict[str, Callable[..., Any]]] = {
 }
 
 
-class Wishes(NamedTuple):
+class Markers(NamedTuple):
     """What a test's markers ask for; of each kind, the nearest marker first."""
 
     needs_card: bool
@@ -175,7 +175,9 @@ class Wishes(NamedTuple):
     alone_on: tuple[int | None, ...] = ()
 
 
-def wishes(item: pytest.Item, *, sweeps_fallbacks: bool = False) -> Wishes | None:
+def read_markers(
+    item: pytest.Item, *, sweeps_fallbacks: bool = False
+) -> Markers | None:
     """Return what an item's markers ask for; None if none of them is ours.
 
     Args:
@@ -191,7 +193,7 @@ def wishes(item: pytest.Item, *, sweeps_fallbacks: bool = False) -> Wishes | Non
     read: dict[str, list[Any]] = {name: [] for name in _READERS}
     for mark in ours:
         read[mark.name].append(_read(item, mark))
-    return Wishes(
+    return Markers(
         needs_card=bool(read["gpu"]),
         budgets=tuple(read["gpu_budget"]),
         limits=_distinct(read["max_vram"]),
@@ -213,7 +215,7 @@ def first_of_ours(item: pytest.Item) -> str | None:
 
 
 def is_swept(test: pytest.Item, *, sweeps_fallbacks: bool) -> bool:
-    """Tell whether a test's markers ask for a sweep; see ``wishes``."""
+    """Tell whether a test's markers ask for a sweep; see ``read_markers``."""
     names = {mark.name for mark in test.iter_markers()}
     return "oom_sweep" in names or (sweeps_fallbacks and "oom_fallback" in names)
 

@@ -33,22 +33,22 @@ class Phases:
 
     Args:
         run: The run.
-        wishes: What each test's markers ask for.
+        markers: What each test's markers ask for.
         fixtures: Knows what fixtures of wider scope hold.
     """
 
     def __init__(
         self,
         run: Run,
-        wishes: dict[pytest.Item, marks.Wishes],
+        markers: dict[pytest.Item, marks.Markers],
         fixtures: WiderFixtures,
     ) -> None:
         self._run: Final = run
-        self._wishes: Final = wishes
+        self._markers: Final = markers
         self._fixtures: Final = fixtures
         self._general: Final = run.settings.max_vram
         #: Why a test cannot be run as its markers ask.
-        self.refusals: Final[dict[pytest.Item, str]] = {}
+        self.impossible: Final[dict[pytest.Item, str]] = {}
         #: Lets go of what failed phases hold.
         self.failures: Final = Failures()
         self._limits: Limits | None = None
@@ -63,7 +63,7 @@ class Phases:
         self._injector: Any = None
         self._seen_requests = 0
         self._held_bytes = 0
-        #: Allocations refused so far, by rule of the command line.
+        #: Allocations failed so far, by rule of the command line.
         self.rule_counts: Final = {str(rule): 0 for rule in run.settings.rules}
 
     def device_came(self, device: Device) -> None:
@@ -87,8 +87,8 @@ class Phases:
             self._run.growth.begin(item)
         if self._run.gate is not None:
             self._run.gate.begin()
-        wishes = self._wishes.get(item)
-        if wishes is not None and item.get_closest_marker("skip") is None:
+        markers = self._markers.get(item)
+        if markers is not None and item.get_closest_marker("skip") is None:
             self._run.require_device()
         self._item = item
         if self._run.device is not None:
@@ -96,8 +96,8 @@ class Phases:
             self._start(item, self._run.device)
         self._begin("setup")
         try:
-            if item in self.refusals:
-                pytest.fail(self.refusals[item], pytrace=False)
+            if item in self.impossible:
+                pytest.fail(self.impossible[item], pytrace=False)
             result = yield
             self._check_limits(item, "setup")
             return result
@@ -111,9 +111,9 @@ class Phases:
         growth = self._run.growth
         if growth is not None:
             growth.begin_call()
-        wishes = self._wishes.get(item)
-        rules = self._rules(wishes)
-        budgets = () if wishes is None else wishes.budgets
+        markers = self._markers.get(item)
+        rules = self._rules(markers)
+        budgets = () if markers is None else markers.budgets
         try:
             if rules:
                 self._run.pass_on(budgets, rules)
@@ -125,8 +125,8 @@ class Phases:
             if growth is not None:
                 children = self._run.children
                 growth.end_call(children.together(children.new_figures()))
-            if wishes is not None:
-                self._check_rules(wishes)
+            if markers is not None:
+                self._check_rules(markers)
             self._check_limits(item, "call")
             self._passed = True
             return result
@@ -135,7 +135,7 @@ class Phases:
                 growth.end_call()
             if rules:
                 self._call.close()
-                self._count_refused(wishes)
+                self._count_injected(markers)
                 self._run.pass_on(budgets)
             if self._run.timeline is not None:
                 self._run.timeline.meet_living()
@@ -163,7 +163,7 @@ class Phases:
             return result
         finally:
             with ExitStack() as ending:
-                if self._run.device is not None or item in self._wishes:
+                if self._run.device is not None or item in self._markers:
                     ending.callback(self._run.apply_budgets, ())
                 ending.callback(self._forget)
                 if self._run.device is not None:
@@ -184,8 +184,8 @@ class Phases:
 
     def _start(self, item: pytest.Item, device: Device) -> None:
         """Have a test's budget, limits and timeline hold from here on."""
-        wishes = self._wishes.get(item)
-        self._run.apply_budgets(() if wishes is None else wishes.budgets)
+        markers = self._markers.get(item)
+        self._run.apply_budgets(() if markers is None else markers.budgets)
         self._take_up(item, device)
         self._start_timeline(device)
 
@@ -209,8 +209,8 @@ class Phases:
 
     def _wants_samples(self) -> bool:
         """Tell whether a limit or a report needs what NVML counts."""
-        wishes = None if self._item is None else self._wishes.get(self._item)
-        limits = () if wishes is None else wishes.limits
+        markers = None if self._item is None else self._markers.get(self._item)
+        limits = () if markers is None else markers.limits
         reports = self._run.settings.reports
         return bool(reports) or any(each.metric == "process" for each in limits)
 
@@ -238,10 +238,10 @@ class Phases:
 
     def _note_limit(self, item: pytest.Item, device: Device) -> None:
         """Put the limit that a test's markers set into its record."""
-        wishes = self._wishes.get(item)
+        markers = self._markers.get(item)
         bounds = [
             limit.size.resolve(device.total_bytes(limit.device_index or 0))
-            for limit in (() if wishes is None else wishes.limits)
+            for limit in (() if markers is None else markers.limits)
             if limit.metric == "allocated"
         ]
         if bounds:
@@ -283,14 +283,14 @@ class Phases:
 
     def _take_up(self, item: pytest.Item, device: Device) -> None:
         """Begin to hold a test to its limits."""
-        wishes = self._wishes.get(item)
+        markers = self._markers.get(item)
         settings = self._run.settings
-        limits = () if wishes is None else wishes.limits
+        limits = () if markers is None else markers.limits
         if self._general is not None:
             general = marks.Limit(self._general)
             if not any(each.metric == general.metric for each in limits):
                 limits = (*limits, general, general._replace(phase="children"))
-        allowed = None if wishes is None else wishes.leak_bytes
+        allowed = None if markers is None else markers.leak_bytes
         if allowed is None and settings.leak_check:
             allowed = 0
         if not limits and allowed is None:
@@ -337,12 +337,12 @@ class Phases:
 
     # -- faults ---------------------------------------------------------------------------
 
-    def _rules(self, wishes: marks.Wishes | None) -> tuple[Rule, ...]:
-        return (*(() if wishes is None else wishes.rules), *self._run.settings.rules)
+    def _rules(self, markers: marks.Markers | None) -> tuple[Rule, ...]:
+        return (*(() if markers is None else markers.rules), *self._run.settings.rules)
 
     def _arm(self, device: Device) -> None:
-        wishes = self._wishes.get(self._item) if self._item is not None else None
-        rules = self._rules(wishes)
+        markers = self._markers.get(self._item) if self._item is not None else None
+        rules = self._rules(markers)
         if not rules:
             return
         from pytest_gpumem.instruments.injector import OomInjector
@@ -351,9 +351,9 @@ class Phases:
         self._injector = self._call.enter_context(injector)
         self._run.children.injector = injector
 
-    def _check_rules(self, wishes: marks.Wishes) -> None:
+    def _check_rules(self, markers: marks.Markers) -> None:
         """Fail a test whose own rule was never reached: it proved nothing."""
-        own = self._own_schedules(wishes)
+        own = self._own_schedules(markers)
         strikes = self._run.children.strikes(len(own))
         for schedule, in_children in zip(own, strikes, strict=True):
             if not schedule.num_failed and not in_children:
@@ -363,14 +363,14 @@ class Phases:
                     pytrace=False,
                 )
 
-    def _own_schedules(self, wishes: marks.Wishes | None) -> list[Any]:
-        if self._injector is None or wishes is None:
+    def _own_schedules(self, markers: marks.Markers | None) -> list[Any]:
+        if self._injector is None or markers is None:
             return []
-        schedules: list[Any] = self._injector.schedules[: len(wishes.rules)]
+        schedules: list[Any] = self._injector.schedules[: len(markers.rules)]
         return schedules
 
-    def _count_refused(self, wishes: marks.Wishes | None) -> None:
-        own = 0 if wishes is None else len(wishes.rules)
+    def _count_injected(self, markers: marks.Markers | None) -> None:
+        own = 0 if markers is None else len(markers.rules)
         names = [str(rule) for rule in self._run.settings.rules]
         in_children = self._run.children.strikes(own + len(names))
         for name, struck in zip(names, in_children[own:], strict=True):

@@ -117,7 +117,7 @@ class Sharing:
     def stop(self) -> None:
         """Hold nothing any more, and put the environment back."""
         for ledger in self._ledgers.values():
-            ledger.stand(0)
+            ledger.hold_idle(0)
         for shared in self._joined:
             shared.leave()
         self._joined = []
@@ -198,13 +198,13 @@ class Sharing:
             self._ledgers[name] = Ledger(Path(root, f"ledger-{name}"), total_bytes)
         return self._ledgers[name]
 
-    def stand(self, device: Device, index: int) -> None:
+    def hold_idle(self, device: Device, index: int) -> None:
         """Note what this process holds of a card beyond its tests."""
         held = device.memory_stats(index).get("reserved_bytes.all.current", 0)
         held += device.context_bytes(index)
         if held or device.card_id(index) in self._ledgers:
             total = device.total_bytes(index)
-            self.ledger(device, index, total).stand(held)
+            self.ledger(device, index, total).hold_idle(held)
 
     def join_cards(self, machine: Any) -> None:
         """Let this process and its children, or the workers, see each other's bytes.

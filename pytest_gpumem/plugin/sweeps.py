@@ -20,7 +20,7 @@ from pytest_gpumem.sweeps.text import SHOWN, describe_point, explain_failures, r
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pytest_gpumem.plugin.marks import Wishes
+    from pytest_gpumem.plugin.marks import Markers
     from pytest_gpumem.plugin.session import Run
     from pytest_gpumem.sweeps.report import Outcome, SweepReport, Verdict
 
@@ -87,18 +87,18 @@ class Sweeps:
 
     Args:
         run: The run, for its device and options.
-        wishes: What the tests' markers ask for.
+        markers: What the tests' markers ask for.
     """
 
-    def __init__(self, run: Run, wishes: dict[pytest.Item, Wishes]) -> None:
+    def __init__(self, run: Run, markers: dict[pytest.Item, Markers]) -> None:
         self._run: Final = run
-        self._wishes: Final = wishes
+        self._markers: Final = markers
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_pyfunc_call(self, pyfuncitem: pytest.Function) -> object | None:
         """Sweep a test whose marker asks for it, in place of calling it once."""
-        wishes = self._wishes.get(pyfuncitem)
-        plan = None if wishes is None else wishes.sweep
+        markers = self._markers.get(pyfuncitem)
+        plan = None if markers is None else markers.sweep
         if plan is None:
             return None
         names = pyfuncitem._fixtureinfo.argnames  # noqa: SLF001  # as pytest's own hook calls a test

@@ -180,7 +180,7 @@ class Schedule:
     Attributes:
         rule: The rule.
         num_counted: Requests that the rule has numbered so far.
-        num_failed: Requests that it has refused so far.
+        num_failed: Requests that it has failed so far.
     """
 
     def __init__(self, rule: Rule) -> None:
@@ -193,11 +193,11 @@ class Schedule:
 
     @property
     def is_spent(self) -> bool:
-        """Whether the rule will refuse nothing more."""
+        """Whether the rule will fail no more requests."""
         times = self.rule.times
         return times is not None and self.num_failed >= times
 
-    def refuses(self, request: Request) -> bool:
+    def fails(self, request: Request) -> bool:
         """Count a request and tell whether it is to fail."""
         if not self.rule.counts(request):
             return False

@@ -166,12 +166,12 @@ class _Sweep:
         def count(device_index: int, nbytes: int) -> bool:
             with lock:
                 before = schedule.num_counted
-                injector.refuses(device_index, nbytes)
+                injector.fails(device_index, nbytes)
                 if schedule.num_counted > before:
                     sites.append(describe_site(calling_frame()))
             return False
 
-        with self._judge.device.refusing(count):
+        with self._judge.device.failing(count):
             self._judge.clean()
         if not sites:
             raise SweepError(

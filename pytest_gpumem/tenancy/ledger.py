@@ -31,8 +31,8 @@ class Ledger:
     def __init__(self, folder: str | os.PathLike[str], total_bytes: int) -> None:
         self._folder: Final = Folder(folder)
         self.total_bytes: Final = total_bytes
-        self._standing: LockedFile | None = None
-        self._standing_bytes = 0
+        self._idle_entry: LockedFile | None = None
+        self._idle_bytes = 0
 
     def requests(self) -> dict[str, QueuedRequest]:
         """Return everything that is held or waited for, by name."""
@@ -42,26 +42,26 @@ class Ledger:
                 found[path.name] = QueuedRequest(path.name, **value)
         return found
 
-    def stand(self, nbytes: int) -> None:
+    def hold_idle(self, nbytes: int) -> None:
         """Note what this process holds while nothing of it runs.
 
         What is admitted on top of it is less by so much: a test that needs 6 GiB finds
         2 of them in a model that a fixture has loaded before.
         """
         nbytes = min(max(nbytes, 0), self.total_bytes)
-        if nbytes == self._standing_bytes:
+        if nbytes == self._idle_bytes:
             return
-        wish = {"nbytes": nbytes, "since": 0.0, "is_admitted": True}
-        value = {**wish, "is_standing": True}
+        request = {"nbytes": nbytes, "since": 0.0, "is_admitted": True}
+        value = {**request, "is_idle": True}
         with self._folder.mutex():
-            if self._standing is None:
-                self._standing = self._folder.add(value)
+            if self._idle_entry is None:
+                self._idle_entry = self._folder.add(value)
             elif nbytes:
-                self._standing.write(value)
+                self._idle_entry.write(value)
             else:
-                self._standing.close()
-                self._standing = None
-        self._standing_bytes = nbytes
+                self._idle_entry.close()
+                self._idle_entry = None
+        self._idle_bytes = nbytes
 
     @property
     def held_bytes(self) -> int:
@@ -103,12 +103,12 @@ class Ledger:
             )
         # The wall clock's monotonic time is one for all processes of a machine.
         start = time.monotonic()
-        wish: dict[str, Any] = {
-            "nbytes": max(nbytes - self._standing_bytes, 0),
+        request: dict[str, Any] = {
+            "nbytes": max(nbytes - self._idle_bytes, 0),
             "since": start,
             "is_exclusive": is_exclusive,
         }
-        entry = self._folder.add(wish)
+        entry = self._folder.add(request)
         try:
             has_told = False
             while True:
@@ -116,15 +116,15 @@ class Ledger:
                 with self._folder.mutex():
                     requests = self.requests()
                     if is_share:
-                        room = self.total_bytes - _standing_bytes(requests)
-                        wish["nbytes"] = min(wish["nbytes"], max(room, 0))
-                        own = QueuedRequest(entry.path.name, **wish)
+                        room = self.total_bytes - _idle_bytes(requests)
+                        request["nbytes"] = min(request["nbytes"], max(room, 0))
+                        own = QueuedRequest(entry.path.name, **request)
                         requests[entry.path.name] = own
                     names = admissible(
                         requests.values(), total_bytes=self.total_bytes, now=now
                     )
                     if entry.path.name in names:
-                        entry.write({**wish, "is_admitted": True})
+                        entry.write({**request, "is_admitted": True})
                         break
                 holders = [each for each in requests.values() if each.is_admitted]
                 held = sum(each.nbytes for each in holders)
@@ -144,8 +144,8 @@ class Ledger:
                 entry.close()
 
 
-def _standing_bytes(requests: Mapping[str, QueuedRequest]) -> int:
-    return sum(each.nbytes for each in requests.values() if each.is_standing)
+def _idle_bytes(requests: Mapping[str, QueuedRequest]) -> int:
+    return sum(each.nbytes for each in requests.values() if each.is_idle)
 
 
 def _names(requests: list[QueuedRequest]) -> str:

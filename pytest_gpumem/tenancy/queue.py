@@ -16,7 +16,7 @@ PATIENCE_ALONE_S: Final = 1.0
 
 @dataclass(frozen=True, slots=True)
 class QueuedRequest:
-    """A wish for bytes of a card.
+    """A request for bytes of a card.
 
     Attributes:
         name: Distinct for each request.
@@ -24,7 +24,7 @@ class QueuedRequest:
         since: When it began to wait, in seconds.
         is_exclusive: Whether nobody else may hold any of the card.
         is_admitted: Whether it holds its bytes already.
-        is_standing: Whether it holds them while nothing of it runs.
+        is_idle: Whether it holds them while nothing of it runs.
     """
 
     name: str
@@ -32,7 +32,7 @@ class QueuedRequest:
     since: float
     is_exclusive: bool = False
     is_admitted: bool = False
-    is_standing: bool = False
+    is_idle: bool = False
 
     def is_patient(self, now: float) -> bool:
         """Tell whether later requests may pass it still."""
@@ -53,7 +53,7 @@ def admissible(
     held = [each for each in everyone if each.is_admitted]
     waiting = [each for each in everyone if not each.is_admitted]
     free = total_bytes - sum(each.nbytes for each in held)
-    count = sum(not each.is_standing for each in held)
+    count = sum(not each.is_idle for each in held)
     if any(each.is_exclusive for each in held):
         return []
     chosen = []

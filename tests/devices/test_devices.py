@@ -361,16 +361,16 @@ def test_the_largest_fraction_below_a_limit_is_exact() -> None:
 
 
 def test_refusing_raises_for_the_chosen_allocation() -> None:
-    """The asked callable refuses one request by its bytes; others are served."""
+    """The asked callable fails one request by its bytes; others are served."""
     asked: list[tuple[int, int]] = []
 
-    def refuses(index: int, nbytes: int) -> bool:
+    def fails(index: int, nbytes: int) -> bool:
         asked.append((index, nbytes))
         return nbytes == 2 * MIB
 
     with (
         simulated_device(find_card("512MiB,cc=8.0")) as machine,
-        SimulatedDevice(machine).refusing(refuses),
+        SimulatedDevice(machine).failing(fails),
     ):
         kept: list[Any] = [_mib(1)]
         with pytest.raises(

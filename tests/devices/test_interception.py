@@ -25,13 +25,13 @@ def _fail(_operator: Callable[[], Any], _index: int) -> Any:
 def _noting(
     notes: list[tuple[int, int]],
 ) -> Callable[[int, int], bool]:
-    """Return a callable that notes every request and refuses none."""
+    """Return a callable that notes every request and fails none."""
 
-    def refuses(index: int, nbytes: int) -> bool:
+    def fails(index: int, nbytes: int) -> bool:
         notes.append((index, nbytes))
         return False
 
-    return refuses
+    return fails
 
 
 def _work() -> None:
@@ -47,7 +47,7 @@ def test_every_new_result_is_asked_about() -> None:
     asked: list[tuple[int, int]] = []
     served: list[tuple[int, int]] = []
     with simulated_device("T4") as machine:
-        with SimulatedDevice(machine).refusing(_noting(served)):
+        with SimulatedDevice(machine).failing(_noting(served)):
             _work()
         with intercepting(_noting(asked), _fail):
             _work()

@@ -142,6 +142,16 @@ def test_a_limit_watch_names_the_first_line_over() -> None:
 # -- injector ---------------------------------------------------------------------------
 
 
+def test_a_request_can_be_counted_under_the_former_name() -> None:
+    """It says the new one."""
+    with OomInjector("any:nth=2") as injector:
+        assert not injector.fails(0, 1)
+        with pytest.warns(
+            DeprecationWarning, match=r"is now called OomInjector\.fails$"
+        ):
+            assert injector.refuses(0, 1)
+
+
 def test_the_nth_allocation_fails_with_torchs_error() -> None:
     """Class, text and counters are those of a real OOM at that moment."""
     kept = _mib(30)

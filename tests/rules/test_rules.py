@@ -1,4 +1,4 @@
-"""Injection rules: the language, and which requests a rule refuses."""
+"""Injection rules: the language, and which requests a rule fails."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_the_nth_request_fails_once() -> None:
     schedule = Schedule(Rule(nth=3))
 
     assert [False, False, True, False, False] == [
-        schedule.refuses(_request()) for _ in range(5)
+        schedule.fails(_request()) for _ in range(5)
     ]
     assert schedule.is_spent
 
@@ -78,7 +78,7 @@ def test_a_persistent_rule_never_stops() -> None:
     """The nth and all later requests are refused."""
     schedule = Schedule(Rule(nth=2, times=None))
 
-    assert [False, True, True, True] == [schedule.refuses(_request()) for _ in range(4)]
+    assert [False, True, True, True] == [schedule.fails(_request()) for _ in range(4)]
     assert not schedule.is_spent
 
 
@@ -96,7 +96,7 @@ def test_only_matching_requests_are_numbered() -> None:
         _request(20, device=1, phase="load"),
     ]
 
-    refused = [schedule.refuses(request) for request in requests]
+    refused = [schedule.fails(request) for request in requests]
 
     assert [False] * 5 + [True] == refused
     assert 2 == schedule.num_counted
@@ -108,7 +108,7 @@ def test_threads_share_one_count() -> None:
     failed: list[bool] = []
 
     def ask() -> None:
-        failed.extend(schedule.refuses(_request()) for _ in range(100))
+        failed.extend(schedule.fails(_request()) for _ in range(100))
 
     threads = [threading.Thread(target=ask) for _ in range(4)]
     for thread in threads:
@@ -198,7 +198,7 @@ def _refused(rule: str, sizes: list[int]) -> list[int]:
     return [
         number
         for number, size in enumerate(sizes, start=1)
-        if schedule.refuses(_request(size))
+        if schedule.fails(_request(size))
     ]
 
 
@@ -219,7 +219,7 @@ def test_after_counts_bytes() -> None:
 
 
 def test_probability_has_its_own_seed() -> None:
-    """The same seed refuses the same requests, whatever else draws numbers."""
+    """The same seed fails the same requests, whatever else draws numbers."""
     first = _refused("any:p=0.2,seed=7", [1] * 500)
     random.seed(1)
     again = _refused("any:probability=0.2,seed=7", [1] * 500)
@@ -237,7 +237,7 @@ def test_threads_are_told_by_name() -> None:
         return [
             name
             for name in threads
-            if schedule.refuses(Request(1, 0, "load", thread=name))
+            if schedule.fails(Request(1, 0, "load", thread=name))
         ]
 
     assert ["main"] == asked("any:thread=main,persistent")

@@ -15,7 +15,7 @@ import torch  # noqa: F401  # an inner run may not be the first to import it
 
 from pytest_gpumem.plugin.cardless_tests import CardlessTests
 from pytest_gpumem.plugin.claims import Claim, declared_claims
-from pytest_gpumem.plugin.marks import Budget, Limit, Requirement, Wishes
+from pytest_gpumem.plugin.marks import Budget, Limit, Markers, Requirement
 from pytest_gpumem.plugin.record_keeping import Collector
 from pytest_gpumem.plugin.settings import Settings
 from pytest_gpumem.plugin.sharing import (
@@ -595,14 +595,14 @@ def test_workers_of_each_host_share_its_cards(pytestconfig: pytest.Config) -> No
     assert 1 == len({each.env[VARIABLE].rpartition("/")[2] for each in specs})
 
 
-def _wishes(**given: Any) -> Any:
+def _markers(**given: Any) -> Any:
     empty: dict[str, Any] = {
         "needs_card": False,
         "budgets": (),
         "limits": (),
         "rules": (),
     }
-    return Wishes(**{**empty, **given})
+    return Markers(**{**empty, **given})
 
 
 def test_what_tests_claim() -> None:
@@ -621,14 +621,14 @@ def test_what_tests_claim() -> None:
         None, replace(limited, max_vram=None), totals
     )
     assert {0: Claim(5 * GiB)} == declared_claims(
-        _wishes(limits=limits), limited, totals
+        _markers(limits=limits), limited, totals
     )
     assert {0: Claim(4 * GiB)} == declared_claims(
-        _wishes(limits=limits, budgets=budget), limited, totals
+        _markers(limits=limits, budgets=budget), limited, totals
     )
     assert {0: Claim(6 * GiB), 1: Claim(GiB)} == declared_claims(
-        _wishes(limits=limits, budgets=budget, requirements=required), plain, totals
+        _markers(limits=limits, budgets=budget, requirements=required), plain, totals
     )
     assert {0: Claim(0, is_alone=True), 1: Claim(0, is_alone=True)} == declared_claims(
-        _wishes(alone_on=(None,)), plain, totals
+        _markers(alone_on=(None,)), plain, totals
     )

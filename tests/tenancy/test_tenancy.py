@@ -149,26 +149,26 @@ def test_more_than_the_card_is_refused_at_once(tmp_path: Path) -> None:
 
 def test_the_order_of_admission() -> None:
     """Exclusive, then large, then who came first; what fits passes what does not."""
-    wishes = [
+    requests = [
         QueuedRequest("small", 2, since=0),
         QueuedRequest("late", 4, since=2),
         QueuedRequest("early", 4, since=1),
         QueuedRequest("large", 12, since=3),
     ]
 
-    assert ["large", "early"] == admissible(wishes, total_bytes=16, now=4)
+    assert ["large", "early"] == admissible(requests, total_bytes=16, now=4)
     held = QueuedRequest("held", 5, since=0, is_admitted=True)
     assert ["early", "late", "small"] == admissible(
-        [held, *wishes], total_bytes=16, now=4
+        [held, *requests], total_bytes=16, now=4
     )
     alone = QueuedRequest("alone", 0, since=3, is_exclusive=True)
-    assert ["alone"] == admissible([*wishes, alone], total_bytes=16, now=4)
+    assert ["alone"] == admissible([*requests, alone], total_bytes=16, now=4)
 
 
 def test_what_stands_is_part_of_what_is_admitted(tmp_path: Path) -> None:
     """A model that a fixture holds is not asked for twice, and hinders nobody alone."""
     mine, other = Ledger(tmp_path, 16), Ledger(tmp_path, 16)
-    mine.stand(6)
+    mine.hold_idle(6)
     with mine.admitted(8, timeout_s=0):
         assert 8 == mine.held_bytes
         with other.admitted(8, timeout_s=0):
@@ -177,7 +177,7 @@ def test_what_stands_is_part_of_what_is_admitted(tmp_path: Path) -> None:
         pass
     with other.admitted(0, is_exclusive=True, timeout_s=0):
         pass
-    mine.stand(0)
+    mine.hold_idle(0)
     with other.admitted(16, timeout_s=0):
         pass
 
@@ -185,8 +185,8 @@ def test_what_stands_is_part_of_what_is_admitted(tmp_path: Path) -> None:
 def test_a_share_is_less_by_what_stands_of_others(tmp_path: Path) -> None:
     """A context stays until its process ends: waiting for its bytes would last as long."""
     mine, other = Ledger(tmp_path, 100), Ledger(tmp_path, 100)
-    mine.stand(5)
-    other.stand(7)
+    mine.hold_idle(5)
+    other.hold_idle(7)
 
     with mine.admitted(100, is_share=True, timeout_s=0.1):
         held = mine.held_bytes
@@ -204,10 +204,10 @@ def test_who_wants_the_card_alone_waits_less_patiently() -> None:
     held = QueuedRequest("held", 5, since=0, is_admitted=True)
     alone = QueuedRequest("alone", 0, since=0, is_exclusive=True)
     new = QueuedRequest("new", 1, since=PATIENCE_ALONE_S)
-    wishes = [held, alone, new]
+    requests = [held, alone, new]
 
-    assert ["new"] == admissible(wishes, total_bytes=16, now=PATIENCE_ALONE_S / 2)
-    assert [] == admissible(wishes, total_bytes=16, now=PATIENCE_ALONE_S)
+    assert ["new"] == admissible(requests, total_bytes=16, now=PATIENCE_ALONE_S / 2)
+    assert [] == admissible(requests, total_bytes=16, now=PATIENCE_ALONE_S)
 
 
 def test_who_has_waited_long_is_not_passed() -> None:
@@ -231,12 +231,12 @@ def test_who_has_waited_long_is_not_passed() -> None:
     )
 )
 def test_every_request_is_served_and_the_card_never_overbooked(
-    wishes: list[tuple[int, float, bool]],
+    requests: list[tuple[int, float, bool]],
 ) -> None:
     """Whatever waits: admitting and finishing in turn serves everybody."""
     waiting = {
-        str(number): QueuedRequest(str(number), *wish)
-        for number, wish in enumerate(wishes)
+        str(number): QueuedRequest(str(number), *request)
+        for number, request in enumerate(requests)
     }
     held: dict[str, QueuedRequest] = {}
     while waiting or held:
@@ -245,9 +245,13 @@ def test_every_request_is_served_and_the_card_never_overbooked(
         )
         assert names or held
         for name in names:
-            wish = waiting.pop(name)
+            request = waiting.pop(name)
             held[name] = QueuedRequest(
-                name, wish.nbytes, wish.since, wish.is_exclusive, is_admitted=True
+                name,
+                request.nbytes,
+                request.since,
+                request.is_exclusive,
+                is_admitted=True,
             )
         assert sum(each.nbytes for each in held.values()) <= 16
         if any(each.is_exclusive for each in held.values()):

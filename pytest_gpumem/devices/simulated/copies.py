@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 _to_copy: Any = torch.ops.aten._to_copy.default  # the operator below Tensor.to
 
 
-class _Wish(threading.local):
+class _DeviceArgument(threading.local):
     """Whether ``device=`` is what a user asks for, in backward as well."""
 
     is_stated = False
 
 
-_wish: Final = _Wish()
+_device_argument: Final = _DeviceArgument()
 
 
 def is_asked_for() -> bool:
@@ -38,7 +38,7 @@ def is_asked_for() -> bool:
     Then a device that comes back with one of them is the user's own, not what C++
     takes for the tensors' device.
     """
-    return _wish.is_stated
+    return _device_argument.is_stated
 
 
 _functorch: Final[Any] = torch._C._functorch
@@ -218,11 +218,11 @@ def move(
         options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
         if memory_format is not torch.preserve_format:
             options["memory_format"] = memory_format
-        is_outer, _wish.is_stated = _wish.is_stated, True
+        is_outer, _device_argument.is_stated = _device_argument.is_stated, True
         try:
             moved: torch.Tensor = _to_copy(source, device=device, **options)
         finally:
-            _wish.is_stated = is_outer
+            _device_argument.is_stated = is_outer
         return moved
     if device.type == "cuda":
         card = card_of(device.index)

@@ -212,15 +212,15 @@ class SimulatedDevice:
         """Do nothing: a simulated card's trackers replace nothing."""
 
     @contextmanager
-    def refusing(self, refuses: Callable[[int, int], bool]) -> Iterator[None]:
+    def failing(self, fails: Callable[[int, int], bool]) -> Iterator[None]:
         """Ask before each allocation whether it is to fail."""
         for card in self.machine.all_cards:
-            card.faults.append(refuses)
+            card.faults.append(fails)
         try:
             yield
         finally:
             for card in self.machine.all_cards:
-                card.faults.remove(refuses)
+                card.faults.remove(fails)
 
     @contextmanager
     def observing_ooms(self, observe: Callable[[int, int], None]) -> Iterator[None]:
