@@ -6,10 +6,13 @@ pytest. PYTEST_DONT_REWRITE: a worker of pytest-xdist has imported it before pyt
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any, Final
+#: As ``typing.TYPE_CHECKING``, which type checkers take for true. To import ``typing``
+#: takes longer than all the rest of this module.
+TYPE_CHECKING = False
 
 if TYPE_CHECKING:
+    from typing import Any, Final
+
     from pytest_gpumem._version import __version__
     from pytest_gpumem.cards import Card, find_card
     from pytest_gpumem.checkpoints import make_checkpoint
@@ -112,6 +115,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     globals()[name] = value
     return value

@@ -1,20 +1,19 @@
 """The pytest plugin: options, markers, fixtures and the hooks of a run.
 
-This is the only room that imports pytest; nothing in it imports torch at its top.
+This is the only room that imports pytest. No module of it imports torch when it is
+imported itself, and this one imports what a run of the plugin needs only for such a run:
+it is imported wherever the plugin is installed.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
 from pytest_gpumem.plugin import marks
-from pytest_gpumem.plugin.collection import Collection
-from pytest_gpumem.plugin.endings import PLUGIN_NAME as ENDINGS_NAME
-from pytest_gpumem.plugin.endings import Endings
 from pytest_gpumem.plugin.fixtures import (
     bert_large,
     competing_process,
@@ -28,9 +27,6 @@ from pytest_gpumem.plugin.fixtures import (
 )
 from pytest_gpumem.plugin.hub import HubAdvice, HubModels
 from pytest_gpumem.plugin.options import add_options
-from pytest_gpumem.plugin.outputs import STEP_SUMMARY, check_outputs
-from pytest_gpumem.plugin.record_keeping import Attachment, Collector
-from pytest_gpumem.plugin.session import Run
 from pytest_gpumem.plugin.settings import (
     OPTIONS,
     REMOVED,
@@ -39,11 +35,14 @@ from pytest_gpumem.plugin.settings import (
     read_settings,
     warn_of_removed,
 )
-from pytest_gpumem.plugin.summary import SummaryPlugin, notes
 from pytest_gpumem.plugin.unasked import Unasked
 
+if TYPE_CHECKING:
+    from pytest_gpumem.plugin.collection import Collection
+    from pytest_gpumem.plugin.session import Run
+
 PLUGIN_NAME: Final = "gpumem-session"
-_key: Final = pytest.StashKey[Run]()
+_key: Final = pytest.StashKey["Run"]()
 _hub_key: Final = pytest.StashKey[HubModels]()
 
 
@@ -60,6 +59,8 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
 
 
 def _start(config: pytest.Config, namespace: Any) -> None:
+    from pytest_gpumem.plugin.session import Run
+
     settings = read_settings(config, namespace)
     run = Run(settings)
     config.stash[_key] = run
@@ -94,6 +95,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _configure(run: Run, config: pytest.Config) -> None:
+    from pytest_gpumem.plugin.collection import Collection
+    from pytest_gpumem.plugin.outputs import check_outputs
+    from pytest_gpumem.plugin.record_keeping import Attachment
+
     register = config.pluginmanager.register
     is_worker = hasattr(config, "workerinput")
     if not is_worker:
@@ -142,6 +147,8 @@ def _share(run: Run, config: pytest.Config, collection: Collection) -> None:
 
 def _tell_controller(run: Run, config: pytest.Config, collection: Collection) -> None:
     """Have a worker of pytest-xdist tell what only it knows."""
+    from pytest_gpumem.plugin.outputs import STEP_SUMMARY
+    from pytest_gpumem.plugin.summary import notes
     from pytest_gpumem.plugin.workers import WorkerNotes
 
     told = WorkerNotes(config)
@@ -162,6 +169,12 @@ def _tell_controller(run: Run, config: pytest.Config, collection: Collection) ->
 
 def _control(run: Run, config: pytest.Config, collection: Collection) -> None:
     """Have the process in which reports arrive collect them and say what came of it."""
+    from pytest_gpumem.plugin.endings import PLUGIN_NAME as ENDINGS_NAME
+    from pytest_gpumem.plugin.endings import Endings
+    from pytest_gpumem.plugin.outputs import STEP_SUMMARY
+    from pytest_gpumem.plugin.record_keeping import Collector
+    from pytest_gpumem.plugin.summary import SummaryPlugin
+
     register = config.pluginmanager.register
     run.endings = Endings(is_strict=run.settings.is_strict)
     register(run.endings, ENDINGS_NAME)

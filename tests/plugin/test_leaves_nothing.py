@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from inner_tests import SWEEP_AND_FALLBACK
 
 from pytest_gpumem.inheritance import VARIABLE
 
 ROOT = Path(__file__).parents[2]
 #: A session that uses everything once; some of it fails on purpose.
-TESTS = """
+TESTS = (
+    """
     import multiprocessing
     import subprocess
     import sys
@@ -54,23 +56,9 @@ TESTS = """
     @pytest.mark.inject_oom("any:nth=1")
     def test_injected():
         allocate()
-
-    @pytest.mark.oom_sweep
-    def test_sweep():
-        try:
-            allocate()
-        except torch.OutOfMemoryError:
-            pass
-
-    def test_fallback(fallback):
-        def load():
-            model = torch.nn.Linear(8, 8)
-            try:
-                return model.to("cuda")
-            except torch.OutOfMemoryError:
-                return model.to("cpu")
-        fallback(load, budgets=["2MiB"])
-
+"""
+    + SWEEP_AND_FALLBACK
+    + """
     def test_competing(competing_process):
         with competing_process("1GiB"):
             allocate()
@@ -94,6 +82,7 @@ TESTS = """
         with torch.cuda.stream(torch.cuda.Stream()):
             allocate()
 """
+)
 OPTIONS = (
     "-p",
     "no:cacheprovider",

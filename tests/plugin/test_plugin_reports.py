@@ -10,6 +10,7 @@ from typing import Any
 import jsonschema
 import pytest
 import torch  # an inner run would import it anew, which torch does not survive
+from inner_tests import SWEEP_AND_FALLBACK
 from pages import Page
 from ways import WAYS, each_way
 
@@ -22,7 +23,8 @@ pytest_plugins = ["pytester"]
 SCHEMA = Path(__file__).parents[2] / "docs" / "report.schema.json"
 T4 = "Tesla T4, simulated, torch " + ".".join(torch.__version__.split(".")[:2])
 T4_BYTES = find_card("T4")[0].total_bytes
-TESTS = """
+TESTS = (
+    """
     import pytest
     import torch
 
@@ -38,26 +40,13 @@ TESTS = """
     @pytest.mark.parametrize("text", ["</script><script>alert(1)</script>", "a|b'\\"`"])
     def test_text(text):
         torch.zeros(1024, device="cuda")
-
-    @pytest.mark.oom_sweep
-    def test_sweep():
-        try:
-            torch.zeros(1024, device="cuda")
-        except torch.OutOfMemoryError:
-            pass
-
-    def test_fallback(fallback):
-        def load():
-            model = torch.nn.Linear(8, 8)
-            try:
-                return model.to("cuda")
-            except torch.OutOfMemoryError:
-                return model.to("cpu")
-        fallback(load, budgets=["2MiB"])
-
+"""
+    + SWEEP_AND_FALLBACK
+    + """
     def test_no_card():
         pass
 """
+)
 LIMITS = """
     import pytest
     import torch

@@ -88,15 +88,19 @@ def accumulates_gradients() -> list[torch.Tensor]:
     raise AssertionError("unreachable: the host has room")
 
 
-def falls_back_to_half_precision() -> torch.Tensor:
-    """Half the bytes, the same numbers within what fp16 explains."""
+def _falls_back_to(dtype: torch.dtype) -> torch.Tensor:
     try:
         return infer("cuda")
     except torch.OutOfMemoryError:
         pass
     with torch.no_grad():
-        logits: torch.Tensor = new_model().half()(batch().half())
+        logits: torch.Tensor = new_model().to(dtype)(batch().to(dtype))
     return logits
+
+
+def falls_back_to_half_precision() -> torch.Tensor:
+    """Half the bytes, the same numbers within what fp16 explains."""
+    return _falls_back_to(torch.float16)
 
 
 def raises_an_error_of_its_own() -> torch.Tensor:
@@ -327,13 +331,7 @@ def answers_a_mapping_in_any_order() -> dict[str, Any]:
 
 def computes_in_bfloat16() -> torch.Tensor:
     """Fewer bits, and numbers that these explain."""
-    try:
-        return infer("cuda")
-    except torch.OutOfMemoryError:
-        pass
-    with torch.no_grad():
-        logits: torch.Tensor = new_model().bfloat16()(batch().bfloat16())
-    return logits
+    return _falls_back_to(torch.bfloat16)
 
 
 def keeps_a_graph_or_none() -> torch.Tensor:

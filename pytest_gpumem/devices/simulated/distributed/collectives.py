@@ -23,7 +23,7 @@ from pytest_gpumem.devices.simulated.memory import Memory
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from pytest_gpumem.devices.simulated.card import SimulatedCard
     from pytest_gpumem.devices.simulated.tensor import Handler
@@ -836,18 +836,17 @@ _RUNS: Final[dict[str, Callable[[CollectiveCall], Any]]] = {
 
 def collective_handler(func: Any, other: Handler) -> Handler:
     """Return how a collective runs: in a group of NCCL as here, in any other as given."""
-    run = _RUNS.get(func._schema.name.partition("::")[2])
-    if run is None:
-        return other
-    chosen = run
 
-    def in_nccl(group: c10d.ProcessGroup, backend: Any, given: dict[str, Any]) -> Any:
+    def in_nccl(
+        run: Any, group: c10d.ProcessGroup, backend: Any, given: dict[str, Any]
+    ) -> Any:
         __tracebackhide__ = True
-        return chosen(CollectiveCall(group, backend, given))
+        return run(CollectiveCall(group, backend, given))
 
     return by_group(
         func,
         other,
+        _RUNS,
         in_nccl,
         lambda given: c10d.ProcessGroup.unbox(given["process_group"]),
     )
@@ -856,7 +855,8 @@ def collective_handler(func: Any, other: Handler) -> Handler:
 def by_group(
     func: Any,
     other: Handler,
-    in_nccl: Callable[[c10d.ProcessGroup, Any, dict[str, Any]], Any],
+    runs: Mapping[str, Callable[..., Any]],
+    in_nccl: Callable[[Any, c10d.ProcessGroup, Any, dict[str, Any]], Any],
     group_of: Callable[[dict[str, Any]], c10d.ProcessGroup],
 ) -> Handler:
     """Return a handler that runs a collective by the group that it is called for.
@@ -864,9 +864,13 @@ def by_group(
     Args:
         func: The collective.
         other: Runs it where the group has no NCCL.
-        in_nccl: Runs it with the group, its NCCL backend and the arguments by name.
+        runs: What runs each collective on cards, by its name; ``other`` runs the rest.
+        in_nccl: Called with that, the group, its NCCL backend and the arguments by name.
         group_of: Finds the group in the arguments by name.
     """
+    run = runs.get(func._schema.name.partition("::")[2])
+    if run is None:
+        return other
     names = [each.name for each in func._schema.arguments]
 
     def handler(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -876,6 +880,6 @@ def by_group(
         backend = backend_of(group)
         if backend is None:
             return other(args, kwargs)
-        return in_nccl(group, backend, given)
+        return in_nccl(run, group, backend, given)
 
     return handler

@@ -170,18 +170,16 @@ _RUNS: Final[dict[str, Callable[..., Any]]] = {
 
 def functional_handler(func: Any, other: Handler) -> Handler:
     """Return how a collective runs: in a group of NCCL as here, in any other as given."""
-    run = _RUNS.get(func._schema.name.partition("::")[2])
-    if run is None:
-        return other
-    chosen = run
 
-    def in_nccl(group: Any, _backend: Any, given: dict[str, Any]) -> Any:
+    def in_nccl(run: Any, group: Any, _backend: Any, given: dict[str, Any]) -> Any:
         __tracebackhide__ = True
         out = given.pop("out", None)
         options = {} if out is None else {"out": out}
-        return chosen(group, *given.values(), **options)
+        return run(group, *given.values(), **options)
 
-    return by_group(func, other, in_nccl, lambda given: _group(given.pop("group_name")))
+    return by_group(
+        func, other, _RUNS, in_nccl, lambda given: _group(given.pop("group_name"))
+    )
 
 
 def _group(named: Any) -> Any:
