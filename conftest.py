@@ -72,11 +72,14 @@ def pytest_collection_modifyitems(
 
 
 def pytest_collection_finish() -> None:
-    """Import what torch imports when it is first needed, and cannot import twice.
+    """Import what torch and the plugin import only when it is needed.
 
-    An inner run of pytest drops what it was the first to import. These parts of torch
-    register libraries, which raises when it is done again.
+    An inner run of pytest drops what it was the first to import. Parts of torch register
+    libraries, which raises when it is done again; the plugin's modules would be imported
+    again by each inner run.
     """
+    for name in ("collection", "session", "summary"):
+        importlib.import_module(f"pytest_gpumem.plugin.{name}")
     if "torch" in sys.modules:
         for name in ("distributed._functional_collectives", "_dynamo"):
             importlib.import_module(f"torch.{name}")
