@@ -23,9 +23,6 @@ class Guarded:
     """An observer that is dropped once it has raised.
 
     It answers None then, and so does what it gave back to be called later.
-
-    Args:
-        observe: The observer.
     """
 
     def __init__(self, observe: Callable[..., Any]) -> None:
@@ -45,12 +42,7 @@ class Guarded:
 
 
 def guarded(look: Callable[[], _T], *, otherwise: _T) -> _T:
-    """Return what a look at the program tells, or something else if it fails.
-
-    Args:
-        look: The look.
-        otherwise: What to go on with then.
-    """
+    """Return what a look at the program tells, or something else if it fails."""
     try:
         return look()
     except Exception as error:  # noqa: BLE001  # likewise
@@ -59,12 +51,7 @@ def guarded(look: Callable[[], _T], *, otherwise: _T) -> _T:
 
 
 def note_dropped(observe: Callable[..., Any], error: Exception) -> None:
-    """Keep, to be told at the end of the run, that an observer has failed.
-
-    Args:
-        observe: The observer.
-        error: What it raised; nothing of it is kept but words.
-    """
+    """Keep, to be told at the end of the run, that an observer has failed, in words."""
     name = getattr(observe, "__qualname__", type(observe).__qualname__)
     home = getattr(observe, "__module__", "")
     last = traceback.extract_tb(error.__traceback__)[-1]

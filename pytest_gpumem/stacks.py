@@ -105,11 +105,9 @@ def short_path(filename: str) -> str:
 
 
 def variables_of(frame: FrameType, *names: str) -> dict[str, Any]:
-    """Return a frame's variables; see Note [Variables of a running function].
+    """Return a frame's variables, all or those of such names.
 
-    Args:
-        frame: The frame.
-        names: Those that are wanted; none means all.
+    See Note [Variables of a running function].
 
     Limits: nothing is known of functions on an interpreter before 3.13 that is no
     ordinary 64-bit CPython.
@@ -238,10 +236,8 @@ def errors_behind(error: BaseException | None) -> Iterator[BaseException]:
 def clear_exception(error: BaseException) -> None:
     """Clear the locals of every frame of an exception and of those it is chained to.
 
-    Tensors that only these frames hold are freed. Frames that still run keep theirs.
-
-    Args:
-        error: The exception; its text and line numbers stay.
+    Tensors that only these frames hold are freed. Frames that still run keep theirs; the
+    exception's text and line numbers stay.
     """
     for each in errors_behind(error):
         for frame, _line in traceback.walk_tb(each.__traceback__):

@@ -62,11 +62,9 @@ class _Simulated:
         pass_tenant_on(self._index, self.pid, nbytes)
 
     def close(self) -> None:
-        with self._card.locked():
-            self._tenant.nbytes = 0
-            if self._tenant in self._card.driver.tenants:
-                self._card.driver.tenants.remove(self._tenant)
-        pass_tenant_on(self._index, self.pid, 0)
+        self.hold(0)
+        with self._card.locked(), suppress(ValueError):  # the card was set up anew
+            self._card.driver.tenants.remove(self._tenant)
 
 
 class _Real:

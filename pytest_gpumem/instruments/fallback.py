@@ -56,13 +56,8 @@ class FallbackRun:
     @property
     def cause(self) -> str:
         """The budget or the fault, in words."""
-        if self.fault is not None:
-            return self.fault
-        return (
-            "whole card"
-            if self.budget_bytes is None
-            else format_size(self.budget_bytes)
-        )
+        budget = self.budget_bytes
+        return self.fault or ("whole card" if budget is None else format_size(budget))
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,19 +153,16 @@ def check_fallback(
     rules = [parse_rule(cause) for cause in causes]
     top = _step(loader)
     if budgets is None:
-        sizes = [
+        budgets = [
             max(int(share * top.peak_reserved_bytes), _SMALLEST) for share in SHARES
         ]
-    else:
-        sizes = [parse_size(size) for size in budgets]
-    sizes = sorted({*sizes, *wanted}, reverse=True)
-    steps = [top]
-    steps += [_step(loader, size, expected=wanted.get(size)) for size in sizes]
-    steps += [
+    sizes = sorted({*map(parse_size, budgets), *wanted}, reverse=True)
+    below = [_step(loader, size, expected=wanted.get(size)) for size in sizes]
+    faulty = [
         _step(loader, cause=cause, rule=rule)
         for cause, rule in zip(causes, rules, strict=True)
     ]
-    return FallbackReport(tuple(steps))
+    return FallbackReport((top, *below, *faulty))
 
 
 def _step(
@@ -223,11 +215,6 @@ def _of_error(done: LoadVerdict, rule: Rule | None) -> list[str]:
 
 def _rung(placement: Placement) -> str:
     """Return where a model ended, shortly: devices and dtypes."""
-    devices = "+".join(
-        "offloaded" if device == "meta" else device
-        for device in sorted(placement.devices)
-    )
-    dtypes = ",".join(
-        sorted(str(dtype).removeprefix("torch.") for dtype in placement.dtypes)
-    )
+    devices = "+".join(sorted(placement.devices)).replace("meta", "offloaded")
+    dtypes = ",".join(sorted(str(each)[len("torch.") :] for each in placement.dtypes))
     return f"{devices} {dtypes}".strip()

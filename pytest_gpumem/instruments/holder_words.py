@@ -26,7 +26,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from pytest_gpumem.instruments.parts import attributes_of, dictionary_of, shape_words
+from pytest_gpumem.instruments.parts import (
+    attributes_of,
+    dictionary_of,
+    registry,
+    shape_words,
+)
 from pytest_gpumem.stacks import variables_of
 
 if TYPE_CHECKING:
@@ -109,22 +114,20 @@ def _noun(holder: Any) -> str:
 def _is_registry(holder: dict[Any, Any], chain: list[Any]) -> bool:
     """Tell whether a dictionary is where a module of the chain keeps its parts."""
     return any(
-        any(holder is registry for registry in _registries(each))
+        holder is dictionary_of(each).get(kind)
         for each in chain
         if isinstance(each, torch.nn.Module)
+        for kind in ("_parameters", "_buffers", "_modules")
     )
 
 
 def _is_inside_another(module: torch.nn.Module, chain: list[Any]) -> bool:
     return any(
-        _key(each._modules, module) is not None  # noqa: SLF001  # torch's registry of parts
+        part is module
         for each in chain
         if isinstance(each, torch.nn.Module)
+        for _name, part in registry(each, "_modules")
     )
-
-
-def _registries(module: torch.nn.Module) -> tuple[Any, ...]:
-    return module._parameters, module._buffers, module._modules  # noqa: SLF001  # torch's registries of parts
 
 
 def _step(holder: Any, child: Any) -> str:
@@ -204,10 +207,8 @@ def base_of(tensor: torch.Tensor) -> torch.Tensor | None:
 
 
 def _context(holder: contextvars.Context, child: Any) -> str:
-    names = [
-        f"{variable.name!r}" for variable, value in holder.items() if value is child
-    ]
-    return f"context variable {names[0]}" if names else "a context variable"
+    names = (f" {each.name!r}" for each, value in holder.items() if value is child)
+    return f"context variable{next(names, '')}"
 
 
 def _called(function: Any) -> str:

@@ -68,30 +68,27 @@ def blocks_on_cards() -> set[int]:
     return {tensor.untyped_storage().data_ptr() for tensor in _tensors()}
 
 
-def find_holders(device: Device, before: Iterable[int] = ()) -> list[str]:
+def find_holders(
+    device: Device, before: Iterable[int] = (), *, only_cycles: bool = False
+) -> tuple[str, ...]:
     """Return the largest tensors on the cards and who holds them, a line each.
 
     Args:
         device: Knows the size of a block.
         before: Addresses of storages to leave out; see ``blocks_on_cards``.
+        only_cycles: Whether only what reference cycles alone hold is wanted, which the
+            next collection frees.
 
     Limits: what only C++ holds beside gradients and graphs is not named, nor what the
     interpreter keeps to itself (arguments of ``atexit.register``).
     """
     hidden: list[_Hidden] = []
-    return [
-        f"{format_size(nbytes)} ({tensor_words(tensor)}): "
-        f"{_holder(tensor, ignored, hidden)}"
-        for nbytes, tensor, ignored in _largest(device, before)
-    ]
-
-
-def find_cycles(device: Device, before: Iterable[int] = ()) -> list[str]:
-    """Return those of the largest tensors that reference cycles alone hold.
-
-    To be asked before a collection, which frees them; see ``find_holders``.
-    """
-    return [each for each in find_holders(device, before) if f": {CYCLE}" in each]
+    found = []
+    for nbytes, tensor, ignored in _largest(device, before):
+        holder = _holder(tensor, ignored, hidden)
+        if holder.startswith(CYCLE) or not only_cycles:
+            found.append(f"{format_size(nbytes)} ({tensor_words(tensor)}): {holder}")
+    return tuple(found)
 
 
 def _largest(
@@ -120,10 +117,7 @@ def _tensors() -> list[torch.Tensor]:
 def _holder(value: Any, ignored: Any, hidden: list[_Hidden]) -> str:
     """Return the shortest way from an object to what keeps it alive, in words.
 
-    Args:
-        value: The object.
-        ignored: What of the caller's own holds it too.
-        hidden: What the collector does not show; looked for once.
+    What of the caller's own holds it too is ignored; what is hidden is looked for once.
     """
     try:
         if not hidden:
@@ -153,7 +147,10 @@ def _search(value: Any, hidden: _Hidden, left_out: list[Any]) -> str:
             seen.add(id(holder))
             parents[id(holder)] = child
             if _is_root(holder):
-                return path_in_words(_way(holder, parents, value))
+                way = [holder]
+                while way[-1] is not value:
+                    way.append(parents[id(way[-1])])
+                return path_in_words(way[::-1])
             next_level.append(holder)
             visited.append(holder)
         level = next_level[:_BREADTH]
@@ -198,15 +195,6 @@ def _is_root(holder: Any) -> bool:
     return isinstance(holder, _ROOTS) or (
         isinstance(holder, FrameType) and runs(holder)
     )
-
-
-def _way(root: Any, parents: dict[int, Any], value: Any) -> list[Any]:
-    """Return the objects from a value to its root."""
-    chain = [root]
-    while chain[-1] is not value:
-        chain.append(parents[id(chain[-1])])
-    chain.reverse()
-    return chain
 
 
 def _cycle(visited: list[Any]) -> list[Any]:

@@ -59,13 +59,7 @@ class Survey(NamedTuple):
 
 
 def survey(device: Device, index: int, frame: FrameType | None) -> Survey:
-    """Look at a card.
-
-    Args:
-        device: The cards.
-        index: The card.
-        frame: The innermost frame of the code that asked for memory.
-    """
+    """Look at a card, given the innermost frame of the code that asked for memory."""
     every, modules, optimizers = living(
         torch.Tensor, torch.nn.Module, torch.optim.Optimizer
     )
@@ -101,21 +95,14 @@ def living_models() -> list[torch.nn.Module]:
 
 
 class _Names:
-    """Names of storages on a card; what owns one best comes first.
-
-    Args:
-        device: The cards.
-        index: The card.
-
-    Attributes:
-        kept: Storages of gradients and optimisers' state.
-    """
+    """Names of storages on a card; what owns one best comes first."""
 
     def __init__(self, device: Device, index: int) -> None:
         self._device = device
         self._index = index
         self._parts: dict[int, str] = {}
         self._locals: dict[int, str] = {}
+        #: Storages of gradients and optimisers' state.
         self.kept: set[int] = set()
 
     def has(self, tensor: torch.Tensor) -> bool:
@@ -126,10 +113,8 @@ class _Names:
 
     def owner(self, place: int, tensor: torch.Tensor) -> str:
         """Return who holds a storage, in words; empty if nobody was found."""
-        known = self._parts.get(place) or self._locals.get(place)
-        if known is None and tensor.grad_fn is not None:
-            return "a result that autograd may need"
-        return known or ""
+        graph = "" if tensor.grad_fn is None else "a result that autograd may need"
+        return self._parts.get(place) or self._locals.get(place) or graph
 
     def of_model(self, root: torch.nn.Module, *, is_wanted: bool) -> ModelSize | None:
         """Name a model's parts; return its size if it is on the card or wanted."""
@@ -137,14 +122,18 @@ class _Names:
         whole = on_card = full = 0
         seen = set()
         layers: dict[str, int] = {}
-        for name, part in _tensors_in(root):
+        parts = [
+            (layer, f"{layer}.{name}" if layer else name, part)
+            for layer, module in modules_of(root)
+            for name, part in tensors_of(module)
+        ]
+        for layer, name, part in parts:
             if is_lazy(part) or id(part) in seen:
                 continue
             seen.add(id(part))
             size = part.numel() * part.element_size()
             whole += size
             full += size if part.dtype == torch.float32 else 0
-            layer = name.rpartition(".")[0]
             layers[layer] = layers.get(layer, 0) + size
             if self.has(part):
                 on_card += size
@@ -212,12 +201,6 @@ def _frames(frame: FrameType | None) -> Iterator[tuple[FrameType, str]]:
 def _is_shown(frame: FrameType) -> bool:
     name = frame.f_globals.get("__name__")
     return isinstance(name, str) and name.partition(".")[0] not in _HIDDEN
-
-
-def _tensors_in(root: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    for path, module in modules_of(root):
-        for name, tensor in tensors_of(module):
-            yield f"{path}.{name}" if path else name, tensor
 
 
 def _roots(modules: list[torch.nn.Module]) -> list[torch.nn.Module]:

@@ -70,25 +70,16 @@ class LoadVerdict:
             AssertionError: Every problem, one line each, with where the model is.
         """
         if self.problems:
-            lines = "\n".join(
-                [f"  - {problem}" for problem in self.problems]
-                + [f"    {holder}" for holder in self.holders]
-            )
-            raise AssertionError(
-                f"the load went wrong:\n{lines}\n  model: {self.placement}"
-            )
+            lines = ["the load went wrong:"]
+            lines += [f"  - {problem}" for problem in self.problems]
+            lines += [f"    {holder}" for holder in self.holders]
+            raise AssertionError("\n".join([*lines, f"  model: {self.placement}"]))
 
 
 class Loader:
-    """Loads a model again and again, and runs it.
+    """Loads a model again and again, and runs it; see ``check_fallback``.
 
-    Args:
-        load: The loader under test.
-        run: Computes an output from what it returns; None for none.
-        reference: What the output should be; None means that of the first load.
-        model_of: Finds the model in what the loader returns; None means ``model_in``.
-        device: The cards; None means the active device.
-        device_index: The card of budgets and peaks.
+    Without a reference the output should be that of the first load.
     """
 
     def __init__(
@@ -125,12 +116,7 @@ class Loader:
         """Load once, and run what was loaded.
 
         The problems are those of the model and of what is left; whether an error was
-        right is the caller's to say.
-
-        Args:
-            rules: Which allocations of the load fail.
-            budget_bytes: What the card may hold, for load and run.
-            catches: Tells which errors are part of the verdict.
+        right is the caller's to say. The arguments are those of ``Trial.run``.
         """
         attempt = self._trial.run(*rules, budget_bytes=budget_bytes, catches=catches)
         model = None if attempt.result is None else self._model_of(attempt.result)
@@ -192,12 +178,9 @@ class Loader:
         model = None if loaded is None else self._model_of(loaded)
         if model is None:
             return {}
-        own = {}
-        for tensor in tensors_held_by(model):
-            if tensor.is_cuda:
-                storage = tensor.untyped_storage()
-                own[storage.data_ptr()] = self._device.block_bytes(storage)
-        return own
+        on_cards = (each for each in tensors_held_by(model) if each.is_cuda)
+        storages = [each.untyped_storage() for each in on_cards]
+        return {each.data_ptr(): self._device.block_bytes(each) for each in storages}
 
 
 def _of_model(placement: Placement | None, attempt: Attempt) -> list[str]:

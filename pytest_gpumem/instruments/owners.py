@@ -8,6 +8,7 @@ names.
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -18,36 +19,32 @@ from torch.nn.parameter import is_lazy
 from pytest_gpumem.instruments.parts import modules_of, registry, tensors_of, unseen
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from pytest_gpumem.devices import Device
 
 
+@dataclass(slots=True, eq=False)
 class Node:
     """A module's place in its model."""
 
-    __slots__ = ("kind", "name", "parent")
-
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-        self.name = ""
-        self.parent: Node | None = None
+    kind: str
+    name: str = ""
+    parent: Node | None = None
 
     @property
     def root(self) -> Node:
         """The whole model."""
-        return list(self._upward())[-1]
+        return self.upward()[-1]
 
     @property
     def path(self) -> tuple[str, ...]:
         """Names from the model down to here; empty for the model itself."""
-        return tuple(node.name for node in self._upward() if node.parent)[::-1]
+        return tuple(node.name for node in self.upward()[-2::-1])
 
-    def _upward(self) -> Iterator[Node]:
-        node: Node | None = self
-        while node is not None:
-            yield node
-            node = node.parent
+    def upward(self) -> list[Node]:
+        """Return the place and those of what it is inside, up to the whole model."""
+        return [self] if self.parent is None else [self, *self.parent.upward()]
 
 
 class NamedOwner(NamedTuple):
@@ -61,10 +58,7 @@ class NamedOwner(NamedTuple):
 class Owners:
     """Names of modules and of the blocks that are theirs.
 
-    Args:
-        device: The cards.
-        claim: Called with card, address, storage and owner of each block that is
-            somebody's.
+    ``claim`` is told card, address, storage and owner of each block that is somebody's.
     """
 
     def __init__(
@@ -80,7 +74,7 @@ class Owners:
         self._handles: list[Any] = []
 
     def start(self) -> None:
-        """Listen to what modules are given, from here on."""
+        """Listen to what modules are given."""
         self._handles = [
             torch_module.register_module_parameter_registration_hook(self._given),
             torch_module.register_module_buffer_registration_hook(self._given),
@@ -130,7 +124,7 @@ class Owners:
             return
         with suppress(Exception):  # a record must not change what it sees
             node, above = self.node(child), self.node(parent)
-            if node not in above._upward():  # noqa: SLF001  # a module may hold what holds it
+            if node not in above.upward():  # a module may hold what holds it
                 node.parent, node.name = above, name
 
     def _given(self, module: torch.nn.Module, name: str, tensor: Any) -> None:

@@ -70,12 +70,7 @@ def tensors_of(module: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def registry(module: Any, kind: str) -> list[tuple[str, Any]]:
-    """Return one of torch's registries of a module's parts; empty for a torn module.
-
-    Args:
-        module: The module.
-        kind: ``"_modules"``, ``"_parameters"`` or ``"_buffers"``.
-    """
+    """Return one of torch's registries of a module's parts; empty for a torn module."""
     found = dictionary_of(module).get(kind)
     return [] if found is None else list(found.items())
 
@@ -100,9 +95,7 @@ def tensors_in(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors that a value is or directly contains, with how to write them.
 
-    Args:
-        value: A tensor, list, tuple or dictionary; others contain none.
-        most: Members that are looked at.
+    Lists, tuples and dictionaries contain some: so many members are looked at at most.
     """
     kind = type(value)
     if issubclass(kind, torch.Tensor):

@@ -93,17 +93,14 @@ def _paint(value: Any, above: tuple[int, ...], depth: int) -> Any:
 
     array = _array(value, kind)
     if array is not None:
-        return inner(array.tolist()) if _is_of_objects(array) else array
+        is_of_objects = getattr(getattr(array, "dtype", None), "kind", "") == "O"
+        return inner(array.tolist()) if is_of_objects else array
     if issubclass(kind, _PLAIN):
         return value
     if issubclass(kind, (type, FunctionType, ModuleType)):
         return _name(value, kind)
     parts = _parts(value, kind, inner)
     return _object(value, kind, (*above, id(value)), depth) if parts is None else parts
-
-
-def _is_of_objects(array: Any) -> bool:
-    return getattr(getattr(array, "dtype", None), "kind", "") == "O"
 
 
 def _name(value: Any, kind: type) -> str:
@@ -123,15 +120,12 @@ def _parts(value: Any, kind: type, inner: Callable[[Any], Any]) -> Any:  # noqa:
         return [inner(item) for item in value]
     if issubclass(kind, AbstractSet):
         # Tensors are hashed by identity: there is no set of their copies.
-        return frozenset(value) if _are_plain(value) else Unordered(map(inner, value))
+        is_plain = {type(each) for each in value} <= {str, bytes, int, bool, type(None)}
+        return frozenset(value) if is_plain else Unordered(map(inner, value))
     names = _field_names(kind)
     if names is None:
         return None
     return Fields(kind, {name: inner(getattr(value, name, Opaque)) for name in names})
-
-
-def _are_plain(items: AbstractSet[Any]) -> bool:
-    return all(type(each) in {str, bytes, int, bool, type(None)} for each in items)
 
 
 def _tensor(tensor: torch.Tensor) -> Any:

@@ -123,12 +123,7 @@ class MemorySampler:
 
 
 def rest_after(spent_s: float, period_s: float) -> float:
-    """Return how many seconds to wait after a sample that took so many.
-
-    Args:
-        spent_s: Seconds of a processor.
-        period_s: The least to wait.
-    """
+    """Return how many seconds to wait after a sample that took so many of a processor."""
     return max(period_s, _REST * spent_s)
 
 

@@ -113,20 +113,19 @@ class Chain(NamedTuple):
         Returns:
             None and nothing, where there is none.
         """
-        if self.module is None:
-            return None, ""
-        variables = variables_of(_above(frame, self.module), *self.variables)
-        module, name = (variables.get(each) for each in self.variables)
-        is_module = issubclass(type(module), torch.nn.Module)
-        return module if is_module else None, name if isinstance(name, str) else ""
+        module, name = self.variables
+        return (
+            _at(frame, self.module, module, torch.nn.Module),
+            _at(frame, self.module, name, str) or "",
+        )
 
     def outermost_at(self, frame: FrameType) -> Any:
         """Return the outermost module at work; None without."""
-        return _self_at(frame, self.outer, torch.nn.Module)
+        return _at(frame, self.outer, "self", torch.nn.Module)
 
     def optimizer_at(self, frame: FrameType) -> Any:
         """Return the optimiser at work; None without."""
-        return _self_at(frame, self.optimizer, torch.optim.Optimizer)
+        return _at(frame, self.optimizer, "self", torch.optim.Optimizer)
 
 
 def chain_of(frame: FrameType) -> Chain:
@@ -178,14 +177,12 @@ def _is(code: CodeType, wanted: tuple[str, str]) -> bool:
     return code.co_name == wanted[1] and code.co_filename.endswith(wanted[0])
 
 
-def _above(frame: FrameType, depth: int) -> FrameType:
-    return next(islice(frames_from(frame), depth, None), frame)
-
-
-def _self_at(frame: FrameType, depth: int | None, base: type) -> Any:
+def _at(frame: FrameType, depth: int | None, variable: str, base: type) -> Any:
+    """Return the variable of the frame so far out, if it is of a class; else None."""
     if depth is None:
         return None
-    found = variables_of(_above(frame, depth), "self").get("self")
+    outer = next(islice(frames_from(frame), depth, None), frame)
+    found = variables_of(outer, variable).get(variable)
     return found if issubclass(type(found), base) else None
 
 
@@ -241,9 +238,6 @@ def _passed_over() -> tuple[str, ...]:
 
 def current_phase(frame: FrameType | None = None) -> str:
     """Return the phase of the calling code: load, forward, backward, optimizer, other.
-
-    Args:
-        frame: Where to begin; None means the caller.
 
     Limits: a model built on a card inside its own ``forward`` counts as forward; a
     backward's gradient hooks count as backward.

@@ -49,12 +49,7 @@ def take_snapshot() -> dict[str, Any]:
 
 
 def snapshot_name(test: str) -> str:
-    """Return a file's name for a test: letters, digits and ``._-``, told apart.
-
-    Example::
-
-        assert snapshot_name("test_a.py::test_b[../x]").startswith("test_a.py-test_b-")
-    """
+    """Return a file's name for a test: letters, digits and ``._-``, told apart."""
     plain = re.sub(r"[^A-Za-z0-9._]+", "-", test).strip("-.") or "test"
     digest = hashlib.sha256(test.encode("utf-8", "surrogatepass")).hexdigest()[:8]
     return f"{plain[:_NAME]}-{digest}.pickle"

@@ -75,7 +75,17 @@ def steady(
             held.append(allocated_bytes(device))
     grown = _growth(held)
     if grown > allowed_bytes:
-        raise GrowthError(_words(grown, warmup, held, device, before, allowed_bytes))
+        lines = [
+            f"memory grows by {format_size(grown)} ({grown} bytes) in each step after "
+            f"the first {warmup}, from {format_size(held[0])} to "
+            f"{format_size(held[-1])} in {len(held)} steps; allowed are "
+            f"{format_size(allowed_bytes)}"
+        ]
+        holders = find_holders(device, before)
+        if holders:
+            lines.append("the largest that were added, and who holds them:")
+            lines += [f"  {each}" for each in holders]
+        raise GrowthError("\n".join(lines))
 
 
 def _growth(held: Sequence[int]) -> int:
@@ -89,23 +99,3 @@ def _growth(held: Sequence[int]) -> int:
     if min(added) <= 0:
         return 0
     return -(-sum(added) // (2 * length))
-
-
-def _words(  # noqa: PLR0917  # what was seen
-    grown: int,
-    warmup: int,
-    held: Sequence[int],
-    device: Device,
-    before: set[int],
-    allowed_bytes: int,
-) -> str:
-    lines = [
-        f"memory grows by {format_size(grown)} ({grown} bytes) in each step after the "
-        f"first {warmup}, from {format_size(held[0])} to {format_size(held[-1])} in "
-        f"{len(held)} steps; allowed are {format_size(allowed_bytes)}",
-    ]
-    holders = find_holders(device, before)
-    if holders:
-        lines += ["the largest that were added, and who holds them:"]
-        lines += [f"  {each}" for each in holders]
-    return "\n".join(lines)

@@ -179,12 +179,7 @@ def _read(setting: _Setting) -> Any:
 
 
 def wait_for_threads(before: Collection[threading.Thread], patience_s: float) -> None:
-    """Wait until all other threads have ended, or wait for work as a pool's do.
-
-    Args:
-        before: Those that are not waited for.
-        patience_s: Seconds after which those left are waited for no more.
-    """
+    """Wait until the threads that are new have ended, or wait for work as a pool's do."""
     end_s = time.monotonic() + patience_s
     while time.monotonic() <= end_s:
         working = (
@@ -214,25 +209,23 @@ def frozen_heap() -> Iterator[Callable[[], AbstractContextManager[None]]]:
         What thaws it for a block.
     """
     gc.collect()
-    is_ours = not gc.get_freeze_count()
+    if gc.get_freeze_count():
+        yield nullcontext
+        return
 
     @contextmanager
     def thawed() -> Iterator[None]:
-        if is_ours:
-            gc.unfreeze()
+        gc.unfreeze()
         try:
             yield
         finally:
-            if is_ours:
-                gc.freeze()
+            gc.freeze()
 
-    if is_ours:
-        gc.freeze()
+    gc.freeze()
     try:
         yield thawed
     finally:
-        if is_ours:
-            gc.unfreeze()
+        gc.unfreeze()
 
 
 def num_ooms(device: Device) -> int:
@@ -244,25 +237,23 @@ def num_ooms(device: Device) -> int:
 
 
 def settle(device: Device, start_bytes: int) -> tuple[int, int]:
-    """Free what nobody needs, and return what is left.
-
-    Args:
-        device: The cards.
-        start_bytes: Bytes allocated before.
+    """Free what nobody needs.
 
     Returns:
-        Bytes allocated beyond those, and bytes that only captured log records held.
+        Bytes that are allocated beyond those at the start, and bytes that only captured
+        log records held.
     """
-    gc.collect()
-    device.empty_cache()
-    left = allocated_bytes(device) - start_bytes
-    if left <= 0:
-        return left, 0
-    release_log_records()
-    gc.collect()
-    device.empty_cache()
-    remaining = allocated_bytes(device) - start_bytes
+    left = remaining = _collected(device) - start_bytes
+    if left > 0:
+        release_log_records()
+        remaining = _collected(device) - start_bytes
     return remaining, left - remaining
+
+
+def _collected(device: Device) -> int:
+    gc.collect()
+    device.empty_cache()
+    return allocated_bytes(device)
 
 
 def release_log_records() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict, deque
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -75,16 +76,14 @@ class Series:
         return [*self._points, self._last]
 
 
+@dataclass(slots=True)
 class _Block:
     """A block that is or was on a card."""
 
-    __slots__ = ("nbytes", "node", "owner", "place")
-
-    def __init__(self, nbytes: int, place: str, node: Node | None) -> None:
-        self.nbytes = nbytes
-        self.place = place
-        self.node = node
-        self.owner: NamedOwner | None = None
+    nbytes: int
+    place: str
+    node: Node | None = None
+    owner: NamedOwner | None = None
 
     def at_peak(self) -> LiveBlock:
         """Return what is told of it."""
@@ -139,25 +138,18 @@ class _Card:
         """Take in whose a block is; one that is not known was there before the test."""
         block = self.blocks.get(claim.address)
         if block is None:
-            block = self.blocks[claim.address] = _Block(claim.nbytes, BEFORE, None)
+            block = self.blocks[claim.address] = _Block(claim.nbytes, BEFORE)
         if block.owner is None or not claim.owner.role:
             block.owner = claim.owner
 
     def at_peak(self) -> list[LiveBlock]:
         """Return what was live at the peak."""
-        still = [
-            block
-            for address, block in self.blocks.items()
-            if address not in self._since
-        ]
+        still = [self.blocks[each] for each in self.blocks if each not in self._since]
         return [each.at_peak() for each in (*still, *self._gone)]
 
 
 class Timeline:
     """Records a device's memory over a block of code.
-
-    Args:
-        device: The cards.
 
     Attributes:
         is_recorded: Whether there is something to tell. A real card tells afterwards
@@ -201,9 +193,7 @@ class Timeline:
         The stack of a request is read later there, and shows no variables.
         """
         if self._history is not None:
-            with unseen():
-                for each in living_models():
-                    guarded(partial(self._owners.meet, each), otherwise=None)
+            self._meet(living_models())
 
     def _steps(self, optimizer: Any, *_call: Any) -> None:
         """On a real card, learn whose the gradients are that a step will use."""
@@ -212,8 +202,7 @@ class Timeline:
         if not self._has_met:
             self._has_met = True
             self.meet_living()
-        with unseen():
-            guarded(partial(self._owners.meet_gradients, optimizer), otherwise=None)
+        self._meet([optimizer])
 
     def _read(self) -> None:
         """Take in what a real card's history says, and be done with it."""
@@ -248,7 +237,7 @@ class Timeline:
                 )
                 if lines not in places:
                     places[lines] = site_of(lines) if lines else AUTOGRAD
-                block = _Block(each.nbytes, places[lines], None)
+                block = _Block(each.nbytes, places[lines])
                 card.gain(each.address, allocated, block)
             elif each.nbytes:
                 card.lose(each.address)
@@ -290,8 +279,8 @@ class Timeline:
         chain = chain_of(frame)
         if chain.is_workspace:
             place = f"cuBLAS workspace, first needed at {chain.place}"
-            return _Block(nbytes, place, None)
-        plain = _Block(nbytes, chain.place, None)
+            return _Block(nbytes, place)
+        plain = _Block(nbytes, chain.place)
         return guarded(lambda: self._block(nbytes, frame, chain), otherwise=plain)
 
     def _block(self, nbytes: int, frame: FrameType, chain: Chain) -> _Block:
@@ -299,14 +288,13 @@ class Timeline:
         if module is None:
             if chain.optimizer is not None:
                 self._meet_optimizer(chain.optimizer_at(frame))
-            return _Block(nbytes, chain.place, None)
+            return _Block(nbytes, chain.place)
         if not self._owners.knows(module):
             outer = chain.outermost_at(frame)
             self._unmet.append(module if outer is None else outer)
-        block = _Block(nbytes, chain.place, self._owners.node(module))
-        if parameter and block.node is not None:
-            block.owner = NamedOwner(block.node, parameter)
-        return block
+        node = self._owners.node(module)
+        owner = NamedOwner(node, parameter) if parameter else None
+        return _Block(nbytes, chain.place, node, owner)
 
     def _meet_optimizer(self, optimizer: Any) -> None:
         """Look at an optimiser's gradients, if there was a peak since the last look."""
@@ -318,11 +306,14 @@ class Timeline:
     def _watch(
         self, _index: int, _allocated: int, _reserved: int
     ) -> Callable[[int], None] | None:
-        return self._meet if self._unmet and not self._is_paused else None
+        return self._meet_those if self._unmet and not self._is_paused else None
 
-    def _meet(self, _nbytes: int) -> None:
+    def _meet_those(self, _nbytes: int) -> None:
         unmet, self._unmet = self._unmet, []
-        for each in unmet:
+        self._meet(unmet)
+
+    def _meet(self, several: list[Any]) -> None:
+        for each in several:
             is_module = issubclass(type(each), torch.nn.Module)
             meet = self._owners.meet if is_module else self._owners.meet_gradients
             with unseen():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dis
 import threading
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -18,11 +18,7 @@ import torch
 from pytest_gpumem.devices import allocated_bytes
 from pytest_gpumem.instruments.budget import vram_budget
 from pytest_gpumem.instruments.flavours import is_injected
-from pytest_gpumem.instruments.holders import (
-    blocks_on_cards,
-    find_cycles,
-    find_holders,
-)
+from pytest_gpumem.instruments.holders import blocks_on_cards, find_holders
 from pytest_gpumem.instruments.injector import OomInjector
 from pytest_gpumem.instruments.portraits import portrait
 from pytest_gpumem.instruments.recorder import PeakRecorder
@@ -181,16 +177,13 @@ class Trial:
         known = frozenset(blocks_on_cards())
         start_ooms = num_ooms(device)
         injector = OomInjector(*rules, device=device)
-        budget = (
-            nullcontext()
-            if budget_bytes is None
-            else vram_budget(budget_bytes, device_index=index, device=device)
-        )
         output, output_failure = None, None
         cycles: tuple[str, ...] = ()
         with ExitStack() as stack:
             stack.callback(self._defaults.restore)
-            stack.enter_context(budget)
+            if budget_bytes is not None:
+                budget = vram_budget(budget_bytes, device_index=index, device=device)
+                stack.enter_context(budget)
             in_force = device.budget(index)
             if in_force is not None:  # what was there before is not the body's
                 stats = device.memory_stats(index)
@@ -209,7 +202,7 @@ class Trial:
             known |= own.keys()
             base = start_bytes + sum(own.values())
             if self.names_cycles and allocated_bytes(device) > base:
-                cycles = tuple(find_cycles(device, known))
+                cycles = find_holders(device, known, only_cycles=True)
             left, logged = settle(device, base)
             if failure is None and self.then is not None:
                 try:
@@ -240,12 +233,9 @@ class Trial:
     ) -> tuple[str, ...]:
         """Return who holds what an attempt has left, a line each.
 
-        Args:
-            attempt: The attempt.
-            also_known: Addresses of more blocks that were there before.
+        Blocks at the addresses that are known also were there before.
         """
-        known = attempt.known.union(also_known)
-        return tuple(find_holders(self.device, known))
+        return find_holders(self.device, attempt.known.union(also_known))
 
     def _attempt(
         self,

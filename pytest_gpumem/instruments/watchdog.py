@@ -110,7 +110,8 @@ class Watchdog:
         in_main = threading.current_thread() is threading.main_thread()
         self._uses_signal = in_main and hasattr(signal, "pthread_kill")
         if self._uses_signal:
-            self._action = _action(signal.SIGUSR2)
+            self._action = ctypes.create_string_buffer(_ACTION)
+            _sigaction(signal.SIGUSR2, None, self._action)
             self._handler = signal.signal(signal.SIGUSR2, self._interrupt)
         self._thread = threading.Thread(
             target=self._watch, name="gpumem watchdog", daemon=True
@@ -130,13 +131,13 @@ class Watchdog:
                 continue  # told once more on the way out
         if self._uses_signal:
             signal.signal(signal.SIGUSR2, self._handler)
-            _set_action(signal.SIGUSR2, self._action)
+            _sigaction(signal.SIGUSR2, self._action, None)
         self._lost.close()
 
     def _watch(self) -> None:
         if self._done.wait(self._timeout_s):
             return
-        self.stacks = describe_stacks(exclude=threading.get_ident())
+        self.stacks = _stacks_of_others()
         for attempt in itertools.count():
             if self._done.is_set():
                 return
@@ -156,31 +157,22 @@ class Watchdog:
             raise HangError(f"no end after {self._timeout_s:g} s")
 
 
-def _action(number: int) -> Any:
-    """Return what the system does on a signal, as it has it.
+def _sigaction(number: int, new: Any, old: Any) -> None:
+    """Set or ask what the system does on a signal.
 
     Python knows of handlers of its own only, and not of faulthandler's.
     """
-    action = ctypes.create_string_buffer(_ACTION)
-    ctypes.CDLL(None).sigaction(ctypes.c_int(number), None, action)
-    return action
+    ctypes.CDLL(None).sigaction(ctypes.c_int(number), new, old)
 
 
-def _set_action(number: int, action: Any) -> None:
-    ctypes.CDLL(None).sigaction(ctypes.c_int(number), action, None)
-
-
-def describe_stacks(*, exclude: int) -> str:
-    """Return the innermost frames of every Python thread but one."""
+def _stacks_of_others() -> str:
+    """Return the innermost frames of every Python thread but this one."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     parts = []
     for ident, frame in sys._current_frames().items():  # noqa: SLF001  # the documented way to see other threads
-        if ident != exclude:
-            stack = [
-                each
-                for each in traceback.extract_stack(frame)
-                if not each.filename.startswith(_OURS)
-            ]
+        if ident != threading.get_ident():
+            whole = traceback.extract_stack(frame)
+            stack = [each for each in whole if not each.filename.startswith(_OURS)]
             text = "".join(traceback.format_list(stack[-_FRAMES:]))
             parts.append(f"thread {names.get(ident, ident)}:\n{text}")
     return "\n".join(parts)

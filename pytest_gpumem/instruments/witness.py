@@ -173,13 +173,7 @@ def failing_rule() -> str | None:
 
 
 def tell_failed(index: int, nbytes: int, *, is_oom: bool) -> None:
-    """Tell the witnesses of a failure that the allocator has no part in.
-
-    Args:
-        index: The card.
-        nbytes: Bytes asked for.
-        is_oom: Whether it means that memory has run out.
-    """
+    """Tell the witnesses of a failure that the allocator has no part in."""
     rule = failing_rule()
     if rule is None or not is_oom:
         return  # the allocator's own observers have seen it
@@ -189,12 +183,6 @@ def tell_failed(index: int, nbytes: int, *, is_oom: bool) -> None:
 
 
 def _largest_free(device: Device, index: int) -> int:
-    return max(
-        (
-            block["size"]
-            for segment in device.segments(index)
-            for block in segment["blocks"]
-            if block["state"] == "inactive"
-        ),
-        default=0,
-    )
+    blocks = (each for segment in device.segments(index) for each in segment["blocks"])
+    free = (each["size"] for each in blocks if each["state"] == "inactive")
+    return max(free, default=0)

@@ -27,11 +27,7 @@ _WORDS: Final = 400
 class SweepJudge:
     """Runs a body with one fault after the other and judges each run.
 
-    Args:
-        body: The code under test.
-        setup: Makes its arguments.
-        same: Tells whether two portraits are the same; None means by value.
-        device: The cards.
+    Portraits of results are the same where ``same`` says so; without it, by value.
     """
 
     def __init__(
@@ -104,12 +100,12 @@ class SweepJudge:
         if failure is None:
             if point.flavour == NOT_OOM:
                 return Verdict.SWALLOWED, "an error that is no OOM vanished"
+            results = reference.result, attempt.result
             if self._same is None:
-                wrong = compare_portraits(reference.result, attempt.result).first
+                wrong = compare_portraits(*results).first
             else:
-                same = self._same(reference.result, attempt.result)
                 wrong = "the result is not the same as without a fault"
-                wrong = None if same else wrong
+                wrong = None if self._same(*results) else wrong
             return (Verdict.WRONG_RESULT, wrong) if wrong else (Verdict.RECOVERED, "")
         if failure.is_hang:
             return Verdict.HANG, failure.text

@@ -118,17 +118,9 @@ class SweepPlan:
 
     def point(self, number: int, mode: str, flavour: str, site: str = "") -> Point:
         """Return one point, with its rule."""
-        rule = self.rule_of(number, mode, flavour)
-        return Point(number, mode, flavour, str(rule), site)
-
-    def rule_of(self, number: int, mode: str, flavour: str) -> Rule:
-        """Return the rule of one point.
-
-        Raises:
-            RuleError: The plan's rule, or the flavour, makes no sense.
-        """
         times = None if mode == "persistent" else 1
-        return replace(self.base(), nth=number, times=times, flavour=flavour)
+        rule = replace(self.base(), nth=number, times=times, flavour=flavour)
+        return Point(number, mode, flavour, str(rule), site)
 
 
 def _check_words(name: str, words: object, accepted: Sequence[str]) -> None:

@@ -30,11 +30,7 @@ class Verdict(Enum):
     OVER_BUDGET = "over budget"
 
     def passes(self, *, recover: bool) -> bool:
-        """Tell whether it is a good end.
-
-        Args:
-            recover: Whether the code must recover; else a clean OOM passes too.
-        """
+        """Tell whether it is a good end; a clean OOM is one if no recovery is demanded."""
         return self is Verdict.RECOVERED or (self is Verdict.CLEAN_OOM and not recover)
 
 

@@ -11,7 +11,7 @@ The method is that of SQLite's ``do_malloc_test`` and of Linux's ``fail-nth``.
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem.devices.active import active_device
@@ -96,69 +96,59 @@ def sweep_ooms(
         same,
         active_device() if device is None else device,
     )
-    sweep = _Sweep(
-        judge,
-        wanted,
-        name or str(getattr(body, "__qualname__", repr(body))),
-        progress or (lambda _done, _total, _outcome: None),
-    )
+    title = name or str(getattr(body, "__qualname__", repr(body)))
+    sweep = _Sweep(judge, wanted, title, progress or (lambda *_point: None))
     with frozen_heap() as judge.thawed:
         return sweep.run(resume)
 
 
+@dataclass(frozen=True, slots=True)
 class _Sweep:
-    def __init__(
-        self,
-        judge: SweepJudge,
-        plan: SweepPlan,
-        name: str,
-        progress: Callable[[int, int, Outcome], None],
-    ) -> None:
-        self._judge = judge
-        self._plan = plan
-        self._name = name
-        self._progress = progress
+    judge: SweepJudge
+    plan: SweepPlan
+    name: str
+    progress: Callable[[int, int, Outcome], None]
 
     def run(self, resume: str | os.PathLike[str] | None) -> SweepReport:
-        clean = self._judge.clean()
+        clean = self.judge.clean()
         sites = self._count()
-        timeout_s = self._plan.timeout_s or max(_LEAST_S, _PATIENCE * clean.seconds)
-        report = SweepReport(self._name, self._plan.recover, sites)
-        state = SweepState(resume, self._name, len(sites), self._plan)
-        points = list(self._plan.points_of(sites))
+        timeout_s = self.plan.timeout_s or max(_LEAST_S, _PATIENCE * clean.seconds)
+        report = SweepReport(self.name, self.plan.recover, sites)
+        state = SweepState(resume, self.name, len(sites), self.plan)
+        points = list(self.plan.points_of(sites))
         with state:
             for done, point in enumerate(points, start=1):
                 outcome = state.known(point)
                 if outcome is not None:
                     report.num_resumed += 1
                 else:
-                    outcome = self._judge.judge(point, timeout_s)
+                    outcome = self.judge.judge(point, timeout_s)
                     if outcome is None:
                         continue  # the fault was not reached
                     state.note(outcome)
                 report.outcomes.append(outcome)
-                self._progress(done, len(points), outcome)
-            if self._plan.is_whole:
+                self.progress(done, len(points), outcome)
+            if self.plan.is_whole:
                 self._run_on(report, len(sites), timeout_s)
         return report
 
     def _run_on(self, report: SweepReport, count: int, timeout_s: float) -> None:
         """Go on until a run ends with its fault unused: only that is the end."""
-        for mode in self._plan.modes:
-            for flavour in self._plan.flavours:
+        for mode in self.plan.modes:
+            for flavour in self.plan.flavours:
                 for number in range(count + 1, 2 * count + 2):
-                    point = self._plan.point(number, mode, flavour)
-                    outcome = self._judge.judge(point, timeout_s)
+                    point = self.plan.point(number, mode, flavour)
+                    outcome = self.judge.judge(point, timeout_s)
                     if outcome is None:
                         break
                     report.outcomes.append(outcome)
                     done = len(report.outcomes)
-                    self._progress(done, done, outcome)
+                    self.progress(done, done, outcome)
 
     def _count(self) -> tuple[str, ...]:
         """Return the site of each allocation that counts in a clean run."""
-        rule = replace(self._plan.base(), nth=_NEVER, times=1)
-        injector = OomInjector(rule, device=self._judge.device)
+        rule = replace(self.plan.base(), nth=_NEVER, times=1)
+        injector = OomInjector(rule, device=self.judge.device)
         schedule = injector.schedules[0]
         sites: list[str] = []
         lock = threading.Lock()
@@ -171,11 +161,11 @@ class _Sweep:
                     sites.append(describe_site(calling_frame()))
             return False
 
-        with self._judge.device.failing(count):
-            self._judge.clean()
+        with self.judge.device.failing(count):
+            self.judge.clean()
         if not sites:
             raise SweepError(
-                f"{self._name} makes no allocation that {str(self._plan.base().phase)!r} "
+                f"{self.name} makes no allocation that {str(self.plan.base().phase)!r} "
                 "counts: there is nothing to sweep; does it use the card?"
             )
         return tuple(sites)

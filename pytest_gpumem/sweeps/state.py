@@ -17,13 +17,7 @@ class SweepState:
     """A file with one line for each point that was run, until the sweep is whole.
 
     A file of another body or plan, of a body that allocates otherwise now, or one that
-    cannot be read is of no use and begun anew.
-
-    Args:
-        path: The file; None keeps nothing.
-        name: What is swept.
-        num_allocations: Allocations of a clean run.
-        plan: What the sweep does.
+    cannot be read is of no use and begun anew. Without a path nothing is kept.
     """
 
     def __init__(

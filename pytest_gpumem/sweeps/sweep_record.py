@@ -18,13 +18,7 @@ if TYPE_CHECKING:
 def summary_of(
     report: SweepReport, nodeid: str = "", replays: Sequence[Replay] = ()
 ) -> Sweep:
-    """Sum a report up.
-
-    Args:
-        report: The sweep.
-        nodeid: The test that was swept.
-        replays: Commands for groups of points that ended badly.
-    """
+    """Sum a test's report up; replays are of groups of points that ended badly."""
     return Sweep(
         nodeid,
         report.name,

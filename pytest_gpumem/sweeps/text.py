@@ -46,10 +46,8 @@ def explain_failures(
 ) -> str:
     """Return the failing points, grouped by site and verdict, each with its replay.
 
-    Args:
-        report: The sweep.
-        replay: Turns a point's rule into the line that replays it alone.
-        detailed: Whether the points themselves are described, not only counted.
+    ``replay`` turns a point's rule into the line that replays it alone. What is not
+    detailed counts the points and does not describe them.
     """
     groups = report.failures_by_site()
     if not groups:
@@ -107,10 +105,8 @@ def describe_point(
 def coverage_table(sweep: Sweep, *, most: int | None = None) -> str:
     """Return, for each site, how often it allocates, failed and was recovered from.
 
-    Args:
-        sweep: The sweep.
-        most: Sites shown, those with failures that were not recovered from first; None
-            shows all, in the order in which the code comes to them.
+    At most so many sites are shown, those with failures that were not recovered from
+    first; None shows all, in the order in which the code comes to them.
     """
     sites = [(site, site.verdicts.get("recovered", 0)) for site in sweep.sites]
     if most is not None and len(sites) > most:

@@ -215,8 +215,8 @@ def test_a_sweeps_plan_is_taken_or_refused(plan: dict[str, Any]) -> None:
 
     for mode in taken.modes:
         for flavour in taken.flavours:
-            rule = taken.rule_of(3, mode, flavour)
-            assert rule == parse_rule(str(rule))
+            rule = taken.point(3, mode, flavour).rule
+            assert rule == str(parse_rule(rule))
     index, count = taken.shard
     assert 0 <= index < count
 

@@ -135,7 +135,7 @@ def test_owners_have_names(witness: OomWitness) -> None:
         "gradient of encoder.weight of ModuleDict": "512x512 float32",
         "momentum_buffer of SGD for encoder.weight of ModuleDict": "512x512 float32",
         "batch['x'] of test_owners_have_names": "256x512 float32",
-        "KEPT[0] of module test_incidents": "196608 float32",
+        "KEPT[0] of module test_oom_incidents": "196608 float32",
         "result of test_owners_have_names": "256x512 float32",
     } == owners
     assert 2 * MIB == witness.incidents[0].kept_bytes
