@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+if TYPE_CHECKING:
+    from pytest_gpumem.allocator.pools import Pool
 
 #: Rounding quantum and smallest block, in bytes.
 #: Source of these constants: ``c10/core/AllocatorConfig.h``, torch 2.13.
@@ -24,24 +27,26 @@ class Segment:
         address: Where it starts.
         size: Bytes.
         number: Counts segments from the start; older ones have lower numbers.
-        is_small: Whether it belongs to the small pool.
+        pool: The pool that its free blocks are in.
+        is_small: Whether that is a small pool.
         stream: The stream it was taken for.
         first: Its first block.
         is_expandable: Whether it is address space that pages are mapped into.
     """
 
-    __slots__ = ("address", "first", "is_small", "number", "size", "stream")
+    __slots__ = ("address", "first", "is_small", "number", "pool", "size", "stream")
 
     is_expandable: ClassVar[bool] = False
 
     def __init__(
-        self, address: int, size: int, number: int, stream: int, *, is_small: bool
+        self, address: int, size: int, number: int, stream: int, pool: Pool
     ) -> None:
         self.address = address
         self.size = size
         self.number = number
         self.stream = stream
-        self.is_small = is_small
+        self.pool = pool
+        self.is_small = pool.is_small
         self.first = Block(address, size, self)
 
 

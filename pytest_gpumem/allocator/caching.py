@@ -7,12 +7,11 @@ against recordings of that allocator in ``tests/recordings/traces``.
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem.allocator.blocks import SMALL_SIZE, Block, round_size, segment_size
 from pytest_gpumem.allocator.config import UNLIMITED, AllocatorConfig
 from pytest_gpumem.allocator.expandable import take_mapped
-from pytest_gpumem.allocator.heap import Heap
 from pytest_gpumem.allocator.oom_text import (
     MAX_REQUEST,
     TOO_LARGE,
@@ -20,6 +19,8 @@ from pytest_gpumem.allocator.oom_text import (
     ProcessMemory,
     oom_text,
 )
+from pytest_gpumem.allocator.pools import DEFAULT
+from pytest_gpumem.allocator.private_pools import PrivatePools
 from pytest_gpumem.allocator.release import (
     collect_garbage,
     release_available,
@@ -30,10 +31,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pytest_gpumem.allocator.driver import Driver
-    from pytest_gpumem.allocator.pools import Pool
+    from pytest_gpumem.allocator.pools import Pool, PoolId
+
+#: Where blocks wait whose streams cannot be asked before a capture has ended.
+_AFTER_CAPTURE: Final = -1
 
 
-class CachingAllocator(Heap):
+class CachingAllocator(PrivatePools):
     """The caching allocator of one card.
 
     Args:
@@ -48,11 +52,12 @@ class CachingAllocator(Heap):
         on_oom: Observers, called with card, segment bytes, limit and free bytes when
             a request fails.
         events_pending: While True, recorded events stay incomplete.
-        trace: Where set, called with action, address, size and stream of every change.
+        trace: Where set, called with action, address, size, stream and pool of every
+            change.
 
-    Limits: private pools and CUDA graphs are not modelled. Not thread-safe, and no
-    method may be entered while another runs, not even by a finaliser in the same
-    thread: the caller holds a lock and queues what is freed meanwhile.
+    Limits: not thread-safe, and no method may be entered while another runs, not even by
+    a finaliser in the same thread: the caller holds a lock and queues what is freed
+    meanwhile.
     """
 
     def __init__(
@@ -72,6 +77,8 @@ class CachingAllocator(Heap):
         self.events_pending = False
         self._processes = processes or self._own_process
         self._events: dict[int, deque[Block]] = {}
+        #: Streams that came to use a block during a capture, which orders them itself.
+        self._streams_in_capture: dict[Block, set[int]] = {}
         self._fraction: float | None = None
         self._budget_bytes: int | None = None
         self._limit_bytes: int | None = None
@@ -104,6 +111,8 @@ class CachingAllocator(Heap):
             self.process_events()
         size = round_size(nbytes, self.config.divisions)
         pool = self.small_pool if size <= SMALL_SIZE else self.large_pool
+        if self._routes:
+            pool = self.routed(pool, stream)
         new_bytes = segment_size(size, self.config.large_segment_size)
         if self._limit_bytes is not None and self.config.gc_threshold > 0:
             pool.clock += 1
@@ -111,8 +120,8 @@ class CachingAllocator(Heap):
         if block is None:
             block = self._take_new(pool, size, new_bytes, stream, refuse=refuse)
         if block is None:
-            raise self._out_of_memory(nbytes, size, new_bytes, stream)
-        return self.hand_out(block, pool, size, nbytes)
+            raise self._out_of_memory(nbytes, size, new_bytes, stream, pool)
+        return self.hand_out(block, size, nbytes)
 
     def free(self, block: Block) -> None:
         """Take a block back; it can be used again once other streams are done.
@@ -133,13 +142,12 @@ class CachingAllocator(Heap):
             stats.oversize_allocations.decrease(1)
         if self.trace is not None:
             self._record("free_requested", block)
-        if block.streams:
-            for stream in block.streams:
-                self._events.setdefault(stream, deque()).append(block)
-                block.num_events += 1
-            block.streams = None
-        else:
+        if not block.streams:
             self.put_back(block)
+        elif self._num_captures:
+            self._events.setdefault(_AFTER_CAPTURE, deque()).append(block)
+        else:
+            self._record_events(block)
 
     def record_stream(self, block: Block, stream: int) -> None:
         """Note that another stream uses a block: its reuse waits for that stream."""
@@ -147,6 +155,8 @@ class CachingAllocator(Heap):
             if block.streams is None:
                 block.streams = set()
             block.streams.add(stream)
+            if self._num_captures:
+                self._streams_in_capture.setdefault(block, set()).add(stream)
 
     # -- taking a block -----------------------------------------------------------------
 
@@ -157,13 +167,15 @@ class CachingAllocator(Heap):
         if self._limit_bytes is not None and self.config.gc_threshold > 0:
             collect_garbage(self, self._limit_bytes)
         block = self._new_block(pool, size, new_bytes, stream, refuse=refuse)
+        if block is None and self._for_ooms and not refuse:
+            block = self.take_from_others(pool, size, stream)
         if (
             block is None
             and self.config.max_split_size != UNLIMITED
             and release_available(self, pool, size, stream)
         ):
             block = self._new_block(pool, size, new_bytes, stream, refuse=refuse)
-        if block is None:
+        if block is None and not self._num_captures:
             self.empty_cache()
             self.stats.num_alloc_retries += 1
             block = self._new_block(pool, size, new_bytes, stream, refuse=refuse)
@@ -190,6 +202,16 @@ class CachingAllocator(Heap):
 
     def process_events(self, *, wait: bool = False) -> None:
         """Free the blocks whose other streams are done; ``wait`` for all of them."""
+        if self._num_captures:
+            return
+        for block in self._events.pop(_AFTER_CAPTURE, ()):
+            streams = block.streams or set()
+            streams -= self._streams_in_capture.pop(block, set())
+            block.streams = streams or None
+            if streams:
+                self._record_events(block)
+            else:
+                self.put_back(block)
         if self.events_pending and not wait:
             return
         events, self._events = self._events, {}
@@ -199,13 +221,36 @@ class CachingAllocator(Heap):
                 if not block.num_events:
                     self.put_back(block)
 
+    def _record_events(self, block: Block) -> None:
+        """Let a block wait for the other streams that use it."""
+        for stream in block.streams or ():
+            self._events.setdefault(stream, deque()).append(block)
+            block.num_events += 1
+        block.streams = None
+
     # -- the whole ----------------------------------------------------------------------
 
-    def empty_cache(self) -> None:
-        """Wait for every stream, then give every free segment back to the driver."""
-        self.stats.num_sync_all_streams += 1
-        self.process_events(wait=True)
-        release_cached(self)
+    def empty_cache(self, pool_id: PoolId = DEFAULT) -> None:
+        """Wait for every stream, then give every free segment back to the driver.
+
+        Those of a private pool go back once nobody uses it. During a capture nothing
+        may wait, and the default pools keep theirs.
+
+        Args:
+            pool_id: The one private pool whose segments go; by default all that may.
+        """
+        if pool_id != DEFAULT:
+            private = self.private_pools.get(pool_id)
+            if private is not None and not private.use_count:
+                self.stats.num_sync_all_streams += 1
+                self.process_events(wait=True)
+                self.release_unused_pools(pool_id)
+            return
+        if not self._num_captures:
+            self.stats.num_sync_all_streams += 1
+            self.process_events(wait=True)
+            release_cached(self, self.large_pool, self.small_pool)
+        self.release_unused_pools()
 
     def set_memory_fraction(self, fraction: float) -> None:
         """Limit reserved bytes to a share of the card; 1.0 means no limit.
@@ -241,7 +286,7 @@ class CachingAllocator(Heap):
         return [*(ProcessMemory(pid, nbytes) for pid, nbytes in others), own]
 
     def _out_of_memory(
-        self, nbytes: int, size: int, new_bytes: int, stream: int
+        self, nbytes: int, size: int, new_bytes: int, stream: int, pool: Pool
     ) -> OutOfMemory:
         stats = self.stats
         free, total = self.driver.free_bytes, self.driver.total_bytes
@@ -253,10 +298,11 @@ class CachingAllocator(Heap):
             allowed_bytes=self._limit_bytes,
             allocated_bytes=stats.allocated_bytes.all.current,
             reserved_bytes=stats.reserved_bytes.all.current,
+            private_bytes=self.free_in_private_pools(),
             processes=self._processes(),
         )
         if self.trace is not None:
-            self.trace("oom", free, size, stream)
+            self.trace("oom", free, size, stream, pool.owner)
         stats.num_ooms += 1
         limit = total if self._limit_bytes is None else self._limit_bytes
         for observer in self.on_oom:

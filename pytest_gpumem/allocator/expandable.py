@@ -39,11 +39,11 @@ class ExpandableSegment(Segment):
         size: int,
         number: int,
         stream: int,
+        pool: Pool,
         *,
-        is_small: bool,
         page_bytes: int,
     ) -> None:
-        super().__init__(address, size, number, stream, is_small=is_small)
+        super().__init__(address, size, number, stream, pool)
         self.page_bytes = page_bytes
         self.first.is_mapped = False
 
@@ -113,7 +113,7 @@ def _reserve(heap: Heap, pool: Pool, stream: int) -> Block:
         nbytes,
         heap.next_number(),
         stream,
-        is_small=pool.is_small,
+        pool,
         page_bytes=page_bytes,
     )
     heap.keep(segment)
@@ -147,10 +147,10 @@ def _map(heap: Heap, pool: Pool, block: Block, nbytes: int) -> bool:
             block.absorb(other)
     pool.insert(block)
     stats = heap.stats
-    stats.reserved_bytes.add(pool.is_small, mapped)
+    heap.count_reserved(pool, mapped)
     stats.num_device_alloc += 1
     if heap.trace is not None:
-        heap.trace("segment_map", address, mapped, segment.stream)
+        heap.trace("segment_map", address, mapped, segment.stream, pool.owner)
     return True
 
 
@@ -185,10 +185,10 @@ def unmap(heap: Heap, pool: Pool, block: Block) -> None:
             pool.remove_unmapped(other)
             block.absorb(other)
     stats = heap.stats
-    stats.reserved_bytes.add(pool.is_small, -nbytes)
+    heap.count_reserved(pool, -nbytes)
     stats.num_device_free += 1
     if heap.trace is not None:
-        heap.trace("segment_unmap", start, nbytes, segment.stream)
+        heap.trace("segment_unmap", start, nbytes, segment.stream, pool.owner)
     if block.is_split:
         pool.insert_unmapped(block)
     else:

@@ -14,7 +14,7 @@ from pytest_gpumem.allocator.blocks import (
 from pytest_gpumem.allocator.config import UNLIMITED
 from pytest_gpumem.allocator.expandable import reach
 from pytest_gpumem.allocator.figures import Figures
-from pytest_gpumem.allocator.pools import Pool
+from pytest_gpumem.allocator.pools import DEFAULT, Pool
 from pytest_gpumem.allocator.snapshot import snapshot
 from pytest_gpumem.allocator.stats import Statistics
 
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from pytest_gpumem.allocator.config import AllocatorConfig
     from pytest_gpumem.allocator.driver import Driver
     from pytest_gpumem.allocator.freelist import FreeList
+    from pytest_gpumem.allocator.pools import PoolId
+
+    Trace = Callable[[str, int, int, int, PoolId], None]
 
 
 class Heap(Figures):
@@ -36,8 +39,8 @@ class Heap(Figures):
 
     Attributes:
         stats: The statistics.
-        trace: Where set, called with action, address, size and stream of every change,
-            in the words and with the sizes of torch's memory history.
+        trace: Where set, called with action, address, size, stream and pool of every
+            change, in the words and with the sizes of torch's memory history.
     """
 
     def __init__(
@@ -47,7 +50,7 @@ class Heap(Figures):
         self.driver = driver
         self.device_index = device_index
         self.stats = Statistics()
-        self.trace: Callable[[str, int, int, int], None] | None = None
+        self.trace: Trace | None = None
         self.small_pool = Pool(is_small=True)
         self.large_pool = Pool(is_small=False)
         self._segments: dict[int, Segment] = {}
@@ -60,19 +63,23 @@ class Heap(Figures):
         address = self.driver.malloc(nbytes)
         if address is None:
             return None
-        segment = Segment(
-            address, nbytes, self.next_number(), stream, is_small=pool.is_small
-        )
+        segment = Segment(address, nbytes, self.next_number(), stream, pool)
         self.keep(segment)
         stats = self.stats
         stats.segment.add(pool.is_small, 1)
-        stats.reserved_bytes.add(pool.is_small, nbytes)
+        self.count_reserved(pool, nbytes)
         stats.num_device_alloc += 1
         if nbytes >= self.config.max_split_size:
             stats.oversize_segments.increase(1)
         if self.trace is not None:
-            self.trace("segment_alloc", address, nbytes, stream)
+            self.trace("segment_alloc", address, nbytes, stream, pool.owner)
         return segment.first
+
+    def count_reserved(self, pool: Pool, nbytes: int) -> None:
+        """Count bytes of either sign as held from the driver for a pool."""
+        self.stats.reserved_bytes.add(pool.is_small, nbytes)
+        if pool.owner != DEFAULT:
+            self.stats.reserved_by(pool.owner).add(pool.is_small, nbytes)
 
     def page_bytes(self, pool: Pool) -> int:
         """Return the bytes that an expandable segment of a pool maps at once."""
@@ -133,14 +140,15 @@ class Heap(Figures):
         return best
 
     def _should_split(self, block: Block, pool: Pool, size: int) -> bool:
-        rest = block.size - size
+        rest = block.size - size if pool.splits else 0
         if pool.is_small or self.config.expandable_segments:
             return rest >= MIN_BLOCK_SIZE
         return size < self.config.max_split_size and rest > SMALL_SIZE
 
-    def hand_out(self, block: Block, pool: Pool, size: int, nbytes: int) -> Block:
+    def hand_out(self, block: Block, size: int, nbytes: int) -> Block:
         """Cut a block to size and count it as allocated."""
         stats = self.stats
+        pool = block.segment.pool
         is_small = pool.is_small
         was_split = block.previous is not None or block.next is not None
         # Free parts of an expandable segment can be unmapped: not counted as stuck.
@@ -177,7 +185,7 @@ class Heap(Figures):
         stats = self.stats
         segment = block.segment
         is_small = segment.is_small
-        pool = self.small_pool if is_small else self.large_pool
+        pool = segment.pool
         free = pool.of(segment.stream)
         freed, requested = block.size, block.requested
         if self.trace is not None:
@@ -213,7 +221,10 @@ class Heap(Figures):
 
     def _record(self, action: str, block: Block) -> None:
         assert self.trace is not None, "unreachable: callers look first"  # noqa: S101
-        self.trace(action, block.address, block.requested, block.segment.stream)
+        segment = block.segment
+        self.trace(
+            action, block.address, block.requested, segment.stream, segment.pool.owner
+        )
 
     # -- questions ----------------------------------------------------------------------
 
@@ -222,6 +233,6 @@ class Heap(Figures):
         limit = self.config.max_split_size
         return self.stats.to_dict(max_split_size=-1 if limit == UNLIMITED else limit)
 
-    def snapshot(self) -> list[dict[str, Any]]:
-        """Return ``torch.cuda.memory_snapshot``'s segments, by address."""
-        return snapshot(self)
+    def snapshot(self, pool_id: PoolId = DEFAULT) -> list[dict[str, Any]]:
+        """Return ``torch.cuda.memory_snapshot``'s segments; or one private pool's."""
+        return snapshot(self, pool_id)

@@ -102,6 +102,7 @@ def oom_text(
     allowed_bytes: int | None,
     allocated_bytes: int,
     reserved_bytes: int,
+    private_bytes: int = 0,
     processes: Sequence[ProcessMemory],
 ) -> str:
     """Return the error's text.
@@ -114,17 +115,25 @@ def oom_text(
         allowed_bytes: The limit, where a memory fraction is set.
         allocated_bytes: Bytes in live blocks.
         reserved_bytes: Bytes held from the driver.
+        private_bytes: Free bytes in private pools, which torch calls allocated.
         processes: Who holds what of the card.
     """
     held = "".join(_process(process) for process in processes)
     allowed = (
         "" if allowed_bytes is None else f"{format_bytes(allowed_bytes)} allowed; "
     )
+    allocated_bytes += private_bytes
+    private = (
+        f"with {format_bytes(private_bytes)} allocated in private pools (e.g., CUDA "
+        "Graphs), "
+        if private_bytes
+        else ""
+    )
     return (
         f"CUDA out of memory. Tried to allocate {format_bytes(segment_bytes)}. "
         f"GPU {device_index} has a total capacity of {format_bytes(total_bytes)} of "
         f"which {format_bytes(free_bytes)} is free. {held}{allowed}Of the allocated "
-        f"memory {format_bytes(allocated_bytes)} is allocated by PyTorch, and "
+        f"memory {format_bytes(allocated_bytes)} is allocated by PyTorch, {private}and "
         f"{format_bytes(reserved_bytes - allocated_bytes)} is reserved by PyTorch but "
         f"unallocated.{TAIL}"
     )

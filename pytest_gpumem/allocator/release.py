@@ -25,16 +25,22 @@ def release(heap: Heap, pool: Pool, block: Block) -> None:
     stats = heap.stats
     stats.num_device_free += 1
     stats.segment.add(segment.is_small, -1)
-    stats.reserved_bytes.add(segment.is_small, -segment.size)
+    heap.count_reserved(pool, -segment.size)
     if segment.size >= heap.config.max_split_size:
         stats.oversize_segments.decrease(1)
     if heap.trace is not None:
-        heap.trace("segment_free", segment.address, segment.size, segment.stream)
+        heap.trace(
+            "segment_free",
+            segment.address,
+            segment.size,
+            segment.stream,
+            pool.owner,
+        )
 
 
-def release_cached(heap: Heap) -> None:
-    """Give every free segment, and every page that free blocks cover, back."""
-    for pool in (heap.large_pool, heap.small_pool):
+def release_cached(heap: Heap, *pools: Pool) -> None:
+    """Give every free segment, and every page that free blocks cover, of pools back."""
+    for pool in pools:
         expandable = []
         for block in pool.blocks():
             if block.segment.is_expandable:

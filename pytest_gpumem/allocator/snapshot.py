@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pytest_gpumem.allocator.pools import DEFAULT
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pytest_gpumem.allocator.blocks import Block, Segment
     from pytest_gpumem.allocator.heap import Heap
+    from pytest_gpumem.allocator.pools import PoolId
 
 
 def blocks_of(segment: Segment) -> Iterator[Block]:
@@ -23,17 +26,16 @@ def state_of(block: Block) -> str:
     """Return a block's state in torch's words."""
     if block.is_allocated:
         return "active_allocated"
-    return "active_pending_free" if block.num_events else "inactive"
+    return "inactive" if block.is_idle else "active_pending_free"
 
 
 def _frames(block: Block) -> Any:
     """Return who asked for a block; nobody has asked for one that is free."""
-    is_active = block.is_allocated or block.num_events
-    return block.frames if is_active and block.frames else []
+    return [] if block.is_idle else block.frames or []
 
 
-def snapshot(allocator: Heap) -> list[dict[str, Any]]:
-    """Return every segment with its blocks, by address.
+def snapshot(allocator: Heap, pool_id: PoolId = DEFAULT) -> list[dict[str, Any]]:
+    """Return every segment with its blocks, by address; or one private pool's.
 
     An expandable segment is shown as its stretches of mapped pages, one by one.
 
@@ -42,6 +44,7 @@ def snapshot(allocator: Heap) -> list[dict[str, Any]]:
     return [
         _segment(segment, run, allocator.device_index)
         for segment in allocator.segments()
+        if pool_id in (DEFAULT, segment.pool.owner)
         for run in _runs(segment)
     ]
 
@@ -63,7 +66,7 @@ def _segment(
     segment: Segment, blocks: list[Block], device_index: int
 ) -> dict[str, Any]:
     live = [block for block in blocks if block.is_allocated]
-    active = [block for block in blocks if block.is_allocated or block.num_events]
+    active = [block for block in blocks if not block.is_idle]
     return {
         "device": device_index,
         "address": blocks[0].address,
@@ -73,7 +76,7 @@ def _segment(
         "requested_size": sum(block.requested for block in active),
         "stream": segment.stream,
         "segment_type": "small" if segment.is_small else "large",
-        "segment_pool_id": (0, 0),
+        "segment_pool_id": segment.pool.owner,
         "is_expandable": segment.is_expandable,
         "frames": [],
         "blocks": [

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from pytest_gpumem.allocator.pools import PoolId
 
 #: The families, in the order of ``SMALL`` and ``LARGE`` below.
 #: Source: ``torch/cuda/memory.py``, ``memory_stats``.
@@ -108,6 +111,7 @@ class Statistics:
         "oversize_allocations",
         "oversize_segments",
         "requested_bytes",
+        "reserved_by_pools",
         "reserved_bytes",
         "segment",
     )
@@ -128,8 +132,13 @@ class Statistics:
         self.active_bytes = self.allocated_bytes
         self.oversize_allocations = Stat()
         self.oversize_segments = Stat()
+        self.reserved_by_pools: dict[PoolId, Family] = {}
         for name in self.COUNTERS:
             setattr(self, name, 0)
+
+    def reserved_by(self, pool_id: PoolId) -> Family:
+        """Return the bytes held from the driver for a private pool, and begin them."""
+        return self.reserved_by_pools.setdefault(pool_id, Family())
 
     allocation: Family
     allocated_bytes: Family
@@ -154,9 +163,14 @@ class Statistics:
             self.active_bytes = deepcopy(self.allocated_bytes)
 
     def _stats(self) -> list[tuple[str, Stat]]:
+        families = [(name, getattr(self, name)) for name in FAMILIES]
+        families += [
+            (f"reserved_bytes_by_private_pools.{first}_{second}", family)
+            for (first, second), family in self.reserved_by_pools.items()
+        ]
         named = [
-            (f"{name}.{pool}", getattr(getattr(self, name), attribute))
-            for name in FAMILIES
+            (f"{name}.{pool}", getattr(family, attribute))
+            for name, family in families
             for pool, attribute in (
                 ("all", "all"),
                 ("large_pool", "large"),

@@ -13,10 +13,13 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_gpumem.allocator.pools import DEFAULT
 from pytest_gpumem.stacks import calling_frame, frames_from
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from pytest_gpumem.allocator.pools import PoolId
 
 #: Frames below this folder are the simulation's own and are left out.
 _OWN: Final = str(Path(__file__).resolve().parents[2])
@@ -60,8 +63,14 @@ class MemoryHistory:
             deque[dict[str, Any]](maxlen=max_entries) for _ in range(num_cards)
         ]
 
-    def note(
-        self, card: int, action: str, address: int, size: int, stream: int
+    def note(  # noqa: PLR0917  # the parts of an entry
+        self,
+        card: int,
+        action: str,
+        address: int,
+        size: int,
+        stream: int,
+        pool_id: PoolId = DEFAULT,
     ) -> None:
         """Keep one change; for ``oom``, ``address`` is the card's free bytes."""
         if not self._keeps_entries or action in self._skipped:
@@ -78,7 +87,7 @@ class MemoryHistory:
                 "frames": python_frames() if has_frames else [],
                 "compile_context": "N/A",
                 "user_metadata": "",
-                "pool_id": (0, 0),
+                "pool_id": pool_id,
             }
         )
 
