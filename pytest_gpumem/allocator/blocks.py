@@ -55,7 +55,7 @@ class Block:
 
     Attributes:
         size: Bytes, a multiple of 512.
-        requested: Bytes last asked for; 0 if never.
+        requested: Bytes last asked for, also once it is free; 0 if never.
         address: Where it starts.
         segment: The segment it is part of.
         previous: The block before it in the segment, or None.

@@ -204,7 +204,6 @@ class Heap(Figures):
             count -= 1
             nbytes -= other.size
             block.absorb(other)
-        block.requested = 0
         block.age_base = pool.clock
         free.add(block.key)
         if block.previous is not None or block.next is not None:

@@ -28,12 +28,10 @@ class _Route(NamedTuple):
     Attributes:
         pool: Where to.
         takes: Whether it takes a request on a stream, which may ask the thread.
-        captures: Whether a graph is being captured meanwhile.
     """
 
     pool: PrivatePool
     takes: Callable[[int], bool]
-    captures: bool
 
 
 class PrivatePools(Heap):
@@ -64,15 +62,17 @@ class PrivatePools(Heap):
             splits: Whether a new pool cuts its blocks to size.
 
         Raises:
-            RuntimeError: The pool lost its last user, but not yet its last segment.
+            RuntimeError: The pool lost its last user, but not yet its last segment
+                (torch's text).
         """
         pool = self.private_pools.get(pool_id)
         if pool is None:
             self.private_pools[pool_id] = PrivatePool(pool_id, splits=splits)
         elif not pool.use_count:
             raise RuntimeError(
-                f"it->second->use_count > 0 INTERNAL ASSERT FAILED: pool {pool_id} is "
-                "used by no graph any more, so none can share it"
+                "it->second->use_count > 0 INTERNAL ASSERT FAILED at "
+                '"/__w/pytorch/pytorch/c10/cuda/CUDACachingAllocator.cpp":3332, please '
+                "report a bug to PyTorch. "
             )
         else:
             pool.use_count += 1
@@ -91,17 +91,21 @@ class PrivatePools(Heap):
         Args:
             pool_id: Which; it is made where it is not there.
             takes: Given a stream's handle, tells whether a request goes there.
-            captures: Whether this is a graph's capture: until it ends, nothing may
-                wait, so nothing is given back and no event is asked.
+            captures: Whether this is a graph's capture: until ``end_capture`` nothing
+                may wait, so nothing is given back and no event is asked.
 
         Raises:
             RuntimeError: Requests go to that pool already (torch's text).
         """
+        self.use_pool(pool_id)  # before what may fail, as torch does
         if any(route.pool.id == pool_id for route in self._routes):
             raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
-        self.use_pool(pool_id)
-        self._routes.append(_Route(self.private_pools[pool_id], takes, captures))
+        self._routes.append(_Route(self.private_pools[pool_id], takes))
         self._num_captures += captures
+
+    def end_capture(self) -> None:
+        """Note that a capture has ended; its pool still takes what is routed to it."""
+        self._num_captures -= 1
 
     def end_pool(self, pool_id: PoolId) -> None:
         """Route no more requests to a pool; whoever began it uses it still.
@@ -112,7 +116,6 @@ class PrivatePools(Heap):
         for route in self._routes:
             if route.pool.id == pool_id:
                 self._routes.remove(route)
-                self._num_captures -= route.captures
                 return
         raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
 
@@ -120,8 +123,17 @@ class PrivatePools(Heap):
         """Count one user of a pool less; the last of them lets its segments go.
 
         They go with the next ``empty_cache``, as far as they are free then.
+
+        Raises:
+            RuntimeError: There is no such pool (torch's text).
         """
-        pool = self.private_pools[pool_id]
+        pool = self.private_pools.get(pool_id)
+        if pool is None:
+            raise RuntimeError(
+                "it != graph_pools.end() INTERNAL ASSERT FAILED at "
+                '"/__w/pytorch/pytorch/c10/cuda/CUDACachingAllocator.cpp":3340, please '
+                "report a bug to PyTorch. "
+            )
         pool.use_count -= 1
         if not pool.use_count and pool_id in self._for_ooms:
             self._for_ooms.remove(pool_id)

@@ -61,6 +61,13 @@ def replay(trace: Mapping[str, Any]) -> ReplayResult:
     return _Run(trace).finish()
 
 
+def _block(block: Mapping[str, Any]) -> list[Any]:
+    """Return a snapshot's block as traces have it: free ones without what they were."""
+    letter = _LETTERS[block["state"]]
+    requested = 0 if letter == "f" else block["requested_size"]
+    return [block["size"], letter, requested]
+
+
 class _Run:
     """One replay: the allocator and the blocks by the trace's ids."""
 
@@ -203,10 +210,7 @@ class _Run:
                 segment["stream"],
                 segment["segment_type"],
                 int(segment["is_expandable"]),
-                [
-                    [block["size"], _LETTERS[block["state"]], block["requested_size"]]
-                    for block in segment["blocks"]
-                ],
+                [_block(block) for block in segment["blocks"]],
             ]
             for segment in self._allocator.snapshot()
         ]

@@ -21,6 +21,8 @@ FAMILIES: Final = (
     "inactive_split",
     "inactive_split_bytes",
 )
+#: What is held from the driver for each private pool. Source: likewise.
+PRIVATE: Final = "reserved_bytes_by_private_pools"
 
 
 class Stat:
@@ -165,7 +167,7 @@ class Statistics:
     def _stats(self) -> list[tuple[str, Stat]]:
         families = [(name, getattr(self, name)) for name in FAMILIES]
         families += [
-            (f"reserved_bytes_by_private_pools.{first}_{second}", family)
+            (f"{PRIVATE}.{first}_{second}", family)
             for (first, second), family in self.reserved_by_pools.items()
         ]
         named = [

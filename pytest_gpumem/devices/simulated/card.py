@@ -64,6 +64,7 @@ class SimulatedCard:
         self.workspaces: dict[tuple[object, int], Block] = {}
         self._lock = threading.Lock()
         self._released: deque[Block] = deque()
+        self._later: deque[Callable[[CachingAllocator], None]] = deque()
         self._budgets: Final = Budgets()
 
     @property
@@ -121,6 +122,8 @@ class SimulatedCard:
             self.allocator.free(block)
             if self.tracers:
                 self._trace(address, -nbytes)
+        while self._later:
+            self._later.popleft()(self.allocator)
 
     def _trace(self, address: int, change: int) -> None:
         for tracer in self.tracers:
@@ -192,6 +195,15 @@ class SimulatedCard:
             finally:
                 self._lock.release()
 
+    def later(self, action: Callable[[CachingAllocator], None]) -> None:
+        """Do something with the allocator as soon as possible; safe in a finaliser."""
+        self._later.append(action)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._drain()
+            finally:
+                self._lock.release()
+
     def hold_workspace(self, handle: object, stream: int) -> None:
         """Take the cuBLAS workspace of a handle on a stream.
 
@@ -219,10 +231,11 @@ class SimulatedCard:
         with self._lock:
             self.driver.free(address)
 
-    def clear_workspaces(self) -> None:
-        """Give every cuBLAS workspace back to the allocator."""
-        while self.workspaces:
-            self.release(self.workspaces.popitem()[1])
+    def clear_workspaces(self, stream: int | None = None) -> None:
+        """Give every cuBLAS workspace, or those on a stream, back to the allocator."""
+        for key in [*self.workspaces]:
+            if stream in (None, key[1]):
+                self.release(self.workspaces.pop(key))
 
     # -- limits -----------------------------------------------------------------
 

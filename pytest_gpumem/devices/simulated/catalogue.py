@@ -24,20 +24,21 @@ KINDS: Final[dict[str, str]] = {
 
 _CUDA: Final[dict[str, str]] = {
     "exact": """
-        empty_cache get_allocator_backend get_per_process_memory_fraction
+        MemPool empty_cache get_allocator_backend get_per_process_memory_fraction
         max_memory_allocated max_memory_cached max_memory_reserved memory_allocated
         memory_cached memory_reserved memory_snapshot memory_stats
         memory_stats_as_nested_dict memory_summary reset_accumulated_memory_stats
         reset_max_memory_allocated reset_max_memory_cached reset_peak_memory_stats
-        set_per_process_memory_fraction
+        set_per_process_memory_fraction use_mem_pool
     """,
     "like a card": """
         BFloat16Tensor BoolTensor ByteTensor CharTensor DoubleTensor FloatTensor
         HalfTensor IntTensor LongTensor ShortTensor
-        CudaError DeferredCudaCallError Event Stream StreamContext amp
+        CUDAGraph CudaError DeferredCudaCallError Event Stream StreamContext amp
         current_device current_stream default_generators default_stream device
         device_count device_of export_dot export_graph_data get_rng_state get_rng_state_all init initial_seed
-        is_available is_initialized manual_seed manual_seed_all memory random seed
+        graph graph_pool_handle graphs is_available is_current_stream_capturing
+        is_initialized make_graphed_callables manual_seed manual_seed_all memory random seed
         nccl seed_all set_device set_rng_state set_rng_state_all set_stream stream streams
         synchronize check_error cudaStatus
         BFloat16Storage BoolStorage ByteStorage CharStorage ComplexDoubleStorage
@@ -51,18 +52,17 @@ _CUDA: Final[dict[str, str]] = {
     """,
     "constant": """
         current_blas_handle current_solver_handle get_sync_debug_mode
-        graph_annotations graphs has_half
+        graph_annotations has_half
         has_magma host_memory_stats host_memory_stats_as_nested_dict ipc_collect
-        is_current_stream_capturing memory_usage nvtx profiler
+        memory_usage nvtx profiler
         reset_accumulated_host_memory_stats reset_peak_host_memory_stats
         set_sync_debug_mode sparse utilization temperature power_draw clock_rate
     """,
     "refused": """
-        CUDAGraph CUDAPluggableAllocator ExternalStream GreenContext MemPool
+        CUDAPluggableAllocator ExternalStream GreenContext
         caching_allocator_alloc caching_allocator_delete caching_allocator_disabled
         caching_allocator_enable change_current_allocator get_stream_from_external
-        graph graph_pool_handle jiterator make_graphed_callables tunable
-        use_mem_pool
+        jiterator tunable
     """,
 }
 
@@ -97,8 +97,15 @@ NOTES: Final[dict[str, str]] = {
         "`_dump_snapshot` writes what memory_viz opens"
     ),
     "torch.cuda.Stream": "work is done when a call returns; the allocator heeds streams",
-    "torch.cuda.export_dot": "a hook for graphs, of which there are none",
-    "torch.cuda.export_graph_data": "a hook for graphs, of which there are none",
+    "torch.cuda.export_dot": "a hook for graphs of CUDA's, of which there are none",
+    "torch.cuda.export_graph_data": (
+        "a hook for graphs of CUDA's, of which there are none"
+    ),
+    "torch.cuda.CUDAGraph": (
+        "captures allocate from a private pool; a replay computes again on the same "
+        "memory; `debug_dump`, `raw_cuda_graph`, `check_input_liveness` are refused"
+    ),
+    "torch.cuda.MemPool": "an `allocator=` is refused",
     "torch.cuda.nvtx": "ranges are counted, no profiler sees them",
     "torch.cuda.nccl": "`unique_id` and `init_rank` are refused",
     "torch.cuda.tunable": "`is_enabled` says no",
@@ -109,8 +116,11 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
     "exact": (
         "`torch.OutOfMemoryError`: class, argument and text, cache flushed first, "
         "`num_ooms` counted, observers called",
-        "`PYTORCH_ALLOC_CONF`, `PYTORCH_CUDA_ALLOC_CONF`: every setting but private "
-        "pools; `torch.cuda.memory._set_allocator_settings` while a program runs",
+        "`PYTORCH_ALLOC_CONF`, `PYTORCH_CUDA_ALLOC_CONF`: every setting; "
+        "`torch.cuda.memory._set_allocator_settings` while a program runs",
+        "private pools of graphs and of `MemPool`: routes, shared pools, what is freed "
+        "when, `use_on_oom`, `no_split`, statistics of each pool, the text of an OOM; "
+        "held step by step to a recording of PyTorch's own code",
         "`Tensor.record_stream`: a freed block waits for the other stream",
         "cuBLAS's workspace, by compute capability and `CUBLAS_WORKSPACE_CONFIG`",
     ),
@@ -134,6 +144,11 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
         "generators and the state of random numbers: an OOM draws none",
         "`torch.autocast` and `torch.amp.GradScaler`, fp16 and bf16",
         "optimisers, foreach and fused; `torch.utils.checkpoint`",
+        "captures of graphs: what is not allowed ends in CUDA's or torch's error (`item`, "
+        "`synchronize`, copies of memory that is not pinned, an unknown generator); "
+        "streams join by events. Not simulated: that memory which a graph uses again "
+        "overwrites what another kept there; a seed that Python drew for attention's "
+        "dropout stays the same in each replay",
         "`torch.func`, forward AD and batched gradients: transforms see where tensors "
         "go",
         "`torch.inference_mode`: the bytes of `torch.no_grad`",

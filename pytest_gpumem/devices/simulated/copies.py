@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch.autograd import forward_ad
 
+from pytest_gpumem.devices.simulated.capture import on_tape
 from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.memory import HOST_ROOM, Memory, hold
 from pytest_gpumem.devices.simulated.refusals import refuse, refuse_value
@@ -106,7 +107,7 @@ def upload(
 def _copied(source: torch.Tensor, card: SimulatedCard, **options: Any) -> torch.Tensor:
     """Return what a card keeps of a copy: its values, or its shape alone."""
     place = torch.device(card.value_device)
-    with HOST_ROOM:
+    with HOST_ROOM, on_tape(card):
         copied: torch.Tensor = _to_copy(source, device=place, **options)
     return copied
 
@@ -136,7 +137,8 @@ def download(
     staging = (
         None if _is_dense(value) else Memory(source._gpumem_card, value.nbytes)
     )  # likewise
-    host: torch.Tensor = _to_copy(value, dtype=dtype, memory_format=memory_format)
+    with on_tape(source._gpumem_card):
+        host: torch.Tensor = _to_copy(value, dtype=dtype, memory_format=memory_format)
     del staging
     return host
 

@@ -17,6 +17,7 @@ from pytest_gpumem.devices.simulated import (
     dispatch,
     distributed,
     factories,
+    graphs,
     handover,
     identity,
     profiling,
@@ -45,7 +46,7 @@ from pytest_gpumem.devices.simulated.storages import (
 )
 from pytest_gpumem.devices.simulated.streams import Event, EventName, Stream, StreamName
 from pytest_gpumem.devices.simulated.surface import C_FUNCTIONS, cuda_names
-from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
+from pytest_gpumem.devices.simulated.tensor import HANDLERS, SimulatedTensor
 from pytest_gpumem.devices.simulated.torch_build import build_names
 from pytest_gpumem.devices.simulated_nvml import NvmlHook
 
@@ -115,6 +116,7 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
     yield torch._C._nn, "_parse_to", parse_to
     yield from distributed.REPLACEMENTS
     yield from compiling.REPLACEMENTS
+    yield from graphs.REPLACEMENTS
     yield from handover.REPLACEMENTS
     yield from identity.REPLACEMENTS
     yield from profiling.REPLACEMENTS
@@ -192,6 +194,7 @@ class Installation:
             pop_machine(self.machine)
         except ValueError:
             pass  # removed before
+        HANDLERS.wrap(None)  # a capture may have been left under way
         if innermost_machine() is None:
             compiling.show_to_dynamo()
 

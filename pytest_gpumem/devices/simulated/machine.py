@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pytest_gpumem.cards import Card
+    from pytest_gpumem.devices.simulated.capture import Capture
     from pytest_gpumem.devices.simulated.memory_history import MemoryHistory
 
 #: What torch says of a device index that is not there (cudaErrorInvalidDevice).
@@ -86,6 +87,8 @@ class SimulatedMachine:
         #: ``aten/src/ATen/Context.h`` and ``aten/src/ATen/native/Convolution.cpp``.
         self.cudnn: Final[dict[str, Any]] = {"limit": 10, "empties_cache": True}
         self.streams: Final = Streams()
+        #: The captures of graphs that are under way.
+        self.captures: tuple[Capture, ...] = ()
         self._local = threading.local()
 
     @property

@@ -68,6 +68,20 @@ def allocate(card: SimulatedCard, nbytes: int) -> Block:
     raise _torchs_error(card, failure)
 
 
+def allocate_aside(card: SimulatedCard, nbytes: int, stream: int) -> Block:
+    """Take a block on a stream for a library, which faults do not count.
+
+    Raises:
+        torch.OutOfMemoryError: There is no room.
+    """
+    __tracebackhide__ = True
+    try:
+        return card.allocate(nbytes, stream, is_internal=True)
+    except OutOfMemory as error:
+        failure = error.with_traceback(None)  # its frames would hold themselves
+    raise _torchs_error(card, failure)
+
+
 def hold_workspace(card: SimulatedCard) -> None:
     """Take the workspace of the thread's cuBLAS handle on its stream, if it has none.
 

@@ -18,6 +18,7 @@ from torch._tensor_str import _add_suffixes, _tensor_str
 from torch.nn.parameter import is_lazy
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from pytest_gpumem.devices.simulated.capture import check_copy
 from pytest_gpumem.devices.simulated.copies import moved
 from pytest_gpumem.devices.simulated.identity import (
     GRAD,
@@ -26,7 +27,7 @@ from pytest_gpumem.devices.simulated.identity import (
     is_parameter,
     register_hook,
 )
-from pytest_gpumem.devices.simulated.machine import card_of
+from pytest_gpumem.devices.simulated.machine import card_of, current_machine
 from pytest_gpumem.devices.simulated.memory import memory_of
 from pytest_gpumem.devices.simulated.refusals import refuse, refuse_value, refusing
 from pytest_gpumem.devices.simulated.subclasses import (
@@ -114,9 +115,11 @@ def _parse_to(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     if other is not None:
         device, dtype = other.device, other.dtype
     copying = kwargs.get("copy", rest[1] if len(rest) > 1 else False)
+    goes_on = kwargs.get("non_blocking", bool(rest) and rest[0])
     return {
         "device": device,
         "dtype": dtype,
+        "waits": not goes_on,
         "copy": copying,
         "memory_format": kwargs.get("memory_format") or torch.preserve_format,
     }
@@ -148,6 +151,9 @@ def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         refuse("a lazy module's parameter")
     if on_card and goal == self.device:
         return _to_dtype(self, options)
+    if "cpu" in (goal.type, self.device.type) and current_machine().captures:
+        host = None if on_card else self
+        check_copy(card_of((target or self.device).index), host, waits=options["waits"])
     return moved(
         self, goal, dtype=options["dtype"], memory_format=options["memory_format"]
     )
@@ -168,7 +174,7 @@ def _to_dtype(self: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
 def cuda(
     self: torch.Tensor,
     device: Any = None,
-    non_blocking: bool = False,  # noqa: ARG001, FBT001, FBT002  # torch's signature
+    non_blocking: bool = False,  # noqa: FBT001, FBT002  # torch's signature
     memory_format: torch.memory_format = torch.preserve_format,
 ) -> torch.Tensor:
     """``Tensor.cuda``: onto a card."""
@@ -176,7 +182,7 @@ def cuda(
     target = DEVICES[card_of(None).index] if device is None else cuda_device(device)
     if target is None:
         raise RuntimeError(f"Invalid device, must be cuda device but got {device!r}")
-    return to(self, target, memory_format=memory_format)
+    return to(self, target, non_blocking=non_blocking, memory_format=memory_format)
 
 
 def cpu(

@@ -20,13 +20,11 @@ _KERNEL: Final = "take the code's own path without it, or run this on a real car
 
 #: What to do, by the feature's public name.
 ADVICE: Final[dict[str, str]] = {
-    "torch.cuda.CUDAGraph": "run without capturing a graph, or on a real card",
-    "torch.cuda.graph": "run without capturing a graph, or on a real card",
-    "torch.cuda.graph_pool_handle": "run without capturing a graph, or on a real card",
-    "torch.cuda.make_graphed_callables": "call the modules as they are",
-    "torch.accelerator.Graph": "run without capturing a graph, or on a real card",
-    "torch.cuda.MemPool": "allocate from the default pool",
-    "torch.cuda.use_mem_pool": "allocate from the default pool",
+    "torch.cuda.graph(check_input_liveness=True)": "leave it False",
+    "CUDAGraph.debug_dump": "there is no graph of CUDA's to look at",
+    "CUDAGraph.raw_cuda_graph": "there is no graph of CUDA's to look at",
+    "torch._C._cuda_getCheckpointState": "capture each graph once, in a pool of its own",
+    "torch.accelerator.Graph": "use torch.cuda.CUDAGraph",
     "torch.cuda.CUDAPluggableAllocator": "keep PyTorch's own allocator",
     "torch.cuda.change_current_allocator": "keep PyTorch's own allocator",
     "torch.cuda.caching_allocator_enable": "keep PyTorch's own allocator",
@@ -133,7 +131,6 @@ def refusing_class(feature: str) -> type:
 
 #: In ``torch._C``: names as torch 2.11 to 2.13 calls them.
 C_REFUSALS: Final[dict[str, Any]] = {
-    "_graph_pool_handle": refusing("torch.cuda.graph_pool_handle"),
     "_cuda_changeCurrentAllocator": refusing("torch.cuda.change_current_allocator"),
     "_cuda_cudaCachingAllocator_enable": refusing(
         "torch.cuda.caching_allocator_enable"
@@ -150,22 +147,10 @@ C_REFUSALS: Final[dict[str, Any]] = {
     "_cuda_getAllocator": refusing("torch.cuda.CUDAPluggableAllocator"),
     "_cuda_CUDAAllocator": refusing_class("torch.cuda.CUDAPluggableAllocator"),
     "_CUDAGreenContext": refusing_class("torch.cuda.GreenContext"),
-    "_CUDAGraph": refusing_class("torch.cuda.CUDAGraph"),
-    "_MemPool": refusing_class("torch.cuda.MemPool"),
     "_acceleratorGraph": refusing_class("torch.accelerator.Graph"),
     **{
-        name: refusing("torch.cuda.MemPool")
+        name: refusing("torch._C._cuda_getCheckpointState")
         for name in (
-            "_cuda_beginAllocateCurrentThreadToPool",
-            "_cuda_beginAllocateToPool",
-            "_cuda_endAllocateToPool",
-            "_cuda_releasePool",
-        )
-    },
-    **{
-        name: refusing("torch.cuda.graph")
-        for name in (
-            "_cuda_beginAllocateCurrentStreamToPool",
             "_cuda_checkPoolLiveAllocations",
             "_cuda_getCheckpointState",
             "_cuda_setCheckpointPoolState",
@@ -224,8 +209,6 @@ C_REFUSALS.update(dict.fromkeys(_TUNABLE_IS, lambda: False))
 
 #: Classes in ``torch.cuda`` and in the module that defines them.
 CLASSES: Final[dict[str, str]] = {
-    "CUDAGraph": "graphs",
-    "MemPool": "memory",
     "CUDAPluggableAllocator": "memory",
     "ExternalStream": "streams",
     "GreenContext": "green_contexts",

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from pytest_gpumem.devices.simulated.machine import card_of
+from pytest_gpumem.devices.simulated.machine import card_of, innermost_machine
 from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
 
@@ -66,6 +66,43 @@ class CardGenerator(GENERATOR):  # type: ignore[misc]  # torch's C type, held as
         if offset % 4:
             raise RuntimeError("offset must be a multiple of 4")
         self._offset = offset
+
+    def manual_seed(self, seed: int) -> CardGenerator:
+        """Set the seed; in a capture it must be the one that is set.
+
+        Raises:
+            RuntimeError: It is another (torch's text).
+        """
+        self._check_capture(seed)
+        super().manual_seed(seed)
+        return self
+
+    def set_state(self, state: torch.Tensor) -> CardGenerator:
+        """Set the state, outside of a capture.
+
+        Raises:
+            RuntimeError: Something is being captured (torch's text), or the state is of
+                another size.
+        """
+        self._check_capture(None)
+        super().set_state(state)
+        return self
+
+    def _check_capture(self, seed: int | None) -> None:
+        """Refuse another seed while the current stream is being captured.
+
+        Source: ``CUDAGeneratorImpl::set_current_seed``.
+        """
+        from pytest_gpumem.devices.simulated.capture import capture_of
+
+        machine = innermost_machine()
+        if machine is None or not machine.captures or seed == self.initial_seed():
+            return
+        if capture_of(machine.card(self._index)) is not None:
+            raise RuntimeError(
+                "CUDAGeneratorImpl::set_current_seed can be called during stream capture "
+                "only if new seed is the same as the original seed."
+            )
 
     def clone_state(self) -> CardGenerator:
         """Return another generator of the card in the same state."""

@@ -9,12 +9,21 @@ from __future__ import annotations
 
 import itertools
 import time
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from pytest_gpumem.devices.simulated.capture import (
+    capture_of,
+    check_event,
+    check_waiting,
+)
 from pytest_gpumem.devices.simulated.machine import card_of, current_machine
 from pytest_gpumem.devices.simulated.tensor import DEVICES
+
+if TYPE_CHECKING:
+    from pytest_gpumem.devices.simulated.capture import Capture
+    from pytest_gpumem.devices.simulated.card import SimulatedCard
 
 _handles: Final = itertools.count(1)
 _CUDA_TYPE: Final = 1  # c10::DeviceType::CUDA
@@ -68,10 +77,12 @@ class Stream:
     native_handle = cuda_stream
 
     def wait_stream(self, stream: Any) -> None:
-        """Wait for a stream: its work is done already."""
+        """Wait for a stream: its work is done already, but for one that is captured."""
+        self.wait_event(stream.record_event())
 
     def wait_event(self, event: Any) -> None:
-        """Wait for an event: it is complete already."""
+        """Wait for an event: it is complete already, or this joins its capture."""
+        event.wait(self)
 
     def record_event(self, event: Event | None = None) -> Event:
         """Record an event, a new one by default, and return it."""
@@ -80,15 +91,25 @@ class Stream:
         return event
 
     def query(self) -> bool:
-        """Tell whether all work is done: always."""
+        """Tell whether all work is done: always.
+
+        Raises:
+            torch.AcceleratorError: The stream is being captured (CUDA's text).
+        """
+        self.synchronize()
         return True
 
     def synchronize(self) -> None:
-        """Wait for all work: it is done."""
+        """Wait for all work: it is done.
+
+        Raises:
+            torch.AcceleratorError: The stream is being captured (CUDA's text).
+        """
+        check_waiting(card_of(self.device_index), self.stream_id)
 
     def is_capturing(self) -> bool:
-        """Tell whether a CUDA graph is being captured: never."""
-        return False
+        """Tell whether a CUDA graph is being captured of this stream."""
+        return capture_of(card_of(self.device_index), self.stream_id) is not None
 
     def __enter__(self) -> Stream:  # noqa: PYI034  # Self needs Python 3.11
         machine = current_machine()
@@ -131,6 +152,9 @@ class Event:
         self.enable_timing = enable_timing
         self.blocking = blocking
         self._recorded_s: float | None = None
+        #: The capture that it is part of, and the stream there.
+        self._capture: Capture | None = None
+        self._stream = 0
         self.event_id = next(_handles)
         self.device = DEVICES[card_of(named_index(device)).index]
 
@@ -139,20 +163,37 @@ class Event:
         """The event's handle: 0 until it is recorded, which makes it."""
         return 0 if self._recorded_s is None else self.event_id
 
-    def record(self, stream: Stream | None = None) -> None:  # noqa: ARG002  # torch's signature
-        """Note the host's time."""
-        card_of(self.device.index).make_context()
+    def record(self, stream: Stream | None = None) -> None:
+        """Note the host's time, and the capture of the stream."""
+        card = card_of(self.device.index)
+        card.make_context()
         self._recorded_s = time.perf_counter()
+        self._capture = None
+        if card.machine.captures:
+            self._stream = _handle(stream, card)
+            self._capture = capture_of(card, self._stream)
 
     def wait(self, stream: Stream | None = None) -> None:
-        """Wait for the event: it is complete."""
+        """Have a stream wait for the event: it is complete, or the stream joins it."""
+        if self._capture is not None:
+            self._capture.join(_handle(stream, self._capture.card), self._stream)
 
     def query(self) -> bool:
-        """Tell whether the event is complete: always."""
+        """Tell whether the event is complete: always.
+
+        Raises:
+            torch.AcceleratorError: It is part of a capture (CUDA's text).
+        """
+        self.synchronize()
         return True
 
     def synchronize(self) -> None:
-        """Wait for the event: it is complete."""
+        """Wait for the event: it is complete.
+
+        Raises:
+            torch.AcceleratorError: It is part of a capture (CUDA's text).
+        """
+        check_event(self._capture)
 
     def elapsed_time(self, end_event: Event) -> float:
         """Return the milliseconds of *host* time between two events.
@@ -167,6 +208,13 @@ class Event:
         if self._recorded_s is None or end_event._recorded_s is None:  # the same class
             raise ValueError("Both events must be recorded before calculating time.")
         return (end_event._recorded_s - self._recorded_s) * 1e3  # the same class
+
+
+def _handle(stream: Stream | None, card: SimulatedCard) -> int:
+    """Return the handle of a stream; None means the thread's current one."""
+    if stream is None:
+        return card.machine.streams.current(card.index)
+    return stream.stream_id
 
 
 class _NameType(type):

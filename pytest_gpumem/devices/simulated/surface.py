@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from pytest_gpumem.allocator.pools import DEFAULT
 from pytest_gpumem.allocator.snapshot import snapshot
+from pytest_gpumem.allocator.stats import PRIVATE
 from pytest_gpumem.devices.simulated import rng
+from pytest_gpumem.devices.simulated.capture import check_waiting
 from pytest_gpumem.devices.simulated.comm import C_COLLECTIVES
 from pytest_gpumem.devices.simulated.distributed.one_process import C_NCCL
+from pytest_gpumem.devices.simulated.graphs import C_GRAPHS
 from pytest_gpumem.devices.simulated.machine import card_of, current_machine
 from pytest_gpumem.devices.simulated.memory_history import MemoryHistory
 from pytest_gpumem.devices.simulated.nvtx import Nvtx
@@ -115,7 +119,11 @@ def _maybe_exchange_device(index: int) -> int:
 
 
 def _memory_stats(index: int) -> dict[str, Any]:
-    return _nested(card_of(index).memory_stats())
+    nested = _nested(card_of(index).memory_stats())
+    # Their keys are the pools' ids, as pairs of numbers.
+    pools = nested.get(PRIVATE, {})
+    nested[PRIVATE] = {tuple(map(int, k.split("_"))): v for k, v in pools.items()}
+    return nested
 
 
 def _reset_peaks(index: int) -> None:
@@ -146,11 +154,11 @@ def _get_fraction(index: int) -> float:
     return card_of(index).fraction
 
 
-def _snapshot(*_pool: Any) -> dict[str, Any]:
+def _snapshot(pool: Any = None) -> dict[str, Any]:
     segments: list[Any] = []
     for card in current_machine().cards:
         with card.locked() as allocator:
-            segments.extend(snapshot(allocator))
+            segments.extend(snapshot(allocator, tuple(pool[:2]) if pool else DEFAULT))
     return {
         "segments": segments,
         "device_traces": _device_traces(),
@@ -291,7 +299,9 @@ def _mem_get_info(index: int | None) -> tuple[int, int]:
 
 def _synchronize(index: int | None = None) -> None:
     """Wait for nothing: work is done. CUDA makes a context to wait in."""
-    card_of(None if index is None or index < 0 else index).make_context()
+    card = card_of(None if index is None or index < 0 else index)
+    card.make_context()
+    check_waiting(card)
 
 
 def _stream_of(index: int | None) -> Stream:
@@ -387,7 +397,6 @@ C_FUNCTIONS: Final[dict[str, Any]] = {
     "_cuda_getCurrentRawStream": lambda index: _current_stream(index)[0],
     "_cuda_getDefaultStream": _default_stream,
     "_cuda_setStream": _set_stream,
-    "_cuda_isCurrentStreamCapturing": lambda: False,
     "_cuda_getAllocatorBackend": lambda: "native",
     "_cuda_getArchFlags": _arch_flags,
     "_cuda_canDeviceAccessPeer": lambda _device, _peer: True,
@@ -420,6 +429,7 @@ C_FUNCTIONS: Final[dict[str, Any]] = {
     "_cuda_getCurrentBlasHandle": lambda: 1,
     "_cuda_getCurrentSolverHandle": lambda: 1,
     **C_REFUSALS,
+    **C_GRAPHS,
     **C_COLLECTIVES,
     **C_NCCL,
     "_accelerator_getAccelerator": lambda: torch.device("cuda"),

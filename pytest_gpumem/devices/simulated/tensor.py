@@ -59,10 +59,25 @@ class _Handlers(dict[Any, "Handler"]):
     """How each operator is run; filled by ``dispatch.py`` as operators turn up."""
 
     make: Callable[[Any], Handler]
+    _wrapper: Callable[[Any, Handler], Handler] | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._plain: dict[Any, Handler] = {}
 
     def __missing__(self, func: Any) -> Handler:
-        handler = self[func] = self.make(func)
+        handler = self._plain.get(func)
+        if handler is None:
+            handler = self._plain[func] = self.make(func)
+        if self._wrapper is not None:
+            handler = self._wrapper(func, handler)
+        self[func] = handler
         return handler
+
+    def wrap(self, wrapper: Callable[[Any, Handler], Handler] | None) -> None:
+        """Run every operator through what a wrapper makes of its handler; None: as is."""
+        self._wrapper = wrapper
+        self.clear()
 
 
 HANDLERS: Final = _Handlers()

@@ -65,7 +65,7 @@ def build_names() -> list[tuple[Any, str, Any]]:
         (torch.backends.cuda, "is_built", lambda: True),
         (torch.backends.cudnn, "version", lambda: CUDNN_VERSION),
         (torch.backends.cudnn, "is_available", lambda: True),
-        # What torch's own Python imports from such a build; graphs are refused.
+        # What torch's own Python imports from such a build; trees of graphs are refused.
         (
             torch._C,
             "_cuda_CUDAAllocator_AllocatorState",

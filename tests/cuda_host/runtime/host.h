@@ -14,7 +14,7 @@
 // than on a card: transformers, for one, looks at positions and masks, and so an SDPA model
 // builds a mask here that it does without on a card. Work ends at once, unless events are held (below). A context, where one
 // is asked for, has the bytes that it is told to have. Missing altogether: cuDNN (say
-// torch.backends.cudnn.enabled = False), cuSOLVER, cuSPARSE, NCCL, graphs, sharing a block
+// torch.backends.cudnn.enabled = False), cuSOLVER, cuSPARSE, NCCL, sharing a block
 // between processes, peer access, MIG.
 //
 // Settings, from the environment; SIZE is bytes, or a number with K, M or G (KiB, MiB,
@@ -96,8 +96,9 @@ int host_max_threads_per_multiprocessor(void);
 // memory.c
 int host_device_of(const void *address); // an ordinal, or -1 for the host's memory
 
-// streams.c: a handle that is no address of anything.
-void *host_new_handle(void);
+// streams.c
+void *host_new_handle(void); // that is no address of anything
+cudaError_t host_capture_work(cudaStream_t stream); // call it for all that a graph keeps
 
 cudaError_t host_error(cudaError_t error); // note a runtime call's error and return it
 

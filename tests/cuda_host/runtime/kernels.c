@@ -100,26 +100,26 @@ EXPORT cudaError_t __cudaGetKernel(cudaKernel_t *out, const void *function) {
 
 EXPORT cudaError_t __cudaLaunchKernel(UNUSED cudaKernel_t kernel, UNUSED dim3 grid,
                                       UNUSED dim3 block, UNUSED void **arguments,
-                                      UNUSED size_t shared_bytes, UNUSED cudaStream_t stream) {
-  return cudaSuccess;
+                                      UNUSED size_t shared_bytes, cudaStream_t stream) {
+  return host_error(host_capture_work(stream));
 }
 
 EXPORT cudaError_t cudaLaunchKernel(UNUSED const void *function, UNUSED dim3 grid,
                                     UNUSED dim3 block, UNUSED void **arguments,
-                                    UNUSED size_t shared_bytes, UNUSED cudaStream_t stream) {
-  return cudaSuccess;
+                                    UNUSED size_t shared_bytes, cudaStream_t stream) {
+  return host_error(host_capture_work(stream));
 }
 
-EXPORT cudaError_t cudaLaunchKernelExC(UNUSED const cudaLaunchConfig_t *config,
+EXPORT cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *config,
                                        UNUSED const void *function, UNUSED void **arguments) {
-  return cudaSuccess;
+  return host_error(host_capture_work(config->stream));
 }
 
 EXPORT cudaError_t cudaLaunchCooperativeKernel(UNUSED const void *function, UNUSED dim3 grid,
                                                UNUSED dim3 block, UNUSED void **arguments,
                                                UNUSED size_t shared_bytes,
-                                               UNUSED cudaStream_t stream) {
-  return cudaSuccess;
+                                               cudaStream_t stream) {
+  return host_error(host_capture_work(stream));
 }
 
 // Every kernel is taken to use 32 registers and to be compiled for the card: what a kernel

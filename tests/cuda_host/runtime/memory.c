@@ -441,9 +441,9 @@ EXPORT cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes,
 }
 
 EXPORT cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes,
-                                   UNUSED enum cudaMemcpyKind kind,
-                                   UNUSED cudaStream_t stream) {
-  return copy(to, from, bytes);
+                                   UNUSED enum cudaMemcpyKind kind, cudaStream_t stream) {
+  cudaError_t error = host_capture_work(stream);
+  return error ? host_error(error) : copy(to, from, bytes);
 }
 
 EXPORT cudaError_t cudaMemcpyPeerAsync(void *to, UNUSED int to_device, const void *from,
@@ -467,8 +467,9 @@ EXPORT cudaError_t cudaMemset(void *pointer, int value, size_t bytes) {
 }
 
 EXPORT cudaError_t cudaMemsetAsync(void *pointer, int value, size_t bytes,
-                                   UNUSED cudaStream_t stream) {
-  return cudaMemset(pointer, value, bytes);
+                                   cudaStream_t stream) {
+  cudaError_t error = host_capture_work(stream);
+  return error ? host_error(error) : cudaMemset(pointer, value, bytes);
 }
 
 EXPORT CUresult cuMemsetD32Async(CUdeviceptr pointer, unsigned value, size_t count,

@@ -1,5 +1,6 @@
-// Streams and events. Work ends at once, unless events are held: then an event, and its
-// stream's work up to it, is pending until somebody waits for it.
+// Streams, events, and captures of graphs. Work ends at once, unless events are held: then
+// an event, and its stream's work up to it, is pending until somebody waits for it. A
+// captured graph is a count of what was captured: no kernel computes anything here.
 
 #include "host.h"
 
@@ -15,8 +16,15 @@ typedef struct {
   uint64_t up_to;
 } Wait;
 
+// A capture under way, and later its graph.
+typedef struct {
+  uint64_t id, nodes;
+  int is_invalid;
+} Capture;
+
 struct Stream {
   uint64_t given, done; // numbers of events recorded, and of those that are over
+  Capture *capture; // that it takes part in, or NULL
   int priority, ordinal;
   Wait *waits;
   size_t wait_count;
@@ -26,6 +34,7 @@ struct Stream {
 typedef struct {
   Stream *stream; // where it was recorded last, or NULL
   uint64_t number;
+  Capture *capture; // that this was part of, or NULL
 } Event;
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
@@ -71,6 +80,101 @@ static cudaError_t state_of(Stream *stream, uint64_t up_to) {
   return stream && holding() && stream->done < up_to ? cudaErrorNotReady : cudaSuccess;
 }
 
+// -- captures --------------------------------------------------------------------------
+
+static uint64_t last_capture;
+
+// What nothing may ask for or wait for while it is captured. Mutex held.
+static cudaError_t refused(Capture *capture, cudaError_t error) {
+  if (!capture) return cudaSuccess;
+  capture->is_invalid = 1;
+  return error;
+}
+
+// Count work on a stream that is being captured; it fails where the capture has.
+cudaError_t host_capture_work(cudaStream_t handle) {
+  pthread_mutex_lock(&mutex);
+  Capture *capture = stream_of(handle)->capture;
+  cudaError_t error = cudaSuccess;
+  if (capture && capture->is_invalid) error = cudaErrorStreamCaptureInvalidated;
+  else if (capture) capture->nodes++;
+  pthread_mutex_unlock(&mutex);
+  return error;
+}
+
+EXPORT cudaError_t cudaStreamBeginCapture(cudaStream_t handle,
+                                          UNUSED enum cudaStreamCaptureMode mode) {
+  pthread_mutex_lock(&mutex);
+  Stream *stream = stream_of(handle);
+  cudaError_t error = refused(stream->capture, cudaErrorIllegalState);
+  if (!error) {
+    stream->capture = calloc(1, sizeof(Capture));
+    stream->capture->id = ++last_capture;
+  }
+  pthread_mutex_unlock(&mutex);
+  return error;
+}
+
+EXPORT cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t *out) {
+  pthread_mutex_lock(&mutex);
+  Capture *capture = stream_of(handle)->capture;
+  for (Stream *each = streams; each; each = each->next)
+    if (each->capture == capture) each->capture = NULL;
+  int failed = !capture || capture->is_invalid;
+  *out = failed ? NULL : (cudaGraph_t)capture;
+  pthread_mutex_unlock(&mutex);
+  return failed ? cudaErrorStreamCaptureInvalidated : cudaSuccess;
+}
+
+EXPORT cudaError_t cudaStreamIsCapturing(cudaStream_t handle,
+                                         enum cudaStreamCaptureStatus *out) {
+  return cudaStreamGetCaptureInfo(handle, out, NULL, NULL, NULL, NULL, NULL);
+}
+
+EXPORT cudaError_t cudaThreadExchangeStreamCaptureMode(
+    UNUSED enum cudaStreamCaptureMode *mode) {
+  return cudaSuccess;
+}
+
+EXPORT cudaError_t cudaStreamGetCaptureInfo(cudaStream_t handle,
+                                            enum cudaStreamCaptureStatus *status,
+                                            unsigned long long *id, cudaGraph_t *graph,
+                                            const cudaGraphNode_t **nodes,
+                                            const cudaGraphEdgeData **edges, size_t *count) {
+  pthread_mutex_lock(&mutex);
+  Capture *capture = stream_of(handle)->capture;
+  *status = !capture              ? cudaStreamCaptureStatusNone
+            : capture->is_invalid ? cudaStreamCaptureStatusInvalidated
+                                  : cudaStreamCaptureStatusActive;
+  if (id) *id = capture ? capture->id : 0;
+  if (graph) *graph = (cudaGraph_t)capture;
+  if (nodes) *nodes = NULL;
+  if (edges) *edges = NULL;
+  if (count) *count = 0;
+  pthread_mutex_unlock(&mutex);
+  return cudaSuccess;
+}
+
+EXPORT cudaError_t cudaGraphGetNodes(cudaGraph_t graph, UNUSED cudaGraphNode_t *nodes,
+                                     size_t *count) {
+  *count = ((Capture *)graph)->nodes;
+  return cudaSuccess;
+}
+
+EXPORT cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *out, cudaGraph_t graph,
+                                                 UNUSED unsigned long long flags) {
+  *out = (cudaGraphExec_t)graph;
+  return cudaSuccess;
+}
+
+EXPORT cudaError_t cudaGraphLaunch(UNUSED cudaGraphExec_t graph, cudaStream_t stream) {
+  return host_capture_work(stream);
+}
+
+EXPORT cudaError_t cudaGraphDestroy(UNUSED cudaGraph_t graph) { return cudaSuccess; }
+
+EXPORT cudaError_t cudaGraphExecDestroy(UNUSED cudaGraphExec_t graph) { return cudaSuccess; }
+
 // -- streams ---------------------------------------------------------------------------
 
 EXPORT cudaError_t cudaStreamCreateWithPriority(cudaStream_t *out, UNUSED unsigned flags,
@@ -111,7 +215,8 @@ EXPORT cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) {
 EXPORT cudaError_t cudaStreamQuery(cudaStream_t handle) {
   pthread_mutex_lock(&mutex);
   Stream *stream = stream_of(handle);
-  cudaError_t error = state_of(stream, stream->given);
+  cudaError_t error = refused(stream->capture, cudaErrorStreamCaptureUnsupported);
+  if (!error) error = state_of(stream, stream->given);
   pthread_mutex_unlock(&mutex);
   return error;
 }
@@ -119,19 +224,26 @@ EXPORT cudaError_t cudaStreamQuery(cudaStream_t handle) {
 EXPORT cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
   pthread_mutex_lock(&mutex);
   Stream *stream = stream_of(handle);
-  finish(stream, stream->given);
+  cudaError_t error = refused(stream->capture, cudaErrorStreamCaptureUnsupported);
+  if (!error) finish(stream, stream->given);
   pthread_mutex_unlock(&mutex);
-  return cudaSuccess;
+  return host_error(error);
 }
 
 EXPORT cudaError_t cudaDeviceSynchronize(void) {
   int ordinal = host_current_device();
   pthread_mutex_lock(&mutex);
+  cudaError_t error = cudaSuccess;
   finish(&default_streams[ordinal], default_streams[ordinal].given);
-  for (Stream *each = streams; each; each = each->next)
-    if (each->ordinal == ordinal) finish(each, each->given);
+  for (Stream *each = streams; each; each = each->next) {
+    if (each->ordinal != ordinal) continue;
+    if (refused(each->capture, cudaErrorStreamCaptureUnsupported))
+      error = cudaErrorStreamCaptureUnsupported;
+    else
+      finish(each, each->given);
+  }
   pthread_mutex_unlock(&mutex);
-  return cudaSuccess;
+  return host_error(error);
 }
 
 EXPORT cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event_handle,
@@ -139,6 +251,7 @@ EXPORT cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event_ha
   Event *event = (Event *)event_handle;
   pthread_mutex_lock(&mutex);
   Stream *stream = stream_of(handle);
+  if (event->capture && !stream->capture) stream->capture = event->capture;
   if (event->stream && event->stream != stream && holding()) {
     stream->waits = realloc(stream->waits, (stream->wait_count + 1) * sizeof(Wait));
     stream->waits[stream->wait_count++] = (Wait){event->stream, event->number};
@@ -157,31 +270,6 @@ EXPORT cudaError_t cudaStreamAddCallback(cudaStream_t handle, cudaStreamCallback
 EXPORT cudaError_t cudaLaunchHostFunc(UNUSED cudaStream_t handle, cudaHostFn_t call,
                                       void *argument) {
   call(argument);
-  return cudaSuccess;
-}
-
-EXPORT cudaError_t cudaStreamIsCapturing(UNUSED cudaStream_t handle,
-                                         enum cudaStreamCaptureStatus *out) {
-  *out = cudaStreamCaptureStatusNone;
-  return cudaSuccess;
-}
-
-EXPORT cudaError_t cudaThreadExchangeStreamCaptureMode(
-    UNUSED enum cudaStreamCaptureMode *mode) {
-  return cudaSuccess;
-}
-
-EXPORT cudaError_t cudaStreamGetCaptureInfo(UNUSED cudaStream_t handle,
-                                            enum cudaStreamCaptureStatus *status,
-                                            unsigned long long *id, cudaGraph_t *graph,
-                                            const cudaGraphNode_t **nodes,
-                                            const cudaGraphEdgeData **edges, size_t *count) {
-  *status = cudaStreamCaptureStatusNone;
-  if (id) *id = 0;
-  if (graph) *graph = NULL;
-  if (nodes) *nodes = NULL;
-  if (edges) *edges = NULL;
-  if (count) *count = 0;
   return cudaSuccess;
 }
 
@@ -204,6 +292,7 @@ EXPORT cudaError_t cudaEventRecordWithFlags(cudaEvent_t handle, cudaStream_t str
   Event *event = (Event *)handle;
   pthread_mutex_lock(&mutex);
   event->stream = stream_of(stream_handle);
+  event->capture = event->stream->capture;
   event->number = ++event->stream->given;
   if (!holding()) finish(event->stream, event->number);
   pthread_mutex_unlock(&mutex);
@@ -217,7 +306,8 @@ EXPORT cudaError_t cudaEventRecord(cudaEvent_t handle, cudaStream_t stream) {
 EXPORT cudaError_t cudaEventQuery(cudaEvent_t handle) {
   Event *event = (Event *)handle;
   pthread_mutex_lock(&mutex);
-  cudaError_t error = state_of(event->stream, event->number);
+  cudaError_t error = refused(event->capture, cudaErrorCapturedEvent);
+  if (!error) error = state_of(event->stream, event->number);
   pthread_mutex_unlock(&mutex);
   return error;
 }
@@ -225,9 +315,10 @@ EXPORT cudaError_t cudaEventQuery(cudaEvent_t handle) {
 EXPORT cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
   Event *event = (Event *)handle;
   pthread_mutex_lock(&mutex);
-  if (event->stream) finish(event->stream, event->number);
+  cudaError_t error = refused(event->capture, cudaErrorCapturedEvent);
+  if (!error && event->stream) finish(event->stream, event->number);
   pthread_mutex_unlock(&mutex);
-  return cudaSuccess;
+  return host_error(error);
 }
 
 EXPORT cudaError_t cudaEventElapsedTime(float *milliseconds, UNUSED cudaEvent_t start,

@@ -22,6 +22,7 @@ import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend
 
+from pytest_gpumem.devices.simulated.capture import on_tape
 from pytest_gpumem.devices.simulated.memory import HOST_ROOM, Memory, hold
 from pytest_gpumem.devices.simulated.operators.composing import only
 from pytest_gpumem.devices.simulated.operators.registry import register
@@ -300,7 +301,7 @@ class _FusedOnHost:
 
     def __init__(self, tensors: Any, mask: Any, settings: Any, *, groups: bool) -> None:
         # Copies: the values' own storages hold bytes of the card.
-        with HOST_ROOM:
+        with HOST_ROOM, on_tape(tensors[0]._gpumem_card):
             self._values = [each._gpumem_value.detach().clone() for each in tensors]
         self._mask, self._settings, self._groups = mask, settings, groups
         self._grad: torch.Tensor | None = None
@@ -345,7 +346,8 @@ class _FusedOnHost:
 
     def give_values(self, composed: Any) -> None:
         """Put the CPU's values into a result, and wait for its gradient."""
-        composed._gpumem_value.copy_(self._compute(self._values))
+        with on_tape(composed._gpumem_card):
+            composed._gpumem_value.copy_(self._compute(self._values))
         if composed.requires_grad:
             composed.register_hook(self._see)
         else:
@@ -373,19 +375,23 @@ class _FusedOnHost:
         """
         self._is_plain = self._is_plain and not torch.is_grad_enabled()
         is_known = self._is_plain and type(grad) is SimulatedTensor
-        self._grad = grad._gpumem_value.clone() if is_known else None
+        self._grad = None
+        if is_known:
+            with on_tape(grad._gpumem_card):
+                self._grad = grad._gpumem_value.clone()
         self._found = ()
 
     def _take(self, index: int, grad: Any) -> None:
         """Put the CPU's gradient of an operand in place of the composed one."""
         if self._grad is None or type(grad) is not SimulatedTensor:
             return
-        if not self._found:
-            with torch.enable_grad():
-                leaves = [each.detach().requires_grad_() for each in self._values]
-                result = self._compute(leaves)
-                self._found = torch.autograd.grad(result, leaves, self._grad)
-        grad._gpumem_value.copy_(self._found[index])
+        with on_tape(grad._gpumem_card):
+            if not self._found:
+                with torch.enable_grad():
+                    leaves = [each.detach().requires_grad_() for each in self._values]
+                    result = self._compute(leaves)
+                    self._found = torch.autograd.grad(result, leaves, self._grad)
+            grad._gpumem_value.copy_(self._found[index])
 
 
 class _Attention(torch.autograd.Function):
@@ -405,9 +411,10 @@ class _Attention(torch.autograd.Function):
             seed = _draw_seed(card) if settings.dropout_p > 0 else None
             values = (query._gpumem_value, key._gpumem_value, value._gpumem_value)
             mask = None if bias is None else bias._gpumem_value
-            out._gpumem_value[..., : settings.width].copy_(
-                _compute(values, mask, settings, seed)
-            )
+            with on_tape(card):
+                out._gpumem_value[..., : settings.width].copy_(
+                    _compute(values, mask, settings, seed)
+                )
         ctx.save_for_backward(query, key, value, bias, out, *kept)
         ctx.options, ctx.seed = options, seed
         return out
@@ -428,15 +435,16 @@ class _Attention(torch.autograd.Function):
         if card.value_device != "meta":
             values = [each._gpumem_value.detach() for each in (query, key, value)]
             mask = None if bias is None else bias._gpumem_value.detach()
-            with torch.enable_grad():
-                leaves = [each.requires_grad_() for each in values]
-                if grows and mask is not None:
-                    leaves.append(mask.requires_grad_())
-                again = _compute(leaves[:3], mask, settings, ctx.seed)
-                given = grad._gpumem_value[..., : settings.width]
-                found = torch.autograd.grad(again, leaves, given)
-            for made, computed in zip(grads, found, strict=True):
-                made._gpumem_value.copy_(computed)
+            with on_tape(card):
+                with torch.enable_grad():
+                    leaves = [each.requires_grad_() for each in values]
+                    if grows and mask is not None:
+                        leaves.append(mask.requires_grad_())
+                    again = _compute(leaves[:3], mask, settings, ctx.seed)
+                    given = grad._gpumem_value[..., : settings.width]
+                    found = torch.autograd.grad(again, leaves, given)
+                for made, computed in zip(grads, found, strict=True):
+                    made._gpumem_value.copy_(computed)
         return (*grads, None, None)[:5] if not grows else (*grads, None)
 
 

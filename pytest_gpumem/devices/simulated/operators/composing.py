@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pytest_gpumem.devices.simulated.capture import on_tape
 from pytest_gpumem.devices.simulated.copies import moved
 from pytest_gpumem.devices.simulated.kernel_types import HALVES, refuse_backend
+from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.refusals import refusing
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 
@@ -124,8 +126,9 @@ def on_host(func: Any) -> Kernel:
     def kernel(*args: Any, **options: Any) -> Any:
         operands = (*args, *options.values())
         cards = [each.device for each in operands if isinstance(each, SimulatedTensor)]
-        options = {name: down(value) for name, value in options.items()}
-        return moved(func(*(down(each) for each in args), **options), cards[0])
+        with on_tape(card_of(cards[0].index)):
+            options = {name: down(value) for name, value in options.items()}
+            return moved(func(*(down(each) for each in args), **options), cards[0])
 
     return kernel
 

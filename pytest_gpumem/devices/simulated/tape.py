@@ -1,0 +1,186 @@
+"""What a captured graph computes, kept to be computed again on the same memory.
+
+The host computes a card's values, so what is kept is the host's operators below those
+of the card, each with where its operands lie: in which storage, and how. A storage is
+named by a number and held by nobody: one that is gone when the graph is replayed was a
+helper's, and lies in new memory for as long as the replay takes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
+
+_tree_map: Final[Any] = torch.utils._pytree.tree_map_only
+_set: Final[Any] = torch._C.TensorBase.set_  # below Tensor.set_
+#: Operators whose results nobody has written to.
+_UNWRITTEN: Final = frozenset(
+    {
+        "aten::empty",
+        "aten::empty_like",
+        "aten::empty_permuted",
+        "aten::empty_strided",
+        "aten::new_empty",
+        "aten::new_empty_strided",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Operand:
+    """Where a tensor lies: the number of its storage, and its place there."""
+
+    storage: int
+    dtype: torch.dtype
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    is_conj: bool
+    is_neg: bool
+
+
+class _Step(NamedTuple):
+    """One operator of the host: what it is given, and where its new results lie."""
+
+    func: Any
+    args: Any
+    kwargs: Any
+    results: list[_Operand | None]
+
+
+class Tape:
+    """Operators of the host in the order in which they ran.
+
+    Limits: what Python computes of numbers between operators is kept as it was, like
+    the number that a seed was drawn as.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[_Step] = []
+        self._storages: list[StorageWeakRef] = []
+        self._sizes: list[int] = []
+
+    def keep(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Keep an operator that has just run, unless it has written nothing."""
+        if func._schema.name in _UNWRITTEN:
+            return
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs, out))
+        tensors = [each for each in leaves if isinstance(each, torch.Tensor)]
+        if any(each.is_meta or isinstance(each, SimulatedTensor) for each in tensors):
+            return  # what a card's operator did with the host is kept by itself
+        given = {
+            each.untyped_storage()._cdata
+            for each in torch.utils._pytree.tree_leaves((args, kwargs))
+            if isinstance(each, torch.Tensor)
+        }
+        made = [
+            self._operand(each)
+            if isinstance(each, torch.Tensor)
+            and each.untyped_storage()._cdata not in given
+            else None
+            for each in torch.utils._pytree.tree_leaves(out)
+        ]
+        if not func._schema.is_mutable and not any(made):
+            return
+        args, kwargs = _tree_map(torch.Tensor, self._argument, (args, kwargs))
+        self._steps.append(_Step(func, args, kwargs, made))
+
+    def keep_call(self, call: Any) -> None:
+        """Keep a call that is not an operator, such as another graph's replay."""
+        self._steps.append(_Step(call, (), {}, []))
+
+    def replay(self) -> None:
+        """Run every operator again; results that are still there get the new values."""
+        with torch.no_grad(), torch._C._DisableAutocast(), _disable_current_modes():
+            self._replay({})
+
+    def _replay(self, helpers: dict[int, torch.UntypedStorage]) -> None:
+        def tensor(operand: _Operand) -> torch.Tensor:
+            return self._tensor(operand, helpers)
+
+        for step in self._steps:
+            args, kwargs = _tree_map(_Operand, tensor, (step.args, step.kwargs))
+            out = step.func(*args, **kwargs)
+            leaves = torch.utils._pytree.tree_leaves(out)
+            for operand, result in zip(step.results, leaves, strict=False):
+                if operand is None:
+                    continue
+                if self._alive(operand.storage) is None:
+                    helpers[operand.storage] = result.untyped_storage()
+                else:
+                    tensor(operand).copy_(result)
+
+    def _argument(self, value: torch.Tensor) -> Any:
+        """Return what stands for an argument: a number of the host is as it was."""
+        storage = value.untyped_storage()
+        is_hosts = not hasattr(storage, "_gpumem") and not self._knows(storage)
+        if not is_hosts:
+            return self._operand(value)
+        return value.clone() if value.dim() == 0 else value
+
+    def _operand(self, value: torch.Tensor) -> _Operand:
+        return _Operand(
+            self._number(value.untyped_storage()),
+            value.dtype,
+            value.size(),
+            value.stride(),
+            int(value.storage_offset()),
+            value.is_conj(),
+            value.is_neg(),
+        )
+
+    def _knows(self, storage: Any) -> bool:
+        tape, _number = getattr(storage, "_gpumem_number", (None, 0))
+        return tape is self
+
+    def _number(self, storage: Any) -> int:
+        if not self._knows(storage):
+            storage._gpumem_number = self, len(self._storages)
+            self._storages.append(StorageWeakRef(storage))
+            self._sizes.append(storage.nbytes())
+        number: int = storage._gpumem_number[1]
+        return number
+
+    def _alive(self, number: int) -> torch.UntypedStorage | None:
+        found: torch.UntypedStorage | None = torch.UntypedStorage._new_with_weak_ptr(
+            self._storages[number].cdata
+        )
+        return found
+
+    def _tensor(
+        self, operand: _Operand, helpers: dict[int, torch.UntypedStorage]
+    ) -> torch.Tensor:
+        number = operand.storage
+        storage = self._alive(number)
+        if storage is None:
+            storage = helpers.get(number)
+        if storage is None:
+            storage = helpers[number] = torch.UntypedStorage(self._sizes[number])
+        value = torch.empty(0, dtype=operand.dtype, device="cpu")
+        _set(value, storage, operand.offset, operand.size, operand.stride)
+        value = value.conj() if operand.is_conj else value
+        return torch._neg_view(value) if operand.is_neg else value
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the host's operators on a tape while it is on."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        self._tape = tape
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operator, and keep it."""
+        __tracebackhide__ = True
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        self._tape.keep(func, args, kwargs, out)
+        return out

@@ -1,0 +1,302 @@
+"""Graphs of CUDA and private pools on the simulated card: bytes, values, errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Any
+
+import captures
+import pytest
+import torch
+
+from pytest_gpumem.cards import find_card
+from pytest_gpumem.devices.simulated import graphs
+from pytest_gpumem.devices.simulated.install import simulated_device
+from pytest_gpumem.devices.simulated.tensor import HANDLERS
+from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+MIB = 2**20
+
+
+@pytest.fixture(autouse=True)
+def card() -> Iterator[Any]:
+    """A card."""
+    with simulated_device("T4") as machine:
+        yield machine.cards[0]
+
+
+def captured(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """Capture a function and return the graph and what the function returned."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+    return graph, result
+
+
+def test_every_step_is_as_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Statistics, pools, blocks and errors are those of PyTorch's own CUDA code."""
+    # Pools are numbered in a process.
+    monkeypatch.setattr(graphs, "_graphs", iter(range(1, 1000)))
+    monkeypatch.setattr(graphs, "_users", iter(range(1, 1000)))
+    plain = dataclasses.replace(
+        find_card("A100-40GB")[0], total_bytes=captures.TOTAL_BYTES
+    )
+    recorded = json.loads(captures.RECORDED.read_text(encoding="utf-8"))
+    with simulated_device([plain]) as machine:
+        machine.all_cards[0].driver.context_bytes = 0
+        rows = json.loads(json.dumps(captures.run()))
+
+    assert recorded == rows
+    assert 100 < len(rows)
+
+
+def test_a_replay_computes_on_the_same_memory() -> None:
+    """Inputs are read again, results that are held are written again."""
+    source = torch.zeros(3, device="cuda")
+
+    def compute() -> torch.Tensor:
+        helper = source + 1
+        view = helper.view(3, 1).t()
+        return view.mul(2).sum(0)
+
+    graph, result = captured(compute)
+    pointer = result.data_ptr()
+    source.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    before = torch.cuda.memory_allocated()
+    graph.replay()
+
+    assert [4.0, 6.0, 8.0] == result.tolist()
+    assert pointer == result.data_ptr()
+    assert before == torch.cuda.memory_allocated()
+
+
+def test_a_replay_writes_in_place_and_draws_anew() -> None:
+    """What a graph changes is changed again by each replay; numbers are drawn anew."""
+    count = torch.zeros(2, device="cuda")
+    torch.cuda.manual_seed(5)
+    graph, drawn = captured(lambda: (count.add_(1), torch.rand(4, device="cuda"))[1])
+    seen = []
+    for _ in range(3):
+        graph.replay()
+        seen.append(drawn.tolist())
+
+    # On a card a capture computes nothing; here it has computed once.
+    assert [4.0, 4.0] == count.tolist()
+    assert 3 == len(set(map(tuple, seen)))
+
+
+def test_a_result_that_is_gone_is_computed_without_memory() -> None:
+    """A freed result leaves its block to the pool; a replay needs none."""
+    source = torch.ones(MIB, device="cuda")
+
+    def compute() -> torch.Tensor:
+        first = source * 3
+        second = first + 1
+        del first
+        return second * 2
+
+    graph, result = captured(compute)
+    held = torch.cuda.memory_allocated()
+    source.fill_(2)
+    graph.replay()
+
+    assert 14.0 == result[0].item()
+    assert held == torch.cuda.memory_allocated()
+    (segment,) = [
+        each
+        for each in torch.cuda.memory_snapshot(graph.pool())
+        if each["segment_type"] == "large"
+    ]
+    assert [4 * MIB, 16 * MIB] == [each["size"] for each in segment["blocks"]]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_whole_steps_train_as_without_a_graph(fused: bool) -> None:  # noqa: FBT001  # a parameter
+    """Captured forward, backward and step give the losses and weights of plain ones."""
+
+    def train(*, with_graph: bool) -> list[Any]:
+        torch.manual_seed(3)
+        model = torch.nn.Sequential(
+            torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 2)
+        ).cuda()
+        optimizer = torch.optim.AdamW(model.parameters(), capturable=True, fused=fused)
+        source, goal = torch.zeros(5, 4, device="cuda"), torch.ones(5, 2, device="cuda")
+
+        def step() -> torch.Tensor:
+            optimizer.zero_grad(set_to_none=True)
+            loss = torch.nn.functional.mse_loss(model(source), goal)
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        step()
+        batches = [torch.full((5, 4), float(each)) for each in range(1, 5)]
+        losses = []
+        source.copy_(batches[0])
+        if with_graph:
+            graph, loss = captured(step)
+            losses.append(loss.item())
+            for batch in batches[1:]:
+                source.copy_(batch)
+                graph.replay()
+                losses.append(loss.item())
+        else:
+            for batch in batches:
+                source.copy_(batch)
+                losses.append(step().item())
+        return [losses, [each.tolist() for each in model.parameters()]]
+
+    assert train(with_graph=False) == train(with_graph=True)
+
+
+def test_graphed_callables_give_gradients() -> None:
+    """A module's graphed forward and backward give what the module gives."""
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh()).cuda()
+    source = torch.randn(2, 3, device="cuda", requires_grad=True)
+    expected = module(source)
+    gradients = torch.autograd.grad(expected.sum(), [source, *module.parameters()])
+    graphed: Any = torch.cuda.make_graphed_callables(
+        module, (torch.zeros(2, 3, device="cuda", requires_grad=True),)
+    )
+    result = graphed(source)
+    found = torch.autograd.grad(result.sum(), [source, *module.parameters()])
+
+    assert torch.equal(expected, result)
+    assert all(map(torch.equal, gradients, found))
+
+
+def test_attention_is_computed_again() -> None:
+    """What a card fuses and the host computes by other operators is kept, too."""
+    query = torch.zeros(1, 2, 4, 8, device="cuda")
+    graph, result = captured(
+        lambda: torch.nn.functional.scaled_dot_product_attention(query, query, query)
+    )
+    query.fill_(2)
+    graph.replay()
+
+    assert [2.0] * 8 == result[0, 0, 0].tolist()
+
+
+def test_pinned_memory_is_copied_at_each_replay() -> None:
+    """A copy from pinned memory reads what is there when the graph is replayed."""
+    source = torch.zeros(2).pin_memory()
+    target = torch.zeros(2, device="cuda")
+    graph, _nothing = captured(lambda: target.copy_(source, non_blocking=True))
+    source.fill_(7)
+    graph.replay()
+
+    assert [7.0, 7.0] == target.tolist()
+
+
+def test_a_graph_can_be_part_of_another() -> None:
+    """A replay in a capture is replayed with it."""
+    count = torch.zeros(1, device="cuda")
+    inner, _nothing = captured(lambda: count.add_(1))
+    outer, _nothing = captured(inner.replay)
+    outer.replay()
+    outer.replay()
+
+    assert [3.0] == count.tolist()
+
+
+def test_a_stream_that_nobody_waits_for_ends_a_capture() -> None:
+    """Work on a stream that joined has to be waited for."""
+    source, side = torch.zeros(1, device="cuda"), torch.cuda.Stream()
+
+    def fork() -> None:
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            source.add_(1)
+
+    with pytest.raises(torch.AcceleratorError, match="unjoined work"):
+        captured(fork)
+
+
+def test_an_empty_graph_is_warned_of() -> None:
+    """Nothing was captured where nothing was computed on the stream."""
+    with pytest.warns(UserWarning, match="The CUDA Graph is empty"):
+        captured(lambda: None)
+
+
+def test_nothing_is_kept_outside_of_a_capture() -> None:
+    """Operators run as they are before and after one, whether it failed or not."""
+    source = torch.zeros(2, device="cuda")
+    with pytest.raises(torch.AcceleratorError):
+        captured(lambda: source.add_(1).sum().item())
+
+    assert HANDLERS._wrapper is None
+    assert 2.0 == source.sum().item()
+
+
+def test_a_replay_is_nothing_to_what_watches_operators() -> None:
+    """Modes, autocast and autograd see no operator of a replay."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    seen: list[Any] = []
+    source = torch.ones(2, 2, device="cuda", requires_grad=True)
+    graph, result = captured(lambda: source @ source)
+    with Watching(), torch.autocast("cuda"), torch.autocast("cpu"):  # type: ignore[no-untyped-call]  # torch's
+        graph.replay()
+
+    assert [] == seen
+    assert [[2.0, 2.0]] * 2 == result.tolist()
+
+
+def test_shapes_alone_are_captured_without_values() -> None:
+    """A card without values captures bytes, and a replay has nothing to compute."""
+    with simulated_device("T4", values="none"):
+        source = torch.zeros(MIB, device="cuda")
+        graph, result = captured(lambda: source + 1)
+        graph.replay()
+
+        assert (MIB,) == result.shape
+        assert 20 * MIB == torch.cuda.memory_snapshot(graph.pool())[0]["total_size"]
+
+
+@pytest.mark.parametrize(
+    ("name", "use"),
+    [
+        ("CUDAGraph.debug_dump", lambda graph: graph.debug_dump("file")),
+        ("CUDAGraph.raw_cuda_graph", lambda graph: graph.raw_cuda_graph()),
+        (
+            "check_input_liveness",
+            lambda graph: graph.capture_begin(check_input_liveness=True),
+        ),
+        (
+            "CUDAPluggableAllocator",
+            lambda _graph: torch.cuda.MemPool(object()),  # type: ignore[arg-type]  # refused
+        ),
+    ],
+)
+def test_what_only_cuda_has_is_refused(name: str, use: Callable[[Any], Any]) -> None:
+    """A graph of CUDA's own, and an allocator in C, are refused by name."""
+    with pytest.raises(UnsupportedOnSimulatedDeviceError, match=name):
+        use(torch.cuda.CUDAGraph())
+
+
+def test_an_oom_in_a_capture_can_be_caught(card: Any) -> None:
+    """A budget holds for private pools; the capture goes on after the error."""
+    card.set_budget(40 * MIB)
+    source = torch.zeros(1, device="cuda")
+
+    def compute() -> torch.Tensor:
+        with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+            torch.empty(30 * MIB, device="cuda")
+        return source + 1
+
+    graph, result = captured(compute)
+    source.fill_(4)
+    graph.replay()
+
+    assert [5.0] == result.tolist()
