@@ -7,6 +7,7 @@ import contextlib
 import logging
 import threading
 import time
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 
 from pytest_gpumem import OomInjector, active_device, vram_budget
 from pytest_gpumem.devices.simulated.install import simulated_device
+from pytest_gpumem.instruments import trials
 from pytest_gpumem.instruments.trials import Trial, failure_of, is_the_oom
 
 if TYPE_CHECKING:
@@ -149,8 +151,20 @@ def test_a_group_is_an_oom_if_a_member_is() -> None:
     """An error of several tasks."""
     group = builtins.ExceptionGroup
 
-    assert is_the_oom(group("tasks", [KeyError(), _caught(_raises_in_its_handler)]))
+    oom = _caught(_raises_in_its_handler)
+    assert is_the_oom(group("tasks", [KeyError(), oom]))
+    assert is_the_oom(group("tasks", [oom, KeyError()]))
     assert not is_the_oom(group("tasks", [KeyError(), _caught(_fails)]))
+
+
+def test_errors_that_were_not_raised_say_nothing_of_a_handler() -> None:
+    """They have no frames; what they are chained to by hand is no cause."""
+    fresh, raised = KeyError(), _caught(_fails)
+    fresh.__context__ = _caught(_runs_out)
+    raised.__context__ = torch.OutOfMemoryError("CUDA out of memory.")
+
+    assert not is_the_oom(fresh)
+    assert not is_the_oom(raised)
 
 
 def test_an_injected_error_is_an_oom_whatever_its_class() -> None:
@@ -252,17 +266,44 @@ def test_every_run_draws_the_same_numbers(device: Device) -> None:
     assert trial.run().result == trial.run().result
 
 
-def test_a_thread_that_a_run_leaves_at_work_is_waited_for(device: Device) -> None:
-    """What it holds when the run ends is no leak; unless the run had to be ended."""
+class _Worker(threading.Thread):
+    """Holds memory until somebody waits for it."""
 
-    def work() -> None:
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._holds = threading.Event()
+        self._is_waited_for = threading.Event()
+
+    def start(self) -> None:
+        super().start()
+        self._holds.wait()
+
+    def run(self) -> None:
         held = _take(2 * MIB)
-        time.sleep(0.3)
+        self._holds.set()
+        self._is_waited_for.wait(10)
         del held
 
-    attempt = Trial(body=threading.Thread(target=work).start, device=device).run()
+    def join(self, timeout: float | None = None) -> None:
+        self._is_waited_for.set()
+        super().join(timeout)
+
+
+def test_a_thread_that_a_run_leaves_at_work_is_waited_for(device: Device) -> None:
+    """What it holds when the run ends is no leak."""
+    attempt = Trial(body=lambda: _Worker().start(), device=device).run()
 
     assert attempt.left_bytes == 0
+
+
+def test_a_run_says_how_long_the_body_took(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sweeps give later runs many times as long."""
+    clock = SimpleNamespace(perf_counter=iter((10.0, 12.5)).__next__)
+    monkeypatch.setattr(trials, "time", clock)
+
+    assert Trial(body=_fails, device=device).run().seconds == 2.5
 
 
 def test_what_a_result_owns_is_not_left(device: Device) -> None:

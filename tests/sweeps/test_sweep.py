@@ -76,6 +76,28 @@ def test_recovery_can_be_demanded() -> None:
     assert {Verdict.RECOVERED: 16} == sweep_ooms(_recover, recover=True).verdicts
 
 
+def test_a_clean_oom_that_leaves_bytes_behind_is_a_leak() -> None:
+    """Who holds them is looked for once for each site: it takes a while."""
+    kept = []
+
+    def body() -> None:
+        held: list[torch.Tensor] = []
+        try:
+            held.extend(torch.zeros(MIB // 4, device="cuda") for _ in range(4))
+        except torch.OutOfMemoryError:
+            kept.append(held)
+            raise
+
+    alone, *leaks = sweep_ooms(body, modes=("transient",)).outcomes
+
+    assert (Verdict.CLEAN_OOM, 0) == (alone.verdict, alone.left_bytes)
+    assert [(Verdict.LEAK, n * MIB) for n in (1, 2, 3)] == [
+        (each.verdict, each.left_bytes) for each in leaks
+    ]
+    assert [0, 1, 0, 0] == [len(each.holders) for each in (alone, *leaks)]
+    assert "'kept'" in leaks[0].holders[0]
+
+
 def test_the_end_is_an_unused_fault_and_no_success() -> None:
     """Code that recovers at once is swept to its last allocation all the same."""
 
