@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem.allocator.tenant import FixedTenant
@@ -18,7 +19,7 @@ from pytest_gpumem.inheritance import VARIABLE, pass_tenant_on
 from pytest_gpumem.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from pytest_gpumem.devices import Device
 
@@ -48,76 +49,74 @@ for line in sys.stdin:
 """
 
 
-class _Simulated:
-    def __init__(self, device: Any, index: int) -> None:
-        self.pid: Final = next(_pids)
-        self._index: Final = index
-        self._card: Final = device.machine.cards[index]
-        self._tenant: Final = FixedTenant(self.pid, 0)
-        self._card.driver.tenants.append(self._tenant)
+@contextmanager
+def _simulated(device: Any, index: int) -> Iterator[tuple[int, Callable[[int], None]]]:
+    """Yield a process's number and what has it hold so many bytes."""
+    card, tenant = device.machine.cards[index], FixedTenant(next(_pids), 0)
 
-    def hold(self, nbytes: int) -> None:
-        with self._card.locked():
-            self._tenant.nbytes = nbytes
-        pass_tenant_on(self._index, self.pid, nbytes)
+    def hold(nbytes: int) -> None:
+        with card.locked():
+            tenant.nbytes = nbytes
+        pass_tenant_on(index, tenant.pid, nbytes)
 
-    def close(self) -> None:
-        self.hold(0)
-        with self._card.locked(), suppress(ValueError):  # the card was set up anew
-            self._card.driver.tenants.remove(self._tenant)
+    card.driver.tenants.append(tenant)
+    try:
+        yield tenant.pid, hold
+    finally:
+        hold(0)
+        with card.locked(), suppress(ValueError):  # the card was set up anew
+            card.driver.tenants.remove(tenant)
 
 
-class _Real:
-    def __init__(self, device: Device, index: int) -> None:
-        self._device, self._index = device, index
-        self._free = device.mem_get_info(index)[0]
-        environment = {k: v for k, v in os.environ.items() if k != VARIABLE}
-        self._process = subprocess.Popen(  # noqa: S603  # our own program
-            [sys.executable, "-c", _PROGRAM, str(index)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            text=True,
-        )
-        self.pid = self._process.pid
-        try:
-            self._wait()
-        except BaseException:
-            self.close()
-            raise
+@contextmanager
+def _real(device: Device, index: int) -> Iterator[tuple[int, Callable[[int], None]]]:
+    """Do the same as ``_simulated``, with a process that is there."""
+    free_before = device.mem_get_info(index)[0]
+    environment = {k: v for k, v in os.environ.items() if k != VARIABLE}
+    process = subprocess.Popen(  # noqa: S603  # our own program
+        [sys.executable, "-c", _PROGRAM, str(index)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+        text=True,
+    )
 
-    def _wait(self) -> None:
-        # A process that does not answer is ended, and its answer is empty then.
-        patience = threading.Timer(TIMEOUT_S, self._process.kill)
-        patience.start()
-        try:
-            out = self._process.stdout
-            answer = out.readline().strip() if out else ""
-        finally:
-            patience.cancel()
-        if answer != "ready":
-            raise TenantError(
-                "the competing process does not hold that: "
-                f"{answer or f'it has ended, or did not answer in {TIMEOUT_S:.0f} s'}"
-            )
-
-    def hold(self, nbytes: int) -> None:
-        if self._process.stdin is not None:
+    def hold(nbytes: int) -> None:
+        if process.stdin is not None:
             with suppress(OSError):  # it has ended, and gives no answer
-                self._process.stdin.write(f"{nbytes}\n")
-                self._process.stdin.flush()
-            self._wait()
+                process.stdin.write(f"{nbytes}\n")
+                process.stdin.flush()
+            _wait_for(process)
 
-    def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
+    try:
+        _wait_for(process)
+        yield process.pid, hold
+    finally:
+        process.kill()
+        process.communicate()
         until = time.monotonic() + TIMEOUT_S
-        while self._device.mem_get_info(self._index)[0] < self._free:
+        while device.mem_get_info(index)[0] < free_before:
             if time.monotonic() > until:
-                return  # somebody else has taken it
+                break  # somebody else has taken it
             time.sleep(0.05)
 
 
+def _wait_for(process: subprocess.Popen[str]) -> None:
+    # A process that does not answer is ended, and its answer is empty then.
+    patience = threading.Timer(TIMEOUT_S, process.kill)
+    patience.start()
+    try:
+        answer = process.stdout.readline().strip() if process.stdout else ""
+    finally:
+        patience.cancel()
+    if answer != "ready":
+        raise TenantError(
+            "the competing process does not hold that: "
+            f"{answer or f'it has ended, or did not answer in {TIMEOUT_S:.0f} s'}"
+        )
+
+
+@dataclass(slots=True)
 class Tenant:
     """A process that holds memory of a card.
 
@@ -126,12 +125,11 @@ class Tenant:
         nbytes: What it was told to hold.
     """
 
-    def __init__(self, holder: _Simulated | _Real, device: Device, index: int) -> None:
-        self._holder = holder
-        self._device = device
-        self._index = index
-        self.pid = holder.pid
-        self.nbytes = 0
+    pid: int
+    _hold: Callable[[int], None]
+    _device: Device
+    _index: int
+    nbytes: int = 0
 
     def grow(self, size: int | str) -> None:
         """Hold so much more.
@@ -148,12 +146,12 @@ class Tenant:
                 f"cuda:{self._index}: only {format_size(free)} ({free} bytes) of "
                 f"{format_size(total)} are free; take less, or use a larger card"
             )
-        self._holder.hold(self.nbytes + more)
+        self._hold(self.nbytes + more)
         self.nbytes += more
 
     def leave(self) -> None:
         """Give everything back; it may grow again."""
-        self._holder.hold(0)
+        self._hold(0)
         self.nbytes = 0
 
 
@@ -186,11 +184,8 @@ def competing_process(
             tenant.leave()
     """
     device = active_device() if device is None else device
-    kind = _Simulated if device.kind == "simulated" else _Real
-    holder = kind(device, device_index)
-    try:
-        tenant = Tenant(holder, device, device_index)
+    process = _simulated if device.kind == "simulated" else _real
+    with process(device, device_index) as (pid, hold):
+        tenant = Tenant(pid, hold, device, device_index)
         tenant.grow(size)
         yield tenant
-    finally:
-        holder.close()

@@ -147,6 +147,12 @@ CASES: Final = {
         "the loader returned no model and raised nothing",
         "the loader returned no model and raised nothing",
     ),
+    "gives no model": Case(
+        _fall_back(lambda: "loaded"),
+        OOM,
+        "the loader returned no model and raised nothing",
+        "the loader returned no model and raised nothing",
+    ),
     "other weights": Case(
         _fall_back(lambda: _new(2.0)),
         OOM,
