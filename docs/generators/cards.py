@@ -28,9 +28,10 @@ def cards() -> str:
     return page(
         [
             "# Cards\n\n"
-            "What `--gpu-card` and `find_card` know by name. Write the name of the first "
-            "column or the driver's; case, blanks, hyphens and the maker's words do not "
-            "matter. Any other card can be made up: `--gpu-card=16GiB,cc=8.6,sms=46`.",
+            "These are the cards that `--gpu-card` and `find_card` know by name. Use the name in "
+            "the first column or the driver's name; case, blanks, hyphens and words like "
+            "NVIDIA do not matter. Any other card can be made up: "
+            "`--gpu-card=16GiB,cc=8.6,sms=46`.",
             table(
                 [
                     "card",
@@ -43,22 +44,23 @@ def cards() -> str:
                 ],
                 rows,
             ),
-            "**Total** is what the driver reports to CUDA, in bytes where an output "
-            "shows them; `≈` marks one known in whole MiB or to 0.01 GiB. **Others saw**: "
-            "the smallest and the largest total in public issues, logs and data sets "
-            "(`tests/published/cards.json` names each source). The same card "
-            "differs by up to 5 % with driver, system (Windows shows more) and error "
-            "correction; where it matters to the byte, make the card up.",
-            "**Context** is what a process's CUDA context takes of the card, from its "
-            "first use until the process ends: free memory, NVML and OOM texts count it. "
-            "It is modelled, not measured: 36 MiB and 2.18 MiB for each 1,024 threads "
-            "that can run at once, fitted to what OOM texts of 21 kinds of cards count "
-            "beside PyTorch's own bytes (median error 5 %, worst 21 %). Kernels of other "
-            "libraries, NCCL and old drivers without lazy loading take more. "
-            "`--gpu-card=T4,ctx=135MiB` gives another figure, `T4,ctx=0` none. A made-up "
-            "card's context takes nothing unless `ctx=` says so. `nccl=200MiB` is what each "
-            "communicator of [NCCL](nccl.md) takes; unless it is said, nothing.",
-            "Slices of a card (MIG) are cards of their own here: "
+            "**Total** is the total that the driver reports to CUDA: exact bytes if a published "
+            "output shows them; `≈` marks a total that is known in whole MiB or to 0.01 GiB. "
+            "**Others saw**: the smallest and the largest total in public issues, logs and "
+            "data sets (`tests/published/cards.json` names each source). The total of one "
+            "kind of card differs by up to 5 % with the driver, the system (Windows shows "
+            "more) and error correction. If you need the exact bytes of your card, make it "
+            "up.",
+            "**Context** is the memory that a process's CUDA context takes, from the first "
+            "use of the card until the process ends. Free memory, NVML and OOM texts count "
+            "it. It is modelled, not measured: 36 MiB plus 2.18 MiB for each 1,024 threads "
+            "that can run at once. The model is fitted to the bytes that OOM texts of 21 "
+            "kinds of cards count outside PyTorch (median error 5 %, worst 21 %). Kernels "
+            "of other libraries, NCCL and old drivers without lazy loading take more. "
+            "`--gpu-card=T4,ctx=135MiB` sets another size, `T4,ctx=0` none. A made-up card "
+            "has no context unless `ctx=` gives its size. `nccl=200MiB` is the memory that "
+            "each communicator of [NCCL](nccl.md) takes; the default is 0.",
+            "Slices of a card (MIG) count as cards here: "
             "`--gpu-card=A100-80GB:1g.10gb`.",
         ]
     )

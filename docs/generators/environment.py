@@ -13,31 +13,32 @@ from generators.markdown import page, table
 _NAME: Final = re.compile(r"(PYTEST_GPUMEM|PYTORCH|CUDA|CUBLAS|GITHUB)_[A-Z_]+")
 
 NOTES: Final = {
-    "PYTEST_GPUMEM_CACHE": "where checkpoints that were built are kept; else the user's "
-    "cache folder, as XDG says",
-    "PYTEST_GPUMEM_TENANCY": "the folder through which a user's processes know of one "
-    "another: `gpu_load_lock` and cards that several processes share; else a folder of "
-    "the user in the temporary one; see [security](../security.md)",
+    "PYTEST_GPUMEM_CACHE": "the folder in which built checkpoints are kept; by default the "
+    "user's cache folder, as XDG defines it",
+    "PYTEST_GPUMEM_TENANCY": "the folder that a user's processes share, for "
+    "`gpu_load_lock` and for cards that several processes use; by default a folder of the "
+    "user in the temporary folder; see [security](../security.md)",
     "PYTEST_GPUMEM_LOCKS": "the folder of `gpu_load_lock` that several users share; see "
     "[security](../security.md#one-lock-for-all-users-of-a-machine)",
     "PYTEST_GPUMEM_WORKER": "set by a run for its pytest-xdist workers, to tell each its "
-    "place; not for you to set",
+    "number; not for you to set",
     "PYTEST_GPUMEM_CHILDREN": "set by a run for its child processes, to hand over device, "
     "budgets and rules; not for you to set",
     "PYTEST_GPUMEM_PYTHON": "set by a run on simulated cards: the Python that answers as "
     "`nvidia-smi`; not for you to set",
     "PYTEST_GPUMEM_HUB": "set by a run for its child processes, to name the models of the "
     "hub that they serve too; not for you to set",
-    "CUDA_VISIBLE_DEVICES": "which cards are seen, and in which order; read as CUDA "
-    "reads it, when it is first used in a process, for simulated cards too",
+    "CUDA_VISIBLE_DEVICES": "the visible cards and their order; as CUDA does, a process "
+    "reads it when it first uses a card, and this holds for simulated cards, too",
     "CUBLAS_WORKSPACE_CONFIG": "the size of cuBLAS's workspace, on simulated cards too",
-    "PYTORCH_ALLOC_CONF": "settings of the caching allocator, which the simulated card's "
-    "model heeds; a setting that is not modelled is refused at the start",
+    "PYTORCH_ALLOC_CONF": "settings of the caching allocator, which the simulated card "
+    "follows; a setting that is not modelled ends the run at its start",
     "PYTORCH_CUDA_ALLOC_CONF": "its older name",
     "PYTORCH_HIP_ALLOC_CONF": "not read; only in the text of the flavour `hip`",
     "GITHUB_ACTIONS": "`true` in a run of GitHub Actions: tests that fail for their memory "
-    "are marked in the pull request; a step that sets it to anything else has no marks",
-    "GITHUB_WORKSPACE": "set by GitHub Actions: the checkout, from which it counts paths",
+    "get annotations in the pull request; with any other value they do not",
+    "GITHUB_WORKSPACE": "set by GitHub Actions: the checkout; paths of annotations are "
+    "relative to it",
     "GITHUB_STEP_SUMMARY": "set by GitHub Actions; runs that used a card write their "
     "summary there",
 }
@@ -51,12 +52,12 @@ def environment() -> str:
     return page(
         [
             "# Environment variables",
-            "Every [option](options.md) can stand in the ini file; none is read from "
-            "the environment, pytest's own `PYTEST_ADDOPTS` aside. These variables are "
-            "heeded:",
-            "## Its own",
+            "Every [option](options.md) can be set in the ini file. None is read from the "
+            "environment, except through pytest's own `PYTEST_ADDOPTS`. These variables "
+            "have an effect:",
+            "## Variables of the plugin",
             _table(ours, found),
-            "## Of CUDA, PyTorch and GitHub",
+            "## Variables of CUDA, PyTorch and GitHub",
             _table(theirs, found),
         ]
     )

@@ -40,8 +40,8 @@ def fixtures() -> str:
     found = sorted(find_fixtures())
     parts = [
         "# Fixtures",
-        "Each is a thin wrapper over what works without pytest too, in a script or "
-        "under `@given`: the [API](api.md).",
+        "Each fixture is a thin wrapper over a part of the [API](api.md), which also works "
+        "without pytest, in a script or under `@given`.",
         table(
             ("fixture", "gives"),
             (

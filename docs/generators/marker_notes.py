@@ -79,7 +79,7 @@ def test_it_may_take_what_is_free():
         {
             "limit": SIZE,
             "metric": "`allocated` (bytes in live tensors), `reserved` (what the "
-            "allocator holds from the driver) or `process` (what the driver counts: "
+            "allocator holds from the driver) or `process` (the driver's count: "
             "reserved and context)",
             "device": "the card's index; `None` means each card",
             "phase": "`call`, `test` (setup and teardown too) or `children` (each process "
@@ -97,7 +97,7 @@ def test_it_is_small():
 """,
     ),
     "max_vram_leak": Note(
-        {"size": "what may be left, in bytes or as text; 0 allows nothing"},
+        {"size": "bytes that may be left, as a number or as text; 0 allows nothing"},
         """
 import pytest
 import torch
@@ -169,13 +169,13 @@ def test_it_is_swept_on_demand():
             "`config.json` or a folder with one, or a checkpoint's folder, which is served "
             "as it is; `hub` means the hub's own model; `None`, the known model of that "
             "name, unless the user's own cache has it. A path starts from the test's file",
-            "format": "`safetensors`, or `bin` for the legacy `pytorch_model.bin`; where "
-            "it is left out, that is built too once it is asked for",
-            "max_shard_size": "bytes of a file of weights at most, such as `200MB`; `None` "
-            "means one file",
-            "dtype": "of the weights: `float32`, `float16`, `bfloat16`, `float64`",
-            "seed": "of the weights",
-            "weights": "`random`, or `zeros`, which take no room",
+            "format": "`safetensors`, or `bin` for the legacy `pytorch_model.bin`; if it is "
+            "left out, the legacy file is built as well when code asks for it",
+            "max_shard_size": "the largest size of a file of weights, such as `200MB`; "
+            "`None` means one file",
+            "dtype": "dtype of the weights: `float32`, `float16`, `bfloat16`, `float64`",
+            "seed": "seed of the random weights",
+            "weights": "`random`, or `zeros`, which take no disk space",
             "architecture": "class of transformers; `None` means the config's own",
         },
         """

@@ -35,11 +35,11 @@ def markers() -> str:
     found = [_read(each) for each in DESCRIPTIONS]
     parts = [
         "# Markers",
-        "On a test, a class or a module; where one is on several, the nearest counts. "
-        "Arguments that make no sense end the run with exit code 4, before any test. "
-        "Each example is a test file that runs as it stands, without a GPU, where the ini "
-        "file has `gpu_backend = auto`; where nothing asks for a device, a marker ends "
-        "the run and says so.",
+        "Markers go on a test, a class or a module. If a marker is on several of them, the "
+        "nearest one counts. Arguments that make no sense end the run with exit code 4, "
+        "before any test. Each example is a test file that runs unchanged, without a GPU, "
+        "if the ini file has `gpu_backend = auto`. In a run that asks for no device, a "
+        "marker ends the run with an error that says so.",
         table(
             ("marker", "meaning"),
             ((f"[`{each.name}`](#{each.name})", each.meaning) for each in found),

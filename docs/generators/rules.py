@@ -34,16 +34,16 @@ def rules() -> str:
             "RULE)`) and the API (`OomInjector(RULE)`):\n",
             "```text\nPHASE[:KEY=VALUE,…]\n```\n",
             f"Phases are {', '.join(f'`{phase}`' for phase in PHASES)}. A rule that "
-            "makes no sense is refused before any test runs, by an error that points "
-            "at the character.\n",
+            "makes no sense ends the run before any test, with an error that points "
+            "at the wrong character.\n",
             table(("key", "meaning", "example"), keys),
             "## Flavours\n",
-            "Memory runs out with many words. `flavour=` chooses them; each error has "
-            "the class, the one argument and the text of the real thing, with the "
-            "card's figures of that moment. “OOM class” says whether `except "
-            "torch.OutOfMemoryError` catches it, “counted” whether the allocator's "
-            "`num_ooms` goes up. `not-oom` is the negative control: an error that is "
-            "no OOM and that no fallback may swallow.\n",
+            "CUDA and its libraries report a lack of memory with different errors. `flavour=` "
+            "chooses one. Each has the class, the single argument and the text of the real "
+            "error, with the card's figures at that moment. “OOM class” says whether "
+            "`except torch.OutOfMemoryError` catches it, “counted” whether the allocator's "
+            "`num_ooms` counts it. `not-oom` is the negative control: an error that is "
+            "not an OOM and that no fallback may swallow.\n",
             table(("flavour", "class", "OOM class", "counted", "text"), _flavours()),
         ]
     )

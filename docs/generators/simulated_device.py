@@ -44,8 +44,8 @@ def simulated_device() -> str:
     ]
     parts.append("\n**refused**\n\n" + table(("feature", "what to do"), refused))
     parts.append(
-        "\nAn operator that the CPU cannot compute is refused by name too. The driver's "
-        "own [context](cards.md) is modelled by card, and cuDNN's workspaces are not "
-        "simulated.\n"
+        "\nAn operator that the CPU cannot compute raises an error that names it, too. The "
+        "driver's [context](cards.md) is modelled for each card. cuDNN's workspaces are "
+        "not simulated.\n"
     )
     return page(parts)

@@ -24,18 +24,18 @@ METRICS: Final = ("allocated", "reserved", "process")
 PHASES: Final = ("call", "test", "children")
 
 DESCRIPTIONS: Final = (
-    "gpu: needs a real CUDA card; skipped, with the reason, where there is none",
+    "gpu: needs a real CUDA card; the test is skipped where there is none",
     "gpu_budget(size, *, device=0): bytes of a card that this test may hold, "
-    "inclusive; in place of --gpu-budget",
+    "inclusive; overrides --gpu-budget",
     "max_vram(limit, *, metric='allocated', device=None, phase='call'): fail the test "
     "if its peak is above the limit; metric is allocated, reserved or process, device "
     "a card's index (None: each), phase call, test (setup and teardown too) or "
     "children (each process that the test starts)",
     "max_vram_leak(size=0): fail the test if it leaves more bytes on the cards",
     "requires_vram(size, *, device=0): bytes of a card that this test needs; it runs "
-    "once they are free among all workers, and is skipped where no card has that much",
-    "gpu_exclusive(*, device=None): this test has a card (None: each) alone; no other "
-    "worker's test runs on it meanwhile",
+    "once no worker claims them, and is skipped where no card has that much",
+    "gpu_exclusive(*, device=None): this test has a card (None: each card) for itself; "
+    "no test of another worker runs on it at the same time",
     "inject_oom(rule): make chosen allocations of this test's call fail",
     "oom_sweep(points='all', *, recover=False, modes=('transient', 'persistent'), "
     "flavours=('native',), rule='any', timeout_s=None): run the test once for each of "

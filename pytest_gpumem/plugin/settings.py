@@ -150,13 +150,13 @@ class Settings:
         "SIZE",
         parse="pytest_gpumem.sizes:parse_size_spec",
         help="limit on the peak of allocated bytes of every test's call, and of each "
-        "process that it starts, unless the test carries a max_vram of its own for "
+        "process that it starts, unless the test has a max_vram marker of its own for "
         "them: a size, or a percentage of the card",
     )
     leak_check: bool = option(
         "--gpu-leak-check",
         default=False,
-        help="fail every test that leaves bytes on the cards, and say who holds them; "
+        help="fail every test that leaves bytes on the cards, and say what holds them; "
         "@pytest.mark.max_vram_leak(size) allows some",
     )
     baseline: Path | None = option(
@@ -171,7 +171,7 @@ class Settings:
         "--gpu-update-baseline",
         default=False,
         help="write the peaks of the tests that pass into the file of --gpu-baseline, "
-        "and drop tests that are no more",
+        "and remove tests that no longer exist",
     )
     compare_fail: tuple[Tolerance, ...] = option(
         "--gpu-compare-fail",
@@ -179,17 +179,17 @@ class Settings:
         default=(),
         parse="pytest_gpumem.baselines.regressions:Tolerance.parse",
         repeated=True,
-        help="how much more than the baseline passes: allocated:5%% or reserved:16MiB; "
+        help="how much above the baseline is accepted: allocated:5%% or reserved:16MiB; "
         "may be repeated (default: allocated:1%%, and reserved is reported)",
     )
     strict: str = option(
         "--gpu-strict",
         default="auto",
         choices=("auto", "true", "false"),
-        help="fail the run where a check that was asked for holds nothing: a baseline "
-        "without figures of this card and torch, a test that it lacks or that no "
+        help="fail the run if a check that was asked for could check nothing: a baseline "
+        "without figures of this card and torch, a test that it does not have or that no "
         "longer uses the card, a replay with nothing to replay; in the ini file auto "
-        "(where the environment variable CI is set), true or false",
+        "(true if the environment variable CI is set), true or false",
     )
     snapshots: Path | None = option(
         "--gpu-snapshots",
@@ -211,7 +211,7 @@ class Settings:
         "--gpu-find-budget",
         default=False,
         help="run each test that uses a card again under smaller and smaller budgets, "
-        "and say from which one on it passes",
+        "and report the smallest one with which it passes",
     )
     reports: tuple[tuple[str, str], ...] = option(
         "--gpu-report",
@@ -234,58 +234,58 @@ class Settings:
     oom_sweep: bool = option(
         "--gpu-oom-sweep",
         default=False,
-        help="sweep every test that carries @pytest.mark.oom_fallback: fail each of its "
-        "allocations in turn",
+        help="sweep every test that is marked with oom_fallback: make each of its "
+        "allocations fail in turn",
     )
     oom_points: str | int | None = option(
         "--gpu-oom-points",
         "POINTS",
         parse=parse_points,
-        help="which allocations the sweeps of this run fail, whatever the markers say: "
-        "all, sites (the first of each place that allocates), or a number of them",
+        help="which allocations the sweeps of this run make fail, whatever the markers say: "
+        "all, sites (the first allocation of each site), or a number of them",
     )
     resume: bool = option(
         "--gpu-oom-resume",
         default=False,
-        help="go on with sweeps that were interrupted",
+        help="continue sweeps that were interrupted",
     )
     replay: str | None = option(
         "--gpu-replay-oom",
         "RULE",
         check="pytest_gpumem.rules.parser:parse_rule",
-        help="in swept tests run the one point that this rule names; a failing point "
-        "prints the line",
+        help="in swept tests run only the point that this rule names; a failing point "
+        "prints the command with its rule",
     )
     no_children: bool = option(
         "--gpu-no-children",
         default=False,
-        help="leave child processes alone: without it they have the run's device, "
-        "budgets and rules, and their peaks come back to the test that started them",
+        help="do not reach child processes; otherwise they have the run's device, budgets "
+        "and rules, and their peaks are reported with the test that started them",
     )
     share: str = option(
         "--gpu-share",
         "KIND",
         default="equal",
         choices=("equal", "off", "own"),
-        help="what the workers of pytest-xdist have of each card: equal (a test that "
+        help="how the workers of pytest-xdist share each card: equal (a test that "
         "does not say how much it needs has an equal share; one that does waits until "
-        "that much is free), off (they share it and nobody waits: they are in each "
-        "other's way), or own (each has simulated cards for itself; real ones as off)",
+        "that much is free), off (no test waits, so tests may take memory from each "
+        "other), or own (each worker has simulated cards of its own; real cards as off)",
     )
     wait_s: float = option(
         "--gpu-wait-timeout",
         "SECONDS",
         default=600.0,
         parse=parse_seconds,
-        help="the longest that a test waits until its bytes of a card are free; then it "
-        "is an error that names who holds them",
+        help="how long a test may wait until its bytes of a card are free; after that it "
+        "ends in an error that names the processes that hold them",
     )
     checkpoint: str = option(
         "--gpu-checkpoint",
         "NAME_OR_DIR",
         default="bert-large",
         check="pytest_gpumem.checkpoints:check_checkpoint",
-        help="what the bert_large fixture gives: a folder with a checkpoint, or the "
+        help="the checkpoint of the fixture bert_large: a folder with one, or the "
         "name of one to build",
     )
     hub_models: tuple[HubModel, ...] = option(
@@ -299,25 +299,25 @@ class Settings:
         ini_name="gpu_hub_models",
         help="serve a model under its name on the hub, without network: "
         "bert-large-uncased, or my-org/mine=SOURCE, where SOURCE is a known name, a "
-        "config.json, or a checkpoint's folder; hub means the hub's own; may be "
-        "repeated, and adds to the ini file's",
+        "config.json, or a checkpoint's folder; hub means the hub's own model; may be "
+        "repeated, and is added to those of the ini file",
     )
 
     @property
     def is_strict(self) -> bool:
-        """Whether a check that holds nothing fails the run: in CI, unless it is said."""
+        """Whether a check that checks nothing fails the run; by default, in CI only."""
         if self.strict == "auto":
             return os.environ.get("CI", "").strip().lower() not in ("", "0", "false")
         return self.strict == "true"
 
     @property
     def reaches_children(self) -> bool:
-        """Whether child processes take the settings over."""
+        """Whether child processes take over the settings."""
         return not self.no_children
 
     @property
     def inherited(self) -> dict[str, str]:
-        """What child processes take over of the options themselves, by field."""
+        """The options that child processes take over, by field."""
         return {
             name: getattr(self, name)
             for name, each in options_of(Settings).items()
@@ -346,12 +346,12 @@ class Settings:
     def budget_bytes(
         self, index: int, total_bytes: int, own: Sequence[Budget] = ()
     ) -> int | None:
-        """Return the budget of a card of so many bytes; None where there is none.
+        """Return the budget of a card in bytes; None where there is none.
 
         Args:
-            index: The card.
-            total_bytes: Its bytes.
-            own: A test's own budgets, the nearest first; they come before the run's.
+            index: The card's index.
+            total_bytes: The card's total.
+            own: A test's own budgets, the nearest first; they override the run's.
 
         Raises:
             SizeError: A percentage of the card comes to nothing.
