@@ -44,11 +44,11 @@ def _is_composite(func: Any) -> bool:
     return (
         not has_kernel(name, "CPU")
         and any(has_kernel(name, key) for key in _COMPOSITE)
-        and not any(map(_is_view, func._schema.returns))  # likewise
+        and not any(map(is_view, func._schema.returns))  # likewise
     )
 
 
-def _is_view(result: Any) -> bool:
+def is_view(result: Any) -> bool:
     """Tell whether a result shares memory with an argument that is not written to."""
     return result.alias_info is not None and not result.alias_info.is_write
 
