@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem._version import __version__
-from pytest_gpumem.allocator.config import VARIABLES, config_from_environment
+from pytest_gpumem.allocator.config import config_from_environment
+from pytest_gpumem.allocator.versions import installed_version
 from pytest_gpumem.cards import DEFAULT_CARD, find_card
 from pytest_gpumem.checkpoints.cache import cache_folder
 from pytest_gpumem.devices.environment import driver_version
@@ -151,7 +152,7 @@ def _nvml() -> dict[str, Any]:
 
 def _environment(problems: list[Problem]) -> dict[str, Any]:
     facts: dict[str, Any] = {}
-    for name in (*VARIABLES, "CUDA_VISIBLE_DEVICES"):
+    for name in (*installed_version().variables, "CUDA_VISIBLE_DEVICES"):
         facts[name] = os.environ.get(name)
     try:
         config_from_environment()

@@ -300,6 +300,7 @@ class CachingAllocator(PrivatePools):
             reserved_bytes=stats.reserved_bytes.all.current,
             private_bytes=self.free_in_private_pools(),
             processes=self._processes(),
+            version=self.config.version,
         )
         if self.trace is not None:
             self.trace("oom", free, size, stream, pool.owner)

@@ -7,6 +7,12 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from pytest_gpumem.allocator.versions import (
+    NEWEST,
+    SETTINGS_SINCE,
+    AllocatorVersion,
+    installed_version,
+)
 from pytest_gpumem.errors import AllocatorSettingError
 
 MIB: Final = 2**20
@@ -53,6 +59,7 @@ class AllocatorConfig:
             means never.
         memory_fraction: Fraction set at the start; None means none.
         expandable_segments: Whether segments grow page by page.
+        version: Whose allocator it is.
     """
 
     text: str = ""
@@ -63,18 +70,20 @@ class AllocatorConfig:
     gc_threshold: float = 0.0
     memory_fraction: float | None = None
     expandable_segments: bool = False
+    version: AllocatorVersion = NEWEST
 
     @classmethod
-    def parse(cls, text: str) -> AllocatorConfig:
+    def parse(cls, text: str, version: AllocatorVersion = NEWEST) -> AllocatorConfig:
         """Read settings.
 
         Args:
             text: ``key:value,…`` as in ``PYTORCH_CUDA_ALLOC_CONF``.
+            version: Whose allocator it is.
 
         Raises:
             ValueError: A key or value that torch refuses, or that is not modelled.
         """
-        return _read_all(cls(text=text))
+        return _read_all(cls(text=text, version=version))
 
     def renewed(self, text: str) -> AllocatorConfig:
         """Return the settings after torch is given others while it runs.
@@ -112,31 +121,29 @@ def _read_all(config: AllocatorConfig) -> AllocatorConfig:
     return config
 
 
-#: Where PyTorch looks for its allocator's settings; the first that is set counts.
-#: Source: ``c10/core/AllocatorConfig.cpp`` and ``CUDAAllocatorConfig.cpp``, torch 2.13.
-VARIABLES: Final = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+def _variable() -> str | None:
+    """Return where the environment has settings for the installed torch."""
+    names = installed_version().variables
+    return next((each for each in names if os.environ.get(each)), None)
 
 
 def config_text() -> str:
     """Return the settings that the environment asks for; empty for none."""
-    for name in VARIABLES:
-        if os.environ.get(name):
-            return os.environ[name]
-    return ""
+    name = _variable()
+    return "" if name is None else os.environ[name]
 
 
 def config_from_environment() -> AllocatorConfig:
-    """Return the settings that the environment asks for.
+    """Return the settings that the environment asks for, of the installed torch.
 
     Raises:
         AllocatorSettingError: They cannot be read, or are not modelled.
     """
     text = config_text()
     try:
-        return AllocatorConfig.parse(text)
+        return AllocatorConfig.parse(text, installed_version())
     except ValueError as error:
-        name = next(each for each in VARIABLES if os.environ.get(each))
-        raise AllocatorSettingError(f"{name}={text!r}: {error}") from None
+        raise AllocatorSettingError(f"{_variable()}={text!r}: {error}") from None
 
 
 def _megabytes(key: str, value: str, lowest: int) -> int:
@@ -160,11 +167,16 @@ def _fraction(key: str, value: str) -> float:
 def _read(  # noqa: C901, PLR0911, PLR0912  # a list of keys
     key: str, value: str, config: AllocatorConfig
 ) -> dict[str, Any]:
+    version = config.version
+    if version.since < SETTINGS_SINCE.get(key, version.since):
+        raise ValueError(version.unknown_key.format(key=key))
     if key == "max_split_size_mb":
-        lowest = config.large_segment_size // MIB
+        lowest = max(version.least_megabytes, config.large_segment_size // MIB)
         return {"max_split_size": _megabytes(key, value, lowest)}
     if key == "max_non_split_rounding_mb":
-        return {"max_non_split_rounding": _megabytes(key, value, 20)}
+        return {
+            "max_non_split_rounding": _megabytes(key, value, version.least_megabytes)
+        }
     if key == "large_segment_size_mb":
         return {"large_segment_size": _megabytes(key, value, 11)}
     if key == "garbage_collection_threshold":
@@ -192,7 +204,7 @@ def _read(  # noqa: C901, PLR0911, PLR0912  # a list of keys
         if value == "True":
             raise ValueError(f"{key}:True is not modelled; use False")
         return {}
-    raise ValueError(f"Unrecognized key '{key}' in Accelerator allocator config.")
+    raise ValueError(version.unknown_key.format(key=key))
 
 
 def _power_of_two(value: str) -> int:

@@ -5,16 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from pytest_gpumem.allocator.versions import NEWEST, AllocatorVersion
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-#: Source: ``CUDACachingAllocator.cpp``, torch 2.11 to 2.15.
-TAIL: Final = (
-    " If reserved but unallocated memory is large try setting "
-    "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True to avoid fragmentation.  See "
-    "documentation for Memory Management  (https://docs.pytorch.org/docs/stable/notes/"
-    "cuda.html#optimizing-memory-usage-with-pytorch-cuda-alloc-conf)"
-)
 
 #: Source: ``c10/cuda/CUDAException.cpp`` and ``CUDAMiscFunctions.cpp``, torch 2.11.
 _CUDA_HELP: Final = (
@@ -104,6 +98,7 @@ def oom_text(
     reserved_bytes: int,
     private_bytes: int = 0,
     processes: Sequence[ProcessMemory],
+    version: AllocatorVersion = NEWEST,
 ) -> str:
     """Return the error's text.
 
@@ -117,6 +112,7 @@ def oom_text(
         reserved_bytes: Bytes held from the driver.
         private_bytes: Free bytes in private pools, which torch calls allocated.
         processes: Who holds what of the card.
+        version: Whose last sentences the text has.
     """
     held = "".join(_process(process) for process in processes)
     allowed = (
@@ -135,7 +131,7 @@ def oom_text(
         f"which {format_bytes(free_bytes)} is free. {held}{allowed}Of the allocated "
         f"memory {format_bytes(allocated_bytes)} is allocated by PyTorch, {private}and "
         f"{format_bytes(reserved_bytes - allocated_bytes)} is reserved by PyTorch but "
-        f"unallocated.{TAIL}"
+        f"unallocated.{version.help}"
     )
 
 

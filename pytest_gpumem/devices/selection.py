@@ -17,7 +17,7 @@ BACKENDS: Final = ("auto", "cuda", "simulated", "off")
 
 
 #: The oldest torch that is supported, and tested.
-OLDEST_TORCH: Final = (2, 11)
+OLDEST_TORCH: Final = (2, 8)
 
 
 class TorchBuild(NamedTuple):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import torch
 
 from pytest_gpumem.devices import allocated_bytes
+from pytest_gpumem.devices.default_device import clear_default_device
 from pytest_gpumem.stacks import clear_exception, clear_frame, frames_from
 
 if TYPE_CHECKING:
@@ -65,7 +66,10 @@ class _Setting(NamedTuple):
 
 
 def _set_default_device(device: torch.device) -> None:
-    torch.set_default_device(None if device.type == "cpu" else device)
+    if device.type == "cpu":
+        clear_default_device()
+    else:
+        torch.set_default_device(device)
 
 
 #: The tables of hooks that every module calls.
@@ -95,6 +99,17 @@ def _attribute(name: str) -> _Setting:
         lambda: getattr(of(torch), attribute),
         lambda value: _write(of(torch), attribute, value),
     )
+
+
+def _has(name: str) -> bool:
+    """Tell whether this torch has an attribute of ``torch.backends``; 2.8 has not all."""
+    try:
+        attrgetter(name)(torch.backends)
+    except AttributeError:
+        return False
+    except RuntimeError:
+        pass  # it has been told it in two ways that differ
+    return True
 
 
 def _write(owner: Any, attribute: str, value: Any) -> None:
@@ -131,10 +146,16 @@ _SETTINGS: Final = (
         torch.get_float32_matmul_precision,
         torch.set_float32_matmul_precision,
     ),
-    _attribute("torch.backends.cuda.matmul.fp32_precision"),
-    _attribute("torch.backends.cudnn.allow_tf32"),
-    _attribute("torch.backends.cudnn.conv.fp32_precision"),
-    _attribute("torch.backends.cudnn.rnn.fp32_precision"),
+    *(
+        _attribute(f"torch.backends.{name}")
+        for name in (
+            "cuda.matmul.fp32_precision",
+            "cudnn.allow_tf32",
+            "cudnn.conv.fp32_precision",
+            "cudnn.rnn.fp32_precision",
+        )
+        if _has(name)
+    ),
     *(
         _attribute(f"torch.backends.cudnn.{name}")._replace(counts=False)
         for name in ("enabled", "benchmark", "deterministic")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from versions import has
 
 from pytest_gpumem.cards import find_card
 from pytest_gpumem.devices import Device, Tracker
@@ -229,14 +230,15 @@ def test_a_budget_caps_and_is_told_everywhere(device: Device) -> None:
     told = [
         device.mem_get_info(0),
         torch.cuda.mem_get_info(0),
-        torch.accelerator.get_memory_info(0),
     ]
+    if has("accelerator.get_memory_info"):
+        told.append(torch.accelerator.get_memory_info(0))
     kept = _mib(60)
     left = torch.cuda.mem_get_info(0)[0]
     with pytest.raises(torch.OutOfMemoryError, match="allowed; "):
         _mib(60)
 
-    assert [(100 * MIB, total)] * 3 == told
+    assert {(100 * MIB, total)} == set(told)
     assert 40 * MIB == left
     assert kept.is_cuda
     assert held + 100 * MIB == device.budget(0)
@@ -323,7 +325,8 @@ def test_counts_survive_a_reset_of_torchs(device: Device) -> None:
         torch.zeros(2**50, dtype=torch.uint8, device="cuda")
     torch.cuda.reset_accumulated_memory_stats()
     again = device.num_requests
-    torch.accelerator.reset_accumulated_memory_stats()
+    if has("accelerator.reset_accumulated_memory_stats"):
+        torch.accelerator.reset_accumulated_memory_stats()
     with pytest.raises(torch.OutOfMemoryError):
         torch.zeros(2**50, dtype=torch.uint8, device="cuda")
 

@@ -14,10 +14,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pytest_gpumem.allocator.config import (
-    VARIABLES,
     AllocatorConfig,
     config_from_environment,
 )
+from pytest_gpumem.allocator.versions import installed_version
 from pytest_gpumem.baselines import Tolerance
 from pytest_gpumem.cards import MAX_CARDS, find_card, visible_cards
 from pytest_gpumem.errors import (
@@ -298,13 +298,13 @@ _settings = st.lists(
 def test_allocator_settings_are_read_or_refused(text: str) -> None:
     """As PyTorch's own are; the variable is named."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in VARIABLES:
+        for name in installed_version().variables:
             patch.delenv(name, raising=False)
-        patch.setenv(VARIABLES[0], text)
+        patch.setenv(installed_version().variables[0], text)
         try:
             config = config_from_environment()
         except AllocatorSettingError as error:
-            assert VARIABLES[0] in str(error)
+            assert installed_version().variables[0] in str(error)
             assert "invalid literal" not in str(error)
             return
 

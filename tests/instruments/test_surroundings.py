@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from pytest_gpumem import active_device
+from pytest_gpumem.devices.default_device import clear_default_device
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.instruments.surroundings import (
     Defaults,
@@ -164,11 +165,11 @@ def test_a_default_device_is_put_back_too() -> None:
     """Code that sets the host itself changes what the program had chosen."""
     torch.set_default_device("cuda")
     defaults = Defaults()
-    torch.set_default_device(None)
+    torch.set_default_device("cpu")
 
     defaults.restore()
     found = torch.get_default_device()
-    torch.set_default_device(None)
+    clear_default_device()
 
     assert found == torch.device("cuda:0")
 

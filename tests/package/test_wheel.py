@@ -105,8 +105,8 @@ PINNED = {
     "platformdirs": "4.0.0",
     "pytest": "8.2.0",
     "safetensors": "0.5.0",
-    "torch": "2.11.0+cu128",
-    "transformers": "5.17.0",
+    "torch": "2.8.0+cu128",
+    "transformers": "4.57.0",
 }
 _METADATA = "Metadata-Version: 2.1\nName: {}\nVersion: {}\n"
 

@@ -175,7 +175,7 @@ def _within_a_draw() -> Iterator[None]:
     def kernel(source: torch.Tensor, *, generator: Any = None) -> torch.Tensor:
         drawing.set()
         assert go_on.wait(60)
-        return torch.rand_like(source, generator=generator)
+        return torch.rand(source.shape, generator=generator)
 
     source = torch.zeros(3, device="cuda")
     with _operator("(Tensor x, *, Generator? generator=None) -> Tensor", kernel) as op:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch.nn import functional
+from versions import since
 
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
@@ -204,6 +205,7 @@ def test_complex_numbers_have_no_such_kernel(kernel: str) -> None:
         calls[kernel](torch.ones(3, dtype=torch.complex64, device="cuda"))
 
 
+@since(2, 10, "the host has other words for it")
 @pytest.mark.parametrize("text", ["Sort", "topk"])
 def test_an_error_of_types_speaks_of_the_card(text: str) -> None:
     """Sorts of complex numbers have the CPU's words, of a card."""

@@ -14,6 +14,7 @@ import torch
 import torchgen  # type: ignore[import-untyped]  # it comes with torch
 import yaml
 from torch_databases import op_db
+from versions import since
 
 from pytest_gpumem.devices.simulated import operators
 from pytest_gpumem.devices.simulated.autocast import kernels
@@ -61,10 +62,9 @@ def test_a_second_row_is_refused_with_both_places() -> None:
     assert "nowhere" != find(_aten.sum.default).source
 
 
+@since(2, 13, "rows may name operators of later versions")
 def test_every_name_is_an_operator() -> None:
     """On the version that the rows were read from, each names an operator."""
-    if torch.__version__.split("+")[0] < "2.13":
-        pytest.skip("rows may name operators of later versions")
     patterns = {name for name in OPERATORS if name.endswith("*")}
 
     missing = [name for name in OPERATORS.keys() - patterns if not hasattr(_aten, name)]
@@ -241,6 +241,12 @@ def test_results_that_are_made_anew_are_on_the_card() -> None:
 
     for norm in (None, "nuc", 1):
         assert torch.linalg.cond(empty, norm).is_cuda
+
+
+@since(2, 9, "no such norm of an empty matrix, on the host either")
+@pytest.mark.usefixtures("card")
+def test_the_norm_of_an_empty_matrix_is_on_the_card() -> None:
+    """By its columns, of which there are none."""
     assert torch.linalg.norm(torch.empty(5, 0, device="cuda"), 1).is_cuda
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from versions import needs
 
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.devices.simulated.surface import C_FUNCTIONS
@@ -110,6 +111,7 @@ def test_modules_that_bind_a_name_themselves_have_the_same() -> None:
                 assert bound is getattr(torch._C, name), (path.stem, name)
 
 
+@needs("backends.cuda.cublas_workspace_size")
 def test_answers_and_refusals() -> None:
     """What was missing answers as a card's build does, or says what to do."""
     with simulated_device("A100-40GB"):

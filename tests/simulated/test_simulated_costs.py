@@ -13,6 +13,7 @@ import torchgen  # type: ignore[import-untyped]  # it comes with torch
 import yaml
 from accelerate.utils.memory import should_reduce_batch_size
 from torch.nn import functional
+from versions import since
 
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.devices.simulated.operators.registry import OPERATORS
@@ -53,7 +54,15 @@ def _rms_norm(source: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("operator", "kept"),
-    [(functional.silu, 0), (functional.mish, 0), (_rms_norm, 1024 * 4)],
+    [
+        (functional.silu, 0),
+        (functional.mish, 0),
+        pytest.param(
+            _rms_norm,
+            1024 * 4,
+            marks=since(2, 9, "rms_norm has no kernel of its own"),
+        ),
+    ],
 )
 def test_backward_takes_one_gradient(
     operator: Callable[[torch.Tensor], torch.Tensor], kept: int
@@ -226,7 +235,6 @@ def test_more_composed_operators_fill_what_they_are_given() -> None:
     assert (3,) == torch._C._nn.log_sigmoid(source, out=out).shape  # type: ignore[call-arg]  # not in its stub
     with pytest.raises(RuntimeError, match="Expected out tensor to have dtype float"):
         torch.msort(source, out=torch.empty(0, device="cuda", dtype=torch.float64))
-    assert torch.linalg.norm(torch.empty(5, 0, device="cuda"), 1).is_cuda
 
 
 # -- settings while a program runs ----------------------------------------------------------
@@ -247,7 +255,7 @@ def test_settings_change_while_a_program_runs(machine: SimulatedMachine) -> None
     assert 11 * MIB == torch.cuda.memory_allocated()
     assert config.expandable_segments
     assert "expandable_segments:True" == torch._C._accelerator_getAllocatorSettings()
-    with pytest.raises(ValueError, match="Unrecognized key 'nonsense'"):
+    with pytest.raises(ValueError, match=r"Unrecognized .*nonsense"):
         torch._C._accelerator_setAllocatorSettings("nonsense:1")
     del first, second
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from versions import since
 
 from pytest_gpumem.devices.active import active_device
 from pytest_gpumem.devices.simulated import catalogue
@@ -287,6 +288,7 @@ def test_memory_history_names_every_change(tmp_path: Path) -> None:
     assert [[], []] == torch.cuda.memory._snapshot()["device_traces"]
 
 
+@since(2, 11, "a memory history cannot skip actions")
 @pytest.mark.usefixtures("machine")
 def test_memory_history_keeps_what_it_is_told_to() -> None:
     """State alone, no frames, the newest entries, without some actions."""

@@ -21,6 +21,7 @@ from torch.func import (
     vmap,
 )
 from torch.fx.experimental.proxy_tensor import make_fx
+from versions import since
 
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
@@ -127,7 +128,7 @@ def test_inside_a_transform_a_tensor_says_where_it_is() -> None:
 
 
 def test_indices_of_a_card_and_made_inside() -> None:
-    """Indexing by a card's tensor, given or made by the function."""
+    """Indexing by a card's tensor, made by the function or not."""
     indices = torch.tensor([1, 0], device="cuda")
 
     def choosing(values: torch.Tensor) -> torch.Tensor:
@@ -135,6 +136,13 @@ def test_indices_of_a_card_and_made_inside() -> None:
         return (chosen * torch.tensor([1.0, 2.0], device="cuda")).sum()
 
     assert [[2.0, 4.0], [2.0, 4.0]] == grad(choosing)(_source("cuda")).tolist()
+
+
+@since(2, 11, "a batch of indices cannot choose, on the host either")
+def test_a_batch_of_indices_chooses() -> None:
+    """Each row by an index of its own."""
+    indices = torch.tensor([1, 0], device="cuda")
+
     rows = vmap(lambda v, i: v[i])(_source("cuda"), indices)
     assert ("cuda:0", [2.0, 3.0]) == (str(rows.device), rows.tolist())
 

@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 from torch.utils._device import DeviceContext
 
+from pytest_gpumem.devices.default_device import clear_default_device
 from pytest_gpumem.devices.simulated.methods import cuda_device, mark_pinned
 from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.devices.simulated.rng import GeneratorName, check_generator
@@ -317,7 +318,7 @@ def set_default_tensor_type(kind: Any, /) -> None:
         torch.set_default_device("cuda")
     else:
         _default_tensor_type(kind)
-        torch.set_default_device(None)
+        clear_default_device()
 
 
 _FACTORIES: Final = (

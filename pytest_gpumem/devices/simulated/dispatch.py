@@ -56,7 +56,8 @@ _NEEDS_OPERAND: Final = "unreachable: dispatch needs a simulated operand"
 
 def _wrap(value: Any, card: SimulatedCard) -> Any:
     if isinstance(value, torch.Tensor):
-        return make(value, card)
+        # An operator in Python that was told its device has made it there.
+        return value if isinstance(value, SimulatedTensor) else make(value, card)
     if isinstance(value, (tuple, list)):
         return type(value)([_wrap(item, card) for item in value])
     return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -11,6 +12,7 @@ import torch
 
 from pytest_gpumem.allocator.caching import OutOfMemory
 from pytest_gpumem.allocator.config import AllocatorConfig, config_from_environment
+from pytest_gpumem.allocator.versions import installed_version
 from pytest_gpumem.devices.simulated.card import SimulatedCard
 from pytest_gpumem.devices.simulated.current_streams import Streams
 from pytest_gpumem.errors import DeviceUnavailableError
@@ -65,6 +67,7 @@ class SimulatedMachine:
             raise ValueError(f"values={values!r}; accepted are {', '.join(VALUES)}")
         self.value_device: Final = "cpu" if values == "computed" else "meta"
         settings = config if config is not None else config_from_environment()
+        settings = replace(settings, version=installed_version())
         self.all_cards: Final = tuple(
             SimulatedCard(self, number, card, settings)
             for number, card in enumerate(cards)

@@ -129,7 +129,7 @@ def refusing_class(feature: str) -> type:
     return type(name, (), {"__init__": refusing(feature), "__doc__": ADVICE[feature]})
 
 
-#: In ``torch._C``: names as torch 2.11 to 2.13 calls them.
+#: In ``torch._C``: names as torch 2.8 to 2.15 calls them.
 C_REFUSALS: Final[dict[str, Any]] = {
     "_cuda_changeCurrentAllocator": refusing("torch.cuda.change_current_allocator"),
     "_cuda_cudaCachingAllocator_enable": refusing(
@@ -200,6 +200,8 @@ _TUNABLE: Final = (
     "_cuda_tunableop_get_results",
     "_cuda_tunableop_get_validators",
     "_cuda_tunableop_read_file",
+    "_cuda_tunableop_write_file",
+    "_cuda_tunableop_write_file_on_exit",
     "_cuda_tunableop_set_rotating_buffer_size",
     "_cuda_tunableop_get_rotating_buffer_size",
     "_cuda_tunableop_set_numerical_check_tolerances",

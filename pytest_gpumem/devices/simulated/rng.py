@@ -205,6 +205,9 @@ def drawing(func: Any, operator: Operator) -> Drawing | None:
     named = _with_generator(func)
     if named is not None:
         return _naming(named)
+    fill = _FILLS.get(func.overloadpacket.__name__)
+    if fill is not None:
+        return _filling(fill)
     return _refused(func) if _runs_on_host(func) else None
 
 
@@ -258,6 +261,32 @@ def _naming(func: Any) -> Drawing:
             return func(*given, **kwargs)
         chosen = kwargs.get("generator") or generator
         return func(*args, **{**kwargs, "generator": chosen})
+
+    return draw
+
+
+#: How numbers like a tensor's are drawn, where their operators take no generator: up to
+#: torch 2.9. Source: ``aten/src/ATen/native/TensorFactories.cpp``.
+_FILLS: Final[dict[str, Any]] = {
+    "rand_like": torch.ops.aten.uniform_,
+    "randn_like": torch.ops.aten.normal_,
+    "randint_like": lambda made, *bounds, generator: torch.ops.aten.random_(
+        made, *(0, *map(int, bounds))[-2:], generator=generator
+    ),
+}
+
+
+def _filling(fill: Any) -> Drawing:
+    """Return a drawing that makes a tensor like another and fills it."""
+
+    def draw(generator: torch.Generator, args: Any, kwargs: dict[str, Any]) -> Any:
+        source, *bounds = args
+        options = {name: value for name, value in kwargs.items() if name != "out"}
+        made = torch.ops.aten.empty_like(source, **options)
+        fill(made, *bounds, generator=generator)
+        if "out" not in kwargs:
+            return made
+        return kwargs["out"].resize_(made.shape).copy_(made)
 
     return draw
 

@@ -374,7 +374,7 @@ def _nothing(*_args: Any, **_kwargs: Any) -> None:
     """Do nothing: what would wait or collect has nothing to wait for."""
 
 
-#: Replacements in ``torch._C``; names as torch 2.11 to 2.13 calls them.
+#: Replacements in ``torch._C``; names as torch 2.8 to 2.15 calls them.
 C_FUNCTIONS: Final[dict[str, Any]] = {
     "_cuda_init": _init,
     "_cuda_isInBadFork": lambda: current_machine().is_forked,
@@ -393,6 +393,8 @@ C_FUNCTIONS: Final[dict[str, Any]] = {
     "_cuda_memorySnapshot": _snapshot,
     "_cuda_synchronize": _synchronize,
     "_cuda_ipc_collect": _nothing,
+    "_cuda_lock_mutex": _nothing,
+    "_cuda_unlock_mutex": _nothing,
     "_cuda_getCurrentStream": _current_stream,
     "_cuda_getCurrentRawStream": lambda index: _current_stream(index)[0],
     "_cuda_getDefaultStream": _default_stream,
@@ -426,6 +428,8 @@ C_FUNCTIONS: Final[dict[str, Any]] = {
     ),
     "_cudnn_set_conv_benchmark_empty_cache": _cudnn_setter("empties_cache"),
     "_cuda_sleep": _nothing,
+    "_cuda_busy_wait_for_flag": _nothing,
+    "_cuda_clear_flag": _nothing,
     "_cuda_getCurrentBlasHandle": lambda: 1,
     "_cuda_getCurrentSolverHandle": lambda: 1,
     **C_REFUSALS,

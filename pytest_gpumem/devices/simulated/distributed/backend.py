@@ -469,20 +469,25 @@ def _split_group(  # noqa: PLR0917  # torch's signature
     return group
 
 
-# -- factors ------------------------------------------------------------------------------
+# -- reductions ----------------------------------------------------------------------------
 
-#: What the sum of the calling thread's collective is multiplied by beforehand. C++ hands
-#: the operation on without a way for Python to read it there.
+#: What the calling thread's collective reduces by. C++ hands the operation on without a way
+#: for Python to read all of it there.
 _local: Final[Any] = threading.local()
-_PREMUL_SUM: Final[Any] = vars(dist.ReduceOp.RedOpType)["PREMUL_SUM"]
+_SUM: Final[Any] = (vars(dist.ReduceOp.RedOpType)["SUM"], 1.0)
 
 
-def current_factor() -> Any:
-    """Return the factor of a PREMUL_SUM that is being called."""
-    return getattr(_local, "factor", 1.0)
+def current_reduction() -> tuple[Any, Any]:
+    """Return the operation that is being called, and the factor of a PREMUL_SUM.
+
+    What C++ itself calls is a sum. Source: ``AllreduceOptions`` and
+    ``ReduceScatterOptions`` of ``torch/csrc/distributed/c10d/Types.hpp``.
+    """
+    found: tuple[Any, Any] = getattr(_local, "reduction", _SUM)
+    return found
 
 
-def _noting_factor(name: str) -> Any:
+def _noting_reduction(name: str) -> Any:
     original = vars(_group_class)[name]
 
     @functools.wraps(getattr(_group_class, name))
@@ -490,14 +495,14 @@ def _noting_factor(name: str) -> Any:
         __tracebackhide__ = True
         for each in (*args, *options.values()):
             operation = getattr(each, "reduceOp", each)
+            if isinstance(operation, dist.ReduceOp.RedOpType):
+                operation = dist.ReduceOp(operation)
             if isinstance(operation, dist.ReduceOp):
-                kind, factor = cast("Any", operation).__getstate__()
-                if kind == _PREMUL_SUM:
-                    _local.factor = factor
+                _local.reduction = cast("Any", operation).__getstate__()
         try:
             return original.__get__(self, type(self))(*args, **options)
         finally:
-            _local.factor = 1.0
+            _local.reduction = _SUM
 
     return call
 
@@ -530,7 +535,7 @@ if dist.is_gloo_available():
     REPLACEMENTS[:] = [
         *((_group_class, name, _NAMES[name]) for name in _original),
         *(
-            (_group_class, name, _noting_factor(name))
+            (_group_class, name, _noting_reduction(name))
             for name in _REDUCING
             if name in vars(_group_class)
         ),

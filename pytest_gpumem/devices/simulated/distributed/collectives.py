@@ -16,7 +16,7 @@ from torch._C import _distributed_c10d as c10d
 from pytest_gpumem.devices.simulated.distributed.backend import (
     ProcessGroupNCCL,
     backend_of,
-    current_factor,
+    current_reduction,
 )
 from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.memory import Memory
@@ -223,12 +223,6 @@ def _flat(value: torch.Tensor) -> torch.Tensor:
 # -- reductions -----------------------------------------------------------------------------
 
 
-def _kind(call: CollectiveCall) -> Any:
-    """Return what a collective reduces by."""
-    kind = call["reduce_op"].op()
-    return _Kind(kind) if isinstance(kind, int) else kind
-
-
 def _check_reduction(kind: Any, value: torch.Tensor) -> None:
     """Raise where NCCL does not reduce so.
 
@@ -260,13 +254,12 @@ class _Reduction:
 
     def __init__(self, call: CollectiveCall, value: torch.Tensor) -> None:
         __tracebackhide__ = True
-        kind = _kind(call)
+        kind, factor = current_reduction()
         _check_reduction(kind, value)
         self._is_mean_of_ints = kind == _Kind.AVG and not value.is_floating_point()
         self._size = call.size
         self._factor: Any = None
         if kind == _Kind.PREMUL_SUM:
-            factor = current_factor()
             self._factor = getattr(factor, "_gpumem_value", factor)
         elif kind == _Kind.AVG and not self._is_mean_of_ints:
             self._factor = 1 / call.size
@@ -341,7 +334,7 @@ def all_reduce_coalesced(call: CollectiveCall) -> Any:
 def _reduce_each(call: CollectiveCall, what: str, values: list[torch.Tensor]) -> Any:
     __tracebackhide__ = True
     for each in values:
-        _check_reduction(_kind(call), each)
+        _check_reduction(current_reduction()[0], each)
 
     def carry() -> Carried:
         return _together([_all_reduced(call, each) for each in values])
@@ -450,7 +443,7 @@ def _scatter_each(
 ) -> Any:
     __tracebackhide__ = True
     for _parts, output in pairs:
-        _check_reduction(_kind(call), output)
+        _check_reduction(current_reduction()[0], output)
 
     def carry() -> Carried:
         return _together([_scattered(call, *each) for each in pairs])
