@@ -7,6 +7,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,12 +18,15 @@ from pytest_gpumem import Outcome, SweepReport, Verdict, sweep_ooms, vram_budget
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.errors import RuleError, SweepError
 from pytest_gpumem.rules.rule import FLAVOURS, NOT_OOM
+from pytest_gpumem.sweeps.judge import SweepJudge
 from pytest_gpumem.sweeps.sweep_record import summary_of
 from pytest_gpumem.sweeps.text import coverage_table, explain_failures, summarise
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from pytest_gpumem.instruments.trials import Attempt
 
 MIB = 2**20
 
@@ -63,6 +67,7 @@ def test_every_allocation_fails_once_and_for_good() -> None:
     """N runs over all allocations, in both modes, and a clean OOM passes."""
     report = sweep_ooms(_infer)
 
+    assert "_infer" == report.name
     assert 8 == report.num_allocations  # four parameters, a batch, three results
     assert list(range(1, 9)) == _numbers(report, "transient")
     assert list(range(1, 9)) == _numbers(report, "persistent")
@@ -225,6 +230,17 @@ def test_a_factory_makes_the_arguments_anew() -> None:
     assert not report.failures
 
 
+def test_arguments_are_given_or_made() -> None:
+    """One of the two: nobody can say which should hold."""
+
+    def body(nbytes: int) -> None:
+        torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+
+    assert 1 == sweep_ooms(body, MIB).num_allocations
+    with pytest.raises(SweepError, match="not both"):
+        sweep_ooms(body, MIB, setup=lambda: (MIB,))
+
+
 def test_the_result_can_be_judged_by_the_caller() -> None:
     """same= takes the clean portrait and the run's."""
 
@@ -325,6 +341,34 @@ def test_what_a_run_without_a_fault_changes_too_is_no_fault(
     assert {verdict: 1} == report.verdicts
 
 
+@pytest.mark.parametrize(
+    ("raised", "is_chained", "verdict"),
+    [
+        (RuntimeError("no room"), True, Verdict.CLEAN_OOM),
+        (KeyError("batch"), False, Verdict.OTHER_ERROR),
+        (AssertionError("it is another"), False, Verdict.WRONG_RESULT),
+        (AssertionError("it is another"), True, Verdict.WRONG_RESULT),
+    ],
+)
+def test_what_a_fallback_raises_is_judged(
+    raised: Exception, verdict: Verdict, *, is_chained: bool
+) -> None:
+    """What is raised from an OOM is one, but for an assertion; a handler may fail."""
+
+    def fail() -> None:
+        raise raised
+
+    def body() -> None:
+        try:
+            torch.empty(MIB, device="cuda")
+        except torch.OutOfMemoryError as error:
+            if is_chained:
+                raise raised from error
+            fail()
+
+    assert {verdict: 1} == sweep_ooms(body, modes=["transient"]).verdicts
+
+
 def test_an_error_that_is_no_oom_must_come_through() -> None:
     """Code that catches every RuntimeError recovers from all others."""
 
@@ -353,22 +397,31 @@ def test_a_point_that_is_not_reached_ends_no_sweep() -> None:
     assert [1, 3] == _numbers(report, "transient")
 
 
+@pytest.mark.parametrize(
+    ("clean_s", "timeout_s", "expected_s"),
+    [(2.0, None, 40.0), (0.1, None, 10.0), (2.0, 3.0, 3.0)],
+)
 def test_a_run_may_take_many_times_as_long_as_the_clean_one(
+    clean_s: float,
+    timeout_s: float | None,
+    expected_s: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A fallback is slower, and no hang."""
-    monkeypatch.setattr("pytest_gpumem.sweeps.run._LEAST_S", 0.01)
+    """A fallback is slower, and no hang; the least is 10 s."""
+    limits = []
+    clean = SweepJudge.clean
 
-    def body() -> None:
-        try:
-            torch.empty(MIB, device="cuda")
-            time.sleep(0.1)
-        except torch.OutOfMemoryError:
-            time.sleep(0.5)
+    def slow(judge: SweepJudge) -> Attempt:
+        return replace(clean(judge), seconds=clean_s)
 
-    report = sweep_ooms(body, modes=["transient"], recover=True)
+    def judged(_judge: SweepJudge, _point: object, limit_s: float) -> None:
+        limits.append(limit_s)
 
-    assert {Verdict.RECOVERED: 1} == report.verdicts
+    monkeypatch.setattr(SweepJudge, "clean", slow)
+    monkeypatch.setattr(SweepJudge, "judge", judged)
+    sweep_ooms(_infer, points=1, modes=["transient"], timeout_s=timeout_s)
+
+    assert [expected_s] == limits
 
 
 @pytest.mark.parametrize("flavour", ["native", "cublas", "nvml", "xpu"])
