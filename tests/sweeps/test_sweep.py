@@ -384,6 +384,17 @@ def test_an_error_that_is_no_oom_must_come_through() -> None:
     } == {each.point.flavour: each.verdict for each in report.outcomes}
 
 
+def test_a_sweep_goes_on_while_faults_are_met() -> None:
+    """Later runs may allocate more often than the two without a fault."""
+    counts = iter([1, 1])
+
+    def body() -> None:
+        for _ in range(next(counts, 2)):
+            torch.empty(MIB, device="cuda")
+
+    assert [1, 2] == _numbers(sweep_ooms(body, modes=["transient"]), "transient")
+
+
 def test_a_point_that_is_not_reached_ends_no_sweep() -> None:
     """Code may allocate less often in one run, and as before in the next."""
     counts = iter([3, 3, 3, 1])
