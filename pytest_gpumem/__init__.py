@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from pytest_gpumem._version import __version__
     from pytest_gpumem.cards import Card, find_card
+    from pytest_gpumem.checking.battery import LoaderCheck, check_loader
     from pytest_gpumem.checkpoints import make_checkpoint
     from pytest_gpumem.devices import Device
     from pytest_gpumem.devices.active import active_device
@@ -46,6 +47,7 @@ _HOMES: Final = {
     "FitReport": "planning.fit",
     "FitTask": "planning.task",
     "GpuMemError": "errors",
+    "LoaderCheck": "checking.battery",
     "LoadVerdict": "instruments.loads",
     "MemoryFigures": "records.memory_figures",
     "MemorySampler": "instruments.sampler",
@@ -59,6 +61,7 @@ _HOMES: Final = {
     "__version__": "_version",
     "active_device": "devices.active",
     "check_fallback": "instruments.fallback",
+    "check_loader": "checking.battery",
     "competing_process": "instruments.competing_process",
     "find_card": "cards",
     "fit_model": "planning.fit",
@@ -83,6 +86,7 @@ __all__ = [
     "FitTask",
     "GpuMemError",
     "LoadVerdict",
+    "LoaderCheck",
     "MemoryFigures",
     "MemorySampler",
     "OomInjector",
@@ -95,6 +99,7 @@ __all__ = [
     "__version__",
     "active_device",
     "check_fallback",
+    "check_loader",
     "competing_process",
     "find_card",
     "fit_model",

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pytest_gpumem.commands.check_command import add_check
 from pytest_gpumem.commands.reports import add_commands
 from pytest_gpumem.errors import (
     DeviceUnavailableError,
@@ -111,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("trace", type=Path, help="the trace, a JSON file")
     replay.set_defaults(run=_replay)
 
+    add_check(commands)
     _add_fit(commands)
 
     doctor = commands.add_parser(

@@ -154,6 +154,18 @@ class PlanError(GpuMemError, ValueError):
         self.value = value
 
 
+class CheckError(GpuMemError, ValueError):
+    """A loader cannot be found, called, or checked.
+
+    Attributes:
+        value: What was given, as given.
+    """
+
+    def __init__(self, message: str, *, value: object) -> None:
+        super().__init__(message)
+        self.value = value
+
+
 class CheckpointError(GpuMemError, RuntimeError):
     """A checkpoint cannot be built, found or trusted."""
 

@@ -8,7 +8,7 @@ Every page walked here is made of three kinds of blocks that matter:
 * In a ``console`` block the lines with ``$`` are typed, into one shell for the whole
   page, and the others are compared with what comes out: ``…`` stands for any text, and
   on a line of its own for any lines. A command whose shown output has a line of pytest's
-  that begins with ``E`` or says ``failed`` must fail; every other one must succeed.
+  that begins with ``E`` or ``FAILED`` or says ``failed`` must fail; every other one must succeed.
 
     python tools/walk.py PAGE ...                       # as its test does
     python tools/walk.py --as-printed --heading "..." PAGE   # with nothing left out
@@ -43,7 +43,7 @@ _BLOCK: Final = re.compile(
     re.DOTALL | re.MULTILINE,
 )
 _NAME: Final = re.compile(r"# ([\w./-]+\.\w+)\n")
-_FAILS: Final = re.compile(r"E  |.*\b[0-9]+ (failed|errors?)\b")
+_FAILS: Final = re.compile(r"(E |FAILED) |.*\b[0-9]+ (failed|errors?)\b")
 
 
 class WalkError(Exception):

@@ -25,7 +25,8 @@ SHARES: Final = (1.0, 0.6, 0.35, 0.15, 0.05)
 FAULTS: Final = ("any:nth=1", "any:nth=1,persistent")
 #: The error that no fallback may swallow.
 CONTROL: Final = "any:nth=1,flavour=not-oom"
-_SMALLEST: Final = 2 * 2**20
+_MIB: Final = 2**20
+_SMALLEST: Final = 2 * _MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,7 @@ class FallbackReport:
             AssertionError: Each problem with its step, who holds what is left, and the
                 table.
         """
+        __tracebackhide__ = True  # pytest shows the caller, not this
         lines = []
         for step in self.steps:
             lines += [f"{step.cause}: {problem}" for problem in step.problems]
@@ -108,6 +110,8 @@ def check_fallback(
     control: str | None = CONTROL,
     expect: Mapping[str | int, str] | None = None,
     model_of: Callable[[Any], Any] | None = None,
+    variants: bool = False,
+    progress: Callable[[FallbackRun], None] | None = None,
     device_index: int = 0,
     device: Device | None = None,
 ) -> FallbackReport:
@@ -118,7 +122,7 @@ def check_fallback(
         run: Computes an output from what ``load`` returns.
         reference: What the output should be; None means that of the whole card.
         budgets: Sizes to load under; None means shares of what the whole card's run
-            reserves.
+            reserves, in whole MiB.
         faults: Injection rules to load under, on the whole card. The loader must
             recover, but from a persistent fault, which may reach the caller, and an
             error that is no OOM (``flavour=not-oom``), which must.
@@ -126,6 +130,9 @@ def check_fallback(
         expect: A budget and a part of the rung's text that it must lead to.
         model_of: Finds the model in what ``load`` returns; None means itself, or its
             attribute ``model``.
+        variants: Whether a rung may be another model, told by its number of parameters;
+            its output is compared with nothing.
+        progress: Told of each step once it is judged.
         device_index: The card.
         device: Where; None means the active device.
 
@@ -145,21 +152,22 @@ def check_fallback(
         run=run,
         reference=reference,
         model_of=model_of,
+        variants=variants,
         device=device,
         device_index=device_index,
     )
+    told = progress or (lambda _step: None)
     wanted = {parse_size(size): rung for size, rung in (expect or {}).items()}
     causes = [*faults, *([control] if control and control not in faults else [])]
     rules = [parse_rule(cause) for cause in causes]
-    top = _step(loader)
+    top = _step(loader, told)
     if budgets is None:
-        budgets = [
-            max(int(share * top.peak_reserved_bytes), _SMALLEST) for share in SHARES
-        ]
+        shares = [int(share * top.peak_reserved_bytes) for share in SHARES]
+        budgets = [max(-(-each // _MIB) * _MIB, _SMALLEST) for each in shares]
     sizes = sorted({*map(parse_size, budgets), *wanted}, reverse=True)
-    below = [_step(loader, size, expected=wanted.get(size)) for size in sizes]
+    below = [_step(loader, told, size, expected=wanted.get(size)) for size in sizes]
     faulty = [
-        _step(loader, cause=cause, rule=rule)
+        _step(loader, told, cause=cause, rule=rule)
         for cause, rule in zip(causes, rules, strict=True)
     ]
     return FallbackReport((top, *below, *faulty))
@@ -167,6 +175,7 @@ def check_fallback(
 
 def _step(
     loader: Loader,
+    told: Callable[[FallbackRun], None],
     budget_bytes: int | None = None,
     *,
     cause: str | None = None,
@@ -181,11 +190,13 @@ def _step(
     )
     problems = [*_of_error(done, rule), *done.problems]
     rung = "nothing" if done.placement is None else _rung(done.placement)
+    if done.placement is not None and loader.is_variant(done.placement):
+        rung += f", {done.placement.num_parameters / 1e6:,.1f} M parameters"
     if done.failure is not None:
         rung = f"raised {done.failure.kind.__name__}"
     if expected is not None and expected not in rung:
         problems.append(f"it ended in {rung!r}, expected was {expected!r}")
-    return FallbackRun(
+    step = FallbackRun(
         budget_bytes,
         cause,
         rung,
@@ -195,6 +206,8 @@ def _step(
         done.holders,
         tuple(problems),
     )
+    told(step)
+    return step
 
 
 def _of_error(done: LoadVerdict, rule: Rule | None) -> list[str]:

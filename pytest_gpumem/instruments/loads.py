@@ -12,7 +12,7 @@ from pytest_gpumem.devices.active import active_device
 from pytest_gpumem.instruments.equality import compare_portraits
 from pytest_gpumem.instruments.parts import Placement, placement_of, tensors_held_by
 from pytest_gpumem.instruments.portraits import portrait
-from pytest_gpumem.instruments.trials import Attempt, Failure, Trial, is_the_oom
+from pytest_gpumem.instruments.trials import Failure, Trial, is_the_oom
 from pytest_gpumem.rules.parser import parse_rule
 from pytest_gpumem.rules.rule import NOT_OOM
 from pytest_gpumem.sizes import format_size
@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
 #: Letters of an error's text that a problem shows.
 WORDS: Final = 200
+#: How problems begin, by what they are about: where the model is, whether it can be
+#: run, and what it computes.
+HALF_MOVED: Final = "the model is half moved"
+CANNOT_RUN: Final = "the loaded model cannot be run"
+OUTPUT: Final = "the output"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,12 +94,15 @@ class Loader:
         run: Callable[[Any], Any] | None,
         reference: Any,
         model_of: Callable[[Any], Any] | None,
+        variants: bool = False,
         device: Device | None,
         device_index: int,
     ) -> None:
         self._model_of = model_of or model_in
         self._run = run
         self._reference = None if reference is None else portrait(reference)
+        self._variants = variants
+        self._first: Placement | None = None
         #: What of torch's defaults each load changes.
         self._usual: frozenset[str] | None = None
         self._device = active_device() if device is None else device
@@ -121,12 +129,15 @@ class Loader:
         attempt = self._trial.run(*rules, budget_bytes=budget_bytes, catches=catches)
         model = None if attempt.result is None else self._model_of(attempt.result)
         placement = None if model is None else placement_of(model)
+        self._first = self._first or placement
         left = max(attempt.left_bytes, 0)
         problems = []
         is_control = attempt.num_injected and is_no_oom(*rules)
         if is_control and attempt.failure is None:
             problems.append("an error that is no OOM was swallowed")
-        problems += _of_model(placement, attempt)
+        if placement is None and attempt.failure is None:
+            problems.append("the loader returned no model and raised nothing")
+        problems += [] if placement is None else half_moved(placement)
         if left:
             problems.append(f"{format_size(left)} of a failed attempt stay on the card")
         if self._usual is None:
@@ -137,15 +148,21 @@ class Loader:
         ]
         if attempt.output_failure is not None:
             words = attempt.output_failure.words(WORDS)
-            problems.append(f"the loaded model cannot be run: {words}")
+            problems.append(f"{CANNOT_RUN}: {words}")
         output_error = None
-        if placement is not None and not is_control and attempt.output is not None:
+        is_other = self._variants and self.is_variant(placement)
+        if (
+            placement is not None
+            and not is_control
+            and not is_other
+            and attempt.output is not None
+        ):
             if self._reference is None:
                 self._reference = attempt.output
             first, output_error = compare_portraits(
                 self._reference,
                 attempt.output,
-                where="the output",
+                where=OUTPUT,
                 dtypes=placement.dtypes,
             )
             problems += [] if first is None else [first]
@@ -169,6 +186,15 @@ class Loader:
             holders=(*attempt.cycles, *filter(None, holders)),
         )
 
+    def is_variant(self, placement: Placement | None) -> bool:
+        """Tell whether a model has not as many parameters as the first."""
+        first = placement if self._first is None else self._first
+        return (
+            placement is not None
+            and first is not None
+            and placement.num_parameters != first.num_parameters
+        )
+
     def _output(self, loaded: Any) -> Any:
         has_model = loaded is not None and self._model_of(loaded) is not None
         return self._run(loaded) if has_model and self._run is not None else None
@@ -183,17 +209,12 @@ class Loader:
         return {each.data_ptr(): self._device.block_bytes(each) for each in storages}
 
 
-def _of_model(placement: Placement | None, attempt: Attempt) -> list[str]:
-    """Return what is wrong with the model itself, if there is one."""
-    if placement is None:
-        missing = "the loader returned no model and raised nothing"
-        return [missing] if attempt.failure is None else []
+def half_moved(placement: Placement) -> list[str]:
+    """Return that a model is half moved, in words, if it is."""
     if placement.is_whole:
         return []
     devices = ", ".join(sorted(placement.devices))
-    return [
-        f"the model is half moved: weights on {devices} and no device map ({placement})"
-    ]
+    return [f"{HALF_MOVED}: weights on {devices} and no device map ({placement})"]
 
 
 def is_no_oom(*rules: Rule) -> bool:

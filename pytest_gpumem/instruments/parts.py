@@ -147,11 +147,13 @@ class Placement:
             ``{"cuda:0": 1340583944}``; what is offloaded counts as ``"meta"``.
         dtypes: Dtypes of the floating-point parameters.
         device_map: The map that accelerate dispatched by; None without one.
+        num_parameters: How many numbers its parameters are.
     """
 
     bytes_by_device: dict[str, int]
     dtypes: frozenset[torch.dtype]
     device_map: dict[str, str] | None
+    num_parameters: int
 
     @property
     def devices(self) -> frozenset[str]:
@@ -177,11 +179,13 @@ def placement_of(model: torch.nn.Module) -> Placement:
     """Return where a model's parameters and buffers are; tied ones count once."""
     nbytes: Counter[str] = Counter()
     dtypes = set()
+    count = 0
     for tensor in [*model.parameters(), *model.buffers()]:
         if is_lazy(tensor):
             continue  # it has no size yet
         nbytes[str(tensor.device)] += tensor.numel() * tensor.element_size()
     for parameter in model.parameters():
+        count += 0 if is_lazy(parameter) else parameter.numel()
         if parameter.is_floating_point():
             dtypes.add(parameter.dtype)
     device_map: Any = getattr(model, "hf_device_map", None)
@@ -189,4 +193,4 @@ def placement_of(model: torch.nn.Module) -> Placement:
         device_map = {name: str(device) for name, device in device_map.items()}
         if len(set(device_map.values())) == 1:
             device_map = None
-    return Placement(dict(nbytes), frozenset(dtypes), device_map)
+    return Placement(dict(nbytes), frozenset(dtypes), device_map, count)

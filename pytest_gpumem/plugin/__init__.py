@@ -126,6 +126,12 @@ def _configure(run: Run, config: pytest.Config) -> None:
         _tell_controller(run, config, collection)
     else:
         _control(run, config, collection)
+    if run.settings.check is not None:
+        from pytest_gpumem.plugin.loader_tests import LoaderTests
+
+        register(
+            LoaderTests(run.settings.check, run.settings.replay, config), "gpumem-check"
+        )
     if run.settings.find_budget:
         _find_budgets(run, config)
     register(Attachment, "gpumem-attachment")

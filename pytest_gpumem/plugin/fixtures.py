@@ -109,6 +109,7 @@ def fallback(request: pytest.FixtureRequest) -> Callable[..., FallbackReport]:
     from pytest_gpumem.records.record import FallbackStep
 
     def check(load: Callable[[], Any], **options: Any) -> FallbackReport:
+        __tracebackhide__ = True
         report = check_fallback(load, **options)
         steps = [FallbackStep(**each) for each in report.to_json()]
         record_of(request.node).fallbacks.append(steps)

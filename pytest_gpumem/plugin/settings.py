@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.baselines.regressions import Tolerance
     from pytest_gpumem.cards import Card
+    from pytest_gpumem.checking.check_report import CheckRequest
     from pytest_gpumem.hub import HubModel
     from pytest_gpumem.plugin.marks import Budget
     from pytest_gpumem.rules.rule import Rule
@@ -50,11 +51,11 @@ def parse_report(text: str) -> tuple[str, str]:
 
 def parse_points(text: str) -> str | int:
     """Read ``--gpu-oom-points``."""
-    if text in ("all", "sites"):
+    if text in ("all", "sites", "ends"):
         return text
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise ValueError(
-            f"{text!r} is neither all, sites nor a number of allocations from 1 on"
+            f"{text!r} is neither all, sites, ends nor a number of allocations from 1 on"
         )
     return int(text)
 
@@ -242,7 +243,8 @@ class Settings:
         "POINTS",
         parse=parse_points,
         help="which allocations the sweeps of this run make fail, whatever the markers say: "
-        "all, sites (the first allocation of each site), or a number of them",
+        "all, sites (the first allocation of each site), ends (the first and the last of "
+        "each), or a number of them",
     )
     resume: bool = option(
         "--gpu-oom-resume",
@@ -279,6 +281,15 @@ class Settings:
         parse=parse_seconds,
         help="how long a test may wait until its bytes of a card are free; after that it "
         "ends in an error that names the processes that hold them",
+    )
+    check: CheckRequest | None = option(
+        "--gpu-check",
+        "MODULE:LOAD[,run=MODULE:INFER]",
+        parse="pytest_gpumem.checking.check_report:CheckRequest.parse",
+        help="try everything on a loader, a function without arguments that returns a "
+        "model: budgets, faults, every place that allocates, as 'pytest-gpumem check' "
+        "does; what run= names computes an output from it; tests are run too if they "
+        "are named",
     )
     checkpoint: str = option(
         "--gpu-checkpoint",

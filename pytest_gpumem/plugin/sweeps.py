@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from pytest_gpumem.plugin.session import Run
     from pytest_gpumem.sweeps.report import Outcome, SweepReport, Verdict
 
+#: How a test is chosen on the command line that has no node id of its own.
+CHOSEN_BY: Final = pytest.StashKey[str]()
 #: The argument that tells the points of one worker from another's.
 SHARD: Final = "_gpumem_shard"
 
@@ -230,9 +232,9 @@ def _tell(
 
 def replay_line(item: pytest.Item) -> Callable[[str], str]:
     """Return what turns a point's rule into the command that replays it alone."""
-    nodeid = _whole_id(item)
+    chosen = item.stash.get(CHOSEN_BY, _whole_id(item))
     return lambda rule: (
-        f"pytest {shlex.quote(nodeid)} --gpu-replay-oom={shlex.quote(rule)}"
+        f"pytest {shlex.quote(chosen)} --gpu-replay-oom={shlex.quote(rule)}"
     )
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem.errors import SweepError
 from pytest_gpumem.instruments.equality import compare_portraits
 from pytest_gpumem.instruments.holders import blocks_on_cards
+from pytest_gpumem.instruments.loads import OUTPUT, half_moved, model_in
+from pytest_gpumem.instruments.parts import Placement, placement_of
 from pytest_gpumem.instruments.portraits import portrait
 from pytest_gpumem.instruments.trials import Attempt, Trial
 from pytest_gpumem.rules.rule import NOT_OOM
@@ -24,20 +27,37 @@ _SEARCHES: Final = 8
 _WORDS: Final = 400
 
 
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """What is kept of a model that a body has loaded: where it was, what it computed."""
+
+    placement: Placement
+    output: Any
+
+
 class SweepJudge:
     """Runs a body with one fault after the other and judges each run.
 
-    Portraits of results are the same where ``same`` says so; without it, by value.
+    Portraits of results are the same where ``same`` says so; without it, by value. What
+    ``run`` computes from a result, without faults, is compared in its place.
     """
 
     def __init__(
         self,
         body: Callable[..., Any],
         setup: Callable[[], Sequence[Any]],
+        *,
         same: Callable[[Any, Any], bool] | None,
+        run: Callable[[Any], Any] | None,
+        variants: bool,
         device: Device,
     ) -> None:
-        self._trial: Final = Trial(body=body, setup=setup, keep=portrait, device=device)
+        self._run = run
+        #: Whether the body is over, and what it has loaded is looked at.
+        self.is_looking = False
+        self._variants = variants
+        keep = portrait if run is None else self._loaded
+        self._trial: Final = Trial(body=body, setup=setup, keep=keep, device=device)
         self._same = same
         self.device: Final = device
         self._reference: Attempt | None = None
@@ -93,6 +113,42 @@ class SweepJudge:
         with self.thawed():
             return self._trial.holders(attempt, also_known=self._known)
 
+    def _loaded(self, result: Any) -> _Loaded:
+        """Run what was loaded, once the faults are over.
+
+        Raises:
+            AssertionError: It is no whole model.
+        """
+        model = model_in(result)
+        if model is None:
+            raise AssertionError("it returned no model and raised nothing")
+        placement = placement_of(model)
+        for problem in half_moved(placement):
+            raise AssertionError(problem)
+        self.is_looking = True
+        try:
+            return _Loaded(
+                placement, portrait(self._run(result) if self._run else None)
+            )
+        finally:
+            self.is_looking = False
+
+    def _difference(self, reference: Any, result: Any) -> str | None:
+        """Return how a result differs from that of a run without faults."""
+        if isinstance(reference, _Loaded) and isinstance(result, _Loaded):
+            sizes = {each.placement.num_parameters for each in (reference, result)}
+            if self._variants and len(sizes) > 1:
+                return None
+            dtypes = result.placement.dtypes
+            pair = reference.output, result.output
+            if self._same is None:
+                return compare_portraits(*pair, where=OUTPUT, dtypes=dtypes).first
+            reference, result = pair
+        if self._same is None:
+            return compare_portraits(reference, result).first
+        same = self._same(reference, result)
+        return None if same else "the result is not the same as without a fault"
+
     def _verdict(
         self, point: Point, attempt: Attempt, reference: Attempt
     ) -> tuple[Verdict, str]:
@@ -100,12 +156,7 @@ class SweepJudge:
         if failure is None:
             if point.flavour == NOT_OOM:
                 return Verdict.SWALLOWED, "an error that is no OOM vanished"
-            results = reference.result, attempt.result
-            if self._same is None:
-                wrong = compare_portraits(*results).first
-            else:
-                wrong = "the result is not the same as without a fault"
-                wrong = None if self._same(*results) else wrong
+            wrong = self._difference(reference.result, attempt.result)
             return (Verdict.WRONG_RESULT, wrong) if wrong else (Verdict.RECOVERED, "")
         if failure.is_hang:
             return Verdict.HANG, failure.text

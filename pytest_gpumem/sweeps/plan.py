@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from pytest_gpumem.errors import SweepError
 from pytest_gpumem.rules.parser import parse_rule
 from pytest_gpumem.rules.rule import FLAVOURS, Rule
-from pytest_gpumem.sweeps.report import MODES, Point
+from pytest_gpumem.sweeps.report import MODES, Point, mode_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+#: Words that say which allocations fail.
+WORDS: Final = ("all", "sites", "ends")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,8 +23,8 @@ class SweepPlan:
     """What a sweep does.
 
     Attributes:
-        points: ``"all"`` allocations, the first of each of the ``"sites"``, or so many
-            of them, spread evenly.
+        points: ``"all"`` allocations, the first of each of the ``"sites"``, the first
+            and the last of each (``"ends"``), or so many of them, spread evenly.
         modes: Which of ``"transient"`` and ``"persistent"``.
         flavours: Which real-world errors; ``"native"`` is the allocator's own.
         rule: Which allocations count, for example ``"load"`` or ``"any:min=1MiB"``.
@@ -48,9 +51,10 @@ class SweepPlan:
     def __post_init__(self) -> None:
         points = self.points
         counts = isinstance(points, int) and not isinstance(points, bool) and points > 0
-        if points not in ("all", "sites") and not counts:
+        if points not in WORDS and not counts:
             raise SweepError(
-                f"points={points!r}; accepted are 'all', 'sites' or a number from 1 on"
+                f"points={points!r}; accepted are {', '.join(map(repr, WORDS))} or a "
+                "number from 1 on"
             )
         _check_words("mode", self.modes, MODES)
         _check_words("flavour", self.flavours, FLAVOURS)
@@ -96,7 +100,7 @@ class SweepPlan:
         """Yield the points, given the site of each allocation of a clean run."""
         if self.only is not None:
             rule = parse_rule(self.only)
-            mode = "persistent" if rule.times is None else "transient"
+            mode = mode_of(rule)
             site = sites[rule.nth - 1] if rule.nth <= len(sites) else ""
             yield Point(rule.nth, mode, rule.flavour, str(rule), site)
             return
@@ -108,8 +112,11 @@ class SweepPlan:
 
     def _numbers(self, sites: tuple[str, ...]) -> list[int]:
         points, count = self.points, len(sites)
-        if points == "sites":
-            return [sites.index(site) + 1 for site in dict.fromkeys(sites)]
+        if points in ("sites", "ends"):
+            numbers = {sites.index(site) + 1 for site in sites}
+            if points == "ends":  # a half of what one site moves has moved by the last
+                numbers |= {count - sites[::-1].index(site) for site in sites}
+            return sorted(numbers)
         if isinstance(points, int) and points < count:
             return sorted(
                 {1 + round(i * (count - 1) / max(points - 1, 1)) for i in range(points)}

@@ -13,8 +13,15 @@ from pytest_gpumem.rules.rule import NOT_OOM
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from pytest_gpumem.rules.rule import Rule
+
 #: How often a point's fault strikes: the Nth allocation only, or it and all later ones.
 MODES: Final = ("transient", "persistent")
+
+
+def mode_of(rule: Rule) -> str:
+    """Return which of ``MODES`` a rule's fault strikes in."""
+    return "persistent" if rule.times is None else "transient"
 
 
 class Verdict(Enum):

@@ -43,6 +43,8 @@ def sweep_ooms(
     *args: Any,
     setup: Callable[[], Sequence[Any]] | None = None,
     same: Callable[[Any, Any], bool] | None = None,
+    run: Callable[[Any], Any] | None = None,
+    variants: bool = False,
     name: str | None = None,
     resume: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int, Outcome], None] | None = None,
@@ -63,6 +65,11 @@ def sweep_ooms(
         setup: Makes the arguments instead, before each run, without faults.
         same: Tells whether a run's result is right, given the clean one's portrait and
             its own; None means by value within what the dtypes explain.
+        run: For a body that loads a model: computes an output from what it returns,
+            once the faults are over. Then the model must be whole, and the output is
+            compared instead of the result, within what the model's dtypes explain.
+        variants: Whether such a model may be another one, told by its number of
+            parameters; its output is compared with nothing.
         name: What is swept, for texts; None means the body's name.
         resume: A file that keeps what was done; a sweep that was interrupted goes on
             from there.
@@ -93,8 +100,10 @@ def sweep_ooms(
     judge = SweepJudge(
         body,
         setup or (lambda: args),
-        same,
-        active_device() if device is None else device,
+        same=same,
+        run=run,
+        variants=variants,
+        device=active_device() if device is None else device,
     )
     title = name or str(getattr(body, "__qualname__", repr(body)))
     sweep = _Sweep(judge, wanted, title, progress or (lambda *_point: None))
@@ -154,6 +163,8 @@ class _Sweep:
         lock = threading.Lock()
 
         def count(device_index: int, nbytes: int) -> bool:
+            if self.judge.is_looking:
+                return False
             with lock:
                 before = schedule.num_counted
                 injector.fails(device_index, nbytes)

@@ -320,7 +320,7 @@ def test_a_rung_is_devices_and_dtypes(
     places: dict[str, int], dtypes: set[torch.dtype], rung: str
 ) -> None:
     """In an order of their own, so that a table can be compared."""
-    assert _rung(Placement(places, frozenset(dtypes), None)) == rung
+    assert _rung(Placement(places, frozenset(dtypes), None, 0)) == rung
 
 
 def test_the_model_is_found_in_what_a_loader_returns() -> None:

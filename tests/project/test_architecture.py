@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "sweeps.judge": PURE | {"devices", "instruments"},
     "devices": PURE | {"devices"},
     "instruments": PURE | {"devices", "instruments"},
+    "checking": PURE | {"devices", "instruments", "checking"},
     "tenancy": GROUND | {"allocator", "tenancy"},
     "reports": PURE | {"reports"},
     "children": PURE | {"devices", "instruments", "tenancy", "hub", "children"},
@@ -51,7 +52,8 @@ MAY_IMPORT = {
     "strategies": GROUND | {"rules"},
     "recording": GROUND | {"allocator", "devices", "recording"},
     "doctor": GROUND | {"allocator", "devices", "checkpoints"},
-    "commands": GROUND | {"records", "baselines", "reports", "commands"},
+    "commands": GROUND
+    | {"records", "baselines", "reports", "checking", "devices", "commands"},
     "cli": GROUND
     | {
         "allocator",
@@ -72,6 +74,7 @@ MAY_IMPORT = {
         "baselines",
         "checkpoints",
         "hub",
+        "checking",
         "children",
         "tenancy",
         "plugin",

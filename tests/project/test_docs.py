@@ -177,6 +177,13 @@ def test_the_loop_that_must_not_grow_is_as_shown(pytester: pytest.Pytester) -> N
     result.assert_outcomes(passed=2)
 
 
+def test_a_loader_is_checked_as_shown() -> None:
+    """From Python; the page's command is walked."""
+    _models, example = blocks("check.md")
+
+    exec(compile(example, "check.md", "exec"), {})  # noqa: S102  # our own page
+
+
 def test_a_model_is_tried_on_a_card_as_shown() -> None:
     """From Python; the command has tests of its own."""
     (example,) = blocks("fit.md")

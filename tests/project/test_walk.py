@@ -20,6 +20,7 @@ CHAPTERS: Final = [
     *(
         (f"docs/{name}.md",)
         for name in (
+            "check",
             "ci",
             "failures",
             "fallbacks",

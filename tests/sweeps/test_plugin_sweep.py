@@ -358,7 +358,10 @@ def test_what_cannot_be_called_again_is_refused(
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--gpu-oom-points=few", "*--gpu-oom-points: 'few' is neither all, sites nor*"),
+        (
+            "--gpu-oom-points=few",
+            "*--gpu-oom-points: 'few' is neither all, sites, ends nor*",
+        ),
         ("--gpu-oom-points=0", "*--gpu-oom-points: '0' is neither*"),
         ("--gpu-replay-oom=what", "*--gpu-replay-oom:*'what' is not a phase*"),
     ],

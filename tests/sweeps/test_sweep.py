@@ -477,7 +477,11 @@ def test_code_that_allocates_nothing_has_nothing_to_sweep() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"points": "some"}, SweepError, "accepted are 'all', 'sites' or a number"),
+        (
+            {"points": "some"},
+            SweepError,
+            "accepted are 'all', 'sites', 'ends' or a number",
+        ),
         ({"points": 0}, SweepError, "points=0"),
         ({"modes": ["often"]}, SweepError, "'often'; accepted are transient"),
         ({"modes": "transient"}, SweepError, "give a list"),

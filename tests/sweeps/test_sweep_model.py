@@ -59,7 +59,7 @@ def an_outcome(
         (
             {"points": 0},
             SweepError,
-            "points=0; accepted are 'all', 'sites' or a number",
+            "points=0; accepted are 'all', 'sites', 'ends' or a number",
         ),
         ({"points": True}, SweepError, "points=True"),
         ({"points": "some"}, SweepError, "points='some'"),

@@ -1,0 +1,147 @@
+"""A function of the user's, named as ``package.module:function``."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from contextlib import contextmanager
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from pytest_gpumem.errors import CheckError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+#: Functions of a module that an error names.
+_SHOWN: Final = 8
+
+
+class NamedFunction(NamedTuple):
+    """A function by its place.
+
+    Attributes:
+        module: The module, as an import statement names it.
+        path: The function in it, with dots where it is inside a class.
+    """
+
+    module: str
+    path: str
+
+    @property
+    def expression(self) -> str:
+        """How code that has imported the module writes the function."""
+        return f"{self.module}.{self.path}"
+
+    def __str__(self) -> str:
+        return f"{self.module}:{self.path}"
+
+    @classmethod
+    def parse(cls, text: str) -> NamedFunction:
+        """Read ``package.module:function``.
+
+        Raises:
+            CheckError: It is written otherwise.
+        """
+        module, _colon, path = text.partition(":")
+        names = [*module.split("."), *path.split(".")]
+        if not all(name.isidentifier() for name in names):
+            raise CheckError(
+                f"{text!r} names no function; write MODULE:FUNCTION as an import names "
+                "them, such as package.module:load",
+                value=text,
+            )
+        return cls(module, path)
+
+    def resolve(self, *arguments: str) -> Callable[..., Any]:
+        """Import the module and return the function.
+
+        Args:
+            arguments: What the function will be given, in words, one each.
+
+        Raises:
+            CheckError: There is no such function, or it cannot be called so.
+        """
+        module = self._import()
+        try:
+            found = attrgetter(self.path)(module)
+        except AttributeError:
+            own = [
+                name
+                for name, each in vars(module).items()
+                if inspect.isfunction(each) and each.__module__ == module.__name__
+            ]
+            there = f"its functions are {', '.join(own[:_SHOWN])}" if own else ""
+            raise CheckError(
+                f"{self.module} has no {self.path!r}; "
+                f"{there or 'it defines no function'}",
+                value=str(self),
+            ) from None
+        if not callable(found):
+            raise CheckError(
+                f"{self} is of type {type(found).__name__}, which cannot be called; name "
+                "a function",
+                value=str(self),
+            )
+        if inspect.iscoroutinefunction(found) or inspect.isgeneratorfunction(found):
+            raise CheckError(
+                f"{self} does nothing when it is called, as it is a generator or async; "
+                "name a function that calls it and returns what comes of it",
+                value=str(self),
+            )
+        self._check_arguments(found, arguments)
+        function: Callable[..., Any] = found
+        return function
+
+    def _import(self) -> Any:
+        try:
+            return importlib.import_module(self.module)
+        except ModuleNotFoundError as error:
+            parts = self.module.split(".")
+            heads = {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
+            if error.name not in heads:
+                raise self._import_failed(error) from error
+            raise CheckError(
+                f"there is no module {error.name!r}, neither in {os.getcwd()} nor "  # noqa: PTH109  # as in sys.path
+                "installed; change to the folder that the import starts in",
+                value=str(self),
+            ) from None
+        except (Exception, SystemExit) as error:
+            raise self._import_failed(error) from error
+
+    def _import_failed(self, error: BaseException) -> CheckError:
+        return CheckError(
+            f"{self.module} cannot be imported: {type(error).__name__}: {error}",
+            value=str(self),
+        )
+
+    def _check_arguments(
+        self, found: Callable[..., Any], arguments: tuple[str, ...]
+    ) -> None:
+        try:
+            signature = inspect.signature(found)
+        except ValueError:  # of a function in C nothing is known
+            return
+        try:
+            signature.bind(*arguments)
+        except TypeError:
+            given = " and ".join(arguments) or "no arguments"
+            raise CheckError(
+                f"{self} takes {signature}, and is called with {given}; name a function "
+                "of yours that calls it with the rest",
+                value=str(self),
+            ) from None
+
+
+@contextmanager
+def working_folder_importable() -> Iterator[None]:
+    """Let modules of the working folder be imported, as ``python -m`` does."""
+    folder = os.getcwd()  # noqa: PTH109  # as in sys.path
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        if folder in sys.path:
+            sys.path.remove(folder)
