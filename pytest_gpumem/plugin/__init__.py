@@ -152,7 +152,7 @@ def _share(run: Run, config: pytest.Config, collection: Collection) -> None:
 
 
 def _tell_controller(run: Run, config: pytest.Config, collection: Collection) -> None:
-    """Have a worker of pytest-xdist tell what only it knows."""
+    """Have a worker of pytest-xdist send its own notes to the controller."""
     from pytest_gpumem.plugin.outputs import STEP_SUMMARY
     from pytest_gpumem.plugin.summary import notes
     from pytest_gpumem.plugin.workers import WorkerNotes
@@ -174,7 +174,7 @@ def _tell_controller(run: Run, config: pytest.Config, collection: Collection) ->
 
 
 def _control(run: Run, config: pytest.Config, collection: Collection) -> None:
-    """Have the process in which reports arrive collect them and say what came of it."""
+    """Have the process that receives reports collect records and print the results."""
     from pytest_gpumem.plugin.endings import PLUGIN_NAME as ENDINGS_NAME
     from pytest_gpumem.plugin.endings import Endings
     from pytest_gpumem.plugin.outputs import STEP_SUMMARY

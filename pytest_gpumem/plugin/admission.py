@@ -1,4 +1,4 @@
-"""Each test runs once its bytes of the cards are free; see Note [A card among workers]."""
+"""A test starts when its bytes of the cards are free; see Note [A card among workers]."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _SHORT_S: Final = 0.05
 
 
 class Admission:
-    """Has every test wait for what it claims, and hold it until it is torn down.
+    """Makes every test wait for the bytes it claims, and hold them until its teardown.
 
     Args:
         run: The run.
         phases: The hooks around tests' phases, which clean up between tests.
-        markers: What each test's markers ask for.
+        markers: The arguments of each test's markers.
         idle: Tests that used no card before: they claim no share.
     """
 
@@ -51,7 +51,7 @@ class Admission:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:
-        """Claim, outside whatever measures or bounds the test's own time."""
+        """Claim before other plugins start to measure or limit the test's time."""
         with ExitStack() as stack:
             self._claim(item, stack)
             try:
@@ -64,7 +64,7 @@ class Admission:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self) -> None:
-        """Let a test that waited in vain be an error of its own."""
+        """Fail the setup of a test that waited too long."""
         if self._refusal is not None:
             pytest.fail(
                 f"{self._refusal} (--gpu-wait-timeout, @pytest.mark.requires_vram)",
@@ -116,7 +116,7 @@ class Admission:
             index: device.total_bytes(index) for index in range(device.device_count)
         }
         claims = declared_claims(markers, self._run.settings, totals)
-        # What a tenant puts on a card would be in others' way, and they in its.
+        # A competing process and the tests of other workers would take each other's bytes.
         if TENANTS in getattr(item, "fixturenames", ()):
             claims = {
                 index: claims.get(index, Claim(0))._replace(is_alone=True)
@@ -129,7 +129,7 @@ class Admission:
         return claims
 
     def _settle(self, device: Device) -> None:
-        """Give back what is free, and note what stands beyond the test."""
+        """Empty the cache, and note the bytes that stay held after the test."""
         self._phases.clean(device)
         for index in range(device.device_count):
             self._run.sharing.hold_idle(device, index)

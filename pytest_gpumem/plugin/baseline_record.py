@@ -1,4 +1,4 @@
-"""What a run does, as far as a baseline asks: what ran, what it added, who grew."""
+"""The part of a run that a baseline needs: which tests ran, what they added, what grew."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _CHOOSING: Final = ("keyword", "markexpr", "deselect", "lf", "maxfail", "stepwis
 
 
 class Spared:
-    """Knows which tests were collected and do not run, by whomever they were left out."""
+    """The tests that were collected and do not run, for whatever reason."""
 
     def __init__(self) -> None:
         self._seen: Final[set[str]] = set()
@@ -35,32 +35,32 @@ class Spared:
         self.kept: Final[set[str]] = set()
 
     def pytest_itemcollected(self, item: pytest.Item) -> None:
-        """Note a test before anybody leaves it out."""
+        """Note a test before any plugin deselects it."""
         self._seen.add(item.nodeid)
 
     def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
-        """Note tests that are left out: their names may have changed since."""
+        """Note deselected tests: a plugin may have changed their names."""
         self._seen.update(item.nodeid for item in items)
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        """Note what is left."""
+        """Note the tests that stay selected."""
         self.kept.update(item.nodeid for item in session.items)
 
     @property
     def spared(self) -> set[str]:
-        """The tests that were left out."""
+        """The tests that were deselected."""
         return self._seen - self.kept
 
 
 class BaselineRecord(Spared):
-    """Takes in what ran and what it added, where reports arrive.
+    """Collects which tests ran and what they added, in the process that gets reports.
 
     Args:
         run: The run.
         gate: The baseline.
         config: The run's.
-        collector: Where the records arrive.
+        collector: Collects the records.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class BaselineRecord(Spared):
     # -- what ran -------------------------------------------------------------------------
 
     def pytest_sessionstart(self, session: pytest.Session) -> None:
-        """Note the session, to count what fails in no test."""
+        """Note the session, to count failures that belong to no test."""
         self._session = session
 
     @pytest.hookimpl(optionalhook=True)
@@ -98,16 +98,16 @@ class BaselineRecord(Spared):
         self,
         ids: Sequence[str],
     ) -> None:
-        """Note what there is to run, as a worker tells it."""
+        """Note the tests that a worker has collected."""
         self.kept.update(ids)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
-        """Note what a worker left out; one that crashed has not told."""
+        """Note the tests that a worker deselected; one that crashed sends none."""
         self._left_out.update(notes_of(node).get("spared", ()))
 
     def _take(self, finished: Finished) -> None:
-        """Take in what a test added once it is over."""
+        """Note what a test added, once it has ended."""
         if finished.outcome == "skipped":
             self._left_out.add(finished.nodeid)
         record = finished.record
@@ -123,7 +123,7 @@ class BaselineRecord(Spared):
         self._peaks.setdefault(record.environment, {})[test] = record.growth
         self._moved[test] = judgement.moved
         for key in judgement.because:
-            if key not in self._culprits:  # it is new, and so has failed nobody
+            if key not in self._culprits:  # it is new, so no test failed for it
                 text = f"the fixture {key} is new, and its tests need more"
                 self._fail(key, f"{text} than the baseline {self._gate.name} allows")
             self._culprits[key].append(test)
@@ -133,7 +133,7 @@ class BaselineRecord(Spared):
     def _deny(
         self, environment: str, test: str, name: str, nbytes: int, other: str
     ) -> None:
-        """Fail a test that was taken to pay for another one's first use."""
+        """Fail a test whose leak was first taken for another test's first use."""
         self._moved[test] = {}
         before, is_carried = self._gate.known(environment).test(test)
         if before is None or is_carried or self._gate.updates or test in self._failed:
@@ -168,7 +168,7 @@ class BaselineRecord(Spared):
         self._report(f"{key} (fixture)", text)
 
     def _report(self, name: str, text: str) -> None:
-        """Have a failure shown, counted and written that is not of a test's phase."""
+        """Show, count and write a failure that belongs to no phase of a test."""
         if self._session is not None:
             self._session.testscollected += 1
         hook = self._config.hook
@@ -200,7 +200,7 @@ class BaselineRecord(Spared):
         )
 
     def _stale(self, environment: str) -> list[str]:
-        """Return the baseline's tests that are no more, as far as this run can tell."""
+        """Return the baseline's tests that this run shows no longer to exist."""
         known = self._gate.baseline.peaks.get(environment, {})
         used = self._peaks.get(environment, {})
         kept = self.spared | self._left_out | self._failed
@@ -221,7 +221,7 @@ class BaselineRecord(Spared):
         return sorted(stale)
 
     def _stale_fixtures(self, environment: str) -> list[str]:
-        """Return the baseline's fixtures that no test of a whole run had made."""
+        """Return the baseline's fixtures that no test of a whole run used."""
         known = self._gate.baseline.peaks.get(environment, {})
         fixtures = self._gate.baseline.fixtures.get(environment, {})
         is_whole = (

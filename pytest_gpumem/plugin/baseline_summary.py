@@ -1,4 +1,4 @@
-"""The whole run against the baseline, where reports arrive: said, or written."""
+"""Compares the whole run with the baseline, or writes the baseline."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class BaselineSummary(BaselineRecord):
         run: The run.
         gate: The baseline.
         config: The run's.
-        collector: Where the records arrive.
-        endings: Told of what fails the run beside its tests.
+        collector: Collects the records.
+        endings: Collects reasons for failing the run other than failed tests.
     """
 
     def __init__(
@@ -57,13 +57,13 @@ class BaselineSummary(BaselineRecord):
         super().__init__(run, gate, config, collector)
         self._endings: Final = endings
         self._lines: list[tuple[str, str, bool]] = []
-        #: What differs from the baseline, for reports.
+        #: The changes against the baseline, for reports.
         self.changes: list[Change] = []
-        #: What is new in this run and what is stale in the file, likewise.
+        #: The entries that are new in this run, and those that are stale in the file.
         self.new: list[Entry] = []
         self.stale: list[Entry] = []
 
-    # -- what comes of it -----------------------------------------------------------------
+    # -- the results ----------------------------------------------------------------------
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self) -> None:
@@ -87,7 +87,7 @@ class BaselineSummary(BaselineRecord):
             self._compare(stale)
 
     def _environments(self) -> list[str]:
-        """Return those of this run: a test that used no card names none."""
+        """Return the environments of this run's tests that used a card."""
         found = dict.fromkeys(sorted(self._peaks) + sorted(self._fixtures))
         known = self._gate.baseline.peaks
         if not found and any(
@@ -97,7 +97,7 @@ class BaselineSummary(BaselineRecord):
         return list(found)
 
     def _expected(self) -> str | None:
-        """Return the environment that tests of this run would have had."""
+        """Return the environment that this run's tests would have if they used a card."""
         if self._run.choice.kind == "simulated":
             build = torch_build()
             names = [each.name for each in self._run.settings.cards]
@@ -109,7 +109,7 @@ class BaselineSummary(BaselineRecord):
     def pytest_terminal_summary(
         self, terminalreporter: pytest.TerminalReporter
     ) -> None:
-        """Say what changed."""
+        """Print what changed."""
         if not self._lines:
             return
         verbosity = self._config.get_verbosity()
@@ -190,10 +190,10 @@ class BaselineSummary(BaselineRecord):
     def _is_same(
         self, name: str, before: Mapping[str, int] | None, now: Mapping[str, int]
     ) -> bool:
-        """Tell whether an entry says the same of what is judged.
+        """Tell whether all judged figures of an entry are the same.
 
-        What was on the card before is as it happens to be: an update in another order
-        changes no line for it.
+        The bytes that were on the card before depend on the order of tests, so they are
+        not compared: an update in another order changes nothing.
         """
         if before is None or not has_growth(before):
             return False
@@ -205,7 +205,7 @@ class BaselineSummary(BaselineRecord):
     # -- comparing ------------------------------------------------------------------------
 
     def _find(self, stale: Mapping[str, Sequence[str]]) -> dict[str, int]:
-        """Note what differs from the baseline; return how many tests, by what became."""
+        """Note the changes against the baseline; return the number of tests by result."""
         counts = {"the same": 0, "changed": 0, "new": 0}
         tolerances = () if self._gate.updates else self._gate.tolerances
         for environment, tests in sorted(self._peaks.items()):
@@ -315,7 +315,7 @@ class BaselineSummary(BaselineRecord):
             self._say("--gpu-update-baseline drops what is stale")
 
     def _compare_carried(self, environment: str) -> None:
-        """Compare what has figures of another version of torch alone."""
+        """Compare tests that have only figures of another version of torch."""
         known = self._gate.known(environment)
         tests = {
             test: before
@@ -353,7 +353,7 @@ class BaselineSummary(BaselineRecord):
             if words
             else ("torch itself moved nothing")
         )
-        # What torch moved differently in each test is not told from a change.
+        # If torch changed each test by other bytes, this cannot be told from their own changes.
         is_torch = 2 * len(bad) > len(tests) and len(bad) > 1
         if is_torch:
             moved = (

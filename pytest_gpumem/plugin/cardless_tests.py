@@ -1,4 +1,4 @@
-"""Which tests used no card in earlier runs; kept in pytest's cache."""
+"""The tests that used no card in earlier runs; their names are in pytest's cache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.plugin.record_keeping import Collector
 
-#: Where pytest's cache keeps the names of tests that passed and used no card.
+#: The key in pytest's cache of the names of tests that passed and used no card.
 _KEY: Final = "gpumem/idle"
 
 
@@ -17,8 +17,8 @@ class CardlessTests:
     """Reads and notes which tests use no card; not in workers.
 
     Args:
-        config: The run's; without a cache nothing is known and nothing kept.
-        collector: Knows the tests of this run.
+        config: The run's config; without pytest's cache nothing is read or written.
+        collector: Has the tests of this run.
     """
 
     def __init__(self, config: pytest.Config, collector: Collector) -> None:
@@ -27,12 +27,12 @@ class CardlessTests:
 
     @property
     def idle(self) -> set[str]:
-        """Tests that used no card in the last run that had them."""
+        """Tests that used no card when they ran last."""
         kept = self._cache.get(_KEY, []) if self._cache is not None else []
         return set(map(str, kept)) if isinstance(kept, list) else set()
 
     def pytest_sessionfinish(self) -> None:
-        """Keep it for later runs."""
+        """Write the names for later runs."""
         if self._cache is None:
             return
         before, used = self.idle, self._collector.records.keys()

@@ -60,7 +60,7 @@ class Children:
         self._forks: Any = None
         self._given: Inheritance | None = None
         self._text = ""
-        #: What refuses allocations at present; children that are forked have it too.
+        #: The rules that fail allocations at present; children that are forked have it too.
         self.injector: Any = None
 
     # -- what they take over ----------------------------------------------------------
@@ -70,7 +70,7 @@ class Children:
 
         Args:
             backend: The run's.
-            shared: Where the processes that share simulated cards meet.
+            shared: The folder of the processes that share simulated cards.
         """
         if not self._settings.reaches_children or backend == "off":
             self._set(VARIABLE, None)
@@ -98,7 +98,7 @@ class Children:
             self._set(PYTHON_VARIABLE, sys.executable)
 
     def device_came(self, device: Device) -> None:
-        """Have children that are forked from here on noted."""
+        """Note children that are forked from here on."""
         if self._given is None or self._forks is not None:
             return
         from pytest_gpumem.children.watch import ForkedChildren, Watch
@@ -113,7 +113,7 @@ class Children:
         self._forks.start()
 
     def stop(self) -> None:
-        """Put the environment back; forget all figures."""
+        """Restore the environment; forget all figures."""
         for name, value in self._saved.items():
             _put(name, value)
         self._saved = {}
@@ -127,11 +127,11 @@ class Children:
     def pass_on(
         self, own: Sequence[Budget], caps: Mapping[str, str], rules: Sequence[Rule]
     ) -> None:
-        """Let children have a test's own budgets, and rules while its call runs.
+        """Pass a test's own budgets on to children, and its rules while its call runs.
 
         Args:
             own: The test's budgets, the nearest first.
-            caps: What holds on cards beside them, as ``Inheritance.budgets``.
+            caps: Other budgets of the cards, in the form of ``Inheritance.budgets``.
             rules: The rules in force.
         """
         if self._given is None:
@@ -160,7 +160,7 @@ class Children:
     # -- what comes back --------------------------------------------------------------
 
     def new_figures(self) -> list[ChildFigures]:
-        """Return what children have told since the last test ended."""
+        """Return the figures that children have written since the last test ended."""
         if self._given is None or not os.path.exists(self._folder):  # noqa: PTH110  # asked of every test
             return []
         from pytest_gpumem.children.notes import read_notes
@@ -172,16 +172,16 @@ class Children:
         ]
 
     def strikes(self, count: int) -> list[int]:
-        """Return how many allocations each of the first rules refused in children."""
+        """Return how many allocations each rule failed in children, in the rules' order."""
         told = [child.strikes for child in self.new_figures()]
-        # Notes count the strikes of so many rules; of more, nothing is known.
+        # Notes have room for the counts of this many rules; of more, nothing is known.
         return [
             sum(sum(each[index : index + 1]) for each in told) for index in range(count)
         ]
 
     @staticmethod
     def together(children: Sequence[ChildFigures]) -> list[MemoryFigures]:
-        """Return several children's figures as those of one, by card."""
+        """Combine the figures of several children, by card."""
         if not children:
             return []
         from pytest_gpumem.children.notes import together
@@ -190,7 +190,7 @@ class Children:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None]:
-        """Put children's figures into a test's record once it is over."""
+        """Put children's figures into a test's record when the test ends."""
         try:
             return (yield)
         finally:
@@ -222,7 +222,7 @@ def _put(name: str, value: str | None) -> None:
 
 
 def _is_installed() -> bool:
-    """Tell whether this Python looks at the environment as it starts."""
+    """Tell whether this Python has the ``.pth`` file that starts children."""
     folders = [*site.getsitepackages(), site.getusersitepackages()]
     return any(os.path.exists(os.path.join(each, PTH)) for each in folders)  # noqa: PTH110, PTH118  # asked in every run
 

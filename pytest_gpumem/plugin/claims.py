@@ -1,4 +1,4 @@
-"""How much of which card a test claims while others share it."""
+"""How many bytes of each card a test claims while workers share the cards."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 class Claim(NamedTuple):
-    """What a test needs of one card.
+    """The bytes that a test claims of one card.
 
     Attributes:
-        nbytes: Bytes; 0 for a test that only wants the card alone.
-        is_alone: Whether no other test may use the card meanwhile.
-        is_share: Whether less will do where other workers hold contexts on the card.
+        nbytes: Bytes; 0 for a test that only needs the card for itself.
+        is_alone: Whether no other test may use the card at the same time.
+        is_share: Whether fewer bytes are enough where other workers hold contexts.
     """
 
     nbytes: int
@@ -31,15 +31,15 @@ def declared_claims(
     """Return what a test's markers and the run's options say that it needs, by card.
 
     ``requires_vram`` comes first, then a budget of the test's own, then its limits, then
-    the run's limit, then the run's budget. What names no card means the first.
+    the run's limit, then the run's budget. A limit without a card is for the first one.
 
     Args:
-        markers: What the test's markers ask for.
+        markers: The arguments of the test's markers.
         settings: The run's options.
         totals: Bytes of each card.
 
     Returns:
-        Claims by device index; empty where nothing is said.
+        Claims by device index; empty if nothing says what the test needs.
     """
     claims: dict[int, Claim] = {}
     for index, total in totals.items():

@@ -1,4 +1,4 @@
-"""What the tests of a run ask for, read and checked before any of them runs."""
+"""Reads and checks the markers of a run's tests before any of them runs."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class Collection:
-    """What tests ask for, and the hooks around them.
+    """The markers of the collected tests, and the hooks around the tests.
 
     Args:
-        run: The run, whose device may come to be in the middle of a test.
+        run: The run; its device may be created in the middle of a test.
         config: The run's.
     """
 
@@ -39,10 +39,10 @@ class Collection:
         run.on_device = self._device_came
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Read every marker; skip what this run's device cannot serve.
+        """Read every marker; skip tests that this run's device cannot run.
 
         Raises:
-            pytest.UsageError: A marker asks for what makes no sense.
+            pytest.UsageError: The arguments of a marker make no sense.
         """
         with self._errors.reported(items):
             self._read(items)
@@ -63,7 +63,7 @@ class Collection:
             self._register()
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Share the points of a sweep out to the workers of pytest-xdist."""
+        """Divide the points of a sweep among the workers of pytest-xdist."""
         settings = self._run.settings
         if marks.is_swept(
             metafunc.definition, sweeps_fallbacks=settings.sweeps_fallbacks
@@ -73,7 +73,7 @@ class Collection:
             shard_tests(metafunc, is_replay=settings.replay is not None)
 
     def _check_sweep(self, item: pytest.Item, markers: marks.Markers) -> None:
-        """Have tests swept; one that cannot be called again and again fails, saying so."""
+        """Have a test swept; one that cannot be called repeatedly fails with the reason."""
         if markers.sweep is None:
             return
         bases = getattr(getattr(item, "cls", None), "__mro__", ())
@@ -92,7 +92,7 @@ class Collection:
             self._manager.register(Sweeps(self._run, self.markers), "gpumem-sweeps")
 
     def _check_cards(self, item: pytest.Item, markers: marks.Markers) -> None:
-        """Refuse markers that name a card, or more of one, than the run has.
+        """Reject markers that name a card, or more bytes of one, than the run has.
 
         Raises:
             pytest.UsageError: A marker does so.
@@ -129,7 +129,7 @@ class Collection:
         return self._what_lacks(markers)
 
     def _what_lacks(self, markers: marks.Markers) -> str | None:
-        """Return why no wait would give a test the bytes it requires; None if one does."""
+        """Return why the cards can never have a test's bytes; None if they can."""
         if not markers.requirements:
             return None
         totals = self._run.totals()
@@ -159,10 +159,10 @@ class Collection:
         return self._manager.is_registered(self.phases)
 
     def _register(self) -> None:
-        """Put the hooks around every test, whether there is a device yet or not.
+        """Register the hooks around every test, whether there is a device yet or not.
 
-        torch may be imported in the middle of any test; what is registered there takes
-        no part in the hooks that are running.
+        torch may be imported in the middle of any test; a plugin that is registered then
+        is not called by hooks that are already running.
         """
         self._manager.register(self._fixtures, "gpumem-fixtures")
         self._manager.register(self.phases, "gpumem-phases")
@@ -177,7 +177,7 @@ class Collection:
             self.incidents.attach(device)
 
     def _device_came(self) -> None:
-        """Take up a test in whose middle torch was imported."""
+        """Begin to measure a test that has just imported torch."""
         device = self._run.any_device()
         if self._is_registered:
             self._attach(device)

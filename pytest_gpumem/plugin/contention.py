@@ -1,8 +1,9 @@
-"""OOMs that other workers had a part in: the failure says so, and what to do.
+"""OOMs that other workers helped to cause: the failure says so, and what to do.
 
-Such an OOM is one that the test would not have had with the card to itself: what was live
-and what was asked for fit the test's own budget, or else the card. A rule's OOM never is
-one. The test fails; its marker ``requires_vram`` makes it wait for its bytes instead.
+Such an OOM is one that the test would not have had with the card for itself: its live
+bytes and its request together fit into the test's own budget, or into the card if it has
+none. An injected OOM never is one. The test fails; a marker ``requires_vram`` would make
+it wait for its bytes instead.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class ContentionCheck:
 
     Args:
         run: The run.
-        markers: What each test's markers ask for.
+        markers: The arguments of each test's markers.
     """
 
     def __init__(self, run: Run, markers: Mapping[pytest.Item, marks.Markers]) -> None:
@@ -39,7 +40,7 @@ class ContentionCheck:
         self._seen: Contention | None = None
 
     def note(self, incident: Incident) -> None:
-        """Look at an OOM while it lasts."""
+        """Note an OOM if it is one under contention."""
         device = self._run.device
         if device is None or self._item is None or incident.kind != "oom":
             return
@@ -61,7 +62,7 @@ class ContentionCheck:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None]:
-        """Begin to look."""
+        """Forget the OOMs of the test before."""
         self._item, self._seen = item, None
         return (yield)
 
@@ -69,7 +70,7 @@ class ContentionCheck:
     def pytest_runtest_makereport(
         self, item: pytest.Item
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Say of a failure what the OOM was, and which marker the test lacks."""
+        """Add to a failure what the OOM was, and which marker the test lacks."""
         report = yield
         if report.failed and self._seen is not None:
             record_of(item).contention = self._seen
@@ -82,7 +83,7 @@ class ContentionCheck:
 
 
 def describe_contention(seen: Contention) -> str:
-    """Return what an OOM under contention was, on one line."""
+    """Describe an OOM under contention on one line."""
     from pytest_gpumem.sizes import format_size
 
     needed = f"an OOM under contention: {format_size(seen.needed_bytes)} were needed"

@@ -1,9 +1,9 @@
-"""What is wrong with a run beside its tests: said last, with a non-zero exit code.
+"""Reasons other than failed tests for which a run ends with a non-zero exit code.
 
-Two kinds. A file that could not be written fails the run. A check that was asked for
-and held nothing (a baseline without figures of this card, a replay with nothing to
-replay) fails it under ``--gpu-strict``, which CI switches on; else it is said, in a
-section of its own below the failures.
+There are two kinds. A file that could not be written fails the run. A check that was
+asked for and could check nothing (a baseline without figures of this card, a replay with
+nothing to replay) fails it under ``--gpu-strict``, which is on in CI. Otherwise the run
+prints it, in a section of its own below the failures.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _FINE: Final = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
 
 
 class Endings:
-    """Takes in what is wrong with the run; not in workers.
+    """Collects these reasons; not in workers.
 
     Args:
-        is_strict: Whether a check that holds nothing fails the run.
+        is_strict: Whether a check that checks nothing fails the run.
     """
 
     def __init__(self, *, is_strict: bool) -> None:
@@ -41,7 +41,7 @@ class Endings:
         self._failures[text] = None
 
     def is_inert(self, text: str) -> None:
-        """Note that a check held nothing, and what to run so that it does."""
+        """Note that a check checked nothing, and what to run so that it does."""
         self._inert[text] = None
 
     @property
@@ -51,7 +51,7 @@ class Endings:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> None:
-        """Note whether tests run: not with --collect-only, --setup-plan and the like."""
+        """Note whether tests run: with --collect-only or --setup-plan they do not."""
         option = session.config.option
         self.has_run = not any(
             getattr(option, name, False)
@@ -62,7 +62,7 @@ class Endings:
     def pytest_sessionfinish(
         self, session: pytest.Session
     ) -> Generator[None, object, object]:
-        """Choose the exit code once everybody has said what is wrong."""
+        """Choose the exit code when all plugins have given their reasons."""
         result = yield
         if self.has_failed and session.exitstatus in _FINE:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -75,7 +75,7 @@ class Endings:
     def pytest_terminal_summary(
         self, terminalreporter: pytest.TerminalReporter
     ) -> Generator[None, object, object]:
-        """Say it below everything else."""
+        """Print the reasons below everything else."""
         result = yield
         self._is_shown = True
         self._show(terminalreporter)
@@ -106,6 +106,6 @@ class Endings:
 
 
 class _Counted:
-    """Stands for a failure of the run in the counts of the last line."""
+    """A failure of the run, for the counts of the last line."""
 
     count_towards_summary = True

@@ -17,7 +17,7 @@ from pytest_gpumem.reports.github_commands import (
 if TYPE_CHECKING:
     from pytest_gpumem.plugin.record_keeping import Finished
 
-#: Where the checkout is.
+#: The variable with the checkout's folder.
 WORKSPACE: Final = "GITHUB_WORKSPACE"
 
 
@@ -70,7 +70,7 @@ class Annotations:
     def pytest_terminal_summary(
         self, terminalreporter: pytest.TerminalReporter
     ) -> None:
-        """Print them, each at the beginning of a line, as GitHub reads them."""
+        """Print them, each at the beginning of a line, which GitHub requires."""
         terminalreporter.ensure_newline()
         for command in self._commands:
             terminalreporter.write_line(command)

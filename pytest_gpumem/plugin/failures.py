@@ -1,4 +1,4 @@
-"""Failed phases hold nothing once they are reported."""
+"""Frees what the frames of failed phases hold, once the phases are reported."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pytest_gpumem.stacks import clear_exception
 
 
 class Failures:
-    """Lets go of what the frames of failed phases hold on a card.
+    """Clears the frames of failed phases, which hold tensors on a card.
 
-    pytest keeps the exception of a failed call in ``sys.last_value``, that of a fixture
-    with the fixture, and other plugins keep what they like. Each phase's is known where
-    its report is made; its frames are cleared when the next phase begins, which is after
-    everybody, a debugger too, has looked at them.
+    pytest keeps the exception of a failed call in ``sys.last_value`` and that of a fixture
+    with the fixture, and other plugins may keep more. This class gets the exception when
+    the phase's report is made. It clears the frames when the next phase begins: by then
+    every plugin, and a debugger, has seen them.
     """
 
     def __init__(self) -> None:
@@ -23,11 +23,11 @@ class Failures:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_makereport(self, call: pytest.CallInfo[None]) -> None:
-        """Note what a phase has raised, be it a failure, a skip or expected."""
+        """Note the exception of a phase: a failure, a skip or an expected failure."""
         if call.excinfo is not None:
             self._reported.append(call.excinfo.value)
 
     def release(self) -> None:
-        """Clear the frames of what was reported."""
+        """Clear the frames of the exceptions that were reported."""
         while self._reported:
             clear_exception(self._reported.pop())

@@ -39,7 +39,7 @@ def vram_budget(
 def competing_process(
     request: pytest.FixtureRequest,
 ) -> Callable[..., AbstractContextManager[Tenant]]:
-    """Let another process hold memory of a card, in a with statement."""
+    """Have another process hold memory of a card, in a with statement."""
     _session(request.config).require_device()
     from pytest_gpumem.instruments.competing_process import competing_process as compete
 
@@ -123,7 +123,7 @@ def fallback(request: pytest.FixtureRequest) -> Callable[..., FallbackReport]:
 def bert_large(request: pytest.FixtureRequest) -> Path:
     """The folder of a bert-large checkpoint at its real size, built once.
 
-    ``--gpu-checkpoint`` puts another checkpoint in its place.
+    ``--gpu-checkpoint`` chooses another checkpoint.
     """
     from pytest_gpumem.checkpoints import resolve_checkpoint
 

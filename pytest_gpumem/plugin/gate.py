@@ -1,11 +1,11 @@
-"""The run's baseline in each process that runs tests: a test is judged as it ends.
+"""The run's baseline in each process that runs tests: a test is judged when it ends.
 
 Note [One cause, one failure]
-A fixture that grew fails under its own name, and not in the tests that use it: they are
-listed below it, with the reason. A test that needs more because it comes first, where
-in the baseline another one did, does not fail; see ``FirstUses``. Figures of another
-version of torch are compared when the run is over, since what torch moved shows only
-beside the other tests.
+A fixture that grew fails under its own name. The tests that use it do not fail; they are
+listed below it, with the reason. A test that needs more because it runs first, while
+another test ran first in the baseline, does not fail; see ``FirstUses``. Figures of
+another version of torch are compared at the end of the run, because the effect of torch
+itself can be seen only in all tests together.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ if TYPE_CHECKING:
     from pytest_gpumem.records.run_record import Change
 
 
-#: Where a worker finds the baseline's text.
+#: The key of the baseline's text in a worker's input.
 WORKER_INPUT: Final = "gpumem_baseline"
 
 
 class Known:
-    """What a baseline says of an environment, and of the same with other versions.
+    """A baseline's figures of one environment, or of the same with another torch.
 
     Args:
         baseline: The baseline.
         environment: The environment.
 
     Attributes:
-        other: The environment of the nearest version of torch, where one's figures
-            stand for what the file has not of this one.
+        other: The same environment with the nearest version of torch; its figures are
+            used for tests that have none of this version.
     """
 
     def __init__(self, baseline: Baseline, environment: str) -> None:
@@ -98,7 +98,7 @@ class Gate:
         text: The file's text, where a controller has read it; None reads it.
 
     Raises:
-        pytest.UsageError: The file is missing and not to be written, or broken.
+        pytest.UsageError: The file is missing, unless it is to be written, or broken.
     """
 
     def __init__(self, settings: Settings, text: str | None = None) -> None:
@@ -114,7 +114,7 @@ class Gate:
         self._known: Final[dict[str, Known]] = {}
         self._uses: Final[dict[str, FirstUses]] = {}
         self._environment = ""
-        #: What is to be known of the running test beside its figures.
+        #: Facts about the running test that are not among its figures.
         self.judgement = Judgement()
         #: What the running test is taken to have paid for others, until its teardown
         #: shows whether that stays; and what to say if it does not.
@@ -132,14 +132,14 @@ class Gate:
             raise pytest.UsageError(f"--gpu-baseline: {error}") from None
 
     def known(self, environment: str) -> Known:
-        """Return what the file says of an environment."""
+        """Return the file's figures of an environment."""
         if environment not in self._known:
             self._known[environment] = Known(self.baseline, environment)
         return self._known[environment]
 
     @property
     def allowed(self) -> str:
-        """What passes, in words."""
+        """The tolerances, in words."""
         return ", ".join(f"{each.metric}:{each}" for each in self.tolerances)
 
     # -- one test -------------------------------------------------------------------------
@@ -151,7 +151,7 @@ class Gate:
         self._ratio = 1.0
 
     def check(self, environment: str, item: pytest.Item, growth: Growth) -> str | None:
-        """Return what is wrong with what a test's call added; None if nothing is."""
+        """Return what is wrong with the bytes that a test's call added; None if nothing is."""
         self._environment = environment
         known = self.known(environment)
         before, is_carried = known.test(item.nodeid)
@@ -197,9 +197,9 @@ class Gate:
         peaks: Mapping[str, int],
         moved: Mapping[str, int],
     ) -> list[Change]:
-        """Return what a call added beyond what is allowed.
+        """Return the figures by which a call grew beyond the tolerances.
 
-        What is left is known after the teardown.
+        The bytes that are left are known only after the teardown.
         """
         now = _but_left(adjusted(peaks, moved))
         changes = compare_figures(test, _but_left(before), now, self.tolerances)
@@ -209,7 +209,7 @@ class Gate:
     def _more(
         before: Mapping[str, int], left: Mapping[str, int], moved: Mapping[str, int]
     ) -> dict[str, int]:
-        """Return what is left beyond the baseline's, by figure."""
+        """Return the bytes left above those of the baseline, by figure."""
         more = {
             name: nbytes - moved.get(name, 0) - before.get(name, 0)
             for name, nbytes in left.items()
@@ -222,7 +222,7 @@ class Gate:
         used: Sequence[MadeFixture],
         known: Known,
     ) -> None:
-        """Note the fixtures that explain what a test needs more."""
+        """Note the fixtures that explain why a test needs more."""
         grown: dict[str, int] = {}
         is_wider = False
         ratio = 1.0
@@ -278,14 +278,14 @@ class Gate:
 
     @property
     def advice(self) -> str:
-        """What to do about a figure that is too large."""
+        """Advice for a figure that is too large."""
         return (
             f"allowed is {self.allowed} more; if this is meant, run again with "
             "--gpu-update-baseline and commit the file"
         )
 
     def check_left(self, test: str, left: Mapping[str, int]) -> str | None:
-        """Return what is wrong with what a test leaves; None if nothing is."""
+        """Return what is wrong with the bytes that a test leaves; None if nothing is."""
         known = self.known(self._environment)
         before, is_carried = known.test(test)
         if before is None or not has_growth(before):
@@ -321,10 +321,10 @@ class Gate:
     def _left_changes(
         self, test: str, before: Mapping[str, int], left: Mapping[str, int]
     ) -> list[Change]:
-        """Return what is left beyond what is allowed.
+        """Return the figures of bytes left beyond the tolerances.
 
-        What a test leaves with a fixture of wider scope, such as gradients of its
-        model, grows with the fixture.
+        Bytes that a test leaves in a fixture of wider scope, such as gradients of its
+        model, grow with the fixture.
         """
         now = {**_but_left(before), **left}
         then = {name: round(n * self._ratio) for name, n in before.items()}
@@ -339,7 +339,7 @@ def _but_left(peaks: Mapping[str, int]) -> Peaks:
 
 
 def adjusted(peaks: Mapping[str, int], moved: Mapping[str, int]) -> Peaks:
-    """Return figures without what a test paid for others, or others paid for it."""
+    """Return a test's figures, corrected for first uses in other tests."""
     found = dict(peaks)
     for name, nbytes in moved.items():
         head = name.removesuffix(f"allocated {LEFT}")

@@ -1,16 +1,17 @@
-"""What a test itself adds to the cards, whatever else is on them.
+"""Measures the bytes that a test itself adds to the cards, whatever else is there.
 
 Note [Whose bytes are whose]
-Bytes belong to the test that runs, but for those that a fixture of wider scope adds
-while it is made, in whichever test's setup or call that is: it is one for all, and has
-figures under its own name. So the time from a test's setup to its teardown is cut where
-such a fixture begins and ends, and where the first of them goes; what changes in the
-test's own pieces is the test's. Fixtures of function scope are the test's own; they
-have figures under their own names, too, so that one which grew is told from its tests.
+Bytes belong to the test that runs. The exception are bytes that a fixture of wider scope
+adds while it is made, in the setup or call of any test: several tests share the fixture,
+so it has figures under its own name. The time from a test's setup to its teardown is
+therefore cut into pieces, where such a fixture begins and ends and where the first of them
+is torn down. Changes in the remaining pieces belong to the test. Fixtures of function
+scope belong to the test. They have figures under their own names, too, so that a fixture
+that grew is reported apart from its tests.
 
 cuBLAS keeps a workspace for each thread and stream that multiplied matrices. It is
-cleared, with the cache, between tests and after each fixture of wider scope: else the
-first test that multiplies would pay for all after it.
+cleared, with the cache, between tests and after each fixture of wider scope. Otherwise
+the workspace would count for the first test that multiplies, and for no later one.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ Bytes = dict[tuple[int, str], int]
 
 
 def current_bytes(device: Device) -> Bytes:
-    """Return what is on the cards now."""
+    """Return the bytes that are on the cards now."""
     found = {}
     for index in range(device.device_count):
         stats = device.memory_stats(index)
@@ -66,7 +67,7 @@ def _plus(one: Bytes, other: Mapping[tuple[int, str], int], sign: int = 1) -> By
 
 
 class Meter:
-    """Peak growth of a piece of code, in pieces where something else comes between.
+    """The peak growth of a piece of code that may be interrupted by other code.
 
     It may begin before there is a device: until then, nothing was on the cards.
     """
@@ -74,7 +75,7 @@ class Meter:
     def __init__(self, run: Run) -> None:
         self._run: Final = run
         self._trackers: list[Tracker] = []
-        #: What was there at the start, and what others have added since.
+        #: Bytes that were there at the start, and bytes that others have added since.
         self.before: Bytes = {}
         self._paused: Bytes | None = None
         #: The most that was there above that.
@@ -90,14 +91,14 @@ class Meter:
             self.start(device)
 
     def start(self, device: Device) -> None:
-        """Begin a piece: also when the device has just come."""
+        """Begin a piece, also when the device was just created."""
         self._requests = device.num_requests
         self._trackers = [
             device.open_tracker(index) for index in range(device.device_count)
         ]
 
     def pause(self) -> None:
-        """End a piece: what comes now is not counted."""
+        """End a piece; later changes are not counted."""
         device = self._run.device
         if device is None or self._paused is not None:
             return
@@ -114,7 +115,7 @@ class Meter:
         self._paused = current_bytes(device)
 
     def resume(self) -> None:
-        """Begin the next piece; what came in between belongs to others."""
+        """Begin the next piece; changes since the last one are not counted."""
         device = self._run.device
         if device is None or self._paused is None:
             return
@@ -124,12 +125,12 @@ class Meter:
         self.start(device)
 
     def close(self) -> Bytes:
-        """End the last piece; return what has stayed."""
+        """End the last piece; return the bytes that stayed."""
         self.pause()
         return self.stayed()
 
     def stayed(self) -> Bytes:
-        """Return what stays now, once it is closed."""
+        """Return the bytes that stay now, after the last piece."""
         if self._paused is None or self._run.device is None:
             return {}
         return _plus(current_bytes(self._run.device), self.before, -1)
@@ -139,7 +140,7 @@ class Growth:
     """Measures each test and each fixture; see Note [Whose bytes are whose].
 
     Args:
-        run: The run, whose device may come to be in the middle of anything.
+        run: The run; its device may be created at any time.
     """
 
     def __init__(self, run: Run) -> None:
@@ -150,7 +151,7 @@ class Growth:
         self._own: Bytes = {}
         self._start: Bytes = {}
         self._is_over = False
-        #: What was made for the running test.
+        #: The fixtures that were made for the running test.
         self.made: list[MadeFixture] = []
         #: The living fixtures of wider scope.
         self.alive: Final[dict[Any, MadeFixture]] = {}
@@ -158,14 +159,14 @@ class Growth:
         self.peaks: dict[str, int] = {}
 
     def device_came(self, device: Device) -> None:
-        """Go on with a device that came in the middle of all that is open."""
+        """Continue with a device that was created while pieces are open."""
         for meter in self._meters:
             meter.start(device)
 
     # -- a test ---------------------------------------------------------------------------
 
     def begin(self, item: pytest.Item) -> None:
-        """Begin with a test, before its setup."""
+        """Begin to measure a test, before its setup."""
         for meter in self._meters:
             meter.close()  # a trial that was interrupted
         self._meters = []
@@ -174,15 +175,15 @@ class Growth:
         self.made, self.peaks = [], {}
 
     def begin_call(self) -> None:
-        """Begin with its call."""
+        """Begin to measure the test's call."""
         self._phase = "call"
         self._meters.append(Meter(self._run))
 
     def end_call(self, children: Iterable[MemoryFigures] = ()) -> None:
-        """End its call.
+        """End the measurement of the test's call.
 
         Args:
-            children: The figures of the processes that it started, as of one.
+            children: The combined figures of the processes that it started.
         """
         if self._phase != "call":
             return
@@ -196,19 +197,19 @@ class Growth:
         self._phase, self._start = "called", self._now()
 
     def begin_teardown(self) -> None:
-        """Begin with its teardown."""
+        """Begin to measure the test's teardown."""
         if self._phase == "called":
             self._own = self._so_far()
         self._phase, self._start = "teardown", self._now()
 
     def end(self) -> dict[str, int]:
-        """End the test; return what it leaves, by figure."""
+        """End the test; return the bytes that it leaves, by figure."""
         self._end_own()
         self._phase, self._item = "", None
         return _left(self._own)
 
     def left(self) -> dict[str, int]:
-        """Return what it would leave now, between its call and its teardown."""
+        """Return the bytes that the test would leave now, before its teardown."""
         if _left(self._so_far()):
             _clear_workspaces()
         return _left(self._so_far())
@@ -221,7 +222,7 @@ class Growth:
         return _plus(self._own, _plus(self._now(), self._start, -1))
 
     def _end_own(self) -> None:
-        """End what is the test's own: now wider fixtures go, or it is over."""
+        """End the test's own pieces: wider fixtures are torn down next, or the test is over."""
         if self._is_over or self._phase != "teardown" or self._run.device is None:
             return
         self._is_over = True
@@ -241,7 +242,7 @@ class Growth:
         prefix: str,
         own: Mapping[tuple[int, str], int],
     ) -> None:
-        """Put a meter's figures into an entry, with what was its own before it began."""
+        """Put a meter's figures into an entry, with its own bytes from before it began."""
         for (index, word), peak in meter.peak.items():
             key = f"{prefix}{metric_key(word, index)}"
             mine = max(own.get((index, word), 0), 0)
@@ -260,7 +261,7 @@ class Growth:
         left: Mapping[str, int],
         judgement: Judgement | None = None,
     ) -> None:
-        """Put what a test and its fixtures have added into the test's record."""
+        """Put the growth of a test and of its fixtures into the test's record."""
         if self.made:
             record_of(item).fixture_growth += self.made
         if self.peaks:
@@ -318,7 +319,7 @@ class Growth:
             self.alive[fixturedef] = made
 
     def pytest_fixture_post_finalizer(self, fixturedef: pytest.FixtureDef[Any]) -> None:
-        """Forget a fixture that is gone."""
+        """Forget a fixture that was torn down."""
         self.alive.pop(fixturedef, None)
 
     def used_by(self, item: pytest.Item) -> list[MadeFixture]:
@@ -333,7 +334,7 @@ class Growth:
 
 
 def _clear_workspaces() -> None:
-    """Have cuBLAS give its workspaces back: nobody keeps them."""
+    """Free the workspaces of cuBLAS, which it makes again when it needs them."""
     import torch
 
     # None in a build without CUDA, where nothing is simulated.
@@ -351,7 +352,7 @@ def _left(found: Mapping[tuple[int, str], int]) -> dict[str, int]:
 
 
 def _note_child(peaks: dict[str, int], figures: MemoryFigures) -> None:
-    """Put children's figures into an entry: nothing was there before them."""
+    """Put children's figures into an entry; before them there were no bytes."""
     for word in METRICS:
         key = f"children {metric_key(word, figures.device_index)}"
         peak = figures.peak(word) or 0

@@ -22,7 +22,7 @@ MARKER: Final = "hub_model"
 
 
 class HubModels:
-    """What a run serves from its start on, and what its tests ask for.
+    """The models that a run serves from its start, and those that its tests ask for.
 
     Args:
         settings: The run's options.
@@ -34,7 +34,7 @@ class HubModels:
         self._by_test: Final[dict[pytest.Item, list[HubModel]]] = {}
 
     def start(self) -> None:
-        """Serve what the options name, before any conftest is imported."""
+        """Serve the models that the options name, before any conftest is imported."""
         if self._settings.hub_models:
             self._serve(self._served, self._settings.hub_models)
 
@@ -49,7 +49,7 @@ class HubModels:
         stack.enter_context(serving(models, reaches_children=reaches))
 
     def pytest_report_header(self) -> str | None:
-        """Say which models are served."""
+        """Print which models are served."""
         models = self._settings.hub_models
         if not models:
             return None
@@ -82,14 +82,14 @@ class HubModels:
 
 
 class HubAdvice:
-    """The sentence on models that nobody serves."""
+    """Adds advice to the failure of a test whose model is not served."""
 
     @staticmethod
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
         call: pytest.CallInfo[None],
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Say what to do about a model that the hub did not give."""
+        """Add to a failure what to do about a model that the hub did not return."""
         if call.excinfo is not None and "huggingface_hub.errors" in sys.modules:
             from pytest_gpumem.hub import advise, served_names
 
@@ -101,8 +101,8 @@ class _MarkedTests:
     """The hook around each test of a run in which some have the marker.
 
     Args:
-        by_test: What each test has served.
-        serve: Serves it until a stack is closed.
+        by_test: The models of each test.
+        serve: Serves models until a stack is closed.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class _MarkedTests:
     def pytest_runtest_protocol(
         self, item: pytest.Item
     ) -> Generator[None, object, object]:
-        """Serve what a test's markers name, from its setup to its teardown."""
+        """Serve the models of a test's markers, from its setup to its teardown."""
         with ExitStack() as stack:
             models = self._by_test.get(item)
             if models is not None:

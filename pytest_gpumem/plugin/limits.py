@@ -1,4 +1,4 @@
-"""The limits of one test: watched while it runs, checked as its phases end."""
+"""The limits of one test: watched while it runs, checked when its phases end."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class _Bound(NamedTuple):
 
 
 class Limits:
-    """What a test may need of each card, over its call or over all of its phases.
+    """The limits of one test on each card, for its call or for all of its phases.
 
     Args:
         device: The cards.
-        limits: The limits; one that names no card holds for each.
-        witness: Told of the moment in which one is broken.
+        limits: The limits; one without a card holds for each card.
+        witness: Notes the moment in which a limit is broken.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Limits:
         self._sites: dict[_Bound, Any] = {}
 
     def watch(self, phase: str, stack: ExitStack) -> None:
-        """Note until the stack is closed where a limit is broken first."""
+        """Until the stack is closed, note where a limit is broken first."""
         from pytest_gpumem.instruments.recorder import LimitWatch
 
         for bound in self._of(phase):
@@ -114,7 +114,7 @@ class Limits:
         return ""
 
     def outcomes(self, record: Record) -> list[LimitOutcome]:
-        """Return each limit with what was measured, from a test's record."""
+        """Return each limit with the measured bytes, from a test's record."""
         peaks: dict[_Bound, int] = {}
         unknown: set[_Bound] = set()
         for figures in record.figures:
@@ -162,7 +162,7 @@ def why_unknown(device: Device, index: int) -> str:
 
 
 def fail(item: pytest.Item, text: str) -> None:
-    """Fail a test for a limit, in a way that its report can be told by.
+    """Fail a test for a limit, and mark the failure as that of a limit.
 
     Raises:
         pytest.fail.Exception: Always.
@@ -172,13 +172,13 @@ def fail(item: pytest.Item, text: str) -> None:
 
 
 class LeakCheck:
-    """The bytes that a test leaves on the cards, its wider fixtures' apart.
+    """The bytes that a test leaves on the cards, without those of its wider fixtures.
 
     Args:
         device: The cards.
         item: The test, at the start of its setup.
         allowed: Bytes that may stay.
-        held_by_fixtures: Bytes that living fixtures of wider scope hold.
+        held_by_fixtures: Returns the bytes that fixtures of wider scope hold.
     """
 
     def __init__(
@@ -195,10 +195,10 @@ class LeakCheck:
         self.outcome: LimitOutcome | None = None
 
     def check(self, held_by_fixtures: int) -> None:
-        """Fail the test if it left more than it may.
+        """Fail the test if it left more bytes than allowed.
 
         Raises:
-            pytest.fail.Exception: It did; the text names who holds what.
+            pytest.fail.Exception: It did; the text names what holds the bytes.
         """
         left = self._left(held_by_fixtures)
         if left <= self._allowed:

@@ -1,4 +1,4 @@
-"""The plugin's markers: what each means, and their arguments checked early."""
+"""The plugin's markers: their meanings, and early checks of their arguments."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ _READERS: Final[dict[str, Callable[..., Any]]] = {
 
 
 class Markers(NamedTuple):
-    """What a test's markers ask for; of each kind, the nearest marker first."""
+    """The arguments of a test's markers; for each kind, the nearest marker first."""
 
     needs_card: bool
     budgets: tuple[Budget, ...]
@@ -178,7 +178,7 @@ class Markers(NamedTuple):
 def read_markers(
     item: pytest.Item, *, sweeps_fallbacks: bool = False
 ) -> Markers | None:
-    """Return what an item's markers ask for; None if none of them is ours.
+    """Return the arguments of a test's markers; None if none is this plugin's.
 
     Args:
         item: The test.
@@ -206,9 +206,9 @@ def read_markers(
 
 
 def first_of_ours(item: pytest.Item) -> str | None:
-    """Return the name of a marker that only this plugin heeds; None if there is none.
+    """Return the name of a marker that only this plugin uses; None if there is none.
 
-    ``gpu`` is left out: many suites have a marker of that name with rules of their own.
+    ``gpu`` does not count: many suites have a marker of that name for other purposes.
     """
     names = (mark.name for mark in item.iter_markers())
     return next((each for each in names if each in _READERS and each != "gpu"), None)

@@ -1,4 +1,4 @@
-"""What a failed test's report says of the moment in which memory ran out."""
+"""The section of a failed test's report on the moment in which memory ran out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Incidents:
-    """Has OOMs and broken limits described as they happen, and shows them on failure.
+    """Describes OOMs and broken limits when they happen, and shows them on failure.
 
     Args:
         run: The run, for its device.
@@ -26,7 +26,7 @@ class Incidents:
     def __init__(self, run: Run) -> None:
         self._run: Final = run
         self._snapshot: dict[str, Any] | None = None
-        #: Others to tell of each OOM while it lasts.
+        #: Called with each OOM when it happens.
         self.listeners: Final[list[Callable[[Incident], None]]] = []
 
     def attach(self, device: Device) -> None:
@@ -53,7 +53,7 @@ class Incidents:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_setup(self) -> Generator[None]:
-        """Forget the test before."""
+        """Forget the incidents of the test before."""
         self._forget()
         return (yield)
 
@@ -61,7 +61,7 @@ class Incidents:
     def pytest_runtest_makereport(
         self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Tell a failed phase's report what was on the card."""
+        """Add to a failed phase's report what was on the card."""
         report = yield
         witness = self._run.witness
         if witness is not None and witness.incidents and report.failed:
@@ -105,9 +105,9 @@ class Incidents:
 def _causes(
     item: pytest.Item, call: pytest.CallInfo[None], incidents: Sequence[Incident]
 ) -> Sequence[Incident]:
-    """Return the incidents that a failure may come from.
+    """Return the incidents that may have caused a failure.
 
-    A test that a limit or a baseline failed has survived every OOM it met.
+    A test that fails for a limit or a baseline has recovered from all of its OOMs.
     """
     message = str(getattr(getattr(call.excinfo, "value", None), "msg", ""))
     record = taken(item)

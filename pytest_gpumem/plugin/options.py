@@ -1,4 +1,4 @@
-"""How an option is declared, and how its value is read.
+"""Declares options, and reads their values.
 
 An option is one field of ``settings.Settings``, with ``option(...)`` as its default. The
 command line, the ini file, the help, the documentation and what child processes take over
@@ -25,22 +25,22 @@ class Option:
     """An option: one of the command line and one of the ini file.
 
     Attributes:
-        flag: The command line's name; the ini name is the same with underscores.
-        help: What the option does.
-        metavar: What follows the flag in help; empty for a flag without a value.
-        default: The value where none is given.
+        flag: The name on the command line; the ini name is the same with underscores.
+        help: The help text.
+        metavar: The name of the value in help; empty for a flag without a value.
+        default: The value if none is given.
         choices: The accepted texts, where these are a fixed few.
         parse: Returns the value of a text, or raises ``GpuMemError`` or ``ValueError``;
             ``"module:function"`` is imported once there is a text: most runs give none.
-        check: The same, for a value that stays the text that it is.
+        check: Like ``parse``, but the option's value is the text itself.
         repeated: Whether it may be given several times; the value is a tuple.
-        adds: Whether the command line's values come after the ini file's, and do not
+        adds: Whether the command line's values are added to the ini file's, and do not
             replace them.
-        alone: The text that the flag means where no value follows; None: one has to.
-        takes_base: Whether ``parse`` takes the folder that paths start from, as ``base``.
-        is_inherited: Whether child processes take the text over.
-        ini_name: The name in the ini file, where it is another.
-        removed: What to tell whoever still gives an option that has no effect any more.
+        alone: The text that the flag means if no value follows; None requires a value.
+        takes_base: Whether ``parse`` has an argument ``base``, the folder of paths.
+        is_inherited: Whether child processes take over the text.
+        ini_name: The name in the ini file, if it differs.
+        removed: A warning, for an option that has no effect any more.
     """
 
     flag: str
@@ -78,10 +78,10 @@ class Option:
         return self.default if isinstance(self.default, str) else ""
 
     def value(self, text: Any, base: Path) -> Any:
-        """Return what a text means.
+        """Return the value of a text.
 
         Args:
-            text: As the command line or the ini file has it.
+            text: The text on the command line or in the ini file.
             base: The folder that paths start from.
 
         Raises:
@@ -134,7 +134,7 @@ def options_of(settings: type) -> dict[str, Option]:
 def add_options(parser: pytest.Parser, options: Iterable[Option]) -> None:
     """Declare options on the command line and in the ini file.
 
-    None stands for what is not given at either place, so that a run can tell.
+    None means that an option is given in neither place.
     """
     group = parser.getgroup("gpumem", "GPU memory: budgets, peaks and OOM injection")
     for each in options:
@@ -160,7 +160,7 @@ def add_options(parser: pytest.Parser, options: Iterable[Option]) -> None:
 
 
 def is_given(options: Iterable[Option], config: pytest.Config, namespace: Any) -> bool:
-    """Tell whether any of some options is given, at either place.
+    """Tell whether any of some options is given, in either place.
 
     Args:
         options: The options.
@@ -175,7 +175,7 @@ def is_given(options: Iterable[Option], config: pytest.Config, namespace: Any) -
 
 
 def read_option(option: Option, config: pytest.Config, namespace: Any) -> Any:
-    """Return an option's value: the command line's, else the ini file's, else its default.
+    """Return an option's value: from the command line, the ini file, or its default.
 
     Args:
         option: The option.

@@ -1,4 +1,4 @@
-"""The files that a run writes: checked before any test, each a file of its own."""
+"""The files that a run writes: checked before any test, no two on one path."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Output(NamedTuple):
     """A file of a run.
 
     Attributes:
-        option: What names it, as a person would write it.
+        option: The option that names it, as a person would write it.
         path: The file.
         is_ours: Whether this plugin writes it.
     """
@@ -32,7 +32,7 @@ class Output(NamedTuple):
 
 
 def outputs(settings: Settings, config: pytest.Config) -> list[Output]:
-    """Return the files of a run that are written, or read and not to be written."""
+    """Return the files that a run writes, or that it reads and must not overwrite."""
     base = Path(config.invocation_params.dir)
     found = []
     if settings.baseline is not None:
@@ -60,7 +60,7 @@ def outputs(settings: Settings, config: pytest.Config) -> list[Output]:
 
 
 def check_outputs(settings: Settings, config: pytest.Config) -> None:
-    """Refuse two outputs on one path, and a file that could not be written.
+    """Reject two outputs on one path, and a file that could not be written.
 
     Raises:
         pytest.UsageError: There are such.
@@ -87,7 +87,7 @@ def check_outputs(settings: Settings, config: pytest.Config) -> None:
 
 
 def _identity(path: Path) -> tuple[int, int] | str:
-    """Return what two paths to one file share, whether it is there or not."""
+    """Return a key that is the same for all paths to one file, even a missing one."""
     try:
         found = path.stat()
     except OSError:

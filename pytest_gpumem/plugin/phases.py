@@ -1,4 +1,4 @@
-"""Every test of a run: its budget, its peaks, its limits and its faults."""
+"""Runs every test with its budget, limits and faults, and records its peaks."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Phases:
 
     Args:
         run: The run.
-        markers: What each test's markers ask for.
-        fixtures: Knows what fixtures of wider scope hold.
+        markers: The arguments of each test's markers.
+        fixtures: Has the bytes that fixtures of wider scope hold.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Phases:
         self._general: Final = run.settings.max_vram
         #: Why a test cannot be run as its markers ask.
         self.impossible: Final[dict[pytest.Item, str]] = {}
-        #: Lets go of what failed phases hold.
+        #: Clears the frames of failed phases.
         self.failures: Final = Failures()
         self._limits: Limits | None = None
         self._leak: LeakCheck | None = None
@@ -67,7 +67,7 @@ class Phases:
         self.rule_counts: Final = {str(rule): 0 for rule in run.settings.rules}
 
     def device_came(self, device: Device) -> None:
-        """Take up the test that runs: the device has come to be in its middle."""
+        """Begin to measure the running test, which has just created the device."""
         if self._run.growth is not None:
             self._run.growth.device_came(device)
         if self._item is None:
@@ -106,7 +106,7 @@ class Phases:
 
     @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None]:
-        """Run the test with its faults armed, then hold it to its limits."""
+        """Run the test with its faults armed, then check its limits."""
         self._begin("call")
         growth = self._run.growth
         if growth is not None:
@@ -143,7 +143,7 @@ class Phases:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None]:
-        """Record the teardown, then put the run's own budget back."""
+        """Record the teardown, then restore the run's own budget."""
         self.failures.release()
         self._begin("teardown")
         growth, gate = self._run.growth, self._run.gate
@@ -175,7 +175,7 @@ class Phases:
                 self._end(item, "teardown")
 
     def _forget(self) -> None:
-        """Be done with a test."""
+        """Drop everything that belongs to a test that has ended."""
         self._item = None
         self._limits = self._leak = None
         self._passed = False
@@ -183,7 +183,7 @@ class Phases:
     # -- peaks ----------------------------------------------------------------------------
 
     def _start(self, item: pytest.Item, device: Device) -> None:
-        """Have a test's budget, limits and timeline hold from here on."""
+        """Start a test's budget, limits and timeline."""
         markers = self._markers.get(item)
         self._run.apply_budgets(() if markers is None else markers.budgets)
         self._take_up(item, device)
@@ -195,7 +195,7 @@ class Phases:
             self._watch(phase, self._run.device)
 
     def _watch(self, phase: str, device: Device) -> None:
-        """Record a phase from here on, and note where it breaks a limit."""
+        """Start to record a phase, and to note where it breaks a limit."""
         if self._limits is not None:
             self._limits.watch(phase, self._watches)
         self._requests = device.num_requests
@@ -208,7 +208,7 @@ class Phases:
             self._trackers = sampled(device, self._trackers)
 
     def _wants_samples(self) -> bool:
-        """Tell whether a limit or a report needs what NVML counts."""
+        """Tell whether a limit or a report needs samples of NVML."""
         markers = None if self._item is None else self._markers.get(self._item)
         limits = () if markers is None else markers.limits
         reports = self._run.settings.reports
@@ -276,13 +276,13 @@ class Phases:
             record.limits.append(self._leak.outcome)
 
     def _used(self, device: Device) -> bool:
-        """Tell whether anything was asked of a card since the phase began."""
+        """Tell whether anything was requested of a card since the phase began."""
         return device.num_requests != self._requests
 
     # -- limits ---------------------------------------------------------------------------
 
     def _take_up(self, item: pytest.Item, device: Device) -> None:
-        """Begin to hold a test to its limits."""
+        """Begin to watch a test's limits."""
         markers = self._markers.get(item)
         settings = self._run.settings
         limits = () if markers is None else markers.limits
@@ -352,7 +352,7 @@ class Phases:
         self._run.children.injector = injector
 
     def _check_rules(self, markers: marks.Markers) -> None:
-        """Fail a test whose own rule was never reached: it proved nothing."""
+        """Fail a test whose own rule was never reached, because it proves nothing."""
         own = self._own_schedules(markers)
         strikes = self._run.children.strikes(len(own))
         for schedule, in_children in zip(own, strikes, strict=True):
@@ -383,7 +383,7 @@ class Phases:
     # -- between tests --------------------------------------------------------------------
 
     def clean(self, device: Device) -> None:
-        """Give back what the test before left in caches, tracebacks and cycles."""
+        """Free what the test before left in caches, tracebacks and reference cycles."""
         self.failures.release()
         if device.num_requests == self._seen_requests:
             return
@@ -399,7 +399,7 @@ def _used_cards(figures: list[MemoryFigures]) -> list[MemoryFigures]:
 
 
 def _note_unknown(record: Record, device: Device, figures: list[MemoryFigures]) -> None:
-    """Note why a process's bytes are not known, if so."""
+    """Note why a process's bytes are unknown, if they are."""
     for each in figures:
         if each.peak_process_bytes is None:
             from pytest_gpumem.plugin.limits import why_unknown

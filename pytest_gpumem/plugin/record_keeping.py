@@ -1,9 +1,9 @@
 """The record of each test: kept with the item, sent with its report, collected once.
 
-Whatever measures something of a test writes it into ``record_of(item)``. The report of the
-teardown takes the record along, also from a worker of pytest-xdist. ``Collector`` is the
-only place where records arrive; the terminal, reports, the gate and the others read them
-there.
+Every part of the plugin that measures a test writes the figures into ``record_of(item)``.
+The record travels with the report of the test's teardown, also from a worker of
+pytest-xdist. Only ``Collector`` receives records; the terminal, the reports, the gate and
+other parts read them there.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _ATTRIBUTE: Final = "gpumem_record"
 _OVER_LIMIT: Final = "gpumem_over_limit"
 #: A report's attribute: how far a sweep is.
 _PROGRESS: Final = "gpumem_progress"
-#: How far a test's sweep is, while one of its points is reported.
+#: The progress of a test's sweep, while one of its points is reported.
 PROGRESS: Final = pytest.StashKey[list[Any]]()
 _RANK: Final = ("passed", "skipped", "failed", "error")
 
 
 def record_of(item: pytest.Item) -> Record:
-    """Return a test's record, to write into; it is begun if there is none."""
+    """Return a test's record, to write into; make it if there is none."""
     record = item.stash.get(_KEY, None)
     if record is None:
         from pytest_gpumem.records.record import Record
@@ -40,7 +40,7 @@ def record_of(item: pytest.Item) -> Record:
 
 
 def has_record(item: pytest.Item) -> bool:
-    """Tell whether anything was recorded of a test: else it used no card."""
+    """Tell whether a test has a record; if not, it used no card."""
     return _KEY in item.stash
 
 
@@ -52,7 +52,7 @@ class Attachment:
     def pytest_runtest_makereport(
         item: pytest.Item,
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Attach it once everybody has written."""
+        """Attach the record when all other plugins have written into it."""
         report = yield
         progress = item.stash.get(PROGRESS, None)
         if progress is not None:
@@ -69,7 +69,7 @@ class Attachment:
 
 
 def keep(item: pytest.Item, record: Record | None) -> None:
-    """Let a test's further attempts begin with a record, or with none."""
+    """Set the record with which a test's further attempts begin; None for none."""
     if record is not None:
         item.stash[_KEY] = record
     elif _KEY in item.stash:
@@ -82,7 +82,7 @@ def taken(item: pytest.Item) -> Record | None:
 
 
 def mark_over_limit(report: pytest.TestReport) -> None:
-    """Have a report shown as that of a broken limit."""
+    """Mark a report as that of a broken limit."""
     setattr(report, _OVER_LIMIT, True)
 
 
@@ -113,7 +113,7 @@ class Finished(NamedTuple):
 
 
 class _Pending:
-    """What is known of a test that is not over."""
+    """The facts known of a test that has not ended."""
 
     __slots__ = ("failure", "outcome", "seconds")
 
@@ -124,14 +124,14 @@ class _Pending:
 
 
 class Collector:
-    """Takes in every test where reports arrive; not in workers.
+    """Collects every test from its reports; not in workers.
 
     Attributes:
-        records: Of the tests that used a card and are over, by name.
-        outcomes: Of all tests that are over.
+        records: The records of ended tests that used a card, by name.
+        outcomes: The outcomes of all tests that have ended.
         failed: Tests of which a phase failed, over or not.
         listeners: Called with each test once it is over.
-        on_progress: Called with how far a sweep is.
+        on_progress: Called with the progress of a sweep.
     """
 
     def __init__(self) -> None:
@@ -144,7 +144,7 @@ class Collector:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Take in a phase of a test; with its last one, the test."""
+        """Take in a phase of a test; after the last phase, the test."""
         pending = self._pending.pop(report.nodeid, None) or _Pending()
         now = str(report.outcome)
         if now not in _RANK:
@@ -180,7 +180,7 @@ class Collector:
     def pytest_report_teststatus(
         self, report: pytest.TestReport | pytest.CollectReport
     ) -> tuple[str, str, tuple[str, dict[str, bool]]] | None:
-        """Show a broken limit as such: V, among the failures and errors."""
+        """Show a broken limit with the letter V, among the failures and errors."""
         if not report.failed or not getattr(report, _OVER_LIMIT, False):
             return None
         category = "failed" if report.when == "call" else "error"

@@ -29,7 +29,7 @@ class Reporting:
     Args:
         run: The run.
         config: pytest's.
-        collector: Where the records are.
+        collector: Has the records.
 
     Raises:
         pytest.UsageError: A page could not be made.
@@ -50,7 +50,7 @@ class Reporting:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
-        """Take in on which machine a worker ran; one that crashed has not told."""
+        """Note a worker's machine; a worker that crashed does not send it."""
         told = notes_of(node).get("machine")
         machine = None if told is None else decode(Environment, told)
         if machine is not None and machine not in self._machines:
@@ -58,7 +58,7 @@ class Reporting:
 
     @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_sessionfinish(self) -> Generator[None, object, object]:
-        """Write the reports, after the baseline was compared with."""
+        """Write the reports, after the comparison with the baseline."""
         result = yield
         self._write()
         return result
@@ -104,7 +104,7 @@ class Reporting:
     def pytest_terminal_summary(
         self, terminalreporter: pytest.TerminalReporter
     ) -> None:
-        """Say what was written."""
+        """Print which files were written."""
         for line, is_warning in self._lines:
             terminalreporter.write_line(line, yellow=is_warning)
 
@@ -132,7 +132,7 @@ def render(kind: str, report: Report) -> Iterator[str]:
 
 
 def _check_pages() -> None:
-    """Refuse before any test a page that could not be made.
+    """Reject a page that could not be made, before any test runs.
 
     Raises:
         pytest.UsageError: It could not.

@@ -40,7 +40,7 @@ ALLOCATOR_VARIABLES: Final = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 class Run:
-    """A run's device and what it says of it.
+    """A run's device, and the lines that describe it.
 
     Args:
         settings: The run's options.
@@ -53,25 +53,25 @@ class Run:
             self.choice: Choice = choose(settings.backend)
         except DeviceUnavailableError as error:
             raise pytest.UsageError(f"--gpu-backend: {error}") from None
-        #: What this process shares with others that run tests.
+        #: The cards that this process shares with others that run tests.
         self.sharing: Final = Sharing(settings, take_position())
         self.device: Device | None = None
-        #: What is to be put back, the last first; see ``stop``.
+        #: Undoes everything at the end, in reverse order; see ``stop``.
         self._stack: Final = ExitStack()
         self._hook = AfterImport("torch", self._torch_imported)
         self._nvml = NvmlHook(self._machine)
         #: The baseline to hold tests to, or None.
         self.gate: Gate | None = None
-        #: Measures what each test adds, where a baseline or a report has it.
+        #: Measures the bytes that each test adds, if a baseline or a report needs them.
         self.growth: Growth | None = None
-        #: What is wrong with the run beside its tests; None in a worker.
+        #: Collects reasons for failing the run other than failed tests; None in a worker.
         self.endings: Endings | None = None
         self._environment: str | None = None
         #: Notes the moments in which memory runs out, once there is a device.
         self.witness: OomWitness | None = None
         self._own: Sequence[marks.Budget] = ()
         self.children: Final = Children(settings)
-        #: What records the running test's timeline, where a report shows it.
+        #: Records the running test's timeline, if a report shows it.
         self.timeline: Timeline | None = None
         #: Called when the device comes to be in the middle of a test.
         self.on_device: Callable[[], None] = lambda: None
@@ -82,7 +82,7 @@ class Run:
             check_budgets(settings, dict(enumerate(totals)))
 
     def totals(self) -> tuple[int, ...] | None:
-        """Return the cards' total bytes; None where only torch could tell."""
+        """Return the cards' total bytes; None if only torch knows them."""
         if self.choice.kind == "simulated":
             return tuple(card.total_bytes for card in self.settings.cards)
         if self.device is None:
@@ -93,7 +93,7 @@ class Run:
     # -- the device -------------------------------------------------------------------
 
     def start(self) -> None:
-        """Have the device ready by the time anybody can use torch."""
+        """Have the device ready before any code can use torch."""
         self._stack.callback(self.sharing.stop)
         self.sharing.spread(self.choice.kind)
         self._stack.callback(self.children.stop)
@@ -137,9 +137,9 @@ class Run:
         self.on_device()
 
     def environment(self) -> str:
-        """Return what figures of this run are kept under; there must be a device.
+        """Return the key of this run's figures in a baseline; there must be a device.
 
-        A method: some versions of pytest read every property of a plugin.
+        It is not a property, because some versions of pytest read every property of a plugin.
         """
         if self._environment is None:
             self._environment = environment_of(self.any_device())
@@ -167,14 +167,14 @@ class Run:
         self.device = SimulatedDevice(machine)
 
     def _cards_changed(self) -> None:
-        """Give a test's budgets to the cards that it shows itself before it uses any."""
+        """Give a test's budgets to the cards that it made visible before it used any."""
         if self.device is not None:
             for card in self._machine().all_cards:
                 card.set_budget(None, owner=self)
             self.apply_budgets(self._own)
 
     def require_device(self) -> Device:
-        """Return the run's device, with a card at least; imports torch if nobody has.
+        """Return the run's device, with at least one card; import torch if need be.
 
         Raises:
             pytest.UsageError: The run has none, or this process sees none.
@@ -205,7 +205,7 @@ class Run:
         return self._stack.enter_context(block)
 
     def stop(self) -> None:
-        """Put everything back, whichever part of it fails; safe to call twice."""
+        """Restore everything, even if restoring a part of it fails; safe to call twice."""
         timeline, self.timeline = self.timeline, None
         if timeline is not None:  # the test was interrupted
             self._stack.push(timeline)
@@ -219,15 +219,15 @@ class Run:
 
     @pytest.hookimpl(trylast=True)
     def pytest_unconfigure(self) -> None:
-        """Put everything back at the end of the run."""
+        """Restore everything at the end of the run."""
         self.stop()
 
     # -- budgets ----------------------------------------------------------------------
 
     def apply_budgets(self, own: Sequence[marks.Budget]) -> None:
-        """Give every card its budget: a test's own where it has one, else the run's.
+        """Give every card its budget: the test's own if it has one, otherwise the run's.
 
-        Where there is neither, it is this worker's share of the card, if it shares it.
+        If there is neither, the budget is this worker's share of a card that workers share.
 
         Args:
             own: The test's budgets, the nearest first.
@@ -244,13 +244,13 @@ class Run:
     def _said_bytes(
         self, device: Device, index: int, own: Sequence[marks.Budget]
     ) -> int | None:
-        """Return the budget that the test, or the run, gives a card; or None."""
+        """Return the budget that the test or the run gives a card; None if neither does."""
         if not own and not self.settings.budgets:
             return None  # a real card's total is not asked for: that would use CUDA
         return self.settings.budget_bytes(index, device.total_bytes(index), own)
 
     def pass_on(self, own: Sequence[marks.Budget], rules: Sequence[Rule] = ()) -> None:
-        """Let children that are started from here on have what holds at present.
+        """Pass the present budgets and rules on to children that start from here on.
 
         Args:
             own: The test's budgets, the nearest first.
@@ -269,7 +269,7 @@ class Run:
     # -- words --------------------------------------------------------------------------
 
     def pytest_report_header(self) -> str:
-        """Say which device, card and budget the run uses, and why."""
+        """Print which device, card and budget the run uses, and why."""
         return f"gpumem: {self.describe()}"
 
     def describe(self) -> str:
@@ -295,14 +295,14 @@ class Run:
 
 
 def _withdraw() -> None:
-    """Be no child of another run any more, if this process is one."""
+    """Stop being a child of another run, if this process is one."""
     child = sys.modules.get("pytest_gpumem.children.child")
     if child is not None:
         child.withdraw()
 
 
 def _check_environment() -> None:
-    """Refuse allocator settings that the simulated device cannot honour.
+    """Reject allocator settings that the simulated device cannot follow.
 
     Raises:
         pytest.UsageError: The environment has such.
@@ -318,7 +318,7 @@ def _check_environment() -> None:
 
 
 def describe_cards(settings: Settings) -> str:
-    """Return the simulated cards' names and sizes; of the default, the name alone."""
+    """Return the simulated cards' names and sizes; for the default card only its name."""
     if settings.card == DEFAULT_CARD and not settings.budgets:
         if not visible_numbers(1):
             return f"no card is seen, as {why_hidden()}"

@@ -79,7 +79,7 @@ def parse_folder(text: str) -> Path:
 
 
 def parse_suggest(text: str) -> bool:
-    """Read ``--gpu-suggest``; it takes what follows it, which may be a test file.
+    """Read ``--gpu-suggest``; argparse gives it the next word, which may be a test file.
 
     A patch's name is still accepted: see ``PATCHES``.
     """
@@ -399,7 +399,7 @@ def is_asked(config: pytest.Config, namespace: Any) -> bool:
 
 
 def warn_of_removed(config: pytest.Config) -> None:
-    """Say once of each option without effect what to do instead; not in workers."""
+    """Warn once of each option that has no effect, with what to do instead."""
     if hasattr(config, "workerinput"):
         return
     for each in REMOVED:
@@ -435,7 +435,7 @@ def read_settings(config: pytest.Config, namespace: Any) -> Settings:
 
 
 def _check_baseline(settings: Settings, namespace: Any) -> None:
-    """Refuse options about a baseline where none is named.
+    """Reject options about a baseline if none is named.
 
     Raises:
         pytest.UsageError: There are such.
@@ -455,7 +455,7 @@ def _check_baseline(settings: Settings, namespace: Any) -> None:
 
 
 def check_budgets(settings: Settings, totals: Mapping[int, int]) -> None:
-    """Refuse budgets that the cards cannot give.
+    """Reject budgets that are larger than the cards.
 
     Args:
         settings: The options.

@@ -1,14 +1,13 @@
-"""What the workers of pytest-xdist share: the cards of their machine.
+"""How the workers of pytest-xdist share the cards of their machine.
 
 Note [A card among workers]
 N workers share each card. A test that says how much it needs (``requires_vram``, a limit,
-a budget) runs once that much is free among all workers. One that says nothing may hold
-an equal share, which is its cap, so that such tests never take anything from each other.
-What a test may hold is its claim, an entry of the card's ledger that dies with the worker;
-see Note [Entries that die with their process].
-
-The first card of each worker is another one, as far as there are cards: the list of
-``CUDA_VISIBLE_DEVICES`` is turned by the worker's place, so every card stays visible.
+a budget) starts when that much is free among all workers. A test that says nothing may
+hold an equal share and no more, so that such tests never take bytes from each other. A
+test's claim is an entry of the card's ledger, which ends when the worker dies; see
+Note [Entries that die with their process].
+Each worker has another card as its first, if there are enough cards: the list of
+``CUDA_VISIBLE_DEVICES`` is rotated by the worker's number, so every card stays visible.
 """
 
 from __future__ import annotations
@@ -39,12 +38,12 @@ VARIABLE: Final = "PYTEST_GPUMEM_WORKER"
 
 
 class WorkerPosition(NamedTuple):
-    """A worker's place among those of its machine.
+    """A worker's number among those of its machine.
 
     Attributes:
-        position: Counted from 0.
-        workers: How many there are.
-        run: Distinct for each run of pytest.
+        position: The number, from 0.
+        workers: The number of workers.
+        run: An id of the run of pytest.
     """
 
     position: int
@@ -58,7 +57,7 @@ class WorkerPosition(NamedTuple):
 
 
 def take_position() -> WorkerPosition | None:
-    """Return this worker's place, once: its children are no workers."""
+    """Return this worker's position, once, because its children are not workers."""
     text = os.environ.pop(VARIABLE, None)
     if text is None:
         return None
@@ -67,14 +66,14 @@ def take_position() -> WorkerPosition | None:
 
 
 class Sharing:
-    """The cards of a machine, as one of several processes that run tests uses them.
+    """The cards of a machine, used by one of several processes that run tests.
 
     Args:
         settings: The run's options.
-        place: This process's place among the workers; None where it has no others.
+        place: This process's position among the workers; None if it is the only one.
 
     Attributes:
-        place: As given; None too where the run's workers have cards of their own.
+        place: The position; also None if the run's workers have cards of their own.
         admits: Whether tests wait for their bytes.
         is_capped: Whether the present test may hold no more than an equal share.
     """
@@ -99,10 +98,10 @@ class Sharing:
     # -- spreading over the cards -----------------------------------------------------
 
     def spread(self, kind: str) -> None:
-        """Have another card first than the workers beside, before torch is imported.
+        """Give this worker another first card than other workers, before torch is imported.
 
         Raises:
-            pytest.UsageError: Another user could tamper with what processes share.
+            pytest.UsageError: Another user could change files that processes share.
         """
         self._check_folder(kind)
         if self.place is None or kind == "off":
@@ -115,7 +114,7 @@ class Sharing:
             os.environ[_VISIBLE] = ",".join((*names[turn:], *names[:turn]))
 
     def stop(self) -> None:
-        """Hold nothing any more, and put the environment back."""
+        """Give up all claims, and restore the environment."""
         for ledger in self._ledgers.values():
             ledger.hold_idle(0)
         for shared in self._joined:
@@ -175,7 +174,7 @@ class Sharing:
         )
 
     def cap_bytes(self, device: Device, index: int) -> int | None:
-        """Return what the allocator may hold for a test that claims nothing; or None."""
+        """Return the most that a test without a claim may hold; None for no limit."""
         if not self.admits or not self.is_capped:
             return None
         share = self.share_bytes(device, index, device.total_bytes(index))
@@ -185,11 +184,11 @@ class Sharing:
 
     @property
     def folder(self) -> str:
-        """Where this run's processes on this machine note what they hold, or nothing."""
+        """The folder in which this run's processes note their bytes; None if they do not."""
         return run_folder(self._run) if _CAN_SHARE else ""
 
     def ledger(self, device: Device, index: int, total_bytes: int) -> Ledger:
-        """Return what is promised of a card, among workers and, if real, other runs."""
+        """Return a card's ledger, shared by workers and, on a real card, by other runs."""
         name = device.card_id(index)
         if name not in self._ledgers:
             from pytest_gpumem.tenancy.ledger import Ledger
@@ -199,7 +198,7 @@ class Sharing:
         return self._ledgers[name]
 
     def hold_idle(self, device: Device, index: int) -> None:
-        """Note what this process holds of a card beyond its tests."""
+        """Note the bytes that this process holds of a card between its tests."""
         held = device.memory_stats(index).get("reserved_bytes.all.current", 0)
         held += device.context_bytes(index)
         if held or device.card_id(index) in self._ledgers:

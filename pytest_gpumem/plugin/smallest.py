@@ -1,4 +1,4 @@
-"""``--gpu-find-budget``: from which budget on a test passes, by bisection."""
+"""``--gpu-find-budget``: finds the smallest budget of a test by bisection."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ PATIENCE_S: Final = 10.0
 class SmallestBudgets:
     """Runs each test again under other budgets, before its own run.
 
-    Every trial is the whole test: setup with fixtures made anew, call and teardown;
-    fixtures of wider scope stay. Nothing of a trial is reported. A phase of a trial that
-    does not end is interrupted, as ``Watchdog`` can; it counts as failed.
+    Every trial runs the whole test: setup with new fixtures, call and teardown. Fixtures
+    of wider scope are not made again. Trials are not reported. A phase of a trial that
+    does not end is interrupted by ``Watchdog`` and counts as failed.
 
     Args:
         run: The run, whose budget is changed.
 
-    Limits: a test that passes with much and with little, and fails between, is searched
-    as if it failed below the point found. What reports while it runs is left out, and
-    said to be: sweeps, the fixture ``subtests``; so are doctests, which run once.
+    Limits: the search assumes that a test that passes with one budget passes with every
+    larger one. Tests that report while they run (sweeps, the fixture ``subtests``) and
+    doctests, which run once, are not searched, and the run says so.
     """
 
     def __init__(self, run: Run) -> None:
@@ -64,7 +64,7 @@ class SmallestBudgets:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None]:
-        """Bound the phase, in a trial; else say of a test that used a card what was amiss."""
+        """Bound the phase, in a trial; otherwise note why a test was not searched."""
         try:
             return (yield from self._bounded())
         finally:
@@ -84,7 +84,7 @@ class SmallestBudgets:
             self._num_hung += watchdog.stacks is not None
 
     def pytest_runtest_protocol(self, item: pytest.Item) -> None:
-        """Search, then let the test run as ever."""
+        """Search, then let the test run as usual."""
         self._note = self._why_not(item)
         if self._note or item.get_closest_marker("skip") is not None:
             return
@@ -120,7 +120,7 @@ class SmallestBudgets:
         return high * STEP
 
     def _try(self, item: pytest.Item, budget: int | None) -> tuple[bool, int]:
-        """Run a test unseen; return whether it passed, and its peak of reserved bytes."""
+        """Run a test without a report; return whether it passed, and its reserved peak."""
         runner: Any = item.config.pluginmanager.get_plugin("runner")
         parent: Any = item.parent  # as the next test: what is wider stays
         properties, sections = item.user_properties, item._report_sections  # noqa: SLF001  # pytest keeps output there
@@ -143,7 +143,7 @@ class SmallestBudgets:
 
     @contextmanager
     def _capped(self, budget: int | None) -> Iterator[None]:
-        """Cap every card for a trial; the first trial, without a cap, may bring them."""
+        """Cap every card for a trial; the first trial has no cap and may create the device."""
         device = self._run.device if budget is not None else None
         if device is None or budget is None:
             yield
@@ -174,7 +174,7 @@ class SmallestBudgets:
 
 
 class _Parts:
-    """The parts of a ``unittest`` test: in a trial their failures are kept, not told."""
+    """The parts of a ``unittest`` test: in a trial their failures are not reported."""
 
     def __init__(self, item: Any) -> None:
         self._item = item if hasattr(item, "addSubTest") else None

@@ -23,7 +23,7 @@ SITES: Final = 10
 
 
 def notes(hooks: Phases) -> dict[str, Callable[[], Any]]:
-    """Return what a worker tells: which of its observers failed, and what rules did."""
+    """Return a worker's notes: the observers that failed, and the counts of rules."""
     return {"dropped": take_dropped, "rules": lambda: hooks.rule_counts}
 
 
@@ -32,9 +32,9 @@ class SummaryPlugin:
 
     Args:
         run: The run.
-        hooks: Its hooks, for what they know of its rules.
+        hooks: The hooks around tests, which count the allocations that rules failed.
         config: pytest's.
-        collector: Where the records are.
+        collector: Has the records.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class SummaryPlugin:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
-        """Take in what a worker tells; one that crashed tells nothing."""
+        """Read a worker's notes; a worker that crashed has none."""
         told = notes_of(node)
         self._dropped |= dict.fromkeys(told.get("dropped", ()))
         for rule, count in told.get("rules", {}).items():
@@ -62,7 +62,7 @@ class SummaryPlugin:
 
     @property
     def sweep_progress(self) -> SweepProgress:
-        """What shows how far sweeps are."""
+        """Shows the progress of sweeps."""
         if self._progress is None:
             from pytest_gpumem.plugin.sweep_progress import SweepProgress
 
@@ -91,7 +91,7 @@ class SummaryPlugin:
         self._show_sharing(terminalreporter)
 
     def _inert(self) -> Iterator[str]:
-        """Yield what was asked for and held or failed nothing."""
+        """Yield a line for each option that was given and had no effect."""
         settings, choice = self._run.settings, self._run.choice
         if choice.kind == "off":
             asked = {
@@ -161,7 +161,7 @@ class SummaryPlugin:
                 terminal.write_line(f"  {line}")
 
     def _show_limits(self, terminal: pytest.TerminalReporter) -> None:
-        """Suggest limits, and tell the smallest budgets, if that was asked for."""
+        """Print suggested limits and smallest budgets, if options ask for them."""
         suggests = self._run.settings.suggest
         if not suggests and not self._run.settings.find_budget:
             return
@@ -184,7 +184,7 @@ class SummaryPlugin:
             terminal.write_line(line)
 
     def _show_sharing(self, terminal: pytest.TerminalReporter) -> None:
-        """Sum up waits, and name OOMs that other workers had a part in."""
+        """Print the total of waits, and the OOMs that other workers helped to cause."""
         waits = {name: each.waited_s for name, each in self._tests.items()}
         waits = {name: waited_s for name, waited_s in waits.items() if waited_s}
         contended = {

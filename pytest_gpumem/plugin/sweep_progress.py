@@ -1,4 +1,4 @@
-"""How far a long sweep is, on the terminal."""
+"""The progress of a long sweep, on the terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EVERY_S: Final = {True: 5.0, False: 30.0}
 
 
 class Progress(NamedTuple):
-    """How far a sweep is.
+    """The progress of a sweep.
 
     Attributes:
         nodeid: The test that is swept.
@@ -34,10 +34,10 @@ class Progress(NamedTuple):
 
 
 class SweepProgress:
-    """Says now and then how far each sweep is, in this process or in workers.
+    """Prints the progress of each sweep from time to time, here or in workers.
 
     Args:
-        config: The run's; its terminal is written to.
+        config: The run's config; the lines go to its terminal.
     """
 
     def __init__(self, config: pytest.Config) -> None:
@@ -45,11 +45,11 @@ class SweepProgress:
         self._shown_s: Final[dict[str, float]] = {}
 
     def take(self, values: list[Any]) -> None:
-        """Show what came with the report of a point."""
+        """Show the progress that came with the report of a point."""
         self.show(Progress(*values))
 
     def show(self, progress: Progress) -> None:
-        """Write a line, unless the sweep has just begun or the last one is fresh."""
+        """Write a line, unless the sweep has just begun or the last line is recent."""
         terminal = self._config.pluginmanager.get_plugin("terminalreporter")
         if terminal is None or self._config.get_verbosity() < 0:
             return
@@ -63,7 +63,7 @@ class SweepProgress:
 
 
 def show_progress(config: pytest.Config, progress: Progress) -> None:
-    """Show how far a sweep is where no report tells (before pytest 9)."""
+    """Show the progress of a sweep where points have no reports (before pytest 9)."""
     summary = config.pluginmanager.get_plugin("gpumem-summary")
     if summary is None:
         return  # a worker of pytest-xdist, which has no terminal

@@ -31,14 +31,14 @@ SHARD: Final = "_gpumem_shard"
 
 
 def shard_tests(metafunc: pytest.Metafunc, *, is_replay: bool) -> None:
-    """Make one test for each worker of pytest-xdist out of a test that is swept.
+    """Turn a swept test into one test for each worker of pytest-xdist.
 
-    Each of them runs every so-many-th point; together they are the whole sweep.
+    Of N tests each runs every Nth point; together they run the whole sweep.
     """
     workers = getattr(metafunc.config, "workerinput", {}).get("workercount", 1)
     if workers < 2 or is_replay:  # noqa: PLR2004  # nobody to share with
         return
-    # How many ids the test has by now: its other parameters may come before or after.
+    # The number of ids that the test has so far: its other parameters may come before or after.
     position = max((len(each._idlist) for each in metafunc._calls), default=0)  # noqa: SLF001  # no public name
     metafunc.fixturenames.append(SHARD)
     metafunc.parametrize(
@@ -49,12 +49,12 @@ def shard_tests(metafunc: pytest.Metafunc, *, is_replay: bool) -> None:
 
 
 class Shard(NamedTuple):
-    """A worker's share of a sweep's points: every so-many-th.
+    """A worker's share of a sweep's points: of N shares every Nth point.
 
     Attributes:
         part: The share's number, from 0.
-        parts: How many shares there are.
-        position: Where its id stands among those of the test's parameters.
+        parts: The number of shares.
+        position: The position of its id among those of the test's parameters.
     """
 
     part: int
@@ -63,14 +63,14 @@ class Shard(NamedTuple):
 
 
 def _shard(item: Any) -> Shard | None:
-    """Return the share of a test whose points are shared out."""
+    """Return the share of a test whose points are divided among workers."""
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     shard = parameters.get(SHARD)
     return shard if isinstance(shard, Shard) else None
 
 
 def _whole_name(item: Any) -> str:
-    """Return the name that a test has where its points are not shared out."""
+    """Return the name that a test has if its points are not divided."""
     shard = _shard(item)
     if shard is None:
         return str(item.name)
@@ -80,16 +80,16 @@ def _whole_name(item: Any) -> str:
 
 
 def _whole_id(item: pytest.Item) -> str:
-    """Return the node id that a test has where its points are not shared out."""
+    """Return the node id that a test has if its points are not divided."""
     return item.nodeid.removesuffix(item.name) + _whole_name(item)
 
 
 class Sweeps:
-    """Runs the sweeps of tests and tells pytest what became of each point.
+    """Runs the sweeps of tests and reports the result of each point to pytest.
 
     Args:
         run: The run, for its device and options.
-        markers: What the tests' markers ask for.
+        markers: The arguments of the tests' markers.
     """
 
     def __init__(self, run: Run, markers: dict[pytest.Item, Markers]) -> None:
@@ -98,7 +98,7 @@ class Sweeps:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_pyfunc_call(self, pyfuncitem: pytest.Function) -> object | None:
-        """Sweep a test whose marker asks for it, in place of calling it once."""
+        """Sweep a test whose marker asks for it, instead of calling it once."""
         markers = self._markers.get(pyfuncitem)
         plan = None if markers is None else markers.sweep
         if plan is None:
@@ -209,7 +209,7 @@ class Sweeps:
             pytest.fail(text, pytrace=False)
 
     def _state_file(self, item: pytest.Item, name: str) -> Path | None:
-        """Return where a sweep's progress is kept; None without pytest's cache."""
+        """Return the file of a sweep's progress; None without pytest's cache."""
         cache: pytest.Cache | None = getattr(item.config, "cache", None)
         if cache is None or self._run.settings.replay is not None:
             return None
@@ -231,7 +231,7 @@ def _tell(
 
 
 def replay_line(item: pytest.Item) -> Callable[[str], str]:
-    """Return what turns a point's rule into the command that replays it alone."""
+    """Return a function that turns a point's rule into the command that replays it."""
     chosen = item.stash.get(CHOSEN_BY, _whole_id(item))
     return lambda rule: (
         f"pytest {shlex.quote(chosen)} --gpu-replay-oom={shlex.quote(rule)}"

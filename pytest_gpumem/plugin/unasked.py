@@ -1,4 +1,4 @@
-"""A run that asks for no device: torch and the tests are left alone."""
+"""A run that asks for no device: torch and the tests are not touched."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _HOW: Final = (
 
 
 class Unasked:
-    """Stands where a run's device would: it has none and says how to get one.
+    """Takes the place of ``Run`` in a run without a device, and says how to get one.
 
     Args:
         settings: The options, none of which is given.
-        config: The run's.
+        config: The run's config.
     """
 
     def __init__(self, settings: Settings, config: pytest.Config) -> None:
@@ -41,14 +41,14 @@ class Unasked:
         pytest.fail(f"a fixture of gpumem needs a device, but {_HOW}", pytrace=False)
 
     def pytest_report_header(self) -> str:
-        """Say that nothing is done, and how to change that."""
+        """Print that the plugin does nothing, and how to change that."""
         return (
             "gpumem: not in use, as no option or ini setting asks for it "
             "(gpu_backend = auto does)"
         )
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Refuse markers that nothing would heed.
+        """Reject markers, which would have no effect.
 
         Raises:
             pytest.UsageError: A test has one.

@@ -1,4 +1,4 @@
-"""Wrong markers end the run with exit code 4, whichever process finds them."""
+"""Wrong markers end the run with exit code 4, in any process that finds them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ _NODEID: Final = "gpumem-usage"
 
 
 class UsageErrors:
-    """Has the controller of pytest-xdist raise what a worker found: its own is not shown.
+    """Makes the controller of pytest-xdist raise a worker's usage error.
+
+    pytest-xdist does not show an error that a worker raises.
 
     Args:
         config: The run's.
@@ -43,7 +45,7 @@ class UsageErrors:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """End the run for what a worker has found wrong.
+        """End the run for the usage error of a worker.
 
         Raises:
             pytest.UsageError: A worker has.

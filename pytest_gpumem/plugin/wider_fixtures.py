@@ -1,4 +1,4 @@
-"""Bytes that fixtures of wider scope hold, so that no test is charged with them."""
+"""The bytes that fixtures of wider scope hold, which do not count for any test."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class WiderFixtures:
-    """Weighs each fixture of class, module, package or session scope as it is made.
+    """Measures each fixture of class, module, package or session scope as it is made.
 
     Args:
-        run: The run, whose device may come to be in the middle of a fixture.
+        run: The run; its device may be created in the middle of a fixture.
     """
 
     def __init__(self, run: Run) -> None:
@@ -30,7 +30,7 @@ class WiderFixtures:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes that all living ones hold; one may have let go of some since."""
+        """The bytes that all fixtures added when they were made; some may be freed since."""
         device = self._run.device
         held = sum(self._held.values())
         return held if device is None else min(held, allocated_bytes(device))
@@ -39,7 +39,7 @@ class WiderFixtures:
     def pytest_fixture_setup(
         self, fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
     ) -> Generator[None, object, object]:
-        """Weigh a fixture, those that it asks for apart."""
+        """Measure a fixture, without the fixtures that it requests."""
         if fixturedef.scope == "function":
             return (yield)
         device = self._run.device
@@ -66,5 +66,5 @@ class WiderFixtures:
         return value
 
     def pytest_fixture_post_finalizer(self, fixturedef: pytest.FixtureDef[Any]) -> None:
-        """Forget a fixture that is gone."""
+        """Forget a fixture that was torn down."""
         self._held.pop(fixturedef, None)

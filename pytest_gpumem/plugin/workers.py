@@ -1,4 +1,4 @@
-"""The controller of pytest-xdist tells workers their places, and who used no card before."""
+"""Gives the workers of pytest-xdist their positions and the tests that used no card."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ _OUTPUT: Final = "gpumem"
 
 
 class WorkerNotes:
-    """What a worker of pytest-xdist tells the controller as it ends.
+    """The notes that a worker of pytest-xdist sends to the controller when it ends.
 
     Args:
-        config: The worker's.
+        config: The worker's config.
     """
 
     def __init__(self, config: pytest.Config) -> None:
         self._config: Final = config
-        #: What returns each part, by name.
+        #: Functions that return each part, by name.
         self.parts: Final[dict[str, Callable[[], Any]]] = {}
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self) -> None:
-        """Send it along with what xdist sends."""
+        """Put the notes into the output that xdist sends."""
         output: dict[str, Any] = self._config.workeroutput  # type: ignore[attr-defined]  # xdist sets it
         output[_OUTPUT] = {name: part() for name, part in self.parts.items()}
 
 
 def notes_of(node: Any) -> dict[str, Any]:
-    """Return what a worker told, by name; nothing of one that crashed."""
+    """Return a worker's notes, by name; empty for a worker that crashed."""
     told: dict[str, Any] = getattr(node, "workeroutput", {}).get(_OUTPUT, {})
     return told
 
 
 class Workers:
-    """Gives each worker its place among those of its machine.
+    """Gives each worker its position among those of its machine.
 
     Args:
-        history: Which tests used no card before.
-        share: How they share cards, as ``--gpu-share`` has it.
+        history: The tests that used no card before.
+        share: How the workers share cards; a value of ``--gpu-share``.
     """
 
     def __init__(self, history: CardlessTests, share: str) -> None:
@@ -76,7 +76,7 @@ class Workers:
                 spec.env[VARIABLE] = place.text
 
     def pytest_report_header(self, config: pytest.Config) -> str:
-        """Say that the cards are shared."""
+        """Print that the cards are shared."""
         count = len(config.getoption("tx"))
         return f"gpumem: {count} workers share each machine's cards ({self._share})"
 
@@ -86,5 +86,5 @@ class Workers:
         node.workerinput[IDLE_INPUT] = json.dumps(sorted(self._history.idle))
 
     def pytest_unconfigure(self) -> None:
-        """Remove what this machine's workers noted for each other."""
+        """Remove the files that this machine's workers wrote for each other."""
         remove_run(run_folder(self._run))
