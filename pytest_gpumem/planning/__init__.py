@@ -1,1 +1,1 @@
-"""Will a model fit a card, and what takes the room? Answered on a simulated card."""
+"""Tells whether a model fits on a card, and what takes the memory, by simulation."""

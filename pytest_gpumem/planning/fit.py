@@ -1,4 +1,4 @@
-"""Which cards a model fits on: each is simulated, without values, and tried."""
+"""Finds the cards that a model fits on: runs a task on each, simulated without values."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ MAX_BATCH: Final = 4096
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a task needs on a card with enough room; sizes are bytes.
+    """The bytes that a task needs on a card with enough room.
 
     Attributes:
-        allocated_bytes: Most in live tensors at a time.
-        reserved_bytes: Most that PyTorch holds of the card.
-        context_bytes: What CUDA holds of the card for the process.
+        allocated_bytes: Most bytes in live tensors at once.
+        reserved_bytes: Most bytes that PyTorch holds of the card.
+        context_bytes: Bytes of the process's CUDA context.
         kinds: ``allocated_bytes``, by kind.
     """
 
@@ -52,23 +52,23 @@ class Needs:
 
     @property
     def total_bytes(self) -> int:
-        """What the process holds of the card."""
+        """The bytes that the process holds of the card."""
         return self.reserved_bytes + self.context_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class CardFit:
-    """How a task goes on one card.
+    """The result of a task on one card.
 
     Attributes:
         card: The card's name.
         total_bytes: Its memory in bytes.
         fits: Whether the task ended without running out of memory.
-        needs: What it needs on such a card with enough room.
-        ran_out_in: Where it ran out; empty if it fits.
+        needs: The bytes that it needs on such a card with enough room.
+        ran_out_in: The stage in which memory ran out; empty if the task fits.
         largest_batch: The largest batch that fits, 0 if not even one row does; None
-            where it was not looked for.
-        helps: What makes a task fit that does not.
+            if it was not searched for.
+        helps: Changes that make the task fit, if it does not.
     """
 
     card: str
@@ -82,13 +82,13 @@ class CardFit:
 
 @dataclass(frozen=True, slots=True)
 class FitReport:
-    """How a task of a model goes on several cards.
+    """The results of a model's task on several cards.
 
     Attributes:
         model: The model's name.
-        num_parameters: How many numbers its weights are.
-        task: What was asked.
-        cards: What was found, in the order of the cards.
+        num_parameters: The number of its parameters.
+        task: The task.
+        cards: The results, in the order of the cards.
     """
 
     model: str
@@ -110,10 +110,10 @@ def fit_model(
     architecture: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> FitReport:
-    """Return on which cards a model can do a task, and what takes the room.
+    """Return on which cards a model can do a task, and what takes the memory.
 
     Each card is simulated without values, so that a model may be larger than the
-    host's memory. What is not known of a real card, such as cuDNN's workspaces, is not
+    host's memory. Bytes that are not modelled, such as cuDNN's workspaces, are not
     counted: see ``docs/exactness.md``.
 
     Args:
@@ -121,7 +121,7 @@ def fit_model(
             a config.
         task: What it does; by default one forward of 1 x 128 tokens.
         cards: Names of cards, separated by commas, each as ``--gpu-card`` takes it.
-        largest_batch: Whether to look for the largest batch that fits, too.
+        largest_batch: Whether to search for the largest batch that fits.
         architecture: The model's class in transformers; by default its config's.
         progress: Called with a sentence before each card.
 
@@ -176,7 +176,7 @@ def _count(spec: ModelSpec, task: FitTask) -> int:
 
 
 def _measure(spec: ModelSpec, task: FitTask, card: Card) -> tuple[Needs, str]:
-    """Return what a task took of a card, and where it ran out; empty if it did not."""
+    """Return a task's bytes, and the stage in which memory ran out, or an empty text."""
     stage = Stage()
     with simulated_device([card], values="none") as machine:
         device = SimulatedDevice(machine)
@@ -220,7 +220,7 @@ class _Batches:
         spec: The model.
         task: The task.
         card: The card.
-        needs: What the task as it stands needs.
+        needs: The bytes that the unchanged task needs.
         fits: Whether it fits.
     """
 
@@ -234,7 +234,7 @@ class _Batches:
     def largest(self) -> int:
         """Return the largest batch that fits; of many rows, to one part in 32.
 
-        Memory grows by nearly the same for each row, so two runs tell where to look.
+        Each row needs nearly the same memory, so two runs are enough to estimate it.
         """
         task = self._task
         if self._bad > 1:
@@ -259,7 +259,7 @@ class _Batches:
         return True
 
     def _guess(self) -> int:
-        """Return the batch whose bytes are the card's, on the line through two runs."""
+        """Return the batch that would fill the card, on the line through two runs."""
         if len(self._needs) == 1:
             return (self._good + self._bad) // 2
         (low, least), (high, most) = sorted(self._needs.items())[-2:]
@@ -273,7 +273,7 @@ class _Batches:
 def _helps(
     spec: ModelSpec, task: FitTask, card: Card, largest: int | None
 ) -> list[str]:
-    """Return which changes make a task fit; several together only if none does alone."""
+    """Return the changes that make a task fit; a combination only if no single one does."""
     half = "bfloat16" if card.compute_capability >= (8, 0) else "float16"
     alone: dict[str, FitTask] = {}
     if task.kind == "train" and not task.checkpointing:

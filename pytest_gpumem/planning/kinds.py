@@ -1,4 +1,4 @@
-"""What was on a card at its peak, by kind: weights, gradients, activations and so on."""
+"""Divides a card's peak by kind: weights, gradients, activations and so on."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ KINDS: Final = (
 class PeakByKind:
     """The blocks that were live when a card held the most, each with its kind.
 
-    A block that nobody has marked was an activation: something that is computed.
+    A block without a mark counts as an activation: a computed tensor.
 
     Args:
-        device: The simulated machine; its first card is looked at.
+        device: The simulated machine; its first card is observed.
     """
 
     def __init__(self, device: SimulatedDevice) -> None:
@@ -93,7 +93,7 @@ class PeakByKind:
         self._kinds.pop(number, None)
 
     def mark(self, kind: str, tensors: object) -> None:
-        """Say what the tensors in a tree are; blocks keep the first kind they get.
+        """Mark the tensors in a tree with a kind; blocks keep their first kind.
 
         Args:
             kind: One of ``KINDS``.

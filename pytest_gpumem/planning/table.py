@@ -1,4 +1,4 @@
-"""What is found of a model on several cards, as text."""
+"""The results of a model's task on several cards, as text."""
 
 from __future__ import annotations
 

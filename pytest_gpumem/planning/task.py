@@ -1,4 +1,4 @@
-"""What a model is to do on a card: loaded, run, trained, or asked for more tokens."""
+"""The tasks of a model on a card: load, forward, generate and train."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ _STEPS: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class FitTask:
-    """One thing that a model does.
+    """One task of a model.
 
     Attributes:
         kind: One of ``TASKS``.
-        batch: Rows, from 1 on.
-        seq: Tokens in a row, from 1 on; models of images do not ask for it.
-        new_tokens: Tokens that ``generate`` adds, from 1 on.
-        dtype: Of the weights and of what is computed.
+        batch: Rows, at least 1.
+        seq: Tokens in a row, at least 1; models of images do not use it.
+        new_tokens: Tokens that ``generate`` adds, at least 1.
+        dtype: The dtype of the weights and of the computation.
         optimizer: One of ``OPTIMIZERS``, for ``train``.
         checkpointing: Whether ``train`` computes activations again (gradient
             checkpointing).
-        attention: ``"sdpa"`` or ``"eager"``, as transformers has it.
+        attention: ``"sdpa"`` or ``"eager"``, as in transformers.
 
     Raises:
         PlanError: One of them is not accepted.
@@ -95,18 +95,18 @@ class FitTask:
 
 
 class Stage:
-    """Where a task is: what an error is said to have come in."""
+    """The present stage of a task, which an error names."""
 
     def __init__(self) -> None:
         self.name = "load"
 
 
 def run_task(spec: ModelSpec, task: FitTask, kinds: PeakByKind, stage: Stage) -> None:
-    """Do a task with a model on the simulated card in force, without values.
+    """Run a task of a model on the active simulated card, without values.
 
     Raises:
         PlanError: The model cannot do it, or takes inputs that are not known here.
-        torch.OutOfMemoryError: The card has no room; ``stage`` says where.
+        torch.OutOfMemoryError: The card has no room; ``stage`` has the stage.
     """
     model = build(spec, task)
     made: dict[int, torch.Tensor] = {}
@@ -138,7 +138,7 @@ def run_task(spec: ModelSpec, task: FitTask, kinds: PeakByKind, stage: Stage) ->
 
 
 def build(spec: ModelSpec, task: FitTask) -> Any:
-    """Return the model on no device, with shapes alone.
+    """Return the model without a device, with shapes only.
 
     Raises:
         PlanError: transformers cannot build it.
@@ -198,7 +198,7 @@ def _inputs(model: Any, task: FitTask) -> dict[str, torch.Tensor]:
 
 
 def _loss(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return a model's loss: its own for a language model or a classifier, else a sum."""
+    """Return the loss of a language model or classifier; for other models a sum."""
     labels = None
     name = type(model).__name__
     if name.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM")):
@@ -273,9 +273,9 @@ def _generate(
     kinds: PeakByKind,
     stage: Stage,
 ) -> None:
-    """Read the prompt, then add one token after another to the cache.
+    """Run the prompt, then add one token after another to the cache.
 
-    ``generate`` itself reads values of logits, which are not kept here.
+    ``generate`` itself reads values of logits, which do not exist here.
     """
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise PlanError(

@@ -174,7 +174,7 @@ class Children:
     def strikes(self, count: int) -> list[int]:
         """Return how many allocations each rule failed in children, in the rules' order."""
         told = [child.strikes for child in self.new_figures()]
-        # Notes have room for the counts of this many rules; of more, nothing is known.
+        # Notes have room for the counts of this many rules; those of others are unknown.
         return [
             sum(sum(each[index : index + 1]) for each in told) for index in range(count)
         ]

@@ -1,1 +1,1 @@
-"""What is recorded of a test, as plain values: the rooms below and above exchange these."""
+"""The records of tests and runs, as plain values that all other rooms exchange."""

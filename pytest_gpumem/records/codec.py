@@ -1,8 +1,8 @@
-"""Records to and from what JSON can hold, by the types of their fields.
+"""Converts records to and from values of JSON, by the types of their fields.
 
-The types are the only statement of a document's form: they check what is read, and the
-published schema is made from them. A field that an older document lacks takes its default;
-a key that this version does not know is left out.
+Only these types define the form of a document: documents are checked against them when
+they are read, and the published schema is made from them. A field that an older document
+lacks takes its default; a key that this version does not know is ignored.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pytest_gpumem.sizes import MAX_BYTES
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    #: Takes a value of JSON; returns what it stands for, or raises ``DamageError``.
+    #: Takes a value of JSON; returns the value of the type, or raises ``DamageError``.
     Decoder = Callable[[Any], Any]
 
 _T = TypeVar("_T")
@@ -39,14 +39,14 @@ COMPACT: Final = (",", ":")
 
 @dataclass(frozen=True)
 class AtLeast:
-    """The smallest that an integer may be; in ``Annotated``."""
+    """The smallest value of an integer; used in ``Annotated``."""
 
     least: int
 
 
 @dataclass(frozen=True)
 class AsText:
-    """A field that is kept as JSON text, for it is large; of a type, in ``Annotated``."""
+    """A large field that is kept as JSON text of a type; used in ``Annotated``."""
 
     type: Any
 
@@ -56,11 +56,11 @@ Count = Annotated[int, AtLeast(0)]
 
 
 class DamageError(ValueError):
-    """A value is not of the type that it must be; the text begins with where it is."""
+    """A value has the wrong type; the text begins with its place in the document."""
 
 
 def decode(kind: type[_T], value: Any) -> _T:
-    """Return what a value of JSON stands for.
+    """Return the record of a value of JSON.
 
     Args:
         kind: A dataclass of the records.
@@ -75,7 +75,7 @@ def decode(kind: type[_T], value: Any) -> _T:
 
 
 def encode(value: Any) -> Any:
-    """Return a record, or lists and dictionaries of them, as JSON can hold it."""
+    """Return a record, or lists and dictionaries of records, as values of JSON."""
     if is_dataclass(value):
         return {each.name: encode(getattr(value, each.name)) for each in fields(value)}
     if isinstance(value, (list, tuple)):
@@ -93,7 +93,7 @@ def hints(kind: type) -> dict[str, Any]:
 
 @cache
 def decoder(kind: Any) -> Decoder:
-    """Return what decodes values of a type."""
+    """Return the function that decodes values of a type."""
     origin = get_origin(kind)
     if origin in _COMPOSED:
         return _COMPOSED[origin](get_args(kind))

@@ -1,4 +1,4 @@
-"""What was on a card when memory ran out, as plain numbers, and what would help."""
+"""Describes a card at the moment when memory ran out, and what would need less."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Final
 
 from pytest_gpumem.sizes import format_size
 
-#: How far a batch is cut before a smaller one is given up.
+#: The largest divisor of a batch that is tried.
 _LARGEST_CUT: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class LiveTensor:
-    """Bytes on a card that Python can see.
+    """A tensor on a card that Python can reach.
 
     Attributes:
         nbytes: Bytes of the storage.
         what: Shape and dtype.
-        owner: Who holds it, in words; empty if nobody was found.
+        owner: What holds it, in words; empty if nothing was found.
     """
 
     nbytes: int
@@ -28,14 +28,14 @@ class LiveTensor:
 
 @dataclass(frozen=True, slots=True)
 class ModelSize:
-    """A model that is on a card in whole or in part, or is just being put there.
+    """A model that is on a card, completely or in part, or is being moved there.
 
     Attributes:
         name: Its class.
-        whole_bytes: Its parameters and buffers, wherever they are.
-        on_card_bytes: Those that are on the card.
-        float32_bytes: Those of the whole that are float32.
-        largest_layer_bytes: The largest that one module holds by itself.
+        whole_bytes: Bytes of all its parameters and buffers, on any device.
+        on_card_bytes: Bytes of those on the card.
+        float32_bytes: Bytes of those that are float32, on any device.
+        largest_layer_bytes: The most bytes that one module holds itself.
         largest_layer: That module's path.
     """
 
@@ -49,7 +49,7 @@ class ModelSize:
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """Another process on the card; ``name`` is empty where it cannot be told."""
+    """Another process on the card; ``name`` is empty if it is not known."""
 
     pid: int
     name: str
@@ -66,22 +66,22 @@ class Incident:
         card: Its name.
         total_bytes: Its total.
         budget_bytes: Its budget, or None.
-        room_bytes: What this process may hold of it: the budget, or what others leave.
+        room_bytes: The most that this process may hold: the budget, or what others leave.
         allocated_bytes: Bytes in live tensors.
         reserved_bytes: Bytes held from the driver.
         largest_free_bytes: The largest free block among those.
-        nbytes: Bytes asked for; on a real card, of the segment that this needs.
-        site: Who asked, in words.
+        nbytes: Bytes asked for; on a real card, those of the segment for the request.
+        site: The code that asked, in words.
         phase: What the program was doing.
-        injected_by: The rule that refused the request; None if there was no room.
-        limit: For a broken limit, in words.
-        tensors: The largest live ones.
-        num_tensors: How many storages there are.
+        injected_by: The rule that failed the request; None if there was no room.
+        limit: The broken limit, in words; empty for an OOM.
+        tensors: The largest live tensors.
+        num_tensors: The number of live storages.
         seen_bytes: Bytes of all of them.
-        models: Models with something on the card.
+        models: Models with parameters or buffers on the card.
         kept_bytes: Bytes of gradients and optimisers' state.
-        processes: Others on the card.
-        note: What could not be found out, and why; else empty.
+        processes: Other processes on the card.
+        note: What could not be found out, and why; otherwise empty.
     """
 
     kind: str
@@ -113,12 +113,12 @@ class Incident:
 
     @property
     def whole_bytes(self) -> int:
-        """All the models' weights, wherever they are."""
+        """The weights of all models, on any device."""
         return sum(each.whole_bytes for each in self.models)
 
     @property
     def missing_bytes(self) -> int:
-        """The models' weights that are not on the card yet, while one is put there."""
+        """The weights that are not on the card yet, while a model is moved there."""
         if self.phase != "load":
             return 0
         return self.whole_bytes - self._weights_on_card
@@ -130,12 +130,12 @@ class Incident:
 
     @property
     def request_bytes(self) -> int:
-        """The request, unless it is for a weight that ``missing_bytes`` has already."""
+        """The request, unless ``missing_bytes`` counts it as a weight already."""
         return 0 if self.missing_bytes else self.nbytes
 
     @property
     def needed_bytes(self) -> int:
-        """What the program needs as it is, at least: what is live and what is to come."""
+        """The least that the unchanged program needs: live bytes, request, missing weights."""
         return self.allocated_bytes + self.missing_bytes + self.request_bytes
 
     @property
@@ -145,10 +145,10 @@ class Incident:
 
 @dataclass(frozen=True, slots=True)
 class Remedy:
-    """Something that would need less.
+    """A change that would need less memory.
 
     Attributes:
-        name: What to do.
+        name: The change.
         reason: The arithmetic, in words.
         needed_bytes: What would be needed instead.
         fits: Whether there is room for that.
@@ -161,18 +161,18 @@ class Remedy:
 
 
 def remedies(incident: Incident) -> list[Remedy]:
-    """Return what would need less memory than there was, by plain arithmetic.
+    """Return changes that would need less memory, with their arithmetic.
 
-    What is counted is what was live at that moment, the request and, during a load,
-    the weights still to come. What a program would ask for later is not known, nor is
-    what rounding and fragments take.
+    Counted are the live bytes at that moment, the request and, during a load, the
+    weights that are not loaded yet. Later requests of the program, rounding and
+    fragments are not known.
     """
     found = (_half(incident), _offload(incident), _batch(incident))
     return [each for each in found if each is not None]
 
 
 def _half(incident: Incident) -> Remedy | None:
-    """Weights of two bytes; what else there is counts as it is."""
+    """Weights of two bytes; all other bytes stay the same."""
     full = sum(each.float32_bytes for each in incident.models)
     if not full:
         return None
@@ -201,7 +201,7 @@ def _offload(incident: Incident) -> Remedy | None:
 
 
 def _batch(incident: Incident) -> Remedy | None:
-    """A batch cut in two, four, ..., as far as that helps."""
+    """A batch divided by two, four, ..., as long as that helps."""
     growing = incident.other_bytes + incident.request_bytes
     if incident.phase == "load" or not growing:
         return None

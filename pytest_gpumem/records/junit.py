@@ -27,7 +27,7 @@ _APART: Final = ("fallbacks", "fixture_growth", "sweeps")
 
 
 def properties(record: Record) -> list[tuple[str, Any]]:
-    """Return a test's properties; what is not known or empty is left out."""
+    """Return a test's properties; unknown and empty fields are left out."""
     return [(f"gpumem.{name}", value) for name, value in _properties(record)]
 
 

@@ -1,4 +1,4 @@
-"""What was live at a peak, in a few groups: by owner where one is known, else by site."""
+"""Groups the blocks that were live at a peak: by owner if it is known, or by site."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class LiveBlock(NamedTuple):
     Attributes:
         nbytes: Its bytes.
         site: The place that allocated it.
-        kind: The class of the model that owns it; empty if nobody was found.
-        path: What it is of that model: ``("encoder", "layer", "3", "weight")``.
-        role: What it is to that: empty for itself, or ``"gradient of"``.
+        kind: The class of the model that owns it; empty if no owner was found.
+        path: Its path in that model: ``("encoder", "layer", "3", "weight")``.
+        role: Empty for the parameter or buffer itself, or ``"gradient of"``.
     """
 
     nbytes: int
@@ -40,14 +40,14 @@ class LiveBlock(NamedTuple):
 
 
 def group_blocks(blocks: Iterable[LiveBlock], *, most: int) -> list[dict[str, Any]]:
-    """Return groups, the largest first, as JSON can hold them.
+    """Return groups, the largest first, as values of JSON.
 
-    A model's parts are one group, then the largest group is taken apart along the dots
-    of its names, layers of a kind together, for as long as there is room.
+    At first all parts of a model are one group. Then the largest group is divided along
+    the dots of its names, with similar layers together, as long as ``most`` allows.
 
     Args:
         blocks: The blocks.
-        most: Groups that are told apart; what is left is one group more.
+        most: The number of groups; the rest forms one more group.
     """
     sites: dict[str, list[LiveBlock]] = {}
     owned: dict[tuple[str, ...], list[LiveBlock]] = {}
@@ -103,7 +103,7 @@ def _group(nbytes: int, text: str, members: Sequence[LiveBlock]) -> dict[str, An
 def _take_apart(
     owned: dict[tuple[str, ...], list[LiveBlock]], room: int
 ) -> dict[tuple[str, ...], list[LiveBlock]]:
-    """Return groups by role, kind and as much of the path as there is room for."""
+    """Return groups by role, kind and as much of the path as ``most`` allows."""
     groups = dict(owned)
     whole: set[tuple[str, ...]] = set()
     while True:

@@ -13,7 +13,7 @@ OPTIONAL: Final = frozenset({"peak_process_bytes", "peak_card_bytes"})
 
 @dataclass(frozen=True, slots=True)
 class MemoryFigures:
-    """Bytes of one card over one block of code; a figure is an ``int``, or not known.
+    """Bytes of one card over one block of code; a figure is an ``int``, or unknown.
 
     Attributes:
         device_index: The card.
@@ -26,12 +26,12 @@ class MemoryFigures:
         end_reserved_bytes: Reserved at its end.
         num_ooms: Out-of-memory errors raised in the block.
         num_alloc_retries: Cache flushes followed by a second try in the block.
-        context_bytes: What the driver counts for this process beside the allocator
-            (context, loaded kernels, libraries), as far as it is known.
+        context_bytes: Bytes that the driver counts for this process outside the
+            allocator (context, loaded kernels, libraries), if they are known.
         peak_process_bytes: Most bytes that the driver counted for this process at once;
-            None where it cannot tell.
+            None if it does not report them.
         peak_card_bytes: Most bytes of the card that all processes held at once; None
-            where nobody has looked, or NVML cannot tell.
+            if NVML was not asked, or does not report them.
         end_requested_bytes: Asked for and alive at the block's end.
         end_active_bytes: In blocks not reusable at its end.
     """
@@ -55,7 +55,7 @@ class MemoryFigures:
     def peak(self, metric: str) -> int | None:
         """Return the peak of ``"allocated"``, ``"reserved"`` or ``"process"`` bytes.
 
-        Only the last can be None: the driver does not tell.
+        Only the last can be None, if the driver does not report it.
         """
         value: int | None = getattr(self, f"peak_{metric}_bytes")
         return value

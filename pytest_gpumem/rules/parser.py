@@ -212,7 +212,7 @@ def _with_key(rule: Rule, key: str, part: str, text: str, position: int) -> Rule
 
 
 def _check(rule: Rule, text: str, places: dict[str, int]) -> None:
-    """Refuse keys that contradict each other; point at the later one.
+    """Reject keys that contradict each other; point at the later one.
 
     Raises:
         RuleError: Some do.

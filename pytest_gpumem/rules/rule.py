@@ -1,6 +1,6 @@
 """Injection rules: which allocations fail, how often, and with which error.
 
-``rule_parser.parse_rule`` reads them from text and lists the keys.
+``rules.parser.parse_rule`` reads them from text; ``KEYS`` there lists the keys.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pytest_gpumem.sizes import format_size
 Phase = Literal["any", "load", "forward", "backward", "optimizer"]
 
 PHASES: Final[tuple[str, ...]] = get_args(Phase)
-#: Which real-world error is raised; ``instruments.flavours`` makes them.
+#: The errors that a rule can raise; ``instruments.flavours`` makes them.
 FLAVOURS: Final = (
     "native",
     "legacy",
@@ -64,24 +64,24 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Which allocations fail.
+    """A rule: which allocations fail, and with which error.
 
     Attributes:
         phase: Only requests of this phase count; ``"any"`` counts all.
         nth: The first counted request that fails, from 1.
-        min_bytes: Only requests of at least so many bytes count.
-        max_bytes: Only requests of at most so many bytes count; None means no bound.
+        min_bytes: Only requests of at least this many bytes count.
+        max_bytes: Only requests of at most this many bytes count; None: no bound.
         device_index: Only requests to this card count; None means all cards.
         times: How many requests fail; None means all of them from the first on
             (persistent).
-        site: Only requests of which a name matches this pattern count; None: all.
+        site: Only requests with a name that matches this pattern count; None: all.
         thread: Only requests of the threads with matching names count; ``"other"``
             means all but the main one; None means all.
         after_bytes: The first to fail is the one that takes the sum of counted
             requests above this; None leaves it to ``nth``.
-        every: Each so-many-th fails; None leaves it to ``nth``.
+        every: With N, every Nth request fails; None leaves it to ``nth``.
         probability: Each fails with this probability; None leaves it to ``nth``.
-        seed: Of the probability's own random numbers.
+        seed: The seed of the probability's random numbers.
         flavour: One of ``FLAVOURS``.
     """
 
@@ -100,7 +100,7 @@ class Rule:
     flavour: str = "native"
 
     def counts(self, request: Request) -> bool:
-        """Tell whether a request is one of those that the rule numbers."""
+        """Tell whether the rule counts a request."""
         return (
             self.phase in ("any", request.phase)
             and request.nbytes >= self.min_bytes
@@ -123,7 +123,7 @@ class Rule:
 
     @property
     def is_repeated(self) -> bool:
-        """Whether it strikes again and again by itself: ``every`` or a probability."""
+        """Whether it may fail any number of requests: ``every`` or a probability."""
         return self.every is not None or self.probability is not None
 
     def __str__(self) -> str:
@@ -173,7 +173,7 @@ class Rule:
 
 
 class Schedule:
-    """A rule and how far it has got; asked once for every request.
+    """A rule and its counts; asked once for every request.
 
     Thread-safe: a loader's worker threads share one count.
 

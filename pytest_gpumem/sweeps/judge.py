@@ -36,10 +36,11 @@ class _Loaded:
 
 
 class SweepJudge:
-    """Runs a body with one fault after the other and judges each run.
+    """Runs a body with one fault after another and judges each run.
 
-    Portraits of results are the same where ``same`` says so; without it, by value. What
-    ``run`` computes from a result, without faults, is compared in its place.
+    Two results are the same if ``same`` says so; without it they are compared by value.
+    If there is ``run``, the output that it computes from a result, without faults, is
+    compared instead of the result.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What a sweep is to do."""
+"""The plan of a sweep: its points, and how their runs are judged."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ WORDS: Final = ("all", "sites", "ends")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepPlan:
-    """What a sweep does.
+    """The plan of a sweep.
 
     Attributes:
         points: ``"all"`` allocations, the first of each of the ``"sites"``, the first
-            and the last of each (``"ends"``), or so many of them, spread evenly.
-        modes: Which of ``"transient"`` and ``"persistent"``.
-        flavours: Which real-world errors; ``"native"`` is the allocator's own.
+            and the last of each (``"ends"``), or a number of allocations, spread evenly.
+        modes: ``"transient"``, ``"persistent"`` or both.
+        flavours: The errors that are raised; ``"native"`` is the allocator's own.
         rule: Which allocations count, for example ``"load"`` or ``"any:min=1MiB"``.
-        recover: Whether the code must recover; else a clean OOM is good too.
+        recover: Whether the code must recover; otherwise a clean OOM passes, too.
         timeout_s: Seconds until a run is judged a hang; None means 20 times the clean
             run's, at least 10.
-        only: A rule that names one point, to run that alone.
+        only: A rule that names one point; only that point is run.
         shard: ``(index, count)``: every count-th point, from the index-th on.
 
     Raises:
@@ -75,11 +75,11 @@ class SweepPlan:
             parse_rule(self.only)
 
     def base(self) -> Rule:
-        """Return the rule of a point but for its number.
+        """Return the rule of a point, without its number.
 
         Raises:
             RuleError: It cannot be read.
-            SweepError: It says which allocations fail, which is the sweep's to say.
+            SweepError: It says which allocations fail; that is for the sweep to choose.
         """
         rule = parse_rule(self.rule)
         if rule != replace(
@@ -93,7 +93,7 @@ class SweepPlan:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every allocation is failed, and by this sweep alone."""
+        """Whether this sweep makes every allocation fail, without other workers."""
         return self.points == "all" and self.only is None and self.shard[0] == 0
 
     def points_of(self, sites: tuple[str, ...]) -> Iterator[Point]:

@@ -1,4 +1,4 @@
-"""What a sweep found: points, their verdicts, and which sites it covered."""
+"""The report of a sweep: its points, their verdicts, and the sites that it covered."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def mode_of(rule: Rule) -> str:
 
 
 class Verdict(Enum):
-    """What a run with a fault ended in; the value is its name for people."""
+    """How a run with a fault ended; the value is the name that people see."""
 
     RECOVERED = "recovered"
     CLEAN_OOM = "clean OOM"
@@ -37,7 +37,7 @@ class Verdict(Enum):
     OVER_BUDGET = "over budget"
 
     def passes(self, *, recover: bool) -> bool:
-        """Tell whether it is a good end; a clean OOM is one if no recovery is demanded."""
+        """Tell whether the verdict passes; a clean OOM does if the code need not recover."""
         return self is Verdict.RECOVERED or (self is Verdict.CLEAN_OOM and not recover)
 
 
@@ -48,9 +48,9 @@ class Point:
     Attributes:
         number: Which allocation fails, from 1 on.
         mode: One of ``MODES``.
-        flavour: Which real-world error is raised.
+        flavour: The error that is raised.
         rule: The injection rule, as text; it replays the point alone.
-        site: Where the code allocates, as text; empty where that is not known.
+        site: Where the code allocates, as text; empty if that is not known.
     """
 
     number: int
@@ -66,16 +66,16 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one point.
+    """The result of one point.
 
     Attributes:
         point: The fault.
-        verdict: What the run ended in.
+        verdict: How the run ended.
         detail: The reason, for people; may have several lines.
         left_bytes: Bytes on the cards afterwards that a clean run does not leave.
-        holders: Who holds them, outermost first, a line each.
+        holders: What holds them, outermost first, a line each.
         seconds: How long the run took.
-        num_injected: Allocations that the fault refused.
+        num_injected: Allocations that the fault made fail.
     """
 
     point: Point
@@ -90,20 +90,20 @@ class Outcome:
         """Tell whether the run ended well.
 
         Args:
-            recover: Whether the code must recover from an OOM; an error that is none
-                must always come through.
+            recover: Whether the code must recover from an OOM. An error that is not an
+                OOM must always reach the caller.
         """
         return self.verdict.passes(recover=recover and self.point.flavour != NOT_OOM)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the outcome as what JSON can hold; ``from_json`` reads it."""
+        """Return the outcome as values of JSON; ``from_json`` reads them."""
         entry = asdict(self)
         point = entry.pop("point")
         return {**point, **entry, "verdict": self.verdict.value}
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Outcome:
-        """Read what ``to_json`` wrote.
+        """Return the outcome that ``to_json`` wrote.
 
         Raises:
             KeyError: Something is missing.
@@ -122,7 +122,7 @@ class Outcome:
         return cls(**{**own, "holders": tuple(own["holders"])})
 
 
-#: Of what type each entry of ``Outcome.to_json`` is.
+#: The type of each entry of ``Outcome.to_json``.
 _KINDS: Final[dict[str, type | tuple[type, ...]]] = {
     **dict.fromkeys(("mode", "flavour", "rule", "site", "verdict", "detail"), str),
     **dict.fromkeys(("number", "left_bytes", "num_injected"), int),
@@ -133,14 +133,14 @@ _KINDS: Final[dict[str, type | tuple[type, ...]]] = {
 
 @dataclass(slots=True)
 class SweepReport:
-    """A sweep's findings.
+    """The results of a sweep.
 
     Attributes:
-        name: What was swept.
-        recover: Whether recovery was demanded.
-        sites: Of each allocation of a clean run, where it was made; in order.
-        outcomes: Every point that was run (or read from an interrupted sweep).
-        num_resumed: How many of them were read.
+        name: The name of the swept code.
+        recover: Whether the code had to recover.
+        sites: The site of each allocation of a clean run, in order.
+        outcomes: Every point that was run, or read from an interrupted sweep.
+        num_resumed: The number of points that were read.
     """
 
     name: str
@@ -170,7 +170,7 @@ class SweepReport:
         return sum(each.seconds for each in self.outcomes)
 
     def coverage(self) -> list[SweptSite]:
-        """Return what was tried at each site, in the order of first allocation."""
+        """Return the coverage of each site, in the order of first allocation."""
         allocations = Counter(self.sites)
         verdicts: dict[str, Counter[Any]] = {site: Counter() for site in self.sites}
         for each in self.outcomes:

@@ -2,8 +2,8 @@
 
 Note [The method]
 The code runs once to warm up and once more to count its allocations. Then, for
-N = 1, 2, ..., it runs with its Nth allocation failing: once that one alone
-(transient), once that one and all later ones (persistent). It stops when a run ends
+N = 1, 2, ..., it runs twice with its Nth allocation failing: once only that allocation
+fails (transient), and once that one and all later ones fail (persistent). It stops when a run ends
 with its fault unused, not when a run succeeds: code that recovers succeeds at N = 1.
 The method is that of SQLite's ``do_malloc_test`` and of Linux's ``fail-nth``.
 """
@@ -51,30 +51,30 @@ def sweep_ooms(
     device: Device | None = None,
     **plan: Any,
 ) -> SweepReport:
-    """Fail every allocation of ``body(*args)`` in turn and judge what comes of it.
+    """Make every allocation of ``body(*args)`` fail in turn, and judge each run.
 
     Before each run random states and torch's defaults (dtype, card, gradients, ...) are
-    put back, caches emptied and the arguments made anew if there is a factory for them;
-    threads that the run before left at work are waited for. A run's result is compared
-    with that of a run without faults: tensors by value, wherever they lie, modules by
-    their state.
+    restored, caches are emptied, and ``setup`` makes new arguments, if it is given. The
+    sweep waits for threads that the run before has left running. A run's result is
+    compared with that of a run without faults: tensors by value, on whatever device, and
+    modules by their state.
 
     Args:
         body: The code under test; returns a result to compare.
         args: Its arguments, the same for each run.
-        setup: Makes the arguments instead, before each run, without faults.
-        same: Tells whether a run's result is right, given the clean one's portrait and
-            its own; None means by value within what the dtypes explain.
+        setup: Makes the arguments before each run, without faults; replaces ``args``.
+        same: Tells whether a run's result is right, given the portraits of the clean
+            result and of its own; None compares values within what the dtypes explain.
         run: For a body that loads a model: computes an output from what it returns,
             once the faults are over. Then the model must be whole, and the output is
             compared instead of the result, within what the model's dtypes explain.
-        variants: Whether such a model may be another one, told by its number of
+        variants: Whether such a model may be another one, with another number of
             parameters; its output is compared with nothing.
-        name: What is swept, for texts; None means the body's name.
-        resume: A file that keeps what was done; a sweep that was interrupted goes on
-            from there.
-        progress: Told after each point: points done, points in all, the outcome.
-        device: Where; None means the active device.
+        name: The name in texts; None means the body's name.
+        resume: A file that keeps the finished points, so that an interrupted sweep can
+            continue.
+        progress: Called after each point with the points done, all points, the outcome.
+        device: The device; None means the active device.
         plan: The fields of ``SweepPlan``: ``points``, ``modes``, ``flavours``,
             ``rule``, ``recover``, ``timeout_s``, ``only``.
 
@@ -90,9 +90,8 @@ def sweep_ooms(
         report = sweep_ooms(lambda: load_with_fallback(path)(batch), recover=True)
         assert not report.failures
 
-    Limits: state outside the arguments (module globals) is what the body leaves it;
-    threads that allocate in no fixed order make the Nth allocation a
-    different one from run to run.
+    Limits: state outside the arguments (module globals) is not restored between runs. If
+    threads allocate in no fixed order, the Nth allocation differs from run to run.
     """
     wanted = SweepPlan(**plan)
     if setup is not None and args:
@@ -142,7 +141,7 @@ class _Sweep:
         return report
 
     def _run_on(self, report: SweepReport, count: int, timeout_s: float) -> None:
-        """Go on until a run ends with its fault unused: only that is the end."""
+        """Run points until a run ends with its fault unused."""
         for mode in self.plan.modes:
             for flavour in self.plan.flavours:
                 for number in range(count + 1, 2 * count + 2):

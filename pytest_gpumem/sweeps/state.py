@@ -1,4 +1,4 @@
-"""What a sweep has done, on disk, so that an interrupted one can go on."""
+"""The finished points of a sweep, in a file, so that an interrupted one can continue."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 class SweepState:
-    """A file with one line for each point that was run, until the sweep is whole.
+    """A file with one line for each point that was run, until the sweep is complete.
 
-    A file of another body or plan, of a body that allocates otherwise now, or one that
-    cannot be read is of no use and begun anew. Without a path nothing is kept.
+    A file is started again if it cannot be read, is of another body or plan, or of a body
+    whose allocations have changed. Without a path nothing is written.
     """
 
     def __init__(
@@ -37,11 +37,11 @@ class SweepState:
         self._stream: TextIO | None = None
 
     def known(self, point: Point) -> Outcome | None:
-        """Return what became of a point in the interrupted sweep."""
+        """Return the outcome of a point in the interrupted sweep."""
         return self._known.get(point)
 
     def note(self, outcome: Outcome) -> None:
-        """Keep what became of a point."""
+        """Write the outcome of a point."""
         if self._stream is not None:
             self._stream.write(json.dumps(outcome.to_json()) + "\n")
             self._stream.flush()

@@ -1,4 +1,4 @@
-"""A sweep's figures without its points: what crosses processes and goes into reports."""
+"""A sweep's figures without its points, which reports and other processes get."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def summary_of(
     report: SweepReport, nodeid: str = "", replays: Sequence[Replay] = ()
 ) -> Sweep:
-    """Sum a test's report up; replays are of groups of points that ended badly."""
+    """Return a report's figures; replays are of groups of points that ended badly."""
     return Sweep(
         nodeid,
         report.name,
@@ -33,7 +33,7 @@ def summary_of(
 
 
 def whole_sweeps(parts: Iterable[Sweep]) -> list[Sweep]:
-    """Return whole sweeps of parts from several workers of pytest-xdist."""
+    """Join the parts of sweeps that workers of pytest-xdist have run."""
     found: dict[tuple[str, str], Sweep] = {}
     for part in parts:
         key = (part.nodeid, part.name)
@@ -42,7 +42,7 @@ def whole_sweeps(parts: Iterable[Sweep]) -> list[Sweep]:
 
 
 def _joined(one: Sweep, other: Sweep) -> Sweep:
-    """Return two parts as one; the allocations that they counted are the same."""
+    """Join two parts; both have counted the same allocations."""
     sites = {site.site: site for site in one.sites}
     for site in other.sites:
         mine = sites.get(site.site, SweptSite(site.site, 0, 0, {}))

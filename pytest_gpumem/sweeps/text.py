@@ -1,4 +1,4 @@
-"""A sweep's findings in words."""
+"""A sweep's results in words."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.records.record import Sweep
 
-#: How many points of a group are shown one by one; the others are counted.
+#: The number of points of a group that are described; the others are counted.
 SHOWN: Final = 3
 
 
@@ -46,8 +46,8 @@ def explain_failures(
 ) -> str:
     """Return the failing points, grouped by site and verdict, each with its replay.
 
-    ``replay`` turns a point's rule into the line that replays it alone. What is not
-    detailed counts the points and does not describe them.
+    ``replay`` turns a point's rule into the command that replays it. Without ``detailed``
+    the points of a group are counted and not described.
     """
     groups = report.failures_by_site()
     if not groups:
@@ -75,7 +75,7 @@ def explain_failures(
 
 
 def replays(report: SweepReport, replay: Callable[[str], str]) -> list[Replay]:
-    """Return each group of failures with the replay of its first."""
+    """Return each group of failures with the replay of its first point."""
     return [
         Replay(site, verdict.value, len(outcomes), replay(outcomes[0].point.rule))
         for (site, verdict), outcomes in report.failures_by_site().items()
@@ -85,7 +85,7 @@ def replays(report: SweepReport, replay: Callable[[str], str]) -> list[Replay]:
 def describe_point(
     outcome: Outcome, replay: Callable[[str], str], *, detailed: bool = True
 ) -> str:
-    """Return what became of one point, and the line that replays it."""
+    """Return the outcome of one point, and the command that replays it."""
     point = outcome.point
     lines = [
         f"allocation {point.number}, {point.mode}, {point.flavour}: "
@@ -103,10 +103,10 @@ def describe_point(
 
 
 def coverage_table(sweep: Sweep, *, most: int | None = None) -> str:
-    """Return, for each site, how often it allocates, failed and was recovered from.
+    """Return a table of sites: their allocations, failures and recoveries.
 
-    At most so many sites are shown, those with failures that were not recovered from
-    first; None shows all, in the order in which the code comes to them.
+    ``most`` limits the number of sites; those with failures without recovery come first.
+    None shows all sites, in the order in which the code reaches them.
     """
     sites = [(site, site.verdicts.get("recovered", 0)) for site in sweep.sites]
     if most is not None and len(sites) > most:

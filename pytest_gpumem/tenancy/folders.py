@@ -1,12 +1,12 @@
-"""Folders that processes share: which of them can be trusted, and how they are opened.
+"""Opens folders that processes share, and checks whether they can be trusted.
 
 Note [Whom a shared folder is open to]
 Anybody may make a folder of any name in a temporary folder, and put links in it that
 point elsewhere. A private folder is therefore opened without following a link, and used
-only if this user owns it and nobody else may write to it; what lies in it is opened
-relative to that handle, so that no name is looked up twice. A folder that a user names
-for several users to share may be written to by others, if each file in it can only be
-removed by its owner (the sticky bit) and the folder itself is root's or this user's.
+only if this user owns it and nobody else may write to it. Files in it are opened relative
+to its handle, so that no name is looked up twice. Others may write to a folder that a
+user names for several users, if only its owner can remove a file there (the sticky bit)
+and the folder itself belongs to root or to this user.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def open_private(path: str | os.PathLike[str]) -> int:
     """Return a handle of a folder of this user; it is made, mode 0700, if need be.
 
     Args:
-        path: The folder. Where it is below the folder that this user's processes share,
-            that one and those between are held to the same.
+        path: The folder. If it is below the folder that this user's processes share,
+            that folder and those between are checked in the same way.
 
     Raises:
-        SharedFolderError: It is something else than a folder, another user's, or others
-            may write to it.
+        SharedFolderError: It is not a folder, belongs to another user, or others may
+            write to it.
     """
     path, root = os.path.abspath(path), os.path.abspath(tenancy_root())
     is_below = path.startswith(root + os.sep)
@@ -63,11 +63,11 @@ def _open_way(path: str, names: list[str]) -> int:
 def open_named(path: str | os.PathLike[str]) -> int:
     """Return a handle of a folder that a user named, for one user or for several.
 
-    One that is not there is made as a private one.
+    If it does not exist, it is made as a private folder.
 
     Raises:
-        SharedFolderError: It is something else than a folder, or others could put
-            files into the place of this user's.
+        SharedFolderError: It is not a folder, or others could replace files of this
+            user.
     """
     path = os.path.abspath(path)
     try:
@@ -127,7 +127,7 @@ def open_file(name: str, folder: int, flags: int, path: str = "") -> int:
 
 
 def open_lock(name: str, folder: int, path: str) -> int:
-    """Return a handle of a lock file; a new one is open to whom the folder is.
+    """Return a handle of a lock file; a new one gets the rights of the folder.
 
     Args:
         name: Its name in the folder.
@@ -146,7 +146,7 @@ def open_lock(name: str, folder: int, path: str) -> int:
 
 
 def _make_lock(name: str, folder: int, path: str) -> None:
-    """Make a lock file that has its mode from the moment others see it."""
+    """Make a lock file that has its final mode before others can see it."""
     there = os.fstat(folder)
     fresh = f".{name[:100]}.{secrets.token_hex(8)}"
     try:

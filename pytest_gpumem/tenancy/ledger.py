@@ -21,7 +21,7 @@ POLL_S: Final = 0.02
 
 
 class Ledger:
-    """What is promised of one card; every process that names the folder shares it.
+    """The bytes of one card that are promised; processes share it through a folder.
 
     Args:
         folder: Where the entries are.
@@ -35,7 +35,7 @@ class Ledger:
         self._idle_bytes = 0
 
     def requests(self) -> dict[str, QueuedRequest]:
-        """Return everything that is held or waited for, by name."""
+        """Return all requests, admitted and waiting, by name."""
         found = {}
         for path, value in self._folder.read().items():
             with suppress(TypeError):  # another version's
@@ -43,10 +43,10 @@ class Ledger:
         return found
 
     def hold_idle(self, nbytes: int) -> None:
-        """Note what this process holds while nothing of it runs.
+        """Note the bytes that this process holds between its tests.
 
-        What is admitted on top of it is less by so much: a test that needs 6 GiB finds
-        2 of them in a model that a fixture has loaded before.
+        The process's later requests are smaller by these bytes: a test that needs 6 GiB
+        may use the 2 GiB of a model that a fixture has loaded before.
         """
         nbytes = min(max(nbytes, 0), self.total_bytes)
         if nbytes == self._idle_bytes:
@@ -81,10 +81,10 @@ class Ledger:
         """Hold bytes of the card, waiting for them first.
 
         Args:
-            nbytes: Bytes to hold, with those that stand already.
-            is_exclusive: Whether to have the card alone.
-            is_share: Whether less will do where others hold bytes beyond their tests,
-                such as a context: they hold them until they end.
+            nbytes: Bytes to hold, including those of ``hold_idle``.
+            is_exclusive: Whether no other request may hold bytes of the card.
+            is_share: Whether fewer bytes are enough if other processes hold bytes
+                between their tests, such as a context, which stay until they end.
             timeout_s: The longest wait; None waits for ever.
             on_wait: Called once, with the bytes held by others, if there is a wait.
 

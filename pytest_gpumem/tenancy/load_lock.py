@@ -27,23 +27,24 @@ def gpu_load_lock(
     timeout_s: float | None = None,
     folder: str | os.PathLike[str] | None = None,
 ) -> Iterator[None]:
-    """Hold a card's load lock: no other process of this user is inside it meanwhile.
+    """Hold a card's load lock: no other process of this user holds it at the same time.
 
     Loading needs more than the loaded model; two loads at once may not fit where two
-    models do. A process that dies gives the lock back. Like `threading.RLock`, a thread
-    may enter it again inside, as a pipeline does whose parts hold it for themselves.
+    models do. The lock is released when its process dies. Like `threading.RLock`, it may
+    be taken again by the thread that holds it.
 
     Args:
         device: The card: an index as CUDA counts it, or any name that the processes
             agree on, such as a UUID.
         timeout_s: The longest wait; None waits for ever.
-        folder: What the processes share. By default it is that of the environment
-            variable ``PYTEST_GPUMEM_LOCKS``, which several users may share (root makes
-            it: ``install -d -m 1777``); else of ``PYTEST_GPUMEM_TENANCY``, else a
-            folder in the temporary one, both of this user alone.
+        folder: The folder that the processes share. By default it is that of the
+            environment variable ``PYTEST_GPUMEM_LOCKS``, which several users may share
+            (root makes it: ``install -d -m 1777``), then that of
+            ``PYTEST_GPUMEM_TENANCY``, then one in the temporary folder; the last two
+            are private to this user.
 
     Raises:
-        SharedFolderError: Another user could tamper with the folder or the lock.
+        SharedFolderError: Another user could change the folder or the lock.
         TimeoutError: The wait was longer than ``timeout_s``.
     """
     card = physical_card(device) if isinstance(device, int) else device
@@ -56,10 +57,10 @@ def gpu_load_lock(
 
 
 class _LibraryLock:
-    """The lock where the system has no ``flock``, as on Windows.
+    """The lock on systems without ``flock``, such as Windows.
 
-    Limits: folders there have no owner that could be looked at; the temporary one is
-    the user's own.
+    Limits: the owner of a folder cannot be checked there; the temporary folder belongs to
+    the user.
     """
 
     def __init__(self, path: Path) -> None:
@@ -92,10 +93,10 @@ def _library_lock(folder: str, name: str, _is_named: bool) -> _LibraryLock:  # n
 
 @cache
 def _mutex(folder: str, name: str, is_named: bool) -> Mutex:  # noqa: FBT001  # a key
-    """Return this process's one lock of that name: it nests by object."""
+    """Return this process's only lock object of a name, so that it can nest."""
 
     def opened() -> int:
-        # Each time anew: a service outlives what cleans temporary folders.
+        # Opened each time, because temporary folders may be cleaned while a service runs.
         handle = open_named(folder) if is_named else open_private(folder)
         try:
             return open_lock(name, handle, folder)
@@ -106,7 +107,7 @@ def _mutex(folder: str, name: str, is_named: bool) -> Mutex:  # noqa: FBT001  # 
 
 
 def physical_card(index: int) -> str:
-    """Return what ``CUDA_VISIBLE_DEVICES`` calls a card: an index, a UUID, a MIG name.
+    """Return a card's entry in ``CUDA_VISIBLE_DEVICES``: an index, a UUID, a MIG name.
 
     Raises:
         ValueError: The variable shows no such card.

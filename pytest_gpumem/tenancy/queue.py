@@ -1,4 +1,4 @@
-"""Who of those that wait may start: largest first, nobody starves."""
+"""Chooses the waiting requests that may start: largest first, and none waits for ever."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class QueuedRequest:
 
     Attributes:
         name: Distinct for each request.
-        nbytes: Bytes; more than the card is for the caller to refuse.
+        nbytes: Bytes; the caller rejects more than the card has.
         since: When it began to wait, in seconds.
-        is_exclusive: Whether nobody else may hold any of the card.
+        is_exclusive: Whether no other request may hold bytes of the card.
         is_admitted: Whether it holds its bytes already.
-        is_idle: Whether it holds them while nothing of it runs.
+        is_idle: Whether it is for bytes that a process holds between its tests.
     """
 
     name: str
@@ -35,7 +35,7 @@ class QueuedRequest:
     is_idle: bool = False
 
     def is_patient(self, now: float) -> bool:
-        """Tell whether later requests may pass it still."""
+        """Tell whether later requests may still start before it."""
         patience = PATIENCE_ALONE_S if self.is_exclusive else PATIENCE_S
         return now - self.since < patience
 
@@ -43,11 +43,11 @@ class QueuedRequest:
 def admissible(
     requests: Iterable[QueuedRequest], *, total_bytes: int, now: float
 ) -> list[str]:
-    """Return the names of those that may start now.
+    """Return the names of the requests that may start now.
 
-    Who is not patient any more comes before all others, the oldest first, and while it
-    does not fit nobody behind it starts. The rest go by size, then by
-    age; one that does not fit is passed by one that does.
+    Requests that have waited for long come first, the oldest before the others; while
+    one of them does not fit, no request behind it starts. The other requests are sorted
+    by size, then by age, and one that fits may start before one that does not.
     """
     everyone = list(requests)
     held = [each for each in everyone if each.is_admitted]

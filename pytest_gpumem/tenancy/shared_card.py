@@ -26,8 +26,8 @@ class SharedCard(Tenants):
     """The other processes that use the same simulated card.
 
     Args:
-        folder: Where each process notes what it holds.
-        sign: What says that the run lives; it is taken back in the end.
+        folder: The folder in which each process notes the bytes that it holds.
+        sign: A file that exists as long as the run lives.
     """
 
     def __init__(
@@ -39,16 +39,16 @@ class SharedCard(Tenants):
         self._pid = 0
 
     def others(self) -> Sequence[tuple[int, int]]:
-        """Return pid and bytes of every other process that holds any."""
+        """Return the pid and bytes of every other process that holds bytes."""
         found = self._folder.read(without=self._own())
         return [(value["pid"], value["nbytes"]) for value in found.values()]
 
     def changing(self) -> AbstractContextManager[None]:
-        """Return a block in which no other process takes or gives bytes."""
+        """Return a block in which no other process takes or frees bytes."""
         return self._folder.mutex()
 
     def hold(self, nbytes: int) -> None:
-        """Note what this process holds now."""
+        """Note the bytes that this process holds now."""
         entry = self._own()
         value = {"pid": os.getpid(), "nbytes": nbytes}
         if nbytes and entry is None:
@@ -60,7 +60,7 @@ class SharedCard(Tenants):
             self._entry = None
 
     def leave(self) -> None:
-        """Hold nothing any more."""
+        """Remove this process's entry."""
         if self._own() is not None:
             with self._folder.mutex():
                 self.hold(0)
@@ -68,7 +68,7 @@ class SharedCard(Tenants):
             self._sign.close()
 
     def _own(self) -> LockedFile | None:
-        """Return this process's entry; a forked child has none of its parent's."""
+        """Return this process's entry; a forked child makes its own."""
         return self._entry if self._pid == os.getpid() else None
 
 
@@ -76,12 +76,12 @@ def join_cards(cards: Sequence[Any], root: str) -> list[SharedCard]:
     """Let the processes that name the same folder share simulated cards.
 
     Args:
-        cards: Every card of the machine, whether this process sees it or not; others
-            are to know of its ``driver``.
+        cards: Every card of the machine, whether this process sees it or not; the
+            bytes of its ``driver`` are shared.
         root: The folder.
 
     Returns:
-        What was joined, card by card.
+        The shared cards, in the order of ``cards``.
     """
     _remove_dead_runs(Path(root))
     sign = Folder(root).add({})
@@ -94,7 +94,7 @@ def join_cards(cards: Sequence[Any], root: str) -> list[SharedCard]:
 
 
 def _remove_dead_runs(root: Path) -> None:
-    """Remove the folders beside it that killed runs have left."""
+    """Remove neighbouring folders that killed runs have left."""
     for other in root.parent.glob("run-*"):
         with suppress(OSError):
             is_old = time.time() - other.stat().st_mtime > _YOUNG_S
