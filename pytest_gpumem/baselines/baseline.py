@@ -1,7 +1,8 @@
-"""A file of what tests add to the cards: sorted JSON, to be reviewed in a pull request.
+"""A file of the bytes that tests add to cards: sorted JSON, for review in pull requests.
 
-Figures are kept by environment (card, backend, PyTorch's version), for those of two of
-them do not compare, then by test or fixture, then by name, in bytes::
+Figures are kept by environment (card, backend, PyTorch's version), because figures of
+different environments cannot be compared, then by test or fixture, then by name, in
+bytes::
 
     {
       "fixtures": {
@@ -19,12 +20,13 @@ them do not compare, then by test or fixture, then by name, in bytes::
     }
 
 Note [What an entry holds]
-``allocated`` is the peak on the card, whoever it belongs to. ``allocated before`` is what
-was there and not the test's own, ``allocated growth`` how far the test went above that,
-``allocated left`` what it left behind (of a fixture: what it holds once it is made); no
-``left`` is 0. Growth and what is left are judged: they do not depend on what else ran.
-``reserved`` has the same figures; ``requested growth`` are the bytes asked for, which do
-not depend on where blocks lay. Format 1 had the two peaks alone.
+``allocated`` is the peak on the card, of all owners together. ``allocated before`` are the
+bytes that were there and not the test's own, ``allocated growth`` is how far the test went
+above them, and ``allocated left`` are the bytes that it left behind (for a fixture: that
+it holds once it is made). Without ``left`` these are 0. Growth and bytes left are judged,
+because they do not depend on other tests. ``reserved`` has the same figures. ``requested
+growth`` are the bytes asked for, which do not depend on the blocks that served the
+requests. Format 1 had only the two peaks.
 """
 
 from __future__ import annotations
@@ -78,8 +80,9 @@ def nearest(environment: str, known: Iterable[str]) -> str | None:
     """Return the same card and backend with the nearest version of torch.
 
     Args:
-        environment: What is looked for.
-        known: What there is; of two as near, the earlier version is taken.
+        environment: The environment to find.
+        known: The environments of the file; of two versions that are equally near,
+            the earlier one is returned.
     """
     wanted = _VERSION.fullmatch(environment)
     others = [found for each in known if (found := _VERSION.fullmatch(each))]
@@ -106,8 +109,8 @@ class Baseline:
     """Figures of tests and fixtures by environment.
 
     Args:
-        peaks: Of tests, by environment and test.
-        fixtures: Of fixtures, likewise.
+        peaks: Figures of tests, by environment and test.
+        fixtures: Figures of fixtures, by environment and fixture.
     """
 
     def __init__(
@@ -133,7 +136,7 @@ class Baseline:
 
         Args:
             text: The JSON.
-            name: What to call it in errors.
+            name: The name in errors.
 
         Raises:
             BaselineError: It is broken, not a baseline, or of a newer format.
@@ -201,24 +204,24 @@ class Baseline:
         return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file, completely or not at all."""
         write_atomically(path, self.to_text())
 
     @classmethod
     def revise(
         cls, path: str | os.PathLike[str], change: Callable[[Baseline], None]
     ) -> bool:
-        """Read a file, change it and write it, under a lock; two that do lose nothing.
+        """Read a file, change it and write it, under a lock against other writers.
 
         Args:
-            path: The file; where there is none, an empty baseline is changed.
-            change: What changes it.
+            path: The file; if there is none, an empty baseline is changed.
+            change: Changes the baseline.
 
         Returns:
             Whether the file was written: it is not if nothing changed.
 
         Raises:
-            BaselineError: What is there is no baseline.
+            BaselineError: The file is not a baseline.
             OSError: It cannot be written; the old file is untouched.
         """
         with locked(path):
@@ -240,7 +243,7 @@ class Baseline:
         fixtures: Mapping[str, Peaks] | None = None,
         stale_fixtures: Iterable[str] = (),
     ) -> None:
-        """Take in new figures of an environment; drop what is no more."""
+        """Add new figures of an environment, and remove stale entries."""
         for kept, found, gone in (
             (self.peaks, peaks, stale),
             (self.fixtures, fixtures or {}, stale_fixtures),
@@ -253,7 +256,7 @@ class Baseline:
                 del kept[environment]
 
     def merge(self, other: Baseline) -> None:
-        """Take in all of another baseline; of what is in both, the larger figures."""
+        """Add all entries of another baseline; of figures in both, the larger counts."""
         for kept, others in (
             (self.peaks, other.peaks),
             (self.fixtures, other.fixtures),
@@ -265,7 +268,7 @@ class Baseline:
 
 
 def larger(one: Mapping[str, int], other: Mapping[str, int]) -> Peaks:
-    """Return the larger of each figure of two entries."""
+    """Merge two entries; the larger figure counts."""
     return {
         name: max(one.get(name, 0), other.get(name, 0))
         for name in one.keys() | other.keys()

@@ -1,4 +1,4 @@
-"""What changed against a baseline, and whether it is too much."""
+"""Compares figures with a baseline, and finds those that grew too much."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """How much more of a metric passes.
+    """The accepted growth of a metric.
 
     Attributes:
         metric: ``"allocated"`` or ``"reserved"``.
-        share: Of the baseline's bytes, for example 0.05.
-        nbytes: Or so many bytes; the larger of the two counts.
+        share: A share of the baseline's bytes, for example 0.05.
+        nbytes: A number of bytes; the larger of the two counts.
     """
 
     metric: str
@@ -65,7 +65,7 @@ class Tolerance:
             raise ValueError(f"{text!r}: {error}") from None
 
     def allowed(self, before: int) -> float:
-        """Return how many bytes more than so many pass."""
+        """Return how many more bytes than in the baseline are accepted."""
         return max(before * self.share, self.nbytes)
 
     def allows(self, before: int, now: int) -> bool:
@@ -93,19 +93,19 @@ def compare_figures(
     now: Mapping[str, int],
     gate: Iterable[Tolerance],
 ) -> list[Change]:
-    """Return what changed of a test or a fixture, metric by metric.
+    """Return the changes of a test or a fixture, metric by metric.
 
-    What it added is compared, and what it left behind; where one of the two has but
-    absolute peaks (format 1), those are. A metric without a tolerance is reported and
-    never a regression; one of which the baseline has no figure has not changed.
+    The bytes that it added and left behind are compared, or the absolute peaks if one of
+    the two entries has only these (format 1). A metric without a tolerance is reported
+    and never a regression. A metric that the baseline does not have has not changed.
 
     Note [The same requests from other blocks]
-    What was on the card before decides which free blocks there are, and the allocator
-    hands out a block that is a little larger than the request without splitting it
-    (``should_split`` in ``c10/cuda/CUDACachingAllocator.cpp``). So where that differs
-    from what it was when the baseline was written, bytes of blocks and segments may
-    differ for the very same requests. A metric has then changed only if the bytes asked
-    for have, too, by more than what is allowed of it.
+    The bytes that were on the card before decide which free blocks exist, and the
+    allocator serves a request with a slightly larger block without splitting it
+    (``should_split`` in ``c10/cuda/CUDACachingAllocator.cpp``). So if the card held other
+    bytes when the baseline was written, the same requests may take other bytes of blocks
+    and segments. A metric has then changed only if the requested bytes have changed, too,
+    by more than its tolerance.
     """
     tolerances = {each.metric: each for each in gate}
     changes = []
@@ -161,13 +161,13 @@ def _asked_for_more(
 
 
 class FirstUses:
-    """Bytes that stay for whoever comes later: of models and caches made on first use.
+    """Bytes of models and caches that the first test that uses them makes.
 
-    The test that comes first pays for them, and which one that is depends on order and
-    selection. In the baseline somebody paid, and left them on the card. A test that
-    leaves more than it did is taken to have paid in place of tests that have not run yet
-    in this process, if those left just as much. If they leave it again, it was not so:
-    the first has leaked.
+    These bytes count for the test that runs first, which depends on order and selection.
+    In the baseline one test made them, and left them on the card. If another test now
+    leaves more than in the baseline, and tests that have not run yet in this process left
+    exactly as much there, the bytes are taken for such a first use. If those tests then
+    leave the bytes again, it was none: the other test has leaked.
 
     Args:
         entries: The baseline's, by test.
@@ -184,7 +184,7 @@ class FirstUses:
         self._paid: Final[dict[str, list[tuple[str, str, int]]]] = {}
 
     def begin(self, test: str) -> dict[str, int]:
-        """Return what others have paid in a test's place, by figure."""
+        """Return the bytes of a test's first uses that other tests had, by figure."""
         for key in [each for each in self._unpaid if each[0] == test]:
             del self._unpaid[key]  # now it pays itself
         paid: dict[str, int] = {}
@@ -193,7 +193,7 @@ class FirstUses:
         return paid
 
     def can_pay(self, test: str, name: str, nbytes: int) -> bool:
-        """Tell whether others owe just what a test leaves.
+        """Tell whether tests that have not run yet left exactly these bytes.
 
         Args:
             test: The test.
@@ -203,13 +203,13 @@ class FirstUses:
         return bool(self._owing(test, name, nbytes))
 
     def pay(self, test: str, name: str, nbytes: int) -> None:
-        """Let a test pay what others owe; see ``can_pay``."""
+        """Count a test's bytes as first uses of other tests; see ``can_pay``."""
         for other in self._owing(test, name, nbytes):
             part = self._unpaid.pop((other, name))
             self._paid.setdefault(other, []).append((name, test, part))
 
     def _owing(self, test: str, name: str, nbytes: int) -> tuple[str, ...]:
-        """Return the fewest tests that left just so much together, if there are any."""
+        """Return the fewest tests that left exactly this much together, if there are any."""
         others = [
             (other, left)
             for (other, figure), left in self._unpaid.items()
@@ -222,7 +222,7 @@ class FirstUses:
         return ()
 
     def deny(self, test: str) -> list[tuple[str, str, int]]:
-        """Take back what others paid: the test has paid itself. Return what it was."""
+        """Return and forget the bytes that others had for a test that has them itself."""
         return self._paid.pop(test, [])
 
 
@@ -231,8 +231,8 @@ def moved_by_torch(
 ) -> dict[str, int]:
     """Return the bytes by which another version of torch moved each metric's growth.
 
-    It is the same shift in most of the tests that changed, and in three at least: a
-    change of a test, or of the code that it tests, is not the same in most.
+    A shift counts if it is the same in most of the tests that changed, and in at least
+    three: a change of the tested code would not be the same in most tests.
 
     Args:
         pairs: Entries under one version and under another.
@@ -260,12 +260,12 @@ def _count(item: tuple[int, int]) -> tuple[int, int]:
 def shifted(
     peaks: Mapping[str, int], now: Mapping[str, int], shift: Mapping[str, int]
 ) -> Peaks:
-    """Return an entry as the other version of torch would have it.
+    """Return an entry with the shift of another version of torch.
 
     Args:
         peaks: The entry.
-        now: What was measured: who did not move so far was not moved.
-        shift: What ``moved_by_torch`` found.
+        now: The measured figures; a figure that changed by less keeps its value.
+        shift: The result of ``moved_by_torch``.
     """
     moved = dict(peaks)
     for metric, nbytes in shift.items():

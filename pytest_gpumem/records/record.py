@@ -1,7 +1,7 @@
-"""The record of one test: what it needed, how it was held to it, and what was found.
+"""The record of one test: its figures, its limits, and the results of its checks.
 
-A field here is all that the JSON report, its schema, JUnit's properties and the way from
-a worker of pytest-xdist need to know; it is set where it is measured.
+A field here is enough for the JSON report, its schema, JUnit's properties and the
+transport from a worker of pytest-xdist. It is set where it is measured.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ VerdictName = Literal[
 ]
 
 
-#: What a limit may be on, and when it holds.
+#: The metrics of limits, and the phases for which they hold.
 Metric = Literal["allocated", "reserved", "process", "leak"]
 LimitPhase = Literal["call", "test", "children"]
 
@@ -49,15 +49,15 @@ class PhaseFigures(MemoryFigures):
 
 @dataclass(frozen=True, slots=True)
 class LimitOutcome:
-    """A limit, and what was measured.
+    """A limit, and the measured bytes.
 
     Attributes:
-        metric: What is limited; ``leak`` is what the test left.
-        device_index: The card; None for all cards together, as of ``leak``.
-        phase: When it holds.
+        metric: The limited metric; ``leak`` is the bytes that the test left.
+        device_index: The card; None for all cards together, as for ``leak``.
+        phase: The phases for which it holds.
         limit_bytes: The limit, inclusive.
-        measured_bytes: What was measured; where that is not known, what was reserved.
-        held: Whether it held; false also where the bytes are not known.
+        measured_bytes: The measured bytes; the reserved ones if those are not known.
+        held: Whether it held; false also if the bytes are not known.
     """
 
     metric: Metric
@@ -79,12 +79,12 @@ class WiderFixture:
 
 @dataclass(frozen=True, slots=True)
 class MadeFixture:
-    """A fixture that was made for the test, and what it added.
+    """A fixture that was made for the test, and the bytes that it added.
 
     Attributes:
         key: Where it is defined, its name and its parameter.
         scope: Its scope.
-        peaks: Its figures, as a baseline has them.
+        peaks: Its figures, named as in a baseline.
     """
 
     key: str
@@ -94,12 +94,13 @@ class MadeFixture:
 
 @dataclass(slots=True)
 class Judgement:
-    """What a baseline's gate has found out about a test beside its figures.
+    """The findings of a baseline's gate about a test, beside its figures.
 
     Attributes:
-        moved: Bytes that it paid for others, or others for it, by figure.
-        because: Fixtures that explain what it needs more.
-        denied: Who is to blame after all: figure, test, bytes.
+        moved: Bytes of first uses that belong to other tests, or that other tests had
+            for this one, by figure.
+        because: Fixtures that explain why it needs more.
+        denied: Leaks that were first taken for first uses: figure, test, bytes.
     """
 
     moved: dict[str, int] = field(default_factory=dict)
@@ -109,14 +110,14 @@ class Judgement:
 
 @dataclass(frozen=True, slots=True)
 class Contention:
-    """An OOM that the test would not have had with the card to itself.
+    """An OOM that the test would not have had with the card for itself.
 
     Attributes:
         device_index: The card.
-        needed_bytes: What was live and what was asked for.
-        share_bytes: The worker's share; None where that was not what lacked.
-        others_bytes: What other processes held.
-        site: Who asked, in words.
+        needed_bytes: The live bytes and the request together.
+        share_bytes: The worker's share; None if the share was not the cause.
+        others_bytes: Bytes that other processes held.
+        site: The code that asked, in words.
     """
 
     device_index: Count
@@ -152,13 +153,13 @@ class Sweep:
 
     Attributes:
         nodeid: The test, without the worker's part.
-        name: What was swept.
+        name: The name of the swept code.
         recover: Whether only recovery passes.
-        points: Faults that were tried.
-        failures: Those of them that ended badly.
-        resumed: Those that were read from an interrupted sweep.
-        seconds: How long they took together.
-        sites: What was tried at each place that allocates.
+        points: Number of faults that were tried.
+        failures: Number of points that ended badly.
+        resumed: Number of points that were read from an interrupted sweep.
+        seconds: How long all points took together.
+        sites: The coverage of each site.
         replays: Commands for groups of points that ended badly.
     """
 
@@ -201,10 +202,10 @@ class LiveGroup:
     """Blocks that were live at a peak.
 
     Attributes:
-        site: The place that allocated, or what owns them, with numbers of layers left out.
+        site: The site that allocated them, or their owner, without numbers of layers.
         bytes: Their bytes.
-        blocks: How many they are.
-        largest: The largest of them by name.
+        blocks: Their number.
+        largest: The largest of them, with their names.
     """
 
     site: str
@@ -222,10 +223,10 @@ class CardTimeline:
         budget_bytes: Its budget, or None.
         total_bytes: Its total.
         num_events: Allocations and releases.
-        peak_bytes: The most that was allocated at once.
+        peak_bytes: The most allocated bytes at once.
         points: Event, allocated bytes, reserved bytes; neighbours are merged to keep the
             series short.
-        live_at_peak: What was live at the peak.
+        live_at_peak: The blocks that were live at the peak.
     """
 
     device_index: Count
@@ -247,30 +248,30 @@ class Record:
         seconds: How long all of its phases took.
         environment: Card, backend and PyTorch's version.
         figures: Its figures by phase and card.
-        host: Where it ran; empty in what an earlier format recorded.
+        host: Where it ran; empty in records of an earlier format.
         fixtures: Fixtures of wider scope that its setup made.
-        growth: What it added, as a baseline has it; empty if its call used no card, and in
-            what an earlier format recorded.
-        judgement: What the gate has found out beside its figures, or None.
-        fixture_growth: Fixtures that were made for it, and what each added.
+        growth: The bytes that it added, named as in a baseline; empty if its call used no
+            card, and in records of an earlier format.
+        judgement: The gate's other findings, or None.
+        fixture_growth: Fixtures that were made for it, and the bytes that each added.
         limits: Its limits, held or not.
         children: How many of its child processes used a card.
         unknown: Why ``peak_process_bytes`` is not known, in words, or None.
         waited_s: Seconds that it waited for its bytes of the cards.
-        contention: The last OOM that it would not have had with the card to itself, or
+        contention: The last OOM that it would not have had with the card for itself, or
             None.
         broken_limit: The limit or baseline that was broken, on one line, or None.
         incident: What happened when its memory ran out, on one line, or None.
-        site: Where that was: ``file.py:42 in function (phase)``, or None.
+        site: The line at which that happened: ``file.py:42 in function (phase)``, or None.
         snapshot: The file of its snapshot, or None.
         max_vram_bytes: The smallest limit on allocated bytes that its markers set; only
             where limits are suggested.
-        smallest_budget_bytes: The smallest budget under which it passes, if that was
-            sought and found.
-        smallest_budget_note: Why that was not sought or found, or what was amiss in it.
+        smallest_budget_bytes: The smallest budget with which it passes, if the search was
+            made and found one.
+        smallest_budget_note: Why there was no search or no result, or what went wrong.
         sweeps: Its sweeps.
         fallbacks: The steps of each fallback that it checked.
-        timeline: Its cards over time; null where that was not recorded.
+        timeline: Its cards over time; null if that was not recorded.
     """
 
     nodeid: str
@@ -301,11 +302,11 @@ class Record:
 
     @classmethod
     def begin(cls, nodeid: str) -> Record:
-        """Return the record of a test of which nothing is known yet."""
+        """Return an empty record of a test."""
         return cls(nodeid, "passed", 0.0, "", [])
 
     def lasting(self) -> Record | None:
-        """Return what holds for a further attempt at the test; None if nothing does."""
+        """Return the fields that stay valid if the test is run again; None without any."""
         kept = Record.begin(self.nodeid)
         kept.fixtures, kept.fixture_growth = self.fixtures, self.fixture_growth
         kept.waited_s = self.waited_s
@@ -318,7 +319,7 @@ class Record:
         return [each for each in self.figures if each.phase in phases]
 
     def top_figures(self) -> PhaseFigures | None:
-        """Return the most telling figures: the call's largest, else any phase's."""
+        """Return the largest figures of the call, or of any phase if the call has none."""
         return max(
             self.figures,
             key=lambda each: (each.phase == "call", each.peak_allocated_bytes),
@@ -326,14 +327,14 @@ class Record:
         )
 
     def to_texts(self) -> list[str]:
-        """Return the record as JSON, its timeline apart: that is most of it."""
+        """Return the record as JSON, and its timeline, which is large, as a second text."""
         head = encode(self)
         timeline: str = head.pop("timeline")
         return [json.dumps(head, separators=COMPACT), timeline]
 
     @classmethod
     def of_texts(cls, texts: list[str]) -> Record:
-        """Read what ``to_texts`` returned."""
+        """Return the record of texts from ``to_texts``."""
         head, timeline = texts
         found: dict[str, Any] = json.loads(head)
         record = decode(cls, found)

@@ -1,4 +1,4 @@
-"""The record of a run: its machines, and what it said of the baseline."""
+"""The record of a run: its machines, and the comparison with the baseline."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Environment:
         platform: The operating system.
         torch: PyTorch's version, or None.
         backend: What ``"cuda"`` meant.
-        driver: NVIDIA's; None where cards are simulated or NVML does not tell.
-        cards: Its cards; empty where nothing asked for one in that process.
+        driver: Version of NVIDIA's driver; None for simulated cards or if not known.
+        cards: Its cards; empty if that process used none.
     """
 
     host: str
@@ -53,11 +53,11 @@ class Change:
 
     Attributes:
         test: The test, or the fixture.
-        metric: The metric; a card but the first is named in it. It is what was added
-            (the absolute peak against an entry of format 1), or ends in ``left``.
+        metric: The metric, with the name of the card unless it is the first. It means the
+            growth (the absolute peak against an entry of format 1), or the bytes left.
         before: Bytes in the baseline.
         now: Bytes in this run.
-        is_regression: Whether it is more than what is allowed.
+        is_regression: Whether it is above the tolerance.
     """
 
     test: str
@@ -68,19 +68,19 @@ class Change:
 
     @property
     def percent(self) -> float:
-        """By how much it changed."""
+        """The change as a share."""
         if self.before == 0:
             return float("inf") if self.now else 0.0
         return self.excess / self.before * 100
 
     @property
     def excess(self) -> int:
-        """By how many bytes it changed."""
+        """The change in bytes."""
         return self.now - self.before
 
     @property
     def excess_text(self) -> str:
-        """The same in words, with its sign."""
+        """The change in bytes as text, with its sign."""
         return f"{'+' if self.excess >= 0 else '-'}{format_size(abs(self.excess))}"
 
     def __str__(self) -> str:
@@ -107,13 +107,14 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class BaselineOutcome:
-    """What differs from a baseline.
+    """The comparison with a baseline.
 
     Attributes:
         file: The baseline's name.
         changes: What changed.
         new: Tests of this run that the file lacks.
-        stale: Tests of the file that are no more, or use no card; with the file's peaks.
+        stale: Tests of the file that no longer exist, or use no card; with the file's
+            peaks.
     """
 
     file: str

@@ -27,13 +27,13 @@ VERSION: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a run recorded.
+    """The record of a whole run.
 
     Attributes:
         runs: Backend, card and budget of each run, in words; several after a merge.
         environments: The machines that tests ran on; several with workers on several
             hosts, or after a merge.
-        baseline: What differs from the baseline, or None if there was none.
+        baseline: The comparison with the baseline, or None if there was none.
         tests: The tests that used a card, by name.
         plugin: The version that wrote it.
     """
@@ -46,7 +46,7 @@ class Report:
 
 
 def by_name(tests: Iterable[Record]) -> tuple[Record, ...]:
-    """Return tests in a report's order; of several of one name, the last."""
+    """Return tests in a report's order; of several with one name, the last."""
     last = {each.nodeid: each for each in tests}
     return tuple(last[name] for name in sorted(last))
 
@@ -79,7 +79,7 @@ def parse(text: str, name: str) -> Report:
 
     Args:
         text: The JSON.
-        name: What to call it in errors.
+        name: The name in errors.
 
     Raises:
         ReportError: It is not a report, damaged, or of a newer format.
@@ -125,7 +125,7 @@ def read_report(path: str | os.PathLike[str]) -> Report:
 
 
 def _compact(found: dict[str, Any]) -> Any:
-    """Keep a test as a record as soon as it is read: it is far smaller so."""
+    """Turn a test into a record as soon as it is read, because that takes less memory."""
     if "nodeid" not in found or "figures" not in found:
         return found
     try:

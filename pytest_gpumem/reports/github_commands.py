@@ -1,7 +1,7 @@
 """GitHub's annotations: commands on standard output that mark a line of a file.
 
-Source: "Workflow commands for GitHub Actions" in GitHub's documentation; what is
-escaped is what ``escapeData`` and ``escapeProperty`` of ``actions/toolkit`` escape
+Source: "Workflow commands for GitHub Actions" in GitHub's documentation. The same
+characters are escaped as by ``escapeData`` and ``escapeProperty`` of ``actions/toolkit``
 (``packages/core/src/command.ts``).
 """
 
@@ -38,9 +38,9 @@ def error_command(
 
     Args:
         message: The text; it may have several lines.
-        title: What stands above it.
+        title: The title above it.
         place: The line of code to show it at; None shows it on the run's page only.
-        root: The checkout. GitHub knows files by their path from there.
+        root: The checkout, to which GitHub's paths are relative.
     """
     properties = {}
     if place is not None:

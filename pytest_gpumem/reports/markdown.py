@@ -23,7 +23,7 @@ TOP: Final = 20
 
 
 def escape(text: str) -> str:
-    """Return text that means itself in a cell of a table."""
+    """Return text with escapes, so that a cell of a table shows it unchanged."""
     escaped = html.escape(" ".join(text.split()), quote=False)
     for sign in "\\`|*_[]~":
         escaped = escaped.replace(sign, f"&#{ord(sign)};")
@@ -47,7 +47,7 @@ def markdown(report: Report) -> str:
 def _table(
     heads: Sequence[str], rows: Iterable[Sequence[str]], num_left: int
 ) -> list[str]:
-    """Return a table: heads that begin with ``>`` are of numbers."""
+    """Return a table; columns with heads that begin with ``>`` have numbers."""
     lines = [
         f"| {' | '.join(each.lstrip('>') for each in heads)} |",
         f"| {' | '.join('---:' if each[0] == '>' else '---' for each in heads)} |",
@@ -104,7 +104,7 @@ def _limits(tests: Sequence[Record]) -> list[str]:
 
 
 def _excess(limit: LimitOutcome) -> str:
-    """Return by how much a limit was broken; what is not known breaks it too."""
+    """Return by how much a limit was broken; unknown bytes break it, too."""
     excess = limit.measured_bytes - limit.limit_bytes
     return f"+{format_size(excess)}" if excess > 0 else "not known"
 

@@ -1,4 +1,4 @@
-"""One report of several: a run's shards, or runs on several cards."""
+"""Merges reports: of a run's shards, or of runs on several cards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def merge(reports: Iterable[Report]) -> Report:
-    """Return one report of several; of a test in two, the later record counts."""
+    """Merge several reports; if two have a test, the later record counts."""
     several = list(reports)
     tests = by_name(test for report in several for test in report.tests)
     baselines = [each.baseline for each in several if each.baseline is not None]
@@ -33,9 +33,9 @@ def _distinct(groups: Iterable[Iterable[Environment]]) -> tuple[Environment, ...
 def _baseline(
     several: list[BaselineOutcome], recorded: set[str]
 ) -> BaselineOutcome | None:
-    """Return what baselines said together.
+    """Merge the comparisons with baselines.
 
-    What one shard found stale and another one ran is not stale.
+    A test that one shard found stale and another one ran is not stale.
     """
     if not several:
         return None

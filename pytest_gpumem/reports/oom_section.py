@@ -1,4 +1,4 @@
-"""The moment in which memory ran out, as lines that a person can act on."""
+"""Describes the moment in which memory ran out, as lines with advice."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def section_lines(incident: Incident, *, count: int = 1) -> list[str]:
 
     Args:
         incident: The moment.
-        count: How many such there were; this is the last.
+        count: The number of incidents; this one is the last.
     """
     lines = [headline(incident)]
     if count > 1:

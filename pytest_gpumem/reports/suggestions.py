@@ -1,4 +1,4 @@
-"""Which limit a test's peak suggests, and which limits are too generous."""
+"""Suggests limits from the peaks of tests, and finds limits that are too generous."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _MIB: Final = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """What a test that passed needed.
+    """The needs of a test that passed.
 
     Attributes:
         test: The test.
-        allocated_bytes: Its call's peak, on the card that it needed most of.
-        reserved_bytes: The most that PyTorch held of a card in any phase.
+        allocated_bytes: Its call's peak, on the card with the largest peak.
+        reserved_bytes: The most bytes that PyTorch held of a card in any phase.
         limit_bytes: The limit on allocated bytes that its markers set, or None.
-        smallest_budget: The smallest budget under which it passes, if that was sought.
-        budget_note: Why that was not sought or found, or what was amiss in it.
+        smallest_budget: The smallest budget with which it passes, if it is known.
+        budget_note: Why it is not known, or what went wrong in the search.
     """
 
     test: str
@@ -42,7 +42,7 @@ class Peak:
 
     @classmethod
     def of(cls, test: Record) -> Peak:
-        """Return what a test with figures of its call needed."""
+        """Return the needs of a test with figures of its call."""
         return cls(
             test.nodeid,
             max(each.peak_allocated_bytes for each in test.of_phase("call")),
@@ -54,7 +54,7 @@ class Peak:
 
 
 def suggested_limit(peak_bytes: int) -> int:
-    """Return a limit for a peak: a tenth more, rounded up to a handy figure.
+    """Return a limit for a peak: a tenth more, rounded up to a short number.
 
     The step is 1 MiB, and a sixteenth or less of larger figures.
     """
@@ -64,7 +64,7 @@ def suggested_limit(peak_bytes: int) -> int:
 
 
 def size_text(nbytes: int) -> str:
-    """Return a size as a marker has it, exact to the byte."""
+    """Return a size as text for a marker, exact to the byte."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
         if nbytes % size == 0:
             return f"{nbytes // size}{unit}"
@@ -72,7 +72,7 @@ def size_text(nbytes: int) -> str:
 
 
 def missing(peaks: Iterable[Peak]) -> dict[str, int]:
-    """Return the limits that tests lack; of a parametrised test the largest."""
+    """Return limits for tests without one; for a parametrised test the largest."""
     limits: dict[str, int] = {}
     for each in peaks:
         if each.limit_bytes is None and each.allocated_bytes:
@@ -83,9 +83,9 @@ def missing(peaks: Iterable[Peak]) -> dict[str, int]:
 
 
 def too_generous(peaks: Iterable[Peak]) -> list[tuple[Peak, int]]:
-    """Return tests whose limit is far above their peak, with what would do.
+    """Return tests whose limit is far above their peak, with a suggested limit.
 
-    Of a parametrised test the largest peak counts, as its marker serves them all.
+    For a parametrised test the largest peak counts, because all share one marker.
     """
     largest: dict[str, Peak] = {}
     for each in peaks:
@@ -132,7 +132,7 @@ def suggestion_lines(peaks: Mapping[str, Peak]) -> list[str]:
 
 
 def budget_lines(peaks: Mapping[str, Peak]) -> list[str]:
-    """Return what was found of smallest budgets, as lines."""
+    """Return the smallest budgets that were found, as lines."""
     lines = []
     for test in sorted(peaks):
         each = peaks[test]
@@ -146,7 +146,7 @@ def budget_lines(peaks: Mapping[str, Peak]) -> list[str]:
 
 
 def _cards(peaks: list[Peak]) -> list[str]:
-    """Say on which cards of the table the suite would fit."""
+    """Return on which cards of the table the suite would fit, as a line."""
     if not peaks:
         return []
     worst = max(peaks, key=lambda each: each.reserved_bytes)

@@ -27,7 +27,7 @@ class _Row(NamedTuple):
 
 
 def peak_table(tests: Iterable[Record], *, detailed: bool) -> list[str]:
-    """Return the table's lines, largest peak first; none where there are no figures.
+    """Return the table's lines, largest peak first; none if there are no figures.
 
     Args:
         tests: The tests.
@@ -55,7 +55,7 @@ def peak_table(tests: Iterable[Record], *, detailed: bool) -> list[str]:
 
 
 def _tells_more(figures: PhaseFigures) -> bool:
-    """Tell whether somebody has asked the driver: the context's bytes alone say little."""
+    """Tell whether NVML was sampled; the bytes of the context alone are not enough."""
     process = figures.peak_process_bytes
     if figures.peak_card_bytes is not None:
         return True
@@ -72,9 +72,9 @@ def _driver_cells(figures: PhaseFigures) -> tuple[str, str]:
 
 
 def _calls(rows: Iterable[_Row]) -> list[_Row]:
-    """Return each test's most telling phase: its call, else where the peak was.
+    """Return one phase of each test: its call, or the one with the peak if it has none.
 
-    Its child processes stand beside it.
+    A phase of its child processes follows it.
     """
     best: dict[tuple[str, int, bool], _Row] = {}
     for row in rows:

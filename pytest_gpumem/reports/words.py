@@ -1,4 +1,4 @@
-"""What reports say in words: machines, limits."""
+"""Descriptions of machines and limits in reports."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def environment_line(machine: Environment) -> str:
 
 
 def limit_words(limit: LimitOutcome) -> str:
-    """Return what a limit is on: ``"allocated on cuda:0, call"``."""
+    """Return a limit's metric, card and phase: ``"allocated on cuda:0, call"``."""
     index = limit.device_index
     where = "all cards" if index is None else f"cuda:{index}"
     return f"{limit.metric} on {where}, {limit.phase}"

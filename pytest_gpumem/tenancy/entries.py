@@ -2,9 +2,9 @@
 
 Note [Entries that die with their process]
 An entry is a small file under ``flock``. The kernel drops that lock when the process
-ends, also by SIGKILL: whoever next reads the folder finds the file unlocked and removes
-it. Nobody has to clean up, and no process id is trusted, as ids are used again.
-All of it happens under one mutex for each folder, which is such a lock itself.
+ends, also by SIGKILL. The next process that reads the folder finds the file unlocked and
+removes it. So no process has to clean up, and process ids, which are used again, are not
+needed. Every access takes the folder's mutex, which is a lock of this kind, too.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _mutexes: Final[weakref.WeakSet[Mutex]] = weakref.WeakSet()
 
 
 class LockedFile:
-    """One file of a folder, ours until it is closed or this process ends.
+    """A file of a folder that this process keeps locked until it is closed.
 
     Args:
         folder: Handle of its folder.
-        path: Where it is.
+        path: The file's path.
     """
 
     def __init__(self, folder: int, path: Path) -> None:
@@ -46,7 +46,7 @@ class LockedFile:
         _live.add(self)
 
     def write(self, value: dict[str, Any]) -> None:
-        """Replace what the entry says; call it under the folder's mutex."""
+        """Replace the entry's value; call it under the folder's mutex."""
         data = json.dumps(value).encode()
         os.pwrite(self._handle, data, 0)
         os.ftruncate(self._handle, len(data))
@@ -69,7 +69,7 @@ class Mutex:
     """A lock among processes, and among this one's threads; nests within a thread.
 
     Args:
-        path: What is locked, for words.
+        path: The locked path, for messages.
         open_lock: Opens the lock's file.
     """
 
@@ -120,7 +120,7 @@ class Mutex:
             self._handle = -1
 
     def forget(self) -> None:
-        """Be free of what the parent of this forked child, or its threads, held."""
+        """In a forked child, drop the locks that its parent's threads held."""
         self._drop()
         self._depth = 0
         self._threads = threading.RLock()
@@ -133,7 +133,7 @@ class Folder:
         path: The folder; it is made if need be.
 
     Raises:
-        SharedFolderError: Another user can have put something into it.
+        SharedFolderError: Another user may have put files into it.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -171,7 +171,7 @@ class Folder:
         """Return every live entry; those of dead processes are removed.
 
         Args:
-            without: One of this process's that is left out.
+            without: An entry of this process that is left out.
         """
         found: dict[Path, dict[str, Any]] = {}
         left_out = "" if without is None else without.path.name
@@ -198,7 +198,7 @@ class Folder:
 
 
 def _content(handle: int) -> dict[str, Any] | None:
-    """Return what an entry says; None if its process was killed before it wrote."""
+    """Return an entry's value; None if its process was killed before it wrote."""
     try:
         value = json.loads(os.pread(handle, os.fstat(handle).st_size, 0))
     except (ValueError, RecursionError):
