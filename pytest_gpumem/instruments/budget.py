@@ -22,10 +22,10 @@ def vram_budget(
     """Let a block hold at most ``size`` bytes of a card.
 
     The cap is the allocator's own (``set_per_process_memory_fraction``): reserved
-    bytes, inclusive. What reports free memory agrees with it; the card's total stays.
-    Of all budgets that are alive (of blocks, fixtures, the test and the run) the smallest
-    holds. At its end a block takes its own back, whatever happened inside and in
-    whatever order blocks end.
+    bytes, inclusive. Functions that report free memory agree with it; the card's total
+    does not change. If several budgets are active (of blocks, fixtures, the test and the
+    run), the smallest holds. A block's budget ends with the block, also after an error,
+    and blocks may end in any order.
 
     Args:
         size: Bytes, or a text such as ``"1.5GiB"`` or ``"50%"`` of the card.

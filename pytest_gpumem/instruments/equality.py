@@ -1,4 +1,4 @@
-"""Whether two results are the same, wherever their tensors lie, and where they differ."""
+"""Compares two results, on whatever devices their tensors are."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _INF: Final = float("inf")
 
 
 class Comparison(NamedTuple):
-    """What comparing two results has shown.
+    """The result of a comparison.
 
     Attributes:
         first: Where they first differ by more than is allowed, and how, in a sentence;
@@ -62,9 +62,9 @@ def compare_portraits(
     """Compare two portraits.
 
     Args:
-        reference: What should be.
-        result: What is.
-        where: What the result is called.
+        reference: The expected result.
+        result: The actual result.
+        where: The result's name in texts.
         dtypes: Dtypes that took part in computing it, besides those of its tensors.
 
     Floating-point numbers may differ by what the coarsest of their dtypes explains
@@ -91,7 +91,7 @@ class _Comparer:
             self.first = f"{where} {how}"
 
     def walk(self, reference: Any, result: Any, where: str) -> None:
-        """Compare two values and what they hold."""
+        """Compare two values and their members."""
         (kind, how), (found, _how) = _kind(reference), _kind(result)
         if kind != found:
             self._differ(where, f"is {_a(found)} instead of {_a(kind)}")
@@ -202,7 +202,7 @@ class _Comparer:
         result: torch.Tensor,
         dtypes: set[torch.dtype],
     ) -> str | None:
-        """Compare numbers; return how they differ if by more than is allowed."""
+        """Compare numbers; return how they differ, if by more than the tolerance."""
         expected, found = _alike(reference, result)
         same = (expected == found) | (expected.isnan() & found.isnan())
         off = (found - expected).abs().masked_fill(same, 0.0)
@@ -251,7 +251,7 @@ def _show(value: object) -> str:
 
 
 def _kind(value: Any) -> tuple[str, str | None]:
-    """Return what a portrait is called, and what compares two of them."""
+    """Return the name of a kind of portrait, and the function that compares two."""
     kind = type(value)  # what a hostile __class__ says is not asked
     if issubclass(kind, Opaque):
         return str(value.kind.__qualname__), None
@@ -273,7 +273,7 @@ def _tolerance(dtype: torch.dtype) -> tuple[float, float]:
 
 
 def _family(dtype: torch.dtype) -> str:
-    """Return what dtypes that may stand for each other have in common."""
+    """Return a key that dtypes share if they may replace each other."""
     if dtype.is_complex:
         return "complex"
     is_quantised = str(dtype).startswith(("torch.qint", "torch.quint"))
@@ -286,10 +286,10 @@ def _dense(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _alike(*pair: torch.Tensor) -> list[torch.Tensor]:
-    """Return tensors in the widest dtype; what is largest in a dtype stands for infinity.
+    """Return tensors in the widest dtype, with infinity for the largest number of each.
 
-    A mask is filled with ``torch.finfo(dtype).min``, and so with another number where
-    the dtype is another one.
+    A mask is filled with ``torch.finfo(dtype).min``, which is another number for
+    another dtype.
     """
     is_complex = pair[0].is_complex()
     wide = [each.to(torch.complex128 if is_complex else torch.float64) for each in pair]
@@ -304,7 +304,7 @@ def _alike(*pair: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _first(wrong: torch.Tensor, reference: torch.Tensor, result: torch.Tensor) -> str:
-    """Return where a tensor is first wrong, what is there and what should be."""
+    """Return the first wrong place of a tensor, with its value and the expected one."""
     at = tuple(wrong.nonzero()[0].tolist())
     values = f"{result[at].item()!r:.24} instead of {reference[at].item()!r:.24}"
     if not at:
@@ -318,7 +318,7 @@ def _tensor(number: Any) -> torch.Tensor:
 
 
 def _dtype_of(number: Any) -> torch.dtype:
-    """Return the dtype of a number of numpy; Python's have mostly been a tensor's."""
+    """Return the dtype of a number of numpy; for Python's numbers, that of most tensors."""
     is_half = getattr(getattr(number, "dtype", None), "itemsize", 0) == _HALF
     return torch.float16 if is_half else torch.float32
 

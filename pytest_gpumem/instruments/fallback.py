@@ -1,4 +1,4 @@
-"""Where a loader's fallback ends under each budget and fault, and what it leaves."""
+"""Checks where a loader's fallback ends under budgets and faults, and what it leaves."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The errors that real machines raise for want of memory, and one that is no OOM.
+"""The errors that real machines raise when memory runs out, and one that is not an OOM.
 
-Each has the class, the one argument and the text of the real thing, with the card's
-figures of that moment, and leaves the card in the state that the real thing does.
+Each has the class, the single argument and the text of the real error, with the card's
+figures at that moment, and leaves the card in the same state as the real error.
 """
 
 from __future__ import annotations
@@ -70,12 +70,12 @@ def is_injected(error: BaseException) -> bool:
 
 
 def _native(device: Device, index: int, nbytes: int) -> str:
-    """Fail the request as the caching allocator does; return its words."""
+    """Fail the request as the caching allocator does; return its text."""
     return device.fail_allocation(index, nbytes)
 
 
 def _nvml(device: Device, _index: int, _nbytes: int) -> str:
-    """Fail as the allocator's look at other processes does while it writes its text.
+    """Fail as the allocator does when it cannot list other processes for its text.
 
     Source: ``reportProcessMemoryInfo`` in ``c10/cuda/CUDACachingAllocator.cpp``; it
     comes after the caches are flushed and before ``num_ooms`` counts.
@@ -88,7 +88,7 @@ def _nvml(device: Device, _index: int, _nbytes: int) -> str:
 
 
 def _hip(device: Device, index: int, nbytes: int) -> str:
-    """Fail as the same allocator does, translated by hipify."""
+    """Fail as the caching allocator does after its translation by hipify."""
     text = _native(device, index, nbytes)
     text = text.replace("CUDA out of memory", "HIP out of memory")
     return text.replace("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")

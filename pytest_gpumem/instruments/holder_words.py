@@ -1,4 +1,4 @@
-"""The way from a tensor to its holder, in words."""
+"""Describes the chain of references from a tensor to its holder."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class InterpreterHolder:
-    """A holder that is not an object: a place of the interpreter, in words."""
+    """A holder that is not an object: a place inside the interpreter, in words."""
 
     def __init__(self, text: str) -> None:
         self.text: Final = text
@@ -66,7 +66,7 @@ def runs(frame: FrameType) -> bool:
 
 
 def path_in_words(chain: list[Any]) -> str:
-    """Return the way from a value to its holder, in words."""
+    """Return the chain of references from a value to its holder, in words."""
     # Parts of a context's map are no names to anybody.
     chain = [each for each in chain if not type(each).__name__.startswith("hamt")]
     steps = []
@@ -93,7 +93,7 @@ def path_in_words(chain: list[Any]) -> str:
 
 
 def _owns(owner: Any, mapping: dict[Any, Any]) -> bool:
-    """Tell whether a dictionary is where an object has its attributes."""
+    """Tell whether a dictionary holds the attributes of an object."""
     if isinstance(owner, type):
         return mapping.keys() == vars(owner).keys()
     return not isinstance(owner, ModuleType) and dictionary_of(owner) is mapping
@@ -112,7 +112,7 @@ def _noun(holder: Any) -> str:
 
 
 def _is_registry(holder: dict[Any, Any], chain: list[Any]) -> bool:
-    """Tell whether a dictionary is where a module of the chain keeps its parts."""
+    """Tell whether a dictionary is a registry of parts of a module in the chain."""
     return any(
         holder is dictionary_of(each).get(kind)
         for each in chain
@@ -131,7 +131,7 @@ def _is_inside_another(module: torch.nn.Module, chain: list[Any]) -> bool:
 
 
 def _step(holder: Any, child: Any) -> str:
-    """Return how one object holds another, in words; empty for mere containers."""
+    """Return how one object holds another, in words; empty for plain containers."""
     for kinds, describe in _WORDS:
         if isinstance(holder, kinds):
             return describe(holder, child)
@@ -199,7 +199,7 @@ def _tensor(holder: torch.Tensor, child: Any) -> str:
 
 
 def base_of(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Return the tensor that a view is of, and that it keeps; None for others."""
+    """Return the base of a view, which the view keeps alive; None for other tensors."""
     try:
         return tensor._base  # noqa: SLF001  # torch's documented way
     except Exception:  # noqa: BLE001  # a subclass that has none
@@ -257,7 +257,7 @@ _WORDS: Final[tuple[tuple[Any, Callable[[Any, Any], str]], ...]] = (
 
 
 def _key(mapping: Any, child: Any) -> str | None:
-    """Return under which key a dictionary has an object; None if it has not."""
+    """Return the key of an object in a dictionary; None if it is not there."""
     items = dict.items(mapping) if isinstance(mapping, dict) else mapping.items()
     for key, item in list(items):
         if item is child:

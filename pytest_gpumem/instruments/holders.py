@@ -1,8 +1,8 @@
-"""Who holds tensors on a card: traceback frames, log records, modules, globals, ….
+"""Finds what holds tensors on a card: traceback frames, log records, modules, globals, ….
 
-Follows references from a tensor outwards until something that needs no holder: a
-running frame, a module's globals, a thread. The way there, in words, is what a person
-needs to free the memory.
+It follows references from a tensor outwards until it reaches an object that needs no
+holder: a running frame, a module's globals, a thread. The chain of references, in words,
+tells a person how to free the memory.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _ROOTS: Final = (
 
 
 def blocks_on_cards() -> set[int]:
-    """Return the addresses of all storages on cards, to tell later ones from them."""
+    """Return the addresses of all storages on cards, to recognise new ones later."""
     return {tensor.untyped_storage().data_ptr() for tensor in _tensors()}
 
 
@@ -94,7 +94,7 @@ def find_holders(
 def _largest(
     device: Device, before: Iterable[int]
 ) -> Iterator[tuple[int, torch.Tensor, Any]]:
-    """Yield the largest tensors, and what else holds each of them here."""
+    """Yield the largest tensors, each with the objects of this search that hold it."""
     known = set(before)
     largest: dict[int, tuple[int, torch.Tensor]] = {}
     for tensor in _tensors():
@@ -115,7 +115,7 @@ def _tensors() -> list[torch.Tensor]:
 
 
 def _holder(value: Any, ignored: Any, hidden: list[_Hidden]) -> str:
-    """Return the shortest way from an object to what keeps it alive, in words.
+    """Return the shortest chain from an object to what keeps it alive, in words.
 
     What of the caller's own holds it too is ignored; what is hidden is looked for once.
     """
@@ -134,7 +134,7 @@ def _holder(value: Any, ignored: Any, hidden: list[_Hidden]) -> str:
 
 
 def _search(value: Any, hidden: _Hidden, left_out: list[Any]) -> str:
-    """Return the way in words; what graphs hold has to be added to the hidden."""
+    """Return the chain in words; needs the holders in autograd graphs."""
     parents: dict[int, Any] = {}
     visited = [value]
     seen = {id(value), id(parents), id(visited), id(left_out), *map(id, left_out)}
@@ -198,7 +198,7 @@ def _is_root(holder: Any) -> bool:
 
 
 def _cycle(visited: list[Any]) -> list[Any]:
-    """Return the way from the first object into a cycle and once around it, if any."""
+    """Return the chain from the first object into a cycle and once around it, if any."""
     by_id = {id(each): each for each in visited}
     referrers: dict[int, list[int]] = {}
     for holder in visited[1:]:
@@ -238,7 +238,7 @@ class _Hidden:
             self._note(holder, child)
 
     def add_graphs(self) -> None:
-        """Find what graphs of autograd have saved too.
+        """Also find the tensors that autograd graphs have saved.
 
         Limits: tensors are unpacked for it, so hooks of ``saved_tensors_hooks`` run.
         """

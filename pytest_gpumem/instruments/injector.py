@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 class OomInjector:
-    """Refuse the allocations that rules choose, for a block of code.
+    """Make the allocations that rules choose fail, for a block of code.
 
     The error is the allocator's own, with the numbers of that moment: caches are
-    flushed first, ``num_ooms`` counts it, observers see it; or, with a rule's
-    ``flavour``, another error of real machines. Every thread's allocations count.
+    flushed first, ``num_ooms`` counts it, and observers are called. With a rule's
+    ``flavour`` it is another error of real machines. Allocations of all threads count.
 
     Args:
         rules: Rules, as text (see ``parse_rule``) or parsed.
@@ -52,9 +52,9 @@ class OomInjector:
         self._look()
 
     def _look(self) -> None:
-        """Note what the rules must know of a request; the rest is not looked up.
+        """Note which facts of a request the rules need; others are not looked up.
 
-        Without rules the device is let go of: only an armed injector costs anything.
+        Without rules the injector detaches from the device, so that it costs nothing.
         """
         rules = [schedule.rule for schedule in self.schedules]
         self._needs_phase = any(rule.phase != "any" for rule in rules)
@@ -104,7 +104,7 @@ class OomInjector:
         return schedule
 
     def disarm(self) -> None:
-        """Drop every rule; what was counted is forgotten."""
+        """Drop every rule and its counts."""
         self.schedules.clear()
         self._look()
 

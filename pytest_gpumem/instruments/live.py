@@ -1,7 +1,8 @@
-"""What is on a card, and whose it is, by one look at what Python knows.
+"""Lists the tensors on a card with their owners, by one search of Python's objects.
 
-Made for the moment in which memory has run out: one walk over the collector's objects
-and one up the stack. Nothing of what is seen is kept; ``holders.py`` asks more closely.
+It is made for the moment in which memory has run out: it looks once at all objects of the
+garbage collector and once at the stack, and keeps no reference to them. ``holders.py``
+searches more thoroughly.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _HIDDEN: Final = frozenset(
 
 
 class Survey(NamedTuple):
-    """What is on a card.
+    """The tensors and models on a card.
 
     Attributes:
         tensors: The largest, with their owners.
@@ -59,7 +60,7 @@ class Survey(NamedTuple):
 
 
 def survey(device: Device, index: int, frame: FrameType | None) -> Survey:
-    """Look at a card, given the innermost frame of the code that asked for memory."""
+    """Return what is on a card; ``frame`` is the innermost one that asked for memory."""
     every, modules, optimizers = living(
         torch.Tensor, torch.nn.Module, torch.optim.Optimizer
     )
@@ -90,12 +91,12 @@ def survey(device: Device, index: int, frame: FrameType | None) -> Survey:
 
 
 def living_models() -> list[torch.nn.Module]:
-    """Return every model that is alive: modules that are no part of another."""
+    """Return every live model: modules that are not part of another one."""
     return _roots(living(torch.nn.Module)[0])
 
 
 class _Names:
-    """Names of storages on a card; what owns one best comes first."""
+    """Names of storages on a card; the best name of a storage comes first."""
 
     def __init__(self, device: Device, index: int) -> None:
         self._device = device
@@ -112,7 +113,7 @@ class _Names:
         return self._device.holds(tensor.untyped_storage(), self._index)
 
     def owner(self, place: int, tensor: torch.Tensor) -> str:
-        """Return who holds a storage, in words; empty if nobody was found."""
+        """Return what holds a storage, in words; empty if nothing was found."""
         graph = "" if tensor.grad_fn is None else "a result that autograd may need"
         return self._parts.get(place) or self._locals.get(place) or graph
 
@@ -162,7 +163,7 @@ class _Names:
                     self.kept.add(place)
 
     def of_frames(self, frame: FrameType | None) -> set[int]:
-        """Name what variables hold, from the inside out; return the modules' ids."""
+        """Name the tensors in variables, from the innermost frame; return the modules' ids."""
         modules: set[int] = set()
         globals_seen: set[int] = set()
         for each, state in _frames(frame):
@@ -188,7 +189,7 @@ class _Names:
 
 
 def _frames(frame: FrameType | None) -> Iterator[tuple[FrameType, str]]:
-    """Yield frames that may hold something of the user's: running ones, then caught."""
+    """Yield frames that may hold tensors: running ones, then those of caught errors."""
     for each in frames_from(frame):
         if _is_shown(each):
             yield each, ""
@@ -204,7 +205,7 @@ def _is_shown(frame: FrameType) -> bool:
 
 
 def _roots(modules: list[torch.nn.Module]) -> list[torch.nn.Module]:
-    """Return the modules that are no part of another."""
+    """Return the modules that are not part of another one."""
     inner = {id(part) for each in modules for _name, part in registry(each, "_modules")}
     return [each for each in modules if id(each) not in inner]
 

@@ -1,4 +1,4 @@
-"""Judge how a model was loaded: where it ended, what it computes, what it left."""
+"""Judges a load: where the model ended, what it computes, and what the load left."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ OUTPUT: Final = "the output"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadVerdict:
-    """What a load ended in.
+    """The result of a load.
 
     Attributes:
         model: The model, for further questions; None if the load raised.
@@ -65,11 +65,11 @@ class LoadVerdict:
 
     @property
     def error(self) -> str | None:
-        """The text of what the load raised; None if nothing."""
+        """The text of the load's error; None if there was none."""
         return None if self.failure is None else self.failure.text
 
     def check(self) -> None:
-        """Raise unless all is well.
+        """Raise if there are problems.
 
         Raises:
             AssertionError: Every problem, one line each, with where the model is.
@@ -223,9 +223,10 @@ def is_no_oom(*rules: Rule) -> bool:
 
 
 def model_in(loaded: Any) -> Any:
-    """Return the model in what a loader returns: itself, or its attribute ``model``.
+    """Return the model in a loader's result: the result itself or its ``model``.
 
-    Of a mapping its entry of that name, else the first module; so of a tuple or list.
+    In a mapping it is the entry ``model``, or else the first module; in a tuple or list it
+    is the first module.
     """
     if isinstance(loaded, torch.nn.Module):
         return loaded
@@ -253,7 +254,7 @@ def judge_load(
     device_index: int = 0,
     device: Device | None = None,
 ) -> LoadVerdict:
-    """Run a loader, with faults if wanted, and judge what came out.
+    """Run a loader, with faults if there are rules, and judge the result.
 
     Args:
         load: The loader under test; returns a model, or an object with one.

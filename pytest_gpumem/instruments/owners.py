@@ -1,8 +1,8 @@
-"""Whose a block of memory is, learnt while models are built, moved and called.
+"""Finds the owners of blocks of memory while models are built, moved and called.
 
-Torch tells of each parameter and submodule that a module is given; of models that were
-there before, the first call tells. Models are not kept alive: what is kept are their
-names.
+torch calls a hook for each parameter and submodule that a module gets. Models that
+existed before are found when they are called first. Models are not kept alive; only their
+names are kept.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class Node:
 
     @property
     def path(self) -> tuple[str, ...]:
-        """Names from the model down to here; empty for the model itself."""
+        """The names from the model down to this module; empty for the model itself."""
         return tuple(node.name for node in self.upward()[-2::-1])
 
     def upward(self) -> list[Node]:
-        """Return the place and those of what it is inside, up to the whole model."""
+        """Yield the node and those of the modules around it, up to the whole model."""
         return [self] if self.parent is None else [self, *self.parent.upward()]
 
 
@@ -56,7 +56,7 @@ class NamedOwner(NamedTuple):
 
 
 class Owners:
-    """Names of modules and of the blocks that are theirs.
+    """The names of modules and of their blocks.
 
     ``claim`` is told card, address, storage and owner of each block that is somebody's.
     """
@@ -74,7 +74,7 @@ class Owners:
         self._handles: list[Any] = []
 
     def start(self) -> None:
-        """Listen to what modules are given."""
+        """Start to listen to the registration of parameters and modules."""
         self._handles = [
             torch_module.register_module_parameter_registration_hook(self._given),
             torch_module.register_module_buffer_registration_hook(self._given),
@@ -88,18 +88,18 @@ class Owners:
         self._handles = []
 
     def node(self, module: torch.nn.Module) -> Node:
-        """Return a module's place, as far as it is known by now."""
+        """Return a module's node, as far as it is known so far."""
         found = self._nodes.get(module)
         if found is None:
             found = self._nodes[module] = Node(type(module).__name__)
         return found
 
     def knows(self, module: torch.nn.Module) -> bool:
-        """Tell whether a module was met."""
+        """Tell whether a module is known."""
         return module in self._nodes
 
     def meet(self, model: torch.nn.Module) -> None:
-        """Learn the names of a whole model, and what of it is on a card."""
+        """Learn the names of a whole model, and which of its blocks are on a card."""
         for _path, each in modules_of(model):
             for name, child in registry(each, "_modules"):
                 self._joined(each, name, child)
@@ -107,7 +107,7 @@ class Owners:
                 self._given(each, name, tensor)
 
     def meet_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        """Learn which blocks are gradients of parameters that are known."""
+        """Learn which blocks are gradients of known parameters."""
         owners = {
             id(tensor): NamedOwner(node, name, "gradient of")
             for module, node in list(self._nodes.items())

@@ -1,4 +1,4 @@
-"""What a module consists of, read without calling anything of the module's class.
+"""Reads the parts of a module without calling code of the module's class.
 
 A user's class may override ``named_modules`` or ``__getattr__``; torch keeps the parts in
 three registries of the object itself.
@@ -31,7 +31,7 @@ _KEYS: Final = frozenset({str, int, bytes, bool, type(None)})
 
 
 def living(*bases: type) -> tuple[list[Any], ...]:
-    """Return all objects of each class that the collector knows, by one walk."""
+    """Return all objects of each class in the garbage collector, by one search."""
     objects = gc.get_objects()
     # There are a hundred thousand objects and a few thousand types.
     kinds = set(map(type, objects))
@@ -76,7 +76,7 @@ def registry(module: Any, kind: str) -> list[tuple[str, Any]]:
 
 
 def tensors_held_by(model: Any) -> Iterator[torch.Tensor]:
-    """Yield what a model holds: parameters, buffers, gradients and plain attributes.
+    """Yield a model's tensors: parameters, buffers, gradients and plain attributes.
 
     Plain attributes are those of any module inside, also in lists and mappings: a cache
     of positions, say, that is not a buffer.
@@ -93,7 +93,7 @@ def tensors_held_by(model: Any) -> Iterator[torch.Tensor]:
 def tensors_in(
     value: Any, *, most: int = sys.maxsize
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors that a value is or directly contains, with how to write them.
+    """Yield the tensors that a value is or directly contains, with their expressions.
 
     Lists, tuples and dictionaries contain some: so many members are looked at at most.
     """
@@ -113,7 +113,7 @@ def tensors_in(
 
 
 def attributes_of(value: Any) -> dict[str, Any]:
-    """Return what an object has in its slots and its dictionary, by name."""
+    """Return an object's attributes, in slots and in its dictionary, by name."""
     found = {}
     for kind in type(value).__mro__:
         for name, member in vars(kind).items():
@@ -124,7 +124,7 @@ def attributes_of(value: Any) -> dict[str, Any]:
 
 
 def dictionary_of(value: Any) -> dict[str, Any]:
-    """Return the dictionary in which an object has its attributes; empty without."""
+    """Return the dictionary of an object's attributes; empty without one."""
     try:
         found = object.__getattribute__(value, "__dict__")
     except AttributeError:
@@ -140,7 +140,7 @@ def shape_words(tensor: torch.Tensor) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a model's weights are.
+    """The devices and dtypes of a model's weights.
 
     Attributes:
         bytes_by_device: Bytes of parameters and buffers by device, for example

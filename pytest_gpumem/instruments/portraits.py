@@ -1,4 +1,4 @@
-"""What of a result can be compared later, with every tensor on the host."""
+"""Copies of results for a later comparison, with every tensor on the host."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ _DEPTH: Final = 4
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Opaque:
-    """Stands for an object of which only the class can be compared."""
+    """The portrait of an object of which only the class can be compared."""
 
     kind: type
 
 
 class Fields(dict[str, Any]):
-    """What an object has, by the names of its attributes.
+    """The portrait of an object's attributes, by name.
 
     Attributes:
         kind: Its class.
@@ -60,7 +60,7 @@ class Unordered(list[Any]):
 
 
 def portrait(value: Any) -> Any:
-    """Return what of a result can be compared later, and hold nothing of a card.
+    """Return a copy of a result that can be compared later and holds no card memory.
 
     Tensors and arrays become copies on the CPU (on meta where the device keeps no
     values). Mappings, sequences, sets, dataclasses, and classes of attrs and pydantic
@@ -109,7 +109,7 @@ def _name(value: Any, kind: type) -> str:
 
 
 def _parts(value: Any, kind: type, inner: Callable[[Any], Any]) -> Any:  # noqa: PLR0911  # a kind of value each
-    """Return the portrait of what consists of parts; None for anything else."""
+    """Return the portrait of a value with parts; None for any other value."""
     if issubclass(kind, torch.nn.Module):
         return _module(value, inner)
     if issubclass(kind, Mapping):
@@ -168,7 +168,7 @@ def _field_names(kind: type) -> list[str] | None:
 
 
 def _array(value: Any, kind: type) -> Any:
-    """Return a copy of a numpy array, or of what says that it is one; else None."""
+    """Return a copy of a numpy array or an array-like object; None for others."""
     numpy: Any = sys.modules.get("numpy")
     if numpy is None or not hasattr(kind, "__array__"):
         return None

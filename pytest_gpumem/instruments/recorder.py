@@ -117,7 +117,7 @@ class LimitWatch:
         return None if self._witness is None else self._tell
 
     def _tell(self, nbytes: int) -> None:
-        """Have the moment described, now that the device can be asked."""
+        """Describe the moment as soon as the device can be asked."""
         if self._witness is not None:
             limit = f"the limit of {format_size(self._limit)} {self._metric}"
             self._witness.note(self._index, nbytes, calling_frame(), limit=limit)

@@ -1,4 +1,4 @@
-"""What NVML counts over a block of code: sampled in a thread, peaks kept."""
+"""Samples NVML in a thread over a block of code, and keeps the peaks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _REST: Final = 100
 
 
 class MemorySampler:
-    """Sample what NVML counts for this process and on every card, over a block.
+    """Sample NVML's bytes of this process and of every card, over a block.
 
     Args:
         device: Where; None means the active device.
@@ -74,7 +74,7 @@ class MemorySampler:
             self.sample()
 
     def peak(self, index: int) -> Reading:
-        """Return the most that was counted on a card so far.
+        """Return the largest samples of a card so far.
 
         A figure is None, and the reason is given, where NVML could not tell it at the
         last sample: it may have been more than was seen.
@@ -100,7 +100,7 @@ class MemorySampler:
                 )
 
     def pause(self) -> None:
-        """Let the thread end."""
+        """Stop the thread."""
         thread, self._thread = self._thread, None
         if thread is not None:
             self._wake.set()
@@ -123,12 +123,12 @@ class MemorySampler:
 
 
 def rest_after(spent_s: float, period_s: float) -> float:
-    """Return how many seconds to wait after a sample that took so many of a processor."""
+    """Return the seconds to wait after a sample, from its processor time."""
     return max(period_s, _REST * spent_s)
 
 
 class SampledTracker:
-    """A card's tracker whose figures know what was sampled, too."""
+    """A card's tracker whose figures include samples of NVML."""
 
     def __init__(self, tracker: Tracker, sampler: MemorySampler, index: int) -> None:
         self._tracker: Final = tracker
@@ -160,7 +160,7 @@ class SampledTracker:
 
 
 def sampled(device: Device, trackers: Sequence[Tracker]) -> list[Tracker]:
-    """Return trackers of a device's cards, from here on with samples of NVML."""
+    """Return trackers of a device's cards, with samples of NVML from here on."""
     sampler = MemorySampler(device=device).__enter__()
     return [
         SampledTracker(tracker, sampler, index)
@@ -183,7 +183,7 @@ def _resume_all() -> None:
 
 @functools.cache
 def _register() -> None:
-    """Have the threads stopped while the process is forked.
+    """Stop the threads while the process is forked.
 
     A child must not find a lock held by a thread that it does not have; and Python warns
     of a fork beside threads.

@@ -86,7 +86,7 @@ class Line(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """What a chain of code says of the request at its inner end.
+    """Facts about a request that its chain of code lines tells.
 
     Attributes:
         place: The line, in words.
@@ -178,7 +178,7 @@ def _is(code: CodeType, wanted: tuple[str, str]) -> bool:
 
 
 def _at(frame: FrameType, depth: int | None, variable: str, base: type) -> Any:
-    """Return the variable of the frame so far out, if it is of a class; else None."""
+    """Return a variable of the frame at a depth, if it is of a class; otherwise None."""
     if depth is None:
         return None
     outer = next(islice(frames_from(frame), depth, None), frame)
@@ -230,7 +230,7 @@ def site_of(lines: Iterable[Line]) -> str:
 
 @functools.lru_cache(maxsize=1)
 def _passed_over() -> tuple[str, ...]:
-    """Return where the code is that only hands a request on, as beginnings of paths."""
+    """Return prefixes of paths of code that only passes a request on."""
     folders = (Path(torch.__file__).parent, Path(__file__).parents[1])
     files = (contextlib.__file__, threading.__file__)
     return (*(f"{folder}{os.sep}" for folder in folders), *files)
@@ -269,7 +269,7 @@ def _phase_of(filename: str, function: str) -> str | None:
 
 
 def caller_names() -> tuple[str, ...]:
-    """Return what a rule's ``site`` pattern may match for the calling code.
+    """Return the names that a rule's ``site`` pattern may match for the calling code.
 
     ``file.py:function`` of each frame outside torch and this plugin, the path of the
     module at work, the name of the parameter being loaded.
@@ -303,7 +303,7 @@ def module_path(frame: FrameType) -> str:
 
 
 def parameter_name(frame: FrameType) -> str:
-    """Return the name of the parameter that a loader has at hand; empty if none."""
+    """Return the name of the parameter that a loader is loading; empty if none."""
     for each in frames_from(frame):
         if each.f_code is _APPLY:
             path, key = module_path(each), variables_of(each, "key").get("key")

@@ -27,7 +27,7 @@ _NAME: Final = 100
 
 @contextmanager
 def history_kept() -> Iterator[None]:
-    """Have changes of memory kept for a block, for snapshots to show their frames.
+    """Keep changes of memory for a block, so that snapshots show their frames.
 
     Where user code has them kept already, its own choice stays.
     """

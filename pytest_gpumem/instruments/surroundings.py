@@ -1,4 +1,4 @@
-"""What every run of a sweep must find as the first one did."""
+"""The state that every run of a sweep starts from: generators, defaults, threads."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LOOK_S: Final = 0.01
 
 
 class RandomState:
-    """The state of all random generators that a run may draw from."""
+    """The state of all random generators that a run may use."""
 
     def __init__(self) -> None:
         self._python = random.getstate()
@@ -41,7 +41,7 @@ class RandomState:
         self._numpy = None if numpy is None else numpy.random.get_state()
 
     def restore(self) -> None:
-        """Put every generator back."""
+        """Restore every generator."""
         random.setstate(self._python)
         torch.set_rng_state(self._torch)
         torch.cuda.set_rng_state_all(self._cards)
@@ -50,7 +50,7 @@ class RandomState:
 
 
 class _Setting(NamedTuple):
-    """What torch holds for the process or the thread, beyond any block.
+    """A setting of torch for the process or the thread.
 
     Attributes:
         name: What it is called.
@@ -171,19 +171,19 @@ _SETTINGS: Final = (
 
 
 class Defaults:
-    """What torch holds for the process or thread and a failed run may leave changed."""
+    """The settings of torch that a failed run may leave changed."""
 
     def __init__(self) -> None:
         self._values = [_read(each) for each in _SETTINGS]
 
     def restore(self) -> None:
-        """Put back what is not as it was."""
+        """Restore the settings that were changed."""
         for setting, value in zip(_SETTINGS, self._values, strict=True):
             if value is not None and _read(setting) != value:
                 setting.write(value)
 
     def changed(self) -> frozenset[str]:
-        """Return what is not as it was and lets code compute other numbers, in words."""
+        """Return the changed settings that change computed numbers, in words."""
         return frozenset(
             f"{setting.name} is {now}, and was {value}"
             for setting, value in zip(_SETTINGS, self._values, strict=True)
@@ -200,7 +200,7 @@ def _read(setting: _Setting) -> Any:
 
 
 def wait_for_threads(before: Collection[threading.Thread], patience_s: float) -> None:
-    """Wait until the threads that are new have ended, or wait for work as a pool's do."""
+    """Wait until new threads have ended, or are idle threads of a pool."""
     end_s = time.monotonic() + patience_s
     while time.monotonic() <= end_s:
         working = (
@@ -222,7 +222,7 @@ def _waits_for_work(thread: threading.Thread) -> bool:
 
 @contextmanager
 def frozen_heap() -> Iterator[Callable[[], AbstractContextManager[None]]]:
-    """Leave what exists already out of collections, for a block: they get cheap.
+    """Exclude existing objects from collections for a block, which makes them fast.
 
     A heap that the program has frozen itself stays as it is.
 
@@ -258,7 +258,7 @@ def num_ooms(device: Device) -> int:
 
 
 def settle(device: Device, start_bytes: int) -> tuple[int, int]:
-    """Free what nobody needs.
+    """Collect garbage and empty the caches.
 
     Returns:
         Bytes that are allocated beyond those at the start, and bytes that only captured

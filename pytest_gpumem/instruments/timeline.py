@@ -1,4 +1,4 @@
-"""A test's memory over time, and what was live at its peak; both of bounded size."""
+"""A test's memory over time, and the blocks at its peak; both have a bounded size."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class _Block:
     owner: NamedOwner | None = None
 
     def at_peak(self) -> LiveBlock:
-        """Return what is told of it."""
+        """Return the block's description."""
         owner = self.owner
         if owner is not None:
             path = (*owner.node.path, owner.name)
@@ -100,7 +100,7 @@ class _Block:
 
 
 class SeenOwner(NamedTuple):
-    """Whose a block is, as it was seen at a time, in microseconds since the epoch."""
+    """The owner of a block at a time, in microseconds since the epoch."""
 
     time_us: int
     card: int
@@ -135,7 +135,7 @@ class _Card:
             self._gone.append(block)
 
     def claim(self, claim: SeenOwner) -> None:
-        """Take in whose a block is; one that is not known was there before the test."""
+        """Note the owner of a block; an unknown block was there before the test."""
         block = self.blocks.get(claim.address)
         if block is None:
             block = self.blocks[claim.address] = _Block(claim.nbytes, BEFORE)
@@ -143,7 +143,7 @@ class _Card:
             block.owner = claim.owner
 
     def at_peak(self) -> list[LiveBlock]:
-        """Return what was live at the peak."""
+        """Return the blocks that were live at the peak."""
         still = [self.blocks[each] for each in self.blocks if each not in self._since]
         return [each.at_peak() for each in (*still, *self._gone)]
 
@@ -188,7 +188,7 @@ class Timeline:
             self._read()
 
     def meet_living(self) -> None:
-        """On a real card, learn the names of every model that lives at this moment.
+        """On a real card, learn the names of every live model.
 
         The stack of a request is read later there, and shows no variables.
         """
@@ -196,7 +196,7 @@ class Timeline:
             self._meet(living_models())
 
     def _steps(self, optimizer: Any, *_call: Any) -> None:
-        """On a real card, learn whose the gradients are that a step will use."""
+        """On a real card, learn the owners of the gradients that a step will use."""
         if self._history is None:
             return
         if not self._has_met:
@@ -205,7 +205,7 @@ class Timeline:
         self._meet([optimizer])
 
     def _read(self) -> None:
-        """Take in what a real card's history says, and be done with it."""
+        """Read a real card's history, and stop recording it."""
         history, self._history = self._history, None
         changes = None if history is None else history.read()
         if changes is None:
@@ -249,7 +249,7 @@ class Timeline:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Record nothing in a block: a sweep would say the same thousands of times."""
+        """Record nothing in a block: a sweep would repeat the same events many times."""
         self._read()
         self._is_paused = True
         self._owners.stop()
@@ -275,7 +275,7 @@ class Timeline:
         card.series.add(allocated, reserved)
 
     def _look(self, nbytes: int, frame: FrameType) -> _Block:
-        """Return a new block with what the stack says of it."""
+        """Return a new block with the facts that the stack tells about it."""
         chain = chain_of(frame)
         if chain.is_workspace:
             place = f"cuBLAS workspace, first needed at {chain.place}"

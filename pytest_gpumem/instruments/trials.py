@@ -1,7 +1,7 @@
-"""One trial of a piece of code, under faults and a budget, and what it ended in.
+"""Runs a piece of code under faults and a budget, and describes how it ended.
 
-Sweeps, ``check_fallback`` and ``judge_load`` are judges: each reads an attempt and says
-what of it is wrong. How code is run and what is seen of it is said here, once.
+Sweeps, ``check_fallback`` and ``judge_load`` are judges: each reads an attempt and decides
+what is wrong with it. This module runs the code for all of them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _RAISE: Final = dis.opmap["RAISE_VARARGS"]
 
 
 class Failure(NamedTuple):
-    """What a run raised, in words: the error itself would hold its frames.
+    """A run's error, in words, because the error itself would keep its frames alive.
 
     Attributes:
         kind: Its class.
@@ -68,7 +68,7 @@ class Failure(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """What one run ended in.
+    """The result of one run.
 
     Attributes:
         result: What it returned, as ``Trial.keep`` has it; None if it raised.
@@ -108,7 +108,7 @@ class Attempt:
 
     @property
     def note(self) -> str:
-        """What captured log records held, in words; empty if nothing."""
+        """The bytes that captured log records held, in words; empty if none."""
         if self.logged_bytes <= 0:
             return ""
         return (
@@ -231,7 +231,7 @@ class Trial:
     def holders(
         self, attempt: Attempt, *, also_known: Collection[int] = ()
     ) -> tuple[str, ...]:
-        """Return who holds what an attempt has left, a line each.
+        """Return what holds the bytes that an attempt has left, a line each.
 
         Blocks at the addresses that are known also were there before.
         """
@@ -262,7 +262,7 @@ class Trial:
 
 
 def failure_of(error: BaseException) -> Failure:
-    """Return what an error says, without the error."""
+    """Return a description of an error, without the error."""
     return Failure(type(error), str(error).strip(), is_the_oom(error))
 
 

@@ -1,4 +1,4 @@
-"""End a run that does not end by itself, and say where every thread stood."""
+"""Ends a run that does not end by itself, and keeps the stack of every thread."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _OURS: Final = str(Path(__file__).parent)
 
 
 class HangError(BaseException):
-    """A run took too long; not an ``Exception``, so that fallbacks let it pass."""
+    """A run took too long; not an ``Exception``, so that fallbacks do not catch it."""
 
 
 class _LostErrors:
@@ -158,7 +158,7 @@ class Watchdog:
 
 
 def _sigaction(number: int, new: Any, old: Any) -> None:
-    """Set or ask what the system does on a signal.
+    """Set or read the system's action on a signal.
 
     Python knows of handlers of its own only, and not of faulthandler's.
     """

@@ -1,4 +1,4 @@
-"""Describe the moment in which memory runs out, while it lasts."""
+"""Describes the moment in which memory runs out, while it lasts."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ class OomWitness:
 
 
 def note_cause(rule: str) -> None:
-    """Say which rule is the cause of the thread's next failure."""
+    """Note the rule that causes the thread's next failure."""
     if _witnesses:
         _failed.rule = rule
 
@@ -173,7 +173,7 @@ def failing_rule() -> str | None:
 
 
 def tell_failed(index: int, nbytes: int, *, is_oom: bool) -> None:
-    """Tell the witnesses of a failure that the allocator has no part in."""
+    """Tell the witnesses of a failure that does not come from the allocator."""
     rule = failing_rule()
     if rule is None or not is_oom:
         return  # the allocator's own observers have seen it
