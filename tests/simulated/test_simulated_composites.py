@@ -157,6 +157,8 @@ def test_complex_values_are_conjugated_inside_operators() -> None:
     torch.testing.assert_close(
         source.mH @ source, (source.cuda().mH @ source.cuda()).cpu()
     )
+    for part in (source, source[:1], source[0]):
+        torch.testing.assert_close(torch.cov(part), torch.cov(part.cuda()).cpu())
 
 
 def test_linear_adds_its_bias_in_place() -> None:

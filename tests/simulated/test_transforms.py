@@ -210,3 +210,86 @@ def test_what_is_recorded_by_objects_is_refused() -> None:
     assert [[3.0, 24.0], [81.0, 192.0]] == tangent(_source("cpu")).tolist()
     with pytest.raises(UnsupportedOnSimulatedDeviceError, match="linearize"):
         torch.func.linearize(lambda v: v**3, _source("cuda"))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(
+    "name", ["dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"]
+)
+def test_dropouts_are_transformed(name: str, *, in_place: bool) -> None:
+    """Of a card as of the host: one mask for each, one for all, or none allowed."""
+    drop = getattr(torch, f"{name}_" if in_place else name)
+    source = torch.ones(4, 8, 6, 2, device="cuda")
+
+    def dropped(randomness: str, p: float = 0.5) -> torch.Tensor:
+        def call(each: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = drop(each.clone(), p, True)
+            return result
+
+        result: torch.Tensor = torch.vmap(call, randomness=randomness)(source)
+        return result
+
+    torch.cuda.manual_seed(0)
+    different, same = dropped("different"), dropped("same")
+    torch.manual_seed(0)
+    kinds = set(drop(torch.ones(64, 8), 0.5, True).flatten().tolist())
+
+    assert different.is_cuda
+    assert len(kinds) == 2
+    for result in (different, same):
+        values = torch.tensor(sorted(set(result.flatten().tolist())))
+        torch.testing.assert_close(values, torch.tensor(sorted(kinds)))
+    assert not torch.equal(different[0], different[1])
+    assert torch.equal(same[0], same[1])
+    assert dropped("different", 1.0).eq(0).all()
+    assert dropped("error", 0.0).eq(1).all()
+    with pytest.raises(RuntimeError, match="called random operation while"):
+        dropped("error")
+
+
+def test_an_ensemble_with_dropout_has_gradients() -> None:
+    """``vmap`` over ``grad`` of modules that drop, on a card."""
+    models = [
+        torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Dropout(0.5)).cuda()
+        for _ in range(3)
+    ]
+    parameters, buffers = torch.func.stack_module_state(models)
+
+    def loss(weights: Any, other: Any, source: torch.Tensor) -> torch.Tensor:
+        called: Any = torch.func.functional_call(models[0], (weights, other), (source,))
+        return called.sum()  # type: ignore[no-any-return]  # a tensor
+
+    grads = torch.vmap(torch.func.grad(loss), (0, 0, None), randomness="different")(
+        parameters, buffers, torch.ones(5, 3, device="cuda")
+    )
+
+    assert {"0.weight": (3, 4, 3), "0.bias": (3, 4)} == {
+        name: tuple(each.shape) for name, each in grads.items()
+    }
+    assert all(each.is_cuda for each in grads.values())
+
+
+def test_a_module_has_tangents_of_its_parameters_alone() -> None:
+    """C++ makes zeros on the host for an input that has no tangent."""
+
+    def tangent(device: str) -> torch.Tensor:
+        module = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.GELU())
+        for each in module.parameters():
+            nn.init.constant_(each, 0.5)
+        module.to(device)
+        with forward_ad.dual_level():
+            duals = {
+                name: forward_ad.make_dual(each.detach(), torch.ones_like(each))
+                for name, each in module.named_parameters()
+            }
+            source = torch.arange(8.0, device=device).view(2, 4)
+            result: Any = torch.func.functional_call(module, duals, (source,))
+            found: Any = forward_ad.unpack_dual(result).tangent
+        return found  # type: ignore[no-any-return]  # a tensor
+
+    found = tangent("cuda")
+
+    assert found.is_cuda
+    torch.testing.assert_close(tangent("cpu"), found.cpu())
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="same device"):
+        _ = torch.ones(3, device="cuda") + torch.zeros(3)

@@ -141,7 +141,7 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
         "operators end in torch's `NotImplementedError`",
         "`.numpy()` and operands on two devices: torch's own errors",
         "`torch.device(0)`, `with torch.device('cuda')`, `torch.set_default_device`",
-        "generators and the state of random numbers: an OOM draws none",
+        "generators: seed, offset and state; an OOM draws none; the numbers are the CPU's",
         "`torch.autocast` and `torch.amp.GradScaler`, fp16 and bf16",
         "optimisers, foreach and fused; `torch.utils.checkpoint`",
         "captures of graphs: what is not allowed ends in CUDA's or torch's error (`item`, "

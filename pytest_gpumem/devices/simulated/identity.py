@@ -29,7 +29,9 @@ from typing import Any, Final
 
 import torch
 
+from pytest_gpumem.devices.simulated.backward import of_user
 from pytest_gpumem.devices.simulated.copies import moved
+from pytest_gpumem.devices.simulated.gradients import check_hook, is_batch
 from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.devices.simulated.subclasses import runs_itself
 from pytest_gpumem.devices.simulated.tensor import (
@@ -46,7 +48,6 @@ _base: Final[Any] = torch._C.TensorBase
 _grad: Final[Any] = _base.grad  # the getset below Tensor.grad
 _data: Final[Any] = _base.data  # the getset below Tensor.data
 _swap: Final[Any] = torch._C._swap_tensor_impl  # what swap_tensors calls
-_functorch: Final[Any] = torch._C._functorch
 _set_versions: Final[Any] = torch._C._autograd._unsafe_set_version_counter
 
 #: The body that a tensor does not wear and C++ still holds, by the tensor's id.
@@ -207,14 +208,6 @@ def _owners_of(grad: torch.Tensor) -> list[Any]:
     return [each for each in owners if each is not None]
 
 
-def _is_batch(tensor: Any) -> bool:
-    """Tell whether a tensor is of a transform that is at work: it lands later."""
-    return bool(
-        _functorch.is_functorch_wrapped_tensor(tensor)
-        or _functorch.is_legacy_batchedtensor(tensor)
-    )
-
-
 def landed(grad: Any, tensor: Any) -> Any:
     """Return a gradient where its tensor is.
 
@@ -223,7 +216,7 @@ def landed(grad: Any, tensor: Any) -> Any:
     """
     if runs_itself(grad) or grad.layout is not torch.strided:
         return grad
-    if _is_batch(grad) or _is_batch(tensor):
+    if is_batch(grad) or is_batch(tensor):
         return grad
     on_card = isinstance(tensor, SimulatedTensor)
     if isinstance(grad, SimulatedTensor) is on_card:
@@ -236,12 +229,17 @@ def landed(grad: Any, tensor: Any) -> Any:
 _register_hook: Final[Any] = torch.Tensor.register_hook
 
 
-def register_hook(self: SimulatedTensor, hook: Any) -> Any:
+def register_hook(self: torch.Tensor, hook: Any) -> Any:
     """``Tensor.register_hook``: the hook gets a gradient that is where its tensor is.
 
     C++ makes some on the host, as zeros by ``tensor.options()``.
+
+    Raises:
+        RuntimeError: In backward, if the hook returns one of another device.
     """
     __tracebackhide__ = True
+    if not isinstance(self, SimulatedTensor):
+        return _register_hook(self, _held(hook))
     card = self._gpumem_card
     # A leaf may be elsewhere by then; a hook must not keep it.
     key = _know(self) if self.is_leaf else None
@@ -252,11 +250,25 @@ def register_hook(self: SimulatedTensor, hook: Any) -> Any:
         tensor = None if reference is None else reference()
         if tensor is not None:
             grad = landed(grad, tensor)
-        elif key is None and type(grad) in HOST_KINDS and not _is_batch(grad):
+        elif key is None and type(grad) in HOST_KINDS and not is_batch(grad):
             grad = make(grad.detach(), card)
-        return hook(grad)
+        result = of_user(hook)(grad)
+        check_hook(grad, result, hook)
+        return result
 
     return _register_hook(self, functools.update_wrapper(landing, hook))
+
+
+def _held(hook: Any) -> Any:
+    """Return a hook of a tensor on the host: what it returns must be there."""
+
+    def held(grad: Any) -> Any:
+        __tracebackhide__ = True
+        result = hook(grad)
+        check_hook(grad, result, hook)
+        return result
+
+    return functools.update_wrapper(held, hook)
 
 
 class _Grad:

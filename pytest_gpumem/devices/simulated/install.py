@@ -17,6 +17,7 @@ from pytest_gpumem.devices.simulated import (
     dispatch,
     distributed,
     factories,
+    gradients,
     graphs,
     handover,
     identity,
@@ -38,6 +39,7 @@ from pytest_gpumem.devices.simulated.machine import (
     push_machine,
 )
 from pytest_gpumem.devices.simulated.methods import EVERY_TENSOR
+from pytest_gpumem.devices.simulated.operators.drawing import DROPOUTS
 from pytest_gpumem.devices.simulated.refusals import CLASSES, refusing_class
 from pytest_gpumem.devices.simulated.storages import (
     EVERY_STORAGE,
@@ -99,6 +101,8 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
         (torch.Tensor, EVERY_TENSORS_STORAGE),
         (torch, CONSTRUCTORS),
         (torch, {"Stream": StreamName, "Event": EventName}),
+        (torch, DROPOUTS),
+        (torch._VF, DROPOUTS),
         (torch.nested, NESTED),
         # Recurrent layers ask whether cuDNN would take their weights: the CPU computes.
         (torch.backends.cudnn, {"is_acceptable": lambda _tensor: False}),
@@ -116,6 +120,7 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
     yield torch._C._nn, "_parse_to", parse_to
     yield from distributed.REPLACEMENTS
     yield from compiling.REPLACEMENTS
+    yield from gradients.REPLACEMENTS
     yield from graphs.REPLACEMENTS
     yield from handover.REPLACEMENTS
     yield from identity.REPLACEMENTS

@@ -260,7 +260,7 @@ EVERY_TENSOR: Final[dict[str, Any]] = {
     "grad": GRAD,
     **{
         each.__name__.removeprefix("as_"): _Overridable(each)
-        for each in (to, cuda, cpu, as_type, pin_memory, is_pinned)
+        for each in (to, cuda, cpu, as_type, pin_memory, is_pinned, register_hook)
     },
 }
 
@@ -403,7 +403,6 @@ _ANSWERS: Final[dict[str, Any]] = {
     "is_meta": property(lambda _self: False),
     "data_ptr": _data_ptr,
     "record_stream": _record_stream,
-    "register_hook": register_hook,
     "device": property(_device),
     "is_cuda": property(lambda _self: True),
     "is_cpu": property(lambda _self: False),

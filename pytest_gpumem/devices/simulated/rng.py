@@ -5,13 +5,18 @@ The CPU computes what a card draws, from the card's generator, which is named to
 operator. The CPU's default generator is never touched, so threads that draw on the host
 meanwhile, and processes forked meanwhile, notice nothing. There is no lock either: torch
 itself locks a generator while it draws. Numbers differ from a real card's (Philox there,
-Mersenne Twister here); the same seed gives the same numbers on every run.
+Mersenne Twister here); the same seed gives the same numbers on every run. The offset
+moves as a card's does, by ``operators/offsets.py``.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, Protocol
-from weakref import WeakKeyDictionary
+import struct
+import zlib
+from collections import OrderedDict
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 
@@ -20,15 +25,18 @@ from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
     from pytest_gpumem.devices.simulated.operators.registry import Operator
+    from pytest_gpumem.devices.simulated.operators.requests import Call
 
-_generators: Final[WeakKeyDictionary[SimulatedCard, torch.Generator]] = (
+_generators: Final[WeakKeyDictionary[SimulatedCard, CardGenerator]] = (
     WeakKeyDictionary()
 )
 
 
-def generator_of(card: SimulatedCard) -> torch.Generator:
+def generator_of(card: SimulatedCard) -> CardGenerator:
     """Return the card's default generator."""
     found = _generators.get(card)
     return found or _generators.setdefault(card, CardGenerator(card.index))
@@ -38,55 +46,138 @@ def generator_of(card: SimulatedCard) -> torch.Generator:
 GENERATOR: Final[Any] = torch.Generator
 
 
+#: Where the CPU's generator stood at a seed and an offset, for states that come back.
+_marks: Final[OrderedDict[tuple[int, int], torch.Tensor]] = OrderedDict()
+#: So many are kept, of 5 KB each.
+_MOST_MARKS: Final = 512
+#: A state: seed and offset. Source: ``CUDAGeneratorImpl::get_state``.
+_STATE: Final = struct.Struct("<Qq")
+_SEED_BYTES: Final = 8
+
+
 class CardGenerator(GENERATOR):  # type: ignore[misc]  # torch's C type, held as Any
-    """``torch.Generator("cuda")``: the CPU draws, the generator says it is a card's."""
+    """``torch.Generator("cuda")``: the CPU draws, the generator says it is a card's.
+
+    A seed and an offset are all of its state, as a card's: where both come back in a
+    process, so do the numbers.
+
+    Limits: a state that this process has not seen has numbers of its own.
+    """
+
+    #: Those that are alive, by what C++ knows of them.
+    _known: ClassVar[WeakValueDictionary[int, CardGenerator]] = WeakValueDictionary()
 
     def __new__(cls, index: int) -> CardGenerator:  # noqa: PYI034  # Self needs 3.11
         """Make a CPU generator of this class."""
         made: CardGenerator = GENERATOR.__new__(cls)
         made._index = index
         made._offset = 0
+        cls._known[made._cdata] = made
         return made
 
     def __init__(self, index: int) -> None:
         super().__init__()
         self._index = index
         self._offset = 0
+        self._seed: int = super().initial_seed()
+
+    def manual_seed(self, seed: int) -> CardGenerator:
+        """Begin anew at a seed: the offset is 0.
+
+        Raises:
+            RuntimeError: Something is being captured at another (torch's text).
+        """
+        self._check_capture(seed)
+        super().manual_seed(seed)
+        self._seed, self._offset = super().initial_seed(), 0
+        return self
+
+    def seed(self) -> int:
+        """Begin anew at a seed that nobody knows, and return it."""
+        seed: int = super().seed()
+        self._seed, self._offset = seed, 0
+        return seed
+
+    def initial_seed(self) -> int:
+        """Return the seed."""
+        return self._seed
 
     def get_offset(self) -> int:
-        """Return the offset that was set last; draws do not move it here."""
+        """Return by how much draws have moved it, by the rules of CUDA's kernels."""
+        self._mark()
         return self._offset
 
     def set_offset(self, offset: int) -> None:
-        """Keep an offset.
+        """Draw from there on.
 
         Raises:
             RuntimeError: The offset is not a multiple of four (torch's text).
         """
         if offset % 4:
             raise RuntimeError("offset must be a multiple of 4")
-        self._offset = offset
+        self._go_to(self._seed, offset)
 
-    def manual_seed(self, seed: int) -> CardGenerator:
-        """Set the seed; in a capture it must be the one that is set.
-
-        Raises:
-            RuntimeError: It is another (torch's text).
-        """
-        self._check_capture(seed)
-        super().manual_seed(seed)
-        return self
+    def get_state(self) -> torch.Tensor:
+        """Return seed and offset, 16 bytes."""
+        self._mark()
+        packed = bytearray(_STATE.pack(self._seed, self._offset))
+        return torch.frombuffer(packed, dtype=torch.uint8)
 
     def set_state(self, state: torch.Tensor) -> CardGenerator:
-        """Set the state, outside of a capture.
+        """Go to a seed and an offset, or to a seed alone.
+
+        Source: ``CUDAGeneratorImpl::set_state``.
 
         Raises:
-            RuntimeError: Something is being captured (torch's text), or the state is of
-                another size.
+            RuntimeError: It is of another size, or something is being captured (torch's
+                text).
+            TypeError: It is not a tensor of bytes on the host (torch's text).
         """
         self._check_capture(None)
-        super().set_state(state)
+        is_right = isinstance(state, torch.Tensor) and state.dtype is torch.uint8
+        if not is_right or state.device.type != "cpu":
+            super().set_state(state)  # says so
+        packed = bytes(state.flatten().tolist())
+        if len(packed) == _SEED_BYTES:
+            packed += bytes(_SEED_BYTES)
+        if len(packed) != _STATE.size:
+            raise RuntimeError("RNG state is wrong size")
+        self._go_to(*_STATE.unpack(packed))
         return self
+
+    def move(self, by: int) -> None:
+        """Move the offset, once numbers were drawn; in a capture, at each replay."""
+        from pytest_gpumem.devices.simulated.capture import capture_of
+
+        machine = innermost_machine()
+        if machine is not None and machine.captures:
+            capture = capture_of(machine.card(self._index))
+            if capture is not None:
+                capture.tape.keep_call(partial(self.move, by))
+                return
+        self._offset += by
+
+    @classmethod
+    def find(cls, generator: Any) -> CardGenerator | None:
+        """Return the card's generator that C++ shows as one of the host."""
+        return cls._known.get(generator._cdata)
+
+    def _mark(self) -> None:
+        key = self._seed, self._offset
+        _marks[key] = super().get_state()
+        _marks.move_to_end(key)
+        if len(_marks) > _MOST_MARKS:
+            _marks.popitem(last=False)
+
+    def _go_to(self, seed: int, offset: int) -> None:
+        mark = _marks.get((seed, offset))
+        if mark is not None:
+            super().set_state(mark)
+        else:
+            # The CPU's generator takes 32 bits of a seed.
+            mixed = zlib.crc32(_STATE.pack(seed, offset)) if offset else seed
+            super().manual_seed(mixed)
+        self._seed, self._offset = seed, offset
 
     def _check_capture(self, seed: int | None) -> None:
         """Refuse another seed while the current stream is being captured.
@@ -107,7 +198,8 @@ class CardGenerator(GENERATOR):  # type: ignore[misc]  # torch's C type, held as
     def clone_state(self) -> CardGenerator:
         """Return another generator of the card in the same state."""
         twin = CardGenerator(self._index)
-        twin.__setstate__(self.__reduce__()[2])
+        GENERATOR.set_state(twin, super().get_state())
+        twin._seed, twin._offset = self._seed, self._offset
         return twin
 
     def graphsafe_get_state(self) -> Any:
@@ -128,12 +220,11 @@ class CardGenerator(GENERATOR):  # type: ignore[misc]  # torch's C type, held as
 
     def __reduce__(self) -> Any:
         # As ``THPGenerator_reduce`` of ``torch/csrc/Generator.cpp``.
-        state = (self.initial_seed(), self._offset, self.get_state())
+        state = (self._seed, self._offset, self.get_state())
         return GeneratorName, (self.device,), state
 
     def __setstate__(self, state: tuple[int, int, torch.Tensor]) -> None:
-        seed, self._offset, inner = state
-        self.manual_seed(seed)
+        _seed, _offset, inner = state
         self.set_state(inner)
 
     @property
@@ -200,15 +291,52 @@ def drawing(func: Any, operator: Operator) -> Drawing | None:
     """
     if torch.Tag.nondeterministic_seeded not in func.tags or operator.draws_nothing:
         return None
-    if operator.draw is not None:
-        return operator.draw
-    named = _with_generator(func)
-    if named is not None:
-        return _naming(named)
-    fill = _FILLS.get(func.overloadpacket.__name__)
-    if fill is not None:
-        return _filling(fill)
-    return _refused(func) if _runs_on_host(func) else None
+    draw = operator.draw
+    if draw is None:
+        named = _with_generator(func)
+        fill = _FILLS.get(func.overloadpacket.__name__)
+        if named is not None:
+            draw = _naming(named)
+        elif fill is not None:
+            draw = _filling(fill)
+        else:
+            return _refused(func) if _runs_on_host(func) else None
+    return draw if operator.move is None else Moving(draw, func, operator.move)
+
+
+class Moving:
+    """A drawing that moves the generator's offset by the operator's rule."""
+
+    def __init__(self, draw: Drawing, func: Any, rule: Callable[[Call], int]) -> None:
+        self._draw, self._func, self._rule = draw, func, rule
+
+    def __call__(
+        self, generator: torch.Generator, args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        """Draw, then move the offset."""
+        result = self._draw(generator, args, kwargs)
+        self.note(generator, args, kwargs, result)
+        return result
+
+    def note(
+        self, generator: torch.Generator, args: Any, kwargs: dict[str, Any], result: Any
+    ) -> None:
+        """Move the offset of the generator that a call draws from.
+
+        Args:
+            generator: The card's own, if the call names none.
+            args: Of the call.
+            kwargs: Of the call.
+            result: What it returned.
+        """
+        from pytest_gpumem.devices.simulated.operators.requests import Call, flat
+
+        every = (*args, *kwargs.values())
+        given = (each for each in every if isinstance(each, GENERATOR))
+        used = CardGenerator.find(next(given, generator))
+        if used is not None:
+            card = card_of(used.device.index)
+            used.move(self._rule(Call(self._func, args, kwargs, flat(result), card)))
 
 
 def _runs_on_host(func: Any) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch.jit import _builtins
 
 from pytest_gpumem.devices.simulated.constructors import CONSTRUCTORS
+from pytest_gpumem.devices.simulated.operators.drawing import DROPOUTS
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def patch_scripting(patches: PatchSet) -> None:
     patches.set(_Scripted, "_apply", _apply)
     # The table is made on first use and must hold the originals too.
     table = _builtins._get_builtin_table()
-    for name, value in CONSTRUCTORS.items():
+    for name, value in (CONSTRUCTORS | DROPOUTS).items():
         patches.put(table, id(value), f"aten::{name}")
     patches.set(torch.jit.ScriptFunction, "__call__", _run)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from pytest_gpumem.devices.simulated.refusals import refuse_value
-from pytest_gpumem.devices.simulated.rng import generator_of
+from pytest_gpumem.devices.simulated.rng import Moving, generator_of
 from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
 
 if TYPE_CHECKING:
@@ -144,7 +144,10 @@ def run(
     try:
         if draw is not None and card.value_device != "meta":
             return draw(generator_of(card), args, kwargs)
-        return compute(*args, **kwargs)
+        result = compute(*args, **kwargs)
+        if isinstance(draw, Moving):
+            draw.note(generator_of(card), args, kwargs, result)
+        return result  # noqa: TRY300  # what is raised above is looked at below
     except RuntimeError as error:
         lacks_values = card.value_device == "meta" and (
             isinstance(error, NotImplementedError)

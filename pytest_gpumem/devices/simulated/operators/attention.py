@@ -33,6 +33,7 @@ from pytest_gpumem.devices.simulated.rng import (
 )
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor, make
 from pytest_gpumem.kernels import attention_memory as kernels
+from pytest_gpumem.kernels.random_numbers import rounded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -408,13 +409,16 @@ class _Attention(torch.autograd.Function):
         out, kept = run(query, key, value, settings, saves)
         seed = None
         if card.value_device != "meta":
-            seed = _draw_seed(card) if settings.dropout_p > 0 else None
+            if settings.dropout_p > 0:
+                seed = _draw_seed(card)
             values = (query._gpumem_value, key._gpumem_value, value._gpumem_value)
             mask = None if bias is None else bias._gpumem_value
             with on_tape(card):
                 out._gpumem_value[..., : settings.width].copy_(
                     _compute(values, mask, settings, seed)
                 )
+        if settings.dropout_p > 0:
+            generator_of(card).move(_move(query, key, kernel))
         ctx.save_for_backward(query, key, value, bias, out, *kept)
         ctx.options, ctx.seed = options, seed
         return out
@@ -636,6 +640,18 @@ def _scratch(card: SimulatedCard, nbytes: int) -> Memory:
     """Hold bytes on the card that nobody reads."""
     __tracebackhide__ = True
     return Memory(card, nbytes)
+
+
+def _move(query: Any, key: Any, kernel: str) -> int:
+    """Return by how much a kernel that drops moves the generator's offset.
+
+    Source: ``mha_fwd`` of ``transformers/cuda/flash_attn/flash_api.cpp`` (32 for each
+    head), ``_efficient_attention_forward`` of ``transformers/cuda/attention.cu`` (one for
+    each score).
+    """
+    batch, heads, rows, _width = query.shape
+    of_a_head = 32 if kernel == "flash" else rows * key.shape[2]
+    return rounded(batch * heads * of_a_head)
 
 
 def _draw_seed(card: SimulatedCard) -> int:

@@ -14,9 +14,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd import forward_ad
 
 from pytest_gpumem.devices.simulated.backward import in_backward
 from pytest_gpumem.devices.simulated.operators.declarations import declaration_of
+from pytest_gpumem.devices.simulated.subclasses import are_transforms_active
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 
 if TYPE_CHECKING:
@@ -76,9 +78,26 @@ def _places(func: Any, args: Any, kwargs: Any) -> list[Operand]:
         places.extend(
             Operand(argument, each)
             for each in (value if isinstance(value, (list, tuple)) else (value,))
-            if isinstance(each, torch.Tensor)
+            if isinstance(each, torch.Tensor) and not _is_no_tangent(each)
         )
     return places
+
+
+def _is_no_tangent(tensor: torch.Tensor) -> bool:
+    """Tell whether forward AD has made a tensor, in place of a tangent that is not there.
+
+    It is one zero, laid out as the others are, on what C++ takes for their device.
+
+    Source: ``ZeroTensorFallback.cpp``.
+    """
+    return (
+        type(tensor) is torch.Tensor
+        and (forward_ad._current_level >= 0 or are_transforms_active())  # no public way
+        and tensor.is_cpu
+        and not any(tensor.stride())
+        and tensor.untyped_storage().nbytes() == tensor.itemsize
+        and not tensor.any()
+    )
 
 
 def declared(func: Any, places: list[Operand]) -> None:

@@ -6,7 +6,8 @@ takes no generator, is in its record.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import functools
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -17,6 +18,16 @@ from pytest_gpumem.devices.simulated.kernel_types import (
     lacking,
 )
 from pytest_gpumem.devices.simulated.operators.composing import only
+from pytest_gpumem.devices.simulated.operators.offsets import (
+    for_a_constant,
+    for_each,
+    for_integers,
+    for_mask,
+    for_permutation,
+    for_samples,
+    for_shares,
+    for_slopes,
+)
 from pytest_gpumem.devices.simulated.operators.reductions import scan_of
 from pytest_gpumem.devices.simulated.operators.registry import register
 from pytest_gpumem.devices.simulated.operators.requests import (
@@ -27,6 +38,7 @@ from pytest_gpumem.devices.simulated.operators.requests import (
 )
 from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.devices.simulated.rng import draw_kept
+from pytest_gpumem.devices.simulated.subclasses import are_transforms_active
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -75,6 +87,60 @@ register(
 )
 
 
+#: Constants of a self-normalising network. Source: ``Dropout.cpp``, ``_dropout_impl``.
+_ALPHA: Final = 1.7580993408473766
+
+
+def _transformed(name: str) -> Any:
+    """Return a dropout that ``torch.func`` may transform where its tensor is on a card.
+
+    There C++ makes its noise by the options of what it transforms, which are the host's.
+
+    Source: ``dropout_hack`` of ``aten/src/ATen/functorch/PyTorchOperatorHacks.cpp``.
+    """
+    original = getattr(torch, name)
+    is_in_place, is_alpha = name.endswith("_"), "alpha" in name
+    is_of_features, is_fused = "feature" in name, name == "dropout"
+
+    @functools.wraps(original)
+    def drop(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:  # noqa: A002, FBT001  # torch's signature
+        __tracebackhide__ = True
+        is_seen = are_transforms_active() and train and 0 < p <= 1
+        if not is_seen or not input.is_cuda or input.numel() == 0:
+            result: torch.Tensor = original(input, p, train)
+            return result
+        if is_of_features and input.dim() < 2:  # noqa: PLR2004  # says so
+            return original(input, p, train)  # type: ignore[no-any-return]  # it raises
+        multiply = input.mul_ if is_in_place else input.mul
+        options: Any = {"dtype": input.dtype, "device": input.device}
+        if p == 1:
+            return multiply(torch.zeros((), **options))
+        if is_fused:
+            return torch.native_dropout(input, p, train)[0]
+        if is_of_features:
+            place = torch.empty(
+                (*input.shape[:2], *(1 for _ in input.shape[2:])), **options
+            )
+        else:
+            place = torch.empty((), **options).expand(input.shape)
+        noise = torch.bernoulli(place, 1 - p)
+        if not is_alpha:
+            return multiply(noise.div_(1 - p))
+        scale = ((_ALPHA**2 * p + 1) * (1 - p)) ** -0.5
+        shift = noise.add(-1).mul_(_ALPHA * scale).add_(_ALPHA * scale * p)
+        return multiply(noise.mul_(scale)).add_(shift)
+
+    return drop
+
+
+#: What takes the place of dropouts in ``torch`` and in ``torch._VF``.
+DROPOUTS: Final[dict[str, Any]] = {
+    each: _transformed(each)
+    for name in ("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout")
+    for each in (name, f"{name}_")
+}
+
+
 def _native_dropout(
     generator: torch.Generator, args: Any, kwargs: dict[str, Any]
 ) -> Any:
@@ -106,6 +172,7 @@ def _lacks_dropout(args: tuple[Any, ...]) -> str:
 register(
     "native_dropout",
     draw=_native_dropout,
+    move=for_mask,
     lacks=_lacks_dropout,
     requests=_mask_first,
     source="Dropout.cpp, native_dropout_cpu; cuda/Dropout.cu, dropout_cuda",
@@ -125,8 +192,9 @@ def _refusing_half(_func: Any, handler: Handler) -> Handler:
 
 
 register(
-    "rrelu_with_noise rrelu_with_noise_",
+    "rrelu_with_noise rrelu_with_noise_ rrelu_with_noise_functional",
     around=_refusing_half,
+    move=for_slopes,
     source="cuda/RreluWithNoise.cu, rrelu_with_noise_out_cuda",
 )
 # They have the tag and draw nothing: the first one refuses dropout.
@@ -136,7 +204,12 @@ register(
     source="transformers/attention.cpp",
 )
 # Its bound is the host's: "high must be a scalar tensor and on CPU".
-register("randint_like", takes_host=True, source="TensorFactories.cpp, randint_like")
+register(
+    "randint_like",
+    takes_host=True,
+    move=for_integers,
+    source="TensorFactories.cpp, randint_like",
+)
 register(
     "native_dropout_backward",
     lacks=lacking("masked_scale", INTEGERS | COMPLEX),
@@ -156,6 +229,7 @@ def _in_single_precision(call: Call) -> Iterator[RequestStep]:
 
 register(
     "bernoulli",
+    move=for_shares,
     requests=_in_single_precision,
     source="cuda/DistributionBernoulli.cu, bernoulli_tensor_kernel",
 )
@@ -171,6 +245,7 @@ def _with_a_number(call: Call) -> Iterator[RequestStep]:
 
 register(
     "normal",
+    move=for_each,
     requests=_with_a_number,
     source="DistributionTemplates.h, normal_out_impl",
 )
@@ -210,4 +285,31 @@ def _by_race(call: Call) -> Iterator[RequestStep]:
         yield Temporary(rows * count * source.itemsize)
 
 
-register("multinomial", requests=_by_race, source="Distributions.cpp, multinomial_out")
+register(
+    "multinomial",
+    move=for_samples,
+    requests=_by_race,
+    source="Distributions.cpp, multinomial_out",
+)
+register(
+    "uniform cauchy exponential geometric log_normal normal_functional "
+    "rand rand_like randn randn_like",
+    move=for_each,
+    source="cuda/DistributionTemplates.h, distribution_nullary_kernel",
+)
+register(
+    "random randint",
+    move=for_integers,
+    source="cuda/DistributionTemplates.h, random_kernel and random_from_to_kernel",
+)
+register("randperm", move=for_permutation, source="cuda/Randperm.cu, randperm_out_cuda")
+for _name, _count in (
+    ("poisson", 20),
+    ("binomial", 42),
+    ("_standard_gamma _sample_dirichlet", 10),
+):
+    register(
+        _name,
+        move=for_a_constant(_count),
+        source="cuda/Distributions.cu",
+    )

@@ -412,7 +412,7 @@ def _cov(func: Any) -> Kernel:
             factor.zero_()
         rows = rows - mean.unsqueeze(1)
         product = torch.mm(rows, rows.t().conj())
-        if product.is_complex():
+        if product.is_complex() and 1 in rows.shape:  # a number times its own conjugate
             real = product.real
             product = torch.complex(real, torch.zeros_like(real))
         return torch.true_divide(product, factor).squeeze()

@@ -47,6 +47,7 @@ class Operator:
             own kernel does not know what a card's does: a function called as the
             overload is; None for an overload of which that is not so.
         draw: How it draws from a generator, where it takes none as an argument.
+        move: By how much a call moves a generator's offset, beside what it draws.
         draws_nothing: Whether torch's tag that it draws is wrong.
         composed: Returns the Python function that composes an overload of other
             operators, above autograd; None for an overload that needs none.
@@ -71,6 +72,7 @@ class Operator:
     requests: Callable[[Call], Iterable[RequestStep]] | None = None
     compute: Callable[[Any], Kernel | None] | None = None
     draw: Drawing | None = None
+    move: Callable[[Call], int] | None = None
     draws_nothing: bool = False
     composed: Callable[[Any], Kernel | None] | None = None
     decomposed: Callable[[Any], Kernel | None] | None = None

@@ -1,0 +1,240 @@
+"""Where gradients must be: what a hook, a Function or a caller gives is held to its place.
+
+The errors are those of a card; a gradient of one number is moved, as there.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from pytest_gpumem import simulated_device
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+@pytest.fixture(autouse=True)
+def _cards() -> Iterator[None]:
+    with simulated_device("T4*2"):
+        yield
+
+
+def _leaf(device: str = "cuda", *shape: int) -> torch.Tensor:
+    return torch.ones(shape or (3,), device=device, requires_grad=True)
+
+
+def _of_tensor(result: torch.Tensor, hook: Any) -> None:
+    result.register_hook(hook)
+
+
+def _of_node(result: torch.Tensor, hook: Any) -> None:
+    node: Any = result.grad_fn
+    node.register_hook(lambda grads, _outer: (hook(grads[0]), *grads[1:]))
+
+
+def _before_node(result: torch.Tensor, hook: Any) -> None:
+    node: Any = result.grad_fn
+    node.register_prehook(lambda grads: (hook(grads[0]),))
+
+
+def _before_sum(result: torch.Tensor, hook: Any) -> None:
+    node: Any = result.grad_fn
+    node.next_functions[0][0].register_prehook(lambda grads: (hook(grads[0]),))
+
+
+@pytest.mark.parametrize("register", [_of_tensor, _of_node, _before_node, _before_sum])
+@pytest.mark.parametrize(
+    ("device", "other", "text"),
+    [
+        ("cuda", "cpu", "(was torch.cuda.FloatTensor got torch.FloatTensor)"),
+        ("cpu", "cuda", "(was torch.FloatTensor got torch.cuda.FloatTensor)"),
+        ("cuda", "meta", "(was torch.cuda.FloatTensor got MetaFloatType)"),
+    ],
+)
+def test_a_hook_returns_a_gradient_of_its_device(
+    register: Callable[[torch.Tensor, Any], None], device: str, other: str, text: str
+) -> None:
+    """Hooks of tensors and of nodes: torch's error, once the hook has run."""
+    source = _leaf(device)
+    result = source * 2
+    register(result, lambda grad: torch.zeros_like(grad, device=other))
+
+    with pytest.raises(RuntimeError, match=re.escape(f"type of value {text}")):
+        result.sum().backward()
+    assert source.grad is None
+
+
+@pytest.mark.parametrize("register", [_of_tensor, _of_node, _before_node, _before_sum])
+def test_what_a_hook_returns_in_its_place_is_taken(
+    register: Callable[[torch.Tensor, Any], None],
+) -> None:
+    """On the card and on the host alike; its name stays the hook's."""
+    for device in ("cuda", "cpu"):
+        source = _leaf(device)
+        result = source * 2
+        register(result, torch.zeros_like)
+        result.sum().backward()
+
+        assert source.grad is not None
+        assert (device, [0.0] * 3) == (source.grad.device.type, source.grad.tolist())
+
+
+def test_a_nodes_hook_sees_what_is_made_inside_on_the_card() -> None:
+    """C++ makes the zeros that a rounding passes on; a card makes them itself."""
+    source = _leaf()
+    result = (source * 1).round()
+    seen: list[str] = []
+    node: Any = result.grad_fn
+    node.register_hook(lambda grads, _outer: seen.append(str(grads[0].device)))
+    result.sum().backward()
+
+    assert ["cuda:0"] == seen
+
+
+class _Given(torch.autograd.Function):
+    """Returns the gradient that a test has given it."""
+
+    given: Any = None
+
+    @staticmethod
+    def forward(ctx: Any, source: torch.Tensor, _scale: float) -> torch.Tensor:  # noqa: ARG004  # torch's signature
+        return source * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # noqa: ARG004  # likewise
+        return _Given.given(grad), None
+
+
+@pytest.mark.parametrize("is_leaf", [True, False])
+@pytest.mark.parametrize(
+    ("device", "other"),
+    [("cuda:0", "cpu"), ("cpu", "cuda:0"), ("cuda:0", "cuda:1"), ("cuda:0", "meta")],
+)
+def test_a_function_returns_gradients_of_its_inputs_devices(
+    device: str, other: str, *, is_leaf: bool
+) -> None:
+    """``Function.backward``: torch's error names the function and the devices."""
+    source = _leaf(device)
+    _Given.given = lambda _grad: torch.zeros(3, device=other)
+    result = _Given.apply(source if is_leaf else source * 1, 1.0)  # type: ignore[no-untyped-call]  # torch's
+
+    with pytest.raises(
+        RuntimeError,
+        match="Function _GivenBackward returned an invalid gradient at index 0 - "
+        f"expected device {device} but got {other}",
+    ):
+        result.sum().backward()
+
+
+def test_a_functions_wrong_shape_is_said_first() -> None:
+    """As C++ looks at the shape before the device."""
+    _Given.given = lambda _grad: torch.zeros(2)
+    result = _Given.apply(_leaf(), 1.0)  # type: ignore[no-untyped-call]  # torch's
+
+    with pytest.raises(RuntimeError, match=r"got \[2\] but expected shape"):
+        result.sum().backward()
+
+
+def test_a_single_number_goes_where_it_belongs() -> None:
+    """From a Function, and to ``backward``: torch copies it to the card."""
+    source = torch.tensor(1.0, device="cuda", requires_grad=True)
+    seen: list[str] = []
+    inner = source * 1
+    inner.register_hook(lambda grad: seen.append(str(grad.device)))
+    _Given.given = lambda _grad: torch.tensor(5.0)
+    _Given.apply(inner, 1.0).backward(torch.tensor(1.0))  # type: ignore[no-untyped-call]  # torch's
+
+    assert source.grad is not None
+    assert ("cuda:0", 5.0) == (str(source.grad.device), source.grad.item())
+    assert ["cuda:0"] == seen
+
+
+def test_a_function_gets_gradients_where_its_results_are() -> None:
+    """C++ makes zeros for a result that nobody used."""
+    seen: list[str] = []
+
+    class Two(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, source: torch.Tensor) -> Any:  # noqa: ARG004  # torch's signature
+            return source * 2, source * 3
+
+        @staticmethod
+        def backward(ctx: Any, _used: Any, unused: torch.Tensor) -> Any:  # noqa: ARG004  # likewise
+            seen.append(str(unused.device))
+            return unused
+
+    source = _leaf()
+    Two.apply(source)[0].sum().backward()  # type: ignore[no-untyped-call]  # torch's
+
+    assert source.grad is not None
+    assert (["cuda:0"], [0.0] * 3) == (seen, source.grad.tolist())
+
+
+@pytest.mark.parametrize(
+    ("device", "other"), [("cuda:0", "cpu"), ("cpu", "cuda:0"), ("cuda:1", "cuda:0")]
+)
+def test_a_given_gradient_is_where_its_output_is(device: str, other: str) -> None:
+    """``backward`` and ``torch.autograd.grad``: torch's error."""
+    source = _leaf(device)
+    text = f"invalid gradient at index 0 - expected device {device} but got {other}"
+
+    with pytest.raises(RuntimeError, match=text):
+        (source * 2).backward(torch.ones(3, device=other))
+    with pytest.raises(RuntimeError, match=text):
+        torch.autograd.grad(source * 2, source, torch.ones(3, device=other))
+
+
+def test_a_function_may_lead_to_another_device() -> None:
+    """Its gradient comes back to where its input is."""
+
+    class Up(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, source: torch.Tensor) -> torch.Tensor:  # noqa: ARG004  # torch's signature
+            return source.cuda()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # noqa: ARG004  # likewise
+            return grad.cpu()
+
+    source = _leaf("cpu")
+    Up.apply(source).sum().backward()  # type: ignore[no-untyped-call]  # torch's
+
+    assert source.grad is not None
+    assert ("cpu", [1.0] * 3) == (source.grad.device.type, source.grad.tolist())
+
+
+def test_a_users_code_in_backward_is_held_to_devices() -> None:
+    """A Function's and a hook's: as anywhere, and no helper of autograd's."""
+    _Given.given = lambda grad: grad * torch.ones(3)
+    result = _Given.apply(_leaf(), 1.0)  # type: ignore[no-untyped-call]  # torch's
+    hooked = _leaf() * 2
+    hooked.register_hook(lambda grad: grad + torch.ones(3))
+
+    for each in (result, hooked):
+        with pytest.raises(
+            RuntimeError, match="Expected all tensors to be on the same"
+        ):
+            each.sum().backward()
+
+
+def test_what_is_computed_again_goes_where_it_went() -> None:
+    """A checkpointed function names the host, in forward and in backward alike."""
+    places: list[str] = []
+
+    def compute(source: torch.Tensor) -> torch.Tensor:
+        scale = torch.ones_like(source, device="cpu")
+        places.append(scale.device.type)
+        return source.sin() * scale.cuda()
+
+    for use_reentrant in (True, False):
+        source = _leaf()
+        checkpoint(compute, source, use_reentrant=use_reentrant).sum().backward()
+
+        assert source.grad is not None
+        torch.testing.assert_close(source.grad.cpu(), torch.ones(3).cos())
+    assert ["cpu"] * 4 == places
