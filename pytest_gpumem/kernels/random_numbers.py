@@ -14,7 +14,7 @@ import math
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from pytest_gpumem.kernels.reductions import Processors
+    from pytest_gpumem.kernels.reduction_memory import Processors
 
 _BLOCK: Final = 256
 #: What one call of curand moves the offset by, at most.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 import torch
-from pytest_gpumem.kernels.reductions import Processors
+from pytest_gpumem.kernels.reduction_memory import Processors
 from torch.nn import functional
 
 from pytest_gpumem import simulated_device

@@ -277,8 +277,8 @@ def _generators(teller: _Teller) -> None:
     with torch.cuda.graph(graph):
         drawn = torch.rand(10, device="cuda", generator=own)
         other = torch.rand(10, device="cuda")
-        teller.attempt("another seed", lambda: torch.cuda.manual_seed(3))
         seed = torch.cuda.initial_seed()
+        teller.attempt("another seed", lambda: torch.cuda.manual_seed(seed + 1))
         teller.attempt("the same seed", lambda: torch.cuda.manual_seed(seed))
     teller.tell("drawn")
     graph.reset()
