@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 import torch
-from pytest_gpumem.kernels.reduction_memory import Processors
 from torch.nn import functional
 
 from pytest_gpumem import simulated_device
 from pytest_gpumem.kernels.random_numbers import by_iterator, by_permutation
+from pytest_gpumem.kernels.reduction_memory import Processors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
