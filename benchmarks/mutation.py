@@ -159,25 +159,33 @@ def statement(tree: ast.Module, line: int) -> set[int] | None:
     return (found or {line}) if is_inside else None
 
 
-def mutants(source: str) -> list[tuple[int, str]]:
-    """Return the lines of a source that are changed and each changed source."""
-    tree = get_ast(source)
-    lines = source.splitlines()
-    found = []
-    for name in operator_names():
+def mutants(source: str, draw: random.Random) -> list[tuple[int, str]]:
+    """Return changed sources, each with its line: one of each kind at each place.
+
+    Where several operators put something else in the same place (another comparison,
+    another number), one of them is drawn.
+    """
+    tree, lines = get_ast(source), source.splitlines()
+    found: dict[tuple[str, tuple[int, int]], tuple[int, str]] = {}
+    names = list(operator_names())
+    draw.shuffle(names)
+    for name in names:
         operator_class = get_operator(name)
         if operator_class.arguments() or name.startswith(_UNSEEN):
             continue
         operator = operator_class()
-        places = [
-            start[0]
+        starts = [
+            start
             for node in ast_nodes(tree)
             for start, _end in operator.mutation_positions(node)
         ]
-        for occurrence, line in enumerate(places):
-            if lines[line - 1] != "if TYPE_CHECKING:":  # only types are imported there
-                found.append((line, mutate_code(source, operator, occurrence)))
-    return sorted(found)
+        for occurrence, start in enumerate(starts):
+            place = (name.partition("_")[0], start)
+            # Only types are imported in such a block.
+            if place not in found and lines[start[0] - 1] != "if TYPE_CHECKING:":
+                changed = mutate_code(source, operator, occurrence)
+                found[place] = (start[0], changed)
+    return sorted(found.values())
 
 
 def replace_module(name: str, source: str) -> None:
@@ -237,9 +245,9 @@ class Mutation:
             own = {line for path, line in places if path == str(file)}
             if own and seconds < self._options.slow:
                 reached[test] = own
-        wanted = mutants(source)
+        draw = random.Random(self._options.seed)  # noqa: S311  # a repeatable sample
+        wanted = mutants(source, draw)
         if self._options.most is not None:
-            draw = random.Random(self._options.seed)  # noqa: S311  # a repeatable sample
             wanted = draw.sample(wanted, min(self._options.most, len(wanted)))
         self._killers.clear()
         killed = 0
