@@ -321,6 +321,12 @@ DIFFERENT: Final[dict[str, tuple[Any, Any, str]]] = {
         "first at [0]",
     ),
     "beside a mask": (_t(0.5, torch.finfo(HALF).min), _t(9.0, -INF), "at [0]"),
+    "zero where a mask was": (
+        _t(0.5, torch.finfo(torch.float32).min),
+        _t(0.5, 0.0, dtype=HALF),
+        "first at [1]",
+    ),
+    "Python's numbers": (1.0, 1.005, "is 1.005 instead of 1.0"),
     "beside an infinity": (
         _t(0.5, -INF),
         _t(99.0, NAN),
@@ -571,6 +577,17 @@ def test_everything_equals_itself_in_half_precision(values: list[float]) -> None
     assert compare_portraits(tensor, tensor).first is None
     assert compare_portraits(tensor, tensor.to(torch.bfloat16)).first is None
     assert compare_portraits(tensor, tensor.half()).first is None
+
+
+def test_a_portrait_stays_as_it_was() -> None:
+    """What the program later writes into its own tensors and arrays is not in it."""
+    tensor, array = torch.zeros(2), np.zeros(2)
+    painted = portrait([tensor, array])
+
+    tensor.fill_(1.0)
+    array.fill(1.0)
+
+    assert compare_portraits([torch.zeros(2), np.zeros(2)], painted).first is None
 
 
 def test_where_tensors_lie_makes_no_difference() -> None:
