@@ -117,10 +117,6 @@ class Attempt:
         )
 
 
-def _all(_error: BaseException) -> bool:
-    return True
-
-
 @dataclass(kw_only=True)
 class Trial:
     """Runs code again and again from the same start.
@@ -157,7 +153,7 @@ class Trial:
         *rules: str | Rule,
         budget_bytes: int | None = None,
         timeout_s: float | None = None,
-        catches: Callable[[BaseException], bool] = _all,
+        catches: Callable[[BaseException], bool] = lambda _error: True,
     ) -> Attempt:
         """Run once.
 

@@ -17,6 +17,7 @@ import torch
 from pytest_gpumem import active_device
 from pytest_gpumem.devices.default_device import clear_default_device
 from pytest_gpumem.devices.simulated.install import simulated_device
+from pytest_gpumem.instruments import surroundings
 from pytest_gpumem.instruments.surroundings import (
     Defaults,
     RandomState,
@@ -172,6 +173,26 @@ def test_a_default_device_is_put_back_too() -> None:
     clear_default_device()
 
     assert found == torch.device("cuda:0")
+
+
+def test_a_setting_that_torch_could_not_tell_is_not_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It was told it in two ways that differ; what there was is not known."""
+    answers = iter([RuntimeError("two ways"), 1])
+    written: list[object] = []
+
+    def read() -> object:
+        answer = next(answers)
+        if isinstance(answer, RuntimeError):
+            raise answer
+        return answer
+
+    setting = surroundings._Setting("a precision", read, written.append)
+    monkeypatch.setattr(surroundings, "_SETTINGS", (setting,))
+    Defaults().restore()
+
+    assert [] == written
 
 
 def test_hooks_of_all_modules_are_taken_away_but_for_those_of_before() -> None:
