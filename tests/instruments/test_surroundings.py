@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import operator
 import random
@@ -21,6 +22,7 @@ from pytest_gpumem.instruments import surroundings
 from pytest_gpumem.instruments.surroundings import (
     Defaults,
     RandomState,
+    frozen_heap,
     num_ooms,
     settle,
     wait_for_threads,
@@ -211,6 +213,24 @@ def test_hooks_of_all_modules_are_taken_away_but_for_those_of_before() -> None:
 
     assert [each[:34] for each in changed] == ["the set of global module hooks is "]
     assert seen == ["kept"]
+
+
+@pytest.mark.usefixtures("thawed_heap")
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_a_heap_is_frozen_for_a_block(*, is_frozen: bool) -> None:
+    """What the program has frozen itself stays frozen."""
+    if is_frozen:
+        gc.freeze()
+
+    counts = [gc.get_freeze_count()]
+    with frozen_heap() as thawed:
+        counts.append(gc.get_freeze_count())
+        with thawed():
+            counts.append(gc.get_freeze_count())
+    counts.append(gc.get_freeze_count())
+
+    frozen_there = [True] * 4 if is_frozen else [False, True, False, False]
+    assert frozen_there == [count > 0 for count in counts]
 
 
 def test_failed_allocations_of_all_cards_count() -> None:
