@@ -79,8 +79,9 @@ def test_it_may_take_what_is_free():
         {
             "limit": SIZE,
             "metric": "`allocated` (bytes in live tensors), `reserved` (what the "
-            "allocator holds from the driver) or `process` (the driver's count: "
-            "reserved and context)",
+            "allocator holds from the driver), `process` (the driver's count: "
+            "reserved and context) or `fragmented` (reserved and not allocated while "
+            "most is allocated; on simulated cards)",
             "device": "the card's index; `None` means each card",
             "phase": "`call`, `test` (setup and teardown too) or `children` (each process "
             "that the test starts)",

@@ -70,14 +70,16 @@ class LimitWatch:
 
     Args:
         limit_bytes: The limit, inclusive.
-        metric: ``"allocated"``, ``"reserved"`` or ``"process"`` (reserved and context;
-            the latter is not watched, so a limit on it is noticed a little late).
+        metric: ``"allocated"``, ``"reserved"``, ``"fragmented"`` (reserved and not
+            allocated as most is allocated) or ``"process"`` (reserved and context; the
+            latter is not watched, so a limit on it is noticed a little late).
         device_index: The card.
         device: Where to watch.
         witness: Told of the moment, where there is one.
 
     Attributes:
-        site: ``"file.py:42 in function (phase)"`` of the request that went over, as
+        site: ``"file.py:42 in function (phase)"`` of the request that went over (of
+            ``"fragmented"``, of the one that most was allocated with), as
             near to the user's code as can be told; None if none did, or if the device
             cannot tell (a real card).
     """
@@ -97,6 +99,7 @@ class LimitWatch:
         self._index = device_index
         self._device = device
         self._stack = ExitStack()
+        self._most_allocated = 0
         self.site: str | None = None
 
     def __enter__(self) -> LimitWatch:  # noqa: PYI034  # Self needs Python 3.11
@@ -109,12 +112,24 @@ class LimitWatch:
     def _watch(
         self, device_index: int, allocated: int, reserved: int
     ) -> Callable[[int], None] | None:
-        if self.site is not None or device_index != self._index:
+        if device_index != self._index:
+            return None
+        if self._metric == "fragmented":
+            self._watch_peak(allocated, reserved - allocated)
+            return None
+        if self.site is not None:
             return None
         if (allocated if self._metric == "allocated" else reserved) <= self._limit:
             return None
         self.site = describe_site(calling_frame())
         return None if self._witness is None else self._tell
+
+    def _watch_peak(self, allocated: int, fragmented: int) -> None:
+        """Note where the peak is so far, if the limit is broken there."""
+        if allocated > self._most_allocated:
+            self._most_allocated = allocated
+            is_over = fragmented > self._limit
+            self.site = describe_site(calling_frame()) if is_over else None
 
     def _tell(self, nbytes: int) -> None:
         """Describe the moment as soon as the device can be asked."""

@@ -92,6 +92,13 @@ class Limits:
         """Return what is wrong with one card's peak; empty if nothing is."""
         about: str = bound.limit.metric
         peak = figures.peak(about)
+        if peak is None and about == "fragmented":
+            return (
+                "max_vram(metric='fragmented') cannot be checked on "
+                f"cuda:{bound.device_index}: PyTorch does not tell what was reserved "
+                "while most was allocated; run the test on a simulated card, or limit "
+                "metric='reserved'"
+            )
         if peak is None and figures.peak_reserved_bytes > bound.nbytes:
             peak, about = figures.peak_reserved_bytes, f"{about} at least"
         if peak is None:
@@ -149,7 +156,9 @@ class Limits:
         watch = self._sites.get(bound)
         where = f"in the test's {phase}"
         if watch is not None and watch.site:
-            where = f"first over the limit at {watch.site}"
+            is_late = bound.limit.metric == "fragmented"
+            how = "most was allocated" if is_late else "first over the limit"
+            where = f"{how} at {watch.site}"
         if figures.start_allocated_bytes:
             start = format_size(figures.start_allocated_bytes)
             where += f"; {start} were allocated before the {phase} began"

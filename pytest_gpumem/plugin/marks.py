@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 #: Kinds of reports that show timelines.
 DETAILED: Final = ("json", "html")
 
-METRICS: Final = ("allocated", "reserved", "process")
+METRICS: Final = ("allocated", "reserved", "process", "fragmented")
 
 PHASES: Final = ("call", "test", "children")
 
@@ -28,9 +28,9 @@ DESCRIPTIONS: Final = (
     "gpu_budget(size, *, device=0): bytes of a card that this test may hold, "
     "inclusive; overrides --gpu-budget",
     "max_vram(limit, *, metric='allocated', device=None, phase='call'): fail the test "
-    "if its peak is above the limit; metric is allocated, reserved or process, device "
-    "a card's index (None: each), phase call, test (setup and teardown too) or "
-    "children (each process that the test starts)",
+    "if its peak is above the limit; metric is allocated, reserved, process or "
+    "fragmented, device a card's index (None: each), phase call, test (setup and "
+    "teardown too) or children (each process that the test starts)",
     "max_vram_leak(size=0): fail the test if it leaves more bytes on the cards",
     "requires_vram(size, *, device=0): bytes of a card that this test needs; it runs "
     "once no worker claims them, and is skipped where no card has that much",

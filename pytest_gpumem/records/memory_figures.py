@@ -8,7 +8,9 @@ from typing import Final
 from pytest_gpumem.records.codec import Count  # noqa: TC001  # types are read
 
 #: Figures that may be not known.
-OPTIONAL: Final = frozenset({"peak_process_bytes", "peak_card_bytes"})
+OPTIONAL: Final = frozenset(
+    {"peak_process_bytes", "peak_card_bytes", "peak_fragmented_bytes"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,9 @@ class MemoryFigures:
             if NVML was not asked, or does not report them.
         end_requested_bytes: Asked for and alive at the block's end.
         end_active_bytes: In blocks not reusable at its end.
+        peak_fragmented_bytes: Reserved and not allocated at the moment in which most was
+            allocated, as an OOM's text has "reserved by PyTorch but unallocated"; None
+            on a real card, of which PyTorch does not tell what was at one moment.
     """
 
     device_index: Count
@@ -51,11 +56,13 @@ class MemoryFigures:
     peak_card_bytes: Count | None = None
     end_requested_bytes: Count = 0
     end_active_bytes: Count = 0
+    peak_fragmented_bytes: Count | None = None
 
     def peak(self, metric: str) -> int | None:
-        """Return the peak of ``"allocated"``, ``"reserved"`` or ``"process"`` bytes.
+        """Return the peak of a limit's metric.
 
-        Only the last can be None, if the driver does not report it.
+        That of ``"process"`` is None where the driver does not tell, and that of
+        ``"fragmented"`` on a real card.
         """
         value: int | None = getattr(self, f"peak_{metric}_bytes")
         return value

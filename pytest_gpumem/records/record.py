@@ -27,7 +27,7 @@ VerdictName = Literal[
 
 
 #: The metrics of limits, and the phases for which they hold.
-Metric = Literal["allocated", "reserved", "process", "leak"]
+Metric = Literal["allocated", "reserved", "process", "fragmented", "leak"]
 LimitPhase = Literal["call", "test", "children"]
 
 

@@ -17,6 +17,8 @@ TOP: Final = 20
 _HEAD: Final = ("peak allocated", "peak reserved", "left", "OOMs", "retries", "test")
 #: Shown as well where the driver was asked.
 _DRIVER_HEAD: Final = ("peak process", "peak card")
+#: Shown with ``-v`` where it is known.
+_FRAGMENTED: Final = "fragmented"
 
 
 class _Row(NamedTuple):
@@ -43,6 +45,12 @@ def peak_table(tests: Iterable[Record], *, detailed: bool) -> list[str]:
     shown = shown[: len(shown) - hidden]
     many = len({row.figures.device_index for row in shown}) > 1
     cells = [_HEAD, *(_cells(row, name_device=many) for row in shown)]
+    if detailed and any(row.figures.peak_fragmented_bytes for row in shown):
+        bytes_of = [row.figures.peak_fragmented_bytes for row in shown]
+        column = [_FRAGMENTED, *(format_size(n) if n else "-" for n in bytes_of)]
+        cells = [
+            (*own[:-1], more, own[-1]) for own, more in zip(cells, column, strict=True)
+        ]
     if detailed and any(_tells_more(row.figures) for row in shown):
         told = [_DRIVER_HEAD, *(_driver_cells(row.figures) for row in shown)]
         cells = [

@@ -285,3 +285,48 @@ def test_the_process_metric_counts_the_context(pytester: pytest.Pytester) -> Non
     small.assert_outcomes(passed=1)
     large.assert_outcomes(failed=1)
     large.stdout.fnmatch_lines(["*above max_vram: process 101 MiB (*"])
+
+
+FRAGMENTING = """
+import pytest
+import torch
+
+MIB = 2**20
+
+
+def holes():
+    # Thirteen blocks in one segment of 20 MiB; what is freed of it is of no use to 18.
+    kept = [torch.empty(3 * MIB // 2, device="cuda", dtype=torch.uint8) for _ in range(13)]
+    del kept[::2]
+    kept.append(torch.empty(18 * MIB, device="cuda", dtype=torch.uint8))
+    return kept
+
+
+@pytest.mark.max_vram(LIMIT, metric="fragmented")
+def test_it():
+    kept = holes()
+    del kept
+    # Most of the card's memory is now cached, which is no fragment.
+    torch.empty(MIB, device="cuda", dtype=torch.uint8)
+"""
+#: Two segments of 20 and 18 MiB, with six blocks of 1.5 MiB and one of 18 in them.
+FRAGMENTS = (20 + 18) * 2**20 - (6 * 3 * 2**20 // 2 + 18 * 2**20)
+
+
+@pytest.mark.parametrize("spare", [0, -1])
+def test_a_limit_on_fragments_counts_what_is_unused_at_the_peak(
+    pytester: pytest.Pytester, spare: int
+) -> None:
+    """At the limit it holds, one byte below it does not; the peak's line is named."""
+    code = FRAGMENTING.replace("LIMIT", str(FRAGMENTS + spare))
+    pytester.makepyfile(code)
+
+    result = pytester.runpytest("-v", "--gpu-card=T4")
+
+    result.assert_outcomes(passed=1 + spare, failed=-spare)
+    lines = [
+        "*above max_vram: fragmented 11 MiB *",
+        "most was allocated at *.py:11 in holes*",
+    ]
+    result.stdout.fnmatch_lines(lines if spare else [])
+    result.stdout.fnmatch_lines(["peak allocated *retries  fragmented  test"])

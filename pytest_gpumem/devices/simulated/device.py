@@ -50,6 +50,7 @@ class SimulatedTracker:
             self._start_retries = allocator.num_alloc_retries
             self._allocated = allocator.allocated_bytes
             self._reserved = allocator.reserved_bytes
+            self._fragmented = self._reserved - self._allocated
             self._requested = allocator.requested_bytes
             self._active = allocator.active_bytes
         card.watchers.append(self._watch)
@@ -58,7 +59,9 @@ class SimulatedTracker:
         # Every figure only grows while an allocation is served, so a look after
         # each one sees every peak.
         allocator = self._allocator
-        self._allocated = max(self._allocated, allocator.allocated_bytes)
+        if allocator.allocated_bytes > self._allocated:
+            self._allocated = allocator.allocated_bytes
+            self._fragmented = allocator.reserved_bytes - self._allocated
         self._reserved = max(self._reserved, allocator.reserved_bytes)
         self._requested = max(self._requested, allocator.requested_bytes)
         self._active = max(self._active, allocator.active_bytes)
@@ -87,6 +90,7 @@ class SimulatedTracker:
             peak_process_bytes=self._reserved + context_bytes,
             end_requested_bytes=allocator.requested_bytes,
             end_active_bytes=allocator.active_bytes,
+            peak_fragmented_bytes=self._fragmented,
         )
 
     def close(self) -> MemoryFigures:

@@ -238,9 +238,10 @@
     for (const each of test.fallbacks) out.push(...staircase(each));
     for (const each of test.sweeps) out.push(...sweep(each));
     if (test.figures.length) {
-      out.push(el("h3", {}, "Figures"), grid([["phase", 0], ["card", 0], ["allocated", 1], ["reserved", 1], ["requested", 1], ["active", 1], ["process", 1], ["left", 1], ["OOMs", 1], ["retries", 1]],
+      out.push(el("h3", {}, "Figures"), grid([["phase", 0], ["card", 0], ["allocated", 1], ["reserved", 1], ["requested", 1], ["active", 1], ["process", 1], ["fragmented", 1], ["left", 1], ["OOMs", 1], ["retries", 1]],
         test.figures.map((f) => [f.phase, "cuda:" + f.device_index, bytes(f.peak_allocated_bytes), bytes(f.peak_reserved_bytes), bytes(f.peak_requested_bytes),
-          bytes(f.peak_active_bytes), f.peak_process_bytes === null || f.peak_process_bytes === undefined ? "–" : bytes(f.peak_process_bytes), bytes(f.end_allocated_bytes), f.num_ooms, f.num_alloc_retries])));
+          bytes(f.peak_active_bytes), f.peak_process_bytes === null || f.peak_process_bytes === undefined ? "–" : bytes(f.peak_process_bytes),
+          f.peak_fragmented_bytes === null || f.peak_fragmented_bytes === undefined ? "–" : bytes(f.peak_fragmented_bytes), bytes(f.end_allocated_bytes), f.num_ooms, f.num_alloc_retries])));
     }
     if (test.fixtures.length) {
       out.push(el("h3", {}, "Fixtures of wider scope"), grid([["fixture", 0], ["scope", 0], ["bytes", 1]], test.fixtures.map((f) => [f.name, f.scope, bytes(f.bytes)])));
