@@ -125,7 +125,7 @@ def _properties(version: str) -> str:
 def _text(
     name: str, total_gib: float, capability: tuple[int, int], sms: int, l2_mib: int
 ) -> Card:
-    """Return a card whose total is known as an OOM text has it, to 0.01 GiB."""
+    """Return a card whose total is known from an OOM text, to 0.01 GiB."""
     return Card(
         name,
         round(total_gib * 2**30),

@@ -1,4 +1,4 @@
-"""What this machine has, what the plugin would do on it, and what is amiss."""
+"""Reports what this machine has, what the plugin would do on it, and problems."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _LITTLE: Final = 4 * 2**30
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something amiss; ``is_fatal`` if tests cannot run for it."""
+    """A problem; ``is_fatal`` if tests cannot run because of it."""
 
     what: str
     advice: str
@@ -49,14 +49,14 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Examination:
-    """What was found.
+    """The findings.
 
     Attributes:
         facts: By name, plain values.
         backend: What ``--gpu-backend=auto`` chooses.
         reason: Why.
         card: The card of a run that names none.
-        problems: What is amiss, the worst first.
+        problems: The problems, the worst first.
     """
 
     facts: dict[str, Any]
@@ -90,7 +90,7 @@ class Examination:
 
 
 def examine() -> Examination:
-    """Look at this machine. Imports torch if there is one; touches no card."""
+    """Examine this machine. Imports torch if there is one; uses no card."""
     problems: list[Problem] = []
     choice = choose("auto")
     facts: dict[str, Any] = {
@@ -162,7 +162,7 @@ def _environment(problems: list[Problem]) -> dict[str, Any]:
 
 
 def _room(problems: list[Problem]) -> dict[str, Any]:
-    """Return what there is of memory and disk."""
+    """Return the sizes of memory and disk."""
     folder = cache_folder()
     there = next(each for each in (folder, *folder.parents) if each.is_dir())
     free = shutil.disk_usage(there).free
@@ -189,7 +189,7 @@ def _room(problems: list[Problem]) -> dict[str, Any]:
 
 
 def _host_bytes() -> int:
-    """Return the host's memory; 0 where the system does not say."""
+    """Return the host's memory in bytes; 0 if the system does not report it."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):

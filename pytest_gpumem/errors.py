@@ -1,10 +1,10 @@
-"""The errors of pytest-gpumem; torch's own errors are raised as torch's own."""
+"""The errors of pytest-gpumem; errors of torch keep torch's classes."""
 
 from __future__ import annotations
 
 
 class GpuMemError(Exception):
-    """Base of every error that pytest-gpumem raises on its own account."""
+    """The base class of pytest-gpumem's own errors."""
 
 
 class SizeError(GpuMemError, ValueError):
@@ -58,7 +58,7 @@ class BudgetError(GpuMemError, ValueError):
 
 
 class TenantError(GpuMemError, RuntimeError):
-    """A competing process cannot hold what it is to hold."""
+    """A competing process cannot get the bytes that it was asked to hold."""
 
 
 class AdmissionTimeoutError(GpuMemError, TimeoutError):
@@ -69,7 +69,7 @@ class SharedFolderError(GpuMemError, PermissionError):
     """A folder or lock that processes share is not safe to use.
 
     Attributes:
-        path: What is not.
+        path: The folder or lock.
     """
 
     def __init__(self, message: str, *, path: str) -> None:
@@ -78,11 +78,11 @@ class SharedFolderError(GpuMemError, PermissionError):
 
 
 class AllocatorSettingError(GpuMemError, ValueError):
-    """The environment's settings of the caching allocator cannot be honoured."""
+    """The simulated card cannot follow the environment's settings of the allocator."""
 
 
 class DeviceUnavailableError(GpuMemError, RuntimeError):
-    """The wanted device is not on this machine, or not yet made."""
+    """The requested device is not on this machine, or does not exist yet."""
 
 
 class UnsupportedOnSimulatedDeviceError(GpuMemError, NotImplementedError):
@@ -121,8 +121,8 @@ class NoValuesError(GpuMemError, RuntimeError):
 class HostMemoryError(GpuMemError):
     """The host has no room for the values that a simulated card holds.
 
-    No handler takes it for the card's own error: the card has room, and a smaller batch
-    is not the remedy.
+    It is not an error of the card, and handlers of OOMs do not catch it: the card has
+    room, and a smaller batch does not help.
     """
 
     def __init__(self) -> None:
@@ -139,7 +139,7 @@ class SweepError(GpuMemError, ValueError):
 
 
 class GrowthError(GpuMemError, AssertionError):
-    """What a loop holds of the cards grows from step to step."""
+    """The memory of a loop on the cards grows from step to step."""
 
 
 class PlanError(GpuMemError, ValueError):

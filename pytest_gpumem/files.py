@@ -1,4 +1,4 @@
-"""Files that are whole or not there at all."""
+"""Writes files completely or not at all, and locks them."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP})
 def write_atomically(path: str | os.PathLike[str], text: str | Iterable[str]) -> None:
     """Write a text file so that a reader finds the old text or all of the new.
 
-    Folders on the way are made. Of a file that is replaced, permissions and owner are
-    kept. A symbolic link stays one: the file that it names is replaced. What is no
-    regular file (``/dev/stdout``, a pipe) cannot be replaced and is written to.
+    Missing folders are made. A replaced file keeps its permissions and owner. A symbolic
+    link stays a link: the file that it names is replaced. A file that is not regular
+    (``/dev/stdout``, a pipe) cannot be replaced; the text is written to it.
     A lone surrogate, as names in another encoding have, becomes the escape that JSON
     reads as the same.
 
@@ -68,7 +68,7 @@ def why_not_writable(path: Path) -> str | None:
     Nothing is made or changed.
 
     Args:
-        path: The file; it need not be there.
+        path: The file; it need not exist.
     """
     try:
         folder = Path(os.path.realpath(path)).parent
@@ -88,10 +88,10 @@ def why_not_writable(path: Path) -> str | None:
 
 @contextmanager
 def locked(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Have a file for this process alone, among those that ask so: read, change, write.
+    """Lock a file against other callers of this function, to read, change and write it.
 
-    The lock is a hidden file beside the one that a symbolic link, if it is one, names;
-    it is removed afterwards. Where the file system has no locks there is none.
+    The lock is a hidden file beside the file (for a symbolic link, beside its target). It
+    is removed afterwards. On a file system without locks there is none.
 
     Args:
         path: The file; it need not be there.
@@ -178,8 +178,8 @@ def _write(path: str | os.PathLike[str], pieces: Iterable[bytes]) -> None:
 def _take_rights(temporary: Path, target: Path) -> None:
     """Give a file the rights of the one that it replaces, or those of any new file.
 
-    The process's umask can only be read by changing it, for all threads; a new file
-    shows what it leaves.
+    The process's umask can only be read by changing it for all threads, so it is taken
+    from the rights of a new file.
     """
     try:
         before = target.stat()

@@ -1,8 +1,8 @@
 """Observers that cannot harm the program they observe.
 
-What looks at an allocation runs in the middle of the program that makes it. An error
-there must not reach that program: the observer is dropped instead, and the run says so
-at its end.
+An observer of allocations runs in the middle of the program that allocates. An error of
+the observer must not reach that program: the observer is dropped instead, and the run
+says so at its end.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _dropped: Final[dict[str, None]] = {}
 class Guarded:
     """An observer that is dropped once it has raised.
 
-    It answers None then, and so does what it gave back to be called later.
+    From then on it returns None, and so do the functions that it returned before.
     """
 
     def __init__(self, observe: Callable[..., Any]) -> None:
         self._observe: Callable[..., Any] | None = observe
 
     def __call__(self, *args: Any) -> Any:
-        """Observe; never raises but for what interrupts the program itself."""
+        """Call the observer; raises only errors that interrupt the program itself."""
         if self._observe is None:
             return None
         try:
@@ -42,7 +42,7 @@ class Guarded:
 
 
 def guarded(look: Callable[[], _T], *, otherwise: _T) -> _T:
-    """Return what a look at the program tells, or something else if it fails."""
+    """Return the result of a function that observes the program; a default if it fails."""
     try:
         return look()
     except Exception as error:  # noqa: BLE001  # likewise
@@ -51,7 +51,7 @@ def guarded(look: Callable[[], _T], *, otherwise: _T) -> _T:
 
 
 def note_dropped(observe: Callable[..., Any], error: Exception) -> None:
-    """Keep, to be told at the end of the run, that an observer has failed, in words."""
+    """Note that an observer has failed, for the end of the run."""
     name = getattr(observe, "__qualname__", type(observe).__qualname__)
     home = getattr(observe, "__module__", "")
     last = traceback.extract_tb(error.__traceback__)[-1]
@@ -67,7 +67,7 @@ def note_dropped(observe: Callable[..., Any], error: Exception) -> None:
 
 
 def take_dropped() -> list[str]:
-    """Return what became of observers since the last call, and forget it."""
+    """Return and forget the failures of observers since the last call."""
     found = list(_dropped)
     _dropped.clear()
     return found

@@ -1,7 +1,7 @@
-"""What child processes take over from a run: one environment variable, as JSON.
+"""The settings that child processes take over: one environment variable, as JSON.
 
-A run of pytest sets the variable; ``pytest_gpumem.children`` heeds it at the start of
-every Python process below, before any code of its own.
+A run of pytest sets the variable. ``pytest_gpumem.children`` reads it at the start of
+every Python process below, before any code of that process runs.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Inheritance(NamedTuple):
         return numbers_of(self.visible, [uuid_of(number) for number in range(count)])
 
     def indices_here(self, visible: str | None, count: int) -> list[int]:
-        """Return what the run calls each card that this process sees.
+        """Return the run's index of each card that this process sees.
 
         Args:
             visible: This process's ``CUDA_VISIBLE_DEVICES``.
@@ -128,7 +128,7 @@ def tenancy_root() -> str:
 
 
 def run_folder(run: str) -> str:
-    """Return where the processes of one run note what they hold of simulated cards."""
+    """Return the folder in which a run's processes note their bytes of simulated cards."""
     return os.path.join(tenancy_root(), f"run-{run}")  # noqa: PTH118  # light
 
 
@@ -164,7 +164,7 @@ def _entries(visible: str | None) -> list[str]:
 
 
 def pass_budget_on(index: int, budget_bytes: int | None) -> None:
-    """Let children started from here on have a card's budget, or none.
+    """Pass a card's budget, or None, on to children that start from here on.
 
     Nothing happens outside a run of pytest.
     """
@@ -207,7 +207,7 @@ def pass_tenant_on(index: int, pid: int, nbytes: int) -> None:
 
 
 def _given_now() -> Inheritance | None:
-    """Return what the environment says; None outside a run of pytest."""
+    """Return the settings in the environment; None outside a run of pytest."""
     text = os.environ.get(VARIABLE)
     if not text:
         return None

@@ -1,4 +1,4 @@
-"""Sizes as people write them, and as bytes."""
+"""Converts sizes between bytes and the texts that people write."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _INDEX: Final = re.compile(r"[0-9]{1,4}")
 
 @dataclass(frozen=True, slots=True)
 class SizeSpec:
-    """A size that may be a share of a card not known yet.
+    """A size that may be a percentage of a card that is not known yet.
 
     Attributes:
         text: As it was written.

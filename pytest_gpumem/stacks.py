@@ -1,7 +1,7 @@
-"""Read the stack of a program that runs, and change nothing of it.
+"""Reads the stack of a running program without changing it.
 
-What is read is held by nobody afterwards, no dictionary of the program's is touched, and
-nothing of the program is called.
+No reference to the objects that were read is kept, no dictionary of the program is
+changed, and no code of the program is called.
 
 Note [Variables of a running function]
 Before Python 3.13 a look at a frame's ``f_locals`` writes: it brings the one dictionary of
@@ -63,7 +63,7 @@ def frames_from(frame: FrameType | None) -> Iterator[FrameType]:
 def calling_frame() -> FrameType:
     """Return the frame that called the function which asks.
 
-    Not the function's own: that would hold itself.
+    The function's own frame would refer to itself.
     """
     return sys._getframe(2)  # noqa: SLF001  # the documented way to walk a stack
 
@@ -83,7 +83,7 @@ def is_users_own(filename: str) -> bool:
 
 @functools.lru_cache(maxsize=1)
 def _installed() -> tuple[str, ...]:
-    """Return the directories of what is installed, each with its separator."""
+    """Return the directories of installed packages, each with its separator."""
     paths = sysconfig.get_paths()
     found = [paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     found += [*site.getsitepackages(), site.getusersitepackages()]
@@ -105,12 +105,12 @@ def short_path(filename: str) -> str:
 
 
 def variables_of(frame: FrameType, *names: str) -> dict[str, Any]:
-    """Return a frame's variables, all or those of such names.
+    """Return a frame's variables: all of them, or those with given names.
 
     See Note [Variables of a running function].
 
-    Limits: nothing is known of functions on an interpreter before 3.13 that is no
-    ordinary 64-bit CPython.
+    Limits: before Python 3.13 this works only on an ordinary 64-bit CPython; elsewhere
+    the variables of functions are not known.
     """
     is_function = frame.f_code.co_flags & inspect.CO_OPTIMIZED
     if is_function and sys.version_info < (3, 13):
@@ -120,7 +120,7 @@ def variables_of(frame: FrameType, *names: str) -> dict[str, Any]:
 
 
 class _Layout(NamedTuple):
-    """Where the parts of a frame are, in bytes from its start."""
+    """The offsets of the parts of a frame, in bytes."""
 
     is_apart: bool
     code: int
@@ -145,7 +145,7 @@ _layout: Final = _LAYOUTS.get(sys.version_info[:2]) if _is_ordinary else None
 
 
 def _start(frame: FrameType) -> int | None:
-    """Return where the interpreter has a frame; None where that is not known."""
+    """Return the address of the interpreter's frame; None if it is not known."""
     if _layout is None:
         return None
     start = id(frame)
@@ -165,7 +165,7 @@ def _object(address: int) -> Any:
 
 @functools.lru_cache(maxsize=512)
 def _slots(code: CodeType) -> dict[str, tuple[int, bool]]:
-    """Return each variable's place among a function's, and whether a cell is there."""
+    """Return each variable's index in its function, and whether it is a cell."""
     cells = code.co_cellvars
     if sys.version_info >= (3, 11):  # an argument that is a cell has one slot
         cells = tuple(name for name in cells if name not in code.co_varnames)
@@ -198,10 +198,10 @@ def _in_slots(frame: FrameType, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def clear_frame(frame: FrameType) -> None:
-    """Let go of what a frame holds, unless it still runs or will run on.
+    """Clear the variables of a frame, unless it still runs or will continue.
 
-    A dictionary that a look at ``f_locals`` has left there (pytest's tracebacks look,
-    before Python 3.13) is emptied too, unless the program has it.
+    Before Python 3.13 reading ``f_locals`` leaves a dictionary in the frame, and pytest's
+    tracebacks read it. This dictionary is emptied, too, unless the program refers to it.
     """
     code = frame.f_code
     if code.co_flags & _SUSPENDS and code.co_code[max(frame.f_lasti, 0)] in _YIELDS:

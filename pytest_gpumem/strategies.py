@@ -26,8 +26,8 @@ def budgets(
     """Return a strategy for budgets, in bytes; it shrinks to the smallest.
 
     Args:
-        min_size: The least, in bytes or as text.
-        max_size: The most, likewise.
+        min_size: The smallest size, in bytes or as text.
+        max_size: The largest size, in bytes or as text.
 
     Raises:
         SizeError: One of them is not a size.
@@ -90,7 +90,7 @@ def schedules(
     It shrinks to the fewest faults, and those to the earliest allocations.
 
     Args:
-        max_faults: At most so many; at least one.
+        max_faults: The largest number of faults; the smallest is one.
         phases: As for ``rules``.
         flavours: As for ``rules``.
         max_nth: As for ``rules``.

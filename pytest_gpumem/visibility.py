@@ -1,4 +1,4 @@
-"""Which of a machine's cards a process sees: ``CUDA_VISIBLE_DEVICES``, as CUDA reads it.
+"""Finds the cards that a process sees: reads ``CUDA_VISIBLE_DEVICES`` as CUDA does.
 
 Note [When the variable is read]
 CUDA reads it once in each process, when it is first used, and never again; what torch
@@ -35,7 +35,7 @@ def uuid_of(number: int) -> str:
 
 
 def visible_numbers(count: int) -> tuple[int, ...]:
-    """Return which of so many simulated cards a process sees that uses CUDA now."""
+    """Return the simulated cards that a process sees if it uses CUDA now."""
     return numbers_of(os.environ.get(VARIABLE), [uuid_of(i) for i in range(count)])
 
 
@@ -66,9 +66,9 @@ def numbers_of(listed: str | None, uuids: Sequence[str]) -> tuple[int, ...]:
 
 
 def visible_names(listed: str) -> list[int] | list[str]:
-    """Return what a value of the variable names: indices, or beginnings of UUIDs.
+    """Return the entries of a value of the variable: indices, or beginnings of UUIDs.
 
-    The names of MIG instances are as they stand.
+    The names of MIG instances are returned unchanged.
     """
     for prefix in _PREFIXES:
         if listed.startswith(prefix):
@@ -93,5 +93,5 @@ def visible_names(listed: str) -> list[int] | list[str]:
 
 
 def why_hidden() -> str:
-    """Return how the variable hides every card, as half a sentence."""
+    """Return how the variable hides every card, as a part of a sentence."""
     return f"{VARIABLE}={os.environ.get(VARIABLE, '')!r} hides every card"

@@ -152,7 +152,7 @@ def check_options(
     seed: int = 0,
     max_shard_size: str | int | None = None,
 ) -> None:
-    """Refuse options of ``make_checkpoint`` that make no sense.
+    """Reject options of ``make_checkpoint`` that make no sense.
 
     Raises:
         CheckpointError: One of them, or two together, cannot be had.
@@ -204,7 +204,7 @@ def resolve_checkpoint(
 
 
 def check_checkpoint(name_or_path: str | os.PathLike[str]) -> None:
-    """Refuse what ``resolve_checkpoint`` would refuse; nothing is built.
+    """Reject what ``resolve_checkpoint`` would reject, without building anything.
 
     Raises:
         CheckpointError: Neither a whole checkpoint's folder nor a known name.

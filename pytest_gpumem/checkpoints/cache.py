@@ -1,4 +1,4 @@
-"""Where checkpoints are kept, and how they come to be whole or not at all."""
+"""The cache of checkpoints, and building them completely or not at all."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _log: Final = logging.getLogger(__name__)
 
 
 def cache_folder(given: str | os.PathLike[str] | None = None) -> Path:
-    """Return the cache: as given, else ``PYTEST_GPUMEM_CACHE``, else the user's."""
+    """Return the cache: the given one, ``PYTEST_GPUMEM_CACHE``, or the user's."""
     if given is not None:
         return Path(given)
     named = os.environ.get("PYTEST_GPUMEM_CACHE")
@@ -57,7 +57,7 @@ def find_damage(
     *,
     check_all: bool = False,
 ) -> str | None:
-    """Return what is wrong with a checkpoint that was built here, None if nothing.
+    """Return what is wrong with a checkpoint that was built here; None if nothing is.
 
     Args:
         folder: The checkpoint.
@@ -109,7 +109,7 @@ def build_into(  # keyword-only
     in_cache: bool = True,
     check_all: bool = False,
 ) -> None:
-    """Make sure that ``target`` holds what ``build`` writes, whole.
+    """Make sure that ``target`` holds everything that ``build`` writes.
 
     ``build`` writes into a folder beside the target, which is then renamed. In the
     cache, a lock lets one process build while others wait. Elsewhere no lock file is
@@ -252,7 +252,7 @@ def _sample(file: Path) -> str:
 
 
 def _digest(file: Path) -> str:
-    """Return the digest of a file's bytes; a hole counts by its place, unread."""
+    """Return the digest of a file's bytes; of a hole only the position is read."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
@@ -290,7 +290,7 @@ def _next_hole(descriptor: int, position: int, size: int) -> int:
 
 
 def check_room(folder: Path, nbytes: int) -> None:
-    """Refuse to begin what the disk cannot hold.
+    """Raise an error if the disk cannot hold a checkpoint.
 
     Raises:
         CheckpointError: Fewer than ``nbytes`` are free.

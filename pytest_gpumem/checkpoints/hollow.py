@@ -1,8 +1,8 @@
-"""Checkpoints without contents: sparse files whose weights are all zero.
+"""Writes checkpoints without contents: sparse files whose weights are all zero.
 
-A checkpoint that is larger than the disk, or whose values nobody will read, is
-written as safetensors files with real headers and a hole in place of the data: they
-have their full size, read as zeros, and take next to no room.
+A checkpoint that is larger than the disk, or whose values are not needed, is written as
+safetensors files with real headers and a hole instead of the data. The files have their
+full size, read as zeros, and take almost no disk space.
 """
 
 from __future__ import annotations

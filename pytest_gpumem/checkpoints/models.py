@@ -1,4 +1,4 @@
-"""Which model a checkpoint is of: known names, or any transformers config."""
+"""The models of checkpoints: known names, or any transformers config."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ class ModelSpec:
     """A model to build.
 
     Attributes:
-        name: For people and folder names.
+        name: The name for people and folders.
         config_dict: The config's entries, with ``model_type``.
         architecture: Class name of transformers; None means an auto class.
     """
@@ -166,7 +166,7 @@ def model_spec(
     *,
     architecture: str | None = None,
 ) -> ModelSpec:
-    """Return what to build for a name, a path or a config.
+    """Return the model to build for a name, a path or a config.
 
     Raises:
         CheckpointError: It is none of them.

@@ -1,4 +1,4 @@
-"""The weight files of a checkpoint: the legacy format, and whether all are there."""
+"""The weight files of a checkpoint: writes the legacy format, and finds missing files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _UNREADABLE: Final = (
 
 
 def missing_weights(folder: Path) -> str | None:
-    """Return what a checkpoint's folder lacks, None if nothing.
+    """Return what a checkpoint's folder lacks; None if nothing.
 
     Args:
         folder: Must hold ``config.json`` and weights of either format, whole or with
@@ -117,7 +117,7 @@ def _untied(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def as_os_error(folder: Path) -> Iterator[None]:
-    """Raise what torch and safetensors make of a failed write as the ``OSError`` it is.
+    """Turn the errors of torch and safetensors for a failed write into ``OSError``.
 
     Raises:
         OSError: A write failed.

@@ -1,4 +1,4 @@
-"""What ``compare`` says of two reports or baselines."""
+"""The output of ``compare`` for two reports or baselines."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _Peaks = dict[str, dict[str, dict[str, int]]]
 def compare_files(
     before: Report | Baseline, now: Report | Baseline, gate: Sequence[Tolerance]
 ) -> tuple[list[str], bool]:
-    """Return what to print, and whether a peak grew by more than is allowed.
+    """Return the text to print, and whether a peak grew by more than the tolerance.
 
     Args:
         before: A report or a baseline.
-        now: Another.
-        gate: How much more passes.
+        now: Another one.
+        gate: The tolerances.
 
     Raises:
         ReportError: They share no environment.
@@ -92,7 +92,7 @@ def compare_files(
 
 
 def _peaks(source: Report | Baseline) -> _Peaks:
-    """Return the figures of a report or a baseline, as a baseline has them.
+    """Return the figures of a report or a baseline, in the form of a baseline.
 
     Fixtures are marked as such: a test may have the same name.
     """
@@ -116,7 +116,7 @@ def _peaks(source: Report | Baseline) -> _Peaks:
 
 
 def _absolute(test: Record) -> dict[str, int]:
-    """Return the peaks of a test of which its report does not say what it added."""
+    """Return the peaks of a test whose report does not have its growth."""
     before = {"call": "", "children": "children "}
     return {
         before[each.phase] + metric_key(metric, each.device_index): each.peak(metric)
@@ -133,7 +133,7 @@ def _named(test: str, peaks: Mapping[str, int]) -> str:
 
 
 def _machines(before: Report | Baseline, now: Report | Baseline) -> Iterator[str]:
-    """Say where the figures are from, if it is not the same machine."""
+    """Return the machines of the figures, if they differ."""
     if isinstance(before, Baseline) or isinstance(now, Baseline):
         return
     if before.environments == now.environments:
@@ -144,7 +144,7 @@ def _machines(before: Report | Baseline, now: Report | Baseline) -> Iterator[str
 
 
 def _limits(before: Report | Baseline, now: Report | Baseline) -> Iterator[str]:
-    """Say which limits hold in one of two reports and not in the other."""
+    """Return the limits that hold in only one of two reports."""
     if isinstance(before, Baseline) or isinstance(now, Baseline):
         return
     then, today = _held(before), _held(now)

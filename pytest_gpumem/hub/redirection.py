@@ -1,4 +1,4 @@
-"""Where huggingface_hub asks for a served model, and gets this project's folder.
+"""Redirects huggingface_hub to the folders of served models.
 
 Note [Two places]
 Every path into the cache is joined from the cache's folder and ``repo_folder_name``:
@@ -39,11 +39,11 @@ _HOSTS: Final = frozenset(("huggingface.co", "hf.co"))
 
 
 class Patches:
-    """What is replaced in the libraries, from when each is imported.
+    """The functions that are replaced in libraries as soon as each is imported.
 
     Args:
-        find: Gives the model that is served under a name, and its folder; None where
-            none is.
+        find: Returns the model that is served under a name, and its folder; None if
+            there is none.
     """
 
     def __init__(self, find: Callable[[str], tuple[HubModel, Path] | None]) -> None:
@@ -58,12 +58,12 @@ class Patches:
         ]
 
     def start(self) -> None:
-        """Replace what is imported, and wait for what is not."""
+        """Replace functions of imported libraries, and wait for the others."""
         for hook in self._hooks:
             hook.start()
 
     def stop(self) -> None:
-        """Put everything back."""
+        """Restore all functions."""
         for hook in self._hooks:
             hook.stop()
         self._patches.restore()
@@ -110,7 +110,7 @@ class Patches:
             self._patches.set(owner, name, self._prepared(plain))
 
     def _prepared(self, plain: Any) -> Any:
-        """Return a function before which a served model has the revision asked for."""
+        """Return a wrapper that gives a served model the requested revision first."""
 
         @functools.wraps(plain)
         def prepared(*args: Any, **kwargs: Any) -> Any:
@@ -182,7 +182,7 @@ class Patches:
 
 
 def _read(made: Answer, path: Path) -> Iterator[bytes]:
-    """Yield the bytes of an answer that is a file."""
+    """Yield the bytes of a file, as an answer."""
     left = int(made.headers["Content-Length"])
     with path.open("rb") as stream:
         stream.seek(made.start)

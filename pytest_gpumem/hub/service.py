@@ -1,4 +1,4 @@
-"""The models that a process serves, and what its children need to serve them too."""
+"""The models that a process serves, and the settings with which children serve them."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _OLD_S: Final = 7 * 86400.0
 
 
 class Service:
-    """What one process serves: a stack of models by name, the last one in force.
+    """The models of one process: a stack by name, of which the last one counts.
 
     Args:
-        root: Where the models' folders are; None means a temporary folder, which goes
-            when nothing is served any more.
+        root: The folder of the models' folders; None means a temporary folder, which is
+            removed when no model is served any more.
     """
 
     def __init__(self, root: Path | None = None) -> None:
@@ -45,11 +45,11 @@ class Service:
 
     @property
     def models(self) -> dict[str, HubModel]:
-        """What is in force, by every name that is answered to."""
+        """The served models, by each of their names."""
         return self._stack[-1][0] if self._stack else {}
 
     def find(self, name: str) -> tuple[HubModel, Path] | None:
-        """Return the model that is served under a name, and its folder, built by now.
+        """Return the model that is served under a name, and its folder; build it if need be.
 
         Raises:
             CheckpointError: It cannot be built.
@@ -67,7 +67,7 @@ class Service:
     def push(
         self, models: Iterable[HubModel], *, reaches_children: bool = True
     ) -> None:
-        """Serve these from here on, beside those that are served already."""
+        """Serve more models from here on."""
         if self._root is None:
             _remove_left()
             self._root = Path(tempfile.mkdtemp(prefix=_PREFIX))
@@ -85,7 +85,7 @@ class Service:
             os.environ[HUB_VARIABLE] = str(file)
 
     def pop(self) -> None:
-        """Serve what was served before the last ``push``."""
+        """Stop serving the models of the last ``push``."""
         _models, variable = self._stack.pop()
         if self._given is None:
             if variable is None:
@@ -102,7 +102,7 @@ class Service:
             self._root = None
 
     def _is_own(self, model: HubModel) -> bool:
-        """Tell whether the user's own cache has the model, whole."""
+        """Tell whether the user's own cache has the complete model."""
         if model.name not in self._own:
             cache = own_cache()
             self._own[model.name] = any(_is_whole(cache, each) for each in model.names)
@@ -110,7 +110,7 @@ class Service:
 
 
 def _remove_left() -> None:
-    """Remove folders that killed runs of this user have left, once they are old."""
+    """Remove old folders that killed runs of this user have left."""
     user = os.getuid() if hasattr(os, "getuid") else None
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         with suppress(OSError):
@@ -147,7 +147,7 @@ _inherited: Final[list[Service]] = []
 
 
 def inherit() -> None:
-    """Serve what the process above serves, if it does.
+    """Serve the models of the parent process, if it serves any.
 
     Raises:
         ValueError: What it says makes no sense.
@@ -190,8 +190,8 @@ def serving(
     """Serve models for a block.
 
     Args:
-        models: What to serve beside what is served already.
-        reaches_children: Whether child processes have them too.
+        models: The models, in addition to those that are served already.
+        reaches_children: Whether child processes serve them, too.
     """
     _service.push(models, reaches_children=reaches_children)
     try:

@@ -1,4 +1,4 @@
-"""A tokenizer made to measure: as many tokens as the config says, for any text.
+"""Makes tokenizers: as many tokens as the config says, for any text.
 
 Note [Made-up vocabularies]
 The pieces are letters, pairs and triples of letters, the frequent ones first, so that
@@ -76,8 +76,8 @@ def write_tokenizer(folder: Path, config: Mapping[str, Any], *, name: str) -> bo
     """Write a tokenizer for a model into a folder; tell whether the model has one.
 
     Args:
-        folder: Where to.
-        config: The model's config, as it stands in ``config.json``.
+        folder: The folder.
+        config: The contents of the model's ``config.json``.
         name: The model's name: one with ``-cased`` in it tells capitals from small
             letters, if its tokenizer is like BERT's.
 
@@ -106,7 +106,7 @@ def write_tokenizer(folder: Path, config: Mapping[str, Any], *, name: str) -> bo
 
 
 def _longest(config: Mapping[str, Any]) -> int | None:
-    """Return how many tokens the model takes; None if it does not say."""
+    """Return the number of the model's tokens; None if its config does not say."""
     for key in ("max_position_embeddings", "n_positions"):
         count = config.get(key)
         if isinstance(count, int) and count > 0:
@@ -265,7 +265,7 @@ def _special_tokens(size: int, kind: str, config: Mapping[str, Any]) -> dict[str
 def _roles(
     kind: str, config: Mapping[str, Any], special: Mapping[str, int]
 ) -> dict[str, str]:
-    """Return which token plays which part; several may be played by one."""
+    """Return the token of each role; one token may have several roles."""
     by_index = {index: token for token, index in special.items()}
     roles = {"unk": "<unk>", "mask": "<mask>"}
     if _is_like_gpt2(kind):  # their classes take it for whatever they are not told of
@@ -287,7 +287,7 @@ def _is_like_gpt2(kind: str) -> bool:
 def _ends(
     kind: str, special: Mapping[str, int], named: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return what stands before and after a text, as the published tokenizers do it."""
+    """Return the tokens before and after a text, as in the published tokenizers."""
     first, last = named.get("bos_token"), named.get("eos_token")
     if kind in _LIKE_ROBERTA and first and last:
         single = f"{first}:0 $A:0 {last}:0"
@@ -305,13 +305,13 @@ def _ends(
 
 
 def _byte_characters() -> list[str]:
-    """Return the character that stands for each byte."""
+    """Return the character that represents each byte."""
     spare = (chr(256 + count) for count in range(256))
     return [chr(each) if each in _PLAIN_BYTES else next(spare) for each in range(256)]
 
 
 def _merges() -> Iterator[tuple[str, str]]:
-    """Yield what is put together to a piece of a word, the short ones first."""
+    """Yield the parts of which pieces of words are made, the short ones first."""
     yield from ((_SPACE, letter) for letter in _LETTERS)
     for group in _groups(2):
         yield group[0], group[1]
@@ -325,7 +325,7 @@ def _merges() -> Iterator[tuple[str, str]]:
 
 
 def _groups(length: int) -> Iterator[str]:
-    """Yield all groups of so many letters, those of frequent letters first."""
+    """Yield all groups of a number of letters, those of frequent letters first."""
     ranks = product(range(len(_LETTERS)), repeat=length)
     for group in sorted(ranks, key=lambda each: (sum(each), each)):
         yield "".join(_LETTERS[rank] for rank in group)
@@ -334,7 +334,7 @@ def _groups(length: int) -> Iterator[str]:
 def _number(
     size: int, special: Mapping[str, int], tokens: Iterable[str], filler: str
 ) -> dict[str, int]:
-    """Return so many tokens with their numbers, in order of the numbers."""
+    """Return a number of tokens with their ids, in order of the ids."""
     taken = {index: token for token, index in special.items()}
     seen = set(special)
     fresh = (each for each in tokens if each not in seen)

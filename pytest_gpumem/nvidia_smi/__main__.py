@@ -36,7 +36,7 @@ _NOT_SIMULATED: Final = (
 
 
 class _RefusalError(Exception):
-    """A wrong use, in words, with the program's exit code."""
+    """A usage error, with the program's exit code."""
 
     def __init__(self, words: str, code: int = _BAD_ARGUMENT) -> None:
         super().__init__(words)
@@ -160,7 +160,7 @@ def _answer(given: argparse.Namespace, cards: Sequence[CardNow]) -> list[str]:
 
 
 def _run_the_real_one(arguments: Sequence[str]) -> NoReturn:
-    """Become another program of this name on ``PATH``, where nothing is simulated."""
+    """Run the next program of this name on ``PATH`` if no card is simulated."""
     own = Path(__file__).with_name("bin").resolve()
     folders = [
         folder
@@ -178,7 +178,7 @@ def _run_the_real_one(arguments: Sequence[str]) -> NoReturn:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Answer once, or again and again; return the exit code."""
+    """Answer once, or repeatedly; return the exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         cards = read_cards()

@@ -1,4 +1,4 @@
-"""What ``nvidia-smi`` knows of the simulated cards at one moment."""
+"""The state of the simulated cards at one moment, for ``nvidia-smi``."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class CardProcess:
 
     Attributes:
         pid: Its id.
-        name: Its program; pretended processes say that they are.
-        nbytes: What it holds, its context included.
+        name: Its program, or a note that the process is a simulated one.
+        nbytes: Its bytes, including its context.
     """
 
     pid: int
@@ -40,10 +40,10 @@ class CardNow:
     """One card at one moment.
 
     Attributes:
-        index: As NVML numbers it, whatever ``CUDA_VISIBLE_DEVICES`` says.
-        card: What it is.
-        processes: Who holds bytes of it.
-        free_bytes: What is free to the program that asks, under its budget.
+        index: NVML's index, whatever ``CUDA_VISIBLE_DEVICES`` says.
+        card: The kind of card.
+        processes: The processes that hold bytes of it.
+        free_bytes: The bytes that are free for the asking program, under its budget.
     """
 
     index: int
@@ -63,17 +63,17 @@ class CardNow:
 
     @property
     def total_bytes(self) -> int:
-        """What CUDA calls the card's total."""
+        """The card's total as CUDA reports it."""
         return self.card.total_bytes
 
     @property
     def used_bytes(self) -> int:
-        """What is not free."""
+        """The bytes that are not free."""
         return self.total_bytes - self.free_bytes
 
 
 def read_cards() -> list[CardNow] | None:
-    """Return every card of the run around this process; None where there is no run.
+    """Return every card of the run around this process; None if there is no run.
 
     Raises:
         ValueError: The run's settings cannot be read.
@@ -120,7 +120,7 @@ def _card_now(
 
 
 def _held(shared: str, number: int) -> dict[int, int]:
-    """Return the bytes of each process that has noted some on a card."""
+    """Return the bytes that each process has noted for a card."""
     folder = Path(shared) / f"card-{number}"
     if not shared or not folder.is_dir():
         return {}

@@ -1,4 +1,4 @@
-"""The pictures that ``nvidia-smi`` draws: its table, its list, its log of memory.
+"""The outputs of ``nvidia-smi``: its table, its list, its log of memory.
 
 Source: the layout of ``nvidia-smi`` since version 545; older ones are narrower.
 """

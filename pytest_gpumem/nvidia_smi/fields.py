@@ -1,7 +1,7 @@
 """The fields that ``--query-gpu`` and ``--query-compute-apps`` name.
 
 Source: ``nvidia-smi --help-query-gpu`` and ``--help-query-compute-apps``: names, their
-second spellings, units in the header line, ``[N/A]`` for what a card does not tell.
+second spellings, units in the header line, ``[N/A]`` for figures that a card lacks.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def fields_of_cards(driver: str, now: str, count: int) -> dict[str, Field]:
     Args:
         driver: The driver's version.
         now: The time.
-        count: How many cards the machine has.
+        count: The number of the machine's cards.
     """
     return (
         _WITHOUT_ANSWER

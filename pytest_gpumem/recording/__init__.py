@@ -1,7 +1,7 @@
-"""Recordings: what a card, and PyTorch's allocator on it, answer to a fixed script.
+"""Recordings: the answers of a card and of PyTorch's allocator to a fixed script.
 
-A recording from a real card is what the simulated device is held to. The script uses
-torch's public functions alone, so it runs on either kind of device.
+The simulated device is compared with recordings of real cards. The script uses only
+torch's public functions, so it runs on both kinds of devices.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def record(
 
 
 def save(recorded: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write a recording, whole or not at all.
+    """Write a recording, completely or not at all.
 
     Raises:
         OSError: The file cannot be written; what was there is still there.

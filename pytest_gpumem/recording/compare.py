@@ -1,4 +1,4 @@
-"""Hold one device's answers to another's recording."""
+"""Compares one device's answers with another one's recording."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 
 class Difference(NamedTuple):
-    """A figure that is not the recorded one.
+    """A figure that differs from the recorded one.
 
     Attributes:
-        where: Which figure.
-        recorded: What the recording says.
-        measured: What was measured, or what the model answered.
+        where: The name of the figure.
+        recorded: The recorded value.
+        measured: The measured value, or the model's answer.
     """
 
     where: str
@@ -74,7 +74,7 @@ def phase_differences(
 def differences(
     recorded: Mapping[str, Any], measured: Mapping[str, Any]
 ) -> list[Difference]:
-    """Return where a device's answers are not those of a recording.
+    """Return the differences between a device's answers and a recording.
 
     Args:
         recorded: From a real card.

@@ -1,4 +1,4 @@
-"""What a card and its libraries take and say, apart from any model."""
+"""Facts of a card and its libraries that do not depend on a model."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def versions() -> dict[str, str]:
 
 
 def free_everything() -> None:
-    """Free what nobody holds, workspaces included, and forget old peaks."""
+    """Collect garbage, free caches and workspaces, and reset peaks."""
     gc.collect()
     torch.cuda.synchronize()
     clear: Any = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)  # noqa: SLF001  # torch's name for it
@@ -49,9 +49,9 @@ def free_everything() -> None:
 
 
 def measure_context() -> int:
-    """Return the bytes of the card that neither the allocator has nor are free.
+    """Return the bytes of the card that are neither the allocator's nor free.
 
-    On a card of one's own that is the context; else it is others' bytes too.
+    On a card without other processes this is the context; otherwise it includes theirs.
     """
     torch.zeros(1, device="cuda")
     free_everything()
@@ -60,7 +60,7 @@ def measure_context() -> int:
 
 
 def measure_workspace() -> dict[str, int]:
-    """Return what a library's first call keeps allocated, by call, in bytes."""
+    """Return the bytes that a library's first call keeps allocated, by call."""
     kept = {}
     for name, dtype in (("matmul fp32", torch.float32), ("matmul fp16", torch.float16)):
         free_everything()
@@ -74,7 +74,7 @@ def measure_workspace() -> dict[str, int]:
 
 
 def oom_texts() -> dict[str, str]:
-    """Return the allocator's words for requests that cannot be served."""
+    """Return the allocator's error texts for requests that cannot be served."""
     free_everything()
     _free, total = torch.cuda.mem_get_info()
     held = torch.ones(3 * _MIB, dtype=torch.uint8, device="cuda")

@@ -1,4 +1,4 @@
-"""Whether JSON has what a recording has."""
+"""Checks whether JSON has the form of a recording."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def find_wrong_part(recorded: Any) -> str | None:
-    """Return what part of a recording is missing or of another type; None if none is.
+    """Return the part of a recording that is missing or has a wrong type, or None.
 
     Args:
         recorded: An object of JSON.
