@@ -184,3 +184,15 @@ class RecordingError(GpuMemError, ValueError):
 
 class TraceError(GpuMemError, ValueError):
     """A trace file is not one that can be replayed."""
+
+
+class RunsEagerlyWarning(UserWarning):
+    """Code for ``torch.compile`` runs as it is, operator by operator."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "torch.compile: no kernels can be made for a simulated card, so this runs "
+            "as it is: values and bytes are those of eager code, and fused kernels of a "
+            "real card take other bytes. --gpu-compiled=refused "
+            '(simulated_device(..., compiled="refused")) makes it an error.'
+        )

@@ -175,7 +175,11 @@ class Child:
 
         options = self._given.options
         every = find_card(options.get("card", DEFAULT_CARD))
-        machine = SimulatedMachine(every, values=options.get("values", "computed"))
+        machine = SimulatedMachine(
+            every,
+            values=options.get("values", "computed"),
+            compiled=options.get("compiled", "eager"),
+        )
         if self._given.shared:
             from pytest_gpumem.tenancy.shared_card import join_cards
 

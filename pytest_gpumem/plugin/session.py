@@ -158,7 +158,9 @@ class Run:
         )
 
         every = self.settings.all_cards
-        machine = SimulatedMachine(every, values=self.settings.values)
+        machine = SimulatedMachine(
+            every, values=self.settings.values, compiled=self.settings.compiled
+        )
         machine.on_change.append(self._cards_changed)
         self.sharing.join_cards(machine)
         installation = Installation(machine)

@@ -136,6 +136,15 @@ class Settings:
         help="what the simulated card keeps of tensors: computed values, or none, only "
         "shapes and bytes, for models larger than the host",
     )
+    compiled: str = option(
+        "--gpu-compiled",
+        "WAY",
+        default="eager",
+        choices=("eager", "refused"),
+        is_inherited=True,
+        help="what torch.compile would make kernels of runs as it is on the simulated "
+        "card (eager), with the bytes of that and one warning, or is refused",
+    )
     #: By device index; None stands for every card. Child processes take over what is in
     #: force when they start.
     budgets: Mapping[int | None, SizeSpec] = option(

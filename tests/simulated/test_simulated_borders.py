@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from multiprocessing.reduction import ForkingPickler
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
 
 from pytest_gpumem.devices.simulated.install import simulated_device
-from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
+from pytest_gpumem.errors import RunsEagerlyWarning, UnsupportedOnSimulatedDeviceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -282,15 +283,60 @@ def test_compiled_code_runs_whole(backend: str, call: str) -> None:
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_kernels_for_a_card_are_refused(call: str) -> None:
+def test_kernels_for_a_card_are_refused_where_asked_for(call: str) -> None:
     """By the one error class, wherever the tensors of the card come from."""
     function, arguments = CALLS[call]
     compiled: Any = torch.compile(function)
 
-    with pytest.raises(UnsupportedOnSimulatedDeviceError, match="makes kernels"):
-        compiled(*arguments())
-    with torch.compiler.set_stance("force_eager"):
-        assert torch.equal(function(*arguments()).cpu(), compiled(*arguments()).cpu())
+    with simulated_device("T4", compiled="refused"):
+        with pytest.raises(UnsupportedOnSimulatedDeviceError, match="makes kernels"):
+            compiled(*arguments())
+        with torch.compiler.set_stance("force_eager"):
+            assert torch.equal(
+                function(*arguments()).cpu(), compiled(*arguments()).cpu()
+            )
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_what_is_compiled_runs_as_it_is(call: str) -> None:
+    """With eager values and bytes, and one warning in all."""
+    function, arguments = CALLS[call]
+    with simulated_device("T4"):
+        compiled: Any = torch.compile(function, fullgraph=True, mode="max-autotune")
+        results, peaks = [], []
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for each in (function, compiled, compiled):
+                given = arguments()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                results.append(each(*given).cpu())
+                peaks.append(torch.cuda.max_memory_allocated() - before)
+
+    assert torch.equal(results[0], results[1])
+    assert peaks[0] == peaks[1] == peaks[2]
+    assert [RunsEagerlyWarning] == [
+        each.category for each in told if issubclass(each.category, RunsEagerlyWarning)
+    ]
+
+
+def test_a_compiled_optimizer_runs_as_it_is() -> None:
+    """A function that only names an optimiser meets the card's parameters by it."""
+    model = nn.Linear(4, 2).cuda()
+    optimizer = torch.optim.Adam(model.parameters())
+    model.compile()
+
+    @torch.compile(fullgraph=False)
+    def step() -> None:
+        optimizer.step()
+
+    before = model.weight.detach().clone()
+    with pytest.warns(RunsEagerlyWarning, match="bytes are those of eager code"):
+        loss = model(torch.ones(3, 4, device="cuda")).sum()
+    loss.backward()
+    step()
+
+    assert not torch.equal(before, model.weight)
 
 
 def test_what_closures_and_globals_hold_counts_as_well() -> None:
@@ -302,7 +348,7 @@ def test_what_closures_and_globals_hold_counts_as_well() -> None:
 
     compiled: Any = torch.compile(step)
 
-    with pytest.raises(UnsupportedOnSimulatedDeviceError, match="makes kernels"):
+    with pytest.warns(RunsEagerlyWarning, match="runs as it is"):
         compiled()
 
 

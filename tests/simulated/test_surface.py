@@ -167,10 +167,6 @@ def test_torch_asks_nvml_for_the_simulated_card() -> None:
         lambda: torch.nested.nested_tensor([torch.ones(2)]).cuda(),
         lambda: torch.ones(2, device="cuda").__cuda_array_interface__,
         lambda: torch.utils.dlpack.from_dlpack(torch.ones(2, device="cuda")),
-        lambda: torch.compile(torch.sin)(torch.ones(2, device="cuda")),
-        lambda: torch.compile(torch.nn.Linear(2, 2).cuda())(
-            torch.ones(2, device="cuda")
-        ),
         lambda: torch.export.export(torch.nn.Linear(2, 2).cuda(), (torch.ones(2),)),
     ],
     ids=[
@@ -181,8 +177,6 @@ def test_torch_asks_nvml_for_the_simulated_card() -> None:
         "upload-nested",
         "interface",
         "dlpack",
-        "compile",
-        "compile-module",
         "export",
     ],
 )

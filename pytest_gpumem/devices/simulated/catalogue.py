@@ -157,8 +157,10 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
         "`torch.distributed` with [NCCL](nccl.md), by any way to start it: values "
         "travel through gloo, with NCCL's rules, errors and work objects; DDP, FSDP, "
         "`fully_shard`, `DTensor`, `ZeroRedundancyOptimizer` on it",
-        "`torch.compile` with the backends `eager` and `aot_eager`: what meets a "
-        "tensor of a card runs as it is",
+        "`torch.compile` with any backend and mode: what meets a tensor of a card runs "
+        "as it is, with values and bytes of eager code; where kernels would be made, one "
+        "warning says so, or with `--gpu-compiled=refused` an error; graph breaks are "
+        "not looked for",
         "threads, DataLoader workers, autograd's threads; a forked child of a process "
         "that has used a card gets torch's own error, and computes on the host with "
         "one thread",

@@ -2,14 +2,18 @@
 
 Code that meets a simulated tensor is run as it is, which is what the backends without
 kernels of their own (eager, aot_eager) come to anyway: bytes and values are right,
-operator by operator. One that makes kernels for a card would compile nothing and prove
-nothing, and exporting ends in C++ that needs a driver: both are refused.
+operator by operator. One that makes kernels for a card has nothing to make them with:
+its code runs as it is as well, and a warning says so once, for kernels that are fused
+take other bytes; or it is refused, where the machine is to refuse it. Exporting ends in
+C++ that needs a driver.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
+from itertools import chain
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,8 +22,10 @@ from torch._higher_order_ops.flex_attention import FlexAttentionHOP
 from torch._subclasses.fake_tensor import FakeTensorConverter
 
 from pytest_gpumem.devices.patches import PatchSet
-from pytest_gpumem.devices.simulated.refusals import refuse, refusing
+from pytest_gpumem.devices.simulated.machine import current_machine
+from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
+from pytest_gpumem.errors import RunsEagerlyWarning
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,11 +45,11 @@ _original_compile: Final[Any] = torch.compile
 
 
 def compiling(model: Any = None, **options: Any) -> Any:
-    """``torch.compile``, refusing kernels for a simulated card.
+    """``torch.compile``, without kernels for a simulated card.
 
     Raises:
         UnsupportedOnSimulatedDeviceError: When what was compiled meets a simulated
-            tensor and the backend makes kernels.
+            tensor, the backend makes kernels, and the machine refuses them.
     """
     _hide_from_dynamo()
     backend = options.get("backend", "inductor")
@@ -129,16 +135,32 @@ def _as_it_is(compiled: Callable[..., Any], original: Any) -> Callable[..., Any]
 
 
 def _checked(compiled: Callable[..., Any], original: Any) -> Callable[..., Any]:
-    """Return a function that refuses simulated tensors, whoever holds them."""
+    """Return a function that makes no kernels for a card, and says so."""
 
     @functools.wraps(compiled)
     def call(*args: Any, **kwargs: Any) -> Any:
         __tracebackhide__ = True
-        if not _is_off() and _on_card(original, args, kwargs):
-            refuse("a torch.compile backend that makes kernels")
-        return compiled(*args, **kwargs)
+        if _is_off() or not _on_card(original, args, kwargs):
+            return compiled(*args, **kwargs)
+        _say_eager()
+        return original(*args, **kwargs)
 
     return call
+
+
+def _say_eager() -> None:
+    """Warn once that what would be compiled for a card is run as it is.
+
+    Raises:
+        UnsupportedOnSimulatedDeviceError: The machine is to refuse it.
+    """
+    __tracebackhide__ = True
+    machine = current_machine()
+    if machine.compiled == "refused":
+        refuse("a torch.compile backend that makes kernels")
+    if not machine.has_told_of_compiling:
+        machine.has_told_of_compiling = True
+        warnings.warn(RunsEagerlyWarning(), stacklevel=3)
 
 
 def _is_off() -> bool:
@@ -170,6 +192,9 @@ def _holds(value: Any) -> bool:
     if isinstance(value, torch.nn.Module):
         tensors = (*value.parameters(), *value.buffers())
         return any(isinstance(each, SimulatedTensor) for each in tensors)
+    if isinstance(value, torch.optim.Optimizer):
+        groups = (group["params"] for group in value.param_groups)
+        return any(isinstance(each, SimulatedTensor) for each in chain(*groups))
     if isinstance(value, (type, ModuleType)) or not hasattr(value, "__dict__"):
         return False
     return isinstance(value, SimulatedTensor) or any(
@@ -180,11 +205,17 @@ def _holds(value: Any) -> bool:
 def making_kernels(wrapper: Any, graph: Any, inputs: Any) -> Any:
     """Inductor's way in, for a graph that makes tensors on a card by itself.
 
-    The refusal comes when the graph is run: TorchDynamo would wrap it.
+    A refusal comes when the graph is run: TorchDynamo would wrap it.
     """
-    if _names_a_card(graph):
-        return refusing("a torch.compile backend that makes kernels")
-    return _original_inductor(wrapper, graph, inputs)
+    if not _names_a_card(graph):
+        return _original_inductor(wrapper, graph, inputs)
+
+    def run(*args: Any) -> Any:
+        __tracebackhide__ = True
+        _say_eager()
+        return graph.forward(*args)
+
+    return run
 
 
 def _compile_on_host(backend: str, graph: Any, inputs: Any) -> Any:

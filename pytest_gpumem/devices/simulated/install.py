@@ -214,6 +214,7 @@ def simulated_device(
     *,
     config: AllocatorConfig | None = None,
     values: str = "computed",
+    compiled: str = "eager",
 ) -> Iterator[SimulatedMachine]:
     """Let "cuda" mean simulated cards for a block.
 
@@ -224,6 +225,8 @@ def simulated_device(
             (``PYTORCH_ALLOC_CONF``).
         values: ``"computed"`` by the CPU, or ``"none"``: shapes and bytes only, for
             models larger than the host; reading a value raises ``NoValuesError``.
+        compiled: Code that ``torch.compile`` makes kernels of runs as it is
+            (``"eager"``), with one warning, or is ``"refused"``.
 
     Yields:
         The machine, whose ``cards`` hold allocators and budgets.
@@ -231,7 +234,7 @@ def simulated_device(
     Raises:
         AllocatorSettingError: The environment's settings make no sense.
         CardError: The description names no known card.
-        ValueError: ``values`` is neither.
+        ValueError: ``values`` or ``compiled`` is neither.
 
     Example::
 
@@ -245,7 +248,9 @@ def simulated_device(
         from pytest_gpumem.cards import find_card
 
         cards = find_card(cards)
-    installation = Installation(SimulatedMachine(cards, config=config, values=values))
+    installation = Installation(
+        SimulatedMachine(cards, config=config, values=values, compiled=compiled)
+    )
     nvml = NvmlHook(innermost_machine)
     with ExitStack() as stack:
         installation.install()

@@ -38,6 +38,8 @@ NO_CARDS: Final = "No CUDA GPUs are available"
 
 #: What a simulated machine may keep of tensors' values.
 VALUES: Final = ("computed", "none")
+#: What happens to code that is to be compiled into kernels of a card.
+COMPILED: Final = ("eager", "refused")
 
 
 class SimulatedMachine:
@@ -62,9 +64,17 @@ class SimulatedMachine:
         *,
         config: AllocatorConfig | None = None,
         values: str = "computed",
+        compiled: str = "eager",
     ) -> None:
         if values not in VALUES:
             raise ValueError(f"values={values!r}; accepted are {', '.join(VALUES)}")
+        if compiled not in COMPILED:
+            raise ValueError(
+                f"compiled={compiled!r}; accepted are {', '.join(COMPILED)}"
+            )
+        self.compiled: Final = compiled
+        #: Whether it was said that code which is to be compiled runs as it is.
+        self.has_told_of_compiling = False
         self.value_device: Final = "cpu" if values == "computed" else "meta"
         settings = config if config is not None else config_from_environment()
         settings = replace(settings, version=installed_version())
@@ -264,6 +274,7 @@ def card_of(index: int | None) -> SimulatedCard:
 
 
 __all__ = [
+    "COMPILED",
     "INVALID_ORDINAL",
     "NO_CARDS",
     "VALUES",

@@ -69,8 +69,9 @@ ADVICE: Final[dict[str, str]] = {
     "torch.autocast without torch's header files": "install torch from its own wheel",
     "a nested tensor": "pad them, or keep them on the CPU",
     "a torch.compile backend that makes kernels": (
-        'use backend="eager" or "aot_eager", or set TORCH_COMPILE_DISABLE=1: kernels '
-        "for a card cannot run here"
+        'run with --gpu-compiled=eager (simulated_device(..., compiled="eager")), use '
+        'backend="eager" or "aot_eager", or set TORCH_COMPILE_DISABLE=1: kernels for a '
+        "card cannot run here"
     ),
 }
 
