@@ -13,7 +13,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
+from pytest_gpumem import vram_budget
+
 four_bits: Any = bitsandbytes.nn
+optimizers: Any = bitsandbytes.optim
 
 
 def _model() -> nn.Sequential:
@@ -86,3 +89,34 @@ def test_four_bits_train_an_adapter() -> None:
     assert (four_bits.Params4bit, "cuda") == (type(weight), weight.device.type)
     assert grads
     assert all(each is not None and each.is_cuda for each in grads.values())
+
+
+@pytest.mark.filterwarnings("ignore")  # the library's own
+def test_a_step_with_four_bits_fits_where_plain_weights_do_not() -> None:
+    """Under one budget 4-bit weights train an adapter, until the batch is too large."""
+
+    def step(make: Any, batch: int) -> None:
+        """Train one step of an adapter on eight layers."""
+        gc.collect()
+        torch.cuda.empty_cache()
+        base = nn.Sequential(*(make(1024, 1024) for _layer in range(8))).cuda()
+        adapted = get_peft_model(base, LoraConfig(r=8, target_modules=["0", "1", "2"]))
+        chosen = [each for each in adapted.parameters() if each.requires_grad]
+        optimizer = optimizers.AdamW8bit(chosen)
+        source = torch.randn(batch, 1024, device="cuda", dtype=torch.bfloat16)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            adapted(source).float().square().mean().backward()
+        optimizer.step()
+
+    def quantised(rows: int, columns: int) -> nn.Module:
+        layer: nn.Module = four_bits.Linear4bit(
+            rows, columns, compute_dtype=torch.bfloat16, quant_type="nf4"
+        )
+        return layer
+
+    with vram_budget(60 * 2**20):
+        step(quantised, 8)
+        with pytest.raises(torch.OutOfMemoryError):
+            step(quantised, 8192)
+        with pytest.raises(torch.OutOfMemoryError):
+            step(nn.Linear, 8)
