@@ -426,3 +426,13 @@ def test_the_history_has_torchs_sizes() -> None:
         ("free_completed", 1024, 100, 0),
         ("oom", 6 * MIB, 30 * MIB + 512, 0),
     ] == told
+
+
+def test_a_free_block_keeps_what_it_was_asked_for() -> None:
+    """In a snapshot, as torch shows it; the statistics count it no more."""
+    allocator = _allocator()
+    allocator.free(allocator.malloc(30 * MIB + 1))
+    ((block,),) = [each["blocks"] for each in allocator.snapshot()]
+
+    assert ("inactive", 30 * MIB + 1) == (block["state"], block["requested_size"])
+    assert 0 == allocator.requested_bytes

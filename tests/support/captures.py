@@ -40,6 +40,12 @@ def _bytes(mebibytes: int) -> torch.Tensor:
     return torch.empty(mebibytes * MIB, dtype=torch.uint8, device="cuda")
 
 
+def _block(block: Any) -> list[Any]:
+    """Return a block; what a free one was asked for varies with the order of threads."""
+    is_free = block["state"] == "inactive"
+    return [block["size"], block["state"], 0 if is_free else block["requested_size"]]
+
+
 class _Teller:
     """Notes what is there after each step."""
 
@@ -58,10 +64,7 @@ class _Teller:
             [
                 list(segment["segment_pool_id"]),
                 segment["total_size"],
-                [
-                    [block["size"], block["state"], block["requested_size"]]
-                    for block in segment["blocks"]
-                ],
+                [_block(block) for block in segment["blocks"]],
             ]
             for segment in torch.cuda.memory_snapshot()
         ]
