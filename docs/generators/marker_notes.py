@@ -98,17 +98,28 @@ def test_it_is_small():
 """,
     ),
     "max_vram_leak": Note(
-        {"size": "bytes that may be left, as a number or as text; 0 allows nothing"},
+        {
+            "size": "bytes that may be left, as a number or as text; 0 allows nothing. "
+            "With `repeat`, bytes that each run may add",
+            "repeat": "how often the body is run after the warm-up, with the same "
+            "fixtures, at least 3; `None` runs it once and judges what is left",
+            "warmup": "runs before, which may leave what is made once, such as a cache",
+        },
         """
 import pytest
 import torch
 
-CACHE = []
+CACHE = {}
 
 
 @pytest.mark.max_vram_leak("4MiB")
 def test_its_cache_is_small():
-    CACHE.append(torch.ones(2**20, device="cuda"))
+    CACHE["large"] = torch.ones(2**20, device="cuda")
+
+
+@pytest.mark.max_vram_leak(repeat=5, warmup=1)
+def test_its_cache_does_not_grow():
+    CACHE["small"] = torch.ones(2**10, device="cuda")
 """,
     ),
     "inject_oom": Note(

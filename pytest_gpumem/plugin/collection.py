@@ -73,8 +73,9 @@ class Collection:
             shard_tests(metafunc, is_replay=settings.replay is not None)
 
     def _check_sweep(self, item: pytest.Item, markers: marks.Markers) -> None:
-        """Have a test swept; one that cannot be called repeatedly fails with the reason."""
-        if markers.sweep is None:
+        """Have a test swept or repeated; one that cannot be fails with the reason."""
+        is_repeated = markers.leak is not None and markers.leak.repeat is not None
+        if markers.sweep is None and not is_repeated:
             return
         bases = getattr(getattr(item, "cls", None), "__mro__", ())
         is_plain = isinstance(item, pytest.Function) and all(
@@ -82,9 +83,20 @@ class Collection:
         )
         if not is_plain or inspect.iscoroutinefunction(getattr(item, "obj", None)):
             self.phases.impossible[item] = (
-                "a sweep needs a plain test function, to call it again and again; use "
+                "max_vram_leak(repeat=...) needs a plain test function, to call it again; "
+                "use the fixture steady"
+                if markers.sweep is None
+                else "a sweep needs a plain test function, to call it again and again; use "
                 "the fixture oom_sweep or pytest_gpumem.sweep_ooms"
             )
+            return
+        if markers.sweep is None:
+            if not self._manager.has_plugin("gpumem-repeats"):
+                from pytest_gpumem.plugin.repeats import Repeats
+
+                self._manager.register(
+                    Repeats(self._run, self.markers), "gpumem-repeats"
+                )
             return
         if not self._manager.has_plugin("gpumem-sweeps"):
             from pytest_gpumem.plugin.sweeps import Sweeps

@@ -31,7 +31,9 @@ DESCRIPTIONS: Final = (
     "if its peak is above the limit; metric is allocated, reserved, process or "
     "fragmented, device a card's index (None: each), phase call, test (setup and "
     "teardown too) or children (each process that the test starts)",
-    "max_vram_leak(size=0): fail the test if it leaves more bytes on the cards",
+    "max_vram_leak(size=0, *, repeat=None, warmup=1): fail the test if it leaves more "
+    "bytes on the cards; with repeat, its body is run so many times after the warm-up, "
+    "and what each run adds is judged instead",
     "requires_vram(size, *, device=0): bytes of a card that this test needs; it runs "
     "once no worker claims them, and is skipped where no card has that much",
     "gpu_exclusive(*, device=None): this test has a card (None: each card) for itself; "
@@ -53,6 +55,14 @@ class Budget(NamedTuple):
 
     size: SizeSpec
     device_index: int
+
+
+class Leak(NamedTuple):
+    """``max_vram_leak``: bytes that a test may leave, or that each run may add."""
+
+    nbytes: int
+    repeat: int | None
+    warmup: int
 
 
 class Requirement(NamedTuple):
@@ -114,12 +124,19 @@ def _limit(
     )
 
 
-def _leak(size: Any = 0) -> int:
+def _leak(size: Any = 0, *, repeat: Any = None, warmup: Any = 1) -> Leak:
     from pytest_gpumem.sizes import parse_size
 
-    if size == 0 and not isinstance(size, bool):
-        return 0
-    return parse_size(size)
+    is_zero = size == 0 and not isinstance(size, bool)
+    nbytes = 0 if is_zero else parse_size(size)
+    for name, number, least in (("repeat", repeat, 3), ("warmup", warmup, 0)):
+        if name == "repeat" and number is None:
+            continue
+        if type(number) is not int or number < least:
+            raise ValueError(
+                f"{name}={number!r}; give a number of runs from {least} on"
+            )
+    return Leak(nbytes, repeat, warmup)
 
 
 def _rule(rule: Any) -> Rule:
@@ -169,7 +186,7 @@ class Markers(NamedTuple):
     budgets: tuple[Budget, ...]
     limits: tuple[Limit, ...]
     rules: tuple[Rule, ...]
-    leak_bytes: int | None = None
+    leak: Leak | None = None
     sweep: dict[str, Any] | None = None
     requirements: tuple[Requirement, ...] = ()
     alone_on: tuple[int | None, ...] = ()
@@ -200,7 +217,7 @@ def read_markers(
         requirements=tuple(read["requires_vram"]),
         alone_on=tuple(read["gpu_exclusive"]),
         rules=tuple(read["inject_oom"]),
-        leak_bytes=next(iter(read["max_vram_leak"]), None),
+        leak=next(iter(read["max_vram_leak"]), None),
         sweep=_nearest(read["oom_sweep"], read["oom_fallback"] * sweeps_fallbacks),
     )
 

@@ -290,9 +290,10 @@ class Phases:
             general = marks.Limit(self._general)
             if not any(each.metric == general.metric for each in limits):
                 limits = (*limits, general, general._replace(phase="children"))
-        allowed = None if markers is None else markers.leak_bytes
-        if allowed is None and settings.leak_check:
-            allowed = 0
+        leak = None if markers is None else markers.leak
+        allowed = 0 if settings.leak_check else None
+        if leak is not None:  # of one that is run again each run's leak is judged
+            allowed = leak.nbytes if leak.repeat is None else None
         if not limits and allowed is None:
             return
         from pytest_gpumem.plugin.limits import LeakCheck, Limits

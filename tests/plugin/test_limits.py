@@ -330,3 +330,77 @@ def test_a_limit_on_fragments_counts_what_is_unused_at_the_peak(
     ]
     result.stdout.fnmatch_lines(lines if spare else [])
     result.stdout.fnmatch_lines(["peak allocated *retries  fragmented  test"])
+
+
+REPEATED = """
+import pytest
+import torch
+
+KEPT, RUNS, CACHE = [], [], {}
+
+
+@pytest.fixture
+def made():
+    RUNS.append("fixture")
+    return 7
+
+
+@pytest.mark.max_vram_leak(repeat=3, warmup=1)
+def test_cached(made):
+    RUNS.append("cached")
+    CACHE.setdefault("once", torch.ones(made, device="cuda"))
+
+
+@pytest.mark.max_vram_leak(repeat=3)
+def test_growing(made):
+    KEPT.append(torch.ones(made, device="cuda"))
+
+
+@pytest.mark.max_vram_leak("512B", repeat=3)
+def test_growing_as_allowed(made):
+    KEPT.append(torch.ones(made, device="cuda"))
+
+
+@pytest.mark.max_vram_leak(repeat=3)
+def test_wrong(made):
+    assert not torch.ones(made, device="cuda").any()
+
+
+def test_runs():
+    assert RUNS.count("cached") == 4
+    assert RUNS.count("fixture") == 4
+
+
+@pytest.mark.max_vram_leak(repeat=3)
+async def test_async():
+    pass
+"""
+
+
+def test_a_repeated_test_may_not_grow(pytester: pytest.Pytester) -> None:
+    """Each run is judged beside the others; one that cannot be repeated says so."""
+    pytester.makepyfile(REPEATED)
+
+    result = pytester.runpytest("--gpu-leak-check", "-rA")
+
+    result.assert_outcomes(passed=3, failed=2, errors=1)
+    result.stdout.fnmatch_lines(
+        [
+            "VRAM leak: memory grows by 512 B (512 bytes) in each step after the first 1*",
+            "  512 B (7 float32): a list of *, global 'KEPT' of *",
+        ]
+    )
+    result.stdout.fnmatch_lines(["*max_vram_leak(repeat=...) needs a plain test *"])
+
+
+@pytest.mark.parametrize("given", ["repeat=2", "repeat='often'", "repeat=3, warmup=-1"])
+def test_a_number_of_runs_is_checked_early(
+    pytester: pytest.Pytester, given: str
+) -> None:
+    """Before any test."""
+    pytester.makepyfile(REPEATED.replace("repeat=3, warmup=1", given))
+
+    result = pytester.runpytest()
+
+    assert pytest.ExitCode.USAGE_ERROR == result.ret
+    result.stderr.fnmatch_lines(["*max_vram_leak: *; give a number of runs from *"])

@@ -168,13 +168,13 @@ def test_tests_beside_each_other_do_what_the_page_says(
 
 
 def test_the_loop_that_must_not_grow_is_as_shown(pytester: pytest.Pytester) -> None:
-    """Both tests of the page pass: one that forgets, one whose growth is found."""
-    (example,) = blocks("steady.md")
-    pytester.makepyfile(example)
+    """The tests of the page pass: one that forgets, one whose growth is found, one again."""
+    loop, marker = blocks("steady.md")
+    pytester.makepyfile(test_loop=loop, test_marker=marker)
 
     result = pytester.runpytest(*LIGHT)
 
-    result.assert_outcomes(passed=2)
+    result.assert_outcomes(passed=3)
 
 
 def test_a_loader_is_checked_as_shown() -> None:
