@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import signal
+import sys
 import weakref
 from types import coroutine
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 from ways import WORKERS
 
-from pytest_gpumem import OomInjector, active_device, sweep_ooms
+from pytest_gpumem import OomInjector, active_device, stacks, sweep_ooms
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.guards import Guarded, guarded, take_dropped
 from pytest_gpumem.instruments.parts import modules_of, tensors_of
@@ -78,7 +79,7 @@ def test_every_kind_of_variable_is_read() -> None:
             found = variables_of(_here())
             return {**found, "free": (shared, kept), "given": own_argument}
 
-        seen = {**variables_of(_here()), "wanted": variables_of(_here(), "own", "no")}
+        seen = {**variables_of(_here()), "wanted": variables_of(_here(), "no", "own")}
         seen["inner"] = inner(own)
         late = seen
         assert late is seen
@@ -91,6 +92,23 @@ def test_every_kind_of_variable_is_read() -> None:
     assert (5, 6, {"own": 5}) == (found["own"], found["kept"], found["wanted"])
     assert "late" not in found
     assert {"shared": 1, "kept": 6, "own_argument": 5}.items() <= inner.items()
+
+
+def test_a_cell_is_read_where_it_is_a_variables_own() -> None:
+    """One that is empty hides no other, one that is a value is no place for another."""
+    bound = 5
+
+    def both() -> tuple[int, int]:
+        return bound, assigned_later
+
+    held = (both.__closure__ or ())[1]
+    found = variables_of(_here())
+    assigned_later = 6
+
+    assert (5, 6) == both()
+    assert "assigned_later" not in found
+    assert 5 == found["bound"]
+    assert found["held"] is held
 
 
 def test_the_variables_of_a_namespace_are_read() -> None:
@@ -106,6 +124,24 @@ def test_the_variables_of_a_namespace_are_read() -> None:
 
     assert {"inside": 3} == Body.found
     assert "__name__" in module
+
+
+@pytest.mark.skipif(
+    sys.version_info >= (3, 13), reason="a look at f_locals writes nothing any more"
+)
+@pytest.mark.parametrize("is_known", [True, False])
+def test_frames_that_are_laid_out_otherwise_are_not_read(
+    monkeypatch: pytest.MonkeyPatch, *, is_known: bool
+) -> None:
+    """Where the frame's code is not at its place, nothing else is looked for."""
+    layout = stacks._layout
+    assert layout is not None
+    assert "layout" in variables_of(_here())
+
+    other = layout._replace(code=layout.code + 32) if is_known else None
+    monkeypatch.setattr(stacks, "_layout", other)
+
+    assert {} == variables_of(_here())
 
 
 def test_reading_leaves_no_trace() -> None:

@@ -113,6 +113,16 @@ def test_some_growth_may_be_allowed() -> None:
             kept.append(tensor())  # noqa: PERF401  # one after the other
 
 
+@pytest.mark.parametrize("sizes", [(2, 1, 8), (1, 8, 2), (1, 8, 8)])
+def test_what_does_not_grow_all_the_while_passes(sizes: tuple[int, ...]) -> None:
+    """A cache is emptied, or filled once, late."""
+    held = None
+    for step in steady(steps=3, warmup=0):
+        held = None
+        held = tensor(sizes[step])
+    assert held is not None
+
+
 def test_garbage_in_a_cycle_is_no_growth() -> None:
     """It is collected after each step."""
     for _step in steady():
@@ -120,11 +130,15 @@ def test_garbage_in_a_cycle_is_no_growth() -> None:
         cycle.append(cycle)
 
 
-@pytest.mark.parametrize(("steps", "warmup"), [(2, 0), (4, 2), (5, -1), (0, 0)])
-def test_too_few_steps_tell_nothing(steps: int, warmup: int) -> None:
-    """Said before the first step."""
-    with pytest.raises(ValueError, match=f"steps={steps}, warmup={warmup}: at least 3"):
+@pytest.mark.parametrize(
+    ("steps", "warmup", "enough"), [(2, 0, 3), (4, 2, 5), (5, -1, 3), (0, 0, 3)]
+)
+def test_too_few_steps_tell_nothing(steps: int, warmup: int, enough: int) -> None:
+    """Said before the first step, with what is enough."""
+    with pytest.raises(ValueError, match=f"steps={steps}, warmup={warmup}: ") as caught:
         next(steady(steps, warmup=warmup))
+
+    assert str(caught.value).endswith(f"give steps={enough} or more")
 
 
 def test_an_allowance_that_is_not_a_size_is_refused() -> None:
