@@ -1,4 +1,4 @@
-"""When and which free segments go back to the driver.
+"""Returns free segments to the driver: when, and which.
 
 Source: ``CUDACachingAllocator.cpp``, ``release_cached_blocks``,
 ``release_available_cached_blocks`` and ``garbage_collect_cached_blocks``.
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def release(heap: Heap, pool: Pool, block: Block) -> None:
-    """Give a free, unsplit block's segment back to the driver."""
+    """Return a free, unsplit block's segment to the driver."""
     segment = block.segment
     pool.remove(block)
     heap.forget(segment)
@@ -39,7 +39,7 @@ def release(heap: Heap, pool: Pool, block: Block) -> None:
 
 
 def release_cached(heap: Heap, *pools: Pool) -> None:
-    """Give every free segment, and every page that free blocks cover, of pools back."""
+    """Return every free segment of pools, and every page that free blocks cover."""
     for pool in pools:
         expandable = []
         for block in pool.blocks():
@@ -52,7 +52,7 @@ def release_cached(heap: Heap, *pools: Pool) -> None:
 
 
 def release_available(heap: Heap, pool: Pool, size: int, stream: int) -> bool:
-    """Give back oversize blocks of a stream until a request would fit.
+    """Return oversize blocks of a stream to the driver until a request would fit.
 
     Args:
         heap: Whose blocks.
@@ -82,7 +82,7 @@ def release_available(heap: Heap, pool: Pool, size: int, stream: int) -> bool:
 
 
 def collect_garbage(heap: Heap, limit_bytes: int) -> None:
-    """Give back the large blocks that were unused the longest.
+    """Return the large blocks that were unused the longest.
 
     Args:
         heap: Whose blocks.

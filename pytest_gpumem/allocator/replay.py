@@ -26,7 +26,7 @@ _LETTERS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class ReplayResult:
-    """What the model answered to a trace.
+    """The answers of the model to a trace.
 
     Attributes:
         fields: The columns.

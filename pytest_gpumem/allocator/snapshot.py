@@ -30,7 +30,7 @@ def state_of(block: Block) -> str:
 
 
 def _frames(block: Block) -> Any:
-    """Return who asked for a block; nobody has asked for one that is free."""
+    """Return the frames that asked for a block; a free block has none."""
     return [] if block.is_idle else block.frames or []
 
 

@@ -38,7 +38,7 @@ class Stat:
 
     @property
     def freed(self) -> int:
-        """The running total of decreases: what is not there any more."""
+        """The running total of decreases."""
         return self._base + self.allocated - self.current
 
     def increase(self, amount: int) -> None:
@@ -49,15 +49,15 @@ class Stat:
             self.peak = current
 
     def decrease(self, amount: int) -> None:
-        """Take away."""
+        """Subtract."""
         self.current -= amount
 
     def reset_peak(self) -> None:
-        """Let the peak begin again at the current value."""
+        """Reset the peak to the current value."""
         self.peak = self.current
 
     def reset_totals(self) -> None:
-        """Let the running totals begin again at 0."""
+        """Reset the running totals to 0."""
         self.allocated = 0
         self._base = self.current
 
@@ -184,12 +184,12 @@ class Statistics:
         return named
 
     def reset_peak(self) -> None:
-        """Let every peak begin again at the current value."""
+        """Reset every peak to the current value."""
         for _name, stat in self._stats():
             stat.reset_peak()
 
     def reset_accumulated(self) -> None:
-        """Let running totals and counters begin again at 0."""
+        """Reset running totals and counters to 0."""
         for _name, stat in self._stats():
             stat.reset_totals()
         for name in self.COUNTERS:

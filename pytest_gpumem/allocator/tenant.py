@@ -1,4 +1,4 @@
-"""Who else holds bytes of a card: other processes, real or pretended."""
+"""Other processes that hold bytes of a card, real or simulated ones."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ if TYPE_CHECKING:
 class Tenants:
     """Other processes on one card, as a simulated driver asks for them.
 
-    Append one to ``Driver.tenants``; several add up. This base has nobody in it.
+    Append one to ``Driver.tenants``; several add up. This base class has no process.
     """
 
     def others(self) -> Sequence[tuple[int, int]]:
-        """Return pid and bytes of every other process that holds any."""
+        """Return the pid and bytes of every other process that holds bytes."""
         return ()
 
     def changing(self) -> AbstractContextManager[None]:
-        """Return a block in which no other process takes or gives bytes."""
+        """Return a block in which no other process takes or frees bytes."""
         return nullcontext()
 
     def hold(self, nbytes: int) -> None:
-        """Note what this process holds now; called inside ``changing``."""
+        """Note the bytes that this process holds now; called inside ``changing``."""
 
 
 class FixedTenant(Tenants):
-    """One pretended process, whose bytes may be changed at any moment.
+    """One simulated process, whose bytes may be changed at any moment.
 
     Attributes:
-        pid: What the card calls it.
-        nbytes: What it holds.
+        pid: Its process id on the card.
+        nbytes: Its bytes.
     """
 
     def __init__(self, pid: int, nbytes: int) -> None:

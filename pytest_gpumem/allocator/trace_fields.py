@@ -1,4 +1,4 @@
-"""Read the parts of a trace file, or say in one sentence what is wrong with them."""
+"""Reads the parts of a trace file; an error says in one sentence what is wrong."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def read_field(
         mapping: The object, as JSON gave it.
         key: The entry's key.
         kinds: The type it must have, or the types; true and false are no integers.
-        where: What the object is called in a message.
+        where: The object's name in messages.
 
     Raises:
         TraceError: There is no such entry, or it is of another type.

@@ -1,6 +1,6 @@
-"""A child process takes over what the run above it says.
+"""Applies the settings of the run above to a child process.
 
-Importing this is light: torch is waited for, not imported.
+Importing this module is cheap: it does not import torch, but waits until it is imported.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _hub: Final[list[AfterImport]] = []
 
 
 def activate() -> None:
-    """Do what the environment says, from when torch is imported; never raise."""
+    """Apply the environment's settings as soon as torch is imported; never raise."""
     if os.environ.get(HUB_VARIABLE) and not _hub:
         _hub.append(AfterImport("huggingface_hub", _inherit_hub))
         _hub[0].start()
@@ -39,7 +39,7 @@ def activate() -> None:
 
 
 def withdraw() -> None:
-    """Undo it: this process has a run of its own."""
+    """Undo ``activate``: this process has a run of its own."""
     while _active:
         _active.pop().stop()
     while _hub:
@@ -59,7 +59,7 @@ def _inherit_hub() -> None:
 
 
 class Child:
-    """What a run has put upon this process.
+    """The changes that a run makes in this process.
 
     Args:
         inheritance: The run's settings.
@@ -83,7 +83,7 @@ class Child:
             self._nvml_hook.start()
 
     def stop(self) -> None:
-        """Put everything back."""
+        """Restore everything."""
         self._hook.stop()
         self._nvml_hook.stop()
         if self._nvml is not None:
@@ -155,7 +155,7 @@ class Child:
         ]
 
     def _cards_changed(self) -> None:
-        """Have other cards than when torch was imported: the process chose them."""
+        """Change to the cards that the process has chosen since torch was imported."""
         device = self._device
         if device is None or self._watch is None:
             return
@@ -189,7 +189,7 @@ class Child:
         return SimulatedDevice(machine)
 
     def _add_tenants(self) -> None:
-        """Put the run's pretended processes on the cards, seen here or not."""
+        """Put the run's simulated processes on the cards, whether visible here or not."""
         if not self._given.tenants:
             return
         from pytest_gpumem.allocator.tenant import FixedTenant

@@ -1,7 +1,7 @@
 """Figures of a child process, in a small file that is always up to date.
 
-The file is mapped into memory, so that each new peak is in it at once: a child that is
-killed has still told what it held.
+The file is mapped into memory, so that each new peak is in it at once, even if the child
+is killed afterwards.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ _MAX_PID: Final = 2**22
 
 
 class ChildFigures(NamedTuple):
-    """What one child has told so far.
+    """The figures of one child so far.
 
     Attributes:
         path: Its file.
         pid: Its process.
-        environment: What its figures are kept under: card, backend, torch.
+        environment: The key of its figures: card, backend, torch.
         num_requests: Allocations it asked for.
-        strikes: Allocations that each rule refused there.
-        figures: By card.
+        strikes: Allocations that each rule failed there.
+        figures: Its figures, by card.
     """
 
     path: Path
@@ -60,8 +60,8 @@ class Note:
     """A child's own file, for writing.
 
     Args:
-        folder: Where; made if need be, for this user alone.
-        environment: What the figures are kept under.
+        folder: The folder; it is made if need be, for this user only.
+        environment: The key of the figures.
 
     Raises:
         OSError: It cannot be written.
@@ -79,12 +79,12 @@ class Note:
             self._map: Final = mmap.mmap(file.fileno(), _FIGURES)
 
     def write(self, num_requests: int, strikes: Sequence[int]) -> None:
-        """Note how much was asked for, and what rules refused."""
+        """Note how many allocations were asked for, and how many each rule failed."""
         counted = [*strikes[:MAX_RULES], *[0] * (MAX_RULES - len(strikes))]
         _COUNTS.pack_into(self._map, 0, num_requests, *counted)
 
     def write_card(self, index: int, figures: MemoryFigures) -> None:
-        """Note a card's figures, under the index that the run knows it by."""
+        """Note a card's figures, under the run's index of the card."""
         place = _COUNTS.size + index * _CARD.size
         _CARD.pack_into(self._map, place, 1, *_values(figures))
 
@@ -94,7 +94,7 @@ def _values(figures: MemoryFigures) -> tuple[Any, ...]:
 
 
 def read_note(path: Path) -> ChildFigures | None:
-    """Return what a file says; None if it is no such file."""
+    """Return the figures in a file; None if it is another kind of file."""
     try:
         content = path.read_bytes()
         about = json.loads(content[_FIGURES:])
@@ -126,7 +126,7 @@ def read_note(path: Path) -> ChildFigures | None:
 
 
 def read_notes(folder: Path) -> list[ChildFigures]:
-    """Return what every child has told so far; none where there is no folder."""
+    """Return the figures of every child so far; empty without a folder."""
     try:
         paths = sorted(folder.glob(f"*{SUFFIX}"))
     except OSError:
@@ -136,11 +136,11 @@ def read_notes(folder: Path) -> list[ChildFigures]:
 
 
 def together(children: Sequence[ChildFigures]) -> list[MemoryFigures]:
-    """Return the figures of several children as those of one.
+    """Combine the figures of several children.
 
-    Peaks are the largest that one of them had, and not known where one's is not;
-    errors and retries are added up. What a process holds as it ends is given back, so
-    nothing counts as left.
+    A peak is the largest of any child, and unknown if one of them is unknown; errors and
+    retries are added up. A process frees all of its memory when it ends, so no bytes
+    count as left.
     """
     by_card: dict[int, list[MemoryFigures]] = {}
     for child in children:

@@ -23,9 +23,9 @@ class Watch:
 
     Args:
         device: The cards.
-        folder: Where the notes go.
-        indices: What the run above calls each card.
-        strikes: Returns how many allocations each rule has refused so far.
+        folder: The folder of the notes.
+        indices: The run's index of each card.
+        strikes: Returns how many allocations each rule has failed so far.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Watch:
             _finish_with_multiprocessing(self)
 
     def stop(self) -> None:
-        """Watch no longer."""
+        """Stop watching."""
         atexit.unregister(self.finish)
         self._stack.close()
         for tracker in self._trackers:
@@ -99,21 +99,21 @@ class Watch:
 class ForkedChildren:
     """Lets children that are forked from this process be watched.
 
-    One of a process is in force at a time: the last that was started.
+    Only one is active in a process at a time: the last that was started.
     """
 
     def __init__(self, make: Callable[[], Watch | None]) -> None:
         self._make: Final = make
 
     def start(self) -> None:
-        """Be in force."""
+        """Start."""
         if not _hooked and hasattr(os, "register_at_fork"):
             _hooked.append(True)
             os.register_at_fork(after_in_child=_after_fork)
         _in_force.append(self)
 
     def stop(self) -> None:
-        """Be in force no longer."""
+        """Stop."""
         if self in _in_force:
             _in_force.remove(self)
 

@@ -1,7 +1,7 @@
 """Devices: one protocol over a real CUDA device and a simulated one.
 
-The verbs are PyTorch's; what is added is a budget, a view of single allocations and
-the means to make one fail.
+The names are those of PyTorch. Added are budgets, a view of single allocations, and the
+means to make one fail.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Tracker(Protocol):
         """Return the figures up to now; may be called again."""
 
     def peek(self) -> MemoryFigures:
-        """Do so while an allocation is being served, in what watches it."""
+        """Return the figures while an allocation is being served, for its observers."""
 
     def close(self) -> MemoryFigures:
         """Return the final figures and stop tracking."""
@@ -32,7 +32,7 @@ class Tracker(Protocol):
 
 @runtime_checkable
 class Device(Protocol):
-    """What instruments need of a machine's cards; all sizes are bytes (``int``)."""
+    """The functions of a machine's cards that instruments need; sizes are bytes."""
 
     @property
     def kind(self) -> str:
@@ -59,9 +59,9 @@ class Device(Protocol):
         """Return a card's UUID, by which every process knows it."""
 
     def context_bytes(self, index: int) -> int:
-        """Return what the driver counts for this process beside the allocator's bytes.
+        """Return the driver's bytes of this process outside the allocator.
 
-        0 before the card is used, and where the driver does not say.
+        They are 0 before the card is used, and if the driver does not report them.
         """
 
     def others_bytes(self, index: int) -> int:
@@ -71,13 +71,13 @@ class Device(Protocol):
         """Return ``torch.cuda.memory_stats``'s flat dictionary."""
 
     def counted(self, index: int) -> Reading:
-        """Return what NVML counts now, for this process and on the card.
+        """Return NVML's present bytes of this process and of the card.
 
         Never raises, and uses no card for it.
         """
 
     def empty_cache(self) -> None:
-        """Give cuBLAS workspaces and cached segments of every card back."""
+        """Free cuBLAS workspaces and cached segments of every card."""
 
     def budget(self, index: int) -> int | None:
         """Return the smallest budget in force on a card, or None."""
@@ -85,9 +85,9 @@ class Device(Protocol):
     def set_budget(
         self, index: int, budget_bytes: int | None, *, owner: object = None
     ) -> None:
-        """Cap a card for an owner (inclusive); None takes the owner's cap back.
+        """Cap a card for an owner (inclusive); None removes the owner's cap.
 
-        The smallest cap of all owners holds, and all that reports free memory agrees.
+        The smallest cap of all owners holds, and functions that report free memory agree.
 
         Raises:
             BudgetError: Not between 1 byte and the card's total.
@@ -112,7 +112,7 @@ class Device(Protocol):
         """
 
     def restore(self) -> None:
-        """Put back what trackers have replaced in torch, at the end of a run."""
+        """Restore the functions of torch that trackers have replaced, at the end of a run."""
 
     def failing(
         self, fails: Callable[[int, int], bool]
@@ -165,7 +165,7 @@ class Device(Protocol):
         """
 
     def recording(self) -> AbstractContextManager[CudaHistory | None]:
-        """Keep what happens over a block, to be read afterwards.
+        """Record the changes of memory over a block, to be read afterwards.
 
         Yields:
             The history, on a card that cannot trace; None on one that can.

@@ -43,7 +43,7 @@ def why_no_amd_card(root: Path = Path("/")) -> str | None:
 
 
 def other_accelerator(build: TorchBuild, root: Path = Path("/")) -> str | None:
-    """Return what torch computes on here instead of CUDA, in words; or None.
+    """Return the accelerator that torch uses here instead of CUDA, in words; or None.
 
     Args:
         build: The installed torch.

@@ -1,4 +1,4 @@
-"""Which device instruments work on when none is named."""
+"""The device that instruments use if none is named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who caps a card at how much; the smallest of what is alive holds.
+"""The budgets of a card and their owners; the smallest active one holds.
 
 Note [Owners of budgets]
 The run, a test, a fixture of any scope, a ``with`` block and a trial each cap a card, and
@@ -28,7 +28,7 @@ class Budgets:
 
     @property
     def smallest(self) -> int | None:
-        """What holds, in bytes; None where nobody has a budget."""
+        """The smallest budget in bytes; None if there is no budget."""
         return min(self._by_owner.values(), default=None)
 
     def put(
@@ -40,11 +40,11 @@ class Budgets:
         index: int,
         name: str,
     ) -> None:
-        """Give an owner a budget in place of its last one; None takes it back.
+        """Set an owner's budget, which replaces its last one; None removes it.
 
         Args:
             owner: Any hashable object; owners are told apart by equality.
-            budget_bytes: What reserved bytes may come to, inclusive.
+            budget_bytes: The most reserved bytes, inclusive.
             total_bytes: The card's bytes.
             index: The card.
             name: The card's name, for the error.

@@ -68,7 +68,7 @@ class CudaDevice:
         return torch.cuda.get_device_name(index)
 
     def mem_get_info(self, index: int) -> tuple[int, int]:
-        """Return free and total bytes; under a budget, what it leaves."""
+        """Return free and total bytes; under a budget, free is what the budget leaves."""
         return torch.cuda.mem_get_info(index)
 
     def total_bytes(self, index: int) -> int:
@@ -81,7 +81,7 @@ class CudaDevice:
         return f"GPU-{torch.cuda.get_device_properties(index).uuid}"
 
     def context_bytes(self, index: int) -> int:
-        """Return what the driver counts beside the allocator's bytes."""
+        """Return the driver's bytes of this process outside the allocator."""
         process = self.counted(index).process_bytes
         return max((process or 0) - self._reserved(index), 0)
 
@@ -102,7 +102,7 @@ class CudaDevice:
         return self._statistics.of(index)
 
     def counted(self, index: int) -> Reading:
-        """Return what NVML counts now; nothing before this process uses the card."""
+        """Return NVML's present bytes; none before this process uses the card."""
         if not _has_context(index):
             return Reading(0, None)
         if index not in self._counts:
@@ -110,7 +110,7 @@ class CudaDevice:
         return self._counts[index].read()
 
     def empty_cache(self) -> None:
-        """Give cuBLAS workspaces and cached segments of every card back."""
+        """Free cuBLAS workspaces and cached segments of every card."""
         if torch.cuda.is_initialized():
             torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001  # no public name
             torch.cuda.empty_cache()
@@ -118,7 +118,7 @@ class CudaDevice:
     def segments(self, index: int) -> list[dict[str, Any]]:
         """Return a card's segments.
 
-        Limits: a history that is kept notes that somebody looked.
+        Limits: PyTorch's history of memory, if it is recorded, gets an entry for this call.
         """
         every: Any = torch.cuda.memory_snapshot()
         return [each for each in every if each["device"] == index]
@@ -133,7 +133,7 @@ class CudaDevice:
         return CudaTracker(self._statistics, index, self.counted)
 
     def restore(self) -> None:
-        """Let torch's statistics be its own again; see Note [Peaks of user code]."""
+        """Restore torch's statistics; see Note [Peaks of user code]."""
         self._statistics.restore()
 
     # -- budget -------------------------------------------------------------------
@@ -145,7 +145,7 @@ class CudaDevice:
     def set_budget(
         self, index: int, budget_bytes: int | None, *, owner: object = None
     ) -> None:
-        """Cap a card for an owner (inclusive); None takes its cap back.
+        """Cap a card for an owner (inclusive); None removes its cap.
 
         See Note [A budget on a real card].
 
@@ -256,7 +256,7 @@ class CudaDevice:
     # -- single allocations ---------------------------------------------------------
 
     def fail_allocation(self, index: int, nbytes: int) -> str:
-        """Fail a request as the allocator does; return its words."""
+        """Fail a request as the allocator does; return its text."""
         from pytest_gpumem.devices.interception import (
             fail_in_null_pool,
         )

@@ -1,4 +1,4 @@
-"""What to do about a model that the hub does not give and nobody serves."""
+"""Advice for a model that the hub does not return and the run does not serve."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ _MARK: Final = "__gpumem_advised__"
 
 
 def advise(error: BaseException, served: Container[str] = ()) -> None:
-    """Add one sentence to an error that a model of the hub is behind.
+    """Add one sentence to an error that a model of the hub has caused.
 
-    The model is not to be had, or it is served with another head than the code wants.
-    Class, cause and traceback stay; other errors, and those that have the sentence,
-    stay as they are.
+    The model is not available, or it is served with another head than the code needs.
+    Class, cause and traceback do not change. Other errors, and those that have the
+    sentence already, do not change at all.
 
     Args:
         error: What was raised.

@@ -1,7 +1,7 @@
-"""What the hub would answer to a request about a model that is served here.
+"""Answers requests about served models as the hub would.
 
-Source: https://huggingface.co/docs/hub/api, and what ``huggingface_hub.hf_api`` and
-``file_download`` read of the answers.
+Source: https://huggingface.co/docs/hub/api, and the parts of answers that
+``huggingface_hub.hf_api`` and ``file_download`` read.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Answer(NamedTuple):
 def answer(
     method: str, target: str, body: bytes, find: Find, *, wanted_range: str = ""
 ) -> Answer | None:
-    """Return what the hub would answer; None where it is to be asked itself.
+    """Return the hub's answer; None if the hub itself must be asked.
 
     Args:
         method: HTTP's.

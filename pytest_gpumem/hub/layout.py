@@ -56,7 +56,7 @@ class HubFile(NamedTuple):
 
 
 def repository(model: HubModel, root: Path) -> Path:
-    """Return a model's folder below ``root``, building what is not there yet.
+    """Return a model's folder below ``root``; build missing files.
 
     Several processes may ask at once.
 
@@ -102,7 +102,7 @@ def files_of(folder: Path) -> list[HubFile]:
 
 
 def have_revision(folder: Path, revision: str) -> None:
-    """Let a branch, tag or commit be found: a served model is the same at each."""
+    """Add a branch, tag or commit; a served model is the same at each of them."""
     ref = folder / "refs" / revision
     is_inside = ".." not in revision and not revision.startswith("/")
     if revision != MAIN and is_inside and not ref.exists():
@@ -115,8 +115,8 @@ def have_revision(folder: Path, revision: str) -> None:
 def have_file(model: HubModel, folder: Path, name: str) -> None:
     """Build the legacy format of a built model's weights, if that is asked for.
 
-    Published models mostly have both formats. Here the second is built once somebody
-    wants it, unless the model was asked for in one format.
+    Most published models have both formats. Here the second one is built when code asks
+    for it, unless the model was requested in one format.
     """
     chosen = {key for key, _value in model.options}
     if name != LEGACY or model.is_folder or chosen & {"format", "max_shard_size"}:
@@ -191,7 +191,7 @@ def _make_link(link: Path, target: Path | str) -> None:
 
 
 def _own_tokenizer(model: HubModel) -> dict[str, Path]:
-    """Return the tokenizer's files that stand beside the config to build from."""
+    """Return the tokenizer's files beside the config that the model is built from."""
     path = Path(model.source)
     if model.is_folder or known_model(model.source) is not None:
         return {}

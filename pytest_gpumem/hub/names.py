@@ -1,4 +1,4 @@
-"""Which models are served: their names on the hub, and what each is built from."""
+"""The served models: their names on the hub, and the source of each."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class HubModel:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All names that it answers to: its own, and the one it has moved to or from."""
+        """All of its names: its own, and its name before or after it was renamed."""
         organisation, _slash, short = self.name.rpartition("/")
         homes = [home for pattern, home in _ORGANISATIONS if pattern.fullmatch(short)]
         if not organisation:
@@ -99,7 +99,7 @@ class HubModel:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> HubModel:
-        """Return what ``to_json`` was called on."""
+        """Return the model that ``to_json`` wrote."""
         options = tuple((str(name), value) for name, value in data["options"])
         return cls(data["name"], data["source"], options, bool(data["yields"]))
 
@@ -167,7 +167,7 @@ def hub_model(
 
 
 def known_model(name: str) -> str | None:
-    """Return the known model that a name on the hub stands for; None if there is none."""
+    """Return the known model of a name on the hub; None if there is none."""
     short = name.rpartition("/")[2]
     found = ALIASES.get(short, short.removesuffix("-uncased"))
     return found if found in NAMES else None

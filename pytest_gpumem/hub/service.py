@@ -150,7 +150,7 @@ def inherit() -> None:
     """Serve the models of the parent process, if it serves any.
 
     Raises:
-        ValueError: What it says makes no sense.
+        ValueError: The list of models makes no sense.
     """
     named = os.environ.get(HUB_VARIABLE)
     if not named or _inherited:
@@ -168,7 +168,7 @@ def inherit() -> None:
 
 
 def withdraw() -> None:
-    """Undo it: this process has a run of its own."""
+    """Undo ``inherit``: this process has a run of its own."""
     while _inherited:
         _inherited.pop().pop()
 

@@ -36,7 +36,7 @@ def _blocks(number: int, size: int) -> int:
 
 
 def flash_splits(blocks: int, processors: int, key_blocks: int) -> int:
-    """Return into how many parts the keys are cut: ``num_splits_heuristic``.
+    """Return the number of parts into which the keys are split: ``num_splits_heuristic``.
 
     Args:
         blocks: Blocks of rows, times heads, times the batch.

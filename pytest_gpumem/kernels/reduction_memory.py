@@ -1,7 +1,7 @@
 """Memory that CUDA's reduction kernel takes while it runs.
 
-Where one block would have too much to add up, several work on one result and exchange
-partial ones through memory of the caching allocator, with a semaphore for each.
+If one block would have too many numbers to add up, several blocks compute one result and
+exchange partial results through memory of the caching allocator, with semaphores.
 
 Source: ``setReduceConfig``, ``ReduceConfig`` and ``gpu_reduce_kernel`` of
 ``aten/src/ATen/native/cuda/Reduce.cuh``, torch 2.13.
@@ -27,7 +27,7 @@ _SEMAPHORE_BYTES: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class Processors:
-    """What of a card decides how a reduction is split.
+    """The properties of a card that decide how a reduction is split.
 
     Attributes:
         count: Streaming multiprocessors.
@@ -53,7 +53,7 @@ def scratch_bytes(
     element_bytes: int,
     processors: Processors,
 ) -> tuple[int, ...]:
-    """Return what a reduction asks the allocator for beside its result, in bytes.
+    """Return the bytes that a reduction requests in addition to its result.
 
     Args:
         shape: Of the operand.
@@ -80,7 +80,7 @@ def scratch_bytes(
 
 
 def _merge(axes: Sequence[Axis]) -> list[Axis]:
-    """Order dimensions from the fastest on and join those that lie together."""
+    """Sort dimensions by stride, and join those that are contiguous."""
     merged: list[Axis] = []
     for axis in sorted(
         (each for each in axes if each.length != 1), key=lambda each: each.stride

@@ -57,7 +57,7 @@ def pairs_bytes(
     processors: Processors,
     tile: int = _TILE,
 ) -> int:
-    """Return what sorting keys with their indices asks for, in bytes.
+    """Return the bytes that sorting keys with their indices requests.
 
     Args:
         count: Pairs.
@@ -94,7 +94,7 @@ def _spine(key_bytes: int, processors: Processors) -> int:
 
 
 def scan_bytes(count: int, element_bytes: int, *, is_plain: bool) -> int:
-    """Return what a running sum over numbers in a row asks for, in bytes.
+    """Return the bytes that a running sum over contiguous numbers requests.
 
     Args:
         count: Numbers.
@@ -115,7 +115,7 @@ def scan_bytes(count: int, element_bytes: int, *, is_plain: bool) -> int:
 def selection_bytes(
     slices: int, length: int, key_bytes: int, processors: Processors
 ) -> tuple[int, ...]:
-    """Return what choosing the largest of long rows takes, buffer by buffer.
+    """Return the buffers that choosing the largest numbers of long rows requests.
 
     Several blocks count the digits of one row. Empty where one block does.
 

@@ -1,4 +1,4 @@
-"""Heed a run of pytest above this process, then be the real sitecustomize.
+"""Applies the settings of a run of pytest, then runs the real sitecustomize.
 
 It is found only where a run has put this folder on ``PYTHONPATH``.
 """

@@ -1,4 +1,4 @@
-"""Sums of gradients: autograd adds in place where nobody else has the first one.
+"""Sums of gradients: autograd adds in place if nothing else refers to the first one.
 
 C++ never does so for a tensor subclass, so a sum would take a block of its own here.
 The values do go into a new tensor; the block is handed over.
@@ -164,7 +164,7 @@ def numbering(func: Any, handler: Handler) -> Handler:
 
 
 def _is_at_work(*names: str) -> bool:
-    """Tell whether a node of autograd runs whose name begins so."""
+    """Tell whether a node of autograd runs whose name begins with a text."""
     if torch._C._current_graph_task_id() == -1:
         return False
     node = torch._C._current_autograd_node()  # it has no public name
@@ -177,7 +177,7 @@ _KEEPING: Final = ("ScatterReduceBackward", "IndexReduceBackward")
 
 
 def _is_new(tensor: Any) -> bool:
-    """Tell whether only the C++ that calls an operator has its first operand."""
+    """Tell whether only the C++ that calls an operator refers to its first operand."""
     is_ours = type(tensor) is SimulatedTensor
     return (
         is_ours
@@ -188,7 +188,7 @@ def _is_new(tensor: Any) -> bool:
 
 
 def _may_reuse(args: tuple[Any, ...]) -> bool:
-    """Tell whether only autograd's buffer has the first of two like gradients."""
+    """Tell whether only autograd's buffer refers to the first of two gradients."""
     first, second = args
     if type(first) is not SimulatedTensor or type(second) is not SimulatedTensor:
         return False

@@ -1,4 +1,4 @@
-"""Whether autograd's own code is at work in a thread, or a user's that it has called."""
+"""Tells whether a thread runs autograd's own code, or user code that autograd called."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NONE: Final = -1
 
 
 class _Called(threading.local):
-    """The backward pass that has called a user's code last, in this thread."""
+    """The backward pass that was the last to call user code in this thread."""
 
     task_id: int = _NONE
 
@@ -22,20 +22,20 @@ _called: Final = _Called()
 
 
 def in_backward() -> bool:
-    """Tell whether autograd's C++ is at work in this thread.
+    """Tell whether autograd's C++ code runs in this thread.
 
-    There, it makes helpers on what it takes for the tensors' device, the CPU: such an
-    operand or target is no mistake, and no wish, of the user's.
+    It makes helper tensors on the device that it sees for the tensors, the CPU. Such an
+    operand or target was not chosen by the user.
     """
     task_id: int = _task_id()
     return task_id not in {_NONE, _called.task_id}
 
 
 def of_user(function: Any) -> Any:
-    """Return a function that a user has given to autograd, known as such when it runs.
+    """Wrap a function that a user has given to autograd, so that it counts as user code.
 
-    What it calls is held to devices as anywhere. A backward pass that it begins is
-    autograd's work again.
+    Operators that it calls check devices as everywhere. A backward pass that it starts
+    is autograd's own code again.
     """
 
     @functools.wraps(function)

@@ -1,4 +1,4 @@
-"""One simulated card: its driver, its allocator, its limits and who watches."""
+"""One simulated card: its driver, its allocator, its budgets and its observers."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class SimulatedCard:
 
     @property
     def index(self) -> int:
-        """What this process calls it, if it sees it: CUDA's index."""
+        """CUDA's index of the card in this process, if the process sees it."""
         return self.allocator.device_index
 
     @index.setter
@@ -97,13 +97,13 @@ class SimulatedCard:
             )
 
     def _processes(self) -> list[ProcessMemory]:
-        """Return who holds what of the card, as NVML tells an allocator that asks."""
+        """Return the processes on the card with their bytes, as NVML returns them."""
         driver = self.driver
         others = [ProcessMemory(*each) for each in driver.other_processes()]
         return [*others, ProcessMemory(None, driver.process_bytes)]
 
     def after_fork(self) -> None:
-        """Be free of a thread that held the lock, and of the parent's context."""
+        """In a forked child, drop the parent's lock and its context."""
         self._lock = threading.Lock()
         self.driver.has_context = False
 
@@ -175,7 +175,7 @@ class SimulatedCard:
         return block
 
     def _observe(self, block: Block) -> Sequence[Callable[[int], None]]:
-        """Have a new block seen; return what is to be called without the lock."""
+        """Show a new block to observers; return functions to call without the lock."""
         history = self.machine.history
         block.frames = None if history is None else history.frames()
         if self.tracers:
@@ -187,7 +187,7 @@ class SimulatedCard:
         return [*filter(None, (each(self.index, *totals) for each in self.watchers))]
 
     def release(self, block: Block) -> None:
-        """Give a block back; safe in a finaliser."""
+        """Free a block; safe in a finaliser."""
         self._released.append(block)
         if self._lock.acquire(blocking=False):
             try:
@@ -216,7 +216,7 @@ class SimulatedCard:
         self.workspaces[handle, stream] = block
 
     def take_beside(self, nbytes: int) -> int | None:
-        """Take bytes as a library that does not ask PyTorch's allocator for them.
+        """Take bytes outside PyTorch's allocator, as a library does.
 
         Returns:
             Where they are, or None where there is no room.
@@ -227,12 +227,12 @@ class SimulatedCard:
             return self.driver.malloc(nbytes)
 
     def give_back(self, address: int) -> None:
-        """Give back what was taken beside PyTorch's allocator."""
+        """Free bytes that were taken outside PyTorch's allocator."""
         with self._lock:
             self.driver.free(address)
 
     def clear_workspaces(self, stream: int | None = None) -> None:
-        """Give every cuBLAS workspace, or those on a stream, back to the allocator."""
+        """Free every cuBLAS workspace, or those on a stream."""
         for key in [*self.workspaces]:
             if stream in (None, key[1]):
                 self.release(self.workspaces.pop(key))
@@ -245,7 +245,7 @@ class SimulatedCard:
         return self._budgets.smallest
 
     def set_budget(self, budget_bytes: int | None, *, owner: object = None) -> None:
-        """Cap reserved bytes for an owner (inclusive); None takes its cap back.
+        """Cap reserved bytes for an owner (inclusive); None removes its cap.
 
         A fraction that user code sets holds beside it: the smallest counts.
 
@@ -269,7 +269,7 @@ class SimulatedCard:
 
     @property
     def fraction(self) -> float:
-        """What ``set_per_process_memory_fraction`` was last given; 1.0 at first."""
+        """The last fraction of ``set_per_process_memory_fraction``; 1.0 at first."""
         fraction = self.allocator.memory_fraction
         return 1.0 if fraction is None else fraction
 

@@ -1,6 +1,6 @@
-"""What C++ does for ``torch.nn.parallel.comm`` between the cards of one process.
+"""The C++ functions of ``torch.nn.parallel.comm`` between the cards of one process.
 
-It broadcasts, scatters and gathers; here copies from card to card do. Source:
+They broadcast, scatter and gather; here this is done by copies from card to card. Source:
 ``torch/csrc/cuda/comm.cpp``.
 """
 

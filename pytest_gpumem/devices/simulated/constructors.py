@@ -1,4 +1,4 @@
-"""Constructors that would ask the CUDA driver, led past it.
+"""Constructors of tensors that would call the CUDA driver, made to work without it.
 
 ``torch.tensor(…, device="cuda")`` copies in C++ through a device guard that a CPU
 build does not have; here the host tensor is made first and uploaded after.
@@ -47,7 +47,7 @@ def _context_device() -> torch.device | None:
 
 
 def _plain(data: Any) -> Any:
-    """Return data with tensors of cards, however nested, as tensors of the host."""
+    """Return data with all nested tensors of cards replaced by tensors of the host."""
     if isinstance(data, SimulatedTensor):
         return data.detach().cpu()
     if isinstance(data, (list, tuple)):
@@ -70,7 +70,7 @@ def tensor(data: Any, **options: Any) -> torch.Tensor:
 
 
 def _uploaded(host: torch.Tensor, goal: torch.device) -> torch.Tensor:
-    """Return a tensor on a card, known to whatever traces or transforms."""
+    """Return a tensor on a card, and register it with active traces and transforms."""
     return host.to(goal)
 
 
@@ -193,7 +193,7 @@ def _ranging(*args: Any, **options: Any) -> Any:
 
 
 def _factory(original: Any) -> Any:
-    """Return a factory that knows pinned memory and a card's bare index."""
+    """Return a factory that accepts ``pin_memory`` and a card's index as a number."""
 
     @functools.wraps(original)
     def factory(*args: Any, **options: Any) -> torch.Tensor:
@@ -296,7 +296,7 @@ _default_tensor_type: Final[Any] = torch.set_default_tensor_type
 
 
 def parse_to(*args: Any, **options: Any) -> Any:
-    """What ``Module.to`` reads its arguments with, for cards that C++ cannot count."""
+    """The parser of the arguments of ``Module.to``, which accepts simulated cards."""
     first, *rest = args or (None,)
     if isinstance(first, int) and not isinstance(first, bool):
         return _parse_to(cuda_device(first), *rest, **options)

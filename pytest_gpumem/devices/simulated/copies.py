@@ -25,7 +25,7 @@ _to_copy: Any = torch.ops.aten._to_copy.default  # the operator below Tensor.to
 
 
 class _DeviceArgument(threading.local):
-    """Whether ``device=`` is what a user asks for, in backward as well."""
+    """Whether a user has passed ``device=``, also in backward."""
 
     is_stated = False
 
@@ -36,8 +36,8 @@ _device_argument: Final = _DeviceArgument()
 def is_asked_for() -> bool:
     """Tell whether the thread moves a tensor whose class runs its operators itself.
 
-    Then a device that comes back with one of them is the user's own, not what C++
-    takes for the tensors' device.
+    Then ``device`` of such an operator is the user's own, and not the device that C++
+    sees for the tensors.
     """
     return _device_argument.is_stated
 
@@ -46,7 +46,7 @@ _functorch: Final[Any] = torch._C._functorch
 
 
 def _is_traced() -> bool:
-    """Tell whether a program is recorded, operator by operator, as it runs."""
+    """Tell whether torch records the operators of a program while it runs."""
     proxies = torch._C._TorchDispatchModeKey.PROXY  # no public way to ask
     if torch._C._get_dispatch_mode(proxies) is not None:
         return True
@@ -105,7 +105,7 @@ def upload(
 
 
 def _copied(source: torch.Tensor, card: SimulatedCard, **options: Any) -> torch.Tensor:
-    """Return what a card keeps of a copy: its values, or its shape alone."""
+    """Return the part of a copy that a card keeps: values, or only the shape."""
     place = torch.device(card.value_device)
     with HOST_ROOM, on_tape(card):
         copied: torch.Tensor = _to_copy(source, device=place, **options)

@@ -1,4 +1,4 @@
-"""Which stream is current on a card: the thread's, or in backward that of the forward.
+"""The current stream of a card: the thread's, or in backward that of the forward.
 
 Note [Streams in backward]
 On a card autograd runs each node on the stream that was current when its forward ran,

@@ -125,7 +125,7 @@ class SimulatedDevice:
         return self.machine.cards[index].card.name
 
     def mem_get_info(self, index: int) -> tuple[int, int]:
-        """Return free and total bytes; under a budget, what it leaves."""
+        """Return free and total bytes; under a budget, free is what the budget leaves."""
         return self.machine.cards[index].mem_get_info()
 
     def total_bytes(self, index: int) -> int:
@@ -137,7 +137,7 @@ class SimulatedDevice:
         return uuid_of(self.machine.cards[index].number)
 
     def context_bytes(self, index: int) -> int:
-        """Return what the driver counts beside the allocator's bytes."""
+        """Return the driver's bytes of this process outside the allocator."""
         return self.machine.cards[index].context_bytes
 
     def others_bytes(self, index: int) -> int:
@@ -150,7 +150,7 @@ class SimulatedDevice:
         return self.machine.cards[index].memory_stats()
 
     def counted(self, index: int) -> Reading:
-        """Return what the simulated NVML counts now; it knows the innermost machine."""
+        """Return the simulated NVML's present bytes; it uses the innermost machine."""
         if index not in self._counts:
             # A process that holds bytes of a simulated card is listed.
             self._counts[index] = CardCount(index, lambda: False, self._handle)
@@ -163,7 +163,7 @@ class SimulatedDevice:
         return pynvml.nvmlDeviceGetHandleByUUID(self.card_id(index))
 
     def empty_cache(self) -> None:
-        """Give cuBLAS workspaces and cached segments of every card back."""
+        """Free cuBLAS workspaces and cached segments of every card."""
         for card in self.machine.cards:
             card.clear_workspaces()
             card.empty_cache()
@@ -175,7 +175,7 @@ class SimulatedDevice:
     def set_budget(
         self, index: int, budget_bytes: int | None, *, owner: object = None
     ) -> None:
-        """Cap a card for an owner (inclusive); None takes its cap back.
+        """Cap a card for an owner (inclusive); None removes its cap.
 
         Raises:
             BudgetError: Not between 1 byte and the card's total.
@@ -237,7 +237,7 @@ class SimulatedDevice:
             self.machine.oom_observers.remove(observer)
 
     def fail_allocation(self, index: int, nbytes: int) -> str:
-        """Fail a request as the allocator does; return its words."""
+        """Fail a request as the allocator does; return its text."""
         card = self.machine.cards[index]
         stream = self.machine.streams.current(index)
         try:
@@ -264,7 +264,7 @@ class SimulatedDevice:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Keep nothing: ``tracing`` tells of each change as it comes."""
+        """Record nothing, because ``tracing`` reports each change when it happens."""
         yield None
 
     @contextmanager

@@ -151,7 +151,7 @@ def _convolved(
 
 
 def _backward_without_cudnn(call: Call) -> Iterable[RequestStep]:
-    """Likewise, for gradients."""
+    """Ask for what PyTorch's own kernels ask for in a gradient."""
     if torch._C._get_cudnn_enabled():  # torch.backends.cudnn.enabled, read faster
         return ()
     layer = _Layer(call)

@@ -1,4 +1,4 @@
-"""What torch itself declares of its operators, in files that come with it.
+"""Reads torch's own declarations of its operators, from files that come with torch.
 
 ``native_functions.yaml`` is there for programs that generate code, ``autocast_mode.h``
 for extensions. They are searched as text: that takes no YAML library and no compiler,
@@ -19,7 +19,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Declaration:
-    """What is declared of one overload.
+    """The declaration of one overload.
 
     Attributes:
         is_structured: Whether its code is generated around a ``structured`` kernel.
@@ -39,7 +39,7 @@ def _text() -> str:
 
 
 def declaration_of(func: Any) -> Declaration:
-    """Return what is declared of an overload.
+    """Return the declaration of an overload.
 
     An operator that a library registered is declared nowhere, and none of its code is
     generated.

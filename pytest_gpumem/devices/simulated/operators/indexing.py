@@ -364,7 +364,7 @@ def _unsafe_masked_index(
 def _unsafe_masked_index_put(
     source: torch.Tensor, mask: torch.Tensor, indices: Any, values: torch.Tensor
 ) -> torch.Tensor:
-    """``_unsafe_masked_index_put_accumulate``, likewise."""
+    """``_unsafe_masked_index_put_accumulate``: indices within bounds, then masked values."""
     if not source.numel():
         return source.clone()
     bounded = _bounded(source, indices)

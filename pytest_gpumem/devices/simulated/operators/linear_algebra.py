@@ -255,7 +255,7 @@ def _multiplying(call: Call) -> Iterator[RequestStep]:
 
 
 def _is_copied_in_batch(matrix: torch.Tensor, rows: int, columns: int) -> bool:
-    """Tell the same of several: ``prepare_batch_matrix_for_cublas``.
+    """Tell whether several matrices are copied: ``prepare_batch_matrix_for_cublas``.
 
     Args:
         matrix: The matrices.
@@ -271,7 +271,7 @@ def _is_copied_in_batch(matrix: torch.Tensor, rows: int, columns: int) -> bool:
 
 
 def _multiplying_batches(call: Call) -> Iterable[RequestStep]:
-    """Likewise, of several matrices."""
+    """Operands of several matrices that cuBLAS cannot read as they lie are copied."""
     first, second = call.matrices
     if not first.numel() or not second.numel():
         return ()

@@ -1,4 +1,4 @@
-"""Sums and their like, running ones, and what a softmax makes of them."""
+"""Reductions such as sums, running sums, and softmax."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One record for each operator: all that the simulated card has to know about it.
+"""One record for each operator: all that the simulated card needs to know about it.
 
 An operator that needs nothing has none: it runs on the CPU's tensors and its results
 are charged in their order. What torch declares itself, as which operands are compared,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operator:
-    """All that is known about one operator, or about several by the same rule.
+    """The record of one operator, or of several operators with the same rules.
 
     Attributes:
         source: Where it stands, in PyTorch's sources: file and function, or the field
@@ -97,12 +97,12 @@ PLAIN: Final = Operator(source="", place="")
 
 
 def register(names: str, *, source: str, **fields: Any) -> None:
-    """Give operators their record.
+    """Register the record of operators.
 
     Args:
         names: Their names in ``torch.ops.aten``, between blanks.
-        source: Where it stands in PyTorch's sources.
-        fields: The others of ``Operator``.
+        source: The place in PyTorch's sources.
+        fields: The other fields of ``Operator``.
 
     Raises:
         ValueError: One of them has a record already.

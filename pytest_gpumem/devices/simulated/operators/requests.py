@@ -1,4 +1,4 @@
-"""What an operator asks of the caching allocator, in order: the words for it.
+"""The language for the requests of an operator to the caching allocator, in order.
 
 The rule of an operator is a generator. It is given the call and yields what CUDA's code
 asks for, in the order in which it asks; without a rule that is the results, in theirs.
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 
 class Results:
-    """Results are asked for; see the module's table."""
+    """The operator asks for results; see the module's table."""
 
     __slots__ = ("places",)
 
@@ -64,7 +64,7 @@ class Results:
 
 
 class Sized:
-    """A result is asked for, with other bytes than its elements have.
+    """The operator asks for a result with other bytes than its elements have.
 
     One that CUDA's code shrinks afterwards keeps the bytes that it had; one that only
     another device's code uses has none.
@@ -78,7 +78,7 @@ class Sized:
 
 
 class Temporary:
-    """Bytes that an operator has for itself; 0 asks for nothing."""
+    """The operator asks for temporary bytes; 0 asks for nothing."""
 
     __slots__ = ("nbytes",)
 
@@ -87,7 +87,7 @@ class Temporary:
 
 
 class Free:
-    """A temporary is given back before the operator ends."""
+    """The operator frees a temporary before it ends."""
 
     __slots__ = ("temporary",)
 
@@ -96,7 +96,7 @@ class Free:
 
 
 class Workspace:
-    """The workspace of the thread's cuBLAS handle is asked for, if it has none."""
+    """The operator asks for the workspace of the thread's cuBLAS handle, if it has none."""
 
     __slots__ = ()
 
@@ -105,13 +105,13 @@ RequestStep = Results | Sized | Temporary | Free | Workspace
 
 
 def copy_of(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> Temporary:
-    """Return what a contiguous copy of a tensor holds, as another type if one is given."""
+    """Return the request for a contiguous copy of a tensor, also as another dtype."""
     itemsize = (dtype or tensor.dtype).itemsize
     return Temporary(tensor.numel() * itemsize)
 
 
 def is_number(value: Any) -> bool:
-    """Tell whether an argument is a single number of the host."""
+    """Tell whether an argument is a tensor of one number on the host."""
     return (
         isinstance(value, torch.Tensor)
         and value.dim() == 0
@@ -120,7 +120,7 @@ def is_number(value: Any) -> bool:
 
 
 class Call:
-    """One call of an operator, as its rule sees it: ``call["dim"]``, ``call.results``.
+    """One call of an operator, as an argument of its rule: ``call["dim"]``.
 
     Attributes:
         card: The card; ``card.card`` are its properties.
@@ -207,7 +207,7 @@ def flat(out: Any) -> list[torch.Tensor | None]:
 def ask(
     steps: Iterable[RequestStep], sizes: Sequence[int], card: SimulatedCard
 ) -> list[Any]:
-    """Ask the card's allocator for what an operator asks for, step by step.
+    """Make the requests of an operator to the card's allocator, step by step.
 
     Args:
         steps: From the operator's rule.
