@@ -46,9 +46,9 @@ if TYPE_CHECKING:
 
 FORMAT: Final = "pytest-gpumem baseline"
 VERSION: Final = 2
-#: What is kept of each test and card.
+#: The judged metrics of each test and card.
 METRICS: Final = ("allocated", "reserved")
-#: What is kept beside them, to tell a request from where its block lay.
+#: Further figures, which show whether the requests or only their blocks have changed.
 REQUESTED: Final = "requested"
 BEFORE: Final = "before"
 GROWTH: Final = "growth"

@@ -76,14 +76,14 @@ class Tolerance:
         return f"{self.share * 100:.4g}%" if self.share else format_size(self.nbytes)
 
 
-#: A test pays on first use for so many others at once, of so many that may owe it.
+#: The most tests whose first uses one test may have, and the most that are searched.
 TOGETHER: Final = 3
 MOST: Final = 40
-#: In so many tests at least a shift is taken for torch's.
+#: The fewest tests with the same shift for which torch is taken to be the cause.
 MANY: Final = 3
 
-#: The gate of a run that names none. The same code on the same card allocates the same
-#: bytes; what is left for is a new version's other choice of a kernel.
+#: The default tolerances. The same code on the same card allocates the same bytes; the
+#: tolerance is for new versions of libraries that choose another kernel.
 DEFAULT: Final = (Tolerance("allocated", share=0.01),)
 
 
@@ -180,7 +180,7 @@ class FirstUses:
             for name, nbytes in peaks.items()
             if nbytes and name.endswith(f"allocated {LEFT}")
         }
-        #: What was paid, by who ought to: figure's name, who paid, and bytes.
+        #: First uses by the test that they belong to: figure, the test that had them, bytes.
         self._paid: Final[dict[str, list[tuple[str, str, int]]]] = {}
 
     def begin(self, test: str) -> dict[str, int]:

@@ -26,7 +26,7 @@ _VARIABLES: Final = (
     "pretrained_model_name_or_path",
     "model_name_or_path",
 )
-#: What transformers says where a weight has another shape, as heads have.
+#: In transformers' error for a weight with a wrong shape, which mostly is in a head.
 _HEAD: Final = "`ignore_mismatched_sizes`"
 _MARK: Final = "__gpumem_advised__"
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     #: Gives the model that is served under a name, and its folder; None if none is.
     Find = Callable[[str], tuple[HubModel, Path] | None]
 
-#: What a class of transformers is for, by the end of its name.
+#: The tasks of transformers' classes, by the end of a class's name.
 #: Source: ``PIPELINE_TAGS_AND_AUTO_MODELS`` in transformers' ``update_metadata.py``.
 _TASKS: Final = {
     "ForSequenceClassification": "text-classification",
@@ -45,7 +45,7 @@ _TASKS: Final = {
     "Model": "feature-extraction",
 }
 _RANGE: Final = re.compile(r"bytes=(\d+)-(\d*)")
-#: When a served model was last changed, as far as anybody asks.
+#: The date of a served model's last change, in answers.
 _WHEN: Final = "2024-01-01T00:00:00.000Z"
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 #: The source that means: the hub's own model, from the user's cache or the network.
 FROM_HUB: Final = "hub"
 
-#: What of ``make_checkpoint`` may be chosen, and how its text is read.
+#: The options of ``make_checkpoint`` that may be set, and the types of their texts.
 OPTIONS: Final[dict[str, type]] = {
     "format": str,
     "max_shard_size": str,
@@ -35,8 +35,8 @@ _PART: Final = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 _NAME: Final = re.compile(rf"(?:{_PART}/)?{_PART}")
 _MAX_NAME: Final = 96
 
-#: Where the hub keeps the models that once had no organisation; the hub itself answers
-#: to both names. The first pattern that a name matches counts.
+#: The organisations of models that once had none; the hub answers to both names. The first
+#: pattern that matches a name counts.
 #: Source: the redirects of huggingface.co.
 _ORGANISATIONS: Final = (
     (re.compile(r"bert-.*"), "google-bert"),
@@ -50,7 +50,7 @@ _ORGANISATIONS: Final = (
 )
 
 
-#: Where sentence-transformers looks for a name without organisation.
+#: Organisations in which sentence-transformers looks for a name without one.
 #: Source: ``_load_modules`` in its ``base/model.py``.
 _SENTENCES: Final = ("sentence-transformers", "cross-encoder")
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 _PREFIX: Final = "gpumem-hub-"
-#: No run takes a week; what is older was left by one that was killed.
+#: No run takes a week; an older folder was left by a run that was killed.
 _OLD_S: Final = 7 * 86400.0
 
 

@@ -51,7 +51,7 @@ _LIKE_BERT: Final = frozenset(
         "visual_bert",
     )
 )
-#: Where BERT's vocabularies have these; smaller ones have them at their beginning.
+#: Ids of special tokens in BERT's vocabularies; smaller vocabularies begin with them.
 _BERT_SPECIAL: Final = {
     "[PAD]": 0,
     "[UNK]": 100,
@@ -66,9 +66,9 @@ _FEWEST: Final = 8
 #: Bytes that byte-level tokenizers write as the character that they are.
 #: Source: ``bytes_to_unicode`` in OpenAI's GPT-2, ``encoder.py``.
 _PLAIN_BYTES: Final = (*range(33, 127), *range(161, 173), *range(174, 256))
-#: Where a text of GPT-2 or Qwen ends.
+#: The token at the end of a text of GPT-2 or Qwen.
 _END: Final = "<|endoftext|>"
-#: What such a tokenizer writes for a space.
+#: The character for a space in a byte-level tokenizer.
 _SPACE: Final = "\u0120"
 
 

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices import Device
 
-#: How long a real process may take to start, and the driver to take its memory back.
+#: The time that a real process may take to start, and the driver to free its memory.
 TIMEOUT_S: Final = 60.0
 
 _pids: Final = itertools.count(900_001)
 
-#: What a real tenant runs: it holds as many bytes as each line says.
+#: The program of a real process: it holds as many bytes as each line of input says.
 _PROGRAM: Final = """
 import sys, torch
 held = []

@@ -13,11 +13,11 @@ from pytest_gpumem.instruments.portraits import Fields, Opaque, Unordered
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-#: What a dtype explains of a difference from a reference: a share of the values' size,
-#: and beside it an amount. The machine epsilons are 2.2e-16, 1.2e-7, 9.8e-4 and 7.8e-3;
-#: a network of some dozens of layers adds an order of magnitude. The amounts of the
-#: first two are those of ``torch.testing.assert_close``; those of the others are what
-#: is left where numbers around 1 cancel each other.
+#: The difference from a reference that a dtype explains: a share of the values' size plus
+#: a fixed amount. The machine epsilons are 2.2e-16, 1.2e-7, 9.8e-4 and 7.8e-3; a network
+#: of some dozens of layers adds an order of magnitude. The amounts of the first two are
+#: those of ``torch.testing.assert_close``; those of the others are the errors that remain
+#: when numbers around 1 cancel each other.
 TOLERANCE: Final = {
     torch.float64: (1e-6, 1e-7),
     torch.float32: (1e-4, 1e-5),
@@ -31,8 +31,8 @@ _PARTS: Final = {
     torch.complex64: torch.float32,
     torch.complex32: torch.float16,
 }
-#: An array's largest values are its typical ones up to so many times the median; what
-#: is beyond (``torch.finfo(dtype).min`` in a mask) says nothing of the others' errors.
+#: Values up to this many times the median count as typical. Larger ones, such as
+#: ``torch.finfo(dtype).min`` in a mask, say nothing about the errors of other values.
 _TYPICAL: Final = 10.0
 _HALF: Final = 2
 _INF: Final = float("inf")
@@ -232,7 +232,8 @@ class _Comparer:
         )
 
 
-#: What values are called, and what compares them; only those of one name are compared.
+#: Names of kinds of values, and the methods that compare them; only values of one kind
+#: are compared.
 _KINDS: Final = (
     (torch.Tensor, "Tensor", "_tensors"),
     (dict, "dict", "_mappings"),

@@ -221,7 +221,7 @@ def _of_error(done: LoadVerdict, rule: Rule | None) -> list[str]:
         if is_control and done.num_injected:
             return [f"an error that is no OOM was lost, and another raised: {words}"]
         return [f"it ended in an error that is no OOM: {words}"]
-    # What fails for good may reach the caller, and an error that is no OOM must.
+    # A persistent fault may reach the caller; an error that is not an OOM must reach it.
     may_end = is_control or (rule is not None and rule.times is None)
     return [] if may_end else [f"it did not recover: {words}"]
 

@@ -67,7 +67,7 @@ def runs(frame: FrameType) -> bool:
 
 def path_in_words(chain: list[Any]) -> str:
     """Return the chain of references from a value to its holder, in words."""
-    # Parts of a context's map are no names to anybody.
+    # The inner parts of a context's map mean nothing to a reader.
     chain = [each for each in chain if not type(each).__name__.startswith("hamt")]
     steps = []
     names: list[str] = []
@@ -217,7 +217,7 @@ def _called(function: Any) -> str:
 
 _LRU: Final = type(functools.lru_cache(tensor_words))
 _INFO: Final = weakref.finalize._Info  # type: ignore[attr-defined]  # noqa: SLF001  # what it keeps arguments in
-#: How an object of each kind holds another, in words; empty where it is on the way only.
+#: Describes how an object of each kind holds another; empty for links that need no words.
 _WORDS: Final[tuple[tuple[Any, Callable[[Any, Any], str]], ...]] = (
     (FrameType, _frame),
     (

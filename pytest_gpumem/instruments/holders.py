@@ -35,25 +35,25 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices import Device
 
-#: How far from a tensor a holder is looked for, and how many objects on the way.
+#: The longest chain of references that is searched, and the most objects of each step.
 _DEPTH: Final = 24
 _BREADTH: Final = 4000
-#: How many tensors are traced; the largest come first.
+#: The number of tensors whose holders are searched; the largest come first.
 _TRACED: Final = 3
-#: How many objects are looked at on the way, in all.
+#: The most objects of one search.
 _VISITED: Final = 20_000
 _NOBODY: Final = (
     "no Python object that can be named (a graph of autograd, or C++ at work)"
 )
-#: How the words for what a cycle holds begin.
+#: The beginning of the description of a cycle.
 CYCLE: Final = "a reference cycle, which only a collection frees"
-#: How many nodes of graphs are looked at, in all.
+#: The most nodes of autograd graphs of one search.
 _NODES: Final = 20_000
 _SAVED: Final = "_saved_"
 _OURS: Final = str(Path(__file__).parent)
 
 
-#: What needs no holder.
+#: Objects at which a search ends, because they need no holder.
 _ROOTS: Final = (
     ModuleType,
     logging.LogRecord,

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 #: Letters of an error's text that a problem shows.
 WORDS: Final = 200
-#: How problems begin, by what they are about: where the model is, whether it can be
-#: run, and what it computes.
+#: The beginnings of problems: about the model's devices, about running it, and about its
+#: output.
 HALF_MOVED: Final = "the model is half moved"
 CANNOT_RUN: Final = "the loaded model cannot be run"
 OUTPUT: Final = "the output"
@@ -103,7 +103,7 @@ class Loader:
         self._reference = None if reference is None else portrait(reference)
         self._variants = variants
         self._first: Placement | None = None
-        #: What of torch's defaults each load changes.
+        #: The defaults of torch that every load changes.
         self._usual: frozenset[str] | None = None
         self._device = active_device() if device is None else device
         self._trial = Trial(

@@ -22,17 +22,17 @@ from torch.nn.parameter import is_lazy
 from pytest_gpumem.errors import NoValuesError
 from pytest_gpumem.instruments.parts import attributes_of, placement_of
 
-#: What is compared as it is: it has equality, or there is but one of each.
+#: Values that are compared directly: they have an equality, or exist only once.
 _PLAIN: Final = (
     *(str, bytes, bytearray, range, enum.Enum, type(None), type(...)),
     *(torch.dtype, torch.layout, torch.memory_format),
 )
-#: What has done nothing yet.
+#: Objects that have not computed anything yet.
 _LAZY: Final = (
     *(GeneratorType, CoroutineType, AsyncGeneratorType),
     *(map, filter, zip),
 )
-#: How deep in objects without equality of their own tensors are looked for.
+#: The depth of the search for tensors in objects without an equality.
 _DEPTH: Final = 4
 
 
@@ -119,7 +119,7 @@ def _parts(value: Any, kind: type, inner: Callable[[Any], Any]) -> Any:  # noqa:
     if issubclass(kind, (Sequence, ValuesView)):
         return [inner(item) for item in value]
     if issubclass(kind, AbstractSet):
-        # Tensors are hashed by identity: there is no set of their copies.
+        # Tensors are hashed by identity, so copies in a set would differ from each other.
         is_plain = {type(each) for each in value} <= {str, bytes, int, bool, type(None)}
         return frozenset(value) if is_plain else Unordered(map(inner, value))
     names = _field_names(kind)
@@ -144,7 +144,7 @@ def _tensor(tensor: torch.Tensor) -> Any:
 
 def _module(module: torch.nn.Module, inner: Callable[[Any], Any]) -> dict[str, Any]:
     placement = placement_of(module)
-    # Of buffers that are not saved the state says nothing.
+    # The state dict lacks buffers that are not saved.
     state = {**dict(module.named_buffers()), **module.state_dict()}
     return {
         "placement": "whole" if placement.is_whole else f"half moved: {placement}",

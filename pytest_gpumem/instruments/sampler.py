@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 #: Seconds between two samples.
 PERIOD_S: Final = 0.05
-#: A sample that took so many seconds of a processor is followed by this many times as
-#: many without one, so that sampling costs less than 1 %.
+#: After a sample the thread waits this many times the sample's processor time, so that
+#: sampling costs less than 1 %.
 _REST: Final = 100
 
 

@@ -67,9 +67,9 @@ _PARAMETER: Final = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
 #: The function that puts a parameter on a card for accelerate.
 #: Source: accelerate ``utils/modeling.py``.
 _ACCELERATE: Final = ("/accelerate/utils/modeling.py", "set_module_tensor_to_device")
-#: Where the simulated card takes what a library keeps for itself.
+#: The function of the simulated card that allocates workspaces of libraries.
 _WORKSPACE: Final = ("/simulated/memory.py", "hold_workspace")
-#: Where pytest calls a hook: what is above it is not the test's.
+#: The function that calls pytest's hooks; frames above it do not belong to the test.
 _PLUGGY: Final = ("/pluggy/_callers.py", "_multicall")
 #: Chains that are remembered.
 _MOST: Final = 10_000

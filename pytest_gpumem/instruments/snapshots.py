@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-#: What memory_viz reads: it has an unpickler of its own.
+#: The pickle protocol that memory_viz reads; it has an unpickler of its own.
 #: Source: ``torch/utils/viz/MemoryViz.js``.
 PROTOCOL: Final = 4
 #: Changes of memory that are kept, the newest; each has its Python frames.

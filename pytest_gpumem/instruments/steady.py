@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices import Device
 
-#: The steps after the warm-up are looked at in so many parts: what grows does so from
-#: each to the next, what is made once, late, does not.
+#: The steps after the warm-up are divided into this many parts. Memory that grows is
+#: larger in each part; memory that is added once, late, is not.
 _PARTS: Final = 3
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices import Device
 
-#: What a pool's threads run; it is their innermost frame while they wait for work.
+#: The code of a pool's threads; it is their innermost frame while they wait for work.
 _POOL_WORKER: Final = _worker.__code__
 _LOOK_S: Final = 0.01
 

@@ -114,7 +114,7 @@ class _Card:
         self.series = Series()
         self.blocks: dict[int, _Block] = {}
         self.peak = 0
-        # What came after the peak, and what went of what was live at it.
+        # Blocks that were allocated after the peak, and blocks live at the peak that were freed.
         self._since: set[int] = set()
         self._gone: list[_Block] = []
 
@@ -166,7 +166,7 @@ class Timeline:
         self._met_at: dict[int, int] = {}
         self._is_paused = False
         self._history: CudaHistory | None = None
-        #: Whose blocks are, as far as is known before the history is read.
+        #: Owners of blocks that are known before the history is read.
         self._claims: list[SeenOwner] = []
         self._has_met = False
         self.is_recorded = False

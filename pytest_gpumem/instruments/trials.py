@@ -181,7 +181,7 @@ class Trial:
                 budget = vram_budget(budget_bytes, device_index=index, device=device)
                 stack.enter_context(budget)
             in_force = device.budget(index)
-            if in_force is not None:  # what was there before is not the body's
+            if in_force is not None:  # bytes from before are not those of the body
                 stats = device.memory_stats(index)
                 in_force = max(in_force, stats["reserved_bytes.all.current"])
             recorder = PeakRecorder(device_index=index, device=device)

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices import Device
 
-#: Moments of one test that are looked at closely; of later ones only the figures and the
-#: site are kept.
+#: The number of moments of one test that are described in full; of later ones only the
+#: figures and the site are kept.
 CLOSELY: Final = 8
 _failed = threading.local()
 _witnesses: Final[list[OomWitness]] = []

@@ -59,7 +59,7 @@ def _unknown(names: str, unit: str = "") -> dict[str, Field]:
     }
 
 
-#: What a simulated card has no answer for, because it has no clocks, fans or sensors.
+#: Fields without an answer, because a simulated card has no clocks, fans or sensors.
 _WITHOUT_ANSWER: Final = (
     _unknown(
         "accounting.mode addressing_mode clocks_event_reasons.active "

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.cards_table import Card
     from pytest_gpumem.checkpoints.models import ModelSpec
 
-#: Cards that are tried where none are named: what clouds and desks have.
+#: The default cards, which are common in clouds and in workstations.
 DEFAULT_CARDS: Final = "T4,L4,RTX-4090,A100-40GB,A100-80GB"
 #: Bytes of a card on which everything fits, to see what a task would need.
 _ROOM: Final = 2**46

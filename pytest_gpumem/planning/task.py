@@ -112,7 +112,7 @@ def run_task(spec: ModelSpec, task: FitTask, kinds: PeakByKind, stage: Stage) ->
     made: dict[int, torch.Tensor] = {}
 
     def on_card(weight: torch.Tensor) -> torch.Tensor:
-        # What several modules share is made once, as ``to("cuda")`` moves it once.
+        # A weight that several modules share is made once, as ``to("cuda")`` moves it once.
         if id(weight) not in made:
             made[id(weight)] = torch.empty_like(weight, device="cuda")
         return made[id(weight)]

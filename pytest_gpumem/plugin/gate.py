@@ -116,11 +116,11 @@ class Gate:
         self._environment = ""
         #: Facts about the running test that are not among its figures.
         self.judgement = Judgement()
-        #: What the running test is taken to have paid for others, until its teardown
-        #: shows whether that stays; and what to say if it does not.
+        #: Growth of the running test that is taken for first uses of other tests, until the
+        #: teardown shows whether the bytes stay; and the failure's text if they do not.
         self._excused: tuple[dict[str, int], str] = ({}, "")
-        #: By how much the fixtures of wider scope that explain what the running test
-        #: needs have grown: what they hold now, over what they held then.
+        #: The growth of the fixtures of wider scope that explain the running test's growth:
+        #: the bytes that they hold now, divided by those in the baseline.
         self._ratio = 1.0
 
     def _read(self) -> Baseline:
@@ -172,7 +172,7 @@ class Gate:
         moved = dict(self.judgement.moved)
         bad = self._grown(test, before, peaks, moved)
         if bad and moved and not self._grown(test, before, peaks, {}):
-            # It pays itself after all: who paid in its place has leaked.
+            # The test has this first use itself, so the test it was counted for has leaked.
             self.judgement = Judgement(denied=uses.deny(test))
             bad = []
         if bad:
@@ -294,7 +294,7 @@ class Gate:
         moved: dict[str, int] = dict(self.judgement.moved)
         changes = self._left_changes(test, before, adjusted(left, moved))
         if changes and moved:
-            # It leaves its own after all: who paid in its place has leaked.
+            # The test leaves these bytes itself, so the test they were counted for has leaked.
             self.judgement.denied = uses.deny(test)
             moved = {}
         for name, nbytes in self._more(before, left, moved).items():
@@ -304,7 +304,7 @@ class Gate:
         self.judgement.moved = moved
         excused, text = self._excused
         if any(nbytes > moved.get(name, 0) for name, nbytes in excused.items()):
-            return text  # what it had more did not stay
+            return text  # the growth did not stay on the card
         changes = self._left_changes(test, before, adjusted(left, moved))
         if not changes or is_carried or self.updates:
             return None

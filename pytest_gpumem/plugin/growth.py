@@ -155,7 +155,7 @@ class Growth:
         self.made: list[MadeFixture] = []
         #: The living fixtures of wider scope.
         self.alive: Final[dict[Any, MadeFixture]] = {}
-        #: What the test has added, once its call is over; as a baseline has it.
+        #: The test's growth after its call, with the names of a baseline.
         self.peaks: dict[str, int] = {}
 
     def device_came(self, device: Device) -> None:
@@ -229,7 +229,7 @@ class Growth:
         if _left(self._so_far()):
             _clear_workspaces()
         if _left(self._so_far()):
-            # pytest lets go of these only after the teardown's hooks.
+            # pytest clears these only after the hooks of the teardown.
             getattr(self._item, "funcargs", {}).clear()
         if _left(self._so_far()):
             gc.collect()

@@ -200,7 +200,7 @@ class LeakCheck:
         self._allowed = allowed
         self._start = allocated_bytes(device) - held_by_fixtures
         self._blocks = blocks_on_cards()
-        #: What came of it, once it was checked.
+        #: The result of the check, once it was made.
         self.outcome: LimitOutcome | None = None
 
     def check(self, held_by_fixtures: int) -> None:

@@ -260,7 +260,7 @@ class Phases:
         if timeline is None:
             return
         timeline.__exit__(None, None, None)
-        # Not for a test in whose teardown an earlier test's fixture goes.
+        # A test that only tears down an earlier test's fixture has no record.
         if has_record(item):
             result = timeline.result() if timeline.is_recorded else None
             record_of(item).timeline = json.dumps(result, separators=(",", ":"))

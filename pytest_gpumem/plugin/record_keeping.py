@@ -22,7 +22,7 @@ _KEY: Final = pytest.StashKey["Record"]()
 _ATTRIBUTE: Final = "gpumem_record"
 #: A report's attribute: whether a limit was broken.
 _OVER_LIMIT: Final = "gpumem_over_limit"
-#: A report's attribute: how far a sweep is.
+#: A report's attribute: the progress of a sweep.
 _PROGRESS: Final = "gpumem_progress"
 #: The progress of a test's sweep, while one of its points is reported.
 PROGRESS: Final = pytest.StashKey[list[Any]]()

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-#: The variables of ``allocator/versions.py``, said here so that most runs need not read it.
+#: The variables of ``allocator/versions.py``, copied here so that most runs need not
+#: import it.
 ALLOCATOR_VARIABLES: Final = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 

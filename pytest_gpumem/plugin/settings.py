@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from pytest_gpumem.rules.rule import Rule
     from pytest_gpumem.sizes import SizeSpec
 
-#: The simulated card of a run that names none; ``cards.DEFAULT_CARD``, said here so
-#: that a run without a GPU test need not read the table of cards.
+#: The default simulated card; ``cards.DEFAULT_CARD``, copied here so that a run without a
+#: GPU test need not import the table of cards.
 DEFAULT_CARD: Final = "T4"
 
 #: Kinds of reports.

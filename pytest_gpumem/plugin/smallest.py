@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 #: The driver hands out memory in such pieces: budgets between them are the same.
 STEP: Final = 2 * 2**20
-#: How long a phase of a trial may last: so many times the first trial, which had all
-#: the memory, and so many seconds at least. A fallback may well be slower.
+#: The time that a phase of a trial may take: this many times that of the first trial,
+#: which had all the memory, and at least this many seconds. A fallback may be slower.
 PATIENCE: Final = 10
 PATIENCE_S: Final = 10.0
 
@@ -122,7 +122,9 @@ class SmallestBudgets:
     def _try(self, item: pytest.Item, budget: int | None) -> tuple[bool, int]:
         """Run a test without a report; return whether it passed, and its reserved peak."""
         runner: Any = item.config.pluginmanager.get_plugin("runner")
-        parent: Any = item.parent  # as the next test: what is wider stays
+        parent: Any = (
+            item.parent
+        )  # as the next test, so that wider fixtures are not torn down
         properties, sections = item.user_properties, item._report_sections  # noqa: SLF001  # pytest keeps output there
         marks, before = (len(properties), len(sections)), taken(item)
         parts = _Parts(item)
@@ -182,7 +184,7 @@ class _Parts:
 
     def __enter__(self) -> None:
         if self._item is not None:
-            # Where unittest tells a result of its subTest blocks: the item is that.
+            # pytest's item is the result object to which unittest reports subTest blocks.
             self._item.addSubTest = self._take
 
     def __exit__(self, *_error: object) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.plugin.session import Run
     from pytest_gpumem.sweeps.report import Outcome, SweepReport, Verdict
 
-#: How a test is chosen on the command line that has no node id of its own.
+#: The command line's words for a test that has no node id of its own.
 CHOSEN_BY: Final = pytest.StashKey[str]()
 #: The argument that tells the points of one worker from another's.
 SHARD: Final = "_gpumem_shard"

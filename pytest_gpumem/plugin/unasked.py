@@ -12,7 +12,7 @@ from pytest_gpumem.plugin.usage import UsageErrors
 if TYPE_CHECKING:
     from pytest_gpumem.plugin.settings import Settings
 
-#: What to do about it.
+#: Advice for a run without a device.
 _HOW: Final = (
     "this run asks for no device; put 'gpu_backend = auto' into the ini file, or give "
     "--gpu-backend=auto"

@@ -56,7 +56,9 @@ class WiderFixtures:
                 total = allocated_bytes(device) - before
                 self._inner[-1] += total
                 own = total - inner
-                if own and is_made:  # what a failed one has goes with its frames
+                if (
+                    own and is_made
+                ):  # the bytes of a failed fixture are freed with its frames
                     from pytest_gpumem.records.record import WiderFixture
 
                     self._held[fixturedef] = own

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 #: Room above the peak: another version of a library may need a little more.
 HEAD_ROOM: Final = 1.1
-#: A limit of more than so many times the peak would not notice much.
+#: A limit of more than this many times the peak is too generous.
 GENEROUS: Final = 1.5
 _MIB: Final = 2**20
 

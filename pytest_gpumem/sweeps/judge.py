@@ -65,7 +65,7 @@ class SweepJudge:
         self._searched: set[tuple[str, str]] = set()
         # A frozen heap does not show what was on the cards before it was frozen.
         self._known = blocks_on_cards()
-        #: What shows such objects for a block.
+        #: Returns a block in which frozen objects are visible to the garbage collector.
         self.thawed: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def clean(self) -> Attempt:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.rules.rule import Rule
 
-#: How often a point's fault strikes: the Nth allocation only, or it and all later ones.
+#: The allocations that a point's fault fails: only the Nth, or the Nth and all later ones.
 MODES: Final = ("transient", "persistent")
 
 

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices import Device
 
-#: A run may take so many times as long as the clean one, and at least so long.
+#: The time that a run may take: this many times that of the clean run, and at least this
+#: many seconds.
 _PATIENCE: Final = 20.0
 _LEAST_S: Final = 10.0
 #: An allocation that no run reaches.

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 #: Seconds after which a waiting request lets no later one pass.
 PATIENCE_S: Final = 10.0
-#: The same for one that wants the card alone: it needs all others to have ended.
+#: The same for a request for the whole card, which waits until all others have ended.
 PATIENCE_ALONE_S: Final = 1.0
 
 
