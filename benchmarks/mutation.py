@@ -54,7 +54,7 @@ TESTS = {
     "baselines/*": "baselines/test_baselines.py",
     "tenancy/queue": "tenancy/test_tenancy.py",
     "devices/budgets": "devices/test_budgets.py",
-    "guards stacks instruments/*": "instruments sweeps devices/test_budgets.py",
+    "guards stacks instruments/*": "instruments sweeps rules devices/test_budgets.py",
     "sweeps/*": "sweeps fuzz/test_fuzz_state.py",
 }
 PACKAGE = ROOT / "pytest_gpumem"

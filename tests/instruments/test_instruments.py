@@ -251,6 +251,22 @@ def test_worker_threads_are_reached() -> None:
     assert 1 == injector.num_injected
 
 
+def test_a_rule_may_ask_for_a_thread_and_a_place() -> None:
+    """Of both threads and both functions it fails the one in question."""
+
+    def wanted() -> torch.Tensor:
+        return _mib(1)
+
+    rule = "any:thread=other,site=*:wanted,persistent"
+    with OomInjector(rule) as injector, ThreadPoolExecutor(1) as pool:
+        wanted()
+        pool.submit(_mib, 1).result()
+        failed = pool.submit(wanted).exception()
+
+    assert isinstance(failed, torch.OutOfMemoryError)
+    assert 1 == injector.num_injected
+
+
 def test_rules_can_be_armed_and_dropped_inside() -> None:
     """arm() counts from that moment; disarm() ends it."""
     with OomInjector() as injector:
@@ -261,6 +277,17 @@ def test_rules_can_be_armed_and_dropped_inside() -> None:
         injector.arm("any:persistent")
         injector.disarm()
         _mib(1)
+
+
+def test_a_rule_that_is_armed_after_the_block_fails_nothing() -> None:
+    """Only a block is under test."""
+    with OomInjector() as injector:
+        pass
+    injector.arm("any:persistent")
+
+    _mib(1)
+
+    assert 0 == injector.num_injected
 
 
 def test_only_an_armed_injector_is_asked() -> None:
