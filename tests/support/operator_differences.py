@@ -131,6 +131,14 @@ DIFFERENCES: Final = (
         ways="out=*",
     ),
     Difference(
+        "nn_functional_max_unpool2d nn_functional_max_unpool2d_grad",
+        DIFFERS,
+        "a card's kernel lays its result out row by row, whatever the layout of its input: "
+        "`max_unpooling2d_forward_out_cuda`",
+        ways="forward",
+        types="float32 float16 bfloat16",
+    ),
+    Difference(
         "histogramdd",
         DIFFERS,
         "a card has no kernel, which torch says before it looks at the input",
