@@ -11,16 +11,27 @@ import pytest
 from pytest_gpumem.errors import ReportError
 from pytest_gpumem.files import write_atomically
 from pytest_gpumem.plugin.outputs import STEP_SUMMARY
+from pytest_gpumem.plugin.settings import OPTIONS
 from pytest_gpumem.plugin.workers import notes_of
 from pytest_gpumem.records.codec import decode
 from pytest_gpumem.records.run_record import BaselineOutcome, Environment
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Generator, Iterator, Sequence
 
     from pytest_gpumem.plugin.record_keeping import Collector
     from pytest_gpumem.plugin.session import Run
     from pytest_gpumem.reports.document import Report
+
+#: Options that only say what a run writes, or which part of a sweep it runs.
+_OUTPUTS: Final = {
+    "--gpu-report",
+    "--gpu-snapshots",
+    "--gpu-suggest",
+    "--gpu-update-baseline",
+    "--gpu-oom-resume",
+    "--gpu-replay-oom",
+}
 
 
 class Reporting:
@@ -79,7 +90,7 @@ class Reporting:
         )
         for kind, path in self._files:
             try:
-                write_atomically(path, render(kind, report))
+                write_atomically(path, render(kind, report, self._options()))
             except OSError as error:
                 endings.fail(f"--gpu-report: {path} cannot be written: {error}")
                 continue
@@ -92,6 +103,18 @@ class Reporting:
             except OSError as error:
                 text = f"{STEP_SUMMARY}: {summary} cannot be written: {error}"
                 self._lines.append((text, True))
+
+    def _options(self) -> list[str]:
+        """Return the options that change what tests see, as they are typed."""
+        found = []
+        for each in OPTIONS:
+            line = getattr(self._config.option, each.ini, None)
+            given = self._config.getini(each.ini) if line is None else line
+            if each.flag in _OUTPUTS or given in (None, "", False):
+                continue
+            texts = given if isinstance(given, list) else [given]
+            found += [each.flag if each.is_flag else f"{each.flag}={t}" for t in texts]
+        return found
 
     def _baseline(self) -> BaselineOutcome | None:
         plugin: Any = self._config.pluginmanager.get_plugin("gpumem-baseline")
@@ -116,8 +139,18 @@ def machine_of(run: Run) -> Environment:
     return facts_of(run.device, run.choice.kind)
 
 
-def render(kind: str, report: Report) -> Iterator[str]:
-    """Return a report's text, piece by piece."""
+def render(kind: str, report: Report, options: Sequence[str] = ()) -> Iterator[str]:
+    """Return a report's text, piece by piece.
+
+    Args:
+        kind: One of ``REPORTS``.
+        report: The run.
+        options: Its options, for a report from which it is run again.
+    """
+    if kind == "issue":
+        from pytest_gpumem.reports.reproduction import reproduction
+
+        return iter((reproduction(report, options),))
     if kind == "json":
         from pytest_gpumem.reports.document import to_chunks
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 DEFAULT_CARD: Final = "T4"
 
 #: Kinds of reports.
-REPORTS: Final = ("json", "html", "md")
+REPORTS: Final = ("json", "html", "md", "issue")
 
 
 def parse_report(text: str) -> tuple[str, str]:
@@ -230,7 +230,8 @@ class Settings:
         parse=parse_report,
         repeated=True,
         help="write a report of the run: json:PATH, html:PATH (one page that needs no "
-        "network) or md:PATH; may be repeated",
+        "network), md:PATH, or issue:PATH (what failed and how to run it again, to paste "
+        "into an issue); may be repeated",
     )
     rules: tuple[Rule, ...] = option(
         "--gpu-inject-oom",
