@@ -44,6 +44,7 @@ _TITLES: Final = {
     "optimizers": "optimizers of `optim_db`",
     "training": "steps of a training",
     "models": "models of transformers, two training steps",
+    "uses": "the same models: words with a cache, SGD, fused, checkpoints, autocast",
 }
 Found = dict[str, dict[str, Comparison]]
 
@@ -128,6 +129,19 @@ def _listing(found: Found) -> Iterator[list[str]]:
             yield [room, f"`{base}`", ", ".join(words), verdict, much]
 
 
+def _shares(found: Found) -> str:
+    """Say what share of each room has equal peaks."""
+    words = []
+    for room, groups in found.items():
+        count = Counter(each.verdict for each in groups.values())
+        recorded = len(groups) - count["unrecorded"]
+        equal = count["same"] + count["peaks"]
+        words.append(
+            f"{_TITLES[room]}: {equal:,} of {recorded:,} ({equal / recorded:.1%})"
+        )
+    return "; ".join(words)
+
+
 def render(found: Found) -> str:
     """Return the page."""
     version, _recorded = load(ROOMS[0])
@@ -159,12 +173,16 @@ def render(found: Found) -> str:
                 ),
                 _rows(found),
             ),
+            f"Equal peaks: {_shares(found)}.",
             "Samples are small: one temporary of 512 bytes more or less is a large share "
             "of them. *Needs values*: the code reads a value back from the card, and "
             "nothing computed it on the substitute; what it asks for afterwards is "
             "another program's. *Not recorded*: cuSOLVER, cuSPARSE and MAGMA are not on "
             "the substitute, and some operators end their process there. Convolutions "
-            "were recorded without cuDNN, which a card prefers.",
+            "and recurrent layers were recorded without cuDNN, which a card prefers: what "
+            "differs of the latter is another kernel's. The kernels of "
+            "`torch.cuda.jiterator` are a user's, in CUDA's language; they run where no "
+            "values are kept.",
             "## What differs",
             "By how much a peak differs at most, as a share of the recorded one.",
             table(

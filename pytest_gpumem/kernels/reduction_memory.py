@@ -32,10 +32,12 @@ class Processors:
     Attributes:
         count: Streaming multiprocessors.
         max_threads: Threads that one of them can hold.
+        capability: Compute capability, by which CUB chooses its tuning.
     """
 
     count: int
     max_threads: int
+    capability: tuple[int, int] = (8, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,15 +1,15 @@
 """Bytes that CUDA's sorts take for themselves, by how much they sort.
 
 Sources: CUB's ``dispatch_radix_sort.cuh`` (``InvokeOnesweep``, ``InvokeSingleTile``),
-``tuning_radix_sort.cuh`` (the policies for compute capability 8.0),
-``single_pass_scan_operators.cuh`` and ``tuning_scan.cuh`` (``Policy600``), and
+``tuning_radix_sort.cuh``, ``single_pass_scan_operators.cuh`` and ``tuning_scan.cuh``
+(``Policy600``), ``dispatch_unique_by_key.cuh``, ``dispatch_scan_by_key.cuh``, and
 ``util_device.cuh`` (``AliasTemporaries``); ``aten/src/ATen/native/cuda/Sort.cpp`` and
 ``SortStable.cu``, torch 2.13. The sizes of tiles were found in recordings.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from pytest_gpumem.kernels.reduction_memory import Processors
@@ -21,8 +21,13 @@ _DIGITS: Final = 256
 _DIGIT_BITS: Final = 8
 _COUNTER_BYTES: Final = 8
 _OFFSET_BYTES: Final = 4
-#: Pairs that one block sorts at once, where an index of 8 bytes goes with each key.
-_TILE: Final = 3072
+#: Pairs that one block sorts at once, by the least compute capability, and the bytes of
+#: a key and of the index that goes with it.
+_TILES: Final = (
+    ((9, 0), {(4, 8): 5376, (8, 8): 4608, (4, 4): 6528}),
+    ((8, 0), {(4, 8): 3072, (8, 8): 3840, (4, 4): 6528}),
+    ((0, 0), {(4, 8): 2816, (8, 8): 2816, (4, 4): 11_776}),
+)
 #: The same for the numbers of segments.
 _SEGMENTS_TILE: Final = 3840
 #: So many pairs are sorted by a single block.
@@ -46,16 +51,14 @@ def _rounded(nbytes: int) -> int:
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def _other_buffers(count: int, key_bytes: int) -> int:
-    return _rounded(count * key_bytes) + _rounded(count * INDEX_BYTES)
-
-
 def pairs_bytes(
     count: int,
     key_bytes: int,
     bits: int,
     processors: Processors,
-    tile: int = _TILE,
+    *,
+    index_bytes: int = INDEX_BYTES,
+    tile: int = 0,
 ) -> int:
     """Return the bytes that sorting keys with their indices requests.
 
@@ -64,7 +67,8 @@ def pairs_bytes(
         key_bytes: Of a key.
         bits: Bits of a key that are looked at.
         processors: The card's.
-        tile: Pairs that one block sorts at once.
+        index_bytes: Of an index.
+        tile: Pairs that one block sorts at once; 0: as the card's tuning has it.
 
     Limits: keys of fewer than four bytes are sorted by an older algorithm, whose
     counters depend on how many blocks of its kernel a multiprocessor holds. That is
@@ -72,13 +76,15 @@ def pairs_bytes(
     """
     if count <= _SINGLE_TILE:
         return _NOTHING
+    buffers = _rounded(count * key_bytes) + _rounded(count * index_bytes)
     nbytes = _ALIGNMENT - 1
     if key_bytes < _OFFSET_BYTES:
         counters = _rounded(_spine(key_bytes, processors) * _COUNTER_BYTES)
-        return nbytes + counters + _other_buffers(count, key_bytes)
+        return nbytes + counters + buffers
     passes = -(-bits // _DIGIT_BITS)
     if passes > 1:
-        nbytes += _other_buffers(count, key_bytes)
+        nbytes += buffers
+    tile = tile or _of(_TILES, processors)[key_bytes, index_bytes]
     blocks = -(-count // tile)
     nbytes += passes * _DIGITS * _COUNTER_BYTES
     nbytes += blocks * _DIGITS * _OFFSET_BYTES
@@ -161,9 +167,50 @@ SELECTION_SCAN_BYTES: Final = 1279
 def segments_bytes(count: int, segments: int, processors: Processors) -> int:
     """Return what sorting pairs by the number of their segment asks for, in bytes."""
     bits = segments.bit_length()
-    return pairs_bytes(count, _OFFSET_BYTES, bits, processors, _SEGMENTS_TILE)
+    return pairs_bytes(count, _OFFSET_BYTES, bits, processors, tile=_SEGMENTS_TILE)
 
 
 def segmented_bytes(count: int, key_bytes: int) -> int:
     """Return what sorting many segments at once asks for, in bytes."""
-    return _other_buffers(count, key_bytes) + _ALIGNMENT - 1
+    buffers = _rounded(count * key_bytes) + _rounded(count * INDEX_BYTES)
+    return buffers + _ALIGNMENT - 1
+
+
+#: Keys that one block looks at, by the least compute capability and the bytes of a key:
+#: for those that differ from the one before, and for a running sum that begins anew there.
+#: 8.6 and 8.9 have no tuning of their own.
+_UNIQUE_TILES: Final = (
+    ((9, 0), {4: 7168, 8: 4928}),
+    ((8, 1), {4: 704, 8: 320}),
+    ((8, 0), {4: 2816, 8: 1344}),
+    ((0, 0), {4: 704, 8: 320}),
+)
+_BY_KEY_TILES: Final = (
+    ((10, 0), {4: 4480, 8: 5888}),
+    ((9, 0), {4: 4032, 8: 2464}),
+    ((8, 1), {4: 2304, 8: 2304}),
+    ((8, 0), {4: 3840, 8: 2240}),
+    ((0, 0), {4: 2304, 8: 2304}),
+)
+#: What a tile tells the next one: a number and a state.
+_TILE_STATE: Final = 16
+
+_Tuning = tuple[tuple[tuple[int, int], dict[Any, int]], ...]
+
+
+def _of(tuning: _Tuning, processors: Processors) -> dict[Any, int]:
+    """Return the tuning for a card."""
+    return next(found for least, found in tuning if least <= processors.capability)
+
+
+def unique_bytes(count: int, key_bytes: int, processors: Processors) -> int:
+    """Return what finding the places where sorted keys change asks for, in bytes."""
+    tiles = -(-count // _of(_UNIQUE_TILES, processors)[key_bytes]) + _WARP
+    return _rounded(tiles * _TILE_STATE) + 2 * _ALIGNMENT - 1
+
+
+def scan_by_key_bytes(count: int, key_bytes: int, processors: Processors) -> int:
+    """Return what running sums that begin anew with each key ask for, in bytes."""
+    tiles = -(-count // _of(_BY_KEY_TILES, processors)[key_bytes])
+    states = _rounded((tiles + _WARP) * _TILE_STATE)
+    return states + _rounded((tiles + 1) * key_bytes) + _ALIGNMENT - 1

@@ -13,7 +13,7 @@ from torch import nn
 
 from pytest_gpumem.checkpoints import make_checkpoint
 from pytest_gpumem.devices.simulated.install import simulated_device
-from pytest_gpumem.errors import NoValuesError
+from pytest_gpumem.errors import NoValuesError, UnsupportedOnSimulatedDeviceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -258,3 +258,21 @@ def test_a_library_that_branches_on_a_value_is_named() -> None:
     assert str(caught.value).startswith(
         f"Tensor.__bool__() at {caught.value.place} reads values"
     )
+
+
+_SUM = "template <typename T> T sum(T x, T y) { return x + y; }"
+
+
+def test_a_users_own_kernel_asks_for_its_results() -> None:
+    """Nobody computes them: ``torch.cuda.jiterator`` runs where no values are kept."""
+    with simulated_device("T4", values="none"):
+        add = torch.cuda.jiterator._create_jit_fn(_SUM)
+        before = torch.cuda.memory_allocated()
+        result = add(torch.ones(3, 1, device="cuda"), torch.ones(400, device="cuda"))
+
+        assert (3, 400) == result.shape
+        assert torch.float32 is result.dtype
+        assert 5120 == torch.cuda.memory_allocated() - before
+
+    with simulated_device("T4"), pytest.raises(UnsupportedOnSimulatedDeviceError):
+        add(torch.ones(3, device="cuda"), torch.ones(3, device="cuda"))

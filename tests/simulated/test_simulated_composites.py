@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils import rnn
 
+from pytest_gpumem import PeakRecorder
 from pytest_gpumem.devices.simulated.install import simulated_device
 
 if TYPE_CHECKING:
@@ -197,3 +198,21 @@ def test_linear_takes_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
 def _names(node: Any) -> set[str]:
     above = [_names(each) for each, _index in node.next_functions if each is not None]
     return {type(node).__name__}.union(*above)
+
+
+def test_a_bilinear_layer_works_slice_by_slice() -> None:
+    """Its values are the CPU's; two buffers of one slice stand beside the result."""
+    layer = torch.nn.Bilinear(64, 48, 32, bias=False)
+    first, second = torch.randn(128, 64), torch.randn(128, 48)
+    expected = layer(first, second)
+    with simulated_device("T4"):
+        there = layer.cuda()
+        operands = first.cuda(), second.cuda()
+        torch.bmm(*[torch.ones(1, 8, 8, device="cuda")] * 2)  # has cuBLAS's workspace
+        with PeakRecorder() as recorder, torch.no_grad():
+            found = there(*operands)
+        figures = recorder.figures
+        more = figures.peak_allocated_bytes - figures.start_allocated_bytes
+
+        assert torch.equal(expected, found.cpu())
+        assert found.nbytes + 128 * 48 * 4 + 128 * 4 == more

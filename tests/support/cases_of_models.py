@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import warnings
 import zlib
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 from unittest import mock
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from allocator_requests import Notes
 
 VALUES: Final = "none"
+TOKENS: Final = (2, 64)
 CARDS: Final = (("8.0", 108), ("7.5", 40))
 _DTYPES: Final = ("float32", "bfloat16", "float16")
 _ATTENTION: Final = ("eager", "sdpa")
@@ -156,6 +158,35 @@ _ARCHITECTURES: Final[tuple[tuple[str, str, str, dict[str, Any]], ...]] = (
             "vocab_size": 512,
         },
     ),
+    ("gptj", "GPTJConfig", "CausalLM", {_ALONE: True, **_GPT2, "rotary_dim": 16}),
+    ("codegen", "CodeGenConfig", "CausalLM", {_ALONE: True, **_GPT2, "rotary_dim": 16}),
+    ("gpt_bigcode", "GPTBigCodeConfig", "CausalLM", {_ALONE: True, **_GPT2}),
+    ("falcon", "FalconConfig", "CausalLM", {}),
+    (
+        "mpt",
+        "MptConfig",
+        "CausalLM",
+        {_ALONE: True, "d_model": 128, "n_heads": 4, "n_layers": 2, "vocab_size": 512},
+    ),
+    ("persimmon", "PersimmonConfig", "CausalLM", {}),
+    ("nemotron", "NemotronConfig", "CausalLM", _GROUPED),
+    ("glm", "GlmConfig", "CausalLM", {**_GROUPED, "head_dim": 32, "pad_token_id": 0}),
+    ("glm4", "Glm4Config", "CausalLM", {**_GROUPED, "head_dim": 32, "pad_token_id": 0}),
+    ("smollm3", "SmolLM3Config", "CausalLM", {**_GROUPED, "pad_token_id": 0}),
+    ("olmo3", "Olmo3Config", "CausalLM", {**_GROUPED, "pad_token_id": 0}),
+    ("helium", "HeliumConfig", "CausalLM", {**_GROUPED, "head_dim": 32}),
+    ("gemma3", "Gemma3TextConfig", "CausalLM", {**_GROUPED, "head_dim": 32}),
+    ("ernie4_5", "Ernie4_5Config", "CausalLM", {**_GROUPED, "head_dim": 32}),
+    ("cohere2", "Cohere2Config", "CausalLM", _GROUPED),
+    ("seed_oss", "SeedOssConfig", "CausalLM", {**_GROUPED, "head_dim": 32}),
+    ("arcee", "ArceeConfig", "CausalLM", _GROUPED),
+    ("camembert", "CamembertConfig", "SequenceClassification", {}),
+    ("xlm_roberta", "XLMRobertaConfig", "SequenceClassification", {}),
+    ("rembert", "RemBertConfig", "SequenceClassification", {}),
+    ("megatron_bert", "MegatronBertConfig", "SequenceClassification", {}),
+    ("ernie", "ErnieConfig", "SequenceClassification", {}),
+    ("roformer", "RoFormerConfig", "SequenceClassification", {}),
+    ("layoutlm", "LayoutLMConfig", "SequenceClassification", {}),
 )
 
 
@@ -166,43 +197,53 @@ def groups() -> list[str]:
 
 def cases(group: str) -> Iterator[Case]:
     """Yield ways of attention and types."""
+    for attention, dtype in itertools.product(_ATTENTION, _DTYPES):
+        words = f"{attention} {dtype}"
+        mark = mark_of(group, words)
+        run = partial(_run, group, attention, getattr(torch, dtype))
+        yield Case(words, mark, run)
+
+
+def mark_of(group: str, words: str) -> int:
+    """Return the mark of a case of an architecture."""
+    _config, _use, settings = _architecture(group)
+    return zlib.crc32(f"{words} {sorted(settings.items())}".encode())
+
+
+def use_of(group: str) -> str:
+    """Return what an architecture is used for: ``"CausalLM"``, …."""
+    return _architecture(group)[1]
+
+
+def _architecture(group: str) -> tuple[str, str, dict[str, Any]]:
+    """Return an architecture's class of settings, its use and its settings."""
     _name, config, use, settings = next(
         each for each in _ARCHITECTURES if each[0] == group
     )
     own = {key: value for key, value in settings.items() if key != _ALONE}
-    settings = own if _ALONE in settings else {**_SIZES, **own}
-    for attention, dtype in itertools.product(_ATTENTION, _DTYPES):
-        words = f"{attention} {dtype}"
-        mark = zlib.crc32(f"{words} {sorted(settings.items())}".encode())
-        yield Case(
-            words,
-            mark,
-            partial(_run, config, use, settings, attention, getattr(torch, dtype)),
-        )
+    return config, use, own if _ALONE in settings else {**_SIZES, **own}
 
 
-def _run(  # noqa: PLR0917  # one case
-    config: str,
-    use: str,
-    settings: dict[str, Any],
-    attention: str,
-    dtype: torch.dtype,
-    notes: Notes,
-) -> None:
+def build(group: str, attention: str, dtype: torch.dtype) -> Any:
+    """Build an architecture's model on the card."""
     import transformers
 
+    config, use, settings = _architecture(group)
     auto = getattr(transformers, f"AutoModelFor{use}")
     made = getattr(transformers, config)(**settings)
-    with _without_values():
+    return auto.from_config(made, attn_implementation=attention, dtype=dtype).to("cuda")
+
+
+def _run(group: str, attention: str, dtype: torch.dtype, notes: Notes) -> None:
+    """Run one case."""
+    with without_values():
         with notes.phase("load"):
-            model = auto.from_config(
-                made, attn_implementation=attention, dtype=dtype
-            ).to("cuda")
-        _steps(model, use, notes)
+            model = build(group, attention, dtype)
+        _steps(model, use_of(group), notes)
 
 
 def _steps(model: Any, use: str, notes: Notes) -> None:
-    tokens = torch.ones(2, 64, dtype=torch.long).cuda()
+    tokens = torch.ones(TOKENS, dtype=torch.long).cuda()
     given: dict[str, Any] = {"input_ids": tokens}
     if hasattr(model.config, "use_cache"):
         given["use_cache"] = False
@@ -227,13 +268,13 @@ def _steps(model: Any, use: str, notes: Notes) -> None:
             del loss
 
 
-def _without_values() -> Any:
+def without_values() -> Any:
     """Have transformers ask no tensor of a card for its values.
 
     Nothing computes them on the substitute, and a card without values has none: a mask
     hides nothing, positions are those of one sequence.
     """
-    from transformers import masking_utils
+    from transformers import masking_utils, modeling_utils
 
     names = ("_ignore_bidirectional_mask_sdpa", "_ignore_causal_mask_sdpa")
     patches: dict[str, Any] = {
@@ -244,4 +285,9 @@ def _without_values() -> Any:
     if hasattr(masking_utils, "find_packed_sequence_indices"):
         patches["find_packed_sequence_indices"] = lambda *_args, **_options: None
     warnings.simplefilter("ignore")
-    return mock.patch.multiple(masking_utils, **patches)
+    stack = ExitStack()
+    stack.enter_context(mock.patch.multiple(masking_utils, **patches))
+    warning = "warn_if_padding_and_no_attention_mask"
+    patch: dict[str, Any] = {warning: lambda *_args: None}
+    stack.enter_context(mock.patch.multiple(modeling_utils.PreTrainedModel, **patch))
+    return stack

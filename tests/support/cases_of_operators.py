@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
     from allocator_requests import Notes
 
-#: Compute capability and multiprocessors.
 VALUES: Final = "computed"
+#: Their kernels are a user's, in CUDA's language.
+WITHOUT_VALUES: Final = ("jiterator",)
+#: Compute capability and multiprocessors.
 CARDS: Final = (("8.0", 108),)
 DTYPES: Final = (
     torch.float32,

@@ -63,6 +63,7 @@ class Room(Protocol):
     Attributes:
         CARDS: Compute capability and multiprocessors of the cards to run them on.
         VALUES: What the simulated card keeps of tensors.
+        WITHOUT_VALUES: How groups begin for which it keeps none; there may be no such.
     """
 
     CARDS: tuple[tuple[str, int], ...]
@@ -182,8 +183,8 @@ def load(room: str) -> tuple[str, Recorded]:
 VERDICTS: Final = {
     "unrecorded": "PyTorch's code ended in an error, or ended its process",
     "same": "the same sizes in the same order, the same peaks, the same is kept",
-    "values": "other requests, after PyTorch's code read values that nobody computed",
     "peaks": "the same peaks by other requests",
+    "values": "other peaks, after PyTorch's code read values that nobody computed",
     "differs": "another peak",
     "fails": "the simulated card ends in an error",
     "unlike": "the case is another one here",
@@ -231,10 +232,10 @@ def compare(  # noqa: PLR0911  # one for each verdict
     text = _first_difference(recorded.phases, here.phases)
     if not text and not error:
         return Comparison("same")
-    if recorded.reads:
-        return Comparison("values", error, text)
     if not error:
         return Comparison("peaks", 0.0, text)
+    if recorded.reads:
+        return Comparison("values", error, text)
     return Comparison("differs", error, text or f"{recorded.phases} {here.phases}")
 
 
@@ -277,18 +278,29 @@ def compare_groups(
     module = room_of(room)
     for card, groups in recorded.items():
         capability, processors = re.findall(r"=([\d.]+)", card)
-        with simulated(capability, int(processors), module.VALUES):
-            for group, cases in groups.items():
-                if cases and wanted(f"{card}: {group}"):
-                    here = simulate(module, group, cases)
-                    missing = Outcome(-1, {})
-                    yield (
-                        f"{card}: {group}",
-                        max(
-                            (
-                                compare(each, here.get(name, missing))
-                                for name, each in cases.items()
-                            ),
-                            key=lambda each: each.rank,
-                        ),
-                    )
+        chosen = [
+            group
+            for group, cases in groups.items()
+            if cases and wanted(f"{card}: {group}")
+        ]
+        for values in ("computed", "none"):
+            alike = [each for each in chosen if values_of(module, each) == values]
+            if alike:
+                with simulated(capability, int(processors), values):
+                    for group in alike:
+                        yield f"{card}: {group}", _worst(module, group, groups[group])
+
+
+def values_of(room: Any, group: str) -> str:
+    """Return what a card keeps of tensors while it runs a group."""
+    without: tuple[str, ...] = getattr(room, "WITHOUT_VALUES", ())
+    return "none" if group.startswith(without) else str(room.VALUES)
+
+
+def _worst(room: Any, group: str, cases: dict[str, Outcome]) -> Comparison:
+    here = simulate(room, group, cases)
+    missing = Outcome(-1, {})
+    return max(
+        (compare(each, here.get(name, missing)) for name, each in cases.items()),
+        key=lambda each: each.rank,
+    )

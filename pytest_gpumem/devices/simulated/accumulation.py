@@ -42,7 +42,7 @@ def with_accumulation(func: Any, handler: Handler) -> Handler:
         __tracebackhide__ = True
         if torch._C._current_graph_task_id() == -1 or kwargs:
             return handler(args, kwargs)
-        if not _may_reuse(args) or _is_at_work("LuUnpack"):  # which adds by itself
+        if not _may_reuse(args) or _is_at_work(*_ADDING):
             return handler(args, kwargs)
         first, second = args
         summed = _add(first._gpumem_value, second._gpumem_value)
@@ -127,14 +127,33 @@ def writing_losses(func: Any, handler: Handler) -> Handler:
     if taken is handler:
         return handler
     is_product = func.overloadpacket is torch.ops.aten.mul
-    node = "BinaryCrossEntropyBackward" if is_product else "BinaryCrossEntropyWith"
+    node = "BinaryCrossEntropy" if is_product else "BinaryCrossEntropyWith"
 
     def writing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         __tracebackhide__ = True
-        chosen = taken if _is_at_work(node) else handler
+        is_kept = hasattr(args[0], "_gpumem_kept")
+        chosen = taken if not is_kept and _is_at_work(node) else handler
         return chosen(args, kwargs)
 
     return writing
+
+
+def keeping(func: Any, handler: Handler) -> Handler:
+    """Return a handler whose result C++ does not write to, if only losses would.
+
+    Source: ``binary_cross_entropy_with_logits_target_backward``.
+    """
+    if func._schema.is_mutable:
+        return handler
+
+    def kept(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        __tracebackhide__ = True
+        made = handler(args, kwargs)
+        if _is_at_work("BinaryCrossEntropyWith"):
+            made._gpumem_kept = True
+        return made
+
+    return kept
 
 
 def numbering(func: Any, handler: Handler) -> Handler:
@@ -171,6 +190,9 @@ def _is_at_work(*names: str) -> bool:
     return node is not None and node.name().startswith(names)
 
 
+#: Nodes whose C++ adds by itself, into new memory, by name.
+#: Source: ``lu_unpack_backward``, ``i1_backward`` and ``i1e_backward``.
+_ADDING: Final = ("LuUnpack", "SpecialI1")
 #: Nodes whose C++ keeps the first operand, by name.
 #: Source: ``scatter_reduce_backward`` and ``index_reduce_backward``.
 _KEEPING: Final = ("ScatterReduceBackward", "IndexReduceBackward")

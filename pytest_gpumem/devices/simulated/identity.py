@@ -32,6 +32,7 @@ import torch
 from pytest_gpumem.devices.simulated.backward import of_user
 from pytest_gpumem.devices.simulated.copies import moved
 from pytest_gpumem.devices.simulated.gradients import check_hook, is_batch
+from pytest_gpumem.devices.simulated.memory import Memory, hold
 from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.devices.simulated.subclasses import runs_itself
 from pytest_gpumem.devices.simulated.tensor import (
@@ -208,11 +209,18 @@ def _owners_of(grad: torch.Tensor) -> list[Any]:
     return [each for each in owners if each is not None]
 
 
-def landed(grad: Any, tensor: Any) -> Any:
+def landed(grad: Any, tensor: Any, *, is_given_back: bool = False) -> Any:
     """Return a gradient where its tensor is.
 
     C++ makes some anew on the host, and leaves a card's to a single number of the host.
     Source: ``validate_outputs`` of ``torch/csrc/autograd/engine.cpp``.
+
+    Args:
+        grad: The gradient.
+        tensor: Whose it is.
+        is_given_back: Whether it is returned: zeros without memory then stay so.
+            As ``Tensor.grad`` they are copied: ``accumulateGrad`` of
+            ``torch/csrc/autograd/functions/accumulate_grad.h``.
     """
     if runs_itself(grad) or grad.layout is not torch.strided:
         return grad
@@ -222,7 +230,12 @@ def landed(grad: Any, tensor: Any) -> Any:
     if isinstance(grad, SimulatedTensor) is on_card:
         return grad
     if on_card:
-        return make(grad.detach(), tensor._gpumem_card)
+        there = grad.detach()
+        if there._is_zerotensor():
+            there = there.clone()
+            if is_given_back:
+                hold(there.untyped_storage(), Memory(tensor._gpumem_card, 0))
+        return make(there, tensor._gpumem_card)
     return moved(grad, tensor.device) if type(tensor) in HOST_KINDS else grad
 
 
@@ -348,7 +361,7 @@ def autograd_grad(
     grads: tuple[Any, ...] = _autograd_grad(outputs, inputs, *args, **options)
     sources = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
     return tuple(
-        landed(grad, source)
+        landed(grad, source, is_given_back=True)
         if isinstance(grad, torch.Tensor) and isinstance(source, torch.Tensor)
         else grad
         for grad, source in zip(grads, sources, strict=True)

@@ -43,7 +43,10 @@ ADVICE: Final[dict[str, str]] = {
     "torch.cuda.ExternalStream": "use torch.cuda.Stream",
     "torch.cuda.get_stream_from_external": "use torch.cuda.Stream",
     "torch.cuda.GreenContext": _REAL,
-    "torch.cuda.jiterator": "write the operation with torch's operators",
+    "torch.cuda.jiterator": (
+        "write the operation with torch's operators, or keep no values: "
+        "--gpu-values=none"
+    ),
     "torch.cuda.nccl.init_rank": "use torch.distributed, whose groups may be of NCCL",
     "a functional message of torch.distributed": (
         "use torch.distributed.isend and irecv"
@@ -167,7 +170,6 @@ C_REFUSALS: Final[dict[str, Any]] = {
         "torch.backends.cuda.cublaslt_workspace_size"
     ),
     "_cuda_getStreamFromExternal": refusing("torch.cuda.get_stream_from_external"),
-    "_cuda_jiterator_compile_and_launch_kernel": refusing("torch.cuda.jiterator"),
     **{
         name: refusing("torch.cuda.nccl.init_rank")
         for name in ("_nccl_unique_id", "_nccl_init_rank")

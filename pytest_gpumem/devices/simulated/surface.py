@@ -20,6 +20,7 @@ from pytest_gpumem.devices.simulated.capture import check_waiting
 from pytest_gpumem.devices.simulated.comm import C_COLLECTIVES
 from pytest_gpumem.devices.simulated.distributed.one_process import C_NCCL
 from pytest_gpumem.devices.simulated.graphs import C_GRAPHS
+from pytest_gpumem.devices.simulated.jiterator import launch
 from pytest_gpumem.devices.simulated.machine import card_of, current_machine
 from pytest_gpumem.devices.simulated.memory_history import MemoryHistory
 from pytest_gpumem.devices.simulated.nvtx import Nvtx
@@ -432,6 +433,7 @@ C_FUNCTIONS: Final[dict[str, Any]] = {
     "_cuda_clear_flag": _nothing,
     "_cuda_getCurrentBlasHandle": lambda: 1,
     "_cuda_getCurrentSolverHandle": lambda: 1,
+    "_cuda_jiterator_compile_and_launch_kernel": launch,
     **C_REFUSALS,
     **C_GRAPHS,
     **C_COLLECTIVES,

@@ -10,6 +10,7 @@ from pytest_gpumem.devices.simulated.operators import (  # each adds its rows
     attention,
     convolutions,
     drawing,
+    embeddings,
     foreach,
     indexing,
     linear_algebra,
@@ -20,6 +21,7 @@ from pytest_gpumem.devices.simulated.operators import (  # each adds its rows
     sorting,
     spatial,
     transfers,
+    trilinear,
 )
 from pytest_gpumem.devices.simulated.operators.registry import find, overloads
 
@@ -28,6 +30,7 @@ FAMILIES = (
     attention,
     convolutions,
     drawing,
+    embeddings,
     indexing,
     linear_algebra,
     foreach,
@@ -38,6 +41,7 @@ FAMILIES = (
     sorting,
     spatial,
     transfers,
+    trilinear,
 )
 
 __all__ = ["FAMILIES", "find", "overloads"]

@@ -95,8 +95,21 @@ class _Layer:
         return Temporary(tensor.numel() // self.groups * self.itemsize)
 
     def copies(self, *tensors: torch.Tensor) -> list[Temporary]:
-        """Return copies of a group's channels, which lie apart in several images."""
-        return [self.part(each) for each in tensors] if self.batch > 1 else []
+        """Return copies of a group's channels, where they lie apart."""
+        return [
+            self.part(each)
+            for each in tensors
+            if self.batch > 1 or not each.is_contiguous()
+        ]
+
+
+def _laid(*tensors: torch.Tensor | None) -> list[Temporary]:
+    """Return copies of what does not lie in a row, as parts of complex numbers."""
+    return [
+        copy_of(each)
+        for each in tensors
+        if each is not None and not each.is_contiguous()
+    ]
 
 
 def _without_cudnn(call: Call) -> Iterable[RequestStep]:
@@ -108,23 +121,25 @@ def _without_cudnn(call: Call) -> Iterable[RequestStep]:
 
 def _forward(layer: _Layer, call: Call) -> Iterator[RequestStep]:
     result: Any = call.results[0]
-    if layer.is_depthwise or not result.numel():
+    if not result.numel():
         return
-    if layer.groups == 1:
-        given = [layer.source, layer.weight, call["bias"]]
-        laid = [each for each in given if each is not None]
-        yield from (copy_of(each) for each in laid if not each.is_contiguous())
-        yield from _convolved(
-            layer, result, Results(), has_bias=call["bias"] is not None
-        )
+    bias = call["bias"]
+    yield from _laid(layer.source, layer.weight)
+    if layer.groups == 1 or layer.is_depthwise:
+        laid = _laid(bias)
+        if not layer.is_transposed:
+            yield from laid
+        if layer.is_depthwise:
+            return
+        yield from _convolved(layer, result, Results(), bias, laid)
         return
     parts: list[Temporary] = []
     for _group in range(layer.groups):
-        copies = layer.copies(layer.source)
+        # The copy of the whole, if there is one, lies in a row.
+        copies = [layer.part(layer.source)] if layer.batch > 1 else []
         part = layer.part(result)
         yield from copies
-        has_bias = call["bias"] is not None
-        yield from _convolved(layer, result, part, has_bias=has_bias)
+        yield from _convolved(layer, result, part, bias, [])
         yield from map(Free, copies)
         parts.append(part)
     yield Results()
@@ -132,7 +147,11 @@ def _forward(layer: _Layer, call: Call) -> Iterator[RequestStep]:
 
 
 def _convolved(
-    layer: _Layer, result: torch.Tensor, part: RequestStep, *, has_bias: bool
+    layer: _Layer,
+    result: torch.Tensor,
+    part: RequestStep,
+    bias: torch.Tensor | None,
+    laid: list[Temporary],
 ) -> Iterator[RequestStep]:
     """Ask for one group's result and its columns."""
     small = None
@@ -143,9 +162,11 @@ def _convolved(
     if small is not None:
         yield Free(small)
     held = [layer.columns(result)]
-    if layer.is_transposed and has_bias:
-        ones = math.prod(result.shape[2:]) * layer.itemsize
-        held.append(Temporary(ones))
+    if layer.is_transposed:
+        yield from laid
+        if bias is not None:
+            ones = math.prod(result.shape[2:]) * layer.itemsize
+            held.append(Temporary(ones))
     yield from held
     yield from map(Free, reversed(held))
 
@@ -158,28 +179,44 @@ def _backward_without_cudnn(call: Call) -> Iterable[RequestStep]:
     if not call["grad_output"].numel():
         return ()
     if layer.is_depthwise:
-        return (Results(1), Results(0), Results(2))
+        return _each_channel_backward(layer, call)
     return _backward(layer, call)
+
+
+def _each_channel_backward(layer: _Layer, call: Call) -> Iterator[RequestStep]:
+    gradient = _laid(call["grad_output"])
+    source, weight = _laid(layer.source), _laid(layer.weight)
+    yield from (*gradient, *source)
+    yield Results(1)
+    # An image's goes with the kernel of the weight; a signal's is made before both.
+    early, late = ([], source) if layer.source.dim() == 3 else (source, [])  # noqa: PLR2004  # a signal
+    yield from map(Free, early)
+    yield from weight
+    yield Results(0)
+    yield from map(Free, [*weight, *late, *gradient])
+    yield Results(2)
 
 
 def _backward(layer: _Layer, call: Call) -> Iterator[RequestStep]:
     gradient: torch.Tensor = call["grad_output"]
     wanted = call["output_mask"]
+    yield from _laid(layer.source, layer.weight)
     if layer.groups == 1:
-        if not gradient.is_contiguous():
-            yield copy_of(gradient)
+        laid = _laid(gradient)
         steps: list[RequestStep] = [Results(place) for place in range(3)]
-        yield from _gradients(layer, gradient, steps, wanted)
+        yield from _gradients(layer, gradient, steps, wanted, laid)
         return
     parts: list[Temporary] = []
     for _group in range(layer.groups):
-        copies = layer.copies(gradient, layer.source)
+        copies = layer.copies(gradient)
+        if layer.batch > 1:
+            copies.append(layer.part(layer.source))
         yield from copies
         results = [each for each in call.results if each is not None]
         own = [layer.part(each) for each in results]
         by_place = iter(own)
         steps = [next(by_place) if each else Temporary(0) for each in wanted]
-        yield from _gradients(layer, gradient, steps, wanted)
+        yield from _gradients(layer, gradient, steps, wanted, [])
         yield from map(Free, copies)
         parts += own
     yield Results()
@@ -191,19 +228,33 @@ def _gradients(
     gradient: torch.Tensor,
     steps: Sequence[RequestStep],
     wanted: list[bool],
+    laid: list[Temporary],
 ) -> Iterator[RequestStep]:
-    """Ask for one group's gradients and their columns."""
+    """Ask for one group's gradients and their columns.
+
+    Args:
+        layer: The convolution.
+        gradient: Of its result.
+        steps: How to ask for the gradients of source, weight and bias.
+        wanted: Which of them are.
+        laid: The copy of the gradient, if it needs one.
+    """
     of_source, of_weight, of_bias = steps
+    columns = layer.columns(gradient)
     if layer.is_transposed:
-        for needed, own in ((wanted[0], [of_source]), (any(wanted[1:]), steps[1:])):
-            if needed:
-                columns = layer.columns(gradient)
-                yield from (*own, columns, Free(columns))
-    elif layer.dimensions == 2 and not layer.is_dilated:  # noqa: PLR2004  # images
-        columns = layer.columns(gradient)
+        # Two kernels, each with a copy of its own.
+        if wanted[0]:
+            yield from (*laid, of_source, columns, Free(columns), *map(Free, laid))
+        if any(wanted[1:]):
+            again = [Temporary(each.nbytes) for each in laid]
+            columns = layer.columns(gradient)
+            yield from (of_weight, of_bias, *again, columns, Free(columns))
+            yield from map(Free, again)
+        return
+    yield from laid
+    if layer.dimensions == 2 and not layer.is_dilated:  # noqa: PLR2004  # images
         yield from (of_source, columns, of_bias, of_weight, Free(columns))
     else:
-        columns = layer.columns(gradient)
         yield from (of_source, of_weight, of_bias, columns)
         for _image in range(layer.batch if wanted[2] else 0):
             outputs = gradient.shape[1] // layer.groups

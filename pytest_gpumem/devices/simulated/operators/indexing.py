@@ -185,21 +185,6 @@ register(
 )
 
 
-def _in_a_row(call: Call) -> Iterator[RequestStep]:
-    """Indices that do not lie in a row are copied first."""
-    indices = call["indices"]
-    copy = None if indices.is_contiguous() else copy_of(indices)
-    if copy is not None:
-        yield copy
-    yield Results()
-
-
-register("embedding", requests=_in_a_row, source="Embedding.cpp, embedding_symint")
-register(
-    "embedding_dense_backward",
-    requests=_in_a_row,
-    source="cuda/Embedding.cu, embedding_dense_backward_cuda",
-)
 register(
     "combinations one_hot",
     composed=on_host,

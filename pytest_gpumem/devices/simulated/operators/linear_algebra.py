@@ -231,24 +231,35 @@ def _as_wanted(func: Any) -> Kernel | None:
     return compute
 
 
-def _is_copied(matrix: torch.Tensor) -> bool:
+def _is_copied(matrix: torch.Tensor, *, in_turn: bool) -> bool:
     """Tell whether cuBLAS is given a copy of an operand: ``prepare_matrix_for_cublas``.
 
-    The result lies in rows, so that operands are taken in turn. It can conjugate what it
-    transposes, and nothing else.
+    It can conjugate what it transposes, and nothing else.
+
+    Args:
+        matrix: The operand.
+        in_turn: Whether operands are taken in turn, as the result lies in rows.
     """
     rows, columns = matrix.stride()
-    if rows >= max(1, matrix.shape[1]) and columns == 1:
-        return matrix.is_conj()
-    if columns >= max(1, matrix.shape[0]) and rows == 1:
-        return False
+    in_rows = rows >= max(1, matrix.shape[1]) and columns == 1
+    in_columns = columns >= max(1, matrix.shape[0]) and rows == 1
+    if in_columns and not (in_turn and in_rows):
+        return matrix.is_conj() and not in_turn
+    if in_rows:
+        return matrix.is_conj() and in_turn
     return not torch.ops.aten.is_non_overlapping_and_dense.default(matrix)
 
 
 def _multiplying(call: Call) -> Iterator[RequestStep]:
     """Operands that cuBLAS cannot read as they lie are copied."""
     matrices = (call["mat2"], call["self" if call.name == "mm" else "mat1"])
-    copies = [copy_of(each) for each in matrices if each.numel() and _is_copied(each)]
+    result: Any = call.results[0]
+    in_turn = result.numel() != 1  # of one number rows are columns
+    copies = [
+        copy_of(each)
+        for each in matrices
+        if each.numel() and _is_copied(each, in_turn=in_turn)
+    ]
     if copies:
         yield Results()
         yield from copies
@@ -345,12 +356,6 @@ register(
     "linear",
     composed=only(_linear),
     source="Linear.cpp, linear; LinearAlgebra.cpp, should_fold",
-)
-
-register(
-    "_trilinear",
-    lacks=lacking("baddbmm_cuda", INTEGERS),
-    source="Linear.cpp, _trilinear and sumproduct_pair",
 )
 
 

@@ -218,6 +218,8 @@ def _batch_norm_backward(call: Call) -> Iterator[RequestStep]:
     sums, products = Temporary(nbytes), Temporary(nbytes)
     yield from (sums, products)
     yield Results(1)
+    if wanted[1] and not wanted[2]:
+        yield Temporary(source.shape[1] * call["weight"].itemsize)  # of no bias
     yield Results(2)
     yield Results(0)
 

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytest_gpumem.devices.simulated.accumulation import (
+    keeping,
     taking_over,
     with_accumulation,
     writing_losses,
 )
+from pytest_gpumem.devices.simulated.backward import in_backward
 from pytest_gpumem.devices.simulated.kernel_types import HALVES, lacking
 from pytest_gpumem.devices.simulated.operators.composing import (
     into_out,
@@ -21,6 +23,7 @@ from pytest_gpumem.devices.simulated.operators.composing import (
 from pytest_gpumem.devices.simulated.operators.registry import register
 from pytest_gpumem.devices.simulated.operators.requests import (
     Free,
+    Lasting,
     Results,
     Sized,
     Temporary,
@@ -40,9 +43,15 @@ register(
     source="input_buffer.cpp, accumulate",
 )
 register(
-    "mul sub",
+    "div mul sub",
     around=writing_losses,
-    source="FunctionsManual.cpp, binary_cross_entropy_target_backward",
+    source="FunctionsManual.cpp, binary_cross_entropy_target_backward and "
+    "binary_cross_entropy_with_logits_backward",
+)
+register(
+    "neg",
+    around=keeping,
+    source="FunctionsManual.cpp, binary_cross_entropy_with_logits_target_backward",
 )
 register(
     "logical_and logical_or",
@@ -88,10 +97,14 @@ register("isinf", requests=_by_sizes, source="TensorCompare.cpp, isinf")
 
 
 def _with_numbers(call: Call) -> Iterator[RequestStep]:
-    """A number is a tensor of the card: C++ makes it by the options of another one."""
+    """A number is a tensor of the card: C++ makes it by the options of another one.
+
+    A node of autograd may use one that it has made several times.
+    """
     for name in ("self", "other"):
         if is_number(call.get(name)):
-            yield Temporary(call[name].itemsize)
+            number = call[name]
+            yield Lasting(number) if in_backward() else Temporary(number.itemsize)
 
 
 register(
@@ -157,11 +170,18 @@ register(
 
 
 def _base_first(call: Call) -> Iterator[RequestStep]:
-    """A base that is a number becomes a tensor of the card; powers of 1 are filled in."""
+    """A base that is a number becomes a tensor of the card; powers of 1 are filled in.
+
+    A base of another type than its powers becomes one of theirs first.
+    """
     base = call["self"]
-    if not isinstance(base, torch.Tensor) and base != 1:
-        yield Results()
-        yield Temporary(_wrapped_bytes(base))
+    result: Any = call.results[0]
+    if not isinstance(base, torch.Tensor):
+        if base != 1:
+            yield Results()
+            yield Temporary(_wrapped_bytes(base))
+    elif call.overload == "Tensor_Scalar" and base.dtype is not result.dtype:
+        yield copy_of(base, result.dtype)
 
 
 def _wrapped_bytes(number: complex) -> int:
@@ -169,7 +189,12 @@ def _wrapped_bytes(number: complex) -> int:
     return {bool: 1, complex: 16}.get(type(number), 8)
 
 
-register("pow", requests=_base_first, source="Pow.cpp, TORCH_IMPL_FUNC(pow_Scalar_out)")
+register(
+    "pow",
+    requests=_base_first,
+    source="Pow.cpp, TORCH_IMPL_FUNC(pow_Scalar_out), TORCH_META_FUNC2(pow, "
+    "Tensor_Scalar)",
+)
 
 
 def _scaling(call: Call) -> Iterator[RequestStep]:

@@ -13,6 +13,8 @@ before the operator has run and where no values are kept.
                               held until the operator ends
 ``yield Free(buffer)``        or until here
 ``yield Workspace()``         the workspace of the thread's cuBLAS handle, if it has none
+``yield Lasting(number)``     a number of the host that C++ makes on the card: held for as
+                              long as C++ has it
 ============================  =========================================================
 
 What is not asked for by the end is asked for then. Views and arguments that are returned
@@ -20,14 +22,14 @@ ask for nothing; an argument that grows (``out=``) is a result here.
 
 Two examples. A kernel that sorts in a buffer beside its results::
 
-    def sorting(call: Call) -> Iterator[Step]:
+    def sorting(call: Call) -> Iterator[RequestStep]:
         source = call["self"]
         yield Results()
         yield Temporary(source.numel() * source.itemsize)
 
 One that works on a contiguous copy, and makes its second result first::
 
-    def folding(call: Call) -> Iterator[Step]:
+    def folding(call: Call) -> Iterator[RequestStep]:
         copy = None if call["self"].is_contiguous() else copy_of(call["self"])
         if copy:
             yield copy
@@ -43,7 +45,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pytest_gpumem.devices.simulated.memory import Memory, hold_workspace
+from pytest_gpumem.devices.simulated.memory import Memory, hold, hold_workspace
 from pytest_gpumem.kernels.reduction_memory import Processors
 
 if TYPE_CHECKING:
@@ -100,8 +102,26 @@ class Workspace:
 
     __slots__ = ()
 
+    def ask(self, card: SimulatedCard) -> None:
+        """Ask for it."""
+        hold_workspace(card)
 
-RequestStep = Results | Sized | Temporary | Free | Workspace
+
+class Lasting:
+    """A number that C++ makes on the card; it is held for as long as C++ has it."""
+
+    __slots__ = ("_number",)
+
+    def __init__(self, number: torch.Tensor) -> None:
+        self._number = number
+
+    def ask(self, card: SimulatedCard) -> None:
+        """Ask for it."""
+        memory = Memory(card, self._number.itemsize)
+        hold(self._number.untyped_storage(), memory)
+
+
+RequestStep = Results | Sized | Temporary | Free | Workspace | Lasting
 
 
 def copy_of(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> Temporary:
@@ -191,7 +211,9 @@ class Call:
         """The card's streaming multiprocessors, and the threads that one holds."""
         card = self.card.card
         return Processors(
-            card.multi_processor_count, card.max_threads_per_multi_processor
+            card.multi_processor_count,
+            card.max_threads_per_multi_processor,
+            card.compute_capability,
         )
 
 
@@ -229,8 +251,8 @@ def ask(
             temporaries[id(step)] = (step, Memory(card, step.nbytes))
         elif isinstance(step, Free):
             del temporaries[id(step.temporary)]
-        elif isinstance(step, Workspace):
-            hold_workspace(card)
+        elif isinstance(step, Workspace | Lasting):
+            step.ask(card)
         elif isinstance(step, Sized):
             if left.pop(step.place, step) is None:
                 held[step.place] = Memory(card, step.nbytes)
