@@ -125,6 +125,9 @@ _ERRORS: Final[
         torch.AcceleratorError,
         cuda_error_text("out of memory", "cudaErrorMemoryAllocation"),
     ),
+    # Expandable segments found no addresses, while memory is free: nothing is flushed and
+    # nothing is counted. Source: c10/cuda/driver_api.h, C10_CUDA_DRIVER_CHECK.
+    "address-space": (RuntimeError, "CUDA driver error: out of memory"),
     # Source: aten/src/ATen/cuda/CUDAContextLight.h, TORCH_CUDABLAS_CHECK.
     "cublas": (
         RuntimeError,
@@ -168,6 +171,12 @@ _ERRORS: Final[
     ),
     # Source: Triton's third_party/nvidia/backend/driver.c, gpuAssert.
     "triton": (RuntimeError, "Triton Error [CUDA]: out of memory"),
+    # Its own pool beside PyTorch's; the class derives from this one. Source: CuPy's
+    # cupy/cuda/memory.pyx, OutOfMemoryError.
+    "cupy": (
+        MemoryError,
+        "Out of memory allocating {num_bytes:,} bytes (allocated so far: 0 bytes).",
+    ),
     "nvml": (RuntimeError, _nvml),
     "hip": (torch.OutOfMemoryError, _hip),
     "xpu": (torch.OutOfMemoryError, _xpu),

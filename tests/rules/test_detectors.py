@@ -85,7 +85,7 @@ def test_accelerates_detector(flavour: str) -> None:
     """By itself, on the very error."""
     with (
         OomInjector(f"any:flavour={flavour}"),
-        pytest.raises(RuntimeError) as caught,
+        pytest.raises((RuntimeError, MemoryError)) as caught,
     ):
         torch.empty(3 * MIB, dtype=torch.uint8, device="cuda")
 
@@ -106,7 +106,7 @@ def test_the_decorator_falls_back_on_what_is_accepted(flavour: str) -> None:
         if flavour in ACCEPTED:
             assert int(run()) == sum(range(90))
         else:
-            with pytest.raises(RuntimeError):
+            with pytest.raises((RuntimeError, MemoryError)):
                 run()
 
     assert injector.num_injected == 1
@@ -122,7 +122,7 @@ def test_the_trainer_falls_back_on_what_is_accepted(
         if flavour in ACCEPTED:
             assert _train(tmp_path).sizes == [16, 14, 14, 14, 14, 8]
         else:
-            with pytest.raises(RuntimeError):
+            with pytest.raises((RuntimeError, MemoryError)):
                 _train(tmp_path)
 
     assert injector.num_injected == 1

@@ -117,9 +117,9 @@ def test_an_oom_after_the_trial_is_not_survived(
 
 
 def test_it_asks_nothing_of_an_error(checkpoint: Path) -> None:
-    """Every flavour in the trial makes the batch smaller, the negative control too."""
+    """Every RuntimeError in the trial makes the batch smaller, no OOM's too."""
     encoder = Encoder(checkpoint, "cuda:0")
-    for flavour in FLAVOURS:
+    for flavour in set(FLAVOURS) - {"cupy"}:  # a MemoryError
         encoder.sizes.clear()
         with OomInjector(f"forward:flavour={flavour}") as injector:
             encoder.encode(batch_size=512)

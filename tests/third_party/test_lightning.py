@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
     from pytest_gpumem import OomInjector
 
+#: What says "CUDA" beside "out of memory".
+OF_CUDA = {"native", "legacy", "async", "driver", "address-space", "nccl", "triton"}
+
 #: The number of steps at which a test gives up on a search that does not end.
 MANY_STEPS = 20
 
@@ -187,13 +190,10 @@ def test_a_binary_search_above_the_data_never_ends(
 @pytest.mark.parametrize(
     ("detector", "accepted"),
     [
-        (is_cuda_out_of_memory, {"native", "legacy", "async", "driver"}),
+        (is_cuda_out_of_memory, OF_CUDA),
         (is_cudnn_snafu, {"cudnn-unsupported"}),
         (is_out_of_cpu_memory, {"host"}),
-        (
-            is_oom_error,
-            {"native", "legacy", "async", "driver", "cudnn-unsupported", "host"},
-        ),
+        (is_oom_error, OF_CUDA | {"cudnn-unsupported", "host"}),
     ],
 )
 def test_its_detectors(
@@ -201,7 +201,7 @@ def test_its_detectors(
 ) -> None:
     """It asks for "CUDA" beside "out of memory", so ROCm, XPU and MPS are not known.
 
-    Nor are cuBLAS, NVML and cuDNN's failed allocation. The async allocator is by
+    Nor are cuBLAS, NVML, CuPy and cuDNN's failed allocation. The async allocator is by
     chance: its text says "Free (according to CUDA)".
     """
     assert accepted_by(detector) == accepted
