@@ -134,7 +134,7 @@ def _pairs(text: str, pairs: list[str], keys: tuple[str, ...]) -> dict[str, str]
         if key not in keys or not equals or not value or key in given:
             raise _error(
                 text,
-                f"{pair!r} is no KEY=VALUE",
+                f"{pair!r} is not KEY=VALUE",
                 f"keys, each at most once: {', '.join(keys)}",
             )
         given[key] = value

@@ -163,7 +163,7 @@ def parse_device_sizes(text: str) -> dict[int | None, SizeSpec]:
         index, equals, size = (piece.strip() for piece in part.partition("="))
         if not equals or not _INDEX.fullmatch(index):
             raise SizeError(
-                f"sizes {text!r}: {part.strip()!r} is no INDEX=SIZE; write for example "
+                f"sizes {text!r}: {part.strip()!r} is not INDEX=SIZE; write for example "
                 "0=4GiB,1=8GiB",
                 value=text,
             )

@@ -146,8 +146,8 @@ class Baseline:
             document = json.loads(text.removeprefix("\ufeff"))
         except (ValueError, RecursionError) as error:
             raise BaselineError(
-                f"{name} is no JSON ({error}); restore it from version control, or "
-                "write it anew with --gpu-update-baseline after deleting it"
+                f"{name} is not JSON ({error}); restore it from version control, or "
+                "write a new one with --gpu-update-baseline after deleting it"
             ) from None
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise BaselineError(

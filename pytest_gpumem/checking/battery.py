@@ -135,7 +135,7 @@ _QUESTIONS: Final = {
     "budget": "loads under each budget",
     "transient": "recovers where one allocation fails",
     "persistent": "recovers, or ends in a clean OOM, where the card stays full",
-    "control": "lets an error through that is no OOM",
+    "control": "lets an error through that is not an OOM",
 }
 
 

@@ -189,7 +189,7 @@ def as_test_file(
         "",
         "",
         "def test_it_ends_where_it_should(fallback):",
-        '    """Under each budget and fault; an error that is no OOM comes through."""',
+        '    """Under each budget and fault; an error that is not an OOM comes through."""',
         *_call("fallback", [load.expression, *options, *told]),
         "",
         "",

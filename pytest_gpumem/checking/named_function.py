@@ -88,7 +88,7 @@ class NamedFunction(NamedTuple):
         if inspect.iscoroutinefunction(found) or inspect.isgeneratorfunction(found):
             raise CheckError(
                 f"{self} does nothing when it is called, as it is a generator or async; "
-                "name a function that calls it and returns what comes of it",
+                "name a function that calls it and returns the result",
                 value=str(self),
             )
         self._check_arguments(found, arguments)

@@ -203,7 +203,7 @@ def _clear(
             "remove it"
         )
     damage = find_damage(target, request, check_all=check_all)
-    _log.warning("checkpoint %s is damaged: %s; building it anew", target, damage)
+    _log.warning("checkpoint %s is damaged: %s; building it again", target, damage)
     if target.is_dir() and not target.is_symlink():
         shutil.rmtree(target)
     else:

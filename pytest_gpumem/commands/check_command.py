@@ -31,7 +31,7 @@ def add_check(commands: Any) -> None:
         "check",
         help="try everything on a loader of yours: budgets, faults, every allocation",
         description="Load on the whole card, under smaller and smaller budgets, with "
-        "allocations failing, and with an error that is no OOM; judge where the model "
+        "allocations failing, and with an error that is not an OOM; judge where the model "
         "ended, what is left on the card and what it computes. Exit with 1 if anything "
         "does not hold.",
     )

@@ -125,8 +125,8 @@ def check_fallback(
             reserves, in whole MiB.
         faults: Injection rules to load under, on the whole card. The loader must
             recover, but from a persistent fault, which may reach the caller, and an
-            error that is no OOM (``flavour=not-oom``), which must.
-        control: One more rule whose error is no OOM; None leaves it out.
+            error that is not an OOM (``flavour=not-oom``), which must.
+        control: One more rule whose error is not an OOM; None leaves it out.
         expect: A budget and a part of the rung's text that it must lead to.
         model_of: Finds the model in what ``load`` returns; None means itself, or its
             attribute ``model``.
@@ -219,8 +219,10 @@ def _of_error(done: LoadVerdict, rule: Rule | None) -> list[str]:
     is_control = rule is not None and is_no_oom(rule)
     if not failure.is_oom:
         if is_control and done.num_injected:
-            return [f"an error that is no OOM was lost, and another raised: {words}"]
-        return [f"it ended in an error that is no OOM: {words}"]
+            return [
+                f"an error that is not an OOM was lost, and another raised: {words}"
+            ]
+        return [f"it ended in an error that is not an OOM: {words}"]
     # A persistent fault may reach the caller; an error that is not an OOM must reach it.
     may_end = is_control or (rule is not None and rule.times is None)
     return [] if may_end else [f"it did not recover: {words}"]

@@ -134,7 +134,7 @@ class Loader:
         problems = []
         is_control = attempt.num_injected and is_no_oom(*rules)
         if is_control and attempt.failure is None:
-            problems.append("an error that is no OOM was swallowed")
+            problems.append("an error that is not an OOM was swallowed")
         if placement is None and attempt.failure is None:
             problems.append("the loader returned no model and raised nothing")
         problems += [] if placement is None else half_moved(placement)
@@ -218,7 +218,7 @@ def half_moved(placement: Placement) -> list[str]:
 
 
 def is_no_oom(*rules: Rule) -> bool:
-    """Tell whether an error that is no OOM is among what rules raise."""
+    """Tell whether an error that is not an OOM is among what rules raise."""
     return any(rule.flavour == NOT_OOM for rule in rules)
 
 
@@ -264,7 +264,7 @@ def judge_load(
         expect_devices: Where the weights should be, for example ``["cuda:0"]``;
             offloaded weights are on ``"meta"``.
         expect_dtype: The dtype that the parameters should have.
-        expect_error: An error that is no OOM and that the load must let through.
+        expect_error: An error that is not an OOM and that the load must let through.
         rules: Injection rules in force during the load.
         model_of: Finds the model in what ``load`` returns; None means itself, or its
             attribute ``model``.

@@ -80,7 +80,7 @@ class MemorySampler:
         last sample: it may have been more than was seen.
         """
         with self._lock:
-            last = self._last.get(index, Reading(None, None, "nobody has looked yet"))
+            last = self._last.get(index, Reading(None, None, "no sample was taken yet"))
             process, card = self._most.get(index, (0, 0))
         return Reading(
             None if last.process_bytes is None else process,

@@ -72,7 +72,7 @@ class _Module(pytest.Module):
         load, run = self.request.resolve()
 
         def test_it_ends_where_it_should(fallback: Callable[..., object]) -> None:
-            """Under each budget and fault; an error that is no OOM comes through."""
+            """Under each budget and fault; an error that is not an OOM comes through."""
             __tracebackhide__ = True
             fallback(load, run=run, variants=True)
 

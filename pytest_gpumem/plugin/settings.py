@@ -133,7 +133,7 @@ class Settings:
         default="computed",
         choices=("computed", "none"),
         is_inherited=True,
-        help="what the simulated card keeps of tensors: computed values, or none, only "
+        help="the contents of tensors on the simulated card: computed values, or none, only "
         "shapes and bytes, for models larger than the host",
     )
     compiled: str = option(
@@ -142,8 +142,8 @@ class Settings:
         default="eager",
         choices=("eager", "refused"),
         is_inherited=True,
-        help="what torch.compile would make kernels of runs as it is on the simulated "
-        "card (eager), with the bytes of that and one warning, or is refused",
+        help="how code that torch.compile would turn into kernels runs on a simulated "
+        "card: eager (uncompiled, with the bytes of that and one warning) or refused",
     )
     #: By device index; None stands for every card. Child processes take over what is in
     #: force when they start.
@@ -391,15 +391,15 @@ REMOVED: Final = (
         "--gpu-max-contention-retries",
         metavar="N",
         help="no longer in use",
-        removed="tests are no longer retried after an OOM that other workers had a part "
-        "in; such a failure names the requires_vram marker to add",
+        removed="tests are no longer retried after an OOM that other workers helped "
+        "to cause; such a failure names the requires_vram marker to add",
     ),
 )
 #: File names that ``--gpu-suggest=FILE`` wrote patches to in earlier versions.
 PATCHES: Final = (".patch", ".diff")
 _NO_PATCH: Final = (
     "patches are no longer written; copy the suggested markers from the end of the "
-    "output, or hold the whole suite to a baseline with --gpu-baseline"
+    "output, or compare the whole suite with a baseline by --gpu-baseline"
 )
 
 

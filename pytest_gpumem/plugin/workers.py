@@ -59,7 +59,7 @@ class Workers:
         self._history: Final = history
         self._share: Final = {
             "equal": "an equal share each, or what a test says it needs",
-            "off": "nobody waits for another",
+            "off": "no test waits for another",
         }[share]
         self._run: Final = secrets.token_hex(8)
 

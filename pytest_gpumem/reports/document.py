@@ -88,7 +88,7 @@ def parse(text: str, name: str) -> Report:
         found = json.loads(text, object_hook=_compact)
     except (ValueError, RecursionError) as error:
         raise ReportError(
-            f"{name} is no JSON ({error}); write it with --gpu-report=json:PATH"
+            f"{name} is not JSON ({error}); write it with --gpu-report=json:PATH"
         ) from None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise ReportError(

@@ -108,7 +108,7 @@ def _advice(incident: Incident) -> Iterator[str]:
     )
     if incident.needed_bytes <= incident.room_bytes:
         yield (
-            f"  that is no more than {format_size(incident.room_bytes)}: rounding and "
+            f"  that is not more than {format_size(incident.room_bytes)}: rounding and "
             "fragments took the rest; PYTORCH_ALLOC_CONF=expandable_segments:True may "
             "help"
         )

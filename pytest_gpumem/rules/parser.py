@@ -81,11 +81,13 @@ KEYS: Final[dict[str, Key]] = {
     "after": Key(
         "after_bytes",
         _size,
-        "the first that fails is the one that takes the sum of those counted above so "
-        "many bytes",
+        "the first that fails is the one with which the sum of all counted requests "
+        "goes above this many bytes",
         "any:after=1GiB",
     ),
-    "every": Key("every", _whole_from(1), "each so-many-th fails", "forward:every=10"),
+    "every": Key(
+        "every", _whole_from(1), "with N, every Nth fails", "forward:every=10"
+    ),
     "p": Key(
         "probability",
         _probability,
@@ -101,13 +103,13 @@ KEYS: Final[dict[str, Key]] = {
     "min": Key(
         "min_bytes",
         _size,
-        "only requests of at least so many bytes count",
+        "only requests of at least this many bytes count",
         "any:min=64MiB",
     ),
     "max": Key(
         "max_bytes",
         _size,
-        "only requests of at most so many bytes count",
+        "only requests of at most this many bytes count",
         "any:max=1KiB",
     ),
     "device": Key(

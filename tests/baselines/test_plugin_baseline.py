@@ -179,7 +179,7 @@ def test_another_card_has_figures_of_its_own(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{", "is no JSON"),
+        ("{", "is not JSON"),
         ("[]", "is not a baseline of pytest-gpumem"),
         ('{"format": "pytest-gpumem baseline", "version": 9}', "has format version 9"),
         (

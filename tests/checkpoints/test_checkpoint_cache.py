@@ -71,7 +71,7 @@ def test_a_truncated_file_is_built_anew_with_a_warning(
             logging.WARNING,
             (
                 f"checkpoint {folder} is damaged: {part} has 100 bytes instead of "
-                f"{len(whole)}; building it anew"
+                f"{len(whole)}; building it again"
             ),
         )
     ]

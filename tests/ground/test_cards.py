@@ -165,13 +165,13 @@ def test_a_compute_capability_off_the_table_takes_the_limits_below_it() -> None:
         (
             "16GiB,cc=8.0,cc=8.6",
             (
-                "'cc=8.6' is no KEY=VALUE; keys, each at most once: cc, sms, ctx, nccl, name"
+                "'cc=8.6' is not KEY=VALUE; keys, each at most once: cc, sms, ctx, nccl, name"
             ),
         ),
         (
             "16GiB,colour=red",
             (
-                "'colour=red' is no KEY=VALUE; keys, each at most once: cc, sms, ctx, nccl, name"
+                "'colour=red' is not KEY=VALUE; keys, each at most once: cc, sms, ctx, nccl, name"
             ),
         ),
         (

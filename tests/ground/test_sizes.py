@@ -213,7 +213,7 @@ def test_each_card_has_its_own_size() -> None:
 def test_a_part_that_is_no_index_and_size_is_refused(text: str, part: str) -> None:
     """The message names the part, not only the whole."""
     message = (
-        f"sizes {text!r}: {part!r} is no INDEX=SIZE; write for example 0=4GiB,1=8GiB"
+        f"sizes {text!r}: {part!r} is not INDEX=SIZE; write for example 0=4GiB,1=8GiB"
     )
 
     with pytest.raises(SizeError, match=f"^{re.escape(message)}$"):

@@ -283,7 +283,7 @@ def test_an_error_that_is_no_oom_is_found() -> None:
 
     report = check_fallback(load, budgets=[], control=None)
 
-    assert "is no OOM: AttributeError" in report.steps[1].problems[0]
+    assert "is not an OOM: AttributeError" in report.steps[1].problems[0]
 
 
 def test_an_error_that_is_no_oom_must_come_through_each_fault() -> None:
@@ -303,7 +303,7 @@ def test_an_error_that_is_no_oom_must_come_through_each_fault() -> None:
     assert [None, *faults, "any:nth=1,flavour=not-oom"] == [
         step.fault for step in good.steps
     ]
-    assert ("an error that is no OOM was swallowed",) == bad.steps[1].problems
+    assert ("an error that is not an OOM was swallowed",) == bad.steps[1].problems
 
 
 def test_a_loader_that_returns_nothing_is_found() -> None:

@@ -101,7 +101,7 @@ class Case(NamedTuple):
 
 
 _ended: Final = "the load ended in an OOM: CUDA out of memory."
-_swallowed: Final = "an error that is no OOM was swallowed"
+_swallowed: Final = "an error that is not an OOM was swallowed"
 CASES: Final = {
     "recovers": Case(_plain, OOM, None, None),
     "recovers each time": Case(_plain, FOR_GOOD, None, None),
@@ -121,19 +121,19 @@ CASES: Final = {
         _fall_back(_fail, catches=RuntimeError),
         CONTROL,
         KeyError,
-        "an error that is no OOM was lost, and another raised: KeyError: 'batch'",
+        "an error that is not an OOM was lost, and another raised: KeyError: 'batch'",
     ),
     "fails by itself": Case(
         _fall_back(_fail),
         OOM,
         KeyError,
-        "it ended in an error that is no OOM: KeyError: 'batch'",
+        "it ended in an error that is not an OOM: KeyError: 'batch'",
     ),
     "fails by itself for good": Case(
         _fall_back(_fail),
         FOR_GOOD,
         KeyError,
-        "it ended in an error that is no OOM: KeyError: 'batch'",
+        "it ended in an error that is not an OOM: KeyError: 'batch'",
     ),
     "another flavour": Case(
         lambda: _new().cuda(),

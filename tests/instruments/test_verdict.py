@@ -209,7 +209,7 @@ def test_an_injected_error_that_is_no_oom_must_come_through() -> None:
 
     verdict = judge_load(swallows_everything, rules=rules)
 
-    assert ("an error that is no OOM was swallowed",) == verdict.problems
+    assert ("an error that is not an OOM was swallowed",) == verdict.problems
     with pytest.raises(torch.AcceleratorError, match="device-side assert"):
         judge_load(good_ladder, rules=rules)
     judge_load(good_ladder, rules=rules, expect_error=torch.AcceleratorError).check()

@@ -42,8 +42,8 @@ def a_report(tmp_path: Path, name: str, **peaks: int) -> Path:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is no JSON"),
-        ("[" * 100_000, "is no JSON"),
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
         ("{}", "is not a report"),
         ('{"format": "pytest-gpumem report", "version": 9}', "upgrade it"),
         ('{"format": "pytest-gpumem report", "version": 1}', "is damaged"),
@@ -139,7 +139,7 @@ def test_report_makes_a_page_and_markdown(
     assert '"nodeid":"one"' in page.read_text("utf-8")
     assert text.read_text("utf-8") == capsys.readouterr().out
     assert 1 == main(["report", str(text)])
-    assert "is no JSON" in capsys.readouterr().err
+    assert "is not JSON" in capsys.readouterr().err
 
 
 def test_merge_joins_reports_and_baselines(

@@ -157,7 +157,7 @@ def test_a_correct_loader_is_accused_by_neither(
 
 
 def test_a_control_that_breaks_the_loader_is_no_pass() -> None:
-    """The error that is no OOM has to come through; another one is no proof of that."""
+    """The error that is not an OOM has to come through; another one is no proof of that."""
     bad = check_fallback(broken.breaks_on_the_way_down, budgets=[], faults=[])
     good = check_fallback(correct.persistent_ladder, budgets=[], faults=[])
 
@@ -204,7 +204,7 @@ def _always_turns_gradients_off() -> Any:
 @pytest.mark.parametrize(
     ("load", "says"),
     [
-        (_ends_the_program, "it ended in an error that is no OOM: SystemExit: 3"),
+        (_ends_the_program, "it ended in an error that is not an OOM: SystemExit: 3"),
         (
             _leaves_half_precision,
             "it leaves torch changed: the default dtype is torch.float16, and was "

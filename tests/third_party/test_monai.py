@@ -136,7 +136,7 @@ def test_only_one_class_of_error_is_an_oom(
 def test_an_oom_in_the_importance_map_is_not_seen_as_one(
     make: Callable[..., Any], network: nn.Module, oom_injector: OomInjector
 ) -> None:
-    """A finding: every error there is wrapped, and the wrapping is no OOM by name."""
+    """A finding: every error there is wrapped, and the wrapping is not an OOM by name."""
     network.cuda()
     on_card = torch.ones(1, 1, 32, 32, 48).cuda()
 
