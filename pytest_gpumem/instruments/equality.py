@@ -59,18 +59,13 @@ def compare_portraits(
     where: str = "the result",
     dtypes: Collection[torch.dtype] = (),
 ) -> Comparison:
-    """Compare two portraits.
-
-    Args:
-        reference: The expected result.
-        result: The actual result.
-        where: The result's name in texts.
-        dtypes: Dtypes that took part in computing it, besides those of its tensors.
+    """Compare two portraits; texts call the second one by the name in ``where``.
 
     Floating-point numbers may differ by what the coarsest of their dtypes explains
     (``TOLERANCE``), and be of another dtype: a fallback may compute in half precision.
-    NaN equals NaN, an infinity itself alone. Everything else must be equal, dtypes and
-    shapes included. Tensors without values are compared by shape and dtype.
+    ``dtypes`` took part in computing the result, besides those of its tensors. NaN equals
+    NaN, an infinity itself alone. Everything else must be equal, dtypes and shapes
+    included. Tensors without values are compared by shape and dtype.
 
     Source: ``torch.testing.assert_close`` with ``equal_nan``, but for the allowance.
     """

@@ -35,11 +35,7 @@ def make_error(
 ) -> Exception | None:
     """Return the error of a flavour; None for the native one, the device's own.
 
-    Args:
-        flavour: One of ``rules.rule.FLAVOURS``.
-        device: The cards.
-        index: The card of the allocation that is to fail.
-        nbytes: Bytes asked for.
+    The flavours are those of ``rules.rule.FLAVOURS``.
     """
     if flavour == "native":
         return None

@@ -32,11 +32,7 @@ class OomWitness:
     """Notes every allocation that fails, and whatever else it is told of.
 
     Only plain numbers and words are kept: no tensor lives longer for it. Nothing is
-    looked at until memory runs out.
-
-    Args:
-        device: The cards.
-        also: Called with each incident while it lasts.
+    looked at until memory runs out. ``also`` is called with each incident while it lasts.
 
     Attributes:
         incidents: What was noted, oldest first.
@@ -92,12 +88,8 @@ class OomWitness:
     ) -> None:
         """Describe this moment.
 
-        Args:
-            index: The card.
-            nbytes: Bytes asked for.
-            frame: The innermost frame of the code that asked.
-            injected_by: The rule that failed the request.
-            limit: The limit that was broken, in words; empty for an OOM.
+        ``frame`` is the innermost frame of the code that asked. A limit that was broken
+        is given in words; there is none for an OOM.
         """
         if self._pauses or getattr(self._is_busy, "now", False):
             return  # looking around may itself run out of memory
