@@ -10,6 +10,7 @@ import pytest
 from pytest_gpumem.plugin import marks
 from pytest_gpumem.plugin.oom_sections import Incidents
 from pytest_gpumem.plugin.phases import Phases
+from pytest_gpumem.plugin.shrunk_batches import ShrunkBatches
 from pytest_gpumem.plugin.usage import UsageErrors
 from pytest_gpumem.plugin.wider_fixtures import WiderFixtures
 from pytest_gpumem.visibility import why_hidden
@@ -177,6 +178,9 @@ class Collection:
         is not called by hooks that are already running.
         """
         self._manager.register(self._fixtures, "gpumem-fixtures")
+        shrunk = ShrunkBatches()
+        self.incidents.listeners.append(shrunk.note)
+        self._manager.register(shrunk, "gpumem-shrunk-batches")
         self._manager.register(self.phases, "gpumem-phases")
         if self._run.device is not None:
             self._attach(self._run.device)

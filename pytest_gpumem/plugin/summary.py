@@ -80,6 +80,12 @@ class SummaryPlugin:
             self._show_sweeps(terminalreporter, detailed=verbosity > 0)
         for text in (*self._dropped, *take_dropped()):
             terminalreporter.write_line(f"gpumem: {text}", yellow=True)
+        for name, test in self._tests.items():
+            for batch in test.shrunk_batches:
+                terminalreporter.write_line(
+                    f"{name}: the batch of {batch.function} was shrunk from "
+                    f"{batch.first} to {batch.last}, as memory ran out"
+                )
         unknown = [each.unknown for each in self._tests.values() if each.unknown]
         for text in dict.fromkeys(unknown):
             terminalreporter.write_line(text, yellow=True)

@@ -92,6 +92,21 @@ class MadeFixture:
     peaks: dict[str, Count]
 
 
+@dataclass(frozen=True, slots=True)
+class ShrunkBatch:
+    """A batch that a library made smaller after an OOM.
+
+    Attributes:
+        function: What was run with it.
+        first: Its size before the first OOM.
+        last: Its size after the last one.
+    """
+
+    function: str
+    first: Count
+    last: Count
+
+
 @dataclass(slots=True)
 class Judgement:
     """The findings of a baseline's gate about a test, beside its figures.
@@ -271,6 +286,7 @@ class Record:
         smallest_budget_note: Why there was no search or no result, or what went wrong.
         sweeps: Its sweeps.
         fallbacks: The steps of each fallback that it checked.
+        shrunk_batches: Batches that a library made smaller after an OOM.
         timeline: Its cards over time; null if that was not recorded.
     """
 
@@ -298,6 +314,7 @@ class Record:
     smallest_budget_note: str = ""
     sweeps: list[Sweep] = field(default_factory=list)
     fallbacks: list[list[FallbackStep]] = field(default_factory=list)
+    shrunk_batches: list[ShrunkBatch] = field(default_factory=list)
     timeline: Annotated[str, AsText(list[CardTimeline] | None)] = "null"
 
     @classmethod

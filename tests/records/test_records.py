@@ -25,6 +25,7 @@ from pytest_gpumem.records.record import (
     PhaseFigures,
     Record,
     Replay,
+    ShrunkBatch,
     Sweep,
     SweptSite,
     VerdictName,
@@ -70,6 +71,7 @@ FULL = Record(
     smallest_budget_note="note",
     sweeps=[SWEEP, SWEEP],
     fallbacks=[[FallbackStep("c", None, "r", "cpu", 1, 5, -1, ["h"], ["p"])]],
+    shrunk_batches=[ShrunkBatch("train", 20, 14)],
     timeline="[]",
 )
 

@@ -243,6 +243,9 @@
           bytes(f.peak_active_bytes), f.peak_process_bytes === null || f.peak_process_bytes === undefined ? "–" : bytes(f.peak_process_bytes),
           f.peak_fragmented_bytes === null || f.peak_fragmented_bytes === undefined ? "–" : bytes(f.peak_fragmented_bytes), bytes(f.end_allocated_bytes), f.num_ooms, f.num_alloc_retries])));
     }
+    for (const each of test.shrunk_batches || []) {
+      out.push(el("p", {}, `The batch of ${each.function} was shrunk from ${each.first} to ${each.last}, as memory ran out.`));
+    }
     if (test.fixtures.length) {
       out.push(el("h3", {}, "Fixtures of wider scope"), grid([["fixture", 0], ["scope", 0], ["bytes", 1]], test.fixtures.map((f) => [f.name, f.scope, bytes(f.bytes)])));
     }
