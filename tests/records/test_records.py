@@ -126,6 +126,7 @@ def test_the_names_of_junits_properties_are_as_documented() -> None:
         "gpumem.fallback": '[{"cause":"c","budget_bytes":null,"fault":"r","rung":"cpu",'
         '"num_ooms":1,"peak_reserved_bytes":5,"left_bytes":-1,"holders":["h"],'
         '"problems":["p"]}]',
+        "gpumem.shrunk_batches": '[{"function":"train","first":20,"last":14}]',
     } == {name: value for name, value in found[1:] if ".cuda1." not in name}
 
 
