@@ -2,7 +2,7 @@
 
 It is loaded with ``-p outcomes`` into runs of other projects' tests. A line is written
 when a test begins and when it ends, so that the reader knows which test a process died
-in. Three variables of the environment rule it: ``UPSTREAM_OUTCOMES``, the file it appends
+in. Four variables of the environment rule it: ``UPSTREAM_OUTCOMES``, the file it appends
 to; ``UPSTREAM_LIMIT_S``, the longest that a test may take, in seconds; and
 ``UPSTREAM_EVERY``: of files with ``MANY`` tests or more, one in so many is run. A test
 that has a line in the file when the run begins is not run again.
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 FILE: Final = Path(os.environ["UPSTREAM_OUTCOMES"])
 LIMIT_S: Final = float(os.environ["UPSTREAM_LIMIT_S"])
 EVERY: Final = int(os.environ["UPSTREAM_EVERY"])
+SKIPPED: Final = os.environ.get("UPSTREAM_SKIPPED", "")
 MANY: Final = 1000
 #: Of an exception's text, and of the number of exceptions in a chain, what is kept.
 KEPT_CHARACTERS: Final = 3000
@@ -79,12 +80,18 @@ def _allocations() -> int:
     )
 
 
+def _lines(file: Path) -> list[dict[str, Any]]:
+    """Return what a file has; nothing where there is none."""
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    return [json.loads(each) for each in text.splitlines()]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave out what a run before this one has begun."""
-    done = set()
-    if FILE.exists():
-        for line in FILE.read_text(encoding="utf-8").splitlines():
-            done.add(json.loads(line)["test"])
+    """Leave out what a run before this one has begun, and what is not asked for."""
+    done = {each["test"] for each in _lines(FILE)}
+    if SKIPPED:
+        ends = {each["test"]: each["outcome"] for each in _lines(Path(SKIPPED))}
+        done |= {name for name, outcome in ends.items() if outcome != "skipped"}
     sizes: dict[str, int] = {}
     kept = []
     for each in items:

@@ -2,7 +2,8 @@
 
 Run: ``tox run -e upstream [-- --write] [-- SUITE ...]``, or
 ``python tests/upstream/run.py``. The sources come from the package index. Projects whose
-released source has no tests need a checkout: ``--checkout diffusers=FOLDER``.
+released source has no tests need a checkout: ``--checkout diffusers=FOLDER``. On two
+cards accelerate runs all of its tests, the others what one card skips.
 ``--write`` writes ``docs/upstream.md`` and ``docs/upstream.json``; suites that did not run
 keep the figures of the run before.
 """

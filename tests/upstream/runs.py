@@ -39,10 +39,11 @@ class Setting(NamedTuple):
 
 #: Small enough for the host to hold the values of tests that fill a card.
 CARD: Final = "8GiB,cc=8.0"
+ONE, TWO = "one card", "two cards"
 SETTINGS: Final = (
     Setting("host", ("-p", "no:gpumem")),
-    Setting("one card", ("--gpu-backend=simulated", f"--gpu-card={CARD}")),
-    Setting("two cards", ("--gpu-backend=simulated", f"--gpu-card={CARD}*2")),
+    Setting(ONE, ("--gpu-backend=simulated", f"--gpu-card={CARD}")),
+    Setting(TWO, ("--gpu-backend=simulated", f"--gpu-card={CARD}*2")),
 )
 
 
@@ -144,8 +145,15 @@ def run(suite: Suite, setting: Setting, home: Path, out: Path) -> dict[str, Outc
     """
     suite.prepare(home)
     out.mkdir(parents=True, exist_ok=True)
-    stem = f"{suite.name}-{setting.name}".replace(" ", "-")
-    file, log = out / f"{stem}.jsonl", out / f"{stem}.log"
+
+    def outcomes_of(name: str) -> Path:
+        return out / f"{suite.name}-{name}.jsonl".replace(" ", "-")
+
+    file = outcomes_of(setting.name)
+    log = file.with_suffix(".log")
+    environment = _environment(suite, file, home)
+    if setting.name == TWO and not suite.takes_both:
+        environment["UPSTREAM_SKIPPED"] = str(outcomes_of(ONE))
     command = [
         *(sys.executable, "-m", "pytest", "-q", "-p", "outcomes"),
         *(
@@ -168,7 +176,7 @@ def run(suite: Suite, setting: Setting, home: Path, out: Path) -> dict[str, Outc
             process = subprocess.Popen(
                 command,
                 cwd=home / suite.folder,
-                env=_environment(suite, file, home),
+                env=environment,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

@@ -26,6 +26,8 @@ class Suite:
         packages: Folders to which the archive lacks ``__init__.py``.
         stand_ins: Modules that the archive lacks and the tests import or are, with
             what stands in for them.
+        takes_both: Whether all of its tests run on two cards, too; of the others only
+            those that one card skips.
         every: Of files with a thousand tests and more, one in so many is run.
         keyword: pytest's ``-k``.
         environment: Variables that the tests want.
@@ -41,6 +43,7 @@ class Suite:
     paths: tuple[str, ...] = (".",)
     packages: tuple[str, ...] = ()
     stand_ins: dict[str, str] = field(default_factory=dict)
+    takes_both: bool = False
     every: int = 1
     keyword: str = ""
     environment: dict[str, str] = field(default_factory=dict)
@@ -89,6 +92,7 @@ SUITES: Final = (
             "test_utils",
         ),
         sha256="5654f8c5eaa0d4fa68b33e287a97765da6849bf6d51dcac874e73fbbddfb6134",
+        takes_both=True,
     ),
     Suite(
         "peft",
@@ -144,10 +148,14 @@ SUITES: Final = (
         (
             "accelerators/test_gpu.py",
             "callbacks/test_device_stats_monitor.py",
+            "callbacks/test_pruning.py",
+            "callbacks/test_weight_averaging.py",
             "models/test_amp.py",
             "models/test_gpu.py",
             "plugins/precision/test_amp_integration.py",
+            "strategies/test_ddp.py",
             "strategies/test_single_device.py",
+            "trainer/connectors/test_accelerator_connector.py",
             "trainer/optimization/test_manual_optimization.py",
             "tuner/test_scale_batch_size.py",
             "utilities/test_dtype_device_mixin.py",
