@@ -34,6 +34,7 @@ SHARE = {
     "optimizers": 12,
     "training": 15,
     "models": 15,
+    "uses": 15,
 }
 KNOWN: dict[str, dict[str, list[Any]]] = json.loads(DIFFERING.read_text("utf-8"))
 

@@ -40,6 +40,7 @@ ROOMS: Final = (
     "optimizers",
     "training",
     "models",
+    "uses",
 )
 
 
