@@ -289,7 +289,10 @@ class MemPool:
 
     def snapshot(self, include_traces: bool = True) -> Any:  # noqa: FBT001, FBT002  # torch's signature
         """Return ``torch.cuda.memory_snapshot`` of this pool alone."""
-        return torch.cuda.memory_snapshot(self.id, include_traces=include_traces)
+        # Older versions of torch.cuda.memory_snapshot know no traces.
+        below: Any = torch._C
+        taken = below._cuda_memorySnapshot((*self.id, include_traces))
+        return taken["segments"]
 
     def __del__(self) -> None:
         if hasattr(self, "_card"):

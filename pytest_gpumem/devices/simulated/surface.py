@@ -121,10 +121,14 @@ def _maybe_exchange_device(index: int) -> int:
 
 def _memory_stats(index: int) -> dict[str, Any]:
     nested = _nested(card_of(index).memory_stats())
-    # Their keys are the pools' ids, as pairs of numbers.
-    pools = nested.get(PRIVATE, {})
-    nested[PRIVATE] = {tuple(map(int, k.split("_"))): v for k, v in pools.items()}
+    pools = nested.pop(PRIVATE, {})
+    if _TELLS_OF_POOLS:  # their keys are ids, pairs of numbers
+        nested[PRIVATE] = {tuple(map(int, k.split("_"))): v for k, v in pools.items()}
     return nested
+
+
+#: Whether torch's own Python code knows keys that are pairs, as it does since 2.13.
+_TELLS_OF_POOLS: Final = PRIVATE in (torch.cuda.memory_stats.__doc__ or "")
 
 
 def _reset_peaks(index: int) -> None:
