@@ -22,6 +22,8 @@ _KEY: Final = pytest.StashKey["Record"]()
 _ATTRIBUTE: Final = "gpumem_record"
 #: A report's attribute: whether a limit was broken.
 _OVER_LIMIT: Final = "gpumem_over_limit"
+#: What a test with a broken limit is called.
+_OVER: Final = "OVER VRAM LIMIT"
 #: A report's attribute: the progress of a sweep.
 _PROGRESS: Final = "gpumem_progress"
 #: The progress of a test's sweep, while one of its points is reported.
@@ -179,9 +181,11 @@ class Collector:
 
     def pytest_report_teststatus(
         self, report: pytest.TestReport | pytest.CollectReport
-    ) -> tuple[str, str, tuple[str, dict[str, bool]]] | None:
+    ) -> tuple[str, str, str | tuple[str, dict[str, bool]]] | None:
         """Show a broken limit with the letter V, among the failures and errors."""
         if not report.failed or not getattr(report, _OVER_LIMIT, False):
             return None
         category = "failed" if report.when == "call" else "error"
-        return category, "V", ("OVER VRAM LIMIT", {"red": True})
+        if pytest.version_tuple < (8, 3):  # its summary takes words without a colour
+            return category, "V", _OVER
+        return category, "V", (_OVER, {"red": True})

@@ -103,7 +103,7 @@ PINNED = {
     "numpy": "1.26.0",
     "nvidia-ml-py": "12.560.30",
     "platformdirs": "4.0.0",
-    "pytest": "8.2.0",
+    "pytest": "8.0.0",
     "safetensors": "0.5.0",
     "torch": "2.8.0+cu128",
     "transformers": "4.57.0",

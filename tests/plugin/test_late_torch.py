@@ -116,7 +116,19 @@ def _late(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.__version__
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "place",
+    [
+        pytest.param(
+            place,
+            marks=pytest.mark.skipif(
+                place == "subtests" and pytest.version_tuple < (9,),
+                reason="subtests came with pytest 9",
+            ),
+        )
+        for place in PLACES
+    ],
+)
 def test_a_limit_holds_where_torch_comes(pytester: pytest.Pytester, place: str) -> None:
     """The first test to use torch is held to it, and no leak is seen in it."""
     pytester.makepyfile(test_it=PLACES[place])

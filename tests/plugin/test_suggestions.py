@@ -153,6 +153,18 @@ def test_trials_that_fail_call_no_debugger(pytester: pytest.Pytester) -> None:
     result.stderr.fnmatch_lines(["*makes tests fail on purpose; run it without --pdb*"])
 
 
+#: What pytest 9 brings itself.
+SUBTESTS = """
+    import contextlib
+    import types
+
+    import pytest
+
+    @pytest.fixture
+    def subtests():
+        return types.SimpleNamespace(test=contextlib.nullcontext)
+"""
+
 SMALLEST = """
     import unittest
 
@@ -221,6 +233,8 @@ SMALLEST = """
 def test_the_smallest_budget_is_found(way: str, pytester: pytest.Pytester) -> None:
     """Fixtures are made anew, trials are not reported, failures stay failures."""
     pytester.makepyfile(test_it=textwrap.dedent(SMALLEST))
+    if pytest.version_tuple < (9,):
+        pytester.makeconftest(SUBTESTS)
     result = pytester.runpytest(*LIGHT, *WAYS[way], "--gpu-find-budget")
 
     counts = result.parseoutcomes()

@@ -243,7 +243,7 @@ def test_results_that_are_made_anew_are_on_the_card() -> None:
         assert torch.linalg.cond(empty, norm).is_cuda
 
 
-@since(2, 9, "no such norm of an empty matrix, on the host either")
+@since(2, 10, "no such norm of an empty matrix, on the host either")
 @pytest.mark.usefixtures("card")
 def test_the_norm_of_an_empty_matrix_is_on_the_card() -> None:
     """By its columns, of which there are none."""

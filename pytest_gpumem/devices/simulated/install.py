@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from contextlib import ExitStack, contextmanager
@@ -107,8 +108,9 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
         # Recurrent layers ask whether cuDNN would take their weights: the CPU computes.
         (torch.backends.cudnn, {"is_acceptable": lambda _tensor: False}),
         (torch, {"clear_autocast_cache": clear_cache}),
-        # Libraries ask for Apple's and Intel's cards before they ask for CUDA.
-        (torch.backends.mps, {"is_available": lambda: False}),
+        # Libraries ask for Apple's and Intel's cards before they ask for CUDA. The first
+        # is cached as torch's own: TorchDynamo of torch 2.15 asks for its ``__wrapped__``.
+        (torch.backends.mps, {"is_available": functools.cache(lambda: False)}),
         (torch.xpu, {"is_available": lambda: False, "device_count": lambda: 0}),
     )
     for owner, replacements in owned:
