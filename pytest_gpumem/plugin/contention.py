@@ -49,11 +49,15 @@ class ContentionCheck:
         markers = self._markers.get(self._item)
         own = () if markers is None else markers.budgets
         budget = self._run.settings.budget_bytes(index, incident.total_bytes, own)
+        share = self._run.sharing.cap_bytes(device, index)
+        in_force = incident.budget_bytes
+        if in_force is not None and in_force != share:
+            # The smallest of all that are alive: a fixture's or a block's is the test's own.
+            budget = min(budget or in_force, in_force)
         needed = incident.allocated_bytes + nbytes
         if incident.injected_by or needed > min(budget or total, total):
             return  # its own: it would have run out of memory alone too
         others = device.others_bytes(index)
-        share = self._run.sharing.cap_bytes(device, index)
         lacks_share = budget is None and share is not None
         if lacks_share or total - others - incident.reserved_bytes < nbytes:
             self._seen = Contention(

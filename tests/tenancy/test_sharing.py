@@ -199,6 +199,10 @@ def test_an_oom_of_its_own_is_not_told_as_others(pytester: pytest.Pytester) -> N
         def test_more_than_its_budget():
             torch.empty(2 * 2**30, dtype=torch.uint8, device="cuda")
 
+        def test_more_than_the_budget_of_a_block(vram_budget):
+            with vram_budget("1GiB"):
+                torch.empty(2 * 2**30, dtype=torch.uint8, device="cuda")
+
         @pytest.mark.inject_oom("any:nth=1")
         def test_injected():
             torch.empty(1024, device="cuda")
@@ -207,7 +211,7 @@ def test_an_oom_of_its_own_is_not_told_as_others(pytester: pytest.Pytester) -> N
 
     result = pytester.runpytest(*OPTIONS, "-n", "2")
 
-    result.assert_outcomes(failed=3)
+    result.assert_outcomes(failed=4)
     assert "under contention" not in result.stdout.str()
 
 
