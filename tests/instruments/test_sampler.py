@@ -136,7 +136,7 @@ def test_what_is_not_known_at_the_end_is_not_known(
             sampler.sample()
 
     assert peak == sampler.peak(0)
-    assert "nobody has looked" in sampler.peak(1).why
+    assert "no sample was taken" in sampler.peak(1).why
 
 
 @pytest.mark.parametrize(
