@@ -1,1 +1,1 @@
-"""Memory that CUDA's kernels and cuBLAS take for themselves while they run, by shape."""
+"""The temporary memory of CUDA's kernels and of cuBLAS, computed from the shapes."""

@@ -1,4 +1,4 @@
-"""How many bytes cuBLAS takes from the caching allocator for itself."""
+"""The bytes of the workspace that cuBLAS takes from the caching allocator."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from typing import Final
 
 #: Bytes of one workspace on most cards: 2 x 4096 KiB + 8 x 16 KiB.
 SMALL: Final = 8_519_680
-#: Bytes of one on compute capability 9, 10 and 12: 32 MiB.
+#: Bytes of one workspace on compute capability 9, 10 and 12: 32 MiB.
 LARGE: Final = 33_554_432
 
 
 def workspace_bytes(compute_capability: tuple[int, int], setting: str | None) -> int:
     """Return the bytes of a cuBLAS workspace.
 
-    One is taken for each cuBLAS handle and stream at the first product, and kept.
+    The first product on each pair of cuBLAS handle and stream takes a workspace and keeps
+    it.
 
     Args:
-        compute_capability: Of the card.
+        compute_capability: The card's compute capability.
         setting: The value of ``CUBLAS_WORKSPACE_CONFIG``, or None.
 
     Source: ``aten/src/ATen/cuda/CublasHandlePool.cpp``, torch 2.13
-    (``parseChosenWorkspaceSize``); sizes by capability as that release asks for them.
+    (``parseChosenWorkspaceSize``); the sizes by capability are those of that release.
     """
     if setting:
         pairs = re.findall(r":([0-9]+):([0-9]+)", setting)

@@ -1,8 +1,8 @@
-"""How CUDA adds up the gradients of an embedding's rows.
+"""How CUDA sums the gradients of an embedding's rows.
 
 Source: ``aten/src/ATen/native/cuda/Embedding.cu`` and ``EmbeddingBackwardKernel.cu``
-(``embedding_backward_cuda_kernel``), torch 2.13. What decides between its two ways was
-found in recordings.
+(``embedding_backward_cuda_kernel``), torch 2.13. The rule that chooses between the two
+algorithms was found in recordings.
 """
 
 from __future__ import annotations
@@ -12,31 +12,34 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from pytest_gpumem.kernels.reduction_memory import Processors
 
-#: Indices up to which one kernel adds all up, without sorting them.
+#: Up to this many indices, one kernel sums all gradients without sorting the indices.
 UNSORTED: Final = 3072
-#: Rows that one thread adds up. Source: ``NROWS_PER_THREAD``.
+#: Rows that one thread sums. Source: ``NROWS_PER_THREAD``.
 _ROWS_OF_A_THREAD: Final = 10
 _WARP: Final = 32
 _BLOCK: Final = 1024
-#: Blocks for each multiprocessor, and parts for each block, between which a kernel for
-#: each row leaves the card idle: parts then add to the rows themselves.
+#: One kernel block per row leaves the card idle if there are fewer than this many blocks
+#: per multiprocessor and more than this many partial sums per block. The partial sums are
+#: then added directly to the rows.
 _IDLE: Final = 4
 
 
 def parts(count: int, rows: int) -> tuple[int, int]:
-    """Return how many rows at most have a gradient, and of how many parts it is made."""
+    """Return the largest numbers of rows with a gradient and of their partial sums."""
     found = min(count, rows)
     return found, count // _ROWS_OF_A_THREAD + found
 
 
 def add_to_rows(count: int, rows: int, width: int, processors: Processors) -> bool:
-    """Tell whether parts are added to the rows, and not laid down to be added later.
+    """Tell whether partial sums are added directly to the rows.
+
+    Otherwise they are stored in a buffer, and added to the rows afterwards.
 
     Args:
-        count: Indices.
-        rows: Of the weight.
-        width: Of a row.
-        processors: The card's.
+        count: Number of indices.
+        rows: Number of rows of the weight.
+        width: Elements in a row.
+        processors: The card's multiprocessors.
     """
     found, of_parts = parts(count, rows)
     threads = -(-width // _WARP) * _WARP

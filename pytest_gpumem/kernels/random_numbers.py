@@ -1,6 +1,8 @@
-"""How far CUDA's kernels move a generator's offset: what each thread may draw, by size.
+"""How far CUDA's kernels advance the offset of a random number generator.
 
-An offset counts numbers of 32 bits for each thread, always a multiple of four.
+A kernel advances the offset by the most numbers that one of its threads may draw.
+
+The offset counts 32-bit numbers per thread and is always a multiple of four.
 
 Sources: ``calc_execution_policy`` and ``distribution_nullary_kernel`` of
 ``aten/src/ATen/native/cuda/DistributionTemplates.h``, ``SplitUntil32Bit`` of
@@ -17,20 +19,20 @@ if TYPE_CHECKING:
     from pytest_gpumem.kernels.reduction_memory import Processors
 
 _BLOCK: Final = 256
-#: What one call of curand moves the offset by, at most.
+#: The most by which one call of curand advances the offset.
 STEP: Final = 4
 _LARGEST_INDEX: Final = 2**31 - 1
-#: The rows of a grid. Source: ``maxGridSize[1]`` of every card.
+#: Rows of the largest grid. Source: ``maxGridSize[1]`` of every card.
 _GRID_ROWS: Final = 65535
 
 
 def rounded(count: int) -> int:
-    """Return a count as an offset moves by it: the next multiple of four."""
+    """Round a count up to a multiple of four, as every step of an offset is."""
     return -(-count // STEP) * STEP
 
 
 def by_grid(count: int, at_once: int, processors: Processors) -> int:
-    """Return the move for ``count`` numbers, of which each call makes ``at_once``."""
+    """Return the step for ``count`` numbers if each call draws ``at_once`` of them."""
     if count == 0:
         return 0
     blocks = processors.count * (processors.max_threads // _BLOCK)
@@ -41,9 +43,9 @@ def by_grid(count: int, at_once: int, processors: Processors) -> int:
 def by_iterator(
     count: int, element_bytes: int, at_once: int, processors: Processors
 ) -> int:
-    """Return the same for dense numbers, which are halved until 32 bits can count them.
+    """Return the step for dense tensors, which are halved until 32 bits index them.
 
-    The whole moves the offset, too.
+    The undivided tensor advances the offset as well as each of its halves.
     """
     move = by_grid(count, at_once, processors)
     if count * element_bytes <= _LARGEST_INDEX:
@@ -56,7 +58,7 @@ def by_iterator(
 
 
 def by_permutation(count: int, processors: Processors) -> int:
-    """Return the move for a permutation: random keys, and a draw for each that is twice.
+    """Return the step for a permutation: random keys, and new draws for duplicate keys.
 
     Source: ``randperm_out_cuda`` of ``cuda/Randperm.cu``,
     ``randperm_handle_duplicate_keys`` of ``cuda/Randperm.cuh``.
@@ -64,12 +66,12 @@ def by_permutation(count: int, processors: Processors) -> int:
     if count == 0:
         return 0
     bits = math.ceil(math.log2(count - (6 * count**2 + 1) / (math.log(0.9) * 12)))
-    key_bytes = 4 if bits <= 32 else 8  # noqa: PLR2004  # of a key
+    key_bytes = 4 if bits <= 32 else 8  # noqa: PLR2004  # bits
     return by_iterator(count, key_bytes, 2, processors) + rounded(count)
 
 
 def by_rows(rows: int) -> int:
-    """Return the move for draws with replacement, of so many distributions.
+    """Return the step for draws with replacement from ``rows`` distributions.
 
     Source: ``multinomial_with_replacement_kernel_impl`` of ``cuda/MultinomialKernel.cu``.
     """

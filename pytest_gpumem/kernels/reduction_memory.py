@@ -1,7 +1,7 @@
-"""Memory that CUDA's reduction kernel takes while it runs.
+"""The temporary memory of CUDA's reduction kernel.
 
-If one block would have too many numbers to add up, several blocks compute one result and
-exchange partial results through memory of the caching allocator, with semaphores.
+If one block would have too many numbers to add, several blocks compute one result. They
+exchange partial results and semaphores through memory of the caching allocator.
 
 Source: ``setReduceConfig``, ``ReduceConfig`` and ``gpu_reduce_kernel`` of
 ``aten/src/ATen/native/cuda/Reduce.cuh``, torch 2.13.
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-#: Threads of a block at most, lanes of a warp; same source.
+#: Most threads of a block, and lanes of a warp. Source: ``Reduce.cuh``.
 _MAX_THREADS: Final = 512
 _WARP: Final = 32
 _MIN_VALUES: Final = 16
@@ -31,8 +31,8 @@ class Processors:
 
     Attributes:
         count: Streaming multiprocessors.
-        max_threads: Threads that one of them can hold.
-        capability: Compute capability, by which CUB chooses its tuning.
+        max_threads: Threads that one multiprocessor can hold.
+        capability: Compute capability; CUB chooses its tuning by it.
     """
 
     count: int
@@ -58,14 +58,15 @@ def scratch_bytes(
     """Return the bytes that a reduction requests in addition to its result.
 
     Args:
-        shape: Of the operand.
-        strides: Likewise, in elements.
-        reduced: The dimensions that go; from 0 on.
-        element_bytes: Of an accumulator: 4 for half and single precision.
-        processors: The card's.
+        shape: Shape of the operand.
+        strides: Strides of the operand, in elements.
+        reduced: The dimensions that are reduced, counted from 0.
+        element_bytes: Bytes of an accumulator: 4 for half and single precision.
+        processors: The card's multiprocessors.
 
     Returns:
-        Bytes of the exchange buffer and of the semaphores; empty if one block does.
+        Bytes of the exchange buffer and of the semaphores; empty if one block computes
+        each result.
     """
     gone = set(reduced)
     inner = _merge([Axis(shape[i], strides[i]) for i in sorted(gone)])
@@ -155,7 +156,7 @@ class _Config:
         return _ceil(self._num_inputs, self._step_input)
 
     def split(self, processors: Processors) -> tuple[int, ...]:
-        """Return the bytes of buffer and semaphores; empty if one block does."""
+        """Return the bytes of buffer and semaphores; empty if one block is enough."""
         if self._along_fastest:
             self._step_input *= self._width
         else:

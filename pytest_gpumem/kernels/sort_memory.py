@@ -1,4 +1,4 @@
-"""Bytes that CUDA's sorts take for themselves, by how much they sort.
+"""The temporary bytes of CUDA's sorts, by the number of elements.
 
 Sources: CUB's ``dispatch_radix_sort.cuh`` (``InvokeOnesweep``, ``InvokeSingleTile``),
 ``tuning_radix_sort.cuh``, ``single_pass_scan_operators.cuh`` and ``tuning_scan.cuh``
@@ -14,34 +14,36 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from pytest_gpumem.kernels.reduction_memory import Processors
 
-#: What each part of a buffer is rounded up to, and what may be lost in front of it.
+#: Each part of a buffer is rounded up to a multiple of this, in bytes. Aligning the start
+#: of the buffer may lose up to this many bytes.
 _ALIGNMENT: Final = 256
-#: Digits of one pass, and their bits.
+#: Digit values in one pass, and bits of a digit.
 _DIGITS: Final = 256
 _DIGIT_BITS: Final = 8
 _COUNTER_BYTES: Final = 8
 _OFFSET_BYTES: Final = 4
-#: Pairs that one block sorts at once, by the least compute capability, and the bytes of
-#: a key and of the index that goes with it.
+#: Pairs that one block sorts at once, by the lowest compute capability, the bytes of a
+#: key and the bytes of the index that belongs to it.
 _TILES: Final = (
     ((9, 0), {(4, 8): 5376, (8, 8): 4608, (4, 4): 6528}),
     ((8, 0), {(4, 8): 3072, (8, 8): 3840, (4, 4): 6528}),
     ((0, 0), {(4, 8): 2816, (8, 8): 2816, (4, 4): 11_776}),
 )
-#: The same for the numbers of segments.
+#: Pairs that one block sorts at once if the keys are numbers of segments.
 _SEGMENTS_TILE: Final = 3840
-#: So many pairs are sorted by a single block.
+#: Up to this many pairs are sorted by a single block.
 _SINGLE_TILE: Final = 2304
-#: Bytes that a single block asks for: none, and so one.
+#: A single block needs no memory, but CUB requests one byte.
 _NOTHING: Final = 1
 INDEX_BYTES: Final = 8
-#: Digits of a pass over keys of so many bytes, and threads of a block; blocks in line for
-#: each place on the card; what one block of the scan over all digits takes.
+#: By the bytes of a small key: digit values in a pass, and threads of a block. Then the
+#: blocks that are queued for each block that the card runs at once, and the elements that
+#: one block of the scan over all digits processes.
 _SMALL_KEYS: Final = {1: (32, 128), 2: (128, 256)}
 _SUBSCRIPTION: Final = 5
 _SPINE_TILE: Final = 5632
-#: Threads of a block of a running sum, numbers of 4 bytes that each takes, and tiles in
-#: front of the first.
+#: For running sums: threads of a block, 4-byte numbers per thread, and (``_WARP``) the
+#: tile states before the first tile.
 _SCAN_THREADS: Final = 128
 _SCAN_ITEMS: Final = 15
 _WARP: Final = 32
@@ -63,16 +65,16 @@ def pairs_bytes(
     """Return the bytes that sorting keys with their indices requests.
 
     Args:
-        count: Pairs.
-        key_bytes: Of a key.
-        bits: Bits of a key that are looked at.
-        processors: The card's.
-        index_bytes: Of an index.
-        tile: Pairs that one block sorts at once; 0: as the card's tuning has it.
+        count: Number of pairs.
+        key_bytes: Bytes of a key.
+        bits: Bits of a key that the sort compares.
+        processors: The card's multiprocessors.
+        index_bytes: Bytes of an index.
+        tile: Pairs that one block sorts at once; 0 means as in the card's tuning.
 
     Limits: keys of fewer than four bytes are sorted by an older algorithm, whose
-    counters depend on how many blocks of its kernel a multiprocessor holds. That is
-    taken to be as many as their threads allow; registers may allow fewer.
+    counters depend on how many blocks of its kernel a multiprocessor holds. Here the
+    number of threads alone limits them; registers may allow fewer.
     """
     if count <= _SINGLE_TILE:
         return _NOTHING
@@ -88,12 +90,12 @@ def pairs_bytes(
     blocks = -(-count // tile)
     nbytes += passes * _DIGITS * _COUNTER_BYTES
     nbytes += blocks * _DIGITS * _OFFSET_BYTES
-    nbytes += _ALIGNMENT  # counters of the passes
+    nbytes += _ALIGNMENT  # one counter for each pass
     return nbytes
 
 
 def _spine(key_bytes: int, processors: Processors) -> int:
-    """Return how many digits all blocks of a pass count, and a tile of their scan."""
+    """Return the counters of the digits of all blocks, plus one tile of their scan."""
     digits, threads = _SMALL_KEYS[key_bytes]
     blocks = processors.max_threads // threads * processors.count * _SUBSCRIPTION
     return blocks * digits + _SPINE_TILE
@@ -103,10 +105,10 @@ def scan_bytes(count: int, element_bytes: int, *, is_plain: bool) -> int:
     """Return the bytes that a running sum over contiguous numbers requests.
 
     Args:
-        count: Numbers.
-        element_bytes: Of one.
-        is_plain: Whether CUB has it as a built-in type: a tile's sum and its state
-            then are one word; otherwise there are states, partial sums and sums.
+        count: Number of elements.
+        element_bytes: Bytes of an element.
+        is_plain: Whether the element is a built-in type of CUB. Then a tile's sum and its
+        state are one word; otherwise states, partial sums and sums are separate.
     """
     items = min(_SCAN_ITEMS * _OFFSET_BYTES // element_bytes, 2 * _SCAN_ITEMS)
     tiles = -(-count // (_SCAN_THREADS * items)) + _WARP
@@ -121,15 +123,15 @@ def scan_bytes(count: int, element_bytes: int, *, is_plain: bool) -> int:
 def selection_bytes(
     slices: int, length: int, key_bytes: int, processors: Processors
 ) -> tuple[int, ...]:
-    """Return the buffers that choosing the largest numbers of long rows requests.
+    """Return the buffers, in bytes, for choosing the largest numbers of long rows.
 
-    Several blocks count the digits of one row. Empty where one block does.
+    Several blocks count the digits of one row. The result is empty if one block is enough.
 
     Args:
-        slices: Rows.
-        length: Numbers of one row.
-        key_bytes: Of a number.
-        processors: The card's.
+        slices: Number of rows.
+        length: Numbers in one row.
+        key_bytes: Bytes of a number.
+        processors: The card's multiprocessors.
 
     Source: ``mbtopk::launch``, ``should_use_sort`` and ``get_items_per_thread`` of
     ``aten/src/ATen/native/cuda/TensorTopK.cu``.
@@ -147,7 +149,7 @@ def selection_bytes(
     return (slices * key_bytes, wide, wide, counters, sums, each, each)
 
 
-#: From which length on rows are chosen from by several blocks, by how many there are.
+#: By the largest number of rows: the length from which several blocks share one row.
 _SHORT_ROWS: Final = (
     (20, 20000),
     (40, 10000),
@@ -157,28 +159,29 @@ _SHORT_ROWS: Final = (
     (4000, 800),
     (1 << 62, 400),
 )
-#: Threads of a block, and blocks that the registers of a multiprocessor allow.
+#: Threads of a block, and blocks for which a multiprocessor has enough registers.
 _SELECTING_THREADS: Final = 256
 _SELECTING_BLOCKS: Final = 6
-#: What CUB takes to add up the counts of blocks.
+#: Bytes that CUB takes to add the counts of the blocks.
 SELECTION_SCAN_BYTES: Final = 1279
 
 
 def segments_bytes(count: int, segments: int, processors: Processors) -> int:
-    """Return what sorting pairs by the number of their segment asks for, in bytes."""
+    """Return the bytes that sorting pairs by the number of their segment requests."""
     bits = segments.bit_length()
     return pairs_bytes(count, _OFFSET_BYTES, bits, processors, tile=_SEGMENTS_TILE)
 
 
 def segmented_bytes(count: int, key_bytes: int) -> int:
-    """Return what sorting many segments at once asks for, in bytes."""
+    """Return the bytes that sorting many segments at once requests."""
     buffers = _rounded(count * key_bytes) + _rounded(count * INDEX_BYTES)
     return buffers + _ALIGNMENT - 1
 
 
-#: Keys that one block looks at, by the least compute capability and the bytes of a key:
-#: for those that differ from the one before, and for a running sum that begins anew there.
-#: 8.6 and 8.9 have no tuning of their own.
+#: Keys that one block processes, by the lowest compute capability and the bytes of a key.
+#: The first table is for finding keys that differ from the previous key, the second for
+#: running sums that start again at such keys. Compute capabilities 8.6 and 8.9 have no
+#: tuning of their own.
 _UNIQUE_TILES: Final = (
     ((9, 0), {4: 7168, 8: 4928}),
     ((8, 1), {4: 704, 8: 320}),
@@ -192,7 +195,7 @@ _BY_KEY_TILES: Final = (
     ((8, 0), {4: 3840, 8: 2240}),
     ((0, 0), {4: 2304, 8: 2304}),
 )
-#: What a tile tells the next one: a number and a state.
+#: Bytes that a tile passes to the next one: a number and a state.
 _TILE_STATE: Final = 16
 
 _Tuning = tuple[tuple[tuple[int, int], dict[Any, int]], ...]
@@ -204,13 +207,13 @@ def _of(tuning: _Tuning, processors: Processors) -> dict[Any, int]:
 
 
 def unique_bytes(count: int, key_bytes: int, processors: Processors) -> int:
-    """Return what finding the places where sorted keys change asks for, in bytes."""
+    """Return the bytes that finding the changes in sorted keys requests."""
     tiles = -(-count // _of(_UNIQUE_TILES, processors)[key_bytes]) + _WARP
     return _rounded(tiles * _TILE_STATE) + 2 * _ALIGNMENT - 1
 
 
 def scan_by_key_bytes(count: int, key_bytes: int, processors: Processors) -> int:
-    """Return what running sums that begin anew with each key ask for, in bytes."""
+    """Return the bytes that running sums which start again at each key request."""
     tiles = -(-count // _of(_BY_KEY_TILES, processors)[key_bytes])
     states = _rounded((tiles + _WARP) * _TILE_STATE)
     return states + _rounded((tiles + 1) * key_bytes) + _ALIGNMENT - 1
