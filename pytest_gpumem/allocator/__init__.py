@@ -1,1 +1,1 @@
-"""PyTorch's CUDA caching allocator and the driver below it, in pure Python."""
+"""A pure-Python model of PyTorch's CUDA caching allocator and of the CUDA driver."""

@@ -1,4 +1,4 @@
-"""Segments and blocks: what the allocator cuts the card's memory into."""
+"""Segments and blocks: the pieces into which the allocator divides the card's memory."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ if TYPE_CHECKING:
 #: Rounding quantum and smallest block, in bytes.
 #: Source of these constants: ``c10/core/AllocatorConfig.h``, torch 2.13.
 MIN_BLOCK_SIZE: Final = 512
-#: Requests up to here (rounded) come from the small pool.
+#: Rounded requests of up to this many bytes come from the small pool.
 SMALL_SIZE: Final = 2**20
-#: Segment of the small pool.
+#: Bytes of a segment of the small pool.
 SMALL_BUFFER: Final = 2 * 2**20
-#: Requests from here on get a segment of their own size.
+#: A request of at least this many bytes gets a segment of its own size.
 MIN_LARGE_ALLOC: Final = 10 * 2**20
-#: Rounding of such segments.
+#: Segments that have the size of their request are rounded up to a multiple of this.
 ROUND_LARGE: Final = 2 * 2**20
 
 
 class Segment:
-    """A range taken from the driver at once; blocks tile it.
+    """A range of memory from one driver call; blocks cover it without gaps.
 
     Attributes:
-        address: Where it starts.
-        size: Bytes.
-        number: Counts segments from the start; older ones have lower numbers.
-        pool: The pool that its free blocks are in.
-        is_small: Whether that is a small pool.
-        stream: The stream it was taken for.
-        first: Its first block.
-        is_expandable: Whether it is address space that pages are mapped into.
+        address: Address of the first byte.
+        size: Length in bytes.
+        number: Sequence number; an older segment has a lower number.
+        pool: The pool that holds the segment's free blocks.
+        is_small: Whether ``pool`` is a small pool.
+        stream: The stream that requested the segment.
+        first: The segment's first block.
+        is_expandable: Whether the segment is address space into which pages are mapped.
     """
 
     __slots__ = ("address", "first", "is_small", "number", "pool", "size", "stream")
@@ -55,18 +55,19 @@ class Block:
 
     Attributes:
         size: Bytes, a multiple of 512.
-        requested: Bytes last asked for, also once it is free; 0 if never.
-        address: Where it starts.
-        segment: The segment it is part of.
+        requested: Bytes of the last request that the block served, even if the block is
+            free now; 0 if it served none.
+        address: Address of the first byte.
+        segment: The segment that contains the block.
         previous: The block before it in the segment, or None.
         next: The block after it, or None.
-        is_allocated: Whether a live tensor has it.
-        is_mapped: Whether there is memory behind its addresses; False only in an
+        is_allocated: Whether a live tensor uses the block.
+        is_mapped: Whether memory is mapped at the block's addresses; False only in an
             expandable segment.
-        streams: Other streams that use it, or None.
-        num_events: Events that must complete before it can be used again.
-        age_base: The pool's clock when it was freed.
-        frames: Whatever the caller attaches, for snapshots.
+        streams: Other streams that use the block, or None.
+        num_events: Events that must complete before the block can be used again.
+        age_base: The pool's clock when the block was freed.
+        frames: Stack frames or any other object from the caller, for snapshots.
     """
 
     __slots__ = (
@@ -100,24 +101,24 @@ class Block:
 
     @property
     def is_split(self) -> bool:
-        """Whether the segment has other blocks."""
+        """Whether the segment contains other blocks."""
         return self.previous is not None or self.next is not None
 
     @property
     def is_idle(self) -> bool:
-        """Whether nobody uses it: neither a tensor nor another stream."""
+        """Whether neither a tensor nor another stream uses the block."""
         return not (self.is_allocated or self.num_events or self.streams)
 
     @property
     def key(self) -> tuple[int, int, int, Block]:
-        """Best fit's order within a stream: size, age of the segment, address.
+        """The sort key of best fit within a stream: size, age of the segment, address.
 
-        Source: observed of torch 2.13 under drivers that use addresses again.
+        Source: observed with torch 2.13 on drivers that reuse addresses.
         """
         return (self.size, self.segment.number, self.address, self)
 
     def cut_front(self, nbytes: int) -> Block:
-        """Make the first ``nbytes`` bytes a block of their own and return it."""
+        """Split off the first ``nbytes`` bytes as a new block, and return the new block."""
         front = Block(self.address, nbytes, self.segment)
         front.previous = self.previous
         if front.previous is not None:
@@ -131,7 +132,7 @@ class Block:
         return front
 
     def cut_back(self, nbytes: int) -> Block:
-        """Make all but the first ``nbytes`` bytes a block of its own and return it."""
+        """Split off all but the first ``nbytes`` bytes as a new block, and return it."""
         back = Block(self.address + nbytes, self.size - nbytes, self.segment)
         back.previous = self
         back.next = self.next
@@ -142,7 +143,7 @@ class Block:
         return back
 
     def absorb(self, other: Block) -> None:
-        """Make a neighbour part of this block; ``other`` is a block no more."""
+        """Merge the neighbour ``other`` into this block, which replaces both."""
         self.size += other.size
         if other is self.previous:
             self.address = other.address
@@ -158,10 +159,10 @@ class Block:
 
 
 def round_size(nbytes: int, divisions: tuple[int, ...]) -> int:
-    """Return the block size that a request needs.
+    """Return the size of the block that serves a request.
 
     Args:
-        nbytes: Bytes asked for, at least 1.
+        nbytes: Requested bytes, at least 1.
         divisions: ``AllocatorConfig.divisions``.
 
     Source: ``CUDACachingAllocator.cpp``, ``round_size`` and

@@ -1,7 +1,7 @@
 """A model of PyTorch's CUDA caching allocator, exact to the byte.
 
-Source: ``c10/cuda/CUDACachingAllocator.cpp`` of torch 2.13 for every rule here, checked
-against recordings of that allocator in ``tests/recordings/traces``.
+Source of every rule in this module: ``c10/cuda/CUDACachingAllocator.cpp``, torch 2.13.
+The model is compared with recordings of that allocator in ``tests/recordings/traces``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.allocator.driver import Driver
     from pytest_gpumem.allocator.pools import Pool, PoolId
 
-#: Where blocks wait whose streams cannot be asked before a capture has ended.
+#: Key of the blocks whose streams cannot be queried until a graph capture has ended.
 _AFTER_CAPTURE: Final = -1
 
 
@@ -42,22 +42,22 @@ class CachingAllocator(PrivatePools):
 
     Args:
         driver: The card's memory.
-        config: The settings.
-        device_index: The card's index, for texts.
-        processes: Who holds what of the card, for the text of an OOM; by default this
-            process with what the allocator holds.
+        config: The allocator's settings.
+        device_index: The card's index, for messages.
+        processes: Returns the memory that each process holds, for the message of an OOM;
+            by default this process with the bytes that the allocator holds.
 
     Attributes:
         stats: The statistics.
         on_oom: Observers, called with card, segment bytes, limit and free bytes when
             a request fails.
         events_pending: While True, recorded events stay incomplete.
-        trace: Where set, called with action, address, size, stream and pool of every
-            change.
+        trace: If set, a function that is called with action, address, size, stream and
+            pool of every change.
 
-    Limits: not thread-safe, and no method may be entered while another runs, not even by
-    a finaliser in the same thread: the caller holds a lock and queues what is freed
-    meanwhile.
+    Limits: the allocator is not thread-safe, and no method may be called while another
+    runs, even by a finaliser in the same thread. The caller must hold a lock, and must
+    queue the blocks that are freed while a method runs.
     """
 
     def __init__(
@@ -77,7 +77,8 @@ class CachingAllocator(PrivatePools):
         self.events_pending = False
         self._processes = processes or self._own_process
         self._events: dict[int, deque[Block]] = {}
-        #: Streams that came to use a block during a capture, which orders them itself.
+        #: By block, the streams that began to use it during a graph capture. The graph
+        #: itself orders these streams.
         self._streams_in_capture: dict[Block, set[int]] = {}
         self._fraction: float | None = None
         self._budget_bytes: int | None = None
@@ -91,13 +92,13 @@ class CachingAllocator(PrivatePools):
         """Return a block of at least ``nbytes`` bytes.
 
         Args:
-            nbytes: Bytes, at least 1.
-            stream: Handle of the stream it is for.
-            refuse: Whether the request shall fail as if the card were full: no cached
-                block fits and the driver has nothing, before and after the flush.
+            nbytes: Requested bytes, at least 1.
+            stream: Handle of the requesting stream.
+            refuse: Whether the request must fail as if the card were full: no cached block
+                fits and the driver has no memory, before and after the cache is flushed.
 
         Raises:
-            OutOfMemory: There is no room.
+            OutOfMemory: The card has no room for the request.
         """
         if nbytes >= MAX_REQUEST:
             raise OutOfMemory(
@@ -124,7 +125,7 @@ class CachingAllocator(PrivatePools):
         return self.hand_out(block, size, nbytes)
 
     def free(self, block: Block) -> None:
-        """Take a block back; it can be used again once other streams are done.
+        """Free a block; it can be used again once other streams have finished with it.
 
         Raises:
             ValueError: The block is free already.
@@ -150,7 +151,7 @@ class CachingAllocator(PrivatePools):
             self._record_events(block)
 
     def record_stream(self, block: Block, stream: int) -> None:
-        """Note that another stream uses a block: its reuse waits for that stream."""
+        """Record that another stream uses a block; its reuse waits for that stream."""
         if stream != block.segment.stream:
             if block.streams is None:
                 block.streams = set()
@@ -163,7 +164,7 @@ class CachingAllocator(PrivatePools):
     def _take_new(
         self, pool: Pool, size: int, new_bytes: int, stream: int, *, refuse: bool
     ) -> Block | None:
-        """Take a new segment, giving cached ones back where that helps."""
+        """Take a new segment, and return cached segments to the driver if necessary."""
         if self._limit_bytes is not None and self.config.gc_threshold > 0:
             collect_garbage(self, self._limit_bytes)
         block = self._new_block(pool, size, new_bytes, stream, refuse=refuse)
@@ -184,7 +185,7 @@ class CachingAllocator(PrivatePools):
     def _new_block(
         self, pool: Pool, size: int, new_bytes: int, stream: int, *, refuse: bool
     ) -> Block | None:
-        """Take memory from the driver, as far as the limit lets it."""
+        """Take memory from the driver if the limit allows it."""
         limit = self._limit_bytes
         if limit is not None and self.reserved_bytes + new_bytes > limit:
             return None
@@ -201,7 +202,11 @@ class CachingAllocator(PrivatePools):
     # -- giving blocks back -------------------------------------------------------------
 
     def process_events(self, *, wait: bool = False) -> None:
-        """Free the blocks whose other streams are done; ``wait`` for all of them."""
+        """Free the blocks that other streams have finished with.
+
+        Args:
+            wait: Whether to wait until all other streams have finished.
+        """
         if self._num_captures:
             return
         for block in self._events.pop(_AFTER_CAPTURE, ()):
@@ -222,7 +227,7 @@ class CachingAllocator(PrivatePools):
                     self.put_back(block)
 
     def _record_events(self, block: Block) -> None:
-        """Let a block wait for the other streams that use it."""
+        """Record an event that the block waits for on each other stream that uses it."""
         for stream in block.streams or ():
             self._events.setdefault(stream, deque()).append(block)
             block.num_events += 1
@@ -231,13 +236,14 @@ class CachingAllocator(PrivatePools):
     # -- the whole ----------------------------------------------------------------------
 
     def empty_cache(self, pool_id: PoolId = DEFAULT) -> None:
-        """Wait for every stream, then give every free segment back to the driver.
+        """Wait for every stream, then return every free segment to the driver.
 
-        Those of a private pool go back once nobody uses it. During a capture nothing
-        may wait, and the default pools keep theirs.
+        The free segments of a private pool are returned once the pool has no user. During
+        a graph capture waiting is not allowed, and the default pools keep their segments.
 
         Args:
-            pool_id: The one private pool whose segments go; by default all that may.
+            pool_id: The private pool whose segments are returned; by default, segments of
+                every pool are returned.
         """
         if pool_id != DEFAULT:
             private = self.private_pools.get(pool_id)
@@ -264,10 +270,10 @@ class CachingAllocator(PrivatePools):
         self._set_limit()
 
     def set_budget(self, budget_bytes: int | None) -> None:
-        """Limit reserved bytes, beside the fraction: the smaller of both holds.
+        """Limit reserved bytes in addition to the fraction: the smaller limit applies.
 
         Args:
-            budget_bytes: The limit, inclusive; None means none.
+            budget_bytes: The limit in bytes, inclusive; None means no limit.
         """
         self._budget_bytes = budget_bytes
         self._set_limit()
@@ -320,12 +326,12 @@ class CachingAllocator(PrivatePools):
 
     @property
     def memory_fraction(self) -> float | None:
-        """The fraction last set, or None."""
+        """The fraction that was set last, or None."""
         return self._fraction
 
     @property
     def limit_bytes(self) -> int | None:
-        """The limit on reserved bytes, or None."""
+        """The limit on reserved bytes, or None if there is none."""
         return self._limit_bytes
 
 

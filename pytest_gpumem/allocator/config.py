@@ -1,4 +1,4 @@
-"""Settings of the caching allocator, as ``PYTORCH_CUDA_ALLOC_CONF`` spells them."""
+"""Settings of the caching allocator, in the syntax of ``PYTORCH_CUDA_ALLOC_CONF``."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from pytest_gpumem.errors import AllocatorSettingError
 MIB: Final = 2**20
 #: "No limit", as torch stores it (``std::numeric_limits<size_t>::max()``).
 UNLIMITED: Final = 2**64 - 1
-#: Entries of the division table: 1 MiB … 32 GiB, one for each power of two.
+#: Entries of the table of divisions: one for each power of two from 1 MiB to 32 GiB.
 NUM_DIVISIONS: Final = 16
 _NUMBER: Final = re.compile(r"[0-9]{1,12}")
-#: Keys that change no byte of the device's own counts; accepted and kept unread.
+#: Keys that do not change the allocator's byte counts. They are accepted, and their
+#: values are not read.
 _WITHOUT_EFFECT: Final = frozenset(
     {
         "release_lock_on_cudamalloc",
@@ -49,17 +50,18 @@ class AllocatorConfig:
     torch 2.13.
 
     Attributes:
-        text: The settings as given.
-        max_split_size: Blocks of at least so many bytes are never split.
-        max_non_split_rounding: How much larger than a request such a block may be.
-        large_segment_size: Segment bytes for requests between 1 MiB and 10 MiB.
-        divisions: Rounding steps between powers of two, by power from 1 MiB on; 0
-            means rounding to 512 bytes.
-        gc_threshold: Share of the limit from which unused blocks are given back; 0
-            means never.
-        memory_fraction: Fraction set at the start; None means none.
+        text: The text from which the settings were read.
+        max_split_size: Blocks of at least this many bytes are never split.
+        max_non_split_rounding: The most bytes by which a block that is never split may be
+            larger than the request.
+        large_segment_size: Bytes of a segment for requests between 1 MiB and 10 MiB.
+        divisions: Number of rounding steps between two powers of two, for each power of
+            two from 1 MiB on; 0 means rounding to 512 bytes.
+        gc_threshold: Share of the limit from which unused blocks are returned to the
+            driver; 0 means never.
+        memory_fraction: Memory fraction that applies from the start; None means no limit.
         expandable_segments: Whether segments grow page by page.
-        version: Whose allocator it is.
+        version: The PyTorch version whose allocator is modelled.
     """
 
     text: str = ""
@@ -78,25 +80,25 @@ class AllocatorConfig:
 
         Args:
             text: ``key:value,…`` as in ``PYTORCH_CUDA_ALLOC_CONF``.
-            version: Whose allocator it is.
+            version: The PyTorch version whose allocator is modelled.
 
         Raises:
-            ValueError: A key or value that torch refuses, or that is not modelled.
+            ValueError: Torch refuses a key or value, or the model does not support it.
         """
         return _read_all(cls(text=text, version=version))
 
     def renewed(self, text: str) -> AllocatorConfig:
-        """Return the settings after torch is given others while it runs.
+        """Return the settings that hold after new ones are set while torch runs.
 
         Source: ``AcceleratorAllocatorConfig::parseArgs`` of
-        ``c10/core/AllocatorConfig.cpp``: three settings go back to their defaults where
-        they are not named, the others stay.
+        ``c10/core/AllocatorConfig.cpp``: three settings return to their defaults if the
+        text does not name them; the others keep their values.
 
         Args:
             text: ``key:value,…`` as in ``PYTORCH_CUDA_ALLOC_CONF``.
 
         Raises:
-            ValueError: A key or value that torch refuses, or that is not modelled.
+            ValueError: Torch refuses a key or value, or the model does not support it.
         """
         default = AllocatorConfig()
         start = replace(
@@ -109,8 +111,8 @@ class AllocatorConfig:
 
 
 def _read_all(config: AllocatorConfig) -> AllocatorConfig:
-    """Return settings with what their text says."""
-    # Commas inside brackets belong to a list.
+    """Return the settings with the values from their text."""
+    # A comma inside brackets separates the entries of a list, not two settings.
     for part in re.split(r",(?![^\[]*\])", config.text):
         if not part.strip():
             continue
@@ -122,22 +124,23 @@ def _read_all(config: AllocatorConfig) -> AllocatorConfig:
 
 
 def _variable() -> str | None:
-    """Return where the environment has settings for the installed torch."""
+    """Return the environment variable that has settings for the installed torch."""
     names = installed_version().variables
     return next((each for each in names if os.environ.get(each)), None)
 
 
 def config_text() -> str:
-    """Return the settings that the environment asks for; empty for none."""
+    """Return the text of the settings in the environment; empty if there are none."""
     name = _variable()
     return "" if name is None else os.environ[name]
 
 
 def config_from_environment() -> AllocatorConfig:
-    """Return the settings that the environment asks for, of the installed torch.
+    """Return the settings in the environment, as the installed torch reads them.
 
     Raises:
-        AllocatorSettingError: They cannot be read, or are not modelled.
+        AllocatorSettingError: The settings cannot be read, or the model does not support
+            them.
     """
     text = config_text()
     try:
@@ -164,7 +167,7 @@ def _fraction(key: str, value: str) -> float:
     return number
 
 
-def _read(  # noqa: C901, PLR0911, PLR0912  # a list of keys
+def _read(  # noqa: C901, PLR0911, PLR0912  # one branch per key
     key: str, value: str, config: AllocatorConfig
 ) -> dict[str, Any]:
     version = config.version
@@ -218,8 +221,8 @@ def _power_of_two(value: str) -> int:
 def _divisions(value: str) -> tuple[int, ...]:
     """Read ``4`` or ``[256:1,512:2,>:4]``: steps by megabytes.
 
-    The first entry of a list also serves everything below it; what lies between two
-    entries keeps 0; ``>`` serves everything above the last one.
+    The first entry of a list also applies to every smaller power of two. A power between
+    two entries keeps 0. The entry ``>`` applies to every power above the last entry.
     """
     if not value.startswith("["):
         return (_power_of_two(value),) * NUM_DIVISIONS

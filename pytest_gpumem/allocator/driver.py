@@ -1,4 +1,4 @@
-"""A card's memory as the CUDA driver sees it: ranges, address space and pages."""
+"""A model of the CUDA driver's memory: address ranges, address space and pages."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from pytest_gpumem.allocator.tenant import Tenants
 
 #: The driver's granularity in bytes.
-#: Source: cuMemGetAllocationGranularity answers 2 MiB on current cards.
+#: Source: cuMemGetAllocationGranularity returns 2 MiB on current cards.
 GRANULARITY: Final = 2**21
-#: Where address space begins to be reserved, and its alignment: far from what
-#: ``malloc`` hands out. Source: the driver of ``tests/recordings/traces``.
+#: The first address of reserved address space, and the alignment of reservations. They
+#: are far from the addresses that ``malloc`` returns. Source: the driver in
+#: ``tests/recordings/traces``.
 VIRTUAL_BASE: Final = 2**44
 VIRTUAL_ALIGNMENT: Final = 2**30
-#: Code of a call that found no memory, and of one that succeeded.
+#: Return codes of a call that is out of memory and of a successful call.
 #: Source: ``cudaErrorMemoryAllocation`` and ``CUDA_ERROR_OUT_OF_MEMORY``.
 _OUT_OF_MEMORY: Final = 2
 _SUCCESS: Final = 0
@@ -28,19 +29,20 @@ class Driver:
     """The memory of one card.
 
     Args:
-        total_bytes: The card's bytes.
-        other_bytes: Bytes held by others from the beginning.
-        context_bytes: Bytes that this process's context takes once it is made.
-        address_policy: ``"firstfit"`` hands out the lowest free range; ``"down"``
-            hands out ever lower addresses and never uses one again.
+        total_bytes: Bytes of the card's memory.
+        other_bytes: Bytes that other processes hold from the beginning.
+        context_bytes: Bytes that this process's context takes when it is created.
+        address_policy: ``"firstfit"`` takes the lowest free address range; ``"down"``
+            takes a lower address each time and never reuses an address.
 
     Attributes:
-        used_bytes: Bytes that this process holds beside its context.
+        used_bytes: Bytes that this process holds, without its context.
         has_context: Whether this process has a context on the card.
-        tenants: Who else holds bytes of the card; their sum is not free.
-        free_cap: Where set, a function whose answer bounds the free bytes from above.
-        calls: Where set to a list, every call is noted: name, bytes, code, and the
-            address of a range or, for pages, how often the call was made in a row.
+        tenants: Other holders of the card's memory; the bytes that they hold are not free.
+        free_cap: If set, a function that returns an upper limit of the free bytes.
+        calls: If set, the list to which every call is appended: name, bytes, return code,
+            and the address of the range; for pages, the number of consecutive equal calls
+            in place of the address.
 
     Raises:
         ValueError: The address policy is unknown.
@@ -67,7 +69,7 @@ class Driver:
         self.free_cap: Callable[[], int] | None = None
         self.calls: list[tuple[str, int, int, int | None]] | None = None
         self._sizes: dict[int, int] = {}
-        # Free address ranges [start, end) below the frontier, by start.
+        # Free address ranges [start, end) below the frontier, sorted by start.
         self._gaps: list[tuple[int, int]] = []
         self._descends = address_policy == "down"
         self._frontier = 2**43 if self._descends else 0
@@ -75,7 +77,7 @@ class Driver:
 
     @property
     def free_bytes(self) -> int:
-        """What ``cudaMemGetInfo`` calls free."""
+        """The free bytes that ``cudaMemGetInfo`` reports."""
         free = self.total_bytes - self.other_bytes - self.process_bytes
         if self.tenants:
             free -= sum(nbytes for _pid, nbytes in self.other_processes())
@@ -85,18 +87,18 @@ class Driver:
 
     @property
     def process_bytes(self) -> int:
-        """What NVML counts for this process: what it holds, and its context."""
+        """The bytes that NVML counts for this process: its memory and its context."""
         return self.used_bytes + (self.context_bytes if self.has_context else 0)
 
     def other_processes(self) -> list[tuple[int, int]]:
-        """Return pid and bytes of every other process on the card."""
+        """Return the process id and the bytes of every other process on the card."""
         return [each for tenants in self.tenants for each in tenants.others()]
 
     def make_context(self) -> bool:
-        """Make this process's context, which stays until the process ends.
+        """Create this process's context, which exists until the process ends.
 
         Returns:
-            Whether there is one now; it needs its bytes to be free.
+            Whether the context exists now. It cannot be created if too few bytes are free.
         """
         if self.has_context:
             return True
@@ -107,7 +109,7 @@ class Driver:
         return True
 
     def _take(self, nbytes: int) -> bool:
-        """Take bytes if they are free; no other process comes between."""
+        """Take bytes if they are free, while no other process can take or free bytes."""
         with self._changing():
             if nbytes > self.free_bytes:
                 return False
@@ -120,7 +122,7 @@ class Driver:
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """Keep other processes from changing theirs; tell them what this one holds."""
+        """Stop other processes from changing their bytes; publish this process's bytes."""
         if not self.tenants:
             yield
             return
@@ -149,11 +151,11 @@ class Driver:
         return address
 
     def refuse(self, nbytes: int) -> None:
-        """Note a request that is refused although there may be room."""
+        """Record a request that is refused although there may be room."""
         self._note("cudaMalloc", nbytes, _OUT_OF_MEMORY, None)
 
     def free(self, address: int) -> None:
-        """Give the bytes at an address back."""
+        """Free the bytes at an address."""
         nbytes = self._sizes.pop(address)
         self._give(nbytes)
         self._note("cudaFree", nbytes, _SUCCESS, address)
@@ -172,18 +174,18 @@ class Driver:
         return address
 
     def unreserve(self, nbytes: int) -> None:
-        """Give ``nbytes`` bytes of address space back; they are not used again."""
+        """Release ``nbytes`` bytes of address space; these addresses are not reused."""
         self._note_pages("cuMemAddressFree", nbytes, 1)
 
     def map_pages(self, count: int, page_bytes: int) -> bool:
-        """Create and map pages; where not all can be had, none is kept.
+        """Create and map pages; if one cannot be created, none is kept.
 
         Args:
-            count: How many.
-            page_bytes: Bytes of each.
+            count: Number of pages.
+            page_bytes: Bytes of each page.
 
         Returns:
-            Whether all of them are mapped.
+            Whether all pages are mapped.
         """
         if not self._take(count * page_bytes):
             possible = min(self.free_bytes // page_bytes, count - 1)
@@ -196,18 +198,18 @@ class Driver:
         return True
 
     def refuse_pages(self, page_bytes: int) -> None:
-        """Note a page that is refused."""
+        """Record a page that is refused."""
         self._note_pages("cuMemCreate", page_bytes, 1, _OUT_OF_MEMORY)
 
     def unmap_pages(self, count: int, page_bytes: int) -> None:
-        """Unmap pages and give their memory back, one after the other."""
+        """Unmap pages and free their memory, one page at a time."""
         self._give(count * page_bytes)
         if self.calls is not None:
             for _page in range(count):
                 self._note_pages("cuMemUnmap", page_bytes, 1)
                 self._note_pages("physFree", page_bytes, 1)
 
-    # -- notes and places ---------------------------------------------------------------
+    # -- recorded calls and addresses ---------------------------------------------------
 
     def _note(self, name: str, nbytes: int, code: int, address: int | None) -> None:
         if self.calls is not None:
@@ -216,7 +218,7 @@ class Driver:
     def _note_pages(
         self, name: str, nbytes: int, count: int, code: int = _SUCCESS
     ) -> None:
-        """Note calls of one kind, together with like ones just before."""
+        """Record calls of one kind, joined with equal calls directly before them."""
         calls = self.calls
         if calls is None or not count:
             return

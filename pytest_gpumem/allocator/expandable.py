@@ -1,13 +1,13 @@
-"""Expandable segments: address space that pages are mapped into as needed.
+"""Expandable segments: address space into which pages are mapped when needed.
 
 Source: ``CUDACachingAllocator.cpp``, torch 2.13: ``find_expandable_block``,
 ``map_block``, ``unmap_block``, ``try_allocate_expandable_block`` and the class
 ``ExpandableSegment``.
 
-A segment of this kind reserves more addresses than the card has bytes. Its blocks are
-allocated, free or unmapped; requests that no free block serves map whole pages behind
-the lowest addresses that are long enough, and a flush unmaps the pages that free blocks
-cover entirely.
+An expandable segment reserves more addresses than the card has bytes. Its blocks are
+allocated, free or unmapped. If no free block can serve a request, whole pages are
+mapped at the lowest range of addresses that is long enough. A cache flush unmaps the
+pages that free blocks cover entirely.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 class ExpandableSegment(Segment):
-    """Address space of one pool and stream.
+    """The address space of one pool and stream.
 
     Attributes:
-        page_bytes: Bytes that are mapped at once: 2 MiB for the small pool, a large
-            segment's size for the large one.
+        page_bytes: Bytes that are mapped at once: 2 MiB in the small pool; in the large
+            pool, the size of a large segment.
     """
 
     __slots__ = ("page_bytes",)
@@ -49,7 +49,7 @@ class ExpandableSegment(Segment):
 
 
 def reach(block: Block) -> int:
-    """Return the bytes that a free block can grow to: with unmapped space after it."""
+    """Return a free block's bytes together with the unmapped space directly after it."""
     following = block.next
     if following is None or following.is_mapped:
         return block.size
@@ -57,19 +57,18 @@ def reach(block: Block) -> int:
 
 
 def take_mapped(heap: Heap, pool: Pool, size: int, stream: int) -> Block | None:
-    """Map pages until a block of ``size`` bytes is there, and take it out of its pool.
+    """Map pages until a block has ``size`` bytes, and take the block out of its pool.
 
-    Pages that an earlier part of the same request mapped stay mapped where a later
-    part fails.
+    If a later part of the request fails, the pages of its earlier parts stay mapped.
 
     Args:
-        heap: For whom.
+        heap: The heap that makes the request.
         pool: The pool of the request.
-        size: Its rounded bytes.
-        stream: Its stream.
+        size: The rounded bytes of the request.
+        stream: The stream of the request.
 
     Returns:
-        The block, of at least ``size`` bytes; None where the driver has no page left.
+        The block, of at least ``size`` bytes; None if the driver has no page left.
     """
     block = _find(heap, pool, size, stream)
     if not block.is_mapped and not _map(heap, pool, block, min(block.size, size)):
@@ -81,13 +80,13 @@ def take_mapped(heap: Heap, pool: Pool, size: int, stream: int) -> Block | None:
         missing = min(size - block.size, following.size)
         if not _map(heap, pool, following, missing):
             return None
-        block = following  # it has absorbed the one before
+        block = following  # it has absorbed the previous block
     pool.remove(block)
     return block
 
 
 def _find(heap: Heap, pool: Pool, size: int, stream: int) -> Block:
-    """Return where the lowest run of free and unmapped blocks that is enough begins."""
+    """Return the first block of the lowest large enough run of free and unmapped blocks."""
     unmapped = pool.unmapped.get(stream)
     for _address, block in () if unmapped is None else unmapped:
         start: Block = block
@@ -127,7 +126,7 @@ def _map(heap: Heap, pool: Pool, block: Block, nbytes: int) -> bool:
     The block becomes free and absorbs free neighbours.
 
     Returns:
-        Whether the driver had the pages; nothing has changed where it had not.
+        Whether the driver had enough pages. If it had not, nothing is changed.
     """
     segment = _segment_of(block)
     count = -(-nbytes // segment.page_bytes)
@@ -155,14 +154,14 @@ def _map(heap: Heap, pool: Pool, block: Block, nbytes: int) -> bool:
 
 
 def unmap(heap: Heap, pool: Pool, block: Block) -> None:
-    """Give the pages that a free block covers entirely back to the driver.
+    """Return the pages that a free block covers entirely to the driver.
 
-    What it covers of a page in part stays mapped and free. Address space that is
-    wholly unmapped then is given back as well.
+    A page that the block covers only partly stays mapped, and the covered part stays
+    free. If the whole address space is unmapped afterwards, it is released as well.
 
     Args:
-        heap: Whose block.
-        pool: The pool it is in.
+        heap: The heap that the block belongs to.
+        pool: The pool that holds the block.
         block: A free block of an expandable segment.
     """
     segment = _segment_of(block)

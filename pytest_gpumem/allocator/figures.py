@@ -1,4 +1,4 @@
-"""The figures of an allocator that are asked for most, as plain integers."""
+"""The most used statistics of an allocator, as plain integers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ if TYPE_CHECKING:
 
 
 class Figures:
-    """Reads single figures off ``stats``, without building a dictionary.
+    """Reads single values from ``stats``, without building a dictionary.
 
     Attributes:
-        stats: The statistics.
+        stats: The allocator's statistics.
     """
 
     stats: Statistics
@@ -25,7 +25,7 @@ class Figures:
 
     @property
     def peak_allocated_bytes(self) -> int:
-        """Most bytes in live blocks at once since the last reset."""
+        """The most bytes in live blocks at one time since the last reset."""
         return self.stats.allocated_bytes.all.peak
 
     @property
@@ -35,44 +35,44 @@ class Figures:
 
     @property
     def peak_reserved_bytes(self) -> int:
-        """Most bytes held from the driver at once since the last reset."""
+        """The most bytes held from the driver at one time since the last reset."""
         return self.stats.reserved_bytes.all.peak
 
     @property
     def requested_bytes(self) -> int:
-        """Bytes asked for and not yet usable again."""
+        """Requested bytes of all blocks that cannot be used again yet."""
         return self.stats.requested_bytes.all.current
 
     @property
     def peak_requested_bytes(self) -> int:
-        """Most requested bytes at once since the last reset."""
+        """The most requested bytes at one time since the last reset."""
         return self.stats.requested_bytes.all.peak
 
     @property
     def active_bytes(self) -> int:
-        """Bytes in blocks that are not usable again yet."""
+        """Bytes in blocks that cannot be used again yet."""
         return self.stats.active_bytes.all.current
 
     @property
     def peak_active_bytes(self) -> int:
-        """Most active bytes at once since the last reset."""
+        """The most active bytes at one time since the last reset."""
         return self.stats.active_bytes.all.peak
 
     @property
     def num_ooms(self) -> int:
-        """Out-of-memory errors raised so far, whatever was reset."""
+        """Out-of-memory errors raised so far; a reset does not change this count."""
         return self._past_ooms + self.stats.num_ooms
 
     @property
     def num_alloc_retries(self) -> int:
-        """Cache flushes followed by a second try so far, whatever was reset."""
+        """Cache flushes with a retry so far; a reset does not change this count."""
         return self._past_retries + self.stats.num_alloc_retries
 
     def reset_peak_stats(self) -> None:
-        """Let every peak begin again at the current value."""
+        """Reset every peak to the current value."""
         self.stats.reset_peak()
 
     def reset_accumulated_stats(self) -> None:
-        """Let running totals and counters begin again at 0, in ``stats``."""
+        """Reset the running totals and counters in ``stats`` to 0."""
         self._past_ooms, self._past_retries = self.num_ooms, self.num_alloc_retries
         self.stats.reset_accumulated()

@@ -10,14 +10,15 @@ if TYPE_CHECKING:
 
     Key = tuple[Any, ...]
 
-#: Longest chunk; chosen by measurement, anything from 200 to 2000 is near as fast.
+#: Length of the longest chunk. Chosen by measurement: any length from 200 to 2000 is
+#: nearly as fast.
 _CHUNK: Final = 512
 
 
 class FreeList:
-    """Sorted tuples in chunks: insertion and search cost little at any length.
+    """Sorted tuples in chunks: insertion and search stay fast at any length.
 
-    Entries compare by their leading fields, which must tell any two apart.
+    Entries are compared by their first fields, which must differ between any two entries.
     """
 
     __slots__ = ("_chunks", "_lasts")
@@ -56,7 +57,7 @@ class FreeList:
             lasts.insert(position, chunk[-1])
 
     def remove(self, key: Key) -> None:
-        """Take an entry out; it must be there."""
+        """Remove an entry, which must be in the list."""
         position = bisect_left(self._lasts, key)
         chunk = self._chunks[position]
         del chunk[bisect_left(chunk, key)]
@@ -67,7 +68,7 @@ class FreeList:
             self._lasts[position] = chunk[-1]
 
     def first_from(self, key: Key) -> Key | None:
-        """Return the first entry that is not less than ``key``, or None."""
+        """Return the first entry that is not less than ``key``; None if none is."""
         position = bisect_left(self._lasts, key)
         if position == len(self._lasts):
             return None

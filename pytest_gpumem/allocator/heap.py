@@ -1,4 +1,4 @@
-"""The allocator's blocks: how they are found, cut, handed out, merged and counted."""
+"""Finds, splits, allocates, merges and counts the allocator's blocks."""
 
 from __future__ import annotations
 
@@ -30,17 +30,18 @@ if TYPE_CHECKING:
 
 
 class Heap(Figures):
-    """Blocks of one card in two pools, and the statistics of them.
+    """The blocks of one card in two pools, and their statistics.
 
     Args:
         driver: The card's memory.
-        config: The settings.
+        config: The allocator's settings.
         device_index: The card's index.
 
     Attributes:
-        stats: The statistics.
-        trace: Where set, called with action, address, size, stream and pool of every
-            change, in the words and with the sizes of torch's memory history.
+        stats: The allocator's statistics.
+        trace: If set, a function that is called with action, address, size, stream and
+            pool of every change. Action names and sizes are those of torch's memory
+            history.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Heap(Figures):
     # -- segments -----------------------------------------------------------------------
 
     def new_segment(self, pool: Pool, nbytes: int, stream: int) -> Block | None:
-        """Take a segment from the driver and return its one block, or None."""
+        """Take a segment from the driver and return its only block, or None."""
         address = self.driver.malloc(nbytes)
         if address is None:
             return None
@@ -76,7 +77,7 @@ class Heap(Figures):
         return segment.first
 
     def count_reserved(self, pool: Pool, nbytes: int) -> None:
-        """Count bytes of either sign as held from the driver for a pool."""
+        """Add bytes, positive or negative, to those held from the driver for a pool."""
         self.stats.reserved_bytes.add(pool.is_small, nbytes)
         if pool.owner != DEFAULT:
             self.stats.reserved_by(pool.owner).add(pool.is_small, nbytes)
@@ -86,20 +87,20 @@ class Heap(Figures):
         return SMALL_BUFFER if pool.is_small else self.config.large_segment_size
 
     def next_number(self) -> int:
-        """Count one more segment and return its number."""
+        """Return the sequence number for a new segment."""
         self._num_segments += 1
         return self._num_segments
 
     def keep(self, segment: Segment) -> None:
-        """Note a new segment."""
+        """Record a new segment."""
         self._segments[segment.address] = segment
 
     def forget(self, segment: Segment) -> None:
-        """Note that a segment is gone."""
+        """Remove the record of a segment that was released."""
         del self._segments[segment.address]
 
     def segments(self) -> list[Segment]:
-        """Return every segment, by address."""
+        """Return every segment, sorted by address."""
         return [self._segments[address] for address in sorted(self._segments)]
 
     # -- blocks -------------------------------------------------------------------------
@@ -124,10 +125,10 @@ class Heap(Figures):
         return block
 
     def _best_expandable(self, free: FreeList, size: int) -> Block | None:
-        """Return the best fit where that is in an expandable segment.
+        """Return the best fit if it is in an expandable segment.
 
-        A free block at the end of what is mapped counts as large as it can grow, so
-        that a tighter block further on is preferred.
+        A free block at the end of the mapped pages counts with the size to which it can
+        grow, so that a block that fits more tightly is preferred.
         """
         blocks = (key[3] for key in free.iterate_from((size,)))
         if not self.config.expandable_segments:
@@ -146,12 +147,13 @@ class Heap(Figures):
         return size < self.config.max_split_size and rest > SMALL_SIZE
 
     def hand_out(self, block: Block, size: int, nbytes: int) -> Block:
-        """Cut a block to size and count it as allocated."""
+        """Split a block to the wanted size and count it as allocated."""
         stats = self.stats
         pool = block.segment.pool
         is_small = pool.is_small
         was_split = block.previous is not None or block.next is not None
-        # Free parts of an expandable segment can be unmapped: not counted as stuck.
+        # Free parts of an expandable segment do not count as inactive split blocks, because
+        # their pages can be unmapped.
         counts = not block.segment.is_expandable
         if self._should_split(block, pool, size):
             rest = block
@@ -228,10 +230,10 @@ class Heap(Figures):
     # -- questions ----------------------------------------------------------------------
 
     def memory_stats(self) -> dict[str, int]:
-        """Return ``torch.cuda.memory_stats``'s flat dictionary."""
+        """Return the flat dictionary of ``torch.cuda.memory_stats``."""
         limit = self.config.max_split_size
         return self.stats.to_dict(max_split_size=-1 if limit == UNLIMITED else limit)
 
     def snapshot(self, pool_id: PoolId = DEFAULT) -> list[dict[str, Any]]:
-        """Return ``torch.cuda.memory_snapshot``'s segments; or one private pool's."""
+        """Return the segments of ``torch.cuda.memory_snapshot``, or of one private pool."""
         return snapshot(self, pool_id)

@@ -1,4 +1,4 @@
-"""The out-of-memory error and its text, as the caching allocator writes it."""
+"""The caching allocator's out-of-memory error and its message."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _CUDA_HELP: Final = (
     "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n"
 )
 
-#: Requests from here on are refused without a look at the card.
+#: Requests of at least this many bytes are refused without a query of the card.
 MAX_REQUEST: Final = 2**60
 TOO_LARGE: Final = "CUDA out of memory. Tried to allocate more than 1EB memory."
 
 
-class OutOfMemory(Exception):  # noqa: N818  # torch's class is called so
+class OutOfMemory(Exception):  # noqa: N818  # the name of torch's class
     """A request that the card cannot serve.
 
     Attributes:
-        nbytes: Bytes asked for.
-        rounded_bytes: Bytes of the block that this needs.
+        nbytes: Requested bytes.
+        rounded_bytes: Bytes of the block that the request needs.
         segment_bytes: Bytes of the segment that the driver refused.
-        device_index: The card.
+        device_index: Index of the card.
     """
 
     def __init__(
@@ -52,22 +52,24 @@ class OutOfMemory(Exception):  # noqa: N818  # torch's class is called so
 
     @property
     def message(self) -> str:
-        """The text of ``torch.OutOfMemoryError``."""
+        """The message of ``torch.OutOfMemoryError``."""
         return str(self)
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessMemory:
-    """What a process holds of a card, in bytes; ``pid`` None is this process."""
+    """The bytes that a process holds on a card; a ``pid`` of None is this process."""
 
     pid: int | None
     nbytes: int
 
 
 def format_bytes(nbytes: int) -> str:
-    """Return bytes as the allocator writes them; bounds are inclusive.
+    """Return bytes as text in the allocator's format.
 
-    Source: ``c10/util``'s ``format_size``: two decimals, GiB the largest unit.
+    A number equal to a unit is written in the smaller unit.
+
+    Source: ``c10/util``'s ``format_size``: two decimals; GiB is the largest unit.
     """
     if nbytes <= 2**10:
         return f"{nbytes} bytes"
@@ -78,11 +80,11 @@ def format_bytes(nbytes: int) -> str:
 
 
 def cuda_error_text(words: str, code: str) -> str:
-    """Return the text of ``torch.AcceleratorError``: a call of CUDA's that failed.
+    """Return the message of ``torch.AcceleratorError`` for a failed call of CUDA.
 
     Args:
-        words: CUDA's own for the error, such as "out of memory".
-        code: Its name in CUDA's headers, such as ``cudaErrorMemoryAllocation``.
+        words: CUDA's description of the error, such as "out of memory".
+        code: The error's name in CUDA's headers, such as ``cudaErrorMemoryAllocation``.
     """
     return f"CUDA error: {words}\n{_CUDA_HELP.format(code=code)}"
 
@@ -100,19 +102,20 @@ def oom_text(
     processes: Sequence[ProcessMemory],
     version: AllocatorVersion = NEWEST,
 ) -> str:
-    """Return the error's text.
+    """Return the message of an out-of-memory error.
 
     Args:
-        device_index: The card.
-        segment_bytes: The segment that was asked of the driver, not the tensor.
-        total_bytes: The card's total.
-        free_bytes: What the driver calls free after caches were flushed.
-        allowed_bytes: The limit, where a memory fraction is set.
+        device_index: Index of the card.
+        segment_bytes: Bytes of the segment that was requested from the driver, not of
+            the tensor.
+        total_bytes: The card's total bytes.
+        free_bytes: The free bytes that the driver reports after the cache was flushed.
+        allowed_bytes: The limit, if a memory fraction is set.
         allocated_bytes: Bytes in live blocks.
         reserved_bytes: Bytes held from the driver.
-        private_bytes: Free bytes in private pools, which torch calls allocated.
-        processes: Who holds what of the card.
-        version: Whose last sentences the text has.
+        private_bytes: Free bytes in private pools; torch's message calls them allocated.
+        processes: The memory that each process holds on the card.
+        version: The PyTorch version whose last sentences the message has.
     """
     held = "".join(_process(process) for process in processes)
     allowed = (

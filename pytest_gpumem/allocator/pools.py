@@ -1,4 +1,4 @@
-"""Pools of free blocks, by size class and stream: the default ones and private ones."""
+"""Pools of free blocks, by size class and stream: default pools and private pools."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pytest_gpumem.allocator.freelist import FreeList
 if TYPE_CHECKING:
     from pytest_gpumem.allocator.blocks import Block
 
-    #: What tells pools apart: (0, n) for those that users make, (n, 0) for graphs'.
+    #: Identifies a private pool: (0, n) if a user created it, (n, 0) if a graph did.
     PoolId = tuple[int, int]
 
-#: The id of what is no private pool. Source: ``MempoolId_t``, ``c10/core/CachingDeviceAllocator.h``.
+#: The id of the default pools.
+#: Source: ``MempoolId_t``, ``c10/core/CachingDeviceAllocator.h``.
 DEFAULT: Final = (0, 0)
 
 
@@ -20,12 +21,12 @@ class Pool:
     """The free blocks of one size class, by stream.
 
     Attributes:
-        is_small: Whether it is the small pool.
-        owner: The id of the private pool that it is half of; else the default's.
-        splits: Whether blocks are cut to size.
-        free: Free blocks of each stream, best fit first.
-        unmapped: Address space without memory of each stream, lowest first.
-        clock: Counts searches, for the age of blocks.
+        is_small: Whether this is the pool of small blocks.
+        owner: The id of the private pool that this pool belongs to, or ``DEFAULT``.
+        splits: Whether blocks are split to the requested size.
+        free: Free blocks of each stream, in the order of best fit.
+        unmapped: Unmapped address space of each stream, lowest address first.
+        clock: The number of searches so far, from which the age of a block is computed.
     """
 
     __slots__ = ("clock", "free", "is_small", "owner", "splits", "unmapped")
@@ -48,37 +49,38 @@ class Pool:
         return found
 
     def insert(self, block: Block) -> None:
-        """Put a free block in; its age begins now."""
+        """Add a free block; its age starts at 0."""
         block.age_base = self.clock
         self.of(block.segment.stream).add(block.key)
 
     def remove(self, block: Block) -> None:
-        """Take a free block out."""
+        """Remove a free block."""
         self.free[block.segment.stream].remove(block.key)
 
     def insert_unmapped(self, block: Block) -> None:
-        """Put address space without memory in."""
+        """Add unmapped address space."""
         stream = block.segment.stream
         self.unmapped.setdefault(stream, FreeList()).add((block.address, block))
 
     def remove_unmapped(self, block: Block) -> None:
-        """Take address space without memory out."""
+        """Remove unmapped address space."""
         self.unmapped[block.segment.stream].remove((block.address, block))
 
     def blocks(self) -> list[Block]:
-        """Return every free block in the pool's order: by stream, then best fit."""
+        """Return every free block, sorted by stream and then in the order of best fit."""
         return [key[3] for stream in sorted(self.free) for key in self.free[stream]]
 
 
 class PrivatePool:
-    """A pair of pools that serves those requests alone that are routed to it.
+    """A pair of pools that serves only the requests that are routed to it.
 
     Attributes:
-        id: What tells it apart.
-        small: Its small pool.
-        large: Its large pool.
-        use_count: How many graphs, objects and routes use it. At 0 its free segments
-            may go back to the driver, and with the last of them it goes.
+        id: The pool's id.
+        small: The pool of small blocks.
+        large: The pool of large blocks.
+        use_count: The number of graphs, objects and routes that use the pool. At 0, its
+            free segments may be returned to the driver, and the pool is removed with its
+            last segment.
     """
 
     __slots__ = ("id", "large", "small", "use_count")

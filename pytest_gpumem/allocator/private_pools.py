@@ -1,4 +1,4 @@
-"""Private pools: which requests they serve, and when their segments go back.
+"""Private pools: which requests they serve, and when their segments are released.
 
 Source: ``CUDACachingAllocator.cpp``, torch 2.13: ``beginAllocateToPool``,
 ``endAllocateToPool``, ``releasePool``, ``get_pool``, ``try_mempool_fallback`` and
@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 
 
 class _Route(NamedTuple):
-    """Requests that go to a private pool.
+    """A rule that sends requests to a private pool.
 
     Attributes:
-        pool: Where to.
-        takes: Whether it takes a request on a stream, which may ask the thread.
+        pool: The private pool.
+        takes: Returns whether the rule applies to a request on a stream; the answer may
+            depend on the current thread.
     """
 
     pool: PrivatePool
@@ -35,10 +36,10 @@ class _Route(NamedTuple):
 
 
 class PrivatePools(Heap):
-    """A heap with private pools beside its own.
+    """A heap that has private pools in addition to the default ones.
 
     Attributes:
-        private_pools: The pools that there are, by id.
+        private_pools: The existing private pools, by id.
     """
 
     def __init__(
@@ -53,17 +54,17 @@ class PrivatePools(Heap):
     def use_pool(
         self, pool_id: PoolId, *, on_oom: bool = False, splits: bool = True
     ) -> None:
-        """Make a private pool, or count one more user of it.
+        """Create a private pool, or count one more user of an existing one.
 
         Args:
-            pool_id: Which.
-            on_oom: Whether its free blocks serve requests of the default pool that
-                the driver refuses.
-            splits: Whether a new pool cuts its blocks to size.
+            pool_id: The pool's id.
+            on_oom: Whether the pool's free blocks may serve requests of the default pool
+                for which the driver has no memory.
+            splits: Whether a new pool splits its blocks to the requested size.
 
         Raises:
-            RuntimeError: The pool lost its last user, but not yet its last segment
-                (torch's text).
+            RuntimeError: The pool has no user any more, but still has segments (torch's
+                message).
         """
         pool = self.private_pools.get(pool_id)
         if pool is None:
@@ -86,32 +87,33 @@ class PrivatePools(Heap):
         *,
         captures: bool = False,
     ) -> None:
-        """Route requests to a pool, which has one more user from then on.
+        """Route requests to a pool, and count the route as one more user of the pool.
 
         Args:
-            pool_id: Which; it is made where it is not there.
-            takes: Given a stream's handle, tells whether a request goes there.
-            captures: Whether this is a graph's capture: until ``end_capture`` nothing
-                may wait, so nothing is given back and no event is asked.
+            pool_id: The pool's id; the pool is created if it does not exist.
+            takes: Returns whether a request on the stream of the given handle goes to the
+                pool.
+            captures: Whether this is a graph capture. Until ``end_capture`` the allocator
+                must not wait, so it releases no segment and queries no event.
 
         Raises:
-            RuntimeError: Requests go to that pool already (torch's text).
+            RuntimeError: Requests are already routed to that pool (torch's message).
         """
-        self.use_pool(pool_id)  # before what may fail, as torch does
+        self.use_pool(pool_id)  # before the check below can fail, as in torch
         if any(route.pool.id == pool_id for route in self._routes):
             raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
         self._routes.append(_Route(self.private_pools[pool_id], takes))
         self._num_captures += captures
 
     def end_capture(self) -> None:
-        """Note that a capture has ended; its pool still takes what is routed to it."""
+        """Record that a graph capture has ended; requests are still routed to its pool."""
         self._num_captures -= 1
 
     def end_pool(self, pool_id: PoolId) -> None:
-        """Route no more requests to a pool; whoever began it uses it still.
+        """Stop routing requests to a pool; the user that the route counted remains counted.
 
         Raises:
-            RuntimeError: None go there (torch's text).
+            RuntimeError: No requests are routed to that pool (torch's message).
         """
         for route in self._routes:
             if route.pool.id == pool_id:
@@ -120,12 +122,12 @@ class PrivatePools(Heap):
         raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
 
     def release_pool(self, pool_id: PoolId) -> None:
-        """Count one user of a pool less; the last of them lets its segments go.
+        """Count one user of a pool less; without users its segments can be released.
 
-        They go with the next ``empty_cache``, as far as they are free then.
+        The next ``empty_cache`` releases the segments that are free at that time.
 
         Raises:
-            RuntimeError: There is no such pool (torch's text).
+            RuntimeError: There is no such pool (torch's message).
         """
         pool = self.private_pools.get(pool_id)
         if pool is None:
@@ -139,14 +141,14 @@ class PrivatePools(Heap):
             self._for_ooms.remove(pool_id)
 
     def routed(self, pool: Pool, stream: int) -> Pool:
-        """Return the pool that serves a request on a stream: the route begun last."""
+        """Return the pool that serves a request on a stream: that of the newest route."""
         for route in reversed(self._routes):
             if route.takes(stream):
                 return route.pool.small if pool.is_small else route.pool.large
         return pool
 
     def take_from_others(self, pool: Pool, size: int, stream: int) -> Block | None:
-        """Take a free block for a default pool from those that help on an OOM."""
+        """Take a free block for a default pool from the pools created with ``on_oom``."""
         if pool is not self.small_pool and pool is not self.large_pool:
             return None
         for pool_id in self._for_ooms:
@@ -159,7 +161,7 @@ class PrivatePools(Heap):
         return None
 
     def free_in_private_pools(self) -> int:
-        """Return the free bytes of private pools, as the text of an OOM has them."""
+        """Return the free bytes of private pools, for the message of an OOM."""
         return sum(
             block.size
             for private in self.private_pools.values()
@@ -168,7 +170,7 @@ class PrivatePools(Heap):
         )
 
     def release_unused_pools(self, pool_id: PoolId | None = None) -> None:
-        """Give the free segments of pools without users back; one alone, if named."""
+        """Release the free segments of every pool without users, or of the named pool."""
         for private in list(self.private_pools.values()):
             if private.use_count or pool_id not in (None, private.id):
                 continue

@@ -1,4 +1,4 @@
-"""Returns free segments to the driver: when, and which.
+"""Selects free segments and returns them to the driver.
 
 Source: ``CUDACachingAllocator.cpp``, ``release_cached_blocks``,
 ``release_available_cached_blocks`` and ``garbage_collect_cached_blocks``.
@@ -39,7 +39,7 @@ def release(heap: Heap, pool: Pool, block: Block) -> None:
 
 
 def release_cached(heap: Heap, *pools: Pool) -> None:
-    """Return every free segment of pools, and every page that free blocks cover."""
+    """Return every free segment of the pools, and every page that free blocks cover."""
     for pool in pools:
         expandable = []
         for block in pool.blocks():
@@ -52,16 +52,16 @@ def release_cached(heap: Heap, *pools: Pool) -> None:
 
 
 def release_available(heap: Heap, pool: Pool, size: int, stream: int) -> bool:
-    """Return oversize blocks of a stream to the driver until a request would fit.
+    """Return oversize blocks of a stream to the driver until a request fits.
 
     Args:
-        heap: Whose blocks.
+        heap: The heap that the blocks belong to.
         pool: The pool of the request.
-        size: Its rounded bytes.
-        stream: Its stream.
+        size: The rounded bytes of the request.
+        stream: The stream of the request.
 
     Returns:
-        Whether enough was given back.
+        Whether enough bytes were returned to the driver.
     """
     limit = heap.config.max_split_size
     need = max(size, limit)
@@ -82,11 +82,11 @@ def release_available(heap: Heap, pool: Pool, size: int, stream: int) -> bool:
 
 
 def collect_garbage(heap: Heap, limit_bytes: int) -> None:
-    """Return the large blocks that were unused the longest.
+    """Return to the driver the large blocks that were unused for the longest time.
 
     Args:
-        heap: Whose blocks.
-        limit_bytes: The limit that the threshold is a share of.
+        heap: The heap that the blocks belong to.
+        limit_bytes: The limit on reserved bytes; the threshold is a share of it.
     """
     threshold = int(heap.config.gc_threshold * limit_bytes)
     target = heap.reserved_bytes - threshold

@@ -1,4 +1,4 @@
-"""Replay a recorded trace of allocations on the model."""
+"""Replays a recorded trace of allocations on the model."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _LETTERS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class ReplayResult:
-    """The answers of the model to a trace.
+    """The results of the model for a trace.
 
     Attributes:
-        fields: The columns.
-        rows: One row for each event, the state after it.
-        oom: Text of the error, by index of the event that raised it.
-        driver: Driver calls, by index of the event that made them.
-        snapshots: Segments, for the events that the trace has a snapshot of.
+        fields: Names of the columns.
+        rows: The state after each event, one row per event.
+        oom: Message of the error, by the index of the event that raised it.
+        driver: Driver calls, by the index of the event that made them.
+        snapshots: Segments, for each event that has a snapshot in the trace.
     """
 
     fields: list[str]
@@ -43,7 +43,7 @@ class ReplayResult:
     snapshots: dict[str, list[Any]]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return rows and errors in the trace's own format."""
+        """Return rows and errors in the format of a trace."""
         return {"rows": self.rows, "oom": self.oom}
 
 
@@ -52,24 +52,27 @@ def replay(trace: Mapping[str, Any]) -> ReplayResult:
 
     Args:
         trace: ``meta`` (``total_bytes`` or ``total``, ``ctx``, ``conf``, ``addr``,
-            ``streams``), ``fields`` and ``events``; where there are ``snapshots``, the
-            answer has one for the same events.
+            ``streams``), ``fields`` and ``events``. If it has ``snapshots``, the result
+            has snapshots for the same events.
 
     Raises:
-        TraceError: The trace lacks something, or an event makes no sense.
+        TraceError: The trace is incomplete, or an event is not possible.
     """
     return _Run(trace).finish()
 
 
 def _block(block: Mapping[str, Any]) -> list[Any]:
-    """Return a snapshot's block as traces have it: free ones without what they were."""
+    """Return a snapshot's block in the format of a trace.
+
+    A free block has 0 requested bytes there.
+    """
     letter = _LETTERS[block["state"]]
     requested = 0 if letter == "f" else block["requested_size"]
     return [block["size"], letter, requested]
 
 
 class _Run:
-    """One replay: the allocator and the blocks by the trace's ids."""
+    """One replay: the allocator, and the blocks by their ids in the trace."""
 
     def __init__(self, trace: Mapping[str, Any]) -> None:
         meta = read_field(trace, "meta", dict, "the trace")
@@ -185,7 +188,7 @@ class _Run:
             raise no_trace(f"{where}: id {name!r} is alive already")
         self._blocks[name] = None
         if not nbytes:
-            return  # torch hands out a null pointer and counts nothing
+            return  # torch returns a null pointer and counts nothing
         try:
             block = self._allocator.malloc(nbytes, stream)
         except OutOfMemory as error:

@@ -1,4 +1,4 @@
-"""The allocator's segments as ``torch.cuda.memory_snapshot`` shows them."""
+"""The allocator's segments in the format of ``torch.cuda.memory_snapshot``."""
 
 from __future__ import annotations
 
@@ -23,21 +23,22 @@ def blocks_of(segment: Segment) -> Iterator[Block]:
 
 
 def state_of(block: Block) -> str:
-    """Return a block's state in torch's words."""
+    """Return torch's name for a block's state."""
     if block.is_allocated:
         return "active_allocated"
     return "inactive" if block.is_idle else "active_pending_free"
 
 
 def _frames(block: Block) -> Any:
-    """Return the frames that asked for a block; a free block has none."""
+    """Return the stack frames that requested a block; a free block has none."""
     return [] if block.is_idle else block.frames or []
 
 
 def snapshot(allocator: Heap, pool_id: PoolId = DEFAULT) -> list[dict[str, Any]]:
-    """Return every segment with its blocks, by address; or one private pool's.
+    """Return every segment with its blocks, sorted by address.
 
-    An expandable segment is shown as its stretches of mapped pages, one by one.
+    With ``pool_id`` of a private pool, return only that pool's segments. Each contiguous
+    range of mapped pages of an expandable segment is a separate entry.
 
     Source: ``torch/cuda/memory.py``, ``memory_snapshot`` (the keys).
     """
@@ -50,7 +51,7 @@ def snapshot(allocator: Heap, pool_id: PoolId = DEFAULT) -> list[dict[str, Any]]
 
 
 def _runs(segment: Segment) -> Iterator[list[Block]]:
-    """Yield the stretches of a segment that have memory behind them."""
+    """Yield the contiguous mapped ranges of a segment."""
     run: list[Block] = []
     for block in blocks_of(segment):
         if block.is_mapped:

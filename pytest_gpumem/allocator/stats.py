@@ -21,12 +21,13 @@ FAMILIES: Final = (
     "inactive_split",
     "inactive_split_bytes",
 )
-#: What is held from the driver for each private pool. Source: likewise.
+#: The key of the bytes held from the driver for each private pool.
+#: Source: ``torch/cuda/memory.py``, ``memory_stats``.
 PRIVATE: Final = "reserved_bytes_by_private_pools"
 
 
 class Stat:
-    """Current, peak, and the running totals of increases and decreases."""
+    """The current value, the peak, and running totals of increases and decreases."""
 
     __slots__ = ("_base", "allocated", "current", "peak")
 
@@ -42,14 +43,14 @@ class Stat:
         return self._base + self.allocated - self.current
 
     def increase(self, amount: int) -> None:
-        """Add, and raise the peak if this is the most so far."""
+        """Add an amount, and raise the peak if the new value exceeds it."""
         self.allocated += amount
         self.current = current = self.current + amount
         if current > self.peak:
             self.peak = current
 
     def decrease(self, amount: int) -> None:
-        """Subtract."""
+        """Subtract an amount."""
         self.current -= amount
 
     def reset_peak(self) -> None:
@@ -63,7 +64,7 @@ class Stat:
 
 
 class Family:
-    """One family: the statistic of all blocks and of each pool's."""
+    """One family: the statistics of all blocks, small blocks and large blocks."""
 
     __slots__ = ("all", "large", "small")
 
@@ -73,9 +74,10 @@ class Family:
         self.large = Stat()
 
     def add(self, is_small: bool, amount: int) -> None:  # noqa: FBT001  # the hot path
-        """Add an amount of either sign for a pool; 0 changes nothing.
+        """Add an amount, positive or negative, for a pool; 0 changes nothing.
 
-        Written out, without calls: most of an allocation's time is here.
+        The code is written without function calls, because most of an allocation's time
+        is spent here.
         """
         every = self.all
         pool = self.small if is_small else self.large
@@ -93,8 +95,8 @@ class Family:
 class Statistics:
     """All families and counters of one allocator.
 
-    As long as no block has waited for another stream, the active blocks are the allocated
-    ones: their families are the same objects, counted once.
+    Until a block has waited for another stream, the active blocks are the allocated blocks.
+    Both families are then the same objects and are counted once.
     """
 
     __slots__ = (
@@ -139,7 +141,7 @@ class Statistics:
             setattr(self, name, 0)
 
     def reserved_by(self, pool_id: PoolId) -> Family:
-        """Return the bytes held from the driver for a private pool, and begin them."""
+        """Return the family of a private pool's reserved bytes; create it if necessary."""
         return self.reserved_by_pools.setdefault(pool_id, Family())
 
     allocation: Family
@@ -159,7 +161,7 @@ class Statistics:
     num_oom_rejections: int
 
     def separate_active(self) -> None:
-        """Count active blocks apart from now on: some are not allocated any more."""
+        """Count active blocks separately: from now on, some are no longer allocated."""
         if self.active is self.allocation:
             self.active = deepcopy(self.allocation)
             self.active_bytes = deepcopy(self.allocated_bytes)
@@ -196,10 +198,10 @@ class Statistics:
             setattr(self, name, 0)
 
     def to_dict(self, *, max_split_size: int) -> dict[str, int]:
-        """Return ``torch.cuda.memory_stats``'s flat dictionary, sorted by key.
+        """Return the flat dictionary of ``torch.cuda.memory_stats``, sorted by key.
 
         Args:
-            max_split_size: Reported as it is; -1 stands for no limit.
+            max_split_size: Value to report, in bytes; -1 means no limit.
         """
         flat = {
             f"{name}.{kind}": getattr(stat, kind)

@@ -1,4 +1,4 @@
-"""Other processes that hold bytes of a card, real or simulated ones."""
+"""Other processes, real or simulated, that hold bytes of a card."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ if TYPE_CHECKING:
 
 
 class Tenants:
-    """Other processes on one card, as a simulated driver asks for them.
+    """The other processes on one card, for a simulated driver.
 
-    Append one to ``Driver.tenants``; several add up. This base class has no process.
+    Append an object to ``Driver.tenants``; the bytes of several objects are added. This
+    base class has no process.
     """
 
     def others(self) -> Sequence[tuple[int, int]]:
-        """Return the pid and bytes of every other process that holds bytes."""
+        """Return the process id and bytes of every other process that holds bytes."""
         return ()
 
     def changing(self) -> AbstractContextManager[None]:
-        """Return a block in which no other process takes or frees bytes."""
+        """Return a context manager, inside which no other process takes or frees bytes."""
         return nullcontext()
 
     def hold(self, nbytes: int) -> None:
-        """Note the bytes that this process holds now; called inside ``changing``."""
+        """Record the bytes that this process holds; called inside ``changing``."""
 
 
 class FixedTenant(Tenants):
-    """One simulated process, whose bytes may be changed at any moment.
+    """One simulated process; its bytes may be changed at any time.
 
     Attributes:
-        pid: Its process id on the card.
-        nbytes: Its bytes.
+        pid: The process id.
+        nbytes: Bytes that the process holds.
     """
 
     def __init__(self, pid: int, nbytes: int) -> None:
@@ -40,5 +41,5 @@ class FixedTenant(Tenants):
         self.nbytes = nbytes
 
     def others(self) -> Sequence[tuple[int, int]]:
-        """Return the one process, while it holds bytes."""
+        """Return the process if it holds bytes."""
         return ((self.pid, self.nbytes),) if self.nbytes else ()

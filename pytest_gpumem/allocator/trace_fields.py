@@ -1,4 +1,4 @@
-"""Reads the parts of a trace file; an error says in one sentence what is wrong."""
+"""Reads the parts of a trace file; each error describes the problem in one sentence."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from pytest_gpumem.errors import TraceError
 
-#: A trace's columns and the statistic each one shows.
+#: The columns of a trace, and the statistic in each column.
 STATS: Final = {
     "allocated": "allocated_bytes.all.current",
     "reserved": "reserved_bytes.all.current",
@@ -37,7 +37,7 @@ STATS: Final = {
     "num_device_alloc": "num_device_alloc",
     "num_device_free": "num_device_free",
 }
-#: How a type is called where a value is of another one.
+#: The name of each type in an error message about a value of the wrong type.
 _NAMES = {
     bool: "true or false",
     dict: "object",
@@ -49,7 +49,7 @@ _NAMES = {
 
 
 def no_trace(problem: str) -> TraceError:
-    """Return the error for a trace that has this problem."""
+    """Return the error that describes a problem of a trace."""
     return TraceError(f"not a trace that can be replayed: {problem}")
 
 
@@ -61,11 +61,11 @@ def read_field(
     Args:
         mapping: The object, as JSON gave it.
         key: The entry's key.
-        kinds: The type it must have, or the types; true and false are no integers.
+        kinds: The allowed type or types; true and false do not count as integers.
         where: The object's name in messages.
 
     Raises:
-        TraceError: There is no such entry, or it is of another type.
+        TraceError: The entry is missing or has another type.
     """
     if not isinstance(mapping, Mapping):
         raise no_trace(f"{where} is {mapping!r:.60}, not an object")
@@ -85,7 +85,7 @@ def read_size(mapping: Any, key: str, where: str) -> int:
     """Return an entry that is an integer of at least 0.
 
     Raises:
-        TraceError: There is no such entry, or it is something else.
+        TraceError: The entry is missing or is not such an integer.
     """
     value: int = read_field(mapping, key, int, where)
     if value < 0:

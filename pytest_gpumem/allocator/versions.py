@@ -1,8 +1,8 @@
-"""What differs between the allocators of PyTorch's versions, in one table.
+"""The differences between the allocators of PyTorch's versions, in one table.
 
-Everything else is modelled as that of torch 2.13, see ``docs/versions.md``. Source: what
-``torch._C`` answers to settings, and the texts in ``libc10.so`` and ``libc10_cuda.so``, in
-the wheels for CUDA of torch 2.8.0, 2.9.1, 2.10.0 and 2.13.0.
+Everything else is modelled as in torch 2.13, see ``docs/versions.md``. Source: the
+responses of ``torch._C`` to settings, and the messages in ``libc10.so`` and
+``libc10_cuda.so``, in the CUDA wheels of torch 2.8.0, 2.9.1, 2.10.0 and 2.13.0.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _OF_ALL: Final = "PYTORCH_ALLOC_CONF"
 
 
 class AllocatorVersion(NamedTuple):
-    """What is particular to the allocator of some versions.
+    """The properties that the allocator has from one version on.
 
     Attributes:
-        since: The first version that is so.
-        help: The last sentences of the out-of-memory text.
-        variables: Where settings are looked for; the first that is set counts.
+        since: The first version with these properties.
+        help: The last sentences of the out-of-memory message.
+        variables: The environment variables for settings; the first that is set is used.
         least_megabytes: The smallest ``max_split_size_mb`` and
             ``max_non_split_rounding_mb``.
-        unknown_key: What is said of a key that is not known.
+        unknown_key: The message for an unknown key.
     """
 
     since: tuple[int, int]
@@ -53,7 +53,7 @@ _OLDEST: Final = AllocatorVersion(
     least_megabytes=21,
     unknown_key="Unrecognized CachingAllocator option: {key}",
 )
-#: Settings are read by ``c10/core/AllocatorConfig.cpp``, no more by CUDA's own code.
+#: ``c10/core/AllocatorConfig.cpp`` reads the settings, no longer CUDA's own code.
 _WITH_A_COMMON_READER: Final = AllocatorVersion(
     since=(2, 10),
     help=_HELP.format(variable=_OF_ALL, page=_OLD_PAGE),
@@ -61,7 +61,7 @@ _WITH_A_COMMON_READER: Final = AllocatorVersion(
     least_megabytes=20,
     unknown_key="Unrecognized key '{key}' in Accelerator allocator config.",
 )
-#: From the oldest to the newest.
+#: All versions with differences, from the oldest to the newest.
 VERSIONS: Final = (
     _OLDEST,
     _OLDEST._replace(since=(2, 9)),
@@ -71,7 +71,7 @@ VERSIONS: Final = (
     ),
 )
 NEWEST: Final = VERSIONS[-1]
-#: Settings that older versions do not know, by the first that does.
+#: Settings that older versions do not know, and the first version that knows each.
 SETTINGS_SINCE: Final = {
     "graph_capture_record_stream_reuse": (2, 9),
     "per_process_memory_fraction": (2, 10),
@@ -81,7 +81,7 @@ SETTINGS_SINCE: Final = {
 
 
 def version_of(text: str) -> AllocatorVersion:
-    """Return what is particular to a version of torch, named as ``torch.__version__`` is."""
+    """Return the properties of a torch version in the format of ``torch.__version__``."""
     numbers = re.match(r"([0-9]+)\.([0-9]+)", text)
     if numbers is None:
         return NEWEST
@@ -91,7 +91,7 @@ def version_of(text: str) -> AllocatorVersion:
 
 
 def installed_version() -> AllocatorVersion:
-    """Return what is particular to the torch that is installed; of none, to the newest."""
+    """Return the properties of the installed torch; of the newest if there is none."""
     try:
         return version_of(version("torch"))
     except PackageNotFoundError:
