@@ -1,1 +1,1 @@
-"""The whole battery on a loader that a project already has."""
+"""Runs all checks on a loader that a project already has."""

@@ -1,4 +1,4 @@
-"""Everything that there is to try on a loader, and what came of it."""
+"""Runs all checks on a loader, and collects the results."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _WORDS: Final = 400
 
 
 class _Run(NamedTuple):
-    """One run of the battery, whichever instrument has made it."""
+    """One run of the loader, by ``check_fallback`` or by a sweep."""
 
     cause: str
     end: str
@@ -56,10 +56,10 @@ class CheckFinding:
     """The answer to one question about a loader.
 
     Attributes:
-        question: What should hold.
-        num_good: Runs in which it did.
-        num_tried: Runs that could tell.
-        words: What was seen where it did not, or why nothing could tell.
+        question: The requirement, in words.
+        num_good: The number of runs that met it.
+        num_tried: The number of runs in which it could be checked.
+        words: What was seen in the other runs, or why no run could check it.
     """
 
     question: str
@@ -69,20 +69,21 @@ class CheckFinding:
 
     @property
     def holds(self) -> bool:
-        """Whether it held in every run that could tell."""
+        """Whether every run that could be checked met the requirement."""
         return self.num_good == self.num_tried
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoaderCheck:
-    """What was found of a loader.
+    """The results of all checks of a loader.
 
     Attributes:
-        name: The loader.
+        name: The loader's name.
         card: The card, in words.
-        staircase: Where it ended under each budget and fault.
-        sweeps: What came of failed allocations, by each of ``MODES``.
-        reference: What outputs were compared with, in words; empty if with nothing.
+        staircase: Where the model ended under each budget and fault.
+        sweeps: The results of failed allocations, by each of ``MODES``.
+        reference: What outputs were compared with, in words; empty if they were not
+            compared.
     """
 
     name: str
@@ -93,7 +94,7 @@ class LoaderCheck:
 
     @property
     def findings(self) -> tuple[CheckFinding, ...]:
-        """The verdicts: on what was done to the loader, then on what came of it."""
+        """The verdicts: one for each kind of run, then one for each kind of problem."""
         runs = [_of_step(each) for each in self.staircase.steps]
         for report in self.sweeps:
             runs += [_of_outcome(each, report) for each in report.outcomes]
@@ -120,16 +121,16 @@ class LoaderCheck:
 
     @property
     def is_good(self) -> bool:
-        """Whether everything held."""
+        """Whether every requirement was met."""
         return all(each.holds for each in self.findings)
 
     @property
     def has_variants(self) -> bool:
-        """Whether a rung was another model than that of the whole card."""
+        """Whether a rung was a different model from that of the whole card."""
         return any("M parameters" in each.rung for each in self.staircase.steps)
 
 
-#: What each cause of a run asks. The control comes last, as no OOM is in it.
+#: The question that each cause of a run answers. The control has no OOM and comes last.
 _QUESTIONS: Final = {
     "whole": "loads on the whole card",
     "budget": "loads under each budget",
@@ -162,7 +163,7 @@ def _of_step(step: FallbackRun) -> _Run:
 
 
 def _end(step: FallbackRun) -> str:
-    """Return what a step ended in, shortly: of one that is not right, why."""
+    """Return a short text: where a step ended, or its problem if it has one."""
     if step.rung.startswith("raised") or not step.problems:
         return step.rung
     first = step.problems[0]
@@ -195,27 +196,29 @@ def check_loader(
     progress: Callable[[str], None] | None = None,
     device: Device | None = None,
 ) -> LoaderCheck:
-    """Try everything on a loader: budgets, faults, every place that allocates.
+    """Check a loader under budgets and faults, and at every place that allocates.
 
-    It is loaded on the whole card, under budgets, and with allocations failing, each
-    alone and with all later ones. Each time it is judged where the model ended, what is
-    left on the card, and what the model computes.
+    The loader runs on the whole card, then under budgets, then with failing allocations:
+    each of them fails alone, and together with all later ones. After each run three things
+    are judged: where the model ended, what is left on the card, and what the model
+    computes.
 
     Args:
         load: The loader; returns a model, or an object with one.
         run: Computes an output from what ``load`` returns, with the model on the card
             or on the CPU.
-        budgets: Sizes to load under; None means those of ``check_fallback``: shares of
-            what load and run reserve on the whole card.
-        points: Which allocations fail: as ``sweep_ooms`` takes it.
-        only: An injection rule or a size: the run under that alone.
+        budgets: Budgets to load under; None means those of ``check_fallback``: shares of
+            the bytes that load and run reserve on the whole card.
+        points: Which allocations fail, as for ``sweep_ooms``.
+        only: An injection rule or a size; only this run is made.
         name: The loader's name, for texts.
-        progress: Told of each run, in words.
-        device: Where; None means the active device.
+        progress: Called with a sentence for each run.
+        device: The device; None means the active device.
 
     Returns:
-        The report. Outputs are compared with what the whole card's model computes on
-        the CPU in fp32; where it cannot be moved there, with what it computes itself.
+        The report. The model of the whole card is moved to the CPU and computes there in
+        fp32; outputs are compared with this result. If the model cannot be moved, outputs
+        are compared with what it computes on the card.
 
     Raises:
         CheckError: The loader fails by itself, loads no model, or uses no card.
@@ -227,7 +230,7 @@ def check_loader(
 
         assert check_loader(load, run=infer, budgets=["4GiB", "1GiB"]).is_good
     """
-    SweepPlan(points=points)  # a mistake in it is told before any run
+    SweepPlan(points=points)  # raises for a mistake, before any run
     device = active_device() if device is None else device
     name = name or str(getattr(load, "__qualname__", repr(load)))
     say = progress or (lambda _text: None)
@@ -243,7 +246,7 @@ def check_loader(
     first = _First(name, load, run, device)
     gc.collect()
     device.empty_cache()
-    start.restore()  # each load begins as the first
+    start.restore()  # so that each load begins in the same state as the first
     staircase = check_fallback(
         load,
         run=run,
@@ -262,7 +265,7 @@ def check_loader(
     sweeps = [
         sweep_ooms(
             load,
-            # What computes nothing still asks for a whole model.
+            # Without ``run`` nothing is computed, but the model must still be whole.
             run=run or (lambda _loaded: None),
             variants=True,
             points=points,
@@ -296,8 +299,8 @@ class _First:
     """The first load, and what its model computes.
 
     Attributes:
-        reference: What the model computes on the CPU; None where that is not known.
-        words: What outputs are compared with; empty if with nothing.
+        reference: What the model computes on the CPU; None if that is not known.
+        words: What outputs are compared with; empty if they are not compared.
     """
 
     def __init__(
@@ -347,7 +350,7 @@ def _tried(trouble: str, call: Callable[..., Any], *arguments: Any) -> Any:
     """Call a user's function.
 
     Raises:
-        CheckError: It raised; the place is said.
+        CheckError: The function raised; the text names the place.
     """
     try:
         return call(*arguments)

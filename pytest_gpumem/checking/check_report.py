@@ -1,4 +1,4 @@
-"""What a battery has found, for people, and as a test file."""
+"""The results of a loader's checks, as text for people and as a test file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.checking.battery import LoaderCheck
 
-#: Letters of a problem that are shown; a replay shows the whole.
+#: The most characters of a problem that are shown; a replay shows the whole text.
 _WORDS: Final = 160
 
 
@@ -29,8 +29,8 @@ class CheckRequest:
 
     Attributes:
         load: The loader.
-        run: What computes with the model; None for nothing.
-        card: The simulated card's name; None for the machine's.
+        run: The function that computes with the model; None if there is none.
+        card: The simulated card's name; None means the machine's card.
     """
 
     load: NamedFunction
@@ -42,7 +42,7 @@ class CheckRequest:
         """Read ``MODULE:LOAD`` or ``MODULE:LOAD,run=MODULE:INFER``.
 
         Raises:
-            CheckError: It is written otherwise.
+            CheckError: The text has another form.
         """
         load, _comma, rest = text.partition(",")
         name, _equals, run = rest.partition("=")
@@ -60,7 +60,7 @@ class CheckRequest:
         """Return both functions.
 
         Raises:
-            CheckError: There is none of that name, or it cannot be called.
+            CheckError: There is no function of that name, or it cannot be called.
         """
         run = None if self.run is None else self.run.resolve("what the loader returns")
         return self.load.resolve(), run
@@ -80,8 +80,8 @@ def check_lines(check: LoaderCheck, request: CheckRequest) -> Iterator[str]:
     """Yield the lines of a report: what was tried, what is wrong, the verdicts.
 
     Args:
-        check: What was found.
-        request: What was asked for, to say how a run is done again.
+        check: The results.
+        request: The command line's request, for the command that repeats a run.
     """
     yield f"{check.name} on {check.card}"
     yield ""
@@ -103,7 +103,7 @@ def check_lines(check: LoaderCheck, request: CheckRequest) -> Iterator[str]:
 
 
 def verdict_table(check: LoaderCheck) -> Iterator[str]:
-    """Yield the verdicts, a line each."""
+    """Yield each verdict on a line."""
     rows = [("verdict", "runs", "")]
     for each in check.findings:
         if not each.num_tried and not each.words:
@@ -145,13 +145,13 @@ def as_test_file(
     run: NamedFunction | None = None,
     check: LoaderCheck | None = None,
 ) -> str:
-    """Return a test file that asks of a loader what the battery does.
+    """Return a test file with the same requirements on a loader as ``check_loader``.
 
     Args:
         load: The loader.
-        run: What computes with the model; None for nothing.
-        check: What was found; where each budget ended well becomes what the test
-            expects. None expects nothing in particular.
+        run: The function that computes with the model; None if there is none.
+        check: The results. The test expects the same rung for each budget that ended
+            well; with None it expects no particular rung.
     """
     imports = sorted({target.module for target in (load, run) if target is not None})
     options = [] if run is None else [f"run={run.expression}"]

@@ -1,4 +1,4 @@
-"""A function of the user's, named as ``package.module:function``."""
+"""A user's function, named as ``package.module:function``."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from pytest_gpumem.errors import CheckError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-#: Functions of a module that an error names.
+#: The most functions of a module that an error lists.
 _SHOWN: Final = 8
 
 
 class NamedFunction(NamedTuple):
-    """A function by its place.
+    """The name of a function.
 
     Attributes:
         module: The module, as an import statement names it.
-        path: The function in it, with dots where it is inside a class.
+        path: The function's name in the module, with dots if it is inside a class.
     """
 
     module: str
@@ -32,7 +32,7 @@ class NamedFunction(NamedTuple):
 
     @property
     def expression(self) -> str:
-        """How code that has imported the module writes the function."""
+        """The function's name in code that has imported the module."""
         return f"{self.module}.{self.path}"
 
     def __str__(self) -> str:
@@ -43,7 +43,7 @@ class NamedFunction(NamedTuple):
         """Read ``package.module:function``.
 
         Raises:
-            CheckError: It is written otherwise.
+            CheckError: The text has another form.
         """
         module, _colon, path = text.partition(":")
         names = [*module.split("."), *path.split(".")]
@@ -59,10 +59,10 @@ class NamedFunction(NamedTuple):
         """Import the module and return the function.
 
         Args:
-            arguments: What the function will be given, in words, one each.
+            arguments: A description of each argument that the function will get.
 
         Raises:
-            CheckError: There is no such function, or it cannot be called so.
+            CheckError: There is no such function, or it does not take these arguments.
         """
         module = self._import()
         try:
@@ -122,7 +122,7 @@ class NamedFunction(NamedTuple):
     ) -> None:
         try:
             signature = inspect.signature(found)
-        except ValueError:  # of a function in C nothing is known
+        except ValueError:  # a function in C has no signature
             return
         try:
             signature.bind(*arguments)

@@ -1,5 +1,5 @@
-"""Instruments: one concern each, stackable context managers on a device."""
+"""Instruments: context managers on a device, each for one purpose, which can be nested."""
 
-# First of all: the hooks that wait for torch use this package,
-# and must not meet it half imported.
+# torch is imported before anything else. Hooks that run when torch is imported use this
+# package, so none of its modules may be half imported at that moment.
 import torch  # noqa: F401

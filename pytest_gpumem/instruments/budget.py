@@ -30,7 +30,7 @@ def vram_budget(
     Args:
         size: Bytes, or a text such as ``"1.5GiB"`` or ``"50%"`` of the card.
         device_index: The card.
-        device: Where; None means the active device.
+        device: The device; None means the active device.
 
     Yields:
         The budget in force, in bytes.

@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices import Device
 
-#: The time that a real process may take to start, and the driver to free its memory.
+#: The most time that a real process may take to start, and that the driver may take to
+#: free its memory.
 TIMEOUT_S: Final = 60.0
 
 _pids: Final = itertools.count(900_001)
 
-#: The program of a real process: it holds as many bytes as each line of input says.
+#: The program of a real process. Each line of its input is the bytes to hold from then on.
 _PROGRAM: Final = """
 import sys, torch
 held = []
@@ -51,7 +52,7 @@ for line in sys.stdin:
 
 @contextmanager
 def _simulated(device: Any, index: int) -> Iterator[tuple[int, Callable[[int], None]]]:
-    """Yield a process's number and what has it hold so many bytes."""
+    """Yield a process's id, and a function that sets the bytes that it holds."""
     card, tenant = device.machine.cards[index], FixedTenant(next(_pids), 0)
 
     def hold(nbytes: int) -> None:
@@ -70,7 +71,7 @@ def _simulated(device: Any, index: int) -> Iterator[tuple[int, Callable[[int], N
 
 @contextmanager
 def _real(device: Device, index: int) -> Iterator[tuple[int, Callable[[int], None]]]:
-    """Do the same as ``_simulated``, with a process that is there."""
+    """Do the same as ``_simulated``, with a real process."""
     free_before = device.mem_get_info(index)[0]
     environment = {k: v for k, v in os.environ.items() if k != VARIABLE}
     process = subprocess.Popen(  # noqa: S603  # our own program
@@ -83,7 +84,7 @@ def _real(device: Device, index: int) -> Iterator[tuple[int, Callable[[int], Non
 
     def hold(nbytes: int) -> None:
         if process.stdin is not None:
-            with suppress(OSError):  # it has ended, and gives no answer
+            with suppress(OSError):  # the process has ended
                 process.stdin.write(f"{nbytes}\n")
                 process.stdin.flush()
             _wait_for(process)
@@ -97,12 +98,12 @@ def _real(device: Device, index: int) -> Iterator[tuple[int, Callable[[int], Non
         until = time.monotonic() + TIMEOUT_S
         while device.mem_get_info(index)[0] < free_before:
             if time.monotonic() > until:
-                break  # somebody else has taken it
+                break  # another process has taken the memory
             time.sleep(0.05)
 
 
 def _wait_for(process: subprocess.Popen[str]) -> None:
-    # A process that does not answer is ended, and its answer is empty then.
+    # A process that does not answer is killed; its answer is then empty.
     patience = threading.Timer(TIMEOUT_S, process.kill)
     patience.start()
     try:
@@ -121,8 +122,9 @@ class Tenant:
     """A process that holds memory of a card.
 
     Attributes:
-        pid: What the card calls it; a simulated card's tenant is not a real process.
-        nbytes: What it was told to hold.
+        pid: The process id that the card reports; on a simulated card no real process
+            has it.
+        nbytes: The bytes that it was told to hold.
     """
 
     pid: int
@@ -132,11 +134,11 @@ class Tenant:
     nbytes: int = 0
 
     def grow(self, size: int | str) -> None:
-        """Hold so much more.
+        """Hold ``size`` more bytes.
 
         Raises:
             SizeError: The text is not a size.
-            TenantError: So much is not free; it holds what it did.
+            TenantError: Fewer bytes are free; the process holds as many as before.
         """
         free, total = self._device.mem_get_info(self._index)
         more = parse_size(size, of=total)
@@ -150,7 +152,7 @@ class Tenant:
         self.nbytes += more
 
     def leave(self) -> None:
-        """Give everything back; it may grow again."""
+        """Free all bytes; the process may grow again."""
         self._hold(0)
         self.nbytes = 0
 
@@ -161,20 +163,20 @@ def competing_process(
 ) -> Iterator[Tenant]:
     """Let another process hold memory of a card for a block.
 
-    On a real card a process really holds it; its CUDA context comes on top. On a
-    simulated one free memory, NVML and the text of an OOM say the same.
+    On a real card a real process is started, and its CUDA context takes further bytes. On
+    a simulated card free memory, NVML and the text of an OOM all count the bytes.
 
     Args:
         size: Bytes, or a text such as ``"6GiB"`` or ``"50%"`` of the card.
         device_index: The card.
-        device: Where; None means the active device.
+        device: The device; None means the active device.
 
     Yields:
         The tenant, which may grow and leave.
 
     Raises:
         SizeError: The text is not a size.
-        TenantError: So much is not free.
+        TenantError: Fewer bytes are free.
         DeviceUnavailableError: There is no active device.
 
     Example::

@@ -24,7 +24,7 @@ TOLERANCE: Final = {
     torch.float16: (2e-2, 2e-2),
     torch.bfloat16: (1e-1, 1e-1),
 }
-#: For dtypes of fewer bits still, quantised ones among them.
+#: The tolerance of dtypes with even fewer bits than bfloat16, such as quantised ones.
 _COARSEST: Final = (1e-1, 1e-1)
 _PARTS: Final = {
     torch.complex128: torch.float64,
@@ -62,12 +62,12 @@ def compare_portraits(
     """Compare two portraits; texts call the second one by the name in ``where``.
 
     Floating-point numbers may differ by what the coarsest of their dtypes explains
-    (``TOLERANCE``), and be of another dtype: a fallback may compute in half precision.
-    ``dtypes`` took part in computing the result, besides those of its tensors. NaN equals
-    NaN, an infinity itself alone. Everything else must be equal, dtypes and shapes
-    included. Tensors without values are compared by shape and dtype.
+    (``TOLERANCE``), and may have another dtype, because a fallback may compute in half
+    precision. ``dtypes`` are further dtypes that took part in computing the result. NaN
+    equals NaN; an infinity equals only the same infinity. Everything else must be equal,
+    dtypes and shapes included. Tensors without values are compared by shape and dtype.
 
-    Source: ``torch.testing.assert_close`` with ``equal_nan``, but for the allowance.
+    Source: ``torch.testing.assert_close`` with ``equal_nan``; only the tolerance differs.
     """
     comparer = _Comparer(dtypes)
     comparer.walk(reference, result, where)
@@ -131,7 +131,7 @@ class _Comparer:
     def _others(self, reference: Any, result: Any, where: str) -> None:
         try:
             same = bool(reference == result)
-        except Exception:  # noqa: BLE001  # a class whose equality is not a yes or no
+        except Exception:  # noqa: BLE001  # the class's == does not return a bool
             return
         if not same:
             self._differ(where, f"is {_show(result)} instead of {_show(reference)}")
@@ -141,7 +141,7 @@ class _Comparer:
             return
         said = f"is {_show(result)} instead of {_show(reference)}"
         amount = _INF
-        with suppress(OverflowError):  # an integer beyond all floats
+        with suppress(OverflowError):  # an integer that no float can hold
             amount = float(abs(complex(result) - complex(reference)))
             if not all(isinstance(each, Integral) for each in (reference, result)):
                 dtypes = {_dtype_of(each) for each in (reference, result)}
@@ -160,7 +160,7 @@ class _Comparer:
             self._differ(where, f"has dtype {kinds[1]} instead of {kinds[0]}")
         elif letters <= {*"biufc"}:
             self._tensors(_as_tensor(reference), _as_tensor(result), where)
-        else:  # words, times, records; what is unset becomes None
+        else:  # texts, times or records; a value that is not set becomes None
             self.walk(reference.tolist(), result.tolist(), where)
 
     def _tensors(
@@ -242,13 +242,13 @@ _KINDS: Final = (
 def _show(value: object) -> str:
     try:
         return f"{value!r:.80}"
-    except Exception:  # noqa: BLE001  # a hostile class
+    except Exception:  # noqa: BLE001  # the class's own __repr__ raised
         return f"<{type(value).__name__}, whose repr fails>"
 
 
 def _kind(value: Any) -> tuple[str, str | None]:
     """Return the name of a kind of portrait, and the function that compares two."""
-    kind = type(value)  # what a hostile __class__ says is not asked
+    kind = type(value)  # a class may give a wrong type as its __class__
     if issubclass(kind, Opaque):
         return str(value.kind.__qualname__), None
     if issubclass(kind, Fields):
@@ -269,7 +269,7 @@ def _tolerance(dtype: torch.dtype) -> tuple[float, float]:
 
 
 def _family(dtype: torch.dtype) -> str:
-    """Return a key that dtypes share if they may replace each other."""
+    """Return a key that is the same for dtypes that may replace each other."""
     if dtype.is_complex:
         return "complex"
     is_quantised = str(dtype).startswith(("torch.qint", "torch.quint"))
@@ -282,10 +282,10 @@ def _dense(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _alike(*pair: torch.Tensor) -> list[torch.Tensor]:
-    """Return tensors in the widest dtype, with infinity for the largest number of each.
+    """Return tensors in the widest dtype, with infinity for the largest number of a dtype.
 
-    A mask is filled with ``torch.finfo(dtype).min``, which is another number for
-    another dtype.
+    A mask is filled with ``torch.finfo(dtype).min``, and this number differs between
+    dtypes.
     """
     is_complex = pair[0].is_complex()
     wide = [each.to(torch.complex128 if is_complex else torch.float64) for each in pair]
@@ -314,7 +314,7 @@ def _tensor(number: Any) -> torch.Tensor:
 
 
 def _dtype_of(number: Any) -> torch.dtype:
-    """Return the dtype of a number of numpy; for Python's numbers, that of most tensors."""
+    """Return float16 for numpy's half precision, and float32 for any other number."""
     is_half = getattr(getattr(number, "dtype", None), "itemsize", 0) == _HALF
     return torch.float16 if is_half else torch.float32
 

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from pytest_gpumem.instruments.parts import Placement
     from pytest_gpumem.rules.rule import Rule
 
-#: Budgets of a staircase that names none, as shares of what the top rung reserves.
+#: Default budgets of a staircase, as shares of the bytes that the top rung reserves.
 SHARES: Final = (1.0, 0.6, 0.35, 0.15, 0.05)
-#: Faults that are tried beside the budgets: the first allocation of a load, and every
-#: one, so that the fallback itself meets an OOM.
+#: Faults that are tried in addition to the budgets: the first allocation of a load fails,
+#: and every allocation fails, so that the fallback itself meets an OOM.
 FAULTS: Final = ("any:nth=1", "any:nth=1,persistent")
 #: The error that no fallback may swallow.
 CONTROL: Final = "any:nth=1,flavour=not-oom"
@@ -31,18 +31,19 @@ _SMALLEST: Final = 2 * _MIB
 
 @dataclass(frozen=True, slots=True)
 class FallbackRun:
-    """What one run of the loader ended in.
+    """The result of one run of the loader.
 
     Attributes:
-        budget_bytes: The card's share; None for the whole card.
-        fault: The injection rule; None for none.
-        rung: Where the model ended, for example ``"cuda:0 float16"``; what was raised,
-            if the loader raised.
-        num_ooms: Allocations that failed on the way: how often it had to retry.
-        peak_reserved_bytes: Peak of the whole affair, load and run.
-        left_bytes: Bytes on the card that are not the model's own.
-        holders: Who holds those, and which reference cycles held more until a collection.
-        problems: What is wrong, a sentence each.
+        budget_bytes: The budget; None means the whole card.
+        fault: The injection rule; None if there is none.
+        rung: Where the model ended, for example ``"cuda:0 float16"``; if the loader
+            raised, the error.
+        num_ooms: The number of failed allocations: how often the loader had to retry.
+        peak_reserved_bytes: The reserved peak of load and run together.
+        left_bytes: Bytes on the card that do not belong to the model.
+        holders: What holds the bytes that are left, and which reference cycles held more
+            bytes until a garbage collection.
+        problems: What is wrong, one sentence each.
     """
 
     budget_bytes: int | None
@@ -63,7 +64,7 @@ class FallbackRun:
 
 @dataclass(frozen=True, slots=True)
 class FallbackReport:
-    """Every step of a check, from the whole card down.
+    """Every step of a check, beginning with the whole card.
 
     Attributes:
         steps: Budgets first, from the largest, then faults.
@@ -73,24 +74,24 @@ class FallbackReport:
 
     @property
     def staircase(self) -> tuple[tuple[int | None, str], ...]:
-        """Budget in bytes (None: the whole card) and the rung it leads to."""
+        """Each budget in bytes (None means the whole card), and the rung it leads to."""
         return tuple((s.budget_bytes, s.rung) for s in self.steps if s.fault is None)
 
     def to_json(self) -> list[dict[str, Any]]:
-        """Return the steps as what JSON can hold."""
+        """Return the steps as values of JSON."""
         return [{"cause": step.cause, **asdict(step)} for step in self.steps]
 
     def __str__(self) -> str:
         return staircase_table(self.steps)
 
     def check(self) -> None:
-        """Raise unless every step is as it should be.
+        """Raise if any step has a problem.
 
         Raises:
-            AssertionError: Each problem with its step, who holds what is left, and the
-                table.
+            AssertionError: The text has each problem with its step, what holds the bytes
+                that are left, and the table.
         """
-        __tracebackhide__ = True  # pytest shows the caller, not this
+        __tracebackhide__ = True  # so that pytest shows the caller's line
         lines = []
         for step in self.steps:
             lines += [f"{step.cause}: {problem}" for problem in step.problems]
@@ -120,24 +121,24 @@ def check_fallback(
     Args:
         load: The loader under test; returns a model, or an object with one.
         run: Computes an output from what ``load`` returns.
-        reference: What the output should be; None means that of the whole card.
-        budgets: Sizes to load under; None means shares of what the whole card's run
-            reserves, in whole MiB.
-        faults: Injection rules to load under, on the whole card. The loader must
-            recover, but from a persistent fault, which may reach the caller, and an
-            error that is not an OOM (``flavour=not-oom``), which must.
-        control: One more rule whose error is not an OOM; None leaves it out.
-        expect: A budget and a part of the rung's text that it must lead to.
-        model_of: Finds the model in what ``load`` returns; None means itself, or its
-            attribute ``model``.
-        variants: Whether a rung may be another model, told by its number of parameters;
-            its output is compared with nothing.
-        progress: Told of each step once it is judged.
+        reference: The right output; None means that of the whole card's run.
+        budgets: Budgets to load under; None means shares of the bytes that the whole
+            card's run reserves, in whole MiB.
+        faults: Injection rules to load under, on the whole card. The loader must recover,
+            with two exceptions: a persistent fault may reach the caller, and an error
+            that is not an OOM (``flavour=not-oom``) must reach it.
+        control: A further rule, with an error that is not an OOM; None leaves it out.
+        expect: For a budget, a text that its rung must contain.
+        model_of: Finds the model in what ``load`` returns; None means the returned object
+            itself, or its attribute ``model``.
+        variants: Whether a rung may be a different model, recognised by its number of
+            parameters; the output of such a model is not compared.
+        progress: Called with each step once it is judged.
         device_index: The card.
-        device: Where; None means the active device.
+        device: The device; None means the active device.
 
     Returns:
-        The report; ``report.check()`` raises unless all is well.
+        The report; ``report.check()`` raises if any step has a problem.
 
     Raises:
         SizeError: A budget is not a size.
@@ -211,7 +212,7 @@ def _step(
 
 
 def _of_error(done: LoadVerdict, rule: Rule | None) -> list[str]:
-    """Return what is wrong with the error that a load ended in, if it did."""
+    """Return the problems with the error of a load; none if the load did not raise."""
     failure = done.failure
     if failure is None:
         return []
@@ -229,7 +230,7 @@ def _of_error(done: LoadVerdict, rule: Rule | None) -> list[str]:
 
 
 def _rung(placement: Placement) -> str:
-    """Return where a model ended, shortly: devices and dtypes."""
+    """Return a short text of where a model ended: devices and dtypes."""
     devices = "+".join(sorted(placement.devices)).replace("meta", "offloaded")
     dtypes = ",".join(sorted(str(each)[len("torch.") :] for each in placement.dtypes))
     return f"{devices} {dtypes}".strip()

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices import Device
 
-#: Set on every error made here, to know it again.
+#: The attribute that marks every error made here.
 MARK: Final = "_gpumem_injected"
-#: Those that the caching allocator itself fails for: ``num_ooms`` counts them.
+#: Flavours that the caching allocator itself raises; ``num_ooms`` counts them.
 COUNTED: Final = frozenset({"native", "legacy", "hip", "xpu"})
 
-#: The sentence that only the CUDA allocator has, and its last words.
+#: The sentence, and the last words, that only the CUDA allocator's text has.
 _PROCESS: Final = re.compile(
     r"(Process \d+ has|Including non-PyTorch memory, this process has) .*? in use\. "
 )
@@ -33,7 +33,7 @@ _TAIL: Final = re.compile(r" If reserved but unallocated memory is large .*")
 def make_error(
     flavour: str, device: Device, index: int, nbytes: int
 ) -> Exception | None:
-    """Return the error of a flavour; None for the native one, the device's own.
+    """Return the error of a flavour; None for ``"native"``, which the device raises itself.
 
     The flavours are those of ``rules.rule.FLAVOURS``.
     """
@@ -61,7 +61,7 @@ def make_error(
 
 
 def is_injected(error: BaseException) -> bool:
-    """Tell whether an error was made here."""
+    """Tell whether ``make_error`` made an error."""
     return getattr(error, MARK, False)
 
 
@@ -73,8 +73,8 @@ def _native(device: Device, index: int, nbytes: int) -> str:
 def _nvml(device: Device, _index: int, _nbytes: int) -> str:
     """Fail as the allocator does when it cannot list other processes for its text.
 
-    Source: ``reportProcessMemoryInfo`` in ``c10/cuda/CUDACachingAllocator.cpp``; it
-    comes after the caches are flushed and before ``num_ooms`` counts.
+    Source: ``reportProcessMemoryInfo`` in ``c10/cuda/CUDACachingAllocator.cpp``, which is
+    called after the caches are flushed and before ``num_ooms`` is increased.
     """
     device.empty_cache()
     return (
@@ -84,14 +84,14 @@ def _nvml(device: Device, _index: int, _nbytes: int) -> str:
 
 
 def _hip(device: Device, index: int, nbytes: int) -> str:
-    """Fail as the caching allocator does after its translation by hipify."""
+    """Fail as the caching allocator does after hipify has translated it for ROCm."""
     text = _native(device, index, nbytes)
     text = text.replace("CUDA out of memory", "HIP out of memory")
     return text.replace("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 
 def _xpu(device: Device, index: int, nbytes: int) -> str:
-    """Source: ``c10/xpu/XPUCachingAllocator.cpp``."""
+    """Fail as XPU's allocator does. Source: ``c10/xpu/XPUCachingAllocator.cpp``."""
     text = _native(device, index, nbytes)
     text = text.replace("CUDA out of memory", "XPU out of memory")
     return _TAIL.sub(
@@ -100,11 +100,11 @@ def _xpu(device: Device, index: int, nbytes: int) -> str:
     )
 
 
-#: Class and text of each flavour. ``torch.AcceleratorError`` is torch's since 2.8.
+#: Class and text of each flavour. torch has ``torch.AcceleratorError`` since 2.8.
 _ERRORS: Final[
     dict[str, tuple[type[Exception], str | Callable[[Device, int, int], str]]]
 ] = {
-    # torch before 1.13, and TorchScript's interpreter today.
+    # torch before 1.13 raises this, and TorchScript's interpreter still does.
     "legacy": (RuntimeError, _native),
     # Source: c10/cuda/CUDAMallocAsyncAllocator.cpp.
     "async": (
@@ -121,8 +121,9 @@ _ERRORS: Final[
         torch.AcceleratorError,
         cuda_error_text("out of memory", "cudaErrorMemoryAllocation"),
     ),
-    # Expandable segments found no addresses, while memory is free: nothing is flushed and
-    # nothing is counted. Source: c10/cuda/driver_api.h, C10_CUDA_DRIVER_CHECK.
+    # Expandable segments found no free addresses, although memory is free. No cache is
+    # flushed and ``num_ooms`` does not count it. Source: c10/cuda/driver_api.h,
+    # C10_CUDA_DRIVER_CHECK.
     "address-space": (RuntimeError, "CUDA driver error: out of memory"),
     # Source: aten/src/ATen/cuda/CUDAContextLight.h, TORCH_CUDABLAS_CHECK.
     "cublas": (
@@ -131,7 +132,8 @@ _ERRORS: Final[
     ),
     # Source: aten/src/ATen/cudnn/Exceptions.h, AT_CUDNN_CHECK.
     "cudnn": (RuntimeError, "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
-    # Where no engine fits into its workspace; the same source.
+    # No engine of cuDNN fits into the workspace. Source:
+    # aten/src/ATen/cudnn/Exceptions.h.
     "cudnn-unsupported": (
         RuntimeError,
         "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed "
@@ -148,7 +150,8 @@ _ERRORS: Final[
         "with other supported backends. See https://pytorch.org/docs/stable/backends.html"
         "#torch.backends.cuda.preferred_linalg_library",
     ),
-    # Registers and shared memory, not the card's memory, are short.
+    # The launch needs more registers or shared memory than there are; the card's memory
+    # is not short.
     "launch": (
         torch.AcceleratorError,
         cuda_error_text(
@@ -167,8 +170,8 @@ _ERRORS: Final[
     ),
     # Source: Triton's third_party/nvidia/backend/driver.c, gpuAssert.
     "triton": (RuntimeError, "Triton Error [CUDA]: out of memory"),
-    # Its own pool beside PyTorch's; the class derives from this one. Source: CuPy's
-    # cupy/cuda/memory.pyx, OutOfMemoryError.
+    # CuPy has a memory pool of its own, and its error derives from MemoryError. Source:
+    # CuPy's cupy/cuda/memory.pyx, OutOfMemoryError.
     "cupy": (
         MemoryError,
         "Out of memory allocating {num_bytes:,} bytes (allocated so far: 0 bytes).",

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class InterpreterHolder:
-    """A holder that is not an object: a place inside the interpreter, in words."""
+    """A holder that is not a Python object, but a place inside the interpreter."""
 
     def __init__(self, text: str) -> None:
         self.text: Final = text
@@ -52,7 +52,7 @@ def tensor_words(tensor: torch.Tensor) -> str:
 
 
 def runs(frame: FrameType) -> bool:
-    """Tell whether a frame is one of a thread's."""
+    """Tell whether a thread is running a frame."""
     current: FrameType | None = None
     for running in sys._current_frames().values():  # noqa: SLF001  # the documented way to see other threads
         current = running
@@ -60,7 +60,8 @@ def runs(frame: FrameType) -> bool:
             current = current.f_back
         if current is frame:
             break
-    # The last of them is this very frame: it would be a cycle that holds the tensors.
+    # The last frame of the loop is this function's own. A reference to it would be a
+    # cycle that holds the tensors.
     del running
     return current is frame
 
@@ -112,7 +113,7 @@ def _noun(holder: Any) -> str:
 
 
 def _is_registry(holder: dict[Any, Any], chain: list[Any]) -> bool:
-    """Tell whether a dictionary is a registry of parts of a module in the chain."""
+    """Tell whether a dictionary is the registry of a module of the chain."""
     return any(
         holder is dictionary_of(each).get(kind)
         for each in chain
@@ -202,7 +203,7 @@ def base_of(tensor: torch.Tensor) -> torch.Tensor | None:
     """Return the base of a view, which the view keeps alive; None for other tensors."""
     try:
         return tensor._base  # noqa: SLF001  # torch's documented way
-    except Exception:  # noqa: BLE001  # a subclass that has none
+    except Exception:  # noqa: BLE001  # a subclass may have no base
         return None
 
 
@@ -216,7 +217,7 @@ def _called(function: Any) -> str:
 
 
 _LRU: Final = type(functools.lru_cache(tensor_words))
-_INFO: Final = weakref.finalize._Info  # type: ignore[attr-defined]  # noqa: SLF001  # what it keeps arguments in
+_INFO: Final = weakref.finalize._Info  # type: ignore[attr-defined]  # noqa: SLF001  # holds a finaliser's arguments
 #: Describes how an object of each kind holds another; empty for links that need no words.
 _WORDS: Final[tuple[tuple[Any, Callable[[Any, Any], str]], ...]] = (
     (FrameType, _frame),
@@ -261,7 +262,7 @@ def _key(mapping: Any, child: Any) -> str | None:
     items = dict.items(mapping) if isinstance(mapping, dict) else mapping.items()
     for key, item in list(items):
         if item is child:
-            # Nothing of the program is called for its words.
+            # The key's repr would run the program's code, so only some types are shown.
             return str(key) if type(key) in _PLAIN else f"<{type(key).__name__}>"
     return None
 

@@ -1,8 +1,8 @@
 """Finds what holds tensors on a card: traceback frames, log records, modules, globals, ….
 
-It follows references from a tensor outwards until it reaches an object that needs no
-holder: a running frame, a module's globals, a thread. The chain of references, in words,
-tells a person how to free the memory.
+A search starts at a tensor and follows references to its holders, until it reaches an
+object that needs no holder: a running frame, a module's globals, a thread. The chain of
+references is described in words, so that a person can see how to free the memory.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices import Device
 
-#: The longest chain of references that is searched, and the most objects of each step.
+#: The most references in a chain, and the most objects that each step follows.
 _DEPTH: Final = 24
 _BREADTH: Final = 4000
 #: The number of tensors whose holders are searched; the largest come first.
@@ -71,16 +71,17 @@ def blocks_on_cards() -> set[int]:
 def find_holders(
     device: Device, before: Iterable[int] = (), *, only_cycles: bool = False
 ) -> tuple[str, ...]:
-    """Return the largest tensors on the cards and who holds them, a line each.
+    """Return the largest tensors on the cards with their holders, one line each.
 
     Args:
-        device: Knows the size of a block.
+        device: The device, which knows the size of a block.
         before: Addresses of storages to leave out; see ``blocks_on_cards``.
-        only_cycles: Whether only what reference cycles alone hold is wanted, which the
-            next collection frees.
+        only_cycles: Whether to return only tensors that nothing but a reference cycle
+            holds; the next garbage collection frees these.
 
-    Limits: what only C++ holds beside gradients and graphs is not named, nor what the
-    interpreter keeps to itself (arguments of ``atexit.register``).
+    Limits: a holder in C++ is found only if it is a gradient or an autograd graph.
+    References that the interpreter does not show (arguments of ``atexit.register``) are
+    not found.
     """
     hidden: list[_Hidden] = []
     found = []
@@ -117,7 +118,8 @@ def _tensors() -> list[torch.Tensor]:
 def _holder(value: Any, ignored: Any, hidden: list[_Hidden]) -> str:
     """Return the shortest chain from an object to what keeps it alive, in words.
 
-    What of the caller's own holds it too is ignored; what is hidden is looked for once.
+    The objects in ``ignored`` belong to the caller and are left out. ``hidden`` is filled
+    by the first call, and later calls use it again.
     """
     try:
         if not hidden:
@@ -128,13 +130,13 @@ def _holder(value: Any, ignored: Any, hidden: list[_Hidden]) -> str:
             hidden[0].add_graphs()
             of_graphs = _search(value, hidden[0], left_out)
             found = found if of_graphs == _NOBODY else of_graphs
-    except Exception as error:  # noqa: BLE001  # a class of the program's may not want to be asked
+    except Exception as error:  # noqa: BLE001  # code of the program's own classes may raise
         return f"what holds it cannot be looked at: {type(error).__name__}"
     return found
 
 
 def _search(value: Any, hidden: _Hidden, left_out: list[Any]) -> str:
-    """Return the chain in words; needs the holders in autograd graphs."""
+    """Return the chain in words, with the hidden holders that are known so far."""
     parents: dict[int, Any] = {}
     visited = [value]
     seen = {id(value), id(parents), id(visited), id(left_out), *map(id, left_out)}
@@ -198,7 +200,10 @@ def _is_root(holder: Any) -> bool:
 
 
 def _cycle(visited: list[Any]) -> list[Any]:
-    """Return the chain from the first object into a cycle and once around it, if any."""
+    """Return the chain from the first object to a cycle and once around the cycle.
+
+    Without a cycle it is empty.
+    """
     by_id = {id(each): each for each in visited}
     referrers: dict[int, list[int]] = {}
     for holder in visited[1:]:
@@ -222,16 +227,16 @@ def _cycle(visited: list[Any]) -> list[Any]:
 
 
 class _Hidden:
-    """The holders that the collector does not show, by what they hold.
+    """The holders that the garbage collector does not show, by the objects that they hold.
 
-    It knows the references between objects that it tracks, and not those of functions
-    that run, of the slots that tensors have in C++ (a gradient, a graph and what it has
-    saved), nor those of the interpreter itself (signal handlers). They are found when
-    this is made, and held as long as it lives.
+    The garbage collector knows the references between the objects that it tracks. It does
+    not know the references of running functions, of a tensor's slots in C++ (its gradient,
+    its graph and what the graph has saved) and of the interpreter (signal handlers). They
+    are found when this object is made, and it keeps references to them.
     """
 
     def __init__(self) -> None:
-        #: One list, so that a search can leave it out.
+        #: A search leaves this list out, because it would find it as a holder.
         self.holders: Final[list[Any]] = []
         self._by_child: Final[dict[int, list[int]]] = {}
         for holder, child in _held():
@@ -240,7 +245,7 @@ class _Hidden:
     def add_graphs(self) -> None:
         """Also find the tensors that autograd graphs have saved.
 
-        Limits: tensors are unpacked for it, so hooks of ``saved_tensors_hooks`` run.
+        Limits: saved tensors are unpacked, so hooks of ``saved_tensors_hooks`` run.
         """
         for holder, child in _saved():
             self._note(holder, child)
@@ -258,7 +263,7 @@ def _held() -> Iterator[tuple[Any, Any]]:
     """Yield pairs of a holder and what it holds."""
     for innermost in list(sys._current_frames().values()):  # noqa: SLF001  # the documented way to see other threads
         for frame in frames_from(innermost):
-            # The variables of a module's own code are those of the module.
+            # The local variables of a module's top-level code are the module's globals.
             if not _is_ours(frame) and frame.f_code.co_name != "<module>":
                 for value in variables_of(frame).values():
                     yield frame, value
@@ -286,7 +291,7 @@ def _saved() -> Iterator[tuple[torch.Tensor, Any]]:
             if node is None or id(node) in seen:
                 continue
             seen.add(id(node))
-            yield tensor, node  # of a torch.autograd.Function, an object with a dict
+            yield tensor, node  # a torch.autograd.Function keeps tensors as attributes
             for name in dir(node):
                 if name.startswith(_SAVED) or name == "saved_tensors":
                     yield from ((tensor, each) for each in _unpacked(node, name))
@@ -296,7 +301,7 @@ def _saved() -> Iterator[tuple[torch.Tensor, Any]]:
 def _unpacked(node: Any, name: str) -> list[torch.Tensor]:
     try:
         value = getattr(node, name)
-    except Exception:  # noqa: BLE001  # freed by backward, or a hook of the program's
+    except Exception:  # noqa: BLE001  # backward has freed it, or a hook raised
         return []
     each = value if isinstance(value, (list, tuple)) else [value]
     return [one for one in each if isinstance(one, torch.Tensor)]
@@ -305,5 +310,5 @@ def _unpacked(node: Any, name: str) -> list[torch.Tensor]:
 def _gradient(tensor: torch.Tensor) -> torch.Tensor | None:
     try:
         return tensor.grad if tensor.is_leaf else None
-    except Exception:  # noqa: BLE001  # a subclass that has none
+    except Exception:  # noqa: BLE001  # a subclass may have no gradient
         return None

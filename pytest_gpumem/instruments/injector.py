@@ -1,4 +1,4 @@
-"""Make chosen allocations fail."""
+"""Makes chosen allocations fail."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 class OomInjector:
     """Make the allocations that rules choose fail, for a block of code.
 
-    The error is the allocator's own, with the numbers of that moment: caches are
-    flushed first, ``num_ooms`` counts it, and observers are called. With a rule's
-    ``flavour`` it is another error of real machines. Allocations of all threads count.
+    The error is the one that the allocator itself raises, with the card's figures at that
+    moment: caches are flushed first, ``num_ooms`` counts the error, and observers are
+    called. A rule's ``flavour`` chooses another error of real machines. Allocations of
+    all threads count.
 
     Args:
         rules: Rules, as text (see ``parse_rule``) or parsed.
@@ -52,9 +53,9 @@ class OomInjector:
         self._look()
 
     def _look(self) -> None:
-        """Note which facts of a request the rules need; others are not looked up.
+        """Note which facts about a request the rules need, so that only these are read.
 
-        Without rules the injector detaches from the device, so that it costs nothing.
+        Without rules the injector detaches from the device, so that it costs no time.
         """
         rules = [schedule.rule for schedule in self.schedules]
         self._needs_phase = any(rule.phase != "any" for rule in rules)
@@ -75,12 +76,15 @@ class OomInjector:
 
     @property
     def num_ooms(self) -> int:
-        """How many of them the allocator's ``num_ooms`` counts; see ``flavours``."""
+        """How many injected failures the allocator's ``num_ooms`` counts.
+
+        See ``flavours``.
+        """
         return self._num_failed(COUNTED)
 
     @property
     def num_uncounted_ooms(self) -> int:
-        """How many are OOMs of other parts of CUDA, of which ``num_ooms`` knows nothing."""
+        """How many injected OOMs are of other parts of CUDA, which ``num_ooms`` lacks."""
         return self.num_injected - self._num_failed({*COUNTED, NOT_OOM})
 
     def _num_failed(self, flavours: Collection[str]) -> int:
@@ -123,7 +127,7 @@ class OomInjector:
             thread=_thread_name() if self._needs_thread else "main",
             names=guarded(caller_names, otherwise=()) if self._needs_site else (),
         )
-        # Every rule counts every request: no short circuit.
+        # Each rule must count each request, so all rules are asked, also after a match.
         striking = [each for each in self.schedules if each.fails(request)]
         if striking:
             note_cause(str(striking[0].rule))
@@ -136,7 +140,7 @@ class OomInjector:
         return bool(striking)
 
     def refuses(self, device_index: int, nbytes: int) -> bool:
-        """Do as ``fails``, under its former name."""
+        """Call ``fails``; this is its former name."""
         __tracebackhide__ = True
         text = "OomInjector.refuses is now called OomInjector.fails"
         warnings.warn(text, DeprecationWarning, stacklevel=2)

@@ -1,8 +1,8 @@
 """Lists the tensors on a card with their owners, by one search of Python's objects.
 
-It is made for the moment in which memory has run out: it looks once at all objects of the
-garbage collector and once at the stack, and keeps no reference to them. ``holders.py``
-searches more thoroughly.
+The search is for the moment in which memory has run out. It reads the objects of the
+garbage collector once and the stack once, and keeps no reference to them. ``holders.py``
+has a slower search that finds more holders.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices import Device
 
-#: Tensors that are shown; the largest.
+#: The number of tensors that are shown, the largest first.
 SHOWN: Final = 8
-#: Members of a container that are looked at.
+#: The most members of a container that are read.
 _MEMBERS: Final = 1000
 _HIDDEN: Final = frozenset(
     {"torch", "pytest_gpumem", "_pytest", "pluggy", "contextlib"}
@@ -60,7 +60,10 @@ class Survey(NamedTuple):
 
 
 def survey(device: Device, index: int, frame: FrameType | None) -> Survey:
-    """Return what is on a card; ``frame`` is the innermost one that asked for memory."""
+    """Return the tensors and models on a card.
+
+    ``frame`` is the innermost frame of the code that asked for memory.
+    """
     every, modules, optimizers = living(
         torch.Tensor, torch.nn.Module, torch.optim.Optimizer
     )
@@ -96,7 +99,7 @@ def living_models() -> list[torch.nn.Module]:
 
 
 class _Names:
-    """Names of storages on a card; the best name of a storage comes first."""
+    """Names of storages on a card; a model's part is preferred to a local variable."""
 
     def __init__(self, device: Device, index: int) -> None:
         self._device = device
@@ -113,7 +116,7 @@ class _Names:
         return self._device.holds(tensor.untyped_storage(), self._index)
 
     def owner(self, place: int, tensor: torch.Tensor) -> str:
-        """Return what holds a storage, in words; empty if nothing was found."""
+        """Return a storage's owner in words; empty if no owner was found."""
         graph = "" if tensor.grad_fn is None else "a result that autograd may need"
         return self._parts.get(place) or self._locals.get(place) or graph
 
@@ -211,7 +214,7 @@ def _roots(modules: list[torch.nn.Module]) -> list[torch.nn.Module]:
 
 
 def address(tensor: torch.Tensor) -> int:
-    """Return where a tensor's storage is; 0 for one without."""
+    """Return the address of a tensor's storage; 0 for a tensor without a storage."""
     return 0 if is_lazy(tensor) else tensor.untyped_storage().data_ptr()
 
 

@@ -1,4 +1,4 @@
-"""Judges a load: where the model ended, what it computes, and what the load left."""
+"""Judges a load: the model's place, its output, and the bytes that the load left."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.records.memory_figures import MemoryFigures
     from pytest_gpumem.rules.rule import Rule
 
-#: Letters of an error's text that a problem shows.
+#: The most characters of an error's text that a problem shows.
 WORDS: Final = 200
 #: The beginnings of problems: about the model's devices, about running it, and about its
 #: output.
@@ -38,18 +38,18 @@ class LoadVerdict:
     """The result of a load.
 
     Attributes:
-        model: The model, for further questions; None if the load raised.
-        placement: Where it is; None if the load raised.
-        figures: Peaks of the whole affair, load and run.
-        left_bytes: Bytes on the cards after the load that were not there before and
-            are not the model's own; at least 0.
+        model: The model, for further checks; None if the load raised.
+        placement: Where the model is; None if the load raised.
+        figures: The peaks of load and run together.
+        left_bytes: Bytes that the load added to the cards and that do not belong to the
+            model; at least 0.
         output_error: Largest difference from the reference; None if not compared.
-        num_injected: Allocations that the rules refused.
-        num_ooms: Allocations that failed on the way: how often it had to retry.
-        failure: What the load raised, in words; None if nothing.
-        problems: What is wrong, one sentence each; empty means all is well.
-        holders: Who holds what is left, and which reference cycles held more until a
-            collection.
+        num_injected: The number of allocations that the rules made fail.
+        num_ooms: The number of failed allocations: how often the load had to retry.
+        failure: The error of the load, in words; None if it did not raise.
+        problems: What is wrong, one sentence each; empty if nothing is wrong.
+        holders: What holds the bytes that are left, and which reference cycles held more
+            bytes until a garbage collection.
     """
 
     model: Any
@@ -65,14 +65,14 @@ class LoadVerdict:
 
     @property
     def error(self) -> str | None:
-        """The text of the load's error; None if there was none."""
+        """The text of the load's error; None if it did not raise."""
         return None if self.failure is None else self.failure.text
 
     def check(self) -> None:
         """Raise if there are problems.
 
         Raises:
-            AssertionError: Every problem, one line each, with where the model is.
+            AssertionError: The text has each problem on a line, and the model's place.
         """
         if self.problems:
             lines = ["the load went wrong:"]
@@ -84,7 +84,7 @@ class LoadVerdict:
 class Loader:
     """Loads a model again and again, and runs it; see ``check_fallback``.
 
-    Without a reference the output should be that of the first load.
+    Without a reference, each output is compared with that of the first load.
     """
 
     def __init__(
@@ -123,8 +123,8 @@ class Loader:
     ) -> LoadVerdict:
         """Load once, and run what was loaded.
 
-        The problems are those of the model and of what is left; whether an error was
-        right is the caller's to say. The arguments are those of ``Trial.run``.
+        The verdict has problems of the model and of the bytes that are left. The caller
+        decides whether an error is a problem. The arguments are those of ``Trial.run``.
         """
         attempt = self._trial.run(*rules, budget_bytes=budget_bytes, catches=catches)
         model = None if attempt.result is None else self._model_of(attempt.result)
@@ -187,7 +187,7 @@ class Loader:
         )
 
     def is_variant(self, placement: Placement | None) -> bool:
-        """Tell whether a model has not as many parameters as the first."""
+        """Tell whether a model's number of parameters differs from the first model's."""
         first = placement if self._first is None else self._first
         return (
             placement is not None
@@ -210,7 +210,7 @@ class Loader:
 
 
 def half_moved(placement: Placement) -> list[str]:
-    """Return that a model is half moved, in words, if it is."""
+    """Return a problem if a model is only partly on a card, otherwise none."""
     if placement.is_whole:
         return []
     devices = ", ".join(sorted(placement.devices))
@@ -218,15 +218,15 @@ def half_moved(placement: Placement) -> list[str]:
 
 
 def is_no_oom(*rules: Rule) -> bool:
-    """Tell whether an error that is not an OOM is among what rules raise."""
+    """Tell whether any rule raises an error that is not an OOM."""
     return any(rule.flavour == NOT_OOM for rule in rules)
 
 
 def model_in(loaded: Any) -> Any:
-    """Return the model in a loader's result: the result itself or its ``model``.
+    """Return the model in a loader's result: the result itself, or its attribute ``model``.
 
-    In a mapping it is the entry ``model``, or else the first module; in a tuple or list it
-    is the first module.
+    In a mapping the model is the entry ``"model"``, or the first module if there is no such
+    entry. In a tuple or list it is the first module.
     """
     if isinstance(loaded, torch.nn.Module):
         return loaded
@@ -260,22 +260,23 @@ def judge_load(
         load: The loader under test; returns a model, or an object with one.
         run: Computes an output from what ``load`` returns, to be compared with
             ``reference``.
-        reference: What a model on the CPU in fp32 computes, shape as ``run``'s.
+        reference: The output of the model on the CPU in fp32, of the same shape as that of
+            ``run``.
         expect_devices: Where the weights should be, for example ``["cuda:0"]``;
             offloaded weights are on ``"meta"``.
         expect_dtype: The dtype that the parameters should have.
         expect_error: An error that is not an OOM and that the load must let through.
         rules: Injection rules in force during the load.
-        model_of: Finds the model in what ``load`` returns; None means itself, or its
-            attribute ``model``.
+        model_of: Finds the model in what ``load`` returns; None means the returned object
+            itself, or its attribute ``model``.
         device_index: The card.
-        device: Where; None means the active device.
+        device: The device; None means the active device.
 
     Returns:
         The verdict; ``verdict.check()`` raises if anything is wrong.
 
-    Limits: an error of the load that is neither an OOM nor the expected one is not
-    caught; one of ``run`` is a problem.
+    Limits: an error of ``load`` that is neither an OOM nor the expected error reaches the
+    caller. An error of ``run`` becomes a problem of the verdict.
     """
     loader = Loader(
         load,
@@ -314,7 +315,7 @@ def _unexpected(
     devices: Sequence[str] | None,
     dtype: torch.dtype | None,
 ) -> list[str]:
-    """Return where a model is, and of which dtype, if that is not what was expected."""
+    """Return a problem if a model's devices or dtypes are not the expected ones."""
     if placement is None:
         return []
     problems = []

@@ -1,8 +1,8 @@
 """Finds the owners of blocks of memory while models are built, moved and called.
 
-torch calls a hook for each parameter and submodule that a module gets. Models that
-existed before are found when they are called first. Models are not kept alive; only their
-names are kept.
+torch calls a hook for each parameter and submodule that a module gets. A model that
+existed before is found when it is first called. Only names are kept, so no model stays
+alive for it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Node:
         return tuple(node.name for node in self.upward()[-2::-1])
 
     def upward(self) -> list[Node]:
-        """Yield the node and those of the modules around it, up to the whole model."""
+        """Return the node and the nodes of the modules around it, up to the whole model."""
         return [self] if self.parent is None else [self, *self.parent.upward()]
 
 
@@ -58,7 +58,8 @@ class NamedOwner(NamedTuple):
 class Owners:
     """The names of modules and of their blocks.
 
-    ``claim`` is told card, address, storage and owner of each block that is somebody's.
+    ``claim`` is called with card, address, storage and owner of each block that has an
+    owner.
     """
 
     def __init__(
@@ -122,13 +123,13 @@ class Owners:
     def _joined(self, parent: torch.nn.Module, name: str, child: Any) -> None:
         if not issubclass(type(child), torch.nn.Module) or child is parent:
             return
-        with suppress(Exception):  # a record must not change what it sees
+        with suppress(Exception):  # recording must not change the program
             node, above = self.node(child), self.node(parent)
-            if node not in above.upward():  # a module may hold what holds it
+            if node not in above.upward():  # a module may hold a module that holds it
                 node.parent, node.name = above, name
 
     def _given(self, module: torch.nn.Module, name: str, tensor: Any) -> None:
-        with suppress(Exception), unseen():  # a record must not change what it sees
+        with suppress(Exception), unseen():  # recording must not change the program
             if issubclass(type(tensor), torch.Tensor) and tensor.is_cuda:
                 self._tell(tensor, NamedOwner(self.node(module), name))
 

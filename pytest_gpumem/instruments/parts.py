@@ -23,10 +23,9 @@ from pytest_gpumem.sizes import format_size
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: A block in which the program's modes and tensor classes do not see what is asked of a
-#: tensor.
+#: A block in which the program's modes and tensor classes do not see calls on tensors.
 unseen: Final = torch._C.DisableTorchFunction  # noqa: SLF001  # no public name
-#: Keys that are shown; the repr of others is the program's own code.
+#: The types of keys that are shown. The repr of another type may be the program's code.
 _KEYS: Final = frozenset({str, int, bytes, bool, type(None)})
 
 
@@ -36,7 +35,8 @@ def living(*bases: type) -> tuple[list[Any], ...]:
     # There are a hundred thousand objects and a few thousand types.
     kinds = set(map(type, objects))
     found = []
-    # No closure has the list: one that is in the list itself would be a cycle.
+    # The list is not used in a closure: the list would contain the closure, which would be
+    # a reference cycle.
     for base in bases:
         wanted = {kind for kind in kinds if issubclass(kind, base)}
         found.append([each for each in objects if type(each) in wanted])
@@ -44,7 +44,7 @@ def living(*bases: type) -> tuple[list[Any], ...]:
 
 
 def modules_of(root: Any) -> Iterator[tuple[str, Any]]:
-    """Yield a module and all inside it, each once, with their paths from the root."""
+    """Yield a module and all modules inside it, each once, with paths from the root."""
     seen: set[int] = set()
     waiting = [("", root)]
     while waiting:
@@ -70,7 +70,10 @@ def tensors_of(module: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def registry(module: Any, kind: str) -> list[tuple[str, Any]]:
-    """Return one of torch's registries of a module's parts; empty for a torn module."""
+    """Return one of torch's registries of a module's parts.
+
+    It is empty for a module that was not initialised completely.
+    """
     found = dictionary_of(module).get(kind)
     return [] if found is None else list(found.items())
 
@@ -78,8 +81,8 @@ def registry(module: Any, kind: str) -> list[tuple[str, Any]]:
 def tensors_held_by(model: Any) -> Iterator[torch.Tensor]:
     """Yield a model's tensors: parameters, buffers, gradients and plain attributes.
 
-    Plain attributes are those of any module inside, also in lists and mappings: a cache
-    of positions, say, that is not a buffer.
+    Plain attributes are those of any module inside, also in lists and mappings; for
+    example a cache of positions that is not a buffer.
     """
     for _path, module in modules_of(model):
         for _name, tensor in tensors_of(module):
@@ -93,15 +96,15 @@ def tensors_held_by(model: Any) -> Iterator[torch.Tensor]:
 def tensors_in(
     value: Any, *, most: int = sys.maxsize
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors that a value is or directly contains, with their expressions.
+    """Yield a value if it is a tensor, or the tensors directly in it, with expressions.
 
-    Lists, tuples and dictionaries contain some: so many members are looked at at most.
+    The members of lists, tuples and dictionaries are read, up to a number of them.
     """
     kind = type(value)
     if issubclass(kind, torch.Tensor):
         yield "", value
     elif issubclass(kind, (list, tuple)):
-        # A user's class may count or slice otherwise.
+        # A user's subclass may have a __len__ or slices of its own.
         inner = list if issubclass(kind, list) else tuple
         for position, item in enumerate(islice(inner.__iter__(value), most)):
             if issubclass(type(item), torch.Tensor):
@@ -118,7 +121,7 @@ def attributes_of(value: Any) -> dict[str, Any]:
     for kind in type(value).__mro__:
         for name, member in vars(kind).items():
             if type(member) is MemberDescriptorType:
-                with suppress(AttributeError):  # it is not set
+                with suppress(AttributeError):  # the slot is not set
                     found[name] = member.__get__(value)
     return {**found, **dictionary_of(value)}
 
@@ -144,10 +147,10 @@ class Placement:
 
     Attributes:
         bytes_by_device: Bytes of parameters and buffers by device, for example
-            ``{"cuda:0": 1340583944}``; what is offloaded counts as ``"meta"``.
+            ``{"cuda:0": 1340583944}``; offloaded weights count as ``"meta"``.
         dtypes: Dtypes of the floating-point parameters.
-        device_map: The map that accelerate dispatched by; None without one.
-        num_parameters: How many numbers its parameters are.
+        device_map: The map by which accelerate dispatched the model; None without one.
+        num_parameters: How many numbers its parameters have in total.
     """
 
     bytes_by_device: dict[str, int]
@@ -182,7 +185,7 @@ def placement_of(model: torch.nn.Module) -> Placement:
     count = 0
     for tensor in [*model.parameters(), *model.buffers()]:
         if is_lazy(tensor):
-            continue  # it has no size yet
+            continue  # a lazy parameter has no size yet
         nbytes[str(tensor.device)] += tensor.numel() * tensor.element_size()
     for parameter in model.parameters():
         count += 0 if is_lazy(parameter) else parameter.numel()

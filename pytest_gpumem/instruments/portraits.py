@@ -1,4 +1,4 @@
-"""Copies of results for a later comparison, with every tensor on the host."""
+"""Copies results for a later comparison, with every tensor on the host."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from torch.nn.parameter import is_lazy
 from pytest_gpumem.errors import NoValuesError
 from pytest_gpumem.instruments.parts import attributes_of, placement_of
 
-#: Values that are compared directly: they have an equality, or exist only once.
+#: Types of values that are kept as they are: they define ==, or exist only once.
 _PLAIN: Final = (
     *(str, bytes, bytearray, range, enum.Enum, type(None), type(...)),
     *(torch.dtype, torch.layout, torch.memory_format),
 )
-#: Objects that have not computed anything yet.
+#: Types of objects that compute their values later, such as generators.
 _LAZY: Final = (
     *(GeneratorType, CoroutineType, AsyncGeneratorType),
     *(map, filter, zip),
 )
-#: The depth of the search for tensors in objects without an equality.
+#: The depth of the search for tensors in objects that do not define ==.
 _DEPTH: Final = 4
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Opaque:
-    """The portrait of an object of which only the class can be compared."""
+    """The portrait of an object; only its class can be compared."""
 
     kind: type
 
@@ -62,15 +62,16 @@ class Unordered(list[Any]):
 def portrait(value: Any) -> Any:
     """Return a copy of a result that can be compared later and holds no card memory.
 
-    Tensors and arrays become copies on the CPU (on meta where the device keeps no
-    values). Mappings, sequences, sets, dataclasses, and classes of attrs and pydantic
-    become the same of their items; modules their parameters, all buffers, whether each
-    part is in training, which parameters train, and whether they are whole. Of other objects the tensors,
-    arrays and modules among their public attributes are taken; without such, the object
-    itself where its class defines equality, else its class.
+    Tensors and arrays are copied to the CPU (to meta if the device keeps no values).
+    Mappings, sequences, sets, dataclasses, and classes of attrs and pydantic are copied
+    item by item. A module becomes its parameters, all its buffers, the training mode of
+    each part, which parameters need gradients, and whether it is whole. Any other object
+    becomes the tensors, arrays and modules among its public attributes. If it has none,
+    it is kept as it is if its class defines ==; otherwise only its class is kept.
 
     Raises:
-        TypeError: The value is a generator or another that has done nothing yet.
+        TypeError: The value is a generator, or another object that computes its values
+            later.
     """
     if issubclass(type(value), _LAZY):
         kind = type(value).__name__
@@ -82,11 +83,11 @@ def portrait(value: Any) -> Any:
 
 
 def _paint(value: Any, above: tuple[int, ...], depth: int) -> Any:
-    kind = type(value)  # what a hostile __class__ says is not asked
+    kind = type(value)  # a class may give a wrong type as its __class__
     if issubclass(kind, torch.Tensor):
         return _tensor(value)
     if id(value) in above:
-        return Opaque(kind)  # a container that holds itself
+        return Opaque(kind)  # the container contains itself
 
     def inner(item: Any) -> Any:
         return _paint(item, (*above, id(value)), depth)
@@ -108,7 +109,7 @@ def _name(value: Any, kind: type) -> str:
     return f"{kind.__name__} {getattr(value, '__module__', '')}.{name}"
 
 
-def _parts(value: Any, kind: type, inner: Callable[[Any], Any]) -> Any:  # noqa: PLR0911  # a kind of value each
+def _parts(value: Any, kind: type, inner: Callable[[Any], Any]) -> Any:  # noqa: PLR0911  # one for each kind of value
     """Return the portrait of a value with parts; None for any other value."""
     if issubclass(kind, torch.nn.Module):
         return _module(value, inner)
@@ -144,7 +145,7 @@ def _tensor(tensor: torch.Tensor) -> Any:
 
 def _module(module: torch.nn.Module, inner: Callable[[Any], Any]) -> dict[str, Any]:
     placement = placement_of(module)
-    # The state dict lacks buffers that are not saved.
+    # The state dict lacks non-persistent buffers.
     state = {**dict(module.named_buffers()), **module.state_dict()}
     return {
         "placement": "whole" if placement.is_whole else f"half moved: {placement}",
@@ -176,7 +177,7 @@ def _array(value: Any, kind: type) -> Any:
         return bool(value) if issubclass(kind, numpy.bool_) else value
     try:
         return numpy.array(value)
-    except Exception:  # noqa: BLE001  # it says so and is none
+    except Exception:  # noqa: BLE001  # the object looks like an array and is none
         return None
 
 

@@ -1,4 +1,4 @@
-"""Peaks of a block of code."""
+"""Records the peak bytes of a block of code."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class PeakRecorder:
 
     Args:
         device_index: The card.
-        device: Where; None means the active device.
+        device: The device; None means the active device.
 
     Raises:
         DeviceUnavailableError: There is no active device.
@@ -70,18 +70,18 @@ class LimitWatch:
 
     Args:
         limit_bytes: The limit, inclusive.
-        metric: ``"allocated"``, ``"reserved"``, ``"fragmented"`` (reserved and not
-            allocated as most is allocated) or ``"process"`` (reserved and context; the
-            latter is not watched, so a limit on it is noticed a little late).
+        metric: One of ``"allocated"``, ``"reserved"``, ``"fragmented"`` (reserved and not
+            allocated, at the allocated peak) and ``"process"`` (reserved and context; the
+            context is not watched, so a broken limit may be noticed late).
         device_index: The card.
-        device: Where to watch.
-        witness: Told of the moment, where there is one.
+        device: The device.
+        witness: Gets a description of the moment; None if nobody needs it.
 
     Attributes:
-        site: ``"file.py:42 in function (phase)"`` of the request that went over (of
-            ``"fragmented"``, of the one that most was allocated with), as
-            near to the user's code as can be told; None if none did, or if the device
-            cannot tell (a real card).
+        site: ``"file.py:42 in function (phase)"`` of the request that went over the
+            limit, as near to the user's code as possible; for ``"fragmented"``, of the
+            request that made the allocated peak. None if no request did, or if the
+            device cannot tell (a real card).
     """
 
     def __init__(
@@ -125,14 +125,14 @@ class LimitWatch:
         return None if self._witness is None else self._tell
 
     def _watch_peak(self, allocated: int, fragmented: int) -> None:
-        """Note where the peak is so far, if the limit is broken there."""
+        """Note the site of the highest peak so far, if it breaks the limit."""
         if allocated > self._most_allocated:
             self._most_allocated = allocated
             is_over = fragmented > self._limit
             self.site = describe_site(calling_frame()) if is_over else None
 
     def _tell(self, nbytes: int) -> None:
-        """Describe the moment as soon as the device can be asked."""
+        """Describe the moment as soon as calls to the device are possible."""
         if self._witness is not None:
             limit = f"the limit of {format_size(self._limit)} {self._metric}"
             self._witness.note(self._index, nbytes, calling_frame(), limit=limit)

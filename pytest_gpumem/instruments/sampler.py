@@ -29,11 +29,11 @@ class MemorySampler:
     """Sample NVML's bytes of this process and of every card, over a block.
 
     Args:
-        device: Where; None means the active device.
-        period_s: Seconds between two samples, at least; more where one takes long.
+        device: The device; None means the active device.
+        period_s: The least seconds between two samples; more if a sample takes long.
 
-    Limits: what comes and goes between two samples is not seen. The thread is stopped
-    while the process is forked.
+    Limits: bytes that are allocated and freed between two samples are not seen. The thread
+    is stopped while the process is forked.
 
     Raises:
         DeviceUnavailableError: There is no active device.
@@ -76,8 +76,8 @@ class MemorySampler:
     def peak(self, index: int) -> Reading:
         """Return the largest samples of a card so far.
 
-        A figure is None, and the reason is given, where NVML could not tell it at the
-        last sample: it may have been more than was seen.
+        If NVML could not tell a figure at the last sample, the figure is None and the
+        reason is given, because the peak may be larger than all samples.
         """
         with self._lock:
             last = self._last.get(index, Reading(None, None, "no sample was taken yet"))
@@ -145,7 +145,7 @@ class SampledTracker:
         return self._with_samples(self._tracker.peek())
 
     def close(self) -> MemoryFigures:
-        """Return the final figures; the first of a run's cards ends the sampling."""
+        """Return the final figures; the first tracker that is closed ends the sampling."""
         self._sampler.close()
         return self._with_samples(self._tracker.close())
 
@@ -160,7 +160,7 @@ class SampledTracker:
 
 
 def sampled(device: Device, trackers: Sequence[Tracker]) -> list[Tracker]:
-    """Return trackers of a device's cards, with samples of NVML from here on."""
+    """Start to sample NVML, and return trackers with the samples."""
     sampler = MemorySampler(device=device).__enter__()
     return [
         SampledTracker(tracker, sampler, index)
@@ -185,8 +185,8 @@ def _resume_all() -> None:
 def _register() -> None:
     """Stop the threads while the process is forked.
 
-    A child must not find a lock held by a thread that it does not have; and Python warns
-    of a fork beside threads.
+    A forked child has no copy of the thread, so a lock that the thread held would never be
+    released there. Python also warns about a fork while threads run.
     """
     if hasattr(os, "register_at_fork"):  # not on Windows
         os.register_at_fork(

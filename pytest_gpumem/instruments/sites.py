@@ -1,12 +1,12 @@
-"""Where a request for memory comes from, read off the Python stack.
+"""Tells from the Python stack which code requests memory.
 
 A *site* groups the allocations of a program by the place that makes them. The *phase* is
-what the program is doing: a load, a forward, …. *Names* are what an injection rule's
-``site`` pattern is matched against. Nothing of it needs help from user code, and it holds
-in a loader's worker threads too.
+what the program is doing: a load, a forward, …. A rule's ``site`` pattern is matched
+against *names*. User code needs no change for this, and it also works in the worker
+threads of a loader.
 
-Which code is on the stack decides nearly all that is to be said of a request, and there
-are few such chains of code: each is studied once.
+Nearly all facts about a request follow from the chain of code on the stack. A program has
+few such chains, so each is studied once and its facts are kept.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from types import CodeType, FrameType
 
 _OURS: Final = frozenset({"torch", "pytest_gpumem", "contextlib"})
-_CALL: Final = torch.nn.Module._call_impl.__code__  # noqa: SLF001  # the frame that knows the module at work
-_APPLY: Final = torch.nn.Module._apply.__code__  # noqa: SLF001  # the same, where a module is moved
+_CALL: Final = torch.nn.Module._call_impl.__code__  # noqa: SLF001  # its frame has the module that is called
+_APPLY: Final = torch.nn.Module._apply.__code__  # noqa: SLF001  # its frame has the module that is moved
 _CALLS: Final = frozenset({"_call_impl", "_wrapped_call_impl"})
 _MODULE_FILE: Final = "/torch/nn/modules/module.py"
 #: Functions whose work is a load: the file's end and the function names; an empty set
@@ -56,7 +56,7 @@ _LOADS: Final[tuple[tuple[str, frozenset[str]], ...]] = (
 )
 _BACKWARD: Final = ("/torch/autograd/__init__.py", "/torch/autograd/graph.py")
 _OPTIMIZERS: Final = "/torch/optim/"
-#: Local variables in which loaders keep the name of the parameter at hand.
+#: Local variables in which loaders keep the name of the parameter that they are loading.
 #: Source: transformers 5 ``core_model_loading.py`` and ``modeling_utils.py``,
 #: accelerate ``utils/modeling.py``, torch ``nn/modules/module.py``.
 _NAME_VARIABLES: Final = (
@@ -71,14 +71,14 @@ _ACCELERATE: Final = ("/accelerate/utils/modeling.py", "set_module_tensor_to_dev
 _WORKSPACE: Final = ("/simulated/memory.py", "hold_workspace")
 #: The function that calls pytest's hooks; frames above it do not belong to the test.
 _PLUGGY: Final = ("/pluggy/_callers.py", "_multicall")
-#: Chains that are remembered.
+#: The most chains of code that are kept.
 _MOST: Final = 10_000
 _known: Final[dict[tuple[int, ...], Chain]] = {}
 _ends: Final[set[int]] = set()
 
 
 class Line(NamedTuple):
-    """A line of code that runs, or ran."""
+    """A line of code on a stack, which may be running or of an earlier moment."""
 
     filename: str
     number: int
@@ -86,17 +86,17 @@ class Line(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """Facts about a request that its chain of code lines tells.
+    """Facts about a request that follow from the chain of code on its stack.
 
     Attributes:
         place: The line, in words.
         is_workspace: Whether a library takes the memory for itself.
-        module: The depth of the frame that knows the module at work; None without.
-        variables: That frame's variables for the module and for the name of its
-            parameter that is being moved; the latter may be empty.
-        outer: The depth of the frame that knows the outermost module at work.
-        optimizer: The depth of the frame that knows the optimiser at work.
-        codes: The code itself, kept so that no other gets its number.
+        module: The depth of the frame that has the active module; None if there is none.
+        variables: The names of that frame's variables for the module and for the parameter
+            that is being moved; the second name may be empty.
+        outer: The depth of the frame that has the outermost active module.
+        optimizer: The depth of the frame that has the active optimiser.
+        codes: The code objects; a reference to them keeps their ids from being used again.
     """
 
     place: str
@@ -108,10 +108,10 @@ class Chain(NamedTuple):
     codes: tuple[CodeType, ...]
 
     def module_at(self, frame: FrameType) -> tuple[Any, str]:
-        """Return the module at work and its parameter that is being moved.
+        """Return the active module, and the name of its parameter that is being moved.
 
         Returns:
-            None and nothing, where there is none.
+            None and an empty text if there is no active module.
         """
         module, name = self.variables
         return (
@@ -120,23 +120,23 @@ class Chain(NamedTuple):
         )
 
     def outermost_at(self, frame: FrameType) -> Any:
-        """Return the outermost module at work; None without."""
+        """Return the outermost active module; None if there is none."""
         return _at(frame, self.outer, "self", torch.nn.Module)
 
     def optimizer_at(self, frame: FrameType) -> Any:
-        """Return the optimiser at work; None without."""
+        """Return the active optimiser; None if there is none."""
         return _at(frame, self.optimizer, "self", torch.optim.Optimizer)
 
 
 def chain_of(frame: FrameType) -> Chain:
-    """Return the chain of code above a frame, the innermost one."""
+    """Return the chain of code from an innermost frame outwards."""
     numbers: list[int] = []
     add, ends = numbers.append, _ends
     for each in frames_from(frame):
         number = id(each.f_code)
         if number in ends:
             break
-        add(number + each.f_lasti)  # what two codes share only by rare chance
+        add(number + each.f_lasti)  # two places of code rarely have the same sum
     key = tuple(numbers)
     found = _known.get(key)
     if found is None:
@@ -190,12 +190,12 @@ def _at(frame: FrameType, depth: int | None, variable: str, base: type) -> Any:
 
 
 def describe_site(frame: FrameType, *, exact: bool = False) -> str:
-    """Return the place that asked for memory, in words that are the same each time.
+    """Return the place that asked for memory, in words that are the same in each run.
 
-    The innermost line of the user's own code where there is one on the stack (in a
-    loader's own threads there is none: then the library's line), the phase, and below
-    it the innermost function of a library and the module at work, with numbers of
-    layers left out: two layers of a kind are one site.
+    The words name the innermost line of the user's own code and the phase. If no user
+    code is on the stack, as in a loader's own threads, they name the library's line. The
+    innermost function of a library and the active module follow, without the numbers of
+    layers, so that two layers of a kind are one site.
     """
     place = chain_of(frame).place
     module = (parameter_name(frame) if exact else "") or module_path(frame)
@@ -210,7 +210,7 @@ def starred(path: str) -> str:
 
 
 def site_of(lines: Iterable[Line]) -> str:
-    """Return the place of lines that called each other, from the inside out."""
+    """Return the place of lines of one stack, given from the inside out."""
     lines = list(lines)
     user = library = line = None
     for each in lines:
@@ -271,8 +271,8 @@ def _phase_of(filename: str, function: str) -> str | None:
 def caller_names() -> tuple[str, ...]:
     """Return the names that a rule's ``site`` pattern may match for the calling code.
 
-    ``file.py:function`` of each frame outside torch and this plugin, the path of the
-    module at work, the name of the parameter being loaded.
+    They are ``file.py:function`` of each frame outside torch and this plugin, the path of
+    the active module, and the name of the parameter that is being loaded.
     """
     frame = calling_frame()
     names = []
@@ -285,10 +285,10 @@ def caller_names() -> tuple[str, ...]:
 
 
 def module_path(frame: FrameType) -> str:
-    """Return the path of the module that is being called or moved, from the outermost.
+    """Return the path, from the outermost module, of the module being called or moved.
 
     For example ``"bert.encoder.layer.3.attention"``; empty outside of modules. A
-    module that the outermost one does not have is named by its class.
+    module that is not a part of the outermost one is named by its class.
     """
     outer = chain_of(frame).outermost_at(frame)
     if outer is None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 #: The pickle protocol that memory_viz reads; it has an unpickler of its own.
 #: Source: ``torch/utils/viz/MemoryViz.js``.
 PROTOCOL: Final = 4
-#: Changes of memory that are kept, the newest; each has its Python frames.
+#: The number of changes of memory that are kept, the newest; each has its Python frames.
 ENTRIES: Final = 20_000
 _NAME: Final = 100
 
@@ -29,7 +29,7 @@ _NAME: Final = 100
 def history_kept() -> Iterator[None]:
     """Keep changes of memory for a block, so that snapshots show their frames.
 
-    Where user code has them kept already, its own choice stays.
+    If user code keeps a history already, its own settings stay.
     """
     if is_kept():
         yield
@@ -49,14 +49,14 @@ def take_snapshot() -> dict[str, Any]:
 
 
 def snapshot_name(test: str) -> str:
-    """Return a file's name for a test: letters, digits and ``._-``, told apart."""
+    """Return a distinct file name for a test, of letters, digits and ``._-``."""
     plain = re.sub(r"[^A-Za-z0-9._]+", "-", test).strip("-.") or "test"
     digest = hashlib.sha256(test.encode("utf-8", "surrogatepass")).hexdigest()[:8]
     return f"{plain[:_NAME]}-{digest}.pickle"
 
 
 def write_snapshot(snapshot: dict[str, Any], folder: Path, test: str) -> Path:
-    """Write a snapshot, whole or not at all; return the file.
+    """Write a snapshot, completely or not at all; return the file.
 
     Raises:
         OSError: It cannot be written.

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices import Device
 
-#: The steps after the warm-up are divided into this many parts. Memory that grows is
-#: larger in each part; memory that is added once, late, is not.
+#: The steps after the warm-up are divided into this many parts. Memory that grows steadily
+#: is larger in each part than in the one before; memory that is added once is not.
 _PARTS: Final = 3
 
 
@@ -28,25 +28,26 @@ def steady(
     allowed: int | str = 0,
     device: Device | None = None,
 ) -> Iterator[int]:
-    """Yield the number of each step; fail if what is on the cards grows all the while.
+    """Yield the number of each step; fail if the bytes on the cards grow steadily.
 
-    What a training or a server keeps by mistake (a loss with its graph, a list of
-    outputs, a cache) is let go at a test's end, so no leak is seen there. After each
-    step garbage is collected and live tensors are counted; of the steps after the
-    warm-up the least of each third must not be above that of the third before.
+    A training loop or a server may keep tensors by mistake, such as a loss with its graph,
+    a list of outputs or a cache. They are freed when the test ends, so a leak check at the
+    end does not see them. After each step garbage is collected, and the bytes of live
+    tensors are counted. The steps after the warm-up are divided into three parts. The
+    loop fails if the minimum of each part is above the minimum of the part before.
 
     Args:
         steps: How often the body is run.
-        warmup: How many of the first steps may take more, as optimisers and caches do.
-        allowed: What may be added in one step: bytes, or a text such as ``"1KiB"``.
-        device: Where; None means the active device.
+        warmup: How many of the first steps may add bytes, as optimisers and caches do.
+        allowed: The bytes that each step may add, or a text such as ``"1KiB"``.
+        device: The device; None means the active device.
 
     Yields:
         0, 1, 2, …
 
     Raises:
-        GrowthError: It grew; the message says by how much and who holds what was
-            added.
+        GrowthError: The bytes grew; the message says by how much, and what holds the
+            added bytes.
         SizeError: ``allowed`` is not a size.
         ValueError: Fewer than three steps come after the warm-up.
         DeviceUnavailableError: There is no active device.
@@ -89,7 +90,7 @@ def steady(
 
 
 def _growth(held: Sequence[int]) -> int:
-    """Return the bytes that each step adds, rounded up; 0 if some third adds none."""
+    """Return the bytes that each step adds, rounded up; 0 if some part adds none."""
     length = len(held) // _PARTS
     counted = held[len(held) % _PARTS :]
     least = [

@@ -53,10 +53,10 @@ class _Setting(NamedTuple):
     """A setting of torch for the process or the thread.
 
     Attributes:
-        name: What it is called.
-        read: Returns it.
-        write: Sets it.
-        counts: Whether code computes other numbers once it is another.
+        name: The setting's name, for texts.
+        read: Returns the value.
+        write: Sets the value.
+        counts: Whether the value changes computed numbers.
     """
 
     name: str
@@ -91,7 +91,7 @@ def _keep_global_hooks(kept: frozenset[int]) -> None:
 
 
 def _attribute(name: str) -> _Setting:
-    """Return a setting that is an attribute of torch's, by its path."""
+    """Return the setting that an attribute of torch holds; ``name`` is its path."""
     owner, _, attribute = name.rpartition(".")
     of = attrgetter(owner.removeprefix("torch."))
     return _Setting(
@@ -102,20 +102,21 @@ def _attribute(name: str) -> _Setting:
 
 
 def _has(name: str) -> bool:
-    """Tell whether this torch has an attribute of ``torch.backends``; 2.8 has not all."""
+    """Tell whether this torch has an attribute of ``torch.backends``; 2.8 lacks some."""
     try:
         attrgetter(name)(torch.backends)
     except AttributeError:
         return False
     except RuntimeError:
-        pass  # it has been told it in two ways that differ
+        pass  # torch raises if the old and the new name were set to different values
     return True
 
 
 def _write(owner: Any, attribute: str, value: Any) -> None:
-    """Set an attribute of torch's, also where ``disable_global_flags`` was called.
+    """Set an attribute of torch, also after a call of ``disable_global_flags``.
 
-    torch's own test utilities call that when they are imported, for the process.
+    torch's own test utilities call this function when they are imported, for the whole
+    process.
     """
     allowing = getattr(torch.backends, "__allow_nonbracketed_mutation", nullcontext)
     with allowing():
@@ -140,7 +141,8 @@ _SETTINGS: Final = (
         torch.set_deterministic_debug_mode,
     ),
     _Setting("the set of global module hooks", _global_hooks, _keep_global_hooks),
-    # Each of torch's older names for a precision before the newer ones, which it sets.
+    # torch has an older and a newer name for each precision. The older one also sets the
+    # newer one, so it comes first.
     _Setting(
         "the precision of float32 products",
         torch.get_float32_matmul_precision,
@@ -192,7 +194,7 @@ class Defaults:
 
 
 def _read(setting: _Setting) -> Any:
-    """Return a setting; None where torch has been told it in two ways that differ."""
+    """Return a setting; None if its old and its new name have different values."""
     try:
         return setting.read()
     except RuntimeError:
@@ -200,7 +202,7 @@ def _read(setting: _Setting) -> Any:
 
 
 def wait_for_threads(before: Collection[threading.Thread], patience_s: float) -> None:
-    """Wait until new threads have ended, or are idle threads of a pool."""
+    """Wait until each new thread has ended, or is an idle thread of a pool."""
     end_s = time.monotonic() + patience_s
     while time.monotonic() <= end_s:
         working = (
@@ -215,19 +217,20 @@ def wait_for_threads(before: Collection[threading.Thread], patience_s: float) ->
 
 
 def _waits_for_work(thread: threading.Thread) -> bool:
-    """Tell whether a thread is a pool's, with nothing to do."""
+    """Tell whether a thread is an idle thread of a pool."""
     frame = sys._current_frames().get(thread.ident or 0)  # noqa: SLF001  # the documented way to see other threads
     return frame is None or frame.f_code is _POOL_WORKER
 
 
 @contextmanager
 def frozen_heap() -> Iterator[Callable[[], AbstractContextManager[None]]]:
-    """Exclude existing objects from collections for a block, which makes them fast.
+    """Exclude existing objects from garbage collections for a block.
 
-    A heap that the program has frozen itself stays as it is.
+    This makes collections fast. If the program has frozen its heap itself, nothing is
+    changed.
 
     Yields:
-        What thaws it for a block.
+        A function that returns a block in which these objects are included again.
     """
     gc.collect()
     if gc.get_freeze_count():
@@ -261,8 +264,8 @@ def settle(device: Device, start_bytes: int) -> tuple[int, int]:
     """Collect garbage and empty the caches.
 
     Returns:
-        Bytes that are allocated beyond those at the start, and bytes that only captured
-        log records held.
+        The bytes that are allocated in addition to those at the start, and the bytes that
+        only captured log records held.
     """
     left = remaining = _collected(device) - start_bytes
     if left > 0:
@@ -280,9 +283,9 @@ def _collected(device: Device) -> int:
 def release_log_records() -> None:
     """Clear the frames of the exceptions in records that a handler has kept.
 
-    pytest's log capture keeps every record until the test's teardown, and with
-    ``logger.exception`` the frames of the error, and with those their tensors. The
-    records' texts stay.
+    pytest's log capture keeps every record until the test's teardown. A record of
+    ``logger.exception`` holds the error, its frames and the tensors in these frames. The
+    texts of the records stay.
     """
     loggers = [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]
     for logger in loggers:
@@ -292,7 +295,8 @@ def release_log_records() -> None:
                 if error is None:
                     continue
                 clear_exception(error)
-                if error.__traceback__ is not None:  # and what called the first of them
+                # The callers of the traceback's first frame.
+                if error.__traceback__ is not None:
                     for frame in frames_from(error.__traceback__.tb_frame.f_back):
                         clear_frame(frame)
 

@@ -1,4 +1,4 @@
-"""A test's memory over time, and the blocks at its peak; both have a bounded size."""
+"""Records a test's memory over time and the blocks at its peak, in bounded size."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from pytest_gpumem.instruments.owners import Node
     from pytest_gpumem.instruments.sites import Chain
 
-#: Most points of a card's series; beyond, neighbours are merged.
+#: The most points of a card's series; if there are more, neighbours are merged.
 MAX_POINTS: Final = 100
-#: Most groups of live blocks that are told apart; the others are summed.
+#: The most groups of live blocks; the other blocks form one more group.
 MAX_GROUPS: Final = 12
-#: The site of what was on the card already.
+#: The site of blocks that were on the card before.
 BEFORE: Final = "held before the test"
 #: The site of a request without a Python stack, on a real card.
 AUTOGRAD: Final = "a thread that runs no Python code, as autograd's do (backward)"
@@ -42,7 +42,7 @@ AUTOGRAD: Final = "a thread that runs no Python code, as autograd's do (backward
 class Series:
     """A bounded series of (event, allocated, reserved) that keeps every peak's height.
 
-    Of neighbours that are merged the one with more allocated stays.
+    When two neighbours are merged, the one with more allocated bytes stays.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class Series:
         self.num_events = 0
 
     def add(self, allocated: int, reserved: int) -> None:
-        """Take in one event."""
+        """Add an event."""
         self.num_events += 1
         self._last = point = (self.num_events, allocated, reserved)
         if self._in_bucket:
@@ -135,7 +135,7 @@ class _Card:
             self._gone.append(block)
 
     def claim(self, claim: SeenOwner) -> None:
-        """Note the owner of a block; an unknown block was there before the test."""
+        """Note the owner of a block; a block that is not known was there before the test."""
         block = self.blocks.get(claim.address)
         if block is None:
             block = self.blocks[claim.address] = _Block(claim.nbytes, BEFORE)
@@ -152,8 +152,8 @@ class Timeline:
     """Records a device's memory over a block of code.
 
     Attributes:
-        is_recorded: Whether there is something to tell. A real card tells afterwards
-            what it did, and nothing where the program under test ends the recording.
+        is_recorded: Whether the block was recorded. A real card's history is read at the
+            end of the block; it is lost if the program under test ends the recording.
     """
 
     def __init__(self, device: Device) -> None:
@@ -161,12 +161,12 @@ class Timeline:
         self._stack: Final = ExitStack()
         self._cards: Final[defaultdict[int, _Card]] = defaultdict(_Card)
         self._owners: Final = Owners(device, self._claim)
-        #: Models and optimisers to look at, once the device may be asked.
+        #: Models and optimisers to examine, once calls to the device are possible.
         self._unmet: list[Any] = []
         self._met_at: dict[int, int] = {}
         self._is_paused = False
         self._history: CudaHistory | None = None
-        #: Owners of blocks that are known before the history is read.
+        #: Owners of blocks that were found before the history is read.
         self._claims: list[SeenOwner] = []
         self._has_met = False
         self.is_recorded = False
@@ -190,7 +190,7 @@ class Timeline:
     def meet_living(self) -> None:
         """On a real card, learn the names of every live model.
 
-        The stack of a request is read later there, and shows no variables.
+        The stacks of requests are read later there, without local variables.
         """
         if self._history is not None:
             self._meet(living_models())
@@ -249,7 +249,7 @@ class Timeline:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Record nothing in a block: a sweep would repeat the same events many times."""
+        """Record nothing in a block, because a sweep repeats the same events many times."""
         self._read()
         self._is_paused = True
         self._owners.stop()
@@ -275,7 +275,7 @@ class Timeline:
         card.series.add(allocated, reserved)
 
     def _look(self, nbytes: int, frame: FrameType) -> _Block:
-        """Return a new block with the facts that the stack tells about it."""
+        """Return a new block with the facts that follow from the stack."""
         chain = chain_of(frame)
         if chain.is_workspace:
             place = f"cuBLAS workspace, first needed at {chain.place}"
@@ -297,7 +297,7 @@ class Timeline:
         return _Block(nbytes, chain.place, node, owner)
 
     def _meet_optimizer(self, optimizer: Any) -> None:
-        """Look at an optimiser's gradients, if there was a peak since the last look."""
+        """Find an optimiser's gradients, if there was a new peak since the last call."""
         peak = sum(card.peak for card in self._cards.values())
         if optimizer is not None and self._met_at.get(id(optimizer)) != peak:
             self._met_at[id(optimizer)] = peak
@@ -330,7 +330,7 @@ class Timeline:
         self._cards[index].claim(SeenOwner(0, index, address, nbytes, owner))
 
     def result(self) -> list[dict[str, Any]]:
-        """Return for each card that was used what happened, as JSON can hold it."""
+        """Return the events of each card that was used, as values of JSON."""
         cards = []
         for index, card in sorted(self._cards.items()):
             if not card.series.num_events:

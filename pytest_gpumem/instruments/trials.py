@@ -1,7 +1,7 @@
 """Runs a piece of code under faults and a budget, and describes how it ended.
 
-Sweeps, ``check_fallback`` and ``judge_load`` are judges: each reads an attempt and decides
-what is wrong with it. This module runs the code for all of them.
+This module runs the code for sweeps, ``check_fallback`` and ``judge_load``. These judge
+the result: each reads an ``Attempt`` and decides what is wrong.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ if TYPE_CHECKING:
     from pytest_gpumem.records.memory_figures import MemoryFigures
     from pytest_gpumem.rules.rule import Rule
 
-#: Seconds that threads a run leaves behind are waited for: they would allocate in the
-#: next one.
+#: The most seconds to wait for threads that a run has left. They would allocate memory in
+#: the next run.
 _PATIENCE_S: Final = 1.0
 _RAISE: Final = dis.opmap["RAISE_VARARGS"]
 
 
 class Failure(NamedTuple):
-    """A run's error, in words, because the error itself would keep its frames alive.
+    """The error of a run, in words, because the error itself would keep its frames alive.
 
     Attributes:
-        kind: Its class.
-        text: Its own text.
-        is_oom: Whether it is an OOM or the injected error, or was raised from such a one.
-        is_hang: Whether the run had to be ended.
+        kind: The error's class.
+        text: The error's text.
+        is_oom: Whether it is an OOM or the injected error, or was raised from one of them.
+        is_hang: Whether the run took too long and was interrupted.
     """
 
     kind: type[BaseException]
@@ -61,7 +61,7 @@ class Failure(NamedTuple):
     is_hang: bool = False
 
     def words(self, most: int) -> str:
-        """Return class and text on one line, the text cut."""
+        """Return class and text on one line; the text is cut to ``most`` characters."""
         name = self.kind.__name__
         return f"{name}: {self.text[:most]}" if self.text else name
 
@@ -71,23 +71,26 @@ class Attempt:
     """The result of one run.
 
     Attributes:
-        result: What it returned, as ``Trial.keep`` has it; None if it raised.
-        failure: What it raised; None if nothing.
-        output: A portrait of what ``Trial.then`` made of the result; else None.
-        output_failure: What that raised.
-        num_injected: Allocations that the rules refused.
-        num_ooms: Allocations that failed, those that the allocator counts and others.
-        extra_ooms: Those of them that no rule refused.
-        left_bytes: Bytes on the cards afterwards that were not there before, and that
-            the result does not own; negative where the run has freed some.
+        result: What ``Trial.keep`` made of the returned object; None if the code raised.
+        failure: The error of the code; None if it did not raise.
+        output: A portrait of the object that ``Trial.then`` computed from the result, or
+            None.
+        output_failure: The error of ``Trial.then``; None if it did not raise.
+        num_injected: The number of allocations that the rules made fail.
+        num_ooms: The number of all failed allocations, also those that the allocator does
+            not count.
+        extra_ooms: The number of failed allocations that no rule made fail.
+        left_bytes: Bytes that the run added to the cards and that the result does not
+            own; negative if the run has freed bytes.
         logged_bytes: Bytes that only captured log records held.
-        changed: What of torch's defaults it left changed, in words.
-        cycles: What reference cycles held until a collection, where that was asked.
-        known: Addresses of blocks that are not what a failed attempt has left.
-        figures: Peaks, of everything.
-        budget_bytes: The card's budget in force, or what was reserved before where that
-            is more; None without one.
-        seconds: How long it took.
+        changed: The defaults of torch that the run left changed, in words.
+        cycles: What reference cycles held until a garbage collection; empty unless
+            ``Trial.names_cycles``.
+        known: Addresses of blocks that were there before, or that the result owns.
+        figures: The peaks of the whole attempt.
+        budget_bytes: The card's budget during the run, or the bytes reserved before if
+            these are more; None if there is no budget.
+        seconds: The time of the run.
     """
 
     result: Any
@@ -121,17 +124,17 @@ class Attempt:
 class Trial:
     """Runs code again and again from the same start.
 
-    Random states and torch's defaults are put back before each run, and caches emptied;
-    threads that a run leaves at work are waited for.
+    Before each run random states and torch's defaults are restored, and caches are
+    emptied. After each run threads that it left running are waited for.
 
     Attributes:
         body: The code under test.
-        setup: Makes its arguments, before each run and without faults.
-        keep: What of a result is kept; whatever it is must hold no memory of its own.
-        owns: Returns the blocks that a kept result owns, with their bytes by address.
-        then: Computes something from a kept result, once what is left was weighed.
-        names_cycles: Whether reference cycles are looked for.
-        device: The cards.
+        setup: Makes the body's arguments, before each run and without faults.
+        keep: Returns the part of a result to keep; it must hold no further memory.
+        owns: Returns the blocks that a kept result owns: bytes by address.
+        then: Computes an output from a kept result, once the bytes left were measured.
+        names_cycles: Whether to search for reference cycles.
+        device: The device.
         device_index: The card of budgets and peaks.
     """
 
@@ -158,16 +161,17 @@ class Trial:
         """Run once.
 
         Args:
-            rules: Which of the body's allocations fail.
-            budget_bytes: What the card may hold; None leaves that as it is.
-            timeout_s: Seconds after which the run is ended; None never does.
-            catches: Tells which errors are part of the verdict. Others come through, as
-                does an interruption.
+            rules: The rules that make allocations of the body fail.
+            budget_bytes: The card's budget; None leaves it unchanged.
+            timeout_s: Seconds after which the run is interrupted; None means never.
+            catches: Tells whether an error is part of the verdict. Other errors, and
+                interruptions by the user, reach the caller.
         """
         self._defaults.restore()
         device, index = self.device, self.device_index
         settle(device, 0)
-        start_bytes = allocated_bytes(device)  # the arguments go before it is weighed
+        # Measured without the arguments, which are freed before the end is measured.
+        start_bytes = allocated_bytes(device)
         arguments = self.setup()
         self._random.restore()
         known = frozenset(blocks_on_cards())
@@ -181,7 +185,9 @@ class Trial:
                 budget = vram_budget(budget_bytes, device_index=index, device=device)
                 stack.enter_context(budget)
             in_force = device.budget(index)
-            if in_force is not None:  # bytes from before are not those of the body
+            if (
+                in_force is not None
+            ):  # bytes from before the run do not count against it
                 stats = device.memory_stats(index)
                 in_force = max(in_force, stats["reserved_bytes.all.current"])
             recorder = PeakRecorder(device_index=index, device=device)
@@ -203,7 +209,7 @@ class Trial:
             if failure is None and self.then is not None:
                 try:
                     output = portrait(self.then(result))
-                except Exception as error:  # noqa: BLE001  # the verdict is on whatever it is
+                except Exception as error:  # noqa: BLE001  # every error is judged
                     output_failure = failure_of(error)
         total = num_ooms(device) - start_ooms
         return Attempt(
@@ -227,9 +233,9 @@ class Trial:
     def holders(
         self, attempt: Attempt, *, also_known: Collection[int] = ()
     ) -> tuple[str, ...]:
-        """Return what holds the bytes that an attempt has left, a line each.
+        """Return the holders of the bytes that an attempt has left, one line each.
 
-        Blocks at the addresses that are known also were there before.
+        Blocks at the addresses in ``also_known`` were there before and are left out.
         """
         return find_holders(self.device, attempt.known.union(also_known))
 
@@ -251,19 +257,19 @@ class Trial:
             return None, failure._replace(text=f"{hang}\n{stacks}", is_hang=True)
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # the verdict is on whatever it is
+        except BaseException as error:  # every error is judged
             if not catches(error):
                 raise
             return None, failure_of(error)
 
 
 def failure_of(error: BaseException) -> Failure:
-    """Return a description of an error, without the error."""
+    """Return a description of an error that does not refer to the error."""
     return Failure(type(error), str(error).strip(), is_the_oom(error))
 
 
 def is_the_oom(error: BaseException) -> bool:
-    """Tell whether an error is an OOM or the injected one, or raised from such a one."""
+    """Tell whether an error is an OOM or the injected one, or was raised from one."""
     return any(
         isinstance(each, torch.OutOfMemoryError) or is_injected(each)
         for each in _origins(error)
@@ -271,11 +277,11 @@ def is_the_oom(error: BaseException) -> bool:
 
 
 def _origins(error: BaseException) -> list[BaseException]:
-    """Return an error and those that it was raised from.
+    """Return an error and the errors that it was raised from.
 
-    That is its explicit cause, the members of a group, and the error that was being
-    handled where the handler itself raises. An error that comes up inside a function
-    that the handler calls is a new one: the handler failed.
+    These are its explicit cause, the members of a group of errors, and its context if an
+    ``except`` block itself raises the new error. If a function that the ``except`` block
+    calls raises, the error is a new one, because the handler failed.
     """
     found: list[BaseException] = []
     waiting: list[BaseException | None] = [error]

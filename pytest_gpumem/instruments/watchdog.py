@@ -1,4 +1,4 @@
-"""Ends a run that does not end by itself, and keeps the stack of every thread."""
+"""Interrupts a run that takes too long, and keeps the stack of every thread."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from collections.abc import Generator
     from types import FrameType
 
-#: Seconds between attempts: code that catches everything is told again, and at last so
-#: often that it is told outside what it catches.
+#: Seconds between attempts. Code that catches every error is interrupted again and again,
+#: after some attempts so often that one error reaches it outside its ``try`` block.
 _AGAIN_S: Final = 0.5
 _OFTEN_S: Final = 0.001
 _PATIENCE: Final = 2
 _FRAMES: Final = 12
-#: Bytes that hold a ``struct sigaction`` on every system; Linux's has 152.
+#: Bytes with room for a ``struct sigaction`` on every system; on Linux it has 152.
 _ACTION: Final = 1024
 _OURS: Final = str(Path(__file__).parent)
 
@@ -34,11 +34,11 @@ class HangError(BaseException):
 
 
 class _LostErrors:
-    """What was raised where Python lets no error out: a finaliser, a weak reference.
+    """Handles errors that Python cannot raise: those of finalisers and weak references.
 
-    A watchdog's error may come up there. It is then dropped without a word, since the
-    watchdog tells again; any other error goes to the hook that was there. While this
-    hook runs, nothing interrupts it.
+    A watchdog's error may occur there. It is then dropped without a message, because the
+    watchdog raises it again; any other error goes to the hook that was installed before.
+    While this hook runs, the watchdog does not interrupt it.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class _LostErrors:
 
     @contextlib.contextmanager
     def ours_dropped(self) -> Generator[None]:
-        """Drop watchdogs' errors during a block; blocks of threads may overlap."""
+        """Drop watchdogs' errors during a block; several threads may be in such a block."""
         with self._lock:
             if self._num_users == 0:
                 self._previous, sys.unraisablehook = sys.unraisablehook, self._on_lost
@@ -77,18 +77,18 @@ _LOST: Final = _LostErrors()
 class Watchdog:
     """Interrupt the calling thread once a block has lasted too long.
 
-    In the main thread a signal wakes it even out of a lock or a queue. In another
-    thread, and on systems without signals to threads, the error is raised between two
-    bytecodes.
+    In the main thread a signal interrupts the block, even while it waits for a lock or a
+    queue. In another thread, and on systems without signals to threads, the error is
+    raised between two bytecodes.
 
     Args:
-        timeout_s: Seconds until the block is interrupted; None never does.
+        timeout_s: Seconds until the block is interrupted; None means never.
 
     Attributes:
-        stacks: Every thread's stack when time was up, as text; None before.
+        stacks: Every thread's stack at the end of the time, as text; None before.
 
-    Limits: code that waits inside a C function other than a lock, a sleep or a system
-    call is interrupted only once that returns.
+    Limits: in a C function other than a lock, a sleep or a system call, the code is
+    interrupted only once the function returns.
     """
 
     def __init__(self, timeout_s: float | None) -> None:
@@ -128,7 +128,7 @@ class Watchdog:
                 self._thread.join()
                 break
             except HangError:
-                continue  # told once more on the way out
+                continue  # the watchdog raised once more while the block ended
         if self._uses_signal:
             signal.signal(signal.SIGUSR2, self._handler)
             _sigaction(signal.SIGUSR2, self._action, None)
@@ -160,7 +160,7 @@ class Watchdog:
 def _sigaction(number: int, new: Any, old: Any) -> None:
     """Set or read the system's action on a signal.
 
-    Python knows of handlers of its own only, and not of faulthandler's.
+    Python's ``signal`` module does not see handlers that faulthandler has installed.
     """
     ctypes.CDLL(None).sigaction(ctypes.c_int(number), new, old)
 

@@ -1,4 +1,4 @@
-"""Describes the moment in which memory runs out, while it lasts."""
+"""Describes the moment at which memory runs out, before the error is raised."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices import Device
 
-#: The number of moments of one test that are described in full; of later ones only the
+#: The number of incidents of one test that are described in full. For later ones only the
 #: figures and the site are kept.
 CLOSELY: Final = 8
 _failed = threading.local()
@@ -29,13 +29,13 @@ _witnesses: Final[list[OomWitness]] = []
 
 
 class OomWitness:
-    """Notes every allocation that fails, and whatever else it is told of.
+    """Notes every allocation that fails, and every moment that ``note`` is called for.
 
-    Only plain numbers and words are kept: no tensor lives longer for it. Nothing is
-    looked at until memory runs out. ``also`` is called with each incident while it lasts.
+    Only plain numbers and words are kept, so that no tensor stays alive for it. Nothing is
+    examined until memory runs out. ``also`` is called with each incident when it happens.
 
     Attributes:
-        incidents: What was noted, oldest first.
+        incidents: The incidents, oldest first.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class OomWitness:
         self.incidents: list[Incident] = []
 
     def clear(self) -> None:
-        """Forget what was noted."""
+        """Forget all incidents."""
         failing_rule()
         self.incidents = []
 
@@ -88,11 +88,11 @@ class OomWitness:
     ) -> None:
         """Describe this moment.
 
-        ``frame`` is the innermost frame of the code that asked. A limit that was broken
-        is given in words; there is none for an OOM.
+        ``frame`` is the innermost frame of the code that asked for memory. ``limit``
+        describes the broken limit; it is empty for an OOM.
         """
         if self._pauses or getattr(self._is_busy, "now", False):
-            return  # looking around may itself run out of memory
+            return  # the description itself may run out of memory
         self._is_busy.now = True
         try:
             incident = self._describe(index, nbytes, frame, injected_by, limit)
@@ -114,7 +114,7 @@ class OomWitness:
         stats = device.memory_stats(index)
         free, total = device.mem_get_info(index)
         reserved = stats.get("reserved_bytes.all.current", 0)
-        share = torch.cuda.get_per_process_memory_fraction(index)  # user code's own
+        share = torch.cuda.get_per_process_memory_fraction(index)  # set by user code
         room = min(reserved + free, int(total * share))
         found, note = Survey((), 0, 0, (), 0), ""
         largest = 0
@@ -126,7 +126,7 @@ class OomWitness:
                 largest = _largest_free(device, index)
                 if device.kind == "cuda":
                     processes = other_processes(index)
-            except Exception as error:  # noqa: BLE001  # a witness must not change what it sees
+            except Exception as error:  # noqa: BLE001  # the description must not change the program
                 note = f"what is live could not be looked at: {error!r}"
         else:
             note = f"only the first {CLOSELY} such moments are looked at closely"
@@ -158,7 +158,7 @@ def note_cause(rule: str) -> None:
 
 
 def failing_rule() -> str | None:
-    """Return the rule that is the cause of the thread's failure, once; None without."""
+    """Return and forget the rule that caused this thread's failure; None without one."""
     rule: str | None = getattr(_failed, "rule", None)
     _failed.rule = None
     return rule
@@ -168,7 +168,7 @@ def tell_failed(index: int, nbytes: int, *, is_oom: bool) -> None:
     """Tell the witnesses of a failure that does not come from the allocator."""
     rule = failing_rule()
     if rule is None or not is_oom:
-        return  # the allocator's own observers have seen it
+        return  # the allocator's observers see it, or it is not an OOM
     frame = calling_frame()
     for witness in _witnesses:
         witness.note(index, nbytes, frame, injected_by=rule)
