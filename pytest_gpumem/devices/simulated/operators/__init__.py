@@ -1,12 +1,12 @@
-"""What the simulated card knows about operators: one record each, by family.
+"""The records of operators for the simulated card, with one module for each family.
 
-``registry.py`` says what a record holds, ``requests.py`` how to write down what an
-operator asks of the allocator.
+``registry.py`` describes the fields of a record. ``requests.py`` describes how to write
+the rule for an operator's requests to the allocator.
 """
 
 from __future__ import annotations
 
-from pytest_gpumem.devices.simulated.operators import (  # each adds its rows
+from pytest_gpumem.devices.simulated.operators import (  # each module adds its rows
     attention,
     convolutions,
     drawing,
@@ -25,7 +25,7 @@ from pytest_gpumem.devices.simulated.operators import (  # each adds its rows
 )
 from pytest_gpumem.devices.simulated.operators.registry import find, overloads
 
-#: The families of operators.
+#: The modules of the operator families.
 FAMILIES = (
     attention,
     convolutions,

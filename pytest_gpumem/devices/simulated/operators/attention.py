@@ -1,14 +1,15 @@
-"""Attention as the CUDA kernels hold memory for it.
+"""Attention, with the memory that the CUDA kernels use for it.
 
-A simulated tensor is one of the CPU to C++, so torch would choose the CPU's way to
-compose it, which saves other tensors for backward than CUDA's fused kernels do. Here
-the choice, what is allocated and what is saved are CUDA's; the values are the CPU's.
+In C++ a simulated tensor is a CPU tensor, so torch would choose the CPU's implementation
+of attention. That implementation saves other tensors for backward than CUDA's fused
+kernels do. This module chooses the kernel, allocates memory and saves tensors as CUDA
+does; the CPU computes the values.
 
 Sources, torch 2.13, ``aten/src/ATen/native``: ``transformers/cuda/sdp_utils.cpp`` (which
-kernel runs), ``transformers/attention.cpp`` (what is done around it),
-``transformers/cuda/attention.cu`` and ``attention_backward.cu`` (what the
-memory-efficient kernels ask for), ``transformers/cuda/flash_attn/flash_api.cpp``
-(``mha_fwd``, ``mha_bwd``). Sizes of workspaces are in
+kernel runs), ``transformers/attention.cpp`` (the steps before and after the kernel),
+``transformers/cuda/attention.cu`` and ``attention_backward.cu`` (the memory that the
+memory-efficient kernels request), ``transformers/cuda/flash_attn/flash_api.cpp``
+(``mha_fwd``, ``mha_bwd``). The sizes of workspaces are in
 ``kernels/attention_memory.py``.
 """
 
@@ -42,28 +43,33 @@ if TYPE_CHECKING:
 
 _math_attention: Final[Any] = torch.ops.aten._scaled_dot_product_attention_math.default
 
-#: A mask's rows start at a multiple of so many numbers. Source: ``preprocess_mask``.
+#: Each row of a mask starts at a multiple of this many elements.
+#: Source: ``preprocess_mask``.
 _ALIGN_BIAS: Final = 16
-#: Heads of the flash kernels are padded to a multiple of this. Source: ``pad_last_dim``.
+#: The width of a head is padded to a multiple of this for the flash kernels.
+#: Source: ``pad_last_dim``.
 _ALIGN_HEAD: Final = 8
 #: Widest head of the flash kernels. Source: ``check_head_dim_size_flash``.
 _WIDEST_FLASH: Final = 256
 _HALVES: Final = (torch.float16, torch.bfloat16)
 _FLOAT_BYTES: Final = 4
-#: What the flash kernels keep of the random state, and a number that is not used.
+#: Bytes of the random state that the flash kernels keep, and of a number that they
+#: allocate and do not use.
 _STATE_BYTES: Final = 16
 _UNUSED_BYTES: Final = 8
 
 
 class AttentionArguments(NamedTuple):
-    """The arguments of one call that are no tensors.
+    """The arguments of one call that are not tensors.
 
     Attributes:
         dropout_p: Probability that a score is dropped.
-        is_causal: Whether a row sees no later column.
-        scale: Of the scores; None: one over the root of the head's width.
+        is_causal: Whether a row attends only to its own and earlier columns.
+        scale: Factor of the scores; None means one divided by the square root of the
+            head's width.
         enable_gqa: Whether several query heads may share a key head.
-        width: Of a head, where the kernel gets wider ones; None: as they are.
+        width: Width of a head before it was padded for the kernel; None if it was not
+            padded.
     """
 
     dropout_p: float = 0.0
@@ -73,18 +79,18 @@ class AttentionArguments(NamedTuple):
     width: int | None = None
 
 
-def choose_kernel(  # noqa: PLR0917  # one call's operands
+def choose_kernel(  # noqa: PLR0917  # the operands of one call
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
     capability: tuple[int, int],
-    settings: AttentionArguments = AttentionArguments(),  # noqa: B008  # a tuple
+    settings: AttentionArguments = AttentionArguments(),  # noqa: B008  # an immutable tuple
 ) -> str:
-    """Return which kernel CUDA runs: ``"flash"``, ``"efficient"`` or ``"math"``.
+    """Return the kernel that CUDA runs: ``"flash"``, ``"efficient"`` or ``"math"``.
 
-    Limits: cuDNN's kernel, which torch tries first on cards of compute capability 9 and
-    10 and last on others, is never chosen.
+    Limits: cuDNN's kernel is never chosen. Torch tries it first on cards of compute
+    capability 9 and 10, and last on other cards.
     """
     tensors = (query, key, value)
     is_plain = (
@@ -105,7 +111,7 @@ def choose_kernel(  # noqa: PLR0917  # one call's operands
     return "math"
 
 
-def _may_be_flash(  # noqa: PLR0917  # one call's operands
+def _may_be_flash(  # noqa: PLR0917  # the operands of one call
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -120,8 +126,8 @@ def _may_be_flash(  # noqa: PLR0917  # one call's operands
     grows = torch.is_grad_enabled() and any(
         each.requires_grad for each in (query, key, value)
     )
-    is_small = (8, 6) <= capability <= (8, 9) or capability[0] == 12  # noqa: PLR2004  # as the source's name says
-    is_too_wide = 192 < width <= 224 or (width > 224 and settings.dropout_p > 0)  # noqa: PLR2004  # likewise
+    is_small = (8, 6) <= capability <= (8, 9) or capability[0] == 12  # noqa: PLR2004  # the source is named after these capabilities
+    is_too_wide = 192 < width <= 224 or (width > 224 and settings.dropout_p > 0)  # noqa: PLR2004  # the source's widths
     return (
         torch.backends.cuda.flash_sdp_enabled()
         and mask is None
@@ -169,7 +175,7 @@ def attention(  # noqa: PLR0917  # the operator's signature
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """``aten.scaled_dot_product_attention`` by the kernel that CUDA would choose."""
+    """Run ``aten.scaled_dot_product_attention`` with the kernel that CUDA would choose."""
     __tracebackhide__ = True
     tensors = (query, key, value)
     settings = AttentionArguments(dropout_p, is_causal, scale, enable_gqa)
@@ -178,7 +184,7 @@ def attention(  # noqa: PLR0917  # the operator's signature
         capability = query._gpumem_card.card.compute_capability
         kernel = choose_kernel(*tensors, attn_mask, capability, settings)
     if attn_mask is not None and is_causal:
-        # torch's own error.
+        # torch raises its own error.
         return _math_attention(*tensors, attn_mask, dropout_p, is_causal)[0]
     mask = None if attn_mask is None else _as_bias(attn_mask, query.dtype)
     if kernel == "flash":
@@ -200,18 +206,18 @@ def attention(  # noqa: PLR0917  # the operator's signature
 
 
 def _as_bias(mask: Any, dtype: torch.dtype) -> Any:
-    """Turn a mask of booleans into numbers to add: ``convert_boolean_attn_mask``."""
+    """Convert a mask of booleans to an additive mask: ``convert_boolean_attn_mask``."""
     if mask.dtype is not torch.bool:
         return mask
     shown = torch.zeros((), dtype=dtype, device=mask.device)
     hidden = torch.full((), -math.inf, dtype=dtype, device=mask.device)
     bias = torch.where(mask, shown, hidden)
-    del hidden  # before the other, as C++ does
+    del hidden  # freed before the other tensor, as in C++
     return bias
 
 
 def _aligned(mask: Any) -> Any:
-    """Give a mask rows of an aligned length: ``preprocess_mask``."""
+    """Pad the rows of a mask to an aligned length: ``preprocess_mask``."""
     length = mask.shape[-1]
     if mask.stride(-1) == 1 and all(
         each % _ALIGN_BIAS == 0 for each in mask.stride()[:-1]
@@ -222,7 +228,7 @@ def _aligned(mask: Any) -> Any:
 
 
 def _flash(query: Any, key: Any, value: Any, settings: AttentionArguments) -> Any:
-    """Run the flash kernel, on padded heads where it needs them."""
+    """Run the flash kernel, with padded heads if it needs them."""
     __tracebackhide__ = True
     width = query.shape[-1]
     missing = -width % _ALIGN_HEAD
@@ -238,10 +244,10 @@ def _flash(query: Any, key: Any, value: Any, settings: AttentionArguments) -> An
 def _composed(
     query: Any, key: Any, value: Any, mask: Any, settings: AttentionArguments
 ) -> Any:
-    """Attention of other operators: ``_scaled_dot_product_attention_math``."""
+    """Compose attention of other operators: ``_scaled_dot_product_attention_math``."""
     __tracebackhide__ = True
     dtype = query.dtype
-    # C++ keeps each of them to the end.
+    # C++ keeps each of these tensors until the function returns.
     kept = [query, key, value]
     reduces = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
     if dtype in _HALVES and not reduces:
@@ -270,14 +276,14 @@ def _composed(
     del scores
     if settings.dropout_p > 0:
         shares = torch.dropout(shares, settings.dropout_p, True)
-    # The operator returns these as well.
+    # The operator also returns the attention weights.
     returned = shares.to(dtype)
     result = torch.matmul(shares, value).to(dtype)
     del returned, kept
     return result
 
 
-def _fused(  # noqa: PLR0917  # one call's operands
+def _fused(  # noqa: PLR0917  # the operands of one call
     query: Any,
     key: Any,
     value: Any,
@@ -293,15 +299,16 @@ def _fused(  # noqa: PLR0917  # one call's operands
 
 
 class _FusedOnHost:
-    """The CPU's values for attention that it fuses and the card composes.
+    """The CPU's values for attention that the CPU fuses and the card composes.
 
-    Groups of heads in single precision are the common case. Bytes, and what is saved for
-    backward, are those of the composed operators; values and gradients are put in place
-    of theirs, which differ in the last bit. Nothing of the card's is kept here.
+    The most common case is grouped heads in single precision. The bytes and the tensors
+    saved for backward are those of the composed operators. Their values and gradients are
+    replaced by those of the CPU's fused kernel, because the two differ in the last bit.
+    This object keeps no memory of the card.
     """
 
     def __init__(self, tensors: Any, mask: Any, settings: Any, *, groups: bool) -> None:
-        # Copies: the values' own storages hold bytes of the card.
+        # The values are copied, because their storages hold bytes of the card.
         with HOST_ROOM, on_tape(tensors[0]._gpumem_card):
             self._values = [each._gpumem_value.detach().clone() for each in tensors]
         self._mask, self._settings, self._groups = mask, settings, groups
@@ -315,9 +322,9 @@ class _FusedOnHost:
         tensors: Any,
         mask: Any,
         settings: Any,
-        groups: bool,  # noqa: FBT001  # the operator's own
+        groups: bool,  # noqa: FBT001  # the operator's signature
     ) -> _FusedOnHost | None:
-        """Return what the CPU makes of operands; None where it composes them, too."""
+        """Return the CPU's fused attention of the operands; None if the CPU composes it."""
         dropout_p, is_causal, scale = settings
         values = [each._gpumem_value for each in tensors]
         if values[0].device.type == "meta" or dropout_p > 0:
@@ -338,7 +345,7 @@ class _FusedOnHost:
         return cls(tensors, mask, settings, groups=groups)
 
     def watch(self, index: int, operand: Any) -> Any:
-        """Return an operand to compose of, which will get the CPU's gradient."""
+        """Return an operand for the composed operators; it will get the CPU's gradient."""
         if not (torch.is_grad_enabled() and operand.requires_grad):
             return operand
         watched = operand.view_as(operand)
@@ -346,7 +353,7 @@ class _FusedOnHost:
         return watched
 
     def give_values(self, composed: Any) -> None:
-        """Put the CPU's values into a result, and wait for its gradient."""
+        """Copy the CPU's values into a result, and register a hook for its gradient."""
         with on_tape(composed._gpumem_card):
             composed._gpumem_value.copy_(self._compute(self._values))
         if composed.requires_grad:
@@ -369,10 +376,10 @@ class _FusedOnHost:
             )
 
     def _see(self, grad: Any) -> None:
-        """Keep the result's gradient.
+        """Keep the gradient of the result.
 
-        Where gradients are differentiated again, an operand's comes by other ways than
-        the result, too, from then on: they all keep the values of their graph.
+        If gradients are differentiated again, an operand's gradient no longer comes only
+        from the result. From then on, all gradients keep the values of their graph.
         """
         self._is_plain = self._is_plain and not torch.is_grad_enabled()
         is_known = self._is_plain and type(grad) is SimulatedTensor
@@ -383,7 +390,7 @@ class _FusedOnHost:
         self._found = ()
 
     def _take(self, index: int, grad: Any) -> None:
-        """Put the CPU's gradient of an operand in place of the composed one."""
+        """Replace an operand's composed gradient by the gradient that the CPU computes."""
         if self._grad is None or type(grad) is not SimulatedTensor:
             return
         with on_tape(grad._gpumem_card):
@@ -396,10 +403,10 @@ class _FusedOnHost:
 
 
 class _Attention(torch.autograd.Function):
-    """A fused kernel: keeps its operands, its result and a logarithm for each row."""
+    """A fused kernel: it saves its operands, its result and a logarithm for each row."""
 
     @staticmethod
-    def forward(  # noqa: PLR0917  # autograd passes them so
+    def forward(  # noqa: PLR0917  # autograd passes positional arguments
         ctx: Any, query: Any, key: Any, value: Any, bias: Any, options: Any
     ) -> Any:
         __tracebackhide__ = True
@@ -457,9 +464,9 @@ def _flash_forward(
     key: Any,
     value: Any,
     settings: AttentionArguments,
-    _saves: bool,  # noqa: FBT001  # its own
+    _saves: bool,  # noqa: FBT001  # autograd passes positional arguments
 ) -> tuple[Any, list[Any]]:
-    """Return an empty result, and what is kept beside it: ``mha_fwd``."""
+    """Return an empty result and the other tensors that are kept: ``mha_fwd``."""
     __tracebackhide__ = True
     del value
     card = query._gpumem_card
@@ -479,7 +486,7 @@ def _flash_forward(
     ]
     state, unused = _kept(card, _STATE_BYTES), _kept(card, _UNUSED_BYTES)
     if settings.dropout_p > 0:
-        state = _kept(card, _STATE_BYTES)  # in place of the first
+        state = _kept(card, _STATE_BYTES)  # replaces the first one
     del parts
     return out, [logarithms, state, unused]
 
@@ -489,9 +496,9 @@ def _efficient_forward(
     key: Any,
     value: Any,
     settings: AttentionArguments,
-    saves: bool,  # noqa: FBT001  # its own
+    saves: bool,  # noqa: FBT001  # autograd passes positional arguments
 ) -> tuple[Any, list[Any]]:
-    """Return an empty result, and what is kept: ``_efficient_attention_forward``."""
+    """Return an empty result and the kept tensors: ``_efficient_attention_forward``."""
     __tracebackhide__ = True
     del key, settings
     card = query._gpumem_card
@@ -508,7 +515,7 @@ def _efficient_forward(
 
 
 def _flash_backward(grad: Any, query: Any, key: Any, value: Any, out: Any) -> list[Any]:
-    """Return empty gradients, with what else ``mha_bwd`` asks for."""
+    """Return empty gradients, and request the temporary memory of ``mha_bwd``."""
     __tracebackhide__ = True
     card = query._gpumem_card
     batch, heads, rows, width = query.shape
@@ -534,10 +541,13 @@ def _flash_backward(grad: Any, query: Any, key: Any, value: Any, out: Any) -> li
     return grads
 
 
-def _efficient_backward(  # noqa: PLR0917  # the operator's own
+def _efficient_backward(  # noqa: PLR0917  # the operator's signature
     grad: Any, query: Any, key: Any, value: Any, bias: Any, settings: AttentionArguments
 ) -> list[Any]:
-    """Return empty gradients, with what else ``_efficient_attention_backward`` asks for."""
+    """Return empty gradients, and request the temporary memory of the backward.
+
+    Source: ``_efficient_attention_backward``.
+    """
     __tracebackhide__ = True
     card = query._gpumem_card
     batch, heads, rows, width = query.shape
@@ -571,7 +581,10 @@ def _efficient_backward(  # noqa: PLR0917  # the operator's own
 
 
 def _composed_delta(card: SimulatedCard, value_width: int, query: Any) -> Memory:
-    """Ask for what composes the rows' dot products of gradient and result."""
+    """Request the memory of the operators that compute the rows' dot products.
+
+    They are the dot products of the gradient and the result.
+    """
     __tracebackhide__ = True
     batch, heads, rows, _width = query.shape
     nbytes = batch * heads * rows * _FLOAT_BYTES
@@ -586,14 +599,14 @@ def _composed_delta(card: SimulatedCard, value_width: int, query: Any) -> Memory
 
 
 def _contiguous_rows(tensor: Any) -> Iterator[Memory]:
-    """Ask for a contiguous copy of a tensor with rows before heads, if it is none."""
+    """Request a contiguous copy of a tensor with rows before heads, if necessary."""
     __tracebackhide__ = True
     if not tensor._gpumem_value.transpose(1, 2).is_contiguous():
         yield _scratch(tensor._gpumem_card, tensor.numel() * tensor.element_size())
 
 
 def _empty_like_rows(like: Any) -> Any:
-    """Return what ``empty_like`` makes of a tensor with rows before heads."""
+    """Return the result of ``empty_like`` for a tensor with rows before heads."""
     __tracebackhide__ = True
     card = like._gpumem_card
     memory = Memory(card, like.numel() * like.element_size())
@@ -616,7 +629,7 @@ def _empty_rows_first(like: Any, width: int) -> Any:
 
 
 def _empty_bias(bias: Any) -> Any:
-    """Return an empty gradient of a bias, its rows of an aligned length."""
+    """Return an empty gradient of a bias; its rows have an aligned length."""
     __tracebackhide__ = True
     card = bias._gpumem_card
     *outer, length = bias.shape
@@ -628,7 +641,7 @@ def _empty_bias(bias: Any) -> Any:
 
 
 def _kept(card: SimulatedCard, nbytes: int) -> Any:
-    """Return bytes on the card that are kept for backward; nobody reads them."""
+    """Return a tensor of bytes on the card that is kept for backward and never read."""
     __tracebackhide__ = True
     memory = Memory(card, nbytes)
     value = torch.empty(nbytes, dtype=torch.uint8, device=card.value_device)
@@ -637,13 +650,13 @@ def _kept(card: SimulatedCard, nbytes: int) -> Any:
 
 
 def _scratch(card: SimulatedCard, nbytes: int) -> Memory:
-    """Hold bytes on the card that nobody reads."""
+    """Hold bytes on the card that are never read."""
     __tracebackhide__ = True
     return Memory(card, nbytes)
 
 
 def _move(query: Any, key: Any, kernel: str) -> int:
-    """Return by how much a kernel that drops moves the generator's offset.
+    """Return the step by which dropout in a kernel advances the generator's offset.
 
     Source: ``mha_fwd`` of ``transformers/cuda/flash_attn/flash_api.cpp`` (32 for each
     head), ``_efficient_attention_forward`` of ``transformers/cuda/attention.cu`` (one for
@@ -655,7 +668,7 @@ def _move(query: Any, key: Any, kernel: str) -> int:
 
 
 def _draw_seed(card: SimulatedCard) -> int:
-    """Draw what dropout's mask is made from, once for forward and again for backward."""
+    """Draw the seed of dropout's mask; forward and backward use the same seed."""
     seed = torch.empty((), dtype=torch.int64, device="cpu")
     return int(torch.ops.aten.random_(seed, generator=generator_of(card)))
 
@@ -670,9 +683,9 @@ def _compute(
 
     Args:
         values: Query, key and value.
-        mask: To be added to the scores.
-        settings: Of the call.
-        seed: What dropout's mask is made from; None without dropout.
+        mask: The mask that is added to the scores.
+        settings: The other arguments of the call.
+        seed: The seed of dropout's mask; None without dropout.
     """
     if settings.width is not None:
         values = [each[..., : settings.width] for each in values]

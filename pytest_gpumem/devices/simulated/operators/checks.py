@@ -1,12 +1,12 @@
-"""Which devices an operator takes operands of, held to torch's own rules.
+"""Checks the devices of an operator's operands by torch's own rules.
 
 Note [Device checks]
-A card's kernel checks its operands in one of two ways, as ``native_functions.yaml`` says.
-Generated code compares all of them with the first one, single numbers too. Operators
-marked ``device_check: NoCheck`` leave it to ``TensorIterator``, which takes a single
-number of the host where it only reads it (``iterated``), or have a check of their own.
+A card's kernel checks its operands in one of two ways; ``native_functions.yaml`` says in
+which. Generated code compares all operands with the first one, including single numbers.
+Operators marked ``device_check: NoCheck`` use ``TensorIterator``, which accepts a single
+host number that is only read (``iterated``), or they have their own check.
 
-A check raises RuntimeError with torch's text.
+A check raises RuntimeError with torch's message.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Operand:
-    """An operand: its argument's name, whether it is written to, and the tensor."""
+    """An operand: the name of its argument, whether it is written to, and the tensor."""
 
     __slots__ = ("device", "is_out", "is_written", "name", "tensor")
 
@@ -44,9 +44,9 @@ class Operand:
 
 
 def checking(func: Any, operator: Operator) -> Callable[[Any, Any, Operands], None]:
-    """Return what holds an operator's operands to the devices that it takes together.
+    """Return a function that checks the devices of an operator's operands.
 
-    It is called where one of them is on the host or on another card.
+    The function is called if one operand is on the host or on another card.
     """
     check = operator.check or declared
 
@@ -55,8 +55,8 @@ def checking(func: Any, operator: Operator) -> Callable[[Any, Any, Operands], No
         if operands.strays is None:
             if operator.takes_host or in_backward():
                 return
-            # Where no values are kept, operators that torch composes in C++ make their
-            # helpers on what it takes for the tensors' device.
+            # For tensors without values, operators that torch composes in C++ create helper
+            # tensors on the device that C++ sees.
             host, card = operands.host, operands.card
             if (
                 host is not None
@@ -84,15 +84,16 @@ def _places(func: Any, args: Any, kwargs: Any) -> list[Operand]:
 
 
 def _is_no_tangent(tensor: torch.Tensor) -> bool:
-    """Tell whether forward AD has made a tensor, in place of a tangent that is not there.
+    """Return whether forward AD has created a tensor in place of a missing tangent.
 
-    It is one zero, laid out as the others are, on what C++ takes for their device.
+    Such a tensor is a single zero with the layout of the other operands, on the device
+    that C++ sees.
 
     Source: ``ZeroTensorFallback.cpp``.
     """
     return (
         type(tensor) is torch.Tensor
-        and (forward_ad._current_level >= 0 or are_transforms_active())  # no public way
+        and (forward_ad._current_level >= 0 or are_transforms_active())  # not public
         and tensor.is_cpu
         and not any(tensor.stride())
         and tensor.untyped_storage().nbytes() == tensor.itemsize
@@ -101,11 +102,11 @@ def _is_no_tangent(tensor: torch.Tensor) -> bool:
 
 
 def declared(func: Any, places: list[Operand]) -> None:
-    """Check as the declaration says: in generated code, or as ``TensorIterator`` does.
+    """Check as declared: as generated code does, or as ``TensorIterator`` does.
 
     Source: ``gen_device_check`` and ``wrapper_kernel_sig`` of
-    ``torchgen/dest/register_dispatch_key.py``: ``out=`` comes first, and what is not
-    structured has its overload in its name.
+    ``torchgen/dest/register_dispatch_key.py``: ``out=`` comes first, and the name of an
+    operator that is not structured includes its overload.
     """
     declaration = declaration_of(func)
     if not declaration.checks_devices:
@@ -121,7 +122,7 @@ def declared(func: Any, places: list[Operand]) -> None:
 
 
 def compare_devices(name: str, places: list[Operand]) -> None:
-    """Compare all operands with the first one, in the name of a kernel.
+    """Compare all operands with the first one; an error names the kernel.
 
     Source: ``common_device_check_failure`` of ``c10/core/impl``.
     """
@@ -136,7 +137,7 @@ def compare_devices(name: str, places: list[Operand]) -> None:
 
 
 def iterated(func: Any, places: list[Operand]) -> None:
-    """Check as ``TensorIterator`` does, which reads single numbers of the host.
+    """Check as ``TensorIterator`` does, which accepts single host numbers.
 
     Source: ``TensorIteratorBase::compute_types`` of ``aten/src/ATen/TensorIterator.cpp``;
     ``resize_out`` of ``torchgen/dest/register_dispatch_key.py``.

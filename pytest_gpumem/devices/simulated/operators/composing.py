@@ -1,11 +1,11 @@
-"""Ways to compose an operator of others anew, above autograd.
+"""Functions that compose an operator of other operators, above autograd.
 
-C++ that composes asks tensors for their device and is told the host: it makes helpers
-there, or takes a branch that a card's tensors do not take. What comes to a card's own
-kernels again is left to C++.
+When C++ composes an operator, it reads the tensors' device, which is the host. It then
+creates helper tensors on the host, or takes a branch that it does not take for a card's
+tensors. Operators that reach a card's own kernels all the same are left to C++.
 
-Each function here is what the field ``composed`` of a record takes: it returns the
-kernel of an overload, or None where that needs none.
+Each function here is a value for the field ``composed`` of a record: it returns the
+kernel for an overload, or None if the overload needs none.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _DENSE = torch.contiguous_format
 
 
 def packing(func: Any) -> Kernel | None:
-    """Compute into dense tensors what the CPU's kernel writes past strides of ``out=``."""
+    """Compute into dense tensors if the CPU's kernel ignores the strides of ``out=``."""
     names = [each.name for each in func._schema.arguments if each.is_out]
     if not names:
         return None
@@ -51,9 +51,9 @@ def packing(func: Any) -> Kernel | None:
 
 
 def widening(func: Any) -> Kernel:
-    """Compute in single precision what the CPU cannot compute in half; round after.
+    """Compute in single precision, then round, if the CPU has no kernel for half.
 
-    A card's kernels do so as well, in registers.
+    A card's kernels do the same in registers.
     """
     names = [each.name for each in func._schema.arguments if each.is_out]
     functional = _without_out(func) if names else func
@@ -95,24 +95,24 @@ def _is_of(value: Any, dtypes: Collection[torch.dtype]) -> bool:
 
 
 def on_cpu_alone(func: Any) -> Kernel:
-    """Refuse, as a card does, what has kernels for the CPU alone."""
+    """Refuse an operator that has kernels only for the CPU, as a card does."""
     return lambda *_args, **_options: refuse_backend(func)
 
 
 def refusal_of(feature: str) -> Callable[[Any], Kernel]:
-    """Refuse what cannot be simulated, by its name in ``refusals.py``."""
+    """Refuse a feature that cannot be simulated, by its name in ``refusals.py``."""
     return lambda _func: refusing(feature)
 
 
 def only(kernel: Kernel, overload: str = "default") -> Callable[[Any], Kernel | None]:
-    """Compose one overload by a function."""
+    """Use a function as the kernel of one overload."""
     return lambda func: kernel if func._overloadname == overload else None
 
 
 def on_host(func: Any) -> Kernel:
-    """Compute on the host as a whole, and move the result to the card.
+    """Compute the whole operator on the host, and move the result to the card.
 
-    Gradients flow through the moves. Limits: what is saved for backward is held on
+    Gradients flow through these moves. Limits: tensors saved for backward are held on
     the host, not on the card.
     """
     into = into_out(func)
@@ -136,14 +136,14 @@ def on_host(func: Any) -> Kernel:
 def into_out(
     func: Any, *, casts: bool = False, keeps_strides: bool = True
 ) -> Kernel | None:
-    """Compute what an overload with ``out=`` returns by the one without; put it there.
+    """Run the overload without ``out=``, and copy its result to ``out``.
 
-    C++ computes into helpers that it makes on the host. Limits: the results take their
-    bytes beside those of ``out``.
+    C++ would compute into helper tensors on the host. Limits: the results take bytes in
+    addition to those of ``out``.
 
     Args:
-        func: The overload.
-        casts: Whether ``out`` may be of another type, where a result can be cast to it.
+        func: The overload with ``out=``.
+        casts: Whether ``out`` may have another dtype to which the result can be cast.
         keeps_strides: Whether an ``out`` of another size gets the strides of the result.
     """
     names = [each.name for each in func._schema.arguments if each.is_out]
@@ -173,7 +173,7 @@ def into_out(
 
 
 def _without_out(func: Any) -> Any:
-    """Return the overload that takes the same arguments but ``out=``."""
+    """Return the overload that takes the same arguments except ``out=``."""
     wanted = _taken(func)
     packet = func.overloadpacket
     others = (getattr(packet, name) for name in packet.overloads())
@@ -190,7 +190,7 @@ def _spelt(dtype: torch.dtype) -> str:
 
 
 def landing(func: Any) -> Kernel | None:
-    """Put a result on the card that C++ may have made anew on the host."""
+    """Move a result to the card if C++ has created it on the host."""
     if func._schema.is_mutable:
         return None
 

@@ -30,7 +30,7 @@ _aten = torch.ops.aten
 
 
 def _types(_func: Any, places: list[Operand]) -> None:
-    """Check as ``check_input_same_type_as_parameters`` does: types before devices."""
+    """Check dtypes before devices, as ``check_input_same_type_as_parameters`` does."""
     source = places[0]
     for each in places[1:]:
         if each.device.type != source.device.type:
@@ -45,7 +45,7 @@ _CHECK = "Convolution.cpp, check_input_same_type_as_parameters"
 
 
 def _kernel(args: tuple[Any, ...]) -> str:
-    """Name the kernel for whole numbers, which cuDNN does not take.
+    """Return the name of the kernel for integers, which cuDNN does not support.
 
     Source: ``_select_conv_backend`` of ``Convolution.cpp``; ``slow_conv2d_forward`` and
     ``slow_conv_dilated_all_cuda_template`` of ``cuda``.
@@ -53,7 +53,7 @@ def _kernel(args: tuple[Any, ...]) -> str:
     source, dilation, is_transposed = args[0], args[5], args[6]
     if source.dtype not in INTEGERS:
         return ""
-    dimensions = max(source.dim() - 2, 2)  # one is taken for two
+    dimensions = max(source.dim() - 2, 2)  # one dimension is treated as two
     if is_transposed:
         return f"slow_conv_transpose{dimensions}d_out_cuda"
     is_plain = dimensions == 2 and all(each == 1 for each in dilation)  # noqa: PLR2004  # images
@@ -61,7 +61,7 @@ def _kernel(args: tuple[Any, ...]) -> str:
 
 
 class _Layer:
-    """One convolution without cuDNN: what its kernels make columns of, by group."""
+    """One convolution without cuDNN, whose kernels make columns for each group."""
 
     def __init__(self, call: Call) -> None:
         self.groups: int = call["groups"]
@@ -71,12 +71,12 @@ class _Layer:
         self.is_dilated = any(each != 1 for each in call["dilation"])
         self.itemsize = self.source.itemsize
         self.batch = self.source.shape[0]
-        # One dimension is taken for two: ``view1d_as_2d``.
+        # One dimension is treated as two: ``view1d_as_2d``.
         self.dimensions = max(self.source.dim() - 2, 2)
 
     @property
     def is_depthwise(self) -> bool:
-        """Whether each channel has its own kernels: ``is_depthwise``."""
+        """Whether the filters of each channel are separate: ``is_depthwise``."""
         channels = self.source.shape[1]
         return (
             not self.is_transposed
@@ -85,17 +85,17 @@ class _Layer:
         )
 
     def columns(self, result: torch.Tensor) -> Temporary:
-        """Return a group's columns for one image: a column for each place."""
+        """Return a group's columns for one image: a column for each position."""
         places = math.prod((self.source if self.is_transposed else result).shape[2:])
         rows = self.weight.numel() // self.weight.shape[0]
         return Temporary(rows * places * self.itemsize)
 
     def part(self, tensor: torch.Tensor) -> Temporary:
-        """Return a group's share of a tensor."""
+        """Return the part of a tensor that belongs to one group."""
         return Temporary(tensor.numel() // self.groups * self.itemsize)
 
     def copies(self, *tensors: torch.Tensor) -> list[Temporary]:
-        """Return copies of a group's channels, where they lie apart."""
+        """Return copies of a group's channels if they are not contiguous."""
         return [
             self.part(each)
             for each in tensors
@@ -104,7 +104,7 @@ class _Layer:
 
 
 def _laid(*tensors: torch.Tensor | None) -> list[Temporary]:
-    """Return copies of what does not lie in a row, as parts of complex numbers."""
+    """Return copies of the tensors that are not contiguous, such as a real part."""
     return [
         copy_of(each)
         for each in tensors
@@ -113,8 +113,8 @@ def _laid(*tensors: torch.Tensor | None) -> list[Temporary]:
 
 
 def _without_cudnn(call: Call) -> Iterable[RequestStep]:
-    """Ask for what PyTorch's own kernels ask for; cuDNN's workspaces are not known."""
-    if torch._C._get_cudnn_enabled():  # torch.backends.cudnn.enabled, read faster
+    """Request the memory of PyTorch's own kernels; cuDNN's workspaces are not known."""
+    if torch._C._get_cudnn_enabled():  # faster than torch.backends.cudnn.enabled
         return ()
     return _forward(_Layer(call), call)
 
@@ -135,7 +135,7 @@ def _forward(layer: _Layer, call: Call) -> Iterator[RequestStep]:
         return
     parts: list[Temporary] = []
     for _group in range(layer.groups):
-        # The copy of the whole, if there is one, lies in a row.
+        # A copy of the whole tensor, if there is one, is contiguous.
         copies = [layer.part(layer.source)] if layer.batch > 1 else []
         part = layer.part(result)
         yield from copies
@@ -153,10 +153,10 @@ def _convolved(
     bias: torch.Tensor | None,
     laid: list[Temporary],
 ) -> Iterator[RequestStep]:
-    """Ask for one group's result and its columns."""
+    """Request one group's result and its columns."""
     small = None
     if layer.is_transposed and layer.dimensions == 3:  # noqa: PLR2004  # volumes
-        small = layer.part(layer.source)  # the result before it grows
+        small = layer.part(layer.source)  # the result before it is resized
         yield small
     yield part
     if small is not None:
@@ -172,8 +172,8 @@ def _convolved(
 
 
 def _backward_without_cudnn(call: Call) -> Iterable[RequestStep]:
-    """Ask for what PyTorch's own kernels ask for in a gradient."""
-    if torch._C._get_cudnn_enabled():  # torch.backends.cudnn.enabled, read faster
+    """Request the memory of PyTorch's own kernels for a gradient."""
+    if torch._C._get_cudnn_enabled():  # faster than torch.backends.cudnn.enabled
         return ()
     layer = _Layer(call)
     if not call["grad_output"].numel():
@@ -188,8 +188,9 @@ def _each_channel_backward(layer: _Layer, call: Call) -> Iterator[RequestStep]:
     source, weight = _laid(layer.source), _laid(layer.weight)
     yield from (*gradient, *source)
     yield Results(1)
-    # An image's goes with the kernel of the weight; a signal's is made before both.
-    early, late = ([], source) if layer.source.dim() == 3 else (source, [])  # noqa: PLR2004  # a signal
+    # The copy of an image is freed after the kernel of the weight's gradient. The copy
+    # of a one-dimensional source is shared by both kernels and freed after them.
+    early, late = ([], source) if layer.source.dim() == 3 else (source, [])  # noqa: PLR2004  # one dimension
     yield from map(Free, early)
     yield from weight
     yield Results(0)
@@ -230,19 +231,19 @@ def _gradients(
     wanted: list[bool],
     laid: list[Temporary],
 ) -> Iterator[RequestStep]:
-    """Ask for one group's gradients and their columns.
+    """Request one group's gradients and their columns.
 
     Args:
         layer: The convolution.
-        gradient: Of its result.
-        steps: How to ask for the gradients of source, weight and bias.
-        wanted: Which of them are.
-        laid: The copy of the gradient, if it needs one.
+        gradient: The gradient of the convolution's result.
+        steps: The requests for the gradients of source, weight and bias.
+        wanted: Which of these three gradients are needed.
+        laid: The contiguous copy of ``gradient``, if one is needed.
     """
     of_source, of_weight, of_bias = steps
     columns = layer.columns(gradient)
     if layer.is_transposed:
-        # Two kernels, each with a copy of its own.
+        # There are two kernels, and each makes its own copy.
         if wanted[0]:
             yield from (*laid, of_source, columns, Free(columns), *map(Free, laid))
         if any(wanted[1:]):
@@ -285,19 +286,19 @@ register(
 
 # -- recurrent layers -----------------------------------------------------------------
 
-# Its biases, where a layer has none, are the host's.
+# For a layer without biases, C++ creates biases on the host.
 register("mkldnn_rnn_layer", takes_host=True, source="mkldnn/RNN.cpp, mkldnn_rnn_layer")
 
 
 def _pack_padded_sequence(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
-    """``_pack_padded_sequence``: lengths and batch sizes are the host's.
+    """Run ``_pack_padded_sequence``; lengths and batch sizes are on the host.
 
     Raises:
-        RuntimeError: The lengths lie on a card (torch's text).
+        RuntimeError: The lengths are on a card (torch's message).
     """
     source, lengths, batch_first = args
     if isinstance(lengths, SimulatedTensor):
-        raise RuntimeError(  # noqa: TRY004  # torch's own class
+        raise RuntimeError(  # noqa: TRY004  # torch raises this class
             "'lengths' argument should be a 1D CPU int64 tensor, but got "
             f"{lengths.dim()}D {lengths.device} Long tensor"
         )
@@ -313,7 +314,7 @@ def _pad_sequence(
     padding_value: float = 0.0,
     padding_side: str = "right",
 ) -> torch.Tensor:
-    """``pad_sequence``: one large tensor, filled row by row."""
+    """Run ``pad_sequence``: one large tensor is filled row by row."""
     longest = max(len(sequence) for sequence in sequences)
     first = sequences[0]
     outer = (len(sequences), longest) if batch_first else (longest, len(sequences))
@@ -332,7 +333,7 @@ def _pad_packed_sequence(
     padding_value: float,
     total_length: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``_pad_packed_sequence``: steps of one batch size are copied together."""
+    """Run ``_pad_packed_sequence``: steps of equal batch size are copied together."""
     sizes = batch_sizes.tolist()
     longest = max(total_length, len(sizes))
     padded = data.new_full((longest, sizes[0], *data.shape[1:]), padding_value)

@@ -1,8 +1,8 @@
 """Reads torch's own declarations of its operators, from files that come with torch.
 
-``native_functions.yaml`` is there for programs that generate code, ``autocast_mode.h``
-for extensions. They are searched as text: that takes no YAML library and no compiler,
-and is right for whatever version is installed.
+``native_functions.yaml`` is installed for code generators, ``autocast_mode.h`` for
+extensions. Both files are searched as text. That needs no YAML library and no compiler,
+and is correct for whichever version is installed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Declaration:
     """The declaration of one overload.
 
     Attributes:
-        is_structured: Whether its code is generated around a ``structured`` kernel.
-        checks_devices: Whether generated code compares its operands' devices.
+        is_structured: Whether the overload's code is generated for a ``structured`` kernel.
+        checks_devices: Whether generated code compares the operands' devices.
     """
 
     is_structured: bool
@@ -41,8 +41,8 @@ def _text() -> str:
 def declaration_of(func: Any) -> Declaration:
     """Return the declaration of an overload.
 
-    An operator that a library registered is declared nowhere, and none of its code is
-    generated.
+    An operator that a library has registered has no declaration in torch's files and no
+    generated code.
     """
     if func.namespace != "aten":
         return Declaration(is_structured=False, checks_devices=False)
@@ -61,17 +61,19 @@ def declaration_of(func: Any) -> Declaration:
 
 
 def autocast_names(policy: str) -> list[str]:
-    """Return the operators that ``torch.autocast`` treats by a policy, with overloads.
+    """Return the overloads to which ``torch.autocast`` applies a policy.
 
     Args:
-        policy: The end of a macro's name in ``autocast_mode.h``, as ``"FP32"``.
+        policy: The suffix of a macro's name in ``autocast_mode.h``, such as ``"FP32"``.
 
     Returns:
-        Names as ``torch.library`` takes them; none in a build without the file.
+        Names in the format of ``torch.library``; none in a build without the file.
     """
     path = Path(torch.__file__).parent / "include/ATen/autocast_mode.h"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     _before, _macro, rest = text.partition(f"#define AT_FORALL_{policy}(_)")
-    macro = re.match(r"(.*\\\n)*.*", rest)  # to the line that is not continued
+    macro = re.match(
+        r"(.*\\\n)*.*", rest
+    )  # up to the first line without a continuation
     entries = re.findall(r"_\((\w+)(?:, (\w+))?\)", macro.group() if macro else "")
     return [f"{name}.{overload}" if overload else name for name, overload in entries]

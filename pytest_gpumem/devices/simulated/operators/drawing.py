@@ -1,7 +1,7 @@
 """Operators that draw random numbers.
 
-That an operator draws is torch's own tag, ``nondeterministic_seeded``; how, where it
-takes no generator, is in its record.
+Torch marks an operator that draws with the tag ``nondeterministic_seeded``. If such an
+operator takes no generator, its record says how it draws.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 
 def dropout(source: torch.Tensor, p: float, train: bool) -> torch.Tensor:  # noqa: FBT001  # the operator's signature
-    """``dropout``: on a card one kernel, which keeps a mask of one byte a number."""
+    """Run ``dropout``: one kernel on a card, with a mask of one byte per element."""
     if not train or p == 0 or source.numel() == 0:
         return source
     if p == 1:
@@ -58,12 +58,12 @@ def dropout(source: torch.Tensor, p: float, train: bool) -> torch.Tensor:  # noq
 
 
 def _all_dropped(source: torch.Tensor) -> torch.Tensor:
-    """Return zeros: C++ multiplies by one, a tensor that is kept for backward."""
+    """Return zeros by a product: C++ keeps the factor, a tensor, for backward."""
     return source * torch.zeros((), dtype=source.dtype, device=source.device)
 
 
 def _dropping(func: Any) -> Any:
-    """Compose a dropout; with ``p=1`` C++ makes its zero on the host."""
+    """Compose a dropout; with ``p=1``, C++ would create a zero on the host."""
     if func._overloadname != "default" or func._schema.is_mutable:
         return None
 
@@ -87,14 +87,15 @@ register(
 )
 
 
-#: Constants of a self-normalising network. Source: ``Dropout.cpp``, ``_dropout_impl``.
+#: Constants of alpha dropout. Source: ``Dropout.cpp``, ``_dropout_impl``.
 _ALPHA: Final = 1.7580993408473766
 
 
 def _transformed(name: str) -> Any:
-    """Return a dropout that ``torch.func`` may transform where its tensor is on a card.
+    """Return a dropout that ``torch.func`` can transform for a tensor on a card.
 
-    There C++ makes its noise by the options of what it transforms, which are the host's.
+    C++ would create the noise on the host, because it takes the transformed tensor's
+    device to be the host.
 
     Source: ``dropout_hack`` of ``aten/src/ATen/functorch/PyTorchOperatorHacks.cpp``.
     """
@@ -109,7 +110,7 @@ def _transformed(name: str) -> Any:
         if not is_seen or not input.is_cuda or input.numel() == 0:
             result: torch.Tensor = original(input, p, train)
             return result
-        if is_of_features and input.dim() < 2:  # noqa: PLR2004  # says so
+        if is_of_features and input.dim() < 2:  # noqa: PLR2004  # torch raises
             return original(input, p, train)  # type: ignore[no-any-return]  # it raises
         multiply = input.mul_ if is_in_place else input.mul
         options: Any = {"dtype": input.dtype, "device": input.device}
@@ -133,7 +134,7 @@ def _transformed(name: str) -> Any:
     return drop
 
 
-#: What takes the place of dropouts in ``torch`` and in ``torch._VF``.
+#: Replacements of the dropouts in ``torch`` and in ``torch._VF``.
 DROPOUTS: Final[dict[str, Any]] = {
     each: _transformed(each)
     for name in ("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout")
@@ -144,7 +145,7 @@ DROPOUTS: Final[dict[str, Any]] = {
 def _native_dropout(
     generator: torch.Generator, args: Any, kwargs: dict[str, Any]
 ) -> Any:
-    """``native_dropout``, whose kernel takes no generator."""
+    """Run ``native_dropout``, whose kernel takes no generator."""
     source, p, train = args
     if train is False or source.numel() == 0:
         return torch.ops.aten.native_dropout(*args, **kwargs)  # draws nothing
@@ -163,7 +164,7 @@ def _mask_first(_call: Call) -> Iterator[RequestStep]:
 
 
 def _lacks_dropout(args: tuple[Any, ...]) -> str:
-    """Name the kernel that is launched for numbers of floating point alone."""
+    """Return the name of the kernel that exists only for floating-point dtypes."""
     source, p, train = args
     is_launched = train is not False and p < 1 and not source.is_floating_point()
     return "fused_dropout" if is_launched else ""
@@ -197,13 +198,13 @@ register(
     move=for_slopes,
     source="cuda/RreluWithNoise.cu, rrelu_with_noise_out_cuda",
 )
-# They have the tag and draw nothing: the first one refuses dropout.
+# These operators have the tag but draw nothing: the first one refuses dropout.
 register(
     "_fused_sdp_choice _scaled_dot_product_flash_attention_for_cpu",
     draws_nothing=True,
     source="transformers/attention.cpp",
 )
-# Its bound is the host's: "high must be a scalar tensor and on CPU".
+# The bound must be on the host: "high must be a scalar tensor and on CPU".
 register(
     "randint_like",
     takes_host=True,
@@ -218,7 +219,10 @@ register(
 
 
 def _in_single_precision(call: Call) -> Iterator[RequestStep]:
-    """Shares of half precision are widened first: ``bernoulli_tensor_kernel``."""
+    """Request probabilities in single precision if they are of half precision.
+
+    Source: ``bernoulli_tensor_kernel``.
+    """
     shares = call.get("p")
     shares = call["self"] if not isinstance(shares, torch.Tensor) else shares
     is_drawn_by_tensor = call.overload != "p" and not isinstance(call.get("p"), float)
@@ -236,7 +240,7 @@ register(
 
 
 def _with_a_number(call: Call) -> Iterator[RequestStep]:
-    """A mean or a deviation that is a number becomes a tensor like the result."""
+    """Request a tensor like the result for a mean or deviation that is a number."""
     yield Results()
     result: Any = call.results[0]
     if call.overload in {"Tensor_float", "float_Tensor"}:
@@ -252,7 +256,10 @@ register(
 
 
 def _by_running_sums(source: torch.Tensor) -> Iterator[RequestStep]:
-    """With replacement: shares of the whole, their running sums, and draws."""
+    """Request the memory of draws with replacement.
+
+    It holds normalised probabilities, their running sums, and the drawn numbers.
+    """
     rows = [copy_of(source) for _each in range(3)]
     yield from rows
     if source.dim() == 1:
@@ -260,7 +267,10 @@ def _by_running_sums(source: torch.Tensor) -> Iterator[RequestStep]:
 
 
 def _by_race(call: Call) -> Iterator[RequestStep]:
-    """Without replacement, or for one number, the largest of shares over draws."""
+    """Request the memory to draw samples without replacement, or a single sample.
+
+    The samples are the indices of the largest quotients of probability and drawn number.
+    """
     yield Results()
     source: torch.Tensor = call["self"]
     count = call["num_samples"]

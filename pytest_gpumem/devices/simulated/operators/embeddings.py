@@ -1,4 +1,4 @@
-"""Embeddings, and bags of them."""
+"""Embeddings and embedding bags."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def _in_a_row(call: Call) -> Iterator[RequestStep]:
-    """Indices that do not lie in a row are copied first."""
+    """Request a copy of indices that are not contiguous first."""
     if not call["indices"].is_contiguous():
         yield copy_of(call["indices"])
     yield Results()
@@ -50,12 +50,12 @@ def _gradient(call: Call) -> Iterator[RequestStep]:
 
 
 def _sorted(call: Call, indices: torch.Tensor, bits: int) -> Iterator[RequestStep]:
-    """Sort the indices; add up the gradients of the same row, part by part.
+    """Request the memory to sort indices and to sum the gradients of equal indices.
 
     Args:
-        call: Of the operator; its result is the gradient of the weight.
-        indices: Of rows.
-        bits: Of an index that are looked at.
+        call: The call; its result is the gradient of the weight.
+        indices: Indices of the weight's rows.
+        bits: Bits of an index that the sort compares.
     """
     count, nbytes = indices.numel(), indices.itemsize
     gradient: Any = call.results[0]
@@ -106,9 +106,9 @@ _MAX: Final = 2
 
 
 def _bags(func: Any) -> Any:
-    """Return what a card returns: of each index the bag, of each bag the size.
+    """Return a function that also computes the bag of each index and each bag's size.
 
-    The CPU's kernels leave out what their gradients do not need.
+    A card returns both; the CPU's kernels omit results that their gradients do not need.
     """
 
     def compute(  # noqa: PLR0917  # the operator's signature
@@ -139,7 +139,7 @@ def _bags(func: Any) -> Any:
         starts = offsets[:-1] if include_last_offset else offsets
         places = torch.arange(indices.numel())
         bags = torch.searchsorted(starts.long(), places, right=True) - 1
-        bags = bags.clamp_min(0)  # the first bag begins at 0, whatever is said
+        bags = bags.clamp_min(0)  # the first bag begins at 0, whatever the offsets are
         sizes = torch.zeros(offsets.numel(), dtype=torch.int64)
         sizes.index_add_(0, bags, (indices != padding_idx).long())
         largest = found[3] if mode == _MAX else found[3].new_empty(0)
@@ -149,7 +149,11 @@ def _bags(func: Any) -> Any:
 
 
 def _filling_bags(call: Call) -> Iterator[RequestStep]:
-    """Indices and offsets get one type; then sizes, bags, output, and the largest."""
+    """Request the memory of an embedding bag.
+
+    Indices and offsets are converted to one dtype. Then follow sizes, bags, the output and
+    the indices of the maxima.
+    """
     kinds = [call["indices"].dtype, call["offsets"].dtype]
     kind = torch.promote_types(*kinds)
     for name, each in zip(("indices", "offsets"), kinds, strict=True):

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def _elements(func: Any, places: list[Operand]) -> None:
-    """Check lists as their elements; a number for all of them is the card's."""
+    """Check each element of the lists; a single number for all must be on the card."""
     number = places[-1]
     if func._overloadname == "Tensor" and number.device != places[0].device:
         raise RuntimeError(
@@ -27,7 +27,7 @@ register(
     check=_elements,
     source="cuda/ForeachBinaryOpScalarTensor.cu; ForeachUtils.h",
 )
-# Optimisers keep their step counters on the host.
+# Optimisers keep the step counters on the host.
 register(
     "_foreach_add_ _foreach_copy_",
     check=_elements,

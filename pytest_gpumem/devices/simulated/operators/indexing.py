@@ -36,7 +36,7 @@ _HOST: Final = torch.device("cpu")
 
 
 def _indices(_func: Any, places: list[Operand]) -> None:
-    """Check that indices are the host's or the tensor's card's, values the card's."""
+    """Check the devices: indices on the host or the tensor's card, values on that card."""
     target = places[0].device
     for each in places[1:]:
         if each.name == "indices" and each.device not in (target, _HOST):
@@ -55,7 +55,7 @@ _CHECK = "TensorIndexing.h and TensorAdvancedIndexing.cpp, make_info"
 
 
 def _putting(call: Call) -> Iterator[RequestStep]:
-    """Sums at indices go over them in order: ``index_put_with_sort_kernel``."""
+    """Request the memory to sum at sorted indices: ``index_put_with_sort_kernel``."""
     yield Results()
     source, values = call["self"], call["values"]
     indices = [each for each in call["indices"] if each is not None]
@@ -68,7 +68,7 @@ def _putting(call: Call) -> Iterator[RequestStep]:
     if not count or not source.numel():
         return
     if not call.get("unsafe", False) and not in_backward():
-        # The least and the largest index are compared with the bounds.
+        # The smallest and the largest index are compared with the bounds.
         for each in indices:
             yield from _checking_bounds(each.expand(shape))
     linear = None
@@ -87,7 +87,7 @@ def _putting(call: Call) -> Iterator[RequestStep]:
     )
     if values.numel() < count * slices:
         yield Temporary(count * slices * source.itemsize)
-    for _each in range(3):  # sorted, their order, the order before
+    for _each in range(3):  # the sorted indices, their order, the original order
         yield Temporary(count * INDEX_BYTES)
     bits = max(source.numel() // max(slices, 1), 1).bit_length()
     yield Temporary(pairs_bytes(count, INDEX_BYTES, bits, call.processors))
@@ -109,7 +109,7 @@ _PUT = "cuda/Indexing.cu, index_put_with_sort_kernel"
 
 
 def _looking_up(call: Call) -> Iterator[RequestStep]:
-    """Indices of the host are copied; several with other strides are laid in rows."""
+    """Request copies of host indices, and of several indices with different strides."""
     indices = [each for each in call["indices"] if each is not None]
     for each in indices:
         if not each.is_meta and not hasattr(each.untyped_storage(), "_gpumem"):
@@ -149,7 +149,7 @@ register(
 
 
 def _mask(func: Any, places: list[Operand]) -> None:
-    """Check the mask first, a single one too."""
+    """Check the mask first, even if it has a single element."""
     target, mask = places[0].device, places[1].device
     if mask != target:
         raise RuntimeError(
@@ -162,7 +162,7 @@ def _mask(func: Any, places: list[Operand]) -> None:
 
 
 register("masked_fill", check=_mask, source="cuda/IndexKernel.cpp, masked_fill__cuda")
-# How torch 2.15 assigns a number at indices of the host.
+# Torch 2.15 uses this operator to assign a number at host indices.
 register(
     "index_fill_", takes_host=True, source="TensorAdvancedIndexing.cpp, index_fill_"
 )
@@ -195,7 +195,7 @@ register(
 def _narrow_copy(
     source: torch.Tensor, dim: int, start: int, length: int
 ) -> torch.Tensor:
-    """``narrow_copy``: a card copies a view; the CPU's own kernel errs otherwise."""
+    """Run ``narrow_copy``: a card copies a view; the CPU's kernel has other errors."""
     part = source.narrow(dim, start, length)
     return part.clone(memory_format=torch.contiguous_format)
 
@@ -214,7 +214,7 @@ def _reduces(args: tuple[Any, ...]) -> str:
 
 
 def _counting_sources(call: Call) -> Iterator[RequestStep]:
-    """For a mean it is counted how many numbers come to a place."""
+    """Request the counts of the numbers at each index, which a mean needs."""
     yield Results()
     if call.get("reduce") != "mean":
         return
@@ -245,7 +245,7 @@ register(
 
 
 def _rolling(call: Call) -> Iterator[RequestStep]:
-    """Several dimensions are rolled one after the other: ``roll_common``."""
+    """Request a buffer for each dimension that is rolled in turn: ``roll_common``."""
     source = call["self"]
     last = None
     for _dim in range(len(call["dims"]) - 1):
@@ -261,7 +261,7 @@ register("roll", requests=_rolling, source="TensorTransformations.h, roll_common
 
 
 def _zero_first(call: Call) -> Iterator[RequestStep]:
-    """A gradient's single zero is a tensor of the card."""
+    """Request the gradient's single zero, a tensor on the card."""
     if is_number(call["src"]):
         yield Temporary(call["src"].itemsize)
 
@@ -274,7 +274,7 @@ register(
 
 
 def _repeating(call: Call) -> Iterator[RequestStep]:
-    """How often numbers are repeated is added up first."""
+    """Request the running sum of the repetition counts first."""
     repeats = call["repeats"]
     if repeats.numel():
         yield copy_of(repeats, torch.int64)
@@ -295,9 +295,9 @@ _CHUNK_TILE = 2048
 
 
 def _chunking(call: Call) -> Iterator[RequestStep]:
-    """The sizes of all tensors and blocks go to the card together.
+    """Request the sizes of all tensors and blocks, which are copied to the card at once.
 
-    Tensors that do not lie in a row are padded one by one, and joined.
+    Tensors that are not contiguous are padded one at a time, and then joined.
     """
     tensors = call["tensors"]
     dim, chunks = call["dim"], call["num_chunks"]
@@ -336,7 +336,7 @@ def _bounded(
 def _unsafe_masked_index(
     source: torch.Tensor, mask: torch.Tensor, indices: Any, fill: float
 ) -> torch.Tensor:
-    """``_unsafe_masked_index``: indices within bounds, then what a mask leaves out."""
+    """Run ``_unsafe_masked_index``: indices are clamped, then masked values are filled."""
     if not source.numel():
         shape = torch.broadcast_shapes(
             *(each.shape for each in indices if each is not None)
@@ -349,7 +349,10 @@ def _unsafe_masked_index(
 def _unsafe_masked_index_put(
     source: torch.Tensor, mask: torch.Tensor, indices: Any, values: torch.Tensor
 ) -> torch.Tensor:
-    """``_unsafe_masked_index_put_accumulate``: indices within bounds, then masked values."""
+    """Run ``_unsafe_masked_index_put_accumulate``.
+
+    Indices are clamped to the bounds, then values are masked.
+    """
     if not source.numel():
         return source.clone()
     bounded = _bounded(source, indices)
@@ -373,7 +376,7 @@ register(
 
 
 def _scattering_by_mask(call: Call) -> Iterator[RequestStep]:
-    """Where each number of the source goes is a running sum over the mask."""
+    """Request the running sum over the mask, which gives the source's index."""
     yield Results()
     result: Any = call.results[0]
     if not result.numel():

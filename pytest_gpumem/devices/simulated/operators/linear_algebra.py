@@ -1,4 +1,4 @@
-"""Products, decompositions and norms."""
+"""Matrix products, decompositions and norms."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _ADDRESS = 8
 
 
 def _addresses(count: int, *, arrays: int) -> Iterator[RequestStep]:
-    """Ask for the addresses of so many matrices that cuBLAS takes together."""
+    """Request the arrays of addresses with which cuBLAS takes a batch of matrices."""
     held = [Temporary(count * _ADDRESS) for _array in range(arrays)]
     yield from held
     yield from map(Free, held)
@@ -55,7 +55,7 @@ def _count(matrices: torch.Tensor) -> int:
 
 
 def _triangular(call: Call) -> Iterator[RequestStep]:
-    """Solve with a triangle: matrices and right sides by their addresses."""
+    """Request the addresses of the matrices and right sides of triangular solves."""
     yield Results()
     result: Any = call.results[0]
     if result.numel():
@@ -64,7 +64,7 @@ def _triangular(call: Call) -> Iterator[RequestStep]:
             yield from _addresses(count, arrays=2)
 
 
-#: Matrices that are solved one by one where they are large.
+#: Up to this many matrices, of at least this many rows, are solved one at a time.
 #: Source: ``triangular_solve_kernel``.
 _FEW, _LARGE = 8, 64
 
@@ -76,7 +76,10 @@ register(
 
 
 def _cholesky_twice(call: Call) -> Iterator[RequestStep]:
-    """Of several matrices: with the factor, then with its transpose."""
+    """Request the addresses for two triangular solves of a batch of matrices.
+
+    The first solve uses the Cholesky factor, the second its transpose.
+    """
     yield Results()
     result: Any = call.results[0]
     count = _count(result)
@@ -97,7 +100,7 @@ register(
 
 
 def _factorised(call: Call) -> Iterator[RequestStep]:
-    """Of several matrices: factors and pivots, then the solution of each."""
+    """Request the memory to factorise a batch of matrices and to solve with the factors."""
     yield Results()
     source: torch.Tensor = call["A"]
     count = _count(source)
@@ -120,18 +123,21 @@ register(
 
 
 def _unpacking(call: Call) -> Iterator[RequestStep]:
-    """Pivots become a permutation, of each matrix where there are several."""
+    """Request the permutation that is made from the pivots of each matrix."""
     yield Results()
     source: torch.Tensor = call["LU_data" if call.name == "lu_unpack" else "A"]
     if call.get("unpack_pivots", True) and call.get("pivot", True):
         rows = source.shape[-2]
         yield Temporary(rows * INDEX_BYTES)
-        if source.dim() > 2:  # noqa: PLR2004  # several
+        if source.dim() > 2:  # noqa: PLR2004  # a batch
             yield Temporary(_count(source) * rows * INDEX_BYTES)
 
 
 def _factorising(call: Call) -> Iterator[RequestStep]:
-    """Factors lie in a result; pivots and whether it worked are left behind."""
+    """Request the temporary pivots and status codes of an LU factorisation.
+
+    The factors are stored in a result.
+    """
     yield Results()
     source: torch.Tensor = call["A"]
     count = _count(source)
@@ -157,7 +163,7 @@ register(
 
 
 def _checking_errors(call: Call) -> Iterator[RequestStep]:
-    """``infos.any()`` is read."""
+    """Request the result of ``infos.any()``, which the host reads."""
     yield Temporary(1)
     if call["info"].numel() == 1:
         yield Temporary(1)
@@ -171,11 +177,15 @@ register(
 
 
 def _by_factors(call: Call) -> Iterator[RequestStep]:
-    """A determinant: of the factors' diagonal, and of how often rows were swapped."""
+    """Request the memory to compute a determinant from LU factors.
+
+    It is the product of the factors' diagonal; its sign depends on the number of swapped
+    rows.
+    """
     yield Results()
     source: torch.Tensor = call["A"]
     count, size = _count(source), source.shape[-1]
-    yield Temporary(count * _PIVOT_BYTES)  # whether it worked
+    yield Temporary(count * _PIVOT_BYTES)  # status codes
     if source.numel() and count > 1:
         yield from _addresses(count, arrays=1)
     product = Temporary(count * source.itemsize)
@@ -199,7 +209,7 @@ register(
 
 
 def _matrix_power(source: torch.Tensor, n: int) -> torch.Tensor:
-    """``matrix_power``: C++ makes its unit matrix on the host."""
+    """Run ``matrix_power``; C++ would create the identity matrix on the host."""
     if n == 0 and source.dim() > 1 and source.shape[-1] == source.shape[-2]:
         unit = torch.eye(source.shape[-2], dtype=source.dtype, device=source.device)
         return source.clone().copy_(unit)
@@ -215,7 +225,7 @@ register(
 
 
 def _as_wanted(func: Any) -> Kernel | None:
-    """Compute products whose type is asked for: on a card sums are of single precision."""
+    """Compute products with a given result dtype; a card sums in single precision."""
     if "out_dtype" not in [each.name for each in func._schema.arguments]:
         return None
     inner = func.overloadpacket.default
@@ -232,13 +242,14 @@ def _as_wanted(func: Any) -> Kernel | None:
 
 
 def _is_copied(matrix: torch.Tensor, *, in_turn: bool) -> bool:
-    """Tell whether cuBLAS is given a copy of an operand: ``prepare_matrix_for_cublas``.
+    """Return whether cuBLAS gets a copy of an operand: ``prepare_matrix_for_cublas``.
 
-    It can conjugate what it transposes, and nothing else.
+    cuBLAS can conjugate only an operand that it also transposes.
 
     Args:
         matrix: The operand.
-        in_turn: Whether operands are taken in turn, as the result lies in rows.
+        in_turn: Whether the two operands are exchanged, because the result is stored by
+            rows.
     """
     rows, columns = matrix.stride()
     in_rows = rows >= max(1, matrix.shape[1]) and columns == 1
@@ -251,10 +262,10 @@ def _is_copied(matrix: torch.Tensor, *, in_turn: bool) -> bool:
 
 
 def _multiplying(call: Call) -> Iterator[RequestStep]:
-    """Operands that cuBLAS cannot read as they lie are copied."""
+    """Request copies of the operands whose layout cuBLAS cannot read."""
     matrices = (call["mat2"], call["self" if call.name == "mm" else "mat1"])
     result: Any = call.results[0]
-    in_turn = result.numel() != 1  # of one number rows are columns
+    in_turn = result.numel() != 1  # a single number is stored by columns as well
     copies = [
         copy_of(each)
         for each in matrices
@@ -266,12 +277,14 @@ def _multiplying(call: Call) -> Iterator[RequestStep]:
 
 
 def _is_copied_in_batch(matrix: torch.Tensor, rows: int, columns: int) -> bool:
-    """Tell whether several matrices are copied: ``prepare_batch_matrix_for_cublas``.
+    """Return whether a batch of matrices is copied: ``prepare_batch_matrix_for_cublas``.
 
     Args:
-        matrix: The matrices.
-        rows: Into how many numbers a step along the last dimension must lead at least.
-        columns: The same of the dimension before.
+        matrix: The batch of matrices.
+        rows: The smallest stride of the second to last dimension that cuBLAS can read if
+            the last dimension has stride 1.
+        columns: The smallest stride of the last dimension that cuBLAS can read if the
+            second to last dimension has stride 1.
     """
     _batch, down, across = matrix.stride()
     if across == 1 and down >= max(1, rows):
@@ -282,7 +295,7 @@ def _is_copied_in_batch(matrix: torch.Tensor, rows: int, columns: int) -> bool:
 
 
 def _multiplying_batches(call: Call) -> Iterable[RequestStep]:
-    """Operands of several matrices that cuBLAS cannot read as they lie are copied."""
+    """Request copies of the batches of matrices whose layout cuBLAS cannot read."""
     first, second = call.matrices
     if not first.numel() or not second.numel():
         return ()
@@ -331,7 +344,7 @@ register(
 def _linear(
     source: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """``linear``: for a subclass of tensors C++ adds the bias out of place."""
+    """Run ``linear``; for a subclass of Tensor, C++ would add the bias out of place."""
     count = source.dim()
     if bias is not None and count == 2:  # noqa: PLR2004  # rows
         return torch.addmm(bias, source, weight.t())
@@ -339,7 +352,7 @@ def _linear(
     if bias is not None and source.is_contiguous():
         rows = source.view(math.prod(source.shape[:-1]), source.shape[-1])
         return torch.addmm(bias, rows, weight.t()).view(shape)
-    # ``should_fold``, for a weight that requires gradients.
+    # Source: ``should_fold``, for a weight that requires gradients.
     if count > 2 and weight.requires_grad and weight.dim() == 2:  # noqa: PLR2004  # rows
         rows = source.reshape(-1, source.shape[-1]) if source.numel() else source
         product: torch.Tensor = rows.matmul(weight.t())
@@ -348,7 +361,9 @@ def _linear(
         product = source.matmul(weight.t())
     if bias is None:
         return product
-    is_dual = torch.autograd.forward_ad._current_level >= 0  # no public way to ask
+    is_dual = (
+        torch.autograd.forward_ad._current_level >= 0
+    )  # there is no public function
     return product.add(bias) if is_dual else product.add_(bias)
 
 
@@ -360,7 +375,7 @@ register(
 
 
 def _summing_diagonal(call: Call) -> Iterator[RequestStep]:
-    """The diagonal's sum; truth values become numbers first."""
+    """Request the memory to sum a diagonal; booleans are converted to integers first."""
     yield Results()
     source: torch.Tensor = call["self"]
     if source.dtype is torch.bool:
@@ -368,7 +383,7 @@ def _summing_diagonal(call: Call) -> Iterator[RequestStep]:
 
 
 def _trace(source: torch.Tensor) -> torch.Tensor:
-    """``trace``: on a card the sum of a diagonal, of truth values, too."""
+    """Run ``trace``; a card also supports booleans."""
     if source.dtype is torch.bool and source.dim() == 2:  # noqa: PLR2004  # a matrix
         return source.diagonal().sum()
     return torch.trace(source)
@@ -383,12 +398,12 @@ register(
 
 
 def _is_true(number: torch.Tensor) -> bool:
-    """Read a truth value as ``is_scalar_tensor_true`` does."""
+    """Read a boolean as ``is_scalar_tensor_true`` does."""
     return torch.equal(number, number.new_ones((), dtype=torch.bool))
 
 
 def _cov(func: Any) -> Kernel:
-    """``cov``: C++ makes its numbers on the host where it has no weights."""
+    """Return the kernel of ``cov``; without weights, C++ would use host tensors."""
 
     def kernel(
         source: torch.Tensor,
@@ -417,7 +432,9 @@ def _cov(func: Any) -> Kernel:
             factor.zero_()
         rows = rows - mean.unsqueeze(1)
         product = torch.mm(rows, rows.t().conj())
-        if product.is_complex() and 1 in rows.shape:  # a number times its own conjugate
+        if (
+            product.is_complex() and 1 in rows.shape
+        ):  # each element times its own conjugate
             real = product.real
             product = torch.complex(real, torch.zeros_like(real))
         return torch.true_divide(product, factor).squeeze()
@@ -440,8 +457,10 @@ register(
 
 
 def _needs_vectors(source: torch.Tensor) -> bool:
-    """Tell whether a gradient may be asked for; C++ says so of any subclass."""
-    is_dual = torch.autograd.forward_ad._current_level >= 0  # no public way to ask
+    """Return whether a gradient may be needed; C++ assumes this for any subclass."""
+    is_dual = (
+        torch.autograd.forward_ad._current_level >= 0
+    )  # there is no public function
     return is_dual or (source.requires_grad and torch.is_grad_enabled())
 
 
@@ -471,14 +490,14 @@ register("linalg_cond linalg_matrix_norm", composed=landing, source=_COMPOSED)
 
 
 def _tolerances(call: Call) -> Iterator[RequestStep]:
-    """Tolerances that are not given, or given as numbers, are tensors of the card."""
+    """Request a tensor on the card for each tolerance that is missing or a number."""
     for name in ("atol", "rtol"):
         given = call[name]
         if given is None or is_number(given):
             yield Temporary(torch.float64.itemsize)
 
 
-# C++ makes tensors of numbers on the host.
+# C++ creates tensors from numbers on the host.
 register(
     "linalg_pinv",
     requests=lambda call: (
@@ -489,7 +508,7 @@ register(
 )
 register("vander", composed=on_host, source=_COMPOSED)
 
-# The CPU's kernels write past the strides of ``out=``, and past its memory.
+# The CPU's kernels ignore the strides of ``out=`` and write outside its memory.
 register("tril triu", compute=packing, source="cuda/TriangularOps.cu")
 
 # -- norms and distances --------------------------------------------------------------

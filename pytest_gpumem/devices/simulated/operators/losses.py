@@ -1,4 +1,4 @@
-"""Losses."""
+"""Loss functions."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.operators.requests import Call, RequestStep
 
 
-#: Losses as they are: ``at::Reduction::None``.
+#: Losses that are not reduced: ``at::Reduction::None``.
 _NONE = 0
 
 
 def _total(call: Call, losses: torch.Tensor) -> Iterator[RequestStep]:
-    """Ask for the mean or the sum of losses, and for what makes it."""
+    """Request the mean or sum of losses, and the memory of the reduction."""
     yield Temporary(losses.itemsize)
     yield from parts_of(call, losses, None, opmath_bytes(losses.dtype))
 
 
 def _shrinking(call: Call) -> Iterator[RequestStep]:
-    """The result is as large as the losses, even where it becomes their mean."""
+    """Request a result as large as the losses, even if it is resized to their mean."""
     losses = _broadcast(call)
     if call["reduction"] == _NONE:
         return
@@ -48,7 +48,7 @@ def _shrinking(call: Call) -> Iterator[RequestStep]:
 
 
 def _reduced_in_place(call: Call) -> Iterator[RequestStep]:
-    """The losses become their own mean, and keep their bytes."""
+    """Request the losses; they are reduced in place and keep their bytes."""
     losses = _broadcast(call)
     yield Sized(0, losses.numel() * losses.itemsize)
     if call["reduction"] != _NONE:
@@ -86,7 +86,7 @@ def _with_logits(call: Call) -> Iterator[RequestStep]:
 
 
 def _broadcast(call: Call) -> torch.Tensor:
-    """Return a tensor of no values like the losses of the elements."""
+    """Return a tensor without values that has the shape of the unreduced losses."""
     source, target = call["self"], call["target"]
     shape = torch.broadcast_shapes(source.shape, target.shape)
     dtype = torch.promote_types(source.dtype, target.dtype)
@@ -108,7 +108,7 @@ register(
 
 
 def _three_steps(call: Call) -> Iterator[RequestStep]:
-    """The exponential of minus target times input, in three buffers."""
+    """Request three buffers to compute the exponential of minus target times input."""
     losses = _broadcast(call)
     negative, product, exponential = (copy_of(losses) for _each in range(3))
     yield from (negative, product, exponential, Free(product), Free(negative))
@@ -142,7 +142,7 @@ register(
     source="cuda/NLLLoss2d.cu, nll_loss2d_backward_out_cuda_template",
 )
 register("ctc_loss", composed=on_host, source="LossCTC.cpp, ctc_loss")
-# Its lengths may be the host's.
+# The lengths may be on the host.
 register("_ctc_loss", takes_host=True, source="cuda/LossCTC.cu, ctc_loss_gpu")
 register(
     "_ctc_loss_backward",
@@ -154,7 +154,7 @@ register(
 def _cosine_similarity(
     x1: torch.Tensor, x2: torch.Tensor, dim: int = 1, eps: float = 1e-8
 ) -> torch.Tensor:
-    """``cosine_similarity``: C++ makes the least norm, a tensor, on the host."""
+    """Run ``cosine_similarity``; C++ would create a tensor for ``eps`` on the host."""
     common = torch.result_type(x1, x2)
     if not common.is_floating_point:
         name = torch.empty(0, dtype=common, device="cpu").type()[6:-6]
@@ -172,7 +172,7 @@ def _cosine_similarity(
         least = norms[0].new_full((), eps, dtype=wide)
         for norm in norms:
             norm.clamp_min_(least)
-    # C++ lets go of all of them together, at the end.
+    # C++ frees all of these tensors together at the end.
     normal = [whole / norm for whole, norm in zip(wholes, norms, strict=True)]
     product = normal[0] * normal[1]
     cosine: torch.Tensor = product.sum(dim)
@@ -196,7 +196,7 @@ register(
 
 
 def _for_each_row(call: Call) -> Iterator[RequestStep]:
-    """Rows have a loss each, of which the result is made."""
+    """Request a loss for each row; the result is computed from these losses."""
     source: torch.Tensor = call["self"]
     yield Results()
     if source.dim() > 1 and call["reduction"] != _NONE:
@@ -212,7 +212,7 @@ register(
 
 
 def _targets_first(call: Call) -> Iterator[RequestStep]:
-    """Which numbers are targets comes first, then a loss for each row."""
+    """Request the mask of targets first, then a loss for each row."""
     source: torch.Tensor = call["self"]
     yield Results(1)
     if source.dim() > 1 and call["reduction"] != _NONE:
@@ -229,7 +229,10 @@ register(
 
 
 def _by_product(call: Call) -> Iterator[RequestStep]:
-    """``_euclidean_dist``: one product of rows that hold their norms and ones."""
+    """Request the memory of ``_euclidean_dist``.
+
+    It is one product of the rows, which are extended by their norms and by ones.
+    """
     first, second = call["x1"], call["x2"]
     width = first.shape[-1]
     rows = [each.numel() // max(width, 1) * each.itemsize for each in (first, second)]
@@ -252,7 +255,7 @@ register(
 
 
 def _for_each_pair(call: Call) -> Iterator[RequestStep]:
-    """The gradient of each pair of rows, for each number, before it is added up."""
+    """Request the gradients of all pairs of rows, before they are summed."""
     yield Results()
     if call["p"] == 0:
         return

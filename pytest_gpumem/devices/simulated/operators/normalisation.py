@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices.simulated.operators.requests import Call, RequestStep
 
-# They change running statistics, of which their schemas say nothing.
+# These operators change running statistics; their schemas do not declare that.
 register(
     "batch_norm cudnn_batch_norm native_batch_norm",
     has_effects=True,
@@ -37,10 +37,11 @@ def _rms_norm_backward(  # noqa: PLR0917  # the operator's signature
     weight: torch.Tensor | None,
     wanted: list[bool],
 ) -> Any:
-    """``_fused_rms_norm_backward``: a card's alone; sums are of single precision.
+    """Run ``_fused_rms_norm_backward``, which only a card has.
 
-    The CPU composes ``rms_norm``; each step here is one of its gradients, in its order,
-    so that values are the CPU's to the last bit.
+    Sums are of single precision. The CPU composes ``rms_norm`` of other operators; the
+    steps here are the gradients of these operators, in the same order, so that the values
+    equal the CPU's to the last bit.
     """
     dims = list(range(-len(shape), 0))
     outer = list(range(source.dim() - len(shape)))
@@ -73,12 +74,12 @@ register(
 
 
 def _wide(source: torch.Tensor) -> torch.Tensor:
-    """Return what a kernel computes with: single precision for halves."""
+    """Return the tensor that a kernel computes with: half becomes single precision."""
     return source if source.dtype.itemsize > 2 else source.float()  # noqa: PLR2004  # bytes
 
 
 def _by_channel(figures: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return figures of channels in the shape of a batch."""
+    """Reshape one number per channel so that it broadcasts over a batch."""
     return figures.view(1, -1, *(1 for _dim in range(like.dim() - 2)))
 
 
@@ -87,7 +88,7 @@ def _batch_dims(source: torch.Tensor) -> list[int]:
 
 
 def _batch_norm_stats(source: torch.Tensor, eps: float) -> Any:
-    """Mean and inverse deviation of each channel."""
+    """Return the mean and the inverse standard deviation of each channel."""
     wide, dims = _wide(source), _batch_dims(source)
     mean = wide.mean(dims)
     variance = (wide - _by_channel(mean, wide)).square().mean(dims)
@@ -104,7 +105,10 @@ def _batch_norm_gather_stats_with_counts(  # noqa: PLR0917  # the operator's sig
     eps: float,
     counts: torch.Tensor,
 ) -> Any:
-    """The same over several ranks, one after the other as the kernel adds them."""
+    """Return the mean and the inverse standard deviation of each channel over all ranks.
+
+    The ranks are added one after the other, as in the kernel.
+    """
     mean, squares = means[0] * 0, means[0] * 0
     total = counts[0] * 0
     for count, each, inverse in zip(counts, means, inverses, strict=True):
@@ -129,7 +133,7 @@ def _batch_norm_elemt(  # the operator's signature
     inverse: torch.Tensor,
     _eps: float,
 ) -> torch.Tensor:
-    """Each element, by its channel's figures."""
+    """Normalise each element by the mean and deviation of its channel."""
     wide = _wide(source)
     found = (wide - _by_channel(mean, wide)) * _by_channel(inverse, wide)
     if weight is not None:
@@ -149,7 +153,7 @@ def _batch_norm_backward_reduce(  # noqa: PLR0917  # the operator's signature
     weight_g: bool,  # noqa: FBT001
     bias_g: bool,  # noqa: FBT001
 ) -> Any:
-    """Sums over the batch, and the gradients of weight and bias."""
+    """Return the sums over the batch, and the gradients of weight and bias."""
     wide, upcast, dims = _wide(source), _wide(grad), _batch_dims(source)
     total = upcast.sum(dims)
     centred = (upcast * (wide - _by_channel(mean, wide))).sum(dims)
@@ -172,7 +176,7 @@ def _batch_norm_backward_elemt(  # noqa: PLR0917  # the operator's signature
     sum_dy_xmu: torch.Tensor,
     count: torch.Tensor,
 ) -> torch.Tensor:
-    """Gradient of each element, from the sums of all ranks."""
+    """Return the gradient of each element, from the sums of all ranks."""
     wide, number = _wide(source), count.sum()
     centred = wide - _by_channel(mean, wide)
     slope = _by_channel(sum_dy_xmu / number * inverse.square(), wide)
@@ -197,7 +201,7 @@ register(
 
 
 def _lies_channels_last(tensor: torch.Tensor) -> bool:
-    """Tell whether channels lie next to each other: ``batch_norm_choose_impl``."""
+    """Return whether memory is channels last: ``batch_norm_choose_impl``."""
     if tensor.is_contiguous():
         return tensor.stride(1) == 1
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -206,7 +210,7 @@ def _lies_channels_last(tensor: torch.Tensor) -> bool:
 
 
 def _batch_norm_backward(call: Call) -> Iterator[RequestStep]:
-    """Where channels lie next to each other, sums of them come first."""
+    """Request the sums over channels first if memory is channels last."""
     source: torch.Tensor = call["input"]
     if not _lies_channels_last(source):
         return
@@ -219,7 +223,9 @@ def _batch_norm_backward(call: Call) -> Iterator[RequestStep]:
     yield from (sums, products)
     yield Results(1)
     if wanted[1] and not wanted[2]:
-        yield Temporary(source.shape[1] * call["weight"].itemsize)  # of no bias
+        yield Temporary(
+            source.shape[1] * call["weight"].itemsize
+        )  # used even without a bias
     yield Results(2)
     yield Results(0)
 
@@ -232,7 +238,7 @@ register(
 
 
 def _group_norm(call: Call) -> Iterator[RequestStep]:
-    """Moments of half precision are kept wider, and so is the scale of each channel."""
+    """Request moments and the scale of each channel, in single precision for half."""
     yield Results()
     source: torch.Tensor = call["input"]
     rows, channels, places = call["N"], call["C"], call["HxW"]

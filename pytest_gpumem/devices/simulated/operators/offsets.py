@@ -1,9 +1,11 @@
-"""By how much an operator that draws moves its generator's offset, on a card.
+"""The step by which an operator that draws advances its generator's offset on a card.
 
-Each rule is a ``move`` of ``registry.py``. It is asked once the results are there.
+Each rule is a value for the field ``move`` in ``registry.py``. It is called when the
+results exist.
 
-Source: ``aten/src/ATen/native/cuda/DistributionTemplates.h``, where no other is named;
-held to what torch 2.13's own CUDA code answers.
+Source, unless a rule names another: ``DistributionTemplates.h`` of
+``aten/src/ATen/native/cuda``. The rules are compared with the results of torch 2.13's
+CUDA code.
 """
 
 from __future__ import annotations
@@ -27,31 +29,32 @@ if TYPE_CHECKING:
 
 
 def for_a_constant(count: int) -> Callable[[Call], int]:
-    """Return the rule of a kernel each of whose threads may draw so many numbers."""
+    """Return the rule of a kernel in which each thread may draw ``count`` numbers."""
     return lambda _call: rounded(count)
 
 
 def _numbers(call: Call) -> tuple[int, int, int]:
-    """Return how many numbers a kernel fills, the bytes of one, and draws of a call."""
+    """Return the count and bytes of the filled numbers, and the draws per call."""
     filled: Any = call.results[0]
     count, size = filled.numel(), filled.itemsize
-    if filled.is_complex():  # as its real view
+    if filled.is_complex():  # filled as real numbers
         count, size = 2 * count, size // 2
     is_double = filled.dtype in {torch.float64, torch.complex128}
     return count, size, 2 if is_double else 4
 
 
 def for_each(call: Call) -> int:
-    """Return the move for every number that is filled."""
+    """Return the step for an operator that draws every element of a tensor."""
     return by_iterator(*_numbers(call), call.processors)
 
 
-#: From so many integers on a draw takes 64 bits. Source: ``random_from_to_kernel``.
+#: A draw from at least this many integers takes 64 bits.
+#: Source: ``random_from_to_kernel``.
 _WIDE: Final = 2**28
 
 
 def for_integers(call: Call) -> int:
-    """Return the move by how many there are to choose from: those of a range, or all of a type."""
+    """Return the step for integers, by the size of the range or by the dtype."""
     count, size, _at_once = _numbers(call)
     filled: Any = call.results[0]
     first = call.get("from", call.get("low"))
@@ -67,7 +70,7 @@ def for_integers(call: Call) -> int:
 
 
 def _end_of(dtype: torch.dtype) -> int:
-    """Return what follows the last integer that a type holds without gaps.
+    """Return one more than the last integer that a dtype represents without gaps.
 
     Source: ``random_from_to`` of ``aten/src/ATen/native/DistributionTemplates.h``.
     """
@@ -79,7 +82,7 @@ def _end_of(dtype: torch.dtype) -> int:
 
 
 def for_shares(call: Call) -> int:
-    """Return the move for shares: of a tensor, a constant for each thread."""
+    """Return the step for ``bernoulli``; constant if the probabilities are a tensor."""
     filled: Any = call.results[0]
     share = call.get("p")
     if isinstance(share, float):
@@ -88,7 +91,7 @@ def for_shares(call: Call) -> int:
 
 
 def for_samples(call: Call) -> int:
-    """Return the move for samples: of a race, or of rows with replacement."""
+    """Return the step for ``multinomial``, with or without replacement."""
     source: torch.Tensor = call["self"]
     if call["replacement"] and call["num_samples"] > 1:
         return by_rows(source.shape[0] if source.dim() > 1 else 1)
@@ -97,20 +100,20 @@ def for_samples(call: Call) -> int:
 
 
 def for_permutation(call: Call) -> int:
-    """Return the move for a permutation."""
+    """Return the step for a permutation."""
     filled: Any = call.results[0]
     return by_permutation(filled.numel(), call.processors)
 
 
 def for_mask(call: Call) -> int:
-    """Return the move for what dropout keeps."""
+    """Return the step for the mask of dropout."""
     source: torch.Tensor = call["input"]
     is_drawn = call["train"] is not False
     return by_grid(source.numel(), 4, call.processors) if is_drawn else 0
 
 
 def for_slopes(call: Call) -> int:
-    """Return the move for random slopes."""
+    """Return the step for random slopes (``rrelu``)."""
     source: torch.Tensor = call["self"]
     at_once = 2 if source.dtype is torch.float64 else 4
     is_drawn = call["training"]

@@ -1,4 +1,4 @@
-"""Operators that work number by number."""
+"""Elementwise operators."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ register(
     around=taking_over,
     source="FunctionsManual.cpp, evenly_distribute_backward",
 )
-# C++ makes a buffer on the host.
+# C++ creates a buffer on the host.
 register("log_sigmoid", composed=into_out, source="Activation.cpp, log_sigmoid_out")
 
 
 def _without_buffer(_call: Call) -> Iterator[RequestStep]:
-    """The buffer that the CPU's kernel fills is empty on a card."""
+    """Request an empty buffer: only the CPU's kernel fills it."""
     yield Results(0)
     yield Sized(1, 0)
 
@@ -76,9 +76,9 @@ register(
 
 
 def _by_sizes(call: Call) -> Iterator[RequestStep]:
-    """``self.abs() == inf``; whole numbers are finite.
+    """Request the memory of ``self.abs() == inf``; integers are always finite.
 
-    Of complex numbers the two parts are looked at, one after the other.
+    For complex numbers, the real and the imaginary part are compared one after the other.
     """
     operand = call["self"]
     if operand.dtype.is_floating_point:
@@ -97,9 +97,9 @@ register("isinf", requests=_by_sizes, source="TensorCompare.cpp, isinf")
 
 
 def _with_numbers(call: Call) -> Iterator[RequestStep]:
-    """A number is a tensor of the card: C++ makes it by the options of another one.
+    """Request a tensor on the card for each number: C++ uses another tensor's options.
 
-    A node of autograd may use one that it has made several times.
+    A node of autograd may use such a tensor several times.
     """
     for name in ("self", "other"):
         if is_number(call.get(name)):
@@ -120,7 +120,7 @@ register(
 
 
 def _complex_first(call: Call) -> Iterator[RequestStep]:
-    """Of complex numbers the kernel's results are complex; then they become real."""
+    """Request complex results for complex numbers; they are then converted to real ones."""
     if call["self"].is_complex():
         yield copy_of(call["self"])
 
@@ -131,7 +131,7 @@ register(
     lacks=lacking("angle_cuda", HALVES),
     source="cuda/UnaryComplexKernels.cu, angle_kernel_cuda; UnaryOps.cpp, angle",
 )
-# The CPU's kernel writes past the strides of ``out=``.
+# The CPU's kernel ignores the strides of ``out=``.
 register("gelu", compute=packing, source="cpu/Activation.cpp, GeluKernelImpl")
 for _name in ("igamma", "igammac"):
     register(
@@ -147,12 +147,12 @@ register(
 
 
 def _abs(source: torch.Tensor) -> torch.Tensor:
-    """``abs``: a card has it of truth values, too."""
+    """Run ``abs``; a card also supports booleans."""
     return source.clone() if source.dtype is torch.bool else torch.abs(source)
 
 
 def _becoming_real(call: Call) -> Iterator[RequestStep]:
-    """Of complex numbers the kernel's results are complex, beside the real ones."""
+    """Request the results, and for complex numbers also complex results."""
     yield Results()
     if call["self"].is_complex():
         yield copy_of(call["self"])
@@ -170,9 +170,10 @@ register(
 
 
 def _base_first(call: Call) -> Iterator[RequestStep]:
-    """A base that is a number becomes a tensor of the card; powers of 1 are filled in.
+    """Request a tensor on the card for a base that is a number.
 
-    A base of another type than its powers becomes one of theirs first.
+    With a base of 1, the result is only filled. A base of another dtype than the exponents
+    is converted to their dtype first.
     """
     base = call["self"]
     result: Any = call.results[0]
@@ -185,7 +186,7 @@ def _base_first(call: Call) -> Iterator[RequestStep]:
 
 
 def _wrapped_bytes(number: complex) -> int:
-    """Return the bytes of a number that became a tensor: ``scalar_to_tensor``."""
+    """Return the bytes of a number as a tensor: ``scalar_to_tensor``."""
     return {bool: 1, complex: 16}.get(type(number), 8)
 
 
@@ -198,7 +199,7 @@ register(
 
 
 def _scaling(call: Call) -> Iterator[RequestStep]:
-    """``self * pow(2.0, other)``."""
+    """Request the memory of ``self * pow(2.0, other)``."""
     other: torch.Tensor = call["other"]
     powers = copy_of(other, torch.result_type(other, 2.0))
     base = Temporary(_wrapped_bytes(2.0))
@@ -210,7 +211,7 @@ register("ldexp", requests=_scaling, source="BinaryOps.cpp, ldexp")
 
 
 def _by_products(call: Call) -> Iterator[RequestStep]:
-    """The sum of ``lgamma`` of ``self`` and shifts of it."""
+    """Request the memory of the sum of ``lgamma`` of ``self`` plus several offsets."""
     result: Any = call.results[0]
     shifts = Temporary(call["p"] * result.itemsize)
     shifted = Temporary(call["p"] * result.numel() * result.itemsize)
@@ -222,7 +223,7 @@ register("mvlgamma", requests=_by_products, source="UnaryOps.cpp, mvlgamma")
 
 
 def _comparing(call: Call) -> Iterator[RequestStep]:
-    """``(self == other).all()`` of tensors that are not the same memory."""
+    """Request ``(self == other).all()``, unless both tensors are the same memory."""
     first, second = call["self"], call["other"]
     if first.shape != second.shape or not first.numel():
         return
@@ -242,7 +243,7 @@ def _allclose(
     atol: float = 1e-08,
     equal_nan: bool = False,  # noqa: FBT001, FBT002  # the operator's signature
 ) -> bool:
-    """``allclose``: what is close is a tensor of the card."""
+    """Run ``allclose``, whose result of ``isclose`` is a tensor on the card."""
     close = torch.isclose(source, other, rtol, atol, equal_nan)
     return bool(close.all().item())
 
@@ -251,7 +252,10 @@ register("allclose", composed=only(_allclose), source="TensorCompare.cpp, allclo
 
 
 def _element_by_element(call: Call) -> Iterator[RequestStep]:
-    """Few numbers to look for are compared with all: ``isin_default_kernel_gpu``."""
+    """Request the comparisons with each test element: ``isin_default_kernel_gpu``.
+
+    The operator takes this path if there are few test elements.
+    """
     if call.overload != "Tensor_Tensor" or call["assume_unique"]:
         return
     elements, wanted = call["elements"], call["test_elements"]

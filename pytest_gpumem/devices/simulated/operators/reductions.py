@@ -1,4 +1,4 @@
-"""Reductions such as sums, running sums, and softmax."""
+"""Reductions, for example sums; running sums; and softmax."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ if TYPE_CHECKING:
 
 _aten = torch.ops.aten
 
-#: Accumulators of half precision are of single precision. Source: ``at::opmath_type``.
+#: Half precision is accumulated in single precision. Source: ``at::opmath_type``.
 _OPMATH_BYTES = {torch.float16: 4, torch.bfloat16: 4}
 
 
-#: What a block hands on of a mean and a variance: two accumulators and two counts.
-#: Source: ``WelfordData`` of ``SharedReduceOps.h``.
+#: Bytes that a block passes on for a mean and a variance: two accumulators and two
+#: counts. Source: ``WelfordData`` of ``SharedReduceOps.h``.
 _WELFORD_BYTES = {torch.float64: 32}
-#: A number and where it stands. Source: ``ArgReduceOps`` of ``SharedReduceOps.h``.
+#: Bytes of a number and its index. Source: ``ArgReduceOps`` of ``SharedReduceOps.h``.
 _PAIR_BYTES = 16
 
 
 def parts_of(
     call: Call, operand: torch.Tensor, dims: Any, element_bytes: int
 ) -> Iterator[Temporary]:
-    """Ask for what the blocks of a reduction exchange: ``model.reductions``.
+    """Request the buffers through which the blocks of a reduction exchange results.
 
     Args:
-        call: Whose card to ask.
-        operand: What is reduced, or a tensor like it.
-        dims: The dimensions that go: a number, several, or None for all.
-        element_bytes: Of an accumulator.
+        call: The call, which gives the card.
+        operand: The operand, or a tensor of the same shape and strides.
+        dims: The dimensions that are reduced: one number, several, or None for all.
+        element_bytes: Bytes of an accumulator.
     """
     if isinstance(dims, int) and not isinstance(dims, bool):
         dims = [dims]
@@ -62,12 +62,15 @@ def parts_of(
 
 
 def opmath_bytes(dtype: torch.dtype) -> int:
-    """Return the bytes of an accumulator of a sum."""
+    """Return the bytes of the accumulator of a sum."""
     return _OPMATH_BYTES.get(dtype, dtype.itemsize)
 
 
 def _reducing(call: Call) -> Iterator[RequestStep]:
-    """Add up, in the result's type; only half precision is read as it is."""
+    """Request the memory of a sum in the result's dtype.
+
+    An operand of another dtype is converted first, unless it is of half precision.
+    """
     yield Results()
     operand: torch.Tensor = call["self"]
     result: Any = call.results[0]
@@ -80,7 +83,7 @@ def _reducing(call: Call) -> Iterator[RequestStep]:
 
 
 def _counting(call: Call) -> Iterator[RequestStep]:
-    """``(self != 0).sum(dim)``; truth values are not compared again."""
+    """Request the memory of ``(self != 0).sum(dim)``; booleans are not compared."""
     operand = call["self"]
     if operand.dtype is not torch.bool:
         yield copy_of(operand, torch.bool)
@@ -90,7 +93,10 @@ def _counting(call: Call) -> Iterator[RequestStep]:
 
 
 def _selecting(call: Call) -> Iterator[RequestStep]:
-    """A largest or smallest number; no accumulator is wider than it."""
+    """Request the memory to find a largest or smallest number.
+
+    The accumulator has the operand's dtype.
+    """
     yield Results()
     operand = call["self"]
     if call.overload == "other":
@@ -106,7 +112,7 @@ def _finding(call: Call) -> Iterator[RequestStep]:
 
 
 def _deciding(call: Call) -> Iterator[RequestStep]:
-    """``allany_impl``: a single number is only converted."""
+    """Request the memory of ``allany_impl``; a single number is only converted."""
     yield Results()
     operand = call["self"]
     if operand.numel() == 1:
@@ -117,7 +123,10 @@ def _deciding(call: Call) -> Iterator[RequestStep]:
 
 
 def _varying(call: Call) -> Iterator[RequestStep]:
-    """A variance; one of complex numbers is the sum of two of real ones."""
+    """Request the memory of a variance.
+
+    The variance of complex numbers is the sum of those of the real and imaginary parts.
+    """
     operand = call["self"]
     if operand.is_complex():
         yield from _varying_twice(call)
@@ -128,10 +137,10 @@ def _varying(call: Call) -> Iterator[RequestStep]:
 
 
 def _varying_twice(call: Call) -> Iterator[RequestStep]:
-    """``std_var_out`` and ``std_var_mean_out`` of complex numbers."""
+    """Request the memory of ``std_var_out`` and ``std_var_mean_out``, complex numbers."""
     variance: Any = call.results[0]
     parts = [copy_of(variance) for _each in call.results for _half in range(2)]
-    if len(call.results) > 1:  # with means, which become complex ones
+    if len(call.results) > 1:  # with means, which are converted to complex numbers
         yield from parts
         yield Results()
     else:
@@ -140,19 +149,22 @@ def _varying_twice(call: Call) -> Iterator[RequestStep]:
 
 
 def norming(call: Call) -> Iterator[RequestStep]:
-    """Add up powers of sizes, which are real; a norm of nothing but itself is a size."""
+    """Request the memory of a norm, the sum of powers of absolute values, which are real.
+
+    The norm over dimensions of length 1 is the absolute value.
+    """
     yield Results()
     operand = call["self"]
     is_sized = call.name == "linalg_vector_norm"
     if operand.is_complex() and is_sized and _keeps_every(operand, call["dim"]):
-        yield copy_of(operand)  # of ``abs``, see there
+        yield copy_of(operand)  # ``abs`` computes a complex result first
         return
     real = operand.dtype.to_real()
     yield from parts_of(call, operand, call.get("dim"), opmath_bytes(real))
 
 
 def _keeps_every(operand: torch.Tensor, dims: Any) -> bool:
-    """Tell whether the dimensions that go have one number each."""
+    """Return whether every reduced dimension has length 1."""
     if isinstance(dims, int):
         dims = [dims]
     gone = dims or range(operand.dim())
@@ -160,7 +172,7 @@ def _keeps_every(operand: torch.Tensor, dims: Any) -> bool:
 
 
 def _between(call: Call) -> Iterator[RequestStep]:
-    """The norm of a difference, which is made first."""
+    """Request a difference, then the memory of its norm."""
     shape = torch.broadcast_shapes(call["self"].shape, call["other"].shape)
     result: Any = call.results[0]
     dtype = torch.result_type(call["self"], call["other"])
@@ -174,7 +186,7 @@ register("dist", requests=_between, source="Distance.cpp, dist")
 
 
 def _commonest(call: Call) -> Iterator[RequestStep]:
-    """The dimension is brought to the end, in a copy where it is not there."""
+    """Request a copy with the dimension last, unless the dimension is already last."""
     source, dim = call["self"], call["dim"]
     yield Results()
     if source.dim():
@@ -204,7 +216,7 @@ register("mean", requests=_reducing, source=_KERNEL)
 
 
 def _nansum(source: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-    """``nansum``: a card has it of complex numbers, too."""
+    """Run ``nansum``; a card also supports complex numbers."""
     if source.is_complex():
         return torch.sum(source.masked_fill(source.isnan(), 0), *args, **options)
     return torch.nansum(source, *args, **options)
@@ -254,7 +266,7 @@ register(
 
 
 def _adding_exponentials(call: Call) -> Iterator[RequestStep]:
-    """The largest numbers are taken off first, where they are finite."""
+    """Request the maxima first; they are subtracted if they are finite."""
     operand: torch.Tensor = call["self"]
     result: Any = call.results[0]
     dims = call["dim"]
@@ -285,7 +297,7 @@ def _is_inexact(_func: Any, args: tuple[Any, ...]) -> bool:
 
 
 def _running(call: Call) -> Iterator[RequestStep]:
-    """A running sum; whole numbers become those of the result first."""
+    """Request the memory of a running sum; integers are first converted to the result's."""
     yield Results()
     operand: torch.Tensor = call["self"]
     result: Any = call.results[0]
@@ -295,7 +307,7 @@ def _running(call: Call) -> Iterator[RequestStep]:
 
 
 def scan_of(operand: torch.Tensor, dim: int, dtype: torch.dtype) -> Iterator[Temporary]:
-    """Ask for what CUB takes where a whole tensor is one run: ``scan_dim``."""
+    """Request CUB's memory if one running sum spans the whole tensor: ``scan_dim``."""
     count = operand.numel()
     if operand.dim() and count == operand.shape[dim] and count:
         is_plain = dtype not in HALVES and not dtype.is_complex
@@ -321,7 +333,7 @@ register(
 def _softmax(operator: Any) -> Callable[..., Any]:
     """Return ``softmax`` or ``log_softmax`` with ``dtype=``.
 
-    On a card half precision becomes single precision inside the kernel.
+    On a card, the kernel itself converts half precision to single precision.
     """
 
     def kernel(
@@ -338,7 +350,7 @@ def _softmax(operator: Any) -> Callable[..., Any]:
 
 
 def _widening(operator: Any) -> Callable[..., Any]:
-    """Return how the CPU computes a softmax that makes single precision of half."""
+    """Return the CPU's softmax of half precision with a single-precision result."""
 
     def compute(source: torch.Tensor, dim: int, half_to_float: bool) -> Any:  # noqa: FBT001  # the operator's signature
         return operator(source.float() if half_to_float else source, dim, False)
@@ -347,7 +359,7 @@ def _widening(operator: Any) -> Callable[..., Any]:
 
 
 def _narrowing(operator: Any) -> Callable[..., Any]:
-    """Return how the CPU computes the gradient of such a softmax."""
+    """Return the CPU's gradient of a softmax from half to single precision."""
 
     def compute(grad: torch.Tensor, output: Any, dim: int, dtype: torch.dtype) -> Any:
         return operator(grad, output, dim, grad.dtype).to(dtype)
@@ -356,14 +368,17 @@ def _narrowing(operator: Any) -> Callable[..., Any]:
 
 
 def _multiplying(call: Call) -> Iterator[RequestStep]:
-    """The gradient times the output is made first, in a buffer of its own."""
+    """Request a buffer for the gradient times the output, which is computed first."""
     grad = call["grad_output"]
     yield Results()
     yield copy_of(grad)
 
 
 def _safe(call: Call) -> Iterator[RequestStep]:
-    """A softmax, then 0 in rows that have nothing but minus infinity."""
+    """Request the memory of a softmax, then of a mask for rows of only minus infinity.
+
+    The result is 0 in these rows.
+    """
     source, dim = call["self"], call["dim"]
     length = source.shape[dim] if source.dim() else 1
     yield Results()
@@ -397,7 +412,10 @@ for _name in ("softmax", "log_softmax"):
 
 
 def _renorming(call: Call) -> Iterator[RequestStep]:
-    """A norm for each slice, wider for half precision; then the factor, of the type."""
+    """Request the norm of each slice, then its factor.
+
+    For half precision, the norms are of single precision and the factors of half.
+    """
     yield Results()
     source: torch.Tensor = call["self"]
     slices = source.shape[call["dim"]]
@@ -411,7 +429,7 @@ register("renorm", requests=_renorming, source="Normalization.cpp, renorm_out")
 
 
 def _by_segments(call: Call) -> Iterator[RequestStep]:
-    """Lengths and offsets of segments are made of each other."""
+    """Request the memory to compute segment offsets from lengths, or the reverse."""
     yield Results()
     source: torch.Tensor = call["data"]
     lengths, offsets = call["lengths"], call["offsets"]
@@ -428,7 +446,7 @@ def _by_segments(call: Call) -> Iterator[RequestStep]:
         rows = offsets.numel() // max(offsets.shape[-1], 1)
         yield Temporary((offsets.numel() - rows) * offsets.itemsize)
     if source.dim() == 1 and call.name == "segment_reduce":
-        yield Temporary(1)  # CUB's, where a block does
+        yield Temporary(1)  # CUB's buffer if one block is enough
 
 
 register(

@@ -1,16 +1,17 @@
 """One record for each operator: all that the simulated card needs to know about it.
 
-An operator that needs nothing has none: it runs on the CPU's tensors and its results
-are charged in their order. What torch declares itself, as which operands are compared,
-what autocast does and what draws, is read from its own files and tags. Whatever else an
-operator needs is one row in the module of its family::
+An operator without special needs has no record: it runs on CPU tensors, and memory is
+allocated for its results in their order. Three facts are read from torch's own files and
+tags: whose devices are compared, what autocast does, and which operators draw random
+numbers. Everything else that an operator needs is one row in the module of its family::
 
     register("cumsum", alert="cumsum_cuda_kernel", source="ScanKernels.cpp")
 
-A row speaks of an operator by its name in ``torch.ops.aten``, all overloads together,
-and of its variant in place (``add`` is ``add`` and ``add_``) unless that has a row of
-its own. ``_foreach_*`` is a row for what has none of that beginning. A name in two rows
-is an error of the import. A name that the installed torch does not have is passed over.
+A row names an operator as in ``torch.ops.aten`` and applies to all its overloads. It
+also applies to the in-place variant (``add`` means ``add`` and ``add_``), unless that
+variant has its own row. The row ``_foreach_*`` applies to every operator with this
+prefix that has no row of its own. A name in two rows is an error at import. A name that
+the installed torch does not have is ignored.
 """
 
 from __future__ import annotations
@@ -38,33 +39,41 @@ class Operator:
     """The record of one operator, or of several operators with the same rules.
 
     Attributes:
-        source: Where it stands, in PyTorch's sources: file and function, or the field
-            of ``native_functions.yaml``.
+        source: The source of the record in PyTorch's sources: file and function, or the
+            field of ``native_functions.yaml``.
         place: The module and line of the row.
-        requests: What it asks of the allocator, in order; None: its results alone.
-            See ``requests.py``.
-        compute: Returns how the CPU computes the values of an overload, where the CPU's
-            own kernel does not know what a card's does: a function called as the
-            overload is; None for an overload of which that is not so.
-        draw: How it draws from a generator, where it takes none as an argument.
-        move: By how much a call moves a generator's offset, beside what it draws.
-        draws_nothing: Whether torch's tag that it draws is wrong.
-        composed: Returns the Python function that composes an overload of other
-            operators, above autograd; None for an overload that needs none.
-        decomposed: The same below autograd: for what C++ composes of others on a card,
-            while autograd knows its gradient as a whole.
-        handler: Runs it instead of everything else, given arguments and keywords.
+        requests: The rule for the operator's requests to the allocator, see
+            ``requests.py``; None if it requests only its results.
+        compute: Takes an overload and returns the function that computes its values on
+            the CPU, if the CPU's kernel lacks a feature of the card's kernel. The
+            function takes the arguments of the overload. None for an overload that
+            does not need such a function.
+        draw: The function that draws from a generator, if the operator takes none as an
+            argument.
+        move: The rule for the step by which a call advances the generator's offset.
+        draws_nothing: Whether the operator draws nothing although torch's tag says it
+            does.
+        composed: Takes an overload and returns the Python function that composes it of
+            other operators, above autograd; None for an overload that needs none.
+        decomposed: As ``composed``, but below autograd: for an operator that C++ composes
+            on a card, and whose gradient autograd knows as a whole.
+        handler: Runs the operator instead of everything else; it takes the positional
+            and the keyword arguments.
         around: Wraps the handler of an overload.
-        check: Holds operands to devices; None: as its declaration says.
-        takes_host: Whether tensors of the host may stand beside a card's.
-        has_cuda_kernel: Whether a card has a kernel for what is composed elsewhere.
+        check: Checks the devices of the operands; None means as declared by torch.
+        takes_host: Whether host tensors may be mixed with a card's tensors.
+        has_cuda_kernel: Whether a card has a kernel for an operator that is composed on
+            other devices.
         uses_cublas: Whether the kernel takes a cuBLAS handle, with its workspace.
-        resizes: Whether it may give an argument another size that is no ``out=``.
-        has_effects: Whether it changes what its schema does not say.
-        lacks: Names the kernel that has no variant for the types of some arguments;
-            empty where it has one.
-        alert: What it calls itself where it has no deterministic way to run.
-        alerts: Whether that holds of an overload and its arguments; None: of all.
+        resizes: Whether the operator may resize an argument other than ``out=``.
+        has_effects: Whether the operator changes arguments that its schema does not mark
+            as written.
+        lacks: Takes the arguments and returns the name of the kernel that has no variant
+            for their dtypes; empty if the kernel has one.
+        alert: The operator's name in the error that it has no deterministic
+            implementation.
+        alerts: Takes an overload and its arguments and returns whether ``alert`` applies;
+            None means always.
     """
 
     source: str
@@ -92,20 +101,20 @@ class Operator:
 #: Every record, by name.
 OPERATORS: Final[dict[str, Operator]] = {}
 
-#: What an operator needs that has no record.
+#: The record of an operator that has no row.
 PLAIN: Final = Operator(source="", place="")
 
 
 def register(names: str, *, source: str, **fields: Any) -> None:
-    """Register the record of operators.
+    """Register one record for one or more operators.
 
     Args:
-        names: Their names in ``torch.ops.aten``, between blanks.
-        source: The place in PyTorch's sources.
+        names: Names in ``torch.ops.aten``, separated by blanks.
+        source: The field ``source`` of ``Operator``.
         fields: The other fields of ``Operator``.
 
     Raises:
-        ValueError: One of them has a record already.
+        ValueError: One of the operators already has a record.
     """
     frame = sys._getframe(1)
     place = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
@@ -128,7 +137,7 @@ def find(func: Any) -> Operator:
         return found
     out_of_place = name.removesuffix("_")
     if out_of_place in OPERATORS and not name.endswith("__"):
-        # What is done in place is no other thing, but what runs it is.
+        # The in-place variant has the same record, except for the functions that run it.
         return replace(
             OPERATORS[out_of_place],
             compute=None,
@@ -144,12 +153,12 @@ def find(func: Any) -> Operator:
 
 
 def overloads() -> Iterator[tuple[str, Any, Operator]]:
-    """Yield each overload of the installed torch that a record names, by name."""
-    known = set(torch._C._dispatch_get_all_op_names())  # it has no public name
+    """Yield the name, overload and record of each registered overload of torch."""
+    known = set(torch._C._dispatch_get_all_op_names())  # there is no public function
     for name, operator in OPERATORS.items():
         packet = getattr(torch.ops.aten, name, None)
         for overload in () if packet is None else packet.overloads():
             spelt = name if overload == "default" else f"{name}.{overload}"
             func = getattr(packet, overload)
-            if func.name() in known:  # TorchScript's own, of lists, are not
+            if func.name() in known:  # excludes TorchScript's overloads for lists
                 yield spelt, func, operator

@@ -1,33 +1,36 @@
-"""The language for the requests of an operator to the caching allocator, in order.
+"""The language of rules for the requests that operators make to the caching allocator.
 
-The rule of an operator is a generator. It is given the call and yields what CUDA's code
-asks for, in the order in which it asks; without a rule that is the results, in theirs.
-It knows shapes, strides, types, arguments and the card, never a value, so it also holds
-before the operator has run and where no values are kept.
+The rule of an operator is a generator. It takes the call and yields the requests of
+CUDA's code, in the same order. An operator without a rule requests its results, in the
+order in which it returns them. A rule uses shapes, strides, dtypes, arguments and the
+card, but no values. It therefore also works before the operator has run, and for
+tensors without values.
 
 ============================  =========================================================
-``yield Results()``           the results that have not been asked for, in their order
-``yield Results(2, 0)``       these, by their place among what the operator returns
-``yield Sized(0, 4096)``      this one, with other bytes than its elements have
-``buffer = Temporary(512)``   bytes that it has for itself: asked for by ``yield buffer``,
-                              held until the operator ends
-``yield Free(buffer)``        or until here
-``yield Workspace()``         the workspace of the thread's cuBLAS handle, if it has none
-``yield Lasting(number)``     a number of the host that C++ makes on the card: held for as
-                              long as C++ has it
+``yield Results()``           requests all results not requested yet, in their order
+``yield Results(2, 0)``       requests these results, by their index in the return value
+``yield Sized(0, 4096)``      requests this result with another size than its elements
+                              need
+``buffer = Temporary(512)``   defines temporary bytes: ``yield buffer`` requests them, and
+                              they are held until the operator ends
+``yield Free(buffer)``        frees temporary bytes earlier
+``yield Workspace()``         requests the workspace of the thread's cuBLAS handle, if it
+                              has none
+``yield Lasting(number)``     requests the memory of a host number that C++ copies to the
+                              card; it is held for as long as C++ holds the copy
 ============================  =========================================================
 
-What is not asked for by the end is asked for then. Views and arguments that are returned
-ask for nothing; an argument that grows (``out=``) is a result here.
+Results that the rule does not request are requested at its end. Views and arguments that
+are returned request nothing; an argument that is enlarged (``out=``) counts as a result.
 
-Two examples. A kernel that sorts in a buffer beside its results::
+Two examples. A kernel that sorts and uses a temporary buffer::
 
     def sorting(call: Call) -> Iterator[RequestStep]:
         source = call["self"]
         yield Results()
         yield Temporary(source.numel() * source.itemsize)
 
-One that works on a contiguous copy, and makes its second result first::
+A kernel that works on a contiguous copy, and allocates its second result first::
 
     def folding(call: Call) -> Iterator[RequestStep]:
         copy = None if call["self"].is_contiguous() else copy_of(call["self"])
@@ -57,7 +60,7 @@ if TYPE_CHECKING:
 
 
 class Results:
-    """The operator asks for results; see the module's table."""
+    """The operator requests results; see the table in the module docstring."""
 
     __slots__ = ("places",)
 
@@ -66,10 +69,10 @@ class Results:
 
 
 class Sized:
-    """The operator asks for a result with other bytes than its elements have.
+    """The operator requests a result with another size than its elements need.
 
-    One that CUDA's code shrinks afterwards keeps the bytes that it had; one that only
-    another device's code uses has none.
+    A result that CUDA's code shrinks later keeps its original bytes. A result that only
+    another device's code uses has no bytes.
     """
 
     __slots__ = ("nbytes", "place")
@@ -80,7 +83,7 @@ class Sized:
 
 
 class Temporary:
-    """The operator asks for temporary bytes; 0 asks for nothing."""
+    """The operator requests temporary bytes; 0 requests nothing."""
 
     __slots__ = ("nbytes",)
 
@@ -98,17 +101,17 @@ class Free:
 
 
 class Workspace:
-    """The operator asks for the workspace of the thread's cuBLAS handle, if it has none."""
+    """The operator requests a workspace for the thread's cuBLAS handle if it has none."""
 
     __slots__ = ()
 
     def ask(self, card: SimulatedCard) -> None:
-        """Ask for it."""
+        """Make the request on a card."""
         hold_workspace(card)
 
 
 class Lasting:
-    """A number that C++ makes on the card; it is held for as long as C++ has it."""
+    """A host number that C++ copies to the card, held for as long as C++ holds the copy."""
 
     __slots__ = ("_number",)
 
@@ -116,7 +119,7 @@ class Lasting:
         self._number = number
 
     def ask(self, card: SimulatedCard) -> None:
-        """Ask for it."""
+        """Make the request on a card."""
         memory = Memory(card, self._number.itemsize)
         hold(self._number.untyped_storage(), memory)
 
@@ -125,13 +128,13 @@ RequestStep = Results | Sized | Temporary | Free | Workspace | Lasting
 
 
 def copy_of(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> Temporary:
-    """Return the request for a contiguous copy of a tensor, also as another dtype."""
+    """Return the request for a contiguous copy of a tensor, optionally in another dtype."""
     itemsize = (dtype or tensor.dtype).itemsize
     return Temporary(tensor.numel() * itemsize)
 
 
 def is_number(value: Any) -> bool:
-    """Tell whether an argument is a tensor of one number on the host."""
+    """Return whether an argument is a host tensor of one number."""
     return (
         isinstance(value, torch.Tensor)
         and value.dim() == 0
@@ -140,12 +143,12 @@ def is_number(value: Any) -> bool:
 
 
 class Call:
-    """One call of an operator, as an argument of its rule: ``call["dim"]``.
+    """One call of an operator, for its rule: ``call["dim"]`` is an argument.
 
     Attributes:
-        card: The card; ``card.card`` are its properties.
-        results: What the operator returns, flat: tensors of the right shapes, strides
-            and types, and None for what is not a tensor.
+        card: The card; its properties are in ``card.card``.
+        results: The flat list of the operator's results: tensors with the correct shapes,
+            strides and dtypes, and None for a result that is not a tensor.
     """
 
     __slots__ = ("_args", "_func", "_kwargs", "card", "results")
@@ -163,10 +166,10 @@ class Call:
         self.card = card
 
     def __getitem__(self, name: str) -> Any:
-        """Return an argument by its name in the schema, or its default.
+        """Return an argument, or its default, by its name in the schema.
 
         Raises:
-            KeyError: The overload has no argument of the name.
+            KeyError: The overload has no argument with this name.
         """
         if name in self._kwargs:
             return self._kwargs[name]
@@ -177,7 +180,7 @@ class Call:
         raise KeyError(name)
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Return an argument, or ``default`` where the overload has none of the name."""
+        """Return an argument, or ``default`` if the overload has no such argument."""
         try:
             return self[name]
         except KeyError:
@@ -185,13 +188,13 @@ class Call:
 
     @property
     def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The operands of a product, found faster than by name: the last two tensors."""
+        """The operands of a product: the last two tensors, which is faster than by name."""
         tensors = [each for each in self._args if isinstance(each, torch.Tensor)]
         return tensors[-2], tensors[-1]
 
     @property
     def name(self) -> str:
-        """The operator's name, in place or not: ``"add"``."""
+        """The operator's name without the underscore of in-place variants: ``"add"``."""
         name: str = self._func.overloadpacket.__name__
         return name.removesuffix("_")
 
@@ -208,7 +211,7 @@ class Call:
 
     @property
     def processors(self) -> Processors:
-        """The card's streaming multiprocessors, and the threads that one holds."""
+        """The card's streaming multiprocessors, and the threads that one can hold."""
         card = self.card.card
         return Processors(
             card.multi_processor_count,
@@ -218,7 +221,7 @@ class Call:
 
 
 def flat(out: Any) -> list[torch.Tensor | None]:
-    """Return what an operator returned, lists laid open; None for what is not a tensor."""
+    """Return an operator's results as a flat list, with None for each non-tensor."""
     if isinstance(out, torch.Tensor):
         return [out]
     if isinstance(out, (tuple, list)):
@@ -232,15 +235,15 @@ def ask(
     """Make the requests of an operator to the card's allocator, step by step.
 
     Args:
-        steps: From the operator's rule.
-        sizes: Bytes of each result; 0 for one that asks for nothing.
-        card: Whose allocator.
+        steps: The steps of the operator's rule.
+        sizes: Bytes of each result; 0 for a result that requests nothing.
+        card: The card whose allocator is used.
 
     Returns:
-        What each result holds, a ``Memory`` or None. Temporaries are given back.
+        The ``Memory`` of each result, or None. Temporary bytes are freed.
 
     Raises:
-        torch.OutOfMemoryError: There is no room; what was taken is given back.
+        torch.OutOfMemoryError: The card has no room; the memory taken so far is freed.
     """
     __tracebackhide__ = True
     held: list[Memory | None] = [None] * len(sizes)
@@ -262,5 +265,5 @@ def ask(
                     del left[index]
                     held[index] = Memory(card, sizes[index])
     while temporaries:
-        temporaries.popitem()  # the last one first, as C++ does
+        temporaries.popitem()  # the newest one first, as in C++
     return held

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def _quantile(func: Any) -> Any:
-    """Compute on the host; refuse shares on another device, as C++ does."""
+    """Compute on the host; refuse quantiles ``q`` on another device, as C++ does."""
     inner = into_out(func, keeps_strides=False) or on_host(func)
 
     def kernel(source: torch.Tensor, share: Any, *args: Any, **options: Any) -> Any:
@@ -56,9 +56,11 @@ register(
 )
 register("msort", composed=into_out, source="Sorting.cpp, msort_out")
 
-#: The longest dimension that is sorted in place. Source: ``should_use_small_sort``.
+#: Length of the longest dimension that is sorted in place.
+#: Source: ``should_use_small_sort``.
 _SMALL = 4096
-#: Segments, and numbers in one, from which on they are sorted in another way.
+#: Segments of at least ``_LARGE_SEGMENT`` numbers are sorted one at a time. At least
+#: ``_MANY_SEGMENTS`` shorter segments are sorted by a segmented sort.
 #: Source: ``launch_stable_sort_kernel``.
 _MANY_SEGMENTS = 128
 _LARGE_SEGMENT = 1_000_000
@@ -83,7 +85,7 @@ def _sorting(call: Call) -> Iterator[RequestStep]:
 def _sorting_segments(
     call: Call, source: torch.Tensor, length: int
 ) -> Iterator[RequestStep]:
-    """Sort the last dimension: ``launch_stable_sort_kernel``."""
+    """Request the memory to sort the last dimension: ``launch_stable_sort_kernel``."""
     count, key_bytes = source.numel(), source.itemsize
     bits = 8 * key_bytes
     segments = count // length
@@ -109,7 +111,7 @@ register("sort", requests=_sorting, source="cuda/Sort.cpp, sort_stable_out")
 
 
 def _sorting_away(call: Call) -> Iterator[RequestStep]:
-    """Sort beside the operand; only the indices are wanted."""
+    """Request a temporary buffer for sorted values; only the indices are returned."""
     values = copy_of(call["self"])
     yield values
     yield from _sorting(call)
@@ -123,7 +125,7 @@ register(
 
 
 def _middle(call: Call) -> Iterator[RequestStep]:
-    """Without a dimension all numbers are sorted; with one they are counted."""
+    """Request the memory to sort all numbers; with a dimension, nothing is sorted."""
     source = call["self"]
     if call.overload != "default" or not source.numel():
         return
@@ -144,7 +146,7 @@ def _middle(call: Call) -> Iterator[RequestStep]:
 
 
 def _counting_numbers(count: int) -> Iterator[RequestStep]:
-    """``((count - 1) - sorted.isnan().sum()) / 2``, as an index."""
+    """Request the memory of the index ``((count - 1) - sorted.isnan().sum()) / 2``."""
     are_none, wide = Temporary(count), Temporary(count * INDEX_BYTES)
     total, left = Temporary(INDEX_BYTES), Temporary(INDEX_BYTES)
     half, index = Temporary(4), Temporary(INDEX_BYTES)  # single precision
@@ -169,7 +171,7 @@ register(
 
 
 def _histc(source: torch.Tensor, *args: Any, **options: Any) -> Any:
-    """``histc``: whole numbers are a card's alone."""
+    """Run ``histc``; only a card supports integers."""
     if source.dtype.is_floating_point:
         return torch.histc(source, *args, **options)
     return torch.histc(source.double(), *args, **options).to(source.dtype)
@@ -193,7 +195,7 @@ register(
 
 
 def _searching(call: Call) -> Iterator[RequestStep]:
-    """The least and the largest place of a sorter are looked at."""
+    """Request the smallest and the largest index of a sorter, which are checked."""
     if call.get("sorter") is not None:
         least, largest = Temporary(INDEX_BYTES), Temporary(INDEX_BYTES)
         yield from (least, largest, Free(least), Free(largest))
@@ -207,7 +209,7 @@ register(
 
 
 def _choosing(call: Call) -> Iterator[RequestStep]:
-    """Long rows are chosen from by several blocks, which count digits."""
+    """Request the memory to select from long rows by several blocks that count digits."""
     source: torch.Tensor = call["self"]
     yield Results()
     if not source.dim() or not source.numel():

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices.simulated.operators.requests import Call, RequestStep
 
-#: Gradients that are added up atomically, by what their kernel calls itself.
+#: Gradients that are summed atomically, with the name of the kernel in the error.
 #: Source: the callers of ``alertNotDeterministic`` in ``aten/src/ATen/native/cuda``.
 _ADDED_ATOMICALLY = {
     "_adaptive_avg_pool2d_backward": "adaptive_avg_pool2d_backward_cuda",
@@ -57,7 +57,7 @@ for _name, _caller in _ADDED_ATOMICALLY.items():
 
 
 def _with_places(call: Call) -> Iterator[RequestStep]:
-    """Where windows overlap, the places that they reach are numbered."""
+    """Request indices of the covered positions if the windows overlap."""
     yield Results()
     sizes, dim = call["input_sizes"], call["dim"]
     if sizes and call["step"] < call["size"]:
@@ -75,7 +75,7 @@ register(
 
 
 def _growing(call: Call) -> Iterator[RequestStep]:
-    """The result is as large as the operand until it has to grow; it never shrinks."""
+    """Request a result of the operand's size; it is enlarged if necessary, never shrunk."""
     source: torch.Tensor = call["self"]
     result: Any = call.results[0]
     nbytes, wanted = (each.numel() * each.itemsize for each in (source, result))
@@ -92,7 +92,7 @@ register("im2col", requests=_growing, source="cuda/Im2Col.cu, im2col_cuda")
 
 
 def _in_a_row(call: Call) -> Iterator[RequestStep]:
-    """Operands that do not lie in a row are copied first."""
+    """Request copies of operands that are not contiguous first."""
     copies = [
         copy_of(each)
         for each in (call["self"], call["indices"])
@@ -103,7 +103,7 @@ def _in_a_row(call: Call) -> Iterator[RequestStep]:
 
 
 def _dense(func: Any) -> Any:
-    """A card's result lies in a row; the CPU's follows its operand."""
+    """Make the result contiguous, as on a card; the CPU keeps the operand's layout."""
     if func._overloadname != "default":
         return None
     return lambda *args, **options: func(*args, **options).contiguous()
@@ -148,7 +148,7 @@ register(
 
 
 def _transforming(func: Any) -> Any:
-    """Refuse half precision, which C++ takes of cards alone, for cuFFT."""
+    """Compute with half precision refused: C++ accepts it only on cards, for cuFFT."""
 
     def kernel(source: torch.Tensor, *args: Any, **options: Any) -> Any:
         if source.dtype in {torch.float16, torch.complex32}:

@@ -1,4 +1,4 @@
-"""Operators that cross devices or carry storages, run in their own way."""
+"""Operators that copy between devices or change storages; each has its own handler."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _set_storage: Any = torch._C.TensorBase.set_  # below Tensor.set_
 
 
 def _to_copy(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``aten._to_copy``: a new dtype, layout or device."""
+    """Run ``aten._to_copy``: a copy with a new dtype, layout or device."""
     source = args[0]
     device = kwargs.get("device")
     dtype = kwargs.get("dtype")
@@ -50,24 +50,24 @@ def _to_copy(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _copy_(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
-    """``aten.copy_``: in place, between any two devices.
+    """Run ``aten.copy_``: an in-place copy between any two devices.
 
     Source: ``aten/src/ATen/native/cuda/Copy.cu``, ``copy_requires_temporaries``: a
-    copy between host and card that is not dense on both sides, or changes type, goes
-    through a contiguous buffer where the card's side is not contiguous.
+    copy between host and card that changes the dtype, or is not dense on both sides,
+    uses a contiguous buffer if the card's side is not contiguous.
     """
     target, source = args[0], args[1]
     staging = None
     if not isinstance(source, torch.Tensor):
         target._gpumem_value.fill_(source)  # a number
     elif not isinstance(source, SimulatedTensor):
-        # Where no values are kept C++ makes the number of ``x[...] = 1`` on meta.
+        # Without values, C++ creates the number of ``x[...] = 1`` on the meta device.
         keeps_none = target._gpumem_card.value_device == "meta" and not any(
             source.stride()
         )
         if source.is_meta and not keeps_none:
             raise NotImplementedError("Cannot copy out of meta tensor; no data!")
-        # A number that C++ has spread over the target is filled in on a card.
+        # If C++ has expanded a number to the target's shape, a card only fills the target.
         is_number = not any(source.stride())
         if not target._gpumem_value.is_contiguous() and not is_number:
             staging = Memory(target._gpumem_card, target._gpumem_value.nbytes)
@@ -88,7 +88,7 @@ def _copy_(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
 
 
 def _set_(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``aten.set_``: another storage under the same tensor; it may have to grow.
+    """Run ``aten.set_``: give a tensor another storage, which may have to grow.
 
     Source: ``set_storage_cuda_`` of ``aten/src/ATen/native/cuda/TensorFactories.cu``.
     """
@@ -115,7 +115,7 @@ def _growth(
     size: Any = (),
     stride: Any = (),
 ) -> Memory | None:
-    """Take the bytes of a storage that is smaller than what is to lie in it."""
+    """Take the bytes to enlarge a storage that is too small for its tensor."""
     if source is None or not size:
         return None
     storage = source.untyped_storage() if hasattr(source, "untyped_storage") else source
@@ -128,7 +128,7 @@ def _growth(
 
 
 def _is_pinned(_args: tuple[Any, ...], _kwargs: dict[str, Any]) -> bool:
-    """``aten.is_pinned``: what lies on a card is never pinned."""
+    """Run ``aten.is_pinned``: memory on a card is never pinned."""
     return False
 
 

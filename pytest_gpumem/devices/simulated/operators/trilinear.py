@@ -1,4 +1,4 @@
-"""Products of three tensors, as of ``torch.nn.Bilinear``."""
+"""Products of three tensors, for example in ``torch.nn.Bilinear``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def _sum_of_products(
     left: torch.Tensor, right: torch.Tensor, summed: Collection[int]
 ) -> torch.Tensor:
-    """Multiply, and add up over some dimensions, which stay: ``sumproduct_pair``."""
+    """Multiply and sum over some dimensions, which are kept: ``sumproduct_pair``."""
     if not summed:
         return left * right
     both, lefts, sums, rights = [], [], [], []
@@ -43,7 +43,7 @@ def _sum_of_products(
     batch = math.prod(left_sizes[dim] for dim in both)
     rows = math.prod(left_sizes[dim] for dim in lefts)
     columns = math.prod(right_sizes[dim] for dim in rights)
-    # Dimensions that go and are 1 lie with the left's own, where they change nothing.
+    # Summed dimensions of length 1 are placed with the left operand's own dimensions.
     ones = [dim for dim in gone if dim not in sums]
     first = left.permute([*both, *lefts, *ones, *sums, *rights])
     second = right.permute([*both, *sums, *ones, *rights, *lefts])
@@ -70,13 +70,13 @@ def _trilinear(  # noqa: PLR0917  # the operator's signature
     sumdim: Sequence[int],
     unroll_dim: int = 1,
 ) -> torch.Tensor:
-    """``_trilinear``: one slice of a dimension after the other."""
+    """Run ``_trilinear``: one slice of a dimension after the other."""
     count = i1.dim() + len(expand1)
     tensors = [i1, i2, i3]
     for place, expanded in enumerate((expand1, expand2, expand3)):
         for dim in sorted(expanded):
             tensors[place] = tensors[place].unsqueeze(dim)
-    # C++ takes the length from the last of the three that has the dimension.
+    # C++ takes the length from the last of the three tensors that has the dimension.
     lengths = [
         next(
             (
