@@ -1,8 +1,8 @@
-"""Observers that cannot harm the program they observe.
+"""Keeps errors of observers away from the program that they observe.
 
-An observer of allocations runs in the middle of the program that allocates. An error of
-the observer must not reach that program: the observer is dropped instead, and the run
-says so at its end.
+An observer of allocations is called while the program allocates. If it raises, the error
+must not reach the program. Instead the observer is dropped, and a message at the end of
+the run says so.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-#: What became of observers that were dropped, in words, each once.
+#: The messages about observers that were dropped, each once.
 _dropped: Final[dict[str, None]] = {}
 
 
 class Guarded:
     """An observer that is dropped once it has raised.
 
-    From then on it returns None, and so do the functions that it returned before.
+    After that a call returns None, also of functions that the observer returned before.
     """
 
     def __init__(self, observe: Callable[..., Any]) -> None:
         self._observe: Callable[..., Any] | None = observe
 
     def __call__(self, *args: Any) -> Any:
-        """Call the observer; raises only errors that interrupt the program itself."""
+        """Call the observer; only errors that end the program, such as an interrupt, pass."""
         if self._observe is None:
             return None
         try:
             found = self._observe(*args)
-        except Exception as error:  # noqa: BLE001  # whatever it is, the program goes on
+        except Exception as error:  # noqa: BLE001  # no error may reach the program
             note_dropped(self._observe, error)
             self._observe = None
             return None
@@ -42,22 +42,22 @@ class Guarded:
 
 
 def guarded(look: Callable[[], _T], *, otherwise: _T) -> _T:
-    """Return the result of a function that observes the program; a default if it fails."""
+    """Return the result of a function that observes the program; a default if it raises."""
     try:
         return look()
-    except Exception as error:  # noqa: BLE001  # likewise
+    except Exception as error:  # noqa: BLE001  # no error may reach the program
         note_dropped(look, error)
         return otherwise
 
 
 def note_dropped(observe: Callable[..., Any], error: Exception) -> None:
-    """Note that an observer has failed, for the end of the run."""
+    """Note that an observer has raised, for the message at the end of the run."""
     name = getattr(observe, "__qualname__", type(observe).__qualname__)
     home = getattr(observe, "__module__", "")
     last = traceback.extract_tb(error.__traceback__)[-1]
     try:
         text = f"{error}"
-    except Exception:  # noqa: BLE001  # the program's own class
+    except Exception:  # noqa: BLE001  # code of the program's own class may raise
         text = "its text cannot be had"
     words = f"{type(error).__name__}: {text:.200}"
     _dropped[

@@ -4,12 +4,13 @@ No reference to the objects that were read is kept, no dictionary of the program
 changed, and no code of the program is called.
 
 Note [Variables of a running function]
-Before Python 3.13 a look at a frame's ``f_locals`` writes: it brings the one dictionary of
-that frame up to date, which is what ``locals()`` has given the program, and leaves it at
-the frame, where it keeps alive what the function lets go of later. So the slots in which
-the interpreter keeps a function's variables are read instead. They are at fixed places in
-the releases in question, which get no more changes; that what is read is the frame meant
-is checked each time. Source: CPython, ``Include/internal/pycore_frame.h`` (3.11, 3.12),
+Before Python 3.13, reading ``f_locals`` of a frame changes the program. A frame has only
+one such dictionary, which ``locals()`` also returns to the program. Reading ``f_locals``
+updates it and leaves it in the frame, where it keeps objects alive that the function
+releases later. Therefore this module reads the slots in which the interpreter keeps a
+function's variables. Python 3.10 to 3.12 get no more changes to their frames, so the slots
+are at fixed offsets. Each time it is checked that the memory belongs to the right frame.
+Source: CPython, ``Include/internal/pycore_frame.h`` (3.11, 3.12),
 ``Include/cpython/frameobject.h`` (3.10).
 """
 
@@ -34,10 +35,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import CodeType, FrameType
 
-#: Directories of installed packages, as Debian and conda name them too.
+#: The names of directories of installed packages, also on Debian and in conda.
 _PACKAGES: Final = re.compile(r"(?:site|dist)-packages[\\/]")
 _ARCHIVE: Final = re.compile(r"\.(?:zip|egg|whl|pyz)[\\/]")
-#: What is typed or written to be run, and has no file.
+#: The file names that Python gives to the user's code that is not in a file.
 _TYPED: Final = ("<doctest ", "<ipython-input", "<stdin>")
 _YIELDS: Final = {
     opcode.opmap[name]
@@ -47,23 +48,24 @@ _YIELDS: Final = {
 _SUSPENDS: Final = (
     inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 )
-#: Groups of exceptions; there are none before Python 3.11.
+#: The class of groups of exceptions; Python has it since 3.11.
 _GROUP: Final = getattr(builtins, "BaseExceptionGroup", ())
-#: A dictionary that a frame alone holds: by that frame, a variable and an argument.
+#: The reference count of a dictionary that only a frame holds: the frame, a local variable
+#: here and the argument of ``getrefcount`` each count as one.
 _HELD_BY_FRAME: Final = 3
 
 
 def frames_from(frame: FrameType | None) -> Iterator[FrameType]:
-    """Yield a frame and those above it, from the inside out."""
+    """Yield a frame and its callers, from the inside out."""
     while frame is not None:
         yield frame
         frame = frame.f_back
 
 
 def calling_frame() -> FrameType:
-    """Return the frame that called the function which asks.
+    """Return the frame that called the caller of this function.
 
-    The function's own frame would refer to itself.
+    The caller's own frame would be a reference to itself, which is a cycle.
     """
     return sys._getframe(2)  # noqa: SLF001  # the documented way to walk a stack
 
@@ -73,7 +75,7 @@ def calling_frame() -> FrameType:
 
 @functools.lru_cache(maxsize=4096)
 def is_users_own(filename: str) -> bool:
-    """Tell whether code is the user's: neither installed, nor the interpreter's."""
+    """Tell whether code is the user's: not installed, and not part of the interpreter."""
     if filename.startswith("<"):
         return filename.startswith(_TYPED)
     if _PACKAGES.search(filename) or _ARCHIVE.search(filename):
@@ -91,7 +93,7 @@ def _installed() -> tuple[str, ...]:
 
 
 def short_path(filename: str) -> str:
-    """Return a file's path from its package, or from the working directory, on."""
+    """Return a file's path, relative to its package's parent or the working directory."""
     tail = _PACKAGES.split(filename)[-1]
     if tail != filename:
         return tail
@@ -105,7 +107,7 @@ def short_path(filename: str) -> str:
 
 
 def variables_of(frame: FrameType, *names: str) -> dict[str, Any]:
-    """Return a frame's variables: all of them, or those with given names.
+    """Return a frame's variables: all of them, or only those with given names.
 
     See Note [Variables of a running function].
 
@@ -133,7 +135,7 @@ _LAYOUTS: Final = {
     (3, 11): _Layout(is_apart=True, code=32, dictionary=24, slots=72),
     (3, 12): _Layout(is_apart=True, code=0, dictionary=40, slots=72),
 }
-#: From a frame object to where the interpreter's own part of it is said to be.
+#: The offset, in bytes, of the frame object's pointer to the interpreter's frame.
 _APART: Final = 24
 _WORD: Final = 8
 _is_ordinary = (
@@ -167,7 +169,7 @@ def _object(address: int) -> Any:
 def _slots(code: CodeType) -> dict[str, tuple[int, bool]]:
     """Return each variable's index in its function, and whether it is a cell."""
     cells = code.co_cellvars
-    if sys.version_info >= (3, 11):  # an argument that is a cell has one slot
+    if sys.version_info >= (3, 11):  # an argument that is also a cell has one slot only
         cells = tuple(name for name in cells if name not in code.co_varnames)
     in_cells = {*code.co_cellvars, *code.co_freevars}
     every = (*code.co_varnames, *cells, *code.co_freevars)
@@ -186,7 +188,7 @@ def _in_slots(frame: FrameType, names: tuple[str, ...]) -> dict[str, Any]:
         place, is_cell = slots[name]
         address = start + _layout.slots + place * _WORD
         if not _word(address):
-            continue  # it is not bound yet, or no more
+            continue  # the variable is not bound at this moment
         value = _object(address)
         if is_cell and type(value) is CellType:
             try:
@@ -198,10 +200,11 @@ def _in_slots(frame: FrameType, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def clear_frame(frame: FrameType) -> None:
-    """Clear the variables of a frame, unless it still runs or will continue.
+    """Clear the variables of a frame, unless it is running or suspended.
 
-    Before Python 3.13 reading ``f_locals`` leaves a dictionary in the frame, and pytest's
-    tracebacks read it. This dictionary is emptied, too, unless the program refers to it.
+    Before Python 3.13 reading ``f_locals`` leaves a dictionary in the frame, and pytest
+    reads it for tracebacks. This dictionary is emptied too, unless the program refers to
+    it.
     """
     code = frame.f_code
     if code.co_flags & _SUSPENDS and code.co_code[max(frame.f_lasti, 0)] in _YIELDS:
@@ -209,7 +212,7 @@ def clear_frame(frame: FrameType) -> None:
     try:
         frame.clear()
     except RuntimeError:
-        return  # it runs
+        return  # the frame is running
     start = _start(frame) if code.co_flags & inspect.CO_OPTIMIZED else None
     if start is None or _layout is None:
         return
@@ -219,7 +222,7 @@ def clear_frame(frame: FrameType) -> None:
 
 
 def errors_behind(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and all that it is chained to, members of groups too, each once."""
+    """Yield an error, the errors it is chained to and members of groups, each once."""
     seen: set[int] = set()
     waiting = [error]
     while waiting:
@@ -234,10 +237,10 @@ def errors_behind(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def clear_exception(error: BaseException) -> None:
-    """Clear the locals of every frame of an exception and of those it is chained to.
+    """Clear the local variables of all frames of an exception and of chained exceptions.
 
-    Tensors that only these frames hold are freed. Frames that still run keep theirs; the
-    exception's text and line numbers stay.
+    Tensors that only these frames hold are freed. Frames that are running keep their
+    variables; the exception's text and line numbers stay.
     """
     for each in errors_behind(error):
         for frame, _line in traceback.walk_tb(each.__traceback__):

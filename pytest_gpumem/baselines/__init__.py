@@ -1,4 +1,4 @@
-"""Baselines: peaks that were reviewed and committed, and the gate on them."""
+"""Baselines: reviewed and committed peaks, and the comparison with them."""
 
 from pytest_gpumem.baselines.baseline import Baseline
 from pytest_gpumem.baselines.regressions import Tolerance, compare_figures

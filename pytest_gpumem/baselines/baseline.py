@@ -1,8 +1,7 @@
 """A file of the bytes that tests add to cards: sorted JSON, for review in pull requests.
 
-Figures are kept by environment (card, backend, PyTorch's version), because figures of
-different environments cannot be compared, then by test or fixture, then by name, in
-bytes::
+Figures are in bytes, by environment (card, backend, PyTorch's version), then by test or
+fixture, then by name. Figures of different environments cannot be compared::
 
     {
       "fixtures": {
@@ -21,12 +20,12 @@ bytes::
 
 Note [What an entry holds]
 ``allocated`` is the peak on the card, of all owners together. ``allocated before`` are the
-bytes that were there and not the test's own, ``allocated growth`` is how far the test went
-above them, and ``allocated left`` are the bytes that it left behind (for a fixture: that
-it holds once it is made). Without ``left`` these are 0. Growth and bytes left are judged,
-because they do not depend on other tests. ``reserved`` has the same figures. ``requested
-growth`` are the bytes asked for, which do not depend on the blocks that served the
-requests. Format 1 had only the two peaks.
+bytes on the card that do not belong to the test. ``allocated growth`` is how far the test
+went above them. ``allocated left`` are the bytes that the test left behind; for a fixture,
+the bytes that it holds once it is made. A missing ``left`` means 0. Growth and bytes left
+are judged, because they do not depend on other tests. ``reserved`` has the same figures.
+``requested growth`` counts the requested bytes, which do not depend on the blocks that
+served the requests. Format 1 had only the two peaks.
 """
 
 from __future__ import annotations
@@ -48,13 +47,13 @@ FORMAT: Final = "pytest-gpumem baseline"
 VERSION: Final = 2
 #: The judged metrics of each test and card.
 METRICS: Final = ("allocated", "reserved")
-#: Further figures, which show whether the requests or only their blocks have changed.
+#: Further figures; they show whether the requests have changed, or only their blocks.
 REQUESTED: Final = "requested"
 BEFORE: Final = "before"
 GROWTH: Final = "growth"
 LEFT: Final = "left"
 
-#: Bytes by figure; a card but the first is named: ``"cuda:1 allocated growth"``.
+#: Bytes by figure; every card except the first is named: ``"cuda:1 allocated growth"``.
 Peaks = dict[str, int]
 _DECODER: Final = decoder(dict[str, dict[str, dict[str, Count]]])
 _VERSION: Final = re.compile(r"(.*, torch )([0-9]+)\.([0-9]+)", re.DOTALL)
@@ -66,7 +65,7 @@ def metric_key(metric: str, device_index: int) -> str:
 
 
 def has_growth(peaks: Mapping[str, int]) -> bool:
-    """Tell whether an entry has more than the absolute peaks of format 1."""
+    """Tell whether an entry has growth, and not only the absolute peaks of format 1."""
     return any(name.endswith(f" {GROWTH}") for name in peaks)
 
 
@@ -128,7 +127,7 @@ class Baseline:
             and self.fixtures == other.fixtures
         )
 
-    __hash__ = None  # type: ignore[assignment]  # it changes
+    __hash__ = None  # type: ignore[assignment]  # a baseline can change
 
     @classmethod
     def parse(cls, text: str, name: str) -> Baseline:
@@ -218,7 +217,7 @@ class Baseline:
             change: Changes the baseline.
 
         Returns:
-            Whether the file was written: it is not if nothing changed.
+            Whether the file was written; without a change it is not written.
 
         Raises:
             BaselineError: The file is not a baseline.
@@ -256,7 +255,7 @@ class Baseline:
                 del kept[environment]
 
     def merge(self, other: Baseline) -> None:
-        """Add all entries of another baseline; of figures in both, the larger counts."""
+        """Add all entries of another baseline; for figures in both, the larger counts."""
         for kept, others in (
             (self.peaks, other.peaks),
             (self.fixtures, other.fixtures),

@@ -37,7 +37,7 @@ class Tolerance:
         """Read ``"allocated:5%"`` or ``"reserved:16MiB"``.
 
         Raises:
-            ValueError: It is neither.
+            ValueError: The text has another form.
         """
         metric, _colon, amount = (each.strip() for each in text.partition(":"))
         if not amount:
@@ -56,7 +56,7 @@ class Tolerance:
                 share = float(number) / 100
             except ValueError:
                 share = -1.0
-            if not 0 <= share <= 1000:  # noqa: PLR2004  # beyond, it is a slip; nan is neither
+            if not 0 <= share <= 1000:  # noqa: PLR2004  # more is a mistake; nan fails both
                 raise ValueError(f"{text!r}: {amount!r} is not a percentage from 0 on")
             return cls(metric, share=share)
         try:
@@ -69,21 +69,21 @@ class Tolerance:
         return max(before * self.share, self.nbytes)
 
     def allows(self, before: int, now: int) -> bool:
-        """Tell whether a figure may be what it is now."""
+        """Tell whether the change from ``before`` to ``now`` is accepted."""
         return now - before <= self.allowed(before)
 
     def __str__(self) -> str:
         return f"{self.share * 100:.4g}%" if self.share else format_size(self.nbytes)
 
 
-#: The most tests whose first uses one test may have, and the most that are searched.
+#: The most tests for which one test may make first uses, and the most that are searched.
 TOGETHER: Final = 3
 MOST: Final = 40
-#: The fewest tests with the same shift for which torch is taken to be the cause.
+#: The fewest tests with the same shift from which torch is concluded to be the cause.
 MANY: Final = 3
 
-#: The default tolerances. The same code on the same card allocates the same bytes; the
-#: tolerance is for new versions of libraries that choose another kernel.
+#: The default tolerances. The same code on the same card allocates the same bytes. The
+#: tolerance allows for new versions of libraries, which may choose another kernel.
 DEFAULT: Final = (Tolerance("allocated", share=0.01),)
 
 
@@ -95,17 +95,17 @@ def compare_figures(
 ) -> list[Change]:
     """Return the changes of a test or a fixture, metric by metric.
 
-    The bytes that it added and left behind are compared, or the absolute peaks if one of
-    the two entries has only these (format 1). A metric without a tolerance is reported
-    and never a regression. A metric that the baseline does not have has not changed.
+    The added bytes and the bytes left are compared. If one of the two entries has only
+    absolute peaks (format 1), these are compared. A metric without a tolerance is reported
+    but is never a regression. A metric that the baseline lacks counts as unchanged.
 
     Note [The same requests from other blocks]
     The bytes that were on the card before decide which free blocks exist, and the
     allocator serves a request with a slightly larger block without splitting it
     (``should_split`` in ``c10/cuda/CUDACachingAllocator.cpp``). So if the card held other
-    bytes when the baseline was written, the same requests may take other bytes of blocks
-    and segments. A metric has then changed only if the requested bytes have changed, too,
-    by more than its tolerance.
+    bytes when the baseline was written, the same requests may need blocks and segments of
+    other sizes. In this case a metric counts as changed only if the requested bytes have
+    also changed by more than its tolerance.
     """
     tolerances = {each.metric: each for each in gate}
     changes = []
@@ -145,7 +145,7 @@ def _asked_for_more(
     now: Mapping[str, int],
     tolerance: Tolerance | None,
 ) -> bool:
-    """Tell whether other blocks alone explain a change.
+    """Return False if other blocks alone explain a change, otherwise True.
 
     See Note [The same requests from other blocks].
     """
@@ -161,13 +161,14 @@ def _asked_for_more(
 
 
 class FirstUses:
-    """Bytes of models and caches that the first test that uses them makes.
+    """Bytes of models and caches that are made at their first use, by whichever test.
 
     These bytes count for the test that runs first, which depends on order and selection.
-    In the baseline one test made them, and left them on the card. If another test now
-    leaves more than in the baseline, and tests that have not run yet in this process left
-    exactly as much there, the bytes are taken for such a first use. If those tests then
-    leave the bytes again, it was none: the other test has leaked.
+    In the baseline one test made them and left them on the card. In this run another test
+    may leave more bytes than in the baseline. If tests that have not run yet in this
+    process left exactly these bytes in the baseline, the bytes are taken for their first
+    use. If those tests then leave the bytes again, there was no first use, and the other
+    test has leaked.
 
     Args:
         entries: The baseline's, by test.
@@ -180,13 +181,14 @@ class FirstUses:
             for name, nbytes in peaks.items()
             if nbytes and name.endswith(f"allocated {LEFT}")
         }
-        #: First uses by the test that they belong to: figure, the test that had them, bytes.
+        #: First uses, by the test that had them in the baseline: figure, the test that has
+        #: them in this run, bytes.
         self._paid: Final[dict[str, list[tuple[str, str, int]]]] = {}
 
     def begin(self, test: str) -> dict[str, int]:
-        """Return the bytes of a test's first uses that other tests had, by figure."""
+        """Return the bytes, by figure, of a test's first uses that other tests have made."""
         for key in [each for each in self._unpaid if each[0] == test]:
-            del self._unpaid[key]  # now it pays itself
+            del self._unpaid[key]  # the test makes its first uses itself from here on
         paid: dict[str, int] = {}
         for name, _who, nbytes in self._paid.get(test, ()):
             paid[name] = paid.get(name, 0) + nbytes
@@ -198,7 +200,7 @@ class FirstUses:
         Args:
             test: The test.
             name: The figure: ``"allocated left"``, of a card.
-            nbytes: Bytes that it leaves beyond those of the baseline.
+            nbytes: Bytes that the test leaves in addition to those of the baseline.
         """
         return bool(self._owing(test, name, nbytes))
 
@@ -209,7 +211,7 @@ class FirstUses:
             self._paid.setdefault(other, []).append((name, test, part))
 
     def _owing(self, test: str, name: str, nbytes: int) -> tuple[str, ...]:
-        """Return the fewest tests that left exactly this much together, if there are any."""
+        """Return the fewest tests that together left exactly these bytes; empty if none."""
         others = [
             (other, left)
             for (other, figure), left in self._unpaid.items()
@@ -222,17 +224,21 @@ class FirstUses:
         return ()
 
     def deny(self, test: str) -> list[tuple[str, str, int]]:
-        """Return and forget the bytes that others had for a test that has them itself."""
+        """Return and forget first uses that other tests made for a test that makes them.
+
+        Returns:
+            Figure, the other test, and bytes.
+        """
         return self._paid.pop(test, [])
 
 
 def moved_by_torch(
     pairs: Iterable[tuple[Mapping[str, int], Mapping[str, int]]],
 ) -> dict[str, int]:
-    """Return the bytes by which another version of torch moved each metric's growth.
+    """Return the bytes by which another version of torch changed the growth of a metric.
 
     A shift counts if it is the same in most of the tests that changed, and in at least
-    three: a change of the tested code would not be the same in most tests.
+    three tests, because a change of the tested code is not the same in most tests.
 
     Args:
         pairs: Entries under one version and under another.
@@ -264,7 +270,8 @@ def shifted(
 
     Args:
         peaks: The entry.
-        now: The measured figures; a figure that changed by less keeps its value.
+        now: The measured figures; a figure that changed by less than the shift keeps its
+            value.
         shift: The result of ``moved_by_torch``.
     """
     moved = dict(peaks)

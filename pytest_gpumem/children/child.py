@@ -1,6 +1,6 @@
-"""Applies the settings of the run above to a child process.
+"""Applies the settings of a run to a child process of the run.
 
-Importing this module is cheap: it does not import torch, but waits until it is imported.
+Importing this module is fast: it does not import torch, but waits until the program does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices import Device
 
 _active: Final[list[Child]] = []
-#: What waits for the library of the hub, where the run above serves models.
+#: Waits for the import of huggingface_hub, if the parent's run serves models.
 _hub: Final[list[AfterImport]] = []
 
 
@@ -39,7 +39,7 @@ def activate() -> None:
 
 
 def withdraw() -> None:
-    """Undo ``activate``: this process has a run of its own."""
+    """Undo ``activate``, because this process has a run of its own."""
     while _active:
         _active.pop().stop()
     while _hub:
@@ -110,7 +110,7 @@ class Child:
 
     def _machine(self) -> Any:
         if self._installation is None:
-            import torch  # noqa: F401  # NVML is asked: there must be cards
+            import torch  # noqa: F401  # NVML needs the cards, which exist after this import
         return self._installation.machine
 
     def _torch_imported(self) -> None:
@@ -120,7 +120,7 @@ class Child:
             import torch
 
             if not torch.cuda.device_count():
-                return  # this process does not see the card: somebody wants that
+                return  # the program has hidden the cards from this process
             from pytest_gpumem.devices.active import active_device
 
             self._device = active_device()
@@ -131,7 +131,7 @@ class Child:
             self._add_tenants()
             self._installation.machine.on_change.append(self._cards_changed)
         elif self._given.budgets:
-            # A budget makes the card's context, which a process may not want so early.
+            # Setting a budget creates the card's context, so it waits for the program.
             import torch
 
             torch.cuda._lazy_call(lambda: self._set_budgets(device, indices))  # noqa: SLF001  # as torch's own libraries do
@@ -143,7 +143,7 @@ class Child:
         self._start_watch(device, indices)
 
     def _indices(self, device: Device) -> list[int]:
-        """Return what the run calls each card that this process sees."""
+        """Return the run's index of each card that this process sees."""
         count = device.device_count
         if device.kind != "simulated":
             return self._given.indices_here(os.environ.get(VISIBLE), count)
@@ -189,7 +189,7 @@ class Child:
         return SimulatedDevice(machine)
 
     def _add_tenants(self) -> None:
-        """Put the run's simulated processes on the cards, whether visible here or not."""
+        """Put the run's simulated processes on all cards, also on those not visible here."""
         if not self._given.tenants:
             return
         from pytest_gpumem.allocator.tenant import FixedTenant
@@ -216,7 +216,7 @@ class Child:
             return Watch(device, self._given.folder, indices, self._strikes)
 
         def forked() -> Any:
-            self._watch.stop()  # the parent's; its file is not ours
+            self._watch.stop()  # it belongs to the parent, and so does its file
             self._watch = make()
             return self._watch
 

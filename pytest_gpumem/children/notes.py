@@ -1,7 +1,7 @@
 """Figures of a child process, in a small file that is always up to date.
 
-The file is mapped into memory, so that each new peak is in it at once, even if the child
-is killed afterwards.
+The file is mapped into memory, so each new peak is in the file at once and stays there if
+the child is killed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 SUFFIX: Final = ".gpumem"
-#: Rules whose strikes are counted.
+#: The most rules for which failed allocations are counted.
 MAX_RULES: Final = 32
 
 #: Stands for a figure that is not known.
@@ -30,7 +30,8 @@ _UNKNOWN: Final = -1
 _NAMES: Final = tuple(field.name for field in fields(MemoryFigures))
 _CARD: Final = struct.Struct(f"<q{len(_NAMES)}q")
 _COUNTS: Final = struct.Struct(f"<q{MAX_RULES}q")
-#: Counts, cards, and then what the file is about, as JSON of any length.
+#: The parts of the file: counts, cards, then a JSON text of any length that describes the
+#: child.
 _FIGURES: Final = _COUNTS.size + MAX_CARDS * _CARD.size
 #: Source: ``PID_MAX_LIMIT`` in Linux's ``include/linux/threads.h``.
 _MAX_PID: Final = 2**22
@@ -40,11 +41,11 @@ class ChildFigures(NamedTuple):
     """The figures of one child so far.
 
     Attributes:
-        path: Its file.
-        pid: Its process.
+        path: The child's file.
+        pid: The child's process id.
         environment: The key of its figures: card, backend, torch.
-        num_requests: Allocations it asked for.
-        strikes: Allocations that each rule failed there.
+        num_requests: The number of allocations that it requested.
+        strikes: The number of allocations that each rule made fail in the child.
         figures: Its figures, by card.
     """
 
@@ -60,11 +61,11 @@ class Note:
     """A child's own file, for writing.
 
     Args:
-        folder: The folder; it is made if need be, for this user only.
+        folder: The folder; if it does not exist, it is made for this user only.
         environment: The key of the figures.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The file cannot be written.
     """
 
     def __init__(self, folder: Path, environment: str) -> None:
@@ -73,13 +74,13 @@ class Note:
         handle, temporary = tempfile.mkstemp(suffix=".new", dir=folder)
         with os.fdopen(handle, "wb") as file:
             file.write(bytes(_FIGURES) + about)
-        # Windows renames no file that is open or mapped.
+        # Windows cannot rename a file that is open or mapped.
         path = Path(temporary).rename(Path(temporary).with_suffix(SUFFIX))
         with path.open("r+b") as file:
             self._map: Final = mmap.mmap(file.fileno(), _FIGURES)
 
     def write(self, num_requests: int, strikes: Sequence[int]) -> None:
-        """Note how many allocations were asked for, and how many each rule failed."""
+        """Note how many allocations were requested, and how many each rule made fail."""
         counted = [*strikes[:MAX_RULES], *[0] * (MAX_RULES - len(strikes))]
         _COUNTS.pack_into(self._map, 0, num_requests, *counted)
 
@@ -126,7 +127,7 @@ def read_note(path: Path) -> ChildFigures | None:
 
 
 def read_notes(folder: Path) -> list[ChildFigures]:
-    """Return the figures of every child so far; empty without a folder."""
+    """Return the figures of all children so far; empty if the folder does not exist."""
     try:
         paths = sorted(folder.glob(f"*{SUFFIX}"))
     except OSError:
@@ -138,9 +139,9 @@ def read_notes(folder: Path) -> list[ChildFigures]:
 def together(children: Sequence[ChildFigures]) -> list[MemoryFigures]:
     """Combine the figures of several children.
 
-    A peak is the largest of any child, and unknown if one of them is unknown; errors and
-    retries are added up. A process frees all of its memory when it ends, so no bytes
-    count as left.
+    A peak is the largest peak of any child; it is unknown if that of one child is unknown.
+    Errors and retries are added up. A process frees all its memory when it ends, so no
+    bytes count as left.
     """
     by_card: dict[int, list[MemoryFigures]] = {}
     for child in children:

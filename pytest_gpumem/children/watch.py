@@ -1,4 +1,4 @@
-"""A child process's cards, watched from start to end."""
+"""Watches the cards of a child process from its start to its end."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Watch:
         device: The cards.
         folder: The folder of the notes.
         indices: The run's index of each card.
-        strikes: Returns how many allocations each rule has failed so far.
+        strikes: Returns how many allocations each rule has made fail so far.
     """
 
     def __init__(
@@ -97,9 +97,9 @@ class Watch:
 
 
 class ForkedChildren:
-    """Lets children that are forked from this process be watched.
+    """Watches children that are forked from this process.
 
-    Only one is active in a process at a time: the last that was started.
+    Only one object is active in a process at a time: the last that was started.
     """
 
     def __init__(self, make: Callable[[], Watch | None]) -> None:

@@ -1,1 +1,1 @@
-"""Tells whether a model fits on a card, and what takes the memory, by simulation."""
+"""Tells, by simulation, whether a model fits on a card and what takes the memory."""

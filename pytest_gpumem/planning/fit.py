@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from pytest_gpumem.cards_table import Card
     from pytest_gpumem.checkpoints.models import ModelSpec
 
-#: The default cards, which are common in clouds and in workstations.
+#: The default cards: those that are common in clouds and workstations.
 DEFAULT_CARDS: Final = "T4,L4,RTX-4090,A100-40GB,A100-80GB"
-#: Bytes of a card on which everything fits, to see what a task would need.
+#: Bytes of a card on which every task fits, to measure the bytes that a task needs.
 _ROOM: Final = 2**46
-#: The largest batch that is looked for.
+#: The largest batch that is tried.
 MAX_BATCH: Final = 4096
 
 
@@ -64,7 +64,7 @@ class CardFit:
         card: The card's name.
         total_bytes: Its memory in bytes.
         fits: Whether the task ended without running out of memory.
-        needs: The bytes that it needs on such a card with enough room.
+        needs: The bytes that the task needs on such a card with more memory.
         ran_out_in: The stage in which memory ran out; empty if the task fits.
         largest_batch: The largest batch that fits, 0 if not even one row does; None
             if it was not searched for.
@@ -112,17 +112,17 @@ def fit_model(
 ) -> FitReport:
     """Return on which cards a model can do a task, and what takes the memory.
 
-    Each card is simulated without values, so that a model may be larger than the
-    host's memory. Bytes that are not modelled, such as cuDNN's workspaces, are not
-    counted: see ``docs/exactness.md``.
+    Each card is simulated without values, so that a model may be larger than the host's
+    memory. Bytes that the simulation does not model, such as cuDNN's workspaces, are not
+    counted; see ``docs/exactness.md``.
 
     Args:
         model: A known name, a ``config.json`` of transformers or a folder with one, or
             a config.
-        task: What it does; by default one forward of 1 x 128 tokens.
+        task: The task; by default one forward of 1 x 128 tokens.
         cards: Names of cards, separated by commas, each as ``--gpu-card`` takes it.
         largest_batch: Whether to search for the largest batch that fits.
-        architecture: The model's class in transformers; by default its config's.
+        architecture: The model's class in transformers; by default that of its config.
         progress: Called with a sentence before each card.
 
     Raises:
@@ -176,7 +176,7 @@ def _count(spec: ModelSpec, task: FitTask) -> int:
 
 
 def _measure(spec: ModelSpec, task: FitTask, card: Card) -> tuple[Needs, str]:
-    """Return a task's bytes, and the stage in which memory ran out, or an empty text."""
+    """Return a task's bytes, and the stage in which memory ran out; empty if it fits."""
     stage = Stage()
     with simulated_device([card], values="none") as machine:
         device = SimulatedDevice(machine)
@@ -221,7 +221,7 @@ class _Batches:
         task: The task.
         card: The card.
         needs: The bytes that the unchanged task needs.
-        fits: Whether it fits.
+        fits: Whether the unchanged task fits.
     """
 
     def __init__(
@@ -232,9 +232,9 @@ class _Batches:
         self._good, self._bad = (task.batch, MAX_BATCH + 1) if fits else (0, task.batch)
 
     def largest(self) -> int:
-        """Return the largest batch that fits; of many rows, to one part in 32.
+        """Return the largest batch that fits; if it has many rows, to one part in 32.
 
-        Each row needs nearly the same memory, so two runs are enough to estimate it.
+        Each row needs nearly the same memory, so two runs are enough for an estimate.
         """
         task = self._task
         if self._bad > 1:
@@ -259,13 +259,13 @@ class _Batches:
         return True
 
     def _guess(self) -> int:
-        """Return the batch that would fill the card, on the line through two runs."""
+        """Return the batch that would fill the card, on a line through two runs."""
         if len(self._needs) == 1:
             return (self._good + self._bad) // 2
         (low, least), (high, most) = sorted(self._needs.items())[-2:]
         of_row = max((most - least) // (high - low), 1)
         guess = high + (self._card.total_bytes - most) // of_row
-        # A line that leads nowhere new: look in the middle.
+        # The line gives no batch between the two bounds, so the middle is tried.
         is_inside = self._good < guess < self._bad
         return guess if is_inside else (self._good + self._bad) // 2
 
@@ -273,7 +273,10 @@ class _Batches:
 def _helps(
     spec: ModelSpec, task: FitTask, card: Card, largest: int | None
 ) -> list[str]:
-    """Return the changes that make a task fit; a combination only if no single one does."""
+    """Return the changes that make a task fit.
+
+    A combination is returned only if no single change is enough.
+    """
     half = "bfloat16" if card.compute_capability >= (8, 0) else "float16"
     alone: dict[str, FitTask] = {}
     if task.kind == "train" and not task.checkpointing:
@@ -288,6 +291,6 @@ def _helps(
 
 
 def _is_enough(spec: ModelSpec, task: FitTask, card: Card) -> bool:
-    with suppress(PlanError):  # the model has no such thing
+    with suppress(PlanError):  # the model does not support the change
         return not _measure(spec, task, card)[1]
     return False

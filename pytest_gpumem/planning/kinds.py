@@ -1,4 +1,4 @@
-"""Divides a card's peak by kind: weights, gradients, activations and so on."""
+"""Divides the bytes of a card's peak by kind: weights, gradients, activations, …."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ KINDS: Final = (
 
 
 class PeakByKind:
-    """The blocks that were live when a card held the most, each with its kind.
+    """The blocks that were live at a card's peak, each with its kind.
 
-    A block without a mark counts as an activation: a computed tensor.
+    A block without a mark counts as an activation, which is a computed tensor.
 
     Args:
         device: The simulated machine; its first card is observed.
@@ -39,7 +39,7 @@ class PeakByKind:
         self._device: Final = device
         self._card: Final[SimulatedCard] = device.machine.cards[0]
         self._tracing = device.tracing(self._trace)
-        # Blocks are numbered, as an address is used again and again.
+        # Blocks are numbered, because an address is used by several blocks in turn.
         self._numbers: dict[int, int] = {}
         self._sizes: Final[dict[int, int]] = {}
         self._kinds: Final[dict[int, str]] = {}

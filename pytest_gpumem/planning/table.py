@@ -1,4 +1,4 @@
-"""The results of a model's task on several cards, as text."""
+"""Shows the results of a model's task on several cards as text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tasks of a model on a card: load, forward, generate and train."""
+"""Runs the tasks of a model on a card: load, forward, generate and train."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ OPTIMIZERS: Final[dict[str, Callable[..., torch.optim.Optimizer]]] = {
     "sgd-momentum": lambda given: torch.optim.SGD(given, lr=0.1, momentum=0.9),
 }
 DTYPES: Final = ("float32", "bfloat16", "float16")
-#: Looks whether rows are several texts, which needs their values; these are not.
+#: The function of transformers that reads values to see whether a row holds several texts.
+#: Here each row is one text.
 _PACKED: Final = "transformers.masking_utils.find_packed_sequence_indices"
-#: A training step is run twice: the first makes the optimiser's state.
+#: A training step is run twice, because the first step makes the optimiser's state.
 _STEPS: Final = 2
 
 
@@ -47,7 +48,7 @@ class FitTask:
         attention: ``"sdpa"`` or ``"eager"``, as in transformers.
 
     Raises:
-        PlanError: One of them is not accepted.
+        PlanError: A value is not accepted.
     """
 
     kind: str = "forward"
@@ -105,14 +106,15 @@ def run_task(spec: ModelSpec, task: FitTask, kinds: PeakByKind, stage: Stage) ->
     """Run a task of a model on the active simulated card, without values.
 
     Raises:
-        PlanError: The model cannot do it, or takes inputs that are not known here.
-        torch.OutOfMemoryError: The card has no room; ``stage`` has the stage.
+        PlanError: The model cannot do the task, or takes inputs that are not known here.
+        torch.OutOfMemoryError: The card has no room; ``stage`` tells in which stage.
     """
     model = build(spec, task)
     made: dict[int, torch.Tensor] = {}
 
     def on_card(weight: torch.Tensor) -> torch.Tensor:
-        # A weight that several modules share is made once, as ``to("cuda")`` moves it once.
+        # A weight that several modules share is made once, because ``to("cuda")`` moves it
+        # once.
         if id(weight) not in made:
             made[id(weight)] = torch.empty_like(weight, device="cuda")
         return made[id(weight)]
@@ -141,7 +143,7 @@ def build(spec: ModelSpec, task: FitTask) -> Any:
     """Return the model without a device, with shapes only.
 
     Raises:
-        PlanError: transformers cannot build it.
+        PlanError: transformers cannot build the model.
     """
     import transformers
 
@@ -198,7 +200,7 @@ def _inputs(model: Any, task: FitTask) -> dict[str, torch.Tensor]:
 
 
 def _loss(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return the loss of a language model or classifier; for other models a sum."""
+    """Return the loss of a language model or classifier; else the sum of the output."""
     labels = None
     name = type(model).__name__
     if name.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM")):
@@ -229,7 +231,7 @@ def _train(
             raise PlanError(
                 f"{type(model).__name__} has no gradient checkpointing", value=True
             )
-        # Its name since transformers 5.20, and before.
+        # The first is the name since transformers 5.20, the second the name before.
         for name in (
             "activation_checkpointing_enable",
             "gradient_checkpointing_enable",
@@ -275,7 +277,8 @@ def _generate(
 ) -> None:
     """Run the prompt, then add one token after another to the cache.
 
-    ``generate`` itself reads values of logits, which do not exist here.
+    ``generate`` itself is not called, because it reads values of logits, which do not
+    exist here.
     """
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise PlanError(

@@ -1,1 +1,1 @@
-"""The records of tests and runs, as plain values that all other rooms exchange."""
+"""The records of tests and runs, as plain values that all other packages exchange."""

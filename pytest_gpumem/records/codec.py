@@ -30,7 +30,7 @@ from pytest_gpumem.sizes import MAX_BYTES
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    #: Takes a value of JSON; returns the value of the type, or raises ``DamageError``.
+    #: Converts a value of JSON to a value of the type, or raises ``DamageError``.
     Decoder = Callable[[Any], Any]
 
 _T = TypeVar("_T")
@@ -64,10 +64,10 @@ def decode(kind: type[_T], value: Any) -> _T:
 
     Args:
         kind: A dataclass of the records.
-        value: What ``json.loads`` returned.
+        value: The value that ``json.loads`` returned.
 
     Raises:
-        DamageError: The value, or one inside of it, is of another type.
+        DamageError: The value, or a value inside it, has another type.
     """
     hashable: Any = kind
     decoded: _T = decoder(hashable)(value)
@@ -125,7 +125,7 @@ def _any_of(kinds: tuple[Any, ...]) -> Decoder:
         for each in decoders:
             try:
                 return each(value)
-            except DamageError as error:  # noqa: PERF203  # the next may take it
+            except DamageError as error:  # noqa: PERF203  # another type may accept it
                 damage = damage or error
         raise damage or _wrong(value, "nothing")
 
@@ -153,7 +153,7 @@ def _list(kinds: tuple[Any, ...]) -> Decoder:
         if not isinstance(value, (list, tuple)):
             raise _wrong(value, "a list")
         found: list[Any] = []
-        try:  # once for all: a timeline has hundreds of values
+        try:  # one try block for all values, because a timeline has hundreds
             found.extend(map(item, value))
         except DamageError as error:
             raise DamageError(f"[{len(found)}]{error}") from None
@@ -192,7 +192,7 @@ def _record(kind: Any) -> Decoder:
 
     def decode_record(value: Any) -> Any:
         if type(value) is kind:
-            return value  # it has been decoded
+            return value  # it was decoded before
         if not isinstance(value, dict):
             raise _wrong(value, "an object")
         for name in required:

@@ -1,4 +1,4 @@
-"""Describes a card at the moment when memory ran out, and what would need less."""
+"""Describes a card at the moment when memory ran out, and changes that need less memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class LiveTensor:
     Attributes:
         nbytes: Bytes of the storage.
         what: Shape and dtype.
-        owner: What holds it, in words; empty if nothing was found.
+        owner: What holds it, in words; empty if no holder was found.
     """
 
     nbytes: int
@@ -33,10 +33,10 @@ class ModelSize:
     Attributes:
         name: Its class.
         whole_bytes: Bytes of all its parameters and buffers, on any device.
-        on_card_bytes: Bytes of those on the card.
-        float32_bytes: Bytes of those that are float32, on any device.
-        largest_layer_bytes: The most bytes that one module holds itself.
-        largest_layer: That module's path.
+        on_card_bytes: Bytes of its parameters and buffers on the card.
+        float32_bytes: Bytes of its float32 parameters and buffers, on any device.
+        largest_layer_bytes: Bytes of the largest layer, without the layers inside it.
+        largest_layer: The path of the largest layer.
     """
 
     name: str
@@ -66,22 +66,23 @@ class Incident:
         card: Its name.
         total_bytes: Its total.
         budget_bytes: Its budget, or None.
-        room_bytes: The most that this process may hold: the budget, or what others leave.
+        room_bytes: The most bytes that this process may hold: the budget, or the bytes
+            that other processes leave.
         allocated_bytes: Bytes in live tensors.
         reserved_bytes: Bytes held from the driver.
-        largest_free_bytes: The largest free block among those.
-        nbytes: Bytes asked for; on a real card, those of the segment for the request.
+        largest_free_bytes: The largest free block of the reserved bytes.
+        nbytes: Bytes asked for; on a real card, the bytes of the segment for the request.
         site: The code that asked, in words.
         phase: What the program was doing.
         injected_by: The rule that failed the request; None if there was no room.
         limit: The broken limit, in words; empty for an OOM.
         tensors: The largest live tensors.
         num_tensors: The number of live storages.
-        seen_bytes: Bytes of all of them.
+        seen_bytes: Bytes of all live storages.
         models: Models with parameters or buffers on the card.
         kept_bytes: Bytes of gradients and optimisers' state.
         processes: Other processes on the card.
-        note: What could not be found out, and why; otherwise empty.
+        note: What is not known, and why; empty if everything is known.
     """
 
     kind: str
@@ -108,7 +109,7 @@ class Incident:
 
     @property
     def fragmented_bytes(self) -> int:
-        """Reserved and not allocated."""
+        """Bytes that are reserved and not allocated."""
         return self.reserved_bytes - self.allocated_bytes
 
     @property
@@ -145,13 +146,13 @@ class Incident:
 
 @dataclass(frozen=True, slots=True)
 class Remedy:
-    """A change that would need less memory.
+    """A change after which the program would need less memory.
 
     Attributes:
         name: The change.
         reason: The arithmetic, in words.
-        needed_bytes: What would be needed instead.
-        fits: Whether there is room for that.
+        needed_bytes: Bytes that the program would need after the change.
+        fits: Whether the card has room for these bytes.
     """
 
     name: str
@@ -161,18 +162,18 @@ class Remedy:
 
 
 def remedies(incident: Incident) -> list[Remedy]:
-    """Return changes that would need less memory, with their arithmetic.
+    """Return changes after which the program would need less memory.
 
-    Counted are the live bytes at that moment, the request and, during a load, the
-    weights that are not loaded yet. Later requests of the program, rounding and
-    fragments are not known.
+    The arithmetic counts the live bytes at that moment, the request and, during a load,
+    the weights that are not loaded yet. It does not count later requests of the program,
+    rounding and fragments, which are not known.
     """
     found = (_half(incident), _offload(incident), _batch(incident))
     return [each for each in found if each is not None]
 
 
 def _half(incident: Incident) -> Remedy | None:
-    """Weights of two bytes; all other bytes stay the same."""
+    """Use two bytes for each weight; all other bytes stay the same."""
     full = sum(each.float32_bytes for each in incident.models)
     if not full:
         return None
@@ -185,7 +186,7 @@ def _half(incident: Incident) -> Remedy | None:
 
 
 def _offload(incident: Incident) -> Remedy | None:
-    """Weights on the host, one layer at a time on the card; not while training."""
+    """Keep weights on the host and one layer at a time on the card; not for training."""
     trains = incident.kept_bytes or incident.phase in ("backward", "optimizer")
     if not incident.whole_bytes or trains:
         return None
@@ -201,7 +202,7 @@ def _offload(incident: Incident) -> Remedy | None:
 
 
 def _batch(incident: Incident) -> Remedy | None:
-    """A batch divided by two, four, ..., as long as that helps."""
+    """Divide the batch by two, four, ..., as long as this helps."""
     growing = incident.other_bytes + incident.request_bytes
     if incident.phase == "load" or not growing:
         return None

@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.records.record import Record
 
-#: Fields that say what pytest says, or are too large.
+#: Fields that are left out, because pytest reports them itself or they are too large.
 _NOT_SHOWN: Final = ("nodeid", "outcome", "seconds", "timeline", "judgement")
-#: Names that differ from the field's.
+#: Properties with a name that differs from the field's name.
 _NAMES: Final = {
     "fallbacks": "fallback",
     "max_vram_bytes": "max_vram",
     "smallest_budget_bytes": "smallest_budget",
     "sweeps": "sweep",
 }
-#: Lists of which each element is a property.
+#: Lists that become one property for each element.
 _APART: Final = ("fallbacks", "fixture_growth", "sweeps")
 
 

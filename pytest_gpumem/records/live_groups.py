@@ -1,4 +1,4 @@
-"""Groups the blocks that were live at a peak: by owner if it is known, or by site."""
+"""Groups the blocks that were live at a peak: by owner, or by site without an owner."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-#: Groups by owner that there are at least room for.
+#: The least number of groups by owner for which room is kept.
 _FEWEST: Final = 4
-#: A site of a smaller share than this leaves its place to owners.
+#: A site with a smaller share of the bytes than this gives its place to groups by owner.
 _LITTLE: Final = 0.01
-#: Owners of a group that are named.
+#: The most owners of a group that are named.
 _NAMED: Final = 3
 
 

@@ -7,7 +7,7 @@ from typing import Final
 
 from pytest_gpumem.records.codec import Count  # noqa: TC001  # types are read
 
-#: Figures that may be not known.
+#: Figures that may be unknown.
 OPTIONAL: Final = frozenset(
     {"peak_process_bytes", "peak_card_bytes", "peak_fragmented_bytes"}
 )
@@ -15,30 +15,31 @@ OPTIONAL: Final = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class MemoryFigures:
-    """Bytes of one card over one block of code; a figure is an ``int``, or unknown.
+    """Bytes of one card over one block of code; a figure that is not known is None.
 
     Attributes:
         device_index: The card.
-        peak_allocated_bytes: Most bytes in live tensors at once (block sizes).
+        peak_allocated_bytes: Most bytes in live tensors at once (sizes of their blocks).
         peak_reserved_bytes: Most bytes held from the driver at once.
-        peak_requested_bytes: Most bytes asked for and alive at once.
-        peak_active_bytes: Most bytes in blocks not reusable at once.
-        start_allocated_bytes: Allocated at the start of the block.
-        end_allocated_bytes: Allocated at its end.
-        end_reserved_bytes: Reserved at its end.
-        num_ooms: Out-of-memory errors raised in the block.
-        num_alloc_retries: Cache flushes followed by a second try in the block.
+        peak_requested_bytes: Most bytes that were requested and live at once.
+        peak_active_bytes: Most bytes at once in blocks that cannot be reused yet.
+        start_allocated_bytes: Allocated bytes at the start of the block of code.
+        end_allocated_bytes: Allocated bytes at its end.
+        end_reserved_bytes: Reserved bytes at its end.
+        num_ooms: The number of out-of-memory errors in the block of code.
+        num_alloc_retries: How often the allocator emptied its cache and tried again.
         context_bytes: Bytes that the driver counts for this process outside the
             allocator (context, loaded kernels, libraries), if they are known.
         peak_process_bytes: Most bytes that the driver counted for this process at once;
             None if it does not report them.
         peak_card_bytes: Most bytes of the card that all processes held at once; None
             if NVML was not asked, or does not report them.
-        end_requested_bytes: Asked for and alive at the block's end.
-        end_active_bytes: In blocks not reusable at its end.
-        peak_fragmented_bytes: Reserved and not allocated at the moment in which most was
-            allocated, as an OOM's text has "reserved by PyTorch but unallocated"; None
-            on a real card, of which PyTorch does not tell what was at one moment.
+        end_requested_bytes: Requested and live bytes at the end of the block of code.
+        end_active_bytes: Bytes at its end in blocks that cannot be reused yet.
+        peak_fragmented_bytes: Bytes that were reserved and not allocated at the moment of
+            the allocated peak, as in an OOM's text "reserved by PyTorch but
+            unallocated"; None on a real card, because PyTorch does not tell both figures
+            of one moment.
     """
 
     device_index: Count
@@ -61,8 +62,8 @@ class MemoryFigures:
     def peak(self, metric: str) -> int | None:
         """Return the peak of a limit's metric.
 
-        That of ``"process"`` is None where the driver does not tell, and that of
-        ``"fragmented"`` on a real card.
+        The peak of ``"process"`` is None if the driver does not report it; the peak of
+        ``"fragmented"`` is None on a real card.
         """
         value: int | None = getattr(self, f"peak_{metric}_bytes")
         return value

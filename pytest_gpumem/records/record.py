@@ -1,7 +1,8 @@
 """The record of one test: its figures, its limits, and the results of its checks.
 
-A field here is enough for the JSON report, its schema, JUnit's properties and the
-transport from a worker of pytest-xdist. It is set where it is measured.
+The JSON report, its schema, JUnit's properties and the transport from a worker of
+pytest-xdist are all made from the fields here. A field is set by the code that measures
+it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ VerdictName = Literal[
 ]
 
 
-#: The metrics of limits, and the phases for which they hold.
+#: The metrics of limits, and the phases to which limits apply.
 Metric = Literal["allocated", "reserved", "process", "fragmented", "leak"]
 LimitPhase = Literal["call", "test", "children"]
 
@@ -52,12 +53,12 @@ class LimitOutcome:
     """A limit, and the measured bytes.
 
     Attributes:
-        metric: The limited metric; ``leak`` is the bytes that the test left.
-        device_index: The card; None for all cards together, as for ``leak``.
-        phase: The phases for which it holds.
+        metric: The limited metric; ``leak`` means the bytes that the test left.
+        device_index: The card; None means all cards together, as for ``leak``.
+        phase: The phases to which the limit applies.
         limit_bytes: The limit, inclusive.
-        measured_bytes: The measured bytes; the reserved ones if those are not known.
-        held: Whether it held; false also if the bytes are not known.
+        measured_bytes: The measured bytes; if they are not known, the reserved bytes.
+        held: Whether the limit held; false if the bytes are not known.
     """
 
     metric: Metric
@@ -97,9 +98,9 @@ class ShrunkBatch:
     """A batch that a library made smaller after an OOM.
 
     Attributes:
-        function: What was run with it.
-        first: Its size before the first OOM.
-        last: Its size after the last one.
+        function: The function that was run with the batch.
+        first: The size before the first OOM.
+        last: The size after the last OOM.
     """
 
     function: str
@@ -109,12 +110,12 @@ class ShrunkBatch:
 
 @dataclass(slots=True)
 class Judgement:
-    """The findings of a baseline's gate about a test, beside its figures.
+    """The findings of a baseline's gate about a test, in addition to its figures.
 
     Attributes:
-        moved: Bytes of first uses that belong to other tests, or that other tests had
-            for this one, by figure.
-        because: Fixtures that explain why it needs more.
+        moved: Bytes, by figure, of first uses that count for another test than the one
+            that made them: this test for another one, or another one for this test.
+        because: Fixtures that explain why the test needs more bytes.
         denied: Leaks that were first taken for first uses: figure, test, bytes.
     """
 
@@ -125,7 +126,7 @@ class Judgement:
 
 @dataclass(frozen=True, slots=True)
 class Contention:
-    """An OOM that the test would not have had with the card for itself.
+    """An OOM that would not have happened if no other process had used the card.
 
     Attributes:
         device_index: The card.
@@ -144,7 +145,7 @@ class Contention:
 
 @dataclass(frozen=True, slots=True)
 class SweptSite:
-    """What a sweep tried at a place that allocates, and how it ended."""
+    """The faults of a sweep at one place that allocates, and how the runs ended."""
 
     site: str
     allocations: Count
@@ -154,7 +155,7 @@ class SweptSite:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """A command that runs the first of some points of a sweep alone."""
+    """A command that runs the first point of a group of a sweep's points alone."""
 
     site: str
     verdict: str
@@ -167,13 +168,13 @@ class Sweep:
     """A sweep, or one worker's part of it.
 
     Attributes:
-        nodeid: The test, without the worker's part.
+        nodeid: The test's node id, without the part that names a worker.
         name: The name of the swept code.
-        recover: Whether only recovery passes.
+        recover: Whether the code must recover from each fault to pass.
         points: Number of faults that were tried.
         failures: Number of points that ended badly.
         resumed: Number of points that were read from an interrupted sweep.
-        seconds: How long all points took together.
+        seconds: The total time of all points.
         sites: The coverage of each site.
         replays: Commands for groups of points that ended badly.
     """
@@ -206,7 +207,7 @@ class FallbackStep:
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """A block that was live at a peak, by who owns it."""
+    """A block that was live at a peak, with the name of its owner."""
 
     owner: str
     bytes: Count
@@ -217,10 +218,11 @@ class LiveGroup:
     """Blocks that were live at a peak.
 
     Attributes:
-        site: The site that allocated them, or their owner, without numbers of layers.
-        bytes: Their bytes.
-        blocks: Their number.
-        largest: The largest of them, with their names.
+        site: The site that allocated the blocks, or their owner, without numbers of
+            layers.
+        bytes: The bytes of all blocks.
+        blocks: The number of blocks.
+        largest: The largest blocks, with their names.
     """
 
     site: str
@@ -231,12 +233,12 @@ class LiveGroup:
 
 @dataclass(frozen=True, slots=True)
 class CardTimeline:
-    """A card over the time of a test.
+    """The memory of a card over the time of a test.
 
     Attributes:
         device_index: The card.
-        budget_bytes: Its budget, or None.
-        total_bytes: Its total.
+        budget_bytes: The card's budget, or None.
+        total_bytes: The card's total.
         num_events: Allocations and releases.
         peak_bytes: The most allocated bytes at once.
         points: Event, allocated bytes, reserved bytes; neighbours are merged to keep the
@@ -260,34 +262,34 @@ class Record:
     Attributes:
         nodeid: The test.
         outcome: How it ended.
-        seconds: How long all of its phases took.
+        seconds: The total time of its phases.
         environment: Card, backend and PyTorch's version.
         figures: Its figures by phase and card.
-        host: Where it ran; empty in records of an earlier format.
+        host: The machine on which it ran; empty in records of an earlier format.
         fixtures: Fixtures of wider scope that its setup made.
         growth: The bytes that it added, named as in a baseline; empty if its call used no
             card, and in records of an earlier format.
         judgement: The gate's other findings, or None.
         fixture_growth: Fixtures that were made for it, and the bytes that each added.
         limits: Its limits, held or not.
-        children: How many of its child processes used a card.
+        children: The number of its child processes that used a card.
         unknown: Why ``peak_process_bytes`` is not known, in words, or None.
         waited_s: Seconds that it waited for its bytes of the cards.
-        contention: The last OOM that it would not have had with the card for itself, or
-            None.
+        contention: The last OOM that would not have happened if no other process had used
+            the card, or None.
         broken_limit: The limit or baseline that was broken, on one line, or None.
-        incident: What happened when its memory ran out, on one line, or None.
-        site: The line at which that happened: ``file.py:42 in function (phase)``, or None.
+        incident: What happened when memory ran out, on one line, or None.
+        site: The code line of the incident: ``file.py:42 in function (phase)``, or None.
         snapshot: The file of its snapshot, or None.
         max_vram_bytes: The smallest limit on allocated bytes that its markers set; only
             where limits are suggested.
         smallest_budget_bytes: The smallest budget with which it passes, if the search was
             made and found one.
-        smallest_budget_note: Why there was no search or no result, or what went wrong.
+        smallest_budget_note: Why there was no search or no result, or what failed.
         sweeps: Its sweeps.
         fallbacks: The steps of each fallback that it checked.
         shrunk_batches: Batches that a library made smaller after an OOM.
-        timeline: Its cards over time; null if that was not recorded.
+        timeline: The memory of its cards over time; None if it was not recorded.
     """
 
     nodeid: str
@@ -323,7 +325,7 @@ class Record:
         return cls(nodeid, "passed", 0.0, "", [])
 
     def lasting(self) -> Record | None:
-        """Return the fields that stay valid if the test is run again; None without any."""
+        """Return the fields that stay valid if the test is run again; None if none do."""
         kept = Record.begin(self.nodeid)
         kept.fixtures, kept.fixture_growth = self.fixtures, self.fixture_growth
         kept.waited_s = self.waited_s
@@ -344,7 +346,7 @@ class Record:
         )
 
     def to_texts(self) -> list[str]:
-        """Return the record as JSON, and its timeline, which is large, as a second text."""
+        """Return the record as JSON, and its timeline, which is large, as another text."""
         head = encode(self)
         timeline: str = head.pop("timeline")
         return [json.dumps(head, separators=COMPACT), timeline]

@@ -16,7 +16,7 @@ class CardFacts:
     Attributes:
         name: Its name.
         total_bytes: Its total.
-        budget_bytes: The run's budget, or None; a test may have its own.
+        budget_bytes: The run's budget, or None; a test may have a budget of its own.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Environment:
         python: Python's version.
         platform: The operating system.
         torch: PyTorch's version, or None.
-        backend: What ``"cuda"`` meant.
+        backend: The device that ``"cuda"`` meant: real or simulated cards.
         driver: Version of NVIDIA's driver; None for simulated cards or if not known.
         cards: Its cards; empty if that process used none.
     """
@@ -53,8 +53,9 @@ class Change:
 
     Attributes:
         test: The test, or the fixture.
-        metric: The metric, with the name of the card unless it is the first. It means the
-            growth (the absolute peak against an entry of format 1), or the bytes left.
+        metric: The metric, with the name of the card unless it is the first card. The
+            bytes are the growth, or the bytes left; if the baseline's entry has format 1,
+            the absolute peak.
         before: Bytes in the baseline.
         now: Bytes in this run.
         is_regression: Whether it is above the tolerance.
@@ -111,10 +112,10 @@ class BaselineOutcome:
 
     Attributes:
         file: The baseline's name.
-        changes: What changed.
+        changes: The figures that changed.
         new: Tests of this run that the file lacks.
-        stale: Tests of the file that no longer exist, or use no card; with the file's
-            peaks.
+        stale: Tests of the file that no longer exist or no longer use a card, with the
+            file's peaks.
     """
 
     file: str

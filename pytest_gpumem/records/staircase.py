@@ -1,4 +1,4 @@
-"""A fallback's steps as a table of text."""
+"""Shows the steps of a fallback's check as a table of text."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Reports: records in, text out."""
+"""Reports: they turn records into text."""

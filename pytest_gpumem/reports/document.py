@@ -1,6 +1,6 @@
-"""A run's record: one JSON document that every report is made from.
+"""A run's record: one JSON document from which every report is made.
 
-Its form is that of ``Report``'s types; ``docs/report.schema.json`` is made from them.
+The types of ``Report`` define its form; ``docs/report.schema.json`` is made from them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Report:
 
 
 def by_name(tests: Iterable[Record]) -> tuple[Record, ...]:
-    """Return tests in a report's order; of several with one name, the last."""
+    """Return tests in a report's order; if several have one name, the last counts."""
     last = {each.nodeid: each for each in tests}
     return tuple(last[name] for name in sorted(last))
 
@@ -82,7 +82,7 @@ def parse(text: str, name: str) -> Report:
         name: The name in errors.
 
     Raises:
-        ReportError: It is not a report, damaged, or of a newer format.
+        ReportError: The text is not a report, is damaged, or has a newer format.
     """
     try:
         found = json.loads(text, object_hook=_compact)
@@ -115,7 +115,7 @@ def read_report(path: str | os.PathLike[str]) -> Report:
     """Read a file.
 
     Raises:
-        ReportError: As for ``parse``, or it cannot be read.
+        ReportError: As for ``parse``, or the file cannot be read.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -131,4 +131,4 @@ def _compact(found: dict[str, Any]) -> Any:
     try:
         return decode(Record, found)
     except DamageError:
-        return found  # the whole document says where
+        return found  # decoding the whole document raises, and names the place

@@ -39,7 +39,7 @@ def error_command(
     Args:
         message: The text; it may have several lines.
         title: The title above it.
-        place: The line of code to show it at; None shows it on the run's page only.
+        place: The line of code to mark; None shows the error on the run's page only.
         root: The checkout, to which GitHub's paths are relative.
     """
     properties = {}
@@ -57,7 +57,7 @@ def source_line_of(site: str, folders: Iterable[Path]) -> SourceLine | None:
 
     Args:
         site: ``"file.py:42 in function (phase)"``; a relative path.
-        folders: Where the path may start, in the order in which they are tried.
+        folders: The folders from which the path may start, in the order of trial.
     """
     found = _SITE.match(site)
     if found is None:

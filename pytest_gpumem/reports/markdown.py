@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from pytest_gpumem.records.run_record import BaselineOutcome, Entry
     from pytest_gpumem.reports.document import Report
 
-#: Entries of each kind that are shown: a step's summary has room for 1 MiB.
+#: The most entries of each kind that are shown, because a step's summary has room for
+#: 1 MiB.
 TOP: Final = 20
 
 
@@ -47,7 +48,7 @@ def markdown(report: Report) -> str:
 def _table(
     heads: Sequence[str], rows: Iterable[Sequence[str]], num_left: int
 ) -> list[str]:
-    """Return a table; columns with heads that begin with ``>`` have numbers."""
+    """Return a table; a head that begins with ``>`` marks a column of numbers."""
     lines = [
         f"| {' | '.join(each.lstrip('>') for each in heads)} |",
         f"| {' | '.join('---:' if each[0] == '>' else '---' for each in heads)} |",
@@ -104,7 +105,7 @@ def _limits(tests: Sequence[Record]) -> list[str]:
 
 
 def _excess(limit: LimitOutcome) -> str:
-    """Return by how much a limit was broken; unknown bytes break it, too."""
+    """Return by how much a limit was broken; unknown bytes also break a limit."""
     excess = limit.measured_bytes - limit.limit_bytes
     return f"+{format_size(excess)}" if excess > 0 else "not known"
 

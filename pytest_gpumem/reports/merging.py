@@ -1,4 +1,4 @@
-"""Merges reports: of a run's shards, or of runs on several cards."""
+"""Merges the reports of a run's shards, or of runs on several cards."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _baseline(
 ) -> BaselineOutcome | None:
     """Merge the comparisons with baselines.
 
-    A test that one shard found stale and another one ran is not stale.
+    A test is not stale if any shard ran it.
     """
     if not several:
         return None

@@ -1,4 +1,4 @@
-"""Describes the moment in which memory ran out, as lines with advice."""
+"""Describes the moment at which memory ran out, as lines with advice."""
 
 from __future__ import annotations
 

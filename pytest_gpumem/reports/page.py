@@ -46,7 +46,7 @@ def page(report: Report) -> Iterator[str]:
         autoescape=True,
         undefined=StrictUndefined,
     )
-    # In a script element only "<" can end what is data.
+    # In a script element only "<" can end the data.
     data = (
         Markup(chunk.replace("<", "\\u003c"))  # noqa: S704  # escaped in this line
         for chunk in to_chunks(report)

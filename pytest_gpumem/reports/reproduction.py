@@ -1,4 +1,4 @@
-"""What fails and how to run it again, as Markdown to paste into an issue."""
+"""Lists failures with the commands that repeat them, as Markdown for an issue."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.records.run_record import Change
     from pytest_gpumem.reports.document import Report
 
-#: Tests that are described; an issue's text has room for 64 KiB.
+#: The most tests that are described, because an issue's text has room for 64 KiB.
 TOP: Final = 20
 
 
@@ -32,7 +32,7 @@ def reproduction(report: Report, options: Sequence[str] = ()) -> str:
 
     Args:
         report: The run.
-        options: The run's options of this plugin, as they are typed.
+        options: The run's options of this plugin, as on the command line.
     """
     changes: dict[str, list[Change]] = {}
     if report.baseline is not None:
@@ -66,7 +66,8 @@ def _failure(
     sweeps = [each for each in whole_sweeps(test.sweeps) if each.failures]
     replays = [replay for sweep in sweeps for replay in sweep.replays]
     checked = f"--gpu-check={test.nodeid.partition('::')[0]}"
-    own = [] if checked in options else [test.nodeid]  # its tests are in no file
+    # Tests of --gpu-check are in no file, so they cannot be named.
+    own = [] if checked in options else [test.nodeid]
     commands = [each.command for each in replays]
     yield "```console"
     for command in commands or [shlex.join(["pytest", *own])]:
@@ -109,7 +110,7 @@ def anonymous(text: str, hosts: set[str]) -> str:
         (tempfile.gettempdir(), "$TMPDIR"),
         (str(Path.home()), "~"),
     ]
-    # The longest first: the working folder may be below the others.
+    # The longest first, because one of these folders may be inside another.
     for folder, word in sorted(folders, key=lambda pair: -len(pair[0])):
         if len(folder) > 1:
             text = re.sub(rf"{re.escape(folder)}(?![\w.-])", word, text)

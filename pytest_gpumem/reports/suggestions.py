@@ -1,4 +1,4 @@
-"""Suggests limits from the peaks of tests, and finds limits that are too generous."""
+"""Suggests limits from the peaks of tests, and finds limits that are far too large."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.records.record import Record
 
-#: Room above the peak: another version of a library may need a little more.
+#: The room above the peak, because another version of a library may need a little more.
 HEAD_ROOM: Final = 1.1
 #: A limit of more than this many times the peak is too generous.
 GENEROUS: Final = 1.5
@@ -26,11 +26,11 @@ class Peak:
 
     Attributes:
         test: The test.
-        allocated_bytes: Its call's peak, on the card with the largest peak.
+        allocated_bytes: The peak of its call, on the card with the largest peak.
         reserved_bytes: The most bytes that PyTorch held of a card in any phase.
         limit_bytes: The limit on allocated bytes that its markers set, or None.
         smallest_budget: The smallest budget with which it passes, if it is known.
-        budget_note: Why it is not known, or what went wrong in the search.
+        budget_note: Why the smallest budget is not known, or what failed in the search.
     """
 
     test: str
@@ -72,7 +72,7 @@ def size_text(nbytes: int) -> str:
 
 
 def missing(peaks: Iterable[Peak]) -> dict[str, int]:
-    """Return limits for tests without one; for a parametrised test the largest."""
+    """Return limits for tests without a limit; for a parametrised test the largest."""
     limits: dict[str, int] = {}
     for each in peaks:
         if each.limit_bytes is None and each.allocated_bytes:
@@ -146,7 +146,7 @@ def budget_lines(peaks: Mapping[str, Peak]) -> list[str]:
 
 
 def _cards(peaks: list[Peak]) -> list[str]:
-    """Return on which cards of the table the suite would fit, as a line."""
+    """Return a line that names the cards of the table on which the suite fits."""
     if not peaks:
         return []
     worst = max(peaks, key=lambda each: each.reserved_bytes)

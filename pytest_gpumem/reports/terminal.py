@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.records.record import PhaseFigures, Record
 
-#: Tests shown without ``-v``.
+#: The most tests that are shown without ``-v``.
 TOP: Final = 20
 _HEAD: Final = ("peak allocated", "peak reserved", "left", "OOMs", "retries", "test")
-#: Shown as well where the driver was asked.
+#: Columns that are also shown if NVML was asked.
 _DRIVER_HEAD: Final = ("peak process", "peak card")
-#: Shown with ``-v`` where it is known.
+#: The column that is also shown with ``-v`` if its figures are known.
 _FRAGMENTED: Final = "fragmented"
 
 
@@ -80,9 +80,9 @@ def _driver_cells(figures: PhaseFigures) -> tuple[str, str]:
 
 
 def _calls(rows: Iterable[_Row]) -> list[_Row]:
-    """Return one phase of each test: its call, or the one with the peak if it has none.
+    """Return one phase of each test: its call, or the phase with the peak without a call.
 
-    A phase of its child processes follows it.
+    The figures of the test's child processes follow.
     """
     best: dict[tuple[str, int, bool], _Row] = {}
     for row in rows:

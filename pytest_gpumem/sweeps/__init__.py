@@ -1,1 +1,1 @@
-"""Sweeps: fail each allocation of a body in turn, judge each run, report what was found."""
+"""Sweeps: make each allocation of a body fail in turn, judge each run, report results."""

@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices import Device
 
-#: Leaks whose holders are looked for, one for each site and mode; each search walks the
-#: whole heap several times.
+#: The most leaks for which holders are searched, one for each site and mode. Each search
+#: reads the whole heap several times.
 _SEARCHES: Final = 8
 _WORDS: Final = 400
 
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    """What is kept of a model that a body has loaded: where it was, what it computed."""
+    """The facts that are kept about a model that a body has loaded."""
 
     placement: Placement
     output: Any
@@ -38,9 +38,9 @@ class _Loaded:
 class SweepJudge:
     """Runs a body with one fault after another and judges each run.
 
-    Two results are the same if ``same`` says so; without it they are compared by value.
-    If there is ``run``, the output that it computes from a result, without faults, is
-    compared instead of the result.
+    ``same`` tells whether two results are the same; without it they are compared by value.
+    If ``run`` is given, it computes an output from each result, without faults. Then the
+    outputs are compared instead of the results.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class SweepJudge:
         device: Device,
     ) -> None:
         self._run = run
-        #: Whether the body is over, and what it has loaded is looked at.
+        #: Whether the body has ended and the model that it loaded is being judged.
         self.is_looking = False
         self._variants = variants
         keep = portrait if run is None else self._loaded
@@ -63,7 +63,7 @@ class SweepJudge:
         self.device: Final = device
         self._reference: Attempt | None = None
         self._searched: set[tuple[str, str]] = set()
-        # A frozen heap does not show what was on the cards before it was frozen.
+        # Read before the heap is frozen, because frozen tensors are not found any more.
         self._known = blocks_on_cards()
         #: Returns a block in which frozen objects are visible to the garbage collector.
         self.thawed: Callable[[], AbstractContextManager[object]] = nullcontext
@@ -72,7 +72,7 @@ class SweepJudge:
         """Run without a fault; the last such run is the reference.
 
         Raises:
-            SweepError: The body fails; its own error is the cause.
+            SweepError: The body raised; its own error is the cause.
         """
         try:
             attempt = self._trial.run(catches=lambda _error: False)
@@ -84,7 +84,7 @@ class SweepJudge:
         return attempt
 
     def judge(self, point: Point, timeout_s: float) -> Outcome | None:
-        """Run with a fault; None if it was never reached."""
+        """Run with a fault and return the outcome; None if the fault was never reached."""
         attempt = self._trial.run(point.rule, timeout_s=timeout_s)
         is_hang = attempt.failure is not None and attempt.failure.is_hang
         if not attempt.num_injected and not is_hang:
@@ -115,10 +115,10 @@ class SweepJudge:
             return self._trial.holders(attempt, also_known=self._known)
 
     def _loaded(self, result: Any) -> _Loaded:
-        """Run what was loaded, once the faults are over.
+        """Run the model that was loaded, without faults.
 
         Raises:
-            AssertionError: It is no whole model.
+            AssertionError: The result is not a whole model.
         """
         model = model_in(result)
         if model is None:
@@ -135,7 +135,7 @@ class SweepJudge:
             self.is_looking = False
 
     def _difference(self, reference: Any, result: Any) -> str | None:
-        """Return how a result differs from that of a run without faults."""
+        """Return the difference between a result and that of a run without faults."""
         if isinstance(reference, _Loaded) and isinstance(result, _Loaded):
             sizes = {each.placement.num_parameters for each in (reference, result)}
             if self._variants and len(sizes) > 1:

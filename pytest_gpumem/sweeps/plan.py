@@ -14,7 +14,7 @@ from pytest_gpumem.sweeps.report import MODES, Point, mode_of
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-#: Words that say which allocations fail.
+#: Words of a rule that say which allocations fail.
 WORDS: Final = ("all", "sites", "ends")
 
 
@@ -23,16 +23,17 @@ class SweepPlan:
     """The plan of a sweep.
 
     Attributes:
-        points: ``"all"`` allocations, the first of each of the ``"sites"``, the first
-            and the last of each (``"ends"``), or a number of allocations, spread evenly.
+        points: Which allocations fail: ``"all"``; ``"sites"``, the first of each site;
+            ``"ends"``, the first and the last of each site; or a number of allocations,
+            spread evenly.
         modes: ``"transient"``, ``"persistent"`` or both.
         flavours: The errors that are raised; ``"native"`` is the allocator's own.
         rule: Which allocations count, for example ``"load"`` or ``"any:min=1MiB"``.
-        recover: Whether the code must recover; otherwise a clean OOM passes, too.
+        recover: Whether the code must recover; if not, a clean OOM also passes.
         timeout_s: Seconds until a run is judged a hang; None means 20 times the clean
-            run's, at least 10.
-        only: A rule that names one point; only that point is run.
-        shard: ``(index, count)``: every count-th point, from the index-th on.
+            run's time, and at least 10 seconds.
+        only: A rule that names one point; only this point is run.
+        shard: ``(index, count)``: every count-th point, starting at number ``index``.
 
     Raises:
         SweepError: A value makes no sense.
@@ -78,8 +79,8 @@ class SweepPlan:
         """Return the rule of a point, without its number.
 
         Raises:
-            RuleError: It cannot be read.
-            SweepError: It says which allocations fail; that is for the sweep to choose.
+            RuleError: The rule cannot be read.
+            SweepError: The rule says which allocations fail, but the sweep chooses them.
         """
         rule = parse_rule(self.rule)
         if rule != replace(
@@ -114,7 +115,9 @@ class SweepPlan:
         points, count = self.points, len(sites)
         if points in ("sites", "ends"):
             numbers = {sites.index(site) + 1 for site in sites}
-            if points == "ends":  # a half of what one site moves has moved by the last
+            if (
+                points == "ends"
+            ):  # at the last one, most of what the site moves has moved
                 numbers |= {count - sites[::-1].index(site) for site in sites}
             return sorted(numbers)
         if isinstance(points, int) and points < count:
@@ -139,7 +142,7 @@ def _check_words(name: str, words: object, accepted: Sequence[str]) -> None:
 
 
 def _is_seconds(value: object) -> bool:
-    # A longer time overflows where it is waited for.
+    # A longer time would overflow in the call that waits.
     return isinstance(value, (int, float)) and 0 < value <= threading.TIMEOUT_MAX
 
 

@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.rules.rule import Rule
 
-#: The allocations that a point's fault fails: only the Nth, or the Nth and all later ones.
+#: Which allocations a point's fault makes fail: only the Nth, or the Nth and all later.
 MODES: Final = ("transient", "persistent")
 
 
 def mode_of(rule: Rule) -> str:
-    """Return which of ``MODES`` a rule's fault strikes in."""
+    """Return the mode of a rule's fault, one of ``MODES``."""
     return "persistent" if rule.times is None else "transient"
 
 
 class Verdict(Enum):
-    """How a run with a fault ended; the value is the name that people see."""
+    """How a run with a fault ended; the value is the name in reports."""
 
     RECOVERED = "recovered"
     CLEAN_OOM = "clean OOM"
@@ -37,7 +37,7 @@ class Verdict(Enum):
     OVER_BUDGET = "over budget"
 
     def passes(self, *, recover: bool) -> bool:
-        """Tell whether the verdict passes; a clean OOM does if the code need not recover."""
+        """Tell whether the verdict passes; a clean OOM passes if the code need not recover."""
         return self is Verdict.RECOVERED or (self is Verdict.CLEAN_OOM and not recover)
 
 
@@ -49,8 +49,8 @@ class Point:
         number: Which allocation fails, from 1 on.
         mode: One of ``MODES``.
         flavour: The error that is raised.
-        rule: The injection rule, as text; it replays the point alone.
-        site: Where the code allocates, as text; empty if that is not known.
+        rule: The injection rule, as text, with which the point can be run alone.
+        site: The code that allocates, as text; empty if it is not known.
     """
 
     number: int
@@ -73,7 +73,7 @@ class Outcome:
         verdict: How the run ended.
         detail: The reason, for people; may have several lines.
         left_bytes: Bytes on the cards afterwards that a clean run does not leave.
-        holders: What holds them, outermost first, a line each.
+        holders: The holders of these bytes, one line each.
         seconds: How long the run took.
         num_injected: Allocations that the fault made fail.
     """
@@ -107,7 +107,7 @@ class Outcome:
 
         Raises:
             KeyError: Something is missing.
-            ValueError: There is no such verdict, or a value of another type.
+            ValueError: The verdict does not exist, or a value has another type.
         """
         if not isinstance(entry, dict):
             raise ValueError(f"{entry!r:.60} is not a point of a sweep")  # noqa: TRY004  # of a file
@@ -140,7 +140,7 @@ class SweepReport:
         recover: Whether the code had to recover.
         sites: The site of each allocation of a clean run, in order.
         outcomes: Every point that was run, or read from an interrupted sweep.
-        num_resumed: The number of points that were read.
+        num_resumed: The number of points that were read from an interrupted sweep.
     """
 
     name: str
@@ -151,7 +151,7 @@ class SweepReport:
 
     @property
     def num_allocations(self) -> int:
-        """Allocations of a clean run that count."""
+        """The number of allocations of a clean run that the plan's rule counts."""
         return len(self.sites)
 
     @property

@@ -1,11 +1,11 @@
-"""Make each allocation of a piece of code fail in turn, and judge every run.
+"""Makes each allocation of a piece of code fail in turn, and judges every run.
 
 Note [The method]
-The code runs once to warm up and once more to count its allocations. Then, for
-N = 1, 2, ..., it runs twice with its Nth allocation failing: once only that allocation
-fails (transient), and once that one and all later ones fail (persistent). It stops when a run ends
-with its fault unused, not when a run succeeds: code that recovers succeeds at N = 1.
-The method is that of SQLite's ``do_malloc_test`` and of Linux's ``fail-nth``.
+The code runs once to warm up and once more to count its allocations. Then it runs twice
+for each N = 1, 2, ...: once only the Nth allocation fails (transient), and once the Nth
+and all later allocations fail (persistent). The sweep stops when a run ends before its
+fault was reached. It does not stop when a run succeeds, because code that recovers
+succeeds at N = 1. SQLite's ``do_malloc_test`` and Linux's ``fail-nth`` use this method.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices import Device
 
-#: The time that a run may take: this many times that of the clean run, and at least this
-#: many seconds.
+#: A run may take this many times as long as the clean run, and at least this many seconds.
 _PATIENCE: Final = 20.0
 _LEAST_S: Final = 10.0
 #: An allocation that no run reaches.
@@ -56,25 +55,27 @@ def sweep_ooms(
 
     Before each run random states and torch's defaults (dtype, card, gradients, ...) are
     restored, caches are emptied, and ``setup`` makes new arguments, if it is given. The
-    sweep waits for threads that the run before has left running. A run's result is
-    compared with that of a run without faults: tensors by value, on whatever device, and
+    sweep waits for threads that the previous run has left. The result of a run is
+    compared with that of a run without faults: tensors by value, on any device, and
     modules by their state.
 
     Args:
         body: The code under test; returns a result to compare.
         args: Its arguments, the same for each run.
         setup: Makes the arguments before each run, without faults; replaces ``args``.
-        same: Tells whether a run's result is right, given the portraits of the clean
-            result and of its own; None compares values within what the dtypes explain.
-        run: For a body that loads a model: computes an output from what it returns,
-            once the faults are over. Then the model must be whole, and the output is
-            compared instead of the result, within what the model's dtypes explain.
-        variants: Whether such a model may be another one, with another number of
-            parameters; its output is compared with nothing.
+        same: Tells whether a run's result is right; its arguments are portraits of the
+            clean run's result and of this run's result. None compares values within the
+            tolerance of their dtypes.
+        run: For a body that loads a model: computes an output from the body's result,
+            without faults. Then the model must be whole, and the outputs are compared
+            instead of the results, within the tolerance of the model's dtypes.
+        variants: Whether the body may load a different model, with another number of
+            parameters; the output of such a model is not compared.
         name: The name in texts; None means the body's name.
         resume: A file that keeps the finished points, so that an interrupted sweep can
             continue.
-        progress: Called after each point with the points done, all points, the outcome.
+        progress: Called after each point with the number of finished points, the number
+            of all points, and the outcome.
         device: The device; None means the active device.
         plan: The fields of ``SweepPlan``: ``points``, ``modes``, ``flavours``,
             ``rule``, ``recover``, ``timeout_s``, ``only``.
@@ -83,7 +84,7 @@ def sweep_ooms(
         The report; its ``failures`` are the points that ended badly.
 
     Raises:
-        SweepError: The plan makes no sense, or the body fails without any fault.
+        SweepError: The plan makes no sense, or the body raises without any fault.
         RuleError: The plan's rule cannot be read.
 
     Example::
@@ -142,7 +143,7 @@ class _Sweep:
         return report
 
     def _run_on(self, report: SweepReport, count: int, timeout_s: float) -> None:
-        """Run points until a run ends with its fault unused."""
+        """Run points until a run ends before its fault was reached."""
         for mode in self.plan.modes:
             for flavour in self.plan.flavours:
                 for number in range(count + 1, 2 * count + 2):
@@ -155,7 +156,7 @@ class _Sweep:
                     self.progress(done, done, outcome)
 
     def _count(self) -> tuple[str, ...]:
-        """Return the site of each allocation that counts in a clean run."""
+        """Return the site of each allocation of a clean run that the rule counts."""
         rule = replace(self.plan.base(), nth=_NEVER, times=1)
         injector = OomInjector(rule, device=self.judge.device)
         schedule = injector.schedules[0]

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 class SweepState:
-    """A file with one line for each point that was run, until the sweep is complete.
+    """A file with one line for each finished point, until the sweep is complete.
 
-    A file is started again if it cannot be read, is of another body or plan, or of a body
-    whose allocations have changed. Without a path nothing is written.
+    The file begins anew if it cannot be read, if it belongs to another body or plan, or if
+    the allocations of the body have changed. Without a path nothing is written.
     """
 
     def __init__(
@@ -62,12 +62,12 @@ class SweepState:
     def __exit__(self, kind: object, *_error: object) -> None:
         if self._stream is not None and self._path is not None:
             self._stream.close()
-            if kind is None:  # the sweep is whole
+            if kind is None:  # the sweep is complete
                 self._path.unlink(missing_ok=True)
 
     def _read(self, path: Path) -> dict[Point, Outcome]:
         found: dict[Point, Outcome] = {}
-        # A killed process has written a line in part.
+        # A process that was killed may have written only a part of its last line.
         with suppress(OSError, ValueError, KeyError, IndexError, RecursionError):
             header, *lines = path.read_text(encoding="utf-8").splitlines()
             if json.loads(header) == self._header:

@@ -1,4 +1,4 @@
-"""A sweep's figures without its points, which reports and other processes get."""
+"""The figures of a sweep without its points, for reports and other processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def summary_of(
     report: SweepReport, nodeid: str = "", replays: Sequence[Replay] = ()
 ) -> Sweep:
-    """Return a report's figures; replays are of groups of points that ended badly."""
+    """Return a report's figures; ``replays`` are for groups of points that ended badly."""
     return Sweep(
         nodeid,
         report.name,
@@ -42,7 +42,7 @@ def whole_sweeps(parts: Iterable[Sweep]) -> list[Sweep]:
 
 
 def _joined(one: Sweep, other: Sweep) -> Sweep:
-    """Join two parts; both have counted the same allocations."""
+    """Join two parts of one sweep, which have counted the same allocations."""
     sites = {site.site: site for site in one.sites}
     for site in other.sites:
         mine = sites.get(site.site, SweptSite(site.site, 0, 0, {}))

@@ -1,4 +1,4 @@
-"""A sweep's results in words."""
+"""Describes a sweep's results in words."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.records.record import Sweep
 
-#: The number of points of a group that are described; the others are counted.
+#: The most points of a group that are described; the others are counted.
 SHOWN: Final = 3
 
 
@@ -105,7 +105,8 @@ def describe_point(
 def coverage_table(sweep: Sweep, *, most: int | None = None) -> str:
     """Return a table of sites: their allocations, failures and recoveries.
 
-    ``most`` limits the number of sites; those with failures without recovery come first.
+    ``most`` limits the number of sites; sites with failures that did not recover come
+    first.
     None shows all sites, in the order in which the code reaches them.
     """
     sites = [(site, site.verdicts.get("recovered", 0)) for site in sweep.sites]

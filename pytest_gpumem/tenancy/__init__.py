@@ -1,5 +1,6 @@
-"""Who holds what of this machine's cards, across processes, and who waits for it.
+"""Keeps account, among processes, of who holds or waits for bytes of this machine's cards.
 
-Pure Python without torch or pytest. Each entry is a file that its process keeps locked;
-the kernel drops the lock when the process dies, however it dies, and so the entry.
+It is pure Python without torch or pytest. Each entry is a file that its process keeps
+locked. When the process ends, for whatever reason, the kernel releases the lock, and the
+entry is no longer valid.
 """

@@ -1,10 +1,10 @@
 """Files that live as long as the process that made them.
 
 Note [Entries that die with their process]
-An entry is a small file under ``flock``. The kernel drops that lock when the process
-ends, also by SIGKILL. The next process that reads the folder finds the file unlocked and
-removes it. So no process has to clean up, and process ids, which are used again, are not
-needed. Every access takes the folder's mutex, which is a lock of this kind, too.
+An entry is a small file under ``flock``. The kernel releases this lock when the process
+ends, even by SIGKILL. The next process that reads the folder finds the file unlocked and
+removes it. So no process has to clean up. Process ids, which the system uses again, are
+not needed. Every access takes the folder's mutex, which is also a lock on a file.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ class LockedFile:
             self.forget()
 
     def forget(self) -> None:
-        """Close the file only: a forked child does not hold what its parent holds."""
+        """Only close the file, because a forked child does not own its parent's entry."""
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
 
 
 class Mutex:
-    """A lock among processes, and among this one's threads; nests within a thread.
+    """A lock among processes and among this process's threads; nests within a thread.
 
     Args:
         path: The locked path, for messages.
@@ -83,11 +83,11 @@ class Mutex:
 
     @contextmanager
     def held(self, timeout_s: float | None = None) -> Iterator[None]:
-        """Hold it for a block.
+        """Hold the mutex for a block.
 
         Raises:
-            SharedFolderError: Its file cannot be trusted.
-            TimeoutError: Another held it for longer than ``timeout_s``.
+            SharedFolderError: The mutex's file cannot be trusted.
+            TimeoutError: Another process held the mutex for longer than ``timeout_s``.
         """
         threads = self._threads
         if not threads.acquire(timeout=-1 if timeout_s is None else timeout_s):
@@ -99,7 +99,7 @@ class Mutex:
             try:
                 yield
             finally:
-                self._depth = max(self._depth - 1, 0)  # 0 already in a forked child
+                self._depth = max(self._depth - 1, 0)  # a forked child has set it to 0
                 if not self._depth:
                     self._drop()
         finally:
@@ -120,17 +120,17 @@ class Mutex:
             self._handle = -1
 
     def forget(self) -> None:
-        """In a forked child, drop the locks that its parent's threads held."""
+        """In a forked child, forget the locks that threads of its parent held."""
         self._drop()
         self._depth = 0
         self._threads = threading.RLock()
 
 
 class Folder:
-    """A folder of entries with one mutex, of this user alone.
+    """A folder of entries with one mutex, which only this user may change.
 
     Args:
-        path: The folder; it is made if need be.
+        path: The folder; it is made if it does not exist.
 
     Raises:
         SharedFolderError: Another user may have put files into it.
@@ -142,7 +142,7 @@ class Folder:
         self._mutex: Final = Mutex(self.path, self._open_mutex)
 
     def mutex(self, timeout_s: float | None = None) -> AbstractContextManager[None]:
-        """Hold the folder's mutex; nests within a thread and this object."""
+        """Hold the folder's mutex; a thread may nest such blocks of one object."""
         return self._mutex.held(timeout_s)
 
     def _open_mutex(self) -> int:
@@ -168,7 +168,7 @@ class Folder:
         return entry
 
     def read(self, *, without: LockedFile | None = None) -> dict[Path, dict[str, Any]]:
-        """Return every live entry; those of dead processes are removed.
+        """Return every live entry, and remove the entries of dead processes.
 
         Args:
             without: An entry of this process that is left out.

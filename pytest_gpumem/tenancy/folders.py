@@ -21,23 +21,23 @@ from pytest_gpumem.errors import SharedFolderError
 from pytest_gpumem.inheritance import FOLDER_VARIABLE, tenancy_root
 
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-#: A pipe of that name must not make us wait, and no link leads elsewhere.
+#: Opening must not wait if the name is a pipe, and must not follow a link.
 _FILE: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-#: Runs that end remove the folder of all runs once it is empty.
+#: How often opening is tried again, because runs that end remove empty folders.
 _TRIES: Final = 100
 _OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 
 
 def open_private(path: str | os.PathLike[str]) -> int:
-    """Return a handle of a folder of this user; it is made, mode 0700, if need be.
+    """Return a handle of a private folder; it is made with mode 0700 if it does not exist.
 
     Args:
         path: The folder. If it is below the folder that this user's processes share,
-            that folder and those between are checked in the same way.
+            that folder and the folders between are checked in the same way.
 
     Raises:
-        SharedFolderError: It is not a folder, belongs to another user, or others may
-            write to it.
+        SharedFolderError: The path is not a folder, belongs to another user, or other
+            users may write to it.
     """
     path, root = os.path.abspath(path), os.path.abspath(tenancy_root())
     is_below = path.startswith(root + os.sep)
@@ -66,8 +66,8 @@ def open_named(path: str | os.PathLike[str]) -> int:
     If it does not exist, it is made as a private folder.
 
     Raises:
-        SharedFolderError: It is not a folder, or others could replace files of this
-            user.
+        SharedFolderError: The path is not a folder, or other users could replace files
+            of this user.
     """
     path = os.path.abspath(path)
     try:
@@ -93,17 +93,17 @@ def open_named(path: str | os.PathLike[str]) -> int:
 
 
 def open_file(name: str, folder: int, flags: int, path: str = "") -> int:
-    """Return a handle of a regular file in an open folder; new ones are of mode 0600.
+    """Return a handle of a regular file in an open folder; a new file has mode 0600.
 
     Args:
-        name: Its name in the folder.
+        name: The file's name in the folder.
         folder: Handle of the folder.
         flags: As for ``os.open``.
-        path: The folder's, for the error.
+        path: The folder's path, for the error.
 
     Raises:
-        FileNotFoundError: There is none, and the flags do not ask for a new one.
-        SharedFolderError: It is a link, a pipe or something else of that kind.
+        FileNotFoundError: There is no such file, and the flags do not ask for a new one.
+        SharedFolderError: It is not a regular file, but a link or a pipe, for example.
     """
     try:
         handle = os.open(name, flags | _FILE, 0o600, dir_fd=folder)
@@ -118,7 +118,7 @@ def open_file(name: str, folder: int, flags: int, path: str = "") -> int:
             "remove it",
             path=os.path.join(path, name),
         ) from None
-    except OSError:  # a link, a socket
+    except OSError:  # for example a link or a socket
         pass
     raise SharedFolderError(
         f"{os.path.join(path, name)} is not a regular file, as a lock is; remove it",
@@ -127,17 +127,18 @@ def open_file(name: str, folder: int, flags: int, path: str = "") -> int:
 
 
 def open_lock(name: str, folder: int, path: str) -> int:
-    """Return a handle of a lock file; a new one gets the rights of the folder.
+    """Return a handle of a lock file; a new file gets the permissions of the folder.
 
     Args:
-        name: Its name in the folder.
+        name: The file's name in the folder.
         folder: Handle of the folder.
-        path: The folder's, for the error.
+        path: The folder's path, for the error.
 
     Raises:
-        SharedFolderError: It cannot be a lock of this user's.
+        SharedFolderError: The file cannot be a lock of this user.
     """
-    # Not O_CREAT alone: Linux refuses it for another's file in a folder open to all.
+    # An existing file is opened without O_CREAT. In a folder open to all, Linux refuses
+    # O_CREAT for the file of another user.
     # Source: Linux, Documentation/admin-guide/sysctl/fs.rst, "protected_regular".
     with suppress(FileNotFoundError):
         return open_file(name, folder, os.O_RDONLY, path)
@@ -159,7 +160,7 @@ def _make_lock(name: str, folder: int, path: str) -> None:
         ) from None
     try:
         if there.st_mode & _OTHERS_WRITE:
-            with suppress(OSError):  # of a group that this user is not in
+            with suppress(OSError):  # this user may not be in the folder's group
                 os.fchown(handle, -1, there.st_gid)
             os.fchmod(handle, 0o600 | (there.st_mode & 0o066))
         with suppress(FileExistsError):
@@ -174,7 +175,7 @@ def _open_or_make(name: str, path: str, outer: int | None) -> int:
     try:
         handle = _open_or_make_any(name, path, outer)
     except FileNotFoundError:
-        raise  # another process removed what has become empty
+        raise  # another process removed the outer folder, which was empty
     except OSError as error:
         raise _no_folder(path, error, name, outer) from None
     found = os.fstat(handle)

@@ -1,4 +1,4 @@
-"""Admission by bytes to one card, among all processes of the machine."""
+"""Admits requests for bytes of one card, among all processes of the machine."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ POLL_S: Final = 0.02
 
 
 class Ledger:
-    """The bytes of one card that are promised; processes share it through a folder.
+    """The promised bytes of one card, which processes share through a folder.
 
     Args:
-        folder: Where the entries are.
-        total_bytes: The card's bytes; the same in every process.
+        folder: The folder of the entries.
+        total_bytes: The card's total; it must be the same in every process.
     """
 
     def __init__(self, folder: str | os.PathLike[str], total_bytes: int) -> None:
@@ -38,7 +38,7 @@ class Ledger:
         """Return all requests, admitted and waiting, by name."""
         found = {}
         for path, value in self._folder.read().items():
-            with suppress(TypeError):  # another version's
+            with suppress(TypeError):  # another version of the plugin wrote the entry
                 found[path.name] = QueuedRequest(path.name, **value)
         return found
 
@@ -78,21 +78,21 @@ class Ledger:
         timeout_s: float | None = None,
         on_wait: Callable[[int], None] = lambda _held: None,
     ) -> Iterator[float]:
-        """Hold bytes of the card, waiting for them first.
+        """Wait until bytes of the card are free, and hold them for a block.
 
         Args:
             nbytes: Bytes to hold, including those of ``hold_idle``.
             is_exclusive: Whether no other request may hold bytes of the card.
             is_share: Whether fewer bytes are enough if other processes hold bytes
                 between their tests, such as a context, which stay until they end.
-            timeout_s: The longest wait; None waits for ever.
-            on_wait: Called once, with the bytes held by others, if there is a wait.
+            timeout_s: The longest wait in seconds; None means no limit.
+            on_wait: Called once if there is a wait, with the bytes that others hold.
 
         Yields:
-            Seconds that were waited.
+            The seconds of the wait.
 
         Raises:
-            BudgetError: The card never has that much.
+            BudgetError: The card's total is smaller than ``nbytes``.
             AdmissionTimeoutError: The wait was longer than ``timeout_s``.
         """
         if not 0 <= nbytes <= self.total_bytes:
@@ -101,7 +101,7 @@ class Ledger:
                 "card's total",
                 value=nbytes,
             )
-        # The wall clock's monotonic time is one for all processes of a machine.
+        # The monotonic clock is the same for all processes of a machine.
         start = time.monotonic()
         request: dict[str, Any] = {
             "nbytes": max(nbytes - self._idle_bytes, 0),
@@ -149,6 +149,6 @@ def _idle_bytes(requests: Mapping[str, QueuedRequest]) -> int:
 
 
 def _names(requests: list[QueuedRequest]) -> str:
-    """Return the processes that made requests, in words; entries begin with them."""
+    """Return the processes that made requests, in words, from the names of requests."""
     pids = sorted({int(each.name.partition("-")[0]) for each in requests})
     return f"process(es) {', '.join(map(str, pids))}" if pids else "nobody"

@@ -1,4 +1,4 @@
-"""One load at a time on each card, in tests and in production."""
+"""Allows one load at a time on each card, in tests and in production."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def gpu_load_lock(
 ) -> Iterator[None]:
     """Hold a card's load lock: no other process of this user holds it at the same time.
 
-    Loading needs more than the loaded model; two loads at once may not fit where two
-    models do. The lock is released when its process dies. Like `threading.RLock`, it may
-    be taken again by the thread that holds it.
+    A load needs more memory than the loaded model, so two models may fit on a card while
+    two loads at the same time do not. The lock is released when its process ends. Like
+    `threading.RLock`, it may be taken again by the thread that holds it.
 
     Args:
         device: The card: an index as CUDA counts it, or any name that the processes
             agree on, such as a UUID.
-        timeout_s: The longest wait; None waits for ever.
-        folder: The folder that the processes share. By default it is that of the
+        timeout_s: The longest wait in seconds; None means no limit.
+        folder: The folder that the processes share. The default is the folder in the
             environment variable ``PYTEST_GPUMEM_LOCKS``, which several users may share
-            (root makes it: ``install -d -m 1777``), then that of
-            ``PYTEST_GPUMEM_TENANCY``, then one in the temporary folder; the last two
-            are private to this user.
+            (root makes it: ``install -d -m 1777``). Without this variable it is the folder
+            in ``PYTEST_GPUMEM_TENANCY``, and without both a folder in the temporary
+            folder; the last two are private to this user.
 
     Raises:
         SharedFolderError: Another user could change the folder or the lock.
@@ -59,14 +59,14 @@ def gpu_load_lock(
 class _LibraryLock:
     """The lock on systems without ``flock``, such as Windows.
 
-    Limits: the owner of a folder cannot be checked there; the temporary folder belongs to
-    the user.
+    Limits: on these systems the owner of a folder is not checked. The default folder is in
+    the temporary folder, which belongs to the user.
     """
 
     def __init__(self, path: Path) -> None:
         from filelock import FileLock
 
-        self._lock: Final = FileLock(path)  # one for each thread, nesting in it
+        self._lock: Final = FileLock(path)  # each thread has its own, which can nest
 
     @contextmanager
     def held(self, timeout_s: float | None = None) -> Iterator[None]:
@@ -93,10 +93,10 @@ def _library_lock(folder: str, name: str, _is_named: bool) -> _LibraryLock:  # n
 
 @cache
 def _mutex(folder: str, name: str, is_named: bool) -> Mutex:  # noqa: FBT001  # a key
-    """Return this process's only lock object of a name, so that it can nest."""
+    """Return the lock object of a name; there is one in this process, so it can nest."""
 
     def opened() -> int:
-        # Opened each time, because temporary folders may be cleaned while a service runs.
+        # Opened each time, because the system may empty temporary folders meanwhile.
         handle = open_named(folder) if is_named else open_private(folder)
         try:
             return open_lock(name, handle, folder)

@@ -1,4 +1,4 @@
-"""Chooses the waiting requests that may start: largest first, and none waits for ever."""
+"""Chooses the waiting requests that may start: largest first, but none waits for ever."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-#: Seconds after which a waiting request lets no later one pass.
+#: Seconds of waiting after which no later request may start before a request.
 PATIENCE_S: Final = 10.0
-#: The same for a request for the whole card, which waits until all others have ended.
+#: Seconds of waiting after which no later request may start before a request for the whole
+#: card, which waits until all others have ended.
 PATIENCE_ALONE_S: Final = 1.0
 
 
@@ -20,11 +21,11 @@ class QueuedRequest:
 
     Attributes:
         name: Distinct for each request.
-        nbytes: Bytes; the caller rejects more than the card has.
+        nbytes: Bytes; at most the card's total, which the caller checks.
         since: When it began to wait, in seconds.
         is_exclusive: Whether no other request may hold bytes of the card.
         is_admitted: Whether it holds its bytes already.
-        is_idle: Whether it is for bytes that a process holds between its tests.
+        is_idle: Whether its bytes are those that a process holds between its tests.
     """
 
     name: str
@@ -45,9 +46,9 @@ def admissible(
 ) -> list[str]:
     """Return the names of the requests that may start now.
 
-    Requests that have waited for long come first, the oldest before the others; while
-    one of them does not fit, no request behind it starts. The other requests are sorted
-    by size, then by age, and one that fits may start before one that does not.
+    Requests that have waited long come first, the oldest of them at the front. If one of
+    them does not fit, no request behind it starts. The other requests are sorted by size,
+    then by age; a request that fits may start before a larger one that does not.
     """
     everyone = list(requests)
     held = [each for each in everyone if each.is_admitted]

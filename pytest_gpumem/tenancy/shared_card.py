@@ -1,4 +1,4 @@
-"""One simulated card shared by several processes: each sees the others' bytes."""
+"""Shares one simulated card among several processes: each sees the others' bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.tenancy.entries import LockedFile
 
-#: Seconds in which a run may be about to say that it lives.
+#: Seconds that a run may take, after it made its folder, to write the file that shows that
+#: it is alive.
 _YOUNG_S: Final = 60.0
 
 
@@ -27,7 +28,7 @@ class SharedCard(Tenants):
 
     Args:
         folder: The folder in which each process notes the bytes that it holds.
-        sign: A file that exists as long as the run lives.
+        sign: A file that exists as long as the run is alive.
     """
 
     def __init__(
@@ -76,8 +77,8 @@ def join_cards(cards: Sequence[Any], root: str) -> list[SharedCard]:
     """Let the processes that name the same folder share simulated cards.
 
     Args:
-        cards: Every card of the machine, whether this process sees it or not; the
-            bytes of its ``driver`` are shared.
+        cards: Every card of the machine, also those that this process does not see; the
+            bytes of a card's ``driver`` are shared.
         root: The folder.
 
     Returns:
@@ -94,7 +95,7 @@ def join_cards(cards: Sequence[Any], root: str) -> list[SharedCard]:
 
 
 def _remove_dead_runs(root: Path) -> None:
-    """Remove neighbouring folders that killed runs have left."""
+    """Remove folders of other runs that were killed."""
     for other in root.parent.glob("run-*"):
         with suppress(OSError):
             is_old = time.time() - other.stat().st_mtime > _YOUNG_S
