@@ -1,7 +1,7 @@
-"""Captures of CUDA graphs: which streams take part, and what they do not allow.
+"""Captures of CUDA graphs: which streams take part, and which calls are not allowed.
 
-Source of what is allowed, and of the errors: "CUDA Graphs" in the CUDA C++ programming
-guide, ``cudaError_t`` in the CUDA runtime API's manual, and
+Sources of the rules and of the errors: "CUDA Graphs" in the CUDA C++ programming guide,
+``cudaError_t`` in the CUDA runtime API's manual, and
 ``aten/src/ATen/native/cuda/Copy.cu`` of torch 2.13.
 """
 
@@ -49,13 +49,13 @@ _INVALID_STATUS: Final = (
     '"/__w/pytorch/pytorch/c10/cuda/CUDACachingAllocator.cpp":2213, please report a bug '
     "to PyTorch. Invalid stream capture status"
 )
-#: What a host's tensor has to be. Source: ``Copy.cu``, ``copy_kernel_cuda``.
+#: Error for a host tensor that is not pinned. Source: ``Copy.cu``, ``copy_kernel_cuda``.
 _NOT_PINNED: Final = (
     "Cannot copy between CPU and CUDA tensors during CUDA graph capture unless the CPU "
     "tensor is pinned. Please use tensor.pin_memory() or allocate the tensor with "
     "pin_memory=True."
 )
-#: Operators whose results, or whose results' sizes, the host waits for, by torch's tags.
+#: Torch's tags of operators for whose results, or sizes of results, the host waits.
 _WAITING: Final = (
     torch.Tag.data_dependent_output,
     torch.Tag.dynamic_output_shape,
@@ -63,7 +63,7 @@ _WAITING: Final = (
 
 
 def failure(words: str, code: str) -> torch.AcceleratorError:
-    """Return the error of a call of CUDA's."""
+    """Return the error of a failed CUDA call."""
     return torch.AcceleratorError(cuda_error_text(words, code))
 
 
@@ -72,15 +72,16 @@ class Capture:
 
     Args:
         card: The card.
-        stream: The stream that it began on.
-        generators: Generators that may be drawn from.
+        stream: The stream on which the capture began.
+        generators: The generators from which the captured operators may draw.
 
     Attributes:
         streams: Handles of the streams that take part.
-        unjoined: Those of them whose work the first stream does not wait for yet.
-        is_invalid: Whether something that is not allowed has ended it.
-        num_nodes: How many operators were captured that compute something.
-        tape: What they compute.
+        unjoined: The streams that take part and for whose work the first stream does not
+            wait yet.
+        is_invalid: Whether a call that is not allowed has ended the capture.
+        num_nodes: The number of captured operators that compute something.
+        tape: The captured operators.
     """
 
     def __init__(
@@ -96,43 +97,44 @@ class Capture:
         self.tape: Final = Tape()
 
     def takes(self, stream: int) -> bool:
-        """Tell whether a stream takes part."""
+        """Return whether a stream takes part in the capture."""
         return stream in self.streams
 
     def join(self, waiting: int, waited: int) -> None:
-        """Let a stream take part from now on that waits for one that does."""
+        """Add a stream to the capture because it waits for one that takes part."""
         if not self.streams:
-            return  # it has ended
+            return  # the capture has ended
         self.streams.add(waiting)
         self.unjoined.discard(waited)
         if waiting != self.stream:
             self.unjoined.add(waiting)
 
     def note_work(self, stream: int) -> None:
-        """Note work on a stream that takes part."""
+        """Record that a stream that takes part has new work."""
         self.num_nodes += 1
         if stream != self.stream:
             self.unjoined.add(stream)
 
     def refuse(self) -> None:
-        """End the capture: something was called that is not allowed in it.
+        """End the capture because of a call that is not allowed in a capture.
 
         Raises:
-            torch.AcceleratorError: With CUDA's text.
+            torch.AcceleratorError: Always, with CUDA's message.
         """
         __tracebackhide__ = True
         self.is_invalid = True
         raise failure(*_UNSUPPORTED)
 
     def check(self, *, allocates: bool = False) -> None:
-        """See whether more can be captured.
+        """Check that the capture is still valid.
 
         Args:
-            allocates: Whether the allocator will be asked first, which checks by itself.
+            allocates: Whether the call first requests memory; the allocator then makes its
+                own check.
 
         Raises:
-            RuntimeError: The capture has failed (torch's text, or
-                ``torch.AcceleratorError`` with CUDA's).
+            RuntimeError: The capture has failed (torch's message, or
+                ``torch.AcceleratorError`` with CUDA's message).
         """
         __tracebackhide__ = True
         if self.is_invalid and allocates:
@@ -141,13 +143,15 @@ class Capture:
             raise failure(*_INVALIDATED)
 
     def check_generator(self, args: Any, kwargs: Any) -> None:
-        """Refuse to draw from a generator that the graph does not know.
+        """Refuse a draw from a generator that is not registered with the graph.
 
         Raises:
-            RuntimeError: It does not (torch's text).
+            RuntimeError: The generator is not registered (torch's message).
         """
         __tracebackhide__ = True
-        known = {each._cdata for each in self.generators}  # C++ may wrap one anew
+        known = {
+            each._cdata for each in self.generators
+        }  # C++ may create another Python object for a generator
         for each in (*args, *kwargs.values()):
             if isinstance(each, GENERATOR) and each._cdata not in known:
                 raise RuntimeError(
@@ -157,10 +161,11 @@ class Capture:
                 )
 
     def end(self) -> None:
-        """End the capture; nothing takes part any more.
+        """End the capture; no stream takes part any more.
 
         Raises:
-            torch.AcceleratorError: It had failed, or a stream was not waited for.
+            torch.AcceleratorError: The capture has failed, or the first stream does not wait
+                for a stream that took part.
         """
         __tracebackhide__ = True
         self.streams = set()
@@ -170,7 +175,7 @@ class Capture:
 
 
 def capture_of(card: SimulatedCard, stream: int | None = None) -> Capture | None:
-    """Return the capture that a stream takes part in; by default the current stream."""
+    """Return the capture in which a stream takes part; by default the current stream."""
     captures = card.machine.captures
     if not captures:
         return None
@@ -185,7 +190,7 @@ def check_waiting(card: SimulatedCard, stream: int | None = None) -> None:
     """Refuse to wait for a card, or for one of its streams, while it captures.
 
     Raises:
-        torch.AcceleratorError: It does (CUDA's text); the capture has failed.
+        torch.AcceleratorError: The card captures (CUDA's message); the capture then fails.
     """
     __tracebackhide__ = True
     for capture in card.machine.captures:
@@ -197,7 +202,8 @@ def check_event(capture: Capture | None) -> None:
     """Refuse to wait for an event that was recorded in a capture.
 
     Raises:
-        torch.AcceleratorError: It was (CUDA's text); the capture has failed.
+        torch.AcceleratorError: The event was recorded in a capture (CUDA's message); the
+            capture then fails.
     """
     __tracebackhide__ = True
     if capture is not None:
@@ -210,12 +216,14 @@ def check_copy(card: SimulatedCard, host: torch.Tensor | None, *, waits: bool) -
 
     Args:
         card: The card.
-        host: The tensor of the host; None stands for one that is not pinned.
-        waits: Whether the host waits until it is copied.
+        host: The host tensor; None means a tensor that is not pinned.
+        waits: Whether the host waits for the copy.
 
     Raises:
-        RuntimeError: The card captures, and the tensor is not pinned (torch's text).
-        torch.AcceleratorError: It is, but the host waits (CUDA's text).
+        RuntimeError: The card captures, and the host tensor is not pinned (torch's
+            message).
+        torch.AcceleratorError: The card captures, the tensor is pinned, and the host waits
+            (CUDA's message).
     """
     __tracebackhide__ = True
     capture = capture_of(card) if card.machine.captures else None
@@ -228,9 +236,9 @@ def check_copy(card: SimulatedCard, host: torch.Tensor | None, *, waits: bool) -
 
 
 def on_tape(card: SimulatedCard) -> AbstractContextManager[Any]:
-    """Return a block in which the host computes a card's values by its own operators.
+    """Return a context manager, inside which host operators compute a card's values.
 
-    A graph that is being captured keeps them.
+    If a graph is being captured, it records these operators.
     """
     capture = capture_of(card) if card.machine.captures else None
     if capture is None:
@@ -240,7 +248,7 @@ def on_tape(card: SimulatedCard) -> AbstractContextManager[Any]:
 
 
 def _recording(capture: Capture) -> AbstractContextManager[Any]:
-    """Return a block whose operators of the host a capture keeps."""
+    """Return a context manager, inside which a capture records the host operators."""
     keeps_already = isinstance(_get_current_dispatch_mode(), Recorder)
     if keeps_already or capture.card.value_device == "meta":
         return _NOTHING
@@ -248,14 +256,14 @@ def _recording(capture: Capture) -> AbstractContextManager[Any]:
 
 
 def begin(capture: Capture) -> None:
-    """Begin: from now on operators on the capture's streams are kept."""
+    """Begin a capture: operators on its streams are recorded from now on."""
     machine = current_machine()
     machine.captures = (*machine.captures, capture)
     HANDLERS.wrap(_captured)
 
 
 def forget(capture: Capture) -> None:
-    """Keep no more operators for a capture."""
+    """Stop recording operators for a capture."""
     machine = current_machine()
     machine.captures = tuple(each for each in machine.captures if each is not capture)
     if not machine.captures:
@@ -263,7 +271,7 @@ def forget(capture: Capture) -> None:
 
 
 def _captured(func: Any, handler: Handler) -> Handler:
-    """Return a handler that keeps what it computes, where it is captured."""
+    """Return a handler that records what it computes if its stream is captured."""
     waits = any(tag in func.tags for tag in _WAITING)
     is_view = all(
         each.alias_info is not None and not each.alias_info.is_write
@@ -294,12 +302,12 @@ def _captured(func: Any, handler: Handler) -> Handler:
 
 
 def _is_known(func: Any, args: tuple[Any, ...]) -> bool:
-    """Tell whether the host knows a result without waiting: a tensor equals itself."""
+    """Return whether the host knows a result without waiting: a tensor equals itself."""
     return func is torch.ops.aten.equal.default and args[0] is args[1]
 
 
 def _card_in(value: Any) -> SimulatedCard | None:
-    """Return the card of the first tensor of one in a call."""
+    """Return the card of the first tensor in a call that is on a card."""
     kind = type(value)
     if kind is SimulatedTensor:
         card: SimulatedCard = value._gpumem_card
@@ -312,16 +320,16 @@ def _card_in(value: Any) -> SimulatedCard | None:
 
 
 def _check_copy_(card: SimulatedCard, args: Any, kwargs: Any) -> None:
-    """Refuse ``copy_`` to or from what is not pinned."""
+    """Refuse ``copy_`` to or from a host tensor that is not pinned."""
     __tracebackhide__ = True
-    goes_on = kwargs.get("non_blocking", len(args) > 2 and args[2])  # noqa: PLR2004  # its position
+    goes_on = kwargs.get("non_blocking", len(args) > 2 and args[2])  # noqa: PLR2004  # the position of the argument
     for each in args[:2]:
         if isinstance(each, torch.Tensor) and not isinstance(each, SimulatedTensor):
             check_copy(card, each, waits=not goes_on)
 
 
 def _check_to_copy(card: SimulatedCard, _args: Any, kwargs: Any) -> None:
-    """Refuse ``_to_copy`` to the host: what it makes there is not pinned."""
+    """Refuse ``_to_copy`` to the host, because its result is not pinned."""
     __tracebackhide__ = True
     device = kwargs.get("device")
     if device is not None and device.type == "cpu" and kwargs.get("layout") is None:

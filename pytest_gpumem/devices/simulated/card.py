@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 class SimulatedCard:
     """One card: its driver, its caching allocator and the lock around them.
 
-    Every method may be called from any thread, and from a finaliser that runs in
-    the middle of another call: such a release is queued and done by the call that
-    holds the lock, or by the next one.
+    Every method may be called from any thread. Methods that free memory may also be called
+    from a finaliser that runs during another call. The release is then queued, and the call
+    that holds the lock, or the next call, executes it.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class SimulatedCard:
         config: AllocatorConfig,
     ) -> None:
         self.machine: Final = machine
-        #: What the machine calls it: NVML's index.
+        #: The index of the card in the machine, which is NVML's index.
         self.number: Final = number
         self.card: Final = card
         self.value_device: Final = machine.value_device
@@ -53,11 +53,13 @@ class SimulatedCard:
             processes=self._processes,
         )
         self.faults: list[Callable[[int, int], bool]] = []
-        #: Called after each allocation, under the lock; what one returns, without it.
+        #: Functions that are called after each allocation while the lock is held. Each may
+        #: return a function, which is called after the lock is released.
         self.watchers: list[
             Callable[[int, int, int], Callable[[int], None] | None]
         ] = []
-        #: Called after each change with card, address, bytes gained and both totals.
+        #: Functions that are called after each change with card, address, added bytes and
+        #: both totals.
         self.tracers: list[Callable[[int, int, int, int, int], None]] = []
         self.num_requests = 0
         #: cuBLAS workspaces, by handle (a host thread's, or autograd's) and stream.
@@ -69,7 +71,7 @@ class SimulatedCard:
 
     @property
     def index(self) -> int:
-        """CUDA's index of the card in this process, if the process sees it."""
+        """CUDA's index of the card in this process, if the card is visible."""
         return self.allocator.device_index
 
     @index.setter
@@ -78,38 +80,38 @@ class SimulatedCard:
 
     @property
     def context_bytes(self) -> int:
-        """Bytes of this process's context; 0 before there is one."""
+        """Bytes of this process's context; 0 if there is none."""
         return self.driver.context_bytes if self.driver.has_context else 0
 
     def make_context(self) -> None:
-        """Make this process's context, as the first use of a card does.
+        """Create this process's context, as the first use of a card does.
 
         Raises:
-            torch.AcceleratorError: There is no room for it.
+            torch.AcceleratorError: The card has no room for the context.
         """
         with self._lock:
             has_context = self.driver.make_context()
         if not has_context:
-            # What ``cudaMalloc`` and ``cudaMemGetInfo`` return then is no matter of
-            # the caching allocator's, which has no words of its own for it.
+            # ``cudaMalloc`` and ``cudaMemGetInfo`` return this error, and the caching
+            # allocator has no message of its own for it.
             raise torch.AcceleratorError(
                 cuda_error_text("out of memory", "cudaErrorMemoryAllocation")
             )
 
     def _processes(self) -> list[ProcessMemory]:
-        """Return the processes on the card with their bytes, as NVML returns them."""
+        """Return the processes on the card and their bytes, as NVML reports them."""
         driver = self.driver
         others = [ProcessMemory(*each) for each in driver.other_processes()]
         return [*others, ProcessMemory(None, driver.process_bytes)]
 
     def after_fork(self) -> None:
-        """In a forked child, drop the parent's lock and its context."""
+        """Discard the parent's lock and context in a forked child."""
         self._lock = threading.Lock()
         self.driver.has_context = False
 
     @contextmanager
     def locked(self) -> Iterator[CachingAllocator]:
-        """Yield the allocator, with all queued releases done, under the lock."""
+        """Hold the lock, execute all queued releases, and yield the allocator."""
         with self._lock:
             self._drain()
             yield self.allocator
@@ -141,15 +143,16 @@ class SimulatedCard:
         """Serve a request of ``nbytes`` bytes on a stream.
 
         Args:
-            nbytes: Bytes, at least 1.
+            nbytes: Requested bytes, at least 1.
             stream: Handle of the stream.
-            is_internal: Whether a library asks for itself; faults number only what
-                operators return, which is what can be numbered on a real card too.
+            is_internal: Whether the request is a library's own. Faults count only the
+                memory of operators' results, because only that can be counted on a real
+                card.
 
         Raises:
-            OutOfMemory: Nothing that large is free within card and budget, or a
-                fault refused the request.
-            torch.AcceleratorError: There is no room for the context.
+            OutOfMemory: The card and its budget have no room of that size, or a fault
+                refused the request.
+            torch.AcceleratorError: The card has no room for the context.
         """
         __tracebackhide__ = True
         if not self.driver.has_context:
@@ -163,7 +166,7 @@ class SimulatedCard:
             block = self.allocator.malloc(nbytes, stream, refuse=refuse)
             try:
                 later = self._observe(block)
-            except BaseException:  # the program is being interrupted
+            except BaseException:  # for example KeyboardInterrupt
                 self.allocator.free(block)
                 raise
         try:
@@ -175,19 +178,19 @@ class SimulatedCard:
         return block
 
     def _observe(self, block: Block) -> Sequence[Callable[[int], None]]:
-        """Show a new block to observers; return functions to call without the lock."""
+        """Call the observers for a new block; return functions to call without the lock."""
         history = self.machine.history
         block.frames = None if history is None else history.frames()
         if self.tracers:
             self._trace(block.address, block.size)
         if not self.watchers:
             return ()
-        # Under the lock, so that no other thread's release hides a peak.
+        # The lock is held, so that no other thread's release can hide a peak.
         totals = self.allocator.allocated_bytes, self.allocator.reserved_bytes
         return [*filter(None, (each(self.index, *totals) for each in self.watchers))]
 
     def release(self, block: Block) -> None:
-        """Free a block; safe in a finaliser."""
+        """Free a block; may be called in a finaliser."""
         self._released.append(block)
         if self._lock.acquire(blocking=False):
             try:
@@ -196,7 +199,7 @@ class SimulatedCard:
                 self._lock.release()
 
     def later(self, action: Callable[[CachingAllocator], None]) -> None:
-        """Do something with the allocator as soon as possible; safe in a finaliser."""
+        """Call a function with the allocator as soon as possible; finalisers may use it."""
         self._later.append(action)
         if self._lock.acquire(blocking=False):
             try:
@@ -208,7 +211,7 @@ class SimulatedCard:
         """Take the cuBLAS workspace of a handle on a stream.
 
         Raises:
-            OutOfMemory: There is no room for it.
+            OutOfMemory: The card has no room for the workspace.
         """
         setting = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
         nbytes = workspace_bytes(self.card.compute_capability, setting)
@@ -219,7 +222,7 @@ class SimulatedCard:
         """Take bytes outside PyTorch's allocator, as a library does.
 
         Returns:
-            Where they are, or None where there is no room.
+            The address of the bytes, or None if there is no room.
         """
         if not self.driver.has_context:
             self.make_context()
@@ -241,13 +244,13 @@ class SimulatedCard:
 
     @property
     def budget_bytes(self) -> int | None:
-        """The smallest budget in force in bytes, or None where there is none."""
+        """The smallest budget in bytes that applies now, or None if there is none."""
         return self._budgets.smallest
 
     def set_budget(self, budget_bytes: int | None, *, owner: object = None) -> None:
-        """Cap reserved bytes for an owner (inclusive); None removes its cap.
+        """Cap reserved bytes for an owner (inclusive); None removes the owner's cap.
 
-        A fraction that user code sets holds beside it: the smallest counts.
+        A memory fraction that user code sets applies as well: the smallest limit counts.
 
         Raises:
             BudgetError: The budget is not between one byte and the card's total.
@@ -264,12 +267,12 @@ class SimulatedCard:
             with self.locked() as allocator:
                 allocator.set_budget(smallest)
                 if smallest is not None and allocator.reserved_bytes > smallest:
-                    # A cached segment would serve requests whatever the cap.
+                    # Cached segments would serve requests even beyond the cap.
                     allocator.empty_cache()
 
     @property
     def fraction(self) -> float:
-        """The last fraction of ``set_per_process_memory_fraction``; 1.0 at first."""
+        """The last fraction of ``set_per_process_memory_fraction``; 1.0 by default."""
         fraction = self.allocator.memory_fraction
         return 1.0 if fraction is None else fraction
 
@@ -279,9 +282,9 @@ class SimulatedCard:
             allocator.set_memory_fraction(fraction)
 
     def mem_get_info(self) -> tuple[int, int]:
-        """Return free and total bytes as a card shared with others shows them.
+        """Return free and total bytes, as a card that is shared with other processes does.
 
-        Under a budget, free is at most what the budget still leaves.
+        With a budget, free bytes are at most those that the budget still allows.
         """
         with self.locked() as allocator:
             free = self.driver.free_bytes
@@ -294,11 +297,11 @@ class SimulatedCard:
     # -- statistics -------------------------------------------------------------
 
     def memory_stats(self) -> dict[str, int]:
-        """Return ``torch.cuda.memory_stats``'s flat dictionary."""
+        """Return the flat dictionary of ``torch.cuda.memory_stats``."""
         with self.locked() as allocator:
             return allocator.memory_stats()
 
     def empty_cache(self) -> None:
-        """Give every free segment back to the driver."""
+        """Return every free segment to the driver."""
         with self.locked() as allocator:
             allocator.empty_cache()

@@ -1,11 +1,11 @@
 """``torch.compile`` and ``torch.export`` while the simulated device is installed.
 
-Code that meets a simulated tensor is run as it is, which is what the backends without
-kernels of their own (eager, aot_eager) come to anyway: bytes and values are right,
-operator by operator. One that makes kernels for a card has nothing to make them with:
-its code runs as it is as well, and a warning says so once, for kernels that are fused
-take other bytes; or it is refused, where the machine is to refuse it. Exporting ends in
-C++ that needs a driver.
+Code that uses a simulated tensor is run uncompiled, operator by operator. Backends
+without their own kernels (eager, aot_eager) do the same, so their bytes and values are
+correct. A backend that makes kernels for a card cannot work here. Its code also runs
+uncompiled, with one warning, because fused kernels would take other bytes; or the code is
+refused, if the machine is configured so. Export is refused, because it calls C++ code
+that needs a driver.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ _original_compile: Final[Any] = torch.compile
 
 
 def compiling(model: Any = None, **options: Any) -> Any:
-    """``torch.compile``, without kernels for a simulated card.
+    """Run ``torch.compile``, without kernels for a simulated card.
 
     Raises:
-        UnsupportedOnSimulatedDeviceError: When what was compiled meets a simulated
-            tensor, the backend makes kernels, and the machine refuses them.
+        UnsupportedOnSimulatedDeviceError: When the compiled code is called with a
+            simulated tensor, the backend makes kernels, and the machine refuses them.
     """
     _hide_from_dynamo()
     backend = options.get("backend", "inductor")
@@ -68,12 +68,12 @@ def compiling(model: Any = None, **options: Any) -> Any:
     return guard(compiled, model)
 
 
-#: Folders that TorchDynamo passes over because of this module.
+#: Folders that TorchDynamo skips because of this module.
 _hidden: Final[list[str]] = []
 
 
 def _hide_from_dynamo() -> None:
-    """Have TorchDynamo run this package's own frames as they are.
+    """Make TorchDynamo run this package's own frames uncompiled.
 
     Otherwise it would compile the code that simulates the card.
     """
@@ -88,7 +88,7 @@ def _hide_from_dynamo() -> None:
 
 
 def show_to_dynamo() -> None:
-    """Put TorchDynamo's rules back."""
+    """Restore TorchDynamo's rules."""
     if not _hidden:
         return
     from torch._dynamo import trace_rules
@@ -99,14 +99,14 @@ def show_to_dynamo() -> None:
     trace_rules._recompile_re()
 
 
-#: What is replaced in TorchDynamo for as long.
+#: The replacements in TorchDynamo while its rules are changed.
 _dynamo: Final = PatchSet()
 
 
 def _without_grad(run_node: Callable[..., Any]) -> Callable[..., Any]:
-    """Return how TorchDynamo tries a node, without autograd on a card.
+    """Return TorchDynamo's trial run of a node, without autograd on a card.
 
-    C++ would ask for a CUDA device guard for a fake result that has a graph.
+    C++ would need a CUDA device guard for a fake result that has a graph.
     """
 
     @functools.wraps(run_node)
@@ -123,7 +123,7 @@ def _without_grad(run_node: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _as_it_is(compiled: Callable[..., Any], original: Any) -> Callable[..., Any]:
-    """Return a function that does not compile what meets a card."""
+    """Return a function that runs uncompiled if it is called with a card's tensors."""
 
     @functools.wraps(compiled)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -135,7 +135,7 @@ def _as_it_is(compiled: Callable[..., Any], original: Any) -> Callable[..., Any]
 
 
 def _checked(compiled: Callable[..., Any], original: Any) -> Callable[..., Any]:
-    """Return a function that makes no kernels for a card, and says so."""
+    """Return a function that makes no kernels for a card, and warns about that."""
 
     @functools.wraps(compiled)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -149,10 +149,10 @@ def _checked(compiled: Callable[..., Any], original: Any) -> Callable[..., Any]:
 
 
 def _say_eager() -> None:
-    """Warn once that what would be compiled for a card is run as it is.
+    """Warn once that code for a card runs uncompiled.
 
     Raises:
-        UnsupportedOnSimulatedDeviceError: The machine is to refuse it.
+        UnsupportedOnSimulatedDeviceError: The machine is configured to refuse it.
     """
     __tracebackhide__ = True
     machine = current_machine()
@@ -164,22 +164,22 @@ def _say_eager() -> None:
 
 
 def _is_off() -> bool:
-    """Tell whether torch runs what was to be compiled as it is."""
+    """Return whether torch is set to run code uncompiled."""
     stance = torch._dynamo.eval_frame._stance.stance  # no public way to ask
     return bool(torch._dynamo.config.disable) or stance == "force_eager"
 
 
 def _on_card(function: Any, args: Any, kwargs: Any) -> bool:
-    """Return whether a call can reach a simulated tensor: by an argument or by name."""
+    """Return whether a call can use a simulated tensor: an argument or a named object."""
     leaves = torch.utils._pytree.tree_leaves((args, kwargs))
     return any(_holds(each) for each in (*leaves, *_named_by(function)))
 
 
 def _named_by(function: Any) -> list[Any]:
-    """Return what a function's code names: its owner, its closure and its globals."""
+    """Return the objects that a function names: its owner, its closure, its globals."""
     named = [function, getattr(function, "__self__", None)]
     for cell in getattr(function, "__closure__", None) or ():
-        with contextlib.suppress(ValueError):  # not filled yet
+        with contextlib.suppress(ValueError):  # an empty closure cell
             named.append(cell.cell_contents)
     code = getattr(function, "__code__", None)
     names = getattr(function, "__globals__", {})
@@ -203,9 +203,9 @@ def _holds(value: Any) -> bool:
 
 
 def making_kernels(wrapper: Any, graph: Any, inputs: Any) -> Any:
-    """Inductor's way in, for a graph that makes tensors on a card by itself.
+    """Replace Inductor's entry point, for a graph that creates tensors on a card.
 
-    A refusal comes when the graph is run: TorchDynamo would wrap it.
+    A refusal is raised when the graph runs, because TorchDynamo would wrap it earlier.
     """
     if not _names_a_card(graph):
         return _original_inductor(wrapper, graph, inputs)
@@ -219,7 +219,7 @@ def making_kernels(wrapper: Any, graph: Any, inputs: Any) -> Any:
 
 
 def _compile_on_host(backend: str, graph: Any, inputs: Any) -> Any:
-    """Compile a graph with ``backend``; one that makes tensors on a card runs as is."""
+    """Compile a graph; one that creates tensors on a card runs uncompiled."""
     if _names_a_card(graph):
         return graph.forward
     compiler: Any = torch._dynamo.lookup_backend(backend)
@@ -234,10 +234,11 @@ def _names_a_card(graph: Any) -> bool:
 
 
 def exporting(module: Any, args: Any = (), kwargs: Any = None, **options: Any) -> Any:
-    """``torch.export.export``, refusing what lies on a simulated card.
+    """Run ``torch.export.export``; tensors on a simulated card are refused.
 
     Raises:
-        UnsupportedOnSimulatedDeviceError: The module or its arguments do.
+        UnsupportedOnSimulatedDeviceError: The module or its arguments have tensors on a
+            simulated card.
     """
     __tracebackhide__ = True
     if _on_card(module, args, kwargs):
@@ -248,13 +249,13 @@ def exporting(module: Any, args: Any = (), kwargs: Any = None, **options: Any) -
 def faking(
     converter: Any, mode: Any, tensor: torch.Tensor, *rest: Any, **options: Any
 ) -> Any:
-    """``FakeTensorConverter.from_real_tensor``, refusing what C++ would abort on.
+    """Run ``FakeTensorConverter.from_real_tensor``; refuse what would abort in C++.
 
-    A fake tensor of a card that takes part in autograd asks the CUDA driver.
+    A fake tensor on a card that takes part in autograd would call the CUDA driver.
 
     Raises:
-        UnsupportedOnSimulatedDeviceError: The tensor lies on a simulated card and
-            requires gradients.
+        UnsupportedOnSimulatedDeviceError: The tensor is on a simulated card and requires
+            gradients.
     """
     __tracebackhide__ = True
     if isinstance(tensor, SimulatedTensor) and tensor.requires_grad:
@@ -263,13 +264,13 @@ def faking(
 
 
 def linearizing(function: Any, *primals: Any) -> Any:
-    """``torch.func.linearize``, refusing primals on a card.
+    """Run ``torch.func.linearize``; primals on a card are refused.
 
-    It records tangents by objects that C++ makes anew for tensors of a card: what it
-    returns would not depend on its argument.
+    It records tangents by their Python objects, and C++ creates new objects for tensors on
+    a card. The result would not depend on the argument.
 
     Raises:
-        UnsupportedOnSimulatedDeviceError: A primal lies on a simulated card.
+        UnsupportedOnSimulatedDeviceError: A primal is on a simulated card.
     """
     __tracebackhide__ = True
     leaves = torch.utils._pytree.tree_leaves(primals)
@@ -283,10 +284,10 @@ _original_inductor: Final[Any] = torch._TorchCompileInductorWrapper.__call__
 
 
 def flexible(operator: Any, query: torch.Tensor, *rest: Any, **options: Any) -> Any:
-    """``flex_attention``, refusing what C++ would abort on.
+    """Run ``flex_attention``; refuse what would abort in C++.
 
     Raises:
-        UnsupportedOnSimulatedDeviceError: The query lies on a simulated card.
+        UnsupportedOnSimulatedDeviceError: The query is on a simulated card.
     """
     __tracebackhide__ = True
     if isinstance(query, SimulatedTensor):
@@ -298,7 +299,7 @@ _original_flex: Final[Any] = FlexAttentionHOP.__call__
 _original_export: Final[Any] = torch.export.export
 _original_fake: Final[Any] = FakeTensorConverter.from_real_tensor
 
-#: Owner, name and replacement of each.
+#: Owner, name and new value of each replaced attribute.
 REPLACEMENTS: Final[tuple[tuple[Any, str, Any], ...]] = (
     (torch, "compile", compiling),
     (torch._TorchCompileInductorWrapper, "__call__", making_kernels),

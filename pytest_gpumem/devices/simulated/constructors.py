@@ -1,7 +1,7 @@
-"""Constructors of tensors that would call the CUDA driver, made to work without it.
+"""Constructors of tensors that would call the CUDA driver, replaced to work without it.
 
-``torch.tensor(…, device="cuda")`` copies in C++ through a device guard that a CPU
-build does not have; here the host tensor is made first and uploaded after.
+``torch.tensor(…, device="cuda")`` copies in C++ with a device guard that a CPU build
+does not have. Here a host tensor is created first and then copied to the card.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _tensor: Final[Any] = torch.tensor
 _as_tensor: Final[Any] = torch.as_tensor
 _asarray: Final[Any] = torch.asarray
 _range: Final[Any] = torch.range
-#: The arguments of ``torch.range`` that are no options of a tensor.
+#: The arguments of ``torch.range`` that are not options of a tensor.
 _BOUNDS: Final = ("start", "end", "step")
 
 
 def _goal(device: Any) -> torch.device | None:
-    """Return the card that a constructor's ``device`` (or a context) names."""
+    """Return the card that a constructor's ``device`` or the device context names."""
     return cuda_device(_context_device() if device is None else device)
 
 
@@ -47,7 +47,7 @@ def _context_device() -> torch.device | None:
 
 
 def _plain(data: Any) -> Any:
-    """Return data with all nested tensors of cards replaced by tensors of the host."""
+    """Return data in which all nested tensors on cards are replaced by host tensors."""
     if isinstance(data, SimulatedTensor):
         return data.detach().cpu()
     if isinstance(data, (list, tuple)):
@@ -56,13 +56,13 @@ def _plain(data: Any) -> Any:
 
 
 def tensor(data: Any, **options: Any) -> torch.Tensor:
-    """``torch.tensor``: a copy of the data, on the host or on a card."""
+    """Run ``torch.tensor``: copy the data to the host or to a card."""
     __tracebackhide__ = True
     if not isinstance(data, torch.Tensor):
         if isinstance(data, (list, tuple)) and data and hasattr(data[0], "__array__"):
-            return relayed(lambda: _copy(data, options))  # arrays: C++ warns
+            return relayed(lambda: _copy(data, options))  # C++ warns for arrays
         return _copy(data, options)
-    # C++ would warn of this module's line.
+    # C++ would warn about this module's line.
     warnings.warn(_COPYING, stacklevel=2)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "To copy construct from a tensor")
@@ -99,12 +99,12 @@ def _copy(data: Any, options: dict[str, Any]) -> torch.Tensor:
 
 
 def _device_for(device: Any) -> Any:
-    """Return the device that a constructor is asked for: named, or by a context."""
+    """Return a constructor's device: from its argument, or from the device context."""
     return _context_device() if device is None else device
 
 
 def as_tensor(data: Any, dtype: Any = None, device: Any = None) -> torch.Tensor:
-    """``torch.as_tensor``: the data itself where it is a tensor in place already."""
+    """Run ``torch.as_tensor``: return the data itself if it is already such a tensor."""
     __tracebackhide__ = True
     if isinstance(data, torch.Tensor):
         named = _device_for(device)
@@ -125,12 +125,12 @@ def asarray(
     copy: bool | None = None,
     requires_grad: bool = False,
 ) -> torch.Tensor:
-    """``torch.asarray``: the object as a tensor, shared where that can be.
+    """Run ``torch.asarray``: return the object as a tensor, sharing memory if possible.
 
     Source: ``asarray`` of ``torch/csrc/utils/tensor_new.cpp``.
 
     Raises:
-        ValueError: The object cannot be shared as asked for (torch's text).
+        ValueError: The object's memory cannot be shared as requested (torch's message).
     """
     __tracebackhide__ = True
     goal = _goal(device)
@@ -147,7 +147,7 @@ def asarray(
     if isinstance(obj, torch.Tensor):
         source = obj
     else:
-        # What is copied on its way to the card need not be copied on the host.
+        # Data that is copied to the card need not be copied on the host before.
         is_shared = copy is False
         source = _asarray(
             _plain(obj), dtype=dtype, device="cpu", copy=False if is_shared else None
@@ -175,25 +175,27 @@ def asarray(
 
 
 def _name(dtype: torch.dtype) -> str:
-    """Return a type's name in C++, as ``Float``."""
+    """Return a dtype's name in C++, such as ``Float``."""
     return torch.empty(0, dtype=dtype, device="cpu").type()[6:-6]
 
 
 def _ranging(*args: Any, **options: Any) -> Any:
-    """``torch.range``: C++ warns, and asks the device that it is given for a guard."""
+    """Run ``torch.range``: C++ would use a device guard for the given device."""
     __tracebackhide__ = True
     goal = _goal(options.get("device"))
     if goal is None or options.get("out") is not None:
         return relayed(lambda: _range(*args, **options), depth=1)
     out = torch.empty(0, dtype=options.get("dtype"), device=goal)
     bounds = {name: options[name] for name in _BOUNDS if name in options}
-    with torch._C.DisableTorchFunction():  # a device in a context is the one of ``out``
+    with (
+        torch._C.DisableTorchFunction()
+    ):  # a device context applies as the device of ``out``
         relayed(lambda: _range(*args, **bounds, out=out), depth=1)
     return out.requires_grad_(options.get("requires_grad", False))
 
 
 def _factory(original: Any) -> Any:
-    """Return a factory that accepts ``pin_memory`` and a card's index as a number."""
+    """Return a factory that accepts ``pin_memory`` and an integer as the card's index."""
 
     @functools.wraps(original)
     def factory(*args: Any, **options: Any) -> torch.Tensor:
@@ -220,7 +222,7 @@ def _factory(original: Any) -> Any:
 
 
 def _drawing(original: Any) -> Any:
-    """Return a function that draws for its first tensor from a generator of its kind."""
+    """Return a function that checks the generator's device for its first tensor."""
 
     @functools.wraps(original)
     def draw(*args: Any, **options: Any) -> torch.Tensor:
@@ -238,7 +240,7 @@ def _drawing(original: Any) -> Any:
     return draw
 
 
-#: Methods that draw into a tensor.
+#: Methods that fill a tensor with random numbers.
 DRAWING_METHODS: Final[dict[str, Any]] = {
     name: _drawing(getattr(torch.Tensor, name))
     for name in (
@@ -257,7 +259,7 @@ DRAWING_METHODS: Final[dict[str, Any]] = {
 
 
 def _check_out(out: torch.Tensor, device: torch.device) -> None:
-    """Refuse a device that is not that of ``out=``; C++ takes a card's for the host's.
+    """Refuse a device other than that of ``out=``, which C++ takes to be the host.
 
     Source: ``check_out_type_matches`` of
     ``torch/csrc/autograd/utils/python_arg_parsing.h``.
@@ -273,7 +275,7 @@ def _check_out(out: torch.Tensor, device: torch.device) -> None:
 
 
 def _refusing_on_cards(name: str, feature: str) -> Any:
-    """Return a constructor that refuses cards and serves the host."""
+    """Return a constructor that refuses cards and works on the host."""
     room, _dot, last = name.rpartition(".")
     original = getattr(getattr(torch, room) if room else torch, last)
 
@@ -283,7 +285,7 @@ def _refusing_on_cards(name: str, feature: str) -> Any:
         leaves = torch.utils._pytree.tree_leaves((args, options))
         on_card = any(isinstance(leaf, SimulatedTensor) for leaf in leaves)
         is_there = on_card or _goal(options.get("device")) is not None
-        # A jagged one is a subclass of tensors around those of a card.
+        # A jagged nested tensor is a subclass that contains plain tensors of a card.
         if is_there and torch.jagged not in {*args[3:], options.get("layout")}:
             refuse(feature)
         return relayed(lambda: original(*args, **options))
@@ -296,7 +298,7 @@ _default_tensor_type: Final[Any] = torch.set_default_tensor_type
 
 
 def parse_to(*args: Any, **options: Any) -> Any:
-    """The parser of the arguments of ``Module.to``, which accepts simulated cards."""
+    """Parse the arguments of ``Module.to``, which may name simulated cards."""
     first, *rest = args or (None,)
     if isinstance(first, int) and not isinstance(first, bool):
         return _parse_to(cuda_device(first), *rest, **options)
@@ -311,7 +313,7 @@ def parse_to(*args: Any, **options: Any) -> Any:
 
 
 def set_default_tensor_type(kind: Any, /) -> None:
-    """``torch.set_default_tensor_type``: a card's type also names the device."""
+    """Run ``torch.set_default_tensor_type``: a card's type also sets the device."""
     dtype, on_card = wanted(kind)
     if on_card:
         torch.set_default_dtype(dtype)
@@ -358,11 +360,11 @@ _device: Final[Any] = torch.device
 
 
 class _DeviceType(type):
-    """Answers for ``torch.device``, whose C code cannot count simulated cards."""
+    """Metaclass of the replacement of ``torch.device``."""
 
     def __call__(cls, *args: Any, **options: Any) -> Any:
         index = args[0] if args else options.get("device")
-        if isinstance(index, int) and not isinstance(index, bool) and len(args) < 2:  # noqa: PLR2004  # a lone index
+        if isinstance(index, int) and not isinstance(index, bool) and len(args) < 2:  # noqa: PLR2004  # only an index
             return _device("cuda", index)
         return _device(*args, **options)
 
@@ -383,9 +385,9 @@ class _DeviceType(type):
 
 
 class DeviceName(metaclass=_DeviceType):
-    """``torch.device`` while cards are simulated: ``torch.device(0)`` is a card.
+    """Replaces ``torch.device`` while cards are simulated: ``torch.device(0)`` is a card.
 
-    Limits: ``type(device) is torch.device`` is False; ``==`` and ``isinstance`` hold.
+    Limits: ``type(device) is torch.device`` is False; ``==`` and ``isinstance`` work.
     """
 
     # What pickles name it by.

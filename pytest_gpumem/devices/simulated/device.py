@@ -21,12 +21,12 @@ _ANOTHER: Final = "another machine is simulated at the moment"
 
 
 class SimulatedTracker:
-    """Peaks of one simulated card; leaves torch's own peak statistics alone.
+    """Peaks of one simulated card; torch's own peak statistics are not changed.
 
     Args:
-        machine: The card's.
-        index: The card, as CUDA numbers it. Which one that is may change until CUDA is
-            used, and nothing is on any until then.
+        machine: The machine of the card.
+        index: CUDA's index of the card. It may refer to another card until CUDA is
+            initialised; until then no card holds memory.
     """
 
     def __init__(self, machine: SimulatedMachine, index: int) -> None:
@@ -56,8 +56,8 @@ class SimulatedTracker:
         card.watchers.append(self._watch)
 
     def _watch(self, _index: int, _allocated: int, _reserved: int) -> None:
-        # Every figure only grows while an allocation is served, so a look after
-        # each one sees every peak.
+        # Every value only grows while an allocation is served, so reading after each
+        # allocation sees every peak.
         allocator = self._allocator
         if allocator.allocated_bytes > self._allocated:
             self._allocated = allocator.allocated_bytes
@@ -67,12 +67,12 @@ class SimulatedTracker:
         self._active = max(self._active, allocator.active_bytes)
 
     def read(self) -> MemoryFigures:
-        """Return the figures up to now."""
+        """Return the peaks so far."""
         with self._card.locked():
             return self.peek()
 
     def peek(self) -> MemoryFigures:
-        """Return the figures up to now, to a caller that holds the card's lock."""
+        """Return the peaks so far; the caller must hold the card's lock."""
         allocator = self._allocator
         context_bytes = self._card.context_bytes
         return MemoryFigures(
@@ -94,7 +94,7 @@ class SimulatedTracker:
         )
 
     def close(self) -> MemoryFigures:
-        """Return the final figures and stop tracking."""
+        """Stop tracking and return the final peaks."""
         if self._watch in self._card.watchers:
             self._card.watchers.remove(self._watch)
             self._machine.on_change.remove(self._changed)
@@ -102,7 +102,7 @@ class SimulatedTracker:
 
 
 class SimulatedDevice:
-    """The cards of a ``SimulatedMachine`` behind the ``Device`` protocol."""
+    """Implements the ``Device`` protocol with the cards of a ``SimulatedMachine``."""
 
     kind = "simulated"
 
@@ -112,12 +112,12 @@ class SimulatedDevice:
 
     @property
     def device_count(self) -> int:
-        """How many cards there are."""
+        """The number of cards."""
         return len(self.machine.cards)
 
     @property
     def num_requests(self) -> int:
-        """Allocations asked for so far, over all cards."""
+        """The number of allocations requested so far on all cards."""
         return self.machine.num_requests
 
     def name(self, index: int) -> str:
@@ -125,19 +125,19 @@ class SimulatedDevice:
         return self.machine.cards[index].card.name
 
     def mem_get_info(self, index: int) -> tuple[int, int]:
-        """Return free and total bytes; under a budget, free is what the budget leaves."""
+        """Return free and total bytes; a budget limits the free bytes."""
         return self.machine.cards[index].mem_get_info()
 
     def total_bytes(self, index: int) -> int:
-        """Return a card's total bytes; asks no other process, as free bytes do."""
+        """Return a card's total bytes, without reading other processes' bytes."""
         return self.machine.cards[index].driver.total_bytes
 
     def card_id(self, index: int) -> str:
-        """Return a card's UUID, as NVML has it."""
+        """Return a card's UUID in NVML's format."""
         return uuid_of(self.machine.cards[index].number)
 
     def context_bytes(self, index: int) -> int:
-        """Return the driver's bytes of this process outside the allocator."""
+        """Return the bytes that this process holds on the card outside the allocator."""
         return self.machine.cards[index].context_bytes
 
     def others_bytes(self, index: int) -> int:
@@ -146,20 +146,20 @@ class SimulatedDevice:
         return sum(nbytes for _pid, nbytes in driver.other_processes())
 
     def memory_stats(self, index: int) -> dict[str, int]:
-        """Return ``torch.cuda.memory_stats``'s flat dictionary."""
+        """Return the flat dictionary of ``torch.cuda.memory_stats``."""
         return self.machine.cards[index].memory_stats()
 
     def counted(self, index: int) -> Reading:
-        """Return the simulated NVML's present bytes; it uses the innermost machine."""
+        """Return the present bytes from the simulated NVML of the innermost machine."""
         if index not in self._counts:
-            # A process that holds bytes of a simulated card is listed.
+            # NVML lists a process that holds bytes of a simulated card.
             self._counts[index] = CardCount(index, lambda: False, self._handle)
         reading = self._counts[index].read()
         is_this = innermost_machine() is self.machine
         return reading if is_this else Reading(None, None, _ANOTHER)
 
     def _handle(self, pynvml: Any, index: int) -> Any:
-        """Return NVML's handle of a card; torch, if asked, would use CUDA for it."""
+        """Return NVML's handle of a card; torch's function would initialise CUDA."""
         return pynvml.nvmlDeviceGetHandleByUUID(self.card_id(index))
 
     def empty_cache(self) -> None:
@@ -169,21 +169,21 @@ class SimulatedDevice:
             card.empty_cache()
 
     def budget(self, index: int) -> int | None:
-        """Return the smallest budget in force on a card, or None."""
+        """Return the smallest budget that applies on a card, or None."""
         return self.machine.cards[index].budget_bytes
 
     def set_budget(
         self, index: int, budget_bytes: int | None, *, owner: object = None
     ) -> None:
-        """Cap a card for an owner (inclusive); None removes its cap.
+        """Cap a card for an owner (inclusive); None removes the owner's cap.
 
         Raises:
-            BudgetError: Not between 1 byte and the card's total.
+            BudgetError: The budget is not between 1 byte and the card's total.
         """
         self.machine.cards[index].set_budget(budget_bytes, owner=owner)
 
     def block_bytes(self, storage: Any) -> int:
-        """Return the bytes of the block under a storage; 0 for one on the host."""
+        """Return the bytes of a storage's block; 0 for a storage on the host."""
         memory = getattr(storage, "_gpumem", None)
         if memory is None or memory.block is None:
             return 0
@@ -191,7 +191,7 @@ class SimulatedDevice:
         return nbytes
 
     def block_address(self, storage: Any) -> int | None:
-        """Return where the block under a storage is; None for one on the host."""
+        """Return the address of a storage's block; None for a storage on the host."""
         memory = getattr(storage, "_gpumem", None)
         if memory is None or memory.block is None:
             return None
@@ -199,12 +199,12 @@ class SimulatedDevice:
         return address
 
     def segments(self, index: int) -> list[dict[str, Any]]:
-        """Return a card's segments; a history that is kept does not tell of it."""
+        """Return a card's segments; a recorded history gets no entry for this call."""
         with self.machine.cards[index].locked() as allocator:
             return allocator.snapshot()
 
     def holds(self, storage: Any, index: int) -> bool:
-        """Tell whether a storage is on a card of this machine, and of no other."""
+        """Return whether a storage is on a card of this machine."""
         memory = getattr(storage, "_gpumem", None)
         return memory is not None and memory.card is self.machine.cards[index]
 
@@ -213,11 +213,11 @@ class SimulatedDevice:
         return SimulatedTracker(self.machine, index)
 
     def restore(self) -> None:
-        """Do nothing: a simulated card's trackers replace nothing."""
+        """Do nothing, because trackers of a simulated card replace nothing."""
 
     @contextmanager
     def failing(self, fails: Callable[[int, int], bool]) -> Iterator[None]:
-        """Ask before each allocation whether it is to fail."""
+        """Call ``fails`` before each allocation to decide whether it must fail."""
         for card in self.machine.all_cards:
             card.faults.append(fails)
         try:
@@ -228,7 +228,7 @@ class SimulatedDevice:
 
     @contextmanager
     def observing_ooms(self, observe: Callable[[int, int], None]) -> Iterator[None]:
-        """Call ``observe`` after each request that failed."""
+        """Call ``observe`` after each failed request."""
         observer = Guarded(observe)
         self.machine.oom_observers.append(observer)
         try:
@@ -237,7 +237,7 @@ class SimulatedDevice:
             self.machine.oom_observers.remove(observer)
 
     def fail_allocation(self, index: int, nbytes: int) -> str:
-        """Fail a request as the allocator does; return its text."""
+        """Fail a request as the allocator does; return the error message."""
         card = self.machine.cards[index]
         stream = self.machine.streams.current(index)
         try:
@@ -252,7 +252,7 @@ class SimulatedDevice:
     def watching(
         self, watch: Callable[[int, int, int], Callable[[int], None] | None]
     ) -> Iterator[bool]:
-        """Call ``watch`` after each allocation; always possible here."""
+        """Call ``watch`` after each allocation; always possible on simulated cards."""
         observer = Guarded(watch)
         for card in self.machine.all_cards:
             card.watchers.append(observer)
@@ -271,7 +271,7 @@ class SimulatedDevice:
     def tracing(
         self, trace: Callable[[int, int, int, int, int], None]
     ) -> Iterator[bool]:
-        """Call ``trace`` after each change; always possible here."""
+        """Call ``trace`` after each change; always possible on simulated cards."""
         observer = Guarded(trace)
         for card in self.machine.all_cards:
             card.tracers.append(observer)

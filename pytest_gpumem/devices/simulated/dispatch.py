@@ -1,18 +1,18 @@
-"""How an operator runs on the simulated device: values by the CPU, bytes by the card.
+"""Runs operators on the simulated device: the CPU computes values, the card counts bytes.
 
-Each overload gets a handler, made once from its schema and its record in
+Each overload has a handler, which is made once from its schema and its record in
 ``operators/``:
 
-* *plain*: run on the CPU tensors, wrap what comes out. A result whose storage is
-  already on the card is a view; any other is charged.
-* *mutating*: likewise, but a result that is an argument is that argument again, and
-  an argument that changed its shape or storage is refreshed.
-* *composed*: a function of other operators, which is then all that runs.
+* *plain*: runs the operator on the CPU tensors and wraps the results. A result whose
+  storage is already on the card is a view; for any other result, bytes are allocated.
+* *mutating*: as *plain*, but if a result is an argument, that argument is returned, and
+  an argument whose shape or storage has changed is refreshed.
+* *composed*: runs only a function that calls other operators.
 
-Memory of an operator that draws random numbers, or changes something, be it its
-arguments or more than its schema says, is charged before it runs: an OOM comes before
-any effect. For any other it is charged once the values are there, which nobody can
-tell from before.
+If an operator draws random numbers or has side effects, on its arguments or beyond its
+schema, its memory is allocated before it runs, so that an OOM is raised before any
+effect. For any other operator it is allocated after the values are computed; the user
+cannot observe the difference.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _NEEDS_OPERAND: Final = "unreachable: dispatch needs a simulated operand"
 
 def _wrap(value: Any, card: SimulatedCard) -> Any:
     if isinstance(value, torch.Tensor):
-        # An operator in Python that was told its device has made it there.
+        # An operator in Python that got a ``device`` argument creates its result there.
         return value if isinstance(value, SimulatedTensor) else make(value, card)
     if isinstance(value, (tuple, list)):
         return type(value)([_wrap(item, card) for item in value])
@@ -64,7 +64,7 @@ def _wrap(value: Any, card: SimulatedCard) -> Any:
 
 
 def _target(kwargs: dict[str, Any], operands: Operands) -> SimulatedCard | None:
-    """Return the card that results go to; None where ``device=`` says the host."""
+    """Return the card of the results; None if ``device=`` names the host."""
     card = operands.card
     device = kwargs.get("device")
     if device is None or card is None:
@@ -124,9 +124,9 @@ def _plain(func: Any, operator: Operator) -> Handler:
 
 
 def _viewing(func: Any, general: Handler) -> Handler:
-    """Return a shorter way for views of one tensor; whatever else goes the general one.
+    """Return a faster handler for views of one tensor; other calls use ``general``.
 
-    A view asks for no memory and computes nothing; two in five operators of a
+    A view requests no memory and computes nothing. Two in five operators of a
     transformer's forward are views.
     """
 
@@ -138,14 +138,14 @@ def _viewing(func: Any, general: Handler) -> Handler:
         try:
             value = func(source._gpumem_value, *args[1:])
         except RuntimeError:
-            return general(args, kwargs)  # which has the words for it
+            return general(args, kwargs)  # the general handler raises the error
         return make(value, source._gpumem_card)
 
     return handler
 
 
 def _is_view_of_one(func: Any, operator: Operator) -> bool:
-    """Tell whether an operator gives one view of its one tensor, and does nothing else."""
+    """Return whether an operator only returns one view of its only tensor."""
     schema = func._schema
     if not schema.arguments or len(schema.returns) != 1:
         return False
@@ -166,7 +166,10 @@ def _is_view_of_one(func: Any, operator: Operator) -> bool:
 
 
 def _helpers(values: list[Any], card: SimulatedCard) -> list[Memory]:
-    """Ask for what C++ made on the host for a gradient, and makes on a card itself."""
+    """Request memory for the helpers of a gradient that C++ creates on a real card.
+
+    Here C++ has created these tensors on the host.
+    """
     __tracebackhide__ = True
     if not in_backward():
         return []
@@ -179,21 +182,21 @@ def _helpers(values: list[Any], card: SimulatedCard) -> list[Memory]:
     ]
 
 
-def _charge(  # noqa: PLR0917  # a call and what came of it
+def _charge(  # noqa: PLR0917  # a call and its results
     func: Any, operator: Operator, values: Any, kwargs: Any, out: Any, card: Any
 ) -> list[Memory | None]:
-    """Ask for what an operator asks for by its rule, once its results are there."""
+    """Make the requests of an operator's rule after its results are computed."""
     __tracebackhide__ = True
     rule: Any = operator.requests
     results = flat(out)
     steps = rule(Call(func, values, kwargs, results, card))
     if steps == ():
-        return []  # the results alone: what wraps them asks for them
+        return []  # there are only results; wrapping them requests their memory
     return ask(steps, _new_bytes(results), card)
 
 
 def _new_bytes(results: list[torch.Tensor | None]) -> list[int]:
-    """Return what each result asks for, in bytes: a view asks for nothing."""
+    """Return the bytes that each result requests; a view requests none."""
     known: set[int] = set()
     sizes = []
     for result in results:
@@ -208,7 +211,7 @@ def _new_bytes(results: list[torch.Tensor | None]) -> list[int]:
 
 
 def _hang(held: list[Memory | None], out: Any) -> None:
-    """Hang what was taken for results on their storages."""
+    """Attach the memory that was taken for results to their storages."""
     for result, memory in zip(flat(out), held, strict=False):
         if result is not None and memory is not None:
             hold(result.untyped_storage(), memory)
@@ -266,7 +269,7 @@ def _mutating(func: Any, operator: Operator) -> Handler:
 
 
 def _same(value: Any, operands: Operands, card: SimulatedCard) -> Any:
-    """Wrap results, giving back the very argument where one was returned."""
+    """Wrap results; if the operator returned an argument, return that same object."""
     if isinstance(value, torch.Tensor):
         outer = operands.outer.get(id(value))
         if outer is not None:
@@ -278,7 +281,7 @@ def _same(value: Any, operands: Operands, card: SimulatedCard) -> Any:
 
 
 def _python_kernel(func: Any) -> Callable[..., Any] | None:
-    """Return what ``torch.library.custom_op`` was given for tensors of a card."""
+    """Return the kernel for CUDA that was given to ``torch.library.custom_op``."""
     definition = OPDEFS.get(func._schema.name)  # the schema has no public name
     kernels = getattr(definition, "_backend_fns", {})
     found: Callable[..., Any] | None = kernels.get("cuda", kernels.get(None))
@@ -286,7 +289,7 @@ def _python_kernel(func: Any) -> Callable[..., Any] | None:
 
 
 def _is_composed(func: Any) -> bool:
-    """Tell whether C++ composes an operator of others, above autograd."""
+    """Return whether C++ composes an operator of other operators, above autograd."""
     composed: bool = torch._C._dispatch_has_kernel_for_dispatch_key(
         func.name(), "CompositeImplicitAutograd"
     )
@@ -294,10 +297,11 @@ def _is_composed(func: Any) -> bool:
 
 
 def _composed(func: Any, operator: Operator) -> Handler | None:
-    """Return how to run an operator that consists of others; None for any else.
+    """Return the handler of an operator that is composed of others; None if it is not.
 
-    Autograd takes these apart before they come here. In ``torch.inference_mode`` it
-    does not, but on a card their parts are what runs and asks for memory.
+    Autograd decomposes such operators before they are dispatched here, but not in
+    ``torch.inference_mode``. On a card, the operators of which they are composed run and
+    request memory in that mode as well.
     """
     kernel = operator.composed and operator.composed(func)
     kernel = kernel or (operator.decomposed and operator.decomposed(func))
@@ -318,7 +322,7 @@ def _composed(func: Any, operator: Operator) -> Handler | None:
 
 
 def handler_for(func: Any) -> Handler:
-    """Return how to run an operator, from its record and schema."""
+    """Return the handler of an operator, from its record and its schema."""
     operator = find(func)
     fills_out = any(each.is_out for each in func._schema.arguments)
     if operator.handler is not None and not fills_out:

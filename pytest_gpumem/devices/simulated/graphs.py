@@ -1,8 +1,8 @@
 """``torch.cuda.CUDAGraph`` and ``torch.cuda.MemPool`` on a simulated card.
 
 Source: ``aten/src/ATen/cuda/CUDAGraph.cpp``, ``CUDAGeneratorImpl.cpp`` and
-``MemPool.cpp``, and ``torch/csrc/cuda/Module.cpp``, torch 2.13: the order of what they
-ask of the allocator, their checks and their texts.
+``MemPool.cpp``, and ``torch/csrc/cuda/Module.cpp``, torch 2.13: the order of their
+requests to the allocator, their checks and their error messages.
 """
 
 from __future__ import annotations
@@ -34,25 +34,27 @@ if TYPE_CHECKING:
     from pytest_gpumem.allocator.pools import PoolId
     from pytest_gpumem.devices.simulated.card import SimulatedCard
 
-#: Pools of graphs and of users are numbered apart. Source: ``MemPool::uuid_``, ``uid_``.
+#: Pools of graphs and pools of users are numbered separately.
+#: Source: ``MemPool::uuid_``, ``uid_``.
 _graphs: Final = itertools.count(1)
 _users: Final = itertools.count(1)
-#: Seed and offset of a generator, which kernels of a graph read from the card, in bytes.
+#: Bytes of a generator's seed and offset, which a graph's kernels read from the card.
 #: Source: ``CUDAGeneratorState``: two tensors of one ``int64`` each.
 _GENERATOR_BYTES: Final = (8, 8)
 _MODES: Final = ("global", "thread_local", "relaxed")
 
 
 def pool_handle() -> PoolId:
-    """Return the id of a pool that nobody has made yet: ``graph_pool_handle``."""
+    """Return a new id for a pool that does not exist yet: ``graph_pool_handle``."""
     return 0, next(_users)
 
 
 class CUDAGraph:
-    """What is captured on a stream, to be computed again.
+    """Operators that are captured on a stream and can be run again.
 
     Args:
-        keep_graph: Whether it can be looked at; it is then ready by ``instantiate``.
+        keep_graph: Whether the graph is kept after the capture. It must then be prepared
+            with ``instantiate``.
 
     Limits: see ``tape.py``.
     """
@@ -68,7 +70,7 @@ class CUDAGraph:
         self._has_ended = self._is_ready = False
 
     def register_generator_state(self, generator: Any) -> None:
-        """Let a generator be drawn from in the capture."""
+        """Allow draws from a generator in the capture."""
         if generator._cdata not in {each._cdata for each in self._generators}:
             self._generators.append(generator)
 
@@ -78,13 +80,13 @@ class CUDAGraph:
         capture_error_mode: str = "global",
         check_input_liveness: bool = False,  # noqa: FBT001, FBT002  # torch's signature
     ) -> None:
-        """Begin to capture the current stream; what it asks for comes from a pool.
+        """Begin to capture the current stream; its requests are served from a pool.
 
         Raises:
-            RuntimeError: The graph has captured already, the stream is the default one,
-                or the pool cannot be shared (torch's texts).
-            torch.AcceleratorError: The stream is being captured (CUDA's text).
-            torch.OutOfMemoryError: There is no room for the generators' states.
+            RuntimeError: The graph has already captured, the stream is the default stream,
+                or the pool cannot be shared (torch's messages).
+            torch.AcceleratorError: The stream is being captured (CUDA's message).
+            torch.OutOfMemoryError: The card has no room for the states of the generators.
         """
         __tracebackhide__ = True
         if check_input_liveness:
@@ -128,10 +130,10 @@ class CUDAGraph:
         """End the capture.
 
         Raises:
-            RuntimeError: There is none, or the current stream is another than where it
-                began (torch's texts).
-            torch.AcceleratorError: Something was called that is not allowed (CUDA's
-                text); the pool then stays for good.
+            RuntimeError: There is no capture, or it began on another stream than the current
+                one (torch's messages).
+            torch.AcceleratorError: A call during the capture was not allowed (CUDA's
+                message). The pool then exists until the process ends.
         """
         __tracebackhide__ = True
         capture, card = self._capture, self._card
@@ -161,10 +163,10 @@ class CUDAGraph:
         self._is_ready = not self._keeps
 
     def instantiate(self) -> None:
-        """Make a kept graph ready for ``replay``.
+        """Prepare a kept graph for ``replay``.
 
         Raises:
-            RuntimeError: Nothing was captured, or the graph is not kept (torch's texts).
+            RuntimeError: Nothing was captured, or the graph is not kept (torch's messages).
         """
         if not self._has_ended:
             raise RuntimeError(
@@ -178,7 +180,7 @@ class CUDAGraph:
         self._is_ready = True
 
     def replay(self) -> None:
-        """Compute again what was captured, from what its memory holds now.
+        """Run the captured operators again, on the present contents of their memory.
 
         Raises:
             RuntimeError: Nothing was captured (torch's text).
@@ -197,7 +199,7 @@ class CUDAGraph:
         self._tape.replay()
 
     def reset(self) -> None:
-        """Forget the graph; its pool loses a user."""
+        """Delete the captured graph; its pool has one user less."""
         card, self._card = self._card, None
         if card is None:
             return
@@ -211,14 +213,14 @@ class CUDAGraph:
         if self._has_ended:
             self._has_ended = self._is_ready = False
             del self._tape
-            card.clear_workspaces(self._stream)  # whichever graph they were taken for
+            card.clear_workspaces(self._stream)  # also those of other graphs
             card.later(partial(_release, pool=self._pool))
 
     def __del__(self) -> None:
         self.reset()
 
     def pool(self) -> PoolId:
-        """Return the id of the graph's pool, which others can share.
+        """Return the id of the graph's pool, which other graphs can share.
 
         Raises:
             RuntimeError: Nothing was captured (torch's text).
@@ -230,14 +232,14 @@ class CUDAGraph:
         return self._pool
 
     def enable_debug_mode(self) -> None:
-        """Do nothing: there is no graph of CUDA's to be dumped."""
+        """Do nothing: there is no CUDA graph that could be dumped."""
 
     def debug_dump(self, _debug_path: str) -> None:
-        """Refuse: there is no graph of CUDA's."""
+        """Refuse: there is no real CUDA graph."""
         refuse("CUDAGraph.debug_dump")
 
     def _refuse_raw(self, *_args: Any) -> Any:
-        """Refuse: there is no graph of CUDA's."""
+        """Refuse: there is no real CUDA graph."""
         refuse("CUDAGraph.raw_cuda_graph")
 
     raw_cuda_graph = raw_cuda_graph_exec = get_graph_data = _refuse_raw
@@ -249,12 +251,13 @@ def _release(allocator: CachingAllocator, pool: PoolId) -> None:
 
 
 class MemPool:
-    """A pool of memory for what is asked for in ``torch.cuda.use_mem_pool``.
+    """A memory pool for the requests inside ``torch.cuda.use_mem_pool``.
 
     Args:
-        allocator: Refused, if it is one.
-        use_on_oom: Whether its free blocks serve others that the card has no room for.
-        no_split: Whether its blocks stay as large as their segments.
+        allocator: Must be None; a custom allocator is refused.
+        use_on_oom: Whether the pool's free blocks may serve other requests for which the
+            card has no room.
+        no_split: Whether blocks are never split, and stay as large as their segments.
 
     Raises:
         UnsupportedOnSimulatedDeviceError: An allocator is given.
@@ -275,21 +278,21 @@ class MemPool:
 
     @property
     def device(self) -> int:
-        """The index of its card."""
+        """The index of the pool's card."""
         return self._card.index
 
     @property
     def allocator(self) -> None:
-        """None: PyTorch's own."""
+        """None, because the pool uses PyTorch's own allocator."""
 
     def use_count(self) -> int:
-        """Return how many objects, graphs and blocks of code use it."""
+        """Return the number of objects, graphs and ``with`` blocks that use the pool."""
         with self._card.locked() as allocator:
             return allocator.private_pools[self.id].use_count
 
     def snapshot(self, include_traces: bool = True) -> Any:  # noqa: FBT001, FBT002  # torch's signature
-        """Return ``torch.cuda.memory_snapshot`` of this pool alone."""
-        # Older versions of torch.cuda.memory_snapshot know no traces.
+        """Return ``torch.cuda.memory_snapshot`` of only this pool."""
+        # Older versions of torch.cuda.memory_snapshot have no traces.
         below: Any = torch._C
         taken = below._cuda_memorySnapshot((*self.id, include_traces))
         return taken["segments"]
@@ -300,12 +303,12 @@ class MemPool:
 
 
 def _give_up(allocator: CachingAllocator, pool: PoolId) -> None:
-    """Let a pool go that no object stands for any more, with what is free of it."""
+    """Release a pool whose last object was deleted, and its free segments."""
     allocator.release_pool(pool)
     allocator.empty_cache(pool)
 
 
-# -- the functions below torch.cuda ---------------------------------------------------
+# -- the C functions behind torch.cuda ------------------------------------------------
 
 
 def _route(index: int, pool: PoolId, takes: Any) -> None:
@@ -355,12 +358,12 @@ C_GRAPHS: Final[dict[str, Any]] = {
     "_cuda_releasePool": _release_pool,
 }
 
-#: Owner, name and replacement of each.
+#: Owner, name and new value of each replaced attribute.
 REPLACEMENTS: Final[tuple[tuple[Any, str, Any], ...]] = (
     (torch.cuda, "CUDAGraph", CUDAGraph),
     (torch.cuda.graphs, "CUDAGraph", CUDAGraph),
     (torch.cuda, "MemPool", MemPool),
     (torch.cuda.memory, "MemPool", MemPool),
-    # A stream of the cards that were installed when it was first asked for.
+    # The cached stream belongs to the cards that were installed at its first use.
     (torch.cuda.graphs.graph, "default_capture_stream", None),
 )

@@ -1,23 +1,25 @@
-"""What a Python object, its C++ tensor, its value and its bytes are to each other.
+"""Keeps a tensor the same Python object when it changes its device.
 
 Note [Bodies]
-``tensor.data = other`` gives a tensor other memory and leaves it the same tensor: for
-Python, and for C++, which holds it where no Python object shows, as the gradient of
-another, in a graph, in an accumulator. Here C++ cannot turn a tensor of the host into
-one of a card: it sets its data, but not what dispatches its operators. So a tensor has
-two bodies in C++, one for the host and one for cards, and its Python object wears the
-one of the device that it is on. Whatever changes device comes through ``become``:
+``tensor.data = other`` gives a tensor other memory, and the tensor keeps its identity: in
+Python, and in C++. C++ may hold the tensor without a Python object, for example as the
+gradient of another tensor, in a graph or in an accumulator. On the simulated device, C++
+cannot turn a host tensor into a card's tensor: it can set the data, but not the keys that
+dispatch operators. A tensor therefore has two bodies (C++ tensors), one for the host and
+one for cards. Its Python object uses one of them, the active body, which is that of the
+tensor's current device. Every change of device calls ``become``:
 
-* The body put on gets what belongs to the tensor: gradient, ``requires_grad``, hooks,
-  version. A gradient's owner, whose slot in C++ holds the gradient's other body, gets
-  the one that is worn now.
-* The body taken off is let go. If C++ still holds it, it is kept to be put on again: a
-  graph made before the tensor was away then finds it back, as it would on a card. Until
-  then it has no bytes of its own; it holds those that the tensor has now.
+* The new active body gets the gradient, ``requires_grad``, the hooks and the version of
+  the tensor. If the tensor is a gradient, C++ holds the previous body in the slot of the
+  gradient's owner. The new active body replaces it there.
+* The previous body is released. If C++ still holds it, it is kept and can become active
+  again: if the tensor returns to the device, a graph made earlier finds its tensor again,
+  as on a real card. An inactive body has no memory of its own; it holds the memory of
+  the active body.
 
-Limits: a graph that meets a body that is not worn fails by its shape, where on a card
-it would fail by its device. It does not keep the gradient of a tensor that is gone. A
-view that changes its device counts its versions alone from then on.
+Limits: a graph that uses an inactive body raises an error about its shape; on a real card
+the error is about the device. An inactive body does not keep the gradient of a deleted
+tensor. A view that changes its device has its own version counter from then on.
 """
 
 from __future__ import annotations
@@ -46,22 +48,23 @@ from pytest_gpumem.devices.simulated.tensor import (
 from pytest_gpumem.devices.simulated.warned import relayed
 
 _base: Final[Any] = torch._C.TensorBase
-_grad: Final[Any] = _base.grad  # the getset below Tensor.grad
-_data: Final[Any] = _base.data  # the getset below Tensor.data
-_swap: Final[Any] = torch._C._swap_tensor_impl  # what swap_tensors calls
+_grad: Final[Any] = _base.grad  # the descriptor behind Tensor.grad
+_data: Final[Any] = _base.data  # the descriptor behind Tensor.data
+_swap: Final[Any] = torch._C._swap_tensor_impl  # the function that swap_tensors calls
 _set_versions: Final[Any] = torch._C._autograd._unsafe_set_version_counter
 
-#: The body that a tensor does not wear and C++ still holds, by the tensor's id.
+#: Inactive bodies that C++ still holds, by the id of their tensor.
 _bodies: Final[dict[int, torch.Tensor]] = {}
-#: Ids of the tensors whose gradient a tensor was seen to be, by the gradient's id.
+#: Ids of the tensors that have a tensor as their gradient, by the id of the gradient.
 _owners: Final[dict[int, set[int]]] = {}
-#: The tensors whose ids these are. Each has one weak reference, which can be taken
-#: back: ``torch.utils.swap_tensors`` exchanges no tensor that has any.
+#: A weak reference to each tensor in the tables of this module, by its id. There is one
+#: per tensor, and it can be removed, because ``torch.utils.swap_tensors`` refuses tensors
+#: with weak references.
 _known: Final[dict[int, Any]] = {}
 
 
 def _know(tensor: torch.Tensor) -> int:
-    """Return a tensor's id, which stands for it in the tables as long as it lives."""
+    """Return a tensor's id, and keep its rows in the tables only while it lives."""
     key = id(tensor)
     if key not in _known:
         _known[key] = weakref.ref(tensor, lambda _dead: _forget(key))
@@ -75,13 +78,13 @@ def _forget(key: int) -> None:
 
 
 def become(tensor: torch.Tensor, data: torch.Tensor) -> None:
-    """Give ``tensor`` the data of ``data``, across devices: ``tensor.data = data``.
+    """Give ``tensor`` the data of a tensor on another device: ``tensor.data = data``.
 
-    The Python object stays the same: optimisers, modules and weak references keep
-    hold of it.
+    The Python object stays the same: references from optimisers and modules, and weak
+    references, stay valid.
 
     Raises:
-        UnsupportedOnSimulatedDeviceError: The tensor changes its device and was
+        UnsupportedOnSimulatedDeviceError: The tensor would change its device, and it was
             computed with gradients.
     """
     __tracebackhide__ = True
@@ -100,15 +103,15 @@ def become(tensor: torch.Tensor, data: torch.Tensor) -> None:
 
 
 def _take_value(tensor: Any, data: Any) -> None:
-    """Let a card's tensor have the value of another, under a name of its own."""
+    """Give a card's tensor an alias of another tensor's value."""
     put_on_card(tensor, data._gpumem_value.detach(), data._gpumem_card)
 
 
 def _body_for(tensor: torch.Tensor, data: torch.Tensor) -> Any:
-    """Return the other body of a tensor, with the data that it is to have."""
+    """Return the inactive body of a tensor, after setting its data."""
     body: Any = _bodies.pop(id(tensor), None)
     if body is None:
-        body = torch.empty(0, device="cpu")  # with a version of its own
+        body = torch.empty(0, device="cpu")  # with its own version counter
         if isinstance(data, SimulatedTensor):
             body = make(body, data._gpumem_card)
     _data.__set__(body, data)
@@ -121,19 +124,19 @@ def _body_for(tensor: torch.Tensor, data: torch.Tensor) -> Any:
 
 
 def _put_on(tensor: Any, body: Any) -> None:
-    """Let a Python object wear another body; deal with the one it wore."""
+    """Make another body active for a Python object; keep the previous one if used."""
     grad = _grad.__get__(tensor)
     hooks = tensor._backward_hooks
     later_hooks = tensor._post_accumulate_grad_hooks
     _swap(tensor, body)
     _dress(tensor, body)
     if hooks is not None:
-        tensor._backward_hooks = hooks  # in C++ they belong to a body
+        tensor._backward_hooks = hooks  # in C++ hooks belong to a body
     if later_hooks is not None:
         tensor._post_accumulate_grad_hooks = later_hooks
     if grad is not None:
         _grad.__set__(body, None)
-        _grad.__set__(tensor, grad)  # a module moves it next
+        _grad.__set__(tensor, grad)  # a module moves the gradient next
         _note_owner(grad, tensor)
     for owner in _owners_of(tensor):
         if _grad.__get__(owner) is body:
@@ -143,9 +146,9 @@ def _put_on(tensor: Any, body: Any) -> None:
 
 
 def _dress(tensor: Any, body: Any) -> None:
-    """Give two Python objects that have exchanged bodies the classes that go with them.
+    """Set the classes of two Python objects after they have exchanged their bodies.
 
-    An object of a user's class stays of it; see Note [Tensors of users' classes].
+    An object of a user's class keeps its class; see Note [Tensors of users' classes].
     """
     if type(body) is SimulatedTensor:
         value, card = body._gpumem_value, body._gpumem_card
@@ -156,7 +159,7 @@ def _dress(tensor: Any, body: Any) -> None:
             _say(tensor, SimulatedTensor)
         put_on_card(tensor, value, card)
         if is_param:
-            tensor._is_param = True  # as torch marks subclasses
+            tensor._is_param = True  # torch marks parameters of subclasses in this way
         return
     card = tensor._gpumem_card
     if type(tensor) is SimulatedTensor:
@@ -170,12 +173,12 @@ def _dress(tensor: Any, body: Any) -> None:
 
 
 def _say(tensor: Any, kind: type) -> None:
-    """Give a Python object a class, whatever class it has."""
+    """Set the class of a Python object."""
     tensor.__class__ = kind
 
 
 def _keep(tensor: torch.Tensor, body: Any) -> None:
-    """Keep a body that C++ holds, without bytes of its own, while the tensor lives."""
+    """Keep an inactive body that C++ holds, without memory, while the tensor lives."""
     empty: Any = torch.empty(0, dtype=body.dtype, device="cpu")
     if isinstance(body, SimulatedTensor):
         empty = make(empty, body._gpumem_card)
@@ -186,15 +189,15 @@ def _keep(tensor: torch.Tensor, body: Any) -> None:
 
 
 def _hold_worn(tensor: torch.Tensor, body: torch.Tensor) -> None:
-    """Let a body that is not worn hold the memory of the one that is."""
-    body.untyped_storage()._gpumem_worn = tensor.untyped_storage()  # type: ignore[attr-defined]  # lives as long as the storage does
+    """Let an inactive body hold the memory of the active body."""
+    body.untyped_storage()._gpumem_worn = tensor.untyped_storage()  # type: ignore[attr-defined]  # lives as long as the storage
 
 
 # -- gradients ------------------------------------------------------------------------
 
 
 def _note_owner(grad: torch.Tensor, owner: torch.Tensor) -> None:
-    """Remember whose gradient a tensor is: its slot in C++ has to follow it."""
+    """Record whose gradient a tensor is, to update the owner's slot in C++ later."""
     owners = _owners.get(id(grad))
     if owners is None:
         owners = _owners[_know(grad)] = set()
@@ -203,24 +206,25 @@ def _note_owner(grad: torch.Tensor, owner: torch.Tensor) -> None:
 
 
 def _owners_of(grad: torch.Tensor) -> list[Any]:
-    """Return the tensors whose gradient a tensor was seen to be."""
+    """Return the tensors for which a tensor was recorded as the gradient."""
     references = [_known.get(key) for key in _owners.get(id(grad), ())]
     owners = [each() for each in references if each is not None]
     return [each for each in owners if each is not None]
 
 
 def landed(grad: Any, tensor: Any, *, is_given_back: bool = False) -> Any:
-    """Return a gradient where its tensor is.
+    """Return a gradient on the device of its tensor.
 
-    C++ makes some anew on the host, and leaves a card's to a single number of the host.
+    C++ creates some gradients on the host. It also accepts a single number on the host as
+    the gradient of a card's tensor.
     Source: ``validate_outputs`` of ``torch/csrc/autograd/engine.cpp``.
 
     Args:
         grad: The gradient.
-        tensor: Whose it is.
-        is_given_back: Whether it is returned: zeros without memory then stay so.
-            As ``Tensor.grad`` they are copied: ``accumulateGrad`` of
-            ``torch/csrc/autograd/functions/accumulate_grad.h``.
+        tensor: The tensor that the gradient belongs to.
+        is_given_back: Whether the gradient is returned to the user. Zeros without memory
+            are then returned as they are. As ``Tensor.grad`` they are copied:
+            ``accumulateGrad`` of ``torch/csrc/autograd/functions/accumulate_grad.h``.
     """
     if runs_itself(grad) or grad.layout is not torch.strided:
         return grad
@@ -243,18 +247,19 @@ _register_hook: Final[Any] = torch.Tensor.register_hook
 
 
 def register_hook(self: torch.Tensor, hook: Any) -> Any:
-    """``Tensor.register_hook``: the hook gets a gradient that is where its tensor is.
+    """Run ``Tensor.register_hook``: the hook gets a gradient on its tensor's device.
 
-    C++ makes some on the host, as zeros by ``tensor.options()``.
+    C++ creates some gradients on the host, for example zeros with ``tensor.options()``.
 
     Raises:
-        RuntimeError: In backward, if the hook returns one of another device.
+        RuntimeError: In backward, if the hook returns a gradient on another device.
     """
     __tracebackhide__ = True
     if not isinstance(self, SimulatedTensor):
         return _register_hook(self, _held(hook))
     card = self._gpumem_card
-    # A leaf may be elsewhere by then; a hook must not keep it.
+    # A leaf may be on another device when the hook runs. The hook must not keep the
+    # leaf alive.
     key = _know(self) if self.is_leaf else None
 
     def landing(grad: Any) -> Any:
@@ -273,7 +278,7 @@ def register_hook(self: torch.Tensor, hook: Any) -> Any:
 
 
 def _held(hook: Any) -> Any:
-    """Return a hook of a tensor on the host: what it returns must be there."""
+    """Return a hook for a host tensor that checks that its result is on the host."""
 
     def held(grad: Any) -> Any:
         __tracebackhide__ = True
@@ -287,7 +292,7 @@ def _held(hook: Any) -> Any:
 class _Grad:
     """``Tensor.grad`` of every tensor while cards are simulated.
 
-    The class has torch's own attribute, which torch compares with.
+    On the class it returns torch's own descriptor, because torch compares with it.
     """
 
     def __get__(self, tensor: Any, _owner: Any = None) -> Any:
@@ -302,7 +307,7 @@ class _Grad:
         if grad is not None:
             is_new = id(tensor) not in _owners.get(id(grad), ())
             if is_new:
-                # One that was seen before is on its way: a module moves it next.
+                # A gradient that was recorded before is being moved: a module moves it next.
                 there = landed(grad, tensor)
                 if there is not grad:
                     _grad.__set__(tensor, there)
@@ -322,7 +327,7 @@ class _Grad:
 
 
 def _check_grad(tensor: torch.Tensor, grad: torch.Tensor) -> None:
-    """Refuse a gradient of another device.
+    """Refuse a gradient on another device.
 
     Source: ``THPVariable_set_grad`` of ``torch/csrc/autograd/python_variable.cpp``.
 
@@ -330,7 +335,7 @@ def _check_grad(tensor: torch.Tensor, grad: torch.Tensor) -> None:
         RuntimeError: With torch's text.
     """
     if type(tensor) in HOST_KINDS and type(grad) in HOST_KINDS:
-        return  # C++ sees what there is
+        return  # C++ makes this check itself
     mine, given = tensor.device, grad.device
     if mine.type != given.type:
         raise RuntimeError(
@@ -356,7 +361,7 @@ _autograd_grad: Final[Any] = torch.autograd.grad
 def autograd_grad(
     outputs: Any, inputs: Any, *args: Any, **options: Any
 ) -> tuple[Any, ...]:
-    """``torch.autograd.grad``: each gradient is where its input is."""
+    """Run ``torch.autograd.grad``: each gradient is on the device of its input."""
     __tracebackhide__ = True
     grads: tuple[Any, ...] = _autograd_grad(outputs, inputs, *args, **options)
     sources = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
@@ -372,14 +377,14 @@ _swap_tensors: Final[Any] = torch.utils.swap_tensors
 
 
 def swap_tensors(first: torch.Tensor, second: torch.Tensor) -> None:
-    """``torch.utils.swap_tensors``: what is remembered of either does not hold after."""
+    """Run ``torch.utils.swap_tensors``, and remove both tensors from the tables."""
     __tracebackhide__ = True
     _forget(id(first))
     _forget(id(second))
     _swap_tensors(first, second)
 
 
-#: Owner, name and replacement of each.
+#: Owner, name and new value of each replaced attribute.
 REPLACEMENTS: Final[tuple[tuple[Any, str, Any], ...]] = (
     (torch.utils, "swap_tensors", swap_tensors),
     (torch.autograd, "grad", autograd_grad),
@@ -390,7 +395,7 @@ REPLACEMENTS: Final[tuple[tuple[Any, str, Any], ...]] = (
 
 
 def deepcopy(self: SimulatedTensor, memo: dict[int, Any]) -> Any:
-    """``copy.deepcopy`` of a tensor on a card.
+    """Run ``copy.deepcopy`` of a tensor on a card.
 
     Source: ``Parameter.__deepcopy__`` of ``torch/nn/parameter.py`` (a parameter is
     cloned, without gradient and attributes); ``Tensor.__deepcopy__`` of
@@ -398,7 +403,7 @@ def deepcopy(self: SimulatedTensor, memo: dict[int, Any]) -> Any:
 
     Raises:
         RuntimeError: The tensor is part of a graph (torch's text).
-        torch.OutOfMemoryError: There is no room for the copy.
+        torch.OutOfMemoryError: The card has no room for the copy.
     """
     __tracebackhide__ = True
     if is_parameter(self):

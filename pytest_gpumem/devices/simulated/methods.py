@@ -1,8 +1,9 @@
 """Methods of tensors that must know the simulated device.
 
-Two kinds: what ``SimulatedTensor`` answers in its own way (``device``, ``numpy``,
-``repr``, pickling, …), and what every tensor must do differently while the device is
-installed, because its C++ would ask the CUDA driver (``to``, ``cuda``, ``data =``, …).
+There are two kinds. ``SimulatedTensor`` overrides some methods and attributes
+(``device``, ``numpy``, ``repr``, pickling, …). Others are replaced for every tensor while
+the device is installed, because the C++ code would call the CUDA driver (``to``,
+``cuda``, ``data =``, …).
 """
 
 from __future__ import annotations
@@ -45,15 +46,18 @@ if TYPE_CHECKING:
 _base: Final[Any] = torch.Tensor
 _original_type: Final[Any] = torch.Tensor.type
 _original_to: Final[Any] = torch.Tensor.to
-_original_data: Final[Any] = torch._C.TensorBase.data  # the getset below Tensor.data
+_original_data: Final[Any] = (
+    torch._C.TensorBase.data
+)  # the descriptor behind Tensor.data
 _original_pin: Final[Any] = torch.Tensor.pin_memory
 _original_is_pinned: Final[Any] = torch.Tensor.is_pinned
 
 
 class _Overridable:
-    """A method of every tensor that ``__torch_function__`` of a class may take over.
+    """A method of every tensor that ``__torch_function__`` of a class may override.
 
-    It equals torch's own: classes keep tables of such methods from before.
+    It compares equal to torch's own method, because classes keep tables of such methods
+    that were built before the replacement.
     """
 
     def __init__(self, method: Callable[..., Any]) -> None:
@@ -69,7 +73,7 @@ class _Overridable:
         __tracebackhide__ = True
         if has_torch_function_unary(tensor) and not is_lazy(tensor):
             return handle_torch_function(self, (tensor,), tensor, *args, **options)
-        if tensor.is_complex():  # C++ warns of what a real type drops
+        if tensor.is_complex():  # C++ warns that the imaginary part is discarded
             return relayed(lambda: self._method(tensor, *args, **options))
         return self._method(tensor, *args, **options)
 
@@ -80,13 +84,13 @@ class _Overridable:
         return hash(self._original)
 
 
-# -- where a tensor goes --------------------------------------------------------------
+# -- moves between devices ------------------------------------------------------------
 
 
 def cuda_device(device: Any) -> torch.device | None:
-    """Return ``device`` as an indexed CUDA device, or None if it is another kind.
+    """Return ``device`` as a CUDA device with an index, or None if it is of another type.
 
-    Accepts what torch accepts: a device, a string, an index.
+    Accepts the same arguments as torch: a device, a string or an index.
     """
     if isinstance(device, int) and not isinstance(device, bool):
         return DEVICES[card_of(device).index]
@@ -100,7 +104,7 @@ def cuda_device(device: Any) -> torch.device | None:
 
 
 def _parse_to(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Sort the arguments of ``Tensor.to``: device, dtype, copy, memory_format."""
+    """Return the arguments of ``Tensor.to``: device, dtype, copy, memory_format."""
     rest = list(args)
     device, dtype = kwargs.get("device"), kwargs.get("dtype")
     other = kwargs.get("other")
@@ -126,15 +130,15 @@ def _parse_to(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """``Tensor.to`` between host and simulated cards."""
+    """Run ``Tensor.to`` between host and simulated cards."""
     __tracebackhide__ = True
     options = _parse_to(args, kwargs)
     device = options["device"]
     target = None if device is None else cuda_device(device)
     if isinstance(self, FakeTensor):
         if target is not None:
-            # A program that is being traced, not run. C++ would abort on a fake
-            # tensor of a card that takes part in autograd.
+            # The program is traced and not run. C++ would abort for a fake tensor
+            # on a card that takes part in autograd.
             options["device"] = target
             with torch.no_grad():
                 return _to_dtype(self, options)
@@ -177,7 +181,7 @@ def cuda(
     non_blocking: bool = False,  # noqa: FBT001, FBT002  # torch's signature
     memory_format: torch.memory_format = torch.preserve_format,
 ) -> torch.Tensor:
-    """``Tensor.cuda``: onto a card."""
+    """Run ``Tensor.cuda``: copy to a card."""
     __tracebackhide__ = True
     target = DEVICES[card_of(None).index] if device is None else cuda_device(device)
     if target is None:
@@ -188,7 +192,7 @@ def cuda(
 def cpu(
     self: torch.Tensor, memory_format: torch.memory_format = torch.preserve_format
 ) -> torch.Tensor:
-    """``Tensor.cpu``: onto the host."""
+    """Run ``Tensor.cpu``: copy to the host."""
     __tracebackhide__ = True
     return to(self, torch.device("cpu"), memory_format=memory_format)
 
@@ -198,7 +202,7 @@ def as_type(
     dtype: Any = None,
     non_blocking: bool = False,  # noqa: ARG001, FBT001, FBT002  # torch's signature
 ) -> Any:
-    """``Tensor.type``: the name of its type, or the tensor as another type."""
+    """Run ``Tensor.type``: return the type's name, or convert to another type."""
     __tracebackhide__ = True
     if dtype is None:
         if not self.is_cuda or isinstance(self, FakeTensor):
@@ -225,7 +229,7 @@ def _get_data(self: torch.Tensor) -> Any:
 
 
 def pin_memory(self: torch.Tensor, device: Any = None) -> torch.Tensor:  # noqa: ARG001  # torch's signature
-    """``Tensor.pin_memory``: a host copy that says it is pinned."""
+    """Run ``Tensor.pin_memory``: return a host copy that is marked as pinned."""
     if isinstance(self, SimulatedTensor):
         raise RuntimeError(  # noqa: TRY004  # torch's own class
             f"cannot pin '{self.type()}' only dense CPU tensors can be pinned"
@@ -238,23 +242,23 @@ def pin_memory(self: torch.Tensor, device: Any = None) -> torch.Tensor:  # noqa:
 
 
 def mark_pinned(tensor: torch.Tensor) -> None:
-    """Have a host tensor say that its memory is pinned, which CUDA does.
+    """Mark the memory of a host tensor as pinned.
 
     Raises:
-        RuntimeError: There is no card (torch's text).
+        RuntimeError: There is no card (torch's message).
     """
     card_of(None)
-    tensor.untyped_storage()._gpumem_pinned = True  # type: ignore[attr-defined]  # a mark of ours
+    tensor.untyped_storage()._gpumem_pinned = True  # type: ignore[attr-defined]  # an attribute of this package
 
 
 def is_pinned(self: torch.Tensor, device: Any = None) -> bool:  # noqa: ARG001  # torch's signature
-    """``Tensor.is_pinned``: whether the host memory was pinned."""
+    """Run ``Tensor.is_pinned``: return whether the host memory was pinned."""
     if isinstance(self, SimulatedTensor) or self.is_meta:
         return False
     return hasattr(self.untyped_storage(), "_gpumem_pinned")
 
 
-#: What every tensor does differently while the simulated device is installed.
+#: Methods that are replaced for every tensor while the simulated device is installed.
 EVERY_TENSOR: Final[dict[str, Any]] = {
     "data": property(_get_data, become),
     "grad": GRAD,
@@ -265,11 +269,11 @@ EVERY_TENSOR: Final[dict[str, Any]] = {
 }
 
 
-# -- what a simulated tensor answers ----------------------------------------------------
+# -- methods of simulated tensors -------------------------------------------------------
 
 
 def _device(self: SimulatedTensor) -> torch.device:
-    return DEVICES[self._gpumem_card.index]  # the device's own room
+    return DEVICES[self._gpumem_card.index]  # private to this package
 
 
 def _refuse_numpy(self: SimulatedTensor, *_args: Any, **_kwargs: Any) -> Any:
@@ -284,8 +288,8 @@ def _tolist(self: SimulatedTensor) -> Any:
 
 
 def _repr(self: SimulatedTensor, *, tensor_contents: Any = None) -> str:
-    """Return torch's own text for a tensor on a card."""
-    value = self._gpumem_value.detach()  # the device's own room
+    """Return the text that torch shows for a tensor on a card."""
+    value = self._gpumem_value.detach()  # private to this package
     suffixes = [f"device='{self.device}'"]
     default = torch.get_default_dtype()
     if value.is_meta:
@@ -318,7 +322,7 @@ def _format(self: SimulatedTensor, spec: str) -> str:
 
 
 def _reduce_ex(self: SimulatedTensor, _protocol: Any) -> Any:
-    """Pickle as a plain tensor or parameter of the card."""
+    """Pickle as a plain tensor or parameter on the card."""
     if self._gpumem_value.is_meta:
         refuse_value("pickling a tensor")
     storage = torch.storage.TypedStorage(
@@ -326,7 +330,7 @@ def _reduce_ex(self: SimulatedTensor, _protocol: Any) -> Any:
     )
     hooks: OrderedDict[Any, Any] = OrderedDict()
     rebuilt = (
-        torch._utils._rebuild_tensor_v2,  # how torch pickles
+        torch._utils._rebuild_tensor_v2,  # torch pickles with this function
         (
             storage,
             self.storage_offset(),
@@ -339,7 +343,7 @@ def _reduce_ex(self: SimulatedTensor, _protocol: Any) -> Any:
     if not is_parameter(self):
         return rebuilt
     return (
-        torch._utils._rebuild_parameter,  # how torch pickles
+        torch._utils._rebuild_parameter,  # torch pickles with this function
         (self.detach(), self.requires_grad, hooks),
     )
 
@@ -355,7 +359,7 @@ def _share_memory(self: SimulatedTensor) -> SimulatedTensor:
 
 
 def _record_stream(self: SimulatedTensor, stream: Any) -> None:
-    """``Tensor.record_stream``: the block waits for another stream's work."""
+    """Run ``Tensor.record_stream``: the block waits for another stream's work."""
     memory = memory_of(self.untyped_storage())
     if memory is not None and memory.block is not None:
         with memory.card.locked() as allocator:
@@ -363,7 +367,7 @@ def _record_stream(self: SimulatedTensor, stream: Any) -> None:
 
 
 def _reader(name: str) -> Any:
-    """Return a method that reads one value: torch's own, where there are values."""
+    """Return a method that reads one value: torch's method, if the card keeps values."""
     original = getattr(_base, name)
 
     def read(self: SimulatedTensor, *args: Any) -> Any:
@@ -375,7 +379,7 @@ def _reader(name: str) -> Any:
 
 
 def _data_ptr(self: SimulatedTensor) -> int:
-    """Return where the values lie; where there are none, the address on the card."""
+    """Return the address of the values; without values, the address on the card."""
     if not self._gpumem_value.is_meta:
         pointer: int = self._gpumem_value.data_ptr()
         return pointer
@@ -428,15 +432,15 @@ for _name, _answer in _ANSWERS.items():
     setattr(SimulatedTensor, _name, _answer)
 
 
-# -- what a tensor of a user's class answers ------------------------------------------
+# -- methods of tensors of users' classes ---------------------------------------------
 
 
 class _Attribute(property):
-    """An attribute that is another for tensors of users' classes on cards.
+    """An attribute with a different value for tensors of users' classes on cards.
 
     Args:
-        name: Its name.
-        answer: What it is there, by tensor and card.
+        name: The name of the attribute.
+        answer: Returns the value for a tensor on a card.
     """
 
     def __init__(self, name: str, answer: Callable[[Any, torch.device], Any]) -> None:
@@ -453,7 +457,7 @@ class _Attribute(property):
 
 
 def _method(name: str, answer: Callable[..., Any]) -> Any:
-    """Return a method that is another for tensors of users' classes on cards."""
+    """Return a method that is different for tensors of users' classes on cards."""
     original = getattr(torch.Tensor, name)
 
     @functools.wraps(original)
@@ -466,7 +470,7 @@ def _method(name: str, answer: Callable[..., Any]) -> Any:
     return call
 
 
-#: Answers of a ``SimulatedTensor`` that hold for those classes as well.
+#: Attributes of ``SimulatedTensor`` that users' classes on cards have as well.
 _SHARED: Final = (
     "__array__",
     "__dlpack__",

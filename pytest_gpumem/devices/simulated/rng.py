@@ -1,12 +1,12 @@
 """Random numbers on the simulated cards: each card draws from its own generator.
 
 Note [Drawing]
-The CPU computes what a card draws, from the card's generator, which is named to the
-operator. The CPU's default generator is never touched, so threads that draw on the host
-meanwhile, and processes forked meanwhile, notice nothing. There is no lock either: torch
-itself locks a generator while it draws. Numbers differ from a real card's (Philox there,
-Mersenne Twister here); the same seed gives the same numbers on every run. The offset
-moves as a card's does, by ``operators/offsets.py``.
+The CPU draws a card's random numbers from the card's generator, which is passed to the
+operator. The CPU's default generator is not used, so draws on the host, in other threads
+and in forked processes, do not change. No lock is needed, because torch locks a
+generator while it draws. The numbers differ from a real card's: a real card uses Philox,
+the simulated card Mersenne Twister. The same seed gives the same numbers on every run.
+The offset advances as on a card, by the rules in ``operators/offsets.py``.
 """
 
 from __future__ import annotations
@@ -42,33 +42,34 @@ def generator_of(card: SimulatedCard) -> CardGenerator:
     return found or _generators.setdefault(card, CardGenerator(card.index))
 
 
-#: The host's generators: ``torch.Generator`` as C++ has it.
+#: The class of host generators: C++'s ``torch.Generator``.
 GENERATOR: Final[Any] = torch.Generator
 
 
-#: Where the CPU's generator stood at a seed and an offset, for states that come back.
+#: The state of the CPU's generator at a seed and an offset, to restore it later.
 _marks: Final[OrderedDict[tuple[int, int], torch.Tensor]] = OrderedDict()
-#: So many are kept, of 5 KB each.
+#: The number of states that are kept, of 5 KB each.
 _MOST_MARKS: Final = 512
-#: A state: seed and offset. Source: ``CUDAGeneratorImpl::get_state``.
+#: Format of a state: seed and offset. Source: ``CUDAGeneratorImpl::get_state``.
 _STATE: Final = struct.Struct("<Qq")
 _SEED_BYTES: Final = 8
 
 
-class CardGenerator(GENERATOR):  # type: ignore[misc]  # torch's C type, held as Any
-    """``torch.Generator("cuda")``: the CPU draws, the generator says it is a card's.
+class CardGenerator(GENERATOR):  # type: ignore[misc]  # torch's C type has the type Any here
+    """``torch.Generator("cuda")``: a CPU generator that reports a card as its device.
 
-    A seed and an offset are all of its state, as a card's: where both come back in a
-    process, so do the numbers.
+    Its state is a seed and an offset, as on a card. If both are restored in the same
+    process, the numbers are the same again.
 
-    Limits: a state that this process has not seen has numbers of its own.
+    Limits: for a state that this process has not seen before, the numbers differ from
+    those in the process in which the state was saved.
     """
 
-    #: Those that are alive, by what C++ knows of them.
+    #: The living generators, by the address of their C++ object.
     _known: ClassVar[WeakValueDictionary[int, CardGenerator]] = WeakValueDictionary()
 
     def __new__(cls, index: int) -> CardGenerator:  # noqa: PYI034  # Self needs 3.11
-        """Make a CPU generator of this class."""
+        """Create a CPU generator of this class."""
         made: CardGenerator = GENERATOR.__new__(cls)
         made._index = index
         made._offset = 0
@@ -82,10 +83,10 @@ class CardGenerator(GENERATOR):  # type: ignore[misc]  # torch's C type, held as
         self._seed: int = super().initial_seed()
 
     def manual_seed(self, seed: int) -> CardGenerator:
-        """Begin anew at a seed: the offset is 0.
+        """Start again from a seed, with offset 0.
 
         Raises:
-            RuntimeError: Something is being captured at another (torch's text).
+            RuntimeError: A graph is being captured with another seed (torch's message).
         """
         self._check_capture(seed)
         super().manual_seed(seed)
@@ -93,7 +94,7 @@ class CardGenerator(GENERATOR):  # type: ignore[misc]  # torch's C type, held as
         return self
 
     def seed(self) -> int:
-        """Begin anew at a seed that nobody knows, and return it."""
+        """Start again from a random seed, and return the seed."""
         seed: int = super().seed()
         self._seed, self._offset = seed, 0
         return seed
@@ -103,40 +104,40 @@ class CardGenerator(GENERATOR):  # type: ignore[misc]  # torch's C type, held as
         return self._seed
 
     def get_offset(self) -> int:
-        """Return by how much draws have moved it, by the rules of CUDA's kernels."""
+        """Return the offset, which draws advance by the rules of CUDA's kernels."""
         self._mark()
         return self._offset
 
     def set_offset(self, offset: int) -> None:
-        """Draw from there on.
+        """Set the offset from which the next numbers are drawn.
 
         Raises:
-            RuntimeError: The offset is not a multiple of four (torch's text).
+            RuntimeError: The offset is not a multiple of four (torch's message).
         """
         if offset % 4:
             raise RuntimeError("offset must be a multiple of 4")
         self._go_to(self._seed, offset)
 
     def get_state(self) -> torch.Tensor:
-        """Return seed and offset, 16 bytes."""
+        """Return seed and offset as a tensor of 16 bytes."""
         self._mark()
         packed = bytearray(_STATE.pack(self._seed, self._offset))
         return torch.frombuffer(packed, dtype=torch.uint8)
 
     def set_state(self, state: torch.Tensor) -> CardGenerator:
-        """Go to a seed and an offset, or to a seed alone.
+        """Set the seed and the offset, or only the seed.
 
         Source: ``CUDAGeneratorImpl::set_state``.
 
         Raises:
-            RuntimeError: It is of another size, or something is being captured (torch's
-                text).
-            TypeError: It is not a tensor of bytes on the host (torch's text).
+            RuntimeError: The state has another size, or a graph is being captured (torch's
+                message).
+            TypeError: The state is not a host tensor of bytes (torch's message).
         """
         self._check_capture(None)
         is_right = isinstance(state, torch.Tensor) and state.dtype is torch.uint8
         if not is_right or state.device.type != "cpu":
-            super().set_state(state)  # says so
+            super().set_state(state)  # torch raises the error
         packed = bytes(state.flatten().tolist())
         if len(packed) == _SEED_BYTES:
             packed += bytes(_SEED_BYTES)
@@ -146,7 +147,7 @@ class CardGenerator(GENERATOR):  # type: ignore[misc]  # torch's C type, held as
         return self
 
     def move(self, by: int) -> None:
-        """Move the offset, once numbers were drawn; in a capture, at each replay."""
+        """Advance the offset after numbers were drawn; in a capture, at each replay."""
         from pytest_gpumem.devices.simulated.capture import capture_of
 
         machine = innermost_machine()
@@ -159,7 +160,7 @@ class CardGenerator(GENERATOR):  # type: ignore[misc]  # torch's C type, held as
 
     @classmethod
     def find(cls, generator: Any) -> CardGenerator | None:
-        """Return the card's generator that C++ shows as one of the host."""
+        """Return the card's generator for an object that C++ shows as a host generator."""
         return cls._known.get(generator._cdata)
 
     def _mark(self) -> None:
@@ -174,13 +175,13 @@ class CardGenerator(GENERATOR):  # type: ignore[misc]  # torch's C type, held as
         if mark is not None:
             super().set_state(mark)
         else:
-            # The CPU's generator takes 32 bits of a seed.
+            # The CPU's generator uses 32 bits of a seed.
             mixed = zlib.crc32(_STATE.pack(seed, offset)) if offset else seed
             super().manual_seed(mixed)
         self._seed, self._offset = seed, offset
 
     def _check_capture(self, seed: int | None) -> None:
-        """Refuse another seed while the current stream is being captured.
+        """Refuse a change of the seed while the current stream is being captured.
 
         Source: ``CUDAGeneratorImpl::set_current_seed``.
         """
@@ -196,14 +197,14 @@ class CardGenerator(GENERATOR):  # type: ignore[misc]  # torch's C type, held as
             )
 
     def clone_state(self) -> CardGenerator:
-        """Return another generator of the card in the same state."""
+        """Return a new generator of the card with the same state."""
         twin = CardGenerator(self._index)
         GENERATOR.set_state(twin, super().get_state())
         twin._seed, twin._offset = self._seed, self._offset
         return twin
 
     def graphsafe_get_state(self) -> Any:
-        """Refuse: the state that a CUDA graph captures is on no card.
+        """Refuse: the state that a CUDA graph captures is not on a card.
 
         Raises:
             UnsupportedOnSimulatedDeviceError: Always.
@@ -219,7 +220,7 @@ class CardGenerator(GENERATOR):  # type: ignore[misc]  # torch's C type, held as
         refuse("Generator.graphsafe_set_state")
 
     def __reduce__(self) -> Any:
-        # As ``THPGenerator_reduce`` of ``torch/csrc/Generator.cpp``.
+        # Source: ``THPGenerator_reduce`` of ``torch/csrc/Generator.cpp``.
         state = (self._seed, self._offset, self.get_state())
         return GeneratorName, (self.device,), state
 
@@ -234,7 +235,7 @@ class CardGenerator(GENERATOR):  # type: ignore[misc]  # torch's C type, held as
 
 
 class _GeneratorType(type):
-    """Answers for ``torch.Generator``, whose C code has no generators of cards."""
+    """Metaclass of the replacement of ``torch.Generator``, which has no card generators."""
 
     def __call__(cls, device: Any = "cpu") -> Any:
         named = GENERATOR().device if device is None else torch.device(device)
@@ -250,17 +251,17 @@ class _GeneratorType(type):
 
 
 class GeneratorName(metaclass=_GeneratorType):
-    """``torch.Generator`` while cards are simulated."""
+    """Replaces ``torch.Generator`` while cards are simulated."""
 
-    # What pickles name it by.
+    # The module name that pickles contain.
     __module__ = "torch"
     __qualname__ = "Generator"
 
 
 def check_generator(generator: Any, kind: str) -> None:
-    """Refuse a generator of the other kind of device.
+    """Refuse a generator of the other device type.
 
-    Limits: only constructors can tell; C++ forgets the class of a generator.
+    Limits: only constructors can check this, because C++ loses the class of a generator.
 
     Source: ``check_generator`` of ``aten/src/ATen/core/Generator.h``.
 
@@ -275,7 +276,7 @@ def check_generator(generator: Any, kind: str) -> None:
 
 
 class Drawing(Protocol):
-    """Computes what an operator draws, on the CPU, from a generator."""
+    """Runs an operator that draws on the CPU, with a given generator."""
 
     def __call__(
         self, generator: torch.Generator, args: Any, kwargs: dict[str, Any]
@@ -284,10 +285,10 @@ class Drawing(Protocol):
 
 
 def drawing(func: Any, operator: Operator) -> Drawing | None:
-    """Return how an operator draws from a generator; None if it draws nothing.
+    """Return the function that draws for an operator; None if it draws nothing.
 
-    See Note [Drawing]. An operator that has no way to name a generator is refused when
-    it is run.
+    See Note [Drawing]. An operator to which no generator can be passed is refused when
+    it runs.
     """
     if torch.Tag.nondeterministic_seeded not in func.tags or operator.draws_nothing:
         return None
@@ -305,7 +306,7 @@ def drawing(func: Any, operator: Operator) -> Drawing | None:
 
 
 class Moving:
-    """A drawing that moves the generator's offset by the operator's rule."""
+    """A drawing that also advances the generator's offset by the operator's rule."""
 
     def __init__(self, draw: Drawing, func: Any, rule: Callable[[Call], int]) -> None:
         self._draw, self._func, self._rule = draw, func, rule
@@ -313,7 +314,7 @@ class Moving:
     def __call__(
         self, generator: torch.Generator, args: Any, kwargs: dict[str, Any]
     ) -> Any:
-        """Draw, then move the offset."""
+        """Draw, then advance the offset."""
         result = self._draw(generator, args, kwargs)
         self.note(generator, args, kwargs, result)
         return result
@@ -321,13 +322,13 @@ class Moving:
     def note(
         self, generator: torch.Generator, args: Any, kwargs: dict[str, Any], result: Any
     ) -> None:
-        """Move the offset of the generator that a call draws from.
+        """Advance the offset of the generator from which a call draws.
 
         Args:
-            generator: The card's own, if the call names none.
-            args: Of the call.
-            kwargs: Of the call.
-            result: What it returned.
+            generator: The card's default generator, for a call without a generator.
+            args: The positional arguments of the call.
+            kwargs: The keyword arguments of the call.
+            result: The result of the call.
         """
         from pytest_gpumem.devices.simulated.operators.requests import Call, flat
 
@@ -340,7 +341,7 @@ class Moving:
 
 
 def _runs_on_host(func: Any) -> bool:
-    """Tell whether the CPU has a kernel for any form of an operator."""
+    """Return whether the CPU has a kernel for any overload of an operator."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # no public name
     packet = func.overloadpacket
     forms = [getattr(packet, each) for each in packet.overloads()]
@@ -348,14 +349,14 @@ def _runs_on_host(func: Any) -> bool:
         has_kernel(form.name(), "CPU")
         or (
             has_kernel(form.name(), "CompositeExplicitAutograd")
-            and not any(each.is_out for each in form._schema.arguments)  # likewise
+            and not any(each.is_out for each in form._schema.arguments)  # not public
         )
         for form in forms
     )
 
 
 def _with_generator(func: Any) -> Any:
-    """Return the form of an operator that takes a generator beside the same arguments."""
+    """Return the overload that takes the same arguments and a generator."""
 
     def arguments(form: Any) -> list[tuple[str, str]]:
         return [
@@ -378,7 +379,7 @@ def _with_generator(func: Any) -> Any:
 
 
 def _naming(func: Any) -> Drawing:
-    """Return a drawing that names the generator, unless the caller has named one."""
+    """Return a drawing that passes the generator, unless the caller has passed one."""
     names = [each.name for each in func._schema.arguments]  # no public name
     position = names.index("generator")
 
@@ -393,7 +394,7 @@ def _naming(func: Any) -> Drawing:
     return draw
 
 
-#: How numbers like a tensor's are drawn, where their operators take no generator: up to
+#: Fill operators for ``rand_like`` and similar operators, which take no generator up to
 #: torch 2.9. Source: ``aten/src/ATen/native/TensorFactories.cpp``.
 _FILLS: Final[dict[str, Any]] = {
     "rand_like": torch.ops.aten.uniform_,
@@ -405,7 +406,7 @@ _FILLS: Final[dict[str, Any]] = {
 
 
 def _filling(fill: Any) -> Drawing:
-    """Return a drawing that makes a tensor like another and fills it."""
+    """Return a drawing that creates a tensor like another one and fills it."""
 
     def draw(generator: torch.Generator, args: Any, kwargs: dict[str, Any]) -> Any:
         source, *bounds = args
@@ -420,7 +421,7 @@ def _filling(fill: Any) -> Drawing:
 
 
 def _refused(func: Any) -> Drawing:
-    def draw(generator: Any, args: Any, kwargs: dict[str, Any]) -> Any:  # noqa: ARG001  # as every drawing
+    def draw(generator: Any, args: Any, kwargs: dict[str, Any]) -> Any:  # noqa: ARG001  # the signature of every drawing
         raise UnsupportedOnSimulatedDeviceError(
             str(func), "it draws random numbers and takes no generator"
         )
@@ -431,10 +432,10 @@ def _refused(func: Any) -> Drawing:
 def draw_kept(
     shape: torch.Size, p: float, generator: torch.Generator
 ) -> tuple[torch.Tensor, float]:
-    """Draw which numbers dropout keeps.
+    """Draw the elements that dropout keeps.
 
     Returns:
-        A mask of booleans in that shape, and the factor of what is kept.
+        A mask of booleans in the given shape, and the factor for the kept elements.
 
     Source: ``native_dropout_cpu`` of ``aten/src/ATen/native/Dropout.cpp``.
     """

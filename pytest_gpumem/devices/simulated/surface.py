@@ -1,7 +1,7 @@
-"""The functions below ``torch.cuda`` and ``torch.accelerator``, for simulated cards.
+"""The C functions behind ``torch.cuda`` and ``torch.accelerator``, for simulated cards.
 
-torch's own Python code stays as it is: what is replaced is what it calls, the
-functions of ``torch._C`` that a CUDA build has and that would ask a driver.
+Torch's own Python code is not changed. The functions of ``torch._C`` that it calls are
+replaced: those that a CUDA build has and that would call a driver.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 def _nested(flat: dict[str, int]) -> dict[str, Any]:
-    """Turn ``"a.b.c": n`` into nested dictionaries, as the C++ side returns them."""
+    """Convert ``"a.b.c": n`` to nested dictionaries, as C++ returns them."""
     nested: dict[str, Any] = {}
     for key, value in flat.items():
         *path, last = key.split(".")
@@ -51,7 +51,7 @@ def _nested(flat: dict[str, int]) -> dict[str, Any]:
 
 
 def _set_device(index: int) -> None:
-    """Make a card the thread's current one; CUDA makes a context on another one.
+    """Make a card the thread's current one; on a change, CUDA creates a context.
 
     Source: ``c10::cuda::SetDevice`` of ``c10/cuda/CUDAFunctions.cpp``; ``cudaSetDevice``
     initialises the context since CUDA 12.
@@ -72,7 +72,7 @@ def _count() -> int:
 
 
 def _init() -> None:
-    """Use CUDA, and make the generators of the cards that there are.
+    """Initialise CUDA, and create the generators of all cards.
 
     Source: ``torch/csrc/cuda/Module.cpp``, ``THCPModule_initExtension``.
     """
@@ -82,7 +82,7 @@ def _init() -> None:
 
 
 def _has_context(index: int) -> bool:
-    """Tell whether a card was used.
+    """Return whether a card has a context.
 
     Raises:
         RuntimeError: There is no such card.
@@ -108,7 +108,7 @@ def _exchange_device(index: int) -> int:
 
 
 def _maybe_exchange_device(index: int) -> int:
-    """Make a card current as ``_exchange_device`` does, but make no context.
+    """Make a card current as ``_exchange_device`` does, but create no context.
 
     Source: ``c10::cuda::MaybeExchangeDevice`` of ``c10/cuda/CUDAFunctions.cpp``.
     """
@@ -122,12 +122,12 @@ def _maybe_exchange_device(index: int) -> int:
 def _memory_stats(index: int) -> dict[str, Any]:
     nested = _nested(card_of(index).memory_stats())
     pools = nested.pop(PRIVATE, {})
-    if _TELLS_OF_POOLS:  # their keys are ids, pairs of numbers
+    if _TELLS_OF_POOLS:  # the keys are pool ids, which are pairs of numbers
         nested[PRIVATE] = {tuple(map(int, k.split("_"))): v for k, v in pools.items()}
     return nested
 
 
-#: Whether torch's own Python code knows keys that are pairs, as it does since 2.13.
+#: Whether torch's Python code supports keys that are pairs; it does since torch 2.13.
 _TELLS_OF_POOLS: Final = PRIVATE in (torch.cuda.memory_stats.__doc__ or "")
 
 
@@ -183,7 +183,7 @@ def _device_traces() -> list[list[dict[str, Any]]]:
 
 
 def _settings() -> dict[str, Any]:
-    """Return the allocator's settings under torch's names for a snapshot.
+    """Return the allocator's settings with the names that torch uses in a snapshot.
 
     Source: ``torch/csrc/cuda/memory_snapshot.cpp``.
     """
@@ -217,13 +217,13 @@ def _observe_ooms(observer: Any) -> None:
 def _record_history(  # noqa: PLR0917  # torch's own signature
     enabled: str | None,
     context: str | None = "all",
-    stacks: str = "all",  # noqa: ARG001  # Python frames are all there are
+    stacks: str = "all",  # noqa: ARG001  # only Python frames exist
     max_entries: int = sys.maxsize,
     clear_history: bool = False,  # noqa: FBT001, FBT002  # torch's signature
     compile_context: bool = False,  # noqa: ARG001, FBT001, FBT002  # torch's signature
     global_record_annotations: bool = False,  # noqa: ARG001, FBT001, FBT002  # torch's
     skip_actions: Sequence[str] = (),
-    *_later: Any,  # what newer versions of torch record of the host and the driver
+    *_later: Any,  # options of newer torch versions for the host and the driver
 ) -> None:
     if enabled not in (None, "state", "all"):
         raise RuntimeError(f"Unknown enabled: {enabled!r}; None, 'state' or 'all'")
@@ -265,7 +265,7 @@ def _allocation_traceback(address: int) -> list[dict[str, Any]] | None:
 
 
 def _arch_flags() -> str:
-    """Return the architectures of the machine's cards, as a build for them has."""
+    """Return the architecture flags of a torch build for the machine's cards."""
     capabilities = {
         card.card.compute_capability for card in current_machine().all_cards
     }
@@ -273,7 +273,7 @@ def _arch_flags() -> str:
 
 
 def _host_stats() -> dict[str, Any]:
-    """Return the counts of the pinned-memory cache, which is empty: nothing is pinned.
+    """Return the statistics of the pinned-memory cache, which is always empty.
 
     Source: ``torch/cuda/memory.py``, ``host_memory_stats`` (the keys).
     """
@@ -303,7 +303,7 @@ def _mem_get_info(index: int | None) -> tuple[int, int]:
 
 
 def _synchronize(index: int | None = None) -> None:
-    """Wait for nothing: work is done. CUDA makes a context to wait in."""
+    """Do nothing but create a context, as CUDA does; all work is already complete."""
     card = card_of(None if index is None or index < 0 else index)
     card.make_context()
     check_waiting(card)
@@ -323,7 +323,7 @@ def _accelerator_set_stream(stream: Stream) -> None:
 
 
 def _capability(index: int) -> dict[str, Any]:
-    """Return what a card computes with: every type that an operator takes.
+    """Return the dtypes that a card supports: every dtype of an operator.
 
     Source: ``c10/core/DeviceCapability.h``, where every bit is set for CUDA.
     """
@@ -350,10 +350,10 @@ _DTYPES: Final = (
 
 
 def _renew_settings(text: str) -> None:
-    """Give every card's allocator other settings, for the requests to come.
+    """Change the settings of every card's allocator for later requests.
 
     Raises:
-        ValueError: A key or value that torch refuses, or that is not modelled.
+        ValueError: Torch refuses a key or value, or the model does not support it.
     """
     cards = current_machine().cards
     config = cards[0].allocator.config.renewed(text)
@@ -376,10 +376,10 @@ def _cudnn_setter(name: str) -> Callable[[Any], None]:
 
 
 def _nothing(*_args: Any, **_kwargs: Any) -> None:
-    """Do nothing: what would wait or collect has nothing to wait for."""
+    """Do nothing: there is nothing to wait for and nothing to collect."""
 
 
-#: Replacements in ``torch._C``; names as torch 2.8 to 2.15 calls them.
+#: Replacements in ``torch._C``, with the names of torch 2.8 to 2.15.
 C_FUNCTIONS: Final[dict[str, Any]] = {
     "_cuda_init": _init,
     "_cuda_isInBadFork": lambda: current_machine().is_forked,
@@ -476,8 +476,8 @@ def _properties(index: int) -> DeviceProperties:
 def cuda_names() -> dict[str, Any]:
     """Return the replacements in ``torch.cuda`` itself.
 
-    ``_raw_device_…_nvml`` are what torch counts with before CUDA is used: they must
-    never reach a real driver while the cards are simulated ones.
+    Torch counts cards with ``_raw_device_…_nvml`` before CUDA is initialised. These
+    functions must never reach a real driver while cards are simulated.
     """
     return {
         "_cudart": C_FUNCTIONS["_cudart"],
