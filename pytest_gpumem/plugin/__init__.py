@@ -1,8 +1,8 @@
 """The pytest plugin: options, markers, fixtures and the hooks of a run.
 
-This is the only room that imports pytest. No module of it imports torch when it is
-imported itself, and this one imports what a run of the plugin needs only for such a run:
-it is imported wherever the plugin is installed.
+Only this package imports pytest. None of its modules imports torch when it is imported.
+pytest imports this module wherever the plugin is installed, so the modules for a run with
+a device are imported only in such a run.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
-    """Have the device ready before any conftest or test module is imported."""
+    """Set up the device before any conftest or test module is imported."""
     if is_asked(early_config, early_config.known_args_namespace):
         _start(early_config, early_config.known_args_namespace)
 
@@ -81,7 +81,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for description in marks.DESCRIPTIONS:
         config.addinivalue_line("markers", description)
     if _key not in config.stash and is_asked(config, config.option):
-        # Loaded late, by a conftest's pytest_plugins: from here on it works too.
+        # A conftest's pytest_plugins loaded the plugin late; it works from here on.
         _start(config, config.option)
     warn_of_removed(config)
     run = config.stash.get(_key, None)
@@ -110,7 +110,8 @@ def _configure(run: Run, config: pytest.Config) -> None:
     register(HubAdvice, "gpumem-hub-advice")
     is_real = run.choice.kind == "cuda" and run.settings.share == "equal"
     if run.sharing.admits or is_real:
-        # Before what else runs tests, such as the search for their smallest budgets.
+        # Registered before the other plugins that run tests, such as the search for the
+        # smallest budgets.
         _share(run, config, collection)
     if run.settings.baseline is not None:
         from pytest_gpumem.plugin.gate import WORKER_INPUT, Gate
@@ -152,7 +153,7 @@ def _share(run: Run, config: pytest.Config, collection: Collection) -> None:
 
 
 def _tell_controller(run: Run, config: pytest.Config, collection: Collection) -> None:
-    """Have a worker of pytest-xdist send its own notes to the controller."""
+    """Let a worker of pytest-xdist send its notes to the controller."""
     from pytest_gpumem.plugin.outputs import STEP_SUMMARY
     from pytest_gpumem.plugin.summary import notes
     from pytest_gpumem.plugin.workers import WorkerNotes
@@ -174,7 +175,7 @@ def _tell_controller(run: Run, config: pytest.Config, collection: Collection) ->
 
 
 def _control(run: Run, config: pytest.Config, collection: Collection) -> None:
-    """Have the process that receives reports collect records and print the results."""
+    """Let the process that receives reports collect records and print the results."""
     from pytest_gpumem.plugin.endings import PLUGIN_NAME as ENDINGS_NAME
     from pytest_gpumem.plugin.endings import Endings
     from pytest_gpumem.plugin.outputs import STEP_SUMMARY

@@ -1,4 +1,7 @@
-"""A test starts when its bytes of the cards are free; see Note [A card among workers]."""
+"""Starts a test when its bytes of the cards are free.
+
+See Note [A card among workers] in ``sharing.py``.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
 
 #: The fixture that puts other processes on a card.
 TENANTS: Final = "competing_process"
-#: Waits below this many seconds are not worth a word.
+#: Waits of fewer seconds are not reported.
 _SHORT_S: Final = 0.05
 
 
@@ -32,7 +35,7 @@ class Admission:
         run: The run.
         phases: The hooks around tests' phases, which clean up between tests.
         markers: The arguments of each test's markers.
-        idle: Tests that used no card before: they claim no share.
+        idle: Tests that used no card in earlier runs; they claim no share.
     """
 
     def __init__(
@@ -51,7 +54,7 @@ class Admission:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:
-        """Claim before other plugins start to measure or limit the test's time."""
+        """Claim the test's bytes before other plugins measure or limit its time."""
         with ExitStack() as stack:
             self._claim(item, stack)
             try:
@@ -73,7 +76,7 @@ class Admission:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> None:
-        """Say how long a test waited, if it turned out to need a card."""
+        """Report how long a test waited, if it used a card."""
         waited_s, self._waited_s = self._waited_s, 0.0
         if waited_s > _SHORT_S and (item in self._markers or has_record(item)):
             record_of(item).waited_s = round(waited_s, 2)
@@ -90,7 +93,7 @@ class Admission:
         claims = self._claims(item, markers, device)
         self._waited_s = waited = 0.0
         sharing = self._run.sharing
-        # Always in the same order, so that no two tests wait for each other.
+        # The cards are always claimed in the same order, to prevent a deadlock of two tests.
         by_card = sorted(claims, key=device.card_id)
         try:
             for index in by_card:
@@ -116,7 +119,8 @@ class Admission:
             index: device.total_bytes(index) for index in range(device.device_count)
         }
         claims = declared_claims(markers, self._run.settings, totals)
-        # A competing process and the tests of other workers would take each other's bytes.
+        # A test with a competing process gets the card for itself, because the process and
+        # the tests of other workers would take bytes from each other.
         if TENANTS in getattr(item, "fixturenames", ()):
             claims = {
                 index: claims.get(index, Claim(0))._replace(is_alone=True)

@@ -1,4 +1,4 @@
-"""The part of a run that a baseline needs: which tests ran, what they added, what grew."""
+"""Collects the facts of a run that a baseline needs: tests, added bytes, what grew."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from pytest_gpumem.plugin.session import Run
     from pytest_gpumem.records.record import Record
 
-#: Options with which a run is told to run some of its tests.
+#: Options that select a part of the tests.
 _CHOOSING: Final = ("keyword", "markexpr", "deselect", "lf", "maxfail", "stepwise")
 
 
 class Spared:
-    """The tests that were collected and do not run, for whatever reason."""
+    """The tests that were collected and do not run, for any reason."""
 
     def __init__(self) -> None:
         self._seen: Final[set[str]] = set()
@@ -39,7 +39,7 @@ class Spared:
         self._seen.add(item.nodeid)
 
     def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
-        """Note deselected tests: a plugin may have changed their names."""
+        """Note deselected tests, because a plugin may have changed their names."""
         self._seen.update(item.nodeid for item in items)
 
     @pytest.hookimpl(trylast=True)
@@ -54,12 +54,14 @@ class Spared:
 
 
 class BaselineRecord(Spared):
-    """Collects which tests ran and what they added, in the process that gets reports.
+    """Collects the tests that ran and the bytes that they added.
+
+    It works in the process that receives reports.
 
     Args:
         run: The run.
         gate: The baseline.
-        config: The run's.
+        config: The run's config.
         collector: Collects the records.
     """
 
@@ -73,18 +75,19 @@ class BaselineRecord(Spared):
         self._session: pytest.Session | None = None
         self._peaks: Final[dict[str, dict[str, dict[str, int]]]] = {}
         self._fixtures: Final[dict[str, dict[str, dict[str, int]]]] = {}
-        #: Bytes that tests paid for others, or others for them, by test and figure.
+        #: Bytes of first uses that count for another test than the one that made them, by
+        #: test and figure.
         self._moved: Final[dict[str, dict[str, int]]] = {}
         self._failed: Final = collector.failed
         self._finished: Final = collector.outcomes
         self._left_out: Final[set[str]] = set()
         collector.listeners.append(self._take)
-        #: Fixtures that failed, and the tests that are listed below them.
+        #: Fixtures that grew, with the tests that are listed below them.
         self._culprits: Final[dict[str, list[str]]] = {}
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
-        """Hand the baseline to a worker, wherever it is."""
+        """Send the baseline to a worker, which may be on another machine."""
         node.workerinput[WORKER_INPUT] = self._gate.baseline.to_text()
 
     # -- what ran -------------------------------------------------------------------------
@@ -103,11 +106,11 @@ class BaselineRecord(Spared):
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
-        """Note the tests that a worker deselected; one that crashed sends none."""
+        """Note the tests that a worker deselected; a worker that crashed sends none."""
         self._left_out.update(notes_of(node).get("spared", ()))
 
     def _take(self, finished: Finished) -> None:
-        """Note what a test added, once it has ended."""
+        """Note the bytes that a test added, once it has ended."""
         if finished.outcome == "skipped":
             self._left_out.add(finished.nodeid)
         record = finished.record
@@ -123,7 +126,7 @@ class BaselineRecord(Spared):
         self._peaks.setdefault(record.environment, {})[test] = record.growth
         self._moved[test] = judgement.moved
         for key in judgement.because:
-            if key not in self._culprits:  # it is new, so no test failed for it
+            if key not in self._culprits:  # a new fixture, for which no test failed
                 text = f"the fixture {key} is new, and its tests need more"
                 self._fail(key, f"{text} than the baseline {self._gate.name} allows")
             self._culprits[key].append(test)
@@ -178,9 +181,9 @@ class BaselineRecord(Spared):
                 nodeid=name,
                 location=location,
                 keywords={},
-                outcome=outcome,  # type: ignore[arg-type]  # one of the two that it names
+                outcome=outcome,  # type: ignore[arg-type]  # one of the accepted outcomes
                 longrepr=text if outcome == "failed" else None,
-                when=when,  # type: ignore[arg-type]  # likewise
+                when=when,  # type: ignore[arg-type]  # one of the accepted phases
             )
             if report.failed:
                 mark_over_limit(report)
@@ -193,14 +196,14 @@ class BaselineRecord(Spared):
 
     @property
     def _is_chosen(self) -> bool:
-        """Whether the run was told to run some of its tests."""
+        """Whether an option selects a part of the tests."""
         option = self._config.option
         return any(getattr(option, name, None) for name in _CHOOSING) or any(
             "::" in argument for argument in self._config.args
         )
 
     def _stale(self, environment: str) -> list[str]:
-        """Return the baseline's tests that this run shows no longer to exist."""
+        """Return the baseline's tests that no longer exist, as this run shows."""
         known = self._gate.baseline.peaks.get(environment, {})
         used = self._peaks.get(environment, {})
         kept = self.spared | self._left_out | self._failed
@@ -212,7 +215,7 @@ class BaselineRecord(Spared):
             if test in used or test in kept:
                 continue
             if test in self._finished:
-                stale.append(test)  # it ran, and used no card
+                stale.append(test)  # the test ran and used no card
             elif (
                 not self._num_unfinished()
                 and not (self._config.rootpath / file).exists()
@@ -221,7 +224,7 @@ class BaselineRecord(Spared):
         return sorted(stale)
 
     def _stale_fixtures(self, environment: str) -> list[str]:
-        """Return the baseline's fixtures that no test of a whole run used."""
+        """Return the baseline's fixtures that no test used in a run of all tests."""
         known = self._gate.baseline.peaks.get(environment, {})
         fixtures = self._gate.baseline.fixtures.get(environment, {})
         is_whole = (

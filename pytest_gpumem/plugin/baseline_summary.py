@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from pytest_gpumem.plugin.record_keeping import Collector
     from pytest_gpumem.plugin.session import Run
 
-#: Changes and stale tests that are listed without ``-v``.
+#: The most changes and stale tests that are listed without ``-v``.
 TOP: Final = 20
-#: Names that a sentence lists.
+#: The most names that a sentence lists.
 FEW: Final = 3
 
 
@@ -41,9 +41,9 @@ class BaselineSummary(BaselineRecord):
     Args:
         run: The run.
         gate: The baseline.
-        config: The run's.
+        config: The run's config.
         collector: Collects the records.
-        endings: Collects reasons for failing the run other than failed tests.
+        endings: Collects reasons, other than failed tests, for which the run fails.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class BaselineSummary(BaselineRecord):
         self._lines: list[tuple[str, str, bool]] = []
         #: The changes against the baseline, for reports.
         self.changes: list[Change] = []
-        #: The entries that are new in this run, and those that are stale in the file.
+        #: The new entries of this run, and the stale entries of the file.
         self.new: list[Entry] = []
         self.stale: list[Entry] = []
 
@@ -67,7 +67,7 @@ class BaselineSummary(BaselineRecord):
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self) -> None:
-        """Compare, or write the file."""
+        """Compare the run with the file, or write the file."""
         if not self._endings.has_run:
             return
         choice = self._run.choice
@@ -97,7 +97,7 @@ class BaselineSummary(BaselineRecord):
         return list(found)
 
     def _expected(self) -> str | None:
-        """Return the environment that this run's tests would have if they used a card."""
+        """Return the environment that this run's tests have if they use a card."""
         if self._run.choice.kind == "simulated":
             build = torch_build()
             names = [each.name for each in self._run.settings.cards]
@@ -109,7 +109,7 @@ class BaselineSummary(BaselineRecord):
     def pytest_terminal_summary(
         self, terminalreporter: pytest.TerminalReporter
     ) -> None:
-        """Print what changed."""
+        """Print the changes."""
         if not self._lines:
             return
         verbosity = self._config.get_verbosity()
@@ -192,8 +192,8 @@ class BaselineSummary(BaselineRecord):
     ) -> bool:
         """Tell whether all judged figures of an entry are the same.
 
-        The bytes that were on the card before depend on the order of tests, so they are
-        not compared: an update in another order changes nothing.
+        The bytes that were on the card before the test depend on the order of tests. They
+        are not compared, so that an update after a run in another order changes nothing.
         """
         if before is None or not has_growth(before):
             return False
@@ -205,7 +205,7 @@ class BaselineSummary(BaselineRecord):
     # -- comparing ------------------------------------------------------------------------
 
     def _find(self, stale: Mapping[str, Sequence[str]]) -> dict[str, int]:
-        """Note the changes against the baseline; return the number of tests by result."""
+        """Note the changes from the baseline; return the number of tests by result."""
         counts = {"the same": 0, "changed": 0, "new": 0}
         tolerances = () if self._gate.updates else self._gate.tolerances
         for environment, tests in sorted(self._peaks.items()):
@@ -315,7 +315,7 @@ class BaselineSummary(BaselineRecord):
             self._say("--gpu-update-baseline drops what is stale")
 
     def _compare_carried(self, environment: str) -> None:
-        """Compare tests that have only figures of another version of torch."""
+        """Compare the tests for which the file has figures of another torch version only."""
         known = self._gate.known(environment)
         tests = {
             test: before
@@ -353,7 +353,8 @@ class BaselineSummary(BaselineRecord):
             if words
             else ("torch itself moved nothing")
         )
-        # If torch changed each test by other bytes, this cannot be told from their own changes.
+        # If torch changed each test by a different number of bytes, this looks the same as
+        # changes of the tests themselves.
         is_torch = 2 * len(bad) > len(tests) and len(bad) > 1
         if is_torch:
             moved = (

@@ -1,4 +1,4 @@
-"""The tests that used no card in earlier runs; their names are in pytest's cache."""
+"""Keeps, in pytest's cache, the names of tests that used no card in earlier runs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _KEY: Final = "gpumem/idle"
 
 
 class CardlessTests:
-    """Reads and notes which tests use no card; not in workers.
+    """Reads and writes the names of tests that use no card; not used in workers.
 
     Args:
         config: The run's config; without pytest's cache nothing is read or written.
-        collector: Has the tests of this run.
+        collector: Collects the tests of this run.
     """
 
     def __init__(self, config: pytest.Config, collector: Collector) -> None:
@@ -27,7 +27,7 @@ class CardlessTests:
 
     @property
     def idle(self) -> set[str]:
-        """Tests that used no card when they ran last."""
+        """The tests that used no card in their last run."""
         kept = self._cache.get(_KEY, []) if self._cache is not None else []
         return set(map(str, kept)) if isinstance(kept, list) else set()
 

@@ -1,4 +1,4 @@
-"""Children of tests: they take over the run's settings, and tests get their peaks."""
+"""Gives child processes of tests the run's settings, and tests their children's peaks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.records.memory_figures import MemoryFigures
     from pytest_gpumem.rules.rule import Rule
 
-#: The phase that children's figures stand under.
+#: The phase under which a record has the figures of children.
 PHASE: Final = "children"
 
 PTH: Final = "pytest_gpumem_child.pth"
@@ -43,7 +43,7 @@ _NVIDIA_SMI: Final = Path(__file__).parents[1] / "nvidia_smi" / "bin"
 
 
 class Children:
-    """The children of one process that runs tests.
+    """The child processes of one process that runs tests.
 
     Args:
         settings: The run's options.
@@ -52,7 +52,7 @@ class Children:
     def __init__(self, settings: Settings) -> None:
         self._settings: Final = settings
         self._pid: Final = os.getpid()
-        # Made by the first child that uses a card: most runs have none.
+        # The first child that uses a card makes this folder; most runs have none.
         name = f"gpumem-{os.getpid()}-{secrets.token_hex(8)}"
         self._folder: Final = os.path.join(tempfile.gettempdir(), name)  # noqa: PTH118  # as text, for the environment
         self._saved: dict[str, str | None] = {}
@@ -60,16 +60,16 @@ class Children:
         self._forks: Any = None
         self._given: Inheritance | None = None
         self._text = ""
-        #: The rules that fail allocations at present; children that are forked have it too.
+        #: The injector of the running test; forked children have a copy of it.
         self.injector: Any = None
 
     # -- what they take over ----------------------------------------------------------
 
     def start(self, backend: str, *, shared: str = "") -> None:
-        """Reach children that are started from here on, unless it is switched off.
+        """Pass settings to children that start from here on, unless an option forbids it.
 
         Args:
-            backend: The run's.
+            backend: The run's backend.
             shared: The folder of the processes that share simulated cards.
         """
         if not self._settings.reaches_children or backend == "off":
@@ -98,7 +98,7 @@ class Children:
             self._set(PYTHON_VARIABLE, sys.executable)
 
     def device_came(self, device: Device) -> None:
-        """Note children that are forked from here on."""
+        """Watch children that are forked from here on."""
         if self._given is None or self._forks is not None:
             return
         from pytest_gpumem.children.watch import ForkedChildren, Watch
@@ -108,7 +108,7 @@ class Children:
             return Watch(device, self._folder, indices, self._strikes)
 
         if os.getpid() != self._pid:
-            make().start()  # a child that was forked before, and only now uses torch
+            make().start()  # this is a child, forked before torch was first used
         self._forks = ForkedChildren(make)
         self._forks.start()
 
@@ -174,7 +174,8 @@ class Children:
     def strikes(self, count: int) -> list[int]:
         """Return how many allocations each rule failed in children, in the rules' order."""
         told = [child.strikes for child in self.new_figures()]
-        # Notes have room for the counts of this many rules; those of others are unknown.
+        # Notes have room for the counts of a fixed number of rules; further counts are
+        # unknown.
         return [
             sum(sum(each[index : index + 1]) for each in told) for index in range(count)
         ]
@@ -229,7 +230,9 @@ def _is_installed() -> bool:
 
 def _is_alive(pid: int) -> bool:
     if not IS_POSIX:
-        return True  # signal 0 asks nothing there; the note goes with the run's folder
+        return (
+            True  # Windows has no signal 0; the note is removed with the run's folder
+        )
     try:
         os.kill(pid, 0)
     except OSError:

@@ -1,4 +1,4 @@
-"""How many bytes of each card a test claims while workers share the cards."""
+"""Decides how many bytes of each card a test claims while workers share the cards."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ class Claim(NamedTuple):
 def declared_claims(
     markers: Markers | None, settings: Settings, totals: Mapping[int, int]
 ) -> dict[int, Claim]:
-    """Return what a test's markers and the run's options say that it needs, by card.
+    """Return the bytes of each card that a test needs by its markers and the options.
 
-    ``requires_vram`` comes first, then a budget of the test's own, then its limits, then
-    the run's limit, then the run's budget. A limit without a card is for the first one.
+    The first of these that exists is used: ``requires_vram``, a budget of the test's own,
+    its limits, the run's limit, the run's budget. A limit without a card is for the first
+    card.
 
     Args:
         markers: The arguments of the test's markers.
@@ -39,7 +40,7 @@ def declared_claims(
         totals: Bytes of each card.
 
     Returns:
-        Claims by device index; empty if nothing says what the test needs.
+        Claims by device index; empty if no marker and no option says what the test needs.
     """
     claims: dict[int, Claim] = {}
     for index, total in totals.items():

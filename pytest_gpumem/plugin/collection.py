@@ -25,7 +25,7 @@ class Collection:
 
     Args:
         run: The run; its device may be created in the middle of a test.
-        config: The run's.
+        config: The run's config.
     """
 
     def __init__(self, run: Run, config: pytest.Config) -> None:
@@ -74,7 +74,7 @@ class Collection:
             shard_tests(metafunc, is_replay=settings.replay is not None)
 
     def _check_sweep(self, item: pytest.Item, markers: marks.Markers) -> None:
-        """Have a test swept or repeated; one that cannot be fails with the reason."""
+        """Let a test be swept or repeated; if this is impossible, it fails with the reason."""
         is_repeated = markers.leak is not None and markers.leak.repeat is not None
         if markers.sweep is None and not is_repeated:
             return
@@ -105,13 +105,13 @@ class Collection:
             self._manager.register(Sweeps(self._run, self.markers), "gpumem-sweeps")
 
     def _check_cards(self, item: pytest.Item, markers: marks.Markers) -> None:
-        """Reject markers that name a card, or more bytes of one, than the run has.
+        """Reject markers that name a card, or bytes of a card, that the run does not have.
 
         Raises:
-            pytest.UsageError: A marker does so.
+            pytest.UsageError: There is such a marker.
         """
         totals = self._run.totals()
-        if not totals:  # only torch could tell, or the cards are hidden
+        if not totals:  # only torch knows them, or the cards are hidden
             return
         named = [("gpu_budget", each.device_index) for each in markers.budgets]
         named += [("max_vram", each.device_index or 0) for each in markers.limits]
@@ -172,10 +172,10 @@ class Collection:
         return self._manager.is_registered(self.phases)
 
     def _register(self) -> None:
-        """Register the hooks around every test, whether there is a device yet or not.
+        """Register the hooks around every test, also if there is no device yet.
 
-        torch may be imported in the middle of any test; a plugin that is registered then
-        is not called by hooks that are already running.
+        A test may import torch at any moment. A plugin that is registered at that moment
+        is not called for hooks that are already running.
         """
         self._manager.register(self._fixtures, "gpumem-fixtures")
         shrunk = ShrunkBatches()
@@ -186,7 +186,7 @@ class Collection:
             self._attach(self._run.device)
 
     def _attach(self, device: Device) -> None:
-        """Watch for OOMs and failures; their hooks are called after a phase."""
+        """Register the plugins for OOMs and failures; their hooks run after a phase."""
         if self._run.witness is None:
             self._manager.register(self.phases.failures, "gpumem-failures")
             self._manager.register(self.incidents, "gpumem-incidents")

@@ -1,9 +1,9 @@
-"""OOMs that other workers helped to cause: the failure says so, and what to do.
+"""Recognises OOMs that other workers helped to cause, and adds advice to the failure.
 
-Such an OOM is one that the test would not have had with the card for itself: its live
-bytes and its request together fit into the test's own budget, or into the card if it has
-none. An injected OOM never is one. The test fails; a marker ``requires_vram`` would make
-it wait for its bytes instead.
+Without the other workers such an OOM would not have happened: the test's live bytes and
+its request together fit into the test's own budget, or into the card if the test has no
+budget. An injected OOM is never of this kind. The test fails. With the marker
+``requires_vram`` it would wait for its bytes instead.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MIB: Final = 2**20
 
 
 class ContentionCheck:
-    """Tells a test's OOMs under contention apart from its own.
+    """Distinguishes OOMs under contention from OOMs of the test alone.
 
     Args:
         run: The run.
@@ -52,11 +52,12 @@ class ContentionCheck:
         share = self._run.sharing.cap_bytes(device, index)
         in_force = incident.budget_bytes
         if in_force is not None and in_force != share:
-            # The smallest of all that are alive: a fixture's or a block's is the test's own.
+            # The smallest active budget counts. A budget of a fixture or a block also
+            # belongs to the test.
             budget = min(budget or in_force, in_force)
         needed = incident.allocated_bytes + nbytes
         if incident.injected_by or needed > min(budget or total, total):
-            return  # its own: it would have run out of memory alone too
+            return  # without other workers the test would also have run out of memory
         others = device.others_bytes(index)
         lacks_share = budget is None and share is not None
         if lacks_share or total - others - incident.reserved_bytes < nbytes:
@@ -66,7 +67,7 @@ class ContentionCheck:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None]:
-        """Forget the OOMs of the test before."""
+        """Forget the OOMs of the previous test."""
         self._item, self._seen = item, None
         return (yield)
 
@@ -74,7 +75,7 @@ class ContentionCheck:
     def pytest_runtest_makereport(
         self, item: pytest.Item
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Add to a failure what the OOM was, and which marker the test lacks."""
+        """Add to a failure a description of the OOM, and the marker that the test lacks."""
         report = yield
         if report.failed and self._seen is not None:
             record_of(item).contention = self._seen
@@ -98,7 +99,7 @@ def describe_contention(seen: Contention) -> str:
 
 
 def advice(seen: Contention) -> str:
-    """Return which marker makes the test wait for its bytes."""
+    """Return the marker that makes the test wait for its bytes, in words."""
     mebibytes = -(-seen.needed_bytes // _MIB)
     size = f"{mebibytes // 1024}GiB" if mebibytes % 1024 == 0 else f"{mebibytes}MiB"
     return f'@pytest.mark.requires_vram("{size}") makes it wait until that much is free'

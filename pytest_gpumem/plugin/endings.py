@@ -1,9 +1,9 @@
-"""Reasons other than failed tests for which a run ends with a non-zero exit code.
+"""Collects reasons, other than failed tests, for which a run ends with an exit code not 0.
 
-There are two kinds. A file that could not be written fails the run. A check that was
-asked for and could check nothing (a baseline without figures of this card, a replay with
-nothing to replay) fails it under ``--gpu-strict``, which is on in CI. Otherwise the run
-prints it, in a section of its own below the failures.
+There are two kinds. A file that could not be written fails the run. A requested check may
+have had nothing to check, such as a baseline without figures of this card, or a replay
+with nothing to replay. It fails the run under ``--gpu-strict``, which is on in CI.
+Otherwise the run prints the reason in a section below the failures.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _FINE: Final = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
 
 
 class Endings:
-    """Collects these reasons; not in workers.
+    """Collects the reasons for which the run fails; not used in workers.
 
     Args:
         is_strict: Whether a check that checks nothing fails the run.
@@ -33,15 +33,15 @@ class Endings:
         self._failures: Final[dict[str, None]] = {}
         self._inert: Final[dict[str, None]] = {}
         self._is_shown = False
-        #: Whether tests are run, and not just listed: else nothing is written.
+        #: Whether tests run; if they are only listed, no file is written.
         self.has_run = False
 
     def fail(self, text: str) -> None:
-        """Fail the run, and say why."""
+        """Fail the run, with the reason."""
         self._failures[text] = None
 
     def is_inert(self, text: str) -> None:
-        """Note that a check checked nothing, and what to run so that it does."""
+        """Note that a check checked nothing, with the command after which it does."""
         self._inert[text] = None
 
     @property
@@ -99,7 +99,7 @@ class Endings:
                 else "in CI, or with --gpu-strict, this fails the run"
             )
         if self.has_failed:
-            # The last line counts what is in there: green, it would be overlooked.
+            # The last line counts these reasons, because a green line would be overlooked.
             wrong: list[Any] = terminal.stats.setdefault("error", [])
             count = len(self._failures) + len(self._inert) * self._is_strict
             wrong.extend(_Counted() for _ in range(count))

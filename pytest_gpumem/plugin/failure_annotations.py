@@ -1,4 +1,4 @@
-"""Failed tests as annotations of a pull request, in runs of GitHub Actions."""
+"""Shows failed tests as annotations of a pull request, in runs of GitHub Actions."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from pytest_gpumem.reports.github_commands import (
 if TYPE_CHECKING:
     from pytest_gpumem.plugin.record_keeping import Finished
 
-#: The variable with the checkout's folder.
+#: The environment variable with the folder of the checkout.
 WORKSPACE: Final = "GITHUB_WORKSPACE"
 
 
 class Annotations:
     """Collects tests that failed for their memory; prints them when the run is over.
 
-    It belongs to the process that prints the summary, so each is printed once,
-    however many workers there are.
+    It is used in the process that prints the summary, so each test is printed once, also
+    with several workers.
 
     Args:
-        config: The run's.
+        config: The run's config.
     """
 
     def __init__(self, config: pytest.Config) -> None:
@@ -70,7 +70,7 @@ class Annotations:
     def pytest_terminal_summary(
         self, terminalreporter: pytest.TerminalReporter
     ) -> None:
-        """Print them, each at the beginning of a line, which GitHub requires."""
+        """Print the annotations, each at the beginning of a line, which GitHub requires."""
         terminalreporter.ensure_newline()
         for command in self._commands:
             terminalreporter.write_line(command)

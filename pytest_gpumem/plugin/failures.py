@@ -1,4 +1,4 @@
-"""Frees what the frames of failed phases hold, once the phases are reported."""
+"""Frees the objects in the frames of failed phases, once the phases are reported."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pytest_gpumem.stacks import clear_exception
 class Failures:
     """Clears the frames of failed phases, which hold tensors on a card.
 
-    pytest keeps the exception of a failed call in ``sys.last_value`` and that of a fixture
-    with the fixture, and other plugins may keep more. This class gets the exception when
-    the phase's report is made. It clears the frames when the next phase begins: by then
-    every plugin, and a debugger, has seen them.
+    pytest keeps the exception of a failed call in ``sys.last_value``, and the exception of
+    a fixture with the fixture; other plugins may keep further exceptions. This class gets
+    the exception when the phase's report is made. It clears the frames when the next phase
+    begins, because by then every plugin, and a debugger, has seen them.
     """
 
     def __init__(self) -> None:

@@ -39,7 +39,7 @@ def vram_budget(
 def competing_process(
     request: pytest.FixtureRequest,
 ) -> Callable[..., AbstractContextManager[Tenant]]:
-    """Have another process hold memory of a card, in a with statement."""
+    """Let another process hold memory of a card, in a with statement."""
     _session(request.config).require_device()
     from pytest_gpumem.instruments.competing_process import competing_process as compete
 
@@ -50,7 +50,8 @@ def competing_process(
 def steady(request: pytest.FixtureRequest) -> Callable[..., Iterator[int]]:
     """A loop whose memory must not grow from step to step.
 
-    ``for step in steady(steps=9, warmup=2):``; takes what ``pytest_gpumem.steady`` takes.
+    ``for step in steady(steps=9, warmup=2):``; the arguments are those of
+    ``pytest_gpumem.steady``.
     """
     _session(request.config).require_device()
     from pytest_gpumem.instruments.steady import steady as steps
@@ -81,7 +82,8 @@ def oom_injector(request: pytest.FixtureRequest) -> Iterator[OomInjector]:
 def oom_sweep(request: pytest.FixtureRequest) -> Callable[..., SweepReport]:
     """Fail every allocation of a function in turn: ``oom_sweep(load, path)``.
 
-    Takes what ``pytest_gpumem.sweep_ooms`` takes; fails the test if a run ends badly.
+    The arguments are those of ``pytest_gpumem.sweep_ooms``. The test fails if a run ends
+    badly.
     """
     run = _session(request.config)
     run.require_device()
@@ -101,8 +103,8 @@ def oom_sweep(request: pytest.FixtureRequest) -> Callable[..., SweepReport]:
 def fallback(request: pytest.FixtureRequest) -> Callable[..., FallbackReport]:
     """Check a loader's fallback under budgets and faults: ``fallback(load)``.
 
-    Takes what ``pytest_gpumem.check_fallback`` takes; fails the test if a step is not
-    as it should be, and shows the staircase at the end of the run.
+    The arguments are those of ``pytest_gpumem.check_fallback``. The test fails if a step
+    has a problem; the staircase is shown at the end of the run.
     """
     _session(request.config).require_device()
     from pytest_gpumem.instruments.fallback import check_fallback

@@ -1,11 +1,11 @@
-"""The run's baseline in each process that runs tests: a test is judged when it ends.
+"""Compares each test with the run's baseline when it ends, in the process that runs it.
 
 Note [One cause, one failure]
 A fixture that grew fails under its own name. The tests that use it do not fail; they are
-listed below it, with the reason. A test that needs more because it runs first, while
-another test ran first in the baseline, does not fail; see ``FirstUses``. Figures of
-another version of torch are compared at the end of the run, because the effect of torch
-itself can be seen only in all tests together.
+listed below it, with the reason. A test may need more bytes because it runs first, while
+another test ran first in the baseline. Such a test does not fail; see ``FirstUses``.
+Figures of another version of torch are compared at the end of the run, because the effect
+of torch itself can be seen only in all tests together.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ WORKER_INPUT: Final = "gpumem_baseline"
 
 
 class Known:
-    """A baseline's figures of one environment, or of the same with another torch.
+    """A baseline's figures of one environment, or of it with another version of torch.
 
     Args:
         baseline: The baseline.
         environment: The environment.
 
     Attributes:
-        other: The same environment with the nearest version of torch; its figures are
-            used for tests that have none of this version.
+        other: The same environment with the nearest version of torch; its figures are used
+            for tests that have no figures of this version.
     """
 
     def __init__(self, baseline: Baseline, environment: str) -> None:
@@ -74,17 +74,17 @@ class Known:
 
     @property
     def all_tests(self) -> dict[str, Peaks]:
-        """Every test's entry, this version's before the other's."""
+        """The entries of all tests: of this torch version, else of the other version."""
         return {**self._tests, **self.tests}
 
     def test(self, name: str) -> tuple[Peaks | None, bool]:
-        """Return a test's entry, and whether it is another version's."""
+        """Return a test's entry, and whether it is of another version of torch."""
         if name in self.tests:
             return self.tests[name], False
         return self._tests.get(name), name in self._tests
 
     def fixture(self, key: str) -> tuple[Peaks | None, bool]:
-        """Return a fixture's entry, and whether it is another version's."""
+        """Return a fixture's entry, and whether it is of another version of torch."""
         if key in self.fixtures:
             return self.fixtures[key], False
         return self._fixtures.get(key), key in self._fixtures
@@ -94,17 +94,18 @@ class Gate:
     """A run's baseline in each process that runs tests.
 
     Args:
-        settings: The options; they name a file.
-        text: The file's text, where a controller has read it; None reads it.
+        settings: The options; they name the file.
+        text: The file's text, if a controller has read it; None reads the file.
 
     Raises:
-        pytest.UsageError: The file is missing, unless it is to be written, or broken.
+        pytest.UsageError: The file is broken, or it is missing and the run does not write
+            it.
     """
 
     def __init__(self, settings: Settings, text: str | None = None) -> None:
         assert settings.baseline is not None, "the caller looks"  # noqa: S101  # states why
         self.path: Final = settings.baseline
-        #: The path as a person would write it here.
+        #: The path, relative to the working directory.
         self.name: Final = os.path.relpath(self.path)
         self.updates: Final = settings.updates_baseline
         self.tolerances: Final[Sequence[Tolerance]] = settings.compare_fail or DEFAULT
@@ -114,13 +115,14 @@ class Gate:
         self._known: Final[dict[str, Known]] = {}
         self._uses: Final[dict[str, FirstUses]] = {}
         self._environment = ""
-        #: Facts about the running test that are not among its figures.
+        #: The findings about the running test, in addition to its figures.
         self.judgement = Judgement()
-        #: Growth of the running test that is taken for first uses of other tests, until the
-        #: teardown shows whether the bytes stay; and the failure's text if they do not.
+        #: Growth of the running test that is taken for first uses of other tests, and the
+        #: text of the failure. The teardown shows whether the bytes stay on the card; if
+        #: they do not, the test fails.
         self._excused: tuple[dict[str, int], str] = ({}, "")
-        #: The growth of the fixtures of wider scope that explain the running test's growth:
-        #: the bytes that they hold now, divided by those in the baseline.
+        #: The bytes of the fixtures of wider scope that explain the running test's growth,
+        #: divided by their bytes in the baseline.
         self._ratio = 1.0
 
     def _read(self) -> Baseline:
@@ -145,13 +147,13 @@ class Gate:
     # -- one test -------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Begin with a test, before its setup."""
+        """Prepare for a test, before its setup."""
         self.judgement = Judgement()
         self._excused = ({}, "")
         self._ratio = 1.0
 
     def check(self, environment: str, item: pytest.Item, growth: Growth) -> str | None:
-        """Return what is wrong with the bytes that a test's call added; None if nothing is."""
+        """Return the problem with the bytes that a test's call added, or None."""
         self._environment = environment
         known = self.known(environment)
         before, is_carried = known.test(item.nodeid)
@@ -172,7 +174,8 @@ class Gate:
         moved = dict(self.judgement.moved)
         bad = self._grown(test, before, peaks, moved)
         if bad and moved and not self._grown(test, before, peaks, {}):
-            # The test has this first use itself, so the test it was counted for has leaked.
+            # This test makes its first use itself. So the earlier test, which was excused
+            # for these bytes, has leaked.
             self.judgement = Judgement(denied=uses.deny(test))
             bad = []
         if bad:
@@ -209,7 +212,7 @@ class Gate:
     def _more(
         before: Mapping[str, int], left: Mapping[str, int], moved: Mapping[str, int]
     ) -> dict[str, int]:
-        """Return the bytes left above those of the baseline, by figure."""
+        """Return by how many bytes each figure of bytes left is above the baseline."""
         more = {
             name: nbytes - moved.get(name, 0) - before.get(name, 0)
             for name, nbytes in left.items()
@@ -285,7 +288,7 @@ class Gate:
         )
 
     def check_left(self, test: str, left: Mapping[str, int]) -> str | None:
-        """Return what is wrong with the bytes that a test leaves; None if nothing is."""
+        """Return the problem with the bytes that a test leaves, or None."""
         known = self.known(self._environment)
         before, is_carried = known.test(test)
         if before is None or not has_growth(before):
@@ -294,7 +297,8 @@ class Gate:
         moved: dict[str, int] = dict(self.judgement.moved)
         changes = self._left_changes(test, before, adjusted(left, moved))
         if changes and moved:
-            # The test leaves these bytes itself, so the test they were counted for has leaked.
+            # This test leaves its bytes itself. So the earlier test, which was excused for
+            # these bytes, has leaked.
             self.judgement.denied = uses.deny(test)
             moved = {}
         for name, nbytes in self._more(before, left, moved).items():
@@ -304,7 +308,7 @@ class Gate:
         self.judgement.moved = moved
         excused, text = self._excused
         if any(nbytes > moved.get(name, 0) for name, nbytes in excused.items()):
-            return text  # the growth did not stay on the card
+            return text  # the growth did not stay on the card, so it was no first use
         changes = self._left_changes(test, before, adjusted(left, moved))
         if not changes or is_carried or self.updates:
             return None
@@ -321,7 +325,7 @@ class Gate:
     def _left_changes(
         self, test: str, before: Mapping[str, int], left: Mapping[str, int]
     ) -> list[Change]:
-        """Return the figures of bytes left beyond the tolerances.
+        """Return the figures of bytes left that changed beyond the tolerances.
 
         Bytes that a test leaves in a fixture of wider scope, such as gradients of its
         model, grow with the fixture.
@@ -339,7 +343,7 @@ def _but_left(peaks: Mapping[str, int]) -> Peaks:
 
 
 def adjusted(peaks: Mapping[str, int], moved: Mapping[str, int]) -> Peaks:
-    """Return a test's figures, corrected for first uses in other tests."""
+    """Return a test's figures, corrected by first uses that count for other tests."""
     found = dict(peaks)
     for name, nbytes in moved.items():
         head = name.removesuffix(f"allocated {LEFT}")

@@ -1,17 +1,17 @@
-"""Measures the bytes that a test itself adds to the cards, whatever else is there.
+"""Measures the bytes that a test itself adds to the cards, apart from all other bytes.
 
 Note [Whose bytes are whose]
-Bytes belong to the test that runs. The exception are bytes that a fixture of wider scope
-adds while it is made, in the setup or call of any test: several tests share the fixture,
-so it has figures under its own name. The time from a test's setup to its teardown is
-therefore cut into pieces, where such a fixture begins and ends and where the first of them
-is torn down. Changes in the remaining pieces belong to the test. Fixtures of function
-scope belong to the test. They have figures under their own names, too, so that a fixture
-that grew is reported apart from its tests.
+Bytes belong to the running test, with one exception. A fixture of wider scope may add
+bytes while it is made, in the setup or call of any test. Several tests share the fixture,
+so these bytes have figures under the fixture's name. Therefore the time from a test's
+setup to its teardown is divided where such a fixture begins and ends, and where the first
+of them is torn down. Changes in the remaining pieces of time belong to the test. Fixtures
+of function scope belong to the test. They also have figures under their own names, so that
+a fixture that grew is reported separately from its tests.
 
-cuBLAS keeps a workspace for each thread and stream that multiplied matrices. It is
-cleared, with the cache, between tests and after each fixture of wider scope. Otherwise
-the workspace would count for the first test that multiplies, and for no later one.
+cuBLAS keeps a workspace for each thread and stream that multiplied matrices. Between tests
+and after each fixture of wider scope the workspaces and the cache are cleared. Otherwise a
+workspace would count for the first test that multiplies, and for no later test.
 """
 
 from __future__ import annotations
@@ -67,23 +67,24 @@ def _plus(one: Bytes, other: Mapping[tuple[int, str], int], sign: int = 1) -> By
 
 
 class Meter:
-    """The peak growth of a piece of code that may be interrupted by other code.
+    """Measures the peak growth of code, without other code that runs in between.
 
-    It may begin before there is a device: until then, nothing was on the cards.
+    The measurement may begin before there is a device. Until there is one, the cards count
+    as empty.
     """
 
     def __init__(self, run: Run) -> None:
         self._run: Final = run
         self._trackers: list[Tracker] = []
-        #: Bytes that were there at the start, and bytes that others have added since.
+        #: Bytes that were on the cards at the start, and bytes that other code has added.
         self.before: Bytes = {}
         self._paused: Bytes | None = None
-        #: The most that was there above that.
+        #: The most bytes that were on the cards in addition to those in ``before``.
         self.growth: Bytes = {}
-        #: The most that was there at all.
+        #: The most bytes that were on the cards.
         self.peak: Bytes = {}
         self._requests = 0
-        #: Whether anything was asked of a card.
+        #: Whether the code made any request to a card.
         self.is_used = False
         device = run.device
         if device is not None:
@@ -91,14 +92,14 @@ class Meter:
             self.start(device)
 
     def start(self, device: Device) -> None:
-        """Begin a piece, also when the device was just created."""
+        """Begin a piece of time; the device may have been created just now."""
         self._requests = device.num_requests
         self._trackers = [
             device.open_tracker(index) for index in range(device.device_count)
         ]
 
     def pause(self) -> None:
-        """End a piece; later changes are not counted."""
+        """End a piece of time; later changes are not counted."""
         device = self._run.device
         if device is None or self._paused is not None:
             return
@@ -115,7 +116,7 @@ class Meter:
         self._paused = current_bytes(device)
 
     def resume(self) -> None:
-        """Begin the next piece; changes since the last one are not counted."""
+        """Begin the next piece of time; changes since the last one are not counted."""
         device = self._run.device
         if device is None or self._paused is None:
             return
@@ -125,12 +126,12 @@ class Meter:
         self.start(device)
 
     def close(self) -> Bytes:
-        """End the last piece; return the bytes that stayed."""
+        """End the last piece of time; return the bytes that stayed."""
         self.pause()
         return self.stayed()
 
     def stayed(self) -> Bytes:
-        """Return the bytes that stay now, after the last piece."""
+        """Return the bytes that have stayed so far, after the last piece of time."""
         if self._paused is None or self._run.device is None:
             return {}
         return _plus(current_bytes(self._run.device), self.before, -1)
@@ -155,11 +156,11 @@ class Growth:
         self.made: list[MadeFixture] = []
         #: The living fixtures of wider scope.
         self.alive: Final[dict[Any, MadeFixture]] = {}
-        #: The test's growth after its call, with the names of a baseline.
+        #: The test's growth up to the end of its call, named as in a baseline.
         self.peaks: dict[str, int] = {}
 
     def device_came(self, device: Device) -> None:
-        """Continue with a device that was created while pieces are open."""
+        """Continue the open measurements with a device that was created just now."""
         for meter in self._meters:
             meter.start(device)
 
@@ -168,7 +169,7 @@ class Growth:
     def begin(self, item: pytest.Item) -> None:
         """Begin to measure a test, before its setup."""
         for meter in self._meters:
-            meter.close()  # a trial that was interrupted
+            meter.close()  # left by a trial that was interrupted
         self._meters = []
         self._item, self._phase = item, "setup"
         self._own, self._start, self._is_over = {}, {}, False
@@ -183,7 +184,7 @@ class Growth:
         """End the measurement of the test's call.
 
         Args:
-            children: The combined figures of the processes that it started.
+            children: The combined figures of the processes that the test started.
         """
         if self._phase != "call":
             return
@@ -209,7 +210,7 @@ class Growth:
         return _left(self._own)
 
     def left(self) -> dict[str, int]:
-        """Return the bytes that the test would leave now, before its teardown."""
+        """Return the bytes that the test would leave if it ended now, by figure."""
         if _left(self._so_far()):
             _clear_workspaces()
         return _left(self._so_far())
@@ -222,14 +223,14 @@ class Growth:
         return _plus(self._own, _plus(self._now(), self._start, -1))
 
     def _end_own(self) -> None:
-        """End the test's own pieces: wider fixtures are torn down next, or the test is over."""
+        """End the measurement of the test, before wider fixtures are torn down."""
         if self._is_over or self._phase != "teardown" or self._run.device is None:
             return
         self._is_over = True
         if _left(self._so_far()):
             _clear_workspaces()
         if _left(self._so_far()):
-            # pytest clears these only after the hooks of the teardown.
+            # pytest clears the test's fixture values only after the hooks of the teardown.
             getattr(self._item, "funcargs", {}).clear()
         if _left(self._so_far()):
             gc.collect()
@@ -242,7 +243,7 @@ class Growth:
         prefix: str,
         own: Mapping[tuple[int, str], int],
     ) -> None:
-        """Put a meter's figures into an entry, with its own bytes from before it began."""
+        """Put a meter's figures into an entry; ``own`` are the bytes from before it began."""
         for (index, word), peak in meter.peak.items():
             key = f"{prefix}{metric_key(word, index)}"
             mine = max(own.get((index, word), 0), 0)
@@ -337,7 +338,7 @@ def _clear_workspaces() -> None:
     """Free the workspaces of cuBLAS, which it makes again when it needs them."""
     import torch
 
-    # None in a build without CUDA, where nothing is simulated.
+    # The function is missing in a build of torch without CUDA, if no card is simulated.
     clear: Any = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)  # noqa: SLF001  # no public name
     if clear is not None:
         clear()
@@ -352,7 +353,7 @@ def _left(found: Mapping[tuple[int, str], int]) -> dict[str, int]:
 
 
 def _note_child(peaks: dict[str, int], figures: MemoryFigures) -> None:
-    """Put children's figures into an entry; before them there were no bytes."""
+    """Put children's figures into an entry; a new process begins with no bytes."""
     for word in METRICS:
         key = f"children {metric_key(word, figures.device_index)}"
         peak = figures.peak(word) or 0
@@ -362,7 +363,7 @@ def _note_child(peaks: dict[str, int], figures: MemoryFigures) -> None:
 def fixture_key(
     fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
 ) -> str:
-    """Return where a fixture is defined, its name, and its parameter if it has one."""
+    """Return a fixture's key: where it is defined, its name, and its parameter if any."""
     where = fixturedef.baseid
     if ".py" not in where:
         code = getattr(inspect.unwrap(fixturedef.func), "__code__", None)

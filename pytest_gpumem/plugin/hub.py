@@ -1,4 +1,4 @@
-"""Models served under their hub names: for the run, and for single tests by marker."""
+"""Serves models under their hub names: for the run, and for single tests by marker."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MARKER: Final = "hub_model"
 
 
 class HubModels:
-    """The models that a run serves from its start, and those that its tests ask for.
+    """Serves the models of the options from the run's start, and those of tests' markers.
 
     Args:
         settings: The run's options.
@@ -39,7 +39,7 @@ class HubModels:
             self._serve(self._served, self._settings.hub_models)
 
     def stop(self) -> None:
-        """Serve nothing any more."""
+        """Stop serving models."""
         self._served.close()
 
     def _serve(self, stack: ExitStack, models: Sequence[HubModel]) -> None:
@@ -57,7 +57,7 @@ class HubModels:
 
     @pytest.hookimpl(trylast=True)
     def pytest_unconfigure(self) -> None:
-        """Serve nothing any more."""
+        """Stop serving models."""
         self.stop()
 
     # -- tests ----------------------------------------------------------------------------
@@ -68,13 +68,13 @@ class HubModels:
         """Read the markers.
 
         Raises:
-            pytest.UsageError: One makes no sense.
+            pytest.UsageError: A marker makes no sense.
         """
         with UsageErrors(config).reported(items):
             for item in items:
                 found = [_read(item, mark) for mark in item.iter_markers(MARKER)]
                 if found:
-                    self._by_test[item] = found[::-1]  # the nearest last: it wins
+                    self._by_test[item] = found[::-1]  # the last one wins: the nearest
         if self._by_test and not config.pluginmanager.has_plugin("gpumem-hub-tests"):
             config.pluginmanager.register(
                 _MarkedTests(self._by_test, self._serve), "gpumem-hub-tests"
@@ -89,7 +89,7 @@ class HubAdvice:
     def pytest_runtest_makereport(
         call: pytest.CallInfo[None],
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Add to a failure what to do about a model that the hub did not return."""
+        """Add advice to a failure if the hub did not return a model."""
         if call.excinfo is not None and "huggingface_hub.errors" in sys.modules:
             from pytest_gpumem.hub import advise, served_names
 
@@ -98,7 +98,7 @@ class HubAdvice:
 
 
 class _MarkedTests:
-    """The hook around each test of a run in which some have the marker.
+    """The hook around each test, in a run in which some tests have the marker.
 
     Args:
         by_test: The models of each test.

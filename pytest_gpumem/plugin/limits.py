@@ -1,4 +1,4 @@
-"""The limits of one test: watched while it runs, checked when its phases end."""
+"""Watches the limits of one test while it runs, and checks them when its phases end."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Limits:
     """The limits of one test on each card, for its call or for all of its phases.
 
     Args:
-        device: The cards.
-        limits: The limits; one without a card holds for each card.
-        witness: Notes the moment in which a limit is broken.
+        device: The device.
+        limits: The limits; a limit without a card applies to each card.
+        witness: Describes the moment at which a limit is broken.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Limits:
         self._sites: dict[_Bound, Any] = {}
 
     def watch(self, phase: str, stack: ExitStack) -> None:
-        """Until the stack is closed, note where a limit is broken first."""
+        """Note where each limit is first broken, until the stack is closed."""
         from pytest_gpumem.instruments.recorder import LimitWatch
 
         for bound in self._of(phase):
@@ -77,9 +77,9 @@ class Limits:
             )
 
     def check(self, phase: str, figures: Mapping[int, MemoryFigures]) -> str | None:
-        """Return what is wrong with a phase's peaks, by card; None if nothing is.
+        """Return the broken limits of a phase in words, or None.
 
-        A limit that cannot be checked is wrong, too.
+        A limit that cannot be checked counts as broken.
         """
         texts = [
             self._judge(bound, phase, figures[bound.device_index])
@@ -89,7 +89,7 @@ class Limits:
         return "\n".join(filter(None, texts)) or None
 
     def _judge(self, bound: _Bound, phase: str, figures: MemoryFigures) -> str:
-        """Return what is wrong with one card's peak; empty if nothing is."""
+        """Return the broken limit of one card in words; empty if it holds."""
         about: str = bound.limit.metric
         peak = figures.peak(about)
         if peak is None and about == "fragmented":
@@ -129,7 +129,7 @@ class Limits:
                 if bound.device_index == figures.device_index:
                     peak = figures.peak(bound.limit.metric)
                     if peak is None:
-                        peak = figures.peak_reserved_bytes  # that much at least
+                        peak = figures.peak_reserved_bytes  # the least it can be
                         unknown.add(bound)
                     peaks[bound] = max(peak, peaks.get(bound, 0))
         return [
@@ -139,11 +139,11 @@ class Limits:
                 bound.limit.phase,
                 bound.nbytes,
                 peaks.get(bound, 0),
-                # One whose bytes are not known did not hold.
+                # A limit on bytes that are not known counts as broken.
                 bound not in unknown and peaks.get(bound, 0) <= bound.nbytes,
             )
             for bound in self._bounds
-            # Most tests start no process that uses a card.
+            # Most tests start no process that uses a card, so there are no figures.
             if bound.limit.phase != "children" or bound in peaks
         ]
 
@@ -171,7 +171,7 @@ def why_unknown(device: Device, index: int) -> str:
 
 
 def fail(item: pytest.Item, text: str) -> None:
-    """Fail a test for a limit, and mark the failure as that of a limit.
+    """Fail a test for a broken limit, and mark the failure as such.
 
     Raises:
         pytest.fail.Exception: Always.
@@ -181,10 +181,10 @@ def fail(item: pytest.Item, text: str) -> None:
 
 
 class LeakCheck:
-    """The bytes that a test leaves on the cards, without those of its wider fixtures.
+    """Checks the bytes that a test leaves on the cards, without those of wider fixtures.
 
     Args:
-        device: The cards.
+        device: The device.
         item: The test, at the start of its setup.
         allowed: Bytes that may stay.
         held_by_fixtures: Returns the bytes that fixtures of wider scope hold.
@@ -200,7 +200,7 @@ class LeakCheck:
         self._allowed = allowed
         self._start = allocated_bytes(device) - held_by_fixtures
         self._blocks = blocks_on_cards()
-        #: The result of the check, once it was made.
+        #: The result of the check; None before the check.
         self.outcome: LimitOutcome | None = None
 
     def check(self, held_by_fixtures: int) -> None:
@@ -213,7 +213,7 @@ class LeakCheck:
         if left <= self._allowed:
             self._note(left)
             return
-        # pytest lets go of these only after the teardown's hooks.
+        # pytest clears the test's fixture values only after the hooks of the teardown.
         getattr(self._item, "funcargs", {}).clear()
         gc.collect()
         self._device.empty_cache()

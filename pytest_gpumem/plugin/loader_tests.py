@@ -1,4 +1,4 @@
-"""``--gpu-check``: tests of a loader that a project has, without a test file."""
+"""``--gpu-check``: tests a project's loader without a test file."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class LoaderTests:
     Args:
         request: The loader.
         replay: The rule of the one point to run; None runs all.
-        config: The run's; without tests named on its command line it collects none.
+        config: The run's config. If its command line names no tests, pytest collects none.
 
     Raises:
-        pytest.UsageError: There is no such loader.
+        pytest.UsageError: The loader does not exist.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class LoaderTests:
 
 
 class _Module(pytest.Module):
-    """A test module that is no file; ``as_test_file`` writes the same as one."""
+    """A test module without a file, with the same tests as ``as_test_file`` writes."""
 
     request: CheckRequest
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.rules.rule import Rule
     from pytest_gpumem.sizes import SizeSpec
 
-#: Kinds of reports that show timelines.
+#: The kinds of reports that show timelines.
 DETAILED: Final = ("json", "html")
 
 METRICS: Final = ("allocated", "reserved", "process", "fragmented")
@@ -195,11 +195,11 @@ class Markers(NamedTuple):
 def read_markers(
     item: pytest.Item, *, sweeps_fallbacks: bool = False
 ) -> Markers | None:
-    """Return the arguments of a test's markers; None if none is this plugin's.
+    """Return the arguments of a test's markers; None if it has no marker of this plugin.
 
     Args:
         item: The test.
-        sweeps_fallbacks: Whether ``oom_fallback`` asks for a sweep.
+        sweeps_fallbacks: Whether ``oom_fallback`` also means a sweep.
 
     Raises:
         pytest.UsageError: A marker's arguments make no sense.
@@ -223,9 +223,9 @@ def read_markers(
 
 
 def first_of_ours(item: pytest.Item) -> str | None:
-    """Return the name of a marker that only this plugin uses; None if there is none.
+    """Return the name of a test's first marker that only this plugin uses, or None.
 
-    ``gpu`` does not count: many suites have a marker of that name for other purposes.
+    ``gpu`` is left out, because many suites use a marker of that name for other purposes.
     """
     names = (mark.name for mark in item.iter_markers())
     return next((each for each in names if each in _READERS and each != "gpu"), None)

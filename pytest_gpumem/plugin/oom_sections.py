@@ -1,4 +1,4 @@
-"""The section of a failed test's report on the moment in which memory ran out."""
+"""Adds a section about the moment at which memory ran out to a failed test's report."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Incidents:
         self.listeners: Final[list[Callable[[Incident], None]]] = []
 
     def attach(self, device: Device) -> None:
-        """Begin to watch a device; it costs nothing until memory runs out."""
+        """Begin to watch a device; this takes no time until memory runs out."""
         from pytest_gpumem.instruments.witness import OomWitness
 
         folder = self._run.settings.snapshots
@@ -53,7 +53,7 @@ class Incidents:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_setup(self) -> Generator[None]:
-        """Forget the incidents of the test before."""
+        """Forget the incidents of the previous test."""
         self._forget()
         return (yield)
 
@@ -61,7 +61,7 @@ class Incidents:
     def pytest_runtest_makereport(
         self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Add to a failed phase's report what was on the card."""
+        """Add a description of the card's memory to a failed phase's report."""
         report = yield
         witness = self._run.witness
         if witness is not None and witness.incidents and report.failed:
@@ -107,7 +107,8 @@ def _causes(
 ) -> Sequence[Incident]:
     """Return the incidents that may have caused a failure.
 
-    A test that fails for a limit or a baseline has recovered from all of its OOMs.
+    If a test fails for a limit or a baseline, it has recovered from all its OOMs, so these
+    are left out.
     """
     message = str(getattr(getattr(call.excinfo, "value", None), "msg", ""))
     record = taken(item)

@@ -1,8 +1,8 @@
 """Declares options, and reads their values.
 
-An option is one field of ``settings.Settings``, with ``option(...)`` as its default. The
-command line, the ini file, the help, the documentation and what child processes take over
-all come from that one line.
+An option is one field of ``settings.Settings``, with ``option(...)`` as its default. From
+this field follow the command line, the ini file, the help, the documentation and the
+settings of child processes.
 """
 
 from __future__ import annotations
@@ -25,22 +25,25 @@ class Option:
     """An option: one of the command line and one of the ini file.
 
     Attributes:
-        flag: The name on the command line; the ini name is the same with underscores.
+        flag: The name on the command line; the name in the ini file is the same with
+            underscores.
         help: The help text.
         metavar: The name of the value in help; empty for a flag without a value.
         default: The value if none is given.
-        choices: The accepted texts, where these are a fixed few.
-        parse: Returns the value of a text, or raises ``GpuMemError`` or ``ValueError``;
-            ``"module:function"`` is imported once there is a text: most runs give none.
-        check: Like ``parse``, but the option's value is the text itself.
+        choices: The accepted texts, if there are only a few.
+        parse: Returns the value of a text, or raises ``GpuMemError`` or ``ValueError``. It
+            is a function, or its name as ``"module:function"``, which is imported only if
+            the option is given.
+        check: Like ``parse``, but the text itself stays the option's value.
         repeated: Whether it may be given several times; the value is a tuple.
-        adds: Whether the command line's values are added to the ini file's, and do not
-            replace them.
+        adds: Whether values of the command line are added to those of the ini file;
+            otherwise they replace them.
         alone: The text that the flag means if no value follows; None requires a value.
-        takes_base: Whether ``parse`` has an argument ``base``, the folder of paths.
+        takes_base: Whether ``parse`` has an argument ``base``, the folder of relative
+            paths.
         is_inherited: Whether child processes take over the text.
         ini_name: The name in the ini file, if it differs.
-        removed: A warning, for an option that has no effect any more.
+        removed: A warning, for an option that no longer has an effect.
     """
 
     flag: str
@@ -70,7 +73,7 @@ class Option:
 
     @property
     def default_text(self) -> str:
-        """The default as help shows it; empty where there is none."""
+        """The default as help shows it; empty if there is none."""
         if isinstance(self.default, (int, float)) and not isinstance(
             self.default, bool
         ):
@@ -82,11 +85,11 @@ class Option:
 
         Args:
             text: The text on the command line or in the ini file.
-            base: The folder that paths start from.
+            base: The folder of relative paths.
 
         Raises:
-            GpuMemError: It makes no sense.
-            ValueError: It makes no sense.
+            GpuMemError: The text makes no sense.
+            ValueError: The text makes no sense.
         """
         if self.repeated:
             return tuple(self._one(each, base) for each in text)
@@ -134,7 +137,7 @@ def options_of(settings: type) -> dict[str, Option]:
 def add_options(parser: pytest.Parser, options: Iterable[Option]) -> None:
     """Declare options on the command line and in the ini file.
 
-    None means that an option is given in neither place.
+    Their default for pytest is None, which means that an option was not given.
     """
     group = parser.getgroup("gpumem", "GPU memory: budgets, peaks and OOM injection")
     for each in options:
@@ -160,11 +163,11 @@ def add_options(parser: pytest.Parser, options: Iterable[Option]) -> None:
 
 
 def is_given(options: Iterable[Option], config: pytest.Config, namespace: Any) -> bool:
-    """Tell whether any of some options is given, in either place.
+    """Tell whether any of some options is given, on the command line or in the ini file.
 
     Args:
         options: The options.
-        config: For the ini file.
+        config: The config, for the ini file.
         namespace: The command line, as far as it is parsed.
     """
     return any(
@@ -175,15 +178,15 @@ def is_given(options: Iterable[Option], config: pytest.Config, namespace: Any) -
 
 
 def read_option(option: Option, config: pytest.Config, namespace: Any) -> Any:
-    """Return an option's value: from the command line, the ini file, or its default.
+    """Return an option's value: from the command line, else the ini file, else the default.
 
     Args:
         option: The option.
-        config: For the ini file.
+        config: The config, for the ini file.
         namespace: The command line, as far as it is parsed.
 
     Raises:
-        pytest.UsageError: A text makes no sense; the error names where it is.
+        pytest.UsageError: A text makes no sense; the error names its place.
     """
     given = getattr(namespace, option.ini, None)
 
@@ -208,5 +211,5 @@ def _named(source: str, read: Callable[[], Any]) -> Any:
     try:
         return read()
     except (GpuMemError, ValueError, TypeError, pytest.UsageError) as error:
-        # pytest's own errors, of an ini value of the wrong kind, do not name it.
+        # pytest's own error for an ini value of the wrong type does not name the option.
         raise pytest.UsageError(f"{source}: {error}") from None

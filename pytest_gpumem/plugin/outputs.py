@@ -1,4 +1,4 @@
-"""The files that a run writes: checked before any test, no two on one path."""
+"""Checks the files that a run writes, before any test: no two may have one path."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pytest_gpumem.files import is_special, why_not_writable
 if TYPE_CHECKING:
     from pytest_gpumem.plugin.settings import Settings
 
-#: GitHub's file for a step's summary.
+#: The environment variable with GitHub's file for a step's summary.
 STEP_SUMMARY: Final = "GITHUB_STEP_SUMMARY"
 
 
@@ -21,7 +21,7 @@ class Output(NamedTuple):
     """A file of a run.
 
     Attributes:
-        option: The option that names it, as a person would write it.
+        option: The option that names the file, as on the command line.
         path: The file.
         is_ours: Whether this plugin writes it.
     """
@@ -60,16 +60,16 @@ def outputs(settings: Settings, config: pytest.Config) -> list[Output]:
 
 
 def check_outputs(settings: Settings, config: pytest.Config) -> None:
-    """Reject two outputs on one path, and a file that could not be written.
+    """Reject two outputs on one path, and a file that cannot be written.
 
     Raises:
-        pytest.UsageError: There are such.
+        pytest.UsageError: There are such outputs.
     """
     found = outputs(settings, config)
     by_path: dict[tuple[int, int] | str, Output] = {}
     for output in found:
         if is_special(output.path):
-            continue  # a terminal or /dev/null takes what several write
+            continue  # several outputs may go to a terminal or /dev/null
         other = by_path.setdefault(_identity(output.path), output)
         if other is not output and (other.is_ours or output.is_ours):
             raise pytest.UsageError(
@@ -87,7 +87,7 @@ def check_outputs(settings: Settings, config: pytest.Config) -> None:
 
 
 def _identity(path: Path) -> tuple[int, int] | str:
-    """Return a key that is the same for all paths to one file, even a missing one."""
+    """Return a key that is the same for all paths to one file, also a missing file."""
     try:
         found = path.stat()
     except OSError:

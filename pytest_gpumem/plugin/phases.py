@@ -34,7 +34,7 @@ class Phases:
     Args:
         run: The run.
         markers: The arguments of each test's markers.
-        fixtures: Has the bytes that fixtures of wider scope hold.
+        fixtures: Measures the bytes that fixtures of wider scope hold.
     """
 
     def __init__(
@@ -63,11 +63,11 @@ class Phases:
         self._injector: Any = None
         self._seen_requests = 0
         self._held_bytes = 0
-        #: Allocations failed so far, by rule of the command line.
+        #: The number of allocations made to fail so far, by rule of the command line.
         self.rule_counts: Final = {str(rule): 0 for rule in run.settings.rules}
 
     def device_came(self, device: Device) -> None:
-        """Begin to measure the running test, which has just created the device."""
+        """Begin to measure the running test, which has just caused the device's creation."""
         if self._run.growth is not None:
             self._run.growth.device_came(device)
         if self._item is None:
@@ -195,7 +195,7 @@ class Phases:
             self._watch(phase, self._run.device)
 
     def _watch(self, phase: str, device: Device) -> None:
-        """Start to record a phase, and to note where it breaks a limit."""
+        """Start to record a phase, and to watch its limits."""
         if self._limits is not None:
             self._limits.watch(phase, self._watches)
         self._requests = device.num_requests
@@ -260,7 +260,7 @@ class Phases:
         if timeline is None:
             return
         timeline.__exit__(None, None, None)
-        # A test that only tears down an earlier test's fixture has no record.
+        # A test that only tears down a fixture of an earlier test has no record.
         if has_record(item):
             result = timeline.result() if timeline.is_recorded else None
             record_of(item).timeline = json.dumps(result, separators=(",", ":"))
@@ -276,7 +276,7 @@ class Phases:
             record.limits.append(self._leak.outcome)
 
     def _used(self, device: Device) -> bool:
-        """Tell whether anything was requested of a card since the phase began."""
+        """Tell whether a card got any request since the phase began."""
         return device.num_requests != self._requests
 
     # -- limits ---------------------------------------------------------------------------
@@ -292,7 +292,7 @@ class Phases:
                 limits = (*limits, general, general._replace(phase="children"))
         leak = None if markers is None else markers.leak
         allowed = 0 if settings.leak_check else None
-        if leak is not None:  # of one that is run again each run's leak is judged
+        if leak is not None:  # a repeated test is judged after each run instead
             allowed = leak.nbytes if leak.repeat is None else None
         if not limits and allowed is None:
             return
@@ -310,7 +310,7 @@ class Phases:
             return
         children = self._run.children.new_figures() if phase == "call" else []
         if children and self._general is not None:
-            self._run.any_device()  # only the test's processes have used torch
+            self._run.any_device()  # the test itself has not imported torch
         read = [tracker.read() for tracker in self._trackers]
         if not read and not children:
             return
@@ -353,7 +353,7 @@ class Phases:
         self._run.children.injector = injector
 
     def _check_rules(self, markers: marks.Markers) -> None:
-        """Fail a test whose own rule was never reached, because it proves nothing."""
+        """Fail a test if a rule of its markers was never reached, as it proves nothing."""
         own = self._own_schedules(markers)
         strikes = self._run.children.strikes(len(own))
         for schedule, in_children in zip(own, strikes, strict=True):
@@ -384,7 +384,7 @@ class Phases:
     # -- between tests --------------------------------------------------------------------
 
     def clean(self, device: Device) -> None:
-        """Free what the test before left in caches, tracebacks and reference cycles."""
+        """Free memory that the previous test left in caches, tracebacks and cycles."""
         self.failures.release()
         if device.num_requests == self._seen_requests:
             return

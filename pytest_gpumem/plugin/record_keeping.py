@@ -1,9 +1,9 @@
-"""The record of each test: kept with the item, sent with its report, collected once.
+"""Keeps the record of each test with its item, sends it with a report, and collects it.
 
 Every part of the plugin that measures a test writes the figures into ``record_of(item)``.
-The record travels with the report of the test's teardown, also from a worker of
-pytest-xdist. Only ``Collector`` receives records; the terminal, the reports, the gate and
-other parts read them there.
+The report of the test's teardown carries the record, also from a worker of pytest-xdist.
+Only ``Collector`` receives records. The terminal, the reports, the gate and other parts
+read them from it.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
     from pytest_gpumem.records.record import Record
 
 _KEY: Final = pytest.StashKey["Record"]()
-#: A report's attribute: the record, as texts. Plain values cross into other processes.
+#: A report's attribute: the record, as texts, because xdist sends only plain values.
 _ATTRIBUTE: Final = "gpumem_record"
 #: A report's attribute: whether a limit was broken.
 _OVER_LIMIT: Final = "gpumem_over_limit"
-#: What a test with a broken limit is called.
+#: The name, in pytest's summary, of a test with a broken limit.
 _OVER: Final = "OVER VRAM LIMIT"
 #: A report's attribute: the progress of a sweep.
 _PROGRESS: Final = "gpumem_progress"
-#: The progress of a test's sweep, while one of its points is reported.
+#: The key of the progress of a test's sweep, while a point of it is reported.
 PROGRESS: Final = pytest.StashKey[list[Any]]()
 _RANK: Final = ("passed", "skipped", "failed", "error")
 
 
 def record_of(item: pytest.Item) -> Record:
-    """Return a test's record, to write into; make it if there is none."""
+    """Return a test's record for writing; make it if there is none."""
     record = item.stash.get(_KEY, None)
     if record is None:
         from pytest_gpumem.records.record import Record
@@ -42,12 +42,12 @@ def record_of(item: pytest.Item) -> Record:
 
 
 def has_record(item: pytest.Item) -> bool:
-    """Tell whether a test has a record; if not, it used no card."""
+    """Tell whether a test has a record; a test that used no card has none."""
     return _KEY in item.stash
 
 
 class Attachment:
-    """Puts each test's record on the report of its teardown; in processes that run tests."""
+    """Puts each test's record on the report of its teardown, where the tests run."""
 
     @staticmethod
     @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -71,7 +71,7 @@ class Attachment:
 
 
 def keep(item: pytest.Item, record: Record | None) -> None:
-    """Set the record with which a test's further attempts begin; None for none."""
+    """Set the record with which the next attempt of a test begins; None means no record."""
     if record is not None:
         item.stash[_KEY] = record
     elif _KEY in item.stash:
@@ -79,12 +79,12 @@ def keep(item: pytest.Item, record: Record | None) -> None:
 
 
 def taken(item: pytest.Item) -> Record | None:
-    """Return a test's record as it is, or None."""
+    """Return a test's record, or None; no record is made."""
     return item.stash.get(_KEY, None)
 
 
 def mark_over_limit(report: pytest.TestReport) -> None:
-    """Mark a report as that of a broken limit."""
+    """Mark a report as the failure of a limit."""
     setattr(report, _OVER_LIMIT, True)
 
 
@@ -99,7 +99,7 @@ def detach(report: pytest.TestReport) -> Record | None:
 
 
 class Finished(NamedTuple):
-    """A test that is over.
+    """A test that has ended.
 
     Attributes:
         nodeid: The test.
@@ -115,7 +115,7 @@ class Finished(NamedTuple):
 
 
 class _Pending:
-    """The facts known of a test that has not ended."""
+    """The facts so far about a test that has not ended."""
 
     __slots__ = ("failure", "outcome", "seconds")
 
@@ -126,13 +126,13 @@ class _Pending:
 
 
 class Collector:
-    """Collects every test from its reports; not in workers.
+    """Collects every test from its reports; not used in workers.
 
     Attributes:
         records: The records of ended tests that used a card, by name.
         outcomes: The outcomes of all tests that have ended.
-        failed: Tests of which a phase failed, over or not.
-        listeners: Called with each test once it is over.
+        failed: Tests with a failed phase, also those that have not ended.
+        listeners: Called with each test once it has ended.
         on_progress: Called with the progress of a sweep.
     """
 
@@ -146,11 +146,11 @@ class Collector:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Take in a phase of a test; after the last phase, the test."""
+        """Note a phase of a test, and the whole test after its last phase."""
         pending = self._pending.pop(report.nodeid, None) or _Pending()
         now = str(report.outcome)
         if now not in _RANK:
-            return  # pytest-rerunfailures: another attempt follows
+            return  # pytest-rerunfailures runs the test again
         if report.failed:
             self.failed.add(report.nodeid)
             pending.failure = pending.failure or report
@@ -172,7 +172,7 @@ class Collector:
             from pytest_gpumem.records.junit import properties
 
             report.user_properties += properties(record)
-            record.outcome = outcome  # type: ignore[assignment]  # one of the four
+            record.outcome = outcome  # type: ignore[assignment]  # one of the accepted ones
             record.seconds = round(pending.seconds, 4)
             self.records[report.nodeid] = record
         finished = Finished(report.nodeid, outcome, record, pending.failure)
@@ -186,6 +186,9 @@ class Collector:
         if not report.failed or not getattr(report, _OVER_LIMIT, False):
             return None
         category = "failed" if report.when == "call" else "error"
-        if pytest.version_tuple < (8, 3):  # its summary takes words without a colour
+        if pytest.version_tuple < (
+            8,
+            3,
+        ):  # older summaries accept only a text, no colour
             return category, "V", _OVER
         return category, "V", (_OVER, {"red": True})

@@ -1,4 +1,4 @@
-"""``max_vram_leak(repeat=...)``: a test's body is run again, and may not add memory."""
+"""``max_vram_leak(repeat=...)``: runs a test's body again, which may not add memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Repeats:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_pyfunc_call(self, pyfuncitem: pytest.Function) -> object | None:
-        """Call a test as often as its marker asks; fail it if each run adds memory."""
+        """Call a test as often as its marker says; fail it if each run adds memory."""
         markers = self._markers.get(pyfuncitem)
         leak = None if markers is None or markers.sweep else markers.leak
         if leak is None or leak.repeat is None:

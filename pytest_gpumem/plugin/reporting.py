@@ -1,4 +1,4 @@
-"""The run's reports, written when the run is over."""
+"""Writes the run's reports at its end."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.plugin.session import Run
     from pytest_gpumem.reports.document import Report
 
-#: Options that only say what a run writes, or which part of a sweep it runs.
+#: Options that only choose the files that a run writes, or the points of a sweep.
 _OUTPUTS: Final = {
     "--gpu-report",
     "--gpu-snapshots",
@@ -35,15 +35,15 @@ _OUTPUTS: Final = {
 
 
 class Reporting:
-    """Writes the reports; not in workers.
+    """Writes the reports; not used in workers.
 
     Args:
         run: The run.
-        config: pytest's.
-        collector: Has the records.
+        config: The run's config.
+        collector: Collects the records.
 
     Raises:
-        pytest.UsageError: A page could not be made.
+        pytest.UsageError: An HTML page is wanted, but cannot be made.
     """
 
     def __init__(self, run: Run, config: pytest.Config, collector: Collector) -> None:
@@ -77,7 +77,7 @@ class Reporting:
     def _write(self) -> None:
         endings = self._run.endings
         if endings is None or not endings.has_run:
-            return  # tests were listed, not run: an earlier run's reports stay
+            return  # tests were only listed, so the reports of an earlier run stay
         if not self._files and not self._tests:
             return
         from pytest_gpumem.reports.document import Report, by_name
@@ -105,7 +105,7 @@ class Reporting:
                 self._lines.append((text, True))
 
     def _options(self) -> list[str]:
-        """Return the options that change what tests see, as they are typed."""
+        """Return the options that change what tests see, as on the command line."""
         found = []
         for each in OPTIONS:
             line = getattr(self._config.option, each.ini, None)
@@ -145,7 +145,7 @@ def render(kind: str, report: Report, options: Sequence[str] = ()) -> Iterator[s
     Args:
         kind: One of ``REPORTS``.
         report: The run.
-        options: Its options, for a report from which it is run again.
+        options: The run's options, for a report with commands that repeat failures.
     """
     if kind == "issue":
         from pytest_gpumem.reports.reproduction import reproduction
@@ -165,10 +165,10 @@ def render(kind: str, report: Report, options: Sequence[str] = ()) -> Iterator[s
 
 
 def _check_pages() -> None:
-    """Reject a page that could not be made, before any test runs.
+    """Reject an HTML page that cannot be made, before any test runs.
 
     Raises:
-        pytest.UsageError: It could not.
+        pytest.UsageError: It cannot be made.
     """
     from pytest_gpumem.reports.page import check_available
 

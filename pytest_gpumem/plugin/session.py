@@ -1,4 +1,4 @@
-"""One run of pytest: its device, from start to end."""
+"""Sets up the device of one run of pytest, and restores everything at its end."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ALLOCATOR_VARIABLES: Final = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 class Run:
-    """A run's device, and the lines that describe it.
+    """A run's device, its budgets, and the lines that describe them.
 
     Args:
         settings: The run's options.
@@ -57,29 +57,30 @@ class Run:
         #: The cards that this process shares with others that run tests.
         self.sharing: Final = Sharing(settings, take_position())
         self.device: Device | None = None
-        #: Undoes everything at the end, in reverse order; see ``stop``.
+        #: Restores everything at the end, in reverse order; see ``stop``.
         self._stack: Final = ExitStack()
         self._hook = AfterImport("torch", self._torch_imported)
         self._nvml = NvmlHook(self._machine)
-        #: The baseline to hold tests to, or None.
+        #: The baseline with which tests are compared, or None.
         self.gate: Gate | None = None
         #: Measures the bytes that each test adds, if a baseline or a report needs them.
         self.growth: Growth | None = None
-        #: Collects reasons for failing the run other than failed tests; None in a worker.
+        #: Collects reasons, other than failed tests, for which the run fails; None in a
+        #: worker.
         self.endings: Endings | None = None
         self._environment: str | None = None
-        #: Notes the moments in which memory runs out, once there is a device.
+        #: Describes the moments at which memory runs out, once there is a device.
         self.witness: OomWitness | None = None
         self._own: Sequence[marks.Budget] = ()
         self.children: Final = Children(settings)
         #: Records the running test's timeline, if a report shows it.
         self.timeline: Timeline | None = None
-        #: Called when the device comes to be in the middle of a test.
+        #: Called when the device is created in the middle of a test.
         self.on_device: Callable[[], None] = lambda: None
         if self.choice.kind == "simulated":
             _check_environment()
         totals = self.totals() if settings.budgets else None
-        if totals:  # none are known, or none are seen
+        if totals:  # the totals may be unknown, or this process may see no card
             check_budgets(settings, dict(enumerate(totals)))
 
     def totals(self) -> tuple[int, ...] | None:
@@ -94,7 +95,7 @@ class Run:
     # -- the device -------------------------------------------------------------------
 
     def start(self) -> None:
-        """Have the device ready before any code can use torch."""
+        """Set up the device before any code can use torch."""
         self._stack.callback(self.sharing.stop)
         self.sharing.spread(self.choice.kind)
         self._stack.callback(self.children.stop)
@@ -102,9 +103,9 @@ class Run:
         self._stack.callback(self._nvml.stop)
         self._stack.callback(self._hook.stop)
         if self.choice.kind == "cuda" and self.settings.budgets:
-            # A real card's total is known to torch alone; ask before the first test.
+            # Only torch knows the total of a real card, so it is imported before the tests.
             self._hook.start()
-            import torch  # noqa: F401  # a budget was asked for
+            import torch  # noqa: F401  # its import creates the device
         elif self.choice.kind != "off":
             self._hook.start()
         if self.choice.kind == "simulated":
@@ -113,7 +114,8 @@ class Run:
     def _torch_imported(self) -> None:
         import torch
 
-        # Counted without CUDA: see Note [When the variable is read].
+        # device_count does not initialise CUDA; see Note [When the variable is read] in
+        # visibility.py.
         if self.choice.kind == "cuda" and not torch.cuda.device_count():
             if self.settings.backend == "cuda":
                 raise pytest.UsageError(
@@ -138,7 +140,7 @@ class Run:
         self.on_device()
 
     def environment(self) -> str:
-        """Return the key of this run's figures in a baseline; there must be a device.
+        """Return the key of this run's figures in a baseline; the device must exist.
 
         It is not a property, because some versions of pytest read every property of a plugin.
         """
@@ -147,7 +149,7 @@ class Run:
         return self._environment
 
     def _machine(self) -> Any:
-        return self.any_device().machine  # type: ignore[attr-defined]  # only simulated runs ask
+        return self.any_device().machine  # type: ignore[attr-defined]  # called in simulated runs only
 
     def _install(self) -> None:
         from pytest_gpumem.devices.simulated.device import (
@@ -170,17 +172,17 @@ class Run:
         self.device = SimulatedDevice(machine)
 
     def _cards_changed(self) -> None:
-        """Give a test's budgets to the cards that it made visible before it used any."""
+        """Apply a test's budgets to the cards that it has just made visible."""
         if self.device is not None:
             for card in self._machine().all_cards:
                 card.set_budget(None, owner=self)
             self.apply_budgets(self._own)
 
     def require_device(self) -> Device:
-        """Return the run's device, with at least one card; import torch if need be.
+        """Return the run's device, with at least one card; import torch if necessary.
 
         Raises:
-            pytest.UsageError: The run has none, or this process sees none.
+            pytest.UsageError: The run has no device, or this process sees no card.
         """
         device = self.any_device()
         if not device.device_count:
@@ -190,13 +192,13 @@ class Run:
         return device
 
     def any_device(self) -> Device:
-        """Return the run's device, whether this process sees a card or not.
+        """Return the run's device, also if this process sees no card.
 
         Raises:
-            pytest.UsageError: The run has none (``--gpu-backend=off``).
+            pytest.UsageError: The run has no device (``--gpu-backend=off``).
         """
         if self.device is None and self.choice.kind != "off":
-            import torch  # noqa: F401  # a test wants the device
+            import torch  # noqa: F401  # its import makes the run's device
         if self.device is None:
             raise pytest.UsageError(
                 f"this test needs a GPU, but the backend is off: {self.choice.reason}"
@@ -210,7 +212,7 @@ class Run:
     def stop(self) -> None:
         """Restore everything, even if restoring a part of it fails; safe to call twice."""
         timeline, self.timeline = self.timeline, None
-        if timeline is not None:  # the test was interrupted
+        if timeline is not None:  # a test was interrupted
             self._stack.push(timeline)
         self.device = self.witness = None
         self._stack.close()
@@ -228,9 +230,9 @@ class Run:
     # -- budgets ----------------------------------------------------------------------
 
     def apply_budgets(self, own: Sequence[marks.Budget]) -> None:
-        """Give every card its budget: the test's own if it has one, otherwise the run's.
+        """Set each card's budget: the test's own budget, or else the run's.
 
-        If there is neither, the budget is this worker's share of a card that workers share.
+        Without both, and if workers share the card, the budget is this worker's share.
 
         Args:
             own: The test's budgets, the nearest first.
@@ -247,9 +249,9 @@ class Run:
     def _said_bytes(
         self, device: Device, index: int, own: Sequence[marks.Budget]
     ) -> int | None:
-        """Return the budget that the test or the run gives a card; None if neither does."""
+        """Return the budget of a card by the test or the run; None if there is none."""
         if not own and not self.settings.budgets:
-            return None  # a real card's total is not asked for: that would use CUDA
+            return None  # reading a real card's total would initialise CUDA
         return self.settings.budget_bytes(index, device.total_bytes(index), own)
 
     def pass_on(self, own: Sequence[marks.Budget], rules: Sequence[Rule] = ()) -> None:
@@ -265,7 +267,7 @@ class Run:
             said = self._said_bytes(device, index, own)
             in_force = device.budget(index)
             if in_force is not None and in_force != said:
-                # A share, or a budget of a fixture, a block or a trial.
+                # It may be a share, or a budget of a fixture, a block or a trial.
                 caps[str(index)] = str(in_force)
         self.children.pass_on(own, caps, rules)
 
@@ -276,7 +278,7 @@ class Run:
         return f"gpumem: {self.describe()}"
 
     def describe(self) -> str:
-        """Return device, card, budget and why, on one line."""
+        """Return device, card, budget and the reason for them, on one line."""
         choice = self.choice
         parts = [f"backend {choice.kind} ({choice.reason})"]
         if choice.kind == "simulated":
@@ -298,7 +300,7 @@ class Run:
 
 
 def _withdraw() -> None:
-    """Stop being a child of another run, if this process is one."""
+    """Undo the settings of another run, if this process is a child of it."""
     child = sys.modules.get("pytest_gpumem.children.child")
     if child is not None:
         child.withdraw()
@@ -308,7 +310,7 @@ def _check_environment() -> None:
     """Reject allocator settings that the simulated device cannot follow.
 
     Raises:
-        pytest.UsageError: The environment has such.
+        pytest.UsageError: The environment has such settings.
     """
     if not any(os.environ.get(name) for name in ALLOCATOR_VARIABLES):
         return

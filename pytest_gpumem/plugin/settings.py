@@ -1,4 +1,4 @@
-"""The options of a run: each is declared in one line, and read before any test."""
+"""Declares the options of a run, each as one field, and reads them before any test."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def parse_points(text: str) -> str | int:
 
 
 def parse_folder(text: str) -> Path:
-    """Read ``--gpu-snapshots``: a folder, or where one can be made."""
+    """Read ``--gpu-snapshots``: a folder that exists or can be made."""
     import tempfile
 
     folder = Path(text).absolute()
@@ -108,7 +108,10 @@ def _baseline(text: str, *, base: Path) -> Path | None:
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of a run, parsed. An option is a line here and where it is used."""
+    """The options of a run, parsed.
+
+    A new option needs one field here, and the code that uses it.
+    """
 
     backend: str = option(
         "--gpu-backend",
@@ -145,8 +148,8 @@ class Settings:
         help="how code that torch.compile would turn into kernels runs on a simulated "
         "card: eager (uncompiled, with the bytes of that and one warning) or refused",
     )
-    #: By device index; None stands for every card. Child processes take over what is in
-    #: force when they start.
+    #: By device index; None stands for every card. A child process takes over the budgets
+    #: at the moment of its start.
     budgets: Mapping[int | None, SizeSpec] = option(
         "--gpu-budget",
         "SIZE",
@@ -326,7 +329,7 @@ class Settings:
 
     @property
     def is_strict(self) -> bool:
-        """Whether a check that checks nothing fails the run; by default, in CI only."""
+        """Whether a check that checks nothing fails the run; by default only in CI."""
         if self.strict == "auto":
             return os.environ.get("CI", "").strip().lower() not in ("", "0", "false")
         return self.strict == "true"
@@ -352,7 +355,7 @@ class Settings:
 
     @property
     def all_cards(self) -> tuple[Card, ...]:
-        """The simulated machine's cards, whether a process sees them or not."""
+        """All cards of the simulated machine, also those that a process does not see."""
         from pytest_gpumem.cards import find_card
 
         return find_card(self.card)
@@ -367,7 +370,7 @@ class Settings:
     def budget_bytes(
         self, index: int, total_bytes: int, own: Sequence[Budget] = ()
     ) -> int | None:
-        """Return the budget of a card in bytes; None where there is none.
+        """Return the budget of a card in bytes; None if there is none.
 
         Args:
             index: The card's index.
@@ -375,7 +378,7 @@ class Settings:
             own: A test's own budgets, the nearest first; they override the run's.
 
         Raises:
-            SizeError: A percentage of the card comes to nothing.
+            SizeError: A percentage of the card is less than one byte.
         """
         run_wide = self.budgets.get(index, self.budgets.get(None))
         sizes = (each.size for each in own if each.device_index == index)
@@ -385,7 +388,7 @@ class Settings:
 
 OPTIONS: Final[tuple[Option, ...]] = tuple(options_of(Settings).values())
 
-#: Options of earlier versions: accepted, without effect, with one warning.
+#: Options of earlier versions; they are accepted without effect, with one warning.
 REMOVED: Final = (
     Option(
         "--gpu-max-contention-retries",
@@ -404,12 +407,12 @@ _NO_PATCH: Final = (
 
 
 def is_asked(config: pytest.Config, namespace: Any) -> bool:
-    """Tell whether a run asks for a device: by any option or ini setting of the plugin."""
+    """Tell whether a run asks for a device, by any option or ini setting of the plugin."""
     return is_given((*OPTIONS, *REMOVED), config, namespace)
 
 
 def warn_of_removed(config: pytest.Config) -> None:
-    """Warn once of each option that has no effect, with what to do instead."""
+    """Warn once about each given option that has no effect, with advice."""
     if hasattr(config, "workerinput"):
         return
     for each in REMOVED:
@@ -428,7 +431,7 @@ def read_settings(config: pytest.Config, namespace: Any) -> Settings:
     """Read the options of a run.
 
     Args:
-        config: For the ini file.
+        config: The config, for the ini file.
         namespace: The command line, as far as it is parsed.
 
     Raises:
@@ -445,10 +448,10 @@ def read_settings(config: pytest.Config, namespace: Any) -> Settings:
 
 
 def _check_baseline(settings: Settings, namespace: Any) -> None:
-    """Reject options about a baseline if none is named.
+    """Reject options about a baseline if no baseline is named.
 
     Raises:
-        pytest.UsageError: There are such.
+        pytest.UsageError: There are such options.
     """
     if settings.baseline is not None:
         return
@@ -465,14 +468,14 @@ def _check_baseline(settings: Settings, namespace: Any) -> None:
 
 
 def check_budgets(settings: Settings, totals: Mapping[int, int]) -> None:
-    """Reject budgets that are larger than the cards.
+    """Reject budgets that are larger than their cards.
 
     Args:
         settings: The options.
         totals: Total bytes by device index.
 
     Raises:
-        pytest.UsageError: A budget is more than its card has, or names no card.
+        pytest.UsageError: A budget is larger than its card, or its card does not exist.
     """
     for index, spec in settings.budgets.items():
         if index is not None and index not in totals:

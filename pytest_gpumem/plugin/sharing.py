@@ -1,12 +1,12 @@
-"""How the workers of pytest-xdist share the cards of their machine.
+"""Shares the cards of a machine among the workers of pytest-xdist.
 
 Note [A card among workers]
-N workers share each card. A test that says how much it needs (``requires_vram``, a limit,
-a budget) starts when that much is free among all workers. A test that says nothing may
-hold an equal share and no more, so that such tests never take bytes from each other. A
-test's claim is an entry of the card's ledger, which ends when the worker dies; see
-Note [Entries that die with their process].
-Each worker has another card as its first, if there are enough cards: the list of
+N workers share each card. A test may say how many bytes it needs (``requires_vram``, a
+limit, a budget); it starts when these bytes are free among all workers. Any other test may
+hold at most an equal share, so that such tests never take bytes from each other. A test's
+claim is an entry of the card's ledger, which is removed when the worker ends; see
+Note [Entries that die with their process] in ``tenancy/entries.py``.
+If there are enough cards, each worker has a different first card: the list of
 ``CUDA_VISIBLE_DEVICES`` is rotated by the worker's number, so every card stays visible.
 """
 
@@ -31,9 +31,10 @@ if TYPE_CHECKING:
     from pytest_gpumem.tenancy.ledger import Ledger
     from pytest_gpumem.tenancy.shared_card import SharedCard
 
-#: Whether processes can share anything here: claims are locks of ``fcntl``.
+#: Whether processes can share cards on this system, because claims need ``fcntl``.
 _CAN_SHARE: Final = IS_POSIX
-#: Tells a worker its place: position, number of workers on its machine, and the run.
+#: The environment variable with a worker's place: its position, the number of workers on
+#: its machine, and the run.
 VARIABLE: Final = "PYTEST_GPUMEM_WORKER"
 
 
@@ -66,16 +67,16 @@ def take_position() -> WorkerPosition | None:
 
 
 class Sharing:
-    """The cards of a machine, used by one of several processes that run tests.
+    """The cards of a machine, as one of several processes uses them.
 
     Args:
         settings: The run's options.
         place: This process's position among the workers; None if it is the only one.
 
     Attributes:
-        place: The position; also None if the run's workers have cards of their own.
+        place: The position; None also if each of the run's workers has its own cards.
         admits: Whether tests wait for their bytes.
-        is_capped: Whether the present test may hold no more than an equal share.
+        is_capped: Whether the running test may hold at most an equal share.
     """
 
     def __init__(self, settings: Settings, place: WorkerPosition | None) -> None:
@@ -98,7 +99,7 @@ class Sharing:
     # -- spreading over the cards -----------------------------------------------------
 
     def spread(self, kind: str) -> None:
-        """Give this worker another first card than other workers, before torch is imported.
+        """Give this worker a first card of its own, before torch is imported.
 
         Raises:
             pytest.UsageError: Another user could change files that processes share.
@@ -168,7 +169,7 @@ class Sharing:
         return len(range(mine, self.place.workers, self._num_cards))
 
     def share_bytes(self, device: Device, index: int, total_bytes: int) -> int:
-        """Return the equal share of a card, the process's own context included."""
+        """Return the equal share of a card, including the process's own context."""
         return max(
             total_bytes // self.num_sharing(index), device.context_bytes(index) + 1
         )
@@ -184,7 +185,7 @@ class Sharing:
 
     @property
     def folder(self) -> str:
-        """The folder in which this run's processes note their bytes; None if they do not."""
+        """The folder in which this run's processes note their bytes; None if there is none."""
         return run_folder(self._run) if _CAN_SHARE else ""
 
     def ledger(self, device: Device, index: int, total_bytes: int) -> Ledger:
@@ -209,7 +210,7 @@ class Sharing:
         """Let this process and its children, or the workers, see each other's bytes.
 
         Args:
-            machine: The simulated one.
+            machine: The simulated machine.
         """
         if not self._joins("simulated"):
             return

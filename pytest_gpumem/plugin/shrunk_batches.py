@@ -1,10 +1,10 @@
-"""Batches that a library made smaller after an OOM, without a word: shown in reports.
+"""Finds batches that a library made smaller after an OOM without a message.
 
 They are read from the running frame of accelerate's ``find_executable_batch_size``, which
-transformers' ``Trainer`` uses for ``auto_find_batch_size``; nothing of it is replaced.
+transformers' ``Trainer`` uses for ``auto_find_batch_size``. The function is not replaced.
 
-Source: ``accelerate/utils/memory.py``: its function ``decorator`` has the batch size, the
-decorated ``function`` and ``reduce_batch_size_fn`` as variables of its closure.
+Source: ``accelerate/utils/memory.py``; there the closure of the function ``decorator`` has
+the batch size, the decorated ``function`` and ``reduce_batch_size_fn`` as variables.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ _FILE: Final = "accelerate/utils/memory.py"
 
 
 class _Search(NamedTuple):
-    """A search for a batch that fits, as an OOM met it."""
+    """The state of a search for a batch that fits, at the moment of an OOM."""
 
     function: str
     first: int
-    #: Holds the size of the next try; it holds nothing else.
+    #: The closure's cell; it holds only the size of the next try.
     size: CellType
 
 
 class ShrunkBatches:
-    """Notes where a search for a batch that fits began, and where it ended."""
+    """Notes the first and the last size in a search for a batch that fits."""
 
     def __init__(self) -> None:
         self._searches: dict[int, _Search] = {}
 
     def note(self, _incident: Incident) -> None:
-        """Look at an OOM while it lasts."""
+        """Examine the stack at the moment of an OOM."""
         for frame in frames_from(calling_frame()):
             search = _search_of(frame)
             if search is not None:
@@ -50,7 +50,7 @@ class ShrunkBatches:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None]:
-        """Note in the test's record which batches ended smaller than they began."""
+        """Note in the test's record the batches that were made smaller."""
         self._searches = {}
         try:
             return (yield)
@@ -71,7 +71,7 @@ def _search_of(frame: FrameType) -> _Search | None:
     first, reduce = found.get("batch_size"), found.get("reduce_batch_size_fn")
     free = getattr(getattr(reduce, "__code__", None), "co_freevars", ())
     if not isinstance(first, int) or "batch_size" not in free:
-        return None  # the program's own way to shrink is known to the program alone
+        return None  # with a reduce_batch_size_fn of the program the sizes are unknown
     cells: Any = getattr(reduce, "__closure__", ())
     name = getattr(found.get("function"), "__qualname__", "a function")
     return _Search(str(name), first, cells[free.index("batch_size")])

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.plugin.session import Run
 
-#: The driver hands out memory in such pieces: budgets between them are the same.
+#: The driver gives memory in multiples of this size, so budgets in between are equivalent.
 STEP: Final = 2 * 2**20
-#: The time that a phase of a trial may take: this many times that of the first trial,
-#: which had all the memory, and at least this many seconds. A fallback may be slower.
+#: A phase of a trial may take this many times as long as in the first trial, which has all
+#: the memory, and at least this many seconds. A fallback may be slower.
 PATIENCE: Final = 10
 PATIENCE_S: Final = 10.0
 
@@ -34,15 +34,16 @@ class SmallestBudgets:
     """Runs each test again under other budgets, before its own run.
 
     Every trial runs the whole test: setup with new fixtures, call and teardown. Fixtures
-    of wider scope are not made again. Trials are not reported. A phase of a trial that
-    does not end is interrupted by ``Watchdog`` and counts as failed.
+    of wider scope are not made again. Trials are not reported. If a phase of a trial does
+    not end, ``Watchdog`` interrupts it, and it counts as failed.
 
     Args:
-        run: The run, whose budget is changed.
+        run: The run; its budget is changed.
 
-    Limits: the search assumes that a test that passes with one budget passes with every
-    larger one. Tests that report while they run (sweeps, the fixture ``subtests``) and
-    doctests, which run once, are not searched, and the run says so.
+    Limits: the search assumes that a test that passes with one budget also passes with
+    every larger budget. Some tests are not searched, and the run says so: those that
+    report while they run (sweeps, the fixture ``subtests``), and doctests, which run only
+    once.
     """
 
     def __init__(self, run: Run) -> None:
@@ -124,7 +125,7 @@ class SmallestBudgets:
         runner: Any = item.config.pluginmanager.get_plugin("runner")
         parent: Any = (
             item.parent
-        )  # as the next test, so that wider fixtures are not torn down
+        )  # given as the next test, so that wider fixtures are not torn down
         properties, sections = item.user_properties, item._report_sections  # noqa: SLF001  # pytest keeps output there
         marks, before = (len(properties), len(sections)), taken(item)
         parts = _Parts(item)
@@ -145,7 +146,7 @@ class SmallestBudgets:
 
     @contextmanager
     def _capped(self, budget: int | None) -> Iterator[None]:
-        """Cap every card for a trial; the first trial has no cap and may create the device."""
+        """Cap every card for a trial; the first has no cap, and may create the device."""
         device = self._run.device if budget is not None else None
         if device is None or budget is None:
             yield
@@ -161,7 +162,7 @@ class SmallestBudgets:
                 device.set_budget(index, None, owner=self)
 
     def _why_not(self, item: pytest.Item) -> str:
-        """Return why a test is not run again; empty if it is."""
+        """Return why a test is not searched; empty if it is."""
         if not isinstance(item, pytest.Function):
             return "not sought: only test functions are run again"
         sweeps_fallbacks = self._run.settings.sweeps_fallbacks
@@ -176,7 +177,7 @@ class SmallestBudgets:
 
 
 class _Parts:
-    """The parts of a ``unittest`` test: in a trial their failures are not reported."""
+    """The subtests of a ``unittest`` test; in a trial their failures are not reported."""
 
     def __init__(self, item: Any) -> None:
         self._item = item if hasattr(item, "addSubTest") else None

@@ -1,4 +1,4 @@
-"""The terminal's summary of a run, from the records of its tests."""
+"""Prints the summary of a run from the records of its tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.plugin.sweep_progress import SweepProgress
     from pytest_gpumem.records.record import Record
 
-#: Sites of a sweep that are listed without ``-v``.
+#: The most sites of a sweep that are listed without ``-v``.
 SITES: Final = 10
 
 
@@ -28,13 +28,13 @@ def notes(hooks: Phases) -> dict[str, Callable[[], Any]]:
 
 
 class SummaryPlugin:
-    """Prints what the tests needed and what was found, at the end.
+    """Prints the tests' figures and the results of checks at the end of the run.
 
     Args:
         run: The run.
-        hooks: The hooks around tests, which count the allocations that rules failed.
-        config: pytest's.
-        collector: Has the records.
+        hooks: The hooks around tests; they count the allocations that rules made fail.
+        config: The run's config.
+        collector: Collects the records.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class SummaryPlugin:
 
     @property
     def sweep_progress(self) -> SweepProgress:
-        """Shows the progress of sweeps."""
+        """The object that shows the progress of sweeps."""
         if self._progress is None:
             from pytest_gpumem.plugin.sweep_progress import SweepProgress
 
@@ -190,7 +190,7 @@ class SummaryPlugin:
             terminal.write_line(line)
 
     def _show_sharing(self, terminal: pytest.TerminalReporter) -> None:
-        """Print the total of waits, and the OOMs that other workers helped to cause."""
+        """Print the total time of waits, and the OOMs that other workers helped to cause."""
         waits = {name: each.waited_s for name, each in self._tests.items()}
         waits = {name: waited_s for name, waited_s in waits.items() if waited_s}
         contended = {

@@ -1,4 +1,4 @@
-"""The progress of a long sweep, on the terminal."""
+"""Shows the progress of a long sweep on the terminal."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Progress(NamedTuple):
 
     Attributes:
         nodeid: The test that is swept.
-        done: Points that were run.
-        total: Points in all.
-        failing: Those of them that ended badly.
+        done: The number of finished points.
+        total: The number of all points.
+        failing: The number of finished points that ended badly.
     """
 
     nodeid: str
@@ -49,7 +49,7 @@ class SweepProgress:
         self.show(Progress(*values))
 
     def show(self, progress: Progress) -> None:
-        """Write a line, unless the sweep has just begun or the last line is recent."""
+        """Print a line, unless the sweep has just begun or the last line is recent."""
         terminal = self._config.pluginmanager.get_plugin("terminalreporter")
         if terminal is None or self._config.get_verbosity() < 0:
             return

@@ -1,4 +1,4 @@
-"""Sweeps in a run of pytest: the markers, the fixture, shards, replays, subtests."""
+"""Runs sweeps in pytest: markers, the fixture, shards, replays and subtests."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
     from pytest_gpumem.plugin.session import Run
     from pytest_gpumem.sweeps.report import Outcome, SweepReport, Verdict
 
-#: The command line's words for a test that has no node id of its own.
+#: The key of the command-line arguments that select a test without a node id of its own.
 CHOSEN_BY: Final = pytest.StashKey[str]()
-#: The argument that tells the points of one worker from another's.
+#: The test's argument that names a worker's share of the points.
 SHARD: Final = "_gpumem_shard"
 
 
 def shard_tests(metafunc: pytest.Metafunc, *, is_replay: bool) -> None:
     """Turn a swept test into one test for each worker of pytest-xdist.
 
-    Of N tests each runs every Nth point; together they run the whole sweep.
+    With N workers each test runs every Nth point; together they run the whole sweep.
     """
     workers = getattr(metafunc.config, "workerinput", {}).get("workercount", 1)
     if workers < 2 or is_replay:  # noqa: PLR2004  # nobody to share with
         return
-    # The number of ids that the test has so far: its other parameters may come before or after.
+    # The number of the test's ids so far; other parameters may come before or after them.
     position = max((len(each._idlist) for each in metafunc._calls), default=0)  # noqa: SLF001  # no public name
     metafunc.fixturenames.append(SHARD)
     metafunc.parametrize(
@@ -49,12 +49,12 @@ def shard_tests(metafunc: pytest.Metafunc, *, is_replay: bool) -> None:
 
 
 class Shard(NamedTuple):
-    """A worker's share of a sweep's points: of N shares every Nth point.
+    """A worker's share of a sweep's points; with N shares it has every Nth point.
 
     Attributes:
         part: The share's number, from 0.
         parts: The number of shares.
-        position: The position of its id among those of the test's parameters.
+        position: The position of the share's id among the ids of the test's parameters.
     """
 
     part: int
@@ -63,14 +63,14 @@ class Shard(NamedTuple):
 
 
 def _shard(item: Any) -> Shard | None:
-    """Return the share of a test whose points are divided among workers."""
+    """Return a test's share of the points; None if they are not divided among workers."""
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     shard = parameters.get(SHARD)
     return shard if isinstance(shard, Shard) else None
 
 
 def _whole_name(item: Any) -> str:
-    """Return the name that a test has if its points are not divided."""
+    """Return the name that a test would have if its points were not divided."""
     shard = _shard(item)
     if shard is None:
         return str(item.name)
@@ -80,7 +80,7 @@ def _whole_name(item: Any) -> str:
 
 
 def _whole_id(item: pytest.Item) -> str:
-    """Return the node id that a test has if its points are not divided."""
+    """Return the node id that a test would have if its points were not divided."""
     return item.nodeid.removesuffix(item.name) + _whole_name(item)
 
 
@@ -98,7 +98,7 @@ class Sweeps:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_pyfunc_call(self, pyfuncitem: pytest.Function) -> object | None:
-        """Sweep a test whose marker asks for it, instead of calling it once."""
+        """Sweep a test if its marker says so, instead of calling it once."""
         markers = self._markers.get(pyfuncitem)
         plan = None if markers is None else markers.sweep
         if plan is None:
@@ -125,8 +125,8 @@ class Sweeps:
         """Run a sweep for a test and report each point as a subtest.
 
         Raises:
-            SweepError: The options make no sense, or the body fails without a fault
-                by something else than an error of its own.
+            SweepError: The options make no sense, or the body fails without a fault, but
+                not by an exception that it raised.
         """
         from pytest_gpumem.sweeps.run import sweep_ooms
 
@@ -179,7 +179,7 @@ class Sweeps:
                     **options,
                 )
         except KeyboardInterrupt as error:
-            # pytest prints it, as the last thing of the run.
+            # pytest prints the text at the end of the run.
             if resume is not None and so_far is not None:
                 error.args = (
                     f"a sweep of {_whole_id(item)} was interrupted after {so_far.done} "
@@ -188,7 +188,7 @@ class Sweeps:
             raise
         except SweepError as error:
             if error.__cause__ is not None:
-                raise error.__cause__ from None  # the test fails by itself
+                raise error.__cause__ from None  # the test fails without any fault
             raise
         commands = replays(report, replay_line(item))
         found = summary_of(report, _whole_id(item), commands)
@@ -204,7 +204,7 @@ class Sweeps:
                 pytrace=False,
             )
         if report.failures:
-            detailed = _subtests(item) is None  # else each point has been told
+            detailed = _subtests(item) is None  # subtests have described each point
             text = explain_failures(report, replay_line(item), detailed=detailed)
             pytest.fail(text, pytrace=False)
 

@@ -1,4 +1,4 @@
-"""A run that asks for no device: torch and the tests are not touched."""
+"""Handles a run that asks for no device: torch and the tests are left unchanged."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _HOW: Final = (
 
 
 class Unasked:
-    """Takes the place of ``Run`` in a run without a device, and says how to get one.
+    """Replaces ``Run`` in a run without a device, and says how to get one.
 
     Args:
-        settings: The options, none of which is given.
+        settings: The options, with their defaults.
         config: The run's config.
     """
 
@@ -33,7 +33,7 @@ class Unasked:
         config.pluginmanager.register(self._errors, "gpumem-usage")
 
     def require_device(self) -> NoReturn:
-        """Fail the test whose fixture needs a device.
+        """Fail the test, because its fixture needs a device.
 
         Raises:
             pytest.fail.Exception: Always.
@@ -48,10 +48,10 @@ class Unasked:
         )
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Reject markers, which would have no effect.
+        """Reject markers of the plugin, because they would have no effect.
 
         Raises:
-            pytest.UsageError: A test has one.
+            pytest.UsageError: A test has such a marker.
         """
         with self._errors.reported(items):
             for item in items:

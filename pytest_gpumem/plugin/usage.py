@@ -1,4 +1,4 @@
-"""Wrong markers end the run with exit code 4, in any process that finds them."""
+"""Ends the run with exit code 4 for a wrong marker, whichever process finds it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: Stands for a test where a worker reports a wrong marker.
+#: The node id of the report with which a worker reports a wrong marker.
 _NODEID: Final = "gpumem-usage"
 
 
@@ -20,7 +20,7 @@ class UsageErrors:
     pytest-xdist does not show an error that a worker raises.
 
     Args:
-        config: The run's.
+        config: The run's config.
     """
 
     def __init__(self, config: pytest.Config) -> None:
@@ -29,7 +29,7 @@ class UsageErrors:
 
     @contextmanager
     def reported(self, items: list[pytest.Item]) -> Iterator[None]:
-        """Report a usage error of the block; the worker then has no tests.
+        """Report a usage error of the block; the worker then runs no tests.
 
         Raises:
             pytest.UsageError: The block raised it, and this process is not a worker.
@@ -48,7 +48,7 @@ class UsageErrors:
         """End the run for the usage error of a worker.
 
         Raises:
-            pytest.UsageError: A worker has.
+            pytest.UsageError: A worker has reported one.
         """
         if report.nodeid == _NODEID and not self._is_worker:
             raise pytest.UsageError(str(report.longrepr))

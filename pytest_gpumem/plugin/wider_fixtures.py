@@ -1,4 +1,4 @@
-"""The bytes that fixtures of wider scope hold, which do not count for any test."""
+"""Measures the bytes of fixtures of wider scope, which do not count for any test."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ class WiderFixtures:
     def __init__(self, run: Run) -> None:
         self._run: Final = run
         self._held: Final[dict[Any, int]] = {}
-        #: Bytes of fixtures being made, so that one inside another counts once.
+        #: Bytes of the fixtures that are being made. A fixture may request another one
+        #: while it is made; the bytes of the inner fixture count only once.
         self._inner = [0]
 
     @property
     def held_bytes(self) -> int:
-        """The bytes that all fixtures added when they were made; some may be freed since."""
+        """The bytes that all fixtures added when they were made, also if freed since."""
         device = self._run.device
         held = sum(self._held.values())
         return held if device is None else min(held, allocated_bytes(device))
@@ -58,7 +59,7 @@ class WiderFixtures:
                 own = total - inner
                 if (
                     own and is_made
-                ):  # the bytes of a failed fixture are freed with its frames
+                ):  # a failed fixture's bytes are freed together with its frames
                     from pytest_gpumem.records.record import WiderFixture
 
                     self._held[fixturedef] = own

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.plugin.cardless_tests import CardlessTests
 
-#: The key of the names of tests that used no card before.
+#: The key, in a worker's input, of the names of tests that used no card before.
 IDLE_INPUT: Final = "gpumem_idle"
-#: The key of what a worker tells as it ends.
+#: The key, in a worker's output, of the notes that it sends when it ends.
 _OUTPUT: Final = "gpumem"
 
 
@@ -31,7 +31,7 @@ class WorkerNotes:
 
     def __init__(self, config: pytest.Config) -> None:
         self._config: Final = config
-        #: Functions that return each part, by name.
+        #: Functions that return the parts of the notes, by name.
         self.parts: Final[dict[str, Callable[[], Any]]] = {}
 
     @pytest.hookimpl(trylast=True)
@@ -65,7 +65,7 @@ class Workers:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_setupnodes(self, specs: Sequence[Any]) -> None:
-        """Number the workers of each machine; execnet sets their environment."""
+        """Number the workers of each machine; execnet sets the variable in each worker."""
         machines: dict[str, list[Any]] = {}
         for spec in specs:
             host = spec.ssh or spec.socket or spec.via or spec.vagrant_ssh or ""
@@ -82,7 +82,7 @@ class Workers:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
-        """Tell a worker which tests used no card before."""
+        """Send the names of tests that used no card before to a worker."""
         node.workerinput[IDLE_INPUT] = json.dumps(sorted(self._history.idle))
 
     def pytest_unconfigure(self) -> None:
