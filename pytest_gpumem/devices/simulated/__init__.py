@@ -1,5 +1,5 @@
-"""The simulated CUDA device: what "cuda" means on a machine without a GPU."""
+"""The simulated CUDA device, which "cuda" means on a machine without a GPU."""
 
-# First of all: the hooks that wait for torch install this package,
-# and must not meet it half imported.
+# This must be the first import: the hooks that wait for torch install this package,
+# and must not find it partly imported.
 import torch  # noqa: F401

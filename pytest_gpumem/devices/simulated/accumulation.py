@@ -1,7 +1,8 @@
-"""Sums of gradients: autograd adds in place if nothing else refers to the first one.
+"""Sums of gradients: autograd adds in place if it holds the only reference to the first.
 
-C++ never does so for a tensor subclass, so a sum would take a block of its own here.
-The values do go into a new tensor; the block is handed over.
+C++ never adds in place for a subclass of Tensor, so a sum would take a new block. Here
+the values of a sum are in a new tensor, and the block of the first gradient is passed on
+to it.
 
 Source: ``can_accumulate_inplace`` and ``accumulate`` of
 ``torch/csrc/autograd/input_buffer.cpp``, torch 2.13.
@@ -25,16 +26,17 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.tensor import Handler
 
 _add: Final[Any] = torch.ops.aten.add.Tensor
-#: References to a gradient that only autograd's buffer has, seen from ``_may_reuse``:
-#: the buffer, the dispatcher's stack and argument list, the Python object; and to its
-#: storage: the tensor, the tensor with its values, the Python object.
+#: The number of references, inside ``_may_reuse``, to a gradient that is only in
+#: autograd's buffer: the buffer, the dispatcher's stack, its argument list, and the Python
+#: object. The number of references to the storage: the tensor, the tensor with the
+#: values, and the Python object.
 _TENSOR_USES: Final = 4
 _STORAGE_USES: Final = 3
 _PYTHON_USES: Final = 5
 
 
 def with_accumulation(func: Any, handler: Handler) -> Handler:
-    """Return a handler that sums gradients in their own memory."""
+    """Return a handler that sums gradients in the memory of the first one."""
     if func is not _add:
         return handler
 
@@ -51,7 +53,7 @@ def with_accumulation(func: Any, handler: Handler) -> Handler:
         if memory is None or summed.untyped_storage().nbytes() != memory.nbytes:
             return handler(args, kwargs)
         hold(summed.untyped_storage(), memory)
-        del storage._gpumem  # the block has a new owner
+        del storage._gpumem  # the new storage owns the block
         return make(summed, first._gpumem_card)
 
     return adding
@@ -60,9 +62,9 @@ def with_accumulation(func: Any, handler: Handler) -> Handler:
 def taking_over(func: Any, handler: Handler) -> Handler:
     """Return a handler whose result takes over the memory of its first operand.
 
-    C++ that computes gradients makes a tensor and writes to it in place; where tensors
-    are of a subclass it uses the operator that returns a new one. The first tensor has
-    no other owner, so that its block is handed over.
+    C++ code for gradients often creates a tensor and writes to it in place. For a subclass
+    of Tensor, it calls the operator that returns a new tensor instead. The first operand
+    then has no other reference, and its block is passed on to the result.
 
     Source: the callers of ``areAnyTensorSubclassLike`` in
     ``torch/csrc/autograd/FunctionsManual.cpp`` and in ``aten/src/ATen/native``.
@@ -88,7 +90,7 @@ def taking_over(func: Any, handler: Handler) -> Handler:
         if memory is None or written.untyped_storage().nbytes() != memory.nbytes:
             return handler(args, kwargs)
         hold(written.untyped_storage(), memory)
-        del storage._gpumem  # the block has a new owner
+        del storage._gpumem  # the new storage owns the block
         rule = find(func).requests
         if rule is not None:
             ask(rule(Call(func, values, kwargs, [written], card)), [0], card)
@@ -98,7 +100,7 @@ def taking_over(func: Any, handler: Handler) -> Handler:
 
 
 def _into_zeros(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Write into zeros that C++ has made on the host, and makes on a card."""
+    """Write to zeros on a card in place of those that C++ created on the host."""
     __tracebackhide__ = True
     operands = Operands()
     values = [operands.unwrap(each) for each in args]
@@ -117,7 +119,7 @@ def _into_zeros(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 
 
 def writing_losses(func: Any, handler: Handler) -> Handler:
-    """Return ``taking_over`` for the gradients of a binary cross entropy alone.
+    """Return the handler of ``taking_over``, only for binary cross entropy gradients.
 
     Source: ``binary_cross_entropy_target_backward`` and
     ``binary_cross_entropy_with_logits_backward`` of
@@ -139,7 +141,7 @@ def writing_losses(func: Any, handler: Handler) -> Handler:
 
 
 def keeping(func: Any, handler: Handler) -> Handler:
-    """Return a handler whose result C++ does not write to, if only losses would.
+    """Return the handler of ``taking_over`` except in a node that does not write in place.
 
     Source: ``binary_cross_entropy_with_logits_target_backward``.
     """
@@ -157,9 +159,9 @@ def keeping(func: Any, handler: Handler) -> Handler:
 
 
 def numbering(func: Any, handler: Handler) -> Handler:
-    """Return a handler of a sum over places that overlap, which C++ has numbered.
+    """Return a handler of a sum over overlapping elements, for which C++ makes indices.
 
-    The numbers, and those of a view's places, are tensors of the card.
+    These indices, and those of a view's elements, are tensors on the card.
 
     Source: ``as_strided_backward`` of ``torch/csrc/autograd/FunctionsManual.cpp``.
     """
@@ -183,34 +185,34 @@ def numbering(func: Any, handler: Handler) -> Handler:
 
 
 def _is_at_work(*names: str) -> bool:
-    """Tell whether a node of autograd runs whose name begins with a text."""
+    """Return whether the running autograd node has a name with one of the prefixes."""
     if torch._C._current_graph_task_id() == -1:
         return False
     node = torch._C._current_autograd_node()  # it has no public name
     return node is not None and node.name().startswith(names)
 
 
-#: Nodes whose C++ adds by itself, into new memory, by name.
+#: Prefixes of nodes whose C++ code adds into new memory.
 #: Source: ``lu_unpack_backward``, ``i1_backward`` and ``i1e_backward``.
 _ADDING: Final = ("LuUnpack", "SpecialI1")
-#: Nodes whose C++ keeps the first operand, by name.
+#: Prefixes of nodes whose C++ code keeps the first operand.
 #: Source: ``scatter_reduce_backward`` and ``index_reduce_backward``.
 _KEEPING: Final = ("ScatterReduceBackward", "IndexReduceBackward")
 
 
 def _is_new(tensor: Any) -> bool:
-    """Tell whether only the C++ that calls an operator refers to its first operand."""
+    """Return whether only the C++ caller of an operator refers to a tensor."""
     is_ours = type(tensor) is SimulatedTensor
     return (
         is_ours
-        and tensor._use_count() <= _TENSOR_USES + 1  # an optional of C++
+        and tensor._use_count() <= _TENSOR_USES + 1  # one more for std::optional
         and sys.getrefcount(tensor) <= _PYTHON_USES
         and _storage_uses(tensor) <= _STORAGE_USES
     )
 
 
 def _may_reuse(args: tuple[Any, ...]) -> bool:
-    """Tell whether only autograd's buffer refers to the first of two gradients."""
+    """Return whether only autograd's buffer refers to the first of two gradients."""
     first, second = args
     if type(first) is not SimulatedTensor or type(second) is not SimulatedTensor:
         return False
@@ -229,5 +231,5 @@ def _may_reuse(args: tuple[Any, ...]) -> bool:
 
 def _storage_uses(tensor: torch.Tensor) -> int:
     storage = tensor.untyped_storage()
-    count: int = torch._C._storage_Use_Count(storage._cdata)  # how torch counts
+    count: int = torch._C._storage_Use_Count(storage._cdata)  # torch's own count
     return count

@@ -1,10 +1,10 @@
-"""``torch.autocast("cuda")``: which operators run in which type on a card.
+"""``torch.autocast("cuda")``: the dtype in which each operator runs on a card.
 
-C++ decides by what it takes for a tensor's device, which for a simulated tensor is the
-host; so the casts are made here, operator by operator.
+C++ decides by the device that it sees for a tensor, which for a simulated tensor is the
+host. The casts are therefore made in this module, for each operator.
 
-Source: ``aten/src/ATen/autocast_mode.h``, which comes with torch, for which operators,
-and ``autocast_mode.cpp`` for what is done to them and which casts are kept.
+Sources: ``aten/src/ATen/autocast_mode.h``, which is installed with torch, for the list of
+operators; ``autocast_mode.cpp`` for the casts, and for which casts are cached.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _clear: Final[Any] = torch.clear_autocast_cache
 
 
 def clear_cache() -> None:
-    """``torch.clear_autocast_cache``: forget the casts kept for this region."""
+    """Run ``torch.clear_autocast_cache``: delete the cached casts of this region."""
     _kept.casts = {}
     _clear()
 
@@ -51,7 +51,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
         return value.to(dtype)
     casts = _kept.__dict__.setdefault("casts", {})
     if id(value) not in casts:
-        # The tensor is kept with its cast, so that its id stays its own.
+        # The tensor is kept with its cast, so that no other tensor can get its id.
         casts[id(value)] = (value, value.to(dtype))
     return casts[id(value)][1]
 
@@ -83,7 +83,7 @@ _KEYS: Final = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
 
 
 def _casting(operator: Any, choose: Callable[[Any], torch.dtype]) -> Any:
-    """Return a kernel that casts the operands: ``CachedCast`` of ``lower``, ``fp32``."""
+    """Return a kernel that casts the operands: ``CachedCast``, policies lower and fp32."""
 
     def kernel(*args: Any, **options: Any) -> Any:
         dtype = choose(args)
@@ -97,11 +97,11 @@ def _casting(operator: Any, choose: Callable[[Any], torch.dtype]) -> Any:
 
 
 def _asking(operator: Any, wider: Any = None) -> Any:
-    """Return a kernel that asks for a result of single precision, and casts nothing.
+    """Return a kernel that requests a single-precision result and casts no operand.
 
     Args:
-        operator: What is called.
-        wider: Its overload that takes a type, where it takes none itself.
+        operator: The overload that is called.
+        wider: The overload that takes a dtype, if ``operator`` takes none.
     """
     target = operator if wider is None else wider
     names = [each.name for each in target._schema.arguments]
@@ -128,7 +128,7 @@ def _is_eligible(tensor: torch.Tensor) -> bool:
 
 
 def _refused(*_args: Any, **_options: Any) -> NoReturn:
-    """``binary_cross_entropy``: ``binary_cross_entropy_banned``.
+    """Refuse ``binary_cross_entropy``: ``binary_cross_entropy_banned``.
 
     Raises:
         RuntimeError: Always (torch's text).
@@ -144,14 +144,14 @@ def _refused(*_args: Any, **_options: Any) -> NoReturn:
 
 
 def _operator(name: str) -> Any:
-    """Return an overload by its name; None in a torch that does not have it."""
+    """Return an overload by its name; None if the installed torch does not have it."""
     packet, _dot, overload = name.partition(".")
     found = getattr(torch.ops.aten, packet, None)
     return getattr(found, overload or "default", None)
 
 
 def kernels() -> dict[str, Any]:
-    """Return the kernel of each operator that autocast treats, by name."""
+    """Return the kernel of each operator that autocast changes, by name."""
     made: dict[str, Any] = {"binary_cross_entropy": _refused}
     for policy, choose in _CHOICES.items():
         for name in autocast_names(policy):
@@ -187,7 +187,7 @@ _IN_MOST_MODELS: Final = (
     "matmul",
     "mm",
 )
-#: Overloads that take no type, and those that do: ``fp32_append_dtype``.
+#: Overloads that take no dtype, and those that take one: ``fp32_append_dtype``.
 _WITH_TYPE: Final = {
     "norm.Scalar": "norm.ScalarOpt_dtype",
     "norm.ScalarOpt_dim": "norm.ScalarOpt_dim_dtype",

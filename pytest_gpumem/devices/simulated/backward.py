@@ -1,4 +1,4 @@
-"""Tells whether a thread runs autograd's own code, or user code that autograd called."""
+"""Detects whether a thread runs autograd's own code or user code that autograd called."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NONE: Final = -1
 
 
 class _Called(threading.local):
-    """The backward pass that was the last to call user code in this thread."""
+    """The last backward pass that called user code in this thread."""
 
     task_id: int = _NONE
 
@@ -22,20 +22,20 @@ _called: Final = _Called()
 
 
 def in_backward() -> bool:
-    """Tell whether autograd's C++ code runs in this thread.
+    """Return whether autograd's C++ code runs in this thread.
 
-    It makes helper tensors on the device that it sees for the tensors, the CPU. Such an
-    operand or target was not chosen by the user.
+    This code creates helper tensors on the device that it sees for the tensors, which is
+    the CPU. The user has not chosen the device of such an operand or target.
     """
     task_id: int = _task_id()
     return task_id not in {_NONE, _called.task_id}
 
 
 def of_user(function: Any) -> Any:
-    """Wrap a function that a user has given to autograd, so that it counts as user code.
+    """Wrap a function that a user has passed to autograd, so that it counts as user code.
 
-    Operators that it calls check devices as everywhere. A backward pass that it starts
-    is autograd's own code again.
+    Operators that the function calls check devices as usual. A backward pass that the
+    function starts is autograd's own code again.
     """
 
     @functools.wraps(function)

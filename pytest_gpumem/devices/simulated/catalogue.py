@@ -1,8 +1,8 @@
-"""What the simulated device does for each public name of ``torch.cuda`` and its like.
+"""How the simulated device treats each public name of ``torch.cuda`` and similar modules.
 
-The documentation's page is written from this table, and the tests hold both to it:
-each name that the installed torch exports is here, and what is said to be refused is
-refused.
+A page of the documentation is generated from this table. The tests check that each name
+that the installed torch exports is in the table, and that each name that the table calls
+refused is refused.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Final
 
 from pytest_gpumem.devices.simulated.refusals import ADVICE
 
-#: What the kinds mean, in the order that the page shows them.
+#: The meaning of each kind, in the order of the documentation's page.
 KINDS: Final[dict[str, str]] = {
     "exact": (
         "the figures of PyTorch's own allocator, to the byte; held to recordings of it"
@@ -82,7 +82,7 @@ _ACCELERATOR: Final[dict[str, str]] = {
     "refused": "Graph",
 }
 
-#: Notes that a name needs, where its kind does not say enough.
+#: Additional notes on names.
 NOTES: Final[dict[str, str]] = {
     "torch.cuda.temperature": "NVML's own “Not Supported”",
     "torch.cuda.power_draw": "NVML's own “Not Supported”",
@@ -111,7 +111,7 @@ NOTES: Final[dict[str, str]] = {
     "torch.cuda.tunable": "`is_enabled` says no",
 }
 
-#: What goes beyond those modules, by kind.
+#: Names outside ``torch.cuda`` and ``torch.accelerator``, by kind.
 BEYOND: Final[dict[str, tuple[str, ...]]] = {
     "exact": (
         "`torch.OutOfMemoryError`: class, argument and text, cache flushed first, "
@@ -188,5 +188,5 @@ def kinds_of_names(module: str) -> dict[str, str]:
 
 
 def note_of(name: str) -> str:
-    """Return what there is to say of a name, such as ``torch.cuda.nccl``."""
+    """Return the note on a name, such as ``torch.cuda.nccl``."""
     return NOTES.get(name, ADVICE.get(name, ""))

@@ -1,6 +1,6 @@
-"""The C++ functions of ``torch.nn.parallel.comm`` between the cards of one process.
+"""The C++ functions of ``torch.nn.parallel.comm``, for the cards of one process.
 
-They broadcast, scatter and gather; here this is done by copies from card to card. Source:
+They broadcast, scatter and gather by copies from card to card. Source:
 ``torch/csrc/cuda/comm.cpp``.
 """
 
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
 
 
 def _device(index: int) -> torch.device:
-    """Return a card's device; an index of -1 is the host, as in C++."""
+    """Return a card's device; an index of -1 means the host, as in C++."""
     if index < 0:
         return torch.device("cpu")
     return torch.device("cuda", card_of(index).index)
 
 
 def broadcast(tensor: torch.Tensor, devices: Sequence[int]) -> list[torch.Tensor]:
-    """Return a copy for each card; on its own card the tensor itself."""
+    """Return a copy for each card; for the tensor's own card, the tensor itself."""
     return [tensor.to(_device(index)) for index in devices]
 
 
 def broadcast_out(
     tensor: torch.Tensor, out: Sequence[torch.Tensor]
 ) -> Sequence[torch.Tensor]:
-    """Copy a tensor into others."""
+    """Copy a tensor into each of the given tensors."""
     for target in out:
         target.copy_(tensor)
     return out
@@ -42,7 +42,7 @@ def broadcast_coalesced(
     devices: Sequence[int],
     buffer_size: int,  # noqa: ARG001  # torch's signature
 ) -> list[list[torch.Tensor]]:
-    """Return copies of all tensors for each card; for the first the tensors."""
+    """Return copies of all tensors for each card; for the first card, the originals."""
     return [[tensor.to(_device(index)) for tensor in tensors] for index in devices]
 
 
@@ -51,7 +51,7 @@ def scatter(
     devices: Sequence[int],
     chunk_sizes: Sequence[int] | None,
     dim: int,
-    streams: Any,  # noqa: ARG001  # torch's signature; work is done when a call returns
+    streams: Any,  # noqa: ARG001  # torch's signature; work is complete when a call returns
 ) -> list[torch.Tensor]:
     """Return a piece of a tensor for each card."""
     pieces = _pieces(tensor, len(devices), chunk_sizes, dim)
@@ -66,7 +66,7 @@ def scatter_out(
     dim: int,
     streams: Any,  # noqa: ARG001  # torch's signature
 ) -> Sequence[torch.Tensor]:
-    """Copy the pieces of a tensor into others."""
+    """Copy the pieces of a tensor into the given tensors."""
     sizes = [target.size(dim) for target in out]
     for target, piece in zip(out, tensor.split(sizes, dim), strict=True):
         target.copy_(piece)
@@ -76,7 +76,7 @@ def scatter_out(
 def gather(
     tensors: Sequence[torch.Tensor], dim: int, destination: int | None
 ) -> torch.Tensor:
-    """Return tensors of several cards as one, on one card or the host."""
+    """Return the tensors of several cards joined into one, on one card or the host."""
     goal = _device(card_of(None).index if destination is None else destination)
     return torch.cat([tensor.to(goal) for tensor in tensors], dim)
 
@@ -84,7 +84,7 @@ def gather(
 def gather_out(
     tensors: Sequence[torch.Tensor], out: torch.Tensor, dim: int
 ) -> torch.Tensor:
-    """Copy tensors of several cards into one."""
+    """Copy the tensors of several cards into one given tensor."""
     sizes = [tensor.size(dim) for tensor in tensors]
     for target, tensor in zip(out.split(sizes, dim), tensors, strict=True):
         target.copy_(tensor)

@@ -187,9 +187,7 @@ def _ranging(*args: Any, **options: Any) -> Any:
         return relayed(lambda: _range(*args, **options), depth=1)
     out = torch.empty(0, dtype=options.get("dtype"), device=goal)
     bounds = {name: options[name] for name in _BOUNDS if name in options}
-    with (
-        torch._C.DisableTorchFunction()
-    ):  # a device context applies as the device of ``out``
+    with torch._C.DisableTorchFunction():  # ``out`` is already on the context's device
         relayed(lambda: _range(*args, **bounds, out=out), depth=1)
     return out.requires_grad_(options.get("requires_grad", False))
 

@@ -21,11 +21,11 @@ from pytest_gpumem.devices.simulated.tensor import SimulatedTensor, make
 if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
 
-_to_copy: Any = torch.ops.aten._to_copy.default  # the operator below Tensor.to
+_to_copy: Any = torch.ops.aten._to_copy.default  # the operator behind Tensor.to
 
 
 class _DeviceArgument(threading.local):
-    """Whether a user has passed ``device=``, also in backward."""
+    """Whether user code has passed ``device=``; this also applies in backward."""
 
     is_stated = False
 
@@ -34,10 +34,10 @@ _device_argument: Final = _DeviceArgument()
 
 
 def is_asked_for() -> bool:
-    """Tell whether the thread moves a tensor whose class runs its operators itself.
+    """Return whether the thread moves a tensor whose class runs its operators itself.
 
-    Then ``device`` of such an operator is the user's own, and not the device that C++
-    sees for the tensors.
+    The argument ``device`` of such an operator then comes from the user. It is not the
+    device that C++ sees for the tensors.
     """
     return _device_argument.is_stated
 
@@ -46,7 +46,7 @@ _functorch: Final[Any] = torch._C._functorch
 
 
 def _is_traced() -> bool:
-    """Tell whether torch records the operators of a program while it runs."""
+    """Return whether torch traces the operators of a program while it runs."""
     proxies = torch._C._TorchDispatchModeKey.PROXY  # no public way to ask
     if torch._C._get_dispatch_mode(proxies) is not None:
         return True
@@ -59,15 +59,17 @@ def _is_traced() -> bool:
 def _each_moved(
     source: torch.Tensor, device: torch.device, dtype: torch.dtype | None
 ) -> torch.Tensor:
-    """Copy a batch of tensors that ``is_grads_batched`` and its like show as one.
+    """Copy a batch that ``is_grads_batched`` and similar options show as one tensor.
 
     Source: ``torch/_vmap_internals.py``.
     """
     level = torch._C._vmapmode_increment_nesting() - 1  # no public way to ask
     torch._C._vmapmode_decrement_nesting()
-    batch = torch._remove_batch_dim(source, level, 1, 0)  # as torch itself does
+    batch = torch._remove_batch_dim(
+        source, level, 1, 0
+    )  # as in torch/_vmap_internals.py
     batch = moved(batch, device, dtype=dtype)
-    return torch._add_batch_dim(batch, 0, level)  # likewise
+    return torch._add_batch_dim(batch, 0, level)  # as in torch/_vmap_internals.py
 
 
 def upload(
@@ -77,14 +79,14 @@ def upload(
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format = torch.preserve_format,
 ) -> SimulatedTensor:
-    """Copy a host tensor to a card; a new dtype is made on the host.
+    """Copy a host tensor to a card; the dtype is converted on the host.
 
-    Source: ``aten/src/ATen/native/cuda/Copy.cu``: for a copy from the host types
-    are converted before the transfer, so nothing else is allocated on the card.
+    Source: ``aten/src/ATen/native/cuda/Copy.cu``: for a copy from the host, the dtype is
+    converted before the transfer, so nothing else is allocated on the card.
 
     Raises:
         NotImplementedError: The source is a meta tensor (torch's text).
-        torch.OutOfMemoryError: No room; nothing was copied.
+        torch.OutOfMemoryError: The card has no room; nothing was copied.
         UnsupportedOnSimulatedDeviceError: The source is sparse, nested or quantized.
     """
     __tracebackhide__ = True
@@ -97,7 +99,7 @@ def upload(
     if source.is_quantized:
         refuse("a quantized tensor")
     dtype = source.dtype if dtype is None else dtype
-    # A strided copy is dense, so the bytes are known before anything is made.
+    # A strided copy is dense, so its bytes are known before it is created.
     memory = Memory(card, source.numel() * dtype.itemsize)
     value = _copied(source.detach(), card, dtype=dtype, memory_format=memory_format)
     hold(value.untyped_storage(), memory)
@@ -105,7 +107,7 @@ def upload(
 
 
 def _copied(source: torch.Tensor, card: SimulatedCard, **options: Any) -> torch.Tensor:
-    """Return the part of a copy that a card keeps: values, or only the shape."""
+    """Return a copy with values, or with only a shape if the card keeps no values."""
     place = torch.device(card.value_device)
     with HOST_ROOM, on_tape(card):
         copied: torch.Tensor = _to_copy(source, device=place, **options)
@@ -119,24 +121,24 @@ def download(
     device: torch.device | None = None,
     memory_format: torch.memory_format = torch.preserve_format,
 ) -> torch.Tensor:
-    """Copy a tensor from its card to the host (or to ``device``: cpu or meta).
+    """Copy a tensor from its card to the host, or to ``device`` (cpu or meta).
 
-    A source that is not dense is first made contiguous *on the card*, which takes
-    room there, as on a real one.
+    A source that is not dense is first copied to contiguous memory *on the card*, which
+    takes bytes there, as on a real card.
 
     Raises:
-        NoValuesError: The card keeps no values, and they are wanted.
-        torch.OutOfMemoryError: No room for the contiguous copy.
+        NoValuesError: The values are needed, but the card keeps none.
+        torch.OutOfMemoryError: The card has no room for the contiguous copy.
     """
     __tracebackhide__ = True
-    value = source._gpumem_value  # the device's own room
+    value = source._gpumem_value  # private to this package
     if device is not None and device.type == "meta":
         return torch.empty_like(value, dtype=dtype, device=device)
     if value.is_meta:
         refuse_value("copying a tensor from the card to the host")
     staging = (
         None if _is_dense(value) else Memory(source._gpumem_card, value.nbytes)
-    )  # likewise
+    )  # private to this package
     with on_tape(source._gpumem_card):
         host: torch.Tensor = _to_copy(value, dtype=dtype, memory_format=memory_format)
     del staging
@@ -144,7 +146,7 @@ def download(
 
 
 def _is_dense(value: torch.Tensor) -> bool:
-    """Tell whether the elements fill their memory without gap or overlap."""
+    """Return whether the elements fill their memory without gaps or overlap."""
     dense: bool = torch.ops.aten.is_non_overlapping_and_dense.default(value)
     return dense
 
@@ -155,23 +157,24 @@ def peer_copy(
     *,
     dtype: torch.dtype | None = None,
 ) -> SimulatedTensor:
-    """Copy a tensor to another card (or to its own, as another dtype).
+    """Copy a tensor to another card, or to its own card in another dtype.
 
     Raises:
-        torch.OutOfMemoryError: No room on the target.
+        torch.OutOfMemoryError: The target card has no room.
     """
     __tracebackhide__ = True
     dtype = source.dtype if dtype is None else dtype
     memory = Memory(card, source.numel() * dtype.itemsize)
-    value = _copied(source._gpumem_value, card, dtype=dtype)  # the device's own room
+    value = _copied(source._gpumem_value, card, dtype=dtype)  # private to this package
     hold(value.untyped_storage(), memory)
     return make(value, card)
 
 
 class _Move(torch.autograd.Function):
-    """A copy to another device, as autograd and ``torch.func`` see it.
+    """A copy to another device, for autograd and ``torch.func``.
 
-    Its gradient travels back to where it came from, its tangent along with it.
+    The gradient is copied back to the source's device. The tangent is copied with the
+    tensor.
     """
 
     @staticmethod
@@ -213,7 +216,7 @@ def move(
     """Copy a tensor to a device, without autograd.
 
     Raises:
-        torch.OutOfMemoryError: No room on the target.
+        torch.OutOfMemoryError: The target card has no room.
     """
     __tracebackhide__ = True
     if runs_itself(source) or _is_traced():
@@ -243,10 +246,10 @@ def moved(
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format = torch.preserve_format,
 ) -> torch.Tensor:
-    """Copy a tensor to a device; gradients, tangents and transforms go along.
+    """Copy a tensor to a device, with support for gradients, tangents and transforms.
 
     Raises:
-        torch.OutOfMemoryError: No room on the target.
+        torch.OutOfMemoryError: The target card has no room.
     """
     __tracebackhide__ = True
     if _functorch.is_legacy_batchedtensor(source):

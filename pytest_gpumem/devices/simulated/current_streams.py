@@ -1,16 +1,16 @@
-"""The current stream of a card: the thread's, or in backward that of the forward.
+"""The current stream of a card: the thread's, or in backward the forward's.
 
 Note [Streams in backward]
-On a card autograd runs each node on the stream that was current when its forward ran,
-whatever stream the caller of ``backward`` is on. Nodes are told apart by their sequence
-number: one is made right before its operator runs, so the first result after that says
-on which stream.
+On a card, autograd runs each node on the stream that was current when its forward ran,
+and ignores the current stream of the caller of ``backward``. Nodes are identified by
+their sequence numbers. A node is created directly before its operator runs, so the stream
+of the next result is the node's stream.
 
 Source: ``Node::stream`` of ``torch/csrc/autograd/function.h`` and its use in
 ``torch/csrc/autograd/engine.cpp``.
 
-Limits: numbers are each thread's own; forwards of several threads that use streams at
-once can be taken for each other's.
+Limits: each thread has its own sequence numbers. If several threads use streams in their
+forwards at the same time, their nodes can be confused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 
 _sequence: Final[Any] = torch._C._autograd._get_sequence_nr  # no public name
 _current_node: Final[Any] = torch._C._current_autograd_node  # no public name
-#: So many nodes are remembered.
+#: The largest number of nodes that are remembered.
 _MOST: Final = 1_000_000
 
 
@@ -30,7 +30,7 @@ class Streams:
     """The current streams of a machine's cards.
 
     Attributes:
-        are_used: Whether any but the default stream was ever current.
+        are_used: Whether a stream other than the default stream was ever current.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class Streams:
         return self._of_nodes.get((node, index), 0)
 
     def set(self, index: int, stream: int) -> None:
-        """Make a stream current on a card: for the thread, or for the node that runs."""
+        """Make a stream current on a card, for the thread or for the running node."""
         self.are_used = self.are_used or stream != 0
         node = _node()
         if node is not None:
@@ -66,8 +66,8 @@ class Streams:
         self._local.streams[index] = stream
 
     def note_result(self, index: int) -> None:
-        """Remember the stream for the node that was made last, at its first result."""
-        # In backward nodes are made for gradients of gradients alone.
+        """Record the stream of the newest node, at the first result of its operator."""
+        # In backward, nodes are created only for gradients of gradients.
         if _node() is None or torch.is_grad_enabled():
             key = (_sequence() - 1, index)
             if key not in self._of_nodes:
@@ -77,7 +77,7 @@ class Streams:
 
 
 def _node() -> int | None:
-    """Return the number of the node that autograd runs in this thread; None for none."""
+    """Return the number of the autograd node that runs in this thread, or None."""
     if torch._C._current_graph_task_id() == -1:  # no public way to ask
         return None
     node = _current_node()

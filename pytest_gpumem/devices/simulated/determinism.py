@@ -1,4 +1,4 @@
-"""``torch.use_deterministic_algorithms``: a card's list of operators, not the CPU's.
+"""``torch.use_deterministic_algorithms``, with a card's list of operators.
 
 Source: the callers of ``alertNotDeterministic`` in ``aten/src/ATen/native/cuda``, and
 ``alertCuBLASConfigNotDeterministic`` of ``aten/src/ATen/Context.cpp``, torch 2.13.
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.operators.registry import Operator
     from pytest_gpumem.devices.simulated.tensor import Handler
 
-#: What ``CUBLAS_WORKSPACE_CONFIG`` may say for cuBLAS to be deterministic.
+#: Values of ``CUBLAS_WORKSPACE_CONFIG`` with which cuBLAS is deterministic.
 _CUBLAS_SETTINGS: Final = (":4096:8", ":16:8")
 
 
 def with_alert(func: Any, operator: Operator, handler: Handler) -> Handler:
-    """Return a handler that alerts where a card has no deterministic way to run."""
+    """Return a handler that raises or warns if a card has no deterministic kernel."""
     caller, alerts = operator.alert, operator.alerts
     if not caller:
         return handler
@@ -38,7 +38,7 @@ def with_alert(func: Any, operator: Operator, handler: Handler) -> Handler:
 
 
 def _alert(caller: str) -> None:
-    """Raise, or warn, as ``Context::alertNotDeterministic`` does."""
+    """Raise or warn, as ``Context::alertNotDeterministic`` does."""
     if torch.is_deterministic_algorithms_warn_only_enabled():
         warnings.warn(
             f"{caller} does not have a deterministic implementation, but you set "
@@ -59,7 +59,7 @@ def _alert(caller: str) -> None:
 
 
 def check_cublas() -> None:
-    """Raise, or warn, where cuBLAS is not set up to be deterministic.
+    """Raise or warn if cuBLAS is not configured to be deterministic.
 
     Raises:
         RuntimeError: With torch's text.

@@ -1,7 +1,7 @@
-"""Kernels of the CUDA dispatch key: where tensors on a simulated card begin.
+"""Kernels of the CUDA dispatch key that create tensors on a simulated card.
 
-Registered with ``torch.library`` on the CUDA key, so they are found from every
-thread and from C++ (``torch.zeros``, ``Tensor.to``, autograd), on builds with and
+They are registered with ``torch.library`` for the CUDA key. They are therefore found from
+every thread and from C++ (``torch.zeros``, ``Tensor.to``, autograd), in builds with and
 without CUDA.
 """
 
@@ -27,10 +27,10 @@ def _new(
     dtype: torch.dtype | None,
     memory_format: torch.memory_format | None,
 ) -> torch.Tensor:
-    """Return an uninitialised tensor: first the bytes on the card, then the values.
+    """Return an uninitialised tensor; the card's bytes are taken before the values.
 
     Raises:
-        torch.OutOfMemoryError: No room on the card.
+        torch.OutOfMemoryError: The card has no room.
     """
     __tracebackhide__ = True
     dtype = torch.get_default_dtype() if dtype is None else dtype
@@ -43,7 +43,7 @@ def _new(
         for length, step in zip(size, stride, strict=True):
             count += max(length - 1, 0) * step if count else 0
     if count < 0:
-        # Let torch say what is wrong with a negative size.
+        # Torch raises its own error for a negative size.
         return torch.empty(size, dtype=dtype)
     memory = Memory(card, count * dtype.itemsize)
     place = card.value_device
@@ -94,7 +94,7 @@ def _empty_strided(
 
 
 def _indices(operator: Any) -> Any:
-    """Return a kernel that lets the CPU make indices and puts them on the card."""
+    """Return a kernel that computes indices on the CPU and copies them to the card."""
 
     def kernel(*args: Any, device: Any = None, **options: Any) -> torch.Tensor:
         options.pop("pin_memory", None)
@@ -107,9 +107,9 @@ def _indices(operator: Any) -> Any:
 
 
 def _read(source: Any) -> Any:
-    """``_local_scalar_dense``: where C++ reads a number below Python's dispatch.
+    """Run ``_local_scalar_dense``, with which C++ reads a number below Python's dispatch.
 
-    ``torch.LongTensor([x, y])`` and sequences of tensors as indices do.
+    Examples are ``torch.LongTensor([x, y])``, and sequences of tensors as indices.
 
     Raises:
         NoValuesError: The card keeps no values.
@@ -120,19 +120,19 @@ def _read(source: Any) -> Any:
 
 
 def _own_kernel(operator: Any) -> Any:
-    """Return a card's kernel: the operator's handler."""
+    """Return a card's kernel, which calls the operator's handler."""
     return lambda *args, **options: HANDLERS[operator](args, options)
 
 
-#: Where tensors of quantized types begin.
+#: Operators that create tensors of quantized dtypes.
 _QUANTIZED = ("_empty_affine_quantized", "_empty_per_channel_affine_quantized")
 
 
 def register_kernels() -> torch.library.Library:
-    """Register the kernels; dropping the library takes them back."""
+    """Register the kernels; deleting the library removes them."""
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
-        # On a CUDA build the kernels stand in for compiled ones, which torch reports.
+        # In a CUDA build, torch warns that the kernels replace compiled ones.
         warnings.simplefilter("ignore")
         library.impl("empty.memory_format", _empty, "CUDA")
         library.impl("empty_strided", _empty_strided, "CUDA")
@@ -144,7 +144,7 @@ def register_kernels() -> torch.library.Library:
             library.impl(name, _indices(operator), "CUDA")
         for name, overload, operator in overloads():
             if operator.has_cuda_kernel and not overload._schema.is_mutable:
-                # Autograd takes an operator apart unless the backend has a kernel.
+                # Autograd decomposes an operator unless the backend has a kernel for it.
                 library.impl(name, _own_kernel(overload), "CUDA")
             kernel = operator.composed and operator.composed(overload)
             if kernel:

@@ -1,7 +1,7 @@
-"""What an operator will ask for, found out before it runs and changes anything.
+"""Determines an operator's requests before the operator runs and has any effect.
 
-It runs on meta tensors first, its operands' shadows. What cannot run there runs on
-copies of its operands, and draws from a copy of the generator.
+The operator first runs on meta tensors that have the shapes of its operands. If it cannot
+run on the meta device, it runs on copies of its operands and of the generator.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 _META: Final = torch.device("meta")
 
-#: Arguments that grow, with what they will hold; what each result will hold.
+#: The arguments that are enlarged, with their future memory; the memory of each result.
 _Foreseen = tuple[list[tuple[torch.Tensor, "Memory"]], "list[Memory | None]"]
 
 
 def may_allocate(func: Any, operator: Operator) -> bool:
-    """Tell whether an operator that changes its arguments can also ask for memory.
+    """Return whether an operator that changes its arguments can also request memory.
 
-    It does where it gives an argument another size, or returns something new.
+    It requests memory if it resizes an argument or returns a new tensor.
     """
     schema = func._schema  # it has no public name
     return (
@@ -47,20 +47,20 @@ def may_allocate(func: Any, operator: Operator) -> bool:
 
 
 class _Rehearsal:
-    """Stand-ins for arguments: the same one for the same tensor.
+    """Substitutes for arguments: the same substitute for the same tensor.
 
     Args:
-        on_meta: Whether they are without values.
+        on_meta: Whether the substitutes are meta tensors, without values.
     """
 
     def __init__(self, *, on_meta: bool) -> None:
         self._on_meta = on_meta
-        #: Tensors with their stand-ins, by the stand-ins' ids.
+        #: Each tensor with its substitute, by the substitute's id.
         self.known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._made: dict[int, torch.Tensor] = {}
 
     def replace(self, value: Any) -> Any:
-        """Return what stands for an argument."""
+        """Return the substitute for an argument."""
         if isinstance(value, (list, tuple)):
             return type(value)([self.replace(item) for item in value])
         if isinstance(value, torch.Tensor):
@@ -90,16 +90,16 @@ def foreseeing(
     draw: Drawing | None,
     compute: Callable[..., Any] | None = None,
 ) -> Foresight:
-    """Return what takes the bytes that an operator asks for, before it runs.
+    """Return a function that takes the bytes for an operator before it runs.
 
-    It is given the tensors with the values, and raises ``torch.OutOfMemoryError`` where
-    there is no room: nothing has changed by then.
+    The function is called with the tensors that hold the values. It raises
+    ``torch.OutOfMemoryError`` if there is no room; the operator has then changed nothing.
 
     Args:
         func: The operator.
         operator: Its record.
-        draw: How it draws from the card's generator, if it does.
-        compute: What computes its values; None means the operator.
+        draw: The function that draws from the card's generator, or None.
+        compute: The function that computes the values; None means the operator.
     """
     requests = operator.requests
 
@@ -107,14 +107,14 @@ def foreseeing(
         __tracebackhide__ = True
         rehearsal, made = rehearse(values, kwargs, card)
         own = rehearsal.known
-        # Arguments that are not returned may grow as well.
+        # Arguments that are not returned may be enlarged as well.
         returned = {id(each) for each in made}
         made += [twin for key, (_value, twin) in own.items() if key not in returned]
         sizes = [
             0 if each is None else _bytes(each, own.get(id(each))) for each in made
         ]
         steps: Iterable[RequestStep] = ()
-        # An operator that fails asks for nothing; it says itself what is wrong.
+        # An operator that fails requests nothing; it raises its own error later.
         if requests is not None and made:
             steps = requests(Call(func, values, kwargs, made, card))
         held = ask(steps, sizes, card)
@@ -130,7 +130,7 @@ def foreseeing(
     def rehearse(
         values: Any, kwargs: dict[str, Any], card: SimulatedCard
     ) -> tuple[_Rehearsal, list[torch.Tensor | None]]:
-        """Run on stand-ins; return them, and what was returned, lists laid open."""
+        """Run on substitutes; return them and the flat list of results."""
         ways = (True,) if card.value_device == "meta" else (True, False)
         for on_meta in ways:
             rehearsal = _Rehearsal(on_meta=on_meta)
@@ -138,13 +138,15 @@ def foreseeing(
             options = {name: rehearsal.replace(each) for name, each in kwargs.items()}
             try:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # the operator itself will say it
+                    warnings.simplefilter(
+                        "ignore"
+                    )  # the operator itself will warn or raise
                     if on_meta:
                         return rehearsal, flat(func(*args, **options))
                     copied = draw and _from_a_copy(draw)
                     out = run(func, args, options, card, draw=copied, compute=compute)
                     return rehearsal, flat(out)
-            except Exception:  # noqa: BLE001, S112  # the operator itself will say it
+            except Exception:  # noqa: BLE001, S112  # the operator itself will warn or raise
                 continue
         return _Rehearsal(on_meta=True), []
 
@@ -152,14 +154,14 @@ def foreseeing(
 
 
 def _from_a_copy(draw: Drawing) -> Drawing:
-    """Return a drawing that leaves the generator where it was."""
+    """Return a drawing that does not change the state of the generator."""
     return lambda generator, args, kwargs: draw(generator.clone_state(), args, kwargs)
 
 
 def _bytes(
     made: torch.Tensor, argument: tuple[torch.Tensor, torch.Tensor] | None
 ) -> int:
-    """Return what a result asks for; an argument that does not grow asks for nothing."""
+    """Return the bytes that a result requests; an argument that keeps its size has none."""
     nbytes = made.untyped_storage().nbytes()
     if argument is None:
         return nbytes

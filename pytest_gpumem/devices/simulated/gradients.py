@@ -1,8 +1,8 @@
-"""Where gradients must be: what C++ checks of a real card's, and cannot see here.
+"""Checks the devices of gradients, which C++ checks only on a real card.
 
-C++ takes a card's tensors for ones on the host, and asks a subclass of tensors nothing.
-So gradients that come from a user's Python code are held to their places here: those
-given to ``backward``, those that a hook returns, those of a ``Function.backward``.
+C++ sees a simulated card's tensors as host tensors, and makes no checks for a subclass of
+Tensor. This module therefore checks the gradients that come from user code: those passed
+to ``backward``, those that hooks return, and those that ``Function.backward`` returns.
 
 Source: ``validate_outputs`` of ``torch/csrc/autograd/engine.cpp``,
 ``check_variable_result`` of ``torch/csrc/autograd/variable.cpp``.
@@ -25,7 +25,7 @@ _functorch: Final[Any] = torch._C._functorch
 
 
 def is_batch(tensor: Any) -> bool:
-    """Tell whether a tensor is of a transform that is at work: it lands later."""
+    """Return whether a tensor belongs to an active transform, and is moved later."""
     return bool(
         _functorch.is_functorch_wrapped_tensor(tensor)
         or _functorch.is_legacy_batchedtensor(tensor)
@@ -33,7 +33,7 @@ def is_batch(tensor: Any) -> bool:
 
 
 def _place(value: Any) -> torch.device | None:
-    """Return where a plain tensor is; None for what says nothing of the kind."""
+    """Return the device of a plain tensor; None for any other value."""
     if isinstance(value, SimulatedTensor):
         return value.device
     if type(value) in HOST_KINDS and not is_batch(value):
@@ -43,7 +43,7 @@ def _place(value: Any) -> torch.device | None:
 
 
 def _on_card(tensor: torch.Tensor, place: torch.device) -> torch.Tensor:
-    """Return what C++ has made on the host, and makes on the card."""
+    """Return on a card a tensor that C++ created on the host."""
     if tensor.requires_grad:
         return moved(tensor, place)
     return make(tensor.detach(), card_of(place.index))
@@ -52,18 +52,18 @@ def _on_card(tensor: torch.Tensor, place: torch.device) -> torch.Tensor:
 def _in_place(
     grad: Any, wanted: torch.device | None, shape: torch.Size, what: str
 ) -> Any:
-    """Return a gradient where it belongs: one number is copied there.
+    """Return a gradient on the required device; only a single number is copied.
 
     Raises:
-        RuntimeError: It has another shape than one number, and is elsewhere (torch's
-            text).
+        RuntimeError: The gradient is on another device and is not a single number (torch's
+            message).
     """
     __tracebackhide__ = True
     place = _place(grad)
     if wanted is None or place is None or place == wanted:
         return grad
     if not _can_be_summed_to(grad.shape, shape):
-        return grad  # C++ says so first
+        return grad  # C++ raises its own error first
     if not shape:
         return moved(grad.sum(), wanted)
     raise RuntimeError(f"{what} - expected device {wanted} but got {place}")
@@ -76,7 +76,7 @@ def _can_be_summed_to(given: torch.Size, wanted: torch.Size) -> bool:
         return False
 
 
-# -- those given to backward ------------------------------------------------------------
+# -- gradients passed to backward -------------------------------------------------------
 
 _make_grads: Final[Any] = torch.autograd._make_grads
 
@@ -86,10 +86,10 @@ def make_grads(
     grads: Any,
     is_grads_batched: bool,  # noqa: FBT001  # torch's signature
 ) -> tuple[Any, ...]:
-    """``torch.autograd._make_grads``, which both ``backward`` and ``grad`` call.
+    """Run ``torch.autograd._make_grads``, which ``backward`` and ``grad`` call.
 
     Raises:
-        RuntimeError: A gradient is not where its output is (torch's text).
+        RuntimeError: A gradient is not on the device of its output (torch's message).
     """
     __tracebackhide__ = True
     made = _make_grads(outputs, grads, is_grads_batched)
@@ -103,11 +103,11 @@ def make_grads(
     )
 
 
-# -- those that hooks return ------------------------------------------------------------
+# -- gradients that hooks return --------------------------------------------------------
 
 
 def check_hook(original: Any, result: Any, hook: Any) -> None:
-    """Refuse a gradient of another kind of device than the one that a hook was given.
+    """Refuse a hook's result on another device type than the gradient passed to the hook.
 
     Raises:
         RuntimeError: With torch's text.
@@ -116,7 +116,7 @@ def check_hook(original: Any, result: Any, hook: Any) -> None:
     was, got = _place(original), _place(result)
     if was is None or got is None or was.type == got.type:
         return
-    if "cuda" in {was.type, got.type}:  # C++ sees what is on neither
+    if "cuda" in {was.type, got.type}:  # C++ checks other devices itself
         raise RuntimeError(
             f"hook '{getattr(hook, '__name__', '<unknown>')}' has changed the type of "
             f"value (was {_type_of(original)} got {_type_of(result)})"
@@ -124,7 +124,7 @@ def check_hook(original: Any, result: Any, hook: Any) -> None:
 
 
 def _type_of(tensor: torch.Tensor) -> str:
-    """Return a type's name in C++.
+    """Return the C++ name of a tensor's type.
 
     Source: ``toString`` of ``aten/src/ATen/core/DeprecatedTypeProperties.cpp``.
     """
@@ -138,9 +138,9 @@ _register_hook: Final[Any] = _HookMixin._register_hook
 
 
 def register_hook(backward_hooks: Any, hook: Any) -> Any:
-    """What ``register_hook`` and ``register_prehook`` of a graph's node call.
+    """Register a hook for ``register_hook`` and ``register_prehook`` of a graph's node.
 
-    Both have the gradients first that the hook may replace.
+    In both, the first argument of the hook is the gradients that it may replace.
     """
 
     def held(*grads: Any) -> Any:
@@ -158,9 +158,10 @@ def register_hook(backward_hooks: Any, hook: Any) -> Any:
 
 
 def _of_one_node(grads: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return a node's gradients; where one is on a card, all with dimensions are.
+    """Return a node's gradients; if one is on a card, all that have dimensions are.
 
-    C++ makes some on the host. A node of Python's may lead from one device to another.
+    C++ creates some gradients on the host. A node written in Python may have gradients on
+    several devices.
     """
     node: Any = torch._C._current_autograd_node()  # it has no public name
     if isinstance(node, BackwardCFunction):
@@ -183,14 +184,14 @@ def _of_one_node(grads: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
-# -- those of a user's Function -----------------------------------------------------------
+# -- gradients of a user's Function -------------------------------------------------------
 
 _apply: Final[Any] = vars(torch.autograd.Function)["apply"].__func__
 _apply_users: Final[Any] = of_user(BackwardCFunction.apply)
 
 
 def apply(cls: Any, *args: Any, **options: Any) -> Any:
-    """``Function.apply``, noting where its tensors are for the way back."""
+    """Run ``Function.apply``, and record the devices of its tensors for backward."""
     __tracebackhide__ = True
     results = _apply(cls, *args, **options)
     outputs = results if isinstance(results, tuple) else (results,)
@@ -204,15 +205,15 @@ def apply(cls: Any, *args: Any, **options: Any) -> Any:
 
 
 def _note(value: Any) -> tuple[torch.device | None, torch.Size] | None:
-    """Return where an argument is and its shape; None for what is no tensor."""
+    """Return an argument's device and shape; None if it is not a tensor."""
     return (_place(value), value.shape) if isinstance(value, torch.Tensor) else None
 
 
 def apply_backward(self: Any, *grads: Any) -> Any:
-    """``BackwardCFunction.apply``: gradients arrive and leave where their tensors are.
+    """Run ``BackwardCFunction.apply`` with gradients on the devices of their tensors.
 
     Raises:
-        RuntimeError: One leaves for another device (torch's text).
+        RuntimeError: A returned gradient is on another device (torch's message).
     """
     __tracebackhide__ = True
     places = getattr(self, "_gpumem_places", None)
@@ -243,17 +244,17 @@ def apply_backward(self: Any, *grads: Any) -> Any:
     return made[0] if is_alone and made else tuple(made)
 
 
-# -- what is unpacked on the way back -------------------------------------------------------
+# -- saved tensors that are unpacked in backward ------------------------------------------
 
 _push_hooks: Final[Any] = torch._C._autograd._push_saved_tensors_default_hooks
 
 
 def push_hooks(pack: Any, unpack: Any) -> None:
-    """What ``saved_tensors_hooks`` calls: the second hook runs within backward."""
+    """Push the hooks of ``saved_tensors_hooks``; the second one runs in backward."""
     _push_hooks(pack, of_user(unpack))
 
 
-#: Owner, name and replacement of each.
+#: Owner, name and new value of each replaced attribute.
 REPLACEMENTS: Final[tuple[tuple[Any, str, Any], ...]] = (
     (torch.autograd, "_make_grads", make_grads),
     (torch._C._autograd, "_push_saved_tensors_default_hooks", push_hooks),

@@ -1,6 +1,6 @@
-"""Ways to hand a card's memory to other code: kernels, libraries, processes.
+"""Refuses to pass a card's memory to other code: kernels, libraries, processes.
 
-None of them can be simulated, since the bytes are on no card; each is refused.
+This cannot be simulated, because the bytes are not on a real card.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _original_share: Final[Any] = torch.UntypedStorage._share_cuda_
 
 
 def to_dlpack(tensor: torch.Tensor) -> Any:
-    """``torch.utils.dlpack.to_dlpack``, refusing a tensor of a card.
+    """Run ``torch.utils.dlpack.to_dlpack``; a tensor on a card is refused.
 
     Raises:
-        UnsupportedOnSimulatedDeviceError: The tensor lies on a card.
+        UnsupportedOnSimulatedDeviceError: The tensor is on a card.
     """
     __tracebackhide__ = True
     if isinstance(tensor, SimulatedTensor):
@@ -41,7 +41,7 @@ def _share(self: torch.UntypedStorage, *args: Any) -> Any:
     return _original_share(self, *args)
 
 
-#: Owner, name and replacement of each.
+#: Owner, name and new value of each replaced attribute.
 REPLACEMENTS: Final[tuple[tuple[Any, str, Any], ...]] = (
     (_dlpack, "to_dlpack", to_dlpack),
     (torch, "to_dlpack", to_dlpack),
@@ -56,24 +56,24 @@ _refuse_sending: Final[Any] = refusing(
 
 
 def patch_queues(patches: PatchSet) -> None:
-    """Refuse what multiprocessing's queues and pipes would send."""
-    reducers: Any = ForkingPickler._extra_reducers  # type: ignore[attr-defined]  # what ``register`` writes to
+    """Refuse to send a card's tensors through multiprocessing's queues and pipes."""
+    reducers: Any = ForkingPickler._extra_reducers  # type: ignore[attr-defined]  # the dictionary that ``register`` changes
     patches.put(reducers, SimulatedTensor, _refuse_sending)
 
 
 class TritonHook:
-    """Refuses Triton's kernels for simulated tensors, whenever it is imported."""
+    """Refuses Triton kernels with simulated tensors, even if Triton is imported later."""
 
     def __init__(self) -> None:
         self._hook = AfterImport("triton", self._imported)
         self._patches = PatchSet()
 
     def start(self) -> None:
-        """Replace Triton's launcher, now or once it is imported."""
+        """Replace Triton's launcher, now or when Triton is imported."""
         self._hook.start()
 
     def stop(self) -> None:
-        """Put the launcher back; safe to call twice."""
+        """Restore the launcher; may be called twice."""
         self._hook.stop()
         self._patches.restore()
 
@@ -82,7 +82,7 @@ class TritonHook:
         original = jit.run
 
         def run(kernel: Any, *args: Any, **options: Any) -> Any:
-            """``kernel[grid](…)``."""
+            """Run ``kernel[grid](…)``; simulated tensors are refused."""
             __tracebackhide__ = True
             operands = (*args, *options.values())
             if any(isinstance(each, SimulatedTensor) for each in operands):

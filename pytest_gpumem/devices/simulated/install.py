@@ -1,4 +1,4 @@
-"""Put the simulated CUDA device into torch, and take it out again."""
+"""Installs the simulated CUDA device in torch, and removes it again."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ _lock: Final = threading.RLock()
 
 
 def _namespaces() -> list[Any]:
-    """Return the modules where torch's Python code finds the functions of its C code."""
+    """Return the modules in which torch's Python code looks up its C functions."""
     rooms = ("torch.cuda", "torch.accelerator")
     return [
         torch._C,
@@ -76,7 +76,7 @@ def _namespaces() -> list[Any]:
 
 
 def _refused_classes() -> Iterator[tuple[Any, str, type]]:
-    """Yield owner, name and stand-in of the classes that cannot be simulated."""
+    """Yield owner, name and replacement of the classes that cannot be simulated."""
     rooms = [(torch.cuda, name, room) for name, room in CLASSES.items()]
     for package, name, room in (*rooms, (torch.accelerator, "Graph", "graphs")):
         refused = refusing_class(f"{package.__name__}.{name}")
@@ -86,11 +86,11 @@ def _refused_classes() -> Iterator[tuple[Any, str, type]]:
 
 
 def _replacements() -> Iterator[tuple[Any, str, Any]]:
-    """Yield owner, name and value of everything in torch that is replaced."""
+    """Yield owner, name and new value of each attribute of torch that is replaced."""
     for module in _namespaces():
         for name, value in C_FUNCTIONS.items():
-            # torch.cuda looks in torch._C; some of its modules, by version, have
-            # bound a function's name to themselves.
+            # torch.cuda reads functions from torch._C. In some versions, some of its
+            # modules have imported a function under its name.
             if module is torch._C or name in vars(module):
                 yield module, name, value
     owned: tuple[tuple[Any, dict[str, Any]], ...] = (
@@ -105,11 +105,13 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
         (torch, DROPOUTS),
         (torch._VF, DROPOUTS),
         (torch.nested, NESTED),
-        # Recurrent layers ask whether cuDNN would take their weights: the CPU computes.
+        # Recurrent layers ask whether cuDNN accepts their weights. It does not, because the
+        # CPU computes.
         (torch.backends.cudnn, {"is_acceptable": lambda _tensor: False}),
         (torch, {"clear_autocast_cache": clear_cache}),
-        # Libraries ask for Apple's and Intel's cards before they ask for CUDA. The first
-        # is cached as torch's own: TorchDynamo of torch 2.15 asks for its ``__wrapped__``.
+        # Libraries look for Apple's and Intel's cards before they look for CUDA. Apple's
+        # function is cached like torch's own, because TorchDynamo of torch 2.15 reads its
+        # ``__wrapped__``.
         (torch.backends.mps, {"is_available": functools.cache(lambda: False)}),
         (torch.xpu, {"is_available": lambda: False, "device_count": lambda: 0}),
     )
@@ -146,7 +148,7 @@ class Installation:
         self._library: Any = None
 
     def install(self) -> None:
-        """Patch torch; on any failure everything is as before."""
+        """Patch torch; if this fails, everything is restored."""
         with _lock:
             push_machine(self.machine)
             try:
@@ -156,8 +158,8 @@ class Installation:
                 raise
 
     def _patch(self) -> None:
-        # ``with torch.device(…)`` knows constructors by identity and remembers them
-        # on first use: that must be the originals.
+        # ``with torch.device(…)`` compares constructors by identity and stores them at
+        # its first use. It must store the originals.
         _device_constructors()
         torchscript.patch_scripting(self._patches)
         handover.patch_queues(self._patches)
@@ -170,20 +172,20 @@ class Installation:
             _libraries.append(self._library)
 
     def _patch_optimizers(self) -> None:
-        """Let optimisers choose what they choose on a card: foreach.
+        """Make optimisers choose the foreach implementation, as on a card.
 
         Source: ``torch/utils/_foreach_utils.py`` and ``torch/optim/optimizer.py``
         compare exact tensor types.
         """
         from torch.optim import optimizer
 
-        types: Any = optimizer._foreach_supported_types  # see above
+        types: Any = optimizer._foreach_supported_types  # no public API
         self._patches.set(
             optimizer, "_foreach_supported_types", [*types, SimulatedTensor]
         )
 
     def remove(self) -> None:
-        """Put everything back; safe to call twice."""
+        """Restore everything; may be called twice."""
         with _lock, ExitStack() as stack:
             stack.callback(self._pop)
             stack.callback(self._take_kernels_back)
@@ -192,7 +194,7 @@ class Installation:
 
     def _take_kernels_back(self) -> None:
         if self._library is not None:
-            self._library._destroy()  # torch's way
+            self._library._destroy()  # no public API
             self._library = None
             _libraries.clear()
 
@@ -200,13 +202,13 @@ class Installation:
         try:
             pop_machine(self.machine)
         except ValueError:
-            pass  # removed before
-        HANDLERS.wrap(None)  # a capture may have been left under way
+            pass  # already removed
+        HANDLERS.wrap(None)  # a capture may not have ended
         if innermost_machine() is None:
             compiling.show_to_dynamo()
 
 
-#: The registered kernels: the outermost installation's serve those inside it.
+#: The registered kernels; nested installations use those of the outermost one.
 _libraries: Final[list[Any]] = []
 
 
@@ -218,33 +220,33 @@ def simulated_device(
     values: str = "computed",
     compiled: str = "eager",
 ) -> Iterator[SimulatedMachine]:
-    """Let "cuda" mean simulated cards for a block.
+    """Make "cuda" mean simulated cards inside a ``with`` block.
 
     Args:
-        cards: The machine's cards, or their description as for ``--gpu-card``;
-            ``CUDA_VISIBLE_DEVICES`` says which of them are seen, once CUDA is used.
-        config: Settings of the caching allocator; None takes the environment's
+        cards: The machine's cards, or their description as for ``--gpu-card``. When CUDA is
+            first used, ``CUDA_VISIBLE_DEVICES`` selects the visible cards.
+        config: Settings of the caching allocator; None means those of the environment
             (``PYTORCH_ALLOC_CONF``).
-        values: ``"computed"`` by the CPU, or ``"none"``: shapes and bytes only, for
-            models larger than the host; reading a value raises ``NoValuesError``.
-        compiled: Code that ``torch.compile`` makes kernels of runs as it is
-            (``"eager"``), with one warning, or is ``"refused"``.
+        values: ``"computed"`` by the CPU, or ``"none"``: only shapes and bytes, for models
+            larger than the host's memory; reading a value raises ``NoValuesError``.
+        compiled: How code runs that ``torch.compile`` would compile to kernels:
+            ``"eager"`` runs it uncompiled with one warning, ``"refused"`` refuses it.
 
     Yields:
         The machine, whose ``cards`` hold allocators and budgets.
 
     Raises:
-        AllocatorSettingError: The environment's settings make no sense.
+        AllocatorSettingError: The environment's settings are not valid.
         CardError: The description names no known card.
-        ValueError: ``values`` or ``compiled`` is neither.
+        ValueError: ``values`` or ``compiled`` is not one of the strings above.
 
     Example::
 
         with simulated_device("T4"):
             torch.zeros(3, device="cuda")
 
-    Limits: process-wide; blocks nest, but two threads must not enter and leave in
-    turn.
+    Limits: the block applies to the whole process. Blocks may be nested, but blocks of
+    two threads must not overlap.
     """
     if isinstance(cards, str):
         from pytest_gpumem.cards import find_card

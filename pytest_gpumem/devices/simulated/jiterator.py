@@ -1,6 +1,6 @@
-"""``torch.cuda.jiterator``: kernels that a user wrote in CUDA's language.
+"""``torch.cuda.jiterator``: kernels that a user wrote in CUDA C++.
 
-Nobody can compute them on the host; what they ask for is known.
+The host cannot run these kernels, but their requests for memory are known.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def launch(  # the signature of C++
     tensors: Sequence[torch.Tensor],
     _numbers: dict[str, Any],
 ) -> Any:
-    """Return results of no values, of the operands' common shape and type.
+    """Return results without values, in the operands' common shape and dtype.
 
     Source: ``CompileAndLaunchKernel`` of ``aten/src/ATen/cuda/jiterator.cu``.
 
@@ -46,7 +46,7 @@ def launch(  # the signature of C++
     card = first._gpumem_card
     if card.value_device != "meta":
         refuse("torch.cuda.jiterator")
-    values = [each._gpumem_value for each in tensors]  # type: ignore[attr-defined]  # all are a card's
+    values = [each._gpumem_value for each in tensors]  # type: ignore[attr-defined]  # all tensors are on a card
     made = []
     for _result in range(count):
         result = torch.empty_like(values[0])

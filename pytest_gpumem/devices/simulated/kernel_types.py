@@ -1,7 +1,8 @@
-"""Types that a card's kernels do not have, though the CPU's may.
+"""Dtypes that a card's kernels do not support, although the CPU's may.
 
-A kernel is compiled for the types that its source lists. What it lacks is an error
-there, in its own name, and must be one here, where the CPU would compute it.
+A kernel is compiled for the dtypes that its source lists. For any other dtype a card
+raises an error that names the kernel. The simulated card must raise the same error, even
+if the CPU can compute the operator.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ COMPLEX: Final = frozenset({torch.complex32, torch.complex64, torch.complex128})
 def lacking(
     kernel: str, types: frozenset[torch.dtype]
 ) -> Callable[[tuple[Any, ...]], str]:
-    """Name a kernel where the first operand is of a type that it lacks."""
+    """Return a rule that names a kernel if it lacks the first operand's dtype."""
     return lambda args: kernel if args[0].dtype in types else ""
 
 
 def with_types(lacks: Callable[[tuple[Any, ...]], str], handler: Handler) -> Handler:
-    """Refuse, as a card does, operands of a type that it has no kernel for.
+    """Refuse operands of a dtype for which a card has no kernel.
 
-    Source: ``AT_DISPATCH_SWITCH`` of ``aten/src/ATen/Dispatch.h``; nothing is launched
-    for a tensor without elements.
+    Source: ``AT_DISPATCH_SWITCH`` of ``aten/src/ATen/Dispatch.h``. For a tensor without
+    elements, no kernel is launched.
     """
 
     def typed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -48,12 +49,12 @@ def with_types(lacks: Callable[[tuple[Any, ...]], str], handler: Handler) -> Han
 
 
 def refuse_backend(func: Any) -> NoReturn:
-    """Refuse an operator that has kernels for the CPU alone.
+    """Refuse an operator that has kernels only for the CPU.
 
     Source: ``reportError`` of ``aten/src/ATen/core/dispatch/OperatorEntry.cpp``.
 
     Raises:
-        NotImplementedError: Always (the beginning of torch's text).
+        NotImplementedError: Always (the beginning of torch's message).
     """
     __tracebackhide__ = True
     raise NotImplementedError(

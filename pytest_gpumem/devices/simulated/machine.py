@@ -25,37 +25,37 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.capture import Capture
     from pytest_gpumem.devices.simulated.memory_history import MemoryHistory
 
-#: What torch says of a device index that is not there (cudaErrorInvalidDevice).
+#: Torch's message for a device index that does not exist (cudaErrorInvalidDevice).
 INVALID_ORDINAL: Final = (
     "CUDA error: invalid device ordinal\n"
     "GPU device may be out of range, do you have enough GPUs?"
 )
 
 
-#: What torch says where CUDA sees no card.
+#: Torch's message if CUDA sees no card.
 #: Source: ``c10/cuda/CUDAFunctions.cpp``, ``device_count_ensure_non_zero``.
 NO_CARDS: Final = "No CUDA GPUs are available"
 
-#: What a simulated machine may keep of tensors' values.
+#: Whether a simulated machine computes the values of tensors, or keeps none.
 VALUES: Final = ("computed", "none")
-#: What happens to code that is to be compiled into kernels of a card.
+#: Whether code to be compiled for a card runs uncompiled, or is refused.
 COMPILED: Final = ("eager", "refused")
 
 
 class SimulatedMachine:
-    """The cards of a simulated machine, and which one is current in each thread.
+    """The cards of a simulated machine, and the current card of each thread.
 
     Args:
-        cards: The machine's cards, at least one; ``CUDA_VISIBLE_DEVICES`` says which
-            of them the process sees.
-        config: Settings of the caching allocator, the same for every card; None takes
-            the environment's.
-        values: One of ``VALUES``: ``"computed"`` by the CPU, or ``"none"``, shapes and
-            bytes only, for models larger than the host.
+        cards: The machine's cards, at least one; ``CUDA_VISIBLE_DEVICES`` selects the
+            cards that the process sees.
+        config: Settings of the caching allocator, the same for every card; None means
+            those of the environment.
+        values: One of ``VALUES``: ``"computed"`` by the CPU, or ``"none"``: only shapes
+            and bytes, for models larger than the host's memory.
 
     Attributes:
-        value_device: Type of the device that values lie on: ``"cpu"``, or ``"meta"``
-            where there are none.
+        value_device: Type of the device that holds values: ``"cpu"``, or ``"meta"`` if no
+            values are kept.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class SimulatedMachine:
                 f"compiled={compiled!r}; accepted are {', '.join(COMPILED)}"
             )
         self.compiled: Final = compiled
-        #: Whether it was said that code which is to be compiled runs as it is.
+        #: Whether the warning about code that runs uncompiled was given.
         self.has_told_of_compiling = False
         self.value_device: Final = "cpu" if values == "computed" else "meta"
         settings = config if config is not None else config_from_environment()
@@ -82,37 +82,39 @@ class SimulatedMachine:
             SimulatedCard(self, number, card, settings)
             for number, card in enumerate(cards)
         )
-        #: Called where the cards that the process sees have become others.
+        #: Functions that are called if the cards that the process sees change.
         self.on_change: list[Callable[[], None]] = []
         self._cards: tuple[SimulatedCard, ...] | None = None
         self._listed: str | None = None
         self._is_used = False
-        #: Whether anything was put on a card: torch's "CUDA is initialized".
+        #: Whether CUDA is initialised, in torch's sense.
         self.is_initialized = False
-        #: Whether this process was forked from one that had put something on a card.
+        #: Whether this process was forked from one in which CUDA was initialised.
         self.is_forked = False
         self.history: MemoryHistory | None = None
-        #: Called with card and bytes once a request has failed and no lock is held.
+        #: Functions that are called, without a lock, with card and bytes of a failed
+        #: request.
         self.oom_observers: list[Callable[[int, int], None]] = []
-        #: User code's, as torch calls them: card, segment bytes, limit, free bytes.
+        #: Observers of user code. As in torch, they are called with card, segment bytes,
+        #: limit and free bytes.
         self.user_oom_observers: list[Callable[[int, int, int, int], object]] = []
-        #: What C++ keeps for cuDNN, which does not compute here. Source:
+        #: Settings of cuDNN that C++ stores; they have no effect here. Source:
         #: ``aten/src/ATen/Context.h`` and ``aten/src/ATen/native/Convolution.cpp``.
         self.cudnn: Final[dict[str, Any]] = {"limit": 10, "empties_cache": True}
         self.streams: Final = Streams()
-        #: The captures of graphs that are under way.
+        #: The graph captures in progress.
         self.captures: tuple[Capture, ...] = ()
         self._local = threading.local()
 
     @property
     def cards(self) -> tuple[SimulatedCard, ...]:
-        """The cards that the process sees; until CUDA is used, as it would see them."""
+        """The cards that the process sees; until CUDA is used, those it would see now."""
         if not self._is_used:
             self._look()
         return self._cards or ()
 
     def use(self) -> None:
-        """Use CUDA: from the first time on, the process sees the same cards.
+        """Use CUDA: from the first use on, the visible cards do not change.
 
         See Note [When the variable is read].
         """
@@ -131,12 +133,12 @@ class SimulatedMachine:
             card.index = index
         if before is not None and before != self._cards:
             for changed in tuple(self.on_change):
-                if changed in self.on_change:  # not taken back by another of them
+                if changed in self.on_change:  # not removed by an earlier function
                     changed()
 
     @property
     def why_none(self) -> str:
-        """Why the process sees no card, and what to do, as half a sentence."""
+        """Part of a sentence: why the process sees no card, and what to do."""
         if os.environ.get(VARIABLE) == self._listed:
             return f"{why_hidden()}; unset it"
         return (
@@ -146,7 +148,7 @@ class SimulatedMachine:
 
     @property
     def current_index(self) -> int:
-        """Index of the calling thread's current device."""
+        """The index of the calling thread's current device."""
         return getattr(self._local, "index", 0)
 
     @current_index.setter
@@ -170,7 +172,7 @@ class SimulatedMachine:
         return self.cards[index]
 
     def start_history(self, history: MemoryHistory) -> None:
-        """Keep every change of memory from here on."""
+        """Record every change of memory from now on."""
         self.stop_history()
         self.history = history
         for card in self.all_cards:
@@ -178,14 +180,14 @@ class SimulatedMachine:
                 allocator.trace = partial(_note, history, card)
 
     def stop_history(self) -> None:
-        """Keep no more changes, and forget those kept."""
+        """Stop recording changes, and delete the recorded ones."""
         self.history = None
         for card in self.all_cards:
             with card.locked() as allocator:
                 allocator.trace = None
 
     def after_fork(self) -> None:
-        """Be what CUDA is in a forked child: of no use, if the parent had used it.
+        """Set the state of CUDA in a forked child: unusable if the parent has used CUDA.
 
         Source: ``torch/cuda/__init__.py``, ``_lazy_init``.
         """
@@ -195,7 +197,7 @@ class SimulatedMachine:
             card.after_fork()
 
     def tell_oom(self, index: int, error: OutOfMemory) -> None:
-        """Tell the observers of a request that failed; they may ask anything."""
+        """Call the observers of failed requests; they may use the machine."""
         card = self.cards[index]
         total, limit = card.driver.total_bytes, card.allocator.limit_bytes
         for user in list(self.user_oom_observers):
@@ -206,7 +208,7 @@ class SimulatedMachine:
 
     @property
     def num_requests(self) -> int:
-        """How many allocations all cards were asked for so far."""
+        """The number of allocations requested so far on all cards."""
         return sum(card.num_requests for card in self.all_cards)
 
 
@@ -218,11 +220,11 @@ _machines: Final[list[SimulatedMachine]] = []
 
 
 def _after_fork() -> None:
-    """Renew the machines; the host, which computes for their cards, has one thread left.
+    """Update the machines in a forked child, and compute with one thread.
 
-    The child has none of its parent's OpenMP threads, and libgomp waits for them for
-    ever. One thread asks for no other; torch has it so in workers of a DataLoader
-    (``torch/utils/data/_utils/worker.py``, ``_worker_loop``).
+    The child has none of its parent's OpenMP threads, and libgomp would wait for them
+    forever. With one thread no other is needed. Torch does the same in the workers of a
+    DataLoader (``torch/utils/data/_utils/worker.py``, ``_worker_loop``).
     """
     if _machines:
         torch.set_num_threads(1)
@@ -235,22 +237,22 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
 
 
 def push_machine(machine: SimulatedMachine) -> None:
-    """Make a machine the one that "cuda" means, until it is popped."""
+    """Make "cuda" mean a machine until the machine is popped."""
     _machines.append(machine)
 
 
 def pop_machine(machine: SimulatedMachine) -> None:
-    """Take a machine away again; the one before it is current once more."""
+    """Remove a machine; the previous one is current again."""
     _machines.remove(machine)
 
 
 def innermost_machine() -> SimulatedMachine | None:
-    """Return the machine that "cuda" means at present, or None."""
+    """Return the machine that "cuda" means now, or None."""
     return _machines[-1] if _machines else None
 
 
 def current_machine() -> SimulatedMachine:
-    """Return the machine that "cuda" means at present.
+    """Return the machine that "cuda" means now.
 
     Raises:
         DeviceUnavailableError: No simulated machine is installed.

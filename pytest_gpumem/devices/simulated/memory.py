@@ -1,9 +1,10 @@
-"""Bytes that a storage holds on a simulated card, for as long as it lives.
+"""The bytes that a storage holds on a simulated card while the storage exists.
 
 Note [Who owns the bytes]
-The allocator's block hangs on the *storage's* Python object (``_gpumem``). PyTorch
-keeps that object alive exactly as long as the C++ storage, whoever holds it: views,
-tensors saved for backward, ``untyped_storage()``. When it goes, so does the block.
+The *storage's* Python object owns the allocator's block (attribute ``_gpumem``). PyTorch
+keeps this object alive exactly as long as the C++ storage, whether views, tensors saved
+for backward or ``untyped_storage()`` refer to it. When the object is deleted, the block
+is freed.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ if TYPE_CHECKING:
 
 
 class Memory:
-    """The bytes that one storage holds on a card; given back when it goes.
+    """The bytes that one storage holds on a card; freed when this object is deleted.
 
     Attributes:
         card: The card that holds the bytes.
-        nbytes: Bytes asked for; 0 holds no block.
+        nbytes: Requested bytes; with 0 there is no block.
     """
 
     __slots__ = ("block", "card", "nbytes")
@@ -39,7 +40,7 @@ class Memory:
         self.nbytes = nbytes
         self.block: Block | None = None
         if not card.machine.is_initialized:
-            # C++ asks for this once in a process only, whatever is installed later.
+            # C++ initialises CUDA only once in a process, for all installations.
             card.machine.is_initialized = True
             torch.cuda.init()
         if nbytes:
@@ -56,20 +57,22 @@ def allocate(card: SimulatedCard, nbytes: int) -> Block:
     """Take a block on the calling thread's current stream.
 
     Raises:
-        torch.OutOfMemoryError: There is no room. The error carries no cause and no
-            context of the model's, as the real allocator's does not.
+        torch.OutOfMemoryError: The card has no room. As with the real allocator, the
+            error has no cause and no context from the model.
     """
     __tracebackhide__ = True
     stream = card.machine.streams.current(card.index)
     try:
         return card.allocate(nbytes, stream)
     except OutOfMemory as error:
-        failure = error.with_traceback(None)  # its frames would hold themselves
+        failure = error.with_traceback(
+            None
+        )  # avoids a reference cycle through its frames
     raise _torchs_error(card, failure)
 
 
 def allocate_aside(card: SimulatedCard, nbytes: int, stream: int) -> Block:
-    """Take a block on a stream for a library, which faults do not count.
+    """Take a block on a stream for a library; faults do not count it.
 
     Raises:
         torch.OutOfMemoryError: There is no room.
@@ -78,15 +81,16 @@ def allocate_aside(card: SimulatedCard, nbytes: int, stream: int) -> Block:
     try:
         return card.allocate(nbytes, stream, is_internal=True)
     except OutOfMemory as error:
-        failure = error.with_traceback(None)  # its frames would hold themselves
+        failure = error.with_traceback(
+            None
+        )  # avoids a reference cycle through its frames
     raise _torchs_error(card, failure)
 
 
 def hold_workspace(card: SimulatedCard) -> None:
-    """Take the workspace of the thread's cuBLAS handle on its stream, if it has none.
+    """Take the workspace of the thread's cuBLAS handle on its stream, if there is none.
 
-    A handle belongs to a host thread, and on a real card backward runs in one of its
-    own.
+    A handle belongs to a host thread. On a real card, backward runs in its own thread.
 
     Raises:
         torch.OutOfMemoryError: There is no room for it.
@@ -99,20 +103,22 @@ def hold_workspace(card: SimulatedCard) -> None:
     try:
         card.hold_workspace(handle, stream)
     except OutOfMemory as error:
-        failure = error.with_traceback(None)  # its frames would hold themselves
+        failure = error.with_traceback(
+            None
+        )  # avoids a reference cycle through its frames
     else:
         return
     raise _torchs_error(card, failure)
 
 
 def _torchs_error(card: SimulatedCard, failure: OutOfMemory) -> torch.OutOfMemoryError:
-    """Tell who listens of an OOM, and return the error that torch raises for it."""
+    """Call the observers of an OOM, and return the error that torch raises for it."""
     card.machine.tell_oom(card.index, failure)
     return torch.OutOfMemoryError(str(failure))
 
 
 def lacks_host_memory(error: RuntimeError) -> bool:
-    """Tell whether it was the host that had no room, and nobody pretends so.
+    """Return whether an error means that the host, not a card, is out of memory.
 
     Source: ``c10/core/impl/alloc_cpu.cpp``.
     """
@@ -122,19 +128,19 @@ def lacks_host_memory(error: RuntimeError) -> bool:
 
 
 class HostRoom:
-    """A block that computes or keeps a card's values; the host's error gets a name.
+    """A context manager for host memory of a card's values; renames the host's error.
 
     Raises:
-        HostMemoryError: The host has no room for them.
+        HostMemoryError: The host has no room for the values.
     """
 
     def __enter__(self) -> None:
-        """Begin."""
+        """Do nothing."""
 
     def __exit__(
         self, _kind: object, error: BaseException | None, _frames: object
     ) -> None:
-        """Name the host where it was the host's."""
+        """Raise ``HostMemoryError`` if the host is out of memory."""
         if isinstance(error, RuntimeError) and lacks_host_memory(error):
             raise HostMemoryError from None
 
@@ -143,19 +149,19 @@ HOST_ROOM: Final = HostRoom()
 
 
 def memory_of(storage: torch.UntypedStorage) -> Memory | None:
-    """Return what a storage holds on a card; None for one on the host."""
+    """Return a storage's memory on a card; None for a storage on the host."""
     memory: Memory | None = getattr(storage, "_gpumem", None)
     return memory
 
 
 def charge(storage: torch.UntypedStorage, card: SimulatedCard) -> Memory:
-    """Make sure that a storage's bytes are held on ``card``; return the holding.
+    """Make sure that a storage's bytes are held on ``card``, and return its memory.
 
-    A storage that has grown gets a new block before the old one goes, as
-    ``resize_`` does on a real card.
+    A storage that has grown gets a new block before its old block is freed, as in
+    ``resize_`` on a real card.
 
     Raises:
-        torch.OutOfMemoryError: There is no room; the old holding stays.
+        torch.OutOfMemoryError: The card has no room; the old memory is kept.
     """
     memory = memory_of(storage)
     nbytes = storage.nbytes()
@@ -166,5 +172,5 @@ def charge(storage: torch.UntypedStorage, card: SimulatedCard) -> Memory:
 
 
 def hold(storage: torch.UntypedStorage, memory: Memory) -> None:
-    """Hang a holding that was taken beforehand on the storage made for it."""
+    """Attach memory that was taken in advance to the storage that was made for it."""
     storage._gpumem = memory  # type: ignore[attr-defined]  # see Note [Who owns the bytes]

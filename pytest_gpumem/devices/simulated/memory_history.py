@@ -1,8 +1,9 @@
-"""What happened to the cards' memory, for ``torch.cuda.memory._record_memory_history``.
+"""Records the memory history for ``torch.cuda.memory._record_memory_history``.
 
-The model tells of every change; here changes become the entries of ``device_traces``
-that PyTorch's memory_viz page draws, with the Python frames that asked for them.
-Source: ``torch/cuda/memory.py`` (``_snapshot``: keys) and ``torch/csrc/cuda/Module.cpp``.
+The model reports every change. This module converts changes to the entries of
+``device_traces``, which PyTorch's memory_viz page draws, with the Python frames that made
+the request. Source: ``torch/cuda/memory.py`` (``_snapshot``: keys) and
+``torch/csrc/cuda/Module.cpp``.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.allocator.pools import PoolId
 
-#: Frames below this folder are the simulation's own and are left out.
+#: Frames of files in this folder belong to the simulation and are left out.
 _OWN: Final = str(Path(__file__).resolve().parents[2])
-#: What ``skip_actions`` may name. Source: the docstring of ``_record_memory_history``.
+#: The actions that ``skip_actions`` accepts.
+#: Source: the docstring of ``_record_memory_history``.
 ACTIONS: Final = (
     "alloc",
     "free_requested",
@@ -40,11 +42,11 @@ class MemoryHistory:
 
     Args:
         num_cards: Number of cards.
-        keeps_entries: Whether changes are kept, or only the frames of live blocks.
-        context: Whose frames are kept: ``None`` (none), ``"state"`` (live blocks'),
-            ``"alloc"`` (those of requests too) or ``"all"`` (those of releases too).
+        keeps_entries: Whether changes are recorded, or only the frames of live blocks.
+        context: The frames that are recorded: ``None`` (none), ``"state"`` (of live
+            blocks), ``"alloc"`` (also of requests) or ``"all"`` (also of releases).
         max_entries: The number of newest entries kept for each card.
-        skip_actions: Actions that are not kept.
+        skip_actions: Actions that are not recorded.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class MemoryHistory:
         stream: int,
         pool_id: PoolId = DEFAULT,
     ) -> None:
-        """Keep one change; for ``oom``, ``address`` is the card's free bytes."""
+        """Record one change; for ``oom``, ``address`` is the card's free bytes."""
         if not self._keeps_entries or action in self._skipped:
             return
         wanted = "all" if action.startswith("free") else "alloc"
@@ -92,12 +94,12 @@ class MemoryHistory:
         )
 
     def frames(self) -> list[dict[str, Any]] | None:
-        """Return the frames to attach to a new block; None for none."""
+        """Return the frames for a new block, or None if frames are not recorded."""
         return python_frames() if self._context is not None else None
 
 
 def python_frames() -> list[dict[str, Any]]:
-    """Return the calling thread's Python frames, innermost first, without our own."""
+    """Return the thread's Python frames, innermost first, without the simulation's."""
     return [
         {"filename": code.co_filename, "line": frame.f_lineno, "name": code.co_name}
         for frame in frames_from(calling_frame())

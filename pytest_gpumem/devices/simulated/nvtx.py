@@ -1,6 +1,6 @@
-"""NVTX ranges on simulated cards: counted, and seen by no profiler.
+"""NVTX ranges on simulated cards: they are counted, but no profiler sees them.
 
-Source: ``torch/cuda/nvtx.py`` for the calls and what they return.
+Source of the calls and their results: ``torch/cuda/nvtx.py``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class Nvtx:
-    """``torch._C._nvtx``."""
+    """Replaces ``torch._C._nvtx``."""
 
     def __init__(self) -> None:
         self._local = threading.local()
@@ -37,10 +37,10 @@ class Nvtx:
         """Close a range by its handle."""
 
     def markA(self, _message: str) -> None:  # noqa: N802  # torch's name
-        """Note a moment."""
+        """Do nothing; in NVTX, mark a point in time."""
 
     def deviceRangeStart(self, _message: str, _stream: int) -> Any:  # noqa: N802  # torch's name
-        """Open a range on a stream; return what ``deviceRangeEnd`` takes."""
+        """Open a range on a stream; return the handle for ``deviceRangeEnd``."""
         return next(self._handles)
 
     def deviceRangeEnd(self, _handle: Any, _stream: int) -> None:  # noqa: N802  # torch's name

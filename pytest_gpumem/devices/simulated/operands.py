@@ -1,4 +1,4 @@
-"""The operands of one call, unwrapped, and which card they live on."""
+"""The unwrapped operands of one call, and their card."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Operands:
-    """Unwraps the arguments of one call and notes which card they live on."""
+    """Unwraps the arguments of one call and records their card."""
 
     __slots__ = ("card", "host", "outer", "strays")
 
@@ -25,14 +25,14 @@ class Operands:
         self.strays: SimulatedCard | None = None
 
     def unwrap(self, value: Any) -> Any:
-        """Return an argument with values in the place of tensors of a card."""
+        """Return an argument in which a card's tensors are replaced by their values."""
         kind = type(value)
         if kind is not SimulatedTensor:
             if kind is list or kind is tuple:
                 return kind([self.unwrap(item) for item in value])
             if not isinstance(value, torch.Tensor):
                 return value
-            if not isinstance(value, SimulatedTensor):  # nor of a user's class there
+            if not isinstance(value, SimulatedTensor):  # false also for users' classes
                 self.host = value
                 return value
         card = value._gpumem_card
@@ -46,11 +46,11 @@ class Operands:
 
 
 def is_own_device(kwargs: dict[str, Any], card: SimulatedCard) -> bool:
-    """Tell whether ``device=`` is what C++ takes for the tensor's own device.
+    """Return whether ``device=`` is the device that C++ sees for the tensor itself.
 
-    Operators that torch composes in C++ hand on ``tensor.options()``, in backward and
-    out of it. Such options name a layout; a device that Python code asks for comes
-    without one.
+    Operators that torch composes in C++ pass on ``tensor.options()``, in backward and in
+    forward. Such options include a layout; Python code that passes a device passes no
+    layout.
     """
     return kwargs["device"].type == card.value_device and (
         kwargs.get("layout") is not None or in_backward()

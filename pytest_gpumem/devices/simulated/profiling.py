@@ -1,7 +1,7 @@
-"""``torch.profiler`` and lazy parameters: what of torch's Python asks for a driver.
+"""``torch.profiler`` and lazy parameters, whose Python code needs a CUDA driver.
 
-The profiler is let past it; a lazy module's parameter, whose class cannot be a card's
-as long as it has no shape, is refused.
+The profiler runs without the driver. A lazy module's parameter on a card is refused,
+because a parameter without a shape cannot have the class of a card's tensor.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _original_profile: Final[Any] = profiler.profile.__init__
 
 @functools.wraps(_original_profile)
 def profile(self: Any, *args: Any, **options: Any) -> None:
-    """``torch.autograd.profiler.profile``: times the host; a card computes nothing."""
+    """Run ``torch.autograd.profiler.profile``, which measures only the host."""
     if options.get("use_device") == "cuda":
         options["use_device"] = None
     options.pop("use_cuda", None)
@@ -31,10 +31,10 @@ _original_emitting: Final[Any] = profiler.emit_nvtx.__enter__
 
 
 def emitting(self: Any) -> Any:
-    """``torch.autograd.profiler.emit_nvtx``: no profiler sees its ranges.
+    """Refuse ``torch.autograd.profiler.emit_nvtx``: no profiler could see its ranges.
 
     Raises:
-        UnsupportedOnSimulatedDeviceError: It is enabled.
+        UnsupportedOnSimulatedDeviceError: The context manager is enabled.
     """
     __tracebackhide__ = True
     if self.enabled:
@@ -54,7 +54,7 @@ def _uninitialized(original: Any) -> Any:
     return staticmethod(new)
 
 
-#: Owner, name and replacement of each.
+#: Owner, name and new value of each replaced attribute.
 REPLACEMENTS: Final[tuple[tuple[Any, str, Any], ...]] = (
     (profiler.profile, "__init__", profile),
     (profiler.emit_nvtx, "__enter__", emitting),

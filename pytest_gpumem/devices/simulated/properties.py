@@ -1,4 +1,4 @@
-"""What ``torch.cuda.get_device_properties`` answers for a simulated card."""
+"""The result of ``torch.cuda.get_device_properties`` for a simulated card."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _MIB = 2**20
 
 
 class _Uuid:
-    """A card's UUID, as ``torch._C._CUuuid``: a text, and its sixteen bytes."""
+    """A card's UUID in the form of ``torch._C._CUuuid``: a text, and its sixteen bytes."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -28,7 +28,9 @@ class _Uuid:
         return self._text
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Uuid) and other._text == self._text  # its own class
+        return (
+            isinstance(other, _Uuid) and other._text == self._text
+        )  # private to this class
 
     def __hash__(self) -> int:
         return hash(self._text)
@@ -37,8 +39,8 @@ class _Uuid:
 class DeviceProperties:
     """A card's properties under torch's names; ``total_memory`` is in bytes.
 
-    Limits: only what a card's table row and its compute capability tell is there;
-    any other property raises ``AttributeError``.
+    Limits: only the properties that follow from a card's table row and its compute
+    capability exist; any other property raises ``AttributeError``.
     """
 
     def __init__(self, card: Card, index: int) -> None:

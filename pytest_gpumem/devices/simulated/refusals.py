@@ -1,7 +1,7 @@
-"""What cannot be simulated, each refused by one error class that names it.
+"""Features that cannot be simulated; one error class refuses each by its name.
 
-A refusal beats both a crash in C++, which has no CUDA to call, and a silent run on the
-host, which would prove nothing.
+A refusal is better than a crash in C++, which cannot call CUDA, and better than a silent
+run on the host, which would prove nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pytest_gpumem.stacks import calling_frame, frames_from, short_path
 _REAL: Final = "run this on a real card"
 _KERNEL: Final = "take the code's own path without it, or run this on a real card"
 
-#: What to do, by the feature's public name.
+#: Advice for the user, by the feature's public name.
 ADVICE: Final[dict[str, str]] = {
     "torch.cuda.graph(check_input_liveness=True)": "leave it False",
     "CUDAGraph.debug_dump": "there is no graph of CUDA's to look at",
@@ -80,12 +80,12 @@ ADVICE: Final[dict[str, str]] = {
 
 
 def refused(feature: str) -> UnsupportedOnSimulatedDeviceError:
-    """Return the one error for what cannot be simulated."""
+    """Return the error for a feature that cannot be simulated."""
     return UnsupportedOnSimulatedDeviceError(feature, ADVICE[feature])
 
 
 def refuse(feature: str) -> NoReturn:
-    """Raise the one error for what cannot be simulated.
+    """Raise the error for a feature that cannot be simulated.
 
     Raises:
         UnsupportedOnSimulatedDeviceError: Always.
@@ -94,7 +94,7 @@ def refuse(feature: str) -> NoReturn:
     raise refused(feature)
 
 
-#: Directories whose code reads values for others.
+#: Directories of code that reads values on behalf of its caller.
 _BETWEEN: Final = tuple(
     str(Path(file).parents[level]) + os.sep
     for file, level in ((torch.__file__, 0), (__file__, 2))
@@ -102,7 +102,7 @@ _BETWEEN: Final = tuple(
 
 
 def refuse_value(operation: str) -> NoReturn:
-    """Raise the error of a card that keeps no values, naming the code that reads one.
+    """Raise the error of a card without values, and name the code that reads a value.
 
     Raises:
         NoValuesError: Always.
@@ -118,7 +118,7 @@ def refuse_value(operation: str) -> NoReturn:
 
 
 def refusing(feature: str) -> Any:
-    """Return a function that refuses, whatever it is given."""
+    """Return a function that refuses all arguments."""
 
     def refuse_it(*_args: Any, **_kwargs: Any) -> NoReturn:
         __tracebackhide__ = True
@@ -128,12 +128,12 @@ def refusing(feature: str) -> Any:
 
 
 def refusing_class(feature: str) -> type:
-    """Return a class, for ``isinstance``, of which there can be no instance."""
+    """Return a class that cannot be instantiated, for use in ``isinstance``."""
     name = feature.rpartition(".")[2]
     return type(name, (), {"__init__": refusing(feature), "__doc__": ADVICE[feature]})
 
 
-#: In ``torch._C``: names as torch 2.8 to 2.15 calls them.
+#: Refused functions of ``torch._C``, with the names of torch 2.8 to 2.15.
 C_REFUSALS: Final[dict[str, Any]] = {
     "_cuda_changeCurrentAllocator": refusing("torch.cuda.change_current_allocator"),
     "_cuda_cudaCachingAllocator_enable": refusing(
@@ -187,7 +187,7 @@ C_REFUSALS: Final[dict[str, Any]] = {
     },
 }
 
-#: Questions of ``torch.cuda.tunable`` that have an answer: it is off.
+#: Queries of ``torch.cuda.tunable`` that return False, because it is off.
 _TUNABLE_IS: Final = ("_cuda_tunableop_is_enabled", "_cuda_record_untuned_is_enabled")
 _TUNABLE: Final = (
     "_cuda_tunableop_enable",
@@ -212,7 +212,7 @@ _TUNABLE: Final = (
 C_REFUSALS.update({name: refusing("torch.cuda.tunable") for name in _TUNABLE})
 C_REFUSALS.update(dict.fromkeys(_TUNABLE_IS, lambda: False))
 
-#: Classes in ``torch.cuda`` and in the module that defines them.
+#: Refused classes of ``torch.cuda``, and the module that defines each.
 CLASSES: Final[dict[str, str]] = {
     "CUDAPluggableAllocator": "memory",
     "ExternalStream": "streams",

@@ -1,4 +1,4 @@
-"""The CUDA runtime's few functions that Python libraries call."""
+"""The few functions of the CUDA runtime that Python libraries call."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pytest_gpumem.devices.simulated.machine import card_of
 
 
 class _Code(int):
-    """``cudaError``: a call's code; a simulated call ends in success."""
+    """``cudaError``, the return code of a call; a simulated call returns success."""
 
     success = 0
 
@@ -28,32 +28,32 @@ _ERRORS: Final[dict[int, str]] = {
 
 
 class Runtime:
-    """What ``torch.cuda.cudart()`` returns: the few runtime calls that libraries make."""
+    """The object that ``torch.cuda.cudart()`` returns."""
 
     cudaError = _Code  # noqa: N815  # the runtime's name
 
     def cudaMemGetInfo(self, device: int) -> tuple[int, int]:  # noqa: N802  # the runtime's name
-        """Return free and total bytes of a card; it has a context from then on."""
+        """Return a card's free and total bytes; the call creates a context."""
         card = card_of(device)
         card.make_context()
         return card.mem_get_info()
 
     def cudaGetErrorString(self, code: int) -> str:  # noqa: N802  # the runtime's name
-        """Return the text of an error code."""
+        """Return the description of an error code."""
         return _ERRORS.get(code, "unrecognized error code")
 
     def cudaProfilerStart(self) -> int:  # noqa: N802  # the runtime's name
-        """Start nothing; 0 is success."""
+        """Do nothing and return 0, which means success."""
         return 0
 
     def cudaProfilerStop(self) -> int:  # noqa: N802  # the runtime's name
-        """Stop nothing; 0 is success."""
+        """Do nothing and return 0, which means success."""
         return 0
 
     def cudaHostRegister(self, *_args: Any) -> int:  # noqa: N802  # the runtime's name
-        """Pin nothing; 0 is success."""
+        """Do nothing and return 0, which means success."""
         return 0
 
     def cudaHostUnregister(self, *_args: Any) -> int:  # noqa: N802  # the runtime's name
-        """Unpin nothing; 0 is success."""
+        """Do nothing and return 0, which means success."""
         return 0

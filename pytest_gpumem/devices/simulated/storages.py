@@ -1,7 +1,7 @@
 """Storages on a simulated card: CPU storages that hold bytes there.
 
-``torch.load``, ``torch.save`` and safetensors speak of storages, not of tensors, so
-these must be able to move to a card, say where they are, and come back.
+``torch.load``, ``torch.save`` and safetensors use storages, not tensors. A storage must
+therefore be able to move to a card, to report its device, and to move back.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _device(self: torch.UntypedStorage) -> torch.device:
 def _new(
     kind: type, *args: Any, device: Any = None, **options: Any
 ) -> torch.UntypedStorage:
-    """``UntypedStorage(…, device=…)``; for a card C++ would ask the CUDA driver."""
+    """Run ``UntypedStorage(…, device=…)``; C++ would call the CUDA driver for a card."""
     __tracebackhide__ = True
     target = None if device is None else cuda_device(device)
     if target is None:
@@ -55,7 +55,7 @@ def _new(
 
 
 def _empty(card: SimulatedCard, nbytes: int) -> torch.UntypedStorage:
-    """Return an uninitialised storage on a card: first the bytes, then the values."""
+    """Return an uninitialised storage on a card; the card's bytes are taken first."""
     __tracebackhide__ = True
     held = Memory(card, nbytes)
     with HOST_ROOM:
@@ -125,7 +125,7 @@ def _resize(self: torch.UntypedStorage, size: int) -> Any:
     memory = memory_of(self)
     if memory is None:
         return _original_resize(self, size)
-    # First the new bytes, then the copy, then the old ones go.
+    # The new bytes are taken first, then the data is copied, then the old bytes are freed.
     # Source: ``aten/src/ATen/native/cuda/Resize.cpp``, ``resize_bytes_cuda``.
     held = Memory(memory.card, size)
     with HOST_ROOM:
@@ -148,7 +148,7 @@ _original_init: Final[Any] = torch.TypedStorage.__init__
 def typed_init(
     self: torch.TypedStorage, *args: Any, device: Any = None, **options: Any
 ) -> None:
-    """``TypedStorage(…)``: for a card a new one is wrapped around an untyped one.
+    """Run ``TypedStorage(…)``: on a card it wraps a new untyped storage.
 
     Raises:
         torch.OutOfMemoryError: The card has no room.
@@ -174,7 +174,7 @@ _original_set: Final[Any] = torch.Tensor.set_
 
 
 def _set(self: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-    """``Tensor.set_``: C++ takes the storages of cards for the host's.
+    """Run ``Tensor.set_``, with a check: C++ sees a card's storage as a host storage.
 
     Source: ``checkSetStorage`` of ``aten/src/ATen/native/Resize.h``.
 
@@ -183,7 +183,9 @@ def _set(self: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
     """
     __tracebackhide__ = True
     source: Any = args[0] if args else options.get("source")
-    source = getattr(source, "_untyped_storage", source)  # a typed one warns
+    source = getattr(
+        source, "_untyped_storage", source
+    )  # a typed storage gives a warning
     if source is not None and source.device != self.device:
         raise RuntimeError(
             f'Attempted to set the storage of a tensor on device "{self.device}" to a '
@@ -194,7 +196,7 @@ def _set(self: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
     return result
 
 
-#: What every storage does differently while the simulated device is installed.
+#: Methods replaced for every storage while the simulated device is installed.
 EVERY_STORAGE: Final[dict[str, Any]] = {
     "device": property(_device),
     "is_cuda": property(lambda self: _device(self).type == "cuda"),
@@ -207,5 +209,5 @@ EVERY_STORAGE: Final[dict[str, Any]] = {
     "__new__": staticmethod(_new),
 }
 
-#: What every tensor does differently with its storage.
+#: Methods on storages that are replaced for every tensor.
 EVERY_TENSORS_STORAGE: Final[dict[str, Any]] = {"set_": _set}

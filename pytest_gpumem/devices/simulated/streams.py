@@ -1,8 +1,8 @@
-"""Streams and events of the simulated cards: order is kept, time does not pass.
+"""Streams and events of the simulated cards: all work completes immediately.
 
-Work on a simulated card is done when the call returns, so every event is complete as
-soon as it is recorded. Streams still matter to the allocator: a block belongs to the
-stream it was asked for on.
+Work on a simulated card is complete when the call returns, so every event is complete
+when it is recorded. Streams still matter to the allocator: a block belongs to the stream
+on which it was requested.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CUDA_TYPE: Final = 1  # c10::DeviceType::CUDA
 
 
 def named_index(device: Any) -> int | None:
-    """Return the index that a device names; None means the thread's current card."""
+    """Return the index of a device; None means the thread's current card."""
     if device is None or isinstance(device, int):
         return device
     index: int | None = torch.device(device).index
@@ -42,9 +42,9 @@ class Stream:
 
     Args:
         device: The card; None means the thread's current one.
-        priority: Kept and reported, without effect.
-        stream_id: Handle of an existing stream, as torch passes it on.
-        device_index: Index of the card, as torch passes it on.
+        priority: Stored and reported, without effect.
+        stream_id: Handle of an existing stream, from torch's own code.
+        device_index: Index of the card, from torch's own code.
     """
 
     def __init__(
@@ -71,27 +71,27 @@ class Stream:
 
     @property
     def cuda_stream(self) -> int:
-        """The handle, as an ``int``; 0 is the default stream."""
+        """The stream's handle as an ``int``; 0 is the default stream."""
         return self.stream_id
 
     native_handle = cuda_stream
 
     def wait_stream(self, stream: Any) -> None:
-        """Wait for a stream: its work is done already, but for one that is captured."""
+        """Wait for a stream. This only has an effect on a stream that is captured."""
         self.wait_event(stream.record_event())
 
     def wait_event(self, event: Any) -> None:
-        """Wait for an event: it is complete already, or this joins its capture."""
+        """Wait for an event: it is already complete, or this stream joins its capture."""
         event.wait(self)
 
     def record_event(self, event: Event | None = None) -> Event:
-        """Record an event, a new one by default, and return it."""
+        """Record an event, by default a new one, and return it."""
         event = Event() if event is None else event
         event.record(self)
         return event
 
     def query(self) -> bool:
-        """Tell whether all work is done: always.
+        """Return True, because all work is complete.
 
         Raises:
             torch.AcceleratorError: The stream is being captured (CUDA's text).
@@ -100,7 +100,7 @@ class Stream:
         return True
 
     def synchronize(self) -> None:
-        """Wait for all work: it is done.
+        """Wait for all work, which is already complete.
 
         Raises:
             torch.AcceleratorError: The stream is being captured (CUDA's text).
@@ -108,7 +108,7 @@ class Stream:
         check_waiting(card_of(self.device_index), self.stream_id)
 
     def is_capturing(self) -> bool:
-        """Tell whether a CUDA graph is being captured of this stream."""
+        """Return whether a CUDA graph is being captured on this stream."""
         return capture_of(card_of(self.device_index), self.stream_id) is not None
 
     def __enter__(self) -> Stream:  # noqa: PYI034  # Self needs Python 3.11
@@ -138,7 +138,7 @@ class Stream:
 
 
 class Event:
-    """``torch.cuda.Event`` on a simulated card; complete once recorded."""
+    """``torch.cuda.Event`` on a simulated card; complete when it is recorded."""
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class Event:
         self.enable_timing = enable_timing
         self.blocking = blocking
         self._recorded_s: float | None = None
-        #: The capture that it is part of, and the stream there.
+        #: The capture in which the event was recorded, and its stream.
         self._capture: Capture | None = None
         self._stream = 0
         self.event_id = next(_handles)
@@ -160,11 +160,11 @@ class Event:
 
     @property
     def cuda_event(self) -> int:
-        """The event's handle: 0 until it is recorded, which makes it."""
+        """The event's handle; 0 until the event is recorded."""
         return 0 if self._recorded_s is None else self.event_id
 
     def record(self, stream: Stream | None = None) -> None:
-        """Note the host's time, and the capture of the stream."""
+        """Store the host's time and the capture of the stream."""
         card = card_of(self.device.index)
         card.make_context()
         self._recorded_s = time.perf_counter()
@@ -174,24 +174,24 @@ class Event:
             self._capture = capture_of(card, self._stream)
 
     def wait(self, stream: Stream | None = None) -> None:
-        """Have a stream wait for the event: it is complete, or the stream joins it."""
+        """Make a stream wait for the event, or join the event's capture."""
         if self._capture is not None:
             self._capture.join(_handle(stream, self._capture.card), self._stream)
 
     def query(self) -> bool:
-        """Tell whether the event is complete: always.
+        """Return True, because the event is complete.
 
         Raises:
-            torch.AcceleratorError: It is part of a capture (CUDA's text).
+            torch.AcceleratorError: The event was recorded in a capture (CUDA's message).
         """
         self.synchronize()
         return True
 
     def synchronize(self) -> None:
-        """Wait for the event: it is complete.
+        """Wait for the event, which is already complete.
 
         Raises:
-            torch.AcceleratorError: It is part of a capture (CUDA's text).
+            torch.AcceleratorError: The event was recorded in a capture (CUDA's message).
         """
         check_event(self._capture)
 
@@ -199,7 +199,7 @@ class Event:
         """Return the milliseconds of *host* time between two events.
 
         Raises:
-            ValueError: One of them does not keep time, or was not recorded.
+            ValueError: One of the events was made without timing, or was not recorded.
         """
         if not (self.enable_timing and end_event.enable_timing):
             raise ValueError(
@@ -218,7 +218,7 @@ def _handle(stream: Stream | None, card: SimulatedCard) -> int:
 
 
 class _NameType(type):
-    """Answers for a class of torch's whose C code knows no simulated cards."""
+    """Metaclass of the replacement of a torch class that does not know simulated cards."""
 
     original: type
     simulated: type
@@ -240,9 +240,9 @@ class _NameType(type):
 
 
 class StreamName(metaclass=_NameType):
-    """``torch.Stream`` while cards are simulated: by default one of a card."""
+    """Replaces ``torch.Stream`` while cards are simulated; its default is a card."""
 
-    # What pickles name it by.
+    # The module name that pickles contain.
     __module__ = "torch"
     __qualname__ = "Stream"
 
@@ -251,9 +251,9 @@ class StreamName(metaclass=_NameType):
 
 
 class EventName(metaclass=_NameType):
-    """``torch.Event`` while cards are simulated: by default one of a card."""
+    """Replaces ``torch.Event`` while cards are simulated; its default is a card."""
 
-    # What pickles name it by.
+    # The module name that pickles contain.
     __module__ = "torch"
     __qualname__ = "Event"
 
@@ -262,5 +262,5 @@ class EventName(metaclass=_NameType):
 
 
 def stream_triple(index: int, stream: int) -> tuple[int, int, int]:
-    """Return a stream as torch passes it about: handle, card, device type."""
+    """Return a stream in torch's internal form: handle, card, device type."""
     return stream, index, _CUDA_TYPE

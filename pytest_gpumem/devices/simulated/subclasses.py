@@ -1,15 +1,16 @@
 """Users' subclasses of ``torch.Tensor`` on simulated cards.
 
 Note [Kinds of subclasses]
-What a class says of itself decides how its tensors come to a card:
+There are two kinds of classes, whose tensors are put on a card in different ways:
 
-* With ``__torch_dispatch__`` it runs its operators itself. Made by
-  ``_make_wrapper_subclass`` it has no memory, but others inside. C++ gets it as a
-  tensor of the host, as it gets those inside: autograd would ask for a CUDA device
-  guard. Python is told the card, which is noted on the wrapper's (empty) storage.
-* Without, its operators are those of plain tensors. An object of it on a card is one
-  body in C++ of the kind that ``tensor.py`` makes, and a Python object of the user's
-  class; ``__torch_function__`` sees it as it would see any.
+* A class with ``__torch_dispatch__`` runs its operators itself. A tensor that is made by
+  ``_make_wrapper_subclass`` has no memory, but contains other tensors. In C++ the wrapper
+  and the contained tensors are host tensors, because autograd would need a CUDA device
+  guard otherwise. Python code sees the card, which is recorded on the wrapper's (empty)
+  storage.
+* A class without ``__torch_dispatch__`` has the operators of plain tensors. Its tensor on
+  a card is a C++ tensor of the kind that ``tensor.py`` makes, with a Python object of the
+  user's class. ``__torch_function__`` is called with it as with any tensor.
 """
 
 from __future__ import annotations
@@ -44,21 +45,21 @@ _new_parameter: Final[Any] = torch.nn.Parameter.__new__
 _swap: Final[Any] = torch._C._swap_tensor_impl
 _alias: Final[Any] = torch.ops.aten.alias.default
 
-#: Whether a function of ``torch.func`` is at work in the thread.
+#: Whether a transform of ``torch.func`` is active in the thread.
 are_transforms_active: Final[Any] = torch._C._are_functorch_transforms_active
 
-#: Made by torch's own tracing, whose wrappers say what device they stand for.
+#: Classes of torch's tracing; their wrappers report the device that they represent.
 _TRACING: Final = (FakeTensor, FunctionalTensor)
 
 
 def is_of_user(tensor: torch.Tensor) -> bool:
-    """Tell whether a tensor is of a class that is neither torch's own nor this one."""
+    """Return whether a tensor's class is neither torch's nor this package's."""
     kind = type(tensor)
     return kind is not SimulatedTensor and kind not in HOST_KINDS
 
 
 def runs_itself(tensor: torch.Tensor) -> bool:
-    """Tell whether a tensor's class has a ``__torch_dispatch__`` of its own."""
+    """Return whether a tensor's class defines its own ``__torch_dispatch__``."""
     return (
         is_of_user(tensor)
         and not isinstance(tensor, _TRACING)
@@ -67,9 +68,9 @@ def runs_itself(tensor: torch.Tensor) -> bool:
 
 
 def known_card(tensor: torch.Tensor) -> torch.device | None:
-    """Return the card that a tensor is on, where its class does not say; else None.
+    """Return the card of a tensor whose class does not report it, or None.
 
-    Such are tensors of users' classes, and what ``torch.func`` puts around tensors.
+    Examples are tensors of users' classes, and the wrappers of ``torch.func``.
     """
     if type(tensor) in HOST_KINDS:
         return _place_inside(tensor) if are_transforms_active() else None
@@ -80,7 +81,9 @@ def known_card(tensor: torch.Tensor) -> torch.device | None:
         place: torch.device | None = getattr(storage, "_gpumem_place", None)
         if place is not None:
             return place
-        inner = getattr(tensor, "_local_tensor", None)  # of a DTensor, made in C++
+        inner = getattr(
+            tensor, "_local_tensor", None
+        )  # the inner tensor of a DTensor, which C++ creates
         if isinstance(inner, torch.Tensor):
             return inner.device if inner.is_cuda else None
         memory = memory_of(storage) if is_keyed(tensor) else None
@@ -91,18 +94,18 @@ def _place_inside(tensor: torch.Tensor) -> torch.device | None:
     while torch._C._functorch.is_functorch_wrapped_tensor(
         tensor
     ):  # no public way to ask
-        tensor = torch._C._functorch.get_unwrapped(tensor)  # likewise
+        tensor = torch._C._functorch.get_unwrapped(tensor)  # no public API
     if type(tensor) in HOST_KINDS:
         return None
     place = tensor.device
     return place if place.type == "cuda" else None
 
 
-# -- how they are made ----------------------------------------------------------------
+# -- construction ---------------------------------------------------------------------
 
 
 def as_class(tensor: torch.Tensor, kind: Any) -> Any:
-    """Return a tensor of a card as one of another class, over the same memory.
+    """Return a card's tensor as an instance of another class, with the same memory.
 
     Source: ``THPVariable_as_subclass`` of ``torch/csrc/autograd/python_variable.cpp``.
     """
@@ -115,7 +118,7 @@ def as_class(tensor: torch.Tensor, kind: Any) -> Any:
 
 
 def _detached_as(tensor: torch.Tensor, kind: Any) -> Any:
-    """Return a tensor of a card as one of another class, of which it is no view.
+    """Return a card's tensor as a detached instance of another class.
 
     Source: ``THPVariable_make_subclass`` of ``torch/csrc/autograd/python_variable.cpp``.
     """
@@ -125,12 +128,12 @@ def _detached_as(tensor: torch.Tensor, kind: Any) -> Any:
 
 
 def _of_class(alias: Any, kind: Any) -> Any:
-    """Give a new tensor of a card a user's class."""
+    """Set the class of a new tensor on a card to a user's class."""
     value, card = alias._gpumem_value, alias._gpumem_card
     take_off_card(alias)
     try:
         alias.__class__ = kind
-    except TypeError:  # it has slots
+    except TypeError:  # the class has slots
         shell = _make_subclass(kind, torch.empty(0, device="cpu"))
         _swap(shell, alias)
         alias = shell
@@ -139,7 +142,7 @@ def _of_class(alias: Any, kind: Any) -> Any:
 
 
 def as_subclass(self: torch.Tensor, cls: Any) -> Any:
-    """``Tensor.as_subclass``, of a tensor of the host or of a card."""
+    """Run ``Tensor.as_subclass`` for a tensor on the host or on a card."""
     __tracebackhide__ = True
     if isinstance(self, SimulatedTensor):
         return as_class(self, cls)
@@ -147,13 +150,13 @@ def as_subclass(self: torch.Tensor, cls: Any) -> Any:
 
 
 def make_subclass(*args: Any, **options: Any) -> Any:
-    """``Tensor._make_subclass``, over a tensor of the host or of a card.
+    """Run ``Tensor._make_subclass`` for a tensor on the host or on a card.
 
-    It has torch's parameters without their names: TorchDynamo compares them.
+    The parameters are positional and without names, because TorchDynamo compares them.
     """
     __tracebackhide__ = True
     data = args[1] if len(args) > 1 else options.get("data")
-    wants_grad = args[2] if len(args) > 2 else options.get("require_grad", False)  # noqa: PLR2004  # its position
+    wants_grad = args[2] if len(args) > 2 else options.get("require_grad", False)  # noqa: PLR2004  # the position of the argument
     if not isinstance(data, SimulatedTensor):
         made = _make_subclass(*args, **options)
         return checked(made) if wants_grad else made
@@ -164,21 +167,21 @@ def make_subclass(*args: Any, **options: Any) -> Any:
 
 
 def make_wrapper_subclass(cls: Any, size: Any, *args: Any, **options: Any) -> Any:
-    """``Tensor._make_wrapper_subclass``; see Note [Kinds of subclasses].
+    """Run ``Tensor._make_wrapper_subclass``; see Note [Kinds of subclasses].
 
     Source of the position of ``device``: ``THPVariable_make_wrapper_subclass`` of
     ``torch/csrc/autograd/python_variable.cpp``.
     """
     __tracebackhide__ = True
-    device = args[5] if len(args) > 5 else options.get("device")  # noqa: PLR2004  # see above
+    device = args[5] if len(args) > 5 else options.get("device")  # noqa: PLR2004  # the position of ``device``
     named = None if device is None else torch.device(device)
     if named is None or named.type != "cuda" or issubclass(cls, _TRACING):
         return _make_wrapper(cls, size, *args, **options)
-    if len(args) > 5:  # noqa: PLR2004  # likewise
+    if len(args) > 5:  # noqa: PLR2004  # the position of ``device``
         args = (*args[:5], torch.device("cpu"), *args[6:])
     else:
         options["device"] = torch.device("cpu")
-    options.pop("dispatch_device", None)  # C++ is not to know
+    options.pop("dispatch_device", None)  # C++ must not see the card
     made = _make_wrapper(cls, size, *args, **options)
     return _placed(made, DEVICES[card_of(named.index).index])
 
@@ -194,7 +197,7 @@ def new_parameter(
     data: Any = None,
     requires_grad: bool = True,  # noqa: FBT001, FBT002  # torch's signature
 ) -> Any:
-    """``Parameter.__new__``: a subclass of it takes a plain tensor of a card as well."""
+    """Run ``Parameter.__new__``: a subclass also accepts a card's plain tensor."""
     __tracebackhide__ = True
     if type(data) is SimulatedTensor and cls is not torch.nn.Parameter:
         return _detached_as(data, cls).requires_grad_(requires_grad)
@@ -202,7 +205,7 @@ def new_parameter(
 
 
 def checked(tensor: Any) -> Any:
-    """Refuse a fake tensor of a card that takes part in autograd: C++ would abort."""
+    """Refuse a fake tensor on a card that takes part in autograd: C++ would abort."""
     __tracebackhide__ = True
     if isinstance(tensor, FakeTensor) and tensor.device.type == "cuda":
         refuse("FakeTensorMode.from_tensor")
@@ -219,22 +222,22 @@ def _set_grad_of_fake(self: Any, wanted: bool) -> None:  # noqa: FBT001  # a set
     _base.requires_grad.__set__(checked(self) if wanted else self, wanted)
 
 
-# -- how their operators are run ------------------------------------------------------
+# -- operators ------------------------------------------------------------------------
 
 
 class _Dispatch:
-    """``torch.Tensor.__torch_dispatch__``: what C++ asks an object for."""
+    """The descriptor ``torch.Tensor.__torch_dispatch__``, which C++ reads on an object."""
 
     def __get__(self, tensor: Any, owner: Any = None) -> Any:
         if tensor is None:
-            return _inherited  # what ``super()`` of a user's class finds
+            return _inherited  # the value for ``super()`` in a user's class
         if has_own_dispatch(type(tensor)) or not is_keyed(tensor):
             return _no_dispatch
         return SimulatedTensor.__torch_dispatch__
 
 
 def _inherited(func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-    """``super().__torch_dispatch__`` in a user's class: what plain tensors do."""
+    """Run ``super().__torch_dispatch__`` of a user's class as for plain tensors."""
     __tracebackhide__ = True
     leaves = torch.utils._pytree.tree_leaves((args, kwargs))
     if any(isinstance(each, torch.Tensor) and is_keyed(each) for each in leaves):
@@ -243,9 +246,9 @@ def _inherited(func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any
 
 
 def run_plain(func: Any, *args: Any, **options: Any) -> Any:
-    """Run an operator on tensors of cards, whatever their classes say.
+    """Run an operator on a card's tensors, and ignore the dispatch of their classes.
 
-    On a card its kernel is what C++ comes to where Python is not asked.
+    On a real card, C++ calls the kernel in this case, without calling Python.
     """
     __tracebackhide__ = True
     originals: dict[int, Any] = {}
@@ -266,7 +269,7 @@ def run_plain(func: Any, *args: Any, **options: Any) -> Any:
     return tree_map(torch.Tensor, original, result)
 
 
-#: Placed in ``torch.Tensor`` while cards are simulated.
+#: Attributes that ``torch.Tensor`` has while cards are simulated.
 EVERY_CLASS: Final[dict[str, Any]] = {
     **ROWS,
     "__torch_dispatch__": _Dispatch(),
@@ -275,7 +278,7 @@ EVERY_CLASS: Final[dict[str, Any]] = {
     "as_subclass": as_subclass,
 }
 
-#: Owner, name and replacement of each.
+#: Owner, name and new value of each replaced attribute.
 REPLACEMENTS: Final[tuple[tuple[Any, str, Any], ...]] = (
     *((torch.Tensor, name, value) for name, value in EVERY_CLASS.items()),
     (torch.nn.Parameter, "__new__", staticmethod(new_parameter)),

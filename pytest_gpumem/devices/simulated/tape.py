@@ -1,9 +1,9 @@
-"""What a captured graph computes, kept to be computed again on the same memory.
+"""Records the operators of a captured graph, to run them again on the same memory.
 
-The host computes a card's values, so what is kept is the host's operators below those
-of the card, each with where its operands lie: in which storage, and how. A storage is
-named by a number and held by nobody: one that is gone when the graph is replayed was a
-helper's, and lies in new memory for as long as the replay takes.
+The host computes a card's values, so the tape records the host operators that the card's
+operators call. For each operand it records the storage and the position in it. Storages
+are identified by numbers and are not kept alive. A storage that no longer exists at a
+replay was temporary, and gets new memory for the duration of the replay.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 
 _tree_map: Final[Any] = torch.utils._pytree.tree_map_only
-_set: Final[Any] = torch._C.TensorBase.set_  # below Tensor.set_
-#: Operators whose results nobody has written to.
+_set: Final[Any] = torch._C.TensorBase.set_  # the method behind Tensor.set_
+#: Operators that do not write to their results.
 _UNWRITTEN: Final = frozenset(
     {
         "aten::empty",
@@ -34,7 +34,7 @@ _UNWRITTEN: Final = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class _Operand:
-    """Where a tensor lies: the number of its storage, and its place there."""
+    """The position of a tensor: the number of its storage, and the layout in it."""
 
     storage: int
     dtype: torch.dtype
@@ -46,7 +46,7 @@ class _Operand:
 
 
 class _Step(NamedTuple):
-    """One operator of the host: what it is given, and where its new results lie."""
+    """One host operator: its arguments, and the positions of its new results."""
 
     func: Any
     args: Any
@@ -55,10 +55,10 @@ class _Step(NamedTuple):
 
 
 class Tape:
-    """Operators of the host in the order in which they ran.
+    """Host operators in the order in which they ran.
 
-    Limits: what Python computes of numbers between operators is kept as it was, like
-    the number that a seed was drawn as.
+    Limits: numbers that Python computes between operators keep the values of the capture,
+    for example a seed.
     """
 
     def __init__(self) -> None:
@@ -67,13 +67,13 @@ class Tape:
         self._sizes: list[int] = []
 
     def keep(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Keep an operator that has just run, unless it has written nothing."""
+        """Record an operator that has just run, unless it has written nothing."""
         if func._schema.name in _UNWRITTEN:
             return
         leaves = torch.utils._pytree.tree_leaves((args, kwargs, out))
         tensors = [each for each in leaves if isinstance(each, torch.Tensor)]
         if any(each.is_meta or isinstance(each, SimulatedTensor) for each in tensors):
-            return  # what a card's operator did with the host is kept by itself
+            return  # the host operators of a card's operator are recorded separately
         given = {
             each.untyped_storage()._cdata
             for each in torch.utils._pytree.tree_leaves((args, kwargs))
@@ -92,11 +92,11 @@ class Tape:
         self._steps.append(_Step(func, args, kwargs, made))
 
     def keep_call(self, call: Any) -> None:
-        """Keep a call that is not an operator, such as another graph's replay."""
+        """Record a call that is not an operator, such as another graph's replay."""
         self._steps.append(_Step(call, (), {}, []))
 
     def replay(self) -> None:
-        """Run every operator again; results that are still there get the new values."""
+        """Run every operator again; results that still exist get the new values."""
         with torch.no_grad(), torch._C._DisableAutocast(), _disable_current_modes():
             self._replay({})
 
@@ -117,7 +117,7 @@ class Tape:
                     tensor(operand).copy_(result)
 
     def _argument(self, value: torch.Tensor) -> Any:
-        """Return what stands for an argument: a number of the host is as it was."""
+        """Return the recorded form of an argument; a host number keeps its value."""
         storage = value.untyped_storage()
         is_hosts = not hasattr(storage, "_gpumem") and not self._knows(storage)
         if not is_hosts:
@@ -169,7 +169,7 @@ class Tape:
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps the host's operators on a tape while it is on."""
+    """Records host operators on a tape while the mode is active."""
 
     def __init__(self, tape: Tape) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
@@ -178,7 +178,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run an operator, and keep it."""
+        """Run an operator and record it."""
         __tracebackhide__ = True
         kwargs = kwargs or {}
         out = func(*args, **kwargs)

@@ -1,19 +1,19 @@
 """The tensor of the simulated CUDA device: bytes on a card, values on the CPU.
 
 Note [How a simulated tensor is made]
-A simulated tensor is a ``torch.Tensor`` subclass made by ``_make_subclass`` over an
-ordinary CPU tensor, with the CUDA backend key in place of the CPU's. It shares the
-CPU tensor's storage, so shapes, strides, views and ``data_ptr`` are right without
-being mirrored, and its Python dispatch key sends every operator to ``dispatch.py``,
-which runs it on the CPU tensors. C++ still takes the tensor for one on the CPU, which
-is what keeps autograd from asking for a CUDA device guard that is not there; what
-Python sees (``device``, ``is_cuda``, …) is overridden in ``methods.py``.
+A simulated tensor is an instance of a ``torch.Tensor`` subclass that ``_make_subclass``
+creates from an ordinary CPU tensor, with the CUDA backend key in place of the CPU's. It
+shares the CPU tensor's storage, so its shapes, strides, views and ``data_ptr`` are
+correct. Its Python dispatch key sends every operator to ``dispatch.py``, which runs the
+operator on the CPU tensors. The C++ device is still the CPU; otherwise autograd would need
+a CUDA device guard, which a CPU build does not have. The attributes that Python code reads
+(``device``, ``is_cuda``, …) are overridden in ``methods.py``.
 
 Note [Tensors of users' classes]
-An object of a user's subclass of ``torch.Tensor`` that lies on a card stays of that
-class. C++ asks the *object* for ``__torch_dispatch__``, and ``torch.Tensor`` answers for
-it while cards are simulated (``subclasses.py``). Its value and its card stand in a table
-here: its ``__dict__`` is the user's own, to be copied and replaced.
+A tensor of a user's subclass of ``torch.Tensor`` keeps its class when it is on a card. C++
+reads ``__torch_dispatch__`` on the *object*, and while cards are simulated it finds the
+one of ``torch.Tensor`` (``subclasses.py``). The value and the card of the tensor are in a
+table of this module, because user code may copy and replace the tensor's ``__dict__``.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ if TYPE_CHECKING:
 
 _make_subclass: Final[Any] = (
     torch.Tensor._make_subclass
-)  # how torch's own subclasses are made
-_set_data: Final[Any] = torch._C.TensorBase.data.__set__  # type: ignore[attr-defined]  # the setter below Tensor.data
+)  # torch creates its own subclasses with this function
+_set_data: Final[Any] = torch._C.TensorBase.data.__set__  # type: ignore[attr-defined]  # the setter behind Tensor.data
 _no_function: Final[Any] = (
     torch._C._disabled_torch_function_impl
-)  # torch's word for "no __torch_function__"
+)  # torch's function that disables __torch_function__
 _keys: Final[Any] = torch._C._dispatch_keys
 _CUDA: Final[Any] = torch._C.DispatchKey.CUDA
-#: Classes whose tensors are on the host, whatever their objects say.
+#: Classes whose tensors are always on the host.
 HOST_KINDS: Final = frozenset({torch.Tensor, torch.nn.Parameter})
 
 DEVICES: Final = tuple(torch.device("cuda", index) for index in range(64))
 
 
 class _Handlers(dict[Any, "Handler"]):
-    """How each operator is run; filled by ``dispatch.py`` as operators turn up."""
+    """The handler of each operator; ``dispatch.py`` makes it at the first call."""
 
     make: Callable[[Any], Handler]
     _wrapper: Callable[[Any, Handler], Handler] | None = None
@@ -75,7 +75,7 @@ class _Handlers(dict[Any, "Handler"]):
         return handler
 
     def wrap(self, wrapper: Callable[[Any, Handler], Handler] | None) -> None:
-        """Run every operator through what a wrapper makes of its handler; None: as is."""
+        """Wrap the handler of every operator; None removes the wrapper."""
         self._wrapper = wrapper
         self.clear()
 
@@ -84,7 +84,7 @@ HANDLERS: Final = _Handlers()
 
 
 def has_own_dispatch(kind: type) -> bool:
-    """Tell whether a class says itself how its operators are run."""
+    """Return whether a class defines its own ``__torch_dispatch__``."""
     return any(
         "__torch_dispatch__" in vars(each)
         for each in kind.__mro__
@@ -97,13 +97,13 @@ def _dispatches(kind: type) -> bool:
 
 
 def is_keyed(tensor: torch.Tensor) -> bool:
-    """Tell whether C++ takes a tensor's operators for those of a card."""
+    """Return whether C++ dispatches a tensor's operators to CUDA."""
     found: bool = _keys(tensor).has(_CUDA)
     return found
 
 
-class _OnCard(type(torch.Tensor)):  # type: ignore[misc]  # torch's metaclass has no name
-    """Makes ``isinstance`` mean: a tensor on a card, also one of a user's class."""
+class _OnCard(type(torch.Tensor)):  # type: ignore[misc]  # torch's metaclass has no public name
+    """Makes ``isinstance`` true for every tensor on a card, also of users' classes."""
 
     def __instancecheck__(cls, instance: Any) -> bool:
         kind = type(instance)
@@ -118,11 +118,11 @@ class _OnCard(type(torch.Tensor)):  # type: ignore[misc]  # torch's metaclass ha
 
 
 class SimulatedTensor(torch.Tensor, metaclass=_OnCard):
-    """A tensor on a simulated card; answers as a ``torch.Tensor`` there does."""
+    """A tensor on a simulated card; it behaves like a ``torch.Tensor`` on a real card."""
 
     # The CPU tensor with the values; it shares its storage with this one.
     _gpumem_value: torch.Tensor
-    # The card the tensor lives on.
+    # The card of the tensor.
     _gpumem_card: SimulatedCard
 
     __torch_function__ = _no_function
@@ -134,10 +134,10 @@ class SimulatedTensor(torch.Tensor, metaclass=_OnCard):
         requires_grad: bool = True,  # noqa: FBT001, FBT002  # nn.Parameter's signature
         **kept: Any,
     ) -> Any:
-        """Return a parameter: only ``type(parameter)(data, …)`` comes here.
+        """Return a parameter: only ``type(parameter)(data, …)`` calls this method.
 
-        Libraries pass on what the parameter's ``__dict__`` has, as for classes with
-        arguments of their own; a card's would be empty.
+        Libraries also pass the contents of the parameter's ``__dict__``, as for classes
+        with their own arguments. On a real card it would be empty.
         """
         unknown = sorted(kept.keys() - OWN_NAMES)
         if unknown:
@@ -147,13 +147,13 @@ class SimulatedTensor(torch.Tensor, metaclass=_OnCard):
         return torch.nn.Parameter(data, requires_grad)
 
     @staticmethod
-    def __torch_dispatch__(  # type: ignore[override]  # torch calls it on the class
+    def __torch_dispatch__(  # type: ignore[override]  # torch calls the method on the class
         func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run one operator on the CPU and charge what it made to the card."""
+        """Run one operator on the CPU, and allocate memory on the card for its results."""
         __tracebackhide__ = True
         if len(types) > 1 and any(map(_dispatches, types)):
-            return NotImplemented  # to plain tensors of a card, C++ would not come
+            return NotImplemented  # C++ would not call this method for plain tensors
         try:
             return HANDLERS[func](args, kwargs if kwargs is not None else {})
         except RuntimeError as error:
@@ -162,21 +162,23 @@ class SimulatedTensor(torch.Tensor, metaclass=_OnCard):
             ) and not hasattr(error, "_gpumem_injected"):
                 if lacks_host_memory(error):
                     del args, kwargs
-                    error.__traceback__ = None  # for the same reason as below
+                    error.__traceback__ = (
+                        None  # so that the traceback does not keep operands alive
+                    )
                     raise HostMemoryError from None
                 raise
-            # The error's traceback must not keep operands alive: on a real card
-            # nothing below the caller's own frame would.
+            # The error's traceback must not keep operands alive. On a real card there
+            # are no frames below the caller's frame.
             del args, kwargs
-            raise error.with_traceback(None)  # noqa: B904  # the same error goes on
+            raise error.with_traceback(None)  # noqa: B904  # the same error is raised again
 
 
 def make(value: torch.Tensor, card: SimulatedCard) -> SimulatedTensor:
-    """Return ``value`` as a tensor of ``card``; charge its storage if it is new.
+    """Return ``value`` as a tensor on ``card``; allocate memory for a new storage.
 
     Args:
-        value: A CPU (or meta) tensor that nobody else will use.
-        card: Where the tensor shall live.
+        value: A CPU (or meta) tensor that no other code will use.
+        card: The card of the new tensor.
 
     Raises:
         torch.OutOfMemoryError: The card has no room for the storage.
@@ -192,18 +194,18 @@ def make(value: torch.Tensor, card: SimulatedCard) -> SimulatedTensor:
     tensor: SimulatedTensor = _make_subclass(
         SimulatedTensor, value, False, device_for_backend_keys=DEVICES[card.index]
     )
-    tensor._gpumem_value = value  # its maker
-    tensor._gpumem_card = card  # its maker
+    tensor._gpumem_value = value  # private to this package
+    tensor._gpumem_card = card  # private to this package
     return tensor
 
 
-#: Value and card of the tensors of users' classes, by id; each with the reference that
-#: takes its row out in time.
+#: Value and card of the tensors of users' classes, by id, each with the weak reference
+#: whose callback removes the row.
 _rows: Final[dict[int, tuple[torch.Tensor, SimulatedCard, Any]]] = {}
 
 
 def put_on_card(tensor: Any, value: torch.Tensor, card: SimulatedCard) -> None:
-    """Note the value and the card of a tensor whose C++ side is a card's already."""
+    """Record the value and the card of a tensor whose C++ tensor is already a card's."""
     if type(tensor) is SimulatedTensor:
         tensor._gpumem_value, tensor._gpumem_card = value, card
         return
@@ -213,19 +215,19 @@ def put_on_card(tensor: Any, value: torch.Tensor, card: SimulatedCard) -> None:
 
 
 def take_off_card(tensor: Any) -> None:
-    """Forget value and card of a tensor."""
+    """Remove the record of a tensor's value and card."""
     if type(tensor) is SimulatedTensor:
         for name in OWN_NAMES:
             tensor.__dict__.pop(name, None)
     _rows.pop(id(tensor), None)
 
 
-#: What this package keeps in the ``__dict__`` of a ``SimulatedTensor``.
+#: The names that this package keeps in the ``__dict__`` of a ``SimulatedTensor``.
 OWN_NAMES: Final = frozenset({"_gpumem_value", "_gpumem_card", "_is_param"})
 
 
 class _Row:
-    """``_gpumem_value`` and ``_gpumem_card`` of a tensor of a user's class on a card.
+    """Descriptor of ``_gpumem_value`` and ``_gpumem_card`` for tensors of users' classes.
 
     Raises:
         AttributeError: The tensor is not on a card.
@@ -237,14 +239,14 @@ class _Row:
 
     def __get__(self, tensor: Any, owner: Any = None) -> Any:
         if tensor is None:
-            return None  # torch lists what its class has
+            return None  # torch lists the attributes of its class
         row = _rows.get(id(tensor))
         if row is None:
             row = self._found(tensor)
         return row[self._position]
 
     def _found(self, tensor: Any) -> Any:
-        """Return the row of a tensor that C++ has brought here by ways of its own."""
+        """Return the row of a tensor that C++ has created on a card by itself."""
         with torch._C.DisableTorchFunctionSubclass():
             memory = memory_of(tensor.untyped_storage()) if is_keyed(tensor) else None
             if memory is None:
@@ -257,9 +259,9 @@ class _Row:
 
 
 def _alias(tensor: torch.Tensor, card: SimulatedCard) -> torch.Tensor:
-    """Return a tensor of the host over the memory of one on a card."""
+    """Return a host tensor that shares the memory of a card's tensor."""
     value = torch.empty(0, dtype=tensor.dtype, device=card.value_device)
-    torch._C.TensorBase.set_(  # below Tensor.set_
+    torch._C.TensorBase.set_(  # the method behind Tensor.set_
         value,
         tensor.untyped_storage(),
         tensor.storage_offset(),
@@ -271,7 +273,7 @@ def _alias(tensor: torch.Tensor, card: SimulatedCard) -> torch.Tensor:
     return torch._neg_view(value) if tensor.is_neg() else value
 
 
-#: What ``torch.Tensor`` answers with while cards are simulated.
+#: Attributes that ``torch.Tensor`` has while cards are simulated.
 ROWS: Final[dict[str, Any]] = {
     "_gpumem_value": _Row("_gpumem_value", 0),
     "_gpumem_card": _Row("_gpumem_card", 1),
@@ -279,11 +281,11 @@ ROWS: Final[dict[str, Any]] = {
 
 
 def refresh(tensor: SimulatedTensor) -> None:
-    """Bring a tensor in line with its value after shape or storage changed.
+    """Update a tensor after the shape or storage of its value has changed.
 
     Raises:
-        torch.OutOfMemoryError: The storage grew and the card has no room.
+        torch.OutOfMemoryError: The storage has grown, and the card has no room for it.
     """
-    value = tensor._gpumem_value  # its maker
-    charge(value.untyped_storage(), tensor._gpumem_card)  # its maker
-    _set_data(tensor, make(value, tensor._gpumem_card))  # its maker
+    value = tensor._gpumem_value  # private to this package
+    charge(value.untyped_storage(), tensor._gpumem_card)  # private to this package
+    _set_data(tensor, make(value, tensor._gpumem_card))  # private to this package

@@ -1,7 +1,7 @@
-"""Lists of tensors in groups of one device and type, as foreach functions take them.
+"""Groups lists of tensors by device and dtype for foreach functions.
 
-C++ groups by what it takes for the tensors' device, which is one for all cards, and for
-wrapper subclasses around a card's tensors.
+C++ groups by the device that it sees for the tensors. It sees the same device for all
+cards, and for wrapper subclasses that contain a card's tensors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _grouping: Final[Any] = torch._C._group_tensors_by_device_and_dtype
 
 
 def grouping(lists: Any, with_indices: bool = False) -> Any:  # noqa: FBT001, FBT002  # torch's signature
-    """``torch._C._group_tensors_by_device_and_dtype``, which knows cards."""
+    """Run ``torch._C._group_tensors_by_device_and_dtype`` with the tensors' cards."""
     if not any(each.is_cuda for each in lists[0]):
         return _grouping(lists, with_indices)
     groups: dict[Any, tuple[list[list[Any]], list[int]]] = {}

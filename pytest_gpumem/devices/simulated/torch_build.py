@@ -1,4 +1,4 @@
-"""What torch's build says of itself: one for CUDA, while cards are simulated."""
+"""Makes torch report a build for CUDA while cards are simulated."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 from pytest_gpumem.cards import CUDA_VERSION
 from pytest_gpumem.devices.simulated.machine import current_machine
 
-#: What a build for these cards says of itself, where the installed one is for the CPU.
+#: Version that a CUDA build reports, for an installed CPU build.
 #: Source: the wheels that ``pip install torch`` takes on Linux, torch 2.13.
 CUDNN_VERSION: Final = 91300
-#: Source: the same wheels' requirement of ``nvidia-nccl-cu13``.
+#: Source: the required version of ``nvidia-nccl-cu13`` in torch 2.13's Linux wheels.
 NCCL_VERSION: Final = (2, 29, 7)
 
 
 class _Cudnn:
-    """``torch._C._cudnn``: the versions of cuDNN."""
+    """Replaces ``torch._C._cudnn``, which has the versions of cuDNN."""
 
     is_cuda = True
 
@@ -28,7 +28,7 @@ class _Cudnn:
 
     @staticmethod
     def getRuntimeVersion() -> tuple[int, int, int]:  # noqa: N802  # torch's name
-        """Return the version's numbers."""
+        """Return the parts of the version."""
         major, rest = divmod(CUDNN_VERSION, 10_000)
         return major, *divmod(rest, 100)
 
@@ -36,7 +36,7 @@ class _Cudnn:
 
 
 def compiled_version() -> int:
-    """Return the CUDA version that torch was built for, as ``CUDA_VERSION`` of C++."""
+    """Return the CUDA version that torch was built for, in the form of ``CUDA_VERSION``."""
     major, minor = (torch.version.cuda or CUDA_VERSION).split(".")[:2]
     return int(major) * 1000 + int(minor) * 10
 
@@ -51,10 +51,10 @@ _LIMIT: Final = torch.backends.ContextProp(
 
 
 def build_names() -> list[tuple[Any, str, Any]]:
-    """Return owner, name and value of what tells of torch's build: it is for CUDA.
+    """Return owner, name and value of the attributes that describe a CUDA build.
 
-    A build for CUDA says it itself. Libraries read the version's numbers, and take a
-    build without one for one of the CPU.
+    In a CUDA build these attributes exist already. Libraries read the CUDA version, and
+    assume that a build without one is for the CPU.
     """
     if torch.version.cuda is not None:
         return []
@@ -65,7 +65,7 @@ def build_names() -> list[tuple[Any, str, Any]]:
         (torch.backends.cuda, "is_built", lambda: True),
         (torch.backends.cudnn, "version", lambda: CUDNN_VERSION),
         (torch.backends.cudnn, "is_available", lambda: True),
-        # What torch's own Python imports from such a build; trees of graphs are refused.
+        # Names that torch's Python code imports in a CUDA build; CUDA graph trees are refused.
         (
             torch._C,
             "_cuda_CUDAAllocator_AllocatorState",

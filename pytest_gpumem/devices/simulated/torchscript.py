@@ -1,8 +1,9 @@
-"""TorchScript beside simulated cards: what libraries script as they are imported.
+"""TorchScript with simulated cards: functions that libraries script at import.
 
-Its compiler and its interpreter are C++. The compiler knows what is built in by the
-function's identity. The interpreter asks the tensor itself for its device, which for a
-simulated card's is that of its values: scripted functions are run as Python instead.
+TorchScript's compiler and interpreter are C++ code. The compiler recognises built-in
+functions by their identity. The interpreter reads the C++ tensor's device, which for a
+simulated tensor is the device of its values. Scripted functions are therefore run as
+Python functions.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ _apply_to_module: Final[Any] = torch.nn.Module._apply
 
 
 def patch_scripting(patches: PatchSet) -> None:
-    """Replace what is needed; to be called before the constructors are.
+    """Patch TorchScript; must be called before the constructors are replaced.
 
-    Limits: a scripted module still goes to the interpreter; so does a function that is
-    given nothing of a card and makes it by itself.
+    Limits: the interpreter still runs scripted modules, and scripted functions that get no
+    tensor on a card but create one.
     """
     patches.set(_Scripted, "_apply", _apply)
-    # The table is made on first use and must hold the originals too.
+    # The table is built at its first use and must also contain the originals.
     table = _builtins._get_builtin_table()
     for name, value in (CONSTRUCTORS | DROPOUTS).items():
         patches.put(table, id(value), f"aten::{name}")
@@ -39,7 +40,7 @@ def patch_scripting(patches: PatchSet) -> None:
 
 
 def _run(function: Any, *args: Any, **options: Any) -> Any:
-    """Call a scripted function, on a card the Python one that it was made from."""
+    """Call a scripted function; for tensors on a card, call its Python original."""
     __tracebackhide__ = True
     original = getattr(function, "_torchdynamo_inline", None)
     if original is not None and any(map(_is_on_card, (*args, *options.values()))):
@@ -48,7 +49,7 @@ def _run(function: Any, *args: Any, **options: Any) -> Any:
 
 
 def _apply(module: Any, fn: Any, recurse: bool = True) -> Any:  # noqa: FBT001, FBT002  # torch's signature
-    """Move or cast a scripted module: C++ holds its parameters, and gets them again."""
+    """Move or cast a scripted module, and set its parameters again in C++."""
     __tracebackhide__ = True
     kept = dict(module._parameters.items())
     _apply_to_module(module, fn, recurse)

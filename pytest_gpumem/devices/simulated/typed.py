@@ -1,7 +1,7 @@
 """Typed tensors: ``torch.cuda.FloatTensor`` and ``Tensor.type``.
 
-An old way to say dtype and device at once, still met in working code. In a build
-without CUDA the classes are there and refuse to make anything.
+This is an old way to specify dtype and device together, which existing code still uses.
+In a build without CUDA the classes exist but cannot create tensors.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.tensor import DEVICES, SimulatedTensor
 
-#: Types by the name of their class, without "Tensor". Source: ``torch/cuda/__init__.py``.
+#: Dtypes by the name of their class without "Tensor". Source: ``torch/cuda/__init__.py``.
 DTYPES: Final[dict[str, torch.dtype]] = {
     "Float": torch.float32,
     "Double": torch.float64,
@@ -29,10 +29,10 @@ DTYPES: Final[dict[str, torch.dtype]] = {
 
 
 class TypedTensor(type):
-    """The class of ``torch.cuda.FloatTensor`` and its like.
+    """The metaclass of ``torch.cuda.FloatTensor`` and similar classes.
 
-    Calling one makes a tensor on the current card: from sizes, from data, or empty.
-    ``isinstance`` asks a tensor's dtype and device.
+    A call of such a class creates a tensor on the current card, from sizes or from data, or
+    empty. ``isinstance`` checks a tensor's dtype and device.
     """
 
     dtype: torch.dtype
@@ -40,7 +40,7 @@ class TypedTensor(type):
     is_sparse = False
 
     def __call__(cls, *args: Any) -> torch.Tensor:
-        """Make a tensor on the thread's current card."""
+        """Create a tensor on the thread's current card."""
         __tracebackhide__ = True
         device = DEVICES[card_of(None).index]
         if len(args) == 1 and not isinstance(args[0], (int, torch.Size)):
@@ -54,7 +54,7 @@ class TypedTensor(type):
 
 
 def typed_tensors() -> dict[str, Any]:
-    """Return the classes to put into ``torch.cuda``."""
+    """Return the classes that ``torch.cuda`` gets."""
     return {
         f"{name}Tensor": TypedTensor(
             f"{name}Tensor", (), {"dtype": dtype, "__module__": "torch.cuda"}
@@ -64,9 +64,9 @@ def typed_tensors() -> dict[str, Any]:
 
 
 def wanted(dtype: Any) -> tuple[torch.dtype, bool | None]:
-    """Return what ``Tensor.type`` is asked for: a dtype, and whether on a card.
+    """Return the target of ``Tensor.type``: a dtype, and whether it is on a card.
 
-    None for the latter means that the tensor stays where it is.
+    None in place of the second value means that the tensor keeps its device.
 
     Raises:
         ValueError: There is no such type (torch's text).

@@ -1,4 +1,4 @@
-"""How the CPU computes the values of an operator of the simulated device."""
+"""Computes the values of the simulated device's operators on the CPU."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.operators.registry import Operator
     from pytest_gpumem.devices.simulated.rng import Drawing
 
-#: Keys that torch excludes while Python runs an operator. C++ that composes one of
-#: others leaves it to them to heed the marks of lazy conjugation.
+#: Keys that torch excludes while Python runs an operator. A C++ operator that is composed
+#: of others relies on these others to resolve lazy conjugation.
 _LAZY_MARKS: Final = ("Conjugate", "Negative", "ZeroTensor")
 _COMPOSITE: Final = (
     "CompositeExplicitAutograd",
@@ -28,7 +28,7 @@ _COMPOSITE: Final = (
 
 
 def computing(func: Any, operator: Operator) -> Callable[..., Any]:
-    """Return what computes the values of an overload: its record's, or the CPU's own."""
+    """Return the function that computes an overload: of its record, or the CPU's own."""
     compute = operator.compute and operator.compute(func)
     chosen: Callable[..., Any] = compute or func
     is_inside = _is_composite(func) or any(
@@ -38,23 +38,23 @@ def computing(func: Any, operator: Operator) -> Callable[..., Any]:
 
 
 def _is_composite(func: Any) -> bool:
-    """Tell whether C++ composes an operator of others; views and kernels it does not."""
+    """Return whether C++ composes an operator of others; views and kernels do not count."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # no public name
     name = func.name()
     return (
         not has_kernel(name, "CPU")
         and any(has_kernel(name, key) for key in _COMPOSITE)
-        and not any(map(is_view, func._schema.returns))  # likewise
+        and not any(map(is_view, func._schema.returns))  # no public API
     )
 
 
 def is_view(result: Any) -> bool:
-    """Tell whether a result shares memory with an argument that is not written to."""
+    """Return whether a result shares memory with an argument that is not written to."""
     return result.alias_info is not None and not result.alias_info.is_write
 
 
 def _heeding_marks(compute: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a computation that heeds lazy conjugation inside itself."""
+    """Return a computation that resolves lazy conjugation inside the operator."""
 
     def heeding(*args: Any, **kwargs: Any) -> Any:
         if not any(map(_is_complex, (*args, *kwargs.values()))):
@@ -73,11 +73,11 @@ def _is_complex(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_complex()
 
 
-#: How kernels of the CPU say that they lack what a card's may have.
+#: Error messages of CPU kernels for a feature that a card's kernel may have.
 _LIMIT: Final = re.compile(
     r"(support|implemented)\b.*\bCPU\b|\bCPU\b.*\b(support|implemented)", re.IGNORECASE
 )
-#: How a kernel says that it lacks a type. Source: ``AT_DISPATCH_SWITCH`` of
+#: Error messages of a kernel for a missing dtype. Source: ``AT_DISPATCH_SWITCH`` of
 #: ``aten/src/ATen/Dispatch.h``; ``Sorting.cpp``.
 _LACKS_TYPE: Final = re.compile(
     r"\"\w+\" not implemented for '\w+'| ?\w+ does not support \w+ dtypes on CPU"
@@ -85,7 +85,7 @@ _LACKS_TYPE: Final = re.compile(
 
 
 def _is_the_cpus(error: RuntimeError) -> bool:
-    """Tell whether it is the CPU that lacks a kernel."""
+    """Return whether an error means that the CPU has no such kernel."""
     text = str(error)
     if _LIMIT.search(text):
         return True
@@ -93,13 +93,14 @@ def _is_the_cpus(error: RuntimeError) -> bool:
 
 
 def _check_type(error: RuntimeError) -> None:
-    """Refuse a type that the CPU's kernel lacks, as a card's kernel does.
+    """Refuse a dtype for which the CPU has no kernel, as a card does.
 
-    A card has kernels for every type that the CPU has them for, but for those that the
-    operators' records name, and for few others, whose records compute them in another way.
+    A card and the CPU have kernels for the same dtypes, with two exceptions. Dtypes that a
+    card lacks are named in the operators' records. For the few dtypes that only a card has,
+    the records compute the values in another way.
 
     Raises:
-        RuntimeError: Of the class that it is, if that is the error.
+        RuntimeError: ``error`` is about a missing dtype; the class of the error is kept.
     """
     __tracebackhide__ = True
     text = str(error)
@@ -109,7 +110,7 @@ def _check_type(error: RuntimeError) -> None:
 
 
 def _without_value(value: Any) -> Any:
-    """Return a single number of the host as a shape; meta kernels refuse to mix."""
+    """Return a single host number as a meta tensor; meta kernels need this."""
     is_number = isinstance(value, torch.Tensor) and value.dim() == 0 and value.is_cpu
     return value.to("meta") if is_number else value
 
@@ -123,19 +124,19 @@ def run(
     draw: Drawing | None,
     compute: Callable[..., Any] | None = None,
 ) -> Any:
-    """Run an operator on the tensors with the values.
+    """Run an operator on the tensors that hold the values.
 
     Args:
         func: The operator.
-        args: Its arguments, on the CPU, or on meta where no values are kept.
-        kwargs: Its keyword arguments.
-        card: The card that computes.
-        draw: How the operator draws from the card's generator, if it does.
-        compute: What computes the values; None means the operator.
+        args: The positional arguments, on the CPU, or on meta if no values are kept.
+        kwargs: The keyword arguments.
+        card: The card on which the operator runs.
+        draw: The function that draws from the card's generator, or None.
+        compute: The function that computes the values; None means the operator.
 
     Raises:
         NoValuesError: The result depends on values, and none are kept.
-        NotImplementedError: No kernel is compiled for the operands' type.
+        NotImplementedError: There is no kernel for the operands' dtype.
         UnsupportedOnSimulatedDeviceError: The operator has no CPU kernel.
     """
     compute = func if compute is None else compute
@@ -147,7 +148,7 @@ def run(
         result = compute(*args, **kwargs)
         if isinstance(draw, Moving):
             draw.note(generator_of(card), args, kwargs, result)
-        return result  # noqa: TRY300  # what is raised above is looked at below
+        return result  # noqa: TRY300  # the handlers below are for the calls above
     except RuntimeError as error:
         lacks_values = card.value_device == "meta" and (
             isinstance(error, NotImplementedError)

@@ -1,7 +1,8 @@
-"""Warnings of C++, given at the line of the user's that they are about.
+"""Reports warnings of C++ at the line of user code that caused them.
 
-C++ warns of the innermost Python frame, which is this package's where it stands in
-between. Recording warnings costs microseconds: only what is known to warn is led here.
+C++ reports the innermost Python frame. This is a frame of this package if the package
+makes the call. Recording warnings takes microseconds, so only calls that are known to
+warn use this module.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ _T = TypeVar("_T")
 
 
 def relayed(call: Callable[[], _T], depth: int = 0) -> _T:
-    """Call a function; give its warnings as those of the caller's caller.
+    """Call a function, and report its warnings at the line of the caller's caller.
 
     Args:
-        call: What to do.
-        depth: Frames of this package between that caller and the one of this function.
+        call: The function to call.
+        depth: Additional frames of this package between that line and this function.
     """
     __tracebackhide__ = True
     with warnings.catch_warnings(record=True) as caught:
