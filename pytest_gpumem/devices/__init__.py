@@ -1,7 +1,7 @@
-"""Devices: one protocol over a real CUDA device and a simulated one.
+"""Devices: one protocol for the real and for the simulated CUDA device.
 
-The names are those of PyTorch. Added are budgets, a view of single allocations, and the
-means to make one fail.
+The names are those of PyTorch. In addition, the protocol has budgets, observers of single
+allocations, and a way to make an allocation fail.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ class Tracker(Protocol):
     """Peaks of one card since the tracker was opened."""
 
     def read(self) -> MemoryFigures:
-        """Return the figures up to now; may be called again."""
+        """Return the figures so far; may be called again."""
 
     def peek(self) -> MemoryFigures:
-        """Return the figures while an allocation is being served, for its observers."""
+        """Return the figures so far; for observers, while an allocation is served."""
 
     def close(self) -> MemoryFigures:
-        """Return the final figures and stop tracking."""
+        """Stop tracking and return the final figures."""
 
 
 @runtime_checkable
@@ -40,102 +40,103 @@ class Device(Protocol):
 
     @property
     def device_count(self) -> int:
-        """How many cards there are."""
+        """The number of cards."""
 
     @property
     def num_requests(self) -> int:
-        """A number that grows when a card is used: allocations asked for so far."""
+        """The number of allocations requested so far; it grows when a card is used."""
 
     def name(self, index: int) -> str:
-        """Return a card's name as ``torch.cuda.get_device_name`` has it."""
+        """Return a card's name, as ``torch.cuda.get_device_name`` does."""
 
     def mem_get_info(self, index: int) -> tuple[int, int]:
-        """Return free and total bytes, as user code sees them."""
+        """Return free and total bytes, with the same values as user code gets."""
 
     def total_bytes(self, index: int) -> int:
-        """Return a card's total bytes; cheaper than ``mem_get_info`` may be."""
+        """Return a card's total bytes; can be faster than ``mem_get_info``."""
 
     def card_id(self, index: int) -> str:
-        """Return a card's UUID, by which every process knows it."""
+        """Return a card's UUID, which is the same in every process."""
 
     def context_bytes(self, index: int) -> int:
-        """Return the driver's bytes of this process outside the allocator.
+        """Return the bytes that this process holds on the card outside the allocator.
 
-        They are 0 before the card is used, and if the driver does not report them.
+        The result is 0 before the card is used, and if the driver does not report it.
         """
 
     def others_bytes(self, index: int) -> int:
         """Return the bytes of a card that other processes hold."""
 
     def memory_stats(self, index: int) -> Mapping[str, int]:
-        """Return ``torch.cuda.memory_stats``'s flat dictionary."""
+        """Return the flat dictionary of ``torch.cuda.memory_stats``."""
 
     def counted(self, index: int) -> Reading:
         """Return NVML's present bytes of this process and of the card.
 
-        Never raises, and uses no card for it.
+        This never raises, and does not use a card.
         """
 
     def empty_cache(self) -> None:
         """Free cuBLAS workspaces and cached segments of every card."""
 
     def budget(self, index: int) -> int | None:
-        """Return the smallest budget in force on a card, or None."""
+        """Return the smallest budget that applies on a card, or None."""
 
     def set_budget(
         self, index: int, budget_bytes: int | None, *, owner: object = None
     ) -> None:
         """Cap a card for an owner (inclusive); None removes the owner's cap.
 
-        The smallest cap of all owners holds, and functions that report free memory agree.
+        The smallest cap of all owners applies. Functions that report free memory agree with
+        it.
 
         Raises:
-            BudgetError: Not between 1 byte and the card's total.
+            BudgetError: The budget is not between 1 byte and the card's total.
         """
 
     def block_bytes(self, storage: Any) -> int:
-        """Return the bytes of the allocator's block under a storage of a card."""
+        """Return the bytes of the allocator's block that holds a storage on a card."""
 
     def block_address(self, storage: Any) -> int | None:
-        """Return where that block is on the card; None for a storage on the host."""
+        """Return the address of a storage's block; None for a storage on the host."""
 
     def segments(self, index: int) -> Sequence[Mapping[str, Any]]:
-        """Return a card's segments, as ``torch.cuda.memory_snapshot`` shows them."""
+        """Return a card's segments in the format of ``torch.cuda.memory_snapshot``."""
 
     def holds(self, storage: Any, index: int) -> bool:
-        """Tell whether a storage is on a card of this device."""
+        """Return whether a storage is on a card of this device."""
 
     def open_tracker(self, index: int) -> Tracker:
         """Start tracking a card's peaks.
 
-        User code goes on to read its own from torch.
+        User code still reads its own peaks from torch.
         """
 
     def restore(self) -> None:
-        """Restore the functions of torch that trackers have replaced, at the end of a run."""
+        """Restore torch's functions that trackers have replaced; for the end of a run."""
 
     def failing(
         self, fails: Callable[[int, int], bool]
     ) -> AbstractContextManager[None]:
-        """Ask ``fails(device_index, nbytes)`` before each allocation of a block.
+        """Call ``fails(device_index, nbytes)`` before each allocation of a block.
 
-        Where it answers True the allocation fails as if the card were full.
+        If it returns True, the allocation fails as if the card were full.
         """
 
     def fail_allocation(self, index: int, nbytes: int) -> str:
         """Fail a request of ``nbytes`` bytes as the caching allocator does.
 
-        Caches are flushed, ``num_ooms`` counts and observers are called; what would
-        have been raised is returned as its text.
+        The cache is flushed, ``num_ooms`` is increased and observers are called. The message
+        of the error is returned; the error is not raised.
         """
 
     def observing_ooms(
         self, observe: Callable[[int, int], None]
     ) -> AbstractContextManager[None]:
-        """Call ``observe`` after each request of a block that the allocator failed.
+        """Call ``observe`` after each failed request for a block.
 
-        It gets the card's index and the bytes asked for (on a real card, those of the
-        segment), in the thread that asked, before the error is raised.
+        The arguments are the card's index and the requested bytes (on a real card, those of
+        the segment). The call is made in the requesting thread, before the error is raised.
         """
 
     def watching(
@@ -143,12 +144,12 @@ class Device(Protocol):
     ) -> AbstractContextManager[bool]:
         """Call ``watch`` after each allocation of a block.
 
-        It gets the card's index, its allocated and its reserved bytes, and may ask
-        nothing of the device; what it returns is called as soon as that is possible,
-        with the bytes asked for.
+        The arguments are the card's index, its allocated bytes and its reserved bytes.
+        ``watch`` must not use the device. If it returns a function, that function is called
+        as soon as possible, with the requested bytes.
 
         Yields:
-            Whether this device can do so (a real card cannot).
+            Whether this device supports it (a real card does not).
         """
 
     def tracing(
@@ -156,19 +157,19 @@ class Device(Protocol):
     ) -> AbstractContextManager[bool]:
         """Call ``trace`` after each allocation and each release of a block.
 
-        It gets the card's index, the block's address, the bytes gained (negative for a
-        release), and the card's allocated and reserved bytes; it may ask nothing of
+        The arguments are the card's index, the block's address, the added bytes (negative
+        for a release), and the card's allocated and reserved bytes. ``trace`` must not use
         the device.
 
         Yields:
-            Whether this device can do so (a real card cannot).
+            Whether this device supports it (a real card does not).
         """
 
     def recording(self) -> AbstractContextManager[CudaHistory | None]:
-        """Record the changes of memory over a block, to be read afterwards.
+        """Record the changes of memory inside a ``with`` block, to be read afterwards.
 
         Yields:
-            The history, on a card that cannot trace; None on one that can.
+            The history if the device does not support ``tracing``; None if it does.
         """
 
 

@@ -1,4 +1,4 @@
-"""Accelerators of a machine that are not NVIDIA's, found without importing torch."""
+"""Finds accelerators that are not NVIDIA's, without importing torch."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from pytest_gpumem.devices.selection import TorchBuild
 
-#: Where Linux lists AMD's cards and processors; a card has SIMD units.
+#: The folder in which Linux lists AMD's cards and processors. Only a card has SIMD units.
 #: Source: the kernel's ``drivers/gpu/drm/amd/amdkfd/kfd_topology.c``, ``node_show``.
 _AMD_NODES: Final = "sys/class/kfd/kfd/topology/nodes"
 _SIMD_COUNT: Final = re.compile(r"^simd_count [1-9]", re.MULTILINE)
-#: What hides AMD's cards. Source: ROCm documentation, "GPU isolation techniques".
+#: The environment variables that hide AMD's cards.
+#: Source: ROCm documentation, "GPU isolation techniques".
 _AMD_VARIABLES: Final = (
     "HIP_VISIBLE_DEVICES",
     "ROCR_VISIBLE_DEVICES",
     "CUDA_VISIBLE_DEVICES",
 )
-#: Where Linux lists what can render, and Intel's number among the makers of devices.
+#: The folder in which Linux lists graphics devices, and Intel's PCI vendor id.
 _RENDERERS: Final = "sys/class/drm"
 _INTEL: Final = "0x8086"
 
 
 def why_no_amd_card(root: Path = Path("/")) -> str | None:
-    """Return why torch for ROCm can use no card here; None if it seems it can.
+    """Return why torch for ROCm cannot use a card here; None if it probably can.
 
     Args:
-        root: Where the system's files are.
+        root: The root folder of the system's files.
     """
     for name in _AMD_VARIABLES:
         if os.environ.get(name, "0").strip() in ("", "-1"):
@@ -43,11 +44,11 @@ def why_no_amd_card(root: Path = Path("/")) -> str | None:
 
 
 def other_accelerator(build: TorchBuild, root: Path = Path("/")) -> str | None:
-    """Return the accelerator that torch uses here instead of CUDA, in words; or None.
+    """Return the name of the accelerator that torch uses instead of CUDA, or None.
 
     Args:
-        build: The installed torch.
-        root: Where the system's files are.
+        build: The build of the installed torch.
+        root: The root folder of the system's files.
     """
     if sys.platform == "darwin" and platform.machine() == "arm64":
         return "Apple's GPU (mps)"
@@ -61,4 +62,4 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError:
-        return ""  # it may not be read, or has just gone
+        return ""  # the file cannot be read, or was just removed

@@ -1,4 +1,4 @@
-"""The device that instruments use if none is named."""
+"""The device that instruments use by default."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _real: Final[list[Device]] = []
 
 
 def active_device() -> Device:
-    """Return the device that "cuda" means at present.
+    """Return the device that "cuda" means now.
 
-    The simulated machine where one is installed, else the real cards.
+    It is the simulated machine if one is installed, or else the real cards.
 
     Raises:
-        DeviceUnavailableError: There is neither.
+        DeviceUnavailableError: There is no simulated machine and no real card.
     """
     import torch
 
@@ -33,7 +33,7 @@ def active_device() -> Device:
         if not simulated.cards:
             raise DeviceUnavailableError(f"no CUDA device: {simulated.why_none}")
         return SimulatedDevice(simulated)
-    # Counted without CUDA: see Note [When the variable is read].
+    # Cards are counted without CUDA: see Note [When the variable is read].
     if not torch.cuda.device_count():
         raise DeviceUnavailableError(
             "no CUDA device: torch finds none and no simulated one is installed; put "

@@ -1,10 +1,10 @@
-"""The budgets of a card and their owners; the smallest active one holds.
+"""The budgets of a card and their owners; the smallest budget applies.
 
 Note [Owners of budgets]
-The run, a test, a fixture of any scope, a ``with`` block and a trial each cap a card, and
-each takes its own cap back, in whatever order they end: a fixture's outlives the test
-that made it, blocks of two threads or of two fixtures cross. So a card keeps every
-owner's budget, and none is "the one from before".
+The run, a test, a fixture of any scope, a ``with`` block and a trial can each cap a card.
+Each removes its own cap, and they may end in any order: a fixture can exist longer than
+the test that created it, and blocks of two threads or fixtures can overlap. A card
+therefore stores the budget of every owner, and no "previous" budget.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Budgets:
     """The budgets of one card, by owner; see Note [Owners of budgets].
 
     Attributes:
-        lock: Held while an owner's budget is changed and the card told of it.
+        lock: Held while an owner's budget is changed and applied to the card.
     """
 
     def __init__(self) -> None:
@@ -40,13 +40,13 @@ class Budgets:
         index: int,
         name: str,
     ) -> None:
-        """Set an owner's budget, which replaces its last one; None removes it.
+        """Set an owner's budget, which replaces the owner's last one; None removes it.
 
         Args:
-            owner: Any hashable object; owners are told apart by equality.
+            owner: Any hashable object; two equal objects are the same owner.
             budget_bytes: The most reserved bytes, inclusive.
             total_bytes: The card's bytes.
-            index: The card.
+            index: Index of the card.
             name: The card's name, for the error.
 
         Raises:

@@ -1,10 +1,10 @@
 """Real CUDA cards, through ``torch.cuda``.
 
 Note [A budget on a real card]
-PyTorch's cap (``set_per_process_memory_fraction``) is known to its allocator alone.
-While a budget is in force, the few functions that report free memory to Python are
-wrapped, so that free is at most what the budget leaves, and a fraction that user code
-sets is clamped to the budget. All of it is put back when the last budget is lifted.
+Only PyTorch's allocator knows PyTorch's cap (``set_per_process_memory_fraction``). While a
+budget applies, the few functions that report free memory to Python are wrapped: free
+bytes are at most those that the budget still allows. A fraction that user code sets is
+limited to the budget. Everything is restored when the last budget is removed.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 
 class CudaDevice:
-    """The machine's CUDA cards behind the ``Device`` protocol.
+    """Implements the ``Device`` protocol with the machine's CUDA cards.
 
-    Limits: single allocations cannot be watched; making one fail works on operators
-    dispatched from Python-visible threads (see ``interception.py``).
+    Limits: single allocations cannot be watched. An allocation can be made to fail only in
+    operators that are dispatched from threads visible to Python (see ``interception.py``).
     """
 
     kind = "cuda"
@@ -52,12 +52,12 @@ class CudaDevice:
 
     @property
     def device_count(self) -> int:
-        """How many cards there are."""
+        """The number of cards."""
         return torch.cuda.device_count()
 
     @property
     def num_requests(self) -> int:
-        """Allocations asked for so far, over all cards; those that failed, too."""
+        """The number of allocations requested so far on all cards, also of failed ones."""
         return sum(
             sum(self._statistics.counts(index)[:2])
             for index in range(self.device_count)
@@ -68,11 +68,11 @@ class CudaDevice:
         return torch.cuda.get_device_name(index)
 
     def mem_get_info(self, index: int) -> tuple[int, int]:
-        """Return free and total bytes; under a budget, free is what the budget leaves."""
+        """Return free and total bytes; a budget limits the free bytes."""
         return torch.cuda.mem_get_info(index)
 
     def total_bytes(self, index: int) -> int:
-        """Return a card's total bytes; asking makes no context on it."""
+        """Return a card's total bytes, without creating a context."""
         total: int = torch.cuda.get_device_properties(index).total_memory
         return total
 
@@ -81,7 +81,7 @@ class CudaDevice:
         return f"GPU-{torch.cuda.get_device_properties(index).uuid}"
 
     def context_bytes(self, index: int) -> int:
-        """Return the driver's bytes of this process outside the allocator."""
+        """Return the bytes that this process holds on the card outside the allocator."""
         process = self.counted(index).process_bytes
         return max((process or 0) - self._reserved(index), 0)
 
@@ -102,7 +102,7 @@ class CudaDevice:
         return self._statistics.of(index)
 
     def counted(self, index: int) -> Reading:
-        """Return NVML's present bytes; none before this process uses the card."""
+        """Return NVML's present bytes; 0 before this process uses the card."""
         if not _has_context(index):
             return Reading(0, None)
         if index not in self._counts:
@@ -112,19 +112,19 @@ class CudaDevice:
     def empty_cache(self) -> None:
         """Free cuBLAS workspaces and cached segments of every card."""
         if torch.cuda.is_initialized():
-            torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001  # no public name
+            torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001  # no public API
             torch.cuda.empty_cache()
 
     def segments(self, index: int) -> list[dict[str, Any]]:
         """Return a card's segments.
 
-        Limits: PyTorch's history of memory, if it is recorded, gets an entry for this call.
+        Limits: if PyTorch's memory history is recorded, it gets an entry for this call.
         """
         every: Any = torch.cuda.memory_snapshot()
         return [each for each in every if each["device"] == index]
 
     def holds(self, storage: Any, index: int) -> bool:
-        """Tell whether a storage is on a card."""
+        """Return whether a storage is on a card."""
         place: torch.device = storage.device
         return place.type == "cuda" and place.index == index
 
@@ -139,21 +139,21 @@ class CudaDevice:
     # -- budget -------------------------------------------------------------------
 
     def budget(self, index: int) -> int | None:
-        """Return the smallest budget in force on a card, or None."""
+        """Return the smallest budget that applies on a card, or None."""
         return self._budgets[index].smallest
 
     def set_budget(
         self, index: int, budget_bytes: int | None, *, owner: object = None
     ) -> None:
-        """Cap a card for an owner (inclusive); None removes its cap.
+        """Cap a card for an owner (inclusive); None removes the owner's cap.
 
         See Note [A budget on a real card].
 
         Raises:
-            BudgetError: Not between 1 byte and the card's total.
+            BudgetError: The budget is not between 1 byte and the card's total.
         """
         if budget_bytes is None and not self._has_budgets:
-            return  # nor is CUDA used, which would read what hides cards
+            return  # CUDA is not used, because it would read the variables that hide cards
         with self._lock:
             had_any = self._has_budgets
             self._budgets[index].put(
@@ -172,7 +172,7 @@ class CudaDevice:
                 self._patches.restore()
         smallest = self.budget(index)
         if smallest is not None and self._reserved(index) > smallest:
-            # A cached segment would serve requests whatever the cap.
+            # Cached segments would serve requests even beyond the cap.
             self.empty_cache()
 
     @property
@@ -188,30 +188,31 @@ class CudaDevice:
         self._set_fraction(fraction, index)
 
     _set_fraction: Callable[[float, int], None] = staticmethod(
-        lambda fraction, index: torch._C._cuda_setMemoryFraction(fraction, index)  # noqa: SLF001, PLW0108  # looked up late: it is patched
+        lambda fraction, index: torch._C._cuda_setMemoryFraction(fraction, index)  # noqa: SLF001, PLW0108  # looked up at the call, because it is patched
     )
 
     def _patch(self) -> None:
         torch.cuda.init()
-        original = torch._C._cuda_setMemoryFraction  # noqa: SLF001  # below torch.cuda
+        original = torch._C._cuda_setMemoryFraction  # noqa: SLF001  # the function behind torch.cuda
         self._set_fraction = original
-        # What user code has set before holds beside the budgets, and again after them.
-        get: Any = getattr(torch._C, "_cuda_getMemoryFraction", None)  # noqa: SLF001  # older versions lack it
+        # A fraction that user code has set before applies together with the budgets, and
+        # again after them.
+        get: Any = getattr(torch._C, "_cuda_getMemoryFraction", None)  # noqa: SLF001  # missing in older versions
         cards = range(self.device_count if get is not None else 0)
         self._fractions.update({index: get(index) for index in cards})
         patches = self._patches
-        patches.set(torch._C, "_cuda_setMemoryFraction", self._user_fraction)  # noqa: SLF001  # below torch.cuda
+        patches.set(torch._C, "_cuda_setMemoryFraction", self._user_fraction)  # noqa: SLF001  # the function behind torch.cuda
         patches.set(
-            torch._C,  # noqa: SLF001  # below torch.cuda
+            torch._C,  # noqa: SLF001  # the function behind torch.cuda
             "_cuda_getMemoryFraction",
             lambda index: self._fractions.get(index, 1.0),
         )
         patches.set(torch.cuda, "_cudart", _Cudart(torch.cuda.cudart(), self))
         self._nvml_hook.start()
-        info = getattr(torch._C, "_accelerator_getMemoryInfo", None)  # noqa: SLF001  # below torch.accelerator
+        info = getattr(torch._C, "_accelerator_getMemoryInfo", None)  # noqa: SLF001  # the function behind torch.accelerator
         if info is not None:
             patches.set(
-                torch._C,  # noqa: SLF001  # below torch.accelerator
+                torch._C,  # noqa: SLF001  # the function behind torch.accelerator
                 "_accelerator_getMemoryInfo",
                 lambda index: self.shared(index, *info(index)),
             )
@@ -224,21 +225,21 @@ class CudaDevice:
         self._apply(index)
 
     def shared(self, index: int, free: int, total: int) -> tuple[int, int]:
-        """Return free and total bytes as a card shared with others shows them."""
+        """Return free and total bytes under the budget, as a shared card reports them."""
         budget = self.budget(index)
         if budget is not None:
             free = min(free, max(budget - self._reserved(index), 0))
         return free, total
 
     def block_address(self, storage: Any) -> int | None:
-        """Return where the block under a storage is; None for one on the host."""
+        """Return the address of a storage's block; None for a storage on the host."""
         address: int = storage.data_ptr()
         return address if storage.device.type == "cuda" else None
 
     def block_bytes(self, storage: Any) -> int:
-        """Return the bytes of the block under a storage, from a snapshot.
+        """Return the bytes of a storage's block, from a snapshot.
 
-        Limits: a snapshot walks every block; do not call it in a loop over many.
+        Limits: a snapshot reads every block. Do not call this method for many storages.
         """
         address = storage.data_ptr()
         for segment in torch.cuda.memory_snapshot():
@@ -256,7 +257,7 @@ class CudaDevice:
     # -- single allocations ---------------------------------------------------------
 
     def fail_allocation(self, index: int, nbytes: int) -> str:
-        """Fail a request as the allocator does; return its text."""
+        """Fail a request as the allocator does; return the error message."""
         from pytest_gpumem.devices.interception import (
             fail_in_null_pool,
         )
@@ -274,7 +275,7 @@ class CudaDevice:
 
     @contextmanager
     def failing(self, fails: Callable[[int, int], bool]) -> Iterator[None]:
-        """Ask before each operator's allocations whether one is to fail."""
+        """Call ``fails`` before each operator to decide whether its allocation must fail."""
         from pytest_gpumem.devices.interception import (
             intercepting,
         )
@@ -284,14 +285,14 @@ class CudaDevice:
 
     @contextmanager
     def observing_ooms(self, observe: Callable[[int, int], None]) -> Iterator[None]:
-        """Call ``observe`` after each request that failed.
+        """Call ``observe`` after each failed request.
 
-        torch keeps an observer for good, so one of them serves all blocks. It can only
-        be attached once CUDA is in use.
+        Torch cannot remove an observer, so one observer is used for all ``with`` blocks. It
+        can be attached only after CUDA is initialised.
         """
         if not self._oom_observers and not self._observes:
             self._observes = True
-            torch.cuda._lazy_call(self._attach)  # noqa: SLF001  # now, or once CUDA is in use
+            torch.cuda._lazy_call(self._attach)  # noqa: SLF001  # now, or when CUDA is initialised
         observer = Guarded(observe)
         self._oom_observers.append(observer)
         try:
@@ -300,7 +301,7 @@ class CudaDevice:
             self._oom_observers.remove(observer)
 
     def _attach(self) -> None:
-        attach = getattr(torch._C, "_cuda_attach_out_of_memory_observer")  # noqa: B009, SLF001  # stubs lack it
+        attach = getattr(torch._C, "_cuda_attach_out_of_memory_observer")  # noqa: B009, SLF001  # missing in the stubs
         attach(self._tell_oom)
 
     def _tell_oom(self, index: int, nbytes: int, _limit: int, _free: int) -> None:
@@ -310,41 +311,41 @@ class CudaDevice:
     @contextmanager
     def watching(
         self,
-        watch: Callable[[int, int, int], Callable[[int], None] | None],  # noqa: ARG002  # the protocol's
+        watch: Callable[[int, int, int], Callable[[int], None] | None],  # noqa: ARG002  # the protocol's signature
     ) -> Iterator[bool]:
-        """Do nothing: a real allocator shows no single allocation to Python."""
+        """Do nothing: a real allocator does not report single allocations to Python."""
         yield False
 
     @contextmanager
     def tracing(
         self,
-        trace: Callable[[int, int, int, int, int], None],  # noqa: ARG002  # the protocol's
+        trace: Callable[[int, int, int, int, int], None],  # noqa: ARG002  # the protocol's signature
     ) -> Iterator[bool]:
-        """Do nothing, as above."""
+        """Do nothing: a real allocator does not report single changes to Python."""
         yield False
 
     @contextmanager
     def recording(self) -> Iterator[CudaHistory | None]:
-        """Have torch keep its history over a block, once CUDA is in use."""
+        """Make torch record its memory history inside a block, after CUDA is initialised."""
         with history_of_block() as history:
             yield history
 
 
 def _has_context(index: int) -> bool:
-    """Tell whether this process has a context on a card, without making one.
+    """Return whether this process has a context on a card, without creating one.
 
-    It has none on a card that it does not see; asked for such, torch raises.
+    On a card that the process does not see it has none; torch's function raises there.
 
     Source: ``hasPrimaryContext`` in ``aten/src/ATen/cuda/detail/CUDAHooks.cpp``.
     """
     if not torch.cuda.is_initialized() or index >= torch.cuda.device_count():
         return False
-    has_context: Any = getattr(torch._C, "_cuda_hasPrimaryContext", None)  # noqa: SLF001  # no public name; builds for CPUs lack it
+    has_context: Any = getattr(torch._C, "_cuda_hasPrimaryContext", None)  # noqa: SLF001  # no public API; missing in CPU builds
     return has_context is None or bool(has_context(index))
 
 
 class _Cudart:
-    """torch's CUDA runtime module, with ``cudaMemGetInfo`` under a budget."""
+    """Torch's CUDA runtime module, with ``cudaMemGetInfo`` limited by the budget."""
 
     def __init__(self, module: Any, device: CudaDevice) -> None:
         self.original = module

@@ -1,7 +1,8 @@
-"""What a real allocator did over a block of code, read afterwards.
+"""The changes that a real allocator made during a block of code, read afterwards.
 
-A real allocator calls no Python code when it serves a request, but it can keep its own
-history, with the Python stack of each change: ``torch.cuda.memory._record_memory_history``.
+A real allocator calls no Python code when it serves a request. But it can record its own
+history with the Python stack of each change:
+``torch.cuda.memory._record_memory_history``.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from pytest_gpumem.allocator.blocks import MIN_BLOCK_SIZE
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_keep: Final[Any] = torch.cuda.memory._record_memory_history  # noqa: SLF001  # torch's only way
-#: Changes that are kept of each card, the newest.
+_keep: Final[Any] = torch.cuda.memory._record_memory_history  # noqa: SLF001  # there is no public API
+#: The number of newest changes that are kept for each card.
 ENTRIES: Final = 50_000
-#: What changes reserved bytes, and in which direction.
+#: The actions that change reserved bytes, and the sign of the change.
 #: Source: ``TraceEntry::Action`` of ``c10/cuda/CUDACachingAllocator.h``.
 _SEGMENTS: Final = {
     "segment_alloc": 1,
@@ -34,12 +35,12 @@ class MemoryChange(NamedTuple):
     """One change of a card's memory.
 
     Attributes:
-        address: Of the block; 0 where only reserved bytes change.
-        nbytes: Bytes that were allocated; negative if they were given back.
-        reserved_bytes: Bytes that were reserved; negative likewise.
-        time_us: When, in microseconds since the epoch.
-        frames: The Python stack, from the inside out; each has ``filename``, ``line``
-            and ``name``.
+        address: Address of the block; 0 if only reserved bytes change.
+        nbytes: Allocated bytes; negative if they were freed.
+        reserved_bytes: Reserved bytes; negative if they were returned to the driver.
+        time_us: Time of the change, in microseconds since the epoch.
+        frames: The Python stack, innermost frame first; each frame has ``filename``,
+            ``line`` and ``name``.
     """
 
     address: int
@@ -50,7 +51,7 @@ class MemoryChange(NamedTuple):
 
 
 class CudaHistory:
-    """The changes of every card over a block; see ``history_of_block``."""
+    """The changes of every card during a block; see ``history_of_block``."""
 
     def __init__(self) -> None:
         self._start_us = 0
@@ -58,7 +59,7 @@ class CudaHistory:
         self._is_ours = False
 
     def begin(self) -> None:
-        """Begin, once CUDA is in use."""
+        """Start recording, after CUDA is initialised."""
         if not self._is_open:
             return
         self._start_us = time.time_ns() // 1000
@@ -72,20 +73,20 @@ class CudaHistory:
             )
 
     def close(self) -> None:
-        """End it, and put torch's own recording back as it was."""
+        """Stop recording, and restore torch's own recording to its previous state."""
         self._is_open = False
         if self._is_ours and is_kept():
             _keep(enabled=None)
 
     def read(self) -> list[list[MemoryChange]] | None:
-        """Return the changes so far, card by card.
+        """Return the changes so far, in one list per card.
 
-        None if there is nothing to tell: CUDA was not used, or the program under test
-        has ended the recording.
+        The result is None if there is no history, because CUDA was not used, or because the
+        program under test has stopped the recording.
         """
         if not (self._is_open and is_kept()):
             return None
-        snapshot: Any = torch.cuda.memory._snapshot()  # noqa: SLF001  # torch's only way
+        snapshot: Any = torch.cuda.memory._snapshot()  # noqa: SLF001  # there is no public API
         return [
             [
                 change
@@ -110,25 +111,25 @@ def _change(entry: dict[str, Any]) -> MemoryChange | None:
 
 
 def is_kept() -> bool:
-    """Tell whether torch keeps a history at present."""
+    """Return whether torch records a history now."""
     if not torch.cuda.is_initialized():
         return False
-    enabled: Any = getattr(torch._C, "_cuda_isHistoryEnabled", None)  # noqa: SLF001  # older versions lack it
+    enabled: Any = getattr(torch._C, "_cuda_isHistoryEnabled", None)  # noqa: SLF001  # missing in older versions
     return enabled is not None and bool(enabled())
 
 
 @contextmanager
 def history_of_block() -> Iterator[CudaHistory]:
-    """Have torch keep the history of memory over a block.
+    """Make torch record the memory history inside a ``with`` block.
 
-    Where one is kept already, by ``history_kept`` or by the program, that one is read.
+    If a history is already recorded, by ``history_kept`` or by the program, it is used.
 
-    Limits: of more than ``ENTRIES`` changes of a card the newest are kept. Sizes are those
-    of requests, rounded up: what the allocator does not split off a larger block is not
-    counted. The program can see that a history is kept.
+    Limits: only the newest ``ENTRIES`` changes of a card are kept. Sizes are rounded
+    requests; the additional bytes of a larger block that the allocator does not split are
+    not counted. The program can see that a history is recorded.
     """
     history = CudaHistory()
-    torch.cuda._lazy_call(history.begin)  # noqa: SLF001  # now, or once CUDA is in use
+    torch.cuda._lazy_call(history.begin)  # noqa: SLF001  # now, or when CUDA is initialised
     try:
         yield history
     finally:

@@ -1,17 +1,18 @@
-"""Peaks and counts of real cards, from torch's one set of statistics for each.
+"""Peaks and counts of real cards, from torch's single set of statistics per card.
 
 Note [Who resets torch's statistics]
-Every tracker of a card, and user code, read and reset the same statistics. Before a
-reset of peaks, whoever's it is, every open tracker takes the peaks in; before a reset of
-running totals the counts so far are kept. So nobody's reset hides anything from others.
+All trackers of a card and user code read and reset the same statistics. Before any reset
+of peaks, every open tracker stores the present peaks. Before a reset of running totals,
+the present counts are stored. A reset therefore hides nothing from other readers.
 
 Note [Peaks of user code]
-A tracker has to reset the peaks, as it could not tell its own from a higher one before.
-What user code would have read is kept, and it reads the higher of what was kept and what
-is, until it resets the peaks itself. Where nothing is kept, and no tracker is open, torch's
-functions are its own. Limits: C++ code that asks the allocator reads what it has.
+A tracker must reset the peaks, because an earlier, higher peak would hide its own. The
+peaks that user code would have read are stored. User code reads the higher of the stored
+and the present peak, until it resets the peaks itself. If no peaks are stored and no
+tracker is open, torch's functions are not replaced. Limits: C++ code that queries the
+allocator reads the present peaks.
 Source: ``c10/cuda/CUDACachingAllocator.cpp``, ``resetPeakStats``: it sets the peak of every
-statistic of every pool to what is current.
+statistic of every pool to the current value.
 """
 
 from __future__ import annotations
@@ -30,19 +31,20 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices.nvml import Reading
 
 _PEAKS: Final = ("allocated", "reserved", "requested", "active")
-#: Requests served, requests that failed, and flushes of the cache for one.
+#: The statistics of served requests, failed requests, and cache flushes for a request.
 _COUNTS: Final = ("allocation.all.allocated", "num_ooms", "num_alloc_retries")
 
 
 class CudaStatistics:
-    """What torch counts of each card; see Note [Who resets torch's statistics]."""
+    """Torch's statistics of each card; see Note [Who resets torch's statistics]."""
 
     def __init__(self) -> None:
         self._trackers: list[CudaTracker] = []
         self._patches = PatchSet()
-        #: What ``counts`` would have lost to resets by user code.
+        #: Counts from before resets by user code, by card.
         self._past_counts: dict[int, list[int]] = {}
-        #: Peaks that user code reads, above the card's own; by card, statistic and pool.
+        #: Stored peaks for user code, where they exceed the card's own; by card, statistic
+        #: and pool.
         self._kept_peaks: dict[int, dict[tuple[str, str], int]] = {}
         self._is_patched = False
         self._reads_own = threading.local()
@@ -60,9 +62,9 @@ class CudaStatistics:
             self._reads_own.value = False
 
     def counts(self, index: int) -> list[int]:
-        """Return how many requests were served, failed, and made the cache be flushed.
+        """Return the numbers of served requests, failed requests and cache flushes.
 
-        A reset of these statistics by user code, while a tracker is open, loses none.
+        A reset by user code while a tracker is open does not change these numbers.
         """
         stats = self.of(index)
         past = self._past_counts.get(index, [0] * len(_COUNTS))
@@ -72,7 +74,7 @@ class CudaStatistics:
         ]
 
     def fold(self, index: int) -> None:
-        """Let every open tracker take the peaks in, keep user code's, then reset them."""
+        """Store the peaks in every open tracker and for user code, then reset them."""
         if not torch.cuda.is_initialized():
             return
         self._patch()
@@ -93,24 +95,24 @@ class CudaStatistics:
         self._past_counts[index] = self.counts(index)
 
     def add(self, tracker: CudaTracker) -> None:
-        """Note an open tracker; user code's own resets are folded from now on."""
+        """Add an open tracker; from now on, peaks are stored before user code's resets."""
         self._patch()
         self._trackers.append(tracker)
 
     def drop(self, tracker: CudaTracker) -> None:
-        """Forget a tracker."""
+        """Remove a tracker."""
         if tracker in self._trackers:
             self._trackers.remove(tracker)
             self._settle()
 
     def restore(self) -> None:
-        """Let torch's functions be its own again, whatever user code then reads."""
+        """Restore torch's functions, even if user code then reads other peaks."""
         self._kept_peaks.clear()
         self._patches.restore()
         self._is_patched = False
 
     def _settle(self) -> None:
-        """Let torch's functions be its own, if user code reads the same from them."""
+        """Restore torch's functions if user code then reads the same peaks."""
         if self._trackers:
             return
         for index, kept in list(self._kept_peaks.items()):
@@ -126,9 +128,9 @@ class CudaStatistics:
         if self._is_patched:
             return
         self._is_patched = True
-        functions: Any = torch._C  # noqa: SLF001  # below torch.cuda
-        self._read = functions._cuda_memoryStats  # noqa: SLF001  # likewise
-        self._reset = functions._cuda_resetPeakMemoryStats  # noqa: SLF001  # likewise
+        functions: Any = torch._C  # noqa: SLF001  # no public API
+        self._read = functions._cuda_memoryStats  # noqa: SLF001  # no public API
+        self._reset = functions._cuda_resetPeakMemoryStats  # noqa: SLF001  # no public API
         for name, wrapper in (
             ("_cuda_memoryStats", self._reading),
             ("_accelerator_getDeviceStats", self._reading),
@@ -181,14 +183,14 @@ def _with_peaks(
 
 
 class CudaTracker:
-    """Peaks of one real card, by resetting torch's own peak statistics.
+    """Peaks of one real card, measured by resetting torch's own peak statistics.
 
-    User code reads its own all the while; see Note [Peaks of user code].
+    User code still reads its own peaks; see Note [Peaks of user code].
 
     Args:
         statistics: The statistics, shared by all trackers.
         index: The card.
-        counted: What NVML counts on a card.
+        counted: Returns the bytes that NVML counts on a card.
     """
 
     def __init__(
@@ -210,14 +212,14 @@ class CudaTracker:
         statistics.add(self)
 
     def take(self, index: int, stats: Mapping[str, int]) -> None:
-        """Take in the peaks since the last reset."""
+        """Store the peaks since the last reset."""
         if index == self._index:
             for name in _PEAKS:
                 peak = stats.get(f"{name}_bytes.all.peak", 0)
                 self._peaks[name] = max(self._peaks[name], peak)
 
     def read(self) -> MemoryFigures:
-        """Return the figures up to now."""
+        """Return the figures so far."""
         stats = self._statistics.of(self._index)
         self.take(self._index, stats)
         reserved = stats.get("reserved_bytes.all.current", 0)
@@ -239,7 +241,7 @@ class CudaTracker:
             num_ooms=ooms,
             num_alloc_retries=retries,
             context_bytes=beside or 0,
-            # The allocator's peak is exact; what is beside it comes and seldom goes.
+            # The allocator's peak is exact. Memory outside the allocator is seldom freed.
             peak_process_bytes=None
             if beside is None
             else self._peaks["reserved"] + beside,
@@ -248,11 +250,11 @@ class CudaTracker:
         )
 
     def peek(self) -> MemoryFigures:
-        """Return the figures up to now."""
+        """Return the figures so far."""
         return self.read()
 
     def close(self) -> MemoryFigures:
-        """Return the final figures and stop tracking."""
+        """Stop tracking and return the final figures."""
         figures = self.read()
         self._statistics.drop(self)
         return figures

@@ -1,4 +1,4 @@
-"""torch's default device, put back to what it is at the start."""
+"""Resets torch's default device to the state of a new process."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 
 
 def clear_default_device() -> None:
-    """Let torch have no default device in this thread, as before one was set.
+    """Remove torch's default device in this thread, as if none was ever set.
 
-    ``torch.set_default_device(None)`` alone leaves a None, which
-    ``torch.get_default_device`` of torch 2.8 trips over. Source: ``torch/__init__.py``.
+    ``torch.set_default_device(None)`` alone stores a None, with which
+    ``torch.get_default_device`` of torch 2.8 fails. Source: ``torch/__init__.py``.
     """
     torch.set_default_device(None)
-    vars(torch._GLOBAL_DEVICE_CONTEXT).pop("device_context", None)  # noqa: SLF001  # no public name
+    vars(torch._GLOBAL_DEVICE_CONTEXT).pop("device_context", None)  # noqa: SLF001  # no public API

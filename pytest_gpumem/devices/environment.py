@@ -1,4 +1,7 @@
-"""What figures of a device are kept under, and the machine they were taken on."""
+"""Names the environment of measured figures: the key under which they are stored.
+
+Also describes the machine on which they were measured.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def environment_of(device: Device) -> str:
-    """Return what figures of a device are kept under: card, backend, torch.
+    """Return the key under which a device's figures are stored: card, backend, torch.
 
-    Patch releases and local versions of torch share their figures.
+    Patch releases and local versions of torch have the same key.
     """
     import torch
 
@@ -26,22 +29,22 @@ def environment_of(device: Device) -> str:
 
 
 def environment_name(names: Iterable[str], kind: str, torch_version: str) -> str:
-    """Return what figures are kept under, of cards that need not be there yet.
+    """Return the key under which the figures of the named cards are stored.
 
     Args:
-        names: The cards' names; equal ones count once.
+        names: The cards' names; equal names count once. The cards need not exist yet.
         kind: ``"cuda"`` or ``"simulated"``.
-        torch_version: As ``torch.__version__`` says it.
+        torch_version: A version in the format of ``torch.__version__``.
     """
     version = ".".join(torch_version.split("+", maxsplit=1)[0].split(".")[:2])
     return f"{' + '.join(dict.fromkeys(names))}, {kind}, torch {version}"
 
 
 def facts_of(device: Device | None, backend: str) -> Environment:
-    """Return the machine and its cards, as reports have them; sizes are bytes.
+    """Return the description of the machine and its cards for reports; sizes are bytes.
 
     Args:
-        device: The cards; None where nothing in this process asked for one.
+        device: The cards; None if nothing in this process needed a device.
         backend: ``"cuda"``, ``"simulated"`` or ``"off"``.
     """
     from pytest_gpumem.records.run_record import CardFacts, Environment
@@ -53,7 +56,7 @@ def facts_of(device: Device | None, backend: str) -> Environment:
         python=platform.python_version(),
         platform=platform.platform(),
         torch=None if build is None else build.version,
-        backend=backend,  # type: ignore[arg-type]  # one of the three
+        backend=backend,  # type: ignore[arg-type]  # one of the three strings
         driver=driver_version() if backend == "cuda" else None,
         cards=tuple(
             CardFacts(
@@ -66,13 +69,13 @@ def facts_of(device: Device | None, backend: str) -> Environment:
 
 
 def driver_version() -> str | None:
-    """Return the version of NVIDIA's driver; None where NVML does not tell."""
+    """Return the version of NVIDIA's driver; None if NVML does not report it."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
         version = pynvml.nvmlSystemGetDriverVersion()
         pynvml.nvmlShutdown()
-    except Exception:  # noqa: BLE001  # without NVML the rest is still worth having
+    except Exception:  # noqa: BLE001  # the other facts are useful without NVML
         return None
     return version.decode() if isinstance(version, bytes) else str(version)

@@ -8,8 +8,8 @@ import math
 def fraction_for(limit_bytes: int, total_bytes: int) -> float:
     """Return the memory fraction whose limit is exactly ``limit_bytes``.
 
-    PyTorch turns a fraction into bytes by truncation, so the plain quotient can
-    come out a byte short.
+    PyTorch truncates when it converts a fraction to bytes, so the plain quotient can give
+    one byte too few.
 
     Args:
         limit_bytes: The wanted limit in bytes, at most ``total_bytes``.

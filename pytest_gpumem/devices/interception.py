@@ -1,16 +1,15 @@
-"""Refuse chosen allocations on a real card, with the allocator's own error.
+"""Makes chosen allocations fail on a real card, with the allocator's own error.
 
 Note [A real OOM at a chosen allocation]
-An operator's new results are foreseen by running it on meta tensors. If a rule fails
-one of them, the operator runs inside a memory pool whose allocator always answers
-"null": the caching allocator then goes its whole way, flush and retry and counters and
-text, and raises its own error. Interception follows a program into the threads that it
-starts and the work that it gives to thread pools; autograd's threads carry it along by
-themselves.
+An operator first runs on meta tensors, which shows its new results. If one of them must
+fail, the operator runs inside a memory pool whose allocator always returns a null
+pointer. The caching allocator then takes all its usual steps (flush, retry, counters,
+message) and raises its own error. Interception also applies in the threads that a program
+starts, and in work that it gives to thread pools. Autograd passes it to its own threads.
 
-Source for the null pool: ``torch.cuda.memory.MemPool`` over
-``torch._C._cuda_customAllocator(alloc, free)``; any C function that returns 0 serves as
-``alloc``, and libc's ``sched_yield`` takes no lock of Python's.
+Source for this pool: ``torch.cuda.memory.MemPool`` with
+``torch._C._cuda_customAllocator(alloc, free)``. Any C function that returns 0 can be
+``alloc``; libc's ``sched_yield`` takes no Python lock.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures.thread import _worker  # what a pool's threads run
+from concurrent.futures.thread import _worker  # the function that a pool's threads run
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -33,15 +32,17 @@ if TYPE_CHECKING:
 
 
 class Interceptor(TorchDispatchMode):
-    """Asks about every new result on a card before its operator runs.
+    """Calls ``fails`` for every new result on a card before its operator runs.
 
     Args:
-        fails: Device index and bytes in, whether it is to fail out.
+        fails: Takes the device index and bytes; returns whether the allocation must
+            fail.
         fail: Runs the operator so that its allocation fails.
-        scope: Once it is set, nothing is asked any more: a thread may outlive the block.
+        scope: When it is set, ``fails`` is no longer called, because a thread may run
+            longer than the ``with`` block.
 
-    Limits: what an operator allocates inside itself (workspaces, temporaries) is not
-    numbered; an operator that cannot run on meta tensors is let through unnumbered.
+    Limits: memory that an operator allocates internally (workspaces, temporary tensors) is
+    not counted. The results of an operator that cannot run on meta tensors are not counted.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Interceptor(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Any = None,
     ) -> Any:
-        """Run one operator, or make it fail."""
+        """Run one operator, or make its allocation fail."""
         options = kwargs or {}
         if self._scope.is_set():
             return func(*args, **options)
@@ -75,14 +76,14 @@ class Interceptor(TorchDispatchMode):
 def new_results(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[tuple[int, int]]:
-    """Return card and bytes of each tensor that an operator will make on a card.
+    """Return card and bytes of each tensor that an operator will create on a card.
 
     Args:
         func: The operator.
-        args: Its arguments, as dispatched.
-        kwargs: Its keyword arguments.
+        args: The positional arguments, as dispatched.
+        kwargs: The keyword arguments.
     """
-    returns = func._schema.returns  # noqa: SLF001  # the schema has no public name
+    returns = func._schema.returns  # noqa: SLF001  # no public API
     fresh = [each.alias_info is None for each in returns]
     if not any(fresh):
         return []
@@ -120,14 +121,14 @@ def _meta(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def fail_in_null_pool(operator: Callable[[], Any], index: int) -> Any:
-    """Run an operator where every new segment is refused.
+    """Run an operator in a memory pool in which every new segment is refused.
 
     Raises:
-        torch.OutOfMemoryError: The allocator's own.
+        torch.OutOfMemoryError: The allocator's own error.
     """
     torch.cuda.empty_cache()
     address = ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
-    allocator = torch._C._cuda_customAllocator(address, address)  # noqa: SLF001  # see the module's note
+    allocator = torch._C._cuda_customAllocator(address, address)  # noqa: SLF001  # see Note [A real OOM at a chosen allocation]
     pool = torch.cuda.MemPool(allocator)
     with torch.cuda.use_mem_pool(pool, device=index):
         return operator()
@@ -138,11 +139,12 @@ def intercepting(
     fails: Callable[[int, int], bool],
     fail: Callable[[Callable[[], Any], int], Any] = fail_in_null_pool,
 ) -> Iterator[None]:
-    """Ask before each allocation of a block, in this thread and in those it starts.
+    """Call ``fails`` before each allocation, in this thread and in threads it starts.
 
     Args:
-        fails: Device index and bytes in, whether it is to fail out.
-        fail: How an operator is made to fail.
+        fails: Takes the device index and bytes; returns whether the allocation must
+            fail.
+        fail: Runs an operator so that its allocation fails.
     """
     scope = threading.Event()
     patches = PatchSet()
@@ -156,7 +158,8 @@ def intercepting(
         return submit(self, inside)
 
     def starting(self: threading.Thread) -> None:
-        # A pool's workers live longer than the block; their work is seen to above.
+        # A pool's worker threads run longer than the ``with`` block. Their work items are
+        # handled above.
         if getattr(self, "_target", None) is not _worker:
             run = self.run
 
@@ -164,7 +167,7 @@ def intercepting(
                 with Interceptor(fails, fail, scope):
                     run()
 
-            self.run = inside  # type: ignore[method-assign]  # of this thread alone
+            self.run = inside  # type: ignore[method-assign]  # only for this thread
         start(self)
 
     patches.set(ThreadPoolExecutor, "submit", submitting)

@@ -1,15 +1,16 @@
-"""What NVML counts on the cards that torch sees: bytes of processes and of a card.
+"""The bytes that NVML counts on torch's cards, per process and per card.
 
-``pynvml`` (nvidia-ml-py) asks NVIDIA's driver. It is asked late, never fails its
-caller, and says why where it cannot tell.
+``pynvml`` (nvidia-ml-py) queries NVIDIA's driver. This module imports it late and never
+raises in its caller. If a value is not available, it returns the reason.
 
 Note [Which card NVML means]
-NVML numbers the cards of the machine by their PCI bus, CUDA those that
-``CUDA_VISIBLE_DEVICES`` leaves, the fastest first unless ``CUDA_DEVICE_ORDER`` says
-``PCI_BUS_ID``. An index of the one is none of the other. Both know a card's UUID, and a
-MIG instance's: ``torch.cuda.get_device_properties`` tells the one that CUDA uses, in
-which every spelling of the variable is resolved. Where it is still the UUID of a card in
-MIG mode, the instance is the one that counts this process.
+NVML numbers all cards of the machine by their PCI bus. CUDA numbers only the cards that
+``CUDA_VISIBLE_DEVICES`` makes visible, with the fastest first unless
+``CUDA_DEVICE_ORDER`` is ``PCI_BUS_ID``. The two indices of a card can therefore differ.
+Both libraries know the UUID of a card and of a MIG instance.
+``torch.cuda.get_device_properties`` returns the UUID that CUDA uses, for every syntax of
+the variable. If this is the UUID of a card in MIG mode, the instance that counts this
+process is used.
 Source: CUDA C++ Programming Guide, "CUDA Environment Variables"; CUDA Driver API,
 ``cuDeviceGetUuid``; NVML API Reference, ``nvmlDeviceGetHandleByUUID``.
 """
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices.patches import PatchSet
     from pytest_gpumem.records.incidents import Process
 
-#: What a code of NVML means to somebody who runs tests.
+#: Explanations of NVML's error codes for a user who runs tests.
 #: Source: ``nvmlReturn_t`` of ``nvml.h``.
 _WORDS: Final = {
     3: "NVML does not count here, as under WSL, on a Jetson or a vGPU",
@@ -60,18 +61,19 @@ class MemoryInfo(NamedTuple):
 
 
 def memory_info(free: int, total: int) -> MemoryInfo:
-    """Return the bytes of a card of which so many are free."""
+    """Return the bytes of a card from its free and its total bytes."""
     return MemoryInfo(total, free, total - free)
 
 
 class Reading(NamedTuple):
-    """What NVML counts at one moment.
+    """The bytes that NVML counts at one time.
 
     Attributes:
-        process_bytes: This process's bytes on the card; None if NVML cannot tell.
+        process_bytes: This process's bytes on the card; None if NVML does not report
+            them.
         card_bytes: All processes' bytes on the card, or on the MIG instance that torch
-            uses; None likewise.
-        why: Why ``process_bytes`` is None; empty if it is not.
+            uses; None if NVML does not report them.
+        why: The reason why ``process_bytes`` is None; empty if it is not None.
     """
 
     process_bytes: int | None
@@ -83,12 +85,12 @@ class CardCount:
     """NVML's count on one card.
 
     Args:
-        index: The card, as CUDA numbers it.
-        has_context: Tells whether this process has a context on the card; NVML lists
-            no process that has none.
-        find: Returns NVML's handle of it.
+        index: CUDA's index of the card.
+        has_context: Returns whether this process has a context on the card; NVML does
+            not list a process without one.
+        find: Returns NVML's handle of the card.
 
-    Limits: asking from several threads at once is safe, as NVML is.
+    This class may be used from several threads at once, as NVML is thread-safe.
     """
 
     def __init__(
@@ -103,7 +105,7 @@ class CardCount:
         self._handle: Any = None
 
     def read(self) -> Reading:
-        """Ask now; never raises."""
+        """Return the present bytes; never raises."""
         try:
             import pynvml
         except ImportError:
@@ -114,7 +116,7 @@ class CardCount:
             handle = self._handle
             card_bytes = _used_bytes(pynvml, handle)
             running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
-        except Exception as error:  # noqa: BLE001  # a measurement must end no test
+        except Exception as error:  # noqa: BLE001  # a failed measurement must not fail a test
             handle, self._handle = self._handle, None
             card_bytes = None if handle is None else _used_bytes(pynvml, handle)
             return Reading(None, card_bytes, in_words(error))
@@ -129,15 +131,15 @@ class CardCount:
 
 
 def in_words(error: Exception) -> str:
-    """Return what an error of NVML means, and NVML's own words."""
+    """Return an explanation of an NVML error, with NVML's own message."""
     words = _WORDS.get(getattr(error, "value", 0))
     return f"NVML says {str(error) or repr(error)!r}" + (f": {words}" if words else "")
 
 
 def why_uncounted() -> str:
-    """Return why NVML can count no process on this machine; empty if it seems to.
+    """Return why NVML cannot count processes on this machine; empty if it can.
 
-    Asks the cards of the machine, as NVML numbers them, and needs no CUDA.
+    This queries all cards of the machine, by NVML's index, and does not need CUDA.
     """
     try:
         import pynvml
@@ -148,23 +150,23 @@ def why_uncounted() -> str:
         for index in range(pynvml.nvmlDeviceGetCount()):
             handle = pynvml.nvmlDeviceGetHandleByIndex(index)
             if _is_mig(pynvml, handle):
-                continue  # each instance counts its own
+                continue  # each MIG instance counts its own processes
             running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
             if any(each.usedGpuMemory is None for each in running):
                 return _NO_BYTES
-    except Exception as error:  # noqa: BLE001  # whatever is amiss is the answer
+    except Exception as error:  # noqa: BLE001  # any error is the reason
         return in_words(error)
     return ""
 
 
 def find_handle(pynvml: Any, index: int) -> Any:
-    """Return NVML's handle of a card, or of a MIG instance, that torch uses.
+    """Return NVML's handle of the card or MIG instance that torch uses.
 
-    See Note [Which card NVML means]. Initialises NVML, and CUDA if need be.
+    See Note [Which card NVML means]. Initialises NVML, and CUDA if necessary.
 
     Args:
         pynvml: The module.
-        index: The card, as CUDA numbers it.
+        index: CUDA's index of the card.
 
     Raises:
         NVMLError: NVML cannot be used, or does not know the card.
@@ -186,40 +188,40 @@ def _is_mig(pynvml: Any, handle: Any) -> bool:
     try:
         current, _pending = pynvml.nvmlDeviceGetMigMode(handle)
     except pynvml.NVMLError:
-        return False  # a card that has no such mode
+        return False  # the card has no MIG mode
     return bool(current)
 
 
 def _own_instance(pynvml: Any, card: Any) -> Any:
-    """Return the MIG instance that counts this process, else the card."""
+    """Return the MIG instance that counts this process, or else the card."""
     for number in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(card)):
         try:
             instance = pynvml.nvmlDeviceGetMigDeviceHandleByIndex(card, number)
             running = pynvml.nvmlDeviceGetComputeRunningProcesses(instance)
         except pynvml.NVMLError:
-            continue  # not every place has an instance
+            continue  # not every index has an instance
         if any(each.pid == os.getpid() for each in running):
             return instance
     return card
 
 
 def _used_bytes(pynvml: Any, handle: Any) -> int | None:
-    """Return what is used of a card, whatever a budget makes of it; or None."""
+    """Return a card's used bytes without the effect of a budget, or None."""
     ask = inspect.unwrap(pynvml.nvmlDeviceGetMemoryInfo)
     try:
         return int(ask(handle).used)
-    except Exception:  # noqa: BLE001  # a measurement must end no test
+    except Exception:  # noqa: BLE001  # a failed measurement must not fail a test
         return None
 
 
 def other_processes(index: int) -> tuple[Process, ...]:
-    """Return the other processes on a card, the largest first.
+    """Return the other processes on a card, the one with the most bytes first.
 
     Args:
-        index: The card, as CUDA numbers it.
+        index: CUDA's index of the card.
 
     Returns:
-        None of them where NVML cannot tell.
+        The processes; empty if NVML does not report them.
     """
     from pytest_gpumem.records.incidents import Process
 
@@ -230,7 +232,7 @@ def other_processes(index: int) -> tuple[Process, ...]:
     try:
         handle = find_handle(pynvml, index)
         running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
-    except Exception:  # noqa: BLE001  # a measurement must end no test
+    except Exception:  # noqa: BLE001  # a failed measurement must not fail a test
         return ()
     found = [
         Process(each.pid, _process_name(each.pid), each.usedGpuMemory or 0)
@@ -241,7 +243,7 @@ def other_processes(index: int) -> tuple[Process, ...]:
 
 
 def _process_name(pid: int) -> str:
-    """Return what the system calls a process; empty where it does not say."""
+    """Return a process's name from the system; empty if it is not available."""
     try:
         return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
@@ -251,13 +253,13 @@ def _process_name(pid: int) -> str:
 def cap_free_memory(
     module: Any, patches: PatchSet, shared: Callable[[int, int, int], tuple[int, int]]
 ) -> None:
-    """Let a real card's NVML memory agree with its budget.
+    """Make NVML's free memory of a real card agree with the card's budget.
 
     Args:
         module: The imported ``pynvml``.
-        patches: Where the replacement is noted.
-        shared: CUDA's index, free and total bytes in; free and total under the budget
-            out.
+        patches: The patches to which the replacement is added.
+        shared: Takes CUDA's index, free and total bytes; returns free and total bytes
+            under the budget.
     """
     original = module.nvmlDeviceGetMemoryInfo
 
@@ -273,7 +275,7 @@ def cap_free_memory(
 
 
 def _cuda_index(nvml_uuid: str | bytes) -> int | None:
-    """Return CUDA's number of a card; None if torch does not see it."""
+    """Return CUDA's index of a card; None if torch does not see the card."""
     import torch
 
     text = nvml_uuid.decode() if isinstance(nvml_uuid, bytes) else nvml_uuid

@@ -1,4 +1,4 @@
-"""Do something right after a module is imported, without importing it."""
+"""Calls a function directly after a module is imported, without importing it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ if TYPE_CHECKING:
 
 
 class AfterImport(importlib.abc.MetaPathFinder):
-    """Call a function once a top-level module is fully imported.
+    """Calls a function when a top-level module is fully imported.
 
-    ``start`` calls at once if it already is; otherwise the module's own loader is
-    wrapped for its one run. ``stop`` withdraws a call that has not happened.
+    If the module is already imported, ``start`` calls the function immediately. Otherwise
+    it wraps the module's loader for one import. ``stop`` cancels a call that has not
+    happened yet.
 
     Args:
         name: The module's name.
-        callback: Called without arguments, in the importing thread, before the
-            import statement returns.
+        callback: The function. It is called without arguments, in the importing thread,
+            before the import statement returns.
     """
 
     def __init__(self, name: str, callback: Callable[[], None]) -> None:
@@ -31,7 +32,7 @@ class AfterImport(importlib.abc.MetaPathFinder):
         self._callback = callback
 
     def start(self) -> None:
-        """Wait for the import, or call now if it has happened."""
+        """Wait for the import, or call the function now if the module is imported."""
         module = sys.modules.get(self._name)
         spec = getattr(module, "__spec__", None)
         if module is not None and not getattr(spec, "_initializing", False):
@@ -40,7 +41,7 @@ class AfterImport(importlib.abc.MetaPathFinder):
             sys.meta_path.insert(0, self)
 
     def stop(self) -> None:
-        """Wait no longer."""
+        """Cancel the call."""
         with suppress(ValueError):
             sys.meta_path.remove(self)
 
@@ -50,10 +51,10 @@ class AfterImport(importlib.abc.MetaPathFinder):
         path: Sequence[str] | None,
         target: ModuleType | None = None,
     ) -> ModuleSpec | None:
-        """Find the module as Python would, with its loader wrapped."""
+        """Find the module as Python does, and wrap its loader."""
         if fullname != self._name or self not in sys.meta_path:
             return None
-        # Whoever only looks for the module does not import it: the hook stays.
+        # Code that only searches for the module does not import it, so the hook stays.
         for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
             spec = finder.find_spec(fullname, path, target)
             if spec is not None:
@@ -63,13 +64,13 @@ class AfterImport(importlib.abc.MetaPathFinder):
         return None
 
     def _imported(self) -> None:
-        if self in sys.meta_path:  # else it was stopped meanwhile
+        if self in sys.meta_path:  # otherwise it was stopped meanwhile
             self.stop()
             self._callback()
 
 
 class _Loader(importlib.abc.Loader):
-    """A module's loader that calls back when it is done."""
+    """Wraps a module's loader, and calls a function when the module is loaded."""
 
     def __init__(
         self, loader: importlib.abc.Loader, callback: Callable[[], None]
@@ -82,7 +83,7 @@ class _Loader(importlib.abc.Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Run the module, hand it back to its own loader, then call back."""
+        """Run the module, restore its own loader, then call the function."""
         self._loader.exec_module(module)
         module.__loader__ = self._loader
         if module.__spec__ is not None:

@@ -1,4 +1,4 @@
-"""Attributes replaced for a while, and put back whatever happens."""
+"""Replaces attributes temporarily and restores them in any case."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ABSENT: Final = object()
 
 
 class PatchSet:
-    """A stack of replaced attributes and entries; ``restore`` undoes them, last first.
+    """A stack of replaced attributes and entries; ``restore`` undoes the newest first.
 
     Limits: not thread-safe.
     """
@@ -21,7 +21,7 @@ class PatchSet:
         self._stack: Final = ExitStack()
 
     def set(self, owner: Any, name: str, value: Any) -> Any:
-        """Replace ``owner.name`` and return what stood there (None if nothing)."""
+        """Replace ``owner.name`` and return its previous value (None if there was none)."""
         saved = vars(owner).get(name, _ABSENT)
         setattr(owner, name, value)
         if saved is _ABSENT:
@@ -31,7 +31,7 @@ class PatchSet:
         return saved
 
     def put(self, table: MutableMapping[Any, Any], key: Any, value: Any) -> None:
-        """Put an entry into a table, in place of what stood there."""
+        """Set an entry of a table, and remember its previous value."""
         if key in table:
             self._stack.callback(table.__setitem__, key, table[key])
         else:
@@ -39,5 +39,5 @@ class PatchSet:
         table[key] = value
 
     def restore(self) -> None:
-        """Put everything back, whichever part of it fails; safe to call twice."""
+        """Restore everything, even if a part of it fails; may be called twice."""
         self._stack.close()

@@ -1,4 +1,4 @@
-"""Which device a run uses, decided without importing torch."""
+"""Chooses the device of a run, without importing torch."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from pytest_gpumem.visibility import VARIABLE, numbers_of, visible_names
 BACKENDS: Final = ("auto", "cuda", "simulated", "off")
 
 
-#: The oldest torch that is supported, and tested.
+#: The oldest torch version that is supported and tested.
 OLDEST_TORCH: Final = (2, 8)
 
 
 class TorchBuild(NamedTuple):
-    """What torch's files say of how it was built.
+    """The build of the installed torch, from its files.
 
     Attributes:
-        version: Its version; ``"unknown"`` if the files do not say.
+        version: Torch's version; ``"unknown"`` if the files do not contain it.
         cuda: The CUDA version, or None.
         hip: The version of AMD's HIP, or None.
         xpu: The version of Intel's compiler, or None.
@@ -37,11 +37,11 @@ class TorchBuild(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The device of a run and why.
+    """The device of a run and the reason for the choice.
 
     Attributes:
         kind: ``"cuda"``, ``"simulated"`` or ``"off"``.
-        reason: Half a sentence for the report's header.
+        reason: Part of a sentence, for the report's header.
     """
 
     kind: str
@@ -51,17 +51,17 @@ class Choice(NamedTuple):
 def choose(backend: str) -> Choice:
     """Return the device that a backend option means on this machine.
 
-    ``auto`` takes a usable card where there is one, else the simulated device. A card
-    is usable if torch was built with CUDA and NVIDIA's driver counts one, or with ROCm
-    and the kernel lists one. Where torch computes on another accelerator (Apple's,
-    Intel's), ``auto`` leaves the machine as it is.
+    ``auto`` means a usable card if there is one, or else the simulated device. A card is
+    usable if torch was built with CUDA and NVIDIA's driver finds a card, or with ROCm and
+    the kernel lists one. If torch computes on another accelerator (Apple's or Intel's),
+    ``auto`` changes nothing.
 
     Args:
         backend: One of ``BACKENDS``.
 
     Raises:
-        DeviceUnavailableError: ``cuda`` was asked for and cannot be had, or torch is
-            older than is supported.
+        DeviceUnavailableError: ``cuda`` was requested but is not available, or torch is
+            too old.
     """
     if backend == "off":
         return Choice("off", "switched off")
@@ -78,7 +78,7 @@ def choose(backend: str) -> Choice:
 
 
 def _without_a_card(backend: str, build: TorchBuild, missing: str) -> Choice:
-    """Return what a backend means where torch can use no card."""
+    """Return the device that a backend option means if torch cannot use a card."""
     if backend == "cuda":
         raise DeviceUnavailableError(
             f"backend 'cuda' was asked for, but {missing}; use auto or simulated"
@@ -104,7 +104,7 @@ def _check_age(build: TorchBuild) -> None:
 
 
 def why_no_card(build: TorchBuild) -> str | None:
-    """Return why torch cannot use a real card here; None if it seems it can."""
+    """Return why torch cannot use a real card on this machine; None if it probably can."""
     if build.hip:
         missing = why_no_amd_card()
         return missing and f"torch {build.version} is built for ROCm, but {missing}"
@@ -128,7 +128,7 @@ def _why_no_nvidia_card(torch_version: str, cuda_version: str) -> str | None:
             f"the NVIDIA driver is for CUDA {found.cuda_version}, torch "
             f"{torch_version} for CUDA {cuda_version}"
         )
-    # What parts of a card there are, only CUDA can tell.
+    # Only CUDA knows the MIG instances of a card.
     is_part = listed is not None and listed.startswith("MIG-")
     return None if is_part or numbers_of(listed, found.uuids) else hidden
 
@@ -138,9 +138,9 @@ def _major(version: str) -> int:
 
 
 def torch_build() -> TorchBuild | None:
-    """Return how the installed torch was built; None where there is none.
+    """Return the build of the installed torch; None if torch is not installed.
 
-    Read from the file that torch's build writes, since importing torch takes seconds.
+    It is read from a file that torch's build writes, because importing torch takes seconds.
 
     Source: ``torch/version.py``, written by ``tools/generate_torch_version.py``.
     """
@@ -159,11 +159,11 @@ def torch_build() -> TorchBuild | None:
 
 
 class NvidiaDriver(NamedTuple):
-    """What NVIDIA's driver says of the machine.
+    """The machine's cards and CUDA version, from NVIDIA's driver.
 
     Attributes:
         uuids: The cards' UUIDs.
-        cuda_version: The newest CUDA version that it serves.
+        cuda_version: The newest CUDA version that the driver supports.
     """
 
     uuids: tuple[str, ...]
@@ -171,13 +171,13 @@ class NvidiaDriver(NamedTuple):
 
 
 def ask_driver() -> NvidiaDriver | None:
-    """Return what the driver's library says; None without a driver.
+    """Return the data of the driver's library; None without a driver.
 
-    CUDA is not used for it: see Note [When the variable is read].
+    CUDA is not used: see Note [When the variable is read].
 
     Source: NVML API Reference, ``nvmlSystemGetCudaDriverVersion_v2`` (1000 x major +
-    10 x minor); CUDA Compatibility, "Minor Version Compatibility" (a driver serves
-    every minor version of its major one).
+    10 x minor); CUDA Compatibility, "Minor Version Compatibility" (a driver supports
+    every minor version of its major version).
     """
     import ctypes
 
@@ -191,7 +191,7 @@ def ask_driver() -> NvidiaDriver | None:
         count, version = ctypes.c_uint(0), ctypes.c_int(0)
         if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
             return NvidiaDriver((), "0.0")
-        text = "999.0"  # where it does not tell, torch will
+        text = "999.0"  # if the driver does not report it, torch raises its own error
         if nvml.nvmlSystemGetCudaDriverVersion_v2(ctypes.byref(version)) == 0:
             text = f"{version.value // 1000}.{version.value % 1000 // 10}"
         uuids = []
@@ -206,12 +206,14 @@ def ask_driver() -> NvidiaDriver | None:
 
 
 def count_cards() -> int | None:
-    """Return how many cards the driver's library counts; None without a driver."""
+    """Return the number of cards in the driver's library; None without a driver."""
     found = ask_driver()
     return None if found is None else len(found.uuids)
 
 
-#: NVML, as NVIDIA's driver installs it. Source: NVML API Reference, "Installing".
+#: The file name of NVML, which NVIDIA's driver installs.
+#: Source: NVML API Reference, "Installing".
 _LIBRARY: Final = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
-#: Bytes of a UUID's text. Source: ``NVML_DEVICE_UUID_V2_BUFFER_SIZE`` of ``nvml.h``.
+#: Bytes of the text of a UUID.
+#: Source: ``NVML_DEVICE_UUID_V2_BUFFER_SIZE`` of ``nvml.h``.
 _UUID: Final = 96

@@ -1,8 +1,8 @@
-"""NVML's answers for simulated cards: for all of the machine, as NVML's are.
+"""NVML for simulated cards; as in NVML, these are all cards of the machine.
 
-``pynvml`` (nvidia-ml-py) asks NVIDIA's driver. While cards are simulated it must not
-reach one: the functions that programs use to look at memory are replaced, every other
-device function says "Not Supported", as NVML itself does for what a card lacks.
+``pynvml`` (nvidia-ml-py) queries NVIDIA's driver, which must not happen while cards are
+simulated. The functions with which programs read memory are replaced. Every other device
+function raises "Not Supported", as NVML does for a feature that a card lacks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ProcessInfo:
-    """``nvmlProcessInfo_t``: bytes that a process holds of a card."""
+    """``nvmlProcessInfo_t``: the bytes that a process holds on a card."""
 
     pid: int
     usedGpuMemory: int  # noqa: N815  # NVML's name
@@ -44,7 +44,7 @@ class Utilization:
 
 
 def _cuda_driver_version() -> int:
-    """Return the CUDA version as NVML writes it: 13.0 is 13000."""
+    """Return the CUDA version in NVML's format: 13.0 is 13000."""
     major, minor = CUDA_VERSION.split(".")
     return int(major) * 1000 + int(minor) * 10
 
@@ -57,11 +57,11 @@ class Handle:
 
 
 class SimulatedNvml:
-    """``pynvml`` over simulated cards.
+    """Replaces the functions of ``pynvml`` for simulated cards.
 
     Args:
         module: The imported ``pynvml``.
-        machine: Returns the cards in force, or None before there are any.
+        machine: Returns the present cards, or None if there are none yet.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class SimulatedNvml:
             self._patches.set(self._module, name, function)
 
     def remove(self) -> None:
-        """Put the module's functions back."""
+        """Restore the module's functions."""
         self._patches.restore()
 
     def _error(self, code: str) -> Exception:
@@ -144,7 +144,7 @@ class SimulatedNvml:
         raise self._error("NVML_ERROR_NOT_FOUND")
 
     def _cores(self, handle: Handle, size: int) -> list[int]:
-        """Return the cores near a card, all of the machine's, as words of 64 bits."""
+        """Return the CPU cores near a card, which are all cores, as 64-bit words."""
         self._card(handle)
         if size < 1:
             raise self._error("NVML_ERROR_INVALID_ARGUMENT")
@@ -166,10 +166,10 @@ class SimulatedNvml:
 
 
 class NvmlHook:
-    """NVML's answers for simulated cards, from whenever ``pynvml`` is imported.
+    """Installs ``SimulatedNvml``, immediately or when ``pynvml`` is imported.
 
     Args:
-        machine: Returns the cards in force, or None before there are any.
+        machine: Returns the present cards, or None if there are none yet.
     """
 
     def __init__(self, machine: Callable[[], SimulatedMachine | None]) -> None:
@@ -178,11 +178,11 @@ class NvmlHook:
         self._nvml: SimulatedNvml | None = None
 
     def start(self) -> None:
-        """Replace the module's functions, now or once it is imported."""
+        """Replace the module's functions, now or when the module is imported."""
         self._hook.start()
 
     def stop(self) -> None:
-        """Put the module's functions back; safe to call twice."""
+        """Restore the module's functions; may be called twice."""
         self._hook.stop()
         if self._nvml is not None:
             self._nvml.remove()

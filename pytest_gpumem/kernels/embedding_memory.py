@@ -31,7 +31,7 @@ def parts(count: int, rows: int) -> tuple[int, int]:
 
 
 def add_to_rows(count: int, rows: int, width: int, processors: Processors) -> bool:
-    """Tell whether partial sums are added directly to the rows.
+    """Return whether partial sums are added directly to the rows.
 
     Otherwise they are stored in a buffer, and added to the rows afterwards.
 

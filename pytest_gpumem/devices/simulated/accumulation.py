@@ -141,7 +141,7 @@ def writing_losses(func: Any, handler: Handler) -> Handler:
 
 
 def keeping(func: Any, handler: Handler) -> Handler:
-    """Return the handler of ``taking_over`` except in a node that does not write in place.
+    """Return a handler that marks results to which losses do not write in place.
 
     Source: ``binary_cross_entropy_with_logits_target_backward``.
     """
@@ -188,7 +188,7 @@ def _is_at_work(*names: str) -> bool:
     """Return whether the running autograd node has a name with one of the prefixes."""
     if torch._C._current_graph_task_id() == -1:
         return False
-    node = torch._C._current_autograd_node()  # it has no public name
+    node = torch._C._current_autograd_node()  # no public API
     return node is not None and node.name().startswith(names)
 
 

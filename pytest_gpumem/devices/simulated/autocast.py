@@ -131,7 +131,7 @@ def _refused(*_args: Any, **_options: Any) -> NoReturn:
     """Refuse ``binary_cross_entropy``: ``binary_cross_entropy_banned``.
 
     Raises:
-        RuntimeError: Always (torch's text).
+        RuntimeError: Always (torch's message).
     """
     raise RuntimeError(
         "torch.nn.functional.binary_cross_entropy and torch.nn.BCELoss are unsafe to "

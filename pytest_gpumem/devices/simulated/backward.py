@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import torch
 
-_task_id: Final[Any] = torch._C._current_graph_task_id  # no public way to ask
+_task_id: Final[Any] = torch._C._current_graph_task_id  # no public API
 _NONE: Final = -1
 
 

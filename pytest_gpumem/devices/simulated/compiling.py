@@ -165,7 +165,7 @@ def _say_eager() -> None:
 
 def _is_off() -> bool:
     """Return whether torch is set to run code uncompiled."""
-    stance = torch._dynamo.eval_frame._stance.stance  # no public way to ask
+    stance = torch._dynamo.eval_frame._stance.stance  # no public API
     return bool(torch._dynamo.config.disable) or stance == "force_eager"
 
 

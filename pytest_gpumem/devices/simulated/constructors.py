@@ -37,9 +37,9 @@ def _goal(device: Any) -> torch.device | None:
 
 def _context_device() -> torch.device | None:
     """Return the device of the innermost ``with torch.device(…)``, or None."""
-    depth = torch._C._len_torch_function_stack()  # no public way to ask
+    depth = torch._C._len_torch_function_stack()  # no public API
     for position in reversed(range(depth)):
-        mode = torch._C._get_function_stack_at(position)  # no public way to ask
+        mode = torch._C._get_function_stack_at(position)  # no public API
         if isinstance(mode, DeviceContext):
             device: torch.device = mode.device
             return device
@@ -263,7 +263,7 @@ def _check_out(out: torch.Tensor, device: torch.device) -> None:
     ``torch/csrc/autograd/utils/python_arg_parsing.h``.
 
     Raises:
-        RuntimeError: With torch's text.
+        RuntimeError: With torch's message.
     """
     if out.device.type != device.type:
         raise RuntimeError(

@@ -47,7 +47,7 @@ _functorch: Final[Any] = torch._C._functorch
 
 def _is_traced() -> bool:
     """Return whether torch traces the operators of a program while it runs."""
-    proxies = torch._C._TorchDispatchModeKey.PROXY  # no public way to ask
+    proxies = torch._C._TorchDispatchModeKey.PROXY  # no public API
     if torch._C._get_dispatch_mode(proxies) is not None:
         return True
     if not are_transforms_active():
@@ -63,7 +63,7 @@ def _each_moved(
 
     Source: ``torch/_vmap_internals.py``.
     """
-    level = torch._C._vmapmode_increment_nesting() - 1  # no public way to ask
+    level = torch._C._vmapmode_increment_nesting() - 1  # no public API
     torch._C._vmapmode_decrement_nesting()
     batch = torch._remove_batch_dim(
         source, level, 1, 0
@@ -85,7 +85,7 @@ def upload(
     converted before the transfer, so nothing else is allocated on the card.
 
     Raises:
-        NotImplementedError: The source is a meta tensor (torch's text).
+        NotImplementedError: The source is a meta tensor (torch's message).
         torch.OutOfMemoryError: The card has no room; nothing was copied.
         UnsupportedOnSimulatedDeviceError: The source is sparse, nested or quantized.
     """
@@ -255,7 +255,7 @@ def moved(
     if _functorch.is_legacy_batchedtensor(source):
         return _each_moved(source, device, dtype)
     is_seen = source.requires_grad and torch.is_grad_enabled()
-    is_dual = forward_ad._current_level >= 0  # no public way to ask
+    is_dual = forward_ad._current_level >= 0  # no public API
     if is_seen or is_dual or (are_transforms_active() and not _is_traced()):
         result: torch.Tensor = _Move.apply(source, device, dtype, memory_format)  # type: ignore[no-untyped-call]  # torch's
         return result

@@ -20,8 +20,8 @@ from typing import Any, Final
 
 import torch
 
-_sequence: Final[Any] = torch._C._autograd._get_sequence_nr  # no public name
-_current_node: Final[Any] = torch._C._current_autograd_node  # no public name
+_sequence: Final[Any] = torch._C._autograd._get_sequence_nr  # no public API
+_current_node: Final[Any] = torch._C._current_autograd_node  # no public API
 #: The largest number of nodes that are remembered.
 _MOST: Final = 1_000_000
 
@@ -78,7 +78,7 @@ class Streams:
 
 def _node() -> int | None:
     """Return the number of the autograd node that runs in this thread, or None."""
-    if torch._C._current_graph_task_id() == -1:  # no public way to ask
+    if torch._C._current_graph_task_id() == -1:  # no public API
         return None
     node = _current_node()
     return -1 if node is None else int(node._sequence_nr())

@@ -62,7 +62,7 @@ def check_cublas() -> None:
     """Raise or warn if cuBLAS is not configured to be deterministic.
 
     Raises:
-        RuntimeError: With torch's text.
+        RuntimeError: With torch's message.
     """
     if os.environ.get("CUBLAS_WORKSPACE_CONFIG") in _CUBLAS_SETTINGS:
         return

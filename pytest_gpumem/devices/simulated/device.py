@@ -67,12 +67,12 @@ class SimulatedTracker:
         self._active = max(self._active, allocator.active_bytes)
 
     def read(self) -> MemoryFigures:
-        """Return the peaks so far."""
+        """Return the figures so far."""
         with self._card.locked():
             return self.peek()
 
     def peek(self) -> MemoryFigures:
-        """Return the peaks so far; the caller must hold the card's lock."""
+        """Return the figures so far; the caller must hold the card's lock."""
         allocator = self._allocator
         context_bytes = self._card.context_bytes
         return MemoryFigures(
@@ -94,7 +94,7 @@ class SimulatedTracker:
         )
 
     def close(self) -> MemoryFigures:
-        """Stop tracking and return the final peaks."""
+        """Stop tracking and return the final figures."""
         if self._watch in self._card.watchers:
             self._card.watchers.remove(self._watch)
             self._machine.on_change.remove(self._changed)

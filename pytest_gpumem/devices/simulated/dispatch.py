@@ -282,7 +282,7 @@ def _same(value: Any, operands: Operands, card: SimulatedCard) -> Any:
 
 def _python_kernel(func: Any) -> Callable[..., Any] | None:
     """Return the kernel for CUDA that was given to ``torch.library.custom_op``."""
-    definition = OPDEFS.get(func._schema.name)  # the schema has no public name
+    definition = OPDEFS.get(func._schema.name)  # no public API
     kernels = getattr(definition, "_backend_fns", {})
     found: Callable[..., Any] | None = kernels.get("cuda", kernels.get(None))
     return found

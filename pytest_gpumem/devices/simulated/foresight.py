@@ -37,7 +37,7 @@ def may_allocate(func: Any, operator: Operator) -> bool:
 
     It requests memory if it resizes an argument or returns a new tensor.
     """
-    schema = func._schema  # it has no public name
+    schema = func._schema  # no public API
     return (
         operator.resizes
         or operator.requests is not None

@@ -110,7 +110,7 @@ def check_hook(original: Any, result: Any, hook: Any) -> None:
     """Refuse a hook's result on another device type than the gradient passed to the hook.
 
     Raises:
-        RuntimeError: With torch's text.
+        RuntimeError: With torch's message.
     """
     __tracebackhide__ = True
     was, got = _place(original), _place(result)
@@ -163,7 +163,7 @@ def _of_one_node(grads: tuple[Any, ...]) -> tuple[Any, ...]:
     C++ creates some gradients on the host. A node written in Python may have gradients on
     several devices.
     """
-    node: Any = torch._C._current_autograd_node()  # it has no public name
+    node: Any = torch._C._current_autograd_node()  # no public API
     if isinstance(node, BackwardCFunction):
         return grads
     flat = [each for group in grads for each in group]

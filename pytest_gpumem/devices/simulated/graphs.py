@@ -183,7 +183,7 @@ class CUDAGraph:
         """Run the captured operators again, on the present contents of their memory.
 
         Raises:
-            RuntimeError: Nothing was captured (torch's text).
+            RuntimeError: Nothing was captured (torch's message).
         """
         __tracebackhide__ = True
         if not self._has_ended or self._card is None:
@@ -223,7 +223,7 @@ class CUDAGraph:
         """Return the id of the graph's pool, which other graphs can share.
 
         Raises:
-            RuntimeError: Nothing was captured (torch's text).
+            RuntimeError: Nothing was captured (torch's message).
         """
         if not self._has_ended:
             raise RuntimeError(

@@ -332,7 +332,7 @@ def _check_grad(tensor: torch.Tensor, grad: torch.Tensor) -> None:
     Source: ``THPVariable_set_grad`` of ``torch/csrc/autograd/python_variable.cpp``.
 
     Raises:
-        RuntimeError: With torch's text.
+        RuntimeError: With torch's message.
     """
     if type(tensor) in HOST_KINDS and type(grad) in HOST_KINDS:
         return  # C++ makes this check itself
@@ -402,7 +402,7 @@ def deepcopy(self: SimulatedTensor, memo: dict[int, Any]) -> Any:
     ``torch/_tensor.py`` (a tensor keeps its view of a storage, which is copied once).
 
     Raises:
-        RuntimeError: The tensor is part of a graph (torch's text).
+        RuntimeError: The tensor is part of a graph (torch's message).
         torch.OutOfMemoryError: The card has no room for the copy.
     """
     __tracebackhide__ = True
@@ -446,5 +446,5 @@ def deepcopy(self: SimulatedTensor, memo: dict[int, Any]) -> Any:
 
 
 def is_parameter(tensor: torch.Tensor) -> bool:
-    """Tell whether a tensor on a card is a parameter."""
+    """Return whether a tensor on a card is a parameter."""
     return isinstance(tensor, torch.nn.Parameter)

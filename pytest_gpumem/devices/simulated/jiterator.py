@@ -29,12 +29,12 @@ def launch(  # the signature of C++
     Source: ``CompileAndLaunchKernel`` of ``aten/src/ATen/cuda/jiterator.cu``.
 
     Raises:
-        RuntimeError: An operand is not on the card of the first one (torch's text).
+        RuntimeError: An operand is not on the card of the first one (torch's message).
         UnsupportedOnSimulatedDeviceError: The card keeps values.
     """
     first = tensors[0]
     if not isinstance(first, SimulatedTensor):
-        raise RuntimeError(  # noqa: TRY004  # torch's own class
+        raise RuntimeError(  # noqa: TRY004  # torch raises this class
             "CUDAGuardImpl initialized with non-CUDA DeviceType: cpu"
         )
     for each in tensors:

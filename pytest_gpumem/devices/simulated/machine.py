@@ -160,7 +160,7 @@ class SimulatedMachine:
         """Use CUDA, and return a card; None means the thread's current one.
 
         Raises:
-            RuntimeError: There is no such card (torch's text).
+            RuntimeError: There is no such card (torch's message).
         """
         self.use()
         if not self.cards:
@@ -270,7 +270,7 @@ def card_of(index: int | None) -> SimulatedCard:
     """Return a card of the current machine; None means the thread's current one.
 
     Raises:
-        RuntimeError: There is no such card (torch's text).
+        RuntimeError: There is no such card (torch's message).
     """
     return current_machine().card(index)
 

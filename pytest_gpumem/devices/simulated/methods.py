@@ -231,7 +231,7 @@ def _get_data(self: torch.Tensor) -> Any:
 def pin_memory(self: torch.Tensor, device: Any = None) -> torch.Tensor:  # noqa: ARG001  # torch's signature
     """Run ``Tensor.pin_memory``: return a host copy that is marked as pinned."""
     if isinstance(self, SimulatedTensor):
-        raise RuntimeError(  # noqa: TRY004  # torch's own class
+        raise RuntimeError(  # noqa: TRY004  # torch raises this class
             f"cannot pin '{self.type()}' only dense CPU tensors can be pinned"
         )
     if is_pinned(self):

@@ -266,7 +266,7 @@ def check_generator(generator: Any, kind: str) -> None:
     Source: ``check_generator`` of ``aten/src/ATen/core/Generator.h``.
 
     Raises:
-        RuntimeError: With torch's text.
+        RuntimeError: With torch's message.
     """
     found = "cuda" if isinstance(generator, CardGenerator) else "cpu"
     if found != kind:
@@ -342,14 +342,14 @@ class Moving:
 
 def _runs_on_host(func: Any) -> bool:
     """Return whether the CPU has a kernel for any overload of an operator."""
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # no public name
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # no public API
     packet = func.overloadpacket
     forms = [getattr(packet, each) for each in packet.overloads()]
     return any(
         has_kernel(form.name(), "CPU")
         or (
             has_kernel(form.name(), "CompositeExplicitAutograd")
-            and not any(each.is_out for each in form._schema.arguments)  # not public
+            and not any(each.is_out for each in form._schema.arguments)  # no public API
         )
         for form in forms
     )
@@ -361,7 +361,7 @@ def _with_generator(func: Any) -> Any:
     def arguments(form: Any) -> list[tuple[str, str]]:
         return [
             (each.name, str(each.type))
-            for each in form._schema.arguments  # no public name
+            for each in form._schema.arguments  # no public API
             if each.name != "generator"
         ]
 
@@ -380,7 +380,7 @@ def _with_generator(func: Any) -> Any:
 
 def _naming(func: Any) -> Drawing:
     """Return a drawing that passes the generator, unless the caller has passed one."""
-    names = [each.name for each in func._schema.arguments]  # no public name
+    names = [each.name for each in func._schema.arguments]  # no public API
     position = names.index("generator")
 
     def draw(generator: torch.Generator, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -179,7 +179,7 @@ def _set(self: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
     Source: ``checkSetStorage`` of ``aten/src/ATen/native/Resize.h``.
 
     Raises:
-        RuntimeError: The storage is on another device (torch's text).
+        RuntimeError: The storage is on another device (torch's message).
     """
     __tracebackhide__ = True
     source: Any = args[0] if args else options.get("source")

@@ -94,7 +94,7 @@ class Stream:
         """Return True, because all work is complete.
 
         Raises:
-            torch.AcceleratorError: The stream is being captured (CUDA's text).
+            torch.AcceleratorError: The stream is being captured (CUDA's message).
         """
         self.synchronize()
         return True
@@ -103,7 +103,7 @@ class Stream:
         """Wait for all work, which is already complete.
 
         Raises:
-            torch.AcceleratorError: The stream is being captured (CUDA's text).
+            torch.AcceleratorError: The stream is being captured (CUDA's message).
         """
         check_waiting(card_of(self.device_index), self.stream_id)
 

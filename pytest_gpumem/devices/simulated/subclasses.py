@@ -91,9 +91,7 @@ def known_card(tensor: torch.Tensor) -> torch.device | None:
 
 
 def _place_inside(tensor: torch.Tensor) -> torch.device | None:
-    while torch._C._functorch.is_functorch_wrapped_tensor(
-        tensor
-    ):  # no public way to ask
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # no public API
         tensor = torch._C._functorch.get_unwrapped(tensor)  # no public API
     if type(tensor) in HOST_KINDS:
         return None

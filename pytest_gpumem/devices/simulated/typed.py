@@ -69,7 +69,7 @@ def wanted(dtype: Any) -> tuple[torch.dtype, bool | None]:
     None in place of the second value means that the tensor keeps its device.
 
     Raises:
-        ValueError: There is no such type (torch's text).
+        ValueError: There is no such type (torch's message).
     """
     if isinstance(dtype, torch.dtype):
         return dtype, None

@@ -39,7 +39,7 @@ def computing(func: Any, operator: Operator) -> Callable[..., Any]:
 
 def _is_composite(func: Any) -> bool:
     """Return whether C++ composes an operator of others; views and kernels do not count."""
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # no public name
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # no public API
     name = func.name()
     return (
         not has_kernel(name, "CPU")
@@ -59,11 +59,11 @@ def _heeding_marks(compute: Callable[..., Any]) -> Callable[..., Any]:
     def heeding(*args: Any, **kwargs: Any) -> Any:
         if not any(map(_is_complex, (*args, *kwargs.values()))):
             return compute(*args, **kwargs)
-        excluded = torch._C._dispatch_tls_local_exclude_set()  # no public name
+        excluded = torch._C._dispatch_tls_local_exclude_set()  # no public API
         for name in _LAZY_MARKS:
             excluded = excluded.remove(getattr(torch._C.DispatchKey, name))
-        included = torch._C._dispatch_tls_local_include_set()  # no public name
-        with torch._C._ForceDispatchKeyGuard(included, excluded):  # no public name
+        included = torch._C._dispatch_tls_local_include_set()  # no public API
+        with torch._C._ForceDispatchKeyGuard(included, excluded):  # no public API
             return compute(*args, **kwargs)
 
     return heeding

@@ -1,19 +1,19 @@
-"""``torch.distributed`` on simulated cards: NCCL's groups, and what DDP does in C++.
+"""``torch.distributed`` on simulated cards: NCCL groups, and the C++ part of DDP.
 
-* ``backend``: the class that stands for NCCL in a process group, its options and
+* ``backend``: the substitute for NCCL in a process group, its options and
   communicators.
-* ``collectives``: what each of ``torch.ops.c10d`` does in a group of NCCL.
-* ``functional``: the same of ``torch.ops._c10d_functional``.
-* ``works``: a collective that is under way, and the errors it may end in.
+* ``collectives``: runs each operator of ``torch.ops.c10d`` in an NCCL group.
+* ``functional``: runs each operator of ``torch.ops._c10d_functional`` there.
+* ``works``: a collective in progress, and the errors that it may raise.
 * ``reducer``: the buckets of ``DistributedDataParallel``.
 
 Note [How NCCL is simulated]
-The process groups are torch's own, and so is everything above them. A collective of
-tensors on cards comes to ``SimulatedTensor.__torch_dispatch__`` like any operator; in a
-group of NCCL the values travel through gloo's C++ code, with NCCL's rules around it:
-which tensors it takes, how it reduces, what it keeps on the card meanwhile. A
-collective of tensors on the host never comes here, and torch itself says that the group
-has no backend for them.
+The process groups and all code above them are torch's own. A collective of tensors on
+cards calls ``SimulatedTensor.__torch_dispatch__`` like any operator. In an NCCL group,
+gloo's C++ code sends the values. NCCL's rules apply: which tensors are accepted, how
+values are reduced, and which memory is held on the card meanwhile. A collective of host
+tensors is not handled here; torch itself raises the error that the group has no backend
+for them.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices.simulated.tensor import Handler
 
-#: Owner, name and replacement of each.
+#: Owner, name and new value of each replaced attribute.
 REPLACEMENTS: Final[list[tuple[Any, str, Any]]] = []
 
-#: How the operators of a namespace run in groups of NCCL.
+#: The function that makes the handlers of each namespace of operators.
 COLLECTIVES: Final[dict[str, Callable[[Any, Handler], Handler]]] = {}
 
-if torch.distributed.is_available():  # it is not in every build
+if torch.distributed.is_available():  # not every build has it
     from pytest_gpumem.devices.simulated.distributed import (
         backend,
         collectives,

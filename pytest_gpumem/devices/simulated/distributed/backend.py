@@ -1,7 +1,8 @@
-"""What stands for NCCL in a process group of torch's, over gloo.
+"""The substitute for NCCL in torch's process groups, which uses gloo.
 
-Source of names, options and texts: ``torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp``
-and ``.hpp``, and ``init.cpp`` for what Python sees of them.
+Sources of names, options and messages:
+``torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp`` and ``.hpp``, and ``init.cpp`` for
+their Python bindings.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 #: Source: ``kProcessGroupNCCLDefaultTimeout``.
 DEFAULT_TIMEOUT: Final = timedelta(minutes=10)
 _UNSET: Final = -(2**31)  # NCCL_CONFIG_UNDEF_INT
-#: So many works are kept that nobody has waited for, before the oldest may go.
+#: The number of works without a waiting caller that are kept; then the oldest is dropped.
 _KEPT: Final = 64
 
 _gloo: Final[Any] = getattr(c10d, "ProcessGroupGloo", object)
@@ -46,10 +47,10 @@ _uids: Final = itertools.count()
 
 
 class _Buffers:
-    """What a communicator keeps on a card beside PyTorch's allocator.
+    """The memory that a communicator holds on a card outside PyTorch's allocator.
 
     Raises:
-        torch.distributed.DistBackendError: There is no room.
+        torch.distributed.DistBackendError: The card has no room.
     """
 
     def __init__(self, card: SimulatedCard) -> None:
@@ -69,14 +70,14 @@ class _Buffers:
             )
 
     def close(self) -> None:
-        """Give it back; safe to call twice."""
+        """Free the memory; may be called twice."""
         address, self._address = self._address, None
         if address is not None:
             self._card.give_back(address)
 
 
 class NCCLConfig:
-    """``ncclConfig_t``: it is taken and kept, and changes nothing here."""
+    """``ncclConfig_t``: it is accepted and stored, without any effect."""
 
     def __init__(self) -> None:
         self.blocking = _UNSET
@@ -106,7 +107,7 @@ class NcclOptions(c10d.Backend.Options):
         self.split_color = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NcclOptions:
-        """Return a copy, as ``split_group`` makes one."""
+        """Return a copy; ``split_group`` needs one."""
         new = NcclOptions(self.is_high_priority_stream)
         new._timeout = self._timeout
         new.config = copy.deepcopy(self.config, memo)
@@ -117,13 +118,13 @@ class NcclOptions(c10d.Backend.Options):
 
 
 class ProcessGroupNCCL(_gloo):  # type: ignore[misc]  # a class of C++
-    """NCCL in a process group: its rules, over gloo's transport.
+    """NCCL in a process group: NCCL's rules with gloo's transport.
 
     Args:
-        store: Where the ranks find each other.
+        store: The store through which the ranks find each other.
         rank: This process's rank in the group.
-        size: How many ranks there are.
-        options: ``ProcessGroupNCCL.Options``, or a time-out.
+        size: The number of ranks.
+        options: ``ProcessGroupNCCL.Options``, or a timeout.
     """
 
     Options: ClassVar[type[NcclOptions]] = NcclOptions
@@ -171,11 +172,11 @@ class ProcessGroupNCCL(_gloo):  # type: ignore[misc]  # a class of C++
         self._together: list[dist.Work] | None = None
         self._num_splits = 0
 
-    # -- what torch's Python code asks ------------------------------------------------
+    # -- methods that torch's Python code calls ---------------------------------------
 
     @property
     def options(self) -> NcclOptions:
-        """The options that the group was made with."""
+        """The options with which the group was created."""
         return self._options
 
     @property
@@ -205,36 +206,36 @@ class ProcessGroupNCCL(_gloo):  # type: ignore[misc]  # a class of C++
         return bool(self._communicators)
 
     def _group_start(self) -> None:
-        """Begin calls that NCCL takes as one; each runs at once here."""
+        """Begin calls that NCCL combines; here each call runs immediately."""
 
     _group_end = _group_start
 
     def comm_split_count(self) -> int:
-        """Return how many groups were split from this one."""
+        """Return the number of groups that were split from this one."""
         return self._num_splits
 
     def perform_nocolor_split(self, device: torch.device) -> None:
-        """Take part in a split whose group this rank is not in."""
+        """Take part in a split that creates a group without this rank."""
 
     def register_mem_pool(self, pool: object, symm: bool = False) -> None:  # noqa: FBT001, FBT002  # torch's signature
-        """Take a pool whose memory NCCL may use without copies; it changes no bytes."""
+        """Accept a pool whose memory NCCL may use without copies; no bytes change."""
 
     deregister_mem_pool = register_mem_pool
 
     def eager_connect_single_device(self, device: torch.device) -> None:
-        """Make the communicator of a card now."""
+        """Create the communicator of a card now."""
         __tracebackhide__ = True
         self.connect(card_of(device.index))
 
     def close(self) -> None:
-        """Give back what the group holds, and forget what is under way."""
+        """Free the group's memory, and drop its works in progress."""
         for each in self._communicators.values():
             each.close()
         self._communicators.clear()
         self._works.clear()
 
     def abort(self) -> None:
-        """End the group, with what is under way."""
+        """End the group and its works in progress."""
         self.close()
         super().abort()
 
@@ -252,11 +253,11 @@ class ProcessGroupNCCL(_gloo):  # type: ignore[misc]  # a class of C++
     # -- communicators ------------------------------------------------------------------
 
     def connect(self, card: SimulatedCard) -> None:
-        """Make the communicator of a card, once, with the other ranks.
+        """Create the communicator of a card together with the other ranks, only once.
 
         Raises:
-            torch.distributed.DistBackendError: Two ranks are on one card, another rank
-                does not come, or the card has no room for the buffers.
+            torch.distributed.DistBackendError: Two ranks use the same card, another rank
+                does not respond, or the card has no room for the buffers.
         """
         __tracebackhide__ = True
         with self._lock:
@@ -266,16 +267,16 @@ class ProcessGroupNCCL(_gloo):  # type: ignore[misc]  # a class of C++
             self._communicators[card.index] = _Buffers(card)
 
     def _meet(self, card: SimulatedCard) -> None:
-        """Tell the other ranks which card this one has, and hear of theirs.
+        """Exchange the cards of all ranks.
 
-        Source: ``broadcastUniqueNCCLID`` there, and ``initTransportsRank`` of NCCL's
-        ``init.cc``.
+        Source: ``broadcastUniqueNCCLID`` of ``ProcessGroupNCCL.cpp``, and
+        ``initTransportsRank`` of NCCL's ``init.cc``.
         """
         __tracebackhide__ = True
         rank, size, number = self.rank(), self.size(), len(self._communicators)
         if size == 1:
             return
-        # A bus number as NCCL prints it; cards of one machine differ in it.
+        # A bus number in NCCL's format, which is different for each card of a machine.
         own = f"{socket.gethostname()} {card.number << 12:x}"
         self._store.set(f"{number}/{rank}", own)
         for other in range(size):
@@ -302,19 +303,19 @@ class ProcessGroupNCCL(_gloo):  # type: ignore[misc]  # a class of C++
     # -- collectives ----------------------------------------------------------------
 
     def timeout_of(self, milliseconds: int) -> timedelta:
-        """Return how long a collective may take that was given so many; -1: any."""
+        """Return the timeout of a collective from milliseconds; -1 means the group's."""
         if milliseconds >= 0:
             return timedelta(milliseconds=milliseconds)
         extra, self._extra_timeout = self._extra_timeout, timedelta(0)
         return self._options._timeout + extra
 
     def transport(self, name: str, *args: Any) -> dist.Work:
-        """Let gloo carry values."""
+        """Send values with gloo."""
         carry: Callable[..., dist.Work] = getattr(super(), name)
         return carry(*args)
 
     def start(self, what: str, **details: Any) -> dist.Work:
-        """Return the work of a collective whose values are under way."""
+        """Return the work of a collective whose values are being sent."""
         self._sequence += 1
         work = NcclWork(what, rank=self.rank(), sequence=self._sequence, **details)
         if self._together is not None:
@@ -323,7 +324,7 @@ class ProcessGroupNCCL(_gloo):  # type: ignore[misc]  # a class of C++
         return self._kept(work)
 
     def _kept(self, work: NcclWork) -> NcclWork:
-        """Keep a work's Python half, which C++ does not, until somebody has waited."""
+        """Keep a work's Python object, which C++ does not keep, until a caller has waited."""
         works = self._works
         if len(works) > _KEPT and works[0].look():
             works.popleft()
@@ -332,15 +333,15 @@ class ProcessGroupNCCL(_gloo):  # type: ignore[misc]  # a class of C++
         return work
 
     def _forget(self, work: NcclWork) -> None:
-        with suppress(ValueError):  # it was one of too many
+        with suppress(ValueError):  # it was dropped because there were too many
             self._works.remove(work)
 
     def start_coalescing(self) -> None:
-        """Take what comes as one."""
+        """Combine the following collectives into one."""
         self._together = []
 
     def end_coalescing(self) -> dist.Work | None:
-        """Return the work of all that came since."""
+        """Return the work of all collectives since ``start_coalescing``."""
         together, self._together = self._together, None
         if not together:
             return None
@@ -366,13 +367,13 @@ ProcessGroupNCCL.__module__ = "torch.distributed.distributed_c10d"
 
 _group_class: Final[Any] = c10d.ProcessGroup
 _wrap: Final[Any] = vars(distributed_c10d)["_create_process_group_wrapper"]
-#: The backends of each group, by type of device; C++ keeps them alive without what
-#: Python adds to them.
+#: The backends of each group, by device type. C++ keeps the backends alive, but not
+#: their Python objects.
 _backends: Final[WeakKeyDictionary[Any, dict[str, Any]]] = WeakKeyDictionary()
 
 
 def backend_of(group: Any) -> ProcessGroupNCCL | None:
-    """Return what stands for NCCL in a group, or None."""
+    """Return the substitute for NCCL in a group, or None."""
     found = _backends.get(group, {}).get("cuda")
     return found if isinstance(found, ProcessGroupNCCL) else None
 
@@ -385,7 +386,7 @@ def _register_backend(
 
 
 def _wrapped(wrapped_pg: Any, *args: Any, **options: Any) -> Any:
-    """Let ``TORCH_DISTRIBUTED_DEBUG=DETAIL`` put no C++ around what is Python here."""
+    """Prevent ``TORCH_DISTRIBUTED_DEBUG=DETAIL`` from wrapping a Python backend in C++."""
     if isinstance(wrapped_pg, ProcessGroupNCCL):
         return wrapped_pg
     return _wrap(wrapped_pg, *args, **options)
@@ -407,7 +408,7 @@ def _end_coalescing(self: Any, device_type: torch.device) -> Any:
 
 
 def _ending(name: str) -> Any:
-    """Return what ends a group: C++ does not come to the Python half of a backend."""
+    """Return a function that ends a group: C++ does not call a backend's Python methods."""
 
     def end(self: Any) -> None:
         backend = backend_of(self)
@@ -427,7 +428,7 @@ def _split_group(  # noqa: PLR0917  # torch's signature
     group_desc: str | None = None,
     device_types: Sequence[torch.device] | None = None,
 ) -> Any:
-    """Return the group of some of a group's ranks, or None on a rank not among them.
+    """Return a new group with some of a group's ranks; None on any other rank.
 
     Source: ``ProcessGroup::splitGroup`` of ``ProcessGroup.cpp``.
     """
@@ -471,17 +472,17 @@ def _split_group(  # noqa: PLR0917  # torch's signature
 
 # -- reductions ----------------------------------------------------------------------------
 
-#: What the calling thread's collective reduces by. C++ hands the operation on without a way
-#: for Python to read all of it there.
+#: The reduction of the collective that the thread calls. Python cannot read all of its
+#: parts from the C++ object that the operator gets.
 _local: Final[Any] = threading.local()
 _SUM: Final[Any] = (vars(dist.ReduceOp.RedOpType)["SUM"], 1.0)
 
 
 def current_reduction() -> tuple[Any, Any]:
-    """Return the operation that is being called, and the factor of a PREMUL_SUM.
+    """Return the current reduction, and the factor of a PREMUL_SUM.
 
-    What C++ itself calls is a sum. Source: ``AllreduceOptions`` and
-    ``ReduceScatterOptions`` of ``torch/csrc/distributed/c10d/Types.hpp``.
+    The reduction is a sum if C++ itself calls the collective. Source: ``AllreduceOptions``
+    and ``ReduceScatterOptions`` of ``torch/csrc/distributed/c10d/Types.hpp``.
     """
     found: tuple[Any, Any] = getattr(_local, "reduction", _SUM)
     return found
@@ -529,7 +530,7 @@ _original: Final = {
     name: getattr(_group_class, name) for name in _NAMES if hasattr(_group_class, name)
 }
 
-#: Owner, name and replacement of each.
+#: Owner, name and new value of each replaced attribute.
 REPLACEMENTS: Final[list[tuple[Any, str, Any]]] = []
 if dist.is_gloo_available():
     REPLACEMENTS[:] = [

@@ -1,8 +1,8 @@
-"""What each of ``torch.ops.c10d`` does in a group of NCCL on simulated cards.
+"""Runs each operator of ``torch.ops.c10d`` in an NCCL group on simulated cards.
 
-Source, unless a function says another: the method of the same name in
-``torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp``, and ``Ops.cpp`` for what an
-operator is given and returns.
+Sources, unless a function names another: the method of the same name in
+``torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp``, and ``Ops.cpp`` for the arguments and
+results of an operator.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MULTI_DEVICE: Final = (
     "https://pytorch.org/docs/stable/distributed.html#multi-gpu-collective-functions. "
     "ProcessGroupNCCL continues supporting multi-process and multi-thread modes."
 )
-#: What NCCL has a type for. Source: ``ncclDataType`` of ``ProcessGroupNCCL.cpp``.
+#: Dtypes that NCCL supports. Source: ``ncclDataType`` of ``ProcessGroupNCCL.cpp``.
 _TYPES: Final = {
     torch.int8: "Char",
     torch.uint8: "Byte",
@@ -57,16 +57,16 @@ _NAMES: Final = {
     torch.uint32: "UInt32",
     torch.uint64: "UInt64",
 }
-#: Operations on bits, which NCCL has not.
+#: Bitwise reductions, which NCCL does not support.
 _BITWISE: Final = {_Kind.BAND: "BAND", _Kind.BOR: "BOR", _Kind.BXOR: "BXOR"}
 
 
 class Carried(NamedTuple):
-    """Values under way.
+    """Values that are being sent.
 
     Attributes:
-        works: What carries them.
-        finish: What is left to do on this rank once they are there.
+        works: The works of gloo that send the values.
+        finish: The function that this rank calls when the values have arrived.
     """
 
     works: Sequence[dist.Work]
@@ -74,7 +74,7 @@ class Carried(NamedTuple):
 
 
 class CollectiveCall:
-    """One collective: the group, and what the operator was given."""
+    """One collective: the group and the operator's arguments."""
 
     def __init__(
         self, group: Any, backend: ProcessGroupNCCL, given: dict[str, Any]
@@ -84,7 +84,7 @@ class CollectiveCall:
         self.given = given
         self.timeout = backend.timeout_of(given.get("timeout", -1))
         self.card: SimulatedCard | None = None
-        #: What is kept on the card until the collective is over.
+        #: Memory that is held on the card until the collective is complete.
         self.held: list[Memory] = []
 
     def __getitem__(self, name: str) -> Any:
@@ -92,7 +92,7 @@ class CollectiveCall:
 
     @property
     def size(self) -> int:
-        """How many ranks there are."""
+        """The number of ranks."""
         size: int = self.backend.size()
         return size
 
@@ -107,13 +107,13 @@ class CollectiveCall:
     def values(
         self, tensors: Sequence[torch.Tensor], *, is_message: bool = False
     ) -> list[torch.Tensor]:
-        """Return the values of tensors that NCCL takes; complex ones as pairs.
+        """Return the values of tensors for NCCL; complex numbers as pairs.
 
         Source: ``check_gpu_single_tensor`` and ``getNCCLComm``.
 
         Raises:
-            ValueError: A tensor is on the host, sparse or has gaps.
-            torch.distributed.DistBackendError: It is on a card that is not the group's.
+            ValueError: A tensor is on the host, is sparse or has gaps.
+            torch.distributed.DistBackendError: A tensor is on a card other than the group's.
         """
         __tracebackhide__ = True
         return [self._value(each, is_message=is_message) for each in tensors]
@@ -121,7 +121,7 @@ class CollectiveCall:
     def _value(self, tensor: torch.Tensor, *, is_message: bool) -> torch.Tensor:
         __tracebackhide__ = True
         if not isinstance(tensor, SimulatedTensor):
-            raise ValueError("Tensors must be CUDA and dense")  # noqa: TRY004  # torch's
+            raise ValueError("Tensors must be CUDA and dense")  # noqa: TRY004  # as torch
         value = tensor._gpumem_value
         if not is_message and not _is_contiguous(value):
             raise ValueError("Tensors must be contiguous")
@@ -142,7 +142,7 @@ class CollectiveCall:
             raise ValueError("Expected list of tensors on the same device")
 
     def one(self, name: str, *, is_message: bool = False) -> torch.Tensor:
-        """Return the value of the one tensor of a list."""
+        """Return the value of the only tensor in a list."""
         __tracebackhide__ = True
         tensors = self[name]
         if len(tensors) != 1:
@@ -150,7 +150,7 @@ class CollectiveCall:
         return self.values(tensors, is_message=is_message)[0]
 
     def hold(self, nbytes: int) -> None:
-        """Take bytes of the card until the collective is over."""
+        """Hold bytes on the card until the collective is complete."""
         __tracebackhide__ = True
         assert self.card is not None, "unreachable: a tensor is on it"  # noqa: S101  # states why
         self.held.append(Memory(self.card, nbytes))
@@ -166,7 +166,7 @@ class CollectiveCall:
         counts: tuple[int, int],
         is_message: bool = False,
     ) -> Any:
-        """Send the values on their way; return the work, as an operator does."""
+        """Start to send the values, and return the work as an operator does."""
         __tracebackhide__ = True
         card = self.card
         has_values = card is None or card.value_device != "meta"
@@ -186,7 +186,7 @@ class CollectiveCall:
         return work.boxed()
 
     def options(self, made: Any, **fields: Any) -> Any:
-        """Fill in options of gloo's."""
+        """Fill in gloo's options."""
         made.timeout = self.timeout
         for name, value in fields.items():
             setattr(made, name, value)
@@ -194,7 +194,7 @@ class CollectiveCall:
 
 
 def _is_contiguous(value: torch.Tensor) -> bool:
-    """Tell whether a tensor is dense in the order that it says it is in."""
+    """Return whether a tensor is dense in its memory format."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     last = formats.get(value.dim())
     return value.is_contiguous() or (
@@ -203,10 +203,10 @@ def _is_contiguous(value: torch.Tensor) -> bool:
 
 
 def _check_type(dtype: torch.dtype) -> None:
-    """Raise where NCCL has no such type.
+    """Raise an error if NCCL does not support a dtype.
 
     Raises:
-        RuntimeError: It has none.
+        RuntimeError: NCCL does not support the dtype.
     """
     if dtype not in _TYPES:
         name = _NAMES.get(dtype, str(dtype).removeprefix("torch."))
@@ -214,7 +214,7 @@ def _check_type(dtype: torch.dtype) -> None:
 
 
 def _flat(value: torch.Tensor) -> torch.Tensor:
-    """Return the memory of a tensor as bytes, in the order in which it lies there."""
+    """Return the memory of a tensor as bytes, in memory order."""
     _check_type(value.dtype)
     line = value.as_strided((value.numel(),), (1,), value.storage_offset())
     return line.view(torch.uint8)
@@ -224,14 +224,14 @@ def _flat(value: torch.Tensor) -> torch.Tensor:
 
 
 def _check_reduction(kind: Any, value: torch.Tensor) -> None:
-    """Raise where NCCL does not reduce so.
+    """Raise an error if NCCL does not support a reduction.
 
     Source: ``getNcclReduceOp``.
 
     Raises:
-        TypeError: Booleans have no mean.
-        ValueError: NCCL has no such operation.
-        RuntimeError: NCCL has no such type, or does not reduce it.
+        TypeError: The reduction is the mean of booleans.
+        ValueError: NCCL does not support the operation.
+        RuntimeError: NCCL does not support the dtype, or cannot reduce it.
     """
     __tracebackhide__ = True
     if value.dtype in _FLOAT8:
@@ -246,9 +246,9 @@ def _check_reduction(kind: Any, value: torch.Tensor) -> None:
 
 
 class _Reduction:
-    """How one collective reduces: what goes to gloo, and what is done with the sum.
+    """How one collective reduces: the input to gloo, and the use of gloo's result.
 
-    NCCL multiplies before it adds: a mean is a sum of parts, but for whole numbers.
+    NCCL multiplies before it adds: a mean is a sum of scaled numbers, except for integers.
     Source: ``hostToDevRedOp`` of NCCL's ``enqueue.cc``.
     """
 
@@ -267,12 +267,12 @@ class _Reduction:
         if kind in (_Kind.MIN, _Kind.MAX, _Kind.PRODUCT):
             self.operation = dist.ReduceOp(kind)
         if value.dtype is torch.bool:
-            # Bytes to NCCL: a sum is the largest of them, a product the smallest.
+            # NCCL treats booleans as bytes: their sum is the maximum, their product the minimum.
             few = kind in (_Kind.MIN, _Kind.PRODUCT)
             self.operation = dist.ReduceOp.MIN if few else dist.ReduceOp.MAX
 
     def scratch(self, value: torch.Tensor) -> torch.Tensor:
-        """Return what gloo may reduce in place, in the host's memory."""
+        """Return a host tensor that gloo may reduce in place."""
         line = value.as_strided((value.numel(),), (1,), value.storage_offset())
         if line.dtype is torch.bool:
             line = line.view(torch.uint8)
@@ -285,7 +285,7 @@ class _Reduction:
         return scaled
 
     def write(self, reduced: torch.Tensor, value: torch.Tensor) -> None:
-        """Write what came out to where it belongs."""
+        """Write the reduced values to the tensor of the result."""
         if self._is_mean_of_ints:
             reduced = torch.div(reduced, self._size, rounding_mode="trunc")
         line = value.as_strided((value.numel(),), (1,), value.storage_offset())
@@ -293,7 +293,7 @@ class _Reduction:
 
 
 def _all_reduced(call: CollectiveCall, value: torch.Tensor) -> Carried:
-    """Reduce a tensor on its way to every rank."""
+    """Reduce a tensor over all ranks, with the result on every rank."""
     __tracebackhide__ = True
     reduction = _Reduction(call, value)
     if value.is_meta:
@@ -305,7 +305,7 @@ def _all_reduced(call: CollectiveCall, value: torch.Tensor) -> Carried:
 
 
 def _together(started: Sequence[Carried]) -> Carried:
-    """Return several collectives as one."""
+    """Combine several collectives into one."""
 
     def finish() -> None:
         for each in started:
@@ -316,14 +316,14 @@ def _together(started: Sequence[Carried]) -> Carried:
 
 
 def all_reduce(call: CollectiveCall) -> Any:
-    """``all_reduce``."""
+    """Run ``all_reduce``."""
     __tracebackhide__ = True
     value = call.one("tensors")
     return call["tensors"], _reduce_each(call, "ALLREDUCE", [value])
 
 
 def all_reduce_coalesced(call: CollectiveCall) -> Any:
-    """``all_reduce`` of several at once."""
+    """Run ``all_reduce`` of several tensors together."""
     __tracebackhide__ = True
     values = call.values(call["tensors"])
     if len({each.dtype for each in values}) > 1:
@@ -349,7 +349,7 @@ def _reduce_each(call: CollectiveCall, what: str, values: list[torch.Tensor]) ->
 
 
 def reduce(call: CollectiveCall) -> Any:
-    """``reduce``: the other ranks' tensors stay as they are."""
+    """Run ``reduce``: the tensors of the other ranks do not change."""
     __tracebackhide__ = True
     value = call.one("tensors")
     root = call["root_rank"]
@@ -374,7 +374,7 @@ def reduce(call: CollectiveCall) -> Any:
 def _scattered(
     call: CollectiveCall, parts: Sequence[torch.Tensor], output: torch.Tensor
 ) -> Carried:
-    """Reduce one part of each rank's to the rank that it is for."""
+    """Reduce one part of each rank's tensor to the rank that receives this part."""
     reduction = _Reduction(call, output)
     works, scratches = [], []
     for rank, part in enumerate(parts):
@@ -388,7 +388,7 @@ def _scattered(
 
 
 def reduce_scatter(call: CollectiveCall) -> Any:
-    """``reduce_scatter``, of a list: through one tensor on the card, if all are equal."""
+    """Run ``reduce_scatter`` of a list, through one tensor if all sizes are equal."""
     __tracebackhide__ = True
     output = call.one("output_tensors")
     inputs = call.values(call["input_tensors"][0])
@@ -401,7 +401,7 @@ def reduce_scatter(call: CollectiveCall) -> Any:
 
 
 def reduce_scatter_tensor(call: CollectiveCall) -> Any:
-    """``reduce_scatter_tensor``."""
+    """Run ``reduce_scatter_tensor``."""
     __tracebackhide__ = True
     output, source = call["output_tensor"], call["input_tensor"]
     pair = _parts_for(call, output, source)
@@ -410,7 +410,7 @@ def reduce_scatter_tensor(call: CollectiveCall) -> Any:
 
 
 def reduce_scatter_tensor_coalesced(call: CollectiveCall) -> Any:
-    """``reduce_scatter_tensor`` of several at once."""
+    """Run ``reduce_scatter_tensor`` of several tensors together."""
     __tracebackhide__ = True
     pairs = [
         _parts_for(call, output, source)
@@ -422,7 +422,7 @@ def reduce_scatter_tensor_coalesced(call: CollectiveCall) -> Any:
 def _parts_for(
     call: CollectiveCall, output: torch.Tensor, source: torch.Tensor
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Return each rank's part of a tensor that is to be scattered, and what gets ours."""
+    """Return each rank's part of a tensor to scatter, and the target of this rank's part."""
     __tracebackhide__ = True
     if source.dtype != output.dtype:
         raise TypeError("input tensor must be the same type as the output tensor.")
@@ -461,7 +461,7 @@ def _scatter_each(
 
 
 def broadcast(call: CollectiveCall) -> Any:
-    """``broadcast``."""
+    """Run ``broadcast``."""
     __tracebackhide__ = True
     value = call.one("tensors")
     root = call["root_rank"] + call["root_tensor"]
@@ -480,7 +480,7 @@ def _are_equal(values: Sequence[torch.Tensor]) -> bool:
 
 
 def all_gather(call: CollectiveCall) -> Any:
-    """``all_gather``, to a list: through one tensor on the card, if all are equal."""
+    """Run ``all_gather`` to a list, through one tensor if all sizes are equal."""
     __tracebackhide__ = True
     source = call.one("input_tensors")
     outputs = call["output_tensors"][0]
@@ -522,7 +522,7 @@ def _gathered(
     flat = _flat(source)
     target = _flat(output)
     if target.untyped_storage()._cdata == flat.untyped_storage()._cdata:
-        flat = flat.clone()  # a rank's part may lie in the result
+        flat = flat.clone()  # a rank's part may be a view of the result
     return call.backend.transport("_allgather_base", target, flat)
 
 
@@ -539,7 +539,7 @@ def _check_gather(
 
 
 def all_gather_into_tensor(call: CollectiveCall) -> Any:
-    """``all_gather_into_tensor``."""
+    """Run ``all_gather_into_tensor``."""
     __tracebackhide__ = True
     target, source = call["output_tensor"], call["input_tensor"]
     values = call.values([source, target])
@@ -555,7 +555,7 @@ def all_gather_into_tensor(call: CollectiveCall) -> Any:
 
 
 def all_gather_into_tensor_coalesced(call: CollectiveCall) -> Any:
-    """``all_gather_into_tensor`` of several at once."""
+    """Run ``all_gather_into_tensor`` of several tensors together."""
     __tracebackhide__ = True
     outputs, inputs = call["outputs"], call["inputs"]
     targets, sources = call.values(outputs), call.values(inputs)
@@ -585,7 +585,7 @@ def all_gather_coalesced(_call: CollectiveCall) -> Any:
 
 
 def gather(call: CollectiveCall) -> Any:
-    """``gather``."""
+    """Run ``gather``."""
     __tracebackhide__ = True
     source = call.one("input_tensors")
     root = call["root_rank"]
@@ -631,7 +631,7 @@ def gather(call: CollectiveCall) -> Any:
 
 
 def scatter(call: CollectiveCall) -> Any:
-    """``scatter``."""
+    """Run ``scatter``."""
     __tracebackhide__ = True
     target = call.one("output_tensors", is_message=True)
     root = call["root_rank"]
@@ -664,7 +664,7 @@ def scatter(call: CollectiveCall) -> Any:
 
 
 def all_to_all_single(call: CollectiveCall) -> Any:
-    """``all_to_all_single``."""
+    """Run ``all_to_all_single``."""
     __tracebackhide__ = True
     output, source = call.values([call["output"], call["input"]], is_message=True)
     splits = []
@@ -686,7 +686,7 @@ def all_to_all_single(call: CollectiveCall) -> Any:
 
 
 def all_to_all(call: CollectiveCall) -> Any:
-    """``all_to_all``, of lists."""
+    """Run ``all_to_all`` of lists."""
     __tracebackhide__ = True
     both = []
     for name in ("output", "input"):
@@ -701,7 +701,7 @@ def _exchange(
     into: tuple[list[torch.Tensor], list[int]],
     out_of: tuple[list[torch.Tensor], list[int]],
 ) -> Any:
-    """Send each rank its bytes of some tensors, and take the others' into some."""
+    """Send each rank its bytes, and receive the bytes from the other ranks."""
     __tracebackhide__ = True
     outputs, output_splits = into
     sources, input_splits = out_of
@@ -736,13 +736,13 @@ def _exchange(
 
 
 def send(call: CollectiveCall) -> Any:
-    """``send``; NCCL knows no tags."""
+    """Run ``send``; NCCL does not support tags."""
     __tracebackhide__ = True
     return _message(call, "SEND", call["dst"])
 
 
 def receive(call: CollectiveCall) -> Any:
-    """``recv``."""
+    """Run ``recv``."""
     __tracebackhide__ = True
     return _message(call, "RECV", call["src"])
 
@@ -777,9 +777,10 @@ def receive_from_any(_call: CollectiveCall) -> Any:
 
 
 def barrier(call: CollectiveCall) -> Any:
-    """``barrier``: an ``all_reduce`` of one number, of which the host waits for the end.
+    """Run ``barrier``: an ``all_reduce`` of one number, for which the host waits.
 
-    Which card: ``device_ids``, the group's, the one used before, or the rank's.
+    The card is the first that is known of: ``device_ids``, the group's card, the card used
+    before, and the rank's card.
     """
     __tracebackhide__ = True
     devices = call["device_ids"]
@@ -803,7 +804,7 @@ def barrier(call: CollectiveCall) -> Any:
     )
 
 
-#: What runs each operator of ``torch.ops.c10d``.
+#: The function that runs each operator of ``torch.ops.c10d``.
 _RUNS: Final[dict[str, Callable[[CollectiveCall], Any]]] = {
     "allreduce_": all_reduce,
     "allreduce_coalesced_": all_reduce_coalesced,
@@ -828,7 +829,7 @@ _RUNS: Final[dict[str, Callable[[CollectiveCall], Any]]] = {
 
 
 def collective_handler(func: Any, other: Handler) -> Handler:
-    """Return how a collective runs: in a group of NCCL as here, in any other as given."""
+    """Return a handler that runs a collective here for NCCL groups, else by ``other``."""
 
     def in_nccl(
         run: Any, group: c10d.ProcessGroup, backend: Any, given: dict[str, Any]
@@ -852,14 +853,15 @@ def by_group(
     in_nccl: Callable[[Any, c10d.ProcessGroup, Any, dict[str, Any]], Any],
     group_of: Callable[[dict[str, Any]], c10d.ProcessGroup],
 ) -> Handler:
-    """Return a handler that runs a collective by the group that it is called for.
+    """Return a handler that runs a collective as its process group requires.
 
     Args:
         func: The collective.
-        other: Runs it where the group has no NCCL.
-        runs: What runs each collective on cards, by its name; ``other`` runs the rest.
-        in_nccl: Called with that, the group, its NCCL backend and the arguments by name.
-        group_of: Finds the group in the arguments by name.
+        other: Runs the collective if the group has no NCCL backend.
+        runs: The function for each collective on cards, by name; ``other`` runs the rest.
+        in_nccl: Called with the function from ``runs``, the group, its NCCL backend and
+            the arguments by name.
+        group_of: Returns the group from the arguments by name.
     """
     run = runs.get(func._schema.name.partition("::")[2])
     if run is None:

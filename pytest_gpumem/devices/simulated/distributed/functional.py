@@ -1,8 +1,8 @@
-"""What ``torch.ops._c10d_functional`` and ``_dtensor`` do in a group of NCCL.
+"""Runs ``torch.ops._c10d_functional`` and ``_dtensor`` in an NCCL group.
 
-They allocate their results and call the collectives of ``collectives.py``. Source:
-``torch/csrc/distributed/c10d/Functional.cpp``. Results are there when a call returns,
-which ``wait_tensor`` cannot tell from before.
+These operators allocate their results and call the collectives of ``collectives.py``.
+Source: ``torch/csrc/distributed/c10d/Functional.cpp``. The results are complete when a
+call returns, so ``wait_tensor`` has nothing to wait for.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _broadcast(group: Any, tensor: torch.Tensor, source: int) -> torch.Tensor:
 def _shard_other_dimension(
     group: Any, tensor: torch.Tensor, gather_dim: int, shard_dim: int
 ) -> torch.Tensor:
-    """``torch.ops._dtensor.shard_dim_alltoall``."""
+    """Run ``torch.ops._dtensor.shard_dim_alltoall``."""
     parts = torch.stack(tensor.chunk(group.size(), shard_dim))
     received = torch.empty_like(parts)
     group.alltoall_base(received, parts, [], []).wait()
@@ -146,7 +146,7 @@ def _message(*_args: Any, **_options: Any) -> None:
     refuse("a functional message of torch.distributed")
 
 
-#: What runs each operator, given the group in the place of its name.
+#: The function that runs each operator; it gets the group instead of the group's name.
 _RUNS: Final[dict[str, Callable[..., Any]]] = {
     "all_reduce": _all_reduce,
     "all_reduce_": _all_reduce_,
@@ -169,7 +169,7 @@ _RUNS: Final[dict[str, Callable[..., Any]]] = {
 
 
 def functional_handler(func: Any, other: Handler) -> Handler:
-    """Return how a collective runs: in a group of NCCL as here, in any other as given."""
+    """Return a handler that runs a collective here for NCCL groups, else by ``other``."""
 
     def in_nccl(run: Any, group: Any, _backend: Any, given: dict[str, Any]) -> Any:
         __tracebackhide__ = True
@@ -183,9 +183,9 @@ def functional_handler(func: Any, other: Handler) -> Handler:
 
 
 def _group(named: Any) -> Any:
-    """Return a group that is named, or given itself."""
+    """Return a group from its name or from the group itself."""
     if isinstance(named, str):
-        return c10d._resolve_process_group(named)  # type: ignore[arg-type]  # a name
+        return c10d._resolve_process_group(named)  # type: ignore[arg-type]  # a group's name
     return (
         named
         if isinstance(named, c10d.ProcessGroup)

@@ -1,4 +1,4 @@
-"""``torch.cuda.nccl``: NCCL between the cards of one process.
+"""``torch.cuda.nccl``: NCCL for the cards of one process.
 
 Source: ``torch/csrc/cuda/python_nccl.cpp`` and ``nccl.cpp``.
 """
@@ -25,7 +25,7 @@ def _mean(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return functools.reduce(torch.add, tensors) / len(tensors)
 
 
-#: ``ncclRedOp_t``, by number.
+#: The operations of ``ncclRedOp_t``, by number.
 _OPERATIONS: Final = (
     lambda each: functools.reduce(torch.add, each),
     lambda each: functools.reduce(torch.mul, each),
@@ -36,10 +36,10 @@ _OPERATIONS: Final = (
 
 
 def _values(tensors: Sequence[Any]) -> list[torch.Tensor]:
-    """Return the values of tensors that NCCL takes.
+    """Return the values of tensors for NCCL.
 
     Raises:
-        RuntimeError: They are none, of several sizes, or not each on a card of its own.
+        RuntimeError: There are no tensors, their sizes differ, or two are on one card.
     """
     if not tensors:
         raise RuntimeError("input sequence can't be empty")
@@ -58,12 +58,12 @@ def _values(tensors: Sequence[Any]) -> list[torch.Tensor]:
         cards.add(each.get_device())
     if len(cards) < len(tensors):
         raise RuntimeError("inputs must be on unique devices")
-    return [each._gpumem_value for each in tensors]  # its maker
+    return [each._gpumem_value for each in tensors]  # private to this package
 
 
 def _reduce(inputs: Any, output: Any, _root: int, op: int, *_ignored: Any) -> None:
     values = _values(inputs)
-    output._gpumem_value.copy_(_OPERATIONS[op](values))  # its maker
+    output._gpumem_value.copy_(_OPERATIONS[op](values))  # private to this package
 
 
 def _all_reduce(inputs: Any, outputs: Any, op: int, *_ignored: Any) -> None:
@@ -91,7 +91,7 @@ def _reduce_scatter(inputs: Any, outputs: Any, op: int, *_ignored: Any) -> None:
         each.copy_(part.view_as(each))
 
 
-#: In ``torch._C``; unique ids and ranks of NCCL's own are refused.
+#: Replacements in ``torch._C``; NCCL's unique ids and ranks are refused.
 C_NCCL: Final[dict[str, Any]] = {
     "_nccl_version": _version,
     "_nccl_version_suffix": lambda: b"",

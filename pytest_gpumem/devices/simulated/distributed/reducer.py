@@ -1,7 +1,7 @@
-"""Buckets of ``DistributedDataParallel`` on the cards of the parameters.
+"""Puts the buckets of ``DistributedDataParallel`` on the cards of the parameters.
 
-C++ makes them on what it takes for the parameters' device, which is the host for a
-simulated tensor. Source: ``initialize_buckets``, ``initialize_local_used_map`` and
+C++ creates buckets on the device that it sees for the parameters, which for a simulated
+tensor is the host. Source: ``initialize_buckets``, ``initialize_local_used_map`` and
 ``compute_bucket_assignment_by_size`` of ``torch/csrc/distributed/c10d/reducer.cpp``.
 """
 
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _empty: Final = torch.ops.aten.empty.memory_format
-#: Where values are, or where they would be if there were any.
+#: The device types of values, with and without computed values.
 _HOST: Final = ("cpu", "meta")
 
 
 class _Placing(TorchDispatchMode):
-    """A block in which memory that C++ asks for on the host is a card's.
+    """A mode in which memory that C++ requests on the host is taken on a card.
 
     Args:
-        devices: The card of each request, in order; the last goes on for ever.
+        devices: The card of each request, in order; the last card serves all later ones.
     """
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
@@ -40,7 +40,7 @@ class _Placing(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Ask for the memory on the card."""
+        """Request the memory on the card."""
         options = kwargs or {}
         asked = options.get("device")
         if func is _empty and asked is not None and asked.type in _HOST:
@@ -52,7 +52,7 @@ class _Placing(TorchDispatchMode):
 
 
 def _device_of(tensor: torch.Tensor) -> torch.device | None:
-    """Return the card of a tensor, or None for one on the host."""
+    """Return the card of a tensor, or None for a tensor on the host."""
     return tensor.device if isinstance(tensor, SimulatedTensor) else None
 
 
@@ -63,11 +63,11 @@ _verify: Final[Any] = vars(dist)["_verify_params_across_processes"]
 
 
 class Reducer(_Reducer):  # type: ignore[misc]  # a class of C++
-    """``torch.distributed.Reducer``, whose buckets are where the parameters are.
+    """``torch.distributed.Reducer`` with buckets on the parameters' cards.
 
-    Limits: where parameters are on several cards, buckets are not made anew in the
-    order of the first backward: C++ would mix the cards in one. Their bytes are the
-    same.
+    Limits: if parameters are on several cards, buckets are not rebuilt in the order of the
+    first backward, because C++ would put several cards in one bucket. The bytes of the
+    buckets are the same.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Reducer(_Reducer):  # type: ignore[misc]  # a class of C++
 
 
 def _by_card(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
-    """Return the positions of tensors, card by card."""
+    """Return the positions of tensors, grouped by card."""
     found: dict[torch.device | None, list[int]] = {}
     for position, tensor in enumerate(tensors):
         found.setdefault(_device_of(tensor), []).append(position)
@@ -122,7 +122,7 @@ def assign_buckets(
     tensor_indices: Sequence[int] = (),
     logger: Any = None,
 ) -> tuple[list[list[int]], list[int]]:
-    """Return which tensors share a bucket, and each bucket's limit: never two cards."""
+    """Return the tensors and the limit of each bucket; no bucket has two cards."""
     parts = _by_card(tensors)
     if len(parts) == 1:
         assigned: tuple[list[list[int]], list[int]] = _assign(
@@ -159,7 +159,7 @@ def broadcast_coalesced(
     buffer_size: int,
     src: int = 0,
 ) -> None:
-    """Broadcast tensors in pieces of at most so many bytes: never two cards in one."""
+    """Broadcast tensors in pieces of limited bytes; no piece has two cards."""
     __tracebackhide__ = True
     for positions in _by_card(tensors):
         _broadcast_all(
@@ -170,13 +170,13 @@ def broadcast_coalesced(
 def verify_params(
     process_group: Any, params: Sequence[torch.Tensor], logger: Any = None
 ) -> None:
-    """Hold the parameters of all ranks to the same number, sizes and strides.
+    """Check that all ranks have the same number, sizes and strides of parameters.
 
     Source: ``verify_params_across_processes``, which sends numbers on the device of the
     first parameter.
 
     Raises:
-        RuntimeError: They differ.
+        RuntimeError: The ranks' parameters differ.
     """
     __tracebackhide__ = True
     device = _device_of(params[0]) if params else None
@@ -213,7 +213,7 @@ def verify_params(
                 )
 
 
-#: Owner, name and replacement of each.
+#: Owner, name and new value of each replaced attribute.
 REPLACEMENTS: Final[list[tuple[Any, str, Any]]] = [
     (dist, "Reducer", Reducer),
     (dist, "_compute_bucket_assignment_by_size", assign_buckets),

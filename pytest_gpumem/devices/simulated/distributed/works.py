@@ -1,4 +1,4 @@
-"""A collective under way on simulated cards, and the errors it may end in."""
+"""A collective in progress on simulated cards, and the errors that it may raise."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NO_TIMEOUT: Final = timedelta(0)
 
 
 def nccl_error(result: str, detail: str, last: str) -> dist.DistBackendError:
-    """Return the error of a call of NCCL's.
+    """Return the error of a failed NCCL call.
 
     Source: ``C10D_NCCL_CHECK`` and ``getNcclErrorDetailStr`` of
     ``torch/csrc/distributed/c10d/NCCLUtils.hpp`` and ``.cpp``.
@@ -34,7 +34,7 @@ def nccl_error(result: str, detail: str, last: str) -> dist.DistBackendError:
 
 
 def remote_error(last: str) -> dist.DistBackendError:
-    """Return NCCL's error for another rank that is gone."""
+    """Return NCCL's error for another rank that has exited."""
     return nccl_error(
         "remote process exited or there was a network error",
         "ncclRemoteError: A call failed possibly due to a network error or a remote "
@@ -44,18 +44,18 @@ def remote_error(last: str) -> dist.DistBackendError:
 
 
 class NcclWork(dist.Work):
-    """A collective of a group of NCCL.
+    """A collective of an NCCL group.
 
     Args:
-        what: What torch calls the collective, as ``ALLREDUCE``.
+        what: Torch's name of the collective, such as ``ALLREDUCE``.
         rank: This process's rank in the group.
-        sequence: The collective's number in the group.
-        timeout: How long it may take.
-        inner: The works that carry the values.
-        finish: What is left to do on this rank once they are done.
-        outputs: The tensors of the card that hold the result.
-        counts: Elements that go in and come out, for the text of an error.
-        held: What the collective keeps on the card until it is done.
+        sequence: The sequence number of the collective in the group.
+        timeout: The longest time that the collective may take.
+        inner: The works of gloo that send the values.
+        finish: The function that this rank calls when these works are complete.
+        outputs: The card's tensors that hold the result.
+        counts: Numbers of input and output elements, for an error message.
+        held: Memory that the collective holds on the card until it is complete.
     """
 
     def __init__(
@@ -83,25 +83,25 @@ class NcclWork(dist.Work):
         self._finish = finish
         self._outputs = list(outputs)
         self._held = held
-        self._lock = threading.RLock()  # a callback may run at once
-        #: Held by who waits: a message's own work can be waited for only once.
+        self._lock = threading.RLock()  # a callback may run immediately
+        #: Held by the waiting thread, because a send or receive can be waited for only once.
         self._waiting = threading.Lock()
         self._began = time.monotonic()
         self._is_done = False
         self._error: BaseException | None = None
-        #: Called once somebody has what came of the work.
+        #: Called when a caller has received the result of the work.
         self.released: Callable[[NcclWork], None] | None = None
         self._future: Future[Any] | None = None
         self._waiter: threading.Thread | None = None
 
-    # -- what torch calls -----------------------------------------------------------
+    # -- methods that torch calls ---------------------------------------------------
 
     def wait(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
-        """Wait until the values are there.
+        """Wait until the values have arrived.
 
         Raises:
-            torch.distributed.DistBackendError: They did not come in time, or another
-                rank is gone.
+            torch.distributed.DistBackendError: The values did not arrive in time, or
+                another rank has exited.
         """
         __tracebackhide__ = True
         try:
@@ -111,34 +111,34 @@ class NcclWork(dist.Work):
         return True
 
     def synchronize(self) -> None:
-        """Wait, as the current stream of a real card does."""
+        """Wait until the values have arrived; on a real card the current stream waits."""
         __tracebackhide__ = True
         self.wait()
 
     block_current_stream = synchronize
 
     def is_completed(self) -> bool:
-        """Tell whether it is over, well or not."""
+        """Return whether the collective has ended, with or without an error."""
         if self.look():
             self._release()
         return self._is_done
 
     def look(self) -> bool:
-        """Tell whether it is over, without a wait; whoever keeps it goes on to."""
+        """Return whether the collective has ended, without waiting for it."""
         if not self._is_done:
             if all(each.is_completed() for each in self._inner):
                 self._quietly_complete()
             elif not self._has_futures():
-                # A message's own work says so only to one that waits for it.
+                # A send or receive reports its end only to a waiting caller.
                 self._wait_elsewhere()
         return self._is_done
 
     def is_success(self) -> bool:
-        """Tell whether it went well."""
+        """Return whether the collective has ended without an error."""
         return self.is_completed() and self._error is None
 
     def exception(self) -> BaseException | None:
-        """Return the error it ended in."""
+        """Return the error of the collective, or None."""
         return self._error
 
     def result(self) -> list[torch.Tensor]:
@@ -146,19 +146,19 @@ class NcclWork(dist.Work):
         return self._outputs
 
     def get_future(self) -> Future[Any]:
-        """Return a future of the tensors that hold the result."""
+        """Return a future for the tensors that hold the result."""
         with self._lock:
             if self._future is None:
                 self._future = self._make_future()
             return self._future
 
-    # -- how ------------------------------------------------------------------------
+    # -- implementation -------------------------------------------------------------
 
     def _has_futures(self) -> bool:
         return all(_future_of(each) is not None for each in self._inner)
 
     def _make_future(self) -> Future[Any]:
-        if not self._inner:  # there were no values to carry
+        if not self._inner:  # there were no values to send
             self._conclude(None)
             empty: Future[Any] = Future()
             empty.set_result(self._outputs)
@@ -166,7 +166,7 @@ class NcclWork(dist.Work):
         futures = [_future_of(each) for each in self._inner]
         known = [each for each in futures if each is not None]
         if len(known) == len(futures):
-            # One of several is as good as all of them, for what comes after.
+            # A single future needs no combination.
             all_done = known[0] if len(known) == 1 else collect_all(known)
             return all_done.then(self._after)
         done: Future[Any] = Future()
@@ -175,7 +175,7 @@ class NcclWork(dist.Work):
         return future
 
     def _after(self, done: Future[Any]) -> list[torch.Tensor]:
-        """Do what is left, in whatever thread brought the values."""
+        """Call ``finish``, in the thread that received the values."""
         try:
             for each in done.value() if _is_of_futures(done) else (done,):
                 each.value()
@@ -207,7 +207,7 @@ class NcclWork(dist.Work):
         try:
             self._complete()
         except RuntimeError:
-            pass  # it is kept, and raised to whom waits
+            pass  # the error is stored, and raised in ``wait``
 
     def _complete(self, timeout: timedelta = _NO_TIMEOUT) -> None:
         __tracebackhide__ = True
@@ -240,7 +240,7 @@ class NcclWork(dist.Work):
                 self._held = self._finish = None
 
     def _named(self, said: str) -> dist.DistBackendError:
-        """Return NCCL's words for what gloo said.
+        """Return NCCL's error for an error message of gloo.
 
         Source: ``WorkNCCL::checkTimeout`` of ``ProcessGroupNCCL.cpp``.
         """
@@ -256,7 +256,7 @@ class NcclWork(dist.Work):
 
 
 def _future_of(work: dist.Work) -> Future[Any] | None:
-    """Return a work's future; a message's has none."""
+    """Return a work's future; None for a send or receive, which has none."""
     try:
         return work.get_future()
     except RuntimeError:
@@ -269,7 +269,7 @@ def _is_of_futures(done: Future[Any]) -> bool:
 
 
 def idle_work() -> dist.Work:
-    """Return a work that is over, for one of several that are waited for together."""
+    """Return a completed work, for use in a group of works."""
     future: Future[list[torch.Tensor]] = Future()
     future.set_result([])
     work: dist.Work = vars(c10d)["_create_work_from_future"](future)

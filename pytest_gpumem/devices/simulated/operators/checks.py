@@ -93,7 +93,7 @@ def _is_no_tangent(tensor: torch.Tensor) -> bool:
     """
     return (
         type(tensor) is torch.Tensor
-        and (forward_ad._current_level >= 0 or are_transforms_active())  # not public
+        and (forward_ad._current_level >= 0 or are_transforms_active())  # no public API
         and tensor.is_cpu
         and not any(tensor.stride())
         and tensor.untyped_storage().nbytes() == tensor.itemsize
