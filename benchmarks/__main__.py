@@ -42,7 +42,7 @@ class Section(NamedTuple):
 
 
 SECTIONS: Final = (
-    Section("Beside other tools", "peers", quick=("--quick",)),
+    Section("Comparison with other tools", "peers", quick=("--quick",)),
     Section("What the plugin costs a run", "startup"),
     Section("The simulated card", "device"),
     Section("The allocator model", "allocator"),

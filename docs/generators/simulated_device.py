@@ -11,10 +11,10 @@ def simulated_device() -> str:
     """Return the page of the simulated surface."""
     parts = [
         "# What the simulated device answers\n",
-        'On a machine without a GPU `"cuda"` means a simulated card. Values are '
-        "computed by the CPU; bytes go through a model of PyTorch's caching allocator. "
-        "This page lists every public name of `torch.cuda` and `torch.accelerator`, "
-        "written from the code.\n",
+        'On a machine without a GPU `"cuda"` means a simulated card. The CPU computes '
+        "the values, and a model of PyTorch's caching allocator counts the bytes. "
+        "This page lists every public name of `torch.cuda` and `torch.accelerator`. "
+        "It is generated from the code.\n",
         table(("kind", "means"), catalogue.KINDS.items()),
     ]
     for module in ("torch.cuda", "torch.accelerator"):
@@ -44,7 +44,7 @@ def simulated_device() -> str:
     ]
     parts.append("\n**refused**\n\n" + table(("feature", "what to do"), refused))
     parts.append(
-        "\nAn operator that the CPU cannot compute raises an error that names it, too. The "
+        "\nIf the CPU cannot compute an operator, an error names the operator. The "
         "driver's [context](cards.md) is modelled for each card. cuDNN's workspaces are "
         "not simulated.\n"
     )

@@ -28,18 +28,19 @@ OUTSIDE: Final = ("hub", "kernels", "host")
 
 HEAD: Final = f"""# Other projects' tests on simulated cards
 
-The GPU tests of other projects run here as they are, without the plugin and with it on one
-and on two simulated cards (`{CARD}`). What a card un-skips must pass, or be refused by name.
+The GPU tests of other projects run here unchanged: without the plugin, and with it on one and
+on two simulated cards (`{CARD}`). A test that is skipped without a card and runs with one must
+pass, or be refused by name.
 
 ```console
 $ tox run -e upstream
 ```
 
-fetches the released sources from the package index, runs them, and writes this page with
-`-- --write`. It takes hours on one core, and no card. A test has {LIMIT_S:.0f} s; one that
-takes longer, or that takes its process with it, is one that fails. No hub is reachable: a
-test that needs files of one fails on the host, too, or is counted as such.
-Groups of NCCL are [simulated](nccl.md) as well.
+This command fetches the released sources from the package index and runs their tests. With
+`-- --write` it also writes this page. It takes hours on one core, and needs no card. Each test
+has {LIMIT_S:.0f} s; a test that takes longer, or that ends its process, counts as failed. No hub
+is reachable: a test that needs files of a hub either fails on the host, too, or counts as `hub`.
+Groups of NCCL are [simulated](nccl.md), too.
 """
 
 
@@ -136,23 +137,23 @@ def text_of(verdicts: Mapping[str, Mapping[str, Verdict]]) -> str:
         HEAD,
         *sources,
         "",
-        "## What a card un-skips",
+        "## Tests that need a card",
         "",
-        "Tests that the host skips and a card does not. Of those that need neither the hub",
-        f"nor kernels, **{passed} of {could} pass "
+        "These tests are skipped on the host and run with a card. Of those that need neither",
+        f"the hub nor compiled kernels, **{passed} of {could} pass "
         f"({100 * passed / max(could, 1):.1f} %)**.",
         "",
         *_table(verdicts, "unskipped", "un-skipped"),
         "",
-        "## What runs on both",
+        "## Tests that also run on the host",
         "",
-        "Tests that run on the host, too. Most of them take a card where there is one.",
+        "Most of these tests use a card if there is one.",
         "",
         *_table(verdicts, "others", "tests"),
         "",
-        "## What does not pass, and why",
+        "## Tests that do not pass, and why",
         "",
-        "Tests that fail on the host in the same way are counted above and not named.",
+        "Tests that fail in the same way on the host are counted above, but not named here.",
         "",
         *_failures(verdicts),
     ]

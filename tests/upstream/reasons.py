@@ -31,9 +31,9 @@ REASONS: Final[tuple[Reason, ...]] = (
         "accelerate",
         "test_saved_activations_move_to_host",
         "offload held",
-        "compares two runs, of which the first takes cuBLAS's workspace unless a test "
-        "before it has; the plugin clears workspaces between tests, so it fails as it "
-        "does alone on a card",
+        "compares two runs; only the first makes cuBLAS's workspace, unless an earlier "
+        "test has made it. The plugin clears workspaces between tests, so the test fails, "
+        "as it does on a card if it runs alone",
     ),
     Reason(
         "accelerate",
@@ -45,13 +45,13 @@ REASONS: Final[tuple[Reason, ...]] = (
         "Lightning",
         "test_get_nvidia_gpu_stats",
         "nvidia-smi: command not found",
-        "starts `nvidia-smi`, a program of the driver, which is not there",
+        "starts the driver's program `nvidia-smi`, which is not installed",
     ),
     Reason(
         "peft",
         "test_boft_",
         "not done after|fbd_cuda",
-        "builds an extension of CUDA code before anything else",
+        "first builds an extension of CUDA code",
         "kernels",
     ),
     Reason(
@@ -65,6 +65,6 @@ REASONS: Final[tuple[Reason, ...]] = (
         "transformers",
         "T5Test::test_flex_attention_with_grads",
         "decoder_attention_mask",
-        "wants an input that the small models here are not given",
+        "needs an input that the small models here do not get",
     ),
 )

@@ -14,11 +14,11 @@ from pytest_gpumem.devices.simulated.refusals import ADVICE
 #: The meaning of each kind, in the order of the documentation's page.
 KINDS: Final[dict[str, str]] = {
     "exact": (
-        "the figures of PyTorch's own allocator, to the byte; held to recordings of it"
+        "the figures of PyTorch's own allocator, to the byte, compared with recordings"
     ),
     "like a card": "behaves as on a real card; values are computed by the CPU",
-    "modelled": "an answer of the simulated card that agrees with all its others",
-    "constant": "one answer, or no effect",
+    "modelled": "an answer of the simulated card, consistent with its other answers",
+    "constant": "always the same answer, or no effect",
     "refused": "raises UnsupportedOnSimulatedDeviceError, which says what to do",
 }
 
@@ -90,25 +90,27 @@ NOTES: Final[dict[str, str]] = {
     "torch.cuda.utilization": "0: nothing is computed on the card",
     "torch.cuda.memory_usage": "0: nothing is computed on the card",
     "torch.cuda.host_memory_stats": "0: pinned memory is ordinary memory",
-    "torch.cuda.mem_get_info": "free is at most what a budget leaves",
-    "torch.cuda.get_arch_list": "the machine's own cards'",
+    "torch.cuda.mem_get_info": "free memory is at most the rest of the budget",
+    "torch.cuda.get_arch_list": "the architectures of the simulated machine's cards",
     "torch.cuda.memory_snapshot": (
         "with `_record_memory_history` also each change and its Python frames; "
         "`_dump_snapshot` writes what memory_viz opens"
     ),
-    "torch.cuda.Stream": "work is done when a call returns; the allocator heeds streams",
-    "torch.cuda.export_dot": "a hook for graphs of CUDA's, of which there are none",
+    "torch.cuda.Stream": (
+        "work is finished when a call returns; the allocator keeps blocks by stream"
+    ),
+    "torch.cuda.export_dot": "a hook for CUDA's own graphs, which do not exist here",
     "torch.cuda.export_graph_data": (
-        "a hook for graphs of CUDA's, of which there are none"
+        "a hook for CUDA's own graphs, which do not exist here"
     ),
     "torch.cuda.CUDAGraph": (
         "captures allocate from a private pool; a replay computes again on the same "
         "memory; `debug_dump`, `raw_cuda_graph`, `check_input_liveness` are refused"
     ),
     "torch.cuda.MemPool": "an `allocator=` is refused",
-    "torch.cuda.nvtx": "ranges are counted, no profiler sees them",
+    "torch.cuda.nvtx": "ranges are counted, but no profiler shows them",
     "torch.cuda.nccl": "`unique_id` and `init_rank` are refused",
-    "torch.cuda.tunable": "`is_enabled` says no",
+    "torch.cuda.tunable": "`is_enabled` returns False",
 }
 
 #: Names outside ``torch.cuda`` and ``torch.accelerator``, by kind.
@@ -118,52 +120,54 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
         "`num_ooms` counted, observers called",
         "`PYTORCH_ALLOC_CONF`, `PYTORCH_CUDA_ALLOC_CONF`: every setting; "
         "`torch.cuda.memory._set_allocator_settings` while a program runs",
-        "private pools of graphs and of `MemPool`: routes, shared pools, what is freed "
-        "when, `use_on_oom`, `no_split`, statistics of each pool, the text of an OOM; "
-        "held step by step to a recording of PyTorch's own code",
+        "private pools of graphs and of `MemPool`: routes, shared pools, the time when "
+        "memory is freed, `use_on_oom`, `no_split`, statistics of each pool, the text of "
+        "an OOM; compared step by step with a recording of PyTorch's own code",
         "`Tensor.record_stream`: a freed block waits for the other stream",
         "cuBLAS's workspace, by compute capability and `CUBLAS_WORKSPACE_CONFIG`",
     ),
     "like a card": (
         "`.to`, `.cuda`, `.cpu`, `.type`, `.data =`, `.item`, `.tolist`, printing, "
         "pickling, `torch.save`, `torch.load`, `deepcopy`, weak references; "
-        "`isinstance(x, torch.Tensor)` holds, `type(x) is torch.Tensor` does not: C++ "
-        "asks an object's class for the device's Python code, and were that "
-        "`torch.Tensor`, every tensor of the host would pay for the question",
+        "`isinstance(x, torch.Tensor)` is true, but `type(x) is torch.Tensor` is false: "
+        "C++ looks in an object's class for the device's Python code, and with "
+        "`torch.Tensor` as the class this would slow down every tensor of the host",
         "tensors of a class without `__torch_dispatch__` (like torchvision's "
-        "`tv_tensors`, MONAI's `MetaTensor`, subclasses of `nn.Parameter`): made on a "
-        "card or moved there they stay of it, with the attributes that "
+        "`tv_tensors`, MONAI's `MetaTensor`, subclasses of `nn.Parameter`): if they are "
+        "made on a card or moved there, they keep their class and the attributes that "
         "`__torch_function__` gives them",
         "wrapper subclasses (torchao, optimum-quanto, `DTensor`, jagged nested "
-        "tensors): made around a card's tensors or moved there",
-        "classes with `__torch_dispatch__` and memory of their own: what they ask "
-        "`super()` for knows the card; inside `torch._C._DisableTorchDispatch` their "
-        "operators end in torch's `NotImplementedError`",
+        "tensors): they can wrap a card's tensors, or be moved to a card",
+        "classes with `__torch_dispatch__` and memory of their own: operators that they "
+        "call through `super()` run on the card; inside "
+        "`torch._C._DisableTorchDispatch` their operators raise torch's "
+        "`NotImplementedError`",
         "`.numpy()` and operands on two devices: torch's own errors",
         "`torch.device(0)`, `with torch.device('cuda')`, `torch.set_default_device`",
-        "generators: seed, offset and state; an OOM draws none; the numbers are the CPU's",
+        "generators: seed, offset and state; an allocation that fails draws no numbers; "
+        "the numbers are the CPU's",
         "`torch.autocast` and `torch.amp.GradScaler`, fp16 and bf16",
         "optimisers, foreach and fused; `torch.utils.checkpoint`",
-        "captures of graphs: what is not allowed ends in CUDA's or torch's error (`item`, "
+        "captures of graphs: forbidden operations raise CUDA's or torch's error (`item`, "
         "`synchronize`, copies of memory that is not pinned, an unknown generator); "
-        "streams join by events. Not simulated: that memory which a graph uses again "
-        "overwrites what another kept there; a seed that Python drew for attention's "
-        "dropout stays the same in each replay",
-        "`torch.func`, forward AD and batched gradients: transforms see where tensors "
-        "go",
+        "streams join by events. Not simulated: if two graphs use the same memory, a "
+        "replay of one does not overwrite the other's tensors. A seed that Python drew "
+        "for attention's dropout stays the same in each replay",
+        "`torch.func`, forward AD and batched gradients: transforms see moves of tensors "
+        "between devices",
         "`torch.inference_mode`: the bytes of `torch.no_grad`",
         "operators of `torch.library.custom_op`: their Python code sees the card",
         "`torch.nn.DataParallel` over several simulated cards",
-        "`torch.distributed` with [NCCL](nccl.md), by any way to start it: values "
-        "travel through gloo, with NCCL's rules, errors and work objects; DDP, FSDP, "
+        "`torch.distributed` with [NCCL](nccl.md), started in any way: gloo carries the "
+        "values, with NCCL's rules, errors and work objects; also DDP, FSDP, "
         "`fully_shard`, `DTensor`, `ZeroRedundancyOptimizer` on it",
-        "`torch.compile` with any backend and mode: what meets a tensor of a card runs "
-        "as it is, with values and bytes of eager code; where kernels would be made, one "
-        "warning says so, or with `--gpu-compiled=refused` an error; graph breaks are "
-        "not looked for",
+        "`torch.compile` with any backend and mode: code that uses a card's tensors runs "
+        "without compilation, with the values and bytes of eager code. If a backend would "
+        "make kernels, one warning says so, or an error with `--gpu-compiled=refused`; "
+        "graph breaks are not detected",
         "threads, DataLoader workers, autograd's threads; a forked child of a process "
-        "that has used a card gets torch's own error, and computes on the host with "
-        "one thread",
+        "that has used a card gets torch's own error if it uses the card, and computes "
+        "on the host with one thread",
         "`CUDA_VISIBLE_DEVICES`, read when CUDA is first used in a process: hides, "
         "chooses and orders the simulated cards",
         "pinned memory: tensors say that they are pinned",
@@ -172,11 +176,11 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
         "one is for CUDA itself",
     ),
     "modelled": (
-        "attention, dropout, reductions, sums of gradients: what CUDA's kernels save "
-        "and take for themselves",
-        "`pynvml` and `torch.cuda`'s functions that ask it: never a real driver",
-        "what a communicator of NCCL takes beside PyTorch's allocator: nothing, or "
-        "what `nccl=` says of a card",
+        "attention, dropout, reductions, sums of gradients: the tensors that CUDA's "
+        "kernels save, and the memory that they take themselves",
+        "`pynvml` and the functions of `torch.cuda` that use it: no real driver is asked",
+        "the memory of an NCCL communicator outside PyTorch's allocator: 0, or the bytes "
+        "that the card's `nccl=` gives",
     ),
 }
 
