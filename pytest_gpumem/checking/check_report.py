@@ -25,7 +25,7 @@ _WORDS: Final = 160
 
 @dataclass(frozen=True, slots=True)
 class CheckRequest:
-    """What was asked for on the command line.
+    """The request on the command line.
 
     Attributes:
         load: The loader.

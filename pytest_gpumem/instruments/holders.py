@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 #: The most references in a chain, and the most objects that each step follows.
 _DEPTH: Final = 24
 _BREADTH: Final = 4000
-#: The number of tensors whose holders are searched; the largest come first.
+#: The number of tensors for which holders are searched, the largest first.
 _TRACED: Final = 3
 #: The most objects of one search.
 _VISITED: Final = 20_000

@@ -31,7 +31,7 @@ class OomInjector:
 
     Args:
         rules: Rules, as text (see ``parse_rule``) or parsed.
-        device: The device whose allocations fail; None means the active device.
+        device: The device on which allocations fail; None means the active device.
 
     Raises:
         RuleError: A text is not a rule.

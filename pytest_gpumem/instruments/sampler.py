@@ -128,7 +128,7 @@ def rest_after(spent_s: float, period_s: float) -> float:
 
 
 class SampledTracker:
-    """A card's tracker whose figures include samples of NVML."""
+    """A tracker of a card; its figures include samples of NVML."""
 
     def __init__(self, tracker: Tracker, sampler: MemorySampler, index: int) -> None:
         self._tracker: Final = tracker

@@ -40,8 +40,8 @@ _CALL: Final = torch.nn.Module._call_impl.__code__  # noqa: SLF001  # its frame 
 _APPLY: Final = torch.nn.Module._apply.__code__  # noqa: SLF001  # its frame has the module that is moved
 _CALLS: Final = frozenset({"_call_impl", "_wrapped_call_impl"})
 _MODULE_FILE: Final = "/torch/nn/modules/module.py"
-#: Functions whose work is a load: the file's end and the function names; an empty set
-#: means every function of the file.
+#: Functions that load a model: the end of the file's path and the names of functions. An
+#: empty set means every function of the file.
 _LOADS: Final[tuple[tuple[str, frozenset[str]], ...]] = (
     ("/transformers/core_model_loading.py", frozenset()),
     ("/transformers/modeling_utils.py", frozenset({"from_pretrained"})),

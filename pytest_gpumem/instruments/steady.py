@@ -1,4 +1,4 @@
-"""A loop whose memory must not grow from step to step."""
+"""Runs a loop, and fails if its memory grows from step to step."""
 
 from __future__ import annotations
 

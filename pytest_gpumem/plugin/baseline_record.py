@@ -136,7 +136,7 @@ class BaselineRecord(Spared):
     def _deny(
         self, environment: str, test: str, name: str, nbytes: int, other: str
     ) -> None:
-        """Fail a test whose leak was first taken for another test's first use."""
+        """Fail a test if its leak was first taken for the first use of another test."""
         self._moved[test] = {}
         before, is_carried = self._gate.known(environment).test(test)
         if before is None or is_carried or self._gate.updates or test in self._failed:

@@ -48,7 +48,7 @@ def competing_process(
 
 @pytest.fixture(name="steady")
 def steady(request: pytest.FixtureRequest) -> Callable[..., Iterator[int]]:
-    """A loop whose memory must not grow from step to step.
+    """A loop that fails if its memory grows from step to step.
 
     ``for step in steady(steps=9, warmup=2):``; the arguments are those of
     ``pytest_gpumem.steady``.

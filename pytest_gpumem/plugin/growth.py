@@ -138,7 +138,7 @@ class Meter:
 
 
 class Growth:
-    """Measures each test and each fixture; see Note [Whose bytes are whose].
+    """Measures each test and each fixture; see Note [Which bytes belong to a test].
 
     Args:
         run: The run; its device may be created at any time.

@@ -82,7 +82,7 @@ class HubModels:
 
 
 class HubAdvice:
-    """Adds advice to the failure of a test whose model is not served."""
+    """Adds advice to the failure of a test if its model is not served."""
 
     @staticmethod
     @pytest.hookimpl(wrapper=True)

@@ -196,7 +196,7 @@ class Sweeps:
         return report
 
     def check(self, item: pytest.Item, report: SweepReport) -> None:
-        """Fail a test whose sweep has points that ended badly."""
+        """Fail a test if points of its sweep ended badly."""
         if self._run.settings.replay is not None and not report.outcomes:
             pytest.fail(
                 f"--gpu-replay-oom={self._run.settings.replay}: no allocation of this "

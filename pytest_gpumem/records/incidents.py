@@ -71,8 +71,8 @@ class Incident:
         allocated_bytes: Bytes in live tensors.
         reserved_bytes: Bytes held from the driver.
         largest_free_bytes: The largest free block of the reserved bytes.
-        nbytes: Bytes asked for; on a real card, the bytes of the segment for the request.
-        site: The code that asked, in words.
+        nbytes: Requested bytes; on a real card, the bytes of the segment for the request.
+        site: The code that requested them, in words.
         phase: What the program was doing.
         injected_by: The rule that failed the request; None if there was no room.
         limit: The broken limit, in words; empty for an OOM.

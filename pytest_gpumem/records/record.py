@@ -133,7 +133,7 @@ class Contention:
         needed_bytes: The live bytes and the request together.
         share_bytes: The worker's share; None if the share was not the cause.
         others_bytes: Bytes that other processes held.
-        site: The code that asked, in words.
+        site: The code that requested memory, in words.
     """
 
     device_index: Count

@@ -83,7 +83,7 @@ def missing(peaks: Iterable[Peak]) -> dict[str, int]:
 
 
 def too_generous(peaks: Iterable[Peak]) -> list[tuple[Peak, int]]:
-    """Return tests whose limit is far above their peak, with a suggested limit.
+    """Return tests with a limit far above their peak, each with a suggested limit.
 
     For a parametrised test the largest peak counts, because all share one marker.
     """

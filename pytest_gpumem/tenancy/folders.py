@@ -1,12 +1,12 @@
 """Opens folders that processes share, and checks whether they can be trusted.
 
-Note [Whom a shared folder is open to]
-Anybody may make a folder of any name in a temporary folder, and put links in it that
-point elsewhere. A private folder is therefore opened without following a link, and used
-only if this user owns it and nobody else may write to it. Files in it are opened relative
-to its handle, so that no name is looked up twice. Others may write to a folder that a
-user names for several users, if only its owner can remove a file there (the sticky bit)
-and the folder itself belongs to root or to this user.
+Note [When a shared folder can be trusted]
+Every user may make a folder of any name in a temporary folder, and put links in it that
+point elsewhere. A private folder is therefore opened without following a link. It is used
+only if this user owns it and no other user may write to it. Files in it are opened
+relative to its handle, so that no name is looked up twice. A folder may also be named for
+several users. Other users may write to such a folder if only a file's owner can remove the
+file (the sticky bit), and if the folder belongs to root or to this user.
 """
 
 from __future__ import annotations
