@@ -199,7 +199,7 @@ class CachingAllocator(PrivatePools):
             return None
         return self.new_segment(pool, new_bytes, stream)
 
-    # -- giving blocks back -------------------------------------------------------------
+    # -- returning blocks ---------------------------------------------------------------
 
     def process_events(self, *, wait: bool = False) -> None:
         """Free the blocks that other streams have finished with.
@@ -233,7 +233,7 @@ class CachingAllocator(PrivatePools):
             block.num_events += 1
         block.streams = None
 
-    # -- the whole ----------------------------------------------------------------------
+    # -- the card -----------------------------------------------------------------------
 
     def empty_cache(self, pool_id: PoolId = DEFAULT) -> None:
         """Wait for every stream, then return every free segment to the driver.
@@ -322,7 +322,7 @@ class CachingAllocator(PrivatePools):
             device_index=self.device_index,
         )
 
-    # -- questions ----------------------------------------------------------------------
+    # -- queries ------------------------------------------------------------------------
 
     @property
     def memory_fraction(self) -> float | None:

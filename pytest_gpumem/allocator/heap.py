@@ -227,7 +227,7 @@ class Heap(Figures):
             action, block.address, block.requested, segment.stream, segment.pool.owner
         )
 
-    # -- questions ----------------------------------------------------------------------
+    # -- queries ------------------------------------------------------------------------
 
     def memory_stats(self) -> dict[str, int]:
         """Return the flat dictionary of ``torch.cuda.memory_stats``."""
