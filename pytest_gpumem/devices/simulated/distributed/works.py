@@ -124,7 +124,7 @@ class NcclWork(dist.Work):
         return self._is_done
 
     def look(self) -> bool:
-        """Return whether the collective has ended, without waiting for it."""
+        """Return whether the collective has ended, without waiting or releasing the work."""
         if not self._is_done:
             if all(each.is_completed() for each in self._inner):
                 self._quietly_complete()
