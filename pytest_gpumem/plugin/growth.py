@@ -1,6 +1,6 @@
 """Measures the bytes that a test itself adds to the cards, apart from all other bytes.
 
-Note [Whose bytes are whose]
+Note [Which bytes belong to a test]
 Bytes belong to the running test, with one exception. A fixture of wider scope may add
 bytes while it is made, in the setup or call of any test. Several tests share the fixture,
 so these bytes have figures under the fixture's name. Therefore the time from a test's
