@@ -66,7 +66,9 @@ class ShrunkBatches:
 
 def _search_of(frame: FrameType) -> _Search | None:
     code = frame.f_code
-    if code.co_name != "decorator" or not Path(code.co_filename).as_posix().endswith(_FILE):
+    if code.co_name != "decorator" or not Path(code.co_filename).as_posix().endswith(
+        _FILE
+    ):
         return None
     found = variables_of(frame, "batch_size", "function", "reduce_batch_size_fn")
     first, reduce = found.get("batch_size"), found.get("reduce_batch_size_fn")
