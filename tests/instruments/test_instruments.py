@@ -18,7 +18,8 @@ from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.devices.simulated.machine import innermost_machine
 from pytest_gpumem.errors import BudgetError, DeviceUnavailableError, SizeError
 from pytest_gpumem.instruments.recorder import LimitWatch
-from pytest_gpumem.instruments.sites import current_phase
+from pytest_gpumem.instruments.sites import caller_names, current_phase
+from pytest_gpumem.instruments.witness import OomWitness
 from pytest_gpumem.stacks import clear_exception
 
 if TYPE_CHECKING:
@@ -137,6 +138,44 @@ def test_a_limit_watch_names_the_first_line_over() -> None:
     assert watch.site is not None
     assert "test_instruments.py" in watch.site
     assert watch.site.endswith("in _mib (other)")
+
+
+@pytest.mark.parametrize(
+    ("metric", "is_over"), [("allocated", False), ("reserved", True)]
+)
+def test_a_limit_watch_compares_its_own_metric(metric: str, *, is_over: bool) -> None:
+    """Memory that is reserved and unused breaks a limit of reserved bytes only."""
+    _mib(40)  # the allocator keeps the segment
+    with LimitWatch(
+        32 * MIB, metric=metric, device_index=0, device=active_device()
+    ) as watch:
+        kept = _mib(8)
+
+    assert is_over == (watch.site is not None)
+    assert 40 * MIB == torch.cuda.memory_reserved()
+    assert kept.is_cuda
+
+
+def test_a_broken_limit_is_described_once() -> None:
+    """To the witness, with the request that went over."""
+    device = active_device()
+    with (
+        OomWitness(device) as witness,
+        LimitWatch(
+            32 * MIB,
+            metric="allocated",
+            device_index=0,
+            device=device,
+            witness=witness,
+        ),
+    ):
+        kept = [_mib(20), _mib(14), _mib(1)]
+
+    (incident,) = witness.incidents
+    assert ("limit", 14 * MIB) == (incident.kind, incident.nbytes)
+    assert "the limit of 32 MiB allocated" == incident.limit
+    assert 34 * MIB == incident.allocated_bytes
+    assert 3 == len(kept)
 
 
 # -- injector ---------------------------------------------------------------------------
@@ -265,6 +304,22 @@ def test_a_rule_may_ask_for_a_thread_and_a_place() -> None:
 
     assert isinstance(failed, torch.OutOfMemoryError)
     assert 1 == injector.num_injected
+
+
+def test_a_place_is_named_by_the_programs_own_functions() -> None:
+    """A rule's pattern cannot match torch's functions, through which every call goes."""
+    seen: list[str] = []
+
+    class Layer(nn.Module):
+        def forward(self, batch: torch.Tensor) -> torch.Tensor:
+            seen.extend(caller_names())
+            return batch
+
+    Layer()(torch.ones(1))
+
+    assert "test_instruments.py:forward" in seen
+    assert "Layer" == seen[-1]
+    assert [] == [each for each in seen if "_call_impl" in each]
 
 
 def test_rules_can_be_armed_and_dropped_inside() -> None:

@@ -88,7 +88,7 @@ def test_figures_are_those_of_the_moment(witness: OomWitness) -> None:
     assert 24 * MIB == first.budget_bytes == first.room_bytes
     assert first.site.startswith("tests/instruments/test_oom_incidents.py:")
     assert "in _take (other)" in first.site
-    assert 0 == second.allocated_bytes
+    assert 0 == second.allocated_bytes == second.largest_free_bytes
     assert 50 * MIB == second.nbytes
     assert None is first.injected_by
 
@@ -158,6 +158,36 @@ def test_what_a_traceback_holds_is_named(witness: OomWitness) -> None:
     assert "weights of the traceback of ValueError in attempt" == owner
 
 
+def test_a_variable_of_torchs_own_functions_is_no_owner(witness: OomWitness) -> None:
+    """What only torch's call of a module holds has no name that helps."""
+
+    class Layer(torch.nn.Module):
+        def forward(self, batch: torch.Tensor) -> None:
+            del batch
+            _fail()
+
+    Layer()(_take(2))
+
+    assert {"": "2097152 uint8"} == _owners(witness.incidents[0])
+
+
+def test_a_models_bytes_count_once_and_by_type(witness: OomWitness) -> None:
+    """A tied weight is one weight; whole numbers would not shrink with half precision."""
+    first, second = (torch.nn.Linear(8, 8, bias=False) for _ in range(2))
+    second.weight = first.weight
+    model = torch.nn.Sequential(first, second)
+    model.register_buffer("steps", torch.zeros(3, dtype=torch.int64))
+    model.to("cuda")
+    _fail()
+
+    (size,) = witness.incidents[0].models
+    assert (256 + 24, 256 + 24, 256) == (
+        size.whole_bytes,
+        size.on_card_bytes,
+        size.float32_bytes,
+    )
+
+
 def test_a_load_is_weighed_whole(witness: OomWitness) -> None:
     """Weights still to come count; half of them, or one layer at a time, would fit."""
     model = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(32)))
@@ -215,8 +245,55 @@ def test_later_moments_are_only_counted(
     _fail()
 
     assert [1, 0] == [each.num_tensors for each in witness.incidents]
-    assert "only the first 1 such moments" in witness.incidents[1].note
+    second = witness.incidents[1]
+    assert "only the first 1 such moments" in second.note
+    assert (0, 0, 0) == (
+        second.seen_bytes,
+        second.kept_bytes,
+        second.largest_free_bytes,
+    )
     assert kept.is_cuda
+
+
+def test_an_oom_of_the_description_is_not_described() -> None:
+    """It would be described in turn, and so on."""
+
+    def ask_for_more(_incident: Incident) -> None:
+        if len(watching.incidents) < 3:
+            _fail(2048)
+
+    with simulated_device("1GiB") as machine:
+        device = SimulatedDevice(machine)
+        with OomWitness(device, also=ask_for_more) as watching:
+            _fail(2048)
+
+    assert 1 == len(watching.incidents)
+
+
+def test_a_card_without_figures_has_no_bytes_in_use(
+    witness: OomWitness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.cuda.memory_stats is empty before CUDA is initialised (torch/cuda/memory.py)."""
+    monkeypatch.setattr(SimulatedDevice, "memory_stats", lambda *_: {})
+    _fail()
+
+    (incident,) = witness.incidents
+    assert (0, 0) == (incident.allocated_bytes, incident.reserved_bytes)
+
+
+@pytest.mark.parametrize(("kind", "count"), [("cuda", 1), ("simulated", 0)])
+def test_the_drivers_processes_are_listed_for_a_real_card(
+    witness: OomWitness, monkeypatch: pytest.MonkeyPatch, kind: str, count: int
+) -> None:
+    """The driver knows nothing of a simulated card."""
+    other = Process(7, "python", 3 * MIB)
+    monkeypatch.setattr(
+        "pytest_gpumem.instruments.witness.other_processes", lambda _index: (other,)
+    )
+    monkeypatch.setattr(SimulatedDevice, "kind", kind)
+    _fail()
+
+    assert (other,) * count == witness.incidents[0].processes
 
 
 def test_a_look_that_fails_changes_nothing(

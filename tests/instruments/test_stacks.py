@@ -409,6 +409,24 @@ def test_parts_are_read_from_torchs_own_registries() -> None:
     assert [] == list(tensors_of(torn))
 
 
+def test_each_line_of_a_function_is_a_site_of_its_own() -> None:
+    """However far down it is."""
+
+    def lines() -> list[str]:
+        numbers = [1, 2, 3, 4, 5, 6, 7, 8]
+        total = sum(numbers) + sum(numbers[1:]) + sum(numbers[2:]) + sum(numbers[3:])
+        first = describe_site(_here())
+        second = describe_site(_here())
+        third = describe_site(_here())
+        assert 36 + 35 + 33 + 30 == total
+        return [first, second, third]
+
+    first = lines.__code__.co_firstlineno + 3
+    assert [str(first + 0), str(first + 1), str(first + 2)] == [
+        each.partition(" in ")[0].rpartition(":")[2] for each in lines()
+    ]
+
+
 def test_the_module_at_work_is_named_whatever_it_overrides() -> None:
     """By its path in the outermost one."""
     seen = []

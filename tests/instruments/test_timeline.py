@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from pytest_gpumem import simulated_device
 from pytest_gpumem.devices.active import active_device
-from pytest_gpumem.instruments.timeline import BEFORE, Timeline
+from pytest_gpumem.instruments.timeline import BEFORE, MAX_POINTS, Series, Timeline
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -112,6 +113,95 @@ def test_gradients_are_told_from_weights() -> None:
             optimizer.step()
 
     assert 3 * 2**16 == live(timeline)["gradient of layer.*.weight of Encoder"]
+
+
+def test_a_step_inside_a_step_of_the_program_is_the_optimisers() -> None:
+    """A trainer's own function may have the same name."""
+    model = Encoder().to("cuda")
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    class Trainer:
+        def step(self) -> None:
+            model(torch.ones(1, 128, device="cuda")).sum().backward()
+            optimizer.step()
+
+    with Timeline(active_device()) as timeline:
+        Trainer().step()
+        Trainer().step()
+
+    assert 3 * 2**16 == live(timeline)["gradient of layer.*.weight of Encoder"]
+
+
+def test_an_optimisers_other_parameters_hide_no_gradient() -> None:
+    """One that is part of no model, and one that has no gradient."""
+    model = Encoder().to("cuda")
+    alone = nn.Parameter(torch.ones(128, device="cuda"))
+    model.layer[0].weight.requires_grad = False
+    optimizer = torch.optim.AdamW([alone, *model.parameters()])
+    with Timeline(active_device()) as timeline:
+        for _ in range(2):
+            model(alone[None]).sum().backward()
+            optimizer.step()
+
+    assert 2 * 2**16 == live(timeline)["gradient of layer.*.weight of Encoder"]
+
+
+def test_a_comparison_that_raises_is_not_seen_by_the_program() -> None:
+    """A module's class may have an __eq__ that fails; torch itself never calls it."""
+
+    class Incomparable(nn.Module):
+        __hash__ = nn.Module.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            raise AssertionError(other)
+
+    with Timeline(active_device()) as timeline:
+        holder = nn.Module()
+        holder.inner = Incomparable()
+        holder.inner.weight = nn.Parameter(torch.zeros(128, device="cuda"))
+
+    assert [512] == list(live(timeline).values())
+
+
+def test_a_block_found_after_the_peak_makes_no_negative_group() -> None:
+    """It was made in a pause, so that nobody knows that the peak was before it."""
+    with Timeline(active_device()) as timeline:
+        torch.zeros(2**18, device="cuda")
+        with timeline.paused():
+            weight = torch.zeros(2**19, device="cuda")
+        holder = nn.Module()
+        holder.weight = nn.Parameter(weight)
+
+    (card,) = timeline.result()
+    assert 2**20 == card["peak_bytes"]
+    assert all(each["bytes"] > 0 for each in card["live_at_peak"])
+
+
+def test_a_short_series_is_kept_whole() -> None:
+    """Each event once, with its number; without an event there is no point."""
+    series = Series()
+    before = series.points
+    for allocated in (3, 1, 2):
+        series.add(allocated, 5)
+
+    assert [] == before
+    assert [(1, 3, 5), (2, 1, 5), (3, 2, 5)] == series.points
+
+
+def test_merged_points_keep_the_most_allocated_bytes() -> None:
+    """Whatever is reserved there: a cache is often largest where least is in use."""
+    peaks = {301: 900, 702: 950, 1503: 980}
+    series = Series()
+    for event in range(1, 2001):
+        series.add(peaks.get(event, event % 7), 10 if event in peaks else 1000)
+    points = series.points
+    events = [event for event, _allocated, _reserved in points]
+
+    assert MAX_POINTS // 2 <= len(points) <= MAX_POINTS + 2
+    assert (2000, 5, 1000) == points[-1]
+    # The stride is 32, so neighbours are at most two buckets apart.
+    assert max(b - a for a, b in itertools.pairwise(events)) < 2 * 32
+    assert {(event, bytes_, 10) for event, bytes_ in peaks.items()} <= set(points)
 
 
 def test_a_timeline_keeps_no_model_alive() -> None:

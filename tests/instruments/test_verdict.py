@@ -267,3 +267,10 @@ def test_a_placement_reads_well() -> None:
     text = str(placement_of(_build().half().cuda()))
 
     assert "24.05 MiB on cuda:0 (torch.float16)" == text
+
+
+def test_a_placement_counts_the_parameters_that_have_a_size() -> None:
+    """A lazy one gets its size with the first batch."""
+    model = nn.Sequential(nn.Linear(2, 3), nn.LazyLinear(4))
+
+    assert 2 * 3 + 3 == placement_of(model).num_parameters
