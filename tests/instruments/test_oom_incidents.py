@@ -188,6 +188,21 @@ def test_a_models_bytes_count_once_and_by_type(witness: OomWitness) -> None:
     )
 
 
+def test_the_models_that_matter_are_listed(witness: OomWitness) -> None:
+    """Those on the card, wherever they are held, and those that are about to come."""
+    on_card = [torch.nn.Linear(8, 8, bias=False).to("cuda")]
+    elsewhere = [torch.nn.Linear(4, 4, bias=False)]
+    to_come = torch.nn.Linear(2, 2, bias=False)
+    without_weights = torch.nn.Identity()
+    _fail()
+
+    sizes = witness.incidents[0].models
+    assert [(16, 0), (256, 256)] == sorted(
+        (each.whole_bytes, each.on_card_bytes) for each in sizes
+    )
+    del on_card, elsewhere, to_come, without_weights
+
+
 def test_a_load_is_weighed_whole(witness: OomWitness) -> None:
     """Weights still to come count; half of them, or one layer at a time, would fit."""
     model = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(32)))
