@@ -322,6 +322,22 @@ def test_a_place_is_named_by_the_programs_own_functions() -> None:
     assert [] == [each for each in seen if "_call_impl" in each]
 
 
+@pytest.mark.parametrize(
+    ("file", "is_loader"),
+    [("transformers/a.py", True), ("accelerate/a.py", True), ("other/a.py", False)],
+)
+def test_a_loaders_parameter_is_a_place(file: str, *, is_loader: bool) -> None:
+    """The variables of other libraries may mean anything."""
+    code = "def load(names):\n    param_name = 'encoder.weight'\n    return names()"
+    space: dict[str, Any] = {}
+    exec(compile(code, f"/lib/{file}", "exec"), space)  # noqa: S102  # a loader's file
+
+    names = space["load"](caller_names)
+
+    assert "a.py:load" in names
+    assert is_loader == ("encoder.weight" in names)
+
+
 def test_rules_can_be_armed_and_dropped_inside() -> None:
     """arm() counts from that moment; disarm() ends it."""
     with OomInjector() as injector:

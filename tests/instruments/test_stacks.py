@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import weakref
+from pathlib import Path
 from types import coroutine
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,12 @@ from pytest_gpumem import OomInjector, active_device, stacks, sweep_ooms
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.guards import Guarded, guarded, take_dropped
 from pytest_gpumem.instruments.parts import modules_of, tensors_of
-from pytest_gpumem.instruments.sites import describe_site, module_path
+from pytest_gpumem.instruments.sites import (
+    Line,
+    describe_site,
+    module_path,
+    site_of,
+)
 from pytest_gpumem.instruments.timeline import Timeline
 from pytest_gpumem.instruments.witness import OomWitness
 from pytest_gpumem.stacks import (
@@ -37,7 +43,6 @@ from pytest_gpumem.stacks import (
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
-    from pathlib import Path
     from types import FrameType
 
 pytest_plugins = ["pytester"]
@@ -407,6 +412,25 @@ def test_parts_are_read_from_torchs_own_registries() -> None:
     assert ["weight", "bias"] == [name for name, _part in tensors_of(model[0])]
     assert [("", torn)] == list(modules_of(torn))
     assert [] == list(tensors_of(torn))
+
+
+def test_a_site_is_the_users_line_and_the_librarys_function() -> None:
+    """The innermost of each; torch only passes a request on."""
+    library = str(Path(torch.__file__).parents[1] / "loads" / "load.py")
+    lines = [
+        Line(torch.__file__, 1, "empty"),
+        Line(library, 7, "fill"),
+        Line(library, 9, "load"),
+        Line(__file__, 42, "test_it"),
+        Line(__file__, 43, "outer"),
+    ]
+
+    assert (
+        "tests/instruments/test_stacks.py:42 in test_it (other) via loads/load.py fill"
+        == site_of(lines)
+    )
+    assert "loads/load.py:7 in fill (other)" == site_of(lines[:3])
+    assert "unknown site (other)" == site_of(lines[:1])
 
 
 def test_each_line_of_a_function_is_a_site_of_its_own() -> None:
