@@ -15,6 +15,7 @@ from small_bert import Classifier, logits, save_layered
 
 from pytest_gpumem import competing_process, simulated_device, vram_budget
 from pytest_gpumem.errors import SizeError, TenantError
+from pytest_gpumem.inheritance import present_tenants
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,6 +57,7 @@ def test_a_tenant_goes_with_an_error() -> None:
         after = torch.cuda.mem_get_info()[0]
 
     assert 16 * GIB == after
+    assert not present_tenants(), "what a child would find on the card"
 
 
 def test_all_that_is_free_can_be_taken_and_no_byte_more() -> None:
