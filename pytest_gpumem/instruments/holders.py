@@ -50,6 +50,9 @@ CYCLE: Final = "a reference cycle, which only a collection frees"
 #: The most nodes of autograd graphs of one search.
 _NODES: Final = 20_000
 _SAVED: Final = "_saved_"
+#: What a torch.autograd.Function has saved, and the leaf that a node gives its gradient.
+#: Source: torch ``csrc/autograd/python_function.cpp``, ``functions/accumulate_grad.h``.
+_KEPT: Final = frozenset({"saved_tensors", "variable"})
 _OURS: Final = str(Path(__file__).parent)
 
 
@@ -293,7 +296,7 @@ def _saved() -> Iterator[tuple[torch.Tensor, Any]]:
             seen.add(id(node))
             yield tensor, node  # a torch.autograd.Function keeps tensors as attributes
             for name in dir(node):
-                if name.startswith(_SAVED) or name == "saved_tensors":
+                if name.startswith(_SAVED) or name in _KEPT:
                     yield from ((tensor, each) for each in _unpacked(node, name))
             waiting += [each for each, _number in node.next_functions]
 
