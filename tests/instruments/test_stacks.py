@@ -340,6 +340,11 @@ class Hostile(nn.Module):
     def __repr__(self) -> str:
         raise RuntimeError("hands off")
 
+    __hash__ = nn.Module.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("hands off")
+
     def forward(self, batch: torch.Tensor) -> Any:
         """Compute."""
         return self.inner(batch)
