@@ -91,18 +91,14 @@ class Collection:
                 "the fixture oom_sweep or pytest_gpumem.sweep_ooms"
             )
             return
-        if markers.sweep is None:
-            if not self._manager.has_plugin("gpumem-repeats"):
-                from pytest_gpumem.plugin.repeats import Repeats
+        # Of two plugins the one that is registered last is called first: a test's repeats
+        # come before its sweep.
+        from pytest_gpumem.plugin.repeats import Repeats
+        from pytest_gpumem.plugin.sweeps import Sweeps
 
-                self._manager.register(
-                    Repeats(self._run, self.markers), "gpumem-repeats"
-                )
-            return
-        if not self._manager.has_plugin("gpumem-sweeps"):
-            from pytest_gpumem.plugin.sweeps import Sweeps
-
-            self._manager.register(Sweeps(self._run, self.markers), "gpumem-sweeps")
+        for name, kind in (("gpumem-sweeps", Sweeps), ("gpumem-repeats", Repeats)):
+            if not self._manager.has_plugin(name):
+                self._manager.register(kind(self._run, self.markers), name)
 
     def _check_cards(self, item: pytest.Item, markers: marks.Markers) -> None:
         """Reject markers that name a card, or bytes of a card, that the run does not have.

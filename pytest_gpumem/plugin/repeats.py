@@ -1,4 +1,7 @@
-"""``max_vram_leak(repeat=...)``: runs a test's body again, which may not add memory."""
+"""Calls a test's body again, and fails it if each run adds memory.
+
+``max_vram_leak(repeat=...)`` asks for it.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,17 @@ from pytest_gpumem.errors import GrowthError
 from pytest_gpumem.plugin.limits import fail
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pytest_gpumem.plugin.marks import Markers
     from pytest_gpumem.plugin.session import Run
+
+
+def body_of(item: pytest.Function) -> Callable[[], object]:
+    """Return a function that calls a test as pytest does, with the fixtures it has now."""
+    names = item._fixtureinfo.argnames  # noqa: SLF001  # there is no public name
+    arguments = {name: item.funcargs[name] for name in names}
+    return lambda: item.obj(**arguments)
 
 
 class Repeats:
@@ -28,15 +40,19 @@ class Repeats:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_pyfunc_call(self, pyfuncitem: pytest.Function) -> object | None:
-        """Call a test as often as its marker says; fail it if each run adds memory."""
+        """Call a test as often as its marker says; fail it if each run adds memory.
+
+        A test that is also swept is swept afterwards.
+        """
         markers = self._markers.get(pyfuncitem)
-        leak = None if markers is None or markers.sweep else markers.leak
-        if leak is None or leak.repeat is None:
+        leak = None if markers is None else markers.leak
+        if markers is None or leak is None or leak.repeat is None:
             return None
+        if markers.sweep is not None and self._run.settings.replay is not None:
+            return None  # only the point of the sweep is asked for
         from pytest_gpumem.instruments.steady import steady
 
-        names = pyfuncitem._fixtureinfo.argnames  # noqa: SLF001  # as pytest's own hook calls a test
-        arguments = {name: pyfuncitem.funcargs[name] for name in names}
+        body = body_of(pyfuncitem)
         runs = steady(
             leak.warmup + leak.repeat,
             warmup=leak.warmup,
@@ -45,7 +61,7 @@ class Repeats:
         )
         try:
             for _run in runs:
-                pyfuncitem.obj(**arguments)
+                body()
         except GrowthError as error:
             fail(pyfuncitem, f"VRAM leak: {error}")
-        return True
+        return None if markers.sweep is not None else True

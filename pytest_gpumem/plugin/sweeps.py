@@ -13,6 +13,7 @@ import pytest
 
 from pytest_gpumem.errors import SweepError
 from pytest_gpumem.plugin.record_keeping import PROGRESS, record_of
+from pytest_gpumem.plugin.repeats import body_of
 from pytest_gpumem.plugin.sweep_progress import Progress, show_progress
 from pytest_gpumem.sweeps.sweep_record import summary_of
 from pytest_gpumem.sweeps.text import SHOWN, describe_point, explain_failures, replays
@@ -103,15 +104,11 @@ class Sweeps:
         plan = None if markers is None else markers.sweep
         if plan is None:
             return None
-        names = pyfuncitem._fixtureinfo.argnames  # noqa: SLF001  # as pytest's own hook calls a test
-        arguments = {name: pyfuncitem.funcargs[name] for name in names}
         shard = _shard(pyfuncitem)
         options = dict(plan)
         if shard is not None:
             options["shard"] = (shard.part, shard.parts)
-        report = self.sweep(
-            pyfuncitem, lambda: pyfuncitem.obj(**arguments), options=options
-        )
+        report = self.sweep(pyfuncitem, body_of(pyfuncitem), options=options)
         self.check(pyfuncitem, report)
         return True
 
