@@ -10,11 +10,11 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn.modules import module as torch_module
 from torch.nn.parameter import is_lazy
+from torch.utils.weak import WeakIdKeyDictionary
 
 from pytest_gpumem.instruments.parts import modules_of, registry, tensors_of, unseen
 
@@ -69,9 +69,8 @@ class Owners:
     ) -> None:
         self._device: Final = device
         self._claim: Final = claim
-        self._nodes: Final[WeakKeyDictionary[torch.nn.Module, Node]] = (
-            WeakKeyDictionary()
-        )
+        # Keys are compared by identity, because a module's class may define == and hash.
+        self._nodes: Final[Any] = WeakIdKeyDictionary()
         self._handles: list[Any] = []
 
     def start(self) -> None:
@@ -90,7 +89,7 @@ class Owners:
 
     def node(self, module: torch.nn.Module) -> Node:
         """Return a module's node, as far as it is known so far."""
-        found = self._nodes.get(module)
+        found: Node | None = self._nodes.get(module)
         if found is None:
             found = self._nodes[module] = Node(type(module).__name__)
         return found
