@@ -71,8 +71,9 @@ class LimitWatch:
     Args:
         limit_bytes: The limit, inclusive.
         metric: One of ``"allocated"``, ``"reserved"``, ``"fragmented"`` (reserved and not
-            allocated, at the allocated peak) and ``"process"`` (reserved and context; the
-            context is not watched, so a broken limit may be noticed late).
+            allocated, at the allocated peak), ``"activations"`` (which is not watched) and
+            ``"process"`` (reserved and context; the context is not watched, so a broken
+            limit may be noticed late).
         device_index: The card.
         device: The device.
         witness: Gets a description of the moment; None if nobody needs it.
@@ -112,7 +113,7 @@ class LimitWatch:
     def _watch(
         self, device_index: int, allocated: int, reserved: int
     ) -> Callable[[int], None] | None:
-        if device_index != self._index:
+        if device_index != self._index or self._metric == "activations":
             return None
         if self._metric == "fragmented":
             self._watch_peak(allocated, reserved - allocated)

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from types import CodeType, FrameType
 
+    from pytest_gpumem.records.memory_figures import Kind
+
 _OURS: Final = frozenset({"torch", "pytest_gpumem", "contextlib"})
 _CALL: Final = torch.nn.Module._call_impl.__code__  # noqa: SLF001  # its frame has the module that is called
 _APPLY: Final = torch.nn.Module._apply.__code__  # noqa: SLF001  # its frame has the module that is moved
@@ -69,6 +71,15 @@ _PARAMETER: Final = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
 _ACCELERATE: Final = ("/accelerate/utils/modeling.py", "set_module_tensor_to_device")
 #: The function of the simulated card that allocates workspaces of libraries.
 _WORKSPACE: Final = ("/simulated/memory.py", "hold_workspace")
+#: The file of transformers' caches of keys and values.
+_CACHES: Final = "/transformers/cache_utils.py"
+#: The kind of the bytes that a phase allocates; see ``memory_figures.KINDS``.
+_KIND_OF_PHASE: Final[dict[str, Kind]] = {
+    "load": "weights",
+    "forward": "activations",
+    "backward": "gradients",
+    "optimizer": "optimiser",
+}
 #: The function that calls pytest's hooks; frames above it do not belong to the test.
 _PLUGGY: Final = ("/pluggy/_callers.py", "_multicall")
 #: The most chains of code that are kept.
@@ -90,7 +101,7 @@ class Chain(NamedTuple):
 
     Attributes:
         place: The line, in words.
-        is_workspace: Whether a library takes the memory for itself.
+        kind: What the bytes are for.
         module: The depth of the frame that has the active module; None if there is none.
         variables: The names of that frame's variables for the module and for the parameter
             that is being moved; the second name may be empty.
@@ -100,7 +111,7 @@ class Chain(NamedTuple):
     """
 
     place: str
-    is_workspace: bool
+    kind: Kind
     module: int | None
     variables: tuple[str, str]
     outer: int | None
@@ -168,8 +179,9 @@ def _study(frame: FrameType) -> Chain:
             module, variables = depth, ("module", "tensor_name")
         elif code.co_name == "step" and _OPTIMIZERS in code.co_filename:
             optimizer = depth
+    kind = "workspaces" if is_workspace else kind_of(lines)
     return Chain(
-        site_of(lines), is_workspace, module, variables, outer, optimizer, tuple(codes)
+        site_of(lines), kind, module, variables, outer, optimizer, tuple(codes)
     )
 
 
@@ -226,6 +238,20 @@ def site_of(lines: Iterable[Line]) -> str:
     phase = _phase_at((each.filename, each.function) for each in lines)
     place = f"{user or line or 'unknown site'} ({phase})"
     return f"{place} via {library}" if user and library else place
+
+
+def kind_of(lines: Iterable[Line]) -> Kind:
+    """Return what the bytes are for that a stack asks for, given from the inside out.
+
+    It follows from the innermost phase; without a phase they are unnamed.
+    """
+    for each in lines:
+        if each.filename.endswith(_CACHES):
+            return "cache"
+        phase = _phase_of(each.filename, each.function)
+        if phase is not None:
+            return _KIND_OF_PHASE[phase]
+    return "unnamed"
 
 
 @functools.lru_cache(maxsize=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict, deque
+from collections import deque
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,18 +16,26 @@ from pytest_gpumem.guards import guarded
 from pytest_gpumem.instruments.live import living_models
 from pytest_gpumem.instruments.owners import NamedOwner, Owners
 from pytest_gpumem.instruments.parts import unseen
-from pytest_gpumem.instruments.sites import Line, chain_of, site_of, starred
+from pytest_gpumem.instruments.sites import (
+    Line,
+    chain_of,
+    kind_of,
+    site_of,
+    starred,
+)
 from pytest_gpumem.records.live_groups import LiveBlock, group_blocks
+from pytest_gpumem.records.memory_figures import KINDS
 from pytest_gpumem.stacks import calling_frame
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from types import FrameType
 
     from pytest_gpumem.devices import Device
     from pytest_gpumem.devices.cuda_history import CudaHistory, MemoryChange
     from pytest_gpumem.instruments.owners import Node
     from pytest_gpumem.instruments.sites import Chain
+    from pytest_gpumem.records.memory_figures import Kind
 
 #: The most points of a card's series; if there are more, neighbours are merged.
 MAX_POINTS: Final = 100
@@ -39,6 +47,15 @@ BEFORE: Final = "held before the test"
 AUTOGRAD: Final = "a thread that runs no Python code, as autograd's do (backward)"
 
 
+class _Point(NamedTuple):
+    """A moment of a series; ``kinds`` are the allocated bytes of each of ``KINDS``."""
+
+    event: int
+    allocated: int
+    reserved: int
+    kinds: list[int]
+
+
 class Series:
     """A bounded series of (event, allocated, reserved) that keeps every peak's height.
 
@@ -46,18 +63,18 @@ class Series:
     """
 
     def __init__(self) -> None:
-        self._points: list[tuple[int, int, int]] = []
+        self._points: list[_Point] = []
         self._stride = 1
         self._in_bucket = 0
-        self._last: tuple[int, int, int] | None = None
+        self._last: _Point | None = None
         self.num_events = 0
 
-    def add(self, allocated: int, reserved: int) -> None:
+    def add(self, allocated: int, reserved: int, kinds: Iterable[int] = ()) -> None:
         """Add an event."""
         self.num_events += 1
-        self._last = point = (self.num_events, allocated, reserved)
+        self._last = point = _Point(self.num_events, allocated, reserved, [*kinds])
         if self._in_bucket:
-            if allocated >= self._points[-1][1]:
+            if allocated >= self._points[-1].allocated:
                 self._points[-1] = point
         else:
             self._points.append(point)
@@ -65,15 +82,42 @@ class Series:
         if len(self._points) > MAX_POINTS and not self._in_bucket:
             pairs = zip(self._points[::2], self._points[1::2], strict=False)
             odd = self._points[-1:] if len(self._points) % 2 else []
-            self._points = [max(a, b, key=lambda each: each[1]) for a, b in pairs] + odd
+            self._points = [
+                max(a, b, key=lambda each: each.allocated) for a, b in pairs
+            ] + odd
             self._stride *= 2
+
+    def move(self, nbytes: int, old: Kind, new: Kind, since: int) -> None:
+        """Count bytes as another kind, in all points from an event on."""
+        before, after = _PLACES[old], _PLACES[new]
+        for point in reversed(self._whole()):
+            if point.event < since:
+                return
+            point.kinds[before] -= nbytes
+            point.kinds[after] += nbytes
 
     @property
     def points(self) -> list[tuple[int, int, int]]:
         """The series, with the last event as its last point."""
-        if self._last is None or self._points[-1] == self._last:
-            return list(self._points)
+        return [(each.event, each.allocated, each.reserved) for each in self._whole()]
+
+    @property
+    def kinds(self) -> dict[Kind, list[int]]:
+        """The allocated bytes of each point, for each kind that has any."""
+        columns = zip(*(each.kinds for each in self._whole()), strict=True)
+        return {
+            kind: list(column)
+            for kind, column in zip(KINDS, columns, strict=False)
+            if any(column)
+        }
+
+    def _whole(self) -> list[_Point]:
+        if self._last is None or self._points[-1] is self._last:
+            return self._points
         return [*self._points, self._last]
+
+
+_PLACES: Final = {kind: place for place, kind in enumerate(KINDS)}
 
 
 @dataclass(slots=True)
@@ -82,21 +126,26 @@ class _Block:
 
     nbytes: int
     place: str
+    kind: Kind = "unnamed"
     node: Node | None = None
     owner: NamedOwner | None = None
+    #: The number of events before its allocation.
+    since: int = 0
 
     def at_peak(self) -> LiveBlock:
         """Return the block's description."""
         owner = self.owner
         if owner is not None:
             path = (*owner.node.path, owner.name)
-            kind = owner.node.root.kind
-            return LiveBlock(self.nbytes, self.place, kind, path, owner.role)
+            model = owner.node.root.kind
+            return LiveBlock(
+                self.nbytes, self.place, model, path, owner.role, self.kind
+            )
         site = self.place
         if self.node is not None:
             module = ".".join(self.node.path) or self.node.kind
             site = f"{site} in {starred(module)}"
-        return LiveBlock(self.nbytes, site)
+        return LiveBlock(self.nbytes, site, kind=self.kind)
 
 
 class SeenOwner(NamedTuple):
@@ -109,43 +158,130 @@ class SeenOwner(NamedTuple):
     owner: NamedOwner
 
 
-class _Card:
-    def __init__(self) -> None:
-        self.series = Series()
-        self.blocks: dict[int, _Block] = {}
-        self.peak = 0
+class _Peak:
+    """The blocks that were live at the highest moment so far."""
+
+    def __init__(self, allocated: int = 0) -> None:
+        self.nbytes = allocated
         # Blocks that were allocated after the peak, and blocks live at the peak that were freed.
         self._since: set[int] = set()
         self._gone: list[_Block] = []
 
-    def gain(self, address: int, allocated: int, block: _Block) -> None:
-        self.blocks[address] = block
-        if allocated > self.peak:
-            self.peak = allocated
+    def gain(self, address: int, allocated: int) -> None:
+        if allocated > self.nbytes:
+            self.nbytes = allocated
             self._since.clear()
             self._gone.clear()
         else:
             self._since.add(address)
 
-    def lose(self, address: int) -> None:
-        block = self.blocks.pop(address, None)
+    def lose(self, address: int, block: _Block | None) -> None:
         if address in self._since:
             self._since.remove(address)
         elif block is not None:
             self._gone.append(block)
 
+    def live(self, blocks: dict[int, _Block]) -> list[_Block]:
+        still = [blocks[each] for each in blocks if each not in self._since]
+        return [*still, *self._gone]
+
+
+class _Card:
+    """A card's blocks.
+
+    Args:
+        before: The bytes that were allocated before the first event.
+    """
+
+    def __init__(self, before: int) -> None:
+        self.series = Series()
+        self.blocks: dict[int, _Block] = {}
+        self.peak = _Peak()
+        #: The peak of the present phase.
+        self._phase = _Peak(before)
+        #: The peak of each ended phase, and the blocks that were live at it.
+        self._ended: dict[str, tuple[int, list[_Block]]] = {}
+        #: Numbers of events after which an allocation failed.
+        self.ooms: list[int] = []
+        self._kinds = [0] * len(KINDS)
+        self._kinds[_PLACES["unnamed"]] = before
+        #: Bytes that were allocated before and are not known as blocks.
+        self._before = before
+        #: Blocks that were allocated while nothing was recorded.
+        self._unseen: set[int] = set()
+
+    def gain(self, address: int, allocated: int, block: _Block) -> None:
+        block.since = self.series.num_events
+        self.blocks[address] = block
+        self._kinds[_PLACES[block.kind]] += block.nbytes
+        self.peak.gain(address, allocated)
+        self._phase.gain(address, allocated)
+
+    def gain_unseen(self, address: int, nbytes: int) -> None:
+        self._unseen.add(address)
+        self._kinds[_PLACES["unnamed"]] += nbytes
+
+    def lose(self, address: int, nbytes: int) -> None:
+        block = self.blocks.pop(address, None)
+        kind: Kind = "unnamed" if block is None else block.kind
+        self._kinds[_PLACES[kind]] -= nbytes
+        if address in self._unseen:
+            self._unseen.remove(address)
+            return
+        if block is None:
+            self._before -= nbytes
+        self.peak.lose(address, block)
+        self._phase.lose(address, block)
+
+    def add(self, allocated: int, reserved: int) -> None:
+        """Add an event to the series."""
+        self.series.add(allocated, reserved, self._kinds)
+
     def claim(self, claim: SeenOwner) -> None:
-        """Note the owner of a block; a block that is not known was there before the test."""
+        """Note the owner of a block; a block that is not known was there before the test.
+
+        A block that is neither known nor a part of the bytes from before is passed over: it
+        was allocated while nothing was recorded, or the history tells of it too late.
+        """
         block = self.blocks.get(claim.address)
         if block is None:
+            if claim.address in self._unseen or claim.nbytes > self._before:
+                return
+            self._before -= claim.nbytes
             block = self.blocks[claim.address] = _Block(claim.nbytes, BEFORE)
         if block.owner is None or not claim.owner.role:
             block.owner = claim.owner
+            self._tell(block, "gradients" if claim.owner.role else "weights")
+
+    def _tell(self, block: _Block, kind: Kind) -> None:
+        """Note the kind of a block that is on the card, in the past too."""
+        if block.kind != kind:
+            self._kinds[_PLACES[block.kind]] -= block.nbytes
+            self._kinds[_PLACES[kind]] += block.nbytes
+            self.series.move(block.nbytes, block.kind, kind, block.since + 1)
+            block.kind = kind
 
     def at_peak(self) -> list[LiveBlock]:
         """Return the blocks that were live at the peak."""
-        still = [self.blocks[each] for each in self.blocks if each not in self._since]
-        return [each.at_peak() for each in (*still, *self._gone)]
+        return [each.at_peak() for each in self.peak.live(self.blocks)]
+
+    def end_phase(self, phase: str) -> None:
+        """Keep the peak of the present phase under a name, and begin another phase."""
+        self._ended[phase] = self._phase.nbytes, self._phase.live(self.blocks)
+        self._phase = _Peak(sum(self._kinds))
+
+    def kinds_of(self, phase: str | None = None) -> dict[Kind, int]:
+        """Return the bytes at the peak of an ended phase, or of the present one, by kind."""
+        peak, live = (
+            (self._phase.nbytes, self._phase.live(self.blocks))
+            if phase is None
+            else self._ended.get(phase, (0, []))
+        )
+        found = dict.fromkeys(KINDS, 0)
+        for each in live:
+            found[each.kind] += each.nbytes
+        found["unnamed"] += max(0, peak - sum(found.values()))
+        return {kind: nbytes for kind, nbytes in found.items() if nbytes}
 
 
 class Timeline:
@@ -159,7 +295,7 @@ class Timeline:
     def __init__(self, device: Device) -> None:
         self._device: Final = device
         self._stack: Final = ExitStack()
-        self._cards: Final[defaultdict[int, _Card]] = defaultdict(_Card)
+        self._cards: Final[dict[int, _Card]] = {}
         self._owners: Final = Owners(device, self._claim)
         #: Models and optimisers to examine, once calls to the device are possible.
         self._unmet: list[Any] = []
@@ -168,6 +304,9 @@ class Timeline:
         self._history: CudaHistory | None = None
         #: Owners of blocks that were found before the history is read.
         self._claims: list[SeenOwner] = []
+        #: The ends of phases, and failed allocations by card, before the history is read.
+        self._ends: list[tuple[int, str]] = []
+        self._failures: list[tuple[int, int]] = []
         self._has_met = False
         self.is_recorded = False
 
@@ -179,6 +318,7 @@ class Timeline:
             self._history = self._stack.enter_context(self._device.recording())
             hook = register_optimizer_step_pre_hook(self._steps)
             self._stack.callback(hook.remove)
+        self._stack.enter_context(self._device.observing_ooms(self._failed))
         self._owners.start()
         self._stack.callback(self._owners.stop)
         return self
@@ -217,17 +357,30 @@ class Timeline:
     def _replay(self, index: int, changes: list[MemoryChange]) -> None:
         if not changes:
             return
-        card = self._cards[index] = _Card()
         statistics = self._device.memory_stats(index)
         allocated = statistics.get("allocated_bytes.all.current", 0)
         reserved = statistics.get("reserved_bytes.all.current", 0)
         allocated -= sum(each.nbytes for each in changes)
         reserved -= sum(each.reserved_bytes for each in changes)
-        claims = deque(each for each in self._claims if each.card == index)
-        places: dict[tuple[Line, ...], str] = {}
+        card = self._cards[index] = _Card(max(0, allocated))
+        notes: list[tuple[int, Callable[[], object]]] = [
+            *(
+                (each.time_us, partial(card.claim, each))
+                for each in self._claims
+                if each.card == index
+            ),
+            *((when, partial(card.end_phase, phase)) for when, phase in self._ends),
+            *(
+                (when, lambda: card.ooms.append(card.series.num_events))
+                for when, failed in self._failures
+                if failed == index
+            ),
+        ]
+        waiting = deque(sorted(notes, key=lambda note: note[0]))
+        places: dict[tuple[Line, ...], tuple[str, Kind]] = {}
         for each in changes:
-            while claims and claims[0].time_us < each.time_us:
-                card.claim(claims.popleft())
+            while waiting and waiting[0][0] < each.time_us:
+                waiting.popleft()[1]()
             allocated += each.nbytes
             reserved += each.reserved_bytes
             if each.nbytes > 0:
@@ -236,16 +389,20 @@ class Timeline:
                     for frame in each.frames
                 )
                 if lines not in places:
-                    places[lines] = site_of(lines) if lines else AUTOGRAD
-                block = _Block(each.nbytes, places[lines])
+                    places[lines] = (
+                        (site_of(lines), kind_of(lines))
+                        if lines
+                        else (AUTOGRAD, "gradients")
+                    )
+                block = _Block(each.nbytes, *places[lines])
                 card.gain(each.address, allocated, block)
             elif each.nbytes:
-                card.lose(each.address)
+                card.lose(each.address, -each.nbytes)
             else:
                 continue
-            card.series.add(allocated, reserved)
-        for claim in claims:
-            card.claim(claim)
+            card.add(allocated, reserved)
+        for _when, act in waiting:
+            act()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -262,25 +419,52 @@ class Timeline:
     def _trace(
         self, index: int, address: int, change: int, allocated: int, reserved: int
     ) -> None:
-        if self._is_paused:
-            if change < 0:
-                self._cards[index].lose(address)
-            return
-        card = self._cards[index]
+        card = self._cards.get(index)
+        if card is None:
+            card = self._cards[index] = _Card(allocated - change)
         if change < 0:
-            card.lose(address)
+            card.lose(address, -change)
+        elif self._is_paused:
+            card.gain_unseen(address, change)
         else:
             block = self._look(change, calling_frame())
             card.gain(address, allocated, block)
-        card.series.add(allocated, reserved)
+        if not self._is_paused:
+            card.add(allocated, reserved)
+
+    def _failed(self, index: int, _nbytes: int) -> None:
+        if self._is_paused:
+            return
+        if self._history is not None:
+            self._failures.append((time.time_ns() // 1000, index))
+        elif index in self._cards:
+            self._cards[index].ooms.append(self._cards[index].series.num_events)
+
+    def end_phase(self, phase: str) -> None:
+        """End a phase of the test, and begin the next one."""
+        self._ends.append((time.time_ns() // 1000, phase))
+        if self._history is None:
+            for card in self._cards.values():
+                card.end_phase(phase)
+
+    def kinds_of(self, index: int, phase: str | None = None) -> dict[Kind, int] | None:
+        """Return the bytes at the peak of an ended phase, or of the present one, by kind.
+
+        Returns:
+            None if they are not known yet, as on a real card before the end of the test.
+        """
+        if not self.is_recorded:
+            return None
+        card = self._cards.get(index)
+        return {} if card is None else card.kinds_of(phase)
 
     def _look(self, nbytes: int, frame: FrameType) -> _Block:
         """Return a new block with the facts that follow from the stack."""
         chain = chain_of(frame)
-        if chain.is_workspace:
+        if chain.kind == "workspaces":
             place = f"cuBLAS workspace, first needed at {chain.place}"
-            return _Block(nbytes, place)
-        plain = _Block(nbytes, chain.place)
+            return _Block(nbytes, place, chain.kind)
+        plain = _Block(nbytes, chain.place, chain.kind)
         return guarded(lambda: self._block(nbytes, frame, chain), otherwise=plain)
 
     def _block(self, nbytes: int, frame: FrameType, chain: Chain) -> _Block:
@@ -288,17 +472,17 @@ class Timeline:
         if module is None:
             if chain.optimizer is not None:
                 self._meet_optimizer(chain.optimizer_at(frame))
-            return _Block(nbytes, chain.place)
+            return _Block(nbytes, chain.place, chain.kind)
         if not self._owners.knows(module):
             outer = chain.outermost_at(frame)
             self._unmet.append(module if outer is None else outer)
         node = self._owners.node(module)
         owner = NamedOwner(node, parameter) if parameter else None
-        return _Block(nbytes, chain.place, node, owner)
+        return _Block(nbytes, chain.place, chain.kind, node, owner)
 
     def _meet_optimizer(self, optimizer: Any) -> None:
         """Find an optimiser's gradients, if there was a new peak since the last call."""
-        peak = sum(card.peak for card in self._cards.values())
+        peak = sum(card.peak.nbytes for card in self._cards.values())
         if optimizer is not None and self._met_at.get(id(optimizer)) != peak:
             self._met_at[id(optimizer)] = peak
             self._unmet.append(optimizer)
@@ -327,6 +511,9 @@ class Timeline:
             self._claims.append(SeenOwner(now, index, address, storage.nbytes(), owner))
             return
         nbytes = self._device.block_bytes(storage)
+        if index not in self._cards:
+            statistics = self._device.memory_stats(index)
+            self._cards[index] = _Card(statistics["allocated_bytes.all.current"])
         self._cards[index].claim(SeenOwner(0, index, address, nbytes, owner))
 
     def result(self) -> list[dict[str, Any]]:
@@ -337,18 +524,20 @@ class Timeline:
                 continue
             live = card.at_peak()
             groups = group_blocks(live, most=MAX_GROUPS)
-            before = card.peak - sum(each.nbytes for each in live)
+            before = card.peak.nbytes - sum(each.nbytes for each in live)
             if before > 0:
-                groups.append({"site": BEFORE, "bytes": before})
+                groups.append({"site": BEFORE, "bytes": before, "kind": "unnamed"})
             cards.append(
                 {
                     "device_index": index,
                     "budget_bytes": self._device.budget(index),
                     "total_bytes": self._device.total_bytes(index),
                     "num_events": card.series.num_events,
-                    "peak_bytes": card.peak,
+                    "peak_bytes": card.peak.nbytes,
                     "points": card.series.points,
                     "live_at_peak": groups,
+                    "kinds": card.series.kinds,
+                    "ooms": card.ooms,
                 }
             )
         return cards

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import pytest
 
@@ -21,6 +21,15 @@ if TYPE_CHECKING:
     from pytest_gpumem.plugin import marks
     from pytest_gpumem.records.memory_figures import MemoryFigures
     from pytest_gpumem.records.record import Record
+
+
+#: Metrics that are only known on a simulated card, and why.
+_SIMULATED: Final = {
+    "fragmented": "PyTorch does not tell what was reserved while most was allocated; run "
+    "the test on a simulated card, or limit metric='reserved'",
+    "activations": "only a simulated card tells which code asks for memory while a test "
+    "runs; run the test on one, or limit metric='allocated'",
+}
 
 
 class _Bound(NamedTuple):
@@ -92,12 +101,10 @@ class Limits:
         """Return the broken limit of one card in words; empty if it holds."""
         about: str = bound.limit.metric
         peak = figures.peak(about)
-        if peak is None and about == "fragmented":
+        if peak is None and about in _SIMULATED:
             return (
-                "max_vram(metric='fragmented') cannot be checked on "
-                f"cuda:{bound.device_index}: PyTorch does not tell what was reserved "
-                "while most was allocated; run the test on a simulated card, or limit "
-                "metric='reserved'"
+                f"max_vram(metric={about!r}) cannot be checked on "
+                f"cuda:{bound.device_index}: {_SIMULATED[about]}"
             )
         if peak is None and figures.peak_reserved_bytes > bound.nbytes:
             peak, about = figures.peak_reserved_bytes, f"{about} at least"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 #: The kinds of reports that show timelines.
 DETAILED: Final = ("json", "html")
 
-METRICS: Final = ("allocated", "reserved", "process", "fragmented")
+METRICS: Final = ("allocated", "reserved", "process", "fragmented", "activations")
 
 PHASES: Final = ("call", "test", "children")
 
@@ -28,8 +28,8 @@ DESCRIPTIONS: Final = (
     "gpu_budget(size, *, device=0): bytes of a card that this test may hold, "
     "inclusive; overrides --gpu-budget",
     "max_vram(limit, *, metric='allocated', device=None, phase='call'): fail the test "
-    "if its peak is above the limit; metric is allocated, reserved, process or "
-    "fragmented, device a card's index (None: each), phase call, test (setup and "
+    "if its peak is above the limit; metric is allocated, reserved, process, "
+    "fragmented or activations, device a card's index (None: each), phase call, test (setup and "
     "teardown too) or children (each process that the test starts)",
     "max_vram_leak(size=0, *, repeat=None, warmup=1): fail the test if it leaves more "
     "bytes on the cards; with repeat, its body is run so many times after the warm-up, "
@@ -119,6 +119,11 @@ def _limit(
         raise ValueError(f"metric={metric!r}; accepted are {', '.join(METRICS)}")
     if phase not in PHASES:
         raise ValueError(f"phase={phase!r}; accepted are {', '.join(PHASES)}")
+    if metric == "activations" and phase == "children":
+        raise ValueError(
+            "metric='activations' is not known of child processes; limit their "
+            "allocated bytes"
+        )
     return Limit(
         _size(limit), metric, None if device is None else _device(device), phase
     )

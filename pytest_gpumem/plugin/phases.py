@@ -6,6 +6,7 @@ import gc
 import json
 import platform
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -14,6 +15,7 @@ from pytest_gpumem.devices import allocated_bytes
 from pytest_gpumem.plugin import marks
 from pytest_gpumem.plugin.failures import Failures
 from pytest_gpumem.plugin.record_keeping import has_record, record_of
+from pytest_gpumem.sizes import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -187,7 +189,7 @@ class Phases:
         markers = self._markers.get(item)
         self._run.apply_budgets(() if markers is None else markers.budgets)
         self._take_up(item, device)
-        self._start_timeline(device)
+        self._start_timeline(item, device)
 
     def _begin(self, phase: str) -> None:
         self._phase = phase
@@ -223,6 +225,9 @@ class Phases:
         self._watches.close()
         trackers, self._trackers = self._trackers, []
         figures = [tracker.close() for tracker in trackers]
+        if self._run.timeline is not None:
+            figures = self._with_activations(figures)
+            self._run.timeline.end_phase(phase)
         if self._used(device):
             from pytest_gpumem.records.record import PhaseFigures
 
@@ -247,9 +252,27 @@ class Phases:
         if bounds:
             record_of(item).max_vram_bytes = min(bounds)
 
-    def _start_timeline(self, device: Device) -> None:
-        """Begin to record a test's timeline, if a report shows it."""
-        if not any(kind in marks.DETAILED for kind, _ in self._run.settings.reports):
+    def _with_activations(self, several: list[MemoryFigures]) -> list[MemoryFigures]:
+        """Add the activations at the present phase's peak, if they are recorded."""
+        timeline = self._run.timeline
+        if timeline is None:
+            return several
+        kinds = {each.device_index: each for each in several}
+        found = {index: timeline.kinds_of(index) for index in kinds}
+        return [
+            each
+            if (known := found[each.device_index]) is None
+            else replace(each, peak_activations_bytes=known.get("activations", 0))
+            for each in several
+        ]
+
+    def _start_timeline(self, item: pytest.Item, device: Device) -> None:
+        """Begin to record a test's timeline, if a report or a limit needs it."""
+        markers = self._markers.get(item)
+        limits = () if markers is None else markers.limits
+        if not self._run.settings.reports and not any(
+            each.metric == "activations" for each in limits
+        ):
             return
         from pytest_gpumem.instruments.timeline import Timeline
 
@@ -261,9 +284,18 @@ class Phases:
             return
         timeline.__exit__(None, None, None)
         # A test that only tears down a fixture of an earlier test has no record.
-        if has_record(item):
+        if not has_record(item):
+            return
+        record = record_of(item)
+        record.figures = [
+            each
+            if (kinds := timeline.kinds_of(each.device_index, each.phase)) is None
+            else replace(each, kinds=kinds)
+            for each in record.figures
+        ]
+        if any(kind in marks.DETAILED for kind, _ in self._run.settings.reports):
             result = timeline.result() if timeline.is_recorded else None
-            record_of(item).timeline = json.dumps(result, separators=(",", ":"))
+            record.timeline = json.dumps(result, separators=(",", ":"))
 
     def _note_limits(self, item: pytest.Item) -> None:
         """Put the limits of a test that used a card into its record."""
@@ -311,7 +343,7 @@ class Phases:
         children = self._run.children.new_figures() if phase == "call" else []
         if children and self._general is not None:
             self._run.any_device()  # the test itself has not imported torch
-        read = [tracker.read() for tracker in self._trackers]
+        read = self._with_activations([each.read() for each in self._trackers])
         if not read and not children:
             return
         below = self._run.children.together(children)
@@ -320,6 +352,8 @@ class Phases:
             for of, figures in ((phase, read), ("children", below)):
                 by_card = {each.device_index: each for each in figures}
                 text = text or self._limits.check(of, by_card)
+            if text is not None:
+                text = "\n".join([text, *self._kinds_lines(read)])
         device = self._run.device
         is_used = device is not None and self._used(device)
         growth = self._run.growth
@@ -330,6 +364,22 @@ class Phases:
             from pytest_gpumem.plugin.limits import fail
 
             fail(item, text)
+
+    def _kinds_lines(self, several: list[MemoryFigures]) -> list[str]:
+        """Return what the peaks of the present phase are made of, if it is recorded."""
+        from pytest_gpumem.reports.words import kinds_words
+
+        timeline = self._run.timeline
+        found = (
+            (each, None if timeline is None else timeline.kinds_of(each.device_index))
+            for each in several
+        )
+        return [
+            f"of {format_size(each.peak_allocated_bytes)} on "
+            f"cuda:{each.device_index}: {kinds_words(kinds)}"
+            for each, kinds in found
+            if kinds
+        ]
 
     def _environment(self, children: list[ChildFigures]) -> str:
         if self._run.device is None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from pytest_gpumem.records.memory_figures import Kind
 
 #: The least number of groups by owner for which room is kept.
 _FEWEST: Final = 4
@@ -22,21 +25,23 @@ class LiveBlock(NamedTuple):
     Attributes:
         nbytes: Its bytes.
         site: The place that allocated it.
-        kind: The class of the model that owns it; empty if no owner was found.
+        model: The class of the model that owns it; empty if no owner was found.
         path: Its path in that model: ``("encoder", "layer", "3", "weight")``.
         role: Empty for the parameter or buffer itself, or ``"gradient of"``.
+        kind: What its bytes are for.
     """
 
     nbytes: int
     site: str
-    kind: str = ""
+    model: str = ""
     path: tuple[str, ...] = ()
     role: str = ""
+    kind: Kind = "unnamed"
 
     @property
     def owner(self) -> str:
         """The owner in words."""
-        return _words(self.role, self.path, self.kind)
+        return _words(self.role, self.path, self.model)
 
 
 def group_blocks(blocks: Iterable[LiveBlock], *, most: int) -> list[dict[str, Any]]:
@@ -53,7 +58,7 @@ def group_blocks(blocks: Iterable[LiveBlock], *, most: int) -> list[dict[str, An
     owned: dict[tuple[str, ...], list[LiveBlock]] = {}
     for each in blocks:
         if each.path:
-            owned.setdefault((each.role, each.kind), []).append(each)
+            owned.setdefault((each.role, each.model), []).append(each)
         else:
             sites.setdefault(each.site, []).append(each)
     total = sum(each.nbytes for several in (sites, owned) for each in _all(several))
@@ -81,6 +86,7 @@ def group_blocks(blocks: Iterable[LiveBlock], *, most: int) -> list[dict[str, An
                 "site": "other sites",
                 "bytes": sum(nbytes for nbytes, _text, _members in rest),
                 "blocks": sum(len(members) for _nbytes, _text, members in rest),
+                "kind": _kind_of(each for _n, _t, members in rest for each in members),
             }
         )
     return found
@@ -91,7 +97,12 @@ def _all(groups: Mapping[Any, Sequence[LiveBlock]]) -> Iterator[LiveBlock]:
 
 
 def _group(nbytes: int, text: str, members: Sequence[LiveBlock]) -> dict[str, Any]:
-    group: dict[str, Any] = {"site": text, "bytes": nbytes, "blocks": len(members)}
+    group: dict[str, Any] = {
+        "site": text,
+        "bytes": nbytes,
+        "blocks": len(members),
+        "kind": _kind_of(members),
+    }
     if members[0].path and len(members) > 1:
         largest = sorted(members, key=lambda each: -each.nbytes)
         group["largest"] = [
@@ -100,10 +111,18 @@ def _group(nbytes: int, text: str, members: Sequence[LiveBlock]) -> dict[str, An
     return group
 
 
+def _kind_of(blocks: Iterable[LiveBlock]) -> Kind:
+    """Return the kind of most of the bytes."""
+    bytes_of: Counter[Kind] = Counter()
+    for each in blocks:
+        bytes_of[each.kind] += each.nbytes
+    return max(bytes_of, key=lambda kind: bytes_of[kind])
+
+
 def _take_apart(
     owned: dict[tuple[str, ...], list[LiveBlock]], room: int
 ) -> dict[tuple[str, ...], list[LiveBlock]]:
-    """Return groups by role, kind and as much of the path as ``most`` allows."""
+    """Return groups by role, model and as much of the path as ``most`` allows."""
     groups = dict(owned)
     whole: set[tuple[str, ...]] = set()
     while True:
@@ -130,10 +149,10 @@ def _take_apart(
 def _label(key: tuple[str, ...], members: Sequence[LiveBlock]) -> str:
     if len(members) == 1:
         return members[0].owner
-    role, kind, *path = key
-    return _words(role, path, kind)
+    role, model, *path = key
+    return _words(role, path, model)
 
 
-def _words(role: str, path: Sequence[str], kind: str) -> str:
+def _words(role: str, path: Sequence[str], model: str) -> str:
     name = ".".join(path) or "all"
-    return " ".join(filter(None, (role, name, f"of {kind}" if kind else "")))
+    return " ".join(filter(None, (role, name, f"of {model}" if model else "")))

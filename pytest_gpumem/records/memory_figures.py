@@ -3,14 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal, get_args
 
 from pytest_gpumem.records.codec import Count  # noqa: TC001  # types are read
 
 #: Figures that may be unknown.
 OPTIONAL: Final = frozenset(
-    {"peak_process_bytes", "peak_card_bytes", "peak_fragmented_bytes"}
+    {
+        *("peak_process_bytes", "peak_card_bytes"),
+        *("peak_fragmented_bytes", "peak_activations_bytes"),
+    }
 )
+#: What allocated bytes are for, by the code that asked for them.
+#:
+#: - ``weights``: parameters and buffers of modules, and what a load puts on the card;
+#: - ``gradients``: gradients of parameters, and what else a backward computes;
+#: - ``optimiser``: what an optimiser's step allocates, which is its state for the most part;
+#: - ``activations``: what a module's call computes;
+#: - ``workspaces``: memory that a library takes for itself;
+#: - ``cache``: the keys and values that transformers' caches keep;
+#: - ``unnamed``: all else, such as inputs, and what the card held before the test.
+Kind = Literal[
+    "weights",
+    "gradients",
+    "optimiser",
+    "activations",
+    "workspaces",
+    "cache",
+    "unnamed",
+]
+#: All kinds, in the order in which they are shown.
+KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +63,8 @@ class MemoryFigures:
             the allocated peak, as in an OOM's text "reserved by PyTorch but
             unallocated"; None on a real card, because PyTorch does not tell both figures
             of one moment.
+        peak_activations_bytes: Bytes of activations at the moment of the allocated peak,
+            as ``KINDS`` defines them; None unless they were recorded.
     """
 
     device_index: Count
@@ -58,12 +83,14 @@ class MemoryFigures:
     end_requested_bytes: Count = 0
     end_active_bytes: Count = 0
     peak_fragmented_bytes: Count | None = None
+    peak_activations_bytes: Count | None = None
 
     def peak(self, metric: str) -> int | None:
         """Return the peak of a limit's metric.
 
-        The peak of ``"process"`` is None if the driver does not report it; the peak of
-        ``"fragmented"`` is None on a real card.
+        The peak of ``"process"`` is None if the driver does not report it. The peaks of
+        ``"fragmented"`` and ``"activations"`` are None on a real card, and that of
+        ``"activations"`` also in child processes.
         """
         value: int | None = getattr(self, f"peak_{metric}_bytes")
         return value

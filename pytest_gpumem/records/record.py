@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pytest_gpumem.records.codec import COMPACT, AsText, Count, decode, encode
-from pytest_gpumem.records.memory_figures import MemoryFigures
+from pytest_gpumem.records.memory_figures import Kind, MemoryFigures
 
 #: The values of ``sweeps.report.Verdict``.
 VerdictName = Literal[
@@ -28,7 +28,9 @@ VerdictName = Literal[
 
 
 #: The metrics of limits, and the phases to which limits apply.
-Metric = Literal["allocated", "reserved", "process", "fragmented", "leak"]
+Metric = Literal[
+    "allocated", "reserved", "process", "fragmented", "activations", "leak"
+]
 LimitPhase = Literal["call", "test", "children"]
 
 
@@ -38,9 +40,12 @@ class PhaseFigures(MemoryFigures):
 
     Attributes:
         phase: ``setup``, ``call``, ``teardown``, or ``children``.
+        kinds: The allocated bytes at the phase's peak, by kind; empty if they were not
+            recorded.
     """
 
     phase: str = field(kw_only=True)
+    kinds: dict[Kind, Count] = field(kw_only=True, default_factory=dict)
 
     @classmethod
     def of(cls, phase: str, figures: MemoryFigures) -> PhaseFigures:
@@ -223,12 +228,14 @@ class LiveGroup:
         bytes: The bytes of all blocks.
         blocks: The number of blocks.
         largest: The largest blocks, with their names.
+        kind: The kind of most of the bytes.
     """
 
     site: str
     bytes: Count
     blocks: Count = 0
     largest: list[Owner] = field(default_factory=list)
+    kind: Kind = "unnamed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +251,8 @@ class CardTimeline:
         points: Event, allocated bytes, reserved bytes; neighbours are merged to keep the
             series short.
         live_at_peak: The blocks that were live at the peak.
+        kinds: The allocated bytes of each point, by kind; empty in older documents.
+        ooms: The events after which an allocation failed.
     """
 
     device_index: Count
@@ -253,6 +262,8 @@ class CardTimeline:
     peak_bytes: Count
     points: list[tuple[Count, Count, Count]]
     live_at_peak: list[LiveGroup]
+    kinds: dict[Kind, list[Count]] = field(default_factory=dict)
+    ooms: list[Count] = field(default_factory=list)
 
 
 @dataclass(slots=True)

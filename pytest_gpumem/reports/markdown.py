@@ -6,7 +6,7 @@ import html
 from typing import TYPE_CHECKING, Final
 
 from pytest_gpumem.records.staircase import staircase_table
-from pytest_gpumem.reports.words import environment_line, limit_words
+from pytest_gpumem.reports.words import environment_line, kinds_words, limit_words
 from pytest_gpumem.sizes import format_size
 from pytest_gpumem.sweeps.sweep_record import whole_sweeps
 from pytest_gpumem.sweeps.text import summarise
@@ -76,7 +76,15 @@ def _peaks(tests: Sequence[Record]) -> list[str]:
         for test, figures in tops[:TOP]
     ]
     heads = ("test", "outcome", ">peak allocated", ">peak reserved", ">left", ">OOMs")
-    return _table(heads, rows, len(tops) - TOP)
+    lines = _table(heads, rows, len(tops) - TOP)
+    kinds = [
+        (escape(test.nodeid), escape(kinds_words(figures.kinds)))
+        for test, figures in tops[:TOP]
+        if figures.kinds
+    ]
+    return lines + (
+        _table(("test", "allocated at its peak"), kinds, 0) if kinds else []
+    )
 
 
 def _limits(tests: Sequence[Record]) -> list[str]:

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 from pytest_gpumem.sizes import format_size
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pytest_gpumem.records.memory_figures import Kind
     from pytest_gpumem.records.record import LimitOutcome
     from pytest_gpumem.records.run_record import Environment
 
@@ -27,6 +30,12 @@ def environment_line(machine: Environment) -> str:
         share = "" if budget is None else f", budget {format_size(budget)}"
         parts.append(f"{each.name} {format_size(each.total_bytes)}{share}")
     return " · ".join(parts)
+
+
+def kinds_words(kinds: Mapping[Kind, int]) -> str:
+    """Return bytes by kind, the most first: ``"weights 1 MiB, activations 2 KiB"``."""
+    most_first = sorted(kinds, key=lambda kind: -kinds[kind])
+    return ", ".join(f"{kind} {format_size(kinds[kind])}" for kind in most_first)
 
 
 def limit_words(limit: LimitOutcome) -> str:

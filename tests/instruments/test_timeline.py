@@ -177,6 +177,58 @@ def test_a_block_found_after_the_peak_makes_no_negative_group() -> None:
     assert all(each["bytes"] > 0 for each in card["live_at_peak"])
 
 
+def test_a_block_of_a_pause_that_is_found_later_is_no_part_of_the_peak() -> None:
+    """The peak's blocks never come to more than the peak."""
+    with Timeline(active_device()) as timeline:
+        torch.zeros(2**18, device="cuda")
+        with timeline.paused():
+            weight = torch.zeros(2**16, device="cuda")
+        holder = nn.Module()
+        holder.weight = nn.Parameter(weight)
+
+    assert [2**20] == list(live(timeline).values())
+
+
+def test_a_training_steps_bytes_are_told_by_kind() -> None:
+    """Each point of the series too, also those before an owner was found."""
+    with Timeline(active_device()) as timeline:
+        model = Encoder().to("cuda")
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+        for _ in range(2):
+            values = torch.ones(64, 128, device="cuda")
+            model(values).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        timeline.end_phase("call")
+
+    (card,) = timeline.result()
+    weights, activation = 3 * 2**16, 64 * 128 * 4
+    for number, (_event, allocated, _reserved) in enumerate(card["points"]):
+        assert allocated == sum(each[number] for each in card["kinds"].values())
+    last = {kind: each[-1] for kind, each in card["kinds"].items()}
+    # Two moments for each weight, and the step's number, which AdamW keeps on the host.
+    assert (weights + 512, 2 * weights) == (last["weights"], last["optimiser"])
+    assert 3 * activation == max(card["kinds"]["activations"])
+    assert weights <= max(card["kinds"]["gradients"]) <= weights + 2 * activation
+    # Autograd's thread has a handle of its own for products of matrices.
+    assert 2 * WORKSPACE_BYTES == last["workspaces"]
+    at_peak = timeline.kinds_of(0, "call")
+    assert at_peak is not None
+    assert card["peak_bytes"] == sum(at_peak.values())
+
+
+def test_an_allocation_that_failed_is_marked() -> None:
+    """Between the events around it."""
+    with Timeline(active_device()) as timeline:
+        kept = torch.ones(7, device="cuda")
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(2**40, device="cuda")
+        del kept
+
+    (card,) = timeline.result()
+    assert (2, [1]) == (card["num_events"], card["ooms"])
+
+
 def test_a_short_series_is_kept_whole() -> None:
     """Each event once, with its number; without an event there is no point."""
     series = Series()
@@ -232,6 +284,30 @@ def test_a_part_that_is_itself_again_ends_nowhere() -> None:
         inner.weight = nn.Parameter(torch.zeros(128, device="cuda"))
 
     assert {"inner.weight of Module": 512} == live(timeline)
+
+
+def test_a_modules_own_comparison_is_not_called() -> None:
+    """A module's class may define == and hash; what is recorded goes by identity."""
+    calls = []
+
+    class Noisy(nn.Module):
+        def __eq__(self, other: object) -> bool:
+            calls.append("==")
+            return self is other
+
+        def __hash__(self) -> int:
+            calls.append("hash")
+            return 7
+
+    with Timeline(active_device()) as timeline:
+        holder = nn.Module()
+        for name in ("first", "second"):
+            part = Noisy()
+            part.weight = nn.Parameter(torch.zeros(128, device="cuda"))
+            holder.register_module(name, part)
+
+    assert [] == calls
+    assert {"first.weight of Module", "second.weight of Module"} == set(live(timeline))
 
 
 class Odd(Encoder):

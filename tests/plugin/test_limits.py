@@ -332,6 +332,52 @@ def test_a_limit_on_fragments_counts_what_is_unused_at_the_peak(
     result.stdout.fnmatch_lines(["peak allocated *retries  fragmented  test"])
 
 
+TRAINING = """
+import pytest
+import torch
+
+
+@pytest.mark.max_vram(LIMIT, metric="activations")
+def test_it():
+    layer = torch.nn.Linear(256, 1024, bias=False, device="cuda")
+    kept = torch.nn.Sequential(layer, torch.nn.ReLU(), torch.nn.ReLU())
+    values = torch.ones(512, 256, device="cuda")
+    kept(values)
+"""
+#: What the linear layer gives, and what each ReLU gives: the first is freed by then.
+ACTIVATIONS = 2 * 512 * 1024 * 4
+
+
+@pytest.mark.parametrize("spare", [0, -1])
+def test_a_limit_on_activations_counts_what_modules_compute(
+    pytester: pytest.Pytester, spare: int
+) -> None:
+    """Weights and inputs do not count; the text has the peak by kind."""
+    pytester.makepyfile(TRAINING.replace("LIMIT", str(ACTIVATIONS + spare)))
+
+    result = pytester.runpytest()
+
+    result.assert_outcomes(passed=1 + spare, failed=-spare)
+    lines = [
+        "*above max_vram: activations 4 MiB *",
+        "of * on cuda:0: * activations 4 MiB, weights 1 MiB, unnamed 512 KiB",
+    ]
+    result.stdout.fnmatch_lines(lines if spare else [])
+
+
+def test_activations_of_child_processes_are_no_limit(
+    pytester: pytest.Pytester,
+) -> None:
+    """They are not recorded there; the run says so before any test."""
+    code = TRAINING.replace('"activations"', '"activations", phase="children"')
+    pytester.makepyfile(code.replace("LIMIT", "7"))
+
+    result = pytester.runpytest()
+
+    assert pytest.ExitCode.USAGE_ERROR == result.ret
+    result.stderr.fnmatch_lines(["*'activations' is not known of child processes; *"])
+
+
 REPEATED = """
 import pytest
 import torch
@@ -366,9 +412,24 @@ def test_wrong(made):
     assert not torch.ones(made, device="cuda").any()
 
 
+@pytest.mark.oom_sweep(recover=True)
+@pytest.mark.max_vram_leak(repeat=3)
+def test_swept_and_growing():
+    KEPT.append(torch.ones(7, device="cuda"))
+
+
+@pytest.mark.oom_sweep
+@pytest.mark.max_vram_leak(repeat=3)
+def test_swept_and_right(made):
+    RUNS.append("swept")
+    torch.ones(made, device="cuda")
+
+
 def test_runs():
+    # Four repeats, the run that finds the sweep's points, and a run for each point.
+    assert RUNS.count("swept") > 5
     assert RUNS.count("cached") == 4
-    assert RUNS.count("fixture") == 4
+    assert RUNS.count("fixture") == 5
 
 
 @pytest.mark.max_vram_leak(repeat=3)
@@ -383,7 +444,7 @@ def test_a_repeated_test_may_not_grow(pytester: pytest.Pytester) -> None:
 
     result = pytester.runpytest("--gpu-leak-check", "-rA")
 
-    result.assert_outcomes(passed=3, failed=2, errors=1)
+    result.assert_outcomes(passed=4, failed=3, errors=1)
     result.stdout.fnmatch_lines(
         [
             "VRAM leak: memory grows by 512 B (512 bytes) in each step after the first 1*",
