@@ -185,7 +185,7 @@ class _Move(torch.autograd.Function):
         memory_format: torch.memory_format,
     ) -> torch.Tensor:
         __tracebackhide__ = True
-        return move(source, device, dtype=dtype, memory_format=memory_format)
+        return _move(source, device, dtype, memory_format)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004  # torch's signature
@@ -206,18 +206,13 @@ class _Move(torch.autograd.Function):
         return _Move.apply(source, *goal), in_dims[0]  # type: ignore[no-untyped-call]  # torch's
 
 
-def move(
+def _move(
     source: torch.Tensor,
     device: torch.device,
-    *,
-    dtype: torch.dtype | None = None,
-    memory_format: torch.memory_format = torch.preserve_format,
+    dtype: torch.dtype | None,
+    memory_format: torch.memory_format,
 ) -> torch.Tensor:
-    """Copy a tensor to a device, without autograd.
-
-    Raises:
-        torch.OutOfMemoryError: The target card has no room.
-    """
+    """Copy a tensor to a device, without autograd."""
     __tracebackhide__ = True
     if runs_itself(source) or _is_traced():
         options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
@@ -259,4 +254,4 @@ def moved(
     if is_seen or is_dual or (are_transforms_active() and not _is_traced()):
         result: torch.Tensor = _Move.apply(source, device, dtype, memory_format)  # type: ignore[no-untyped-call]  # torch's
         return result
-    return move(source, device, dtype=dtype, memory_format=memory_format)
+    return _move(source, device, dtype, memory_format)

@@ -16,13 +16,13 @@ from pytest_gpumem.errors import NoValuesError, UnsupportedOnSimulatedDeviceErro
 from pytest_gpumem.stacks import calling_frame, frames_from, short_path
 
 _REAL: Final = "run this on a real card"
-_KERNEL: Final = "take the code's own path without it, or run this on a real card"
+_KERNEL: Final = "use the code path that does not need it, or run this on a real card"
 
 #: Advice for the user, by the feature's public name.
 ADVICE: Final[dict[str, str]] = {
     "torch.cuda.graph(check_input_liveness=True)": "leave it False",
-    "CUDAGraph.debug_dump": "there is no graph of CUDA's to look at",
-    "CUDAGraph.raw_cuda_graph": "there is no graph of CUDA's to look at",
+    "CUDAGraph.debug_dump": "a simulated card makes no CUDA graph to look at",
+    "CUDAGraph.raw_cuda_graph": "a simulated card makes no CUDA graph to look at",
     "torch._C._cuda_getCheckpointState": "capture each graph once, in a pool of its own",
     "torch.accelerator.Graph": "use torch.cuda.CUDAGraph",
     "torch.cuda.CUDAPluggableAllocator": "keep PyTorch's own allocator",
@@ -48,17 +48,17 @@ ADVICE: Final[dict[str, str]] = {
         "--gpu-values=none"
     ),
     "torch.cuda.nccl.init_rank": "use torch.distributed, whose groups may be of NCCL",
-    "a functional message of torch.distributed": (
+    "a functional send or receive of torch.distributed": (
         "use torch.distributed.isend and irecv"
     ),
     "torch.cuda.gds": "read the file on the host",
     "torch.cuda.tunable": _REAL,
     "torch.export.export": "export the module while it is on the CPU",
-    "torch.func.linearize": "use torch.func.jvp, or linearize at values of the CPU",
-    "FakeTensorMode.from_tensor": "make fake tensors of the module on the CPU",
-    "tensor.__cuda_array_interface__": "hand over tensor.cpu() instead",
-    "tensor.__dlpack__": "hand over tensor.cpu() instead",
-    "a tensor of symbolic size": "trace the program with tensors of the CPU",
+    "torch.func.linearize": "use torch.func.jvp, or linearize with tensors on the CPU",
+    "FakeTensorMode.from_tensor": "make the fake tensors while the module is on the CPU",
+    "tensor.__cuda_array_interface__": "pass on tensor.cpu() instead",
+    "tensor.__dlpack__": "pass on tensor.cpu() instead",
+    "a tensor of symbolic size": "trace the program with tensors on the CPU",
     "sharing a tensor of a card with another process": "send tensor.cpu() instead",
     "torch.cuda._compile_kernel": _KERNEL,
     "a lazy module's parameter": "call the module once on the CPU, then move it",
@@ -66,11 +66,11 @@ ADVICE: Final[dict[str, str]] = {
     "flex_attention": "use torch.nn.functional.scaled_dot_product_attention",
     "a Fourier transform in half precision": "transform in float32, as source.float()",
     "rrelu in half precision": "compute it in float32, as source.float()",
-    "a sparse tensor": "use dense ones, or keep these on the CPU",
-    "a quantized tensor": "keep it on the CPU, or use torch.ao.quantization's fake ones",
+    "a sparse tensor": "use a dense tensor, or keep this one on the CPU",
+    "a quantized tensor": "keep it on the CPU, or use torch.ao.quantization's fake quantisation",
     "torch.autograd.profiler.emit_nvtx": "profile with torch.profiler",
     "torch.autocast without torch's header files": "install torch from its own wheel",
-    "a nested tensor": "pad them, or keep them on the CPU",
+    "a nested tensor": "pad the tensors to one size, or keep them on the CPU",
     "a torch.compile backend that makes kernels": (
         'run with --gpu-compiled=eager (simulated_device(..., compiled="eager")), use '
         'backend="eager" or "aot_eager", or set TORCH_COMPILE_DISABLE=1: kernels for a '

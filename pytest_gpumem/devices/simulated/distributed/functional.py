@@ -143,7 +143,7 @@ def _shard_other_dimension(
 
 def _message(*_args: Any, **_options: Any) -> None:
     __tracebackhide__ = True
-    refuse("a functional message of torch.distributed")
+    refuse("a functional send or receive of torch.distributed")
 
 
 #: The function that runs each operator; it gets the group instead of the group's name.
