@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import io
+from typing import TYPE_CHECKING, Any
+
 import pytest
 import torch
 
 from pytest_gpumem import OomInjector
 from pytest_gpumem.devices.simulated.install import simulated_device
+from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # A DeprecationWarning up to torch 2.14, a FutureWarning since.
-pytestmark = pytest.mark.filterwarnings(r"ignore:`torch\.jit\.script` is deprecated")
+pytestmark = pytest.mark.filterwarnings(r"ignore:`torch\.jit\..*` is deprecated")
 
 
 def _made(x: torch.Tensor, device: torch.device, size: int) -> torch.Tensor:
@@ -101,3 +108,113 @@ def test_a_scripted_module_moves_with_its_parameters() -> None:
         module.zero_grad()
         torch._C._cuda_clearCublasWorkspaces()
         assert 0 == torch.cuda.memory_allocated()
+
+
+def _traced(device: str = "cpu") -> torch.jit.ScriptModule:
+    """Trace a layer, a buffer, and a number and a tensor that stay in the code."""
+    module = _Scaled().to(device).eval()
+    kept = torch.full((4,), 3.0, device=device)
+    like = torch.ones(2, 4, device=device)
+    traced = torch.jit.trace(torch.nn.Sequential(module, _Shifted(kept)), like)
+    assert isinstance(traced, torch.jit.ScriptModule)
+    return traced
+
+
+class _Shifted(torch.nn.Module):
+    """Adds a tensor that is neither parameter nor buffer."""
+
+    def __init__(self, kept: torch.Tensor) -> None:
+        super().__init__()
+        self.kept = [kept]
+
+    def forward(self, source: torch.Tensor) -> torch.Tensor:
+        return source * 2 + self.kept[0]
+
+
+def test_a_traced_module_moves_with_its_parameters() -> None:
+    """Traced on the host: its layers are on the card afterwards, and compute there."""
+    with simulated_device("T4"):
+        module = torch.jit.trace(_Scaled(), torch.ones(2, 4))
+        expected = module(torch.ones(2, 4))
+
+        module.cuda()
+        assert {"cuda:0"} == {str(each.device) for each in module.state_dict().values()}
+        assert torch.equal(module(torch.ones(2, 4, device="cuda")).cpu(), expected)
+        with pytest.raises(RuntimeError, match="on the same device"):
+            module(torch.ones(2, 4))
+
+
+@pytest.mark.parametrize("made_on", ["cpu", "cuda:0"])
+@pytest.mark.parametrize("goal", [None, "cpu", "cuda", "cuda:1"])
+@pytest.mark.parametrize("is_file", [False, True])
+def test_an_archive_is_loaded_where_it_or_the_caller_says(
+    made_on: str,
+    goal: str | None,
+    is_file: bool,  # noqa: FBT001  # a parameter of the test
+    tmp_path: Path,
+) -> None:
+    """Parameters, buffers and what is in the code; a file, a buffer; ``torch.load``."""
+    with simulated_device("T4*2"):
+        traced = _traced(made_on)
+        expected = traced(torch.ones(2, 4, device=made_on)).cpu()
+        place: Any = tmp_path / "archive.pt" if is_file else io.BytesIO()
+        torch.jit.save(traced, place)
+        del traced
+        if not is_file:
+            place.seek(0)
+        torch._C._cuda_clearCublasWorkspaces()
+        before = torch.cuda.memory_allocated(1)
+
+        loaded = torch.jit.load(place, map_location=goal)
+
+        where = {None: made_on, "cuda": "cuda:0"}.get(goal, goal)
+        assert {where} == {str(each.device) for each in loaded.state_dict().values()}
+        assert torch.equal(loaded(torch.ones(2, 4, device=where)).cpu(), expected)
+        # Three parameters and buffers, and a tensor and a number in the code.
+        grown = 5 * 512 if goal == "cuda:1" else 0
+        torch._C._cuda_clearCublasWorkspaces()
+        assert grown == torch.cuda.memory_allocated(1) - before
+
+
+def test_an_archive_of_a_real_card_names_its_device() -> None:
+    """Without a note beside it, the pickle's persistent ids are read."""
+    archive = io.BytesIO()
+    torch.jit.save(_traced(), archive)
+    archive.seek(0)
+    reader, altered = torch._C.PyTorchFileReader(archive), io.BytesIO()
+    writer = torch._C.PyTorchFileWriter(altered)
+    for name in reader.get_all_records():
+        content = reader.get_record(name)
+        if name in ("data.pkl", "constants.pkl"):
+            # A string of the pickle, after its length in four bytes.
+            content = content.replace(b"\3\0\0\0cpu", b"\6\0\0\0cuda:1")
+        if name not in ("version", ".data/serialization_id", "byteorder"):
+            writer.write_record(name, content, len(content))
+    writer.write_end_of_file()
+    altered.seek(0)
+    with simulated_device("T4*2"):
+        loaded = torch.jit.load(altered)
+
+        assert {"cuda:1"} == {str(each.device) for each in loaded.state_dict().values()}
+        assert loaded(torch.ones(2, 4, device="cuda:1")).get_device() == 1
+
+
+def test_an_archive_that_is_none_is_told_by_torch(tmp_path: Path) -> None:
+    """A folder, a missing file, and a file of something else."""
+    other = tmp_path / "other"
+    other.write_text("no archive", encoding="utf-8")
+    with simulated_device("T4"):
+        for place in (tmp_path, tmp_path / "missing"):
+            with pytest.raises(ValueError, match="provided filename"):
+                torch.jit.load(place)
+        with pytest.raises(RuntimeError, match="PytorchStreamReader"):
+            torch.jit.load(other)
+
+
+def test_an_archive_of_several_devices_is_refused() -> None:
+    """C++ would not say which tensor lies where."""
+    with simulated_device("T4*2"):
+        module = torch.jit.script(_Scaled())
+        module.linear.cuda()
+        with pytest.raises(UnsupportedOnSimulatedDeviceError, match="several devices"):
+            torch.jit.save(module, io.BytesIO())

@@ -56,6 +56,7 @@ ADVICE: Final[dict[str, str]] = {
     "torch.export.export": "export the module while it is on the CPU",
     "torch.func.linearize": "use torch.func.jvp, or linearize with tensors on the CPU",
     "FakeTensorMode.from_tensor": "make the fake tensors while the module is on the CPU",
+    "a TorchScript archive of several devices": "move the module to one device first",
     "tensor.__cuda_array_interface__": "pass on tensor.cpu() instead",
     "tensor.__dlpack__": "pass on tensor.cpu() instead",
     "a tensor of symbolic size": "trace the program with tensors on the CPU",

@@ -15,13 +15,14 @@ from torch.jit import _builtins
 
 from pytest_gpumem.devices.simulated.constructors import CONSTRUCTORS
 from pytest_gpumem.devices.simulated.operators.drawing import DROPOUTS
+from pytest_gpumem.devices.simulated.script_archives import patch_archives
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 
 if TYPE_CHECKING:
     from pytest_gpumem.devices.patches import PatchSet
 
 _call: Final[Any] = torch.jit.ScriptFunction.__call__
-_Scripted: Final[Any] = torch.jit._script.RecursiveScriptModule
+_Scripted: Final[Any] = torch.jit.ScriptModule
 _apply_to_module: Final[Any] = torch.nn.Module._apply
 
 
@@ -32,6 +33,7 @@ def patch_scripting(patches: PatchSet) -> None:
     tensor on a card but create one.
     """
     patches.set(_Scripted, "_apply", _apply)
+    patch_archives(patches)
     # The table is built at its first use and must also contain the originals.
     table = _builtins._get_builtin_table()
     for name, value in (CONSTRUCTORS | DROPOUTS).items():
