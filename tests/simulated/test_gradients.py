@@ -238,3 +238,61 @@ def test_what_is_computed_again_goes_where_it_went() -> None:
         assert source.grad is not None
         torch.testing.assert_close(source.grad.cpu(), torch.ones(3).cos())
     assert ["cpu"] * 4 == places
+
+
+class _Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, source: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(source)
+        return source * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return ctx.saved_tensors[0] * grad
+
+
+def _copied(source: torch.Tensor, goal: str) -> torch.Tensor:
+    return torch.zeros(3, device=goal, dtype=source.dtype).copy_(source)
+
+
+def _written(source: torch.Tensor, goal: str) -> torch.Tensor:
+    whole = torch.zeros(4, device=goal, dtype=source.dtype)
+    whole[:3] = source.to(goal)
+    return whole
+
+
+@pytest.mark.parametrize("function", [lambda v: v * v, _Doubled.apply])
+@pytest.mark.parametrize("move", [torch.Tensor.to, _copied, _written])
+@pytest.mark.parametrize("goal", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    ("origin", "dtype", "kind"),
+    [
+        ("cuda", torch.float32, "torch.cuda.FloatTensor"),
+        ("cuda", torch.float64, "torch.cuda.DoubleTensor"),
+        ("cpu", torch.float32, "torch.FloatTensor"),
+    ],
+)
+def test_a_modified_tensor_is_named_with_its_type(  # noqa: PLR0917  # a table
+    origin: str, dtype: torch.dtype, kind: str, goal: str, move: Any, function: Any
+) -> None:
+    """The device is that of the saved tensor, not that of the result."""
+    leaf = torch.ones(3, device=origin, dtype=dtype, requires_grad=True)
+    saved = leaf.exp()
+    result = move(function(saved), goal).sum()
+    saved.add_(1)
+
+    with pytest.raises(RuntimeError, match=re.escape(f"operation: [{kind} [3]]")):
+        result.backward()
+
+
+def test_a_modified_tensor_is_named_in_a_transform() -> None:
+    """``torch.func`` shows results as wrappers."""
+
+    def modified(source: torch.Tensor) -> torch.Tensor:
+        saved = source.exp()
+        result = saved * saved
+        saved.add_(1)
+        return result.sum()
+
+    with pytest.raises(RuntimeError, match=r"\[torch\.cuda\.FloatTensor \[3\]\]"):
+        torch.func.grad(modified)(torch.ones(3, device="cuda"))

@@ -203,6 +203,36 @@ def test_shards_move_from_one_dimension_to_another() -> None:
     run_ranks(body)
 
 
+@pytest.mark.parametrize(
+    "draw",
+    [
+        "uniform_",
+        "normal_",
+        "bernoulli_",
+        "exponential_",
+        "geometric_",
+        "cauchy_",
+        "log_normal_",
+    ],
+)
+def test_a_sharded_tensor_draws_in_place(draw: str) -> None:
+    """``DTensor`` looks for the shape of a result with fake tensors of the card."""
+    arguments = (0.5,) if draw == "geometric_" else ()
+
+    def body(_rank: int) -> None:
+        mesh = init_device_mesh("cuda", (2,))
+        rows = distribute_tensor(
+            torch.full((4, 2), -1.0, device="cuda"), mesh, [Shard(0)]
+        )
+        getattr(rows, draw)(*arguments)
+        local = rows.to_local()
+        assert local.is_cuda
+        assert local.shape == (2, 2)
+        assert not local.eq(-1).any()
+
+    run_ranks(body)
+
+
 def test_replicas_must_be_of_one_shape() -> None:
     """As torch says it, on the rank that differs from the first."""
 

@@ -293,3 +293,64 @@ def test_a_module_has_tangents_of_its_parameters_alone() -> None:
     torch.testing.assert_close(tangent("cpu"), found.cpu())
     with forward_ad.dual_level(), pytest.raises(RuntimeError, match="same device"):
         _ = torch.ones(3, device="cuda") + torch.zeros(3)
+
+
+def _normalised(v: torch.Tensor, **given: Any) -> torch.Tensor:
+    return nn.functional.batch_norm(v, None, None, training=True, **given)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_batch_norm_is_transformed(*, affine: bool) -> None:
+    """A rule of ``vmap`` makes a weight and a bias of its own, forward and backward."""
+    source = torch.arange(60.0).sin().reshape(5, 4, 3)
+
+    def results(device: str) -> tuple[torch.Tensor, torch.Tensor]:
+        given = {"weight": torch.arange(3.0, device=device)} if affine else {}
+        batch = source.to(device)
+        return (
+            vmap(lambda v: _normalised(v, **given))(batch),
+            vmap(grad(lambda v: _normalised(v, **given).pow(3).sum()))(batch),
+        )
+
+    for known, found in zip(results("cpu"), results("cuda"), strict=True):
+        assert found.is_cuda
+        assert torch.equal(known, found.cpu())
+
+
+@pytest.mark.parametrize(
+    "transform", [lambda f: f, lambda f: lambda v: vmap(f)(torch.stack([v, v]))]
+)
+def test_batch_norm_of_the_host_is_refused(transform: Any) -> None:
+    """A new module's weight is 1 and its bias 0, as those of the rule; it is no rule's."""
+    module = nn.BatchNorm1d(3, track_running_stats=False)
+
+    with pytest.raises(RuntimeError, match="on the same device"):
+        transform(module)(torch.ones(5, 3, device="cuda"))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        torch.prod,
+        lambda v: v.prod(0),
+        torch.linalg.cond,
+        lambda v: torch.linalg.matrix_norm(v, 2),
+        lambda v: torch.linalg.slogdet(v)[0],
+    ],
+)
+def test_a_tangent_is_where_its_tensor_is(function: Any) -> None:
+    """C++ makes helpers of some formulas on the host, and tangents of zeros."""
+    source = torch.tensor([[3.0, 1.0], [0.5, 2.0]])
+    known = jvp(function, (source,), (source.sin(),))
+
+    found = jvp(function, (source.cuda(),), (source.sin().cuda(),))
+
+    for one, other in zip(known, found, strict=True):
+        assert other.is_cuda
+        torch.testing.assert_close(one, other.cpu())
+
+
+def test_a_host_tensor_of_the_user_has_no_formula() -> None:
+    """What forward AD may make itself is 1; other values are the program's own."""
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="same device"):
+        torch.cat([torch.ones(1, device="cuda"), torch.zeros(1)])

@@ -33,7 +33,10 @@ from pytest_gpumem.devices.simulated.kernel_types import with_types
 from pytest_gpumem.devices.simulated.memory import Memory, hold, hold_workspace
 from pytest_gpumem.devices.simulated.operands import Operands, is_own_device
 from pytest_gpumem.devices.simulated.operators import find
-from pytest_gpumem.devices.simulated.operators.checks import checking
+from pytest_gpumem.devices.simulated.operators.checks import (
+    are_formulas_active,
+    checking,
+)
 from pytest_gpumem.devices.simulated.operators.requests import Call, ask, flat
 from pytest_gpumem.devices.simulated.rng import drawing
 from pytest_gpumem.devices.simulated.tensor import (
@@ -84,6 +87,7 @@ def _plain(func: Any, operator: Operator) -> Handler:
     draw = drawing(func, operator)
     has_effects = operator.has_effects or draw is not None
     asks = operator.requests is not None
+    takes_helpers = operator.helper is not None
     compute = computing(func, operator)
     foresee = foreseeing(func, operator, draw=draw, compute=compute)
     check_devices = checking(func, operator)
@@ -101,7 +105,11 @@ def _plain(func: Any, operator: Operator) -> Handler:
         target = _target(kwargs, operands) if "device" in kwargs else card
         if uses_cublas and torch.are_deterministic_algorithms_enabled():
             check_cublas()
-        helpers = _helpers(values, card) if operands.host is not None else ()
+        helpers = (
+            _helpers(values, card, takes_helpers=takes_helpers)
+            if operands.host is not None
+            else ()
+        )
         held: Any = ()
         if has_effects and target is not None and target.value_device != "meta":
             held = foresee(values, kwargs, target)[1]
@@ -165,13 +173,15 @@ def _is_view_of_one(func: Any, operator: Operator) -> bool:
     )
 
 
-def _helpers(values: list[Any], card: SimulatedCard) -> list[Memory]:
-    """Request memory for the helpers of a gradient that C++ creates on a real card.
+def _helpers(
+    values: list[Any], card: SimulatedCard, *, takes_helpers: bool
+) -> list[Memory]:
+    """Request memory for the helpers of a gradient or tangent that C++ creates on a card.
 
     Here C++ has created these tensors on the host.
     """
     __tracebackhide__ = True
-    if not in_backward():
+    if not (in_backward() or (takes_helpers and are_formulas_active())):
         return []
     return [
         Memory(card, each.nbytes)

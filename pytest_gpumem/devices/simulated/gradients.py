@@ -244,6 +244,119 @@ def apply_backward(self: Any, *grads: Any) -> Any:
     return made[0] if is_alone and made else tuple(made)
 
 
+# -- tangents ------------------------------------------------------------------------------
+
+_unpack_dual: Final[Any] = torch.autograd.forward_ad.unpack_dual
+
+
+def unpack_dual(tensor: Any, *, level: Any = None) -> Any:
+    """Run ``unpack_dual``; a tangent that C++ has made of zeros is where its tensor is."""
+    __tracebackhide__ = True
+    pair = _unpack_dual(tensor, level=level)
+    primal, tangent = pair
+    if (
+        isinstance(tangent, torch.Tensor)
+        and isinstance(primal, torch.Tensor)
+        and primal.is_cuda
+        and not tangent.is_cuda
+        and not tangent.is_meta
+    ):
+        return type(pair)(primal, moved(tangent, primal.device))
+    return pair
+
+
+# -- tensors that were modified after they were saved --------------------------------------
+
+_run_engine: Final[Any] = torch.autograd.graph._engine_run_backward
+#: The start of the error for a saved tensor that was modified. Source:
+#: ``SavedVariable::unpack`` of ``torch/csrc/autograd/saved_variable.cpp``.
+_MODIFIED: Final = (
+    "one of the variables needed for gradient computation has been modified by an "
+    "inplace operation: [torch."
+)
+
+
+def run_engine(outputs: Any, *args: Any, **options: Any) -> Any:
+    """Run the backward pass; an error names the type of a card's tensor as a card does.
+
+    Raises:
+        RuntimeError: A tensor was modified after it was saved (torch's message).
+    """
+    __tracebackhide__ = True
+    try:
+        return _run_engine(outputs, *args, **options)
+    except RuntimeError as error:
+        text = str(error)
+        if text.startswith(_MODIFIED) and _is_saved_on_card(outputs, text):
+            named = text.replace(_MODIFIED, f"{_MODIFIED}cuda.", 1)
+            error.args = (named, *error.args[1:])
+        raise
+
+
+def _is_saved_on_card(outputs: Any, text: str) -> bool:
+    """Return whether the node that raises an error for a saved tensor is on a card.
+
+    A node is on the device of the node that it was reached from, unless that node is a
+    ``Function``, whose tensors' devices are recorded, or a copy between devices.
+    """
+    reached = [
+        (each.grad_fn, each.is_cuda) if isinstance(each, torch.Tensor) else each
+        for each in outputs
+    ]
+    seen = set()
+    while reached:
+        node, is_cards = reached.pop()
+        if node is None or (node, is_cards) in seen:
+            continue
+        seen.add((node, is_cards))
+        if _raises(node, text):
+            return bool(is_cards)
+        reached += _following(node, is_cards=is_cards)
+    return False
+
+
+def _following(node: Any, *, is_cards: bool) -> list[tuple[Any, bool]]:
+    """Return the nodes that a node leads to, and whether each is on a card."""
+    nodes = [each for each, _index in node.next_functions]
+    notes, _outputs = getattr(node, "_gpumem_places", ((), ()))
+    places = [note[0] for note in notes if note is not None]
+    if len(places) == len(nodes):
+        return [
+            (each, place is not None and place.type == "cuda")
+            for each, place in zip(nodes, places, strict=True)
+        ]
+    found = [(each, is_cards) for each in nodes]
+    if node.name().endswith("::CopyBackwards"):
+        source = nodes[-1]  # the other one is the tensor that is written to
+        found[-1] = source, _starts_on_card(source)
+    return found
+
+
+def _starts_on_card(node: Any) -> bool:
+    """Return whether a node is on a card, from the first leaf that it leads to."""
+    while node is not None:
+        leaf = getattr(node, "variable", None)  # of AccumulateGrad
+        if leaf is not None:
+            return bool(leaf.is_cuda)
+        _inputs, outputs = getattr(node, "_gpumem_places", ((), ()))
+        if outputs:
+            return outputs[0] is not None and outputs[0].type == "cuda"
+        node = next((each for each, _index in node.next_functions if each), None)
+    return False
+
+
+def _raises(node: Any, text: str) -> bool:
+    """Return whether a node's saved tensors cannot be read, with a certain error."""
+    names = [name for name in dir(node) if name.startswith("_saved_")]
+    for name in (*names, "saved_tensors"):
+        try:
+            getattr(node, name, None)
+        except RuntimeError as error:  # noqa: PERF203  # each may raise
+            if str(error) == text:
+                return True
+    return False
+
+
 # -- saved tensors that are unpacked in backward ------------------------------------------
 
 _push_hooks: Final[Any] = torch._C._autograd._push_saved_tensors_default_hooks
@@ -257,8 +370,11 @@ def push_hooks(pack: Any, unpack: Any) -> None:
 #: Owner, name and new value of each replaced attribute.
 REPLACEMENTS: Final[tuple[tuple[Any, str, Any], ...]] = (
     (torch.autograd, "_make_grads", make_grads),
+    (torch.autograd, "_engine_run_backward", run_engine),
+    (torch.autograd.graph, "_engine_run_backward", run_engine),
     (torch._C._autograd, "_push_saved_tensors_default_hooks", push_hooks),
     (_HookMixin, "_register_hook", staticmethod(register_hook)),
+    (torch.autograd.forward_ad, "unpack_dual", unpack_dual),
     (torch.autograd.Function, "apply", classmethod(apply)),
     (BackwardCFunction, "apply", apply_backward),
 )

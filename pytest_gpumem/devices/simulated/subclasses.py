@@ -220,6 +220,23 @@ def _set_grad_of_fake(self: Any, wanted: bool) -> None:  # noqa: FBT001  # a set
     _base.requires_grad.__set__(checked(self) if wanted else self, wanted)
 
 
+def _copy_into_fake(
+    self: Any,
+    source: torch.Tensor,
+    non_blocking: bool = False,  # noqa: FBT001, FBT002  # torch's signature
+) -> Any:
+    """Run ``copy_`` of a fake tensor without switching to its device in C++.
+
+    torch's own decompositions call it, such as that of ``uniform_``, when ``DTensor``
+    looks for the shapes of a result. The method needs a device guard, and a build for
+    CPUs has none for CUDA; the operator needs none.
+    """
+    __tracebackhide__ = True
+    if self.device.type != "cuda":
+        return _base.copy_(self, source, non_blocking)
+    return torch.ops.aten.copy_.default(self, source, non_blocking)
+
+
 # -- operators ------------------------------------------------------------------------
 
 
@@ -280,6 +297,7 @@ EVERY_CLASS: Final[dict[str, Any]] = {
 REPLACEMENTS: Final[tuple[tuple[Any, str, Any], ...]] = (
     *((torch.Tensor, name, value) for name, value in EVERY_CLASS.items()),
     (torch.nn.Parameter, "__new__", staticmethod(new_parameter)),
+    (FakeTensor, "copy_", _copy_into_fake),
     (FakeTensor, "requires_grad_", _require_grad_of_fake),
     (
         FakeTensor,

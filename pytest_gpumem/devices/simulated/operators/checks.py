@@ -11,9 +11,11 @@ A check raises RuntimeError with torch's message.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._functorch import vmap
 from torch.autograd import forward_ad
 
 from pytest_gpumem.devices.simulated.backward import in_backward
@@ -23,6 +25,7 @@ from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import FrameType
 
     from pytest_gpumem.devices.simulated.operands import Operands
     from pytest_gpumem.devices.simulated.operators.registry import Operator
@@ -65,9 +68,38 @@ def checking(func: Any, operator: Operator) -> Callable[[Any, Any, Operands], No
                 and card.value_device == "meta"
             ):
                 return
-        check(func, _places(func, args, kwargs))
+        places = _places(func, args, kwargs)
+        if operator.helper is not None and are_formulas_active():
+            places = [
+                each
+                for each in places
+                if isinstance(each.tensor, SimulatedTensor)
+                or not operator.helper(each.name, each.tensor)
+            ]
+        check(func, places)
 
     return check_devices
+
+
+def are_formulas_active() -> bool:
+    """Return whether forward AD or a transform of ``torch.func`` runs in the thread."""
+    return (
+        forward_ad._current_level >= 0  # no public API
+        or are_transforms_active()
+        or _is_in_vmap()
+    )
+
+
+def _is_in_vmap() -> bool:
+    """Return whether ``vmap`` has called this code.
+
+    While a rule of ``vmap`` runs its operators, C++ takes the transform off its stack,
+    so that only Python's stack shows it.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_filename != vmap.__file__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _places(func: Any, args: Any, kwargs: Any) -> list[Operand]:
@@ -78,18 +110,19 @@ def _places(func: Any, args: Any, kwargs: Any) -> list[Operand]:
         places.extend(
             Operand(argument, each)
             for each in (value if isinstance(value, (list, tuple)) else (value,))
-            if isinstance(each, torch.Tensor) and not _is_no_tangent(each)
+            if isinstance(each, torch.Tensor) and not _is_of_formula(each)
         )
     return places
 
 
-def _is_no_tangent(tensor: torch.Tensor) -> bool:
-    """Return whether forward AD has created a tensor in place of a missing tangent.
+def _is_of_formula(tensor: torch.Tensor) -> bool:
+    """Return whether a formula of forward AD has made a tensor.
 
-    Such a tensor is a single zero with the layout of the other operands, on the device
-    that C++ sees.
+    Such a tensor is a single 0 or 1 with the shape of the other operands, on the device
+    that C++ sees: a missing tangent, or the product of no factors.
 
-    Source: ``ZeroTensorFallback.cpp``.
+    Source: ``ZeroTensorFallback.cpp``; ``prod_safe_zeros_backward`` of
+    ``torch/csrc/autograd/FunctionsManual.cpp``.
     """
     return (
         type(tensor) is torch.Tensor
@@ -97,7 +130,7 @@ def _is_no_tangent(tensor: torch.Tensor) -> bool:
         and tensor.is_cpu
         and not any(tensor.stride())
         and tensor.untyped_storage().nbytes() == tensor.itemsize
-        and not tensor.any()
+        and bool((tensor == 0).all() or (tensor == 1).all())
     )
 
 

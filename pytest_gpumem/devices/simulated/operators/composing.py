@@ -196,7 +196,7 @@ def landing(func: Any) -> Kernel | None:
 
     def kernel(*args: Any, **options: Any) -> Any:
         result = func.decompose(*args, **options)
-        if isinstance(result, SimulatedTensor):
+        if result.is_cuda:
             return result
         return moved(result, args[0].device)
 

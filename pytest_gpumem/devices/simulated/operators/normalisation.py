@@ -21,11 +21,23 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices.simulated.operators.requests import Call, RequestStep
 
+
+def _is_unit(name: str, tensor: torch.Tensor) -> bool:
+    """Return whether a weight is 1 or a bias is 0, as the rule of ``vmap`` makes them.
+
+    The rule normalises with them, and applies the user's own weight and bias afterwards.
+    """
+    if name not in {"weight", "bias"}:
+        return False
+    return bool((tensor == (name == "weight")).all())
+
+
 # These operators change running statistics; their schemas do not declare that.
 register(
     "batch_norm cudnn_batch_norm native_batch_norm",
     has_effects=True,
-    source="native_functions.yaml",
+    helper=_is_unit,
+    source="native_functions.yaml; functorch/BatchRulesNorm.cpp, batch_norm_batch_rule",
 )
 
 
@@ -233,7 +245,9 @@ def _batch_norm_backward(call: Call) -> Iterator[RequestStep]:
 register(
     "native_batch_norm_backward batch_norm_backward",
     requests=_batch_norm_backward,
-    source="cuda/Normalization.cu, batch_norm_backward_reduce_cuda",
+    helper=_is_unit,
+    source="cuda/Normalization.cu, batch_norm_backward_reduce_cuda; "
+    "functorch/BatchRulesNorm.cpp, batch_norm_backward_no_weight_bias_batch_rule",
 )
 
 

@@ -214,6 +214,13 @@ register(
 )
 register("mean", requests=_reducing, source=_KERNEL)
 
+# The tangent of ``prod`` needs products of the other factors, which begin with a 1.
+register(
+    "cat",
+    helper=lambda _name, tensor: bool((tensor == 1).all()),
+    source="FunctionsManual.cpp, prod_safe_zeros_backward",
+)
+
 
 def _nansum(source: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
     """Run ``nansum``; a card also supports complex numbers."""

@@ -61,6 +61,9 @@ class Operator:
             and the keyword arguments.
         around: Wraps the handler of an overload.
         check: Checks the devices of the operands; None means as declared by torch.
+        helper: Takes the name of an argument and a host tensor, and returns whether C++ may
+            have made the tensor itself: in a formula of forward AD, or in a rule of
+            ``vmap``, it makes tensors on the device that it sees.
         takes_host: Whether host tensors may be mixed with a card's tensors.
         has_cuda_kernel: Whether a card has a kernel for an operator that is composed on
             other devices.
@@ -88,6 +91,7 @@ class Operator:
     handler: Handler | None = None
     around: Callable[[Any, Handler], Handler] | None = None
     check: Callable[[Any, list[Operand]], None] | None = None
+    helper: Callable[[str, torch.Tensor], bool] | None = None
     takes_host: bool = False
     has_cuda_kernel: bool = False
     uses_cublas: bool = False
