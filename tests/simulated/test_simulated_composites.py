@@ -216,3 +216,19 @@ def test_a_bilinear_layer_works_slice_by_slice() -> None:
 
         assert torch.equal(expected, found.cpu())
         assert found.nbytes + 128 * 48 * 4 + 128 * 4 == more
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_attention_is_the_cpus_unless_its_mask_learns(*, learned: bool) -> None:
+    """With a learned bias a card takes a fused operator, and the CPU composes it."""
+    torch.manual_seed(0)
+    values = [torch.randn(2, 4, 16, 8, requires_grad=True) for _ in range(3)]
+    bias = torch.randn(1, 4, 16, 16, requires_grad=learned)
+    there = [each.detach().cuda().requires_grad_() for each in values]
+    attend: Any = functional.scaled_dot_product_attention
+
+    expected = attend(*values, attn_mask=bias)
+    found = attend(*there, attn_mask=bias.detach().cuda().requires_grad_(learned)).cpu()
+
+    assert torch.equal(expected, found) is not learned
+    assert (expected - found).abs().max() < 1e-6

@@ -177,7 +177,9 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
     ),
     "modelled": (
         "attention, dropout, reductions, sums of gradients: the tensors that CUDA's "
-        "kernels save, and the memory that they take themselves",
+        "kernels save, and the memory that they take themselves. If a mask requires "
+        "gradients, a card takes a fused operator for attention and the CPU a composed "
+        "one: values differ in the last bits",
         "`pynvml` and the functions of `torch.cuda` that use it: no real driver is asked",
         "the memory of an NCCL communicator outside PyTorch's allocator: 0, or the bytes "
         "that the card's `nccl=` gives",
