@@ -171,6 +171,9 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
         "`CUDA_VISIBLE_DEVICES`, read when CUDA is first used in a process: hides, "
         "chooses and orders the simulated cards",
         "pinned memory: tensors say that they are pinned",
+        "TorchScript: scripted and traced functions and modules run and move; "
+        "`torch.jit.save` and `torch.jit.load` with `map_location`, for "
+        "modules that lie on one device",
         "`torch.version.cuda`, `torch.backends.cuda.is_built()`, "
         "`torch.backends.cudnn.version()`: a build for CUDA 13.0, unless the installed "
         "one is for CUDA itself",
