@@ -10,16 +10,6 @@ from pytest_gpumem.allocator.versions import NEWEST, AllocatorVersion
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-#: Source: ``c10/cuda/CUDAException.cpp`` and ``CUDAMiscFunctions.cpp``, torch 2.11.
-_CUDA_HELP: Final = (
-    "Search for `{code}' in https://docs.nvidia.com/cuda/cuda-runtime-api/"
-    "group__CUDART__TYPES.html for more information.\n"
-    "CUDA kernel errors might be asynchronously reported at some other API call, so the "
-    "stacktrace below might be incorrect.\n"
-    "For debugging consider passing CUDA_LAUNCH_BLOCKING=1\n"
-    "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n"
-)
-
 #: Requests of at least this many bytes are refused without a query of the card.
 MAX_REQUEST: Final = 2**60
 TOO_LARGE: Final = "CUDA out of memory. Tried to allocate more than 1EB memory."
@@ -77,16 +67,6 @@ def format_bytes(nbytes: int) -> str:
         if nbytes <= size * 2**10:
             return f"{nbytes / size:.2f} {unit}"
     return f"{nbytes / 2**30:.2f} GiB"
-
-
-def cuda_error_text(words: str, code: str) -> str:
-    """Return the message of ``torch.AcceleratorError`` for a failed call of CUDA.
-
-    Args:
-        words: CUDA's description of the error, such as "out of memory".
-        code: The error's name in CUDA's headers, such as ``cudaErrorMemoryAllocation``.
-    """
-    return f"CUDA error: {words}\n{_CUDA_HELP.format(code=code)}"
 
 
 def oom_text(

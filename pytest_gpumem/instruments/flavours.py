@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from pytest_gpumem.allocator.oom_text import cuda_error_text, format_bytes
+from pytest_gpumem.allocator.oom_text import format_bytes
+from pytest_gpumem.devices.cuda_errors import cuda_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,8 +40,11 @@ def make_error(
     """
     if flavour == "native":
         return None
-    kind, text = _ERRORS[flavour]
-    if not isinstance(text, str):
+    kind, text = _ERRORS.get(flavour, (RuntimeError, ""))
+    error: Exception
+    if flavour in _CUDA_ERRORS:
+        error = cuda_error(_CUDA_ERRORS[flavour])
+    elif not isinstance(text, str):
         error = kind(text(device, index, nbytes))
     else:
         free, total = device.mem_get_info(index)
@@ -100,7 +104,15 @@ def _xpu(device: Device, index: int, nbytes: int) -> str:
     )
 
 
-#: Class and text of each flavour. torch has ``torch.AcceleratorError`` since 2.8.
+#: The error of CUDA's runtime that each of these flavours is.
+_CUDA_ERRORS: Final = {
+    "driver": "cudaErrorMemoryAllocation",
+    # The launch needs more registers or shared memory than there are; the card's memory
+    # is not short.
+    "launch": "cudaErrorLaunchOutOfResources",
+    "not-oom": "cudaErrorAssert",
+}
+#: Class and text of each other flavour.
 _ERRORS: Final[
     dict[str, tuple[type[Exception], str | Callable[[Device, int, int], str]]]
 ] = {
@@ -116,10 +128,6 @@ _ERRORS: Final[
         "Free (according to CUDA): {free}\n"
         "PyTorch limit (set by user-supplied memory fraction)\n"
         "                        : {limit}",
-    ),
-    "driver": (
-        torch.AcceleratorError,
-        cuda_error_text("out of memory", "cudaErrorMemoryAllocation"),
     ),
     # Expandable segments found no free addresses, although memory is free. No cache is
     # flushed and ``num_ooms`` does not count it. Source: c10/cuda/driver_api.h,
@@ -149,14 +157,6 @@ _ERRORS: Final[
         "`torch.backends.cuda.preferred_linalg_library()` to try linear algebra operators "
         "with other supported backends. See https://pytorch.org/docs/stable/backends.html"
         "#torch.backends.cuda.preferred_linalg_library",
-    ),
-    # The launch needs more registers or shared memory than there are; the card's memory
-    # is not short.
-    "launch": (
-        torch.AcceleratorError,
-        cuda_error_text(
-            "too many resources requested for launch", "cudaErrorLaunchOutOfResources"
-        ),
     ),
     # NCCL takes its buffers from the driver. Source:
     # torch/csrc/distributed/c10d/NCCLUtils.hpp, C10D_NCCL_CHECK; NCCL's include/checks.h.
@@ -193,9 +193,5 @@ _ERRORS: Final[
         "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't "
         "allocate memory: you tried to allocate {num_bytes} bytes. Error code 12 (Cannot "
         "allocate memory)",
-    ),
-    "not-oom": (
-        torch.AcceleratorError,
-        cuda_error_text("device-side assert triggered", "cudaErrorAssert"),
     ),
 }

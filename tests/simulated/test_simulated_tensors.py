@@ -100,9 +100,16 @@ def test_a_bare_index_names_a_card() -> None:
 
 
 def test_a_card_that_is_not_there_is_refused() -> None:
-    """An ordinal beyond the cards raises the runtime's own error."""
-    with pytest.raises(RuntimeError, match="invalid device ordinal"):
+    """An ordinal beyond the cards raises the runtime's own error, with its number."""
+    with pytest.raises(torch.AcceleratorError) as caught:
         torch.zeros(1, device="cuda:7")
+
+    assert 101 == caught.value.error_code  # type: ignore[attr-defined]
+    assert str(caught.value).startswith(
+        "CUDA error: invalid device ordinal\n"
+        "GPU device may be out of range, do you have enough GPUs?\n"
+        "CUDA kernel errors might be asynchronously reported"
+    )
 
 
 def test_values_travel_there_and_back() -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from pytest_gpumem.allocator.oom_text import cuda_error_text
+from pytest_gpumem.devices.cuda_errors import cuda_error
 from pytest_gpumem.devices.simulated.machine import current_machine
 from pytest_gpumem.devices.simulated.rng import GENERATOR
 from pytest_gpumem.devices.simulated.tape import Recorder, Tape
@@ -28,22 +28,6 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.tensor import Handler
 
 _NOTHING: Final = contextlib.nullcontext()
-_UNSUPPORTED: Final = (
-    "operation not permitted when stream is capturing",
-    "cudaErrorStreamCaptureUnsupported",
-)
-_INVALIDATED: Final = (
-    "operation failed due to a previous error during capture",
-    "cudaErrorStreamCaptureInvalidated",
-)
-_UNJOINED: Final = (
-    "capturing stream has unjoined work",
-    "cudaErrorStreamCaptureUnjoined",
-)
-_CAPTURED_EVENT: Final = (
-    "operation not permitted on an event last recorded in a capturing stream",
-    "cudaErrorCapturedEvent",
-)
 _INVALID_STATUS: Final = (
     "info.status != cudaStreamCaptureStatusInvalidated INTERNAL ASSERT FAILED at "
     '"/__w/pytorch/pytorch/c10/cuda/CUDACachingAllocator.cpp":2213, please report a bug '
@@ -60,11 +44,6 @@ _WAITING: Final = (
     torch.Tag.data_dependent_output,
     torch.Tag.dynamic_output_shape,
 )
-
-
-def failure(words: str, code: str) -> torch.AcceleratorError:
-    """Return the error of a failed CUDA call."""
-    return torch.AcceleratorError(cuda_error_text(words, code))
 
 
 class Capture:
@@ -123,7 +102,7 @@ class Capture:
         """
         __tracebackhide__ = True
         self.is_invalid = True
-        raise failure(*_UNSUPPORTED)
+        raise cuda_error("cudaErrorStreamCaptureUnsupported")
 
     def check(self, *, allocates: bool = False) -> None:
         """Check that the capture is still valid.
@@ -140,7 +119,7 @@ class Capture:
         if self.is_invalid and allocates:
             raise RuntimeError(_INVALID_STATUS)
         if self.is_invalid:
-            raise failure(*_INVALIDATED)
+            raise cuda_error("cudaErrorStreamCaptureInvalidated")
 
     def check_generator(self, args: Any, kwargs: Any) -> None:
         """Refuse a draw from a generator that is not registered with the graph.
@@ -171,7 +150,7 @@ class Capture:
         self.streams = set()
         self.check()
         if self.unjoined:
-            raise failure(*_UNJOINED)
+            raise cuda_error("cudaErrorStreamCaptureUnjoined")
 
 
 def capture_of(card: SimulatedCard, stream: int | None = None) -> Capture | None:
@@ -208,7 +187,7 @@ def check_event(capture: Capture | None) -> None:
     __tracebackhide__ = True
     if capture is not None:
         capture.is_invalid = True
-        raise failure(*_CAPTURED_EVENT)
+        raise cuda_error("cudaErrorCapturedEvent")
 
 
 def check_copy(card: SimulatedCard, host: torch.Tensor | None, *, waits: bool) -> None:

@@ -8,12 +8,11 @@ from collections import deque
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
-import torch
-
 from pytest_gpumem.allocator.caching import CachingAllocator
 from pytest_gpumem.allocator.driver import Driver
-from pytest_gpumem.allocator.oom_text import ProcessMemory, cuda_error_text
+from pytest_gpumem.allocator.oom_text import ProcessMemory
 from pytest_gpumem.devices.budgets import Budgets
+from pytest_gpumem.devices.cuda_errors import cuda_error
 from pytest_gpumem.kernels.cublas import workspace_bytes
 
 if TYPE_CHECKING:
@@ -94,9 +93,7 @@ class SimulatedCard:
         if not has_context:
             # ``cudaMalloc`` and ``cudaMemGetInfo`` return this error, and the caching
             # allocator has no message of its own for it.
-            raise torch.AcceleratorError(
-                cuda_error_text("out of memory", "cudaErrorMemoryAllocation")
-            )
+            raise cuda_error("cudaErrorMemoryAllocation")
 
     def _processes(self) -> list[ProcessMemory]:
         """Return the processes on the card and their bytes, as NVML reports them."""

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from pytest_gpumem.allocator.pools import DEFAULT
+from pytest_gpumem.devices.cuda_errors import cuda_error
 from pytest_gpumem.devices.simulated.capture import (
     Capture,
     begin,
     capture_of,
-    failure,
     forget,
 )
 from pytest_gpumem.devices.simulated.machine import card_of, current_machine
@@ -119,10 +119,7 @@ class CUDAGraph:
             allocator.begin_pool(self._pool, capture.takes, captures=True)
         if under_way is not None:
             under_way.is_invalid = True
-            raise failure(
-                "the operation cannot be performed in the present state",
-                "cudaErrorIllegalState",
-            )
+            raise cuda_error("cudaErrorIllegalState")
         self._capture = capture
         begin(capture)
 

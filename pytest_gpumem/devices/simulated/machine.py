@@ -13,6 +13,7 @@ import torch
 from pytest_gpumem.allocator.caching import OutOfMemory
 from pytest_gpumem.allocator.config import AllocatorConfig, config_from_environment
 from pytest_gpumem.allocator.versions import installed_version
+from pytest_gpumem.devices.cuda_errors import cuda_error
 from pytest_gpumem.devices.simulated.card import SimulatedCard
 from pytest_gpumem.devices.simulated.current_streams import Streams
 from pytest_gpumem.errors import DeviceUnavailableError
@@ -24,13 +25,6 @@ if TYPE_CHECKING:
     from pytest_gpumem.cards import Card
     from pytest_gpumem.devices.simulated.capture import Capture
     from pytest_gpumem.devices.simulated.memory_history import MemoryHistory
-
-#: Torch's message for a device index that does not exist (cudaErrorInvalidDevice).
-INVALID_ORDINAL: Final = (
-    "CUDA error: invalid device ordinal\n"
-    "GPU device may be out of range, do you have enough GPUs?"
-)
-
 
 #: Torch's message if CUDA sees no card.
 #: Source: ``c10/cuda/CUDAFunctions.cpp``, ``device_count_ensure_non_zero``.
@@ -160,7 +154,8 @@ class SimulatedMachine:
         """Use CUDA, and return a card; None means the thread's current one.
 
         Raises:
-            RuntimeError: There is no such card (torch's message).
+            torch.AcceleratorError: There is no such card (CUDA's message).
+            RuntimeError: CUDA sees no card at all (torch's message).
         """
         self.use()
         if not self.cards:
@@ -168,7 +163,7 @@ class SimulatedMachine:
         if index is None:
             index = self.current_index
         if not 0 <= index < len(self.cards):
-            raise RuntimeError(INVALID_ORDINAL)
+            raise cuda_error("cudaErrorInvalidDevice")
         return self.cards[index]
 
     def start_history(self, history: MemoryHistory) -> None:
@@ -277,7 +272,6 @@ def card_of(index: int | None) -> SimulatedCard:
 
 __all__ = [
     "COMPILED",
-    "INVALID_ORDINAL",
     "NO_CARDS",
     "VALUES",
     "OutOfMemory",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
+from pytest_gpumem.devices.cuda_errors import ERRORS
 from pytest_gpumem.devices.simulated.machine import card_of
 
 
@@ -11,20 +12,6 @@ class _Code(int):
     """``cudaError``, the return code of a call; a simulated call returns success."""
 
     success = 0
-
-
-#: Source: ``cudaGetErrorString`` of the CUDA runtime API's manual.
-_ERRORS: Final[dict[int, str]] = {
-    0: "no error",
-    1: "invalid argument",
-    2: "out of memory",
-    3: "initialization error",
-    100: "no CUDA-capable device is detected",
-    101: "invalid device ordinal",
-    700: "an illegal memory access was encountered",
-    719: "unspecified launch failure",
-    801: "operation not supported",
-}
 
 
 class Runtime:
@@ -40,7 +27,8 @@ class Runtime:
 
     def cudaGetErrorString(self, code: int) -> str:  # noqa: N802  # the runtime's name
         """Return the description of an error code."""
-        return _ERRORS.get(code, "unrecognized error code")
+        _name, words = ERRORS.get(code, ("", "unrecognized error code"))
+        return words
 
     def cudaProfilerStart(self) -> int:  # noqa: N802  # the runtime's name
         """Do nothing and return 0, which means success."""

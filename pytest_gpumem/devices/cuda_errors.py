@@ -1,0 +1,79 @@
+"""Errors of CUDA's runtime: their numbers, names and descriptions, and torch's error.
+
+Source: ``driver_types.h`` of CUDA, ``cudaGetErrorName`` and ``cudaGetErrorString``.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+
+#: Name and description of an error, by its number.
+ERRORS: Final[dict[int, tuple[str, str]]] = {
+    0: ("cudaSuccess", "no error"),
+    1: ("cudaErrorInvalidValue", "invalid argument"),
+    2: ("cudaErrorMemoryAllocation", "out of memory"),
+    3: ("cudaErrorInitializationError", "initialization error"),
+    100: ("cudaErrorNoDevice", "no CUDA-capable device is detected"),
+    101: ("cudaErrorInvalidDevice", "invalid device ordinal"),
+    401: (
+        "cudaErrorIllegalState",
+        "the operation cannot be performed in the present state",
+    ),
+    700: ("cudaErrorIllegalAddress", "an illegal memory access was encountered"),
+    701: (
+        "cudaErrorLaunchOutOfResources",
+        "too many resources requested for launch",
+    ),
+    710: ("cudaErrorAssert", "device-side assert triggered"),
+    719: ("cudaErrorLaunchFailure", "unspecified launch failure"),
+    801: ("cudaErrorNotSupported", "operation not supported"),
+    900: (
+        "cudaErrorStreamCaptureUnsupported",
+        "operation not permitted when stream is capturing",
+    ),
+    901: (
+        "cudaErrorStreamCaptureInvalidated",
+        "operation failed due to a previous error during capture",
+    ),
+    904: ("cudaErrorStreamCaptureUnjoined", "capturing stream has unjoined work"),
+    907: (
+        "cudaErrorCapturedEvent",
+        "operation not permitted on an event last recorded in a capturing stream",
+    ),
+}
+_NUMBERS: Final = {name: number for number, (name, _words) in ERRORS.items()}
+#: Source: ``c10/cuda/CUDAMiscFunctions.cpp``, ``get_cuda_error_help``.
+_HELP: Final = (
+    "Search for `{name}' in https://docs.nvidia.com/cuda/cuda-runtime-api/"
+    "group__CUDART__TYPES.html for more information."
+)
+_DEVICE_HELP: Final = "GPU device may be out of range, do you have enough GPUs?"
+#: Source: ``c10/cuda/CUDAException.cpp`` and ``CUDAMiscFunctions.cpp``, torch 2.11.
+_SUFFIX: Final = (
+    "CUDA kernel errors might be asynchronously reported at some other API call, so the "
+    "stacktrace below might be incorrect.\n"
+    "For debugging consider passing CUDA_LAUNCH_BLOCKING=1\n"
+    "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n"
+)
+
+
+def cuda_error(name: str) -> torch.AcceleratorError:
+    """Return torch's error for a failed call of CUDA.
+
+    Args:
+        name: The error's name in CUDA's headers, such as ``cudaErrorMemoryAllocation``.
+
+    Returns:
+        The error, with its number in ``error_code``, as torch's C++ code makes it.
+        Source: ``torch/csrc/Exceptions.h``.
+    """
+    number = _NUMBERS[name]
+    is_device = name == "cudaErrorInvalidDevice"
+    hint = _DEVICE_HELP if is_device else _HELP.format(name=name)
+    error = torch.AcceleratorError(
+        f"CUDA error: {ERRORS[number][1]}\n{hint}\n{_SUFFIX}"
+    )
+    error.error_code = number  # type: ignore[attr-defined]  # torch has it in C++ alone
+    return error
