@@ -13,6 +13,7 @@ from pytest_gpumem.allocator.driver import Driver
 from pytest_gpumem.allocator.oom_text import ProcessMemory
 from pytest_gpumem.devices.budgets import Budgets
 from pytest_gpumem.devices.cuda_errors import cuda_error
+from pytest_gpumem.devices.simulated.cublas_handles import CublasHandles
 from pytest_gpumem.kernels.cublas import workspace_bytes
 
 if TYPE_CHECKING:
@@ -61,8 +62,9 @@ class SimulatedCard:
         #: both totals.
         self.tracers: list[Callable[[int, int, int, int, int], None]] = []
         self.num_requests = 0
-        #: cuBLAS workspaces, by handle (a host thread's, or autograd's) and stream.
-        self.workspaces: dict[tuple[object, int], Block] = {}
+        self.cublas_handles = CublasHandles()
+        #: cuBLAS workspaces, by handle and stream.
+        self.workspaces: dict[tuple[int, int], Block] = {}
         self._lock = threading.Lock()
         self._released: deque[Block] = deque()
         self._later: deque[Callable[[CachingAllocator], None]] = deque()
@@ -204,7 +206,7 @@ class SimulatedCard:
             finally:
                 self._lock.release()
 
-    def hold_workspace(self, handle: object, stream: int) -> None:
+    def hold_workspace(self, handle: int, stream: int) -> None:
         """Take the cuBLAS workspace of a handle on a stream.
 
         Raises:

@@ -9,12 +9,12 @@ is freed.
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, Final
 
 import torch
 
 from pytest_gpumem.devices.simulated.backward import in_backward
+from pytest_gpumem.devices.simulated.cublas_handles import AUTOGRAD
 from pytest_gpumem.devices.simulated.machine import OutOfMemory
 from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.errors import HostMemoryError
@@ -90,14 +90,14 @@ def allocate_aside(card: SimulatedCard, nbytes: int, stream: int) -> Block:
 def hold_workspace(card: SimulatedCard) -> None:
     """Take the workspace of the thread's cuBLAS handle on its stream, if there is none.
 
-    A handle belongs to a host thread. On a real card, backward runs in its own thread.
+    A host thread has a handle. On a real card, backward runs in its own thread.
 
     Raises:
         torch.OutOfMemoryError: There is no room for it.
     """
     __tracebackhide__ = True
     stream = card.machine.streams.current(card.index)
-    handle = "autograd" if in_backward() else threading.get_ident()
+    handle = AUTOGRAD if in_backward() else card.cublas_handles.of_thread()
     if (handle, stream) in card.workspaces:
         return
     try:
