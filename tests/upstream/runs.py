@@ -39,9 +39,9 @@ class Setting(NamedTuple):
 
 #: Small enough for the host to hold the values of tests that fill a card.
 CARD: Final = "8GiB,cc=8.0"
-ONE, TWO = "one card", "two cards"
+HOST, ONE, TWO = "host", "one card", "two cards"
 SETTINGS: Final = (
-    Setting("host", ("-p", "no:gpumem")),
+    Setting(HOST, ("-p", "no:gpumem")),
     Setting(ONE, ("--gpu-backend=simulated", f"--gpu-card={CARD}")),
     Setting(TWO, ("--gpu-backend=simulated", f"--gpu-card={CARD}*2")),
 )
@@ -152,6 +152,8 @@ def run(suite: Suite, setting: Setting, home: Path, out: Path) -> dict[str, Outc
     file = outcomes_of(setting.name)
     log = file.with_suffix(".log")
     environment = _environment(suite, file, home)
+    if setting.name != HOST:
+        environment["UPSTREAM_HOST"] = str(outcomes_of(HOST))
     if setting.name == TWO and not suite.takes_both:
         environment["UPSTREAM_SKIPPED"] = str(outcomes_of(ONE))
     command = [

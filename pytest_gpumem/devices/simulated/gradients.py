@@ -186,14 +186,15 @@ def _of_one_node(grads: tuple[Any, ...]) -> tuple[Any, ...]:
 
 # -- gradients of a user's Function -------------------------------------------------------
 
-_apply: Final[Any] = vars(torch.autograd.Function)["apply"].__func__
+#: A class method, up to torch 2.13 written in Python.
+_apply: Final[Any] = vars(torch.autograd.Function)["apply"]
 _apply_users: Final[Any] = of_user(BackwardCFunction.apply)
 
 
 def apply(cls: Any, *args: Any, **options: Any) -> Any:
     """Run ``Function.apply``, and record the devices of its tensors for backward."""
     __tracebackhide__ = True
-    results = _apply(cls, *args, **options)
+    results = _apply.__get__(None, cls)(*args, **options)
     outputs = results if isinstance(results, tuple) else (results,)
     for each in outputs:
         node = each.grad_fn if isinstance(each, torch.Tensor) else None
