@@ -14,12 +14,13 @@ from pytest_gpumem.baselines.baseline import (
 )
 from pytest_gpumem.baselines.regressions import compare_figures
 from pytest_gpumem.errors import ReportError
+from pytest_gpumem.records.run_record import BaselineOutcome, Entry
 from pytest_gpumem.reports.words import environment_line, limit_words
 from pytest_gpumem.sizes import format_size
 from pytest_gpumem.tables import align
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from pytest_gpumem.baselines.regressions import Tolerance
     from pytest_gpumem.records.record import LimitOutcome, Record
@@ -30,14 +31,18 @@ _Peaks = dict[str, dict[str, dict[str, int]]]
 
 
 def compare_files(
-    before: Report | Baseline, now: Report | Baseline, gate: Sequence[Tolerance]
-) -> tuple[list[str], bool]:
-    """Return the text to print, and whether a peak grew by more than the tolerance.
+    before: Report | Baseline,
+    now: Report | Baseline,
+    gate: Sequence[Tolerance],
+    name: str = "",
+) -> tuple[list[str], BaselineOutcome]:
+    """Return the text to print, and the changes.
 
     Args:
         before: A report or a baseline.
         now: Another one.
         gate: The tolerances.
+        name: The name of ``before`` in the changes.
 
     Raises:
         ReportError: They share no environment.
@@ -52,8 +57,8 @@ def compare_files(
             f"{', '.join(sorted(today))}; compare runs on the same card and PyTorch"
         )
     changes: list[Change] = []
-    new: list[str] = []
-    gone: list[str] = []
+    new: list[Entry] = []
+    gone: list[Entry] = []
     same = 0
     notes: list[str] = []
     for environment, other in shared.items():
@@ -68,8 +73,13 @@ def compare_files(
             changed = compare_figures(test, known[test], found[test], gate)
             same += not changed
             changes += changed
-        new += [_named(test, found[test]) for test in sorted(found.keys() - known)]
-        gone += [_named(test, known[test]) for test in sorted(known.keys() - found)]
+        new += [
+            Entry(environment, test, found[test])
+            for test in sorted(found.keys() - known)
+        ]
+        gone += [
+            Entry(other, test, known[test]) for test in sorted(known.keys() - found)
+        ]
     bad = sum(each.is_regression for each in changes)
     counts = {
         "the same": same,
@@ -83,12 +93,12 @@ def compare_files(
         *_machines(before, now),
         *notes,
         *_table(changes),
-        *(f"new: {each}" for each in new),
-        *(f"gone: {each}" for each in gone),
+        *(f"new: {_named(each)}" for each in new),
+        *(f"gone: {_named(each)}" for each in gone),
         *_limits(before, now),
         ", ".join(parts),
     ]
-    return lines, bad > 0
+    return lines, BaselineOutcome(name, changes, new, gone)
 
 
 def _peaks(source: Report | Baseline) -> _Peaks:
@@ -126,10 +136,11 @@ def _absolute(test: Record) -> dict[str, int]:
     }
 
 
-def _named(test: str, peaks: Mapping[str, int]) -> str:
-    shown = {name: n for name, n in peaks.items() if name.rpartition(" ")[2] in METRICS}
-    sizes = ", ".join(f"{name} {format_size(n)}" for name, n in sorted(shown.items()))
-    return f"{test} ({sizes})"
+def _named(entry: Entry) -> str:
+    peaks = sorted(entry.peaks.items())
+    shown = [(name, n) for name, n in peaks if name.rpartition(" ")[2] in METRICS]
+    sizes = ", ".join(f"{name} {format_size(n)}" for name, n in shown)
+    return f"{entry.test} ({sizes})"
 
 
 def _machines(before: Report | Baseline, now: Report | Baseline) -> Iterator[str]:

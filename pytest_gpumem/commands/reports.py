@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,9 @@ def add_commands(commands: Any) -> None:
         default=[],
         metavar="METRIC:TOLERANCE",
         help="allocated:5%% or reserved:16MiB; may be repeated (default: none fails)",
+    )
+    compare.add_argument(
+        "--html", type=Path, help="a page with both reports side by side, to write"
     )
     compare.set_defaults(run=_compare)
 
@@ -117,7 +121,18 @@ def _compare(options: argparse.Namespace) -> int:
         gate = [Tolerance.parse(text) for text in options.fail]
     except ValueError as error:
         raise ReportError(f"--fail: {error}") from None
-    lines, is_bad = compare_files(_read(options.before), _read(options.now), gate)
+    before, now = _read(options.before), _read(options.now)
+    lines, outcome = compare_files(before, now, gate, options.before.name)
+    if options.html is not None:
+        from pytest_gpumem.reports.document import Report
+        from pytest_gpumem.reports.page import page
+
+        if not isinstance(before, Report) or not isinstance(now, Report):
+            raise ReportError(
+                "--html shows two reports side by side, and a baseline has no timelines; "
+                "write reports with --gpu-report=json:PATH"
+            )
+        write_atomically(options.html, page(replace(now, baseline=outcome), before))
     for line in lines:
         sys.stdout.write(f"{line}\n")
-    return int(is_bad)
+    return int(any(each.is_regression for each in outcome.changes))

@@ -87,6 +87,7 @@ class Reporting:
             tuple(self._machines) or (machine_of(self._run),),
             self._baseline(),
             by_name(self._tests.values()),
+            outcomes=_outcomes(self._config),
         )
         for kind, path in self._files:
             try:
@@ -130,6 +131,18 @@ class Reporting:
         """Print which files were written."""
         for line, is_warning in self._lines:
             terminalreporter.write_line(line, yellow=is_warning)
+
+
+def _outcomes(config: pytest.Config) -> dict[str, int]:
+    """Return how many tests ended in each way, as pytest's last line has them."""
+    terminal: Any = config.pluginmanager.get_plugin("terminalreporter")
+    stats: dict[str, list[Any]] = {} if terminal is None else terminal.stats
+    found = {
+        name: sum(getattr(each, "count_towards_summary", True) for each in reports)
+        for name, reports in stats.items()
+        if name not in ("", "warnings")
+    }
+    return {name: count for name, count in found.items() if count}
 
 
 def machine_of(run: Run) -> Environment:

@@ -6,13 +6,13 @@ The types of ``Report`` define its form; ``docs/report.schema.json`` is made fro
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem._version import __version__
 from pytest_gpumem.errors import ReportError
-from pytest_gpumem.records.codec import DamageError, decode, encode
+from pytest_gpumem.records.codec import Count, DamageError, decode, encode
 from pytest_gpumem.records.record import Record
 from pytest_gpumem.records.run_record import BaselineOutcome, Environment  # noqa: TC001  # types are read
 
@@ -36,6 +36,8 @@ class Report:
         baseline: The comparison with the baseline, or None if there was none.
         tests: The tests that used a card, by name.
         plugin: The version that wrote it.
+        outcomes: How many tests ended in each way, by pytest's words, as its last line has
+            them; tests without a card and the points of sweeps count too.
     """
 
     runs: tuple[str, ...]
@@ -43,6 +45,7 @@ class Report:
     baseline: BaselineOutcome | None = None
     tests: tuple[Record, ...] = ()
     plugin: str = __version__
+    outcomes: dict[str, Count] = field(default_factory=dict)
 
 
 def by_name(tests: Iterable[Record]) -> tuple[Record, ...]:
@@ -58,6 +61,7 @@ def to_chunks(report: Report) -> Iterator[str]:
         "version": VERSION,
         "plugin": report.plugin,
         "runs": report.runs,
+        "outcomes": report.outcomes,
         "environments": encode(report.environments),
         "baseline": encode(report.baseline),
     }

@@ -6,7 +6,12 @@ import html
 from typing import TYPE_CHECKING, Final
 
 from pytest_gpumem.records.staircase import staircase_table
-from pytest_gpumem.reports.words import environment_line, kinds_words, limit_words
+from pytest_gpumem.reports.words import (
+    environment_line,
+    kinds_words,
+    limit_words,
+    outcome_words,
+)
 from pytest_gpumem.sizes import format_size
 from pytest_gpumem.sweeps.sweep_record import whole_sweeps
 from pytest_gpumem.sweeps.text import summarise
@@ -33,7 +38,12 @@ def escape(text: str) -> str:
 
 def markdown(report: Report) -> str:
     """Return the report's text."""
-    about = (*report.runs, *map(environment_line, report.environments))
+    outcomes = outcome_words(report.outcomes)
+    about = (
+        *filter(None, (outcomes,)),
+        *report.runs,
+        *map(environment_line, report.environments),
+    )
     lines = ["## GPU memory", "", *(escape(each) + "  " for each in about), ""]
     lines += _baseline(report.baseline)
     if not any(test.figures for test in report.tests):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from pytest_gpumem.records.run_record import BaselineOutcome
@@ -17,12 +18,16 @@ def merge(reports: Iterable[Report]) -> Report:
     """Merge several reports; if two have a test, the later record counts."""
     several = list(reports)
     tests = by_name(test for report in several for test in report.tests)
+    outcomes: Counter[str] = Counter()
+    for each in several:
+        outcomes.update(each.outcomes)
     baselines = [each.baseline for each in several if each.baseline is not None]
     return Report(
         runs=tuple(dict.fromkeys(run for each in several for run in each.runs)),
         environments=_distinct(each.environments for each in several),
         baseline=_baseline(baselines, {each.nodeid for each in tests}),
         tests=tests,
+        outcomes=dict(outcomes),
     )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from pytest_gpumem.errors import ReportError
 from pytest_gpumem.reports.document import to_chunks
-from pytest_gpumem.reports.words import environment_line
+from pytest_gpumem.reports.words import environment_line, outcome_words
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,8 +31,12 @@ def check_available() -> None:
         )
 
 
-def page(report: Report) -> Iterator[str]:
+def page(report: Report, before: Report | None = None) -> Iterator[str]:
     """Return the page, piece by piece.
+
+    Args:
+        report: The run.
+        before: Another run, whose tests are shown beside those of the same name.
 
     Raises:
         ReportError: jinja2 is missing.
@@ -46,13 +50,16 @@ def page(report: Report) -> Iterator[str]:
         autoescape=True,
         undefined=StrictUndefined,
     )
-    # In a script element only "<" can end the data.
-    data = (
-        Markup(chunk.replace("<", "\\u003c"))  # noqa: S704  # escaped in this line
-        for chunk in to_chunks(report)
-    )
+
+    def data_of(source: Report) -> Iterator[str]:
+        # In a script element only "<" can end the data.
+        for chunk in to_chunks(source):
+            yield Markup(chunk.replace("<", "\\u003c"))  # noqa: S704  # escaped in this line
+
     return environment.get_template("report.html").generate(
         report=report,
+        outcomes=outcome_words(report.outcomes),
         machines=[environment_line(each) for each in report.environments],
-        data=data,
+        data=data_of(report),
+        before=None if before is None else data_of(before),
     )

@@ -32,6 +32,13 @@ def environment_line(machine: Environment) -> str:
     return " · ".join(parts)
 
 
+def outcome_words(outcomes: Mapping[str, int]) -> str:
+    """Return how many tests ended in each way, as pytest's last line does."""
+    first = [each for each in ("failed", "passed", "skipped") if each in outcomes]
+    names = dict.fromkeys((*first, *outcomes))
+    return ", ".join(f"{outcomes[name]} {name}" for name in names)
+
+
 def kinds_words(kinds: Mapping[Kind, int]) -> str:
     """Return bytes by kind, the most first: ``"weights 1 MiB, activations 2 KiB"``."""
     most_first = sorted(kinds, key=lambda kind: -kinds[kind])

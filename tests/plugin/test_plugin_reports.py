@@ -113,6 +113,8 @@ def test_every_kind_is_written_in_every_way(
     _check_machine(report)
     _check_limits(tests)
     assert report["baseline"]["file"] == "b.json"
+    assert counts["failed"] == report["outcomes"]["failed"]
+    assert counts["passed"] == report["outcomes"]["passed"]
     changes = {each["metric"]: each for each in report["baseline"]["changes"]}
     assert {"allocated"} == set(changes)
     assert changes["allocated"]["is_regression"]

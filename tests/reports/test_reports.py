@@ -353,3 +353,34 @@ def test_shards_are_merged_and_gated_as_one(
     capsys.readouterr()
     assert 1 == main(["compare", "base.json", "now.json", "--fail=allocated:0"])
     assert "test_b.py::test_b" in capsys.readouterr().out
+
+
+def test_two_reports_are_shown_on_one_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both are in it, with the changes that the terminal lists; a baseline cannot be."""
+    before = a_report(tmp_path, "before.json", a=2**20, gone=512)
+    now = a_report(tmp_path, "now.json", a=2**21, new=512)
+    target = tmp_path / "both.html"
+
+    assert 0 == main(["compare", str(before), str(now), "--html", str(target)])
+
+    assert "1 tests changed, 1 new, 1 gone" in capsys.readouterr().out
+    text = target.read_text("utf-8")
+    assert '<script type="application/json" id="before">' in text
+    assert '"file": "before.json"' in text
+    baseline = tmp_path / "baseline.json"
+    baseline.write_text(Baseline().to_text(), "utf-8")
+    assert 1 == main(["compare", str(baseline), str(now), "--html", str(target)])
+    assert "--html shows two reports side by side" in capsys.readouterr().err
+
+
+def test_a_merged_report_counts_the_outcomes_of_all_shards() -> None:
+    """As if one run had made them."""
+    shards = [
+        document.Report((), outcomes={"passed": 2, "failed": 1}),
+        document.Report((), outcomes={"passed": 3}),
+    ]
+
+    assert {"passed": 5, "failed": 1} == merge(shards).outcomes
+    assert "1 failed, 5 passed" in markdown(merge(shards))
