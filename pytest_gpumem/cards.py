@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-from pytest_gpumem.cards_table import CARDS, Card
+from pytest_gpumem.cards_table import (
+    CARDS,
+    SLICES,
+    SLICES_OF_COMPUTE,
+    SLICES_OF_MEMORY,
+    Card,
+    memory_slices,
+)
 from pytest_gpumem.errors import CardError, SizeError
 from pytest_gpumem.sizes import format_size, parse_size
-from pytest_gpumem.visibility import visible_numbers
+from pytest_gpumem.visibility import uuid_of, uuid_of_slice, visible_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +35,10 @@ MAX_CARDS: Final = 64
 
 #: PyTorch's allocator takes at least this much at a time from the driver.
 _SMALLEST_BYTES: Final = 2 * 2**20
-_KEYS: Final = ("cc", "sms", "ctx", "nccl", "name")
+#: The id of the first GPU instance of a size, by slices of compute: what nvidia-smi shows
+#: for A100 and H100 in public outputs.
+_FIRST_INSTANCE: Final = {"1": 7, "2": 3, "3": 1, "4": 1, "7": 0}
+_KEYS: Final = ("cc", "sms", "ctx", "nccl", "host", "name")
 _MAKERS: Final = re.compile(r"nvidia|tesla|geforce|rtx")
 _ALIASES: Final = {"h10080gb": "H100", "t416gb": "T4", "p10016gb": "P100"}
 _SIZE: Final = re.compile(r"[0-9.]+\s*([kmgt](i?b)?|b|%)|[0-9]{7,}", re.IGNORECASE)
@@ -37,6 +47,7 @@ _GRAMMAR: Final = (
     "(A100-80GB*2) or several kinds (T4+A100-80GB)"
 )
 _OF_NAMED: Final = ("ctx", "nccl")
+_OF_INTEGRATED: Final = (*_OF_NAMED, "host")
 
 
 def find_card(text: str) -> tuple[Card, ...]:
@@ -45,13 +56,17 @@ def find_card(text: str) -> tuple[Card, ...]:
     Args:
         text: ``CARD``, ``CARD*COUNT``, or several of these joined by ``+``. A card is
             a name of the table or the driver's own (case, blanks, hyphens and the
-            maker's words do not matter: ``rtx 4090``, ``NVIDIA A100-SXM4-80GB``), with
-            ``,ctx=SIZE`` if a process's context takes something else than is modelled
-            and ``,nccl=SIZE`` if each communicator of NCCL is to take bytes; or
-            ``SIZE[,cc=MAJOR.MINOR][,sms=COUNT][,ctx=SIZE][,nccl=SIZE][,name=NAME]``, a
-            made-up card. Its compute capability is 8.0 and its context takes 0 bytes unless
-            given; what else it leaves out is as on the table's first card of that
-            capability, or of the one below it.
+            maker's words do not matter: ``rtx 4090``, ``NVIDIA A100-SXM4-80GB``), or a
+            slice of one (MIG: ``A100-80GB:1g.10gb``), with ``,ctx=SIZE`` if a process's
+            context takes something else than is modelled, ``,nccl=SIZE`` if each
+            communicator of NCCL is to take bytes, and ``,host=SIZE``, which only a card
+            without memory of its own has: the bytes of the shared memory that the host
+            holds; or
+            ``SIZE[,cc=MAJOR.MINOR][,sms=COUNT][,ctx=SIZE][,nccl=SIZE][,host=SIZE][,name=NAME]``,
+            a made-up card. Its compute capability is 8.0 and its context takes 0 bytes
+            unless given; ``host=`` makes it a card without memory of its own; what else it
+            leaves out is as on the table's first card of that capability, or of the one
+            below it.
 
     Raises:
         CardError: The text names no card; the message suggests names.
@@ -77,7 +92,104 @@ def find_card(text: str) -> tuple[Card, ...]:
 
 def visible_cards(cards: Sequence[Card]) -> tuple[Card, ...]:
     """Return the cards that ``CUDA_VISIBLE_DEVICES`` shows at present, in its order."""
-    return tuple(cards[number] for number in visible_numbers(len(cards)))
+    return tuple(cards[number] for number in visible_numbers(uuids_of(cards)))
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One GPU of a machine, as NVML counts them.
+
+    Attributes:
+        index: Its index.
+        card: The whole card, also where the machine has only slices of it.
+        numbers: The number of each of the machine's cards that is on it: one, or several
+            slices (MIG).
+        is_divided: Whether it is in MIG mode: the machine has slices of it.
+    """
+
+    index: int
+    card: Card
+    numbers: tuple[int, ...]
+
+    is_divided: bool = False
+
+    @property
+    def uuid(self) -> str:
+        """Its UUID."""
+        return uuid_of(self.index)
+
+    @property
+    def bus(self) -> int:
+        """The number of its PCI bus; each GPU has one of its own."""
+        return self.index + 1
+
+    @property
+    def bus_id(self) -> str:
+        """Its address on the PCI bus, as NVML writes it."""
+        return f"00000000:{self.bus:02X}:00.0"
+
+    @property
+    def can_be_divided(self) -> bool:
+        """Whether slices (MIG) of such a card are known."""
+        return any(CARDS[each.parent] == self.card for each in SLICES.values())
+
+    def instances(self, cards: Sequence[Card]) -> list[tuple[int, int]]:
+        """Return the ids of GPU instance and compute instance of each of its slices.
+
+        NVIDIA's driver numbers the instances of a size from where these sizes begin;
+        which of them are free is modelled. Each GPU instance has one compute instance.
+
+        Args:
+            cards: The machine's cards.
+        """
+        given: dict[int, int] = {}
+        found = []
+        for number in self.numbers:
+            first = _FIRST_INSTANCE.get(cards[number].profile[:1], 1)
+            taken = given.setdefault(first, 0)
+            given[first] += 1
+            found.append((first + taken, 0))
+        return found
+
+
+def gpus_of(cards: Sequence[Card]) -> tuple[Gpu, ...]:
+    """Return the GPUs on which a machine's cards are.
+
+    Slices of one kind of card that follow each other are on one GPU, as far as it has
+    room for them. Source: NVIDIA Multi-Instance GPU User Guide, "Supported MIG Profiles":
+    seven slices of compute, eight of memory.
+    """
+    found: list[Gpu] = []
+    for number, card in enumerate(cards):
+        if card.parent:
+            last = found[-1] if found else None
+            together = [cards[other] for other in last.numbers] if last else []
+            if (
+                last is not None
+                and together[0].parent == card.parent
+                and _fit_together([*together, card])
+            ):
+                found[-1] = replace(last, numbers=(*last.numbers, number))
+                continue
+        whole = CARDS[card.parent] if card.parent else card
+        found.append(Gpu(len(found), whole, (number,), bool(card.parent)))
+    return tuple(found)
+
+
+def _fit_together(slices: list[Card]) -> bool:
+    """Tell whether one GPU has room for these slices."""
+    compute = sum(int(each.profile[0]) for each in slices)
+    memory = sum(memory_slices(CARDS[each.parent], each.total_bytes) for each in slices)
+    return compute <= SLICES_OF_COMPUTE and memory <= SLICES_OF_MEMORY
+
+
+def uuids_of(cards: Sequence[Card]) -> tuple[str, ...]:
+    """Return the UUID of each card of a machine, in the order of CUDA."""
+    return tuple(
+        uuid_of_slice(number) if cards[number].parent else gpu.uuid
+        for gpu in gpus_of(cards)
+        for number in gpu.numbers
+    )
 
 
 def _card(text: str, description: str) -> Card:
@@ -87,21 +199,31 @@ def _card(text: str, description: str) -> Card:
     if _SIZE.fullmatch(head) or "=" in head:
         return _made_up_card(text, head, _pairs(text, pairs, _KEYS))
     card = _named(text, head)
-    given = _pairs(text, pairs, _OF_NAMED)
+    given = _pairs(text, pairs, _OF_INTEGRATED if card.is_integrated else _OF_NAMED)
     found: dict[str, int] = {}
-    for key, field in (("ctx", "given_context_bytes"), ("nccl", "nccl_bytes")):
+    for key, field in (
+        ("ctx", "given_context_bytes"),
+        ("nccl", "nccl_bytes"),
+        ("host", "host_bytes"),
+    ):
         if key in given:
             found[field] = _part(text, key, given[key], card.total_bytes)
     return replace(card, **found)  # type: ignore[arg-type]  # both are of bytes
 
 
 def _named(text: str, description: str) -> Card:
+    if ":" in description or "mig" in description.lower().split():
+        return _named_slice(text, description)
     wanted = _plain(description)
     wanted = _plain(_ALIASES.get(wanted, wanted))
-    for key, card in CARDS.items():
-        if wanted in (_plain(key), _plain(card.name)):
-            return card
-    variants = [key for key in CARDS if wanted == _plain(key.partition("-")[0])]
+    by_key = {_plain(key): card for key, card in CARDS.items()}
+    if wanted in by_key:
+        return by_key[wanted]
+    variants = [key for key, card in CARDS.items() if wanted == _plain(card.name)]
+    if len(variants) == 1:
+        return CARDS[variants[0]]
+    if not variants:
+        variants = [key for key in CARDS if wanted == _plain(key.partition("-")[0])]
     if wanted and variants:
         raise _error(
             text,
@@ -120,11 +242,46 @@ def _named(text: str, description: str) -> Card:
     )
 
 
+def _named_slice(text: str, description: str) -> Card:
+    """Return a slice by ``CARD:PROFILE``, or by the driver's ``NAME MIG PROFILE``."""
+    name, colon, profile = description.partition(":")
+    if not colon:
+        name, _mig, profile = re.split(r"\b(mig)\b", description, flags=re.IGNORECASE)
+    whole = _named(text, name)
+    parent = next(key for key, card in CARDS.items() if card == whole)
+    profiles = {
+        key.partition(":")[2]: card
+        for key, card in SLICES.items()
+        if card.parent == parent
+    }
+    if not profiles:
+        divided = ", ".join(dict.fromkeys(card.parent for card in SLICES.values()))
+        raise _error(
+            text,
+            f"no slices (MIG) of {parent} are known",
+            f"known are those of {divided}; or make a card up: 10GiB,cc=8.0,sms=14",
+        )
+    card = profiles.get(profile.strip().lower())
+    if card is None:
+        raise _error(
+            text,
+            f"{profile.strip()!r} is not a known slice (MIG) of {parent}",
+            f"known are {', '.join(profiles)}",
+        )
+    return card
+
+
 def _pairs(text: str, pairs: list[str], keys: tuple[str, ...]) -> dict[str, str]:
     """Return what ``KEY=VALUE`` pairs give, each key at most once."""
     given: dict[str, str] = {}
     for pair in pairs:
         key, equals, value = (piece.strip() for piece in pair.partition("="))
+        if key == "host" and key not in keys:
+            raise _error(
+                text,
+                "host is for a card without memory of its own",
+                f"give {', '.join(keys)}, or make such a card up: 16GiB,{pair}",
+            )
         if key in _KEYS and key not in keys:
             raise _error(
                 text,
@@ -160,6 +317,11 @@ def _made_up_card(text: str, size: str, given: dict[str, str]) -> Card:
         model,
         given_context_bytes=_part(text, "ctx", given.get("ctx", "0"), total_bytes),
         nccl_bytes=_part(text, "nccl", given.get("nccl", "0"), total_bytes),
+        is_integrated="host" in given,
+        host_bytes=(
+            _part(text, "host", given["host"], total_bytes) if "host" in given else None
+        ),
+        nvml_name="",
         name=given.get("name", f"Simulated GPU {format_size(total_bytes)}"),
         total_bytes=total_bytes,
         multi_processor_count=int(sms),
@@ -213,7 +375,11 @@ __all__ = [
     "CARDS",
     "DEFAULT_CARD",
     "MAX_CARDS",
+    "SLICES",
     "Card",
+    "Gpu",
     "find_card",
+    "gpus_of",
+    "uuids_of",
     "visible_cards",
 ]

@@ -35,9 +35,11 @@ LIMITS: Final[dict[tuple[int, int], MultiprocessorLimits]] = {
     (7, 5): MultiprocessorLimits(1024, 65536, 64 * _KIB, 64 * _KIB),
     (8, 0): MultiprocessorLimits(2048, 65536, 164 * _KIB, 163 * _KIB),
     (8, 6): MultiprocessorLimits(1536, 65536, 100 * _KIB, 99 * _KIB),
+    (8, 7): MultiprocessorLimits(1536, 65536, 164 * _KIB, 163 * _KIB),
     (8, 9): MultiprocessorLimits(1536, 65536, 100 * _KIB, 99 * _KIB),
     (9, 0): MultiprocessorLimits(2048, 65536, 228 * _KIB, 227 * _KIB),
     (10, 0): MultiprocessorLimits(2048, 65536, 228 * _KIB, 227 * _KIB),
+    (11, 0): MultiprocessorLimits(1536, 65536, 228 * _KIB, 227 * _KIB),
     (12, 0): MultiprocessorLimits(1536, 65536, 100 * _KIB, 99 * _KIB),
 }
 
@@ -58,6 +60,13 @@ class Card:
             allocator holds; 0 unless it was asked for.
         precision_bytes: How exactly ``total_bytes`` is known; 1 means to the byte.
         source: Where ``total_bytes`` was read.
+        is_integrated: Whether the card has no memory of its own and uses the host's.
+        host_bytes: Of an integrated card, the bytes that the host holds of the memory
+            that both share; None counts what the process holds.
+        nvml_name: As NVML gives the name, where it differs from CUDA's: the module is a
+            Jetson Orin, and NVML lists no processes on it.
+        parent: Of a slice (MIG), the name that people use for the whole card.
+        profile: Of a slice (MIG), its profile, such as ``1g.10gb``.
     """
 
     name: str
@@ -69,6 +78,11 @@ class Card:
     nccl_bytes: int = 0
     precision_bytes: int = 1
     source: str = "made up"
+    is_integrated: bool = False
+    host_bytes: int | None = None
+    nvml_name: str = ""
+    parent: str = ""
+    profile: str = ""
 
     @property
     def context_bytes(self) -> int:
@@ -149,6 +163,20 @@ def _whole(
         l2_mib * _MIB,
         precision_bytes=_MIB,
         source="a tool's output in a public repository; whole MiB",
+    )
+
+
+def _orin(total_bytes: int, sms: int, l2_mib: int, driver: str) -> Card:
+    """Return a module of the Jetson Orin family; CUDA has one name for all of them."""
+    return Card(
+        "Orin",
+        total_bytes,
+        (8, 7),
+        sms,
+        l2_mib * _MIB,
+        source=_device_query(driver),
+        is_integrated=True,
+        nvml_name="Orin (nvgpu)",
     )
 
 
@@ -380,10 +408,97 @@ CARDS: Final[dict[str, Card]] = {
     "RTX-PRO-6000": _whole(
         "NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 97250, (12, 0), 188, 128
     ),
-    "A100-80GB:1g.10gb": _whole(
-        "NVIDIA A100 80GB PCIe MIG 1g.10gb", 9728, (8, 0), 14, 40
+    "GB10": Card(
+        "NVIDIA GB10",
+        130602405888,
+        (12, 1),
+        48,
+        25165824,
+        source="a program's output in a public repository, driver for CUDA 13.0",
+        is_integrated=True,
     ),
-    "A100-80GB:4g.40gb": _text(
-        "NVIDIA A100-SXM4-80GB MIG 4g.40gb", 39.50, (8, 0), 56, 40
+    "Jetson-Thor": Card(
+        "NVIDIA Thor",
+        131881680896,
+        (11, 0),
+        20,
+        33554432,
+        source=_device_query("13.0"),
+        is_integrated=True,
     ),
+    "Jetson-AGX-Orin-64GB": _orin(65893269504, 16, 4, "12.6"),
+    "Jetson-Orin-NX-16GB": _orin(16136011776, 8, 2, "11.4"),
+    "Jetson-Orin-Nano-8GB": _orin(7987728384, 8, 2, "12.6"),
+}
+
+
+def _slice(parent: str, profile: str, total_mib: int, sms: int) -> Card:
+    """Return a slice of a card, whose total is known from ``nvidia-smi``."""
+    whole = CARDS[parent]
+    share = memory_slices(whole, total_mib * _MIB)
+    return Card(
+        f"{whole.name} MIG {profile}",
+        total_mib * _MIB,
+        whole.compute_capability,
+        sms,
+        whole.l2_cache_size * share // SLICES_OF_MEMORY,
+        precision_bytes=_MIB,
+        source="nvidia-smi's output in a public repository; whole MiB",
+        parent=parent,
+        profile=profile,
+    )
+
+
+def memory_slices(whole: Card, total_bytes: int) -> int:
+    """Return how many of a card's eight slices of memory a part of it has.
+
+    A part is a little smaller than its share of the memory.
+    """
+    for count in (1, 2, 4):
+        if total_bytes <= whole.total_bytes * count / SLICES_OF_MEMORY:
+            return count
+    return SLICES_OF_MEMORY
+
+
+#: A card in MIG mode is divided into these many slices. Source: NVIDIA Multi-Instance
+#: GPU User Guide, "Supported MIG Profiles".
+SLICES_OF_MEMORY: Final = 8
+SLICES_OF_COMPUTE: Final = 7
+
+#: The slices (MIG) by the name that people use. Source of the profiles: NVIDIA
+#: Multi-Instance GPU User Guide, "Supported MIG Profiles"; of totals and multiprocessors:
+#: ``nvidia-smi mig -lgip``, which prints the total in GiB, with two decimals, and
+#: multiples of 64 MiB.
+SLICES: Final[dict[str, Card]] = {
+    f"{parent}:{profile}": _slice(parent, profile, total_mib, sms)
+    for parent, profiles in {
+        "A100-40GB": (
+            ("1g.5gb", 4864, 14),
+            ("1g.10gb", 9856, 14),
+            ("2g.10gb", 9856, 28),
+            ("3g.20gb", 19968, 42),
+            ("4g.20gb", 19968, 56),
+            ("7g.40gb", 40192, 98),
+        ),
+        "A100-80GB": (
+            ("1g.10gb", 9728, 14),
+            ("1g.20gb", 19968, 14),
+            ("2g.20gb", 19968, 28),
+            ("3g.40gb", 40192, 42),
+            ("4g.40gb", 40448, 56),
+            ("7g.80gb", 80640, 98),
+        ),
+        "H100": (
+            ("1g.10gb", 9856, 16),
+            ("1g.20gb", 19968, 26),
+            ("2g.20gb", 19968, 32),
+            ("3g.40gb", 40192, 60),
+            ("4g.40gb", 40192, 64),
+        ),
+        "H200": (
+            ("1g.18gb", 16384, 16),
+            ("2g.35gb", 33280, 32),
+        ),
+    }.items()
+    for profile, total_mib, sms in profiles
 }

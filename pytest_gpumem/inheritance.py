@@ -12,9 +12,12 @@ import re
 import shutil
 import tempfile
 from contextlib import suppress
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from pytest_gpumem.visibility import numbers_of, uuid_of
+from pytest_gpumem.visibility import numbers_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 VARIABLE: Final = "PYTEST_GPUMEM_CHILDREN"
 
@@ -90,13 +93,13 @@ class Inheritance(NamedTuple):
             )
         return given._replace(rules=tuple(given.rules))
 
-    def seen_of(self, count: int) -> tuple[int, ...]:
+    def seen_of(self, uuids: Sequence[str]) -> tuple[int, ...]:
         """Return the number of each simulated card that the run sees, in its order.
 
         Args:
-            count: How many cards the machine has.
+            uuids: The UUIDs of the machine's cards.
         """
-        return numbers_of(self.visible, [uuid_of(number) for number in range(count)])
+        return numbers_of(self.visible, uuids)
 
     def indices_here(self, visible: str | None, count: int) -> list[int]:
         """Return the run's index of each card that this process sees.

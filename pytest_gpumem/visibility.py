@@ -34,9 +34,14 @@ def uuid_of(number: int) -> str:
     return f"GPU-00000000-0000-0000-0000-{number:012d}"
 
 
-def visible_numbers(count: int) -> tuple[int, ...]:
-    """Return the simulated cards that a process sees if it uses CUDA now."""
-    return numbers_of(os.environ.get(VARIABLE), [uuid_of(i) for i in range(count)])
+def uuid_of_slice(number: int) -> str:
+    """Return the UUID of a simulated slice (MIG), as NVML writes it."""
+    return f"MIG-00000000-0000-0000-0001-{number:012d}"
+
+
+def visible_numbers(uuids: Sequence[str]) -> tuple[int, ...]:
+    """Return the cards with these UUIDs that a process sees if it uses CUDA now."""
+    return numbers_of(os.environ.get(VARIABLE), uuids)
 
 
 def numbers_of(listed: str | None, uuids: Sequence[str]) -> tuple[int, ...]:

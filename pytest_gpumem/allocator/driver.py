@@ -39,6 +39,8 @@ class Driver:
         used_bytes: Bytes that this process holds, without its context.
         has_context: Whether this process has a context on the card.
         tenants: Other holders of the card's memory; the bytes that they hold are not free.
+        host_bytes: If set, a function that returns the bytes that the host holds of the
+            memory, which it shares with the card.
         free_cap: If set, a function that returns an upper limit of the free bytes.
         calls: If set, the list to which every call is appended: name, bytes, return code,
             and the address of the range; for pages, the number of consecutive equal calls
@@ -66,6 +68,7 @@ class Driver:
         self.has_context = False
         self.used_bytes = 0
         self.tenants: list[Tenants] = []
+        self.host_bytes: Callable[[], int] | None = None
         self.free_cap: Callable[[], int] | None = None
         self.calls: list[tuple[str, int, int, int | None]] | None = None
         self._sizes: dict[int, int] = {}
@@ -81,6 +84,8 @@ class Driver:
         free = self.total_bytes - self.other_bytes - self.process_bytes
         if self.tenants:
             free -= sum(nbytes for _pid, nbytes in self.other_processes())
+        if self.host_bytes is not None:
+            free -= self.host_bytes()
         if self.free_cap is not None:
             free = min(free, self.free_cap())
         return max(free, 0)

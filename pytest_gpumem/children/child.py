@@ -148,7 +148,7 @@ class Child:
         if device.kind != "simulated":
             return self._given.indices_here(os.environ.get(VISIBLE), count)
         machine = self._installation.machine
-        theirs = self._given.seen_of(len(machine.all_cards))
+        theirs = self._given.seen_of(machine.uuids)
         return [
             theirs.index(card.number) if card.number in theirs else index
             for index, card in enumerate(machine.cards)
@@ -194,8 +194,9 @@ class Child:
             return
         from pytest_gpumem.allocator.tenant import FixedTenant
 
-        cards = self._installation.machine.all_cards
-        for index, number in enumerate(self._given.seen_of(len(cards))):
+        machine = self._installation.machine
+        cards = machine.all_cards
+        for index, number in enumerate(self._given.seen_of(machine.uuids)):
             for pid, nbytes in self._given.tenants.get(str(index), {}).items():
                 cards[number].driver.tenants.append(FixedTenant(int(pid), nbytes))
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from pytest_gpumem.cards import DEFAULT_CARD, find_card
+from pytest_gpumem.cards import DEFAULT_CARD, Gpu, find_card, gpus_of, uuids_of
 from pytest_gpumem.inheritance import EVERY_CARD, VARIABLE, Inheritance
 from pytest_gpumem.sizes import parse_size
-from pytest_gpumem.visibility import uuid_of
 
 if TYPE_CHECKING:
     from pytest_gpumem.cards_table import Card
@@ -28,38 +27,80 @@ class CardProcess:
         pid: Its id.
         name: Its program, or a note that the process is a simulated one.
         nbytes: Its bytes, including its context.
+        instance: The ids of the GPU instance and the compute instance on which it is;
+            None if the GPU is not divided (MIG).
     """
 
     pid: int
     name: str
     nbytes: int
+    instance: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SliceNow:
+    """One slice (MIG) of a GPU at one moment.
+
+    Attributes:
+        card: The slice.
+        uuid: Its UUID.
+        instance: The ids of its GPU instance and its compute instance.
+        used_bytes: Its bytes that are not free.
+    """
+
+    card: Card
+    uuid: str
+    instance: tuple[int, int]
+    used_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class CardNow:
-    """One card at one moment.
+    """One GPU at one moment.
 
     Attributes:
-        index: NVML's index, whatever ``CUDA_VISIBLE_DEVICES`` says.
-        card: The kind of card.
+        gpu: The GPU; its index is NVML's, whatever ``CUDA_VISIBLE_DEVICES`` says.
         processes: The processes that hold bytes of it.
         free_bytes: The bytes that are free for the asking program, under its budget.
+        slices: Its slices, if it is divided (MIG).
     """
 
-    index: int
-    card: Card
+    gpu: Gpu
     processes: tuple[CardProcess, ...]
     free_bytes: int
+    slices: tuple[SliceNow, ...] = ()
+
+    @property
+    def index(self) -> int:
+        """NVML's index."""
+        return self.gpu.index
+
+    @property
+    def card(self) -> Card:
+        """The kind of card, whole also if it is divided."""
+        return self.gpu.card
+
+    @property
+    def name(self) -> str:
+        """Its name as NVML gives it."""
+        return self.card.nvml_name or self.card.name
+
+    @property
+    def mig_mode(self) -> str | None:
+        """Whether it is in MIG mode; None if such a card cannot be divided."""
+        if not self.gpu.can_be_divided:
+            return None
+        return "Enabled" if self.gpu.is_divided else "Disabled"
 
     @property
     def uuid(self) -> str:
-        """The card's UUID."""
-        return uuid_of(self.index)
+        """The GPU's UUID."""
+        return self.gpu.uuid
 
     @property
     def bus_id(self) -> str:
-        """The card's address on the PCI bus, one bus for each card."""
-        return f"00000000:{self.index + 1:02X}:00.0"
+        """The GPU's address on the PCI bus."""
+        return self.gpu.bus_id
 
     @property
     def total_bytes(self) -> int:
@@ -86,10 +127,11 @@ def read_cards() -> list[CardNow] | None:
         return None
     cards = find_card(given.options.get("card", DEFAULT_CARD))
     # The run numbers the cards that it sees, NVML all of them.
-    seen = given.seen_of(len(cards))
+    uuids = uuids_of(cards)
+    seen = given.seen_of(uuids)
     ancestors = _ancestors()
-    return [
-        _card_now(
+    parts = [
+        _part_now(
             number,
             card,
             given,
@@ -98,11 +140,43 @@ def read_cards() -> list[CardNow] | None:
         )
         for number, card in enumerate(cards)
     ]
+    return [_gpu_now(gpu, cards, uuids, parts) for gpu in gpus_of(cards)]
 
 
-def _card_now(
-    number: int, card: Card, given: Inheritance, index: str, ancestors: list[int]
+def _gpu_now(
+    gpu: Gpu,
+    cards: tuple[Card, ...],
+    uuids: tuple[str, ...],
+    parts: list[tuple[tuple[CardProcess, ...], int]],
 ) -> CardNow:
+    """Return a GPU from the processes and the free bytes of each of its cards."""
+    if not gpu.is_divided:
+        processes, free = parts[gpu.numbers[0]]
+        if gpu.card.nvml_name:
+            processes = ()  # NVML lists none there
+        return CardNow(gpu, processes, free)
+    slices = tuple(
+        SliceNow(
+            cards[number],
+            uuids[number],
+            instance,
+            cards[number].total_bytes - parts[number][1],
+        )
+        for number, instance in zip(gpu.numbers, gpu.instances(cards), strict=True)
+    )
+    listed = tuple(
+        replace(process, instance=each.instance)
+        for number, each in zip(gpu.numbers, slices, strict=True)
+        for process in parts[number][0]
+    )
+    used = sum(each.used_bytes for each in slices)
+    return CardNow(gpu, listed, gpu.card.total_bytes - used, slices)
+
+
+def _part_now(
+    number: int, card: Card, given: Inheritance, index: str, ancestors: list[int]
+) -> tuple[tuple[CardProcess, ...], int]:
+    """Return the processes on a card, and its free bytes."""
     held = _held(given.shared, number)
     held |= {int(pid): held for pid, held in given.tenants.get(index, {}).items()}
     free = max(card.total_bytes - sum(held.values()), 0)
@@ -116,7 +190,7 @@ def _card_now(
     processes = tuple(
         CardProcess(pid, _name_of(pid), nbytes) for pid, nbytes in sorted(held.items())
     )
-    return CardNow(number, card, processes, free)
+    return processes, free
 
 
 def _held(shared: str, number: int) -> dict[int, int]:

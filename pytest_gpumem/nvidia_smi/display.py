@@ -51,19 +51,7 @@ def summary(
     yield from _HEAD
     yield "|" + "+".join("=" * width for width in _COLUMNS) + "|"
     for card in cards:
-        name = card.card.name
-        if len(name) > _NAME_WIDTH:
-            name = name[: _NAME_WIDTH - 3] + "..."
-        used = f"{mib(card.used_bytes)}MiB / {mib(card.total_bytes):>6}MiB"
-        for line in (
-            (
-                f" {card.index:>3}  {name:<30} Off ",
-                f"   {card.bus_id} Off ",
-                f"{'N/A':>21} ",
-            ),
-            (" N/A   N/A   N/A             N/A /  N/A  ", f"{used:>23} ", _IDLE),
-            (" " * 41, " " * 24, f"{'N/A':>21} "),
-        ):
+        for line in _rows_of(card):
             yield (
                 "|"
                 + "|".join(
@@ -74,6 +62,9 @@ def summary(
             )
         yield "+" + "+".join("-" * width for width in _COLUMNS) + "+"
     yield " " * _WIDTH
+    if any(card.slices for card in cards):
+        yield from _table_of_slices(cards)
+        yield " " * _WIDTH
     yield _RULE
     yield f"|{' Processes:':<{_WIDTH}}|"
     yield f"|{_PROCESSES:<{_WIDTH}}|"
@@ -81,10 +72,12 @@ def summary(
     yield "|" + "=" * _WIDTH + "|"
     rows = [(card.index, each) for card in cards for each in card.processes]
     for index, each in rows:
+        instance = each.instance or ("N/A", "N/A")
         name = each.name
         if len(name) > _PROCESS_WIDTH:
             name = "..." + name[3 - _PROCESS_WIDTH :]
-        row = f" {index:>4}   N/A  N/A  {each.pid:>14}      C   "
+        ids = f"{instance[0]:>3}  {instance[1]:>3}"
+        row = f" {index:>4}   {ids}  {each.pid:>14}      C   "
         held = mib(each.nbytes) + "MiB "
         yield f"|{row}{name:<{_PROCESS_WIDTH}}{held:>{_WIDTH - len(row) - _PROCESS_WIDTH}}|"
     if not rows:
@@ -92,6 +85,77 @@ def summary(
     yield _RULE
 
 
+def _rows_of(card: CardNow) -> tuple[tuple[str, str, str], ...]:
+    """Return the three lines of a card, each of three columns."""
+    name = card.name
+    if len(name) > _NAME_WIDTH:
+        name = name[: _NAME_WIDTH - 3] + "..."
+    used = f"{mib(card.used_bytes)}MiB / {mib(card.total_bytes):>6}MiB".rjust(23)
+    if card.card.is_integrated:
+        used = " Not Supported"
+    first = (
+        f" {card.index:>3}  {name:<30} Off ",
+        f"   {card.bus_id} Off ",
+        f"{'On' if card.slices else 'N/A':>21} ",
+    )
+    busy = _IDLE
+    if card.slices:
+        busy = "     N/A      Default "
+    if card.card.nvml_name:
+        first = (f" {card.index:>3}  {name:<30} N/A ", _NO_BUS, first[2])
+        busy = "     N/A          N/A "
+    mode = card.mig_mode or "N/A"
+    return (
+        first,
+        (" N/A   N/A   N/A             N/A /  N/A  ", f"{used} ", busy),
+        (" " * 41, " " * 24, f"{mode:>21} "),
+    )
+
+
+def _table_of_slices(cards: Sequence[CardNow]) -> Iterator[str]:
+    """Yield the lines of the table of slices (MIG).
+
+    The engines that a slice shares (CE, ENC, …) and its BAR1 are not simulated.
+    """
+    yield _RULE
+    yield f"|{' MIG devices:':<{_WIDTH}}|"
+    rule = "+" + "+".join("-" * width for width in _SLICE_COLUMNS) + "+"
+    yield rule
+    yield from _SLICES_HEAD
+    yield "|" + "+".join("=" * width for width in _SLICE_COLUMNS) + "|"
+    for card in cards:
+        for number, each in enumerate(card.slices):
+            ids = f"{card.index:>3}  {each.instance[0]:>3} {each.instance[1]:>3} {number:>3}"
+            total = mib(each.card.total_bytes)
+            used = f"{mib(each.used_bytes):>16}MiB / {total:>5}MiB"
+            sms = f" {each.card.multi_processor_count:<3}   N/A "
+            for line in (
+                (f"{ids}  ", f"{used}    ", sms, _NO_ENGINES),
+                ("", f"{'N/A':>30}    ", "", ""),
+            ):
+                yield (
+                    "|"
+                    + "|".join(
+                        f"{text:<{width}.{width}}"
+                        for text, width in zip(line, _SLICE_COLUMNS, strict=True)
+                    )
+                    + "|"
+                )
+            yield rule
+
+
+#: Widths of the four columns of the table of slices.
+_SLICE_COLUMNS: Final = (18, 34, 11, 23)
+_SLICES_HEAD: Final = (
+    "| GPU  GI  CI  MIG |                     Memory-Usage |        Vol|"
+    "      Shared           |",
+    "|      ID  ID  Dev |                       BAR1-Usage | SM     Unc|"
+    " CE ENC DEC OFA JPG    |",
+    "|                  |                                  |        ECC|"
+    "                       |",
+)
+_NO_ENGINES: Final = " N/A"
+_NO_BUS: Final = " N/A                N/A "
 _IDLE: Final = "      0%      Default "
 _PROCESSES: Final = (
     "  GPU   GI   CI              PID   Type   Process name"
@@ -102,7 +166,10 @@ _PROCESSES: Final = (
 def listing(cards: Sequence[CardNow]) -> Iterator[str]:
     """Yield the lines of ``-L``."""
     for card in cards:
-        yield f"GPU {card.index}: {card.card.name} (UUID: {card.uuid})"
+        yield f"GPU {card.index}: {card.name} (UUID: {card.uuid})"
+        for number, each in enumerate(card.slices):
+            name = f"MIG {each.card.profile}"
+            yield f"  {name:<15} Device {number:>2}: (UUID: {each.uuid})"
 
 
 def log(
@@ -119,21 +186,18 @@ def log(
     yield _entry("Attached GPUs", str(len(cards)))
     for card in cards:
         yield f"GPU {card.bus_id}"
-        yield _entry("Product Name", card.card.name, 1)
+        yield _entry("Product Name", card.name, 1)
         yield _entry("GPU UUID", card.uuid, 1)
-        for title, values in (
-            ("FB", (card.total_bytes, 0, card.used_bytes, card.free_bytes)),
-            ("BAR1", None),
+        known = not card.card.is_integrated
+        values = (card.total_bytes, 0, card.used_bytes, card.free_bytes)
+        yield "    FB Memory Usage"
+        for name, value in zip(
+            ("Total", "Reserved", "Used", "Free"), values, strict=True
         ):
-            yield f"    {title} Memory Usage"
-            for name, value in zip(
-                ("Total", "Reserved", "Used", "Free"),
-                values or (None,) * 4,
-                strict=True,
-            ):
-                if values or name != "Reserved":
-                    text = "N/A" if value is None else f"{mib(value)} MiB"
-                    yield _entry(name, text, 2)
+            yield _entry(name, f"{mib(value)} MiB" if known else "N/A", 2)
+        yield "    BAR1 Memory Usage"
+        for name in ("Total", "Used", "Free"):
+            yield _entry(name, "N/A", 2)
     yield ""
 
 

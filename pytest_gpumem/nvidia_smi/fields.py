@@ -43,6 +43,20 @@ def _gpu(
     return dict.fromkeys((name, *also.split()), field)
 
 
+def _memory(name: str, read: Callable[[CardNow], int]) -> dict[str, Field]:
+    """Return a field of a card's memory, which an integrated card does not give."""
+    return _gpu(
+        name,
+        lambda card: NOT_KNOWN if card.card.is_integrated else mib(read(card)),
+        "MiB",
+    )
+
+
+def _utilization(card: CardNow) -> str:
+    """Return the utilization, which a GPU in MIG mode does not give."""
+    return NOT_KNOWN if card.slices or card.card.nvml_name else "0"
+
+
 def _app(
     name: str, read: Callable[[CardProcess], object], unit: str = "", *, also: str = ""
 ) -> dict[str, Field]:
@@ -66,7 +80,7 @@ _WITHOUT_ANSWER: Final = (
         "clocks_throttle_reasons.active compute_mode.current display_attached "
         "ecc.mode.current ecc.mode.pending ecc.errors.corrected.volatile.total "
         "ecc.errors.uncorrected.volatile.total gom.current gpu_reset_status.reset_required "
-        "inforom.img mig.mode.current mig.mode.pending pci.sub_device_id "
+        "inforom.img pci.sub_device_id "
         "pcie.link.gen.current pcie.link.gen.max pcie.link.width.current "
         "pcie.link.width.max pstate serial gpu_serial vbios_version temperature.gpu "
         "temperature.memory"
@@ -90,10 +104,10 @@ def _of_a_card(driver: str, now: str, count: int) -> dict[str, Field]:
         _gpu("timestamp", lambda _card: now)
         | _gpu("driver_version", lambda _card: driver)
         | _gpu("count", lambda _card: count)
-        | _gpu("name", lambda card: card.card.name, also="gpu_name")
+        | _gpu("name", lambda card: card.name, also="gpu_name")
         | _gpu("uuid", lambda card: card.uuid, also="gpu_uuid")
         | _gpu("pci.bus_id", lambda card: card.bus_id, also="gpu_bus_id")
-        | _gpu("pci.bus", lambda card: f"0x{card.index + 1:02X}")
+        | _gpu("pci.bus", lambda card: f"0x{card.gpu.bus:02X}")
         | _gpu("pci.device", lambda _card: "0x00")
         | _gpu("pci.domain", lambda _card: "0x0000")
     )
@@ -114,12 +128,14 @@ def fields_of_cards(driver: str, now: str, count: int) -> dict[str, Field]:
         | _gpu(
             "compute_cap", lambda card: "{}.{}".format(*card.card.compute_capability)
         )
-        | _gpu("memory.total", lambda card: mib(card.total_bytes), "MiB")
-        | _gpu("memory.used", lambda card: mib(card.used_bytes), "MiB")
-        | _gpu("memory.free", lambda card: mib(card.free_bytes), "MiB")
-        | _gpu("memory.reserved", lambda _card: 0, "MiB")
-        | _gpu("utilization.gpu", lambda _card: 0, "%")
-        | _gpu("utilization.memory", lambda _card: 0, "%")
+        | _memory("memory.total", lambda card: card.total_bytes)
+        | _memory("memory.used", lambda card: card.used_bytes)
+        | _memory("memory.free", lambda card: card.free_bytes)
+        | _memory("memory.reserved", lambda _card: 0)
+        | _gpu("utilization.gpu", _utilization, "%")
+        | _gpu("utilization.memory", _utilization, "%")
+        | _gpu("mig.mode.current", lambda card: card.mig_mode or NOT_KNOWN)
+        | _gpu("mig.mode.pending", lambda card: card.mig_mode or NOT_KNOWN)
         | _gpu("persistence_mode", lambda _card: "Disabled")
         | _gpu("display_active", lambda _card: "Disabled")
         | _gpu("display_mode", lambda _card: "Disabled")

@@ -17,7 +17,7 @@ from pytest_gpumem.errors import AllocatorSettingError, DeviceUnavailableError
 from pytest_gpumem.plugin.children import Children
 from pytest_gpumem.plugin.settings import DEFAULT_CARD, Settings, check_budgets
 from pytest_gpumem.plugin.sharing import Sharing, take_position
-from pytest_gpumem.visibility import visible_numbers, why_hidden
+from pytest_gpumem.visibility import uuid_of, visible_numbers, why_hidden
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -325,7 +325,7 @@ def _check_environment() -> None:
 def describe_cards(settings: Settings) -> str:
     """Return the simulated cards' names and sizes; for the default card only its name."""
     if settings.card == DEFAULT_CARD and not settings.budgets:
-        if not visible_numbers(1):
+        if not visible_numbers([uuid_of(0)]):
             return f"no card is seen, as {why_hidden()}"
         return f"card {DEFAULT_CARD} (the default)"
     from pytest_gpumem.sizes import format_size

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import pytest
 
+from pytest_gpumem.cards import uuids_of
 from pytest_gpumem.errors import SharedFolderError
 from pytest_gpumem.files import IS_POSIX
 from pytest_gpumem.inheritance import remove_run, run_folder, tenancy_root
@@ -148,8 +149,8 @@ class Sharing:
 
     def _visible(self, kind: str) -> tuple[str, ...]:
         if kind == "simulated":
-            count = len(self._settings.all_cards)
-            return tuple(map(str, visible_numbers(count)))
+            uuids = uuids_of(self._settings.all_cards)
+            return tuple(map(str, visible_numbers(uuids)))
         listed = os.environ.get(_VISIBLE)
         if listed is not None:
             return tuple(each.strip() for each in listed.split(",") if each.strip())

@@ -190,6 +190,59 @@ def test_the_table_has_cards_and_processes_and_straight_edges(
     assert re.search(r" 900001      C   competing_process +5120MiB \|", text)
 
 
+def test_slices_are_listed_under_their_gpu(
+    monkeypatch: pytest.MonkeyPatch, answer: Answer
+) -> None:
+    """In the list, in a table of their own, and with the ids of their instances."""
+    _say(
+        monkeypatch,
+        card="A100-80GB:1g.10gb*2+A100-80GB:2g.20gb+T4",
+        tenants={"2": {"900001": 500 * MIB}},
+    )
+
+    _code, listed = answer("-L")
+    _code, text = answer()
+    _code, values = answer(
+        "--query-gpu=index,memory.used,mig.mode.current,utilization.gpu",
+        "--format=csv,noheader",
+    )
+
+    assert [
+        "GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-",
+        "  MIG 1g.10gb     Device  0: (UUID: MIG-",
+        "  MIG 1g.10gb     Device  1: (UUID: MIG-",
+        "  MIG 2g.20gb     Device  2: (UUID: MIG-",
+        "GPU 1: Tesla T4 (UUID: GPU-",
+    ] == [line.split("0000")[0] for line in listed.splitlines()]
+    assert {91} == {len(each) for each in text.splitlines()[1:] if each.strip()}
+    assert "|  0    3   0   2  |             500MiB / 19968MiB    | 28 " in text
+    assert re.search(r"\|    0     3    0 +900001      C   .* 500MiB \|", text)
+    assert "Enabled |" in text
+    assert "0, 500 MiB, Enabled, [N/A]\n1, 0 MiB, [N/A], 0 %\n" == values
+
+
+def test_a_card_without_memory_of_its_own_shows_none(
+    monkeypatch: pytest.MonkeyPatch, answer: Answer
+) -> None:
+    """But the bytes of its processes, which a Jetson Orin does not list either."""
+    _say(
+        monkeypatch,
+        card="GB10+Jetson-Orin-NX-16GB",
+        tenants={"0": {"900001": 500 * MIB}, "1": {"900002": 500 * MIB}},
+    )
+
+    _code, text = answer()
+    _code, values = answer(QUERY, "--format=csv,noheader")
+    _code, log = answer("-q", "-d", "MEMORY")
+    _code, apps = answer("--query-compute-apps=pid,used_memory", "--format=csv")
+
+    assert {91} == {len(each) for each in text.splitlines()[1:] if each.strip()}
+    assert 2 == text.count("| Not Supported          |")
+    assert "[N/A], [N/A], [N/A]\n" * 2 == values
+    assert f"        {'Total':<34}: N/A\n" in log
+    assert "pid, used_gpu_memory [MiB]\n900001, 500 MiB\n" == apps
+
+
 def test_an_empty_card_has_no_processes(
     monkeypatch: pytest.MonkeyPatch, answer: Answer
 ) -> None:

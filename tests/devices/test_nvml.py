@@ -10,9 +10,10 @@ import torch
 
 from pytest_gpumem import vram_budget
 from pytest_gpumem.cards import CARDS
-from pytest_gpumem.devices.nvml import cap_free_memory
+from pytest_gpumem.devices.nvml import cap_free_memory, find_handle
 from pytest_gpumem.devices.patches import PatchSet
 from pytest_gpumem.devices.simulated import machine
+from pytest_gpumem.devices.simulated.device import SimulatedDevice
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.devices.simulated_nvml import SimulatedNvml
 from pytest_gpumem.visibility import uuid_of
@@ -100,6 +101,116 @@ def test_everything_else_is_not_supported() -> None:
         pynvml.nvmlDeviceGetHandleByIndex(5)
     with pytest.raises(pynvml.NVMLError, match="Not Found"):
         pynvml.nvmlDeviceGetHandleByUUID("GPU-1")
+
+
+def test_a_slice_has_a_handle_of_its_own() -> None:
+    """NVML counts GPUs; a GPU in MIG mode answers for all its slices together."""
+    with simulated_device("A100-80GB:1g.10gb*2+A100-80GB:2g.20gb+A100-80GB") as here:
+        cards = here.all_cards
+        kept = [
+            torch.zeros(20 * MIB, dtype=torch.uint8, device=f"cuda:{index}")
+            for index in (0, 2)
+        ]
+        divided, plain = map(pynvml.nvmlDeviceGetHandleByIndex, range(2))
+        slices = [
+            pynvml.nvmlDeviceGetMigDeviceHandleByIndex(divided, index)
+            for index in range(3)
+        ]
+        third = slices[2]
+        contexts = [cards[number].context_bytes for number in (0, 2)]
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(divided)
+        attributes = pynvml.nvmlDeviceGetAttributes_v2(third)
+        used = pynvml.nvmlDeviceGetMemoryInfo(third).used
+
+        assert 2 == pynvml.nvmlDeviceGetCount()
+        assert [1, 1] == list(pynvml.nvmlDeviceGetMigMode(divided))
+        assert [0, 0] == list(pynvml.nvmlDeviceGetMigMode(plain))
+        assert (7, 0) == (
+            pynvml.nvmlDeviceGetMaxMigDeviceCount(divided),
+            pynvml.nvmlDeviceGetMaxMigDeviceCount(plain),
+        )
+        assert [each.uuid for each in cards[:3]] == [
+            pynvml.nvmlDeviceGetUUID(each) for each in slices
+        ]
+        assert "NVIDIA A100-SXM4-80GB MIG 2g.20gb" == pynvml.nvmlDeviceGetName(third)
+        assert "NVIDIA A100-SXM4-80GB" == pynvml.nvmlDeviceGetName(divided)
+        assert third == pynvml.nvmlDeviceGetHandleByUUID(cards[2].uuid)
+        assert divided == pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(third)
+        assert (0, 1) == (
+            pynvml.nvmlDeviceIsMigDeviceHandle(divided),
+            pynvml.nvmlDeviceIsMigDeviceHandle(third),
+        )
+        assert [(7, 0), (8, 0), (3, 0)] == [
+            (
+                pynvml.nvmlDeviceGetGpuInstanceId(each),
+                pynvml.nvmlDeviceGetComputeInstanceId(each),
+            )
+            for each in slices
+        ]
+        assert (28, 2, 2, 19968) == (
+            attributes.multiprocessorCount,
+            attributes.gpuInstanceSliceCount,
+            attributes.computeInstanceSliceCount,
+            attributes.memorySizeMB,
+        )
+        assert kept[1].numel() + contexts[1] == used
+        assert pynvml.nvmlDeviceGetMemoryInfo(divided).used == used + (
+            kept[0].numel() + contexts[0]
+        )
+        assert [(7, 0), (3, 0)] == [
+            (each.gpuInstanceId, each.computeInstanceId) for each in processes
+        ]
+        with pytest.raises(pynvml.NVMLError, match="Not Supported"):
+            pynvml.nvmlDeviceGetUtilizationRates(divided)
+        with pytest.raises(pynvml.NVMLError, match="Not Found"):
+            pynvml.nvmlDeviceGetMigDeviceHandleByIndex(divided, 3)
+        with pytest.raises(pynvml.NVMLError, match="Invalid Argument"):
+            pynvml.nvmlDeviceGetGpuInstanceId(divided)
+
+
+def test_torch_finds_a_slice_in_nvml() -> None:
+    """By the UUID that CUDA gives; the figures are the slice's."""
+    with simulated_device("A100-80GB:1g.10gb*2"):
+        kept = torch.zeros(20 * MIB, dtype=torch.uint8, device="cuda:1")
+        handle = find_handle(pynvml, 1)
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+
+    assert 9728 * MIB == memory.total
+    assert memory.used > kept.numel()
+
+
+def test_a_card_without_memory_of_its_own_gives_none() -> None:
+    """As GB10 and the Jetson modules do; CUDA's own answer is there."""
+    with simulated_device("GB10,host=8GiB+Jetson-Orin-NX-16GB") as here:
+        kept = torch.zeros(20 * MIB, dtype=torch.uint8, device="cuda:0")
+        free, total = torch.cuda.mem_get_info(0)
+        context = here.cards[0].context_bytes
+        spark, orin = map(pynvml.nvmlDeviceGetHandleByIndex, range(2))
+        (process,) = pynvml.nvmlDeviceGetComputeRunningProcesses(spark)
+        reading = SimulatedDevice(here).counted(0)
+
+        for handle in (spark, orin):
+            with pytest.raises(pynvml.NVMLError, match="Not Supported"):
+                pynvml.nvmlDeviceGetMemoryInfo(handle)
+        with pytest.raises(pynvml.NVMLError, match="Not Supported"):
+            pynvml.nvmlDeviceGetComputeRunningProcesses(orin)
+        assert "Orin (nvgpu)" == pynvml.nvmlDeviceGetName(orin)
+        assert "Orin" == torch.cuda.get_device_name(1)
+        assert total - 8 * 2**30 - kept.numel() - context == free
+        assert (kept.numel() + context, None) == (process.usedGpuMemory, reading[1])
+        assert process.usedGpuMemory == reading.process_bytes
+
+
+def test_a_gpu_is_found_by_its_bus() -> None:
+    """Where torch says that the card is, there NVML finds it."""
+    properties: Any = torch.cuda.get_device_properties(1)
+    name = f"{properties.pci_domain_id:08x}:{properties.pci_bus_id:02x}:00.0"
+    handle = pynvml.nvmlDeviceGetHandleByPciBusId(name)
+
+    assert 1 == pynvml.nvmlDeviceGetIndex(handle)
+    assert "00000000:02:00.0" == pynvml.nvmlDeviceGetPciInfo(handle).busId
+    with pytest.raises(pynvml.NVMLError, match="Not Found"):
+        pynvml.nvmlDeviceGetHandleByPciBusId(b"00000000:09:00.0")
 
 
 def test_a_real_cards_free_memory_can_be_capped() -> None:

@@ -7,7 +7,16 @@ from dataclasses import replace
 
 import pytest
 
-from pytest_gpumem.cards import CARDS, DEFAULT_CARD, MAX_CARDS, Card, find_card
+from pytest_gpumem.cards import (
+    CARDS,
+    DEFAULT_CARD,
+    MAX_CARDS,
+    SLICES,
+    Card,
+    find_card,
+    gpus_of,
+    uuids_of,
+)
 from pytest_gpumem.errors import CardError
 
 
@@ -37,10 +46,103 @@ def test_a_card_is_found_by_name(text: str, key: str) -> None:
     assert find_card(text) == (CARDS[key],)
 
 
-@pytest.mark.parametrize("key", CARDS)
+@pytest.mark.parametrize("key", [*CARDS, *SLICES])
 def test_every_card_is_found_by_its_key_and_by_the_drivers_name(key: str) -> None:
-    """No two rows of the table share a name."""
-    assert find_card(key) == find_card(CARDS[key].name) == (CARDS[key],)
+    """No two rows of the table share a name, but for the Jetson Orin modules."""
+    card = (CARDS | SLICES)[key]
+
+    assert find_card(key) == (card,)
+    if card.name == "Orin":
+        with pytest.raises(CardError, match="'Orin' comes in several sizes; write Jet"):
+            find_card(card.name)
+    else:
+        assert find_card(card.name) == (card,)
+
+
+def test_cards_without_memory_of_their_own_share_the_hosts() -> None:
+    """GB10 and the Jetson modules; a GH200 has memory of its own."""
+    integrated = {key for key, card in CARDS.items() if card.is_integrated}
+
+    assert integrated == {
+        "GB10",
+        "Jetson-Thor",
+        "Jetson-AGX-Orin-64GB",
+        "Jetson-Orin-NX-16GB",
+        "Jetson-Orin-Nano-8GB",
+    }
+    assert all(CARDS[key].host_bytes is None for key in integrated)
+
+
+def test_the_hosts_part_of_a_shared_memory_can_be_given() -> None:
+    """To a card of the table, and to a made-up one, which then has no own memory."""
+    (named,) = find_card("GB10,host=8GiB")
+    (made_up,) = find_card("16GiB,cc=8.7,host=0")
+
+    assert replace(CARDS["GB10"], host_bytes=8 * 2**30) == named
+    assert (True, 0, "") == (
+        made_up.is_integrated,
+        made_up.host_bytes,
+        made_up.nvml_name,
+    )
+    assert not find_card("16GiB,cc=8.7")[0].is_integrated
+    with pytest.raises(CardError, match="host is for a card without memory of its own"):
+        find_card("T4,host=1GiB")
+    with pytest.raises(CardError, match="host='200GiB' leaves no room"):
+        find_card("GB10,host=200GiB")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "T4:1g.5gb",
+            "no slices (MIG) of T4 are known; known are those of A100-40GB, ",
+        ),
+        (
+            "H100:9g.9gb",
+            "'9g.9gb' is not a known slice (MIG) of H100; known are 1g.10gb",
+        ),
+        ("A100:1g.5gb", "'A100' comes in several sizes; write A100-40GB or A100-80GB"),
+        ("A100-80GB:", "'' is not a known slice (MIG) of A100-80GB; known are 1g.10gb"),
+    ],
+)
+def test_a_slice_that_is_not_known_is_refused(text: str, message: str) -> None:
+    """The message lists the card's profiles, or the cards that have some."""
+    with pytest.raises(CardError, match=re.escape(f"card {text!r}: {message}")):
+        find_card(text)
+
+
+@pytest.mark.parametrize("key", SLICES)
+def test_a_slice_is_a_part_of_its_card(key: str) -> None:
+    """Of its memory, its multiprocessors and its cache, with a name of its own."""
+    card = SLICES[key]
+    whole = CARDS[card.parent]
+
+    assert f"{card.parent}:{card.profile}" == key
+    assert f"{whole.name} MIG {card.profile}" == card.name
+    assert card.compute_capability == whole.compute_capability
+    assert 0 < card.total_bytes < whole.total_bytes
+    assert 0 < card.multi_processor_count < whole.multi_processor_count
+    assert 0 < card.l2_cache_size <= whole.l2_cache_size
+
+
+def test_slices_are_on_one_gpu_as_far_as_it_has_room() -> None:
+    """Seven slices of compute and eight of memory; then the next GPU begins."""
+    cards = find_card(
+        "T4+A100-80GB:3g.40gb*3+A100-80GB:1g.10gb+H100:1g.20gb*5+A100-80GB"
+    )
+    gpus = gpus_of(cards)
+
+    assert [(0,), (1, 2), (3, 4), (5, 6, 7, 8), (9,), (10,)] == [
+        each.numbers for each in gpus
+    ]
+    assert [False, True, True, True, True, False] == [each.is_divided for each in gpus]
+    assert ["T4", *["A100-80GB"] * 2, *["H100"] * 2, "A100-80GB"] == [
+        next(key for key, card in CARDS.items() if card == each.card) for each in gpus
+    ]
+    assert ["GPU", *["MIG"] * 9, "GPU"] == [each[:3] for each in uuids_of(cards)]
+    assert len(cards) == len(set(uuids_of(cards)))
+    assert [(7, 0), (8, 0), (9, 0), (10, 0)] == gpus[3].instances(cards)
 
 
 def test_a_count_gives_equal_cards() -> None:
@@ -165,13 +267,13 @@ def test_a_compute_capability_off_the_table_takes_the_limits_below_it() -> None:
         (
             "16GiB,cc=8.0,cc=8.6",
             (
-                "'cc=8.6' is not KEY=VALUE; keys, each at most once: cc, sms, ctx, nccl, name"
+                "'cc=8.6' is not KEY=VALUE; keys, each at most once: cc, sms, ctx, nccl, host, name"
             ),
         ),
         (
             "16GiB,colour=red",
             (
-                "'colour=red' is not KEY=VALUE; keys, each at most once: cc, sms, ctx, nccl, name"
+                "'colour=red' is not KEY=VALUE; keys, each at most once: cc, sms, ctx, nccl, host, name"
             ),
         ),
         (

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Final
 
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from pytest_gpumem.cards import find_card, uuids_of
 from pytest_gpumem.devices.active import active_device
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.errors import DeviceUnavailableError
@@ -129,6 +130,30 @@ USES: dict[str, Any] = {
     "stream": torch.cuda.Stream,
     "init": torch.cuda.init,
 }
+
+
+_SLICED: Final = uuids_of(find_card("A100-80GB:1g.10gb*3+T4"))
+
+
+@pytest.mark.parametrize(
+    ("listed", "shown"),
+    [
+        (None, (0, 1, 2, 3)),
+        ("1,3", (1, 3)),
+        (_SLICED[2], (2,)),
+        (f"{_SLICED[2]},{_SLICED[0]}", (2, 0)),
+        (f"{_SLICED[1]},GPU-0", (1,)),
+        (_SLICED[3], (3,)),
+        ("MIG-ffffffff", ()),
+        # The form of drivers before R470: none of these runs here.
+        ("MIG-GPU-00000000-0000-0000-0000-000000000000/7/0", ()),
+    ],
+)
+def test_slices_are_shown_by_their_names(
+    listed: str | None, shown: tuple[int, ...]
+) -> None:
+    """Since driver R570 one process can have several slices (MIG), as other cards."""
+    assert shown == numbers_of(listed, _SLICED)
 
 
 @pytest.mark.parametrize("use", USES)

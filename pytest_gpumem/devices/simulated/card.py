@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.allocator.blocks import Block
     from pytest_gpumem.allocator.config import AllocatorConfig
-    from pytest_gpumem.cards import Card
+    from pytest_gpumem.cards import Card, Gpu
     from pytest_gpumem.devices.simulated.machine import SimulatedMachine
 
 
@@ -45,7 +45,14 @@ class SimulatedCard:
         self.number: Final = number
         self.card: Final = card
         self.value_device: Final = machine.value_device
-        self.driver: Final = Driver(card.total_bytes, context_bytes=card.context_bytes)
+        self.driver: Final = Driver(
+            card.total_bytes,
+            other_bytes=card.host_bytes or 0,
+            context_bytes=card.context_bytes,
+        )
+        if card.is_integrated and card.host_bytes is None:
+            # See Note [Memory that a card shares with the host].
+            self.driver.host_bytes = machine.host_bytes
         self.allocator: Final = CachingAllocator(
             self.driver,
             config=config,
@@ -80,6 +87,16 @@ class SimulatedCard:
         self.allocator.device_index = index
 
     @property
+    def uuid(self) -> str:
+        """The card's UUID, or the slice's (MIG)."""
+        return self.machine.uuids[self.number]
+
+    @property
+    def gpu(self) -> Gpu:
+        """The GPU that the card is, or of which it is a slice (MIG)."""
+        return next(gpu for gpu in self.machine.gpus if self.number in gpu.numbers)
+
+    @property
     def context_bytes(self) -> int:
         """Bytes of this process's context; 0 if there is none."""
         return self.driver.context_bytes if self.driver.has_context else 0
@@ -100,6 +117,8 @@ class SimulatedCard:
     def _processes(self) -> list[ProcessMemory]:
         """Return the processes on the card and their bytes, as NVML reports them."""
         driver = self.driver
+        if self.card.nvml_name:
+            return []
         others = [ProcessMemory(*each) for each in driver.other_processes()]
         return [*others, ProcessMemory(None, driver.process_bytes)]
 

@@ -169,7 +169,11 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
         "that has used a card gets torch's own error if it uses the card, and computes "
         "on the host with one thread",
         "`CUDA_VISIBLE_DEVICES`, read when CUDA is first used in a process: hides, "
-        "chooses and orders the simulated cards",
+        "chooses and orders the simulated cards, by number, UUID or name of a "
+        "[slice (MIG)](cards.md#slices-mig)",
+        "[cards without memory of their own](cards.md#cards-without-memory-of-their-own) "
+        "(GB10, Jetson): the host's bytes are not free for the card, and NVML gives no "
+        "memory",
         "pinned memory: tensors say that they are pinned",
         "TorchScript: scripted and traced functions and modules run and move; "
         "`torch.jit.save` and `torch.jit.load` with `map_location`, for "
@@ -183,7 +187,8 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
         "kernels save, and the memory that they take themselves. If a mask requires "
         "gradients, a card takes a fused operator for attention and the CPU a composed "
         "one: values differ in the last bits",
-        "`pynvml` and the functions of `torch.cuda` that use it: no real driver is asked",
+        "`pynvml`, the functions of `torch.cuda` that use it, and "
+        "[`nvidia-smi`](children.md): no real driver is asked; also for slices (MIG)",
         "the memory of an NCCL communicator outside PyTorch's allocator: 0, or the bytes "
         "that the card's `nccl=` gives",
     ),

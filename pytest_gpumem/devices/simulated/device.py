@@ -9,7 +9,6 @@ from pytest_gpumem.devices.nvml import CardCount, Reading
 from pytest_gpumem.devices.simulated.machine import OutOfMemory, innermost_machine
 from pytest_gpumem.guards import Guarded
 from pytest_gpumem.records.memory_figures import MemoryFigures
-from pytest_gpumem.visibility import uuid_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -134,7 +133,7 @@ class SimulatedDevice:
 
     def card_id(self, index: int) -> str:
         """Return a card's UUID in NVML's format."""
-        return uuid_of(self.machine.cards[index].number)
+        return self.machine.cards[index].uuid
 
     def context_bytes(self, index: int) -> int:
         """Return the bytes that this process holds on the card outside the allocator."""

@@ -13,9 +13,11 @@ import torch
 from pytest_gpumem.allocator.caching import OutOfMemory
 from pytest_gpumem.allocator.config import AllocatorConfig, config_from_environment
 from pytest_gpumem.allocator.versions import installed_version
+from pytest_gpumem.cards import gpus_of, uuids_of
 from pytest_gpumem.devices.cuda_errors import cuda_error
 from pytest_gpumem.devices.simulated.card import SimulatedCard
 from pytest_gpumem.devices.simulated.current_streams import Streams
+from pytest_gpumem.devices.simulated.host_memory import anonymous_bytes
 from pytest_gpumem.errors import DeviceUnavailableError
 from pytest_gpumem.visibility import VARIABLE, visible_numbers, why_hidden
 
@@ -72,6 +74,9 @@ class SimulatedMachine:
         self.value_device: Final = "cpu" if values == "computed" else "meta"
         settings = config if config is not None else config_from_environment()
         settings = replace(settings, version=installed_version())
+        #: The machine's GPUs, as NVML counts them, and the UUID of each card.
+        self.gpus: Final = gpus_of(cards)
+        self.uuids: Final = uuids_of(cards)
         self.all_cards: Final = tuple(
             SimulatedCard(self, number, card, settings)
             for number, card in enumerate(cards)
@@ -121,7 +126,7 @@ class SimulatedMachine:
         if self._cards is not None and listed == self._listed:
             return
         before, self._listed = self._cards, listed
-        numbers = visible_numbers(len(self.all_cards))
+        numbers = visible_numbers(self.uuids)
         self._cards = tuple(self.all_cards[number] for number in numbers)
         for index, card in enumerate(self._cards):
             card.index = index
@@ -200,6 +205,17 @@ class SimulatedMachine:
             user(index, error.segment_bytes, total if limit is None else limit, free)
         for observe in list(self.oom_observers):
             observe(index, error.nbytes)
+
+    def host_bytes(self) -> int:
+        """Return the bytes of the host's memory that this process holds for itself.
+
+        The values of tensors on the cards are in the host's memory too, but stand for
+        the cards' bytes.
+        """
+        values = 0
+        if self.value_device == "cpu":
+            values = sum(card.allocator.requested_bytes for card in self.all_cards)
+        return max(anonymous_bytes() - values, 0)
 
     @property
     def num_requests(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pytest_gpumem.cards import Card
+    from pytest_gpumem.cards import Card, Gpu
 
 _MIB = 2**20
 
@@ -43,12 +43,12 @@ class DeviceProperties:
     capability exist; any other property raises ``AttributeError``.
     """
 
-    def __init__(self, card: Card, index: int) -> None:
+    def __init__(self, card: Card, gpu: Gpu, uuid: str) -> None:
         self.name = card.name
         self.major, self.minor = card.compute_capability
         self.total_memory = card.total_bytes
         self.multi_processor_count = card.multi_processor_count
-        self.is_integrated = 0
+        self.is_integrated = int(card.is_integrated)
         self.is_multi_gpu_board = 0
         self.warp_size = 32
         self.max_threads_per_block = 1024
@@ -59,10 +59,10 @@ class DeviceProperties:
         self.shared_memory_per_multiprocessor = card.shared_memory_per_multiprocessor
         self.L2_cache_size = card.l2_cache_size
         self.gcnArchName = f"sm_{self.major}{self.minor}"
-        self.pci_bus_id = index
+        self.pci_bus_id = gpu.bus
         self.pci_device_id = 0
         self.pci_domain_id = 0
-        self.uuid = _Uuid(f"00000000-0000-0000-0000-{index:012d}")
+        self.uuid = _Uuid(uuid.partition("-")[2])
 
     def __repr__(self) -> str:
         return (

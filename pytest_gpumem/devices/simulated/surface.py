@@ -32,7 +32,6 @@ from pytest_gpumem.devices.simulated.tensor_lists import grouping
 from pytest_gpumem.devices.simulated.torch_build import compiled_version
 from pytest_gpumem.devices.simulated.typed import typed_tensors
 from pytest_gpumem.kernels.cublas import workspace_bytes
-from pytest_gpumem.visibility import uuid_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -470,7 +469,7 @@ C_FUNCTIONS: Final[dict[str, Any]] = {
 
 def _properties(index: int) -> DeviceProperties:
     card = card_of(index)
-    return DeviceProperties(card.card, card.number)
+    return DeviceProperties(card.card, card.gpu, card.uuid)
 
 
 def cuda_names() -> dict[str, Any]:
@@ -482,10 +481,8 @@ def cuda_names() -> dict[str, Any]:
     return {
         "_cudart": C_FUNCTIONS["_cudart"],
         "_cached_device_count": None,
-        "_raw_device_count_nvml": lambda: len(current_machine().all_cards),
-        "_raw_device_uuid_nvml": lambda: [
-            uuid_of(card.number) for card in current_machine().all_cards
-        ],
+        "_raw_device_count_nvml": lambda: len(current_machine().gpus),
+        "_raw_device_uuid_nvml": lambda: [each.uuid for each in current_machine().gpus],
         "_get_device_properties": _properties,
         "default_generators": (),
         "_initialized": False,
