@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +11,16 @@ import torch
 
 from pytest_gpumem import OomInjector
 from pytest_gpumem.devices.simulated.install import simulated_device
-from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
+from pytest_gpumem.errors import NoValuesError, UnsupportedOnSimulatedDeviceError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 # A DeprecationWarning up to torch 2.14, a FutureWarning since.
 pytestmark = pytest.mark.filterwarnings(r"ignore:`torch\.jit\..*` is deprecated")
+
+
+_FAILED = "The following operation failed in the TorchScript interpreter."
 
 
 def _made(x: torch.Tensor, device: torch.device, size: int) -> torch.Tensor:
@@ -53,9 +57,12 @@ def test_what_was_scripted_before_runs_on_a_card_and_after() -> None:
         like = torch.ones(3, device="cuda")
         with (
             OomInjector("any:nth=2") as injector,
-            pytest.raises(torch.OutOfMemoryError),
+            # The interpreter turns every error of an operator into this.
+            pytest.raises(RuntimeError, match="CUDA out of memory") as caught,
         ):
             scripted(host, like)
+        assert type(caught.value) is RuntimeError
+        assert str(caught.value).startswith(_FAILED)
         assert injector.num_injected == 1
 
     assert [2.0, 2.0, 2.0] == scripted(host, host).tolist()
@@ -218,3 +225,117 @@ def test_an_archive_of_several_devices_is_refused() -> None:
         module.linear.cuda()
         with pytest.raises(UnsupportedOnSimulatedDeviceError, match="several devices"):
             torch.jit.save(module, io.BytesIO())
+
+
+class _Asking(torch.nn.Module):
+    """Asks for a device, as layers of attention do for their masks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scaled = _Scaled()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2))
+        self.norm = torch.nn.BatchNorm1d(4)
+
+    def forward(self, source: torch.Tensor) -> torch.Tensor:
+        result = self.shifted(self.scaled(source))
+        for layer in self.layers:
+            result = layer(result)
+        if source.is_cuda:
+            result = result * 1
+        normalised: torch.Tensor = self.norm(result)
+        return normalised
+
+    def shifted(self, source: torch.Tensor) -> torch.Tensor:
+        return source + torch.ones(source.shape[0], 4, device=source.device)
+
+
+def test_a_scripted_module_that_asks_for_devices_runs_as_its_python_code() -> None:
+    """It trains, is copied and cast; it is a part of another; the host is as before."""
+    like = torch.randn(3, 4)
+    with simulated_device("T4"):
+        scripted = torch.jit.script(_Asking())
+        expected = copy.deepcopy(scripted)(like)
+        outer = torch.jit.script(torch.nn.Sequential(scripted)).cuda()
+
+        assert torch.equal(outer(like.cuda()).cpu(), expected)
+        assert scripted.norm.num_batches_tracked.item() == 1
+        scripted.eval()
+        assert scripted(like.cuda()).is_cuda
+        assert scripted.norm.num_batches_tracked.item() == 1
+        copied = copy.deepcopy(scripted).half()
+        assert copied.scaled.linear.weight.dtype == torch.float16
+        with torch.autocast("cuda"):
+            copied(like.cuda()).float().sum().backward()
+        assert copied.scaled.linear.weight.grad.is_cuda
+        assert "prim::is_cuda" in str(scripted.forward.graph)  # type: ignore[attr-defined]
+        scripted.cpu()
+        assert scripted(like).device.type == "cpu"
+    assert scripted(like).device.type == "cpu"
+
+
+@pytest.mark.parametrize("way", ["scripted", "traced", "loaded"])
+def test_an_oom_in_a_script_is_a_runtime_error(way: str) -> None:
+    """No handler of ``torch.OutOfMemoryError`` catches it, as on a card."""
+    with simulated_device("T4"):
+        like = torch.ones(2, 4)
+        module = torch.jit.script(_Scaled())
+        if way == "traced":
+            module = torch.jit.trace(_Scaled(), like)
+        if way == "loaded":
+            archive = io.BytesIO()
+            torch.jit.save(module, archive)
+            archive.seek(0)
+            module = torch.jit.load(archive)
+        module.cuda()
+        on_card = like.cuda()
+        module(on_card)
+        before = torch.cuda.memory_allocated()
+        with (
+            OomInjector("any:nth=1"),
+            pytest.raises(RuntimeError, match="CUDA out of memory") as caught,
+        ):
+            module(on_card)
+
+        assert type(caught.value) is RuntimeError
+        assert str(caught.value).startswith(_FAILED)
+        # The error keeps no tensor of the code alive.
+        assert before == torch.cuda.memory_allocated()
+
+
+def test_an_error_that_is_ours_stays_one() -> None:
+    """A refusal is not hidden in an error of the interpreter."""
+    with simulated_device("T4", values="none"):
+        module = torch.jit.script(_Reading()).cuda()
+        with pytest.raises(NoValuesError):
+            module(torch.ones(3, device="cuda"))
+
+
+class _Reading(torch.nn.Module):
+    """Reads a value."""
+
+    def forward(self, source: torch.Tensor) -> float:
+        return float(source.sum().item())
+
+
+def test_code_without_its_python_that_asks_for_devices_is_refused() -> None:
+    """A loaded archive, and a trace in which a card was written down."""
+    archive = io.BytesIO()
+    torch.jit.save(torch.jit.script(_Asking()), archive)
+    archive.seek(0)
+    with simulated_device("T4"):
+        like = torch.ones(3, 4, device="cuda")
+        for module in (
+            torch.jit.load(archive, map_location="cuda"),
+            torch.jit.trace(_Asking().cuda().eval(), like, check_trace=False),
+        ):
+            with pytest.raises(UnsupportedOnSimulatedDeviceError, match="asks for dev"):
+                module(like)
+
+
+def test_a_trace_that_moves_a_tensor_is_refused() -> None:
+    """Its graph would hold the tensor, and not the move."""
+    with (
+        simulated_device("T4"),
+        pytest.raises(UnsupportedOnSimulatedDeviceError, match="before it is traced"),
+    ):
+        torch.jit.trace(lambda source: source.cuda() + 1, torch.ones(2))

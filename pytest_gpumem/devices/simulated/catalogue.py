@@ -175,7 +175,8 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
         "(GB10, Jetson): the host's bytes are not free for the card, and NVML gives no "
         "memory",
         "pinned memory: tensors say that they are pinned",
-        "TorchScript: scripted and traced functions and modules run and move; "
+        "TorchScript: scripted and traced functions and modules run and move; errors "
+        "of operators, OOMs too, are the interpreter's RuntimeError; "
         "`torch.jit.save` and `torch.jit.load` with `map_location`, for "
         "modules that lie on one device",
         "`torch.version.cuda`, `torch.backends.cuda.is_built()`, "

@@ -43,9 +43,14 @@ class Memory:
             # C++ initialises CUDA only once in a process, for all installations.
             card.machine.is_initialized = True
             torch.cuda.init()
+        if type(nbytes) is not int:
+            is_traced = isinstance(nbytes, torch.Tensor)
+            refuse(
+                "a copy between devices in torch.jit.trace"
+                if is_traced
+                else "a tensor of symbolic size"
+            )
         if nbytes:
-            if type(nbytes) is not int:
-                refuse("a tensor of symbolic size")
             self.block = allocate(card, nbytes)
 
     def __del__(self) -> None:

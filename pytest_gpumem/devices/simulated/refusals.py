@@ -56,6 +56,12 @@ ADVICE: Final[dict[str, str]] = {
     "torch.export.export": "export the module while it is on the CPU",
     "torch.func.linearize": "use torch.func.jvp, or linearize with tensors on the CPU",
     "FakeTensorMode.from_tensor": "make the fake tensors while the module is on the CPU",
+    "TorchScript code that asks for devices": (
+        "call the module or function that it was made from"
+    ),
+    "a copy between devices in torch.jit.trace": (
+        "move the module and its inputs before it is traced"
+    ),
     "a TorchScript archive of several devices": "move the module to one device first",
     "tensor.__cuda_array_interface__": "pass on tensor.cpu() instead",
     "tensor.__dlpack__": "pass on tensor.cpu() instead",

@@ -18,6 +18,7 @@ table of this module, because user code may copy and replace the tensor's ``__di
 
 from __future__ import annotations
 
+import threading
 import weakref
 from typing import TYPE_CHECKING, Any, Final
 
@@ -52,6 +53,14 @@ _CUDA: Final[Any] = torch._C.DispatchKey.CUDA
 #: Classes whose tensors are always on the host.
 HOST_KINDS: Final = frozenset({torch.Tensor, torch.nn.Parameter})
 
+
+class _LastFailure(threading.local):
+    """The text of the last error of an operator in this thread, for callers in C++."""
+
+    text = ""
+
+
+last_failure: Final = _LastFailure()
 DEVICES: Final = tuple(torch.device("cuda", index) for index in range(64))
 
 
@@ -157,6 +166,7 @@ class SimulatedTensor(torch.Tensor, metaclass=_OnCard):
         try:
             return HANDLERS[func](args, kwargs if kwargs is not None else {})
         except RuntimeError as error:
+            last_failure.text = str(error)
             if not isinstance(
                 error, (torch.OutOfMemoryError, torch.AcceleratorError)
             ) and not hasattr(error, "_gpumem_injected"):

@@ -1,22 +1,32 @@
-"""TorchScript with simulated cards: functions that libraries script at import.
+"""TorchScript with simulated cards: scripted and traced functions and modules.
 
 TorchScript's compiler and interpreter are C++ code. The compiler recognises built-in
 functions by their identity. The interpreter reads the C++ tensor's device, which for a
-simulated tensor is the device of its values. Scripted functions are therefore run as
-Python functions.
+simulated tensor is the device of its values, and it makes tensors in C++. What is scripted
+is therefore run as the Python code that it was made from. What has no Python code any more,
+because it was traced, loaded or optimised, is run by the interpreter; if it asks for devices
+or makes tensors on a card, it is refused.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import traceback
+import weakref
+from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from torch.jit import _builtins
+from torch.jit import _builtins, _recursive
 
 from pytest_gpumem.devices.simulated.constructors import CONSTRUCTORS
 from pytest_gpumem.devices.simulated.operators.drawing import DROPOUTS
+from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.devices.simulated.script_archives import patch_archives
-from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
+from pytest_gpumem.devices.simulated.tensor import SimulatedTensor, last_failure
+from pytest_gpumem.errors import GpuMemError
 
 if TYPE_CHECKING:
     from pytest_gpumem.devices.patches import PatchSet
@@ -24,15 +34,26 @@ if TYPE_CHECKING:
 _call: Final[Any] = torch.jit.ScriptFunction.__call__
 _Scripted: Final[Any] = torch.jit.ScriptModule
 _apply_to_module: Final[Any] = torch.nn.Module._apply
+_call_of_module: Final[Any] = torch.nn.Module.__call__
+#: The start of the interpreter's errors.
+_FAILED: Final = "The following operation failed in the TorchScript interpreter."
+#: The folder of this package, whose frames are not those of the code that is run.
+_OURS: Final = str(Path(__file__).parents[2])
+_Recursive: Final[Any] = torch.jit._script.RecursiveScriptModule
+_script_module: Final[Any] = _recursive.create_script_module
+_deep_copy: Final[Any] = _Recursive.__deepcopy__
 
 
 def patch_scripting(patches: PatchSet) -> None:
     """Patch TorchScript; must be called before the constructors are replaced.
 
-    Limits: the interpreter still runs scripted modules, and scripted functions that get no
-    tensor on a card but create one.
+    Limits: the interpreter still runs scripted functions that get no tensor on a card but
+    create one.
     """
     patches.set(_Scripted, "_apply", _apply)
+    patches.set(_Scripted, "__call__", _call_module)
+    patches.set(_recursive, "create_script_module", _scripted)
+    patches.set(_Recursive, "__deepcopy__", _deep_copied)
     patch_archives(patches)
     # The table is built at its first use and must also contain the originals.
     table = _builtins._get_builtin_table()
@@ -46,13 +67,176 @@ def _run(function: Any, *args: Any, **options: Any) -> Any:
     __tracebackhide__ = True
     original = getattr(function, "_torchdynamo_inline", None)
     if original is not None and any(map(_is_on_card, (*args, *options.values()))):
-        return original(*args, **options)
-    return _call(function, *args, **options)
+        return _as_interpreter(original, *args, **options)
+    return _interpret(_call, function, *args, **options)
+
+
+def _interpret(call: Any, *args: Any, **options: Any) -> Any:
+    """Run the interpreter; its errors have the text of the operator that failed.
+
+    C++ does not read the text of an error that Python has raised in an operator.
+    """
+    __tracebackhide__ = True
+    last_failure.text = ""
+    try:
+        return call(*args, **options)
+    except RuntimeError as error:
+        text = str(error)
+        if text.startswith(_FAILED) and text.endswith("RuntimeError: \n"):
+            error.args = (f"{text[:-1]}{last_failure.text}\n",)
+        raise
+
+
+def _as_interpreter(call: Any, *args: Any, **options: Any) -> Any:
+    """Run Python code with the errors of the interpreter.
+
+    An operator's error, an OOM too, becomes a RuntimeError with the operator's text.
+
+    Source: ``InterpreterStateImpl::handleError`` of
+    ``torch/csrc/jit/runtime/interpreter.cpp``.
+    """
+    __tracebackhide__ = True
+    try:
+        return call(*args, **options)
+    except RuntimeError as error:
+        text = str(error)
+        if isinstance(error, GpuMemError) or text.startswith(_FAILED):
+            raise
+        frames = traceback.extract_tb(error.__traceback__)[1:]
+        lines = "".join(
+            f'  File "{each.filename}", line {each.lineno}, in {each.name}\n'
+            f"    {each.line}\n    {'~' * len(each.line or '')} <--- HERE\n"
+            for each in frames
+            if not each.filename.startswith(_OURS)
+        )
+        failure = RuntimeError(
+            f"{_FAILED}\nTraceback of TorchScript (most recent call last):\n{lines}"
+            f"RuntimeError: {text}\n"
+        )
+        failure.__dict__.update(error.__dict__)
+    # Outside the handler, so that the error does not keep the code's tensors alive.
+    del args, options
+    raise failure
+
+
+def _call_module(module: Any, *args: Any, **options: Any) -> Any:
+    """Call a scripted or traced module.
+
+    Raises:
+        UnsupportedOnSimulatedDeviceError: It computes with a card, has no Python code, and
+            asks for devices or makes tensors on a card.
+    """
+    __tracebackhide__ = True
+    if (
+        "forward" not in module.__dict__
+        and _is_on_card(([*args, *options.values()], [*module.parameters()]))
+        and _asks_for_devices(module)
+    ):
+        refuse("TorchScript code that asks for devices")
+    return _interpret(_call_of_module, module, *args, **options)
+
+
+def _asks_for_devices(module: Any) -> bool:
+    """Return whether a module's code depends on devices, and note the answer."""
+    known = module.__dict__.get("_gpumem_asks_for_devices")
+    if known is None:
+        graph = module.inlined_graph
+        known = any(
+            graph.findAllNodes(kind) for kind in ("prim::device", "prim::is_cuda")
+        ) or any(
+            node.output().type().kind() == "DeviceObjType"
+            and node.s("value").startswith("cuda")
+            for node in graph.findAllNodes("prim::Constant")
+            if node.hasAttribute("value")
+        )
+        module.__dict__["_gpumem_asks_for_devices"] = known
+    return bool(known)
+
+
+class _PythonForward:
+    """The method ``forward`` of a scripted module: Python's, if a card is used.
+
+    Args:
+        module: The scripted module.
+        python: A module of the same structure, with its Python code and without values.
+    """
+
+    def __init__(self, module: Any, python: torch.nn.Module) -> None:
+        self._module = weakref.ref(module)
+        self.python = python
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        __tracebackhide__ = True
+        module: Any = self._module()
+        tensors = dict(chain(module.named_parameters(), module.named_buffers()))
+        if not _is_on_card(([*args, *options.values()], [*tensors.values()])):
+            return module._c._get_method("forward")(*args, **options)
+        for name, child in module.named_modules():
+            self.python.get_submodule(name).training = child.training
+        return _as_interpreter(
+            torch.func.functional_call, self.python, tensors, args, options
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        module: Any = self._module()
+        return getattr(module._c._get_method("forward"), name)
+
+
+def _scripted(module: Any, *args: Any, **options: Any) -> Any:
+    """Script a module, and keep its Python code beside the result."""
+    __tracebackhide__ = True
+    result = _script_module(module, *args, **options)
+    if not options.get("is_tracing", False):
+        with contextlib.suppress(Exception):  # what cannot be copied stays without
+            _keep_python(result, _without_values(module))
+    return result
+
+
+def _keep_python(scripted: Any, python: torch.nn.Module) -> None:
+    """Let a scripted module, and each in it, run its Python code on cards."""
+    for name, child in scripted.named_modules():
+        child.__dict__["forward"] = _PythonForward(child, python.get_submodule(name))
+
+
+def _without_values(module: torch.nn.Module) -> torch.nn.Module:
+    """Copy a module without the values of its tensors.
+
+    Raises:
+        TypeError: A module in it is scripted, and its Python code is not known.
+    """
+    memo: dict[int, Any] = {}
+    for each in module.modules():
+        if isinstance(each, _Scripted):
+            forward = each.__dict__.get("forward")
+            if not isinstance(forward, _PythonForward):
+                raise TypeError(each)
+            memo[id(each)] = forward.python
+    for tensor in chain(module.parameters(), module.buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        if isinstance(tensor, torch.nn.Parameter):
+            empty = torch.nn.Parameter(empty, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = empty
+    return copy.deepcopy(module, memo)
+
+
+def _deep_copied(module: Any, memo: dict[int, Any]) -> Any:
+    """Copy a scripted module, with its Python code."""
+    result = _deep_copy(module, memo)
+    forward = module.__dict__.get("forward")
+    if isinstance(forward, _PythonForward):
+        _keep_python(result, forward.python)
+    return result
 
 
 def _apply(module: Any, fn: Any, recurse: bool = True) -> Any:  # noqa: FBT001, FBT002  # torch's signature
     """Move or cast a scripted module, and set its parameters again in C++."""
     __tracebackhide__ = True
+    for name, parameter in module._parameters.items():
+        if parameter is not None and parameter.grad_fn is not None:
+            # C++ has cloned it together with its module, and the clone is no leaf.
+            module._parameters[name] = torch.nn.Parameter(
+                parameter.detach(), parameter.requires_grad
+            )
     kept = dict(module._parameters.items())
     _apply_to_module(module, fn, recurse)
     for name, parameter in kept.items():
