@@ -45,7 +45,6 @@ def simulated_device() -> str:
     parts.append("\n**refused**\n\n" + table(("feature", "what to do"), refused))
     parts.append(
         "\nIf the CPU cannot compute an operator, an error names the operator. The "
-        "driver's [context](cards.md) is modelled for each card. cuDNN's workspaces are "
-        "not simulated.\n"
+        "driver's [context](cards.md) is modelled for each card.\n"
     )
     return page(parts)

@@ -118,6 +118,56 @@ def test_convolutions_without_cudnn_make_columns(
     assert wanted == found
 
 
+def test_a_dilated_convolution_that_must_be_deterministic_is_torchs_own() -> None:
+    """It makes columns, unless the channels come last, which cuDNN's kernel takes."""
+    source, weight = _ones(1, 3, 8, 8), _ones(3, 3, 3, 3)
+
+    def convolve(image: torch.Tensor) -> torch.Tensor:
+        return functional.conv2d(image, weight, dilation=2)
+
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True):
+        own = _asked_for(convolve, source)
+        last = _asked_for(convolve, source.to(memory_format=torch.channels_last))
+    with torch.backends.cudnn.flags(enabled=True, deterministic=False):
+        plain = _asked_for(convolve, source)
+
+    assert ([192, 1728], [192], [192]) == (own, last, plain)
+
+
+@pytest.mark.parametrize("empties", [True, False])
+def test_the_cache_is_emptied_after_cudnn_has_measured_its_kernels(
+    *, empties: bool
+) -> None:
+    """Once for each kind of convolution and each gradient, with ``benchmark=True``."""
+    weight = _ones(3, 3, 3, 3).requires_grad_()
+    sources = [_ones(1, 3, size, size).requires_grad_() for size in (8, 9)]
+    small = torch.cuda.memory_reserved()
+
+    def emptied(run: Callable[[], Any]) -> bool:
+        """Tell whether 40 MiB in the cache are given back while something runs."""
+        _ones(10 * 2**20)
+        assert small + 40 * 2**20 == torch.cuda.memory_reserved()
+        kept.append(run())
+        is_emptied = small == torch.cuda.memory_reserved()
+        torch.cuda.empty_cache()
+        return is_emptied
+
+    kept: list[Any] = []
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        torch._C._cudnn_set_conv_benchmark_empty_cache(empties)
+        first, again, other = (
+            emptied(lambda image=image: functional.conv2d(image, weight))
+            for image in (sources[0], sources[0], sources[1])
+        )
+        backward = emptied(lambda: kept[0].sum().backward())
+        backward_again = emptied(lambda: kept[1].sum().backward())
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False):
+        plain = emptied(lambda: functional.conv2d(_ones(1, 3, 7, 7), weight))
+
+    assert (empties, False, empties) == (first, again, other)
+    assert (empties, False, False) == (backward, backward_again, plain)
+
+
 def test_matrices_that_are_conjugated_where_they_lie_are_copied() -> None:
     """The product conjugates what it transposes, and nothing else."""
     source = _ones(3, 3, dtype=torch.complex64)

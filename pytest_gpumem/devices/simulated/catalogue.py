@@ -192,6 +192,16 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
         "[`nvidia-smi`](children.md): no real driver is asked; also for slices (MIG)",
         "the memory of an NCCL communicator outside PyTorch's allocator: 0, or the bytes "
         "that the card's `nccl=` gives",
+        "cuDNN's convolutions: they request their results, and 0 bytes of workspace, "
+        "because the size is cuDNN's own and not known. What PyTorch does around them is "
+        "exact: with `benchmark=True` it empties the allocator's cache after the first "
+        "convolution of each kind, and each first gradient; with `deterministic=True` it "
+        "takes its own kernels for dilated convolutions, which make columns. The "
+        "workspaces that cuDNN tries with `benchmark=True`, up to the card's free memory, "
+        "are not simulated",
+        "cuDNN's recurrent layers: their requests are those of the steps that the CPU "
+        "computes, not cuDNN's reserve space; the weights are not joined into one buffer "
+        "(`flatten_parameters`)",
     ),
 }
 

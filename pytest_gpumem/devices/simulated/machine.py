@@ -97,9 +97,11 @@ class SimulatedMachine:
         #: Observers of user code. As in torch, they are called with card, segment bytes,
         #: limit and free bytes.
         self.user_oom_observers: list[Callable[[int, int, int, int], object]] = []
-        #: Settings of cuDNN that C++ stores; they have no effect here. Source:
+        #: Settings of cuDNN that C++ stores; the limit has no effect here. Source:
         #: ``aten/src/ATen/Context.h`` and ``aten/src/ATen/native/Convolution.cpp``.
         self.cudnn: Final[dict[str, Any]] = {"limit": 10, "empties_cache": True}
+        #: The kinds of convolutions for which cuDNN has measured its kernels.
+        self.measured_convolutions: Final[set[tuple[Any, ...]]] = set()
         self.streams: Final = Streams()
         #: The graph captures in progress.
         self.captures: tuple[Capture, ...] = ()

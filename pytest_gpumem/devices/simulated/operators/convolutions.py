@@ -16,6 +16,7 @@ from pytest_gpumem.devices.simulated.operators.requests import (
     Free,
     Results,
     Temporary,
+    Tried,
     copy_of,
 )
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor, make
@@ -84,6 +85,30 @@ class _Layer:
             and self.weight.shape[0] % channels == 0
         )
 
+    @property
+    def has_channels_last(self) -> bool:
+        """Whether cuDNN's kernel works with the channels last."""
+        last = {4: torch.channels_last, 5: torch.channels_last_3d}
+        form = last.get(self.source.dim())
+        return form is not None and any(
+            each.is_contiguous(memory_format=form) and not each.is_contiguous()
+            for each in (self.source, self.weight)
+        )
+
+    def key(self, call: Call) -> tuple[Any, ...]:
+        """Return what makes a convolution a kind of its own: ``setConvolutionParams``."""
+        c = torch._C
+        return (
+            self.source.dtype,
+            self.source.shape,
+            self.weight.shape,
+            self.has_channels_last,
+            *(tuple(call[name]) for name in ("stride", "padding", "dilation")),
+            self.is_transposed,
+            self.groups,
+            c._get_cudnn_deterministic() or c._get_deterministic_algorithms(),
+        )
+
     def columns(self, result: torch.Tensor) -> Temporary:
         """Return a group's columns for one image: a column for each position."""
         places = math.prod((self.source if self.is_transposed else result).shape[2:])
@@ -112,11 +137,30 @@ def _laid(*tensors: torch.Tensor | None) -> list[Temporary]:
     ]
 
 
-def _without_cudnn(call: Call) -> Iterable[RequestStep]:
+def _uses_cudnn(layer: _Layer) -> bool:
+    """Tell whether torch takes cuDNN's kernels and not its own.
+
+    Source: ``ConvParams::use_cudnn`` of ``aten/src/ATen/native/Convolution.cpp``: a
+    dilated convolution that must be deterministic is torch's own, unless the channels
+    come last.
+    """
+    c = torch._C  # its functions are faster than the properties of torch.backends.cudnn
+    if not c._get_cudnn_enabled():
+        return False
+    if not layer.is_dilated:
+        return True
+    is_deterministic = c._get_cudnn_deterministic() or c._get_deterministic_algorithms()
+    return not is_deterministic or layer.has_channels_last
+
+
+def _of_convolution(call: Call) -> Iterable[RequestStep]:
     """Request the memory of PyTorch's own kernels; cuDNN's workspaces are not known."""
-    if torch._C._get_cudnn_enabled():  # faster than torch.backends.cudnn.enabled
-        return ()
-    return _forward(_Layer(call), call)
+    layer = _Layer(call)
+    if not _uses_cudnn(layer):
+        return _forward(layer, call)
+    if torch._C._get_cudnn_benchmark() and not layer.is_depthwise:
+        return (Results(), Tried(("forward", *layer.key(call))))
+    return ()
 
 
 def _forward(layer: _Layer, call: Call) -> Iterator[RequestStep]:
@@ -171,16 +215,29 @@ def _convolved(
     yield from map(Free, reversed(held))
 
 
-def _backward_without_cudnn(call: Call) -> Iterable[RequestStep]:
+def _of_convolution_backward(call: Call) -> Iterable[RequestStep]:
     """Request the memory of PyTorch's own kernels for a gradient."""
-    if torch._C._get_cudnn_enabled():  # faster than torch.backends.cudnn.enabled
-        return ()
     layer = _Layer(call)
+    if _uses_cudnn(layer):
+        if torch._C._get_cudnn_benchmark() and not layer.is_depthwise:
+            return _measured_backward(layer, call)
+        return ()
     if not call["grad_output"].numel():
         return ()
     if layer.is_depthwise:
         return _each_channel_backward(layer, call)
     return _backward(layer, call)
+
+
+def _measured_backward(layer: _Layer, call: Call) -> Iterator[RequestStep]:
+    """Request each gradient; cuDNN then measures its kernels for it.
+
+    Source: ``cudnn_convolution_backward`` of ``aten/src/ATen/native/cudnn/ConvShared.cpp``.
+    """
+    for place, way in ((0, "input"), (1, "weight")):
+        if call["output_mask"][place]:
+            yield Results(place)
+            yield Tried((way, *layer.key(call)))
 
 
 def _each_channel_backward(layer: _Layer, call: Call) -> Iterator[RequestStep]:
@@ -272,11 +329,11 @@ _SLOW = (
 register(
     "convolution convolution_overrideable",
     check=_types,
-    requests=_without_cudnn,
+    requests=_of_convolution,
     lacks=_kernel,
     source=f"{_CHECK}; {_SLOW}",
 )
-register("convolution_backward", requests=_backward_without_cudnn, source=_SLOW)
+register("convolution_backward", requests=_of_convolution_backward, source=_SLOW)
 register(
     "_convolution",
     check=_types,

@@ -16,6 +16,8 @@ tensors without values.
 ``yield Free(buffer)``        frees temporary bytes earlier
 ``yield Workspace()``         requests the workspace of the thread's cuBLAS handle, if it
                               has none
+``yield Tried(key)``          cuDNN measures its kernels the first time; torch then
+                              empties the cache
 ``yield Lasting(number)``     requests the memory of a host number that C++ copies to the
                               card; it is held for as long as C++ holds the copy
 ============================  =========================================================
@@ -124,7 +126,30 @@ class Lasting:
         hold(self._number.untyped_storage(), memory)
 
 
-RequestStep = Results | Sized | Temporary | Free | Workspace | Lasting
+class Tried:
+    """CuDNN measures its kernels for a convolution of a kind that is new to the card.
+
+    Source: ``run_single_conv`` of ``aten/src/ATen/native/cudnn/Conv_v8.cpp``: torch
+    empties the allocator's cache after each measurement. The workspaces of the measured
+    kernels are cuDNN's, and not known.
+    """
+
+    __slots__ = ("_key",)
+
+    def __init__(self, key: tuple[Any, ...]) -> None:
+        self._key = key
+
+    def ask(self, card: SimulatedCard) -> None:
+        """Empty the card's cache if the kind is new and torch is set to do so."""
+        machine = card.machine
+        key = (card.number, *self._key)
+        if key not in machine.measured_convolutions:
+            machine.measured_convolutions.add(key)
+            if machine.cudnn["empties_cache"]:
+                card.empty_cache()
+
+
+RequestStep = Results | Sized | Temporary | Free | Workspace | Lasting | Tried
 
 
 def copy_of(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> Temporary:
@@ -254,7 +279,7 @@ def ask(
             temporaries[id(step)] = (step, Memory(card, step.nbytes))
         elif isinstance(step, Free):
             del temporaries[id(step.temporary)]
-        elif isinstance(step, Workspace | Lasting):
+        elif isinstance(step, Workspace | Lasting | Tried):
             step.ask(card)
         elif isinstance(step, Sized):
             if left.pop(step.place, step) is None:
