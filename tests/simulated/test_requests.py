@@ -6,6 +6,7 @@ multiprocessors; the recordings' own test tries a part of them.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -156,7 +157,7 @@ def test_the_cache_is_emptied_after_cudnn_has_measured_its_kernels(
     with torch.backends.cudnn.flags(enabled=True, benchmark=True):
         torch._C._cudnn_set_conv_benchmark_empty_cache(empties)
         first, again, other = (
-            emptied(lambda image=image: functional.conv2d(image, weight))
+            emptied(partial(functional.conv2d, image, weight))
             for image in (sources[0], sources[0], sources[1])
         )
         backward = emptied(lambda: kept[0].sum().backward())
