@@ -12,7 +12,7 @@ from pytest_gpumem.devices.active import active_device
 from pytest_gpumem.instruments.equality import compare_portraits
 from pytest_gpumem.instruments.parts import Placement, placement_of, tensors_held_by
 from pytest_gpumem.instruments.portraits import portrait
-from pytest_gpumem.instruments.trials import Failure, Trial, is_the_oom
+from pytest_gpumem.instruments.trials import Failure, Trial, is_an_oom, is_the_oom
 from pytest_gpumem.rules.parser import parse_rule
 from pytest_gpumem.rules.rule import NOT_OOM
 from pytest_gpumem.sizes import format_size
@@ -290,11 +290,7 @@ def judge_load(
     expected = () if expect_error is None else (expect_error,)
 
     def catches(error: BaseException) -> bool:
-        is_oom = (
-            isinstance(error, torch.OutOfMemoryError)
-            if is_no_oom(*parsed)
-            else is_the_oom(error)
-        )
+        is_oom = is_an_oom(error) if is_no_oom(*parsed) else is_the_oom(error)
         return is_oom or isinstance(error, expected)
 
     verdict = loader.load(*parsed, catches=catches)

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 #: The most seconds to wait for threads that a run has left. They would allocate memory in
 #: the next run.
 _PATIENCE_S: Final = 1.0
+#: The start of an error of TorchScript's interpreter.
+_INTERPRETER: Final = "The following operation failed in the TorchScript interpreter."
 _RAISE: Final = dis.opmap["RAISE_VARARGS"]
 
 
@@ -270,10 +272,20 @@ def failure_of(error: BaseException) -> Failure:
 
 def is_the_oom(error: BaseException) -> bool:
     """Tell whether an error is an OOM or the injected one, or was raised from one."""
-    return any(
-        isinstance(each, torch.OutOfMemoryError) or is_injected(each)
-        for each in _origins(error)
-    )
+    return any(is_an_oom(each) or is_injected(each) for each in _origins(error))
+
+
+def is_an_oom(error: BaseException) -> bool:
+    """Tell whether an error is torch's OOM, which TorchScript's interpreter rewrites.
+
+    Source: ``InterpreterStateImpl::handleError`` of
+    ``torch/csrc/jit/runtime/interpreter.cpp``: the new error is a RuntimeError, whose text
+    ends with that of the operator's error.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    text = str(error) if type(error) is RuntimeError else ""
+    return text.startswith(_INTERPRETER) and "CUDA out of memory" in text
 
 
 def _origins(error: BaseException) -> list[BaseException]:

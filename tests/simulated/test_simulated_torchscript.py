@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from pytest_gpumem import OomInjector
+from pytest_gpumem import OomInjector, Verdict, sweep_ooms
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.errors import NoValuesError, UnsupportedOnSimulatedDeviceError
 
@@ -298,6 +298,12 @@ def test_an_oom_in_a_script_is_a_runtime_error(way: str) -> None:
 
         assert type(caught.value) is RuntimeError
         assert str(caught.value).startswith(_FAILED)
+        if way != "scripted":
+            with (
+                OomInjector("any:nth=1,flavour=cublas"),
+                pytest.raises(RuntimeError, match="CUBLAS_STATUS_ALLOC_FAILED"),
+            ):
+                module(on_card)
         # The error keeps no tensor of the code alive.
         assert before == torch.cuda.memory_allocated()
 
@@ -339,3 +345,24 @@ def test_a_trace_that_moves_a_tensor_is_refused() -> None:
         pytest.raises(UnsupportedOnSimulatedDeviceError, match="before it is traced"),
     ):
         torch.jit.trace(lambda source: source.cuda() + 1, torch.ones(2))
+
+
+@pytest.mark.parametrize("trace", [False, True])
+@pytest.mark.parametrize("flavour", ["native", "cudnn"])
+def test_a_sweep_knows_the_ooms_of_a_script(*, trace: bool, flavour: str) -> None:
+    """An OOM that the interpreter has rewritten is one; so is the negative control."""
+    host = torch.ones(2, 4)
+    with simulated_device("T4"):
+        module = (
+            torch.jit.trace(_Scaled(), host) if trace else torch.jit.script(_Scaled())
+        )
+        module.cuda()
+        report = sweep_ooms(
+            lambda: module(host.cuda()).cpu(),
+            modes=("transient",),
+            flavours=(flavour, "not-oom"),
+        )
+
+    verdicts = {(each.point.flavour, each.verdict) for each in report.outcomes}
+    assert (flavour, Verdict.CLEAN_OOM) in verdicts
+    assert {Verdict.CLEAN_OOM, Verdict.OTHER_ERROR} >= {each for _, each in verdicts}

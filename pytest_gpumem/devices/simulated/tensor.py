@@ -55,9 +55,16 @@ HOST_KINDS: Final = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 class _LastFailure(threading.local):
-    """The text of the last error of an operator in this thread, for callers in C++."""
+    """What the last error of an operator in this thread said, for callers in C++."""
 
-    text = ""
+    def __init__(self) -> None:
+        self.text = ""
+        self.attributes: dict[str, Any] = {}
+
+    def note(self, error: Exception) -> None:
+        """Note an error, without its traceback, which keeps tensors alive."""
+        self.text = str(error)
+        self.attributes = dict(vars(error))
 
 
 last_failure: Final = _LastFailure()
@@ -166,7 +173,7 @@ class SimulatedTensor(torch.Tensor, metaclass=_OnCard):
         try:
             return HANDLERS[func](args, kwargs if kwargs is not None else {})
         except RuntimeError as error:
-            last_failure.text = str(error)
+            last_failure.note(error)
             if not isinstance(
                 error, (torch.OutOfMemoryError, torch.AcceleratorError)
             ) and not hasattr(error, "_gpumem_injected"):

@@ -77,13 +77,14 @@ def _interpret(call: Any, *args: Any, **options: Any) -> Any:
     C++ does not read the text of an error that Python has raised in an operator.
     """
     __tracebackhide__ = True
-    last_failure.text = ""
+    last_failure.note(RuntimeError())
     try:
         return call(*args, **options)
     except RuntimeError as error:
         text = str(error)
         if text.startswith(_FAILED) and text.endswith("RuntimeError: \n"):
             error.args = (f"{text[:-1]}{last_failure.text}\n",)
+            vars(error).update(last_failure.attributes)
         raise
 
 
@@ -113,7 +114,7 @@ def _as_interpreter(call: Any, *args: Any, **options: Any) -> Any:
             f"{_FAILED}\nTraceback of TorchScript (most recent call last):\n{lines}"
             f"RuntimeError: {text}\n"
         )
-        failure.__dict__.update(error.__dict__)
+        vars(failure).update(vars(error))
     # Outside the handler, so that the error does not keep the code's tensors alive.
     del args, options
     raise failure
