@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pytest
 import torch
@@ -208,3 +209,23 @@ def test_a_range_with_its_end_is_made_on_a_card() -> None:
     assert [[0.0, 2.0, 4.0]] * 4 == [each.tolist() for each in made]
     assert [torch.float32] * 4 == [each.dtype for each in made]
     assert [False, True, False, False] == [each.requires_grad for each in made]
+
+
+class _AnyDevice(mock.MagicMock):
+    """What stands in for ``torch.device`` in tests of programs for other accelerators."""
+
+    def __instancecheck__(self, instance: object) -> bool:
+        return True
+
+
+def test_a_tensor_without_a_device_needs_no_class_of_devices(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """C++ makes it on the host, whatever a test has put in place of ``torch.device``."""
+    monkeypatch.setattr(torch, "device", _AnyDevice())
+
+    made = torch.tensor(torch.inf)
+    monkeypatch.undo()
+
+    assert "cpu" == str(made.device)
+    assert torch.inf == made.item()

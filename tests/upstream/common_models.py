@@ -65,8 +65,9 @@ class Common(ModelTesterMixin):  # type: ignore[misc]  # untyped
     """The common tests but for those of generation, which the source lacks."""
 
     all_generative_model_classes = ()
-    # Of these models less than half may be one block, which is on one device.
-    model_split_percents = (0.8, 0.85, 0.9)
+    # More than half of these models may be one block, which is on one device. With the
+    # first share, a card and the host together must be too small for the model.
+    model_split_percents = (0.4, 0.85, 0.9)
 
 
 class BertTest(Common, unittest.TestCase):

@@ -104,7 +104,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     done = {each["test"] for each in _lines(FILE)}
     if SKIPPED:
         ends = {each["test"]: each["outcome"] for each in _lines(Path(SKIPPED))}
-        done |= {name for name, outcome in ends.items() if outcome != "skipped"}
+        done |= {each.nodeid for each in items if ends.get(each.nodeid) != "skipped"}
     if HOST:
         # A run that is ended early has all tests that need a card, and some of the others.
         ends = {each["test"]: each["outcome"] for each in _lines(Path(HOST))}

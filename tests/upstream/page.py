@@ -106,7 +106,10 @@ def _failures(verdicts: Mapping[str, Mapping[str, Verdict]]) -> list[str]:
 def _number(verdict: Verdict) -> str:
     if verdict.tests >= verdict.of:
         return f"{verdict.tests} tests"
-    return f"the first {verdict.tests} of {verdict.of} tests, then the run was ended"
+    return (
+        f"all of its {verdict.of} tests that need a card, and {sum(verdict.others.values())} "
+        "of the others, then the run was ended"
+    )
 
 
 def text_of(verdicts: Mapping[str, Mapping[str, Verdict]]) -> str:

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 HERE: Final = Path(__file__).parent
 #: The longest that one test may take, in seconds, and how much later its process is
 #: killed: a test that waits in C++ hears no alarm.
-LIMIT_S: Final = 120.0
+LIMIT_S: Final = 300.0
 GRACE_S: Final = 30.0
+#: The longest until the first test of a process begins, in seconds.
+START_S: Final = 900.0
 #: How often a run goes on after a process that died or was killed.
 RESTARTS: Final = 40
 
@@ -114,7 +116,8 @@ def _environment(suite: Suite, file: Path, home: Path) -> dict[str, str]:
 
 def _wait(process: subprocess.Popen[bytes], file: Path) -> None:
     """Wait for a process; kill it and its children once a test takes far too long."""
-    size, since_s = -1, time.monotonic()
+    first = file.stat().st_size if file.exists() else 0
+    size, since_s = first, time.monotonic()
     while True:
         try:
             process.wait(timeout=2)
@@ -125,7 +128,9 @@ def _wait(process: subprocess.Popen[bytes], file: Path) -> None:
         now = file.stat().st_size if file.exists() else 0
         if now != size:
             size, since_s = now, time.monotonic()
-        elif time.monotonic() - since_s > LIMIT_S + GRACE_S:
+        elif time.monotonic() - since_s > (
+            START_S if now == first else LIMIT_S + GRACE_S
+        ):
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             return

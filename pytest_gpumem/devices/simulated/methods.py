@@ -92,6 +92,8 @@ def cuda_device(device: Any) -> torch.device | None:
 
     Accepts the same arguments as torch: a device, a string or an index.
     """
+    if device is None:
+        return None  # also while a test has replaced the class ``torch.device``
     if isinstance(device, int) and not isinstance(device, bool):
         return DEVICES[card_of(device).index]
     if isinstance(device, str):
