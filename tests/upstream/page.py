@@ -28,9 +28,9 @@ OUTSIDE: Final = ("hub", "kernels", "host")
 
 HEAD: Final = f"""# Other projects' tests on simulated cards
 
-The GPU tests of other projects run here unchanged: without the plugin, and with it on one and
-on two simulated cards (`{CARD}`). A test that is skipped without a card and runs with one must
-pass, or be refused by name.
+The GPU tests of other projects run here unchanged: without the plugin, and with it on one
+simulated card (`{CARD}`). Two cards run what one card skips. A test that is skipped without a card
+and runs with one must pass, or be refused by name.
 
 ```console
 $ tox run -e upstream
@@ -106,9 +106,14 @@ def _failures(verdicts: Mapping[str, Mapping[str, Verdict]]) -> list[str]:
 def _number(verdict: Verdict) -> str:
     if verdict.tests >= verdict.of:
         return f"{verdict.tests} tests"
+    if not verdict.left:
+        return (
+            f"all tests that the host skips, and {sum(verdict.others.values())} of the "
+            f"others, of {verdict.of} tests; then the run was ended"
+        )
     return (
-        f"all of its {verdict.of} tests that need a card, and {sum(verdict.others.values())} "
-        "of the others, then the run was ended"
+        f"{verdict.tests} of {verdict.of} tests, then the run was ended; "
+        f"{verdict.left} of those that did not run are skipped on the host"
     )
 
 

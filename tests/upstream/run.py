@@ -2,10 +2,10 @@
 
 Run: ``tox run -e upstream [-- --write] [-- SUITE ...]``, or
 ``python tests/upstream/run.py``. The sources come from the package index. Projects whose
-released source has no tests need a checkout: ``--checkout diffusers=FOLDER``. On two
-cards accelerate runs all of its tests, the others what one card skips.
-``--write`` writes ``docs/upstream.md`` and ``docs/upstream.json``; suites that did not run
-keep the figures of the run before.
+released source has no tests need a checkout: ``--checkout diffusers=FOLDER``. Two
+cards run what one card skips.
+``--write`` writes ``docs/upstream.md`` and ``docs/upstream.json``; suites and
+settings that did not run keep the figures of the run before.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ def _asked() -> argparse.Namespace:
         "--setting",
         action="append",
         choices=[each.name for each in runs.SETTINGS],
-        help="run this one only, and write nothing; the host needs no plugin",
+        help="run this one only; the others keep the figures of the run before",
+    )
+    parser.add_argument(
+        "--judge", action="store_true", help="run nothing: judge the outcomes in --out"
     )
     parser.add_argument("--write", action="store_true")
     return parser.parse_args()
@@ -66,25 +69,31 @@ def main() -> int:
             print(f"{suite.name}: its release has no tests; give --checkout")
             continue
         mine = tuple(each for each in REASONS if each.suite == suite.name)
+        settings = [
+            each
+            for each in runs.SETTINGS
+            if not asked.setting or each.name in asked.setting
+        ]
         outcomes = {}
-        for setting in runs.SETTINGS:
-            if asked.setting and setting.name not in asked.setting:
+        for setting in settings:
+            if not asked.judge:
+                runs.run(suite, setting, home, out)
+            outcomes[setting.name] = runs.outcomes(suite, setting, out)
+            if not outcomes[setting.name]:
+                del outcomes[setting.name]
                 continue
-            outcomes[setting.name] = runs.run(suite, setting, home, out)
             print(suite.name, setting.name, runs.counts(outcomes[setting.name]))
-        if asked.setting:
-            continue
-        host = outcomes.pop("host")
+        outcomes.pop(runs.HOST, None)
+        host = runs.outcomes(suite, runs.SETTINGS[0], out)
         verdicts = {name: judge(host, each, mine) for name, each in outcomes.items()}
         for verdict in verdicts.values():
             used |= {reason for _, reason in verdict.failures.values()}
+        known = figures.get(suite.name, {"settings": {}})["settings"]
         figures[suite.name] = {
             "version": suite.version,
             "host": runs.counts(host),
-            "settings": {name: asdict(each) for name, each in verdicts.items()},
+            "settings": known | {name: asdict(each) for name, each in verdicts.items()},
         }
-    if asked.setting:
-        return 0
     text = page.text_of(
         {
             name: {kind: Verdict(**each) for kind, each in suite["settings"].items()}

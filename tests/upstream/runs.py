@@ -136,7 +136,16 @@ def _wait(process: subprocess.Popen[bytes], file: Path) -> None:
             return
 
 
-def run(suite: Suite, setting: Setting, home: Path, out: Path) -> dict[str, Outcome]:
+def _file(suite: Suite, setting: str, out: Path) -> Path:
+    return out / f"{suite.name}-{setting}.jsonl".replace(" ", "-")
+
+
+def outcomes(suite: Suite, setting: Setting, out: Path) -> dict[str, Outcome]:
+    """Return the outcomes of a suite in one setting that are there."""
+    return read(_file(suite, setting.name, out))
+
+
+def run(suite: Suite, setting: Setting, home: Path, out: Path) -> None:
     """Run a suite's tests in one setting, and again after each process that died.
 
     Args:
@@ -144,23 +153,17 @@ def run(suite: Suite, setting: Setting, home: Path, out: Path) -> dict[str, Outc
         setting: Where they run.
         home: The folder of the unpacked source.
         out: Where outcomes and output go; outcomes that are there already stand.
-
-    Returns:
-        The outcome of each test, by pytest's name for it.
     """
     suite.prepare(home)
     out.mkdir(parents=True, exist_ok=True)
 
-    def outcomes_of(name: str) -> Path:
-        return out / f"{suite.name}-{name}.jsonl".replace(" ", "-")
-
-    file = outcomes_of(setting.name)
+    file = _file(suite, setting.name, out)
     log = file.with_suffix(".log")
     environment = _environment(suite, file, home)
     if setting.name != HOST:
-        environment["UPSTREAM_HOST"] = str(outcomes_of(HOST))
-    if setting.name == TWO and not suite.takes_both:
-        environment["UPSTREAM_SKIPPED"] = str(outcomes_of(ONE))
+        environment["UPSTREAM_HOST"] = str(_file(suite, HOST, out))
+    if setting.name == TWO:
+        environment["UPSTREAM_SKIPPED"] = str(_file(suite, ONE, out))
     command = [
         *(sys.executable, "-m", "pytest", "-q", "-p", "outcomes"),
         *(
@@ -192,7 +195,6 @@ def run(suite: Suite, setting: Setting, home: Path, out: Path) -> dict[str, Outc
         # 0: all passed; 1: some failed; 5: nothing was left to run.
         if process.returncode in {0, 1, 5} or len(read(file)) == before:
             break
-    return read(file)
 
 
 def counts(outcomes: Mapping[str, Outcome]) -> dict[str, int]:

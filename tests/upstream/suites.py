@@ -26,8 +26,6 @@ class Suite:
         packages: Folders to which the archive lacks ``__init__.py``.
         stand_ins: Modules that the archive lacks and the tests import or are, with
             what stands in for them.
-        takes_both: Whether all of its tests run on two cards, too; of the others only
-            those that one card skips.
         every: Of files with a thousand tests and more, one in so many is run.
         keyword: pytest's ``-k``.
         environment: Variables that the tests want.
@@ -43,7 +41,6 @@ class Suite:
     paths: tuple[str, ...] = (".",)
     packages: tuple[str, ...] = ()
     stand_ins: dict[str, str] = field(default_factory=dict)
-    takes_both: bool = False
     every: int = 1
     keyword: str = ""
     environment: dict[str, str] = field(default_factory=dict)
@@ -92,7 +89,6 @@ SUITES: Final = (
             "test_utils",
         ),
         sha256="5654f8c5eaa0d4fa68b33e287a97765da6849bf6d51dcac874e73fbbddfb6134",
-        takes_both=True,
     ),
     Suite(
         "peft",

@@ -62,6 +62,7 @@ class Verdict:
     Attributes:
         tests: How many ran or were skipped.
         of: How many the host has; a run that was ended early has fewer.
+        left: How many of those that the host skips have not run.
         skipped: Skipped on cards, too.
         unskipped: Those that the host skips and cards do not, by kind.
         others: Those that run on the host, too, by kind.
@@ -71,6 +72,7 @@ class Verdict:
 
     tests: int = 0
     of: int = 0
+    left: int = 0
     skipped: int = 0
     unskipped: dict[str, int] = field(default_factory=dict)
     others: dict[str, int] = field(default_factory=dict)
@@ -120,7 +122,8 @@ def judge(
     reasons: tuple[Reason, ...],
 ) -> Verdict:
     """Count a suite's outcomes on cards beside those on the host."""
-    verdict = Verdict(of=len(host))
+    needing = {name for name, each in host.items() if each.outcome == "skipped"}
+    verdict = Verdict(of=len(host), left=len(needing - found.keys()))
     for name, outcome in found.items():
         verdict.tests += 1
         verdict.on_card += outcome.allocations > 0
