@@ -165,7 +165,7 @@ import pytest
 import torch
 
 
-@pytest.mark.oom_fallback("sites")
+@pytest.mark.oom_sweep("sites", recover=True, on_demand=True)
 def test_it_is_swept_on_demand():
     try:
         result = torch.ones(3, device="cuda").tolist()

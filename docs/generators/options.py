@@ -17,7 +17,8 @@ def options() -> str:
         [
             "# Options",
             "Each option is one of the command line and one of the ini file; the command "
-            "line wins. A value that makes no sense ends the run with exit code 4 and "
+            "line wins. What one run is to do, such as updating a baseline, belongs on the "
+            "command line alone. A value that makes no sense ends the run with exit code 4 and "
             "one sentence, before any test.",
             "A run in which none of them is given, at either place, leaves torch and the "
             "tests alone: nothing is simulated, patched or recorded. A marker of this "
@@ -36,7 +37,15 @@ def options() -> str:
             "Sizes are `4GiB` (binary), `4GB` (decimal), plain bytes, or `50%` of the "
             "card where that is said. Rules have [a page of their own](../rules.md), "
             "and what the environment says has [another](environment.md).",
-            *(part for each in OPTIONS for part in _entry(each)),
+            *(part for each in OPTIONS if not each.replaced for part in _entry(each)),
+            "## Old spellings",
+            "They still work, with one warning: "
+            + ", ".join(
+                f"`{each.flag}` is `{each.replaced}`"
+                for each in OPTIONS
+                if each.replaced
+            )
+            + ".",
         ]
     )
 
@@ -45,8 +54,7 @@ def _entry(option: Option) -> list[str]:
     text = _help(option)
     return [
         f"## {option.flag}",
-        f"`{_flag(option)}`, in the ini file `{option.ini}`; default: "
-        f"{_default(option)}.",
+        f"`{_flag(option)}`, {_place(option)}; default: {_default(option)}.",
         f"{text[0].upper()}{text[1:]}.",
     ]
 
@@ -56,6 +64,12 @@ def _flag(option: Option) -> str:
         return option.flag
     value = f"={option.metavar}"
     return option.flag + (f"[{value}]" if option.alone else value)
+
+
+def _place(option: Option) -> str:
+    if option.is_action:
+        return "on the command line only"
+    return f"in the ini file `{option.ini}`"
 
 
 def _default(option: Option) -> str:

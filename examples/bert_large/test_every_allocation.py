@@ -1,7 +1,7 @@
 """Fail each allocation of the loader in turn: the ladder must hold at every one.
 
 As it stands one allocation of each source line is failed, which takes a minute.
-``pytest --gpu-oom-points=all examples/bert_large`` fails all of them.
+``pytest --gpu-oom-sweep=all examples/bert_large`` fails all of them.
 """
 
 from __future__ import annotations

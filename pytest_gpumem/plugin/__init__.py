@@ -15,10 +15,8 @@ import pytest
 
 from pytest_gpumem.plugin import marks
 from pytest_gpumem.plugin.fixtures import (
-    bert_large,
     competing_process,
     fallback,
-    make_checkpoint,
     oom_injector,
     oom_sweep,
     steady,
@@ -26,7 +24,7 @@ from pytest_gpumem.plugin.fixtures import (
     vram_recorder,
 )
 from pytest_gpumem.plugin.hub import HubAdvice, HubModels
-from pytest_gpumem.plugin.options import add_options
+from pytest_gpumem.plugin.options import add_options, bind_values
 from pytest_gpumem.plugin.settings import (
     OPTIONS,
     REMOVED,
@@ -52,10 +50,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+def pytest_load_initial_conftests(early_config: pytest.Config, args: list[str]) -> None:
     """Set up the device before any conftest or test module is imported."""
+    bind_values(args, early_config.known_args_namespace, OPTIONS)
     if is_asked(early_config, early_config.known_args_namespace):
         _start(early_config, early_config.known_args_namespace)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    """Bring the fixtures of checkpoints into suites that use them."""
+    names = {"bert_large", "make_checkpoint"}
+    if any(names & set(getattr(item, "fixturenames", ())) for item in items):
+        from pytest_gpumem.plugin import checkpoint_fixtures
+
+        if not config.pluginmanager.is_registered(checkpoint_fixtures):
+            config.pluginmanager.register(checkpoint_fixtures, "gpumem-checkpoints")
 
 
 def _start(config: pytest.Config, namespace: Any) -> None:
@@ -133,7 +145,7 @@ def _configure(run: Run, config: pytest.Config) -> None:
         register(
             LoaderTests(run.settings.check, run.settings.replay, config), "gpumem-check"
         )
-    if run.settings.find_budget:
+    if run.settings.finds_budgets:
         _find_budgets(run, config)
     register(Attachment, "gpumem-attachment")
 
@@ -219,7 +231,7 @@ def _control(run: Run, config: pytest.Config, collection: Collection) -> None:
 def _find_budgets(run: Run, config: pytest.Config) -> None:
     if config.getoption("usepdb", default=False):
         raise pytest.UsageError(
-            "--gpu-find-budget makes tests fail on purpose; run it without --pdb"
+            "--gpu-suggest=budgets makes tests fail on purpose; run it without --pdb"
         )
     from pytest_gpumem.plugin.smallest import SmallestBudgets
 
@@ -228,13 +240,12 @@ def _find_budgets(run: Run, config: pytest.Config) -> None:
 
 __all__ = [
     "PLUGIN_NAME",
-    "bert_large",
     "competing_process",
     "fallback",
-    "make_checkpoint",
     "oom_injector",
     "oom_sweep",
     "pytest_addoption",
+    "pytest_collection_modifyitems",
     "pytest_configure",
     "pytest_load_initial_conftests",
     "steady",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import TYPE_CHECKING, Final
 
 import pytest
@@ -18,6 +19,12 @@ from pytest_gpumem.visibility import why_hidden
 if TYPE_CHECKING:
     from pytest_gpumem.devices import Device
     from pytest_gpumem.plugin.session import Run
+
+
+_RENAMED: Final = (
+    "oom_fallback(...) is now oom_sweep(recover=True, on_demand=True, ...); the old marker "
+    "still works"
+)
 
 
 class Collection:
@@ -49,12 +56,16 @@ class Collection:
             self._read(items)
 
     def _read(self, items: list[pytest.Item]) -> None:
-        sweeps_fallbacks = self._run.settings.sweeps_fallbacks
+        sweeps_on_demand = self._run.settings.sweeps_on_demand
+        is_warned = False
         for item in items:
-            markers = marks.read_markers(item, sweeps_fallbacks=sweeps_fallbacks)
+            markers = marks.read_markers(item, sweeps_on_demand=sweeps_on_demand)
             if markers is None:
                 continue
             self.markers[item] = markers
+            if not is_warned and item.get_closest_marker("oom_fallback") is not None:
+                is_warned = True
+                warnings.warn(pytest.PytestDeprecationWarning(_RENAMED), stacklevel=1)
             self._check_cards(item, markers)
             self._check_sweep(item, markers)
             reason = self._why_not(markers)
@@ -67,7 +78,7 @@ class Collection:
         """Divide the points of a sweep among the workers of pytest-xdist."""
         settings = self._run.settings
         if marks.is_swept(
-            metafunc.definition, sweeps_fallbacks=settings.sweeps_fallbacks
+            metafunc.definition, sweeps_on_demand=settings.sweeps_on_demand
         ) and not inspect.iscoroutinefunction(metafunc.function):
             from pytest_gpumem.plugin.sweeps import shard_tests
 

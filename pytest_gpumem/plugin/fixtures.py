@@ -11,7 +11,6 @@ from pytest_gpumem.plugin.record_keeping import record_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
-    from pathlib import Path
 
     from pytest_gpumem.instruments.competing_process import Tenant
     from pytest_gpumem.instruments.fallback import FallbackReport
@@ -20,7 +19,8 @@ if TYPE_CHECKING:
     from pytest_gpumem.sweeps.report import SweepReport
 
 
-def _session(config: pytest.Config) -> Any:
+def session_of(config: pytest.Config) -> Any:
+    """Return the run."""
     return config.pluginmanager.get_plugin("gpumem-session")
 
 
@@ -29,7 +29,7 @@ def vram_budget(
     request: pytest.FixtureRequest,
 ) -> Callable[..., AbstractContextManager[int]]:
     """Cap a card for a block of the test, in a with statement."""
-    _session(request.config).require_device()
+    session_of(request.config).require_device()
     from pytest_gpumem.instruments.budget import vram_budget as budget
 
     return budget
@@ -40,7 +40,7 @@ def competing_process(
     request: pytest.FixtureRequest,
 ) -> Callable[..., AbstractContextManager[Tenant]]:
     """Let another process hold memory of a card, in a with statement."""
-    _session(request.config).require_device()
+    session_of(request.config).require_device()
     from pytest_gpumem.instruments.competing_process import competing_process as compete
 
     return compete
@@ -53,7 +53,7 @@ def steady(request: pytest.FixtureRequest) -> Callable[..., Iterator[int]]:
     ``for step in steady(steps=9, warmup=2):``; the arguments are those of
     ``pytest_gpumem.steady``.
     """
-    _session(request.config).require_device()
+    session_of(request.config).require_device()
     from pytest_gpumem.instruments.steady import steady as steps
 
     return steps
@@ -62,7 +62,7 @@ def steady(request: pytest.FixtureRequest) -> Callable[..., Iterator[int]]:
 @pytest.fixture(name="vram_recorder")
 def vram_recorder(request: pytest.FixtureRequest) -> type[PeakRecorder]:
     """Record the peaks of a block of the test, in a with statement."""
-    _session(request.config).require_device()
+    session_of(request.config).require_device()
     from pytest_gpumem.instruments.recorder import PeakRecorder
 
     return PeakRecorder
@@ -71,7 +71,7 @@ def vram_recorder(request: pytest.FixtureRequest) -> type[PeakRecorder]:
 @pytest.fixture(name="oom_injector")
 def oom_injector(request: pytest.FixtureRequest) -> Iterator[OomInjector]:
     """An injector for the test: ``oom_injector.arm("load:nth=3")``."""
-    device = _session(request.config).require_device()
+    device = session_of(request.config).require_device()
     from pytest_gpumem.instruments.injector import OomInjector
 
     with OomInjector(device=device) as injector:
@@ -85,7 +85,7 @@ def oom_sweep(request: pytest.FixtureRequest) -> Callable[..., SweepReport]:
     The arguments are those of ``pytest_gpumem.sweep_ooms``. The test fails if a run ends
     badly.
     """
-    run = _session(request.config)
+    run = session_of(request.config)
     run.require_device()
     from pytest_gpumem.plugin.sweeps import Sweeps
 
@@ -106,7 +106,7 @@ def fallback(request: pytest.FixtureRequest) -> Callable[..., FallbackReport]:
     The arguments are those of ``pytest_gpumem.check_fallback``. The test fails if a step
     has a problem; the staircase is shown at the end of the run.
     """
-    _session(request.config).require_device()
+    session_of(request.config).require_device()
     from pytest_gpumem.instruments.fallback import check_fallback
     from pytest_gpumem.records.record import FallbackStep
 
@@ -119,22 +119,3 @@ def fallback(request: pytest.FixtureRequest) -> Callable[..., FallbackReport]:
         return report
 
     return check
-
-
-@pytest.fixture(scope="session", name="bert_large")
-def bert_large(request: pytest.FixtureRequest) -> Path:
-    """The folder of a bert-large checkpoint at its real size, built once.
-
-    ``--gpu-checkpoint`` chooses another checkpoint.
-    """
-    from pytest_gpumem.checkpoints import resolve_checkpoint
-
-    return resolve_checkpoint(_session(request.config).settings.checkpoint)
-
-
-@pytest.fixture(scope="session", name="make_checkpoint")
-def make_checkpoint() -> Callable[..., Path]:
-    """A function that builds any checkpoint offline; see ``make_checkpoint``."""
-    from pytest_gpumem.checkpoints import make_checkpoint as make
-
-    return make

@@ -39,11 +39,12 @@ DESCRIPTIONS: Final = (
     "gpu_exclusive(*, device=None): this test has a card (None: each card) for itself; "
     "no test of another worker runs on it at the same time",
     "inject_oom(rule): make chosen allocations of this test's call fail",
-    "oom_sweep(points='all', *, recover=False, modes=('transient', 'persistent'), "
-    "flavours=('native',), rule='any', timeout_s=None): run the test once for each of "
-    "its allocations, with that one failing, and judge every run",
-    "oom_fallback(points='all', *, recover=True, ...): the test has a fallback; "
-    "--gpu-oom-sweep sweeps it as oom_sweep does",
+    "oom_sweep(points='all', *, recover=False, on_demand=False, modes=('transient', "
+    "'persistent'), flavours=('native',), rule='any', timeout_s=None): run the test once "
+    "for each of its allocations, with that one failing, and judge every run; with "
+    "on_demand only if --gpu-oom-sweep is given",
+    "oom_fallback(points='all', ...): old spelling of oom_sweep(points, recover=True, "
+    "on_demand=True, ...)",
     "hub_model(name, source=None, *, format='safetensors', max_shard_size=None, "
     "dtype='float32', seed=0, weights='random', architecture=None): serve a model "
     "under its name on the hub while this test runs, as --gpu-hub-model does",
@@ -152,9 +153,13 @@ def _rule(rule: Any) -> Rule:
     return parse_rule(rule)
 
 
-def _sweep(points: Any = "all", **options: Any) -> dict[str, Any]:
+def _sweep(
+    points: Any = "all", *, on_demand: Any = False, **options: Any
+) -> dict[str, Any]:
     from pytest_gpumem.sweeps.plan import SweepPlan
 
+    if not isinstance(on_demand, bool):
+        raise TypeError(f"on_demand={on_demand!r}; give True or False")
     chosen = {"points": points, **options}
     for name in ("only", "shard"):
         if name in options:
@@ -198,13 +203,13 @@ class Markers(NamedTuple):
 
 
 def read_markers(
-    item: pytest.Item, *, sweeps_fallbacks: bool = False
+    item: pytest.Item, *, sweeps_on_demand: bool = False
 ) -> Markers | None:
     """Return the arguments of a test's markers; None if it has no marker of this plugin.
 
     Args:
         item: The test.
-        sweeps_fallbacks: Whether ``oom_fallback`` also means a sweep.
+        sweeps_on_demand: Whether tests are swept that are only swept on demand.
 
     Raises:
         pytest.UsageError: A marker's arguments make no sense.
@@ -215,6 +220,7 @@ def read_markers(
     read: dict[str, list[Any]] = {name: [] for name in _READERS}
     for mark in ours:
         read[mark.name].append(_read(item, mark))
+    sweep, is_wanted = _sweep_of(item, sweeps_on_demand=sweeps_on_demand)
     return Markers(
         needs_card=bool(read["gpu"]),
         budgets=tuple(read["gpu_budget"]),
@@ -223,7 +229,9 @@ def read_markers(
         alone_on=tuple(read["gpu_exclusive"]),
         rules=tuple(read["inject_oom"]),
         leak=next(iter(read["max_vram_leak"]), None),
-        sweep=_nearest(read["oom_sweep"], read["oom_fallback"] * sweeps_fallbacks),
+        sweep=None
+        if sweep is None or not is_wanted
+        else _READERS[sweep.name](*sweep.args, **sweep.kwargs),
     )
 
 
@@ -236,10 +244,20 @@ def first_of_ours(item: pytest.Item) -> str | None:
     return next((each for each in names if each in _READERS and each != "gpu"), None)
 
 
-def is_swept(test: pytest.Item, *, sweeps_fallbacks: bool) -> bool:
+def is_swept(test: pytest.Item, *, sweeps_on_demand: bool) -> bool:
     """Tell whether a test's markers ask for a sweep; see ``read_markers``."""
-    names = {mark.name for mark in test.iter_markers()}
-    return "oom_sweep" in names or (sweeps_fallbacks and "oom_fallback" in names)
+    mark, is_wanted = _sweep_of(test, sweeps_on_demand=sweeps_on_demand)
+    return mark is not None and is_wanted
+
+
+def _sweep_of(
+    test: pytest.Item, *, sweeps_on_demand: bool
+) -> tuple[pytest.Mark | None, bool]:
+    """Return a test's marker for sweeps, and whether this run does what it asks for."""
+    mark = test.get_closest_marker("oom_sweep")
+    if mark is None:
+        return test.get_closest_marker("oom_fallback"), sweeps_on_demand
+    return mark, sweeps_on_demand or not mark.kwargs.get("on_demand", False)
 
 
 def _distinct(limits: list[Limit]) -> tuple[Limit, ...]:
@@ -248,10 +266,6 @@ def _distinct(limits: list[Limit]) -> tuple[Limit, ...]:
     for limit in limits:
         nearest.setdefault(limit[1:], limit)
     return tuple(nearest.values())
-
-
-def _nearest(*kinds: list[dict[str, Any]]) -> dict[str, Any] | None:
-    return next((each for kind in kinds for each in kind), None)
 
 
 def _read(item: pytest.Item, mark: pytest.Mark) -> Any:

@@ -44,6 +44,9 @@ class Option:
         is_inherited: Whether child processes take over the text.
         ini_name: The name in the ini file, if it differs.
         removed: A warning, for an option that no longer has an effect.
+        replaced: What to write instead, for an old spelling that still works.
+        is_action: Whether it asks for something that one run does, so that it belongs on
+            the command line; in the ini file it still works, with a warning.
     """
 
     flag: str
@@ -60,6 +63,8 @@ class Option:
     is_inherited: bool = False
     ini_name: str = ""
     removed: str = ""
+    replaced: str = ""
+    is_action: bool = False
 
     @property
     def ini(self) -> str:
@@ -162,6 +167,32 @@ def add_options(parser: pytest.Parser, options: Iterable[Option]) -> None:
             parser.addini(each.ini, ini_help, type=kind, default=None)
 
 
+def bind_values(args: list[str], namespace: Any, options: Iterable[Option]) -> None:
+    """Give a flag that was written without a value its own value, in place.
+
+    argparse would take the next word for the value, which may be a test file.
+
+    Args:
+        args: The words of the command line, which pytest reads once more.
+        namespace: The command line as it was read so far.
+        options: The options.
+    """
+    flags = {each.flag: each for each in options if each.alone is not None}
+    for place, word in enumerate(args):
+        option = flags.get(word)
+        following = args[place + 1] if place + 1 < len(args) else "--"
+        if option is None or following.startswith("-"):
+            continue
+        try:
+            option.value(following, Path())
+        except (GpuMemError, ValueError):
+            args[place] = f"{word}={option.alone}"
+            setattr(namespace, option.ini, option.alone)
+            files = getattr(namespace, "file_or_dir", None)
+            if isinstance(files, list):
+                files.append(following)
+
+
 def is_given(options: Iterable[Option], config: pytest.Config, namespace: Any) -> bool:
     """Tell whether any of some options is given, on the command line or in the ini file.
 
@@ -199,6 +230,8 @@ def read_option(option: Option, config: pytest.Config, namespace: Any) -> Any:
         text = config.getini(option.ini)
         if text is None or text == "":
             return option.default
+        if isinstance(text, bool) and not option.is_flag:  # a boolean of TOML
+            text = str(text)
         return text if isinstance(text, bool) else option.value(text, config.rootpath)
 
     if given is None:

@@ -234,7 +234,7 @@ class Phases:
             record = record_of(item)
             record.environment = self._run.environment()
             record.host = platform.node()
-            if self._run.settings.suggest and phase == "call":
+            if self._run.settings.suggests_limits and phase == "call":
                 self._note_limit(item, device)
             used = _used_cards(figures)
             record.figures += [PhaseFigures.of(phase, each) for each in used]

@@ -49,6 +49,18 @@ def parse_report(text: str) -> tuple[str, str]:
     return kind, path
 
 
+def parse_sweep(text: str) -> str | int | None:
+    """Read ``--gpu-oom-sweep``; ``true`` and ``false`` are its older values.
+
+    Returns:
+        The points of every sweep, or ``"marked"`` for those of the markers.
+    """
+    chosen = text.strip().lower()
+    if chosen in ("marked", "true", "yes", "on"):
+        return "marked"
+    return None if chosen in ("false", "no", "off") else parse_points(text)
+
+
 def parse_points(text: str) -> str | int:
     """Read ``--gpu-oom-points``."""
     if text in ("all", "sites", "ends"):
@@ -78,17 +90,13 @@ def parse_folder(text: str) -> Path:
         ) from None
 
 
-def parse_suggest(text: str) -> bool:
-    """Read ``--gpu-suggest``; argparse gives it the next word, which may be a test file.
-
-    A patch's name is still accepted: see ``PATCHES``.
-    """
-    if text != "print" and Path(text).suffix not in PATCHES:
-        raise ValueError(
-            f"{text!r} is not accepted; write --gpu-suggest=print, or put --gpu-suggest "
-            "after the tests"
-        )
-    return True
+def parse_suggest(text: str) -> str:
+    """Read ``--gpu-suggest``; a patch's name is still accepted: see ``PATCHES``."""
+    if Path(text).suffix in PATCHES:
+        return "print"
+    if text not in ("print", "budgets"):
+        raise ValueError(f"{text!r} is not accepted; accepted are print and budgets")
+    return text
 
 
 def parse_seconds(text: str) -> float:
@@ -183,6 +191,7 @@ class Settings:
     updates_baseline: bool = option(
         "--gpu-update-baseline",
         default=False,
+        is_action=True,
         help="write the peaks of the tests that pass into the file of --gpu-baseline, "
         "and remove tests that no longer exist",
     )
@@ -211,20 +220,23 @@ class Settings:
         help="write a snapshot for PyTorch's memory_viz into this folder for every test "
         "that fails with an OOM or a broken limit",
     )
-    suggest: bool = option(
+    suggest: str = option(
         "--gpu-suggest",
-        "print",
-        default=False,
+        "WHAT",
+        default="",
         alone="print",
         parse=parse_suggest,
-        help="suggest the max_vram markers that tests lack, from the peaks of this run, "
-        "and name the cards that the suite fits on",
+        is_action=True,
+        help="print (also if no value is given): the max_vram markers that tests lack, "
+        "from the peaks of this run, and the cards that the suite fits on; budgets: the "
+        "smallest budget with which each test passes, found by running it again under "
+        "smaller and smaller ones",
     )
     find_budget: bool = option(
         "--gpu-find-budget",
         default=False,
-        help="run each test that uses a card again under smaller and smaller budgets, "
-        "and report the smallest one with which it passes",
+        replaced="--gpu-suggest=budgets",
+        help="old spelling of --gpu-suggest=budgets",
     )
     reports: tuple[tuple[str, str], ...] = option(
         "--gpu-report",
@@ -245,28 +257,33 @@ class Settings:
         help="make allocations fail in every test's call: PHASE[:KEY=VALUE,...], for "
         "example load:nth=3 or any:min=64MiB,persistent; may be repeated",
     )
-    oom_sweep: bool = option(
+    oom_sweep: str | int | None = option(
         "--gpu-oom-sweep",
-        default=False,
-        help="sweep every test that is marked with oom_fallback: make each of its "
-        "allocations fail in turn",
+        "POINTS",
+        alone="marked",
+        parse=parse_sweep,
+        help="sweep also tests that are marked with oom_sweep(on_demand=True); a value says "
+        "which allocations all sweeps of this run make fail, whatever the markers say: "
+        "all, sites (the first allocation of each site), ends (the first and the last of "
+        "each), or a number of them",
     )
     oom_points: str | int | None = option(
         "--gpu-oom-points",
         "POINTS",
         parse=parse_points,
-        help="which allocations the sweeps of this run make fail, whatever the markers say: "
-        "all, sites (the first allocation of each site), ends (the first and the last of "
-        "each), or a number of them",
+        replaced="--gpu-oom-sweep=POINTS",
+        help="old spelling of the value of --gpu-oom-sweep; it sweeps no further tests",
     )
     resume: bool = option(
         "--gpu-oom-resume",
         default=False,
+        is_action=True,
         help="continue sweeps that were interrupted",
     )
     replay: str | None = option(
         "--gpu-replay-oom",
         "RULE",
+        is_action=True,
         check="pytest_gpumem.rules.parser:parse_rule",
         help="in swept tests run only the point that this rule names; a failing point "
         "prints the command with its rule",
@@ -298,6 +315,7 @@ class Settings:
     check: CheckRequest | None = option(
         "--gpu-check",
         "MODULE:LOAD[,run=MODULE:INFER]",
+        is_action=True,
         parse="pytest_gpumem.checking.check_report:CheckRequest.parse",
         help="try everything on a loader, a function without arguments that returns a "
         "model: budgets, faults, every place that allocates, as 'pytest-gpumem check' "
@@ -349,9 +367,24 @@ class Settings:
         }
 
     @property
-    def sweeps_fallbacks(self) -> bool:
-        """Whether tests with ``oom_fallback`` are swept."""
-        return self.oom_sweep or self.replay is not None
+    def sweeps_on_demand(self) -> bool:
+        """Whether tests that are only swept on demand are swept."""
+        return self.oom_sweep is not None or self.replay is not None
+
+    @property
+    def points(self) -> str | int | None:
+        """The points of every sweep of the run; None means those of the markers."""
+        return self.oom_points if self.oom_sweep in (None, "marked") else self.oom_sweep
+
+    @property
+    def suggests_limits(self) -> bool:
+        """Whether limits are suggested at the end of the run."""
+        return self.suggest == "print"
+
+    @property
+    def finds_budgets(self) -> bool:
+        """Whether the smallest budgets are sought."""
+        return self.find_budget or self.suggest == "budgets"
 
     @property
     def all_cards(self) -> tuple[Card, ...]:
@@ -412,12 +445,18 @@ def is_asked(config: pytest.Config, namespace: Any) -> bool:
 
 
 def warn_of_removed(config: pytest.Config) -> None:
-    """Warn once about each given option that has no effect, with advice."""
+    """Warn once about each given option that is no longer as it was, with advice."""
     if hasattr(config, "workerinput"):
         return
     for each in REMOVED:
         if is_given((each,), config, config.option):
             _warn(config, f"{each.flag}: {each.removed}")
+    for each in OPTIONS:
+        if each.replaced and is_given((each,), config, config.option):
+            _warn(config, f"{each.flag} is now {each.replaced}; it still works")
+        elif each.is_action and config.getini(each.ini) is not None:
+            text = f"{each.ini} in the ini file: put {each.flag} on the command line"
+            _warn(config, f"{text}, as it is for one run; it still works")
     text = getattr(config.option, "gpu_suggest", None) or config.getini("gpu_suggest")
     if text and Path(text).suffix in PATCHES:
         _warn(config, f"--gpu-suggest={text}: {_NO_PATCH}")

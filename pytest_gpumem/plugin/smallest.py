@@ -1,4 +1,4 @@
-"""``--gpu-find-budget``: finds the smallest budget of a test by bisection."""
+"""``--gpu-suggest=budgets``: finds the smallest budget of a test by bisection."""
 
 from __future__ import annotations
 
@@ -165,9 +165,9 @@ class SmallestBudgets:
         """Return why a test is not searched; empty if it is."""
         if not isinstance(item, pytest.Function):
             return "not sought: only test functions are run again"
-        sweeps_fallbacks = self._run.settings.sweeps_fallbacks
+        sweeps_on_demand = self._run.settings.sweeps_on_demand
         if (
-            is_swept(item, sweeps_fallbacks=sweeps_fallbacks)
+            is_swept(item, sweeps_on_demand=sweeps_on_demand)
             or "oom_sweep" in item.fixturenames
         ):
             return "not sought: it is swept, and a sweep reports while it runs"

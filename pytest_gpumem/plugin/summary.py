@@ -105,7 +105,7 @@ class SummaryPlugin:
                 "--gpu-max-vram": settings.max_vram is not None,
                 "--gpu-leak-check": settings.leak_check,
                 "--gpu-inject-oom": settings.rules,
-                "--gpu-oom-sweep": settings.oom_sweep,
+                "--gpu-oom-sweep": settings.oom_sweep is not None,
                 "--gpu-replay-oom": settings.replay is not None,
             }
             names = [name for name, is_asked in asked.items() if is_asked]
@@ -168,8 +168,8 @@ class SummaryPlugin:
 
     def _show_limits(self, terminal: pytest.TerminalReporter) -> None:
         """Print suggested limits and smallest budgets, if options ask for them."""
-        suggests = self._run.settings.suggest
-        if not suggests and not self._run.settings.find_budget:
+        suggests = self._run.settings.suggests_limits
+        if not suggests and not self._run.settings.finds_budgets:
             return
         from pytest_gpumem.reports.suggestions import (
             Peak,

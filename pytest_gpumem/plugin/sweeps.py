@@ -128,8 +128,8 @@ class Sweeps:
         from pytest_gpumem.sweeps.run import sweep_ooms
 
         settings = self._run.settings
-        if settings.oom_points is not None:
-            options["points"] = settings.oom_points
+        if settings.points is not None:
+            options["points"] = settings.points
         if settings.replay is not None:
             options["only"] = settings.replay
         options.setdefault("name", _whole_name(item))

@@ -155,7 +155,7 @@ def test_an_injected_rule_and_a_sweep_for_all(tmp_path: Path) -> None:
     real, _simulated = _both(
         "growing.py", tmp_path / "rule", "--gpu-inject-oom=any:nth=1,min=6MiB"
     )
-    found, simulated = _both("growing.py", tmp_path / "budget", "--gpu-find-budget")
+    found, simulated = _both("growing.py", tmp_path / "budget", "--gpu-suggest=budgets")
 
     assert {"test_it_grows"} == _outcomes(real.tests, "failed"), real.text
     lines = [

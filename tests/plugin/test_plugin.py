@@ -746,10 +746,10 @@ def test_options_and_markers_are_documented(pytester: pytest.Pytester) -> None:
         "vram_budget",
         "vram_recorder",
         "oom_injector",
-        "bert_large",
-        "make_checkpoint",
     ):
         assert fixture in fixtures
+    # Only a suite that uses them has them.
+    assert "bert_large" not in fixtures
 
 
 def test_the_checkpoint_option_names_the_models_folder(

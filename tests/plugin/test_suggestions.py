@@ -147,7 +147,7 @@ def test_a_test_file_is_never_overwritten(pytester: pytest.Pytester) -> None:
 def test_trials_that_fail_call_no_debugger(pytester: pytest.Pytester) -> None:
     """The two options together end the run before any test."""
     pytester.makepyfile("def test_it(): raise AssertionError('ran')")
-    result = pytester.runpytest(*LIGHT, "--gpu-find-budget", "--pdb")
+    result = pytester.runpytest(*LIGHT, "--gpu-suggest=budgets", "--pdb")
 
     assert pytest.ExitCode.USAGE_ERROR == result.ret
     result.stderr.fnmatch_lines(["*makes tests fail on purpose; run it without --pdb*"])
@@ -235,7 +235,7 @@ def test_the_smallest_budget_is_found(way: str, pytester: pytest.Pytester) -> No
     pytester.makepyfile(test_it=textwrap.dedent(SMALLEST))
     if pytest.version_tuple < (9,):
         pytester.makeconftest(SUBTESTS)
-    result = pytester.runpytest(*LIGHT, *WAYS[way], "--gpu-find-budget")
+    result = pytester.runpytest(*LIGHT, *WAYS[way], "--gpu-suggest=budgets")
 
     counts = result.parseoutcomes()
     assert (9 if "-n" not in WAYS[way] else counts["passed"]) == counts["passed"]
@@ -279,7 +279,7 @@ def test_a_trial_that_does_not_end_is_bounded(
         """
     )
 
-    result = pytester.runpytest(*LIGHT, "--gpu-find-budget")
+    result = pytester.runpytest(*LIGHT, "--gpu-suggest=budgets")
 
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines(

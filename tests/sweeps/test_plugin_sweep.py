@@ -154,17 +154,21 @@ def test_an_assertion_broken_by_a_fault_is_a_wrong_result(
 
 
 def test_fallback_tests_are_swept_on_demand(pytester: pytest.Pytester) -> None:
-    """oom_fallback runs once, and once for each allocation with --gpu-oom-sweep."""
+    """Such a test runs once, and once for each allocation with --gpu-oom-sweep."""
     pytester.makepyfile(
         CODE
         + """
-    @pytest.mark.oom_fallback
+    @pytest.mark.oom_sweep(recover=True, on_demand=True)
     def test_it():
         recover()
 """
     )
     once = pytester.runpytest(*LIGHT)
-    swept = pytester.runpytest(*LIGHT, "--gpu-oom-sweep", "--gpu-oom-points=sites")
+    # The word after the option is a folder of tests, not its value.
+    swept = pytester.runpytest(*LIGHT, "--gpu-oom-sweep", ".")
+    chosen = pytester.runpytest(*LIGHT, "--gpu-oom-sweep=1")
+    chosen.assert_outcomes(passed=1)
+    chosen.stdout.fnmatch_lines(["*::test_it: *, 2 points: * recovered*"])
 
     once.assert_outcomes(passed=1)
     assert "OOM sweeps" not in once.stdout.str()
@@ -314,9 +318,41 @@ def test_an_interrupted_sweep_is_resumed_on_demand(pytester: pytest.Pytester) ->
     second.stdout.fnmatch_lines(["*16 points, 5 of them resumed: 16 recovered*"])
 
 
+def test_old_spellings_of_sweeps_work_with_a_warning(
+    pytester: pytest.Pytester,
+) -> None:
+    """The marker, the option, and an action in the ini file."""
+    pytester.makepyfile(
+        CODE
+        + """
+    @pytest.mark.oom_fallback
+    def test_it():
+        recover()
+
+    @pytest.mark.oom_fallback
+    def test_other():
+        recover()
+"""
+    )
+    pytester.makeini("[pytest]\ngpu_oom_sweep = true\ngpu_oom_resume = false\n")
+
+    swept = pytester.runpytest(*LIGHT, "--gpu-oom-points=1")
+
+    swept.assert_outcomes(passed=2, warnings=3)
+    swept.stdout.fnmatch_lines(["*::test_it: *, 2 points: * recovered*"])
+    swept.stdout.fnmatch_lines_random(
+        [
+            "*oom_fallback(...) is now oom_sweep(recover=True, on_demand=True, ...)*",
+            "*--gpu-oom-points is now --gpu-oom-sweep=POINTS*",
+            "*gpu_oom_resume in the ini file: put --gpu-oom-resume on the command line*",
+        ]
+    )
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
+        ("@pytest.mark.oom_sweep(on_demand=1)", "*on_demand=1; give True or False*"),
         ("@pytest.mark.oom_sweep('few')", "*oom_sweep: points='few'; accepted are*"),
         ("@pytest.mark.oom_sweep(only='any:nth=1')", "*only is for the run to choose*"),
         ("@pytest.mark.oom_fallback(mode='once')", "*unexpected keyword*'mode'*"),
@@ -359,10 +395,10 @@ def test_what_cannot_be_called_again_is_refused(
     ("option", "message"),
     [
         (
-            "--gpu-oom-points=few",
-            "*--gpu-oom-points: 'few' is neither all, sites, ends nor*",
+            "--gpu-oom-sweep=few",
+            "*--gpu-oom-sweep: 'few' is neither all, sites, ends nor*",
         ),
-        ("--gpu-oom-points=0", "*--gpu-oom-points: '0' is neither*"),
+        ("--gpu-oom-sweep=0", "*--gpu-oom-sweep: '0' is neither*"),
         ("--gpu-replay-oom=what", "*--gpu-replay-oom:*'what' is not a phase*"),
     ],
 )

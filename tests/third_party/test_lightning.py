@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -22,9 +23,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from pytest_gpumem import OomInjector
+
+pytest_plugins = ["pytester"]
 
 #: What says "CUDA" beside "out of memory".
 OF_CUDA = {"native", "legacy", "async", "driver", "address-space", "nccl", "triton"}
@@ -214,3 +216,33 @@ def test_its_cleaning_gives_the_cache_back() -> None:
     assert torch.cuda.memory_reserved()
     garbage_collection_cuda()
     assert torch.cuda.memory_reserved() == 0
+
+
+SEARCH = """
+import pytest
+from test_lightning import MIB, Model, Tuner, _trainer
+
+
+@pytest.mark.parametrize("mode", ["power", "binsearch"])
+def test_it(mode, tmp_path):
+    model = Model(num_samples=1000, sample_bytes=MIB)
+    Tuner(_trainer(tmp_path)).scale_batch_size(
+        model, mode=mode, steps_per_trial=1, init_val=4, margin=0.0
+    )
+"""
+
+
+def test_a_search_that_ran_out_is_shown(pytester: pytest.Pytester) -> None:
+    """The size at which memory ran out first, and the size in the end."""
+    pytester.makepyfile(SEARCH)
+    pytester.syspathinsert(Path(__file__).parent)
+
+    result = pytester.runpytest("--gpu-card=T4", "--gpu-budget=60MiB")
+
+    result.assert_outcomes(passed=2)
+    result.stdout.fnmatch_lines_random(
+        [
+            "*test_it[[]power]: the batch of Model was shrunk from 64 to 32, as *",
+            "*test_it[[]binsearch]: the batch of Model was shrunk from 64 to 58, as *",
+        ]
+    )
