@@ -472,3 +472,24 @@ def test_a_single_number_of_the_host_keeps_its_gradient_there() -> None:
     assert ("cpu", 6.0) == (grad.device.type, grad.item())
     assert ("cpu", 3.0) == (alone.device.type, alone.item())
     assert -1.0 == scale.item()
+
+
+def test_data_of_another_device_is_set_in_inference_mode() -> None:
+    """As libraries do that load layers from the disk while a model runs."""
+    parameter = nn.Parameter(torch.ones(3))
+    layer = nn.Linear(3, 3)
+    with torch.inference_mode():
+        for _ in range(2):
+            parameter.data = torch.full((3,), 2.0, device="cuda")
+            layer.cuda()
+            assert [2.0] * 3 == parameter.tolist()
+            assert layer(parameter).is_cuda
+            parameter.data = torch.zeros(3)
+            layer.cpu()
+            assert not parameter.is_cuda
+    layer.cuda()
+    layer(torch.ones(1, 3, device="cuda")).sum().backward()
+
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.is_cuda
+    assert parameter.requires_grad

@@ -111,13 +111,15 @@ def _body_for(tensor: torch.Tensor, data: torch.Tensor) -> Any:
     """Return the inactive body of a tensor, after setting its data."""
     body: Any = _bodies.pop(id(tensor), None)
     if body is None:
-        body = torch.empty(0, device="cpu")  # with its own version counter
+        with torch.inference_mode(mode=False):
+            body = torch.empty(0, device="cpu")  # with its own version counter
         if isinstance(data, SimulatedTensor):
             body = make(body, data._gpumem_card)
     _data.__set__(body, data)
     if isinstance(data, SimulatedTensor):
         _take_value(body, data)
-    _set_versions((body,), (tensor._version,))
+    if not (tensor.is_inference() or body.is_inference()):
+        _set_versions((body,), (tensor._version,))
     if body.requires_grad is not tensor.requires_grad:
         body.requires_grad_(tensor.requires_grad)
     return body
