@@ -40,7 +40,9 @@ This command fetches the released sources from the package index and runs their 
 `-- --write` it also writes this page. It takes hours on one core, and needs no card. Each test
 has {LIMIT_S:.0f} s; a test that takes longer, or that ends its process, counts as failed. No hub
 is reachable: a test that needs files of a hub either fails on the host, too, or counts as `hub`.
-Groups of NCCL are [simulated](nccl.md), too.
+Groups of NCCL are [simulated](nccl.md), too. Tests that the host skips run first, so that a run that
+is ended early lacks others first. On two cards no suite has yet been run to its end: of accelerate a
+part was run; Lightning's two processes did not end in time on a busy machine, which says nothing.
 """
 
 
