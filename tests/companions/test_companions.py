@@ -92,6 +92,28 @@ COMPANIONS: Final = (
     ),
     Companion("pytest-randomly", ("pytest_randomly",), ("--randomly-seed=1",)),
     Companion(
+        "pytest-torch",
+        ("pytest_torch.plugin",),
+        ("--torch-device=cuda",),
+        """
+        import pytest
+        import torch
+
+        @pytest.mark.max_vram("2MiB")
+        def test_its_device(torch_device):
+            assert torch.device(torch_device).type == "cuda"
+            torch.zeros(2**18, device=torch_device)
+
+        @pytest.mark.max_vram("512KiB")
+        def test_its_device_over(torch_device):
+            torch.zeros(2**18, device=torch_device)
+        """,
+        {
+            "test_its_device[cuda]": "passed",
+            "test_its_device_over[cuda]": "failed",
+        },
+    ),
+    Companion(
         "pytest-asyncio",
         ("pytest_asyncio.plugin",),
         ("-o", "asyncio_default_fixture_loop_scope=function"),
