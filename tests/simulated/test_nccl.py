@@ -14,6 +14,7 @@ from torch._C import _distributed_c10d as c10d
 from torch.distributed import _functional_collectives as functional
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _coalescing_manager
+from versions import TORCH
 
 from pytest_gpumem.devices.simulated.install import simulated_device
 
@@ -21,6 +22,11 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*torch.distributed.* is deprecated:FutureWarning",  # the names of 2.11
     "ignore:.*using the device under current context",
 )
+
+
+#: From torch 2.15 on NCCL's groups are ``ProcessGroupNCCL2``, which has a card from the
+#: start and connects with it at once.
+CONNECTS_AT_ONCE = TORCH >= (2, 15)
 
 
 def on_card(*values: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -305,7 +311,8 @@ def test_a_tensor_of_another_card_than_the_groups_is_refused() -> None:
 
     def body(rank: int) -> None:
         other = torch.ones(1, device=f"cuda:{1 - rank}")
-        with pytest.raises(dist.DistBackendError, match="not on device passed to"):
+        words = "is bound to device" if CONNECTS_AT_ONCE else "not on device passed to"
+        with pytest.raises(RuntimeError, match=words):
             dist.all_reduce(other)
         own = torch.ones(1, device=f"cuda:{rank}")
         dist.all_reduce(own)
@@ -323,13 +330,13 @@ def test_a_tensor_of_another_card_than_the_groups_is_refused() -> None:
 
 
 def test_two_ranks_cannot_share_a_card() -> None:
-    """As NCCL says at the first collective."""
+    """As NCCL says when it connects: at the first collective, or at once."""
 
     def body(_rank: int) -> None:
-        with pytest.raises(dist.DistBackendError, match="Duplicate GPU detected"):
-            dist.all_reduce(torch.ones(1, device="cuda"))
+        dist.all_reduce(torch.ones(1, device="cuda"))
 
-    run_ranks(body, cards="T4")
+    with pytest.raises(dist.DistBackendError, match="Duplicate GPU detected"):
+        run_ranks(body, cards="T4")
 
 
 def test_backends_for_each_kind_of_device() -> None:
@@ -545,10 +552,30 @@ def test_a_communicator_takes_what_the_card_says() -> None:
         return before - during, before - torch.cuda.mem_get_info()[0], reserved
 
     mib = 2**20
+    first = 0 if CONNECTS_AT_ONCE else 100 * mib  # in the body
     assert run_ranks(body, cards="16GiB*2") == [(0, 0, 2 * mib)] * 2
     assert run_ranks(body, cards="16GiB,nccl=100MiB*2") == (
-        [(200 * mib, 100 * mib, 2 * mib)] * 2
+        [(first + 100 * mib, first, 2 * mib)] * 2
     )
+
+
+@pytest.mark.skipif(not CONNECTS_AT_ONCE, reason="ProcessGroupNCCL has no such buffer")
+def test_a_group_holds_what_its_barriers_sum_up() -> None:
+    """Four bytes of PyTorch's allocator, from the group's start to its end.
+
+    While a barrier runs torch itself makes an empty tensor, as for any backend.
+    """
+
+    def body(_rank: int) -> list[int]:
+        allocated = [torch.cuda.memory_allocated()]
+        dist.barrier()
+        allocated.append(torch.cuda.max_memory_allocated())
+        own = dist.new_group()
+        allocated.append(torch.cuda.memory_allocated())
+        dist.destroy_process_group(own)
+        return [*allocated, torch.cuda.memory_allocated()]
+
+    assert run_ranks(body) == [[512, 1024, 1024, 512]] * 2
 
 
 def test_a_communicator_without_room_ends_in_nccls_error() -> None:
@@ -556,10 +583,11 @@ def test_a_communicator_without_room_ends_in_nccls_error() -> None:
 
     def body(_rank: int) -> None:
         tensor = torch.ones(1, device="cuda")
+        dist.all_reduce(tensor)
         with pytest.raises(dist.DistBackendError, match="unhandled cuda error"):
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=dist.new_group())
 
-    run_ranks(body, cards="8MiB,nccl=7MiB*2")
+    run_ranks(body, cards="16MiB,nccl=9MiB*2")
 
 
 def test_a_group_of_nccl_needs_a_card(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ from pytest_gpumem.devices.simulated.distributed.works import (
     nccl_error,
 )
 from pytest_gpumem.devices.simulated.machine import card_of
+from pytest_gpumem.devices.simulated.memory import Memory
 from pytest_gpumem.devices.simulated.torch_build import NCCL_VERSION
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class NcclOptions(c10d.Backend.Options):
         super().__init__("nccl", DEFAULT_TIMEOUT)
         self.is_high_priority_stream = is_high_priority_stream
         self.config = NCCLConfig()
-        self.split_from: ProcessGroupNCCL | None = None
+        self.split_from: NcclBackend | None = None
         self.split_color = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NcclOptions:
@@ -117,7 +118,7 @@ class NcclOptions(c10d.Backend.Options):
         return new
 
 
-class ProcessGroupNCCL(_gloo):  # type: ignore[misc]  # a class of C++
+class NcclBackend(_gloo):  # type: ignore[misc]  # a class of C++
     """NCCL in a process group: NCCL's rules with gloo's transport.
 
     Args:
@@ -137,6 +138,8 @@ class ProcessGroupNCCL(_gloo):  # type: ignore[misc]  # a class of C++
     supports_coalescing = True
     supports_time_estimate = False
     supports_shrinking = False
+    #: Whether barriers use a number that the group holds on the card all the time.
+    keeps_a_barrier_buffer: ClassVar = False
 
     def __init__(
         self,
@@ -359,8 +362,108 @@ class ProcessGroupNCCL(_gloo):  # type: ignore[misc]  # a class of C++
         """Count a group that was split from this one."""
         self._num_splits += 1
 
+    def split_off(
+        self, store: c10d.Store, rank: int, size: int, options: NcclOptions
+    ) -> NcclBackend:
+        """Return the backend of a group that is split from this one."""
+        return type(self)(store, rank, size, options)
 
-ProcessGroupNCCL.__module__ = "torch.distributed.distributed_c10d"
+    @staticmethod
+    def wrong_card(bound: torch.device, card: SimulatedCard) -> Exception:
+        """Return the error for a tensor that is not on the group's card."""
+        del bound, card
+        return dist.DistBackendError(
+            "Attempt to perform collective on tensor not on device passed to "
+            "init_process_group"
+        )
+
+
+class ProcessGroupNCCL(NcclBackend):
+    """``ProcessGroupNCCL``: the backend ``nccl`` up to torch 2.14, then ``nccl-legacy``."""
+
+
+class _OneCardBackend(NcclBackend):
+    """NCCL for one card, with which it connects as soon as the card is known.
+
+    Source: ``torch/csrc/distributed/c10d/nccl2/ProcessGroupNCCL.cpp`` and
+    ``ProcessGroupNCCLBackend.cpp``.
+
+    Limits:
+        Other errors have the words of ``ProcessGroupNCCL``.
+
+    Args:
+        store: The store through which the ranks find each other.
+        rank: This process's rank in the group.
+        size: The number of ranks.
+        options: ``ProcessGroupNCCL.Options``.
+        device_id: The group's card; that of the first collective if it is None.
+    """
+
+    keeps_a_barrier_buffer: ClassVar = True
+
+    def __init__(
+        self,
+        store: c10d.Store,
+        rank: int,
+        size: int,
+        options: NcclOptions | None = None,
+        device_id: torch.device | None = None,
+    ) -> None:
+        __tracebackhide__ = True
+        super().__init__(store, rank, size, options)
+        #: One float32 from PyTorch's allocator.
+        self._barrier_buffer: Memory | None = None
+        self._device = device_id
+        if device_id is not None:
+            self.connect(card_of(device_id.index))
+
+    def connect(self, card: SimulatedCard) -> None:
+        __tracebackhide__ = True
+        super().connect(card)
+        if self._barrier_buffer is None:
+            self._device = torch.device("cuda", card.index)
+            self._barrier_buffer = Memory(card, torch.float32.itemsize)
+
+    def close(self) -> None:
+        self._barrier_buffer = None
+        super().close()
+
+    def split(
+        self, store: c10d.Store, ranks: Sequence[int], options: NcclOptions
+    ) -> NcclBackend | None:
+        """Return the backend of a group with some of the ranks; None on any other rank."""
+        self.note_split()
+        if self.rank() not in ranks:
+            return None
+        return self.split_off(store, ranks.index(self.rank()), len(ranks), options)
+
+    def split_off(
+        self, store: c10d.Store, rank: int, size: int, options: NcclOptions
+    ) -> NcclBackend:
+        return type(self)(store, rank, size, options, self._device)
+
+    @staticmethod
+    def wrong_card(bound: torch.device, card: SimulatedCard) -> Exception:
+        return RuntimeError(
+            f"ProcessGroupNCCL is bound to device {bound} but an operation was issued "
+            f"on cuda:{card.index}"
+        )
+
+
+class ProcessGroupNCCL2(_OneCardBackend):
+    """``ProcessGroupNCCL2``: the backends ``nccl2`` and, from torch 2.15 on, ``nccl``."""
+
+
+class ProcessGroupNCCLLazy(_OneCardBackend):
+    """``ProcessGroupNCCLLazy``: the backend ``nccl-lazy``."""
+
+
+#: The classes that the installed torch has.
+_CLASSES: Final[list[type[NcclBackend]]] = [ProcessGroupNCCL]
+if hasattr(distributed_c10d, "_create_nccl2_process_group"):
+    _CLASSES.extend((ProcessGroupNCCL2, ProcessGroupNCCLLazy))
+for _each in _CLASSES:
+    _each.__module__ = "torch.distributed.distributed_c10d"
 
 
 # -- process groups -----------------------------------------------------------------------
@@ -372,10 +475,10 @@ _wrap: Final[Any] = vars(distributed_c10d)["_create_process_group_wrapper"]
 _backends: Final[WeakKeyDictionary[Any, dict[str, Any]]] = WeakKeyDictionary()
 
 
-def backend_of(group: Any) -> ProcessGroupNCCL | None:
+def backend_of(group: Any) -> NcclBackend | None:
     """Return the substitute for NCCL in a group, or None."""
     found = _backends.get(group, {}).get("cuda")
-    return found if isinstance(found, ProcessGroupNCCL) else None
+    return found if isinstance(found, NcclBackend) else None
 
 
 def _register_backend(
@@ -387,7 +490,7 @@ def _register_backend(
 
 def _wrapped(wrapped_pg: Any, *args: Any, **options: Any) -> Any:
     """Prevent ``TORCH_DISTRIBUTED_DEBUG=DETAIL`` from wrapping a Python backend in C++."""
-    if isinstance(wrapped_pg, ProcessGroupNCCL):
+    if isinstance(wrapped_pg, NcclBackend):
         return wrapped_pg
     return _wrap(wrapped_pg, *args, **options)
 
@@ -453,13 +556,13 @@ def _split_group(  # noqa: PLR0917  # torch's signature
         if types is not None and type_ not in types:
             continue
         own_store = c10d.PrefixStore(f"{type_}/", store)
-        if isinstance(backend, ProcessGroupNCCL):
+        if isinstance(backend, NcclBackend):
             options = copy.deepcopy(
                 opts if isinstance(opts, NcclOptions) else NcclOptions()
             )
             options._timeout = limit
             options.group_name = cast("Any", name)
-            new: Any = ProcessGroupNCCL(own_store, rank, size, options)
+            new: Any = backend.split_off(own_store, rank, size, options)
             kind = _group_class.BackendType.NCCL
         else:
             new = _gloo(own_store, rank, size, timeout=limit)
@@ -543,7 +646,7 @@ if dist.is_gloo_available():
         *(
             (owner, name, value)
             for owner in (dist, distributed_c10d, c10d)
-            for name, value in (("ProcessGroupNCCL", ProcessGroupNCCL),)
+            for name, value in ((each.__name__, each) for each in _CLASSES)
         ),
         (c10d, "_DEFAULT_PG_NCCL_TIMEOUT", DEFAULT_TIMEOUT),
         (constants, "default_pg_nccl_timeout", DEFAULT_TIMEOUT),

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch._C import _distributed_c10d as c10d
 
 from pytest_gpumem.devices.simulated.distributed.backend import (
-    ProcessGroupNCCL,
+    NcclBackend,
     backend_of,
     current_reduction,
 )
@@ -76,9 +76,7 @@ class Carried(NamedTuple):
 class CollectiveCall:
     """One collective: the group and the operator's arguments."""
 
-    def __init__(
-        self, group: Any, backend: ProcessGroupNCCL, given: dict[str, Any]
-    ) -> None:
+    def __init__(self, group: Any, backend: NcclBackend, given: dict[str, Any]) -> None:
         self.group = group
         self.backend = backend
         self.given = given
@@ -133,10 +131,7 @@ class CollectiveCall:
         if self.card is None:
             bound = getattr(self.group, "bound_device_id", None)
             if bound is not None and bound.index != card.index:
-                raise dist.DistBackendError(
-                    "Attempt to perform collective on tensor not on device passed to "
-                    "init_process_group"
-                )
+                raise self.backend.wrong_card(bound, card)
             self.card = card
         elif self.card is not card:
             raise ValueError("Expected list of tensors on the same device")
@@ -793,7 +788,8 @@ def barrier(call: CollectiveCall) -> Any:
         index = call["tensor"].device.index
     card = card_of(index)
     call._use(card)
-    call.hold(torch.float32.itemsize)
+    if not call.backend.keeps_a_barrier_buffer:
+        call.hold(torch.float32.itemsize)
     one = torch.zeros(1)
     options = call.options(c10d.AllreduceOptions())
     return call.start(

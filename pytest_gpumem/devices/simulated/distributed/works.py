@@ -78,7 +78,7 @@ class NcclWork(dist.Work):
             f"NumelOut={counts[1]}, Timeout(ms)={milliseconds})"
         )
         self._rank = rank
-        self.timeout = timeout
+        self._timeout = timeout
         self._inner = tuple(inner)
         self._finish = finish
         self._outputs = list(outputs)
@@ -95,6 +95,11 @@ class NcclWork(dist.Work):
         self._waiter: threading.Thread | None = None
 
     # -- methods that torch calls ---------------------------------------------------
+
+    @property
+    def timeout(self) -> timedelta:  # torch 2.15 has one of C++
+        """The longest time that the collective may take."""
+        return self._timeout
 
     def wait(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
         """Wait until the values have arrived.
