@@ -79,9 +79,12 @@ def _hide_from_dynamo() -> None:
     """
     if _hidden:
         return
-    from torch._dynamo import trace_rules, utils
+    from torch._dynamo import guards, trace_rules, utils
 
     _dynamo.set(utils, "run_node", _without_grad(utils.run_node))
+    for module in (guards, utils):
+        if hasattr(module, "get_current_stream"):  # torch 2.8 has none
+            _dynamo.set(module, "get_current_stream", torch.accelerator.current_stream)
     before = len(trace_rules.SKIP_DIRS)
     trace_rules.add(__name__.partition(".")[0])
     _hidden.extend(trace_rules.SKIP_DIRS[before:])
