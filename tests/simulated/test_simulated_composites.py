@@ -219,16 +219,22 @@ def test_a_bilinear_layer_works_slice_by_slice() -> None:
 
 
 @pytest.mark.parametrize("learned", [False, True])
-def test_attention_is_the_cpus_unless_its_mask_learns(*, learned: bool) -> None:
+def test_attention_is_the_cpus(*, learned: bool) -> None:
     """With a learned bias a card takes a fused operator, and the CPU composes it."""
     torch.manual_seed(0)
     values = [torch.randn(2, 4, 16, 8, requires_grad=True) for _ in range(3)]
     bias = torch.randn(1, 4, 16, 16, requires_grad=learned)
-    there = [each.detach().cuda().requires_grad_() for each in values]
+    operands = [*values, bias]
+    there = [
+        each.detach().cuda().requires_grad_(each.requires_grad) for each in operands
+    ]
     attend: Any = functional.scaled_dot_product_attention
 
     expected = attend(*values, attn_mask=bias)
-    found = attend(*there, attn_mask=bias.detach().cuda().requires_grad_(learned)).cpu()
+    found = attend(*there[:3], attn_mask=there[3])
+    expected.square().sum().backward()
+    found.square().sum().backward()
 
-    assert torch.equal(expected, found) is not learned
-    assert (expected - found).abs().max() < 1e-6
+    assert torch.equal(expected, found.cpu())
+    for one, other in zip(operands, there, strict=True):
+        assert other.grad is None or torch.equal(one.grad, other.grad.cpu())

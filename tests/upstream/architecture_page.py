@@ -38,9 +38,7 @@ Every class that transformers' automatic classes lead to, made small by rules th
 of them; the smallest model of each of timm's and torchvision's modules; the blocks of
 diffusers. Each runs on the CPU and on a simulated card, in a process of its own: a forward,
 a backward, a generation where it can generate. Values and gradients are compared bit by bit,
-and the card must be empty once all is deleted. They can differ only where a card runs another
-operator than the CPU: `scaled_dot_product_attention` with a mask that requires gradients takes a
-fused operator on a card and the composed one on the CPU, with differences in the last bits.
+and the card must be empty once all is deleted.
 
 ```console
 $ tox run -e architectures -- --write --out rows.jsonl

@@ -185,9 +185,7 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
     ),
     "modelled": (
         "attention, dropout, reductions, sums of gradients: the tensors that CUDA's "
-        "kernels save, and the memory that they take themselves. If a mask requires "
-        "gradients, a card takes a fused operator for attention and the CPU a composed "
-        "one: values differ in the last bits",
+        "kernels save, and the memory that they take themselves",
         "`pynvml`, the functions of `torch.cuda` that use it, and "
         "[`nvidia-smi`](children.md): no real driver is asked; also for slices (MIG)",
         "the memory of an NCCL communicator outside PyTorch's allocator: 0, or the bytes "

@@ -419,7 +419,10 @@ class _Attention(torch.autograd.Function):
             if settings.dropout_p > 0:
                 seed = _draw_seed(card)
             values = (query._gpumem_value, key._gpumem_value, value._gpumem_value)
-            mask = None if bias is None else bias._gpumem_value
+            mask = None
+            if bias is not None:
+                # The CPU composes attention whose mask requires gradients.
+                mask = bias._gpumem_value.detach().requires_grad_(bias.requires_grad)
             with on_tape(card):
                 out._gpumem_value[..., : settings.width].copy_(
                     _compute(values, mask, settings, seed)
