@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from allocator_requests import Notes, sizes, stop
+from allocator_requests import Notes, kept, sizes, stop
 from recorded_requests import warm_up
 from torch.nn import functional
 
@@ -195,3 +195,35 @@ def test_a_gradient_is_written_into_its_zeros() -> None:
     gradient = _ones(5, 5, 5)
 
     assert [500] == _asked_for(lambda: torch.autograd.grad(values, source, gradient))
+
+
+@pytest.mark.parametrize("values", ["computed", "none"])
+@pytest.mark.parametrize(
+    ("index", "wanted"),
+    [([0, 2], [16, 40]), (range(2), [16, 40]), (torch.tensor([0, 2]), [40])],
+    ids=["list", "range", "host"],
+)
+def test_an_index_that_is_a_sequence_stays_for_backward(
+    values: str, index: Any, wanted: list[int]
+) -> None:
+    """C++ makes it a tensor on the card; a tensor on the host is copied for the call."""
+    with simulated_device("A100-40GB", values=values):
+        source = _ones(4, 5).requires_grad_()
+        notes = Notes()
+        with notes.phase("it"):
+            result = source[index]
+        stop()
+
+    assert result.shape == (2, 5)
+    assert [16, 40] == sizes(notes.phases["it"])
+    assert kept(notes.phases["it"]) == wanted
+
+
+def test_autocast_casts_the_last_operand_first() -> None:
+    """The order in which gcc evaluates the arguments of a call."""
+    source, weight = _ones(8, 16), _ones(32, 16)
+
+    with torch.autocast("cuda", torch.bfloat16):
+        asked = _asked_for(functional.linear, source, weight)
+
+    assert asked == [1024, 256, 512]

@@ -83,15 +83,21 @@ _KEYS: Final = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
 
 
 def _casting(operator: Any, choose: Callable[[Any], torch.dtype]) -> Any:
-    """Return a kernel that casts the operands: ``CachedCast``, policies lower and fp32."""
+    """Return a kernel that casts the operands, the last one first.
+
+    Source: ``WrapFunction_`` of ``aten/src/ATen/autocast_mode.h``, which casts in the
+    arguments of a call. C++ leaves their order open; gcc, which builds torch for Linux,
+    begins with the last.
+    """
 
     def kernel(*args: Any, **options: Any) -> Any:
         dtype = choose(args)
         with torch._C._ExcludeDispatchKeyGuard(_KEYS):
-            return operator(
-                *(_cast(arg, dtype) for arg in args),
-                **{name: _cast(value, dtype) for name, value in options.items()},
-            )
+            named = {
+                name: _cast(value, dtype) for name, value in reversed(options.items())
+            }
+            given = [_cast(arg, dtype) for arg in reversed(args)]
+            return operator(*reversed(given), **named)
 
     return kernel
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from pytest_gpumem.devices.simulated.accumulation import numbering, taking_over
 from pytest_gpumem.devices.simulated.backward import in_backward
+from pytest_gpumem.devices.simulated.memory import Memory, hold
 from pytest_gpumem.devices.simulated.operators.checks import iterated
 from pytest_gpumem.devices.simulated.operators.composing import (
     on_cpu_alone,
@@ -23,6 +25,7 @@ from pytest_gpumem.devices.simulated.operators.requests import (
     copy_of,
     is_number,
 )
+from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 from pytest_gpumem.kernels.sort_memory import INDEX_BYTES, pairs_bytes, scan_bytes
 
 if TYPE_CHECKING:
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices.simulated.operators.checks import Operand
     from pytest_gpumem.devices.simulated.operators.requests import Call, RequestStep
+    from pytest_gpumem.devices.simulated.tensor import Handler
 
 _aten = torch.ops.aten
 _HOST: Final = torch.device("cpu")
@@ -112,7 +116,7 @@ def _looking_up(call: Call) -> Iterator[RequestStep]:
     """Request copies of host indices, and of several indices with different strides."""
     indices = [each for each in call["indices"] if each is not None]
     for each in indices:
-        if not each.is_meta and not hasattr(each.untyped_storage(), "_gpumem"):
+        if not hasattr(each.untyped_storage(), "_gpumem"):
             yield copy_of(each)
     if len(indices) > 1 and all(each.dtype in _NUMBERS for each in indices):
         shape = torch.broadcast_shapes(*(each.shape for each in indices))
@@ -126,8 +130,47 @@ def _looking_up(call: Call) -> Iterator[RequestStep]:
 
 _NUMBERS: Final = frozenset({torch.int32, torch.int64})
 
+#: References to an index that nobody but C++ holds: C++, the list of indices, and two here.
+_INDEX_USES: Final = 4
+#: More of them while a checkpoint recomputes: what it saves for backward refers to it.
+_RECOMPUTED_USES: Final = 2
+
+
+def _lists_on_card(_func: Any, handler: Handler) -> Handler:
+    """Return a handler that takes bytes for indices that C++ made from Python sequences.
+
+    ``x[[0, 2]]`` makes them on the card, and backward keeps them. Here they were made on
+    the host. Indices that are the caller's own host tensors stay there.
+    """
+
+    def looking_up(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        __tracebackhide__ = True
+        source, indices = args[0], args[1]
+        is_again = torch._C._current_graph_task_id() != -1
+        uses = _INDEX_USES + (_RECOMPUTED_USES if is_again else 0)
+        for each in indices:
+            if (
+                type(each) is torch.Tensor
+                and type(source) is SimulatedTensor
+                and sys.getrefcount(each) <= uses
+                and not hasattr(each.untyped_storage(), "_gpumem")
+            ):
+                hold(each.untyped_storage(), Memory(source._gpumem_card, each.nbytes))
+        return handler(args, kwargs)
+
+    return looking_up
+
+
 register(
-    "_unsafe_index index",
+    "index",
+    check=_indices,
+    requests=_looking_up,
+    around=_lists_on_card,
+    source=f"{_CHECK}; AdvancedIndex, all_strides_match; "
+    "torch/csrc/autograd/python_variable_indexing.cpp, sequenceToVariable",
+)
+register(
+    "_unsafe_index",
     check=_indices,
     requests=_looking_up,
     source=f"{_CHECK}; AdvancedIndex, all_strides_match",
