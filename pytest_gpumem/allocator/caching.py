@@ -287,9 +287,7 @@ class CachingAllocator(PrivatePools):
         self._limit_bytes = min(limits) if min(limits) < total else None
 
     def _own_process(self) -> list[ProcessMemory]:
-        own = ProcessMemory(None, self.driver.used_bytes)
-        others = self.driver.other_processes()
-        return [*(ProcessMemory(pid, nbytes) for pid, nbytes in others), own]
+        return [ProcessMemory(*each) for each in self.driver.processes()]
 
     def _out_of_memory(
         self, nbytes: int, size: int, new_bytes: int, stream: int, pool: Pool
@@ -306,6 +304,7 @@ class CachingAllocator(PrivatePools):
             reserved_bytes=stats.reserved_bytes.all.current,
             private_bytes=self.free_in_private_pools(),
             processes=self._processes(),
+            is_expandable=self.config.expandable_segments,
             version=self.config.version,
         )
         if self.trace is not None:

@@ -66,6 +66,8 @@ class Driver:
         self.other_bytes = other_bytes
         self.context_bytes = context_bytes
         self.has_context = False
+        #: Ids of the processes that were on the card before this one.
+        self._earlier: frozenset[int] = frozenset()
         self.used_bytes = 0
         self.tenants: list[Tenants] = []
         self.host_bytes: Callable[[], int] | None = None
@@ -99,6 +101,19 @@ class Driver:
         """Return the process id and the bytes of every other process on the card."""
         return [each for tenants in self.tenants for each in tenants.others()]
 
+    def processes(self) -> list[tuple[int | None, int]]:
+        """Return the processes on the card and their bytes, as NVML lists them.
+
+        They stand in the order in which they made their contexts: texts of real cards
+        name consecutive process ids in that order. The id of this process is None.
+        """
+        others = self.other_processes()
+        first = [each for each in others if each[0] in self._earlier]
+        later = [each for each in others if each[0] not in self._earlier]
+        if not self.has_context:
+            first, later = others, []
+        return [*first, (None, self.process_bytes), *later]
+
     def make_context(self) -> bool:
         """Create this process's context, which exists until the process ends.
 
@@ -111,6 +126,7 @@ class Driver:
             if self.context_bytes > self.free_bytes:
                 return False
             self.has_context = True
+            self._earlier = frozenset(pid for pid, _nbytes in self.other_processes())
         return True
 
     def _take(self, nbytes: int) -> bool:

@@ -80,6 +80,7 @@ def oom_text(
     reserved_bytes: int,
     private_bytes: int = 0,
     processes: Sequence[ProcessMemory],
+    is_expandable: bool = False,
     version: AllocatorVersion = NEWEST,
 ) -> str:
     """Return the message of an out-of-memory error.
@@ -95,6 +96,7 @@ def oom_text(
         reserved_bytes: Bytes held from the driver.
         private_bytes: Free bytes in private pools; torch's message calls them allocated.
         processes: The memory that each process holds on the card.
+        is_expandable: Whether segments grow page by page.
         version: The PyTorch version whose last sentences the message has.
     """
     held = "".join(_process(process) for process in processes)
@@ -114,7 +116,7 @@ def oom_text(
         f"which {format_bytes(free_bytes)} is free. {held}{allowed}Of the allocated "
         f"memory {format_bytes(allocated_bytes)} is allocated by PyTorch, {private}and "
         f"{format_bytes(reserved_bytes - allocated_bytes)} is reserved by PyTorch but "
-        f"unallocated.{version.help}"
+        f"unallocated.{version.expandable_help if is_expandable else version.help}"
     )
 
 

@@ -10,6 +10,7 @@ from pytest_gpumem.allocator.config import AllocatorConfig
 from pytest_gpumem.allocator.driver import Driver
 from pytest_gpumem.allocator.oom_text import ProcessMemory
 from pytest_gpumem.allocator.trace_fields import STATS, no_trace, read_field, read_size
+from pytest_gpumem.allocator.versions import version_of
 from pytest_gpumem.errors import TraceError
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class _Run:
             else {}
         )
         conf = read_field(meta, "conf", str, "'meta'")
+        torch = read_field(meta, "torch", str, "'meta'") if "torch" in meta else ""
         address_policy = read_field(meta, "addr", str, "'meta'")
         try:
             self._driver = Driver(
@@ -92,7 +94,7 @@ class _Run:
                 other_bytes=read_size(meta, "ctx", "'meta'"),
                 address_policy=address_policy,
             )
-            config = AllocatorConfig.parse(conf)
+            config = AllocatorConfig.parse(conf, version_of(torch))
         except TraceError:
             raise
         except ValueError as error:

@@ -2,7 +2,8 @@
 
 Everything else is modelled as in torch 2.13, see ``docs/versions.md``. Source: the
 responses of ``torch._C`` to settings, and the messages in ``libc10.so`` and
-``libc10_cuda.so``, in the CUDA wheels of torch 2.8.0, 2.9.1, 2.10.0 and 2.13.0.
+``libc10_cuda.so``, in the CUDA wheels of torch 2.8.0, 2.9.1, 2.10.0, 2.11.0, 2.12.0,
+2.13.0, 2.14.1 and 2.15.0.
 """
 
 from __future__ import annotations
@@ -23,6 +24,25 @@ _PAGE: Final = (
     "https://docs.pytorch.org/docs/stable/notes/cuda.html"
     "#optimizing-memory-usage-with-pytorch-cuda-alloc-conf"
 )
+#: Source: torch 2.15, where segments grow.
+_EXPANDABLE_HELP: Final = (
+    " expandable_segments is enabled. If instead the process is running out of virtual "
+    "address space (VSZ), expandable segments may be over-reserving VA (each segment "
+    "reserves ~9/8 of device memory, times the number of streams); reduce it via "
+    "PYTORCH_CUDA_ALLOC_CONF expandable_segments_reserve / "
+    "expandable_segments_reserve_by_class."
+)
+#: Source: ``get_cuda_check_suffix`` of ``c10/cuda/CUDAMiscFunctions.cpp``, and
+#: ``get_cuda_async_error_suffix`` from torch 2.13 on.
+_LATER: Final = (
+    "CUDA kernel errors might be asynchronously reported at some other API call, so the "
+    "stacktrace below might be incorrect.\n"
+    "For debugging consider passing CUDA_LAUNCH_BLOCKING=1\n"
+)
+_ASSERTIONS: Final = (
+    "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n"
+)
+_LOG: Final = "For more detailed error information, run with CUDA_LOG_FILE=stderr\n"
 _OF_CUDA: Final = "PYTORCH_CUDA_ALLOC_CONF"
 _OF_ALL: Final = "PYTORCH_ALLOC_CONF"
 
@@ -33,43 +53,69 @@ class AllocatorVersion(NamedTuple):
     Attributes:
         since: The first version with these properties.
         help: The last sentences of the out-of-memory message.
+        expandable_help: The same where segments grow page by page.
         variables: The environment variables for settings; the first that is set is used.
         least_megabytes: The smallest ``max_split_size_mb`` and
             ``max_non_split_rounding_mb``.
         unknown_key: The message for an unknown key.
+        explains_errors: Whether the message of an error of CUDA's runtime has a line
+            that explains the error.
+        error_end: The last lines of that message.
+        kernel_error_end: The same for an error that a kernel can cause.
     """
 
     since: tuple[int, int]
     help: str
+    expandable_help: str
     variables: tuple[str, ...]
     least_megabytes: int
     unknown_key: str
+    explains_errors: bool
+    error_end: str
+    kernel_error_end: str
 
 
 _OLDEST: Final = AllocatorVersion(
     since=(2, 8),
     help=_HELP.format(variable=_OF_CUDA, page=_OLD_PAGE),
+    expandable_help=_HELP.format(variable=_OF_CUDA, page=_OLD_PAGE),
     variables=(_OF_CUDA,),
     least_megabytes=21,
     unknown_key="Unrecognized CachingAllocator option: {key}",
+    explains_errors=False,
+    error_end=_LATER + _ASSERTIONS,
+    kernel_error_end=_LATER + _ASSERTIONS,
 )
+_THAT_EXPLAINS_ERRORS: Final = _OLDEST._replace(since=(2, 9), explains_errors=True)
 #: ``c10/core/AllocatorConfig.cpp`` reads the settings, no longer CUDA's own code.
-_WITH_A_COMMON_READER: Final = AllocatorVersion(
+_WITH_A_COMMON_READER: Final = _THAT_EXPLAINS_ERRORS._replace(
     since=(2, 10),
     help=_HELP.format(variable=_OF_ALL, page=_OLD_PAGE),
+    expandable_help=_HELP.format(variable=_OF_ALL, page=_OLD_PAGE),
     variables=(_OF_ALL, _OF_CUDA),
     least_megabytes=20,
     unknown_key="Unrecognized key '{key}' in Accelerator allocator config.",
 )
+_WITH_A_NEW_PAGE: Final = _WITH_A_COMMON_READER._replace(
+    since=(2, 11),
+    help=_HELP.format(variable=_OF_CUDA, page=_PAGE),
+    expandable_help=_HELP.format(variable=_OF_CUDA, page=_PAGE),
+)
+_WITH_A_LOG: Final = _WITH_A_NEW_PAGE._replace(
+    since=(2, 13), error_end=_LOG, kernel_error_end=_LATER
+)
 #: All versions with differences, from the oldest to the newest.
 VERSIONS: Final = (
     _OLDEST,
-    _OLDEST._replace(since=(2, 9)),
+    _THAT_EXPLAINS_ERRORS,
     _WITH_A_COMMON_READER,
-    _WITH_A_COMMON_READER._replace(
-        since=(2, 11), help=_HELP.format(variable=_OF_CUDA, page=_PAGE)
-    ),
+    _WITH_A_NEW_PAGE,
+    _WITH_A_NEW_PAGE._replace(since=(2, 12)),
+    _WITH_A_LOG,
+    _WITH_A_LOG._replace(since=(2, 14), error_end=""),
+    _WITH_A_LOG._replace(since=(2, 15), error_end="", expandable_help=_EXPANDABLE_HELP),
 )
+#: The newest version that knows every setting.
 NEWEST: Final = VERSIONS[-1]
 #: Settings that older versions do not know, and the first version that knows each.
 SETTINGS_SINCE: Final = {
@@ -77,6 +123,12 @@ SETTINGS_SINCE: Final = {
     "per_process_memory_fraction": (2, 10),
     "pinned_reserve_segment_size_mb": (2, 10),
     "large_segment_size_mb": (2, 11),
+    "pinned_free_catch_all": (2, 12),
+    "throw_on_cudamalloc_oom": (2, 12),
+    "pinned_max_round_threshold_mb": (2, 13),
+    "pinned_max_cached_size_mb": (2, 13),
+    "expandable_segments_reserve": (2, 15),
+    "expandable_segments_reserve_by_class": (2, 15),
 }
 
 

@@ -9,6 +9,8 @@ from typing import Final
 
 import torch
 
+from pytest_gpumem.allocator.versions import installed_version
+
 #: Name and description of an error, by its number.
 ERRORS: Final[dict[int, tuple[str, str]]] = {
     0: ("cudaSuccess", "no error"),
@@ -50,12 +52,10 @@ _HELP: Final = (
     "group__CUDART__TYPES.html for more information."
 )
 _DEVICE_HELP: Final = "GPU device may be out of range, do you have enough GPUs?"
-#: Source: ``c10/cuda/CUDAException.cpp`` and ``CUDAMiscFunctions.cpp``, torch 2.11.
-_SUFFIX: Final = (
-    "CUDA kernel errors might be asynchronously reported at some other API call, so the "
-    "stacktrace below might be incorrect.\n"
-    "For debugging consider passing CUDA_LAUNCH_BLOCKING=1\n"
-    "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n"
+#: Errors that a kernel can cause, and that a later call then reports. Source:
+#: ``get_cuda_async_error_suffix`` of the same file.
+_OF_KERNELS: Final = frozenset(
+    {"cudaErrorIllegalAddress", "cudaErrorAssert", "cudaErrorLaunchFailure"}
 )
 
 
@@ -66,14 +66,16 @@ def cuda_error(name: str) -> torch.AcceleratorError:
         name: The error's name in CUDA's headers, such as ``cudaErrorMemoryAllocation``.
 
     Returns:
-        The error, with its number in ``error_code``, as torch's C++ code makes it.
+        The error, with its number in ``error_code``, as the C++ code of the installed torch
+        makes it.
         Source: ``torch/csrc/Exceptions.h``.
     """
     number = _NUMBERS[name]
+    version = installed_version()
     is_device = name == "cudaErrorInvalidDevice"
     hint = _DEVICE_HELP if is_device else _HELP.format(name=name)
-    error = torch.AcceleratorError(
-        f"CUDA error: {ERRORS[number][1]}\n{hint}\n{_SUFFIX}"
-    )
+    hint = f"{hint}\n" if version.explains_errors else ""
+    end = version.kernel_error_end if name in _OF_KERNELS else version.error_end
+    error = torch.AcceleratorError(f"CUDA error: {ERRORS[number][1]}\n{hint}{end}")
     error.error_code = number  # type: ignore[attr-defined]  # torch has it in C++ alone
     return error

@@ -344,10 +344,12 @@ class SimulatedNvml:
 
 
 def _processes(card: SimulatedCard) -> list[tuple[int, int]]:
-    """Return the id and the bytes of every process on a card, this one first."""
-    used = card.driver.process_bytes
-    own = [(os.getpid(), used)] if used else []
-    return own + card.driver.other_processes()
+    """Return the id and the bytes of every process on a card."""
+    return [
+        (os.getpid() if pid is None else pid, nbytes)
+        for pid, nbytes in card.driver.processes()
+        if nbytes or pid is not None
+    ]
 
 
 class NvmlHook:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_gpumem.allocator.driver import VIRTUAL_BASE, Driver
-from pytest_gpumem.allocator.tenant import Tenants
+from pytest_gpumem.allocator.tenant import FixedTenant, Tenants
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -147,3 +147,15 @@ def test_a_context_without_room_is_not_made() -> None:
 
     assert not driver.make_context()
     assert (3 * MIB, 0) == (driver.free_bytes, driver.process_bytes)
+
+
+def test_processes_stand_in_the_order_in_which_they_came() -> None:
+    """As NVML and an OOM's text list them; without a context this process is the last."""
+    driver = Driver(64 * MIB, context_bytes=MIB)
+    driver.tenants += [FixedTenant(4711, 2 * MIB), FixedTenant(12, 0)]
+    assert [(4711, 2 * MIB), (None, 0)] == driver.processes()
+
+    driver.make_context()
+    driver.tenants.insert(0, FixedTenant(13, 3 * MIB))
+
+    assert [(4711, 2 * MIB), (None, MIB), (13, 3 * MIB)] == driver.processes()

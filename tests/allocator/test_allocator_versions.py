@@ -28,6 +28,14 @@ ANSWERS = [
     ("2.10.0", "pinned_reserve_segment_size_mb", "4", None),
     ("2.10.0", "large_segment_size_mb", "64", NEW),
     ("2.11.0", "large_segment_size_mb", "64", None),
+    ("2.11.0", "pinned_free_catch_all", "True", NEW),
+    ("2.12.0", "pinned_free_catch_all", "True", None),
+    ("2.11.0", "throw_on_cudamalloc_oom", "False", NEW),
+    ("2.12.0", "throw_on_cudamalloc_oom", "False", None),
+    ("2.12.0", "pinned_max_cached_size_mb", "8", NEW),
+    ("2.13.0", "pinned_max_cached_size_mb", "8", None),
+    ("2.14.1", "expandable_segments_reserve", "0.5", NEW),
+    ("2.15.0", "expandable_segments_reserve", "0.5", None),
 ]
 
 
@@ -62,6 +70,38 @@ def test_the_text_ends_as_that_versions(version: str, variable: str, page: str) 
 
     assert f"setting {variable}=expandable_segments:True" in words
     assert f"https:{page}" in words
+
+
+def test_torch_2_15_speaks_of_addresses_where_segments_grow() -> None:
+    """Older ones advise what is done already."""
+    old, new = version_of("2.14.1"), version_of("2.15.0")
+
+    assert old.expandable_help == old.help == new.help
+    assert new.expandable_help.startswith(" expandable_segments is enabled. If instead")
+
+
+@pytest.mark.parametrize(
+    ("version", "explains", "end", "kernel_end"),
+    [
+        ("2.8.0", False, "device-side assertions.\n", "device-side assertions.\n"),
+        ("2.12.0", True, "device-side assertions.\n", "device-side assertions.\n"),
+        ("2.13.0", True, "CUDA_LOG_FILE=stderr\n", "CUDA_LAUNCH_BLOCKING=1\n"),
+        ("2.14.1", True, "", "CUDA_LAUNCH_BLOCKING=1\n"),
+        ("2.15.0", True, "", "CUDA_LAUNCH_BLOCKING=1\n"),
+    ],
+)
+def test_errors_of_the_runtime_end_as_that_versions(
+    version: str,
+    explains: bool,  # noqa: FBT001  # a parameter of the test
+    end: str,
+    kernel_end: str,
+) -> None:
+    """What 2.13.0, 2.14.1 and 2.15.0 said on the substitute runtime, the others' files."""
+    found = version_of(version)
+
+    assert found.explains_errors is explains
+    assert found.error_end[-len(end) :] == end if end else not found.error_end
+    assert found.kernel_error_end.endswith(kernel_end)
 
 
 def test_versions_between_and_beyond_have_the_nearest_older_one() -> None:

@@ -116,11 +116,9 @@ class SimulatedCard:
 
     def _processes(self) -> list[ProcessMemory]:
         """Return the processes on the card and their bytes, as NVML reports them."""
-        driver = self.driver
         if self.card.nvml_name:
             return []
-        others = [ProcessMemory(*each) for each in driver.other_processes()]
-        return [*others, ProcessMemory(None, driver.process_bytes)]
+        return [ProcessMemory(*each) for each in self.driver.processes()]
 
     def after_fork(self) -> None:
         """Discard the parent's lock and context in a forked child."""
