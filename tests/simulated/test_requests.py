@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from allocator_requests import Notes, kept, sizes, stop
+from allocator_requests import Notes, sizes, stop
+from allocator_requests import kept as kept_of
 from recorded_requests import warm_up
 from torch.nn import functional
 
@@ -216,7 +217,7 @@ def test_an_index_that_is_a_sequence_stays_for_backward(
 
     assert result.shape == (2, 5)
     assert [16, 40] == sizes(notes.phases["it"])
-    assert kept(notes.phases["it"]) == wanted
+    assert kept_of(notes.phases["it"]) == wanted
 
 
 def test_autocast_casts_the_last_operand_first() -> None:
