@@ -22,8 +22,8 @@ REASONS: Final = {
 
 #: Why models differ, by what differs.
 KNOWN: Final = {
-    r"[qk]_norm\.weight:": "layers that normalise what goes into attention sum its gradient, which lies "
-    "in memory as a card's composed attention leaves it: the sum is taken in another order",
+    r"[qk]_norm\.weight:|bias_[uv]:": "layers before attention sum its gradient, which lies in memory "
+    "as a card's attention leaves it: the sum is taken in another order",
 }
 
 #: Why models leave bytes, by their names.
