@@ -14,7 +14,7 @@ import contextlib
 import functools
 import warnings
 from itertools import chain
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -85,6 +85,13 @@ def _hide_from_dynamo() -> None:
     for module in (guards, utils):
         if hasattr(module, "get_current_stream"):  # torch 2.8 has none
             _dynamo.set(module, "get_current_stream", torch.accelerator.current_stream)
+    # Dynamo knows torch's functions by their objects, perhaps since before they were replaced.
+    rules = trace_rules.get_torch_obj_rule_map()
+    for each in list(vars(torch).values()):
+        if isinstance(each, FunctionType):
+            rule = rules.get(getattr(each, "__wrapped__", None))
+            if rule is not None:
+                _dynamo.put(rules, each, rule)
     before = len(trace_rules.SKIP_DIRS)
     trace_rules.add(__name__.partition(".")[0])
     _hidden.extend(trace_rules.SKIP_DIRS[before:])
