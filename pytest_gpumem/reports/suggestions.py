@@ -150,8 +150,11 @@ def _cards(peaks: list[Peak]) -> list[str]:
     if not peaks:
         return []
     worst = max(peaks, key=lambda each: each.reserved_bytes)
+    # How much of the host's memory a card without its own may have is not known.
     rooms = {
-        name: card.total_bytes - card.context_bytes for name, card in CARDS.items()
+        name: card.total_bytes - card.context_bytes
+        for name, card in CARDS.items()
+        if not card.is_integrated
     }
     fits = [name for name, room in rooms.items() if room >= worst.reserved_bytes]
     needs = (
@@ -159,9 +162,9 @@ def _cards(peaks: list[Peak]) -> list[str]:
         f"({worst.test})"
     )
     if not fits:
-        return [f"{needs}; none of the {len(CARDS)} cards that are known has that"]
+        return [f"{needs}; none of the {len(rooms)} cards that are known has that"]
     smallest = min(fits, key=rooms.__getitem__)
     return [
-        f"{needs}; it fits on {len(fits)} of the {len(CARDS)} cards that are known, of "
+        f"{needs}; it fits on {len(fits)} of the {len(rooms)} cards that are known, of "
         f"which {smallest} is the smallest"
     ]

@@ -324,7 +324,11 @@ def test_changes_are_listed_as_far_as_is_asked(
         ("raise KeyboardInterrupt", ()),
         ("pytest.exit('enough')", ()),
         ("assert False", ("-x",)),
-        ("import os; os._exit(1)", ("-n", "1", "--max-worker-restart=0")),
+        pytest.param(
+            "import os; os._exit(1)",
+            ("-n", "1", "--max-worker-restart=0"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_an_interrupted_update_keeps_what_did_not_run(

@@ -263,7 +263,13 @@ def project(pytester: pytest.Pytester) -> Callable[..., pytest.RunResult]:
     return run
 
 
-@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(each, marks=pytest.mark.slow) if each == "two workers" else each
+        for each in TREES
+    ],
+)
 def test_a_changed_tree_has_the_verdict_of_a_reviewer(
     name: str, project: Callable[..., pytest.RunResult], pytester: pytest.Pytester
 ) -> None:
@@ -363,7 +369,7 @@ def _age(pytester: pytest.Pytester, moved: int) -> None:
     file.write_text(json.dumps(document), encoding="utf-8")
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_order_selection_and_splits_change_no_verdict(
     seed: int, project: Callable[..., pytest.RunResult], pytester: pytest.Pytester
 ) -> None:

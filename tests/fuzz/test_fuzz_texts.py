@@ -308,7 +308,7 @@ def test_allocator_settings_are_read_or_refused(text: str) -> None:
             assert "invalid literal" not in str(error)
             return
 
-    assert config == AllocatorConfig.parse(config.text)
+    assert config == AllocatorConfig.parse(config.text, installed_version())
     assert config.large_segment_size > 0
 
 

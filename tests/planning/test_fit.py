@@ -201,6 +201,7 @@ def test_what_a_model_cannot_do_is_said() -> None:
         fit_model("bert-tiny", cards="T4", architecture="NoSuchClass")
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_says_by_its_code(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

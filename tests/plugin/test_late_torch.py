@@ -250,6 +250,7 @@ def test_the_first_test_of_any_run_is_held(pytester: pytest.Pytester, way: str) 
         assert 2 == result.parseoutcomes()["rerun"]
 
 
+@pytest.mark.slow
 def test_a_run_whose_processes_alone_use_a_card_is_held(
     pytester: pytest.Pytester,
 ) -> None:

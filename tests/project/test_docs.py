@@ -42,7 +42,9 @@ def test_the_reference_is_complete() -> None:
     pages = {name: PAGES[f"reference/{name}.md"]() for name in REFERENCE}
 
     for option in OPTIONS:
-        assert f"`{option.ini}`" in pages["options"]
+        assert f"`{option.flag}" in pages["options"]
+        is_set_in_the_file = not (option.is_action or option.replaced)
+        assert (f"`{option.ini}`" in pages["options"]) is is_set_in_the_file
     for description in DESCRIPTIONS:
         name = re.split(r"[:(]", description)[0]
         assert f"## {name}\n" in pages["markers"]

@@ -158,13 +158,8 @@ def baseline(tmp_path_factory: pytest.TempPathFactory) -> str:
     return (project.folder / "gpu-baseline.json").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name == "github.yml" else pytest.param(name, marks=pytest.mark.slow)
-        for name in KINDS
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
 def test_a_regression_is_red_and_an_unchanged_tree_is_green(
     name: str, baseline: str, tmp_path: Path
 ) -> None:

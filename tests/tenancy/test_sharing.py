@@ -141,6 +141,7 @@ def test_nobody_waits_where_sharing_is_off(pytester: pytest.Pytester) -> None:
     result.stdout.fnmatch_lines(["*OutOfMemoryError*Process * has 9.00 GiB memory*"])
 
 
+@pytest.mark.slow
 def test_ooms_for_want_of_the_whole_card_name_the_marker_to_add(
     pytester: pytest.Pytester,
 ) -> None:
