@@ -129,9 +129,9 @@ print(number.value)
 """
     which = """
 import pynvml, torch
-from pytest_gpumem.devices.nvml import find_card
+from pytest_gpumem.devices.nvml import find_handle
 torch.empty(1, device="cuda")
-print(pynvml.nvmlDeviceGetIndex(find_card(pynvml, 0)), torch.cuda.device_count())
+print(pynvml.nvmlDeviceGetIndex(find_handle(pynvml, 0)), torch.cuda.device_count())
 """
     uuid = "GPU-63756461-2d68-6f73-7400-000000000002"
     asked = {"2,0": 2, "1,7,0": 1, "1, 2": 2, uuid: 1, uuid[:-1]: 0}
