@@ -20,14 +20,17 @@ REASONS: Final = {
     r"": "are not built, or not fed, by names and values alone",
 }
 
-#: Why models differ, by what differs.
+#: Why models differ, by their names and what differs.
 KNOWN: Final = {
+    r"^VitsModel": "it draws some of its random numbers on the host and some on the card, and a card "
+    "has a generator of its own",
     r"[qk]_norm\.weight:|bias_[uv]:": "layers before attention sum its gradient, which lies in memory "
     "as a card's attention leaves it: the sum is taken in another order",
 }
 
 #: Why models leave bytes, by their names.
 LEFT: Final = {
+    "RwkvForCausalLM": "as `RwkvModel`",
     "RwkvModel": "its graph, which cannot go backward on the CPU either, holds itself; "
     "there, too, parameters outlive the model",
 }
@@ -93,7 +96,8 @@ def _exceptions(rows: Sequence[Row]) -> list[str]:
         for stage in ("forward", "backward", "generate"):
             found = getattr(each, stage)
             if found not in {"equal", ""}:
-                known = (text for rule, text in KNOWN.items() if re.search(rule, found))
+                words = f"{each.name}: {found}"
+                known = (text for rule, text in KNOWN.items() if re.search(rule, words))
                 reason = next(known, "not explained")
                 lines.append(
                     f"- {each.family} `{each.name}`, {stage}: {found}: {reason}"
