@@ -13,6 +13,15 @@ from pytest_gpumem.sizes import format_size
 PUBLISHED: Final = Path(__file__).parents[2] / "tests/published"
 _BYTES: Final = {"B": 1, "MiB": 2**20, "GiB": 2**30}
 
+_COLUMNS: Final = (
+    "driver's name",
+    "total",
+    "others saw",
+    "compute capability",
+    "multiprocessors",
+    "context",
+)
+
 
 def published_totals(key: str) -> list[int]:
     """Return what others saw as the total of a card, in bytes."""
@@ -33,15 +42,7 @@ def cards() -> str:
             "NVIDIA do not matter. Any other card can be made up: "
             "`--gpu-card=16GiB,cc=8.6,sms=46`.",
             table(
-                [
-                    "card",
-                    "driver's name",
-                    "total",
-                    "others saw",
-                    "compute capability",
-                    "multiprocessors",
-                    "context",
-                ],
+                ["card", *_COLUMNS],
                 rows,
             ),
             "**Total** is the total that the driver reports to CUDA: exact bytes if a published "
@@ -65,15 +66,7 @@ def cards() -> str:
             "one kind that follow each other are on one GPU, as far as it has room for "
             "them: seven slices of compute, eight of memory.",
             table(
-                [
-                    "slice",
-                    "driver's name",
-                    "total",
-                    "others saw",
-                    "compute capability",
-                    "multiprocessors",
-                    "context",
-                ],
+                ["slice", *_COLUMNS],
                 [_row(key, card) for key, card in SLICES.items()],
             ),
             "The totals and the multiprocessors are those that `nvidia-smi mig -lgip` "

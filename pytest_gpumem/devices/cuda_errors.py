@@ -45,6 +45,12 @@ ERRORS: Final[dict[int, tuple[str, str]]] = {
         "operation not permitted on an event last recorded in a capturing stream",
     ),
 }
+#: The start of an error of TorchScript's interpreter, which ends with the text of the
+#: operator's error. Source: ``InterpreterStateImpl::handleError`` of
+#: ``torch/csrc/jit/runtime/interpreter.cpp``.
+INTERPRETER_FAILED: Final = (
+    "The following operation failed in the TorchScript interpreter."
+)
 _NUMBERS: Final = {name: number for number, (name, _words) in ERRORS.items()}
 #: Source: ``c10/cuda/CUDAMiscFunctions.cpp``, ``get_cuda_error_help``.
 _HELP: Final = (

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import torch
 
 from pytest_gpumem.devices import allocated_bytes
+from pytest_gpumem.devices.cuda_errors import INTERPRETER_FAILED
 from pytest_gpumem.instruments.budget import vram_budget
 from pytest_gpumem.instruments.flavours import is_injected
 from pytest_gpumem.instruments.holders import blocks_on_cards, find_holders
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
 #: The most seconds to wait for threads that a run has left. They would allocate memory in
 #: the next run.
 _PATIENCE_S: Final = 1.0
-#: The start of an error of TorchScript's interpreter.
-_INTERPRETER: Final = "The following operation failed in the TorchScript interpreter."
 _RAISE: Final = dis.opmap["RAISE_VARARGS"]
 
 
@@ -285,7 +284,7 @@ def is_an_oom(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError):
         return True
     text = str(error) if type(error) is RuntimeError else ""
-    return text.startswith(_INTERPRETER) and "CUDA out of memory" in text
+    return text.startswith(INTERPRETER_FAILED) and "CUDA out of memory" in text
 
 
 def _origins(error: BaseException) -> list[BaseException]:

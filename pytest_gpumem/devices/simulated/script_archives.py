@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices.patches import PatchSet
 
-_Scripted: Final[Any] = torch.jit._script.RecursiveScriptModule
+_Recursive: Final[Any] = torch.jit._script.RecursiveScriptModule
 _load: Final[Any] = _serialization.load
-_save: Final[Any] = _Scripted.save
-_save_to_buffer: Final[Any] = _Scripted.save_to_buffer
+_save: Final[Any] = _Recursive.save
+_save_to_buffer: Final[Any] = _Recursive.save_to_buffer
 #: The extra file that names the card of an archive's tensors.
 _NOTE: Final = "pytest_gpumem_device"
 
@@ -38,7 +38,7 @@ _NOTE: Final = "pytest_gpumem_device"
 def patch_archives(patches: PatchSet) -> None:
     """Patch ``torch.jit.load``, and how a scripted module is saved."""
     # The methods of a scripted module are copied into the class of traced ones.
-    for home in (torch.jit.ScriptModule, _Scripted):
+    for home in (torch.jit.ScriptModule, _Recursive):
         patches.set(home, "save", _saved)
         patches.set(home, "save_to_buffer", _saved_to_buffer)
     for home in (torch.jit, _serialization):

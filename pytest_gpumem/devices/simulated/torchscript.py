@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch.jit import _builtins, _recursive
 
+from pytest_gpumem.devices.cuda_errors import INTERPRETER_FAILED
 from pytest_gpumem.devices.simulated.constructors import CONSTRUCTORS
 from pytest_gpumem.devices.simulated.operators.drawing import DROPOUTS
 from pytest_gpumem.devices.simulated.refusals import refuse
@@ -35,8 +36,6 @@ _call: Final[Any] = torch.jit.ScriptFunction.__call__
 _Scripted: Final[Any] = torch.jit.ScriptModule
 _apply_to_module: Final[Any] = torch.nn.Module._apply
 _call_of_module: Final[Any] = torch.nn.Module.__call__
-#: The start of the interpreter's errors.
-_FAILED: Final = "The following operation failed in the TorchScript interpreter."
 #: The folder of this package, whose frames are not those of the code that is run.
 _OURS: Final = str(Path(__file__).parents[2])
 _Recursive: Final[Any] = torch.jit._script.RecursiveScriptModule
@@ -82,7 +81,7 @@ def _interpret(call: Any, *args: Any, **options: Any) -> Any:
         return call(*args, **options)
     except RuntimeError as error:
         text = str(error)
-        if text.startswith(_FAILED) and text.endswith("RuntimeError: \n"):
+        if text.startswith(INTERPRETER_FAILED) and text.endswith("RuntimeError: \n"):
             error.args = (f"{text[:-1]}{last_failure.text}\n",)
             vars(error).update(last_failure.attributes)
         raise
@@ -101,7 +100,7 @@ def _as_interpreter(call: Any, *args: Any, **options: Any) -> Any:
         return call(*args, **options)
     except RuntimeError as error:
         text = str(error)
-        if isinstance(error, GpuMemError) or text.startswith(_FAILED):
+        if isinstance(error, GpuMemError) or text.startswith(INTERPRETER_FAILED):
             raise
         frames = traceback.extract_tb(error.__traceback__)[1:]
         lines = "".join(
@@ -111,7 +110,7 @@ def _as_interpreter(call: Any, *args: Any, **options: Any) -> Any:
             if not each.filename.startswith(_OURS)
         )
         failure = RuntimeError(
-            f"{_FAILED}\nTraceback of TorchScript (most recent call last):\n{lines}"
+            f"{INTERPRETER_FAILED}\nTraceback of TorchScript (most recent call last):\n{lines}"
             f"RuntimeError: {text}\n"
         )
         vars(failure).update(vars(error))
