@@ -24,8 +24,6 @@ REASONS: Final = {
 KNOWN: Final = {
     r"^VitsModel": "it draws some of its random numbers on the host and some on the card, and a card "
     "has a generator of its own",
-    r"[qk]_norm\.weight:|bias_[uv]:": "layers before attention sum its gradient, which lies in memory "
-    "as a card's attention leaves it: the sum is taken in another order",
 }
 
 #: Why models leave bytes, by their names.

@@ -47,7 +47,8 @@ def with_accumulation(func: Any, handler: Handler) -> Handler:
         if not _may_reuse(args) or _is_at_work(*_ADDING):
             return handler(args, kwargs)
         first, second = args
-        summed = _add(first._gpumem_value, second._gpumem_value)
+        values = first._gpumem_value, second._gpumem_value
+        summed = run(func, values, {}, first._gpumem_card, draw=None)
         storage = first._gpumem_value.untyped_storage()
         memory = memory_of(storage)
         if memory is None or summed.untyped_storage().nbytes() != memory.nbytes:

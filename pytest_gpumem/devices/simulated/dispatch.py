@@ -30,6 +30,7 @@ from pytest_gpumem.devices.simulated.foresight import (
     may_allocate,
 )
 from pytest_gpumem.devices.simulated.kernel_types import with_types
+from pytest_gpumem.devices.simulated.layouts import TWICE
 from pytest_gpumem.devices.simulated.memory import Memory, hold, hold_workspace
 from pytest_gpumem.devices.simulated.operands import Operands, is_own_device
 from pytest_gpumem.devices.simulated.operators import find
@@ -141,7 +142,7 @@ def _viewing(func: Any, general: Handler) -> Handler:
     def handler(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         __tracebackhide__ = True
         source = args[0] if args else None
-        if kwargs or type(source) is not SimulatedTensor:
+        if kwargs or TWICE or type(source) is not SimulatedTensor:
             return general(args, kwargs)
         try:
             value = func(source._gpumem_value, *args[1:])

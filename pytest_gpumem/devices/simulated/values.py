@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from pytest_gpumem.devices.simulated.layouts import TWICE, as_on_cpu
 from pytest_gpumem.devices.simulated.refusals import refuse_value
 from pytest_gpumem.devices.simulated.rng import Moving, generator_of
 from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
@@ -145,6 +146,8 @@ def run(
     try:
         if draw is not None and card.value_device != "meta":
             return draw(generator_of(card), args, kwargs)
+        if TWICE and draw is None:
+            return as_on_cpu(func, compute, args, kwargs)
         result = compute(*args, **kwargs)
         if isinstance(draw, Moving):
             draw.note(generator_of(card), args, kwargs, result)

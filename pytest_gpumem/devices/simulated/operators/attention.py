@@ -23,6 +23,7 @@ import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend
 
+from pytest_gpumem.devices.simulated import layouts
 from pytest_gpumem.devices.simulated.capture import on_tape
 from pytest_gpumem.devices.simulated.memory import HOST_ROOM, Memory, hold
 from pytest_gpumem.devices.simulated.operators.composing import only
@@ -400,6 +401,7 @@ class _FusedOnHost:
                     result = self._compute(leaves)
                     self._found = torch.autograd.grad(result, leaves, self._grad)
             grad._gpumem_value.copy_(self._found[index])
+        layouts.note(grad._gpumem_value, self._found[index].stride())
 
 
 class _Attention(torch.autograd.Function):
@@ -459,6 +461,7 @@ class _Attention(torch.autograd.Function):
                     found = torch.autograd.grad(again, leaves, given)
                 for made, computed in zip(grads, found, strict=True):
                     made._gpumem_value.copy_(computed)
+                    layouts.note(made._gpumem_value, computed.stride())
         return (*grads, None, None)[:5] if not grows else (*grads, None)
 
 

@@ -23,8 +23,9 @@ from pytest_gpumem.devices.simulated.tensor import (
     make,
     refresh,
 )
+from pytest_gpumem.devices.simulated.values import run
 
-_aten = torch.ops.aten
+_copies: Any = torch.ops.aten._to_copy.default  # the operator's name
 _set_storage: Any = torch._C.TensorBase.set_  # below Tensor.set_
 
 
@@ -40,10 +41,10 @@ def _to_copy(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if device is None or (
         is_own_device(kwargs, source._gpumem_card) and not is_asked_for()
     ):
-        value = _aten._to_copy.default(  # the operator's name
-            source._gpumem_value, dtype=dtype, memory_format=memory_format
-        )
-        return make(value, source._gpumem_card)
+        value, card = source._gpumem_value, source._gpumem_card
+        options = {"dtype": dtype, "memory_format": memory_format}
+        copied = run(_copies, (value,), options, card, draw=None)
+        return make(copied, card)
     if device.type == "cuda":
         return peer_copy(source, card_of(device.index), dtype=dtype)
     return download(source, dtype=dtype, device=device, memory_format=memory_format)

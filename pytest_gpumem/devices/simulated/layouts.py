@@ -1,0 +1,119 @@
+"""Values whose memory the CPU would lay out in another way than the card does.
+
+Note [Two layouts]
+A value lies in memory as the card's tensor does, because the user sees the card's strides.
+The CPU's attention returns gradients with other strides than CUDA's, and an operator that
+adds numbers up, such as a sum, adds them in the order in which they lie. Its result would
+differ from the CPU's in the last bit. The CPU's strides are therefore noted here, and
+operators on such a value are computed on a copy that has these strides. Their results are
+noted in turn, until both layouts are the same again.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import torch
+
+from pytest_gpumem.devices.simulated.memory import HOST_ROOM
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_tree: Final[Any] = torch.utils._pytree  # no public name
+#: Operators with arguments that are strides: they mean those of the card.
+_STRIDED: Final = ("as_strided", "_reshape_alias", "new_empty_strided")
+
+
+class _Layouts(NamedTuple):
+    """A value, the layout that it has, and the strides that the CPU gives it."""
+
+    value: weakref.ref[torch.Tensor]
+    shape: torch.Size
+    strides: tuple[int, ...]
+    on_cpu: tuple[int, ...]
+
+
+#: The values that have two layouts, by their ids. It is empty most of the time.
+TWICE: Final[dict[int, _Layouts]] = {}
+
+
+def note(value: torch.Tensor, strides: tuple[int, ...]) -> None:
+    """Note the strides that the CPU gives a value, unless it has the same ones."""
+    shape, own = value.shape, value.stride()
+    if value.numel() < 2 or all(  # noqa: PLR2004  # the order of one element is known
+        size == 1 or a == b for size, a, b in zip(shape, own, strides, strict=True)
+    ):
+        return
+    key = id(value)
+    gone = weakref.ref(value, lambda _dead: TWICE.pop(key, None))
+    TWICE[key] = _Layouts(gone, shape, own, strides)
+
+
+def as_on_cpu(
+    func: Any, compute: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+) -> Any:
+    """Compute an operator; operands in two layouts are taken in the CPU's.
+
+    Args:
+        func: The operator.
+        compute: The function that computes its values.
+        args: The positional arguments.
+        kwargs: The keyword arguments.
+
+    Returns:
+        The results, in the layout that the operator gives them on the card.
+    """
+    result = compute(*args, **kwargs)
+    name = func._schema.name.removeprefix("aten::")
+    if func.namespace != "aten" or func._schema.is_mutable or name.startswith(_STRIDED):
+        return result
+    copying = _Copying(device="meta" if func.is_view else "cpu")
+    with HOST_ROOM:
+        inner, options = _tree.tree_map_only(torch.Tensor, copying, (args, kwargs))
+        if not copying.is_used:
+            return result
+        if func.is_view:
+            _note_views(func, inner, options, result)
+            return result
+        on_cpu = _tree.tree_leaves(compute(*inner, **options))
+        for made, other in zip(_tree.tree_leaves(result), on_cpu, strict=True):
+            if isinstance(made, torch.Tensor):
+                made.copy_(other)
+                note(made, other.stride())
+    return result
+
+
+class _Copying:
+    """Copies values that have two layouts into the CPU's layout.
+
+    Args:
+        device: Where the copies are; those on ``meta`` have no values.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        #: Whether a value had two layouts.
+        self.is_used = False
+
+    def __call__(self, value: torch.Tensor) -> torch.Tensor:
+        known = TWICE.get(id(value))
+        if known is None or known[1:3] != (value.shape, value.stride()):
+            return value
+        self.is_used = True
+        copied = torch.empty_strided(
+            known.shape, known.on_cpu, dtype=value.dtype, device=self._device
+        )
+        return copied.copy_(value)
+
+
+def _note_views(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+    """Note the strides of views; where the CPU cannot view, it copies."""
+    views = _tree.tree_leaves(result)
+    try:
+        on_cpu = _tree.tree_leaves(func(*args, **kwargs))
+    except RuntimeError:
+        on_cpu = [torch.empty(each.shape, device="meta") for each in views]
+    for view, other in zip(views, on_cpu, strict=True):
+        note(view, other.stride())
