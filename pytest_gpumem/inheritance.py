@@ -24,6 +24,9 @@ VARIABLE: Final = "PYTEST_GPUMEM_CHILDREN"
 #: Names a file with the models of the hub that children serve too.
 HUB_VARIABLE: Final = "PYTEST_GPUMEM_HUB"
 
+#: Where it is set, no child process is reached, and no file of this package acts in one.
+REFUSAL_VARIABLE: Final = "PYTEST_GPUMEM_NO_CHILDREN"
+
 #: Names the Python that answers as ``nvidia-smi`` on simulated cards.
 PYTHON_VARIABLE: Final = "PYTEST_GPUMEM_PYTHON"
 
@@ -79,7 +82,7 @@ class Inheritance(NamedTuple):
             given = cls(**json.loads(text))
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(
-                f"{VARIABLE} is none that a run of pytest sets ({error}); unset it"
+                f"{VARIABLE} was not set by a run of this version ({error}); unset it"
             ) from None
         wrong = [
             name
@@ -88,7 +91,7 @@ class Inheritance(NamedTuple):
         ]
         if wrong:
             raise ValueError(
-                f"{VARIABLE} is none that a run of pytest sets (its {wrong[0]!r} is of "
+                f"{VARIABLE} was not set by a run of this version (its {wrong[0]!r} is of "
                 "another type); unset it"
             )
         return given._replace(rules=tuple(given.rules))

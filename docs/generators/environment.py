@@ -26,6 +26,8 @@ NOTES: Final = {
     "budgets and rules; not for you to set",
     "PYTEST_GPUMEM_PYTHON": "set by a run on simulated cards: the Python that answers as "
     "`nvidia-smi`; not for you to set",
+    "PYTEST_GPUMEM_NO_CHILDREN": "any value: no run reaches child processes, as with "
+    "`--gpu-no-children`, and the file that Python reads at its start does nothing",
     "PYTEST_GPUMEM_HUB": "set by a run for its child processes, to name the models of the "
     "hub that they serve too; not for you to set",
     "CUDA_VISIBLE_DEVICES": "the visible cards and their order; as CUDA does, a process "

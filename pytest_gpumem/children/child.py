@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _active: Final[list[Child]] = []
 #: Waits for the import of huggingface_hub, if the parent's run serves models.
 _hub: Final[list[AfterImport]] = []
+#: Variables' texts that were no settings. Python may read the file at its start twice.
+_broken: Final[set[str]] = set()
 
 
 def activate() -> None:
@@ -27,11 +29,12 @@ def activate() -> None:
         _hub.append(AfterImport("huggingface_hub", _inherit_hub))
         _hub[0].start()
     text = os.environ.get(VARIABLE)
-    if not text or _active:
+    if not text or _active or text in _broken:
         return
     try:
         child = Child(Inheritance.parse(text))
     except ValueError as error:
+        _broken.add(text)
         sys.stderr.write(f"pytest-gpumem: {error}\n")
         return
     _active.append(child)

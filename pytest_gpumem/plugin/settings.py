@@ -11,6 +11,7 @@ import pytest
 
 from pytest_gpumem.devices.selection import BACKENDS
 from pytest_gpumem.errors import GpuMemError
+from pytest_gpumem.inheritance import REFUSAL_VARIABLE
 from pytest_gpumem.plugin.options import (
     Option,
     is_given,
@@ -355,7 +356,7 @@ class Settings:
     @property
     def reaches_children(self) -> bool:
         """Whether child processes take over the settings."""
-        return not self.no_children
+        return not (self.no_children or os.environ.get(REFUSAL_VARIABLE))
 
     @property
     def inherited(self) -> dict[str, str]:

@@ -18,7 +18,12 @@ from pytest_gpumem.children import child
 from pytest_gpumem.children.notes import MAX_RULES, Note, read_notes, together
 from pytest_gpumem.children.watch import Watch
 from pytest_gpumem.devices.simulated.device import SimulatedDevice
-from pytest_gpumem.inheritance import VARIABLE, Inheritance, pass_budget_on
+from pytest_gpumem.inheritance import (
+    REFUSAL_VARIABLE,
+    VARIABLE,
+    Inheritance,
+    pass_budget_on,
+)
 from pytest_gpumem.records.memory_figures import MemoryFigures
 
 if TYPE_CHECKING:
@@ -48,7 +53,7 @@ def test_settings_survive_the_environment() -> None:
 
     assert given == Inheritance.parse(given.text)
     for text in ("", "[]", "{}", '{"backend": 1, "more": 2}'):
-        with pytest.raises(ValueError, match=f"{VARIABLE} is none"):
+        with pytest.raises(ValueError, match=f"{VARIABLE} was not set by"):
             Inheritance.parse(text)
 
 
@@ -135,11 +140,15 @@ def test_a_broken_variable_is_said_and_survived(
 ) -> None:
     """The process starts all the same."""
     monkeypatch.setenv(VARIABLE, "{}")
+    monkeypatch.setattr(child, "_broken", set())
 
     child.activate()
+    child.activate()  # once is enough to be told
 
     assert [] == child._active
-    assert f"pytest-gpumem: {VARIABLE} is none" in capsys.readouterr().err
+    told = capsys.readouterr().err.splitlines()
+    assert 1 == len(told)
+    assert told[0].startswith(f"pytest-gpumem: {VARIABLE} was not set by a run")
 
 
 # -- figures ------------------------------------------------------------------------------
@@ -232,6 +241,9 @@ def test_the_installed_file_and_the_folder_on_the_path_both_work(
     assert ["own", "False"] == python(look[2:], {**environment, VARIABLE: ""})
     assert ["Tesla K80"] == python(f"{add}{ASK}", isolated)
     assert ["False"] == python(f"{add}{look[2:]}", {**isolated, VARIABLE: ""})
+    refused = {REFUSAL_VARIABLE: "1"}
+    assert ["False"] == python(f"{add}{look[2:]}", {**isolated, **refused})
+    assert ["own", "False"] == python(look[2:], {**reached, **refused})
     assert 1 == len(line.splitlines())
 
 
@@ -359,8 +371,10 @@ def test_tests_children_are_in_a_run(pytester: pytest.Pytester) -> None:
     assert before == after
 
 
-def test_children_can_be_left_alone(pytester: pytest.Pytester) -> None:
-    """By an option; and a run whose backend is off says nothing to its children."""
+def test_children_can_be_left_alone(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By an option or a variable; and a run whose backend is off says nothing to its children."""
     pytester.makepyfile(
         test_it=f"""
         import os
@@ -372,6 +386,8 @@ def test_children_can_be_left_alone(pytester: pytest.Pytester) -> None:
 
     for option in ("--gpu-no-children", "--gpu-backend=off"):
         pytester.runpytest_inprocess(option).assert_outcomes(passed=1)
+    monkeypatch.setenv(REFUSAL_VARIABLE, "1")
+    pytester.runpytest_inprocess().assert_outcomes(passed=1)
 
 
 def test_more_rules_than_a_note_counts_are_no_trouble(

@@ -23,7 +23,9 @@ def _activate() -> None:
         sys.path.remove(root)
 
 
-if os.environ.get("PYTEST_GPUMEM_CHILDREN") or os.environ.get("PYTEST_GPUMEM_HUB"):
+if not os.environ.get("PYTEST_GPUMEM_NO_CHILDREN") and (
+    os.environ.get("PYTEST_GPUMEM_CHILDREN") or os.environ.get("PYTEST_GPUMEM_HUB")
+):
     _activate()
 sys.path[:] = [
     each
