@@ -8,6 +8,7 @@ import io
 import pickle
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -409,3 +410,70 @@ def test_fake_tensors_of_a_card_take_no_part_in_autograd() -> None:
             fake.requires_grad = True
         with pytest.raises(UnsupportedOnSimulatedDeviceError):
             nn.Linear(2, 2, device="cuda")
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        "0",
+        "-1, ..., None",
+        "1:, 2",
+        "::2",
+        "()",
+        "True",
+        "False",
+        "rows",
+        ":, rows",
+        "rows, None",
+        "rows.view(2, 1), rows",
+        "1:3, rows",
+        "[0, 1]",
+        "np.array([0, 1])",
+        "np.int64(1)",
+        "host",
+        "mask",
+        "number",
+        "9",
+        "0, 0, 0",
+        "'a'",
+    ],
+)
+def test_a_fake_tensor_is_indexed(index: str) -> None:
+    """As a fake tensor of the host: the same shape, strides and class, or error."""
+    seen = []
+    for device in ("cpu", "cuda"):
+        with FakeTensorMode():
+            names = {
+                "np": np,
+                "x": torch.empty(4, 5, device=device),
+                "rows": torch.empty(2, dtype=torch.int64, device=device),
+                "mask": torch.empty(4, 5, dtype=torch.bool, device=device),
+                "number": torch.empty((), dtype=torch.int64, device=device),
+                "host": torch.empty(2, dtype=torch.int64),
+            }
+            found: list[Any] = []
+            try:
+                part = eval(f"x[{index}]", names)  # noqa: S307  # the test's own text
+                assert part.device.type == device
+                found.append((part.shape, part.stride(), type(part)))
+            except (IndexError, RuntimeError, TypeError, ValueError) as error:
+                found.append(type(error))
+            try:
+                exec(f"x[{index}] = 1.5", names)  # noqa: S102  # the test's own text
+            except (IndexError, RuntimeError, TypeError, ValueError) as error:
+                found.append(type(error))
+            seen.append(found)
+
+    assert seen[1] == seen[0]
+
+
+def test_a_fake_tensor_gets_a_tensor_at_an_index() -> None:
+    """The value may be a fake tensor of the same card."""
+    with FakeTensorMode():
+        target = torch.empty(4, 5, device="cuda")
+        rows = torch.empty(2, dtype=torch.int64, device="cuda")
+        target[rows] = torch.empty(5, device="cuda")
+        target[:, rows] = torch.empty(4, 2, device="cuda")
+        target[1:] = torch.empty(3, 5, device="cuda")
+
+        assert target.device == torch.device("cuda:0")

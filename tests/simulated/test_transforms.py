@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,6 +22,7 @@ from torch.func import (
     vmap,
 )
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional
 from versions import since
 
 from pytest_gpumem.devices.simulated.install import simulated_device
@@ -354,3 +356,92 @@ def test_a_host_tensor_of_the_user_has_no_formula() -> None:
     """What forward AD may make itself is 1; other values are the program's own."""
     with forward_ad.dual_level(), pytest.raises(RuntimeError, match="same device"):
         torch.cat([torch.ones(1, device="cuda"), torch.zeros(1)])
+
+
+#: Operators that are computed on the host as a whole, or whose formulas make tensors there.
+COMPOSED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "householder_product": lambda x: torch.linalg.householder_product(x, x[0]),
+    "combinations": lambda x: torch.combinations(x[0]),
+    "cond": torch.linalg.cond,
+    "cumprod": lambda x: x.cumprod(1),
+    "prod": torch.prod,
+    "prod of a dimension": lambda x: x.prod(-1),
+    "quantile": lambda x: torch.quantile(x, 0.3),
+}
+#: The same without gradients.
+WHOLE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "matrix_rank": torch.linalg.matrix_rank,
+    "matrix_rank of a symmetric matrix": lambda x: torch.linalg.matrix_rank(
+        x.mT @ x, hermitian=True
+    ),
+    "matrix_rank with a tolerance": lambda x: torch.linalg.matrix_rank(x, atol=0.5),
+    "one_hot": lambda x: functional.one_hot(x.flatten().argsort(), 20),
+    "vander": lambda x: torch.vander(x[0]),
+}
+
+
+def _same(function: Any, *shape: int) -> None:
+    """Check that a function gives the CPU's tensors on a card."""
+    source = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    expected = torch.utils._pytree.tree_leaves(function(source))
+
+    found = torch.utils._pytree.tree_leaves(function(source.cuda()))
+
+    for ours, its in zip(found, expected, strict=True):
+        assert ours.is_cuda
+        assert torch.equal(ours.cpu(), its)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", COMPOSED)
+def test_an_operator_computed_on_the_host_is_transformed(name: str) -> None:
+    """Its operands come in the wrappers of the transforms."""
+    function = COMPOSED[name]
+
+    def total(x: torch.Tensor) -> torch.Tensor:
+        return function(x).sum()
+
+    _same(lambda x: jvp(function, (x,), (x * 2,)), 4, 3)
+    _same(grad(total), 4, 3)
+    _same(vmap(function), 2, 4, 3)
+    _same(vmap(grad(total)), 2, 4, 3)
+    if name != "householder_product":  # it has no batching rule, also on the host
+        _same(hessian(total), 4, 3)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", WHOLE)
+def test_an_operator_without_gradients_is_batched(name: str) -> None:
+    """Its rule for ``vmap`` would make tensors on the host."""
+    _same(vmap(WHOLE[name]), 2, 4, 3)
+    _same(vmap(vmap(WHOLE[name], in_dims=1)), 2, 4, 5, 3)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [[[1.0, 2.0], [3.0, 4.0]], [[0.0, 2.0], [3.0, 0.0]], [[0.0, 2.0], [3.0, 4.0]]],
+)
+@pytest.mark.parametrize("infinite", [False, True])
+def test_gradients_of_products_are_the_cpus(
+    rows: list[list[float]], *, infinite: bool
+) -> None:
+    """An infinite factor gives NaN if no factor is 0, as on a card."""
+    if infinite:
+        rows = [*rows, [math.inf, 5.0]]
+
+    def gradients(device: str) -> list[torch.Tensor]:
+        source = torch.tensor(rows, device=device, requires_grad=True)
+        found = []
+        for way in (
+            torch.prod,
+            lambda x: x.prod(1),
+            lambda x: x.prod(0, keepdim=True),
+            lambda x: x.prod(dim=1, dtype=torch.float64),
+            lambda x: torch.masked.prod(x, 1, mask=x.detach() > 1),
+        ):
+            (first,) = torch.autograd.grad(way(source).sum(), source, create_graph=True)
+            found += [first, *torch.autograd.grad(first.sum(), source)]
+        return found
+
+    for ours, its in zip(gradients("cuda"), gradients("cpu"), strict=True):
+        torch.testing.assert_close(ours.cpu(), its, rtol=0, atol=0, equal_nan=True)

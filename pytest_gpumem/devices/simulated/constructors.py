@@ -14,10 +14,10 @@ import torch
 from torch.utils._device import DeviceContext
 
 from pytest_gpumem.devices.default_device import clear_default_device
+from pytest_gpumem.devices.simulated.fake_tensors import checked
 from pytest_gpumem.devices.simulated.methods import cuda_device, mark_pinned
 from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.devices.simulated.rng import GeneratorName, check_generator
-from pytest_gpumem.devices.simulated.subclasses import checked
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 from pytest_gpumem.devices.simulated.typed import wanted
 from pytest_gpumem.devices.simulated.warned import relayed

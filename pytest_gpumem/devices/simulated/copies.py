@@ -6,6 +6,7 @@ import threading
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from pytest_gpumem.devices.simulated.capture import on_tape
@@ -54,6 +55,20 @@ def _is_traced() -> bool:
         return False
     top = _functorch.peek_interpreter_stack()
     return bool(top.key() == _functorch.TransformType.Functionalize)
+
+
+def _is_in_kernel() -> bool:
+    """Return whether a transform of ``torch.func`` runs an operator's kernel.
+
+    It has taken its wrappers for this level off the operands of the operators that the
+    kernel calls, and sees only what autograd records.
+
+    Source: ``keysToExcludeWhenEnteringDynamicLayer`` of
+    ``aten/src/ATen/functorch/DynamicLayer.cpp``.
+    """
+    excluded = torch._C._dispatch_tls_local_exclude_set()  # no public API
+    entered: bool = excluded.has(torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode)
+    return entered
 
 
 def _each_moved(
@@ -206,6 +221,14 @@ class _Move(torch.autograd.Function):
         return _Move.apply(source, *goal), in_dims[0]  # type: ignore[no-untyped-call]  # torch's
 
 
+def _recorded(*operands: Any) -> Any:
+    """Apply ``_Move`` as autograd does when no transform is active."""
+    __tracebackhide__ = True
+    apply: Any = super(torch.autograd.Function, _Move).apply
+    with enable_single_level_autograd_function():  # no public API
+        return apply(*operands)
+
+
 def _move(
     source: torch.Tensor,
     device: torch.device,
@@ -214,7 +237,7 @@ def _move(
 ) -> torch.Tensor:
     """Copy a tensor to a device, without autograd."""
     __tracebackhide__ = True
-    if runs_itself(source) or _is_traced():
+    if runs_itself(source) or _is_traced() or _is_in_kernel():
         options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
         if memory_format is not torch.preserve_format:
             options["memory_format"] = memory_format
@@ -252,6 +275,7 @@ def moved(
     is_seen = source.requires_grad and torch.is_grad_enabled()
     is_dual = forward_ad._current_level >= 0  # no public API
     if is_seen or is_dual or (are_transforms_active() and not _is_traced()):
-        result: torch.Tensor = _Move.apply(source, device, dtype, memory_format)  # type: ignore[no-untyped-call]  # torch's
+        apply: Any = _recorded if _is_in_kernel() else _Move.apply
+        result: torch.Tensor = apply(source, device, dtype, memory_format)
         return result
     return _move(source, device, dtype, memory_format)

@@ -16,6 +16,7 @@ from pytest_gpumem.devices.simulated import autocast
 from pytest_gpumem.devices.simulated.machine import SimulatedCard, card_of
 from pytest_gpumem.devices.simulated.memory import HOST_ROOM, Memory, hold
 from pytest_gpumem.devices.simulated.operators import overloads
+from pytest_gpumem.devices.simulated.operators.batching import by_slices
 from pytest_gpumem.devices.simulated.refusals import refuse_value, refusing
 from pytest_gpumem.devices.simulated.tensor import HANDLERS, make
 
@@ -146,8 +147,11 @@ def register_kernels() -> torch.library.Library:
             if operator.has_cuda_kernel and not overload._schema.is_mutable:
                 # Autograd decomposes an operator unless the backend has a kernel for it.
                 library.impl(name, _own_kernel(overload), "CUDA")
-            kernel = operator.composed and operator.composed(overload)
+            make_kernel = operator.composed or operator.formula
+            kernel = make_kernel and make_kernel(overload)
             if kernel:
                 library.impl(name, kernel, "AutogradCUDA")
+            if operator.in_slices and not overload._schema.is_mutable:
+                library.impl(name, by_slices(overload), "FuncTorchBatched")
         autocast.register_casts(library)
     return library

@@ -18,6 +18,7 @@ from pytest_gpumem.devices.simulated import (
     dispatch,
     distributed,
     factories,
+    fake_tensors,
     gradients,
     graphs,
     handover,
@@ -124,6 +125,7 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
     yield torch._C._nn, "_parse_to", parse_to
     yield from distributed.REPLACEMENTS
     yield from compiling.REPLACEMENTS
+    yield from fake_tensors.REPLACEMENTS
     yield from gradients.REPLACEMENTS
     yield from graphs.REPLACEMENTS
     yield from handover.REPLACEMENTS

@@ -21,9 +21,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from pytest_gpumem.devices.simulated.fake_tensors import checked
 from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.memory import memory_of
-from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.devices.simulated.tensor import (
     DEVICES,
     HANDLERS,
@@ -202,41 +202,6 @@ def new_parameter(
     return _new_parameter(cls, data, requires_grad)
 
 
-def checked(tensor: Any) -> Any:
-    """Refuse a fake tensor on a card that takes part in autograd: C++ would abort."""
-    __tracebackhide__ = True
-    if isinstance(tensor, FakeTensor) and tensor.device.type == "cuda":
-        refuse("FakeTensorMode.from_tensor")
-    return tensor
-
-
-def _require_grad_of_fake(self: Any, wanted: bool = True) -> Any:  # noqa: FBT001, FBT002  # torch's signature
-    __tracebackhide__ = True
-    return _base.requires_grad_(checked(self) if wanted else self, wanted)
-
-
-def _set_grad_of_fake(self: Any, wanted: bool) -> None:  # noqa: FBT001  # a setter
-    __tracebackhide__ = True
-    _base.requires_grad.__set__(checked(self) if wanted else self, wanted)
-
-
-def _copy_into_fake(
-    self: Any,
-    source: torch.Tensor,
-    non_blocking: bool = False,  # noqa: FBT001, FBT002  # torch's signature
-) -> Any:
-    """Run ``copy_`` of a fake tensor without switching to its device in C++.
-
-    torch's own decompositions call it, such as that of ``uniform_``, when ``DTensor``
-    looks for the shapes of a result. The method needs a device guard, and a build for
-    CPUs has none for CUDA; the operator needs none.
-    """
-    __tracebackhide__ = True
-    if self.device.type != "cuda":
-        return _base.copy_(self, source, non_blocking)
-    return torch.ops.aten.copy_.default(self, source, non_blocking)
-
-
 # -- operators ------------------------------------------------------------------------
 
 
@@ -297,11 +262,4 @@ EVERY_CLASS: Final[dict[str, Any]] = {
 REPLACEMENTS: Final[tuple[tuple[Any, str, Any], ...]] = (
     *((torch.Tensor, name, value) for name, value in EVERY_CLASS.items()),
     (torch.nn.Parameter, "__new__", staticmethod(new_parameter)),
-    (FakeTensor, "copy_", _copy_into_fake),
-    (FakeTensor, "requires_grad_", _require_grad_of_fake),
-    (
-        FakeTensor,
-        "requires_grad",
-        property(_base.requires_grad.__get__, _set_grad_of_fake),
-    ),
 )

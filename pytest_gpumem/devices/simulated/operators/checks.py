@@ -128,10 +128,20 @@ def _is_of_formula(tensor: torch.Tensor) -> bool:
         type(tensor) is torch.Tensor
         and (forward_ad._current_level >= 0 or are_transforms_active())  # no public API
         and tensor.is_cpu
-        and not any(tensor.stride())
+        and _is_expanded(tensor)
         and tensor.untyped_storage().nbytes() == tensor.itemsize
         and bool((tensor == 0).all() or (tensor == 1).all())
     )
+
+
+def _is_expanded(tensor: torch.Tensor) -> bool:
+    """Return whether all elements are one number; new dimensions of 1 have any stride."""
+    strides = [
+        stride
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        if size != 1
+    ]
+    return not any(strides or tensor.stride())
 
 
 def declared(func: Any, places: list[Operand]) -> None:

@@ -10,6 +10,7 @@ kernel for an overload, or None if the overload needs none.
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,6 @@ from pytest_gpumem.devices.simulated.copies import moved
 from pytest_gpumem.devices.simulated.kernel_types import HALVES, refuse_backend
 from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.refusals import refusing
-from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -27,6 +27,21 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.operators.registry import Kernel
 
 _DENSE = torch.contiguous_format
+#: The bits of a set of keys that name a device: a card, and the CPU.
+_OF_CARDS, _OF_CPU = (
+    torch._C.DispatchKeySet(own).raw_repr() & ~torch._C.DispatchKeySet(other).raw_repr()
+    for own, other in itertools.permutations(
+        (torch._C.DispatchKey.CUDA, torch._C.DispatchKey.CPU)
+    )
+)
+#: The bits of autograd's keys, and of those below.
+_BELOW = (
+    1
+    << torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradCPU).raw_repr().bit_length()
+) - 1
+
+#: Keys below autograd that have no kernel for an operator that returns new tensors.
+_FALLING_THROUGH = ("ADInplaceOrView", "BackendSelect")
 
 
 def packing(func: Any) -> Kernel | None:
@@ -121,14 +136,43 @@ def on_host(func: Any) -> Kernel:
     host = torch.device("cpu")
 
     def down(value: Any) -> Any:
-        return moved(value, host) if isinstance(value, SimulatedTensor) else value
+        return moved(value, host) if _is_on_card(value) else value
 
     def kernel(*args: Any, **options: Any) -> Any:
         operands = (*args, *options.values())
-        cards = [each.device for each in operands if isinstance(each, SimulatedTensor)]
+        cards = [each.device for each in operands if _is_on_card(each)]
         with on_tape(card_of(cards[0].index)):
             options = {name: down(value) for name, value in options.items()}
             return moved(func(*(down(each) for each in args), **options), cards[0])
+
+    return kernel
+
+
+def _is_on_card(value: Any) -> bool:
+    """Return whether a value is a card's tensor, also inside a transform's wrapper."""
+    return isinstance(value, torch.Tensor) and value.is_cuda
+
+
+def by_formula(func: Any) -> Kernel:
+    """Run torch's own formulas of an overload, which a ``composed`` kernel replaces.
+
+    C++ has the same formulas for every device. The overload is dispatched as for a tensor
+    of the CPU until autograd has seen it.
+    """
+
+    def kernel(*args: Any, **options: Any) -> Any:
+        __tracebackhide__ = True
+        operands = (*args, *options.values())
+        first = next(each for each in operands if _is_on_card(each))
+        keys = torch._C._dispatch_keys(first)
+        keys = keys | torch._C._dispatch_tls_local_include_set()
+        keys = keys - torch._C._dispatch_tls_local_exclude_set()
+        for name in _FALLING_THROUGH:
+            keys = keys.remove(getattr(torch._C.DispatchKey, name))
+        kept = keys.raw_repr() & ~_OF_CARDS & _BELOW | _OF_CPU
+        return func.redispatch(
+            torch._C.DispatchKeySet.from_raw_repr(kept), *args, **options
+        )
 
     return kernel
 

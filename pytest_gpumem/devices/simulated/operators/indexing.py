@@ -231,6 +231,7 @@ register(
 register(
     "combinations one_hot",
     composed=on_host,
+    in_slices=True,
     source="Itertools.cpp and Onehot.cpp: helpers by tensor.options()",
 )
 

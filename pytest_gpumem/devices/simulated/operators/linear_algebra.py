@@ -10,6 +10,7 @@ import torch
 
 from pytest_gpumem.devices.simulated.kernel_types import INTEGERS, lacking
 from pytest_gpumem.devices.simulated.operators.composing import (
+    by_formula,
     into_out,
     landing,
     on_host,
@@ -484,6 +485,7 @@ for _name, _values in (("linalg_eigvalsh", _eigvalsh), ("linalg_svdvals", _svdva
 register(
     "linalg_matrix_rank",
     composed=lambda func: into_out(func, casts=True) or on_host(func),
+    in_slices=True,
     source=_COMPOSED,
 )
 register("linalg_cond linalg_matrix_norm", composed=landing, source=_COMPOSED)
@@ -507,6 +509,27 @@ register(
     source="LinearAlgebra.cpp, get_atol_rtol",
 )
 register("vander", composed=on_host, source=_COMPOSED)
+
+
+def _reflecting(func: Any) -> Kernel | None:
+    """Compute tangents on the host: their formula makes several tensors there."""
+    host, formula = on_host(func), by_formula(func)
+
+    def kernel(*args: Any, **options: Any) -> Any:
+        __tracebackhide__ = True
+        has_tangents = (
+            torch.autograd.forward_ad._current_level >= 0
+        )  # no public function
+        return (host if has_tangents else formula)(*args, **options)
+
+    return into_out(func) or kernel
+
+
+register(
+    "linalg_householder_product",
+    formula=_reflecting,
+    source="FunctionsManual.cpp, householder_product_jvp",
+)
 
 # The CPU's kernels ignore the strides of ``out=`` and write outside its memory.
 register("tril triu", compute=packing, source="cuda/TriangularOps.cu")

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytest_gpumem.devices.simulated.kernel_types import HALVES
-from pytest_gpumem.devices.simulated.operators.composing import only
+from pytest_gpumem.devices.simulated.operators.checks import are_formulas_active
+from pytest_gpumem.devices.simulated.operators.composing import by_formula, only
 from pytest_gpumem.devices.simulated.operators.registry import register
 from pytest_gpumem.devices.simulated.operators.requests import (
     Free,
@@ -207,10 +208,104 @@ register(
     requests=_reducing,
     source=_KERNEL,
 )
+
+
+class _Product(torch.autograd.Function):
+    """The product, whose gradient divides by the operand if it has no zeros.
+
+    For a subclass of Tensor, C++ takes the way for operands with zeros, which gives other
+    bits, and other results for infinite numbers.
+
+    Source: ``prod_backward`` of ``torch/csrc/autograd/FunctionsManual.cpp``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        operand: torch.Tensor,
+        dim: int | None,
+        keepdim: bool,  # noqa: FBT001  # autograd passes positional arguments
+        dtype: Any,
+    ) -> torch.Tensor:
+        __tracebackhide__ = True
+        reduced = () if dim is None else (dim, keepdim)
+        result: torch.Tensor = torch.prod(operand, *reduced, dtype=dtype)
+        ctx.save_for_backward(operand, result)
+        ctx.dim, ctx.keepdim = dim, keepdim
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        __tracebackhide__ = True
+        operand, result = ctx.saved_tensors
+        operand, dim = operand.to(grad.dtype), ctx.dim
+        if dim is not None and not ctx.keepdim:
+            grad, result = grad.unsqueeze(dim), result.unsqueeze(dim)
+        zeros = operand == 0
+        count = len(zeros.nonzero()) if dim is None else _total(zeros, dim)
+        del zeros
+        if not count:
+            return grad * (result / operand).conj(), None, None, None
+        if dim is None:
+            if count > 1 and not torch.is_grad_enabled():
+                return torch.zeros_like(operand), None, None, None
+            flat = operand.contiguous().view(-1)
+            found = _with_zeros(grad, flat, 0).view_as(operand)
+        else:
+            found = _with_zeros(grad, operand, dim)
+        return found, None, None, None
+
+
+def _total(zeros: torch.Tensor, dim: int) -> int:
+    return int(zeros.sum(dim, keepdim=True).sum())
+
+
+def _with_zeros(grad: torch.Tensor, operand: torch.Tensor, dim: int) -> torch.Tensor:
+    """Return the gradient of a product of factors that may be 0.
+
+    Source: ``prod_safe_zeros_backward``.
+    """
+    if not operand.numel():
+        return torch.zeros_like(operand)
+    if operand.shape[dim] == 1:
+        return grad
+    ones = torch.ones_like(operand.narrow(dim, 0, 1))
+    last = operand.shape[dim] - 1
+    before = torch.cat((ones, operand.narrow(dim, 0, last)), dim).cumprod(dim)
+    after = torch.cat((ones, operand.narrow(dim, 1, last).flip(dim)), dim)
+    after = after.cumprod(dim).flip(dim)
+    return grad * (before * after).conj()
+
+
+def _multiplied(func: Any) -> Callable[..., Any] | None:
+    """Multiply with ``_Product``, unless a formula other than the gradient's is needed."""
+    names = {"default": (), "dim_int": ("dim", "keepdim")}.get(func._overloadname)
+    if names is None:
+        return None
+    formula = by_formula(func)
+
+    def kernel(
+        source: torch.Tensor,
+        *args: Any,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> Any:
+        __tracebackhide__ = True
+        is_plain = source.dim() > 0 and not source.is_meta and not are_formulas_active()
+        if not is_plain or not source.requires_grad or not torch.is_grad_enabled():
+            return formula(source, *args, dtype=dtype, **options)
+        given = {"dim": None, "keepdim": False, **dict(zip(names, args, strict=False))}
+        given |= options
+        return _Product.apply(source, given["dim"], given["keepdim"], dtype)  # type: ignore[no-untyped-call]  # torch's
+
+    return kernel
+
+
 register(
     "prod",
     requests=_reducing,
-    source=_KERNEL,
+    formula=_multiplied,
+    source=f"{_KERNEL}; FunctionsManual.cpp, prod_backward",
 )
 register("mean", requests=_reducing, source=_KERNEL)
 

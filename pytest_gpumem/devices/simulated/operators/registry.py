@@ -57,6 +57,8 @@ class Operator:
             other operators, above autograd; None for an overload that needs none.
         decomposed: As ``composed``, but below autograd: for an operator that C++ composes
             on a card, and whose gradient autograd knows as a whole.
+        formula: As ``composed``, but for autograd alone: below it, the operator runs as a
+            whole.
         handler: Runs the operator instead of everything else; it takes the positional
             and the keyword arguments.
         around: Wraps the handler of an overload.
@@ -65,6 +67,7 @@ class Operator:
             have made the tensor itself: in a formula of forward AD, or in a rule of
             ``vmap``, it makes tensors on the device that it sees.
         takes_host: Whether host tensors may be mixed with a card's tensors.
+        in_slices: Whether ``vmap`` runs the operator slice by slice (``batching.py``).
         has_cuda_kernel: Whether a card has a kernel for an operator that is composed on
             other devices.
         uses_cublas: Whether the kernel takes a cuBLAS handle, with its workspace.
@@ -88,11 +91,13 @@ class Operator:
     draws_nothing: bool = False
     composed: Callable[[Any], Kernel | None] | None = None
     decomposed: Callable[[Any], Kernel | None] | None = None
+    formula: Callable[[Any], Kernel | None] | None = None
     handler: Handler | None = None
     around: Callable[[Any, Handler], Handler] | None = None
     check: Callable[[Any, list[Operand]], None] | None = None
     helper: Callable[[str, torch.Tensor], bool] | None = None
     takes_host: bool = False
+    in_slices: bool = False
     has_cuda_kernel: bool = False
     uses_cublas: bool = False
     resizes: bool = False
@@ -147,6 +152,7 @@ def find(func: Any) -> Operator:
             compute=None,
             composed=None,
             decomposed=None,
+            formula=None,
             handler=None,
             around=None,
         )
