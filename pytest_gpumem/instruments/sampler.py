@@ -1,4 +1,4 @@
-"""Samples NVML in a thread over a block of code, and keeps the peaks."""
+"""Samples figures in a thread over a block of code, and keeps the peaks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from pytest_gpumem.devices.active import active_device
 from pytest_gpumem.devices.nvml import Reading
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices import Device, Tracker
     from pytest_gpumem.records.memory_figures import MemoryFigures
 
+_S = TypeVar("_S", bound="Sampler")
+
 #: Seconds between two samples.
 PERIOD_S: Final = 0.05
 #: After a sample the thread waits this many times the sample's processor time, so that
@@ -25,7 +27,65 @@ PERIOD_S: Final = 0.05
 _REST: Final = 100
 
 
-class MemorySampler:
+class Sampler:
+    """Take samples in a thread, over a block.
+
+    The thread is stopped while the process is forked.
+
+    Args:
+        period_s: The least seconds between two samples; more if a sample takes long.
+    """
+
+    def __init__(self, period_s: float) -> None:
+        self._period_s: Final = period_s
+        self._wake: Final = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def sample(self) -> None:
+        """Take a sample now."""
+        raise NotImplementedError
+
+    def __enter__(self: _S) -> _S:  # noqa: PYI019  # Self needs Python 3.11
+        self.sample()
+        _register()
+        _active.append(self)
+        self.resume()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the last sample; safe to call twice."""
+        if self in _active:
+            _active.remove(self)
+            self.pause()
+            self.sample()
+
+    def pause(self) -> None:
+        """Stop the thread."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._wake.set()
+            thread.join()
+
+    def resume(self) -> None:
+        """Start the thread."""
+        self._wake.clear()
+        self._thread = threading.Thread(
+            target=self._run, name="gpumem-sampler", daemon=True
+        )
+        self._thread.start()
+
+    def _run(self) -> None:
+        rest_s = self._period_s
+        while not self._wake.wait(rest_s):
+            before_s = time.thread_time()
+            self.sample()
+            rest_s = rest_after(time.thread_time() - before_s, self._period_s)
+
+
+class MemorySampler(Sampler):
     """Sample NVML's bytes of this process and of every card, over a block.
 
     Args:
@@ -48,30 +108,11 @@ class MemorySampler:
     def __init__(
         self, *, device: Device | None = None, period_s: float = PERIOD_S
     ) -> None:
+        super().__init__(period_s)
         self._device: Final = active_device() if device is None else device
-        self._period_s: Final = period_s
-        self._wake: Final = threading.Event()
-        self._thread: threading.Thread | None = None
         self._last: Final[dict[int, Reading]] = {}
         self._most: Final[dict[int, tuple[int, int]]] = {}
         self._lock: Final = threading.Lock()
-
-    def __enter__(self) -> MemorySampler:  # noqa: PYI034  # Self needs Python 3.11
-        self.sample()
-        _register()
-        _active.append(self)
-        self.resume()
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Take the last sample; safe to call twice."""
-        if self in _active:
-            _active.remove(self)
-            self.pause()
-            self.sample()
 
     def peak(self, index: int) -> Reading:
         """Return the largest samples of a card so far.
@@ -98,28 +139,6 @@ class MemorySampler:
                     max(process, now.process_bytes or 0),
                     max(card, now.card_bytes or 0),
                 )
-
-    def pause(self) -> None:
-        """Stop the thread."""
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            self._wake.set()
-            thread.join()
-
-    def resume(self) -> None:
-        """Start the thread."""
-        self._wake.clear()
-        self._thread = threading.Thread(
-            target=self._run, name="gpumem-sampler", daemon=True
-        )
-        self._thread.start()
-
-    def _run(self) -> None:
-        rest_s = self._period_s
-        while not self._wake.wait(rest_s):
-            before_s = time.thread_time()
-            self.sample()
-            rest_s = rest_after(time.thread_time() - before_s, self._period_s)
 
 
 def rest_after(spent_s: float, period_s: float) -> float:
@@ -168,7 +187,7 @@ def sampled(device: Device, trackers: Sequence[Tracker]) -> list[Tracker]:
     ]
 
 
-_active: Final[list[MemorySampler]] = []
+_active: Final[list[Sampler]] = []
 
 
 def _pause_all() -> None:

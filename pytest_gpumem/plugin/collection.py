@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from pytest_gpumem.plugin import marks
+from pytest_gpumem.plugin.host_memory import HostMemory
 from pytest_gpumem.plugin.oom_sections import Incidents
 from pytest_gpumem.plugin.phases import Phases
 from pytest_gpumem.plugin.shrunk_batches import ShrunkBatches
@@ -43,6 +44,7 @@ class Collection:
         self.markers: Final[dict[pytest.Item, marks.Markers]] = {}
         self._fixtures: Final = WiderFixtures(run)
         self.incidents: Final = Incidents(run)
+        self._host: Final = HostMemory(run, self.markers)
         self.phases: Final = Phases(run, self.markers, self._fixtures)
         run.on_device = self._device_came
 
@@ -189,6 +191,13 @@ class Collection:
         self.incidents.listeners.append(shrunk.note)
         self._manager.register(shrunk, "gpumem-shrunk-batches")
         self._manager.register(self.phases, "gpumem-phases")
+        settings = self._run.settings
+        budgets = (
+            settings.host_budget,
+            *(m.host_budget for m in self.markers.values()),
+        )
+        if settings.reports or any(budgets):
+            self._manager.register(self._host, "gpumem-host-memory")
         if self._run.device is not None:
             self._attach(self._run.device)
 
@@ -204,4 +213,5 @@ class Collection:
         device = self._run.any_device()
         if self._is_registered:
             self._attach(device)
+            self._host.device_came()
             self.phases.device_came(device)

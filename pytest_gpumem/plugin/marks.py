@@ -25,8 +25,9 @@ PHASES: Final = ("call", "test", "children")
 
 DESCRIPTIONS: Final = (
     "gpu: needs a real CUDA card; the test is skipped where there is none",
-    "gpu_budget(size, *, device=0): bytes of a card that this test may hold, "
-    "inclusive; overrides --gpu-budget",
+    "gpu_budget(size=None, *, device=0, host=None): bytes of a card that this test may "
+    "hold, inclusive; overrides --gpu-budget; host: bytes that it may add to the host's "
+    "memory; overrides --gpu-host-budget",
     "max_vram(limit, *, metric='allocated', device=None, phase='call'): fail the test "
     "if its peak is above the limit; metric is allocated, reserved, process, "
     "fragmented or activations, device a card's index (None: each), phase call, test (setup and "
@@ -56,6 +57,13 @@ class Budget(NamedTuple):
 
     size: SizeSpec
     device_index: int
+
+
+class _BudgetMark(NamedTuple):
+    """The arguments of one ``gpu_budget``: a share of a card, of the host, or of both."""
+
+    budget: Budget | None
+    host_bytes: int | None
 
 
 class Leak(NamedTuple):
@@ -101,8 +109,16 @@ def _device(value: Any) -> int:
     return value
 
 
-def _budget(size: Any, *, device: Any = 0) -> Budget:
-    return Budget(_size(size), _device(device))
+def _budget(size: Any = None, *, device: Any = 0, host: Any = None) -> _BudgetMark:
+    from pytest_gpumem.sizes import parse_size
+
+    if size is None and host is None:
+        raise TypeError("give a size of the card, such as '4GiB', or host='8GiB'")
+    index = _device(device)
+    return _BudgetMark(
+        None if size is None else Budget(_size(size), index),
+        None if host is None else parse_size(host),
+    )
 
 
 def _requirement(size: Any, *, device: Any = 0) -> Requirement:
@@ -200,6 +216,7 @@ class Markers(NamedTuple):
     sweep: dict[str, Any] | None = None
     requirements: tuple[Requirement, ...] = ()
     alone_on: tuple[int | None, ...] = ()
+    host_budget: int | None = None
 
 
 def read_markers(
@@ -223,7 +240,10 @@ def read_markers(
     sweep, is_wanted = _sweep_of(item, sweeps_on_demand=sweeps_on_demand)
     return Markers(
         needs_card=bool(read["gpu"]),
-        budgets=tuple(read["gpu_budget"]),
+        budgets=tuple(each.budget for each in read["gpu_budget"] if each.budget),
+        host_budget=next(
+            (each.host_bytes for each in read["gpu_budget"] if each.host_bytes), None
+        ),
         limits=_distinct(read["max_vram"]),
         requirements=tuple(read["requires_vram"]),
         alone_on=tuple(read["gpu_exclusive"]),

@@ -167,6 +167,14 @@ class Settings:
         help="bytes of the card that a test may hold, inclusive: 4GiB, 4GB, 512MiB, 50%% "
         "of the card, plain bytes, or 0=4GiB,1=8GiB for each card",
     )
+    host_budget: int | None = option(
+        "--gpu-host-budget",
+        "SIZE",
+        parse="pytest_gpumem.sizes:parse_size",
+        help="bytes that a test's call may add to what the process holds in the host's "
+        "memory, inclusive: what device_map='auto' plans beyond them goes to disk, and a "
+        "test that takes more fails",
+    )
     max_vram: SizeSpec | None = option(
         "--gpu-max-vram",
         "SIZE",

@@ -102,6 +102,7 @@ class SummaryPlugin:
         if choice.kind == "off":
             asked = {
                 "--gpu-budget": settings.budgets,
+                "--gpu-host-budget": settings.host_budget is not None,
                 "--gpu-max-vram": settings.max_vram is not None,
                 "--gpu-leak-check": settings.leak_check,
                 "--gpu-inject-oom": settings.rules,

@@ -29,7 +29,7 @@ VerdictName = Literal[
 
 #: The metrics of limits, and the phases to which limits apply.
 Metric = Literal[
-    "allocated", "reserved", "process", "fragmented", "activations", "leak"
+    "allocated", "reserved", "process", "fragmented", "activations", "leak", "host"
 ]
 LimitPhase = Literal["call", "test", "children"]
 
@@ -58,8 +58,10 @@ class LimitOutcome:
     """A limit, and the measured bytes.
 
     Attributes:
-        metric: The limited metric; ``leak`` means the bytes that the test left.
-        device_index: The card; None means all cards together, as for ``leak``.
+        metric: The limited metric; ``leak`` means the bytes that the test left, and
+            ``host`` those that it added to the host's memory.
+        device_index: The card; None means all cards together, as for ``leak``, or none,
+            as for ``host``.
         phase: The phases to which the limit applies.
         limit_bytes: The limit, inclusive.
         measured_bytes: The measured bytes; if they are not known, the reserved bytes.
@@ -284,6 +286,9 @@ class Record:
         fixture_growth: Fixtures that were made for it, and the bytes that each added.
         limits: Its limits, held or not.
         children: The number of its child processes that used a card.
+        peak_host_bytes: The most bytes of the host's memory that the process held during
+            the test, mapped files and a simulated card's values included; None if it is
+            not known, or was not asked for.
         unknown: Why ``peak_process_bytes`` is not known, in words, or None.
         waited_s: Seconds that it waited for its bytes of the cards.
         contention: The last OOM that would not have happened if no other process had used
@@ -315,6 +320,7 @@ class Record:
     fixture_growth: list[MadeFixture] = field(default_factory=list)
     limits: list[LimitOutcome] = field(default_factory=list)
     children: Count = 0
+    peak_host_bytes: Count | None = None
     unknown: str | None = None
     waited_s: float = 0.0
     contention: Contention | None = None

@@ -82,11 +82,18 @@ def _peaks(tests: Sequence[Record]) -> list[str]:
             format_size(figures.peak_reserved_bytes),
             format_size(figures.end_allocated_bytes),
             str(figures.num_ooms),
+            format_size(n) if (n := test.peak_host_bytes) else "-",
         )
         for test, figures in tops[:TOP]
     ]
-    heads = ("test", "outcome", ">peak allocated", ">peak reserved", ">left", ">OOMs")
-    lines = _table(heads, rows, len(tops) - TOP)
+    heads = [
+        *("test", "outcome", ">peak allocated", ">peak reserved", ">left", ">OOMs"),
+        ">peak host",
+    ]
+    shown = len(heads)
+    if not any(test.peak_host_bytes for test, _figures in tops[:TOP]):
+        shown -= 1
+    lines = _table(heads[:shown], [row[:shown] for row in rows], len(tops) - TOP)
     kinds = [
         (escape(test.nodeid), escape(kinds_words(figures.kinds)))
         for test, figures in tops[:TOP]

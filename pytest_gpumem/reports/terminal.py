@@ -19,6 +19,8 @@ _HEAD: Final = ("peak allocated", "peak reserved", "left", "OOMs", "retries", "t
 _DRIVER_HEAD: Final = ("peak process", "peak card")
 #: The column that is also shown with ``-v`` if its figures are known.
 _FRAGMENTED: Final = "fragmented"
+#: The column that is also shown with ``-v`` if it is known.
+_HOST: Final = "peak host"
 
 
 class _Row(NamedTuple):
@@ -26,6 +28,7 @@ class _Row(NamedTuple):
 
     nodeid: str
     figures: PhaseFigures
+    host_bytes: int | None
 
 
 def peak_table(tests: Iterable[Record], *, detailed: bool) -> list[str]:
@@ -36,7 +39,11 @@ def peak_table(tests: Iterable[Record], *, detailed: bool) -> list[str]:
         detailed: Whether every test and phase is shown, not only the calls of the
             largest ``TOP``.
     """
-    rows = [_Row(test.nodeid, each) for test in tests for each in test.figures]
+    rows = [
+        _Row(test.nodeid, each, test.peak_host_bytes)
+        for test in tests
+        for each in test.figures
+    ]
     if not rows:
         return []
     shown = rows if detailed else _calls(rows)
@@ -55,6 +62,14 @@ def peak_table(tests: Iterable[Record], *, detailed: bool) -> list[str]:
         told = [_DRIVER_HEAD, *(_driver_cells(row.figures) for row in shown)]
         cells = [
             (*own[:2], *more, *own[2:]) for own, more in zip(cells, told, strict=True)
+        ]
+    if detailed and any(row.host_bytes for row in shown):
+        host = [
+            _HOST,
+            *(format_size(n) if (n := row.host_bytes) else "-" for row in shown),
+        ]
+        cells = [
+            (*own[:-1], more, own[-1]) for own, more in zip(cells, host, strict=True)
         ]
     lines = align(cells)
     if hidden:

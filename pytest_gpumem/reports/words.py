@@ -47,6 +47,8 @@ def kinds_words(kinds: Mapping[Kind, int]) -> str:
 
 def limit_words(limit: LimitOutcome) -> str:
     """Return a limit's metric, card and phase: ``"allocated on cuda:0, call"``."""
+    if limit.metric == "host":
+        return f"host memory, {limit.phase}"
     index = limit.device_index
     where = "all cards" if index is None else f"cuda:{index}"
     return f"{limit.metric} on {where}, {limit.phase}"

@@ -16,6 +16,7 @@ GROUND = {
     "errors",
     "files",
     "guards",
+    "host_memory",
     "inheritance",
     "sizes",
     "stacks",

@@ -24,6 +24,7 @@ CHAPTERS: Final = [
             "ci",
             "failures",
             "fallbacks",
+            "host-memory",
             "process-bytes",
             "quick-start",
             "scripts",

@@ -59,6 +59,7 @@ FULL = Record(
     fixture_growth=[MadeFixture("c.py::f", "module", {"allocated": 5})],
     limits=[LimitOutcome("leak", None, "test", 4, 5, held=False)],
     children=2,
+    peak_host_bytes=6,
     unknown="why",
     waited_s=1.25,
     contention=Contention(0, 9, 8, 7, "a.py:1"),
@@ -110,6 +111,7 @@ def test_the_names_of_junits_properties_are_as_documented() -> None:
         "gpumem.limits": '[{"metric":"leak","device_index":null,"phase":"test",'
         '"limit_bytes":4,"measured_bytes":5,"held":false}]',
         "gpumem.children": 2,
+        "gpumem.peak_host_bytes": 6,
         "gpumem.unknown": "why",
         "gpumem.waited_s": "1.25",
         "gpumem.contention": '{"device_index":0,"needed_bytes":9,"share_bytes":8,'
@@ -193,7 +195,7 @@ def test_what_an_older_version_lacks_takes_its_default() -> None:
 def test_names_are_those_of_other_rooms() -> None:
     """Which the records may not ask."""
     assert {each.value for each in Verdict} == set(get_args(VerdictName))
-    assert {*METRICS, "leak"} == set(get_args(Metric))
+    assert {*METRICS, "leak", "host"} == set(get_args(Metric))
     assert set(PHASES) == set(get_args(LimitPhase))
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
+from mmap import mmap
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from pytest_gpumem import vram_budget
-from pytest_gpumem.devices.simulated import host_memory
+from pytest_gpumem import host_memory, vram_budget
 from pytest_gpumem.devices.simulated.install import simulated_device
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ def test_what_the_host_holds_is_not_free_for_the_card() -> None:
     with simulated_device("Jetson-Orin-Nano-8GB,ctx=0"):
         assert torch.cuda.get_device_properties(0).is_integrated == 1
         before = _free()
-        host = torch.ones(100 * MIB, dtype=torch.uint8)
+        # A mapping of its own: the heap may keep what is freed.
+        host = torch.frombuffer(mmap(-1, 100 * MIB), dtype=torch.uint8).fill_(1)
         with_host = _free()
         card = host.to("cuda")
         with_both = _free()

@@ -17,8 +17,8 @@ from pytest_gpumem.cards import gpus_of, uuids_of
 from pytest_gpumem.devices.cuda_errors import cuda_error
 from pytest_gpumem.devices.simulated.card import SimulatedCard
 from pytest_gpumem.devices.simulated.current_streams import Streams
-from pytest_gpumem.devices.simulated.host_memory import anonymous_bytes
 from pytest_gpumem.errors import DeviceUnavailableError
+from pytest_gpumem.host_memory import anonymous_bytes
 from pytest_gpumem.visibility import VARIABLE, visible_numbers, why_hidden
 
 if TYPE_CHECKING:

@@ -312,6 +312,7 @@
     if (test.broken_limit) out.push(el("p", { class: "bad" }, test.broken_limit));
     if (test.incident) out.push(el("p", { class: "bad" }, test.incident));
     if (test.unknown) out.push(el("p", { class: "soft" }, "Process bytes are not known: " + test.unknown));
+    if (test.peak_host_bytes) out.push(el("p", { class: "soft" }, "The process held at most " + bytes(test.peak_host_bytes) + " of the host's memory."));
     if (test.waited_s) out.push(el("p", { class: "soft" }, "Waited " + test.waited_s.toFixed(1) + " s for its bytes of the cards."));
     if (test.contention) {
       const c = test.contention;
@@ -321,7 +322,7 @@
     if (earlier.has(test.nodeid)) out.push(...beside(earlier.get(test.nodeid), test));
     if (test.limits.length) {
       out.push(el("h3", {}, "Limits"), grid([["metric", 0], ["card", 0], ["phase", 0], ["limit", 1], ["measured", 1], ["result", 1]],
-        test.limits.map((l) => [l.metric, l.device_index === null ? "all" : "cuda:" + l.device_index, l.phase, bytes(l.limit_bytes), bytes(l.measured_bytes),
+        test.limits.map((l) => [l.metric, l.metric === "host" ? "–" : l.device_index === null ? "all" : "cuda:" + l.device_index, l.phase, bytes(l.limit_bytes), bytes(l.measured_bytes),
           el("td", { class: l.held ? "n good" : "n bad" }, l.held ? "held" : l.measured_bytes > l.limit_bytes ? "broken" : "not known")])));
     }
     if (test.timeline === null) out.push(el("p", { class: "soft" }, "No timeline: the test ended the recording of the card's memory, or used no card while it was kept."));
