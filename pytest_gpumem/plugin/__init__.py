@@ -61,8 +61,14 @@ def pytest_load_initial_conftests(early_config: pytest.Config, args: list[str]) 
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
-    """Bring the fixtures of checkpoints into suites that use them."""
+    """Bring the fixtures of checkpoints into suites that use them.
+
+    What ``request.getfixturevalue`` will ask for is not known yet, so they come to each
+    suite that uses ``request``, but for a list of all fixtures.
+    """
     names = {"bert_large", "make_checkpoint"}
+    if not config.option.showfixtures:
+        names.add("request")
     if any(names & set(getattr(item, "fixturenames", ())) for item in items):
         from pytest_gpumem.plugin import checkpoint_fixtures
 

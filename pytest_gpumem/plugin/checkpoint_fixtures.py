@@ -1,8 +1,4 @@
-"""The fixtures of checkpoints, in suites whose tests ask for them.
-
-A test that only calls ``request.getfixturevalue`` for one needs
-``pytest_plugins = ["pytest_gpumem.plugin.checkpoint_fixtures"]`` in its conftest.
-"""
+"""The fixtures of checkpoints, in suites whose tests ask for them or use ``request``."""
 
 from __future__ import annotations
 

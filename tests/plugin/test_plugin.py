@@ -752,6 +752,31 @@ def test_options_and_markers_are_documented(pytester: pytest.Pytester) -> None:
     assert "bert_large" not in fixtures
 
 
+def test_a_checkpoint_may_be_asked_for_by_its_name_alone(
+    pytester: pytest.Pytester,
+) -> None:
+    """In a suite where no test names the fixture as an argument; a list leaves it out."""
+    pytester.makepyfile(
+        """
+        import pytest
+
+        @pytest.fixture
+        def folder(request):
+            return request.getfixturevalue("bert_large")
+
+        def test_it(folder):
+            assert (folder / "config.json").is_file()
+        """
+    )
+
+    result = pytester.runpytest("-p", "no:cacheprovider", "--gpu-checkpoint=bert-tiny")
+    fixtures = pytester.runpytest("--fixtures").stdout.str()
+
+    result.assert_outcomes(passed=1)
+    assert "folder" in fixtures
+    assert "bert_large" not in fixtures
+
+
 def test_the_checkpoint_option_names_the_models_folder(
     pytester: pytest.Pytester,
 ) -> None:

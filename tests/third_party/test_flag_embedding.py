@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,9 +16,10 @@ from pytest_gpumem.rules.rule import FLAVOURS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     import numpy as np
+
+pytest_plugins = ["pytester"]
 
 SENTENCES = [
     " ".join(f"w{(row * column) % 100}" for column in range(20))
@@ -144,3 +146,25 @@ def test_every_runtime_error_shrinks_the_batch_to_nothing(
 
     assert encoder.sizes == [64, 48, 36, 27, 20, 15, 11, 8, 6, 4, 3, 2, 1]
     assert rule.num_failed == len(encoder.sizes)
+
+
+SEARCH = """
+from test_flag_embedding import Encoder, checkpoint
+
+
+def test_it(checkpoint):
+    Encoder(checkpoint, "cuda:0").encode(batch_size=512)
+"""
+
+
+def test_the_batch_that_it_falls_back_to_is_shown(pytester: pytest.Pytester) -> None:
+    """From the first to the last, though nothing says so."""
+    pytester.makepyfile(SEARCH)
+    pytester.syspathinsert(Path(__file__).parent)
+
+    result = pytester.runpytest("--gpu-card=T4", "--gpu-budget=32MiB")
+
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(
+        ["*: the batch of encode_single_device was shrunk from 512 to 216, as *"]
+    )
