@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem.devices.on_import import AfterImport
@@ -16,6 +17,8 @@ from pytest_gpumem.visibility import VARIABLE as VISIBLE
 if TYPE_CHECKING:
     from pytest_gpumem.devices import Device
 
+#: The modules that ``devices/simulated_nvml.py`` replaces; it is only imported with them.
+NVML_MODULES: Final = ("pynvml.nvml", "pynvml", "py3nvml.py3nvml")
 _active: Final[list[Child]] = []
 #: Waits for the import of huggingface_hub, if the parent's run serves models.
 _hub: Final[list[AfterImport]] = []
@@ -71,7 +74,10 @@ class Child:
     def __init__(self, inheritance: Inheritance) -> None:
         self._given: Final = inheritance
         self._hook = AfterImport("torch", self._torch_imported)
-        self._nvml_hook = AfterImport("pynvml", self._nvml_imported)
+        self._nvml_hooks = [
+            AfterImport(name, partial(self._nvml_imported, name))
+            for name in NVML_MODULES
+        ]
         self._nvml: Any = None
         self._installation: Any = None
         self._device: Device | None = None
@@ -83,12 +89,14 @@ class Child:
         """Wait for torch."""
         self._hook.start()
         if self._given.backend == "simulated":
-            self._nvml_hook.start()
+            for hook in self._nvml_hooks:
+                hook.start()
 
     def stop(self) -> None:
         """Restore everything."""
         self._hook.stop()
-        self._nvml_hook.stop()
+        for hook in self._nvml_hooks:
+            hook.stop()
         if self._nvml is not None:
             self._nvml.stop()
             self._nvml = None
@@ -105,11 +113,12 @@ class Child:
             self._installation.remove()
             self._installation = None
 
-    def _nvml_imported(self) -> None:
+    def _nvml_imported(self, name: str) -> None:
         from pytest_gpumem.devices.simulated_nvml import NvmlHook
 
-        self._nvml = NvmlHook(self._machine)
-        self._nvml.start()
+        if self._nvml is None:
+            self._nvml = NvmlHook(self._machine)
+        self._nvml.replace(name)
 
     def _machine(self) -> Any:
         if self._installation is None:

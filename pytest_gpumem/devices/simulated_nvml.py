@@ -17,12 +17,13 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem.cards import CARDS, CUDA_VERSION, DRIVER_VERSION
 from pytest_gpumem.cards_table import SLICES_OF_COMPUTE, memory_slices
 from pytest_gpumem.devices.nvml import MemoryInfo, memory_info
+from pytest_gpumem.devices.nvml_library import NvmlLibrary
 from pytest_gpumem.devices.on_import import AfterImport
 from pytest_gpumem.devices.patches import PatchSet
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.machine import SimulatedCard, SimulatedMachine
 
 
+#: The module of py3nvml, which has NVML's functions of its own.
+PY3NVML: Final = "py3nvml.py3nvml"
 #: The ids of instances of a process that is on no slice (MIG). Source: ``nvml.h``.
 _NO_INSTANCE: Final = 0xFFFFFFFF
 
@@ -130,7 +133,7 @@ class SimulatedNvml:
         def memory(handle: Handle, version: Any = None) -> MemoryInfo:
             return self._memory(handle, version)
 
-        own = {
+        own: dict[str, Callable[..., Any]] = {
             "nvmlInit": lambda: None,
             "nvmlInitWithFlags": lambda _flags: None,
             "nvmlShutdown": lambda: None,
@@ -180,6 +183,9 @@ class SimulatedNvml:
                 self._patches.set(self._module, name, self._unsupported)
         for name, function in own.items():
             self._patches.set(self._module, name, function)
+        # nvitop fetches functions in C with it, and functions above that are not replaced.
+        library = NvmlLibrary(own, self._module.NVMLError)
+        self._patches.set(self._module, "_nvmlGetFunctionPointer", library.function)
 
     def remove(self) -> None:
         """Restore the module's functions."""
@@ -265,7 +271,10 @@ class SimulatedNvml:
 
     def _pci_info(self, handle: Handle) -> PciInfo:
         gpu = self._gpu(handle)
-        return PciInfo(0, gpu.bus, 0, gpu.bus_id, gpu.bus_id.removeprefix("0000"))
+        names: Any = (gpu.bus_id, gpu.bus_id.removeprefix("0000"))
+        if self._module.__name__ == PY3NVML:
+            names = [each.encode() for each in names]  # its structures have bytes
+        return PciInfo(0, gpu.bus, 0, *names)
 
     def _mig_mode(self, handle: Handle) -> list[int]:
         """Return the present mode, and that after the next reset."""
@@ -352,8 +361,12 @@ def _processes(card: SimulatedCard) -> list[tuple[int, int]]:
     ]
 
 
+#: The modules with NVML's functions; ``pynvml`` was a package before its version 12.
+MODULES: Final = ("pynvml.nvml", "pynvml", PY3NVML)
+
+
 class NvmlHook:
-    """Installs ``SimulatedNvml``, immediately or when ``pynvml`` is imported.
+    """Installs ``SimulatedNvml``, immediately or when a module of ``MODULES`` is imported.
 
     Args:
         machine: Returns the present cards, or None if there are none yet.
@@ -361,20 +374,25 @@ class NvmlHook:
 
     def __init__(self, machine: Callable[[], SimulatedMachine | None]) -> None:
         self._machine = machine
-        self._hook = AfterImport("pynvml", self._imported)
-        self._nvml: SimulatedNvml | None = None
+        self._hooks = [
+            AfterImport(name, partial(self.replace, name)) for name in MODULES
+        ]
+        self._installed: list[SimulatedNvml] = []
 
     def start(self) -> None:
-        """Replace the module's functions, now or when the module is imported."""
-        self._hook.start()
+        """Replace the modules' functions, now or when the modules are imported."""
+        for hook in self._hooks:
+            hook.start()
 
     def stop(self) -> None:
-        """Restore the module's functions; may be called twice."""
-        self._hook.stop()
-        if self._nvml is not None:
-            self._nvml.remove()
-            self._nvml = None
+        """Restore the modules' functions; may be called twice."""
+        for hook in self._hooks:
+            hook.stop()
+        while self._installed:
+            self._installed.pop().remove()
 
-    def _imported(self) -> None:
-        self._nvml = SimulatedNvml(sys.modules["pynvml"], self._machine)
-        self._nvml.install()
+    def replace(self, name: str) -> None:
+        """Replace the functions of a module that is imported."""
+        nvml = SimulatedNvml(sys.modules[name], self._machine)
+        nvml.install()
+        self._installed.append(nvml)

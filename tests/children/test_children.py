@@ -414,3 +414,53 @@ def test_more_rules_than_a_note_counts_are_no_trouble(
     )
 
     done.assert_outcomes(passed=1)
+
+
+#: What a program asks that knows nothing of torch; the last line is what it found.
+_ASK = """
+import pynvml
+
+pynvml.nvmlInit()
+handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+(process,) = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+used = pynvml.nvmlDeviceGetMemoryInfo(handle).used
+print(pynvml.__file__, process.pid, process.usedGpuMemory == used > 0)
+"""
+
+
+def test_a_child_without_torch_asks_nvml(pytester: pytest.Pytester) -> None:
+    """As ``gpustat``: it sees the run's bytes, and no driver, also with an older pynvml.
+
+    Before its version 12, pynvml was a package that took all names from a module.
+    """
+    pynvml = pytest.importorskip("pynvml")
+    package = pytester.mkdir("older") / "pynvml"
+    package.mkdir()
+    (package / "__init__.py").write_text("from .nvml import *\n")
+    (package / "nvml.py").write_text(Path(pynvml.__file__).read_text())
+    pytester.makepyfile(
+        ask=_ASK,
+        test_it="""
+        import os, pathlib, subprocess, sys
+        import torch
+
+        def ask(**variables):
+            found = subprocess.run(
+                [sys.executable, "ask.py"], capture_output=True, text=True,
+                check=False, env={**os.environ, **variables},
+            )
+            assert found.returncode == 0, found.stderr
+            return found.stdout.split()
+
+        def test_ask():
+            kept = torch.zeros(2**20, device="cuda")
+            older = pathlib.Path("older").resolve()
+            place, *found = ask(PYTHONPATH=str(older))
+            assert older in pathlib.Path(place).parents
+            assert found == ask()[1:] == [str(os.getpid()), "True"]
+        """,
+    )
+
+    result = pytester.runpytest("--gpu-backend=simulated", "--gpu-card=T4")
+
+    result.assert_outcomes(passed=1)

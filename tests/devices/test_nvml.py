@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -225,3 +228,77 @@ def test_a_real_cards_free_memory_can_be_capped() -> None:
 
     assert (7, capped.total - 7) == (capped.free, capped.used)
     assert original is pynvml.nvmlDeviceGetMemoryInfo
+
+
+def test_functions_in_c_fill_the_callers_memory() -> None:
+    """As nvitop calls them: it fetches each function, and passes addresses."""
+    kept = torch.zeros(20 * MIB, dtype=torch.uint8, device="cuda:1")
+    function = pynvml._nvmlGetFunctionPointer
+    handle = pynvml.nvmlDeviceGetHandleByIndex(1)
+
+    memory = pynvml.c_nvmlMemory_v2_t()
+    assert function("nvmlDeviceGetMemoryInfo_v2")(handle, ctypes.byref(memory)) == 0
+    assert memory.used == kept.numel() + CONTEXT
+    count = ctypes.c_uint(7)
+    assert function("nvmlDeviceGetCount_v2")(ctypes.byref(count)) == 0
+    assert count.value == 2
+    pci = pynvml.nvmlPciInfo_t()
+    assert function("nvmlDeviceGetPciInfo_v3")(handle, ctypes.byref(pci)) == 0
+    assert pci.busId == "00000000:02:00.0"
+    words = (ctypes.c_ulonglong * 2)()
+    affinity = function("nvmlDeviceGetCpuAffinity")
+    assert affinity(handle, ctypes.c_uint(2), words) == 0
+    assert list(words) == pynvml.nvmlDeviceGetCpuAffinity(handle, 2)
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    capability = function("nvmlDeviceGetCudaComputeCapability")
+    assert capability(handle, ctypes.byref(major), ctypes.byref(minor)) == 0
+    assert (major.value, minor.value) == (7, 5)
+
+
+def test_a_function_in_c_says_how_much_room_it_needs() -> None:
+    """Of processes it first writes how many there are; a text that is too long is none."""
+    kept = torch.zeros(20 * MIB, dtype=torch.uint8, device="cuda:1")
+    function = pynvml._nvmlGetFunctionPointer
+    handle = pynvml.nvmlDeviceGetHandleByIndex(1)
+
+    running = function("nvmlDeviceGetComputeRunningProcesses_v3")
+    count = ctypes.c_uint(0)
+    assert (
+        running(handle, ctypes.byref(count), None)
+        == pynvml.NVML_ERROR_INSUFFICIENT_SIZE
+    )
+    assert count.value == 1
+    processes = (pynvml.c_nvmlProcessInfo_v3_t * 1)()
+    assert running(handle, ctypes.byref(count), processes) == 0
+    assert processes[0].pid == os.getpid()
+    assert processes[0].usedGpuMemory == kept.numel() + CONTEXT
+    name = function("nvmlDeviceGetName")
+    text = ctypes.create_string_buffer(8)
+    assert name(handle, text, ctypes.c_uint(8)) == pynvml.NVML_ERROR_INSUFFICIENT_SIZE
+    text = ctypes.create_string_buffer(9)
+    assert name(handle, text, ctypes.c_uint(9)) == 0
+    assert text.value == b"Tesla T4"
+    program = pynvml.nvmlSystemGetProcessName(os.getpid())
+    assert Path(program) == Path(sys.executable).resolve()
+
+
+def test_functions_in_c_fail_with_nvmls_codes() -> None:
+    """A feature that a card lacks, a card that is not there, a process that is not there."""
+    function = pynvml._nvmlGetFunctionPointer
+    value = ctypes.c_uint()
+
+    sensor, unknown = ctypes.c_int(0), ctypes.c_uint(2**22 + 1)
+    handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+    assert function("nvmlDeviceGetTemperature")(
+        handle, sensor, ctypes.byref(value)
+    ) == (pynvml.NVML_ERROR_NOT_SUPPORTED)
+    assert function("nvmlDeviceGetHandleByIndex_v2")(ctypes.c_uint(2), None) == (
+        pynvml.NVML_ERROR_INVALID_ARGUMENT
+    )
+    text = ctypes.create_string_buffer(64)
+    assert function("nvmlSystemGetProcessName")(unknown, text, ctypes.c_uint(64)) == (
+        pynvml.NVML_ERROR_NOT_FOUND
+    )
+    assert function("nvmlErrorString")(3) == b"Not Supported"
+    with pytest.raises(pynvml.NVMLError, match="Not Supported"):
+        pynvml.nvmlUnitGetCount()
