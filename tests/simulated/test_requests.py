@@ -178,6 +178,35 @@ def test_matrices_that_are_conjugated_where_they_lie_are_copied() -> None:
     assert [72] == _asked_for(torch.mm, source, source.t().conj())
 
 
+def test_a_conjugated_row_is_stored_by_rows_and_copied() -> None:
+    """Also if the strides of its transpose would fit; without a result nothing is."""
+    column = _ones(2, 1, dtype=torch.complex64)
+    empty = _ones(0, 1, dtype=torch.complex64)
+
+    assert [16, 16] == _asked_for(torch.mm, column[:1], column.t().conj())
+    assert [] == _asked_for(torch.mm, empty, column.t().conj())
+
+
+def test_a_norm_of_a_single_complex_number_over_a_dimension() -> None:
+    """Over all dimensions it is an absolute value, which is complex first."""
+    number = torch.ones((), dtype=torch.complex64, device="cuda")
+
+    assert [4, 8] == _asked_for(torch.linalg.vector_norm, number)
+    assert [4] == _asked_for(lambda: torch.linalg.vector_norm(number, 2, 0))
+
+
+def test_the_gradient_of_renorm_is_summed_in_single_precision() -> None:
+    """A card accumulates single precision in itself, the host in double precision."""
+    source = _ones(5, 25).requires_grad_()
+    result = source.renorm(1, 0, 1.0)
+    gradient = _ones(5, 25)
+
+    found = _asked_for(lambda: torch.autograd.grad(result, source, gradient))
+
+    assert [20, 500, 20] == found[:3]
+    assert max(found) == source.nbytes
+
+
 def test_a_gradient_of_places_that_overlap_numbers_them() -> None:
     """The numbers of all places, and those of the view."""
     source = _ones(16).requires_grad_()

@@ -72,6 +72,8 @@ def taking_over(func: Any, handler: Handler) -> Handler:
     """
     if func._schema.is_mutable:
         return handler
+    is_logical = func.overloadpacket is torch.ops.aten.logical_or
+    keeping_first = (*_KEEPING, *_NORMS) if is_logical else _KEEPING
 
     def writing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         __tracebackhide__ = True
@@ -80,7 +82,7 @@ def taking_over(func: Any, handler: Handler) -> Handler:
             return handler(args, kwargs)
         if type(first) is torch.Tensor and first.dim():
             return _into_zeros(func, args, kwargs)
-        if not _is_new(first) or _is_at_work(*_KEEPING):
+        if not _is_new(first) or _is_at_work(*keeping_first):
             return handler(args, kwargs)
         storage = first._gpumem_value.untyped_storage()
         memory = memory_of(storage)
@@ -159,6 +161,31 @@ def keeping(func: Any, handler: Handler) -> Handler:
     return kept
 
 
+#: The accumulation types that C++ takes for the host, and a card's in place of them.
+#: Source: ``toAccumulateType`` of ``aten/src/ATen/AccumulateType.cpp``.
+_ACCUMULATED: Final = {
+    torch.float64: torch.float32,
+    torch.complex128: torch.complex64,
+}
+
+
+def accumulating(_func: Any, handler: Handler) -> Handler:
+    """Return a handler of a sum that C++ asks for in the host's accumulation type.
+
+    Source: ``renorm_backward`` of ``torch/csrc/autograd/FunctionsManual.cpp``.
+    """
+
+    def summing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        __tracebackhide__ = True
+        dtype = _ACCUMULATED.get(kwargs.get("dtype"))
+        is_narrower = dtype is not None and args[0].dtype not in _ACCUMULATED
+        if is_narrower and _is_at_work("Renorm"):
+            kwargs = {**kwargs, "dtype": dtype}
+        return handler(args, kwargs)
+
+    return summing
+
+
 def numbering(func: Any, handler: Handler) -> Handler:
     """Return a handler of a sum over overlapping elements, for which C++ makes indices.
 
@@ -199,6 +226,9 @@ _ADDING: Final = ("LuUnpack", "SpecialI1")
 #: Prefixes of nodes whose C++ code keeps the first operand.
 #: Source: ``scatter_reduce_backward`` and ``index_reduce_backward``.
 _KEEPING: Final = ("ScatterReduceBackward", "IndexReduceBackward")
+#: Prefixes of nodes whose C++ code keeps the first operand of ``logical_or``.
+#: Source: ``linalg_vector_norm_backward``.
+_NORMS: Final = ("LinalgVectorNorm", "Renorm")
 
 
 def _is_new(tensor: Any) -> bool:

@@ -242,36 +242,36 @@ def _as_wanted(func: Any) -> Kernel | None:
     return compute
 
 
-def _is_copied(matrix: torch.Tensor, *, in_turn: bool) -> bool:
-    """Return whether cuBLAS gets a copy of an operand: ``prepare_matrix_for_cublas``.
+def _is_in_rows(matrix: torch.Tensor) -> bool | None:
+    """Return whether a matrix is stored by rows; None if cuBLAS cannot read its layout.
 
-    cuBLAS can conjugate only an operand that it also transposes.
-
-    Args:
-        matrix: The operand.
-        in_turn: Whether the two operands are exchanged, because the result is stored by
-            rows.
+    Source: ``prepare_matrix_for_cublas`` of ``aten/src/ATen/native/cuda/cuBlasCommonArgs.h``.
     """
-    rows, columns = matrix.stride()
-    in_rows = rows >= max(1, matrix.shape[1]) and columns == 1
-    in_columns = columns >= max(1, matrix.shape[0]) and rows == 1
-    if in_columns and not (in_turn and in_rows):
-        return matrix.is_conj() and not in_turn
-    if in_rows:
-        return matrix.is_conj() and in_turn
-    return not torch.ops.aten.is_non_overlapping_and_dense.default(matrix)
+    if torch.ops.aten.is_non_overlapping_and_dense.default(matrix):
+        return matrix.is_contiguous()
+    down, across = matrix.stride()
+    if down == 1 and across >= max(1, matrix.shape[0]):
+        return False
+    return True if across == 1 and down >= max(1, matrix.shape[1]) else None
 
 
 def _multiplying(call: Call) -> Iterator[RequestStep]:
-    """Request copies of the operands whose layout cuBLAS cannot read."""
-    matrices = (call["mat2"], call["self" if call.name == "mm" else "mat1"])
+    """Request copies of the operands that cuBLAS cannot read.
+
+    It can conjugate only an operand that it also transposes. A result stored by rows is
+    computed as a product of transposed operands, in reverse order. Without a result or a
+    sum there is no product.
+    """
     result: Any = call.results[0]
-    in_turn = result.numel() != 1  # a single number is stored by columns as well
-    copies = [
-        copy_of(each)
-        for each in matrices
-        if each.numel() and _is_copied(each, in_turn=in_turn)
-    ]
+    second, first = call["mat2"], call["self" if call.name == "mm" else "mat1"]
+    if not result.numel() or not first.numel():
+        return
+    is_reversed = _is_in_rows(result) is not False
+    copies = []
+    for matrix in (second, first) if is_reversed else (first, second):
+        in_rows = _is_in_rows(matrix)
+        if in_rows is None or (matrix.is_conj() and in_rows is is_reversed):
+            copies.append(copy_of(matrix))
     if copies:
         yield Results()
         yield from copies

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pytest_gpumem.devices.simulated.accumulation import accumulating
 from pytest_gpumem.devices.simulated.kernel_types import HALVES
 from pytest_gpumem.devices.simulated.operators.checks import are_formulas_active
 from pytest_gpumem.devices.simulated.operators.composing import by_formula, only
@@ -165,11 +166,16 @@ def norming(call: Call) -> Iterator[RequestStep]:
 
 
 def _keeps_every(operand: torch.Tensor, dims: Any) -> bool:
-    """Return whether every reduced dimension has length 1."""
+    """Return whether every reduced dimension has length 1.
+
+    C++ reads the length of dimension 0 of a single number, if it is named, as 0.
+    Source: ``SizesAndStrides::SizesAndStrides``.
+    """
     if isinstance(dims, int):
         dims = [dims]
-    gone = dims or range(operand.dim())
-    return all(operand.shape[dim] == 1 for dim in gone) if operand.dim() else True
+    if not operand.dim():
+        return not dims
+    return all(operand.shape[dim] == 1 for dim in dims or range(operand.dim()))
 
 
 def _between(call: Call) -> Iterator[RequestStep]:
@@ -206,7 +212,8 @@ _KERNEL = "Reduce.cuh, gpu_reduce_kernel"
 register(
     "sum",
     requests=_reducing,
-    source=_KERNEL,
+    around=accumulating,
+    source=f"{_KERNEL}; FunctionsManual.cpp, renorm_backward",
 )
 
 
@@ -358,7 +365,9 @@ register(
 register(
     "linalg_vector_norm",
     requests=norming,
-    source="cuda/ReduceNormKernel.cu, norm_kernel_cuda",
+    around=accumulating,
+    source="cuda/ReduceNormKernel.cu, norm_kernel_cuda; FunctionsManual.cpp, "
+    "renorm_backward",
 )
 register(
     "count_nonzero",
