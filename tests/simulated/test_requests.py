@@ -187,6 +187,48 @@ def test_a_conjugated_row_is_stored_by_rows_and_copied() -> None:
     assert [] == _asked_for(torch.mm, empty, column.t().conj())
 
 
+@pytest.mark.parametrize(
+    ("capability", "dtype", "shapes", "wanted"),
+    [
+        ("8.0", torch.bfloat16, [(8, 16), (2, 16, 32)], [512]),
+        ("9.0", torch.float32, [(8, 24), (2, 24, 36)], [1152]),
+        ("9.0", torch.bfloat16, [(8, 16), (2, 16, 32)], [512, 120, 67584]),
+        ("9.0", torch.bfloat16, [(5, 64, 64), (5, 64, 128)], [81920, 324, 67584]),
+        ("9.0", torch.bfloat16, [(64, 64), (64, 128)], [81920, 324, 67584]),
+        ("10.0", torch.bfloat16, [(8, 64, 64), (64, 128)], [16384, 480, 709632]),
+        ("10.0", torch.bfloat16, [(3, 256, 64), (3, 64, 256)], [393216, 204, 777216]),
+    ],
+)
+@pytest.mark.parametrize("values", ["computed", "none"])
+def test_products_of_groups(
+    capability: str,
+    dtype: torch.dtype,
+    shapes: list[tuple[int, ...]],
+    wanted: list[int],
+    values: str,
+) -> None:
+    """CUTLASS has a kernel for bfloat16 on some cards; elsewhere cuBLAS does it."""
+    name = f"16GiB,cc={capability},sms=132"
+    with simulated_device(name, values=values):
+        warm_up()
+        first, second = (_ones(*shape, dtype=dtype) for shape in shapes)
+        # What the groups divide: rows, columns, or the dimension that is summed.
+        divided = {
+            (2, 3): (first.shape[-2], second.shape[0]),
+            (3, 2): (second.shape[-1], first.shape[0]),
+            (2, 2): (first.shape[-1], 5),
+        }.get((first.dim(), second.dim()))
+        offsets = None
+        if divided is not None:
+            length, count = divided
+            ends = [*range(1, count), length]
+            offsets = torch.tensor(ends, dtype=torch.int32, device="cuda")
+
+        found = _asked_for(lambda: torch._grouped_mm(first, second, offs=offsets))
+
+    assert wanted == found
+
+
 def test_a_norm_of_a_single_complex_number_over_a_dimension() -> None:
     """Over all dimensions it is an absolute value, which is complex first."""
     number = torch.ones((), dtype=torch.complex64, device="cuda")

@@ -177,10 +177,10 @@ def accumulating(_func: Any, handler: Handler) -> Handler:
 
     def summing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         __tracebackhide__ = True
-        dtype = _ACCUMULATED.get(kwargs.get("dtype"))
-        is_narrower = dtype is not None and args[0].dtype not in _ACCUMULATED
-        if is_narrower and _is_at_work("Renorm"):
-            kwargs = {**kwargs, "dtype": dtype}
+        wanted: Any = kwargs.get("dtype")
+        is_wider = wanted in _ACCUMULATED and args[0].dtype not in _ACCUMULATED
+        if is_wider and _is_at_work("Renorm"):
+            kwargs = {**kwargs, "dtype": _ACCUMULATED[wanted]}
         return handler(args, kwargs)
 
     return summing

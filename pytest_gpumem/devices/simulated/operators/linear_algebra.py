@@ -23,6 +23,7 @@ from pytest_gpumem.devices.simulated.operators.requests import (
     Free,
     Results,
     Temporary,
+    Workspace,
     copy_of,
     is_number,
 )
@@ -309,6 +310,83 @@ def _multiplying_batches(call: Call) -> Iterable[RequestStep]:
     return (Results(), *copies) if copies else ()
 
 
+#: Each group has the addresses of three matrices, three strides and a shape of three
+#: numbers. Source: ``bf16bf16_grouped_gemm_impl_sm90_sm100``.
+_ADDRESSES, _STRIDES_BYTES, _SHAPE_BYTES = 3, 3 * 8, 3 * 4
+#: What CUTLASS keeps for each multiprocessor to change its descriptors from group to
+#: group, by the card's generation. 9: four descriptors of 128 bytes, as in
+#: ``get_workspace_size`` of CUTLASS's ``sm90_mma_array_tma_gmma_ss_warpspecialized.hpp``
+#: and ``sm90_epilogue_array_tma_warpspecialized.hpp``. 10: as torch 2.13 asks for it with
+#: 132, 148 and 160 multiprocessors, for small groups and for others.
+_DESCRIPTORS_BYTES = {9: (512, 512), 10: (5376, 5888)}
+#: Groups with this many rows or columns are small.
+#: Source: ``dispatch_bf16_grouped_kernel_on_tile_size``.
+_SMALL_GROUP = 128
+
+
+def _multiplying_groups(call: Call) -> Iterator[RequestStep]:
+    """Request what CUTLASS needs for products of groups in bfloat16, where it has a kernel.
+
+    Elsewhere there is one product of cuBLAS for each group.
+    """
+    first, second, offsets = call["self"], call["mat2"], call["offs"]
+    yield Results()
+    per_processor = _DESCRIPTORS_BYTES.get(call.capability[0])
+    if per_processor is None or first.dtype is not torch.bfloat16:
+        yield Workspace()
+        return
+    rows, columns = first.shape[-2], second.shape[-1]
+    if first.dim() == second.dim():
+        count = first.shape[0] if offsets is None else offsets.shape[0]
+    elif first.dim() < second.dim():
+        count = second.shape[0]
+        rows //= count
+    else:
+        count = first.shape[0]
+        columns //= count
+    even = count + count % 2
+    numbers = count * (_STRIDES_BYTES + _SHAPE_BYTES)
+    yield Temporary(even * _ADDRESSES * _ADDRESS + numbers)
+    small, large = per_processor
+    is_small = rows <= _SMALL_GROUP or columns <= _SMALL_GROUP
+    yield Temporary(call.processors.count * (small if is_small else large))
+
+
+def _grouped(func: Any) -> Kernel:
+    """Return products of groups in any dtype, also if no values are kept.
+
+    Source: ``create_grouped_gemm_output_tensor`` of ``GroupedMMUtils.h``: a row takes a
+    multiple of 16 bytes. torch's own rule for results without values takes bfloat16 only.
+    """
+
+    def compute(
+        first: torch.Tensor,
+        second: torch.Tensor,
+        offs: torch.Tensor | None = None,
+        *others: Any,
+        **options: Any,
+    ) -> Any:
+        if not first.is_meta or first.dtype is torch.bfloat16:
+            return func(first, second, offs, *others, **options)
+        rows, columns = first.shape[-2], second.shape[-1]
+        shape = [rows, columns]
+        if first.dim() == second.dim():
+            shape.insert(0, first.shape[0] if offs is None else offs.shape[0])
+        aligned = 16 // first.itemsize
+        padded = -(-columns // aligned) * aligned
+        strides = (rows * padded, padded, 1)[-len(shape) :]
+        return torch.empty_strided(shape, strides, dtype=first.dtype, device="meta")
+
+    return compute
+
+
+register(
+    "_grouped_mm",
+    requests=_multiplying_groups,
+    compute=_grouped,
+    source="cuda/GroupedBlas.cpp, _grouped_mm_cuda; cuda/GroupMM.cu; GroupedMMUtils.h, "
+    "_grouped_mm_fallback",
+)
 for _names, _kernel, _rule in (
     ("addmm mm", "addmm_cuda", _multiplying),
     ("addmv mv", "addmv_impl_cuda", None),
