@@ -38,7 +38,12 @@ def test_a_real_card_is_there():
 """,
     ),
     "gpu_budget": Note(
-        {"size": SIZE, "device": "the card's index"},
+        {
+            "size": f"of the card: {SIZE}",
+            "device": "the card's index",
+            "host": "bytes that the test may add to [the host's memory]"
+            "(../host-memory.md), such as `8GiB`; `None` means any",
+        },
         """
 import pytest
 import torch
@@ -73,6 +78,20 @@ import torch
 def test_it_may_take_what_is_free():
     free, _total = torch.cuda.mem_get_info()
     torch.empty(free // 4, dtype=torch.uint8, device="cuda")
+""",
+    ),
+    "gpu_isolated": Note(
+        {},
+        """
+import pytest
+import torch
+
+CACHE = []  # as a library keeps one
+
+
+@pytest.mark.gpu_isolated
+def test_what_it_keeps_is_not_the_next_tests():
+    CACHE.append(torch.ones(3, device="cuda"))
 """,
     ),
     "max_vram": Note(

@@ -114,12 +114,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _configure(run: Run, config: pytest.Config) -> None:
     from pytest_gpumem.plugin.collection import Collection
+    from pytest_gpumem.plugin.isolated import ISOLATION
     from pytest_gpumem.plugin.outputs import check_outputs
     from pytest_gpumem.plugin.record_keeping import Attachment
 
     register = config.pluginmanager.register
     is_worker = hasattr(config, "workerinput")
-    if not is_worker:
+    if not is_worker and ISOLATION not in config.stash:
         check_outputs(run.settings, config)
     collection = Collection(run, config)
     register(run, PLUGIN_NAME)
@@ -141,7 +142,12 @@ def _configure(run: Run, config: pytest.Config) -> None:
 
         run.growth = Growth(run)
         register(run.growth, "gpumem-growth")
-    if is_worker:
+    isolation = config.stash.get(ISOLATION, None)
+    if isolation is not None:
+        from pytest_gpumem.plugin.summary import notes
+
+        isolation.notes.update(notes(collection.phases))
+    elif is_worker:
         _tell_controller(run, config, collection)
     else:
         _control(run, config, collection)

@@ -10,6 +10,7 @@ import pytest
 
 from pytest_gpumem.plugin import marks
 from pytest_gpumem.plugin.host_memory import HostMemory
+from pytest_gpumem.plugin.isolated import ISOLATION, Isolated, refuse_debuggers
 from pytest_gpumem.plugin.oom_sections import Incidents
 from pytest_gpumem.plugin.phases import Phases
 from pytest_gpumem.plugin.shrunk_batches import ShrunkBatches
@@ -39,6 +40,7 @@ class Collection:
     def __init__(self, run: Run, config: pytest.Config) -> None:
         self._run: Final = run
         self._manager: Final = config.pluginmanager
+        self._is_isolated: Final = ISOLATION in config.stash
         self._errors: Final = UsageErrors(config)
         self._manager.register(self._errors, "gpumem-usage")
         self.markers: Final[dict[pytest.Item, marks.Markers]] = {}
@@ -68,6 +70,8 @@ class Collection:
             if not is_warned and item.get_closest_marker("oom_fallback") is not None:
                 is_warned = True
                 warnings.warn(pytest.PytestDeprecationWarning(_RENAMED), stacklevel=1)
+            if markers.is_isolated:
+                refuse_debuggers(item)
             self._check_cards(item, markers)
             self._check_sweep(item, markers)
             reason = self._why_not(markers)
@@ -198,6 +202,11 @@ class Collection:
         )
         if settings.reports or any(budgets):
             self._manager.register(self._host, "gpumem-host-memory")
+        if not self._is_isolated and any(
+            each.is_isolated for each in self.markers.values()
+        ):
+            isolated = Isolated(self._run, self.phases, self.markers)
+            self._manager.register(isolated, "gpumem-isolated")
         if self._run.device is not None:
             self._attach(self._run.device)
 

@@ -39,6 +39,8 @@ DESCRIPTIONS: Final = (
     "once no worker claims them, and is skipped where no card has that much",
     "gpu_exclusive(*, device=None): this test has a card (None: each card) for itself; "
     "no test of another worker runs on it at the same time",
+    "gpu_isolated: run this test in a new process, which ends with all that its libraries "
+    "keep; fixtures of all scopes are made anew there",
     "inject_oom(rule): make chosen allocations of this test's call fail",
     "oom_sweep(points='all', *, recover=False, on_demand=False, modes=('transient', "
     "'persistent'), flavours=('native',), rule='any', timeout_s=None): run the test once "
@@ -198,6 +200,7 @@ _READERS: Final[dict[str, Callable[..., Any]]] = {
     "max_vram": _limit,
     "requires_vram": _requirement,
     "gpu_exclusive": _exclusive,
+    "gpu_isolated": _gpu,
     "max_vram_leak": _leak,
     "inject_oom": _rule,
     "oom_sweep": _sweep,
@@ -217,6 +220,7 @@ class Markers(NamedTuple):
     requirements: tuple[Requirement, ...] = ()
     alone_on: tuple[int | None, ...] = ()
     host_budget: int | None = None
+    is_isolated: bool = False
 
 
 def read_markers(
@@ -248,6 +252,7 @@ def read_markers(
         requirements=tuple(read["requires_vram"]),
         alone_on=tuple(read["gpu_exclusive"]),
         rules=tuple(read["inject_oom"]),
+        is_isolated=bool(read["gpu_isolated"]),
         leak=next(iter(read["max_vram_leak"]), None),
         sweep=None
         if sweep is None or not is_wanted

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import pytest
 
 from pytest_gpumem.errors import SweepError
+from pytest_gpumem.plugin.isolated import ISOLATION
 from pytest_gpumem.plugin.record_keeping import PROGRESS, record_of
 from pytest_gpumem.plugin.repeats import body_of
 from pytest_gpumem.plugin.sweep_progress import Progress, show_progress
@@ -36,7 +37,11 @@ def shard_tests(metafunc: pytest.Metafunc, *, is_replay: bool) -> None:
 
     With N workers each test runs every Nth point; together they run the whole sweep.
     """
-    workers = getattr(metafunc.config, "workerinput", {}).get("workercount", 1)
+    config = metafunc.config
+    isolation = config.stash.get(ISOLATION, None)
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    if isolation is not None:
+        workers = isolation.workers
     if workers < 2 or is_replay:  # noqa: PLR2004  # nobody to share with
         return
     # The number of the test's ids so far; other parameters may come before or after them.

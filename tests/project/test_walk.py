@@ -25,6 +25,7 @@ CHAPTERS: Final = [
             "failures",
             "fallbacks",
             "host-memory",
+            "isolated",
             "process-bytes",
             "quick-start",
             "scripts",
