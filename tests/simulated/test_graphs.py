@@ -301,3 +301,20 @@ def test_an_oom_in_a_capture_can_be_caught(card: Any) -> None:
     graph.replay()
 
     assert [5.0] == result.tolist()
+
+
+@pytest.mark.parametrize("pool", [(1, 2, 3), 1, (1.5, 0), "ab"])
+def test_a_pool_is_two_numbers(pool: Any) -> None:
+    """Anything else is refused before the capture begins, as by torch's binding."""
+    source = torch.zeros(4, device="cuda")
+
+    with (
+        pytest.raises(TypeError, match=r"capture_begin\(\): incompatible function"),
+        torch.cuda.graph(torch.cuda.CUDAGraph(), pool=pool),
+    ):
+        pass
+
+    assert not torch.cuda.is_current_stream_capturing()
+    torch.cuda.set_stream(torch.cuda.default_stream())
+    assert torch.cuda.memory_stats()["num_ooms"] == 0
+    assert (source + 1).tolist() == [1.0] * 4

@@ -411,6 +411,8 @@ def test_small_parts_of_the_runtime_answer() -> None:
     assert ("cuda:1", True) == (str(event.device), event.enable_timing)
     assert timed.enable_timing
     assert 16 == len(properties.uuid.bytes)
+    with pytest.raises(AttributeError, match="simulated card has no 'clock_rate'"):
+        _ = properties.clock_rate
     assert 8 == generator.get_offset()
     with pytest.raises(torch.cuda.CudaError, match="out of memory"):
         torch.cuda.check_error(2)

@@ -366,3 +366,54 @@ def test_a_sweep_knows_the_ooms_of_a_script(*, trace: bool, flavour: str) -> Non
     verdicts = {(each.point.flavour, each.verdict) for each in report.outcomes}
     assert (flavour, Verdict.CLEAN_OOM) in verdicts
     assert {Verdict.CLEAN_OOM, Verdict.OTHER_ERROR} >= {each for _, each in verdicts}
+
+
+class _Exporting(torch.nn.Module):
+    """Exports methods that ask for the device of what they are called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what ``made`` returns, and more."""
+        result: torch.Tensor = self.made(x) + self.linear(x)
+        return result
+
+    @torch.jit.export
+    def made(self, x: torch.Tensor) -> torch.Tensor:
+        """Make a tensor beside the operand."""
+        result: torch.Tensor = self.linear(x) + torch.ones(2, device=x.device)
+        return result
+
+
+def test_exported_methods_run_on_a_card() -> None:
+    """They make their tensors there, and their errors are the interpreter's."""
+    source = torch.rand(3, 4)
+    with simulated_device("T4"):
+        module = torch.jit.script(_Exporting().eval())
+        expected = [module.made(source), module(source)]
+        for each in (module, copy.deepcopy(module)):
+            each.cuda()
+            found = [each.made(source.cuda()), each(source.cuda())]
+            assert all(result.is_cuda for result in found)
+            assert all(map(torch.equal, expected, [result.cpu() for result in found]))
+            with pytest.raises(RuntimeError, match="TorchScript interpreter"):
+                each.made(source)
+        module.cpu()
+
+        assert torch.equal(expected[0], module.made(source))
+        assert "linear" in module.made.code
+
+
+def test_a_module_for_onednn_is_refused_by_its_name() -> None:
+    """TorchScript takes a card's parameters for the CPU's, and packs them for oneDNN."""
+    with simulated_device("T4"):
+        module = torch.jit.script(torch.nn.Conv2d(3, 4, 3).eval()).cuda()
+        frozen = torch.jit.freeze(module)
+
+        assert frozen(torch.ones(1, 3, 8, 8, device="cuda")).is_cuda
+        with pytest.raises(
+            UnsupportedOnSimulatedDeviceError, match="optimize_for_inference makes"
+        ):
+            torch.jit.optimize_for_inference(frozen)

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from pytest_gpumem.devices.simulated.capture import on_tape
 from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.memory import HOST_ROOM, Memory, hold
-from pytest_gpumem.devices.simulated.refusals import refuse, refuse_value
+from pytest_gpumem.devices.simulated.refusals import refuse, refuse_layout, refuse_value
 from pytest_gpumem.devices.simulated.subclasses import (
     are_transforms_active,
     runs_itself,
@@ -110,7 +110,7 @@ def upload(
     if source.is_nested:
         refuse("a nested tensor")
     if source.layout is not torch.strided:
-        refuse("a sparse tensor")
+        refuse_layout(source.layout)
     if source.is_quantized:
         refuse("a quantized tensor")
     dtype = source.dtype if dtype is None else dtype

@@ -49,6 +49,18 @@ def pool_handle() -> PoolId:
     return 0, next(_users)
 
 
+def _check_pool(function: str, pool: Any) -> None:
+    """Check the id of a pool, as pybind11 does for a pair of numbers."""
+    is_pair = isinstance(pool, (tuple, list)) and len(pool) == len(DEFAULT)
+    if pool is None or (is_pair and all(isinstance(each, int) for each in pool)):
+        return
+    raise TypeError(
+        f"{function}(): incompatible function arguments. A pool is the pair of numbers "
+        "that torch.cuda.graph_pool_handle(), CUDAGraph.pool() or MemPool.id gives, not "
+        f"{pool!r}"
+    )
+
+
 class CUDAGraph:
     """Operators that are captured on a stream and can be run again.
 
@@ -85,6 +97,7 @@ class CUDAGraph:
         Raises:
             RuntimeError: The graph has already captured, the stream is the default stream,
                 or the pool cannot be shared (torch's messages).
+            TypeError: The pool is not an id of a pool, which is two numbers.
             torch.AcceleratorError: The stream is being captured (CUDA's message).
             torch.OutOfMemoryError: The card has no room for the states of the generators.
         """
@@ -101,6 +114,7 @@ class CUDAGraph:
                 "This CUDAGraph instance already owns a captured graph. To capture a "
                 "new graph, create a new instance."
             )
+        _check_pool("capture_begin", pool)
         card = card_of(None)
         stream = card.machine.streams.current(card.index)
         if not stream:

@@ -64,6 +64,12 @@ class DeviceProperties:
         self.pci_domain_id = 0
         self.uuid = _Uuid(uuid.partition("-")[2])
 
+    def __getattr__(self, name: str) -> object:
+        raise AttributeError(
+            f"the simulated card has no {name!r} among its device properties; read it "
+            f"with getattr(properties, {name!r}, None), or run this on a real card"
+        )
+
     def __repr__(self) -> str:
         return (
             f"_CudaDeviceProperties(name='{self.name}', major={self.major}, "

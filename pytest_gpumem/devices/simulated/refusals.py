@@ -73,6 +73,9 @@ ADVICE: Final[dict[str, str]] = {
     "flex_attention": "use torch.nn.functional.scaled_dot_product_attention",
     "a Fourier transform in half precision": "transform in float32, as source.float()",
     "rrelu in half precision": "compute it in float32, as source.float()",
+    "a tensor of oneDNN (MKL-DNN), as torch.jit.optimize_for_inference makes": (
+        "use torch.jit.freeze alone, or optimise the module for the CPU"
+    ),
     "a sparse tensor": "use a dense tensor, or keep this one on the CPU",
     "a quantized tensor": "keep it on the CPU, or use torch.ao.quantization's fake quantisation",
     "torch.autograd.profiler.emit_nvtx": "profile with torch.profiler",
@@ -99,6 +102,20 @@ def refuse(feature: str) -> NoReturn:
     """
     __tracebackhide__ = True
     raise refused(feature)
+
+
+def refuse_layout(layout: torch.layout) -> NoReturn:
+    """Raise the error for a tensor that is not strided.
+
+    Raises:
+        UnsupportedOnSimulatedDeviceError: Always.
+    """
+    __tracebackhide__ = True
+    if layout is torch._mkldnn:  # type: ignore[attr-defined]  # torch's stubs lack it
+        refuse(
+            "a tensor of oneDNN (MKL-DNN), as torch.jit.optimize_for_inference makes"
+        )
+    refuse("a sparse tensor")
 
 
 #: Directories of code that reads values on behalf of its caller.

@@ -31,7 +31,7 @@ from pytest_gpumem.devices.simulated.memory import (
     lacks_host_memory,
     memory_of,
 )
-from pytest_gpumem.devices.simulated.refusals import refuse
+from pytest_gpumem.devices.simulated.refusals import refuse_layout
 from pytest_gpumem.errors import HostMemoryError
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def make(value: torch.Tensor, card: SimulatedCard) -> SimulatedTensor:
         UnsupportedOnSimulatedDeviceError: The value is sparse.
     """
     if value.layout is not torch.strided:
-        refuse("a sparse tensor")
+        refuse_layout(value.layout)
     storage = value.untyped_storage()
     if card.machine.streams.are_used:
         card.machine.streams.note_result(card.index)

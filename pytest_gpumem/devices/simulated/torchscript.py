@@ -38,6 +38,7 @@ _apply_to_module: Final[Any] = torch.nn.Module._apply
 _call_of_module: Final[Any] = torch.nn.Module.__call__
 #: The folder of this package, whose frames are not those of the code that is run.
 _OURS: Final = str(Path(__file__).parents[2])
+_reparametrize_module: Final[Any] = torch.nn.utils.stateless._reparametrize_module
 _Recursive: Final[Any] = torch.jit._script.RecursiveScriptModule
 _script_module: Final[Any] = _recursive.create_script_module
 _deep_copy: Final[Any] = _Recursive.__deepcopy__
@@ -153,15 +154,17 @@ def _asks_for_devices(module: Any) -> bool:
     return bool(known)
 
 
-class _PythonForward:
-    """The method ``forward`` of a scripted module: Python's, if a card is used.
+class _PythonMethod:
+    """A method of a scripted module: Python's, if a card is used.
 
     Args:
+        name: The method's name: ``forward``, or that of an exported method.
         module: The scripted module.
         python: A module of the same structure, with its Python code and without values.
     """
 
-    def __init__(self, module: Any, python: torch.nn.Module) -> None:
+    def __init__(self, name: str, module: Any, python: torch.nn.Module) -> None:
+        self._name = name
         self._module = weakref.ref(module)
         self.python = python
 
@@ -170,16 +173,21 @@ class _PythonForward:
         module: Any = self._module()
         tensors = dict(chain(module.named_parameters(), module.named_buffers()))
         if not _is_on_card(([*args, *options.values()], [*tensors.values()])):
-            return module._c._get_method("forward")(*args, **options)
+            method = module._c._get_method(self._name)
+            return _interpret(type(method).__call__, method, *args, **options)
         for name, child in module.named_modules():
             self.python.get_submodule(name).training = child.training
-        return _as_interpreter(
-            torch.func.functional_call, self.python, tensors, args, options
-        )
+        with _reparametrize_module(self.python, tensors):
+            method = (
+                self.python
+                if self._name == "forward"
+                else getattr(self.python, self._name)
+            )
+            return _as_interpreter(method, *args, **options)
 
     def __getattr__(self, name: str) -> Any:
         module: Any = self._module()
-        return getattr(module._c._get_method("forward"), name)
+        return getattr(module._c._get_method(self._name), name)
 
 
 def _scripted(module: Any, *args: Any, **options: Any) -> Any:
@@ -195,7 +203,10 @@ def _scripted(module: Any, *args: Any, **options: Any) -> Any:
 def _keep_python(scripted: Any, python: torch.nn.Module) -> None:
     """Let a scripted module, and each in it, run its Python code on cards."""
     for name, child in scripted.named_modules():
-        child.__dict__["forward"] = _PythonForward(child, python.get_submodule(name))
+        original = python.get_submodule(name)
+        for method in ("forward", *child._c._method_names()):
+            if hasattr(original, method):
+                child.__dict__[method] = _PythonMethod(method, child, original)
 
 
 def _without_values(module: torch.nn.Module) -> torch.nn.Module:
@@ -208,7 +219,7 @@ def _without_values(module: torch.nn.Module) -> torch.nn.Module:
     for each in module.modules():
         if isinstance(each, _Scripted):
             forward = each.__dict__.get("forward")
-            if not isinstance(forward, _PythonForward):
+            if not isinstance(forward, _PythonMethod):
                 raise TypeError(each)
             memo[id(each)] = forward.python
     for tensor in chain(module.parameters(), module.buffers()):
@@ -223,7 +234,7 @@ def _deep_copied(module: Any, memo: dict[int, Any]) -> Any:
     """Copy a scripted module, with its Python code."""
     result = _deep_copy(module, memo)
     forward = module.__dict__.get("forward")
-    if isinstance(forward, _PythonForward):
+    if isinstance(forward, _PythonMethod):
         _keep_python(result, forward.python)
     return result
 
