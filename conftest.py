@@ -33,8 +33,8 @@ def as_read(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTEST_ADDOPTS")
     page = Path(__file__).parent / "docs" / "quick-start.md"
     lines = page.read_text("utf-8").splitlines()
-    at = lines.index("    [tool.pytest.ini_options]")
-    pytester.makepyprojecttoml("\n".join(each.strip() for each in lines[at : at + 2]))
+    at = lines.index("[tool.pytest.ini_options]")
+    pytester.makepyprojecttoml("\n".join(lines[at : at + 2]))
 
 
 settings.register_profile("dev", max_examples=30, deadline=None)

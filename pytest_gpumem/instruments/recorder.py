@@ -122,7 +122,7 @@ class LimitWatch:
             return None
         if (allocated if self._metric == "allocated" else reserved) <= self._limit:
             return None
-        self.site = describe_site(calling_frame())
+        self.site = describe_site(calling_frame(), exact=True)
         return None if self._witness is None else self._tell
 
     def _watch_peak(self, allocated: int, fragmented: int) -> None:
@@ -130,7 +130,8 @@ class LimitWatch:
         if allocated > self._most_allocated:
             self._most_allocated = allocated
             is_over = fragmented > self._limit
-            self.site = describe_site(calling_frame()) if is_over else None
+            frame = calling_frame()
+            self.site = describe_site(frame, exact=True) if is_over else None
 
     def _tell(self, nbytes: int) -> None:
         """Describe the moment as soon as calls to the device are possible."""

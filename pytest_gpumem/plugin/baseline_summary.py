@@ -173,8 +173,9 @@ class BaselineSummary(BaselineRecord):
             return
         dropped = sum(map(len, stale.values())) + sum(map(len, gone.values()))
         num_fixtures = sum(map(len, self._fixtures.values()))
-        parts = [f"{written} tests"]
-        parts += [f"{num_fixtures} fixtures"] if num_fixtures else []
+        parts = [f"{written} test{'s' * (written != 1)}"]
+        s = "s" * (num_fixtures != 1)
+        parts += [f"{num_fixtures} fixture{s}"] if num_fixtures else []
         parts += [f"{dropped} stale dropped"] if dropped else []
         parts += [f"{left} that failed left as they were"] if left else []
         verb = "written" if is_written else "unchanged"

@@ -83,8 +83,10 @@ def _tensors(incident: Incident) -> Iterator[str]:
         yield f"  {format_size(each.nbytes).rjust(width)}  {each.what}{owner}"
     unseen = incident.allocated_bytes - incident.seen_bytes
     if incident.num_tensors and unseen >= 2**20:
+        # The request that went over a limit was granted, but is no tensor yet.
+        new = "the new request, " if incident.kind == "limit" else ""
         yield (
-            f"{format_size(unseen)} more that no Python object shows (saved for "
+            f"{format_size(unseen)} more that no Python object shows ({new}saved for "
             "backward, library workspaces, rounding)"
         )
 

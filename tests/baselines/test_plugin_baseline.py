@@ -136,7 +136,7 @@ def test_only_what_passes_and_is_there_is_written(
     stale.stdout.fnmatch_lines(["stale: test_it.py::test_many[[]4] is no more"])
     dropped.assert_outcomes(passed=2, failed=1)
     dropped.stdout.fnmatch_lines(
-        ["*b.json written: 1 tests, 1 stale dropped, 1 that failed left as they were"]
+        ["*b.json written: 1 test, 1 stale dropped, 1 that failed left as they were"]
     )
     last = peaks(pytester)[T4]
     assert {"test_it.py::test_many[2]", "test_it.py::test_one"} == set(last)
