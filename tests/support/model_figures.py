@@ -46,6 +46,7 @@ _STATISTICS: Final = (
 _BY_VALUES: Final = frozenset({"deberta_v2"})
 _ZERO: Final[dict[str, Any]] = {
     "item": lambda self: torch.zeros((), dtype=self.dtype).item(),
+    "tolist": lambda self: torch.zeros(self.shape, dtype=self.dtype).tolist(),
     "__bool__": lambda _self: False,
     "__int__": lambda _self: 0,
     "__float__": lambda _self: 0.0,
