@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from pytest_gpumem.reports.words import kinds_words
 from pytest_gpumem.sizes import format_size
 from pytest_gpumem.tables import align
 
@@ -72,9 +73,29 @@ def peak_table(tests: Iterable[Record], *, detailed: bool) -> list[str]:
             (*own[:-1], more, own[-1]) for own, more in zip(cells, host, strict=True)
         ]
     lines = align(cells)
+    if detailed:
+        lines += _kinds_lines(shown)
     if hidden:
         lines.append(f"... and {hidden} more with smaller peaks; -v shows all")
     return lines
+
+
+def _kinds_lines(rows: Iterable[_Row]) -> list[str]:
+    """Return what the largest peaks are made of; none if no kinds were recorded."""
+    told = [row for row in rows if row.figures.kinds]
+    if not told:
+        return []
+    return [
+        "allocated at the peak, by kind:",
+        *(
+            f"  {row.nodeid}{_phase(row)}: {kinds_words(row.figures.kinds)}"
+            for row in told[:TOP]
+        ),
+    ]
+
+
+def _phase(row: _Row) -> str:
+    return "" if row.figures.phase == "call" else f" ({row.figures.phase})"
 
 
 def _tells_more(figures: PhaseFigures) -> bool:
@@ -114,7 +135,6 @@ def _weight(row: _Row) -> tuple[bool, int]:
 
 def _cells(row: _Row, *, name_device: bool) -> tuple[str, ...]:
     figures = row.figures
-    phase = "" if row.figures.phase == "call" else f" ({row.figures.phase})"
     device = f" [cuda:{figures.device_index}]" if name_device else ""
     return (
         format_size(figures.peak_allocated_bytes),
@@ -124,5 +144,5 @@ def _cells(row: _Row, *, name_device: bool) -> tuple[str, ...]:
         else "-",
         str(figures.num_ooms) if figures.num_ooms else "-",
         str(figures.num_alloc_retries) if figures.num_alloc_retries else "-",
-        row.nodeid + phase + device,
+        row.nodeid + _phase(row) + device,
     )

@@ -290,3 +290,31 @@ def test_a_report_says_what_an_update_changed(pytester: pytest.Pytester) -> None
     assert ("test_gone.py::test", T4) == (stale["test"], stale["environment"])
     text = (pytester.path / "r.md").read_text("utf-8")
     assert "**1 change against b.json, 1 new, 1 stale**" in text
+
+
+def test_the_terminal_says_what_the_peaks_are_made_of(
+    pytester: pytest.Pytester,
+) -> None:
+    """With -v and a report; not otherwise, as kinds are not recorded."""
+    pytester.makepyfile(
+        """
+        import torch
+
+        def test_forward():
+            model = torch.nn.Linear(256, 512).cuda()
+            model(torch.ones(128, 256, device="cuda"))
+        """
+    )
+    options = ("-p", "no:cacheprovider", "--gpu-card=T4")
+
+    told = pytester.runpytest("-v", "--gpu-report=md:r.md", *options)
+    plain = pytester.runpytest("-v", *options)
+
+    told.stdout.fnmatch_lines(
+        [
+            "allocated at the peak, by kind:",
+            "  *::test_forward: workspaces 8.13 MiB, weights 514 KiB, activations 256 KiB, "
+            "unnamed 128 KiB",
+        ]
+    )
+    plain.stdout.no_fnmatch_line("*by kind*")
