@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from allocator_requests import Notes
 
 VALUES: Final = "computed"
+#: Its many products take long in half precision, and no value decides what it asks for.
+WITHOUT_VALUES: Final = ("Muon",)
 CARDS: Final = (("8.0", 108),)
 _DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
 #: Shapes of the parameters: small and large ones, and one without elements.
