@@ -297,10 +297,9 @@ def test_the_cpu_path(monkeypatch):
         torch.zeros(1).cuda()
 
 def test_children(monkeypatch):
-    for listed in ("", "-1", "1"):
-        out, error = child({**os.environ, "CUDA_VISIBLE_DEVICES": listed})
-        assert "False 0" == out
-        assert ["RuntimeError: No CUDA GPUs are available"] == error
+    out, error = child({**os.environ, "CUDA_VISIBLE_DEVICES": "-1"})
+    assert "False 0" == out
+    assert ["RuntimeError: No CUDA GPUs are available"] == error
     assert ("True 1", []) == child(os.environ)
 """
 
