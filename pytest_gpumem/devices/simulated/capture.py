@@ -53,6 +53,7 @@ class Capture:
         card: The card.
         stream: The stream on which the capture began.
         generators: The generators from which the captured operators may draw.
+        graph: Returns the graph that captures, or None once it is gone.
 
     Attributes:
         streams: Handles of the streams that take part.
@@ -64,9 +65,14 @@ class Capture:
     """
 
     def __init__(
-        self, card: SimulatedCard, stream: int, generators: list[CardGenerator]
+        self,
+        card: SimulatedCard,
+        stream: int,
+        generators: list[CardGenerator],
+        graph: Callable[[], Any],
     ) -> None:
         self.card: Final = card
+        self.graph: Final = graph
         self.generators: Final = generators
         self.stream: Final = stream
         self.streams = {stream}

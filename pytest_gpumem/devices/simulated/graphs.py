@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import threading
 import warnings
+import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -80,6 +81,24 @@ class CUDAGraph:
         self._capture: Capture | None = None
         self._pool: PoolId = DEFAULT
         self._has_ended = self._is_ready = False
+        self._retained: list[MemPool] = []
+
+    @staticmethod
+    def get_currently_capturing_graph() -> CUDAGraph:
+        """Return the graph whose capture the current stream takes part in.
+
+        Raises:
+            RuntimeError: The current stream is not captured (torch's message).
+        """
+        capture = capture_of(card_of(None))
+        graph: CUDAGraph | None = None if capture is None else capture.graph()
+        if graph is None:
+            raise RuntimeError("The current stream is not currently capturing.")
+        return graph
+
+    def _retain_pool(self, pool: MemPool) -> None:
+        """Keep a pool that the capture uses until ``reset``, as torch does from 2.15 on."""
+        self._retained.append(pool)
 
     def register_generator_state(self, generator: Any) -> None:
         """Allow draws from a generator in the capture."""
@@ -128,7 +147,7 @@ class CUDAGraph:
         self._card, self._stream = card, stream
         self._pool = (next(_graphs), 0) if pool in (None, DEFAULT) else pool
         under_way = capture_of(card)
-        capture = Capture(card, stream, self._generators)
+        capture = Capture(card, stream, self._generators, weakref.ref(self))
         with card.locked() as allocator:
             allocator.begin_pool(self._pool, capture.takes, captures=True)
         if under_way is not None:
@@ -221,6 +240,7 @@ class CUDAGraph:
         while self._blocks:
             card.release(self._blocks.pop())
         self._generators = []
+        self._retained = []
         if self._has_ended:
             self._has_ended = self._is_ready = False
             del self._tape

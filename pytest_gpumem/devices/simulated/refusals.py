@@ -212,7 +212,11 @@ C_REFUSALS: Final[dict[str, Any]] = {
 }
 
 #: Queries of ``torch.cuda.tunable`` that return False, because it is off.
-_TUNABLE_IS: Final = ("_cuda_tunableop_is_enabled", "_cuda_record_untuned_is_enabled")
+_TUNABLE_IS: Final = (
+    "_cuda_tunableop_is_enabled",
+    "_cuda_record_untuned_is_enabled",
+    "_cuda_tunableop_wildcard_fallback_is_enabled",
+)
 _TUNABLE: Final = (
     "_cuda_tunableop_enable",
     "_cuda_tunableop_tuning_enable",
@@ -232,6 +236,12 @@ _TUNABLE: Final = (
     "_cuda_tunableop_set_rotating_buffer_size",
     "_cuda_tunableop_get_rotating_buffer_size",
     "_cuda_tunableop_set_numerical_check_tolerances",
+    "_cuda_tunableop_wildcard_fallback_enable",
+    "_cuda_tunableop_clear_all",
+    "_cuda_tunableop_get_cublaslt_requested_algo_count",
+    "_cuda_tunableop_set_cublaslt_requested_algo_count",
+    "_cuda_tunableop_push_dynamic_dims_mask",
+    "_cuda_tunableop_pop_dynamic_dims_mask",
 )
 C_REFUSALS.update({name: refusing("torch.cuda.tunable") for name in _TUNABLE})
 C_REFUSALS.update(dict.fromkeys(_TUNABLE_IS, lambda: False))

@@ -416,6 +416,9 @@ C_FUNCTIONS: Final[dict[str, Any]] = {
     "_cuda_allocationTraceback": _allocation_traceback,
     "_cuda_getMemoryMetadata": lambda: "",
     "_cuda_setMemoryMetadata": _nothing,
+    # What torch does with an allocator that keeps no metadata.
+    "_cuda_memoryMetadataSupported": lambda: False,
+    "_cuda_annotateMemory": _nothing,
     "_cuda_hostMemoryStats": _host_stats,
     "_cuda_resetPeakHostMemoryStats": _nothing,
     "_cuda_resetAccumulatedHostMemoryStats": _nothing,
@@ -445,6 +448,9 @@ C_FUNCTIONS: Final[dict[str, Any]] = {
     "_get_accelerator": lambda _check=None: torch.device("cuda"),
     "_group_tensors_by_device_and_dtype": grouping,
     "_accelerator_getDeviceIndex": lambda: card_of(None).index,
+    "_accelerator_getDefaultGenerator": (
+        lambda index: torch.cuda.default_generators[index]
+    ),
     "_accelerator_setDeviceIndex": _set_device,
     "_accelerator_exchangeDevice": _exchange_device,
     "_accelerator_maybeExchangeDevice": _maybe_exchange_device,
