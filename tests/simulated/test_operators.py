@@ -170,7 +170,7 @@ def test_declarations_are_read_as_a_yaml_reader_reads_them() -> None:
         (
             lambda card, host: torch.gather(card, 0, card.long(), out=host),
             "got self is on cuda:0, different from other tensors on cpu (when checking "
-            "argument in method wrapper_CUDA_gather_out)",
+            "argument in method wrapper_CUDA_gather_out_out)",
         ),
         (
             lambda card, host: card.index_add_(0, card[0].long(), host),

@@ -23,6 +23,11 @@ HALVES: Final = frozenset({torch.float16, torch.bfloat16})
 COMPLEX: Final = frozenset({torch.complex32, torch.complex64, torch.complex128})
 
 
+def type_name(dtype: torch.dtype) -> str:
+    """Return the name that C++ prints for a dtype, such as ``"Half"``."""
+    return torch.empty(0, dtype=dtype, device="cpu").type()[6:-6]
+
+
 def lacking(
     kernel: str, types: frozenset[torch.dtype]
 ) -> Callable[[tuple[Any, ...]], str]:
@@ -41,8 +46,9 @@ def with_types(lacks: Callable[[tuple[Any, ...]], str], handler: Handler) -> Han
         __tracebackhide__ = True
         kernel = lacks(args)
         if kernel and args[0].numel():
-            name = torch.empty(0, dtype=args[0].dtype, device="cpu").type()[6:-6]
-            raise NotImplementedError(f"\"{kernel}\" not implemented for '{name}'")
+            raise NotImplementedError(
+                f"\"{kernel}\" not implemented for '{type_name(args[0].dtype)}'"
+            )
         return handler(args, kwargs)
 
     return typed

@@ -206,7 +206,9 @@ class Event:
                 "Both events must be created with argument 'enable_timing=True'."
             )
         if self._recorded_s is None or end_event._recorded_s is None:  # the same class
-            raise ValueError("Both events must be recorded before calculating time.")
+            raise ValueError(
+                "Both events must be recorded before calculating elapsed time."
+            )
         return (end_event._recorded_s - self._recorded_s) * 1e3  # the same class
 
 

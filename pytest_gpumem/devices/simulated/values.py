@@ -10,6 +10,7 @@ import torch
 from pytest_gpumem.devices.simulated.layouts import TWICE, as_on_cpu
 from pytest_gpumem.devices.simulated.refusals import refuse_value
 from pytest_gpumem.devices.simulated.rng import Moving, generator_of
+from pytest_gpumem.devices.simulated.words import on_card
 from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
 
 if TYPE_CHECKING:
@@ -78,11 +79,6 @@ def _is_complex(value: Any) -> bool:
 _LIMIT: Final = re.compile(
     r"(support|implemented)\b.*\bCPU\b|\bCPU\b.*\b(support|implemented)", re.IGNORECASE
 )
-#: Error messages of a kernel for a missing dtype. Source: ``AT_DISPATCH_SWITCH`` of
-#: ``aten/src/ATen/Dispatch.h``; ``Sorting.cpp``.
-_LACKS_TYPE: Final = re.compile(
-    r"\"\w+\" not implemented for '\w+'| ?\w+ does not support \w+ dtypes on CPU"
-)
 
 
 def _is_the_cpus(error: RuntimeError) -> bool:
@@ -91,23 +87,6 @@ def _is_the_cpus(error: RuntimeError) -> bool:
     if _LIMIT.search(text):
         return True
     return isinstance(error, NotImplementedError) and "'CPU' backend" in text
-
-
-def _check_type(error: RuntimeError) -> None:
-    """Refuse a dtype for which the CPU has no kernel, as a card does.
-
-    A card and the CPU have kernels for the same dtypes, with two exceptions. Dtypes that a
-    card lacks are named in the operators' records. For the few dtypes that only a card has,
-    the records compute the values in another way.
-
-    Raises:
-        RuntimeError: ``error`` is about a missing dtype; the class of the error is kept.
-    """
-    __tracebackhide__ = True
-    text = str(error)
-    if _LACKS_TYPE.match(text):
-        text = text.replace("_cpu", "_cuda", 1).replace("on CPU", "on CUDA")
-        raise type(error)(text) from None
 
 
 def _without_value(value: Any) -> Any:
@@ -158,7 +137,12 @@ def run(
             or "called on meta tensors" in str(error)
         )
         if not lacks_values:
-            _check_type(error)
+            # A card and the CPU have kernels for the same dtypes, with two exceptions.
+            # Dtypes that a card lacks are named in the operators' records. For the few
+            # dtypes that only a card has, the records compute the values in another way.
+            text = on_card(func, args, str(error))
+            if text is not None:
+                raise type(error)(text) from None
             if not _is_the_cpus(error):
                 raise
     if lacks_values:

@@ -179,6 +179,7 @@ def attention(  # noqa: PLR0917  # the operator's signature
     """Run ``aten.scaled_dot_product_attention`` with the kernel that CUDA would choose."""
     __tracebackhide__ = True
     tensors = (query, key, value)
+    _validate(tensors)
     settings = AttentionArguments(dropout_p, is_causal, scale, enable_gqa)
     kernel = "math"
     if all(type(each) is SimulatedTensor for each in tensors):
@@ -204,6 +205,22 @@ def attention(  # noqa: PLR0917  # the operator's signature
     if fused is not None:
         fused.give_values(composed)
     return composed
+
+
+def _validate(tensors: tuple[Any, ...]) -> None:
+    """Refuse operands of several dtypes or devices: ``validate_sdpa_input``."""
+    if len({each.dtype for each in tensors}) > 1:
+        # torch's own error, in the names that C++ has for the dtypes.
+        query, key, value = (
+            torch.empty(each.shape, dtype=each.dtype, device="meta") for each in tensors
+        )
+        functional.scaled_dot_product_attention(query, key, value)
+    places = query, key, value = [each.device for each in tensors]
+    if len(set(places)) > 1:
+        raise RuntimeError(
+            "Expected query, key, and value to have the same device type, but got "
+            f"query.device: {query} key.device: {key} and value.device: {value} instead."
+        )
 
 
 def _as_bias(mask: Any, dtype: torch.dtype) -> Any:

@@ -148,8 +148,8 @@ def declared(func: Any, places: list[Operand]) -> None:
     """Check as declared: as generated code does, or as ``TensorIterator`` does.
 
     Source: ``gen_device_check`` and ``wrapper_kernel_sig`` of
-    ``torchgen/dest/register_dispatch_key.py``: ``out=`` comes first, and the name of an
-    operator that is not structured includes its overload.
+    ``torchgen/dest/register_dispatch_key.py``: ``out=`` comes first, and the name includes
+    the overload, behind the operator's name if the operator is structured.
     """
     declaration = declaration_of(func)
     if not declaration.checks_devices:
@@ -158,22 +158,54 @@ def declared(func: Any, places: list[Operand]) -> None:
     outs = [each for each in places if each.is_out]
     overload = "" if func._overloadname == "default" else func._overloadname
     name = func.overloadpacket.__name__ + ("_out" if outs else "")
+    if not declaration.is_structured:
+        name = f"{overload}_{name}"
+    elif overload:
+        name = f"{name}_{overload}"
     compare_devices(
-        name if declaration.is_structured else f"{overload}_{name}",
+        name,
         outs + [each for each in places if not each.is_out],
     )
 
 
-def compare_devices(name: str, places: list[Operand]) -> None:
+def as_if(
+    name: str, names: tuple[str, ...], order: tuple[int, ...] = ()
+) -> Callable[[Any, list[Operand]], None]:
+    """Return a check by another operator, of which a card composes this one.
+
+    Args:
+        name: The kernel that the error names.
+        names: What that kernel calls the operands; the last name is for all that follow.
+        order: The positions of the operands there; as they stand if empty.
+    """
+
+    def check(_func: Any, places: list[Operand]) -> None:
+        places = [places[each] for each in order] if order else places
+        compare_devices(
+            name,
+            places,
+            [names[min(each, len(names) - 1)] for each in range(len(places))],
+        )
+
+    return check
+
+
+def compare_devices(
+    name: str, places: list[Operand], names: list[str] | None = None
+) -> None:
     """Compare all operands with the first one; an error names the kernel.
+
+    ``names`` are those of the operands, by default those of their arguments.
 
     Source: ``common_device_check_failure`` of ``c10/core/impl``.
     """
     first = places[0].device
-    for each in places:
+    for each, called in zip(
+        places, names or [each.name for each in places], strict=True
+    ):
         if each.device != first:
             raise RuntimeError(
-                f"Expected all tensors to be on the same device, but got {each.name} is "
+                f"Expected all tensors to be on the same device, but got {called} is "
                 f"on {each.device}, different from other tensors on {first} (when "
                 f"checking argument in method wrapper_CUDA_{name})"
             )

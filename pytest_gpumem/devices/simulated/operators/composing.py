@@ -233,6 +233,32 @@ def _spelt(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.").replace("float32", "float")
 
 
+def checked(
+    check: Callable[..., None], overload: str | None = None
+) -> Callable[[Any], Kernel | None]:
+    """Check the arguments of an operator that C++ composes, then let C++ do so.
+
+    C++ sees a card's tensors elsewhere, so its own check of devices finds no error.
+
+    Args:
+        check: Takes the overload and the positional arguments.
+        overload: The only overload that is checked; None means all.
+    """
+
+    def checking(func: Any) -> Kernel | None:
+        if overload not in (None, func._overloadname):
+            return None
+
+        def kernel(*args: Any, **options: Any) -> Any:
+            __tracebackhide__ = True
+            check(func, *args)
+            return func.decompose(*args, **options)
+
+        return kernel
+
+    return checking
+
+
 def landing(func: Any) -> Kernel | None:
     """Move a result to the card if C++ has created it on the host."""
     if func._schema.is_mutable:

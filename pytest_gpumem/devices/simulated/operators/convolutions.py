@@ -10,7 +10,7 @@ import torch
 
 from pytest_gpumem.devices.simulated.kernel_types import INTEGERS
 from pytest_gpumem.devices.simulated.operators.checks import compare_devices
-from pytest_gpumem.devices.simulated.operators.composing import only
+from pytest_gpumem.devices.simulated.operators.composing import checked, only
 from pytest_gpumem.devices.simulated.operators.registry import register
 from pytest_gpumem.devices.simulated.operators.requests import (
     Free,
@@ -31,15 +31,20 @@ _aten = torch.ops.aten
 
 
 def _types(_func: Any, places: list[Operand]) -> None:
-    """Check dtypes before devices, as ``check_input_same_type_as_parameters`` does."""
-    source = places[0]
-    for each in places[1:]:
-        if each.device.type != source.device.type:
-            raise RuntimeError(
-                f"Input type ({source.tensor.type()}) and {each.name} type "
-                f"({each.tensor.type()}) should be the same"
-            )
+    """Check types before devices, as ``check_input_same_type_as_parameters`` does."""
+    _compare_types([(each.name, each.tensor) for each in places])
     compare_devices("_cudnn_convolution", places)
+
+
+def _compare_types(tensors: list[tuple[str, torch.Tensor]]) -> None:
+    """Compare the dtype and the kind of device of named tensors with the first one's."""
+    _name, source = tensors[0]
+    for name, each in tensors[1:]:
+        if (each.dtype, each.device.type) != (source.dtype, source.device.type):
+            raise RuntimeError(
+                f"Input type ({source.type()}) and {name} type ({each.type()}) should be "
+                "the same"
+            )
 
 
 _CHECK = "Convolution.cpp, check_input_same_type_as_parameters"
@@ -48,10 +53,15 @@ _CHECK = "Convolution.cpp, check_input_same_type_as_parameters"
 def _kernel(args: tuple[Any, ...]) -> str:
     """Return the name of the kernel for integers, which cuDNN does not support.
 
+    With cuDNN, dtypes are compared before.
+
     Source: ``_select_conv_backend`` of ``Convolution.cpp``; ``slow_conv2d_forward`` and
     ``slow_conv_dilated_all_cuda_template`` of ``cuda``.
     """
     source, dilation, is_transposed = args[0], args[5], args[6]
+    if torch._C._get_cudnn_enabled():
+        named = zip(("", "weight", "bias"), args[:3], strict=True)
+        _compare_types([(name, each) for name, each in named if each is not None])
     if source.dtype not in INTEGERS:
         return ""
     dimensions = max(source.dim() - 2, 2)  # one dimension is treated as two
@@ -343,6 +353,25 @@ register(
 
 # -- recurrent layers -----------------------------------------------------------------
 
+
+def _recurrent(func: Any, source: torch.Tensor, *others: Any) -> None:
+    """Compare the device of the input with those of hidden states and parameters."""
+    if func._overloadname == "data":
+        others = others[1:]  # the sizes of the batches are on the host
+    hidden, parameters = others[:2]
+    if isinstance(hidden, torch.Tensor):
+        hidden = [hidden]
+    for name, tensors in (("hidden", hidden), ("parameter", parameters)):
+        for each in tensors:
+            if each.device != source.device:
+                raise RuntimeError(
+                    f"Input and {name} tensors are not at the same device, found input "
+                    f"tensor at {source.device} and {name} tensor at {each.device}"
+                )
+
+
+for _name in ("lstm", "gru", "rnn_relu", "rnn_tanh"):
+    register(_name, composed=checked(_recurrent), source="RNN.cpp, check_attributes")
 # For a layer without biases, C++ creates biases on the host.
 register("mkldnn_rnn_layer", takes_host=True, source="mkldnn/RNN.cpp, mkldnn_rnn_layer")
 

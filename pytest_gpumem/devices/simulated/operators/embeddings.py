@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from pytest_gpumem.devices.simulated.kernel_types import HALVES
+from pytest_gpumem.devices.simulated.operators.checks import as_if
 from pytest_gpumem.devices.simulated.operators.registry import register
 from pytest_gpumem.devices.simulated.operators.requests import (
     Free,
@@ -36,7 +37,12 @@ def _in_a_row(call: Call) -> Iterator[RequestStep]:
     yield Results()
 
 
-register("embedding", requests=_in_a_row, source="Embedding.cpp, embedding_symint")
+register(
+    "embedding",
+    requests=_in_a_row,
+    check=as_if("_index_select", ("self", "index")),
+    source="Embedding.cpp, embedding_symint",
+)
 
 
 def _gradient(call: Call) -> Iterator[RequestStep]:

@@ -11,8 +11,9 @@ import torch
 from pytest_gpumem.devices.simulated.accumulation import numbering, taking_over
 from pytest_gpumem.devices.simulated.backward import in_backward
 from pytest_gpumem.devices.simulated.memory import Memory, hold
-from pytest_gpumem.devices.simulated.operators.checks import iterated
+from pytest_gpumem.devices.simulated.operators.checks import as_if, iterated
 from pytest_gpumem.devices.simulated.operators.composing import (
+    checked,
     on_cpu_alone,
     on_host,
     only,
@@ -207,7 +208,48 @@ def _mask(func: Any, places: list[Operand]) -> None:
 register("masked_fill", check=_mask, source="cuda/IndexKernel.cpp, masked_fill__cuda")
 # Torch 2.15 uses this operator to assign a number at host indices.
 register(
-    "index_fill_", takes_host=True, source="TensorAdvancedIndexing.cpp, index_fill_"
+    "index_fill_",
+    takes_host=tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 15),
+    source="TensorAdvancedIndexing.cpp, index_fill_",
+)
+
+
+def _split(
+    _func: Any, _source: torch.Tensor, places: torch.Tensor, *_rest: Any
+) -> None:
+    if not places.is_cpu:
+        raise RuntimeError(
+            "tensor_split expected tensor_indices_or_sections to be on cpu, but it's on "
+            f"{places.device}"
+        )
+
+
+register(
+    "tensor_split",
+    composed=checked(_split, "tensor_indices_or_sections"),
+    source="TensorShape.cpp, tensor_split",
+)
+
+
+def _along(
+    _func: Any, source: torch.Tensor, indices: torch.Tensor, *_rest: Any
+) -> None:
+    if indices.device != source.device:
+        raise RuntimeError(
+            f"Expected tensor to have {source.device} Device, but got tensor with "
+            f"{indices.device} Device (while checking arguments for "
+            "torch.take_along_dim():)"
+        )
+
+
+register(
+    "take_along_dim",
+    composed=checked(_along, "default"),
+    source="TensorAdvancedIndexing.cpp, _take_along_dim_helper",
+)
+# ``cat`` compares the devices of a stack.
+register(
+    "stack _stack", check=as_if("cat", ("tensors",)), source="TensorShape.cpp, stack"
 )
 register(
     "scatter_add",
@@ -253,7 +295,10 @@ register(
 
 
 def _reduces(args: tuple[Any, ...]) -> str:
-    lacks = args[0].dtype is torch.bool and {"prod", "amin", "amax"} & set(args[4:5])
+    kinds = set(args[4:5])
+    lacks = (args[0].dtype is torch.bool and {"prod", "amin", "amax"} & kinds) or (
+        args[0].is_complex() and kinds - {"sum"}
+    )
     return "cuda_scatter_gather_base_kernel_func" if lacks else ""
 
 

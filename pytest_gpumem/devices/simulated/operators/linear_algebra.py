@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytest_gpumem.devices.simulated.kernel_types import INTEGERS, lacking
+from pytest_gpumem.devices.simulated.operators.checks import as_if
 from pytest_gpumem.devices.simulated.operators.composing import (
     by_formula,
+    checked,
     into_out,
     landing,
     on_host,
@@ -387,17 +389,35 @@ register(
     source="cuda/GroupedBlas.cpp, _grouped_mm_cuda; cuda/GroupMM.cu; GroupedMMUtils.h, "
     "_grouped_mm_fallback",
 )
-for _names, _kernel, _rule in (
-    ("addmm mm", "addmm_cuda", _multiplying),
-    ("addmv mv", "addmv_impl_cuda", None),
-    ("baddbmm bmm", "baddbmm_cuda", _multiplying_batches),
+
+
+def _multiplied(args: tuple[Any, ...]) -> str:
+    """Name the kernel of matrices of integers; those of two dtypes are refused before."""
+    is_added = len(args) > 2 and isinstance(args[2], torch.Tensor)  # noqa: PLR2004  # a third matrix
+    first, second = args[1:3] if is_added else args[:2]
+    is_alike = first.dtype == second.dtype
+    return "addmm_cuda" if is_alike and first.dtype in INTEGERS else ""
+
+
+for _names, _lacks, _rule, _check in (
+    ("addmm mm", _multiplied, _multiplying, None),
+    ("addmv", lacking("addmv_impl_cuda", INTEGERS), None, None),
+    # It makes a result beside the vector, and calls addmv_.
+    (
+        "mv",
+        lacking("addmv_impl_cuda", INTEGERS),
+        None,
+        as_if("addmv_", ("self", "mat"), (1, 0)),
+    ),
+    ("baddbmm bmm", lacking("baddbmm_cuda", INTEGERS), _multiplying_batches, None),
 ):
     register(
         _names,
         uses_cublas=True,
         requests=_rule,
         compute=_as_wanted,
-        lacks=lacking(_kernel, INTEGERS),
+        lacks=_lacks,
+        check=_check,
         source=f"{_HANDLE}; cuda/Blas.cpp",
     )
 register(
@@ -409,7 +429,7 @@ for _name in ("dot", "vdot"):
     register(
         _name,
         uses_cublas=True,
-        lacks=lacking(_name, INTEGERS),
+        lacks=lacking("dot", INTEGERS),  # also for vdot, which calls it for numbers
         source=f"{_HANDLE}; cuda/Blas.cpp, {_name}_cuda",
     )
 register(
@@ -521,6 +541,22 @@ def _cov(func: Any) -> Kernel:
     return kernel
 
 
+def _chain(_func: Any, tensors: list[torch.Tensor]) -> None:
+    """Compare the devices of the matrices with the first one's."""
+    first = tensors[0].device
+    for number, each in enumerate(tensors):
+        if each.device != first:
+            raise RuntimeError(
+                "multi_dot(): all tensors must be on the same device but tensor 0 is on "
+                f"{first} and tensor {number} on {each.device}"
+            )
+
+
+register(
+    "linalg_multi_dot",
+    composed=checked(_chain, "default"),
+    source="LinearAlgebra.cpp, multi_dot_impl",
+)
 register("cov", composed=_cov, source="Correlation.cpp, cov")
 
 # -- decompositions -------------------------------------------------------------------

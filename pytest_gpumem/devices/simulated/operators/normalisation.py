@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pytest_gpumem.devices.simulated.kernel_types import type_name
 from pytest_gpumem.devices.simulated.operators.composing import only
 from pytest_gpumem.devices.simulated.operators.reductions import opmath_bytes
 from pytest_gpumem.devices.simulated.operators.registry import register
@@ -272,6 +273,30 @@ register(
     "native_group_norm",
     requests=_group_norm,
     source="cuda/group_norm_kernel.cu, GroupNormKernelImplInternal",
+)
+
+
+def _layer_norm(
+    source: torch.Tensor,
+    shape: Any,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> Any:
+    """Run ``native_layer_norm``: a card's kernel has one dtype for all operands."""
+    for each in (weight, bias):
+        if each is not None and each.dtype != source.dtype:
+            raise RuntimeError(
+                f"expected scalar type {type_name(source.dtype)} but found "
+                f"{type_name(each.dtype)}"
+            )
+    return torch.ops.aten.native_layer_norm.default(source, shape, weight, bias, eps)
+
+
+register(
+    "native_layer_norm",
+    compute=only(_layer_norm),
+    source="cuda/layer_norm_kernel.cu, LayerNormKernelImpl",
 )
 
 
