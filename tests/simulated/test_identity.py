@@ -495,3 +495,19 @@ def test_data_of_another_device_is_set_in_inference_mode() -> None:
     assert layer.weight.grad is not None
     assert layer.weight.grad.is_cuda
     assert parameter.requires_grad
+
+
+def test_a_gradient_in_a_bucket_keeps_the_bucket_when_it_moves() -> None:
+    """PyTorch's CUDA code has the same bytes: a view keeps what it is a view of."""
+    with simulated_device("T4"):
+        layer = torch.nn.Linear(10, 10).cuda()
+        bucket = torch.zeros(110, device="cuda")
+        layer.weight.grad = bucket[:100].view(10, 10)
+        layer.bias.grad = bucket[100:]
+
+        layer.cpu()
+        del bucket
+        held = torch.cuda.memory_allocated()
+        layer.zero_grad()
+
+        assert [512, 0] == [held, torch.cuda.memory_allocated()]

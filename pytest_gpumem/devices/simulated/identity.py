@@ -55,6 +55,10 @@ _set_versions: Final[Any] = torch._C._autograd._unsafe_set_version_counter
 
 #: Inactive bodies that C++ still holds, by the id of their tensor.
 _bodies: Final[dict[int, torch.Tensor]] = {}
+#: What a view that has changed its device was a view of, by the view's id: C++ keeps it
+#: with the view, and so its memory. Source: ``VariableHooks::set_data``, which replaces
+#: the data and leaves the autograd's part, of ``torch/csrc/autograd/variable.cpp``.
+_bases: Final[dict[int, torch.Tensor]] = {}
 #: Ids of the tensors that have a tensor as their gradient, by the id of the gradient.
 _owners: Final[dict[int, set[int]]] = {}
 #: A weak reference to each tensor in the tables of this module, by its id. There is one
@@ -74,6 +78,7 @@ def _know(tensor: torch.Tensor) -> int:
 def _forget(key: int) -> None:
     _known.pop(key, None)
     _bodies.pop(key, None)
+    _bases.pop(key, None)
     _owners.pop(key, None)
 
 
@@ -99,6 +104,9 @@ def become(tensor: torch.Tensor, data: torch.Tensor) -> None:
         return
     if tensor.grad_fn is not None:
         refuse("tensor.data = of another device, of a tensor computed with gradients")
+    base = tensor._base
+    if base is not None:
+        _bases[_know(tensor)] = base
     _put_on(tensor, _body_for(tensor, data))
 
 
