@@ -128,7 +128,11 @@ class Isolated:
         if self._run.device is not None:
             self._phases.clean(self._run.device)  # a real card has room for two
         with tempfile.TemporaryDirectory(prefix="gpumem-isolated-") as folder:
-            status, output = self._start(item, Path(folder))
+            try:
+                status, output = self._start(item, Path(folder))
+                broken = f"the process of this test {_ending(status)}\n{output}"
+            except pytest.fail.Exception as error:  # another plugin's time limit
+                broken = f"{error}"
             sent = list(_read(Path(folder) / "reports"))
         is_whole = False
         for each in sent:
@@ -140,8 +144,7 @@ class Isolated:
             is_whole = is_whole or report.when == "teardown"
             yield report
         if not is_whole:
-            text = f"the process of this test {_ending(status)}\n{output}"
-            yield _report(item, "call", "failed", text.rstrip())
+            yield _report(item, "call", "failed", broken.rstrip())
         # Fixtures of wider scope that the next test does not use end here.
         state = item.session._setupstate  # noqa: SLF001  # there is no public name
         ending = pytest.CallInfo.from_call(

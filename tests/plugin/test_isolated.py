@@ -165,6 +165,46 @@ def test_a_debugger_is_refused(pytester: pytest.Pytester, option: str) -> None:
     assert f"@pytest.mark.gpu_isolated: {option} cannot reach" in text
 
 
+def test_a_time_limit_of_the_run_ends_the_process(pytester: pytest.Pytester) -> None:
+    """As pytest-timeout raises it: a failure in the middle of the wait."""
+    pytester.makeconftest(
+        """
+        import signal
+
+        import pytest
+
+        def fail(*_):
+            pytest.fail("Timeout (>0.5s)")
+
+        @pytest.hookimpl(wrapper=True)
+        def pytest_runtest_protocol(item):
+            if item.name == "test_waits":
+                signal.signal(signal.SIGALRM, fail)
+                signal.setitimer(signal.ITIMER_REAL, 0.5)
+            return (yield)
+        """
+    )
+    pytester.makepyfile(
+        """
+        import time
+
+        import pytest
+
+        @pytest.mark.gpu_isolated
+        def test_waits():
+            time.sleep(100)
+
+        def test_next():
+            pass
+        """
+    )
+
+    result = pytester.runpytest("-p", "no:cacheprovider", "--gpu-backend=simulated")
+
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(["Timeout (>0.5s)"])
+
+
 @pytest.mark.slow
 def test_workers_and_sweeps(pytester: pytest.Pytester) -> None:
     """Each point is run once, in one of the workers' processes; groups keep their names."""
