@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes
@@ -17,6 +20,8 @@ from pytest_gpumem import vram_budget
 
 four_bits: Any = bitsandbytes.nn
 optimizers: Any = bitsandbytes.optim
+#: The ladder, as a program: ``KIND MODEL``.
+RUNGS = str(Path(__file__).parents[1] / "support" / "quantised_rungs.py")
 
 
 def _model() -> nn.Sequential:
@@ -67,6 +72,23 @@ def test_a_quantised_model_computes_what_the_host_does(
     del model, weight, result, back
     gc.collect()
     assert before == torch.cuda.memory_allocated()
+
+
+@pytest.mark.parametrize("model", ["llama", "bert-large"])
+@pytest.mark.parametrize(
+    "kind", ["bitsandbytes-8bit", "bitsandbytes-nf4", "quanto-int8", "quanto-int4"]
+)
+def test_a_quantised_rung_is_reached(kind: str, model: str) -> None:
+    """By ``quantization_config``, where fp32 has no room: the library's values, its bytes."""
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", RUNGS, kind, model],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+
+    assert result.stdout.endswith("as it should be\n"), result.stderr[-2000:]
 
 
 @pytest.mark.filterwarnings("ignore")  # the library's own
