@@ -598,3 +598,72 @@ def test_a_group_of_nccl_needs_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
         options = dist.ProcessGroupNCCL.Options()
         with pytest.raises(ValueError, match="no GPUs found"):
             dist.ProcessGroupNCCL(c10d.HashStore(), 0, 1, options)
+
+
+def _other_sizes(rank: int) -> None:
+    dist.all_reduce(torch.ones(3 + rank, device="cuda"))
+
+
+def _other_types(rank: int) -> None:
+    dist.all_reduce(on_card(1.0, dtype=(torch.float32, torch.float64)[rank]))
+
+
+def _other_collectives(rank: int) -> None:
+    if rank:
+        dist.broadcast(on_card(1.0), 0)
+    else:
+        dist.all_reduce(on_card(1.0))
+
+
+def _other_shards(rank: int) -> None:
+    output = torch.empty(2 + rank, device="cuda")
+    dist.reduce_scatter_tensor(output, torch.ones(2 * (2 + rank), device="cuda"))
+
+
+@pytest.mark.parametrize(
+    "differ", [_other_sizes, _other_types, _other_collectives, _other_shards]
+)
+def test_ranks_that_call_different_collectives_are_told(differ: Any) -> None:
+    """NCCL would wait for ever, or mix up values: the last rank to call gets an error.
+
+    The other one does, too, where it waited: with the same words.
+    """
+
+    def body(rank: int) -> str:
+        for _each in range(70):  # the keys of earlier calls are used again
+            dist.all_reduce(on_card(1.0))
+        try:
+            differ(rank)
+        except dist.DistBackendError as error:
+            return str(error)
+        return ""
+
+    said = run_ranks(body, seconds=2)
+
+    assert all(
+        each.startswith("Detected mismatch between collectives") for each in said
+    )
+    assert "SequenceNumber=71, OpType=" in said[0]
+
+
+def test_ranks_may_send_different_sizes_where_nccl_lets_them() -> None:
+    """Each rank gives its own share; sends and receives concern two ranks alone."""
+
+    def body(rank: int) -> None:
+        own = torch.full((1 + rank,), float(rank), device="cuda")
+        gathered = [torch.empty(1, device="cuda"), torch.empty(2, device="cuda")]
+        dist.all_gather(gathered, own)
+        assert [each.tolist() for each in gathered] == [[0.0], [1.0, 1.0]]
+        if rank < 2:
+            other = torch.empty(2 - rank, device="cuda")
+            works = [sent(own, 1 - rank), received(other, 1 - rank)]
+            for work in works:
+                work.wait()
+            assert other.tolist() == [1.0 - rank] * (2 - rank)
+        split = torch.empty(2, device="cuda")
+        dist.all_to_all_single(
+            split, torch.ones(2, device="cuda") * rank, [1, 1], [1, 1]
+        )
+        dist.all_reduce(own[:1])
+
+    run_ranks(body)

@@ -42,6 +42,9 @@ DEFAULT_TIMEOUT: Final = timedelta(minutes=10)
 _UNSET: Final = -(2**31)  # NCCL_CONFIG_UNDEF_INT
 #: The number of works without a waiting caller that are kept; then the oldest is dropped.
 _KEPT: Final = 64
+#: The name of the keys under which ranks say what they call, and how many calls are kept.
+_CALLS: Final = "calls"
+_KEPT_CALLS: Final = 64
 
 _gloo: Final[Any] = getattr(c10d, "ProcessGroupGloo", object)
 _uids: Final = itertools.count()
@@ -169,6 +172,8 @@ class NcclBackend(_gloo):  # type: ignore[misc]  # a class of C++
         self._lock = threading.RLock()
         self._communicators: dict[int, _Buffers] = {}
         self._sequence = 0
+        #: Collectives so far, without sends and receives.
+        self._num_calls = 0
         self._extra_timeout = timedelta(0)
         self._works: deque[NcclWork] = deque()
         #: Works between ``_start_coalescing`` and ``_end_coalescing``.
@@ -311,6 +316,54 @@ class NcclBackend(_gloo):  # type: ignore[misc]  # a class of C++
             return timedelta(milliseconds=milliseconds)
         extra, self._extra_timeout = self._extra_timeout, timedelta(0)
         return self._options._timeout + extra
+
+    def agree(self, fingerprint: str) -> Callable[[], str]:
+        """Compare a collective with those that the other ranks have called so far.
+
+        The last rank to call sees all others. NCCL would wait for ever, or mix up values.
+
+        Args:
+            fingerprint: What must be the same on all ranks.
+
+        Returns:
+            A function that compares again, and returns what differs or nothing.
+
+        Raises:
+            torch.distributed.DistBackendError: Another rank has called another collective,
+                or one of other sizes (the words of ``ProcessGroupWrapper``).
+        """
+        __tracebackhide__ = True
+        self._num_calls += 1
+        number = self._num_calls
+        own = f"SequenceNumber={number}, {fingerprint}"
+        rank = self.rank()
+
+        def differing() -> str:
+            for other in range(self.size()):
+                key = f"{_CALLS}/{number % _KEPT_CALLS}/{other}"
+                with suppress(
+                    RuntimeError
+                ):  # the store may have ended with its process
+                    if other == rank:
+                        continue
+                    if not self._store.check([key]):
+                        continue
+                    said = self._store.get(key).decode()
+                    if said != own and said.startswith(f"SequenceNumber={number}, "):
+                        return (
+                            "Detected mismatch between collectives on ranks. Rank "
+                            f"{rank} is running collective: CollectiveFingerPrint({own}), "
+                            f"but Rank {other} is running collective: "
+                            f"CollectiveFingerPrint({said})."
+                        )
+            return ""
+
+        with suppress(RuntimeError):
+            self._store.set(f"{_CALLS}/{number % _KEPT_CALLS}/{rank}", own)
+        found = differing()
+        if found:
+            raise dist.DistBackendError(found)
+        return differing
 
     def transport(self, name: str, *args: Any) -> dist.Work:
         """Send values with gloo."""

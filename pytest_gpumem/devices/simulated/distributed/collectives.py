@@ -167,6 +167,9 @@ class CollectiveCall:
         has_values = card is None or card.value_device != "meta"
         if card is not None and not is_message:
             self.backend.connect(card)
+        explain = None
+        if has_values and not is_message and self.size > 1:
+            explain = self.backend.agree(_fingerprint(what, outputs, counts))
         with torch.no_grad():
             carried = carry() if has_values else Carried(())
         work = self.backend.start(
@@ -177,6 +180,7 @@ class CollectiveCall:
             outputs=outputs,
             counts=counts,
             held=self.held,
+            explain=explain,
         )
         return work.boxed()
 
@@ -186,6 +190,29 @@ class CollectiveCall:
         for name, value in fields.items():
             setattr(made, name, value)
         return made
+
+
+#: Collectives whose sizes are the same on all ranks; others may have sizes of their own.
+_EVEN: Final = frozenset(
+    {
+        "ALLREDUCE",
+        "BROADCAST",
+        "COALESCED",
+        "REDUCE",
+        "_ALLGATHER_BASE",
+        "_REDUCE_SCATTER_BASE",
+    }
+)
+
+
+def _fingerprint(
+    what: str, outputs: Sequence[torch.Tensor], counts: tuple[int, int]
+) -> str:
+    """Return what must be the same on all ranks of a collective."""
+    if what not in _EVEN or not outputs:
+        return f"OpType={what}"
+    kinds = ", ".join(sorted({str(each.dtype) for each in outputs}))
+    return f"OpType={what}, NumelIn={counts[0]}, NumelOut={counts[1]}, Dtypes={kinds}"
 
 
 def _is_contiguous(value: torch.Tensor) -> bool:

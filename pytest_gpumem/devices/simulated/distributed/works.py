@@ -56,6 +56,7 @@ class NcclWork(dist.Work):
         outputs: The card's tensors that hold the result.
         counts: Numbers of input and output elements, for an error message.
         held: Memory that the collective holds on the card until it is complete.
+        explain: Returns why the collective may have failed, or nothing.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class NcclWork(dist.Work):
         outputs: Sequence[torch.Tensor] = (),
         counts: tuple[int, int] = (0, 0),
         held: object = None,
+        explain: Callable[[], str] | None = None,
     ) -> None:
         super().__init__()
         milliseconds = timeout // timedelta(milliseconds=1)
@@ -83,6 +85,7 @@ class NcclWork(dist.Work):
         self._finish = finish
         self._outputs = list(outputs)
         self._held = held
+        self._explain = explain
         self._lock = threading.RLock()  # a callback may run immediately
         #: Held by the waiting thread, because a send or receive can be waited for only once.
         self._waiting = threading.Lock()
@@ -249,6 +252,9 @@ class NcclWork(dist.Work):
 
         Source: ``WorkNCCL::checkTimeout`` of ``ProcessGroupNCCL.cpp``.
         """
+        why = "" if self._explain is None else self._explain()
+        if why:
+            return dist.DistBackendError(why)
         if "timed out" not in said.lower():
             return remote_error(said)
         spent = round((time.monotonic() - self._began) * 1000)
