@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from ranks import run_ranks
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    checkpoint_wrapper,
+    offload_wrapper,
+)
 from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from pytest_gpumem import vram_budget
 from pytest_gpumem.devices.simulated.install import simulated_device
@@ -163,3 +176,89 @@ def test_shards_fit_where_the_model_does_not() -> None:
         return True
 
     assert [True, True] == run_ranks(body)
+
+
+def _checkpointed_and_offloaded(model: Any, source: torch.Tensor) -> torch.Tensor:
+    with torch.autograd.graph.save_on_cpu(pin_memory=True):
+        return _output(checkpoint(model, source, use_reentrant=False))
+
+
+def _saved_elsewhere(model: Any, source: torch.Tensor) -> torch.Tensor:
+    device = source.device
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: tensor.cpu(), lambda tensor: tensor.to(device)
+    ):
+        return _output(model(source))
+
+
+def _selective(model: Any, source: torch.Tensor) -> torch.Tensor:
+    def choose(_context: Any, func: Any, *_args: Any, **_options: Any) -> Any:
+        keeps = func is torch.ops.aten.addmm.default
+        return (
+            CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
+        )
+
+    contexts = partial(create_selective_checkpoint_contexts, choose)
+    return _output(checkpoint(model, source, use_reentrant=False, context_fn=contexts))
+
+
+def _wrapped(model: Any, source: torch.Tensor) -> torch.Tensor:
+    return _output(offload_wrapper(checkpoint_wrapper(model))(source))
+
+
+def _output(value: Any) -> torch.Tensor:
+    assert isinstance(value, torch.Tensor)
+    return value
+
+
+@pytest.mark.parametrize(
+    "way", [_checkpointed_and_offloaded, _saved_elsewhere, _selective, _wrapped]
+)
+def test_what_is_saved_may_be_dropped_or_go_to_the_host(way: Any) -> None:
+    """Checkpoints, hooks of saved tensors, and both: the CPU's gradients."""
+
+    def gradients(device: str) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        layers = [torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.GELU())] * 3
+        model = torch.nn.Sequential(*layers)
+        source = torch.rand(8, 32).to(device).requires_grad_()
+        way(model.to(device), source).square().sum().backward()
+        found = [each.grad for each in (source, *model.parameters())]
+        return [each for each in found if each is not None]
+
+    expected = gradients("cpu")
+    with simulated_device("T4"):
+        found = gradients("cuda")
+
+        assert len(found) == len(expected) == 3
+        assert all(each.is_cuda for each in found)
+        assert all(map(torch.equal, (each.cpu() for each in found), expected))
+
+
+def test_threads_allocate_from_pools_of_their_own() -> None:
+    """Four threads at once: each one's blocks are in its pool, and go with it."""
+    with simulated_device("T4"):
+        pools = [torch.cuda.MemPool() for _each in range(4)]
+        kept: list[torch.Tensor] = []
+        begin = threading.Barrier(len(pools))
+
+        def fill(pool: Any) -> None:
+            begin.wait(20)
+            with torch.cuda.use_mem_pool(pool):
+                kept.extend(torch.ones(2**18, device="cuda") for _each in range(20))
+            kept.append(torch.ones(2**18, device="cuda"))
+
+        with ThreadPoolExecutor(len(pools)) as executor:
+            list(executor.map(fill, pools))
+        held = [
+            sum(segment["allocated_size"] for segment in pool.snapshot())
+            for pool in pools
+        ]
+
+        assert held == [20 * 2**20] * 4
+        assert torch.cuda.memory_allocated() == 84 * 2**20
+        del pools
+        kept.clear()
+        gc.collect()
+        torch.cuda.empty_cache()
+        assert torch.cuda.memory_reserved() == 0
