@@ -215,18 +215,10 @@ DIFFERENCES: Final = (
         ways="out= strided",
     ),
     Difference(
-        "cumprod prod masked_prod",
+        "cumprod",
         CLOSE,
         "for a subclass of tensors C++ takes the way to the gradient that heeds zeros",
         ways="gradient",
-    ),
-    Difference(
-        "prod",
-        DIFFERS,
-        "for a subclass of tensors C++ takes the way to the gradient that heeds zeros, which "
-        "half precision rounds otherwise",
-        ways="gradient",
-        types="float16",
     ),
     Difference(
         "_softmax_backward_data",
