@@ -417,3 +417,30 @@ def test_a_module_for_onednn_is_refused_by_its_name() -> None:
             UnsupportedOnSimulatedDeviceError, match="optimize_for_inference makes"
         ):
             torch.jit.optimize_for_inference(frozen)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        torch.nn.Conv1d(8, 4, 3),
+        torch.nn.Conv2d(3, 4, 3, padding=1),
+        torch.nn.ConvTranspose2d(3, 4, 2, stride=2),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_a_convolution_is_traced(layer: torch.nn.Module) -> None:
+    """Its weight is a parameter in the trace, which runs on other inputs, also on the host."""
+    source = torch.rand(2, 3, 8, 8) if layer.weight.dim() == 4 else torch.rand(2, 8, 5)  # type: ignore[operator]  # a tensor
+    other = source * 2 + 1
+    expected = layer(other)
+    with simulated_device("T4"):
+        on_card = copy.deepcopy(layer).cuda()
+        traced = torch.jit.trace(on_card, source.cuda())
+
+        assert torch.equal(traced(other.cuda()).cpu(), expected)
+        assert "aten::_convolution" in str(traced.inlined_graph)
+        traced(other.cuda()).sum().backward()
+        assert on_card.weight.grad is not None
+        traced.cpu()
+
+        assert torch.equal(traced(other), expected)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices.simulated.operators.checks import Operand
     from pytest_gpumem.devices.simulated.operators.requests import Call, RequestStep
+    from pytest_gpumem.devices.simulated.tensor import Handler
 
 _aten = torch.ops.aten
 
@@ -336,20 +337,51 @@ _SLOW = (
     "and NaiveConvolutionTranspose3d.cu; Convolution.cpp, _convolution"
 )
 
+_recorded: Any = torch.ops.aten._convolution.default
+
+
+def _recording(func: Any, handler: Handler) -> Handler:
+    """Return a handler that ``torch.jit.trace`` sees.
+
+    The tracer does not record this operator, but ``_convolution``, which C++ composes it of.
+
+    Source: ``DONT_RECORD_TRACE`` of ``tools/autograd/gen_trace_type.py``.
+    """
+    if func._overloadname != "default" or func.overloadpacket.__name__ != "convolution":
+        return handler
+
+    def recording(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        __tracebackhide__ = True
+        if torch._C._get_tracing_state() is None:
+            return handler(args, kwargs)
+        cudnn = torch.backends.cudnn
+        settings = (cudnn.benchmark, cudnn.deterministic, cudnn.enabled, True)
+        # Below Python's dispatch the tracer is excluded.
+        included = torch._C._dispatch_tls_local_include_set()
+        excluded = torch._C._dispatch_tls_local_exclude_set()
+        excluded = excluded.remove(torch._C._dispatch_key_parse("Tracer"))
+        with torch._C._ForceDispatchKeyGuard(included, excluded):
+            return _recorded(*args, *settings, **kwargs)
+
+    return recording
+
+
+register(
+    "_convolution",
+    check=_types,
+    requests=_of_convolution,
+    lacks=_kernel,
+    source=_CHECK,
+)
 register(
     "convolution convolution_overrideable",
     check=_types,
     requests=_of_convolution,
     lacks=_kernel,
+    around=_recording,
     source=f"{_CHECK}; {_SLOW}",
 )
 register("convolution_backward", requests=_of_convolution_backward, source=_SLOW)
-register(
-    "_convolution",
-    check=_types,
-    lacks=_kernel,
-    source=_CHECK,
-)
 
 # -- recurrent layers -----------------------------------------------------------------
 

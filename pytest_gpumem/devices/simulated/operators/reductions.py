@@ -298,7 +298,12 @@ def _multiplied(func: Any) -> Callable[..., Any] | None:
         **options: Any,
     ) -> Any:
         __tracebackhide__ = True
-        is_plain = source.dim() > 0 and not source.is_meta and not are_formulas_active()
+        is_plain = (
+            source.dim() > 0
+            and not source.is_meta
+            and not are_formulas_active()
+            and torch._C._get_tracing_state() is None  # it would record a Function
+        )
         if not is_plain or not source.requires_grad or not torch.is_grad_enabled():
             return formula(source, *args, dtype=dtype, **options)
         given = {"dim": None, "keepdim": False, **dict(zip(names, args, strict=False))}
