@@ -39,6 +39,7 @@ NEAR: Final = 0.01
 _TITLES: Final = {
     "operators": "operators of `op_db`, up to six samples each",
     "sizes": "common operators at the sizes of models",
+    "layouts": "operands and gradients that are not stored by rows",
     "attention": "`scaled_dot_product_attention`",
     "modules": "modules of `module_db`",
     "optimizers": "optimizers of `optim_db`",

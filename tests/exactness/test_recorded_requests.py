@@ -29,6 +29,7 @@ from recorded_requests import (
 SHARE = {
     "operators": 15,
     "sizes": 24,
+    "layouts": 12,
     "attention": 24,
     "modules": 12,
     "optimizers": 12,

@@ -229,6 +229,82 @@ def test_products_of_groups(
     assert wanted == found
 
 
+def _exchanged(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return ones whose first two dimensions are exchanged in memory."""
+    first, second, *others = shape
+    return _ones(second, first, *others, dtype=dtype).transpose(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("operator", "shape", "wanted"),
+    [
+        (
+            lambda x: functional.layer_norm(x, (32,)),
+            (8, 16, 32),
+            [16384, 16384, 512, 512],
+        ),
+        (lambda x: functional.rms_norm(x, (32,)), (8, 16, 32), [16384, 16384, 512]),
+        (lambda x: x.softmax(-1), (8, 16, 32), [16384, 16384]),
+        (lambda x: x.log_softmax(1), (8, 16, 32), [16384, 16384]),
+        (lambda x: x.topk(4)[0], (8, 16, 32), [2048, 4096, 16384]),
+        (lambda x: x.roll(1, 1), (8, 16, 32), [16384, 16384]),
+        (lambda x: functional.max_pool2d(x, 2), (4, 16, 8, 8), [4096, 8192, 16384]),
+        (lambda x: functional.avg_pool2d(x, 2), (4, 16, 8, 8), [4096, 16384]),
+        (lambda x: functional.interpolate(x, 16), (4, 16, 8, 8), [65536, 16384]),
+        (
+            lambda x: functional.pad(x, (1, 1, 1, 1), "reflect"),
+            (4, 16, 8, 8),
+            [25600, 16384],
+        ),
+    ],
+)
+def test_what_is_not_stored_by_rows_is_copied(
+    operator: Callable[..., Any], shape: tuple[int, ...], wanted: list[int]
+) -> None:
+    """What is stored by rows is not."""
+    copied = _ones(*shape).nbytes
+    without = list(wanted)
+    without.remove(copied)
+
+    assert wanted == _asked_for(operator, _exchanged(*shape))
+    assert without == _asked_for(operator, _ones(*shape))
+
+
+def test_a_gradient_that_is_not_stored_by_rows_is_copied() -> None:
+    """An expanded one, as of a sum, is not either."""
+    source = _ones(8, 16, 32).requires_grad_()
+    result = functional.layer_norm(source, (32,))
+
+    found = _asked_for(lambda: torch.autograd.grad(result.sum(), source))
+
+    assert [4, 4, 16384, 16384] == found
+
+
+def test_moments_of_half_precision_are_of_single_precision() -> None:
+    """Of each row, a mean and a standard deviation."""
+    source = _ones(1024, 32, dtype=torch.bfloat16)
+
+    found = _asked_for(lambda x: functional.layer_norm(x, (32,)), source)
+
+    assert [65536, 4096, 4096] == found
+
+
+def test_channels_last_are_kept_where_a_card_keeps_them() -> None:
+    """Pooling does; group normalisation, reflection and shuffling store by rows."""
+    source = _ones(4, 16, 8, 8).to(memory_format=torch.channels_last)
+    weight = _ones(16)
+
+    pooled = functional.max_pool2d(source, 2)
+    others = (
+        functional.group_norm(source, 4, weight, weight),
+        functional.pad(source, (1, 1, 1, 1), "reflect"),
+        functional.pixel_shuffle(source, 2),
+    )
+
+    assert pooled.is_contiguous(memory_format=torch.channels_last)
+    assert all(each.is_contiguous() for each in others)
+
+
 def test_a_norm_of_a_single_complex_number_over_a_dimension() -> None:
     """Over all dimensions it is an absolute value, which is complex first."""
     number = torch.ones((), dtype=torch.complex64, device="cuda")

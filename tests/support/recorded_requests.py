@@ -35,6 +35,7 @@ DIFFERING: Final = FOLDER / "differing.json"
 ROOMS: Final = (
     "operators",
     "sizes",
+    "layouts",
     "attention",
     "modules",
     "optimizers",

@@ -35,6 +35,7 @@ from pytest_gpumem.devices.simulated.operators.requests import (
     Results,
     Temporary,
     copy_of,
+    suggested_format,
 )
 from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.devices.simulated.rng import draw_kept
@@ -211,8 +212,17 @@ register(
     move=for_integers,
     source="TensorFactories.cpp, randint_like",
 )
+
+
+def _masking(grad: torch.Tensor, *args: Any) -> torch.Tensor:
+    """Run ``native_dropout_backward``, whose result a card lays out by rows."""
+    result: torch.Tensor = torch.ops.aten.native_dropout_backward.default(grad, *args)
+    return result.contiguous(memory_format=suggested_format(grad))
+
+
 register(
     "native_dropout_backward",
+    compute=only(_masking),
     lacks=lacking("masked_scale", INTEGERS | COMPLEX),
     source="cuda/Dropout.cu, dropout_backward_cuda",
 )

@@ -25,6 +25,7 @@ from pytest_gpumem.devices.simulated.operators.requests import (
     Temporary,
     copy_of,
     is_number,
+    packed,
 )
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 from pytest_gpumem.kernels.sort_memory import INDEX_BYTES, pairs_bytes, scan_bytes
@@ -90,7 +91,7 @@ def _putting(call: Call) -> Iterator[RequestStep]:
         for place, each in enumerate(call["indices"])
         if each is not None
     )
-    if values.numel() < count * slices:
+    if values.numel() < count * slices or not values.is_contiguous():
         yield Temporary(count * slices * source.itemsize)
     for _each in range(3):  # the sorted indices, their order, the original order
         yield Temporary(count * INDEX_BYTES)
@@ -336,17 +337,22 @@ register(
 def _rolling(call: Call) -> Iterator[RequestStep]:
     """Request a buffer for each dimension that is rolled in turn: ``roll_common``."""
     source = call["self"]
-    last = None
+    last = packed(source)
+    yield last
     for _dim in range(len(call["dims"]) - 1):
         rolled = copy_of(source)
         yield rolled
-        if last is not None:
-            yield Free(last)
+        yield Free(last)
         last = rolled
     yield Results()
 
 
-register("roll", requests=_rolling, source="TensorTransformations.h, roll_common")
+register(
+    "roll",
+    requests=_rolling,
+    source="TensorTransformations.h, roll_common; cuda/TensorTransformations.cu, "
+    "roll_cuda",
+)
 
 
 def _zero_first(call: Call) -> Iterator[RequestStep]:

@@ -14,7 +14,9 @@ from pytest_gpumem.devices.simulated.operators.registry import register
 from pytest_gpumem.devices.simulated.operators.requests import (
     Free,
     Results,
+    Sized,
     Temporary,
+    packed,
 )
 
 if TYPE_CHECKING:
@@ -42,6 +44,62 @@ register(
 )
 
 
+def _by_rows(call: Call) -> Iterator[RequestStep]:
+    """Request contiguous operands first."""
+    for name in ("input", "weight", "bias"):
+        yield packed(call.get(name))
+    yield Results()
+
+
+def _layer_norm_requests(call: Call) -> Iterator[RequestStep]:
+    """Request contiguous operands first; moments are of single precision for half."""
+    source: torch.Tensor = call["input"]
+    for name in ("input", "weight", "bias"):
+        yield packed(call[name])
+    yield Results(0)
+    for place in (1, 2):
+        moments: Any = call.results[place]
+        yield Sized(place, moments.numel() * opmath_bytes(source.dtype))
+
+
+def _by_rows_backward(call: Call) -> Iterator[RequestStep]:
+    """Request contiguous operands first, and a contiguous gradient last."""
+    for name in ("input", "weight", "bias"):
+        yield packed(call.get(name))
+    yield Results()
+    yield packed(call["grad_out"])
+
+
+def _layer_norm(
+    source: torch.Tensor,
+    shape: Any,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> Any:
+    """Run ``native_layer_norm``: a card's kernel has one dtype for all operands."""
+    for each in (weight, bias):
+        if each is not None and each.dtype != source.dtype:
+            raise RuntimeError(
+                f"expected scalar type {type_name(source.dtype)} but found "
+                f"{type_name(each.dtype)}"
+            )
+    return torch.ops.aten.native_layer_norm.default(source, shape, weight, bias, eps)
+
+
+register(
+    "native_layer_norm",
+    requests=_layer_norm_requests,
+    compute=only(_layer_norm),
+    source="cuda/layer_norm_kernel.cu, layer_norm_cuda and LayerNormKernelImpl",
+)
+register(
+    "native_layer_norm_backward",
+    requests=_by_rows_backward,
+    source="cuda/layer_norm_kernel.cu, layer_norm_backward_cuda",
+)
+
+
 def _rms_norm_backward(  # noqa: PLR0917  # the operator's signature
     grad: torch.Tensor,
     source: torch.Tensor,
@@ -66,7 +124,7 @@ def _rms_norm_backward(  # noqa: PLR0917  # the operator's signature
     by_weight = upcast * (wide * scale)
     by_weight = by_weight.sum(outer) if outer else by_weight
     return (
-        by_source.to(source.dtype) if wanted[0] else None,
+        by_source.to(source.dtype).contiguous() if wanted[0] else None,
         by_weight.to(weight.dtype) if wanted[1] and weight is not None else None,
     )
 
@@ -74,12 +132,16 @@ def _rms_norm_backward(  # noqa: PLR0917  # the operator's signature
 register(
     "_fused_rms_norm",
     has_cuda_kernel=True,
-    source="native_functions.yaml, CUDA beside CompositeImplicitAutograd",
+    requests=_by_rows,
+    source="native_functions.yaml, CUDA beside CompositeImplicitAutograd; "
+    "cuda/layer_norm_kernel.cu, _fused_rms_norm_cuda",
 )
 register(
     "_fused_rms_norm_backward",
     compute=only(_rms_norm_backward),
-    source="layer_norm.cpp, rms_norm_composite",
+    requests=_by_rows_backward,
+    source="layer_norm.cpp, rms_norm_composite; cuda/layer_norm_kernel.cu, "
+    "_fused_rms_norm_backward_cuda",
 )
 
 
@@ -252,6 +314,19 @@ register(
 )
 
 
+def _group_norm_of_rows(source: torch.Tensor, *args: Any, **options: Any) -> Any:
+    """Run ``group_norm`` of a contiguous tensor; the CPU keeps channels last."""
+    inner = torch.ops.aten.group_norm.default.decompose
+    return inner(source.contiguous(), *args, **options)
+
+
+register(
+    "group_norm",
+    composed=only(_group_norm_of_rows),
+    source="group_norm.cpp, group_norm",
+)
+
+
 def _group_norm(call: Call) -> Iterator[RequestStep]:
     """Request moments and the scale of each channel, in single precision for half."""
     yield Results()
@@ -273,30 +348,6 @@ register(
     "native_group_norm",
     requests=_group_norm,
     source="cuda/group_norm_kernel.cu, GroupNormKernelImplInternal",
-)
-
-
-def _layer_norm(
-    source: torch.Tensor,
-    shape: Any,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-) -> Any:
-    """Run ``native_layer_norm``: a card's kernel has one dtype for all operands."""
-    for each in (weight, bias):
-        if each is not None and each.dtype != source.dtype:
-            raise RuntimeError(
-                f"expected scalar type {type_name(source.dtype)} but found "
-                f"{type_name(each.dtype)}"
-            )
-    return torch.ops.aten.native_layer_norm.default(source, shape, weight, bias, eps)
-
-
-register(
-    "native_layer_norm",
-    compute=only(_layer_norm),
-    source="cuda/layer_norm_kernel.cu, LayerNormKernelImpl",
 )
 
 

@@ -8,6 +8,7 @@ import torch
 
 from pytest_gpumem.devices.simulated.accumulation import accumulating
 from pytest_gpumem.devices.simulated.kernel_types import HALVES
+from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.operators.checks import are_formulas_active
 from pytest_gpumem.devices.simulated.operators.composing import by_formula, only
 from pytest_gpumem.devices.simulated.operators.registry import register
@@ -16,6 +17,7 @@ from pytest_gpumem.devices.simulated.operators.requests import (
     Results,
     Temporary,
     copy_of,
+    packed,
 )
 from pytest_gpumem.kernels.reduction_memory import scratch_bytes
 from pytest_gpumem.kernels.sort_memory import scan_bytes
@@ -248,8 +250,14 @@ class _Product(torch.autograd.Function):
         operand, dim = operand.to(grad.dtype), ctx.dim
         if dim is not None and not ctx.keepdim:
             grad, result = grad.unsqueeze(dim), result.unsqueeze(dim)
-        zeros = operand == 0
-        count = len(zeros.nonzero()) if dim is None else _total(zeros, dim)
+        has_values = card_of(operand.device.index).value_device != "meta"
+        zeros, count = operand == 0, 0  # without values no factor counts as 0
+        if dim is not None:
+            total = zeros.sum(dim, keepdim=True).sum()
+            count = int(total) if has_values else 0
+            del total
+        elif has_values:
+            count = len(zeros.nonzero())
         del zeros
         if not count:
             return grad * (result / operand).conj(), None, None, None
@@ -261,10 +269,6 @@ class _Product(torch.autograd.Function):
         else:
             found = _with_zeros(grad, operand, dim)
         return found, None, None, None
-
-
-def _total(zeros: torch.Tensor, dim: int) -> int:
-    return int(zeros.sum(dim, keepdim=True).sum())
 
 
 def _with_zeros(grad: torch.Tensor, operand: torch.Tensor, dim: int) -> torch.Tensor:
@@ -483,11 +487,28 @@ def _narrowing(operator: Any) -> Callable[..., Any]:
     return compute
 
 
-def _multiplying(call: Call) -> Iterator[RequestStep]:
-    """Request a buffer for the gradient times the output, which is computed first."""
-    grad = call["grad_output"]
+def _of_rows(call: Call) -> Iterator[RequestStep]:
+    """Request a contiguous operand."""
     yield Results()
-    yield copy_of(grad)
+    yield packed(call["self"])
+
+
+def _multiplying(call: Call) -> Iterator[RequestStep]:
+    """Request the gradient times the output, which is computed first, and is contiguous."""
+    grad, output = (
+        torch.empty_strided(each.shape, each.stride(), device="meta")
+        for each in (call["grad_output"], call["output"])
+    )
+    yield Results()
+    yield copy_of(call["grad_output"])
+    if not (grad * output).is_contiguous():
+        yield copy_of(call["grad_output"])
+
+
+def _of_rows_backward(call: Call) -> Iterator[RequestStep]:
+    """Request a contiguous gradient."""
+    yield Results()
+    yield packed(call["grad_output"])
 
 
 def _safe(call: Call) -> Iterator[RequestStep]:
@@ -517,13 +538,14 @@ for _name in ("softmax", "log_softmax"):
     register(
         f"_{_name}",
         compute=only(_widening(_inner.default)),
-        source=f"cuda/SoftMax.cu, {_name}_cuda_out",
+        requests=_of_rows,
+        source=f"cuda/SoftMax.cu, {_name}_cuda_out and host_softmax",
     )
     register(
         f"_{_name}_backward_data",
         compute=only(_narrowing(getattr(_aten, f"_{_name}_backward_data").default)),
-        requests=_multiplying if _name == "softmax" else None,
-        source=f"cuda/SoftMax.cu, {_name}_backward_cuda_out",
+        requests=_multiplying if _name == "softmax" else _of_rows_backward,
+        source=f"cuda/SoftMax.cu, {_name}_backward_cuda_out and host_softmax_backward",
     )
 
 

@@ -158,6 +158,27 @@ def copy_of(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> Temporary
     return Temporary(tensor.numel() * itemsize)
 
 
+def packed(
+    tensor: torch.Tensor | None,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Temporary:
+    """Return the request of ``contiguous()``: for a copy, or for nothing.
+
+    Args:
+        tensor: The tensor; None requests nothing.
+        memory_format: The layout that is asked for.
+    """
+    if tensor is None or tensor.is_contiguous(memory_format=memory_format):
+        return Temporary(0)
+    return copy_of(tensor)
+
+
+def suggested_format(tensor: torch.Tensor) -> torch.memory_format:
+    """Return the layout in which C++ goes on: ``suggest_memory_format``."""
+    found: torch.memory_format = torch._prims_common.suggest_memory_format(tensor)
+    return found
+
+
 def is_number(value: Any) -> bool:
     """Return whether an argument is a host tensor of one number."""
     return (

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytest_gpumem.devices.simulated.kernel_types import COMPLEX, HALVES, lacking
+from pytest_gpumem.devices.simulated.operators.checks import are_formulas_active
 from pytest_gpumem.devices.simulated.operators.composing import (
     into_out,
     on_cpu_alone,
@@ -19,6 +20,7 @@ from pytest_gpumem.devices.simulated.operators.requests import (
     Results,
     Temporary,
     copy_of,
+    packed,
 )
 from pytest_gpumem.kernels.sort_memory import (
     INDEX_BYTES,
@@ -36,23 +38,97 @@ if TYPE_CHECKING:
 
 
 def _quantile(func: Any) -> Any:
-    """Compute on the host; refuse quantiles ``q`` on another device, as C++ does."""
-    inner = into_out(func, keeps_strides=False) or on_host(func)
+    """Compose quantiles of other operators, as C++ does for tensors that are on a card.
 
-    def kernel(source: torch.Tensor, share: Any, *args: Any, **options: Any) -> Any:
+    Under a transform they are computed on the host as a whole.
+    """
+    into = into_out(func, keeps_strides=False)
+    if into is not None:
+        return into
+    host = on_host(func)
+
+    def kernel(
+        source: torch.Tensor,
+        share: Any,
+        dim: int | None = None,
+        keepdim: bool = False,  # noqa: FBT001, FBT002  # the operator's signature
+        *,
+        interpolation: str = "linear",
+    ) -> Any:
         if isinstance(share, torch.Tensor) and share.device != source.device:
             raise RuntimeError(
                 "quantile() q tensor must be on the same device as the input tensor"
             )
-        return inner(source, share, *args, **options)
+        if are_formulas_active():
+            return host(source, share, dim, keepdim, interpolation=interpolation)
+        # C++ checks the other arguments here; it knows the shape of the result, too.
+        alike = [
+            torch.empty(each.shape, dtype=each.dtype, device="meta")
+            if isinstance(each, torch.Tensor)
+            else each
+            for each in (source, share)
+        ]
+        shape = func(*alike, dim, keepdim, interpolation=interpolation).shape
+        if not isinstance(share, torch.Tensor):
+            share = torch.full((), share, dtype=source.dtype, device=source.device)
+        shape = shape[1:] if share.dim() else shape
+        if dim is None:
+            ordered = source.flatten().sort()[0]
+        else:
+            ordered = source.unsqueeze(-1).transpose(dim % max(source.dim(), 1), -1)
+            is_last = not source.dim() or dim % source.dim() == source.dim() - 1
+            ordered = (source if is_last else ordered).sort()[0]
+        ordered = ordered.view(*shape, ordered.shape[-1] if ordered.dim() else 1)
+        ranks = _ranks(ordered, share, skips="nan" in func._schema.name)
+        found = _at_ranks(ordered, ranks, interpolation)
+        if not share.dim():
+            return found.squeeze_(-1)
+        return found.unsqueeze_(0).transpose_(0, -1).squeeze_(-1)
 
     return kernel
+
+
+def _ranks(ordered: torch.Tensor, share: torch.Tensor, *, skips: bool) -> torch.Tensor:
+    """Return the places of quantiles among ordered numbers.
+
+    Args:
+        ordered: The numbers, in order in the last dimension.
+        share: The quantiles.
+        skips: Whether numbers that are none do not count.
+    """
+    if skips:
+        counts = ordered.isnan().logical_not_().sum(-1, keepdim=True) - 1
+        ranks: torch.Tensor = share * counts
+        return ranks.masked_fill_(ranks < 0, 0)
+    last = ordered.shape[-1] - 1
+    places, are_none = torch.broadcast_tensors(
+        share * last, ordered.isnan().any(-1, keepdim=True)
+    )
+    found: torch.Tensor = places.masked_fill(are_none, last)
+    return found
+
+
+def _at_ranks(
+    ordered: torch.Tensor, ranks: torch.Tensor, interpolation: str
+) -> torch.Tensor:
+    """Return the numbers at some places, or what lies between two of them."""
+    {"lower": ranks.floor_, "higher": ranks.ceil_, "nearest": ranks.round_}.get(
+        interpolation, lambda: ranks
+    )()
+    below = ranks.long()
+    found = ordered.gather(-1, below)
+    if interpolation in {"linear", "midpoint"}:
+        is_middle = interpolation == "midpoint"
+        weights = torch.full_like(ranks, 0.5) if is_middle else ranks - below
+        above = ranks.ceil_().long()
+        found.lerp_(ordered.gather(-1, above), weights)
+    return found
 
 
 register(
     "nanquantile quantile",
     composed=_quantile,
-    source="Sorting.cpp, quantile_checks: helpers by tensor.options()",
+    source="Sorting.cpp, quantile_compute: it reads values of the host's tensors",
 )
 register("msort", composed=into_out, source="Sorting.cpp, msort_out")
 
@@ -214,6 +290,7 @@ def _choosing(call: Call) -> Iterator[RequestStep]:
     yield Results()
     if not source.dim() or not source.numel():
         return
+    yield packed(source)
     length = source.shape[call["dim"]]
     slices = source.numel() // length
     found = selection_bytes(slices, length, source.itemsize, call.processors)

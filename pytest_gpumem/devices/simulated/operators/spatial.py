@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytest_gpumem.devices.simulated.kernel_types import INTEGERS, lacking
-from pytest_gpumem.devices.simulated.operators.composing import on_host, widening
+from pytest_gpumem.devices.simulated.operators.composing import (
+    on_host,
+    only,
+    widening,
+)
 from pytest_gpumem.devices.simulated.operators.registry import register
 from pytest_gpumem.devices.simulated.operators.requests import (
     Free,
@@ -15,6 +19,8 @@ from pytest_gpumem.devices.simulated.operators.requests import (
     Sized,
     Temporary,
     copy_of,
+    packed,
+    suggested_format,
 )
 from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.kernels.sort_memory import INDEX_BYTES
@@ -47,13 +53,122 @@ _ADDED_ATOMICALLY = {
     "upsample_linear1d_backward": "upsample_linear1d_backward_out_cuda",
     "upsample_trilinear3d_backward": "upsample_trilinear3d_backward_out_cuda",
 }
+
+
+def _dense(func: Any) -> Any:
+    """Make the result contiguous, as on a card; the CPU keeps the operand's layout."""
+    if func._overloadname != "default":
+        return None
+    return lambda *args, **options: func(*args, **options).contiguous()
+
+
+def _in_its_layout(call: Call) -> Iterator[RequestStep]:
+    """Request an operand without gaps, by rows or channels last."""
+    source: torch.Tensor = call["self"]
+    yield Results()
+    yield packed(source, suggested_format(source))
+
+
+def _in_its_layout_backward(call: Call) -> Iterator[RequestStep]:
+    """Request an operand without gaps, and a gradient and indices in its layout."""
+    layout = suggested_format(call["self"])
+    yield Results()
+    for name in ("self", "grad_output", "indices"):
+        yield packed(call.get(name), layout)
+
+
+def _by_rows(call: Call) -> Iterator[RequestStep]:
+    """Request a contiguous operand."""
+    yield Results()
+    yield packed(call["self"])
+
+
+def _by_rows_backward(call: Call) -> Iterator[RequestStep]:
+    """Request a contiguous gradient."""
+    yield Results()
+    yield packed(call["grad_output"])
+
+
+def _resampling_backward(call: Call) -> Iterator[RequestStep]:
+    """Request a gradient without gaps, by rows or channels last."""
+    grad: torch.Tensor = call["grad_output"]
+    yield Results()
+    yield packed(grad, suggested_format(grad))
+
+
+def _averaging(call: Call) -> Iterator[RequestStep]:
+    """Request a contiguous operand first, unless its channels are last."""
+    source: torch.Tensor = call["self"]
+    if suggested_format(source) is not torch.channels_last:
+        yield packed(source)
+    yield Results()
+
+
+def _averaging_backward(call: Call) -> Iterator[RequestStep]:
+    """Request a contiguous gradient, unless the operand's channels are last."""
+    yield Results()
+    if suggested_format(call["self"]) is not torch.channels_last:
+        yield packed(call["grad_output"])
+
+
+_ATOMIC_REQUESTS = {
+    "_adaptive_avg_pool2d_backward": _averaging_backward,
+    "reflection_pad2d_backward": _by_rows_backward,
+    "upsample_bicubic2d_backward": _by_rows_backward,
+    "upsample_bilinear2d_backward": _resampling_backward,
+}
+_ATOMIC_VALUES = {
+    "avg_pool3d_backward": widening,
+    "reflection_pad2d_backward": _dense,
+}
 for _name, _caller in _ADDED_ATOMICALLY.items():
     register(
         _name,
         alert=_caller,
-        compute=widening if _name == "avg_pool3d_backward" else None,
+        requests=_ATOMIC_REQUESTS.get(_name),
+        compute=_ATOMIC_VALUES.get(_name),
         source=f"alertNotDeterministic in {_caller}",
     )
+register(
+    "_adaptive_avg_pool2d",
+    requests=_averaging,
+    source="cuda/AdaptiveAveragePooling.cu, adaptive_avg_pool2d_out_cuda_template",
+)
+register(
+    "reflection_pad2d",
+    requests=_by_rows,
+    compute=_dense,
+    source="cuda/ReflectionPad.cu, reflection_pad2d_out_template",
+)
+register(
+    "upsample_nearest2d",
+    requests=_in_its_layout,
+    source="cuda/UpSampleNearest2d.cu, upsample_nearest2d_out_cuda_template",
+)
+register(
+    "upsample_nearest2d_backward",
+    requests=_resampling_backward,
+    source="cuda/UpSampleNearest2d.cu, upsample_nearest2d_backward_out_cuda_template",
+)
+register(
+    "avg_pool2d_backward max_pool2d_with_indices_backward",
+    requests=_in_its_layout_backward,
+    source="cuda/AveragePool2d.cu, TORCH_IMPL_FUNC(avg_pool2d_backward_out_cuda); "
+    "cuda/DilatedMaxPool2d.cu, "
+    "TORCH_IMPL_FUNC(max_pool2d_with_indices_backward_out_cuda)",
+)
+
+
+def _shuffling(source: torch.Tensor, factor: int) -> torch.Tensor:
+    """Run ``pixel_shuffle`` by rows; only the CPU has a kernel for channels last."""
+    return torch.pixel_shuffle(source.contiguous(), factor)
+
+
+register(
+    "pixel_shuffle",
+    compute=only(_shuffling),
+    source="PixelShuffle.cpp, math_pixel_shuffle",
+)
 
 
 def _with_places(call: Call) -> Iterator[RequestStep]:
@@ -81,14 +196,16 @@ def _growing(call: Call) -> Iterator[RequestStep]:
     nbytes, wanted = (each.numel() * each.itemsize for each in (source, result))
     if nbytes >= wanted:
         yield Sized(0, nbytes)
+        yield packed(source)
     else:
         small = Temporary(nbytes)
-        yield small
+        yield from (small, packed(source))
         yield Results()
         yield Free(small)
 
 
 register("im2col", requests=_growing, source="cuda/Im2Col.cu, im2col_cuda")
+register("col2im", requests=_by_rows, source="cuda/Col2Im.cu, col2im_out_cuda_template")
 
 
 def _in_a_row(call: Call) -> Iterator[RequestStep]:
@@ -100,13 +217,6 @@ def _in_a_row(call: Call) -> Iterator[RequestStep]:
     ]
     yield from copies
     yield Results()
-
-
-def _dense(func: Any) -> Any:
-    """Make the result contiguous, as on a card; the CPU keeps the operand's layout."""
-    if func._overloadname != "default":
-        return None
-    return lambda *args, **options: func(*args, **options).contiguous()
 
 
 register(
@@ -129,7 +239,12 @@ for _names, _kernel, _file in (
         "DilatedMaxPool3d.cu",
     ),
 ):
-    register(_names, lacks=lacking(_kernel, INTEGERS), source=f"cuda/{_file}")
+    register(
+        _names,
+        requests=None if "3d" in _names else _in_its_layout,
+        lacks=lacking(_kernel, INTEGERS),
+        source=f"cuda/{_file}",
+    )
 register(
     """
     _upsample_bicubic2d_aa _upsample_bicubic2d_aa_backward _upsample_bilinear2d_aa
