@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import sys
 import tempfile
 import time
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,35 +155,80 @@ def gpumem(path: str) -> dict[str, Any]:
     }
 
 
+def as_a_test(
+    folder: Path, path: str, *options: str, mark: str = "", plugins: Any = ()
+) -> float:
+    """Run the task on the CPU as a test, and return its seconds of processor time.
+
+    Args:
+        folder: An empty folder.
+        path: The checkpoint.
+        options: Of pytest, for the plugin that is compared.
+        mark: A decorator of the test.
+        plugins: Further plugins.
+    """
+    import pytest
+
+    (folder / "test_task.py").write_text(
+        "import sys, time, pytest\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from peer_runs import task\n"
+        "def test_first():\n"
+        f"    task({path!r}, 'cpu')\n"
+        f"{mark}\n"
+        "def test_task():\n"
+        "    began = time.process_time()\n"
+        f"    task({path!r}, 'cpu')\n"
+        f"    open({str(folder / 'seconds')!r}, 'w').write(str(time.process_time() - began))\n",
+        encoding="utf-8",
+    )
+    own = ["-q", "--rootdir", str(folder), "-p", "no:cacheprovider", "-p", "no:gpumem"]
+    code = pytest.main([*own, *options, str(folder)], plugins)
+    if code != 0:
+        raise RuntimeError(f"pytest ended with {code}")
+    return float((folder / "seconds").read_text(encoding="ascii"))
+
+
 def memray(path: str) -> dict[str, Any]:
     """Run the task on the CPU under pytest-memray."""
-    import pytest
     from memray import FileReader  # type: ignore[import-not-found]
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "test_task.py").write_text(
-            "import json, sys, time\n"
-            f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-            "from peer_runs import task\n"
-            "def test_first():\n"
-            f"    task({path!r}, 'cpu')\n"
-            "def test_task():\n"
-            "    began = time.process_time()\n"
-            f"    task({path!r}, 'cpu')\n"
-            f"    open({str(folder / 'seconds')!r}, 'w').write(str(time.process_time() - began))\n",
-            encoding="utf-8",
-        )
-        options = ["-q", "--rootdir", name, "-p", "no:cacheprovider", "-p", "no:gpumem"]
-        code = pytest.main(
-            [*options, "--memray", f"--memray-bin-path={name}", str(folder)]
-        )
-        if code != 0:
-            raise RuntimeError(f"pytest ended with {code}")
+        seconds = as_a_test(folder, path, "--memray", f"--memray-bin-path={name}")
         (results,) = folder.glob("*py-test_task.bin")
         peak = FileReader(results).metadata.peak_memory
-        seconds = float((folder / "seconds").read_text(encoding="ascii"))
     return {"seconds": seconds, "forward_bytes": peak}
+
+
+def pytest_torch(path: str) -> dict[str, Any]:
+    """Run the task on the CPU with pytest-torch's limit on memory, and read what it says."""
+    import_module("pytest_torch")  # or it is missing
+
+    class Said:
+        """Keeps what the limit says of the task."""
+
+        text = ""
+
+        def pytest_runtest_logreport(self, report: Any) -> None:
+            """Read a report."""
+            for title, text in report.sections:
+                if "torch_max_memory" in title:
+                    self.text = text
+
+    said = Said()
+    with tempfile.TemporaryDirectory() as name:
+        seconds = as_a_test(
+            Path(name),
+            path,
+            mark="@pytest.mark.torch_max_memory(mb=16000)",
+            plugins=[said],
+        )
+    peak = re.match(r"peak ([0-9.]+) MB", said.text)
+    if peak is None and not said.text.startswith("not checked"):
+        raise RuntimeError(f"pytest-torch says {said.text!r}")
+    told = {} if peak is None else {"forward_bytes": round(float(peak[1]) * 2**20)}
+    return {"seconds": seconds, **told}
 
 
 def _tracked(tracker: Any, device: str) -> int:
@@ -279,6 +326,7 @@ PEERS: dict[str, Callable[[str], dict[str, Any]]] = {
     "cpu": cpu,
     "gpumem": gpumem,
     "memray": memray,
+    "torch": pytest_torch,
     "memtracker": memtracker,
     "fake": fake,
     "accelerate": accelerate,

@@ -50,6 +50,7 @@ class Peer(NamedTuple):
 PEERS: Final = (
     Peer("gpumem", "pytest-gpumem", "pytest-gpumem", "the task", injects=True),
     Peer("memray", "pytest-memray", "pytest-memray", 'the task with `"cpu"`'),
+    Peer("torch", "pytest-torch", "pytest-torch", 'the task with `"cpu"`'),
     Peer("memtracker", "MemTracker", "torch", 'the task with `"cpu"`'),
     Peer("fake", "FakeTensorMode with MemTracker", "torch", "`from_config`"),
     Peer("accelerate", "accelerate's estimate", "accelerate", "`from_config`, no run"),

@@ -99,6 +99,8 @@ COMPANIONS: Final = (
         import pytest
         import torch
 
+        KEPT = []
+
         @pytest.mark.max_vram("2MiB")
         def test_its_device(torch_device):
             assert torch.device(torch_device).type == "cuda"
@@ -107,10 +109,25 @@ COMPANIONS: Final = (
         @pytest.mark.max_vram("512KiB")
         def test_its_device_over(torch_device):
             torch.zeros(2**18, device=torch_device)
+
+        @pytest.mark.torch_max_memory(mb=2)
+        def test_its_limit(torch_device):
+            torch.zeros(2**18, device=torch_device)
+
+        @pytest.mark.torch_max_memory(mb=0.5)
+        def test_its_limit_over(torch_device):
+            torch.zeros(2**18, device=torch_device)
+
+        @pytest.mark.torch_memory_leak
+        def test_its_leak(torch_device):
+            KEPT.append(torch.zeros(2**18, device=torch_device))
         """,
         {
             "test_its_device[cuda]": "passed",
             "test_its_device_over[cuda]": "failed",
+            "test_its_limit[cuda]": "passed",
+            "test_its_limit_over[cuda]": "failed",
+            "test_its_leak[cuda]": "failed",
         },
     ),
     Companion(
@@ -197,7 +214,7 @@ def _tests(folder: Path) -> dict[str, dict[str, Any]]:
     """Return a run's tests by name, without what no two runs share."""
     report = json.loads((folder / "r.json").read_text("utf-8"))
     return {
-        each["nodeid"].partition("::")[2]: {**each, "seconds": 0}
+        each["nodeid"].partition("::")[2]: {**each, "seconds": 0, "peak_host_bytes": 0}
         for each in report["tests"]
     }
 

@@ -29,9 +29,10 @@ _SIMULATED: Final = (
     "--gpu-backend=simulated",
     "--gpu-card=16GiB,cc=8.0,sms=108,ctx=300MiB*2",
 )
-#: What two runs differ in: time, names, samples taken in a thread, and the timeline, which
-#: is compared by itself: autograd's threads show no Python code on a real card. Nor does a
-#: real card tell workspaces from activations, or what is reserved at the moment of a peak.
+#: What two runs differ in: time, names, the host's memory, samples taken in a thread, and
+#: the timeline, which is compared by itself: autograd's threads show no Python code on a
+#: real card. Nor does a real card tell workspaces from activations, or what is reserved at
+#: the moment of a peak.
 _OWN: Final = frozenset(
     {
         "seconds",
@@ -40,6 +41,7 @@ _OWN: Final = frozenset(
         "host",
         "timeline",
         "kinds",
+        "peak_host_bytes",
         "peak_card_bytes",
         "peak_activations_bytes",
         "peak_fragmented_bytes",
