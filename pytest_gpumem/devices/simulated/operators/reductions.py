@@ -495,14 +495,16 @@ def _of_rows(call: Call) -> Iterator[RequestStep]:
 
 def _multiplying(call: Call) -> Iterator[RequestStep]:
     """Request the gradient times the output, which is computed first, and is contiguous."""
-    grad, output = (
-        torch.empty_strided(each.shape, each.stride(), device="meta")
-        for each in (call["grad_output"], call["output"])
-    )
+    grad, output = call["grad_output"], call["output"]
     yield Results()
-    yield copy_of(call["grad_output"])
-    if not (grad * output).is_contiguous():
-        yield copy_of(call["grad_output"])
+    yield copy_of(grad)
+    if not grad.is_contiguous():
+        first, second = (
+            torch.empty_strided(each.shape, each.stride(), device="meta")
+            for each in (grad, output)
+        )
+        if not (first * second).is_contiguous():
+            yield copy_of(grad)
 
 
 def _of_rows_backward(call: Call) -> Iterator[RequestStep]:
