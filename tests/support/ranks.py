@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch._C import _distributed_c10d as c10d
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed import multi_threaded_pg
 
 from pytest_gpumem.devices.simulated.install import simulated_device
@@ -69,3 +70,5 @@ def run_ranks(
         threading.excepthook = hook
         isolate(False)
         multi_threaded_pg._uninstall_threaded_pg()
+        # Each forward puts back what it found; threads may do so in another order.
+        DistributedDataParallel._active_ddp_module = None
