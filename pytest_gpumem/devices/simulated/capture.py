@@ -3,6 +3,12 @@
 Sources of the rules and of the errors: "CUDA Graphs" in the CUDA C++ programming guide,
 ``cudaError_t`` in the CUDA runtime API's manual, and
 ``aten/src/ATen/native/cuda/Copy.cu`` of torch 2.13.
+
+Note [What a capture changes]
+On a card, captured operators do not run before the first replay. Here they run, because
+code goes on with their results. So a capture notes what is in memory before an operator
+writes to it, and puts that back at its end. Memory that was made in the capture, whose
+contents a card leaves undefined, has what the operators computed.
 """
 
 from __future__ import annotations
@@ -11,12 +17,13 @@ import contextlib
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from pytest_gpumem.devices.cuda_errors import cuda_error
 from pytest_gpumem.devices.simulated.machine import current_machine
 from pytest_gpumem.devices.simulated.rng import GENERATOR
-from pytest_gpumem.devices.simulated.tape import Recorder, Tape
+from pytest_gpumem.devices.simulated.tape import Recorder, Tape, bytes_of
 from pytest_gpumem.devices.simulated.tensor import HANDLERS, SimulatedTensor
 
 if TYPE_CHECKING:
@@ -74,12 +81,37 @@ class Capture:
         self.card: Final = card
         self.graph: Final = graph
         self.generators: Final = generators
+        # What is drawn for the values of the capture is drawn again by each replay.
+        self._undo_draws: Final = [each.keep() for each in generators]
+        #: Memory that was written to, by its address in C++, and what was in it before.
+        self._contents: Final[dict[int, tuple[StorageWeakRef, torch.Tensor]]] = {}
         self.stream: Final = stream
         self.streams = {stream}
         self.unjoined: set[int] = set()
         self.is_invalid = False
         self.num_nodes = 0
         self.tape: Final = Tape()
+
+    def note_contents(self, value: Any) -> None:
+        """Note what is in the memory of all tensors in a value, before it is written."""
+        for each in torch.utils._pytree.tree_leaves(value):
+            if not isinstance(each, torch.Tensor):
+                continue
+            held = each._gpumem_value if isinstance(each, SimulatedTensor) else each
+            storage = held.untyped_storage()
+            if storage._cdata not in self._contents and not self.tape.has_made(storage):
+                contents = bytes_of(storage).clone()
+                self._contents[storage._cdata] = StorageWeakRef(storage), contents
+
+    def undo(self) -> None:
+        """Undo what the captured operators have drawn and written."""
+        for undo in self._undo_draws:
+            undo()
+        for reference, contents in self._contents.values():
+            storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
+            if storage is not None:
+                bytes_of(storage).copy_(contents)
+        self._contents.clear()
 
     def takes(self, stream: int) -> bool:
         """Return whether a stream takes part in the capture."""
@@ -248,11 +280,12 @@ def begin(capture: Capture) -> None:
 
 
 def forget(capture: Capture) -> None:
-    """Stop recording operators for a capture."""
+    """Stop recording operators for a capture, and undo what they did."""
     machine = current_machine()
     machine.captures = tuple(each for each in machine.captures if each is not capture)
     if not machine.captures:
         HANDLERS.wrap(None)
+    capture.undo()
 
 
 def _captured(func: Any, handler: Handler) -> Handler:
@@ -264,6 +297,7 @@ def _captured(func: Any, handler: Handler) -> Handler:
     )
     draws = torch.Tag.nondeterministic_seeded in func.tags
     crosses: Callable[..., None] | None = _CROSSING.get(func)
+    written = _written(func)
 
     def capturing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         __tracebackhide__ = True
@@ -280,10 +314,26 @@ def _captured(func: Any, handler: Handler) -> Handler:
             capture.check_generator(args, kwargs)
         if not is_view:
             capture.note_work(card.machine.streams.current(card.index))
+        if written and card.value_device != "meta":
+            for position, name in written:
+                is_given = position < len(args)
+                capture.note_contents(args[position] if is_given else kwargs.get(name))
         with _recording(capture):
             return handler(args, kwargs)
 
     return capturing
+
+
+def _written(func: Any) -> list[tuple[int, str]]:
+    """Return the positions and names of the arguments to which an operator may write."""
+    from pytest_gpumem.devices.simulated.operators.registry import find
+
+    has_effects = find(func).has_effects
+    return [
+        (position, each.name)
+        for position, each in enumerate(func._schema.arguments)
+        if has_effects or (each.alias_info is not None and each.alias_info.is_write)
+    ]
 
 
 def _is_known(func: Any, args: tuple[Any, ...]) -> bool:

@@ -150,7 +150,9 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
         "optimisers, foreach and fused; `torch.utils.checkpoint`",
         "captures of graphs: forbidden operations raise CUDA's or torch's error (`item`, "
         "`synchronize`, copies of memory that is not pinned, an unknown generator); "
-        "streams join by events. Not simulated: if two graphs use the same memory, a "
+        "streams join by events. As on a card, a capture changes no memory that was there "
+        "and draws nothing; a graph reads what an earlier one left in their pool. Not "
+        "simulated: if two graphs use the same memory, a "
         "replay of one does not overwrite the other's tensors. A seed that Python drew "
         "for attention's dropout stays the same in each replay",
         "`torch.func`, forward AD and batched gradients: transforms see moves of tensors "

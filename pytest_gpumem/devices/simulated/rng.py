@@ -158,6 +158,10 @@ class CardGenerator(GENERATOR):  # type: ignore[misc]  # torch's C type has the 
                 return
         self._offset += by
 
+    def keep(self) -> Callable[[], None]:
+        """Return a function that undoes all draws from here on; the offset stays."""
+        return partial(super().set_state, super().get_state())
+
     @classmethod
     def find(cls, generator: Any) -> CardGenerator | None:
         """Return the card's generator for an object that C++ shows as a host generator."""

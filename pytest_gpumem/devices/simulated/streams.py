@@ -155,13 +155,15 @@ class Event:
         #: The capture in which the event was recorded, and its stream.
         self._capture: Capture | None = None
         self._stream = 0
-        self.event_id = next(_handles)
+        self._handle = next(_handles)
         self.device = DEVICES[card_of(named_index(device)).index]
 
     @property
     def cuda_event(self) -> int:
         """The event's handle; 0 until the event is recorded."""
-        return 0 if self._recorded_s is None else self.event_id
+        return 0 if self._recorded_s is None else self._handle
+
+    event_id = cuda_event
 
     def record(self, stream: Stream | None = None) -> None:
         """Store the host's time and the capture of the stream."""

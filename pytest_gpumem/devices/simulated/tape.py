@@ -3,7 +3,8 @@
 The host computes a card's values, so the tape records the host operators that the card's
 operators call. For each operand it records the storage and the position in it. Storages
 are identified by numbers and are not kept alive. A storage that no longer exists at a
-replay was temporary, and gets new memory for the duration of the replay.
+replay was temporary, and gets new memory for the duration of the replay. If another graph
+reads it, its contents are kept from replay to replay: on a card they stay in the pool.
 """
 
 from __future__ import annotations
@@ -30,6 +31,13 @@ _UNWRITTEN: Final = frozenset(
         "aten::new_empty_strided",
     }
 )
+
+
+def bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+    """Return a host storage as a tensor of bytes."""
+    whole = torch.empty(0, dtype=torch.uint8, device="cpu")
+    _set(whole, storage, 0, (storage.nbytes(),), (1,))
+    return whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +73,14 @@ class Tape:
         self._steps: list[_Step] = []
         self._storages: list[StorageWeakRef] = []
         self._sizes: list[int] = []
+        #: Numbers of storages that captured operators have made.
+        self._made: set[int] = set()
+        #: Storages that a graph captured before has used: its tape, and the number there.
+        self._origins: dict[int, tuple[Tape, int]] = {}
+        #: Numbers of storages that graphs captured later use.
+        self._shared: set[int] = set()
+        #: Contents of shared storages that nothing else keeps.
+        self._kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Record an operator that has just run, unless it has written nothing."""
@@ -88,8 +104,13 @@ class Tape:
         ]
         if not func._schema.is_mutable and not any(made):
             return
+        self._made.update(each.storage for each in made if each is not None)
         args, kwargs = _tree_map(torch.Tensor, self._argument, (args, kwargs))
         self._steps.append(_Step(func, args, kwargs, made))
+
+    def has_made(self, storage: Any) -> bool:
+        """Return whether a recorded operator has made a storage."""
+        return self._knows(storage) and storage._gpumem_number[1] in self._made
 
     def keep_call(self, call: Any) -> None:
         """Record a call that is not an operator, such as another graph's replay."""
@@ -112,7 +133,7 @@ class Tape:
                 if operand is None:
                     continue
                 if self._alive(operand.storage) is None:
-                    helpers[operand.storage] = result.untyped_storage()
+                    self._help(operand.storage, result.untyped_storage(), helpers)
                 else:
                     tensor(operand).copy_(result)
 
@@ -141,6 +162,11 @@ class Tape:
 
     def _number(self, storage: Any) -> int:
         if not self._knows(storage):
+            before = getattr(storage, "_gpumem_number", None)
+            if before is not None:
+                tape, there = before
+                tape._shared.add(there)
+                self._origins[len(self._storages)] = before
             storage._gpumem_number = self, len(self._storages)
             self._storages.append(StorageWeakRef(storage))
             self._sizes.append(storage.nbytes())
@@ -153,6 +179,25 @@ class Tape:
         )
         return found
 
+    def _help(
+        self,
+        number: int,
+        storage: torch.UntypedStorage,
+        helpers: dict[int, torch.UntypedStorage],
+    ) -> None:
+        """Use memory for a storage that is gone; keep it if another graph reads it."""
+        helpers[number] = storage
+        if number in self._shared:
+            self._kept[number] = storage
+
+    def _of_origin(self, number: int) -> torch.UntypedStorage | None:
+        """Return what an earlier graph has left in a storage that is gone."""
+        if number not in self._origins:
+            return None
+        tape, there = self._origins[number]
+        found = tape._kept.get(there)
+        return tape._of_origin(there) if found is None else found
+
     def _tensor(
         self, operand: _Operand, helpers: dict[int, torch.UntypedStorage]
     ) -> torch.Tensor:
@@ -161,7 +206,10 @@ class Tape:
         if storage is None:
             storage = helpers.get(number)
         if storage is None:
-            storage = helpers[number] = torch.UntypedStorage(self._sizes[number])
+            storage = self._of_origin(number)
+        if storage is None:
+            storage = torch.UntypedStorage(self._sizes[number])
+            self._help(number, storage, helpers)
         value = torch.empty(0, dtype=operand.dtype, device="cpu")
         _set(value, storage, operand.offset, operand.size, operand.stride)
         value = value.conj() if operand.is_conj else value

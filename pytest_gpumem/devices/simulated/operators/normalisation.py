@@ -260,6 +260,23 @@ def _batch_norm_backward_elemt(  # noqa: PLR0917  # the operator's signature
     return (found * _by_channel(scale, wide)).to(source.dtype)
 
 
+def _batch_norm_gather_stats(  # noqa: PLR0917  # the operator's signature
+    source: torch.Tensor,
+    means: torch.Tensor,
+    inverses: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_variance: torch.Tensor | None,
+    momentum: float,
+    eps: float,
+    count: int,
+) -> Any:
+    """Do the same for ranks with equally many values."""
+    counts = means.new_full((means.shape[0],), count)
+    return _batch_norm_gather_stats_with_counts(
+        source, means, inverses, running_mean, running_variance, momentum, eps, counts
+    )
+
+
 for _name, _kernel in (
     ("batch_norm_stats", _batch_norm_stats),
     ("batch_norm_elemt", _batch_norm_elemt),
@@ -267,12 +284,16 @@ for _name, _kernel in (
     ("batch_norm_backward_elemt", _batch_norm_backward_elemt),
 ):
     register(_name, compute=only(_kernel), source="cuda/Normalization.cuh")
-register(
-    "batch_norm_gather_stats_with_counts",
-    compute=only(_batch_norm_gather_stats_with_counts),
-    has_effects=True,
-    source="cuda/Normalization.cuh, batch_norm_reduce_statistics_kernel",
-)
+for _name, _gather in (
+    ("batch_norm_gather_stats", _batch_norm_gather_stats),
+    ("batch_norm_gather_stats_with_counts", _batch_norm_gather_stats_with_counts),
+):
+    register(
+        _name,
+        compute=only(_gather),
+        has_effects=True,
+        source="cuda/Normalization.cuh, batch_norm_reduce_statistics_kernel",
+    )
 
 
 def _lies_channels_last(tensor: torch.Tensor) -> bool:
