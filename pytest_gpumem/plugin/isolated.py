@@ -12,7 +12,6 @@ test's record, its tracebacks and its output come with them.
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import sys
@@ -221,9 +220,14 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
     """Yield what a process has sent, also if it broke off in the middle."""
     if not path.exists():
         return
-    with path.open(encoding="ascii") as lines, suppress(SyntaxError, ValueError):
+    with path.open(encoding="ascii") as lines, suppress(ValueError):
         for line in lines:
-            yield ast.literal_eval(line)
+            yield json.loads(line, object_hook=_with_tuples)
+
+
+def _with_tuples(found: dict[str, Any]) -> Any:
+    """Return an object as the process had it: see ``isolated_run.plain``."""
+    return tuple(found["()"]) if found.keys() == {"()"} else found
 
 
 def _ending(status: int) -> str:

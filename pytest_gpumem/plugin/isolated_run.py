@@ -7,8 +7,7 @@ It is run as a script, whose argument is a JSON file with an object:
 - ``sys_path``: where modules are found;
 - ``options``: options that differ from the run's, by their names in pytest;
 - ``workers``: the number of the run's workers of pytest-xdist;
-- ``reports``: the file for the reports, each a line: a Python literal, as JSON has no
-  tuples.
+- ``reports``: the file for the reports, each a line of JSON; see ``plain``.
 """
 
 from __future__ import annotations
@@ -90,7 +89,22 @@ class OneTest:
 
     def _send(self, data: Any) -> None:
         with self._reports.open("a", encoding="ascii") as file:
-            file.write(f"{data!a}\n")
+            file.write(f"{json.dumps(plain(data))}\n")
+
+
+def plain(value: Any) -> Any:
+    """Return a report's value as JSON has it: a tuple as an object with the key ``()``.
+
+    What JSON does not have becomes text.
+    """
+    if isinstance(value, tuple):
+        return {"()": [plain(each) for each in value]}
+    if isinstance(value, list):
+        return [plain(each) for each in value]
+    if isinstance(value, dict):
+        return {str(name): plain(each) for name, each in value.items()}
+    is_known = value is None or isinstance(value, (str, bool, int, float))
+    return value if is_known else str(value)
 
 
 def main(file: str) -> int:

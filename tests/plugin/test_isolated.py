@@ -121,15 +121,17 @@ def test_a_module_that_only_it_uses_next_is_torn_down(
     result.stdout.fnmatch_lines(["E*ValueError: the end of a"])
 
 
-def test_rules_are_counted_and_skips_are_seen(pytester: pytest.Pytester) -> None:
-    """A rule that is reached only there was reached."""
+def test_rules_skips_and_properties_are_seen(pytester: pytest.Pytester) -> None:
+    """A rule that is reached only there was reached; a property may have any value."""
     pytester.makepyfile(
         """
         import pytest
         import torch
 
         @pytest.mark.gpu_isolated
-        def test_it():
+        def test_it(record_property):
+            record_property("loss", float("nan"))
+            record_property("of", torch.float16)
             with pytest.raises(torch.OutOfMemoryError):
                 torch.ones(2, device="cuda")
             pytest.skip("enough")
@@ -137,11 +139,16 @@ def test_rules_are_counted_and_skips_are_seen(pytester: pytest.Pytester) -> None
     )
 
     result = pytester.runpytest(
-        *("-p", "no:cacheprovider", "-rs", "--gpu-inject-oom=any:nth=1")
+        *("-p", "no:cacheprovider", "-rs", "--gpu-inject-oom=any:nth=1"),
+        "--junitxml=junit.xml",
     )
+    properties = ET.parse(pytester.path / "junit.xml").iter("property")  # noqa: S314  # our own file
 
     result.assert_outcomes(skipped=1)
     result.stdout.fnmatch_lines(["SKIPPED *: enough"])
+    assert {("loss", "nan"), ("of", "torch.float16")} <= {
+        (each.get("name"), each.get("value")) for each in properties
+    }
     result.stdout.no_fnmatch_line("*never reached*")
 
 
