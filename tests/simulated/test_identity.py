@@ -407,7 +407,9 @@ def test_small_parts_of_the_runtime_answer() -> None:
     timed: Any = torch.cuda.Event(True)
     properties: Any = torch.cuda.get_device_properties(1)
 
-    assert isinstance(event.event_id, int)
+    assert (0, "<torch.cuda.Event uninitialized>") == (event.event_id, repr(event))
+    event.record()
+    assert f"<torch.cuda.Event {event.event_id:#x}>" == repr(event)
     assert ("cuda:1", True) == (str(event.device), event.enable_timing)
     assert timed.enable_timing
     assert 16 == len(properties.uuid.bytes)

@@ -165,6 +165,10 @@ class Event:
 
     event_id = cuda_event
 
+    def __repr__(self) -> str:
+        handle = self.cuda_event
+        return f"<torch.cuda.Event {f'{handle:#x}' if handle else 'uninitialized'}>"
+
     def record(self, stream: Stream | None = None) -> None:
         """Store the host's time and the capture of the stream."""
         card = card_of(self.device.index)
