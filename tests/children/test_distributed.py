@@ -157,9 +157,10 @@ def start(world):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("world", "backend"),
-    [(2, "nccl"), pytest.param(4, "gloo", marks=pytest.mark.slow)],
+    [(2, "nccl"), (4, "gloo")],
 )
 def test_ranks_have_a_card_a_budget_and_a_limit_each(
     world: int, backend: str, pytester: pytest.Pytester

@@ -304,10 +304,11 @@ def test_children(monkeypatch):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
-        pytest.param([], id="plain", marks=pytest.mark.slow),
+        pytest.param([], id="plain"),
         pytest.param(
             ["--gpu-budget=1GiB", "--gpu-max-vram=1GiB", "--gpu-leak-check"],
             id="limits",

@@ -197,6 +197,7 @@ def test_the_fixture_sweeps_a_function(pytester: pytest.Pytester) -> None:
     result.stdout.fnmatch_lines(["infer does not recover from 4 of 4 faults"])
 
 
+@pytest.mark.slow
 def test_workers_share_the_points(make: pytest.Pytester) -> None:
     """With pytest-xdist each worker runs its part; the printed replay is for all."""
     result = make.runpytest(*LIGHT, "-n", "2", "-v")
