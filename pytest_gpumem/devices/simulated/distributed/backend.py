@@ -336,19 +336,18 @@ class NcclBackend(_gloo):  # type: ignore[misc]  # a class of C++
         self._num_calls += 1
         number = self._num_calls
         own = f"SequenceNumber={number}, {fingerprint}"
-        rank = self.rank()
+        # Not the group: a work may let go of it last, in one of the group's own threads,
+        # which cannot wait for itself to end.
+        store, rank, size = self._store, self.rank(), self.size()
 
         def differing() -> str:
-            for other in range(self.size()):
+            for other in range(size):
                 key = f"{_CALLS}/{number % _KEPT_CALLS}/{other}"
-                with suppress(
-                    RuntimeError
-                ):  # the store may have ended with its process
-                    if other == rank:
+                # The store may have ended with its process.
+                with suppress(RuntimeError):
+                    if other == rank or not store.check([key]):
                         continue
-                    if not self._store.check([key]):
-                        continue
-                    said = self._store.get(key).decode()
+                    said = store.get(key).decode()
                     if said != own and said.startswith(f"SequenceNumber={number}, "):
                         return (
                             "Detected mismatch between collectives on ranks. Rank "
@@ -359,7 +358,7 @@ class NcclBackend(_gloo):  # type: ignore[misc]  # a class of C++
             return ""
 
         with suppress(RuntimeError):
-            self._store.set(f"{_CALLS}/{number % _KEPT_CALLS}/{rank}", own)
+            store.set(f"{_CALLS}/{number % _KEPT_CALLS}/{rank}", own)
         found = differing()
         if found:
             raise dist.DistBackendError(found)
