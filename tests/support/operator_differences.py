@@ -221,6 +221,22 @@ DIFFERENCES: Final = (
         ways="gradient",
     ),
     Difference(
+        "renorm",
+        CLOSE,
+        "a card adds up in single precision, the CPU in double: `renorm_backward` of "
+        "`FunctionsManual.cpp`",
+        ways="gradient",
+        types="float32 complex64",
+    ),
+    Difference(
+        "renorm",
+        DIFFERS,
+        "the same: in double precision the CPU finds no number that equals the largest "
+        "one, and divides by zero",
+        ways="gradient",
+        types="complex64",
+    ),
+    Difference(
         "_softmax_backward_data",
         DIFFERS,
         "a card's kernel narrows to half precision, which the CPU's refuses",

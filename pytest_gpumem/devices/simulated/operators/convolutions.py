@@ -391,8 +391,14 @@ def _recurrent(func: Any, source: torch.Tensor, *others: Any) -> None:
     if func._overloadname == "data":
         others = others[1:]  # the sizes of the batches are on the host
     hidden, parameters = others[:2]
-    if isinstance(hidden, torch.Tensor):
-        hidden = [hidden]
+    _compare_places(source, [hidden], parameters)
+
+
+def _compare_places(
+    source: torch.Tensor,
+    hidden: list[torch.Tensor],
+    parameters: list[torch.Tensor],
+) -> None:
     for name, tensors in (("hidden", hidden), ("parameter", parameters)):
         for each in tensors:
             if each.device != source.device:
@@ -402,10 +408,28 @@ def _recurrent(func: Any, source: torch.Tensor, *others: Any) -> None:
                 )
 
 
-for _name in ("lstm", "gru", "rnn_relu", "rnn_tanh"):
+for _name in ("gru", "rnn_relu", "rnn_tanh"):
     register(_name, composed=checked(_recurrent), source="RNN.cpp, check_attributes")
-# For a layer without biases, C++ creates biases on the host.
-register("mkldnn_rnn_layer", takes_host=True, source="mkldnn/RNN.cpp, mkldnn_rnn_layer")
+
+
+def _layer(_func: Any, places: list[Operand]) -> None:
+    """Do the same for a layer of an LSTM, as which the CPU computes it.
+
+    For a layer without biases, C++ creates biases on the host.
+    """
+    named = {each.name: each.tensor for each in places}
+    _compare_places(
+        named["input"],
+        [named["hx_"], named["cx_"]],
+        [named["weight0"], named["weight1"]],
+    )
+
+
+register(
+    "mkldnn_rnn_layer",
+    check=_layer,
+    source="RNN.cpp, check_attributes; mkldnn/RNN.cpp, mkldnn_rnn_layer",
+)
 
 
 def _pack_padded_sequence(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
