@@ -200,6 +200,13 @@ def _batch_norm_gather_stats_with_counts(  # noqa: PLR0917  # the operator's sig
     return mean, (squares / total + eps).rsqrt()
 
 
+def _batch_norm_gather_stats(*args: Any) -> Any:
+    """Do the same for ranks with equally many values; the last argument says how many."""
+    means, count = args[1], args[-1]
+    counts = means.new_full((means.shape[0],), count)
+    return _batch_norm_gather_stats_with_counts(*(*args[:-1], counts))
+
+
 def _batch_norm_elemt(  # the operator's signature
     source: torch.Tensor,
     weight: torch.Tensor | None,
@@ -258,23 +265,6 @@ def _batch_norm_backward_elemt(  # noqa: PLR0917  # the operator's signature
     found = _wide(grad) - _by_channel(sum_dy / number, wide) - centred * slope
     scale = inverse if weight is None else inverse * _wide(weight)
     return (found * _by_channel(scale, wide)).to(source.dtype)
-
-
-def _batch_norm_gather_stats(  # noqa: PLR0917  # the operator's signature
-    source: torch.Tensor,
-    means: torch.Tensor,
-    inverses: torch.Tensor,
-    running_mean: torch.Tensor | None,
-    running_variance: torch.Tensor | None,
-    momentum: float,
-    eps: float,
-    count: int,
-) -> Any:
-    """Do the same for ranks with equally many values."""
-    counts = means.new_full((means.shape[0],), count)
-    return _batch_norm_gather_stats_with_counts(
-        source, means, inverses, running_mean, running_variance, momentum, eps, counts
-    )
 
 
 for _name, _kernel in (
