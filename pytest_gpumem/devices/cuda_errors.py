@@ -29,6 +29,14 @@ ERRORS: Final[dict[int, tuple[str, str]]] = {
         "too many resources requested for launch",
     ),
     710: ("cudaErrorAssert", "device-side assert triggered"),
+    712: (
+        "cudaErrorHostMemoryAlreadyRegistered",
+        "part or all of the requested memory range is already mapped",
+    ),
+    713: (
+        "cudaErrorHostMemoryNotRegistered",
+        "pointer does not correspond to a registered memory region",
+    ),
     719: ("cudaErrorLaunchFailure", "unspecified launch failure"),
     801: ("cudaErrorNotSupported", "operation not supported"),
     900: (

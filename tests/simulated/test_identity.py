@@ -263,6 +263,8 @@ def test_storages_are_made_and_copied_on_a_card() -> None:
     assert ["cuda:0", "cuda:0"] == [str(made.device), str(copied.device)]
     assert 2 * MIB + 512 == _held()
     assert typed.is_cuda
+    assert made.is_shared()  # as all memory of a card
+    assert not torch.UntypedStorage(8).is_shared()
 
 
 def test_a_lazy_module_is_copied_on_the_host() -> None:

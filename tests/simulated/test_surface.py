@@ -37,10 +37,6 @@ NAMES = [
 ]
 #: Calls that need arguments to be refused.
 CALLS: dict[str, Callable[[], Any]] = {
-    "torch.cuda.caching_allocator_alloc": lambda: torch.cuda.caching_allocator_alloc(8),
-    "torch.cuda.caching_allocator_delete": lambda: torch.cuda.caching_allocator_delete(
-        8
-    ),
     "torch.cuda.caching_allocator_disabled": lambda: (
         torch.cuda.caching_allocator_disabled().__enter__()
     ),
@@ -123,6 +119,8 @@ def test_what_takes_no_argument_answers(name: str) -> None:
         "can_device_access_peer": (0, 1),
         "set_sync_debug_mode": (0,),
         "use_mem_pool": (None,),
+        "caching_allocator_alloc": (8,),
+        "caching_allocator_delete": (0,),
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, of old names
@@ -303,6 +301,62 @@ def test_memory_history_keeps_what_it_is_told_to() -> None:
     assert 3 == len(more)
     with pytest.raises(RuntimeError, match="Unknown enabled"):
         record("some")  # type: ignore[arg-type]  # on purpose
+
+
+@pytest.mark.usefixtures("machine")
+def test_memory_is_taken_and_freed_by_address() -> None:
+    """On the card that is named, within its budget; the allocator cannot be switched off."""
+    before = torch.cuda.memory_allocated(1)
+    first = torch.cuda.caching_allocator_alloc(3 * 2**20, 0)
+    second = torch.cuda.caching_allocator_alloc(1, torch.device("cuda:1"))
+
+    assert first != second
+    assert torch.cuda.caching_allocator_alloc(0) == 0
+    assert torch.cuda.memory_allocated(1) == before + 512
+    torch.cuda.caching_allocator_delete(second)
+    assert torch.cuda.memory_allocated(1) == before
+    assert torch.cuda.memory_allocated(0) == 3 * 2**20
+    torch.cuda.caching_allocator_delete(first)
+    assert torch.cuda.memory_allocated(0) == 0
+    with pytest.raises(RuntimeError, match="invalid device pointer: 0x"):
+        torch.cuda.caching_allocator_delete(first)
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.cuda.caching_allocator_alloc(2**40)
+    cuda.caching_allocator_enable(True)
+    with pytest.raises(UnsupportedOnSimulatedDeviceError):
+        cuda.caching_allocator_enable(False)
+
+
+@pytest.mark.usefixtures("machine")
+def test_memory_of_the_host_is_registered() -> None:
+    """It is pinned until that ends; what was registered, or was not, is an error."""
+    runtime: Any = torch.cuda.cudart()
+    tensor = torch.ones(1000)
+    region = (tensor.data_ptr(), tensor.nbytes)
+
+    assert runtime.cudaHostRegister(*region, 0) == 0
+    assert tensor.is_pinned()
+    assert tensor[10:].is_pinned()
+    assert not torch.ones(1000).is_pinned()
+    with pytest.raises(cuda.CudaError, match="already mapped"):
+        cuda.check_error(runtime.cudaHostRegister(region[0] + 8, 16, 0))
+    assert runtime.cudaHostUnregister(region[0]) == 0
+    assert not tensor.is_pinned()
+    with pytest.raises(cuda.CudaError, match="registered memory region"):
+        cuda.check_error(runtime.cudaHostUnregister(region[0]))
+
+
+@pytest.mark.usefixtures("machine")
+def test_a_stream_has_the_nearest_priority() -> None:
+    """PyTorch has four, of which 0 is the lowest; the current stream keeps its own."""
+    low, high = cuda.Stream.priority_range()
+    streams = [torch.cuda.Stream(priority=each) for each in (5, 0, -1, -9)]
+
+    assert [low, high] == [0, -3]
+    assert [each.priority for each in streams] == [0, 0, -1, -3]
+    with torch.cuda.stream(streams[2]):
+        assert torch.cuda.current_stream().priority == -1
+    assert torch.cuda.current_stream().priority == 0
 
 
 @pytest.mark.usefixtures("machine")

@@ -2,10 +2,15 @@
 
 It is loaded with ``-p outcomes`` into runs of other projects' tests. A line is written
 when a test begins and when it ends, so that the reader knows which test a process died
-in. Four variables of the environment rule it: ``UPSTREAM_OUTCOMES``, the file it appends
-to; ``UPSTREAM_LIMIT_S``, the longest that a test may take, in seconds; and
-``UPSTREAM_EVERY``: of files with ``MANY`` tests or more, one in so many is run. A test
-that has a line in the file when the run begins is not run again.
+in. Variables of the environment rule it: ``UPSTREAM_OUTCOMES``, the file it appends
+to; ``UPSTREAM_LIMIT_S``, the longest that a test may take, in seconds;
+``UPSTREAM_EVERY``: of files with ``MANY`` tests or more, one in so many is run; and
+``UPSTREAM_LIST``, if each test is to have a process of its own: no test is run, those that
+are not skipped are listed in that file, one line each. A test that has a line in the file
+of outcomes when the run begins is not run again.
+
+A test may start this command again, once for each rank. Such a process runs what its
+command names, and writes nothing down.
 """
 
 from __future__ import annotations
@@ -26,8 +31,11 @@ if TYPE_CHECKING:
 FILE: Final = Path(os.environ["UPSTREAM_OUTCOMES"])
 LIMIT_S: Final = float(os.environ["UPSTREAM_LIMIT_S"])
 EVERY: Final = int(os.environ["UPSTREAM_EVERY"])
-SKIPPED: Final = os.environ.get("UPSTREAM_SKIPPED", "")
-HOST: Final = os.environ.get("UPSTREAM_HOST", "")
+SKIPPED: Final = os.environ.pop("UPSTREAM_SKIPPED", "")
+HOST: Final = os.environ.pop("UPSTREAM_HOST", "")
+LIST: Final = os.environ.pop("UPSTREAM_LIST", "")
+# The ranks that a test starts get these variables from this process.
+os.environ["UPSTREAM_OUTCOMES"] = os.devnull
 MANY: Final = 1000
 #: Of an exception's text, and of the number of exceptions in a chain, what is kept.
 KEPT_CHARACTERS: Final = 3000
@@ -120,6 +128,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for file, number, each in kept
         if (sizes[file] < MANY or number % EVERY == 0) and each.nodeid not in done
     ]
+    if LIST:
+        _list(items)
+        items.clear()
+
+
+def _list(items: list[pytest.Item]) -> None:
+    """Write down which tests are skipped by a mark, and list the others."""
+    from _pytest.skipping import evaluate_skip_marks  # no public name
+
+    with Path(LIST).open("w", encoding="utf-8") as file:
+        for each in items:
+            skipped = evaluate_skip_marks(each)
+            if skipped is None:
+                name = each.nodeid.partition("::")[2]
+                file.write(f"{each.path}::{name}\n")
+            else:
+                chain = [("Skipped", skipped.reason)]
+                _write({"test": each.nodeid, "outcome": "skipped", "chain": chain})
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -178,22 +179,35 @@ def run(suite: Suite, setting: Setting, home: Path, out: Path) -> None:
         ),
         *(("-k", suite.keyword) if suite.keyword else ()),
         *setting.options,
-        *suite.files,
     ]
-    for _ in range(RESTARTS):
-        before = len(read(file))
+
+    def start(*files: str, **more: str) -> int | None:
         with log.open("ab") as output:
             process = subprocess.Popen(
-                command,
+                [*command, *files],
                 cwd=home / suite.folder,
-                env=environment,
+                env=environment | more,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
             _wait(process, file)
+            # Ranks that a test has started, and that did not end with it.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        return process.returncode
+
+    if suite.is_alone:
+        tests = file.with_suffix(".list")
+        start(*suite.files, UPSTREAM_LIST=str(tests))
+        for test in tests.read_text(encoding="utf-8").splitlines():
+            start(test)
+        return
+    for _ in range(RESTARTS):
+        before = len(read(file))
+        ended = start(*suite.files)
         # 0: all passed; 1: some failed; 5: nothing was left to run.
-        if process.returncode in {0, 1, 5} or len(read(file)) == before:
+        if ended in {0, 1, 5} or len(read(file)) == before:
             break
 
 

@@ -29,6 +29,8 @@ class Suite:
         every: Of files with a thousand tests and more, one in so many is run.
         keyword: pytest's ``-k``.
         environment: Variables that the tests want.
+        is_alone: Whether each test has a process of its own, because it starts the
+            command of that process again for its other ranks.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Suite:
     every: int = 1
     keyword: str = ""
     environment: dict[str, str] = field(default_factory=dict)
+    is_alone: bool = False
 
     def prepare(self, home: Path) -> None:
         """Put what the archive lacks into the unpacked source."""
@@ -57,6 +60,41 @@ class Suite:
 def _tests(*names: str, under: str = "tests") -> tuple[str, ...]:
     return tuple(f"{under}/{each}.py" for each in names)
 
+
+#: Files with tests that need two cards, but for those of DeepSpeed.
+LIGHTNING: Final = (
+    "callbacks/progress/test_tqdm_progress_bar.py",
+    "callbacks/test_pruning.py",
+    "callbacks/test_stochastic_weight_avg.py",
+    "callbacks/test_weight_averaging.py",
+    "checkpointing/test_checkpoint_callback_frequency.py",
+    "checkpointing/test_torch_saving.py",
+    "core/test_metric_result_integration.py",
+    "models/test_amp.py",
+    "models/test_gpu.py",
+    "models/test_hooks.py",
+    "models/test_restore.py",
+    "plugins/precision/test_double.py",
+    "plugins/test_amp_plugins.py",
+    "profilers/test_profiler.py",
+    "strategies/launchers/test_subprocess_script.py",
+    "strategies/test_common.py",
+    "strategies/test_ddp.py",
+    "strategies/test_ddp_integration.py",
+    "strategies/test_ddp_integration_comm_hook.py",
+    "strategies/test_fsdp.py",
+    "strategies/test_model_parallel_integration.py",
+    "trainer/connectors/test_accelerator_connector.py",
+    "trainer/logging_/test_distributed_logging.py",
+    "trainer/logging_/test_train_loop_logging.py",
+    "trainer/optimization/test_manual_optimization.py",
+    "trainer/optimization/test_optimizers.py",
+    "trainer/test_dataloaders.py",
+    "trainer/test_trainer.py",
+    "utilities/test_all_gather_grad.py",
+    "utilities/test_combined_loader.py",
+    "utilities/test_dtype_device_mixin.py",
+)
 
 SUITES: Final = (
     Suite(
@@ -162,5 +200,28 @@ SUITES: Final = (
         # Those that start processes of their own take most of the time.
         keyword="not spawn and not fork and not ddp",
         paths=("tests", "src"),
+    ),
+    # Its own scripts run these two kinds apart, too: tests for cards, in one process, and
+    # tests that start their command again for each rank.
+    Suite(
+        "Lightning, CUDA tests",
+        "pytorch-lightning",
+        "2.6.2",
+        LIGHTNING,
+        is_released=False,
+        folder="tests/tests_pytorch",
+        paths=("tests", "src"),
+        environment={"RUN_ONLY_CUDA_TESTS": "1"},
+    ),
+    Suite(
+        "Lightning, standalone tests",
+        "pytorch-lightning",
+        "2.6.2",
+        LIGHTNING,
+        is_released=False,
+        folder="tests/tests_pytorch",
+        paths=("tests", "src"),
+        environment={"PL_RUN_STANDALONE_TESTS": "1"},
+        is_alone=True,
     ),
 )

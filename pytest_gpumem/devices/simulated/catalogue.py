@@ -24,7 +24,7 @@ KINDS: Final[dict[str, str]] = {
 
 _CUDA: Final[dict[str, str]] = {
     "exact": """
-        MemPool empty_cache get_allocator_backend get_per_process_memory_fraction
+        MemPool caching_allocator_alloc caching_allocator_delete empty_cache get_allocator_backend get_per_process_memory_fraction
         max_memory_allocated max_memory_cached max_memory_reserved memory_allocated
         memory_cached memory_reserved memory_snapshot memory_stats
         memory_stats_as_nested_dict memory_summary reset_accumulated_memory_stats
@@ -51,7 +51,7 @@ _CUDA: Final[dict[str, str]] = {
         is_bf16_supported is_tf32_supported list_gpu_processes mem_get_info
     """,
     "constant": """
-        current_blas_handle current_solver_handle get_sync_debug_mode
+        caching_allocator_enable current_blas_handle current_solver_handle get_sync_debug_mode
         graph_annotations has_half
         has_magma host_memory_stats host_memory_stats_as_nested_dict ipc_collect
         memory_usage nvtx profiler
@@ -60,8 +60,7 @@ _CUDA: Final[dict[str, str]] = {
     """,
     "refused": """
         CUDAPluggableAllocator ExternalStream GreenContext
-        caching_allocator_alloc caching_allocator_delete caching_allocator_disabled
-        caching_allocator_enable change_current_allocator get_stream_from_external
+        caching_allocator_disabled change_current_allocator get_stream_from_external
         jiterator tunable
     """,
 }
@@ -107,6 +106,10 @@ NOTES: Final[dict[str, str]] = {
         "captures allocate from a private pool; a replay computes again on the same "
         "memory; `debug_dump`, `raw_cuda_graph`, `check_input_liveness` are refused"
     ),
+    "torch.cuda.caching_allocator_alloc": (
+        "bytes are taken on the card; nothing lies at the address"
+    ),
+    "torch.cuda.caching_allocator_enable": "`False` is refused",
     "torch.cuda.MemPool": "an `allocator=` is refused",
     "torch.cuda.nvtx": "ranges are counted, but no profiler shows them",
     "torch.cuda.nccl": "`unique_id` and `init_rank` are refused",
@@ -160,9 +163,15 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
         "`torch.inference_mode`: the bytes of `torch.no_grad`",
         "operators of `torch.library.custom_op`: their Python code sees the card",
         "`torch.nn.DataParallel` over several simulated cards",
+        "quantised weights: bitsandbytes (8 and 4 bits), torchao, optimum-quanto and hqq, "
+        "also loaded by `quantization_config` and under peft's adapters: values are those "
+        "of the libraries' own code for the CPU, and the bytes are those of the quantised "
+        "storages",
         "`torch.distributed` with [NCCL](nccl.md), started in any way: gloo carries the "
         "values, with NCCL's rules, errors and work objects; also DDP, FSDP, "
-        "`fully_shard`, `DTensor`, `ZeroRedundancyOptimizer` on it",
+        "`fully_shard`, `DTensor`, `ZeroRedundancyOptimizer` on it. [Its bytes]"
+        "(nccl.md#bytes): DDP's buckets from the wrapping on, shards and gathered "
+        "parameters",
         "`torch.compile` with any backend and mode: code that uses a card's tensors runs "
         "without compilation, with the values and bytes of eager code. If a backend would "
         "make kernels, one warning says so, or an error with `--gpu-compiled=refused`; "
@@ -176,7 +185,8 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
         "[cards without memory of their own](cards.md#cards-without-memory-of-their-own) "
         "(GB10, Jetson): the host's bytes are not free for the card, and NVML gives no "
         "memory",
-        "pinned memory: tensors say that they are pinned",
+        "pinned memory: tensors say that they are pinned, also those in memory that "
+        "`torch.cuda.cudart().cudaHostRegister` has registered",
         "TorchScript: scripted and traced functions and modules run and move; errors "
         "of operators, OOMs too, are the interpreter's RuntimeError; "
         "`torch.jit.save` and `torch.jit.load` with `map_location`, for "
@@ -189,7 +199,10 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
         "attention, dropout, reductions, sums of gradients: the tensors that CUDA's "
         "kernels save, and the memory that they take themselves",
         "`pynvml`, the functions of `torch.cuda` that use it, and "
-        "[`nvidia-smi`](children.md): no real driver is asked; also for slices (MIG)",
+        "[`nvidia-smi`](children.md): no real driver is asked; also for slices (MIG), and "
+        "for [programs that read cards](third-party.md) (GPUtil, gpustat, nvitop, py3nvml)",
+        "[injected errors](rules.md) of CUDA, cuBLAS, cuDNN, cuFFT, cuSOLVER, NCCL, Triton "
+        "and CuPy: class and text of the real error, with the card's figures",
         "the memory of an NCCL communicator outside PyTorch's allocator: 0, or the bytes "
         "that the card's `nccl=` gives",
         "cuDNN's convolutions: they request their results, and 0 bytes of workspace, "

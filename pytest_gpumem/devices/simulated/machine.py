@@ -24,6 +24,7 @@ from pytest_gpumem.visibility import VARIABLE, visible_numbers, why_hidden
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from pytest_gpumem.allocator.blocks import Block
     from pytest_gpumem.cards import Card
     from pytest_gpumem.devices.simulated.capture import Capture
     from pytest_gpumem.devices.simulated.memory_history import MemoryHistory
@@ -103,6 +104,10 @@ class SimulatedMachine:
         #: The kinds of convolutions for which cuDNN has measured its kernels.
         self.measured_convolutions: Final[set[tuple[Any, ...]]] = set()
         self.streams: Final = Streams()
+        #: Blocks that were taken by address, with their cards.
+        self.raw_blocks: Final[dict[int, tuple[SimulatedCard, Block]]] = {}
+        #: Memory of the host that was registered with CUDA: bytes, by their address.
+        self.registered: Final[dict[int, int]] = {}
         #: The graph captures in progress.
         self.captures: tuple[Capture, ...] = ()
         self._local = threading.local()

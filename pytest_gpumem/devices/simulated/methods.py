@@ -254,10 +254,19 @@ def mark_pinned(tensor: torch.Tensor) -> None:
 
 
 def is_pinned(self: torch.Tensor, device: Any = None) -> bool:  # noqa: ARG001  # torch's signature
-    """Run ``Tensor.is_pinned``: return whether the host memory was pinned."""
+    """Run ``Tensor.is_pinned``: return whether the host memory was pinned.
+
+    Memory that was registered with CUDA is pinned, too; what counts is where the storage
+    begins. Source: ``CUDAHooks::isPinnedPtr`` of ``aten/src/ATen/cuda/detail/CUDAHooks.cpp``.
+    """
     if isinstance(self, SimulatedTensor) or self.is_meta:
         return False
-    return hasattr(self.untyped_storage(), "_gpumem_pinned")
+    storage = self.untyped_storage()
+    if hasattr(storage, "_gpumem_pinned"):
+        return True
+    registered = current_machine().registered
+    pointer = storage.data_ptr() if registered else 0
+    return any(start <= pointer < start + size for start, size in registered.items())
 
 
 #: Methods that are replaced for every tensor while the simulated device is installed.

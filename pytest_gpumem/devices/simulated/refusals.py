@@ -27,10 +27,7 @@ ADVICE: Final[dict[str, str]] = {
     "torch.accelerator.Graph": "use torch.cuda.CUDAGraph",
     "torch.cuda.CUDAPluggableAllocator": "keep PyTorch's own allocator",
     "torch.cuda.change_current_allocator": "keep PyTorch's own allocator",
-    "torch.cuda.caching_allocator_enable": "keep PyTorch's own allocator",
     "torch.cuda.caching_allocator_disabled": "keep PyTorch's own allocator",
-    "torch.cuda.caching_allocator_alloc": "allocate a torch.uint8 tensor instead",
-    "torch.cuda.caching_allocator_delete": "allocate a torch.uint8 tensor instead",
     "Generator.graphsafe_get_state": "use get_state()",
     "Generator.graphsafe_set_state": "use set_state()",
     "tensor.data = of another device, of a tensor computed with gradients": (
@@ -160,16 +157,6 @@ def refusing_class(feature: str) -> type:
 #: Refused functions of ``torch._C``, with the names of torch 2.8 to 2.15.
 C_REFUSALS: Final[dict[str, Any]] = {
     "_cuda_changeCurrentAllocator": refusing("torch.cuda.change_current_allocator"),
-    "_cuda_cudaCachingAllocator_enable": refusing(
-        "torch.cuda.caching_allocator_enable"
-    ),
-    "_cuda_cudaCachingAllocator_is_enabled": lambda: True,
-    "_cuda_cudaCachingAllocator_raw_alloc": refusing(
-        "torch.cuda.caching_allocator_alloc"
-    ),
-    "_cuda_cudaCachingAllocator_raw_delete": refusing(
-        "torch.cuda.caching_allocator_delete"
-    ),
     "_cuda_cudaHostAllocator": refusing("torch.cuda.CUDAPluggableAllocator"),
     "_cuda_customAllocator": refusing("torch.cuda.CUDAPluggableAllocator"),
     "_cuda_getAllocator": refusing("torch.cuda.CUDAPluggableAllocator"),

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from pytest_gpumem.devices.cuda_errors import ERRORS
-from pytest_gpumem.devices.simulated.machine import card_of
+from pytest_gpumem.devices.simulated.machine import card_of, current_machine
 
 
 class _Code(int):
@@ -38,10 +36,20 @@ class Runtime:
         """Do nothing and return 0, which means success."""
         return 0
 
-    def cudaHostRegister(self, *_args: Any) -> int:  # noqa: N802  # the runtime's name
-        """Do nothing and return 0, which means success."""
-        return 0
+    def cudaHostRegister(self, pointer: int, nbytes: int, _flags: int = 0) -> int:  # noqa: N802  # the runtime's name
+        """Register memory of the host, which is pinned from then on; return a code."""
+        registered = current_machine().registered
+        if not pointer or nbytes <= 0:
+            return _Code(1)  # cudaErrorInvalidValue
+        end = pointer + nbytes
+        if any(
+            start < end and pointer < start + size for start, size in registered.items()
+        ):
+            return _Code(712)  # cudaErrorHostMemoryAlreadyRegistered
+        registered[pointer] = nbytes
+        return _Code(0)
 
-    def cudaHostUnregister(self, *_args: Any) -> int:  # noqa: N802  # the runtime's name
-        """Do nothing and return 0, which means success."""
-        return 0
+    def cudaHostUnregister(self, pointer: int) -> int:  # noqa: N802  # the runtime's name
+        """End what ``cudaHostRegister`` has begun; return a code."""
+        was = current_machine().registered.pop(pointer, None)
+        return _Code(0 if was else 713)  # cudaErrorHostMemoryNotRegistered

@@ -24,6 +24,7 @@ _original_new: Final[Any] = torch.UntypedStorage.__new__
 _original_clone: Final[Any] = torch.UntypedStorage.clone
 _original_device: Final[Any] = torch.UntypedStorage.device
 _original_to: Final[Any] = torch.UntypedStorage.to
+_original_is_shared: Final[Any] = torch.UntypedStorage.is_shared
 _original_data_ptr: Final[Any] = torch.UntypedStorage.data_ptr
 _original_resize: Final[Any] = torch.UntypedStorage.resize_
 
@@ -134,6 +135,11 @@ def _resize(self: torch.UntypedStorage, size: int) -> Any:
     return self
 
 
+def _is_shared(self: torch.UntypedStorage) -> bool:
+    """Source: ``THPStorage_isShared`` of ``torch/csrc/StorageSharing.cpp``."""
+    return memory_of(self) is not None or bool(_original_is_shared(self))
+
+
 def _data_ptr(self: torch.UntypedStorage) -> int:
     memory = memory_of(self)
     if memory is not None and memory.card.value_device == "meta":
@@ -203,6 +209,7 @@ EVERY_STORAGE: Final[dict[str, Any]] = {
     "to": _to,
     "cuda": _cuda,
     "cpu": _cpu,
+    "is_shared": _is_shared,
     "resize_": _resize,
     "data_ptr": _data_ptr,
     "clone": _clone,

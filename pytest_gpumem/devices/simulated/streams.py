@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.card import SimulatedCard
 
 _handles: Final = itertools.count(1)
+#: The priorities of streams that have one other than 0, by handle.
+_priorities: Final[dict[int, int]] = {}
+#: The highest priority. Source: ``CUDAStream::priority_range`` and
+#: ``max_compile_time_stream_priorities`` of ``c10/cuda/CUDAStream.h``.
+_HIGHEST: Final = -3
 _CUDA_TYPE: Final = 1  # c10::DeviceType::CUDA
 
 
@@ -42,7 +47,7 @@ class Stream:
 
     Args:
         device: The card; None means the thread's current one.
-        priority: Stored and reported, without effect.
+        priority: Stored and reported, without effect; the nearest that PyTorch has.
         stream_id: Handle of an existing stream, from torch's own code.
         device_index: Index of the card, from torch's own code.
     """
@@ -63,11 +68,24 @@ class Stream:
         self.device_index = device_index
         self.device = DEVICES[device_index]
         self.device_type = device_type
-        self.priority = priority
         given = stream_id if stream_id is not None else stream_ptr
         if given is None:
             card_of(device_index).make_context()
         self.stream_id = next(_handles) if given is None else given
+        # Source: ``getStreamFromPool`` of ``c10/cuda/CUDAStream.cpp``.
+        nearest = min(0, max(_HIGHEST, priority))
+        if given is None and nearest:
+            _priorities[self.stream_id] = nearest
+
+    @property
+    def priority(self) -> int:
+        """The stream's priority; a lower number is a higher priority."""
+        return _priorities.get(self.stream_id, 0)
+
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        """Return the lowest and the highest priority."""
+        return 0, _HIGHEST
 
     @property
     def cuda_stream(self) -> int:

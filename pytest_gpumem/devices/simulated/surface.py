@@ -25,6 +25,7 @@ from pytest_gpumem.devices.simulated.machine import card_of, current_machine
 from pytest_gpumem.devices.simulated.memory_history import MemoryHistory
 from pytest_gpumem.devices.simulated.nvtx import Nvtx
 from pytest_gpumem.devices.simulated.properties import DeviceProperties
+from pytest_gpumem.devices.simulated.raw_memory import enable, raw_alloc, raw_delete
 from pytest_gpumem.devices.simulated.refusals import C_REFUSALS
 from pytest_gpumem.devices.simulated.runtime import Runtime
 from pytest_gpumem.devices.simulated.streams import Event, Stream, stream_triple
@@ -404,6 +405,10 @@ C_FUNCTIONS: Final[dict[str, Any]] = {
     "_cuda_getDefaultStream": _default_stream,
     "_cuda_setStream": _set_stream,
     "_cuda_getAllocatorBackend": lambda: "native",
+    "_cuda_cudaCachingAllocator_enable": enable,
+    "_cuda_cudaCachingAllocator_is_enabled": lambda: True,
+    "_cuda_cudaCachingAllocator_raw_alloc": raw_alloc,
+    "_cuda_cudaCachingAllocator_raw_delete": raw_delete,
     "_cuda_getArchFlags": _arch_flags,
     "_cuda_canDeviceAccessPeer": lambda _device, _peer: True,
     "_cuda_get_sync_debug_mode": lambda: 0,
