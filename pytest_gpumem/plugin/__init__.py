@@ -125,7 +125,6 @@ def _configure(run: Run, config: pytest.Config) -> None:
     collection = Collection(run, config)
     register(run, PLUGIN_NAME)
     register(collection, "gpumem-collection")
-    register(run.children, "gpumem-children")
     register(HubAdvice, "gpumem-hub-advice")
     is_real = run.choice.kind == "cuda" and run.settings.share == "equal"
     if run.sharing.admits or is_real:

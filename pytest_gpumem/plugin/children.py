@@ -12,8 +12,6 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import pytest
-
 from pytest_gpumem.files import IS_POSIX
 from pytest_gpumem.inheritance import (
     EVERY_CARD,
@@ -25,7 +23,9 @@ from pytest_gpumem.inheritance import (
 from pytest_gpumem.plugin.record_keeping import record_of
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
+
+    import pytest
 
     from pytest_gpumem.children.notes import ChildFigures
     from pytest_gpumem.devices import Device
@@ -189,17 +189,11 @@ class Children:
 
         return together(children)
 
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None]:
+    def end_test(self, item: pytest.Item) -> None:
         """Put children's figures into a test's record when the test ends."""
-        try:
-            return (yield)
-        finally:
-            children = self.new_figures()
-            if children:
-                self._tell(item, children)
-
-    def _tell(self, item: pytest.Item, children: list[ChildFigures]) -> None:
+        children = self.new_figures()
+        if not children:
+            return
         from pytest_gpumem.records.record import PhaseFigures
 
         record = record_of(item)

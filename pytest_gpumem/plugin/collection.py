@@ -13,7 +13,6 @@ from pytest_gpumem.plugin.host_memory import HostMemory
 from pytest_gpumem.plugin.isolated import ISOLATION, Isolated, refuse_debuggers
 from pytest_gpumem.plugin.oom_sections import Incidents
 from pytest_gpumem.plugin.phases import Phases
-from pytest_gpumem.plugin.shrunk_batches import ShrunkBatches
 from pytest_gpumem.plugin.usage import UsageErrors
 from pytest_gpumem.plugin.wider_fixtures import WiderFixtures
 from pytest_gpumem.visibility import why_hidden
@@ -62,10 +61,9 @@ class Collection:
     def _read(self, items: list[pytest.Item]) -> None:
         sweeps_on_demand = self._run.settings.sweeps_on_demand
         is_warned = False
-        for item in items:
-            markers = marks.read_markers(item, sweeps_on_demand=sweeps_on_demand)
-            if markers is None:
-                continue
+        for item, markers in marks.read_markers(
+            items, sweeps_on_demand=sweeps_on_demand
+        ):
             self.markers[item] = markers
             if not is_warned and item.get_closest_marker("oom_fallback") is not None:
                 is_warned = True
@@ -191,9 +189,7 @@ class Collection:
         is not called for hooks that are already running.
         """
         self._manager.register(self._fixtures, "gpumem-fixtures")
-        shrunk = ShrunkBatches()
-        self.incidents.listeners.append(shrunk.note)
-        self._manager.register(shrunk, "gpumem-shrunk-batches")
+        self.incidents.listeners.append(self.phases.shrunk.note)
         self._manager.register(self.phases, "gpumem-phases")
         settings = self._run.settings
         budgets = (

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from pytest_gpumem.errors import GpuMemError
+from pytest_gpumem.plugin.marks import marked
 from pytest_gpumem.plugin.usage import UsageErrors
 
 if TYPE_CHECKING:
@@ -71,10 +72,9 @@ class HubModels:
             pytest.UsageError: A marker makes no sense.
         """
         with UsageErrors(config).reported(items):
-            for item in items:
-                found = [_read(item, mark) for mark in item.iter_markers(MARKER)]
-                if found:
-                    self._by_test[item] = found[::-1]  # the last one wins: the nearest
+            for item, marks in marked(items, {MARKER}):
+                # The last one wins: the nearest.
+                self._by_test[item] = [_read(item, mark) for mark in marks][::-1]
         if self._by_test and not config.pluginmanager.has_plugin("gpumem-hub-tests"):
             config.pluginmanager.register(
                 _MarkedTests(self._by_test, self._serve), "gpumem-hub-tests"
@@ -85,16 +85,16 @@ class HubAdvice:
     """Adds advice to the failure of a test if its model is not served."""
 
     @staticmethod
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(
-        call: pytest.CallInfo[None],
-    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Add advice to a failure if the hub did not return a model."""
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_makereport(call: pytest.CallInfo[None]) -> None:
+        """Add advice to a failure if the hub did not return a model.
+
+        The report is made after this, by another plugin.
+        """
         if call.excinfo is not None and "huggingface_hub.errors" in sys.modules:
             from pytest_gpumem.hub import advise, served_names
 
             advise(call.excinfo.value, served_names())
-        return (yield)
 
 
 class _MarkedTests:

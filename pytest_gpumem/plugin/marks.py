@@ -10,7 +10,7 @@ import pytest
 from pytest_gpumem.errors import GpuMemError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Container, Iterable, Iterator
 
     from pytest_gpumem.records.record import LimitPhase, Metric
     from pytest_gpumem.rules.rule import Rule
@@ -223,21 +223,45 @@ class Markers(NamedTuple):
     is_isolated: bool = False
 
 
+def marked(
+    items: Iterable[pytest.Item], names: Container[str]
+) -> Iterator[tuple[pytest.Item, list[pytest.Mark]]]:
+    """Yield the tests that have markers of some names, with these, the nearest first.
+
+    The markers of a module or a class are read once, not once for each of its tests.
+    """
+    above: dict[int, list[pytest.Mark]] = {}
+    for item in items:
+        parent = item.parent
+        inherited = above.get(id(parent))
+        if inherited is None:
+            found = () if parent is None else parent.iter_markers()
+            inherited = [mark for mark in found if mark.name in names]
+            above[id(parent)] = inherited
+        own = [mark for mark in item.own_markers if mark.name in names]
+        if own or inherited:
+            yield item, own + inherited
+
+
 def read_markers(
-    item: pytest.Item, *, sweeps_on_demand: bool = False
-) -> Markers | None:
-    """Return the arguments of a test's markers; None if it has no marker of this plugin.
+    items: Iterable[pytest.Item], *, sweeps_on_demand: bool = False
+) -> Iterator[tuple[pytest.Item, Markers]]:
+    """Yield the tests that have markers of this plugin, with the markers' arguments.
 
     Args:
-        item: The test.
+        items: The tests.
         sweeps_on_demand: Whether tests are swept that are only swept on demand.
 
     Raises:
         pytest.UsageError: A marker's arguments make no sense.
     """
-    ours = [mark for mark in item.iter_markers() if mark.name in _READERS]
-    if not ours:
-        return None
+    for item, ours in marked(items, _READERS):
+        yield item, _markers_of(item, ours, sweeps_on_demand=sweeps_on_demand)
+
+
+def _markers_of(
+    item: pytest.Item, ours: list[pytest.Mark], *, sweeps_on_demand: bool
+) -> Markers:
     read: dict[str, list[Any]] = {name: [] for name in _READERS}
     for mark in ours:
         read[mark.name].append(_read(item, mark))
@@ -260,17 +284,18 @@ def read_markers(
     )
 
 
-def first_of_ours(item: pytest.Item) -> str | None:
-    """Return the name of a test's first marker that only this plugin uses, or None.
+def first_of_ours(items: Iterable[pytest.Item]) -> tuple[pytest.Item, str] | None:
+    """Return the first test with a marker that only this plugin uses, and its name.
 
     ``gpu`` is left out, because many suites use a marker of that name for other purposes.
     """
-    names = (mark.name for mark in item.iter_markers())
-    return next((each for each in names if each in _READERS and each != "gpu"), None)
+    for item, ours in marked(items, _READERS.keys() - {"gpu"}):
+        return item, ours[0].name
+    return None
 
 
 def is_swept(test: pytest.Item, *, sweeps_on_demand: bool) -> bool:
-    """Tell whether a test's markers ask for a sweep; see ``read_markers``."""
+    """Tell whether a test's markers ask for a sweep; see ``Markers``."""
     mark, is_wanted = _sweep_of(test, sweeps_on_demand=sweeps_on_demand)
     return mark is not None and is_wanted
 

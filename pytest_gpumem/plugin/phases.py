@@ -15,6 +15,7 @@ from pytest_gpumem.devices import allocated_bytes
 from pytest_gpumem.plugin import marks
 from pytest_gpumem.plugin.failures import Failures
 from pytest_gpumem.plugin.record_keeping import has_record, record_of
+from pytest_gpumem.plugin.shrunk_batches import ShrunkBatches
 from pytest_gpumem.sizes import format_size
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.children.notes import ChildFigures
     from pytest_gpumem.devices import Device, Tracker
+    from pytest_gpumem.plugin.growth import Growth
     from pytest_gpumem.plugin.limits import LeakCheck, Limits
     from pytest_gpumem.plugin.session import Run
     from pytest_gpumem.plugin.wider_fixtures import WiderFixtures
@@ -53,6 +55,7 @@ class Phases:
         self.impossible: Final[dict[pytest.Item, str]] = {}
         #: Clears the frames of failed phases.
         self.failures: Final = Failures()
+        self.shrunk: Final = ShrunkBatches()
         self._limits: Limits | None = None
         self._leak: LeakCheck | None = None
         self._item: pytest.Item | None = None
@@ -171,10 +174,14 @@ class Phases:
                 if self._run.device is not None:
                     ending.callback(self._note_limits, item)
                     ending.callback(self._end_timeline, item)
+                ending.callback(self._end, item, "teardown")
                 if growth is not None:
-                    judgement = None if gate is None else gate.judgement
-                    growth.tell(item, growth.end(), judgement)
-                self._end(item, "teardown")
+                    ending.callback(self._tell_growth, growth, item)
+                ending.callback(self._run.children.end_test, item)
+
+    def _tell_growth(self, growth: Growth, item: pytest.Item) -> None:
+        judgement = None if self._run.gate is None else self._run.gate.judgement
+        growth.tell(item, growth.end(), judgement)
 
     def _forget(self) -> None:
         """Drop everything that belongs to a test that has ended."""
@@ -223,6 +230,7 @@ class Phases:
         if device is None:
             return
         self._watches.close()
+        self.shrunk.end_phase(item)
         trackers, self._trackers = self._trackers, []
         figures = [tracker.close() for tracker in trackers]
         if self._run.timeline is not None:

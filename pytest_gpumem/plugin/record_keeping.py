@@ -56,12 +56,12 @@ class Attachment:
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         """Attach the record when all other plugins have written into it."""
         report = yield
-        progress = item.stash.get(PROGRESS, None)
-        if progress is not None:
-            setattr(report, _PROGRESS, progress)
-        record = item.stash.get(_KEY, None)
-        if record is None:
+        stash = item.stash
+        if PROGRESS in stash:
+            setattr(report, _PROGRESS, stash[PROGRESS])
+        if _KEY not in stash:
             return report
+        record = stash[_KEY]
         if report.failed and record.broken_limit is not None:
             mark_over_limit(report)
         if report.when == "teardown":
@@ -147,26 +147,29 @@ class Collector:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Note a phase of a test, and the whole test after its last phase."""
-        pending = self._pending.pop(report.nodeid, None) or _Pending()
-        now = str(report.outcome)
+        nodeid, now, when = report.nodeid, str(report.outcome), report.when
+        pending = self._pending.pop(nodeid, None) or _Pending()
         if now not in _RANK:
             return  # pytest-rerunfailures runs the test again
-        if report.failed:
-            self.failed.add(report.nodeid)
+        if now == "failed":
+            self.failed.add(nodeid)
             pending.failure = pending.failure or report
-            now = "failed" if report.when == "call" else "error"
-        pending.outcome = max(pending.outcome, now, key=_RANK.index)
+            now = "failed" if when == "call" else "error"
+        if now != "passed":
+            pending.outcome = max(pending.outcome, now, key=_RANK.index)
         pending.seconds += report.duration
-        if report.when == "teardown":
-            self._finish(report, pending)
+        if when == "teardown":
+            self._finish(nodeid, report, pending)
             return
-        self._pending[report.nodeid] = pending
+        self._pending[nodeid] = pending
         progress = getattr(report, _PROGRESS, None)
         if progress is not None:
             self.on_progress(progress)
 
-    def _finish(self, report: pytest.TestReport, pending: _Pending) -> None:
-        self.outcomes[report.nodeid] = outcome = pending.outcome
+    def _finish(
+        self, nodeid: str, report: pytest.TestReport, pending: _Pending
+    ) -> None:
+        self.outcomes[nodeid] = outcome = pending.outcome
         record = detach(report)
         if record is not None:
             from pytest_gpumem.records.junit import properties
@@ -174,8 +177,8 @@ class Collector:
             report.user_properties += properties(record)
             record.outcome = outcome  # type: ignore[assignment]  # one of the accepted ones
             record.seconds = round(pending.seconds, 4)
-            self.records[report.nodeid] = record
-        finished = Finished(report.nodeid, outcome, record, pending.failure)
+            self.records[nodeid] = record
+        finished = Finished(nodeid, outcome, record, pending.failure)
         for listener in self.listeners:
             listener(finished)
 
@@ -183,7 +186,7 @@ class Collector:
         self, report: pytest.TestReport | pytest.CollectReport
     ) -> tuple[str, str, str | tuple[str, dict[str, bool]]] | None:
         """Show a broken limit with the letter V, among the failures and errors."""
-        if not report.failed or not getattr(report, _OVER_LIMIT, False):
+        if not hasattr(report, _OVER_LIMIT) or not report.failed:
             return None
         category = "failed" if report.when == "call" else "error"
         if pytest.version_tuple < (

@@ -115,7 +115,8 @@ def _baseline(text: str, *, base: Path) -> Path | None:
     return base / text if text else None
 
 
-@dataclass(frozen=True)
+# Each generated method takes time in every run of pytest, and these two are not used.
+@dataclass(frozen=True, repr=False, eq=False)
 class Settings:
     """The options of a run, parsed.
 

@@ -23,15 +23,14 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-import pytest
-
 from pytest_gpumem.plugin.record_keeping import record_of
-from pytest_gpumem.records.record import ShrunkBatch
 from pytest_gpumem.stacks import calling_frame, frames_from, variables_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable
     from types import FrameType
+
+    import pytest
 
     from pytest_gpumem.records.incidents import Incident
 
@@ -70,19 +69,18 @@ class ShrunkBatches:
                 first = self._searches.get(search.key, search).first
                 self._searches[search.key] = search._replace(first=first)
 
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None]:
-        """Note in the test's record the batches that were made smaller."""
-        self._searches = {}
-        try:
-            return (yield)
-        finally:
-            for each in self._searches.values():
-                last = each.size()
-                if isinstance(last, int) and last < each.first:
-                    batch = ShrunkBatch(each.function, each.first, last)
-                    record_of(item).shrunk_batches.append(batch)
-            self._searches = {}
+    def end_phase(self, item: pytest.Item) -> None:
+        """Note in the test's record the batches that were made smaller in a phase."""
+        if not self._searches:
+            return
+        from pytest_gpumem.records.record import ShrunkBatch
+
+        searches, self._searches = self._searches, {}
+        for each in searches.values():
+            last = each.size()
+            if isinstance(last, int) and last < each.first:
+                batch = ShrunkBatch(each.function, each.first, last)
+                record_of(item).shrunk_batches.append(batch)
 
 
 def _search_of(frame: FrameType) -> _Search | None:

@@ -54,9 +54,9 @@ class Unasked:
             pytest.UsageError: A test has such a marker.
         """
         with self._errors.reported(items):
-            for item in items:
-                name = marks.first_of_ours(item)
-                if name is not None:
-                    raise pytest.UsageError(
-                        f"{item.nodeid}: @pytest.mark.{name} needs a device, but {_HOW}"
-                    )
+            found = marks.first_of_ours(items)
+            if found is not None:
+                item, name = found
+                raise pytest.UsageError(
+                    f"{item.nodeid}: @pytest.mark.{name} needs a device, but {_HOW}"
+                )
