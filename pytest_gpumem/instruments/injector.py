@@ -119,7 +119,6 @@ class OomInjector:
             RuntimeError: A rule fails it with a flavour that is not the device's own
                 error.
         """
-        __tracebackhide__ = True
         request = Request(
             nbytes=nbytes,
             device_index=device_index,
@@ -141,7 +140,6 @@ class OomInjector:
 
     def refuses(self, device_index: int, nbytes: int) -> bool:
         """Call ``fails``; this is its former name."""
-        __tracebackhide__ = True
         text = "OomInjector.refuses is now called OomInjector.fails"
         warnings.warn(text, DeprecationWarning, stacklevel=2)
         return self.fails(device_index, nbytes)

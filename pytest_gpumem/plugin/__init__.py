@@ -76,6 +76,15 @@ def pytest_collection_modifyitems(
             config.pluginmanager.register(checkpoint_fixtures, "gpumem-checkpoints")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(call: pytest.CallInfo[None]) -> None:
+    """Let a failure's traceback end at the line that called the simulated card."""
+    if call.excinfo is not None:
+        from pytest_gpumem.plugin.own_frames import hide
+
+        hide(call.excinfo.value)
+
+
 def _start(config: pytest.Config, namespace: Any) -> None:
     from pytest_gpumem.plugin.session import Run
 

@@ -41,7 +41,6 @@ def with_accumulation(func: Any, handler: Handler) -> Handler:
         return handler
 
     def adding(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        __tracebackhide__ = True
         if torch._C._current_graph_task_id() == -1 or kwargs:
             return handler(args, kwargs)
         if not _may_reuse(args) or _is_at_work(*_ADDING):
@@ -76,7 +75,6 @@ def taking_over(func: Any, handler: Handler) -> Handler:
     keeping_first = (*_KEEPING, *_NORMS) if is_logical else _KEEPING
 
     def writing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        __tracebackhide__ = True
         first = args[0]
         if torch._C._current_graph_task_id() == -1:
             return handler(args, kwargs)
@@ -104,7 +102,6 @@ def taking_over(func: Any, handler: Handler) -> Handler:
 
 def _into_zeros(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Write to zeros on a card in place of those that C++ created on the host."""
-    __tracebackhide__ = True
     operands = Operands()
     values = [operands.unwrap(each) for each in args]
     card = operands.card
@@ -135,7 +132,6 @@ def writing_losses(func: Any, handler: Handler) -> Handler:
     node = "BinaryCrossEntropy" if is_product else "BinaryCrossEntropyWith"
 
     def writing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        __tracebackhide__ = True
         is_kept = hasattr(args[0], "_gpumem_kept")
         chosen = taken if not is_kept and _is_at_work(node) else handler
         return chosen(args, kwargs)
@@ -152,7 +148,6 @@ def keeping(func: Any, handler: Handler) -> Handler:
         return handler
 
     def kept(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        __tracebackhide__ = True
         made = handler(args, kwargs)
         if _is_at_work("BinaryCrossEntropyWith"):
             made._gpumem_kept = True
@@ -176,7 +171,6 @@ def accumulating(_func: Any, handler: Handler) -> Handler:
     """
 
     def summing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        __tracebackhide__ = True
         wanted: Any = kwargs.get("dtype")
         is_wider = wanted in _ACCUMULATED and args[0].dtype not in _ACCUMULATED
         if is_wider and _is_at_work("Renorm"):
@@ -197,7 +191,6 @@ def numbering(func: Any, handler: Handler) -> Handler:
         return handler
 
     def summing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        __tracebackhide__ = True
         places = args[2]
         if type(places) is not torch.Tensor or not _is_at_work("AsStrided"):
             return handler(args, kwargs)

@@ -40,7 +40,6 @@ def of_user(function: Any) -> Any:
 
     @functools.wraps(function)
     def called(*args: Any, **options: Any) -> Any:
-        __tracebackhide__ = True
         outer, _called.task_id = _called.task_id, _task_id()
         try:
             return function(*args, **options)

@@ -138,7 +138,6 @@ class Capture:
         Raises:
             torch.AcceleratorError: Always, with CUDA's message.
         """
-        __tracebackhide__ = True
         self.is_invalid = True
         raise cuda_error("cudaErrorStreamCaptureUnsupported")
 
@@ -153,7 +152,6 @@ class Capture:
             RuntimeError: The capture has failed (torch's message, or
                 ``torch.AcceleratorError`` with CUDA's message).
         """
-        __tracebackhide__ = True
         if self.is_invalid and allocates:
             raise RuntimeError(_INVALID_STATUS)
         if self.is_invalid:
@@ -165,7 +163,6 @@ class Capture:
         Raises:
             RuntimeError: The generator is not registered (torch's message).
         """
-        __tracebackhide__ = True
         known = {
             each._cdata for each in self.generators
         }  # C++ may create another Python object for a generator
@@ -184,7 +181,6 @@ class Capture:
             torch.AcceleratorError: The capture has failed, or the first stream does not wait
                 for a stream that took part.
         """
-        __tracebackhide__ = True
         self.streams = set()
         self.check()
         if self.unjoined:
@@ -209,7 +205,6 @@ def check_waiting(card: SimulatedCard, stream: int | None = None) -> None:
     Raises:
         torch.AcceleratorError: The card captures (CUDA's message); the capture then fails.
     """
-    __tracebackhide__ = True
     for capture in card.machine.captures:
         if capture.card is card and (stream is None or capture.takes(stream)):
             capture.refuse()
@@ -222,7 +217,6 @@ def check_event(capture: Capture | None) -> None:
         torch.AcceleratorError: The event was recorded in a capture (CUDA's message); the
             capture then fails.
     """
-    __tracebackhide__ = True
     if capture is not None:
         capture.is_invalid = True
         raise cuda_error("cudaErrorCapturedEvent")
@@ -242,7 +236,6 @@ def check_copy(card: SimulatedCard, host: torch.Tensor | None, *, waits: bool) -
         torch.AcceleratorError: The card captures, the tensor is pinned, and the host waits
             (CUDA's message).
     """
-    __tracebackhide__ = True
     capture = capture_of(card) if card.machine.captures else None
     if capture is None:
         return
@@ -300,7 +293,6 @@ def _captured(func: Any, handler: Handler) -> Handler:
     written = _written(func)
 
     def capturing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        __tracebackhide__ = True
         card = _card_in((args, kwargs))
         capture = None if card is None else capture_of(card)
         if card is None or capture is None:
@@ -356,7 +348,6 @@ def _card_in(value: Any) -> SimulatedCard | None:
 
 def _check_copy_(card: SimulatedCard, args: Any, kwargs: Any) -> None:
     """Refuse ``copy_`` to or from a host tensor that is not pinned."""
-    __tracebackhide__ = True
     goes_on = kwargs.get("non_blocking", len(args) > 2 and args[2])  # noqa: PLR2004  # the position of the argument
     for each in args[:2]:
         if isinstance(each, torch.Tensor) and not isinstance(each, SimulatedTensor):
@@ -365,7 +356,6 @@ def _check_copy_(card: SimulatedCard, args: Any, kwargs: Any) -> None:
 
 def _check_to_copy(card: SimulatedCard, _args: Any, kwargs: Any) -> None:
     """Refuse ``_to_copy`` to the host, because its result is not pinned."""
-    __tracebackhide__ = True
     device = kwargs.get("device")
     if device is not None and device.type == "cpu" and kwargs.get("layout") is None:
         check_copy(card, None, waits=True)

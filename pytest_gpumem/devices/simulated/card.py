@@ -170,7 +170,6 @@ class SimulatedCard:
                 refused the request.
             torch.AcceleratorError: The card has no room for the context.
         """
-        __tracebackhide__ = True
         if not self.driver.has_context:
             self.make_context()
         refuse = False

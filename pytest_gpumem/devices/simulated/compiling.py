@@ -137,7 +137,6 @@ def _as_it_is(compiled: Callable[..., Any], original: Any) -> Callable[..., Any]
 
     @functools.wraps(compiled)
     def call(*args: Any, **kwargs: Any) -> Any:
-        __tracebackhide__ = True
         chosen = original if _on_card(original, args, kwargs) else compiled
         return chosen(*args, **kwargs)
 
@@ -149,7 +148,6 @@ def _checked(compiled: Callable[..., Any], original: Any) -> Callable[..., Any]:
 
     @functools.wraps(compiled)
     def call(*args: Any, **kwargs: Any) -> Any:
-        __tracebackhide__ = True
         if _is_off() or not _on_card(original, args, kwargs):
             return compiled(*args, **kwargs)
         _say_eager()
@@ -164,7 +162,6 @@ def _say_eager() -> None:
     Raises:
         UnsupportedOnSimulatedDeviceError: The machine is configured to refuse it.
     """
-    __tracebackhide__ = True
     machine = current_machine()
     if machine.compiled == "refused":
         refuse("a torch.compile backend that makes kernels")
@@ -221,7 +218,6 @@ def making_kernels(wrapper: Any, graph: Any, inputs: Any) -> Any:
         return _original_inductor(wrapper, graph, inputs)
 
     def run(*args: Any) -> Any:
-        __tracebackhide__ = True
         _say_eager()
         return graph.forward(*args)
 
@@ -250,7 +246,6 @@ def exporting(module: Any, args: Any = (), kwargs: Any = None, **options: Any) -
         UnsupportedOnSimulatedDeviceError: The module or its arguments have tensors on a
             simulated card.
     """
-    __tracebackhide__ = True
     if _on_card(module, args, kwargs):
         refuse("torch.export.export")
     return _original_export(module, args, kwargs, **options)
@@ -267,7 +262,6 @@ def faking(
         UnsupportedOnSimulatedDeviceError: The tensor is on a simulated card and requires
             gradients.
     """
-    __tracebackhide__ = True
     if isinstance(tensor, SimulatedTensor) and tensor.requires_grad:
         refuse("FakeTensorMode.from_tensor")
     return _original_fake(converter, mode, tensor, *rest, **options)
@@ -282,7 +276,6 @@ def linearizing(function: Any, *primals: Any) -> Any:
     Raises:
         UnsupportedOnSimulatedDeviceError: A primal is on a simulated card.
     """
-    __tracebackhide__ = True
     leaves = torch.utils._pytree.tree_leaves(primals)
     if any(isinstance(each, torch.Tensor) and each.is_cuda for each in leaves):
         refuse("torch.func.linearize")
@@ -299,7 +292,6 @@ def flexible(operator: Any, query: torch.Tensor, *rest: Any, **options: Any) -> 
     Raises:
         UnsupportedOnSimulatedDeviceError: The query is on a simulated card.
     """
-    __tracebackhide__ = True
     if isinstance(query, SimulatedTensor):
         refuse("flex_attention")
     return _original_flex(operator, query, *rest, **options)

@@ -57,7 +57,6 @@ def _plain(data: Any) -> Any:
 
 def tensor(data: Any, **options: Any) -> torch.Tensor:
     """Run ``torch.tensor``: copy the data to the host or to a card."""
-    __tracebackhide__ = True
     if not isinstance(data, torch.Tensor):
         if isinstance(data, (list, tuple)) and data and hasattr(data[0], "__array__"):
             return relayed(lambda: _copy(data, options))  # C++ warns for arrays
@@ -84,7 +83,6 @@ _COPYING: Final = (
 
 
 def _copy(data: Any, options: dict[str, Any]) -> torch.Tensor:
-    __tracebackhide__ = True
     goal = _goal(options.get("device"))
     if goal is None and isinstance(data, SimulatedTensor):
         goal = data.device if _device_for(options.get("device")) is None else None
@@ -105,7 +103,6 @@ def _device_for(device: Any) -> Any:
 
 def as_tensor(data: Any, dtype: Any = None, device: Any = None) -> torch.Tensor:
     """Run ``torch.as_tensor``: return the data itself if it is already such a tensor."""
-    __tracebackhide__ = True
     if isinstance(data, torch.Tensor):
         named = _device_for(device)
         same = data.device if named is None else named
@@ -132,7 +129,6 @@ def asarray(
     Raises:
         ValueError: The object's memory cannot be shared as requested (torch's message).
     """
-    __tracebackhide__ = True
     goal = _goal(device)
     if goal is None and not isinstance(obj, SimulatedTensor):
         made: torch.Tensor = _asarray(
@@ -181,7 +177,6 @@ def _name(dtype: torch.dtype) -> str:
 
 def _ranging(*args: Any, **options: Any) -> Any:
     """Run ``torch.range``: C++ would use a device guard for the given device."""
-    __tracebackhide__ = True
     goal = _goal(options.get("device"))
     if goal is None or options.get("out") is not None:
         return relayed(lambda: _range(*args, **options), depth=1)
@@ -197,7 +192,6 @@ def _factory(original: Any) -> Any:
 
     @functools.wraps(original)
     def factory(*args: Any, **options: Any) -> torch.Tensor:
-        __tracebackhide__ = True
         pinned = options.pop("pin_memory", False)
         device = options.get("device")
         if isinstance(device, int) and not isinstance(device, bool):
@@ -224,7 +218,6 @@ def _drawing(original: Any) -> Any:
 
     @functools.wraps(original)
     def draw(*args: Any, **options: Any) -> torch.Tensor:
-        __tracebackhide__ = True
         generator = options.get("generator")
         if generator is not None:
             source = next(
@@ -279,7 +272,6 @@ def _refusing_on_cards(name: str, feature: str) -> Any:
 
     @functools.wraps(original)
     def construct(*args: Any, **options: Any) -> Any:
-        __tracebackhide__ = True
         leaves = torch.utils._pytree.tree_leaves((args, options))
         on_card = any(isinstance(leaf, SimulatedTensor) for leaf in leaves)
         is_there = on_card or _goal(options.get("device")) is not None

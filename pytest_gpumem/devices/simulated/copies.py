@@ -104,7 +104,6 @@ def upload(
         torch.OutOfMemoryError: The card has no room; nothing was copied.
         UnsupportedOnSimulatedDeviceError: The source is sparse, nested or quantized.
     """
-    __tracebackhide__ = True
     if source.is_meta:
         raise NotImplementedError("Cannot copy out of meta tensor; no data!")
     if source.is_nested:
@@ -145,7 +144,6 @@ def download(
         NoValuesError: The values are needed, but the card keeps none.
         torch.OutOfMemoryError: The card has no room for the contiguous copy.
     """
-    __tracebackhide__ = True
     value = source._gpumem_value  # private to this package
     if device is not None and device.type == "meta":
         return torch.empty_like(value, dtype=dtype, device=device)
@@ -177,7 +175,6 @@ def peer_copy(
     Raises:
         torch.OutOfMemoryError: The target card has no room.
     """
-    __tracebackhide__ = True
     dtype = source.dtype if dtype is None else dtype
     memory = Memory(card, source.numel() * dtype.itemsize)
     value = _copied(source._gpumem_value, card, dtype=dtype)  # private to this package
@@ -199,7 +196,6 @@ class _Move(torch.autograd.Function):
         dtype: torch.dtype | None,
         memory_format: torch.memory_format,
     ) -> torch.Tensor:
-        __tracebackhide__ = True
         return _move(source, device, dtype, memory_format)
 
     @staticmethod
@@ -223,7 +219,6 @@ class _Move(torch.autograd.Function):
 
 def _recorded(*operands: Any) -> Any:
     """Apply ``_Move`` as autograd does when no transform is active."""
-    __tracebackhide__ = True
     apply: Any = super(torch.autograd.Function, _Move).apply
     with enable_single_level_autograd_function():  # no public API
         return apply(*operands)
@@ -236,7 +231,6 @@ def _move(
     memory_format: torch.memory_format,
 ) -> torch.Tensor:
     """Copy a tensor to a device, without autograd."""
-    __tracebackhide__ = True
     if runs_itself(source) or _is_traced() or _is_in_kernel():
         options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
         if memory_format is not torch.preserve_format:
@@ -269,7 +263,6 @@ def moved(
     Raises:
         torch.OutOfMemoryError: The target card has no room.
     """
-    __tracebackhide__ = True
     if _functorch.is_legacy_batchedtensor(source):
         return _each_moved(source, device, dtype)
     is_seen = source.requires_grad and torch.is_grad_enabled()

@@ -27,7 +27,6 @@ def with_alert(func: Any, operator: Operator, handler: Handler) -> Handler:
         return handler
 
     def alerting(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        __tracebackhide__ = True
         if torch.are_deterministic_algorithms_enabled() and (
             alerts is None or alerts(func, args)
         ):

@@ -140,7 +140,6 @@ def _viewing(func: Any, general: Handler) -> Handler:
     """
 
     def handler(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        __tracebackhide__ = True
         source = args[0] if args else None
         if kwargs or TWICE or type(source) is not SimulatedTensor:
             return general(args, kwargs)
@@ -181,7 +180,6 @@ def _helpers(
 
     Here C++ has created these tensors on the host.
     """
-    __tracebackhide__ = True
     if not (in_backward() or (takes_helpers and are_formulas_active())):
         return []
     return [
@@ -197,7 +195,6 @@ def _charge(  # noqa: PLR0917  # a call and its results
     func: Any, operator: Operator, values: Any, kwargs: Any, out: Any, card: Any
 ) -> list[Memory | None]:
     """Make the requests of an operator's rule after its results are computed."""
-    __tracebackhide__ = True
     rule: Any = operator.requests
     results = flat(out)
     steps = rule(Call(func, values, kwargs, results, card))
@@ -326,7 +323,6 @@ def _composed(func: Any, operator: Operator) -> Handler | None:
     chosen = kernel
 
     def handler(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        __tracebackhide__ = True
         return chosen(*args, **kwargs)
 
     return handler

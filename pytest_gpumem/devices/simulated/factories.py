@@ -33,7 +33,6 @@ def _new(
     Raises:
         torch.OutOfMemoryError: The card has no room.
     """
-    __tracebackhide__ = True
     dtype = torch.get_default_dtype() if dtype is None else dtype
     if stride is None:
         count = 1
@@ -71,7 +70,6 @@ def _empty(
     pin_memory: Any = None,
     memory_format: Any = None,
 ) -> torch.Tensor:
-    __tracebackhide__ = True
     if pin_memory:
         raise RuntimeError("Only dense CPU tensors can be pinned")
     card = card_of(None if device is None else device.index)
@@ -87,7 +85,6 @@ def _empty_strided(
     device: Any = None,
     pin_memory: Any = None,
 ) -> torch.Tensor:
-    __tracebackhide__ = True
     if pin_memory:
         raise RuntimeError("Only dense CPU tensors can be pinned")
     card = card_of(None if device is None else device.index)

@@ -20,19 +20,16 @@ _base: Final[Any] = torch._C.TensorBase
 
 def checked(tensor: Any) -> Any:
     """Refuse a fake tensor on a card that takes part in autograd: C++ would abort."""
-    __tracebackhide__ = True
     if isinstance(tensor, FakeTensor) and tensor.device.type == "cuda":
         refuse("FakeTensorMode.from_tensor")
     return tensor
 
 
 def _require_grad_of_fake(self: Any, wanted: bool = True) -> Any:  # noqa: FBT001, FBT002  # torch's signature
-    __tracebackhide__ = True
     return _base.requires_grad_(checked(self) if wanted else self, wanted)
 
 
 def _set_grad_of_fake(self: Any, wanted: bool) -> None:  # noqa: FBT001  # a setter
-    __tracebackhide__ = True
     _base.requires_grad.__set__(checked(self) if wanted else self, wanted)
 
 
@@ -47,7 +44,6 @@ def _copy_into_fake(
     looks for the shapes of a result. The method needs a device guard, and a build for
     CPUs has none for CUDA; the operator needs none.
     """
-    __tracebackhide__ = True
     if self.device.type != "cuda":
         return _base.copy_(self, source, non_blocking)
     return torch.ops.aten.copy_.default(self, source, non_blocking)
@@ -55,7 +51,6 @@ def _copy_into_fake(
 
 def _item_of_fake(self: Any, index: Any) -> Any:
     """Run ``x[index]`` of a fake tensor without switching to its device in C++."""
-    __tracebackhide__ = True
     if self.device.type != "cuda":
         return _base.__getitem__(self, index)
     view, indices = _indexed(self, index)
@@ -66,7 +61,6 @@ def _item_of_fake(self: Any, index: Any) -> Any:
 
 def _set_item_of_fake(self: Any, index: Any, value: Any) -> None:
     """Run ``x[index] = value`` of a fake tensor, as above."""
-    __tracebackhide__ = True
     if self.device.type != "cuda":
         _base.__setitem__(self, index, value)
         return

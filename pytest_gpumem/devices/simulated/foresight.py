@@ -104,7 +104,6 @@ def foreseeing(
     requests = operator.requests
 
     def foresee(values: Any, kwargs: dict[str, Any], card: SimulatedCard) -> _Foreseen:
-        __tracebackhide__ = True
         rehearsal, made = rehearse(values, kwargs, card)
         own = rehearsal.known
         # Arguments that are not returned may be enlarged as well.

@@ -58,7 +58,6 @@ def _in_place(
         RuntimeError: The gradient is on another device and is not a single number (torch's
             message).
     """
-    __tracebackhide__ = True
     place = _place(grad)
     if wanted is None or place is None or place == wanted:
         return grad
@@ -91,7 +90,6 @@ def make_grads(
     Raises:
         RuntimeError: A gradient is not on the device of its output (torch's message).
     """
-    __tracebackhide__ = True
     made = _make_grads(outputs, grads, is_grads_batched)
     if is_grads_batched:
         return tuple(made)
@@ -112,7 +110,6 @@ def check_hook(original: Any, result: Any, hook: Any) -> None:
     Raises:
         RuntimeError: With torch's message.
     """
-    __tracebackhide__ = True
     was, got = _place(original), _place(result)
     if was is None or got is None or was.type == got.type:
         return
@@ -144,7 +141,6 @@ def register_hook(backward_hooks: Any, hook: Any) -> Any:
     """
 
     def held(*grads: Any) -> Any:
-        __tracebackhide__ = True
         grads = _of_one_node(grads)
         result = of_user(hook)(*grads)
         if isinstance(result, tuple):
@@ -193,7 +189,6 @@ _apply_users: Final[Any] = of_user(BackwardCFunction.apply)
 
 def apply(cls: Any, *args: Any, **options: Any) -> Any:
     """Run ``Function.apply``, and record the devices of its tensors for backward."""
-    __tracebackhide__ = True
     results = _apply.__get__(None, cls)(*args, **options)
     outputs = results if isinstance(results, tuple) else (results,)
     for each in outputs:
@@ -216,7 +211,6 @@ def apply_backward(self: Any, *grads: Any) -> Any:
     Raises:
         RuntimeError: A returned gradient is on another device (torch's message).
     """
-    __tracebackhide__ = True
     places = getattr(self, "_gpumem_places", None)
     if places is None:
         return _apply_users(self, *grads)
@@ -252,7 +246,6 @@ _unpack_dual: Final[Any] = torch.autograd.forward_ad.unpack_dual
 
 def unpack_dual(tensor: Any, *, level: Any = None) -> Any:
     """Run ``unpack_dual``; a tangent that C++ has made of zeros is where its tensor is."""
-    __tracebackhide__ = True
     pair = _unpack_dual(tensor, level=level)
     primal, tangent = pair
     if (
@@ -283,7 +276,6 @@ def run_engine(outputs: Any, *args: Any, **options: Any) -> Any:
     Raises:
         RuntimeError: A tensor was modified after it was saved (torch's message).
     """
-    __tracebackhide__ = True
     try:
         return _run_engine(outputs, *args, **options)
     except RuntimeError as error:

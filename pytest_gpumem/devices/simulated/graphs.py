@@ -120,7 +120,6 @@ class CUDAGraph:
             torch.AcceleratorError: The stream is being captured (CUDA's message).
             torch.OutOfMemoryError: The card has no room for the states of the generators.
         """
-        __tracebackhide__ = True
         if check_input_liveness:
             refuse("torch.cuda.graph(check_input_liveness=True)")
         if capture_error_mode not in _MODES:
@@ -165,7 +164,6 @@ class CUDAGraph:
             torch.AcceleratorError: A call during the capture was not allowed (CUDA's
                 message). The pool then exists until the process ends.
         """
-        __tracebackhide__ = True
         capture, card = self._capture, self._card
         if capture is None or card is None:
             raise RuntimeError(
@@ -215,7 +213,6 @@ class CUDAGraph:
         Raises:
             RuntimeError: Nothing was captured (torch's message).
         """
-        __tracebackhide__ = True
         if not self._has_ended or self._card is None:
             raise RuntimeError(
                 "Called CUDAGraph::replay without a preceding successful capture."

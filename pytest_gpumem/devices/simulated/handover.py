@@ -28,14 +28,12 @@ def to_dlpack(tensor: torch.Tensor) -> Any:
     Raises:
         UnsupportedOnSimulatedDeviceError: The tensor is on a card.
     """
-    __tracebackhide__ = True
     if isinstance(tensor, SimulatedTensor):
         refuse("tensor.__dlpack__")
     return _original_to_dlpack(tensor)
 
 
 def _share(self: torch.UntypedStorage, *args: Any) -> Any:
-    __tracebackhide__ = True
     if memory_of(self) is not None:
         refuse("sharing a tensor of a card with another process")
     return _original_share(self, *args)
@@ -83,7 +81,6 @@ class TritonHook:
 
         def run(kernel: Any, *args: Any, **options: Any) -> Any:
             """Run ``kernel[grid](…)``; simulated tensors are refused."""
-            __tracebackhide__ = True
             operands = (*args, *options.values())
             if any(isinstance(each, SimulatedTensor) for each in operands):
                 refuse("a Triton kernel")

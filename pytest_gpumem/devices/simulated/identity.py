@@ -92,7 +92,6 @@ def become(tensor: torch.Tensor, data: torch.Tensor) -> None:
         UnsupportedOnSimulatedDeviceError: The tensor would change its device, and it was
             computed with gradients.
     """
-    __tracebackhide__ = True
     was_on_card = isinstance(tensor, SimulatedTensor)
     is_on_card = isinstance(data, SimulatedTensor)
     if was_on_card is is_on_card:
@@ -264,7 +263,6 @@ def register_hook(self: torch.Tensor, hook: Any) -> Any:
     Raises:
         RuntimeError: In backward, if the hook returns a gradient on another device.
     """
-    __tracebackhide__ = True
     if not isinstance(self, SimulatedTensor):
         return _register_hook(self, _held(hook))
     card = self._gpumem_card
@@ -273,7 +271,6 @@ def register_hook(self: torch.Tensor, hook: Any) -> Any:
     key = _know(self) if self.is_leaf else None
 
     def landing(grad: Any) -> Any:
-        __tracebackhide__ = True
         reference = None if key is None else _known.get(key)
         tensor = None if reference is None else reference()
         if tensor is not None:
@@ -291,7 +288,6 @@ def _held(hook: Any) -> Any:
     """Return a hook for a host tensor that checks that its result is on the host."""
 
     def held(grad: Any) -> Any:
-        __tracebackhide__ = True
         result = hook(grad)
         check_hook(grad, result, hook)
         return result
@@ -326,7 +322,6 @@ class _Grad:
         return grad
 
     def __set__(self, tensor: Any, grad: Any) -> None:
-        __tracebackhide__ = True
         if isinstance(grad, torch.Tensor):
             _check_grad(tensor, grad)
             _note_owner(grad, tensor)
@@ -372,7 +367,6 @@ def autograd_grad(
     outputs: Any, inputs: Any, *args: Any, **options: Any
 ) -> tuple[Any, ...]:
     """Run ``torch.autograd.grad``: each gradient is on the device of its input."""
-    __tracebackhide__ = True
     grads: tuple[Any, ...] = _autograd_grad(outputs, inputs, *args, **options)
     sources = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
     return tuple(
@@ -388,7 +382,6 @@ _swap_tensors: Final[Any] = torch.utils.swap_tensors
 
 def swap_tensors(first: torch.Tensor, second: torch.Tensor) -> None:
     """Run ``torch.utils.swap_tensors``, and remove both tensors from the tables."""
-    __tracebackhide__ = True
     _forget(id(first))
     _forget(id(second))
     _swap_tensors(first, second)
@@ -415,7 +408,6 @@ def deepcopy(self: SimulatedTensor, memo: dict[int, Any]) -> Any:
         RuntimeError: The tensor is part of a graph (torch's message).
         torch.OutOfMemoryError: The card has no room for the copy.
     """
-    __tracebackhide__ = True
     if is_parameter(self):
         if id(self) in memo:
             return memo[id(self)]

@@ -43,7 +43,6 @@ def with_types(lacks: Callable[[tuple[Any, ...]], str], handler: Handler) -> Han
     """
 
     def typed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        __tracebackhide__ = True
         kernel = lacks(args)
         if kernel and args[0].numel():
             raise NotImplementedError(
@@ -62,7 +61,6 @@ def refuse_backend(func: Any) -> NoReturn:
     Raises:
         NotImplementedError: Always (the beginning of torch's message).
     """
-    __tracebackhide__ = True
     raise NotImplementedError(
         f"Could not run '{func.name()}' with arguments from the 'CUDA' backend. This "
         "could be because the operator doesn't exist for this backend, or was omitted "

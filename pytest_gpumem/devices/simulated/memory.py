@@ -35,7 +35,6 @@ class Memory:
     __slots__ = ("block", "card", "nbytes")
 
     def __init__(self, card: SimulatedCard, nbytes: int) -> None:
-        __tracebackhide__ = True
         self.card = card
         self.nbytes = nbytes
         self.block: Block | None = None
@@ -65,7 +64,6 @@ def allocate(card: SimulatedCard, nbytes: int) -> Block:
         torch.OutOfMemoryError: The card has no room. As with the real allocator, the
             error has no cause and no context from the model.
     """
-    __tracebackhide__ = True
     stream = card.machine.streams.current(card.index)
     try:
         return card.allocate(nbytes, stream)
@@ -82,7 +80,6 @@ def allocate_aside(card: SimulatedCard, nbytes: int, stream: int) -> Block:
     Raises:
         torch.OutOfMemoryError: There is no room.
     """
-    __tracebackhide__ = True
     try:
         return card.allocate(nbytes, stream, is_internal=True)
     except OutOfMemory as error:
@@ -100,7 +97,6 @@ def hold_workspace(card: SimulatedCard) -> None:
     Raises:
         torch.OutOfMemoryError: There is no room for it.
     """
-    __tracebackhide__ = True
     stream = card.machine.streams.current(card.index)
     handle = AUTOGRAD if in_backward() else card.cublas_handles.of_thread()
     if (handle, stream) in card.workspaces:

@@ -70,7 +70,6 @@ class _Overridable:
         return self if tensor is None else MethodType(self, tensor)
 
     def __call__(self, tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
-        __tracebackhide__ = True
         if has_torch_function_unary(tensor) and not is_lazy(tensor):
             return handle_torch_function(self, (tensor,), tensor, *args, **options)
         if tensor.is_complex():  # C++ warns that the imaginary part is discarded
@@ -133,7 +132,6 @@ def _parse_to(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """Run ``Tensor.to`` between host and simulated cards."""
-    __tracebackhide__ = True
     options = _parse_to(args, kwargs)
     device = options["device"]
     target = None if device is None else cuda_device(device)
@@ -184,7 +182,6 @@ def cuda(
     memory_format: torch.memory_format = torch.preserve_format,
 ) -> torch.Tensor:
     """Run ``Tensor.cuda``: copy to a card."""
-    __tracebackhide__ = True
     target = DEVICES[card_of(None).index] if device is None else cuda_device(device)
     if target is None:
         raise RuntimeError(f"Invalid device, must be cuda device but got {device!r}")
@@ -195,7 +192,6 @@ def cpu(
     self: torch.Tensor, memory_format: torch.memory_format = torch.preserve_format
 ) -> torch.Tensor:
     """Run ``Tensor.cpu``: copy to the host."""
-    __tracebackhide__ = True
     return to(self, torch.device("cpu"), memory_format=memory_format)
 
 
@@ -205,7 +201,6 @@ def as_type(
     non_blocking: bool = False,  # noqa: ARG001, FBT001, FBT002  # torch's signature
 ) -> Any:
     """Run ``Tensor.type``: return the type's name, or convert to another type."""
-    __tracebackhide__ = True
     if dtype is None:
         if not self.is_cuda or isinstance(self, FakeTensor):
             return _original_type(self)
@@ -473,7 +468,6 @@ def _method(name: str, answer: Callable[..., Any]) -> Any:
 
     @functools.wraps(original)
     def call(self: Any, *args: Any, **options: Any) -> Any:
-        __tracebackhide__ = True
         is_other = not has_torch_function_unary(self) and known_card(self) is not None
         chosen = answer if is_other else original
         return chosen(self, *args, **options)

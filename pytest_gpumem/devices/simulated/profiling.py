@@ -36,7 +36,6 @@ def emitting(self: Any) -> Any:
     Raises:
         UnsupportedOnSimulatedDeviceError: The context manager is enabled.
     """
-    __tracebackhide__ = True
     if self.enabled:
         refuse("torch.autograd.profiler.emit_nvtx")
     return _original_emitting(self)
@@ -45,7 +44,6 @@ def emitting(self: Any) -> Any:
 def _uninitialized(original: Any) -> Any:
     @functools.wraps(original)
     def new(cls: type, *args: Any, **options: Any) -> Any:
-        __tracebackhide__ = True
         device = args[1] if len(args) > 1 else options.get("device")
         if device is not None and torch.device(device).type == "cuda":
             refuse("a lazy module's parameter")

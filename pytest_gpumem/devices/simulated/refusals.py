@@ -97,7 +97,6 @@ def refuse(feature: str) -> NoReturn:
     Raises:
         UnsupportedOnSimulatedDeviceError: Always.
     """
-    __tracebackhide__ = True
     raise refused(feature)
 
 
@@ -107,7 +106,6 @@ def refuse_layout(layout: torch.layout) -> NoReturn:
     Raises:
         UnsupportedOnSimulatedDeviceError: Always.
     """
-    __tracebackhide__ = True
     if layout is torch._mkldnn:  # type: ignore[attr-defined]  # torch's stubs lack it
         refuse(
             "a tensor of oneDNN (MKL-DNN), as torch.jit.optimize_for_inference makes"
@@ -128,7 +126,6 @@ def refuse_value(operation: str) -> NoReturn:
     Raises:
         NoValuesError: Always.
     """
-    __tracebackhide__ = True
     for frame in frames_from(calling_frame()):
         code = frame.f_code
         if not code.co_filename.startswith(_BETWEEN):
@@ -142,7 +139,6 @@ def refusing(feature: str) -> Any:
     """Return a function that refuses all arguments."""
 
     def refuse_it(*_args: Any, **_kwargs: Any) -> NoReturn:
-        __tracebackhide__ = True
         refuse(feature)
 
     return refuse_it

@@ -47,19 +47,16 @@ def patch_archives(patches: PatchSet) -> None:
 
 def _saved(module: Any, f: Any, **options: Any) -> Any:
     """Save a scripted module in a file."""
-    __tracebackhide__ = True
     return _save(module, f, **_with_note(module, options))
 
 
 def _saved_to_buffer(module: Any, **options: Any) -> Any:
     """Return a scripted module's archive as bytes."""
-    __tracebackhide__ = True
     return _save_to_buffer(module, **_with_note(module, options))
 
 
 def _with_note(module: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Add the device of a module's tensors, if it is a card, to its archive's files."""
-    __tracebackhide__ = True
     device = _only(
         str(tensor.device)
         for owner in module.modules()
@@ -84,7 +81,6 @@ def _loaded(
         torch.OutOfMemoryError: A card has no room.
         UnsupportedOnSimulatedDeviceError: The archive's tensors lie on several devices.
     """
-    __tracebackhide__ = True
     asked = named = _serialization.validate_map_location(map_location)
     if asked is None:
         if isinstance(f, (str, os.PathLike)):
@@ -109,7 +105,6 @@ def _move_all(module: Any, device: torch.device, *, with_numbers: bool) -> None:
         with_numbers: Whether tensors without dimensions in the code move, too: they are
             numbers that were traced, and lie on the host unless the caller moves all.
     """
-    __tracebackhide__ = True
     moved: dict[torch.Tensor, torch.Tensor] = {}
     for owner in module.modules():
         for table in (owner._parameters, owner._buffers):
@@ -130,7 +125,6 @@ def _on_card(
     moved: dict[torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
     """Return a tensor on a card; the same for the same tensor."""
-    __tracebackhide__ = True
     if tensor not in moved:
         on_card = tensor.detach().to(device).requires_grad_(tensor.requires_grad)
         is_parameter = isinstance(tensor, torch.nn.Parameter)
@@ -140,7 +134,6 @@ def _on_card(
 
 def _device_in(f: Any) -> torch.device | None:
     """Return the device of an archive's tensors; None if it has none, or is no archive."""
-    __tracebackhide__ = True
     try:
         reader: Any = torch._C.PyTorchFileReader(f)
     except RuntimeError:
@@ -183,7 +176,6 @@ def _only(names: Iterable[str]) -> torch.device | None:
     Raises:
         UnsupportedOnSimulatedDeviceError: A card is named beside another device.
     """
-    __tracebackhide__ = True
     devices = {torch.device(name) for name in names}
     if len(devices) > 1:
         refuse("a TorchScript archive of several devices")

@@ -41,7 +41,6 @@ def _new(
     kind: type, *args: Any, device: Any = None, **options: Any
 ) -> torch.UntypedStorage:
     """Run ``UntypedStorage(…, device=…)``; C++ would call the CUDA driver for a card."""
-    __tracebackhide__ = True
     target = None if device is None else cuda_device(device)
     if target is None:
         if device is not None:
@@ -57,7 +56,6 @@ def _new(
 
 def _empty(card: SimulatedCard, nbytes: int) -> torch.UntypedStorage:
     """Return an uninitialised storage on a card; the card's bytes are taken first."""
-    __tracebackhide__ = True
     held = Memory(card, nbytes)
     with HOST_ROOM:
         made: torch.UntypedStorage = _original_new(
@@ -68,7 +66,6 @@ def _empty(card: SimulatedCard, nbytes: int) -> torch.UntypedStorage:
 
 
 def _clone(self: torch.UntypedStorage) -> torch.UntypedStorage:
-    __tracebackhide__ = True
     memory = memory_of(self)
     if memory is None:
         copied: torch.UntypedStorage = _original_clone(self)
@@ -159,7 +156,6 @@ def typed_init(
     Raises:
         torch.OutOfMemoryError: The card has no room.
     """
-    __tracebackhide__ = True
     target = None if device is None else cuda_device(device)
     if target is None or options.get("wrap_storage") is not None:
         if device is not None:
@@ -187,7 +183,6 @@ def _set(self: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
     Raises:
         RuntimeError: The storage is on another device (torch's message).
     """
-    __tracebackhide__ = True
     source: Any = args[0] if args else options.get("source")
     source = getattr(
         source, "_untyped_storage", source

@@ -107,7 +107,6 @@ def as_class(tensor: torch.Tensor, kind: Any) -> Any:
 
     Source: ``THPVariable_as_subclass`` of ``torch/csrc/autograd/python_variable.cpp``.
     """
-    __tracebackhide__ = True
     with torch._C.DisableTorchFunctionSubclass():
         alias: Any = _alias(tensor)
     if kind is torch.Tensor or kind is SimulatedTensor:
@@ -120,7 +119,6 @@ def _detached_as(tensor: torch.Tensor, kind: Any) -> Any:
 
     Source: ``THPVariable_make_subclass`` of ``torch/csrc/autograd/python_variable.cpp``.
     """
-    __tracebackhide__ = True
     with torch._C.DisableTorchFunctionSubclass():
         return _of_class(tensor.detach(), kind)
 
@@ -141,7 +139,6 @@ def _of_class(alias: Any, kind: Any) -> Any:
 
 def as_subclass(self: torch.Tensor, cls: Any) -> Any:
     """Run ``Tensor.as_subclass`` for a tensor on the host or on a card."""
-    __tracebackhide__ = True
     if isinstance(self, SimulatedTensor):
         return as_class(self, cls)
     return _base.as_subclass(self, cls)
@@ -152,7 +149,6 @@ def make_subclass(*args: Any, **options: Any) -> Any:
 
     The parameters are positional and without names, because TorchDynamo compares them.
     """
-    __tracebackhide__ = True
     data = args[1] if len(args) > 1 else options.get("data")
     wants_grad = args[2] if len(args) > 2 else options.get("require_grad", False)  # noqa: PLR2004  # the position of the argument
     if not isinstance(data, SimulatedTensor):
@@ -170,7 +166,6 @@ def make_wrapper_subclass(cls: Any, size: Any, *args: Any, **options: Any) -> An
     Source of the position of ``device``: ``THPVariable_make_wrapper_subclass`` of
     ``torch/csrc/autograd/python_variable.cpp``.
     """
-    __tracebackhide__ = True
     device = args[5] if len(args) > 5 else options.get("device")  # noqa: PLR2004  # the position of ``device``
     named = None if device is None else torch.device(device)
     if named is None or named.type != "cuda" or issubclass(cls, _TRACING):
@@ -196,7 +191,6 @@ def new_parameter(
     requires_grad: bool = True,  # noqa: FBT001, FBT002  # torch's signature
 ) -> Any:
     """Run ``Parameter.__new__``: a subclass also accepts a card's plain tensor."""
-    __tracebackhide__ = True
     if type(data) is SimulatedTensor and cls is not torch.nn.Parameter:
         return _detached_as(data, cls).requires_grad_(requires_grad)
     return _new_parameter(cls, data, requires_grad)
@@ -218,7 +212,6 @@ class _Dispatch:
 
 def _inherited(func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
     """Run ``super().__torch_dispatch__`` of a user's class as for plain tensors."""
-    __tracebackhide__ = True
     leaves = torch.utils._pytree.tree_leaves((args, kwargs))
     if any(isinstance(each, torch.Tensor) and is_keyed(each) for each in leaves):
         return run_plain(func, *args, **(kwargs or {}))
@@ -230,7 +223,6 @@ def run_plain(func: Any, *args: Any, **options: Any) -> Any:
 
     On a real card, C++ calls the kernel in this case, without calling Python.
     """
-    __tracebackhide__ = True
     originals: dict[int, Any] = {}
 
     def plain(each: Any) -> Any:

@@ -227,7 +227,6 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Run an operator and record it."""
-        __tracebackhide__ = True
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         self._tape.keep(func, args, kwargs, out)

@@ -167,7 +167,6 @@ class SimulatedTensor(torch.Tensor, metaclass=_OnCard):
         func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run one operator on the CPU, and allocate memory on the card for its results."""
-        __tracebackhide__ = True
         if len(types) > 1 and any(map(_dispatches, types)):
             return NotImplemented  # C++ would not call this method for plain tensors
         try:

@@ -64,7 +64,6 @@ def patch_scripting(patches: PatchSet) -> None:
 
 def _run(function: Any, *args: Any, **options: Any) -> Any:
     """Call a scripted function; for tensors on a card, call its Python original."""
-    __tracebackhide__ = True
     original = getattr(function, "_torchdynamo_inline", None)
     if original is not None and any(map(_is_on_card, (*args, *options.values()))):
         return _as_interpreter(original, *args, **options)
@@ -76,7 +75,6 @@ def _interpret(call: Any, *args: Any, **options: Any) -> Any:
 
     C++ does not read the text of an error that Python has raised in an operator.
     """
-    __tracebackhide__ = True
     last_failure.note(RuntimeError())
     try:
         return call(*args, **options)
@@ -96,7 +94,6 @@ def _as_interpreter(call: Any, *args: Any, **options: Any) -> Any:
     Source: ``InterpreterStateImpl::handleError`` of
     ``torch/csrc/jit/runtime/interpreter.cpp``.
     """
-    __tracebackhide__ = True
     try:
         return call(*args, **options)
     except RuntimeError as error:
@@ -127,7 +124,6 @@ def _call_module(module: Any, *args: Any, **options: Any) -> Any:
         UnsupportedOnSimulatedDeviceError: It computes with a card, has no Python code, and
             asks for devices or makes tensors on a card.
     """
-    __tracebackhide__ = True
     if (
         "forward" not in module.__dict__
         and _is_on_card(([*args, *options.values()], [*module.parameters()]))
@@ -169,7 +165,6 @@ class _PythonMethod:
         self.python = python
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        __tracebackhide__ = True
         module: Any = self._module()
         tensors = dict(chain(module.named_parameters(), module.named_buffers()))
         if not _is_on_card(([*args, *options.values()], [*tensors.values()])):
@@ -192,7 +187,6 @@ class _PythonMethod:
 
 def _scripted(module: Any, *args: Any, **options: Any) -> Any:
     """Script a module, and keep its Python code beside the result."""
-    __tracebackhide__ = True
     result = _script_module(module, *args, **options)
     if not options.get("is_tracing", False):
         with contextlib.suppress(Exception):  # what cannot be copied stays without
@@ -241,7 +235,6 @@ def _deep_copied(module: Any, memo: dict[int, Any]) -> Any:
 
 def _apply(module: Any, fn: Any, recurse: bool = True) -> Any:  # noqa: FBT001, FBT002  # torch's signature
     """Move or cast a scripted module, and set its parameters again in C++."""
-    __tracebackhide__ = True
     for name, parameter in module._parameters.items():
         if parameter is not None and parameter.grad_fn is not None:
             # C++ has cloned it together with its module, and the clone is no leaf.

@@ -41,7 +41,6 @@ class TypedTensor(type):
 
     def __call__(cls, *args: Any) -> torch.Tensor:
         """Create a tensor on the thread's current card."""
-        __tracebackhide__ = True
         device = DEVICES[card_of(None).index]
         if len(args) == 1 and not isinstance(args[0], (int, torch.Size)):
             return torch.tensor(args[0], dtype=cls.dtype, device=device)

@@ -119,7 +119,8 @@ def run(
         NotImplementedError: There is no kernel for the operands' dtype.
         UnsupportedOnSimulatedDeviceError: The operator has no CPU kernel.
     """
-    compute = func if compute is None else compute
+    # Without the Python method that calls it, and its frame in tracebacks.
+    compute = func._op if compute is None else compute
     if card.value_device == "meta":
         args = [_without_value(each) for each in args]
     try:

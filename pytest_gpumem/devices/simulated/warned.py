@@ -23,7 +23,6 @@ def relayed(call: Callable[[], _T], depth: int = 0) -> _T:
         call: The function to call.
         depth: Additional frames of this package between that line and this function.
     """
-    __tracebackhide__ = True
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = call()

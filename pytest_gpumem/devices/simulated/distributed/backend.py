@@ -58,7 +58,6 @@ class _Buffers:
     """
 
     def __init__(self, card: SimulatedCard) -> None:
-        __tracebackhide__ = True
         self._card = card
         self._address: int | None = None
         nbytes = card.card.nccl_bytes
@@ -153,7 +152,6 @@ class NcclBackend(_gloo):  # type: ignore[misc]  # a class of C++
         *,
         timeout: timedelta | None = None,
     ) -> None:
-        __tracebackhide__ = True
         if not torch.cuda.device_count():
             raise ValueError(
                 "ProcessGroupNCCL is only supported with GPUs, no GPUs found!"
@@ -232,7 +230,6 @@ class NcclBackend(_gloo):  # type: ignore[misc]  # a class of C++
 
     def eager_connect_single_device(self, device: torch.device) -> None:
         """Create the communicator of a card now."""
-        __tracebackhide__ = True
         self.connect(card_of(device.index))
 
     def close(self) -> None:
@@ -267,7 +264,6 @@ class NcclBackend(_gloo):  # type: ignore[misc]  # a class of C++
             torch.distributed.DistBackendError: Two ranks use the same card, another rank
                 does not respond, or the card has no room for the buffers.
         """
-        __tracebackhide__ = True
         with self._lock:
             if card.index in self._communicators:
                 return
@@ -280,7 +276,6 @@ class NcclBackend(_gloo):  # type: ignore[misc]  # a class of C++
         Source: ``broadcastUniqueNCCLID`` of ``ProcessGroupNCCL.cpp``, and
         ``initTransportsRank`` of NCCL's ``init.cc``.
         """
-        __tracebackhide__ = True
         rank, size, number = self.rank(), self.size(), len(self._communicators)
         if size == 1:
             return
@@ -332,7 +327,6 @@ class NcclBackend(_gloo):  # type: ignore[misc]  # a class of C++
             torch.distributed.DistBackendError: Another rank has called another collective,
                 or one of other sizes (the words of ``ProcessGroupWrapper``).
         """
-        __tracebackhide__ = True
         self._num_calls += 1
         number = self._num_calls
         own = f"SequenceNumber={number}, {fingerprint}"
@@ -461,7 +455,6 @@ class _OneCardBackend(NcclBackend):
         options: NcclOptions | None = None,
         device_id: torch.device | None = None,
     ) -> None:
-        __tracebackhide__ = True
         super().__init__(store, rank, size, options)
         #: One float32 from PyTorch's allocator.
         self._barrier_buffer: Memory | None = None
@@ -470,7 +463,6 @@ class _OneCardBackend(NcclBackend):
             self.connect(card_of(device_id.index))
 
     def connect(self, card: SimulatedCard) -> None:
-        __tracebackhide__ = True
         super().connect(card)
         if self._barrier_buffer is None:
             self._device = torch.device("cuda", card.index)
@@ -648,7 +640,6 @@ def _noting_reduction(name: str) -> Any:
 
     @functools.wraps(getattr(_group_class, name))
     def call(self: Any, *args: Any, **options: Any) -> Any:
-        __tracebackhide__ = True
         for each in (*args, *options.values()):
             operation = getattr(each, "reduceOp", each)
             if isinstance(operation, dist.ReduceOp.RedOpType):

@@ -113,11 +113,9 @@ class CollectiveCall:
             ValueError: A tensor is on the host, is sparse or has gaps.
             torch.distributed.DistBackendError: A tensor is on a card other than the group's.
         """
-        __tracebackhide__ = True
         return [self._value(each, is_message=is_message) for each in tensors]
 
     def _value(self, tensor: torch.Tensor, *, is_message: bool) -> torch.Tensor:
-        __tracebackhide__ = True
         if not isinstance(tensor, SimulatedTensor):
             raise ValueError("Tensors must be CUDA and dense")  # noqa: TRY004  # as torch
         value = tensor._gpumem_value
@@ -127,7 +125,6 @@ class CollectiveCall:
         return torch.view_as_real(value) if value.is_complex() else value
 
     def _use(self, card: SimulatedCard) -> None:
-        __tracebackhide__ = True
         if self.card is None:
             bound = getattr(self.group, "bound_device_id", None)
             if bound is not None and bound.index != card.index:
@@ -138,7 +135,6 @@ class CollectiveCall:
 
     def one(self, name: str, *, is_message: bool = False) -> torch.Tensor:
         """Return the value of the only tensor in a list."""
-        __tracebackhide__ = True
         tensors = self[name]
         if len(tensors) != 1:
             raise RuntimeError(_MULTI_DEVICE)
@@ -146,7 +142,6 @@ class CollectiveCall:
 
     def hold(self, nbytes: int) -> None:
         """Hold bytes on the card until the collective is complete."""
-        __tracebackhide__ = True
         assert self.card is not None, "unreachable: a tensor is on it"  # noqa: S101  # states why
         self.held.append(Memory(self.card, nbytes))
 
@@ -162,7 +157,6 @@ class CollectiveCall:
         is_message: bool = False,
     ) -> Any:
         """Start to send the values, and return the work as an operator does."""
-        __tracebackhide__ = True
         card = self.card
         has_values = card is None or card.value_device != "meta"
         if card is not None and not is_message:
@@ -255,7 +249,6 @@ def _check_reduction(kind: Any, value: torch.Tensor) -> None:
         ValueError: NCCL does not support the operation.
         RuntimeError: NCCL does not support the dtype, or cannot reduce it.
     """
-    __tracebackhide__ = True
     if value.dtype in _FLOAT8:
         raise RuntimeError(
             "Float8 dtypes are not currenlty supported for NCCL reductions"
@@ -275,7 +268,6 @@ class _Reduction:
     """
 
     def __init__(self, call: CollectiveCall, value: torch.Tensor) -> None:
-        __tracebackhide__ = True
         kind, factor = current_reduction()
         _check_reduction(kind, value)
         self._is_mean_of_ints = kind == _Kind.AVG and not value.is_floating_point()
@@ -316,7 +308,6 @@ class _Reduction:
 
 def _all_reduced(call: CollectiveCall, value: torch.Tensor) -> Carried:
     """Reduce a tensor over all ranks, with the result on every rank."""
-    __tracebackhide__ = True
     reduction = _Reduction(call, value)
     if value.is_meta:
         return Carried(())
@@ -339,14 +330,12 @@ def _together(started: Sequence[Carried]) -> Carried:
 
 def all_reduce(call: CollectiveCall) -> Any:
     """Run ``all_reduce``."""
-    __tracebackhide__ = True
     value = call.one("tensors")
     return call["tensors"], _reduce_each(call, "ALLREDUCE", [value])
 
 
 def all_reduce_coalesced(call: CollectiveCall) -> Any:
     """Run ``all_reduce`` of several tensors together."""
-    __tracebackhide__ = True
     values = call.values(call["tensors"])
     if len({each.dtype for each in values}) > 1:
         raise TypeError("Tensors must have identical type")
@@ -354,7 +343,6 @@ def all_reduce_coalesced(call: CollectiveCall) -> Any:
 
 
 def _reduce_each(call: CollectiveCall, what: str, values: list[torch.Tensor]) -> Any:
-    __tracebackhide__ = True
     for each in values:
         _check_reduction(current_reduction()[0], each)
 
@@ -372,7 +360,6 @@ def _reduce_each(call: CollectiveCall, what: str, values: list[torch.Tensor]) ->
 
 def reduce(call: CollectiveCall) -> Any:
     """Run ``reduce``: the tensors of the other ranks do not change."""
-    __tracebackhide__ = True
     value = call.one("tensors")
     root = call["root_rank"]
     reduction = _Reduction(call, value)
@@ -411,7 +398,6 @@ def _scattered(
 
 def reduce_scatter(call: CollectiveCall) -> Any:
     """Run ``reduce_scatter`` of a list, through one tensor if all sizes are equal."""
-    __tracebackhide__ = True
     output = call.one("output_tensors")
     inputs = call.values(call["input_tensors"][0])
     if _are_equal(inputs):
@@ -424,7 +410,6 @@ def reduce_scatter(call: CollectiveCall) -> Any:
 
 def reduce_scatter_tensor(call: CollectiveCall) -> Any:
     """Run ``reduce_scatter_tensor``."""
-    __tracebackhide__ = True
     output, source = call["output_tensor"], call["input_tensor"]
     pair = _parts_for(call, output, source)
     work = _scatter_each(call, "_REDUCE_SCATTER_BASE", [pair], [output])
@@ -433,7 +418,6 @@ def reduce_scatter_tensor(call: CollectiveCall) -> Any:
 
 def reduce_scatter_tensor_coalesced(call: CollectiveCall) -> Any:
     """Run ``reduce_scatter_tensor`` of several tensors together."""
-    __tracebackhide__ = True
     pairs = [
         _parts_for(call, output, source)
         for output, source in zip(call["outputs"], call["inputs"], strict=True)
@@ -445,7 +429,6 @@ def _parts_for(
     call: CollectiveCall, output: torch.Tensor, source: torch.Tensor
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Return each rank's part of a tensor to scatter, and the target of this rank's part."""
-    __tracebackhide__ = True
     if source.dtype != output.dtype:
         raise TypeError("input tensor must be the same type as the output tensor.")
     if source.numel() != output.numel() * call.size:
@@ -463,7 +446,6 @@ def _scatter_each(
     pairs: list[tuple[list[torch.Tensor], torch.Tensor]],
     outputs: Sequence[torch.Tensor],
 ) -> Any:
-    __tracebackhide__ = True
     for _parts, output in pairs:
         _check_reduction(current_reduction()[0], output)
 
@@ -484,7 +466,6 @@ def _scatter_each(
 
 def broadcast(call: CollectiveCall) -> Any:
     """Run ``broadcast``."""
-    __tracebackhide__ = True
     value = call.one("tensors")
     root = call["root_rank"] + call["root_tensor"]
     options = call.options(c10d.BroadcastOptions(), rootRank=root)
@@ -503,7 +484,6 @@ def _are_equal(values: Sequence[torch.Tensor]) -> bool:
 
 def all_gather(call: CollectiveCall) -> Any:
     """Run ``all_gather`` to a list, through one tensor if all sizes are equal."""
-    __tracebackhide__ = True
     source = call.one("input_tensors")
     outputs = call["output_tensors"][0]
     values = call.values(outputs, is_message=True)
@@ -551,7 +531,6 @@ def _gathered(
 def _check_gather(
     call: CollectiveCall, output: torch.Tensor, source: torch.Tensor
 ) -> None:
-    __tracebackhide__ = True
     if source.dtype != output.dtype:
         raise TypeError("output tensor must have the same type as input tensor")
     if source.numel() * call.size != output.numel():
@@ -562,7 +541,6 @@ def _check_gather(
 
 def all_gather_into_tensor(call: CollectiveCall) -> Any:
     """Run ``all_gather_into_tensor``."""
-    __tracebackhide__ = True
     target, source = call["output_tensor"], call["input_tensor"]
     values = call.values([source, target])
     _check_gather(call, target, source)
@@ -578,7 +556,6 @@ def all_gather_into_tensor(call: CollectiveCall) -> Any:
 
 def all_gather_into_tensor_coalesced(call: CollectiveCall) -> Any:
     """Run ``all_gather_into_tensor`` of several tensors together."""
-    __tracebackhide__ = True
     outputs, inputs = call["outputs"], call["inputs"]
     targets, sources = call.values(outputs), call.values(inputs)
     for target, source in zip(outputs, inputs, strict=True):
@@ -602,13 +579,11 @@ def all_gather_into_tensor_coalesced(call: CollectiveCall) -> Any:
 
 def all_gather_coalesced(_call: CollectiveCall) -> Any:
     """Refuse, as NCCL does."""
-    __tracebackhide__ = True
     raise NotImplementedError("ProcessGroupNCCL does not support allgather_coalesced")
 
 
 def gather(call: CollectiveCall) -> Any:
     """Run ``gather``."""
-    __tracebackhide__ = True
     source = call.one("input_tensors")
     root = call["root_rank"]
     is_root = call.rank == root
@@ -654,7 +629,6 @@ def gather(call: CollectiveCall) -> Any:
 
 def scatter(call: CollectiveCall) -> Any:
     """Run ``scatter``."""
-    __tracebackhide__ = True
     target = call.one("output_tensors", is_message=True)
     root = call["root_rank"]
     is_root = call.rank == root
@@ -687,7 +661,6 @@ def scatter(call: CollectiveCall) -> Any:
 
 def all_to_all_single(call: CollectiveCall) -> Any:
     """Run ``all_to_all_single``."""
-    __tracebackhide__ = True
     output, source = call.values([call["output"], call["input"]], is_message=True)
     splits = []
     for name, value in (("output", output), ("input", source)):
@@ -709,7 +682,6 @@ def all_to_all_single(call: CollectiveCall) -> Any:
 
 def all_to_all(call: CollectiveCall) -> Any:
     """Run ``all_to_all`` of lists."""
-    __tracebackhide__ = True
     both = []
     for name in ("output", "input"):
         values = call.values(call[f"{name}_tensors"], is_message=True)
@@ -724,7 +696,6 @@ def _exchange(
     out_of: tuple[list[torch.Tensor], list[int]],
 ) -> Any:
     """Send each rank its bytes, and receive the bytes from the other ranks."""
-    __tracebackhide__ = True
     outputs, output_splits = into
     sources, input_splits = out_of
     for each in (*outputs, *sources):
@@ -759,18 +730,15 @@ def _exchange(
 
 def send(call: CollectiveCall) -> Any:
     """Run ``send``; NCCL does not support tags."""
-    __tracebackhide__ = True
     return _message(call, "SEND", call["dst"])
 
 
 def receive(call: CollectiveCall) -> Any:
     """Run ``recv``."""
-    __tracebackhide__ = True
     return _message(call, "RECV", call["src"])
 
 
 def _message(call: CollectiveCall, what: str, peer: int) -> Any:
-    __tracebackhide__ = True
     value = call.one("tensors", is_message=True)
     _check_type(value.dtype)
     name = what.lower()
@@ -794,7 +762,6 @@ def receive_from_any(_call: CollectiveCall) -> Any:
 
     Source: ``Backend::recvAnysource`` of ``Backend.hpp``.
     """
-    __tracebackhide__ = True
     raise RuntimeError("ProcessGroupNCCL does not support recvAnysource")
 
 
@@ -804,7 +771,6 @@ def barrier(call: CollectiveCall) -> Any:
     The card is the first that is known of: ``device_ids``, the group's card, the card used
     before, and the rank's card.
     """
-    __tracebackhide__ = True
     devices = call["device_ids"]
     bound = getattr(call.group, "bound_device_id", None)
     if devices:
@@ -857,7 +823,6 @@ def collective_handler(func: Any, other: Handler) -> Handler:
     def in_nccl(
         run: Any, group: c10d.ProcessGroup, backend: Any, given: dict[str, Any]
     ) -> Any:
-        __tracebackhide__ = True
         return run(CollectiveCall(group, backend, given))
 
     return by_group(
@@ -892,7 +857,6 @@ def by_group(
     names = [each.name for each in func._schema.arguments]
 
     def handler(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        __tracebackhide__ = True
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         group = group_of(given)
         backend = backend_of(group)

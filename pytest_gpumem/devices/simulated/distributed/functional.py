@@ -142,7 +142,6 @@ def _shard_other_dimension(
 
 
 def _message(*_args: Any, **_options: Any) -> None:
-    __tracebackhide__ = True
     refuse("a functional send or receive of torch.distributed")
 
 
@@ -172,7 +171,6 @@ def functional_handler(func: Any, other: Handler) -> Handler:
     """Return a handler that runs a collective here for NCCL groups, else by ``other``."""
 
     def in_nccl(run: Any, group: Any, _backend: Any, given: dict[str, Any]) -> Any:
-        __tracebackhide__ = True
         out = given.pop("out", None)
         options = {} if out is None else {"out": out}
         return run(group, *given.values(), **options)

@@ -73,7 +73,6 @@ class Reducer(_Reducer):  # type: ignore[misc]  # a class of C++
     def __init__(
         self, params: Any, bucket_indices: Any, *args: Any, **options: Any
     ) -> None:
-        __tracebackhide__ = True
         cards = [device for device in map(_device_of, params) if device is not None]
         self._cards = sorted({each.index for each in cards})
         self._first = cards[0] if cards else None
@@ -98,7 +97,6 @@ class Reducer(_Reducer):  # type: ignore[misc]  # a class of C++
             super()._set_static_graph()
 
     def _rebuild_buckets(self) -> Any:
-        __tracebackhide__ = True
         if self._first is None:
             return super()._rebuild_buckets()
         if len(self._cards) > 1:
@@ -160,7 +158,6 @@ def broadcast_coalesced(
     src: int = 0,
 ) -> None:
     """Broadcast tensors in pieces of limited bytes; no piece has two cards."""
-    __tracebackhide__ = True
     for positions in _by_card(tensors):
         _broadcast_all(
             process_group, [tensors[each] for each in positions], buffer_size, src
@@ -178,7 +175,6 @@ def verify_params(
     Raises:
         RuntimeError: The ranks' parameters differ.
     """
-    __tracebackhide__ = True
     device = _device_of(params[0]) if params else None
     if device is None:
         _verify(process_group, params, logger)

@@ -111,7 +111,6 @@ class NcclWork(dist.Work):
             torch.distributed.DistBackendError: The values did not arrive in time, or
                 another rank has exited.
         """
-        __tracebackhide__ = True
         try:
             self._complete(timeout)
         finally:
@@ -120,7 +119,6 @@ class NcclWork(dist.Work):
 
     def synchronize(self) -> None:
         """Wait until the values have arrived; on a real card the current stream waits."""
-        __tracebackhide__ = True
         self.wait()
 
     block_current_stream = synchronize
@@ -218,7 +216,6 @@ class NcclWork(dist.Work):
             pass  # the error is stored, and raised in ``wait``
 
     def _complete(self, timeout: timedelta = _NO_TIMEOUT) -> None:
-        __tracebackhide__ = True
         with self._waiting:
             if not self._is_done:
                 self._conclude(self._waited(timeout))

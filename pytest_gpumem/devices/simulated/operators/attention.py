@@ -177,7 +177,6 @@ def attention(  # noqa: PLR0917  # the operator's signature
     enable_gqa: bool = False,
 ) -> Any:
     """Run ``aten.scaled_dot_product_attention`` with the kernel that CUDA would choose."""
-    __tracebackhide__ = True
     tensors = (query, key, value)
     _validate(tensors)
     settings = AttentionArguments(dropout_p, is_causal, scale, enable_gqa)
@@ -247,7 +246,6 @@ def _aligned(mask: Any) -> Any:
 
 def _flash(query: Any, key: Any, value: Any, settings: AttentionArguments) -> Any:
     """Run the flash kernel, with padded heads if it needs them."""
-    __tracebackhide__ = True
     width = query.shape[-1]
     missing = -width % _ALIGN_HEAD
     if not missing:
@@ -263,7 +261,6 @@ def _composed(
     query: Any, key: Any, value: Any, mask: Any, settings: AttentionArguments
 ) -> Any:
     """Compose attention of other operators: ``_scaled_dot_product_attention_math``."""
-    __tracebackhide__ = True
     dtype = query.dtype
     # C++ keeps each of these tensors until the function returns.
     kept = [query, key, value]
@@ -309,7 +306,6 @@ def _fused(  # noqa: PLR0917  # the operands of one call
     settings: AttentionArguments,
     kernel: str,
 ) -> Any:
-    __tracebackhide__ = True
     tensors = (query, key, value)
     saves = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
     options = (settings, kernel, saves)
@@ -428,7 +424,6 @@ class _Attention(torch.autograd.Function):
     def forward(  # noqa: PLR0917  # autograd passes positional arguments
         ctx: Any, query: Any, key: Any, value: Any, bias: Any, options: Any
     ) -> Any:
-        __tracebackhide__ = True
         settings, kernel, saves = options
         card = query._gpumem_card
         run = _flash_forward if kernel == "flash" else _efficient_forward
@@ -454,7 +449,6 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:  # one gradient
-        __tracebackhide__ = True
         query, key, value, bias, out, *_kept = ctx.saved_tensors
         settings, kernel, _saves = ctx.options
         card = query._gpumem_card
@@ -490,7 +484,6 @@ def _flash_forward(
     _saves: bool,  # noqa: FBT001  # autograd passes positional arguments
 ) -> tuple[Any, list[Any]]:
     """Return an empty result and the other tensors that are kept: ``mha_fwd``."""
-    __tracebackhide__ = True
     del value
     card = query._gpumem_card
     out = _empty_like_rows(query)
@@ -522,7 +515,6 @@ def _efficient_forward(
     saves: bool,  # noqa: FBT001  # autograd passes positional arguments
 ) -> tuple[Any, list[Any]]:
     """Return an empty result and the kept tensors: ``_efficient_attention_forward``."""
-    __tracebackhide__ = True
     del key, settings
     card = query._gpumem_card
     batch, heads, rows, _width = query.shape
@@ -539,7 +531,6 @@ def _efficient_forward(
 
 def _flash_backward(grad: Any, query: Any, key: Any, value: Any, out: Any) -> list[Any]:
     """Return empty gradients, and request the temporary memory of ``mha_bwd``."""
-    __tracebackhide__ = True
     card = query._gpumem_card
     batch, heads, rows, width = query.shape
     copies = [*_contiguous_rows(grad), *_contiguous_rows(out)]
@@ -571,7 +562,6 @@ def _efficient_backward(  # noqa: PLR0917  # the operator's signature
 
     Source: ``_efficient_attention_backward``.
     """
-    __tracebackhide__ = True
     card = query._gpumem_card
     batch, heads, rows, width = query.shape
     copies = list(_contiguous_rows(grad))
@@ -608,7 +598,6 @@ def _composed_delta(card: SimulatedCard, value_width: int, query: Any) -> Memory
 
     They are the dot products of the gradient and the result.
     """
-    __tracebackhide__ = True
     batch, heads, rows, _width = query.shape
     nbytes = batch * heads * rows * _FLOAT_BYTES
     is_half = query.dtype in _HALVES
@@ -623,14 +612,12 @@ def _composed_delta(card: SimulatedCard, value_width: int, query: Any) -> Memory
 
 def _contiguous_rows(tensor: Any) -> Iterator[Memory]:
     """Request a contiguous copy of a tensor with rows before heads, if necessary."""
-    __tracebackhide__ = True
     if not tensor._gpumem_value.transpose(1, 2).is_contiguous():
         yield _scratch(tensor._gpumem_card, tensor.numel() * tensor.element_size())
 
 
 def _empty_like_rows(like: Any) -> Any:
     """Return the result of ``empty_like`` for a tensor with rows before heads."""
-    __tracebackhide__ = True
     card = like._gpumem_card
     memory = Memory(card, like.numel() * like.element_size())
     value = torch.empty_like(like._gpumem_value.transpose(1, 2))
@@ -640,7 +627,6 @@ def _empty_like_rows(like: Any) -> Any:
 
 def _empty_rows_first(like: Any, width: int) -> Any:
     """Return an empty (batch, heads, rows, width) whose memory has rows before heads."""
-    __tracebackhide__ = True
     batch, heads, rows, _width = like.shape
     card = like._gpumem_card
     memory = Memory(card, batch * rows * heads * width * like.element_size())
@@ -653,7 +639,6 @@ def _empty_rows_first(like: Any, width: int) -> Any:
 
 def _empty_bias(bias: Any) -> Any:
     """Return an empty gradient of a bias; its rows have an aligned length."""
-    __tracebackhide__ = True
     card = bias._gpumem_card
     *outer, length = bias.shape
     shape = (*outer, length + -length % _ALIGN_BIAS)
@@ -665,7 +650,6 @@ def _empty_bias(bias: Any) -> Any:
 
 def _kept(card: SimulatedCard, nbytes: int) -> Any:
     """Return a tensor of bytes on the card that is kept for backward and never read."""
-    __tracebackhide__ = True
     memory = Memory(card, nbytes)
     value = torch.empty(nbytes, dtype=torch.uint8, device=card.value_device)
     hold(value.untyped_storage(), memory)
@@ -674,7 +658,6 @@ def _kept(card: SimulatedCard, nbytes: int) -> Any:
 
 def _scratch(card: SimulatedCard, nbytes: int) -> Memory:
     """Hold bytes on the card that are never read."""
-    __tracebackhide__ = True
     return Memory(card, nbytes)
 
 

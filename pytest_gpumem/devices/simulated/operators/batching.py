@@ -27,7 +27,6 @@ def by_slices(func: Any) -> Kernel:
     """
 
     def rule(*args: Any, **kwargs: Any) -> Any:
-        __tracebackhide__ = True
         with torch._C._ExcludeDispatchKeyGuard(_BATCHED):
             level = _functorch.maybe_current_level()
             leaves, form = _tree.tree_flatten((args, kwargs))

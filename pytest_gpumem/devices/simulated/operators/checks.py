@@ -54,7 +54,6 @@ def checking(func: Any, operator: Operator) -> Callable[[Any, Any, Operands], No
     check = operator.check or declared
 
     def check_devices(args: Any, kwargs: Any, operands: Operands) -> None:
-        __tracebackhide__ = True
         if operands.strays is None:
             if operator.takes_host or in_backward():
                 return

@@ -161,7 +161,6 @@ def by_formula(func: Any) -> Kernel:
     """
 
     def kernel(*args: Any, **options: Any) -> Any:
-        __tracebackhide__ = True
         operands = (*args, *options.values())
         first = next(each for each in operands if _is_on_card(each))
         keys = torch._C._dispatch_keys(first)
@@ -250,7 +249,6 @@ def checked(
             return None
 
         def kernel(*args: Any, **options: Any) -> Any:
-            __tracebackhide__ = True
             check(func, *args)
             return func.decompose(*args, **options)
 

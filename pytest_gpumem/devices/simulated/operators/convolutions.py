@@ -351,7 +351,6 @@ def _recording(func: Any, handler: Handler) -> Handler:
         return handler
 
     def recording(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        __tracebackhide__ = True
         if torch._C._get_tracing_state() is None:
             return handler(args, kwargs)
         cudnn = torch.backends.cudnn

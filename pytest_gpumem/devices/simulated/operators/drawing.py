@@ -106,7 +106,6 @@ def _transformed(name: str) -> Any:
 
     @functools.wraps(original)
     def drop(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:  # noqa: A002, FBT001  # torch's signature
-        __tracebackhide__ = True
         is_seen = are_transforms_active() and train and 0 < p <= 1
         if not is_seen or not input.is_cuda or input.numel() == 0:
             result: torch.Tensor = original(input, p, train)
@@ -185,7 +184,6 @@ def _refusing_half(_func: Any, handler: Handler) -> Handler:
     """Refuse slopes in half precision, which the CPU does not draw."""
 
     def refusing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        __tracebackhide__ = True
         if args[0].dtype is torch.float16:
             refuse("rrelu in half precision")
         return handler(args, kwargs)

@@ -146,7 +146,6 @@ def _lists_on_card(_func: Any, handler: Handler) -> Handler:
     """
 
     def looking_up(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        __tracebackhide__ = True
         source, indices = args[0], args[1]
         is_again = torch._C._current_graph_task_id() != -1
         uses = _INDEX_USES + (_RECOMPUTED_USES if is_again else 0)

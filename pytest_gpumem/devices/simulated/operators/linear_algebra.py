@@ -630,7 +630,6 @@ def _reflecting(func: Any) -> Kernel | None:
     host, formula = on_host(func), by_formula(func)
 
     def kernel(*args: Any, **options: Any) -> Any:
-        __tracebackhide__ = True
         has_tangents = (
             torch.autograd.forward_ad._current_level >= 0
         )  # no public function

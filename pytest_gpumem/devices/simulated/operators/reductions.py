@@ -236,7 +236,6 @@ class _Product(torch.autograd.Function):
         keepdim: bool,  # noqa: FBT001  # autograd passes positional arguments
         dtype: Any,
     ) -> torch.Tensor:
-        __tracebackhide__ = True
         reduced = () if dim is None else (dim, keepdim)
         result: torch.Tensor = torch.prod(operand, *reduced, dtype=dtype)
         ctx.save_for_backward(operand, result)
@@ -245,7 +244,6 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        __tracebackhide__ = True
         operand, result = ctx.saved_tensors
         operand, dim = operand.to(grad.dtype), ctx.dim
         if dim is not None and not ctx.keepdim:
@@ -301,7 +299,6 @@ def _multiplied(func: Any) -> Callable[..., Any] | None:
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> Any:
-        __tracebackhide__ = True
         is_plain = (
             source.dim() > 0
             and not source.is_meta

@@ -291,7 +291,6 @@ def ask(
     Raises:
         torch.OutOfMemoryError: The card has no room; the memory taken so far is freed.
     """
-    __tracebackhide__ = True
     held: list[Memory | None] = [None] * len(sizes)
     left = dict.fromkeys(index for index, nbytes in enumerate(sizes) if nbytes)
     temporaries: dict[int, tuple[Temporary, Memory]] = {}

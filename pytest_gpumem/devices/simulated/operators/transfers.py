@@ -93,7 +93,6 @@ def _set_(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
     Source: ``set_storage_cuda_`` of ``aten/src/ATen/native/cuda/TensorFactories.cu``.
     """
-    __tracebackhide__ = True
     target = args[0]
     source = args[1] if len(args) > 1 else kwargs.get("source")
     grown = _growth(target, source, *args[2:])

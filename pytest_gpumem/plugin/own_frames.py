@@ -1,0 +1,44 @@
+"""Lets the traceback of a failed test end at the line that called the simulated card.
+
+A card's error comes from C++, so on a card the last frame is that of the caller. pytest
+leaves out a frame with ``__tracebackhide__`` among its local or its global names.
+``--full-trace`` and ``--tb=native`` show all frames.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    import pytest
+
+#: What stands for a card, and what fails an allocation.
+_PACKAGES: Final = (
+    "pytest_gpumem.allocator",
+    "pytest_gpumem.devices",
+    "pytest_gpumem.instruments.injector",
+)
+#: Errors of a mistake in these packages; a card raises none of them.
+_MISTAKES: Final = (AssertionError, AttributeError, KeyError, NameError)
+
+
+def hide(error: BaseException) -> None:
+    """Mark the modules of this package in the traceback of an error, and of its causes."""
+    seen: set[int] = set()
+    pending = [error]
+    while pending:
+        each = pending.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        pending += [e for e in (each.__cause__, each.__context__) if e is not None]
+        traceback = each.__traceback__
+        while traceback is not None:
+            names = traceback.tb_frame.f_globals
+            if str(names.get("__name__")).startswith(_PACKAGES):
+                names["__tracebackhide__"] = _is_hidden
+            traceback = traceback.tb_next
+
+
+def _is_hidden(raised: pytest.ExceptionInfo[BaseException] | None) -> bool:
+    return raised is None or not isinstance(raised.value, _MISTAKES)
