@@ -42,7 +42,8 @@ class AfterImport(importlib.abc.MetaPathFinder):
 
     def stop(self) -> None:
         """Cancel the call."""
-        with suppress(ValueError):
+        # While the interpreter ends there is no list any more.
+        with suppress(ValueError, AttributeError):
             sys.meta_path.remove(self)
 
     def find_spec(

@@ -296,6 +296,19 @@ def test_what_nccl_does_not_take_is_refused_in_its_words() -> None:
             dist.all_gather_into_tensor(
                 torch.empty(4, device="cuda"), on_card(1, 2, dtype=torch.int64)
             )
+        for name, kind, words in (
+            ("broadcast", dist.DistBackendError, r"Broadcast : .* 7 .* 0\.\.2 range"),
+            ("reduce", dist.DistBackendError, "Reduce : invalid root 7 "),
+            ("gather", ValueError, "^ProcessGroupNCCL::gather: invalid root rank: 7$"),
+            (
+                "scatter",
+                ValueError,
+                "^ProcessGroupNCCL::scatter: invalid root rank: 7$",
+            ),
+        ):
+            root = {"src" if name in {"broadcast", "scatter"} else "dst": 7}
+            with pytest.raises(kind, match=words):
+                getattr(dist, name)(on_card(1), **root)
         with pytest.raises(ValueError, match="output size times world size"):
             dist.reduce_scatter_tensor(
                 torch.empty(3, device="cuda"), torch.ones(2, device="cuda")
@@ -449,6 +462,8 @@ def test_a_rank_that_ends_ends_the_others_wait() -> None:
     said, _ = run_ranks(body, seconds=20)
 
     assert "ncclRemoteError" in said
+    assert "Last error:\nsocketProgress" in said
+    assert "gloo" not in said.lower()
 
 
 def test_functional_collectives_return_new_tensors_of_the_card() -> None:

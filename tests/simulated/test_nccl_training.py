@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -286,3 +287,37 @@ def test_one_batch_on_two_ranks_is_normalised_as_one() -> None:
         assert torch.allclose(both, plain.weight.grad, atol=1e-4)
 
     run_ranks(body)
+
+
+def test_what_nobody_has_waited_for_is_kept_until_the_next_collective() -> None:
+    """The tensors of an asynchronous collective, and so the last bucket of a replica."""
+
+    def body(_rank: int) -> list[int]:
+        def held() -> int:
+            return torch.cuda.memory_allocated() - before
+
+        found = []
+        dist.barrier()
+        before = torch.cuda.memory_allocated()
+        dist.all_reduce(
+            torch.ones(1000, device="cuda"), async_op=True
+        ).get_future().wait()
+        found.append(held())
+        dist.barrier()
+        found.append(held())
+        dist.all_reduce(torch.ones(1000, device="cuda"), async_op=True).wait()
+        found.append(held())
+        dist.all_reduce(torch.ones(1000, device="cuda"))
+        found.append(held())
+
+        replica = DistributedDataParallel(nn.Linear(500, 2, bias=False).cuda())
+        replica(torch.ones(1, 500, device="cuda")).sum().backward()
+        torch._C._cuda_clearCublasWorkspaces()  # no public name
+        del replica
+        gc.collect()
+        found.append(held())
+        dist.barrier()
+        found.append(held())
+        return found
+
+    assert [[4096, 0, 0, 0, 4096, 0]] * 2 == run_ranks(body, backend=OF_ALL_CARDS)

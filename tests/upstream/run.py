@@ -85,7 +85,14 @@ def main() -> int:
             print(suite.name, setting.name, runs.counts(outcomes[setting.name]))
         outcomes.pop(runs.HOST, None)
         host = runs.outcomes(suite, runs.SETTINGS[0], out)
-        verdicts = {name: judge(host, each, mine) for name, each in outcomes.items()}
+        one = runs.outcomes(suite, runs.SETTINGS[1], out)
+        skipped = {
+            name: each for name, each in one.items() if each.outcome == "skipped"
+        }
+        verdicts = {
+            name: judge(skipped if name == runs.TWO else host, each, mine)
+            for name, each in outcomes.items()
+        }
         for verdict in verdicts.values():
             used |= {reason for _, reason in verdict.failures.values()}
         known = figures.get(suite.name, {"settings": {}})["settings"]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 HERE: Final = Path(__file__).parent
 #: The longest that one test may take, in seconds, and how much later its process is
 #: killed: a test that waits in C++ hears no alarm.
-LIMIT_S: Final = 300.0
+LIMIT_S: Final = 900.0
 GRACE_S: Final = 30.0
 #: The longest until the first test of a process begins, in seconds.
 START_S: Final = 900.0

@@ -201,6 +201,30 @@ SUITES: Final = (
         keyword="not spawn and not fork and not ddp",
         paths=("tests", "src"),
     ),
+    Suite(
+        "peft, several cards",
+        "peft",
+        "0.21.0",
+        _tests("test_common_gpu", "test_gpu_examples"),
+        sha256="17f2b5a264439f4cd983c02e95954f2e948e3bcb85f75895ee307f94a55fd28f",
+        packages=("tests",),
+        keyword="multi_gpu or multi_accelerator",
+    ),
+    Suite(
+        "diffusers, several cards",
+        "diffusers",
+        "0.40.0.dev0",
+        (
+            "tests/models/test_attention_dispatch.py",
+            "tests/models/transformers/test_models_transformer_flux.py",
+            "tests/models/transformers/test_models_transformer_flux2.py",
+            "tests/models/transformers/test_models_transformer_qwenimage.py",
+            "tests/models/unets/test_models_unet_2d_condition.py",
+        ),
+        is_released=False,
+        paths=(".", "src"),
+        keyword="Parallel or parallelism",
+    ),
     # Its own scripts run these two kinds apart, too: tests for cards, in one process, and
     # tests that start their command again for each rank.
     Suite(

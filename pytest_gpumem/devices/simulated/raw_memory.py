@@ -27,7 +27,6 @@ def raw_alloc(nbytes: int, stream: int) -> int:
     Raises:
         torch.OutOfMemoryError: The card or its budget has no room.
     """
-    __tracebackhide__ = True
     if nbytes == 0:
         return 0
     card = card_of(None)
@@ -58,6 +57,5 @@ def enable(value: bool) -> None:  # noqa: FBT001  # torch's signature
     Raises:
         UnsupportedOnSimulatedDeviceError: It is to be switched off.
     """
-    __tracebackhide__ = True
     if not value:
         refuse("torch.cuda.caching_allocator_disabled")

@@ -3,6 +3,18 @@
 Sources of names, options and messages:
 ``torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp`` and ``.hpp``, and ``init.cpp`` for
 their Python bindings.
+
+Note [Shelves]
+A collective that does not run on the caller's stream keeps its inputs and outputs alive
+until the caller has waited, or else until the next collective: the group's watchdog sees
+that the first one is over, and leaves it to the next call to let go of the tensors. Who
+uses only the work's future does not wait: the last bucket of DistributedDataParallel
+stays on the card after its module is deleted. On a card the watchdog looks ten times a
+second, and until then other collectives do not free anything; here every collective
+frees what the ones before it have kept.
+
+Source: ``collective``, ``workEnqueue``, ``endCoalescing``, ``WorkNCCL::synchronizeStream``
+and ``Watchdog::runLoop`` of ``ProcessGroupNCCL.cpp``.
 """
 
 from __future__ import annotations
@@ -28,7 +40,7 @@ from pytest_gpumem.devices.simulated.distributed.works import (
     idle_work,
     nccl_error,
 )
-from pytest_gpumem.devices.simulated.machine import card_of
+from pytest_gpumem.devices.simulated.machine import card_of, current_machine
 from pytest_gpumem.devices.simulated.memory import Memory
 from pytest_gpumem.devices.simulated.torch_build import NCCL_VERSION
 
@@ -140,6 +152,8 @@ class NcclBackend(_gloo):  # type: ignore[misc]  # a class of C++
     supports_coalescing = True
     supports_time_estimate = False
     supports_shrinking = False
+    #: Whether collectives that nobody has waited for keep their tensors.
+    has_shelves: ClassVar = True
     #: Whether barriers use a number that the group holds on the card all the time.
     keeps_a_barrier_buffer: ClassVar = False
 
@@ -174,6 +188,9 @@ class NcclBackend(_gloo):  # type: ignore[misc]  # a class of C++
         self._num_calls = 0
         self._extra_timeout = timedelta(0)
         self._works: deque[NcclWork] = deque()
+        #: What collectives keep alive for which no caller has waited.
+        self._shelves: list[list[object]] = []
+        self._shelf_together: list[object] = []
         #: Works between ``_start_coalescing`` and ``_end_coalescing``.
         self._together: list[dist.Work] | None = None
         self._num_splits = 0
@@ -238,6 +255,7 @@ class NcclBackend(_gloo):  # type: ignore[misc]  # a class of C++
             each.close()
         self._communicators.clear()
         self._works.clear()
+        self._clear_shelves()
 
     def abort(self) -> None:
         """End the group and its works in progress."""
@@ -363,14 +381,37 @@ class NcclBackend(_gloo):  # type: ignore[misc]  # a class of C++
         carry: Callable[..., dist.Work] = getattr(super(), name)
         return carry(*args)
 
-    def start(self, what: str, **details: Any) -> dist.Work:
-        """Return the work of a collective whose values are being sent."""
+    def start(
+        self, what: str, stashed: Sequence[object] = (), **details: Any
+    ) -> dist.Work:
+        """Return the work of a collective whose values are being sent.
+
+        Args:
+            what: Torch's name of the collective.
+            stashed: What the group keeps alive, see Note [Shelves].
+            details: Arguments of ``NcclWork``.
+        """
         self._sequence += 1
-        work = NcclWork(what, rank=self.rank(), sequence=self._sequence, **details)
+        shelf = list(stashed) if self.has_shelves else []
+        work = NcclWork(
+            what, rank=self.rank(), sequence=self._sequence, shelf=shelf, **details
+        )
         if self._together is not None:
             self._together.append(work)
+            self._shelf_together += shelf
             return idle_work()
+        self._enqueue(shelf)
         return self._kept(work)
+
+    def _enqueue(self, shelf: list[object]) -> None:
+        self._clear_shelves()
+        if shelf and not current_machine().captures:
+            self._shelves.append(shelf)
+
+    def _clear_shelves(self) -> None:
+        for each in self._shelves:
+            each.clear()
+        self._shelves.clear()
 
     def _kept(self, work: NcclWork) -> NcclWork:
         """Keep a work's Python object, which C++ does not keep, until a caller has waited."""
@@ -387,13 +428,15 @@ class NcclBackend(_gloo):  # type: ignore[misc]  # a class of C++
 
     def start_coalescing(self) -> None:
         """Combine the following collectives into one."""
-        self._together = []
+        self._together, self._shelf_together = [], []
 
     def end_coalescing(self) -> dist.Work | None:
         """Return the work of all collectives since ``start_coalescing``."""
         together, self._together = self._together, None
+        shelf, self._shelf_together = self._shelf_together, []
         if not together:
             return None
+        self._enqueue(shelf)
         return self._kept(
             NcclWork(
                 "COALESCED",
@@ -401,6 +444,7 @@ class NcclBackend(_gloo):  # type: ignore[misc]  # a class of C++
                 sequence=self._sequence,
                 timeout=self._options._timeout,
                 inner=together,
+                shelf=shelf,
             )
         )
 
@@ -435,7 +479,8 @@ class _OneCardBackend(NcclBackend):
     ``ProcessGroupNCCLBackend.cpp``.
 
     Limits:
-        Other errors have the words of ``ProcessGroupNCCL``.
+        Other errors have the words of ``ProcessGroupNCCL``. Tensors of collectives for which
+        nobody has waited are not kept.
 
     Args:
         store: The store through which the ranks find each other.
@@ -446,6 +491,7 @@ class _OneCardBackend(NcclBackend):
     """
 
     keeps_a_barrier_buffer: ClassVar = True
+    has_shelves: ClassVar = False
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ from pytest_gpumem.devices.simulated.distributed.backend import (
     backend_of,
     current_reduction,
 )
+from pytest_gpumem.devices.simulated.distributed.works import nccl_error
 from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.memory import Memory
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
@@ -74,9 +75,12 @@ class Carried(NamedTuple):
 
 
 class CollectiveCall:
-    """One collective: the group and the operator's arguments."""
+    """One collective: its name, the group and the operator's arguments."""
 
-    def __init__(self, group: Any, backend: NcclBackend, given: dict[str, Any]) -> None:
+    def __init__(
+        self, name: str, group: Any, backend: NcclBackend, given: dict[str, Any]
+    ) -> None:
+        self.name = name
         self.group = group
         self.backend = backend
         self.given = given
@@ -140,6 +144,30 @@ class CollectiveCall:
             raise RuntimeError(_MULTI_DEVICE)
         return self.values(tensors, is_message=is_message)[0]
 
+    def root(self) -> int:
+        """Return the rank that a collective begins or ends at.
+
+        Source: ``gather`` and ``scatter`` of ``ProcessGroupNCCL.cpp``, which look at it
+        themselves, and ``ArgsCheck`` of NCCL's ``argcheck.cc`` for the others.
+
+        Raises:
+            ValueError: The group has no such rank, in a gather or scatter.
+            torch.distributed.DistBackendError: The same, in another collective.
+        """
+        root: int = self["root_rank"] + self.given.get("root_tensor", 0)
+        if 0 <= root < self.size:
+            return root
+        if self.name in {"gather", "scatter"}:
+            raise ValueError(
+                f"ProcessGroupNCCL::{self.name}: invalid root rank: {root}"
+            )
+        raise nccl_error(
+            "invalid argument (run with NCCL_DEBUG=WARN for details)",
+            "ncclInvalidArgument: Invalid value for an argument.",
+            f"{self.name.capitalize()} : invalid root {root} (root should be in the "
+            f"0..{self.size} range)",
+        )
+
     def hold(self, nbytes: int) -> None:
         """Hold bytes on the card until the collective is complete."""
         assert self.card is not None, "unreachable: a tensor is on it"  # noqa: S101  # states why
@@ -166,8 +194,11 @@ class CollectiveCall:
             explain = self.backend.agree(_fingerprint(what, outputs, counts))
         with torch.no_grad():
             carried = carry() if has_values else Carried(())
+        is_async = self.given.get("async_op", True) and not is_message
+        kept = [*self._tensors(), *outputs, *self.held] if is_async else ()
         work = self.backend.start(
             what,
+            stashed=kept,
             timeout=self.timeout,
             inner=carried.works,
             finish=carried.finish,
@@ -177,6 +208,18 @@ class CollectiveCall:
             explain=explain,
         )
         return work.boxed()
+
+    def _tensors(self) -> list[torch.Tensor]:
+        """Return the tensors among the operator's arguments."""
+        found: list[torch.Tensor] = []
+        waiting = list(self.given.values())
+        while waiting:
+            each = waiting.pop()
+            if isinstance(each, torch.Tensor):
+                found.append(each)
+            elif isinstance(each, (list, tuple)):
+                waiting.extend(each)
+        return found
 
     def options(self, made: Any, **fields: Any) -> Any:
         """Fill in gloo's options."""
@@ -361,7 +404,7 @@ def _reduce_each(call: CollectiveCall, what: str, values: list[torch.Tensor]) ->
 def reduce(call: CollectiveCall) -> Any:
     """Run ``reduce``: the tensors of the other ranks do not change."""
     value = call.one("tensors")
-    root = call["root_rank"]
+    root = call.root()
     reduction = _Reduction(call, value)
     scratch = value if value.is_meta else reduction.scratch(value)
     options = call.options(
@@ -467,7 +510,7 @@ def _scatter_each(
 def broadcast(call: CollectiveCall) -> Any:
     """Run ``broadcast``."""
     value = call.one("tensors")
-    root = call["root_rank"] + call["root_tensor"]
+    root = call.root()
     options = call.options(c10d.BroadcastOptions(), rootRank=root)
     work = call.start(
         "BROADCAST",
@@ -584,8 +627,8 @@ def all_gather_coalesced(_call: CollectiveCall) -> Any:
 
 def gather(call: CollectiveCall) -> Any:
     """Run ``gather``."""
+    root = call.root()
     source = call.one("input_tensors")
-    root = call["root_rank"]
     is_root = call.rank == root
     outputs = call["output_tensors"][0] if is_root else []
     targets = call.values(outputs, is_message=True)
@@ -629,8 +672,8 @@ def gather(call: CollectiveCall) -> Any:
 
 def scatter(call: CollectiveCall) -> Any:
     """Run ``scatter``."""
+    root = call.root()
     target = call.one("output_tensors", is_message=True)
-    root = call["root_rank"]
     is_root = call.rank == root
     sources = call.values(call["input_tensors"][0]) if is_root else []
     _check_type(target.dtype)
@@ -823,7 +866,7 @@ def collective_handler(func: Any, other: Handler) -> Handler:
     def in_nccl(
         run: Any, group: c10d.ProcessGroup, backend: Any, given: dict[str, Any]
     ) -> Any:
-        return run(CollectiveCall(group, backend, given))
+        return run(CollectiveCall(run.__name__, group, backend, given))
 
     return by_group(
         func,

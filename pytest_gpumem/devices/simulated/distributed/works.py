@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from datetime import timedelta
@@ -33,8 +34,27 @@ def nccl_error(result: str, detail: str, last: str) -> dist.DistBackendError:
     )
 
 
-def remote_error(last: str) -> dist.DistBackendError:
-    """Return NCCL's error for another rank that has exited."""
+#: The host and the port in a message of gloo about a connection.
+_PEER: Final = re.compile(r"\[([^\[\]]+)\]:(\d+)")
+_RESET: Final = re.compile(r"(Read|Write) error \[[^\]]+\]:\d+: (.+)")
+
+
+def remote_error(said: str) -> dist.DistBackendError:
+    """Return NCCL's error for another rank that has exited.
+
+    Source of the last line: ``socketProgressOpt`` and ``ncclSocketToString`` of NCCL's
+    ``socket.cc``.
+
+    Args:
+        said: What gloo says of the connection.
+    """
+    found = _PEER.search(said)
+    peer = f" {found[1]}<{found[2]}>" if found else ""
+    last = f"socketProgress: Connection closed by remote peer{peer}"
+    reset = _RESET.search(said)
+    if reset:
+        way = "recv from" if reset[1] == "Read" else "send to"
+        last = f"socketProgressOpt: Call to {way}{peer} failed : {reset[2]}"
     return nccl_error(
         "remote process exited or there was a network error",
         "ncclRemoteError: A call failed possibly due to a network error or a remote "
@@ -57,6 +77,7 @@ class NcclWork(dist.Work):
         counts: Numbers of input and output elements, for an error message.
         held: Memory that the collective holds on the card until it is complete.
         explain: Returns why the collective may have failed, or nothing.
+        shelf: What the group keeps alive until a caller has waited.
     """
 
     def __init__(
@@ -72,6 +93,7 @@ class NcclWork(dist.Work):
         counts: tuple[int, int] = (0, 0),
         held: object = None,
         explain: Callable[[], str] | None = None,
+        shelf: list[object] | None = None,
     ) -> None:
         super().__init__()
         milliseconds = timeout // timedelta(milliseconds=1)
@@ -86,6 +108,7 @@ class NcclWork(dist.Work):
         self._outputs = list(outputs)
         self._held = held
         self._explain = explain
+        self._shelf: list[object] = [] if shelf is None else shelf
         self._lock = threading.RLock()  # a callback may run immediately
         #: Held by the waiting thread, because a send or receive can be waited for only once.
         self._waiting = threading.Lock()
@@ -115,6 +138,7 @@ class NcclWork(dist.Work):
             self._complete(timeout)
         finally:
             self._release()
+            self._shelf.clear()
         return True
 
     def synchronize(self) -> None:
