@@ -8,6 +8,7 @@ Let the machine do nothing else meanwhile; the page says how busy it was.
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import shutil
@@ -78,11 +79,29 @@ def run(section: Section, *, quick: bool) -> str:
     return f"```text\n{found}\n```" if section.is_text else found
 
 
+def _asked() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    names = [each.script for each in SECTIONS]
+    parser.add_argument(
+        "scripts", nargs="*", metavar="SCRIPT", help=f"of {', '.join(names)}"
+    )
+    parser.add_argument("--quick", action="store_true", help="measure less")
+    parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
+    asked = parser.parse_args()
+    unknown = [each for each in asked.scripts if each not in names]
+    if unknown:
+        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(names)}")
+    return asked
+
+
 def main() -> None:
     """Print the page, and write it if asked."""
-    quick = "--quick" in sys.argv
+    asked = _asked()
+    quick = asked.quick
     started_s, load = time.monotonic(), os.getloadavg()[0]
-    named = [each for each in SECTIONS if each.script in sys.argv] or list(SECTIONS)
+    named = [each for each in SECTIONS if each.script in asked.scripts] or list(
+        SECTIONS
+    )
     left_out = [each.script for each in SECTIONS if each not in named]
     parts = []
     for number, section in enumerate(named, start=1):
@@ -107,7 +126,7 @@ def main() -> None:
     ]
     text = "\n\n".join([*head, *parts]) + "\n"
     print("\n\n".join(head))
-    if "--write" in sys.argv:
+    if asked.write:
         PAGE.write_text(text, encoding="utf-8")
         print(f"written: {PAGE}", file=sys.stderr)
 

@@ -6,6 +6,7 @@ Run: ``python benchmarks/accuracy.py [--write | --check]``. It prints the page
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -186,12 +187,16 @@ def render() -> str:
 
 def main() -> int:
     """Print the page, write it, or say whether it is in step."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="is the page in step?")
+    parser.add_argument("--write", action="store_true", help="write the page")
+    asked = parser.parse_args()
     text = render()
-    if "--check" in sys.argv:
+    if asked.check:
         is_same = PAGE.exists() and PAGE.read_text(encoding="utf-8") == text
         print("in step" if is_same else f"{PAGE.name} is out of step; run with --write")
         return int(not is_same)
-    if "--write" in sys.argv:
+    if asked.write:
         PAGE.write_text(text, encoding="utf-8")
         print(f"written: {PAGE.name}")
     else:

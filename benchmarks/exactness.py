@@ -9,6 +9,7 @@ whether they are in step. It takes some minutes.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
@@ -198,31 +199,39 @@ def render(found: Found) -> str:
 
 def main(arguments: list[str]) -> int:
     """Compare, and print, write or check."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rooms", nargs="*", metavar="ROOM", help=", ".join(ROOMS))
+    parser.add_argument("--write", action="store_true", help="write the list and page")
+    parser.add_argument("--check", action="store_true", help="are they in step?")
+    parser.add_argument("-v", action="store_true", help="print what differs")
+    asked = parser.parse_args(arguments)
+    unknown = [each for each in asked.rooms if each not in ROOMS]
+    if unknown:
+        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(ROOMS)}")
     torch.set_num_threads(1)
-    rooms = [each for each in arguments if not each.startswith("-")]
     found = known()
-    for room in rooms or ROOMS:
+    for room in asked.rooms or ROOMS:
         since = time.monotonic()
         found[room] = dict(compare_groups(room, load(room)[1]))
         count = Counter(each.verdict for each in found[room].values())
         words = ", ".join(f"{name} {count[name]:,}" for name in VERDICTS)
         took = time.monotonic() - since
         print(f"... {room}: {words} ({took:.0f} s)", file=sys.stderr)
-        if "-v" in arguments:
+        if asked.v:
             for name, each in found[room].items():
                 if each.verdict not in {"same", "unrecorded"}:
                     print(f"{room} {name}: {each.verdict} {each.error:.3f} {each.text}")
     texts = {DIFFERING: listed(found), PAGE: render(found)}
-    if "--check" in arguments:
+    if asked.check:
         stale = [each for each in texts if each.read_text("utf-8") != texts[each]]
         names = ", ".join(each.name for each in stale)
         print(f"out of step: {names}; run with --write" if stale else "in step")
         return int(bool(stale))
-    if "--write" in arguments:
+    if asked.write:
         for path, text in texts.items():
             path.write_text(text, encoding="utf-8")
             print(f"written: {path.name}")
-    elif "-v" not in arguments:
+    elif not asked.v:
         print(texts[PAGE])
     return 0
 

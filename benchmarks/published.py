@@ -8,6 +8,7 @@ little memory. The published figures, with their sources, are those of
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -406,8 +407,11 @@ def build() -> str:
 
 def main() -> int:
     """Print the page, or write it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="write the page")
+    asked = parser.parse_args()
     text = build()
-    if "--write" in sys.argv:
+    if asked.write:
         PAGE.write_text(text, encoding="utf-8")
     else:
         print(text)

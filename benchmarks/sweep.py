@@ -6,6 +6,7 @@ minutes; without ``--full`` it is measured by sites only.
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import sys
@@ -88,6 +89,11 @@ def measure_disarmed() -> float:
 
 def main() -> None:
     """Print the table, in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--full", action="store_true", help="also every allocation of bert-large"
+    )
+    asked = parser.parse_args()
     warnings.simplefilter("ignore")
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     path = str(make_checkpoint("bert-large"))
@@ -105,7 +111,7 @@ def main() -> None:
             f"| bert-large by sites: {summarise(summary_of(report))} | {seconds:.0f} s | 60 s |",
             flush=True,
         )
-        if "--full" in sys.argv:
+        if asked.full:
             report, seconds = sweep(body, recover=True, progress=show)
             print(
                 f"| bert-large, every allocation: {summarise(summary_of(report))} | "

@@ -29,9 +29,9 @@ MAX_BYTES: Final = 2**63 - 1
 
 _IEC: Final = ("B", "KiB", "MiB", "GiB", "TiB")
 _UNITS_LOWER: Final = {name.lower(): nbytes for name, nbytes in UNITS.items()}
+_SHARE: Final = ", or a share of the card (50%)"
 _ACCEPTED: Final = (
-    "write bytes (1048576), IEC units (512MiB, 1.5GiB), SI units (4GB) or a share of "
-    "the card (50%)"
+    f"write bytes (1048576), IEC units (512MiB, 1.5GiB) or SI units (4GB){_SHARE}"
 )
 #: The length is bounded, as Python refuses to read integers of thousands of digits.
 _PATTERN: Final = re.compile(
@@ -140,7 +140,12 @@ def parse_size(
 
         assert parse_size("1.5GiB") == 1610612736
     """
-    return parse_size_spec(value, allow_zero=allow_zero).resolve(of)
+    try:
+        return parse_size_spec(value, allow_zero=allow_zero).resolve(of)
+    except SizeError as error:
+        if of is not None:
+            raise
+        raise SizeError(str(error).removesuffix(_SHARE), value=value) from None
 
 
 def parse_device_sizes(text: str) -> dict[int | None, SizeSpec]:

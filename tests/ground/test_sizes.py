@@ -20,10 +20,8 @@ from pytest_gpumem.sizes import (
     parse_size_spec,
 )
 
-ACCEPTED = (
-    "write bytes (1048576), IEC units (512MiB, 1.5GiB), SI units (4GB) or a share of "
-    "the card (50%)"
-)
+BYTES = "write bytes (1048576), IEC units (512MiB, 1.5GiB) or SI units (4GB)"
+ACCEPTED = f"{BYTES}, or a share of the card (50%)"
 
 
 @pytest.mark.parametrize(
@@ -109,10 +107,13 @@ def test_what_is_no_size_is_refused_with_one_sentence(
     value: str | int, reason: str
 ) -> None:
     """The message says what was given, what is accepted, and what to do."""
-    message = f"size {value!r} {reason}; {ACCEPTED}"
+    message = f"size {value!r} {reason}; {BYTES}"
+    of_a_card = f"size {value!r} {reason}; {ACCEPTED}"
 
     with pytest.raises(SizeError, match=f"^{re.escape(message)}$"):
         parse_size(value)
+    with pytest.raises(SizeError, match=f"^{re.escape(of_a_card)}$"):
+        parse_size(value, of=100)
 
 
 @pytest.mark.parametrize(
