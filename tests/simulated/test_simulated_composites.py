@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.nn.utils import rnn
 
 from pytest_gpumem import PeakRecorder
 from pytest_gpumem.devices.simulated.install import simulated_device
+from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -216,6 +218,40 @@ def test_a_bilinear_layer_works_slice_by_slice() -> None:
 
         assert torch.equal(expected, found.cpu())
         assert found.nbytes + 128 * 48 * 4 + 128 * 4 == more
+
+
+def test_a_flash_kernel_may_be_called_by_itself() -> None:
+    """As ring attention does: the values, gradients and bytes of attention."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention
+    host = [torch.randn(2, 4, 16, 32).bfloat16() for _operand in range(3)]
+
+    def run(attend: Any) -> tuple[list[torch.Tensor], int]:
+        operands: list[Any] = [each.cuda().requires_grad_() for each in host]
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = attend(*operands)
+        result.float().square().sum().backward()
+        found = [result.detach().cpu(), *(each.grad.cpu() for each in operands)]
+        return found, torch.cuda.max_memory_allocated() - before
+
+    with simulated_device("A100-40GB"):
+        expected, peak = run(
+            partial(functional.scaled_dot_product_attention, is_causal=True)
+        )
+        found, peak_alone = run(lambda *operands: kernel(*operands, 0.0, True)[0])
+        shapes = [
+            tuple(each.shape) for each in kernel(*map(torch.Tensor.cuda, host))[:2]
+        ]
+        with pytest.raises(RuntimeError, match="only support fp16 and bf16"):
+            kernel(*(each.cuda().float() for each in host))
+        with pytest.raises(UnsupportedOnSimulatedDeviceError, match="dropped scores"):
+            kernel(*map(torch.Tensor.cuda, host), 0.1)
+    with pytest.raises(RuntimeError, match="only supports Ampere"):  # on a T4
+        kernel(*map(torch.Tensor.cuda, host))
+
+    assert all(map(torch.equal, expected, found))
+    assert peak == peak_alone
+    assert [(2, 4, 16, 32), (2, 4, 16)] == shapes
 
 
 @pytest.mark.parametrize("learned", [False, True])

@@ -28,6 +28,7 @@ from pytest_gpumem.devices.simulated.capture import on_tape
 from pytest_gpumem.devices.simulated.memory import HOST_ROOM, Memory, hold
 from pytest_gpumem.devices.simulated.operators.composing import only
 from pytest_gpumem.devices.simulated.operators.registry import register
+from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.devices.simulated.rng import (
     GENERATOR,
     draw_kept,
@@ -43,6 +44,10 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
 
 _math_attention: Final[Any] = torch.ops.aten._scaled_dot_product_attention_math.default
+_on_host: Final[Any] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_on_host_backward: Final[Any] = (
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+)
 
 #: Each row of a mask starts at a multiple of this many elements.
 #: Source: ``preprocess_mask``.
@@ -54,10 +59,6 @@ _ALIGN_HEAD: Final = 8
 _WIDEST_FLASH: Final = 256
 _HALVES: Final = (torch.float16, torch.bfloat16)
 _FLOAT_BYTES: Final = 4
-#: Bytes of the random state that the flash kernels keep, and of a number that they
-#: allocate and do not use.
-_STATE_BYTES: Final = 16
-_UNUSED_BYTES: Final = 8
 
 
 class AttentionArguments(NamedTuple):
@@ -488,7 +489,7 @@ def _flash_forward(
     card = query._gpumem_card
     out = _empty_like_rows(query)
     batch, heads, rows, width = query.shape
-    logarithms = _kept(card, batch * heads * rows * _FLOAT_BYTES)
+    logarithms = _made(card, (batch, heads, rows), torch.float32)
     parts = [
         _scratch(card, nbytes)
         for nbytes in kernels.flash_parts(
@@ -500,9 +501,9 @@ def _flash_forward(
         )
         if settings.dropout_p == 0
     ]
-    state, unused = _kept(card, _STATE_BYTES), _kept(card, _UNUSED_BYTES)
+    state, unused = _made(card, (2,), torch.uint64), _made(card, (), torch.uint64)
     if settings.dropout_p > 0:
-        state = _kept(card, _STATE_BYTES)  # replaces the first one
+        state = _made(card, (2,), torch.uint64)  # replaces the first one
     del parts
     return out, [logarithms, state, unused]
 
@@ -521,8 +522,8 @@ def _efficient_forward(
     out = _empty_rows_first(query, value.shape[-1])
     kept = []
     if saves:
-        nbytes = kernels.efficient_logarithms(rows) * batch * heads * _FLOAT_BYTES
-        kept.append(_kept(card, nbytes))
+        length = kernels.efficient_logarithms(rows)
+        kept.append(_made(card, (batch, heads, length), torch.float32))
     is_half = query.dtype in _HALVES
     if is_half and value.shape[-1] > kernels.WIDEST_IN_REGISTERS:
         _scratch(card, out.numel() * _FLOAT_BYTES)
@@ -648,10 +649,10 @@ def _empty_bias(bias: Any) -> Any:
     return make(value[..., :length], card)
 
 
-def _kept(card: SimulatedCard, nbytes: int) -> Any:
-    """Return a tensor of bytes on the card that is kept for backward and never read."""
-    memory = Memory(card, nbytes)
-    value = torch.empty(nbytes, dtype=torch.uint8, device=card.value_device)
+def _made(card: SimulatedCard, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+    """Return an empty tensor on the card that is kept for backward."""
+    memory = Memory(card, math.prod(shape) * dtype.itemsize)
+    value = torch.empty(shape, dtype=dtype, device=card.value_device)
     hold(value.untyped_storage(), memory)
     return make(value, card)
 
@@ -720,6 +721,93 @@ def _compute(
         return result
 
 
+# -- the flash kernel, called by itself ------------------------------------------------
+
+
+def _flash_operator(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run ``aten._scaled_dot_product_flash_attention``, as ring attention calls it.
+
+    Raises:
+        RuntimeError: The kernel does not take the tensors (torch's messages).
+        UnsupportedOnSimulatedDeviceError: Scores are dropped, or asked for.
+    """
+
+    def bound(  # noqa: PLR0917  # the operator's signature
+        query: Any,
+        key: Any,
+        value: Any,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,  # noqa: FBT001, FBT002
+        return_debug_mask: bool = False,  # noqa: FBT001, FBT002
+        *,
+        scale: float | None = None,
+    ) -> Any:
+        card = query._gpumem_card
+        if dropout_p > 0 or return_debug_mask:
+            refuse("dropped scores of a flash kernel that is called by itself")
+        if card.card.compute_capability < (8, 0):
+            raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
+        if query.dtype not in _HALVES:
+            raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+        if query.shape[-1] % _ALIGN_HEAD:
+            raise RuntimeError(
+                "head_size must be a multiple of 8, this is ensured by padding!"
+            )
+        settings = AttentionArguments(0.0, is_causal, scale)
+        out, (logarithms, state, unused) = _flash_forward(
+            query, key, value, settings, True
+        )
+        if card.value_device != "meta":
+            values = [each._gpumem_value for each in (query, key, value)]
+            with HOST_ROOM, on_tape(card):
+                found, found_logarithms = _on_host(*values, 0.0, is_causal, scale=scale)
+                out._gpumem_value.copy_(found)
+                logarithms._gpumem_value.copy_(found_logarithms)
+        lengths = query.shape[2], key.shape[2]
+        shown = _made(card, (0,), query.dtype)
+        return out, logarithms, None, None, *lengths, state, unused, shown
+
+    return bound(*args, **kwargs)
+
+
+def _flash_operator_backward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run ``aten._scaled_dot_product_flash_attention_backward``.
+
+    The result and its logarithms may be those of several kernels: ring attention puts
+    together what each rank has found.
+    """
+    grad, query, key, value, out, logarithms, *_lengths = args[:10]
+    dropout_p, is_causal = args[10:12]
+    card = query._gpumem_card
+    if dropout_p > 0:
+        refuse("dropped scores of a flash kernel that is called by itself")
+    grads = _flash_backward(grad, query, key, value, out)
+    if card.value_device != "meta":
+        given = [each._gpumem_value for each in (grad, query, key, value, out)]
+        with HOST_ROOM, on_tape(card):
+            computed = _on_host_backward(
+                *given,
+                logarithms._gpumem_value.to(torch.float32),
+                0.0,
+                is_causal,
+                scale=kwargs.get("scale"),
+            )
+            for made, each in zip(grads, computed, strict=True):
+                made._gpumem_value.copy_(each)
+                layouts.note(made._gpumem_value, each.stride())
+    return tuple(grads)
+
+
+register(
+    "_scaled_dot_product_flash_attention",
+    handler=_flash_operator,
+    source="transformers/cuda/flash_attn/flash_api.cpp, mha_fwd",
+)
+register(
+    "_scaled_dot_product_flash_attention_backward",
+    handler=_flash_operator_backward,
+    source="transformers/cuda/flash_attn/flash_api.cpp, mha_bwd",
+)
 register(
     "scaled_dot_product_attention",
     composed=only(attention),
