@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import runpy
 import subprocess
 import sys
 import venv
 import zipfile
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,6 +94,24 @@ def test_the_metadata_says_what_it_is() -> None:
     requires = [each for each in DISTRIBUTION.requires or () if "extra ==" not in each]
     names = {each.partition(">")[0] for each in requires}
     assert {"filelock", "platformdirs", "pytest"} == names
+
+
+def test_the_readme_leads_from_an_index_to_the_project(tmp_path: Path) -> None:
+    """Pictures and pages have a whole address once the project has one."""
+    hook: Any = runpy.run_path(str(PROJECT / "hatch_build.py"))["CustomMetadataHook"]
+    text = "![It](docs/it.png) [a](docs/a.md#b) [here](#here) [web](https://web.org)"
+    (tmp_path / "README.md").write_text(text)
+    plain: dict[str, Any] = {}
+    linked: dict[str, Any] = {"urls": {"Source": "https://host.org/us/it"}}
+    for each in (plain, linked):
+        hook(str(tmp_path), {}).update(each)
+
+    assert {"content-type": "text/markdown", "text": text} == plain["readme"]
+    assert (
+        "![It](https://host.org/us/it/raw/HEAD/docs/it.png) "
+        "[a](https://host.org/us/it/blob/HEAD/docs/a.md#b) "
+        "[here](#here) [web](https://web.org)"
+    ) == linked["readme"]["text"]
 
 
 #: A project's environment with the oldest versions that are supported, all pinned.
