@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 from pytest_gpumem.devices.simulated.capture import on_tape
 from pytest_gpumem.devices.simulated.machine import card_of
@@ -182,8 +183,8 @@ def peer_copy(
     return make(value, card)
 
 
-class _Move(torch.autograd.Function):
-    """A copy to another device, for autograd and ``torch.func``.
+class _RecordedMove(_SingleLevelFunction):
+    """A copy to another device, for autograd when no transform is active.
 
     The gradient is copied back to the source's device. The tangent is copied with the
     tensor.
@@ -212,16 +213,20 @@ class _Move(torch.autograd.Function):
         device, dtype, memory_format = ctx.goal
         return moved(tangent, device, dtype=dtype, memory_format=memory_format)
 
+
+class _Move(_RecordedMove, torch.autograd.Function):
+    """The same for ``torch.func``, which goes through its transforms one by one."""
+
     @staticmethod
     def vmap(_info: Any, in_dims: Any, source: torch.Tensor, *goal: Any) -> Any:
         return _Move.apply(source, *goal), in_dims[0]  # type: ignore[no-untyped-call]  # torch's
 
 
 def _recorded(*operands: Any) -> Any:
-    """Apply ``_Move`` as autograd does when no transform is active."""
-    apply: Any = super(torch.autograd.Function, _Move).apply
+    """Apply the copy as autograd does when no transform is active."""
+    single: Any = _RecordedMove
     with enable_single_level_autograd_function():  # no public API
-        return apply(*operands)
+        return single.apply(*operands)
 
 
 def _move(
