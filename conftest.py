@@ -54,6 +54,9 @@ os.environ.pop("CI", None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# Figures of the tests are those of torch up to 2.14, whose cuBLAS keeps its workspaces;
+# tests/simulated/test_cublas_handles.py holds what torch does from 2.15 on.
+os.environ.setdefault("TORCH_CUBLAS_WORKSPACE_CACHE", "1")
 # Inner runs of pytest have a home of their own; checkpoints are built once for all.
 os.environ.setdefault(
     "PYTEST_GPUMEM_CACHE",

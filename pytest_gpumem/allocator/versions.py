@@ -62,6 +62,8 @@ class AllocatorVersion(NamedTuple):
             that explains the error.
         error_end: The last lines of that message.
         kernel_error_end: The same for an error that a kernel can cause.
+        keeps_workspaces: Whether cuBLAS's workspaces are kept for the next product if
+            ``TORCH_CUBLAS_WORKSPACE_CACHE`` does not say so.
     """
 
     since: tuple[int, int]
@@ -73,6 +75,7 @@ class AllocatorVersion(NamedTuple):
     explains_errors: bool
     error_end: str
     kernel_error_end: str
+    keeps_workspaces: bool
 
 
 _OLDEST: Final = AllocatorVersion(
@@ -85,6 +88,7 @@ _OLDEST: Final = AllocatorVersion(
     explains_errors=False,
     error_end=_LATER + _ASSERTIONS,
     kernel_error_end=_LATER + _ASSERTIONS,
+    keeps_workspaces=True,
 )
 _THAT_EXPLAINS_ERRORS: Final = _OLDEST._replace(since=(2, 9), explains_errors=True)
 #: ``c10/core/AllocatorConfig.cpp`` reads the settings, no longer CUDA's own code.
@@ -113,7 +117,12 @@ VERSIONS: Final = (
     _WITH_A_NEW_PAGE._replace(since=(2, 12)),
     _WITH_A_LOG,
     _WITH_A_LOG._replace(since=(2, 14), error_end=""),
-    _WITH_A_LOG._replace(since=(2, 15), error_end="", expandable_help=_EXPANDABLE_HELP),
+    _WITH_A_LOG._replace(
+        since=(2, 15),
+        error_end="",
+        expandable_help=_EXPANDABLE_HELP,
+        keeps_workspaces=False,
+    ),
 )
 #: The newest version that knows every setting.
 NEWEST: Final = VERSIONS[-1]

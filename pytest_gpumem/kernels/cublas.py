@@ -9,13 +9,18 @@ from typing import Final
 SMALL: Final = 8_519_680
 #: Bytes of one workspace on compute capability 9, 10 and 12: 32 MiB.
 LARGE: Final = 33_554_432
+#: Bytes of a workspace that cuBLASLt takes for itself: 1024 KiB.
+#: Source: ``parseCUDABlasLtWorkspaceSize``.
+OF_LT: Final = 1_048_576
 
 
 def workspace_bytes(compute_capability: tuple[int, int], setting: str | None) -> int:
     """Return the bytes of a cuBLAS workspace.
 
     The first product on each pair of cuBLAS handle and stream takes a workspace and keeps
-    it.
+    it; from torch 2.15 on each product takes one and frees it at its end
+    (``getCurrentCUDABlasHandleWithWorkspace``), unless ``TORCH_CUBLAS_WORKSPACE_CACHE`` is
+    ``1``. A card's ``keeps_workspaces`` says which.
 
     Args:
         compute_capability: The card's compute capability.

@@ -72,6 +72,12 @@ class SimulatedCard:
         self.cublas_handles = CublasHandles()
         #: cuBLAS workspaces, by handle and stream.
         self.workspaces: dict[tuple[int, int], Block] = {}
+        #: Whether a workspace is kept for the next product.
+        #: Source: ``isCUDABlasWorkspaceCachingEnabled``.
+        self.keeps_workspaces: Final = (
+            config.version.keeps_workspaces
+            or os.environ.get("TORCH_CUBLAS_WORKSPACE_CACHE") == "1"
+        )
         self._lock = threading.Lock()
         self._released: deque[Block] = deque()
         self._later: deque[Callable[[CachingAllocator], None]] = deque()
@@ -228,10 +234,14 @@ class SimulatedCard:
         Raises:
             OutOfMemory: The card has no room for the workspace.
         """
-        setting = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
-        nbytes = workspace_bytes(self.card.compute_capability, setting)
-        block = self.allocate(nbytes, stream, is_internal=True)
+        block = self.allocate(self.workspace_bytes, stream, is_internal=True)
         self.workspaces[handle, stream] = block
+
+    @property
+    def workspace_bytes(self) -> int:
+        """The bytes of a workspace of cuBLAS."""
+        setting = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+        return workspace_bytes(self.card.compute_capability, setting)
 
     def take_beside(self, nbytes: int) -> int | None:
         """Take bytes outside PyTorch's allocator, as a library does.

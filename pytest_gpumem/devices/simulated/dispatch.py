@@ -38,7 +38,13 @@ from pytest_gpumem.devices.simulated.operators.checks import (
     are_formulas_active,
     checking,
 )
-from pytest_gpumem.devices.simulated.operators.requests import Call, ask, flat
+from pytest_gpumem.devices.simulated.operators.requests import (
+    Call,
+    Results,
+    ask,
+    flat,
+    workspaces,
+)
 from pytest_gpumem.devices.simulated.rng import drawing
 from pytest_gpumem.devices.simulated.tensor import (
     HANDLERS,
@@ -117,14 +123,15 @@ def _plain(func: Any, operator: Operator) -> Handler:
         out = run(func, values, kwargs, card, draw=draw, compute=compute)
         if target is None:
             return out
-        if asks and not held:
+        frees = uses_cublas and not card.keeps_workspaces
+        if (asks or frees) and not held:
             held = _charge(func, operator, values, kwargs, out, target)
         if held:
             _hang(held, out)
         made = (
             make(out, target) if isinstance(out, torch.Tensor) else _wrap(out, target)
         )
-        if uses_cublas:
+        if uses_cublas and not frees:
             hold_workspace(card)
         del helpers
         return made
@@ -197,7 +204,10 @@ def _charge(  # noqa: PLR0917  # a call and its results
     """Make the requests of an operator's rule after its results are computed."""
     rule: Any = operator.requests
     results = flat(out)
-    steps = rule(Call(func, values, kwargs, results, card))
+    call = Call(func, values, kwargs, results, card)
+    steps = () if rule is None else rule(call)
+    if operator.uses_cublas and not card.keeps_workspaces:
+        steps = (*steps, Results(), *workspaces(call))
     if steps == ():
         return []  # there are only results; wrapping them requests their memory
     return ask(steps, _new_bytes(results), card)
@@ -256,7 +266,7 @@ def _mutating(func: Any, operator: Operator) -> Handler:
         if allocates:
             growing, made = foresee(values, inner, card)
         if uses_cublas:
-            hold_workspace(card)
+            _hold_workspace(func, values, inner, card)
         out = run(func, values, inner, card, draw=draw, compute=compute)
         for value, memory in growing:
             hold(value.untyped_storage(), memory)
@@ -274,6 +284,19 @@ def _mutating(func: Any, operator: Operator) -> Handler:
         return _same(out, operands, card)
 
     return handler
+
+
+def _hold_workspace(
+    func: Any, values: list[Any], kwargs: dict[str, Any], card: SimulatedCard
+) -> None:
+    """Request the workspace of a product that is written to an argument."""
+    __tracebackhide__ = True
+    if card.keeps_workspaces:
+        hold_workspace(card)
+        return
+    written = [kwargs.get("out", values[0])]
+    for each in workspaces(Call(func, values, kwargs, written, card)):
+        each.ask(card)
 
 
 def _same(value: Any, operands: Operands, card: SimulatedCard) -> Any:

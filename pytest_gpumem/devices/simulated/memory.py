@@ -18,6 +18,7 @@ from pytest_gpumem.devices.simulated.cublas_handles import AUTOGRAD
 from pytest_gpumem.devices.simulated.machine import OutOfMemory
 from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.errors import HostMemoryError
+from pytest_gpumem.kernels.cublas import OF_LT
 
 if TYPE_CHECKING:
     from pytest_gpumem.allocator.blocks import Block
@@ -89,15 +90,25 @@ def allocate_aside(card: SimulatedCard, nbytes: int, stream: int) -> Block:
     raise _torchs_error(card, failure)
 
 
-def hold_workspace(card: SimulatedCard) -> None:
+def hold_workspace(card: SimulatedCard, *, of_lt: bool = False) -> None:
     """Take the workspace of the thread's cuBLAS handle on its stream, if there is none.
 
-    A host thread has a handle. On a real card, backward runs in its own thread.
+    A host thread has a handle. On a real card, backward runs in its own thread. Where
+    workspaces are not kept, one is taken and freed.
+
+    Args:
+        card: The card.
+        of_lt: Whether the product is one of cuBLASLt, which shares kept workspaces.
 
     Raises:
         torch.OutOfMemoryError: There is no room for it.
     """
     stream = card.machine.streams.current(card.index)
+    if not card.keeps_workspaces:
+        nbytes = OF_LT if of_lt else card.workspace_bytes
+        if nbytes:
+            card.release(allocate_aside(card, nbytes, stream))
+        return
     handle = AUTOGRAD if in_backward() else card.cublas_handles.of_thread()
     if (handle, stream) in card.workspaces:
         return

@@ -46,7 +46,7 @@ A kernel that works on a contiguous copy, and allocates its second result first:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -103,13 +103,20 @@ class Free:
 
 
 class Workspace:
-    """The operator requests a workspace for the thread's cuBLAS handle if it has none."""
+    """The operator requests a workspace for the thread's cuBLAS handle if it has none.
 
-    __slots__ = ()
+    Args:
+        of_lt: Whether the product is one of cuBLASLt.
+    """
+
+    __slots__ = ("_of_lt",)
+
+    def __init__(self, *, of_lt: bool = False) -> None:
+        self._of_lt = of_lt
 
     def ask(self, card: SimulatedCard) -> None:
         """Make the request on a card."""
-        hold_workspace(card)
+        hold_workspace(card, of_lt=self._of_lt)
 
 
 class Lasting:
@@ -239,6 +246,11 @@ class Call:
         return tensors[-2], tensors[-1]
 
     @property
+    def operands(self) -> Sequence[Any]:
+        """The positional arguments."""
+        return self._args
+
+    @property
     def name(self) -> str:
         """The operator's name without the underscore of in-place variants: ``"add"``."""
         name: str = self._func.overloadpacket.__name__
@@ -264,6 +276,40 @@ class Call:
             card.max_threads_per_multi_processor,
             card.compute_capability,
         )
+
+
+def workspaces(call: Call) -> tuple[Workspace, ...]:
+    """Return the request of a product for its workspace; without numbers there is none."""
+    tensors = [each for each in call.operands if isinstance(each, torch.Tensor)]
+    if not all(each is None or each.numel() for each in (*tensors, *call.results)):
+        return ()
+    return (Workspace(of_lt=_is_of_lt(call)),)
+
+
+#: Numbers whose products cuBLASLt computes.
+_OF_LT: Final = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def _is_of_lt(call: Call) -> bool:
+    """Return whether a product is one of cuBLASLt, which adds a bias to each row.
+
+    Source: ``isInputCompliesAddmmCudaLt`` of ``aten/src/ATen/native/cuda/Blas.cpp``; that a
+    bias may be a row, as torch 2.15 on the substitute runtime of ``tests/cuda_host`` does.
+    """
+    if call.name != "addmm":
+        return False
+    bias, second, result = call["self"], call["mat2"], call.results[0]
+    width = second.shape[1]
+    return (
+        bias.shape in {(width,), (1, width)}
+        and bias.is_contiguous()
+        and call["beta"] == 1
+        and second.dtype in _OF_LT
+        and min(second.shape) > 1
+        and result is not None
+        and result is not bias
+        and result.is_contiguous()
+    )
 
 
 def flat(out: Any) -> list[torch.Tensor | None]:
