@@ -14,16 +14,16 @@ contents a card leaves undefined, has what the operators computed.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from pytest_gpumem.devices.cuda_errors import cuda_error
 from pytest_gpumem.devices.simulated.machine import current_machine
 from pytest_gpumem.devices.simulated.rng import GENERATOR
-from pytest_gpumem.devices.simulated.tape import Recorder, Tape, bytes_of
+from pytest_gpumem.devices.simulated.tape import Recorder, Tape, bytes_of, living
 from pytest_gpumem.devices.simulated.tensor import HANDLERS, SimulatedTensor
 
 if TYPE_CHECKING:
@@ -84,7 +84,9 @@ class Capture:
         # What is drawn for the values of the capture is drawn again by each replay.
         self._undo_draws: Final = [each.keep() for each in generators]
         #: Memory that was written to, by its address in C++, and what was in it before.
-        self._contents: Final[dict[int, tuple[StorageWeakRef, torch.Tensor]]] = {}
+        self._contents: Final[
+            dict[int, tuple[weakref.ref[torch.UntypedStorage], torch.Tensor]]
+        ] = {}
         self.stream: Final = stream
         self.streams = {stream}
         self.unjoined: set[int] = set()
@@ -99,16 +101,18 @@ class Capture:
                 continue
             held = each._gpumem_value if isinstance(each, SimulatedTensor) else each
             storage = held.untyped_storage()
-            if storage._cdata not in self._contents and not self.tape.has_made(storage):
+            known, _contents = self._contents.get(storage._cdata, (None, None))
+            is_known = known is not None and known() is storage
+            if not is_known and not self.tape.has_made(storage):
                 contents = bytes_of(storage).clone()
-                self._contents[storage._cdata] = StorageWeakRef(storage), contents
+                self._contents[storage._cdata] = weakref.ref(storage), contents
 
     def undo(self) -> None:
         """Undo what the captured operators have drawn and written."""
         for undo in self._undo_draws:
             undo()
         for reference, contents in self._contents.values():
-            storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
+            storage = living(reference)
             if storage is not None:
                 bytes_of(storage).copy_(contents)
         self._contents.clear()

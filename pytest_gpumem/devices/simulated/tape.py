@@ -9,11 +9,11 @@ reads it, its contents are kept from replay to replay: on a card they stay in th
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
@@ -38,6 +38,22 @@ def bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
     whole = torch.empty(0, dtype=torch.uint8, device="cpu")
     _set(whole, storage, 0, (storage.nbytes(),), (1,))
     return whole
+
+
+def living(
+    reference: weakref.ref[torch.UntypedStorage],
+) -> torch.UntypedStorage | None:
+    """Return the storage that is referred to, or None once it is gone.
+
+    The reference is to the Python object. One to the C++ object would keep the Python
+    object, and with it the card's bytes, on torch 2.8.
+    """
+    found = reference()
+    if found is not None:
+        # C++ owns the object where Python has let go of it; now Python holds it again.
+        fix: Any = found._fix_weakref  # type: ignore[attr-defined]  # no public API
+        fix()
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +87,7 @@ class Tape:
 
     def __init__(self) -> None:
         self._steps: list[_Step] = []
-        self._storages: list[StorageWeakRef] = []
+        self._storages: list[weakref.ref[torch.UntypedStorage]] = []
         self._sizes: list[int] = []
         #: Numbers of storages that captured operators have made.
         self._made: set[int] = set()
@@ -168,16 +184,13 @@ class Tape:
                 tape._shared.add(there)
                 self._origins[len(self._storages)] = before
             storage._gpumem_number = self, len(self._storages)
-            self._storages.append(StorageWeakRef(storage))
+            self._storages.append(weakref.ref(storage))
             self._sizes.append(storage.nbytes())
         number: int = storage._gpumem_number[1]
         return number
 
     def _alive(self, number: int) -> torch.UntypedStorage | None:
-        found: torch.UntypedStorage | None = torch.UntypedStorage._new_with_weak_ptr(
-            self._storages[number].cdata
-        )
-        return found
+        return living(self._storages[number])
 
     def _help(
         self,
