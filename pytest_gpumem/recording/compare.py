@@ -34,7 +34,8 @@ class Difference(NamedTuple):
 def trace_differences(recorded: Mapping[str, Any]) -> Iterator[Difference]:
     """Yield what the allocator model answers differently to the recorded traces."""
     for trace in recorded["traces"]:
-        answer = replay(trace)
+        meta = {"torch": recorded["versions"]["torch"], **trace["meta"]}
+        answer = replay({**trace, "meta": meta})
         name = trace["meta"]["name"]
         for index, (want, have) in enumerate(
             zip(trace["rows"], answer.rows, strict=True)

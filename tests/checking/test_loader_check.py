@@ -311,7 +311,8 @@ def test_pytest_checks_a_loader_without_a_test_file(
     )
     result.stdout.no_fnmatch_line("*test_mine*")
     replay = pytester.runpytest(option, "--gpu-replay-oom=any:nth=12")
-    replay.stdout.fnmatch_lines(["allocation 12, transient, native: wrong result"])
+    # Without subtests, before pytest 9, it is indented.
+    replay.stdout.fnmatch_lines(["*allocation 12, transient, native: wrong result"])
     replay.stdout.no_fnmatch_line("*test_it_ends_where_it_should*")
     sys.modules.pop(MODULE, None)
 

@@ -13,9 +13,11 @@ import transformers
 TORCH: Final = tuple(int(each) for each in torch.__version__.split(".")[:2])
 #: Whose names and rules the tests stand on; it lacks nothing of what they ask for.
 REFERENCE: Final = (2, 13)
+#: The installed transformers' first number.
+TRANSFORMERS: Final = int(transformers.__version__.partition(".")[0])
 #: Up to transformers 4 what PyTorch keeps cached of a card is added to the card's share, in
 #: which a small model fits. Source: ``_get_device_map`` of ``modeling_utils.py``.
-SPREADS_EVENLY: Final = int(transformers.__version__.partition(".")[0]) >= 5
+SPREADS_EVENLY: Final = TRANSFORMERS >= 5
 
 
 def since(major: int, minor: int, why: str) -> pytest.MarkDecorator:
