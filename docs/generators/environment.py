@@ -10,7 +10,9 @@ from typing import Final
 import pytest_gpumem
 from generators.markdown import page, table
 
-_NAME: Final = re.compile(r"(PYTEST_GPUMEM|PYTORCH|CUDA|CUBLAS|GITHUB)_[A-Z_]+")
+_NAME: Final = re.compile(
+    r"(PYTEST_GPUMEM|PYTORCH|CUDA|TORCH_CUBLAS|CUBLAS|GITHUB)_[A-Z_]+"
+)
 
 NOTES: Final = {
     "PYTEST_GPUMEM_CACHE": "the folder in which built checkpoints are kept; by default the "
@@ -33,6 +35,8 @@ NOTES: Final = {
     "CUDA_VISIBLE_DEVICES": "the visible cards and their order; as CUDA does, a process "
     "reads it when it first uses a card, and this holds for simulated cards, too",
     "CUBLAS_WORKSPACE_CONFIG": "the size of cuBLAS's workspace, on simulated cards too",
+    "TORCH_CUBLAS_WORKSPACE_CACHE": "`1`: cuBLAS keeps its workspaces also from torch 2.15 "
+    "on, on simulated cards too",
     "PYTORCH_ALLOC_CONF": "settings of the caching allocator, which the simulated card "
     "follows; a setting that is not modelled ends the run at its start",
     "PYTORCH_CUDA_ALLOC_CONF": "its older name",

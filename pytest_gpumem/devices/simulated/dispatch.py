@@ -290,7 +290,6 @@ def _hold_workspace(
     func: Any, values: list[Any], kwargs: dict[str, Any], card: SimulatedCard
 ) -> None:
     """Request the workspace of a product that is written to an argument."""
-    __tracebackhide__ = True
     if card.keeps_workspaces:
         hold_workspace(card)
         return
