@@ -234,6 +234,50 @@ def test_typed_tensors_make_convert_and_recognise() -> None:
         made.type("torch.cuda.QuadTensor")
 
 
+def _made(device: str) -> dict[str, str]:
+    """Return what old constructors make on a device, in words without the device."""
+    x = torch.ones(2, 2, device=device)
+    typed = cuda.FloatTensor if device == "cuda" else torch.FloatTensor
+    given: dict[str, tuple[Any, ...]] = {
+        "nothing": (),
+        "sizes": (2, 3),
+        "a tuple": ((2, 3),),
+        "a size": (x.size(),),
+        "a number": (2,),
+        "a truth value": (True,),
+        "a list": ([1, 2.5],),
+        "a range": (range(3),),
+        "tensors of one value": ([x[0, 0], x[0, 1]],),
+        "the tensor": (x,),
+        "of another type": (x.half(),),
+        "of whole numbers": (x.long(),),
+        "bytes": (x.untyped_storage(),),
+        "a text": ("ab",),
+        "a float": (2.5,),
+        "None": (None,),
+        "a dict": ({1: 2},),
+    }
+    made = {}
+    for name, arguments in given.items():
+        for how, make in (("new", x.new), ("typed", typed)):
+            try:
+                result = make(*arguments)
+                is_data = name not in ("sizes", "a size", "a number", "a truth value")
+                text = f"{result.tolist() if is_data else result.shape} {result.dtype}"
+                text += f" {result.device.type} {result.data_ptr() == x.data_ptr()}"
+            except (RuntimeError, TypeError) as error:
+                text = f"{type(error).__name__} {error}".replace("cuda:0", "cuda")
+            made[f"{how} {name}"] = text.replace(device, "DEVICE")
+    return made
+
+
+@pytest.mark.usefixtures("machine")
+def test_old_constructors_take_what_they_take_on_the_host() -> None:
+    """``Tensor.new`` and typed tensors: sizes, data, a tensor or a storage."""
+    assert _made("cpu") == _made("cuda")
+    assert cuda.FloatTensor(2).new(3, device="cuda:1").get_device() == 1
+
+
 @pytest.mark.usefixtures("machine")
 def test_data_parallel_runs_on_two_cards() -> None:
     """Replicas hold bytes on the second card; gradients come back to the first."""

@@ -37,7 +37,7 @@ from pytest_gpumem.devices.simulated.subclasses import (
     runs_itself,
 )
 from pytest_gpumem.devices.simulated.tensor import DEVICES, SimulatedTensor
-from pytest_gpumem.devices.simulated.typed import wanted
+from pytest_gpumem.devices.simulated.typed import made_of, wanted
 from pytest_gpumem.devices.simulated.warned import relayed
 
 if TYPE_CHECKING:
@@ -360,6 +360,16 @@ def _new_tensor(self: SimulatedTensor, data: Any, **options: Any) -> torch.Tenso
     return torch.tensor(data, **options)
 
 
+_new_in_cpp: Final = torch.Tensor.new
+
+
+def _new(self: SimulatedTensor, *args: Any, **options: Any) -> torch.Tensor:
+    device = options.get("device")
+    place = self.device if device is None else cuda_device(device)
+    made = None if place is None else made_of(args, self.dtype, place)
+    return _new_in_cpp(self, *args, **options) if made is None else made
+
+
 def _share_memory(self: SimulatedTensor) -> SimulatedTensor:
     return self
 
@@ -424,6 +434,7 @@ _ANSWERS: Final[dict[str, Any]] = {
     "as_subclass": as_class,
     "__dlpack__": refusing("tensor.__dlpack__"),
     "__dlpack_device__": lambda self: (_DLPACK_CUDA, self.get_device()),
+    "new": _new,
     "new_tensor": _new_tensor,
     "share_memory_": _share_memory,
     "is_shared": lambda _self: True,
@@ -482,6 +493,7 @@ _SHARED: Final = (
     "__dlpack_device__",
     "get_device",
     "is_shared",
+    "new",
     "new_tensor",
     "numpy",
     "record_stream",

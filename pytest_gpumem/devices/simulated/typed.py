@@ -6,6 +6,7 @@ In a build without CUDA the classes exist but cannot create tensors.
 
 from __future__ import annotations
 
+import operator
 from typing import Any, Final
 
 import torch
@@ -28,6 +29,72 @@ DTYPES: Final[dict[str, torch.dtype]] = {
 }
 
 
+#: The names of dtypes in C++'s texts. Source: what torch 2.13 says.
+_IN_CPP: Final = {
+    torch.float32: "float",
+    torch.float64: "double",
+    torch.float16: "c10::Half",
+    torch.bfloat16: "c10::BFloat16",
+    torch.uint8: "unsigned char",
+    torch.int8: "signed char",
+    torch.int16: "short",
+    torch.int32: "int",
+    torch.int64: "long int",
+    torch.bool: "bool",
+}
+
+
+def made_of(
+    args: tuple[Any, ...], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor | None:
+    """Return what an old constructor makes of data or of a tensor; None for anything else.
+
+    Source: ``legacy_tensor_generic_ctor_new`` in ``torch/csrc/utils/tensor_new.cpp``. A
+    tensor is not copied, and must be of the same type. A sequence is data, also a tuple of
+    numbers; sizes are numbers, or a ``torch.Size``.
+
+    Args:
+        args: The constructor's arguments.
+        dtype: The constructor's dtype.
+        device: The card for new data.
+
+    Raises:
+        TypeError: The argument is a tensor of another type, or no data.
+    """
+    if len(args) != 1:
+        return None
+    (given,) = args
+    if isinstance(given, torch.Tensor):
+        if given.dtype != dtype or not given.is_cuda:
+            name = _IN_CPP.get(given.dtype, str(given.dtype))
+            raise TypeError(
+                f"expected {_options(_IN_CPP[dtype], 'cuda')} "
+                f"(got {_options(name, given.device)})"
+            )
+        aliased: torch.Tensor = torch.ops.aten.alias(given)
+        return aliased
+    sizes_or_bytes = (torch.Size, torch.TypedStorage, torch.UntypedStorage)
+    is_sequence = hasattr(given, "__getitem__") and not isinstance(given, dict)
+    if isinstance(given, sizes_or_bytes) or not is_sequence or _is_number(given):
+        return None
+    return torch.tensor(given, dtype=dtype, device=device)
+
+
+def _is_number(given: Any) -> bool:
+    try:
+        operator.index(given)
+    except TypeError:
+        return False
+    return True
+
+
+def _options(dtype: str, device: object) -> str:
+    return (
+        f"TensorOptions(dtype={dtype}, device={device}, layout=Strided, requires_grad=false "
+        "(default), pinned_memory=false (default), memory_format=(nullopt))"
+    )
+
+
 class TypedTensor(type):
     """The metaclass of ``torch.cuda.FloatTensor`` and similar classes.
 
@@ -39,13 +106,10 @@ class TypedTensor(type):
     is_cuda = True
     is_sparse = False
 
-    def __call__(cls, *args: Any) -> torch.Tensor:
-        """Create a tensor on the thread's current card."""
-        device = DEVICES[card_of(None).index]
-        if len(args) == 1 and not isinstance(args[0], (int, torch.Size)):
-            return torch.tensor(args[0], dtype=cls.dtype, device=device)
-        sizes = args[0] if args and isinstance(args[0], torch.Size) else args
-        return torch.empty(sizes, dtype=cls.dtype, device=device)
+    def __call__(cls, *args: Any, **options: Any) -> torch.Tensor:
+        """Create a tensor on a card, by default on the thread's current card."""
+        empty = torch.empty(0, dtype=cls.dtype, device=DEVICES[card_of(None).index])
+        return empty.new(*args, **options)
 
     def __instancecheck__(cls, instance: Any) -> bool:
         """Return whether an object is a tensor of this type on a card."""
