@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -220,12 +219,14 @@ def test_a_bilinear_layer_works_slice_by_slice() -> None:
         assert found.nbytes + 128 * 48 * 4 + 128 * 4 == more
 
 
-def test_a_flash_kernel_may_be_called_by_itself() -> None:
+def test_an_attention_kernel_may_be_called_by_itself() -> None:
     """As ring attention does: the values, gradients and bytes of attention."""
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention
-    host = [torch.randn(2, 4, 16, 32).bfloat16() for _operand in range(3)]
+    flash = torch.ops.aten._scaled_dot_product_flash_attention
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    halves = [torch.randn(2, 4, 16, 32).bfloat16() for _operand in range(3)]
+    floats = [each.float() for each in halves]
 
-    def run(attend: Any) -> tuple[list[torch.Tensor], int]:
+    def run(host: list[torch.Tensor], attend: Any) -> tuple[list[torch.Tensor], int]:
         operands: list[Any] = [each.cuda().requires_grad_() for each in host]
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -234,24 +235,30 @@ def test_a_flash_kernel_may_be_called_by_itself() -> None:
         found = [result.detach().cpu(), *(each.grad.cpu() for each in operands)]
         return found, torch.cuda.max_memory_allocated() - before
 
-    with simulated_device("A100-40GB"):
-        expected, peak = run(
-            partial(functional.scaled_dot_product_attention, is_causal=True)
-        )
-        found, peak_alone = run(lambda *operands: kernel(*operands, 0.0, True)[0])
-        shapes = [
-            tuple(each.shape) for each in kernel(*map(torch.Tensor.cuda, host))[:2]
-        ]
-        with pytest.raises(RuntimeError, match="only support fp16 and bf16"):
-            kernel(*(each.cuda().float() for each in host))
-        with pytest.raises(UnsupportedOnSimulatedDeviceError, match="dropped scores"):
-            kernel(*map(torch.Tensor.cuda, host), 0.1)
-    with pytest.raises(RuntimeError, match="only supports Ampere"):  # on a T4
-        kernel(*map(torch.Tensor.cuda, host))
+    def together(*operands: Any) -> torch.Tensor:
+        return functional.scaled_dot_product_attention(*operands, is_causal=True)
 
-    assert all(map(torch.equal, expected, found))
-    assert peak == peak_alone
-    assert [(2, 4, 16, 32), (2, 4, 16)] == shapes
+    with simulated_device("A100-40GB"):
+        for host, alone in (
+            (halves, lambda *operands: flash(*operands, 0.0, True)[0]),
+            (floats, lambda *operands: efficient(*operands, None, True, 0.0, True)[0]),
+        ):
+            expected, peak = run(host, together)
+            found, peak_alone = run(host, alone)
+            assert all(map(torch.equal, expected, found))
+            assert peak == peak_alone
+        halves, floats = ([each.cuda() for each in host] for host in (halves, floats))
+        assert (2, 4, 16) == flash(*halves)[1].shape
+        assert (2, 4, 32) == efficient(*floats, None, True)[1].shape
+        with pytest.raises(RuntimeError, match="only support fp16 and bf16"):
+            flash(*floats)
+        with pytest.raises(UnsupportedOnSimulatedDeviceError, match="called by itself"):
+            flash(*halves, 0.1)
+        with pytest.raises(UnsupportedOnSimulatedDeviceError, match="called by itself"):
+            efficient(*floats, floats[0], True)
+    old = [torch.ones(2, 4, 16, 32, device="cuda").half() for _operand in range(3)]
+    with pytest.raises(RuntimeError, match="only supports Ampere"):  # on a T4
+        flash(*old)
 
 
 @pytest.mark.parametrize("learned", [False, True])

@@ -67,8 +67,8 @@ ADVICE: Final[dict[str, str]] = {
     "torch.cuda._compile_kernel": _KERNEL,
     "a lazy module's parameter": "call the module once on the CPU, then move it",
     "a Triton kernel": _KERNEL,
-    "dropped scores of a flash kernel that is called by itself": (
-        "use torch.nn.functional.scaled_dot_product_attention, or no dropout"
+    "dropout or a mask of an attention kernel that is called by itself": (
+        "use torch.nn.functional.scaled_dot_product_attention"
     ),
     "flex_attention": "use torch.nn.functional.scaled_dot_product_attention",
     "a Fourier transform in half precision": "transform in float32, as source.float()",

@@ -721,56 +721,94 @@ def _compute(
         return result
 
 
-# -- the flash kernel, called by itself ------------------------------------------------
+# -- kernels that are called by themselves, as ring attention calls them ------------------
+
+_ALONE: Final = "dropout or a mask of an attention kernel that is called by itself"
 
 
-def _flash_operator(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run ``aten._scaled_dot_product_flash_attention``, as ring attention calls it.
+def _flash_alone(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run ``aten._scaled_dot_product_flash_attention``.
 
     Raises:
         RuntimeError: The kernel does not take the tensors (torch's messages).
         UnsupportedOnSimulatedDeviceError: Scores are dropped, or asked for.
     """
-
-    def bound(  # noqa: PLR0917  # the operator's signature
-        query: Any,
-        key: Any,
-        value: Any,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,  # noqa: FBT001, FBT002
-        return_debug_mask: bool = False,  # noqa: FBT001, FBT002
-        *,
-        scale: float | None = None,
-    ) -> Any:
-        card = query._gpumem_card
-        if dropout_p > 0 or return_debug_mask:
-            refuse("dropped scores of a flash kernel that is called by itself")
-        if card.card.compute_capability < (8, 0):
-            raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
-        if query.dtype not in _HALVES:
-            raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
-        if query.shape[-1] % _ALIGN_HEAD:
-            raise RuntimeError(
-                "head_size must be a multiple of 8, this is ensured by padding!"
-            )
-        settings = AttentionArguments(0.0, is_causal, scale)
-        out, (logarithms, state, unused) = _flash_forward(
-            query, key, value, settings, True
+    query, key, value, dropout_p, is_causal, shows_mask = _filled(
+        torch.ops.aten._scaled_dot_product_flash_attention.default, args, kwargs
+    )
+    card = query._gpumem_card
+    if dropout_p > 0 or shows_mask:
+        refuse(_ALONE)
+    if card.card.compute_capability < (8, 0):
+        raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
+    if query.dtype not in _HALVES:
+        raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+    if query.shape[-1] % _ALIGN_HEAD:
+        raise RuntimeError(
+            "head_size must be a multiple of 8, this is ensured by padding!"
         )
-        if card.value_device != "meta":
-            values = [each._gpumem_value for each in (query, key, value)]
-            with HOST_ROOM, on_tape(card):
-                found, found_logarithms = _on_host(*values, 0.0, is_causal, scale=scale)
-                out._gpumem_value.copy_(found)
-                logarithms._gpumem_value.copy_(found_logarithms)
-        lengths = query.shape[2], key.shape[2]
-        shown = _made(card, (0,), query.dtype)
-        return out, logarithms, None, None, *lengths, state, unused, shown
-
-    return bound(*args, **kwargs)
+    settings = AttentionArguments(0.0, is_causal, kwargs.get("scale"))
+    out, kept = _flash_forward(query, key, value, settings, True)
+    logarithms, state, unused = kept
+    _give_values((query, key, value), settings, out, logarithms)
+    lengths = query.shape[2], key.shape[2]
+    shown = _made(card, (0,), query.dtype)
+    return out, logarithms, None, None, *lengths, state, unused, shown
 
 
-def _flash_operator_backward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _efficient_alone(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run ``aten._scaled_dot_product_efficient_attention``.
+
+    Raises:
+        UnsupportedOnSimulatedDeviceError: There is a mask, or scores are dropped.
+    """
+    query, key, value, bias, saves, dropout_p, is_causal = _filled(
+        torch.ops.aten._scaled_dot_product_efficient_attention.default, args, kwargs
+    )
+    if bias is not None or dropout_p > 0:
+        refuse(_ALONE)
+    settings = AttentionArguments(0.0, is_causal, kwargs.get("scale"))
+    out, kept = _efficient_forward(query, key, value, settings, saves)
+    logarithms = kept[0] if kept else _made(query._gpumem_card, (0,), torch.float32)
+    shown = logarithms[..., : query.shape[2]] if kept else None
+    _give_values((query, key, value), settings, out, shown)
+    # They are on the host. Source: Note [Seed and Offset Device].
+    state = (torch.zeros((), dtype=torch.int64) for _number in range(2))
+    return out, logarithms, *state
+
+
+def _filled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Return the arguments of a call but for the scale, with the defaults."""
+    return [
+        args[at] if at < len(args) else kwargs.get(each.name, each.default_value)
+        for at, each in enumerate(func._schema.arguments)
+        if each.name != "scale"
+    ]
+
+
+def _give_values(
+    operands: tuple[Any, Any, Any],
+    settings: AttentionArguments,
+    out: Any,
+    logarithms: Any,
+) -> None:
+    """Compute the result, and the logarithms of the rows' sums where they are wanted."""
+    card = out._gpumem_card
+    if card.value_device == "meta":
+        return
+    with HOST_ROOM, on_tape(card):
+        found, sums = _on_host(
+            *(each._gpumem_value for each in operands),
+            0.0,
+            settings.is_causal,
+            scale=settings.scale,
+        )
+        out._gpumem_value.copy_(found)
+        if logarithms is not None:
+            logarithms._gpumem_value.copy_(sums)
+
+
+def _flash_alone_backward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run ``aten._scaled_dot_product_flash_attention_backward``.
 
     The result and its logarithms may be those of several kernels: ring attention puts
@@ -778,35 +816,70 @@ def _flash_operator_backward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     """
     grad, query, key, value, out, logarithms, *_lengths = args[:10]
     dropout_p, is_causal = args[10:12]
-    card = query._gpumem_card
     if dropout_p > 0:
-        refuse("dropped scores of a flash kernel that is called by itself")
+        refuse(_ALONE)
     grads = _flash_backward(grad, query, key, value, out)
-    if card.value_device != "meta":
-        given = [each._gpumem_value for each in (grad, query, key, value, out)]
-        with HOST_ROOM, on_tape(card):
-            computed = _on_host_backward(
-                *given,
-                logarithms._gpumem_value.to(torch.float32),
-                0.0,
-                is_causal,
-                scale=kwargs.get("scale"),
-            )
-            for made, each in zip(grads, computed, strict=True):
-                made._gpumem_value.copy_(each)
-                layouts.note(made._gpumem_value, each.stride())
+    settings = AttentionArguments(0.0, is_causal, kwargs.get("scale"))
+    _give_gradients(grads, (grad, query, key, value, out), logarithms, settings)
     return tuple(grads)
+
+
+def _efficient_alone_backward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run ``aten._scaled_dot_product_efficient_attention_backward``."""
+    grad, query, key, value, bias, out, logarithms, *_state = args[:9]
+    dropout_p, _wanted, *rest = args[9:]
+    is_causal = rest[0] if rest else kwargs.get("is_causal", False)
+    if bias is not None or dropout_p > 0:
+        refuse(_ALONE)
+    settings = AttentionArguments(0.0, is_causal, kwargs.get("scale"))
+    grads = _efficient_backward(grad, query, key, value, None, settings)
+    shown = logarithms[..., : query.shape[2]]
+    _give_gradients(grads, (grad, query, key, value, out), shown, settings)
+    return (*grads, None)
+
+
+def _give_gradients(
+    grads: list[Any],
+    operands: tuple[Any, ...],
+    logarithms: Any,
+    settings: AttentionArguments,
+) -> None:
+    """Compute the gradients of the operands from that of the result."""
+    card = operands[0]._gpumem_card
+    if card.value_device == "meta":
+        return
+    with HOST_ROOM, on_tape(card):
+        computed = _on_host_backward(
+            *(each._gpumem_value for each in operands),
+            logarithms._gpumem_value.to(torch.float32),
+            0.0,
+            settings.is_causal,
+            scale=settings.scale,
+        )
+        for made, each in zip(grads, computed, strict=True):
+            made._gpumem_value.copy_(each)
+            layouts.note(made._gpumem_value, each.stride())
 
 
 register(
     "_scaled_dot_product_flash_attention",
-    handler=_flash_operator,
+    handler=_flash_alone,
     source="transformers/cuda/flash_attn/flash_api.cpp, mha_fwd",
 )
 register(
     "_scaled_dot_product_flash_attention_backward",
-    handler=_flash_operator_backward,
+    handler=_flash_alone_backward,
     source="transformers/cuda/flash_attn/flash_api.cpp, mha_bwd",
+)
+register(
+    "_scaled_dot_product_efficient_attention",
+    handler=_efficient_alone,
+    source="transformers/cuda/attention.cu, _efficient_attention_forward",
+)
+register(
+    "_scaled_dot_product_efficient_attention_backward",
+    handler=_efficient_alone_backward,
+    source="transformers/cuda/attention_backward.cu, _efficient_attention_backward",
 )
 register(
     "scaled_dot_product_attention",
