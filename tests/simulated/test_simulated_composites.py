@@ -235,8 +235,10 @@ def test_an_attention_kernel_may_be_called_by_itself() -> None:
         found = [result.detach().cpu(), *(each.grad.cpu() for each in operands)]
         return found, torch.cuda.max_memory_allocated() - before
 
-    def together(*operands: Any) -> torch.Tensor:
-        return functional.scaled_dot_product_attention(*operands, is_causal=True)
+    def together(query: Any, key: Any, value: Any) -> torch.Tensor:
+        return functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True
+        )
 
     with simulated_device("A100-40GB"):
         for host, alone in (
