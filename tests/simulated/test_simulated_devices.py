@@ -105,6 +105,52 @@ def test_single_numbers_of_the_host_are_read(
     torch.testing.assert_close(result.cpu(), right(host))
 
 
+def test_what_a_kernel_asserts_is_cudas_error() -> None:
+    """No ``IndexError``, which a kernel cannot raise; the card stays usable."""
+    x = torch.rand(2, 3, device="cuda")
+    far, one = torch.tensor([9, 0], device="cuda"), torch.ones(2, device="cuda")
+    rows, row = torch.ones(2, 3, device="cuda"), torch.ones(1, 2, device="cuda")
+    image = torch.ones(1, 1, 1, 1, device="cuda")
+    wrong: list[Callable[[], Any]] = [
+        lambda: x[far],
+        lambda: x[-far],
+        lambda: x.clone().index_put_((far,), one[0]),
+        lambda: x.clone().index_put_((far,), one[0], accumulate=True),
+        lambda: x.index_select(0, far),
+        lambda: functional.embedding(far, x),
+        lambda: functional.embedding_bag(far, x, far[1:]),
+        lambda: x.gather(0, far[None]),
+        lambda: x.clone().scatter_(0, far[None], 1.0),
+        lambda: x.clone().scatter_add_(0, far[None], row),
+        lambda: x.clone().scatter_reduce_(0, far[None], row, "sum"),
+        lambda: x.take(far),
+        lambda: x.clone().put_(far, one),
+        lambda: x.clone().index_add_(0, far, rows),
+        lambda: x.clone().index_copy_(0, far, rows),
+        lambda: x.clone().index_fill_(0, far, 1.0),
+        lambda: functional.cross_entropy(x, far),
+        lambda: functional.nll_loss(image, far[:1, None, None]),
+        lambda: functional.multi_margin_loss(x, far),
+        lambda: functional.binary_cross_entropy(x + 2, x),
+        lambda: functional.max_unpool2d(image, far[:1, None, None, None], 2),
+        lambda: torch.bernoulli(x + 2),
+        lambda: torch.multinomial(-x - 1, 2, replacement=True),
+        lambda: torch._assert_async(one[0] - 1),
+    ]
+    for number, call in enumerate(wrong):
+        with pytest.raises(torch.AcceleratorError) as caught:
+            call()
+        text = str(caught.value)
+        assert text.startswith("CUDA error: device-side assert triggered\n"), number
+
+    # What is checked on the host is the same error everywhere.
+    with pytest.raises(IndexError, match="index 9 is out of bounds for dimension 0"):
+        x[9]
+    with pytest.raises(IndexError, match="Dimension out of range"):
+        x.gather(5, far[None])
+    assert torch.equal(torch.ones(2), one.cpu())
+
+
 @pytest.mark.parametrize(
     "draw",
     [

@@ -146,6 +146,10 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
         "`torch._C._DisableTorchDispatch` their operators raise torch's "
         "`NotImplementedError`",
         "`.numpy()` and operands on two devices: torch's own errors",
+        "what a card's kernel asserts (an index or a target within bounds, a probability): "
+        "`CUDA error: device-side assert triggered`, with what is wrong in a note. It is "
+        "raised at once, as under `CUDA_LAUNCH_BLOCKING=1`, and unlike a card, the "
+        "simulated card stays usable",
         "`torch.device(0)`, `with torch.device('cuda')`, `torch.set_default_device`",
         "generators: seed, offset and state; an allocation that fails draws no numbers; "
         "the numbers are the CPU's",

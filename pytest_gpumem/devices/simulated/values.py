@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from pytest_gpumem.devices.cuda_errors import cuda_error
 from pytest_gpumem.devices.simulated.layouts import TWICE, as_on_cpu
 from pytest_gpumem.devices.simulated.refusals import refuse_value
 from pytest_gpumem.devices.simulated.rng import Moving, generator_of
-from pytest_gpumem.devices.simulated.words import on_card
+from pytest_gpumem.devices.simulated.words import is_asserted, on_card
 from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
 
 if TYPE_CHECKING:
@@ -115,6 +116,8 @@ def run(
         compute: The function that computes the values; None means the operator.
 
     Raises:
+        torch.AcceleratorError: A card's kernel asserts what does not hold, such as an index
+            within bounds.
         NoValuesError: The result depends on values, and none are kept.
         NotImplementedError: There is no kernel for the operands' dtype.
         UnsupportedOnSimulatedDeviceError: The operator has no CPU kernel.
@@ -132,22 +135,37 @@ def run(
         if isinstance(draw, Moving):
             draw.note(generator_of(card), args, kwargs, result)
         return result  # noqa: TRY300  # the handlers below are for the calls above
-    except RuntimeError as error:
-        lacks_values = card.value_device == "meta" and (
-            isinstance(error, NotImplementedError)
-            or "called on meta tensors" in str(error)
-        )
-        if not lacks_values:
-            # A card and the CPU have kernels for the same dtypes, with two exceptions.
-            # Dtypes that a card lacks are named in the operators' records. For the few
-            # dtypes that only a card has, the records compute the values in another way.
-            text = on_card(func, args, str(error))
-            if text is not None:
-                raise type(error)(text) from None
-            if not _is_the_cpus(error):
-                raise
-    if lacks_values:
+    except (IndexError, RuntimeError) as error:
+        raised = _as_on_card(error, func, args, card)
+        if raised is error:
+            raise
+        raise raised from None
+
+
+def _as_on_card(
+    error: IndexError | RuntimeError, func: Any, args: Any, card: SimulatedCard
+) -> Exception:
+    """Return what a card raises in place of an error of the CPU's kernel."""
+    text = str(error)
+    if is_asserted(text):
+        asserted = cuda_error("cudaErrorAssert")
+        if hasattr(asserted, "add_note"):  # from Python 3.11 on
+            asserted.add_note(f"the simulated card found: {text}")
+        return asserted
+    if isinstance(error, IndexError):
+        return error
+    if card.value_device == "meta" and (
+        isinstance(error, NotImplementedError) or "called on meta tensors" in text
+    ):
         refuse_value(str(func))
-    raise UnsupportedOnSimulatedDeviceError(
+    # A card and the CPU have kernels for the same dtypes, with two exceptions. Dtypes that
+    # a card lacks are named in the operators' records. For the few dtypes that only a card
+    # has, the records compute the values in another way.
+    words = on_card(func, args, text)
+    if words is not None:
+        return type(error)(words)
+    if not _is_the_cpus(error):
+        return error
+    return UnsupportedOnSimulatedDeviceError(
         str(func), "it has no CPU kernel to take the values from; run it on a real card"
     )

@@ -1,8 +1,9 @@
-"""What a card says about wrong dtypes, where the CPU's kernel says something else.
+"""What a card says about wrong operands, where the CPU's kernel says something else.
 
 The values are computed by kernels of the CPU, and so an error about dtypes comes from
 them. On a card the same call raises the same class of error, but the text names the card's
-kernel. Tests, and handlers of errors, look at such texts.
+kernel. Tests, and handlers of errors, look at such texts. An index out of bounds is an
+``IndexError`` on the CPU, and a failed assertion on a card.
 
 Source: the errors that the CUDA code of torch 2.13.0 raised for a sample of every operator
 of PyTorch's database in each dtype that its kernel lacks, and for wrong calls that people
@@ -77,6 +78,24 @@ _KERNELS: Final = {
     "softmax_lastdim_kernel_impl": "host_softmax",
     "trigamma": "trigamma_cuda",
 }
+#: What the CPU's kernels say where a card's kernel asserts. A kernel cannot raise: CUDA
+#: reports the failed assertion. Source: ``CUDA_KERNEL_ASSERT`` in ``Indexing.cu``,
+#: ``IndexKernel.cu``, ``ScatterGatherKernel.cu``, ``EmbeddingBag.cu``, ``Loss.cu``,
+#: ``NLLLoss2d.cu``, ``MultiMarginLoss.cu``, ``MaxUnpooling.cu``, ``TensorCompare.cu``,
+#: ``MultinomialKernel.cu`` and ``DistributionTemplates.h`` of ``aten/src/ATen/native/cuda``.
+_ASSERTED: Final = re.compile(
+    r"(?:index_copy_\(\): )?index -?\d+ is out of bounds for dimension \d+ with size "
+    r"|index out of range in self"
+    r"|out of range: tried to access index "
+    r"|Index \d+ of input takes value "
+    r"|Target -?\d+ is out of bounds"
+    r"|target out of range"
+    r"|all elements of (?:input|target) should be between 0 and 1"
+    r"|Found an invalid max index: "
+    r"|Expected Tensor with single nonzero value, but got zero"
+    r"|invalid multinomial distribution \(encountering "
+    r"|Expected p_in >= 0 && p_in <= 1 "
+)
 _LACKS: Final = re.compile(r"\"([^\"]+)\" not implemented for ")
 _REDUCES: Final = re.compile(r"scatter_gather_tensor_cpu_reduce_\w+")
 #: A shared check, which speaks of the CPU on a card as well.
@@ -99,6 +118,15 @@ _PARTS: Final = (
 #: The largest side of a matrix whose singular values come from the batched kernel.
 #: Source: ``svd_cusolver`` of ``BatchLinearAlgebraLib.cpp``.
 _BATCHED_SVD: Final = 32
+
+
+def is_asserted(text: str) -> bool:
+    """Tell whether a card's kernel asserts what a kernel of the CPU raises as an error.
+
+    Args:
+        text: The error's text of the CPU's kernel.
+    """
+    return _ASSERTED.match(text) is not None
 
 
 def on_card(func: Any, args: Sequence[Any], text: str) -> str | None:
