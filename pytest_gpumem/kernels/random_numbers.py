@@ -75,4 +75,6 @@ def by_rows(rows: int) -> int:
 
     Source: ``multinomial_with_replacement_kernel_impl`` of ``cuda/MultinomialKernel.cu``.
     """
+    if rows == 0:
+        return 0
     return ((rows - 1) // min(rows, _GRID_ROWS) + 1) * STEP

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
+from versions import TORCH
 
 from pytest_gpumem import simulated_device
 
@@ -187,6 +188,25 @@ def test_a_given_gradient_is_where_its_output_is(device: str, other: str) -> Non
         (source * 2).backward(torch.ones(3, device=other))
     with pytest.raises(RuntimeError, match=text):
         torch.autograd.grad(source * 2, source, torch.ones(3, device=other))
+
+
+def test_inputs_of_grad_may_be_read_once() -> None:
+    """A generator, such as ``model.parameters()``; a single edge; or names."""
+    layer = torch.nn.Linear(3, 2).cuda()
+    total = layer(torch.ones(1, 3, device="cuda")).sum()
+    edge = torch.autograd.graph.get_gradient_edge(layer.bias)
+
+    each: Any = layer.parameters()
+    grads = torch.autograd.grad(total, each, retain_graph=True)
+    (by_edge,) = torch.autograd.grad(total, edge, retain_graph=True)
+
+    assert [(2, 3), (2,)] == [tuple(each.shape) for each in grads]
+    assert torch.equal(grads[1], by_edge)
+    assert by_edge.is_cuda
+    if TORCH >= (2, 13):
+        named: Any = dict(layer.named_parameters())
+        by_name: Any = torch.autograd.grad(total, named)
+        assert torch.equal(by_name["weight"], grads[0])
 
 
 def test_a_function_may_lead_to_another_device() -> None:

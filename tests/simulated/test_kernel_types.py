@@ -50,6 +50,38 @@ def test_a_kernel_for_floating_numbers_takes_no_whole_ones(kernel: str) -> None:
     assert f"\"{kernel}\" not implemented for 'Long'" == str(caught.value)
 
 
+@pytest.mark.parametrize("source", [1, torch.tensor([[True]])])
+def test_booleans_and_complex_numbers_are_not_multiplied_into(source: Any) -> None:
+    """``scatter_`` with ``reduce="multiply"``; sums of complex numbers are there."""
+    target = torch.ones(1, 1, dtype=torch.bool, device="cuda")
+    places = torch.zeros(1, 1, dtype=torch.int64, device="cuda")
+    kernel = "fill_base_kernel_reduce_multiply"
+    if isinstance(source, torch.Tensor):
+        source, kernel = source.cuda(), "gather_base_kernel_func"
+
+    with pytest.raises(NotImplementedError) as caught:
+        target.scatter_(0, places, source, reduce="multiply")
+
+    assert f"\"cuda_scatter_{kernel}\" not implemented for 'Bool'" == str(caught.value)
+    summed = target.to(torch.complex64).scatter_(0, places, 2, reduce="add")
+    assert [[3 + 0j]] == summed.tolist()
+
+
+def test_a_card_has_kernels_for_numbers_that_the_cpus_refuse() -> None:
+    """The median of booleans; whole numbers put back to where they were the largest."""
+    source = torch.tensor([[5, -2], [2**60 + 1, 7]], device="cuda")[None, None]
+    _largest, places = functional.max_pool2d(
+        source.double().cpu(), 1, return_indices=True
+    )
+
+    back = functional.max_unpool2d(source, places.cuda() * 2, [2, 2])
+
+    assert torch.tensor([True, False, True], device="cuda").median().item() is True
+    assert back.dtype is torch.int64
+    assert source.flatten().tolist() == back.flatten()[:8:2].tolist()
+    assert source.sum().item() == back.sum().item()
+
+
 def test_nothing_is_launched_for_no_elements() -> None:
     """An empty product of whole numbers has a result on a card, too."""
     empty = torch.ones(0, 3, dtype=torch.int64, device="cuda")

@@ -53,10 +53,6 @@ def _add_to_a_host_total(x: Any) -> None:
         (lambda x: torch.equal(x, x.cpu()), "got other is on cpu"),
         (lambda x: torch.equal(x[0, 0], x[0, 0].cpu()), "got other is on cpu"),
         (lambda x: x + x.to("cuda:1"), "cuda:0 and cuda:1!"),
-        (
-            lambda x: torch._foreach_mul_([x], HOST),
-            "scalar tensor expected to be on cud",
-        ),
         (lambda x: torch.ones(3, 3) @ x.t(), "got mat2 is on cuda:0, .* on cpu"),
         (
             lambda x: functional.conv1d(torch.ones(1, 2, 3), x[:, :2, None]),
@@ -203,6 +199,17 @@ def test_deterministic_mode_follows_the_cards_list(
         flat.median(0)
     with pytest.raises(RuntimeError, match="because it uses CuBLAS"):
         flat @ flat
+    places = torch.zeros(4, dtype=torch.int64, device="cuda")
+    with pytest.raises(RuntimeError, match="put_ does not have a determ"):
+        flat.put_(places, flat[0], accumulate=True)
+    with pytest.raises(RuntimeError, match="_bincount_cuda does not have a determ"):
+        places.bincount(flat[0])
+    assert [4] == places.bincount().tolist()
+    logits = torch.zeros(4, 1, 3, device="cuda", requires_grad=True)
+    four = torch.tensor([4])
+    loss = functional.ctc_loss(logits, places[None, :2] + 1, four, four // 2)
+    with pytest.raises(RuntimeError, match="ctc_loss_backward_gpu does not have a det"):
+        loss.backward()
     assert [1, 2] == torch.ones(2, dtype=torch.int64, device="cuda").cumsum(0).tolist()
     assert 1.0 == flat.median().item()
     assert [1.0, 2.0] == torch.ones(2).cumsum(0).tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -131,6 +132,61 @@ def test_layers_match(make: Callable[[], nn.Module]) -> None:
     if isinstance(expected, tuple):
         expected, result = expected[0], result[0]
     assert torch.allclose(expected, result.cpu(), atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supp:UserWarning")
+@pytest.mark.parametrize("packs", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.LSTM(4, 5, 2, bidirectional=True, proj_size=3),
+        lambda: nn.GRU(4, 5, 2, bidirectional=True, bias=False),
+        lambda: nn.RNN(4, 5),
+    ],
+)
+def test_recurrent_layers_match_without_cudnn(
+    make: Callable[[], nn.Module], *, packs: bool
+) -> None:
+    """A card then takes step by step, in fused cells: results and gradients are close."""
+    torch.manual_seed(1)
+    layer, inputs = make(), torch.randn(4, 3, 4)
+    found = []
+    with torch.backends.cudnn.flags(enabled=False):
+        for device in ("cpu", "cuda"):
+            layer.zero_grad()
+            source: Any = inputs.to(device)
+            if packs:
+                source = nn.utils.rnn.pack_padded_sequence(source, [4, 3, 1])
+            output, state = layer.to(device)(source)
+            if packs:
+                output, _lengths = nn.utils.rnn.pad_packed_sequence(output)
+            shown = [output, *(state if isinstance(state, tuple) else [state])]
+            torch.stack([each.sin().sum() for each in shown]).sum().backward()
+            grads = [each.grad for each in layer.parameters()]
+            found.append([each.detach().cpu() for each in (*shown, *grads)])
+
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize(
+    "make", [nn.LSTMCell, nn.GRUCell, partial(nn.LSTMCell, bias=False)]
+)
+def test_recurrent_cells_are_fused(make: Callable[..., nn.Module]) -> None:
+    """Values and gradients are the CPU's; autograd has one node, as on a card."""
+    torch.manual_seed(1)
+    cell, inputs = make(4, 5), torch.randn(3, 4)
+    found = []
+    for device in ("cpu", "cuda"):
+        cell.zero_grad()
+        made = cell.to(device)(inputs.to(device))
+        made = made if isinstance(made, tuple) else (made,)
+        sum(each.sin().sum() for each in made).backward()
+        grads = [each.grad for each in cell.parameters()]
+        found.append([each.detach().cpu() for each in (*made, *grads)])
+
+    assert made[0].grad_fn is not None
+    assert made[0].grad_fn.name().startswith("ThnnFused")
+    torch.testing.assert_close(*found)
 
 
 def test_gradients_flow_between_devices() -> None:

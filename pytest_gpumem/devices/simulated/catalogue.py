@@ -74,9 +74,9 @@ _ACCELERATOR: Final[dict[str, str]] = {
     "like a card": """
         current_accelerator current_device_idx current_device_index current_stream
         device_count device_index is_available set_device_idx set_device_index
-        set_stream synchronize
+        set_stream synchronize get_device_capability
     """,
-    "modelled": "get_device_capability get_memory_info",
+    "modelled": "get_memory_info",
     "constant": "empty_host_cache",
     "refused": "Graph",
 }

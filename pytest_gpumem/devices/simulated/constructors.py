@@ -87,7 +87,10 @@ def _copy(data: Any, options: dict[str, Any]) -> torch.Tensor:
     if goal is None and isinstance(data, SimulatedTensor):
         goal = data.device if _device_for(options.get("device")) is None else None
     if goal is None:
+        is_pinned = options.pop("pin_memory", False)
         made: torch.Tensor = _tensor(_plain(data), **options)
+        if is_pinned:
+            mark_pinned(made)
         return made
     requires_grad = options.pop("requires_grad", False)
     options.pop("pin_memory", None)

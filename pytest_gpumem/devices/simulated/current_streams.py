@@ -6,8 +6,12 @@ and ignores the current stream of the caller of ``backward``. Nodes are identifi
 their sequence numbers. A node is created directly before its operator runs, so the stream
 of the next result is the node's stream.
 
+The node that adds to a leaf's gradient has no such number. It is created directly before
+the first node that uses the leaf, and so has the stream of that node.
+
 Source: ``Node::stream`` of ``torch/csrc/autograd/function.h`` and its use in
-``torch/csrc/autograd/engine.cpp``.
+``torch/csrc/autograd/engine.cpp``; ``grad_accumulator`` of
+``torch/csrc/autograd/variable.cpp``.
 
 Limits: each thread has its own sequence numbers. If several threads use streams in their
 forwards at the same time, their nodes can be confused.
@@ -22,6 +26,9 @@ import torch
 
 _sequence: Final[Any] = torch._C._autograd._get_sequence_nr  # no public API
 _current_node: Final[Any] = torch._C._current_autograd_node  # no public API
+#: The name of the nodes that add to gradients, and where they keep their user's number.
+_ACCUMULATOR: Final = "torch::autograd::AccumulateGrad"
+_USER: Final = "pytest_gpumem.first_user"
 #: The largest number of nodes that are remembered.
 _MOST: Final = 1_000_000
 
@@ -75,10 +82,36 @@ class Streams:
                     self._of_nodes.clear()
                 self._of_nodes[key] = self.current(index)
 
+    def note_leaves(self, nodes: list[Any]) -> None:
+        """Record for each leaf below some nodes the number of the first node that uses it."""
+        left = [each for each in nodes if each is not None]
+        seen = set(left)
+        first: dict[Any, int] = {}
+        while left:
+            node = left.pop()
+            for below, _index in node.next_functions:
+                if below is None:
+                    continue
+                if below.name() == _ACCUMULATOR:
+                    number = int(node._sequence_nr())
+                    first[below] = min(first.get(below, number), number)
+                elif below not in seen:
+                    seen.add(below)
+                    left.append(below)
+        for accumulator, number in first.items():
+            accumulator.metadata.setdefault(_USER, number)
+
 
 def _node() -> int | None:
-    """Return the number of the autograd node that runs in this thread, or None."""
+    """Return the number of the autograd node that runs in this thread, or None.
+
+    A node that adds to a leaf's gradient stands for the first node that uses the leaf.
+    """
     if torch._C._current_graph_task_id() == -1:  # no public API
         return None
     node = _current_node()
-    return -1 if node is None else int(node._sequence_nr())
+    if node is None:
+        return -1
+    if node.name() == _ACCUMULATOR:
+        return int(node.metadata.get(_USER, -1))
+    return int(node._sequence_nr())

@@ -18,7 +18,7 @@ from torch.autograd.function import BackwardCFunction, _HookMixin
 
 from pytest_gpumem.devices.simulated.backward import of_user
 from pytest_gpumem.devices.simulated.copies import moved
-from pytest_gpumem.devices.simulated.machine import card_of
+from pytest_gpumem.devices.simulated.machine import card_of, current_machine
 from pytest_gpumem.devices.simulated.tensor import HOST_KINDS, SimulatedTensor, make
 
 _functorch: Final[Any] = torch._C._functorch
@@ -276,6 +276,14 @@ def run_engine(outputs: Any, *args: Any, **options: Any) -> Any:
     Raises:
         RuntimeError: A tensor was modified after it was saved (torch's message).
     """
+    streams = current_machine().streams
+    if streams.are_used:
+        streams.note_leaves(
+            [
+                each.grad_fn if isinstance(each, torch.Tensor) else each.node
+                for each in outputs
+            ]
+        )
     try:
         return _run_engine(outputs, *args, **options)
     except RuntimeError as error:

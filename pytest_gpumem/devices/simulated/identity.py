@@ -363,18 +363,22 @@ _autograd_grad: Final[Any] = torch.autograd.grad
 
 
 @functools.wraps(_autograd_grad)
-def autograd_grad(
-    outputs: Any, inputs: Any, *args: Any, **options: Any
-) -> tuple[Any, ...]:
+def autograd_grad(outputs: Any, inputs: Any, *args: Any, **options: Any) -> Any:
     """Run ``torch.autograd.grad``: each gradient is on the device of its input."""
-    grads: tuple[Any, ...] = _autograd_grad(outputs, inputs, *args, **options)
-    sources = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
-    return tuple(
-        landed(grad, source, is_given_back=True)
-        if isinstance(grad, torch.Tensor) and isinstance(source, torch.Tensor)
-        else grad
-        for grad, source in zip(grads, sources, strict=True)
-    )
+    if isinstance(inputs, dict):
+        named = _autograd_grad(outputs, inputs, *args, **options)
+        return {name: _where_input_is(named[name], inputs[name]) for name in named}
+    is_one = isinstance(inputs, (torch.Tensor, torch.autograd.graph.GradientEdge))
+    # A generator, such as ``model.parameters()``, is read once.
+    sources = (inputs,) if is_one else tuple(inputs)
+    grads = _autograd_grad(outputs, sources, *args, **options)
+    return tuple(map(_where_input_is, grads, sources))
+
+
+def _where_input_is(grad: Any, source: Any) -> Any:
+    if isinstance(grad, torch.Tensor) and isinstance(source, torch.Tensor):
+        return landed(grad, source, is_given_back=True)
+    return grad
 
 
 _swap_tensors: Final[Any] = torch.utils.swap_tensors

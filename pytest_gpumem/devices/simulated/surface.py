@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import torch
 
@@ -316,37 +316,18 @@ def _stream_of(index: int | None) -> Stream:
     )
 
 
+def _no_capabilities(_index: int) -> NoReturn:
+    """Refuse as torch does on a card.
+
+    Source: ``DeviceGuardImplInterface::getDeviceCapability``, torch 2.13.
+    """
+    raise RuntimeError("Backend doesn't support getting device capabilities.")
+
+
 def _accelerator_set_stream(stream: Stream) -> None:
     _set_stream(
         stream_id=stream.stream_id, device_index=stream.device_index, device_type=1
     )
-
-
-def _capability(index: int) -> dict[str, Any]:
-    """Return the dtypes that a card supports: every dtype of an operator.
-
-    Source: ``c10/core/DeviceCapability.h``, where every bit is set for CUDA.
-    """
-    card_of(index)
-    return {"supported_dtypes": set(_DTYPES)}
-
-
-#: Source: ``AT_FORALL_SCALAR_TYPES…`` in ``c10/core/ScalarType.h``.
-_DTYPES: Final = (
-    torch.uint8,
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-    torch.float16,
-    torch.float32,
-    torch.float64,
-    torch.complex32,
-    torch.complex64,
-    torch.complex128,
-    torch.bool,
-    torch.bfloat16,
-)
 
 
 def _renew_settings(text: str) -> None:
@@ -453,6 +434,7 @@ C_FUNCTIONS: Final[dict[str, Any]] = {
     "_get_accelerator": lambda _check=None: torch.device("cuda"),
     "_group_tensors_by_device_and_dtype": grouping,
     "_accelerator_getDeviceIndex": lambda: card_of(None).index,
+    "_accelerator_getDeviceCapability": _no_capabilities,
     "_accelerator_getDefaultGenerator": (
         lambda index: torch.cuda.default_generators[index]
     ),
@@ -474,7 +456,6 @@ C_FUNCTIONS: Final[dict[str, Any]] = {
     "_accelerator_resetPeakStats": _reset_peaks,
     "_accelerator_resetAccumulatedStats": _reset_totals,
     "_accelerator_getMemoryInfo": _mem_get_info,
-    "_accelerator_getDeviceCapability": _capability,
 }
 
 

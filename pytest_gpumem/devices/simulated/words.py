@@ -35,6 +35,7 @@ _KERNELS: Final = {
     "cholesky_inverse_out_cpu": "cholesky_cuda_potrs",
     "cholesky_solve_cpu": "cholesky_cuda_potrs",
     "cross": "cross_cuda",
+    "ctc_loss_cpu": "ctc_loss_cuda",
     "cumprod_out_cpu": "cumprod_cuda",
     "cumsum_out_cpu": "cumsum_cuda",
     "digamma": "digamma_cuda",
@@ -56,6 +57,7 @@ _KERNELS: Final = {
     "logcumsumexp_out_cpu": "logcumsumexp_cuda",
     "lt_cpu": "compare_cuda",
     "max_all": "max_all_cuda",
+    "median_out": "median_out_impl",
     "max_pool2d": "max_pool2d_with_indices_out_cuda_frame",
     "max_pool3d": "max_pool3d_with_indices_out_frame",
     "max_unpool2d": "max_unpooling2d_forward_kernel",
@@ -114,6 +116,10 @@ _PARTS: Final = (
         r"but got torch.cuda.\1 instead",
     ),
     (re.compile(r"arguments for embedding_bag\)"), "arguments for embedding_bag_cuda)"),
+    (
+        re.compile(r"arguments for ctc_loss_allocate_outputs\)"),
+        "arguments for ctc_loss_gpu)",
+    ),
 )
 #: The largest side of a matrix whose singular values come from the batched kernel.
 #: Source: ``svd_cusolver`` of ``BatchLinearAlgebraLib.cpp``.

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pytest_gpumem.devices.simulated.kernel_types import INTEGERS
 from pytest_gpumem.devices.simulated.operators.checks import compare_devices
-from pytest_gpumem.devices.simulated.operators.composing import checked, only
 from pytest_gpumem.devices.simulated.operators.registry import register
 from pytest_gpumem.devices.simulated.operators.requests import (
     Free,
@@ -19,7 +17,6 @@ from pytest_gpumem.devices.simulated.operators.requests import (
     Tried,
     copy_of,
 )
-from pytest_gpumem.devices.simulated.tensor import SimulatedTensor, make
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -381,128 +378,3 @@ register(
     source=f"{_CHECK}; {_SLOW}",
 )
 register("convolution_backward", requests=_of_convolution_backward, source=_SLOW)
-
-# -- recurrent layers -----------------------------------------------------------------
-
-
-def _recurrent(func: Any, source: torch.Tensor, *others: Any) -> None:
-    """Compare the device of the input with those of hidden states and parameters."""
-    if func._overloadname == "data":
-        others = others[1:]  # the sizes of the batches are on the host
-    hidden, parameters = others[:2]
-    _compare_places(source, [hidden], parameters)
-
-
-def _compare_places(
-    source: torch.Tensor,
-    hidden: list[torch.Tensor],
-    parameters: list[torch.Tensor],
-) -> None:
-    for name, tensors in (("hidden", hidden), ("parameter", parameters)):
-        for each in tensors:
-            if each.device != source.device:
-                raise RuntimeError(
-                    f"Input and {name} tensors are not at the same device, found input "
-                    f"tensor at {source.device} and {name} tensor at {each.device}"
-                )
-
-
-for _name in ("gru", "rnn_relu", "rnn_tanh"):
-    register(_name, composed=checked(_recurrent), source="RNN.cpp, check_attributes")
-
-
-def _layer(_func: Any, places: list[Operand]) -> None:
-    """Do the same for a layer of an LSTM, as which the CPU computes it.
-
-    For a layer without biases, C++ creates biases on the host.
-    """
-    named = {each.name: each.tensor for each in places}
-    _compare_places(
-        named["input"],
-        [named["hx_"], named["cx_"]],
-        [named["weight0"], named["weight1"]],
-    )
-
-
-register(
-    "mkldnn_rnn_layer",
-    check=_layer,
-    source="RNN.cpp, check_attributes; mkldnn/RNN.cpp, mkldnn_rnn_layer",
-)
-
-
-def _pack_padded_sequence(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
-    """Run ``_pack_padded_sequence``; lengths and batch sizes are on the host.
-
-    Raises:
-        RuntimeError: The lengths are on a card (torch's message).
-    """
-    source, lengths, batch_first = args
-    if isinstance(lengths, SimulatedTensor):
-        raise RuntimeError(  # noqa: TRY004  # torch raises this class
-            "'lengths' argument should be a 1D CPU int64 tensor, but got "
-            f"{lengths.dim()}D {lengths.device} Long tensor"
-        )
-    data, batch_sizes = _aten._pack_padded_sequence.default(
-        source._gpumem_value, lengths, batch_first
-    )
-    return make(data, source._gpumem_card), batch_sizes
-
-
-def _pad_sequence(
-    sequences: list[torch.Tensor],
-    batch_first: bool = False,  # noqa: FBT001, FBT002  # the operator's signature
-    padding_value: float = 0.0,
-    padding_side: str = "right",
-) -> torch.Tensor:
-    """Run ``pad_sequence``: one large tensor is filled row by row."""
-    longest = max(len(sequence) for sequence in sequences)
-    first = sequences[0]
-    outer = (len(sequences), longest) if batch_first else (longest, len(sequences))
-    padded = first.new_full((*outer, *first.shape[1:]), padding_value)
-    for index, sequence in enumerate(sequences):
-        start = longest - len(sequence) if padding_side == "left" else 0
-        row = padded.select(0 if batch_first else 1, index)
-        row.narrow(0, start, len(sequence)).copy_(sequence)
-    return padded
-
-
-def _pad_packed_sequence(
-    data: torch.Tensor,
-    batch_sizes: torch.Tensor,
-    batch_first: bool,  # noqa: FBT001  # the operator's signature
-    padding_value: float,
-    total_length: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run ``_pad_packed_sequence``: steps of equal batch size are copied together."""
-    sizes = batch_sizes.tolist()
-    longest = max(total_length, len(sizes))
-    padded = data.new_full((longest, sizes[0], *data.shape[1:]), padding_value)
-    start = offset = 0
-    for size, steps in ((size, len(list(same))) for size, same in groupby(sizes)):
-        chunk = data.narrow(0, offset, size * steps)
-        goal = padded.narrow(0, start, steps).narrow(1, 0, size)
-        goal.copy_(chunk.view(steps, size, *data.shape[1:]))
-        start, offset = start + steps, offset + size * steps
-    lengths = [sum(size > row for size in sizes) for row in range(sizes[0])]
-    return (
-        padded.transpose(0, 1) if batch_first else padded,
-        torch.tensor(lengths, device="cpu"),
-    )
-
-
-_PACKED = "PackedSequence.cpp"
-
-register(
-    "_pack_padded_sequence",
-    handler=_pack_padded_sequence,
-    source=f"{_PACKED}, checkLongTensor",
-)
-register(
-    "pad_sequence", composed=only(_pad_sequence), source=f"{_PACKED}, pad_sequence"
-)
-register(
-    "_pad_packed_sequence",
-    composed=only(_pad_packed_sequence),
-    source=f"{_PACKED}, _pad_packed_sequence",
-)

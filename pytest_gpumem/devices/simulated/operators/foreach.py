@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from pytest_gpumem.devices.simulated.operators.checks import iterated
 from pytest_gpumem.devices.simulated.operators.registry import register
 
-if TYPE_CHECKING:
-    from pytest_gpumem.devices.simulated.operators.checks import Operand
-
-
-def _elements(func: Any, places: list[Operand]) -> None:
-    """Check each element of the lists; a single number for all must be on the card."""
-    number = places[-1]
-    if func._overloadname == "Tensor" and number.device != places[0].device:
-        raise RuntimeError(
-            f"scalar tensor expected to be on {places[0].device} but is on "
-            f"{number.device}"
-        )
-    iterated(func, places)
-
-
 register(
     "_foreach_*",
-    check=_elements,
-    source="cuda/ForeachBinaryOpScalarTensor.cu; ForeachUtils.h",
+    check=iterated,
+    source="ForeachUtils.h, can_use_fast_route: no, so element by element",
 )
 # Optimisers keep the step counters on the host.
 register(
     "_foreach_add_ _foreach_copy_",
-    check=_elements,
+    check=iterated,
     takes_host=True,
     source="ForeachUtils.h, can_use_fast_route: no, so element by element",
 )

@@ -10,6 +10,7 @@ import torch
 
 from pytest_gpumem.devices.simulated.accumulation import numbering, taking_over
 from pytest_gpumem.devices.simulated.backward import in_backward
+from pytest_gpumem.devices.simulated.kernel_types import COMPLEX, lacking, with_types
 from pytest_gpumem.devices.simulated.memory import Memory, hold
 from pytest_gpumem.devices.simulated.operators.checks import as_if, iterated
 from pytest_gpumem.devices.simulated.operators.composing import (
@@ -257,9 +258,42 @@ register(
     source="TensorAdvancedIndexing.cpp, gather_backward",
 )
 register(
-    "index_add index_fill put scatter",
+    "index_add index_fill scatter",
     around=taking_over,
     source="FunctionsManual.cpp, value_selecting_reduction_backward and its like",
+)
+register(
+    "put",
+    around=taking_over,
+    alert="put_",
+    alerts=lambda _func, args: args[3:4] == (True,),
+    source="FunctionsManual.cpp, as above; TensorAdvancedIndexing.cpp, put_",
+)
+
+
+def _multiplying(func: Any, handler: Handler) -> Handler:
+    """Return a handler that refuses the types that a card cannot multiply."""
+    if not func._overloadname.endswith("reduce"):
+        return handler
+    kernel = (
+        "cuda_scatter_fill_base_kernel_reduce_multiply"
+        if func._overloadname == "value_reduce"
+        else "cuda_scatter_gather_base_kernel_func"
+    )
+    typed = with_types(lacking(kernel, COMPLEX | {torch.bool}), handler)
+
+    def scattering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        chosen = typed if kwargs["reduce"] == "multiply" else handler
+        return chosen(args, kwargs)
+
+    return scattering
+
+
+register(
+    "scatter_",
+    around=_multiplying,
+    source="cuda/ScatterGatherKernel.cu, scatter_reduce_cuda_kernel and "
+    "scatter_scalar_reduce_cuda_kernel",
 )
 
 

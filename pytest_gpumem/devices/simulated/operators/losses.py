@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from pytest_gpumem.devices.simulated.kernel_types import HALVES
-from pytest_gpumem.devices.simulated.operators.composing import on_host, only, widening
+from pytest_gpumem.devices.simulated.operators.composing import only, widening
 from pytest_gpumem.devices.simulated.operators.reductions import (
     opmath_bytes,
     parts_of,
@@ -20,10 +21,12 @@ from pytest_gpumem.devices.simulated.operators.requests import (
     Temporary,
     copy_of,
 )
+from pytest_gpumem.kernels.sort_memory import INDEX_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from pytest_gpumem.devices.simulated.operators.registry import Kernel
     from pytest_gpumem.devices.simulated.operators.requests import Call, RequestStep
 
 
@@ -141,13 +144,81 @@ register(
     alert="nll_loss2d_backward_out_cuda_template",
     source="cuda/NLLLoss2d.cu, nll_loss2d_backward_out_cuda_template",
 )
-register("ctc_loss", composed=on_host, source="LossCTC.cpp, ctc_loss")
+
+
+def _ctc_loss(_func: Any) -> Kernel:
+    """Compose ``ctc_loss``; C++ would create the lengths for the mean on the host."""
+
+    def kernel(  # noqa: PLR0917  # the operator's signature
+        source: torch.Tensor,
+        targets: torch.Tensor,
+        input_lengths: Any,
+        target_lengths: Any,
+        blank: int = 0,
+        reduction: int = 1,
+        zero_infinity: bool = False,  # noqa: FBT001, FBT002
+    ) -> torch.Tensor:
+        is_batch = source.dim() == 3  # noqa: PLR2004  # steps, batch, classes
+        if not is_batch:
+            source, targets = source.unsqueeze(1), targets.unsqueeze(0)
+        targets = targets.long()
+        lengths = [
+            each.reshape(-1).tolist() if isinstance(each, torch.Tensor) else list(each)
+            for each in (input_lengths, target_lengths)
+        ]
+        made: torch.Tensor = torch.ops.aten._ctc_loss.default(
+            source, targets, *lengths, blank, zero_infinity
+        )[0]
+        if zero_infinity:
+            zero = made.new_zeros(())  # C++ evaluates the last operands first
+            made = torch.where(made == math.inf, zero, made)
+        if reduction == _MEAN:
+            counts = made.new_tensor(lengths[1]).clamp_min(1)
+            return (made / counts).mean()
+        if reduction == _SUM:
+            return made.sum()
+        return made if is_batch else made.squeeze(0)
+
+    return kernel
+
+
+def _aligning(call: Call) -> Iterator[RequestStep]:
+    """Request the places and lengths of the targets on the card, and the table."""
+    nbytes = call["log_probs"].shape[1] * INDEX_BYTES
+    places, targets, inputs = (Temporary(nbytes) for _each in range(3))
+    yield from (places, targets, inputs)
+    yield Results(1)
+    yield Results(0)
+    yield from map(Free, (targets, places, inputs))
+
+
+def _aligning_backward(call: Call) -> Iterator[RequestStep]:
+    """Request the same, with a second table, before the gradient."""
+    nbytes = call["log_probs"].shape[1] * INDEX_BYTES
+    places, targets, inputs = (Temporary(nbytes) for _each in range(3))
+    table = copy_of(call["log_alpha"])
+    yield from (places, targets, inputs, table)
+    yield Results()
+    yield from map(Free, (table, targets, places, inputs))
+
+
+#: The numbers of the reductions. Source: ``aten/src/ATen/core/Reduction.h``.
+_MEAN: Final = 1
+_SUM: Final = 2
+
+register("ctc_loss", composed=_ctc_loss, source="LossCTC.cpp, ctc_loss_impl")
 # The lengths may be on the host.
-register("_ctc_loss", takes_host=True, source="cuda/LossCTC.cu, ctc_loss_gpu")
+register(
+    "_ctc_loss",
+    takes_host=True,
+    requests=_aligning,
+    source="cuda/LossCTC.cu, ctc_loss_gpu_template",
+)
 register(
     "_ctc_loss_backward",
+    requests=_aligning_backward,
     alert="ctc_loss_backward_gpu",
-    source="cuda/LossCTC.cu, ctc_loss_backward_gpu",
+    source="cuda/LossCTC.cu, ctc_loss_backward_gpu_template",
 )
 
 

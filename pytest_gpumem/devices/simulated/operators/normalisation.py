@@ -22,6 +22,7 @@ from pytest_gpumem.devices.simulated.operators.requests import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from pytest_gpumem.devices.simulated.operators.registry import Kernel
     from pytest_gpumem.devices.simulated.operators.requests import Call, RequestStep
 
 
@@ -41,6 +42,38 @@ register(
     has_effects=True,
     helper=_is_unit,
     source="native_functions.yaml; functorch/BatchRulesNorm.cpp, batch_norm_batch_rule",
+)
+
+
+def _of_empty_batch(func: Any) -> Kernel:
+    """Normalise a batch without elements; C++ would create its moments on the host."""
+
+    def kernel(
+        source: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        *others: Any,
+    ) -> Any:
+        if source.numel():
+            return func.decompose(source, weight, bias, *others)
+        dtype = torch.float32 if source.dtype.itemsize == 2 else source.dtype  # noqa: PLR2004  # bytes
+        mean, inverse = (
+            source.new_empty(source.shape[1], dtype=dtype) for _each in range(2)
+        )
+        made = source.clone()
+        if weight is not None:
+            made = made * weight[0]
+        if bias is not None:
+            made = made + bias[0]
+        return made, mean, inverse, source.new_empty(0, dtype=torch.uint8), 0
+
+    return kernel
+
+
+register(
+    "_batch_norm_impl_index",
+    composed=_of_empty_batch,
+    source="Normalization.cpp, _batch_norm_impl_index",
 )
 
 

@@ -230,6 +230,23 @@ def _counting_numbers(count: int) -> Iterator[RequestStep]:
     yield from (Free(half), Free(left), Free(total), Free(are_none))
 
 
+def _median(func: Any) -> Any:
+    """Return the median of booleans, too, which the CPU refuses; a card sorts first."""
+    if func._overloadname != "default":
+        return None
+
+    def compute(source: torch.Tensor) -> torch.Tensor:
+        if source.is_complex():
+            raise RuntimeError(
+                " Sort does not support complex dtypes on CPU"
+            )  # a card's
+        if source.dtype is not torch.bool:
+            return func(source)  # type: ignore[no-any-return]  # a tensor
+        return func(source.byte()).bool()  # type: ignore[no-any-return]  # a tensor
+
+    return compute
+
+
 def _returns_indices(func: Any, _args: tuple[Any, ...]) -> bool:
     return len(func._schema.returns) > 1
 
@@ -237,6 +254,7 @@ def _returns_indices(func: Any, _args: tuple[Any, ...]) -> bool:
 register(
     "median nanmedian",
     requests=_middle,
+    compute=_median,
     alert="median CUDA with indices output",
     alerts=_returns_indices,
     source="cuda/Sorting.cpp, median_with_indices_impl",
@@ -253,6 +271,12 @@ def _histc(source: torch.Tensor, *args: Any, **options: Any) -> Any:
     return torch.histc(source.double(), *args, **options).to(source.dtype)
 
 
+register(
+    "bincount",
+    alert="_bincount_cuda",
+    alerts=lambda _func, args: len(args) > 1 and args[1] is not None,
+    source="cuda/SummaryOps.cu, _bincount_cuda",
+)
 register(
     "histc",
     alert="_histc_cuda",

@@ -56,10 +56,29 @@ _ADDED_ATOMICALLY = {
 
 
 def _dense(func: Any) -> Any:
-    """Make the result contiguous, as on a card; the CPU keeps the operand's layout."""
+    """Make the result contiguous, as on a card; the CPU keeps the operand's layout.
+
+    A card has kernels for integers as well, whose values are placed here.
+    """
     if func._overloadname != "default":
         return None
-    return lambda *args, **options: func(*args, **options).contiguous()
+
+    def compute(
+        source: torch.Tensor, places: torch.Tensor, *args: Any, **options: Any
+    ) -> torch.Tensor:
+        made: torch.Tensor
+        if source.dtype not in INTEGERS - {torch.bool}:
+            made = func(source, places, *args, **options)
+            return made.contiguous()
+        # The shape, and what is wrong with the arguments.
+        made = func(source.double(), places, *args, **options).to(source.dtype)
+        dims = len(args[0])
+        rows = (*source.shape[:-dims], -1)
+        made = made.contiguous().zero_()
+        made.view(rows).scatter_(-1, places.reshape(rows), source.reshape(rows))
+        return made
+
+    return compute
 
 
 def _in_its_layout(call: Call) -> Iterator[RequestStep]:
