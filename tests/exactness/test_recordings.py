@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import lzma
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from versions import TORCH
 
 from pytest_gpumem.cards import find_card
 from pytest_gpumem.checkpoints import make_checkpoint
@@ -84,6 +86,26 @@ def test_the_simulated_device_answers_as_the_recorded_cards() -> None:
         measured = _simulate(recorded, make_checkpoint("bert-large"))
 
         assert not _beyond(recorded, measured), path
+
+
+#: Of this torch, if there is one: traces, OOM texts and workspaces on the substitute
+#: runtime, from ``python tests/cuda_host/substitute.py FOLDER -- pytest-gpumem record
+#: --checkpoint none --out FILE``, compressed by ``xz``.
+OF_THIS_TORCH = FOLDER / "torch-{}.{}.json.xz".format(*TORCH)
+
+
+@pytest.mark.skipif(not OF_THIS_TORCH.is_file(), reason="no recording of this torch")
+def test_the_simulated_device_answers_as_this_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every figure and every text is equal, with torch's own choice of workspaces."""
+    monkeypatch.delenv("TORCH_CUBLAS_WORKSPACE_CACHE", raising=False)
+    file = tmp_path / "recording.json"
+    file.write_bytes(lzma.decompress(OF_THIS_TORCH.read_bytes()))
+    recorded = load(file)
+
+    assert "{}.{}".format(*TORCH) == recorded["versions"]["torch"].rpartition(".")[0]
+    assert not differences(recorded, _simulate(recorded, None))
 
 
 @pytest.fixture(scope="module")
