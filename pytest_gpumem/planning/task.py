@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
@@ -286,11 +287,14 @@ def _generate(
             "model whose class ends with ForCausalLM",
             value=type(model).__name__,
         )
+    # From transformers 5.24 on it is ``cache``, in ``forward`` and in what that returns.
+    is_new = "cache" in inspect.signature(model.forward).parameters
+    name = "cache" if is_new else "past_key_values"
     stage.name = "prompt"
     output = model(**inputs, use_cache=True, logits_to_keep=1)
     for number in range(task.new_tokens):
-        cache = output.past_key_values
+        cache = getattr(output, name)
         kinds.mark("cache", [[each.keys, each.values] for each in cache.layers])
         stage.name = f"token {number + 1}"
         token = torch.empty(task.batch, 1, dtype=torch.int64, device="cuda")
-        output = model(input_ids=token, past_key_values=cache, use_cache=True)
+        output = model(input_ids=token, use_cache=True, **{name: cache})

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import captures
 import pytest
 import torch
+from versions import TORCH
 
 from pytest_gpumem.cards import find_card
 from pytest_gpumem.devices.simulated import graphs
@@ -37,7 +38,7 @@ def captured(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     return graph, result
 
 
-@pytest.mark.skipif(torch.__version__ < "2.13", reason="recorded of torch 2.13")
+@pytest.mark.skipif(TORCH != (2, 13), reason="recorded of torch 2.13")
 def test_every_step_is_as_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Statistics, pools, blocks and errors are those of PyTorch's own CUDA code."""
     # Pools are numbered in a process.

@@ -23,7 +23,7 @@ from torch.func import (
 )
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
-from versions import since
+from versions import TORCH, since
 
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
@@ -440,7 +440,11 @@ def test_gradients_of_products_are_the_cpus(
             lambda x: torch.masked.prod(x, 1, mask=x.detach() > 1),
         ):
             (first,) = torch.autograd.grad(way(source).sum(), source, create_graph=True)
-            found += [first, *torch.autograd.grad(first.sum(), source)]
+            found.append(first)
+            # Torch 2.8 has another formula for cumprod of a subclass of Tensor, which the
+            # second gradient needs; it differs where a factor is infinite.
+            if not infinite or TORCH > (2, 8):
+                found += torch.autograd.grad(first.sum(), source)
         return found
 
     for ours, its in zip(gradients("cuda"), gradients("cpu"), strict=True):
