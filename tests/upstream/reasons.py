@@ -52,6 +52,13 @@ REASONS: Final[tuple[Reason, ...]] = (
         "kernels",
     ),
     Reason(
+        "peft, several cards",
+        "TestLoraTensorParallel",
+        "",
+        "needs two cards, though its mark asks for one, and files of the hub",
+        "hub",
+    ),
+    Reason(
         "transformers",
         "test_flex_attention_with_grads",
         "not linked with support for cuda",

@@ -178,6 +178,7 @@ def run(suite: Suite, setting: Setting, home: Path, out: Path) -> None:
             "--continue-on-collection-errors",
         ),
         *(("-k", suite.keyword) if suite.keyword else ()),
+        *(("-W", suite.ignores) if suite.ignores else ()),
         *setting.options,
     ]
 
