@@ -128,7 +128,7 @@ def test_what_a_kernel_asserts_is_cudas_error() -> None:
         lambda: functional.nll_loss(image, far[:1, None, None]),
         lambda: functional.multi_margin_loss(x, far),
         lambda: functional.binary_cross_entropy(x + 2, x),
-        lambda: functional.max_unpool2d(image, far[:1, None, None, None], 2),
+        lambda: functional.max_unpool2d(image, far[:1, None, None, None], [2, 2]),
         lambda: torch.bernoulli(x + 2),
         lambda: torch.multinomial(-x - 1, 2, replacement=True),
         lambda: torch._assert_async(one[0] - 1),

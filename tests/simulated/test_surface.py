@@ -161,6 +161,12 @@ def test_torch_asks_nvml_for_the_simulated_card() -> None:
         ),
         lambda: torch.eye(3, device="cuda").to_sparse(),
         lambda: torch.eye(3).to_sparse().cuda(),
+        lambda: (
+            torch.nn.EmbeddingBag(2, 2, mode="sum", sparse=True)
+            .cuda()(torch.zeros(1, 1, dtype=torch.int64, device="cuda"))
+            .sum()
+            .backward()
+        ),
         lambda: torch.nested.nested_tensor([torch.ones(2)], device="cuda"),
         lambda: torch.nested.nested_tensor([torch.ones(2)]).cuda(),
         lambda: torch.ones(2, device="cuda").__cuda_array_interface__,
@@ -171,6 +177,7 @@ def test_torch_asks_nvml_for_the_simulated_card() -> None:
         "coo",
         "to_sparse",
         "upload",
+        "sparse-gradient",
         "nested",
         "upload-nested",
         "interface",

@@ -45,6 +45,7 @@ from pytest_gpumem.devices.simulated.operators.requests import (
     flat,
     workspaces,
 )
+from pytest_gpumem.devices.simulated.refusals import refuse_layout
 from pytest_gpumem.devices.simulated.rng import drawing
 from pytest_gpumem.devices.simulated.tensor import (
     HANDLERS,
@@ -220,6 +221,8 @@ def _new_bytes(results: list[torch.Tensor | None]) -> list[int]:
     for result in results:
         nbytes = 0
         if result is not None:
+            if result.layout is not torch.strided:
+                refuse_layout(result.layout)
             storage = result.untyped_storage()
             if not hasattr(storage, "_gpumem") and storage._cdata not in known:
                 known.add(storage._cdata)

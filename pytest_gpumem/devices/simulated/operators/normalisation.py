@@ -57,9 +57,8 @@ def _of_empty_batch(func: Any) -> Kernel:
         if source.numel():
             return func.decompose(source, weight, bias, *others)
         dtype = torch.float32 if source.dtype.itemsize == 2 else source.dtype  # noqa: PLR2004  # bytes
-        mean, inverse = (
-            source.new_empty(source.shape[1], dtype=dtype) for _each in range(2)
-        )
+        channels = source.shape[1] if source.dim() > 1 else 0
+        mean, inverse = (source.new_empty(channels, dtype=dtype) for _each in range(2))
         made = source.clone()
         if weight is not None:
             made = made * weight[0]

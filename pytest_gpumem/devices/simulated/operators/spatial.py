@@ -56,25 +56,28 @@ _ADDED_ATOMICALLY = {
 
 
 def _dense(func: Any) -> Any:
-    """Make the result contiguous, as on a card; the CPU keeps the operand's layout.
-
-    A card has kernels for integers as well, whose values are placed here.
-    """
+    """Make the result contiguous, as on a card; the CPU keeps the operand's layout."""
     if func._overloadname != "default":
+        return None
+    return lambda *args, **options: func(*args, **options).contiguous()
+
+
+def _unpooled(func: Any) -> Any:
+    """Do the same for ``max_unpool``; a card has kernels for integers as well."""
+    dense = _dense(func)
+    if dense is None:
         return None
 
     def compute(
-        source: torch.Tensor, places: torch.Tensor, *args: Any, **options: Any
+        source: torch.Tensor, places: torch.Tensor, size: Any, *args: Any
     ) -> torch.Tensor:
         made: torch.Tensor
         if source.dtype not in INTEGERS - {torch.bool}:
-            made = func(source, places, *args, **options)
-            return made.contiguous()
+            made = dense(source, places, size, *args)
+            return made
         # The shape, and what is wrong with the arguments.
-        made = func(source.double(), places, *args, **options).to(source.dtype)
-        dims = len(args[0])
-        rows = (*source.shape[:-dims], -1)
-        made = made.contiguous().zero_()
+        made = dense(source.double(), places, size, *args).to(source.dtype).zero_()
+        rows = (*source.shape[: -len(size)], -1)
         made.view(rows).scatter_(-1, places.reshape(rows), source.reshape(rows))
         return made
 
@@ -241,7 +244,7 @@ def _in_a_row(call: Call) -> Iterator[RequestStep]:
 register(
     "max_unpool2d max_unpool3d",
     requests=_in_a_row,
-    compute=_dense,
+    compute=_unpooled,
     source="cuda/MaxUnpooling.cu, max_unpooling2d_forward_out_cuda",
 )
 
