@@ -202,6 +202,7 @@ print(make_checkpoint("bert-tiny", progress=lambda text: print(text.split()[0]))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_build_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

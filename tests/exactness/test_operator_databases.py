@@ -29,9 +29,6 @@ from pytest_gpumem.devices.simulated.install import simulated_device
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-#: The databases are imported once.
-pytestmark = pytest.mark.xdist_group("databases")
-
 
 @pytest.fixture(autouse=True)
 def _card() -> Iterator[None]:

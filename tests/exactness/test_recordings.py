@@ -41,9 +41,6 @@ def _kind(path: Path) -> str:
 
 FROM_CARDS = [path for path in FILES if _kind(path) == "recording"]
 
-# They share a recording.
-pytestmark = pytest.mark.xdist_group("recordings")
-
 
 def test_every_file_is_held_to() -> None:
     """No file lies here that no test reads."""

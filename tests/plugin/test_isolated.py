@@ -92,6 +92,7 @@ def test_a_test_is_alone_in_its_process(pytester: pytest.Pytester) -> None:
     assert not list(pytester.path.glob("isolated*"))
 
 
+@pytest.mark.slow
 def test_a_module_that_only_it_uses_next_is_torn_down(
     pytester: pytest.Pytester,
 ) -> None:
@@ -121,6 +122,7 @@ def test_a_module_that_only_it_uses_next_is_torn_down(
     result.stdout.fnmatch_lines(["E*ValueError: the end of a"])
 
 
+@pytest.mark.slow
 def test_rules_skips_and_properties_are_seen(pytester: pytest.Pytester) -> None:
     """A rule that is reached only there was reached; a property may have any value."""
     pytester.makepyfile(

@@ -64,7 +64,7 @@ TESTS = '''
 '''
 
 
-@pytest.mark.parametrize("way", each_way("both"))
+@pytest.mark.parametrize("way", each_way())
 def test_every_kind_of_test_is_held_to_its_limit(
     way: str, pytester: pytest.Pytester
 ) -> None:
