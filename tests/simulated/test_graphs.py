@@ -302,6 +302,30 @@ def test_an_empty_graph_is_warned_of() -> None:
         captured(lambda: None)
 
 
+def test_indices_are_captured_and_masks_end_a_capture() -> None:
+    """The elements that a mask chooses are counted first, and the host waits for that."""
+    source = torch.arange(4.0, device="cuda")
+    rows, mask = torch.tensor([2, 0], device="cuda"), source > 1
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chosen = source[rows]
+        filled = source.clone()
+        filled[mask] = 7.0
+        filled[rows[1:]] = 5.0
+    source.add_(1)
+    graph.replay()
+
+    assert chosen.tolist() == [3.0, 1.0]
+    assert filled.tolist() == [5.0, 2.0, 7.0, 7.0]
+    for use in (
+        lambda: source[mask],
+        lambda: source.index_put_((mask,), source[:1]),
+        lambda: torch.nn.functional.one_hot(rows),
+    ):
+        with pytest.raises(torch.AcceleratorError, match="captur"):
+            captured(use)
+
+
 def test_nothing_is_kept_outside_of_a_capture() -> None:
     """Operators run as they are before and after one, whether it failed or not."""
     source = torch.zeros(2, device="cuda")

@@ -124,6 +124,7 @@ def test_what_takes_no_argument_answers(name: str) -> None:
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, of old names
+        warnings.filterwarnings("ignore", ".* is a prototype feature ")
         function(*arguments.get(last, ()))
 
     assert len(needed) == len(arguments.get(last, ()))
@@ -283,6 +284,69 @@ def test_old_constructors_take_what_they_take_on_the_host() -> None:
     """``Tensor.new`` and typed tensors: sizes, data, a tensor or a storage."""
     assert _made("cpu") == _made("cuda")
     assert cuda.FloatTensor(2).new(3, device="cuda:1").get_device() == 1
+
+
+@pytest.mark.usefixtures("machine")
+def test_waits_for_a_card_can_be_shown() -> None:
+    """``torch.cuda.set_sync_debug_mode``: what waits warns or raises, nothing else does.
+
+    Source of what waits: what torch 2.13 does on the substitute runtime, and
+    ``memcpy_and_sync`` and ``stream_synchronize`` in ``c10/cuda/CUDAFunctions.h``.
+    """
+    x = torch.ones(4, device="cuda")
+    rows, mask = torch.tensor([0, 1], device="cuda"), x > 0
+    pinned = torch.ones(4).pin_memory()
+    waits: dict[str, Callable[[], Any]] = {
+        "item": x[0].item,
+        "bool": lambda: bool(mask[0]),
+        "cpu": x.cpu,
+        "to": lambda: torch.ones(4).to("cuda"),
+        "pinned, blocking": lambda: pinned.to("cuda"),
+        "copy_": lambda: x.clone().copy_(torch.ones(4)),
+        "tensor": lambda: torch.tensor([1.0], device="cuda"),
+        "nonzero": x.nonzero,
+        "mask": lambda: x[mask],
+        "assignment by a mask": lambda: x.clone().__setitem__(mask, x),
+        "unique": x.unique,
+        "bincount": rows.bincount,
+        "one_hot": lambda: torch.nn.functional.one_hot(rows),
+        "a stream": torch.cuda.current_stream().synchronize,
+    }
+    goes_on: dict[str, Callable[[], Any]] = {
+        "product": lambda: x * x,
+        "index": lambda: x[rows],
+        "a number by a mask": lambda: x.clone().__setitem__(mask, 0.0),
+        "a device": torch.cuda.synchronize,
+        "not blocking": lambda: pinned.to("cuda", non_blocking=True),
+        "one_hot of a number": lambda: torch.nn.functional.one_hot(rows, 3),
+        "query": torch.cuda.current_stream().query,
+    }
+    text = "called a synchronizing CUDA operation"
+
+    def set_mode(mode: int | str) -> None:
+        with warnings.catch_warnings():  # torch's own, once in a process
+            warnings.filterwarnings("ignore", ".* is a prototype feature ")
+            torch.cuda.set_sync_debug_mode(mode)
+
+    set_mode("warn")
+    assert torch.cuda.get_sync_debug_mode() == 1
+    for name, call in waits.items():
+        with pytest.warns(UserWarning, match=text) as caught:
+            call()
+        assert caught, name
+    with pytest.warns(UserWarning, match=text) as caught:
+        x.cpu()
+    assert caught[0].filename == __file__
+    set_mode("error")
+    for name, call in waits.items():
+        with pytest.raises(RuntimeError) as raised:
+            call()
+        assert text == str(raised.value), name
+    for call in goes_on.values():
+        call()
+    set_mode(0)
+    for call in waits.values():
+        call()
 
 
 @pytest.mark.usefixtures("machine")

@@ -25,12 +25,14 @@ from pytest_gpumem.devices.simulated.machine import current_machine
 from pytest_gpumem.devices.simulated.rng import GENERATOR
 from pytest_gpumem.devices.simulated.tape import Recorder, Tape, bytes_of, living
 from pytest_gpumem.devices.simulated.tensor import HANDLERS, SimulatedTensor
+from pytest_gpumem.devices.simulated.warned import warn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
     from pytest_gpumem.devices.simulated.card import SimulatedCard
+    from pytest_gpumem.devices.simulated.machine import SimulatedMachine
     from pytest_gpumem.devices.simulated.rng import CardGenerator
     from pytest_gpumem.devices.simulated.tensor import Handler
 
@@ -46,10 +48,16 @@ _NOT_PINNED: Final = (
     "tensor is pinned. Please use tensor.pin_memory() or allocate the tensor with "
     "pin_memory=True."
 )
+_WAITS: Final = "called a synchronizing CUDA operation"
 #: Torch's tags of operators for whose results, or sizes of results, the host waits.
 _WAITING: Final = (
     torch.Tag.data_dependent_output,
     torch.Tag.dynamic_output_shape,
+)
+#: Operators that first count the elements that a mask chooses, if an index is one.
+#: Source: ``expandTensors``, ``aten/src/ATen/native/IndexingUtils.h``.
+_INDEXING: Final = frozenset(
+    {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_"}
 )
 
 
@@ -214,6 +222,44 @@ def check_waiting(card: SimulatedCard, stream: int | None = None) -> None:
             capture.refuse()
 
 
+def set_sync_debug_mode(mode: Any) -> None:
+    """Choose what happens when the host waits for a card.
+
+    Args:
+        mode: 0 for nothing, 1 for a warning, 2 for an error.
+
+    Raises:
+        RuntimeError: The mode is none of these (torch's message).
+    """
+    warn(
+        "Synchronization debug mode is a prototype feature and does not yet detect all "
+        "synchronizing operations",
+        once=True,
+    )
+    if not isinstance(mode, int):
+        raise RuntimeError("invalid argument to set_sync_debug_mode")  # noqa: TRY004  # torch's class
+    if mode not in {0, 1, 2}:
+        raise RuntimeError("invalid value of debug_mode, expected one of 0,1,2")
+    machine = current_machine()
+    machine.sync_debug_mode = int(mode)
+    _watch(machine)
+
+
+def note_wait(machine: SimulatedMachine) -> None:
+    """Warn, or raise, because the host waits for a card, if the program asked for it.
+
+    Source: ``warn_or_error_on_sync``, ``c10/cuda/CUDAFunctions.cpp``.
+
+    Raises:
+        RuntimeError: The mode asks for an error (torch's message).
+    """
+    if not machine.sync_debug_mode:
+        return
+    if machine.sync_debug_mode == 2:  # noqa: PLR2004  # torch's number of this mode
+        raise RuntimeError(_WAITS)
+    warn(_WAITS)
+
+
 def check_event(capture: Capture | None) -> None:
     """Refuse to wait for an event that was recorded in a capture.
 
@@ -240,6 +286,8 @@ def check_copy(card: SimulatedCard, host: torch.Tensor | None, *, waits: bool) -
         torch.AcceleratorError: The card captures, the tensor is pinned, and the host waits
             (CUDA's message).
     """
+    if waits:
+        note_wait(card.machine)
     capture = capture_of(card) if card.machine.captures else None
     if capture is None:
         return
@@ -273,39 +321,61 @@ def begin(capture: Capture) -> None:
     """Begin a capture: operators on its streams are recorded from now on."""
     machine = current_machine()
     machine.captures = (*machine.captures, capture)
-    HANDLERS.wrap(_captured)
+    _watch(machine)
 
 
 def forget(capture: Capture) -> None:
     """Stop recording operators for a capture, and undo what they did."""
     machine = current_machine()
     machine.captures = tuple(each for each in machine.captures if each is not capture)
-    if not machine.captures:
-        HANDLERS.wrap(None)
+    _watch(machine)
     capture.undo()
 
 
-def _captured(func: Any, handler: Handler) -> Handler:
-    """Return a handler that records what it computes if its stream is captured."""
-    waits = any(tag in func.tags for tag in _WAITING)
+def _watch(machine: SimulatedMachine) -> None:
+    """Wrap every operator's handler while there is something to know about them."""
+    HANDLERS.wrap(_watched if machine.is_watched else None)
+
+
+def _watched(func: Any, handler: Handler) -> Handler:
+    """Return a handler that knows when the host waits, and records for captures."""
+    may_wait = func.overloadpacket.__name__ in _INDEXING or any(
+        tag in func.tags for tag in _WAITING
+    )
+    crosses: Callable[..., None] | None = _CROSSING.get(func)
+    record = _recorder(func, handler)
+
+    def watched(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        card = _card_in((args, kwargs))
+        if card is None:
+            return handler(args, kwargs)
+        capture = capture_of(card)
+        if capture is not None:
+            capture.check(allocates=not func._schema.is_mutable)
+        if may_wait and _is_waited_for(func, args, kwargs):
+            note_wait(card.machine)
+            if capture is not None:
+                capture.refuse()
+        if crosses is not None:
+            crosses(card, args, kwargs)
+        if capture is None:
+            return handler(args, kwargs)
+        return record(capture, args, kwargs)
+
+    return watched
+
+
+def _recorder(func: Any, handler: Handler) -> Callable[[Capture, Any, Any], Any]:
+    """Return a function that runs an operator, and records it for a capture."""
     is_view = all(
         each.alias_info is not None and not each.alias_info.is_write
         for each in func._schema.returns
     )
     draws = torch.Tag.nondeterministic_seeded in func.tags
-    crosses: Callable[..., None] | None = _CROSSING.get(func)
     written = _written(func)
 
-    def capturing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        card = _card_in((args, kwargs))
-        capture = None if card is None else capture_of(card)
-        if card is None or capture is None:
-            return handler(args, kwargs)
-        capture.check(allocates=not func._schema.is_mutable)
-        if waits and not _is_known(func, args):
-            capture.refuse()
-        if crosses is not None:
-            crosses(card, args, kwargs)
+    def record(capture: Capture, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        card = capture.card
         if draws:
             capture.check_generator(args, kwargs)
         if not is_view:
@@ -317,7 +387,7 @@ def _captured(func: Any, handler: Handler) -> Handler:
         with _recording(capture):
             return handler(args, kwargs)
 
-    return capturing
+    return record
 
 
 def _written(func: Any) -> list[tuple[int, str]]:
@@ -332,9 +402,40 @@ def _written(func: Any) -> list[tuple[int, str]]:
     ]
 
 
-def _is_known(func: Any, args: tuple[Any, ...]) -> bool:
-    """Return whether the host knows a result without waiting: a tensor equals itself."""
-    return func is torch.ops.aten.equal.default and args[0] is args[1]
+def _is_waited_for(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether the host waits for an operator's result, or for its size."""
+    name = func.overloadpacket.__name__
+    if name in _INDEXING:
+        indices = args[1] if len(args) > 1 else kwargs["indices"]
+        masks = [each for each in indices if each is not None and _is_mask(each)]
+        return bool(masks) and not _fills(name, args, kwargs, masks)
+    if func is torch.ops.aten.equal.default and args[0] is args[1]:
+        return False  # a tensor equals itself
+    return any(tag in func.tags for tag in _WAITING)
+
+
+def _is_mask(index: torch.Tensor) -> bool:
+    return index.dtype in {torch.bool, torch.uint8}
+
+
+def _fills(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], masks: list[torch.Tensor]
+) -> bool:
+    """Return whether one number of the host is assigned by a mask, and nothing counted.
+
+    Source: ``canDispatchToMaskedFill``, ``aten/src/ATen/native/TensorAdvancedIndexing.cpp``.
+    """
+    if name in {"index", "_unsafe_index"}:
+        return False
+    values = args[2] if len(args) > 2 else kwargs["values"]  # noqa: PLR2004  # the position of the argument
+    indices = args[1] if len(args) > 1 else kwargs["indices"]
+    others = [each for each in indices if each is not None]
+    return (
+        len(masks) == len(others) == 1
+        and masks[0].is_cuda
+        and values.is_cpu
+        and values.numel() == 1
+    )
 
 
 def _card_in(value: Any) -> SimulatedCard | None:

@@ -110,7 +110,14 @@ class SimulatedMachine:
         self.registered: Final[dict[int, int]] = {}
         #: The graph captures in progress.
         self.captures: tuple[Capture, ...] = ()
+        #: What happens when the host waits for a card: 0 nothing, 1 a warning, 2 an error.
+        self.sync_debug_mode = 0
         self._local = threading.local()
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether a program wants to know, or may not do, that the host waits for a card."""
+        return bool(self.captures) or self.sync_debug_mode != 0
 
     @property
     def cards(self) -> tuple[SimulatedCard, ...]:

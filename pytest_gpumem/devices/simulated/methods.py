@@ -155,7 +155,7 @@ def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         refuse("a lazy module's parameter")
     if on_card and goal == self.device:
         return _to_dtype(self, options)
-    if "cpu" in (goal.type, self.device.type) and current_machine().captures:
+    if "cpu" in (goal.type, self.device.type) and current_machine().is_watched:
         host = None if on_card else self
         check_copy(card_of((target or self.device).index), host, waits=options["waits"])
     return moved(

@@ -17,6 +17,7 @@ from pytest_gpumem.devices.simulated.capture import (
     capture_of,
     check_event,
     check_waiting,
+    note_wait,
 )
 from pytest_gpumem.devices.simulated.machine import card_of, current_machine
 from pytest_gpumem.devices.simulated.tensor import DEVICES
@@ -114,7 +115,7 @@ class Stream:
         Raises:
             torch.AcceleratorError: The stream is being captured (CUDA's message).
         """
-        self.synchronize()
+        check_waiting(card_of(self.device_index), self.stream_id)
         return True
 
     def synchronize(self) -> None:
@@ -122,8 +123,11 @@ class Stream:
 
         Raises:
             torch.AcceleratorError: The stream is being captured (CUDA's message).
+            RuntimeError: ``torch.cuda.set_sync_debug_mode`` asks for an error.
         """
-        check_waiting(card_of(self.device_index), self.stream_id)
+        card = card_of(self.device_index)
+        note_wait(card.machine)
+        check_waiting(card, self.stream_id)
 
     def is_capturing(self) -> bool:
         """Return whether a CUDA graph is being captured on this stream."""

@@ -16,7 +16,7 @@ from pytest_gpumem.allocator.pools import DEFAULT
 from pytest_gpumem.allocator.snapshot import snapshot
 from pytest_gpumem.allocator.stats import PRIVATE
 from pytest_gpumem.devices.simulated import rng
-from pytest_gpumem.devices.simulated.capture import check_waiting
+from pytest_gpumem.devices.simulated.capture import check_waiting, set_sync_debug_mode
 from pytest_gpumem.devices.simulated.comm import C_COLLECTIVES
 from pytest_gpumem.devices.simulated.distributed.one_process import C_NCCL
 from pytest_gpumem.devices.simulated.graphs import C_GRAPHS
@@ -392,8 +392,8 @@ C_FUNCTIONS: Final[dict[str, Any]] = {
     "_cuda_cudaCachingAllocator_raw_delete": raw_delete,
     "_cuda_getArchFlags": _arch_flags,
     "_cuda_canDeviceAccessPeer": lambda _device, _peer: True,
-    "_cuda_get_sync_debug_mode": lambda: 0,
-    "_cuda_set_sync_debug_mode": _nothing,
+    "_cuda_get_sync_debug_mode": lambda: current_machine().sync_debug_mode,
+    "_cuda_set_sync_debug_mode": set_sync_debug_mode,
     "_cuda_attach_out_of_memory_observer": _observe_ooms,
     "_cuda_clearCublasWorkspaces": _clear_workspaces,
     "_cuda_record_memory_history": _record_history,

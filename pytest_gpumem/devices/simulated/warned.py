@@ -7,13 +7,16 @@ warn use this module.
 
 from __future__ import annotations
 
+import sys
 import warnings
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 _T = TypeVar("_T")
+_OWN: Final = "pytest_gpumem."
+_given: Final[set[str]] = set()
 
 
 def relayed(call: Callable[[], _T], depth: int = 0) -> _T:
@@ -29,3 +32,26 @@ def relayed(call: Callable[[], _T], depth: int = 0) -> _T:
     for each in caught:
         warnings.warn(each.message, each.category, stacklevel=3 + depth)
     return result
+
+
+def warn(text: str, *, once: bool = False) -> None:
+    """Warn at the innermost line that is not of this package, as C++ does.
+
+    Args:
+        text: The warning.
+        once: Whether a process gives this warning only once: ``TORCH_WARN_ONCE``.
+    """
+    if once and text in _given:
+        return
+    _given.add(text)
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith(_OWN):
+        frame = frame.f_back
+    warnings.warn_explicit(
+        text,
+        UserWarning,
+        frame.f_code.co_filename,
+        frame.f_lineno,
+        frame.f_globals.get("__name__"),
+        frame.f_globals.setdefault("__warningregistry__", {}),
+    )

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pytest_gpumem.devices.simulated.operators.checks import Operand
+    from pytest_gpumem.devices.simulated.operators.registry import Kernel
     from pytest_gpumem.devices.simulated.operators.requests import Call, RequestStep
     from pytest_gpumem.devices.simulated.tensor import Handler
 
@@ -305,11 +306,31 @@ register(
 
 
 register(
-    "combinations one_hot",
+    "combinations",
     composed=on_host,
     in_slices=True,
-    source="Itertools.cpp and Onehot.cpp: helpers by tensor.options()",
+    source="Itertools.cpp: helpers by tensor.options()",
 )
+
+
+def _one_hot(func: Any) -> Kernel:
+    """Run ``one_hot``; a kernel asserts that the classes are within bounds."""
+    as_on_host = on_host(func)
+
+    def kernel(classes: torch.Tensor, num_classes: int = -1) -> Any:
+        if classes.dtype != torch.int64 or not classes.numel():
+            return as_on_host(classes, num_classes)  # C++ checks these first
+        if num_classes == -1:
+            num_classes = int(classes.max().item()) + 1
+        elif num_classes < 1:
+            raise RuntimeError("num_classes should be positive")
+        zeros = classes.new_zeros((*classes.shape, num_classes))
+        return zeros.scatter_(-1, classes.unsqueeze(-1), 1)
+
+    return kernel
+
+
+register("one_hot", composed=_one_hot, in_slices=True, source="Onehot.cpp, one_hot")
 
 
 def _narrow_copy(
