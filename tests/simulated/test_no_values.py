@@ -73,7 +73,9 @@ def test_a_tensor_without_values_is_one_of_the_card() -> None:
     assert not tensor.is_meta
     assert "cuda:0" == str(tensor.device)
     assert "tensor(<no values kept>, device='cuda:0', size=(3, 4))" == repr(tensor)
-    assert "cuda:1" == str(tensor.to("cuda:1").device)
+    other = tensor.to("cuda:1")
+    assert "cuda:1" == str(other.device)
+    assert 0 != tensor.data_ptr() != other.data_ptr()
     assert tensor.data_ptr() != copy.deepcopy(tensor).data_ptr()
     assert tensor.data_ptr() + 16 == view.data_ptr()
     assert tensor.untyped_storage().data_ptr() == view.untyped_storage().data_ptr()

@@ -194,18 +194,11 @@ DIFFERENCES: Final = (
         ways="forward; gradient",
     ),
     Difference(
-        "nn_functional_scaled_dot_product_attention",
-        CLOSE,
-        "a card's kernel for a mask that learns; the CPU composes it of others",
-        ways="gradient",
-        types="float32",
-    ),
-    Difference(
         "matmul __rmatmul__",
         CLOSE,
         "where one batch is for all, C++ makes one product (`mm`) of a subclass of tensors, "
         "and many (`bmm`) of others: `isTensorSubclassLike` in `LinearAlgebra.cpp`",
-        types="complex64",
+        types="complex64 float32",
     ),
     Difference(
         "matmul",
@@ -244,7 +237,7 @@ DIFFERENCES: Final = (
         types="float32",
     ),
     Difference(
-        "ASGD Adam AdamW Adamax NAdam RMSprop",
+        "ASGD Adam AdamW Adamax NAdam RAdam RMSprop",
         CLOSE,
         "`capturable=True` is a card's alone and computes with steps as tensors; compared "
         "with `capturable=False`",

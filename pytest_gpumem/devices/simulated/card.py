@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from pytest_gpumem.cards import Card, Gpu
     from pytest_gpumem.devices.simulated.machine import SimulatedMachine
 
+#: Each card has addresses of its own, as in CUDA, and none is 0. Those of the simulated
+#: driver begin with 0 on each card, and have fewer bits.
+_BITS_OF_AN_ADDRESS: Final = 48
+
 
 class SimulatedCard:
     """One card: its driver, its caching allocator and the lock around them.
@@ -130,6 +134,10 @@ class SimulatedCard:
         """Discard the parent's lock and context in a forked child."""
         self._lock = threading.Lock()
         self.driver.has_context = False
+
+    def address_of(self, block: Block) -> int:
+        """Return the address of a block for programs: of this card alone, and never 0."""
+        return block.address + (self.number + 1 << _BITS_OF_AN_ADDRESS)
 
     @contextmanager
     def locked(self) -> Iterator[CachingAllocator]:

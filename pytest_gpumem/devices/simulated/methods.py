@@ -402,7 +402,8 @@ def _data_ptr(self: SimulatedTensor) -> int:
     memory = memory_of(self._gpumem_value.untyped_storage())
     if memory is None or memory.block is None:
         return 0
-    return memory.block.address + int(self.storage_offset()) * self.element_size()
+    offset = int(self.storage_offset()) * self.element_size()
+    return memory.card.address_of(memory.block) + offset
 
 
 #: ``kDLCUDA``. Source: ``dlpack.h``.

@@ -10,15 +10,9 @@ Source: ``raw_alloc_with_stream``, ``free`` and ``enable`` of
 
 from __future__ import annotations
 
-from typing import Final
-
 from pytest_gpumem.devices.simulated.machine import card_of, current_machine
 from pytest_gpumem.devices.simulated.memory import allocate_aside
 from pytest_gpumem.devices.simulated.refusals import refuse
-
-#: Each card has addresses of its own, as in CUDA, and none is 0. Those of the simulated
-#: driver begin with 0 on each card, and have fewer bits.
-_BITS_OF_AN_ADDRESS: Final = 48
 
 
 def raw_alloc(nbytes: int, stream: int) -> int:
@@ -31,7 +25,7 @@ def raw_alloc(nbytes: int, stream: int) -> int:
         return 0
     card = card_of(None)
     block = allocate_aside(card, nbytes, stream)
-    address = block.address + (card.number + 1 << _BITS_OF_AN_ADDRESS)
+    address = card.address_of(block)
     current_machine().raw_blocks[address] = (card, block)
     return address
 
