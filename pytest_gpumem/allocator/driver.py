@@ -34,6 +34,7 @@ class Driver:
         context_bytes: Bytes that this process's context takes when it is created.
         address_policy: ``"firstfit"`` takes the lowest free address range; ``"down"``
             takes a lower address each time and never reuses an address.
+        first_address: Where the card's addresses begin.
 
     Attributes:
         used_bytes: Bytes that this process holds, without its context.
@@ -57,6 +58,7 @@ class Driver:
         other_bytes: int = 0,
         context_bytes: int = 0,
         address_policy: str = "firstfit",
+        first_address: int = 0,
     ) -> None:
         if address_policy not in ("firstfit", "down"):
             raise ValueError(
@@ -77,8 +79,8 @@ class Driver:
         # Free address ranges [start, end) below the frontier, sorted by start.
         self._gaps: list[tuple[int, int]] = []
         self._descends = address_policy == "down"
-        self._frontier = 2**43 if self._descends else 0
-        self._virtual_frontier = VIRTUAL_BASE
+        self._frontier = first_address + (2**43 if self._descends else 0)
+        self._virtual_frontier = first_address + VIRTUAL_BASE
 
     @property
     def free_bytes(self) -> int:

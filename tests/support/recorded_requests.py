@@ -267,6 +267,11 @@ def _beside(name: str, requests: list[int], here: list[int]) -> str:
     return f"{name} at {first}: {requests[start:end]} here {here[start:end]}"
 
 
+#: Operators whose gradients are independent of each other. Autograd's engine takes nodes
+#: of equal rank in an order that differs from process to process, also on the substitute.
+_IN_ANY_ORDER: Final = ("meshgrid.",)
+
+
 def compare_groups(
     room: str, recorded: Recorded, wanted: Callable[[str], bool] = lambda _name: True
 ) -> Iterator[tuple[str, Comparison]]:
@@ -302,7 +307,9 @@ def values_of(room: Any, group: str) -> str:
 def _worst(room: Any, group: str, cases: dict[str, Outcome]) -> Comparison:
     here = simulate(room, group, cases)
     missing = Outcome(-1, {})
-    return max(
+    worst = max(
         (compare(each, here.get(name, missing)) for name, each in cases.items()),
         key=lambda each: each.rank,
     )
+    is_same = worst.verdict == "peaks" and group.startswith(_IN_ANY_ORDER)
+    return Comparison("same") if is_same else worst

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from pytest_gpumem.cards import Card, Gpu
     from pytest_gpumem.devices.simulated.machine import SimulatedMachine
 
-#: Each card has addresses of its own, as in CUDA, and none is 0. Those of the simulated
-#: driver begin with 0 on each card, and have fewer bits.
-_BITS_OF_AN_ADDRESS: Final = 48
+#: Each card has addresses of its own, as in CUDA, and none is 0. The driver's addresses
+#: have fewer bits than this.
+_BITS_OF_AN_ADDRESS: Final = 45
 
 
 class SimulatedCard:
@@ -53,6 +53,7 @@ class SimulatedCard:
             card.total_bytes,
             other_bytes=card.host_bytes or 0,
             context_bytes=card.context_bytes,
+            first_address=number + 1 << _BITS_OF_AN_ADDRESS,
         )
         if card.is_integrated and card.host_bytes is None:
             # See Note [Memory that a card shares with the host].
@@ -134,10 +135,6 @@ class SimulatedCard:
         """Discard the parent's lock and context in a forked child."""
         self._lock = threading.Lock()
         self.driver.has_context = False
-
-    def address_of(self, block: Block) -> int:
-        """Return the address of a block for programs: of this card alone, and never 0."""
-        return block.address + (self.number + 1 << _BITS_OF_AN_ADDRESS)
 
     @contextmanager
     def locked(self) -> Iterator[CachingAllocator]:

@@ -402,8 +402,7 @@ def _data_ptr(self: SimulatedTensor) -> int:
     memory = memory_of(self._gpumem_value.untyped_storage())
     if memory is None or memory.block is None:
         return 0
-    offset = int(self.storage_offset()) * self.element_size()
-    return memory.card.address_of(memory.block) + offset
+    return memory.block.address + int(self.storage_offset()) * self.element_size()
 
 
 #: ``kDLCUDA``. Source: ``dlpack.h``.

@@ -25,9 +25,8 @@ def raw_alloc(nbytes: int, stream: int) -> int:
         return 0
     card = card_of(None)
     block = allocate_aside(card, nbytes, stream)
-    address = card.address_of(block)
-    current_machine().raw_blocks[address] = (card, block)
-    return address
+    current_machine().raw_blocks[block.address] = (card, block)
+    return block.address
 
 
 def raw_delete(address: int) -> None:

@@ -140,7 +140,7 @@ def _is_shared(self: torch.UntypedStorage) -> bool:
 def _data_ptr(self: torch.UntypedStorage) -> int:
     memory = memory_of(self)
     if memory is not None and memory.card.value_device == "meta":
-        return 0 if memory.block is None else memory.card.address_of(memory.block)
+        return 0 if memory.block is None else memory.block.address
     pointer: int = _original_data_ptr(self)
     return pointer
 
