@@ -90,6 +90,26 @@ def _keep_global_hooks(kept: frozenset[int]) -> None:
             del table[number]
 
 
+def _autocast_depth() -> int:
+    """Return how many regions of autocast this thread is in.
+
+    torch says it only when the number changes. At the end of the outermost region it
+    deletes the cached casts of weights.
+    """
+    depth = torch.autocast_increment_nesting() - 1
+    torch.autocast_decrement_nesting()
+    return depth
+
+
+def _set_autocast_depth(depth: int) -> None:
+    while _autocast_depth() > depth:
+        torch.autocast_decrement_nesting()
+    while _autocast_depth() < depth:
+        torch.autocast_increment_nesting()
+    if not depth:
+        torch.clear_autocast_cache()
+
+
 def _attribute(name: str) -> _Setting:
     """Return the setting that an attribute of torch holds; ``name`` is its path."""
     owner, _, attribute = name.rpartition(".")
@@ -135,6 +155,13 @@ _SETTINGS: Final = (
         )
         for kind in ("cuda", "cpu")
     ),
+    _Setting(
+        "autocast's cache",
+        torch.is_autocast_cache_enabled,
+        torch.set_autocast_cache_enabled,
+        counts=False,
+    ),
+    _Setting("regions of autocast", _autocast_depth, _set_autocast_depth, counts=False),
     _Setting(
         "the debug mode of deterministic algorithms",
         torch.get_deterministic_debug_mode,

@@ -80,6 +80,19 @@ def test_log_records_are_told_from_what_the_code_has_left(
     assert settle(active_device(), before.nbytes) == (left.nbytes, 0)
 
 
+def test_regions_of_autocast_are_left() -> None:
+    """A region that was never left would keep the casts of weights for good."""
+    defaults = Defaults()
+
+    torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False).__enter__()
+    defaults.restore()
+
+    assert not torch.is_autocast_enabled("cpu")
+    assert torch.is_autocast_cache_enabled()
+    assert torch.autocast_increment_nesting() == 1
+    assert torch.autocast_decrement_nesting() == 0
+
+
 def test_random_states_are_put_back() -> None:
     """Of Python, numpy, the host and the card."""
 
