@@ -78,8 +78,10 @@ def survey(device: Device, index: int, frame: FrameType | None) -> Survey:
     for each in optimizers:
         names.of_optimizer(each)
     del every, modules, optimizers
+    # Of equal sizes, by name: the order of living objects is that of collections.
     ranked = sorted(
-        tensors.items(), key=lambda pair: -pair[1].untyped_storage().nbytes()
+        tensors.items(),
+        key=lambda pair: (-pair[1].untyped_storage().nbytes(), names.owner(*pair)),
     )
     return Survey(
         tuple(
