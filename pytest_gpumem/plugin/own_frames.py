@@ -7,7 +7,10 @@ leaves out a frame with ``__tracebackhide__`` among its local or its global name
 
 from __future__ import annotations
 
+import traceback
 from typing import TYPE_CHECKING, Final
+
+from pytest_gpumem.stacks import errors_behind
 
 if TYPE_CHECKING:
     import pytest
@@ -24,20 +27,11 @@ _MISTAKES: Final = (AssertionError, AttributeError, KeyError, NameError)
 
 def hide(error: BaseException) -> None:
     """Mark the modules of this package in the traceback of an error, and of its causes."""
-    seen: set[int] = set()
-    pending = [error]
-    while pending:
-        each = pending.pop()
-        if id(each) in seen:
-            continue
-        seen.add(id(each))
-        pending += [e for e in (each.__cause__, each.__context__) if e is not None]
-        traceback = each.__traceback__
-        while traceback is not None:
-            names = traceback.tb_frame.f_globals
+    for each in errors_behind(error):
+        for frame, _line in traceback.walk_tb(each.__traceback__):
+            names = frame.f_globals
             if str(names.get("__name__")).startswith(_PACKAGES):
                 names["__tracebackhide__"] = _is_hidden
-            traceback = traceback.tb_next
 
 
 def _is_hidden(raised: pytest.ExceptionInfo[BaseException] | None) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -96,6 +96,19 @@ LIGHTNING: Final = (
     "utilities/test_all_gather_grad.py",
     "utilities/test_combined_loader.py",
     "utilities/test_dtype_device_mixin.py",
+)
+
+#: Lightning's own scripts run two kinds apart, too: tests for cards, in one process, and
+#: tests that start their command again for each rank.
+_LIGHTNING_CUDA: Final = Suite(
+    "Lightning, CUDA tests",
+    "pytorch-lightning",
+    "2.6.2",
+    LIGHTNING,
+    is_released=False,
+    folder="tests/tests_pytorch",
+    paths=("tests", "src"),
+    environment={"RUN_ONLY_CUDA_TESTS": "1"},
 )
 
 SUITES: Final = (
@@ -227,26 +240,10 @@ SUITES: Final = (
         paths=(".", "src"),
         keyword="Parallel or parallelism",
     ),
-    # Its own scripts run these two kinds apart, too: tests for cards, in one process, and
-    # tests that start their command again for each rank.
-    Suite(
-        "Lightning, CUDA tests",
-        "pytorch-lightning",
-        "2.6.2",
-        LIGHTNING,
-        is_released=False,
-        folder="tests/tests_pytorch",
-        paths=("tests", "src"),
-        environment={"RUN_ONLY_CUDA_TESTS": "1"},
-    ),
-    Suite(
-        "Lightning, standalone tests",
-        "pytorch-lightning",
-        "2.6.2",
-        LIGHTNING,
-        is_released=False,
-        folder="tests/tests_pytorch",
-        paths=("tests", "src"),
+    _LIGHTNING_CUDA,
+    replace(
+        _LIGHTNING_CUDA,
+        name="Lightning, standalone tests",
         # torch 2.13 deprecates what this release of Lightning calls.
         ignores="ignore:torch.distributed.nn.functional.all_gather is:FutureWarning",
         environment={"PL_RUN_STANDALONE_TESTS": "1"},

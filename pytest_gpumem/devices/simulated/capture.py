@@ -28,7 +28,7 @@ from pytest_gpumem.devices.simulated.tensor import HANDLERS, SimulatedTensor
 from pytest_gpumem.devices.simulated.warned import warn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
 
     from pytest_gpumem.devices.simulated.card import SimulatedCard
@@ -59,6 +59,7 @@ _WAITING: Final = (
 _INDEXING: Final = frozenset(
     {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_"}
 )
+_MASKS: Final = frozenset({torch.bool, torch.uint8})
 
 
 class Capture:
@@ -404,38 +405,28 @@ def _written(func: Any) -> list[tuple[int, str]]:
 
 def _is_waited_for(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Return whether the host waits for an operator's result, or for its size."""
-    name = func.overloadpacket.__name__
-    if name in _INDEXING:
-        indices = args[1] if len(args) > 1 else kwargs["indices"]
-        masks = [each for each in indices if each is not None and _is_mask(each)]
-        return bool(masks) and not _fills(name, args, kwargs, masks)
+    if func.overloadpacket.__name__ in _INDEXING:
+        return _is_counted(*args[1:3], **kwargs)
     if func is torch.ops.aten.equal.default and args[0] is args[1]:
         return False  # a tensor equals itself
     return any(tag in func.tags for tag in _WAITING)
 
 
-def _is_mask(index: torch.Tensor) -> bool:
-    return index.dtype in {torch.bool, torch.uint8}
-
-
-def _fills(
-    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], masks: list[torch.Tensor]
+def _is_counted(
+    indices: Sequence[torch.Tensor | None],
+    values: torch.Tensor | None = None,
+    **_options: Any,
 ) -> bool:
-    """Return whether one number of the host is assigned by a mask, and nothing counted.
+    """Return whether the elements that a mask chooses are counted first.
 
-    Source: ``canDispatchToMaskedFill``, ``aten/src/ATen/native/TensorAdvancedIndexing.cpp``.
+    They are not if one number of the host is assigned by one mask on the card. Source:
+    ``canDispatchToMaskedFill``, ``aten/src/ATen/native/TensorAdvancedIndexing.cpp``.
     """
-    if name in {"index", "_unsafe_index"}:
+    given = [each for each in indices if each is not None]
+    if not any(each.dtype in _MASKS for each in given):
         return False
-    values = args[2] if len(args) > 2 else kwargs["values"]  # noqa: PLR2004  # the position of the argument
-    indices = args[1] if len(args) > 1 else kwargs["indices"]
-    others = [each for each in indices if each is not None]
-    return (
-        len(masks) == len(others) == 1
-        and masks[0].is_cuda
-        and values.is_cpu
-        and values.numel() == 1
-    )
+    is_number = values is not None and values.is_cpu and values.numel() == 1
+    return not (is_number and len(given) == 1 and given[0].is_cuda)
 
 
 def _card_in(value: Any) -> SimulatedCard | None:

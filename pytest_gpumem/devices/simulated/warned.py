@@ -7,9 +7,10 @@ warn use this module.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from typing import TYPE_CHECKING, Final, TypeVar
+
+from pytest_gpumem.stacks import calling_frame, frames_from
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,9 +45,11 @@ def warn(text: str, *, once: bool = False) -> None:
     if once and text in _given:
         return
     _given.add(text)
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals["__name__"].startswith(_OWN):
-        frame = frame.f_back
+    frame = next(
+        each
+        for each in frames_from(calling_frame())
+        if not each.f_globals["__name__"].startswith(_OWN)
+    )
     warnings.warn_explicit(
         text,
         UserWarning,

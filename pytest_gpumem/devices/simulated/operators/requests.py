@@ -242,13 +242,13 @@ class Call:
     @property
     def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The operands of a product: the last two tensors, which is faster than by name."""
-        tensors = [each for each in self._args if isinstance(each, torch.Tensor)]
+        tensors = self.tensors
         return tensors[-2], tensors[-1]
 
     @property
-    def operands(self) -> Sequence[Any]:
-        """The positional arguments."""
-        return self._args
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensors among the positional arguments."""
+        return [each for each in self._args if isinstance(each, torch.Tensor)]
 
     @property
     def name(self) -> str:
@@ -280,8 +280,7 @@ class Call:
 
 def workspaces(call: Call) -> tuple[Workspace, ...]:
     """Return the request of a product for its workspace; without numbers there is none."""
-    tensors = [each for each in call.operands if isinstance(each, torch.Tensor)]
-    if not all(each is None or each.numel() for each in (*tensors, *call.results)):
+    if not all(each is None or each.numel() for each in (*call.tensors, *call.results)):
         return ()
     return (Workspace(of_lt=_is_of_lt(call)),)
 
