@@ -15,7 +15,6 @@ from pytest_gpumem.instruments.fallback import (
     CONTROL,
     FAULTS,
     FallbackReport,
-    FallbackRun,
     check_fallback,
 )
 from pytest_gpumem.instruments.loads import CANNOT_RUN, HALF_MOVED, OUTPUT, model_in
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pytest_gpumem.devices import Device
+    from pytest_gpumem.records.record import FallbackStep
 
 _WORDS: Final = 400
 
@@ -150,7 +150,7 @@ def _cause(rule: str) -> str:
     return "control" if parsed.flavour == NOT_OOM else mode_of(parsed)
 
 
-def _of_step(step: FallbackRun) -> _Run:
+def _of_step(step: FallbackStep) -> _Run:
     cause = "whole" if step.budget_bytes is None else "budget"
     return _Run(
         cause if step.fault is None else _cause(step.fault),
@@ -162,7 +162,7 @@ def _of_step(step: FallbackRun) -> _Run:
     )
 
 
-def _end(step: FallbackRun) -> str:
+def _end(step: FallbackStep) -> str:
     """Return a short text: where a step ended, or its problem if it has one."""
     if step.rung.startswith("raised") or not step.problems:
         return step.rung

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem.instruments.loads import WORDS, Loader, is_no_oom
+from pytest_gpumem.records.record import FallbackStep
 from pytest_gpumem.records.staircase import staircase_table
 from pytest_gpumem.rules.parser import parse_rule
 from pytest_gpumem.sizes import format_size, parse_size
@@ -30,39 +31,6 @@ _SMALLEST: Final = 2 * _MIB
 
 
 @dataclass(frozen=True, slots=True)
-class FallbackRun:
-    """The result of one run of the loader.
-
-    Attributes:
-        budget_bytes: The budget; None means the whole card.
-        fault: The injection rule; None if there is none.
-        rung: Where the model ended, for example ``"cuda:0 float16"``; if the loader
-            raised, the error.
-        num_ooms: The number of failed allocations: how often the loader had to retry.
-        peak_reserved_bytes: The reserved peak of load and run together.
-        left_bytes: Bytes on the card that do not belong to the model.
-        holders: What holds the bytes that are left, and which reference cycles held more
-            bytes until a garbage collection.
-        problems: What is wrong, one sentence each.
-    """
-
-    budget_bytes: int | None
-    fault: str | None
-    rung: str
-    num_ooms: int
-    peak_reserved_bytes: int
-    left_bytes: int
-    holders: tuple[str, ...]
-    problems: tuple[str, ...]
-
-    @property
-    def cause(self) -> str:
-        """The budget or the fault, in words."""
-        budget = self.budget_bytes
-        return self.fault or ("whole card" if budget is None else format_size(budget))
-
-
-@dataclass(frozen=True, slots=True)
 class FallbackReport:
     """Every step of a check, beginning with the whole card.
 
@@ -70,16 +38,12 @@ class FallbackReport:
         steps: Budgets first, from the largest, then faults.
     """
 
-    steps: tuple[FallbackRun, ...]
+    steps: tuple[FallbackStep, ...]
 
     @property
     def staircase(self) -> tuple[tuple[int | None, str], ...]:
         """Each budget in bytes (None means the whole card), and the rung it leads to."""
         return tuple((s.budget_bytes, s.rung) for s in self.steps if s.fault is None)
-
-    def to_json(self) -> list[dict[str, Any]]:
-        """Return the steps as values of JSON."""
-        return [{"cause": step.cause, **asdict(step)} for step in self.steps]
 
     def __str__(self) -> str:
         return staircase_table(self.steps)
@@ -112,7 +76,7 @@ def check_fallback(
     expect: Mapping[str | int, str] | None = None,
     model_of: Callable[[Any], Any] | None = None,
     variants: bool = False,
-    progress: Callable[[FallbackRun], None] | None = None,
+    progress: Callable[[FallbackStep], None] | None = None,
     device_index: int = 0,
     device: Device | None = None,
 ) -> FallbackReport:
@@ -159,8 +123,8 @@ def check_fallback(
     )
     told = progress or (lambda _step: None)
     wanted = {parse_size(size): rung for size, rung in (expect or {}).items()}
-    causes = [*faults, *([control] if control and control not in faults else [])]
-    rules = [parse_rule(cause) for cause in causes]
+    every = [*faults, *([control] if control and control not in faults else [])]
+    rules = [parse_rule(fault) for fault in every]
     top = _step(loader, told)
     if budgets is None:
         shares = [int(share * top.peak_reserved_bytes) for share in SHARES]
@@ -168,21 +132,21 @@ def check_fallback(
     sizes = sorted({*map(parse_size, budgets), *wanted}, reverse=True)
     below = [_step(loader, told, size, expected=wanted.get(size)) for size in sizes]
     faulty = [
-        _step(loader, told, cause=cause, rule=rule)
-        for cause, rule in zip(causes, rules, strict=True)
+        _step(loader, told, fault=fault, rule=rule)
+        for fault, rule in zip(every, rules, strict=True)
     ]
     return FallbackReport((top, *below, *faulty))
 
 
 def _step(
     loader: Loader,
-    told: Callable[[FallbackRun], None],
+    told: Callable[[FallbackStep], None],
     budget_bytes: int | None = None,
     *,
-    cause: str | None = None,
+    fault: str | None = None,
     rule: Rule | None = None,
     expected: str | None = None,
-) -> FallbackRun:
+) -> FallbackStep:
     """Load once and judge."""
     done = loader.load(
         *([] if rule is None else [rule]),
@@ -197,9 +161,11 @@ def _step(
         rung = f"raised {done.failure.kind.__name__}"
     if expected is not None and expected not in rung:
         problems.append(f"it ended in {rung!r}, expected was {expected!r}")
-    step = FallbackRun(
+    size = "whole card" if budget_bytes is None else format_size(budget_bytes)
+    step = FallbackStep(
+        fault or size,
         budget_bytes,
-        cause,
+        fault,
         rung,
         done.num_ooms,
         done.figures.peak_reserved_bytes,

@@ -108,13 +108,11 @@ def fallback(request: pytest.FixtureRequest) -> Callable[..., FallbackReport]:
     """
     session_of(request.config).require_device()
     from pytest_gpumem.instruments.fallback import check_fallback
-    from pytest_gpumem.records.record import FallbackStep
 
     def check(load: Callable[[], Any], **options: Any) -> FallbackReport:
         __tracebackhide__ = True
         report = check_fallback(load, **options)
-        steps = [FallbackStep(**each) for each in report.to_json()]
-        record_of(request.node).fallbacks.append(steps)
+        record_of(request.node).fallbacks.append(list(report.steps))
         report.check()
         return report
 

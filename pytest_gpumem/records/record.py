@@ -199,7 +199,21 @@ class Sweep:
 
 @dataclass(frozen=True, slots=True)
 class FallbackStep:
-    """A step of a fallback's check: a budget or a fault, and where the fallback ended."""
+    """One run of the loader in a fallback's check.
+
+    Attributes:
+        cause: The budget or the fault, in words.
+        budget_bytes: The budget; None means the whole card.
+        fault: The injection rule; None if there is none.
+        rung: Where the model ended, for example ``"cuda:0 float16"``; if the loader
+            raised, the error.
+        num_ooms: The number of failed allocations: how often the loader had to retry.
+        peak_reserved_bytes: The reserved peak of load and run together.
+        left_bytes: Bytes on the card that do not belong to the model.
+        holders: What holds the bytes that are left, and which reference cycles held more
+            bytes until a garbage collection.
+        problems: What is wrong, one sentence each.
+    """
 
     cause: str
     budget_bytes: Count | None
@@ -208,8 +222,8 @@ class FallbackStep:
     num_ooms: Count
     peak_reserved_bytes: Count
     left_bytes: int
-    holders: list[str]
-    problems: list[str]
+    holders: tuple[str, ...]
+    problems: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

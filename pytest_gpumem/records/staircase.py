@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from pytest_gpumem.sizes import format_size
 from pytest_gpumem.tables import align
@@ -10,32 +10,10 @@ from pytest_gpumem.tables import align
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-
-class StaircaseStep(Protocol):
-    """A step of a fallback's check; ``records.record.FallbackStep`` is one."""
-
-    @property
-    def cause(self) -> str:
-        """The budget or fault, in words."""
-
-    @property
-    def num_ooms(self) -> int:
-        """Out-of-memory errors."""
-
-    @property
-    def peak_reserved_bytes(self) -> int:
-        """Most bytes held from the driver at once."""
-
-    @property
-    def left_bytes(self) -> int:
-        """Bytes that stay on the card."""
-
-    @property
-    def rung(self) -> str:
-        """Where the fallback ended."""
+    from pytest_gpumem.records.record import FallbackStep
 
 
-def staircase_table(steps: Iterable[StaircaseStep]) -> str:
+def staircase_table(steps: Iterable[FallbackStep]) -> str:
     """Return a line for each step."""
     rows = [("budget or fault", "OOMs", "peak reserved", "left", "rung")]
     rows += [

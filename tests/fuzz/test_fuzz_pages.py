@@ -87,7 +87,7 @@ def a_report(name: str) -> document.Report:
         broken_limit=name,
         incident=name,
         sweeps=[sweep],
-        fallbacks=[[FallbackStep(name, 5, name, name, 1, 5, 5, [name], [name])]],
+        fallbacks=[[FallbackStep(name, 5, name, name, 1, 5, 5, (name,), (name,))]],
         timeline=json.dumps([card]),
     )
     entry = Entry(name, name, {"allocated": 1})

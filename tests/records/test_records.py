@@ -71,7 +71,7 @@ FULL = Record(
     smallest_budget_bytes=8,
     smallest_budget_note="note",
     sweeps=[SWEEP, SWEEP],
-    fallbacks=[[FallbackStep("c", None, "r", "cpu", 1, 5, -1, ["h"], ["p"])]],
+    fallbacks=[[FallbackStep("c", None, "r", "cpu", 1, 5, -1, ("h",), ("p",))]],
     shrunk_batches=[ShrunkBatch("train", 20, 14)],
     timeline="[]",
 )

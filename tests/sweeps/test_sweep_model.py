@@ -452,7 +452,7 @@ def test_coverage_shows_the_worst_sites_first(report: SweepReport) -> None:
 def test_a_staircase_has_a_line_for_each_step() -> None:
     """Nothing counted is a hyphen."""
     steps = [
-        FallbackStep(cause, None, None, rung, num_ooms, reserved, left, [], [])
+        FallbackStep(cause, None, None, rung, num_ooms, reserved, left, (), ())
         for cause, num_ooms, reserved, left, rung in (
             ("whole card", 0, 2**21, 0, "cuda:0"),
             ("2 MiB", 3, 512, 1, "cpu"),
