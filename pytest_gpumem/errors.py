@@ -7,8 +7,8 @@ class GpuMemError(Exception):
     """The base class of pytest-gpumem's own errors."""
 
 
-class SizeError(GpuMemError, ValueError):
-    """A size or budget text cannot be read, or makes no sense.
+class GivenValueError(GpuMemError, ValueError):
+    """A given value makes no sense.
 
     Attributes:
         value: What was given, as given.
@@ -19,16 +19,12 @@ class SizeError(GpuMemError, ValueError):
         self.value = value
 
 
-class CardError(GpuMemError, ValueError):
-    """A card name or a made-up card's description cannot be read.
+class SizeError(GivenValueError):
+    """A size or budget text cannot be read, or makes no sense."""
 
-    Attributes:
-        value: What was given, as given.
-    """
 
-    def __init__(self, message: str, *, value: object) -> None:
-        super().__init__(message)
-        self.value = value
+class CardError(GivenValueError):
+    """A card name or a made-up card's description cannot be read."""
 
 
 class RuleError(GpuMemError, ValueError):
@@ -45,16 +41,8 @@ class RuleError(GpuMemError, ValueError):
         self.position = position
 
 
-class BudgetError(GpuMemError, ValueError):
-    """A budget leaves no room, or asks for more than the card has.
-
-    Attributes:
-        value: The budget in bytes.
-    """
-
-    def __init__(self, message: str, *, value: object) -> None:
-        super().__init__(message)
-        self.value = value
+class BudgetError(GivenValueError):
+    """A budget leaves no room, or asks for more than the card has."""
 
 
 class TenantError(GpuMemError, RuntimeError):
@@ -142,28 +130,12 @@ class GrowthError(GpuMemError, AssertionError):
     """The memory of a loop on the cards grows from step to step."""
 
 
-class PlanError(GpuMemError, ValueError):
-    """A question to the planner makes no sense, or its model cannot do that.
-
-    Attributes:
-        value: What was given, as given.
-    """
-
-    def __init__(self, message: str, *, value: object) -> None:
-        super().__init__(message)
-        self.value = value
+class PlanError(GivenValueError):
+    """A question to the planner makes no sense, or its model cannot do that."""
 
 
-class CheckError(GpuMemError, ValueError):
-    """A loader cannot be found, called, or checked.
-
-    Attributes:
-        value: What was given, as given.
-    """
-
-    def __init__(self, message: str, *, value: object) -> None:
-        super().__init__(message)
-        self.value = value
+class CheckError(GivenValueError):
+    """A loader cannot be found, called, or checked."""
 
 
 class CheckpointError(GpuMemError, RuntimeError):

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from pytest_gpumem.checkpoints.weights import save_shards
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
@@ -51,28 +53,7 @@ def save_hollow(
         OSError: The files cannot be written.
     """
     weights = _weights(model, dtype)
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    filled = 0
-    for name, tensor in weights.items():
-        if shard_bytes and shards[-1] and filled + tensor.nbytes > shard_bytes:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = tensor
-        filled += tensor.nbytes
-    total = sum(tensor.nbytes for tensor in weights.values())
-    if len(shards) == 1:
-        _write(shards[0], folder / "model.safetensors")
-        return total
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write(shard, folder / file)
-        weight_map.update(dict.fromkeys(shard, file))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps(index, indent=1), encoding="utf-8"
-    )
-    return total
+    return save_shards(weights, folder, "model.safetensors", shard_bytes, _write)
 
 
 def _weights(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:

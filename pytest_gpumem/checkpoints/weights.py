@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     import torch
@@ -51,51 +51,65 @@ def missing_weights(folder: Path) -> str | None:
     return f"it has neither {' nor '.join(_WHOLE)}, nor an index of either"
 
 
+def save_shards(
+    weights: Mapping[str, torch.Tensor],
+    folder: Path,
+    name: str,
+    shard_bytes: int | None,
+    write: Callable[[Mapping[str, torch.Tensor], Path], None],
+) -> int:
+    """Write weights into one file, or into shards and their index; return their bytes.
+
+    Args:
+        weights: The weights by name.
+        folder: Where to.
+        name: The name of the file, from which the names of shards are made.
+        shard_bytes: Bytes of a file at most, unless one tensor is larger; None means
+            one file.
+        write: Writes some of the weights into a file.
+
+    Raises:
+        OSError: The index cannot be written.
+    """
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    filled = total = 0
+    for key, tensor in weights.items():
+        if shard_bytes and shards[-1] and filled + tensor.nbytes > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][key] = tensor
+        filled += tensor.nbytes
+        total += tensor.nbytes
+    if len(shards) == 1:
+        write(shards[0], folder / name)
+        return total
+    stem, _dot, ending = name.partition(".")
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"{stem}-{number:05d}-of-{len(shards):05d}.{ending}"
+        write(shard, folder / file)
+        weight_map.update(dict.fromkeys(shard, file))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    text = json.dumps(index, indent=1)
+    (folder / f"{name}.index.json").write_text(text, encoding="utf-8")
+    return total
+
+
 def save_legacy(
     state: Mapping[str, torch.Tensor], folder: Path, shard_bytes: int | None
 ) -> None:
-    """Write ``pytorch_model.bin``, or its shards and their index.
+    """Write ``pytorch_model.bin``, or its shards and their index; see ``save_shards``.
 
-    transformers 5 reads this format and no longer writes it.
-
-    Args:
-        state: Weights by name. Of tied weights the first is written: loading ties them.
-        folder: Where to.
-        shard_bytes: Bytes of a file at most, unless one tensor is larger; None means
-            one file.
+    transformers 5 reads this format and no longer writes it. Of tied weights the first is
+    written: loading ties them.
 
     Raises:
         RuntimeError: The file cannot be written; an ``OSError`` is its context.
     """
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    filled = 0
-    weights = _untied(state)
-    for name, tensor in weights.items():
-        if (
-            shard_bytes is not None
-            and shards[-1]
-            and filled + tensor.nbytes > shard_bytes
-        ):
-            shards.append({})
-            filled = 0
-        shards[-1][name] = tensor
-        filled += tensor.nbytes
-    if len(shards) == 1:
-        _save(shards[0], folder / "pytorch_model.bin")
-        return
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"pytorch_model-{number:05d}-of-{len(shards):05d}.bin"
-        _save(shard, folder / file)
-        weight_map.update(dict.fromkeys(shard, file))
-    total = sum(tensor.nbytes for tensor in weights.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "pytorch_model.bin.index.json").write_text(
-        json.dumps(index, indent=1), encoding="utf-8"
-    )
+    save_shards(_untied(state), folder, "pytorch_model.bin", shard_bytes, _save)
 
 
-def _save(state: dict[str, torch.Tensor], file: Path) -> None:
+def _save(state: Mapping[str, torch.Tensor], file: Path) -> None:
     import torch
 
     # Through a Python file: torch's own writer forgets why a write failed.

@@ -151,8 +151,7 @@ def _limit(
 def _leak(size: Any = 0, *, repeat: Any = None, warmup: Any = 1) -> Leak:
     from pytest_gpumem.sizes import parse_size
 
-    is_zero = size == 0 and not isinstance(size, bool)
-    nbytes = 0 if is_zero else parse_size(size)
+    nbytes = parse_size(size, allow_zero=True)
     for name, number, least in (("repeat", repeat, 3), ("warmup", warmup, 0)):
         if name == "repeat" and number is None:
             continue

@@ -11,6 +11,7 @@ import json
 import math
 import types
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from enum import Enum
 from functools import cache
 from typing import (
     TYPE_CHECKING,
@@ -82,7 +83,7 @@ def encode(value: Any) -> Any:
         return [encode(each) for each in value]
     if isinstance(value, dict):
         return {name: encode(each) for name, each in value.items()}
-    return value
+    return value.value if isinstance(value, Enum) else value
 
 
 @cache
@@ -97,6 +98,9 @@ def decoder(kind: Any) -> Decoder:
     origin = get_origin(kind)
     if origin in _COMPOSED:
         return _COMPOSED[origin](get_args(kind))
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        choice = _one_of(tuple(each.value for each in kind))
+        return lambda value: kind(choice(value))
     return _record(kind) if is_dataclass(kind) else _SIMPLE[kind]
 
 

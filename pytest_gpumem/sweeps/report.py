@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
 
@@ -11,8 +11,6 @@ from pytest_gpumem.records.record import SweptSite
 from pytest_gpumem.rules.rule import NOT_OOM
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from pytest_gpumem.rules.rule import Rule
 
 #: Which allocations a point's fault makes fail: only the Nth, or the Nth and all later.
@@ -94,41 +92,6 @@ class Outcome:
                 OOM must always reach the caller.
         """
         return self.verdict.passes(recover=recover and self.point.flavour != NOT_OOM)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the outcome as values of JSON; ``from_json`` reads them."""
-        entry = asdict(self)
-        point = entry.pop("point")
-        return {**point, **entry, "verdict": self.verdict.value}
-
-    @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> Outcome:
-        """Return the outcome that ``to_json`` wrote.
-
-        Raises:
-            KeyError: Something is missing.
-            ValueError: The verdict does not exist, or a value has another type.
-        """
-        if not isinstance(entry, dict):
-            raise ValueError(f"{entry!r:.60} is not a point of a sweep")  # noqa: TRY004  # of a file
-        for name, kinds in _KINDS.items():
-            if not isinstance(entry[name], kinds):
-                raise ValueError(f"{name}={entry[name]!r:.60} is of another type")  # noqa: TRY004  # of a file
-        if not all(isinstance(each, str) for each in entry["holders"]):
-            raise ValueError("a holder is not a text")
-        own = {name: entry[name] for name in _KINDS}
-        own["point"] = Point(*map(own.pop, Point.__dataclass_fields__))
-        own["verdict"] = Verdict(own["verdict"])
-        return cls(**{**own, "holders": tuple(own["holders"])})
-
-
-#: The type of each entry of ``Outcome.to_json``.
-_KINDS: Final[dict[str, type | tuple[type, ...]]] = {
-    **dict.fromkeys(("mode", "flavour", "rule", "site", "verdict", "detail"), str),
-    **dict.fromkeys(("number", "left_bytes", "num_injected"), int),
-    "seconds": (int, float),
-    "holders": (list, tuple),
-}
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from pytest_gpumem.records.codec import decode, encode
 from pytest_gpumem.sweeps.report import Outcome, Point
 
 if TYPE_CHECKING:
@@ -43,14 +44,14 @@ class SweepState:
     def note(self, outcome: Outcome) -> None:
         """Write the outcome of a point."""
         if self._stream is not None:
-            self._stream.write(json.dumps(outcome.to_json()) + "\n")
+            self._stream.write(json.dumps(encode(outcome)) + "\n")
             self._stream.flush()
 
     def __enter__(self) -> SweepState:  # noqa: PYI034  # Self needs Python 3.11
         if self._path is not None:
             self._known = self._read(self._path)
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            entries = [self._header, *(each.to_json() for each in self._known.values())]
+            entries = [self._header, *map(encode, self._known.values())]
             fresh = self._path.with_suffix(".new")
             fresh.write_text(
                 "".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8"
@@ -68,10 +69,10 @@ class SweepState:
     def _read(self, path: Path) -> dict[Point, Outcome]:
         found: dict[Point, Outcome] = {}
         # A process that was killed may have written only a part of its last line.
-        with suppress(OSError, ValueError, KeyError, IndexError, RecursionError):
+        with suppress(OSError, ValueError, RecursionError):
             header, *lines = path.read_text(encoding="utf-8").splitlines()
             if json.loads(header) == self._header:
                 for line in lines:
-                    outcome = Outcome.from_json(json.loads(line))
+                    outcome = decode(Outcome, json.loads(line))
                     found[outcome.point] = outcome
         return found

@@ -10,6 +10,7 @@ from fuzzing import files, fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pytest_gpumem.records.codec import encode
 from pytest_gpumem.sweeps.report import Outcome, Point, Verdict
 from pytest_gpumem.sweeps.state import SweepState
 
@@ -24,7 +25,7 @@ OUTCOME = Outcome(
 @fuzz
 @given(
     content=st.lists(
-        files(OUTCOME.to_json()) | st.just(json.dumps(OUTCOME.to_json()).encode()),
+        files(encode(OUTCOME)) | st.just(json.dumps(encode(OUTCOME)).encode()),
         max_size=3,
     ).map(b"\n".join),
     has_header=st.booleans(),

@@ -281,7 +281,7 @@ def test_an_outcome_survives_json() -> None:
         num_injected=3,
     )
 
-    assert outcome == Outcome.from_json(json.loads(json.dumps(outcome.to_json())))
+    assert outcome == decode(Outcome, json.loads(json.dumps(encode(outcome))))
     bare = Outcome(outcome.point, Verdict.RECOVERED)
     assert Outcome(outcome.point, Verdict.RECOVERED, "", 0, (), 0.0, 0) == bare
 
