@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 def align(rows: Sequence[Sequence[str]], *, left: Collection[int] = ()) -> list[str]:
     """Return a line for each row, its columns below each other.
 
-    Columns end in line, the last one begins in line and is not padded.
+    Columns end in line, the last one begins in line. No line ends in blanks.
 
     Args:
         rows: The cells; every row has as many as the first.
@@ -26,6 +26,6 @@ def align(rows: Sequence[Sequence[str]], *, left: Collection[int] = ()) -> list[
                 for index, (cell, width) in enumerate(zip(row, widths, strict=False))
             ]
             + [row[-1]]
-        )
+        ).rstrip()
         for row in rows
     ]

@@ -117,7 +117,7 @@ def verdict_table(check: LoaderCheck) -> Iterator[str]:
                 f"{each.question}{words}",
             )
         )
-    yield from (line.rstrip() for line in align(rows, left=(0,)))
+    yield from align(rows, left=(0,))
 
 
 def _wrong(check: LoaderCheck, request: CheckRequest) -> Iterator[str]:

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from pytest_gpumem.cards import DEFAULT_CARD
 from pytest_gpumem.checking.named_function import (
     NamedFunction,
     working_folder_importable,
@@ -20,9 +21,6 @@ from pytest_gpumem.sizes import parse_size
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterator
-
-#: The simulated card where none is named and the machine has none.
-_CARD = "T4"
 
 
 def add_check(commands: Any) -> None:
@@ -186,7 +184,7 @@ def _card(name: str | None) -> Iterator[None]:
             if torch.cuda.device_count():
                 yield
                 return
-        name = _CARD
+        name = DEFAULT_CARD
     from pytest_gpumem.devices.simulated.install import simulated_device
 
     with simulated_device(name):

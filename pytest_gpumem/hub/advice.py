@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem.hub.names import known_model
-from pytest_gpumem.stacks import variables_of
+from pytest_gpumem.stacks import errors_behind, variables_of
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterator
-    from types import TracebackType
+    from collections.abc import Container
 
 #: Classes of ``huggingface_hub.errors`` that mean: this model is not to be had.
 _ERRORS: Final = (
@@ -53,7 +53,7 @@ def advise(error: BaseException, served: Container[str] = ()) -> None:
     kinds = tuple(
         kind for name in _ERRORS if (kind := getattr(errors, name, None)) is not None
     )
-    chain = list(_chain(error))
+    chain = list(errors_behind(error))
     if any(getattr(each, _MARK, False) for each in chain):
         return
     if not any(isinstance(each, kinds) for each in chain):
@@ -90,25 +90,15 @@ def _about_head(name: str) -> str:
     )
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
-
-
 def _name_in(error: BaseException) -> str | None:
     """Return the model's name, from the frames that the error came through."""
     found = None
-    frame: TracebackType | None = error.__traceback__
-    while frame is not None:
-        values = variables_of(frame.tb_frame, *_VARIABLES)
+    for frame, _line in traceback.walk_tb(error.__traceback__):
+        values = variables_of(frame, *_VARIABLES)
         for variable in _VARIABLES:
             value = values.get(variable)
             if isinstance(value, str) and value:
                 found = value
-        frame = frame.tb_next
     return found
 
 

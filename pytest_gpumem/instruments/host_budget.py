@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pytest_gpumem.devices.patches import PatchSet
 from pytest_gpumem.host_memory import anonymous_bytes, give_back_free_heap
 from pytest_gpumem.instruments.sampler import Sampler
+from pytest_gpumem.stacks import frames_from
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -131,10 +132,9 @@ class HostBudget(Sampler):
 def _computes() -> bool:
     """Tell whether another thread is in the code of a simulated card."""
     me = threading.get_ident()
-    for ident, frame in sys._current_frames().items():  # noqa: SLF001  # documented
-        found = None if ident == me else frame
-        while found is not None:
-            if found.f_code.co_filename.startswith(_SIMULATED):
-                return True
-            found = found.f_back
-    return False
+    return any(
+        each.f_code.co_filename.startswith(_SIMULATED)
+        for ident, frame in sys._current_frames().items()  # noqa: SLF001  # documented
+        if ident != me
+        for each in frames_from(frame)
+    )

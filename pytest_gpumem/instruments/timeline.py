@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from pytest_gpumem.guards import guarded
 from pytest_gpumem.instruments.live import living_models
+from pytest_gpumem.instruments.live_peak import LivePeak
 from pytest_gpumem.instruments.owners import NamedOwner, Owners
 from pytest_gpumem.instruments.parts import unseen
 from pytest_gpumem.instruments.sites import (
@@ -158,34 +159,6 @@ class SeenOwner(NamedTuple):
     owner: NamedOwner
 
 
-class _Peak:
-    """The blocks that were live at the highest moment so far."""
-
-    def __init__(self, allocated: int = 0) -> None:
-        self.nbytes = allocated
-        # Blocks that were allocated after the peak, and blocks live at the peak that were freed.
-        self._since: set[int] = set()
-        self._gone: list[_Block] = []
-
-    def gain(self, address: int, allocated: int) -> None:
-        if allocated > self.nbytes:
-            self.nbytes = allocated
-            self._since.clear()
-            self._gone.clear()
-        else:
-            self._since.add(address)
-
-    def lose(self, address: int, block: _Block | None) -> None:
-        if address in self._since:
-            self._since.remove(address)
-        elif block is not None:
-            self._gone.append(block)
-
-    def live(self, blocks: dict[int, _Block]) -> list[_Block]:
-        still = [blocks[each] for each in blocks if each not in self._since]
-        return [*still, *self._gone]
-
-
 class _Card:
     """A card's blocks.
 
@@ -196,9 +169,9 @@ class _Card:
     def __init__(self, before: int) -> None:
         self.series = Series()
         self.blocks: dict[int, _Block] = {}
-        self.peak = _Peak()
+        self.peak: Final = LivePeak[_Block]()
         #: The peak of the present phase.
-        self._phase = _Peak(before)
+        self._phase = LivePeak[_Block](before)
         #: The peak of each ended phase, and the blocks that were live at it.
         self._ended: dict[str, tuple[int, list[_Block]]] = {}
         #: Numbers of events after which an allocation failed.
@@ -268,7 +241,7 @@ class _Card:
     def end_phase(self, phase: str) -> None:
         """Keep the peak of the present phase under a name, and begin another phase."""
         self._ended[phase] = self._phase.nbytes, self._phase.live(self.blocks)
-        self._phase = _Peak(sum(self._kinds))
+        self._phase = LivePeak[_Block](sum(self._kinds))
 
     def kinds_of(self, phase: str | None = None) -> dict[Kind, int]:
         """Return the bytes at the peak of an ended phase, or of the present one, by kind."""

@@ -52,14 +52,7 @@ def summary(
     yield "|" + "+".join("=" * width for width in _COLUMNS) + "|"
     for card in cards:
         for line in _rows_of(card):
-            yield (
-                "|"
-                + "|".join(
-                    f"{text:<{width}.{width}}"
-                    for text, width in zip(line, _COLUMNS, strict=True)
-                )
-                + "|"
-            )
+            yield _line(line, _COLUMNS)
         yield "+" + "+".join("-" * width for width in _COLUMNS) + "+"
     yield " " * _WIDTH
     if any(card.slices for card in cards):
@@ -83,6 +76,14 @@ def summary(
     if not rows:
         yield f"|{'  No running processes found':<{_WIDTH}}|"
     yield _RULE
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """Return a line of a table, each cell cut or filled up to its column's width."""
+    parts = (
+        f"{text:<{width}.{width}}" for text, width in zip(cells, widths, strict=True)
+    )
+    return f"|{'|'.join(parts)}|"
 
 
 def _rows_of(card: CardNow) -> tuple[tuple[str, str, str], ...]:
@@ -133,14 +134,7 @@ def _table_of_slices(cards: Sequence[CardNow]) -> Iterator[str]:
                 (f"{ids}  ", f"{used}    ", sms, _NO_ENGINES),
                 ("", f"{'N/A':>30}    ", "", ""),
             ):
-                yield (
-                    "|"
-                    + "|".join(
-                        f"{text:<{width}.{width}}"
-                        for text, width in zip(line, _SLICE_COLUMNS, strict=True)
-                    )
-                    + "|"
-                )
+                yield _line(line, _SLICE_COLUMNS)
             yield rule
 
 

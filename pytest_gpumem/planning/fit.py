@@ -15,7 +15,7 @@ from pytest_gpumem.devices.simulated.device import SimulatedDevice
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.errors import PlanError
 from pytest_gpumem.planning.kinds import PeakByKind
-from pytest_gpumem.planning.task import FitTask, Stage, build, run_task
+from pytest_gpumem.planning.task import FitTask, build, run_task
 
 if TYPE_CHECKING:
     import os
@@ -177,15 +177,15 @@ def _count(spec: ModelSpec, task: FitTask) -> int:
 
 def _measure(spec: ModelSpec, task: FitTask, card: Card) -> tuple[Needs, str]:
     """Return a task's bytes, and the stage in which memory ran out; empty if it fits."""
-    stage = Stage()
     with simulated_device([card], values="none") as machine:
         device = SimulatedDevice(machine)
         ran_out_in = ""
-        with PeakByKind(device) as kinds:
+        kinds = PeakByKind(device)
+        with device.tracing(kinds.trace):
             try:
-                run_task(spec, task, kinds, stage)
+                run_task(spec, task, kinds)
             except torch.OutOfMemoryError:
-                ran_out_in = stage.name
+                ran_out_in = kinds.stage
             gc.collect()
             statistics = device.memory_stats(0)
             needs = Needs(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import torch
 from torch.utils._pytree import tree_leaves
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from types import TracebackType
+from pytest_gpumem.instruments.live_peak import LivePeak
 
+if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.card import SimulatedCard
     from pytest_gpumem.devices.simulated.device import SimulatedDevice
 
@@ -26,71 +26,42 @@ KINDS: Final = (
 )
 
 
+@dataclass(slots=True)
+class _Block:
+    """A block of the card; its kind is empty until it is marked."""
+
+    nbytes: int
+    kind: str = ""
+
+
 class PeakByKind:
     """The blocks that were live at a card's peak, each with its kind.
 
     A block without a mark counts as an activation, which is a computed tensor.
 
     Args:
-        device: The simulated machine; its first card is observed.
+        device: The simulated machine, whose first card is observed.
+
+    Attributes:
+        stage: The present stage of the task, which the report of an OOM names.
     """
 
     def __init__(self, device: SimulatedDevice) -> None:
         self._device: Final = device
         self._card: Final[SimulatedCard] = device.machine.cards[0]
-        self._tracing = device.tracing(self._trace)
-        # Blocks are numbered, because an address is used by several blocks in turn.
-        self._numbers: dict[int, int] = {}
-        self._sizes: Final[dict[int, int]] = {}
-        self._kinds: Final[dict[int, str]] = {}
-        self._num_blocks = 0
-        self._since: set[int] = set()
-        self._gone: set[int] = set()
-        self.peak_bytes = 0
+        self._blocks: Final[dict[int, _Block]] = {}
+        self._peak: Final = LivePeak[_Block]()
+        self.stage = "load"
 
-    def __enter__(self) -> PeakByKind:  # noqa: PYI034  # Self needs Python 3.11
-        self._tracing.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._tracing.__exit__(kind, error, trace)
-
-    def _trace(
+    def trace(
         self, _index: int, address: int, change: int, allocated: int, _reserved: int
     ) -> None:
+        """Note a change of memory; see ``Device.tracing``."""
         if change > 0:
-            self._num_blocks += 1
-            self._numbers[address] = number = self._num_blocks
-            self._sizes[number] = change
-            if allocated > self.peak_bytes:
-                self.peak_bytes = allocated
-                self._since.clear()
-                self._forget_the_dead()
-            else:
-                self._since.add(number)
-            return
-        gone = self._numbers.pop(address, None)
-        if gone is None:
-            return
-        if gone in self._since:
-            self._since.remove(gone)
-            self._drop(gone)
+            self._blocks[address] = _Block(change)
+            self._peak.gain(address, allocated)
         else:
-            self._gone.add(gone)
-
-    def _forget_the_dead(self) -> None:
-        for number in self._gone:
-            self._drop(number)
-        self._gone.clear()
-
-    def _drop(self, number: int) -> None:
-        del self._sizes[number]
-        self._kinds.pop(number, None)
+            self._peak.lose(address, self._blocks.pop(address, None))
 
     def mark(self, kind: str, tensors: object) -> None:
         """Mark the tensors in a tree with a kind; blocks keep their first kind.
@@ -105,21 +76,15 @@ class PeakByKind:
                 self._mark(kind, address)
 
     def _mark(self, kind: str, address: int | None) -> None:
-        number = None if address is None else self._numbers.get(address)
-        if number is not None:
-            self._kinds.setdefault(number, kind)
+        block = None if address is None else self._blocks.get(address)
+        if block is not None:
+            block.kind = block.kind or kind
 
     def at_peak(self) -> dict[str, int]:
         """Return the bytes of each kind at the peak; kinds without bytes are left out."""
-        for block in self._card.workspaces.values():
-            self._mark("workspaces", block.address)
+        for workspace in self._card.workspaces.values():
+            self._mark("workspaces", workspace.address)
         bytes_of = dict.fromkeys(KINDS, 0)
-        for number in self._at_peak():
-            bytes_of[self._kinds.get(number, "activations")] += self._sizes[number]
+        for block in self._peak.live(self._blocks):
+            bytes_of[block.kind or "activations"] += block.nbytes
         return {kind: nbytes for kind, nbytes in bytes_of.items() if nbytes}
-
-    def _at_peak(self) -> Iterator[int]:
-        yield from self._gone
-        for number in self._numbers.values():
-            if number not in self._since:
-                yield number

@@ -22,33 +22,24 @@ def fit_table(report: FitReport) -> Iterator[str]:
     yield ""
     rows = [("card", "total", "needs", "fits", "largest batch", "")]
     rows += [_row(each) for each in report.cards]
-    yield from (line.rstrip() for line in align(rows, left=(0,)))
+    yield from align(rows, left=(0,))
     yield ""
     yield "what takes the room, at the peak"
     kinds = [name for each in report.cards for name in each.needs.kinds]
     names = list(dict.fromkeys(kinds))
-    head = ("card", *names, "not in use", "context", "")
-    yield from (
-        line.rstrip()
-        for line in align(
-            [
-                head,
-                *(
-                    (
-                        each.card,
-                        *(format_size(each.needs.kinds.get(name, 0)) for name in names),
-                        format_size(
-                            each.needs.reserved_bytes - each.needs.allocated_bytes
-                        ),
-                        format_size(each.needs.context_bytes),
-                        "",
-                    )
-                    for each in report.cards
-                ),
-            ],
-            left=(0,),
-        )
-    )
+    parts = [("card", *names, "not in use", "context", "")]
+    parts += [_parts(each, names) for each in report.cards]
+    yield from align(parts, left=(0,))
+
+
+def _parts(each: CardFit, names: list[str]) -> tuple[str, ...]:
+    needs = each.needs
+    sizes = [
+        *(needs.kinds.get(name, 0) for name in names),
+        needs.reserved_bytes - needs.allocated_bytes,
+        needs.context_bytes,
+    ]
+    return each.card, *map(format_size, sizes), ""
 
 
 def _row(each: CardFit) -> tuple[str, str, str, str, str, str]:

@@ -96,19 +96,12 @@ class FitTask:
         return ", ".join([*parts, self.dtype])
 
 
-class Stage:
-    """The present stage of a task, which an error names."""
-
-    def __init__(self) -> None:
-        self.name = "load"
-
-
-def run_task(spec: ModelSpec, task: FitTask, kinds: PeakByKind, stage: Stage) -> None:
+def run_task(spec: ModelSpec, task: FitTask, kinds: PeakByKind) -> None:
     """Run a task of a model on the active simulated card, without values.
 
     Raises:
         PlanError: The model cannot do the task, or takes inputs that are not known here.
-        torch.OutOfMemoryError: The card has no room; ``stage`` tells in which stage.
+        torch.OutOfMemoryError: The card has no room; ``kinds.stage`` is the stage.
     """
     model = build(spec, task)
     made: dict[int, torch.Tensor] = {}
@@ -129,15 +122,15 @@ def run_task(spec: ModelSpec, task: FitTask, kinds: PeakByKind, stage: Stage) ->
     inputs = _inputs(model, task)
     kinds.mark("inputs", inputs)
     if task.kind == "train":
-        _train(model, inputs, task, kinds, stage)
+        _train(model, inputs, task, kinds)
         return
     model.eval()
     with torch.no_grad():
         if task.kind == "forward":
-            stage.name = "forward"
+            kinds.stage = "forward"
             model(**inputs)
         else:
-            _generate(model, inputs, task, kinds, stage)
+            _generate(model, inputs, task, kinds)
 
 
 def build(spec: ModelSpec, task: FitTask) -> Any:
@@ -224,7 +217,6 @@ def _train(
     inputs: dict[str, torch.Tensor],
     task: FitTask,
     kinds: PeakByKind,
-    stage: Stage,
 ) -> None:
     model.train()
     if task.checkpointing:
@@ -243,7 +235,7 @@ def _train(
     model.config.use_cache = False
     optimizer = OPTIMIZERS[task.optimizer](model.parameters())
     with mock.patch(_PACKED, return_value=None):
-        _steps(model, inputs, optimizer, kinds, stage)
+        _steps(model, inputs, optimizer, kinds)
 
 
 def _steps(
@@ -251,16 +243,15 @@ def _steps(
     inputs: dict[str, torch.Tensor],
     optimizer: torch.optim.Optimizer,
     kinds: PeakByKind,
-    stage: Stage,
 ) -> None:
     for number in range(_STEPS):
         step = "" if not number else ", second step"
-        stage.name = f"forward{step}"
+        kinds.stage = f"forward{step}"
         loss = _loss(model, inputs)
-        stage.name = f"backward{step}"
+        kinds.stage = f"backward{step}"
         loss.backward()
         kinds.mark("gradients", [each.grad for each in model.parameters()])
-        stage.name = f"optimiser{step}"
+        kinds.stage = f"optimiser{step}"
         optimizer.step()
         kinds.mark(
             "optimiser", [list(each.values()) for each in optimizer.state.values()]
@@ -274,7 +265,6 @@ def _generate(
     inputs: dict[str, torch.Tensor],
     task: FitTask,
     kinds: PeakByKind,
-    stage: Stage,
 ) -> None:
     """Run the prompt, then add one token after another to the cache.
 
@@ -290,11 +280,11 @@ def _generate(
     # From transformers 5.24 on it is ``cache``, in ``forward`` and in what that returns.
     is_new = "cache" in inspect.signature(model.forward).parameters
     name = "cache" if is_new else "past_key_values"
-    stage.name = "prompt"
+    kinds.stage = "prompt"
     output = model(**inputs, use_cache=True, logits_to_keep=1)
     for number in range(task.new_tokens):
         cache = getattr(output, name)
         kinds.mark("cache", [[each.keys, each.values] for each in cache.layers])
-        stage.name = f"token {number + 1}"
+        kinds.stage = f"token {number + 1}"
         token = torch.empty(task.batch, 1, dtype=torch.int64, device="cuda")
         output = model(input_ids=token, use_cache=True, **{name: cache})

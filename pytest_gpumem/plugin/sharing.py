@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import pytest
 
 from pytest_gpumem.cards import uuids_of
+from pytest_gpumem.devices.patches import PatchSet
 from pytest_gpumem.errors import SharedFolderError
 from pytest_gpumem.files import IS_POSIX
 from pytest_gpumem.inheritance import remove_run, run_folder, tenancy_root
@@ -88,8 +89,7 @@ class Sharing:
         self.admits: Final = not alone and settings.share == "equal"
         self.is_capped = self.admits
         self._num_cards = 1
-        self._saved: str | None = None
-        self._is_spread = False
+        self._environment: Final = PatchSet()
         self._run: Final = (
             secrets.token_hex(8) if self.place is None else self.place.run
         )
@@ -112,8 +112,8 @@ class Sharing:
         self._num_cards = max(len(names), 1)
         turn = self.place.position % self._num_cards
         if turn:
-            self._saved, self._is_spread = os.environ.get(_VISIBLE), True
-            os.environ[_VISIBLE] = ",".join((*names[turn:], *names[:turn]))
+            turned = ",".join((*names[turn:], *names[:turn]))
+            self._environment.put(os.environ, _VISIBLE, turned)
 
     def stop(self) -> None:
         """Give up all claims, and restore the environment."""
@@ -125,12 +125,7 @@ class Sharing:
         if self._own_folder is not None:
             remove_run(self._own_folder)
             self._own_folder = None
-        if self._is_spread:
-            self._is_spread = False
-            if self._saved is None:
-                os.environ.pop(_VISIBLE, None)
-            else:
-                os.environ[_VISIBLE] = self._saved
+        self._environment.restore()
 
     def _check_folder(self, kind: str) -> None:
         if not (self.admits and kind != "off") and not self._joins(kind):

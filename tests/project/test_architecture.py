@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "tenancy": GROUND | {"allocator", "tenancy"},
     "reports": PURE | {"reports"},
     "children": PURE | {"devices", "instruments", "tenancy", "hub", "children"},
-    "planning": GROUND | {"devices", "checkpoints", "planning"},
+    "planning": GROUND | {"devices", "checkpoints", "instruments", "planning"},
     "nvidia_smi": GROUND | {"tenancy", "nvidia_smi"},
     "baselines": GROUND | {"records", "baselines"},
     "checkpoints": GROUND | {"checkpoints"},
