@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -22,11 +23,24 @@ from pytest_gpumem.checkpoints import make_checkpoint
 from pytest_gpumem.checkpoints.cache import MANIFEST
 from pytest_gpumem.errors import CheckpointError
 from pytest_gpumem.files import write_atomically
-from pytest_gpumem.hub import tokenizer
 from pytest_gpumem.hub.names import HubModel, known_model
 
 MAIN: Final = "main"
 LEGACY: Final = "pytorch_model.bin"
+#: Files that make a tokenizer; one of them is enough for a folder to have its own.
+_TOKENIZER_FILES: Final = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 
 #: Files up to this size are known by their contents; larger ones, which git's large
 #: file storage would keep, by what is known of them without reading them.
@@ -152,9 +166,12 @@ def _lay_out(model: HubModel, checkpoint: Path, folder: Path) -> None:
     }
     sources |= _own_tokenizer(model)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        if not sources.keys() & set(tokenizer.FILES):
+        # Without the library nothing reads the files that are made with it.
+        if not sources.keys() & set(_TOKENIZER_FILES) and find_spec("tokenizers"):
+            from pytest_gpumem.hub.tokenizer import write_tokenizer
+
             config = json.loads((checkpoint / "config.json").read_text("utf-8"))
-            tokenizer.write_tokenizer(Path(scratch), config, name=model.name)
+            write_tokenizer(Path(scratch), config, name=model.name)
         made = {path.name: path for path in sorted(Path(scratch).iterdir())}
         digests = {
             name: _blob_name(path, written) for name, path in (sources | made).items()
@@ -198,7 +215,7 @@ def _own_tokenizer(model: HubModel) -> dict[str, Path]:
     beside = path if path.is_dir() else path.parent
     return {
         name: (beside / name).resolve()
-        for name in tokenizer.FILES
+        for name in _TOKENIZER_FILES
         if (beside / name).is_file()
     }
 

@@ -14,24 +14,20 @@ import json
 from itertools import chain, islice, product
 from typing import TYPE_CHECKING, Any, Final
 
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
-#: Files that make a tokenizer; one of them is enough for a folder to have its own.
-FILES: Final = (
-    "tokenizer.json",
-    "vocab.txt",
-    "vocab.json",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 #: Letters of English text, the frequent ones first.
 _LETTERS: Final = "etaoinshrdlcumwfgypbvkjxqz"
 #: Models whose tokenizer is BERT's.
@@ -126,30 +122,16 @@ def _word_pieces(size: int, *, is_cased: bool) -> dict[str, Any]:
     if size < 2 * max(special.values()):
         special = {token: index for index, token in enumerate(special)}
     vocabulary = _number(size, special, _pieces(is_cased=is_cased), "[unused{}]")
+    tokenizer = _tokenizer(special, models.WordPiece(vocabulary, unk_token="[UNK]"))  # noqa: S106  # a token of the vocabulary
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=not is_cased)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = _template(
+        "[CLS]:0 $A:0 [SEP]:0", "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1", special
+    )
+    tokenizer.decoder = decoders.WordPiece()
     return {
         "vocab.txt": "".join(f"{token}\n" for token in vocabulary),
-        "tokenizer.json": _tokenizer(
-            special,
-            normalizer={
-                "type": "BertNormalizer",
-                "clean_text": True,
-                "handle_chinese_chars": True,
-                "strip_accents": None,
-                "lowercase": not is_cased,
-            },
-            pre_tokenizer={"type": "BertPreTokenizer"},
-            post_processor=_template(
-                "[CLS]:0 $A:0 [SEP]:0", "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1", special
-            ),
-            decoder={"type": "WordPiece", "prefix": "##", "cleanup": True},
-            model={
-                "type": "WordPiece",
-                "unk_token": "[UNK]",
-                "continuing_subword_prefix": "##",
-                "max_input_chars_per_word": 100,
-                "vocab": vocabulary,
-            },
-        ),
+        "tokenizer.json": tokenizer.to_str(),
         "tokenizer_config.json": {
             "tokenizer_class": "BertTokenizer",
             "do_lower_case": not is_cased,
@@ -192,40 +174,17 @@ def _byte_pairs(size: int, kind: str, config: Mapping[str, Any]) -> dict[str, An
         for role, token in _roles(kind, config, special).items()
         if token in special
     }
+    model = models.BPE(vocabulary, merges, unk_token=unknown)
+    tokenizer = _tokenizer(special, model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = _ends(kind, special, named)
+    tokenizer.decoder = decoders.ByteLevel()
     return {
         "vocab.json": vocabulary,
         "merges.txt": "\n".join(
             ["#version: 0.2", *(f"{left} {right}" for left, right in merges), ""]
         ),
-        "tokenizer.json": _tokenizer(
-            special,
-            normalizer=None,
-            pre_tokenizer={
-                "type": "ByteLevel",
-                "add_prefix_space": False,
-                "trim_offsets": True,
-                "use_regex": True,
-            },
-            post_processor=_ends(kind, special, named),
-            decoder={
-                "type": "ByteLevel",
-                "add_prefix_space": True,
-                "trim_offsets": True,
-                "use_regex": True,
-            },
-            model={
-                "type": "BPE",
-                "dropout": None,
-                "unk_token": unknown,
-                "continuing_subword_prefix": None,
-                "end_of_word_suffix": None,
-                "fuse_unk": False,
-                "byte_fallback": False,
-                "ignore_merges": False,
-                "vocab": vocabulary,
-                "merges": [list(each) for each in merges],
-            },
-        ),
+        "tokenizer.json": tokenizer.to_str(),
         "tokenizer_config.json": {
             "tokenizer_class": {"gpt2": "GPT2Tokenizer"}.get(
                 kind, "PreTrainedTokenizerFast"
@@ -284,10 +243,8 @@ def _is_like_gpt2(kind: str) -> bool:
     return kind == "gpt2" or kind.startswith("qwen")
 
 
-def _ends(
-    kind: str, special: Mapping[str, int], named: Mapping[str, str]
-) -> dict[str, Any]:
-    """Return the tokens before and after a text, as in the published tokenizers."""
+def _ends(kind: str, special: Mapping[str, int], named: Mapping[str, str]) -> Any:
+    """Return what adds the tokens before and after a text, as in published tokenizers."""
     first, last = named.get("bos_token"), named.get("eos_token")
     if kind in _LIKE_ROBERTA and first and last:
         single = f"{first}:0 $A:0 {last}:0"
@@ -296,12 +253,7 @@ def _ends(
         return _template(f"$A:0 {last}:0", f"$A:0 {last}:0 $B:0 {last}:0", special)
     if first and first != last:
         return _template(f"{first}:0 $A:0", f"{first}:0 $A:0 {first}:1 $B:1", special)
-    return {
-        "type": "ByteLevel",
-        "add_prefix_space": True,
-        "trim_offsets": False,
-        "use_regex": True,
-    }
+    return processors.ByteLevel(trim_offsets=False)
 
 
 def _byte_characters() -> list[str]:
@@ -353,52 +305,19 @@ def _number(
     return vocabulary
 
 
-def _tokenizer(special: Mapping[str, int], **parts: Any) -> dict[str, Any]:
-    """Return the content of a ``tokenizer.json``."""
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {
-                "id": index,
-                "content": token,
-                "single_word": False,
-                "lstrip": token == "<mask>",  # noqa: S105  # a token of the vocabulary
-                "rstrip": False,
-                "normalized": False,
-                "special": True,
-            }
-            for token, index in sorted(special.items(), key=lambda each: each[1])
-        ],
-        **parts,
-    }
-
-
-def _template(single: str, pair: str, tokens: Mapping[str, int]) -> dict[str, Any]:
-    """Return a post-processor that puts special tokens around one text or two.
-
-    Args:
-        single: Steps such as ``[CLS]:0 $A:0 [SEP]:0``: what, and its token type.
-        pair: The same for two texts.
-        tokens: The numbers of the special tokens.
-    """
-
-    def steps(text: str) -> list[dict[str, Any]]:
-        told = (each.rpartition(":")[::2] for each in text.split())
-        return [
-            {"Sequence": {"id": what[1:], "type_id": int(kind)}}
-            if what.startswith("$")
-            else {"SpecialToken": {"id": what, "type_id": int(kind)}}
-            for what, kind in told
+def _tokenizer(special: Mapping[str, int], model: Any) -> Tokenizer:
+    """Return a tokenizer with its special tokens."""
+    tokenizer = Tokenizer(model)
+    # Without surrounding blanks, but for a mask, as published.
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(token, lstrip=token == "<mask>", normalized=False, special=True)  # noqa: S105  # a token of the vocabulary
+            for token in sorted(special, key=special.__getitem__)
         ]
+    )
+    return tokenizer
 
-    return {
-        "type": "TemplateProcessing",
-        "single": steps(single),
-        "pair": steps(pair),
-        "special_tokens": {
-            token: {"id": token, "ids": [index], "tokens": [token]}
-            for token, index in tokens.items()
-        },
-    }
+
+def _template(single: str, pair: str, tokens: Mapping[str, int]) -> Any:
+    """Return what puts special tokens around one text, or two."""
+    return processors.TemplateProcessing(single, pair, [*tokens.items()])
