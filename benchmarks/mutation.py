@@ -50,7 +50,6 @@ TESTS = {
     "rules/*": "rules",
     "allocator/*": "allocator tenancy/test_tenants.py",
     "records/*": "records sweeps/test_sweep_model.py fuzz/test_fuzz_files.py",
-    "recording/shape": "fuzz/test_fuzz_files.py",
     "baselines/*": "baselines/test_baselines.py",
     "tenancy/queue": "tenancy/test_tenancy.py",
     "devices/budgets": "devices/test_budgets.py",

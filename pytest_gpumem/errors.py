@@ -151,7 +151,7 @@ class ReportError(GpuMemError, ValueError):
 
 
 class RecordingError(GpuMemError, ValueError):
-    """A file is not a recording, or one of a newer format."""
+    """A recording cannot be made."""
 
 
 class TraceError(GpuMemError, ValueError):

@@ -10,15 +10,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_gpumem.errors import RecordingError
 from pytest_gpumem.files import write_atomically
-from pytest_gpumem.recording.shape import find_wrong_part
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable
 
-#: Version of the format; a reader refuses what is newer.
+#: Version of the format.
 FORMAT: Final = 1
 KIND: Final = "pytest-gpumem recording"
 
@@ -87,31 +85,4 @@ def save(recorded: dict[str, Any], path: str | os.PathLike[str]) -> None:
     write_atomically(path, json.dumps(recorded, indent=1, sort_keys=True) + "\n")
 
 
-def load(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a recording.
-
-    Raises:
-        RecordingError: It is none, damaged, or of a newer format.
-        OSError: The file cannot be read.
-    """
-    try:
-        recorded = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise RecordingError(f"{path}: no JSON: {error}") from error
-    if not isinstance(recorded, dict) or recorded.get("kind") != KIND:
-        raise RecordingError(
-            f"{path} is not a recording; make one with pytest-gpumem record --out FILE"
-        )
-    version = recorded.get("format")
-    if not isinstance(version, int) or version > FORMAT:
-        raise RecordingError(
-            f"{path} has format {version!r}, newer than {FORMAT}, which this version "
-            "reads; upgrade pytest-gpumem"
-        )
-    damage = find_wrong_part(recorded)
-    if damage is not None:
-        raise RecordingError(f"{path} is damaged: {damage}; record it again")
-    return recorded
-
-
-__all__ = ["FORMAT", "KIND", "load", "record", "save"]
+__all__ = ["FORMAT", "KIND", "record", "save"]
