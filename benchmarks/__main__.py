@@ -1,9 +1,9 @@
 """Run every benchmark and print all figures of the one run, in Markdown.
 
-Run: ``python -m benchmarks [--quick] [--write] [SCRIPT ...]``. ``--quick`` leaves out the
-sweep of each allocation of bert-large and makes one round where others are compared;
-``--write`` writes ``docs/figures.md``; scripts that are named are run alone.
-Let the machine do nothing else meanwhile; the page says how busy it was.
+Run: ``python -m benchmarks [--quick] [SCRIPT ...]``. ``--quick`` leaves out the sweep of
+each allocation of bert-large, and makes one round where others are compared. Scripts that
+are named are run alone. Let the machine do nothing else meanwhile; the output says how
+busy it was. ``docs/performance.md`` and ``docs/comparison.md`` have the figures of a run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 HERE: Final = Path(__file__).parent
-PAGE: Final = HERE.parent / "docs" / "figures.md"
 LIBRARIES: Final = ("pytest-gpumem", "torch", "transformers", "accelerate", "pytest")
 
 
@@ -86,7 +85,6 @@ def _asked() -> argparse.Namespace:
         "scripts", nargs="*", metavar="SCRIPT", help=f"of {', '.join(names)}"
     )
     parser.add_argument("--quick", action="store_true", help="measure less")
-    parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
     asked = parser.parse_args()
     unknown = [each for each in asked.scripts if each not in names]
     if unknown:
@@ -95,7 +93,7 @@ def _asked() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Print the page, and write it if asked."""
+    """Print the figures, then where they were measured."""
     asked = _asked()
     quick = asked.quick
     started_s, load = time.monotonic(), os.getloadavg()[0]
@@ -103,32 +101,19 @@ def main() -> None:
         SECTIONS
     )
     left_out = [each.script for each in SECTIONS if each not in named]
-    parts = []
     for number, section in enumerate(named, start=1):
         print(f"[{number}/{len(named)}] {section.title} ...", file=sys.stderr)
         began_s = time.monotonic()
-        parts.append(f"## {section.title}\n\n{run(section, quick=quick)}")
-        print(parts[-1], end="\n\n", flush=True)
+        print(f"## {section.title}\n\n{run(section, quick=quick)}\n", flush=True)
         print(f"      {time.monotonic() - began_s:.0f} s", file=sys.stderr)
     minutes = (time.monotonic() - started_s) / 60
-    head = [
-        "# All figures of one run",
-        "Made by `python -m benchmarks --write`. [What they mean](performance.md), "
-        "[the other tools](comparison.md).",
-        "\n".join(
-            [
-                *machine(),
-                f"- {minutes:.0f} minutes{', `--quick`' if quick else ''}; load of the "
-                f"machine {load:.1f} at the start",
-                *([f"- not in this run: {', '.join(left_out)}"] if left_out else []),
-            ]
-        ),
+    about = [
+        *machine(),
+        f"- {minutes:.0f} minutes{', `--quick`' if quick else ''}; load of the machine "
+        f"{load:.1f} at the start",
+        *([f"- not in this run: {', '.join(left_out)}"] if left_out else []),
     ]
-    text = "\n\n".join([*head, *parts]) + "\n"
-    print("\n\n".join(head))
-    if asked.write:
-        PAGE.write_text(text, encoding="utf-8")
-        print(f"written: {PAGE}", file=sys.stderr)
+    print("\n".join(about))
 
 
 if __name__ == "__main__":

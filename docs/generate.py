@@ -18,6 +18,7 @@ from generators.cards import cards  # noqa: E402  # likewise
 from generators.command_line import command_line  # noqa: E402  # likewise
 from generators.environment import environment  # noqa: E402  # likewise
 from generators.fixtures import fixtures  # noqa: E402  # likewise
+from generators.index import index  # noqa: E402  # likewise
 from generators.markers import markers  # noqa: E402  # likewise
 from generators.options import options  # noqa: E402  # likewise
 from generators.report_schema import report_schema  # noqa: E402  # likewise
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 PAGES: dict[str, Callable[[], str]] = {
+    "index.md": index,
     "simulated-device.md": simulated_device,
     "report.schema.json": report_schema,
     "rules.md": rules,
