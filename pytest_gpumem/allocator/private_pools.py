@@ -70,11 +70,7 @@ class PrivatePools(Heap):
         if pool is None:
             self.private_pools[pool_id] = PrivatePool(pool_id, splits=splits)
         elif not pool.use_count:
-            raise RuntimeError(
-                "it->second->use_count > 0 INTERNAL ASSERT FAILED at "
-                '"/__w/pytorch/pytorch/c10/cuda/CUDACachingAllocator.cpp":3332, please '
-                "report a bug to PyTorch. "
-            )
+            raise RuntimeError(self.config.version.asserts.pool_is_used)
         else:
             pool.use_count += 1
         if on_oom:
@@ -131,11 +127,7 @@ class PrivatePools(Heap):
         """
         pool = self.private_pools.get(pool_id)
         if pool is None:
-            raise RuntimeError(
-                "it != graph_pools.end() INTERNAL ASSERT FAILED at "
-                '"/__w/pytorch/pytorch/c10/cuda/CUDACachingAllocator.cpp":3340, please '
-                "report a bug to PyTorch. "
-            )
+            raise RuntimeError(self.config.version.asserts.pool_exists)
         pool.use_count -= 1
         if not pool.use_count and pool_id in self._for_ooms:
             self._for_ooms.remove(pool_id)

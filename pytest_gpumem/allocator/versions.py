@@ -3,7 +3,8 @@
 Everything else is modelled as in torch 2.13, see ``docs/versions.md``. Source: the
 responses of ``torch._C`` to settings, and the messages in ``libc10.so`` and
 ``libc10_cuda.so``, in the CUDA wheels of torch 2.8.0, 2.9.1, 2.10.0, 2.11.0, 2.12.0,
-2.13.0, 2.14.1 and 2.15.0.
+2.13.0, 2.14.1 and 2.15.0. What graphs do, and on which lines assertions are, is from
+``tests/recordings/captures.json.xz``: 2.13.0, 2.14.1 and 2.15.0 on the substitute runtime.
 """
 
 from __future__ import annotations
@@ -47,6 +48,65 @@ _OF_CUDA: Final = "PYTORCH_CUDA_ALLOC_CONF"
 _OF_ALL: Final = "PYTORCH_ALLOC_CONF"
 
 
+class Asserts(NamedTuple):
+    """Messages of PyTorch's internal assertions, which name a line of its source.
+
+    Attributes:
+        pool_is_used: A pool gets a user again, but still has segments without one.
+        pool_exists: A pool is released that does not exist.
+        capture_status: Memory is requested in a capture that has failed.
+        no_capture: A capture ends that did not begin.
+    """
+
+    pool_is_used: str
+    pool_exists: str
+    capture_status: str
+    no_capture: str
+
+
+def _asserts(
+    pool_is_used: int, pool_exists: int, capture_status: int, no_capture: str
+) -> Asserts:
+    """Return the messages, from the lines of ``CUDACachingAllocator.cpp``.
+
+    Args:
+        pool_is_used: The line of that assertion.
+        pool_exists: The line of that assertion.
+        capture_status: The line of that assertion.
+        no_capture: The message of that assertion.
+    """
+    file = "CUDACachingAllocator.cpp"
+    return Asserts(
+        _failed("it->second->use_count > 0", file, pool_is_used),
+        _failed("it != graph_pools.end()", file, pool_exists),
+        _failed(
+            "info.status != cudaStreamCaptureStatusInvalidated",
+            file,
+            capture_status,
+            "Invalid stream capture status",
+        ),
+        no_capture,
+    )
+
+
+def _failed(condition: str, file: str, line: int, text: str = "") -> str:
+    """Return the message of a failed assertion. Source: ``TORCH_INTERNAL_ASSERT``."""
+    place = f"/__w/pytorch/pytorch/c10/cuda/{file}"
+    return (
+        f'{condition} INTERNAL ASSERT FAILED at "{place}":{line}, please report a bug to '
+        f"PyTorch. {text}"
+    )
+
+
+def _no_mark(line: int) -> str:
+    return _failed(
+        "num_active_captures_ > 0",
+        "CUDACachingAllocator.cpp",
+        line,
+        "markCaptureEnd called with no captures in progress",
+    )
+
+
 class AllocatorVersion(NamedTuple):
     """The properties that the allocator has from one version on.
 
@@ -64,6 +124,11 @@ class AllocatorVersion(NamedTuple):
         kernel_error_end: The same for an error that a kernel can cause.
         keeps_workspaces: Whether cuBLAS's workspaces are kept for the next product if
             ``TORCH_CUBLAS_WORKSPACE_CACHE`` does not say so.
+        registers_at_draws: Whether a captured graph takes memory for a generator's state at
+            the first draw from it; otherwise for every registered one as the capture
+            begins.
+        releases_failed_captures: Whether a graph whose capture failed gives its pool back.
+        asserts: Messages of internal assertions.
     """
 
     since: tuple[int, int]
@@ -76,6 +141,9 @@ class AllocatorVersion(NamedTuple):
     error_end: str
     kernel_error_end: str
     keeps_workspaces: bool
+    registers_at_draws: bool
+    releases_failed_captures: bool
+    asserts: Asserts
 
 
 _OLDEST: Final = AllocatorVersion(
@@ -89,6 +157,9 @@ _OLDEST: Final = AllocatorVersion(
     error_end=_LATER + _ASSERTIONS,
     kernel_error_end=_LATER + _ASSERTIONS,
     keeps_workspaces=True,
+    registers_at_draws=False,
+    releases_failed_captures=False,
+    asserts=_asserts(3332, 3340, 2213, _no_mark(3211)),  # of 2.13
 )
 _THAT_EXPLAINS_ERRORS: Final = _OLDEST._replace(since=(2, 9), explains_errors=True)
 #: ``c10/core/AllocatorConfig.cpp`` reads the settings, no longer CUDA's own code.
@@ -108,6 +179,13 @@ _WITH_A_NEW_PAGE: Final = _WITH_A_COMMON_READER._replace(
 _WITH_A_LOG: Final = _WITH_A_NEW_PAGE._replace(
     since=(2, 13), error_end=_LOG, kernel_error_end=_LATER
 )
+_WITH_NEW_GRAPHS: Final = _WITH_A_LOG._replace(
+    since=(2, 14),
+    error_end="",
+    registers_at_draws=True,
+    releases_failed_captures=True,
+    asserts=_asserts(3329, 3337, 2214, _no_mark(3209)),
+)
 #: All versions with differences, from the oldest to the newest.
 VERSIONS: Final = (
     _OLDEST,
@@ -116,12 +194,22 @@ VERSIONS: Final = (
     _WITH_A_NEW_PAGE,
     _WITH_A_NEW_PAGE._replace(since=(2, 12)),
     _WITH_A_LOG,
-    _WITH_A_LOG._replace(since=(2, 14), error_end=""),
-    _WITH_A_LOG._replace(
+    _WITH_NEW_GRAPHS,
+    _WITH_NEW_GRAPHS._replace(
         since=(2, 15),
-        error_end="",
         expandable_help=_EXPANDABLE_HELP,
         keeps_workspaces=False,
+        asserts=_asserts(
+            3473,
+            3481,
+            2362,
+            _failed(
+                "active_captures_ > 0",
+                "CUDAGraphMemory.cpp",
+                12,
+                "captureEnd called with no active capture",
+            ),
+        ),
     ),
 )
 #: The newest version that knows every setting.

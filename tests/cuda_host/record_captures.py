@@ -3,20 +3,23 @@
     python tests/cuda_host/record_captures.py FOLDER [--write]
 
 FOLDER gets the substitute CUDA runtime, if it is not there yet. Without ``--write``
-what is found is compared with ``tests/recordings/captures.json``.
+what is found is compared with ``tests/recordings/captures.json.xz``, which has a recording
+for each of some versions of torch.
 """
 
 from __future__ import annotations
 
 import json
+import lzma
 import subprocess
 import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "support"))
 
-from captures import RECORDED, TOTAL_BYTES, run
+from captures import RECORDED, TOTAL_BYTES, recordings, run
 from substitute import environment
+from versions import NAME
 
 
 def main(arguments: list[str]) -> int:
@@ -34,14 +37,14 @@ def main(arguments: list[str]) -> int:
         check=True,
     ).stdout
     rows = json.loads(out)
+    known = recordings()
     if "--write" in options:
-        lines = ",\n".join(json.dumps(row) for row in rows)
+        text = json.dumps(known | {NAME: rows}, sort_keys=True)
         partial = RECORDED.with_suffix(".new")
-        partial.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        partial.write_bytes(lzma.compress(text.encode("utf-8")))
         partial.replace(RECORDED)
         return 0
-    known = json.loads(RECORDED.read_text(encoding="utf-8"))
-    pairs = zip(rows, known, strict=True)
+    pairs = zip(rows, known[NAME], strict=True)
     different = [(was, now) for now, was in pairs if was != now]
     for was, now in different:
         print(f"recorded {was}\nfound    {now}")

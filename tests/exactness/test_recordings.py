@@ -22,11 +22,7 @@ from pytest_gpumem.recording import FORMAT, KIND, record, save
 FOLDER = Path(__file__).parents[1] / "recordings"
 #: But for what operators ask for and what captures do, which test_recorded_requests.py
 #: and test_graphs.py hold.
-FILES = sorted(
-    set(FOLDER.rglob("*.json"))
-    - set(FOLDER.glob("requests/*.json"))
-    - {FOLDER / "captures.json"}
-)
+FILES = sorted(set(FOLDER.rglob("*.json")) - set(FOLDER.glob("requests/*.json")))
 #: Relative error that a modelled figure may have; load is exact.
 TOLERANCE = 0.01
 

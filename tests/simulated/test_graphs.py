@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import captures
 import pytest
 import torch
-from versions import TORCH
+from versions import NAME, since
 
 from pytest_gpumem.cards import find_card
 from pytest_gpumem.devices.simulated import graphs
@@ -38,22 +38,70 @@ def captured(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     return graph, result
 
 
-@pytest.mark.skipif(TORCH != (2, 13), reason="recorded of torch 2.13")
+@pytest.mark.skipif(
+    NAME not in captures.recordings(), reason=f"not recorded of torch {NAME}"
+)
 def test_every_step_is_as_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Statistics, pools, blocks and errors are those of PyTorch's own CUDA code."""
+    monkeypatch.delenv("TORCH_CUBLAS_WORKSPACE_CACHE")
     # Pools are numbered in a process.
     monkeypatch.setattr(graphs, "_graphs", iter(range(1, 1000)))
     monkeypatch.setattr(graphs, "_users", iter(range(1, 1000)))
     plain = dataclasses.replace(
         find_card("A100-40GB")[0], total_bytes=captures.TOTAL_BYTES
     )
-    recorded = json.loads(captures.RECORDED.read_text(encoding="utf-8"))
+    recorded = captures.recordings()[NAME]
     with simulated_device([plain]) as machine:
         machine.all_cards[0].driver.context_bytes = 0
         rows = json.loads(json.dumps(captures.run()))
 
     assert recorded == rows
     assert 100 < len(rows)
+
+
+@since(2, 15, "graphs have no hooks")
+def test_hooks_of_graphs_run_around_each_step() -> None:
+    """Torch's own class calls them; a graph is destroyed as it is reset, or as it goes."""
+    steps: list[Any] = []
+    kinds = (
+        "capture_start",
+        "capture_end",
+        "instantiate",
+        "replay_start",
+        "replay_end",
+    )
+    source = torch.zeros(3, device="cuda")
+    graph: Any = torch.cuda.CUDAGraph()  # torch's stubs are of 2.13
+    handles = []
+    for kind in kinds:
+        own = "post_instantiate" if kind == "instantiate" else kind
+        for of, register in (
+            ("graph", getattr(graph, f"register_{own}_hook")),
+            ("all", getattr(torch.cuda.graphs, f"register_graph_{kind}_hook")),
+        ):
+
+            def note(_graph: Any, of: str = of, kind: str = kind) -> None:
+                steps.append((of, kind, torch.cuda.is_current_stream_capturing()))
+
+            handles.append(register(note))
+    graph.register_destroy_callback(lambda: steps.append("destroyed"))
+    with torch.cuda.graph(graph):
+        result = source + 1
+    graph.replay()
+    graph.reset()
+
+    assert [
+        (of, kind, kind == "capture_start") for kind in kinds for of in ("all", "graph")
+    ] == steps[:-1]
+    assert "destroyed" == steps[-1]
+    assert [1.0, 1.0, 1.0] == result.tolist()
+    graph.register_destroy_callback(lambda: steps.append("gone"))
+    del graph
+    assert "gone" == steps[-1]
+    for handle in handles:
+        handle.remove()
+    captured(lambda: source + 1)
+    assert "gone" == steps[-1]
 
 
 def test_a_replay_computes_on_the_same_memory() -> None:

@@ -1,13 +1,15 @@
 """What captures of graphs and private pools come to, told step by step.
 
 The same program runs on PyTorch's own CUDA code (``tests/cuda_host/record_captures.py``,
-which writes ``tests/recordings/captures.json``) and on the simulated card.
+which writes ``tests/recordings/captures.json.xz``) and on the simulated card.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import json
+import lzma
 import threading
 import warnings
 from pathlib import Path
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 MIB = 2**20
 #: Bytes of the card that it runs on; its context takes none.
 TOTAL_BYTES = 4 * 2**30
-RECORDED = Path(__file__).parents[1] / "recordings" / "captures.json"
+RECORDED = Path(__file__).parents[1] / "recordings" / "captures.json.xz"
 _STATS = (
     "allocated_bytes.all.current",
     "active_bytes.all.current",
@@ -80,6 +82,14 @@ class _Teller:
             self.rows.append([name, type(error).__name__, text])
         else:
             self.rows.append([name, "ends", ""])
+
+
+def recordings() -> dict[str, list[list[Any]]]:
+    """Return what was recorded, by version of torch, as in ``2.13``."""
+    recorded: dict[str, list[list[Any]]] = json.loads(
+        lzma.decompress(RECORDED.read_bytes())
+    )
+    return recorded
 
 
 def run() -> list[list[Any]]:

@@ -11,6 +11,8 @@ import transformers
 
 #: The installed torch, as two numbers.
 TORCH: Final = tuple(int(each) for each in torch.__version__.split(".")[:2])
+#: The same as a name, such as ``2.13``.
+NAME: Final = ".".join(map(str, TORCH))
 #: Whose names and rules the tests stand on; it lacks nothing of what they ask for.
 REFERENCE: Final = (2, 13)
 #: The installed transformers' first number.

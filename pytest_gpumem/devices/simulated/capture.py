@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from pytest_gpumem.devices.cuda_errors import cuda_error
 from pytest_gpumem.devices.simulated.machine import current_machine
-from pytest_gpumem.devices.simulated.rng import GENERATOR
+from pytest_gpumem.devices.simulated.rng import GENERATOR, CardGenerator
 from pytest_gpumem.devices.simulated.tape import Recorder, Tape, bytes_of, living
 from pytest_gpumem.devices.simulated.tensor import HANDLERS, SimulatedTensor
 from pytest_gpumem.devices.simulated.warned import warn
@@ -33,15 +33,9 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices.simulated.card import SimulatedCard
     from pytest_gpumem.devices.simulated.machine import SimulatedMachine
-    from pytest_gpumem.devices.simulated.rng import CardGenerator
     from pytest_gpumem.devices.simulated.tensor import Handler
 
 _NOTHING: Final = contextlib.nullcontext()
-_INVALID_STATUS: Final = (
-    "info.status != cudaStreamCaptureStatusInvalidated INTERNAL ASSERT FAILED at "
-    '"/__w/pytorch/pytorch/c10/cuda/CUDACachingAllocator.cpp":2213, please report a bug '
-    "to PyTorch. Invalid stream capture status"
-)
 #: Error for a host tensor that is not pinned. Source: ``Copy.cu``, ``copy_kernel_cuda``.
 _NOT_PINNED: Final = (
     "Cannot copy between CPU and CUDA tensors during CUDA graph capture unless the CPU "
@@ -68,8 +62,11 @@ class Capture:
     Args:
         card: The card.
         stream: The stream on which the capture began.
-        generators: The generators from which the captured operators may draw.
+        generators: The generators from which the captured operators may draw; None means
+            any.
         graph: Returns the graph that captures, or None once it is gone.
+        register: Takes memory for the state of one more generator; called at the first
+            draw from each if ``generators`` is None.
 
     Attributes:
         streams: Handles of the streams that take part.
@@ -84,14 +81,18 @@ class Capture:
         self,
         card: SimulatedCard,
         stream: int,
-        generators: list[CardGenerator],
+        generators: list[CardGenerator] | None,
         graph: Callable[[], Any],
+        register: Callable[[], None],
     ) -> None:
         self.card: Final = card
         self.graph: Final = graph
-        self.generators: Final = generators
+        self._registered: Final = generators
+        self._register: Final = register
+        self._drawn: Final[set[int]] = set()
         # What is drawn for the values of the capture is drawn again by each replay.
-        self._undo_draws: Final = [each.keep() for each in generators]
+        known = CardGenerator.of_card(card) if generators is None else generators
+        self._undo_draws: Final = [each.keep() for each in known]
         #: Memory that was written to, by its address in C++, and what was in it before.
         self._contents: Final[
             dict[int, tuple[weakref.ref[torch.UntypedStorage], torch.Tensor]]
@@ -166,7 +167,7 @@ class Capture:
                 ``torch.AcceleratorError`` with CUDA's message).
         """
         if self.is_invalid and allocates:
-            raise RuntimeError(_INVALID_STATUS)
+            raise RuntimeError(self.card.version.asserts.capture_status)
         if self.is_invalid:
             raise cuda_error("cudaErrorStreamCaptureInvalidated")
 
@@ -176,8 +177,10 @@ class Capture:
         Raises:
             RuntimeError: The generator is not registered (torch's message).
         """
+        if self._registered is None:
+            return
         known = {
-            each._cdata for each in self.generators
+            each._cdata for each in self._registered
         }  # C++ may create another Python object for a generator
         for each in (*args, *kwargs.values()):
             if isinstance(each, GENERATOR) and each._cdata not in known:
@@ -186,6 +189,12 @@ class Capture:
                     "the capturing graph. Call graph.register_generator_state() before "
                     "capture_begin()."
                 )
+
+    def note_draw(self, generator: CardGenerator) -> None:
+        """Register a generator at its first draw, where that is not done before."""
+        if self._registered is None and generator._cdata not in self._drawn:
+            self._drawn.add(generator._cdata)
+            self._register()
 
     def end(self) -> None:
         """End the capture; no stream takes part any more.

@@ -77,6 +77,8 @@ class SimulatedCard:
         self.cublas_handles = CublasHandles()
         #: cuBLAS workspaces, by handle and stream.
         self.workspaces: dict[tuple[int, int], Block] = {}
+        #: How this version of PyTorch's allocator behaves.
+        self.version: Final = config.version
         #: Whether a workspace is kept for the next product.
         #: Source: ``isCUDABlasWorkspaceCachingEnabled``.
         self.keeps_workspaces: Final = (

@@ -2,7 +2,8 @@
 
 Source: ``aten/src/ATen/cuda/CUDAGraph.cpp``, ``CUDAGeneratorImpl.cpp`` and
 ``MemPool.cpp``, and ``torch/csrc/cuda/Module.cpp``, torch 2.13: the order of their
-requests to the allocator, their checks and their error messages.
+requests to the allocator, their checks and their error messages. What is different in
+other versions stands in ``allocator/versions.py``.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import itertools
 import threading
 import warnings
 import weakref
-from functools import partial
+from functools import partial, update_wrapper
+from types import CellType, FunctionType
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.allocator.caching import CachingAllocator
     from pytest_gpumem.allocator.pools import PoolId
     from pytest_gpumem.devices.simulated.card import SimulatedCard
+    from pytest_gpumem.devices.simulated.tape import Tape
 
 #: Pools of graphs and pools of users are numbered separately.
 #: Source: ``MemPool::uuid_``, ``uid_``.
@@ -43,6 +46,13 @@ _users: Final = itertools.count(1)
 #: Source: ``CUDAGeneratorState``: two tensors of one ``int64`` each.
 _GENERATOR_BYTES: Final = (8, 8)
 _MODES: Final = ("global", "thread_local", "relaxed")
+#: Methods that look into CUDA's own graph; torch's Python class has them in some versions.
+_OF_THE_RAW_GRAPH: Final = (
+    "debug_dump",
+    "get_graph_data",
+    "raw_cuda_graph",
+    "raw_cuda_graph_exec",
+)
 
 
 def pool_handle() -> PoolId:
@@ -62,8 +72,59 @@ def _check_pool(function: str, pool: Any) -> None:
     )
 
 
+class _Owned:
+    """What a graph owns on its card; ``release`` gives it back, at the latest when it goes.
+
+    Attributes:
+        card: The card, from the begin of a capture to its release.
+        stream: The stream on which the capture began.
+        capture: The capture that is under way.
+        pool: The id of the graph's pool.
+        retained: Ids of other pools that the capture uses.
+        blocks: Memory for the states of generators.
+        has_begun: Whether the graph is a user of its pool.
+        is_routed: Whether requests are routed to the pool.
+        tape: The captured operators, once the capture has ended well.
+    """
+
+    def __init__(self) -> None:
+        self.card: SimulatedCard | None = None
+        self.stream = 0
+        self.capture: Capture | None = None
+        self.pool: PoolId = DEFAULT
+        self.retained: list[PoolId] = []
+        self.blocks: list[Block] = []
+        self.has_begun = self.is_routed = False
+        self.tape: Tape | None = None
+
+    def release(self) -> None:
+        """Give everything back; the pool has one user less."""
+        card, self.card = self.card, None
+        if card is None:
+            return
+        capture, self.capture = self.capture, None
+        if capture is not None:
+            capture.streams = set()
+            forget(capture)
+        for block in self.blocks:
+            card.release(block)
+        self.blocks.clear()
+        has_ended, self.tape = self.tape is not None, None
+        if has_ended or (self.has_begun and card.version.releases_failed_captures):
+            card.clear_workspaces(self.stream)  # also those of other graphs
+            if self.is_routed and not has_ended:
+                card.later(partial(_end, pool=self.pool))
+            for pool in (self.pool, *self.retained):
+                card.later(partial(_release, pool=pool))
+        self.retained = []
+        self.has_begun = self.is_routed = False
+
+    def __del__(self) -> None:
+        self.release()
+
+
 class CUDAGraph:
-    """Operators that are captured on a stream and can be run again.
+    """Operators that are captured on a stream and can be run again: C++'s ``_CUDAGraph``.
 
     Args:
         keep_graph: Whether the graph is kept after the capture. It must then be prepared
@@ -72,16 +133,20 @@ class CUDAGraph:
     Limits: see ``tape.py``.
     """
 
+    def __new__(cls, keep_graph: bool = False) -> CUDAGraph:  # noqa: ARG004, FBT001, FBT002, PYI034  # torch's signature; Self needs 3.11
+        """Make an object; torch's own class passes its arguments on."""
+        return object.__new__(cls)
+
     def __init__(self, keep_graph: bool = False) -> None:  # noqa: FBT001, FBT002  # torch's signature
         self._keeps = keep_graph
         self._generators: list[CardGenerator] = []
-        self._blocks: list[Block] = []
-        self._card: SimulatedCard | None = None
-        self._stream = 0
-        self._capture: Capture | None = None
-        self._pool: PoolId = DEFAULT
-        self._has_ended = self._is_ready = False
-        self._retained: list[MemPool] = []
+        self._is_ready = False
+        self._owned = _Owned()
+
+    @property
+    def _has_graph_exec(self) -> bool:
+        """Whether the graph can be run again."""
+        return self._is_ready
 
     @staticmethod
     def get_currently_capturing_graph() -> CUDAGraph:
@@ -96,20 +161,24 @@ class CUDAGraph:
             raise RuntimeError("The current stream is not currently capturing.")
         return graph
 
-    def _retain_pool(self, pool: MemPool) -> None:
-        """Keep a pool that the capture uses until ``reset``, as torch does from 2.15 on."""
-        self._retained.append(pool)
+    def _retain_pool(self, pool: PoolId) -> None:
+        """Be a user of a pool that the capture uses, until ``reset``."""
+        owned = self._owned
+        if owned.card is None or pool in (owned.pool, *owned.retained):
+            return
+        with owned.card.locked() as allocator:
+            allocator.use_pool(pool)
+        owned.retained.append(pool)
 
     def register_generator_state(self, generator: Any) -> None:
-        """Allow draws from a generator in the capture."""
+        """Allow draws from a generator in the capture; from torch 2.15 on all are."""
+        if card_of(None).version.registers_at_draws:
+            return
         if generator._cdata not in {each._cdata for each in self._generators}:
             self._generators.append(generator)
 
     def capture_begin(
-        self,
-        pool: PoolId | None = None,
-        capture_error_mode: str = "global",
-        check_input_liveness: bool = False,  # noqa: FBT001, FBT002  # torch's signature
+        self, pool: PoolId | None = None, capture_error_mode: str = "global"
     ) -> None:
         """Begin to capture the current stream; its requests are served from a pool.
 
@@ -120,8 +189,6 @@ class CUDAGraph:
             torch.AcceleratorError: The stream is being captured (CUDA's message).
             torch.OutOfMemoryError: The card has no room for the states of the generators.
         """
-        if check_input_liveness:
-            refuse("torch.cuda.graph(check_input_liveness=True)")
         if capture_error_mode not in _MODES:
             raise RuntimeError(
                 "Unknown capture error mode. Expected `global`, `thread_local`, or "
@@ -140,55 +207,71 @@ class CUDAGraph:
                 "CUDA graphs must be captured on a non-default stream. (However, after "
                 "capture, it's ok to replay them on the default stream.)"
             )
-        self.register_generator_state(generator_of(card))
-        for nbytes in _GENERATOR_BYTES * len(self._generators):
-            self._blocks.append(allocate_aside(card, nbytes, 0))
-        self._card, self._stream = card, stream
-        self._pool = (next(_graphs), 0) if pool in (None, DEFAULT) else pool
+        owned = self._owned
+        if card.version.registers_at_draws:
+            registered = None
+        else:
+            self.register_generator_state(generator_of(card))
+            registered = self._generators
+            for _generator in registered:
+                owned.blocks += _state_blocks(card)
+        owned.card, owned.stream = card, stream
+        owned.pool = (next(_graphs), 0) if pool in (None, DEFAULT) else pool
         under_way = capture_of(card)
-        capture = Capture(card, stream, self._generators, weakref.ref(self))
+        blocks = owned.blocks
+
+        def register() -> None:
+            blocks.extend(_state_blocks(card))
+
+        capture = Capture(card, stream, registered, weakref.ref(self), register)
         with card.locked() as allocator:
-            allocator.begin_pool(self._pool, capture.takes, captures=True)
+            allocator.begin_pool(owned.pool, capture.takes, captures=True)
+        owned.has_begun = owned.is_routed = True
         if under_way is not None:
             under_way.is_invalid = True
             raise cuda_error("cudaErrorIllegalState")
-        self._capture = capture
+        owned.capture = capture
         begin(capture)
 
     def capture_end(self) -> None:
-        """End the capture.
+        """End the capture, and prepare the graph for ``replay`` unless it is kept.
 
         Raises:
             RuntimeError: There is no capture, or it began on another stream than the current
                 one (torch's messages).
             torch.AcceleratorError: A call during the capture was not allowed (CUDA's
-                message). The pool then exists until the process ends.
+                message). Up to torch 2.14 the pool then exists until the process ends.
         """
-        capture, card = self._capture, self._card
+        self.capture_end_pre()
+        self._is_ready = not self._keeps
+
+    def capture_end_pre(self) -> None:
+        """End the capture; ``instantiate`` and ``capture_end_post`` are to follow."""
+        owned = self._owned
+        capture, card = owned.capture, owned.card
         if capture is None or card is None:
-            raise RuntimeError(
-                "num_active_captures_ > 0 INTERNAL ASSERT FAILED at "
-                '"/__w/pytorch/pytorch/c10/cuda/CUDACachingAllocator.cpp":3211, please '
-                "report a bug to PyTorch. markCaptureEnd called with no captures in "
-                "progress"
-            )
+            raise RuntimeError(card_of(None).version.asserts.no_capture)
         if card.machine.streams.current(card.index) != capture.stream:
             raise RuntimeError("Capture must end on the same stream it began on.")
-        self._capture = None
+        owned.capture = None
         forget(capture)
         with card.locked() as allocator:
             allocator.end_capture()
-            capture.end()
-            allocator.end_pool(self._pool)
+            if not card.version.releases_failed_captures:
+                capture.end()
+            allocator.end_pool(owned.pool)
+            owned.is_routed = False
+        capture.end()
         if not capture.num_nodes:
             warnings.warn(
                 "The CUDA Graph is empty. This usually means that the graph was "
                 "attempted to be captured on wrong device or stream.",
                 stacklevel=2,
             )
-        self._tape = capture.tape
-        self._has_ended = True
-        self._is_ready = not self._keeps
+        owned.tape = capture.tape
+
+    def capture_end_post(self) -> None:
+        """Do nothing: on a card, the description of a graph that is not kept goes here."""
 
     def instantiate(self) -> None:
         """Prepare a kept graph for ``replay``.
@@ -196,7 +279,7 @@ class CUDAGraph:
         Raises:
             RuntimeError: Nothing was captured, or the graph is not kept (torch's messages).
         """
-        if not self._has_ended:
+        if self._owned.tape is None:
             raise RuntimeError(
                 "capture_end() must have been called before calling instantiate"
             )
@@ -213,39 +296,24 @@ class CUDAGraph:
         Raises:
             RuntimeError: Nothing was captured (torch's message).
         """
-        if not self._has_ended or self._card is None:
+        tape, card = self._owned.tape, self._owned.card
+        if tape is None or card is None:
             raise RuntimeError(
                 "Called CUDAGraph::replay without a preceding successful capture."
             )
         self._is_ready = True
-        outer = capture_of(self._card)
+        outer = capture_of(card)
         if outer is not None:
-            outer.note_work(self._card.machine.streams.current(self._card.index))
-            outer.tape.keep_call(self._tape.replay)
+            outer.note_work(card.machine.streams.current(card.index))
+            outer.tape.keep_call(tape.replay)
             return
-        self._tape.replay()
+        tape.replay()
 
     def reset(self) -> None:
         """Delete the captured graph; its pool has one user less."""
-        card, self._card = self._card, None
-        if card is None:
-            return
-        capture, self._capture = self._capture, None
-        if capture is not None:
-            capture.streams = set()
-            forget(capture)
-        while self._blocks:
-            card.release(self._blocks.pop())
+        self._owned.release()
         self._generators = []
-        self._retained = []
-        if self._has_ended:
-            self._has_ended = self._is_ready = False
-            del self._tape
-            card.clear_workspaces(self._stream)  # also those of other graphs
-            card.later(partial(_release, pool=self._pool))
-
-    def __del__(self) -> None:
-        self.reset()
+        self._is_ready = False
 
     def pool(self) -> PoolId:
         """Return the id of the graph's pool, which other graphs can share.
@@ -253,16 +321,27 @@ class CUDAGraph:
         Raises:
             RuntimeError: Nothing was captured (torch's message).
         """
-        if not self._has_ended:
+        return self._pools("pool")[0]
+
+    def pools(self) -> list[PoolId]:
+        """Return the ids of all pools that the graph keeps, its own first.
+
+        Raises:
+            RuntimeError: Nothing was captured (torch's message).
+        """
+        return self._pools("pools")
+
+    def _pools(self, function: str) -> list[PoolId]:
+        if self._owned.tape is None:
             raise RuntimeError(
-                "Called CUDAGraph::pool() without a preceding successful capture."
+                f"Called CUDAGraph::{function}() without a preceding successful capture."
             )
-        return self._pool
+        return [self._owned.pool, *self._owned.retained]
 
     def enable_debug_mode(self) -> None:
         """Do nothing: there is no CUDA graph that could be dumped."""
 
-    def debug_dump(self, _debug_path: str) -> None:
+    def debug_dump(self, _debug_path: str, **_options: Any) -> None:
         """Refuse: there is no real CUDA graph."""
         refuse("CUDAGraph.debug_dump")
 
@@ -271,11 +350,73 @@ class CUDAGraph:
         refuse("CUDAGraph.raw_cuda_graph")
 
     raw_cuda_graph = raw_cuda_graph_exec = get_graph_data = _refuse_raw
-    begin_capture_to_if_node = end_capture_to_conditional_node = _refuse_raw
+    begin_capture_to_if_node = begin_capture_to_while_node = _refuse_raw
+    end_capture_to_conditional_node = _refuse_raw
+    set_conditional_handle_for_current_node = _refuse_raw
+
+
+def _state_blocks(card: SimulatedCard) -> list[Block]:
+    """Take the memory of one generator's seed and offset."""
+    return [allocate_aside(card, nbytes, 0) for nbytes in _GENERATOR_BYTES]
+
+
+def _python_class() -> type:
+    """Return torch's own Python class of graphs, on the simulated ``_CUDAGraph``.
+
+    It has the hooks, and whatever a version adds in Python. What would look into CUDA's
+    own graph is left out.
+    """
+    original: Any = torch.cuda.graphs.CUDAGraph
+    cell: Any = CellType()  # what ``super()`` without arguments reads
+
+    def based(member: Any) -> Any:
+        if isinstance(member, staticmethod):
+            return staticmethod(based(member.__func__))
+        names = member.__code__.co_freevars if isinstance(member, FunctionType) else ()
+        if "__class__" not in names:
+            return member
+        outer = zip(names, member.__closure__, strict=True)
+        closure = tuple(cell if name == "__class__" else each for name, each in outer)
+        copy = FunctionType(
+            member.__code__,
+            member.__globals__,
+            member.__name__,
+            member.__defaults__,
+            closure,
+        )
+        copy.__kwdefaults__ = member.__kwdefaults__
+        return update_wrapper(copy, member)
+
+    left_out = {"__dict__", "__weakref__", *_OF_THE_RAW_GRAPH}
+    members = {
+        name: based(member)
+        for name, member in vars(original).items()
+        if name not in left_out
+    }
+    torchs_begin = members["capture_begin"]
+
+    def capture_begin(
+        self: Any,
+        pool: Any = None,
+        capture_error_mode: str = "global",
+        check_input_liveness: bool = False,  # noqa: FBT001, FBT002  # torch's signature
+    ) -> None:
+        if check_input_liveness:  # it looks for a tensor's address among the pool's
+            refuse("torch.cuda.graph(check_input_liveness=True)")
+        torchs_begin(self, pool, capture_error_mode)
+
+    members["capture_begin"] = update_wrapper(capture_begin, torchs_begin)
+    made = type("CUDAGraph", (CUDAGraph,), members)
+    cell.cell_contents = made
+    return made
 
 
 def _release(allocator: CachingAllocator, pool: PoolId) -> None:
     allocator.release_pool(pool)
+
+
+def _end(allocator: CachingAllocator, pool: PoolId) -> None:
+    allocator.end_pool(pool)
 
 
 class MemPool:
@@ -386,10 +527,11 @@ C_GRAPHS: Final[dict[str, Any]] = {
     "_cuda_releasePool": _release_pool,
 }
 
+_PYTHON_CLASS: Final = _python_class()
 #: Owner, name and new value of each replaced attribute.
 REPLACEMENTS: Final[tuple[tuple[Any, str, Any], ...]] = (
-    (torch.cuda, "CUDAGraph", CUDAGraph),
-    (torch.cuda.graphs, "CUDAGraph", CUDAGraph),
+    (torch.cuda, "CUDAGraph", _PYTHON_CLASS),
+    (torch.cuda.graphs, "CUDAGraph", _PYTHON_CLASS),
     (torch.cuda, "MemPool", MemPool),
     (torch.cuda.memory, "MemPool", MemPool),
     # The cached stream belongs to the cards that were installed at its first use.

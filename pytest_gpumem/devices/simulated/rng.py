@@ -154,6 +154,8 @@ class CardGenerator(GENERATOR):  # type: ignore[misc]  # torch's C type has the 
         if machine is not None and machine.captures:
             capture = capture_of(machine.card(self._index))
             if capture is not None:
+                if by:
+                    capture.note_draw(self)
                 capture.tape.keep_call(partial(self.move, by))
                 return
         self._offset += by
@@ -161,6 +163,13 @@ class CardGenerator(GENERATOR):  # type: ignore[misc]  # torch's C type has the 
     def keep(self) -> Callable[[], None]:
         """Return a function that undoes all draws from here on; the offset stays."""
         return partial(super().set_state, super().get_state())
+
+    @classmethod
+    def of_card(cls, card: SimulatedCard) -> list[CardGenerator]:
+        """Return the card's generators: its default one, and a program's own."""
+        default = generator_of(card)
+        own = (each for each in cls._known.values() if each is not default)
+        return [default, *(each for each in own if each._index == card.index)]
 
     @classmethod
     def find(cls, generator: Any) -> CardGenerator | None:
