@@ -1,7 +1,7 @@
 """Checkpoints of models at their real size, built offline and kept in a cache.
 
-The weights are random, drawn from a seed by the model's own initialisation: enough for
-whatever depends on sizes, devices and arithmetic, useless for the model's task.
+The weights are random: the model's own initialisation draws them from a seed. This is
+enough for tests of sizes, devices and arithmetic, but not for the model's task.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ FORMATS: Final = ("safetensors", "bin")
 DTYPES: Final = ("float32", "float16", "bfloat16", "float64")
 CHECKS: Final = ("quick", "full")
 WEIGHTS: Final = ("random", "zeros")
-#: Raised whenever the same request would give other files than before.
+#: It is increased when the same request gives other files than before.
 _BUILDER_VERSION: Final = 2
 
 
-def make_checkpoint(  # keyword-only, one for each choice there is
+def make_checkpoint(
     model: str | os.PathLike[str] | PretrainedConfig,
     *,
     out: str | os.PathLike[str] | None = None,
@@ -55,47 +55,49 @@ def make_checkpoint(  # keyword-only, one for each choice there is
     verify: str = "quick",
     progress: Callable[[str], None] | None = None,
 ) -> Path:
-    """Return a folder with a checkpoint, building it if need be.
+    """Return a folder with a checkpoint; build the checkpoint if it does not exist.
 
-    The same request gives the same weights, bit for bit, whatever the number of
-    threads; the random state of the caller stays as it is. Building is atomic and safe
-    for several processes at once. What is there is checked before it is used again; a
-    damaged checkpoint is built anew, and a log warning says so.
+    The same request gives the same weights, bit for bit, with any number of threads. The
+    caller's random state does not change. Several processes may build at the same time,
+    and a checkpoint is built completely or not at all. An existing checkpoint is checked
+    before it is used again. If it is damaged, it is built again, with a log warning.
 
     Args:
         model: A known name (``NAMES``), the path of a ``config.json`` of transformers
             or of a folder with one, or a ``PretrainedConfig``.
         out: The folder to write; None means a folder of the cache.
-        cache_dir: The cache; None means ``PYTEST_GPUMEM_CACHE``, else the user's.
+        cache_dir: The cache; None means the folder in ``PYTEST_GPUMEM_CACHE``, or else
+            the user's cache.
         format: ``"safetensors"``, or ``"bin"`` for the legacy ``pytorch_model.bin``.
-        max_shard_size: Bytes (or ``"200MB"``) of a file at most; None means one file.
-            A tensor that is larger has a file of its own.
+        max_shard_size: The most bytes of a file, as a number or a text (``"200MB"``);
+            None means one file. A larger tensor has a file of its own.
         seed: Seed of the weights, from 0 on.
         dtype: Name of the weights' dtype, one of ``DTYPES``. The weights are drawn in
             float32 and then rounded.
-        architecture: Class name of transformers, an auto class or not; None means the
-            config's own, else ``AutoModelForSequenceClassification``, else
-            ``AutoModel``.
-        weights: ``"random"``, or ``"zeros"``: safetensors as sparse files, which have
-            their full size and take next to no room; for sizes beyond disk and memory.
-        verify: How a checkpoint that is there is checked: ``"quick"`` compares the
-            sizes of all files and the first and last MiB of each, ``"full"`` every
-            byte (some seconds for a GB).
-        progress: Told what takes long, a line at a time.
+        architecture: The name of a class of transformers, which may be an auto class.
+            None means the class that the config names. If it names none,
+            ``AutoModelForSequenceClassification`` is tried, then ``AutoModel``.
+        weights: ``"random"``, or ``"zeros"`` for sparse safetensors files. They have
+            their full size but take almost no disk space, so a checkpoint may be larger
+            than disk and memory.
+        verify: How an existing checkpoint is checked: ``"quick"`` compares the sizes of
+            all files and the first and last MiB of each, ``"full"`` compares every byte
+            (some seconds for each GB).
+        progress: Called with a line of text before each step that takes long.
 
     Raises:
         CheckpointError: The model is not known, an option makes no sense, the disk is
-            full or cannot be written, or ``out`` holds something else.
+            full or cannot be written, or ``out`` contains other files.
         SizeError: ``max_shard_size`` is not a size.
 
     Example::
 
         path = make_checkpoint("bert-tiny", format="bin", max_shard_size="4MB")
 
-    Limits: weights are the same only on the same kind of CPU, with the same minor
-    versions of torch and transformers; the versions are part of the request. Host
-    memory: the model in float32, and nothing besides. Random numbers that other threads
-    draw meanwhile change the weights.
+    Limits: weights are the same only on the same kind of CPU, and with the same minor
+    versions of torch and transformers, which are part of the request. The build needs
+    host memory for the model in float32. Random numbers that other threads draw at the
+    same time change the weights.
     """
     check_options(format=format, dtype=dtype, verify=verify, weights=weights, seed=seed)
     spec = model_spec(model, architecture=architecture)
@@ -155,7 +157,7 @@ def check_options(
     """Reject options of ``make_checkpoint`` that make no sense.
 
     Raises:
-        CheckpointError: One of them, or two together, cannot be had.
+        CheckpointError: A value is not accepted, or two values contradict each other.
         SizeError: ``max_shard_size`` is not a size.
     """
     _check("format", format, FORMATS)
@@ -164,7 +166,7 @@ def check_options(
     _check("weights", weights, WEIGHTS)
     if weights == "zeros" and format != "safetensors":
         raise CheckpointError(
-            f"weights='zeros' makes sparse safetensors files, no format={format!r}; "
+            f"weights='zeros' makes sparse safetensors files, not format={format!r}; "
             "leave one of the two out"
         )
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
@@ -184,13 +186,15 @@ def resolve_checkpoint(
     """Return the folder of a checkpoint given by path or by name.
 
     Args:
-        name_or_path: A folder with ``config.json`` and weights, used as it is; or what
-            ``make_checkpoint`` takes, which is built if it is not in the cache.
+        name_or_path: A folder with ``config.json`` and weights, which is used without a
+            change; or a model as for ``make_checkpoint``, which is built if it is not in
+            the cache.
         cache_dir: As for ``make_checkpoint``.
-        progress: Told what takes long.
+        progress: As for ``make_checkpoint``.
 
     Raises:
-        CheckpointError: Neither a whole checkpoint's folder nor a known name.
+        CheckpointError: It is neither the folder of a complete checkpoint nor a known
+            name.
 
     Example::
 
@@ -204,10 +208,11 @@ def resolve_checkpoint(
 
 
 def check_checkpoint(name_or_path: str | os.PathLike[str]) -> None:
-    """Reject what ``resolve_checkpoint`` would reject, without building anything.
+    """Raise the error that ``resolve_checkpoint`` would raise, without building anything.
 
     Raises:
-        CheckpointError: Neither a whole checkpoint's folder nor a known name.
+        CheckpointError: It is neither the folder of a complete checkpoint nor a known
+            name.
     """
     path = Path(name_or_path)
     if not path.is_dir():

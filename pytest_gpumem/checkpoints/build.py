@@ -1,4 +1,4 @@
-"""Build a checkpoint's files with transformers and torch."""
+"""Builds a checkpoint's files with transformers and torch."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.checkpoints.models import ModelSpec
 
-#: Where a config without architectures finds its class, in this order.
+#: The classes that are tried for a config without architectures, in this order.
 _AUTO_CLASSES: Final = ("AutoModelForSequenceClassification", "AutoModel")
-#: Config, index and headers are far smaller.
+#: Room for config, index and headers, which are far smaller.
 _OVERHEAD_BYTES: Final = 2**20
 
 
-def build_checkpoint(  # keyword-only
+def build_checkpoint(
     spec: ModelSpec,
     folder: Path,
     *,
@@ -42,17 +42,17 @@ def build_checkpoint(  # keyword-only
 ) -> int:
     """Write config and weights into a folder; return the weights' bytes.
 
-    The global random state stays as it is, and so does everything else that is global.
+    The global random state does not change, and neither does any other global state.
 
     Args:
         spec: The model.
         folder: An empty folder.
         file_format: ``"safetensors"`` or ``"bin"``.
-        shard_bytes: Bytes of a file at most; None means one file.
+        shard_bytes: The most bytes of a file; None means one file.
         seed: Seed of the weights.
         dtype: Name of the weights' dtype.
         weights: ``"random"``, or ``"zeros"``: sparse files.
-        say: Told what takes long.
+        say: Called with a line of text before each step that takes long.
 
     Raises:
         CheckpointError: The config or class is not known, or the disk is too full.
@@ -164,4 +164,4 @@ def _no_progress_bar() -> Iterator[None]:
         yield
     finally:
         if shown:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]  # likewise
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]  # transformers has no hints here

@@ -1,4 +1,4 @@
-"""The cache of checkpoints, and building them completely or not at all."""
+"""Keeps checkpoints in a cache, and builds each completely or not at all."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from pytest_gpumem.sizes import format_size
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-#: The file that says what a checkpoint was built from and how its files look.
+#: The file with the request of a checkpoint, and the sizes and digests of its files.
 MANIFEST: Final = "pytest_gpumem.json"
-#: Bytes read from either end of a file to tell whether it is the one written.
+#: The bytes that are read from each end of a file, to recognise a changed file.
 _SAMPLE: Final = 2**20
 _CHUNK: Final = 2**23
 #: Seconds to wait for another process that builds the same checkpoint.
@@ -34,7 +34,7 @@ _log: Final = logging.getLogger(__name__)
 
 
 def cache_folder(given: str | os.PathLike[str] | None = None) -> Path:
-    """Return the cache: the given one, ``PYTEST_GPUMEM_CACHE``, or the user's."""
+    """Return the cache: the given folder, ``PYTEST_GPUMEM_CACHE``, or the user's cache."""
     if given is not None:
         return Path(given)
     named = os.environ.get("PYTEST_GPUMEM_CACHE")
@@ -46,7 +46,7 @@ def cache_folder(given: str | os.PathLike[str] | None = None) -> Path:
 
 
 def digest_of(request: Mapping[str, Any]) -> str:
-    """Return a digest of what a checkpoint was built from."""
+    """Return a digest of a checkpoint's request."""
     text = json.dumps(request, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -61,8 +61,9 @@ def find_damage(
 
     Args:
         folder: The checkpoint.
-        request: What it must have been built from; None means anything.
-        check_all: Compare every byte, not only sizes and both ends of each file.
+        request: The request that it must have been built from; None means any request.
+        check_all: Whether to compare every byte, not only sizes and both ends of each
+            file.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -96,11 +97,11 @@ def _damage_of(
 def is_intact(
     folder: Path, request: Mapping[str, Any] | None = None, *, check_all: bool = False
 ) -> bool:
-    """Tell whether a folder holds a whole checkpoint; see ``find_damage``."""
+    """Tell whether a folder has a complete checkpoint; see ``find_damage``."""
     return find_damage(folder, request, check_all=check_all) is None
 
 
-def build_into(  # keyword-only
+def build_into(
     target: Path,
     request: Mapping[str, Any],
     build: Callable[[Path], None],
@@ -109,24 +110,24 @@ def build_into(  # keyword-only
     in_cache: bool = True,
     check_all: bool = False,
 ) -> None:
-    """Make sure that ``target`` holds everything that ``build`` writes.
+    """Make sure that ``target`` has all files that ``build`` writes.
 
     ``build`` writes into a folder beside the target, which is then renamed. In the
-    cache, a lock lets one process build while others wait. Elsewhere no lock file is
-    left behind: of two processes the first to end wins.
+    cache a lock lets one process build while others wait. Other folders have no lock
+    file: if two processes build there, the files of the first one to end stay.
 
     Args:
         target: The folder.
-        request: What it is built from.
+        request: The request that it is built from.
         build: Writes the files into an empty folder.
-        say: Told what takes long.
-        in_cache: Whether the target's name tells the request, so that whatever is
-            there may be replaced.
+        say: Called with a line of text before each step that takes long.
+        in_cache: Whether the target's name contains the request's digest, so that any
+            existing files may be replaced.
         check_all: As for ``find_damage``.
 
     Raises:
-        CheckpointError: The disk is full, the place cannot be written, or the target
-            holds something else.
+        CheckpointError: The disk is full, the folder cannot be written, or the target
+            contains other files.
     """
     if is_intact(target, request, check_all=check_all):
         return
@@ -199,7 +200,7 @@ def _clear(
         return
     if not in_cache and not _is_of(target, request):
         raise CheckpointError(
-            f"{target} exists and holds something else; choose another folder or "
+            f"{target} exists and contains other files; choose another folder or "
             "remove it"
         )
     damage = find_damage(target, request, check_all=check_all)
@@ -234,8 +235,8 @@ def _write_manifest(folder: Path, request: Mapping[str, Any]) -> None:
     }
     written = folder / MANIFEST
     written.write_text(json.dumps(manifest, indent=1, default=str), encoding="utf-8")
-    # safetensors and mkdtemp shut everyone else out; a file written in the ordinary
-    # way shows what the user's umask allows.
+    # safetensors and mkdtemp give rights to the owner alone. A file that was written in
+    # the ordinary way has the rights that the user's umask allows.
     mode = written.stat().st_mode & 0o666
     for file in files:
         file.chmod(mode)
@@ -252,7 +253,7 @@ def _sample(file: Path) -> str:
 
 
 def _digest(file: Path) -> str:
-    """Return the digest of a file's bytes; of a hole only the position is read."""
+    """Return the digest of a file's bytes; a hole counts by its position, unread."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size

@@ -43,10 +43,10 @@ def save_hollow(
     """Write a model's weights as sparse safetensors files; return their bytes.
 
     Args:
-        model: On the meta device. Of tied weights the first is written.
-        folder: Where to.
-        dtype: Of the weights; buffers that are not floating point keep their own.
-        shard_bytes: Bytes of a file at most, unless one tensor is larger; None means
+        model: The model, on the meta device. Of tied weights the first is written.
+        folder: The folder to write into.
+        dtype: The dtype of the weights; buffers that are not floating point keep theirs.
+        shard_bytes: The most bytes of a file, unless one tensor is larger; None means
             one file.
 
     Raises:

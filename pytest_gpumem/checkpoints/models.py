@@ -22,8 +22,8 @@ _BERT: Final = {
     "architectures": ["BertForSequenceClassification"],
 }
 
-#: Sizes of the published models for BERT, made-up ones for the tiny decoders;
-#: everything else is the config class's default.
+#: The known models. Those of BERT have the sizes of the published models, the tiny decoders
+#: made-up ones. All other entries are the defaults of the config's class.
 NAMES: Final[dict[str, dict[str, Any]]] = {
     "bert-large": {
         **_BERT,
@@ -134,7 +134,7 @@ NAMES: Final[dict[str, dict[str, Any]]] = {
         "eos_token_id": 128001,
     },
 }
-#: Names on the hub of what stands above under another name.
+#: Names on the hub of models that have another name above.
 ALIASES: Final = {
     "bert-large-uncased": "bert-large",
     "bert-base-uncased": "bert-base",
@@ -205,8 +205,8 @@ def _spec(name: str, entries: Mapping[str, Any], architecture: str | None) -> Mo
     model_type = entries.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise CheckpointError(
-            f"the config of {name} has no model_type, so nothing tells which model it "
-            'is of; add for example "model_type": "bert"'
+            f"the config of {name} has no model_type, which names the kind of model; "
+            'add for example "model_type": "bert"'
         )
     listed = entries.get("architectures")
     own = listed[0] if isinstance(listed, list) and listed else None

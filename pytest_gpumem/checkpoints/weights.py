@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 _WHOLE: Final = ("model.safetensors", "pytorch_model.bin")
-#: What reading an index may raise that is damaged in any way.
+#: The errors that reading a damaged index may raise.
 _UNREADABLE: Final = (
     OSError,
     ValueError,
@@ -27,11 +27,11 @@ _UNREADABLE: Final = (
 
 
 def missing_weights(folder: Path) -> str | None:
-    """Return what a checkpoint's folder lacks; None if nothing.
+    """Return what a checkpoint's folder lacks; None if it is complete.
 
     Args:
-        folder: Must hold ``config.json`` and weights of either format, whole or with
-            an index and every shard that the index names.
+        folder: The folder. A complete one has ``config.json``, and weights of either
+            format: in one file, or as an index and every shard that the index names.
     """
     if not (folder / "config.json").is_file():
         return "it has no config.json"
@@ -62,9 +62,9 @@ def save_shards(
 
     Args:
         weights: The weights by name.
-        folder: Where to.
+        folder: The folder to write into.
         name: The name of the file, from which the names of shards are made.
-        shard_bytes: Bytes of a file at most, unless one tensor is larger; None means
+        shard_bytes: The most bytes of a file, unless one tensor is larger; None means
             one file.
         write: Writes some of the weights into a file.
 
@@ -112,7 +112,7 @@ def save_legacy(
 def _save(state: Mapping[str, torch.Tensor], file: Path) -> None:
     import torch
 
-    # Through a Python file: torch's own writer forgets why a write failed.
+    # A Python file is used because torch's own writer does not say why a write failed.
     with file.open("wb") as stream:
         torch.save(state, stream)
 
@@ -148,7 +148,7 @@ def as_os_error(folder: Path) -> Iterator[None]:
 
 
 def _os_error_number(error: BaseException | None) -> int | None:
-    """Return the errno behind an exception, if a failed write is behind it."""
+    """Return the errno of the failed write that caused an exception; None if none did."""
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error.errno

@@ -10,7 +10,7 @@ import difflib
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from pytest_gpumem.errors import RuleError, SizeError
+from pytest_gpumem.errors import RuleError
 from pytest_gpumem.rules.rule import FLAVOURS, PHASES, Rule
 from pytest_gpumem.sizes import parse_size
 
@@ -23,7 +23,7 @@ class Key(NamedTuple):
 
     Attributes:
         field: The field of ``Rule`` that it sets.
-        read: Text in, value out; raises ``ValueError`` with the reason.
+        read: Returns the value of a text, or raises ``ValueError`` with the reason.
         help: What it does, for the docs.
         example: A rule that uses it.
     """
@@ -41,13 +41,6 @@ def _whole_from(lowest: int) -> Callable[[str], int]:
         return int(value)
 
     return read
-
-
-def _size(value: str) -> int:
-    try:
-        return parse_size(value)
-    except SizeError as error:
-        raise ValueError(str(error)) from None
 
 
 def _probability(value: str) -> float:
@@ -80,9 +73,9 @@ KEYS: Final[dict[str, Key]] = {
     "nth": Key("nth", _whole_from(1), "the first that fails", "load:nth=3"),
     "after": Key(
         "after_bytes",
-        _size,
-        "the first that fails is the one with which the sum of all counted requests "
-        "goes above this many bytes",
+        parse_size,
+        "the first that fails is the one that brings the sum of all counted requests "
+        "above this size",
         "any:after=1GiB",
     ),
     "every": Key(
@@ -102,13 +95,13 @@ KEYS: Final[dict[str, Key]] = {
     ),
     "min": Key(
         "min_bytes",
-        _size,
+        parse_size,
         "only requests of at least this many bytes count",
         "any:min=64MiB",
     ),
     "max": Key(
         "max_bytes",
-        _size,
+        parse_size,
         "only requests of at most this many bytes count",
         "any:max=1KiB",
     ),
@@ -121,15 +114,16 @@ KEYS: Final[dict[str, Key]] = {
     "site": Key(
         "site",
         _pattern,
-        "only requests count of which a name matches: file.py:function of a frame, the "
-        "path of the module at work, the parameter being loaded",
+        "only requests with a matching name count; the names of a request are "
+        "file.py:function of each frame, the path of the module that is being called or "
+        "moved, and the parameter that is being loaded",
         "load:site=*embeddings*",
     ),
     "thread": Key(
         "thread",
         _pattern,
-        "only requests of threads with matching names count; main is the main thread, "
-        "other any but that",
+        "only requests of threads with matching names count; main means the main thread, "
+        "other means every other thread",
         "load:thread=other",
     ),
     "times": Key(

@@ -50,11 +50,11 @@ class Request:
     Attributes:
         nbytes: Bytes asked for, before any rounding.
         device_index: The card asked.
-        phase: What the program was doing: one of ``PHASES`` but ``"any"``, or
+        phase: What the program was doing: one of ``PHASES`` except ``"any"``, or
             ``"other"``.
         thread: Name of the asking thread; ``"main"`` for the main one.
         names: What a ``site`` pattern may match: ``file.py:function`` of each frame,
-            the path of the module at work, the name of the parameter being loaded.
+            the path of the active module, the name of the parameter being loaded.
     """
 
     nbytes: int
@@ -72,17 +72,17 @@ class Rule:
         phase: Only requests of this phase count; ``"any"`` counts all.
         nth: The first counted request that fails, from 1.
         min_bytes: Only requests of at least this many bytes count.
-        max_bytes: Only requests of at most this many bytes count; None: no bound.
+        max_bytes: Only requests of at most this many bytes count; None means no bound.
         device_index: Only requests to this card count; None means all cards.
         times: How many requests fail; None means all of them from the first on
             (persistent).
-        site: Only requests with a name that matches this pattern count; None: all.
-        thread: Only requests of the threads with matching names count; ``"other"``
-            means all but the main one; None means all.
-        after_bytes: The first to fail is the one that takes the sum of counted
-            requests above this; None leaves it to ``nth``.
-        every: With N, every Nth request fails; None leaves it to ``nth``.
-        probability: Each fails with this probability; None leaves it to ``nth``.
+        site: Only requests with a name that matches this pattern count; None means all.
+        thread: Only requests of threads with matching names count; ``"other"`` means
+            every thread except the main one; None means all.
+        after_bytes: The first to fail is the one that brings the sum of counted
+            requests above this; None means that ``nth`` decides.
+        every: With N, every Nth request fails; None means that ``nth`` decides.
+        probability: Each fails with this probability; None means that ``nth`` decides.
         seed: The seed of the probability's random numbers.
         flavour: One of ``FLAVOURS``.
     """
@@ -158,7 +158,7 @@ class Rule:
         return f"{self.phase}:{','.join(parts)}"
 
     def describe(self) -> str:
-        """Return the rule as a sentence's end: "allocation number 3 in load"."""
+        """Return the rule in words, such as "allocation number 3 in load"."""
         size = f" of at least {format_size(self.min_bytes)}" if self.min_bytes else ""
         phase = "" if self.phase == "any" else f" in {self.phase}"
         if self.every is not None:

@@ -63,7 +63,7 @@ def test_what_else_is_there_is_never_replaced(tmp_path: Path, kind: str) -> None
         out.mkdir()
         (out / "notes.txt").write_text("precious")
     message = (
-        f"{out} exists and holds something else; choose another folder or remove it"
+        f"{out} exists and contains other files; choose another folder or remove it"
     )
 
     with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
