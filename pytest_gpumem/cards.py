@@ -22,18 +22,18 @@ from pytest_gpumem.visibility import uuid_of, uuid_of_slice, visible_numbers
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-#: The card of a run that names none: the one that free notebooks and most CI machines
-#: with a GPU have, so that what fits here fits there. Its total is known to the byte.
+#: The card of a run that names none. Free notebooks and most CI machines with a GPU have
+#: this card, so that a model that fits here fits there. Its total is known to the byte.
 DEFAULT_CARD: Final = "T4"
-#: What the driver of a simulated machine says: the newest CUDA version that it serves,
-#: that of the wheels which ``pip install torch`` takes on Linux, torch 2.13; and its own,
-#: the first with that one. Source: CUDA Toolkit 13.0 Release Notes, "CUDA Driver".
+#: The newest CUDA version that the driver of a simulated machine supports, which is that of
+#: PyTorch's wheels of torch 2.13 for Linux, and the version of the first driver that
+#: supports it. Source: CUDA Toolkit 13.0 Release Notes, "CUDA Driver".
 CUDA_VERSION: Final = "13.0"
 DRIVER_VERSION: Final = "580.65.06"
-#: Most cards of one simulated machine.
+#: The most cards of one simulated machine.
 MAX_CARDS: Final = 64
 
-#: PyTorch's allocator takes at least this much at a time from the driver.
+#: The smallest segment that PyTorch's allocator takes from the driver.
 _SMALLEST_BYTES: Final = 2 * 2**20
 #: The id of the first GPU instance of a size, by slices of compute: what nvidia-smi shows
 #: for A100 and H100 in public outputs.
@@ -54,19 +54,20 @@ def find_card(text: str) -> tuple[Card, ...]:
     """Return the cards of a machine.
 
     Args:
-        text: ``CARD``, ``CARD*COUNT``, or several of these joined by ``+``. A card is
-            a name of the table or the driver's own (case, blanks, hyphens and the
-            maker's words do not matter: ``rtx 4090``, ``NVIDIA A100-SXM4-80GB``), or a
-            slice of one (MIG: ``A100-80GB:1g.10gb``), with ``,ctx=SIZE`` if a process's
-            context takes something else than is modelled, ``,nccl=SIZE`` if each
-            communicator of NCCL is to take bytes, and ``,host=SIZE``, which only a card
-            without memory of its own has: the bytes of the shared memory that the host
-            holds; or
-            ``SIZE[,cc=MAJOR.MINOR][,sms=COUNT][,ctx=SIZE][,nccl=SIZE][,host=SIZE][,name=NAME]``,
-            a made-up card. Its compute capability is 8.0 and its context takes 0 bytes
-            unless given; ``host=`` makes it a card without memory of its own; what else it
-            leaves out is as on the table's first card of that capability, or of the one
-            below it.
+        text: ``CARD``, ``CARD*COUNT``, or several of these joined by ``+``.
+
+            A card of the table is given by its name there or by the driver's name. Case,
+            blanks, hyphens and words such as NVIDIA do not matter: ``rtx 4090``,
+            ``NVIDIA A100-SXM4-80GB``. A slice (MIG) is ``A100-80GB:1g.10gb``. After the
+            name ``,ctx=SIZE`` sets the bytes of a process's context, ``,nccl=SIZE`` those
+            of each communicator of NCCL, and ``,host=SIZE``, for a card without memory of
+            its own, the bytes of the shared memory that the host holds.
+
+            A made-up card is
+            ``SIZE[,cc=MAJOR.MINOR][,sms=COUNT][,ctx=SIZE][,nccl=SIZE][,host=SIZE][,name=NAME]``.
+            By default its compute capability is 8.0 and its context takes 0 bytes.
+            ``host=`` makes it a card without memory of its own. Other properties are those
+            of the table's first card of that capability, or of the next lower one.
 
     Raises:
         CardError: The text names no card; the message suggests names.
@@ -101,10 +102,10 @@ class Gpu:
 
     Attributes:
         index: Its index.
-        card: The whole card, also where the machine has only slices of it.
-        numbers: The number of each of the machine's cards that is on it: one, or several
+        card: The whole card, also if the machine has only slices of it.
+        numbers: The numbers of the machine's cards that are on it: one card, or several
             slices (MIG).
-        is_divided: Whether it is in MIG mode: the machine has slices of it.
+        is_divided: Whether it is in MIG mode, so that the machine has slices of it.
     """
 
     index: int
@@ -136,8 +137,8 @@ class Gpu:
     def instances(self, cards: Sequence[Card]) -> list[tuple[int, int]]:
         """Return the ids of GPU instance and compute instance of each of its slices.
 
-        NVIDIA's driver numbers the instances of a size from where these sizes begin;
-        which of them are free is modelled. Each GPU instance has one compute instance.
+        NVIDIA's driver numbers the instances of each size from a first number on; which of
+        them are free is modelled. Each GPU instance has one compute instance.
 
         Args:
             cards: The machine's cards.
@@ -272,7 +273,7 @@ def _named_slice(text: str, description: str) -> Card:
 
 
 def _pairs(text: str, pairs: list[str], keys: tuple[str, ...]) -> dict[str, str]:
-    """Return what ``KEY=VALUE`` pairs give, each key at most once."""
+    """Return the values of ``KEY=VALUE`` pairs, by key; each key is given at most once."""
     given: dict[str, str] = {}
     for pair in pairs:
         key, equals, value = (piece.strip() for piece in pair.partition("="))
@@ -331,7 +332,7 @@ def _made_up_card(text: str, size: str, given: dict[str, str]) -> Card:
 
 
 def _part(text: str, key: str, size: str, total_bytes: int) -> int:
-    """Return how many bytes of a card something takes."""
+    """Return the bytes of a card that a key's value takes."""
     try:
         nbytes = 0 if size == "0" else parse_size(size)
     except SizeError as error:
@@ -346,7 +347,7 @@ def _part(text: str, key: str, size: str, total_bytes: int) -> int:
 
 
 def _model(text: str, capability: str) -> Card:
-    """Return a card of the table, made one of a compute capability."""
+    """Return the table's card from which a made-up card of a capability is derived."""
     match = re.fullmatch(r"([0-9]{1,2})\.([0-9])", capability)
     wanted = (int(match[1]), int(match[2])) if match else (0, 0)
     known = sorted({card.compute_capability for card in CARDS.values()})

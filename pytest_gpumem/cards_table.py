@@ -1,9 +1,9 @@
-"""The table of real cards, with where each figure comes from.
+"""The table of real cards, with the source of each figure.
 
-Totals are what the driver reports to CUDA (``cudaMemGetInfo``, torch's
-``total_memory``), which is less than what is printed on the box. They differ between
-drivers and systems, for one and the same card by up to 5 %: ``source`` says where a
-total was read, and docs/cards.md lists what others saw.
+Totals are those that the driver reports to CUDA (``cudaMemGetInfo``, torch's
+``total_memory``); they are smaller than the maker's figures. For the same card they
+differ by up to 5 % between drivers and systems: ``source`` says where a total was read,
+and docs/cards.md lists totals that others saw.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _MIB: Final = 2**20
 
 @dataclass(frozen=True, slots=True)
 class MultiprocessorLimits:
-    """What a compute capability fixes of a multiprocessor; sizes in bytes."""
+    """The properties of a multiprocessor that its compute capability fixes; in bytes."""
 
     max_threads: int
     registers: int
@@ -25,7 +25,7 @@ class MultiprocessorLimits:
     shared_memory_of_block: int
 
 
-#: By compute capability; one that is not here takes the one below it.
+#: By compute capability; a capability that is not listed has those of the next lower one.
 #: Source: CUDA C++ Programming Guide, "Technical Specifications per Compute
 #: Capability".
 LIMITS: Final[dict[tuple[int, int], MultiprocessorLimits]] = {
@@ -49,24 +49,24 @@ class Card:
     """A card as the CUDA runtime describes it.
 
     Attributes:
-        name: As the driver and ``torch.cuda.get_device_name`` give it.
-        total_bytes: Total memory as the driver reports it.
+        name: The name that the driver and ``torch.cuda.get_device_name`` give.
+        total_bytes: The total memory that the driver reports.
         compute_capability: Major and minor number.
-        multi_processor_count: Streaming multiprocessors.
-        l2_cache_size: Bytes.
-        given_context_bytes: What a process's context takes of the total, where it is
-            known or was asked for; None has it modelled.
-        nccl_bytes: What a communicator of NCCL takes of the total beside what PyTorch's
-            allocator holds; 0 unless it was asked for.
+        multi_processor_count: The number of streaming multiprocessors.
+        l2_cache_size: The size of the L2 cache in bytes.
+        given_context_bytes: The bytes of a process's context, if they are known or were
+            given; None means that they are modelled.
+        nccl_bytes: The bytes that a communicator of NCCL takes outside PyTorch's
+            allocator; 0 unless they were given.
         precision_bytes: How exactly ``total_bytes`` is known; 1 means to the byte.
         source: Where ``total_bytes`` was read.
         is_integrated: Whether the card has no memory of its own and uses the host's.
-        host_bytes: Of an integrated card, the bytes that the host holds of the memory
-            that both share; None counts what the process holds.
-        nvml_name: As NVML gives the name, where it differs from CUDA's: the module is a
-            Jetson Orin, and NVML lists no processes on it.
-        parent: Of a slice (MIG), the name that people use for the whole card.
-        profile: Of a slice (MIG), its profile, such as ``1g.10gb``.
+        host_bytes: For an integrated card, the bytes that the host holds of the shared
+            memory; None means the bytes that the process holds.
+        nvml_name: The name that NVML gives, if it differs from CUDA's. Only a Jetson Orin
+            has such a name, and NVML lists no processes on it.
+        parent: For a slice (MIG), the table's name of the whole card.
+        profile: For a slice (MIG), its profile, such as ``1g.10gb``.
     """
 
     name: str
@@ -86,11 +86,11 @@ class Card:
 
     @property
     def context_bytes(self) -> int:
-        """Bytes that a process's context takes of the total; modelled unless given.
+        """The bytes of a process's context; they are modelled unless they were given.
 
-        Source: a fit to what the OOM texts of 21 kinds of cards count beside PyTorch's
-        own bytes; the median error is 5 %, the worst 21 %. The driver keeps local
-        memory for every thread that can run at once.
+        Source: a fit to the bytes that OOM texts of 21 kinds of cards count outside
+        PyTorch; the median error is 5 %, the worst 21 %. The driver keeps local memory for
+        every thread that can run at the same time.
         """
         if self.given_context_bytes is not None:
             return self.given_context_bytes
@@ -104,27 +104,27 @@ class Card:
 
     @property
     def max_threads_per_multi_processor(self) -> int:
-        """Threads that a multiprocessor can hold."""
+        """The most threads of a multiprocessor."""
         return self._limits.max_threads
 
     @property
     def regs_per_multiprocessor(self) -> int:
-        """32-bit registers of a multiprocessor."""
+        """The number of 32-bit registers of a multiprocessor."""
         return self._limits.registers
 
     @property
     def shared_memory_per_block(self) -> int:
-        """Bytes that a block may use without asking for more: 48 KiB on any card."""
+        """The bytes of a block without a special request: 48 KiB on every card."""
         return 48 * _KIB
 
     @property
     def shared_memory_per_block_optin(self) -> int:
-        """Bytes that a block may ask for."""
+        """The most bytes that a block may request."""
         return self._limits.shared_memory_of_block
 
     @property
     def shared_memory_per_multiprocessor(self) -> int:
-        """Bytes of a multiprocessor."""
+        """The bytes of shared memory of a multiprocessor."""
         return self._limits.shared_memory
 
 

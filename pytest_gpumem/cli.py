@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # Names in files may have what the terminal's encoding has not.
+            # Names in files may contain characters that the terminal's encoding lacks.
             stream.reconfigure(errors="backslashreplace")
     try:
         code: int = options.run(options)
@@ -78,15 +78,16 @@ def _parser() -> argparse.ArgumentParser:
         "--weights",
         choices=("random", "zeros"),
         default="random",
-        help="random, or zeros in sparse files that take no room (default: random)",
+        help="random, or zeros in sparse files, which take almost no disk space (default: "
+        "random)",
     )
     checkpoint.set_defaults(run=_checkpoint)
 
     record = commands.add_parser(
         "record",
-        help="record what this machine's card and PyTorch's allocator on it answer",
+        help="record the answers of this machine's card and of PyTorch's allocator on it",
         description="Play allocator traces and a model's phases on the CUDA card, and "
-        "write what was measured, with card, driver and versions.",
+        "write the measured figures, with card, driver and versions.",
     )
     record.add_argument(
         "--out", type=Path, required=True, help="the JSON file to write"
@@ -117,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser(
         "doctor",
-        help="say what this machine has and what the plugin would do on it",
+        help="show what this machine has, and what the plugin would do on it",
         description="Exit with 1 if tests could not run here, else with 0.",
     )
     doctor.add_argument("--json", action="store_true", help="print JSON")
@@ -129,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_fit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     fit = commands.add_parser(
         "fit",
-        help="say on which cards a model fits, and what takes the room",
+        help="show on which cards a model fits, and what takes the memory",
         description="Try a task of a model on simulated cards, without values: models "
         "may be larger than this machine. Exit with 1 if a card is too small.",
     )
@@ -174,7 +175,7 @@ def _add_fit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     fit.add_argument(
         "--no-largest-batch",
         action="store_true",
-        help="do not look for the largest batch, which takes several runs a card",
+        help="do not search for the largest batch; the search takes several runs a card",
     )
     fit.add_argument("--json", action="store_true", help="print JSON; sizes are bytes")
     fit.set_defaults(run=_fit)
@@ -258,10 +259,10 @@ def _record(options: argparse.Namespace) -> int:
 
 
 def _device(card: str | None) -> AbstractContextManager[object]:
-    """Return the block in which "cuda" means the card to record.
+    """Return a block in which "cuda" means the card to record.
 
     Raises:
-        DeviceUnavailableError: There is no real card, and none is simulated.
+        DeviceUnavailableError: There is no real card, and no card to simulate is named.
     """
     if card is not None:
         from pytest_gpumem.devices.simulated.install import simulated_device
@@ -271,8 +272,8 @@ def _device(card: str | None) -> AbstractContextManager[object]:
 
     if not torch.cuda.is_available():
         raise DeviceUnavailableError(
-            "record needs a CUDA card, and torch finds none; run it where there is "
-            "one, or see what the simulated device answers with --simulate CARD"
+            "record needs a CUDA card, and torch finds none; run it on a machine with a "
+            "card, or record a simulated card with --simulate CARD"
         )
     return nullcontext()
 
@@ -288,7 +289,7 @@ def _replay(options: argparse.Namespace) -> int:
     try:
         trace = json.loads(options.trace.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise TraceError(f"{options.trace}: no JSON: {error}") from error
+        raise TraceError(f"{options.trace} is not JSON: {error}") from error
     json.dump(replay(trace).to_dict(), sys.stdout)
     sys.stdout.write("\n")
     return 0

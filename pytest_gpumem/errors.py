@@ -70,7 +70,7 @@ class AllocatorSettingError(GpuMemError, ValueError):
 
 
 class DeviceUnavailableError(GpuMemError, RuntimeError):
-    """The requested device is not on this machine, or does not exist yet."""
+    """The requested device does not exist on this machine, or does not exist yet."""
 
 
 class UnsupportedOnSimulatedDeviceError(GpuMemError, NotImplementedError):
@@ -91,8 +91,8 @@ class NoValuesError(GpuMemError, RuntimeError):
     """A value was read on a simulated card that keeps none (``--gpu-values=none``).
 
     Attributes:
-        operation: What asked for the value.
-        place: The file, line and function that called it; empty where none is known.
+        operation: The operation that read the value.
+        place: The file, line and function that called it; empty if they are not known.
     """
 
     def __init__(self, operation: str, place: str = "") -> None:
@@ -109,7 +109,7 @@ class NoValuesError(GpuMemError, RuntimeError):
 class HostMemoryError(GpuMemError):
     """The host has no room for the values that a simulated card holds.
 
-    It is not an error of the card, and handlers of OOMs do not catch it: the card has
+    This is not an OOM of the card, and handlers of OOMs do not catch it: the card has
     room, and a smaller batch does not help.
     """
 
@@ -131,7 +131,7 @@ class GrowthError(GpuMemError, AssertionError):
 
 
 class PlanError(GivenValueError):
-    """A question to the planner makes no sense, or its model cannot do that."""
+    """A task for ``fit_model`` makes no sense, or the model cannot do it."""
 
 
 class CheckError(GivenValueError):
@@ -159,7 +159,7 @@ class TraceError(GpuMemError, ValueError):
 
 
 class RunsEagerlyWarning(UserWarning):
-    """Code for ``torch.compile`` runs as it is, operator by operator."""
+    """Code for ``torch.compile`` runs without compilation, operator by operator."""
 
     def __init__(self) -> None:
         super().__init__(

@@ -15,27 +15,27 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-#: Whether the system has POSIX's locks, signals and owners of files; Windows has not.
+#: Whether the system has POSIX's locks, signals and owners of files; Windows does not.
 IS_POSIX: Final = find_spec("fcntl") is not None
-#: How long ``locked`` waits for another process, and how often it looks.
+#: The seconds that ``locked`` waits for another process, and between two attempts.
 LOCK_WAIT_S: Final = 60.0
 LOCK_LOOK_S: Final = 0.02
-#: What a file system answers that has no locks.
+#: The errors of a file system without locks.
 _NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP})
 
 
 def write_atomically(path: str | os.PathLike[str], text: str | Iterable[str]) -> None:
-    """Write a text file so that a reader finds the old text or all of the new.
+    """Write a text file so that a reader finds the old text or all of the new text.
 
     Missing folders are made. A replaced file keeps its permissions and owner. A symbolic
     link stays a link: the file that it names is replaced. A file that is not regular
-    (``/dev/stdout``, a pipe) cannot be replaced; the text is written to it.
-    A lone surrogate, as names in another encoding have, becomes the escape that JSON
-    reads as the same.
+    (``/dev/stdout``, a pipe) cannot be replaced; the text is written to it. Names in
+    another encoding may contain characters that UTF-8 does not have (lone surrogates).
+    They are written as escapes, which JSON reads as the same characters.
 
     Args:
         path: The file.
-        text: Its text, or the text's pieces; what UTF-8 has not is written escaped.
+        text: Its text, or the text's pieces.
 
     Raises:
         OSError: It cannot be written; the old file is untouched.
@@ -94,7 +94,7 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
     is removed afterwards. On a file system without locks there is none.
 
     Args:
-        path: The file; it need not be there.
+        path: The file; it need not exist.
 
     Raises:
         OSError: The lock cannot be made, or another process keeps it for a minute.

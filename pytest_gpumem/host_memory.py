@@ -1,15 +1,15 @@
 """The host's memory that this process holds.
 
 Note [Memory that a card shares with the host]
-An integrated card has no memory of its own: CUDA gives the host's memory as its total,
-and what is free of it as free (``cudaMemGetInfo``). What a process holds in the host's
-memory is then not free for the card either: a model that is loaded on the host and
+An integrated card has no memory of its own: CUDA reports the host's memory as its total,
+and the host's free memory as free (``cudaMemGetInfo``). Bytes that a process holds in the
+host's memory are then not free for the card: a model that is loaded on the host and
 copied to the card takes its bytes twice.
 
 The simulated card counts this process's own pages: its heap and its anonymous mappings.
-It does not count what the system can take back at once, such as a checkpoint that is
-mapped from its file, nor the host's other processes, because the host that simulates a
-card is another machine. ``host=SIZE`` of a card gives a figure in place of the count.
+It does not count pages that the system can take back at once, such as a checkpoint that
+is mapped from its file. It does not count other processes of the host, because the host
+that simulates a card is another machine. ``host=SIZE`` of a card replaces the count.
 
 Source: CUDA Runtime API, ``cudaMemGetInfo``; CUDA for Tegra, "Memory Management"; DGX
 Spark User Guide, "Known Issues"; ``proc(5)``, ``RssAnon`` and ``RssShmem``.
@@ -49,11 +49,11 @@ def _kib(pattern: re.Pattern[bytes]) -> int:
 class ResidentPeak:
     """The most bytes that this process has held in the host's memory since it was made.
 
-    All resident pages count, also those of mapped files and libraries. The system's own
-    record of the peak (``VmHWM``) is set to the present bytes at the start; ``getrusage``
-    and what reads it then know only the peak since. Where that is not allowed, the
-    lifetime's peak (``ru_maxrss``) is used: it is the block's own if it grew meanwhile,
-    and otherwise the block's is not known.
+    All resident pages count, also those of mapped files and libraries. At the start the
+    system's own record of the peak (``VmHWM``) is set to the present bytes; from then on
+    ``getrusage`` also reports only the peak since that moment. If the record cannot be
+    set, the peak of the process's lifetime (``ru_maxrss``) is used. If it has grown since
+    the start, it is the peak since the start; otherwise that peak is not known.
 
     Source: ``proc(5)``, ``/proc/pid/clear_refs``, value 5; ``getrusage(2)``: KiB on Linux
     and the BSDs, and bytes on macOS.
@@ -98,9 +98,9 @@ def _malloc_trim() -> Callable[[int], int] | None:
 
 
 def give_back_free_heap() -> None:
-    """Let glibc give the heap's free pages back, which otherwise look as if in use.
+    """Let glibc give the heap's free pages back to the system, which counts them as used.
 
-    Elsewhere nothing is done. Source: ``malloc_trim(3)``.
+    With another C library nothing is done. Source: ``malloc_trim(3)``.
     """
     trim = _malloc_trim()
     if trim is not None:

@@ -21,22 +21,22 @@ if TYPE_CHECKING:
 
 VARIABLE: Final = "PYTEST_GPUMEM_CHILDREN"
 
-#: Names a file with the models of the hub that children serve too.
+#: The variable with the path of a file that lists the hub models that children serve.
 HUB_VARIABLE: Final = "PYTEST_GPUMEM_HUB"
 
-#: Where it is set, no child process is reached, and no file of this package acts in one.
+#: If this variable is set, no child process is reached, and the package does nothing in one.
 REFUSAL_VARIABLE: Final = "PYTEST_GPUMEM_NO_CHILDREN"
 
-#: Names the Python that answers as ``nvidia-smi`` on simulated cards.
+#: The variable with the path of the Python that runs ``nvidia-smi`` for simulated cards.
 PYTHON_VARIABLE: Final = "PYTEST_GPUMEM_PYTHON"
 
-#: Names the folder that processes must share to know of one another.
+#: The variable with the path of the folder in which processes note their bytes.
 FOLDER_VARIABLE: Final = "PYTEST_GPUMEM_TENANCY"
 
-#: Names the folder of load locks that several users share.
+#: The variable with the path of the folder of load locks that several users share.
 LOCKS_VARIABLE: Final = "PYTEST_GPUMEM_LOCKS"
 
-#: The key of a budget that holds for every card.
+#: The key of a budget for every card.
 EVERY_CARD: Final = ""
 _INDEX: Final = re.compile(r"[0-9]{1,4}")
 
@@ -46,15 +46,15 @@ class Inheritance(NamedTuple):
 
     Attributes:
         backend: ``"cuda"`` or ``"simulated"``.
-        folder: Where children write their figures; the first one makes it.
-        options: The run's options that hold in children too, by name, as text.
-        budgets: Sizes as text by card's index as text; ``EVERY_CARD`` for the others.
+        folder: The folder in which children write their figures; the first child makes it.
+        options: The run's options that children take over, by name, as text.
+        budgets: Sizes as text, by the card's index as text, or by ``EVERY_CARD``.
         rules: Injection rules as text.
         visible: The run's own ``CUDA_VISIBLE_DEVICES``, or None.
-        shared: Where the processes that share simulated cards note what they hold;
-            empty where they share none.
-        tenants: Bytes of pretended processes, by card's index and by process id, both
-            as text.
+        shared: The folder in which processes that share simulated cards note their bytes;
+            empty if they share none.
+        tenants: Bytes of simulated competing processes, by the card's index and by process
+            id, both as text.
     """
 
     backend: str
@@ -76,7 +76,7 @@ class Inheritance(NamedTuple):
         """Read the variable's value.
 
         Raises:
-            ValueError: It is none that a run of this version sets.
+            ValueError: A run of this version does not set such a value.
         """
         try:
             given = cls(**json.loads(text))
@@ -109,7 +109,7 @@ class Inheritance(NamedTuple):
 
         Args:
             visible: This process's ``CUDA_VISIBLE_DEVICES``.
-            count: How many cards it sees.
+            count: The number of cards that it sees.
         """
         own, theirs = _entries(visible), _entries(self.visible)
         names = own[:count] or [str(index) for index in range(count)]
@@ -127,7 +127,7 @@ class Inheritance(NamedTuple):
 
 
 def tenancy_root() -> str:
-    """Return the folder that this machine's processes of one user share."""
+    """Return the folder that this user's processes on this machine share."""
     named = os.environ.get(FOLDER_VARIABLE)
     user = os.geteuid() if hasattr(os, "geteuid") else "user"
     return named or os.path.join(tempfile.gettempdir(), f"pytest-gpumem-{user}")  # noqa: PTH118  # light
@@ -146,7 +146,7 @@ def remove_run(folder: str) -> None:
 
 
 def _is(name: str, value: object) -> bool:
-    """Tell whether a setting has the type that it must have."""
+    """Tell whether a setting has the right type."""
     if name in ("budgets", "options"):
         return isinstance(value, dict) and all(
             isinstance(size, str) for size in value.values()
@@ -184,22 +184,22 @@ def pass_budget_on(index: int, budget_bytes: int | None) -> None:
     os.environ[VARIABLE] = given._replace(budgets=budgets).text
 
 
-#: Pretended processes that are on the cards now, as ``Inheritance.tenants``.
+#: The competing processes on the simulated cards now, as ``Inheritance.tenants``.
 _tenants: Final[dict[str, dict[str, int]]] = {}
 
 
 def present_tenants() -> dict[str, dict[str, int]]:
-    """Return the pretended processes on the cards, as ``Inheritance.tenants``."""
+    """Return the competing processes on the cards, as ``Inheritance.tenants``."""
     return {index: dict(held) for index, held in _tenants.items()}
 
 
 def pass_tenant_on(index: int, pid: int, nbytes: int) -> None:
-    """Let children started from here on see what a pretended process holds of a card.
+    """Pass the bytes of a simulated competing process on to children that start later.
 
     Args:
         index: The card.
-        pid: What the card calls the process.
-        nbytes: What it holds; 0 takes it off the card.
+        pid: The process id that the card reports.
+        nbytes: The bytes that it holds; 0 removes it from the card.
     """
     held = _tenants.setdefault(str(index), {})
     held[str(pid)] = nbytes
@@ -220,4 +220,4 @@ def _given_now() -> Inheritance | None:
     try:
         return Inheritance.parse(text)
     except ValueError:
-        return None  # somebody else's
+        return None  # the variable was not set by a run of this version

@@ -1,7 +1,7 @@
 """Hypothesis strategies: budgets, rules and schedules of faults.
 
-A failing example shrinks to the fewest faults, the earliest allocations and the plainest
-error. Needs Hypothesis (``pip install hypothesis``).
+A failing example shrinks to the fewest faults, the earliest allocations and the simplest
+error. This module needs Hypothesis (``pip install hypothesis``).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pytest_gpumem.sizes import parse_size
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-#: Flavours that are an OOM, the plainest first: what examples shrink to.
+#: Flavours that are an OOM. Examples shrink to the first, which is the simplest.
 OOMS = tuple(flavour for flavour in FLAVOURS if flavour != NOT_OOM)
 
 
@@ -52,10 +52,10 @@ def rules(
     """Return a strategy for injection rules; it shrinks to the first allocation, once.
 
     Args:
-        phases: Which phases' allocations count.
-        flavours: Which errors are raised; ``OOMS`` has them all.
-        max_nth: The last allocation that may fail first.
-        persistent: Whether all later ones fail too; None means either.
+        phases: The phases whose allocations count.
+        flavours: The errors that may be raised; ``OOMS`` has all OOMs.
+        max_nth: The largest number of the first failing allocation.
+        persistent: Whether all later allocations fail, too; None means either.
 
     Example::
 
@@ -87,7 +87,7 @@ def schedules(
 ) -> st.SearchStrategy[list[Rule]]:
     """Return a strategy for several faults of one run, each with its own allocation.
 
-    It shrinks to the fewest faults, and those to the earliest allocations.
+    It shrinks to the fewest faults, and to the earliest allocations.
 
     Args:
         max_faults: The largest number of faults; the smallest is one.

@@ -1,9 +1,9 @@
 """Finds the cards that a process sees: reads ``CUDA_VISIBLE_DEVICES`` as CUDA does.
 
 Note [When the variable is read]
-CUDA reads it once in each process, when it is first used, and never again; what torch
-counts before that through NVML is counted anew each time. Reading it as torch does, and
-when CUDA does, is what lets a test hide the card from code that has not used it yet.
+CUDA reads it once in each process, when CUDA is first used. Before that torch counts cards
+through NVML, and reads the variable each time. The simulated card reads the variable at
+the same moments, so that a test can hide the card from code that has not used it yet.
 Source: CUDA C++ Programming Guide, "CUDA Environment Variables";
 ``c10/cuda/CUDAFunctions.cpp``, ``device_count`` (counts once in a process);
 ``torch/cuda/__init__.py``, ``_parse_visible_devices``, ``_transform_uuid_to_ordinals``
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 VARIABLE: Final = "CUDA_VISIBLE_DEVICES"
 
-#: How names of cards, and of parts of cards, begin.
+#: The beginnings of the UUIDs of cards and of slices (MIG).
 _PREFIXES: Final = ("GPU-", "MIG-")
-#: As C's ``strtoul`` reads the beginning of a text: ``1gpu`` is 1.
+#: The beginning of a text that C's ``strtoul`` reads as a number: ``1gpu`` is 1.
 _NUMBER: Final = re.compile(r"[+-]?[0-9]+")
-#: More digits than any index has; Python converts no number of thousands of them.
+#: The most digits of an index; Python refuses to convert thousands of digits.
 _DIGITS: Final = 9
 
 
@@ -47,12 +47,12 @@ def visible_numbers(uuids: Sequence[str]) -> tuple[int, ...]:
 def numbers_of(listed: str | None, uuids: Sequence[str]) -> tuple[int, ...]:
     """Return the cards that a value of the variable shows, in its order.
 
-    The list ends at the first entry that names no card, or more than one; where it
-    names one twice, it shows none. See Note [When the variable is read].
+    The list ends at the first entry that names no card, or more than one. If it names a
+    card twice, no card is visible. See Note [When the variable is read].
 
     Args:
-        listed: The value; None where it is not set.
-        uuids: The UUIDs of the machine's cards, as NVML writes and orders them.
+        listed: The value; None if it is not set.
+        uuids: The UUIDs of the machine's cards, in NVML's format and order.
     """
     if listed is None:
         return tuple(range(len(uuids)))
@@ -98,5 +98,5 @@ def visible_names(listed: str) -> list[int] | list[str]:
 
 
 def why_hidden() -> str:
-    """Return how the variable hides every card, as a part of a sentence."""
+    """Return the reason why no card is visible, as a part of a sentence."""
     return f"{VARIABLE}={os.environ.get(VARIABLE, '')!r} hides every card"

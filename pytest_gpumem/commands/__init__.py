@@ -1,1 +1,1 @@
-"""Commands of ``pytest-gpumem``, a module for each kind of file that they work on."""
+"""The commands of ``pytest-gpumem`` on reports, baselines and loaders."""

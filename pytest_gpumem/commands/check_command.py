@@ -1,4 +1,4 @@
-"""The command ``check``: the whole battery on a loader that a project has."""
+"""The command ``check``: runs all checks on a loader that a project already has."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def add_check(commands: Any) -> None:
     """Declare it on argparse's subparsers."""
     check = commands.add_parser(
         "check",
-        help="try everything on a loader of yours: budgets, faults, every allocation",
+        help="run all checks on your loader: budgets, faults, every allocation",
         description="Load on the whole card, under smaller and smaller budgets, with "
-        "allocations failing, and with an error that is not an OOM; judge where the model "
-        "ended, what is left on the card and what it computes. Exit with 1 if anything "
-        "does not hold.",
+        "allocations failing, and with an error that is not an OOM; check where the model "
+        "ended, what is left on the card and what it computes. Exit with 1 if a check "
+        "fails.",
     )
     check.add_argument(
         "load",
@@ -52,8 +52,8 @@ def add_check(commands: Any) -> None:
     check.add_argument(
         "--budgets",
         metavar="SIZES",
-        help="sizes to load under, separated by commas: 4GiB,1GiB (default: shares of "
-        "what the whole card's load takes)",
+        help="budgets to load under, separated by commas: 4GiB,1GiB (default: shares of "
+        "the bytes that a load on the whole card takes)",
     )
     check.add_argument(
         "--points",
@@ -64,14 +64,15 @@ def add_check(commands: Any) -> None:
     check.add_argument(
         "--replay",
         metavar="RULE|SIZE",
-        help="do one run alone: under an injection rule or a budget, as the report "
-        "prints it",
+        help="do only one run, with the injection rule or the budget that the report "
+        "names",
     )
     check.add_argument(
         "--write",
         type=Path,
         metavar="FILE",
-        help="write a test file that asks for the same; never over an existing file",
+        help="write a test file with the same requirements; an existing file is never "
+        "overwritten",
     )
     check.set_defaults(run=_check)
 
@@ -133,7 +134,7 @@ def _sizes(text: str | None) -> list[str] | None:
     """Read ``--budgets``.
 
     Raises:
-        SizeError: One is no size.
+        SizeError: One of them is not a size.
     """
     if text is None:
         return None
@@ -144,15 +145,15 @@ def _sizes(text: str | None) -> list[str] | None:
 
 
 def _check_writable(path: Path) -> None:
-    """Refuse a file that cannot be written, before anything is tried.
+    """Reject a file that cannot be written, before any run.
 
     Raises:
-        CheckError: It exists, is no Python file, or has no folder.
+        CheckError: It exists, is not a Python file, or its folder does not exist.
     """
     if path.exists():
         raise CheckError(
-            f"--write: {path} is there already and is not written over; name another, "
-            "or remove it",
+            f"--write: {path} exists and is not overwritten; name another file, or remove "
+            "it",
             value=path,
         )
     if path.suffix != ".py":
@@ -166,11 +167,11 @@ def _check_writable(path: Path) -> None:
 
 @contextmanager
 def _card(name: str | None) -> Iterator[None]:
-    """Have a card: the named simulated one, else the machine's, else a simulated one.
+    """Enter a block with a card: the named one, the machine's, or a simulated T4.
 
     Raises:
-        CardError: There is no such card.
-        DeviceUnavailableError: There is nothing to simulate a card with.
+        CardError: No card has this name.
+        DeviceUnavailableError: There is no torch, or torch uses another accelerator.
     """
     if name is None:
         choice = choose("auto")

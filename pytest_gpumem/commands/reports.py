@@ -31,9 +31,9 @@ def add_commands(commands: Any) -> None:
 
     merge = commands.add_parser(
         "merge",
-        help="make one report of several, or one baseline of several",
-        description="Of a test in two reports the later one counts; of a peak in two "
-        "baselines, the larger.",
+        help="merge several reports into one, or several baselines into one",
+        description="If two reports have the same test, the later report counts; if two "
+        "baselines have the same figure, the larger one counts.",
     )
     merge.add_argument("files", type=Path, nargs="+", help="reports, or baselines")
     merge.add_argument("--out", type=Path, required=True, help="the file to write")
@@ -45,7 +45,7 @@ def add_commands(commands: Any) -> None:
         description="Exit with 1 if a peak grew by more than --fail allows, else 0.",
     )
     compare.add_argument("before", type=Path, help="a report or a baseline")
-    compare.add_argument("now", type=Path, help="another")
+    compare.add_argument("now", type=Path, help="another report or baseline")
     compare.add_argument(
         "--fail",
         action="append",
@@ -76,11 +76,11 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _read(path: Path) -> Report | Baseline:
-    """Read a file; what does not call itself a report is taken for a baseline.
+    """Read a report or a baseline.
 
     Raises:
-        ReportError: It is a report, and broken.
-        BaselineError: It is neither, or cannot be read.
+        ReportError: It is a damaged report.
+        BaselineError: It is neither of the two, or cannot be read.
     """
     from pytest_gpumem.baselines.baseline import Baseline
     from pytest_gpumem.reports.document import FORMAT, parse

@@ -1,7 +1,7 @@
 """Models served under their names on the hub, without network.
 
-A script that says ``from_pretrained("bert-large-uncased")`` gets a checkpoint of that
-model's size that was built here, with random weights; see ``checkpoints``.
+A script that calls ``from_pretrained("bert-large-uncased")`` gets a checkpoint of that
+model's size with random weights, which is built on this machine; see ``checkpoints``.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ def serve_models(
 ) -> Iterator[None]:
     """Serve models under their names on the hub for a block, without network.
 
-    Whatever goes through huggingface_hub finds them, in this process and in children
-    that are started in the block: transformers' auto classes, tokenizers, pipelines and
+    All code that uses huggingface_hub finds them, in this process and in children that
+    are started in the block: transformers' auto classes, tokenizers, pipelines and
     trainer, ``snapshot_download``, ``hf_hub_download``, the API. A model is built when
-    it is first asked for, and kept in the cache of checkpoints. Every revision of it is
-    the same.
+    code first asks for it, and is kept in the cache of checkpoints. All its revisions
+    are the same.
 
     Args:
-        models: Names such as ``"bert-large-uncased"``, each with what to build it from
-            if the name alone does not tell: a mapping, or texts such as
-            ``"my-org/mine=config.json"``. A source is a known name (``NAMES``), a
-            ``config.json`` or a folder with one, or a checkpoint's folder, which is
-            served as it is. ``"hub"`` means the hub's own model.
-        options: What ``make_checkpoint`` is told of each of them: ``format``,
+        models: Names such as ``"bert-large-uncased"``. If a name is not that of a known
+            model, a source says what to build it from: in a mapping from names to
+            sources, or in a text such as ``"my-org/mine=config.json"``. A source is a
+            known name (``NAMES``), a ``config.json`` or a folder with one, or a
+            checkpoint's folder, which is served without a change. ``"hub"`` means the
+            hub's own model.
+        options: Options of ``make_checkpoint`` for each of them: ``format``,
             ``max_shard_size``, ``dtype``, ``seed``, ``weights``, ``architecture``.
 
     Raises:
@@ -48,9 +49,9 @@ def serve_models(
         with serve_models({"bert-tiny-uncased": "bert-tiny"}):
             model = AutoModel.from_pretrained("bert-tiny-uncased")
 
-    Limits: a model named without source and options is left alone where the user's own cache has
-    it. Not for several threads that serve different models at once. What asks the hub
-    by other means than huggingface_hub is not reached.
+    Limits: a model without source and options is not served if the user's own cache has
+    it. Several threads must not serve different models at the same time. Code that asks
+    the hub in another way than through huggingface_hub is not reached.
     """
     if isinstance(models, str):
         models = (models,)

@@ -12,34 +12,34 @@ from pytest_gpumem.stacks import errors_behind, variables_of
 if TYPE_CHECKING:
     from collections.abc import Container
 
-#: Classes of ``huggingface_hub.errors`` that mean: this model is not to be had.
+#: Classes of ``huggingface_hub.errors`` for a model that is not available.
 _ERRORS: Final = (
     "LocalEntryNotFoundError",
     "OfflineModeIsEnabled",
     "RepositoryNotFoundError",
     "RevisionResolutionError",
 )
-#: Names under which libraries hold a model's name.
+#: Variables in which libraries keep a model's name.
 _VARIABLES: Final = (
     "repo_id",
     "path_or_repo_id",
     "pretrained_model_name_or_path",
     "model_name_or_path",
 )
-#: In transformers' error for a weight with a wrong shape, which mostly is in a head.
+#: A part of transformers' error for a weight of another shape, most often of a head.
 _HEAD: Final = "`ignore_mismatched_sizes`"
 _MARK: Final = "__gpumem_advised__"
 
 
 def advise(error: BaseException, served: Container[str] = ()) -> None:
-    """Add one sentence to an error that a model of the hub has caused.
+    """Add one sentence of advice to an error that a model of the hub has caused.
 
     The model is not available, or it is served with another head than the code needs.
-    Class, cause and traceback do not change. Other errors, and those that have the
-    sentence already, do not change at all.
+    Class, cause and traceback of the error do not change. No other error changes, and
+    the sentence is added only once.
 
     Args:
-        error: What was raised.
+        error: The error.
         served: The names of the models that are served.
     """
     if _HEAD in str(error) and not getattr(error, _MARK, False):
@@ -64,7 +64,7 @@ def advise(error: BaseException, served: Container[str] = ()) -> None:
 
 
 def sentence(name: str) -> str:
-    """Return what to do to have a model served."""
+    """Return the advice for a model that is not served."""
     source = "" if known_model(name) is not None else "=SOURCE"
     what = (
         ""
@@ -84,14 +84,14 @@ def sentence(name: str) -> str:
 
 def _about_head(name: str) -> str:
     return (
-        f"pytest-gpumem serves {name!r} with the head of its class, of a size of its own: "
-        f"give --gpu-hub-model={name},architecture=AutoModel to have it without a head, "
-        "as published models mostly are"
+        f"pytest-gpumem serves {name!r} with the head of its class, whose size may differ "
+        f"from yours: give --gpu-hub-model={name},architecture=AutoModel to serve it "
+        "without a head, as most published models are"
     )
 
 
 def _name_in(error: BaseException) -> str | None:
-    """Return the model's name, from the frames that the error came through."""
+    """Return the model's name, from the variables of the traceback's frames."""
     found = None
     for frame, _line in traceback.walk_tb(error.__traceback__):
         values = variables_of(frame, *_VARIABLES)

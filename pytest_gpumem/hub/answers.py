@@ -1,4 +1,4 @@
-"""Answers requests about served models as the hub would.
+"""Answers requests about served models as the hub does.
 
 Source: https://huggingface.co/docs/hub/api, and the parts of answers that
 ``huggingface_hub.hf_api`` and ``file_download`` read.
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.hub.names import HubModel
 
-    #: Gives the model that is served under a name, and its folder; None if none is.
+    #: Returns the model that is served under a name, and its folder; None if there is none.
     Find = Callable[[str], tuple[HubModel, Path] | None]
 
 #: The tasks of transformers' classes, by the end of a class's name.
@@ -53,11 +53,11 @@ class Answer(NamedTuple):
     """An answer to a request.
 
     Attributes:
-        status: HTTP's.
-        headers: By name.
+        status: The status of HTTP.
+        headers: The headers, by name.
         content: The body, unless it is a file.
         path: The file that is the body.
-        start: The byte of the file that the body begins with.
+        start: The byte of the file with which the body begins.
     """
 
     status: int

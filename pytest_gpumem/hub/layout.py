@@ -3,8 +3,8 @@
 Note [A folder of the hub's cache]
 ``models--ORG--NAME`` holds ``refs/main`` with a commit, ``snapshots/COMMIT`` with the
 files, and ``blobs`` with their contents, each under its digest; a file of a snapshot is
-a link to its blob. Here a blob of a checkpoint is a link too, to the checkpoint's own
-file: nothing is copied, and removing the folder leaves the checkpoint alone.
+a link to its blob. Here a blob of a checkpoint is itself a link to the checkpoint's own
+file. So nothing is copied, and removing the folder does not remove the checkpoint.
 Source: "Understand caching" in huggingface_hub's guides, and ``file_download.py``.
 """
 
@@ -42,8 +42,8 @@ _TOKENIZER_FILES: Final = (
     "chat_template.jinja",
 )
 
-#: Files up to this size are known by their contents; larger ones, which git's large
-#: file storage would keep, by what is known of them without reading them.
+#: Files up to this size are named by a digest of their contents. Larger files, which the
+#: hub keeps in git's large file storage, are named without reading them.
 _READ_BYTES: Final = 2**20
 _COMMIT_DIGITS: Final = 40
 
@@ -53,9 +53,9 @@ class HubFile(NamedTuple):
 
     Attributes:
         name: Its name in the repository.
-        path: Where it is.
+        path: Its path on this machine.
         nbytes: Its size.
-        digest: Its blob's name, 64 hexadecimal digits for a large file, else 40.
+        digest: Its blob's name: 64 hexadecimal digits for a large file, 40 for others.
     """
 
     name: str
@@ -65,14 +65,14 @@ class HubFile(NamedTuple):
 
     @property
     def is_large(self) -> bool:
-        """Whether the hub would keep it in its large file storage."""
+        """Whether it is named as a file of the hub's large file storage."""
         return len(self.digest) > _COMMIT_DIGITS
 
 
 def repository(model: HubModel, root: Path) -> Path:
-    """Return a model's folder below ``root``; build missing files.
+    """Return a model's folder below ``root``; build the folder if it does not exist.
 
-    Several processes may ask at once.
+    Several processes may call this at the same time.
 
     Raises:
         CheckpointError: The checkpoint cannot be built.
@@ -116,7 +116,7 @@ def files_of(folder: Path) -> list[HubFile]:
 
 
 def have_revision(folder: Path, revision: str) -> None:
-    """Add a branch, tag or commit; a served model is the same at each of them."""
+    """Add a branch, tag or commit; all of them have the same files."""
     ref = folder / "refs" / revision
     is_inside = ".." not in revision and not revision.startswith("/")
     if revision != MAIN and is_inside and not ref.exists():
@@ -127,10 +127,10 @@ def have_revision(folder: Path, revision: str) -> None:
 
 
 def have_file(model: HubModel, folder: Path, name: str) -> None:
-    """Build the legacy format of a built model's weights, if that is asked for.
+    """Build the legacy format of a model's weights, if code asks for that file.
 
     Most published models have both formats. Here the second one is built when code asks
-    for it, unless the model was requested in one format.
+    for it, unless the model's options name a format.
     """
     chosen = {key for key, _value in model.options}
     if name != LEGACY or model.is_folder or chosen & {"format", "max_shard_size"}:
@@ -193,7 +193,7 @@ def _make_link(link: Path, target: Path | str) -> None:
     """Make a symbolic link, as the hub's own cache does.
 
     Raises:
-        CheckpointError: The system or the folder has none.
+        CheckpointError: The system or the folder does not support symbolic links.
     """
     try:
         link.symlink_to(target)
@@ -203,7 +203,7 @@ def _make_link(link: Path, target: Path | str) -> None:
         raise CheckpointError(
             f"a model is served by symbolic links, which cannot be made in "
             f"{link.parent} ({error}); on Windows switch on Developer Mode, elsewhere "
-            "set PYTEST_GPUMEM_CACHE to a folder that has them"
+            "set PYTEST_GPUMEM_CACHE to a folder that supports them"
         ) from error
 
 
@@ -232,12 +232,12 @@ def _link(
 
 
 def _written(checkpoint: Path) -> dict[str, str]:
-    """Return the digests of files that were built here, which are known."""
+    """Return the digests in a checkpoint's manifest, by file."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         return {name: str(of["sha256"]) for name, of in manifest["files"].items()}
     except (OSError, ValueError, KeyError, TypeError):
-        return {}  # somebody else's checkpoint
+        return {}  # a checkpoint that was not built here has no manifest
 
 
 def _blob_name(path: Path, written: dict[str, str]) -> str:

@@ -16,7 +16,7 @@ from pytest_gpumem.errors import CheckpointError, SizeError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-#: The source that means: the hub's own model, from the user's cache or the network.
+#: The source for the hub's own model, from the user's cache or the network.
 FROM_HUB: Final = "hub"
 
 #: The options of ``make_checkpoint`` that may be set, and the types of their texts.
@@ -35,8 +35,8 @@ _PART: Final = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 _NAME: Final = re.compile(rf"(?:{_PART}/)?{_PART}")
 _MAX_NAME: Final = 96
 
-#: The organisations of models that once had none; the hub answers to both names. The first
-#: pattern that matches a name counts.
+#: The organisations of models whose names had none in the past; the hub knows both names.
+#: The first pattern that matches a name counts.
 #: Source: the redirects of huggingface.co.
 _ORGANISATIONS: Final = (
     (re.compile(r"bert-.*"), "google-bert"),
@@ -62,9 +62,9 @@ class HubModel:
     Attributes:
         name: The name on the hub, with or without organisation.
         source: What it is built from: a known name, or the path of a ``config.json``
-            or of a folder; ``FROM_HUB`` for the hub's own.
-        options: What else ``make_checkpoint`` is told, by name.
-        yields: Whether the user's own copy comes first, where the cache has one.
+            or of a folder; ``FROM_HUB`` means the hub's own model.
+        options: Further options of ``make_checkpoint``, by name.
+        yields: Whether a copy in the user's own cache is used instead, if there is one.
     """
 
     name: str
@@ -74,7 +74,7 @@ class HubModel:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All of its names: its own, and its name before or after it was renamed."""
+        """All its names: also those from before or after the hub renamed it."""
         organisation, _slash, short = self.name.rpartition("/")
         homes = [home for pattern, home in _ORGANISATIONS if pattern.fullmatch(short)]
         if not organisation:
@@ -85,7 +85,7 @@ class HubModel:
 
     @property
     def is_folder(self) -> bool:
-        """Whether the source is a checkpoint already, and nothing is built."""
+        """Whether the source is a complete checkpoint, so that nothing is built."""
         path = Path(self.source)
         return path.is_dir() and missing_weights(path) is None
 
@@ -94,7 +94,7 @@ class HubModel:
         return f"{self.name}={self.source}{options}"
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as data for ``from_json``."""
+        """Return the model as values of JSON, for ``from_json``."""
         return asdict(self)
 
     @classmethod
@@ -110,7 +110,7 @@ def parse_hub_model(text: str, *, base: str | os.PathLike[str] = "") -> HubModel
     Args:
         text: For example ``bert-large-uncased`` or
             ``my-org/my-model=configs/mine,format=bin,max_shard_size=200MB``.
-        base: The folder that relative paths start from.
+        base: The folder in which relative paths start.
 
     Raises:
         CheckpointError: The text, its name, its source or an option makes no sense.
@@ -131,17 +131,17 @@ def hub_model(
     *,
     base: str | os.PathLike[str] = "",
 ) -> HubModel:
-    """Return a model to serve, checked as far as it can be without building it.
+    """Return a model to serve, checked without building it.
 
     Args:
         name: Its name on the hub.
-        source: As ``HubModel.source``; None means the known model of that name, and,
-            without options, the user's own copy first.
-        options: What else ``make_checkpoint`` is told.
-        base: The folder that relative paths start from.
+        source: As ``HubModel.source``; None means the known model of that name. Without
+            options, a copy in the user's own cache is then used first.
+        options: Further options of ``make_checkpoint``.
+        base: The folder in which relative paths start.
 
     Raises:
-        CheckpointError: One of them makes no sense.
+        CheckpointError: The name, the source or an option makes no sense.
     """
     _check_name(name)
     chosen = tuple(_checked(key, value) for key, value in (options or {}).items())
@@ -167,7 +167,7 @@ def hub_model(
 
 
 def known_model(name: str) -> str | None:
-    """Return the known model of a name on the hub; None if there is none."""
+    """Return the known model that a name on the hub means; None if there is none."""
     short = name.rpartition("/")[2]
     found = ALIASES.get(short, short.removesuffix("-uncased"))
     return found if found in NAMES else None

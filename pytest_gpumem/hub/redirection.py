@@ -1,12 +1,12 @@
 """Redirects huggingface_hub to the folders of served models.
 
 Note [Two places]
-Every path into the cache is joined from the cache's folder and ``repo_folder_name``:
-for a served model that function answers with an absolute path, so that whatever cache
-is named, by variable, argument or default, the model is found in the run's own folder,
-and neither the user's cache nor any constant is touched. And every request is sent by
-``Client.send``: for a served model it is answered here, so that nothing of the network
-is needed or asked. ``local_files_only`` and the offline mode need the first alone.
+huggingface_hub joins every path into its cache from the cache's folder and the result of
+``repo_folder_name``. For a served model that function here returns an absolute path. So
+the model is found in the run's own folder, for every cache that a variable, an argument
+or a default names, and the user's cache does not change. Every request is sent by
+``Client.send``. For a served model the request is answered here, without network.
+``local_files_only`` and the offline mode need only the first of the two.
 Source: ``huggingface_hub.file_download``, ``_snapshot_download``, ``hf_api`` and
 ``utils._http``, 1.0 to 2.4.
 """
@@ -97,7 +97,7 @@ class Patches:
             self._wrap(module.HfApi, "resolve_revision")
 
     def _replace(self, plain: Any, other: Any) -> None:
-        """Replace a function in every module of the library that has it by now."""
+        """Replace a function in every imported module of the library that has it."""
         for name, module in list(sys.modules.items()):
             if name.partition(".")[0] == _LIBRARY:
                 for key, value in list(vars(module).items()):
@@ -131,7 +131,7 @@ class Patches:
         http = importlib.import_module(f"{_LIBRARY}.utils._http")
         library: Any = getattr(http, "httpx2", None) or getattr(http, "httpx", None)
         if library is None:
-            return  # before 1.0; there, the offline mode finds what is served
+            return  # before 1.0 served models are found in the offline mode only
         plain = library.Client.send
 
         @functools.wraps(plain)
@@ -164,7 +164,7 @@ class Patches:
             request=request,
         )
 
-    # -- models that nobody serves --------------------------------------------------------
+    # -- models that are not served -------------------------------------------------------
 
     def _patch_transformers(self) -> None:
         module = importlib.import_module("transformers.utils.hub")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 _PREFIX: Final = "gpumem-hub-"
-#: No run takes a week; an older folder was left by a run that was killed.
+#: Folders older than this, in seconds, were left by runs that were killed.
 _OLD_S: Final = 7 * 86400.0
 
 
@@ -49,7 +49,7 @@ class Service:
         return self._stack[-1][0] if self._stack else {}
 
     def find(self, name: str) -> tuple[HubModel, Path] | None:
-        """Return the model that is served under a name, and its folder; build it if need be.
+        """Return the model that is served under a name, and its folder; build it if needed.
 
         Raises:
             CheckpointError: It cannot be built.
@@ -67,7 +67,7 @@ class Service:
     def push(
         self, models: Iterable[HubModel], *, reaches_children: bool = True
     ) -> None:
-        """Serve more models from here on."""
+        """Serve more models until ``pop`` is called."""
         if self._root is None:
             _remove_left()
             self._root = Path(tempfile.mkdtemp(prefix=_PREFIX))
@@ -96,7 +96,7 @@ class Service:
             return
         self._patches.stop()
         self._own.clear()
-        # A child that was forked in the block leaves it too; the folder is its parent's.
+        # A child that was forked in the block also leaves it; its parent owns the folder.
         if self._root and self._given is None and os.getpid() == self._made_by:
             shutil.rmtree(self._root, ignore_errors=True)
             self._root = None

@@ -1,11 +1,10 @@
-"""Makes tokenizers: as many tokens as the config says, for any text.
+"""Makes tokenizers with the number of tokens that a config gives, for any text.
 
 Note [Made-up vocabularies]
-The pieces are letters, pairs and triples of letters, the frequent ones first, so that
-an English word becomes about two tokens, where a published vocabulary has about one
-and a half. Whatever the vocabulary leaves over is filled with tokens that no text
-contains. No file of words is read and nothing is trained: the same config gives the
-same files.
+The pieces are letters, pairs and triples of letters, the frequent ones first. So an
+English word becomes about two tokens; with a published vocabulary it becomes about one
+and a half. The rest of the vocabulary is filled with tokens that no text contains. No
+list of words is read and nothing is trained, so the same config gives the same files.
 """
 
 from __future__ import annotations
@@ -55,9 +54,9 @@ _BERT_SPECIAL: Final = {
     "[SEP]": 102,
     "[MASK]": 103,
 }
-#: Models whose texts stand between special tokens as RoBERTa's do.
+#: Models that put special tokens around a text as RoBERTa does.
 _LIKE_ROBERTA: Final = frozenset(("roberta", "xlm-roberta", "camembert"))
-#: Fewer tokens than this make no tokenizer.
+#: The fewest tokens of a tokenizer.
 _FEWEST: Final = 8
 #: Bytes that byte-level tokenizers write as the character that they are.
 #: Source: ``bytes_to_unicode`` in OpenAI's GPT-2, ``encoder.py``.
@@ -69,13 +68,13 @@ _SPACE: Final = "\u0120"
 
 
 def write_tokenizer(folder: Path, config: Mapping[str, Any], *, name: str) -> bool:
-    """Write a tokenizer for a model into a folder; tell whether the model has one.
+    """Write a tokenizer for a model into a folder; return whether the model has one.
 
     Args:
         folder: The folder.
         config: The contents of the model's ``config.json``.
-        name: The model's name: one with ``-cased`` in it tells capitals from small
-            letters, if its tokenizer is like BERT's.
+        name: The model's name. If it contains ``-cased`` and the tokenizer is like
+            BERT's, the tokenizer distinguishes capital letters.
 
     Raises:
         OSError: The files cannot be written.
@@ -102,12 +101,12 @@ def write_tokenizer(folder: Path, config: Mapping[str, Any], *, name: str) -> bo
 
 
 def _longest(config: Mapping[str, Any]) -> int | None:
-    """Return the number of the model's tokens; None if its config does not say."""
+    """Return the longest text of a model, in tokens; None if its config does not say."""
     for key in ("max_position_embeddings", "n_positions"):
         count = config.get(key)
         if isinstance(count, int) and count > 0:
             if config.get("model_type") in _LIKE_ROBERTA:
-                # Positions begin after the padding's own. Source: RobertaEmbeddings,
+                # Positions begin after that of the padding. Source: RobertaEmbeddings,
                 # ``create_position_ids_from_input_ids``.
                 return count - int(config.get("pad_token_id") or 0) - 1
             return count
@@ -159,7 +158,7 @@ def _byte_pairs(size: int, kind: str, config: Mapping[str, Any]) -> dict[str, An
         *(each for each in _byte_characters() if each not in _LETTERS),
     ]
     is_complete = size >= len(alphabet) + len(special)
-    if not is_complete:  # whatever has no token of its own is the unknown one
+    if not is_complete:  # a byte without a token of its own becomes the unknown token
         alphabet = [_SPACE, *(each for each in alphabet if each != _SPACE)]
         if "<unk>" not in special:
             free = next(each for each in range(size) if each not in special.values())
@@ -195,7 +194,7 @@ def _byte_pairs(size: int, kind: str, config: Mapping[str, Any]) -> dict[str, An
 
 
 def _special_tokens(size: int, kind: str, config: Mapping[str, Any]) -> dict[str, int]:
-    """Return the special tokens and where the config says that they are."""
+    """Return the special tokens, with their ids in the config."""
     special: dict[str, int] = {}
     ends = _END if _is_like_gpt2(kind) else "</s>"
     for role, token in (
@@ -227,7 +226,7 @@ def _roles(
     """Return the token of each role; one token may have several roles."""
     by_index = {index: token for token, index in special.items()}
     roles = {"unk": "<unk>", "mask": "<mask>"}
-    if _is_like_gpt2(kind):  # their classes take it for whatever they are not told of
+    if _is_like_gpt2(kind):  # the default of their classes for these roles
         roles = dict.fromkeys(("eos", "unk", "pad")[: 2 if kind == "gpt2" else 3], _END)
     for role in ("eos", "bos", "pad"):
         index = config.get(f"{role}_token_id")
@@ -308,7 +307,7 @@ def _number(
 def _tokenizer(special: Mapping[str, int], model: Any) -> Tokenizer:
     """Return a tokenizer with its special tokens."""
     tokenizer = Tokenizer(model)
-    # Without surrounding blanks, but for a mask, as published.
+    # As in the published tokenizers, only a mask includes the blank before it.
     tokenizer.add_special_tokens(
         [
             AddedToken(token, lstrip=token == "<mask>", normalized=False, special=True)  # noqa: S105  # a token of the vocabulary

@@ -14,7 +14,7 @@ from pytest_gpumem.sizes import parse_size
 if TYPE_CHECKING:
     from pytest_gpumem.cards_table import Card
 
-#: Ids of pretended processes begin here; the system has none that high by default.
+#: Ids of simulated competing processes begin here; by default the system has lower ids.
 #: Source: ``PID_MAX_LIMIT`` is 4,194,304 on Linux, ``pid_max`` 32,768 unless raised.
 _PRETENDED: Final = 900_000
 
@@ -59,7 +59,7 @@ class CardNow:
     """One GPU at one moment.
 
     Attributes:
-        gpu: The GPU; its index is NVML's, whatever ``CUDA_VISIBLE_DEVICES`` says.
+        gpu: The GPU; its index is NVML's, which ``CUDA_VISIBLE_DEVICES`` does not change.
         processes: The processes that hold bytes of it.
         free_bytes: The bytes that are free for the asking program, under its budget.
         slices: Its slices, if it is divided (MIG).
@@ -77,12 +77,12 @@ class CardNow:
 
     @property
     def card(self) -> Card:
-        """The kind of card, whole also if it is divided."""
+        """The whole card, also if it is divided."""
         return self.gpu.card
 
     @property
     def name(self) -> str:
-        """Its name as NVML gives it."""
+        """The name that NVML gives."""
         return self.card.nvml_name or self.card.name
 
     @property
@@ -114,7 +114,7 @@ class CardNow:
 
 
 def read_cards() -> list[CardNow] | None:
-    """Return every card of the run around this process; None if there is no run.
+    """Return every card of the run that started this process; None if there is no run.
 
     Raises:
         ValueError: The run's settings cannot be read.
@@ -126,7 +126,7 @@ def read_cards() -> list[CardNow] | None:
     if given.backend != "simulated":
         return None
     cards = find_card(given.options.get("card", DEFAULT_CARD))
-    # The run numbers the cards that it sees, NVML all of them.
+    # The run numbers only the cards that it sees, NVML numbers all of them.
     uuids = uuids_of(cards)
     seen = given.seen_of(uuids)
     ancestors = _ancestors()

@@ -34,13 +34,13 @@ _HEAD: Final = (
 def summary(
     cards: Sequence[CardNow], *, driver: str, cuda: str, date: str
 ) -> Iterator[str]:
-    """Yield the lines of the table that the program draws without an option.
+    """Yield the lines of the table that the program prints without an option.
 
     Args:
         cards: The cards to show.
         driver: The driver's version.
-        cuda: The newest CUDA version that it serves.
-        date: The time, as ``ctime`` writes it.
+        cuda: The newest CUDA version that the driver supports.
+        date: The time, in the format of ``ctime``.
     """
     yield f"{date}       "
     yield _RULE
@@ -169,7 +169,7 @@ def listing(cards: Sequence[CardNow]) -> Iterator[str]:
 def log(
     cards: Sequence[CardNow], *, driver: str, cuda: str, date: str
 ) -> Iterator[str]:
-    """Yield the lines of ``-q``, which has the card's name and its memory here."""
+    """Yield the lines of ``-q``: here only the card's name and its memory."""
     yield ""
     yield "==============NVSMI LOG=============="
     yield ""

@@ -21,9 +21,9 @@ class Field(NamedTuple):
     """One column.
 
     Attributes:
-        name: As the header line spells it.
-        read: The value of one row, without its unit.
-        unit: Its unit, or nothing.
+        name: The name in the header line.
+        read: Returns the value of one row, without its unit.
+        unit: The unit, or an empty text.
     """
 
     name: str
@@ -44,7 +44,7 @@ def _gpu(
 
 
 def _memory(name: str, read: Callable[[CardNow], int]) -> dict[str, Field]:
-    """Return a field of a card's memory, which an integrated card does not give."""
+    """Return a field of a card's memory, which NVML does not know of an integrated card."""
     return _gpu(
         name,
         lambda card: NOT_KNOWN if card.card.is_integrated else mib(read(card)),
@@ -53,7 +53,7 @@ def _memory(name: str, read: Callable[[CardNow], int]) -> dict[str, Field]:
 
 
 def _utilization(card: CardNow) -> str:
-    """Return the utilization, which a GPU in MIG mode does not give."""
+    """Return the utilization, which NVML does not know of a GPU in MIG mode."""
     return NOT_KNOWN if card.slices or card.card.nvml_name else "0"
 
 
@@ -114,7 +114,7 @@ def _of_a_card(driver: str, now: str, count: int) -> dict[str, Field]:
 
 
 def fields_of_cards(driver: str, now: str, count: int) -> dict[str, Field]:
-    """Return every field of ``--query-gpu`` by each of its spellings.
+    """Return every field of ``--query-gpu``, by each of its spellings.
 
     Args:
         driver: The driver's version.

@@ -26,23 +26,23 @@ def record(
     *,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Run the script on the current device and return what it answered.
+    """Run the script on the current device and return its answers.
 
-    Takes a minute or two on a real card, holds at most the model's training at once
-    (about 7 GB with bert-large), and leaves fraction, caches and statistics' peaks as
-    after ``torch.cuda.empty_cache``.
+    This takes a minute or two on a real card, and at most the memory of the model's
+    training (about 7 GB with bert-large). Afterwards the memory fraction is 1, the cache
+    is empty, and the peaks of the statistics are reset.
 
     Args:
         checkpoint: Folder of a BERT classifier for the model's phases; None leaves
             them out.
-        progress: Told each step, a line at a time.
+        progress: Called with a line of text before each step.
 
     Returns:
         ``kind``, ``format``, ``card``, ``versions``, ``context_bytes``,
         ``workspace_bytes``, ``oom_texts``, ``traces`` and ``phases``, ready for JSON.
 
     Raises:
-        DeviceUnavailableError: "cuda" means nothing here.
+        DeviceUnavailableError: "cuda" means no device on this machine.
     """
     from pytest_gpumem.recording.facts import (
         describe_card,
@@ -80,7 +80,7 @@ def save(recorded: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Write a recording, completely or not at all.
 
     Raises:
-        OSError: The file cannot be written; what was there is still there.
+        OSError: The file cannot be written; an old file does not change.
     """
     write_atomically(path, json.dumps(recorded, indent=1, sort_keys=True) + "\n")
 

@@ -16,7 +16,7 @@ from pytest_gpumem.recording.facts import free_everything
 CAPACITY: Final = 192 * 2**20
 _EVENTS: Final = 400
 _STREAMS: Final = 2
-#: Columns that cudaMalloc's own addresses do not show in.
+#: The columns that do not depend on the addresses that cudaMalloc returns.
 FIELDS: Final = [*STATS, "oom"]
 _POLICIES: Final = ("firstfit", "down")
 
@@ -119,7 +119,7 @@ def _step(
 
 
 def _row(base: dict[str, Any], *, failed: bool) -> list[int]:
-    """Return the statistics, counters as from the trace's start."""
+    """Return the statistics; counters begin with 0 at the trace's start."""
     stats = torch.cuda.memory_stats()
     row = []
     for column, name in STATS.items():
@@ -133,8 +133,9 @@ def _row(base: dict[str, Any], *, failed: bool) -> list[int]:
 def _address_policy(trace: dict[str, Any]) -> str:
     """Return the model's order of addresses that explains the rows.
 
-    Where the driver puts segments decides ties between free blocks of one size. Where
-    no order explains every row, the first is named: the rows then tell.
+    The addresses that the driver gives to segments decide between free blocks of one
+    size. If no order explains every row, the first order is returned, and a comparison
+    with the rows then shows the difference.
     """
     for policy in _POLICIES:
         meta = {**trace["meta"], "addr": policy}

@@ -58,11 +58,11 @@ def measure(path: Path, plan: Plan) -> dict[str, Any]:
 
     Args:
         path: A classifier's checkpoint.
-        plan: What to do.
+        plan: The plan.
 
     Returns:
-        The plan, and by phase the figures after it, in bytes, with peaks since the
-        phase before; ``oom`` with the text where a phase did not fit.
+        The plan, and for each phase the figures after it, in bytes, with the peaks since
+        the phase before; ``oom`` with the error's text if a phase did not fit.
     """
     free_everything()
     base = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()

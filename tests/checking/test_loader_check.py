@@ -240,7 +240,7 @@ def test_the_written_file_is_a_test_of_the_same(
     assert f"python -m pytest --gpu-backend=auto {file}" in capsys.readouterr().out
     assert '"2000000 B": "cpu float32"' in file.read_text()
     assert 1 == main(arguments)
-    assert "is there already and is not written over" in capsys.readouterr().err
+    assert "exists and is not overwritten" in capsys.readouterr().err
     pytester.syspathinsert(folder)
     pytester.runpytest("--gpu-card=T4", file).assert_outcomes(passed=3)
 

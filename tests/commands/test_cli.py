@@ -30,7 +30,7 @@ def test_replay_prints_the_traces_own_format(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "no JSON"),
+        ("{", "is not JSON"),
         ("[]", "not a trace that can be replayed"),
         (None, "No such file"),
     ],
