@@ -32,9 +32,19 @@ class Segment:
         stream: The stream that requested the segment.
         first: The segment's first block.
         is_expandable: Whether the segment is address space into which pages are mapped.
+        frames: Stack frames of the request that it was made for, for snapshots; or None.
     """
 
-    __slots__ = ("address", "first", "is_small", "number", "pool", "size", "stream")
+    __slots__ = (
+        "address",
+        "first",
+        "frames",
+        "is_small",
+        "number",
+        "pool",
+        "size",
+        "stream",
+    )
 
     is_expandable: ClassVar[bool] = False
 
@@ -47,6 +57,7 @@ class Segment:
         self.stream = stream
         self.pool = pool
         self.is_small = pool.is_small
+        self.frames: Any = None
         self.first = Block(address, size, self)
 
 
@@ -67,7 +78,7 @@ class Block:
         streams: Other streams that use the block, or None.
         num_events: Events that must complete before the block can be used again.
         age_base: The pool's clock when the block was freed.
-        frames: Stack frames or any other object from the caller, for snapshots.
+        frames: Stack frames of the request, for snapshots; or None.
     """
 
     __slots__ = (

@@ -53,7 +53,8 @@ class CachingAllocator(PrivatePools):
             a request fails.
         events_pending: While True, recorded events stay incomplete.
         trace: If set, a function that is called with action, address, size, stream and
-            pool of every change.
+            pool of every change, and with its block or segment.
+        is_serving: Whether changes are made for a request that found no free block.
 
     Limits: the allocator is not thread-safe, and no method may be called while another
     runs, even by a finaliser in the same thread. The caller must hold a lock, and must
@@ -75,6 +76,7 @@ class CachingAllocator(PrivatePools):
         )
         self.on_oom: list[Callable[[int, int, int, int], Any]] = []
         self.events_pending = False
+        self.is_serving = False
         self._processes = processes or self._own_process
         self._events: dict[int, deque[Block]] = {}
         #: By block, the streams that began to use it during a graph capture. The graph
@@ -165,6 +167,15 @@ class CachingAllocator(PrivatePools):
         self, pool: Pool, size: int, new_bytes: int, stream: int, *, refuse: bool
     ) -> Block | None:
         """Take a new segment, and return cached segments to the driver if necessary."""
+        self.is_serving = True
+        try:
+            return self._find_new(pool, size, new_bytes, stream, refuse=refuse)
+        finally:
+            self.is_serving = False
+
+    def _find_new(
+        self, pool: Pool, size: int, new_bytes: int, stream: int, *, refuse: bool
+    ) -> Block | None:
         if self._limit_bytes is not None and self.config.gc_threshold > 0:
             collect_garbage(self, self._limit_bytes)
         block = self._new_block(pool, size, new_bytes, stream, refuse=refuse)
@@ -308,7 +319,7 @@ class CachingAllocator(PrivatePools):
             version=self.config.version,
         )
         if self.trace is not None:
-            self.trace("oom", free, size, stream, pool.owner)
+            self.trace("oom", free, size, stream, pool.owner, None)
         stats.num_ooms += 1
         limit = total if self._limit_bytes is None else self._limit_bytes
         for observer in self.on_oom:

@@ -149,7 +149,7 @@ def _map(heap: Heap, pool: Pool, block: Block, nbytes: int) -> bool:
     heap.count_reserved(pool, mapped)
     stats.num_device_alloc += 1
     if heap.trace is not None:
-        heap.trace("segment_map", address, mapped, segment.stream, pool.owner)
+        heap.trace("segment_map", address, mapped, segment.stream, pool.owner, segment)
     return True
 
 
@@ -187,7 +187,7 @@ def unmap(heap: Heap, pool: Pool, block: Block) -> None:
     heap.count_reserved(pool, -nbytes)
     stats.num_device_free += 1
     if heap.trace is not None:
-        heap.trace("segment_unmap", start, nbytes, segment.stream, pool.owner)
+        heap.trace("segment_unmap", start, nbytes, segment.stream, pool.owner, segment)
     if block.is_split:
         pool.insert_unmapped(block)
     else:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.allocator.freelist import FreeList
     from pytest_gpumem.allocator.pools import PoolId
 
-    Trace = Callable[[str, int, int, int, PoolId], None]
+    Trace = Callable[[str, int, int, int, PoolId, Block | Segment | None], None]
 
 
 class Heap(Figures):
@@ -40,7 +40,8 @@ class Heap(Figures):
     Attributes:
         stats: The allocator's statistics.
         trace: If set, a function that is called with action, address, size, stream and
-            pool of every change. Action names and sizes are those of torch's memory
+            pool of every change, and with the block or segment that it is about (the
+            failed request has none). Action names and sizes are those of torch's memory
             history.
     """
 
@@ -73,7 +74,7 @@ class Heap(Figures):
         if nbytes >= self.config.max_split_size:
             stats.oversize_segments.increase(1)
         if self.trace is not None:
-            self.trace("segment_alloc", address, nbytes, stream, pool.owner)
+            self.trace("segment_alloc", address, nbytes, stream, pool.owner, segment)
         return segment.first
 
     def count_reserved(self, pool: Pool, nbytes: int) -> None:
@@ -169,6 +170,7 @@ class Heap(Figures):
             stats.inactive_split.add(is_small, -1)
         block.is_allocated = True
         block.requested = nbytes
+        block.frames = None
         size = block.size
         stats.allocation.add(is_small, 1)
         stats.allocated_bytes.add(is_small, size)
@@ -224,7 +226,12 @@ class Heap(Figures):
         assert self.trace is not None, "unreachable: callers look first"  # noqa: S101
         segment = block.segment
         self.trace(
-            action, block.address, block.requested, segment.stream, segment.pool.owner
+            action,
+            block.address,
+            block.requested,
+            segment.stream,
+            segment.pool.owner,
+            block,
         )
 
     # -- queries ------------------------------------------------------------------------

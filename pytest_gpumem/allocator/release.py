@@ -35,6 +35,7 @@ def release(heap: Heap, pool: Pool, block: Block) -> None:
             segment.size,
             segment.stream,
             pool.owner,
+            segment,
         )
 
 

@@ -79,7 +79,7 @@ def _segment(
         "segment_type": "small" if segment.is_small else "large",
         "segment_pool_id": segment.pool.owner,
         "is_expandable": segment.is_expandable,
-        "frames": [],
+        "frames": segment.frames or [],
         "blocks": [
             {
                 "address": block.address,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from torch.nn.parallel import comm
 from versions import since
 
 from pytest_gpumem.devices.active import active_device
@@ -283,7 +285,16 @@ def _made(device: str) -> dict[str, str]:
 def test_old_constructors_take_what_they_take_on_the_host() -> None:
     """``Tensor.new`` and typed tensors: sizes, data, a tensor or a storage."""
     assert _made("cpu") == _made("cuda")
-    assert cuda.FloatTensor(2).new(3, device="cuda:1").get_device() == 1
+    second = torch.ones(2, device="cuda:1")
+    for made in (
+        cuda.FloatTensor(2).new(3, device="cuda:1"),
+        cuda.FloatTensor(3, device=1),
+        cuda.FloatTensor([1.0], device=1),
+        second.new(3),
+        second.new([1.0]),
+        second.new(),
+    ):
+        assert made.get_device() == 1
 
 
 @pytest.mark.usefixtures("machine")
@@ -368,6 +379,96 @@ def test_data_parallel_runs_on_two_cards() -> None:
 
 
 @pytest.mark.usefixtures("machine")
+def test_tensors_go_to_many_cards_as_on_real_ones() -> None:
+    """The checks, the requests and the streams of ``torch.nn.parallel.comm``.
+
+    Source: ``torch/csrc/cuda/comm.cpp``.
+    """
+    x = torch.arange(8.0, device="cuda").view(4, 2)
+    y = torch.ones(4, 2, device="cuda:1")
+    out = [torch.empty(2, 2, device=f"cuda:{index}") for index in (0, 1)]
+    side = torch.cuda.Stream(0)
+    wrong: dict[str, Callable[[], Any]] = {
+        "output tensor at index 1 has device 'cpu'": lambda: comm.broadcast(
+            x, out=[torch.empty(4, 2, device="cuda"), torch.empty(4, 2)]
+        ),
+        r"source tensor [4, 2], but output tensor at index 0": lambda: comm.broadcast(
+            x, out=out
+        ),
+        "All tensors must be on devices[0]: 1": lambda: comm.broadcast_coalesced(
+            [x], (1, 0)
+        ),
+        "at least one device to scatter to": lambda: comm.scatter(x, ()),
+        "len(devices) = 2 and len(chunk_sizes) = 1": lambda: comm.scatter(
+            x, (0, 1), [4]
+        ),
+        "stream at index 0 (was 0)": lambda: comm.scatter(
+            x.cpu(), (1,), streams=[side]
+        ),
+        "at least one output tensor to scatter to": lambda: comm.scatter(x, out=[]),
+        "index 0 has incorrect shape: [2]": lambda: comm.scatter(x, out=[out[0][0]]),
+        "Expected 4, but got total size 2": lambda: comm.scatter(x, out=out[:1]),
+        "at least one tensor to gather from": lambda: comm.gather(()),
+        "tensor at index 1 has device cpu": lambda: comm.gather((x, x.cpu())),
+        "at index 1has 1 dimensions, (expected 2)": lambda: comm.gather((x, y[0])),
+        "at index 1 has invalid shape [4, 1]": lambda: comm.gather((x, y[:, :1])),
+        "out tensor to have shape [8, 2], but got [4, 2]": lambda: comm.gather(
+            (x, y), out=x
+        ),
+    }
+    for text, call in wrong.items():
+        with pytest.raises(RuntimeError, match=re.escape(text)):
+            call()
+
+    small = [torch.ones(3, device="cuda") for _ in range(100)]
+    small[1:3] = [torch.ones(2, device="cuda").half(), torch.empty(0, device="cuda")]
+    before = torch.cuda.memory_allocated(1)
+    kept, copies = comm.broadcast_coalesced(small, (0, 1))
+    assert all(one is other for one, other in zip(kept, small, strict=True))
+    assert all(
+        torch.equal(one.cpu(), other.cpu()) and other.get_device() == 1
+        for one, other in zip(small, copies, strict=True)
+    )
+    # All of a type are one tensor there.
+    assert torch.cuda.memory_allocated(1) == before + 1536 + 512
+
+    torch.cuda.reset_peak_memory_stats(0)
+    before = torch.cuda.memory_allocated(0)
+    joined = comm.gather((y, y), destination=0)
+    assert torch.equal(joined.cpu(), torch.ones(8, 2))
+    # Nothing else is taken there.
+    assert torch.cuda.max_memory_allocated(0) == before + 512
+    rows = torch.ones(2, 3, 4, 4, device="cuda").to(memory_format=torch.channels_last)
+    assert comm.gather((rows, rows)).is_contiguous(memory_format=torch.channels_last)
+
+    (piece,) = comm.scatter(x.cpu(), (0,), streams=[side])
+    segment = next(
+        each
+        for each in torch.cuda.memory_snapshot()
+        if each["stream"] == side.cuda_stream
+    )
+    assert segment["active_size"] == 512
+    assert torch.equal(piece, x)
+
+
+@pytest.mark.usefixtures("machine")
+def test_an_event_belongs_to_the_card_of_its_stream() -> None:
+    """None before it is recorded; another card's stream and event are refused."""
+    first, second = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    assert [None, None] == [first.device, second.device]
+    first.record()
+    second.record(torch.cuda.Stream(1))
+    assert (first.device, second.device) == (
+        torch.device("cuda", 0),
+        torch.device("cuda", 1),
+    )
+    with pytest.raises(RuntimeError, match="Event device 1 does not match recording"):
+        second.record(torch.cuda.current_stream(0))
+    with pytest.raises(torch.AcceleratorError, match="invalid resource handle"):
+        first.elapsed_time(second)
+
+
+@pytest.mark.usefixtures("machine")
 def test_memory_history_names_every_change(tmp_path: Path) -> None:
     """Requests, releases and the OOM, with the frames of this test; as a pickle too."""
     torch.cuda.memory._record_memory_history(max_entries=100)
@@ -393,6 +494,47 @@ def test_memory_history_names_every_change(tmp_path: Path) -> None:
     assert [True] == [bool(block["frames"]) for block in live]
     assert not any(block["frames"] for block in blocks if block not in live)
     assert [[], []] == torch.cuda.memory._snapshot()["device_traces"]
+
+
+def _keeping() -> None:
+    torch.zeros(8, device="cuda")
+
+
+@pytest.mark.parametrize("context", [None, "state", "alloc", "all"])
+@pytest.mark.usefixtures("machine")
+def test_memory_history_has_the_frames_of_its_level(context: str | None) -> None:
+    """A release shows its own frames or those of its request; a snapshot shows none.
+
+    Source: ``maybeGatherContext`` and ``record_trace`` of ``CUDACachingAllocator.cpp``,
+    and torch's own ``test_memory_plots_free_segment_stack``.
+    """
+    torch.cuda.memory._record_memory_history(context=context)
+    _keeping()
+    torch.cuda.empty_cache()
+    held = torch.zeros(8, device="cuda")
+    shown = torch.cuda.memory._snapshot()
+    torch.cuda.memory._record_memory_history(None)
+
+    found: dict[str, str] = {}
+    for entry in shown["device_traces"][0]:
+        names = [frame["name"] for frame in entry["frames"]]
+        found.setdefault(entry["action"], names[0] if names else "")
+    asked = "_keeping" if context in {"alloc", "all"} else ""
+    assert found == {
+        "segment_alloc": asked,
+        "alloc": asked,
+        "free_requested": asked,
+        "free_completed": asked,
+        "segment_free": "empty_cache" if context == "all" else asked,
+        "snapshot": "",
+    }
+    (segment,) = shown["segments"]
+    assert held.numel()
+    assert [context is not None] * 2 == [
+        bool(segment["frames"]),
+        bool(segment["blocks"][0]["frames"]),
+    ]
+    assert shown["device_traces"][0][-1]["size"] == segment["active_size"] == 512
 
 
 @since(2, 11, "a memory history cannot skip actions")

@@ -207,8 +207,6 @@ class SimulatedCard:
 
     def _observe(self, block: Block) -> Sequence[Callable[[int], None]]:
         """Call the observers for a new block; return functions to call without the lock."""
-        history = self.machine.history
-        block.frames = None if history is None else history.frames()
         if self.tracers:
             self._trace(block.address, block.size)
         if not self.watchers:

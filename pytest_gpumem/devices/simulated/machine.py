@@ -238,7 +238,7 @@ class SimulatedMachine:
 
 
 def _note(history: MemoryHistory, card: SimulatedCard, *change: Any) -> None:
-    history.note(card.index, *change)
+    history.note(card.index, *change, is_serving=card.allocator.is_serving)
 
 
 _machines: Final[list[SimulatedMachine]] = []

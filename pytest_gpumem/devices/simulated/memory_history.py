@@ -20,6 +20,7 @@ from pytest_gpumem.stacks import calling_frame, frames_from
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from pytest_gpumem.allocator.blocks import Block, Segment
     from pytest_gpumem.allocator.pools import PoolId
 
 #: Frames of files in this folder belong to the simulation and are left out.
@@ -35,6 +36,8 @@ ACTIONS: Final = (
     "oom",
     "snapshot",
 )
+#: The actions of a request for memory.
+_OF_REQUESTS: Final = frozenset({"alloc", "segment_alloc", "segment_map", "oom"})
 
 
 class MemoryHistory:
@@ -44,7 +47,8 @@ class MemoryHistory:
         num_cards: Number of cards.
         keeps_entries: Whether changes are recorded, or only the frames of live blocks.
         context: The frames that are recorded: ``None`` (none), ``"state"`` (of live
-            blocks), ``"alloc"`` (also of requests) or ``"all"`` (also of releases).
+            blocks and segments), ``"alloc"`` (also in entries; those of a release are of
+            its request) or ``"all"`` (a release has its own).
         max_entries: The number of newest entries kept for each card.
         skip_actions: Actions that are not recorded.
     """
@@ -73,12 +77,40 @@ class MemoryHistory:
         size: int,
         stream: int,
         pool_id: PoolId = DEFAULT,
+        owner: Block | Segment | None = None,
+        *,
+        is_serving: bool = False,
     ) -> None:
-        """Record one change; for ``oom``, ``address`` is the card's free bytes."""
+        """Record one change; for ``oom``, ``address`` is the card's free bytes.
+
+        Source of whose frames an entry has: ``CUDACachingAllocator.cpp``, the levels of
+        ``maybeGatherContext``, ``record_trace``, ``context_when_allocated`` and
+        ``context_when_segment_allocated``.
+
+        Args:
+            card: The card's index.
+            action: The change.
+            address: Address of the block or segment.
+            size: Its bytes; for ``snapshot``, the active bytes.
+            stream: Handle of its stream.
+            pool_id: Its pool.
+            owner: The block or segment; a request leaves its frames there.
+            is_serving: Whether the change is made for a request.
+        """
+        frames = None
+        if action != "snapshot":
+            is_requested = is_serving or action in _OF_REQUESTS
+            if self._context == "all" or (is_requested and self._context is not None):
+                frames = python_frames()
+        if owner is not None:
+            if action in _OF_REQUESTS and (
+                action != "segment_map" or owner.frames is None
+            ):
+                owner.frames = frames
+            elif frames is None:
+                frames = owner.frames
         if not self._keeps_entries or action in self._skipped:
             return
-        wanted = "all" if action.startswith("free") else "alloc"
-        has_frames = self._context in {"all", wanted}
         self.entries[card].append(
             {
                 "action": action,
@@ -86,16 +118,14 @@ class MemoryHistory:
                 "size": size,
                 "stream": stream,
                 "time_us": time.time_ns() // 1000,
-                "frames": python_frames() if has_frames else [],
+                "frames": frames
+                if frames and self._context in {"alloc", "all"}
+                else [],
                 "compile_context": "N/A",
                 "user_metadata": "",
                 "pool_id": pool_id,
             }
         )
-
-    def frames(self) -> list[dict[str, Any]] | None:
-        """Return the frames for a new block, or None if frames are not recorded."""
-        return python_frames() if self._context is not None else None
 
 
 def python_frames() -> list[dict[str, Any]]:

@@ -367,7 +367,14 @@ def _new(self: SimulatedTensor, *args: Any, **options: Any) -> torch.Tensor:
     device = options.get("device")
     place = self.device if device is None else cuda_device(device)
     made = None if place is None else made_of(args, self.dtype, place)
-    return _new_in_cpp(self, *args, **options) if made is None else made
+    if made is not None:
+        return made
+    if place is None:
+        return _new_in_cpp(self, *args, **options)
+    # C++ of a CPU build knows no card by its number, and creates on the current one.
+    options.pop("device", None)
+    with torch.cuda.device(place):
+        return _new_in_cpp(self, *args, **options)
 
 
 def _share_memory(self: SimulatedTensor) -> SimulatedTensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pytest_gpumem.devices.cuda_errors import ERRORS
 from pytest_gpumem.devices.simulated.machine import card_of, current_machine
+from pytest_gpumem.devices.simulated.refusals import refusing
 
 
 class _Code(int):
@@ -16,6 +17,9 @@ class Runtime:
     """The object that ``torch.cuda.cudart()`` returns."""
 
     cudaError = _Code  # noqa: N815  # the runtime's name
+    # Only an external stream needs the handles that these make.
+    cudaStreamCreate = staticmethod(refusing("torch.cuda.ExternalStream"))  # noqa: N815
+    cudaStreamDestroy = cudaStreamCreate  # noqa: N815
 
     def cudaMemGetInfo(self, device: int) -> tuple[int, int]:  # noqa: N802  # the runtime's name
         """Return a card's free and total bytes; the call creates a context."""

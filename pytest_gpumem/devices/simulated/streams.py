@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from pytest_gpumem.devices.cuda_errors import cuda_error
 from pytest_gpumem.devices.simulated.capture import (
     capture_of,
     check_event,
@@ -178,7 +179,10 @@ class Event:
         self._capture: Capture | None = None
         self._stream = 0
         self._handle = next(_handles)
-        self.device = DEVICES[card_of(named_index(device)).index]
+        #: The card of a recorded event, or of the one that it was made for; else None.
+        self.device: torch.device | None = None
+        if device is not None:
+            self.device = DEVICES[card_of(named_index(device)).index]
 
     @property
     def cuda_event(self) -> int:
@@ -192,8 +196,20 @@ class Event:
         return f"<torch.cuda.Event {f'{handle:#x}' if handle else 'uninitialized'}>"
 
     def record(self, stream: Stream | None = None) -> None:
-        """Store the host's time and the capture of the stream."""
-        card = card_of(self.device.index)
+        """Store the host's time and the capture of the stream.
+
+        Raises:
+            RuntimeError: The event belongs to another card than the stream.
+        """
+        card = card_of(None if stream is None else stream.device_index)
+        if self.device is None:
+            self.device = DEVICES[card.index]
+        if self.device.index != card.index:
+            # Source: ``CUDAEvent::record``.
+            raise RuntimeError(
+                f"Event device {self.device.index} does not match recording stream's "
+                f"device {card.index}."
+            )
         card.make_context()
         self._recorded_s = time.perf_counter()
         self._capture = None
@@ -228,6 +244,7 @@ class Event:
 
         Raises:
             ValueError: One of the events was made without timing, or was not recorded.
+            torch.AcceleratorError: The events are of different cards (CUDA's message).
         """
         if not (self.enable_timing and end_event.enable_timing):
             raise ValueError(
@@ -237,6 +254,8 @@ class Event:
             raise ValueError(
                 "Both events must be recorded before calculating elapsed time."
             )
+        if self.device != end_event.device:
+            raise cuda_error("cudaErrorInvalidResourceHandle")
         return (end_event._recorded_s - self._recorded_s) * 1e3  # the same class
 
 

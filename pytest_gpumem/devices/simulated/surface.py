@@ -160,10 +160,16 @@ def _get_fraction(index: int) -> float:
 
 
 def _snapshot(pool: Any = None) -> dict[str, Any]:
+    machine = current_machine()
+    pool_id = tuple(pool[:2]) if pool else DEFAULT
     segments: list[Any] = []
-    for card in current_machine().cards:
+    for card in machine.cards:
         with card.locked() as allocator:
-            segments.extend(snapshot(allocator, tuple(pool[:2]) if pool else DEFAULT))
+            found = snapshot(allocator, pool_id)
+        segments.extend(found)
+        if machine.history is not None:
+            active = sum(each["active_size"] for each in found)
+            machine.history.note(card.index, "snapshot", 0, active, 0, pool_id)
     return {
         "segments": segments,
         "device_traces": _device_traces(),
@@ -176,8 +182,6 @@ def _device_traces() -> list[list[dict[str, Any]]]:
     machine = current_machine()
     if machine.history is None:
         return [[] for _ in machine.cards]
-    for card in machine.cards:
-        machine.history.note(card.index, "snapshot", 0, 0, 0)
     kept = machine.history.entries[: len(machine.cards)]
     return [list(entries) for entries in kept]
 

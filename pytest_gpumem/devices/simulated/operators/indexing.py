@@ -32,7 +32,7 @@ from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 from pytest_gpumem.kernels.sort_memory import INDEX_BYTES, pairs_bytes, scan_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from pytest_gpumem.devices.simulated.operators.checks import Operand
     from pytest_gpumem.devices.simulated.operators.registry import Kernel
@@ -248,6 +248,25 @@ register(
     "take_along_dim",
     composed=checked(_along, "default"),
     source="TensorAdvancedIndexing.cpp, _take_along_dim_helper",
+)
+
+
+def _unflattened(
+    flat: torch.Tensor, tensors: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Return views; for an empty tensor, a new one on the card, which C++ cannot make."""
+    pieces, start = [], 0
+    for each in tensors:
+        piece = flat.narrow(0, start, each.numel())
+        start += each.numel()
+        pieces.append(piece.view(each.shape) if piece.numel() else piece.new_empty(0))
+    return pieces
+
+
+register(
+    "unflatten_dense_tensors",
+    composed=only(_unflattened),
+    source="TensorShape.cpp, unflatten_dense_tensors",
 )
 # ``cat`` compares the devices of a stack.
 register(
