@@ -4,7 +4,8 @@ It is loaded with ``-p outcomes`` into runs of other projects' tests. A line is 
 when a test begins and when it ends, so that the reader knows which test a process died
 in. Variables of the environment rule it: ``UPSTREAM_OUTCOMES``, the file it appends
 to; ``UPSTREAM_LIMIT_S``, the longest that a test may take, in seconds;
-``UPSTREAM_EVERY``: of files with ``MANY`` tests or more, one in so many is run; and
+``UPSTREAM_EVERY``: of files with ``MANY`` tests or more, one in so many is run;
+``UPSTREAM_UNTIL``, after which no test begins, in seconds of ``time.time``; and
 ``UPSTREAM_LIST``, if each test is to have a process of its own: no test is run, those that
 are not skipped are listed in that file, one line each. A test that has a line in the file
 of outcomes when the run begins is not run again.
@@ -34,6 +35,7 @@ EVERY: Final = int(os.environ["UPSTREAM_EVERY"])
 SKIPPED: Final = os.environ.pop("UPSTREAM_SKIPPED", "")
 HOST: Final = os.environ.pop("UPSTREAM_HOST", "")
 LIST: Final = os.environ.pop("UPSTREAM_LIST", "")
+UNTIL_S: Final = float(os.environ.pop("UPSTREAM_UNTIL", "inf"))
 # The ranks that a test starts get these variables from this process.
 os.environ["UPSTREAM_OUTCOMES"] = os.devnull
 MANY: Final = 1000
@@ -171,6 +173,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         _found["seconds"] = round(time.monotonic() - began_s, 2)
         _found["allocations"] = _allocations() - before
         _write(_found)
+        if time.time() > UNTIL_S:
+            item.session.shouldstop = "its time is over"
 
 
 @pytest.hookimpl(wrapper=True)

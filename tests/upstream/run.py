@@ -5,7 +5,8 @@ Run: ``tox run -e upstream [-- --write] [-- SUITE ...]``, or
 released source has no tests need a checkout: ``--checkout diffusers=FOLDER``. Two
 cards run what one card skips.
 ``--write`` writes ``docs/upstream.md`` and ``docs/upstream.json``; suites and
-settings that did not run keep the figures of the run before.
+settings that did not run keep the figures of the run before. With ``--minutes`` a run
+ends early; the next one with the same ``--out`` goes on.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Final
@@ -45,6 +47,9 @@ def _asked() -> argparse.Namespace:
         help="run this one only; the others keep the figures of the run before",
     )
     parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="no test begins later"
+    )
+    parser.add_argument(
         "--judge", action="store_true", help="run nothing: judge the outcomes in --out"
     )
     parser.add_argument("--write", action="store_true")
@@ -54,6 +59,7 @@ def _asked() -> argparse.Namespace:
 def main() -> int:
     """Run the suites; return 1 if a failure has no reason, or a reason no failure."""
     asked = _asked()
+    until_s = time.time() + 60 * asked.minutes
     cache = user_cache_path("pytest-gpumem") / "upstream"
     out = asked.out or cache / "outcomes"
     checkouts = dict(each.split("=", 1) for each in asked.checkout)
@@ -77,7 +83,7 @@ def main() -> int:
         outcomes = {}
         for setting in settings:
             if not asked.judge:
-                runs.run(suite, setting, home, out)
+                runs.run(suite, setting, home, out, until_s)
             outcomes[setting.name] = runs.outcomes(suite, setting, out)
             if not outcomes[setting.name]:
                 del outcomes[setting.name]

@@ -146,7 +146,13 @@ def outcomes(suite: Suite, setting: Setting, out: Path) -> dict[str, Outcome]:
     return read(_file(suite, setting.name, out))
 
 
-def run(suite: Suite, setting: Setting, home: Path, out: Path) -> None:
+def run(
+    suite: Suite,
+    setting: Setting,
+    home: Path,
+    out: Path,
+    until_s: float = float("inf"),
+) -> None:
     """Run a suite's tests in one setting, and again after each process that died.
 
     Args:
@@ -154,6 +160,7 @@ def run(suite: Suite, setting: Setting, home: Path, out: Path) -> None:
         setting: Where they run.
         home: The folder of the unpacked source.
         out: Where outcomes and output go; outcomes that are there already stand.
+        until_s: When no further test begins, as ``time.time`` has it.
     """
     suite.prepare(home)
     out.mkdir(parents=True, exist_ok=True)
@@ -161,6 +168,7 @@ def run(suite: Suite, setting: Setting, home: Path, out: Path) -> None:
     file = _file(suite, setting.name, out)
     log = file.with_suffix(".log")
     environment = _environment(suite, file, home)
+    environment["UPSTREAM_UNTIL"] = str(until_s)
     if setting.name != HOST:
         environment["UPSTREAM_HOST"] = str(_file(suite, HOST, out))
     if setting.name == TWO:
@@ -202,9 +210,13 @@ def run(suite: Suite, setting: Setting, home: Path, out: Path) -> None:
         tests = file.with_suffix(".list")
         start(*suite.files, UPSTREAM_LIST=str(tests))
         for test in tests.read_text(encoding="utf-8").splitlines():
+            if time.time() > until_s:
+                break
             start(test)
         return
     for _ in range(RESTARTS):
+        if time.time() > until_s:
+            break
         before = len(read(file))
         ended = start(*suite.files)
         # 0: all passed; 1: some failed; 5: nothing was left to run.
