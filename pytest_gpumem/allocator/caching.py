@@ -52,6 +52,8 @@ class CachingAllocator(PrivatePools):
         on_oom: Observers, called with card, segment bytes, limit and free bytes when
             a request fails.
         events_pending: While True, recorded events stay incomplete.
+        on_miss: If set, a function that is called if no free block fits; it returns
+            whether it has freed any.
         trace: If set, a function that is called with action, address, size, stream and
             pool of every change, and with its block or segment.
         is_serving: Whether changes are made for a request that found no free block.
@@ -77,6 +79,7 @@ class CachingAllocator(PrivatePools):
         self.on_oom: list[Callable[[int, int, int, int], Any]] = []
         self.events_pending = False
         self.is_serving = False
+        self.on_miss: Callable[[], bool] | None = None
         self._processes = processes or self._own_process
         self._events: dict[int, deque[Block]] = {}
         #: By block, the streams that began to use it during a graph capture. The graph
@@ -120,6 +123,8 @@ class CachingAllocator(PrivatePools):
         if self._limit_bytes is not None and self.config.gc_threshold > 0:
             pool.clock += 1
         block = None if refuse else self.take_free(pool, size, stream)
+        if block is None and not refuse and self.on_miss and self.on_miss():
+            block = self.take_free(pool, size, stream)
         if block is None:
             block = self._take_new(pool, size, new_bytes, stream, refuse=refuse)
         if block is None:

@@ -19,6 +19,7 @@ ERRORS: Final[dict[int, tuple[str, str]]] = {
     3: ("cudaErrorInitializationError", "initialization error"),
     100: ("cudaErrorNoDevice", "no CUDA-capable device is detected"),
     101: ("cudaErrorInvalidDevice", "invalid device ordinal"),
+    201: ("cudaErrorDeviceUninitialized", "invalid device context"),
     400: ("cudaErrorInvalidResourceHandle", "invalid resource handle"),
     401: (
         "cudaErrorIllegalState",

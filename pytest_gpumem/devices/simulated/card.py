@@ -64,6 +64,7 @@ class SimulatedCard:
             device_index=number,
             processes=self._processes,
         )
+        self.allocator.on_miss = self._collect
         self.faults: list[Callable[[int, int], bool]] = []
         #: Functions that are called after each allocation while the lock is held. Each may
         #: return a function, which is called after the lock is released.
@@ -155,6 +156,16 @@ class SimulatedCard:
                 self._trace(address, -nbytes)
         while self._later:
             self._later.popleft()(self.allocator)
+
+    def _collect(self) -> bool:
+        """Free what was sent to other processes that have let go of it.
+
+        Source: ``trigger_free_memory_callbacks`` and ``cuda_ipc_collect``.
+        """
+        has_freed = self.machine.exchange.collect()
+        if has_freed:
+            self._drain()
+        return has_freed
 
     def _trace(self, address: int, change: int) -> None:
         for tracer in self.tracers:

@@ -37,7 +37,7 @@ _CUDA: Final[dict[str, str]] = {
         CUDAGraph CudaError DeferredCudaCallError Event Stream StreamContext amp
         current_device current_stream default_generators default_stream device
         device_count device_of export_dot export_graph_data get_rng_state get_rng_state_all init initial_seed
-        graph graph_pool_handle graphs is_available is_current_stream_capturing
+        graph graph_pool_handle graphs ipc_collect is_available is_current_stream_capturing
         is_initialized make_graphed_callables manual_seed manual_seed_all memory random seed
         nccl seed_all set_device set_rng_state set_rng_state_all set_stream stream streams
         synchronize check_error cudaStatus
@@ -53,7 +53,7 @@ _CUDA: Final[dict[str, str]] = {
     "constant": """
         caching_allocator_enable current_blas_handle current_solver_handle get_sync_debug_mode
         graph_annotations has_half
-        has_magma host_memory_stats host_memory_stats_as_nested_dict ipc_collect
+        has_magma host_memory_stats host_memory_stats_as_nested_dict
         memory_usage nvtx profiler
         reset_accumulated_host_memory_stats reset_peak_host_memory_stats
         set_sync_debug_mode sparse utilization temperature power_draw clock_rate
@@ -183,6 +183,14 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
         "threads, DataLoader workers, autograd's threads; a forked child of a process "
         "that has used a card gets torch's own error if it uses the card, and computes "
         "on the host with one thread",
+        "tensors, modules and events sent to other processes (CUDA IPC), by queues and "
+        "pipes of `torch.multiprocessing` (spawn, forkserver) or by `reduce_tensor`: each "
+        "process sees what another writes. The bytes are the sender's, until every "
+        "receiver has let go and the sender deletes another such tensor, calls "
+        "`torch.cuda.ipc_collect`, or finds no free block; a receiver has its context "
+        "alone. The values move to shared memory of the host (`/dev/shm`), so that "
+        "`data_ptr()` changes when a tensor is first sent. If the sender ends first, "
+        "receivers keep the values, which on a card is undefined",
         "`CUDA_VISIBLE_DEVICES`, read when CUDA is first used in a process: hides, "
         "chooses and orders the simulated cards, by number, UUID or name of a "
         "[slice (MIG)](cards.md#slices-mig)",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from pytest_gpumem.devices.simulated.memory import check_resizable
 from pytest_gpumem.devices.simulated.operators.requests import Call, ask, flat
 from pytest_gpumem.devices.simulated.rng import GENERATOR
 from pytest_gpumem.devices.simulated.values import run
@@ -123,6 +124,7 @@ def foreseeing(
             is_own = id(each) in own
             results.append(None if is_own else memory)
             if is_own and memory is not None:
+                check_resizable(own[id(each)][0].untyped_storage())
                 growing.append((own[id(each)][0], memory))
         return growing, results
 

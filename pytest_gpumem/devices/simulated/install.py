@@ -23,6 +23,7 @@ from pytest_gpumem.devices.simulated import (
     graphs,
     handover,
     identity,
+    interprocess,
     profiling,
     subclasses,
     torchscript,
@@ -130,6 +131,7 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
     yield from graphs.REPLACEMENTS
     yield from handover.REPLACEMENTS
     yield from identity.REPLACEMENTS
+    yield from interprocess.REPLACEMENTS
     yield from profiling.REPLACEMENTS
     yield from subclasses.REPLACEMENTS
 
@@ -164,7 +166,7 @@ class Installation:
         # its first use. It must store the originals.
         _device_constructors()
         torchscript.patch_scripting(self._patches)
-        handover.patch_queues(self._patches)
+        interprocess.patch_queues(self._patches)
         for owner, name, value in _replacements():
             self._patches.set(owner, name, value)
         self._patch_optimizers()

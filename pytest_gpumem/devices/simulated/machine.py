@@ -17,6 +17,7 @@ from pytest_gpumem.cards import gpus_of, uuids_of
 from pytest_gpumem.devices.cuda_errors import cuda_error
 from pytest_gpumem.devices.simulated.card import SimulatedCard
 from pytest_gpumem.devices.simulated.current_streams import Streams
+from pytest_gpumem.devices.simulated.exchange import Exchange
 from pytest_gpumem.errors import DeviceUnavailableError
 from pytest_gpumem.host_memory import anonymous_bytes
 from pytest_gpumem.visibility import VARIABLE, visible_numbers, why_hidden
@@ -104,6 +105,8 @@ class SimulatedMachine:
         #: The kinds of convolutions for which cuDNN has measured its kernels.
         self.measured_convolutions: Final[set[tuple[Any, ...]]] = set()
         self.streams: Final = Streams()
+        #: What other processes have of this one's memory.
+        self.exchange: Final = Exchange()
         #: Blocks that were taken by address, with their cards.
         self.raw_blocks: Final[dict[int, tuple[SimulatedCard, Block]]] = {}
         #: Memory of the host that was registered with CUDA: bytes, by their address.

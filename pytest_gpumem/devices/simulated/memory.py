@@ -22,6 +22,7 @@ from pytest_gpumem.kernels.cublas import OF_LT
 
 if TYPE_CHECKING:
     from pytest_gpumem.allocator.blocks import Block
+    from pytest_gpumem.devices.simulated.exchange import Sent
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
 
 
@@ -31,14 +32,17 @@ class Memory:
     Attributes:
         card: The card that holds the bytes.
         nbytes: Requested bytes; with 0 there is no block.
+        sent: Whether other processes have the storage, see
+            Note [Memory that processes share].
     """
 
-    __slots__ = ("block", "card", "nbytes")
+    __slots__ = ("block", "card", "nbytes", "sent")
 
     def __init__(self, card: SimulatedCard, nbytes: int) -> None:
         self.card = card
         self.nbytes = nbytes
         self.block: Block | None = None
+        self.sent: Sent | None = None
         if not card.machine.is_initialized:
             # C++ initialises CUDA only once in a process, for all installations.
             card.machine.is_initialized = True
@@ -54,8 +58,12 @@ class Memory:
             self.block = allocate(card, nbytes)
 
     def __del__(self) -> None:
-        if self.block is not None:
+        if self.block is None:
+            return
+        if self.sent is None:
             self.card.release(self.block)
+        else:
+            self.card.machine.exchange.give_up(self.card, self.block, self.sent)
 
 
 def allocate(card: SimulatedCard, nbytes: int) -> Block:
@@ -164,6 +172,22 @@ def memory_of(storage: torch.UntypedStorage) -> Memory | None:
     """Return a storage's memory on a card; None for a storage on the host."""
     memory: Memory | None = getattr(storage, "_gpumem", None)
     return memory
+
+
+def check_resizable(storage: torch.UntypedStorage) -> None:
+    """Raise an error if a storage of a card must keep its size.
+
+    C++ ends the process if a storage in shared memory is resized.
+
+    Raises:
+        UnsupportedOnSimulatedDeviceError: It was sent to another process.
+        RuntimeError: It was received from one (torch's message).
+    """
+    memory = memory_of(storage)
+    if memory is not None and memory.sent is not None:
+        refuse("resizing a tensor that was sent to another process")
+    if not storage.resizable():
+        raise RuntimeError("Trying to resize storage that is not resizable")
 
 
 def charge(storage: torch.UntypedStorage, card: SimulatedCard) -> Memory:

@@ -63,7 +63,7 @@ ADVICE: Final[dict[str, str]] = {
     "tensor.__cuda_array_interface__": "pass on tensor.cpu() instead",
     "tensor.__dlpack__": "pass on tensor.cpu() instead",
     "a tensor of symbolic size": "trace the program with tensors on the CPU",
-    "sharing a tensor of a card with another process": "send tensor.cpu() instead",
+    "resizing a tensor that was sent to another process": "send a clone of it",
     "torch.cuda._compile_kernel": _KERNEL,
     "a lazy module's parameter": "call the module once on the CPU, then move it",
     "a Triton kernel": _KERNEL,

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from pytest_gpumem.devices.simulated.machine import card_of
-from pytest_gpumem.devices.simulated.memory import HOST_ROOM, Memory, hold, memory_of
+from pytest_gpumem.devices.simulated.memory import (
+    HOST_ROOM,
+    Memory,
+    check_resizable,
+    hold,
+    memory_of,
+)
 from pytest_gpumem.devices.simulated.methods import cuda_device
 from pytest_gpumem.devices.simulated.refusals import refuse_value
 from pytest_gpumem.devices.simulated.tensor import DEVICES
@@ -123,6 +129,7 @@ def _resize(self: torch.UntypedStorage, size: int) -> Any:
     memory = memory_of(self)
     if memory is None:
         return _original_resize(self, size)
+    check_resizable(self)
     # The new bytes are taken first, then the data is copied, then the old bytes are freed.
     # Source: ``aten/src/ATen/native/cuda/Resize.cpp``, ``resize_bytes_cuda``.
     held = Memory(memory.card, size)

@@ -8,6 +8,7 @@ on which it was requested.
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from typing import TYPE_CHECKING, Any, Final
 
@@ -34,6 +35,8 @@ _priorities: Final[dict[int, int]] = {}
 #: ``max_compile_time_stream_priorities`` of ``c10/cuda/CUDAStream.h``.
 _HIGHEST: Final = -3
 _CUDA_TYPE: Final = 1  # c10::DeviceType::CUDA
+#: Bytes of an event's handle. Source: ``CUDA_IPC_HANDLE_SIZE`` of ``driver_types.h``.
+_HANDLE_BYTES: Final = 64
 
 
 def named_index(device: Any) -> int | None:
@@ -167,13 +170,14 @@ class Event:
         self,
         enable_timing: bool = False,  # noqa: FBT001, FBT002  # torch's signature
         blocking: bool = False,  # noqa: FBT001, FBT002  # torch's signature
-        interprocess: bool = False,  # noqa: ARG002, FBT001, FBT002  # torch's signature
+        interprocess: bool = False,  # noqa: FBT001, FBT002  # torch's signature
         external: bool = False,  # noqa: ARG002, FBT001, FBT002  # torch's signature
         *,
         device: Any = None,
     ) -> None:
         self.enable_timing = enable_timing
         self.blocking = blocking
+        self._interprocess = interprocess
         self._recorded_s: float | None = None
         #: The capture in which the event was recorded, and its stream.
         self._capture: Capture | None = None
@@ -183,6 +187,52 @@ class Event:
         self.device: torch.device | None = None
         if device is not None:
             self.device = DEVICES[card_of(named_index(device)).index]
+
+    @classmethod
+    def from_ipc_handle(cls, device: Any, handle: bytes) -> Event:
+        """Return an event that another process has made; it is complete.
+
+        Raises:
+            RuntimeError: The handle is of another size (torch's message).
+            torch.AcceleratorError: This process has made it (CUDA's message).
+        """
+        if len(handle) != _HANDLE_BYTES:
+            raise RuntimeError(
+                "cudaIpcEventHandle_t expects byte-like object of size "
+                f"{_HANDLE_BYTES}, but got {len(handle)}"
+            )
+        event = cls(interprocess=True, device=device)
+        event._create(card_of(named_index(device)))  # the same class
+        if int.from_bytes(handle[:8], "little") == os.getpid():
+            raise cuda_error("cudaErrorDeviceUninitialized")
+        event._recorded_s = time.perf_counter()  # the same class
+        return event
+
+    def ipc_handle(self) -> bytes:
+        """Return a handle with which another process opens the event.
+
+        Raises:
+            torch.AcceleratorError: The event is not one for other processes (CUDA's
+                message).
+        """
+        if self.device is None:
+            self.device = DEVICES[card_of(None).index]
+        self._create(card_of(self.device.index))
+        if not self._interprocess:
+            raise cuda_error("cudaErrorInvalidResourceHandle")
+        own = os.getpid().to_bytes(8, "little") + self._handle.to_bytes(8, "little")
+        return own.ljust(_HANDLE_BYTES, b"\0")
+
+    def _create(self, card: SimulatedCard) -> None:
+        """Create the event on a card, as its first use does.
+
+        Raises:
+            torch.AcceleratorError: An event for other processes cannot take the time
+                (CUDA's message). Source: ``cudaEventCreateWithFlags``.
+        """
+        card.make_context()
+        if self._interprocess and self.enable_timing:
+            raise cuda_error("cudaErrorInvalidValue")
 
     @property
     def cuda_event(self) -> int:
@@ -210,7 +260,7 @@ class Event:
                 f"Event device {self.device.index} does not match recording stream's "
                 f"device {card.index}."
             )
-        card.make_context()
+        self._create(card)
         self._recorded_s = time.perf_counter()
         self._capture = None
         if card.machine.captures:

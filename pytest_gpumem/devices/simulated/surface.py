@@ -20,6 +20,7 @@ from pytest_gpumem.devices.simulated.capture import check_waiting, set_sync_debu
 from pytest_gpumem.devices.simulated.comm import C_COLLECTIVES
 from pytest_gpumem.devices.simulated.distributed.one_process import C_NCCL
 from pytest_gpumem.devices.simulated.graphs import C_GRAPHS
+from pytest_gpumem.devices.simulated.interprocess import collect
 from pytest_gpumem.devices.simulated.jiterator import launch
 from pytest_gpumem.devices.simulated.machine import card_of, current_machine
 from pytest_gpumem.devices.simulated.memory_history import MemoryHistory
@@ -382,7 +383,7 @@ C_FUNCTIONS: Final[dict[str, Any]] = {
     "_cuda_getMemoryFraction": _get_fraction,
     "_cuda_memorySnapshot": _snapshot,
     "_cuda_synchronize": _synchronize,
-    "_cuda_ipc_collect": _nothing,
+    "_cuda_ipc_collect": collect,
     "_cuda_lock_mutex": _nothing,
     "_cuda_unlock_mutex": _nothing,
     "_cuda_getCurrentStream": _current_stream,
