@@ -19,7 +19,7 @@ from pytest_gpumem.visibility import numbers_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-VARIABLE: Final = "PYTEST_GPUMEM_CHILDREN"
+CHILDREN_VARIABLE: Final = "PYTEST_GPUMEM_CHILDREN"
 
 #: The variable with the path of a file that lists the hub models that children serve.
 HUB_VARIABLE: Final = "PYTEST_GPUMEM_HUB"
@@ -82,7 +82,7 @@ class Inheritance(NamedTuple):
             given = cls(**json.loads(text))
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(
-                f"{VARIABLE} was not set by a run of this version ({error}); unset it"
+                f"{CHILDREN_VARIABLE} was not set by a run of this version ({error}); unset it"
             ) from None
         wrong = [
             name
@@ -91,7 +91,7 @@ class Inheritance(NamedTuple):
         ]
         if wrong:
             raise ValueError(
-                f"{VARIABLE} was not set by a run of this version (its {wrong[0]!r} is of "
+                f"{CHILDREN_VARIABLE} was not set by a run of this version (its {wrong[0]!r} is of "
                 "another type); unset it"
             )
         return given._replace(rules=tuple(given.rules))
@@ -181,7 +181,7 @@ def pass_budget_on(index: int, budget_bytes: int | None) -> None:
     budgets.pop(str(index), None)
     if budget_bytes is not None:
         budgets[str(index)] = str(budget_bytes)
-    os.environ[VARIABLE] = given._replace(budgets=budgets).text
+    os.environ[CHILDREN_VARIABLE] = given._replace(budgets=budgets).text
 
 
 #: The competing processes on the simulated cards now, as ``Inheritance.tenants``.
@@ -209,12 +209,12 @@ def pass_tenant_on(index: int, pid: int, nbytes: int) -> None:
         del _tenants[str(index)]
     given = _given_now()
     if given is not None:
-        os.environ[VARIABLE] = given._replace(tenants=present_tenants()).text
+        os.environ[CHILDREN_VARIABLE] = given._replace(tenants=present_tenants()).text
 
 
 def _given_now() -> Inheritance | None:
     """Return the settings in the environment; None outside a run of pytest."""
-    text = os.environ.get(VARIABLE)
+    text = os.environ.get(CHILDREN_VARIABLE)
     if not text:
         return None
     try:

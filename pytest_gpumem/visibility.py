@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-VARIABLE: Final = "CUDA_VISIBLE_DEVICES"
+VISIBLE_VARIABLE: Final = "CUDA_VISIBLE_DEVICES"
 
 #: The beginnings of the UUIDs of cards and of slices (MIG).
 _PREFIXES: Final = ("GPU-", "MIG-")
@@ -41,7 +41,7 @@ def uuid_of_slice(number: int) -> str:
 
 def visible_numbers(uuids: Sequence[str]) -> tuple[int, ...]:
     """Return the cards with these UUIDs that a process sees if it uses CUDA now."""
-    return numbers_of(os.environ.get(VARIABLE), uuids)
+    return numbers_of(os.environ.get(VISIBLE_VARIABLE), uuids)
 
 
 def numbers_of(listed: str | None, uuids: Sequence[str]) -> tuple[int, ...]:
@@ -99,4 +99,6 @@ def visible_names(listed: str) -> list[int] | list[str]:
 
 def why_hidden() -> str:
     """Return the reason why no card is visible, as a part of a sentence."""
-    return f"{VARIABLE}={os.environ.get(VARIABLE, '')!r} hides every card"
+    return (
+        f"{VISIBLE_VARIABLE}={os.environ.get(VISIBLE_VARIABLE, '')!r} hides every card"
+    )

@@ -84,7 +84,7 @@ MANY: Final = 3
 
 #: The default tolerances. The same code on the same card allocates the same bytes. The
 #: tolerance allows for new versions of libraries, which may choose another kernel.
-DEFAULT: Final = (Tolerance("allocated", share=0.01),)
+DEFAULT_TOLERANCES: Final = (Tolerance("allocated", share=0.01),)
 
 
 def compare_figures(

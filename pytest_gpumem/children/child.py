@@ -11,8 +11,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem.devices.on_import import AfterImport
-from pytest_gpumem.inheritance import EVERY_CARD, HUB_VARIABLE, VARIABLE, Inheritance
-from pytest_gpumem.visibility import VARIABLE as VISIBLE
+from pytest_gpumem.inheritance import (
+    CHILDREN_VARIABLE,
+    EVERY_CARD,
+    HUB_VARIABLE,
+    Inheritance,
+)
+from pytest_gpumem.visibility import VISIBLE_VARIABLE
 
 if TYPE_CHECKING:
     from pytest_gpumem.devices import Device
@@ -31,7 +36,7 @@ def activate() -> None:
     if os.environ.get(HUB_VARIABLE) and not _hub:
         _hub.append(AfterImport("huggingface_hub", _inherit_hub))
         _hub[0].start()
-    text = os.environ.get(VARIABLE)
+    text = os.environ.get(CHILDREN_VARIABLE)
     if not text or _active or text in _broken:
         return
     try:
@@ -158,7 +163,7 @@ class Child:
         """Return the run's index of each card that this process sees."""
         count = device.device_count
         if device.kind != "simulated":
-            return self._given.indices_here(os.environ.get(VISIBLE), count)
+            return self._given.indices_here(os.environ.get(VISIBLE_VARIABLE), count)
         machine = self._installation.machine
         theirs = self._given.seen_of(machine.uuids)
         return [

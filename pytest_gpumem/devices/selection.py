@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 from pytest_gpumem.devices.accelerators import other_accelerator, why_no_amd_card
 from pytest_gpumem.errors import DeviceUnavailableError
-from pytest_gpumem.visibility import VARIABLE, numbers_of, visible_names
+from pytest_gpumem.visibility import VISIBLE_VARIABLE, numbers_of, visible_names
 
 BACKENDS: Final = ("auto", "cuda", "simulated", "off")
 
@@ -114,8 +114,8 @@ def why_no_card(build: TorchBuild) -> str | None:
 
 
 def _why_no_nvidia_card(torch_version: str, cuda_version: str) -> str | None:
-    listed = os.environ.get(VARIABLE)
-    hidden = f"{VARIABLE} hides every card"
+    listed = os.environ.get(VISIBLE_VARIABLE)
+    hidden = f"{VISIBLE_VARIABLE} hides every card"
     if listed is not None and not visible_names(listed):
         return hidden
     found = ask_driver()

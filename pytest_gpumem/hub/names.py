@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 FROM_HUB: Final = "hub"
 
 #: The options of ``make_checkpoint`` that may be set, and the types of their texts.
-OPTIONS: Final[dict[str, type]] = {
+BUILD_OPTIONS: Final[dict[str, type]] = {
     "format": str,
     "max_shard_size": str,
     "seed": int,
@@ -28,7 +28,7 @@ OPTIONS: Final[dict[str, type]] = {
     "architecture": str,
     "weights": str,
 }
-_OPTION: Final = re.compile(rf",\s*({'|'.join(OPTIONS)})=([^,]*)$")
+_OPTION: Final = re.compile(rf",\s*({'|'.join(BUILD_OPTIONS)})=([^,]*)$")
 
 #: Source: ``huggingface_hub.utils._validators.validate_repo_id``.
 _PART: Final = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
@@ -187,10 +187,10 @@ def _check_name(name: str) -> None:
 
 
 def _checked(key: str, value: Any) -> tuple[str, str | int]:
-    kind = OPTIONS.get(key)
+    kind = BUILD_OPTIONS.get(key)
     if kind is None:
         raise CheckpointError(
-            f"hub model: option {key!r} is not known; accepted are {', '.join(OPTIONS)}"
+            f"hub model: option {key!r} is not known; accepted are {', '.join(BUILD_OPTIONS)}"
         )
     try:
         return key, kind(value)

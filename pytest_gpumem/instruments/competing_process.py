@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pytest_gpumem.allocator.tenant import FixedTenant
 from pytest_gpumem.devices.active import active_device
 from pytest_gpumem.errors import TenantError
-from pytest_gpumem.inheritance import VARIABLE, pass_tenant_on
+from pytest_gpumem.inheritance import CHILDREN_VARIABLE, pass_tenant_on
 from pytest_gpumem.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def _simulated(device: Any, index: int) -> Iterator[tuple[int, Callable[[int], N
 def _real(device: Device, index: int) -> Iterator[tuple[int, Callable[[int], None]]]:
     """Do the same as ``_simulated``, with a real process."""
     free_before = device.mem_get_info(index)[0]
-    environment = {k: v for k, v in os.environ.items() if k != VARIABLE}
+    environment = {k: v for k, v in os.environ.items() if k != CHILDREN_VARIABLE}
     process = subprocess.Popen(  # noqa: S603  # our own program
         [sys.executable, "-c", _PROGRAM, str(index)],
         stdin=subprocess.PIPE,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_gpumem.instruments.loads import WORDS, Loader, is_no_oom
+from pytest_gpumem.instruments.loads import ERROR_CHARACTERS, Loader, is_no_oom
 from pytest_gpumem.records.record import FallbackStep
 from pytest_gpumem.records.staircase import staircase_table
 from pytest_gpumem.rules.parser import parse_rule
@@ -182,7 +182,7 @@ def _of_error(done: LoadVerdict, rule: Rule | None) -> list[str]:
     failure = done.failure
     if failure is None:
         return []
-    words = failure.words(WORDS)
+    words = failure.words(ERROR_CHARACTERS)
     is_control = rule is not None and is_no_oom(rule)
     if not failure.is_oom:
         if is_control and done.num_injected:

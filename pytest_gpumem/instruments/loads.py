@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.rules.rule import Rule
 
 #: The most characters of an error's text that a problem shows.
-WORDS: Final = 200
+ERROR_CHARACTERS: Final = 200
 #: The beginnings of problems: about the model's devices, about running it, and about its
 #: output.
 HALF_MOVED: Final = "the model is half moved"
@@ -147,7 +147,7 @@ class Loader:
             for each in sorted(attempt.changed - self._usual)
         ]
         if attempt.output_failure is not None:
-            words = attempt.output_failure.words(WORDS)
+            words = attempt.output_failure.words(ERROR_CHARACTERS)
             problems.append(f"{CANNOT_RUN}: {words}")
         output_error = None
         is_other = self._variants and self.is_variant(placement)

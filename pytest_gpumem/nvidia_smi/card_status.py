@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from pytest_gpumem.cards import DEFAULT_CARD, Gpu, find_card, gpus_of, uuids_of
-from pytest_gpumem.inheritance import EVERY_CARD, VARIABLE, Inheritance
+from pytest_gpumem.inheritance import CHILDREN_VARIABLE, EVERY_CARD, Inheritance
 from pytest_gpumem.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def read_cards() -> list[CardNow] | None:
     Raises:
         ValueError: The run's settings cannot be read.
     """
-    text = os.environ.get(VARIABLE)
+    text = os.environ.get(CHILDREN_VARIABLE)
     if not text:
         return None
     given = Inheritance.parse(text)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.device import SimulatedDevice
 
 #: Each kind of bytes, in the order in which they are shown.
-KINDS: Final = (
+FIT_KINDS: Final = (
     "weights",
     "gradients",
     "optimiser",
@@ -67,7 +67,7 @@ class PeakByKind:
         """Mark the tensors in a tree with a kind; blocks keep their first kind.
 
         Args:
-            kind: One of ``KINDS``.
+            kind: One of ``FIT_KINDS``.
             tensors: Tensors on the card, in any nesting of lists, tuples and mappings.
         """
         for tensor in tree_leaves(tensors):
@@ -84,7 +84,7 @@ class PeakByKind:
         """Return the bytes of each kind at the peak; kinds without bytes are left out."""
         for workspace in self._card.workspaces.values():
             self._mark("workspaces", workspace.address)
-        bytes_of = dict.fromkeys(KINDS, 0)
+        bytes_of = dict.fromkeys(FIT_KINDS, 0)
         for block in self._peak.live(self._blocks):
             bytes_of[block.kind or "activations"] += block.nbytes
         return {kind: nbytes for kind, nbytes in bytes_of.items() if nbytes}

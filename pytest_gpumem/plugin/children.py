@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem.files import IS_POSIX
 from pytest_gpumem.inheritance import (
+    CHILDREN_VARIABLE,
     EVERY_CARD,
     PYTHON_VARIABLE,
-    VARIABLE,
     Inheritance,
     present_tenants,
 )
@@ -73,7 +73,7 @@ class Children:
             shared: The folder of the processes that share simulated cards.
         """
         if not self._settings.reaches_children or backend == "off":
-            self._set(VARIABLE, None)
+            self._set(CHILDREN_VARIABLE, None)
             return
         self._given = Inheritance(
             backend=backend,
@@ -87,7 +87,7 @@ class Children:
             shared=shared,
         )
         self._text = self._given.text
-        self._set(VARIABLE, self._text)
+        self._set(CHILDREN_VARIABLE, self._text)
         paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
         if str(_SHIM) not in paths and not _is_installed():
             self._set("PYTHONPATH", os.pathsep.join(filter(None, [str(_SHIM), *paths])))
@@ -146,8 +146,8 @@ class Children:
                 tenants=tenants,
             )
             text = given.text
-        if os.environ.get(VARIABLE) != text:
-            os.environ[VARIABLE] = text
+        if os.environ.get(CHILDREN_VARIABLE) != text:
+            os.environ[CHILDREN_VARIABLE] = text
 
     def _strikes(self) -> list[int]:
         schedules = [] if self.injector is None else self.injector.schedules

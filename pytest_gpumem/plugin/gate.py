@@ -23,7 +23,7 @@ from pytest_gpumem.baselines.baseline import (
     nearest,
 )
 from pytest_gpumem.baselines.regressions import (
-    DEFAULT,
+    DEFAULT_TOLERANCES,
     FirstUses,
     Tolerance,
     compare_figures,
@@ -108,7 +108,9 @@ class Gate:
         #: The path, relative to the working directory.
         self.name: Final = os.path.relpath(self.path)
         self.updates: Final = settings.updates_baseline
-        self.tolerances: Final[Sequence[Tolerance]] = settings.compare_fail or DEFAULT
+        self.tolerances: Final[Sequence[Tolerance]] = (
+            settings.compare_fail or DEFAULT_TOLERANCES
+        )
         self.baseline: Final = (
             self._read() if text is None else Baseline.parse(text, self.name)
         )

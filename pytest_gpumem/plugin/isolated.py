@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from pytest_gpumem.inheritance import VARIABLE
+from pytest_gpumem.inheritance import CHILDREN_VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -176,7 +176,7 @@ class Isolated:
         environment = {
             name: value
             for name, value in os.environ.items()
-            if name != VARIABLE and not name.startswith("PYTEST_XDIST_")
+            if name != CHILDREN_VARIABLE and not name.startswith("PYTEST_XDIST_")
         }
         script = Path(__file__).with_name("isolated_run.py")
         command = [sys.executable, "-c", _RUN, str(script), str(file)]

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 #: The kinds of reports that show timelines.
 DETAILED: Final = ("json", "html")
 
-METRICS: Final = ("allocated", "reserved", "process", "fragmented", "activations")
+LIMIT_METRICS: Final = ("allocated", "reserved", "process", "fragmented", "activations")
 
-PHASES: Final = ("call", "test", "children")
+LIMIT_PHASES: Final = ("call", "test", "children")
 
 DESCRIPTIONS: Final = (
     "gpu: needs a real CUDA card; the test is skipped where there is none",
@@ -88,9 +88,9 @@ class Limit(NamedTuple):
 
     Attributes:
         size: The limit.
-        metric: One of ``METRICS``.
+        metric: One of ``LIMIT_METRICS``.
         device_index: The card; None means each.
-        phase: One of ``PHASES``.
+        phase: One of ``LIMIT_PHASES``.
     """
 
     size: SizeSpec
@@ -134,10 +134,10 @@ def _exclusive(*, device: Any = None) -> int | None:
 def _limit(
     limit: Any, *, metric: Any = "allocated", device: Any = None, phase: Any = "call"
 ) -> Limit:
-    if metric not in METRICS:
-        raise ValueError(f"metric={metric!r}; accepted are {', '.join(METRICS)}")
-    if phase not in PHASES:
-        raise ValueError(f"phase={phase!r}; accepted are {', '.join(PHASES)}")
+    if metric not in LIMIT_METRICS:
+        raise ValueError(f"metric={metric!r}; accepted are {', '.join(LIMIT_METRICS)}")
+    if phase not in LIMIT_PHASES:
+        raise ValueError(f"phase={phase!r}; accepted are {', '.join(LIMIT_PHASES)}")
     if metric == "activations" and phase == "children":
         raise ValueError(
             "metric='activations' is not known of child processes; limit their "

@@ -24,8 +24,7 @@ from pytest_gpumem.devices.patches import PatchSet
 from pytest_gpumem.errors import SharedFolderError
 from pytest_gpumem.files import IS_POSIX
 from pytest_gpumem.inheritance import remove_run, run_folder, tenancy_root
-from pytest_gpumem.visibility import VARIABLE as _VISIBLE
-from pytest_gpumem.visibility import visible_numbers
+from pytest_gpumem.visibility import VISIBLE_VARIABLE, visible_numbers
 
 if TYPE_CHECKING:
     from pytest_gpumem.devices import Device
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 _CAN_SHARE: Final = IS_POSIX
 #: The environment variable with a worker's place: its position, the number of workers on
 #: its machine, and the run.
-VARIABLE: Final = "PYTEST_GPUMEM_WORKER"
+WORKER_VARIABLE: Final = "PYTEST_GPUMEM_WORKER"
 
 
 class WorkerPosition(NamedTuple):
@@ -61,7 +60,7 @@ class WorkerPosition(NamedTuple):
 
 def take_position() -> WorkerPosition | None:
     """Return this worker's position, once, because its children are not workers."""
-    text = os.environ.pop(VARIABLE, None)
+    text = os.environ.pop(WORKER_VARIABLE, None)
     if text is None:
         return None
     position, workers, run = text.split("/")
@@ -113,7 +112,7 @@ class Sharing:
         turn = self.place.position % self._num_cards
         if turn:
             turned = ",".join((*names[turn:], *names[:turn]))
-            self._environment.put(os.environ, _VISIBLE, turned)
+            self._environment.put(os.environ, VISIBLE_VARIABLE, turned)
 
     def stop(self) -> None:
         """Give up all claims, and restore the environment."""
@@ -146,7 +145,7 @@ class Sharing:
         if kind == "simulated":
             uuids = uuids_of(self._settings.all_cards)
             return tuple(map(str, visible_numbers(uuids)))
-        listed = os.environ.get(_VISIBLE)
+        listed = os.environ.get(VISIBLE_VARIABLE)
         if listed is not None:
             return tuple(each.strip() for each in listed.split(",") if each.strip())
         from pytest_gpumem.devices.selection import count_cards

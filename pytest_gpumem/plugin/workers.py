@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from pytest_gpumem.inheritance import remove_run, run_folder
-from pytest_gpumem.plugin.sharing import VARIABLE, WorkerPosition
+from pytest_gpumem.plugin.sharing import WORKER_VARIABLE, WorkerPosition
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -73,7 +73,7 @@ class Workers:
         for workers in machines.values():
             for position, spec in enumerate(workers):
                 place = WorkerPosition(position, len(workers), self._run)
-                spec.env[VARIABLE] = place.text
+                spec.env[WORKER_VARIABLE] = place.text
 
     def pytest_report_header(self, config: pytest.Config) -> str:
         """Print that the cards are shared."""

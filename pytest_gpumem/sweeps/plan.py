@@ -14,8 +14,8 @@ from pytest_gpumem.sweeps.report import MODES, Point, mode_of
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-#: Words of a rule that say which allocations fail.
-WORDS: Final = ("all", "sites", "ends")
+#: The texts that say which allocations a sweep makes fail.
+POINT_WORDS: Final = ("all", "sites", "ends")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +52,9 @@ class SweepPlan:
     def __post_init__(self) -> None:
         points = self.points
         counts = isinstance(points, int) and not isinstance(points, bool) and points > 0
-        if points not in WORDS and not counts:
+        if points not in POINT_WORDS and not counts:
             raise SweepError(
-                f"points={points!r}; accepted are {', '.join(map(repr, WORDS))} or a "
+                f"points={points!r}; accepted are {', '.join(map(repr, POINT_WORDS))} or a "
                 "number from 1 on"
             )
         _check_words("mode", self.modes, MODES)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from pytest_gpumem.files import IS_POSIX
 from pytest_gpumem.inheritance import LOCKS_VARIABLE, tenancy_root
-from pytest_gpumem.visibility import VARIABLE
+from pytest_gpumem.visibility import VISIBLE_VARIABLE
 
 if IS_POSIX:
     from pytest_gpumem.tenancy.entries import Mutex
@@ -112,7 +112,7 @@ def physical_card(index: int) -> str:
     Raises:
         ValueError: The variable shows no such card.
     """
-    visible = os.environ.get(VARIABLE)
+    visible = os.environ.get(VISIBLE_VARIABLE)
     if visible is None:
         return str(index)
     names = [name.strip() for name in visible.split(",") if name.strip()]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pytest_gpumem.baselines import Baseline, Change, Tolerance, compare_figures
 from pytest_gpumem.baselines.baseline import metric_key, nearest
 from pytest_gpumem.baselines.regressions import (
-    DEFAULT,
+    DEFAULT_TOLERANCES,
     FirstUses,
     moved_by_torch,
     shifted,
@@ -226,7 +226,7 @@ def test_the_gate_that_nobody_named_lets_one_percent_pass() -> None:
     def regressions(**now: int) -> list[str]:
         return [
             each.metric
-            for each in compare_figures("t", before, now, DEFAULT)
+            for each in compare_figures("t", before, now, DEFAULT_TOLERANCES)
             if each.is_regression
         ]
 

@@ -19,8 +19,8 @@ from pytest_gpumem.children.notes import MAX_RULES, Note, read_notes, together
 from pytest_gpumem.children.watch import Watch
 from pytest_gpumem.devices.simulated.device import SimulatedDevice
 from pytest_gpumem.inheritance import (
+    CHILDREN_VARIABLE,
     REFUSAL_VARIABLE,
-    VARIABLE,
     Inheritance,
     pass_budget_on,
 )
@@ -39,7 +39,7 @@ GIVEN = Inheritance("simulated", "/nowhere", {"card": "T4*2"}, {"": "1GiB"})
 @pytest.fixture
 def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Be a process that no run has reached, and stay one."""
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(CHILDREN_VARIABLE, raising=False)
     yield
     child.withdraw()
 
@@ -53,7 +53,7 @@ def test_settings_survive_the_environment() -> None:
 
     assert given == Inheritance.parse(given.text)
     for text in ("", "[]", "{}", '{"backend": 1, "more": 2}'):
-        with pytest.raises(ValueError, match=f"{VARIABLE} was not set by"):
+        with pytest.raises(ValueError, match=f"{CHILDREN_VARIABLE} was not set by"):
             Inheritance.parse(text)
 
 
@@ -80,21 +80,21 @@ def test_budgets_are_handed_down_only_below_a_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A block's budget reaches children; without a run nothing is set."""
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(CHILDREN_VARIABLE, raising=False)
     pass_budget_on(0, 7)
-    alone = os.environ.get(VARIABLE)
-    monkeypatch.setenv(VARIABLE, GIVEN.text)
+    alone = os.environ.get(CHILDREN_VARIABLE)
+    monkeypatch.setenv(CHILDREN_VARIABLE, GIVEN.text)
     pass_budget_on(1, 7)
-    inside = Inheritance.parse(os.environ[VARIABLE]).budgets
+    inside = Inheritance.parse(os.environ[CHILDREN_VARIABLE]).budgets
     pass_budget_on(1, None)
-    after = Inheritance.parse(os.environ[VARIABLE])
-    monkeypatch.setenv(VARIABLE, "somebody else's")
+    after = Inheritance.parse(os.environ[CHILDREN_VARIABLE])
+    monkeypatch.setenv(CHILDREN_VARIABLE, "somebody else's")
     pass_budget_on(1, 7)
 
     assert alone is None
     assert {"": "1GiB", "1": "7"} == inside
     assert GIVEN == after
-    assert "somebody else's" == os.environ[VARIABLE]
+    assert "somebody else's" == os.environ[CHILDREN_VARIABLE]
 
 
 # -- in a child ---------------------------------------------------------------------------
@@ -109,7 +109,7 @@ def test_a_process_takes_over_and_lets_go(
     given = GIVEN._replace(
         folder=folder, budgets={"": "1GiB", "1": "50%"}, rules=("any:nth=2",)
     )
-    monkeypatch.setenv(VARIABLE, given.text)
+    monkeypatch.setenv(CHILDREN_VARIABLE, given.text)
 
     child.activate()
     child.activate()  # the second way in finds the first's work
@@ -139,7 +139,7 @@ def test_a_broken_variable_is_said_and_survived(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The process starts all the same."""
-    monkeypatch.setenv(VARIABLE, "{}")
+    monkeypatch.setenv(CHILDREN_VARIABLE, "{}")
     monkeypatch.setattr(child, "_broken", set())
 
     child.activate()
@@ -148,7 +148,9 @@ def test_a_broken_variable_is_said_and_survived(
     assert [] == child._active
     told = capsys.readouterr().err.splitlines()
     assert 1 == len(told)
-    assert told[0].startswith(f"pytest-gpumem: {VARIABLE} was not set by a run")
+    assert told[0].startswith(
+        f"pytest-gpumem: {CHILDREN_VARIABLE} was not set by a run"
+    )
 
 
 # -- figures ------------------------------------------------------------------------------
@@ -225,7 +227,10 @@ def test_the_installed_file_and_the_folder_on_the_path_both_work(
     (own / "sitecustomize.py").write_text("print('own')\n")
     paths = [str(ROOT / "children" / "shim"), str(own)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    reached = {**environment, VARIABLE: GIVEN._replace(options={"card": "K80"}).text}
+    reached = {
+        **environment,
+        CHILDREN_VARIABLE: GIVEN._replace(options={"card": "K80"}).text,
+    }
     add = f"import sys; sys.path.insert(0, {str(ROOT.parent)!r})\n{line}"
     look = "; import sys, os; print('pytest_gpumem' in sys.modules)"
 
@@ -238,9 +243,9 @@ def test_the_installed_file_and_the_folder_on_the_path_both_work(
 
     isolated = {**reached, "PYTHONPATH": ""}
     assert ["own", "Tesla K80"] == python(ASK, reached)
-    assert ["own", "False"] == python(look[2:], {**environment, VARIABLE: ""})
+    assert ["own", "False"] == python(look[2:], {**environment, CHILDREN_VARIABLE: ""})
     assert ["Tesla K80"] == python(f"{add}{ASK}", isolated)
-    assert ["False"] == python(f"{add}{look[2:]}", {**isolated, VARIABLE: ""})
+    assert ["False"] == python(f"{add}{look[2:]}", {**isolated, CHILDREN_VARIABLE: ""})
     refused = {REFUSAL_VARIABLE: "1"}
     assert ["False"] == python(f"{add}{look[2:]}", {**isolated, **refused})
     assert ["own", "False"] == python(look[2:], {**reached, **refused})
@@ -380,7 +385,7 @@ def test_children_can_be_left_alone(
         import os
 
         def test_it():
-            assert {VARIABLE!r} not in os.environ
+            assert {CHILDREN_VARIABLE!r} not in os.environ
         """
     )
 

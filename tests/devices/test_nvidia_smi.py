@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_gpumem.inheritance import VARIABLE, Inheritance
+from pytest_gpumem.inheritance import CHILDREN_VARIABLE, Inheritance
 from pytest_gpumem.nvidia_smi.__main__ import main
 from pytest_gpumem.tenancy.entries import Folder
 
@@ -37,7 +37,7 @@ def _say(
         "budgets": {},
     }
     told = Inheritance(**(settings | given))  # type: ignore[arg-type]  # as a run makes it
-    monkeypatch.setenv(VARIABLE, told.text)
+    monkeypatch.setenv(CHILDREN_VARIABLE, told.text)
 
 
 @pytest.fixture
@@ -310,7 +310,7 @@ def test_outside_a_run_the_machine_has_no_driver(
     monkeypatch: pytest.MonkeyPatch, answer: Answer
 ) -> None:
     """A driver's absence ends with 9, as of the real program."""
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(CHILDREN_VARIABLE, raising=False)
     monkeypatch.setenv("PATH", "/nowhere")
 
     code, text = answer()
@@ -326,7 +326,7 @@ def test_outside_a_run_the_machine_s_own_program_answers(
     real = tmp_path / "nvidia-smi"
     real.write_text('#!/bin/sh\necho "real $@"\n')
     real.chmod(0o755)
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(CHILDREN_VARIABLE, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     called: list[object] = []
 

@@ -27,7 +27,7 @@ from pytest_gpumem.errors import (
     SizeError,
     SweepError,
 )
-from pytest_gpumem.inheritance import VARIABLE, Inheritance, pass_budget_on
+from pytest_gpumem.inheritance import CHILDREN_VARIABLE, Inheritance, pass_budget_on
 from pytest_gpumem.plugin.settings import (
     OPTIONS,
     parse_points,
@@ -335,15 +335,15 @@ def test_what_children_take_over_is_read_or_refused(text: str) -> None:
     try:
         given_ = Inheritance.parse(text)
     except ValueError as error:
-        assert VARIABLE in str(error)
+        assert CHILDREN_VARIABLE in str(error)
         return
 
     assert given_ == Inheritance.parse(given_.text)
     assert 2 == len(given_.indices_here("0,²", 2))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(VARIABLE, given_.text)
+        patch.setenv(CHILDREN_VARIABLE, given_.text)
         pass_budget_on(1, 5)
-        assert "5" == Inheritance.parse(os.environ[VARIABLE]).budgets["1"]
+        assert "5" == Inheritance.parse(os.environ[CHILDREN_VARIABLE]).budgets["1"]
 
 
 @fuzz

@@ -15,7 +15,12 @@ from pytest_gpumem.devices.active import active_device
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.errors import DeviceUnavailableError
 from pytest_gpumem.instruments.recorder import PeakRecorder
-from pytest_gpumem.visibility import VARIABLE, numbers_of, uuid_of, visible_names
+from pytest_gpumem.visibility import (
+    VISIBLE_VARIABLE,
+    numbers_of,
+    uuid_of,
+    visible_names,
+)
 
 pytest_plugins = ["pytester"]
 
@@ -55,7 +60,7 @@ SHOWN = {
 
 @pytest.fixture(autouse=True)
 def _unset(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(VISIBLE_VARIABLE, raising=False)
 
 
 @pytest.mark.parametrize("listed", SHOWN)
@@ -65,7 +70,7 @@ def test_the_variable_shows_what_cuda_shows(
     """In its order, up to the first entry that names none; torch agrees everywhere."""
     kinds = ("T4", "A100-80GB", "V100-16GB")
     with simulated_device("+".join(kinds)) as machine:
-        monkeypatch.setenv(VARIABLE, listed)
+        monkeypatch.setenv(VISIBLE_VARIABLE, listed)
         before = torch.cuda.device_count()  # through NVML
         is_available = torch.cuda.is_available()
         numbers = tuple(card.number for card in machine.cards)
@@ -102,7 +107,7 @@ _UUIDS = [uuid_of(number) for number in range(3)]
 def test_the_variable_is_read_as_torch_reads_it(listed: str) -> None:
     """Torch's own parser, which stands in for CUDA's, says the same."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(VARIABLE, listed)
+        patch.setenv(VISIBLE_VARIABLE, listed)
         parsed: Any = torch.cuda._parse_visible_devices()
     assert parsed == visible_names(listed)
 
@@ -161,7 +166,7 @@ def test_a_hidden_card_cannot_be_used(
     use: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It ends in torch's own error."""
-    monkeypatch.setenv(VARIABLE, "")
+    monkeypatch.setenv(VISIBLE_VARIABLE, "")
     with simulated_device("T4"), pytest.raises(RuntimeError, match=f"^{NO_CARDS}$"):
         USES[use]()
 
@@ -170,7 +175,7 @@ def test_code_for_the_cpu_runs_where_the_card_is_hidden(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     """Seeds, training, autocast, saved tensors and queries that need no card."""
-    monkeypatch.setenv(VARIABLE, "-1")
+    monkeypatch.setenv(VISIBLE_VARIABLE, "-1")
     with simulated_device("T4"):
         torch.manual_seed(0)
         torch.cuda.manual_seed_all(0)
@@ -196,7 +201,7 @@ def test_a_device_is_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     with simulated_device("T4"):
         for index in (0, 2, 63):
             assert torch.device(f"cuda:{index}") == torch.device(index)
-        monkeypatch.setenv(VARIABLE, "")
+        monkeypatch.setenv(VISIBLE_VARIABLE, "")
 
         assert not torch.cuda.is_available()
         with pytest.raises(RuntimeError, match=NO_CARDS):
@@ -210,13 +215,13 @@ def test_cuda_reads_the_variable_once(
     """When it is first used; what is set afterwards comes too late."""
     with simulated_device("T4*2"):
         use()
-        monkeypatch.setenv(VARIABLE, "")
+        monkeypatch.setenv(VISIBLE_VARIABLE, "")
         assert torch.cuda.is_available()
         assert torch.zeros(1, device="cuda:1").is_cuda
         assert 2 == torch.cuda.device_count()
     with simulated_device("T4"):
         assert not torch.cuda.is_available()
-        monkeypatch.delenv(VARIABLE)
+        monkeypatch.delenv(VISIBLE_VARIABLE)
         assert not torch.cuda.is_available()
         with pytest.raises(RuntimeError, match=NO_CARDS):
             torch.zeros(1, device="cuda")
@@ -229,11 +234,11 @@ def test_what_is_counted_through_nvml_is_no_use_of_cuda(
     with simulated_device("T4*2"):
         counts = []
         for listed in ("", "1", "0,1"):
-            monkeypatch.setenv(VARIABLE, listed)
+            monkeypatch.setenv(VISIBLE_VARIABLE, listed)
             counts.append(torch.cuda.device_count())
-        monkeypatch.setenv(VARIABLE, "1")
+        monkeypatch.setenv(VISIBLE_VARIABLE, "1")
         torch.zeros(1, device="cuda")
-        monkeypatch.setenv(VARIABLE, "0,1")
+        monkeypatch.setenv(VISIBLE_VARIABLE, "0,1")
 
         assert [0, 1, 2] == counts
         assert 1 == torch.cuda.device_count()
@@ -246,7 +251,7 @@ def test_figures_are_of_the_cards_that_are_shown_in_the_end(
     with simulated_device("T4+A100-80GB") as machine:
         device = active_device()
         trackers = [device.open_tracker(index) for index in range(2)]
-        monkeypatch.setenv(VARIABLE, "1,0")
+        monkeypatch.setenv(VISIBLE_VARIABLE, "1,0")
         with PeakRecorder() as recorder:
             held = torch.zeros(2**20, device="cuda")
         figures = [each.close() for each in trackers]
@@ -261,7 +266,7 @@ def test_figures_are_of_the_cards_that_are_shown_in_the_end(
 
 def test_instruments_say_that_there_is_no_card(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where none is installed."""
-    monkeypatch.setenv(VARIABLE, "")
+    monkeypatch.setenv(VISIBLE_VARIABLE, "")
     with (
         simulated_device("T4"),
         pytest.raises(DeviceUnavailableError, match="CUDA_VIS"),
@@ -332,7 +337,7 @@ def test_a_run_whose_cards_are_hidden_says_so(
     pytester: pytest.Pytester, listed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its tests see no card; those that need one are skipped with the reason."""
-    monkeypatch.setenv(VARIABLE, listed)
+    monkeypatch.setenv(VISIBLE_VARIABLE, listed)
     pytester.makepyfile(
         """
         import pytest
@@ -425,7 +430,7 @@ def test_budgets_and_figures_follow_a_childs_choice(
 def test_nvml_counts_the_machines_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever this process sees; a card is found by its UUID."""
     pynvml = pytest.importorskip("pynvml")
-    monkeypatch.setenv(VARIABLE, "1")
+    monkeypatch.setenv(VISIBLE_VARIABLE, "1")
     with simulated_device("T4+A100-80GB"):
         pynvml.nvmlInit()
         seen = torch.cuda.get_device_properties(0).uuid
@@ -434,4 +439,4 @@ def test_nvml_counts_the_machines_cards(monkeypatch: pytest.MonkeyPatch) -> None
         assert 2 == pynvml.nvmlDeviceGetCount()
         assert 1 == pynvml.nvmlDeviceGetIndex(handle)
         assert torch.cuda.get_device_name(0) == pynvml.nvmlDeviceGetName(handle)
-    assert os.environ[VARIABLE] == "1"
+    assert os.environ[VISIBLE_VARIABLE] == "1"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from inner_tests import SWEEP_AND_FALLBACK
 
-from pytest_gpumem.inheritance import VARIABLE
+from pytest_gpumem.inheritance import CHILDREN_VARIABLE
 
 ROOT = Path(__file__).parents[2]
 #: A session that uses everything once; some of it fails on purpose.
@@ -208,7 +208,7 @@ def _run(folder: Path, early: str) -> dict[str, Any]:
         # Other plugins are not looked at.
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
     }
-    for name in ("GITHUB_STEP_SUMMARY", "PYTEST_CURRENT_TEST", VARIABLE):
+    for name in ("GITHUB_STEP_SUMMARY", "PYTEST_CURRENT_TEST", CHILDREN_VARIABLE):
         environment.pop(name, None)
     done = subprocess.run(
         [sys.executable, str(script), early, *OPTIONS, "test_it.py"],
@@ -230,7 +230,11 @@ def _untouched() -> list[Any]:
     script = f"def torch_state{of_torch}\nimport json\nprint(json.dumps(torch_state()))"
     done = subprocess.run(
         [sys.executable, "-c", script],
-        env={name: value for name, value in os.environ.items() if name != VARIABLE},
+        env={
+            name: value
+            for name, value in os.environ.items()
+            if name != CHILDREN_VARIABLE
+        },
         capture_output=True,
         text=True,
         check=True,

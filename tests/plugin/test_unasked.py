@@ -10,7 +10,7 @@ import pytest
 import torch  # an inner run would import it anew, which torch does not survive
 from ways import WORKERS
 
-from pytest_gpumem.inheritance import VARIABLE
+from pytest_gpumem.inheritance import CHILDREN_VARIABLE
 from pytest_gpumem.plugin.options import load_object, options_of
 from pytest_gpumem.plugin.settings import OPTIONS, Settings, is_asked
 
@@ -35,7 +35,7 @@ HOW = (
 def _unasked(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inner runs have no option and no ini file, and are nobody's children."""
     monkeypatch.delenv("PYTEST_ADDOPTS")
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(CHILDREN_VARIABLE, raising=False)
     pytester.makeini("[pytest]\naddopts = --strict-markers\nfilterwarnings = error\n")
 
 

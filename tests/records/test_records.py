@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_gpumem.plugin.marks import METRICS, PHASES
+from pytest_gpumem.plugin.marks import LIMIT_METRICS, LIMIT_PHASES
 from pytest_gpumem.records.codec import DamageError, decode, encode, required_of
 from pytest_gpumem.records.junit import properties
 from pytest_gpumem.records.memory_figures import MemoryFigures
@@ -195,8 +195,8 @@ def test_what_an_older_version_lacks_takes_its_default() -> None:
 def test_names_are_those_of_other_rooms() -> None:
     """Which the records may not ask."""
     assert {each.value for each in Verdict} == set(get_args(VerdictName))
-    assert {*METRICS, "leak", "host"} == set(get_args(Metric))
-    assert set(PHASES) == set(get_args(LimitPhase))
+    assert {*LIMIT_METRICS, "leak", "host"} == set(get_args(Metric))
+    assert set(LIMIT_PHASES) == set(get_args(LimitPhase))
 
 
 @given(

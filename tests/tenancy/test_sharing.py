@@ -19,7 +19,7 @@ from pytest_gpumem.plugin.marks import Budget, Limit, Markers, Requirement
 from pytest_gpumem.plugin.record_keeping import Collector
 from pytest_gpumem.plugin.settings import Settings
 from pytest_gpumem.plugin.sharing import (
-    VARIABLE,
+    WORKER_VARIABLE,
     Sharing,
     WorkerPosition,
     take_position,
@@ -489,10 +489,10 @@ def test_the_next_run_removes_what_a_killed_one_left(
 def test_a_place_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker's children, and runs inside of it, are no workers."""
     place = WorkerPosition(2, 8, "abc")
-    monkeypatch.setenv(VARIABLE, place.text)
+    monkeypatch.setenv(WORKER_VARIABLE, place.text)
 
     assert place == take_position()
-    assert VARIABLE not in os.environ
+    assert WORKER_VARIABLE not in os.environ
     assert take_position() is None
 
 
@@ -593,11 +593,11 @@ def test_workers_of_each_host_share_its_cards(pytestconfig: pytest.Config) -> No
     )
 
     def places(of: list[_Spec]) -> list[str]:
-        return [each.env[VARIABLE].rpartition("/")[0] for each in of]
+        return [each.env[WORKER_VARIABLE].rpartition("/")[0] for each in of]
 
     assert ["0/2", "1/2"] == places(here)
     assert ["0/3", "1/3", "2/3"] == places(there)
-    assert 1 == len({each.env[VARIABLE].rpartition("/")[2] for each in specs})
+    assert 1 == len({each.env[WORKER_VARIABLE].rpartition("/")[2] for each in specs})
 
 
 def _markers(**given: Any) -> Any:

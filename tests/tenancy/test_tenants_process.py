@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_gpumem.errors import TenantError
-from pytest_gpumem.inheritance import VARIABLE
+from pytest_gpumem.inheritance import CHILDREN_VARIABLE
 from pytest_gpumem.instruments import competing_process as tenants
 from pytest_gpumem.instruments.competing_process import competing_process
 
@@ -122,7 +122,7 @@ def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _Card:
     """A card on which a process with the stand-in holds memory."""
     (tmp_path / "torch.py").write_text(TORCH, encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setenv(VARIABLE, "what a run gives its children")
+    monkeypatch.setenv(CHILDREN_VARIABLE, "what a run gives its children")
     return _Card(tmp_path / "card")
 
 

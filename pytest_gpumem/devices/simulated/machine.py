@@ -20,7 +20,7 @@ from pytest_gpumem.devices.simulated.current_streams import Streams
 from pytest_gpumem.devices.simulated.exchange import Exchange
 from pytest_gpumem.errors import DeviceUnavailableError
 from pytest_gpumem.host_memory import anonymous_bytes
-from pytest_gpumem.visibility import VARIABLE, visible_numbers, why_hidden
+from pytest_gpumem.visibility import VISIBLE_VARIABLE, visible_numbers, why_hidden
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -139,7 +139,7 @@ class SimulatedMachine:
             self._is_used = True
 
     def _look(self) -> None:
-        listed = os.environ.get(VARIABLE)
+        listed = os.environ.get(VISIBLE_VARIABLE)
         if self._cards is not None and listed == self._listed:
             return
         before, self._listed = self._cards, listed
@@ -155,10 +155,10 @@ class SimulatedMachine:
     @property
     def why_none(self) -> str:
         """Part of a sentence: why the process sees no card, and what to do."""
-        if os.environ.get(VARIABLE) == self._listed:
+        if os.environ.get(VISIBLE_VARIABLE) == self._listed:
             return f"{why_hidden()}; unset it"
         return (
-            f"{VARIABLE}={self._listed!r} hid every card when this process first used "
+            f"{VISIBLE_VARIABLE}={self._listed!r} hid every card when this process first used "
             "CUDA; give the code that set it a process of its own"
         )
 
