@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from pytest_gpumem import PeakRecorder
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.devices.simulated.operators.attention import choose_kernel
+from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
 from pytest_gpumem.kernels.reduction_memory import Processors, scratch_bytes
 
 if TYPE_CHECKING:
@@ -111,7 +113,7 @@ def test_attention_that_a_card_composes_keeps_what_it_composes() -> None:
     before = torch.cuda.memory_allocated()
     result = _attend(*operands, enable_gqa=True)
     held = torch.cuda.memory_allocated() - before
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH):
         composed = _attend(*operands, enable_gqa=True)
     beside = torch.cuda.memory_allocated() - before - held
     grads = torch.autograd.grad((result.sum() + composed.sum()), operands)
@@ -132,7 +134,7 @@ def test_attention_that_a_card_composes_in_checkpoints_and_second_derivatives() 
         )
         first = torch.autograd.grad(kept.square().sum(), leaves)
         made = _attend(*leaves, enable_gqa=True)
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH):
             twice = _attend(*leaves, enable_gqa=True) if device == "cpu" else made
         again = torch.autograd.grad(twice.square().sum(), leaves, create_graph=True)
         total = torch.stack([each.sum() for each in again]).sum()
@@ -189,10 +191,69 @@ def test_the_kernel_is_the_one_that_cuda_chooses(
 
 
 def test_kernels_can_be_turned_off() -> None:
-    """torch.backends.cuda's switches hold."""
-    query, key, value = _operands(torch.float16)
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        assert "math" == choose_kernel(query, key, value, None, (8, 0))
+    """torch.backends.cuda's switches and order hold."""
+    own: Any = _operands(torch.float16)
+    wide: Any = [torch.ones(1, 1, 4, 136).half() for _operand in range(3)]
+
+    def chosen(operands: Any, capability: tuple[int, int] = (8, 0)) -> str:
+        query, key, value = operands
+        return choose_kernel(query, key, value, None, capability)
+
+    with sdpa_kernel(SDPBackend.MATH):
+        assert "math" == chosen(own)
+    both = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION]
+    with sdpa_kernel(both, set_priority=True):
+        assert "efficient" == chosen(own)
+    with sdpa_kernel(both):
+        assert "flash" == chosen(own)
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        assert "cudnn" == chosen(own)
+        assert "cudnn" == chosen(wide, (9, 0))
+        for operands, capability in ((wide, (8, 0)), (own, (7, 5))):
+            with pytest.raises(RuntimeError, match="No viable backend"):
+                chosen(operands, capability)
+
+
+def test_cudnns_attention_is_taken_where_it_is_asked_for() -> None:
+    """It keeps a float for each row and two numbers; what the CPU lacks is refused."""
+    tensors = [torch.randn(2, 4, 128, 64).half() for _operand in range(3)]
+    found = []
+    for device, kernel in (
+        ("cpu", SDPBackend.FLASH_ATTENTION),
+        ("cuda", SDPBackend.CUDNN_ATTENTION),
+    ):
+        operands = [each.to(device).requires_grad_() for each in tensors]
+        before = torch.cuda.memory_allocated()
+        with sdpa_kernel(kernel):
+            result = _attend(*operands, is_causal=True)
+        held = torch.cuda.memory_allocated() - before
+        grads = torch.autograd.grad(result.float().square().sum(), operands)
+        found.append([each.detach().cpu() for each in (result, *grads)])
+    assert held == result.nbytes + 2 * 4 * 128 * 4 + 2 * 512
+    assert "ScaledDotProductCudnnAttentionBackward0" == type(result.grad_fn).__name__
+    assert all(map(torch.equal, *found))
+
+    card: list[Any] = [each.cuda() for each in tensors]
+    for options in (
+        {"dropout_p": 0.5},
+        {"attn_mask": torch.ones(128, 128).cuda().half()},
+    ):
+        with (
+            sdpa_kernel(SDPBackend.CUDNN_ATTENTION),
+            pytest.raises(UnsupportedOnSimulatedDeviceError, match="in cuDNN's"),
+        ):
+            _attend(*card, **options)
+    backends: Any = torch.backends.cuda
+    for operands, answers in (
+        (card, [1, 1, 1]),
+        ([each.double() for each in card], [0] * 3),
+    ):
+        asked = backends.SDPAParams(*operands, None, 0.0, False, False)
+        assert answers == [
+            backends.can_use_flash_attention(asked),
+            backends.can_use_efficient_attention(asked),
+            backends.can_use_cudnn_attention(asked),
+        ]
 
 
 @pytest.mark.parametrize(

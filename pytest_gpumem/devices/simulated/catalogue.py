@@ -224,9 +224,15 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
         "takes its own kernels for dilated convolutions, which make columns. The "
         "workspaces that cuDNN tries with `benchmark=True`, up to the card's free memory, "
         "are not simulated",
+        "cuDNN's attention: it runs if no other kernel is allowed or if "
+        "`sdpa_kernel(set_priority=True)` puts it first; torch itself puts it first on "
+        "cards of compute capability 9.0 and 10.0, which is not simulated. It requests its "
+        "result, a float for each row, two numbers, and 0 bytes of workspace, because the "
+        "size is cuDNN's own and not known",
         "cuDNN's recurrent layers: their requests are those of the steps that the CPU "
-        "computes, not cuDNN's reserve space; the weights are not joined into one buffer "
-        "(`flatten_parameters`)",
+        "computes. Not simulated are cuDNN's reserve space, which it keeps for backward, "
+        "its workspace, and the one buffer that the weights are joined into "
+        "(`flatten_parameters`). `torch.backends.cudnn.is_acceptable` is False",
     ),
 }
 

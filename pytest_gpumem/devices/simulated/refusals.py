@@ -70,6 +70,9 @@ ADVICE: Final[dict[str, str]] = {
     "dropout or a mask of an attention kernel that is called by itself": (
         "use torch.nn.functional.scaled_dot_product_attention"
     ),
+    "dropout, a mask, shared heads or two widths in cuDNN's attention": (
+        "allow another kernel: torch.nn.attention.sdpa_kernel"
+    ),
     "flex_attention": "use torch.nn.functional.scaled_dot_product_attention",
     "a Fourier transform in half precision": "transform in float32, as source.float()",
     "rrelu in half precision": "compute it in float32, as source.float()",

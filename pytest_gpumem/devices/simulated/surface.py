@@ -25,6 +25,7 @@ from pytest_gpumem.devices.simulated.jiterator import launch
 from pytest_gpumem.devices.simulated.machine import card_of, current_machine
 from pytest_gpumem.devices.simulated.memory_history import MemoryHistory
 from pytest_gpumem.devices.simulated.nvtx import Nvtx
+from pytest_gpumem.devices.simulated.operators.attention import C_ATTENTION
 from pytest_gpumem.devices.simulated.properties import DeviceProperties
 from pytest_gpumem.devices.simulated.raw_memory import enable, raw_alloc, raw_delete
 from pytest_gpumem.devices.simulated.refusals import C_REFUSALS
@@ -433,6 +434,7 @@ C_FUNCTIONS: Final[dict[str, Any]] = {
     "_cuda_jiterator_compile_and_launch_kernel": launch,
     **C_REFUSALS,
     **C_GRAPHS,
+    **C_ATTENTION,
     **C_COLLECTIVES,
     **C_NCCL,
     "_accelerator_getAccelerator": lambda: torch.device("cuda"),

@@ -39,7 +39,7 @@ from pytest_gpumem.kernels import attention_memory as kernels
 from pytest_gpumem.kernels.random_numbers import rounded
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
 
@@ -57,6 +57,11 @@ _ALIGN_BIAS: Final = 16
 _ALIGN_HEAD: Final = 8
 #: Widest head of the flash kernels. Source: ``check_head_dim_size_flash``.
 _WIDEST_FLASH: Final = 256
+#: Widest head of cuDNN's kernel on most cards. Source: ``check_cudnn_tensor_shapes``.
+_WIDEST_CUDNN: Final = 128
+#: Kernels by their numbers. Source: ``SDPBackend`` of ``ATen/SDPBackend.h``.
+_KERNELS: Final = {0: "math", 1: "flash", 2: "efficient", 3: "cudnn"}
+_FUSED: Final = ("flash", "efficient", "cudnn")
 _HALVES: Final = (torch.float16, torch.bfloat16)
 _FLOAT_BYTES: Final = 4
 
@@ -89,12 +94,37 @@ def choose_kernel(  # noqa: PLR0917  # the operands of one call
     capability: tuple[int, int],
     settings: AttentionArguments = AttentionArguments(),  # noqa: B008  # an immutable tuple
 ) -> str:
-    """Return the kernel that CUDA runs: ``"flash"``, ``"efficient"`` or ``"math"``.
+    """Return the kernel that CUDA runs: ``flash``, ``efficient``, ``cudnn`` or ``math``.
 
-    Limits: cuDNN's kernel is never chosen. Torch tries it first on cards of compute
-    capability 9 and 10, and last on other cards.
+    They are tried in torch's order of priority, which ``sdpa_kernel`` can set. Limits:
+    torch tries cuDNN's kernel first on cards of compute capability 9.0 and 10.0; here
+    it comes last on all cards.
+
+    Raises:
+        RuntimeError: The program allows none that can run (torch's message).
     """
     tensors = (query, key, value)
+    for number in torch._C._get_sdp_priority_order():
+        name = _KERNELS.get(number)
+        if name == "math" and torch.backends.cuda.math_sdp_enabled():
+            return name
+        if name in _FUSED and _may_run(name, tensors, mask, capability, settings):
+            return name
+    raise RuntimeError(
+        "No viable backend for scaled_dot_product_attention was found. This is likely "
+        "due to turning off both the math kernel and the fused kernels."
+    )
+
+
+def _may_run(
+    name: str,
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    mask: torch.Tensor | None,
+    capability: tuple[int, int],
+    settings: AttentionArguments,
+) -> bool:
+    """Return whether a fused kernel can run a call, and is allowed to."""
+    query, key, value = tensors
     is_plain = (
         all(each.dim() == 4 for each in tensors)  # noqa: PLR2004  # batch, head, row, width
         and all(each.stride(-1) == 1 or each.shape[-1] == 1 for each in tensors)
@@ -105,12 +135,30 @@ def choose_kernel(  # noqa: PLR0917  # the operands of one call
         and query.shape[-1] == key.shape[-1]
     )
     if not is_plain:
-        return "math"
-    if _may_be_flash(query, key, value, mask, capability, settings):
-        return "flash"
-    if _may_be_efficient(query, key, value, capability):
-        return "efficient"
-    return "math"
+        return False
+    if name == "flash":
+        return _may_be_flash(*tensors, mask, capability, settings)
+    if name == "efficient":
+        return _may_be_efficient(*tensors, capability)
+    return _may_be_cudnn(*tensors, capability, settings)
+
+
+def _asking(name: str, function: str) -> Callable[..., bool]:
+    """Return the function of ``torch._C`` that says whether a kernel can run a call."""
+    original = getattr(torch._C, function)
+
+    def may_run(params: Any, debug: bool = False) -> bool:  # noqa: FBT001, FBT002  # torch's signature
+        tensors = (params.query, params.key, params.value)
+        if not all(type(each) is SimulatedTensor for each in tensors):
+            answer: bool = original(params, debug)
+            return answer
+        settings = AttentionArguments(
+            params.dropout, params.is_causal, enable_gqa=params.enable_gqa
+        )
+        capability = params.query._gpumem_card.card.compute_capability
+        return _may_run(name, tensors, params.attn_mask, capability, settings)
+
+    return may_run
 
 
 def _may_be_flash(  # noqa: PLR0917  # the operands of one call
@@ -166,6 +214,38 @@ def _may_be_efficient(
     )
 
 
+def _may_be_cudnn(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    capability: tuple[int, int],
+    settings: AttentionArguments,
+) -> bool:
+    """Source: ``can_use_cudnn_attention``, ``check_cudnn_tensor_shapes``."""
+    widths = query.shape[-1], value.shape[-1]
+    heads, key_heads = query.shape[1], key.shape[1]
+    widest = _WIDEST_CUDNN
+    if capability == (9, 0):
+        widest = _WIDEST_FLASH
+    elif capability[0] == 10 and widths == (192, 128):  # noqa: PLR2004  # the source's widths
+        widest = widths[0]
+    is_strict = (
+        torch.are_deterministic_algorithms_enabled()
+        and not torch.is_deterministic_algorithms_warn_only_enabled()
+    )
+    return (
+        torch.backends.cuda.cudnn_sdp_enabled()
+        and query.dtype in _HALVES
+        and (8, 0) <= capability <= (12, 1)
+        and not is_strict
+        and max(widths) <= widest
+        and not any(each % _ALIGN_HEAD for each in widths)
+        and key.shape[-2] > 1
+        and not (query.shape[-2] == 1 and settings.dropout_p > 0)
+        and (heads == key_heads or (settings.enable_gqa and heads % key_heads == 0))
+    )
+
+
 def attention(  # noqa: PLR0917  # the operator's signature
     query: Any,
     key: Any,
@@ -195,6 +275,12 @@ def attention(  # noqa: PLR0917  # the operator's signature
         if mask is not None:
             mask = _aligned(mask).expand(*query.shape[:3], key.shape[2])
         return _fused(query, key, value, mask, settings, kernel)
+    if kernel == "cudnn":
+        saves = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
+        found = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            *tensors, mask, saves, dropout_p, is_causal, scale=scale
+        )
+        return found[0]
     fused = None
     if all(type(each) is SimulatedTensor for each in tensors):
         told = (dropout_p, is_causal, scale)
@@ -724,6 +810,7 @@ def _compute(
 # -- kernels that are called by themselves, as ring attention calls them ------------------
 
 _ALONE: Final = "dropout or a mask of an attention kernel that is called by itself"
+_CUDNN: Final = "dropout, a mask, shared heads or two widths in cuDNN's attention"
 
 
 def _flash_alone(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -777,6 +864,41 @@ def _efficient_alone(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return out, logarithms, *state
 
 
+def _cudnn_alone(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run ``aten._scaled_dot_product_cudnn_attention``; cuDNN's workspace is not known.
+
+    Raises:
+        UnsupportedOnSimulatedDeviceError: There is a mask, scores are dropped, or the
+            shapes are not those of one kernel of the CPU.
+    """
+    query, key, value, bias, saves, dropout_p, is_causal, _shows_mask = _filled(
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default, args, kwargs
+    )
+    shapes = {(each.shape[1], each.shape[-1]) for each in (query, key, value)}
+    if bias is not None or dropout_p > 0 or len(shapes) > 1:
+        refuse(_CUDNN)
+    card = query._gpumem_card
+    state = [_made(card, (), torch.int64) for _number in range(2)]
+    out = torch.empty_like(query)
+    logarithms = _made(card, (*query.shape[:3], 1), torch.float32) if saves else None
+    settings = AttentionArguments(0.0, is_causal, kwargs.get("scale"))
+    sums = None if logarithms is None else logarithms[..., 0]
+    _give_values((query, key, value), settings, out, sums)
+    lengths = query.shape[2], key.shape[2]
+    return out, logarithms, None, None, *lengths, *state, None
+
+
+#: Replacements in ``torch._C``, which ``torch.backends.cuda`` asks.
+C_ATTENTION: Final[dict[str, Any]] = {
+    function: _asking(name, function)
+    for name, function in (
+        ("flash", "_can_use_flash_attention"),
+        ("efficient", "_can_use_mem_efficient_attention"),
+        ("cudnn", "_can_use_cudnn_attention"),
+    )
+}
+
+
 def _filled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """Return the arguments of a call but for the scale, with the defaults."""
     return [
@@ -821,6 +943,20 @@ def _flash_alone_backward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     grads = _flash_backward(grad, query, key, value, out)
     settings = AttentionArguments(0.0, is_causal, kwargs.get("scale"))
     _give_gradients(grads, (grad, query, key, value, out), logarithms, settings)
+    return tuple(grads)
+
+
+def _cudnn_alone_backward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run ``aten._scaled_dot_product_cudnn_attention_backward``."""
+    grad, query, key, value, out, logarithms, _seed, _offset, bias = args[:9]
+    dropout_p, is_causal = args[13:15]
+    if bias is not None or dropout_p > 0:
+        refuse(_CUDNN)
+    copied = grad if grad.stride(-1) == 1 else grad.contiguous()
+    grads = [torch.empty_like(each) for each in (query, key, value)]
+    settings = AttentionArguments(0.0, is_causal, kwargs.get("scale"))
+    sums = logarithms[..., 0]
+    _give_gradients(grads, (copied, query, key, value, out), sums, settings)
     return tuple(grads)
 
 
@@ -870,6 +1006,16 @@ register(
     "_scaled_dot_product_flash_attention_backward",
     handler=_flash_alone_backward,
     source="transformers/cuda/flash_attn/flash_api.cpp, mha_bwd",
+)
+register(
+    "_scaled_dot_product_cudnn_attention",
+    handler=_cudnn_alone,
+    source="cudnn/MHA.cpp, run_cudnn_SDP_fprop",
+)
+register(
+    "_scaled_dot_product_cudnn_attention_backward",
+    handler=_cudnn_alone_backward,
+    source="cudnn/MHA.cpp, run_cudnn_SDP_bprop",
 )
 register(
     "_scaled_dot_product_efficient_attention",
