@@ -369,6 +369,7 @@ def test_indices_are_captured_and_masks_end_a_capture() -> None:
         lambda: source[mask],
         lambda: source.index_put_((mask,), source[:1]),
         lambda: torch.nn.functional.one_hot(rows),
+        lambda: repr(source),
     ):
         with pytest.raises(torch.AcceleratorError, match="captur"):
             captured(use)

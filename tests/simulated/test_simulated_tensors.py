@@ -52,8 +52,14 @@ def machine() -> Iterator[SimulatedMachine]:
         lambda: torch.ones(3).cuda(0),
         lambda: torch.empty_like(torch.ones(3), device="cuda"),
         lambda: torch.ones(3).new_zeros(2, device="cuda"),
+        lambda: torch.ones(3).new_empty(2, device=0),
+        lambda: torch.ones(3).new_empty_strided((2,), (1,), device=0),
+        lambda: torch.ones(3, device="cuda:1").new_full((2,), 1.0, device=0),
         lambda: torch.ones(3, device="cuda").new_ones(2),
         lambda: torch.ones(3, device="cuda").new_tensor([1, 2]),
+        lambda: torch.ones(3).new_tensor([1, 2], device=0),
+        lambda: torch.fft.fftfreq(3, device=0),
+        lambda: torch.fft.rfftfreq(3, device=0),
         lambda: torch.tril_indices(3, 3, device="cuda"),
         lambda: torch.from_numpy(np.ones(3)).to("cuda", non_blocking=True),
     ],
@@ -356,7 +362,12 @@ def test_pinned_memory_says_so() -> None:
     """pin_memory() and the factories' pin_memory= give pinned host tensors."""
     assert torch.ones(2).pin_memory().is_pinned()
     assert torch.empty(2, pin_memory=True).is_pinned()
+    assert torch.ones(2).new_zeros(2, pin_memory=True).is_pinned()
+    card = torch.ones(2, device="cuda")
+    assert card.new_full((2,), 1.0, device="cpu", pin_memory=True).is_pinned()
     assert not torch.ones(2).is_pinned()
+    with pytest.raises(RuntimeError, match="Only dense CPU tensors can be pinned"):
+        card.new_empty(2, pin_memory=True)
     with pytest.raises(RuntimeError, match="only dense CPU tensors can be pinned"):
         torch.ones(2, device="cuda").pin_memory()
 

@@ -297,6 +297,19 @@ def test_old_constructors_take_what_they_take_on_the_host() -> None:
         assert made.get_device() == 1
 
 
+@pytest.mark.parametrize("places", [2.5, [1.0, 2.0], [[1]], 2])
+@pytest.mark.usefixtures("machine")
+def test_a_split_by_a_wrong_tensor_says_what_the_cpu_says(places: Any) -> None:
+    """Numbers of another type than int64, or too many dimensions."""
+    wrong = torch.tensor(places)
+    if not wrong.dim() and wrong.dtype == torch.int64:
+        wrong = wrong.int()
+    with pytest.raises(RuntimeError) as on_cpu:
+        torch.ones(6).tensor_split(wrong)
+    with pytest.raises(RuntimeError, match=f"^{re.escape(str(on_cpu.value))}$"):
+        torch.ones(6, device="cuda").tensor_split(wrong)
+
+
 @pytest.mark.usefixtures("machine")
 def test_waits_for_a_card_can_be_shown() -> None:
     """``torch.cuda.set_sync_debug_mode``: what waits warns or raises, nothing else does.
@@ -309,6 +322,7 @@ def test_waits_for_a_card_can_be_shown() -> None:
     pinned = torch.ones(4).pin_memory()
     waits: dict[str, Callable[[], Any]] = {
         "item": x[0].item,
+        "print": lambda: repr(x),
         "bool": lambda: bool(mask[0]),
         "cpu": x.cpu,
         "to": lambda: torch.ones(4).to("cuda"),

@@ -295,6 +295,11 @@ def test_a_module_has_tangents_of_its_parameters_alone() -> None:
     torch.testing.assert_close(tangent("cpu"), found.cpu())
     with forward_ad.dual_level(), pytest.raises(RuntimeError, match="same device"):
         _ = torch.ones(3, device="cuda") + torch.zeros(3)
+    host, ones = torch.zeros(3), torch.ones(3, device="cuda")
+    with forward_ad.dual_level():
+        host.copy_(forward_ad.make_dual(2 * ones, ones))
+        assert torch.equal(forward_ad.unpack_dual(host).tangent, ones)
+    assert torch.equal(host, torch.full((3,), 2.0))
 
 
 def _normalised(v: torch.Tensor, **given: Any) -> torch.Tensor:

@@ -234,6 +234,24 @@ def _drawing(original: Any) -> Any:
     return draw
 
 
+#: Methods of every tensor that create one, maybe on a card that is named by its number.
+FACTORY_METHODS: Final[dict[str, Any]] = {
+    name: _factory(getattr(torch.Tensor, name))
+    for name in (
+        "new_empty",
+        "new_empty_strided",
+        "new_full",
+        "new_ones",
+        "new_tensor",
+        "new_zeros",
+    )
+}
+
+#: The same in ``torch.fft``.
+FREQUENCIES: Final[dict[str, Any]] = {
+    name: _factory(getattr(torch.fft, name)) for name in ("fftfreq", "rfftfreq")
+}
+
 #: Methods that fill a tensor with random numbers.
 DRAWING_METHODS: Final[dict[str, Any]] = {
     name: _drawing(getattr(torch.Tensor, name))

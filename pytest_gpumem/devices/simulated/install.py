@@ -32,6 +32,8 @@ from pytest_gpumem.devices.simulated.autocast import clear_cache
 from pytest_gpumem.devices.simulated.constructors import (
     CONSTRUCTORS,
     DRAWING_METHODS,
+    FACTORY_METHODS,
+    FREQUENCIES,
     NESTED,
     parse_to,
 )
@@ -100,6 +102,8 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
         (torch.cuda.streams, {"Stream": Stream, "Event": Event}),
         (torch.Tensor, EVERY_TENSOR),
         (torch.Tensor, DRAWING_METHODS),
+        (torch.Tensor, FACTORY_METHODS),
+        (torch.fft, FREQUENCIES),
         (torch.UntypedStorage, EVERY_STORAGE),
         (torch.Tensor, EVERY_TENSORS_STORAGE),
         (torch, CONSTRUCTORS),

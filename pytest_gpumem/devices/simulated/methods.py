@@ -19,7 +19,11 @@ from torch._tensor_str import _add_suffixes, _tensor_str
 from torch.nn.parameter import is_lazy
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from pytest_gpumem.devices.simulated.capture import check_copy
+from pytest_gpumem.devices.simulated.capture import (
+    check_copy,
+    check_waiting,
+    note_wait,
+)
 from pytest_gpumem.devices.simulated.copies import moved
 from pytest_gpumem.devices.simulated.identity import (
     GRAD,
@@ -294,7 +298,7 @@ def _tolist(self: SimulatedTensor) -> Any:
 
 
 def _repr(self: SimulatedTensor, *, tensor_contents: Any = None) -> str:
-    """Return the text that torch shows for a tensor on a card."""
+    """Return the text that torch shows for a tensor on a card; the host waits for it."""
     value = self._gpumem_value.detach()  # private to this package
     suffixes = [f"device='{self.device}'"]
     default = torch.get_default_dtype()
@@ -312,6 +316,10 @@ def _repr(self: SimulatedTensor, *, tensor_contents: Any = None) -> str:
     else:
         if value.dtype not in (default, torch.int64, torch.bool):
             suffixes.append(f"dtype={value.dtype}")
+        if not tensor_contents:
+            card = self._gpumem_card  # private to this package
+            note_wait(card.machine)
+            check_waiting(card, card.machine.streams.current(card.index))
         text = tensor_contents or _tensor_str(value, len("tensor("))
     if self.grad_fn is not None:
         suffixes.append(f"grad_fn=<{type(self.grad_fn).__name__}>")

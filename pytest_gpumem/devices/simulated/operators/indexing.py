@@ -29,6 +29,7 @@ from pytest_gpumem.devices.simulated.operators.requests import (
     packed,
 )
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
+from pytest_gpumem.devices.simulated.typed import DTYPES
 from pytest_gpumem.kernels.sort_memory import INDEX_BYTES, pairs_bytes, scan_bytes
 
 if TYPE_CHECKING:
@@ -223,6 +224,14 @@ def _split(
         raise RuntimeError(
             "tensor_split expected tensor_indices_or_sections to be on cpu, but it's on "
             f"{places.device}"
+        )
+    if places.dtype != torch.int64:
+        name = next(
+            (each for each, dtype in DTYPES.items() if dtype == places.dtype), ""
+        )
+        raise RuntimeError(
+            "tensor_split expected tensor_indices_or_sections to have dtype of long, but "
+            f"got {name or places.dtype}"
         )
 
 

@@ -151,3 +151,10 @@ register(
     source="native_functions.yaml, QuantizedCUDA",
 )
 register("is_pinned", handler=_is_pinned, source="Memory.cpp, is_pinned")
+# A copy of a dual number to the host compares both tensors' shapes and storages.
+register("is_same_size", takes_host=True, source="native_functions.yaml, is_same_size")
+register(
+    "_has_same_storage_numel",
+    takes_host=True,
+    source="AutogradComposite.cpp, _has_same_storage_numel",
+)
