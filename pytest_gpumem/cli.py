@@ -51,8 +51,8 @@ def _parser() -> argparse.ArgumentParser:
 
     checkpoint = commands.add_parser(
         "checkpoint",
-        help="build a model's checkpoint offline, seeded",
-        description="Build a checkpoint of a model's real size without network.",
+        help="build a model's checkpoint without network",
+        description="It has the model's real size, and random weights from a seed.",
     )
     checkpoint.add_argument(
         "model",
@@ -70,7 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     checkpoint.add_argument(
         "--max-shard-size", help="split the weights into files of at most this size"
     )
-    checkpoint.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    checkpoint.add_argument(
+        "--seed", type=int, default=0, help="seed of the weights (default: 0)"
+    )
     checkpoint.add_argument(
         "--dtype", default="float32", help="dtype of the weights (default: float32)"
     )
@@ -95,13 +97,13 @@ def _parser() -> argparse.ArgumentParser:
     record.add_argument(
         "--checkpoint",
         default="bert-large",
-        help="the model: a folder or a known BERT name; none leaves the phases out "
+        help="the model: a folder, or a known name of a BERT; with 'none' no model is run "
         "(default: bert-large)",
     )
     record.add_argument(
         "--simulate",
         metavar="CARD",
-        help="ask the simulated device with this card instead of a real one",
+        help="record this simulated card instead of a real one",
     )
     record.set_defaults(run=_record)
 

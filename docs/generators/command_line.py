@@ -16,9 +16,8 @@ def command_line() -> str:
     """Return the page."""
     parts = [
         "# The command line",
-        "Options of `pytest` have [a page of their own](options.md). The command "
-        "`pytest-gpumem`, which is `python -m pytest_gpumem.cli` too, has these "
-        "subcommands:",
+        "This page is about the command `pytest-gpumem` (or `python -m pytest_gpumem.cli`). "
+        "The options of `pytest` are on [another page](options.md).",
     ]
     commands = list(_commands())
     parts.append(
@@ -44,7 +43,7 @@ def command_line() -> str:
                 (
                     "1",
                     "failed, with one sentence; `compare`: a peak grew by more than "
-                    "`--fail` allows; `doctor`: tests could not run here",
+                    "`--fail` allows; `doctor`: tests cannot run on this machine",
                 ),
                 ("2", "the arguments make no sense"),
                 ("130", "interrupted"),

@@ -22,24 +22,24 @@ NOTES: Final = {
     "user in the temporary folder; see [security](../security.md)",
     "PYTEST_GPUMEM_LOCKS": "the folder of `gpu_load_lock` that several users share; see "
     "[security](../security.md#one-lock-for-all-users-of-a-machine)",
-    "PYTEST_GPUMEM_WORKER": "set by a run for its pytest-xdist workers, to tell each its "
-    "number; not for you to set",
-    "PYTEST_GPUMEM_CHILDREN": "set by a run for its child processes, to hand over device, "
-    "budgets and rules; not for you to set",
-    "PYTEST_GPUMEM_PYTHON": "set by a run on simulated cards: the Python that answers as "
-    "`nvidia-smi`; not for you to set",
+    "PYTEST_GPUMEM_WORKER": "the number of a pytest-xdist worker; a run sets it, do not "
+    "set it yourself",
+    "PYTEST_GPUMEM_CHILDREN": "device, budgets and rules for child processes; a run sets "
+    "it, do not set it yourself",
+    "PYTEST_GPUMEM_PYTHON": "the Python that runs `nvidia-smi` for simulated cards; a run "
+    "sets it, do not set it yourself",
     "PYTEST_GPUMEM_NO_CHILDREN": "any value: no run reaches child processes, as with "
     "`--gpu-no-children`, and the file that Python reads at its start does nothing",
-    "PYTEST_GPUMEM_HUB": "set by a run for its child processes, to name the models of the "
-    "hub that they serve too; not for you to set",
-    "CUDA_VISIBLE_DEVICES": "the visible cards and their order; as CUDA does, a process "
-    "reads it when it first uses a card, and this holds for simulated cards, too",
+    "PYTEST_GPUMEM_HUB": "the hub models that child processes serve; a run sets it, do not "
+    "set it yourself",
+    "CUDA_VISIBLE_DEVICES": "the visible cards and their order, real or simulated; a "
+    "process reads it when it first uses a card",
     "CUBLAS_WORKSPACE_CONFIG": "the size of cuBLAS's workspace, on simulated cards too",
     "TORCH_CUBLAS_WORKSPACE_CACHE": "`1`: cuBLAS keeps its workspaces also from torch 2.15 "
     "on, on simulated cards too",
     "PYTORCH_ALLOC_CONF": "settings of the caching allocator, which the simulated card "
     "follows; a setting that is not modelled ends the run at its start",
-    "PYTORCH_CUDA_ALLOC_CONF": "its older name",
+    "PYTORCH_CUDA_ALLOC_CONF": "the older name of `PYTORCH_ALLOC_CONF`",
     "PYTORCH_HIP_ALLOC_CONF": "not read; only in the text of the flavour `hip`",
     "GITHUB_ACTIONS": "`true` in a run of GitHub Actions: tests that fail for their memory "
     "get annotations in the pull request; with any other value they do not",
@@ -58,9 +58,8 @@ def environment() -> str:
     return page(
         [
             "# Environment variables",
-            "Every [option](options.md) can be set in the ini file. None is read from the "
-            "environment, except through pytest's own `PYTEST_ADDOPTS`. These variables "
-            "have an effect:",
+            "[Options](options.md) are not read from the environment, except through pytest's "
+            "own `PYTEST_ADDOPTS`. These variables have an effect:",
             "## Variables of the plugin",
             _table(ours, found),
             "## Variables of CUDA, PyTorch and GitHub",

@@ -97,10 +97,12 @@ def test_what_it_keeps_is_not_the_next_tests():
     "max_vram": Note(
         {
             "limit": SIZE,
-            "metric": "`allocated` (bytes in live tensors), `reserved` (what the "
-            "allocator holds from the driver), `process` (the driver's count: "
-            "reserved and context) or `fragmented` (reserved and not allocated while "
-            "most is allocated; on simulated cards)",
+            "metric": "`allocated` (bytes in live tensors), `reserved` (bytes that the "
+            "allocator holds of the card), `process` (bytes that [the driver "
+            "counts](../process-bytes.md) for the process), or on a simulated card "
+            "`fragmented` (reserved and not allocated bytes) or `activations` ([one "
+            "kind](../reports.md#peaks-by-kind) of the allocated bytes), both at the moment "
+            "of the allocated peak",
             "device": "the card's index; `None` means each card",
             "phase": "`call`, `test` (setup and teardown too) or `children` (each process "
             "that the test starts)",
@@ -121,8 +123,8 @@ def test_it_is_small():
             "size": "bytes that may be left, as a number or as text; 0 allows nothing. "
             "With `repeat`, bytes that each run may add",
             "repeat": "how often the body is run after the warm-up, with the same "
-            "fixtures, at least 3; `None` runs it once and judges what is left",
-            "warmup": "runs before, which may leave what is made once, such as a cache",
+            "fixtures, at least 3; `None` runs it once and judges the bytes that it leaves",
+            "warmup": "the number of runs before, which may leave bytes, such as a cache",
         },
         """
 import pytest
@@ -198,16 +200,17 @@ def test_it_is_swept_on_demand():
             "name": "the name on the hub, with or without organisation",
             "source": "what it is built from: a known name such as `bert-large`, a "
             "`config.json` or a folder with one, or a checkpoint's folder, which is served "
-            "as it is; `hub` means the hub's own model; `None`, the known model of that "
-            "name, unless the user's own cache has it. A path starts from the test's file",
+            "without a change; `hub` means the hub's own model; `None` means the known model "
+            "of that name, or the copy in the user's own cache. A relative path starts in "
+            "the folder of the test's file",
             "format": "`safetensors`, or `bin` for the legacy `pytorch_model.bin`; if it is "
-            "left out, the legacy file is built as well when code asks for it",
+            "not given, the legacy file is also built when code asks for it",
             "max_shard_size": "the largest size of a file of weights, such as `200MB`; "
             "`None` means one file",
             "dtype": "dtype of the weights: `float32`, `float16`, `bfloat16`, `float64`",
             "seed": "seed of the random weights",
-            "weights": "`random`, or `zeros`, which take no disk space",
-            "architecture": "class of transformers; `None` means the config's own",
+            "weights": "`random`, or `zeros`, which take almost no disk space",
+            "architecture": "class of transformers; `None` means that of the config",
         },
         """
 import pytest

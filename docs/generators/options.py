@@ -16,16 +16,15 @@ def options() -> str:
     return page(
         [
             "# Options",
-            "Each option is one of the command line and one of the ini file; the command "
-            "line wins. What one run is to do, such as updating a baseline, belongs on the "
-            "command line alone. A value that makes no sense ends the run with exit code 4 and "
+            "Each option can be given on the command line and in the ini file; the command "
+            "line wins. Options for a single run, such as updating a baseline, belong on the "
+            "command line only. A value that makes no sense ends the run with exit code 4 and "
             "one sentence, before any test.",
-            "A run in which none of them is given, at either place, leaves torch and the "
-            "tests alone: nothing is simulated, patched or recorded. A marker of this "
-            "plugin (all but `gpu`, whose name many suites use) then ends the run, and a "
-            "fixture that needs a device fails its test; both say that "
-            "`gpu_backend = auto` is the line to add to the ini file.",
-            "In `pyproject.toml`, where what may be repeated is a list:",
+            "If none of them is given, the plugin changes nothing: nothing is simulated, "
+            "patched or recorded. In such a run a marker of this plugin ends the run (except "
+            "`gpu`, whose name many suites use), and a fixture that needs a device fails its "
+            "test. Both messages give the line to add to the ini file: `gpu_backend = auto`.",
+            "In `pyproject.toml` an option that may be repeated is a list:",
             block(
                 "[tool.pytest.ini_options]\n"
                 'gpu_card = "A100-80GB"\n'
@@ -34,9 +33,9 @@ def options() -> str:
                 'gpu_compare_fail = ["allocated:5%", "reserved:16MiB"]',
                 "toml",
             ),
-            "Sizes are `4GiB` (binary), `4GB` (decimal), plain bytes, or `50%` of the "
-            "card where that is said. Rules have [a page of their own](../rules.md), "
-            "and what the environment says has [another](environment.md).",
+            "Sizes are `4GiB` (binary), `4GB` (decimal) or plain bytes; some options also "
+            "accept `50%` of the card. There are pages for [rules](../rules.md) and for "
+            "[environment variables](environment.md).",
             *(part for each in OPTIONS if not each.replaced for part in _entry(each)),
             "## Old spellings",
             "They still work, with one warning: "

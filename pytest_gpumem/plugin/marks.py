@@ -24,23 +24,23 @@ LIMIT_METRICS: Final = ("allocated", "reserved", "process", "fragmented", "activ
 LIMIT_PHASES: Final = ("call", "test", "children")
 
 DESCRIPTIONS: Final = (
-    "gpu: needs a real CUDA card; the test is skipped where there is none",
+    "gpu: needs a real CUDA card; without one the test is skipped",
     "gpu_budget(size=None, *, device=0, host=None): bytes of a card that this test may "
     "hold, inclusive; overrides --gpu-budget; host: bytes that it may add to the host's "
     "memory; overrides --gpu-host-budget",
     "max_vram(limit, *, metric='allocated', device=None, phase='call'): fail the test "
-    "if its peak is above the limit; metric is allocated, reserved, process, "
-    "fragmented or activations, device a card's index (None: each), phase call, test (setup and "
-    "teardown too) or children (each process that the test starts)",
+    "if its peak is above the limit; metric is allocated, reserved, process, fragmented "
+    "or activations; device is a card's index (None means each card); phase is call, test "
+    "(with setup and teardown) or children (each process that the test starts)",
     "max_vram_leak(size=0, *, repeat=None, warmup=1): fail the test if it leaves more "
-    "bytes on the cards; with repeat, its body is run so many times after the warm-up, "
-    "and what each run adds is judged instead",
-    "requires_vram(size, *, device=0): bytes of a card that this test needs; it runs "
-    "once no worker claims them, and is skipped where no card has that much",
-    "gpu_exclusive(*, device=None): this test has a card (None: each card) for itself; "
-    "no test of another worker runs on it at the same time",
-    "gpu_isolated: run this test in a new process, which ends with all that its libraries "
-    "keep; fixtures of all scopes are made anew there",
+    "bytes on the cards; with repeat, the body is run that often after the warm-up, and "
+    "the bytes that each run adds are judged",
+    "requires_vram(size, *, device=0): bytes of a card that this test needs; it starts "
+    "when no worker claims them, and is skipped if no card has that many",
+    "gpu_exclusive(*, device=None): this test has a card (None means each card) for "
+    "itself; no test of another worker runs on it at the same time",
+    "gpu_isolated: run this test in a new process, so that libraries keep nothing for "
+    "later tests; fixtures of all scopes are made again there",
     "inject_oom(rule): make chosen allocations of this test's call fail",
     "oom_sweep(points='all', *, recover=False, on_demand=False, modes=('transient', "
     "'persistent'), flavours=('native',), rule='any', timeout_s=None): run the test once "
