@@ -45,6 +45,9 @@ _YIELDS: Final = {
     for name in ("YIELD_VALUE", "YIELD_FROM", "SEND", "RETURN_GENERATOR")
     if name in opcode.opmap
 }
+_WAITS: Final = (
+    bytes([opcode.opmap["YIELD_FROM"]]) if "YIELD_FROM" in opcode.opmap else None
+)
 _SUSPENDS: Final = (
     inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 )
@@ -207,8 +210,8 @@ def clear_frame(frame: FrameType) -> None:
     it.
     """
     code = frame.f_code
-    if code.co_flags & _SUSPENDS and code.co_code[max(frame.f_lasti, 0)] in _YIELDS:
-        return  # a generator: clearing its frame would close it
+    if _is_suspended(frame):
+        return  # clearing the frame would close the generator
     try:
         frame.clear()
     except RuntimeError:
@@ -219,6 +222,18 @@ def clear_frame(frame: FrameType) -> None:
     left = _object(start + _layout.dictionary)
     if type(left) is dict and sys.getrefcount(left) <= _HELD_BY_FRAME:
         left.clear()
+
+
+def _is_suspended(frame: FrameType) -> bool:
+    """Return whether a frame is a generator's, or a coroutine's, that is to go on.
+
+    Before Python 3.11 a frame that waits for another stands before its ``YIELD_FROM``.
+    """
+    code = frame.f_code
+    if not code.co_flags & _SUSPENDS:
+        return False
+    last = max(frame.f_lasti, 0)
+    return code.co_code[last] in _YIELDS or code.co_code[last + 2 :][:1] == _WAITS
 
 
 def errors_behind(error: BaseException | None) -> Iterator[BaseException]:

@@ -86,7 +86,9 @@ def path_in_words(chain: list[Any]) -> str:
         elif isinstance(holder, dict) and _owns(above, holder):
             attribute = _key(holder, child)
         elif attribute is not None:
-            steps.append(f"attribute {attribute!r} of {_noun(holder)}")
+            is_record = isinstance(holder, logging.LogRecord)
+            of = f"attribute {attribute!r} of {_noun(holder)}"
+            steps.append(_step(holder, child) if is_record else of)
             attribute = None
         else:
             steps.append(_step(holder, child))

@@ -115,7 +115,11 @@ def _largest(
 
 
 def _tensors() -> list[torch.Tensor]:
-    return [each for each in living(torch.Tensor)[0] if each.is_cuda]
+    """Return the tensors on cards; torch 2.8 shows a script's empty ones as tensors."""
+    has_storage = torch._C._has_storage  # noqa: SLF001  # no public API
+    return [
+        each for each in living(torch.Tensor)[0] if each.is_cuda and has_storage(each)
+    ]
 
 
 def _holder(value: Any, ignored: Any, hidden: list[_Hidden]) -> str:

@@ -388,7 +388,11 @@ DIFFERENT: Final[dict[str, tuple[Any, Any, str]]] = {
     "a number and NaN": (NAN, 1.0, "the result is 1.0 instead of nan"),
     "infinite numbers": (INF, -INF, "the result is -inf instead of inf"),
     "text and a number": ("1", 1, "is a number instead of a str"),
-    "numbers of numpy": (np.float32(1.0), np.float32(1.1), "instead of np.float32(1.0"),
+    "numbers of numpy": (
+        np.float32(1.0),
+        np.float32(1.1),
+        f"instead of {np.float32(1.0)!r}",
+    ),
     "numbers of numpy, not half": (np.float32(1.0), np.float32(1.005), "instead of"),
     "arrays": (np.ones(2), np.array([1.0, 3.0]), "first at [1]: 3.0 instead of 1.0"),
     "arrays of integers": (

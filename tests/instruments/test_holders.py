@@ -42,6 +42,14 @@ def big():
     return torch.zeros(2**20, device="cuda")
 """
 
+
+def suspended(name: str) -> tuple[str, ...]:
+    """Return the words for a suspended function; before 3.11 its frame is an object."""
+    if sys.version_info < (3, 11):
+        return f"local 'large' of {name}", f"suspended {name}"
+    return (f"local 'large' of suspended {name}",)
+
+
 LEAKS: Final = {
     "module global": Leak(
         """
@@ -318,7 +326,7 @@ LEAKS: Final = {
             BATCHES = batches()
             next(BATCHES)
         """,
-        ("local 'large' of suspended batches", "global 'BATCHES' of leaks"),
+        (*suspended("batches"), "global 'BATCHES' of leaks"),
     ),
     "coroutine": Leak(
         """
@@ -336,7 +344,7 @@ LEAKS: Final = {
         def undo():
             SERVING.close()
         """,
-        ("local 'large' of suspended serve", "global 'SERVING' of leaks"),
+        (*suspended("serve"), "global 'SERVING' of leaks"),
     ),
     "asynchronous generator": Leak(
         """
@@ -352,7 +360,7 @@ LEAKS: Final = {
             except StopIteration:
                 pass
         """,
-        ("local 'large' of suspended batches", "global 'BATCHES' of leaks"),
+        (*suspended("batches"), "global 'BATCHES' of leaks"),
     ),
     "thread": Leak(
         """

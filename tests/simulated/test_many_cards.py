@@ -102,7 +102,7 @@ def test_a_baseline_keeps_every_card(pytester: pytest.Pytester) -> None:
     options = ("--gpu-card=T4*8", "--gpu-values=none", "--gpu-baseline=peaks.json")
     pytester.makepyfile(test_it=test.format(more=0))
     written = _run(pytester, *options, "--gpu-update-baseline")
-    pytester.makepyfile(test_it=test.format(more=1))
+    pytester.makepyfile(test_it=test.format(more=10))
     grown = _run(pytester, *options)
 
     written.assert_outcomes(passed=1)

@@ -20,6 +20,7 @@ from pytest_gpumem.devices.simulated.operands import Operands
 from pytest_gpumem.devices.simulated.operators.registry import find
 from pytest_gpumem.devices.simulated.operators.requests import Call, ask
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor, make
+from pytest_gpumem.devices.simulated.torch_build import REFERENCES_BY_CPP
 from pytest_gpumem.devices.simulated.values import run
 
 if TYPE_CHECKING:
@@ -29,10 +30,12 @@ _add: Final[Any] = torch.ops.aten.add.Tensor
 #: The number of references, inside ``_may_reuse``, to a gradient that is only in
 #: autograd's buffer: the buffer, the dispatcher's stack, its argument list, and the Python
 #: object. The number of references to the storage: the tensor, the tensor with the
-#: values, and the Python object.
+#: values, and the Python object. Those to the Python object are four here, and C++'s.
 _TENSOR_USES: Final = 4
 _STORAGE_USES: Final = 3
-_PYTHON_USES: Final = 5
+_PYTHON_USES: Final = 4 + REFERENCES_BY_CPP
+#: The same inside ``_is_new``, where C++ calls with an object of its own on each version.
+_NEW_PYTHON_USES: Final = 5
 
 
 def with_accumulation(func: Any, handler: Handler) -> Handler:
@@ -230,7 +233,7 @@ def _is_new(tensor: Any) -> bool:
     return (
         is_ours
         and tensor._use_count() <= _TENSOR_USES + 1  # one more for std::optional
-        and sys.getrefcount(tensor) <= _PYTHON_USES
+        and sys.getrefcount(tensor) <= _NEW_PYTHON_USES
         and _storage_uses(tensor) <= _STORAGE_USES
     )
 

@@ -271,7 +271,7 @@ class _Row:
                 )
             value = _alias(tensor, memory.card)
         put_on_card(tensor, value, memory.card)
-        return _rows[id(tensor)]
+        return value, memory.card
 
 
 def _alias(tensor: torch.Tensor, card: SimulatedCard) -> torch.Tensor:

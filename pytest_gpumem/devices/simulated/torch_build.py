@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Final
 
 import torch
@@ -14,6 +15,21 @@ from pytest_gpumem.devices.simulated.machine import current_machine
 CUDNN_VERSION: Final = 91300
 #: Source: the required version of ``nvidia-nccl-cu13`` in torch 2.13's Linux wheels.
 NCCL_VERSION: Final = (2, 29, 7)
+
+
+def _references_by_cpp() -> int:
+    """Return how many references to a tensor's Python object C++ has while it holds it."""
+    tensor = torch.zeros(1, device="cpu", requires_grad=True)
+    before = sys.getrefcount(tensor)
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        held = tensor * 1  # its graph holds the tensor
+    found = sys.getrefcount(tensor) - before
+    del held
+    return found
+
+
+#: 1, and 0 up to torch 2.8, where the Python object owns the one of C++ or the reverse.
+REFERENCES_BY_CPP: Final = _references_by_cpp()
 
 
 class _Cudnn:
