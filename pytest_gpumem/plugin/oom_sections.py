@@ -44,12 +44,9 @@ class Incidents:
         for listener in self.listeners:
             listener(incident)
         if self._run.settings.snapshots is not None:
-            self._take()
+            from pytest_gpumem.instruments.snapshots import take_snapshot
 
-    def _take(self) -> None:
-        from pytest_gpumem.instruments.snapshots import take_snapshot
-
-        self._snapshot = take_snapshot()
+            self._snapshot = take_snapshot()
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_setup(self) -> Generator[None]:

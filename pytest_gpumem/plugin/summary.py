@@ -173,17 +173,16 @@ class SummaryPlugin:
         if not suggests and not self._run.settings.finds_budgets:
             return
         from pytest_gpumem.reports.suggestions import (
-            Peak,
             budget_lines,
             suggestion_lines,
         )
 
-        peaks = {
-            name: Peak.of(each)
+        passed = [
+            each
             for name, each in self._tests.items()
             if name not in self._failed and each.of_phase("call")
-        }
-        lines = suggestion_lines(peaks) if suggests else budget_lines(peaks)
+        ]
+        lines = suggestion_lines(passed) if suggests else budget_lines(passed)
         if lines:
             title = "suggested limits on" if suggests else "smallest budgets of"
             terminal.section(f"{title} GPU memory")

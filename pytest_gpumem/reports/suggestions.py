@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from pytest_gpumem.cards import CARDS
 from pytest_gpumem.sizes import format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
     from pytest_gpumem.records.record import Record
 
@@ -20,37 +19,15 @@ GENEROUS: Final = 1.5
 _MIB: Final = 2**20
 
 
-@dataclass(frozen=True, slots=True)
-class Peak:
-    """The needs of a test that passed.
+def allocated_bytes(test: Record) -> int:
+    """Return the allocated peak of a test's call, on the card with the largest peak."""
+    peaks = (each.peak_allocated_bytes for each in test.of_phase("call"))
+    return max(peaks, default=0)
 
-    Attributes:
-        test: The test.
-        allocated_bytes: The peak of its call, on the card with the largest peak.
-        reserved_bytes: The most bytes that PyTorch held of a card in any phase.
-        limit_bytes: The limit on allocated bytes that its markers set, or None.
-        smallest_budget: The smallest budget with which it passes, if it is known.
-        budget_note: Why the smallest budget is not known, or what failed in the search.
-    """
 
-    test: str
-    allocated_bytes: int
-    reserved_bytes: int
-    limit_bytes: int | None = None
-    smallest_budget: int | None = None
-    budget_note: str = ""
-
-    @classmethod
-    def of(cls, test: Record) -> Peak:
-        """Return the needs of a test with figures of its call."""
-        return cls(
-            test.nodeid,
-            max(each.peak_allocated_bytes for each in test.of_phase("call")),
-            max(each.peak_reserved_bytes for each in test.figures),
-            test.max_vram_bytes,
-            test.smallest_budget_bytes,
-            test.smallest_budget_note,
-        )
+def _reserved_bytes(test: Record) -> int:
+    """Return the most bytes that PyTorch held of a card in any phase of a test."""
+    return max((each.peak_reserved_bytes for each in test.figures), default=0)
 
 
 def suggested_limit(peak_bytes: int) -> int:
@@ -71,34 +48,32 @@ def size_text(nbytes: int) -> str:
     return str(nbytes)
 
 
-def missing(peaks: Iterable[Peak]) -> dict[str, int]:
+def missing(tests: Iterable[Record]) -> dict[str, int]:
     """Return limits for tests without a limit; for a parametrised test the largest."""
     limits: dict[str, int] = {}
-    for each in peaks:
-        if each.limit_bytes is None and each.allocated_bytes:
-            name = function_of(each.test)
-            limit = suggested_limit(each.allocated_bytes)
-            limits[name] = max(limits.get(name, 0), limit)
+    for each in tests:
+        peak = allocated_bytes(each)
+        if each.max_vram_bytes is None and peak:
+            name = function_of(each.nodeid)
+            limits[name] = max(limits.get(name, 0), suggested_limit(peak))
     return limits
 
 
-def too_generous(peaks: Iterable[Peak]) -> list[tuple[Peak, int]]:
+def too_generous(tests: Iterable[Record]) -> list[tuple[Record, int]]:
     """Return tests with a limit far above their peak, each with a suggested limit.
 
     For a parametrised test the largest peak counts, because all share one marker.
     """
-    largest: dict[str, Peak] = {}
-    for each in peaks:
-        if each.limit_bytes is not None and each.allocated_bytes:
-            name = function_of(each.test)
-            other = largest.get(name)
-            if other is None or each.allocated_bytes > other.allocated_bytes:
-                largest[name] = each
+    largest: dict[str, Record] = {}
+    for each in tests:
+        if each.max_vram_bytes is not None and allocated_bytes(each):
+            name = function_of(each.nodeid)
+            largest[name] = max(largest.get(name, each), each, key=allocated_bytes)
     found = []
     for each in largest.values():
-        enough = suggested_limit(each.allocated_bytes)
-        limit = each.limit_bytes or 0
-        if limit > GENEROUS * each.allocated_bytes and limit > enough:
+        peak, limit = allocated_bytes(each), each.max_vram_bytes or 0
+        enough = suggested_limit(peak)
+        if limit > GENEROUS * peak and limit > enough:
             found.append((each, enough))
     return found
 
@@ -108,59 +83,56 @@ def function_of(test: str) -> str:
     return test.partition("[")[0]
 
 
-def suggestion_lines(peaks: Mapping[str, Peak]) -> list[str]:
-    """Return the suggestions as lines."""
-    ordered = [peaks[test] for test in sorted(peaks)]
+def suggestion_lines(tests: Iterable[Record]) -> list[str]:
+    """Return the suggestions for tests that passed, as lines."""
+    ordered = sorted(tests, key=lambda each: each.nodeid)
     lines = []
     by_function: dict[str, int] = {}
     for each in ordered:
-        name = function_of(each.test)
-        by_function[name] = max(by_function.get(name, 0), each.allocated_bytes)
+        name = function_of(each.nodeid)
+        by_function[name] = max(by_function.get(name, 0), allocated_bytes(each))
     for name, limit in missing(ordered).items():
         lines.append(
             f'{name}: @pytest.mark.max_vram("{size_text(limit)}")  # peak '
             f"{format_size(by_function[name])}"
         )
     for each, enough in too_generous(ordered):
-        limit = each.limit_bytes or 0
+        peak, limit = allocated_bytes(each), each.max_vram_bytes or 0
         lines.append(
-            f"{each.test}: its limit of {format_size(limit)} is "
-            f"{limit / each.allocated_bytes:.1f} times its peak of "
-            f"{format_size(each.allocated_bytes)}; {size_text(enough)} would do"
+            f"{each.nodeid}: its limit of {format_size(limit)} is {limit / peak:.1f} "
+            f"times its peak of {format_size(peak)}; {size_text(enough)} would do"
         )
-    return lines + budget_lines(peaks) + _cards(ordered)
+    return lines + budget_lines(ordered) + _cards(ordered)
 
 
-def budget_lines(peaks: Mapping[str, Peak]) -> list[str]:
+def budget_lines(tests: Iterable[Record]) -> list[str]:
     """Return the smallest budgets that were found, as lines."""
     lines = []
-    for test in sorted(peaks):
-        each = peaks[test]
-        if each.smallest_budget is not None:
-            size = format_size(each.smallest_budget)
-            note = f"; {each.budget_note}" if each.budget_note else ""
-            lines.append(f"{test}: passes from a budget of {size} on{note}")
-        elif each.budget_note:
-            lines.append(f"{test}: its smallest budget was {each.budget_note}")
+    for each in sorted(tests, key=lambda each: each.nodeid):
+        note = each.smallest_budget_note
+        if each.smallest_budget_bytes is not None:
+            size = format_size(each.smallest_budget_bytes)
+            more = f"; {note}" if note else ""
+            lines.append(f"{each.nodeid}: passes from a budget of {size} on{more}")
+        elif note:
+            lines.append(f"{each.nodeid}: its smallest budget was {note}")
     return lines
 
 
-def _cards(peaks: list[Peak]) -> list[str]:
+def _cards(tests: list[Record]) -> list[str]:
     """Return a line that names the cards of the table on which the suite fits."""
-    if not peaks:
+    if not tests:
         return []
-    worst = max(peaks, key=lambda each: each.reserved_bytes)
+    worst = max(tests, key=_reserved_bytes)
+    needed = _reserved_bytes(worst)
     # How much of the host's memory a card without its own may have is not known.
     rooms = {
         name: card.total_bytes - card.context_bytes
         for name, card in CARDS.items()
         if not card.is_integrated
     }
-    fits = [name for name, room in rooms.items() if room >= worst.reserved_bytes]
-    needs = (
-        f"the suite needs {format_size(worst.reserved_bytes)} beside the context "
-        f"({worst.test})"
-    )
+    fits = [name for name, room in rooms.items() if room >= needed]
+    needs = f"the suite needs {format_size(needed)} beside the context ({worst.nodeid})"
     if not fits:
         return [f"{needs}; none of the {len(rooms)} cards that are known has that"]
     smallest = min(fits, key=rooms.__getitem__)

@@ -11,16 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_gpumem.baselines import Baseline, Change, Tolerance, compare_figures
-from pytest_gpumem.baselines.baseline import metric_key, nearest
+from pytest_gpumem.baselines.baseline import Baseline, metric_key, nearest
 from pytest_gpumem.baselines.regressions import (
     DEFAULT_TOLERANCES,
     FirstUses,
+    Tolerance,
+    compare_figures,
     moved_by_torch,
     shifted,
 )
 from pytest_gpumem.errors import BaselineError
 from pytest_gpumem.files import write_atomically
+from pytest_gpumem.records.run_record import Change
 
 T4 = "Tesla T4, simulated, torch 2.13"
 peaks = st.dictionaries(

@@ -12,7 +12,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from pytest_gpumem.allocator.replay import replay
-from pytest_gpumem.baselines import Baseline
+from pytest_gpumem.baselines.baseline import Baseline
 from pytest_gpumem.checkpoints.cache import MANIFEST, find_damage
 from pytest_gpumem.checkpoints.models import model_spec
 from pytest_gpumem.checkpoints.weights import missing_weights

@@ -18,7 +18,7 @@ from pytest_gpumem.allocator.config import (
     config_from_environment,
 )
 from pytest_gpumem.allocator.versions import installed_version
-from pytest_gpumem.baselines import Tolerance
+from pytest_gpumem.baselines.regressions import Tolerance
 from pytest_gpumem.cards import MAX_CARDS, find_card, visible_cards
 from pytest_gpumem.errors import (
     AllocatorSettingError,

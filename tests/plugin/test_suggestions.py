@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from typing import Any
 
 import pytest
 import torch  # noqa: F401  # inner runs in this process must find it imported
@@ -12,8 +13,9 @@ from ways import WAYS, each_way
 
 from pytest_gpumem.cards import CARDS
 from pytest_gpumem.plugin import smallest  # an inner run keeps it
+from pytest_gpumem.records.memory_figures import MemoryFigures
+from pytest_gpumem.records.record import PhaseFigures, Record
 from pytest_gpumem.reports.suggestions import (
-    Peak,
     size_text,
     suggested_limit,
     suggestion_lines,
@@ -34,22 +36,26 @@ def test_a_suggestion_has_head_room_and_is_no_more_generous(peak: int) -> None:
 
     assert int(peak * 1.1) <= limit < max(peak * 1.1 * 1.07, MIB + 1) + MIB
     assert limit == parse_size(size_text(limit))
-    assert [] == too_generous([Peak("t", peak, peak, limit)])
+    assert [] == too_generous([a_test("t", peak, peak, max_vram_bytes=limit)])
+
+
+def a_test(name: str, allocated: int, reserved: int, **facts: Any) -> Record:
+    """A test with these peaks of its call."""
+    figures = MemoryFigures(0, allocated, reserved, 0, 0, 0, 0, 0, 0, 0)
+    call = [PhaseFigures.of("call", figures)]
+    return Record(name, "passed", 0.5, "T4", call, **facts)
 
 
 def test_what_is_said_of_a_suite() -> None:
     """Missing, generous, smallest budgets, cards; parameters share a marker."""
-    peaks = {
-        each.test: each
-        for each in (
-            Peak("a.py::test_many[1]", MIB, 2 * MIB),
-            Peak("a.py::test_many[2]", 8 * MIB, 20 * MIB),
-            Peak("a.py::test_near", MIB, MIB, limit_bytes=2 * MIB),
-            Peak("a.py::test_far", 8 * MIB, MIB, limit_bytes=80 * MIB),
-            Peak("a.py::test_none", 0, 0, smallest_budget=4 * MIB),
-        )
-    }
-    lines = suggestion_lines(peaks)
+    tests = [
+        a_test("a.py::test_many[1]", MIB, 2 * MIB),
+        a_test("a.py::test_many[2]", 8 * MIB, 20 * MIB),
+        a_test("a.py::test_near", MIB, MIB, max_vram_bytes=2 * MIB),
+        a_test("a.py::test_far", 8 * MIB, MIB, max_vram_bytes=80 * MIB),
+        a_test("a.py::test_none", 0, 0, smallest_budget_bytes=4 * MIB),
+    ]
+    lines = suggestion_lines(tests)
     num_cards = sum(not each.is_integrated for each in CARDS.values())
 
     assert [
@@ -73,7 +79,7 @@ def test_what_is_said_of_a_suite() -> None:
 )
 def test_the_smallest_card_that_has_the_room_is_named(nbytes: int, words: str) -> None:
     """What its context takes is not there for PyTorch."""
-    assert words in suggestion_lines({"t": Peak("t", 0, nbytes)})[-1]
+    assert words in suggestion_lines([a_test("t", 0, nbytes)])[-1]
 
 
 TESTS = """
