@@ -210,8 +210,34 @@ def test_kernels_can_be_turned_off() -> None:
         assert "cudnn" == chosen(own)
         assert "cudnn" == chosen(wide, (9, 0))
         for operands, capability in ((wide, (8, 0)), (own, (7, 5))):
-            with pytest.raises(RuntimeError, match="No viable backend"):
+            with pytest.raises(RuntimeError, match="No available kernel. Aborting"):
                 chosen(operands, capability)
+    with sdpa_kernel([]), pytest.raises(RuntimeError, match="No viable backend"):
+        chosen(own)
+
+
+def test_attention_runs_with_the_kernels_that_are_on() -> None:
+    """The CPU's values come from its own kernels; backward may run outside."""
+    query, key, value = (each.cuda() for each in _operands(torch.float16))
+    wanted = _attend(query, key, value)
+    for kind in (
+        SDPBackend.MATH,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+    ):
+        leaf = query.clone().requires_grad_()
+        with sdpa_kernel(kind):
+            found = _attend(leaf, key, value)
+            assert (kind == SDPBackend.MATH) == torch.backends.cuda.math_sdp_enabled()
+        torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
+        found.sum().backward()
+        assert leaf.grad is not None
+    with (
+        sdpa_kernel(SDPBackend.FLASH_ATTENTION),
+        pytest.raises(RuntimeError, match="No available kernel"),
+    ):
+        _attend(query.float(), key.float(), value.float())
+    assert torch.backends.cuda.is_flash_attention_available()
 
 
 def test_cudnns_attention_is_taken_where_it_is_asked_for() -> None:

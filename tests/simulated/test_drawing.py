@@ -92,7 +92,10 @@ def _argument(name: str, argument: Any) -> Any:
         return torch.zeros(1, dtype=torch.int64, device="cuda")
     value = -1.0 if name == "rrelu_with_noise" else 0.5
     value = 100.0 if argument.name == "count" else value
-    return torch.full((50,), value, device="cuda")
+    if argument.alias_info is not None:
+        return torch.full((50,), value, device="cuda")
+    # As torch.distributions gives its parameters.
+    return torch.full((1,), value, device="cuda").expand(50)
 
 
 def _call(func: Any) -> list[list[float]]:

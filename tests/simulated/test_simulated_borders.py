@@ -166,6 +166,11 @@ def test_the_profiler_times_the_host(capfd: pytest.CaptureFixture[str]) -> None:
 
     assert "aten::add" in {event.key for event in profile.key_averages()}
     assert "CUDA" not in capfd.readouterr().err
+    with (
+        pytest.warns(UserWarning, match="memory of a simulated card is counted as the"),
+        torch.profiler.profile(activities=activities, profile_memory=True),
+    ):
+        pass
 
 
 def test_the_hosts_memory_is_handed_over_as_ever() -> None:

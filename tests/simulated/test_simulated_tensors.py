@@ -149,6 +149,21 @@ def test_cards_copy_to_each_other() -> None:
     assert [0.0, 1.0, 2.0] == moved.tolist()
 
 
+def test_another_tensor_says_where_to_go() -> None:
+    """type_as() takes its device as well, like to()."""
+    host = torch.arange(3.0, requires_grad=True)
+    card = torch.ones(1, device="cuda:1", dtype=torch.float16)
+
+    there, back = host.type_as(card), card.type_as(host)
+
+    assert (torch.float16, 1) == (there.dtype, there.get_device())
+    assert (torch.float32, "cpu") == (back.dtype, back.device.type)
+    assert host.type_as(host) is host
+    there.sum().backward()
+    assert host.grad is not None
+    assert "cpu" == host.grad.device.type
+
+
 def test_a_cast_stays_on_the_card() -> None:
     """half(), float() and to(dtype) change the type and nothing else."""
     half = torch.ones(3, device="cuda").half()
@@ -205,6 +220,7 @@ def test_numpy_needs_the_host_first(name: str) -> None:
         TypeError, match="can't convert cuda:0 device type tensor to numpy"
     ):
         getattr(card, name)()
+    assert np.array_equal(card.requires_grad_().numpy(force=True), np.ones(2))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 from torch.utils._pytree import tree_map_only
 
 from pytest_gpumem.devices.simulated.install import simulated_device
@@ -286,6 +287,23 @@ def test_a_class_says_what_its_copies_are() -> None:
 
     with pytest.raises(RuntimeError, match="default implementation of __deepcopy__"):
         copy.deepcopy(card)
+
+
+def test_a_class_that_refuses_other_functions_is_made_over_a_parameter() -> None:
+    """Torch's per-sample gradients take weights whose class knows few operators."""
+    torch.manual_seed(0)
+    source, module = torch.randn(5, 4), nn.Linear(4, 3)
+    for device in ("cpu", "cuda"):
+        placed = copy.deepcopy(module).to(device)
+        call = call_for_per_sample_grads(placed, batch_size=5)
+        call(source.to(device)).square().sum().backward()
+        found = [each.grad_sample for each in placed.parameters()]  # type: ignore[attr-defined]
+        if device == "cpu":
+            wanted = found
+
+    assert all(each.is_cuda for each in found)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one.cpu(), other)
 
 
 def test_a_parameters_class_stays_on_a_card() -> None:

@@ -162,6 +162,7 @@ def test_torch_asks_nvml_for_the_simulated_card() -> None:
         lambda: torch.sparse_coo_tensor(
             torch.tensor([[0], [1]]), torch.ones(1), (2, 2), device="cuda"
         ),
+        lambda: vars(torch.cuda.sparse)["FloatTensor"](2, 2),
         lambda: torch.eye(3, device="cuda").to_sparse(),
         lambda: torch.eye(3).to_sparse().cuda(),
         lambda: (
@@ -178,6 +179,7 @@ def test_torch_asks_nvml_for_the_simulated_card() -> None:
     ],
     ids=[
         "coo",
+        "typed-sparse",
         "to_sparse",
         "upload",
         "sparse-gradient",
@@ -620,6 +622,8 @@ def test_memory_of_the_host_is_registered() -> None:
 @pytest.mark.usefixtures("machine")
 def test_a_stream_has_the_nearest_priority() -> None:
     """PyTorch has four, of which 0 is the lowest; the current stream keeps its own."""
+    with pytest.raises(ValueError, match="Expected a cuda device, but got: cpu"):
+        torch.cuda.Stream("cpu")
     low, high = cuda.Stream.priority_range()
     streams = [torch.cuda.Stream(priority=each) for each in (5, 0, -1, -9)]
 
@@ -645,24 +649,34 @@ def test_ranges_nest() -> None:
 @pytest.mark.parametrize("has_used", [True, False], ids=["used", "unused"])
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_may_not_use_the_parents_card(*, has_used: bool) -> None:
-    """Torch's own error; a parent that has not used the card may be forked."""
+    """Torch's own error each time; a parent that has not used the card may be forked."""
     with simulated_device("T4"):
-        if has_used:
-            torch.zeros(1, device="cuda")
+        card = torch.zeros(1, device="cuda") if has_used else torch.zeros(1)
         child = os.fork()
         if child == 0:
-            code = 1
+            code = 0
             try:
-                torch.zeros(1, device="cuda")
-                code = 2
-            except RuntimeError as error:
-                code = 3 if "Cannot re-initialize CUDA in forked" in str(error) else 4
+                for use, words in (
+                    (lambda: torch.zeros(1, device="cuda"), "Cannot re-initialize"),
+                    (
+                        lambda: torch.zeros(1).cuda(),
+                        "Cannot re-initialize CUDA in fork",
+                    ),
+                    (lambda: card[0], ""),
+                    (lambda: card + 1, "CUDA error: initialization error"),
+                    (card.cpu, "CUDA error: initialization error"),
+                    (card.item, "CUDA error: initialization error"),
+                ):
+                    try:
+                        use()
+                    except RuntimeError as error:
+                        code += words != "" and words in str(error)
             finally:
                 sys.stdout.flush()
                 os._exit(code)
         _pid, status = os.waitpid(child, 0)
 
-    assert (3 if has_used else 2) == os.waitstatus_to_exitcode(status)
+    assert (5 if has_used else 0) == os.waitstatus_to_exitcode(status)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")

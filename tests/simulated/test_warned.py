@@ -23,6 +23,7 @@ def _leaf() -> torch.Tensor:
 CALLS: dict[str, Callable[[], Any]] = {
     "copy": lambda: torch.tensor(torch.ones(2)),
     "copy up": lambda: torch.tensor(torch.ones(2), device="cuda"),
+    "copy there": lambda: torch.ones(1, device="cuda").new_tensor(torch.ones(2)),
     "arrays": lambda: torch.tensor([np.ones(2), np.ones(2)]),
     "arrays up": lambda: torch.tensor([np.ones(2), np.ones(2)], device="cuda"),
     "gradient": lambda: (_leaf() * 2).grad,
@@ -46,5 +47,12 @@ def test_a_warning_is_given_at_the_callers_line(name: str) -> None:
         CALLS[name]()
 
     assert all(each.filename == __file__ for each in caught), [*map(str, caught)]
-    if name in {"copy", "copy up", "gradient", "gradient on a card", "range"}:
+    if name in {
+        "copy",
+        "copy up",
+        "copy there",
+        "gradient",
+        "gradient on a card",
+        "range",
+    }:
         assert caught

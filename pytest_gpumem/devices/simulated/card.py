@@ -128,6 +128,15 @@ class SimulatedCard:
             # allocator has no message of its own for it.
             raise cuda_error("cudaErrorMemoryAllocation")
 
+    def check_context(self) -> None:
+        """Refuse work on the card in a forked child of a process that has used it.
+
+        Raises:
+            torch.AcceleratorError: This process is such a child (CUDA's message).
+        """
+        if self.machine.is_forked:
+            raise cuda_error("cudaErrorInitializationError")
+
     def _processes(self) -> list[ProcessMemory]:
         """Return the processes on the card and their bytes, as NVML reports them."""
         if self.card.nvml_name:

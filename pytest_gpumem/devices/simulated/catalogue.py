@@ -213,6 +213,8 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
         "`pynvml`, the functions of `torch.cuda` that use it, and "
         "[`nvidia-smi`](children.md): no real driver is asked; also for slices (MIG), and "
         "for [programs that read cards](third-party.md) (GPUtil, gpustat, nvitop, py3nvml)",
+        "`torch.profiler` times the host; with `profile_memory=True` it counts the values' "
+        "memory as the host's, and one warning says so",
         "[injected errors](rules.md) of CUDA, cuBLAS, cuDNN, cuFFT, cuSOLVER, NCCL, Triton "
         "and CuPy: class and text of the real error, with the card's figures",
         "the memory of an NCCL communicator outside PyTorch's allocator: 0, or the bytes "

@@ -15,7 +15,11 @@ from torch.utils._device import DeviceContext
 
 from pytest_gpumem.devices.default_device import clear_default_device
 from pytest_gpumem.devices.simulated.fake_tensors import checked
-from pytest_gpumem.devices.simulated.methods import cuda_device, mark_pinned
+from pytest_gpumem.devices.simulated.methods import (
+    COPYING,
+    cuda_device,
+    mark_pinned,
+)
 from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.devices.simulated.rng import GeneratorName, check_generator
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
@@ -62,7 +66,7 @@ def tensor(data: Any, **options: Any) -> torch.Tensor:
             return relayed(lambda: _copy(data, options))  # C++ warns for arrays
         return _copy(data, options)
     # C++ would warn about this module's line.
-    warnings.warn(_COPYING, stacklevel=2)
+    warnings.warn(COPYING.format("torch.tensor"), stacklevel=2)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "To copy construct from a tensor")
         return _copy(data, options)
@@ -71,15 +75,6 @@ def tensor(data: Any, **options: Any) -> torch.Tensor:
 def _uploaded(host: torch.Tensor, goal: torch.device) -> torch.Tensor:
     """Return a tensor on a card, and register it with active traces and transforms."""
     return host.to(goal)
-
-
-#: Source: ``tensor_ctor`` of ``torch/csrc/utils/tensor_new.cpp``.
-_COPYING: Final = (
-    "To copy construct from a tensor, it is recommended to use "
-    "sourceTensor.detach().clone() or "
-    "sourceTensor.detach().clone().requires_grad_(True), rather than "
-    "torch.tensor(sourceTensor)."
-)
 
 
 def _copy(data: Any, options: dict[str, Any]) -> torch.Tensor:

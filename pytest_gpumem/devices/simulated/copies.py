@@ -143,11 +143,13 @@ def download(
 
     Raises:
         NoValuesError: The values are needed, but the card keeps none.
+        torch.AcceleratorError: This is a forked child of the process that used the card.
         torch.OutOfMemoryError: The card has no room for the contiguous copy.
     """
     value = source._gpumem_value  # private to this package
     if device is not None and device.type == "meta":
         return torch.empty_like(value, dtype=dtype, device=device)
+    source._gpumem_card.check_context()  # private to this package
     if value.is_meta:
         refuse_value("copying a tensor from the card to the host")
     staging = (

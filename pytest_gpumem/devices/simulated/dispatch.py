@@ -17,6 +17,7 @@ cannot observe the difference.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -374,4 +375,23 @@ def handler_for(func: Any) -> Handler:
     return with_alert(func, operator, handler)
 
 
+def _checking_context(func: Any, handler: Handler) -> Handler:
+    """Return the handler for a forked child, where its parent's cards run nothing.
+
+    Views stay possible, because no kernel runs for them.
+    """
+    if _is_view_of_one(func, find(func)):
+        return handler
+
+    def checked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        for each in torch.utils._pytree.tree_leaves((args, kwargs)):
+            if isinstance(each, SimulatedTensor):
+                each._gpumem_card.check_context()  # private to this package
+        return handler(args, kwargs)
+
+    return checked
+
+
 HANDLERS.make = handler_for
+if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
+    os.register_at_fork(after_in_child=lambda: HANDLERS.wrap(_checking_context))

@@ -74,14 +74,17 @@ class _Rehearsal:
         return _META if self._on_meta and isinstance(value, torch.device) else value
 
     def _twin(self, value: torch.Tensor) -> torch.Tensor:
-        device = _META if self._on_meta else value.device
-        twin = torch.empty_strided(
-            value.size(), value.stride(), dtype=value.dtype, device=device
-        )
-        if not self._on_meta:
-            with torch.no_grad():
-                twin.copy_(value)
-        return twin
+        if self._on_meta:
+            return torch.empty_strided(
+                value.size(), value.stride(), dtype=value.dtype, device=_META
+            )
+        # With the gaps and overlaps of the original: an expanded tensor cannot be filled.
+        layout = zip(value.shape, value.stride(), strict=True)
+        reach = sum((size - 1) * step for size, step in layout)
+        span = reach + 1 if value.numel() else 0
+        with torch.no_grad():
+            copied = value.as_strided((span,), (1,)).clone()
+            return copied.as_strided(value.size(), value.stride())
 
 
 def foreseeing(

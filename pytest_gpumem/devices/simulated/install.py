@@ -55,6 +55,7 @@ from pytest_gpumem.devices.simulated.streams import Event, EventName, Stream, St
 from pytest_gpumem.devices.simulated.surface import C_FUNCTIONS, cuda_names
 from pytest_gpumem.devices.simulated.tensor import HANDLERS, SimulatedTensor
 from pytest_gpumem.devices.simulated.torch_build import build_names
+from pytest_gpumem.devices.simulated.typed import SparseTensor, typed_tensors
 from pytest_gpumem.devices.simulated_nvml import NvmlHook
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
                 yield module, name, value
     owned: tuple[tuple[Any, dict[str, Any]], ...] = (
         (torch.cuda, cuda_names()),
+        (torch.cuda.sparse, typed_tensors("torch.cuda.sparse", SparseTensor)),
         (torch.cuda.streams, {"Stream": Stream, "Event": Event}),
         (torch.Tensor, EVERY_TENSOR),
         (torch.Tensor, DRAWING_METHODS),

@@ -44,9 +44,10 @@ class Memory:
         self.block: Block | None = None
         self.sent: Sent | None = None
         if not card.machine.is_initialized:
-            # C++ initialises CUDA only once in a process, for all installations.
-            card.machine.is_initialized = True
+            # C++ initialises CUDA only once in a process, for all installations. In a forked
+            # child, it fails each time.
             torch.cuda.init()
+            card.machine.is_initialized = True
         if type(nbytes) is not int:
             is_traced = isinstance(nbytes, torch.Tensor)
             refuse(

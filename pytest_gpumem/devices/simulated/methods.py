@@ -42,7 +42,7 @@ from pytest_gpumem.devices.simulated.subclasses import (
 )
 from pytest_gpumem.devices.simulated.tensor import DEVICES, SimulatedTensor
 from pytest_gpumem.devices.simulated.typed import made_of, wanted
-from pytest_gpumem.devices.simulated.warned import relayed
+from pytest_gpumem.devices.simulated.warned import relayed, warn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -219,6 +219,15 @@ def as_type(
     return to(self, device, new)
 
 
+def type_as(self: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Run ``Tensor.type_as``: convert to another tensor's dtype, on its device.
+
+    Source: ``type_as`` of ``aten/src/ATen/native/TypeProperties.cpp``; C++ sees the host
+    as the device of a card's tensor.
+    """
+    return to(self, other)
+
+
 # -- data = ---------------------------------------------------------------------------
 
 
@@ -274,7 +283,16 @@ EVERY_TENSOR: Final[dict[str, Any]] = {
     "grad": GRAD,
     **{
         each.__name__.removeprefix("as_"): _Overridable(each)
-        for each in (to, cuda, cpu, as_type, pin_memory, is_pinned, register_hook)
+        for each in (
+            to,
+            cuda,
+            cpu,
+            as_type,
+            type_as,
+            pin_memory,
+            is_pinned,
+            register_hook,
+        )
     },
 }
 
@@ -286,7 +304,13 @@ def _device(self: SimulatedTensor) -> torch.device:
     return DEVICES[self._gpumem_card.index]  # private to this package
 
 
-def _refuse_numpy(self: SimulatedTensor, *_args: Any, **_kwargs: Any) -> Any:
+def _numpy(self: SimulatedTensor, *, force: bool = False) -> Any:
+    if force:
+        return cpu(self.detach()).numpy(force=True)
+    return _refuse_array(self)
+
+
+def _refuse_array(self: SimulatedTensor, *_args: Any, **_kwargs: Any) -> Any:
     raise TypeError(
         f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() to "
         "copy the tensor to host memory first."
@@ -362,10 +386,24 @@ def _reduce_ex(self: SimulatedTensor, _protocol: Any) -> Any:
     )
 
 
+#: Source: ``tensor_ctor`` and ``new_tensor`` of ``torch/csrc/utils/tensor_new.cpp``.
+COPYING: Final = (
+    "To copy construct from a tensor, it is recommended to use "
+    "sourceTensor.detach().clone() or "
+    "sourceTensor.detach().clone().requires_grad_(True), rather than "
+    "{}(sourceTensor)."
+)
+
+
 def _new_tensor(self: SimulatedTensor, data: Any, **options: Any) -> torch.Tensor:
-    options.setdefault("device", self.device)
+    options["device"] = options.get("device") or self.device
     options["dtype"] = options.get("dtype") or self.dtype
-    return torch.tensor(data, **options)
+    if not isinstance(data, torch.Tensor):
+        return torch.tensor(data, **options)
+    warn(COPYING.format("tensor.new_tensor"))
+    requires_grad = options.pop("requires_grad", False)
+    options.pop("pin_memory", None)
+    return data.detach().to(**options, copy=True).requires_grad_(requires_grad)
 
 
 _new_in_cpp: Final = torch.Tensor.new
@@ -442,8 +480,8 @@ _ANSWERS: Final[dict[str, Any]] = {
     "is_cuda": property(lambda _self: True),
     "is_cpu": property(lambda _self: False),
     "get_device": lambda self: self.device.index,
-    "numpy": _refuse_numpy,
-    "__array__": _refuse_numpy,
+    "numpy": _numpy,
+    "__array__": _refuse_array,
     "tolist": _tolist,
     "__cuda_array_interface__": property(refusing("tensor.__cuda_array_interface__")),
     "as_subclass": as_class,

@@ -14,15 +14,27 @@ from torch.autograd import profiler
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from pytest_gpumem.devices.simulated.refusals import refuse
+from pytest_gpumem.devices.simulated.warned import warn
 
+_HOST_ONLY: Final = (
+    "torch.profiler measures only the host here: memory of a simulated card is counted as "
+    "the host's, and there are no figures of the card. Use torch.cuda.memory_stats or "
+    "torch.cuda.memory._record_memory_history."
+)
 _original_profile: Final[Any] = profiler.profile.__init__
 
 
 @functools.wraps(_original_profile)
 def profile(self: Any, *args: Any, **options: Any) -> None:
-    """Run ``torch.autograd.profiler.profile``, which measures only the host."""
+    """Run ``torch.autograd.profiler.profile``, which measures only the host.
+
+    With ``profile_memory``, one warning says so: C++ counts what the values take on the
+    host, and has no column for the card.
+    """
     if options.get("use_device") == "cuda":
         options["use_device"] = None
+        if options.get("profile_memory"):
+            warn(_HOST_ONLY, once=True)
     options.pop("use_cuda", None)
     _original_profile(self, *args, **options)
 

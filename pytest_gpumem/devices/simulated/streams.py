@@ -13,6 +13,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from torch.cuda._utils import _get_device_index
 
 from pytest_gpumem.devices.cuda_errors import cuda_error
 from pytest_gpumem.devices.simulated.capture import (
@@ -68,8 +69,8 @@ class Stream:
         stream_ptr: int | None = None,
     ) -> None:
         if device_index is None:
-            named = None if device is None else torch.device(device)
-            device_index = card_of(None if named is None else named.index).index
+            device_index = _get_device_index(device, optional=True)
+            device_index = card_of(device_index).index
         self.device_index = device_index
         self.device = DEVICES[device_index]
         self.device_type = device_type

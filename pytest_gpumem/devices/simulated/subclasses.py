@@ -157,7 +157,9 @@ def make_subclass(*args: Any, **options: Any) -> Any:
     kind: Any = args[0] if args else options["cls"]
     if kind is torch.nn.Parameter:
         return torch.nn.Parameter(data, wants_grad)
-    return _detached_as(data, kind).requires_grad_(wants_grad)
+    made = _detached_as(data, kind)
+    with torch._C.DisableTorchFunctionSubclass():
+        return made.requires_grad_(wants_grad)
 
 
 def make_wrapper_subclass(cls: Any, size: Any, *args: Any, **options: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any, Final
 import torch
 
 from pytest_gpumem.devices.simulated.machine import card_of
+from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.devices.simulated.tensor import DEVICES, SimulatedTensor
 
 #: Dtypes by the name of their class without "Tensor". Source: ``torch/cuda/__init__.py``.
@@ -116,11 +117,30 @@ class TypedTensor(type):
         return isinstance(instance, SimulatedTensor) and instance.dtype == cls.dtype
 
 
-def typed_tensors() -> dict[str, Any]:
-    """Return the classes that ``torch.cuda`` gets."""
+class SparseTensor(TypedTensor):
+    """The metaclass of ``torch.cuda.sparse.FloatTensor`` and similar classes.
+
+    A call of such a class is refused, and no tensor is of it.
+    """
+
+    is_sparse = True
+
+    def __call__(cls, *_args: Any, **_options: Any) -> torch.Tensor:
+        """Refuse a sparse tensor of a card by its name."""
+        refuse("a sparse tensor")
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        """Return False: there is no such tensor."""
+        return False
+
+
+def typed_tensors(
+    module: str = "torch.cuda", kind: type[TypedTensor] = TypedTensor
+) -> dict[str, Any]:
+    """Return the classes that ``torch.cuda`` or ``torch.cuda.sparse`` gets."""
     return {
-        f"{name}Tensor": TypedTensor(
-            f"{name}Tensor", (), {"dtype": dtype, "__module__": "torch.cuda"}
+        f"{name}Tensor": kind(
+            f"{name}Tensor", (), {"dtype": dtype, "__module__": module}
         )
         for name, dtype in DTYPES.items()
     }

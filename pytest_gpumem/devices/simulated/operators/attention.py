@@ -16,6 +16,7 @@ memory-efficient kernels request), ``transformers/cuda/flash_attn/flash_api.cpp`
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -110,6 +111,10 @@ def choose_kernel(  # noqa: PLR0917  # the operands of one call
             return name
         if name in _FUSED and _may_run(name, tensors, mask, capability, settings):
             return name
+    cuda = torch.backends.cuda
+    efficient, cudnn = cuda.mem_efficient_sdp_enabled(), cuda.cudnn_sdp_enabled()
+    if cuda.flash_sdp_enabled() or efficient or cudnn:
+        raise RuntimeError("No available kernel. Aborting execution.")
     raise RuntimeError(
         "No viable backend for scaled_dot_product_attention was found. This is likely "
         "due to turning off both the math kernel and the fused kernels."
@@ -273,6 +278,7 @@ def attention(  # noqa: PLR0917  # the operator's signature
         return _flash(query, key, value, settings)
     if kernel == "efficient":
         if mask is not None:
+            _check_mask(mask, query.device)
             mask = _aligned(mask).expand(*query.shape[:3], key.shape[2])
         return _fused(query, key, value, mask, settings, kernel)
     if kernel == "cudnn":
@@ -306,6 +312,16 @@ def _validate(tensors: tuple[Any, ...]) -> None:
         raise RuntimeError(
             "Expected query, key, and value to have the same device type, but got "
             f"query.device: {query} key.device: {key} and value.device: {value} instead."
+        )
+
+
+def _check_mask(mask: Any, place: torch.device) -> None:
+    """Refuse a mask on another device, as generated code does for the kernel."""
+    if mask.device != place:
+        raise RuntimeError(
+            "Expected all tensors to be on the same device, but got attn_bias is on "
+            f"{mask.device}, different from other tensors on {place} (when checking "
+            "argument in method wrapper_CUDA___scaled_dot_product_efficient_attention)"
         )
 
 
@@ -783,7 +799,7 @@ def _compute(
     if settings.width is not None:
         values = [each[..., : settings.width] for each in values]
     query, key, value = values
-    with HOST_ROOM:
+    with HOST_ROOM, _host_kernels():
         if seed is None:
             return functional.scaled_dot_product_attention(
                 query,
@@ -805,6 +821,23 @@ def _compute(
         kept, factor = draw_kept(weights.shape, settings.dropout_p, generator)
         result: torch.Tensor = (weights * kept * factor) @ value
         return result
+
+
+@contextmanager
+def _host_kernels() -> Iterator[None]:
+    """Let the CPU compute attention, although only kernels of a card are turned on."""
+    cuda = torch.backends.cuda
+    if cuda.math_sdp_enabled():
+        yield
+        return
+    uses_flash = cuda.flash_sdp_enabled()
+    cuda.enable_math_sdp(True)
+    cuda.enable_flash_sdp(True)
+    try:
+        yield
+    finally:
+        cuda.enable_math_sdp(False)
+        cuda.enable_flash_sdp(uses_flash)
 
 
 # -- kernels that are called by themselves, as ring attention calls them ------------------
@@ -890,12 +923,15 @@ def _cudnn_alone(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 #: Replacements in ``torch._C``, which ``torch.backends.cuda`` asks.
 C_ATTENTION: Final[dict[str, Any]] = {
-    function: _asking(name, function)
-    for name, function in (
-        ("flash", "_can_use_flash_attention"),
-        ("efficient", "_can_use_mem_efficient_attention"),
-        ("cudnn", "_can_use_cudnn_attention"),
-    )
+    "_is_flash_attention_available": lambda: True,
+    **{
+        function: _asking(name, function)
+        for name, function in (
+            ("flash", "_can_use_flash_attention"),
+            ("efficient", "_can_use_mem_efficient_attention"),
+            ("cudnn", "_can_use_cudnn_attention"),
+        )
+    },
 }
 
 
