@@ -43,6 +43,13 @@ def _card() -> Iterator[None]:
         lambda x: torch.vander(x[0].detach()) * x.sum(),
         lambda x: torch.combinations(x[0]),
         lambda x: torch.linalg.matrix_rank(x.detach()) * x.sum(),
+        lambda x: torch.fake_quantize_per_tensor_affine(
+            x,
+            torch.full((1,), 0.5, device=x.device),
+            torch.zeros(1, dtype=torch.int32, device=x.device),
+            -3,
+            4,
+        ),
         lambda x: functional.ctc_loss(
             x[:, None].log_softmax(-1),
             torch.ones(1, 2, dtype=torch.long, device=x.device),

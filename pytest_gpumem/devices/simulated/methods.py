@@ -317,6 +317,18 @@ def _refuse_array(self: SimulatedTensor, *_args: Any, **_kwargs: Any) -> Any:
     )
 
 
+def _on_cpu_alone(name: str) -> Callable[..., Any]:
+    """Refuse a method that calls a Python function for each element, as C++ does.
+
+    Source: ``torch/csrc/utils/tensor_apply.cpp``.
+    """
+
+    def refuse_it(*_args: Any, **_options: Any) -> Any:
+        raise TypeError(f"{name} is only implemented on CPU tensors")
+
+    return refuse_it
+
+
 def _tolist(self: SimulatedTensor) -> Any:
     return cpu(self.detach()).tolist()
 
@@ -481,6 +493,7 @@ _ANSWERS: Final[dict[str, Any]] = {
     "is_cpu": property(lambda _self: False),
     "get_device": lambda self: self.device.index,
     "numpy": _numpy,
+    **{name: _on_cpu_alone(name) for name in ("apply_", "map_", "map2_")},
     "__array__": _refuse_array,
     "tolist": _tolist,
     "__cuda_array_interface__": property(refusing("tensor.__cuda_array_interface__")),

@@ -267,3 +267,21 @@ def _element_by_element(call: Call) -> Iterator[RequestStep]:
 
 
 register("isin", requests=_element_by_element, source="TensorCompare.cpp, isin_out")
+
+
+def _fake_quantised(
+    source: torch.Tensor, scale: Any, zero_point: Any, low: int, high: int
+) -> Any:
+    """Compose quantisation by a scale that is a tensor: C++ makes its switch on the host."""
+    inner: Any = (
+        torch.ops.aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams
+    )
+    switch = torch.ones(1, dtype=torch.int64, device=source.device)
+    return inner(source, scale, zero_point, switch, low, high)[0]
+
+
+register(
+    "fake_quantize_per_tensor_affine",
+    composed=only(_fake_quantised, "tensor_qparams"),
+    source="quantized/FakeQuantPerTensorAffine.cpp, fake_quantize_per_tensor_affine",
+)
