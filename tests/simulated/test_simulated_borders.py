@@ -104,6 +104,16 @@ def _assign(target: torch.Tensor, index: torch.Tensor, value: torch.Tensor) -> N
             "Expected a 'cpu' device type for generator but found 'cuda'",
         ),
         (
+            lambda: nn.functional.scaled_dot_product_attention(
+                *[torch.ones(1, 1, 8, 8).cuda()] * 3, attn_mask=torch.ones(8, 8)
+            ),
+            "got attn_bias is on cpu, different from other tensors on cuda:0",
+        ),
+        (
+            lambda: _card().masked_fill_(_card() > 0, torch.ones(4)),
+            "only supports a 0-dimensional value tensor",
+        ),
+        (
             lambda: setattr(_card(), "grad", torch.ones(4)),
             "gradient with device type 'cpu' to a tensor with device type 'cuda'",
         ),
@@ -118,7 +128,8 @@ def test_mistaken_devices_raise_torchs_error(
 
 
 def test_a_single_number_may_come_from_the_host() -> None:
-    """Indices and numbers of the host are taken, as on a card."""
+    """Indices and numbers of the host are taken, as on a card, and it takes a card's."""
+    assert [1.0] * 2 == torch.zeros(2).fill_(_card()[0]).tolist()
     target = _card()
     target[torch.tensor([1, 2])] = torch.tensor(3.0)
     target.grad = _card()

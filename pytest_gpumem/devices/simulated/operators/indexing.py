@@ -197,8 +197,14 @@ register(
 
 
 def _mask(func: Any, places: list[Operand]) -> None:
-    """Check the mask first, even if it has a single element."""
+    """Check the value's dimensions, then the mask, even if it has a single element."""
     target, mask = places[0].device, places[1].device
+    count = places[-1].tensor.dim() if len(places) > 2 else 0  # noqa: PLR2004  # the value
+    if count:
+        raise RuntimeError(
+            "masked_fill_ only supports a 0-dimensional value tensor, but got tensor "
+            f"with {count} dimension(s)."
+        )
     if mask != target:
         raise RuntimeError(
             "expected self and mask to be on the same device, but got mask on "
@@ -210,6 +216,11 @@ def _mask(func: Any, places: list[Operand]) -> None:
 
 
 register("masked_fill", check=_mask, source="cuda/IndexKernel.cpp, masked_fill__cuda")
+register(
+    "fill",
+    check=lambda _func, _places: None,  # a single number of any device
+    source="Fill.cpp, fill_: value.item() where the devices differ",
+)
 # Torch 2.15 uses this operator to assign a number at host indices.
 register(
     "index_fill_",
