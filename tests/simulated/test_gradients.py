@@ -188,6 +188,11 @@ def test_a_given_gradient_is_where_its_output_is(device: str, other: str) -> Non
         (source * 2).backward(torch.ones(3, device=other))
     with pytest.raises(RuntimeError, match=text):
         torch.autograd.grad(source * 2, source, torch.ones(3, device=other))
+    if device != "cpu":
+        pull: Any = torch.func.vjp(lambda value: value * 2, source.detach())[1]
+        with pytest.raises(RuntimeError, match=text):
+            pull(torch.ones(3, device=other))
+        assert [2.0] * 3 == pull(torch.ones(3, device=device))[0].tolist()
 
 
 def test_inputs_of_grad_may_be_read_once() -> None:

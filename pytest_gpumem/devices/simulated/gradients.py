@@ -42,6 +42,16 @@ def _place(value: Any) -> torch.device | None:
     return None
 
 
+def _inside(output: torch.Tensor) -> torch.device | None:
+    """Return the device of an output, also inside of the wrappers of ``torch.func``."""
+    if not _functorch.is_functorch_wrapped_tensor(output):
+        return _place(output)
+    inner = output
+    while _functorch.is_functorch_wrapped_tensor(inner):
+        inner = _functorch.get_unwrapped(inner)
+    return inner.device if isinstance(inner, SimulatedTensor) else None
+
+
 def _on_card(tensor: torch.Tensor, place: torch.device) -> torch.Tensor:
     """Return on a card a tensor that C++ created on the host."""
     if tensor.requires_grad:
@@ -94,7 +104,7 @@ def make_grads(
     if is_grads_batched:
         return tuple(made)
     return tuple(
-        _in_place(grad, _place(out), out.shape, f"invalid gradient at index {index}")
+        _in_place(grad, _inside(out), out.shape, f"invalid gradient at index {index}")
         if isinstance(out, torch.Tensor)
         else grad
         for index, (out, grad) in enumerate(zip(outputs, made, strict=True))
