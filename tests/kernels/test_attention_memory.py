@@ -210,7 +210,7 @@ def test_kernels_can_be_turned_off() -> None:
         assert "cudnn" == chosen(own)
         assert "cudnn" == chosen(wide, (9, 0))
         for operands, capability in ((wide, (8, 0)), (own, (7, 5))):
-            with pytest.raises(RuntimeError, match="No available kernel. Aborting"):
+            with pytest.raises(RuntimeError, match="No available kernel"):
                 chosen(operands, capability)
     with sdpa_kernel([]), pytest.raises(RuntimeError, match="No viable backend"):
         chosen(own)
