@@ -28,6 +28,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 cuda: Any = torch.cuda
 dlpack: Any = torch.utils.dlpack
+_attend: Any = nn.functional.scaled_dot_product_attention
 with_default_type: Any = torch.set_default_tensor_type
 
 
@@ -68,6 +69,10 @@ def _card(index: int = 0) -> torch.Tensor:
     return torch.ones(4, device=f"cuda:{index}")
 
 
+def _cube() -> torch.Tensor:
+    return torch.ones(1, 1, 8, 8, device="cuda")
+
+
 def _assign(target: torch.Tensor, index: torch.Tensor, value: torch.Tensor) -> None:
     target[index] = value
 
@@ -104,9 +109,7 @@ def _assign(target: torch.Tensor, index: torch.Tensor, value: torch.Tensor) -> N
             "Expected a 'cpu' device type for generator but found 'cuda'",
         ),
         (
-            lambda: nn.functional.scaled_dot_product_attention(
-                *[torch.ones(1, 1, 8, 8).cuda()] * 3, attn_mask=torch.ones(8, 8)
-            ),
+            lambda: _attend(_cube(), _cube(), _cube(), torch.ones(8, 8)),
             "got attn_bias is on cpu, different from other tensors on cuda:0",
         ),
         (
