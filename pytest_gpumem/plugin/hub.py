@@ -35,7 +35,7 @@ class HubModels:
         self._by_test: Final[dict[pytest.Item, list[HubModel]]] = {}
 
     def start(self) -> None:
-        """Serve the models that the options name, before any conftest is imported."""
+        """Serve the models of the options, before any conftest is imported."""
         if self._settings.hub_models:
             self._serve(self._served, self._settings.hub_models)
 

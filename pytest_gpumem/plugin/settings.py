@@ -146,8 +146,8 @@ class Settings:
         default="computed",
         choices=("computed", "none"),
         is_inherited=True,
-        help="the contents of tensors on the simulated card: computed values, or none, only "
-        "shapes and bytes, for models larger than the host",
+        help="the contents of tensors on the simulated card: computed values, or none (only "
+        "shapes and bytes, for models larger than the host's memory)",
     )
     compiled: str = option(
         "--gpu-compiled",
@@ -155,8 +155,8 @@ class Settings:
         default="eager",
         choices=("eager", "refused"),
         is_inherited=True,
-        help="how code that torch.compile would turn into kernels runs on a simulated "
-        "card: eager (uncompiled, with the bytes of that and one warning) or refused",
+        help="how a simulated card runs code for torch.compile: eager (without compilation, "
+        "with the values and bytes of eager code, and one warning) or refused",
     )
     #: By device index; None stands for every card. A child process takes over the budgets
     #: at the moment of its start.
@@ -172,23 +172,23 @@ class Settings:
         "--gpu-host-budget",
         "SIZE",
         parse="pytest_gpumem.sizes:parse_size",
-        help="bytes that a test's call may add to what the process holds in the host's "
-        "memory, inclusive: what device_map='auto' plans beyond them goes to disk, and a "
-        "test that takes more fails",
+        help="bytes that a test's call may add to those that the process holds in the "
+        "host's memory, inclusive: device_map='auto' puts the rest of a model on the disk, "
+        "and a test that takes more fails",
     )
     max_vram: SizeSpec | None = option(
         "--gpu-max-vram",
         "SIZE",
         parse="pytest_gpumem.sizes:parse_size_spec",
-        help="limit on the peak of allocated bytes of every test's call, and of each "
-        "process that it starts, unless the test has a max_vram marker of its own for "
-        "them: a size, or a percentage of the card",
+        help="limit on the allocated peak of every test's call, and of each process that "
+        "the test starts, unless the test has its own max_vram marker: a size, or a "
+        "percentage of the card",
     )
     leak_check: bool = option(
         "--gpu-leak-check",
         default=False,
-        help="fail every test that leaves bytes on the cards, and say what holds them; "
-        "@pytest.mark.max_vram_leak(size) allows some",
+        help="fail every test that leaves bytes on the cards, and name what holds them; "
+        "@pytest.mark.max_vram_leak(size) allows some bytes",
     )
     baseline: Path | None = option(
         "--gpu-baseline",
@@ -218,10 +218,10 @@ class Settings:
         "--gpu-strict",
         default="auto",
         choices=("auto", "true", "false"),
-        help="fail the run if a check that was asked for could check nothing: a baseline "
-        "without figures of this card and torch, a test that it does not have or that no "
-        "longer uses the card, a replay with nothing to replay; in the ini file auto "
-        "(true if the environment variable CI is set), true or false",
+        help="fail the run if a requested check could check nothing: the baseline has no "
+        "figures of this card and torch, or lacks a test; a test of the baseline no longer "
+        "uses the card; a replay has nothing to replay; in the ini file auto (true if the "
+        "environment variable CI is set), true or false",
     )
     snapshots: Path | None = option(
         "--gpu-snapshots",
@@ -309,10 +309,10 @@ class Settings:
         "KIND",
         default="equal",
         choices=("equal", "off", "own"),
-        help="how the workers of pytest-xdist share each card: equal (a test that "
-        "does not say how much it needs has an equal share; one that does waits until "
-        "that much is free), off (no test waits, so tests may take memory from each "
-        "other), or own (each worker has simulated cards of its own; real cards as off)",
+        help="how the workers of pytest-xdist share each card: equal (a test that declares "
+        "its bytes waits until they are free, any other test has an equal share), off (no "
+        "test waits, so tests may take memory from each other), or own (each worker has its "
+        "own simulated cards; real cards are shared as with off)",
     )
     wait_s: float = option(
         "--gpu-wait-timeout",
@@ -327,10 +327,9 @@ class Settings:
         "MODULE:LOAD[,run=MODULE:INFER]",
         is_action=True,
         parse="pytest_gpumem.checking.check_report:CheckRequest.parse",
-        help="try everything on a loader, a function without arguments that returns a "
-        "model: budgets, faults, every place that allocates, as 'pytest-gpumem check' "
-        "does; what run= names computes an output from it; tests are run too if they "
-        "are named",
+        help="run all checks of 'pytest-gpumem check' on a loader, a function without "
+        "arguments that returns a model; the function that run= names computes an output "
+        "from it; tests are also run if they are named",
     )
     checkpoint: str = option(
         "--gpu-checkpoint",
@@ -351,8 +350,8 @@ class Settings:
         ini_name="gpu_hub_models",
         help="serve a model under its name on the hub, without network: "
         "bert-large-uncased, or my-org/mine=SOURCE, where SOURCE is a known name, a "
-        "config.json, or a checkpoint's folder; hub means the hub's own model; may be "
-        "repeated, and is added to those of the ini file",
+        "config.json, a checkpoint's folder, or hub for the hub's own model; may be "
+        "repeated; models of the ini file are served, too",
     )
 
     @property

@@ -28,7 +28,7 @@ class SweepPlan:
             spread evenly.
         modes: ``"transient"``, ``"persistent"`` or both.
         flavours: The errors that are raised; ``"native"`` is the allocator's own.
-        rule: Which allocations count, for example ``"load"`` or ``"any:min=1MiB"``.
+        rule: The allocations that count, for example ``"load"`` or ``"any:min=1MiB"``.
         recover: Whether the code must recover; if not, a clean OOM also passes.
         timeout_s: Seconds until a run is judged a hang; None means 20 times the clean
             run's time, and at least 10 seconds.
