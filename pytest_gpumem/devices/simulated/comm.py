@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from torch._prims_common import canonicalize_dim
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from pytest_gpumem.devices.simulated.machine import card_of
@@ -139,7 +140,7 @@ def scatter_out(
 ) -> Sequence[torch.Tensor]:
     """Copy the pieces of a tensor into the given tensors."""
     _require(out, "Expected at least one output tensor to scatter to")
-    dim = range(tensor.dim())[dim]
+    dim = canonicalize_dim(tensor.dim(), dim)
     for index, target in enumerate(out):
         _require_card(target, index)
         wanted = list(target.shape)
@@ -217,7 +218,7 @@ def _gathered_shape(
     """Return the shape of the tensors joined along a dimension."""
     _require(tensors, "Expected at least one tensor to gather from")
     wanted = list(tensors[0].shape)
-    dim = range(len(wanted))[dim]
+    dim = canonicalize_dim(len(wanted), dim)
     for index, tensor in enumerate(tensors):
         _require(
             tensor.is_cuda,

@@ -28,6 +28,22 @@ def type_name(dtype: torch.dtype) -> str:
     return torch.empty(0, dtype=dtype, device="cpu").type()[6:-6]
 
 
+def require_type(dtype: torch.dtype, *tensors: torch.Tensor | None) -> None:
+    """Refuse tensors of another dtype than a card's kernel has for all its operands.
+
+    Source: ``TensorBase::const_data_ptr`` of ``aten/src/ATen/core/TensorMethods.cpp``.
+
+    Raises:
+        RuntimeError: With torch's message.
+    """
+    for each in tensors:
+        if each is not None and each.dtype != dtype:
+            raise RuntimeError(
+                f"expected scalar type {type_name(dtype)} but found "
+                f"{type_name(each.dtype)}"
+            )
+
+
 def lacking(
     kernel: str, types: frozenset[torch.dtype]
 ) -> Callable[[tuple[Any, ...]], str]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from pytest_gpumem.devices.simulated.kernel_types import HALVES
+from pytest_gpumem.devices.simulated.kernel_types import HALVES, require_type
 from pytest_gpumem.devices.simulated.operators.checks import as_if
 from pytest_gpumem.devices.simulated.operators.registry import register
 from pytest_gpumem.devices.simulated.operators.requests import (
@@ -128,6 +128,7 @@ def _bags(func: Any) -> Any:
         include_last_offset: bool = False,  # noqa: FBT001, FBT002
         padding_idx: int = -1,
     ) -> Any:
+        require_type(weight.dtype, per_sample_weights)
         found = func(
             weight,
             indices,

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import math
 import sys
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from pytest_gpumem.devices.simulated.accumulation import numbering, taking_over
 from pytest_gpumem.devices.simulated.backward import in_backward
-from pytest_gpumem.devices.simulated.kernel_types import COMPLEX, lacking, with_types
+from pytest_gpumem.devices.simulated.kernel_types import (
+    COMPLEX,
+    lacking,
+    type_name,
+    with_types,
+)
 from pytest_gpumem.devices.simulated.memory import Memory, hold
 from pytest_gpumem.devices.simulated.operators.checks import as_if, iterated
 from pytest_gpumem.devices.simulated.operators.composing import (
@@ -30,7 +36,6 @@ from pytest_gpumem.devices.simulated.operators.requests import (
 )
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 from pytest_gpumem.devices.simulated.torch_build import REFERENCES_BY_CPP
-from pytest_gpumem.devices.simulated.typed import DTYPES
 from pytest_gpumem.kernels.sort_memory import INDEX_BYTES, pairs_bytes, scan_bytes
 
 if TYPE_CHECKING:
@@ -238,12 +243,9 @@ def _split(
             f"{places.device}"
         )
     if places.dtype != torch.int64:
-        name = next(
-            (each for each, dtype in DTYPES.items() if dtype == places.dtype), ""
-        )
         raise RuntimeError(
             "tensor_split expected tensor_indices_or_sections to have dtype of long, but "
-            f"got {name or places.dtype}"
+            f"got {type_name(places.dtype)}"
         )
 
 
@@ -289,6 +291,28 @@ register(
     composed=only(_unflattened),
     source="TensorShape.cpp, unflatten_dense_tensors",
 )
+
+
+def _block_diag(_func: Any, places: list[Operand]) -> None:
+    first = places[0].device
+    for index, each in enumerate(places):
+        if each.device != first:
+            raise RuntimeError(
+                "torch.block_diag: input tensors must all be on the same device. Input 0 "
+                f"is on device {first} and input {index} is on device {each.device}"
+            )
+
+
+def _meshgrid(_func: Any, tensors: Sequence[torch.Tensor], *_rest: Any) -> None:
+    for one, other in pairwise(tensors):
+        if one.dtype != other.dtype:
+            return  # C++ says so first
+        if one.device != other.device:
+            raise RuntimeError("meshgrid expects all tensors to have the same device")
+
+
+register("meshgrid", composed=checked(_meshgrid), source="TensorShape.cpp, meshgrid")
+register("block_diag", check=_block_diag, source="TensorShape.cpp, block_diag")
 # ``cat`` compares the devices of a stack.
 register(
     "stack _stack", check=as_if("cat", ("tensors",)), source="TensorShape.cpp, stack"

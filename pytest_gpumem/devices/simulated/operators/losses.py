@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from pytest_gpumem.devices.simulated.kernel_types import HALVES
+from pytest_gpumem.devices.simulated.kernel_types import HALVES, type_name
 from pytest_gpumem.devices.simulated.operators.composing import only, widening
 from pytest_gpumem.devices.simulated.operators.reductions import (
     opmath_bytes,
@@ -183,23 +183,19 @@ def _ctc_loss(_func: Any) -> Kernel:
 
 
 def _aligning(call: Call) -> Iterator[RequestStep]:
-    """Request the places and lengths of the targets on the card, and the table."""
+    """Request the places and lengths of the targets on the card, and the table.
+
+    The gradient has a second table before its result.
+    """
     nbytes = call["log_probs"].shape[1] * INDEX_BYTES
     places, targets, inputs = (Temporary(nbytes) for _each in range(3))
     yield from (places, targets, inputs)
-    yield Results(1)
-    yield Results(0)
+    if len(call.results) == 1:
+        table = copy_of(call["log_alpha"])
+        yield from (table, Results(), Free(table))
+    else:
+        yield from (Results(1), Results(0))
     yield from map(Free, (targets, places, inputs))
-
-
-def _aligning_backward(call: Call) -> Iterator[RequestStep]:
-    """Request the same, with a second table, before the gradient."""
-    nbytes = call["log_probs"].shape[1] * INDEX_BYTES
-    places, targets, inputs = (Temporary(nbytes) for _each in range(3))
-    table = copy_of(call["log_alpha"])
-    yield from (places, targets, inputs, table)
-    yield Results()
-    yield from map(Free, (table, targets, places, inputs))
 
 
 #: The numbers of the reductions. Source: ``aten/src/ATen/core/Reduction.h``.
@@ -216,7 +212,7 @@ register(
 )
 register(
     "_ctc_loss_backward",
-    requests=_aligning_backward,
+    requests=_aligning,
     alert="ctc_loss_backward_gpu",
     source="cuda/LossCTC.cu, ctc_loss_backward_gpu_template",
 )
@@ -228,9 +224,9 @@ def _cosine_similarity(
     """Run ``cosine_similarity``; C++ would create a tensor for ``eps`` on the host."""
     common = torch.result_type(x1, x2)
     if not common.is_floating_point:
-        name = torch.empty(0, dtype=common, device="cpu").type()[6:-6]
         raise RuntimeError(
-            "expected common dtype to be floating point, yet common dtype is " + name
+            "expected common dtype to be floating point, yet common dtype is "
+            + type_name(common)
         )
     shape = torch.broadcast_shapes(x1.shape, x2.shape)
     wholes = [each.to(common).expand(shape) for each in (x1, x2)]

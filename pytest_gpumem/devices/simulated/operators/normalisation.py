@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pytest_gpumem.devices.simulated.kernel_types import type_name
+from pytest_gpumem.devices.simulated.kernel_types import require_type
 from pytest_gpumem.devices.simulated.operators.composing import only
 from pytest_gpumem.devices.simulated.operators.reductions import opmath_bytes
 from pytest_gpumem.devices.simulated.operators.registry import register
@@ -110,12 +110,7 @@ def _layer_norm(
     eps: float,
 ) -> Any:
     """Run ``native_layer_norm``: a card's kernel has one dtype for all operands."""
-    for each in (weight, bias):
-        if each is not None and each.dtype != source.dtype:
-            raise RuntimeError(
-                f"expected scalar type {type_name(source.dtype)} but found "
-                f"{type_name(each.dtype)}"
-            )
+    require_type(source.dtype, weight, bias)
     return torch.ops.aten.native_layer_norm.default(source, shape, weight, bias, eps)
 
 
