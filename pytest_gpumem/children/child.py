@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 import sys
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_gpumem.devices.nvml_hook import NvmlHook
 from pytest_gpumem.devices.on_import import AfterImport
 from pytest_gpumem.inheritance import (
     CHILDREN_VARIABLE,
@@ -22,8 +22,6 @@ from pytest_gpumem.visibility import VISIBLE_VARIABLE
 if TYPE_CHECKING:
     from pytest_gpumem.devices import Device
 
-#: The modules that ``devices/simulated_nvml.py`` replaces; it is only imported with them.
-NVML_MODULES: Final = ("pynvml.nvml", "pynvml", "py3nvml.py3nvml")
 _active: Final[list[Child]] = []
 #: Waits for the import of huggingface_hub, if the parent's run serves models.
 _hub: Final[list[AfterImport]] = []
@@ -79,11 +77,7 @@ class Child:
     def __init__(self, inheritance: Inheritance) -> None:
         self._given: Final = inheritance
         self._hook = AfterImport("torch", self._torch_imported)
-        self._nvml_hooks = [
-            AfterImport(name, partial(self._nvml_imported, name))
-            for name in NVML_MODULES
-        ]
-        self._nvml: Any = None
+        self._nvml = NvmlHook(self._machine)
         self._installation: Any = None
         self._device: Device | None = None
         self._injector: Any = None
@@ -94,17 +88,12 @@ class Child:
         """Wait for torch."""
         self._hook.start()
         if self._given.backend == "simulated":
-            for hook in self._nvml_hooks:
-                hook.start()
+            self._nvml.start()
 
     def stop(self) -> None:
         """Restore everything."""
         self._hook.stop()
-        for hook in self._nvml_hooks:
-            hook.stop()
-        if self._nvml is not None:
-            self._nvml.stop()
-            self._nvml = None
+        self._nvml.stop()
         for each in (self._forks, self._watch):
             if each is not None:
                 each.stop()
@@ -117,13 +106,6 @@ class Child:
         if self._installation is not None:
             self._installation.remove()
             self._installation = None
-
-    def _nvml_imported(self, name: str) -> None:
-        from pytest_gpumem.devices.simulated_nvml import NvmlHook
-
-        if self._nvml is None:
-            self._nvml = NvmlHook(self._machine)
-        self._nvml.replace(name)
 
     def _machine(self) -> Any:
         if self._installation is None:

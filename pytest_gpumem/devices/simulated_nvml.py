@@ -15,16 +15,15 @@ User Guide; DGX Spark User Guide, "Known Issues"; answers of such cards in publi
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import wraps
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_gpumem.cards import CARDS, CUDA_VERSION, DRIVER_VERSION
 from pytest_gpumem.cards_table import SLICES_OF_COMPUTE, memory_slices
 from pytest_gpumem.devices.nvml import MemoryInfo, memory_info
+from pytest_gpumem.devices.nvml_hook import PY3NVML
 from pytest_gpumem.devices.nvml_library import NvmlLibrary
-from pytest_gpumem.devices.on_import import AfterImport
 from pytest_gpumem.devices.patches import PatchSet
 
 if TYPE_CHECKING:
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.machine import SimulatedCard, SimulatedMachine
 
 
-#: The module of py3nvml, which has NVML's functions of its own.
-PY3NVML: Final = "py3nvml.py3nvml"
 #: The ids of instances of a process that is on no slice (MIG). Source: ``nvml.h``.
 _NO_INSTANCE: Final = 0xFFFFFFFF
 
@@ -359,40 +356,3 @@ def _processes(card: SimulatedCard) -> list[tuple[int, int]]:
         for pid, nbytes in card.driver.processes()
         if nbytes or pid is not None
     ]
-
-
-#: The modules with NVML's functions; ``pynvml`` was a package before its version 12.
-MODULES: Final = ("pynvml.nvml", "pynvml", PY3NVML)
-
-
-class NvmlHook:
-    """Installs ``SimulatedNvml``, immediately or when a module of ``MODULES`` is imported.
-
-    Args:
-        machine: Returns the present cards, or None if there are none yet.
-    """
-
-    def __init__(self, machine: Callable[[], SimulatedMachine | None]) -> None:
-        self._machine = machine
-        self._hooks = [
-            AfterImport(name, partial(self.replace, name)) for name in MODULES
-        ]
-        self._installed: list[SimulatedNvml] = []
-
-    def start(self) -> None:
-        """Replace the modules' functions, now or when the modules are imported."""
-        for hook in self._hooks:
-            hook.start()
-
-    def stop(self) -> None:
-        """Restore the modules' functions; may be called twice."""
-        for hook in self._hooks:
-            hook.stop()
-        while self._installed:
-            self._installed.pop().remove()
-
-    def replace(self, name: str) -> None:
-        """Replace the functions of a module that is imported."""
-        nvml = SimulatedNvml(sys.modules[name], self._machine)
-        nvml.install()
-        self._installed.append(nvml)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -37,6 +38,7 @@ from pytest_gpumem.plugin.unasked import Unasked
 
 if TYPE_CHECKING:
     from pytest_gpumem.plugin.collection import Collection
+    from pytest_gpumem.plugin.record_keeping import BrokenLimits
     from pytest_gpumem.plugin.session import Run
 
 PLUGIN_NAME: Final = "gpumem-session"
@@ -74,15 +76,6 @@ def pytest_collection_modifyitems(
 
         if not config.pluginmanager.is_registered(checkpoint_fixtures):
             config.pluginmanager.register(checkpoint_fixtures, "gpumem-checkpoints")
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_makereport(call: pytest.CallInfo[None]) -> None:
-    """Let a failure's traceback end at the line that called the simulated card."""
-    if call.excinfo is not None:
-        from pytest_gpumem.plugin.own_frames import hide
-
-        hide(call.excinfo.value)
 
 
 def _start(config: pytest.Config, namespace: Any) -> None:
@@ -125,7 +118,6 @@ def _configure(run: Run, config: pytest.Config) -> None:
     from pytest_gpumem.plugin.collection import Collection
     from pytest_gpumem.plugin.isolated import ISOLATION
     from pytest_gpumem.plugin.outputs import check_outputs
-    from pytest_gpumem.plugin.record_keeping import Attachment
 
     register = config.pluginmanager.register
     is_worker = hasattr(config, "workerinput")
@@ -167,7 +159,6 @@ def _configure(run: Run, config: pytest.Config) -> None:
         )
     if run.settings.finds_budgets:
         _find_budgets(run, config)
-    register(Attachment, "gpumem-attachment")
 
 
 def _share(run: Run, config: pytest.Config, collection: Collection) -> None:
@@ -211,13 +202,14 @@ def _control(run: Run, config: pytest.Config, collection: Collection) -> None:
     from pytest_gpumem.plugin.endings import PLUGIN_NAME as ENDINGS_NAME
     from pytest_gpumem.plugin.endings import Endings
     from pytest_gpumem.plugin.outputs import STEP_SUMMARY
-    from pytest_gpumem.plugin.record_keeping import Collector
+    from pytest_gpumem.plugin.record_keeping import BrokenLimits, Collector
     from pytest_gpumem.plugin.summary import SummaryPlugin
 
     register = config.pluginmanager.register
     run.endings = Endings(is_strict=run.settings.is_strict)
     register(run.endings, ENDINGS_NAME)
     collector = Collector()
+    collector.on_broken_limit = partial(_register_once, config, BrokenLimits)
     register(collector, "gpumem-collector")
     if run.gate is not None:
         from pytest_gpumem.plugin.baseline_summary import BaselineSummary
@@ -246,6 +238,11 @@ def _control(run: Run, config: pytest.Config, collection: Collection) -> None:
         from pytest_gpumem.plugin.reporting import Reporting
 
         register(Reporting(run, config, collector), "gpumem-reports")
+
+
+def _register_once(config: pytest.Config, plugin: type[BrokenLimits]) -> None:
+    if not config.pluginmanager.is_registered(plugin):
+        config.pluginmanager.register(plugin, "gpumem-broken-limits")
 
 
 def _find_budgets(run: Run, config: pytest.Config) -> None:

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from pytest_gpumem.plugin import marks
-from pytest_gpumem.plugin.host_memory import HostMemory
 from pytest_gpumem.plugin.isolated import ISOLATION, Isolated, refuse_debuggers
 from pytest_gpumem.plugin.oom_sections import Incidents
 from pytest_gpumem.plugin.phases import Phases
+from pytest_gpumem.plugin.record_keeping import attach_records
 from pytest_gpumem.plugin.usage import UsageErrors
-from pytest_gpumem.plugin.wider_fixtures import WiderFixtures
+from pytest_gpumem.plugin.wider_fixtures import WiderFixtures, has_wider_fixtures
 from pytest_gpumem.visibility import why_hidden
 
 if TYPE_CHECKING:
     from pytest_gpumem.devices import Device
+    from pytest_gpumem.plugin.host_memory import HostMemory
     from pytest_gpumem.plugin.session import Run
 
 
@@ -45,7 +46,7 @@ class Collection:
         self.markers: Final[dict[pytest.Item, marks.Markers]] = {}
         self._fixtures: Final = WiderFixtures(run)
         self.incidents: Final = Incidents(run)
-        self._host: Final = HostMemory(run, self.markers)
+        self._host: HostMemory | None = None
         self.phases: Final = Phases(run, self.markers, self._fixtures)
         run.on_device = self._device_came
 
@@ -76,7 +77,7 @@ class Collection:
             if reason is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
         if self._run.choice.kind != "off" and not self._is_registered:
-            self._register()
+            self._register(items)
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Divide the points of a sweep among the workers of pytest-xdist."""
@@ -182,14 +183,14 @@ class Collection:
     def _is_registered(self) -> bool:
         return self._manager.is_registered(self.phases)
 
-    def _register(self) -> None:
+    def _register(self, items: list[pytest.Item]) -> None:
         """Register the hooks around every test, also if there is no device yet.
 
         A test may import torch at any moment. A plugin that is registered at that moment
         is not called for hooks that are already running.
         """
-        self._manager.register(self._fixtures, "gpumem-fixtures")
-        self.incidents.listeners.append(self.phases.shrunk.note)
+        if has_wider_fixtures(items):
+            self._manager.register(self._fixtures, "gpumem-fixtures")
         self._manager.register(self.phases, "gpumem-phases")
         settings = self._run.settings
         budgets = (
@@ -197,6 +198,9 @@ class Collection:
             *(m.host_budget for m in self.markers.values()),
         )
         if settings.reports or any(budgets):
+            from pytest_gpumem.plugin.host_memory import HostMemory
+
+            self._host = HostMemory(self._run, self.markers)
             self._manager.register(self._host, "gpumem-host-memory")
         if not self._is_isolated and any(
             each.is_isolated for each in self.markers.values()
@@ -209,6 +213,8 @@ class Collection:
     def _attach(self, device: Device) -> None:
         """Register the plugins for OOMs and failures; their hooks run after a phase."""
         if self._run.witness is None:
+            attach_records(self._manager)
+            self.incidents.listeners.append(self.phases.note_shrunk_batches())
             self._manager.register(self.phases.failures, "gpumem-failures")
             self._manager.register(self.incidents, "gpumem-incidents")
             self.incidents.attach(device)
@@ -218,5 +224,6 @@ class Collection:
         device = self._run.any_device()
         if self._is_registered:
             self._attach(device)
-            self._host.device_came()
+            if self._host is not None:
+                self._host.device_came()
             self.phases.device_came(device)

@@ -6,11 +6,9 @@ from typing import Final
 
 import pytest
 
-from pytest_gpumem.stacks import clear_exception
-
 
 class Failures:
-    """Clears the frames of failed phases, which hold tensors on a card.
+    """Ends the tracebacks of failed phases, and clears their frames, which hold tensors.
 
     pytest keeps the exception of a failed call in ``sys.last_value``, and the exception of
     a fixture with the fixture; other plugins may keep further exceptions. This class gets
@@ -23,11 +21,21 @@ class Failures:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_makereport(self, call: pytest.CallInfo[None]) -> None:
-        """Note the exception of a phase: a failure, a skip or an expected failure."""
+        """Note the exception of a phase: a failure, a skip or an expected failure.
+
+        Its traceback ends at the line that called the simulated card.
+        """
         if call.excinfo is not None:
+            from pytest_gpumem.plugin.own_frames import hide
+
+            hide(call.excinfo.value)
             self._reported.append(call.excinfo.value)
 
     def release(self) -> None:
         """Clear the frames of the exceptions that were reported."""
+        if not self._reported:
+            return
+        from pytest_gpumem.stacks import clear_exception
+
         while self._reported:
             clear_exception(self._reported.pop())

@@ -15,18 +15,18 @@ from pytest_gpumem.devices import allocated_bytes
 from pytest_gpumem.plugin import marks
 from pytest_gpumem.plugin.failures import Failures
 from pytest_gpumem.plugin.record_keeping import has_record, record_of
-from pytest_gpumem.plugin.shrunk_batches import ShrunkBatches
-from pytest_gpumem.sizes import format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
 
     from pytest_gpumem.children.notes import ChildFigures
     from pytest_gpumem.devices import Device, Tracker
     from pytest_gpumem.plugin.growth import Growth
     from pytest_gpumem.plugin.limits import LeakCheck, Limits
     from pytest_gpumem.plugin.session import Run
+    from pytest_gpumem.plugin.shrunk_batches import ShrunkBatches
     from pytest_gpumem.plugin.wider_fixtures import WiderFixtures
+    from pytest_gpumem.records.incidents import Incident
     from pytest_gpumem.records.memory_figures import MemoryFigures
     from pytest_gpumem.records.record import Record
     from pytest_gpumem.rules.rule import Rule
@@ -55,7 +55,7 @@ class Phases:
         self.impossible: Final[dict[pytest.Item, str]] = {}
         #: Clears the frames of failed phases.
         self.failures: Final = Failures()
-        self.shrunk: Final = ShrunkBatches()
+        self._shrunk: ShrunkBatches | None = None
         self._limits: Limits | None = None
         self._leak: LeakCheck | None = None
         self._item: pytest.Item | None = None
@@ -82,6 +82,13 @@ class Phases:
             self._watch(self._phase, device)
         if self._phase == "call":
             self._arm(device)
+
+    def note_shrunk_batches(self) -> Callable[[Incident], None]:
+        """Note batches that a library makes smaller; return what is to get each OOM."""
+        from pytest_gpumem.plugin.shrunk_batches import ShrunkBatches
+
+        self._shrunk = ShrunkBatches()
+        return self._shrunk.note
 
     # -- the phases of a test -------------------------------------------------------------
 
@@ -167,17 +174,23 @@ class Phases:
                     fail(item, text)
             return result
         finally:
-            with ExitStack() as ending:
-                if self._run.device is not None or item in self._markers:
-                    ending.callback(self._run.apply_budgets, ())
-                ending.callback(self._forget)
-                if self._run.device is not None:
-                    ending.callback(self._note_limits, item)
-                    ending.callback(self._end_timeline, item)
-                ending.callback(self._end, item, "teardown")
-                if growth is not None:
-                    ending.callback(self._tell_growth, growth, item)
-                ending.callback(self._run.children.end_test, item)
+            if self._run.device is None and item not in self._markers and not growth:
+                self._forget()  # most tests of most suites: none of the rest applies
+                self._run.children.end_test(item)
+            else:
+                self._end_test(item, growth)
+
+    def _end_test(self, item: pytest.Item, growth: Growth | None) -> None:
+        with ExitStack() as ending:
+            ending.callback(self._run.apply_budgets, ())
+            ending.callback(self._forget)
+            if self._run.device is not None:
+                ending.callback(self._note_limits, item)
+                ending.callback(self._end_timeline, item)
+            ending.callback(self._end, item, "teardown")
+            if growth is not None:
+                ending.callback(self._tell_growth, growth, item)
+            ending.callback(self._run.children.end_test, item)
 
     def _tell_growth(self, growth: Growth, item: pytest.Item) -> None:
         judgement = None if self._run.gate is None else self._run.gate.judgement
@@ -185,7 +198,7 @@ class Phases:
 
     def _forget(self) -> None:
         """Drop everything that belongs to a test that has ended."""
-        self._item = None
+        self._item = self._phase = None
         self._limits = self._leak = None
         self._passed = False
 
@@ -230,7 +243,8 @@ class Phases:
         if device is None:
             return
         self._watches.close()
-        self.shrunk.end_phase(item)
+        if self._shrunk is not None:
+            self._shrunk.end_phase(item)
         trackers, self._trackers = self._trackers, []
         figures = [tracker.close() for tracker in trackers]
         if self._run.timeline is not None:
@@ -376,6 +390,7 @@ class Phases:
     def _kinds_lines(self, several: list[MemoryFigures]) -> list[str]:
         """Return what the peaks of the present phase are made of, if it is recorded."""
         from pytest_gpumem.reports.words import kinds_words
+        from pytest_gpumem.sizes import format_size
 
         timeline = self._run.timeline
         found = (

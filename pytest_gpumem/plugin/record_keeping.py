@@ -27,7 +27,9 @@ _OVER: Final = "OVER VRAM LIMIT"
 #: A report's attribute: the progress of a sweep.
 _PROGRESS: Final = "gpumem_progress"
 #: The key of the progress of a test's sweep, while a point of it is reported.
-PROGRESS: Final = pytest.StashKey[list[Any]]()
+_PROGRESS_KEY: Final = pytest.StashKey[list[Any]]()
+#: The name under which ``Attachment`` is registered.
+_ATTACHMENT: Final = "gpumem-attachment"
 _RANK: Final = ("passed", "skipped", "failed", "error")
 
 
@@ -37,7 +39,8 @@ def record_of(item: pytest.Item) -> Record:
     if record is None:
         from pytest_gpumem.records.record import Record
 
-        record = item.stash[_KEY] = Record.begin(item.nodeid)
+        record = Record.begin(item.nodeid)
+        keep(item, record)
     return record
 
 
@@ -57,8 +60,8 @@ class Attachment:
         """Attach the record when all other plugins have written into it."""
         report = yield
         stash = item.stash
-        if PROGRESS in stash:
-            setattr(report, _PROGRESS, stash[PROGRESS])
+        if _PROGRESS_KEY in stash:
+            setattr(report, _PROGRESS, stash[_PROGRESS_KEY])
         if _KEY not in stash:
             return report
         record = stash[_KEY]
@@ -74,8 +77,27 @@ def keep(item: pytest.Item, record: Record | None) -> None:
     """Set the record with which the next attempt of a test begins; None means no record."""
     if record is not None:
         item.stash[_KEY] = record
+        attach_records(item.config.pluginmanager)
     elif _KEY in item.stash:
         del item.stash[_KEY]
+
+
+def set_progress(item: pytest.Item, progress: list[Any] | None) -> None:
+    """Set the progress of a test's sweep for the next report; None means no progress."""
+    if progress is not None:
+        item.stash[_PROGRESS_KEY] = progress
+        attach_records(item.config.pluginmanager)
+    elif _PROGRESS_KEY in item.stash:
+        del item.stash[_PROGRESS_KEY]
+
+
+def attach_records(manager: pytest.PytestPluginManager) -> None:
+    """Let reports carry what is to be attached; may be called twice.
+
+    Most suites have tests without a record alone, and each hook around a report takes time.
+    """
+    if not manager.has_plugin(_ATTACHMENT):
+        manager.register(Attachment, _ATTACHMENT)
 
 
 def taken(item: pytest.Item) -> Record | None:
@@ -115,14 +137,16 @@ class Finished(NamedTuple):
 
 
 class _Pending:
-    """The facts so far about a test that has not ended."""
+    """The facts so far about a test that has not ended and has not just passed."""
 
-    __slots__ = ("failure", "outcome", "seconds")
+    __slots__ = ("failure", "outcome")
 
     def __init__(self) -> None:
         self.outcome = "passed"
-        self.seconds = 0.0
         self.failure: pytest.TestReport | None = None
+
+
+_PASSED: Final = _Pending()
 
 
 class Collector:
@@ -134,41 +158,53 @@ class Collector:
         failed: Tests with a failed phase, also those that have not ended.
         listeners: Called with each test once it has ended.
         on_progress: Called with the progress of a sweep.
+        on_broken_limit: Called with each test that broke a limit, before it is shown.
     """
 
     def __init__(self) -> None:
         self._pending: Final[dict[str, _Pending]] = {}
+        self._seconds: Final[dict[str, float]] = {}
         self.records: Final[dict[str, Record]] = {}
         self.outcomes: Final[dict[str, str]] = {}
         self.failed: Final[set[str]] = set()
         self.listeners: Final[list[Callable[[Finished], None]]] = []
         self.on_progress: Callable[[Any], None] = lambda _progress: None
+        self.on_broken_limit: Callable[[], None] = lambda: None
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Note a phase of a test, and the whole test after its last phase."""
-        nodeid, now, when = report.nodeid, str(report.outcome), report.when
-        pending = self._pending.pop(nodeid, None) or _Pending()
-        if now not in _RANK:
-            return  # pytest-rerunfailures runs the test again
-        if now == "failed":
-            self.failed.add(nodeid)
-            pending.failure = pending.failure or report
-            now = "failed" if when == "call" else "error"
-        if now != "passed":
-            pending.outcome = max(pending.outcome, now, key=_RANK.index)
-        pending.seconds += report.duration
-        if when == "teardown":
-            self._finish(nodeid, report, pending)
+        nodeid = report.nodeid
+        if report.outcome != "passed" and not self._note(report):
             return
-        self._pending[nodeid] = pending
-        progress = getattr(report, _PROGRESS, None)
+        seconds = self._seconds.pop(nodeid, 0.0) + report.duration
+        if report.when == "teardown":
+            self._finish(nodeid, report, seconds)
+            return
+        self._seconds[nodeid] = seconds
+        progress = report.__dict__.get(_PROGRESS)
         if progress is not None:
             self.on_progress(progress)
 
-    def _finish(
-        self, nodeid: str, report: pytest.TestReport, pending: _Pending
-    ) -> None:
+    def _note(self, report: pytest.TestReport) -> bool:
+        """Note a phase that did not pass; tell whether it counts."""
+        nodeid, now = report.nodeid, str(report.outcome)
+        if now not in _RANK:  # pytest-rerunfailures runs the test again
+            self._pending.pop(nodeid, None)
+            self._seconds.pop(nodeid, None)
+            return False
+        pending = self._pending.setdefault(nodeid, _Pending())
+        if now == "failed":
+            self.failed.add(nodeid)
+            pending.failure = pending.failure or report
+            now = "failed" if report.when == "call" else "error"
+        pending.outcome = max(pending.outcome, now, key=_RANK.index)
+        if _OVER_LIMIT in report.__dict__:
+            self.on_broken_limit()
+        return True
+
+    def _finish(self, nodeid: str, report: pytest.TestReport, seconds: float) -> None:
+        pending = self._pending.pop(nodeid, _PASSED)
         self.outcomes[nodeid] = outcome = pending.outcome
         record = detach(report)
         if record is not None:
@@ -176,14 +212,19 @@ class Collector:
 
             report.user_properties += properties(record)
             record.outcome = outcome  # type: ignore[assignment]  # one of the accepted ones
-            record.seconds = round(pending.seconds, 4)
+            record.seconds = round(seconds, 4)
             self.records[nodeid] = record
         finished = Finished(nodeid, outcome, record, pending.failure)
         for listener in self.listeners:
             listener(finished)
 
+
+class BrokenLimits:
+    """Shows tests that broke a limit under a name of their own."""
+
+    @staticmethod
     def pytest_report_teststatus(
-        self, report: pytest.TestReport | pytest.CollectReport
+        report: pytest.TestReport | pytest.CollectReport,
     ) -> tuple[str, str, str | tuple[str, dict[str, bool]]] | None:
         """Show a broken limit with the letter V, among the failures and errors."""
         if not hasattr(report, _OVER_LIMIT) or not report.failed:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import pytest
 
 from pytest_gpumem.devices.environment import environment_of
+from pytest_gpumem.devices.nvml_hook import NvmlHook
 from pytest_gpumem.devices.on_import import AfterImport
 from pytest_gpumem.devices.selection import Choice, choose
-from pytest_gpumem.devices.simulated_nvml import NvmlHook
 from pytest_gpumem.errors import AllocatorSettingError, DeviceUnavailableError
 from pytest_gpumem.plugin.children import Children
 from pytest_gpumem.plugin.settings import DEFAULT_CARD, Settings, check_budgets

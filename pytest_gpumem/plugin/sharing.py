@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import pytest
 
-from pytest_gpumem.cards import uuids_of
 from pytest_gpumem.devices.patches import PatchSet
 from pytest_gpumem.errors import SharedFolderError
 from pytest_gpumem.files import IS_POSIX
@@ -143,6 +142,8 @@ class Sharing:
 
     def _visible(self, kind: str) -> tuple[str, ...]:
         if kind == "simulated":
+            from pytest_gpumem.cards import uuids_of
+
             uuids = uuids_of(self._settings.all_cards)
             return tuple(map(str, visible_numbers(uuids)))
         listed = os.environ.get(VISIBLE_VARIABLE)

@@ -13,7 +13,7 @@ import pytest
 
 from pytest_gpumem.errors import SweepError
 from pytest_gpumem.plugin.isolated import ISOLATION
-from pytest_gpumem.plugin.record_keeping import PROGRESS, record_of
+from pytest_gpumem.plugin.record_keeping import record_of, set_progress
 from pytest_gpumem.plugin.repeats import body_of
 from pytest_gpumem.plugin.sweep_progress import Progress, show_progress
 from pytest_gpumem.sweeps.sweep_record import summary_of
@@ -155,13 +155,13 @@ class Sweeps:
             if subtests is None:
                 show_progress(item.config, so_far)
                 return
-            item.stash[PROGRESS] = list(so_far)
+            set_progress(item, list(so_far))
             try:
                 _tell(
                     item, subtests, outcome, passes=passes, is_new=seen[kind] <= SHOWN
                 )
             finally:
-                del item.stash[PROGRESS]
+                set_progress(item, None)
 
         resume = self._state_file(item, str(options["name"]))
         device = self._run.require_device()

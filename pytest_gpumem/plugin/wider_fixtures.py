@@ -10,9 +10,31 @@ from pytest_gpumem.devices import allocated_bytes
 from pytest_gpumem.plugin.record_keeping import record_of
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Iterable
 
     from pytest_gpumem.plugin.session import Run
+
+
+def has_wider_fixtures(items: Iterable[pytest.Item]) -> bool:
+    """Tell whether tests have, or may ask for, fixtures of a wider scope than their own.
+
+    What ``request.getfixturevalue`` will ask for is not known yet.
+    """
+    infos = {id(info): info for each in items if (info := _fixtures_of(each))}
+    return any(
+        "request" in info.names_closure
+        or any(
+            definition.scope != "function"
+            for several in info.name2fixturedefs.values()
+            for definition in several
+        )
+        for info in infos.values()
+    )
+
+
+def _fixtures_of(item: pytest.Item) -> Any:
+    """Return what pytest knows of a test's fixtures; tests of one function share it."""
+    return getattr(item, "_fixtureinfo", None)
 
 
 class WiderFixtures:

@@ -12,11 +12,11 @@ from torch._dynamo import trace_rules
 from torch.jit import _builtins
 
 from pytest_gpumem import simulated_device
+from pytest_gpumem.devices.nvml_hook import NvmlHook
 from pytest_gpumem.devices.patches import PatchSet
 from pytest_gpumem.devices.simulated import compiling
 from pytest_gpumem.devices.simulated.constructors import CONSTRUCTORS
 from pytest_gpumem.devices.simulated.machine import innermost_machine
-from pytest_gpumem.devices.simulated_nvml import NvmlHook
 from pytest_gpumem.instruments.snapshots import history_kept
 from pytest_gpumem.plugin.children import Children
 

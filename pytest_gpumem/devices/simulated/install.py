@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch.utils._device import _device_constructors
 
+from pytest_gpumem.devices.nvml_hook import NvmlHook
 from pytest_gpumem.devices.patches import PatchSet
 from pytest_gpumem.devices.simulated import (
     compiling,
@@ -56,7 +57,6 @@ from pytest_gpumem.devices.simulated.surface import C_FUNCTIONS, cuda_names
 from pytest_gpumem.devices.simulated.tensor import HANDLERS, SimulatedTensor
 from pytest_gpumem.devices.simulated.torch_build import build_names
 from pytest_gpumem.devices.simulated.typed import SparseTensor, typed_tensors
-from pytest_gpumem.devices.simulated_nvml import NvmlHook
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
