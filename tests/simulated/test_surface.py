@@ -635,6 +635,25 @@ def test_a_stream_has_the_nearest_priority() -> None:
 
 
 @pytest.mark.usefixtures("machine")
+def test_a_program_may_prefer_libraries_and_limit_plans() -> None:
+    """They are stored and reported; a library of another build is torch's error."""
+    backends: Any = torch.backends.cuda
+
+    assert "Cusolver" == backends.preferred_linalg_library("cusolver").name
+    assert "Cublaslt" == backends.preferred_blas_library("cublaslt").name
+    assert "Cusolver" == backends.preferred_linalg_library().name
+    with pytest.raises(RuntimeError, match="not been compiled with MAGMA"):
+        backends.preferred_linalg_library("magma")
+    plans = backends.cufft_plan_cache
+    assert [0, 4096] == [plans.size, plans.max_size]
+    plans.max_size = 10
+    plans.clear()
+    assert 10 == plans[0].max_size
+    with pytest.raises(RuntimeError, match="must be non-negative, but got -1"):
+        plans.max_size = -1
+
+
+@pytest.mark.usefixtures("machine")
 def test_ranges_nest() -> None:
     """NVTX counts them and nothing else."""
     assert 0 == torch.cuda.nvtx.range_push("a")

@@ -213,6 +213,9 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
         "`pynvml`, the functions of `torch.cuda` that use it, and "
         "[`nvidia-smi`](children.md): no real driver is asked; also for slices (MIG), and "
         "for [programs that read cards](third-party.md) (GPUtil, gpustat, nvitop, py3nvml)",
+        "`torch.backends.cuda.preferred_linalg_library`, `preferred_blas_library` and "
+        "`cufft_plan_cache`: stored and reported; operators request what they request with "
+        "torch's own choice, and no plan of cuFFT is kept",
         "`torch.profiler` times the host; with `profile_memory=True` it counts the values' "
         "memory as the host's, and one warning says so",
         "[injected errors](rules.md) of CUDA, cuBLAS, cuDNN, cuFFT, cuSOLVER, NCCL, Triton "

@@ -38,6 +38,7 @@ from pytest_gpumem.devices.simulated.constructors import (
     NESTED,
     parse_to,
 )
+from pytest_gpumem.devices.simulated.libraries import PLANS, plan_caches
 from pytest_gpumem.devices.simulated.machine import (
     SimulatedMachine,
     innermost_machine,
@@ -115,6 +116,8 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
         (torch.nested, NESTED),
         # Recurrent layers ask whether cuDNN accepts their weights. It does not, because the
         # CPU computes.
+        (torch.backends.cuda.cuFFTPlanCache, PLANS),
+        (torch.backends.cuda, plan_caches()),
         (torch.backends.cudnn, {"is_acceptable": lambda _tensor: False}),
         (torch, {"clear_autocast_cache": clear_cache}),
         # Libraries look for Apple's and Intel's cards before they look for CUDA. Apple's

@@ -102,6 +102,8 @@ class SimulatedMachine:
         #: Settings of cuDNN that C++ stores; the limit has no effect here. Source:
         #: ``aten/src/ATen/Context.h`` and ``aten/src/ATen/native/Convolution.cpp``.
         self.cudnn: Final[dict[str, Any]] = {"limit": 10, "empties_cache": True}
+        #: What ``libraries.py`` stores: preferred libraries, and limits of plans.
+        self.preferred: Final[dict[Any, Any]] = {}
         #: The kinds of convolutions for which cuDNN has measured its kernels.
         self.measured_convolutions: Final[set[tuple[Any, ...]]] = set()
         self.streams: Final = Streams()

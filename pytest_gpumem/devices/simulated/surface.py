@@ -22,6 +22,7 @@ from pytest_gpumem.devices.simulated.distributed.one_process import C_NCCL
 from pytest_gpumem.devices.simulated.graphs import C_GRAPHS
 from pytest_gpumem.devices.simulated.interprocess import collect
 from pytest_gpumem.devices.simulated.jiterator import launch
+from pytest_gpumem.devices.simulated.libraries import C_LIBRARIES
 from pytest_gpumem.devices.simulated.machine import card_of, current_machine
 from pytest_gpumem.devices.simulated.memory_history import MemoryHistory
 from pytest_gpumem.devices.simulated.nvtx import Nvtx
@@ -432,6 +433,7 @@ C_FUNCTIONS: Final[dict[str, Any]] = {
     "_cuda_getCurrentBlasHandle": lambda: 1,
     "_cuda_getCurrentSolverHandle": lambda: 1,
     "_cuda_jiterator_compile_and_launch_kernel": launch,
+    **C_LIBRARIES,
     **C_REFUSALS,
     **C_GRAPHS,
     **C_ATTENTION,
