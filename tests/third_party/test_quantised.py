@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes
+import hqq.core.optimize
 import pytest
 import torch
+from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from optimum.quanto import freeze, qint8, quantize
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -74,6 +76,37 @@ def test_a_quantised_model_computes_what_the_host_does(
     assert before == torch.cuda.memory_allocated()
 
 
+@pytest.mark.filterwarnings("ignore")  # the library's own
+@pytest.mark.parametrize("is_moved", [True, False])
+@torch.no_grad()
+def test_hqq_computes_what_the_host_does_with_the_same_type(
+    monkeypatch: pytest.MonkeyPatch, *, is_moved: bool
+) -> None:
+    """It looks for the zero points in half precision on a card, and in single on the CPU."""
+
+    def quantised(device: str) -> Any:
+        config = BaseQuantizeConfig(nbits=4, group_size=64, axis=1)
+        layer = nn.Linear(64, 128, bias=False)
+        nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(0))
+        return HQQLinear(layer, config, compute_dtype=torch.float32, device=device)
+
+    before = torch.cuda.memory_allocated()
+    single = quantised("cpu")
+    card = quantised("cpu").cuda("cuda") if is_moved else quantised("cuda")
+    held = torch.cuda.memory_allocated() - before
+    monkeypatch.setattr(hqq.core.optimize, "float32", torch.float16)
+    half = quantised("cpu")
+    parts = [card.W_q, card.meta["scale"], card.meta["zero"]]
+    same, other = (single, half) if is_moved else (half, single)
+    source = torch.randn(3, 64)
+
+    assert held == sum(-(-each.nbytes // 512) * 512 for each in parts)
+    assert all(each.is_cuda for each in parts)
+    assert torch.equal(same.dequantize(), card.dequantize().cpu())
+    assert torch.equal(same(source), card(source.cuda()).cpu())
+    assert not torch.equal(other.dequantize(), card.dequantize().cpu())
+
+
 @pytest.mark.parametrize("model", ["llama", "bert-large"])
 @pytest.mark.parametrize(
     "kind", ["bitsandbytes-8bit", "bitsandbytes-nf4", "quanto-int8", "quanto-int4"]
@@ -91,26 +124,64 @@ def test_a_quantised_rung_is_reached(kind: str, model: str) -> None:
     assert result.stdout.endswith("as it should be\n"), result.stderr[-2000:]
 
 
-@pytest.mark.filterwarnings("ignore")  # the library's own
-def test_four_bits_train_an_adapter() -> None:
-    """Bitsandbytes' 4-bit weights under peft's LoRA: gradients reach the adapter."""
-    model = nn.Sequential(
-        four_bits.Linear4bit(64, 64, compute_dtype=torch.float32, quant_type="nf4")
-    ).cuda()
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["0"]))
-    source = torch.randn(3, 64, device="cuda")
+def _with_bitsandbytes(model: nn.Module, make: Any) -> None:
+    linear: Any = model.get_submodule("0")
+    made = make(linear.in_features, linear.out_features)
+    made.load_state_dict(linear.state_dict())
+    model.register_module("0", made)
 
-    adapted(source).square().mean().backward()
 
-    weight = adapted.base_model.model[0].base_layer.weight
-    grads = {
-        name: each.grad
-        for name, each in adapted.named_parameters()
-        if each.requires_grad
-    }
-    assert (four_bits.Params4bit, "cuda") == (type(weight), weight.device.type)
-    assert grads
-    assert all(each is not None and each.is_cuda for each in grads.values())
+#: What quantises the first layer of a model, and the class of its weight.
+ADAPTED: dict[str, tuple[Any, str]] = {
+    "bitsandbytes-nf4": (
+        lambda model: _with_bitsandbytes(
+            model,
+            lambda *sizes: four_bits.Linear4bit(
+                *sizes, compute_dtype=torch.float32, quant_type="nf4"
+            ),
+        ),
+        "Params4bit",
+    ),
+    "bitsandbytes-8bit": (
+        lambda model: _with_bitsandbytes(
+            model,
+            lambda *sizes: four_bits.Linear8bitLt(*sizes, has_fp16_weights=False),
+        ),
+        "Int8Params",
+    ),
+    "torchao": (_with_torchao, "Int8Tensor"),
+    "quanto": (_with_quanto, "WeightQBytesTensor"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # the libraries' own
+@pytest.mark.parametrize("kind", ADAPTED)
+def test_quantised_weights_train_an_adapter(kind: str) -> None:
+    """Under peft's LoRA: the adapter's gradients are those of the CPU."""
+    quantise, name = ADAPTED[kind]
+    found = []
+    for device in ("cpu", "cuda"):
+        model = _model()
+        quantise(model)
+        adapted: Any = get_peft_model(
+            model.to(device), LoraConfig(r=4, target_modules=["0"])
+        )
+        # In training mode bitsandbytes takes another way with 8 bits on the CPU.
+        adapted.eval()
+        torch.manual_seed(0)
+        source = torch.randn(3, 64)
+        for each in adapted.parameters():
+            if each.requires_grad:
+                each.data.copy_(torch.randn(each.shape) / 8)
+        adapted(source.to(device)).square().mean().backward()
+        weight = adapted.base_model.model[0].base_layer.weight
+        assert (name, device) == (type(weight).__name__, weight.device.type)
+        grads = [each.grad for each in adapted.parameters() if each.requires_grad]
+        assert all(each.device.type == device for each in grads)
+        found.append([each.cpu() for each in grads])
+
+    assert len(found[0]) == 2  # both factors
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.filterwarnings("ignore")  # the library's own
