@@ -33,10 +33,11 @@ if TYPE_CHECKING:
     from pytest_gpumem.planning.fit import FitReport, fit_model
     from pytest_gpumem.planning.task import FitTask
     from pytest_gpumem.records.memory_figures import MemoryFigures
+    from pytest_gpumem.records.record import Verdict
     from pytest_gpumem.rules.parser import parse_rule
     from pytest_gpumem.rules.rule import Rule
     from pytest_gpumem.sizes import format_size, parse_size
-    from pytest_gpumem.sweeps.report import Outcome, Point, SweepReport, Verdict
+    from pytest_gpumem.sweeps.report import Outcome, Point, SweepReport
     from pytest_gpumem.sweeps.run import sweep_ooms
     from pytest_gpumem.tenancy.load_lock import gpu_load_lock
 
@@ -57,7 +58,7 @@ _HOMES: Final = {
     "PeakRecorder": "instruments.recorder",
     "Rule": "rules.rule",
     "SweepReport": "sweeps.report",
-    "Verdict": "sweeps.report",
+    "Verdict": "records.record",
     "__version__": "_version",
     "active_device": "devices.active",
     "check_fallback": "instruments.fallback",

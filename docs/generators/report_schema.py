@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import types
 from dataclasses import fields, is_dataclass
+from enum import Enum
 from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 
 from generators.docstrings import read
@@ -59,7 +60,7 @@ def _object(kind: Any, known: dict[str, Any]) -> dict[str, Any]:
     return {**found, "properties": properties}
 
 
-def _schema(kind: Any, known: dict[str, Any]) -> dict[str, Any]:  # noqa: PLR0911  # one for each kind of type
+def _schema(kind: Any, known: dict[str, Any]) -> dict[str, Any]:  # noqa: C901, PLR0911  # one for each kind of type
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
         note = arguments[1]
@@ -84,6 +85,8 @@ def _schema(kind: Any, known: dict[str, Any]) -> dict[str, Any]:  # noqa: PLR091
         return {"type": "array", "prefixItems": items, **size}
     if is_dataclass(kind):
         return _reference(kind, known)
+    if issubclass(kind, Enum):
+        return {"enum": [each.value for each in kind]}
     return {"type": _SIMPLE[kind]}
 
 

@@ -20,12 +20,13 @@ from pytest_gpumem.instruments.fallback import (
 from pytest_gpumem.instruments.loads import CANNOT_RUN, HALF_MOVED, OUTPUT, model_in
 from pytest_gpumem.instruments.recorder import PeakRecorder
 from pytest_gpumem.instruments.surroundings import RandomState
+from pytest_gpumem.records.record import Verdict
 from pytest_gpumem.rules.parser import parse_rule
 from pytest_gpumem.rules.rule import NOT_OOM
 from pytest_gpumem.sizes import format_size, parse_size
 from pytest_gpumem.stacks import is_users_own
 from pytest_gpumem.sweeps.plan import SweepPlan
-from pytest_gpumem.sweeps.report import MODES, Outcome, SweepReport, Verdict, mode_of
+from pytest_gpumem.sweeps.report import MODES, Outcome, SweepReport, mode_of
 from pytest_gpumem.sweeps.run import sweep_ooms
 
 if TYPE_CHECKING:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.plugin.marks import Markers
     from pytest_gpumem.plugin.session import Run
-    from pytest_gpumem.sweeps.report import Outcome, SweepReport, Verdict
+    from pytest_gpumem.records.record import Verdict
+    from pytest_gpumem.sweeps.report import Outcome, SweepReport
 
 #: The key of the command-line arguments that select a test without a node id of its own.
 CHOSEN_BY: Final = pytest.StashKey[str]()

@@ -82,7 +82,7 @@ def encode(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [encode(each) for each in value]
     if isinstance(value, dict):
-        return {name: encode(each) for name, each in value.items()}
+        return {encode(name): encode(each) for name, each in value.items()}
     return value.value if isinstance(value, Enum) else value
 
 

@@ -9,22 +9,28 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Annotated, Any, Literal
 
 from pytest_gpumem.records.codec import COMPACT, AsText, Count, decode, encode
 from pytest_gpumem.records.memory_figures import Kind, MemoryFigures
 
-#: The values of ``sweeps.report.Verdict``.
-VerdictName = Literal[
-    "recovered",
-    "clean OOM",
-    "wrong result",
-    "leak",
-    "swallowed",
-    "other error",
-    "hang",
-    "over budget",
-]
+
+class Verdict(Enum):
+    """How a run with a fault ended; the value is the name in reports."""
+
+    RECOVERED = "recovered"
+    CLEAN_OOM = "clean OOM"
+    WRONG_RESULT = "wrong result"
+    LEAK = "leak"
+    SWALLOWED = "swallowed"
+    OTHER_ERROR = "other error"
+    HANG = "hang"
+    OVER_BUDGET = "over budget"
+
+    def passes(self, *, recover: bool) -> bool:
+        """Tell whether the verdict passes; a clean OOM passes if the code need not recover."""
+        return self is Verdict.RECOVERED or (self is Verdict.CLEAN_OOM and not recover)
 
 
 #: The metrics of limits, and the phases to which limits apply.
@@ -157,7 +163,7 @@ class SweptSite:
     site: str
     allocations: Count
     failed: Count
-    verdicts: dict[VerdictName, Count]
+    verdicts: dict[Verdict, Count]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,9 @@ from pytest_gpumem.instruments.loads import OUTPUT, half_moved, model_in
 from pytest_gpumem.instruments.parts import Placement, placement_of
 from pytest_gpumem.instruments.portraits import portrait
 from pytest_gpumem.instruments.trials import Attempt, Trial
+from pytest_gpumem.records.record import Verdict
 from pytest_gpumem.rules.rule import NOT_OOM
-from pytest_gpumem.sweeps.report import Outcome, Point, Verdict
+from pytest_gpumem.sweeps.report import Outcome, Point
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

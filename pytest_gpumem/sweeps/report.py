@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from enum import Enum
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-from pytest_gpumem.records.record import SweptSite
+from pytest_gpumem.records.record import SweptSite, Verdict
 from pytest_gpumem.rules.rule import NOT_OOM
 
 if TYPE_CHECKING:
@@ -20,23 +19,6 @@ MODES: Final = ("transient", "persistent")
 def mode_of(rule: Rule) -> str:
     """Return the mode of a rule's fault, one of ``MODES``."""
     return "persistent" if rule.times is None else "transient"
-
-
-class Verdict(Enum):
-    """How a run with a fault ended; the value is the name in reports."""
-
-    RECOVERED = "recovered"
-    CLEAN_OOM = "clean OOM"
-    WRONG_RESULT = "wrong result"
-    LEAK = "leak"
-    SWALLOWED = "swallowed"
-    OTHER_ERROR = "other error"
-    HANG = "hang"
-    OVER_BUDGET = "over budget"
-
-    def passes(self, *, recover: bool) -> bool:
-        """Tell whether the verdict passes; a clean OOM passes if the code need not recover."""
-        return self is Verdict.RECOVERED or (self is Verdict.CLEAN_OOM and not recover)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +117,9 @@ class SweepReport:
     def coverage(self) -> list[SweptSite]:
         """Return the coverage of each site, in the order of first allocation."""
         allocations = Counter(self.sites)
-        verdicts: dict[str, Counter[Any]] = {site: Counter() for site in self.sites}
+        verdicts: dict[str, Counter[Verdict]] = {site: Counter() for site in self.sites}
         for each in self.outcomes:
-            verdicts.setdefault(each.point.site, Counter())[each.verdict.value] += 1
+            verdicts.setdefault(each.point.site, Counter())[each.verdict] += 1
         return [
             SweptSite(site, allocations[site], found.total(), dict(found))
             for site, found in verdicts.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pytest_gpumem.records.record import Sweep, SweptSite
 
@@ -46,7 +46,7 @@ def _joined(one: Sweep, other: Sweep) -> Sweep:
     sites = {site.site: site for site in one.sites}
     for site in other.sites:
         mine = sites.get(site.site, SweptSite(site.site, 0, 0, {}))
-        verdicts: Counter[Any] = Counter(mine.verdicts) + Counter(site.verdicts)
+        verdicts = Counter(mine.verdicts) + Counter(site.verdicts)
         sites[site.site] = SweptSite(
             site.site,
             max(mine.allocations, site.allocations),

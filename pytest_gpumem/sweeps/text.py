@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Final
 
-from pytest_gpumem.records.record import Replay
+from pytest_gpumem.records.record import Replay, Verdict
 from pytest_gpumem.sizes import format_size
-from pytest_gpumem.sweeps.report import Outcome, SweepReport, Verdict
 from pytest_gpumem.tables import align
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pytest_gpumem.records.record import Sweep
+    from pytest_gpumem.sweeps.report import Outcome, SweepReport
 
 #: The most points of a group that are described; the others are counted.
 SHOWN: Final = 3
@@ -27,9 +27,9 @@ def summarise(sweep: Sweep) -> str:
     """Return the outcome of a sweep on one line."""
     verdicts = sum((Counter(site.verdicts) for site in sweep.sites), Counter())
     counts = ", ".join(
-        f"{verdicts[verdict.value]} {verdict.value}"
+        f"{verdicts[verdict]} {verdict.value}"
         for verdict in Verdict
-        if verdicts[verdict.value]
+        if verdicts[verdict]
     )
     allocations = [site.allocations for site in sweep.sites if site.allocations]
     resumed = f", {sweep.resumed} of them resumed" if sweep.resumed else ""
@@ -109,7 +109,7 @@ def coverage_table(sweep: Sweep, *, most: int | None = None) -> str:
     first.
     None shows all sites, in the order in which the code reaches them.
     """
-    sites = [(site, site.verdicts.get("recovered", 0)) for site in sweep.sites]
+    sites = [(site, site.verdicts.get(Verdict.RECOVERED, 0)) for site in sweep.sites]
     if most is not None and len(sites) > most:
         sites.sort(key=lambda pair: pair[1] - pair[0].failed)
     rows = [("allocates", "failed", "recovered", "site")]

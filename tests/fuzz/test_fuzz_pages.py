@@ -23,6 +23,7 @@ from pytest_gpumem.records.record import (
     Replay,
     Sweep,
     SweptSite,
+    Verdict,
     WiderFixture,
 )
 from pytest_gpumem.records.run_record import BaselineOutcome, Change, Entry
@@ -60,7 +61,7 @@ def a_report(name: str) -> document.Report:
         failures=1,
         resumed=0,
         seconds=0.1,
-        sites=[SweptSite(name, 1, 1, {"leak": 1})],
+        sites=[SweptSite(name, 1, 1, {Verdict.LEAK: 1})],
         replays=[Replay(name, "leak", 1, name)],
     )
     card = {

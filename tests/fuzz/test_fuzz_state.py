@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_gpumem.records.codec import encode
-from pytest_gpumem.sweeps.report import Outcome, Point, Verdict
+from pytest_gpumem.records.record import Verdict
+from pytest_gpumem.sweeps.report import Outcome, Point
 from pytest_gpumem.sweeps.state import SweepState
 
 if TYPE_CHECKING:

@@ -28,10 +28,9 @@ from pytest_gpumem.records.record import (
     ShrunkBatch,
     Sweep,
     SweptSite,
-    VerdictName,
+    Verdict,
     WiderFixture,
 )
-from pytest_gpumem.sweeps.report import Verdict
 
 FIGURES = MemoryFigures(1, 10, 24, 9, 10, 0, 1, 2, 3, 4, 11)
 SWEEP = Sweep(
@@ -42,7 +41,7 @@ SWEEP = Sweep(
     failures=1,
     resumed=0,
     seconds=0.5,
-    sites=[SweptSite("a.py:f", 2, 2, {"leak": 2})],
+    sites=[SweptSite("a.py:f", 2, 2, {Verdict.LEAK: 2})],
     replays=[Replay("a.py:f", "leak", 1, "pytest t")],
 )
 #: One in which every field is said.
@@ -194,7 +193,6 @@ def test_what_an_older_version_lacks_takes_its_default() -> None:
 
 def test_names_are_those_of_other_rooms() -> None:
     """Which the records may not ask."""
-    assert {each.value for each in Verdict} == set(get_args(VerdictName))
     assert {*LIMIT_METRICS, "leak", "host"} == set(get_args(Metric))
     assert set(LIMIT_PHASES) == set(get_args(LimitPhase))
 

@@ -12,7 +12,7 @@ import pytest
 
 from pytest_gpumem.errors import RuleError, SweepError
 from pytest_gpumem.records.codec import decode, encode
-from pytest_gpumem.records.record import FallbackStep, Replay, Sweep, SweptSite
+from pytest_gpumem.records.record import FallbackStep, Replay, Sweep, SweptSite, Verdict
 from pytest_gpumem.records.staircase import staircase_table
 from pytest_gpumem.rules.rule import FLAVOURS, Rule
 from pytest_gpumem.sweeps.plan import SweepPlan
@@ -20,7 +20,6 @@ from pytest_gpumem.sweeps.report import (
     Outcome,
     Point,
     SweepReport,
-    Verdict,
 )
 from pytest_gpumem.sweeps.state import SweepState
 from pytest_gpumem.sweeps.sweep_record import summary_of, whole_sweeps
@@ -316,7 +315,7 @@ def test_a_report_counts_and_groups(report: SweepReport) -> None:
         ("b.py:2 in g", Verdict.CLEAN_OOM): [oom],
     } == report.failures_by_site()
     assert [("a.py:1 in f", 1, 1, 1), ("b.py:2 in g", 3, 3, 0)] == [
-        (row.site, row.allocations, row.failed, row.verdicts.get("recovered", 0))
+        (row.site, row.allocations, row.failed, row.verdicts.get(Verdict.RECOVERED, 0))
         for row in report.coverage()
     ]
 
@@ -345,7 +344,7 @@ def test_parts_of_a_sweep_are_joined() -> None:
 
     def part(site: str, verdict: Any, number: int, test: str = "t") -> Sweep:
         sites = [
-            SweptSite("both", 3, number, {verdict: number}),
+            SweptSite("both", 3, number, {Verdict(verdict): number}),
             SweptSite(site, 2, 0, {}),
         ]
         command = Replay(site, verdict, number, f"pytest {site}")
@@ -356,7 +355,7 @@ def test_parts_of_a_sweep_are_joined() -> None:
     joined, alone = whole_sweeps([first, other, part("b", "hang", 3)])
 
     assert [
-        SweptSite("both", 3, 4, {"leak": 1, "hang": 3}),
+        SweptSite("both", 3, 4, {Verdict.LEAK: 1, Verdict.HANG: 3}),
         SweptSite("a", 2, 0, {}),
         SweptSite("b", 2, 0, {}),
     ] == joined.sites
