@@ -26,8 +26,9 @@ _VARIABLES: Final = (
     "pretrained_model_name_or_path",
     "model_name_or_path",
 )
-#: A part of transformers' error for a weight of another shape, most often of a head.
-_HEAD: Final = "`ignore_mismatched_sizes`"
+#: Parts of transformers' error for a weight of another shape, most often of a head; the
+#: second is torch's own error, which transformers 4 raises for some models.
+_HEADS: Final = ("`ignore_mismatched_sizes`", "size mismatch for ")
 _MARK: Final = "__gpumem_advised__"
 
 
@@ -42,7 +43,7 @@ def advise(error: BaseException, served: Container[str] = ()) -> None:
         error: The error.
         served: The names of the models that are served.
     """
-    if _HEAD in str(error) and not getattr(error, _MARK, False):
+    if any(each in str(error) for each in _HEADS) and not getattr(error, _MARK, False):
         wanted = _name_in(error)
         if wanted is not None and wanted in served:
             _add(error, _about_head(wanted))

@@ -5,16 +5,17 @@ huggingface_hub joins every path into its cache from the cache's folder and the 
 ``repo_folder_name``. For a served model that function here returns an absolute path. So
 the model is found in the run's own folder, for every cache that a variable, an argument
 or a default names, and the user's cache does not change. Every request is sent by
-``Client.send``. For a served model the request is answered here, without network.
+``Client.send``, before 1.0 by ``Session.send``. For a served model the request is answered here, without network.
 ``local_files_only`` and the offline mode need only the first of the two.
 Source: ``huggingface_hub.file_download``, ``_snapshot_download``, ``hf_api`` and
-``utils._http``, 1.0 to 2.4.
+``utils._http``, 0.36 to 2.4.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import os
 import sys
 from typing import TYPE_CHECKING, Any, Final
@@ -84,6 +85,28 @@ class Patches:
 
         self._replace(plain, repo_folder_name)
         self._wrap(module, "_hf_hub_download_to_cache_dir")
+        lookup = module.try_to_load_from_cache
+        if plain.__name__ not in inspect.unwrap(lookup).__code__.co_names:  # before 1.0
+            self._replace(lookup, self._looking_up(lookup))
+
+    def _looking_up(self, plain: Any) -> Any:
+        """Return a lookup in the cache that knows the folders of served models."""
+
+        @functools.wraps(plain)
+        def try_to_load_from_cache(
+            repo_id: str,
+            filename: str,
+            cache_dir: Any = None,
+            revision: str | None = None,
+            repo_type: str | None = None,
+        ) -> Any:
+            found = self._find(repo_id) if repo_type in {None, "model"} else None
+            if found is not None:  # under another name, it may be
+                cache_dir, folder = found[1].parent, found[1].name
+                repo_id = folder.removeprefix("models--").replace("--", "/")
+            return plain(repo_id, filename, cache_dir, revision, repo_type)
+
+        return try_to_load_from_cache
 
     def _patch_snapshots(self) -> None:
         module = importlib.import_module(f"{_LIBRARY}._snapshot_download")
@@ -97,9 +120,9 @@ class Patches:
             self._wrap(module.HfApi, "resolve_revision")
 
     def _replace(self, plain: Any, other: Any) -> None:
-        """Replace a function in every imported module of the library that has it."""
+        """Replace a function in every imported module of the libraries that has it."""
         for name, module in list(sys.modules.items()):
-            if name.partition(".")[0] == _LIBRARY:
+            if name.partition(".")[0] in {_LIBRARY, "transformers"}:
                 for key, value in list(vars(module).items()):
                     if value is plain:
                         self._patches.set(module, key, other)
@@ -131,7 +154,8 @@ class Patches:
         http = importlib.import_module(f"{_LIBRARY}.utils._http")
         library: Any = getattr(http, "httpx2", None) or getattr(http, "httpx", None)
         if library is None:
-            return  # before 1.0 served models are found in the offline mode only
+            self._patch_requests(http.requests)
+            return
         plain = library.Client.send
 
         @functools.wraps(plain)
@@ -145,14 +169,40 @@ class Patches:
 
         self._patches.set(library.Client, "send", send)
 
+    def _patch_requests(self, library: Any) -> None:
+        """Do the same with ``requests``, by which the library asks before 1.0."""
+        plain = library.Session.send
+
+        @functools.wraps(plain)
+        def send(session: Any, request: Any, **options: Any) -> Any:
+            body = request.body or b""
+            made = self._answered(
+                request,
+                str(request.url),
+                body if isinstance(body, bytes) else body.encode(),
+            )
+            if made is None:
+                return plain(session, request, **options)
+            found = library.Response()
+            found.status_code, found.request, found.url = (
+                made.status,
+                request,
+                request.url,
+            )
+            found.headers.update(made.headers)
+            chunks = (
+                iter([made.content]) if made.path is None else _read(made, made.path)
+            )
+            found.raw = _Body(iter(()) if request.method == "HEAD" else chunks)
+            if not options.get("stream"):
+                found.content  # noqa: B018  # reads it
+            return found
+
+        self._patches.set(library.Session, "send", send)
+
     def _answer(self, library: Any, request: Any) -> Any:
-        endpoint = urlsplit(os.environ.get("HF_ENDPOINT", ""))
-        if request.url.host not in _HOSTS and request.url.host != endpoint.hostname:
-            return None
-        target = request.url.raw_path.decode("ascii").removeprefix(endpoint.path)
         body = request.read() if request.method == "POST" else b""
-        wanted = request.headers.get("Range", "")
-        made = answer(request.method, target, body, self._find, wanted_range=wanted)
+        made = self._answered(request, str(request.url), body)
         if made is None:
             return None
         is_head = request.method == "HEAD"
@@ -163,6 +213,18 @@ class Patches:
             content=b"" if is_head else content,
             request=request,
         )
+
+    def _answered(self, request: Any, url: str, body: bytes) -> Answer | None:
+        """Return the answer to a request; None if its host is not the hub's."""
+        endpoint = urlsplit(os.environ.get("HF_ENDPOINT", ""))
+        asked = urlsplit(url)
+        if asked.hostname not in _HOSTS and asked.hostname != endpoint.hostname:
+            return None
+        target = asked.path.removeprefix(endpoint.path)
+        if asked.query:
+            target += f"?{asked.query}"
+        wanted = request.headers.get("Range", "")
+        return answer(request.method, target, body, self._find, wanted_range=wanted)
 
     # -- models that are not served -------------------------------------------------------
 
@@ -179,6 +241,23 @@ class Patches:
                 raise
 
         self._patches.set(module, "cached_files", cached_files)
+
+
+class _Body:
+    """What ``requests`` reads an answer from."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
+
+    def read(self, _size: int = 0) -> bytes:
+        """Return the next bytes, whatever their number; none at the end."""
+        return next(self._chunks, b"")
+
+    def close(self) -> None:
+        """Close the file."""
+        close = getattr(self._chunks, "close", None)
+        if close is not None:
+            close()
 
 
 def _read(made: Answer, path: Path) -> Iterator[bytes]:

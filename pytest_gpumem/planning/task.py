@@ -26,6 +26,8 @@ OPTIMIZERS: Final[dict[str, Callable[..., torch.optim.Optimizer]]] = {
     "sgd-momentum": lambda given: torch.optim.SGD(given, lr=0.1, momentum=0.9),
 }
 DTYPES: Final = ("float32", "bfloat16", "float16")
+#: A warning of transformers 4, for which it reads what is in the inputs.
+_WARNING: Final = "warn_if_padding_and_no_attention_mask"
 #: The function of transformers that reads values to see whether a row holds several texts.
 #: Here each row is one text.
 _PACKED: Final = "transformers.masking_utils.find_packed_sequence_indices"
@@ -116,6 +118,9 @@ def run_task(spec: ModelSpec, task: FitTask, kinds: PeakByKind) -> None:
     model._apply(on_card)  # noqa: SLF001  # what Module.to and to_empty call
     made.clear()
     model.tie_weights()
+    for module in model.modules():
+        if hasattr(module, _WARNING):
+            setattr(module, _WARNING, lambda *_inputs: None)
     kinds.mark("weights", [*model.parameters(), *model.buffers()])
     if task.kind == "load":
         return

@@ -11,13 +11,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import httpx2
 import huggingface_hub
 import pytest
 import torch
 import transformers
 from huggingface_hub import constants, file_download
 from small_bert import Classifier, small_config
+from versions import TRANSFORMERS
 
 from pytest_gpumem import serve_models
 from pytest_gpumem.errors import CheckpointError
@@ -32,6 +32,16 @@ transformers_auto: Any = transformers
 Auto: Any = transformers_auto.AutoModelForSequenceClassification
 AutoTokenizer: Any = transformers_auto.AutoTokenizer
 hub: Any = huggingface_hub
+_API = sys.modules["huggingface_hub.hf_api"].HfApi
+try:
+    import httpx2
+except ImportError:  # before huggingface_hub 1.0
+    import requests
+
+    CLIENT: Any = requests.Session
+    TRANSPORT: Any = (requests.adapters.HTTPAdapter, "send")
+else:
+    CLIENT, TRANSPORT = httpx2.Client, (httpx2.HTTPTransport, "handle_request")
 SHA = "6da4b6a26a1877e173fca3225479512db81a5e5b"
 
 
@@ -43,7 +53,8 @@ def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     def refuse(*_arguments: Any) -> None:
         raise AssertionError("the network was asked")
 
-    monkeypatch.setattr(httpx2.HTTPTransport, "handle_request", refuse)
+    owner, name = TRANSPORT
+    monkeypatch.setattr(owner, name, refuse)
     return str(request.param)
 
 
@@ -153,7 +164,9 @@ def test_transformers_loads_by_name(mode: str, config: Path) -> None:
         )
         tokenizer = AutoTokenizer.from_pretrained("bert-mini")
         read = transformers_auto.AutoConfig.from_pretrained("bert-mini")
-        task = "text-classification" if mode == "offline" else None
+        # transformers 4 reads the mode once, when it is imported.
+        is_told = mode == "offline" or TRANSFORMERS < 5
+        task = "text-classification" if is_told else None
         answer = transformers_auto.pipeline(task, model="bert-mini")("a few words")
 
     assert type(model) is Classifier
@@ -384,7 +397,10 @@ def test_the_tokenizer_has_the_models_size(kind: str, tmp_path: Path) -> None:
 
     assert config.vocab_size == len(tokenizer)
     assert max(ids) < config.vocab_size
-    assert ids == again(TEXT)["input_ids"]
+    if (
+        kind != "few" or TRANSFORMERS >= 5
+    ):  # without fast code, 4 splits what is unknown
+        assert ids == again(TEXT)["input_ids"]
     assert len(ids) > len(TEXT.split())
     if kind not in ("small", "few"):
         assert len(ids) < len(TEXT)
@@ -485,7 +501,7 @@ def test_a_head_of_another_size_says_what_to_do(config: Path) -> None:
     with serve_models({"my-org/mine": config}, architecture="AutoModel"):
         model = Auto.from_pretrained("my-org/mine", num_labels=5)
 
-    assert "ignore_mismatched_sizes" in str(told.value)
+    assert "mismatch" in str(told.value)
     assert 5 == model.classifier.out_features
 
 
@@ -526,8 +542,8 @@ def test_nothing_is_left_behind(config: Path) -> None:
     before = (
         file_download.repo_folder_name,
         huggingface_hub.snapshot_download,
-        sys.modules["huggingface_hub.hf_api"].HfApi.resolve_revision,
-        httpx2.Client.send,
+        getattr(_API, "resolve_revision", None),
+        CLIENT.send,
     )
 
     def break_off() -> None:
@@ -550,6 +566,6 @@ def test_nothing_is_left_behind(config: Path) -> None:
     assert before == (
         file_download.repo_folder_name,
         huggingface_hub.snapshot_download,
-        sys.modules["huggingface_hub.hf_api"].HfApi.resolve_revision,
-        httpx2.Client.send,
+        getattr(_API, "resolve_revision", None),
+        CLIENT.send,
     )

@@ -130,9 +130,9 @@ def test_the_bug_is_found_and_the_fix_is_one(pytester: pytest.Pytester) -> None:
 
     before.stdout.fnmatch_lines(
         [
-            "allocation 2, transient, native: other error",
-            "  RuntimeError: Expected all tensors to be on the same device*",
-            "  replay: pytest test_loader.py::test_the_loaded_model_answers "
+            "*allocation 2, transient, native: other error",
+            "*RuntimeError: Expected all tensors to be on the same device*",
+            "*replay: pytest test_loader.py::test_the_loaded_model_answers "
             "--gpu-replay-oom=load:nth=2",
             "*: 8 allocations at 1 site, 16 points: 2 recovered, 14 other error (*",
         ]

@@ -30,6 +30,13 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
+#: ``DTensor`` of torch 2.8 has no rule for some operators.
+WITH_NEW_RULES = pytest.mark.skipif(
+    not hasattr(
+        DTensor._op_dispatcher.sharding_propagator, "op_single_dim_strategy_funcs"
+    ),
+    reason="DTensor has no rule for it",
+)
 #: NCCL for several cards of one process; a group that torch 2.15 calls ``nccl`` has one.
 OF_ALL_CARDS = "nccl-legacy" if TORCH >= (2, 15) else "nccl"
 
@@ -214,10 +221,10 @@ def test_shards_move_from_one_dimension_to_another() -> None:
         "uniform_",
         "normal_",
         "bernoulli_",
-        "exponential_",
-        "geometric_",
-        "cauchy_",
-        "log_normal_",
+        *(
+            pytest.param(each, marks=WITH_NEW_RULES)
+            for each in ("exponential_", "geometric_", "cauchy_", "log_normal_")
+        ),
     ],
 )
 def test_a_sharded_tensor_draws_in_place(draw: str) -> None:

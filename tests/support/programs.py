@@ -551,6 +551,7 @@ def copies(_say: Say) -> Any:
     file.seek(0)
     other = _model()
     other.load_state_dict(torch.load(file, map_location="cuda"))
+    gc.collect()  # up to torch 2.8 a cycle of torch.save holds the storages
     return other, model
 
 

@@ -15,6 +15,8 @@ TORCH: Final = tuple(int(each) for each in torch.__version__.split(".")[:2])
 NAME: Final = ".".join(map(str, TORCH))
 #: Whose names and rules the tests stand on; it lacks nothing of what they ask for.
 REFERENCE: Final = (2, 13)
+#: Whether torch asks CUDA itself for the number of cards once CUDA is in use, not NVML.
+COUNTS_BY_CUDA: Final = "is_initializing" in torch.cuda.device_count.__code__.co_consts
 #: The installed transformers' first number.
 TRANSFORMERS: Final = int(transformers.__version__.partition(".")[0])
 #: Up to transformers 4 what PyTorch keeps cached of a card is added to the card's share, in
