@@ -190,11 +190,16 @@ def _reduce(tensor: torch.Tensor) -> tuple[Any, ...]:
     return rebuild, (torch.nn.Parameter if is_parameter else torch.Tensor, *rest)
 
 
+def _reduce_event(event: Event) -> tuple[Any, ...]:
+    """Do as torch's function, whose name is private from torch 2.15 on."""
+    return reductions.rebuild_event, (event.device, event.ipc_handle())
+
+
 def patch_queues(patches: PatchSet) -> None:
     """Let queues and pipes of multiprocessing carry a card's tensors and events."""
     reducers: Any = ForkingPickler._extra_reducers  # type: ignore[attr-defined]  # the dictionary that ``register`` changes
     patches.put(reducers, SimulatedTensor, _reduce)
-    patches.put(reducers, Event, reductions.reduce_event)
+    patches.put(reducers, Event, _reduce_event)
 
 
 #: Owner, name and new value of each replaced attribute.
