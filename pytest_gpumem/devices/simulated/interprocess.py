@@ -19,7 +19,7 @@ import json
 import os
 from contextlib import suppress
 from multiprocessing.reduction import ForkingPickler
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
 from torch.multiprocessing import reductions
@@ -61,6 +61,8 @@ class Received(Memory):
 
     __slots__ = ("_counter", "_pid")
 
+    is_received: ClassVar[bool] = True
+
     def __init__(self, card: SimulatedCard, nbytes: int, counter: Counter) -> None:
         self.card = card
         self.nbytes = nbytes
@@ -96,8 +98,8 @@ def share(self: torch.UntypedStorage) -> tuple[Any, ...]:
     if memory is None:
         shared: tuple[Any, ...] = _original_share(self)
         return shared
-    if isinstance(memory, Received):
-        raise RuntimeError(_RECEIVED)  # noqa: TRY004  # torch's class
+    if memory.is_received:
+        raise RuntimeError(_RECEIVED)
     card, block = memory.card, memory.block
     if block is None:
         return card.index, None, self.nbytes(), 0, None, 0, None, None

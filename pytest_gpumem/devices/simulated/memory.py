@@ -9,7 +9,7 @@ is freed.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 import torch
 
@@ -37,6 +37,9 @@ class Memory:
     """
 
     __slots__ = ("block", "card", "nbytes", "sent")
+
+    #: Whether another process has sent the storage.
+    is_received: ClassVar[bool] = False
 
     def __init__(self, card: SimulatedCard, nbytes: int) -> None:
         self.card = card
@@ -187,7 +190,8 @@ def check_resizable(storage: torch.UntypedStorage) -> None:
     memory = memory_of(storage)
     if memory is not None and memory.sent is not None:
         refuse("resizing a tensor that was sent to another process")
-    if not storage.resizable():
+    is_received = memory is not None and memory.is_received
+    if is_received or not storage.resizable():
         raise RuntimeError("Trying to resize storage that is not resizable")
 
 
