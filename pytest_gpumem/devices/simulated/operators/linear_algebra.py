@@ -250,15 +250,17 @@ def _is_in_rows(matrix: torch.Tensor) -> bool | None:
 
     Source: ``prepare_matrix_for_cublas`` of ``aten/src/ATen/native/cuda/cuBlasCommonArgs.h``.
     """
+    if matrix.is_contiguous():
+        return True
     if torch.ops.aten.is_non_overlapping_and_dense.default(matrix):
-        return matrix.is_contiguous()
+        return False
     down, across = matrix.stride()
     if down == 1 and across >= max(1, matrix.shape[0]):
         return False
     return True if across == 1 and down >= max(1, matrix.shape[1]) else None
 
 
-def _multiplying(call: Call) -> Iterator[RequestStep]:
+def _multiplying(call: Call) -> Iterable[RequestStep]:
     """Request copies of the operands that cuBLAS cannot read.
 
     It can conjugate only an operand that it also transposes. A result stored by rows is
@@ -268,16 +270,14 @@ def _multiplying(call: Call) -> Iterator[RequestStep]:
     result: Any = call.results[0]
     second, first = call["mat2"], call["self" if call.name == "mm" else "mat1"]
     if not result.numel() or not first.numel():
-        return
+        return ()
     is_reversed = _is_in_rows(result) is not False
     copies = []
     for matrix in (second, first) if is_reversed else (first, second):
         in_rows = _is_in_rows(matrix)
         if in_rows is None or (matrix.is_conj() and in_rows is is_reversed):
             copies.append(copy_of(matrix))
-    if copies:
-        yield Results()
-        yield from copies
+    return (Results(), *copies) if copies else ()
 
 
 def _is_copied_in_batch(matrix: torch.Tensor, rows: int, columns: int) -> bool:

@@ -20,7 +20,7 @@ from pytest_gpumem.devices.simulated.operators.requests import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from pytest_gpumem.devices.simulated.operators.registry import Kernel
     from pytest_gpumem.devices.simulated.operators.requests import Call, RequestStep
@@ -83,15 +83,16 @@ def _by_rows(call: Call) -> Iterator[RequestStep]:
     yield Results()
 
 
-def _layer_norm_requests(call: Call) -> Iterator[RequestStep]:
+def _layer_norm_requests(call: Call) -> Iterable[RequestStep]:
     """Request contiguous operands first; moments are of single precision for half."""
     source: torch.Tensor = call["input"]
-    for name in ("input", "weight", "bias"):
-        yield packed(call[name])
-    yield Results(0)
-    for place in (1, 2):
-        moments: Any = call.results[place]
-        yield Sized(place, moments.numel() * opmath_bytes(source.dtype))
+    copies = [packed(call[name]) for name in ("input", "weight", "bias")]
+    itemsize = opmath_bytes(source.dtype)
+    if itemsize == source.itemsize and not any(each.nbytes for each in copies):
+        return ()  # the results alone, in their order
+    moments: list[Any] = [call.results[place] for place in (1, 2)]
+    sized = (Sized(at, each.numel() * itemsize) for at, each in enumerate(moments, 1))
+    return (*copies, Results(0), *sized)
 
 
 def _by_rows_backward(call: Call) -> Iterator[RequestStep]:

@@ -46,6 +46,7 @@ A kernel that works on a contiguous copy, and allocates its second result first:
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -195,6 +196,16 @@ def is_number(value: Any) -> bool:
     )
 
 
+@functools.cache
+def _arguments(func: Any) -> dict[str, tuple[int, Any]]:
+    """Return the position and the default of each argument of an operator, by name.
+
+    Reading a schema takes longer than many a request.
+    """
+    arguments = enumerate(func._schema.arguments)
+    return {each.name: (at, each.default_value) for at, each in arguments}
+
+
 class Call:
     """One call of an operator, for its rule: ``call["dim"]`` is an argument.
 
@@ -226,11 +237,8 @@ class Call:
         """
         if name in self._kwargs:
             return self._kwargs[name]
-        for position, argument in enumerate(self._func._schema.arguments):
-            if argument.name == name:
-                given = position < len(self._args)
-                return self._args[position] if given else argument.default_value
-        raise KeyError(name)
+        position, default = _arguments(self._func)[name]
+        return self._args[position] if position < len(self._args) else default
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return an argument, or ``default`` if the overload has no such argument."""
