@@ -105,10 +105,11 @@ def _plain(func: Any, operator: Operator) -> Handler:
         operands = Operands()
         unwrap = operands.unwrap
         values = [unwrap(arg) for arg in args]
+        given = kwargs
         if kwargs:
             kwargs = {name: unwrap(value) for name, value in kwargs.items()}
         if operands.host is not None or operands.strays is not None:
-            check_devices(args, kwargs, operands)
+            check_devices(args, given, operands)
         card = operands.card
         assert card is not None, _NEEDS_OPERAND  # noqa: S101  # states why
         target = _target(kwargs, operands) if "device" in kwargs else card

@@ -12,7 +12,7 @@ A check raises RuntimeError with torch's message.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch._functorch import vmap
@@ -210,26 +210,90 @@ def compare_devices(
             )
 
 
-def iterated(func: Any, places: list[Operand]) -> None:
-    """Check as ``TensorIterator`` does, which accepts single host numbers.
+def iterated(func: Any, places: list[Operand], most: int = 1) -> None:
+    """Check as ``TensorIterator`` does, which accepts a single host number.
+
+    ``most`` is the number of host numbers that it accepts.
 
     Source: ``TensorIteratorBase::compute_types`` of ``aten/src/ATen/TensorIterator.cpp``;
     ``resize_out`` of ``torchgen/dest/register_dispatch_key.py``.
     """
-    card = next(
-        each.device for each in places if isinstance(each.tensor, SimulatedTensor)
-    )
+    card = _card(places)
+    num_read = sum(not each.is_out for each in places)
+    numbers = 0
     for each in places:
         if each.device == card:
             continue
         is_number = each.device.type == "cpu" and each.tensor.dim() == 0
-        if is_number and not each.is_written:
+        if is_number and not each.is_written and num_read > 1:
+            numbers += 1
+            if numbers > most:
+                raise RuntimeError(
+                    "Trying to pass too many CPU scalars to non-CPU kernel!"
+                )
             continue
         if each.is_out and torch.Tag.pointwise not in func.tags:
             raise RuntimeError(
                 f"Expected out tensor to have device {card}, but got {each.device} instead"
             )
-        raise RuntimeError(
-            "Expected all tensors to be on the same device, but found at least two "
-            f"devices, {card} and {each.device}!"
-        )
+        _refuse(card, each.device)
+
+
+def alike(_func: Any, places: list[Operand]) -> None:
+    """Check as a ``TensorIterator`` does that takes no host numbers."""
+    card = _card(places)
+    for each in places:
+        if each.device != card:
+            _refuse(card, each.device)
+
+
+def leading(_func: Any, places: list[Operand]) -> None:
+    """Check the first operand alone, whose device the result has."""
+    card = _card(places)
+    if places[0].device != card:
+        _refuse(card, places[0].device)
+
+
+def led(func: Any, places: list[Operand]) -> None:
+    """Check as ``TensorIterator`` does for a result on the first operand's device."""
+    leading(func, places)
+    iterated(func, places)
+
+
+def _card(places: list[Operand]) -> torch.device:
+    return next(
+        each.device for each in places if isinstance(each.tensor, SimulatedTensor)
+    )
+
+
+def _refuse(first: torch.device, other: torch.device) -> NoReturn:
+    raise RuntimeError(
+        "Expected all tensors to be on the same device, but found at least two devices, "
+        f"{first} and {other}!"
+    )
+
+
+def in_kernel(_func: Any, places: list[Operand]) -> None:
+    """Check as ``TensorIterator`` does before a kernel that takes no host numbers."""
+    iterated(_func, places)
+    for number, each in enumerate(places, start=1):
+        if each.device.type == "cpu":
+            raise RuntimeError(
+                "iter.device(arg).is_cuda() INTERNAL ASSERT FAILED at "
+                '"/__w/pytorch/pytorch/aten/src/ATen/native/cuda/Loops.cuh":118, please '
+                f"report a bug to PyTorch. argument {number}: expected a CUDA device but "
+                "found cpu"
+            )
+
+
+def as_written(
+    name: str, names: tuple[str, ...]
+) -> Callable[[Any, list[Operand]], None]:
+    """Return a check by the kernel that writes the result of this operator."""
+    compare = as_if(name, names)
+
+    def check(func: Any, places: list[Operand]) -> None:
+        is_own = func._overloadname == "default"
+        (compare if is_own else declared)(func, places)
+
+    return check

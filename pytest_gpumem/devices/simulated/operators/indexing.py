@@ -18,7 +18,13 @@ from pytest_gpumem.devices.simulated.kernel_types import (
     with_types,
 )
 from pytest_gpumem.devices.simulated.memory import Memory, hold
-from pytest_gpumem.devices.simulated.operators.checks import as_if, iterated
+from pytest_gpumem.devices.simulated.operators.checks import (
+    as_if,
+    as_written,
+    iterated,
+    leading,
+    led,
+)
 from pytest_gpumem.devices.simulated.operators.composing import (
     checked,
     on_cpu_alone,
@@ -323,13 +329,21 @@ register(
     source="TensorAdvancedIndexing.cpp, gather_backward",
 )
 register(
-    "index_add index_fill scatter",
+    "index_fill",
+    around=taking_over,
+    check=led,
+    source="FunctionsManual.cpp, value_selecting_reduction_backward and its like; "
+    "TensorAdvancedIndexing.cpp, index_fill_",
+)
+register(
+    "index_add scatter",
     around=taking_over,
     source="FunctionsManual.cpp, value_selecting_reduction_backward and its like",
 )
 register(
     "put",
     around=taking_over,
+    check=as_written("_put_", ("self", "index", "source")),
     alert="put_",
     alerts=lambda _func, args: args[3:4] == (True,),
     source="FunctionsManual.cpp, as above; TensorAdvancedIndexing.cpp, put_",
@@ -482,8 +496,38 @@ def _zero_first(call: Call) -> Iterator[RequestStep]:
 register(
     "select_scatter",
     requests=_zero_first,
-    source="derivatives.yaml, select_scatter: at::zeros_symint(src.sym_sizes())",
+    check=leading,
+    source="derivatives.yaml, select_scatter: at::zeros_symint(src.sym_sizes()); "
+    "TensorShape.cpp, select_scatter_symint",
 )
+# The second operand is copied from any device.
+register(
+    "as_strided_scatter diagonal_scatter slice_scatter",
+    check=leading,
+    source="TensorShape.cpp, functions of these names",
+)
+
+
+def _gradient(func: Any) -> Kernel | None:
+    """Compare the devices of the distances with the tensor's, which C++ cannot see."""
+    if not func._overloadname.startswith("tensor"):
+        return None
+
+    def kernel(
+        source: torch.Tensor, *, spacing: Sequence[torch.Tensor], **options: Any
+    ) -> Any:
+        for each in spacing:
+            if each.device != source.device:
+                raise RuntimeError(
+                    "torch.gradient expected each tensor to be on the same device, but "
+                    f"got devices {source.device} and {each.device}!"
+                )
+        return func.decompose(source, spacing=spacing, **options)
+
+    return kernel
+
+
+register("gradient", composed=_gradient, source="ReduceOps.cpp, pre_check_gradient")
 
 
 def _repeating(call: Call) -> Iterator[RequestStep]:
@@ -603,5 +647,6 @@ def _scattering_by_mask(call: Call) -> Iterator[RequestStep]:
 register(
     "masked_scatter",
     requests=_scattering_by_mask,
+    check=as_written("_masked_scatter_", ("self", "mask", "source")),
     source="cuda/IndexKernel.cpp, masked_scatter__cuda",
 )

@@ -557,6 +557,25 @@ register(
     composed=checked(_chain, "default"),
     source="LinearAlgebra.cpp, multi_dot_impl",
 )
+register(
+    "chain_matmul",
+    composed=checked(_chain, "default"),
+    source="LinearAlgebra.cpp, chain_matmul",
+)
+
+
+def _inner(_func: Any, source: torch.Tensor, other: torch.Tensor) -> None:
+    kinds = [each.device.type for each in (source, other)]
+    if kinds[0] != kinds[1]:
+        raise RuntimeError(
+            f"Expected tensor to have {kinds[0]} DeviceType, but got tensor with "
+            f"{kinds[1]} DeviceType (while checking arguments for inner())"
+        )
+
+
+register(
+    "inner", composed=checked(_inner, "default"), source="LinearAlgebra.cpp, inner"
+)
 register("cov", composed=_cov, source="Correlation.cpp, cov")
 
 # -- decompositions -------------------------------------------------------------------

@@ -8,6 +8,13 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from pytest_gpumem.devices.simulated.kernel_types import HALVES, type_name
+from pytest_gpumem.devices.simulated.operators.checks import (
+    alike,
+    in_kernel,
+    iterated,
+    leading,
+    led,
+)
 from pytest_gpumem.devices.simulated.operators.composing import only, widening
 from pytest_gpumem.devices.simulated.operators.reductions import (
     opmath_bytes,
@@ -26,6 +33,7 @@ from pytest_gpumem.kernels.sort_memory import INDEX_BYTES
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from pytest_gpumem.devices.simulated.operators.checks import Operand
     from pytest_gpumem.devices.simulated.operators.registry import Kernel
     from pytest_gpumem.devices.simulated.operators.requests import Call, RequestStep
 
@@ -101,11 +109,13 @@ def _broadcast(call: Call) -> torch.Tensor:
 register(
     "binary_cross_entropy",
     requests=_reduced_in_place,
+    check=alike,
     source="cuda/Loss.cu, binary_cross_entropy_out_cuda",
 )
 register(
     "soft_margin_loss",
     requests=_reduced_in_place,
+    check=led,
     source="Loss.cpp, soft_margin_loss_out",
 )
 
@@ -123,15 +133,40 @@ register(
     requests=_three_steps,
     source="Loss.cpp, soft_margin_loss_backward_out",
 )
+
+
+def _of_one_device(_func: Any, places: list[Operand]) -> None:
+    source, target = places[0].device, places[1].device
+    if source != target:
+        raise RuntimeError(
+            "Expected all tensors to be on the same device, but found at least two "
+            f"devices, {source} and {target}!"
+        )
+
+
+def _with_target(func: Any, places: list[Operand]) -> None:
+    """Check the target first, of which C++ makes the first tensor."""
+    leading(func, [places[1], places[0]])
+    iterated(func, places)
+
+
 register("huber_loss", requests=_with_losses, source="Loss.cpp, huber_loss")
 register(
-    "mse_loss smooth_l1_loss",
+    "mse_loss",
     requests=_shrinking,
-    source="Loss.cpp, TORCH_META_FUNC of both",
+    check=_of_one_device,
+    source="Loss.cpp, TORCH_META_FUNC(mse_loss)",
+)
+register(
+    "smooth_l1_loss",
+    requests=_shrinking,
+    check=in_kernel,
+    source="Loss.cpp, TORCH_META_FUNC(smooth_l1_loss)",
 )
 register(
     "binary_cross_entropy_with_logits",
     requests=_with_logits,
+    check=_with_target,
     source="Loss.cpp, binary_cross_entropy_with_logits",
 )
 register(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,13 @@ from pytest_gpumem.devices.simulated.accumulation import (
 )
 from pytest_gpumem.devices.simulated.backward import in_backward
 from pytest_gpumem.devices.simulated.kernel_types import HALVES, lacking
+from pytest_gpumem.devices.simulated.operators.checks import (
+    alike,
+    as_written,
+    in_kernel,
+    iterated,
+    led,
+)
 from pytest_gpumem.devices.simulated.operators.composing import (
     into_out,
     on_cpu_alone,
@@ -34,6 +42,7 @@ from pytest_gpumem.devices.simulated.operators.requests import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from pytest_gpumem.devices.simulated.operators.checks import Operand
     from pytest_gpumem.devices.simulated.operators.requests import Call, RequestStep
 
 
@@ -56,7 +65,47 @@ register(
 register(
     "logical_and logical_or",
     around=taking_over,
-    source="FunctionsManual.cpp, evenly_distribute_backward",
+    check=led,
+    source="FunctionsManual.cpp, evenly_distribute_backward; BinaryOps.cpp, comparison_op",
+)
+register("logical_xor", check=led, source="BinaryOps.cpp, comparison_op")
+register("addcdiv", check=alike, source="PointwiseOps.cpp, TORCH_META_FUNC(addcdiv)")
+
+
+def _addcmul(func: Any, places: list[Operand]) -> None:
+    """Check as ``TensorIterator`` does; only the last operand may be a host number."""
+    iterated(func, places)
+    wrong = next((each.name for each in places[:2] if not each.tensor.is_cuda), None)
+    if wrong is not None:
+        raise RuntimeError(
+            f"CPU Scalar support for {wrong} argument is not supported when calling "
+            "addcmul on CUDA tensors."
+            + (
+                " However, CPU Scalar support for tensor2 is supported, please swap your "
+                "tensor1 and tensor2 terms."
+                if wrong == "tensor1"
+                else ""
+            )
+        )
+
+
+register("addcmul", check=_addcmul, source="PointwiseOps.cpp, TORCH_META_FUNC(addcmul)")
+
+
+def _lerp(func: Any, places: list[Operand]) -> None:
+    (in_kernel if func._overloadname.startswith("Scalar") else iterated)(func, places)
+
+
+register("lerp", check=_lerp, source="cuda/Lerp.cu, lerp_scalar_kernel")
+register(
+    "complex",
+    check=as_written("out_complex_out", ("real", "imag")),
+    source="TensorFactories.cpp, complex",
+)
+register(
+    "polar",
+    check=as_written("out_polar_out", ("abs", "angle")),
+    source="TensorFactories.cpp, polar",
 )
 # C++ creates a buffer on the host.
 register("log_sigmoid", composed=into_out, source="Activation.cpp, log_sigmoid_out")
@@ -110,6 +159,7 @@ def _with_numbers(call: Call) -> Iterator[RequestStep]:
 register(
     "where",
     requests=_with_numbers,
+    check=partial(iterated, most=2),
     source="TensorCompare.cpp, where; FunctionsManual.cpp, scalar_tensor",
 )
 register(
@@ -207,7 +257,7 @@ def _scaling(call: Call) -> Iterator[RequestStep]:
     yield Results()
 
 
-register("ldexp", requests=_scaling, source="BinaryOps.cpp, ldexp")
+register("ldexp", requests=_scaling, check=iterated, source="BinaryOps.cpp, ldexp")
 
 
 def _by_products(call: Call) -> Iterator[RequestStep]:

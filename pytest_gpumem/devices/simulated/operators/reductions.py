@@ -25,6 +25,7 @@ from pytest_gpumem.kernels.sort_memory import scan_bytes
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from pytest_gpumem.devices.simulated.operators.checks import Operand
     from pytest_gpumem.devices.simulated.operators.requests import Call, RequestStep
 
 _aten = torch.ops.aten
@@ -586,8 +587,24 @@ def _by_segments(call: Call) -> Iterator[RequestStep]:
         yield Temporary(1)  # CUB's buffer if one block is enough
 
 
+def _segments(_func: Any, places: list[Operand]) -> None:
+    for each in places[1:]:
+        if each.device != places[0].device:
+            raise RuntimeError(
+                f"Expected data.get_device() == {each.name}_value.get_device() to be true, "
+                "but got false.  (Could this error message be improved?  If so, please "
+                "report an enhancement request to PyTorch.)"
+            )
+
+
 register(
-    "segment_reduce _segment_reduce_backward",
+    "segment_reduce",
+    requests=_by_segments,
+    check=_segments,
+    source="SegmentReduce.cpp, segment_reduce_kernel; cuda/SegmentReduce.cu",
+)
+register(
+    "_segment_reduce_backward",
     requests=_by_segments,
     source="SegmentReduce.cpp, segment_reduce_kernel; cuda/SegmentReduce.cu",
 )

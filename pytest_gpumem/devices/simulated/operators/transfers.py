@@ -15,6 +15,7 @@ from pytest_gpumem.devices.simulated.copies import (
 from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.memory import Memory, hold
 from pytest_gpumem.devices.simulated.operands import is_own_device
+from pytest_gpumem.devices.simulated.operators.checks import leading
 from pytest_gpumem.devices.simulated.operators.composing import refusal_of
 from pytest_gpumem.devices.simulated.operators.registry import register
 from pytest_gpumem.devices.simulated.refusals import refuse_value
@@ -138,10 +139,11 @@ register(
     "set_", handler=_set_, source="cuda/TensorFactories.cu and TensorShape.cpp, set_"
 )
 register(
-    "_resize_output_ resize_ resize_as_",
+    "_resize_output_ resize_",
     resizes=True,
     source="cuda/Resize.cpp, resize_cuda_",
 )
+register("resize_as_", resizes=True, check=leading, source="Resize.cpp, resize_as_")
 register(
     """
     _make_per_channel_quantized_tensor _make_per_tensor_quantized_tensor
