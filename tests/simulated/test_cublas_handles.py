@@ -115,6 +115,19 @@ REQUESTS: dict[str, tuple[Callable[..., Any], list[int]]] = {
         lambda x, v: torch.addmm(v[:1], x, x[:, :1]),
         [512, SMALL],
     ),
+    "an activation": (
+        lambda x, v: torch._addmm_activation(v, x, x),
+        [16384, OF_LT],
+    ),
+    "a sum of products": (
+        lambda x, _v: torch.addbmm(x, x.expand(3, -1, -1), x.expand(3, -1, -1)),
+        [16384, SMALL, SMALL, SMALL],
+    ),
+    "an outer product": (lambda x, v: torch.addr(x, v, v), [16384]),
+    "a triangular system": (
+        lambda x, _v: torch.linalg.solve_triangular(x, x, upper=True),
+        [16384, SMALL],
+    ),
     "a linear layer": (
         lambda x, v: torch.nn.functional.linear(x[None], x, v),
         [16384, OF_LT],

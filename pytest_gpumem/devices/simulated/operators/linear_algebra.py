@@ -72,11 +72,17 @@ def _triangular(call: Call) -> Iterator[RequestStep]:
 #: Source: ``triangular_solve_kernel``.
 _FEW, _LARGE = 8, 64
 
-register(
-    "linalg_solve_triangular triangular_solve linalg_lu_solve",
-    requests=_triangular,
-    source="cuda/linalg/BatchLinearAlgebra.cpp, triangular_solve_kernel",
-)
+for _names, _uses in (
+    ("linalg_solve_triangular triangular_solve", True),
+    ("linalg_lu_solve", False),
+):
+    register(
+        _names,
+        uses_cublas=_uses,
+        requests=_triangular,
+        source="cuda/linalg/BatchLinearAlgebra.cpp, triangular_solve_kernel; the handle: "
+        "what torch 2.14 and 2.15 request on the substitute runtime of tests/cuda_host",
+    )
 
 
 def _cholesky_twice(call: Call) -> Iterator[RequestStep]:
@@ -421,9 +427,9 @@ for _names, _lacks, _rule, _check in (
         source=f"{_HANDLE}; cuda/Blas.cpp",
     )
 register(
-    "addr",
+    "_addmm_activation",
     uses_cublas=True,
-    source=_HANDLE,
+    source=f"{_HANDLE}; cuda/Blas.cpp, addmm_out_cuda_impl",
 )
 for _name in ("dot", "vdot"):
     register(
@@ -434,6 +440,7 @@ for _name in ("dot", "vdot"):
     )
 register(
     "addbmm",
+    uses_cublas=True,
     resizes=True,
     lacks=lacking("addmm_cuda", INTEGERS),
     source="LinearAlgebra.cpp, addbmm_impl_",

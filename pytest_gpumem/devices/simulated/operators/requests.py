@@ -290,7 +290,9 @@ def workspaces(call: Call) -> tuple[Workspace, ...]:
     """Return the request of a product for its workspace; without numbers there is none."""
     if not all(each is None or each.numel() for each in (*call.tensors, *call.results)):
         return ()
-    return (Workspace(of_lt=_is_of_lt(call)),)
+    # Of a batch whose products are added, each matrix is multiplied by itself.
+    times = call["batch1"].shape[0] if call.name == "addbmm" else 1
+    return (Workspace(of_lt=_is_of_lt(call)),) * times
 
 
 #: Numbers whose products cuBLASLt computes.
@@ -303,7 +305,7 @@ def _is_of_lt(call: Call) -> bool:
     Source: ``isInputCompliesAddmmCudaLt`` of ``aten/src/ATen/native/cuda/Blas.cpp``; that a
     bias may be a row, as torch 2.15 on the substitute runtime of ``tests/cuda_host`` does.
     """
-    if call.name != "addmm":
+    if call.name not in {"addmm", "_addmm_activation"}:
         return False
     bias, second, result = call["self"], call["mat2"], call.results[0]
     width = second.shape[1]
