@@ -136,6 +136,23 @@ def test_inference_mode_takes_what_no_grad_takes() -> None:
     assert stats["allocated_bytes.all.peak"] > 8 * MIB
 
 
+def test_a_view_of_an_inference_tensor_is_one() -> None:
+    """Also a view that is made outside of the mode: autograd refuses to keep it."""
+    layer = torch.nn.Linear(4, 2).cuda()
+    with torch.inference_mode():
+        made = torch.ones(3, 4, device="cuda")
+
+    assert made[0].is_inference()
+    assert made.view(-1).is_inference()
+    assert not made.clone()[0].is_inference()
+    with pytest.raises(RuntimeError, match="cannot be saved for backward"):
+        layer(made[0])
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
+        made.t().add_(1)
+    layer(made.clone()[0]).sum().backward()
+    assert layer.weight.grad is not None
+
+
 def test_half_becomes_single_precision_inside_softmax() -> None:
     """As the CUDA kernel does: no cast of the source, in neither direction."""
     source = torch.zeros(MIB, 2, device="cuda", dtype=torch.half).requires_grad_()

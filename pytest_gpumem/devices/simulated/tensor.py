@@ -207,9 +207,16 @@ def make(value: torch.Tensor, card: SimulatedCard) -> SimulatedTensor:
         card.machine.streams.note_result(card.index)
     if not hasattr(storage, "_gpumem"):
         hold(storage, Memory(card, storage.nbytes()))
-    tensor: SimulatedTensor = _make_subclass(
-        SimulatedTensor, value, False, device_for_backend_keys=DEVICES[card.index]
-    )
+    place = DEVICES[card.index]
+    if value.is_inference() and not torch.is_inference_mode_enabled():
+        with torch.inference_mode():  # a view of an inference tensor is one as well
+            tensor = _make_subclass(
+                SimulatedTensor, value, False, device_for_backend_keys=place
+            )
+    else:
+        tensor = _make_subclass(
+            SimulatedTensor, value, False, device_for_backend_keys=place
+        )
     tensor._gpumem_value = value  # private to this package
     tensor._gpumem_card = card  # private to this package
     return tensor
