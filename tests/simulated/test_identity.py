@@ -410,7 +410,8 @@ def test_small_parts_of_the_runtime_answer() -> None:
     properties: Any = torch.cuda.get_device_properties(1)
 
     assert (0, "<torch.cuda.Event uninitialized>") == (event.event_id, repr(event))
-    event.record()
+    with torch.cuda.device(1):
+        event.record()
     assert f"<torch.cuda.Event {event.event_id:#x}>" == repr(event)
     assert ("cuda:1", True) == (str(event.device), event.enable_timing)
     assert timed.enable_timing

@@ -454,3 +454,27 @@ def test_gradients_of_products_are_the_cpus(
 
     for ours, its in zip(gradients("cuda"), gradients("cpu"), strict=True):
         torch.testing.assert_close(ours.cpu(), its, rtol=0, atol=0, equal_nan=True)
+
+
+def test_autocast_casts_inside_of_transforms() -> None:
+    """Gradients of each sample, as torch's users compute them in mixed precision."""
+    torch.manual_seed(0)
+    weight, bias = torch.randn(3, 4), torch.randn(3)
+    source, given = torch.randn(5, 4).half(), torch.randn(5, 3).half()
+    found = []
+    for device in ("cpu", "cuda"):
+
+        def loss(parameters: Any, each: Any, grad: Any, device: str = device) -> Any:
+            with torch.autocast(device, dtype=torch.float16):
+                made = torch.nn.functional.linear(each[None], *parameters)
+                return (made * grad[None]).sum()
+
+        placed = [each.to(device) for each in (source, given)]
+        grads = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(
+            (weight.to(device), bias.to(device)), *placed
+        )
+        assert all(each.device.type == device for each in grads)
+        found.append([each.cpu() for each in grads])
+
+    assert [torch.float32] * 2 == [each.dtype for each in found[1]]
+    torch.testing.assert_close(found[0], found[1], atol=1e-3, rtol=1e-3)

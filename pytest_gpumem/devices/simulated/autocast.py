@@ -35,13 +35,14 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_cast(item, dtype) for item in value)
     if (
-        not isinstance(value, SimulatedTensor)
+        not _is_on_card(value)
         or not value.is_floating_point()
         or value.dtype in (dtype, torch.float64)
     ):
         return value
     keeps = (
-        value.requires_grad
+        isinstance(value, SimulatedTensor)
+        and value.requires_grad
         and value.is_leaf
         and value.dtype == torch.float32
         and dtype == torch.get_autocast_dtype("cuda")
@@ -54,6 +55,13 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
         # The tensor is kept with its cast, so that no other tensor can get its id.
         casts[id(value)] = (value, value.to(dtype))
     return casts[id(value)][1]
+
+
+def _is_on_card(value: Any) -> bool:
+    """Return whether a value is a tensor on a card, also in a wrapper of ``torch.func``."""
+    return isinstance(value, SimulatedTensor) or (
+        isinstance(value, torch.Tensor) and value.is_cuda
+    )
 
 
 def _lower(_args: Any) -> torch.dtype:
@@ -116,7 +124,7 @@ def _asking(operator: Any, wider: Any = None) -> Any:
     def kernel(*args: Any, **options: Any) -> Any:
         source = args[0]
         with torch._C._ExcludeDispatchKeyGuard(_KEYS):
-            if not isinstance(source, SimulatedTensor) or not _is_eligible(source):
+            if not _is_on_card(source) or not _is_eligible(source):
                 return operator(*args, **options)
             given = args[position] if position < len(args) else options.get("dtype")
             if given is not None:
