@@ -236,7 +236,7 @@ def iterated(func: Any, places: list[Operand], most: int = 1) -> None:
             raise RuntimeError(
                 f"Expected out tensor to have device {card}, but got {each.device} instead"
             )
-        _refuse(card, each.device)
+        refuse_devices(card, each.device)
 
 
 def alike(_func: Any, places: list[Operand]) -> None:
@@ -244,14 +244,14 @@ def alike(_func: Any, places: list[Operand]) -> None:
     card = _card(places)
     for each in places:
         if each.device != card:
-            _refuse(card, each.device)
+            refuse_devices(card, each.device)
 
 
 def leading(_func: Any, places: list[Operand]) -> None:
     """Check the first operand alone, whose device the result has."""
     card = _card(places)
     if places[0].device != card:
-        _refuse(card, places[0].device)
+        refuse_devices(card, places[0].device)
 
 
 def led(func: Any, places: list[Operand]) -> None:
@@ -266,7 +266,12 @@ def _card(places: list[Operand]) -> torch.device:
     )
 
 
-def _refuse(first: torch.device, other: torch.device) -> NoReturn:
+def refuse_devices(first: torch.device, other: torch.device) -> NoReturn:
+    """Raise the error of ``TensorIterator`` for operands of two devices.
+
+    Raises:
+        RuntimeError: Always.
+    """
     raise RuntimeError(
         "Expected all tensors to be on the same device, but found at least two devices, "
         f"{first} and {other}!"

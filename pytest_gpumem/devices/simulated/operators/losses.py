@@ -14,6 +14,7 @@ from pytest_gpumem.devices.simulated.operators.checks import (
     iterated,
     leading,
     led,
+    refuse_devices,
 )
 from pytest_gpumem.devices.simulated.operators.composing import only, widening
 from pytest_gpumem.devices.simulated.operators.reductions import (
@@ -135,13 +136,12 @@ register(
 )
 
 
-def _of_one_device(_func: Any, places: list[Operand]) -> None:
-    source, target = places[0].device, places[1].device
-    if source != target:
-        raise RuntimeError(
-            "Expected all tensors to be on the same device, but found at least two "
-            f"devices, {source} and {target}!"
-        )
+def _of_one_device(func: Any, places: list[Operand]) -> None:
+    """Check as ``TensorIterator`` does, for which a host number in front is the device."""
+    first = places[0]
+    if first.device.type == "cpu" and not first.tensor.dim():
+        refuse_devices(first.device, places[1].device)
+    alike(func, places)
 
 
 def _with_target(func: Any, places: list[Operand]) -> None:
