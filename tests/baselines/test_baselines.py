@@ -265,6 +265,9 @@ def test_files_of_other_editors_are_read_or_refused_in_words(tmp_path: Path) -> 
     path.write_text(text, encoding="utf-8-sig")
     assert {"a": {"allocated": 1}} == Baseline.read(path).peaks[T4]
 
+    path.write_bytes(text.replace("\n", "\r\n").encode("utf-8"))  # as on Windows
+    assert {"a": {"allocated": 1}} == Baseline.read(path).peaks[T4]
+
     path.write_text(text, encoding="utf-16")
     with pytest.raises(BaselineError, match="not in UTF-8; save it in UTF-8"):
         Baseline.read(path)

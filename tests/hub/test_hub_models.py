@@ -505,6 +505,16 @@ def test_a_head_of_another_size_says_what_to_do(config: Path) -> None:
     assert 5 == model.classifier.out_features
 
 
+def test_names_that_differ_in_case_share_no_folder(config: Path) -> None:
+    """Nor do they where the file system knows no case."""
+    with serve_models({"my-org/mine": config, "My-Org/Mine": "gpt2-tiny"}):
+        one, other = (
+            hub.snapshot_download(each) for each in ("my-org/mine", "My-Org/Mine")
+        )
+
+    assert one.casefold() != other.casefold()
+
+
 def test_a_forked_child_leaves_the_folder_to_its_parent(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
