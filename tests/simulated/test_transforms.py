@@ -464,15 +464,14 @@ def test_autocast_casts_inside_of_transforms() -> None:
     found = []
     for device in ("cpu", "cuda"):
 
-        def loss(parameters: Any, each: Any, grad: Any, device: str = device) -> Any:
+        def loss(parameters: Any, each: Any, given: Any, device: str = device) -> Any:
             with torch.autocast(device, dtype=torch.float16):
                 made = torch.nn.functional.linear(each[None], *parameters)
-                return (made * grad[None]).sum()
+                return (made * given[None]).sum()
 
-        placed = [each.to(device) for each in (source, given)]
-        grads = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(
-            (weight.to(device), bias.to(device)), *placed
-        )
+        each_grad: Any = vmap(grad(loss), in_dims=(None, 0, 0))
+        placed = [each.to(device) for each in (weight, bias, source, given)]
+        grads = each_grad(placed[:2], *placed[2:])
         assert all(each.device.type == device for each in grads)
         found.append([each.cpu() for each in grads])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from runs import CARD, LIMIT_S, ONE, TWO
@@ -52,6 +53,10 @@ AGAIN: Final = {("Lightning, CUDA tests", ONE)}
 #: groups of NCCL were simulated. They were counted by the same command at that time;
 #: 14 of accelerate's tests ended in "needs NCCL".
 BEFORE: Final = {"accelerate": (21, 7)}
+
+
+#: What ran once, by hand: those suites are not run by this command.
+BY_HAND: Final = Path(__file__).with_name("by_hand.md").read_text(encoding="utf-8")
 
 
 def _row(name: str, setting: str, group: Mapping[str, int]) -> str:
@@ -209,4 +214,4 @@ def text_of(verdicts: Mapping[str, Mapping[str, Verdict]]) -> str:
         "",
         *_failures(verdicts),
     ]
-    return "\n".join(lines).rstrip() + "\n"
+    return "\n".join(lines).rstrip() + "\n\n" + BY_HAND

@@ -208,6 +208,7 @@ def make(value: torch.Tensor, card: SimulatedCard) -> SimulatedTensor:
     if not hasattr(storage, "_gpumem"):
         hold(storage, Memory(card, storage.nbytes()))
     place = DEVICES[card.index]
+    tensor: SimulatedTensor
     if value.is_inference() and not torch.is_inference_mode_enabled():
         with torch.inference_mode():  # a view of an inference tensor is one as well
             tensor = _make_subclass(
