@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from contextlib import suppress
 from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
 from torch.multiprocessing import reductions
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from pytest_gpumem.devices.cuda_errors import cuda_error
 from pytest_gpumem.devices.simulated.exchange import (
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.card import SimulatedCard
 
 _new: Final[Any] = torch.UntypedStorage.__new__
+_original_from_cache: Final[Any] = reductions.storage_from_cache
 _original_share: Final[Any] = torch.UntypedStorage._share_cuda_
 
 _RECEIVED: Final = (
@@ -160,8 +163,53 @@ def receive(  # torch's signature
                 storage = opened(found["memory"].encode(), nbytes)
     except (ProcessLookupError, RuntimeError) as error:
         raise cuda_error("cudaErrorInvalidResourceHandle") from error
-    hold(storage, Received(card, nbytes, counter))
-    return storage
+    known = _known(storage)
+    hold(known, Received(card, nbytes, counter))
+    return known
+
+
+def _known(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+    """Return the object that C++ knows for a storage; in torch 2.8 it may be another."""
+    found: torch.UntypedStorage = torch.UntypedStorage._new_with_weak_ptr(
+        StorageWeakRef(storage).cdata
+    )
+    return found
+
+
+class _Reference:
+    """A weak reference to a storage of a card, for torch's cache of shared storages.
+
+    In torch 2.8 a reference of C++ keeps the Python object, which owns the card's bytes.
+
+    Args:
+        storage: The storage.
+    """
+
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        self._found = weakref.ref(storage)
+
+    def expired(self) -> bool:
+        """Return whether the storage is deleted."""
+        return self._found() is None
+
+    def storage(self) -> torch.UntypedStorage | None:
+        """Return the storage; None if it is deleted."""
+        found = self._found()
+        return None if found is None else _known(found)
+
+
+def _reference(storage: Any) -> Any:
+    untyped = getattr(storage, "_untyped_storage", storage)
+    if memory_of(untyped) is None:
+        return StorageWeakRef(storage)
+    return _Reference(untyped)
+
+
+def _from_cache(kind: Any, key: Any) -> Any:
+    found = reductions.shared_cache.get(key)
+    if isinstance(found, _Reference):
+        return found.storage()
+    return _original_from_cache(kind, key)
 
 
 def _check_alive(pid: int) -> None:
@@ -206,6 +254,8 @@ def patch_queues(patches: PatchSet) -> None:
 
 #: Owner, name and new value of each replaced attribute.
 REPLACEMENTS: Final[tuple[tuple[Any, str, Any], ...]] = (
+    (reductions, "StorageWeakRef", _reference),
+    (reductions, "storage_from_cache", _from_cache),
     (torch.UntypedStorage, "_share_cuda_", share),
     (torch.UntypedStorage, "_new_shared_cuda", staticmethod(receive)),
     (torch.UntypedStorage, "_release_ipc_counter_cuda", staticmethod(let_go)),
