@@ -42,9 +42,10 @@ This command fetches the released sources from the package index and runs their 
 has {LIMIT_S:.0f} s; a test that takes longer, or that ends its process, counts as failed. No hub
 is reachable: a test that needs files of a hub either fails on the host, too, or counts as `hub`.
 Groups of NCCL are [simulated](nccl.md), too. Tests that the host skips run first, so that a run that
-is ended early lacks others first. Lightning's standalone tests start the command of their process
-again for each rank; each has a process of its own, as in Lightning's own runs. Most of the time goes
-into imports: every rank of Lightning imports for 6 s of processor time.
+is ended early, as with `--minutes`, lacks others first; the next run goes on. Lightning's standalone
+tests start the command of their process again for each rank; each has a process of its own, as in
+Lightning's own runs. Most of the time goes into imports: every rank of Lightning imports for 6 s of
+processor time.
 """
 
 #: A row some of whose tests are in another row, too: its tests are not counted.
