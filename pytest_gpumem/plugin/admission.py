@@ -15,7 +15,7 @@ from pytest_gpumem.plugin.claims import Claim, declared_claims
 from pytest_gpumem.plugin.record_keeping import has_record, record_of
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping
+    from collections.abc import Generator
 
     from pytest_gpumem.devices import Device
     from pytest_gpumem.plugin import marks
@@ -42,7 +42,7 @@ class Admission:
         self,
         run: Run,
         phases: Phases,
-        markers: Mapping[pytest.Item, marks.Markers],
+        markers: marks.MarkersByTest,
         idle: frozenset[str] = frozenset(),
     ) -> None:
         self._run: Final = run
@@ -84,13 +84,12 @@ class Admission:
     def _claim(self, item: pytest.Item, stack: ExitStack) -> None:
         if item.get_closest_marker("skip") is not None:
             return
-        markers = self._markers.get(item)
-        if markers is not None:
+        if item in self._markers:
             self._run.require_device()
         device = self._run.device
         if device is None or not device.device_count:
             return
-        claims = self._claims(item, markers, device)
+        claims = self._claims(item, device)
         self._waited_s = waited = 0.0
         sharing = self._run.sharing
         # The cards are always claimed in the same order, to prevent a deadlock of two tests.
@@ -111,14 +110,12 @@ class Admission:
             self._refusal = error
         self._waited_s = waited
 
-    def _claims(
-        self, item: pytest.Item, markers: marks.Markers | None, device: Device
-    ) -> dict[int, Claim]:
+    def _claims(self, item: pytest.Item, device: Device) -> dict[int, Claim]:
         sharing = self._run.sharing
         totals = {
             index: device.total_bytes(index) for index in range(device.device_count)
         }
-        claims = declared_claims(markers, self._run.settings, totals)
+        claims = declared_claims(self._markers[item], self._run.settings, totals)
         # A test with a competing process gets the card for itself, because the process and
         # the tests of other workers would take bytes from each other.
         if TENANTS in getattr(item, "fixturenames", ()):

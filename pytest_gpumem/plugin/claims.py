@@ -26,7 +26,7 @@ class Claim(NamedTuple):
 
 
 def declared_claims(
-    markers: Markers | None, settings: Settings, totals: Mapping[int, int]
+    markers: Markers, settings: Settings, totals: Mapping[int, int]
 ) -> dict[int, Claim]:
     """Return the bytes of each card that a test needs by its markers and the options.
 
@@ -47,7 +47,7 @@ def declared_claims(
         nbytes = _declared(markers, settings, index, total)
         if nbytes is not None:
             claims[index] = Claim(min(nbytes, total))
-    for alone_on in () if markers is None else markers.alone_on:
+    for alone_on in markers.alone_on:
         for index in totals if alone_on is None else (alone_on,):
             own = claims.get(index, Claim(0))
             claims[index] = own._replace(is_alone=True)
@@ -55,26 +55,25 @@ def declared_claims(
 
 
 def _declared(
-    markers: Markers | None, settings: Settings, index: int, total: int
+    markers: Markers, settings: Settings, index: int, total: int
 ) -> int | None:
-    if markers is not None:
-        required = [
-            each.size.resolve(total)
-            for each in markers.requirements
-            if each.device_index == index
-        ]
-        if required:
-            return max(required)
-        budgets = [each for each in markers.budgets if each.device_index == index]
-        if budgets:
-            return budgets[0].size.resolve(total)
-        limits = [
-            each.size.resolve(total)
-            for each in markers.limits
-            if (each.device_index or 0) == index
-        ]
-        if limits:
-            return max(limits)
+    required = [
+        each.size.resolve(total)
+        for each in markers.requirements
+        if each.device_index == index
+    ]
+    if required:
+        return max(required)
+    budgets = [each for each in markers.budgets if each.device_index == index]
+    if budgets:
+        return budgets[0].size.resolve(total)
+    limits = [
+        each.size.resolve(total)
+        for each in markers.limits
+        if (each.device_index or 0) == index
+    ]
+    if limits:
+        return max(limits)
     if index:
         return None
     if settings.max_vram is not None:

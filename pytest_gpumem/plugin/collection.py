@@ -43,7 +43,7 @@ class Collection:
         self._is_isolated: Final = ISOLATION in config.stash
         self._errors: Final = UsageErrors(config)
         self._manager.register(self._errors, "gpumem-usage")
-        self.markers: Final[dict[pytest.Item, marks.Markers]] = {}
+        self.markers: Final[marks.MarkersByTest] = marks.MarkersByTest()
         self._fixtures: Final = WiderFixtures(run)
         self.incidents: Final = Incidents(run)
         self._host: HostMemory | None = None

@@ -16,7 +16,7 @@ from pytest_gpumem.plugin.record_keeping import record_of
 from pytest_gpumem.records.record import Contention
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping
+    from collections.abc import Generator
 
     from pytest_gpumem.plugin import marks
     from pytest_gpumem.plugin.session import Run
@@ -33,7 +33,7 @@ class ContentionCheck:
         markers: The arguments of each test's markers.
     """
 
-    def __init__(self, run: Run, markers: Mapping[pytest.Item, marks.Markers]) -> None:
+    def __init__(self, run: Run, markers: marks.MarkersByTest) -> None:
         self._run: Final = run
         self._markers: Final = markers
         self._item: pytest.Item | None = None
@@ -46,8 +46,7 @@ class ContentionCheck:
             return
         index, nbytes = incident.device_index, incident.nbytes
         total = incident.total_bytes - device.context_bytes(index)
-        markers = self._markers.get(self._item)
-        own = () if markers is None else markers.budgets
+        own = self._markers[self._item].budgets
         budget = self._run.settings.budget_bytes(index, incident.total_bytes, own)
         share = self._run.sharing.cap_bytes(device, index)
         in_force = incident.budget_bytes

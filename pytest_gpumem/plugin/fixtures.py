@@ -87,10 +87,11 @@ def oom_sweep(request: pytest.FixtureRequest) -> Callable[..., SweepReport]:
     """
     run = session_of(request.config)
     run.require_device()
+    from pytest_gpumem.plugin.marks import MarkersByTest
     from pytest_gpumem.plugin.sweeps import Sweeps
 
     def sweep(body: Callable[..., Any], *arguments: Any, **options: Any) -> SweepReport:
-        sweeps = Sweeps(run, {})
+        sweeps = Sweeps(run, MarkersByTest())
         options.setdefault("name", getattr(body, "__qualname__", repr(body)))
         report = sweeps.sweep(request.node, body, *arguments, options=options)
         sweeps.check(request.node, report)

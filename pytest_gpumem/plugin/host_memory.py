@@ -31,7 +31,7 @@ class HostMemory:
         markers: The arguments of each test's markers.
     """
 
-    def __init__(self, run: Run, markers: dict[pytest.Item, marks.Markers]) -> None:
+    def __init__(self, run: Run, markers: marks.MarkersByTest) -> None:
         self._run: Final = run
         self._markers: Final = markers
         self._peak: ResidentPeak | None = None
@@ -44,8 +44,7 @@ class HostMemory:
         """Begin to measure a test, and set its host budget."""
         self._end()
         self._peak = ResidentPeak()
-        markers = self._markers.get(item)
-        nbytes = None if markers is None else markers.host_budget
+        nbytes = self._markers[item].host_budget
         self._wanted = self._run.settings.host_budget if nbytes is None else nbytes
         if self._run.device is not None:
             self.device_came()

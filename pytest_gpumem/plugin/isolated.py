@@ -26,7 +26,7 @@ from pytest_gpumem.inheritance import CHILDREN_VARIABLE
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pytest_gpumem.plugin.marks import Markers
+    from pytest_gpumem.plugin.marks import MarkersByTest
     from pytest_gpumem.plugin.phases import Phases
     from pytest_gpumem.plugin.session import Run
 
@@ -94,9 +94,7 @@ class Isolated:
         markers: The arguments of each test's markers.
     """
 
-    def __init__(
-        self, run: Run, phases: Phases, markers: dict[pytest.Item, Markers]
-    ) -> None:
+    def __init__(self, run: Run, phases: Phases, markers: MarkersByTest) -> None:
         self._run: Final = run
         self._phases: Final = phases
         self._markers: Final = markers
@@ -107,9 +105,8 @@ class Isolated:
         self, item: pytest.Item, nextitem: pytest.Item | None
     ) -> bool | None:
         """Run a marked test in a process of its own."""
-        markers = self._markers.get(item)
         shows_setup = item.config.getoption("setupshow", default=False)
-        if markers is None or not markers.is_isolated or shows_setup:
+        if not self._markers[item].is_isolated or shows_setup:
             return None
         hook = item.ihook
         hook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)

@@ -210,16 +210,27 @@ _READERS: Final[dict[str, Callable[..., Any]]] = {
 class Markers(NamedTuple):
     """The arguments of a test's markers; for each kind, the nearest marker first."""
 
-    needs_card: bool
-    budgets: tuple[Budget, ...]
-    limits: tuple[Limit, ...]
-    rules: tuple[Rule, ...]
+    needs_card: bool = False
+    budgets: tuple[Budget, ...] = ()
+    limits: tuple[Limit, ...] = ()
+    rules: tuple[Rule, ...] = ()
     leak: Leak | None = None
     sweep: dict[str, Any] | None = None
     requirements: tuple[Requirement, ...] = ()
     alone_on: tuple[int | None, ...] = ()
     host_budget: int | None = None
     is_isolated: bool = False
+
+
+class MarkersByTest(dict[pytest.Item | None, Markers]):
+    """The arguments of tests' markers; reading those of an unmarked test adds nothing."""
+
+    def __missing__(self, item: pytest.Item | None) -> Markers:
+        """Return the arguments of a test without markers."""
+        return _UNMARKED
+
+
+_UNMARKED: Final = Markers()
 
 
 def marked(

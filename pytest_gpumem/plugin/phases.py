@@ -44,7 +44,7 @@ class Phases:
     def __init__(
         self,
         run: Run,
-        markers: dict[pytest.Item, marks.Markers],
+        markers: marks.MarkersByTest,
         fixtures: WiderFixtures,
     ) -> None:
         self._run: Final = run
@@ -99,8 +99,7 @@ class Phases:
             self._run.growth.begin(item)
         if self._run.gate is not None:
             self._run.gate.begin()
-        markers = self._markers.get(item)
-        if markers is not None and item.get_closest_marker("skip") is None:
+        if item in self._markers and item.get_closest_marker("skip") is None:
             self._run.require_device()
         self._item = item
         if self._run.device is not None:
@@ -123,12 +122,11 @@ class Phases:
         growth = self._run.growth
         if growth is not None:
             growth.begin_call()
-        markers = self._markers.get(item)
+        markers = self._markers[item]
         rules = self._rules(markers)
-        budgets = () if markers is None else markers.budgets
         try:
             if rules:
-                self._run.pass_on(budgets, rules)
+                self._run.pass_on(markers.budgets, rules)
             if self._run.device is not None:
                 self._arm(self._run.device)
             result = yield
@@ -137,7 +135,7 @@ class Phases:
             if growth is not None:
                 children = self._run.children
                 growth.end_call(children.together(children.new_figures()))
-            if markers is not None:
+            if markers.rules:
                 self._check_rules(markers)
             self._check_limits(item, "call")
             self._passed = True
@@ -148,7 +146,7 @@ class Phases:
             if rules:
                 self._call.close()
                 self._count_injected(markers)
-                self._run.pass_on(budgets)
+                self._run.pass_on(markers.budgets)
             if self._run.timeline is not None:
                 self._run.timeline.meet_living()
             self._end(item, "call")
@@ -206,8 +204,7 @@ class Phases:
 
     def _start(self, item: pytest.Item, device: Device) -> None:
         """Start a test's budget, limits and timeline."""
-        markers = self._markers.get(item)
-        self._run.apply_budgets(() if markers is None else markers.budgets)
+        self._run.apply_budgets(self._markers[item].budgets)
         self._take_up(item, device)
         self._start_timeline(item, device)
 
@@ -231,8 +228,7 @@ class Phases:
 
     def _wants_samples(self) -> bool:
         """Tell whether a limit or a report needs samples of NVML."""
-        markers = None if self._item is None else self._markers.get(self._item)
-        limits = () if markers is None else markers.limits
+        limits = self._markers[self._item].limits
         reports = self._run.settings.reports
         return bool(reports) or any(each.metric == "process" for each in limits)
 
@@ -265,10 +261,9 @@ class Phases:
 
     def _note_limit(self, item: pytest.Item, device: Device) -> None:
         """Put the limit that a test's markers set into its record."""
-        markers = self._markers.get(item)
         bounds = [
             limit.size.resolve(device.total_bytes(limit.device_index or 0))
-            for limit in (() if markers is None else markers.limits)
+            for limit in self._markers[item].limits
             if limit.metric == "allocated"
         ]
         if bounds:
@@ -290,8 +285,7 @@ class Phases:
 
     def _start_timeline(self, item: pytest.Item, device: Device) -> None:
         """Begin to record a test's timeline, if a report or a limit needs it."""
-        markers = self._markers.get(item)
-        limits = () if markers is None else markers.limits
+        limits = self._markers[item].limits
         if not self._run.settings.reports and not any(
             each.metric == "activations" for each in limits
         ):
@@ -337,14 +331,14 @@ class Phases:
 
     def _take_up(self, item: pytest.Item, device: Device) -> None:
         """Begin to watch a test's limits."""
-        markers = self._markers.get(item)
+        markers = self._markers[item]
         settings = self._run.settings
-        limits = () if markers is None else markers.limits
+        limits = markers.limits
         if self._general is not None:
             general = marks.Limit(self._general)
             if not any(each.metric == general.metric for each in limits):
                 limits = (*limits, general, general._replace(phase="children"))
-        leak = None if markers is None else markers.leak
+        leak = markers.leak
         allowed = 0 if settings.leak_check else None
         if leak is not None:  # a repeated test is judged after each run instead
             allowed = leak.nbytes if leak.repeat is None else None
@@ -411,12 +405,11 @@ class Phases:
 
     # -- faults ---------------------------------------------------------------------------
 
-    def _rules(self, markers: marks.Markers | None) -> tuple[Rule, ...]:
-        return (*(() if markers is None else markers.rules), *self._run.settings.rules)
+    def _rules(self, markers: marks.Markers) -> tuple[Rule, ...]:
+        return markers.rules + self._run.settings.rules
 
     def _arm(self, device: Device) -> None:
-        markers = self._markers.get(self._item) if self._item is not None else None
-        rules = self._rules(markers)
+        rules = self._rules(self._markers[self._item])
         if not rules:
             return
         from pytest_gpumem.instruments.injector import OomInjector
@@ -437,14 +430,14 @@ class Phases:
                     pytrace=False,
                 )
 
-    def _own_schedules(self, markers: marks.Markers | None) -> list[Any]:
-        if self._injector is None or markers is None:
+    def _own_schedules(self, markers: marks.Markers) -> list[Any]:
+        if self._injector is None:
             return []
         schedules: list[Any] = self._injector.schedules[: len(markers.rules)]
         return schedules
 
-    def _count_injected(self, markers: marks.Markers | None) -> None:
-        own = 0 if markers is None else len(markers.rules)
+    def _count_injected(self, markers: marks.Markers) -> None:
+        own = len(markers.rules)
         names = [str(rule) for rule in self._run.settings.rules]
         in_children = self._run.children.strikes(own + len(names))
         for name, struck in zip(names, in_children[own:], strict=True):

@@ -15,7 +15,7 @@ from pytest_gpumem.plugin.limits import fail
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pytest_gpumem.plugin.marks import Markers
+    from pytest_gpumem.plugin.marks import MarkersByTest
     from pytest_gpumem.plugin.session import Run
 
 
@@ -34,7 +34,7 @@ class Repeats:
         markers: The arguments of the tests' markers.
     """
 
-    def __init__(self, run: Run, markers: dict[pytest.Item, Markers]) -> None:
+    def __init__(self, run: Run, markers: MarkersByTest) -> None:
         self._run: Final = run
         self._markers: Final = markers
 
@@ -44,9 +44,9 @@ class Repeats:
 
         A test that is also swept is swept afterwards.
         """
-        markers = self._markers.get(pyfuncitem)
-        leak = None if markers is None else markers.leak
-        if markers is None or leak is None or leak.repeat is None:
+        markers = self._markers[pyfuncitem]
+        leak = markers.leak
+        if leak is None or leak.repeat is None:
             return None
         if markers.sweep is not None and self._run.settings.replay is not None:
             return None  # only the point of the sweep is asked for

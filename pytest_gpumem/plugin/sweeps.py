@@ -22,7 +22,7 @@ from pytest_gpumem.sweeps.text import SHOWN, describe_point, explain_failures, r
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pytest_gpumem.plugin.marks import Markers
+    from pytest_gpumem.plugin.marks import MarkersByTest
     from pytest_gpumem.plugin.session import Run
     from pytest_gpumem.records.record import Verdict
     from pytest_gpumem.sweeps.report import Outcome, SweepReport
@@ -99,15 +99,14 @@ class Sweeps:
         markers: The arguments of the tests' markers.
     """
 
-    def __init__(self, run: Run, markers: dict[pytest.Item, Markers]) -> None:
+    def __init__(self, run: Run, markers: MarkersByTest) -> None:
         self._run: Final = run
         self._markers: Final = markers
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_pyfunc_call(self, pyfuncitem: pytest.Function) -> object | None:
         """Sweep a test if its marker says so, instead of calling it once."""
-        markers = self._markers.get(pyfuncitem)
-        plan = None if markers is None else markers.sweep
+        plan = self._markers[pyfuncitem].sweep
         if plan is None:
             return None
         shard = _shard(pyfuncitem)

@@ -600,16 +600,6 @@ def test_workers_of_each_host_share_its_cards(pytestconfig: pytest.Config) -> No
     assert 1 == len({each.env[WORKER_VARIABLE].rpartition("/")[2] for each in specs})
 
 
-def _markers(**given: Any) -> Any:
-    empty: dict[str, Any] = {
-        "needs_card": False,
-        "budgets": (),
-        "limits": (),
-        "rules": (),
-    }
-    return Markers(**{**empty, **given})
-
-
 def test_what_tests_claim() -> None:
     """requires_vram, then a budget, a limit, the run's limit, the run's budget."""
     size = parse_size_spec
@@ -620,20 +610,20 @@ def test_what_tests_claim() -> None:
     budget = (Budget(size("4GiB"), 0),)
     required = (Requirement(size("6GiB"), 0), Requirement(size("1GiB"), 1))
 
-    assert {} == declared_claims(None, plain, totals)
-    assert {0: Claim(3 * GiB)} == declared_claims(None, limited, totals)
+    assert {} == declared_claims(Markers(), plain, totals)
+    assert {0: Claim(3 * GiB)} == declared_claims(Markers(), limited, totals)
     assert {0: Claim(8 * GiB)} == declared_claims(
-        None, replace(limited, max_vram=None), totals
+        Markers(), replace(limited, max_vram=None), totals
     )
     assert {0: Claim(5 * GiB)} == declared_claims(
-        _markers(limits=limits), limited, totals
+        Markers(limits=limits), limited, totals
     )
     assert {0: Claim(4 * GiB)} == declared_claims(
-        _markers(limits=limits, budgets=budget), limited, totals
+        Markers(limits=limits, budgets=budget), limited, totals
     )
     assert {0: Claim(6 * GiB), 1: Claim(GiB)} == declared_claims(
-        _markers(limits=limits, budgets=budget, requirements=required), plain, totals
+        Markers(limits=limits, budgets=budget, requirements=required), plain, totals
     )
     assert {0: Claim(0, is_alone=True), 1: Claim(0, is_alone=True)} == declared_claims(
-        _markers(alone_on=(None,)), plain, totals
+        Markers(alone_on=(None,)), plain, totals
     )
