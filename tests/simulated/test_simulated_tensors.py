@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from pytest_gpumem.allocator.versions import installed_version
+from pytest_gpumem.devices.selection import torch_build
 from pytest_gpumem.devices.simulated.install import simulated_device
 
 if TYPE_CHECKING:
@@ -100,6 +101,10 @@ def test_a_default_device_context_reaches_every_constructor() -> None:
 def test_a_bare_index_names_a_card() -> None:
     """torch.device(1) is the second card, and still a torch.device."""
     device = torch.device(1)
+    build = torch_build()
+    is_for_cuda = build is not None and bool(build.cuda or build.hip)
+
+    assert is_for_cuda is (type(device) is torch.device)
 
     assert "cuda:1" == str(device)
     assert isinstance(device, torch.device)

@@ -150,7 +150,9 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
         "`CUDA error: device-side assert triggered`, with what is wrong in a note. It is "
         "raised at once, as under `CUDA_LAUNCH_BLOCKING=1`, and unlike a card, the "
         "simulated card stays usable",
-        "`torch.device(0)`, `with torch.device('cuda')`, `torch.set_default_device`",
+        "`torch.device(0)`, `with torch.device('cuda')`, `torch.set_default_device`; where "
+        "torch is not built for CUDA, `type(device) is torch.device` is False, and "
+        "`isinstance` and `==` work",
         "generators: seed, offset and state; an allocation that fails draws no numbers; "
         "the numbers are the CPU's",
         "`torch.autocast` and `torch.amp.GradScaler`, fp16 and bf16",

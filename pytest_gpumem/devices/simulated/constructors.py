@@ -391,9 +391,10 @@ class _DeviceType(type):
 
 
 class DeviceName(metaclass=_DeviceType):
-    """Replaces ``torch.device`` while cards are simulated: ``torch.device(0)`` is a card.
+    """Replaces ``torch.device`` in a torch that does not know what ``torch.device(0)`` is.
 
-    Limits: ``type(device) is torch.device`` is False; ``==`` and ``isinstance`` work.
+    Limits: ``type(device) is torch.device`` is False; ``==`` and ``isinstance`` work. A
+    torch that is built for CUDA keeps its own class, in which a number is a card.
     """
 
     # What pickles name it by.
@@ -401,12 +402,19 @@ class DeviceName(metaclass=_DeviceType):
     __qualname__ = "device"
 
 
+def _numbers_are_cards() -> bool:
+    try:
+        return bool(_device(0).type == "cuda")
+    except RuntimeError:  # there is no accelerator in this build
+        return False
+
+
 #: Replacements in the ``torch`` namespace.
 CONSTRUCTORS: Final[dict[str, Any]] = {
     "tensor": tensor,
     "as_tensor": as_tensor,
     "asarray": asarray,
-    "device": DeviceName,
+    **({} if _numbers_are_cards() else {"device": DeviceName}),
     "set_default_tensor_type": set_default_tensor_type,
     "Generator": GeneratorName,
     **{name: _factory(getattr(torch, name)) for name in _FACTORIES},
