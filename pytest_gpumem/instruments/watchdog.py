@@ -88,7 +88,9 @@ class Watchdog:
         stacks: Every thread's stack at the end of the time, as text; None before.
 
     Limits: in a C function other than a lock, a sleep or a system call, the code is
-    interrupted only once the function returns.
+    interrupted only once the function returns. Before Python 3.11, a loop of nothing but
+    ``try`` that catches ``BaseException`` never ends: Python handles no signal before
+    ``SETUP_FINALLY``, so that no moment is outside of ``try`` (``Python/ceval.c``, 3.10).
     """
 
     def __init__(self, timeout_s: float | None) -> None:

@@ -59,6 +59,8 @@ _LOST = "ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"
             else [],
         )
         for body, case in broken.EXPECTED.items()
+        # See the limits of ``Watchdog``.
+        if sys.version_info >= (3, 11) or body is not broken.catches_everything_for_ever
     ],
 )
 def test_a_broken_fallback_is_caught(body: Callable[[], Any]) -> None:
