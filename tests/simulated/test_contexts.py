@@ -38,7 +38,7 @@ USES: list[Callable[[], Any]] = [
     lambda: torch.accelerator.synchronize(1),
     lambda: torch.cuda.set_device(1),
     lambda: torch.cuda.Stream(1),
-    lambda: torch.Event("cuda:1").record(),
+    lambda: torch.Event().record(torch.Stream("cuda:1")),
     lambda: torch.cuda.device(1).__enter__(),
 ]
 

@@ -403,7 +403,7 @@ def test_a_number_is_copied_into_a_tensor() -> None:
 
 def test_small_parts_of_the_runtime_answer() -> None:
     """Codes, identifiers and offsets have the types that they have on a card."""
-    event: Any = torch.Event("cuda:1", enable_timing=True)
+    event: Any = torch.Event(enable_timing=True)
     generator: Any = torch.Generator("cuda")
     generator.set_offset(8)
     timed: Any = torch.cuda.Event(True)

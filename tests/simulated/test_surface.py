@@ -485,6 +485,17 @@ def test_an_event_belongs_to_the_card_of_its_stream() -> None:
 
 
 @pytest.mark.usefixtures("machine")
+def test_a_generic_event_ignores_the_number_that_it_is_made_with() -> None:
+    """Its first stream decides; PyTorch's own host code answers the same."""
+    made: Any = [torch.Event(), torch.Event("cuda:1"), torch.Event("cuda:1")]
+    assert ["cuda"] * 3 == [str(each.device) for each in made]
+    made[0].record(torch.Stream("cuda:1"))
+    made[1].record()
+    made[2].record(torch.Stream("cuda:1"))
+    assert ["cuda:1", "cuda:0", "cuda:1"] == [str(each.device) for each in made]
+
+
+@pytest.mark.usefixtures("machine")
 def test_memory_history_names_every_change(tmp_path: Path) -> None:
     """Requests, releases and the OOM, with the frames of this test; as a pickle too."""
     torch.cuda.memory._record_memory_history(max_entries=100)

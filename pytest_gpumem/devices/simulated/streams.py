@@ -184,10 +184,12 @@ class Event:
         self._capture: Capture | None = None
         self._stream = 0
         self._handle = next(_handles)
-        #: The card of a recorded event, or of the one that it was made for; else None.
+        #: The card of a recorded event. Before that a ``torch.cuda.Event`` has None, and
+        #: a ``torch.Event`` a type without a number, whatever number it was made with.
+        #: Source: ``THPEvent_pynew`` of ``torch/csrc/Event.cpp``, which takes the type.
         self.device: torch.device | None = None
         if device is not None:
-            self.device = DEVICES[card_of(named_index(device)).index]
+            self.device = torch.device(torch.device(device).type)
 
     @classmethod
     def from_ipc_handle(cls, device: Any, handle: bytes) -> Event:
@@ -202,7 +204,7 @@ class Event:
                 "cudaIpcEventHandle_t expects byte-like object of size "
                 f"{_HANDLE_BYTES}, but got {len(handle)}"
             )
-        event = cls(interprocess=True, device=device)
+        event = cls(interprocess=True)
         event._create(card_of(named_index(device)))  # the same class
         if int.from_bytes(handle[:8], "little") == os.getpid():
             raise cuda_error("cudaErrorDeviceUninitialized")
@@ -216,9 +218,7 @@ class Event:
             torch.AcceleratorError: The event is not one for other processes (CUDA's
                 message).
         """
-        if self.device is None:
-            self.device = DEVICES[card_of(None).index]
-        self._create(card_of(self.device.index))
+        self._create(card_of(None if self.device is None else self.device.index))
         if not self._interprocess:
             raise cuda_error("cudaErrorInvalidResourceHandle")
         own = os.getpid().to_bytes(8, "little") + self._handle.to_bytes(8, "little")
@@ -232,6 +232,8 @@ class Event:
                 (CUDA's message). Source: ``cudaEventCreateWithFlags``.
         """
         card.make_context()
+        if self.device is None or self.device.index is None:
+            self.device = DEVICES[card.index]
         if self._interprocess and self.enable_timing:
             raise cuda_error("cudaErrorInvalidValue")
 
@@ -253,12 +255,11 @@ class Event:
             RuntimeError: The event belongs to another card than the stream.
         """
         card = card_of(None if stream is None else stream.device_index)
-        if self.device is None:
-            self.device = DEVICES[card.index]
-        if self.device.index != card.index:
+        made_on = None if self.device is None else self.device.index
+        if made_on not in {None, card.index}:
             # Source: ``CUDAEvent::record``.
             raise RuntimeError(
-                f"Event device {self.device.index} does not match recording stream's "
+                f"Event device {made_on} does not match recording stream's "
                 f"device {card.index}."
             )
         self._create(card)
@@ -325,9 +326,11 @@ class _NameType(type):
 
     def __call__(cls, *args: Any, **options: Any) -> Any:
         named = args[0] if args else options.get("device")
-        if isinstance(named, int):
+        if named is None:
+            named = torch.device("cuda")
+        elif isinstance(named, int):
             named = torch.device("cuda", named)
-        if named is None or torch.device(named).type == "cuda":
+        if torch.device(named).type == "cuda":
             options["device"] = named
             return cls.simulated(*args[1:], **options)
         return cls.original(*args, **options)
