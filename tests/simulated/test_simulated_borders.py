@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch import nn
+from torch._higher_order_ops import while_loop
 from torch.nn.attention.flex_attention import flex_attention
 
 from pytest_gpumem.devices.simulated.install import simulated_device
@@ -28,6 +29,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 cuda: Any = torch.cuda
 dlpack: Any = torch.utils.dlpack
+foreach: Any = torch
 _attend: Any = nn.functional.scaled_dot_product_attention
 with_default_type: Any = torch.set_default_tensor_type
 
@@ -364,6 +366,74 @@ def test_what_closures_and_globals_hold_counts_as_well() -> None:
 
     with pytest.warns(RunsEagerlyWarning, match="runs as it is"):
         compiled()
+
+
+def test_functions_that_operators_take_run_on_a_card() -> None:
+    """``torch.cond`` and its like have no rule for a class of tensors."""
+    results = []
+    for device in ("cuda", "cpu"):
+        source = torch.tensor([1.0, 2.0], device=device, requires_grad=True)
+        given = (torch.tensor(1, device=device), source.detach())
+        chosen = torch.cond(source.sum() > 0, torch.sin, torch.cos, (source,))
+        chosen.sum().backward()
+        looped = while_loop(
+            lambda i, x: i <= len(x), lambda i, x: (i + 1, x * i), given
+        )
+        assert {device} == {each.device.type for each in (chosen, *looped)}
+        results.append([each.tolist() for each in (chosen, source.grad, *looped)])
+
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (lambda x: foreach._foreach_add(x, 1), [2, 3]),
+        (lambda x: foreach._foreach_mul(x, [2.0, 3.0]), [2, 6]),
+        (foreach._foreach_norm, [1, 2]),
+        (lambda x: foreach._foreach_addcmul(x, x, x, torch.tensor([1, 2])), [2, 10]),
+        (lambda x: foreach._foreach_copy_(x, x[::-1]), [2, 2]),
+        (lambda x: foreach._foreach_add_(x, x), [2, 4]),
+    ],
+)
+def test_lists_of_tensors_may_lie_on_several_devices(
+    call: Callable[[Any], Any], expected: list[int]
+) -> None:
+    """Elements are then computed one by one, as where CUDA has no fast route."""
+    for places in (("cuda:0", "cuda:1"), ("cuda:0", "cpu"), ("cpu", "cuda:1")):
+        tensors = [
+            torch.full((), float(value), device=place)
+            for value, place in enumerate(places, 1)
+        ]
+        found = call(tensors) or tensors
+
+        assert expected == [each.item() for each in found]
+        assert list(places) == [str(each.device) for each in found]
+
+
+def test_elements_of_lists_are_on_one_device_each() -> None:
+    """The error is that of the operator on single tensors."""
+    ones = [torch.ones(2, device=place) for place in ("cuda:0", "cuda:1")]
+
+    with pytest.raises(RuntimeError, match="two devices, cuda:0 and cuda:1!"):
+        foreach._foreach_add(ones, ones[::-1])
+    with pytest.raises(RuntimeError, match="to be on CPU, got cuda:0 instead"):
+        foreach._foreach_addcmul(ones, ones, ones, ones[0])
+
+
+def test_a_card_takes_the_drivers_of_a_decomposition() -> None:
+    """A host has none; ``out=`` and gradients have them, too."""
+    source = torch.eye(3, device="cuda", requires_grad=True)
+    torch.linalg.svdvals(source, driver="gesvd").sum().backward()
+    out = torch.linalg.svdvals(
+        source.detach(), driver="gesvda", out=torch.empty(3, device="cuda")
+    )
+
+    assert [1, 1, 1] == out.tolist()
+    assert source.grad is not None
+    assert torch.equal(source.grad, torch.eye(3, device="cuda"))
+    with pytest.raises(RuntimeError, match="unknown svd driver gesdd in"):
+        torch.linalg.svd(source, driver="gesdd")
 
 
 def test_tracing_leaves_the_cards_books_in_order() -> None:

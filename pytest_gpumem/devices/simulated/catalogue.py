@@ -182,6 +182,8 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
         "without compilation, with the values and bytes of eager code. If a backend would "
         "make kernels, one warning says so, or an error with `--gpu-compiled=refused`; "
         "graph breaks are not detected",
+        "`torch.cond` and other operators that take functions (`while_loop`, `scan`, "
+        "`map`): they run as their eager code, with its bytes",
         "threads, DataLoader workers, autograd's threads; a forked child of a process "
         "that has used a card gets torch's own error if it uses the card, and computes "
         "on the host with one thread",

@@ -18,8 +18,11 @@ from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from torch._C import DispatchKey
 from torch._higher_order_ops.flex_attention import FlexAttentionHOP
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensorConverter
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from pytest_gpumem.devices.patches import PatchSet
 from pytest_gpumem.devices.simulated.machine import current_machine
@@ -297,6 +300,40 @@ def flexible(operator: Any, query: torch.Tensor, *rest: Any, **options: Any) -> 
     return _original_flex(operator, query, *rest, **options)
 
 
+def calling_functions(
+    operator: HigherOrderOperator, key: DispatchKey, *args: Any, **kwargs: Any
+) -> Any:
+    """Run an operator that takes functions (``torch.cond``) as its eager code.
+
+    torch has no rule for the tensors' class, and its gradient would trace the functions.
+    Source: ``torch/_ops.py``, ``HigherOrderOperator.dispatch``.
+    """
+    if (
+        _functionality_of(key) in _ABOVE_EAGER
+        and DispatchKey.CompositeExplicitAutograd in operator.py_kernels
+        and _get_current_dispatch_mode() is None
+        and _are_of_a_card(torch.utils._pytree.tree_leaves((args, kwargs)))
+    ):
+        key = DispatchKey.CompositeExplicitAutograd
+    return _original_dispatch(operator, key, *args, **kwargs)
+
+
+_functionality_of: Final = torch._C._to_functionality_key  # type: ignore[attr-defined]  # has no stub
+_ABOVE_EAGER: Final = {DispatchKey.Python, DispatchKey.AutogradFunctionality}
+
+
+def _are_of_a_card(operands: list[Any]) -> bool:
+    """Return whether one is a card's tensor, and none is of another class that dispatches."""
+    dispatching = [
+        isinstance(each, SimulatedTensor)
+        for each in operands
+        if isinstance(each, torch.Tensor)
+        and torch._C._dispatch_keys(each).has("Python")
+    ]
+    return bool(dispatching) and all(dispatching)
+
+
+_original_dispatch: Final[Any] = HigherOrderOperator.dispatch
 _original_flex: Final[Any] = FlexAttentionHOP.__call__
 _original_export: Final[Any] = torch.export.export
 _original_fake: Final[Any] = FakeTensorConverter.from_real_tensor
@@ -308,5 +345,6 @@ REPLACEMENTS: Final[tuple[tuple[Any, str, Any], ...]] = (
     (torch.export, "export", exporting),
     (torch.func, "linearize", linearizing),
     (FlexAttentionHOP, "__call__", flexible),
+    (HigherOrderOperator, "dispatch", calling_functions),
     (FakeTensorConverter, "from_real_tensor", faking),
 )

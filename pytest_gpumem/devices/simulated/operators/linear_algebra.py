@@ -610,6 +610,28 @@ def _eigvalsh(source: torch.Tensor, UPLO: str = "L") -> torch.Tensor:  # noqa: N
     return values
 
 
+def _svd(func: Any) -> Kernel:
+    """Return a decomposition that takes cuSOLVER's drivers, which the CPU has not."""
+
+    def kernel(*args: Any, driver: str | None = None, **out: Any) -> Any:
+        if driver not in {None, "gesvd", "gesvdj", "gesvda"}:
+            raise RuntimeError(
+                f"torch.linalg.svd: unknown svd driver {driver} in svd_cusolver "
+                "computation. Check doc at "
+                "https://pytorch.org/docs/stable/generated/torch.linalg.svd.html"
+            )
+        return func(*args, **out)
+
+    return kernel
+
+
+register(
+    "_linalg_svd",
+    compute=_svd,
+    source="linalg/BatchLinearAlgebraLib.cpp, svd_cusolver",
+)
+
+
 def _svdvals(source: torch.Tensor, *, driver: str | None = None) -> torch.Tensor:
     vectors = _needs_vectors(source)
     values: torch.Tensor = _aten._linalg_svd(source, False, vectors, driver=driver)[1]
