@@ -336,6 +336,21 @@ def test_what_is_compiled_runs_as_it_is(call: str) -> None:
     ]
 
 
+def test_graph_breaks_are_counted_on_the_host_alone() -> None:
+    """On a card they would be those of the code that simulates it."""
+    explain: Any = torch._dynamo.explain
+
+    with pytest.raises(UnsupportedOnSimulatedDeviceError, match="explain is"):
+        explain(_doubled)(_card())
+    with pytest.raises(UnsupportedOnSimulatedDeviceError, match="explain is"):
+        explain(_doubled, _card())
+    assert 0 == explain(_doubled)(torch.ones(2)).graph_break_count
+
+
+def _doubled(source: torch.Tensor) -> torch.Tensor:
+    return source * 2
+
+
 def test_a_compiled_optimizer_runs_as_it_is() -> None:
     """A function that only names an optimiser meets the card's parameters by it."""
     model = nn.Linear(4, 2).cuda()

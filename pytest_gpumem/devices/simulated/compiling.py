@@ -24,6 +24,7 @@ from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensorConverter
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from pytest_gpumem.devices.on_import import AfterImport
 from pytest_gpumem.devices.patches import PatchSet
 from pytest_gpumem.devices.simulated.machine import current_machine
 from pytest_gpumem.devices.simulated.refusals import refuse
@@ -252,6 +253,42 @@ def exporting(module: Any, args: Any = (), kwargs: Any = None, **options: Any) -
     if _on_card(module, args, kwargs):
         refuse("torch.export.export")
     return _original_export(module, args, kwargs, **options)
+
+
+class ExplainHook:
+    """Refuses ``torch._dynamo.explain`` with a card's tensors, even if imported later.
+
+    It would trace the code that simulates the card, and count graph breaks there.
+    """
+
+    def __init__(self) -> None:
+        self._hook = AfterImport("torch._dynamo", self._imported)
+        self._patches = PatchSet()
+
+    def start(self) -> None:
+        """Replace the function, now or when TorchDynamo is imported."""
+        self._hook.start()
+
+    def stop(self) -> None:
+        """Restore the function; may be called twice."""
+        self._hook.stop()
+        self._patches.restore()
+
+    def _imported(self) -> None:
+        original: Any = torch._dynamo.explain
+
+        def explain(function: Any, *args: Any, **kwargs: Any) -> Any:
+            if args or kwargs:  # the old form of the call
+                return explain(function)(*args, **kwargs)
+
+            def explaining(*args: Any, **kwargs: Any) -> Any:
+                if _on_card(function, args, kwargs):
+                    refuse("torch._dynamo.explain")
+                return original(function)(*args, **kwargs)
+
+            return explaining
+
+        self._patches.set(torch._dynamo, "explain", functools.wraps(original)(explain))
 
 
 def faking(

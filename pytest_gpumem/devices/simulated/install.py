@@ -157,7 +157,7 @@ class Installation:
     def __init__(self, machine: SimulatedMachine) -> None:
         self.machine: Final = machine
         self._patches = PatchSet()
-        self._triton = handover.TritonHook()
+        self._hooks = (handover.TritonHook(), compiling.ExplainHook())
         self._library: Any = None
 
     def install(self) -> None:
@@ -179,7 +179,8 @@ class Installation:
         for owner, name, value in _replacements():
             self._patches.set(owner, name, value)
         self._patch_optimizers()
-        self._triton.start()
+        for hook in self._hooks:
+            hook.start()
         if not _libraries:
             self._library = factories.register_kernels()
             _libraries.append(self._library)
@@ -203,7 +204,8 @@ class Installation:
             stack.callback(self._pop)
             stack.callback(self._take_kernels_back)
             stack.callback(self._patches.restore)
-            stack.callback(self._triton.stop)
+            for hook in self._hooks:
+                stack.callback(hook.stop)
 
     def _take_kernels_back(self) -> None:
         if self._library is not None:

@@ -54,6 +54,7 @@ ADVICE: Final[dict[str, str]] = {
     "torch.cuda.gds": "read the file on the host",
     "torch.cuda.tunable": _REAL,
     "torch.export.export": "export the module while it is on the CPU",
+    "torch._dynamo.explain": "explain the function with tensors on the CPU",
     "torch.func.linearize": "use torch.func.jvp, or linearize with tensors on the CPU",
     "FakeTensorMode.from_tensor": "make the fake tensors while the module is on the CPU",
     "TorchScript code that asks for devices": (
