@@ -4,6 +4,8 @@ The second one is PyTorch's own: it runs on the CPU throughout, and each storage
 a mark that says on which device it would be. What a tensor is after a step (its values,
 type, version, gradient, whom it shares its memory with) and how many bytes are marked
 as the card's is what the simulated card is held to.
+
+The marks are not attributes of storages, which torch 2.8 and 2.9 lose in garbage collections.
 """
 
 from __future__ import annotations
@@ -11,8 +13,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
-import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from fuzzing import EXAMPLES
@@ -25,6 +26,7 @@ from hypothesis.stateful import (
     rule,
 )
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pytest_gpumem.devices.simulated.install import simulated_device
@@ -43,7 +45,7 @@ class Marks(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.forced: str | None = None
-        self._storages: list[Any] = []
+        _places.clear()
 
     def __torch_dispatch__(
         self, func: Any, _types: Any, args: Any = (), kwargs: Any = None
@@ -60,18 +62,20 @@ class Marks(TorchDispatchMode):
 
     def mark(self, tensor: torch.Tensor, place: str) -> None:
         """Say where a tensor's memory is, unless it is said already."""
-        storage: Any = tensor.untyped_storage()
-        if not hasattr(storage, "_place"):
-            storage._place = place
-            self._storages.append(weakref.ref(storage))
+        if not place_of(tensor):
+            set_place(tensor, place)
 
     def card_bytes(self) -> int:
         """Return the bytes on the card, as its allocator counts them."""
-        alive = [each() for each in self._storages]
+        on_card = [
+            torch.UntypedStorage._new_with_weak_ptr(each.cdata)
+            for each, place in _places.values()
+            if place == "cuda"
+        ]
         return sum(
             -(-storage.nbytes() // ROUNDING) * ROUNDING
-            for storage in alive
-            if storage is not None and storage._place == "cuda"
+            for storage in on_card
+            if storage is not None
         )
 
 
@@ -79,13 +83,22 @@ def place_of(tensor: torch.Tensor) -> str:
     """Return where a tensor of either world is: ``"cpu"`` or ``"cuda"``."""
     if tensor.device.type == "cuda":
         return "cuda"
-    return getattr(tensor.untyped_storage(), "_place", "")
+    return _places.get(storage_of(tensor), (None, ""))[1]
+
+
+def set_place(tensor: torch.Tensor, place: str) -> None:
+    """Mark a tensor's storage as being on a device."""
+    _places[storage_of(tensor)] = StorageWeakRef(tensor.untyped_storage()), place
 
 
 def mark_like(copied: torch.Tensor, source: torch.Tensor) -> None:
     """Mark a copy as its source: a storage is copied by operators that know neither."""
-    storage: Any = copied.untyped_storage()
-    storage._place = place_of(source)
+    set_place(copied, place_of(source))
+
+
+#: Where each storage of the CPU's program is, by ``storage_of``. No other storage gets the
+#: number of one that has a weak reference of C++.
+_places: Final[dict[int, tuple[Any, str]]] = {}
 
 
 def storage_of(tensor: torch.Tensor) -> int:
@@ -301,6 +314,8 @@ class Programs(RuleBasedStateMachine):
                 state = torch.load(buffer, weights_only=False)  # with a user's class
                 self.marks.forced = None
             net.load_state_dict(state, assign=assign)
+            del state
+            gc.collect()  # up to torch 2.8 cycles of save and load hold storages
 
         if assign:  # the parameters go
             self.optimizers.clear()

@@ -230,6 +230,19 @@ def test_a_cycle_is_freed_by_the_collector() -> None:
     assert 0 == torch.cuda.memory_allocated()
 
 
+def test_a_storage_in_a_cycle_keeps_its_block() -> None:
+    """``torch.save`` leaves cycles with the storages; tensors still hold the block."""
+    kept = _mib(2)
+    cycle: list[object] = [kept.untyped_storage()]
+    cycle.append(cycle)
+    del cycle
+    gc.collect()
+
+    assert 2 * MIB == torch.cuda.memory_allocated()
+    del kept
+    assert 0 == torch.cuda.memory_allocated()
+
+
 def test_threads_share_the_card() -> None:
     """Allocations and releases from many threads add up."""
     errors: list[BaseException] = []

@@ -5,11 +5,17 @@ The *storage's* Python object owns the allocator's block (attribute ``_gpumem``)
 keeps this object alive exactly as long as the C++ storage, whether views, tensors saved
 for backward or ``untyped_storage()`` refer to it. When the object is deleted, the block
 is freed.
+
+Up to torch 2.9 C++ has no reference to the object that it keeps alive. If only a reference
+cycle refers to the object (``torch.save`` leaves such cycles), Python's garbage collector
+would delete its attributes, although tensors still use the storage. So the collector is not
+shown the object there.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Final
+import ctypes
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
 
@@ -17,6 +23,7 @@ from pytest_gpumem.devices.simulated.backward import in_backward
 from pytest_gpumem.devices.simulated.cublas_handles import AUTOGRAD
 from pytest_gpumem.devices.simulated.machine import OutOfMemory
 from pytest_gpumem.devices.simulated.refusals import refuse
+from pytest_gpumem.devices.simulated.torch_build import REFERENCES_BY_CPP
 from pytest_gpumem.errors import HostMemoryError
 from pytest_gpumem.kernels.cublas import OF_LT
 
@@ -208,10 +215,18 @@ def charge(storage: torch.UntypedStorage, card: SimulatedCard) -> Memory:
     nbytes = storage.nbytes()
     if memory is None or memory.nbytes < nbytes:
         memory = Memory(card, nbytes)
-        storage._gpumem = memory  # type: ignore[attr-defined]  # see Note [Who owns the bytes]
+        hold(storage, memory)
     return memory
 
 
+#: Source: CPython's C API, "Supporting Cyclic Garbage Collection".
+_hide_from_collector: Final[Any] = ctypes.pythonapi.PyObject_GC_UnTrack
+_hide_from_collector.argtypes = [ctypes.py_object]
+_hide_from_collector.restype = None
+
+
 def hold(storage: torch.UntypedStorage, memory: Memory) -> None:
-    """Attach memory that was taken in advance to the storage that was made for it."""
+    """Attach memory to the storage that it was taken for."""
+    if not REFERENCES_BY_CPP:
+        _hide_from_collector(storage)
     storage._gpumem = memory  # type: ignore[attr-defined]  # see Note [Who owns the bytes]
