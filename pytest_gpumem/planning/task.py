@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 from unittest import mock
@@ -13,7 +15,7 @@ import torch
 from pytest_gpumem.errors import PlanError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from pytest_gpumem.checkpoints.models import ModelSpec
     from pytest_gpumem.planning.kinds import PeakByKind
@@ -31,6 +33,9 @@ _WARNING: Final = "warn_if_padding_and_no_attention_mask"
 #: The function of transformers that reads values to see whether a row holds several texts.
 #: Here each row is one text.
 _PACKED: Final = "transformers.masking_utils.find_packed_sequence_indices"
+#: The function of transformers 4 that reads a mask to see whether rows are padded; it
+#: returns None if none is. Here none is.
+_PADDED: Final = "_prepare_4d_attention_mask_for_sdpa"
 #: A training step is run twice, because the first step makes the optimiser's state.
 _STEPS: Final = 2
 
@@ -48,7 +53,7 @@ class FitTask:
         optimizer: One of ``OPTIMIZERS``, for ``train``.
         checkpointing: Whether ``train`` computes activations again (gradient
             checkpointing).
-        attention: ``"sdpa"`` or ``"eager"``, as in transformers.
+        attention: ``"sdpa"``, where the model has it, or ``"eager"``, as in transformers.
 
     Raises:
         PlanError: A value is not accepted.
@@ -110,7 +115,9 @@ def run_task(spec: ModelSpec, task: FitTask, kinds: PeakByKind) -> None:
 
     def on_card(weight: torch.Tensor) -> torch.Tensor:
         # A weight that several modules share is made once, because ``to("cuda")`` moves it
-        # once.
+        # once. A module that several others have is visited by each of them.
+        if weight.is_cuda:
+            return weight
         if id(weight) not in made:
             made[id(weight)] = torch.empty_like(weight, device="cuda")
         return made[id(weight)]
@@ -126,16 +133,33 @@ def run_task(spec: ModelSpec, task: FitTask, kinds: PeakByKind) -> None:
         return
     inputs = _inputs(model, task)
     kinds.mark("inputs", inputs)
-    if task.kind == "train":
-        _train(model, inputs, task, kinds)
-        return
-    model.eval()
-    with torch.no_grad():
-        if task.kind == "forward":
-            kinds.stage = "forward"
-            model(**inputs)
-        else:
-            _generate(model, inputs, task, kinds)
+    with _whole_rows(model):
+        if task.kind == "train":
+            _train(model, inputs, task, kinds)
+            return
+        model.eval()
+        with torch.no_grad():
+            if task.kind == "forward":
+                kinds.stage = "forward"
+                model(**inputs)
+            else:
+                _generate(model, inputs, task, kinds)
+
+
+@contextmanager
+def _whole_rows(model: Any) -> Iterator[None]:
+    """Answer what transformers would read in the inputs: each row is one whole text."""
+    modules = {sys.modules[type(each).__module__] for each in model.modules()}
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch(_PACKED, _no_mask))
+        for module in modules:
+            if hasattr(module, _PADDED):
+                stack.enter_context(mock.patch.object(module, _PADDED, _no_mask))
+        yield
+
+
+def _no_mask(*_args: object, **_kwargs: object) -> None:
+    """Return None; a mock would keep its arguments."""
 
 
 def build(spec: ModelSpec, task: FitTask) -> Any:
@@ -151,7 +175,8 @@ def build(spec: ModelSpec, task: FitTask) -> Any:
     dtype = getattr(torch, task.dtype)
     try:
         config = transformers.AutoConfig.for_model(kind, **entries)
-        config._attn_implementation = task.attention  # noqa: SLF001  # as from_config does
+        if task.attention != "sdpa":  # else transformers chooses
+            config._attn_implementation = task.attention  # noqa: SLF001  # as from_config does
         maker: Any = getattr(transformers, spec.architecture or "AutoModel", None)
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
@@ -239,16 +264,6 @@ def _train(
                 break
     model.config.use_cache = False
     optimizer = OPTIMIZERS[task.optimizer](model.parameters())
-    with mock.patch(_PACKED, return_value=None):
-        _steps(model, inputs, optimizer, kinds)
-
-
-def _steps(
-    model: Any,
-    inputs: dict[str, torch.Tensor],
-    optimizer: torch.optim.Optimizer,
-    kinds: PeakByKind,
-) -> None:
     for number in range(_STEPS):
         step = "" if not number else ", second step"
         kinds.stage = f"forward{step}"
