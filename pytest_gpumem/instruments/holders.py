@@ -290,14 +290,15 @@ def _held() -> Iterator[tuple[Any, Any]]:
 
 def _saved() -> Iterator[tuple[torch.Tensor, Any]]:
     """Yield pairs of a tensor and what the graph behind it keeps for backward."""
-    seen: set[int] = set()
+    # With the nodes: another node would get the number of one that is gone.
+    seen: dict[int, Any] = {}
     for tensor in living(torch.Tensor)[0]:
         waiting = [tensor.grad_fn]
         while waiting and len(seen) < _NODES:
             node = waiting.pop()
             if node is None or id(node) in seen:
                 continue
-            seen.add(id(node))
+            seen[id(node)] = node
             yield tensor, node  # a torch.autograd.Function keeps tensors as attributes
             for name in dir(node):
                 if name.startswith(_SAVED) or name in _KEPT:
