@@ -37,6 +37,8 @@ STATS: Final = {
     "num_device_alloc": "num_device_alloc",
     "num_device_free": "num_device_free",
 }
+#: The largest ``int64_t``.
+_MOST: Final = 2**63 - 1
 #: The name of each type in an error message about a value of the wrong type.
 _NAMES = {
     bool: "true or false",
@@ -82,7 +84,7 @@ def read_field(
 
 
 def read_size(mapping: Any, key: str, where: str) -> int:
-    """Return an entry that is an integer of at least 0.
+    """Return an entry that is an integer of at least 0, as large as C++ can have it.
 
     Raises:
         TraceError: The entry is missing or is not such an integer.
@@ -90,4 +92,6 @@ def read_size(mapping: Any, key: str, where: str) -> int:
     value: int = read_field(mapping, key, int, where)
     if value < 0:
         raise no_trace(f"{where}: {key}={value} is below 0")
+    if value > _MOST:
+        raise no_trace(f"{where}: {key}={value} is above 2**63 - 1")
     return value
