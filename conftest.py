@@ -21,9 +21,11 @@ def pytester(
 ) -> pytest.Pytester:
     """Have inner runs ask for a device, in place of an option in every test.
 
-    A test of what a run does by itself deletes the variable.
+    A test of what a run does by itself deletes the variable. A module that a test writes
+    again within a second, as long as before, would be taken from the cache of bytecode.
     """
     monkeypatch.setenv("PYTEST_ADDOPTS", "--gpu-backend=auto")
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     return pytester
 
 

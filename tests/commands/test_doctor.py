@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_gpumem import doctor
+from pytest_gpumem.allocator.versions import installed_version
 from pytest_gpumem.cli import main
 from pytest_gpumem.devices.selection import torch_build
 
@@ -56,7 +57,7 @@ def test_wrong_settings_are_fatal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The exit code is 1, the problem stands first."""
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "no_such_thing:1")
+    monkeypatch.setenv(installed_version().variables[0], "no_such_thing:1")
 
     assert 1 == main(["doctor"])
     text = capsys.readouterr().out

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
-from versions import TORCH
+from versions import TORCH, since
 
 from pytest_gpumem.devices.simulated.install import simulated_device
 
@@ -296,6 +296,7 @@ def test_one_batch_on_two_ranks_is_normalised_as_one() -> None:
     run_ranks(body)
 
 
+@since(2, 11, "a barrier's tensor is a static variable of C++, one for all threads")
 def test_what_nobody_has_waited_for_is_kept_until_the_next_collective() -> None:
     """The tensors of an asynchronous collective, and so the last bucket of a replica."""
 
