@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
 from types import ModuleType
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning",
     "ignore:flex_attention called without torch.compile",
     "ignore:torch.set_default_tensor_type",
+    "ignore:Lazy modules are a new feature",
     "ignore:Warning. Profiler clears events",
 )
 
@@ -151,16 +153,12 @@ def test_a_single_number_may_come_from_the_host() -> None:
     [
         lambda x: dlpack.to_dlpack(x),  # noqa: PLW0108  # replaced while cards are simulated
         lambda _x: cuda._compile_kernel('extern "C" __global__ void f() {}', "f"),
-        lambda _x: nn.LazyLinear(2, device="cuda"),
-        lambda _x: nn.LazyLinear(2).to("cuda"),
         lambda x: flex_attention(*[x.view(1, 1, 2, 2)] * 3),
         lambda x: flex_attention(*[x.view(1, 1, 2, 2).requires_grad_()] * 3),
     ],
     ids=[
         "dlpack",
         "kernel",
-        "lazy",
-        "lazy-to",
         "flex",
         "flex-grad",
     ],
@@ -169,6 +167,42 @@ def test_a_cards_memory_is_handed_to_nobody(hand_over: Callable[..., Any]) -> No
     """Neither to a library nor to a kernel of one's own."""
     with pytest.raises(UnsupportedOnSimulatedDeviceError):
         hand_over(_card())
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda linear, norm: nn.Sequential(linear, norm).to("cuda:1"),
+        lambda *each: nn.Sequential(*each).cuda(0).double().cuda(1).float(),
+        lambda linear, norm: nn.Sequential(copy.deepcopy(linear.cuda(1)), norm.cuda(1)),
+    ],
+    ids=["to", "moved", "copied"],
+)
+def test_lazy_modules_take_their_memory_where_they_lie(
+    place: Callable[..., nn.Module],
+) -> None:
+    """Their parameters and buffers get a shape with the first batch."""
+    model = place(nn.LazyLinear(2), nn.LazyBatchNorm1d())
+    assert 512 == torch.cuda.memory_allocated(1)  # the count of batches
+
+    model(torch.ones(4, 3, device="cuda:1")).sum().backward()
+
+    held = [*model.parameters(), *model.buffers()]
+    assert {"cuda:1"} == {str(each.device) for each in held}
+    assert [(2, 3), (2,), (2,), (2,), (2,), (2,), ()] == [each.shape for each in held]
+    assert all(each.grad is not None for each in model.parameters())
+
+
+def test_a_lazy_parameter_becomes_one_on_any_device() -> None:
+    """Also on another device than the one that it was made for."""
+    make: Any = nn.UninitializedParameter, nn.UninitializedBuffer
+    parameter, buffer = (each(device="cuda") for each in make)
+    assert parameter.is_cuda
+    parameter.materialize((2,), device="cpu")
+    buffer.materialize((2,))
+
+    assert nn.Parameter is type(parameter)
+    assert ("cuda:0", False) == (str(buffer.device), isinstance(buffer, nn.Parameter))
 
 
 def test_the_profiler_times_the_host(capfd: pytest.CaptureFixture[str]) -> None:

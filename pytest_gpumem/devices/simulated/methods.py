@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
+from contextlib import nullcontext
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -74,7 +75,7 @@ class _Overridable:
         return self if tensor is None else MethodType(self, tensor)
 
     def __call__(self, tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
-        if has_torch_function_unary(tensor) and not is_lazy(tensor):
+        if has_torch_function_unary(tensor):
             return handle_torch_function(self, (tensor,), tensor, *args, **options)
         if tensor.is_complex():  # C++ warns that the imaginary part is discarded
             return relayed(lambda: self._method(tensor, *args, **options))
@@ -155,8 +156,6 @@ def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         there: torch.Tensor = _original_to(self, *args, **kwargs)
         return there
     goal = target if target is not None else torch.device(device)
-    if is_lazy(self):
-        refuse("a lazy module's parameter")
     if on_card and goal == self.device:
         return _to_dtype(self, options)
     if "cpu" in (goal.type, self.device.type) and current_machine().is_watched:
@@ -235,6 +234,11 @@ def _get_data(self: torch.Tensor) -> Any:
     return _original_data.__get__(self)
 
 
+def _set_data(self: torch.Tensor, data: torch.Tensor) -> None:
+    with torch._C.DisableTorchFunctionSubclass() if is_lazy(self) else nullcontext():
+        become(self, data)
+
+
 # -- pinned memory ----------------------------------------------------------------------
 
 
@@ -279,7 +283,7 @@ def is_pinned(self: torch.Tensor, device: Any = None) -> bool:  # noqa: ARG001  
 
 #: Methods that are replaced for every tensor while the simulated device is installed.
 EVERY_TENSOR: Final[dict[str, Any]] = {
-    "data": property(_get_data, become),
+    "data": property(_get_data, _set_data),
     "grad": GRAD,
     **{
         each.__name__.removeprefix("as_"): _Overridable(each)

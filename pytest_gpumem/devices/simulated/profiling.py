@@ -1,17 +1,11 @@
-"""``torch.profiler`` and lazy parameters, whose Python code needs a CUDA driver.
-
-The profiler runs without the driver. A lazy module's parameter on a card is refused,
-because a parameter without a shape cannot have the class of a card's tensor.
-"""
+"""``torch.profiler``, whose Python code needs a CUDA driver, runs without it."""
 
 from __future__ import annotations
 
 import functools
 from typing import Any, Final
 
-import torch
 from torch.autograd import profiler
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.devices.simulated.warned import warn
@@ -53,23 +47,8 @@ def emitting(self: Any) -> Any:
     return _original_emitting(self)
 
 
-def _uninitialized(original: Any) -> Any:
-    @functools.wraps(original)
-    def new(cls: type, *args: Any, **options: Any) -> Any:
-        device = args[1] if len(args) > 1 else options.get("device")
-        if device is not None and torch.device(device).type == "cuda":
-            refuse("a lazy module's parameter")
-        return original(cls, *args, **options)
-
-    return staticmethod(new)
-
-
 #: Owner, name and new value of each replaced attribute.
 REPLACEMENTS: Final[tuple[tuple[Any, str, Any], ...]] = (
     (profiler.profile, "__init__", profile),
     (profiler.emit_nvtx, "__enter__", emitting),
-    *(
-        (kind, "__new__", _uninitialized(kind.__new__))
-        for kind in (UninitializedParameter, UninitializedBuffer)
-    ),
 )

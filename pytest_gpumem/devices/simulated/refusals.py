@@ -69,7 +69,6 @@ ADVICE: Final[dict[str, str]] = {
     "a tensor of symbolic size": "trace the program with tensors on the CPU",
     "resizing a tensor that was sent to another process": "send a clone of it",
     "torch.cuda._compile_kernel": _KERNEL,
-    "a lazy module's parameter": "call the module once on the CPU, then move it",
     "a Triton kernel": _KERNEL,
     "dropout or a mask of an attention kernel that is called by itself": (
         "use torch.nn.functional.scaled_dot_product_attention"

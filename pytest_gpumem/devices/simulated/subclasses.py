@@ -187,6 +187,24 @@ def _placed(wrapper: Any, place: torch.device) -> Any:
     return wrapper
 
 
+_Lazy: Final[Any] = torch.nn.parameter.UninitializedTensorMixin  # type: ignore[attr-defined]  # has no stub
+_materialize: Final[Any] = _Lazy.materialize
+
+
+def materialize(self: Any, *args: Any, **options: Any) -> None:
+    """Give a lazy module's parameter or buffer its memory, and its class of a card."""
+    with torch._C.DisableTorchFunctionSubclass():
+        _materialize(self, *args, **options)
+    if is_keyed(self):
+        is_param = type(self) is torch.nn.Parameter
+        value, card = self._gpumem_value, self._gpumem_card
+        take_off_card(self)
+        self.__class__ = SimulatedTensor
+        put_on_card(self, value, card)
+        if is_param:
+            self._is_param = True  # torch marks parameters of subclasses in this way
+
+
 def new_parameter(
     cls: Any,
     data: Any = None,
@@ -256,4 +274,5 @@ EVERY_CLASS: Final[dict[str, Any]] = {
 REPLACEMENTS: Final[tuple[tuple[Any, str, Any], ...]] = (
     *((torch.Tensor, name, value) for name, value in EVERY_CLASS.items()),
     (torch.nn.Parameter, "__new__", staticmethod(new_parameter)),
+    (_Lazy, "materialize", materialize),
 )
