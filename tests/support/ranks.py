@@ -57,6 +57,9 @@ def run_ranks(
             dist.destroy_process_group()
 
     hook = threading.excepthook
+    # Whether a mode is active, which torch has once for all threads.
+    modes: Any = torch.utils._python_dispatch
+    flags = {key: each for key, each in vars(modes).items() if key.startswith("_is_in")}
     isolate: Any = vars(c10d)["_set_thread_isolation_mode"]
     multi_threaded_pg._install_threaded_pg()
     isolate(True)
@@ -70,5 +73,6 @@ def run_ranks(
         threading.excepthook = hook
         isolate(False)
         multi_threaded_pg._uninstall_threaded_pg()
-        # Each forward puts back what it found; threads may do so in another order.
+        # Each forward and mode puts back what it found; threads do so in another order.
         DistributedDataParallel._active_ddp_module = None
+        vars(modes).update(flags)
