@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils import rnn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pytest_gpumem import PeakRecorder
 from pytest_gpumem.devices.simulated.install import simulated_device
@@ -218,6 +219,42 @@ def test_linear_takes_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(expected, result.cpu())
     assert card.grad is not None
     torch.testing.assert_close(source.grad, card.grad.cpu())
+
+
+class _Operators(TorchDispatchMode):
+    """Notes the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.names.append(str(func.overloadpacket))
+        return func(*args, **(kwargs or {}))
+
+
+def test_linear_without_gradients_is_what_it_is_with_them() -> None:
+    """Nobody records its views then; whoever looks sees them, and its result is one."""
+    layer = nn.Linear(256, 1024, device="cuda")
+    source = torch.rand(2, 64, 256, device="cuda")
+    layer(source)  # the workspace of products stays
+    found: list[Any] = []
+    for is_on in (True, False):
+        with torch.set_grad_enabled(is_on), PeakRecorder() as recorder:
+            result = layer(source)
+        figures = recorder.figures
+        grown = figures.peak_allocated_bytes - figures.start_allocated_bytes
+        with torch.set_grad_enabled(is_on), _Operators() as seen:
+            layer(source)
+        found.append((result.detach(), result._is_view(), grown, seen.names))
+
+    with_gradients, without = found
+    assert torch.equal(with_gradients[0], without[0])
+    assert with_gradients[1:] == without[1:]
+    assert ["aten.view", "aten.t", "aten.addmm", "aten.view"] == without[3]
+    assert without[1]
 
 
 def _names(node: Any) -> set[str]:

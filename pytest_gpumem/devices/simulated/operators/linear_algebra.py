@@ -7,8 +7,10 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd import forward_ad
 
 from pytest_gpumem.devices.simulated.kernel_types import INTEGERS, lacking
+from pytest_gpumem.devices.simulated.layouts import TWICE
 from pytest_gpumem.devices.simulated.operators.checks import as_if
 from pytest_gpumem.devices.simulated.operators.composing import (
     by_formula,
@@ -29,6 +31,7 @@ from pytest_gpumem.devices.simulated.operators.requests import (
     copy_of,
     is_number,
 )
+from pytest_gpumem.devices.simulated.tensor import SimulatedTensor, make
 from pytest_gpumem.kernels.sort_memory import INDEX_BYTES
 
 if TYPE_CHECKING:
@@ -258,10 +261,10 @@ def _is_in_rows(matrix: torch.Tensor) -> bool | None:
     """
     if matrix.is_contiguous():
         return True
-    if torch.ops.aten.is_non_overlapping_and_dense.default(matrix):
-        return False
     down, across = matrix.stride()
     if down == 1 and across >= max(1, matrix.shape[0]):
+        return False
+    if torch.ops.aten.is_non_overlapping_and_dense.default(matrix):
         return False
     return True if across == 1 and down >= max(1, matrix.shape[1]) else None
 
@@ -274,7 +277,7 @@ def _multiplying(call: Call) -> Iterable[RequestStep]:
     sum there is no product.
     """
     result: Any = call.results[0]
-    second, first = call["mat2"], call["self" if call.name == "mm" else "mat1"]
+    first, second = call.matrices
     if not result.numel() or not first.numel():
         return ()
     is_reversed = _is_in_rows(result) is not False
@@ -447,6 +450,26 @@ register(
 )
 
 
+def _matrices(source: Any, weight: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rows of a contiguous operand, and the transposed weight of its layer.
+
+    Where nothing records operators, these views are made without running any: after the
+    product before, all that runs is cold, and half of a layer's cost is its views.
+    """
+    shape = (math.prod(source.shape[:-1]), source.shape[-1])
+    is_recorded = (
+        torch.is_grad_enabled()
+        or forward_ad._current_level >= 0  # there is no public function
+        or torch._C._len_torch_dispatch_stack()  # no public API
+        or torch.autograd._profiler_enabled()  # no public API
+        or TWICE
+    )
+    if is_recorded or not type(source) is type(weight) is SimulatedTensor:
+        return source.view(shape), weight.t()
+    rows, columns = source._gpumem_value.view(shape), weight._gpumem_value.t()
+    return make(rows, source._gpumem_card), make(columns, weight._gpumem_card)
+
+
 def _linear(
     source: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -456,8 +479,7 @@ def _linear(
         return torch.addmm(bias, source, weight.t())
     shape = (*source.shape[:-1], weight.shape[0])
     if bias is not None and source.is_contiguous():
-        rows = source.view(math.prod(source.shape[:-1]), source.shape[-1])
-        return torch.addmm(bias, rows, weight.t()).view(shape)
+        return torch.addmm(bias, *_matrices(source, weight)).view(shape)
     # Source: ``should_fold``, for a weight that requires gradients.
     if count > 2 and weight.requires_grad and weight.dim() == 2:  # noqa: PLR2004  # rows
         rows = source.reshape(-1, source.shape[-1]) if source.numel() else source
@@ -467,9 +489,7 @@ def _linear(
         product = source.matmul(weight.t())
     if bias is None:
         return product
-    is_dual = (
-        torch.autograd.forward_ad._current_level >= 0
-    )  # there is no public function
+    is_dual = forward_ad._current_level >= 0  # there is no public function
     return product.add(bias) if is_dual else product.add_(bias)
 
 
@@ -599,9 +619,7 @@ register(
 
 def _needs_vectors(source: torch.Tensor) -> bool:
     """Return whether a gradient may be needed; C++ assumes this for any subclass."""
-    is_dual = (
-        torch.autograd.forward_ad._current_level >= 0
-    )  # there is no public function
+    is_dual = forward_ad._current_level >= 0  # there is no public function
     return is_dual or (source.requires_grad and torch.is_grad_enabled())
 
 
@@ -678,9 +696,7 @@ def _reflecting(func: Any) -> Kernel | None:
     host, formula = on_host(func), by_formula(func)
 
     def kernel(*args: Any, **options: Any) -> Any:
-        has_tangents = (
-            torch.autograd.forward_ad._current_level >= 0
-        )  # no public function
+        has_tangents = forward_ad._current_level >= 0  # no public function
         return (host if has_tangents else formula)(*args, **options)
 
     return into_out(func) or kernel

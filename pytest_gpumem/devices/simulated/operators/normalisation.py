@@ -85,11 +85,12 @@ def _by_rows(call: Call) -> Iterator[RequestStep]:
 
 def _layer_norm_requests(call: Call) -> Iterable[RequestStep]:
     """Request contiguous operands first; moments are of single precision for half."""
-    source: torch.Tensor = call["input"]
-    copies = [packed(call[name]) for name in ("input", "weight", "bias")]
+    operands = call.tensors
+    source = operands[0]
     itemsize = opmath_bytes(source.dtype)
-    if itemsize == source.itemsize and not any(each.nbytes for each in copies):
+    if itemsize == source.itemsize and all(each.is_contiguous() for each in operands):
         return ()  # the results alone, in their order
+    copies = map(packed, operands)
     moments: list[Any] = [call.results[place] for place in (1, 2)]
     sized = (Sized(at, each.numel() * itemsize) for at, each in enumerate(moments, 1))
     return (*copies, Results(0), *sized)
