@@ -225,7 +225,7 @@ class _Operators(TorchDispatchMode):
     """Notes the operators that run."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.names: list[str] = []
 
     def __torch_dispatch__(

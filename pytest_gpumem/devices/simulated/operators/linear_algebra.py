@@ -461,7 +461,7 @@ def _matrices(source: Any, weight: Any) -> tuple[torch.Tensor, torch.Tensor]:
         torch.is_grad_enabled()
         or forward_ad._current_level >= 0  # there is no public function
         or torch._C._len_torch_dispatch_stack()  # no public API
-        or torch.autograd._profiler_enabled()  # no public API
+        or torch._C._autograd._profiler_enabled()  # no public API
         or TWICE
     )
     if is_recorded or not type(source) is type(weight) is SimulatedTensor:
