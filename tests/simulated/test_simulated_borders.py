@@ -273,12 +273,44 @@ def test_the_default_tensor_type_can_be_a_cards() -> None:
     """It names dtype and device at once."""
     try:
         with_default_type(cuda.HalfTensor)
-        made = torch.zeros(2)
+        made = [
+            torch.zeros(2),
+            torch.Tensor([1, 2]),
+            torch.Tensor(2, 3),
+            torch.Tensor(),
+        ]
+        host = torch.zeros(2, device="cpu")
+        same = torch.Tensor(host)
+        with pytest.raises(RuntimeError, match="expects device type: cuda but"):
+            torch.Tensor(2, device="cpu")
     finally:
         with_default_type(torch.FloatTensor)
 
-    assert ("cuda:0", torch.float16) == (str(made.device), made.dtype)
-    assert "cpu" == torch.zeros(2).device.type
+    assert [("cuda:0", torch.float16)] * 4 == [
+        (str(each.device), each.dtype) for each in made
+    ]
+    assert [1.0, 2.0] == made[1].tolist()
+    assert same.data_ptr() == host.data_ptr()
+    assert {"cpu"} == {torch.zeros(2).device.type, torch.Tensor(2).device.type}
+
+
+def test_the_classes_of_host_tensors_stay_what_they_were() -> None:
+    """Code that has stored one of torch's own classes compares it with the new one."""
+    kind: Any = torch.FloatTensor
+    own: Any = kind.original
+    made = kind([1.0, 2.0])
+
+    assert own is not kind
+    assert kind == own
+    assert {own: 1}[kind] == 1
+    assert isinstance(made, kind)
+    assert issubclass(own, kind)
+    assert (own.dtype, own.layout, own.__name__) == (
+        kind.dtype,
+        kind.layout,
+        kind.__name__,
+    )
+    assert type(made) is torch.Tensor
 
 
 # -- compiling --------------------------------------------------------------------------

@@ -19,11 +19,17 @@ from pytest_gpumem.devices.simulated.methods import (
     COPYING,
     cuda_device,
     mark_pinned,
+    new_tensor,
 )
 from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.devices.simulated.rng import GeneratorName, check_generator
+from pytest_gpumem.devices.simulated.stand_ins import StandIn
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
-from pytest_gpumem.devices.simulated.typed import wanted
+from pytest_gpumem.devices.simulated.typed import (
+    TypedTensor,
+    host_typed_tensors,
+    wanted,
+)
 from pytest_gpumem.devices.simulated.warned import relayed
 
 _tensor: Final[Any] = torch.tensor
@@ -237,10 +243,9 @@ FACTORY_METHODS: Final[dict[str, Any]] = {
         "new_empty_strided",
         "new_full",
         "new_ones",
-        "new_tensor",
         "new_zeros",
     )
-}
+} | {"new_tensor": _factory(new_tensor)}
 
 #: The same in ``torch.fft``.
 FREQUENCIES: Final[dict[str, Any]] = {
@@ -319,14 +324,30 @@ def parse_to(*args: Any, **options: Any) -> Any:
 
 
 def set_default_tensor_type(kind: Any, /) -> None:
-    """Run ``torch.set_default_tensor_type``: a card's type also sets the device."""
+    """Run ``torch.set_default_tensor_type``: a card's type also sets the device.
+
+    ``torch.Tensor(…)`` has the device of this type, and not the default device. Source:
+    ``base_tensor_ctor`` of ``torch/csrc/utils/tensor_new.cpp``.
+    """
+    clear_default_device()
     dtype, on_card = wanted(kind)
     if on_card:
         torch.set_default_dtype(dtype)
         torch.set_default_device("cuda")
-    else:
-        _default_tensor_type(kind)
-        clear_default_device()
+        torch.Tensor.__new__ = staticmethod(_new_on_card)  # type: ignore[method-assign]  # C++ has no other place for it
+        return
+    name = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__name__}"
+    typed = CONSTRUCTORS.get(name.removeprefix("torch."))
+    _default_tensor_type(kind if typed is None else typed.original)
+
+
+def _new_on_card(cls: type, *args: Any, **options: Any) -> Any:
+    """Run ``torch.Tensor(…)`` while the default type is a card's."""
+    if len(args) == 1 and isinstance(args[0], torch.Tensor):
+        return torch._C.TensorBase.__new__(cls, *args, **options)  # of any type
+    kind = TypedTensor("", (), {"dtype": torch.get_default_dtype()})
+    made = kind(*args, **options)
+    return made if cls is torch.Tensor else made.as_subclass(cls)
 
 
 _FACTORIES: Final = (
@@ -365,41 +386,27 @@ _FACTORIES: Final = (
 _device: Final[Any] = torch.device
 
 
-class _DeviceType(type):
+class _DeviceType(StandIn):
     """Metaclass of the replacement of ``torch.device``."""
 
-    def __call__(cls, *args: Any, **options: Any) -> Any:
+    def __call__(cls, *args: Any, **options: Any) -> Any:  # noqa: N805  # a metaclass
         index = args[0] if args else options.get("device")
         if isinstance(index, int) and not isinstance(index, bool) and len(args) < 2:  # noqa: PLR2004  # only an index
             return _device("cuda", index)
         return _device(*args, **options)
 
-    def __instancecheck__(cls, instance: object) -> bool:
-        return isinstance(instance, _device)
-
-    def __subclasscheck__(cls, subclass: type) -> bool:
-        return issubclass(subclass, _device)
-
-    def __eq__(cls, other: object) -> bool:
-        return other is cls or other is _device
-
-    def __hash__(cls) -> int:
-        return hash(_device)
-
-    def __getattr__(cls, name: str) -> Any:
-        return getattr(_device, name)
-
 
 class DeviceName(metaclass=_DeviceType):
     """Replaces ``torch.device`` in a torch that does not know what ``torch.device(0)`` is.
 
-    Limits: ``type(device) is torch.device`` is False; ``==`` and ``isinstance`` work. A
-    torch that is built for CUDA keeps its own class, in which a number is a card.
+    A torch that is built for CUDA keeps its own class, in which a number is a card.
     """
 
     # What pickles name it by.
     __module__ = "torch"
     __qualname__ = "device"
+
+    original = _device
 
 
 def _numbers_are_cards() -> bool:
@@ -416,6 +423,7 @@ CONSTRUCTORS: Final[dict[str, Any]] = {
     "asarray": asarray,
     **({} if _numbers_are_cards() else {"device": DeviceName}),
     "set_default_tensor_type": set_default_tensor_type,
+    **host_typed_tensors(),
     "Generator": GeneratorName,
     **{name: _factory(getattr(torch, name)) for name in _FACTORIES},
     **{

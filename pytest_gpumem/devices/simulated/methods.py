@@ -42,7 +42,7 @@ from pytest_gpumem.devices.simulated.subclasses import (
     runs_itself,
 )
 from pytest_gpumem.devices.simulated.tensor import DEVICES, SimulatedTensor
-from pytest_gpumem.devices.simulated.typed import made_of, wanted
+from pytest_gpumem.devices.simulated.typed import check_given, made_of, wanted
 from pytest_gpumem.devices.simulated.warned import relayed, warn
 
 if TYPE_CHECKING:
@@ -358,6 +358,7 @@ def _repr(self: SimulatedTensor, *, tensor_contents: Any = None) -> str:
             suffixes.append(f"dtype={value.dtype}")
         if not tensor_contents:
             card = self._gpumem_card  # private to this package
+            card.check_context()
             note_wait(card.machine)
             check_waiting(card, card.machine.streams.current(card.index))
         text = tensor_contents or _tensor_str(value, len("tensor("))
@@ -411,8 +412,9 @@ COPYING: Final = (
 )
 
 
-def _new_tensor(self: SimulatedTensor, data: Any, **options: Any) -> torch.Tensor:
-    options["device"] = options.get("device") or self.device
+def _new_tensor(self: torch.Tensor, data: Any, **options: Any) -> torch.Tensor:
+    if options.get("device") is None:
+        options["device"] = self.device
     options["dtype"] = options.get("dtype") or self.dtype
     if not isinstance(data, torch.Tensor):
         return torch.tensor(data, **options)
@@ -423,9 +425,23 @@ def _new_tensor(self: SimulatedTensor, data: Any, **options: Any) -> torch.Tenso
 
 
 _new_in_cpp: Final = torch.Tensor.new
+_new_tensor_in_cpp: Final[Any] = torch.Tensor.new_tensor
 
 
-def _new(self: SimulatedTensor, *args: Any, **options: Any) -> torch.Tensor:
+def new_tensor(self: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+    """Run ``Tensor.new_tensor`` of any tensor; C++ would ask a driver for the card."""
+    if has_torch_function_unary(self) or (
+        not self.is_cuda and cuda_device(options.get("device")) is None
+    ):
+        made: torch.Tensor = _new_tensor_in_cpp(self, *args, **options)
+        return made
+    return _new_tensor(self, *args, **options)
+
+
+def _new(self: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+    if has_torch_function_unary(self) or not self.is_cuda:
+        check_given(args[0] if len(args) == 1 else None, self.dtype, self.device)
+        return _new_in_cpp(self, *args, **options)
     device = options.get("device")
     place = self.device if device is None else cuda_device(device)
     made = None if place is None else made_of(args, self.dtype, place)
@@ -563,8 +579,6 @@ _SHARED: Final = (
     "__dlpack_device__",
     "get_device",
     "is_shared",
-    "new",
-    "new_tensor",
     "numpy",
     "record_stream",
     "share_memory_",
@@ -575,6 +589,7 @@ EVERY_TENSOR.update(
     {
         "device": _Attribute("device", lambda _self, place: place),
         "is_cuda": _Attribute("is_cuda", lambda _self, _place: True),
+        "new": _new,
         "is_cpu": _Attribute("is_cpu", lambda _self, _place: False),
         "is_meta": _Attribute("is_meta", lambda _self, _place: False),
         "__cuda_array_interface__": _Attribute(

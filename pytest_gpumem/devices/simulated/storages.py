@@ -21,6 +21,7 @@ from pytest_gpumem.devices.simulated.memory import (
 from pytest_gpumem.devices.simulated.methods import cuda_device
 from pytest_gpumem.devices.simulated.refusals import refuse_value
 from pytest_gpumem.devices.simulated.tensor import DEVICES
+from pytest_gpumem.devices.simulated.typed import check_storage
 
 if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
@@ -85,6 +86,9 @@ def _clone(self: torch.UntypedStorage) -> torch.UntypedStorage:
 def _host_copy(self: torch.UntypedStorage) -> torch.UntypedStorage:
     if _original_device.__get__(self).type == "meta":
         refuse_value("copying a storage from the card to the host")
+    memory = memory_of(self)
+    if memory is not None:
+        memory.card.check_context()
     copied: torch.UntypedStorage = _Storage(self.nbytes())
     torch.UntypedStorage.copy_(copied, self)
     return copied
@@ -185,21 +189,12 @@ _original_set: Final[Any] = torch.Tensor.set_
 def _set(self: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
     """Run ``Tensor.set_``, with a check: C++ sees a card's storage as a host storage.
 
-    Source: ``checkSetStorage`` of ``aten/src/ATen/native/Resize.h``.
-
     Raises:
         RuntimeError: The storage is on another device (torch's message).
     """
     source: Any = args[0] if args else options.get("source")
-    source = getattr(
-        source, "_untyped_storage", source
-    )  # a typed storage gives a warning
-    if source is not None and source.device != self.device:
-        raise RuntimeError(
-            f'Attempted to set the storage of a tensor on device "{self.device}" to a '
-            f'storage on different device "{source.device}".  This is no longer '
-            "allowed; the devices must match."
-        )
+    if source is not None:
+        check_storage(source, self.device)
     result: torch.Tensor = _original_set(self, *args, **options)
     return result
 

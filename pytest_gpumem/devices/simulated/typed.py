@@ -1,7 +1,8 @@
-"""Typed tensors: ``torch.cuda.FloatTensor`` and ``Tensor.type``.
+"""Typed tensors: ``torch.FloatTensor``, ``torch.cuda.FloatTensor`` and ``Tensor.type``.
 
 This is an old way to specify dtype and device together, which existing code still uses.
-In a build without CUDA the classes exist but cannot create tensors.
+In a build without CUDA the classes of cards exist but cannot create tensors, and those of
+the host accept a card's tensors, since C++ sees the host as their device.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 
 from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.refusals import refuse
+from pytest_gpumem.devices.simulated.stand_ins import StandIn
 from pytest_gpumem.devices.simulated.tensor import DEVICES, SimulatedTensor
 
 #: Dtypes by the name of their class without "Tensor". Source: ``torch/cuda/__init__.py``.
@@ -31,7 +33,7 @@ DTYPES: Final[dict[str, torch.dtype]] = {
 
 
 #: The names of dtypes in C++'s texts. Source: what torch 2.13 says.
-_IN_CPP: Final = {
+IN_CPP: Final = {
     torch.float32: "float",
     torch.float64: "double",
     torch.float16: "c10::Half",
@@ -61,17 +63,13 @@ def made_of(
 
     Raises:
         TypeError: The argument is a tensor of another type, or no data.
+        RuntimeError: The argument is a storage on another device.
     """
     if len(args) != 1:
         return None
     (given,) = args
+    check_given(given, dtype, device)
     if isinstance(given, torch.Tensor):
-        if given.dtype != dtype or not given.is_cuda:
-            name = _IN_CPP.get(given.dtype, str(given.dtype))
-            raise TypeError(
-                f"expected {_options(_IN_CPP[dtype], 'cuda')} "
-                f"(got {_options(name, given.device)})"
-            )
         aliased: torch.Tensor = torch.ops.aten.alias(given)
         return aliased
     sizes_or_bytes = (torch.Size, torch.TypedStorage, torch.UntypedStorage)
@@ -79,6 +77,46 @@ def made_of(
     if isinstance(given, sizes_or_bytes) or not is_sequence or _is_number(given):
         return None
     return torch.tensor(given, dtype=dtype, device=device)
+
+
+def check_given(given: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """Check what an old constructor is given: a tensor of its type, or a storage there.
+
+    C++ checks tensors itself if no card takes part.
+
+    Source: ``legacy_tensor_generic_ctor_new`` in ``torch/csrc/utils/tensor_new.cpp``, which
+    compares the types of devices, and the dtypes of tensors.
+
+    Raises:
+        TypeError: A tensor is of another type (torch's message).
+        RuntimeError: A storage is on another device (torch's message).
+    """
+    if isinstance(given, torch.Tensor):
+        is_of_type = given.dtype == dtype and given.device.type == device.type
+        if not is_of_type and "cuda" in {given.device.type, device.type}:
+            expected = _options(IN_CPP.get(dtype, str(dtype)), device.type)
+            name = IN_CPP.get(given.dtype, str(given.dtype))
+            raise TypeError(f"expected {expected} (got {_options(name, given.device)})")
+    elif isinstance(given, (torch.TypedStorage, torch.UntypedStorage)):
+        check_storage(given, device)
+
+
+def check_storage(storage: Any, device: torch.device) -> None:
+    """Check that a storage, which a tensor is to have, is on the tensor's device.
+
+    Source: ``checkSetStorage`` of ``aten/src/ATen/native/Resize.h``.
+
+    Raises:
+        RuntimeError: It is on another device (torch's message).
+    """
+    # A typed storage gives a warning.
+    place = getattr(storage, "_untyped_storage", storage).device
+    if place != device:
+        raise RuntimeError(
+            f'Attempted to set the storage of a tensor on device "{device}" to a '
+            f'storage on different device "{place}".  This is no longer '
+            "allowed; the devices must match."
+        )
 
 
 def _is_number(given: Any) -> bool:
@@ -104,6 +142,7 @@ class TypedTensor(type):
     """
 
     dtype: torch.dtype
+    layout = torch.strided
     is_cuda = True
     is_sparse = False
 
@@ -123,6 +162,7 @@ class SparseTensor(TypedTensor):
     A call of such a class is refused, and no tensor is of it.
     """
 
+    layout = torch.sparse_coo
     is_sparse = True
 
     def __call__(cls, *_args: Any, **_options: Any) -> torch.Tensor:
@@ -143,6 +183,31 @@ def typed_tensors(
             f"{name}Tensor", (), {"dtype": dtype, "__module__": module}
         )
         for name, dtype in DTYPES.items()
+    }
+
+
+class HostTypedTensor(StandIn):
+    """The metaclass of what replaces ``torch.FloatTensor`` and similar classes."""
+
+    def __call__(cls, *args: Any, **options: Any) -> Any:  # noqa: N805  # a metaclass
+        """Create a tensor on the host, but not of a card's tensor or storage."""
+        given = args[0] if len(args) == 1 else options.get("other")
+        check_given(given, cls.original.dtype, _HOST)
+        return cls.original(*args, **options)
+
+
+_HOST: Final = torch.device("cpu")
+
+
+def host_typed_tensors() -> dict[str, Any]:
+    """Return the classes that ``torch`` gets; each stands for its own class."""
+    return {
+        f"{name}Tensor": HostTypedTensor(
+            f"{name}Tensor",
+            (),
+            {"original": vars(torch)[f"{name}Tensor"], "__module__": "torch"},
+        )
+        for name in DTYPES
     }
 
 

@@ -48,7 +48,7 @@ def warn(text: str, *, once: bool = False) -> None:
     frame = next(
         each
         for each in frames_from(calling_frame())
-        if not each.f_globals["__name__"].startswith(_OWN)
+        if not each.f_globals.get("__name__", "").startswith(_OWN)
     )
     warnings.warn_explicit(
         text,
