@@ -42,14 +42,13 @@ def _place(value: Any) -> torch.device | None:
     return None
 
 
-def _inside(output: torch.Tensor) -> torch.device | None:
-    """Return the device of an output, also inside of the wrappers of ``torch.func``."""
-    if not _functorch.is_functorch_wrapped_tensor(output):
-        return _place(output)
-    inner = output
-    while _functorch.is_functorch_wrapped_tensor(inner):
-        inner = _functorch.get_unwrapped(inner)
-    return inner.device if isinstance(inner, SimulatedTensor) else None
+def _inside(value: Any) -> torch.device | None:
+    """Return the device of a tensor, also inside of the wrappers of ``torch.func``."""
+    while isinstance(value, torch.Tensor) and _functorch.is_functorch_wrapped_tensor(
+        value
+    ):
+        value = _functorch.get_unwrapped(value)
+    return _place(value)
 
 
 def _on_card(tensor: torch.Tensor, place: torch.device) -> torch.Tensor:
@@ -60,21 +59,33 @@ def _on_card(tensor: torch.Tensor, place: torch.device) -> torch.Tensor:
 
 
 def _in_place(
-    grad: Any, wanted: torch.device | None, shape: torch.Size, what: str
+    grad: Any,
+    wanted: torch.device | None,
+    shape: torch.Size,
+    what: str,
+    *,
+    is_batched: bool = False,
 ) -> Any:
     """Return a gradient on the required device; only a single number is copied.
+
+    Args:
+        grad: The gradient.
+        wanted: The required device; None if any will do.
+        shape: The required shape.
+        what: The start of the error's text.
+        is_batched: Whether the first dimension of the gradient is a batch of them.
 
     Raises:
         RuntimeError: The gradient is on another device and is not a single number (torch's
             message).
     """
-    place = _place(grad)
+    place = _inside(grad)
     if wanted is None or place is None or place == wanted:
         return grad
-    if not _can_be_summed_to(grad.shape, shape):
+    if not _can_be_summed_to(grad.shape[1:] if is_batched else grad.shape, shape):
         return grad  # C++ raises its own error first
     if not shape:
-        return moved(grad.sum(), wanted)
+        return moved(grad if is_batched else grad.sum(), wanted)
     raise RuntimeError(f"{what} - expected device {wanted} but got {place}")
 
 
@@ -101,10 +112,14 @@ def make_grads(
         RuntimeError: A gradient is not on the device of its output (torch's message).
     """
     made = _make_grads(outputs, grads, is_grads_batched)
-    if is_grads_batched:
-        return tuple(made)
     return tuple(
-        _in_place(grad, _inside(out), out.shape, f"invalid gradient at index {index}")
+        _in_place(
+            grad,
+            _inside(out),
+            out.shape,
+            f"invalid gradient at index {index}",
+            is_batched=is_grads_batched,
+        )
         if isinstance(out, torch.Tensor)
         else grad
         for index, (out, grad) in enumerate(zip(outputs, made, strict=True))
