@@ -696,6 +696,14 @@ def test_a_forked_child_may_not_use_the_parents_card(*, has_used: bool) -> None:
                     (lambda: card + 1, "CUDA error: initialization error"),
                     (card.cpu, "CUDA error: initialization error"),
                     (card.item, "CUDA error: initialization error"),
+                    (lambda: repr(card), "CUDA error: initialization error"),
+                    (lambda: torch.cuda.set_device(0), "Cannot re-initialize"),
+                    (lambda: torch.cuda.device(0).__enter__(), "Cannot re-init"),
+                    (lambda: torch.cuda.Stream("cuda:0"), "Cannot re-initialize"),
+                    (lambda: torch.cuda.Event().record(), "Cannot re-initialize"),
+                    (torch.cuda.MemPool, "Cannot re-initialize"),
+                    (torch.accelerator.synchronize, "Cannot re-initialize"),
+                    (torch.accelerator.current_stream, "Cannot re-initialize"),
                 ):
                     try:
                         use()
@@ -706,7 +714,42 @@ def test_a_forked_child_may_not_use_the_parents_card(*, has_used: bool) -> None:
                 os._exit(code)
         _pid, status = os.waitpid(child, 0)
 
-    assert (5 if has_used else 0) == os.waitstatus_to_exitcode(status)
+    assert (13 if has_used else 0) == os.waitstatus_to_exitcode(status)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+@pytest.mark.parametrize(
+    ("look", "spoils"),
+    [
+        (torch.cuda.device_count, False),
+        (torch.cuda.memory_allocated, False),
+        (lambda: torch.cuda.manual_seed(0), False),
+        (torch.cuda.is_available, True),
+        (torch.cuda.get_device_name, True),
+        (torch.cuda.init, True),
+        (lambda: torch.cuda.set_device(0), True),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_look_at_the_cards_may_spoil_forks(
+    look: Callable[[], Any], *, spoils: bool
+) -> None:
+    """As PyTorch's CUDA code says; ``torch.cuda.is_available`` counts with the driver."""
+    with simulated_device("T4"):
+        look()
+        child = os.fork()
+        if child == 0:
+            code = 2
+            try:
+                torch.zeros(1, device="cuda")
+                code = 0
+            except RuntimeError as error:
+                code = int("Cannot re-initialize CUDA in fork" in str(error))
+            finally:
+                os._exit(code)
+        _pid, status = os.waitpid(child, 0)
+
+    assert int(spoils) == os.waitstatus_to_exitcode(status)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")

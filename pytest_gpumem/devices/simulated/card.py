@@ -119,8 +119,10 @@ class SimulatedCard:
         """Create this process's context, as the first use of a card does.
 
         Raises:
-            torch.AcceleratorError: The card has no room for the context.
+            torch.AcceleratorError: The card has no room for the context, or this process
+                is a forked child of one that has used the card.
         """
+        self.check_context()
         with self._lock:
             has_context = self.driver.make_context()
         if not has_context:

@@ -440,6 +440,7 @@ class MemPool:
     ) -> None:
         if allocator is not None:
             refuse("torch.cuda.CUDAPluggableAllocator")
+        torch.cuda.init()
         self.id: PoolId = pool_handle()
         self._card = card_of(None)
         with self._card.locked() as model:

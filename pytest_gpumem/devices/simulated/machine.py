@@ -90,7 +90,9 @@ class SimulatedMachine:
         self._is_used = False
         #: Whether CUDA is initialised, in torch's sense.
         self.is_initialized = False
-        #: Whether this process was forked from one in which CUDA was initialised.
+        #: Whether children that are forked from now on cannot use CUDA.
+        self.spoils_forks = False
+        #: Whether this process is such a child.
         self.is_forked = False
         self.history: MemoryHistory | None = None
         #: Functions that are called, without a lock, with card and bytes of a failed
@@ -208,9 +210,13 @@ class SimulatedMachine:
     def after_fork(self) -> None:
         """Set the state of CUDA in a forked child: unusable if the parent has used CUDA.
 
-        Source: ``torch/cuda/__init__.py``, ``_lazy_init``.
+        It has, in torch's sense, if it has initialised CUDA, or if it has counted cards, as
+        ``torch.cuda.is_available`` does.
+
+        Source: ``torch/cuda/__init__.py``, ``_lazy_init``; ``poison_fork`` of
+        ``torch/csrc/cuda/Module.cpp``.
         """
-        self.is_forked = self.is_forked or self.is_initialized
+        self.is_forked = self.is_forked or self.spoils_forks
         self.is_initialized = False
         for card in self.all_cards:
             card.after_fork()

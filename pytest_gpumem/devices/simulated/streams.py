@@ -69,6 +69,8 @@ class Stream:
         stream_ptr: int | None = None,
     ) -> None:
         if device_index is None:
+            if device is not None:
+                torch.cuda.init()
             device_index = _get_device_index(device, optional=True)
             device_index = card_of(device_index).index
         self.device_index = device_index
@@ -252,8 +254,11 @@ class Event:
         """Store the host's time and the capture of the stream.
 
         Raises:
-            RuntimeError: The event belongs to another card than the stream.
+            RuntimeError: The event belongs to another card than the stream, or this is a
+                forked child of a process that has used CUDA.
         """
+        if stream is None:
+            torch.cuda.init()
         card = card_of(None if stream is None else stream.device_index)
         made_on = None if self.device is None else self.device.index
         if made_on not in {None, card.index}:

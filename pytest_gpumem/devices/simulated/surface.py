@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 import torch
 
@@ -40,6 +40,8 @@ from pytest_gpumem.kernels.cublas import workspace_bytes
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+_T = TypeVar("_T")
+
 
 def _nested(flat: dict[str, int]) -> dict[str, Any]:
     """Convert ``"a.b.c": n`` to nested dictionaries, as C++ returns them."""
@@ -62,6 +64,7 @@ def _set_device(index: int) -> None:
     machine = current_machine()
     if index < 0:
         return
+    torch.cuda.init()
     card, is_another = machine.card(index), index != machine.current_index
     machine.current_index = index
     if is_another:
@@ -69,9 +72,27 @@ def _set_device(index: int) -> None:
 
 
 def _count() -> int:
+    """Return the number of cards; a process that is forked from then on has none.
+
+    Source: ``THCPModule_getDeviceCount_wrap`` of ``torch/csrc/cuda/Module.cpp``.
+    """
     machine = current_machine()
     machine.use()
+    machine.spoils_forks = True
     return len(machine.cards)
+
+
+def _initialized(function: Callable[..., _T]) -> Callable[..., _T]:
+    """Return a function that initialises CUDA first, which a forked child cannot.
+
+    Source: ``maybe_initialize_device`` in ``torch/csrc/DeviceAccelerator.cpp``.
+    """
+
+    def call(*args: Any) -> _T:
+        torch.cuda.init()
+        return function(*args)
+
+    return call
 
 
 def _init() -> None:
@@ -80,6 +101,7 @@ def _init() -> None:
     Source: ``torch/csrc/cuda/Module.cpp``, ``THCPModule_initExtension``.
     """
     machine = card_of(None).machine
+    machine.is_initialized = machine.spoils_forks = True
     generators: Any = tuple(map(rng.generator_of, machine.cards))
     torch.cuda.default_generators = generators
 
@@ -105,6 +127,7 @@ def _exchange_device(index: int) -> int:
     # Source: ``torch/csrc/cuda/Module.cpp``, ``THCPModule_exchangeDevice``.
     if index < 0:
         return -1
+    torch.cuda.init()
     previous = card_of(None).index
     _set_device(index)
     return previous
@@ -117,6 +140,7 @@ def _maybe_exchange_device(index: int) -> int:
     """
     if index < 0:
         return -1
+    torch.cuda.init()
     previous = card_of(None).index
     current_machine().current_index = index
     return previous
@@ -442,7 +466,7 @@ C_FUNCTIONS: Final[dict[str, Any]] = {
     "_accelerator_getAccelerator": lambda: torch.device("cuda"),
     "_get_accelerator": lambda _check=None: torch.device("cuda"),
     "_group_tensors_by_device_and_dtype": grouping,
-    "_accelerator_getDeviceIndex": lambda: card_of(None).index,
+    "_accelerator_getDeviceIndex": _initialized(lambda: card_of(None).index),
     "_accelerator_getDeviceCapability": _no_capabilities,
     "_accelerator_getDefaultGenerator": (
         lambda index: torch.cuda.default_generators[index]
@@ -450,9 +474,9 @@ C_FUNCTIONS: Final[dict[str, Any]] = {
     "_accelerator_setDeviceIndex": _set_device,
     "_accelerator_exchangeDevice": _exchange_device,
     "_accelerator_maybeExchangeDevice": _maybe_exchange_device,
-    "_accelerator_getStream": _stream_of,
-    "_accelerator_setStream": _accelerator_set_stream,
-    "_accelerator_synchronizeDevice": _synchronize,
+    "_accelerator_getStream": _initialized(_stream_of),
+    "_accelerator_setStream": _initialized(_accelerator_set_stream),
+    "_accelerator_synchronizeDevice": _initialized(_synchronize),
     "_accelerator_isAllocatorInitialized": lambda: True,
     "_accelerator_emptyCache": _empty_cache,
     "_accelerator_setAllocatorSettings": _renew_settings,
