@@ -19,6 +19,15 @@ if TYPE_CHECKING:
 INTEGERS: Final = frozenset(
     {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 )
+#: Floating types of 8 bits.
+SMALL_FLOATS: Final = frozenset(
+    {
+        torch.float8_e4m3fn,
+        torch.float8_e4m3fnuz,
+        torch.float8_e5m2,
+        torch.float8_e5m2fnuz,
+    }
+)
 HALVES: Final = frozenset({torch.float16, torch.bfloat16})
 COMPLEX: Final = frozenset({torch.complex32, torch.complex64, torch.complex128})
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch.autograd import forward_ad
 
-from pytest_gpumem.devices.simulated.kernel_types import INTEGERS, lacking
+from pytest_gpumem.devices.simulated.kernel_types import (
+    INTEGERS,
+    SMALL_FLOATS,
+    lacking,
+)
 from pytest_gpumem.devices.simulated.layouts import TWICE
 from pytest_gpumem.devices.simulated.operators.checks import as_if
 from pytest_gpumem.devices.simulated.operators.composing import (
@@ -405,20 +409,25 @@ def _multiplied(args: tuple[Any, ...]) -> str:
     is_added = len(args) > 2 and isinstance(args[2], torch.Tensor)  # noqa: PLR2004  # a third matrix
     first, second = args[1:3] if is_added else args[:2]
     is_alike = first.dtype == second.dtype
-    return "addmm_cuda" if is_alike and first.dtype in INTEGERS else ""
+    return "addmm_cuda" if is_alike and first.dtype in _UNMULTIPLIED else ""
+
+
+#: Numbers that cuBLAS does not multiply here. Source: ``addmm_out_cuda_impl`` and others
+#: of ``cuda/Blas.cpp``, which have kernels for floating types of 16 bits and more.
+_UNMULTIPLIED: Final = INTEGERS | SMALL_FLOATS
 
 
 for _names, _lacks, _rule, _check in (
     ("addmm mm", _multiplied, _multiplying, None),
-    ("addmv", lacking("addmv_impl_cuda", INTEGERS), None, None),
+    ("addmv", lacking("addmv_impl_cuda", _UNMULTIPLIED), None, None),
     # It makes a result beside the vector, and calls addmv_.
     (
         "mv",
-        lacking("addmv_impl_cuda", INTEGERS),
+        lacking("addmv_impl_cuda", _UNMULTIPLIED),
         None,
         as_if("addmv_", ("self", "mat"), (1, 0)),
     ),
-    ("baddbmm bmm", lacking("baddbmm_cuda", INTEGERS), _multiplying_batches, None),
+    ("baddbmm bmm", lacking("baddbmm_cuda", _UNMULTIPLIED), _multiplying_batches, None),
 ):
     register(
         _names,
@@ -438,14 +447,16 @@ for _name in ("dot", "vdot"):
     register(
         _name,
         uses_cublas=True,
-        lacks=lacking("dot", INTEGERS),  # also for vdot, which calls it for numbers
+        lacks=lacking(
+            "dot", _UNMULTIPLIED
+        ),  # also for vdot, which calls it for numbers
         source=f"{_HANDLE}; cuda/Blas.cpp, {_name}_cuda",
     )
 register(
     "addbmm",
     uses_cublas=True,
     resizes=True,
-    lacks=lacking("addmm_cuda", INTEGERS),
+    lacks=lacking("addmm_cuda", _UNMULTIPLIED),
     source="LinearAlgebra.cpp, addbmm_impl_",
 )
 
