@@ -108,17 +108,16 @@ def _plain(func: Any, operator: Operator) -> Handler:
         given = kwargs
         if kwargs:
             kwargs = {name: unwrap(value) for name, value in kwargs.items()}
-        if operands.host is not None or operands.strays is not None:
-            check_devices(args, given, operands)
+        is_mixed = operands.host is not None or operands.strays is not None
+        if is_mixed and not _is_for_card(check_devices, args, given, operands):
+            return _run_on_meta(func, args, given)
         card = operands.card
         assert card is not None, _NEEDS_OPERAND  # noqa: S101  # states why
         target = _target(kwargs, operands) if "device" in kwargs else card
         if uses_cublas and torch.are_deterministic_algorithms_enabled():
             check_cublas()
-        helpers = (
-            _helpers(values, card, takes_helpers=takes_helpers)
-            if operands.host is not None
-            else ()
+        helpers = operands.host is not None and _helpers(
+            values, card, takes_helpers=takes_helpers
         )
         held: Any = ()
         if has_effects and target is not None and target.value_device != "meta":
@@ -140,6 +139,38 @@ def _plain(func: Any, operator: Operator) -> Handler:
         return made
 
     return _viewing(func, handler) if _is_view_of_one(func, operator) else handler
+
+
+def _is_for_card(
+    check_devices: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    operands: Operands,
+) -> bool:
+    """Return whether a card runs a call; ``meta`` does if one of the tensors is there.
+
+    A card without values has them on ``meta``, and C++ makes helper tensors there.
+
+    Raises:
+        RuntimeError: The devices of the operands do not fit (torch's message).
+    """
+    card = operands.card
+    if operands.meta and card is not None and card.value_device != "meta":
+        return False
+    check_devices(args, kwargs, operands)
+    return True
+
+
+def _run_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operator's code for ``meta``, which makes results on either device.
+
+    Source: ``DispatchKeySet.h``, in which ``Meta`` comes before ``CUDA``;
+    ``torch/_meta_registrations.py`` and ``torch/_refs``, which check the devices.
+    """
+    return func.redispatch(_META, *args, **kwargs)
+
+
+_META: Final = torch._C.DispatchKeySet(torch._C.DispatchKey.Meta)
 
 
 def _viewing(func: Any, general: Handler) -> Handler:
@@ -252,8 +283,9 @@ def _mutating(func: Any, operator: Operator) -> Handler:
         operands = Operands()
         values = [operands.unwrap(arg) for arg in args]
         inner = {name: operands.unwrap(value) for name, value in kwargs.items()}
-        if operands.host is not None or operands.strays is not None:
-            check_devices(args, kwargs, operands)
+        is_mixed = operands.host is not None or operands.strays is not None
+        if is_mixed and not _is_for_card(check_devices, args, kwargs, operands):
+            return _run_on_meta(func, args, kwargs)
         card = operands.card
         assert card is not None, _NEEDS_OPERAND  # noqa: S101  # states why
         if uses_cublas and torch.are_deterministic_algorithms_enabled():
@@ -277,18 +309,23 @@ def _mutating(func: Any, operator: Operator) -> Handler:
             hold(value.untyped_storage(), memory)
         if made:
             _hang(made, out)
-        for outer, shape, nbytes in shapes:
-            value = outer._gpumem_value
-            if (
-                value.shape != shape
-                or value.untyped_storage().nbytes() != nbytes
-                or value.stride() != outer.stride()
-                or value.storage_offset() != outer.storage_offset()
-            ):
-                refresh(outer)
+        _refresh_changed(shapes)
         return _same(out, operands, card)
 
     return handler
+
+
+def _refresh_changed(shapes: list[tuple[SimulatedTensor, torch.Size, int]]) -> None:
+    """Update the tensors whose values have other sizes or storages than before a call."""
+    for outer, shape, nbytes in shapes:
+        value = outer._gpumem_value
+        if (
+            value.shape != shape
+            or value.untyped_storage().nbytes() != nbytes
+            or value.stride() != outer.stride()
+            or value.storage_offset() != outer.storage_offset()
+        ):
+            refresh(outer)
 
 
 def _hold_workspace(

@@ -14,13 +14,22 @@ if TYPE_CHECKING:
 
 
 class Operands:
-    """Unwraps the arguments of one call and records their card."""
+    """Unwraps the arguments of one call and records their card.
 
-    __slots__ = ("card", "host", "outer", "strays")
+    Attributes:
+        card: The card of the first tensor that is on one.
+        host: A tensor that is on no card.
+        meta: Whether one is on ``meta``.
+        outer: The tensors of cards, by the id of their values.
+        strays: Another card of one of the tensors.
+    """
+
+    __slots__ = ("card", "host", "meta", "outer", "strays")
 
     def __init__(self) -> None:
         self.card: SimulatedCard | None = None
         self.host: torch.Tensor | None = None
+        self.meta = False
         self.outer: dict[int, SimulatedTensor] = {}
         self.strays: SimulatedCard | None = None
 
@@ -34,6 +43,7 @@ class Operands:
                 return value
             if not isinstance(value, SimulatedTensor):  # false also for users' classes
                 self.host = value
+                self.meta = self.meta or value.is_meta
                 return value
         card = value._gpumem_card
         if self.card is None:

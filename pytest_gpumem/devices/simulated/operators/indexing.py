@@ -493,10 +493,23 @@ def _zero_first(call: Call) -> Iterator[RequestStep]:
         yield Temporary(call["src"].itemsize)
 
 
+def _from_card(func: Any, handler: Handler) -> Handler:
+    """Run an operator whose first operand may be on the host: the second one is copied."""
+
+    def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        into, source, *rest = args
+        if isinstance(into, SimulatedTensor):
+            return handler(args, kwargs)
+        return func(into, source.to(into.device), *rest, **kwargs)
+
+    return run
+
+
 register(
     "select_scatter",
     requests=_zero_first,
     check=leading,
+    around=_from_card,
     source="derivatives.yaml, select_scatter: at::zeros_symint(src.sym_sizes()); "
     "TensorShape.cpp, select_scatter_symint",
 )
@@ -504,6 +517,7 @@ register(
 register(
     "as_strided_scatter diagonal_scatter slice_scatter",
     check=leading,
+    around=_from_card,
     source="TensorShape.cpp, functions of these names",
 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,6 +25,9 @@ from pytest_gpumem.devices.simulated.tensor import (
     refresh,
 )
 from pytest_gpumem.devices.simulated.values import run
+
+if TYPE_CHECKING:
+    from pytest_gpumem.devices.simulated.tensor import Handler
 
 _copies: Any = torch.ops.aten._to_copy.default  # the operator's name
 _set_storage: Any = torch._C.TensorBase.set_  # below Tensor.set_
@@ -143,7 +146,29 @@ register(
     resizes=True,
     source="cuda/Resize.cpp, resize_cuda_",
 )
-register("resize_as_", resizes=True, check=leading, source="Resize.cpp, resize_as_")
+
+
+def _sized(func: Any, handler: Handler) -> Handler:
+    """Run ``resize_as_``, which reads the second tensor's shape, on any device."""
+
+    def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        source, like, *rest = args
+        if isinstance(source, SimulatedTensor):
+            return handler(args, kwargs)
+        return func(
+            source, like._gpumem_value, *rest, **kwargs
+        )  # private to this package
+
+    return run
+
+
+register(
+    "resize_as_",
+    resizes=True,
+    check=leading,
+    around=_sized,
+    source="Resize.cpp, resize_as_",
+)
 register(
     """
     _make_per_channel_quantized_tensor _make_per_tensor_quantized_tensor
@@ -159,4 +184,34 @@ register(
     "_has_same_storage_numel",
     takes_host=True,
     source="AutogradComposite.cpp, _has_same_storage_numel",
+)
+
+
+def _between_numbers(func: Any) -> Any:
+    """Read the ends of a range from where they are, as ``linspace`` of tensors does.
+
+    The result is where the call wants it, and not where the ends are.
+    """
+    if "Tensor" not in func._overloadname:
+        return None
+
+    def kernel(start: Any, end: Any, *rest: Any, **options: Any) -> Any:
+        ends = (start, end)
+        if any(isinstance(each, torch.Tensor) and each.dim() for each in ends):
+            start, end = (
+                each.cpu() if torch.is_tensor(each) else each for each in ends
+            )
+            return func(start, end, *rest, **options)  # refuses them
+        start, end = (
+            each.item() if isinstance(each, torch.Tensor) else each for each in ends
+        )
+        return func.overloadpacket(start, end, *rest, **options)
+
+    return kernel
+
+
+register(
+    "linspace logspace",
+    composed=_between_numbers,
+    source="RangeFactories.cpp, linspace and logspace of tensors: start.item()",
 )
