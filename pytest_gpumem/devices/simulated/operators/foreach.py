@@ -2,86 +2,128 @@
 
 from __future__ import annotations
 
-from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from pytest_gpumem.devices.simulated.operators.checks import iterated
+from pytest_gpumem.devices.simulated.operators.checks import declared, iterated
+from pytest_gpumem.devices.simulated.operators.declarations import declaration_of
 from pytest_gpumem.devices.simulated.operators.registry import register
+from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 
 if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.operators.checks import Operand
     from pytest_gpumem.devices.simulated.tensor import Handler
 
-
-def _elements(func: Any, places: list[Operand]) -> None:
-    """Check the elements as ``TensorIterator`` does; ``scalars`` are read on the host."""
-    iterated(func, [each for each in places if each.name != "scalars"])
+#: The key under which C++ has the code that runs a list element by element.
+_ONE_BY_ONE: Final = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
-def _one_by_one(func: Any, handler: Handler) -> Handler:
-    """Run lists whose tensors are on several devices element by element.
+def _lists(func: Any, handler: Handler) -> Handler:
+    """Run lists of several devices element by element, each where its tensors are.
 
-    Devices are then compared for each element alone.
+    Source: ``ForeachUtils.h``, ``can_use_fast_route``, and ``ForeachOpsKernels.cpp``.
     """
+    names = [each.name for each in func._schema.arguments]
+    name = func._schema.name
 
-    def listed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        named = list(zip(func._schema.arguments, args, strict=False))
-        for argument, each in named:
-            if argument.name == "scalars" and getattr(each, "is_cuda", False):
-                raise RuntimeError(
-                    f"Expected scalars to be on CPU, got {each.device} instead."
-                )
-        lists = [each for each in args if isinstance(each, (list, tuple))]
-        length = len(lists[0])
-        if length == 1 or _are_together(lists):
+    def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        scalars = given.get("scalars")
+        if isinstance(scalars, torch.Tensor):
+            numbers = _numbers(scalars, len(args[0]))
+            return func.overloadpacket(*args[:3], numbers)
+        members = [
+            each
+            for value in given.values()
+            if isinstance(value, (list, tuple))
+            for each in value
+            if isinstance(each, torch.Tensor)
+        ]
+        cards = {
+            each._gpumem_card if isinstance(each, SimulatedTensor) else each.device
+            for each in members
+        }
+        number = given.get("other")
+        scales = name.rstrip("_") in _SCALING or kwargs.get("alpha", 1) != 1
+        if scales and len(cards) == 1 and isinstance(number, SimulatedTensor):
+            _check_number(number, members[0], is_in_place=name.endswith("_"))
+        is_one_card = len(cards) == 1 and isinstance(members[0], SimulatedTensor)
+        if is_one_card or torch.device("meta") in cards:
             return handler(args, kwargs)
-        results: list[torch.Tensor] = []
-        for index in range(length):
-            chosen = [
-                each[index : index + 1] if _has_elements(argument, each) else each
-                for argument, each in named
-            ]
-            results += func(*chosen, **kwargs) or ()
-        return results if func._schema.returns else None
+        return func.redispatch(_ONE_BY_ONE, *args, **kwargs)
 
-    return listed
+    return run
 
 
-def _are_together(lists: list[Any]) -> bool:
-    """Return whether all tensors of lists are on one device."""
-    tensors = (each for each in chain(*lists) if isinstance(each, torch.Tensor))
-    return len({each.device for each in tensors}) <= 1
+_SCALING: Final = ("aten::_foreach_mul", "aten::_foreach_div")
 
 
-def _has_elements(argument: Any, value: Any) -> bool:
-    """Return whether an argument has an element for each tensor: a list, or ``scalars``."""
-    return isinstance(value, (list, tuple)) or argument.name == "scalars"
+def _check_number(
+    number: torch.Tensor, first: torch.Tensor, *, is_in_place: bool
+) -> None:
+    """Check a card's number that each tensor of a list on one device is to take.
+
+    Source: ``ForeachBinaryOpScalarTensor.cu`` and ``ForeachOpsKernels.cpp``.
+
+    Raises:
+        RuntimeError: The tensors are elsewhere (torch's message).
+    """
+    if not number.dim() and first.device != number.device:
+        words = "is expected" if is_in_place else "expected"
+        raise RuntimeError(
+            f"scalar tensor {words} to be on {first.device} but is on {number.device}"
+        )
 
 
-def _copying(_func: Any, handler: Handler) -> Handler:
-    """Copy lists whose tensors are on several devices element by element."""
+def _numbers(scalars: torch.Tensor, count: int) -> list[Any]:
+    """Return the numbers for each tensor of a list that are packed in a tensor.
 
-    def listed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        targets, sources, *rest = args
-        if len(targets) != len(sources) or _are_together([targets, sources]):
-            handler(args, kwargs)
-            return
-        for target, source in zip(targets, sources, strict=True):
-            target.copy_(source, *rest, **kwargs)
+    Source: ``ForeachUtils.h``, ``convert_tensor_to_scalar_list``.
 
-    return listed
+    Raises:
+        RuntimeError: It is not one number for each, in a row, on the host (torch's
+            message).
+    """
+    if not scalars.is_cpu:
+        raise RuntimeError(
+            f"Expected scalars to be on CPU, got {scalars.device} instead."
+        )
+    if not scalars.is_contiguous():
+        raise RuntimeError("Expected scalars to be contiguous.")
+    if scalars.dim() != 1:
+        raise RuntimeError(
+            "Expected packed scalar Tensor to be of dimension 1. Got "
+            f"{scalars.dim()} instead."
+        )
+    if len(scalars) != count:
+        raise RuntimeError(
+            f"Expected length of scalars to match input of length {count} but got "
+            f"{len(scalars)} instead."
+        )
+    numbers: list[Any] = scalars.tolist()
+    return numbers
 
 
-_SLOW = "ForeachOpsKernels.cpp; ForeachUtils.h, can_use_fast_route, convert_tensor_to_scalar_list"
-register("_foreach_*", check=_elements, around=_one_by_one, source=_SLOW)
-register("_foreach_copy_", around=_copying, source=_SLOW)
+register(
+    "_foreach_*",
+    check=iterated,
+    around=_lists,
+    source="ForeachUtils.h, can_use_fast_route: no, so element by element",
+)
+
+
+def _fused(func: Any, places: list[Operand]) -> None:
+    """Check the devices, but not beside a learning rate that is a tensor."""
+    if declaration_of(func).checks_devices:
+        declared(func, places)
+
+
 register(
     """
     _amp_foreach_non_finite_check_and_unscale_ _amp_update_scale_ _fused_adagrad_
     _fused_adam_ _fused_adamw_ _fused_sgd_
     """,
-    takes_host=True,
-    source="native_functions.yaml, device_check: NoCheck",
+    check=_fused,
+    source="native_functions.yaml, device_check",
 )
