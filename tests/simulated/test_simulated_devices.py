@@ -282,3 +282,62 @@ def test_a_tensor_without_a_device_needs_no_class_of_devices(
 
     assert "cpu" == str(made.device)
     assert torch.inf == made.item()
+
+
+def test_lists_on_several_devices_run_element_by_element() -> None:
+    """Each result has the values and the place of its own tensor."""
+    lists = [torch.tensor([1.0, 4.0], device="cuda"), torch.tensor([9.0, 16.0])]
+
+    roots = torch._foreach_sqrt(lists)
+    torch._foreach_add_(lists, [1.0, 2.0])
+    scaled = torch._foreach_addcmul(
+        lists[:1], roots[:1], roots[:1], torch.tensor([2.0])
+    )
+
+    assert [[1.0, 2.0], [3.0, 4.0]] == [each.tolist() for each in roots]
+    assert ["cuda", "cpu"] == [each.device.type for each in roots]
+    assert [[2.0, 5.0], [11.0, 18.0]] == [each.tolist() for each in lists]
+    assert [[4.0, 13.0]] == [each.tolist() for each in scaled]
+
+
+def test_host_tensors_take_from_a_card() -> None:
+    """The result of a range between two tensors, and of a scatter, is not the card's."""
+    one = torch.ones((), device="cuda")
+    range_ = torch.linspace(one, torch.tensor(3.0), 3)
+    into = torch.zeros(2, 2)
+    scattered = torch.select_scatter(into, torch.ones(2, device="cuda"), 0, 1)
+    into.resize_as_(one)
+
+    assert ["cpu"] * 2 == [each.device.type for each in (range_, scattered)]
+    assert [1.0, 2.0, 3.0] == range_.tolist()
+    assert [[0.0, 0.0], [1.0, 1.0]] == scattered.tolist()
+    assert () == into.shape
+
+
+def test_a_product_with_meta_is_a_tensor_of_the_card() -> None:
+    """Its bytes are taken; its values are whatever the memory held."""
+    before = torch.cuda.memory_allocated()
+    made = torch.ones(8, 8, device="cuda") @ torch.ones(8, 4, device="meta")
+
+    assert ("cuda", (8, 4)) == (made.device.type, made.shape)
+    assert torch.cuda.memory_allocated() > before
+    assert (torch.ones(4, 8, device="meta") @ made).is_meta
+
+
+@pytest.mark.parametrize("card", ["T4", "A100-40GB"])
+def test_an_older_card_has_no_products_in_float8(card: str) -> None:
+    """Compute capability 8.9 has them."""
+    product: Any = torch._scaled_mm
+
+    def multiply() -> torch.Tensor:
+        small = torch.eye(16, device="cuda").to(torch.float8_e4m3fn)
+        one = torch.ones((), device="cuda")
+        made: torch.Tensor = product(
+            small, small.t(), one, one, out_dtype=torch.bfloat16
+        )
+        return made
+
+    with simulated_device(card), pytest.raises(RuntimeError, match=r">= 9\.0 or 8\.9"):
+        multiply()
+    with simulated_device("RTX-4090"):
+        assert 16.0 == multiply().sum().item()

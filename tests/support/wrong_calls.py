@@ -575,6 +575,118 @@ torch._foreach_addcmul_([card], [card], [host])
 torch._foreach_lerp_([card], [card], [host])
 torch._foreach_copy_([card], [host])
 torch._scaled_mm(card, card, zero, zero)
+torch.FloatTensor(card)
+torch.FloatTensor(half)
+torch.FloatTensor(whole.cpu())
+torch.FloatTensor(meta)
+torch.LongTensor(whole)
+torch.FloatTensor(card.untyped_storage())
+torch.cuda.FloatTensor(host)
+torch.cuda.FloatTensor(host.untyped_storage())
+host.new(card)
+host.new(card.untyped_storage())
+card.new(host)
+card.new(host.untyped_storage())
+host.new_tensor(card, device="cuda")
+host.new_tensor([1.0], device="cuda")
+torch.func.vjp(torch.sin, card)[1](host)
+torch.func.vjp(torch.sin, host)[1](card)
+torch.func.vjp(torch.sum, card)[1](zero)
+torch.func.vmap(torch.func.vjp(torch.sin, card)[1])(torch.ones(5, 3, 3))
+torch.func.vmap(torch.func.vjp(torch.sin, host)[1])(torch.ones(5, 3, 3, device="cuda"))
+torch.func.vmap(torch.func.vjp(torch.sum, card)[1])(torch.ones(5))
+torch.func.vmap(lambda x, v: torch.func.vjp(torch.sin, x)[1](v))(card, host)
+torch.autograd.grad(leaf.sin(), leaf, torch.ones(5, 3, 3), is_grads_batched=True)
+torch.autograd.grad(leaf.sum(), leaf, torch.ones(5), is_grads_batched=True)
+torch.linspace(card[0, 0], zero, 3)
+torch.linspace(zero, card[0, 0], 3, device="cuda")
+torch.linspace(card[0], zero, 3)
+torch.linspace(card[0, 0], zero, 3, out=card[0])
+torch.linspace(card[0, 0], zero, 3, out=host[0])
+torch.logspace(zero, card[0, 0], 3)
+torch.logspace(card[0, 0], 2.0, 3, device="cuda")
+torch.select_scatter(host, card[0], 0, 1)
+torch.select_scatter(host, card[0, 0], 0, 1)
+torch.slice_scatter(host, card[:1], 0, 0, 1)
+torch.diagonal_scatter(host, card[0])
+torch.as_strided_scatter(host, card[0], (3,), (1,))
+host.resize_as_(card)
+meta.resize_as_(card)
+torch.mm(card, meta)
+torch.mm(meta, card)
+torch.addmm(card, card, meta)
+torch.addmm(meta, card, card)
+torch.addmm(card, meta, card)
+torch.mv(card, meta[0])
+torch.dot(card[0], meta[0])
+torch.outer(card[0], meta[0])
+functional.linear(card, meta)
+functional.linear(card, card, meta[0])
+functional.linear(card, meta, card[0])
+torch.nn.Linear(3, 3, device="meta")(card)
+torch.nn.LayerNorm(3, device="meta")(card)
+torch.nn.Embedding(3, 3, device="meta")(whole)
+functional.conv2d(image, weight.to("meta"))
+card + meta
+meta + card[0, 0]
+card.add_(meta)
+card.copy_(meta)
+torch.cat([card, meta])
+torch.where(truth, card, meta)
+card[meta.long()]
+card.masked_fill(meta > 0, 1.0)
+functional.cross_entropy(card, meta[0].long())
+functional.mse_loss(meta, card)
+torch.sin(card, out=meta)
+torch.mm(card, card, out=meta)
+torch._foreach_mul([card], [meta])
+small @ small
+torch.bmm(small[None], small[None])
+torch.mv(small, small[0])
+torch.dot(small[0], small[0])
+functional.linear(small, small)
+torch._scaled_mm(small, small.t(), card[0, 0], card[0, 0])
+torch._int_mm(small, small)
+torch._int_mm(small.to(torch.int8), small.to(torch.int8))
+torch._int_mm(torch.ones(17, 12, device="cuda").char(), torch.ones(12, 16, device="cuda").char())
+torch._int_mm(torch.ones(17, 16, device="cuda").char(), torch.ones(16, 12, device="cuda").char())
+torch._int_mm(torch.ones(17, 16, device="cuda"), torch.ones(16, 16, device="cuda").char())
+torch._foreach_abs([card, host])
+torch._foreach_abs_([host, card])
+torch._foreach_add([card, host], 1.0)
+torch._foreach_add([card, host], [host, card])
+torch._foreach_add([card, host], [card, host], alpha=2.0)
+torch._foreach_add([card, card], [card, host])
+torch._foreach_add([card, host], zero)
+torch._foreach_add([card, host], card[0, 0])
+torch._foreach_add([card, host], card[0])
+torch._foreach_add([host], card[0, 0], alpha=2.0)
+torch._foreach_mul([card, host], zero)
+torch._foreach_mul([card, host], card[0, 0])
+torch._foreach_mul([host], card[0, 0])
+torch._foreach_mul_([host], card[0, 0])
+torch._foreach_div_([host, card], card[0, 0])
+torch._foreach_pow(2.0, [card, host])
+torch._foreach_norm([card, host])
+torch._foreach_zero_([card, host])
+torch._foreach_copy_([card, host], [host, card])
+torch._foreach_clamp_max([host, card], 1.0)
+torch._foreach_lerp([card, host], [card, host], 0.5)
+torch._foreach_addcmul([card, host], [card, host], [card, host], [1.0, 2.0])
+torch._foreach_addcmul([card, host], [host, card], [card, host], 1.0)
+torch._foreach_addcmul([card, card], [card, card], [card, card], torch.ones(2))
+torch._foreach_addcmul([card, card], [card, card], [card, card], card[0, :2])
+torch._foreach_addcmul([card, card], [card, card], [card, card], zero)
+torch._foreach_addcdiv_([card, card], [card, card], [card, card], torch.ones(3))
+torch._foreach_addcdiv([card, card], [card, card], [card, card], torch.ones(2, 2)[:, 1])
+torch._foreach_addcdiv([host, host], [host, host], [host, host], card[0, :2])
+torch._amp_foreach_non_finite_check_and_unscale_([card, host], card[0, :1], card[0, :1])
+torch._amp_foreach_non_finite_check_and_unscale_([card], zero[None], card[0, :1])
+torch._amp_update_scale_(card[0, :1], whole[0, :1].int(), zero[None], 2.0, 0.5, 1)
+adam([card], [host], [card], [card], [], [card[0, 0]])
+adamw([card], [card], [card], [card], [], [zero])
+sgd([host], [card], [], lr=0.1)
+sgd([card], [card], [], lr=zero)
 """.strip().splitlines()
 
 #: Types in which operators are called for which their kernels are not compiled.
@@ -585,6 +697,25 @@ _DTYPES: Final = (
     torch.int64,
     torch.bool,
 )
+
+
+_ADAM: Final[dict[str, Any]] = {
+    "lr": 0.1,
+    "beta1": 0.9,
+    "beta2": 0.99,
+    "weight_decay": 0.0,
+    "eps": 1e-8,
+    "amsgrad": False,
+    "maximize": False,
+}
+_SGD: Final[dict[str, Any]] = {
+    "weight_decay": 0.0,
+    "momentum": 0.0,
+    "dampening": 0.0,
+    "nesterov": False,
+    "maximize": False,
+    "is_first_step": False,
+}
 
 
 def _recurrent(kind: Any, *operands: Any) -> Any:
@@ -600,9 +731,15 @@ def _names() -> dict[str, Any]:
         "torch": torch,
         "functional": functional,
         "recurrent": _recurrent,
+        "adam": partial(torch._fused_adam_, **_ADAM),
+        "adamw": partial(torch._fused_adamw_, **_ADAM),
+        "sgd": partial(torch._fused_sgd_, **_SGD),
         "comm": comm,
         "card": card,
         "host": torch.ones(3, 3),
+        "meta": torch.ones(3, 3, device="meta"),
+        "leaf": torch.ones(3, 3, device="cuda", requires_grad=True),
+        "small": torch.ones(16, 16, device="cuda").to(torch.float8_e4m3fn),
         "zero": torch.zeros(()),
         "half": card.half(),
         "bfloat": card.bfloat16(),
