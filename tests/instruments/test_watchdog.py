@@ -17,8 +17,8 @@ class _Referent:
     """What a weak reference can point at."""
 
 
-def _spin(_reference: object = None) -> None:
-    end = time.monotonic() + 0.002
+def _spin(_reference: object = None, *, seconds: float = 0.002) -> None:
+    end = time.monotonic() + seconds
     while time.monotonic() < end:
         pass
 
@@ -83,6 +83,7 @@ def test_a_slow_hook_is_not_interrupted(monkeypatch: pytest.MonkeyPatch) -> None
             reference = weakref.ref(referent, _fail)
             del referent
             assert reference() is None
+            _spin(seconds=0.0002)  # a moment in which the watchdog may interrupt
 
     with pytest.raises(HangError), Watchdog(0.05):
         _body()
