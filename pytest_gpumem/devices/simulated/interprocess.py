@@ -104,7 +104,7 @@ def share(self: torch.UntypedStorage) -> tuple[Any, ...]:
         shared: tuple[Any, ...] = _original_share(self)
         return shared
     if not REFERENCES_BY_CPP:  # a storage's Python object goes and comes on its own
-        refuse("sending a tensor of a card to another process with torch 2.8")
+        refuse("sending a tensor of a card to another process before torch 2.10")
     if memory.is_received:
         raise RuntimeError(_RECEIVED)
     card, block = memory.card, memory.block
