@@ -296,6 +296,49 @@ def test_saved_tensors_load_where_wanted(location: str | None, device: str) -> N
     assert [0.0, 1.0, 2.0] == loaded.tolist()
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.uint16, torch.uint64, torch.float8_e5m2]
+)
+def test_tensors_without_a_typed_storage_are_saved(dtype: torch.dtype) -> None:
+    """Newer dtypes have none; torch saves them with another function."""
+    source = torch.arange(3.0).to(dtype).cuda()
+
+    loaded = _saved_and_loaded(source)
+
+    assert (dtype, True) == (loaded.dtype, loaded.is_cuda)
+    assert [0.0, 1.0, 2.0] == loaded.float().tolist()
+
+
+@pytest.mark.parametrize("place", ["cuda", "cpu"])
+def test_lazy_conjugation_and_negation_are_saved(place: str) -> None:
+    """They are marks on a tensor, and not in its memory."""
+    source = torch.tensor([1 + 2j, 3 - 1j], device="cuda")
+
+    conjugated = _saved_and_loaded(source.conj(), map_location=place)
+    negated = _saved_and_loaded(source.conj().imag, map_location=place)
+
+    assert (True, [1 - 2j, 3 + 1j]) == (conjugated.is_conj(), conjugated.tolist())
+    assert (True, [-2, 1]) == (negated.is_neg(), (negated * 1).tolist())
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor.clone, nn.Parameter])
+def test_attributes_of_a_tensor_are_saved(kind: Callable[[Any], Any]) -> None:
+    """As on the host, for tensors and parameters."""
+    source = kind(torch.ones(2, device="cuda"))
+    source.is_shared_expert = True
+
+    assert _saved_and_loaded(source).is_shared_expert
+    assert pickle.loads(pickle.dumps(source)).is_shared_expert
+    assert type(source) is type(_saved_and_loaded(source))
+
+
+def _saved_and_loaded(source: Any, **options: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(source, file)
+    file.seek(0)
+    return torch.load(file, **options)
+
+
 def test_host_tensors_load_onto_a_card() -> None:
     """map_location="cuda" moves what was saved on the host."""
     file = io.BytesIO()

@@ -45,7 +45,7 @@ from pytest_gpumem.devices.simulated.machine import (
     pop_machine,
     push_machine,
 )
-from pytest_gpumem.devices.simulated.methods import EVERY_TENSOR
+from pytest_gpumem.devices.simulated.methods import EVERY_TENSOR, set_bits
 from pytest_gpumem.devices.simulated.operators.drawing import DROPOUTS
 from pytest_gpumem.devices.simulated.refusals import CLASSES, refusing_class
 from pytest_gpumem.devices.simulated.storages import (
@@ -104,6 +104,7 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
         (torch.cuda.sparse, typed_tensors("torch.cuda.sparse", SparseTensor)),
         (torch.cuda.streams, {"Stream": Stream, "Event": Event}),
         (torch.Tensor, EVERY_TENSOR),
+        (torch._C, {"_set_tensor_metadata": set_bits}),
         (torch.Tensor, DRAWING_METHODS),
         (torch.Tensor, FACTORY_METHODS),
         (torch.fft, FREQUENCIES),

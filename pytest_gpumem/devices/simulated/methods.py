@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._tensor_str import _add_suffixes, _tensor_str
 from torch.nn.parameter import is_lazy
 from torch.overrides import handle_torch_function, has_torch_function_unary
+from torch.utils.hooks import warn_if_has_hooks
 
 from pytest_gpumem.devices.simulated.capture import (
     check_copy,
@@ -41,7 +42,11 @@ from pytest_gpumem.devices.simulated.subclasses import (
     known_card,
     runs_itself,
 )
-from pytest_gpumem.devices.simulated.tensor import DEVICES, SimulatedTensor
+from pytest_gpumem.devices.simulated.tensor import (
+    DEVICES,
+    OWN_NAMES,
+    SimulatedTensor,
+)
 from pytest_gpumem.devices.simulated.typed import check_given, made_of, wanted
 from pytest_gpumem.devices.simulated.warned import relayed, warn
 
@@ -377,30 +382,49 @@ def _format(self: SimulatedTensor, spec: str) -> str:
 
 
 def _reduce_ex(self: SimulatedTensor, _protocol: Any) -> Any:
-    """Pickle as a plain tensor or parameter on the card."""
+    """Pickle as a plain tensor or parameter on the card, with its attributes.
+
+    Source: ``__reduce_ex__`` of ``torch/_tensor.py`` and ``torch/nn/parameter.py``.
+    """
     if self._gpumem_value.is_meta:
         refuse_value("pickling a tensor")
-    storage = torch.storage.TypedStorage(
-        wrap_storage=self.untyped_storage(), dtype=self.dtype, _internal=True
-    )
+    state = {name: each for name, each in vars(self).items() if name not in OWN_NAMES}
     hooks: OrderedDict[Any, Any] = OrderedDict()
-    rebuilt = (
-        torch._utils._rebuild_tensor_v2,  # torch pickles with this function
-        (
-            storage,
-            self.storage_offset(),
-            tuple(self.size()),
-            self.stride(),
-            self.requires_grad,
-            hooks,
-        ),
-    )
-    if not is_parameter(self):
-        return rebuilt
-    return (
-        torch._utils._rebuild_parameter,  # torch pickles with this function
-        (self.detach(), self.requires_grad, hooks),
-    )
+    rebuild: Any
+    if is_parameter(self):
+        args: tuple[Any, ...] = (self.detach(), self.requires_grad, hooks)
+        if state:
+            return torch._utils._rebuild_parameter_with_state, (*args, state)
+        return torch._utils._rebuild_parameter, args
+    warn_if_has_hooks(self)
+    storage: Any = self.untyped_storage()
+    is_new = self.dtype in torch.storage._new_dtypes()  # they have no typed storage
+    rebuild = torch._utils._rebuild_tensor_v3
+    if not is_new:
+        rebuild = torch._utils._rebuild_tensor_v2
+        storage = torch.storage.TypedStorage(
+            wrap_storage=storage, dtype=self.dtype, _internal=True
+        )
+    place = (self.storage_offset(), tuple(self.size()), self.stride())
+    args = (storage, *place, self.requires_grad, hooks)
+    if is_new:
+        args += (self.dtype,)
+    bits = torch._utils.get_tensor_metadata(self)  # lazy conjugation and negation
+    if bits:
+        args += (bits,)
+    if state:
+        return torch._tensor._rebuild_from_type_v2, (rebuild, torch.Tensor, args, state)
+    return rebuild, args
+
+
+_set_bits: Final[Any] = torch._C._set_tensor_metadata  # type: ignore[attr-defined]  # no public API
+
+
+def set_bits(tensor: torch.Tensor, bits: dict[str, bool]) -> None:
+    """Mark an unpickled tensor and its value as lazily conjugated or negated."""
+    _set_bits(tensor, bits)
+    if isinstance(tensor, SimulatedTensor):
+        _set_bits(tensor._gpumem_value, bits)
 
 
 #: Source: ``tensor_ctor`` and ``new_tensor`` of ``torch/csrc/utils/tensor_new.cpp``.
