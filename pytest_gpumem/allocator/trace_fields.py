@@ -90,8 +90,8 @@ def read_size(mapping: Any, key: str, where: str) -> int:
         TraceError: The entry is missing or is not such an integer.
     """
     value: int = read_field(mapping, key, int, where)
+    if abs(value) > _MOST:  # Python may refuse to write it
+        raise no_trace(f"{where}: {key} has more than 63 bits")
     if value < 0:
         raise no_trace(f"{where}: {key}={value} is below 0")
-    if value > _MOST:
-        raise no_trace(f"{where}: {key}={value} is above 2**63 - 1")
     return value
