@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import multiprocessing.connection
+import os
 import sys
 from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any
@@ -142,9 +143,15 @@ def _send(pipe: Any) -> None:
     sys.platform == "darwin", reason="forks of macOS's threads are unsafe"
 )
 def test_a_forked_child_sends_to_a_parent_without_a_card_of_its_own() -> None:
-    """The values arrive, also after the child has ended; then nothing more is opened."""
+    """The values arrive, also after the child has ended; then nothing more is opened.
+
+    What keeps them on the host keeps none of the child's files open, by which a parent
+    sees that its child has ended.
+    """
     with simulated_device("8GiB,ctx=0"):
         ours, theirs = multiprocessing.Pipe()
+        ended, sentinel = os.pipe()
+        os.set_inheritable(sentinel, True)
         child = multiprocessing.get_context("fork").Process(
             target=_send, args=(theirs,)
         )
@@ -154,8 +161,11 @@ def test_a_forked_child_sends_to_a_parent_without_a_card_of_its_own() -> None:
         assert [2, 2, 2] == got.tolist()
         assert event.query()
         assert allocated() == 0
+        os.close(sentinel)
         ours.send(None)
         child.join()
+        assert [ended] == multiprocessing.connection.wait([ended], timeout=20)
+        os.close(ended)
         assert [4, 4, 4] == (got * 2).tolist()
         del got
         with pytest.raises(torch.AcceleratorError, match="invalid resource handle"):

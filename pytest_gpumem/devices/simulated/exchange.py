@@ -11,12 +11,16 @@ import os
 import sys
 import threading
 from collections import deque
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from pytest_gpumem.allocator.blocks import Block
     from pytest_gpumem.devices.simulated.card import SimulatedCard
 
@@ -35,8 +39,46 @@ _ENDED: Final = (
 
 def shared_name(storage: torch.UntypedStorage) -> bytes:
     """Move a storage to shared memory, if it is not there, and return its name."""
-    manager, name, _nbytes = storage._share_filename_cpu_()
+    with _without_heirs():
+        manager, name, _nbytes = storage._share_filename_cpu_()
     return bytes(manager) + b"\n" + bytes(name)
+
+
+#: The processes, of a family of forks, whose C++ has started the manager of such memory.
+_managed: Final[set[int]] = set()
+
+
+#: The open files of this process, by their numbers; Windows has none and needs no manager.
+_OPEN_FILES: Final = Path("/dev/fd")
+
+
+@contextmanager
+def _without_heirs() -> Iterator[None]:
+    """Keep this process's open files from the manager that C++ starts at the first use.
+
+    It outlives the process. With a pipe of ``multiprocessing`` that it had inherited,
+    ``Process.join(timeout)`` of the parent would wait for the manager.
+    """
+    if os.getpid() in _managed or not _OPEN_FILES.is_dir():
+        yield
+        return
+    found = [int(each.name) for each in _OPEN_FILES.iterdir()]
+    kept = [each for each in found if each > 2 and _is_inheritable(each)]  # noqa: PLR2004  # not the standard streams
+    for each in kept:
+        os.set_inheritable(each, False)
+    try:
+        yield
+    finally:
+        for each in kept:
+            os.set_inheritable(each, True)
+    _managed.add(os.getpid())
+
+
+def _is_inheritable(file: int) -> bool:
+    try:
+        return os.get_inheritable(file)
+    except OSError:  # that of the list itself, which is closed
+        return False
 
 
 def opened(name: bytes, nbytes: int) -> torch.UntypedStorage:
@@ -120,7 +162,8 @@ class Exchange:
                 atexit.register(self._warn, os.getpid())
             if not self._own or self._next == _COUNTERS:
                 nbytes = _COUNTER_BYTES * _COUNTERS
-                self._own.append(_Storage._new_using_filename_cpu(nbytes))
+                with _without_heirs():
+                    self._own.append(_Storage._new_using_filename_cpu(nbytes))
                 self._next = 0
             file, index = self._own[-1], self._next
             self._next += 1
