@@ -142,6 +142,18 @@ def test_a_state_is_a_seed_and_an_offset() -> None:
         torch.cuda.default_generators[0].set_offset(3)
 
 
+@pytest.mark.parametrize(
+    "module", [torch, torch.random, torch.cuda], ids=lambda each: each.__name__
+)
+def test_a_state_on_a_card_is_refused(module: Any) -> None:
+    """As a checkpoint has it that was loaded with ``map_location="cuda"``."""
+    state = module.get_rng_state()
+
+    with pytest.raises(TypeError, match=r"must be a torch\.ByteTensor"):
+        module.set_rng_state(state.cuda())
+    module.set_rng_state(state)
+
+
 def test_an_offset_brings_its_numbers_back() -> None:
     """Also in another generator, also one that nobody has drawn at before."""
     first = torch.Generator("cuda").manual_seed(3)

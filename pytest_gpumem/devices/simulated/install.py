@@ -48,6 +48,7 @@ from pytest_gpumem.devices.simulated.machine import (
 from pytest_gpumem.devices.simulated.methods import EVERY_TENSOR, set_bits
 from pytest_gpumem.devices.simulated.operators.drawing import DROPOUTS
 from pytest_gpumem.devices.simulated.refusals import CLASSES, refusing_class
+from pytest_gpumem.devices.simulated.rng import set_host_state
 from pytest_gpumem.devices.simulated.storages import (
     EVERY_STORAGE,
     EVERY_TENSORS_STORAGE,
@@ -112,6 +113,7 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
         (torch.Tensor, EVERY_TENSORS_STORAGE),
         (torch, CONSTRUCTORS),
         (torch, {"Stream": StreamName, "Event": EventName}),
+        *((each, {"set_rng_state": set_host_state}) for each in (torch, torch.random)),
         (torch, DROPOUTS),
         (torch._VF, DROPOUTS),
         (torch.nested, NESTED),

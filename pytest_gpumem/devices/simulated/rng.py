@@ -11,6 +11,7 @@ The offset advances as on a card, by the rules in ``operators/offsets.py``.
 
 from __future__ import annotations
 
+import functools
 import struct
 import zlib
 from collections import OrderedDict
@@ -53,6 +54,29 @@ _MOST_MARKS: Final = 512
 #: Format of a state: seed and offset. Source: ``CUDAGeneratorImpl::get_state``.
 _STATE: Final = struct.Struct("<Qq")
 _SEED_BYTES: Final = 8
+
+
+_set_host_state: Final[Any] = torch.set_rng_state
+
+
+@functools.wraps(_set_host_state)
+def set_host_state(new_state: Any) -> None:
+    """Run ``torch.set_rng_state``: a state on a card is refused, as by C++.
+
+    Raises:
+        TypeError: The state is on a card (torch's message).
+    """
+    _refuse_card(new_state)
+    _set_host_state(new_state)
+
+
+def _refuse_card(state: Any) -> None:
+    """Refuse a generator's state that is on a card, where C++ sees a host tensor.
+
+    Source: ``check_rng_state`` of ``aten/src/ATen/core/Generator.h``.
+    """
+    if isinstance(state, torch.Tensor) and state.device.type != "cpu":
+        raise TypeError("RNG state must be a torch.ByteTensor")
 
 
 class CardGenerator(GENERATOR):  # type: ignore[misc]  # torch's C type has the type Any here
@@ -135,8 +159,8 @@ class CardGenerator(GENERATOR):  # type: ignore[misc]  # torch's C type has the 
             TypeError: The state is not a host tensor of bytes (torch's message).
         """
         self._check_capture(None)
-        is_right = isinstance(state, torch.Tensor) and state.dtype is torch.uint8
-        if not is_right or state.device.type != "cpu":
+        _refuse_card(state)
+        if not isinstance(state, torch.Tensor) or state.dtype is not torch.uint8:
             super().set_state(state)  # torch raises the error
         packed = bytes(state.flatten().tolist())
         if len(packed) == _SEED_BYTES:
