@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from mmap import mmap
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,22 @@ def test_what_the_host_holds_is_not_free_for_the_card() -> None:
     assert 100 * MIB == pytest.approx(before - with_host, abs=NOISE)
     assert 100 * MIB == pytest.approx(with_host - with_both, abs=NOISE)
     assert 100 * MIB == pytest.approx(only_card - with_both, abs=NOISE)
+
+
+@only_linux
+def test_values_that_a_thread_is_freeing_are_not_the_hosts() -> None:
+    """For other threads, until the thread looks itself."""
+    kept = mmap(-1, 100 * MIB)
+    torch.frombuffer(kept, dtype=torch.uint8).fill_(1)
+    with simulated_device("T4") as machine:
+        before = machine.host_bytes()
+        machine.note_leaving(100 * MIB)
+        with ThreadPoolExecutor() as pool:
+            meanwhile = pool.submit(machine.host_bytes).result()
+        after = machine.host_bytes()
+
+    assert 100 * MIB == pytest.approx(before - meanwhile, abs=NOISE)
+    assert after == pytest.approx(before, abs=NOISE)
 
 
 @only_linux

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -119,6 +120,9 @@ class SimulatedMachine:
         self.captures: tuple[Capture, ...] = ()
         #: What happens when the host waits for a card: 0 nothing, 1 a warning, 2 an error.
         self.sync_debug_mode = 0
+        #: Values that a thread is freeing: the thread, the host's bytes without them, and
+        #: until when they are waited for. None if there are none.
+        self._leaving: tuple[int, int, float] | None = None
         self._local = threading.local()
 
     @property
@@ -240,7 +244,26 @@ class SimulatedMachine:
         values = 0
         if self.value_device == "cpu":
             values = sum(card.allocator.requested_bytes for card in self.all_cards)
-        return max(anonymous_bytes() - values, 0)
+        held = anonymous_bytes()
+        leaving = self._leaving
+        if leaving is not None:
+            thread, without, end = leaving
+            if thread == threading.get_ident() or time.monotonic() > end:
+                self._leaving = None
+            else:
+                held = min(held, without)
+        return max(held - values, 0)
+
+    def note_leaving(self, nbytes: int) -> None:
+        """Record that the calling thread frees values as soon as their block is released.
+
+        Up to torch 2.9 C++ does so in this order, and lets other threads run meanwhile.
+        """
+        if self.value_device != "cpu":
+            return
+        end = time.monotonic() + _PATIENCE_S
+        without = max(anonymous_bytes() - nbytes, 0)
+        self._leaving = threading.get_ident(), without, end
 
     @property
     def num_requests(self) -> int:
@@ -251,6 +274,9 @@ class SimulatedMachine:
 def _note(history: MemoryHistory, card: SimulatedCard, *change: Any) -> None:
     history.note(card.index, *change, is_serving=card.allocator.is_serving)
 
+
+#: The longest time for which values that are being freed are not the host's, in seconds.
+_PATIENCE_S: Final = 0.5
 
 _machines: Final[list[SimulatedMachine]] = []
 

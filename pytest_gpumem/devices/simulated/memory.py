@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
 
 
+#: Values of so many bytes take a while to free.
+_LARGE: Final = 2**20
+
+
 class Memory:
     """The bytes that one storage holds on a card; freed when this object is deleted.
 
@@ -72,6 +76,8 @@ class Memory:
         if self.block is None:
             return
         if self.sent is None:
+            if not REFERENCES_BY_CPP and self.nbytes >= _LARGE:
+                self.card.machine.note_leaving(self.nbytes)
             self.card.release(self.block)
         else:
             self.card.machine.exchange.give_up(self.card, self.block, self.sent)
