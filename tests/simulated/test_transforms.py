@@ -477,3 +477,21 @@ def test_autocast_casts_inside_of_transforms() -> None:
 
     assert [torch.float32] * 2 == [each.dtype for each in found[1]]
     torch.testing.assert_close(found[0], found[1], atol=1e-3, rtol=1e-3)
+
+
+def test_tangents_go_through_the_gradient_of_a_convolution() -> None:
+    """C++ makes the missing tangents on the host, which is no wrong type of a weight."""
+
+    def tangents(device: str) -> list[torch.Tensor]:
+        source = torch.arange(5.0, device=device).reshape(1, 1, 1, 1, 5)
+        weight = torch.arange(2.0, device=device).reshape(1, 1, 1, 1, 2)
+        weight.requires_grad_()
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(source.requires_grad_(), source.detach() + 1)
+            made = functional.conv3d(dual, weight)
+            grads = torch.autograd.grad(made, (dual, weight), torch.ones_like(made))
+            found = [forward_ad.unpack_dual(each).tangent for each in grads]
+        return [each.cpu() for each in found if each is not None]
+
+    with simulated_device("T4"):
+        torch.testing.assert_close(tangents("cuda"), tangents("cpu"))

@@ -109,12 +109,12 @@ def _places(func: Any, args: Any, kwargs: Any) -> list[Operand]:
         places.extend(
             Operand(argument, each)
             for each in (value if isinstance(value, (list, tuple)) else (value,))
-            if isinstance(each, torch.Tensor) and not _is_of_formula(each)
+            if isinstance(each, torch.Tensor) and not is_of_formula(each)
         )
     return places
 
 
-def _is_of_formula(tensor: torch.Tensor) -> bool:
+def is_of_formula(tensor: torch.Tensor) -> bool:
     """Return whether a formula of forward AD has made a tensor.
 
     Such a tensor is a single 0 or 1 with the shape of the other operands, on the device

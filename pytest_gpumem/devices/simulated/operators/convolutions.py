@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytest_gpumem.devices.simulated.kernel_types import INTEGERS
-from pytest_gpumem.devices.simulated.operators.checks import compare_devices
+from pytest_gpumem.devices.simulated.operators.checks import (
+    compare_devices,
+    is_of_formula,
+)
 from pytest_gpumem.devices.simulated.operators.registry import register
 from pytest_gpumem.devices.simulated.operators.requests import (
     Free,
@@ -59,7 +62,11 @@ def _kernel(args: tuple[Any, ...]) -> str:
     source, dilation, is_transposed = args[0], args[5], args[6]
     if torch._C._get_cudnn_enabled():
         named = zip(("", "weight", "bias"), args[:3], strict=True)
-        tensors = [(name, each) for name, each in named if each is not None]
+        tensors = [
+            (name, each)
+            for name, each in named
+            if each is not None and not is_of_formula(each)
+        ]
         if not any(each.is_meta for _name, each in tensors):  # no kernel runs there
             _compare_types(tensors)
     if source.dtype not in INTEGERS:
