@@ -687,6 +687,11 @@ adam([card], [host], [card], [card], [], [card[0, 0]])
 adamw([card], [card], [card], [card], [], [zero])
 sgd([host], [card], [], lr=0.1)
 sgd([card], [card], [], lr=zero)
+torch._foreach_pow(2.0, [truth, truth])
+torch._foreach_pow([truth], [truth])
+torch._foreach_abs([truth])
+torch._foreach_abs_([truth])
+torch._foreach_abs([truth, card])
 """.strip().splitlines()
 
 #: Types in which operators are called for which their kernels are not compiled.

@@ -49,11 +49,45 @@ def _lists(func: Any, handler: Handler) -> Handler:
         if scales and len(cards) == 1 and isinstance(number, SimulatedTensor):
             _check_number(number, members[0], is_in_place=name.endswith("_"))
         is_one_card = len(cards) == 1 and isinstance(members[0], SimulatedTensor)
+        if is_one_card and name == "aten::_foreach_pow":
+            _check_powers(args[0], members)
         if is_one_card or torch.device("meta") in cards:
             return handler(args, kwargs)
         return func.redispatch(_ONE_BY_ONE, *args, **kwargs)
 
     return run
+
+
+def _check_powers(base: Any, exponents: list[torch.Tensor]) -> None:
+    """Refuse powers of one number with booleans, for which a list's kernel has no variant.
+
+    Source: ``ForeachBinaryOpScalar.cu``, ``foreach_scalar_pow_list_kernel_cuda``.
+
+    Raises:
+        NotImplementedError: The exponents are booleans (torch's message).
+    """
+    if not isinstance(base, (list, tuple)) and all(
+        each.dtype == torch.bool for each in exponents
+    ):
+        raise NotImplementedError(
+            "\"foreach_binary_op_scalar_cuda\" not implemented for 'Bool'"
+        )
+
+
+def _absolute(func: Any) -> Any:
+    """Compute the absolute values of lists of booleans, which the CPU has no kernel for."""
+
+    def compute(tensors: list[torch.Tensor]) -> Any:
+        if not func._schema.returns:
+            for each in tensors:
+                if each.dtype != torch.bool:
+                    each.abs_()
+            return None
+        return [
+            each.clone() if each.dtype == torch.bool else each.abs() for each in tensors
+        ]
+
+    return compute
 
 
 _SCALING: Final = ("aten::_foreach_mul", "aten::_foreach_div")
@@ -110,6 +144,14 @@ register(
     check=iterated,
     around=_lists,
     source="ForeachUtils.h, can_use_fast_route: no, so element by element",
+)
+
+register(
+    "_foreach_abs _foreach_abs_",
+    check=iterated,
+    around=_lists,
+    compute=_absolute,
+    source="ForeachUnaryOp.cu, foreach_tensor_abs_cuda",
 )
 
 

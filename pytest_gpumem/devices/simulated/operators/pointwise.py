@@ -219,6 +219,13 @@ register(
 )
 
 
+register(
+    "abs_",
+    compute=only(lambda it: it if it.dtype is torch.bool else it.abs_()),
+    source="cuda/AbsKernel.cu, abs_kernel_cuda",
+)
+
+
 def _base_first(call: Call) -> Iterator[RequestStep]:
     """Request a tensor on the card for a base that is a number.
 
