@@ -14,7 +14,6 @@ from torch import nn
 
 from pytest_gpumem.allocator.config import AllocatorConfig
 from pytest_gpumem.devices.simulated.install import simulated_device
-from pytest_gpumem.devices.simulated.torch_build import REFERENCES_BY_CPP
 from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
 
 if TYPE_CHECKING:
@@ -27,9 +26,6 @@ pytestmark = [
     pytest.mark.skipif(
         sys.platform == "win32",
         reason="memory is shared by way of files that Windows lacks",
-    ),
-    pytest.mark.skipif(
-        not REFERENCES_BY_CPP, reason="sending is refused with this torch"
     ),
 ]
 

@@ -35,10 +35,8 @@ from pytest_gpumem.devices.simulated.exchange import (
 )
 from pytest_gpumem.devices.simulated.machine import card_of, current_machine
 from pytest_gpumem.devices.simulated.memory import HOST_ROOM, Memory, hold, memory_of
-from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.devices.simulated.streams import Event
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
-from pytest_gpumem.devices.simulated.torch_build import REFERENCES_BY_CPP
 from pytest_gpumem.files import IS_POSIX
 
 if TYPE_CHECKING:
@@ -103,8 +101,6 @@ def share(self: torch.UntypedStorage) -> tuple[Any, ...]:
     if memory is None:
         shared: tuple[Any, ...] = _original_share(self)
         return shared
-    if not REFERENCES_BY_CPP:  # a storage's Python object goes and comes on its own
-        refuse("sending a tensor of a card to another process before torch 2.10")
     if memory.is_received:
         raise RuntimeError(_RECEIVED)
     card, block = memory.card, memory.block

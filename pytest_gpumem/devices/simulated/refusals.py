@@ -23,9 +23,6 @@ ADVICE: Final[dict[str, str]] = {
     "torch.cuda.graph(check_input_liveness=True)": "leave it False",
     "CUDAGraph.debug_dump": "a simulated card makes no CUDA graph to look at",
     "CUDAGraph.raw_cuda_graph": "a simulated card makes no CUDA graph to look at",
-    "sending a tensor of a card to another process before torch 2.10": (
-        "use a newer torch, or send tensor.cpu() instead"
-    ),
     "torch._C._cuda_getCheckpointState": "capture each graph once, in a pool of its own",
     "torch.accelerator.Graph": "use torch.cuda.CUDAGraph",
     "torch.cuda.CUDAPluggableAllocator": "keep PyTorch's own allocator",
