@@ -85,7 +85,7 @@ def _indexed(tensor: Any, index: Any) -> tuple[Any, list[torch.Tensor | None]]:
         parts.append(Ellipsis)
     indices: list[torch.Tensor | None] = []
     view = tensor
-    for each in parts:
+    for number, each in enumerate(parts):
         dim = len(indices)
         if each is Ellipsis:
             indices += [None] * (tensor.dim() - taken)
@@ -108,10 +108,31 @@ def _indexed(tensor: Any, index: Any) -> tuple[Any, list[torch.Tensor | None]]:
         elif isinstance(each, torch.Tensor):
             view = view.select(dim, each.item())
         elif _is_number(each):
+            added = sum(one is None for one in parts[:number])
+            place = tensor.dim() - view.dim() + dim + added
+            _check_bounds(view, dim, each, place)
             view = view.select(dim, each)
         else:
             indices.append(torch.as_tensor(each))
     return view, indices if any(each is not None for each in indices) else []
+
+
+def _check_bounds(view: Any, dim: int, index: Any, place: int) -> None:
+    """Check an index as C++ does; torch 2.9 and 2.10 select any from a fake tensor.
+
+    Source: ``applySelect`` of ``ATen/TensorIndexing.h``.
+
+    Raises:
+        IndexError: The dimension, which is the tensor's at ``place``, is not so long.
+    """
+    if isinstance(index, torch.SymInt) or dim >= view.dim():
+        return
+    size = view.shape[dim]
+    if type(size) is int and not -size <= operator.index(index) < size:
+        raise IndexError(
+            f"index {operator.index(index)} is out of bounds for dimension {place} "
+            f"with size {size}"
+        )
 
 
 def _is_number(part: Any) -> bool:
