@@ -291,7 +291,9 @@ RUNS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
         class TestIt(unittest.TestCase):
             @classmethod
             def setUpClass(cls):
-                cls.enterClassContext(vram_budget("64MiB"))
+                budget = vram_budget("64MiB")
+                budget.__enter__()
+                cls.addClassCleanup(budget.__exit__, None, None, None)
 
             def test_one(self):
                 with self.subTest("inner"), vram_budget("32MiB"):
