@@ -34,6 +34,30 @@ def _moved(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return x.to(like.device) + like
 
 
+class _Branching(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if x.shape[0] > 1 else x - 1
+
+
+def _branched(x: torch.Tensor) -> torch.Tensor:
+    return x + 1 if x.shape[0] > 1 else x - 1
+
+
+def test_a_trace_keeps_the_branches_of_scripts_in_it() -> None:
+    """It takes in their graphs, and does not run their Python code."""
+    with simulated_device("T4"):
+        module = torch.nn.Sequential(torch.jit.script(_Branching()))
+        function: Any = torch.jit.script(_branched)
+        for program in (module, lambda x: function(x)):  # noqa: PLW0108  # a script is not traced
+            traced: Any = torch.jit.trace(program, torch.zeros(2, device="cuda"))
+            results = [traced(torch.zeros(each, device="cuda")) for each in (2, 1)]
+            assert [[1, 1], [-1]] == [each.tolist() for each in results]
+
+        asking: Any = torch.jit.script(_moved)
+        with pytest.raises(UnsupportedOnSimulatedDeviceError, match="asks for devices"):
+            torch.jit.trace(lambda x: asking(x, x), torch.ones(1, device="cuda"))
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
 def test_a_function_is_scripted_while_cards_are_simulated(device: str) -> None:
     """With constructors in it, for host and card."""

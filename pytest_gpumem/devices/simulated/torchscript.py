@@ -63,10 +63,16 @@ def patch_scripting(patches: PatchSet) -> None:
 
 
 def _run(function: Any, *args: Any, **options: Any) -> Any:
-    """Call a scripted function; for tensors on a card, call its Python original."""
+    """Call a scripted function; for tensors on a card, call its Python original.
+
+    A trace takes in the function's graph, whose branches its Python code would fix.
+    """
     original = getattr(function, "_torchdynamo_inline", None)
     if original is not None and any(map(_is_on_card, (*args, *options.values()))):
-        return _as_interpreter(original, *args, **options)
+        if not torch._C._is_tracing():
+            return _as_interpreter(original, *args, **options)
+        if _names_devices(function.inlined_graph):
+            refuse("TorchScript code that asks for devices")
     return _interpret(_call, function, *args, **options)
 
 
@@ -137,17 +143,20 @@ def _asks_for_devices(module: Any) -> bool:
     """Return whether a module's code depends on devices, and note the answer."""
     known = module.__dict__.get("_gpumem_asks_for_devices")
     if known is None:
-        graph = module.inlined_graph
-        known = any(
-            graph.findAllNodes(kind) for kind in ("prim::device", "prim::is_cuda")
-        ) or any(
-            node.output().type().kind() == "DeviceObjType"
-            and node.s("value").startswith("cuda")
-            for node in graph.findAllNodes("prim::Constant")
-            if node.hasAttribute("value")
-        )
+        known = _names_devices(module.inlined_graph)
         module.__dict__["_gpumem_asks_for_devices"] = known
     return bool(known)
+
+
+def _names_devices(graph: Any) -> bool:
+    return any(
+        graph.findAllNodes(kind) for kind in ("prim::device", "prim::is_cuda")
+    ) or any(
+        node.output().type().kind() == "DeviceObjType"
+        and node.s("value").startswith("cuda")
+        for node in graph.findAllNodes("prim::Constant")
+        if node.hasAttribute("value")
+    )
 
 
 class _PythonMethod:
@@ -167,7 +176,10 @@ class _PythonMethod:
     def __call__(self, *args: Any, **options: Any) -> Any:
         module: Any = self._module()
         tensors = dict(chain(module.named_parameters(), module.named_buffers()))
-        if not _is_on_card(([*args, *options.values()], [*tensors.values()])):
+        on_card = _is_on_card(([*args, *options.values()], [*tensors.values()]))
+        if on_card and torch._C._is_tracing() and _asks_for_devices(module):
+            refuse("TorchScript code that asks for devices")
+        if not on_card or torch._C._is_tracing():
             method = module._c._get_method(self._name)
             return _interpret(type(method).__call__, method, *args, **options)
         for name, child in module.named_modules():
