@@ -198,6 +198,31 @@ def test_other_features_are_refused_by_the_same_class(make: Callable[[], Any]) -
 
 
 @pytest.mark.usefixtures("machine")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")  # torch's own
+def test_nested_tensors_of_a_mask_work_without_gradients_alone() -> None:
+    """``torch.nn.TransformerEncoder`` makes them so; C++ would end the process else."""
+    source = torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]], device="cuda")
+    mask = torch.tensor([[True, True], [True, False]], device="cuda")
+    makes: list[Callable[[], Any]] = [
+        lambda: torch._nested_tensor_from_mask(source.clone().requires_grad_(), mask),
+        lambda: nested * torch.ones((), device="cuda", requires_grad=True),
+        lambda: nested.requires_grad_(True),
+        lambda: setattr(nested, "requires_grad", True),
+        lambda: torch.nn.Parameter(nested),
+    ]
+    with torch.no_grad():
+        nested = torch._nested_tensor_from_mask(source, mask)
+        text = repr(nested)
+
+    padded = [[[1.0], [2.0]], [[3.0], [0.0]]]
+    assert padded == nested.to_padded_tensor(0.0).tolist()
+    assert text.startswith("nested_tensor([\n  tensor([[1.],\n          [2.]], device=")
+    for make in makes:
+        with pytest.raises(UnsupportedOnSimulatedDeviceError, match="nested tensor wh"):
+            make()
+
+
+@pytest.mark.usefixtures("machine")
 @pytest.mark.filterwarnings("ignore:Sparse")  # torch's own
 def test_what_stays_on_the_host_is_not_refused() -> None:
     """Sparse, compiled and exported things without a card are torch's own affair."""

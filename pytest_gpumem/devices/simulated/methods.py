@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections import OrderedDict
 from contextlib import nullcontext
+from textwrap import indent
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -342,6 +343,38 @@ def _tolist(self: SimulatedTensor) -> Any:
     return cpu(self.detach()).tolist()
 
 
+def _require_gradient(
+    self: SimulatedTensor,
+    requires_grad: bool = True,  # noqa: FBT001, FBT002  # torch's signature
+) -> torch.Tensor:
+    """Run ``requires_grad_``."""
+    _check_recordable(self, requires_grad)
+    return _require_gradient_in_cpp(self, requires_grad)
+
+
+def _set_requires_grad(self: SimulatedTensor, value: Any) -> None:
+    _check_recordable(self, value)
+    _requires_grad.__set__(self, value)
+
+
+def _check_recordable(tensor: torch.Tensor, requires_grad: Any) -> None:
+    """Refuse gradients of a nested tensor, with which C++ would end the process."""
+    if requires_grad and tensor.is_nested:
+        refuse("a nested tensor while gradients are recorded")
+
+
+_require_gradient_in_cpp: Final = torch.Tensor.requires_grad_
+_requires_grad: Final[Any] = torch._C.TensorBase.requires_grad
+
+
+def _show(self: SimulatedTensor, *, tensor_contents: Any = None) -> str:
+    """Return the text that torch shows for a tensor on a card."""
+    if not self.is_nested:
+        return _repr(self, tensor_contents=tensor_contents)
+    parts = ",\n".join(indent(repr(each), "  ") for each in self.unbind())
+    return f"nested_tensor([\n{parts}\n], device='{self.device}')"
+
+
 def _repr(self: SimulatedTensor, *, tensor_contents: Any = None) -> str:
     """Return the text that torch shows for a tensor on a card; the host waits for it."""
     value = self._gpumem_value.detach()  # private to this package
@@ -548,7 +581,9 @@ _ANSWERS: Final[dict[str, Any]] = {
     "new_tensor": _new_tensor,
     "share_memory_": _share_memory,
     "is_shared": lambda _self: True,
-    "__repr__": _repr,
+    "requires_grad_": _require_gradient,
+    "requires_grad": property(_requires_grad.__get__, _set_requires_grad),
+    "__repr__": _show,
     "__format__": _format,
     "__deepcopy__": deepcopy,
     "__reduce_ex__": _reduce_ex,

@@ -84,6 +84,9 @@ ADVICE: Final[dict[str, str]] = {
     "torch.autograd.profiler.emit_nvtx": "profile with torch.profiler",
     "torch.autocast without torch's header files": "install torch from its own wheel",
     "a nested tensor": "pad the tensors to one size, or keep them on the CPU",
+    "a nested tensor while gradients are recorded": (
+        "use torch.no_grad, or pad the tensors to one size"
+    ),
     "a torch.compile backend that makes kernels": (
         'run with --gpu-compiled=eager (simulated_device(..., compiled="eager")), use '
         'backend="eager" or "aot_eager", or set TORCH_COMPILE_DISABLE=1: kernels for a '

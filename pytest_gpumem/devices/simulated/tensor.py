@@ -31,7 +31,7 @@ from pytest_gpumem.devices.simulated.memory import (
     lacks_host_memory,
     memory_of,
 )
-from pytest_gpumem.devices.simulated.refusals import refuse_layout
+from pytest_gpumem.devices.simulated.refusals import refuse, refuse_layout
 from pytest_gpumem.errors import HostMemoryError
 
 if TYPE_CHECKING:
@@ -198,10 +198,13 @@ def make(value: torch.Tensor, card: SimulatedCard) -> SimulatedTensor:
 
     Raises:
         torch.OutOfMemoryError: The card has no room for the storage.
-        UnsupportedOnSimulatedDeviceError: The value is sparse.
+        UnsupportedOnSimulatedDeviceError: The value is sparse, or it is nested while
+            gradients are recorded.
     """
     if value.layout is not torch.strided:
         refuse_layout(value.layout)
+    if value.is_nested and torch.is_grad_enabled():
+        refuse("a nested tensor while gradients are recorded")
     storage = value.untyped_storage()
     if card.machine.streams.are_used:
         card.machine.streams.note_result(card.index)
