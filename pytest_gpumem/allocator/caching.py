@@ -275,7 +275,9 @@ class CachingAllocator(PrivatePools):
         self.release_unused_pools()
 
     def set_memory_fraction(self, fraction: float) -> None:
-        """Limit reserved bytes to a share of the card; 1.0 means no limit.
+        """Limit reserved bytes to a share of the card.
+
+        1.0 means no limit; up to torch 2.9 it is one, which the message of an OOM names.
 
         Raises:
             ValueError: The fraction is not between 0 and 1.
@@ -300,7 +302,10 @@ class CachingAllocator(PrivatePools):
         limits = [int(fraction * total), total]
         if self._budget_bytes is not None:
             limits.append(self._budget_bytes)
-        self._limit_bytes = min(limits) if min(limits) < total else None
+        limit = min(limits)
+        names_whole = self.config.version.names_whole_fraction
+        is_limit = limit < total or (names_whole and self._fraction is not None)
+        self._limit_bytes = limit if is_limit else None
 
     def _own_process(self) -> list[ProcessMemory]:
         return [ProcessMemory(*each) for each in self.driver.processes()]

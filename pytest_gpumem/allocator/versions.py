@@ -5,11 +5,14 @@ responses of ``torch._C`` to settings, and the messages in ``libc10.so`` and
 ``libc10_cuda.so``, in the CUDA wheels of torch 2.8.0, 2.9.1, 2.10.0, 2.11.0, 2.12.0,
 2.13.0, 2.14.1 and 2.15.0. What graphs do, and on which lines assertions are, is from
 ``tests/recordings/captures.json.xz``: 2.13.0, 2.14.1 and 2.15.0 on the substitute runtime.
+What a fraction of 1.0 does, and what a generator tells in a capture, is what 2.8.0, 2.9.1,
+2.10.0 and 2.14.1 say there.
 """
 
 from __future__ import annotations
 
 import re
+from enum import Enum, auto
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final, NamedTuple
 
@@ -107,6 +110,17 @@ def _no_mark(line: int) -> str:
     )
 
 
+class StateHolder(Enum):
+    """What takes memory for the state of a generator that a captured graph uses."""
+
+    #: The generator, for as long as one of the graphs exists that it is registered with.
+    GENERATOR = auto()
+    #: Each graph, for each registered generator, as its capture begins.
+    CAPTURE = auto()
+    #: Each graph, at the first draw in its capture.
+    DRAW = auto()
+
+
 class AllocatorVersion(NamedTuple):
     """The properties that the allocator has from one version on.
 
@@ -124,10 +138,10 @@ class AllocatorVersion(NamedTuple):
         kernel_error_end: The same for an error that a kernel can cause.
         keeps_workspaces: Whether cuBLAS's workspaces are kept for the next product if
             ``TORCH_CUBLAS_WORKSPACE_CACHE`` does not say so.
-        registers_at_draws: Whether a captured graph takes memory for a generator's state at
-            the first draw from it; otherwise for every registered one as the capture
-            begins.
+        generator_states: What takes memory for the state of a generator in graphs.
         releases_failed_captures: Whether a graph whose capture failed gives its pool back.
+        hides_seeds: Whether the seed of a generator can neither be read nor set in a capture.
+        names_whole_fraction: Whether a memory fraction of 1.0 that was set is a limit.
         asserts: Messages of internal assertions.
     """
 
@@ -141,8 +155,10 @@ class AllocatorVersion(NamedTuple):
     error_end: str
     kernel_error_end: str
     keeps_workspaces: bool
-    registers_at_draws: bool
+    generator_states: StateHolder
     releases_failed_captures: bool
+    hides_seeds: bool
+    names_whole_fraction: bool
     asserts: Asserts
 
 
@@ -157,8 +173,10 @@ _OLDEST: Final = AllocatorVersion(
     error_end=_LATER + _ASSERTIONS,
     kernel_error_end=_LATER + _ASSERTIONS,
     keeps_workspaces=True,
-    registers_at_draws=False,
+    generator_states=StateHolder.GENERATOR,
     releases_failed_captures=False,
+    hides_seeds=True,
+    names_whole_fraction=True,
     asserts=_asserts(3332, 3340, 2213, _no_mark(3211)),  # of 2.13
 )
 _THAT_EXPLAINS_ERRORS: Final = _OLDEST._replace(since=(2, 9), explains_errors=True)
@@ -170,6 +188,8 @@ _WITH_A_COMMON_READER: Final = _THAT_EXPLAINS_ERRORS._replace(
     variables=(_OF_ALL, _OF_CUDA),
     least_megabytes=20,
     unknown_key="Unrecognized key '{key}' in Accelerator allocator config.",
+    hides_seeds=False,
+    names_whole_fraction=False,
 )
 _WITH_A_NEW_PAGE: Final = _WITH_A_COMMON_READER._replace(
     since=(2, 11),
@@ -177,12 +197,15 @@ _WITH_A_NEW_PAGE: Final = _WITH_A_COMMON_READER._replace(
     expandable_help=_HELP.format(variable=_OF_CUDA, page=_PAGE),
 )
 _WITH_A_LOG: Final = _WITH_A_NEW_PAGE._replace(
-    since=(2, 13), error_end=_LOG, kernel_error_end=_LATER
+    since=(2, 13),
+    error_end=_LOG,
+    kernel_error_end=_LATER,
+    generator_states=StateHolder.CAPTURE,
 )
 _WITH_NEW_GRAPHS: Final = _WITH_A_LOG._replace(
     since=(2, 14),
     error_end="",
-    registers_at_draws=True,
+    generator_states=StateHolder.DRAW,
     releases_failed_captures=True,
     asserts=_asserts(3329, 3337, 2214, _no_mark(3209)),
 )

@@ -10,6 +10,7 @@ from pytest_gpumem.allocator.config import AllocatorConfig
 from pytest_gpumem.allocator.driver import Driver
 from pytest_gpumem.allocator.oom_text import ProcessMemory
 from pytest_gpumem.allocator.stats import Stat
+from pytest_gpumem.allocator.versions import version_of
 
 MIB = 2**20
 PLAIN = AllocatorConfig().divisions
@@ -133,6 +134,17 @@ def test_a_fraction_of_one_is_no_limit() -> None:
     assert allocator.limit_bytes is None
     with pytest.raises(ValueError, match=r"invalid fraction: 1\.5"):
         allocator.set_memory_fraction(1.5)
+
+
+def test_a_fraction_of_one_is_named_up_to_torch_2_9() -> None:
+    """Then it is a limit as any other, once it is set."""
+    config = AllocatorConfig.parse("", version_of("2.9.1"))
+    allocator = CachingAllocator(Driver(256 * MIB), config=config)
+
+    allocator.set_memory_fraction(1.0)
+    assert 256 * MIB == allocator.limit_bytes
+    with pytest.raises(OutOfMemory, match=r"256.00 MiB allowed; Of the allocated"):
+        allocator.malloc(512 * MIB)
 
 
 def test_an_absurd_request_is_refused_at_once() -> None:

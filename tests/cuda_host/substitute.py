@@ -3,8 +3,9 @@
     python substitute.py FOLDER                 build it there; print the libraries
     python substitute.py FOLDER -- COMMAND...   build it there if need be, run COMMAND on it
 
-It needs gcc and nm, a CUDA build of torch of CUDA 13, and the headers that torch's
-packages bring (``nvidia-cuda-runtime``) and do not bring (``nvidia-cuda-crt``).
+It needs gcc and nm, a build of torch for CUDA 12 or 13, and the headers that torch's
+packages bring (``nvidia-cuda-runtime``) and do not bring (``nvidia-cuda-crt``, for CUDA 12
+``nvidia-cuda-nvcc-cu12``).
 ``runtime/host.h`` says what is real on it, and its settings.
 """
 
@@ -57,15 +58,11 @@ def build(folder: Path) -> list[Path]:
         raise SystemExit(
             "this torch is built without CUDA; install a CUDA build, as PyPI has it"
         )
-    headers = Path(torch.origin).parents[1] / "nvidia" / "cu13" / "include"
-    if not (headers / "crt" / "host_config.h").is_file():
-        raise SystemExit(
-            f"CUDA's headers are not in {headers}; pip install nvidia-cuda-crt==13.0.*"
-        )
+    version, headers = _headers(Path(torch.origin).parents[1] / "nvidia")
     folder.mkdir(parents=True, exist_ok=True)
     cuda = folder / "libcuda.so.1"
     nvml = folder / "libnvidia-ml.so.1"
-    nvrtc = folder / "libnvrtc.so.13"
+    nvrtc = folder / f"libnvrtc.so.{version}"
     sources = [_SOURCES / f"{name}.c" for name in _CUDA]
     newest = max(each.stat().st_mtime for each in (*_SOURCES.iterdir(), Path(__file__)))
     if not (nvml.is_file() and nvml.stat().st_mtime > newest):
@@ -75,6 +72,23 @@ def build(folder: Path) -> list[Path]:
         _compile(nvrtc, [_SOURCES / "nvrtc.c"], headers)
         _compile(nvml, [_SOURCES / "nvml.c"], headers, str(cuda))
     return [cuda, nvml, nvrtc]
+
+
+def _headers(packages: Path) -> tuple[int, list[Path]]:
+    """Return CUDA's version, and the folders of its headers in NVIDIA's packages.
+
+    Raises:
+        SystemExit: They are not installed.
+    """
+    folders = {13: ["cu13/include"], 12: ["cuda_runtime/include", "cuda_nvcc/include"]}
+    for version, names in folders.items():
+        found = [packages / each for each in names]
+        if (found[-1] / "crt" / "host_config.h").is_file():
+            return version, found
+    raise SystemExit(
+        f"CUDA's headers are not in {packages}; pip install nvidia-cuda-crt==13.0.*, or "
+        "nvidia-cuda-nvcc-cu12==12.8.* for a torch of CUDA 12.8"
+    )
 
 
 def _rest(libraries: Path, sources: list[Path]) -> str:
@@ -108,9 +122,11 @@ def _rest(libraries: Path, sources: list[Path]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _compile(library: Path, sources: list[Path], headers: Path, *more: str) -> None:
+def _compile(
+    library: Path, sources: list[Path], headers: list[Path], *more: str
+) -> None:
     name = f"-Wl,-soname,{library.name}"
-    include = ["-isystem", str(headers), "-I", str(_SOURCES)]
+    include = [f"-isystem{each}" for each in headers] + ["-I", str(_SOURCES)]
     subprocess.run(
         ["gcc", *_FLAGS, name, *include, "-o", library, *sources, *more], check=True
     )

@@ -11,6 +11,7 @@ import pytest
 import torch
 from versions import NAME, since
 
+from pytest_gpumem.allocator.versions import version_of
 from pytest_gpumem.cards import find_card
 from pytest_gpumem.devices.simulated import graphs
 from pytest_gpumem.devices.simulated.install import simulated_device
@@ -102,6 +103,68 @@ def test_hooks_of_graphs_run_around_each_step() -> None:
         handle.remove()
     captured(lambda: source + 1)
     assert "gone" == steps[-1]
+
+
+@pytest.mark.parametrize("version", ["2.9.1", "2.13.0"])
+def test_a_generators_state_has_memory(
+    monkeypatch: pytest.MonkeyPatch, card: Any, version: str
+) -> None:
+    """Up to torch 2.12 one for all graphs, while one of them is there; then each its own."""
+    monkeypatch.setattr(card, "version", version_of(version))
+    held = torch.zeros(1, device="cuda")
+    before = torch.cuda.memory_allocated()
+
+    made = [captured(lambda: held.add_(1))[0] for _ in range(2)]
+    with_both = torch.cuda.memory_allocated() - before
+    for each in made:
+        each.reset()
+    after_reset = torch.cuda.memory_allocated() - before
+    del each, made
+
+    expected = (1024, 1024) if version == "2.9.1" else (2048, 0)
+    assert expected == (with_both, after_reset)
+    assert before == torch.cuda.memory_allocated()
+
+
+@pytest.mark.parametrize(
+    ("version", "allowed"),
+    [
+        ("2.9.1", set()),
+        ("2.13.0", {"initial_seed", "get_state", "the same seed"}),
+    ],
+)
+def test_what_a_generator_tells_in_a_capture(
+    monkeypatch: pytest.MonkeyPatch, card: Any, version: str, allowed: set[str]
+) -> None:
+    """As PyTorch's host code does; an offset belongs to each replay."""
+    torch.cuda.init()
+    generator: Any = torch.cuda.default_generators[0]
+    seed = generator.initial_seed()
+    calls: dict[str, Callable[[], Any]] = {
+        "initial_seed": generator.initial_seed,
+        "get_state": generator.get_state,
+        "the same seed": lambda: generator.manual_seed(seed),
+        "seed": generator.seed,
+        "get_offset": generator.get_offset,
+        "set_offset": lambda: generator.set_offset(4),
+    }
+    monkeypatch.setattr(card, "version", version_of(version))
+
+    def try_all() -> list[str]:
+        torch.zeros(1, device="cuda")
+        return [name for name, call in calls.items() if _is_allowed(call)]
+
+    assert allowed == set(captured(try_all)[1])
+    assert len(calls) == len([call for call in calls.values() if _is_allowed(call)])
+
+
+def _is_allowed(call: Callable[[], Any]) -> bool:
+    try:
+        call()
+    except RuntimeError as error:
+        assert "Cannot call CUDAGeneratorImpl::" in str(error)  # noqa: PT017  # some raise it
+        return False
+    return True
 
 
 def test_a_replay_computes_on_the_same_memory() -> None:

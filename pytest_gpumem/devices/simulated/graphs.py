@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from pytest_gpumem.allocator.pools import DEFAULT
+from pytest_gpumem.allocator.versions import StateHolder
 from pytest_gpumem.devices.cuda_errors import cuda_error
 from pytest_gpumem.devices.simulated.capture import (
     Capture,
@@ -27,7 +28,7 @@ from pytest_gpumem.devices.simulated.capture import (
     forget,
 )
 from pytest_gpumem.devices.simulated.machine import card_of, current_machine
-from pytest_gpumem.devices.simulated.memory import allocate_aside
+from pytest_gpumem.devices.simulated.memory import Memory, allocate_aside
 from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.devices.simulated.rng import CardGenerator, generator_of
 
@@ -140,6 +141,7 @@ class CUDAGraph:
     def __init__(self, keep_graph: bool = False) -> None:  # noqa: FBT001, FBT002  # torch's signature
         self._keeps = keep_graph
         self._generators: list[CardGenerator] = []
+        self._states: list[_State] = []
         self._is_ready = False
         self._owned = _Owned()
 
@@ -171,11 +173,18 @@ class CUDAGraph:
         owned.retained.append(pool)
 
     def register_generator_state(self, generator: Any) -> None:
-        """Allow draws from a generator in the capture; from torch 2.15 on all are."""
-        if card_of(None).version.registers_at_draws:
+        """Allow draws from a generator in the capture; from torch 2.14 on all are.
+
+        Raises:
+            torch.OutOfMemoryError: The card has no room for its state.
+        """
+        holder = card_of(None).version.generator_states
+        if holder is StateHolder.DRAW:
             return
         if generator._cdata not in {each._cdata for each in self._generators}:
             self._generators.append(generator)
+            if holder is StateHolder.GENERATOR:
+                self._states.append(_state_of(generator))
 
     def capture_begin(
         self, pool: PoolId | None = None, capture_error_mode: str = "global"
@@ -208,12 +217,11 @@ class CUDAGraph:
                 "capture, it's ok to replay them on the default stream.)"
             )
         owned = self._owned
-        if card.version.registers_at_draws:
-            registered = None
-        else:
-            self.register_generator_state(generator_of(card))
-            registered = self._generators
-            for _generator in registered:
+        holder = card.version.generator_states
+        self.register_generator_state(generator_of(card))
+        registered = None if holder is StateHolder.DRAW else self._generators
+        if holder is StateHolder.CAPTURE:
+            for _generator in self._generators:
                 owned.blocks += _state_blocks(card)
         owned.card, owned.stream = card, stream
         owned.pool = (next(_graphs), 0) if pool in (None, DEFAULT) else pool
@@ -353,6 +361,25 @@ class CUDAGraph:
     begin_capture_to_if_node = begin_capture_to_while_node = _refuse_raw
     end_capture_to_conditional_node = _refuse_raw
     set_conditional_handle_for_current_node = _refuse_raw
+
+
+class _State:
+    """Memory for the state of a generator, held by all graphs that know the generator."""
+
+    def __init__(self, card: SimulatedCard) -> None:
+        self.memory = [Memory(card, nbytes) for nbytes in _GENERATOR_BYTES]
+
+
+#: The states of generators, by the address of the generator's C++ object.
+_states: Final[weakref.WeakValueDictionary[int, _State]] = weakref.WeakValueDictionary()
+
+
+def _state_of(generator: CardGenerator) -> _State:
+    """Return the state of a generator; its first graph takes the memory."""
+    state = _states.get(generator._cdata)
+    if state is None:
+        state = _states[generator._cdata] = _State(card_of(generator.device.index))
+    return state
 
 
 def _state_blocks(card: SimulatedCard) -> list[Block]:

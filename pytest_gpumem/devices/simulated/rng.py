@@ -118,17 +118,32 @@ class CardGenerator(GENERATOR):  # type: ignore[misc]  # torch's C type has the 
         return self
 
     def seed(self) -> int:
-        """Start again from a random seed, and return the seed."""
+        """Start again from a random seed, and return the seed.
+
+        Raises:
+            RuntimeError: A graph is being captured (torch's message).
+        """
+        self._refuse_in_capture("seed")
         seed: int = super().seed()
         self._seed, self._offset = seed, 0
         return seed
 
     def initial_seed(self) -> int:
-        """Return the seed."""
+        """Return the seed.
+
+        Raises:
+            RuntimeError: A graph is being captured, up to torch 2.9 (torch's message).
+        """
+        self._refuse_reading()
         return self._seed
 
     def get_offset(self) -> int:
-        """Return the offset, which draws advance by the rules of CUDA's kernels."""
+        """Return the offset, which draws advance by the rules of CUDA's kernels.
+
+        Raises:
+            RuntimeError: A graph is being captured (torch's message).
+        """
+        self._refuse_in_capture("get_offset")
         self._mark()
         return self._offset
 
@@ -136,14 +151,21 @@ class CardGenerator(GENERATOR):  # type: ignore[misc]  # torch's C type has the 
         """Set the offset from which the next numbers are drawn.
 
         Raises:
-            RuntimeError: The offset is not a multiple of four (torch's message).
+            RuntimeError: The offset is not a multiple of four, or a graph is being captured
+                (torch's message).
         """
+        self._refuse_in_capture("set_offset")
         if offset % 4:
             raise RuntimeError("offset must be a multiple of 4")
         self._go_to(self._seed, offset)
 
     def get_state(self) -> torch.Tensor:
-        """Return seed and offset as a tensor of 16 bytes."""
+        """Return seed and offset as a tensor of 16 bytes.
+
+        Raises:
+            RuntimeError: A graph is being captured, up to torch 2.9 (torch's message).
+        """
+        self._refuse_reading()
         self._mark()
         packed = bytearray(_STATE.pack(self._seed, self._offset))
         return torch.frombuffer(packed, dtype=torch.uint8)
@@ -222,16 +244,42 @@ class CardGenerator(GENERATOR):  # type: ignore[misc]  # torch's C type has the 
 
         Source: ``CUDAGeneratorImpl::set_current_seed``.
         """
-        from pytest_gpumem.devices.simulated.capture import capture_of
-
-        machine = innermost_machine()
-        if machine is None or not machine.captures or seed == self.initial_seed():
-            return
-        if capture_of(machine.card(self._index)) is not None:
+        card = self._capturing()
+        if card is not None and card.version.hides_seeds:
+            self._refuse_in_capture("set_current_seed")
+        if card is not None and seed != self._seed:
             raise RuntimeError(
                 "CUDAGeneratorImpl::set_current_seed can be called during stream capture "
                 "only if new seed is the same as the original seed."
             )
+
+    def _refuse_in_capture(self, method: str) -> None:
+        """Refuse a method while the current stream is being captured.
+
+        Source: ``assertNotCapturing`` of ``aten/src/ATen/cuda/CUDAGraphsUtils.cuh``.
+        """
+        if self._capturing() is not None:
+            raise RuntimeError(
+                f"Cannot call CUDAGeneratorImpl::{method} during CUDA graph capture. If you "
+                "need this call to be captured, please file an issue. Current "
+                "cudaStreamCaptureStatus: cudaStreamCaptureStatusActive"
+            )
+
+    def _refuse_reading(self) -> None:
+        """Refuse to read the seed in a capture, where this torch does."""
+        card = self._capturing()
+        if card is not None and card.version.hides_seeds:
+            self._refuse_in_capture("current_seed")
+
+    def _capturing(self) -> SimulatedCard | None:
+        """Return the generator's card, if its current stream is being captured."""
+        from pytest_gpumem.devices.simulated.capture import capture_of
+
+        machine = innermost_machine()
+        if machine is None or not machine.captures:
+            return None
+        card = machine.card(self._index)
+        return None if capture_of(card) is None else card
 
     def clone_state(self) -> CardGenerator:
         """Return a new generator of the card with the same state."""

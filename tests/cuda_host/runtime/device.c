@@ -7,9 +7,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-// CUDA's version as cudaRuntimeGetVersion writes it: 13.0.
-#define CUDA_VERSION_NUMBER 13000
-
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static int visible[MAX_DEVICES]; // physical devices, by ordinal
 static int visible_count;
@@ -114,12 +111,12 @@ EXPORT cudaError_t cudaSetDevice(int ordinal) {
 EXPORT cudaError_t cudaDeviceReset(void) { return cudaSuccess; }
 
 EXPORT cudaError_t cudaDriverGetVersion(int *out) {
-  *out = CUDA_VERSION_NUMBER;
+  *out = CUDART_VERSION;
   return cudaSuccess;
 }
 
 EXPORT cudaError_t cudaRuntimeGetVersion(int *out) {
-  *out = CUDA_VERSION_NUMBER;
+  *out = CUDART_VERSION;
   return cudaSuccess;
 }
 

@@ -1,7 +1,7 @@
 // A substitute for NVIDIA's CUDA runtime, driver, cuBLAS, NVRTC and NVML on a machine
 // without a GPU, so that PyTorch's own CUDA host code runs there unmodified. Preloaded,
 // three libraries of gcc's making stand under the names that torch and pynvml load:
-// libcuda.so.1 (runtime, driver, cuBLAS), libnvrtc.so.13 and libnvidia-ml.so.1 (NVML).
+// libcuda.so.1 (runtime, driver, cuBLAS), libnvrtc.so.13 or .12 and libnvidia-ml.so.1 (NVML).
 //
 // Real: everything that PyTorch's C++ decides (the caching allocator's rounding, pools,
 // splitting, retries, fractions, texts and statistics; workspaces; which kernel a size

@@ -126,21 +126,9 @@ EXPORT cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t *out) {
   return failed ? cudaErrorStreamCaptureInvalidated : cudaSuccess;
 }
 
-EXPORT cudaError_t cudaStreamIsCapturing(cudaStream_t handle,
-                                         enum cudaStreamCaptureStatus *out) {
-  return cudaStreamGetCaptureInfo(handle, out, NULL, NULL, NULL, NULL, NULL);
-}
-
-EXPORT cudaError_t cudaThreadExchangeStreamCaptureMode(
-    UNUSED enum cudaStreamCaptureMode *mode) {
-  return cudaSuccess;
-}
-
-EXPORT cudaError_t cudaStreamGetCaptureInfo(cudaStream_t handle,
-                                            enum cudaStreamCaptureStatus *status,
-                                            unsigned long long *id, cudaGraph_t *graph,
-                                            const cudaGraphNode_t **nodes,
-                                            const cudaGraphEdgeData **edges, size_t *count) {
+static void capture_info(cudaStream_t handle, enum cudaStreamCaptureStatus *status,
+                         unsigned long long *id, cudaGraph_t *graph,
+                         const cudaGraphNode_t **nodes, size_t *count) {
   pthread_mutex_lock(&mutex);
   Capture *capture = stream_of(handle)->capture;
   *status = !capture              ? cudaStreamCaptureStatusNone
@@ -149,11 +137,41 @@ EXPORT cudaError_t cudaStreamGetCaptureInfo(cudaStream_t handle,
   if (id) *id = capture ? capture->id : 0;
   if (graph) *graph = (cudaGraph_t)capture;
   if (nodes) *nodes = NULL;
-  if (edges) *edges = NULL;
   if (count) *count = 0;
   pthread_mutex_unlock(&mutex);
+}
+
+EXPORT cudaError_t cudaStreamIsCapturing(cudaStream_t handle,
+                                         enum cudaStreamCaptureStatus *out) {
+  capture_info(handle, out, NULL, NULL, NULL, NULL);
   return cudaSuccess;
 }
+
+EXPORT cudaError_t cudaThreadExchangeStreamCaptureMode(
+    UNUSED enum cudaStreamCaptureMode *mode) {
+  return cudaSuccess;
+}
+
+// CUDA 13 has the form with edges under the name that had none before.
+#if CUDART_VERSION < 13000
+EXPORT cudaError_t cudaStreamGetCaptureInfo(cudaStream_t handle,
+                                            enum cudaStreamCaptureStatus *status,
+                                            unsigned long long *id, cudaGraph_t *graph,
+                                            const cudaGraphNode_t **nodes, size_t *count) {
+  capture_info(handle, status, id, graph, nodes, count);
+  return cudaSuccess;
+}
+#else
+EXPORT cudaError_t cudaStreamGetCaptureInfo(cudaStream_t handle,
+                                            enum cudaStreamCaptureStatus *status,
+                                            unsigned long long *id, cudaGraph_t *graph,
+                                            const cudaGraphNode_t **nodes,
+                                            const cudaGraphEdgeData **edges, size_t *count) {
+  capture_info(handle, status, id, graph, nodes, count);
+  if (edges) *edges = NULL;
+  return cudaSuccess;
+}
+#endif
 
 EXPORT cudaError_t cudaGraphGetNodes(cudaGraph_t graph, UNUSED cudaGraphNode_t *nodes,
                                      size_t *count) {
