@@ -53,9 +53,20 @@ _SUSPENDS: Final = (
 )
 #: The class of groups of exceptions; Python has it since 3.11.
 _GROUP: Final = getattr(builtins, "BaseExceptionGroup", ())
-#: The reference count of a dictionary that only a frame holds: the frame, a local variable
-#: here and the argument of ``getrefcount`` each count as one.
-_HELD_BY_FRAME: Final = 3
+
+
+def _count_local() -> int:
+    local = object()
+    return sys.getrefcount(local)
+
+
+#: The reference count of an object that only a local variable holds: the variable counts as
+#: one, and up to Python 3.13 so does each argument as which it is passed, ``getrefcount``'s
+#: included. From 3.14 on arguments borrow the variable's reference.
+#: Source: ``LOAD_FAST_BORROW``.
+LOCAL_USES: Final = _count_local()
+#: The reference count of a dictionary that a frame and a local variable hold.
+_HELD_BY_FRAME: Final = 1 + LOCAL_USES
 
 
 def frames_from(frame: FrameType | None) -> Iterator[FrameType]:

@@ -22,6 +22,7 @@ from pytest_gpumem.devices.simulated.operators.requests import Call, ask
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor, make
 from pytest_gpumem.devices.simulated.torch_build import REFERENCES_BY_CPP
 from pytest_gpumem.devices.simulated.values import run
+from pytest_gpumem.stacks import LOCAL_USES
 
 if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.tensor import Handler
@@ -30,12 +31,14 @@ _add: Final[Any] = torch.ops.aten.add.Tensor
 #: The number of references, inside ``_may_reuse``, to a gradient that is only in
 #: autograd's buffer: the buffer, the dispatcher's stack, its argument list, and the Python
 #: object. The number of references to the storage: the tensor, the tensor with the
-#: values, and the Python object. Those to the Python object are four here, and C++'s.
+#: values, and the Python object. Those to the Python object: the arguments of the operator,
+#: two local variables, and C++'s.
 _TENSOR_USES: Final = 4
 _STORAGE_USES: Final = 3
-_PYTHON_USES: Final = 4 + REFERENCES_BY_CPP
-#: The same inside ``_is_new``, where C++ calls with an object of its own on each version.
-_NEW_PYTHON_USES: Final = 5
+_PYTHON_USES: Final = 2 + LOCAL_USES + REFERENCES_BY_CPP
+#: The same inside ``_is_new``, which has it as an argument, and where C++ calls with an
+#: object of its own on each version.
+_NEW_PYTHON_USES: Final = 1 + 2 * LOCAL_USES
 
 
 def with_accumulation(func: Any, handler: Handler) -> Handler:

@@ -43,6 +43,7 @@ from pytest_gpumem.devices.simulated.operators.requests import (
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 from pytest_gpumem.devices.simulated.torch_build import REFERENCES_BY_CPP
 from pytest_gpumem.kernels.sort_memory import INDEX_BYTES, pairs_bytes, scan_bytes
+from pytest_gpumem.stacks import LOCAL_USES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -147,8 +148,8 @@ def _looking_up(call: Call) -> Iterator[RequestStep]:
 
 _NUMBERS: Final = frozenset({torch.int32, torch.int64})
 
-#: References to an index that nobody but C++ holds: C++, the list of indices, and two here.
-_INDEX_USES: Final = 3 + REFERENCES_BY_CPP
+#: References to an index that nobody but C++ holds: C++, the list of indices, and here.
+_INDEX_USES: Final = 1 + LOCAL_USES + REFERENCES_BY_CPP
 #: More of them while a checkpoint recomputes: what it saves for backward refers to it.
 _RECOMPUTED_USES: Final = 2
 
