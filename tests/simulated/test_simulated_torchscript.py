@@ -16,8 +16,10 @@ from pytest_gpumem.errors import NoValuesError, UnsupportedOnSimulatedDeviceErro
 if TYPE_CHECKING:
     from pathlib import Path
 
-# A DeprecationWarning up to torch 2.14, a FutureWarning since.
-pytestmark = pytest.mark.filterwarnings(r"ignore:`torch\.jit\..*` is deprecated")
+# A DeprecationWarning up to torch 2.14, a FutureWarning since; Python 3.14 has its own.
+pytestmark = pytest.mark.filterwarnings(
+    r"ignore:`torch\.jit\..*` is (deprecated|not supported)"
+)
 
 
 _FAILED = "The following operation failed in the TorchScript interpreter."
