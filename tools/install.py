@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from typing import TYPE_CHECKING, Final
 
@@ -30,6 +31,9 @@ def answers(index: str, *, timeout_s: float = PATIENCE_S) -> bool:
     try:
         with urllib.request.urlopen(f"{index}/torch/", timeout=timeout_s):  # noqa: S310  # it is https
             return True
+    except urllib.error.HTTPError as error:
+        error.close()
+        return False
     except (OSError, ValueError):
         return False
 
