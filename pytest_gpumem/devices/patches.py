@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_gpumem.devices.on_import import AfterImport
+
 if TYPE_CHECKING:
-    from collections.abc import MutableMapping
+    from collections.abc import Callable, MutableMapping
 
 _ABSENT: Final = object()
 
@@ -41,3 +44,25 @@ class PatchSet:
     def restore(self) -> None:
         """Restore everything, even if a part of it fails; may be called twice."""
         self._stack.close()
+
+
+class LatePatches:
+    """Replaces attributes of a module, also of one that is imported later.
+
+    Args:
+        module: The module's name.
+        replace: Replaces the attributes, in the set of patches that it gets.
+    """
+
+    def __init__(self, module: str, replace: Callable[[PatchSet], None]) -> None:
+        self._patches: Final = PatchSet()
+        self._hook: Final = AfterImport(module, partial(replace, self._patches))
+
+    def start(self) -> None:
+        """Replace the attributes, now or when the module is imported."""
+        self._hook.start()
+
+    def stop(self) -> None:
+        """Restore the attributes; may be called twice."""
+        self._hook.stop()
+        self._patches.restore()

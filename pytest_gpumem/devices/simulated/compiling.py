@@ -24,7 +24,6 @@ from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensorConverter
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from pytest_gpumem.devices.on_import import AfterImport
 from pytest_gpumem.devices.patches import PatchSet
 from pytest_gpumem.devices.simulated.machine import current_machine
 from pytest_gpumem.devices.simulated.refusals import refuse
@@ -255,40 +254,25 @@ def exporting(module: Any, args: Any = (), kwargs: Any = None, **options: Any) -
     return _original_export(module, args, kwargs, **options)
 
 
-class ExplainHook:
-    """Refuses ``torch._dynamo.explain`` with a card's tensors, even if imported later.
+def patch_explain(patches: PatchSet) -> None:
+    """Refuse ``torch._dynamo.explain`` with a card's tensors.
 
     It would trace the code that simulates the card, and count graph breaks there.
     """
+    original: Any = torch._dynamo.explain
 
-    def __init__(self) -> None:
-        self._hook = AfterImport("torch._dynamo", self._imported)
-        self._patches = PatchSet()
+    def explain(function: Any, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:  # the old form of the call
+            return explain(function)(*args, **kwargs)
 
-    def start(self) -> None:
-        """Replace the function, now or when TorchDynamo is imported."""
-        self._hook.start()
+        def explaining(*args: Any, **kwargs: Any) -> Any:
+            if _on_card(function, args, kwargs):
+                refuse("torch._dynamo.explain")
+            return original(function)(*args, **kwargs)
 
-    def stop(self) -> None:
-        """Restore the function; may be called twice."""
-        self._hook.stop()
-        self._patches.restore()
+        return explaining
 
-    def _imported(self) -> None:
-        original: Any = torch._dynamo.explain
-
-        def explain(function: Any, *args: Any, **kwargs: Any) -> Any:
-            if args or kwargs:  # the old form of the call
-                return explain(function)(*args, **kwargs)
-
-            def explaining(*args: Any, **kwargs: Any) -> Any:
-                if _on_card(function, args, kwargs):
-                    refuse("torch._dynamo.explain")
-                return original(function)(*args, **kwargs)
-
-            return explaining
-
-        self._patches.set(torch._dynamo, "explain", functools.wraps(original)(explain))
+    patches.set(torch._dynamo, "explain", functools.wraps(original)(explain))
 
 
 def faking(

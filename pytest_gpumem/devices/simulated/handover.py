@@ -6,14 +6,15 @@ This cannot be simulated, because the bytes are not on a real card.
 from __future__ import annotations
 
 import sys
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from pytest_gpumem.devices.on_import import AfterImport
-from pytest_gpumem.devices.patches import PatchSet
 from pytest_gpumem.devices.simulated.refusals import refuse, refusing
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
+
+if TYPE_CHECKING:
+    from pytest_gpumem.devices.patches import PatchSet
 
 _dlpack: Final[Any] = torch.utils.dlpack
 _original_to_dlpack: Final[Any] = _dlpack.to_dlpack
@@ -39,31 +40,16 @@ REPLACEMENTS: Final[tuple[tuple[Any, str, Any], ...]] = (
 )
 
 
-class TritonHook:
-    """Refuses Triton kernels with simulated tensors, even if Triton is imported later."""
+def patch_triton(patches: PatchSet) -> None:
+    """Refuse Triton kernels with simulated tensors: replace Triton's launcher."""
+    jit: Any = sys.modules["triton"].JITFunction
+    original = jit.run
 
-    def __init__(self) -> None:
-        self._hook = AfterImport("triton", self._imported)
-        self._patches = PatchSet()
+    def run(kernel: Any, *args: Any, **options: Any) -> Any:
+        """Run ``kernel[grid](…)``; simulated tensors are refused."""
+        operands = (*args, *options.values())
+        if any(isinstance(each, SimulatedTensor) for each in operands):
+            refuse("a Triton kernel")
+        return original(kernel, *args, **options)
 
-    def start(self) -> None:
-        """Replace Triton's launcher, now or when Triton is imported."""
-        self._hook.start()
-
-    def stop(self) -> None:
-        """Restore the launcher; may be called twice."""
-        self._hook.stop()
-        self._patches.restore()
-
-    def _imported(self) -> None:
-        jit: Any = sys.modules["triton"].JITFunction
-        original = jit.run
-
-        def run(kernel: Any, *args: Any, **options: Any) -> Any:
-            """Run ``kernel[grid](…)``; simulated tensors are refused."""
-            operands = (*args, *options.values())
-            if any(isinstance(each, SimulatedTensor) for each in operands):
-                refuse("a Triton kernel")
-            return original(kernel, *args, **options)
-
-        self._patches.set(jit, "run", run)
+    patches.set(jit, "run", run)

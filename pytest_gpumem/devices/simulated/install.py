@@ -13,7 +13,7 @@ import torch
 from torch.utils._device import _device_constructors
 
 from pytest_gpumem.devices.nvml_hook import NvmlHook
-from pytest_gpumem.devices.patches import PatchSet
+from pytest_gpumem.devices.patches import LatePatches, PatchSet
 from pytest_gpumem.devices.simulated import (
     compiling,
     dispatch,
@@ -160,7 +160,10 @@ class Installation:
     def __init__(self, machine: SimulatedMachine) -> None:
         self.machine: Final = machine
         self._patches = PatchSet()
-        self._hooks = (handover.TritonHook(), compiling.ExplainHook())
+        self._late = (
+            LatePatches("triton", handover.patch_triton),
+            LatePatches("torch._dynamo", compiling.patch_explain),
+        )
         self._library: Any = None
 
     def install(self) -> None:
@@ -182,8 +185,8 @@ class Installation:
         for owner, name, value in _replacements():
             self._patches.set(owner, name, value)
         self._patch_optimizers()
-        for hook in self._hooks:
-            hook.start()
+        for patches in self._late:
+            patches.start()
         if not _libraries:
             self._library = factories.register_kernels()
             _libraries.append(self._library)
@@ -207,8 +210,8 @@ class Installation:
             stack.callback(self._pop)
             stack.callback(self._take_kernels_back)
             stack.callback(self._patches.restore)
-            for hook in self._hooks:
-                stack.callback(hook.stop)
+            for patches in self._late:
+                stack.callback(patches.stop)
 
     def _take_kernels_back(self) -> None:
         if self._library is not None:
