@@ -22,8 +22,8 @@ _S = TypeVar("_S", bound="Sampler")
 
 #: Seconds between two samples.
 PERIOD_S: Final = 0.05
-#: After a sample the thread waits this many times the sample's processor time, so that
-#: sampling costs less than 1 %.
+#: After a sample the thread waits this many times a sample's processor time, so that
+#: sampling costs about 1 %.
 _REST: Final = 100
 
 
@@ -78,11 +78,15 @@ class Sampler:
         self._thread.start()
 
     def _run(self) -> None:
-        rest_s = self._period_s
+        rest_s, last_s = self._period_s, 0.0
         while not self._wake.wait(rest_s):
             before_s = time.thread_time()
             self.sample()
-            rest_s = rest_after(time.thread_time() - before_s, self._period_s)
+            spent_s = time.thread_time() - before_s
+            # A garbage collection that happens to run within one sample is not a sample's
+            # cost: the thread would see nothing for a hundred times as long.
+            rest_s = rest_after(min(spent_s, last_s), self._period_s)
+            last_s = spent_s
 
 
 class MemorySampler(Sampler):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -200,8 +201,30 @@ def test_a_fork_has_no_thread_beside_it() -> None:
     assert again == threading.active_count() + 1
 
 
+class _SlowOnce(_Told):
+    """Its first sample in the thread takes 0.2 s of the processor's time."""
+
+    def counted(self, index: int) -> Reading:
+        is_first = threading.get_ident() not in self.threads
+        if is_first and self.threads:
+            end_s = time.thread_time() + 0.2
+            while time.thread_time() < end_s:
+                pass
+        return super().counted(index)
+
+
+def test_one_slow_sample_does_not_blind_the_thread() -> None:
+    """A garbage collection may run within any sample; the rest after it would be 20 s."""
+    device: Any = _SlowOnce(Reading(1, 2))
+    began_s = time.monotonic()
+    with MemorySampler(device=device, period_s=0.001):
+        assert device.asked_often.wait(PATIENCE_S)
+
+    assert time.monotonic() - began_s < 15
+
+
 def test_samples_cost_less_than_a_hundredth() -> None:
-    """However long one takes, the rest after it is a hundred times as long."""
+    """However long they take, the rest after one is a hundred times as long."""
     for spent_s in (0.0, 1e-5, 0.01, 2.0):
         rest_s = rest_after(spent_s, 0.05)
         assert rest_s >= 0.05

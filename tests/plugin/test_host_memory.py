@@ -160,7 +160,7 @@ def test_a_test_that_takes_more_fails(pytester: pytest.Pytester) -> None:
 
         def test_on_the_host():
             kept = [torch.ones(2**20) for _ in range(100)]
-            time.sleep(0.1)
+            time.sleep(0.5)
             del kept
 
         def test_on_the_card():
