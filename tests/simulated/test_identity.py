@@ -158,6 +158,23 @@ def test_modules_that_swap_their_tensors_move_too() -> None:
     assert module.weight.grad is grad
 
 
+@pytest.mark.parametrize("devices", [("cuda", "cpu"), ("cuda", "cuda")])
+def test_swapped_tensors_swap_their_attributes(devices: tuple[str, str]) -> None:
+    """``torch.utils.swap_tensors``, also after their ``__dict__`` has been read."""
+    first: Any = nn.Parameter(torch.ones(2, device=devices[0]))
+    second: Any = torch.zeros(3, device=devices[1])
+    vars(first)["mark"] = "first"
+
+    torch.utils.swap_tensors(first, second)
+
+    assert ({}, {"mark": "first"}) == (vars(first), vars(second))
+    assert devices[::-1] == (first.device.type, second.device.type)
+    assert (False, True) == tuple(
+        isinstance(each, nn.Parameter) for each in (first, second)
+    )
+    assert ([1.0] * 3, [2.0] * 2) == ((first + 1).tolist(), (second + 1).tolist())
+
+
 # -- data and gradients of single tensors --------------------------------------------------
 
 

@@ -387,6 +387,33 @@ def test_a_parameter_is_made_anew_from_its_class_and_its_attributes() -> None:
         kind(parameter, other=1)
 
 
+@pytest.mark.parametrize("kind", [nn.Parameter, lambda tensor: tensor])
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_the_dict_of_a_tensor_has_what_its_user_put_there(
+    kind: Any, *, is_asked: bool
+) -> None:
+    """Of a parameter, too; copies and pickles have it as well, and nothing else."""
+    tensor = kind(torch.arange(3.0, device="cuda"))
+    if is_asked:
+        assert {} == vars(tensor)
+    tensor.mark = "kept"
+    copies = [copy.copy(tensor), pickle.loads(pickle.dumps(tensor))]  # our own
+    vars(tensor).update(other=1)
+
+    assert {"mark": "kept", "other": 1} == vars(tensor)
+    assert [{"mark": "kept"}] * 2 == [vars(each) for each in copies]
+    deep = vars(copy.deepcopy(tensor))  # torch drops what a parameter has
+    assert ({} if kind is nn.Parameter else vars(tensor)) == deep
+    for each in (tensor, *copies):
+        assert isinstance(each, nn.Parameter) is (kind is nn.Parameter)
+        assert [2.0, 3.0, 4.0] == (each + 2).tolist()
+
+    tensor.__dict__ = {"new": 2}
+
+    assert not hasattr(tensor, "mark")
+    assert [2, [0.0, 1.0, 2.0]] == [tensor.new, tensor.tolist()]
+
+
 def test_a_module_moves_with_all_it_has() -> None:
     """Parameters, buffers and gradients go up and come back; parameters stay the same."""
     module = nn.BatchNorm1d(2)

@@ -39,8 +39,9 @@ from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.devices.simulated.subclasses import runs_itself
 from pytest_gpumem.devices.simulated.tensor import (
     HOST_KINDS,
-    OWN_NAMES,
     SimulatedTensor,
+    attributes_of,
+    exchanging,
     make,
     put_on_card,
     take_off_card,
@@ -161,14 +162,13 @@ def _dress(tensor: Any, body: Any) -> None:
     """
     if type(body) is SimulatedTensor:
         value, card = body._gpumem_value, body._gpumem_card
+        take_off_card(body)
         _say(body, torch.Tensor)
         vars(body).clear()
         is_param = type(tensor) is torch.nn.Parameter
         if type(tensor) in HOST_KINDS:
             _say(tensor, SimulatedTensor)
-        put_on_card(tensor, value, card)
-        if is_param:
-            tensor._is_param = True  # torch marks parameters of subclasses in this way
+        put_on_card(tensor, value, card, is_param=is_param)
         return
     card = tensor._gpumem_card
     if type(tensor) is SimulatedTensor:
@@ -388,7 +388,8 @@ def swap_tensors(first: torch.Tensor, second: torch.Tensor) -> None:
     """Run ``torch.utils.swap_tensors``, and remove both tensors from the tables."""
     _forget(id(first))
     _forget(id(second))
-    _swap_tensors(first, second)
+    with exchanging(first, second):
+        _swap_tensors(first, second)
 
 
 #: Owner, name and new value of each replaced attribute.
@@ -445,8 +446,8 @@ def deepcopy(self: SimulatedTensor, memo: dict[int, Any]) -> Any:
     grad = _grad.__get__(self)
     if grad is not None:
         twin.grad = grad.__deepcopy__(memo)
-    names = {key: each for key, each in vars(self).items() if key not in OWN_NAMES}
-    vars(twin).update(copy.deepcopy(names, memo))
+    for name, each in copy.deepcopy(attributes_of(self), memo).items():
+        setattr(twin, name, each)
     memo[id(self)] = twin
     return twin
 

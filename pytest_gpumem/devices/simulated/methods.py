@@ -45,8 +45,8 @@ from pytest_gpumem.devices.simulated.subclasses import (
 )
 from pytest_gpumem.devices.simulated.tensor import (
     DEVICES,
-    OWN_NAMES,
     SimulatedTensor,
+    attributes_of,
 )
 from pytest_gpumem.devices.simulated.typed import check_given, made_of, wanted
 from pytest_gpumem.devices.simulated.warned import relayed, warn
@@ -421,7 +421,7 @@ def _reduce_ex(self: SimulatedTensor, _protocol: Any) -> Any:
     """
     if self._gpumem_value.is_meta:
         refuse_value("pickling a tensor")
-    state = {name: each for name, each in vars(self).items() if name not in OWN_NAMES}
+    state = attributes_of(self)
     hooks: OrderedDict[Any, Any] = OrderedDict()
     rebuild: Any
     if is_parameter(self):

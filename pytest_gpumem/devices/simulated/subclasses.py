@@ -200,9 +200,7 @@ def materialize(self: Any, *args: Any, **options: Any) -> None:
         value, card = self._gpumem_value, self._gpumem_card
         take_off_card(self)
         self.__class__ = SimulatedTensor
-        put_on_card(self, value, card)
-        if is_param:
-            self._is_param = True  # torch marks parameters of subclasses in this way
+        put_on_card(self, value, card, is_param=is_param)
 
 
 def new_parameter(

@@ -14,12 +14,15 @@ A tensor of a user's subclass of ``torch.Tensor`` keeps its class when it is on 
 reads ``__torch_dispatch__`` on the *object*, and while cards are simulated it finds the
 one of ``torch.Tensor`` (``subclasses.py``). The value and the card of the tensor are in a
 table of this module, because user code may copy and replace the tensor's ``__dict__``.
+Those of a ``SimulatedTensor`` are in its ``__dict__``, where Python finds them fastest,
+until somebody asks for the ``__dict__``: they then move to the table as well.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -35,7 +38,7 @@ from pytest_gpumem.devices.simulated.refusals import refuse, refuse_layout
 from pytest_gpumem.errors import HostMemoryError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
 
@@ -133,13 +136,174 @@ class _OnCard(type(torch.Tensor)):  # type: ignore[misc]  # torch's metaclass ha
         )
 
 
+#: Value, card and whether it is a parameter, by the id of a tensor that has none of these
+#: in its ``__dict__``, each with the weak reference whose callback removes the row.
+_rows: Final[dict[int, tuple[torch.Tensor, SimulatedCard, bool, Any]]] = {}
+#: The names that stand in the ``__dict__`` of a ``SimulatedTensor`` for which nobody asked.
+_OWN_NAMES: Final = ("_gpumem_value", "_gpumem_card", "_is_param")
+#: The descriptor behind ``__dict__``.
+_dict: Final[Any] = vars(torch.Tensor)["__dict__"]
+
+
+def put_on_card(
+    tensor: Any, value: torch.Tensor, card: SimulatedCard, *, is_param: bool = False
+) -> None:
+    """Record the value and the card of a tensor whose C++ tensor is already a card's.
+
+    Args:
+        tensor: The tensor.
+        value: The CPU tensor with the values.
+        card: The card.
+        is_param: Whether a ``SimulatedTensor`` is a parameter.
+    """
+    key = id(tensor)
+    if type(tensor) is not SimulatedTensor or key in _rows:
+        is_param = is_param or (key in _rows and _rows[key][2])
+        gone = weakref.ref(tensor, lambda _dead: _rows.pop(key, None))
+        _rows[key] = value, card, is_param, gone
+        return
+    tensor._gpumem_value, tensor._gpumem_card = value, card
+    if is_param:
+        tensor._is_param = True  # torch marks parameters of subclasses in this way
+
+
+def take_off_card(tensor: Any) -> None:
+    """Remove the record of a tensor's value and card."""
+    if type(tensor) is SimulatedTensor:
+        for name in _OWN_NAMES:
+            _dict.__get__(tensor).pop(name, None)
+    _rows.pop(id(tensor), None)
+
+
+@contextmanager
+def exchanging(first: Any, second: Any) -> Iterator[None]:
+    """Exchange what is recorded of two tensors when the block has exchanged all else.
+
+    In the block neither has a weak reference, with which torch would exchange nothing.
+    """
+    pair = (first, second)
+    rows = []
+    for each in pair:
+        row = None
+        if isinstance(each, SimulatedTensor):
+            is_param = type(each) is SimulatedTensor and hasattr(each, "_is_param")
+            row = each._gpumem_value, each._gpumem_card, is_param
+            take_off_card(each)
+            _rows[id(each)] = (*row, None)
+        rows.append(row)
+    try:
+        yield
+        rows.reverse()
+    finally:
+        for each, row in zip(pair, rows, strict=True):
+            _rows.pop(id(each), None)
+            if row is not None:
+                value, card, is_param = row
+                put_on_card(each, value, card, is_param=is_param)
+
+
+def attributes_of(tensor: Any) -> dict[str, Any]:
+    """Return a copy of a tensor's ``__dict__``, without what this package has put there."""
+    found: dict[str, Any] = dict(_dict.__get__(tensor))
+    for name in _OWN_NAMES if type(tensor) is SimulatedTensor else ():
+        found.pop(name, None)
+    return found
+
+
+class _Attributes:
+    """``__dict__`` of a ``SimulatedTensor``: what torch and the user have put there."""
+
+    def __get__(self, tensor: Any, owner: Any = None) -> dict[str, Any]:
+        found: dict[str, Any] = _dict.__get__(tensor)
+        if "_gpumem_value" in found:
+            value, card, is_param = (found.pop(each, None) for each in _OWN_NAMES)
+            key = id(tensor)
+            gone = weakref.ref(tensor, lambda _dead: _rows.pop(key, None))
+            _rows[key] = value, card, bool(is_param), gone
+        return found
+
+    def __set__(self, tensor: Any, attributes: dict[str, Any]) -> None:
+        self.__get__(tensor)
+        _dict.__set__(tensor, attributes)
+
+
+class _Row:
+    """Descriptor of what the table says about a tensor.
+
+    Raises:
+        AttributeError: The tensor is not on a card, or is no parameter.
+    """
+
+    def __init__(self, name: str, position: int) -> None:
+        self._name = name
+        self._position = position
+
+    def __get__(self, tensor: Any, owner: Any = None) -> Any:
+        if tensor is None:
+            return None  # torch lists the attributes of its class
+        row = _rows.get(id(tensor))
+        if row is None:
+            row = self._found(tensor)
+        return row[self._position]
+
+    def _found(self, tensor: Any) -> Any:
+        """Return the row of a tensor that C++ has created on a card by itself."""
+        with torch._C.DisableTorchFunctionSubclass():
+            memory = memory_of(tensor.untyped_storage()) if is_keyed(tensor) else None
+            if memory is None:
+                raise AttributeError(
+                    f"{type(tensor).__name__!r} object has no attribute {self._name!r}"
+                )
+            value = _alias(tensor, memory.card)
+        put_on_card(tensor, value, memory.card)
+        return value, memory.card
+
+
+def _alias(tensor: torch.Tensor, card: SimulatedCard) -> torch.Tensor:
+    """Return a host tensor that shares the memory of a card's tensor."""
+    value = torch.empty(0, dtype=tensor.dtype, device=card.value_device)
+    torch._C.TensorBase.set_(  # the method behind Tensor.set_
+        value,
+        tensor.untyped_storage(),
+        tensor.storage_offset(),
+        tensor.size(),
+        tensor.stride(),
+    )
+    if tensor.is_conj():
+        value = value.conj()
+    return torch._neg_view(value) if tensor.is_neg() else value
+
+
+#: Attributes that ``torch.Tensor`` has while cards are simulated.
+ROWS: Final[dict[str, Any]] = {
+    "_gpumem_value": _Row("_gpumem_value", 0),
+    "_gpumem_card": _Row("_gpumem_card", 1),
+}
+
+
+class _IsParameter:
+    """``_is_param`` of a ``SimulatedTensor``, by which torch knows a parameter.
+
+    Raises:
+        AttributeError: The tensor is no parameter.
+    """
+
+    def __get__(self, tensor: Any, owner: Any = None) -> bool:
+        row = None if tensor is None else _rows.get(id(tensor))
+        if row is None or not row[2]:
+            raise AttributeError("_is_param")
+        return True
+
+
 class SimulatedTensor(torch.Tensor, metaclass=_OnCard):
     """A tensor on a simulated card; it behaves like a ``torch.Tensor`` on a real card."""
 
     # The CPU tensor with the values; it shares its storage with this one.
-    _gpumem_value: torch.Tensor
+    _gpumem_value: torch.Tensor = ROWS["_gpumem_value"]
     # The card of the tensor.
-    _gpumem_card: SimulatedCard
+    _gpumem_card: SimulatedCard = ROWS["_gpumem_card"]
+    __dict__ = _Attributes()
+    _is_param = _IsParameter()
 
     __torch_function__ = _no_function
 
@@ -148,17 +312,17 @@ class SimulatedTensor(torch.Tensor, metaclass=_OnCard):
         cls: Any,
         data: torch.Tensor,
         requires_grad: bool = True,  # noqa: FBT001, FBT002  # nn.Parameter's signature
-        **kept: Any,
+        **unknown: Any,
     ) -> Any:
         """Return a parameter: only ``type(parameter)(data, …)`` calls this method.
 
         Libraries also pass the contents of the parameter's ``__dict__``, as for classes
-        with their own arguments. On a real card it would be empty.
+        with their own arguments.
         """
-        unknown = sorted(kept.keys() - OWN_NAMES)
         if unknown:
             raise TypeError(
-                f"Parameter.__new__() got an unexpected keyword argument '{unknown[0]}'"
+                "Parameter.__new__() got an unexpected keyword argument "
+                f"'{next(iter(unknown))}'"
             )
         return torch.nn.Parameter(data, requires_grad)
 
@@ -224,87 +388,6 @@ def make(value: torch.Tensor, card: SimulatedCard) -> SimulatedTensor:
     tensor._gpumem_value = value  # private to this package
     tensor._gpumem_card = card  # private to this package
     return tensor
-
-
-#: Value and card of the tensors of users' classes, by id, each with the weak reference
-#: whose callback removes the row.
-_rows: Final[dict[int, tuple[torch.Tensor, SimulatedCard, Any]]] = {}
-
-
-def put_on_card(tensor: Any, value: torch.Tensor, card: SimulatedCard) -> None:
-    """Record the value and the card of a tensor whose C++ tensor is already a card's."""
-    if type(tensor) is SimulatedTensor:
-        tensor._gpumem_value, tensor._gpumem_card = value, card
-        return
-    key = id(tensor)
-    gone = weakref.ref(tensor, lambda _dead: _rows.pop(key, None))
-    _rows[key] = value, card, gone
-
-
-def take_off_card(tensor: Any) -> None:
-    """Remove the record of a tensor's value and card."""
-    if type(tensor) is SimulatedTensor:
-        for name in OWN_NAMES:
-            tensor.__dict__.pop(name, None)
-    _rows.pop(id(tensor), None)
-
-
-#: The names that this package keeps in the ``__dict__`` of a ``SimulatedTensor``.
-OWN_NAMES: Final = frozenset({"_gpumem_value", "_gpumem_card", "_is_param"})
-
-
-class _Row:
-    """Descriptor of ``_gpumem_value`` and ``_gpumem_card`` for tensors of users' classes.
-
-    Raises:
-        AttributeError: The tensor is not on a card.
-    """
-
-    def __init__(self, name: str, position: int) -> None:
-        self._name = name
-        self._position = position
-
-    def __get__(self, tensor: Any, owner: Any = None) -> Any:
-        if tensor is None:
-            return None  # torch lists the attributes of its class
-        row = _rows.get(id(tensor))
-        if row is None:
-            row = self._found(tensor)
-        return row[self._position]
-
-    def _found(self, tensor: Any) -> Any:
-        """Return the row of a tensor that C++ has created on a card by itself."""
-        with torch._C.DisableTorchFunctionSubclass():
-            memory = memory_of(tensor.untyped_storage()) if is_keyed(tensor) else None
-            if memory is None:
-                raise AttributeError(
-                    f"{type(tensor).__name__!r} object has no attribute {self._name!r}"
-                )
-            value = _alias(tensor, memory.card)
-        put_on_card(tensor, value, memory.card)
-        return value, memory.card
-
-
-def _alias(tensor: torch.Tensor, card: SimulatedCard) -> torch.Tensor:
-    """Return a host tensor that shares the memory of a card's tensor."""
-    value = torch.empty(0, dtype=tensor.dtype, device=card.value_device)
-    torch._C.TensorBase.set_(  # the method behind Tensor.set_
-        value,
-        tensor.untyped_storage(),
-        tensor.storage_offset(),
-        tensor.size(),
-        tensor.stride(),
-    )
-    if tensor.is_conj():
-        value = value.conj()
-    return torch._neg_view(value) if tensor.is_neg() else value
-
-
-#: Attributes that ``torch.Tensor`` has while cards are simulated.
-ROWS: Final[dict[str, Any]] = {
-    "_gpumem_value": _Row("_gpumem_value", 0),
-    "_gpumem_card": _Row("_gpumem_card", 1),
-}
 
 
 def refresh(tensor: SimulatedTensor) -> None:
