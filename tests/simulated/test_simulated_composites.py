@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils import rnn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -322,6 +323,35 @@ def test_an_attention_kernel_may_be_called_by_itself() -> None:
     old = [torch.ones(2, 4, 16, 32, device="cuda").half() for _operand in range(3)]
     with pytest.raises(RuntimeError, match="only supports Ampere"):  # on a T4
         flash(*old)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_causal_mask_may_be_aligned_with_the_last_row(dtype: torch.dtype) -> None:
+    """``causal_lower_right``: memory-efficient kernels have it, and a flash kernel."""
+    torch.manual_seed(0)
+    host = [torch.randn(2, 4, rows, 16).to(dtype) for rows in (5, 9, 9)]
+    mask = torch.ones(5, 9, dtype=torch.bool).tril(4)
+    attend: Any = functional.scaled_dot_product_attention
+
+    def run(device: str, mask: Any) -> list[torch.Tensor]:
+        leaves: list[Any] = [each.detach().to(device).requires_grad_() for each in host]
+        result = attend(*leaves, attn_mask=mask)
+        result.float().square().sum().backward()
+        return [result.detach().cpu(), *(each.grad.cpu() for each in leaves)]
+
+    expected = run("cpu", mask)
+    with simulated_device("A100-40GB"):
+        found = run("cuda", causal_lower_right(5, 9))
+
+        for one, other in zip(expected, found, strict=True):
+            torch.testing.assert_close(other, one, rtol=2e-3, atol=2e-3)
+        query, key, value = (each.cuda() for each in host)
+        with pytest.raises(UnsupportedOnSimulatedDeviceError, match="lower_right"):
+            attend(query, key, value, causal_lower_right(5, 9), 0.5)
+        with pytest.warns(UserWarning, match="will produce NaNs"):
+            rows_over = causal_lower_right(9, 5)
+        with pytest.raises(UnsupportedOnSimulatedDeviceError, match="lower_right"):
+            attend(key, query, query, rows_over)
 
 
 @pytest.mark.parametrize("learned", [False, True])

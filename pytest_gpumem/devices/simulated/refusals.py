@@ -70,6 +70,8 @@ ADVICE: Final[dict[str, str]] = {
     "dropout or a mask of an attention kernel that is called by itself": (
         "use torch.nn.functional.scaled_dot_product_attention"
     ),
+    "torch.nn.attention.bias.causal_lower_right with dropout, two widths of heads, or "
+    "more queries than keys": "pass a mask of booleans",
     "dropout, a mask, shared heads or two widths in cuDNN's attention": (
         "allow another kernel: torch.nn.attention.sdpa_kernel"
     ),

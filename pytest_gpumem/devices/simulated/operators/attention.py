@@ -843,6 +843,14 @@ def _host_kernels() -> Iterator[None]:
 # -- kernels that are called by themselves, as ring attention calls them ------------------
 
 _ALONE: Final = "dropout or a mask of an attention kernel that is called by itself"
+_LOWER_RIGHT: Final = (
+    "torch.nn.attention.bias.causal_lower_right with dropout, two widths of heads, or more "
+    "queries than keys"
+)
+#: Of ``_efficient_attention_forward``: each row sees columns up to the end that it shares
+#: with the last row. Source: ``CausalFromBottomRight`` of
+#: ``transformers/cuda/mem_eff_attention/kernel_forward.h``.
+_FROM_BOTTOM_RIGHT: Final = 2
 _CUDNN: Final = "dropout, a mask, shared heads or two widths in cuDNN's attention"
 
 
@@ -857,6 +865,9 @@ def _flash_alone(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         torch.ops.aten._scaled_dot_product_flash_attention.default, args, kwargs
     )
     card = query._gpumem_card
+    is_lower_right = is_causal and query.shape[2] != key.shape[2]
+    if is_lower_right:
+        _check_lower_right(query, key, value, dropout_p)
     if dropout_p > 0 or shows_mask:
         refuse(_ALONE)
     if card.card.compute_capability < (8, 0):
@@ -870,7 +881,9 @@ def _flash_alone(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     settings = AttentionArguments(0.0, is_causal, kwargs.get("scale"))
     out, kept = _flash_forward(query, key, value, settings, True)
     logarithms, state, unused = kept
-    _give_values((query, key, value), settings, out, logarithms)
+    _give_values(
+        (query, key, value), settings, out, logarithms, is_lower_right=is_lower_right
+    )
     lengths = query.shape[2], key.shape[2]
     shown = _made(card, (0,), query.dtype)
     return out, logarithms, None, None, *lengths, state, unused, shown
@@ -895,6 +908,75 @@ def _efficient_alone(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     # They are on the host. Source: Note [Seed and Offset Device].
     state = (torch.zeros((), dtype=torch.int64) for _number in range(2))
     return out, logarithms, *state
+
+
+def _check_lower_right(query: Any, key: Any, value: Any, dropout_p: float) -> None:
+    """Refuse what the CPU does not compute of a mask that is aligned with the last row.
+
+    A row that sees no column has values that depend on the kernel.
+    """
+    if (
+        dropout_p > 0
+        or query.shape[-1] != value.shape[-1]
+        or query.shape[2] > key.shape[2]
+    ):
+        refuse(_LOWER_RIGHT)
+
+
+def _lower_right(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return the mask that the flash kernels add if rows and columns differ in number.
+
+    Source: ``Mask`` of FlashAttention's ``mask.h``, which is aligned with the last row.
+    """
+    hidden = torch.full((rows, columns), -math.inf, dtype=dtype, device="cpu")
+    return hidden.triu(columns - rows + 1)
+
+
+def _efficient_by_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run ``aten._efficient_attention_forward``, whose operands have rows before heads.
+
+    Raises:
+        UnsupportedOnSimulatedDeviceError: There is a mask of tensors, sequences have their
+            own lengths, or scores are dropped.
+    """
+    func = torch.ops.aten._efficient_attention_forward.default
+    query, key, value, *masks, dropout_p, masking, saves, lengths, window = _filled(
+        func, args, kwargs
+    )
+    query, key, value = (each.transpose(1, 2) for each in (query, key, value))
+    is_lower_right = masking == _FROM_BOTTOM_RIGHT
+    if is_lower_right:
+        _check_lower_right(query, key, value, dropout_p)
+    given = (*masks, lengths, window)
+    if dropout_p > 0 or any(each is not None for each in given):
+        refuse(_ALONE)
+    settings = AttentionArguments(0.0, masking != 0, kwargs.get("scale"))
+    out, kept = _efficient_forward(query, key, value, settings, saves)
+    logarithms = kept[0] if kept else _made(query._gpumem_card, (0,), torch.float32)
+    shown = logarithms[..., : query.shape[2]] if kept else None
+    _give_values(
+        (query, key, value), settings, out, shown, is_lower_right=is_lower_right
+    )
+    # They are on the host. Source: Note [Seed and Offset Device].
+    state = (torch.zeros((), dtype=torch.int64) for _number in range(2))
+    sizes = query.shape[2], key.shape[2]
+    return out.transpose(1, 2), logarithms, *state, *sizes
+
+
+def _efficient_by_rows_backward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run ``aten._efficient_attention_backward``, whose operands have rows before heads."""
+    grad, query, key, value = (each.transpose(1, 2) for each in args[:4])
+    out, logarithms, masking = args[5].transpose(1, 2), args[10], args[14]
+    settings = AttentionArguments(0.0, masking != 0, kwargs.get("scale"))
+    grads = _efficient_backward(grad, query, key, value, None, settings)
+    _give_gradients(
+        grads,
+        (grad, query, key, value, out),
+        logarithms[..., : query.shape[2]],
+        settings,
+        is_lower_right=masking == _FROM_BOTTOM_RIGHT,
+    )
+    return (*(each.transpose(1, 2) for each in grads), None)
 
 
 def _cudnn_alone(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -949,16 +1031,21 @@ def _give_values(
     settings: AttentionArguments,
     out: Any,
     logarithms: Any,
+    *,
+    is_lower_right: bool = False,
 ) -> None:
     """Compute the result, and the logarithms of the rows' sums where they are wanted."""
     card = out._gpumem_card
     if card.value_device == "meta":
         return
+    query, key, _value = operands
     with HOST_ROOM, on_tape(card):
+        sizes = query.shape[2], key.shape[2]
         found, sums = _on_host(
             *(each._gpumem_value for each in operands),
             0.0,
-            settings.is_causal,
+            settings.is_causal and not is_lower_right,
+            attn_mask=_lower_right(*sizes, query.dtype) if is_lower_right else None,
             scale=settings.scale,
         )
         out._gpumem_value.copy_(found)
@@ -978,7 +1065,13 @@ def _flash_alone_backward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         refuse(_ALONE)
     grads = _flash_backward(grad, query, key, value, out)
     settings = AttentionArguments(0.0, is_causal, kwargs.get("scale"))
-    _give_gradients(grads, (grad, query, key, value, out), logarithms, settings)
+    _give_gradients(
+        grads,
+        (grad, query, key, value, out),
+        logarithms,
+        settings,
+        is_lower_right=is_causal and query.shape[2] != key.shape[2],
+    )
     return tuple(grads)
 
 
@@ -1015,17 +1108,22 @@ def _give_gradients(
     operands: tuple[Any, ...],
     logarithms: Any,
     settings: AttentionArguments,
+    *,
+    is_lower_right: bool = False,
 ) -> None:
     """Compute the gradients of the operands from that of the result."""
     card = operands[0]._gpumem_card
     if card.value_device == "meta":
         return
+    _grad, query, key, *_rest = operands
     with HOST_ROOM, on_tape(card):
+        sizes = query.shape[2], key.shape[2]
         computed = _on_host_backward(
             *(each._gpumem_value for each in operands),
             logarithms._gpumem_value.to(torch.float32),
             0.0,
-            settings.is_causal,
+            settings.is_causal and not is_lower_right,
+            attn_mask=_lower_right(*sizes, query.dtype) if is_lower_right else None,
             scale=settings.scale,
         )
         for made, each in zip(grads, computed, strict=True):
@@ -1061,6 +1159,16 @@ register(
 register(
     "_scaled_dot_product_efficient_attention_backward",
     handler=_efficient_alone_backward,
+    source="transformers/cuda/attention_backward.cu, _efficient_attention_backward",
+)
+register(
+    "_efficient_attention_forward",
+    handler=_efficient_by_rows,
+    source="transformers/cuda/attention.cu, _efficient_attention_forward",
+)
+register(
+    "_efficient_attention_backward",
+    handler=_efficient_by_rows_backward,
     source="transformers/cuda/attention_backward.cu, _efficient_attention_backward",
 )
 register(
