@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
+
+
+class _DefaultType:
+    """Whether ``torch.Tensor(…)`` makes a simulated card's tensor, with no default device.
+
+    Attributes:
+        is_of_card: Whether a card's type was set by ``torch.set_default_tensor_type``.
+    """
+
+    is_of_card = False
+
+
+default_type: Final = _DefaultType()
 
 
 def clear_default_device() -> None:
     """Remove torch's default device in this thread, as if none was ever set.
 
-    So is the constructor of ``torch.Tensor`` that a card's default tensor type has set.
+    So is the card's type of ``torch.Tensor(…)``.
 
     ``torch.set_default_device(None)`` alone stores a None, with which
     ``torch.get_default_device`` of torch 2.8 fails. Source: ``torch/__init__.py``.
     """
     torch.set_default_device(None)
     vars(torch._GLOBAL_DEVICE_CONTEXT).pop("device_context", None)  # noqa: SLF001  # no public API
-    if "__new__" in vars(torch.Tensor):
-        del torch.Tensor.__new__
+    default_type.is_of_card = False

@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 from torch.utils._device import DeviceContext
 
-from pytest_gpumem.devices.default_device import clear_default_device
+from pytest_gpumem.devices.default_device import clear_default_device, default_type
 from pytest_gpumem.devices.simulated.fake_tensors import checked
 from pytest_gpumem.devices.simulated.methods import (
     COPYING,
@@ -27,6 +27,7 @@ from pytest_gpumem.devices.simulated.stand_ins import StandIn
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 from pytest_gpumem.devices.simulated.typed import (
     TypedTensor,
+    check_storage,
     host_typed_tensors,
     wanted,
 )
@@ -334,21 +335,34 @@ def set_default_tensor_type(kind: Any, /) -> None:
     if on_card:
         torch.set_default_dtype(dtype)
         torch.set_default_device("cuda")
-        torch.Tensor.__new__ = staticmethod(_new_on_card)  # type: ignore[method-assign]  # C++ has no other place for it
+        default_type.is_of_card = True
         return
     name = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__name__}"
     typed = CONSTRUCTORS.get(name.removeprefix("torch."))
     _default_tensor_type(kind if typed is None else typed.original)
 
 
-def _new_on_card(cls: type, *args: Any, **options: Any) -> Any:
-    """Run ``torch.Tensor(…)`` while the default type is a card's."""
-    if len(args) == 1 and isinstance(args[0], torch.Tensor):
-        return torch._C.TensorBase.__new__(cls, *args, **options)  # of any type
+def new_of_class(*args: Any, **options: Any) -> Any:
+    """Run ``torch.Tensor(…)``, also while the default type is a card's.
+
+    The parameters have no names, because TorchDynamo compares them.
+
+    Raises:
+        RuntimeError: The argument is a storage on another device (torch's message).
+    """
+    cls, *data = args
+    given = data[0] if len(data) == 1 else None
+    if not default_type.is_of_card or isinstance(given, torch.Tensor):
+        made = _new_in_cpp(*args, **options)
+        if isinstance(given, (torch.TypedStorage, torch.UntypedStorage)):
+            check_storage(given, torch.device("cpu"))
+        return made
     kind = TypedTensor("", (), {"dtype": torch.get_default_dtype()})
-    made = kind(*args, **options)
+    made = kind(*data, **options)
     return made if cls is torch.Tensor else made.as_subclass(cls)
 
+
+_new_in_cpp: Final[Any] = torch._C.TensorBase.__new__
 
 _FACTORIES: Final = (
     "arange",

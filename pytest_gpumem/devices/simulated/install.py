@@ -36,6 +36,7 @@ from pytest_gpumem.devices.simulated.constructors import (
     FACTORY_METHODS,
     FREQUENCIES,
     NESTED,
+    new_of_class,
     parse_to,
 )
 from pytest_gpumem.devices.simulated.libraries import PLANS, plan_caches
@@ -133,6 +134,7 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
         for name, value in replacements.items():
             yield owner, name, value
     yield torch.TypedStorage, "__init__", typed_init
+    yield torch.Tensor, "__new__", staticmethod(new_of_class)
     yield from build_names()
     yield from _refused_classes()
     yield torch._C._nn, "_parse_to", parse_to

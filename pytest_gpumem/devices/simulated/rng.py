@@ -79,6 +79,26 @@ def _refuse_card(state: Any) -> None:
         raise TypeError("RNG state must be a torch.ByteTensor")
 
 
+class HostGenerator(GENERATOR):  # type: ignore[misc]  # torch's C type has the type Any here
+    """``torch.Generator()``, which accepts no state that is on a card.
+
+    Limits: ``torch.default_generator`` is C++'s own, and takes such a state.
+    """
+
+    # As torch's class shows itself.
+    __module__ = "torch._C"
+    __qualname__ = "Generator"
+
+    def set_state(self, new_state: torch.Tensor) -> Any:
+        """Set the state.
+
+        Raises:
+            TypeError: The state is on a card (torch's message).
+        """
+        _refuse_card(new_state)
+        return super().set_state(new_state)
+
+
 class CardGenerator(GENERATOR):  # type: ignore[misc]  # torch's C type has the type Any here
     """``torch.Generator("cuda")``: a CPU generator that reports a card as its device.
 
@@ -325,7 +345,7 @@ class _GeneratorType(type):
     def __call__(cls, device: Any = "cpu") -> Any:
         named = GENERATOR().device if device is None else torch.device(device)
         if named.type != "cuda":
-            return GENERATOR(named)
+            return HostGenerator(named)
         return CardGenerator(card_of(named.index).index)
 
     def __instancecheck__(cls, instance: object) -> bool:
