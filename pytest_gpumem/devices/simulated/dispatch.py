@@ -30,7 +30,7 @@ from pytest_gpumem.devices.simulated.foresight import (
     foreseeing,
     may_allocate,
 )
-from pytest_gpumem.devices.simulated.kernel_types import with_types
+from pytest_gpumem.devices.simulated.kernel_types import check_shapes, with_types
 from pytest_gpumem.devices.simulated.layouts import TWICE
 from pytest_gpumem.devices.simulated.memory import Memory, hold, hold_workspace
 from pytest_gpumem.devices.simulated.operands import Operands, is_own_device
@@ -407,10 +407,31 @@ def handler_for(func: Any) -> Handler:
     if collective is not None:
         return collective(func, handler)
     if operator.lacks is not None:
-        handler = with_types(operator.lacks, handler)
+        handler = with_types(operator.lacks, handler, _checking_first(func, operator))
     if operator.around is not None:
         handler = operator.around(func, handler)
     return with_alert(func, operator, handler)
+
+
+def _checking_first(func: Any, operator: Operator) -> Any:
+    """Return what checks a call's devices, and the shapes of a product, before its dtypes.
+
+    Source: ``wrapper_kernel_sig`` of ``torchgen/dest/register_dispatch_key.py``;
+    ``TORCH_META_FUNC`` of ``LinearAlgebra.cpp``, which runs before the kernel.
+    """
+    check_devices = checking(func, operator)
+    out_of_place = func if not func._schema.is_mutable else None
+
+    def check(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        operands = Operands()
+        for each in (*args, *kwargs.values()):
+            operands.unwrap(each)
+        if operands.host is not None or operands.strays is not None:
+            _is_for_card(check_devices, args, kwargs, operands)
+        if operator.uses_cublas and out_of_place is not None:
+            check_shapes(out_of_place, args)
+
+    return check
 
 
 def _checking_context(func: Any, handler: Handler) -> Handler:

@@ -60,22 +60,50 @@ def lacking(
     return lambda args: kernel if args[0].dtype in types else ""
 
 
-def with_types(lacks: Callable[[tuple[Any, ...]], str], handler: Handler) -> Handler:
+def with_types(
+    lacks: Callable[[tuple[Any, ...]], str],
+    handler: Handler,
+    check: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None,
+) -> Handler:
     """Refuse operands of a dtype for which a card has no kernel.
 
     Source: ``AT_DISPATCH_SWITCH`` of ``aten/src/ATen/Dispatch.h``. For a tensor without
     elements, no kernel is launched.
+
+    Args:
+        lacks: Takes the arguments and returns the name of the kernel; empty if it is there.
+        handler: Runs the operator.
+        check: Makes the checks that come before the choice of a kernel.
     """
 
     def typed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kernel = lacks(args)
         if kernel and args[0].numel():
+            if check is not None:
+                check(args, kwargs)
             raise NotImplementedError(
                 f"\"{kernel}\" not implemented for '{type_name(args[0].dtype)}'"
             )
         return handler(args, kwargs)
 
     return typed
+
+
+def check_shapes(func: Any, args: tuple[Any, ...]) -> None:
+    """Check the shapes of an operator whose operands are all numbers of one kind.
+
+    A card checks them before it chooses a kernel.
+
+    Raises:
+        RuntimeError: They do not fit (torch's message).
+    """
+    zero = torch.zeros((), device="cpu")
+    func(
+        *(
+            zero.expand(each.shape) if isinstance(each, torch.Tensor) else each
+            for each in args
+        )
+    )
 
 
 def refuse_backend(func: Any) -> NoReturn:

@@ -196,9 +196,10 @@ register(
 )
 
 
-def _abs(source: torch.Tensor) -> torch.Tensor:
-    """Run ``abs``; a card also supports booleans."""
-    return source.clone() if source.dtype is torch.bool else torch.abs(source)
+def _abs(source: torch.Tensor, **out: torch.Tensor) -> torch.Tensor:
+    """Run ``abs``; a card also supports booleans, of which the sign is the same."""
+    compute = torch.sign if source.dtype is torch.bool else torch.abs
+    return compute(source, **out)
 
 
 def _becoming_real(call: Call) -> Iterator[RequestStep]:
@@ -211,7 +212,7 @@ def _becoming_real(call: Call) -> Iterator[RequestStep]:
 register(
     "abs",
     requests=_becoming_real,
-    compute=only(_abs),
+    compute=lambda _func: _abs,
     source=(
         "cuda/AbsKernel.cu, abs_kernel_cuda; UnaryOps.cpp, "
         "unary_op_impl_with_complex_to_float_out"
@@ -221,7 +222,7 @@ register(
 
 register(
     "abs_",
-    compute=only(lambda it: it if it.dtype is torch.bool else it.abs_()),
+    compute=only(lambda it: _abs(it, out=it)),
     source="cuda/AbsKernel.cu, abs_kernel_cuda",
 )
 
