@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
+from pytest_gpumem import as_written
 from pytest_gpumem.plugin import marks
 from pytest_gpumem.plugin.fixtures import (
     competing_process,
@@ -106,8 +107,10 @@ def pytest_configure(config: pytest.Config) -> None:
     warn_of_removed(config)
     run = config.stash.get(_key, None)
     if run is not None:
+        config.add_cleanup(as_written.stop)
         _configure(run, config)
     else:
+        as_written.stop()
         settings = read_settings(config, config.option)
         _serve(settings, config)
         config.pluginmanager.register(Unasked(settings, config), PLUGIN_NAME)

@@ -13,6 +13,7 @@ import pytest_gpumem
 
 ROOT = Path(pytest_gpumem.__file__).parent
 GROUND = {
+    "as_written",
     "errors",
     "files",
     "guards",
