@@ -201,9 +201,9 @@ def _in_slots(frame: FrameType, names: tuple[str, ...]) -> dict[str, Any]:
             continue
         place, is_cell = slots[name]
         address = start + _layout.slots + place * _WORD
-        if not _word(address):
-            continue  # the variable is not bound at this moment
         value = _object(address)
+        if value is None and not _word(address):
+            continue  # the variable is not bound at this moment
         if is_cell and type(value) is CellType:
             try:
                 value = value.cell_contents

@@ -10,11 +10,11 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from weakref import ref as Reference  # noqa: N812  # it is a class
 
 import torch
 from torch.nn.modules import module as torch_module
 from torch.nn.parameter import is_lazy
-from torch.utils.weak import WeakIdKeyDictionary
 
 from pytest_gpumem.instruments.parts import modules_of, registry, tensors_of, unseen
 
@@ -69,8 +69,8 @@ class Owners:
     ) -> None:
         self._device: Final = device
         self._claim: Final = claim
-        # Keys are compared by identity, because a module's class may define == and hash.
-        self._nodes: Final[Any] = WeakIdKeyDictionary()
+        # By id, because a module's class may define == and hash.
+        self._nodes: Final[dict[int, tuple[Reference[torch.nn.Module], Node]]] = {}
         self._handles: list[Any] = []
 
     def start(self) -> None:
@@ -89,14 +89,18 @@ class Owners:
 
     def node(self, module: torch.nn.Module) -> Node:
         """Return a module's node, as far as it is known so far."""
-        found: Node | None = self._nodes.get(module)
+        found = self.known(module)
         if found is None:
-            found = self._nodes[module] = Node(type(module).__name__)
+            found = Node(type(module).__name__)
+            number, nodes = id(module), self._nodes
+            living = Reference(module, lambda _dead: nodes.pop(number, None))
+            nodes[number] = living, found
         return found
 
-    def knows(self, module: torch.nn.Module) -> bool:
-        """Tell whether a module is known."""
-        return module in self._nodes
+    def known(self, module: torch.nn.Module) -> Node | None:
+        """Return a module's node; None for a module that is not known."""
+        found = self._nodes.get(id(module))
+        return None if found is None or found[0]() is not module else found[1]
 
     def meet(self, model: torch.nn.Module) -> None:
         """Learn the names of a whole model, and which of its blocks are on a card."""
@@ -110,8 +114,8 @@ class Owners:
         """Learn which blocks are gradients of known parameters."""
         owners = {
             id(tensor): NamedOwner(node, name, "gradient of")
-            for module, node in list(self._nodes.items())
-            for name, tensor in tensors_of(module)
+            for module, node in list(self._nodes.values())
+            for name, tensor in tensors_of(module())
         }
         for group in optimizer.param_groups:
             for parameter in group["params"]:

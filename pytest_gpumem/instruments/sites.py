@@ -124,10 +124,14 @@ class Chain(NamedTuple):
         Returns:
             None and an empty text if there is no active module.
         """
-        module, name = self.variables
+        if self.module is None:
+            return None, ""
+        names = tuple(filter(None, self.variables))
+        found = variables_of(_outer(frame, self.module), *names)
+        module, name = (found.get(each, "") for each in self.variables)
         return (
-            _at(frame, self.module, module, torch.nn.Module),
-            _at(frame, self.module, name, str) or "",
+            module if issubclass(type(module), torch.nn.Module) else None,
+            name if issubclass(type(name), str) else "",
         )
 
     def outermost_at(self, frame: FrameType) -> Any:
@@ -143,11 +147,13 @@ def chain_of(frame: FrameType) -> Chain:
     """Return the chain of code from an innermost frame outwards."""
     numbers: list[int] = []
     add, ends = numbers.append, _ends
-    for each in frames_from(frame):
+    each: FrameType | None = frame
+    while each is not None:  # a generator of the frames would take half as long again
         number = id(each.f_code)
         if number in ends:
             break
         add(number + each.f_lasti)  # two places of code rarely have the same sum
+        each = each.f_back
     key = tuple(numbers)
     found = _known.get(key)
     if found is None:
@@ -193,9 +199,13 @@ def _at(frame: FrameType, depth: int | None, variable: str, base: type) -> Any:
     """Return a variable of the frame at a depth, if it is of a class; otherwise None."""
     if depth is None:
         return None
-    outer = next(islice(frames_from(frame), depth, None), frame)
-    found = variables_of(outer, variable).get(variable)
+    found = variables_of(_outer(frame, depth), variable).get(variable)
     return found if issubclass(type(found), base) else None
+
+
+def _outer(frame: FrameType, depth: int) -> FrameType:
+    """Return the frame at a depth."""
+    return next(islice(frames_from(frame), depth, None), frame)
 
 
 # -- in words -----------------------------------------------------------------------------

@@ -446,10 +446,11 @@ class Timeline:
             if chain.optimizer is not None:
                 self._meet_optimizer(chain.optimizer_at(frame))
             return _Block(nbytes, chain.place, chain.kind)
-        if not self._owners.knows(module):
+        node = self._owners.known(module)
+        if node is None:
             outer = chain.outermost_at(frame)
             self._unmet.append(module if outer is None else outer)
-        node = self._owners.node(module)
+            node = self._owners.node(module)
         owner = NamedOwner(node, parameter) if parameter else None
         return _Block(nbytes, chain.place, chain.kind, node, owner)
 
