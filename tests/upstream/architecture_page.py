@@ -24,6 +24,8 @@ REASONS: Final = {
 KNOWN: Final = {
     r"^VitsModel": "it draws some of its random numbers on the host and some on the card, and a card "
     "has a generator of its own",
+    r"^Sam3(LiteText)?Model": "its group norm is given channels last, which a card stores by rows "
+    "(`group_norm.cpp`), where the CPU sums in another order; given rows, the CPU is equal",
 }
 
 #: Why models leave bytes, by their names.
