@@ -28,7 +28,7 @@ def with_alert(func: Any, operator: Operator, handler: Handler) -> Handler:
 
     def alerting(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.are_deterministic_algorithms_enabled() and (
-            alerts is None or alerts(func, args)
+            alerts is None or alerts(func, args, kwargs)
         ):
             _alert(caller)
         return handler(args, kwargs)

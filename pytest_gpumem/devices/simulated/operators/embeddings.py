@@ -188,7 +188,7 @@ def _gradient_of_bags(call: Call) -> Iterator[RequestStep]:
     yield Results()
 
 
-def _takes_largest(func: Any, args: tuple[Any, ...]) -> bool:
+def _takes_largest(func: Any, args: tuple[Any, ...], _options: dict[str, Any]) -> bool:
     names = [each.name for each in func._schema.arguments]
     return bool(args[names.index("mode")] == _MAX)
 

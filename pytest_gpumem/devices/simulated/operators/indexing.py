@@ -13,6 +13,7 @@ from pytest_gpumem.devices.simulated.accumulation import numbering, taking_over
 from pytest_gpumem.devices.simulated.backward import in_backward
 from pytest_gpumem.devices.simulated.kernel_types import (
     COMPLEX,
+    INTEGERS,
     lacking,
     type_name,
     with_types,
@@ -337,16 +338,38 @@ register(
     "TensorAdvancedIndexing.cpp, index_fill_",
 )
 register(
-    "index_add scatter",
+    "index_add",
     around=taking_over,
     source="FunctionsManual.cpp, value_selecting_reduction_backward and its like",
+)
+
+
+def _is_reduced_atomically(
+    _func: Any, args: tuple[Any, ...], options: dict[str, Any]
+) -> bool:
+    """Return whether ``scatter`` reduces tensors in the order in which threads come.
+
+    Only sums of floating numbers have a way of their own in deterministic mode.
+    """
+    reduce = options.get("reduce")
+    if reduce is None or not isinstance(args[3], torch.Tensor) or not args[2].numel():
+        return False
+    return bool(reduce != "add" or args[3].dtype in INTEGERS)
+
+
+register(
+    "scatter",
+    around=taking_over,
+    alert="scatter_reduce_cuda_kernel",
+    alerts=_is_reduced_atomically,
+    source="FunctionsManual.cpp, as above; what torch 2.13 says on the substitute runtime",
 )
 register(
     "put",
     around=taking_over,
     check=as_written("_put_", ("self", "index", "source")),
     alert="put_",
-    alerts=lambda _func, args: args[3:4] == (True,),
+    alerts=lambda _func, args, _options: args[3:4] == (True,),
     source="FunctionsManual.cpp, as above; TensorAdvancedIndexing.cpp, put_",
 )
 
@@ -372,6 +395,8 @@ def _multiplying(func: Any, handler: Handler) -> Handler:
 register(
     "scatter_",
     around=_multiplying,
+    alert="scatter_reduce_cuda_kernel",
+    alerts=_is_reduced_atomically,
     source="cuda/ScatterGatherKernel.cu, scatter_reduce_cuda_kernel and "
     "scatter_scalar_reduce_cuda_kernel",
 )
@@ -454,12 +479,15 @@ def _counting_sources(call: Call) -> Iterator[RequestStep]:
 register(
     "index_reduce",
     requests=_counting_sources,
+    alert="index_reduce_cuda",
     source="cuda/Indexing.cu, TORCH_IMPL_FUNC(index_reduce_cuda_out)",
 )
 register(
     "scatter_reduce",
     requests=_counting_sources,
     lacks=_reduces,
+    alert="scatter_reduce_cuda_prod_",
+    alerts=lambda _func, args, _options: bool(args[4] == "prod" and args[2].numel()),
     source=(
         "cuda/ScatterGatherKernel.cu, cuda_scatter_gather_base_kernel; "
         "TensorAdvancedIndexing.cpp, scatter_reduce_two"

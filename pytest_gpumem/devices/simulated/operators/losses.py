@@ -172,12 +172,8 @@ register(
 register(
     "nll_loss2d_forward",
     alert="nll_loss2d_forward_out_cuda_template",
+    alerts=lambda _func, args, _options: bool(args[3]),  # not by element
     source="cuda/NLLLoss2d.cu, nll_loss2d_forward_out_cuda_template",
-)
-register(
-    "nll_loss2d_backward",
-    alert="nll_loss2d_backward_out_cuda_template",
-    source="cuda/NLLLoss2d.cu, nll_loss2d_backward_out_cuda_template",
 )
 
 

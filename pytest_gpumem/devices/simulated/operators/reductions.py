@@ -410,10 +410,6 @@ register(
 )
 
 
-def _is_inexact(_func: Any, args: tuple[Any, ...]) -> bool:
-    return bool(args[0].is_floating_point() or args[0].is_complex())
-
-
 def _running(call: Call) -> Iterator[RequestStep]:
     """Request the memory of a running sum; integers are first converted to the result's."""
     yield Results()
@@ -435,8 +431,6 @@ def scan_of(operand: torch.Tensor, dim: int, dtype: torch.dtype) -> Iterator[Tem
 register(
     "cumsum",
     requests=_running,
-    alert="cumsum_cuda_kernel",
-    alerts=_is_inexact,
     source="ScanKernels.cpp, cumsum_cuda_kernel",
 )
 register(

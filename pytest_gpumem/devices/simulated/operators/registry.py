@@ -5,7 +5,7 @@ allocated for its results in their order. Three facts are read from torch's own 
 tags: whose devices are compared, what autocast does, and which operators draw random
 numbers. Everything else that an operator needs is one row in the module of its family::
 
-    register("cumsum", alert="cumsum_cuda_kernel", source="ScanKernels.cpp")
+    register("ctc_loss_backward", alert="ctc_loss_backward_gpu", source="LossCTC.cu")
 
 A row names an operator as in ``torch.ops.aten`` and applies to all its overloads. It
 also applies to the in-place variant (``add`` means ``add`` and ``add_``), unless that
@@ -78,7 +78,7 @@ class Operator:
             for their dtypes; empty if the kernel has one.
         alert: The operator's name in the error that it has no deterministic
             implementation.
-        alerts: Takes an overload and its arguments and returns whether ``alert`` applies;
+        alerts: Takes an overload and its arguments, positional and by name, and returns whether ``alert`` applies;
             None means always.
     """
 
@@ -104,7 +104,7 @@ class Operator:
     has_effects: bool = False
     lacks: Callable[[tuple[Any, ...]], str] | None = None
     alert: str = ""
-    alerts: Callable[[Any, tuple[Any, ...]], bool] | None = None
+    alerts: Callable[[Any, tuple[Any, ...], dict[str, Any]], bool] | None = None
 
 
 #: Every record, by name.

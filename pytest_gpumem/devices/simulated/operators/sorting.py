@@ -247,7 +247,7 @@ def _median(func: Any) -> Any:
     return compute
 
 
-def _returns_indices(func: Any, _args: tuple[Any, ...]) -> bool:
+def _returns_indices(func: Any, *_call: Any) -> bool:
     return len(func._schema.returns) > 1
 
 
@@ -258,9 +258,6 @@ register(
     alert="median CUDA with indices output",
     alerts=_returns_indices,
     source="cuda/Sorting.cpp, median_with_indices_impl",
-)
-register(
-    "kthvalue", alert="kthvalue CUDA", source="cuda/Sorting.cpp, kthvalue_out_cuda"
 )
 
 
@@ -274,12 +271,13 @@ def _histc(source: torch.Tensor, *args: Any, **options: Any) -> Any:
 register(
     "bincount",
     alert="_bincount_cuda",
-    alerts=lambda _func, args: len(args) > 1 and args[1] is not None,
+    alerts=lambda _func, args, _options: len(args) > 1 and args[1] is not None,
     source="cuda/SummaryOps.cu, _bincount_cuda",
 )
 register(
     "histc",
-    alert="_histc_cuda",
+    alert="_histc_cuda with floating point input",
+    alerts=lambda _func, args, _options: bool(args[0].is_floating_point()),
     compute=only(_histc),
     lacks=lacking("histc", HALVES | COMPLEX | {torch.bool}),
     source="cuda/SummaryOps.cu, _histc_cuda",

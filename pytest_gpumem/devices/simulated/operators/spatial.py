@@ -8,6 +8,7 @@ import torch
 
 from pytest_gpumem.devices.simulated.kernel_types import INTEGERS, lacking
 from pytest_gpumem.devices.simulated.operators.composing import (
+    on_cpu_alone,
     on_host,
     only,
     widening,
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 _ADDED_ATOMICALLY = {
     "_adaptive_avg_pool2d_backward": "adaptive_avg_pool2d_backward_cuda",
     "_adaptive_avg_pool3d_backward": "adaptive_avg_pool3d_backward_cuda",
+    "_upsample_bicubic2d_aa_backward": "upsample_bicubic2d_aa_backward_out_cuda",
+    "_upsample_bilinear2d_aa_backward": "upsample_bilinear2d_aa_backward_out_cuda",
     "adaptive_max_pool2d_backward": "adaptive_max_pool2d_backward_cuda",
     "avg_pool3d_backward": "avg_pool3d_backward_cuda",
     "fractional_max_pool2d_backward": "fractional_max_pool2d_backward_cuda",
@@ -43,7 +46,6 @@ _ADDED_ATOMICALLY = {
     "grid_sampler_3d_backward": "grid_sampler_3d_backward_cuda",
     "max_pool3d_with_indices_backward": "max_pool3d_with_indices_backward_cuda",
     "reflection_pad1d_backward": "reflection_pad1d_backward_out_cuda",
-    "reflection_pad2d_backward": "reflection_pad2d_backward_cuda",
     "reflection_pad3d_backward": "reflection_pad3d_backward_out_cuda",
     "replication_pad1d_backward": "replication_pad1d_backward_cuda",
     "replication_pad2d_backward": "replication_pad2d_backward_cuda",
@@ -135,13 +137,13 @@ def _averaging_backward(call: Call) -> Iterator[RequestStep]:
 
 _ATOMIC_REQUESTS = {
     "_adaptive_avg_pool2d_backward": _averaging_backward,
-    "reflection_pad2d_backward": _by_rows_backward,
     "upsample_bicubic2d_backward": _by_rows_backward,
     "upsample_bilinear2d_backward": _resampling_backward,
 }
 _ATOMIC_VALUES = {
+    "_upsample_bicubic2d_aa_backward": widening,
+    "_upsample_bilinear2d_aa_backward": widening,
     "avg_pool3d_backward": widening,
-    "reflection_pad2d_backward": _dense,
 }
 for _name, _caller in _ADDED_ATOMICALLY.items():
     register(
@@ -151,6 +153,12 @@ for _name, _caller in _ADDED_ATOMICALLY.items():
         compute=_ATOMIC_VALUES.get(_name),
         source=f"alertNotDeterministic in {_caller}",
     )
+register(
+    "reflection_pad2d_backward",
+    requests=_by_rows_backward,
+    compute=_dense,
+    source="cuda/ReflectionPad.cu, reflection_pad2d_backward_out_template",
+)
 register(
     "_adaptive_avg_pool2d",
     requests=_averaging,
@@ -268,13 +276,14 @@ for _names, _kernel, _file in (
         source=f"cuda/{_file}",
     )
 register(
-    """
-    _upsample_bicubic2d_aa _upsample_bicubic2d_aa_backward _upsample_bilinear2d_aa
-    _upsample_bilinear2d_aa_backward _upsample_lanczos2d_aa
-    _upsample_lanczos2d_aa_backward
-    """,
+    "_upsample_bicubic2d_aa _upsample_bilinear2d_aa",
     compute=widening,
     source="cuda/UpSampleBilinear2d.cu, upsample_gen2d_aa_out_frame",
+)
+register(
+    "_upsample_lanczos2d_aa",
+    composed=on_cpu_alone,
+    source="native_functions.yaml, _upsample_lanczos2d_aa",
 )
 register(
     "avg_pool3d",
