@@ -263,6 +263,35 @@ def _names(node: Any) -> set[str]:
     return {type(node).__name__}.union(*above)
 
 
+@pytest.mark.filterwarnings("ignore:A window was not provided")
+@pytest.mark.parametrize("has_window", [True, False])
+def test_a_short_window_is_made_longer_on_the_card(*, has_window: bool) -> None:
+    """C++ makes zeros around it, on the device that it sees."""
+    sound = torch.arange(64.0) % 7
+
+    def transform(device: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        window = torch.arange(5.0, device=device).requires_grad_()
+        made = torch.stft(
+            sound.to(device),
+            16,
+            win_length=5,
+            window=window if has_window else None,
+            return_complex=True,
+        )
+        if has_window:
+            made.abs().sum().backward()
+        return made, window.grad
+
+    made, grad = transform("cuda")
+    expected, expected_grad = transform("cpu")
+    assert "cuda:0" == str(made.device)
+    assert torch.equal(expected, made.cpu())
+    if grad is not None and expected_grad is not None:
+        assert torch.equal(expected_grad, grad.cpu())
+    with pytest.raises(RuntimeError, match="stft input and window must be on the same"):
+        torch.stft(sound.cuda(), 16, window=torch.ones(16), return_complex=True)
+
+
 def test_a_bilinear_layer_works_slice_by_slice() -> None:
     """Its values are the CPU's; two buffers of one slice stand beside the result."""
     layer = torch.nn.Bilinear(64, 48, 32, bias=False)

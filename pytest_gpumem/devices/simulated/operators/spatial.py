@@ -313,4 +313,41 @@ register(
     composed=_transforming,
     source="SpectralOps.cpp, promote_type_fft",
 )
+
+
+def _short_time(func: Any) -> Any:
+    """Make a short window as long as the transform; C++ would make it on the host."""
+
+    def kernel(  # the operator's signature
+        source: torch.Tensor,
+        n_fft: int,
+        hop_length: int | None = None,
+        win_length: int | None = None,
+        window: torch.Tensor | None = None,
+        *rest: Any,
+        **options: Any,
+    ) -> Any:
+        if window is not None and window.device != source.device:
+            raise RuntimeError(
+                "stft input and window must be on the same device but got self on "
+                f"{source.device} and window on {window.device}"
+            )
+        size = n_fft if win_length is None else win_length
+        fits = window is None or window.shape == (size,)  # else C++ raises
+        if fits and 0 < size < n_fft <= source.shape[-1]:
+            whole = (source if window is None else window).new_zeros(n_fft)
+            part = whole.narrow(0, (n_fft - size) // 2, size)
+            part.fill_(1) if window is None else part.copy_(window)
+            window, win_length = whole, n_fft
+        # ``decompose`` would take Python's decomposition, which has other errors.
+        return func._op_dk(
+            torch._C.DispatchKey.CompositeImplicitAutograd,
+            *(source, n_fft, hop_length, win_length, window, *rest),
+            **options,
+        )
+
+    return kernel
+
+
+register("stft", composed=_short_time, source="SpectralOps.cpp, stft")
 register("istft", composed=on_host, source="SpectralOps.cpp, istft")
