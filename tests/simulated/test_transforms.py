@@ -164,6 +164,41 @@ def test_batches_of_gradients_come_back() -> None:
     assert (2 * eye).tolist() == first.tolist() == second.tolist()
 
 
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x[1],
+        lambda x: x[:, 1:],
+        lambda x: x.diagonal(1),
+        torch.trace,
+    ],
+    ids=["select", "slice", "diagonal", "trace"],
+)
+def test_batches_of_gradients_of_views_stay_there(
+    view: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """C++'s rules for such batches make zeros on the device that they see."""
+
+    def product(factor: torch.Tensor) -> torch.Tensor:
+        return view(factor * 3)
+
+    card = torch.arange(6.0, dtype=torch.double, device="cuda").reshape(2, 3)
+    card.requires_grad_()
+    assert torch.autograd.gradcheck(product, card, check_batched_grad=True)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    shape = view(card).shape
+    (grads,) = torch.autograd.grad(
+        product(card),
+        card,
+        torch.ones(2000, *shape, dtype=torch.double, device="cuda"),
+        is_grads_batched=True,
+    )
+    # The gradient of the view, and that of the factor.
+    assert torch.cuda.max_memory_allocated() - before >= 2 * grads.nbytes
+    assert "cuda:0" == str(grads.device)
+
+
 def test_a_move_is_differentiable_twice() -> None:
     """``create_graph`` through the border; torch's own check of gradients agrees."""
     host = torch.ones(2, requires_grad=True)

@@ -16,7 +16,10 @@ from pytest_gpumem.devices.simulated import autocast
 from pytest_gpumem.devices.simulated.machine import SimulatedCard, card_of
 from pytest_gpumem.devices.simulated.memory import HOST_ROOM, Memory, hold
 from pytest_gpumem.devices.simulated.operators import overloads
-from pytest_gpumem.devices.simulated.operators.batching import by_slices
+from pytest_gpumem.devices.simulated.operators.batching import (
+    GRADIENTS_OF_VIEWS,
+    by_slices,
+)
 from pytest_gpumem.devices.simulated.refusals import refuse_value, refusing
 from pytest_gpumem.devices.simulated.tensor import HANDLERS, make
 
@@ -150,5 +153,7 @@ def register_kernels() -> torch.library.Library:
                 library.impl(name, kernel, "AutogradCUDA")
             if operator.in_slices and not overload._schema.is_mutable:
                 library.impl(name, by_slices(overload), "FuncTorchBatched")
+        for name, rule in GRADIENTS_OF_VIEWS.items():
+            library.impl(name, rule, "Batched")
         autocast.register_casts(library)
     return library

@@ -1,7 +1,7 @@
-"""Runs an operator for each slice of a batch of ``torch.vmap``.
+"""Rules for batches of which C++'s own make helper tensors on the device that it sees.
 
-C++ composes some operators in its rule for ``vmap``, and makes their helper tensors on the
-device that it sees, which is the host.
+That device is the host. An operator of ``torch.vmap`` runs for each slice of a batch.
+The formulas of some views' gradients are composed again for batches of gradients.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pytest_gpumem.devices.simulated.operators.registry import Kernel
 
 _functorch: Final[Any] = torch._C._functorch  # no public API
@@ -50,3 +52,24 @@ def _slices(leaf: Any, level: int) -> Any:
     if not isinstance(leaf, torch.Tensor) or _functorch.maybe_get_level(leaf) != level:
         return None
     return _functorch.get_unwrapped(leaf).unbind(_functorch.maybe_get_bdim(leaf))
+
+
+def _of_view(view: Callable[..., torch.Tensor]) -> Kernel:
+    """Return a rule that writes a gradient to a view of zeros."""
+
+    def rule(grad: torch.Tensor, sizes: list[int], *where: Any) -> torch.Tensor:
+        whole = grad.new_zeros(sizes)
+        view(whole, *where).copy_(grad)
+        return whole
+
+    return rule
+
+
+#: The gradients of views in a batch of gradients, by name.
+#: Source: ``aten/src/ATen/LegacyBatchingRegistrations.cpp``.
+GRADIENTS_OF_VIEWS: Final[dict[str, Kernel]] = {
+    "diagonal_backward": _of_view(torch.diagonal),
+    "select_backward": _of_view(torch.select),
+    "slice_backward": _of_view(torch.ops.aten.slice),
+    "trace_backward": _of_view(torch.diagonal),
+}
