@@ -336,6 +336,49 @@ def test_pinned_memory_is_copied_at_each_replay() -> None:
     assert [7.0, 7.0] == target.tolist()
 
 
+def test_a_replay_copies_to_the_host_again() -> None:
+    """A copy for which the host does not wait makes pinned memory in a capture, too."""
+    source = torch.zeros(2, device="cuda")
+    graph, host = captured(lambda: source.to("cpu", non_blocking=True))
+    source.fill_(7)
+    graph.replay()
+
+    assert [7.0, 7.0] == host.tolist()
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_attention_keeps_its_seed_on_the_card_in_a_capture(*, keeps: bool) -> None:
+    """Source: Note [Seed and Offset Device] of ``transformers/cuda/attention.cu``."""
+    query = torch.ones(1, 1, 32, 8, device="cuda", requires_grad=keeps)
+    taken: list[int] = []
+
+    def attention() -> torch.Tensor:
+        taken.append(torch.cuda.memory_allocated())
+        torch.cuda.reset_peak_memory_stats()
+        result = torch.nn.functional.scaled_dot_product_attention(query, query, query)
+        taken.append(torch.cuda.memory_allocated())
+        taken.append(torch.cuda.max_memory_allocated())
+        return result
+
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+        _graph, result = captured(attention)
+    # Two blocks of 512 bytes, and with gradients the logarithms of 32 rows.
+    before, after, peak = taken
+    blocks = 3 if keeps else 2
+    assert blocks * 512 == peak - before - result.nbytes
+    assert (blocks * 512 if keeps else 0) == after - before - result.nbytes
+
+
+def test_a_known_number_of_repeats_is_captured() -> None:
+    """With ``output_size=`` the host does not wait for the repeats."""
+    repeats = torch.tensor([1, 2], device="cuda")
+    graph, places = captured(lambda: torch.repeat_interleave(repeats, output_size=3))
+    repeats.copy_(torch.tensor([2, 1]).pin_memory())
+    graph.replay()
+
+    assert [0, 0, 1] == places.tolist()
+
+
 def test_a_graph_can_be_part_of_another() -> None:
     """A replay in a capture is replayed with it."""
     count = torch.zeros(1, device="cuda")

@@ -453,6 +453,24 @@ def test_shapes_can_change_in_place() -> None:
     assert [2.0] * 5 == out.tolist()
 
 
+@pytest.mark.parametrize(
+    "copy",
+    [
+        lambda card: card.to("cpu", non_blocking=True),
+        lambda card: card.requires_grad_().to("cpu", torch.half, non_blocking=True),
+        lambda card: card.expand(3, 2).to("cpu", non_blocking=True)[1:],
+        lambda card: card.type(torch.FloatTensor, non_blocking=True),
+        lambda card: card.untyped_storage().to(device="cpu", non_blocking=True),
+        lambda _card: nn.Linear(1, 1).cuda().to("cpu", non_blocking=True).weight,
+    ],
+)
+def test_a_copy_that_the_host_does_not_wait_for_is_pinned(
+    copy: Callable[[torch.Tensor], Any],
+) -> None:
+    """Source: ``_to_copy`` of ``aten/src/ATen/native/TensorConversions.cpp``."""
+    assert copy(torch.ones(2, device="cuda")).is_pinned()
+
+
 def test_pinned_memory_says_so() -> None:
     """pin_memory() and the factories' pin_memory= give pinned host tensors."""
     assert torch.ones(2).pin_memory().is_pinned()
@@ -461,6 +479,7 @@ def test_pinned_memory_says_so() -> None:
     card = torch.ones(2, device="cuda")
     assert card.new_full((2,), 1.0, device="cpu", pin_memory=True).is_pinned()
     assert not torch.ones(2).is_pinned()
+    assert not card.cpu().is_pinned()
     with pytest.raises(RuntimeError, match="Only dense CPU tensors can be pinned"):
         card.new_empty(2, pin_memory=True)
     with pytest.raises(RuntimeError, match="only dense CPU tensors can be pinned"):

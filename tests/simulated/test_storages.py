@@ -75,3 +75,12 @@ def test_a_tensor_takes_no_storage_of_another_device(
         f'Attempted to set the storage of a tensor on device "{own}" to a storage on '
         f'different device "{other}".  This is no longer allowed; the devices must match.'
     ) == str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["untyped", "typed"])
+def test_a_storage_without_values_is_not_copied_to_the_host(kind: str) -> None:
+    """A storage on ``meta`` is not on a card, and so torch's own method refuses it."""
+    source: Any = torch.ones(2, device="meta")
+    source = source.storage() if kind == "typed" else source.untyped_storage()
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta"):
+        source.cpu()

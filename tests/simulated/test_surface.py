@@ -362,6 +362,8 @@ def test_waits_for_a_card_can_be_shown() -> None:
         "unique": x.unique,
         "bincount": rows.bincount,
         "one_hot": lambda: torch.nn.functional.one_hot(rows),
+        "repeats": lambda: torch.repeat_interleave(rows),
+        "a storage": x.untyped_storage().cpu,
         "a stream": torch.cuda.current_stream().synchronize,
     }
     goes_on: dict[str, Callable[[], Any]] = {
@@ -371,6 +373,9 @@ def test_waits_for_a_card_can_be_shown() -> None:
         "a device": torch.cuda.synchronize,
         "not blocking": lambda: pinned.to("cuda", non_blocking=True),
         "one_hot of a number": lambda: torch.nn.functional.one_hot(rows, 3),
+        "repeats of a number": lambda: torch.repeat_interleave(rows, output_size=1),
+        "to the host": lambda: x.to("cpu", non_blocking=True),
+        "a type": lambda: x.type("torch.FloatTensor", non_blocking=True),
         "query": torch.cuda.current_stream().query,
     }
     text = "called a synchronizing CUDA operation"

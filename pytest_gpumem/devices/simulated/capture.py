@@ -282,12 +282,12 @@ def check_event(capture: Capture | None) -> None:
         raise cuda_error("cudaErrorCapturedEvent")
 
 
-def check_copy(card: SimulatedCard, host: torch.Tensor | None, *, waits: bool) -> None:
+def check_copy(card: SimulatedCard, *, is_pinned: bool, waits: bool) -> None:
     """Refuse a copy between host and card that cannot be captured.
 
     Args:
         card: The card.
-        host: The host tensor; None means a tensor that is not pinned.
+        is_pinned: Whether the host's memory is pinned.
         waits: Whether the host waits for the copy.
 
     Raises:
@@ -301,7 +301,7 @@ def check_copy(card: SimulatedCard, host: torch.Tensor | None, *, waits: bool) -
     capture = capture_of(card) if card.machine.captures else None
     if capture is None:
         return
-    if host is None or not host.is_pinned():
+    if not is_pinned:
         raise RuntimeError(_NOT_PINNED)
     if waits:
         capture.refuse()
@@ -456,14 +456,15 @@ def _check_copy_(card: SimulatedCard, args: Any, kwargs: Any) -> None:
     goes_on = kwargs.get("non_blocking", len(args) > 2 and args[2])  # noqa: PLR2004  # the position of the argument
     for each in args[:2]:
         if isinstance(each, torch.Tensor) and not isinstance(each, SimulatedTensor):
-            check_copy(card, each, waits=not goes_on)
+            check_copy(card, is_pinned=each.is_pinned(), waits=not goes_on)
 
 
 def _check_to_copy(card: SimulatedCard, _args: Any, kwargs: Any) -> None:
-    """Refuse ``_to_copy`` to the host, because its result is not pinned."""
+    """Refuse ``_to_copy`` to the host, whose result is pinned if the host goes on."""
     device = kwargs.get("device")
     if device is not None and device.type == "cpu" and kwargs.get("layout") is None:
-        check_copy(card, None, waits=True)
+        goes_on = bool(kwargs.get("non_blocking"))
+        check_copy(card, is_pinned=goes_on, waits=not goes_on)
 
 
 #: Operators that may copy between host and card.

@@ -14,11 +14,11 @@ import torch
 from torch.utils._device import DeviceContext
 
 from pytest_gpumem.devices.default_device import clear_default_device, default_type
+from pytest_gpumem.devices.simulated.copies import mark_pinned
 from pytest_gpumem.devices.simulated.fake_tensors import checked
 from pytest_gpumem.devices.simulated.methods import (
     COPYING,
     cuda_device,
-    mark_pinned,
     new_tensor,
 )
 from pytest_gpumem.devices.simulated.refusals import refuse

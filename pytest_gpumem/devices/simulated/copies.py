@@ -135,11 +135,14 @@ def download(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     memory_format: torch.memory_format = torch.preserve_format,
+    waits: bool = True,
 ) -> torch.Tensor:
     """Copy a tensor from its card to the host, or to ``device`` (cpu or meta).
 
     A source that is not dense is first copied to contiguous memory *on the card*, which
-    takes bytes there, as on a real card.
+    takes bytes there, as on a real card. The result is pinned unless the host waits.
+
+    Source: ``_to_copy`` of ``aten/src/ATen/native/TensorConversions.cpp``.
 
     Raises:
         NoValuesError: The values are needed, but the card keeps none.
@@ -158,7 +161,19 @@ def download(
     with on_tape(source._gpumem_card):
         host: torch.Tensor = _to_copy(value, dtype=dtype, memory_format=memory_format)
     del staging
+    if not waits:
+        mark_pinned(host)
     return host
+
+
+def mark_pinned(tensor: torch.Tensor) -> None:
+    """Mark the memory of a host tensor as pinned.
+
+    Raises:
+        RuntimeError: There is no card (torch's message).
+    """
+    card_of(None)
+    tensor.untyped_storage()._gpumem_pinned = True  # type: ignore[attr-defined]  # an attribute of this package
 
 
 def _is_dense(value: torch.Tensor) -> bool:
@@ -198,8 +213,9 @@ class _RecordedMove(_SingleLevelFunction):
         device: torch.device,
         dtype: torch.dtype | None,
         memory_format: torch.memory_format,
+        waits: bool,  # noqa: FBT001  # torch passes positions
     ) -> torch.Tensor:
-        return _move(source, device, dtype, memory_format)
+        return _move(source, device, dtype, memory_format, waits=waits)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004  # torch's signature
@@ -208,12 +224,14 @@ class _RecordedMove(_SingleLevelFunction):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # one gradient
-        return moved(grad, ctx.device, dtype=ctx.dtype), None, None, None
+        return moved(grad, ctx.device, dtype=ctx.dtype), None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: torch.Tensor, *_rest: Any) -> Any:
-        device, dtype, memory_format = ctx.goal
-        return moved(tangent, device, dtype=dtype, memory_format=memory_format)
+        device, dtype, memory_format, waits = ctx.goal
+        return moved(
+            tangent, device, dtype=dtype, memory_format=memory_format, waits=waits
+        )
 
 
 class _Move(_RecordedMove, torch.autograd.Function):
@@ -236,12 +254,16 @@ def _move(
     device: torch.device,
     dtype: torch.dtype | None,
     memory_format: torch.memory_format,
+    *,
+    waits: bool,
 ) -> torch.Tensor:
     """Copy a tensor to a device, without autograd."""
     if runs_itself(source) or _is_traced() or _is_in_kernel():
         options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
         if memory_format is not torch.preserve_format:
             options["memory_format"] = memory_format
+        if not waits:
+            options["non_blocking"] = True
         is_outer, _device_argument.is_stated = _device_argument.is_stated, True
         try:
             moved: torch.Tensor = _to_copy(source, device=device, **options)
@@ -254,7 +276,13 @@ def _move(
             return peer_copy(source, card, dtype=dtype)
         return upload(source, card, dtype=dtype, memory_format=memory_format)
     if isinstance(source, SimulatedTensor):
-        return download(source, dtype=dtype, device=device, memory_format=memory_format)
+        return download(
+            source,
+            dtype=dtype,
+            device=device,
+            memory_format=memory_format,
+            waits=waits,
+        )
     return source.to(device, dtype)
 
 
@@ -264,8 +292,11 @@ def moved(
     *,
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format = torch.preserve_format,
+    waits: bool = True,
 ) -> torch.Tensor:
     """Copy a tensor to a device, with support for gradients, tangents and transforms.
+
+    Unless the host waits, a copy to the host is pinned.
 
     Raises:
         torch.OutOfMemoryError: The target card has no room.
@@ -276,6 +307,6 @@ def moved(
     is_dual = forward_ad._current_level >= 0  # no public API
     if is_seen or is_dual or (are_transforms_active() and not _is_traced()):
         apply: Any = _recorded if _is_in_kernel() else _Move.apply
-        result: torch.Tensor = apply(source, device, dtype, memory_format)
+        result: torch.Tensor = apply(source, device, dtype, memory_format, waits)
         return result
-    return _move(source, device, dtype, memory_format)
+    return _move(source, device, dtype, memory_format, waits=waits)

@@ -27,7 +27,7 @@ from pytest_gpumem.devices.simulated.capture import (
     check_waiting,
     note_wait,
 )
-from pytest_gpumem.devices.simulated.copies import moved
+from pytest_gpumem.devices.simulated.copies import mark_pinned, moved
 from pytest_gpumem.devices.simulated.identity import (
     GRAD,
     become,
@@ -165,11 +165,13 @@ def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     if on_card and goal == self.device:
         return _to_dtype(self, options)
     if "cpu" in (goal.type, self.device.type) and current_machine().is_watched:
-        host = None if on_card else self
-        check_copy(card_of((target or self.device).index), host, waits=options["waits"])
-    return moved(
-        self, goal, dtype=options["dtype"], memory_format=options["memory_format"]
-    )
+        check_copy(
+            card_of((target or self.device).index),
+            is_pinned=not options["waits"] if on_card else is_pinned(self),
+            waits=options["waits"],
+        )
+    del options["device"], options["copy"]
+    return moved(self, goal, **options)
 
 
 def _to_dtype(self: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
@@ -207,7 +209,7 @@ def cpu(
 def as_type(
     self: torch.Tensor,
     dtype: Any = None,
-    non_blocking: bool = False,  # noqa: ARG001, FBT001, FBT002  # torch's signature
+    non_blocking: bool = False,  # noqa: FBT001, FBT002  # torch's signature
 ) -> Any:
     """Run ``Tensor.type``: return the type's name, or convert to another type."""
     if dtype is None:
@@ -219,9 +221,9 @@ def as_type(
     if on_card is None:
         return to(self, new)
     if not on_card:
-        return to(self, torch.device("cpu"), new)
+        return to(self, torch.device("cpu"), new, non_blocking=non_blocking)
     device = self.device if self.is_cuda else DEVICES[card_of(None).index]
-    return to(self, device, new)
+    return to(self, device, new, non_blocking=non_blocking)
 
 
 def type_as(self: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -259,16 +261,6 @@ def pin_memory(self: torch.Tensor, device: Any = None) -> torch.Tensor:  # noqa:
     pinned = self.clone()
     mark_pinned(pinned)
     return pinned
-
-
-def mark_pinned(tensor: torch.Tensor) -> None:
-    """Mark the memory of a host tensor as pinned.
-
-    Raises:
-        RuntimeError: There is no card (torch's message).
-    """
-    card_of(None)
-    tensor.untyped_storage()._gpumem_pinned = True  # type: ignore[attr-defined]  # an attribute of this package
 
 
 def is_pinned(self: torch.Tensor, device: Any = None) -> bool:  # noqa: ARG001  # torch's signature

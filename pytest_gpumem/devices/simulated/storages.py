@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from pytest_gpumem.devices.simulated.capture import check_copy
+from pytest_gpumem.devices.simulated.copies import mark_pinned
 from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.memory import (
     HOST_ROOM,
@@ -30,6 +32,7 @@ _Storage: Final[Any] = torch.UntypedStorage
 _original_new: Final[Any] = torch.UntypedStorage.__new__
 _original_clone: Final[Any] = torch.UntypedStorage.clone
 _original_device: Final[Any] = torch.UntypedStorage.device
+_original_cpu: Final[Any] = torch.UntypedStorage.cpu
 _original_to: Final[Any] = torch.UntypedStorage.to
 _original_is_shared: Final[Any] = torch.UntypedStorage.is_shared
 _original_data_ptr: Final[Any] = torch.UntypedStorage.data_ptr
@@ -83,14 +86,21 @@ def _clone(self: torch.UntypedStorage) -> torch.UntypedStorage:
     return made
 
 
-def _host_copy(self: torch.UntypedStorage) -> torch.UntypedStorage:
+def _host_copy(self: torch.UntypedStorage, *, waits: bool) -> torch.UntypedStorage:
+    """Copy a storage to the host, to pinned memory unless the host waits.
+
+    Source: ``_to`` of ``torch/_utils.py``.
+    """
     if _original_device.__get__(self).type == "meta":
         refuse_value("copying a storage from the card to the host")
     memory = memory_of(self)
     if memory is not None:
         memory.card.check_context()
+        check_copy(memory.card, is_pinned=not waits, waits=waits)
     copied: torch.UntypedStorage = _Storage(self.nbytes())
     torch.UntypedStorage.copy_(copied, self)
+    if not waits:
+        mark_pinned(torch.empty(0, dtype=torch.uint8).set_(copied))
     return copied
 
 
@@ -98,12 +108,15 @@ def _to(
     self: torch.UntypedStorage,
     *,
     device: Any,
-    non_blocking: bool = False,  # noqa: ARG001  # torch's signature
+    non_blocking: bool = False,
 ) -> torch.UntypedStorage:
     target = cuda_device(device)
     memory = memory_of(self)
     if target is None:
-        return _original_to(self, device=device) if memory is None else _host_copy(self)
+        if memory is None:
+            there: torch.UntypedStorage = _original_to(self, device=device)
+            return there
+        return _host_copy(self, waits=not non_blocking)
     if memory is not None and memory.card is card_of(target.index):
         return self
     return _upload(self, target)
@@ -126,7 +139,10 @@ def _cuda(
 
 
 def _cpu(self: torch.UntypedStorage) -> torch.UntypedStorage:
-    return self if memory_of(self) is None else _host_copy(self)
+    if memory_of(self) is not None:
+        return _host_copy(self, waits=True)
+    copied: torch.UntypedStorage = _original_cpu(self)
+    return copied
 
 
 def _resize(self: torch.UntypedStorage, size: int) -> Any:

@@ -51,7 +51,13 @@ def _to_copy(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return make(copied, card)
     if device.type == "cuda":
         return peer_copy(source, card_of(device.index), dtype=dtype)
-    return download(source, dtype=dtype, device=device, memory_format=memory_format)
+    return download(
+        source,
+        dtype=dtype,
+        device=device,
+        memory_format=memory_format,
+        waits=not kwargs.get("non_blocking"),
+    )
 
 
 def _copy_(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
