@@ -418,6 +418,9 @@ def _is_waited_for(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return _is_counted(*args[1:3], **kwargs)
     if func is torch.ops.aten.equal.default and args[0] is args[1]:
         return False  # a tensor equals itself
+    if func is torch.ops.aten.repeat_interleave.Tensor:
+        # Source: ``repeat_interleave_common``, ``aten/src/ATen/native/Repeat.h``.
+        return kwargs.get("output_size") is None
     return any(tag in func.tags for tag in _WAITING)
 
 
