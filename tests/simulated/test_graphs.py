@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import captures
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from versions import NAME, since
 
 from pytest_gpumem.allocator.versions import version_of

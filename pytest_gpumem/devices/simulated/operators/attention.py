@@ -25,7 +25,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend
 
 from pytest_gpumem.devices.simulated import layouts
-from pytest_gpumem.devices.simulated.capture import on_tape
+from pytest_gpumem.devices.simulated.capture import capture_of, on_tape
 from pytest_gpumem.devices.simulated.memory import HOST_ROOM, Memory, hold
 from pytest_gpumem.devices.simulated.operators.composing import only
 from pytest_gpumem.devices.simulated.operators.registry import register
@@ -617,10 +617,16 @@ def _efficient_forward(
     settings: AttentionArguments,
     saves: bool,  # noqa: FBT001  # autograd passes positional arguments
 ) -> tuple[Any, list[Any]]:
-    """Return an empty result and the kept tensors: ``_efficient_attention_forward``."""
+    """Return an empty result and the kept tensors: ``_efficient_attention_forward``.
+
+    In a capture, dropout's seed and offset are the last of them; else they are on the host.
+    Source: Note [Seed and Offset Device] there.
+    """
     del key, settings
     card = query._gpumem_card
     batch, heads, rows, _width = query.shape
+    numbers = 2 if capture_of(card) is not None else 0
+    state = [_made(card, (), torch.int64) for _number in range(numbers)]
     out = _empty_rows_first(query, value.shape[-1])
     kept = []
     if saves:
@@ -629,7 +635,13 @@ def _efficient_forward(
     is_half = query.dtype in _HALVES
     if is_half and value.shape[-1] > kernels.WIDEST_IN_REGISTERS:
         _scratch(card, out.numel() * _FLOAT_BYTES)
-    return out, kept
+    return out, kept + state
+
+
+def _state(kept: list[Any]) -> list[Any]:
+    """Return dropout's seed and offset, of what ``_efficient_forward`` has kept."""
+    made = [each for each in kept if each.dtype is torch.int64]
+    return made or [torch.zeros((), dtype=torch.int64) for _number in range(2)]
 
 
 def _flash_backward(grad: Any, query: Any, key: Any, value: Any, out: Any) -> list[Any]:
@@ -902,12 +914,10 @@ def _efficient_alone(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         refuse(_ALONE)
     settings = AttentionArguments(0.0, is_causal, kwargs.get("scale"))
     out, kept = _efficient_forward(query, key, value, settings, saves)
-    logarithms = kept[0] if kept else _made(query._gpumem_card, (0,), torch.float32)
-    shown = logarithms[..., : query.shape[2]] if kept else None
+    logarithms = kept[0] if saves else _made(query._gpumem_card, (0,), torch.float32)
+    shown = logarithms[..., : query.shape[2]] if saves else None
     _give_values((query, key, value), settings, out, shown)
-    # They are on the host. Source: Note [Seed and Offset Device].
-    state = (torch.zeros((), dtype=torch.int64) for _number in range(2))
-    return out, logarithms, *state
+    return out, logarithms, *_state(kept)
 
 
 def _check_lower_right(query: Any, key: Any, value: Any, dropout_p: float) -> None:
@@ -952,15 +962,13 @@ def _efficient_by_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         refuse(_ALONE)
     settings = AttentionArguments(0.0, masking != 0, kwargs.get("scale"))
     out, kept = _efficient_forward(query, key, value, settings, saves)
-    logarithms = kept[0] if kept else _made(query._gpumem_card, (0,), torch.float32)
-    shown = logarithms[..., : query.shape[2]] if kept else None
+    logarithms = kept[0] if saves else _made(query._gpumem_card, (0,), torch.float32)
+    shown = logarithms[..., : query.shape[2]] if saves else None
     _give_values(
         (query, key, value), settings, out, shown, is_lower_right=is_lower_right
     )
-    # They are on the host. Source: Note [Seed and Offset Device].
-    state = (torch.zeros((), dtype=torch.int64) for _number in range(2))
     sizes = query.shape[2], key.shape[2]
-    return out.transpose(1, 2), logarithms, *state, *sizes
+    return out.transpose(1, 2), logarithms, *_state(kept), *sizes
 
 
 def _efficient_by_rows_backward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
