@@ -251,6 +251,7 @@ def test_compiled_functions_run_on_the_card(backend: str) -> None:
     assert "cuda:0" == str(layer.weight.grad.device)
 
 
+@pytest.mark.filterwarnings("ignore:The torch.cuda.*DtypeTensor constructors")
 @pytest.mark.usefixtures("machine")
 def test_typed_tensors_make_convert_and_recognise() -> None:
     """The old words for dtype and device."""
@@ -308,6 +309,7 @@ def _made(device: str) -> dict[str, str]:
     return made
 
 
+@pytest.mark.filterwarnings("ignore:The torch.cuda.*DtypeTensor constructors")
 @pytest.mark.usefixtures("machine")
 def test_old_constructors_take_what_they_take_on_the_host() -> None:
     """``Tensor.new`` and typed tensors: sizes, data, a tensor or a storage."""

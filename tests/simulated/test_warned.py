@@ -56,3 +56,21 @@ def test_a_warning_is_given_at_the_callers_line(name: str) -> None:
         "range",
     }:
         assert caught
+
+
+def test_old_ways_to_name_a_type_warn() -> None:
+    """Once in a process, or each time if the program has asked for that.
+
+    Source: ``torch/csrc/tensor/python_tensor.cpp``.
+    """
+    kinds: Any = torch.cuda
+    with simulated_device("T4"):
+        torch.set_warn_always(True)  # torch's signature
+        try:
+            for _ in range(2):
+                with pytest.warns(UserWarning, match="DtypeTensor constructors are no"):
+                    kinds.FloatTensor([0])
+                with pytest.warns(UserWarning, match="deprecated as of PyTorch 2.1"):
+                    torch.set_default_tensor_type(torch.FloatTensor)
+        finally:
+            torch.set_warn_always(False)  # torch's signature

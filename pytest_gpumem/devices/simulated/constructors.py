@@ -31,7 +31,7 @@ from pytest_gpumem.devices.simulated.typed import (
     host_typed_tensors,
     wanted,
 )
-from pytest_gpumem.devices.simulated.warned import relayed
+from pytest_gpumem.devices.simulated.warned import relayed, warn
 
 _tensor: Final[Any] = torch.tensor
 _as_tensor: Final[Any] = torch.as_tensor
@@ -330,6 +330,11 @@ def set_default_tensor_type(kind: Any, /) -> None:
     ``torch.Tensor(…)`` has the device of this type, and not the default device. Source:
     ``base_tensor_ctor`` of ``torch/csrc/utils/tensor_new.cpp``.
     """
+    warn(
+        "torch.set_default_tensor_type() is deprecated as of PyTorch 2.1, please use "
+        "torch.set_default_dtype() and torch.set_default_device() as alternatives.",
+        once=True,
+    )
     clear_default_device()
     dtype, on_card = wanted(kind)
     if on_card:

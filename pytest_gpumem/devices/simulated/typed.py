@@ -16,6 +16,7 @@ from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.devices.simulated.stand_ins import StandIn
 from pytest_gpumem.devices.simulated.tensor import DEVICES, SimulatedTensor
+from pytest_gpumem.devices.simulated.warned import warn
 
 #: Dtypes by the name of their class without "Tensor". Source: ``torch/cuda/__init__.py``.
 DTYPES: Final[dict[str, torch.dtype]] = {
@@ -147,7 +148,16 @@ class TypedTensor(type):
     is_sparse = False
 
     def __call__(cls, *args: Any, **options: Any) -> torch.Tensor:
-        """Create a tensor on a card, by default on the thread's current card."""
+        """Create a tensor on a card, by default on the thread's current card.
+
+        Source: ``Tensor_new`` of ``torch/csrc/tensor/python_tensor.cpp``.
+        """
+        warn(
+            "The torch.cuda.*DtypeTensor constructors are no longer recommended. It's best "
+            "to use methods such as torch.tensor(data, dtype=*, device='cuda') to create "
+            "tensors.",
+            once=True,
+        )
         empty = torch.empty(0, dtype=cls.dtype, device=DEVICES[card_of(None).index])
         return empty.new(*args, **options)
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Final, TypeVar
 
+import torch
+
 from pytest_gpumem.stacks import calling_frame, frames_from
 
 if TYPE_CHECKING:
@@ -40,9 +42,10 @@ def warn(text: str, *, once: bool = False) -> None:
 
     Args:
         text: The warning.
-        once: Whether a process gives this warning only once: ``TORCH_WARN_ONCE``.
+        once: Whether a process gives this warning only once, unless it has asked for all
+            of them: ``TORCH_WARN_ONCE``.
     """
-    if once and text in _given:
+    if once and text in _given and not torch.is_warn_always_enabled():
         return
     _given.add(text)
     frame = next(
