@@ -433,6 +433,7 @@ def test_small_parts_of_the_runtime_answer() -> None:
     assert ("cuda:1", True) == (str(event.device), event.enable_timing)
     assert timed.enable_timing
     assert 16 == len(properties.uuid.bytes)
+    assert torch.cuda.get_device_properties("cuda:1") is properties
     with pytest.raises(AttributeError, match="simulated card has no 'clock_rate'"):
         _ = properties.clock_rate
     assert 8 == generator.get_offset()

@@ -6,6 +6,7 @@ import os
 import threading
 from collections import deque
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
 from pytest_gpumem.allocator.caching import CachingAllocator
@@ -14,6 +15,7 @@ from pytest_gpumem.allocator.oom_text import ProcessMemory
 from pytest_gpumem.devices.budgets import Budgets
 from pytest_gpumem.devices.cuda_errors import cuda_error
 from pytest_gpumem.devices.simulated.cublas_handles import CublasHandles
+from pytest_gpumem.devices.simulated.properties import DeviceProperties
 from pytest_gpumem.kernels.cublas import workspace_bytes
 
 if TYPE_CHECKING:
@@ -109,6 +111,11 @@ class SimulatedCard:
     def gpu(self) -> Gpu:
         """The GPU that the card is, or of which it is a slice (MIG)."""
         return next(gpu for gpu in self.machine.gpus if self.number in gpu.numbers)
+
+    @cached_property
+    def properties(self) -> DeviceProperties:
+        """One object for each card, as ``torch._C._cuda_getDeviceProperties`` returns."""
+        return DeviceProperties(self.card, self.gpu, self.uuid)
 
     @property
     def context_bytes(self) -> int:

@@ -445,6 +445,9 @@ C_FUNCTIONS: Final[dict[str, Any]] = {
     "_CudaDeviceProperties": DeviceProperties,
     "_cuda_getCompiledVersion": compiled_version,
     "_cuda_getCublasWorkspaceSize": _workspace_size,
+    # No other size can be set.
+    "_cuda_resetCublasWorkspaceSize": _nothing,
+    "_cuda_resetCublasLtWorkspaceSize": _nothing,
     "_cuda_get_cudnn_benchmark_limit": lambda: current_machine().cudnn["limit"],
     "_cuda_set_cudnn_benchmark_limit": _cudnn_setter("limit"),
     "_cuda_get_conv_benchmark_empty_cache": (
@@ -493,8 +496,7 @@ C_FUNCTIONS: Final[dict[str, Any]] = {
 
 
 def _properties(index: int) -> DeviceProperties:
-    card = card_of(index)
-    return DeviceProperties(card.card, card.gpu, card.uuid)
+    return card_of(index).properties
 
 
 def cuda_names() -> dict[str, Any]:
