@@ -10,6 +10,7 @@ from torch.nn import functional
 from versions import since
 
 from pytest_gpumem.devices.simulated.install import simulated_device
+from pytest_gpumem.devices.simulated.kernel_types import COMPLEX_HALVES
 from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
 
 if TYPE_CHECKING:
@@ -290,3 +291,15 @@ def test_a_quantile_gives_an_empty_out_the_usual_strides() -> None:
     torch.quantile(_ones(3, 5), _ones(2) / 2, dim=0, out=out)
 
     assert ((2, 5), (5, 1)) == (tuple(out.shape), out.stride())
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+@pytest.mark.parametrize("name", sorted(COMPLEX_HALVES - {"div", "lerp", "logaddexp"}))
+def test_complex_halves_of_a_card_are_refused_by_name(name: str) -> None:
+    """A card computes them and the CPU does not; what neither does is torch's error."""
+    numbers = torch.ones(2, 2, dtype=torch.chalf, device="cuda")
+    more = (2,) if name == "pow" else ()
+    with pytest.raises(UnsupportedOnSimulatedDeviceError, match=rf"^aten\.{name}"):
+        getattr(torch, name)(numbers, *more)
+    with pytest.raises(NotImplementedError, match="not implemented for 'ComplexHalf'"):
+        numbers.cumsum(0)

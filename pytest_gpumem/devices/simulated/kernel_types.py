@@ -29,6 +29,39 @@ SMALL_FLOATS: Final = frozenset(
     }
 )
 HALVES: Final = frozenset({torch.float16, torch.bfloat16})
+#: Operators whose kernels for complex numbers of half precision only a card has.
+#: Source: the operators with ``torch.chalf`` in ``dtypesIfCUDA`` and not in ``dtypes`` of
+#: ``torch/testing/_internal/common_methods_invocations.py``.
+COMPLEX_HALVES: Final = frozenset(
+    [
+        "acos",
+        "acosh",
+        "angle",
+        "asin",
+        "asinh",
+        "atan",
+        "atanh",
+        "cos",
+        "cosh",
+        "div",
+        "exp",
+        "lerp",
+        "log",
+        "logaddexp",
+        "nansum",
+        "pow",
+        "prod",
+        "rsqrt",
+        "sigmoid",
+        "sin",
+        "sinh",
+        "sqrt",
+        "sum",
+        "tan",
+        "tanh",
+        "trace",
+    ]
+)
 COMPLEX: Final = frozenset({torch.complex32, torch.complex64, torch.complex128})
 
 
