@@ -27,7 +27,7 @@ class AfterImport(importlib.abc.MetaPathFinder):
             before the import statement returns.
     """
 
-    def __init__(self, name: str, callback: Callable[[], None]) -> None:
+    def __init__(self, name: str, callback: Callable[[], object]) -> None:
         self._name = name
         self._callback = callback
 
@@ -74,7 +74,7 @@ class _Loader(importlib.abc.Loader):
     """Wraps a module's loader, and calls a function when the module is loaded."""
 
     def __init__(
-        self, loader: importlib.abc.Loader, callback: Callable[[], None]
+        self, loader: importlib.abc.Loader, callback: Callable[[], object]
     ) -> None:
         self._loader = loader
         self._callback = callback

@@ -20,6 +20,12 @@ BACKENDS: Final = ("auto", "cuda", "simulated", "off")
 OLDEST_TORCH: Final = (2, 8)
 
 
+#: What ``torch/version.py`` says, a text each; what is None is left out.
+_SAID: Final = re.compile(
+    r"^(__version__|cuda|hip|xpu)\b[^=\n]*=\s*['\"]([^'\"]+)", re.MULTILINE
+)
+
+
 class TorchBuild(NamedTuple):
     """The build of the installed torch, from its files.
 
@@ -149,13 +155,9 @@ def torch_build() -> TorchBuild | None:
         return None
     path = Path(spec.origin).with_name("version.py")
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    found = {
-        name: re.search(rf"^{name}[^=\n]*=\s*['\"]([^'\"]+)", text, re.MULTILINE)
-        for name in ("__version__", "cuda", "hip", "xpu")
-    }
-    said = {name: match and match[1] for name, match in found.items()}
-    version = said.pop("__version__")
-    return TorchBuild(version or "unknown", **said)
+    said = dict(_SAID.findall(text))
+    version = said.pop("__version__", "unknown")
+    return TorchBuild(version, **said)
 
 
 class NvidiaDriver(NamedTuple):

@@ -118,6 +118,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _configure(run: Run, config: pytest.Config) -> None:
+    from pytest_gpumem.devices.on_import import AfterImport
     from pytest_gpumem.plugin.collection import Collection
     from pytest_gpumem.plugin.isolated import ISOLATION
     from pytest_gpumem.plugin.outputs import check_outputs
@@ -129,7 +130,12 @@ def _configure(run: Run, config: pytest.Config) -> None:
     collection = Collection(run, config)
     register(run, PLUGIN_NAME)
     register(collection, "gpumem-collection")
-    register(HubAdvice, "gpumem-hub-advice")
+    # Most suites load nothing from the hub, and each hook around a report takes time.
+    advice = AfterImport(
+        "huggingface_hub", partial(register, HubAdvice, "gpumem-hub-advice")
+    )
+    config.add_cleanup(advice.stop)
+    advice.start()
     is_real = run.choice.kind == "cuda" and run.settings.share == "equal"
     if run.sharing.admits or is_real:
         # Registered before the other plugins that run tests, such as the search for the
