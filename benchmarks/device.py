@@ -98,8 +98,13 @@ def measure_load(path: Path) -> tuple[float, float]:
 
 
 def load_alone(path: str, values: str) -> None:
-    """Load in a process of its own and print how far that raised its peak memory."""
+    """Load in a process of its own and print how far that raised its peak memory.
+
+    The model's modules, which the first load imports, are there before.
+    """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers.models.bert import modeling_bert  # noqa: F401
+    from transformers.models.llama import modeling_llama  # noqa: F401
 
     loads: dict[str, Any] = {
         "computed": (
