@@ -119,16 +119,16 @@ class CachingAllocator(PrivatePools):
         pool = self.small_pool if size <= SMALL_SIZE else self.large_pool
         if self._routes:
             pool = self.routed(pool, stream)
-        new_bytes = segment_size(size, self.config.large_segment_size)
         if self._limit_bytes is not None and self.config.gc_threshold > 0:
             pool.clock += 1
         block = None if refuse else self.take_free(pool, size, stream)
         if block is None and not refuse and self.on_miss and self.on_miss():
             block = self.take_free(pool, size, stream)
         if block is None:
+            new_bytes = segment_size(size, self.config.large_segment_size)
             block = self._take_new(pool, size, new_bytes, stream, refuse=refuse)
-        if block is None:
-            raise self._out_of_memory(nbytes, size, new_bytes, stream, pool)
+            if block is None:
+                raise self._out_of_memory(nbytes, size, new_bytes, stream, pool)
         return self.hand_out(block, size, nbytes)
 
     def free(self, block: Block) -> None:

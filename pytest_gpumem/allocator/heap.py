@@ -122,7 +122,7 @@ class Heap(Figures):
             return None
         if size >= limit and block.size >= size + self.config.max_non_split_rounding:
             return None
-        free.remove(block.key)
+        free.remove(found if block is found[3] else block.key)
         return block
 
     def _best_expandable(self, free: FreeList, size: int) -> Block | None:
