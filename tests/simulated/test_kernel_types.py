@@ -187,12 +187,24 @@ def test_lazy_conjugation_is_heeded_by_what_is_composed_into_out() -> None:
     torch.testing.assert_close(solved[1].cpu(), expected.residuals)
 
 
-def test_a_transform_in_half_precision_is_refused_by_name() -> None:
+@pytest.mark.parametrize(
+    "transform",
+    [
+        torch.fft.fft,
+        lambda source: torch.stft(
+            source, 4, window=torch.ones_like(source), return_complex=True
+        ),
+    ],
+    ids=["fft", "stft"],
+)
+def test_a_transform_in_half_precision_is_refused_by_name(
+    transform: Callable[[torch.Tensor], Any],
+) -> None:
     """C++ takes it of cards alone, and takes a simulated tensor for the host's."""
     with pytest.raises(
         UnsupportedOnSimulatedDeviceError, match="a Fourier transform in half precision"
     ):
-        torch.fft.fft(_ones(4).half())
+        transform(torch.ones(4, dtype=torch.float16, device="cuda"))
 
 
 @pytest.mark.parametrize(

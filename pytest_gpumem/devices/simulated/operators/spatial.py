@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pytest_gpumem.devices.simulated.operators.requests import Call, RequestStep
+    from pytest_gpumem.devices.simulated.tensor import Handler
 
 #: Gradients that are summed atomically, with the name of the kernel in the error.
 #: Source: the callers of ``alertNotDeterministic`` in ``aten/src/ATen/native/cuda``.
@@ -312,6 +313,24 @@ register(
     """,
     composed=_transforming,
     source="SpectralOps.cpp, promote_type_fft",
+)
+
+
+def _heeding_types(_func: Any, handler: Handler) -> Handler:
+    """Return a handler that refuses half precision, which cuFFT knows and MKL does not."""
+
+    def transforming(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args[0].dtype in {torch.float16, torch.complex32}:
+            refuse("a Fourier transform in half precision")
+        return handler(args, kwargs)
+
+    return transforming
+
+
+register(
+    "_fft_c2c _fft_c2r _fft_r2c",
+    around=_heeding_types,
+    source="cuda/SpectralOps.cpp, promote_type_fft",
 )
 
 
