@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from torch.multiprocessing import reductions
 
 from pytest_gpumem.devices.simulated.install import simulated_device
 
@@ -84,3 +85,20 @@ def test_a_storage_without_values_is_not_copied_to_the_host(kind: str) -> None:
     source = source.storage() if kind == "typed" else source.untyped_storage()
     with pytest.raises(NotImplementedError, match="Cannot copy out of meta"):
         source.cpu()
+
+
+def test_weak_references_to_one_storage_are_equal() -> None:
+    """As torch's are, which compare the pointer to it."""
+    tensor, other = torch.ones(2, device="cuda"), torch.ones(2, device="cuda")
+    first, second, third = (
+        reductions.StorageWeakRef(each.untyped_storage())
+        for each in (tensor, tensor[1:], other)
+    )
+
+    assert first == second
+    assert {first: 1} == {second: 1}
+    assert first != third
+    assert first.cdata == tensor.untyped_storage()._cdata
+    del tensor
+    assert first.expired()
+    assert not third.expired()

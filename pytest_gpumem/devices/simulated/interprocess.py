@@ -177,9 +177,10 @@ def _known(storage: torch.UntypedStorage) -> torch.UntypedStorage:
 
 
 class _Reference:
-    """A weak reference to a storage of a card, for torch's cache of shared storages.
+    """A weak reference to a storage of a card: torch's ``StorageWeakRef``.
 
-    In torch 2.8 a reference of C++ keeps the Python object, which owns the card's bytes.
+    Two of them are equal if they refer to the same storage. In torch 2.8 a reference of
+    C++ keeps the Python object, which owns the card's bytes.
 
     Args:
         storage: The storage.
@@ -187,6 +188,15 @@ class _Reference:
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
         self._found = weakref.ref(storage)
+        self.cdata: int = storage._cdata
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Reference) or self._found() is None:
+            return self is other
+        return self._found() is other._found()  # private to this class
+
+    def __hash__(self) -> int:
+        return self.cdata
 
     def expired(self) -> bool:
         """Return whether the storage is deleted."""
