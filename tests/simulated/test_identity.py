@@ -441,6 +441,12 @@ def test_small_parts_of_the_runtime_answer() -> None:
         torch.cuda.check_error(2)
     with pytest.raises(UnsupportedOnSimulatedDeviceError, match="graphsafe_get_state"):
         generator.graphsafe_get_state()
+    with pytest.raises(UnsupportedOnSimulatedDeviceError, match="cuda_sanitizer"):
+        torch._C._activate_gpu_trace()  # as torch.cuda._sanitizer does
+    stream: Any = torch.cuda.Stream()
+    assert stream.cuda_stream == stream._as_parameter_.value
+    timed.record()
+    assert timed.cuda_event == timed._as_parameter_.value
 
 
 def test_a_recurrent_layer_without_biases_runs() -> None:

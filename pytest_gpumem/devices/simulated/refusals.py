@@ -48,6 +48,7 @@ ADVICE: Final[dict[str, str]] = {
     "a functional send or receive of torch.distributed": (
         "use torch.distributed.isend and irecv"
     ),
+    "torch.cuda._sanitizer.enable_cuda_sanitizer": _REAL,
     "torch.cuda.gds": "read the file on the host",
     "torch.cuda.tunable": _REAL,
     "torch.export.export": "export the module while it is on the CPU",
@@ -163,6 +164,7 @@ def refusing_class(feature: str) -> type:
 
 #: Refused functions of ``torch._C``, with the names of torch 2.8 to 2.15.
 C_REFUSALS: Final[dict[str, Any]] = {
+    "_activate_gpu_trace": refusing("torch.cuda._sanitizer.enable_cuda_sanitizer"),
     "_cuda_changeCurrentAllocator": refusing("torch.cuda.change_current_allocator"),
     "_cuda_cudaHostAllocator": refusing("torch.cuda.CUDAPluggableAllocator"),
     "_cuda_customAllocator": refusing("torch.cuda.CUDAPluggableAllocator"),

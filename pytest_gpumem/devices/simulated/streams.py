@@ -7,6 +7,7 @@ on which it was requested.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import time
@@ -101,6 +102,10 @@ class Stream:
         return self.stream_id
 
     native_handle = cuda_stream
+
+    @property
+    def _as_parameter_(self) -> ctypes.c_void_p:
+        return ctypes.c_void_p(self.cuda_stream)
 
     def wait_stream(self, stream: Any) -> None:
         """Wait for a stream. This only has an effect on a stream that is captured."""
@@ -245,6 +250,10 @@ class Event:
         return 0 if self._recorded_s is None else self._handle
 
     event_id = cuda_event
+
+    @property
+    def _as_parameter_(self) -> ctypes.c_void_p:
+        return ctypes.c_void_p(self.cuda_event)
 
     def __repr__(self) -> str:
         handle = self.cuda_event
