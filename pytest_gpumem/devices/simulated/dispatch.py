@@ -18,6 +18,7 @@ cannot observe the difference.
 from __future__ import annotations
 
 import os
+import re
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -39,6 +40,7 @@ from pytest_gpumem.devices.simulated.operators.checks import (
     are_formulas_active,
     checking,
 )
+from pytest_gpumem.devices.simulated.operators.outs import guarded
 from pytest_gpumem.devices.simulated.operators.requests import (
     Call,
     Results,
@@ -167,9 +169,23 @@ def _run_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     Source: ``DispatchKeySet.h``, in which ``Meta`` comes before ``CUDA``;
     ``torch/_meta_registrations.py`` and ``torch/_refs``, which check the devices.
     """
-    return func.redispatch(_META, *args, **kwargs)
+    try:
+        return func.redispatch(_META, *args, **kwargs)
+    except RuntimeError as error:
+        # C++ sees a card's tensors on the host.
+        places = {
+            each.device
+            for each in torch.utils._pytree.tree_leaves((args, kwargs))
+            if isinstance(each, torch.Tensor)
+        }
+        cards = [each for each in places if each.type == "cuda"]
+        if len(cards) == 1 and torch.device("cpu") not in places:
+            error.args = (_HOST.sub(str(cards[0]), str(error)), *error.args[1:])
+        raise
 
 
+#: The host, in the text of an error about devices.
+_HOST: Final = re.compile(r"(?<=device )cpu\b|(?<=on )cpu\b")
 _META: Final = torch._C.DispatchKeySet(torch._C.DispatchKey.Meta)
 
 
@@ -377,7 +393,7 @@ def _composed(func: Any, operator: Operator) -> Handler | None:
     """
     kernel = operator.composed and operator.composed(func)
     kernel = kernel or (operator.decomposed and operator.decomposed(func))
-    kernel = kernel or _python_kernel(func)
+    kernel = guarded(func, kernel or _python_kernel(func))
     if kernel is None:
         if operator.has_cuda_kernel:
             return None

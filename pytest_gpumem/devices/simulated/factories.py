@@ -20,6 +20,8 @@ from pytest_gpumem.devices.simulated.operators.batching import (
     GRADIENTS_OF_VIEWS,
     by_slices,
 )
+from pytest_gpumem.devices.simulated.operators.outs import composed_outs, guarded
+from pytest_gpumem.devices.simulated.operators.registry import OPERATORS
 from pytest_gpumem.devices.simulated.refusals import refuse_value, refusing
 from pytest_gpumem.devices.simulated.tensor import HANDLERS, make
 
@@ -148,12 +150,19 @@ def register_kernels() -> torch.library.Library:
                 # Autograd decomposes an operator unless the backend has a kernel for it.
                 library.impl(name, _own_kernel(overload), "CUDA")
             make_kernel = operator.composed or operator.formula
-            kernel = make_kernel and make_kernel(overload)
+            kernel = guarded(overload, make_kernel and make_kernel(overload))
             if kernel:
                 library.impl(name, kernel, "AutogradCUDA")
+            beside = operator.beside_meta and operator.beside_meta(overload)
+            if beside:
+                library.impl(name, beside, "AutogradMeta")
             if operator.in_slices and not overload._schema.is_mutable:
                 library.impl(name, by_slices(overload), "FuncTorchBatched")
         for name, rule in GRADIENTS_OF_VIEWS.items():
             library.impl(name, rule, "Batched")
+        for name, overload in composed_outs():
+            kernel = guarded(overload, None)
+            if kernel and overload.overloadpacket.__name__ not in OPERATORS:
+                library.impl(name, kernel, "AutogradCUDA")
         autocast.register_casts(library)
     return library

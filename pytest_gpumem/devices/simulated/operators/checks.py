@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 
 from pytest_gpumem.devices.simulated.backward import in_backward
 from pytest_gpumem.devices.simulated.operators.declarations import declaration_of
+from pytest_gpumem.devices.simulated.operators.outs import check_outs, names_of_outs
 from pytest_gpumem.devices.simulated.subclasses import are_transforms_active
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 
@@ -52,8 +53,11 @@ def checking(func: Any, operator: Operator) -> Callable[[Any, Any, Operands], No
     The function is called if one operand is on the host or on another card.
     """
     check = operator.check or declared
+    is_filled = bool(names_of_outs(func))
 
     def check_devices(args: Any, kwargs: Any, operands: Operands) -> None:
+        if is_filled and not in_backward():
+            _check_results(func, _places(func, args, kwargs))
         if operands.strays is None:
             if operator.takes_host or in_backward():
                 return
@@ -78,6 +82,14 @@ def checking(func: Any, operator: Operator) -> Callable[[Any, Any, Operands], No
         check(func, places)
 
     return check_devices
+
+
+def _check_results(func: Any, places: list[Operand]) -> None:
+    """Check the devices of ``out=`` where an operator does so itself."""
+    outs = [(each.name, each.device) for each in places if each.is_out]
+    sources = [each.device for each in places if not each.is_out]
+    if outs and sources:
+        check_outs(func, sources[0], outs)
 
 
 def are_formulas_active() -> bool:
@@ -218,6 +230,9 @@ def iterated(func: Any, places: list[Operand], most: int = 1) -> None:
     Source: ``TensorIteratorBase::compute_types`` of ``aten/src/ATen/TensorIterator.cpp``;
     ``resize_out`` of ``torchgen/dest/register_dispatch_key.py``.
     """
+    is_pointwise = torch.Tag.pointwise in func.tags
+    if is_pointwise:
+        places = _outs_first(places)
     card = _card(places)
     num_read = sum(not each.is_out for each in places)
     numbers = 0
@@ -232,15 +247,26 @@ def iterated(func: Any, places: list[Operand], most: int = 1) -> None:
                     "Trying to pass too many CPU scalars to non-CPU kernel!"
                 )
             continue
-        if each.is_out and torch.Tag.pointwise not in func.tags:
+        if each.is_out and not is_pointwise:
             raise RuntimeError(
                 f"Expected out tensor to have device {card}, but got {each.device} instead"
             )
         refuse_devices(card, each.device)
 
 
+def _outs_first(places: list[Operand]) -> list[Operand]:
+    """Return operands in the order of a ``TensorIterator``, whose results come first."""
+    return sorted(places, key=lambda each: not each.is_out)
+
+
+def turned(func: Any, places: list[Operand]) -> None:
+    """Check as a ``TensorIterator`` that gets the two operands the other way round."""
+    iterated(func, places[1::-1] + places[2:])
+
+
 def alike(_func: Any, places: list[Operand]) -> None:
     """Check as a ``TensorIterator`` does that takes no host numbers."""
+    places = _outs_first(places)
     card = _card(places)
     for each in places:
         if each.device != card:

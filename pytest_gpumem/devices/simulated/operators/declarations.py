@@ -24,10 +24,12 @@ class Declaration:
     Attributes:
         is_structured: Whether the overload's code is generated for a ``structured`` kernel.
         checks_devices: Whether generated code compares the operands' devices.
+        names_card: Whether a card has a kernel of its own.
     """
 
     is_structured: bool
     checks_devices: bool
+    names_card: bool = False
 
 
 @lru_cache(maxsize=1)
@@ -57,6 +59,7 @@ def declaration_of(func: Any) -> Declaration:
     return Declaration(
         is_structured="\n  structured" in entry,
         checks_devices="\n  device_check: NoCheck" not in entry,
+        names_card=re.search(r"\n    [\w, ]*\bCUDA\b[\w, ]*:", entry) is not None,
     )
 
 

@@ -453,6 +453,11 @@ for _name in ("dot", "vdot"):
         source=f"{_HANDLE}; cuda/Blas.cpp, {_name}_cuda",
     )
 register(
+    "addr_",
+    check=as_if("out_addr_out", ("self", "vec1", "vec2")),
+    source="LinearAlgebra.cpp, addr_: addr_out",
+)
+register(
     "addbmm",
     uses_cublas=True,
     resizes=True,

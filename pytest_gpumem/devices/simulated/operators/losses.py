@@ -11,10 +11,10 @@ from pytest_gpumem.devices.simulated.kernel_types import HALVES, type_name
 from pytest_gpumem.devices.simulated.operators.checks import (
     alike,
     in_kernel,
-    iterated,
     leading,
     led,
     refuse_devices,
+    turned,
 )
 from pytest_gpumem.devices.simulated.operators.composing import only, widening
 from pytest_gpumem.devices.simulated.operators.reductions import (
@@ -147,7 +147,7 @@ def _of_one_device(func: Any, places: list[Operand]) -> None:
 def _with_target(func: Any, places: list[Operand]) -> None:
     """Check the target first, of which C++ makes the first tensor."""
     leading(func, [places[1], places[0]])
-    iterated(func, places)
+    turned(func, places)
 
 
 register("huber_loss", requests=_with_losses, source="Loss.cpp, huber_loss")
@@ -192,7 +192,7 @@ def _ctc_loss(_func: Any) -> Kernel:
         is_batch = source.dim() == 3  # noqa: PLR2004  # steps, batch, classes
         if not is_batch:
             source, targets = source.unsqueeze(1), targets.unsqueeze(0)
-        targets = targets.long()
+        targets = targets.to(source.device, torch.int64)
         lengths = [
             each.reshape(-1).tolist() if isinstance(each, torch.Tensor) else list(each)
             for each in (input_lengths, target_lengths)

@@ -21,6 +21,7 @@ from pytest_gpumem.devices.simulated.operators.checks import (
     in_kernel,
     iterated,
     led,
+    turned,
 )
 from pytest_gpumem.devices.simulated.operators.composing import (
     into_out,
@@ -68,6 +69,7 @@ register(
     check=led,
     source="FunctionsManual.cpp, evenly_distribute_backward; BinaryOps.cpp, comparison_op",
 )
+register("rsub", check=turned, source="BinaryOps.cpp, rsub: at::sub(other, self)")
 register("logical_xor", check=led, source="BinaryOps.cpp, comparison_op")
 register("addcdiv", check=alike, source="PointwiseOps.cpp, TORCH_META_FUNC(addcdiv)")
 

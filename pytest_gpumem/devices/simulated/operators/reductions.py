@@ -11,6 +11,7 @@ from pytest_gpumem.devices.simulated.kernel_types import HALVES
 from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.operators.checks import are_formulas_active
 from pytest_gpumem.devices.simulated.operators.composing import by_formula, only
+from pytest_gpumem.devices.simulated.operators.outs import FOUND, names_of_outs
 from pytest_gpumem.devices.simulated.operators.registry import register
 from pytest_gpumem.devices.simulated.operators.requests import (
     Free,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from pytest_gpumem.devices.simulated.operators.checks import Operand
+    from pytest_gpumem.devices.simulated.operators.registry import Kernel
     from pytest_gpumem.devices.simulated.operators.requests import Call, RequestStep
 
 _aten = torch.ops.aten
@@ -433,6 +435,23 @@ register(
     requests=_running,
     source="ScanKernels.cpp, cumsum_cuda_kernel",
 )
+
+
+def _undiffed(func: Any) -> Kernel | None:
+    """Check ``out=`` of ``diff`` without differences, which are copied to any device."""
+    if not names_of_outs(func):
+        return None
+
+    def kernel(source: torch.Tensor, n: int = 1, *args: Any, **options: Any) -> Any:
+        out = options["out"].device
+        if n == 0 and out != source.device:
+            raise RuntimeError(FOUND.format(source=source.device, out=out))
+        return func.decompose(source, n, *args, **options)
+
+    return kernel
+
+
+register("diff", composed=_undiffed, source="ReduceOps.cpp, diff_out_helper")
 register(
     "cumprod logcumsumexp",
     requests=_running,
