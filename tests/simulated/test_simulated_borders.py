@@ -93,10 +93,6 @@ def _assign(target: torch.Tensor, index: torch.Tensor, value: torch.Tensor) -> N
             r"indices should be .* the indexed tensor \(cuda:0\)",
         ),
         (
-            lambda: _assign(torch.ones(4), _card().long(), torch.tensor(2.0)),
-            r"the indexed tensor \(cpu\)",
-        ),
-        (
             lambda: _assign(_card(), torch.tensor([1, 2]), torch.ones(2)),
             "at least two devices, cuda:0 and cpu!",
         ),
@@ -132,6 +128,34 @@ def test_mistaken_devices_raise_torchs_error(
     """In torch's own words, where a silent result would be on the wrong device."""
     with pytest.raises(RuntimeError, match=text):
         mistake()
+
+
+def test_indices_of_an_assignment_may_be_on_another_device() -> None:
+    """They are moved to the target, also one on the host, and so is a single number."""
+    host, card = torch.zeros(4), torch.zeros(4, device="cuda:0")
+    index = torch.tensor([1, 2])
+
+    host[index.cuda()] = 2.0
+    host[torch.tensor([True, False, False, False], device="cuda")] = _card()[0]
+    card[index.to("cuda:1")] = torch.tensor(3.0)
+    put = torch.zeros(4).index_put((index.cuda(),), torch.ones(2), accumulate=True)
+
+    assert ([1.0, 2.0, 2.0, 0.0], "cpu") == (host.tolist(), str(host.device))
+    assert ([0.0, 3.0, 3.0, 0.0], "cuda:0") == (card.tolist(), str(card.device))
+    assert ([0.0, 1.0, 1.0, 0.0], "cpu") == (put.tolist(), str(put.device))
+    with pytest.raises(RuntimeError, match="at least two devices, cuda:0 and cpu!"):
+        host[index.cuda()] = _card()[:2]
+
+
+def test_a_draw_is_on_the_device_of_its_result() -> None:
+    """``bernoulli`` moves the shares that it draws by."""
+    host, card = torch.full((3,), 7.0), torch.full((3,), 7.0, device="cuda")
+
+    torch.bernoulli(torch.ones(2, device="cuda"), out=host)
+    card.bernoulli_(torch.zeros(3))
+
+    assert ([1.0, 1.0], "cpu") == (host.tolist(), str(host.device))
+    assert ([0.0] * 3, "cuda:0") == (card.tolist(), str(card.device))
 
 
 def test_a_single_number_may_come_from_the_host() -> None:

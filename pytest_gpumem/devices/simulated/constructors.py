@@ -219,14 +219,19 @@ def _factory(original: Any) -> Any:
 
 
 def _drawing(original: Any) -> Any:
-    """Return a function that checks the generator's device for its first tensor."""
+    """Return a function that checks the generator's device for its first tensor.
+
+    ``bernoulli`` fills what it is given as ``out=`` in place, wherever that is.
+    """
+    draws_into_out = original is torch.bernoulli
 
     @functools.wraps(original)
     def draw(*args: Any, **options: Any) -> torch.Tensor:
         generator = options.get("generator")
         if generator is not None:
+            operands = (options.get("out") if draws_into_out else None, *args)
             source = next(
-                (each for each in args if isinstance(each, torch.Tensor)), None
+                (each for each in operands if isinstance(each, torch.Tensor)), None
             )
             if source is not None:
                 check_generator(generator, source.device.type)

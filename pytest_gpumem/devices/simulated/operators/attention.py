@@ -299,6 +299,25 @@ def attention(  # noqa: PLR0917  # the operator's signature
     return composed
 
 
+def _beside_meta(func: Any) -> Any:
+    """Return the kernel for a call with an operand on ``meta``, which C++ may compose.
+
+    C++ would choose a kernel of the CPU, which adds no mask to a card's scores.
+    """
+
+    def kernel(*args: Any, **options: Any) -> Any:
+        query, key, value, *rest = args
+        if any(isinstance(each, SimulatedTensor) for each in (query, key, value)):
+            _validate((query, key, value))
+            mask = rest[0] if rest else options.get("attn_mask")
+            capability = query._gpumem_card.card.compute_capability
+            if choose_kernel(query, key, value, mask, capability) == "math":
+                return attention(*args, **options)
+        return func.decompose(*args, **options)
+
+    return kernel
+
+
 def _validate(tensors: tuple[Any, ...]) -> None:
     """Refuse operands of several dtypes or devices: ``validate_sdpa_input``."""
     if len({each.dtype for each in tensors}) > 1:
@@ -389,7 +408,9 @@ def _composed(
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
     scores = torch.matmul(query, key.transpose(-2, -1) * root)
     if mask is not None:
-        scores.add_(mask)
+        # Source: ``kTensorSubclassLike`` of ``TensorSubclassLikeUtils.h``: a tensor on
+        # ``meta`` is added out of place.
+        scores = scores.add(mask) if mask.is_meta else scores.add_(mask)
     shares = torch.ops.aten._safe_softmax.default(scores, -1)
     del scores
     if settings.dropout_p > 0:
@@ -1182,5 +1203,6 @@ register(
 register(
     "scaled_dot_product_attention",
     composed=only(attention),
+    beside_meta=_beside_meta,
     source="transformers/cuda/sdp_utils.cpp, select_sdp_backend",
 )

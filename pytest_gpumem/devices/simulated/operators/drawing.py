@@ -239,10 +239,35 @@ def _in_single_precision(call: Call) -> Iterator[RequestStep]:
         yield copy_of(shares, torch.float32)
 
 
+def _moving_shares(func: Any, handler: Handler) -> Handler:
+    """Return a handler that draws on the device of the result, by shares of another one.
+
+    Source: ``bernoulli_out`` of ``Distributions.cpp``, which fills the result in place;
+    ``bernoulli_impl_`` of ``DistributionTemplates.h`` and ``bernoulli_tensor_kernel`` of
+    ``cuda/DistributionBernoulli.cu``, which move the shares.
+    """
+
+    def drawing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        into, shares = kwargs.get("out", args[0]), args[-1]
+        is_moved = (
+            isinstance(shares, torch.Tensor)
+            and shares.device != into.device
+            and not (shares.is_meta or into.is_meta)
+        )
+        if not is_moved:
+            return handler(args, kwargs)
+        generator = kwargs.get("generator")
+        into = into.resize_(shares.shape) if "out" in kwargs else into
+        return into.bernoulli_(shares.to(into.device), generator=generator)
+
+    return drawing if func._overloadname in {"out", "Tensor"} else handler
+
+
 register(
-    "bernoulli",
+    "bernoulli bernoulli_",
     move=for_shares,
     requests=_in_single_precision,
+    around=_moving_shares,
     source="cuda/DistributionBernoulli.cu, bernoulli_tensor_kernel",
 )
 

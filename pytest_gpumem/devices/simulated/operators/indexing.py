@@ -25,6 +25,7 @@ from pytest_gpumem.devices.simulated.operators.checks import (
     iterated,
     leading,
     led,
+    refuse_devices,
 )
 from pytest_gpumem.devices.simulated.operators.composing import (
     checked,
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 
 _aten = torch.ops.aten
 _HOST: Final = torch.device("cpu")
+_META: Final = torch.device("meta")
 
 
 def _indices(_func: Any, places: list[Operand]) -> None:
@@ -67,11 +69,39 @@ def _indices(_func: Any, places: list[Operand]) -> None:
                 "indices should be either on cpu or on the same device as the indexed "
                 f"tensor ({target})"
             )
-        if each.name == "values" and each.device != target and each.tensor.dim() > 0:
-            raise RuntimeError(
-                "Expected all tensors to be on the same device, but found at least two "
-                f"devices, {target} and {each.device}!"
-            )
+
+
+def _values(_func: Any, places: list[Operand]) -> None:
+    """Check the device of values; a single number is moved from any device."""
+    target, values = places[0].device, places[-1]
+    if values.device != target and values.tensor.dim() > 0:
+        pair = (target, values.device)
+        refuse_devices(*(pair if target.type == "cuda" else pair[::-1]))
+
+
+def _moving_indices(func: Any, handler: Handler) -> Handler:
+    """Return a handler that takes indices of another device, and a target on the host.
+
+    Source: ``make_info`` of ``TensorAdvancedIndexing.cpp``, which moves the indices, and
+    ``_index_put_impl_`` there, which moves a single number.
+    """
+
+    def putting(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        target, indices, values, *rest = args
+        place = target.device
+        moved = [
+            each
+            if each is None or each.device in {place, _HOST, _META}
+            else each.to(place)
+            for each in indices
+        ]
+        if place == _HOST and values.is_cuda and not values.dim():
+            values = values.to(place)
+        args = (target, moved, values, *rest)
+        is_on_host = place == values.device == _HOST
+        return func(*args, **kwargs) if is_on_host else handler(args, kwargs)
+
+    return taking_over(func, putting)
 
 
 _CHECK = "TensorIndexing.h and TensorAdvancedIndexing.cpp, make_info"
@@ -194,17 +224,17 @@ register(
     source=f"{_CHECK}; AdvancedIndex, all_strides_match",
 )
 register(
-    "_index_put_impl _unsafe_index_put",
-    check=_indices,
+    "_unsafe_index_put",
+    check=_values,
     requests=_putting,
-    around=taking_over,
+    around=_moving_indices,
     source=f"{_CHECK}; {_PUT}",
 )
 register(
-    "index_put",
-    check=_indices,
+    "index_put index_put_ _index_put_impl_",
+    check=_values,
     requests=_putting,
-    around=taking_over,
+    around=_moving_indices,
     source=f"{_CHECK}; {_PUT}",
 )
 
@@ -218,14 +248,14 @@ def _mask(func: Any, places: list[Operand]) -> None:
             "masked_fill_ only supports a 0-dimensional value tensor, but got tensor "
             f"with {count} dimension(s)."
         )
+    if target.type == "cpu" and len(places) > 2:  # noqa: PLR2004  # the value
+        raise RuntimeError("masked_fill_: Expected inputs to be on same device")
     if mask != target:
         raise RuntimeError(
             "expected self and mask to be on the same device, but got mask on "
             f"{mask} and self on {target}"
         )
-    if target.type == "cpu" and places[-1].device != target:
-        raise RuntimeError("masked_fill: Expected inputs to be on same device")
-    iterated(func, places)
+    iterated(func, places[:2])  # the value is read
 
 
 register("masked_fill", check=_mask, source="cuda/IndexKernel.cpp, masked_fill__cuda")
@@ -234,9 +264,30 @@ register(
     check=lambda _func, _places: None,  # a single number of any device
     source="Fill.cpp, fill_: value.item() where the devices differ",
 )
+
+
+def _reading_value(func: Any, handler: Handler) -> Handler:
+    """Return a handler that reads a single number of another device than the target's."""
+
+    def filling(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        target, dim, index, value = args
+        is_elsewhere = (
+            isinstance(value, torch.Tensor)
+            and value.device != target.device
+            and not value.is_meta
+            and not value.dim()
+        )
+        if is_elsewhere:
+            return func.overloadpacket(target, dim, index, value.item(), **kwargs)
+        return handler(args, kwargs)
+
+    return taking_over(func, filling)
+
+
 # Torch 2.15 uses this operator to assign a number at host indices.
 register(
     "index_fill_",
+    around=_reading_value,
     takes_host=tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 15),
     source="TensorAdvancedIndexing.cpp, index_fill_",
 )
@@ -332,7 +383,7 @@ register(
 )
 register(
     "index_fill",
-    around=taking_over,
+    around=_reading_value,
     check=led,
     source="FunctionsManual.cpp, value_selecting_reduction_backward and its like; "
     "TensorAdvancedIndexing.cpp, index_fill_",

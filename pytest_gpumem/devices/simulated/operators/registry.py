@@ -59,6 +59,7 @@ class Operator:
             on a card, and whose gradient autograd knows as a whole.
         formula: As ``composed``, but for autograd alone: below it, the operator runs as a
             whole.
+        beside_meta: As ``composed``, but for calls with an operand on ``meta``.
         handler: Runs the operator instead of everything else; it takes the positional
             and the keyword arguments.
         around: Wraps the handler of an overload.
@@ -92,6 +93,7 @@ class Operator:
     composed: Callable[[Any], Kernel | None] | None = None
     decomposed: Callable[[Any], Kernel | None] | None = None
     formula: Callable[[Any], Kernel | None] | None = None
+    beside_meta: Callable[[Any], Kernel | None] | None = None
     handler: Handler | None = None
     around: Callable[[Any, Handler], Handler] | None = None
     check: Callable[[Any, list[Operand]], None] | None = None
@@ -153,6 +155,7 @@ def find(func: Any) -> Operator:
             composed=None,
             decomposed=None,
             formula=None,
+            beside_meta=None,
             handler=None,
             around=None,
         )
