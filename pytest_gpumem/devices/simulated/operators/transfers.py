@@ -203,6 +203,11 @@ def _between_numbers(func: Any) -> Any:
 
     def kernel(start: Any, end: Any, *rest: Any, **options: Any) -> Any:
         ends = (start, end)
+        if any(isinstance(each, torch.Tensor) and each.is_meta for each in ends):
+            start, end = (
+                each.to("meta") if torch.is_tensor(each) else each for each in ends
+            )
+            return func(start, end, *rest, **options)
         if any(isinstance(each, torch.Tensor) and each.dim() for each in ends):
             start, end = (
                 each.cpu() if torch.is_tensor(each) else each for each in ends
