@@ -16,6 +16,7 @@ from torch.utils._device import DeviceContext
 from pytest_gpumem.devices.default_device import clear_default_device, default_type
 from pytest_gpumem.devices.simulated.copies import mark_pinned
 from pytest_gpumem.devices.simulated.fake_tensors import checked
+from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.methods import (
     COPYING,
     cuda_device,
@@ -24,9 +25,8 @@ from pytest_gpumem.devices.simulated.methods import (
 from pytest_gpumem.devices.simulated.refusals import refuse
 from pytest_gpumem.devices.simulated.rng import GeneratorName, check_generator
 from pytest_gpumem.devices.simulated.stand_ins import StandIn
-from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
+from pytest_gpumem.devices.simulated.tensor import DEVICES, SimulatedTensor
 from pytest_gpumem.devices.simulated.typed import (
-    TypedTensor,
     check_storage,
     host_typed_tensors,
     wanted,
@@ -367,8 +367,7 @@ def new_of_class(*args: Any, **options: Any) -> Any:
         if isinstance(given, (torch.TypedStorage, torch.UntypedStorage)):
             check_storage(given, torch.device("cpu"))
         return made
-    kind = TypedTensor("", (), {"dtype": torch.get_default_dtype()})
-    made = kind(*data, **options)
+    made = torch.empty(0, device=DEVICES[card_of(None).index]).new(*data, **options)
     return made if cls is torch.Tensor else made.as_subclass(cls)
 
 

@@ -131,6 +131,22 @@ def _own_kernel(operator: Any) -> Any:
 _QUANTIZED = ("_empty_affine_quantized", "_empty_per_channel_affine_quantized")
 
 
+def _register_composed(library: torch.library.Library) -> None:
+    """Register what runs above autograd in place of C++."""
+    for name, overload, operator in overloads():
+        make_kernel = operator.composed or operator.formula
+        kernel = guarded(overload, make_kernel and make_kernel(overload))
+        if kernel:
+            library.impl(name, kernel, "AutogradCUDA")
+        beside = operator.beside_meta and operator.beside_meta(overload)
+        if beside:
+            library.impl(name, beside, "AutogradMeta")
+    for name, overload in composed_outs():
+        kernel = guarded(overload, None)
+        if kernel and overload.overloadpacket.__name__ not in OPERATORS:
+            library.impl(name, kernel, "AutogradCUDA")
+
+
 def register_kernels() -> torch.library.Library:
     """Register the kernels; deleting the library removes them."""
     library = torch.library.Library("aten", "IMPL")
@@ -145,24 +161,14 @@ def register_kernels() -> torch.library.Library:
         for name in ("tril_indices", "triu_indices"):
             operator = getattr(torch.ops.aten, name).default
             library.impl(name, _indices(operator), "CUDA")
+        _register_composed(library)
         for name, overload, operator in overloads():
             if operator.has_cuda_kernel and not overload._schema.is_mutable:
                 # Autograd decomposes an operator unless the backend has a kernel for it.
                 library.impl(name, _own_kernel(overload), "CUDA")
-            make_kernel = operator.composed or operator.formula
-            kernel = guarded(overload, make_kernel and make_kernel(overload))
-            if kernel:
-                library.impl(name, kernel, "AutogradCUDA")
-            beside = operator.beside_meta and operator.beside_meta(overload)
-            if beside:
-                library.impl(name, beside, "AutogradMeta")
             if operator.in_slices and not overload._schema.is_mutable:
                 library.impl(name, by_slices(overload), "FuncTorchBatched")
         for name, rule in GRADIENTS_OF_VIEWS.items():
             library.impl(name, rule, "Batched")
-        for name, overload in composed_outs():
-            kernel = guarded(overload, None)
-            if kernel and overload.overloadpacket.__name__ not in OPERATORS:
-                library.impl(name, kernel, "AutogradCUDA")
         autocast.register_casts(library)
     return library
