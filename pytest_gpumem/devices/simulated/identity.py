@@ -41,10 +41,11 @@ from pytest_gpumem.devices.simulated.tensor import (
     HOST_KINDS,
     SimulatedTensor,
     attributes_of,
-    exchanging,
     make,
     put_on_card,
+    swap_bodies,
     take_off_card,
+    without_references,
 )
 from pytest_gpumem.devices.simulated.warned import relayed
 
@@ -388,13 +389,14 @@ def swap_tensors(first: torch.Tensor, second: torch.Tensor) -> None:
     """Run ``torch.utils.swap_tensors``, and remove both tensors from the tables."""
     _forget(id(first))
     _forget(id(second))
-    with exchanging(first, second):
+    with without_references(first, second):
         _swap_tensors(first, second)
 
 
 #: Owner, name and new value of each replaced attribute.
 REPLACEMENTS: Final[tuple[tuple[Any, str, Any], ...]] = (
     (torch.utils, "swap_tensors", swap_tensors),
+    (torch._C, "_swap_tensor_impl", swap_bodies),
     (torch.autograd, "grad", autograd_grad),
 )
 

@@ -176,30 +176,36 @@ def take_off_card(tensor: Any) -> None:
 
 
 @contextmanager
-def exchanging(first: Any, second: Any) -> Iterator[None]:
-    """Exchange what is recorded of two tensors when the block has exchanged all else.
-
-    In the block neither has a weak reference, with which torch would exchange nothing.
-    """
-    pair = (first, second)
-    rows = []
-    for each in pair:
-        row = None
+def without_references(*tensors: Any) -> Iterator[None]:
+    """Record tensors without weak references, with which torch would exchange nothing."""
+    for each in tensors:
         if isinstance(each, SimulatedTensor):
             is_param = type(each) is SimulatedTensor and hasattr(each, "_is_param")
-            row = each._gpumem_value, each._gpumem_card, is_param
+            value, card = each._gpumem_value, each._gpumem_card
             take_off_card(each)
-            _rows[id(each)] = (*row, None)
-        rows.append(row)
+            _rows[id(each)] = value, card, is_param, None
     try:
         yield
-        rows.reverse()
     finally:
-        for each, row in zip(pair, rows, strict=True):
-            _rows.pop(id(each), None)
+        for each in tensors:
+            row = _rows.pop(id(each), None)
             if row is not None:
-                value, card, is_param = row
-                put_on_card(each, value, card, is_param=is_param)
+                put_on_card(each, *row[:2], is_param=row[2])
+
+
+_swap_bodies: Final[Any] = torch._C._swap_tensor_impl
+
+
+def swap_bodies(first: Any, second: Any) -> None:
+    """Exchange the C++ tensors of two objects, and what the table says about them."""
+    _swap_bodies(first, second)
+    pair = (first, second)
+    found = [_rows.pop(id(each), None) for each in pair]
+    for each, row in zip(pair, reversed(found), strict=True):
+        if row is not None and row[3] is None:
+            _rows[id(each)] = row
+        elif row is not None:
+            put_on_card(each, *row[:2], is_param=row[2])
 
 
 def attributes_of(tensor: Any) -> dict[str, Any]:
