@@ -370,6 +370,13 @@ def test_attention_keeps_its_seed_on_the_card_in_a_capture(*, keeps: bool) -> No
     assert (blocks * 512 if keeps else 0) == after - before - result.nbytes
 
 
+def test_an_index_of_the_host_is_not_captured() -> None:
+    """It would be copied to the card first."""
+    source = torch.zeros(3, device="cuda")
+    with pytest.raises(RuntimeError, match="unless the CPU tensor is pinned"):
+        captured(lambda: (source.add_(1), source[[0, 1]]))
+
+
 def test_a_known_number_of_repeats_is_captured() -> None:
     """With ``output_size=`` the host does not wait for the repeats."""
     repeats = torch.tensor([1, 2], device="cuda")

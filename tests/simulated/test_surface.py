@@ -348,7 +348,7 @@ def test_waits_for_a_card_can_be_shown() -> None:
     """
     x = torch.ones(4, device="cuda")
     rows, mask = torch.tensor([0, 1], device="cuda"), x > 0
-    pinned = torch.ones(4).pin_memory()
+    pinned, on_host = torch.ones(4).pin_memory(), torch.ones(4) > 0
     waits: dict[str, Callable[[], Any]] = {
         "item": x[0].item,
         "print": lambda: repr(x),
@@ -366,11 +366,16 @@ def test_waits_for_a_card_can_be_shown() -> None:
         "one_hot": lambda: torch.nn.functional.one_hot(rows),
         "repeats": lambda: torch.repeat_interleave(rows),
         "a storage": x.untyped_storage().cpu,
+        "an index of the host": lambda: x[torch.tensor([0])],
+        "a list": lambda: x[[0, 1]],
+        "assignment by an index of the host": lambda: x.clone().__setitem__([0], x[0]),
+        "a number by a mask of the host": lambda: x.clone().__setitem__(on_host, 0.0),
         "a stream": torch.cuda.current_stream().synchronize,
     }
     goes_on: dict[str, Callable[[], Any]] = {
         "product": lambda: x * x,
         "index": lambda: x[rows],
+        "a mask of the host": lambda: x[on_host],
         "a number by a mask": lambda: x.clone().__setitem__(mask, 0.0),
         "a device": torch.cuda.synchronize,
         "not blocking": lambda: pinned.to("cuda", non_blocking=True),

@@ -429,16 +429,19 @@ def _is_counted(
     values: torch.Tensor | None = None,
     **_options: Any,
 ) -> bool:
-    """Return whether the elements that a mask chooses are counted first.
+    """Return whether the host waits for the card because of a mask.
 
-    They are not if one number of the host is assigned by one mask on the card. Source:
-    ``canDispatchToMaskedFill``, ``aten/src/ATen/native/TensorAdvancedIndexing.cpp``.
+    It does while it counts what a mask on the card chooses. It does not if one number of
+    the host is assigned by one mask on the card; such a number is copied for a mask of the
+    host. Source: ``canDispatchToMaskedFill``,
+    ``aten/src/ATen/native/TensorAdvancedIndexing.cpp``, and what torch 2.13 does on the
+    substitute runtime.
     """
     given = [each for each in indices if each is not None]
-    if not any(each.dtype in _MASKS for each in given):
-        return False
-    is_number = values is not None and values.is_cpu and values.numel() == 1
-    return not (is_number and len(given) == 1 and given[0].is_cuda)
+    masks = [each for each in given if each.dtype in _MASKS]
+    if masks and values is not None and values.is_cpu and values.numel() == 1:
+        return not (len(given) == 1 and given[0].is_cuda)
+    return any(each.is_cuda for each in masks)
 
 
 def _card_in(value: Any) -> SimulatedCard | None:
@@ -470,8 +473,25 @@ def _check_to_copy(card: SimulatedCard, _args: Any, kwargs: Any) -> None:
         check_copy(card, is_pinned=goes_on, waits=not goes_on)
 
 
+def _check_indices(card: SimulatedCard, args: Any, _kwargs: Any) -> None:
+    """Refuse indices of the host, which are first copied to the card.
+
+    Source: ``make_info``, ``aten/src/ATen/native/TensorAdvancedIndexing.cpp``.
+    """
+    for each in args[1]:
+        is_of_host = isinstance(each, torch.Tensor) and not each.is_cuda
+        if is_of_host and each.dtype not in _MASKS:
+            check_copy(card, is_pinned=each.is_pinned(), waits=True)
+
+
 #: Operators that may copy between host and card.
 _CROSSING: Final[dict[Any, Callable[..., None]]] = {
+    **{
+        getattr(
+            getattr(torch.ops.aten, name), "default" if "put" in name else "Tensor"
+        ): (_check_indices)
+        for name in _INDEXING
+    },
     torch.ops.aten.copy_.default: _check_copy_,
     torch.ops.aten._to_copy.default: _check_to_copy,
 }
