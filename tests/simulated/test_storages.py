@@ -85,6 +85,8 @@ def test_a_storage_without_values_is_not_copied_to_the_host(kind: str) -> None:
     source = source.storage() if kind == "typed" else source.untyped_storage()
     with pytest.raises(NotImplementedError, match="Cannot copy out of meta"):
         source.cpu()
+    with pytest.raises(RuntimeError, match="_share_cuda_: only available on CUDA"):
+        source._share_cuda_()
 
 
 def test_weak_references_to_one_storage_are_equal() -> None:

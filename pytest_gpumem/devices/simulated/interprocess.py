@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
 _new: Final[Any] = torch.UntypedStorage.__new__
 _original_from_cache: Final[Any] = reductions.storage_from_cache
-_original_share: Final[Any] = torch.UntypedStorage._share_cuda_
 
 _RECEIVED: Final = (
     "Attempted to send CUDA tensor received from another process; this is not currently "
@@ -95,12 +94,12 @@ def share(self: torch.UntypedStorage) -> tuple[Any, ...]:
         index of the counter, handle of an event, and whether the event is needed.
 
     Raises:
-        RuntimeError: Another process has sent the storage (torch's message).
+        RuntimeError: Another process has sent the storage, or it is on no card (torch's
+            messages).
     """
     memory = memory_of(self)
     if memory is None:
-        shared: tuple[Any, ...] = _original_share(self)
-        return shared
+        raise RuntimeError("_share_cuda_: only available on CUDA")
     if memory.is_received:
         raise RuntimeError(_RECEIVED)
     card, block = memory.card, memory.block
