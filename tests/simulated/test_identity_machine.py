@@ -156,7 +156,7 @@ class Programs(RuleBasedStateMachine):
         self.nets: list[tuple[Net, Net]] = []
         self.views: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.buckets: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.graphs: list[tuple[Any, Any, tuple[Net, Net], str]] = []
+        self.graphs: list[tuple[Any, Any, tuple[Net, Net], list[Any], str]] = []
         self.optimizers: list[tuple[Any, Any]] = []
         self.hooked: tuple[list[str], list[str]] = ([], [])
         gc.collect()
@@ -408,18 +408,21 @@ class Programs(RuleBasedStateMachine):
             return net(self.put(world, torch.ones(2, 8), where))
 
         first, second = self.both(computing, nets)
-        self.graphs.append((first, second, nets, where))
+        leaves = list(nets[0].parameters())
+        self.graphs.append((first, second, nets, leaves, where))
 
     @precondition(lambda self: self.graphs)
     @rule(index=INDEX, drops=st.booleans())
     def backward(self, *, index: int, drops: bool) -> None:
-        """Go back through a graph whose module is where it was, or drop the graph."""
-        first, second, nets, where = self.graphs.pop(index % len(self.graphs))
-        grads = [each.grad for each in nets[0].parameters()]
+        """Go back through a graph whose module is where it was, or drop the graph.
+
+        The parameters of that time count: the module may have others by now.
+        """
+        first, second, nets, leaves, where = self.graphs.pop(index % len(self.graphs))
+        used = [*nets[0].parameters(), *leaves]
+        used += [each.grad for each in used if each.grad is not None]
         is_there = self.wholly(nets[0]) == where and all(
-            place_of(each) == where and each.dtype is torch.float32
-            for each in grads
-            if each is not None
+            place_of(each) == where and each.dtype is torch.float32 for each in used
         )
         if drops or not is_there:
             return

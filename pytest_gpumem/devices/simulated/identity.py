@@ -18,8 +18,9 @@ tensor's current device. Every change of device calls ``become``:
   the active body.
 
 Limits: a graph that uses an inactive body raises an error about its shape; on a real card
-the error is about the device. An inactive body does not keep the gradient of a deleted
-tensor. A view that changes its device has its own version counter from then on.
+the error is about the device, or there is none and the gradient stays on the device of the
+graph. An inactive body does not keep the gradient of a deleted tensor. A view that changes
+its device has its own version counter from then on.
 """
 
 from __future__ import annotations
