@@ -450,8 +450,10 @@ def test_small_parts_of_the_runtime_answer() -> None:
         torch.cuda.check_error(2)
     with pytest.raises(UnsupportedOnSimulatedDeviceError, match="graphsafe_get_state"):
         generator.graphsafe_get_state()
+    from torch.cuda import _sanitizer  # torch imports it only where it is asked for
+
     with pytest.raises(UnsupportedOnSimulatedDeviceError, match="cuda_sanitizer"):
-        torch._C._activate_gpu_trace()  # as torch.cuda._sanitizer does
+        _sanitizer.enable_cuda_sanitizer()
     stream: Any = torch.cuda.Stream()
     assert stream.cuda_stream == stream._as_parameter_.value
     timed.record()

@@ -48,7 +48,11 @@ from pytest_gpumem.devices.simulated.machine import (
 )
 from pytest_gpumem.devices.simulated.methods import EVERY_TENSOR, set_bits
 from pytest_gpumem.devices.simulated.operators.drawing import DROPOUTS
-from pytest_gpumem.devices.simulated.refusals import CLASSES, refusing_class
+from pytest_gpumem.devices.simulated.refusals import (
+    CLASSES,
+    patch_sanitizer,
+    refusing_class,
+)
 from pytest_gpumem.devices.simulated.rng import set_host_state
 from pytest_gpumem.devices.simulated.storages import (
     EVERY_STORAGE,
@@ -165,6 +169,7 @@ class Installation:
         self._late = (
             LatePatches("triton", handover.patch_triton),
             LatePatches("torch._dynamo", compiling.patch_explain),
+            LatePatches("torch.cuda._sanitizer", patch_sanitizer),
         )
         self._library: Any = None
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import torch
 
 from pytest_gpumem.errors import NoValuesError, UnsupportedOnSimulatedDeviceError
 from pytest_gpumem.stacks import calling_frame, frames_from, short_path
+
+if TYPE_CHECKING:
+    from pytest_gpumem.devices.patches import PatchSet
 
 _REAL: Final = "run this on a real card"
 _KERNEL: Final = "use the code path that does not need it, or run this on a real card"
@@ -164,7 +167,6 @@ def refusing_class(feature: str) -> type:
 
 #: Refused functions of ``torch._C``, with the names of torch 2.8 to 2.15.
 C_REFUSALS: Final[dict[str, Any]] = {
-    "_activate_gpu_trace": refusing("torch.cuda._sanitizer.enable_cuda_sanitizer"),
     "_cuda_changeCurrentAllocator": refusing("torch.cuda.change_current_allocator"),
     "_cuda_cudaHostAllocator": refusing("torch.cuda.CUDAPluggableAllocator"),
     "_cuda_customAllocator": refusing("torch.cuda.CUDAPluggableAllocator"),
@@ -248,3 +250,11 @@ CLASSES: Final[dict[str, str]] = {
     "ExternalStream": "streams",
     "GreenContext": "green_contexts",
 }
+
+
+def patch_sanitizer(patches: PatchSet) -> None:
+    """Refuse CUDA's stream sanitizer, whose callbacks nothing on a simulated card calls."""
+    from torch.cuda import _sanitizer
+
+    feature = "torch.cuda._sanitizer.enable_cuda_sanitizer"
+    patches.set(_sanitizer.CUDASanitizer, "enable", refusing(feature))
