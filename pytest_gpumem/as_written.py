@@ -1,8 +1,8 @@
 """Imports this package's modules as they are written, in a run of pytest.
 
-pytest rewrites the assertions of every module of a plugin's distribution. This package's
-assertions need that not, and reading what was rewritten takes longer than importing: the
-source is read and hashed, and the code is read from a file in small parts.
+pytest rewrites the assertions of every module of a plugin's distribution. This package
+does not need it, and to read a rewritten module takes longer than to import the module as
+it is: the source is read and hashed, and the code is read from a file in small parts.
 
 Source: ``_pytest/assertion/rewrite.py``, ``AssertionRewritingHook`` and ``_read_pyc``.
 """

@@ -484,14 +484,13 @@ def _check_indices(card: SimulatedCard, args: Any, _kwargs: Any) -> None:
             check_copy(card, is_pinned=each.is_pinned(), waits=True)
 
 
+_INDEXING_OVERLOADS: Final = [
+    getattr(getattr(torch.ops.aten, name), "default" if "put" in name else "Tensor")
+    for name in _INDEXING
+]
 #: Operators that may copy between host and card.
 _CROSSING: Final[dict[Any, Callable[..., None]]] = {
-    **{
-        getattr(
-            getattr(torch.ops.aten, name), "default" if "put" in name else "Tensor"
-        ): (_check_indices)
-        for name in _INDEXING
-    },
+    **dict.fromkeys(_INDEXING_OVERLOADS, _check_indices),
     torch.ops.aten.copy_.default: _check_copy_,
     torch.ops.aten._to_copy.default: _check_to_copy,
 }
