@@ -79,8 +79,8 @@ class Operator:
             for their dtypes; empty if the kernel has one.
         alert: The operator's name in the error that it has no deterministic
             implementation.
-        alerts: Takes an overload and its arguments, positional and by name, and returns whether ``alert`` applies;
-            None means always.
+        alerts: Takes an overload and its arguments, positional and by name, and returns
+            whether ``alert`` applies; None means always.
     """
 
     source: str
