@@ -102,6 +102,13 @@ DIFFERENCES: Final = (
         types="float16",
     ),
     Difference(
+        "stft",
+        REFUSED,
+        "cuFFT alone transforms in half precision; the CPU has no kernel for it",
+        ways="type",
+        types="float16",
+    ),
+    Difference(
         """
         torch_ops_aten__efficient_attention_forward
         torch_ops_aten__flash_attention_forward

@@ -224,7 +224,7 @@ register(
 
 register(
     "abs_",
-    compute=only(lambda it: _abs(it, out=it)),
+    compute=only(lambda it: it if it.dtype is torch.bool else it.abs_()),
     source="cuda/AbsKernel.cu, abs_kernel_cuda",
 )
 
