@@ -779,7 +779,9 @@ def _lands(fn: Callable[[], Any]) -> Outcome:
         return Outcome(REFUSED, str(error))
     if error is not None:
         return Outcome(DIFFERS, f"raises {_short(error)}")
-    places = {each.device.type for each in tree_leaves(out) if each is not None}
+    places = {
+        each.device.type for each in tree_leaves(out) if isinstance(each, torch.Tensor)
+    }
     if places <= {"cuda"}:
         return Outcome(EQUAL)
     return Outcome(DIFFERS, f"the result is on {places}")
