@@ -46,7 +46,7 @@ $ tox run -e architectures -- --write --out rows.jsonl
 $ tox run -e architectures-vision -- --write --out rows.jsonl
 ```
 
-make this page; torchvision wants a torch of its own. Whether a model can be made small, and
+make this page; torchvision and timm run with a torch of their own. Whether a model can be made small, and
 fed, is tried; what does not run on the CPU says nothing of the card and is only counted.
 """
 
@@ -123,20 +123,20 @@ def _exceptions(rows: Sequence[Row]) -> list[str]:
     return lines or ["None."]
 
 
-def text_of(rows: Sequence[Row], versions: Sequence[str]) -> str:
+def text_of(rows: Sequence[Row]) -> str:
     """Return the page.
 
     Args:
         rows: Of all families.
-        versions: Libraries and their versions, as text.
     """
     ran = [each for each in rows if each.cpu == "ran"]
     equal = sum(map(_is_equal, ran))
+    versions = dict.fromkeys(each.versions for each in rows)
     left_out = Counter((each.family, _why(each)) for each in rows if each.cpu != "ran")
     return "\n".join(
         [
             HEAD,
-            f"With {', '.join(versions)}. **{equal} of the {len(ran)} that run on the CPU "
+            f"With {'; '.join(versions)}. **{equal} of the {len(ran)} that run on the CPU "
             f"are equal to it ({100 * equal / max(len(ran), 1):.1f} %)**, forward and "
             "gradients.",
             "",

@@ -10,7 +10,6 @@ of memory: what crashes is one row. Values are compared bit by bit.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import functools
 import gc
@@ -62,6 +61,7 @@ class Row:
         details: The end of a traceback.
         beside: What the CPU did not do.
         by_rows: Whether the CPU's group norms were given rows, as a card's are.
+        versions: Those of the library and of torch, as text.
     """
 
     family: str
@@ -77,6 +77,7 @@ class Row:
     details: str = ""
     beside: list[str] = field(default_factory=list)
     by_rows: bool = False
+    versions: str = ""
 
 
 def _tensors(output: Any, deeper: int = DEPTH) -> list[torch.Tensor]:
@@ -352,6 +353,7 @@ def _alone(subject: Subject) -> Row:
         number = os.waitstatus_to_exitcode(status)
         row.cpu = "too slow" if number == -signal.SIGXCPU else f"crashed: {number}"
     row.seconds = round(time.monotonic() - began_s, 1)
+    row.versions = f"{subject.family} {metadata.version(subject.family)} and torch {torch.__version__}"
     return row
 
 
@@ -375,7 +377,7 @@ def main() -> None:
         except ImportError as error:
             print(f"{family}: {error}", file=sys.stderr)
     if asked.write:
-        PAGE.write_text(text_of(_read(asked.out), _versions()), encoding="utf-8")
+        PAGE.write_text(text_of(_read(asked.out)), encoding="utf-8")
 
 
 def _read(file: Path) -> list[Row]:
@@ -391,14 +393,6 @@ def _append(file: Path, row: Row) -> None:
     stages = (row.forward, row.backward, row.generate)
     found = [row.name, row.cpu, *stages, str(row.bytes_left)]
     print(f"{row.seconds:5.1f}", " | ".join(each[:60] for each in found), flush=True)
-
-
-def _versions() -> list[str]:
-    found = []
-    for name in ("torch", *FAMILIES):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found.append(f"{name} {metadata.version(name)}")
-    return found
 
 
 if __name__ == "__main__":
