@@ -251,18 +251,10 @@ DIFFERENCES: Final = (
         types="float32",
     ),
     Difference(
-        "ASGD Adam AdamW Adamax NAdam RAdam RMSprop",
+        "ASGD Adam AdamW Adamax NAdam RMSprop",
         CLOSE,
         "`capturable=True` is a card's alone and computes with steps as tensors; compared "
         "with `capturable=False`",
-    ),
-    Difference(
-        """
-        nn_LazyConv1d nn_LazyConv2d nn_LazyConv3d nn_LazyConvTranspose1d
-        nn_LazyConvTranspose2d nn_LazyConvTranspose3d
-        """,
-        REFUSED,
-        "parameters without a shape cannot move; call the module once, then move it",
     ),
 )
 

@@ -24,6 +24,9 @@ REASONS: Final = {
 KNOWN: Final = {
     r"^VitsModel": "it draws some of its random numbers on the host and some on the card, and a card "
     "has a generator of its own",
+    r"^detection.keypoint_rcnn: differs: model.roi_heads": "on a card torchvision suppresses boxes by "
+    "another algorithm (`batched_nms`, by the number of boxes), which has the proposals in "
+    "another order, and so a sum over them",
 }
 
 #: Why models leave bytes, by their names.
