@@ -114,8 +114,9 @@ class Owners:
         """Learn which blocks are gradients of known parameters."""
         owners = {
             id(tensor): NamedOwner(node, name, "gradient of")
-            for module, node in list(self._nodes.values())
-            for name, tensor in tensors_of(module())
+            for living, node in list(self._nodes.values())
+            if (module := living()) is not None  # collected meanwhile
+            for name, tensor in tensors_of(module)
         }
         for group in optimizer.param_groups:
             for parameter in group["params"]:
