@@ -159,12 +159,20 @@ def put_on_card(
     key = id(tensor)
     if type(tensor) is not SimulatedTensor or key in _rows:
         is_param = is_param or (key in _rows and _rows[key][2])
-        gone = weakref.ref(tensor, lambda _dead: _rows.pop(key, None))
-        _rows[key] = value, card, is_param, gone
+        _record(tensor, value, card, is_param=is_param)
         return
     tensor._gpumem_value, tensor._gpumem_card = value, card
     if is_param:
         tensor._is_param = True  # torch marks parameters of subclasses in this way
+
+
+def _record(
+    tensor: Any, value: torch.Tensor, card: SimulatedCard, *, is_param: bool
+) -> None:
+    """Put a row into the table, which goes with the tensor."""
+    key = id(tensor)
+    gone = weakref.ref(tensor, lambda _dead: _rows.pop(key, None))
+    _rows[key] = value, card, is_param, gone
 
 
 def take_off_card(tensor: Any) -> None:
@@ -223,9 +231,7 @@ class _Attributes:
         found: dict[str, Any] = _dict.__get__(tensor)
         if "_gpumem_value" in found:
             value, card, is_param = (found.pop(each, None) for each in _OWN_NAMES)
-            key = id(tensor)
-            gone = weakref.ref(tensor, lambda _dead: _rows.pop(key, None))
-            _rows[key] = value, card, bool(is_param), gone
+            _record(tensor, value, card, is_param=bool(is_param))
         return found
 
     def __set__(self, tensor: Any, attributes: dict[str, Any]) -> None:
