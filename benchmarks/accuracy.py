@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 ROOT: Final = Path(__file__).parents[1]
 sys.path += [str(ROOT / "tests/support"), str(ROOT / "docs")]
 
-from generators.markdown import page, table  # noqa: E402  # found through the line above
-from recorded_cases import CASES, RECORDINGS, simulate  # noqa: E402  # likewise
+from generators.markdown import page, table  # noqa: E402  # after sys.path is set
+from recorded_cases import CASES, RECORDINGS, simulate  # noqa: E402  # after sys.path is set
 
-from pytest_gpumem import format_size, make_checkpoint  # noqa: E402  # likewise
-from pytest_gpumem.allocator.replay import replay  # noqa: E402  # likewise
+from pytest_gpumem import format_size, make_checkpoint  # noqa: E402  # after sys.path is set
+from pytest_gpumem.allocator.replay import replay  # noqa: E402  # after sys.path is set
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 ROOT: Final = Path(__file__).parents[1]
 sys.path += [str(ROOT / "tests/support"), str(ROOT / "docs")]
 
-from generators.markdown import page, table  # noqa: E402  # found through the line above
-from operator_differences import (  # noqa: E402  # likewise
+from generators.markdown import page, table  # noqa: E402  # after sys.path is set
+from operator_differences import (  # noqa: E402  # after sys.path is set
     DIFFERENCES,
     LEVELS,
     Finding,

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Final
 ROOT: Final = Path(__file__).parents[1]
 sys.path += [str(ROOT / "tests/support"), str(ROOT / "docs")]
 
-import torch  # noqa: E402  # after the paths, with the others
-from generators.markdown import page, table  # noqa: E402  # found through the line above
-from recorded_requests import (  # noqa: E402  # likewise
+import torch  # noqa: E402  # after sys.path is set
+from generators.markdown import page, table  # noqa: E402  # after sys.path is set
+from recorded_requests import (  # noqa: E402  # after sys.path is set
     DIFFERING,
     ROOMS,
     VERDICTS,

@@ -64,12 +64,12 @@ def kill_now_and_then(
         if time.monotonic() > end:
             run.kill()
             raise SystemExit("the run hangs")
-        time.sleep(random.uniform(0.001, 0.05))  # noqa: S311  # no secret
+        time.sleep(random.uniform(0.001, 0.05))  # noqa: S311  # not for security
         count = len(ended.read_text().split()) if ended.exists() else 0
         living = [int(path.name) for path in pids.iterdir()]
         if living and moments and count >= moments[0]:
             del moments[0]
-            pid = random.choice(living)  # noqa: S311  # no secret
+            pid = random.choice(living)  # noqa: S311  # not for security
             (pids / str(pid)).unlink(missing_ok=True)
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -100,7 +100,7 @@ def play(tests: int, kills: int) -> str:
         moments = [0, *sorted(random.sample(range(tests), kills - 1))]
         killed = kill_now_and_then(run, folder, moments)
         output = run.stdout.read().decode() if run.stdout else ""
-        cases = ET.parse(folder / "junit.xml").iter("testcase")  # noqa: S314  # our own
+        cases = ET.parse(folder / "junit.xml").iter("testcase")  # noqa: S314  # the file is our own
         outcomes: dict[str, list[bool]] = {}
         for case in cases:
             bad = case.find("failure") is not None or case.find("error") is not None

@@ -114,7 +114,7 @@ def attempt(run: Callable[[], Any]) -> str:
     """Return the error that a run ends with; empty if with none."""
     try:
         run()
-    except Exception as error:  # noqa: BLE001  # whatever a peer raises
+    except Exception as error:  # noqa: BLE001  # any error of a peer is a result
         return f"{type(error).__name__}: {error}"
     return ""
 

@@ -18,10 +18,10 @@ from unittest import mock
 ROOT: Final = Path(__file__).parents[1]
 sys.path += [str(ROOT / "docs")]
 
-import torch  # noqa: E402  # after the path, as all below
-import transformers  # noqa: E402  # likewise
-from generators.markdown import page, table  # noqa: E402  # found through the line above
-from transformers import (  # noqa: E402  # likewise
+import torch  # noqa: E402  # after sys.path is set
+import transformers  # noqa: E402  # after sys.path is set
+from generators.markdown import page, table  # noqa: E402  # after sys.path is set
+from transformers import (  # noqa: E402  # after sys.path is set
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
@@ -37,7 +37,7 @@ from transformers import (  # noqa: E402  # likewise
     ViTForImageClassification,
 )
 
-from pytest_gpumem.devices.simulated.install import simulated_device  # noqa: E402  # likewise
+from pytest_gpumem.devices.simulated.install import simulated_device  # noqa: E402  # after sys.path is set
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -13,17 +13,17 @@ HERE = Path(__file__).parent
 if str(HERE) not in sys.path:
     sys.path.append(str(HERE))
 
-from generators.api import api  # noqa: E402  # found through the line above
-from generators.cards import cards  # noqa: E402  # likewise
-from generators.command_line import command_line  # noqa: E402  # likewise
-from generators.environment import environment  # noqa: E402  # likewise
-from generators.fixtures import fixtures  # noqa: E402  # likewise
-from generators.index import index  # noqa: E402  # likewise
-from generators.markers import markers  # noqa: E402  # likewise
-from generators.options import options  # noqa: E402  # likewise
-from generators.report_schema import report_schema  # noqa: E402  # likewise
-from generators.rules import rules  # noqa: E402  # likewise
-from generators.simulated_device import simulated_device  # noqa: E402  # likewise
+from generators.api import api  # noqa: E402  # after sys.path is set
+from generators.cards import cards  # noqa: E402  # after sys.path is set
+from generators.command_line import command_line  # noqa: E402  # after sys.path is set
+from generators.environment import environment  # noqa: E402  # after sys.path is set
+from generators.fixtures import fixtures  # noqa: E402  # after sys.path is set
+from generators.index import index  # noqa: E402  # after sys.path is set
+from generators.markers import markers  # noqa: E402  # after sys.path is set
+from generators.options import options  # noqa: E402  # after sys.path is set
+from generators.report_schema import report_schema  # noqa: E402  # after sys.path is set
+from generators.rules import rules  # noqa: E402  # after sys.path is set
+from generators.simulated_device import simulated_device  # noqa: E402  # after sys.path is set
 
 if TYPE_CHECKING:
     from collections.abc import Callable

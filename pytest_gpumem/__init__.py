@@ -6,8 +6,8 @@ pytest. PYTEST_DONT_REWRITE: a worker of pytest-xdist has imported it before pyt
 
 from __future__ import annotations
 
-#: As ``typing.TYPE_CHECKING``, which type checkers take for true. To import ``typing``
-#: takes longer than all the rest of this module.
+#: Type checkers treat this name as true, like ``typing.TYPE_CHECKING``. To import
+#: ``typing`` would take longer than the rest of this module.
 TYPE_CHECKING = False
 
 if TYPE_CHECKING:

@@ -4,5 +4,5 @@ from importlib.metadata import PackageNotFoundError, version
 
 try:
     __version__ = version("pytest-gpumem")
-except PackageNotFoundError:  # its folder is on the path, and it is not installed
+except PackageNotFoundError:  # imported from its folder, without an installation
     __version__ = "unknown"

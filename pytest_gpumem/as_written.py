@@ -46,5 +46,6 @@ def stop() -> None:
 
 
 _FINDER: Final = AsWritten()
-# Here already, because the plugin's first imports are most of what a run imports.
+# The finder is added when this module is imported, because the plugin's first imports are
+# most of what a run imports.
 sys.meta_path.insert(0, _FINDER)

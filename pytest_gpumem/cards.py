@@ -209,7 +209,7 @@ def _card(text: str, description: str) -> Card:
     ):
         if key in given:
             found[field] = _part(text, key, given[key], card.total_bytes)
-    return replace(card, **found)  # type: ignore[arg-type]  # both are of bytes
+    return replace(card, **found)  # type: ignore[arg-type]  # both values are bytes
 
 
 def _named(text: str, description: str) -> Card:

@@ -1,9 +1,9 @@
 """The table of real cards, with the source of each figure.
 
 Totals are those that the driver reports to CUDA (``cudaMemGetInfo``, torch's
-``total_memory``); they are smaller than the maker's figures. For the same card they
-differ by up to 5 % between drivers and systems: ``source`` says where a total was read,
-and docs/cards.md lists totals that others saw.
+``total_memory``); they are smaller than the manufacturer's figures. For the same card
+they differ by up to 5 % between drivers and systems: ``source`` says where a total was
+read, and docs/cards.md lists totals that others saw.
 """
 
 from __future__ import annotations

@@ -34,7 +34,8 @@ LIBRARIES: Final = {
     "jinja2": "the HTML report",
     "nvidia-ml-py": "process bytes and other processes on real cards",
 }
-#: Below this a bert-large checkpoint and its copies have no room, in bytes.
+#: With fewer free bytes of disk than this, a bert-large checkpoint and its copies do not
+#: fit.
 _LITTLE: Final = 4 * 2**30
 
 

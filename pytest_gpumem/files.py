@@ -56,7 +56,7 @@ def write_bytes_atomically(path: str | os.PathLike[str], content: bytes) -> None
 def is_special(path: str | os.PathLike[str]) -> bool:
     """Tell whether a path leads to a device, a pipe or a socket."""
     try:
-        mode = os.stat(path).st_mode  # noqa: PTH116  # a path of any kind
+        mode = os.stat(path).st_mode  # noqa: PTH116  # the path may be text or a Path
     except OSError:
         return False
     return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
@@ -132,7 +132,8 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
                 ) from None
             time.sleep(LOCK_LOOK_S)
             continue
-        # Whoever had it before removes the file: a lock on a removed one is none.
+        # The previous holder removes the lock file. A lock on a removed file protects
+        # nothing.
         if _is_same(lock, handle):
             break
         os.close(handle)
@@ -153,10 +154,10 @@ def _is_same(path: Path, handle: int) -> bool:
 
 def _write(path: str | os.PathLike[str], pieces: Iterable[bytes]) -> None:
     if is_special(path):
-        with open(path, "wb") as file:  # noqa: PTH123  # a path of any kind
+        with open(path, "wb") as file:  # noqa: PTH123  # the path may be text or a Path
             file.writelines(pieces)
         return
-    # A rename would put a file in a link's place; what the link names is replaced.
+    # A rename would replace the link itself. The file that the link names is replaced.
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(
@@ -176,10 +177,10 @@ def _write(path: str | os.PathLike[str], pieces: Iterable[bytes]) -> None:
 
 
 def _take_rights(temporary: Path, target: Path) -> None:
-    """Give a file the rights of the one that it replaces, or those of any new file.
+    """Give a file the permissions of the one that it replaces, or those of any new file.
 
     The process's umask can only be read by changing it for all threads, so it is taken
-    from the rights of a new file.
+    from the permissions of a new file.
     """
     try:
         before = target.stat()
@@ -193,7 +194,7 @@ def _take_rights(temporary: Path, target: Path) -> None:
     else:
         mode = before.st_mode
         if hasattr(os, "chown"):
-            # Root, as in a container, would make another user's file its own.
+            # Root, as in a container, would become the owner of another user's file.
             with suppress(OSError):
                 os.chown(temporary, before.st_uid, before.st_gid)
     temporary.chmod(stat.S_IMODE(mode))

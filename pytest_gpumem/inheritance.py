@@ -130,19 +130,19 @@ def tenancy_root() -> str:
     """Return the folder that this user's processes on this machine share."""
     named = os.environ.get(FOLDER_VARIABLE)
     user = os.geteuid() if hasattr(os, "geteuid") else "user"
-    return named or os.path.join(tempfile.gettempdir(), f"pytest-gpumem-{user}")  # noqa: PTH118  # light
+    return named or os.path.join(tempfile.gettempdir(), f"pytest-gpumem-{user}")  # noqa: PTH118  # os.path is imported faster than pathlib
 
 
 def run_folder(run: str) -> str:
     """Return the folder in which a run's processes note their bytes of simulated cards."""
-    return os.path.join(tenancy_root(), f"run-{run}")  # noqa: PTH118  # light
+    return os.path.join(tenancy_root(), f"run-{run}")  # noqa: PTH118  # os.path is imported faster than pathlib
 
 
 def remove_run(folder: str) -> None:
     """Remove a run's folder, and the one around it if nothing else is in there."""
     shutil.rmtree(folder, ignore_errors=True)
     with suppress(OSError):
-        os.rmdir(os.path.dirname(folder))  # noqa: PTH106, PTH120  # light
+        os.rmdir(os.path.dirname(folder))  # noqa: PTH106, PTH120  # os.path is imported faster than pathlib
 
 
 def _is(name: str, value: object) -> bool:

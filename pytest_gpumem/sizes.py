@@ -93,8 +93,8 @@ def parse_size_spec(value: str | int, *, allow_zero: bool = False) -> SizeSpec:
         allow_zero: Whether zero is a size.
 
     Raises:
-        SizeError: The value is not a size, negative, zero where zero is not a size, more
-            than 100 % or more than ``MAX_BYTES``.
+        SizeError: The value is not a size, negative, zero although ``allow_zero`` is
+            false, more than 100 % or more than ``MAX_BYTES``.
 
     Example::
 

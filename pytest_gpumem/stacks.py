@@ -61,8 +61,8 @@ def _count_local() -> int:
 
 
 #: The reference count of an object that only a local variable holds: the variable counts as
-#: one, and up to Python 3.13 so does each argument as which it is passed, ``getrefcount``'s
-#: included. From 3.14 on arguments borrow the variable's reference.
+#: one, and up to Python 3.13 so does each function argument that the object is passed as,
+#: also that of ``getrefcount``. From 3.14 on arguments borrow the variable's reference.
 #: Source: ``LOAD_FAST_BORROW``.
 LOCAL_USES: Final = _count_local()
 #: The reference count of a dictionary that a frame and a local variable hold.
@@ -236,9 +236,10 @@ def clear_frame(frame: FrameType) -> None:
 
 
 def _is_suspended(frame: FrameType) -> bool:
-    """Return whether a frame is a generator's, or a coroutine's, that is to go on.
+    """Return whether a frame belongs to a suspended generator or coroutine.
 
-    Before Python 3.11 a frame that waits for another stands before its ``YIELD_FROM``.
+    Before Python 3.11 the next instruction of a frame that waits for another generator
+    is ``YIELD_FROM``.
     """
     code = frame.f_code
     if not code.co_flags & _SUSPENDS:
@@ -259,7 +260,7 @@ def errors_behind(error: BaseException | None) -> Iterator[BaseException]:
         yield current
         waiting += [current.__context__, current.__cause__]
         if issubclass(type(current), _GROUP):
-            waiting += current.exceptions  # type: ignore[attr-defined]  # a group has them
+            waiting += current.exceptions  # type: ignore[attr-defined]  # only a group has this attribute
 
 
 def clear_exception(error: BaseException) -> None:

@@ -9,13 +9,13 @@ if TYPE_CHECKING:
 
 
 def align(rows: Sequence[Sequence[str]], *, left: Collection[int] = ()) -> list[str]:
-    """Return a line for each row, its columns below each other.
+    """Return a line for each row, with aligned columns.
 
-    Columns end in line, the last one begins in line. No line ends in blanks.
+    Columns are aligned on the right, the last one on the left. No line ends in blanks.
 
     Args:
         rows: The cells; every row has as many as the first.
-        left: Columns that begin in line too.
+        left: Other columns that are aligned on the left.
     """
     *columns, _last = zip(*rows, strict=True)
     widths = [max(map(len, column)) for column in columns]

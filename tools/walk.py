@@ -248,8 +248,8 @@ class Shell:
 
     def _run(self, line: str, *, shows: bool) -> tuple[int, str]:
         end = "--- end of a command ---"
-        assert self._bash.stdin is not None  # noqa: S101  # they are pipes
-        assert self._bash.stdout is not None  # noqa: S101  # likewise
+        assert self._bash.stdin is not None  # noqa: S101  # stdin and stdout are pipes
+        assert self._bash.stdout is not None  # noqa: S101  # stdin and stdout are pipes
         self._bash.stdin.write(f"{{ {line}\n}} </dev/null; printf '\\n{end}%s\\n' $?\n")
         self._bash.stdin.flush()
         output: list[str] = []

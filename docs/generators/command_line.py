@@ -75,15 +75,15 @@ def _commands() -> Iterator[tuple[str, str, argparse.ArgumentParser]]:
     (group,) = (
         action
         for action in cli._parser()._actions  # noqa: SLF001  # argparse lists them nowhere else
-        if isinstance(action, argparse._SubParsersAction)  # noqa: SLF001  # likewise
+        if isinstance(action, argparse._SubParsersAction)  # noqa: SLF001  # argparse lists them nowhere else
     )
-    helps = {each.dest: each.help or "" for each in group._choices_actions}  # noqa: SLF001  # likewise
+    helps = {each.dest: each.help or "" for each in group._choices_actions}  # noqa: SLF001  # argparse lists them nowhere else
     for name, parser in group.choices.items():
         yield name, helps[name], parser
 
 
 def _arguments_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    actions = [each for each in parser._actions if each.dest != "help"]  # noqa: SLF001  # likewise
+    actions = [each for each in parser._actions if each.dest != "help"]  # noqa: SLF001  # argparse lists them nowhere else
     return sorted(actions, key=lambda each: bool(each.option_strings))
 
 

@@ -53,7 +53,7 @@ def _flavours() -> Iterable[tuple[str, ...]]:
     for flavour in FLAVOURS:
         error = _error(flavour)
         text = str(error).split("\n", maxsplit=1)[0]
-        if len(text) > 90:  # noqa: PLR2004  # what fits into a table
+        if len(text) > 90:  # noqa: PLR2004  # longer texts do not fit into a table
             text = text[:89] + "…"
         yield (
             f"`{flavour}`",
@@ -69,6 +69,6 @@ def _error(flavour: str) -> BaseException:
     with simulated_device("T4"), OomInjector(Rule(flavour=flavour)):
         try:
             torch.empty(2**28, device="cuda")
-        except Exception as error:  # noqa: BLE001  # whatever it is
+        except Exception as error:  # noqa: BLE001  # any error is shown
             return error
     raise AssertionError(f"{flavour}: nothing was raised")

@@ -277,7 +277,8 @@ class CachingAllocator(PrivatePools):
     def set_memory_fraction(self, fraction: float) -> None:
         """Limit reserved bytes to a share of the card.
 
-        1.0 means no limit; up to torch 2.9 it is one, which the message of an OOM names.
+        1.0 means no limit. Up to torch 2.9 it is a limit, which the message of an OOM
+        names.
 
         Raises:
             ValueError: The fraction is not between 0 and 1.

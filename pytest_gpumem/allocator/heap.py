@@ -40,8 +40,8 @@ class Heap(Figures):
     Attributes:
         stats: The allocator's statistics.
         trace: If set, a function that is called with action, address, size, stream and
-            pool of every change, and with the block or segment that it is about (the
-            failed request has none). Action names and sizes are those of torch's memory
+            pool of every change, and with the block or segment that changes (a failed
+            request has none). Action names and sizes are those of torch's memory
             history.
     """
 

@@ -3,10 +3,11 @@
 Everything else is modelled as in torch 2.13, see ``docs/versions.md``. Source: the
 responses of ``torch._C`` to settings, and the messages in ``libc10.so`` and
 ``libc10_cuda.so``, in the CUDA wheels of torch 2.8.0, 2.9.1, 2.10.0, 2.11.0, 2.12.0,
-2.13.0, 2.14.1 and 2.15.0. What graphs do, and on which lines assertions are, is from
-``tests/recordings/captures.json.xz``: 2.13.0, 2.14.1 and 2.15.0 on the substitute runtime.
-What a fraction of 1.0 does, and what a generator tells in a capture, is what 2.8.0, 2.9.1,
-2.10.0 and 2.14.1 say there.
+2.13.0, 2.14.1 and 2.15.0. The behaviour of graphs and the lines of assertions are those
+in ``tests/recordings/captures.json.xz``, recorded with 2.13.0, 2.14.1 and 2.15.0 on the
+substitute runtime (``tests/cuda_host``). The effect of a memory fraction of 1.0, and
+what can be read from a generator during a capture, were observed there with 2.8.0,
+2.9.1, 2.10.0 and 2.14.1.
 """
 
 from __future__ import annotations
@@ -139,7 +140,8 @@ class AllocatorVersion(NamedTuple):
         keeps_workspaces: Whether cuBLAS's workspaces are kept for the next product if
             ``TORCH_CUBLAS_WORKSPACE_CACHE`` does not say so.
         generator_states: What takes memory for the state of a generator in graphs.
-        releases_failed_captures: Whether a graph whose capture failed gives its pool back.
+        releases_failed_captures: Whether a graph whose capture failed releases its
+            pool.
         hides_seeds: Whether the seed of a generator can neither be read nor set in a capture.
         names_whole_fraction: Whether a memory fraction of 1.0 that was set is a limit.
         asserts: Messages of internal assertions.
@@ -177,7 +179,7 @@ _OLDEST: Final = AllocatorVersion(
     releases_failed_captures=False,
     hides_seeds=True,
     names_whole_fraction=True,
-    asserts=_asserts(3332, 3340, 2213, _no_mark(3211)),  # of 2.13
+    asserts=_asserts(3332, 3340, 2213, _no_mark(3211)),  # the lines of torch 2.13
 )
 _THAT_EXPLAINS_ERRORS: Final = _OLDEST._replace(since=(2, 9), explains_errors=True)
 #: ``c10/core/AllocatorConfig.cpp`` reads the settings, no longer CUDA's own code.

@@ -56,7 +56,7 @@ class Tolerance:
                 share = float(number) / 100
             except ValueError:
                 share = -1.0
-            if not 0 <= share <= 1000:  # noqa: PLR2004  # more is a mistake; nan fails both
+            if not 0 <= share <= 1000:  # noqa: PLR2004  # a larger share is a mistake; NaN fails both comparisons
                 raise ValueError(f"{text!r}: {amount!r} is not a percentage from 0 on")
             return cls(metric, share=share)
         try:

@@ -341,7 +341,7 @@ class _First:
         try:
             model.to("cpu").float()
             self.reference = run(loaded)
-        except Exception:  # noqa: BLE001  # a model that is quantised, or dispatched by hooks
+        except Exception:  # noqa: BLE001  # a quantised or dispatched model cannot be moved
             return
         if self.reference is not None:
             self.words = "the CPU"

@@ -104,7 +104,7 @@ class NamedFunction(NamedTuple):
             if error.name not in heads:
                 raise self._import_failed(error) from error
             raise CheckError(
-                f"there is no module {error.name!r}, neither in {os.getcwd()} nor "  # noqa: PTH109  # as in sys.path
+                f"there is no module {error.name!r}, neither in {os.getcwd()} nor "  # noqa: PTH109  # sys.path has text
                 "installed; change to the folder that the import starts in",
                 value=str(self),
             ) from None
@@ -138,7 +138,7 @@ class NamedFunction(NamedTuple):
 @contextmanager
 def working_folder_importable() -> Iterator[None]:
     """Let modules of the working folder be imported, as ``python -m`` does."""
-    folder = os.getcwd()  # noqa: PTH109  # as in sys.path
+    folder = os.getcwd()  # noqa: PTH109  # sys.path has text
     sys.path.insert(0, folder)
     try:
         yield

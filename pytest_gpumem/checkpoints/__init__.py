@@ -46,7 +46,7 @@ def make_checkpoint(
     *,
     out: str | os.PathLike[str] | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
-    format: str = "safetensors",  # noqa: A002  # the command line's word
+    format: str = "safetensors",  # noqa: A002  # named as on the command line
     max_shard_size: str | int | None = None,
     seed: int = 0,
     dtype: str = "float32",
@@ -147,7 +147,7 @@ def make_checkpoint(
 
 def check_options(
     *,
-    format: str = "safetensors",  # noqa: A002  # the command line's word
+    format: str = "safetensors",  # noqa: A002  # named as on the command line
     dtype: str = "float32",
     verify: str = "quick",
     weights: str = "random",

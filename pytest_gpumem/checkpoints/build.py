@@ -108,7 +108,7 @@ def _draw(
 def _make(
     model_class: type[PreTrainedModel], config: PretrainedConfig
 ) -> PreTrainedModel:
-    make: Any = model_class._from_config  # noqa: SLF001  # what the auto classes call
+    make: Any = model_class._from_config  # noqa: SLF001  # the method that the auto classes call
     model: PreTrainedModel = make(config, dtype=torch.float32)
     return model
 
@@ -159,9 +159,9 @@ def _checked(
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
     shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers has no hints here
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers has no type hints here
     try:
         yield
     finally:
         if shown:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]  # transformers has no hints here
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]  # transformers has no type hints here

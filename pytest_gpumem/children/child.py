@@ -133,7 +133,7 @@ class Child:
             # Setting a budget creates the card's context, so it waits for the program.
             import torch
 
-            torch.cuda._lazy_call(lambda: self._set_budgets(device, indices))  # noqa: SLF001  # as torch's own libraries do
+            torch.cuda._lazy_call(lambda: self._set_budgets(device, indices))  # noqa: SLF001  # torch's own libraries use it, too
         if self._given.rules:
             from pytest_gpumem.instruments.injector import OomInjector
 

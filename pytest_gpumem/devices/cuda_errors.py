@@ -93,5 +93,5 @@ def cuda_error(name: str) -> torch.AcceleratorError:
     hint = f"{hint}\n" if version.explains_errors else ""
     end = version.kernel_error_end if name in _OF_KERNELS else version.error_end
     error = torch.AcceleratorError(f"CUDA error: {ERRORS[number][1]}\n{hint}{end}")
-    error.error_code = number  # type: ignore[attr-defined]  # torch has it in C++ alone
+    error.error_code = number  # type: ignore[attr-defined]  # torch sets it only in C++
     return error

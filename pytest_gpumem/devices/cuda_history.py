@@ -18,7 +18,7 @@ from pytest_gpumem.allocator.blocks import MIN_BLOCK_SIZE
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_keep: Final[Any] = torch.cuda.memory._record_memory_history  # noqa: SLF001  # there is no public API
+_keep: Final[Any] = torch.cuda.memory._record_memory_history  # noqa: SLF001  # no public API
 #: The number of newest changes that are kept for each card.
 ENTRIES: Final = 50_000
 #: The actions that change reserved bytes, and the sign of the change.
@@ -86,7 +86,7 @@ class CudaHistory:
         """
         if not (self._is_open and is_kept()):
             return None
-        snapshot: Any = torch.cuda.memory._snapshot()  # noqa: SLF001  # there is no public API
+        snapshot: Any = torch.cuda.memory._snapshot()  # noqa: SLF001  # no public API
         return [
             [
                 change

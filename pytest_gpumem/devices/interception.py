@@ -51,7 +51,7 @@ class Interceptor(TorchDispatchMode):
         fail: Callable[[Callable[[], Any], int], Any],
         scope: threading.Event,
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no type hints here
         self._fails = fails
         self._fail = fail
         self._scope = scope

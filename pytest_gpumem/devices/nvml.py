@@ -154,7 +154,7 @@ def why_uncounted() -> str:
             running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
             if any(each.usedGpuMemory is None for each in running):
                 return _NO_BYTES
-    except Exception as error:  # noqa: BLE001  # any error is the reason
+    except Exception as error:  # noqa: BLE001  # any error becomes the reason
         return in_words(error)
     return ""
 

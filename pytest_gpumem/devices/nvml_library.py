@@ -119,7 +119,7 @@ def _write_text(text: str, buffer: Any, room: int) -> int:
 
 def _write_structure(result: Any, target: Any) -> None:
     """Write to the fields of a structure that a result has."""
-    values = asdict(result) if is_dataclass(result) else result._asdict()  # type: ignore[arg-type]  # an object
+    values = asdict(result) if is_dataclass(result) else result._asdict()  # type: ignore[arg-type]  # not a class, but an object
     for name, *_kind in target._fields_:
         if name in values:
             value = values[name]

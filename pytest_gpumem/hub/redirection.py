@@ -195,7 +195,7 @@ class Patches:
             )
             found.raw = _Body(iter(()) if request.method == "HEAD" else chunks)
             if not options.get("stream"):
-                found.content  # noqa: B018  # reads it
+                found.content  # noqa: B018  # reads the body
             return found
 
         self._patches.set(library.Session, "send", send)

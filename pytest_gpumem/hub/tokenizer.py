@@ -121,7 +121,7 @@ def _word_pieces(size: int, *, is_cased: bool) -> dict[str, Any]:
     if size < 2 * max(special.values()):
         special = {token: index for index, token in enumerate(special)}
     vocabulary = _number(size, special, _pieces(is_cased=is_cased), "[unused{}]")
-    tokenizer = _tokenizer(special, models.WordPiece(vocabulary, unk_token="[UNK]"))  # noqa: S106  # a token of the vocabulary
+    tokenizer = _tokenizer(special, models.WordPiece(vocabulary, unk_token="[UNK]"))  # noqa: S106  # no password, but a token of the vocabulary
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=not is_cased)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = _template(
@@ -213,7 +213,7 @@ def _special_tokens(size: int, kind: str, config: Mapping[str, Any]) -> dict[str
             and index not in special.values()
         ):
             special[token] = index
-    if kind in _LIKE_ROBERTA and 3 not in special.values():  # noqa: PLR2004  # as published
+    if kind in _LIKE_ROBERTA and 3 not in special.values():  # noqa: PLR2004  # the id in the published vocabulary
         special["<unk>"] = 3
     if not special:
         special[ends] = 0
@@ -310,7 +310,7 @@ def _tokenizer(special: Mapping[str, int], model: Any) -> Tokenizer:
     # As in the published tokenizers, only a mask includes the blank before it.
     tokenizer.add_special_tokens(
         [
-            AddedToken(token, lstrip=token == "<mask>", normalized=False, special=True)  # noqa: S105  # a token of the vocabulary
+            AddedToken(token, lstrip=token == "<mask>", normalized=False, special=True)  # noqa: S105  # no password, but a token of the vocabulary
             for token in sorted(special, key=special.__getitem__)
         ]
     )

@@ -147,7 +147,7 @@ class _Comparer:
                 dtypes = {_dtype_of(each) for each in (reference, result)}
                 if self._floats(_tensor(reference), _tensor(result), dtypes) is None:
                     return
-        self._differ(where, said, _INF if amount != amount else amount)  # noqa: PLR0124  # NaN
+        self._differ(where, said, _INF if amount != amount else amount)  # noqa: PLR0124  # only NaN differs from itself
 
     def _arrays(self, reference: Any, result: Any, where: str) -> None:
         kinds = [each.dtype.newbyteorder("=") for each in (reference, result)]

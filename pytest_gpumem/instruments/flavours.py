@@ -161,7 +161,7 @@ _ERRORS: Final[
     # NCCL takes its buffers from the driver. Source:
     # torch/csrc/distributed/c10d/NCCLUtils.hpp, C10D_NCCL_CHECK; NCCL's include/checks.h.
     "nccl": (
-        getattr(torch._C, "_DistBackendError", RuntimeError),  # noqa: SLF001  # torch.distributed's, which is slow to import
+        getattr(torch._C, "_DistBackendError", RuntimeError),  # noqa: SLF001  # torch.distributed is slow to import
         "NCCL error in: /pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:3699, "
         "unhandled cuda error (run with NCCL_DEBUG=INFO for details), NCCL version 2.27.3\n"
         "ncclUnhandledCudaError: Call to CUDA function failed.\n"

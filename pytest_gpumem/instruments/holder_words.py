@@ -204,7 +204,7 @@ def _tensor(holder: torch.Tensor, child: Any) -> str:
 def base_of(tensor: torch.Tensor) -> torch.Tensor | None:
     """Return the base of a view, which the view keeps alive; None for other tensors."""
     try:
-        return tensor._base  # noqa: SLF001  # torch's documented way
+        return tensor._base  # noqa: SLF001  # documented by torch
     except Exception:  # noqa: BLE001  # a subclass may have no base
         return None
 

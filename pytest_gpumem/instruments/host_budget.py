@@ -134,7 +134,7 @@ def _computes() -> bool:
     me = threading.get_ident()
     return any(
         each.f_code.co_filename.startswith(_SIMULATED)
-        for ident, frame in sys._current_frames().items()  # noqa: SLF001  # documented
+        for ident, frame in sys._current_frames().items()  # noqa: SLF001  # the documented way to see other threads
         if ident != me
         for each in frames_from(frame)
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
-from weakref import ref as Reference  # noqa: N812  # it is a class
+from weakref import ref as Reference  # noqa: N812  # ref is a class
 
 import torch
 from torch.nn.modules import module as torch_module

@@ -177,7 +177,7 @@ def _array(value: Any, kind: type) -> Any:
         return bool(value) if issubclass(kind, numpy.bool_) else value
     try:
         return numpy.array(value)
-    except Exception:  # noqa: BLE001  # the object looks like an array and is none
+    except Exception:  # noqa: BLE001  # the object only looks like an array
         return None
 
 

@@ -34,7 +34,7 @@ def history_kept() -> Iterator[None]:
     if is_kept():
         yield
         return
-    keep = torch.cuda.memory._record_memory_history  # noqa: SLF001  # torch's only way
+    keep = torch.cuda.memory._record_memory_history  # noqa: SLF001  # torch has no public function for it
     keep(max_entries=ENTRIES, stacks="python")
     try:
         yield
@@ -44,7 +44,7 @@ def history_kept() -> Iterator[None]:
 
 def take_snapshot() -> dict[str, Any]:
     """Return the cards' memory at this moment, and the changes that led to it."""
-    snapshot: dict[str, Any] = torch.cuda.memory._snapshot()  # noqa: SLF001  # torch's only way
+    snapshot: dict[str, Any] = torch.cuda.memory._snapshot()  # noqa: SLF001  # torch has no public function for it
     return snapshot
 
 

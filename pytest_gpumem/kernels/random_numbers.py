@@ -66,7 +66,7 @@ def by_permutation(count: int, processors: Processors) -> int:
     if count == 0:
         return 0
     bits = math.ceil(math.log2(count - (6 * count**2 + 1) / (math.log(0.9) * 12)))
-    key_bytes = 4 if bits <= 32 else 8  # noqa: PLR2004  # bits
+    key_bytes = 4 if bits <= 32 else 8  # noqa: PLR2004  # bits of the key
     return by_iterator(count, key_bytes, 2, processors) + rounded(count)
 
 

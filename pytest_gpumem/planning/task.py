@@ -122,7 +122,7 @@ def run_task(spec: ModelSpec, task: FitTask, kinds: PeakByKind) -> None:
             made[id(weight)] = torch.empty_like(weight, device="cuda")
         return made[id(weight)]
 
-    model._apply(on_card)  # noqa: SLF001  # what Module.to and to_empty call
+    model._apply(on_card)  # noqa: SLF001  # the method that Module.to and to_empty call
     made.clear()
     model.tie_weights()
     for module in model.modules():
@@ -176,7 +176,7 @@ def build(spec: ModelSpec, task: FitTask) -> Any:
     try:
         config = transformers.AutoConfig.for_model(kind, **entries)
         if task.attention != "sdpa":  # else transformers chooses
-            config._attn_implementation = task.attention  # noqa: SLF001  # as from_config does
+            config._attn_implementation = task.attention  # noqa: SLF001  # from_config sets it in the same way
         maker: Any = getattr(transformers, spec.architecture or "AutoModel", None)
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)

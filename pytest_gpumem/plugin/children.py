@@ -54,7 +54,7 @@ class Children:
         self._pid: Final = os.getpid()
         # The first child that uses a card makes this folder; most runs have none.
         name = f"gpumem-{os.getpid()}-{secrets.token_hex(8)}"
-        self._folder: Final = os.path.join(tempfile.gettempdir(), name)  # noqa: PTH118  # as text, for the environment
+        self._folder: Final = os.path.join(tempfile.gettempdir(), name)  # noqa: PTH118  # the environment needs text
         self._saved: dict[str, str | None] = {}
         self._seen: Final[dict[Path, int]] = {}
         self._forks: Any = None
@@ -161,7 +161,7 @@ class Children:
 
     def new_figures(self) -> list[ChildFigures]:
         """Return the figures that children have written since the last test ended."""
-        if self._given is None or not os.path.exists(self._folder):  # noqa: PTH110  # asked of every test
+        if self._given is None or not os.path.exists(self._folder):  # noqa: PTH110  # called for every test, so without pathlib
             return []
         from pytest_gpumem.children.notes import read_notes
 
@@ -219,7 +219,7 @@ def _put(name: str, value: str | None) -> None:
 def _is_installed() -> bool:
     """Tell whether this Python has the ``.pth`` file that starts children."""
     folders = [*site.getsitepackages(), site.getusersitepackages()]
-    return any(os.path.exists(os.path.join(each, PTH)) for each in folders)  # noqa: PTH110, PTH118  # asked in every run
+    return any(os.path.exists(os.path.join(each, PTH)) for each in folders)  # noqa: PTH110, PTH118  # called in every run, so without pathlib
 
 
 def _is_alive(pid: int) -> bool:

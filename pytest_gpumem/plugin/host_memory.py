@@ -117,7 +117,7 @@ class HostMemory:
         """Return this process's own bytes, without the values of a simulated card."""
         device = self._run.device
         if device is not None and device.kind == "simulated":
-            nbytes: int = device.machine.host_bytes()  # type: ignore[attr-defined]  # of this kind
+            nbytes: int = device.machine.host_bytes()  # type: ignore[attr-defined]  # the device is simulated here
             return nbytes
         return anonymous_bytes()
 

@@ -142,7 +142,7 @@ class Isolated:
         if not is_whole:
             yield _report(item, "call", "failed", broken.rstrip())
         # Fixtures of wider scope that the next test does not use end here.
-        state = item.session._setupstate  # noqa: SLF001  # there is no public name
+        state = item.session._setupstate  # noqa: SLF001  # no public name
         ending = pytest.CallInfo.from_call(
             lambda: state.teardown_exact(nextitem),
             when="teardown",

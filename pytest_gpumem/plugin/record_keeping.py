@@ -211,7 +211,7 @@ class Collector:
             from pytest_gpumem.records.junit import properties
 
             report.user_properties += properties(record)
-            record.outcome = outcome  # type: ignore[assignment]  # one of the accepted ones
+            record.outcome = outcome  # type: ignore[assignment]  # one of the accepted outcomes
             record.seconds = round(seconds, 4)
             self.records[nodeid] = record
         finished = Finished(nodeid, outcome, record, pending.failure)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def body_of(item: pytest.Function) -> Callable[[], object]:
     """Return a function that calls a test as pytest does, with the fixtures it has now."""
-    names = item._fixtureinfo.argnames  # noqa: SLF001  # there is no public name
+    names = item._fixtureinfo.argnames  # noqa: SLF001  # no public name
     arguments = {name: item.funcargs[name] for name in names}
     return lambda: item.obj(**arguments)
 

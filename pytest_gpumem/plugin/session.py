@@ -198,7 +198,7 @@ class Run:
             pytest.UsageError: The run has no device (``--gpu-backend=off``).
         """
         if self.device is None and self.choice.kind != "off":
-            import torch  # noqa: F401  # its import makes the run's device
+            import torch  # noqa: F401  # its import creates the device
         if self.device is None:
             raise pytest.UsageError(
                 f"this test needs a GPU, but the backend is off: {self.choice.reason}"

@@ -126,7 +126,7 @@ class SmallestBudgets:
         parent: Any = (
             item.parent
         )  # given as the next test, so that wider fixtures are not torn down
-        properties, sections = item.user_properties, item._report_sections  # noqa: SLF001  # pytest keeps output there
+        properties, sections = item.user_properties, item._report_sections  # noqa: SLF001  # pytest keeps the captured output there
         marks, before = (len(properties), len(sections)), taken(item)
         parts = _Parts(item)
         self._is_trial = True

@@ -43,7 +43,7 @@ def shard_tests(metafunc: pytest.Metafunc, *, is_replay: bool) -> None:
     workers = getattr(config, "workerinput", {}).get("workercount", 1)
     if isolation is not None:
         workers = isolation.workers
-    if workers < 2 or is_replay:  # noqa: PLR2004  # nobody to share with
+    if workers < 2 or is_replay:  # noqa: PLR2004  # the points are not shared
         return
     # The number of the test's ids so far; other parameters may come before or after them.
     position = max((len(each._idlist) for each in metafunc._calls), default=0)  # noqa: SLF001  # no public name
@@ -244,5 +244,5 @@ def _subtests(item: pytest.Item) -> Any:
     """Return pytest's subtests fixture; None before pytest 9."""
     if not hasattr(pytest, "Subtests"):
         return None
-    request: Any = item._request  # type: ignore[attr-defined]  # noqa: SLF001  # a test function's
+    request: Any = item._request  # type: ignore[attr-defined]  # noqa: SLF001  # pytest's test functions have it
     return request.getfixturevalue("subtests")

@@ -28,7 +28,7 @@ def make_events(seed: int) -> list[dict[str, Any]]:
     alive: list[int] = []
     for number in range(_EVENTS):
         choice = draw.random()
-        if choice < 0.6 or not alive:  # noqa: PLR2004  # a little more grows than goes
+        if choice < 0.6 or not alive:  # noqa: PLR2004  # a little more is allocated than freed
             high = draw.choice((10, 16, 20, 22, 26, 28, 28))
             events.append(
                 {

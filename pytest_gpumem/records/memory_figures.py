@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
-from pytest_gpumem.records.codec import Count  # noqa: TC001  # types are read
+from pytest_gpumem.records.codec import Count  # noqa: TC001  # the codec reads the types at run time
 
 #: Figures that may be unknown.
 OPTIONAL: Final = frozenset(

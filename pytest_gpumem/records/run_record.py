@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pytest_gpumem.records.codec import Count  # noqa: TC001  # types are read
+from pytest_gpumem.records.codec import Count  # noqa: TC001  # the codec reads the types at run time
 from pytest_gpumem.sizes import format_size
 
 

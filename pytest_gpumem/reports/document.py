@@ -14,7 +14,7 @@ from pytest_gpumem._version import __version__
 from pytest_gpumem.errors import ReportError
 from pytest_gpumem.records.codec import Count, DamageError, decode, encode
 from pytest_gpumem.records.record import Record
-from pytest_gpumem.records.run_record import BaselineOutcome, Environment  # noqa: TC001  # types are read
+from pytest_gpumem.records.run_record import BaselineOutcome, Environment  # noqa: TC001  # the codec reads the types at run time
 
 if TYPE_CHECKING:
     import os

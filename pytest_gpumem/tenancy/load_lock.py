@@ -86,13 +86,13 @@ class _LibraryLock:
 
 
 @cache
-def _library_lock(folder: str, name: str, _is_named: bool) -> _LibraryLock:  # noqa: FBT001  # a key
+def _library_lock(folder: str, name: str, _is_named: bool) -> _LibraryLock:  # noqa: FBT001  # the arguments are the cache's key
     Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
     return _LibraryLock(Path(folder, name))
 
 
 @cache
-def _mutex(folder: str, name: str, is_named: bool) -> Mutex:  # noqa: FBT001  # a key
+def _mutex(folder: str, name: str, is_named: bool) -> Mutex:  # noqa: FBT001  # the arguments are the cache's key
     """Return the lock object of a name; there is one in this process, so it can nest."""
 
     def opened() -> int:

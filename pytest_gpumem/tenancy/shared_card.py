@@ -88,7 +88,7 @@ def join_cards(cards: Sequence[Any], root: str) -> list[SharedCard]:
     sign = Folder(root).add({})
     joined = []
     for card in cards:
-        shared = SharedCard(os.path.join(root, f"card-{card.number}"), sign)  # noqa: PTH118  # of text
+        shared = SharedCard(os.path.join(root, f"card-{card.number}"), sign)  # noqa: PTH118  # paths of this room are text
         card.driver.tenants.append(shared)
         joined.append(shared)
     return joined

@@ -12,7 +12,7 @@ import torch
 
 pynvml: Any = pytest.importorskip("pynvml")
 
-from fake_nvml import (  # noqa: E402  # it needs pynvml
+from fake_nvml import (  # noqa: E402  # after pynvml was found
     PROCESSES,
     TELL_THE_CARD,
     WORDS,
@@ -21,16 +21,16 @@ from fake_nvml import (  # noqa: E402  # it needs pynvml
     machines,
 )
 
-from pytest_gpumem import doctor  # noqa: E402  # likewise
-from pytest_gpumem.devices.nvml import (  # noqa: E402  # likewise
+from pytest_gpumem import doctor  # noqa: E402  # after pynvml was found
+from pytest_gpumem.devices.nvml import (  # noqa: E402  # after pynvml was found
     CardCount,
     Reading,
     cap_free_memory,
     other_processes,
     why_uncounted,
 )
-from pytest_gpumem.devices.patches import PatchSet  # noqa: E402  # likewise
-from pytest_gpumem.records.incidents import Process  # noqa: E402  # likewise
+from pytest_gpumem.devices.patches import PatchSet  # noqa: E402  # after pynvml was found
+from pytest_gpumem.records.incidents import Process  # noqa: E402  # after pynvml was found
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -112,7 +112,7 @@ def run(
             "random": portrait(
                 [
                     random.getstate(),
-                    np.random.get_state(),  # noqa: NPY002  # likewise
+                    np.random.get_state(),  # noqa: NPY002  # the state of the global generator
                     torch.get_rng_state(),
                     torch.cuda.get_rng_state(),
                 ]

@@ -7,8 +7,8 @@ import runpy
 from pathlib import Path
 
 import pytest
-import torch  # an inner run would import it anew, which torch does not survive
-from transformers import BertForSequenceClassification  # noqa: F401  # likewise
+import torch  # an inner run must not import torch a second time
+from transformers import BertForSequenceClassification  # noqa: F401  # imports torch, which cannot be imported twice
 
 import pytest_gpumem
 from pytest_gpumem.plugin.marks import DESCRIPTIONS

@@ -107,7 +107,7 @@ class _Given(torch.autograd.Function):
         return source * 2
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # noqa: ARG004  # likewise
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # noqa: ARG004  # torch's signature
         return _Given.given(grad), None
 
 
@@ -165,7 +165,7 @@ def test_a_function_gets_gradients_where_its_results_are() -> None:
             return source * 2, source * 3
 
         @staticmethod
-        def backward(ctx: Any, _used: Any, unused: torch.Tensor) -> Any:  # noqa: ARG004  # likewise
+        def backward(ctx: Any, _used: Any, unused: torch.Tensor) -> Any:  # noqa: ARG004  # torch's signature
             seen.append(str(unused.device))
             return unused
 
@@ -223,7 +223,7 @@ def test_a_function_may_lead_to_another_device() -> None:
             return source.cuda()
 
         @staticmethod
-        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # noqa: ARG004  # likewise
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # noqa: ARG004  # torch's signature
             return grad.cpu()
 
     source = _leaf("cpu")

@@ -46,12 +46,12 @@ class _Reader(ast.NodeVisitor):
             self.names.add(node.attr)
         self.generic_visit(node)
 
-    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:  # likewise
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:  # ast's name
         """``from torch._C import name``."""
         if node.module == "torch._C":
             self.names.update(each.name for each in node.names)
 
-    def visit_Call(self, node: ast.Call) -> None:  # likewise
+    def visit_Call(self, node: ast.Call) -> None:  # ast's name
         """``getattr(torch._C, "name")`` and ``hasattr``."""
         if (
             ast.unparse(node.func) in {"getattr", "hasattr"}

@@ -259,7 +259,7 @@ def test_gradients_of_a_users_class() -> None:
     (card * 3).sum().backward()
 
     assert ("cpu", [2.0] * 3) == (str(host.grad.device), host.grad.tolist())  # type: ignore[union-attr]  # it is there
-    assert ("cuda:0", [3.0] * 3) == (str(card.grad.device), card.grad.tolist())  # type: ignore[union-attr]  # likewise
+    assert ("cuda:0", [3.0] * 3) == (str(card.grad.device), card.grad.tolist())  # type: ignore[union-attr]  # it is there
 
 
 @pytest.mark.parametrize("copies", [pickle.dumps, torch.save])

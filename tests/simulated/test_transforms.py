@@ -35,7 +35,7 @@ WAYS = [("cpu", "cuda:0"), ("cuda:0", "cpu"), ("cuda:0", "cuda:1")]
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`torch.jit",  # torch's own
-    "ignore:Attempted to insert a get_attr",  # likewise
+    "ignore:Attempted to insert a get_attr",  # torch's own
 )
 
 

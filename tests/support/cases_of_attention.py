@@ -106,7 +106,7 @@ def _run(  # noqa: PLR0917  # one case
     shape: tuple[int, ...],
     dropout: float,
     grows: bool,  # noqa: FBT001  # as the product has it
-    has_heads_first: bool,  # noqa: FBT001  # likewise
+    has_heads_first: bool,  # noqa: FBT001  # as the product has it
     notes: Notes,
 ) -> None:
     batch, heads, key_heads, rows, columns, width = shape

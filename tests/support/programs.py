@@ -339,8 +339,8 @@ def handles_signals(say: Say) -> Any:
 def draws(_say: Say) -> Any:
     """From every generator there is."""
     return (
-        random.random(),  # noqa: S311  # what is tested
-        np.random.rand(),  # noqa: NPY002  # likewise
+        random.random(),  # noqa: S311  # the global generator is tested
+        np.random.rand(),  # noqa: NPY002  # the global generator is tested
         torch.rand(2),
         torch.rand(2, device="cuda"),
         torch.randn(2, device="cuda", generator=torch.Generator("cuda").manual_seed(1)),
@@ -369,10 +369,10 @@ def asks_for_free_memory(say: Say) -> Any:
 
 def keeps_history(_say: Say) -> Any:
     """Actions and the frames of its own file."""
-    torch.cuda.memory._record_memory_history()  # torch's only way
+    torch.cuda.memory._record_memory_history()  # torch has no public function for it
     kept = _take(1)
-    snapshot: Any = torch.cuda.memory._snapshot()  # likewise
-    torch.cuda.memory._record_memory_history(enabled=None)  # likewise
+    snapshot: Any = torch.cuda.memory._snapshot()  # torch has no public function for it
+    torch.cuda.memory._record_memory_history(enabled=None)  # not public
     return kept[:1], [
         (each["action"], each["size"], [f["name"] for f in each["frames"]][:3])
         for each in snapshot["device_traces"][0]

@@ -7,17 +7,17 @@ import contextlib
 import os
 import sys
 
-_here = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120  # runs in every process: nothing is imported
+_here = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120  # this runs in every process, so pathlib is not imported
 
 
 def _activate() -> None:
-    root = os.path.dirname(os.path.dirname(os.path.dirname(_here)))  # noqa: PTH120  # likewise
+    root = os.path.dirname(os.path.dirname(os.path.dirname(_here)))  # noqa: PTH120  # this runs in every process, so pathlib is not imported
     sys.path.append(root)
     try:
         from pytest_gpumem.children.child import activate
 
         activate()
-    except Exception as error:  # noqa: BLE001  # another Python; it must start all the same
+    except Exception as error:  # noqa: BLE001  # this may be another Python, which must still start
         sys.stderr.write(f"pytest-gpumem does not reach this process: {error}\n")
     finally:
         sys.path.remove(root)
@@ -30,7 +30,7 @@ if not os.environ.get("PYTEST_GPUMEM_NO_CHILDREN") and (
 sys.path[:] = [
     each
     for each in sys.path
-    if os.path.abspath(each) != _here  # noqa: PTH100  # likewise
+    if os.path.abspath(each) != _here  # noqa: PTH100  # this runs in every process, so pathlib is not imported
 ]
 _shim = sys.modules.pop("sitecustomize", None)
 with contextlib.suppress(ImportError):

@@ -339,7 +339,7 @@ def calling_functions(
     return _original_dispatch(operator, key, *args, **kwargs)
 
 
-_functionality_of: Final = torch._C._to_functionality_key  # type: ignore[attr-defined]  # has no stub
+_functionality_of: Final = torch._C._to_functionality_key  # type: ignore[attr-defined]  # torch's stubs lack it
 _ABOVE_EAGER: Final = {DispatchKey.Python, DispatchKey.AutogradFunctionality}
 
 

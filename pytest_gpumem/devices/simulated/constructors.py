@@ -412,9 +412,9 @@ _device: Final[Any] = torch.device
 class _DeviceType(StandIn):
     """Metaclass of the replacement of ``torch.device``."""
 
-    def __call__(cls, *args: Any, **options: Any) -> Any:  # noqa: N805  # a metaclass
+    def __call__(cls, *args: Any, **options: Any) -> Any:  # noqa: N805  # this is a metaclass
         index = args[0] if args else options.get("device")
-        if isinstance(index, int) and not isinstance(index, bool) and len(args) < 2:  # noqa: PLR2004  # only an index
+        if isinstance(index, int) and not isinstance(index, bool) and len(args) < 2:  # noqa: PLR2004  # the only argument is an index
             return _device("cuda", index)
         return _device(*args, **options)
 

@@ -213,7 +213,7 @@ class _RecordedMove(_SingleLevelFunction):
         device: torch.device,
         dtype: torch.dtype | None,
         memory_format: torch.memory_format,
-        waits: bool,  # noqa: FBT001  # torch passes positions
+        waits: bool,  # noqa: FBT001  # torch passes positional arguments
     ) -> torch.Tensor:
         return _move(source, device, dtype, memory_format, waits=waits)
 
@@ -239,7 +239,7 @@ class _Move(_RecordedMove, torch.autograd.Function):
 
     @staticmethod
     def vmap(_info: Any, in_dims: Any, source: torch.Tensor, *goal: Any) -> Any:
-        return _Move.apply(source, *goal), in_dims[0]  # type: ignore[no-untyped-call]  # torch's
+        return _Move.apply(source, *goal), in_dims[0]  # type: ignore[no-untyped-call]  # torch has no type hints here
 
 
 def _recorded(*operands: Any) -> Any:

@@ -248,7 +248,7 @@ def _helpers(
     ]
 
 
-def _charge(  # noqa: PLR0917  # a call and its results
+def _charge(  # noqa: PLR0917  # the parts of a call and its results
     func: Any, operator: Operator, values: Any, kwargs: Any, out: Any, card: Any
 ) -> list[Memory | None]:
     """Make the requests of an operator's rule after its results are computed."""

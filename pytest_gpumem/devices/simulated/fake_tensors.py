@@ -29,7 +29,7 @@ def _require_grad_of_fake(self: Any, wanted: bool = True) -> Any:  # noqa: FBT00
     return _base.requires_grad_(checked(self) if wanted else self, wanted)
 
 
-def _set_grad_of_fake(self: Any, wanted: bool) -> None:  # noqa: FBT001  # a setter
+def _set_grad_of_fake(self: Any, wanted: bool) -> None:  # noqa: FBT001  # a property's setter
     _base.requires_grad.__set__(checked(self) if wanted else self, wanted)
 
 

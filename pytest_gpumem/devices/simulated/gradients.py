@@ -377,7 +377,7 @@ def _raises(node: Any, text: str) -> bool:
     for name in (*names, "saved_tensors"):
         try:
             getattr(node, name, None)
-        except RuntimeError as error:  # noqa: PERF203  # each may raise
+        except RuntimeError as error:  # noqa: PERF203  # each attribute may raise
             if str(error) == text:
                 return True
     return False

@@ -69,7 +69,7 @@ class MemoryHistory:
             deque[dict[str, Any]](maxlen=max_entries) for _ in range(num_cards)
         ]
 
-    def note(  # noqa: PLR0917  # the parts of an entry
+    def note(  # noqa: PLR0917  # one argument for each part of an entry
         self,
         card: int,
         action: str,

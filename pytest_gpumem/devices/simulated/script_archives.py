@@ -153,7 +153,7 @@ class _Devices(pickle.Unpickler):
         super().__init__(io.BytesIO(record))
         self._named = named
 
-    def find_class(self, module: str, name: str) -> Any:  # noqa: ARG002  # pickle's
+    def find_class(self, module: str, name: str) -> Any:  # noqa: ARG002  # pickle's signature
         return _Anything
 
     def persistent_load(self, pid: Any) -> None:

@@ -187,7 +187,7 @@ def _placed(wrapper: Any, place: torch.device) -> Any:
     return wrapper
 
 
-_Lazy: Final[Any] = torch.nn.parameter.UninitializedTensorMixin  # type: ignore[attr-defined]  # has no stub
+_Lazy: Final[Any] = torch.nn.parameter.UninitializedTensorMixin  # type: ignore[attr-defined]  # torch's stubs lack it
 _materialize: Final[Any] = _Lazy.materialize
 
 

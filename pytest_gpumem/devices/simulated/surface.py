@@ -252,7 +252,7 @@ def _record_history(  # noqa: PLR0917  # torch's own signature
     max_entries: int = sys.maxsize,
     clear_history: bool = False,  # noqa: FBT001, FBT002  # torch's signature
     compile_context: bool = False,  # noqa: ARG001, FBT001, FBT002  # torch's signature
-    global_record_annotations: bool = False,  # noqa: ARG001, FBT001, FBT002  # torch's
+    global_record_annotations: bool = False,  # noqa: ARG001, FBT001, FBT002  # torch's signature
     skip_actions: Sequence[str] = (),
     *_later: Any,  # options of newer torch versions for the host and the driver
 ) -> None:

@@ -233,7 +233,7 @@ class Recorder(TorchDispatchMode):
     """Records host operators on a tape while the mode is active."""
 
     def __init__(self, tape: Tape) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no type hints here
         self._tape = tape
 
     def __torch_dispatch__(

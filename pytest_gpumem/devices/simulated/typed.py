@@ -199,7 +199,7 @@ def typed_tensors(
 class HostTypedTensor(StandIn):
     """The metaclass of what replaces ``torch.FloatTensor`` and similar classes."""
 
-    def __call__(cls, *args: Any, **options: Any) -> Any:  # noqa: N805  # a metaclass
+    def __call__(cls, *args: Any, **options: Any) -> Any:  # noqa: N805  # this is a metaclass
         """Create a tensor on the host, but not of a card's tensor or storage."""
         given = args[0] if len(args) == 1 else options.get("other")
         check_given(given, cls.original.dtype, _HOST)

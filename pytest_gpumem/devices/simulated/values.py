@@ -135,7 +135,7 @@ def run(
         result = compute(*args, **kwargs)
         if isinstance(draw, Moving):
             draw.note(generator_of(card), args, kwargs, result)
-        return result  # noqa: TRY300  # the handlers below are for the calls above
+        return result  # noqa: TRY300  # the except blocks are for the calls above
     except (IndexError, RuntimeError) as error:
         raised = _as_on_card(error, func, args, card)
         if raised is error:

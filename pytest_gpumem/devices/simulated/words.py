@@ -187,7 +187,7 @@ def _of_lu(*shape: int) -> str:
     Source: ``lu_factor`` of ``BatchLinearAlgebra.cpp``.
     """
     batch, rows, columns = math.prod(shape[:-2]), *shape[-2:]
-    is_small = rows <= 16 or (rows <= 128 and batch <= 16)  # noqa: PLR2004  # as there
+    is_small = rows <= 16 or (rows <= 128 and batch <= 16)  # noqa: PLR2004  # the limits in torch's source
     if rows != columns or not (batch == 1 or is_small):
         return "lu_factor_magma_batched"
     return "lu_factor_cusolver" if batch == 1 else "lu_factor_cublas"

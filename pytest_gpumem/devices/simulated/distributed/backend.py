@@ -132,7 +132,7 @@ class NcclOptions(c10d.Backend.Options):
         return new
 
 
-class NcclBackend(_gloo):  # type: ignore[misc]  # a class of C++
+class NcclBackend(_gloo):  # type: ignore[misc]  # the base is a C++ class
     """NCCL in a process group: NCCL's rules with gloo's transport.
 
     Args:

@@ -183,7 +183,7 @@ def functional_handler(func: Any, other: Handler) -> Handler:
 def _group(named: Any) -> Any:
     """Return a group from its name or from the group itself."""
     if isinstance(named, str):
-        return c10d._resolve_process_group(named)  # type: ignore[arg-type]  # a group's name
+        return c10d._resolve_process_group(named)  # type: ignore[arg-type]  # returns the group of a name
     return (
         named
         if isinstance(named, c10d.ProcessGroup)

@@ -34,7 +34,7 @@ class _Placing(TorchDispatchMode):
     """
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no type hints here
         self._devices = deque(devices)
 
     def __torch_dispatch__(
@@ -62,7 +62,7 @@ _broadcast_all: Final[Any] = vars(dist)["_broadcast_coalesced"]
 _verify: Final[Any] = vars(dist)["_verify_params_across_processes"]
 
 
-class Reducer(_Reducer):  # type: ignore[misc]  # a class of C++
+class Reducer(_Reducer):  # type: ignore[misc]  # the base is a C++ class
     """``torch.distributed.Reducer`` with buckets on the parameters' cards.
 
     Limits: if parameters are on several cards, buckets are not rebuilt in the order of the

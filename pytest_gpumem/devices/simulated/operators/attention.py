@@ -131,7 +131,7 @@ def _may_run(
     """Return whether a fused kernel can run a call, and is allowed to."""
     query, key, value = tensors
     is_plain = (
-        all(each.dim() == 4 for each in tensors)  # noqa: PLR2004  # batch, head, row, width
+        all(each.dim() == 4 for each in tensors)  # noqa: PLR2004  # dimensions: batch, head, row, width
         and all(each.stride(-1) == 1 or each.shape[-1] == 1 for each in tensors)
         and (mask is None or mask.stride(-1) == 1 or mask.shape[-1] == 1)
         and all(each.shape[-2] > 0 for each in tensors)
@@ -433,7 +433,7 @@ def _fused(  # noqa: PLR0917  # the operands of one call
     tensors = (query, key, value)
     saves = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
     options = (settings, kernel, saves)
-    return _Attention.apply(*tensors, bias, options)  # type: ignore[no-untyped-call]  # torch's
+    return _Attention.apply(*tensors, bias, options)  # type: ignore[no-untyped-call]  # torch has no type hints here
 
 
 class _FusedOnHost:

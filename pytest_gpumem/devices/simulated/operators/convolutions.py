@@ -74,7 +74,7 @@ def _kernel(args: tuple[Any, ...]) -> str:
     dimensions = max(source.dim() - 2, 2)  # one dimension is treated as two
     if is_transposed:
         return f"slow_conv_transpose{dimensions}d_out_cuda"
-    is_plain = dimensions == 2 and all(each == 1 for each in dilation)  # noqa: PLR2004  # images
+    is_plain = dimensions == 2 and all(each == 1 for each in dilation)  # noqa: PLR2004  # two dimensions: images
     return "slow_conv2d_cuda" if is_plain else "slow_conv_dilated<>"
 
 
@@ -216,7 +216,7 @@ def _convolved(
 ) -> Iterator[RequestStep]:
     """Request one group's result and its columns."""
     small = None
-    if layer.is_transposed and layer.dimensions == 3:  # noqa: PLR2004  # volumes
+    if layer.is_transposed and layer.dimensions == 3:  # noqa: PLR2004  # three dimensions: volumes
         small = layer.part(layer.source)  # the result before it is resized
         yield small
     yield part
@@ -264,7 +264,7 @@ def _each_channel_backward(layer: _Layer, call: Call) -> Iterator[RequestStep]:
     yield Results(1)
     # The copy of an image is freed after the kernel of the weight's gradient. The copy
     # of a one-dimensional source is shared by both kernels and freed after them.
-    early, late = ([], source) if layer.source.dim() == 3 else (source, [])  # noqa: PLR2004  # one dimension
+    early, late = ([], source) if layer.source.dim() == 3 else (source, [])  # noqa: PLR2004  # three with batch and channel: one dimension
     yield from map(Free, early)
     yield from weight
     yield Results(0)
@@ -327,7 +327,7 @@ def _gradients(
             yield from map(Free, again)
         return
     yield from laid
-    if layer.dimensions == 2 and not layer.is_dilated:  # noqa: PLR2004  # images
+    if layer.dimensions == 2 and not layer.is_dilated:  # noqa: PLR2004  # two dimensions: images
         yield from (of_source, columns, of_bias, of_weight, Free(columns))
     else:
         yield from (of_source, of_weight, of_bias, columns)

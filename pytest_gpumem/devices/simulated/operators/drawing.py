@@ -110,8 +110,8 @@ def _transformed(name: str) -> Any:
         if not is_seen or not input.is_cuda or input.numel() == 0:
             result: torch.Tensor = original(input, p, train)
             return result
-        if is_of_features and input.dim() < 2:  # noqa: PLR2004  # torch raises
-            return original(input, p, train)  # type: ignore[no-any-return]  # it raises
+        if is_of_features and input.dim() < 2:  # noqa: PLR2004  # torch raises its error
+            return original(input, p, train)  # type: ignore[no-any-return]  # torch raises its error
         multiply = input.mul_ if is_in_place else input.mul
         options: Any = {"dtype": input.dtype, "device": input.device}
         if p == 1:

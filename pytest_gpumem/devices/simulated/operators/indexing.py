@@ -242,13 +242,13 @@ register(
 def _mask(func: Any, places: list[Operand]) -> None:
     """Check the value's dimensions, then the mask, even if it has a single element."""
     target, mask = places[0].device, places[1].device
-    count = places[-1].tensor.dim() if len(places) > 2 else 0  # noqa: PLR2004  # the value
+    count = places[-1].tensor.dim() if len(places) > 2 else 0  # noqa: PLR2004  # the third operand is the value
     if count:
         raise RuntimeError(
             "masked_fill_ only supports a 0-dimensional value tensor, but got tensor "
             f"with {count} dimension(s)."
         )
-    if target.type == "cpu" and len(places) > 2:  # noqa: PLR2004  # the value
+    if target.type == "cpu" and len(places) > 2:  # noqa: PLR2004  # the third operand is the value
         raise RuntimeError("masked_fill_: Expected inputs to be on same device")
     if mask != target:
         raise RuntimeError(

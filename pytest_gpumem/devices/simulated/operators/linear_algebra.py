@@ -146,7 +146,7 @@ def _unpacking(call: Call) -> Iterator[RequestStep]:
     if call.get("unpack_pivots", True) and call.get("pivot", True):
         rows = source.shape[-2]
         yield Temporary(rows * INDEX_BYTES)
-        if source.dim() > 2:  # noqa: PLR2004  # a batch
+        if source.dim() > 2:  # noqa: PLR2004  # more than a matrix: a batch
             yield Temporary(_count(source) * rows * INDEX_BYTES)
 
 
@@ -406,7 +406,7 @@ register(
 
 def _multiplied(args: tuple[Any, ...]) -> str:
     """Name the kernel of matrices of integers; those of two dtypes are refused before."""
-    is_added = len(args) > 2 and isinstance(args[2], torch.Tensor)  # noqa: PLR2004  # a third matrix
+    is_added = len(args) > 2 and isinstance(args[2], torch.Tensor)  # noqa: PLR2004  # the third argument is a matrix
     first, second = args[1:3] if is_added else args[:2]
     is_alike = first.dtype == second.dtype
     return "addmm_cuda" if is_alike and first.dtype in _UNMULTIPLIED else ""
@@ -475,7 +475,7 @@ def _matrices(source: Any, weight: Any) -> tuple[torch.Tensor, torch.Tensor]:
     shape = (math.prod(source.shape[:-1]), source.shape[-1])
     is_recorded = (
         torch.is_grad_enabled()
-        or forward_ad._current_level >= 0  # there is no public function
+        or forward_ad._current_level >= 0  # no public API
         or torch._C._len_torch_dispatch_stack()  # no public API
         or torch._C._autograd._profiler_enabled()  # no public API
         or TWICE
@@ -491,13 +491,13 @@ def _linear(
 ) -> torch.Tensor:
     """Run ``linear``; for a subclass of Tensor, C++ would add the bias out of place."""
     count = source.dim()
-    if bias is not None and count == 2:  # noqa: PLR2004  # rows
+    if bias is not None and count == 2:  # noqa: PLR2004  # dimensions of a matrix
         return torch.addmm(bias, source, weight.t())
     shape = (*source.shape[:-1], weight.shape[0])
     if bias is not None and source.is_contiguous():
         return torch.addmm(bias, *_matrices(source, weight)).view(shape)
     # Source: ``should_fold``, for a weight that requires gradients.
-    if count > 2 and weight.requires_grad and weight.dim() == 2:  # noqa: PLR2004  # rows
+    if count > 2 and weight.requires_grad and weight.dim() == 2:  # noqa: PLR2004  # dimensions of a matrix
         rows = source.reshape(-1, source.shape[-1]) if source.numel() else source
         product: torch.Tensor = rows.matmul(weight.t())
         product = _aten._unsafe_view.default(product, shape)
@@ -505,7 +505,7 @@ def _linear(
         product = source.matmul(weight.t())
     if bias is None:
         return product
-    is_dual = forward_ad._current_level >= 0  # there is no public function
+    is_dual = forward_ad._current_level >= 0  # no public API
     return product.add(bias) if is_dual else product.add_(bias)
 
 
@@ -526,7 +526,7 @@ def _summing_diagonal(call: Call) -> Iterator[RequestStep]:
 
 def _trace(source: torch.Tensor) -> torch.Tensor:
     """Run ``trace``; a card also supports booleans."""
-    if source.dtype is torch.bool and source.dim() == 2:  # noqa: PLR2004  # a matrix
+    if source.dtype is torch.bool and source.dim() == 2:  # noqa: PLR2004  # dimensions of a matrix
         return source.diagonal().sum()
     return torch.trace(source)
 
@@ -555,12 +555,12 @@ def _cov(func: Any) -> Kernel:
         aweights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         is_plain = fweights is None and aweights is None
-        if not is_plain or source.dim() > 2 or source.dtype is torch.bool:  # noqa: PLR2004  # a matrix
+        if not is_plain or source.dim() > 2 or source.dtype is torch.bool:  # noqa: PLR2004  # dimensions of a matrix
             result: torch.Tensor = func.decompose(
                 source, correction=correction, fweights=fweights, aweights=aweights
             )
             return result
-        rows = source.view(1, -1) if source.dim() < 2 else source  # noqa: PLR2004  # a matrix
+        rows = source.view(1, -1) if source.dim() < 2 else source  # noqa: PLR2004  # dimensions of a matrix
         count = rows.shape[1]
         total = rows.new_full((), count, dtype=torch.int64)
         mean = rows.sum(1) / total
@@ -635,7 +635,7 @@ register(
 
 def _needs_vectors(source: torch.Tensor) -> bool:
     """Return whether a gradient may be needed; C++ assumes this for any subclass."""
-    is_dual = forward_ad._current_level >= 0  # there is no public function
+    is_dual = forward_ad._current_level >= 0  # no public API
     return is_dual or (source.requires_grad and torch.is_grad_enabled())
 
 
@@ -712,7 +712,7 @@ def _reflecting(func: Any) -> Kernel | None:
     host, formula = on_host(func), by_formula(func)
 
     def kernel(*args: Any, **options: Any) -> Any:
-        has_tangents = forward_ad._current_level >= 0  # no public function
+        has_tangents = forward_ad._current_level >= 0  # no public API
         return (host if has_tangents else formula)(*args, **options)
 
     return into_out(func) or kernel

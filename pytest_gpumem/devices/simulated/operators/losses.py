@@ -189,7 +189,7 @@ def _ctc_loss(_func: Any) -> Kernel:
         reduction: int = 1,
         zero_infinity: bool = False,  # noqa: FBT001, FBT002
     ) -> torch.Tensor:
-        is_batch = source.dim() == 3  # noqa: PLR2004  # steps, batch, classes
+        is_batch = source.dim() == 3  # noqa: PLR2004  # dimensions: steps, batch, classes
         if not is_batch:
             source, targets = source.unsqueeze(1), targets.unsqueeze(0)
         targets = targets.to(source.device, torch.int64)

@@ -56,7 +56,7 @@ def _of_empty_batch(func: Any) -> Kernel:
     ) -> Any:
         if source.numel():
             return func.decompose(source, weight, bias, *others)
-        dtype = torch.float32 if source.dtype.itemsize == 2 else source.dtype  # noqa: PLR2004  # bytes
+        dtype = torch.float32 if source.dtype.itemsize == 2 else source.dtype  # noqa: PLR2004  # bytes of half precision
         channels = source.shape[1] if source.dim() > 1 else 0
         mean, inverse = (source.new_empty(channels, dtype=dtype) for _each in range(2))
         made = source.clone()
@@ -179,7 +179,7 @@ register(
 
 def _wide(source: torch.Tensor) -> torch.Tensor:
     """Return the tensor that a kernel computes with: half becomes single precision."""
-    return source if source.dtype.itemsize > 2 else source.float()  # noqa: PLR2004  # bytes
+    return source if source.dtype.itemsize > 2 else source.float()  # noqa: PLR2004  # bytes of half precision
 
 
 def _by_channel(figures: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -226,7 +226,7 @@ def guarded(func: Any, kernel: Callable[..., Any] | None) -> Callable[..., Any] 
 
 def composed_outs() -> Iterable[tuple[str, Any]]:
     """Yield the name and the overload of each operator with a text of its own."""
-    known = set(torch._C._dispatch_get_all_op_names())  # there is no public function
+    known = set(torch._C._dispatch_get_all_op_names())  # no public API
     for name in _BY_NAME:
         packet = getattr(torch.ops.aten, name.partition(".")[0], None)
         if packet is None:

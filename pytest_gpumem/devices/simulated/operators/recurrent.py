@@ -214,10 +214,10 @@ def _fits(
     """Return whether C++ would fuse: ``check_rnn_cell_forward_input``, and a card."""
     return (
         source.is_cuda
-        and source.dim() == 2  # noqa: PLR2004  # rows
+        and source.dim() == 2  # noqa: PLR2004  # dimensions of a matrix
         and source.shape[1] == weights.by_input.shape[1]
         and all(
-            each.dim() == 2  # noqa: PLR2004  # rows
+            each.dim() == 2  # noqa: PLR2004  # dimensions of a matrix
             and each.shape == (source.shape[0], weights.by_hidden.shape[1])
             for each in state
         )

@@ -312,7 +312,7 @@ def _multiplied(func: Any) -> Callable[..., Any] | None:
             return formula(source, *args, dtype=dtype, **options)
         given = {"dim": None, "keepdim": False, **dict(zip(names, args, strict=False))}
         given |= options
-        return _Product.apply(source, given["dim"], given["keepdim"], dtype)  # type: ignore[no-untyped-call]  # torch's
+        return _Product.apply(source, given["dim"], given["keepdim"], dtype)  # type: ignore[no-untyped-call]  # torch has no type hints here
 
     return kernel
 

@@ -167,7 +167,7 @@ def find(func: Any) -> Operator:
 
 def overloads() -> Iterator[tuple[str, Any, Operator]]:
     """Yield the name, overload and record of each registered overload of torch."""
-    known = set(torch._C._dispatch_get_all_op_names())  # there is no public function
+    known = set(torch._C._dispatch_get_all_op_names())  # no public API
     for name, operator in OPERATORS.items():
         packet = getattr(torch.ops.aten, name, None)
         for overload in () if packet is None else packet.overloads():

@@ -74,7 +74,7 @@ def _check_scaled(given: dict[str, Any]) -> None:
     capability = _capability(first)
     if capability < (8, 9):
         raise RuntimeError(_TOO_OLD)
-    if first.dim() != 2 or second.dim() != 2:  # noqa: PLR2004  # a matrix
+    if first.dim() != 2 or second.dim() != 2:  # noqa: PLR2004  # dimensions of a matrix
         return  # the CPU's code says the same
     _check_sizes(first, second, given.get("scale_result"), given.get("bias"))
     if first.dtype == second.dtype == torch.float8_e5m2:
@@ -144,12 +144,12 @@ def _check_integers(given: dict[str, Any]) -> None:
     """
     first, second = given["self"], given["mat2"]
     for name, each in (("self", first), ("mat2", second)):
-        if each.dim() != 2:  # noqa: PLR2004  # a matrix
+        if each.dim() != 2:  # noqa: PLR2004  # dimensions of a matrix
             raise RuntimeError(
                 f"Expected {name} to be of dimension 2 but got {each.dim()}"
             )
     rows, inner = first.shape
-    if rows <= 16:  # noqa: PLR2004  # as in the message
+    if rows <= 16:  # noqa: PLR2004  # the limit in torch's message
         raise RuntimeError(f"self.size(0) needs to be greater than 16, but got {rows}")
     if not inner or inner % 8:
         raise RuntimeError(

@@ -241,8 +241,8 @@ def _median(func: Any) -> Any:
                 " Sort does not support complex dtypes on CPU"
             )  # a card's
         if source.dtype is not torch.bool:
-            return func(source)  # type: ignore[no-any-return]  # a tensor
-        return func(source.byte()).bool()  # type: ignore[no-any-return]  # a tensor
+            return func(source)  # type: ignore[no-any-return]  # the operator returns a tensor
+        return func(source.byte()).bool()  # type: ignore[no-any-return]  # the operator returns a tensor
 
     return compute
 
