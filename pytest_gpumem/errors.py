@@ -92,7 +92,8 @@ class NoValuesError(GpuMemError, RuntimeError):
 
     Attributes:
         operation: The operation that read the value.
-        place: The file, line and function that called it; empty if they are not known.
+        place: The file, line and function that called the operation; empty if not
+            known.
     """
 
     def __init__(self, operation: str, place: str = "") -> None:

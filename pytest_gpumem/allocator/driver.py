@@ -168,7 +168,7 @@ class Driver:
         if not self._take(nbytes):
             self._note("cudaMalloc", nbytes, _OUT_OF_MEMORY, None)
             return None
-        address = self._place(-(-nbytes // GRANULARITY) * GRANULARITY)
+        address = self._take_range(-(-nbytes // GRANULARITY) * GRANULARITY)
         self._sizes[address] = nbytes
         self._note("cudaMalloc", nbytes, _SUCCESS, address)
         return address
@@ -249,7 +249,7 @@ class Driver:
             count += calls.pop()[3] or 0
         calls.append((name, nbytes, code, count))
 
-    def _place(self, span: int) -> int:
+    def _take_range(self, span: int) -> int:
         if self._descends:
             self._frontier -= span
             return self._frontier

@@ -86,8 +86,8 @@ class Note:
 
     def write_card(self, index: int, figures: MemoryFigures) -> None:
         """Note a card's figures, under the run's index of the card."""
-        place = _COUNTS.size + index * _CARD.size
-        _CARD.pack_into(self._map, place, 1, *_values(figures))
+        offset = _COUNTS.size + index * _CARD.size
+        _CARD.pack_into(self._map, offset, 1, *_values(figures))
 
 
 def _values(figures: MemoryFigures) -> tuple[Any, ...]:
@@ -107,8 +107,8 @@ def read_note(path: Path) -> ChildFigures | None:
     num_requests, *strikes = _COUNTS.unpack_from(content)
     found = {}
     for index in range(MAX_CARDS):
-        place = _COUNTS.size + index * _CARD.size
-        is_used, *values = _CARD.unpack_from(content, place)
+        offset = _COUNTS.size + index * _CARD.size
+        is_used, *values = _CARD.unpack_from(content, offset)
         if is_used:
             figures: dict[str, Any] = {
                 name: None if name in OPTIONAL and value == _UNKNOWN else value

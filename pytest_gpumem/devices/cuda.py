@@ -125,8 +125,8 @@ class CudaDevice:
 
     def holds(self, storage: Any, index: int) -> bool:
         """Return whether a storage is on a card."""
-        place: torch.device = storage.device
-        return place.type == "cuda" and place.index == index
+        device: torch.device = storage.device
+        return device.type == "cuda" and device.index == index
 
     def open_tracker(self, index: int) -> CudaTracker:
         """Start tracking a card's peaks."""

@@ -52,7 +52,7 @@ class CudaStatistics:
         self._reset: Any = None
 
     def of(self, index: int) -> Mapping[str, int]:
-        """Return the card's own ``memory_stats``; empty before CUDA is used."""
+        """Return the card's ``memory_stats`` without stored peaks; empty before CUDA."""
         if not torch.cuda.is_initialized():
             return {}
         self._reads_own.value = True

@@ -8,7 +8,7 @@ import torch
 
 
 class _DefaultType:
-    """Whether ``torch.Tensor(…)`` makes a simulated card's tensor, with no default device.
+    """Whether ``torch.Tensor(…)`` creates a card's tensor without a default device.
 
     Attributes:
         is_of_card: Whether a card's type was set by ``torch.set_default_tensor_type``.
@@ -21,9 +21,9 @@ default_type: Final = _DefaultType()
 
 
 def clear_default_device() -> None:
-    """Remove torch's default device in this thread, as if none was ever set.
+    """Remove torch's default device in this thread, as if none had ever been set.
 
-    So is the card's type of ``torch.Tensor(…)``.
+    A card's default tensor type is removed, too.
 
     ``torch.set_default_device(None)`` alone stores a None, with which
     ``torch.get_default_device`` of torch 2.8 fails. Source: ``torch/__init__.py``.

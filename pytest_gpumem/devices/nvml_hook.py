@@ -1,7 +1,7 @@
-"""Waits for the modules that ask NVML, to answer them for simulated cards.
+"""Waits for modules that query NVML, and gives them the answers of simulated cards.
 
-What answers is imported with the first of these modules, because most programs that start
-under a run import none.
+The code that answers is imported together with the first of these modules, because most
+programs import none of them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """NVML's functions in C for simulated cards, for programs that call them with ctypes.
 
 nvitop does not call ``pynvml``'s functions but NVML's own, which it fetches through
-``pynvml``. Such a function returns a code, and writes what it found to addresses that are
-among its arguments. Its handles are those of ``pynvml``'s functions.
+``pynvml``. Such a function returns a code, and writes its results to addresses that it
+gets as arguments. Handles are the same as those of ``pynvml``'s functions.
 
 Source: ``nvml.h``.
 """
@@ -26,7 +26,7 @@ _NOT_FOUND: Final = 6
 _INSUFFICIENT_SIZE: Final = 7
 _ERRORS: Final = {_NOT_SUPPORTED: b"Not Supported", _NOT_FOUND: b"Not Found"}
 
-#: The end of a name that says which version of a function it is.
+#: The end of a function's name that gives its version.
 _VERSION: Final = re.compile(r"_v\d+$")
 
 
@@ -47,7 +47,7 @@ class NvmlLibrary:
         self._error_type = error_type
 
     def function(self, name: str) -> Callable[..., Any]:
-        """Return a function of the library; ``_v2`` and its like are the same function."""
+        """Return a function of the library; all its versions are the same function."""
         bare = _VERSION.sub("", name)
 
         def called(*args: Any) -> Any:
@@ -67,7 +67,7 @@ class NvmlLibrary:
         inputs = [getattr(each, "value", each) for each in args if not _is_target(each)]
         room = None
         if targets and hasattr(targets[0], "raw"):
-            room = inputs.pop()  # of the text that is to be written
+            room = inputs.pop()  # the size of the text's buffer
         try:
             result = function(*inputs)
         except self._error_type as error:
@@ -86,7 +86,7 @@ def _is_target(value: Any) -> bool:
 
 
 def _target(value: Any) -> Any:
-    """Return what ``ctypes.byref`` was called with, or an array."""
+    """Return the object behind ``ctypes.byref``, or the array itself."""
     return getattr(value, "_obj", value)
 
 
@@ -95,7 +95,7 @@ def _number(value: Any) -> int:
 
 
 def _write(result: Any, targets: list[Any]) -> None:
-    """Write a result to its targets; a function without a result has none."""
+    """Write a result to its targets; without a result there is no target."""
     if isinstance(result, int):
         targets[0].value = result
     elif isinstance(result, list) or type(result) is tuple:
@@ -118,7 +118,7 @@ def _write_text(text: str, buffer: Any, room: int) -> int:
 
 
 def _write_structure(result: Any, target: Any) -> None:
-    """Write to the fields of a structure that a result has."""
+    """Write the fields of a structure that the result contains."""
     values = asdict(result) if is_dataclass(result) else result._asdict()  # type: ignore[arg-type]  # not a class, but an object
     for name, *_kind in target._fields_:
         if name in values:
@@ -127,7 +127,7 @@ def _write_structure(result: Any, target: Any) -> None:
 
 
 def _write_processes(found: list[Any], count: Any, array: Any = None) -> int:
-    """Write the processes and how many there are, or only this without enough room."""
+    """Write the processes and their number; only the number if the array is too small."""
     room, count.value = count.value, len(found)
     if len(found) > room:
         return _INSUFFICIENT_SIZE
@@ -137,7 +137,7 @@ def _write_processes(found: list[Any], count: Any, array: Any = None) -> int:
 
 
 def _write_process_name(pid: Any, buffer: Any, room: Any) -> int:
-    """Write the path of a process's program, cut off where there is no room."""
+    """Write the path of a process's program, shortened to the buffer's size."""
     try:
         name = Path(f"/proc/{_number(pid)}/exe").readlink()
     except OSError:

@@ -20,7 +20,7 @@ BACKENDS: Final = ("auto", "cuda", "simulated", "off")
 OLDEST_TORCH: Final = (2, 8)
 
 
-#: What ``torch/version.py`` says, a text each; what is None is left out.
+#: Matches an assignment of a text in ``torch/version.py``; a value of None does not match.
 _SAID: Final = re.compile(
     r"^(__version__|cuda|hip|xpu)\b[^=\n]*=\s*['\"]([^'\"]+)", re.MULTILINE
 )

@@ -73,8 +73,8 @@ def path_in_words(chain: list[Any]) -> str:
     steps = []
     names: list[str] = []
     attribute = None
-    for place, (child, holder) in enumerate(itertools.pairwise(chain)):
-        above = chain[place + 2] if place + 2 < len(chain) else None
+    for index, (child, holder) in enumerate(itertools.pairwise(chain)):
+        above = chain[index + 2] if index + 2 < len(chain) else None
         if isinstance(holder, dict) and _is_registry(holder, chain):
             names.insert(0, str(_key(holder, child)))
         elif isinstance(holder, torch.nn.Module) and names:
@@ -145,10 +145,10 @@ def _step(holder: Any, child: Any) -> str:
 
 def _frame(holder: FrameType, child: Any) -> str:
     code = holder.f_code
-    place = f"{code.co_name} ({Path(code.co_filename).name}:{holder.f_lineno})"
+    where = f"{code.co_name} ({Path(code.co_filename).name}:{holder.f_lineno})"
     name = _key(variables_of(holder), child)
     state = "running " if runs(holder) else ""
-    return f"local {name!r} of {state}{place}" if name else f"{state}{place}"
+    return f"local {name!r} of {state}{where}" if name else f"{state}{where}"
 
 
 def _record(holder: logging.LogRecord, _child: Any) -> str:

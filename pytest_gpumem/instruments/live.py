@@ -85,8 +85,10 @@ def survey(device: Device, index: int, frame: FrameType | None) -> Survey:
     )
     return Survey(
         tuple(
-            LiveTensor(nbytes(tensor), shape_words(tensor), names.owner(place, tensor))
-            for place, tensor in ranked[:SHOWN]
+            LiveTensor(
+                nbytes(tensor), shape_words(tensor), names.owner(storage_at, tensor)
+            )
+            for storage_at, tensor in ranked[:SHOWN]
         ),
         len(tensors),
         sum(nbytes(tensor) for tensor in tensors.values()),
@@ -117,10 +119,10 @@ class _Names:
             return False
         return self._device.holds(tensor.untyped_storage(), self._index)
 
-    def owner(self, place: int, tensor: torch.Tensor) -> str:
+    def owner(self, storage_at: int, tensor: torch.Tensor) -> str:
         """Return a storage's owner in words; empty if no owner was found."""
         graph = "" if tensor.grad_fn is None else "a result that autograd may need"
-        return self._parts.get(place) or self._locals.get(place) or graph
+        return self._parts.get(storage_at) or self._locals.get(storage_at) or graph
 
     def of_model(self, root: torch.nn.Module, *, is_wanted: bool) -> ModelSize | None:
         """Name a model's parts; return its size if it is on the card or wanted."""
@@ -146,9 +148,9 @@ class _Names:
                 self._parts.setdefault(address(part), f"{name} of {kind}")
             gradient = part.grad if part.is_leaf else None
             if gradient is not None and self.has(gradient):
-                place = address(gradient)
-                self._parts.setdefault(place, f"gradient of {name} of {kind}")
-                self.kept.add(place)
+                storage_at = address(gradient)
+                self._parts.setdefault(storage_at, f"gradient of {name} of {kind}")
+                self.kept.add(storage_at)
         if not on_card and not (is_wanted and whole):
             return None
         largest = max(layers, key=lambda each: layers[each])
@@ -163,9 +165,9 @@ class _Names:
             whose = self._parts.get(address(parameter), "a parameter")
             for key, value in state.items():
                 if isinstance(value, torch.Tensor) and self.has(value):
-                    place = address(value)
-                    self._parts.setdefault(place, f"{key} of {kind} for {whose}")
-                    self.kept.add(place)
+                    storage_at = address(value)
+                    self._parts.setdefault(storage_at, f"{key} of {kind} for {whose}")
+                    self.kept.add(storage_at)
 
     def of_frames(self, frame: FrameType | None) -> set[int]:
         """Name the tensors in variables, from the innermost frame; return the modules' ids."""
@@ -173,8 +175,8 @@ class _Names:
         globals_seen: set[int] = set()
         for each, state in _frames(frame):
             code = each.f_code
-            place = f"{code.co_name} ({Path(code.co_filename).name}:{each.f_lineno})"
-            self._of_variables(variables_of(each), f"of {state}{place}", modules)
+            where = f"{code.co_name} ({Path(code.co_filename).name}:{each.f_lineno})"
+            self._of_variables(variables_of(each), f"of {state}{where}", modules)
             if id(each.f_globals) not in globals_seen:
                 globals_seen.add(id(each.f_globals))
                 module = each.f_globals.get("__name__")

@@ -100,7 +100,7 @@ class Chain(NamedTuple):
     """Facts about a request that follow from the chain of code on its stack.
 
     Attributes:
-        place: The line, in words.
+        site: The line, in words.
         kind: What the bytes are for.
         module: The depth of the frame that has the active module; None if there is none.
         variables: The names of that frame's variables for the module and for the parameter
@@ -110,7 +110,7 @@ class Chain(NamedTuple):
         codes: The code objects; a reference to them keeps their ids from being used again.
     """
 
-    place: str
+    site: str
     kind: Kind
     module: int | None
     variables: tuple[str, str]
@@ -152,7 +152,7 @@ def chain_of(frame: FrameType) -> Chain:
         number = id(each.f_code)
         if number in ends:
             break
-        add(number + each.f_lasti)  # two places of code rarely have the same sum
+        add(number + each.f_lasti)  # two chains rarely have the same sum
         each = each.f_back
     key = tuple(numbers)
     found = _known.get(key)
@@ -212,18 +212,18 @@ def _outer(frame: FrameType, depth: int) -> FrameType:
 
 
 def describe_site(frame: FrameType, *, exact: bool = False) -> str:
-    """Return the place that asked for memory, in words that are the same in each run.
+    """Return the site that requests memory, in words that are the same in each run.
 
     The words name the innermost line of the user's own code and the phase. If no user
     code is on the stack, as in a loader's own threads, they name the library's line. The
     innermost function of a library and the active module follow, without the numbers of
     layers, so that two layers of a kind are one site.
     """
-    place = chain_of(frame).place
+    site = chain_of(frame).site
     module = (parameter_name(frame) if exact else "") or module_path(frame)
     if module and exact:
-        return f"{place} for {module}"
-    return f"{place} in {starred(module)}" if module else place
+        return f"{site} for {module}"
+    return f"{site} in {starred(module)}" if module else site
 
 
 def starred(path: str) -> str:
@@ -246,8 +246,8 @@ def site_of(lines: Iterable[Line]) -> str:
             library = f"{file} {each.function}"
             line = f"{file}:{each.number} in {each.function}"
     phase = _phase_at((each.filename, each.function) for each in lines)
-    place = f"{user or line or 'unknown site'} ({phase})"
-    return f"{place} via {library}" if user and library else place
+    site = f"{user or line or 'unknown site'} ({phase})"
+    return f"{site} via {library}" if user and library else site
 
 
 def kind_of(lines: Iterable[Line]) -> Kind:

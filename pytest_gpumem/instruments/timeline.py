@@ -90,7 +90,7 @@ class Series:
 
     def move(self, nbytes: int, old: Kind, new: Kind, since: int) -> None:
         """Count bytes as another kind, in all points from an event on."""
-        before, after = _PLACES[old], _PLACES[new]
+        before, after = _INDICES[old], _INDICES[new]
         for point in reversed(self._whole()):
             if point.event < since:
                 return
@@ -118,7 +118,7 @@ class Series:
         return [*self._points, self._last]
 
 
-_PLACES: Final = {kind: place for place, kind in enumerate(KINDS)}
+_INDICES: Final = {kind: index for index, kind in enumerate(KINDS)}
 
 
 @dataclass(slots=True)
@@ -126,7 +126,7 @@ class _Block:
     """A block that is or was on a card."""
 
     nbytes: int
-    place: str
+    site: str
     kind: Kind = "unnamed"
     node: Node | None = None
     owner: NamedOwner | None = None
@@ -139,10 +139,8 @@ class _Block:
         if owner is not None:
             path = (*owner.node.path, owner.name)
             model = owner.node.root.kind
-            return LiveBlock(
-                self.nbytes, self.place, model, path, owner.role, self.kind
-            )
-        site = self.place
+            return LiveBlock(self.nbytes, self.site, model, path, owner.role, self.kind)
+        site = self.site
         if self.node is not None:
             module = ".".join(self.node.path) or self.node.kind
             site = f"{site} in {starred(module)}"
@@ -177,7 +175,7 @@ class _Card:
         #: Numbers of events after which an allocation failed.
         self.ooms: list[int] = []
         self._kinds = [0] * len(KINDS)
-        self._kinds[_PLACES["unnamed"]] = before
+        self._kinds[_INDICES["unnamed"]] = before
         #: Bytes that were allocated before and are not known as blocks.
         self._before = before
         #: Blocks that were allocated while nothing was recorded.
@@ -186,18 +184,18 @@ class _Card:
     def gain(self, address: int, allocated: int, block: _Block) -> None:
         block.since = self.series.num_events
         self.blocks[address] = block
-        self._kinds[_PLACES[block.kind]] += block.nbytes
+        self._kinds[_INDICES[block.kind]] += block.nbytes
         self.peak.gain(address, allocated)
         self._phase.gain(address, allocated)
 
     def gain_unseen(self, address: int, nbytes: int) -> None:
         self._unseen.add(address)
-        self._kinds[_PLACES["unnamed"]] += nbytes
+        self._kinds[_INDICES["unnamed"]] += nbytes
 
     def lose(self, address: int, nbytes: int) -> None:
         block = self.blocks.pop(address, None)
         kind: Kind = "unnamed" if block is None else block.kind
-        self._kinds[_PLACES[kind]] -= nbytes
+        self._kinds[_INDICES[kind]] -= nbytes
         if address in self._unseen:
             self._unseen.remove(address)
             return
@@ -229,8 +227,8 @@ class _Card:
     def _tell(self, block: _Block, kind: Kind) -> None:
         """Note the kind of a block that is on the card, in the past too."""
         if block.kind != kind:
-            self._kinds[_PLACES[block.kind]] -= block.nbytes
-            self._kinds[_PLACES[kind]] += block.nbytes
+            self._kinds[_INDICES[block.kind]] -= block.nbytes
+            self._kinds[_INDICES[kind]] += block.nbytes
             self.series.move(block.nbytes, block.kind, kind, block.since + 1)
             block.kind = kind
 
@@ -350,7 +348,7 @@ class Timeline:
             ),
         ]
         waiting = deque(sorted(notes, key=lambda note: note[0]))
-        places: dict[tuple[Line, ...], tuple[str, Kind]] = {}
+        sites: dict[tuple[Line, ...], tuple[str, Kind]] = {}
         for each in changes:
             while waiting and waiting[0][0] < each.time_us:
                 waiting.popleft()[1]()
@@ -361,13 +359,13 @@ class Timeline:
                     Line(frame["filename"], frame["line"], frame["name"])
                     for frame in each.frames
                 )
-                if lines not in places:
-                    places[lines] = (
+                if lines not in sites:
+                    sites[lines] = (
                         (site_of(lines), kind_of(lines))
                         if lines
                         else (AUTOGRAD, "gradients")
                     )
-                block = _Block(each.nbytes, *places[lines])
+                block = _Block(each.nbytes, *sites[lines])
                 card.gain(each.address, allocated, block)
             elif each.nbytes:
                 card.lose(each.address, -each.nbytes)
@@ -435,9 +433,9 @@ class Timeline:
         """Return a new block with the facts that follow from the stack."""
         chain = chain_of(frame)
         if chain.kind == "workspaces":
-            place = f"cuBLAS workspace, first needed at {chain.place}"
-            return _Block(nbytes, place, chain.kind)
-        plain = _Block(nbytes, chain.place, chain.kind)
+            site = f"cuBLAS workspace, first needed at {chain.site}"
+            return _Block(nbytes, site, chain.kind)
+        plain = _Block(nbytes, chain.site, chain.kind)
         return guarded(lambda: self._block(nbytes, frame, chain), otherwise=plain)
 
     def _block(self, nbytes: int, frame: FrameType, chain: Chain) -> _Block:
@@ -445,14 +443,14 @@ class Timeline:
         if module is None:
             if chain.optimizer is not None:
                 self._meet_optimizer(chain.optimizer_at(frame))
-            return _Block(nbytes, chain.place, chain.kind)
+            return _Block(nbytes, chain.site, chain.kind)
         node = self._owners.known(module)
         if node is None:
             outer = chain.outermost_at(frame)
             self._unmet.append(module if outer is None else outer)
             node = self._owners.node(module)
         owner = NamedOwner(node, parameter) if parameter else None
-        return _Block(nbytes, chain.place, chain.kind, node, owner)
+        return _Block(nbytes, chain.site, chain.kind, node, owner)
 
     def _meet_optimizer(self, optimizer: Any) -> None:
         """Find an optimiser's gradients, if there was a new peak since the last call."""

@@ -47,22 +47,22 @@ class Annotations:
         if not (reason or record.sweeps or record.fallbacks):
             return
         text = reason or _first_line(test.failure)
-        failed_at = self._place(test.failure)
+        failed_at = self._source_line(test.failure)
         self._add(f"{test.nodeid}: {text}", failed_at, "GPU memory")
-        place = source_line_of(record.site or "", (self._start, self._root))
-        if place is not None and place != failed_at:
+        line = source_line_of(record.site or "", (self._start, self._root))
+        if line is not None and line != failed_at:
             self._add(
                 f"{test.nodeid}: {text}\nat {record.site}",
-                place,
+                line,
                 "GPU memory: allocated here",
             )
 
-    def _add(self, message: str, place: SourceLine | None, title: str) -> None:
+    def _add(self, message: str, line: SourceLine | None, title: str) -> None:
         self._commands.append(
-            error_command(message, title=title, place=place, root=self._workspace)
+            error_command(message, title=title, source_line=line, root=self._workspace)
         )
 
-    def _place(self, report: pytest.TestReport) -> SourceLine | None:
+    def _source_line(self, report: pytest.TestReport) -> SourceLine | None:
         file, line, _name = report.location
         return None if line is None else SourceLine(self._root / file, line + 1)
 

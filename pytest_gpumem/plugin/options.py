@@ -178,15 +178,15 @@ def bind_values(args: list[str], namespace: Any, options: Iterable[Option]) -> N
         options: The options.
     """
     flags = {each.flag: each for each in options if each.alone is not None}
-    for place, word in enumerate(args):
+    for index, word in enumerate(args):
         option = flags.get(word)
-        following = args[place + 1] if place + 1 < len(args) else "--"
+        following = args[index + 1] if index + 1 < len(args) else "--"
         if option is None or following.startswith("-"):
             continue
         try:
             option.value(following, Path())
         except (GpuMemError, ValueError):
-            args[place] = f"{word}={option.alone}"
+            args[index] = f"{word}={option.alone}"
             setattr(namespace, option.ini, option.alone)
             files = getattr(namespace, "file_or_dir", None)
             if isinstance(files, list):

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 #: Whether processes can share cards on this system, because claims need ``fcntl``.
 _CAN_SHARE: Final = IS_POSIX
-#: The environment variable with a worker's place: its position, the number of workers on
+#: The environment variable with a worker's position: its number, the number of workers on
 #: its machine, and the run.
 WORKER_VARIABLE: Final = "PYTEST_GPUMEM_WORKER"
 
@@ -71,25 +71,25 @@ class Sharing:
 
     Args:
         settings: The run's options.
-        place: This process's position among the workers; None if it is the only one.
+        worker: This process's position among the workers; None if it is the only one.
 
     Attributes:
-        place: The position; None also if each of the run's workers has its own cards.
+        worker: The position; None also if each of the run's workers has its own cards.
         admits: Whether tests wait for their bytes.
         is_capped: Whether the running test may hold at most an equal share.
     """
 
-    def __init__(self, settings: Settings, place: WorkerPosition | None) -> None:
+    def __init__(self, settings: Settings, worker: WorkerPosition | None) -> None:
         self._settings: Final = settings
-        alone = place is None or place.workers == 1 or settings.share == "own"
+        alone = worker is None or worker.workers == 1 or settings.share == "own"
         alone = alone or not _CAN_SHARE
-        self.place: Final = None if alone else place
+        self.worker: Final = None if alone else worker
         self.admits: Final = not alone and settings.share == "equal"
         self.is_capped = self.admits
         self._num_cards = 1
         self._environment: Final = PatchSet()
         self._run: Final = (
-            secrets.token_hex(8) if self.place is None else self.place.run
+            secrets.token_hex(8) if self.worker is None else self.worker.run
         )
         self._ledgers: Final[dict[str, Ledger]] = {}
         self._joined: list[SharedCard] = []
@@ -104,11 +104,11 @@ class Sharing:
             pytest.UsageError: Another user could change files that processes share.
         """
         self._check_folder(kind)
-        if self.place is None or kind == "off":
+        if self.worker is None or kind == "off":
             return
         names = self._visible(kind)
         self._num_cards = max(len(names), 1)
-        turn = self.place.position % self._num_cards
+        turn = self.worker.position % self._num_cards
         if turn:
             turned = ",".join((*names[turn:], *names[:turn]))
             self._environment.put(os.environ, VISIBLE_VARIABLE, turned)
@@ -137,7 +137,7 @@ class Sharing:
 
     def _joins(self, kind: str) -> bool:
         """Tell whether processes see each other's bytes of simulated cards."""
-        is_shared = self.place is not None or self._settings.reaches_children
+        is_shared = self.worker is not None or self._settings.reaches_children
         return kind == "simulated" and is_shared and _CAN_SHARE
 
     def _visible(self, kind: str) -> tuple[str, ...]:
@@ -157,12 +157,12 @@ class Sharing:
 
     def num_sharing(self, index: int) -> int:
         """Return how many workers share a card of this process."""
-        if self.place is None:
+        if self.worker is None:
             return 1
         if index:
-            return self.place.workers
-        mine = self.place.position % self._num_cards
-        return len(range(mine, self.place.workers, self._num_cards))
+            return self.worker.workers
+        mine = self.worker.position % self._num_cards
+        return len(range(mine, self.worker.workers, self._num_cards))
 
     def share_bytes(self, device: Device, index: int, total_bytes: int) -> int:
         """Return the equal share of a card, including the process's own context."""
@@ -212,6 +212,6 @@ class Sharing:
             return
         from pytest_gpumem.tenancy.shared_card import join_cards
 
-        if self.place is None:
+        if self.worker is None:
             self._own_folder = self.folder
         self._joined = join_cards(machine.all_cards, self.folder)

@@ -72,8 +72,8 @@ class Workers:
             machines.setdefault(str(host), []).append(spec)
         for workers in machines.values():
             for position, spec in enumerate(workers):
-                place = WorkerPosition(position, len(workers), self._run)
-                spec.env[WORKER_VARIABLE] = place.text
+                worker = WorkerPosition(position, len(workers), self._run)
+                spec.env[WORKER_VARIABLE] = worker.text
 
     def pytest_report_header(self, config: pytest.Config) -> str:
         """Print that the cards are shared."""

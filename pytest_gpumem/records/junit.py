@@ -60,10 +60,10 @@ def _properties(record: Record) -> Iterator[tuple[str, Any]]:
 def _figures(record: Record) -> Iterator[tuple[str, int]]:
     for each in record.figures:
         values = encode(each)
-        place = f"{values.pop('phase')}.cuda{values.pop('device_index')}"
+        prefix = f"{values.pop('phase')}.cuda{values.pop('device_index')}"
         for name, value in values.items():
             if value is not None:
-                yield f"{place}.{name}", value
+                yield f"{prefix}.{name}", value
 
 
 def _text(value: Any) -> str:

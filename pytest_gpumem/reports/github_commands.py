@@ -31,7 +31,7 @@ def error_command(
     message: str,
     *,
     title: str,
-    place: SourceLine | None = None,
+    source_line: SourceLine | None = None,
     root: Path | None = None,
 ) -> str:
     """Return the command that shows an error, on one line.
@@ -39,12 +39,15 @@ def error_command(
     Args:
         message: The text; it may have several lines.
         title: The title above it.
-        place: The line of code to mark; None shows the error on the run's page only.
+        source_line: The line of code to mark; None shows the error on the run's page only.
         root: The checkout, to which GitHub's paths are relative.
     """
     properties = {}
-    if place is not None:
-        properties = {"file": _from(root, place.file), "line": str(place.line)}
+    if source_line is not None:
+        properties = {
+            "file": _from(root, source_line.file),
+            "line": str(source_line.line),
+        }
     properties["title"] = title
     text = ",".join(
         f"{name}={_escape(_PROPERTY, each)}" for name, each in properties.items()

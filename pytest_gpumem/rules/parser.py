@@ -170,18 +170,18 @@ def parse_rule(text: str) -> Rule:
     if colon and not rest.strip():
         raise _error(text, len(text), "nothing follows the colon", tuple(KEYS))
     position = len(phase) + 1
-    places: dict[str, int] = {}
+    positions: dict[str, int] = {}
     for part in rest.split(",") if rest else []:
         at = position + len(part) - len(part.lstrip())
         written = part.partition("=")[0].strip()
         key = ALIASES.get(written, written)
-        if key in places:
+        if key in positions:
             raise _error(text, at, f"{written!r} is given twice", ())
-        places[key] = at
+        positions[key] = at
         rule = _with_key(rule, key, part, text, position)
         position += len(part) + 1
-    _check(rule, text, places)
-    if rule.is_repeated and "times" not in places:
+    _check(rule, text, positions)
+    if rule.is_repeated and "times" not in positions:
         rule = replace(rule, times=None)
     return rule
 
@@ -207,7 +207,7 @@ def _with_key(rule: Rule, key: str, part: str, text: str, position: int) -> Rule
     return replace(rule, **{KEYS[key].field: read})
 
 
-def _check(rule: Rule, text: str, places: dict[str, int]) -> None:
+def _check(rule: Rule, text: str, positions: dict[str, int]) -> None:
     """Reject keys that contradict each other; point at the later one.
 
     Raises:
@@ -220,14 +220,16 @@ def _check(rule: Rule, text: str, places: dict[str, int]) -> None:
         ("p", "persistent"),
     ]
     for keys in exclusive:
-        given = sorted((key for key in keys if key in places), key=places.__getitem__)
+        given = sorted(
+            (key for key in keys if key in positions), key=positions.__getitem__
+        )
         if len(given) > 1:
             reason = f"{given[0]!r} and {given[1]!r} exclude each other"
-            raise _error(text, places[given[1]], reason, ())
-    if "seed" in places and "p" not in places:
-        raise _error(text, places["seed"], "'seed' without 'p' has no meaning", ())
+            raise _error(text, positions[given[1]], reason, ())
+    if "seed" in positions and "p" not in positions:
+        raise _error(text, positions["seed"], "'seed' without 'p' has no meaning", ())
     if rule.max_bytes is not None and rule.max_bytes < rule.min_bytes:
-        raise _error(text, places["max"], "'max' is below 'min'", ())
+        raise _error(text, positions["max"], "'max' is below 'min'", ())
 
 
 def _meant(word: str, known: Collection[str]) -> str:

@@ -58,12 +58,12 @@ def explain_failures(
         f"{len(report.outcomes)} faults"
     ]
     for (site, verdict), outcomes in groups.items():
-        place = site or "an unknown site"
+        where = site or "an unknown site"
         if not detailed:
             first = replay(outcomes[0].point.rule)
-            lines.append(f"{len(outcomes)} x {verdict.value} at {place}\n  {first}")
+            lines.append(f"{len(outcomes)} x {verdict.value} at {where}\n  {first}")
             continue
-        lines.append(f"{verdict.value} at {place}:")
+        lines.append(f"{verdict.value} at {where}:")
         for outcome in outcomes[:SHOWN]:
             lines += [
                 f"  {line}" for line in describe_point(outcome, replay).splitlines()

@@ -144,7 +144,7 @@ def test_a_text_can_end_no_command_and_begin_none() -> None:
     command = error_command(
         "100 %\r\n::error::a, b: c",
         title="a:b,c%\r\n",
-        place=SourceLine(Path("/checkout/a,b:c/100%.py"), 3),
+        source_line=SourceLine(Path("/checkout/a,b:c/100%.py"), 3),
         root=Path("/checkout"),
     )
 

@@ -57,7 +57,7 @@ def test_a_second_row_is_refused_with_both_places() -> None:
     with pytest.raises(ValueError, match=r"operator sum has two rows") as caught:
         register("sum", source="nowhere")
 
-    assert OPERATORS["sum"].place in str(caught.value)
+    assert OPERATORS["sum"].defined_at in str(caught.value)
     assert "test_operators.py:" in str(caught.value)
     assert "nowhere" != find(_aten.sum.default).source
 
@@ -82,7 +82,7 @@ def test_every_row_stands_in_its_familys_module() -> None:
     """The families that are imported are all there are."""
     modules = {f"{each.__name__.rpartition('.')[2]}.py" for each in operators.FAMILIES}
 
-    assert modules == {each.place.partition(":")[0] for each in OPERATORS.values()}
+    assert modules == {each.defined_at.partition(":")[0] for each in OPERATORS.values()}
 
 
 def test_autocast_knows_every_operator_that_its_header_names() -> None:

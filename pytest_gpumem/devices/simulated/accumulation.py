@@ -1,4 +1,4 @@
-"""Sums of gradients: autograd adds in place if it holds the only reference to the first.
+"""Sums gradients in place if autograd holds the only reference to the first one.
 
 C++ never adds in place for a subclass of Tensor, so a sum would take a new block. Here
 the values of a sum are in a new tensor, and the block of the first gradient is passed on
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.tensor import Handler
 
 _add: Final[Any] = torch.ops.aten.add.Tensor
-#: The number of references, inside ``_may_reuse``, to a gradient that is only in
-#: autograd's buffer: the buffer, the dispatcher's stack, its argument list, and the Python
-#: object. The number of references to the storage: the tensor, the tensor with the
-#: values, and the Python object. Those to the Python object: the arguments of the operator,
-#: two local variables, and C++'s.
+#: The number of references, inside ``_may_reuse``, to a gradient that is only in autograd's
+#: buffer: the buffer, the dispatcher's stack, its argument list, and the Python object. The
+#: storage is referred to by the tensor, the tensor with the values, and its Python object.
+#: The Python object is referred to by the operator's arguments, two local variables, and
+#: C++.
 _TENSOR_USES: Final = 4
 _STORAGE_USES: Final = 3
 _PYTHON_USES: Final = 2 + LOCAL_USES + REFERENCES_BY_CPP
-#: The same inside ``_is_new``, which has it as an argument, and where C++ calls with an
-#: object of its own on each version.
+#: The references to the Python object inside ``_is_new``, which gets it as an argument. In
+#: each torch version, C++ creates a new object for the call.
 _NEW_PYTHON_USES: Final = 1 + 2 * LOCAL_USES
 
 
@@ -212,7 +212,7 @@ def numbering(func: Any, handler: Handler) -> Handler:
 
 
 def _is_at_work(*names: str) -> bool:
-    """Return whether the running autograd node has a name with one of the prefixes."""
+    """Return whether the name of the running autograd node begins with a prefix."""
     if torch._C._current_graph_task_id() == -1:
         return False
     node = torch._C._current_autograd_node()  # no public API
@@ -235,7 +235,8 @@ def _is_new(tensor: Any) -> bool:
     is_ours = type(tensor) is SimulatedTensor
     return (
         is_ours
-        and tensor._use_count() <= _TENSOR_USES + 1  # one more for std::optional
+        and tensor._use_count()
+        <= _TENSOR_USES + 1  # one more reference by std::optional
         and sys.getrefcount(tensor) <= _NEW_PYTHON_USES
         and _storage_uses(tensor) <= _STORAGE_USES
     )

@@ -22,7 +22,7 @@ _called: Final = _Called()
 
 
 def in_backward() -> bool:
-    """Return whether autograd's C++ code runs in this thread.
+    """Return whether this thread runs autograd's C++ code.
 
     This code creates helper tensors on the device that it sees for the tensors, which is
     the CPU. The user has not chosen the device of such an operand or target.

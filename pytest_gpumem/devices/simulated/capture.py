@@ -5,10 +5,11 @@ Sources of the rules and of the errors: "CUDA Graphs" in the CUDA C++ programmin
 ``aten/src/ATen/native/cuda/Copy.cu`` of torch 2.13.
 
 Note [What a capture changes]
-On a card, captured operators do not run before the first replay. Here they run, because
-code goes on with their results. So a capture notes what is in memory before an operator
-writes to it, and puts that back at its end. Memory that was made in the capture, whose
-contents a card leaves undefined, has what the operators computed.
+On a card, captured operators do not run before the first replay. Here they run at once,
+because later code uses the shapes of their results. So a capture records the contents
+of memory before an operator writes to it, and restores them at its end. Memory that was
+allocated during the capture keeps the computed values; on a card its contents are
+undefined.
 """
 
 from __future__ import annotations
@@ -43,12 +44,13 @@ _NOT_PINNED: Final = (
     "pin_memory=True."
 )
 _WAITS: Final = "called a synchronizing CUDA operation"
-#: Torch's tags of operators for whose results, or sizes of results, the host waits.
+#: Torch's tags of operators for which the host waits, because it reads a result or a
+#: result's size.
 _WAITING: Final = (
     torch.Tag.data_dependent_output,
     torch.Tag.dynamic_output_shape,
 )
-#: Operators that first count the elements that a mask chooses, if an index is one.
+#: Operators that first count the elements that a mask selects, if an index is a mask.
 #: Source: ``expandTensors``, ``aten/src/ATen/native/IndexingUtils.h``.
 _INDEXING: Final = frozenset(
     {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_"}
@@ -65,8 +67,8 @@ class Capture:
         generators: The generators from which the captured operators may draw; None means
             any.
         graph: Returns the graph that captures, or None once it is gone.
-        register: Takes memory for the state of one more generator; called at the first
-            draw from each if ``generators`` is None.
+        register: Allocates memory for the state of a generator; called at the first
+            draw from each generator if ``generators`` is None.
 
     Attributes:
         streams: Handles of the streams that take part.
@@ -90,10 +92,11 @@ class Capture:
         self._registered: Final = generators
         self._register: Final = register
         self._drawn: Final[set[int]] = set()
-        # What is drawn for the values of the capture is drawn again by each replay.
+        # A capture draws only for its temporary values; each replay draws again.
         known = CardGenerator.of_card(card) if generators is None else generators
         self._undo_draws: Final = [each.keep() for each in known]
-        #: Memory that was written to, by its address in C++, and what was in it before.
+        #: The earlier contents of memory that was written to, by the address of its C++
+        #: storage.
         self._contents: Final[
             dict[int, tuple[weakref.ref[torch.UntypedStorage], torch.Tensor]]
         ] = {}
@@ -105,7 +108,7 @@ class Capture:
         self.tape: Final = Tape()
 
     def note_contents(self, value: Any) -> None:
-        """Note what is in the memory of all tensors in a value, before it is written."""
+        """Record the contents of all tensors in a value, before they are written."""
         for each in torch.utils._pytree.tree_leaves(value):
             if not isinstance(each, torch.Tensor):
                 continue
@@ -191,7 +194,7 @@ class Capture:
                 )
 
     def note_draw(self, generator: CardGenerator) -> None:
-        """Register a generator at its first draw, where that is not done before."""
+        """Register a generator at its first draw, if it is not registered yet."""
         if self._registered is None and generator._cdata not in self._drawn:
             self._drawn.add(generator._cdata)
             self._register()
@@ -343,12 +346,12 @@ def forget(capture: Capture) -> None:
 
 
 def _watch(machine: SimulatedMachine) -> None:
-    """Wrap every operator's handler while there is something to know about them."""
+    """Wrap every operator's handler while a capture or a debug mode needs it."""
     HANDLERS.wrap(_watched if machine.is_watched else None)
 
 
 def _watched(func: Any, handler: Handler) -> Handler:
-    """Return a handler that knows when the host waits, and records for captures."""
+    """Return a handler that notes when the host waits, and records captured operators."""
     may_wait = func.overloadpacket.__name__ in _INDEXING or any(
         tag in func.tags for tag in _WAITING
     )
@@ -431,11 +434,13 @@ def _is_counted(
 ) -> bool:
     """Return whether the host waits for the card because of a mask.
 
-    It does while it counts what a mask on the card chooses. It does not if one number of
-    the host is assigned by one mask on the card; such a number is copied for a mask of the
-    host. Source: ``canDispatchToMaskedFill``,
-    ``aten/src/ATen/native/TensorAdvancedIndexing.cpp``, and what torch 2.13 does on the
-    substitute runtime.
+    It waits while it counts the elements that a mask on the card selects. It does not
+    wait if a single host number is assigned through a single mask on the card. For a
+    mask on the host, that number is copied to the card.
+
+    Source: ``canDispatchToMaskedFill``,
+    ``aten/src/ATen/native/TensorAdvancedIndexing.cpp``, and the behaviour of torch 2.13
+    on the substitute runtime.
     """
     given = [each for each in indices if each is not None]
     masks = [each for each in given if each.dtype in _MASKS]
@@ -445,7 +450,7 @@ def _is_counted(
 
 
 def _card_in(value: Any) -> SimulatedCard | None:
-    """Return the card of the first tensor in a call that is on a card."""
+    """Return the card of the first argument that is on a card."""
     kind = type(value)
     if kind is SimulatedTensor:
         card: SimulatedCard = value._gpumem_card
@@ -466,7 +471,7 @@ def _check_copy_(card: SimulatedCard, args: Any, kwargs: Any) -> None:
 
 
 def _check_to_copy(card: SimulatedCard, _args: Any, kwargs: Any) -> None:
-    """Refuse ``_to_copy`` to the host, whose result is pinned if the host goes on."""
+    """Refuse ``_to_copy`` to the host; the result is pinned if the host does not wait."""
     device = kwargs.get("device")
     if device is not None and device.type == "cpu" and kwargs.get("layout") is None:
         goes_on = bool(kwargs.get("non_blocking"))
@@ -474,7 +479,7 @@ def _check_to_copy(card: SimulatedCard, _args: Any, kwargs: Any) -> None:
 
 
 def _check_indices(card: SimulatedCard, args: Any, _kwargs: Any) -> None:
-    """Refuse indices of the host, which are first copied to the card.
+    """Refuse host indices, because they are first copied to the card.
 
     Source: ``make_info``, ``aten/src/ATen/native/TensorAdvancedIndexing.cpp``.
     """

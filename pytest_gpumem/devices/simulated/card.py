@@ -109,7 +109,7 @@ class SimulatedCard:
 
     @property
     def gpu(self) -> Gpu:
-        """The GPU that the card is, or of which it is a slice (MIG)."""
+        """The GPU that the card is, or that contains the slice (MIG)."""
         return next(gpu for gpu in self.machine.gpus if self.number in gpu.numbers)
 
     @cached_property
@@ -176,7 +176,7 @@ class SimulatedCard:
             self._later.popleft()(self.allocator)
 
     def _collect(self) -> bool:
-        """Free what was sent to other processes that have let go of it.
+        """Free storages that were sent to other processes and are no longer used there.
 
         Source: ``trigger_free_memory_callbacks`` and ``cuda_ipc_collect``.
         """
@@ -278,7 +278,7 @@ class SimulatedCard:
         return workspace_bytes(self.card.compute_capability, setting)
 
     def take_beside(self, nbytes: int) -> int | None:
-        """Take bytes outside PyTorch's allocator, as a library does.
+        """Allocate bytes outside PyTorch's allocator, as a library does.
 
         Returns:
             The address of the bytes, or None if there is no room.
@@ -289,12 +289,12 @@ class SimulatedCard:
             return self.driver.malloc(nbytes)
 
     def give_back(self, address: int) -> None:
-        """Free bytes that were taken outside PyTorch's allocator."""
+        """Free bytes that were allocated outside PyTorch's allocator."""
         with self._lock:
             self.driver.free(address)
 
     def clear_workspaces(self, stream: int | None = None) -> None:
-        """Free every cuBLAS workspace, or those on a stream."""
+        """Free every cuBLAS workspace, or only those on a stream."""
         for key in [*self.workspaces]:
             if stream in (None, key[1]):
                 self.release(self.workspaces.pop(key))

@@ -1,7 +1,9 @@
 """The C++ functions of ``torch.nn.parallel.comm``, for the cards of one process.
 
-They broadcast, scatter and gather with the checks and the requests of C++; where that has
-NCCL copy from card to card, a copy does so here. Source: ``torch/csrc/cuda/comm.cpp``.
+They broadcast, scatter and gather with the checks and the requests of the C++ code.
+Where that code uses NCCL to copy between cards, a plain copy is made here.
+
+Source: ``torch/csrc/cuda/comm.cpp``.
 """
 
 from __future__ import annotations
@@ -41,12 +43,12 @@ def _require_card(out: torch.Tensor, index: int) -> None:
 
 def broadcast(tensor: torch.Tensor, devices: Sequence[int]) -> list[torch.Tensor]:
     """Return a copy for each card; for the tensor's own card, the tensor itself."""
-    places = [_device(index) for index in devices]
+    targets = [_device(index) for index in devices]
     return [
         tensor
-        if place == tensor.device
-        else torch.empty(tensor.shape, dtype=tensor.dtype, device=place).copy_(tensor)
-        for place in places
+        if target == tensor.device
+        else torch.empty(tensor.shape, dtype=tensor.dtype, device=target).copy_(tensor)
+        for target in targets
     ]
 
 
@@ -79,26 +81,26 @@ def broadcast_coalesced(
         f"All tensors must be on devices[0]: {devices[0]}",
     )
     copies = [list(tensors) for _ in devices]
-    for places in _chunks(tensors, buffer_size):
-        chunk = [tensors[place] for place in places]
+    for indices in _chunks(tensors, buffer_size):
+        chunk = [tensors[index] for index in indices]
         flat = broadcast(_flatten_dense_tensors(chunk), devices)
         for kept, each in zip(copies[1:], flat[1:], strict=True):
             pieces = _unflatten_dense_tensors(each, chunk)
-            for place, piece in zip(places, pieces, strict=True):
-                kept[place] = piece.data
+            for index, piece in zip(indices, pieces, strict=True):
+                kept[index] = piece.data
     return copies
 
 
 def _chunks(tensors: Sequence[torch.Tensor], limit: int) -> Iterator[list[int]]:
-    """Yield the places of tensors of one dtype, until together they have so many bytes.
+    """Yield the indices of tensors of one dtype that together have ``limit`` bytes.
 
     Source: ``take_tensors`` of ``torch/csrc/utils/tensor_flatten.cpp``.
     """
     groups: dict[torch.dtype, list[int]] = {}
     nbytes: Counter[torch.dtype] = Counter()
-    for place, tensor in enumerate(tensors):
+    for index, tensor in enumerate(tensors):
         dtype = tensor.dtype
-        groups.setdefault(dtype, []).append(place)
+        groups.setdefault(dtype, []).append(index)
         nbytes[dtype] += tensor.nbytes
         if nbytes[dtype] >= limit:
             yield groups.pop(dtype)
@@ -171,9 +173,9 @@ def gather(
 ) -> torch.Tensor:
     """Return the tensors of several cards joined into one, on one card or the host."""
     shape = _gathered_shape(tensors, dim, quote="")
-    place = torch.device("cpu")
+    target = torch.device("cpu")
     if destination != -1:
-        place = torch.device("cuda", card_of(destination).index)
+        target = torch.device("cuda", card_of(destination).index)
     # The format of the first tensor, if all have it. Source: ``suggest_memory_format``.
     first = tensors[0]
     layout = next(
@@ -186,7 +188,7 @@ def gather(
         ),
         torch.contiguous_format,
     )
-    out = torch.empty(shape, dtype=first.dtype, device=place, memory_format=layout)
+    out = torch.empty(shape, dtype=first.dtype, device=target, memory_format=layout)
     return _gather_into(tensors, out, dim)
 
 
@@ -243,7 +245,7 @@ def _gathered_shape(
 def _enter(
     on_streams: ExitStack, streams: Sequence[Any] | None, index: int, card: int
 ) -> None:
-    """Make the stream for a piece the current one, also for the pieces after it."""
+    """Make the stream of a piece the current stream, also for the pieces after it."""
     stream = streams[index] if streams is not None and index < len(streams) else None
     if stream is None:
         return

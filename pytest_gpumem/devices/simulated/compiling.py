@@ -344,7 +344,7 @@ _ABOVE_EAGER: Final = {DispatchKey.Python, DispatchKey.AutogradFunctionality}
 
 
 def _are_of_a_card(operands: list[Any]) -> bool:
-    """Return whether one is a card's tensor, and none is of another class that dispatches."""
+    """Return whether one operand is a card's tensor, and no other class dispatches."""
     dispatching = [
         isinstance(each, SimulatedTensor)
         for each in operands

@@ -221,7 +221,7 @@ def _factory(original: Any) -> Any:
 def _drawing(original: Any) -> Any:
     """Return a function that checks the generator's device for its first tensor.
 
-    ``bernoulli`` fills what it is given as ``out=`` in place, wherever that is.
+    ``bernoulli`` fills its ``out=`` in place, on any device.
     """
     draws_into_out = original is torch.bernoulli
 
@@ -241,7 +241,7 @@ def _drawing(original: Any) -> Any:
     return draw
 
 
-#: Methods of every tensor that create one, maybe on a card that is named by its number.
+#: Methods of every tensor that create a tensor; they accept a card by its number.
 FACTORY_METHODS: Final[dict[str, Any]] = {
     name: _factory(getattr(torch.Tensor, name))
     for name in (
@@ -277,7 +277,7 @@ DRAWING_METHODS: Final[dict[str, Any]] = {
 
 
 def _check_out(out: torch.Tensor, device: torch.device) -> None:
-    """Refuse a device other than that of ``out=``, which C++ takes to be the host.
+    """Refuse a device other than that of ``out=``, which C++ regards as the host.
 
     Source: ``check_out_type_matches`` of
     ``torch/csrc/autograd/utils/python_arg_parsing.h``.
@@ -420,12 +420,12 @@ class _DeviceType(StandIn):
 
 
 class DeviceName(metaclass=_DeviceType):
-    """Replaces ``torch.device`` in a torch that does not know what ``torch.device(0)`` is.
+    """Replaces ``torch.device`` in a build in which ``torch.device(0)`` is no card.
 
-    A torch that is built for CUDA keeps its own class, in which a number is a card.
+    A CUDA build keeps its own class, in which a number means a card.
     """
 
-    # What pickles name it by.
+    # Pickles contain this name.
     __module__ = "torch"
     __qualname__ = "device"
 

@@ -36,7 +36,7 @@ _device_argument: Final = _DeviceArgument()
 
 
 def is_asked_for() -> bool:
-    """Return whether the thread moves a tensor whose class runs its operators itself.
+    """Return whether a tensor of a class with ``__torch_dispatch__`` is being moved.
 
     The argument ``device`` of such an operator then comes from the user. It is not the
     device that C++ sees for the tensors.
@@ -61,8 +61,8 @@ def _is_traced() -> bool:
 def _is_in_kernel() -> bool:
     """Return whether a transform of ``torch.func`` runs an operator's kernel.
 
-    It has taken its wrappers for this level off the operands of the operators that the
-    kernel calls, and sees only what autograd records.
+    Inside such a kernel, operands no longer have the transform's wrappers of this
+    level, so only operators that autograd records reach the transform.
 
     Source: ``keysToExcludeWhenEnteringDynamicLayer`` of
     ``aten/src/ATen/functorch/DynamicLayer.cpp``.
@@ -75,7 +75,7 @@ def _is_in_kernel() -> bool:
 def _each_moved(
     source: torch.Tensor, device: torch.device, dtype: torch.dtype | None
 ) -> torch.Tensor:
-    """Copy a batch that ``is_grads_batched`` and similar options show as one tensor.
+    """Copy a batch that ``is_grads_batched`` and similar options represent as one tensor.
 
     Source: ``torch/_vmap_internals.py``.
     """
@@ -123,9 +123,9 @@ def upload(
 
 def _copied(source: torch.Tensor, card: SimulatedCard, **options: Any) -> torch.Tensor:
     """Return a copy with values, or with only a shape if the card keeps no values."""
-    place = torch.device(card.value_device)
+    device = torch.device(card.value_device)
     with HOST_ROOM, on_tape(card):
-        copied: torch.Tensor = _to_copy(source, device=place, **options)
+        copied: torch.Tensor = _to_copy(source, device=device, **options)
     return copied
 
 
@@ -223,7 +223,7 @@ class _RecordedMove(_SingleLevelFunction):
         ctx.device, ctx.dtype = source.device, source.dtype
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # one gradient
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # the operator has one result
         return moved(grad, ctx.device, dtype=ctx.dtype), None, None, None, None
 
     @staticmethod
@@ -235,7 +235,7 @@ class _RecordedMove(_SingleLevelFunction):
 
 
 class _Move(_RecordedMove, torch.autograd.Function):
-    """The same for ``torch.func``, which goes through its transforms one by one."""
+    """A copy to another device for ``torch.func``, which applies its transforms in turn."""
 
     @staticmethod
     def vmap(_info: Any, in_dims: Any, source: torch.Tensor, *goal: Any) -> Any:

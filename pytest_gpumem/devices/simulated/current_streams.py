@@ -1,4 +1,4 @@
-"""The current stream of a card: the thread's, or in backward the forward's.
+"""The current stream of a card: the thread's own, or in backward that of the forward.
 
 Note [Streams in backward]
 On a card, autograd runs each node on the stream that was current when its forward ran,
@@ -26,7 +26,7 @@ import torch
 
 _sequence: Final[Any] = torch._C._autograd._get_sequence_nr  # no public API
 _current_node: Final[Any] = torch._C._current_autograd_node  # no public API
-#: The name of the nodes that add to gradients, and where they keep their user's number.
+#: The name of nodes that accumulate gradients, and the key of their first user's number.
 _ACCUMULATOR: Final = "torch::autograd::AccumulateGrad"
 _USER: Final = "pytest_gpumem.first_user"
 #: The largest number of nodes that are remembered.
@@ -105,7 +105,7 @@ class Streams:
 def _node() -> int | None:
     """Return the number of the autograd node that runs in this thread, or None.
 
-    A node that adds to a leaf's gradient stands for the first node that uses the leaf.
+    A node that accumulates a leaf's gradient has the number of the leaf's first user.
     """
     if torch._C._current_graph_task_id() == -1:  # no public API
         return None

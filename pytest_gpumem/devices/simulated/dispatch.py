@@ -149,9 +149,10 @@ def _is_for_card(
     kwargs: dict[str, Any],
     operands: Operands,
 ) -> bool:
-    """Return whether a card runs a call; ``meta`` does if one of the tensors is there.
+    """Return whether a card runs a call; with an operand on ``meta``, ``meta`` does.
 
-    A card without values has them on ``meta``, and C++ makes helper tensors there.
+    A card that keeps no values has its values on ``meta``, where C++ creates helper
+    tensors.
 
     Raises:
         RuntimeError: The devices of the operands do not fit (torch's message).
@@ -281,7 +282,7 @@ def _new_bytes(results: list[torch.Tensor | None]) -> list[int]:
 
 
 def _hang(held: list[Memory | None], out: Any) -> None:
-    """Attach the memory that was taken for results to their storages."""
+    """Attach the memory that was allocated for results to their storages."""
     for result, memory in zip(flat(out), held, strict=False):
         if result is not None and memory is not None:
             hold(result.untyped_storage(), memory)
@@ -430,7 +431,7 @@ def handler_for(func: Any) -> Handler:
 
 
 def _checking_first(func: Any, operator: Operator) -> Any:
-    """Return what checks a call's devices, and the shapes of a product, before its dtypes.
+    """Return a check of a call's devices and a product's shapes, made before its dtypes.
 
     Source: ``wrapper_kernel_sig`` of ``torchgen/dest/register_dispatch_key.py``;
     ``TORCH_META_FUNC`` of ``LinearAlgebra.cpp``, which runs before the kernel.
@@ -451,7 +452,7 @@ def _checking_first(func: Any, operator: Operator) -> Any:
 
 
 def _checking_context(func: Any, handler: Handler) -> Handler:
-    """Return the handler for a forked child, where its parent's cards run nothing.
+    """Return a handler that refuses kernels in a forked child on its parent's cards.
 
     Views stay possible, because no kernel runs for them.
     """

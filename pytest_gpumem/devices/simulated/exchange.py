@@ -1,4 +1,4 @@
-"""Counts which processes still have what a simulated machine has sent to them.
+"""Counts which processes still use the storages that a simulated machine has sent.
 
 See Note [Memory that processes share].
 """
@@ -44,7 +44,8 @@ def shared_name(storage: torch.UntypedStorage) -> bytes:
     return bytes(manager) + b"\n" + bytes(name)
 
 
-#: The processes, of a family of forks, whose C++ has started the manager of such memory.
+#: Ids of the processes, forked ones included, whose C++ code has started the manager of
+#: shared memory.
 _managed: Final[set[int]] = set()
 
 
@@ -54,10 +55,11 @@ _OPEN_FILES: Final = Path("/dev/fd")
 
 @contextmanager
 def _without_heirs() -> Iterator[None]:
-    """Keep this process's open files from the manager that C++ starts at the first use.
+    """Let the manager that C++ starts at the first use inherit no open files.
 
-    It outlives the process. With a pipe of ``multiprocessing`` that it had inherited,
-    ``Process.join(timeout)`` of the parent would wait for the manager.
+    The manager runs longer than this process. If it had inherited a pipe of
+    ``multiprocessing``, ``Process.join(timeout)`` of the parent would wait for the
+    manager.
     """
     if os.getpid() in _managed or not _OPEN_FILES.is_dir():
         yield
@@ -77,7 +79,7 @@ def _without_heirs() -> Iterator[None]:
 def _is_inheritable(file: int) -> bool:
     try:
         return os.get_inheritable(file)
-    except OSError:  # that of the list itself, which is closed
+    except OSError:  # the directory's own file, which is closed by now
         return False
 
 
@@ -85,7 +87,7 @@ def opened(name: bytes, nbytes: int) -> torch.UntypedStorage:
     """Return a view of shared memory, by its name.
 
     Raises:
-        RuntimeError: There is none of that name.
+        RuntimeError: There is no shared memory of that name.
     """
     manager, _, own = name.partition(b"\n")
     found: torch.UntypedStorage = _Storage._new_shared_filename_cpu(
@@ -95,11 +97,11 @@ def opened(name: bytes, nbytes: int) -> torch.UntypedStorage:
 
 
 class Counter:
-    """A number in shared memory: 1 until the receiver has let go.
+    """A number in shared memory: 1 until the receiver has deleted its storage.
 
     Args:
-        file: The memory, which is kept as long as this object.
-        index: Which of its numbers.
+        file: The shared memory, which exists as long as this object.
+        index: The index of the number in the memory.
     """
 
     __slots__ = ("_cell", "_file")
@@ -125,7 +127,7 @@ class Counter:
 
 @dataclass
 class Sent:
-    """That a storage was sent to other processes.
+    """The facts about a storage that was sent to other processes.
 
     Attributes:
         name: The name of the shared memory of the values; empty if no values are kept.
@@ -139,7 +141,7 @@ class Sent:
 
     @property
     def is_held(self) -> bool:
-        """Whether a receiver has not let go."""
+        """Whether a receiver still has the storage."""
         return any(each.is_held for each in self.counters)
 
 
@@ -149,7 +151,7 @@ class Exchange:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._kept: deque[tuple[SimulatedCard, Block, Sent]] = deque()
-        #: Files of counters of this process, and the next free one of the last file.
+        #: Files of counters of this process, and the next free index in the last file.
         self._own: list[torch.UntypedStorage] = []
         self._next = 0
         #: Files of counters of other processes, by their names.

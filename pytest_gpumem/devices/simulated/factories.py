@@ -51,17 +51,17 @@ def _new(
         # Torch raises its own error for a negative size.
         return torch.empty(size, dtype=dtype)
     memory = Memory(card, count * dtype.itemsize)
-    place = card.value_device
+    device = card.value_device
     with HOST_ROOM:
         if stride is None:
             value = torch.empty(
                 size,
                 dtype=dtype,
-                device=place,
+                device=device,
                 memory_format=memory_format or torch.contiguous_format,
             )
         else:
-            value = torch.empty_strided(size, stride, dtype=dtype, device=place)
+            value = torch.empty_strided(size, stride, dtype=dtype, device=device)
     hold(value.untyped_storage(), memory)
     return make(value, card)
 
@@ -132,7 +132,7 @@ _QUANTIZED = ("_empty_affine_quantized", "_empty_per_channel_affine_quantized")
 
 
 def _register_composed(library: torch.library.Library) -> None:
-    """Register what runs above autograd in place of C++."""
+    """Register the Python kernels that replace C++ code above autograd."""
     for name, overload, operator in overloads():
         make_kernel = operator.composed or operator.formula
         kernel = guarded(overload, make_kernel and make_kernel(overload))

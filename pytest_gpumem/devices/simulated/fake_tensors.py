@@ -60,7 +60,7 @@ def _item_of_fake(self: Any, index: Any) -> Any:
 
 
 def _set_item_of_fake(self: Any, index: Any, value: Any) -> None:
-    """Run ``x[index] = value`` of a fake tensor, as above."""
+    """Run ``x[index] = value`` of a fake tensor without switching to its device in C++."""
     if self.device.type != "cuda":
         _base.__setitem__(self, index, value)
         return
@@ -75,7 +75,7 @@ def _set_item_of_fake(self: Any, index: Any, value: Any) -> None:
 
 
 def _indexed(tensor: Any, index: Any) -> tuple[Any, list[torch.Tensor | None]]:
-    """Apply all of an index but its tensors; return the view, and a tensor or None each.
+    """Apply an index except for its tensors; return the view, and each dimension's tensor.
 
     Source: ``applySlicing`` of ``torch/csrc/autograd/python_variable_indexing.cpp``.
     """
@@ -109,28 +109,28 @@ def _indexed(tensor: Any, index: Any) -> tuple[Any, list[torch.Tensor | None]]:
             view = view.select(dim, each.item())
         elif _is_number(each):
             added = sum(one is None for one in parts[:number])
-            place = tensor.dim() - view.dim() + dim + added
-            _check_bounds(view, dim, each, place)
+            dimension = tensor.dim() - view.dim() + dim + added
+            _check_bounds(view, dim, each, dimension)
             view = view.select(dim, each)
         else:
             indices.append(torch.as_tensor(each))
     return view, indices if any(each is not None for each in indices) else []
 
 
-def _check_bounds(view: Any, dim: int, index: Any, place: int) -> None:
-    """Check an index as C++ does; torch 2.9 and 2.10 select any from a fake tensor.
+def _check_bounds(view: Any, dim: int, index: Any, dimension: int) -> None:
+    """Check an index as C++ does; torch 2.9 and 2.10 accept any index of a fake tensor.
 
     Source: ``applySelect`` of ``ATen/TensorIndexing.h``.
 
     Raises:
-        IndexError: The dimension, which is the tensor's at ``place``, is not so long.
+        IndexError: The index is outside of the tensor's dimension ``dimension``.
     """
     if isinstance(index, torch.SymInt) or dim >= view.dim():
         return
     size = view.shape[dim]
     if type(size) is int and not -size <= operator.index(index) < size:
         raise IndexError(
-            f"index {operator.index(index)} is out of bounds for dimension {place} "
+            f"index {operator.index(index)} is out of bounds for dimension {dimension} "
             f"with size {size}"
         )
 
@@ -147,7 +147,7 @@ def _is_mask(part: torch.Tensor) -> bool:
 
 
 def _taken(part: Any) -> int:
-    """Return how many dimensions a part of an index takes."""
+    """Return how many dimensions a part of an index consumes."""
     if part is None or part is Ellipsis or isinstance(part, bool):
         return 0
     is_mask = isinstance(part, torch.Tensor) and _is_mask(part)

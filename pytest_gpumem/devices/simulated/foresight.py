@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _META: Final = torch.device("meta")
 
-#: The arguments that are enlarged, with their future memory; the memory of each result.
+#: The enlarged arguments with their new memory, and the memory of each result.
 _Foreseen = tuple[list[tuple[torch.Tensor, "Memory"]], "list[Memory | None]"]
 
 
@@ -78,7 +78,8 @@ class _Rehearsal:
             return torch.empty_strided(
                 value.size(), value.stride(), dtype=value.dtype, device=_META
             )
-        # With the gaps and overlaps of the original: an expanded tensor cannot be filled.
+        # The substitute has the original's gaps and overlaps, because an expanded tensor
+        # cannot be filled.
         layout = zip(value.shape, value.stride(), strict=True)
         reach = sum((size - 1) * step for size, step in layout)
         span = reach + 1 if value.numel() else 0
@@ -165,7 +166,7 @@ def _from_a_copy(draw: Drawing) -> Drawing:
 def _bytes(
     made: torch.Tensor, argument: tuple[torch.Tensor, torch.Tensor] | None
 ) -> int:
-    """Return the bytes that a result requests; an argument that keeps its size has none."""
+    """Return the bytes that a result requests; 0 for an argument that keeps its size."""
     nbytes = made.untyped_storage().nbytes()
     if argument is None:
         return nbytes

@@ -32,33 +32,33 @@ def is_batch(tensor: Any) -> bool:
     )
 
 
-def _place(value: Any) -> torch.device | None:
+def _device_of(value: Any) -> torch.device | None:
     """Return the device of a plain tensor; None for any other value."""
     if isinstance(value, SimulatedTensor):
         return value.device
     if type(value) in HOST_KINDS and not is_batch(value):
-        place: torch.device = value.device
-        return place
+        device: torch.device = value.device
+        return device
     return None
 
 
-def _inside(value: Any) -> torch.device | None:
-    """Return the device of a tensor, also inside of the wrappers of ``torch.func``."""
+def _device_inside(value: Any) -> torch.device | None:
+    """Return the device of a tensor, also inside wrappers of ``torch.func``."""
     while isinstance(value, torch.Tensor) and _functorch.is_functorch_wrapped_tensor(
         value
     ):
         value = _functorch.get_unwrapped(value)
-    return _place(value)
+    return _device_of(value)
 
 
-def _on_card(tensor: torch.Tensor, place: torch.device) -> torch.Tensor:
-    """Return on a card a tensor that C++ created on the host."""
+def _on_card(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a copy on a card of a tensor that C++ created on the host."""
     if tensor.requires_grad:
-        return moved(tensor, place)
-    return make(tensor.detach(), card_of(place.index))
+        return moved(tensor, device)
+    return make(tensor.detach(), card_of(device.index))
 
 
-def _in_place(
+def _on_device(
     grad: Any,
     wanted: torch.device | None,
     shape: torch.Size,
@@ -79,14 +79,14 @@ def _in_place(
         RuntimeError: The gradient is on another device and is not a single number (torch's
             message).
     """
-    place = _inside(grad)
-    if wanted is None or place is None or place == wanted:
+    device = _device_inside(grad)
+    if wanted is None or device is None or device == wanted:
         return grad
     if not _can_be_summed_to(grad.shape[1:] if is_batched else grad.shape, shape):
         return grad  # C++ raises its own error first
     if not shape:
         return moved(grad if is_batched else grad.sum(), wanted)
-    raise RuntimeError(f"{what} - expected device {wanted} but got {place}")
+    raise RuntimeError(f"{what} - expected device {wanted} but got {device}")
 
 
 def _can_be_summed_to(given: torch.Size, wanted: torch.Size) -> bool:
@@ -113,9 +113,9 @@ def make_grads(
     """
     made = _make_grads(outputs, grads, is_grads_batched)
     return tuple(
-        _in_place(
+        _on_device(
             grad,
-            _inside(out),
+            _device_inside(out),
             out.shape,
             f"invalid gradient at index {index}",
             is_batched=is_grads_batched,
@@ -135,7 +135,7 @@ def check_hook(original: Any, result: Any, hook: Any) -> None:
     Raises:
         RuntimeError: With torch's message.
     """
-    was, got = _place(original), _place(result)
+    was, got = _device_of(original), _device_of(result)
     if was is None or got is None or was.type == got.type:
         return
     if "cuda" in {was.type, got.type}:  # C++ checks other devices itself
@@ -179,7 +179,7 @@ def register_hook(backward_hooks: Any, hook: Any) -> Any:
 
 
 def _of_one_node(grads: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return a node's gradients; if one is on a card, all that have dimensions are.
+    """Return a node's gradients; if one is on a card, move all with dimensions there.
 
     C++ creates some gradients on the host. A node written in Python may have gradients on
     several devices.
@@ -195,7 +195,7 @@ def _of_one_node(grads: tuple[Any, ...]) -> tuple[Any, ...]:
         tuple(
             _on_card(each, card.device)
             if each is not None
-            and _place(each) != card.device
+            and _device_of(each) != card.device
             and each.is_cpu
             and each.dim()
             else each
@@ -207,7 +207,7 @@ def _of_one_node(grads: tuple[Any, ...]) -> tuple[Any, ...]:
 
 # -- gradients of a user's Function -------------------------------------------------------
 
-#: A class method, up to torch 2.13 written in Python.
+#: ``Function.apply``, a class method; up to torch 2.13 it is written in Python.
 _apply: Final[Any] = vars(torch.autograd.Function)["apply"]
 _apply_users: Final[Any] = of_user(BackwardCFunction.apply)
 
@@ -220,14 +220,14 @@ def apply(cls: Any, *args: Any, **options: Any) -> Any:
         node = each.grad_fn if isinstance(each, torch.Tensor) else None
         if getattr(node, "_forward_cls", None) is cls:
             ctx: Any = node
-            ctx._gpumem_places = list(map(_note, args)), list(map(_place, outputs))
+            ctx._gpumem_devices = list(map(_note, args)), list(map(_device_of, outputs))
             break
     return results
 
 
 def _note(value: Any) -> tuple[torch.device | None, torch.Size] | None:
     """Return an argument's device and shape; None if it is not a tensor."""
-    return (_place(value), value.shape) if isinstance(value, torch.Tensor) else None
+    return (_device_of(value), value.shape) if isinstance(value, torch.Tensor) else None
 
 
 def apply_backward(self: Any, *grads: Any) -> Any:
@@ -236,18 +236,18 @@ def apply_backward(self: Any, *grads: Any) -> Any:
     Raises:
         RuntimeError: A returned gradient is on another device (torch's message).
     """
-    places = getattr(self, "_gpumem_places", None)
-    if places is None:
+    devices = getattr(self, "_gpumem_devices", None)
+    if devices is None:
         return _apply_users(self, *grads)
-    inputs, outputs = places
+    inputs, outputs = devices
     grads = tuple(
-        _on_card(grad, place)
-        if place is not None
-        and place.type == "cuda"
-        and (there := _place(grad)) is not None
+        _on_card(grad, device)
+        if device is not None
+        and device.type == "cuda"
+        and (there := _device_of(grad)) is not None
         and there.type == "cpu"
         else grad
-        for grad, place in zip(grads, outputs, strict=True)
+        for grad, device in zip(grads, outputs, strict=True)
     )
     results = _apply_users(self, *grads)
     is_alone = not isinstance(results, tuple)
@@ -257,8 +257,8 @@ def apply_backward(self: Any, *grads: Any) -> Any:
             made.append(grad)
             continue
         what = f"Function {self.name()} returned an invalid gradient at index {index}"
-        place, shape = note
-        made.append(_in_place(grad, place, shape, what))
+        device, shape = note
+        made.append(_on_device(grad, device, shape, what))
         index += 1
     made += () if is_alone else results[len(made) :]
     return made[0] if is_alone and made else tuple(made)
@@ -270,7 +270,7 @@ _unpack_dual: Final[Any] = torch.autograd.forward_ad.unpack_dual
 
 
 def unpack_dual(tensor: Any, *, level: Any = None) -> Any:
-    """Run ``unpack_dual``; a tangent that C++ has made of zeros is where its tensor is."""
+    """Run ``unpack_dual``; move a tangent of zeros that C++ made to its tensor's device."""
     pair = _unpack_dual(tensor, level=level)
     primal, tangent = pair
     if (
@@ -296,7 +296,7 @@ _MODIFIED: Final = (
 
 
 def run_engine(outputs: Any, *args: Any, **options: Any) -> Any:
-    """Run the backward pass; an error names the type of a card's tensor as a card does.
+    """Run the backward pass; errors name the types of tensors as on a real card.
 
     Raises:
         RuntimeError: A tensor was modified after it was saved (torch's message).
@@ -344,12 +344,12 @@ def _is_saved_on_card(outputs: Any, text: str) -> bool:
 def _following(node: Any, *, is_cards: bool) -> list[tuple[Any, bool]]:
     """Return the nodes that a node leads to, and whether each is on a card."""
     nodes = [each for each, _index in node.next_functions]
-    notes, _outputs = getattr(node, "_gpumem_places", ((), ()))
-    places = [note[0] for note in notes if note is not None]
-    if len(places) == len(nodes):
+    notes, _outputs = getattr(node, "_gpumem_devices", ((), ()))
+    devices = [note[0] for note in notes if note is not None]
+    if len(devices) == len(nodes):
         return [
-            (each, place is not None and place.type == "cuda")
-            for each, place in zip(nodes, places, strict=True)
+            (each, device is not None and device.type == "cuda")
+            for each, device in zip(nodes, devices, strict=True)
         ]
     found = [(each, is_cards) for each in nodes]
     if node.name().endswith("::CopyBackwards"):
@@ -359,12 +359,12 @@ def _following(node: Any, *, is_cards: bool) -> list[tuple[Any, bool]]:
 
 
 def _starts_on_card(node: Any) -> bool:
-    """Return whether a node is on a card, from the first leaf that it leads to."""
+    """Return whether a node is on a card, judged by the first leaf that it leads to."""
     while node is not None:
-        leaf = getattr(node, "variable", None)  # of AccumulateGrad
+        leaf = getattr(node, "variable", None)  # only AccumulateGrad has it
         if leaf is not None:
             return bool(leaf.is_cuda)
-        _inputs, outputs = getattr(node, "_gpumem_places", ((), ()))
+        _inputs, outputs = getattr(node, "_gpumem_devices", ((), ()))
         if outputs:
             return outputs[0] is not None and outputs[0].type == "cuda"
         node = next((each for each, _index in node.next_functions if each), None)
@@ -372,7 +372,7 @@ def _starts_on_card(node: Any) -> bool:
 
 
 def _raises(node: Any, text: str) -> bool:
-    """Return whether a node's saved tensors cannot be read, with a certain error."""
+    """Return whether reading a node's saved tensors raises an error with this text."""
     names = [name for name in dir(node) if name.startswith("_saved_")]
     for name in (*names, "saved_tensors"):
         try:

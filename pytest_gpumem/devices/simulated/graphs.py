@@ -2,8 +2,8 @@
 
 Source: ``aten/src/ATen/cuda/CUDAGraph.cpp``, ``CUDAGeneratorImpl.cpp`` and
 ``MemPool.cpp``, and ``torch/csrc/cuda/Module.cpp``, torch 2.13: the order of their
-requests to the allocator, their checks and their error messages. What is different in
-other versions stands in ``allocator/versions.py``.
+requests to the allocator, their checks and their error messages. Differences between
+versions are in ``allocator/versions.py``.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _users: Final = itertools.count(1)
 #: Source: ``CUDAGeneratorState``: two tensors of one ``int64`` each.
 _GENERATOR_BYTES: Final = (8, 8)
 _MODES: Final = ("global", "thread_local", "relaxed")
-#: Methods that look into CUDA's own graph; torch's Python class has them in some versions.
+#: Methods that inspect CUDA's own graph; torch's Python class has them in some versions.
 _OF_THE_RAW_GRAPH: Final = (
     "debug_dump",
     "get_graph_data",
@@ -74,18 +74,18 @@ def _check_pool(function: str, pool: Any) -> None:
 
 
 class _Owned:
-    """What a graph owns on its card; ``release`` gives it back, at the latest when it goes.
+    """The resources of a graph on its card; they are released when it is deleted.
 
     Attributes:
-        card: The card, from the begin of a capture to its release.
+        card: The card, from the start of a capture until the release.
         stream: The stream on which the capture began.
-        capture: The capture that is under way.
+        capture: The capture in progress.
         pool: The id of the graph's pool.
         retained: Ids of other pools that the capture uses.
         blocks: Memory for the states of generators.
         has_begun: Whether the graph is a user of its pool.
         is_routed: Whether requests are routed to the pool.
-        tape: The captured operators, once the capture has ended well.
+        tape: The captured operators, once the capture has ended without an error.
     """
 
     def __init__(self) -> None:
@@ -99,7 +99,7 @@ class _Owned:
         self.tape: Tape | None = None
 
     def release(self) -> None:
-        """Give everything back; the pool has one user less."""
+        """Release everything; the pool then has one user less."""
         card, self.card = self.card, None
         if card is None:
             return
@@ -112,7 +112,7 @@ class _Owned:
         self.blocks.clear()
         has_ended, self.tape = self.tape is not None, None
         if has_ended or (self.has_begun and card.version.releases_failed_captures):
-            card.clear_workspaces(self.stream)  # also those of other graphs
+            card.clear_workspaces(self.stream)  # also the workspaces of other graphs
             if self.is_routed and not has_ended:
                 card.later(partial(_end, pool=self.pool))
             for pool in (self.pool, *self.retained):
@@ -164,7 +164,7 @@ class CUDAGraph:
         return graph
 
     def _retain_pool(self, pool: PoolId) -> None:
-        """Be a user of a pool that the capture uses, until ``reset``."""
+        """Count the graph as a user of a pool that the capture uses, until ``reset``."""
         owned = self._owned
         if owned.card is None or pool in (owned.pool, *owned.retained):
             return
@@ -173,7 +173,7 @@ class CUDAGraph:
         owned.retained.append(pool)
 
     def register_generator_state(self, generator: Any) -> None:
-        """Allow draws from a generator in the capture; from torch 2.14 on all are.
+        """Allow draws from a generator in the capture; from torch 2.14 on all may draw.
 
         Raises:
             torch.OutOfMemoryError: The card has no room for its state.
@@ -254,7 +254,7 @@ class CUDAGraph:
         self._is_ready = not self._keeps
 
     def capture_end_pre(self) -> None:
-        """End the capture; ``instantiate`` and ``capture_end_post`` are to follow."""
+        """End the capture; ``instantiate`` and ``capture_end_post`` follow."""
         owned = self._owned
         capture, card = owned.capture, owned.card
         if capture is None or card is None:
@@ -279,7 +279,7 @@ class CUDAGraph:
         owned.tape = capture.tape
 
     def capture_end_post(self) -> None:
-        """Do nothing: on a card, the description of a graph that is not kept goes here."""
+        """Do nothing: a real card deletes the description of a graph that is not kept."""
 
     def instantiate(self) -> None:
         """Prepare a kept graph for ``replay``.
@@ -375,7 +375,7 @@ _states: Final[weakref.WeakValueDictionary[int, _State]] = weakref.WeakValueDict
 
 
 def _state_of(generator: CardGenerator) -> _State:
-    """Return the state of a generator; its first graph takes the memory."""
+    """Return the state of a generator; its first graph allocates the memory."""
     state = _states.get(generator._cdata)
     if state is None:
         state = _states[generator._cdata] = _State(card_of(generator.device.index))
@@ -383,18 +383,18 @@ def _state_of(generator: CardGenerator) -> _State:
 
 
 def _state_blocks(card: SimulatedCard) -> list[Block]:
-    """Take the memory of one generator's seed and offset."""
+    """Allocate the memory of one generator's seed and offset."""
     return [allocate_aside(card, nbytes, 0) for nbytes in _GENERATOR_BYTES]
 
 
 def _python_class() -> type:
     """Return torch's own Python class of graphs, on the simulated ``_CUDAGraph``.
 
-    It has the hooks, and whatever a version adds in Python. What would look into CUDA's
-    own graph is left out.
+    The class has the hooks and all methods that a version adds in Python, except those
+    that inspect CUDA's own graph.
     """
     original: Any = torch.cuda.graphs.CUDAGraph
-    cell: Any = CellType()  # what ``super()`` without arguments reads
+    cell: Any = CellType()  # ``super()`` without arguments reads this cell
 
     def based(member: Any) -> Any:
         if isinstance(member, staticmethod):
@@ -428,7 +428,7 @@ def _python_class() -> type:
         capture_error_mode: str = "global",
         check_input_liveness: bool = False,  # noqa: FBT001, FBT002  # torch's signature
     ) -> None:
-        if check_input_liveness:  # it looks for a tensor's address among the pool's
+        if check_input_liveness:  # the check searches the pool for a tensor's address
             refuse("torch.cuda.graph(check_input_liveness=True)")
         torchs_begin(self, pool, capture_error_mode)
 

@@ -58,9 +58,10 @@ _set_versions: Final[Any] = torch._C._autograd._unsafe_set_version_counter
 
 #: Inactive bodies that C++ still holds, by the id of their tensor.
 _bodies: Final[dict[int, torch.Tensor]] = {}
-#: What a view that has changed its device was a view of, by the view's id: C++ keeps it
-#: with the view, and so its memory. Source: ``VariableHooks::set_data``, which replaces
-#: the data and leaves the autograd's part, of ``torch/csrc/autograd/variable.cpp``.
+#: The base of each view that has changed its device, by the view's id. C++ keeps the base,
+#: and so its memory, alive with the view. Source: ``VariableHooks::set_data``, of
+#: ``torch/csrc/autograd/variable.cpp``, which replaces the data and keeps the autograd
+#: metadata.
 _bases: Final[dict[int, torch.Tensor]] = {}
 #: Ids of the tensors that have a tensor as their gradient, by the id of the gradient.
 _owners: Final[dict[int, set[int]]] = {}
@@ -71,7 +72,7 @@ _known: Final[dict[int, Any]] = {}
 
 
 def _know(tensor: torch.Tensor) -> int:
-    """Return a tensor's id, and keep its rows in the tables only while it lives."""
+    """Return a tensor's id, and remove its rows from the tables when it is deleted."""
     key = id(tensor)
     if key not in _known:
         _known[key] = weakref.ref(tensor, lambda _dead: _forget(key))
@@ -122,7 +123,9 @@ def _body_for(tensor: torch.Tensor, data: torch.Tensor) -> Any:
     body: Any = _bodies.pop(id(tensor), None)
     if body is None:
         with torch.inference_mode(mode=False):
-            body = torch.empty(0, device="cpu")  # with its own version counter
+            body = torch.empty(
+                0, device="cpu"
+            )  # a new tensor has its own version counter
         if isinstance(data, SimulatedTensor):
             body = make(body, data._gpumem_card)
     _data.__set__(body, data)
@@ -143,12 +146,12 @@ def _put_on(tensor: Any, body: Any) -> None:
     _swap(tensor, body)
     _dress(tensor, body)
     if hooks is not None:
-        tensor._backward_hooks = hooks  # in C++ hooks belong to a body
+        tensor._backward_hooks = hooks  # in C++, hooks belong to a body
     if later_hooks is not None:
         tensor._post_accumulate_grad_hooks = later_hooks
     if grad is not None:
         _grad.__set__(body, None)
-        _grad.__set__(tensor, grad)  # a module moves the gradient next
+        _grad.__set__(tensor, grad)  # a module moves its gradient after the parameter
         _note_owner(grad, tensor)
     for owner in _owners_of(tensor):
         if _grad.__get__(owner) is body:
@@ -200,7 +203,7 @@ def _keep(tensor: torch.Tensor, body: Any) -> None:
 
 
 def _hold_worn(tensor: torch.Tensor, body: torch.Tensor) -> None:
-    """Let an inactive body hold the memory of the active body."""
+    """Let an inactive body keep the memory of the active body alive."""
     body.untyped_storage()._gpumem_worn = tensor.untyped_storage()  # type: ignore[attr-defined]  # lives as long as the storage
 
 
@@ -315,7 +318,7 @@ class _Grad:
         if grad is not None:
             is_new = id(tensor) not in _owners.get(id(grad), ())
             if is_new:
-                # A gradient that was recorded before is being moved: a module moves it next.
+                # This gradient was recorded earlier. A module moves it after its parameter.
                 there = landed(grad, tensor)
                 if there is not grad:
                     _grad.__set__(tensor, there)

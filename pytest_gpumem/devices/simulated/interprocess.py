@@ -1,12 +1,13 @@
 """Tensors and events of a card that other processes receive (CUDA IPC).
 
 Note [Memory that processes share]
-A tensor that is sent lies in memory of the host that processes share, so that each sees
-what another writes. The card's bytes are the sender's. A receiver has none, but for its
-context. If the sender deletes its storage, the block is kept until every receiver has
-deleted its own; it is then freed by the next deletion of a sent storage, by
-``torch.cuda.ipc_collect``, or by a request that finds no free block. Each time that a
-storage is sent, one counter in shared memory is 1 until the receiver has let go.
+The values of a sent tensor are in host memory that processes share, so that each
+process sees what another writes. The card's bytes count for the sender. A receiver
+holds only the bytes of its context. If the sender deletes its storage, the block is
+kept until every receiver has deleted its own; it is then freed by the next deletion of
+a sent storage, by ``torch.cuda.ipc_collect``, or by a request that finds no free block.
+Each time a storage is sent, a counter in shared memory is set to 1. The receiver sets
+it to 0 when it deletes its storage.
 
 Source: Note [CUDA IPC Refcounting implementation explained] of
 ``torch/csrc/CudaIPCTypes.h``, ``torch/csrc/CudaIPCTypes.cpp`` and
@@ -53,7 +54,7 @@ _RECEIVED: Final = (
 
 
 class Received(Memory):
-    """A storage that another process has sent: its bytes are the sender's.
+    """A storage that another process has sent; its bytes count for the sender.
 
     Args:
         card: The card.
@@ -141,7 +142,7 @@ def receive(  # torch's signature
     """Run ``UntypedStorage._new_shared_cuda``: open what another process has sent.
 
     Raises:
-        torch.AcceleratorError: This process has sent it itself, or the sender has ended
+        torch.AcceleratorError: This process is the sender, or the sender has ended
             (CUDA's messages).
     """
     card = card_of(device)
@@ -168,7 +169,7 @@ def receive(  # torch's signature
 
 
 def _known(storage: torch.UntypedStorage) -> torch.UntypedStorage:
-    """Return the object that C++ knows for a storage; in torch 2.8 it may be another."""
+    """Return the Python object that C++ has for a storage; in torch 2.8 a new one."""
     found: torch.UntypedStorage = torch.UntypedStorage._new_with_weak_ptr(
         StorageWeakRef(storage).cdata
     )
@@ -222,18 +223,18 @@ def _from_cache(kind: Any, key: Any) -> Any:
 
 
 def _check_alive(pid: int) -> None:
-    """Raise an error if a sender has ended: its shared memory may be there still.
+    """Raise an error if a sender has ended, even if its shared memory still exists.
 
     Raises:
         ProcessLookupError: It has ended.
     """
     if IS_POSIX:
-        with suppress(PermissionError):  # it belongs to another user, and is alive
+        with suppress(PermissionError):  # a process of another user exists
             os.kill(pid, 0)
 
 
 def let_go(counters: bytes, index: int) -> None:
-    """Run ``UntypedStorage._release_ipc_counter_cuda``, for a storage that is here already."""
+    """Run ``UntypedStorage._release_ipc_counter_cuda``, for a storage received before."""
     with suppress(RuntimeError):  # the sender has ended
         current_machine().exchange.counter(counters, index).drop()
 
@@ -250,7 +251,7 @@ def _reduce(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _reduce_event(event: Event) -> tuple[Any, ...]:
-    """Do as torch's function, whose name is private from torch 2.15 on."""
+    """Do the same as torch's function, whose name is private from torch 2.15 on."""
     return reductions.rebuild_event, (event.device, event.ipc_handle())
 
 

@@ -104,9 +104,10 @@ def with_types(
     elements, no kernel is launched.
 
     Args:
-        lacks: Takes the arguments and returns the name of the kernel; empty if it is there.
+        lacks: Takes the arguments and returns the name of the missing kernel; empty if
+            the kernel exists.
         handler: Runs the operator.
-        check: Makes the checks that come before the choice of a kernel.
+        check: Makes the checks that a card makes before it chooses a kernel.
     """
 
     def typed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -123,12 +124,12 @@ def with_types(
 
 
 def check_shapes(func: Any, args: tuple[Any, ...]) -> None:
-    """Check the shapes of an operator whose operands are all numbers of one kind.
+    """Check the shapes of an operator whose operands all have one kind of dtype.
 
     A card checks them before it chooses a kernel.
 
     Raises:
-        RuntimeError: They do not fit (torch's message).
+        RuntimeError: The shapes do not match (torch's message).
     """
     zero = torch.zeros((), device="cpu")
     func(

@@ -1,12 +1,12 @@
-"""Values whose memory the CPU would lay out in another way than the card does.
+"""Values whose strides on the card differ from those that the CPU would give them.
 
 Note [Two layouts]
-A value lies in memory as the card's tensor does, because the user sees the card's strides.
-The CPU's attention returns gradients with other strides than CUDA's, and an operator that
-adds numbers up, such as a sum, adds them in the order in which they lie. Its result would
-differ from the CPU's in the last bit. The CPU's strides are therefore noted here, and
-operators on such a value are computed on a copy that has these strides. Their results are
-noted in turn, until both layouts are the same again.
+A value has the strides of the card's tensor, because the user sees these. The CPU's
+attention returns gradients with other strides than CUDA's. An operator such as a sum
+adds numbers in memory order, so with other strides its result may differ from the CPU's
+in the last bit. Therefore this module records the CPU's strides, and operators on such
+a value are computed on a copy with these strides. Their results are recorded in the
+same way, until both layouts are the same again.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _tree: Final[Any] = torch.utils._pytree  # no public name
-#: Operators with arguments that are strides: they mean those of the card.
+#: Operators that take strides as arguments; these are the card's strides.
 _STRIDED: Final = ("as_strided", "_reshape_alias", "new_empty_strided")
 
 
 class _Layouts(NamedTuple):
-    """A value, the layout that it has, and the strides that the CPU gives it."""
+    """A value, its layout on the card, and the strides that the CPU would give it."""
 
     value: weakref.ref[torch.Tensor]
     shape: torch.Size
@@ -40,7 +40,7 @@ TWICE: Final[dict[int, _Layouts]] = {}
 
 
 def note(value: torch.Tensor, strides: tuple[int, ...]) -> None:
-    """Note the strides that the CPU gives a value, unless it has the same ones."""
+    """Record the CPU's strides of a value, unless it has the same strides."""
     shape, own = value.shape, value.stride()
     if value.numel() < 2 or all(  # noqa: PLR2004  # the order of one element is known
         size == 1 or a == b for size, a, b in zip(shape, own, strides, strict=True)
@@ -54,7 +54,7 @@ def note(value: torch.Tensor, strides: tuple[int, ...]) -> None:
 def as_on_cpu(
     func: Any, compute: Callable[..., Any], args: Any, kwargs: dict[str, Any]
 ) -> Any:
-    """Compute an operator; operands in two layouts are taken in the CPU's.
+    """Compute an operator; operands with two layouts are copied to the CPU's layout.
 
     Args:
         func: The operator.
@@ -89,12 +89,12 @@ class _Copying:
     """Copies values that have two layouts into the CPU's layout.
 
     Args:
-        device: Where the copies are; those on ``meta`` have no values.
+        device: The device of the copies; copies on ``meta`` have no values.
     """
 
     def __init__(self, device: str) -> None:
         self._device = device
-        #: Whether a value had two layouts.
+        #: Whether a copied value had two layouts.
         self.is_used = False
 
     def __call__(self, value: torch.Tensor) -> torch.Tensor:
@@ -109,7 +109,7 @@ class _Copying:
 
 
 def _note_views(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
-    """Note the strides of views; where the CPU cannot view, it copies."""
+    """Record the strides of views; if the CPU cannot make a view, it makes a copy."""
     views = _tree.tree_leaves(result)
     try:
         on_cpu = _tree.tree_leaves(func(*args, **kwargs))

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 #: Source: ``CUFFT_DEFAULT_CACHE_SIZE`` of ``aten/src/ATen/native/cuda/CuFFTPlanCache.h``.
 _PLANS: Final = 4096
-#: Libraries of other builds, as ``torch.cuda.has_magma`` and ``torch.version.hip`` say.
-#: Source: ``Context::setLinalgPreferredBackend`` of ``aten/src/ATen/Context.cpp``.
+#: Libraries that this build does not have; see ``torch.cuda.has_magma`` and
+#: ``torch.version.hip``. Source: ``Context::setLinalgPreferredBackend`` of
+#: ``aten/src/ATen/Context.cpp``.
 _OTHERS: Final = {"Magma": "with MAGMA", "Ck": "for ROCm"}
 
 
@@ -81,5 +82,5 @@ PLANS: Final[dict[str, Any]] = {
 
 
 def plan_caches() -> dict[str, Any]:
-    """Return the object with a cache for each card; torch's keeps its first number."""
+    """Return the object with a cache for each card; torch's own keeps its first count."""
     return {"cufft_plan_cache": cuFFTPlanCacheManager()}

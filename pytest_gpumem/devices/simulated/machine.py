@@ -37,7 +37,7 @@ NO_CARDS: Final = "No CUDA GPUs are available"
 
 #: Whether a simulated machine computes the values of tensors, or keeps none.
 VALUES: Final = ("computed", "none")
-#: Whether code to be compiled for a card runs uncompiled, or is refused.
+#: How code for ``torch.compile`` runs on a card: uncompiled, or not at all.
 COMPILED: Final = ("eager", "refused")
 
 
@@ -72,7 +72,7 @@ class SimulatedMachine:
                 f"compiled={compiled!r}; accepted are {', '.join(COMPILED)}"
             )
         self.compiled: Final = compiled
-        #: Whether the warning about code that runs uncompiled was given.
+        #: Whether the warning about uncompiled code was given.
         self.has_told_of_compiling = False
         self.value_device: Final = "cpu" if values == "computed" else "meta"
         settings = config if config is not None else config_from_environment()
@@ -105,12 +105,12 @@ class SimulatedMachine:
         #: Settings of cuDNN that C++ stores; the limit has no effect here. Source:
         #: ``aten/src/ATen/Context.h`` and ``aten/src/ATen/native/Convolution.cpp``.
         self.cudnn: Final[dict[str, Any]] = {"limit": 10, "empties_cache": True}
-        #: What ``libraries.py`` stores: preferred libraries, and limits of plans.
+        #: The settings of ``libraries.py``: preferred libraries, and limits of plans.
         self.preferred: Final[dict[Any, Any]] = {}
         #: The kinds of convolutions for which cuDNN has measured its kernels.
         self.measured_convolutions: Final[set[tuple[Any, ...]]] = set()
         self.streams: Final = Streams()
-        #: What other processes have of this one's memory.
+        #: The storages that other processes have received from this one.
         self.exchange: Final = Exchange()
         #: Blocks that were taken by address, with their cards.
         self.raw_blocks: Final[dict[int, tuple[SimulatedCard, Block]]] = {}
@@ -120,14 +120,14 @@ class SimulatedMachine:
         self.captures: tuple[Capture, ...] = ()
         #: What happens when the host waits for a card: 0 nothing, 1 a warning, 2 an error.
         self.sync_debug_mode = 0
-        #: Values that a thread is freeing: the thread, the host's bytes without them, and
-        #: until when they are waited for. None if there are none.
+        #: Set while a thread frees values: the thread, the host's bytes without these
+        #: values, and the time until which others wait for it. Otherwise None.
         self._leaving: tuple[int, int, float] | None = None
         self._local = threading.local()
 
     @property
     def is_watched(self) -> bool:
-        """Whether a program wants to know, or may not do, that the host waits for a card."""
+        """Whether waits of the host for a card are reported or forbidden."""
         return bool(self.captures) or self.sync_debug_mode != 0
 
     @property
@@ -214,8 +214,8 @@ class SimulatedMachine:
     def after_fork(self) -> None:
         """Set the state of CUDA in a forked child: unusable if the parent has used CUDA.
 
-        It has, in torch's sense, if it has initialised CUDA, or if it has counted cards, as
-        ``torch.cuda.is_available`` does.
+        In torch's sense, a process has used CUDA if it has initialised CUDA or counted
+        cards, for example by ``torch.cuda.is_available``.
 
         Source: ``torch/cuda/__init__.py``, ``_lazy_init``; ``poison_fork`` of
         ``torch/csrc/cuda/Module.cpp``.
@@ -238,8 +238,8 @@ class SimulatedMachine:
     def host_bytes(self) -> int:
         """Return the bytes of the host's memory that this process holds for itself.
 
-        The values of tensors on the cards are in the host's memory too, but stand for
-        the cards' bytes.
+        The values of tensors on the cards are in the host's memory, too, but they count
+        as the cards' bytes.
         """
         values = 0
         if self.value_device == "cpu":
@@ -275,7 +275,7 @@ def _note(history: MemoryHistory, card: SimulatedCard, *change: Any) -> None:
     history.note(card.index, *change, is_serving=card.allocator.is_serving)
 
 
-#: The longest time for which values that are being freed are not the host's, in seconds.
+#: The longest time in seconds to wait for a thread that frees values.
 _PATIENCE_S: Final = 0.5
 
 _machines: Final[list[SimulatedMachine]] = []

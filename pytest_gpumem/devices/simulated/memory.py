@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
 
 
-#: Values of so many bytes take a while to free.
+#: From this many bytes on, freeing values takes noticeable time.
 _LARGE: Final = 2**20
 
 
@@ -101,7 +101,7 @@ def allocate(card: SimulatedCard, nbytes: int) -> Block:
 
 
 def allocate_aside(card: SimulatedCard, nbytes: int, stream: int) -> Block:
-    """Take a block on a stream for a library; faults do not count it.
+    """Allocate a block on a stream for a library; faults do not count it.
 
     Raises:
         torch.OutOfMemoryError: There is no room.
@@ -118,12 +118,12 @@ def allocate_aside(card: SimulatedCard, nbytes: int, stream: int) -> Block:
 def hold_workspace(card: SimulatedCard, *, of_lt: bool = False) -> None:
     """Take the workspace of the thread's cuBLAS handle on its stream, if there is none.
 
-    A host thread has a handle. On a real card, backward runs in its own thread. Where
-    workspaces are not kept, one is taken and freed.
+    Each host thread has its own handle. On a real card, backward runs in its own
+    thread. If workspaces are not kept, the workspace is allocated and freed at once.
 
     Args:
         card: The card.
-        of_lt: Whether the product is one of cuBLASLt, which shares kept workspaces.
+        of_lt: Whether cuBLASLt computes the product; it shares kept workspaces.
 
     Raises:
         torch.OutOfMemoryError: There is no room for it.
@@ -197,8 +197,8 @@ def check_resizable(storage: torch.UntypedStorage) -> None:
     C++ ends the process if a storage in shared memory is resized.
 
     Raises:
-        UnsupportedOnSimulatedDeviceError: It was sent to another process.
-        RuntimeError: It was received from one (torch's message).
+        UnsupportedOnSimulatedDeviceError: The storage was sent to another process.
+        RuntimeError: The storage was received from another process (torch's message).
     """
     memory = memory_of(storage)
     if memory is not None and memory.sent is not None:

@@ -103,7 +103,7 @@ def cuda_device(device: Any) -> torch.device | None:
     Accepts the same arguments as torch: a device, a string or an index.
     """
     if device is None:
-        return None  # also while a test has replaced the class ``torch.device``
+        return None  # for example while a test has replaced the class ``torch.device``
     if isinstance(device, int) and not isinstance(device, bool):
         return DEVICES[card_of(device).index]
     if isinstance(device, str):
@@ -175,10 +175,10 @@ def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
 
 
 def _to_dtype(self: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
-    place = (options["device"],) if isinstance(self, FakeTensor) else ()
+    device_option = (options["device"],) if isinstance(self, FakeTensor) else ()
     result: torch.Tensor = _original_to(
         self,
-        *place,
+        *device_option,
         self.dtype if options["dtype"] is None else options["dtype"],
         copy=options["copy"],
         memory_format=options["memory_format"],
@@ -266,8 +266,8 @@ def pin_memory(self: torch.Tensor, device: Any = None) -> torch.Tensor:  # noqa:
 def is_pinned(self: torch.Tensor, device: Any = None) -> bool:  # noqa: ARG001  # torch's signature
     """Run ``Tensor.is_pinned``: return whether the host memory was pinned.
 
-    Memory that was registered with CUDA is pinned, too; what counts is where the storage
-    begins. Source: ``CUDAHooks::isPinnedPtr`` of ``aten/src/ATen/cuda/detail/CUDAHooks.cpp``.
+    Memory that was registered with CUDA is pinned, too, if the storage begins in it.
+    Source: ``CUDAHooks::isPinnedPtr`` of ``aten/src/ATen/cuda/detail/CUDAHooks.cpp``.
     """
     if isinstance(self, SimulatedTensor) or self.is_meta:
         return False
@@ -430,8 +430,8 @@ def _reduce_ex(self: SimulatedTensor, _protocol: Any) -> Any:
         storage = torch.storage.TypedStorage(
             wrap_storage=storage, dtype=self.dtype, _internal=True
         )
-    place = (self.storage_offset(), tuple(self.size()), self.stride())
-    args = (storage, *place, self.requires_grad, hooks)
+    layout = (self.storage_offset(), tuple(self.size()), self.stride())
+    args = (storage, *layout, self.requires_grad, hooks)
     if is_new:
         args += (self.dtype,)
     bits = torch._utils.get_tensor_metadata(self)  # lazy conjugation and negation
@@ -492,15 +492,15 @@ def _new(self: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         check_given(args[0] if len(args) == 1 else None, self.dtype, self.device)
         return _new_in_cpp(self, *args, **options)
     device = options.get("device")
-    place = self.device if device is None else cuda_device(device)
-    made = None if place is None else made_of(args, self.dtype, place)
+    target = self.device if device is None else cuda_device(device)
+    made = None if target is None else made_of(args, self.dtype, target)
     if made is not None:
         return made
-    if place is None:
+    if target is None:
         return _new_in_cpp(self, *args, **options)
     # C++ of a CPU build knows no card by its number, and creates on the current one.
     options.pop("device", None)
-    with torch.cuda.device(place):
+    with torch.cuda.device(target):
         return _new_in_cpp(self, *args, **options)
 
 
@@ -604,8 +604,10 @@ class _Attribute(property):
             if has_torch_function_unary(tensor):
                 public = getattr(torch.Tensor, name).__get__
                 return handle_torch_function(public, (tensor,), tensor)
-            place = known_card(tensor)
-            return original.__get__(tensor) if place is None else answer(tensor, place)
+            device = known_card(tensor)
+            return (
+                original.__get__(tensor) if device is None else answer(tensor, device)
+            )
 
         super().__init__(read, doc=original.__doc__)
 
@@ -638,14 +640,14 @@ _SHARED: Final = (
 
 EVERY_TENSOR.update(
     {
-        "device": _Attribute("device", lambda _self, place: place),
-        "is_cuda": _Attribute("is_cuda", lambda _self, _place: True),
+        "device": _Attribute("device", lambda _self, device: device),
+        "is_cuda": _Attribute("is_cuda", lambda _self, _device: True),
         "new": _new,
-        "is_cpu": _Attribute("is_cpu", lambda _self, _place: False),
-        "is_meta": _Attribute("is_meta", lambda _self, _place: False),
+        "is_cpu": _Attribute("is_cpu", lambda _self, _device: False),
+        "is_meta": _Attribute("is_meta", lambda _self, _device: False),
         "__cuda_array_interface__": _Attribute(
             "__cuda_array_interface__",
-            lambda _self, _place: refuse("tensor.__cuda_array_interface__"),
+            lambda _self, _device: refuse("tensor.__cuda_array_interface__"),
         ),
         **{name: _method(name, _ANSWERS[name]) for name in _SHARED},
     }

@@ -18,10 +18,10 @@ class Operands:
 
     Attributes:
         card: The card of the first tensor that is on one.
-        host: A tensor that is on no card.
-        meta: Whether one is on ``meta``.
-        outer: The tensors of cards, by the id of their values.
-        strays: Another card of one of the tensors.
+        host: A tensor on the host, if there is one.
+        meta: Whether a tensor is on ``meta``.
+        outer: The card's tensors, by the id of the tensors with their values.
+        strays: Another card on which one of the tensors is; None if there is none.
     """
 
     __slots__ = ("card", "host", "meta", "outer", "strays")
@@ -41,7 +41,7 @@ class Operands:
                 return kind([self.unwrap(item) for item in value])
             if not isinstance(value, torch.Tensor):
                 return value
-            if not isinstance(value, SimulatedTensor):  # false also for users' classes
+            if not isinstance(value, SimulatedTensor):  # it is on no card
                 self.host = value
                 self.meta = self.meta or value.is_meta
                 return value

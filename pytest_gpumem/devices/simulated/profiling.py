@@ -1,4 +1,4 @@
-"""``torch.profiler``, whose Python code needs a CUDA driver, runs without it."""
+"""Lets ``torch.profiler`` run without the CUDA driver that its Python code needs."""
 
 from __future__ import annotations
 

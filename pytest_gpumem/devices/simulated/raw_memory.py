@@ -1,8 +1,8 @@
 """Memory that other libraries take from PyTorch's allocator by address.
 
-A library such as CuPy or Numba asks ``torch.cuda.caching_allocator_alloc`` for bytes and
-gets an address. Here the bytes are taken on the simulated card, but nothing lies at the
-address: no program of the host may read there, as on a real card.
+A library such as CuPy or Numba asks ``torch.cuda.caching_allocator_alloc`` for bytes
+and gets an address. Here the bytes are allocated on the simulated card, but there is no
+memory at the address. As on a real card, host code must not read there.
 
 Source: ``raw_alloc_with_stream``, ``free`` and ``enable`` of
 ``NativeCachingAllocator`` in ``c10/cuda/CUDACachingAllocator.cpp``.
@@ -16,7 +16,7 @@ from pytest_gpumem.devices.simulated.refusals import refuse
 
 
 def raw_alloc(nbytes: int, stream: int) -> int:
-    """Take bytes on the current card; return their address, or 0 for no bytes.
+    """Allocate bytes on the current card; return their address, or 0 for no bytes.
 
     Raises:
         torch.OutOfMemoryError: The card or its budget has no room.
@@ -48,7 +48,7 @@ def enable(value: bool) -> None:  # noqa: FBT001  # torch's signature
     """Keep the caching allocator in use.
 
     Raises:
-        UnsupportedOnSimulatedDeviceError: It is to be switched off.
+        UnsupportedOnSimulatedDeviceError: The allocator would be switched off.
     """
     if not value:
         refuse("torch.cuda.caching_allocator_disabled")

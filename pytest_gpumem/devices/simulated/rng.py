@@ -80,12 +80,12 @@ def _refuse_card(state: Any) -> None:
 
 
 class HostGenerator(GENERATOR):  # type: ignore[misc]  # torch's C type has the type Any here
-    """``torch.Generator()``, which accepts no state that is on a card.
+    """``torch.Generator()``, which refuses a state that is on a card.
 
     Limits: ``torch.default_generator`` is C++'s own, and takes such a state.
     """
 
-    # As torch's class shows itself.
+    # The module name of torch's class.
     __module__ = "torch._C"
     __qualname__ = "Generator"
 
@@ -286,13 +286,13 @@ class CardGenerator(GENERATOR):  # type: ignore[misc]  # torch's C type has the 
             )
 
     def _refuse_reading(self) -> None:
-        """Refuse to read the seed in a capture, where this torch does."""
+        """Refuse to read the seed in a capture, if the installed torch refuses it."""
         card = self._capturing()
         if card is not None and card.version.hides_seeds:
             self._refuse_in_capture("current_seed")
 
     def _capturing(self) -> SimulatedCard | None:
-        """Return the generator's card, if its current stream is being captured."""
+        """Return the generator's card if its current stream is being captured; else None."""
         from pytest_gpumem.devices.simulated.capture import capture_of
 
         machine = innermost_machine()
@@ -317,7 +317,7 @@ class CardGenerator(GENERATOR):  # type: ignore[misc]  # torch's C type has the 
         refuse("Generator.graphsafe_get_state")
 
     def graphsafe_set_state(self, _state: Any) -> Any:
-        """Refuse, as ``graphsafe_get_state`` does.
+        """Refuse to set the state that a CUDA graph captures.
 
         Raises:
             UnsupportedOnSimulatedDeviceError: Always.

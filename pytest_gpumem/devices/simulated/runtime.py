@@ -17,7 +17,7 @@ class Runtime:
     """The object that ``torch.cuda.cudart()`` returns."""
 
     cudaError = _Code  # noqa: N815  # the runtime's name
-    # Only an external stream needs the handles that these make.
+    # Refused, because only an external stream needs the handles that these functions make.
     cudaStreamCreate = staticmethod(refusing("torch.cuda.ExternalStream"))  # noqa: N815
     cudaStreamDestroy = cudaStreamCreate  # noqa: N815
 

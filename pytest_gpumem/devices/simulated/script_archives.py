@@ -1,13 +1,13 @@
-"""Saves and loads TorchScript archives whose tensors lie on a simulated card.
+"""Saves and loads TorchScript archives whose tensors are on a simulated card.
 
-C++ code writes and reads these archives. It takes a simulated tensor for one of the host,
-and it cannot make one. Here the card is noted beside the archive's records when it is
-written, and the loaded tensors go to the card that the caller or the archive names.
+C++ code writes and reads these archives. It treats a simulated tensor as a host tensor,
+and cannot create one. Therefore this module adds the card to the archive's extra files,
+and moves loaded tensors to the card that the caller or the archive names.
 
-Source: ``torch/csrc/jit/serialization/export_module.cpp`` and ``import.cpp``: the records
-``data.pkl`` and ``constants.pkl`` are pickles, in which a persistent id ``("storage", type,
-key, device, size)`` stands for the values of a tensor. With a ``map_location``, all tensors
-go there; without one, each goes to its own device.
+Source: ``torch/csrc/jit/serialization/export_module.cpp`` and ``import.cpp``: the
+records ``data.pkl`` and ``constants.pkl`` are pickles, in which a persistent id
+``("storage", type, key, device, size)`` refers to the values of a tensor. With a
+``map_location``, all tensors are loaded there; without it, each on its own device.
 """
 
 from __future__ import annotations
@@ -75,11 +75,11 @@ def _loaded(
     _extra_files: Any = None,
     _restore_shapes: bool = False,  # noqa: FBT001, FBT002  # torch's signature
 ) -> Any:
-    """Load an archive, with its tensors on the device that the caller or it names.
+    """Load an archive, with its tensors on the device that the caller or the archive names.
 
     Raises:
         torch.OutOfMemoryError: A card has no room.
-        UnsupportedOnSimulatedDeviceError: The archive's tensors lie on several devices.
+        UnsupportedOnSimulatedDeviceError: The archive's tensors are on several devices.
     """
     asked = named = _serialization.validate_map_location(map_location)
     if asked is None:
@@ -97,13 +97,13 @@ def _loaded(
 
 
 def _move_all(module: Any, device: torch.device, *, with_numbers: bool) -> None:
-    """Put a loaded module's tensors on a card: also those that its code holds.
+    """Move a loaded module's tensors to a card, the constants of its code included.
 
     Args:
         module: The module.
         device: The card.
         with_numbers: Whether tensors without dimensions in the code move, too: they are
-            numbers that were traced, and lie on the host unless the caller moves all.
+            traced numbers, which stay on the host unless the caller moves all tensors.
     """
     moved: dict[torch.Tensor, torch.Tensor] = {}
     for owner in module.modules():
@@ -124,7 +124,7 @@ def _on_card(
     device: torch.device,
     moved: dict[torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
-    """Return a tensor on a card; the same for the same tensor."""
+    """Return the copy of a tensor on a card; a tensor is copied once."""
     if tensor not in moved:
         on_card = tensor.detach().to(device).requires_grad_(tensor.requires_grad)
         is_parameter = isinstance(tensor, torch.nn.Parameter)
@@ -133,11 +133,11 @@ def _on_card(
 
 
 def _device_in(f: Any) -> torch.device | None:
-    """Return the device of an archive's tensors; None if it has none, or is no archive."""
+    """Return the device of an archive's tensors; None without tensors or archive."""
     try:
         reader: Any = torch._C.PyTorchFileReader(f)
     except RuntimeError:
-        return None  # torch itself says what is wrong with the file
+        return None  # torch itself raises an error for the file
     if reader.has_record(f"extra/{_NOTE}"):
         return torch.device(reader.get_record(f"extra/{_NOTE}").decode())
     named: list[str] = []
@@ -147,7 +147,7 @@ def _device_in(f: Any) -> torch.device | None:
 
 
 class _Devices(pickle.Unpickler):
-    """Notes the devices that a pickle's persistent ids name; imports no class."""
+    """Collects the devices that a pickle's persistent ids name; imports no class."""
 
     def __init__(self, record: bytes, named: list[str]) -> None:
         super().__init__(io.BytesIO(record))
@@ -161,7 +161,7 @@ class _Devices(pickle.Unpickler):
 
 
 class _Anything:
-    """Stands for an object of a class that is not imported."""
+    """Replaces any object of a class that is not imported."""
 
     def __init__(self, *_args: Any) -> None:
         pass
@@ -171,10 +171,10 @@ class _Anything:
 
 
 def _only(names: Iterable[str]) -> torch.device | None:
-    """Return the only device that is named; None without any.
+    """Return the only device in a set of names; None if the set is empty.
 
     Raises:
-        UnsupportedOnSimulatedDeviceError: A card is named beside another device.
+        UnsupportedOnSimulatedDeviceError: The set has a card and another device.
     """
     devices = {torch.device(name) for name in names}
     if len(devices) > 1:

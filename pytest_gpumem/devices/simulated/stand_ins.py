@@ -1,4 +1,4 @@
-"""Classes that stand for classes of torch while cards are simulated."""
+"""The metaclass of classes that replace torch's classes while cards are simulated."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 class StandIn(type):
     """The metaclass of a class that replaces one of torch, its ``original``.
 
-    It equals the original, has its attributes, and its instances are the original's.
-    Annotations and tables that were made of the original before therefore stay valid.
+    The class equals the original, has its attributes, and ``isinstance`` accepts the
+    original's instances. So annotations and tables that already contain the original
+    stay valid.
 
     Limits: ``type(instance)`` is the original, so that ``type(instance) is torch.NAME`` is
     False; ``==`` and ``isinstance`` work.

@@ -1,4 +1,4 @@
-"""Storages on a simulated card: CPU storages that hold bytes there.
+"""Storages on a simulated card: CPU storages that hold bytes of the card.
 
 ``torch.load``, ``torch.save`` and safetensors use storages, not tensors. A storage must
 therefore be able to move to a card, to report its device, and to move back.
@@ -160,7 +160,7 @@ def _resize(self: torch.UntypedStorage, size: int) -> Any:
 
 
 def _is_shared(self: torch.UntypedStorage) -> bool:
-    """Source: ``THPStorage_isShared`` of ``torch/csrc/StorageSharing.cpp``."""
+    """Run ``UntypedStorage.is_shared``: ``THPStorage_isShared`` of ``StorageSharing.cpp``."""
     return memory_of(self) is not None or bool(_original_is_shared(self))
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _handles: Final = itertools.count(1)
 #: The priorities of streams that have one other than 0, by handle.
 _priorities: Final[dict[int, int]] = {}
-#: The highest priority. Source: ``CUDAStream::priority_range`` and
+#: The number of the highest priority. Source: ``CUDAStream::priority_range`` and
 #: ``max_compile_time_stream_priorities`` of ``c10/cuda/CUDAStream.h``.
 _HIGHEST: Final = -3
 _CUDA_TYPE: Final = 1  # c10::DeviceType::CUDA
@@ -112,7 +112,7 @@ class Stream:
         self.wait_event(stream.record_event())
 
     def wait_event(self, event: Any) -> None:
-        """Wait for an event: it is already complete, or this stream joins its capture."""
+        """Wait for an event, which is complete; this stream joins the event's capture."""
         event.wait(self)
 
     def record_event(self, event: Event | None = None) -> Event:
@@ -191,8 +191,9 @@ class Event:
         self._capture: Capture | None = None
         self._stream = 0
         self._handle = next(_handles)
-        #: The card of a recorded event. Before that a ``torch.cuda.Event`` has None, and
-        #: a ``torch.Event`` a type without a number, whatever number it was made with.
+        #: The card of a recorded event. Before the first record it is None for a
+        #: ``torch.cuda.Event``, and a device without an index for a ``torch.Event``, even
+        #: if it was created with an index.
         #: Source: ``THPEvent_pynew`` of ``torch/csrc/Event.cpp``, which takes the type.
         self.device: torch.device | None = None
         if device is not None:

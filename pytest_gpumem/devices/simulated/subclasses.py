@@ -78,9 +78,9 @@ def known_card(tensor: torch.Tensor) -> torch.device | None:
         if not torch._C._has_storage(tensor):
             return None
         storage = tensor.untyped_storage()
-        place: torch.device | None = getattr(storage, "_gpumem_place", None)
-        if place is not None:
-            return place
+        device: torch.device | None = getattr(storage, "_gpumem_device", None)
+        if device is not None:
+            return device
         inner = getattr(
             tensor, "_local_tensor", None
         )  # the inner tensor of a DTensor, which C++ creates
@@ -95,8 +95,8 @@ def _place_inside(tensor: torch.Tensor) -> torch.device | None:
         tensor = torch._C._functorch.get_unwrapped(tensor)  # no public API
     if type(tensor) in HOST_KINDS:
         return None
-    place = tensor.device
-    return place if place.type == "cuda" else None
+    device = tensor.device
+    return device if device.type == "cuda" else None
 
 
 # -- construction ---------------------------------------------------------------------
@@ -181,9 +181,9 @@ def make_wrapper_subclass(cls: Any, size: Any, *args: Any, **options: Any) -> An
     return _placed(made, DEVICES[card_of(named.index).index])
 
 
-def _placed(wrapper: Any, place: torch.device) -> Any:
+def _placed(wrapper: Any, device: torch.device) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
-        wrapper.untyped_storage()._gpumem_place = place
+        wrapper.untyped_storage()._gpumem_device = device
     return wrapper
 
 
@@ -192,7 +192,7 @@ _materialize: Final[Any] = _Lazy.materialize
 
 
 def materialize(self: Any, *args: Any, **options: Any) -> None:
-    """Give a lazy module's parameter or buffer its memory, and its class of a card."""
+    """Allocate a lazy module's parameter or buffer, and set its class on a card."""
     with torch._C.DisableTorchFunctionSubclass():
         _materialize(self, *args, **options)
     if is_keyed(self):

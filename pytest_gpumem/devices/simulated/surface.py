@@ -388,7 +388,7 @@ def _cudnn_setter(name: str) -> Callable[[Any], None]:
 
 
 def _nothing(*_args: Any, **_kwargs: Any) -> None:
-    """Do nothing: there is nothing to wait for and nothing to collect."""
+    """Do nothing, because there is no work to wait for and nothing to collect."""
 
 
 #: Replacements in ``torch._C``, with the names of torch 2.8 to 2.15.

@@ -1,10 +1,11 @@
 """Records the operators of a captured graph, to run them again on the same memory.
 
-The host computes a card's values, so the tape records the host operators that the card's
-operators call. For each operand it records the storage and the position in it. Storages
-are identified by numbers and are not kept alive. A storage that no longer exists at a
-replay was temporary, and gets new memory for the duration of the replay. If another graph
-reads it, its contents are kept from replay to replay: on a card they stay in the pool.
+The host computes a card's values, so the tape records the host operators that the
+card's operators call. For each operand it records the storage and the position in it.
+Storages are identified by numbers and are not kept alive. A storage that no longer
+exists at a replay was temporary, and gets new memory for the duration of the replay. If
+another graph reads it, its contents are kept between replays, as on a card, where they
+stay in the pool.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ def bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
 def living(
     reference: weakref.ref[torch.UntypedStorage],
 ) -> torch.UntypedStorage | None:
-    """Return the storage that is referred to, or None once it is gone.
+    """Return the storage that is referred to, or None if it was deleted.
 
-    The reference is to the Python object. One to the C++ object would keep the Python
-    object, and with it the card's bytes, on torch 2.8.
+    This is a reference to the Python object. In torch 2.8 a reference to the C++ object
+    would keep the Python object alive, and with it the card's bytes.
     """
     found = reference()
     if found is not None:
-        # C++ owns the object where Python has let go of it; now Python holds it again.
+        # If only C++ owns the object, this call returns ownership to Python.
         fix: Any = found._fix_weakref  # type: ignore[attr-defined]  # no public API
         fix()
     return found
@@ -91,11 +92,11 @@ class Tape:
         self._sizes: list[int] = []
         #: Numbers of storages that captured operators have made.
         self._made: set[int] = set()
-        #: Storages that a graph captured before has used: its tape, and the number there.
+        #: Storages that an earlier graph has used: its tape, and the number on that tape.
         self._origins: dict[int, tuple[Tape, int]] = {}
-        #: Numbers of storages that graphs captured later use.
+        #: Numbers of storages that later graphs use.
         self._shared: set[int] = set()
-        #: Contents of shared storages that nothing else keeps.
+        #: Contents of storages that several graphs use and that were deleted.
         self._kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -198,13 +199,13 @@ class Tape:
         storage: torch.UntypedStorage,
         helpers: dict[int, torch.UntypedStorage],
     ) -> None:
-        """Use memory for a storage that is gone; keep it if another graph reads it."""
+        """Use new memory for a deleted storage; keep it if another graph reads it."""
         helpers[number] = storage
         if number in self._shared:
             self._kept[number] = storage
 
     def _of_origin(self, number: int) -> torch.UntypedStorage | None:
-        """Return what an earlier graph has left in a storage that is gone."""
+        """Return the contents that an earlier graph has left in a deleted storage."""
         if number not in self._origins:
             return None
         tape, there = self._origins[number]

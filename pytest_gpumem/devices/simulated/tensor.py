@@ -10,12 +10,12 @@ a CUDA device guard, which a CPU build does not have. The attributes that Python
 (``device``, ``is_cuda``, …) are overridden in ``methods.py``.
 
 Note [Tensors of users' classes]
-A tensor of a user's subclass of ``torch.Tensor`` keeps its class when it is on a card. C++
-reads ``__torch_dispatch__`` on the *object*, and while cards are simulated it finds the
-one of ``torch.Tensor`` (``subclasses.py``). The value and the card of the tensor are in a
-table of this module, because user code may copy and replace the tensor's ``__dict__``.
-Those of a ``SimulatedTensor`` are in its ``__dict__``, where Python finds them fastest,
-until somebody asks for the ``__dict__``: they then move to the table as well.
+A tensor of a user's subclass of ``torch.Tensor`` keeps its class when it is on a card.
+C++ reads ``__torch_dispatch__`` on the *object*, and while cards are simulated it finds
+the one of ``torch.Tensor`` (``subclasses.py``). The value and the card of the tensor
+are in a table of this module, because user code may copy and replace the tensor's
+``__dict__``. Those of a ``SimulatedTensor`` are in its ``__dict__``, where Python finds
+them fastest. When code reads the ``__dict__``, they move to the table as well.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ HOST_KINDS: Final = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 class _LastFailure(threading.local):
-    """What the last error of an operator in this thread said, for callers in C++."""
+    """The text of this thread's last operator error, because C++ callers lose it."""
 
     def __init__(self) -> None:
         self.text = ""
         self.attributes: dict[str, Any] = {}
 
     def note(self, error: Exception) -> None:
-        """Note an error, without its traceback, which keeps tensors alive."""
+        """Store an error's text, without its traceback, which would keep tensors alive."""
         self.text = str(error)
         self.attributes = dict(vars(error))
 
@@ -136,10 +136,11 @@ class _OnCard(type(torch.Tensor)):  # type: ignore[misc]  # torch's metaclass ha
         )
 
 
-#: Value, card and whether it is a parameter, by the id of a tensor that has none of these
-#: in its ``__dict__``, each with the weak reference whose callback removes the row.
+#: By the id of a tensor that has none of these in its ``__dict__``: its value, its card,
+#: whether it is a parameter, and the weak reference whose callback removes the row.
 _rows: Final[dict[int, tuple[torch.Tensor, SimulatedCard, bool, Any]]] = {}
-#: The names that stand in the ``__dict__`` of a ``SimulatedTensor`` for which nobody asked.
+#: The names of the package's own entries in the ``__dict__`` of a ``SimulatedTensor``,
+#: which exist until code reads the ``__dict__``.
 _OWN_NAMES: Final = ("_gpumem_value", "_gpumem_card", "_is_param")
 #: The descriptor behind ``__dict__``.
 _dict: Final[Any] = vars(torch.Tensor)["__dict__"]
@@ -169,7 +170,7 @@ def put_on_card(
 def _record(
     tensor: Any, value: torch.Tensor, card: SimulatedCard, *, is_param: bool
 ) -> None:
-    """Put a row into the table, which goes with the tensor."""
+    """Put a row into the table; it is removed when the tensor is deleted."""
     key = id(tensor)
     gone = weakref.ref(tensor, lambda _dead: _rows.pop(key, None))
     _rows[key] = value, card, is_param, gone
@@ -185,7 +186,7 @@ def take_off_card(tensor: Any) -> None:
 
 @contextmanager
 def without_references(*tensors: Any) -> Iterator[None]:
-    """Record tensors without weak references, with which torch would exchange nothing."""
+    """Record tensors without weak references, because torch refuses to swap with them."""
     for each in tensors:
         if isinstance(each, SimulatedTensor):
             is_param = type(each) is SimulatedTensor and hasattr(each, "_is_param")
@@ -205,7 +206,7 @@ _swap_bodies: Final[Any] = torch._C._swap_tensor_impl
 
 
 def swap_bodies(first: Any, second: Any) -> None:
-    """Exchange the C++ tensors of two objects, and what the table says about them."""
+    """Exchange the C++ tensors of two objects, and their rows in the table."""
     _swap_bodies(first, second)
     pair = (first, second)
     found = [_rows.pop(id(each), None) for each in pair]
@@ -217,7 +218,7 @@ def swap_bodies(first: Any, second: Any) -> None:
 
 
 def attributes_of(tensor: Any) -> dict[str, Any]:
-    """Return a copy of a tensor's ``__dict__``, without what this package has put there."""
+    """Return a copy of a tensor's ``__dict__`` without this package's entries."""
     found: dict[str, Any] = dict(_dict.__get__(tensor))
     for name in _OWN_NAMES if type(tensor) is SimulatedTensor else ():
         found.pop(name, None)
@@ -225,7 +226,7 @@ def attributes_of(tensor: Any) -> dict[str, Any]:
 
 
 class _Attributes:
-    """``__dict__`` of a ``SimulatedTensor``: what torch and the user have put there."""
+    """``__dict__`` of a ``SimulatedTensor``: only the entries of torch and the user."""
 
     def __get__(self, tensor: Any, owner: Any = None) -> dict[str, Any]:
         found: dict[str, Any] = _dict.__get__(tensor)
@@ -240,10 +241,10 @@ class _Attributes:
 
 
 class _Row:
-    """Descriptor of what the table says about a tensor.
+    """Descriptor of one column of the table of tensors.
 
     Raises:
-        AttributeError: The tensor is not on a card, or is no parameter.
+        AttributeError: The tensor is not on a card, or is not a parameter.
     """
 
     def __init__(self, name: str, position: int) -> None:
@@ -294,10 +295,10 @@ ROWS: Final[dict[str, Any]] = {
 
 
 class _IsParameter:
-    """``_is_param`` of a ``SimulatedTensor``, by which torch knows a parameter.
+    """``_is_param`` of a ``SimulatedTensor``, by which torch recognises a parameter.
 
     Raises:
-        AttributeError: The tensor is no parameter.
+        AttributeError: The tensor is not a parameter.
     """
 
     def __get__(self, tensor: Any, owner: Any = None) -> bool:
@@ -386,16 +387,18 @@ def make(value: torch.Tensor, card: SimulatedCard) -> SimulatedTensor:
         card.machine.streams.note_result(card.index)
     if not hasattr(storage, "_gpumem"):
         hold(storage, Memory(card, storage.nbytes()))
-    place = DEVICES[card.index]
+    device = DEVICES[card.index]
     tensor: SimulatedTensor
     if value.is_inference() and not torch.is_inference_mode_enabled():
-        with torch.inference_mode():  # a view of an inference tensor is one as well
+        with (
+            torch.inference_mode()
+        ):  # a view of an inference tensor is an inference tensor
             tensor = _make_subclass(
-                SimulatedTensor, value, False, device_for_backend_keys=place
+                SimulatedTensor, value, False, device_for_backend_keys=device
             )
     else:
         tensor = _make_subclass(
-            SimulatedTensor, value, False, device_for_backend_keys=place
+            SimulatedTensor, value, False, device_for_backend_keys=device
         )
     tensor._gpumem_value = value  # private to this package
     tensor._gpumem_card = card  # private to this package

@@ -28,7 +28,7 @@ def _references_by_cpp() -> int:
     return found
 
 
-#: 1, and 0 up to torch 2.9, where the Python object owns the one of C++ or the reverse.
+#: 1; up to torch 2.9 it is 0, because then either object owns the other one.
 REFERENCES_BY_CPP: Final = _references_by_cpp()
 
 

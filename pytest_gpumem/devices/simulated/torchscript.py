@@ -2,10 +2,10 @@
 
 TorchScript's compiler and interpreter are C++ code. The compiler recognises built-in
 functions by their identity. The interpreter reads the C++ tensor's device, which for a
-simulated tensor is the device of its values, and it makes tensors in C++. What is scripted
-is therefore run as the Python code that it was made from. What has no Python code any more,
-because it was traced, loaded or optimised, is run by the interpreter; if it asks for devices
-or makes tensors on a card, it is refused.
+simulated tensor is the device of its values, and it makes tensors in C++. Therefore a
+scripted function or module is run as its original Python code. Traced, loaded or
+optimised code has no Python code, so the interpreter runs it. If such code reads
+devices or creates tensors on a card, it is refused.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _call: Final[Any] = torch.jit.ScriptFunction.__call__
 _Scripted: Final[Any] = torch.jit.ScriptModule
 _apply_to_module: Final[Any] = torch.nn.Module._apply
 _call_of_module: Final[Any] = torch.nn.Module.__call__
-#: The folder of this package, whose frames are not those of the code that is run.
+#: The folder of this package; its frames do not belong to the program.
 _OURS: Final = str(Path(__file__).parents[2])
 _reparametrize_module: Final[Any] = torch.nn.utils.stateless._reparametrize_module
 _Recursive: Final[Any] = torch.jit._script.RecursiveScriptModule
@@ -65,7 +65,8 @@ def patch_scripting(patches: PatchSet) -> None:
 def _run(function: Any, *args: Any, **options: Any) -> Any:
     """Call a scripted function; for tensors on a card, call its Python original.
 
-    A trace takes in the function's graph, whose branches its Python code would fix.
+    While ``torch.jit.trace`` runs, the function's graph is called, because tracing the
+    Python code would fix its branches.
     """
     original = getattr(function, "_torchdynamo_inline", None)
     if original is not None and any(map(_is_on_card, (*args, *options.values()))):
@@ -127,8 +128,8 @@ def _call_module(module: Any, *args: Any, **options: Any) -> Any:
     """Call a scripted or traced module.
 
     Raises:
-        UnsupportedOnSimulatedDeviceError: It computes with a card, has no Python code, and
-            asks for devices or makes tensors on a card.
+        UnsupportedOnSimulatedDeviceError: The module has no Python code, computes with
+            a card, and reads devices or creates tensors on a card.
     """
     if (
         "forward" not in module.__dict__
@@ -201,13 +202,15 @@ def _scripted(module: Any, *args: Any, **options: Any) -> Any:
     """Script a module, and keep its Python code beside the result."""
     result = _script_module(module, *args, **options)
     if not options.get("is_tracing", False):
-        with contextlib.suppress(Exception):  # what cannot be copied stays without
+        with contextlib.suppress(
+            Exception
+        ):  # a module that cannot be copied gets no Python code
             _keep_python(result, _without_values(module))
     return result
 
 
 def _keep_python(scripted: Any, python: torch.nn.Module) -> None:
-    """Let a scripted module, and each in it, run its Python code on cards."""
+    """Let a scripted module, and each module inside it, run its Python code on cards."""
     for name, child in scripted.named_modules():
         original = python.get_submodule(name)
         for method in ("forward", *child._c._method_names()):
@@ -249,7 +252,7 @@ def _apply(module: Any, fn: Any, recurse: bool = True) -> Any:  # noqa: FBT001, 
     """Move or cast a scripted module, and set its parameters again in C++."""
     for name, parameter in module._parameters.items():
         if parameter is not None and parameter.grad_fn is not None:
-            # C++ has cloned it together with its module, and the clone is no leaf.
+            # C++ has cloned the parameter with its module, and the clone is not a leaf.
             module._parameters[name] = torch.nn.Parameter(
                 parameter.detach(), parameter.requires_grad
             )

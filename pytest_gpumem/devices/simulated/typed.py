@@ -51,11 +51,11 @@ IN_CPP: Final = {
 def made_of(
     args: tuple[Any, ...], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor | None:
-    """Return what an old constructor makes of data or of a tensor; None for anything else.
+    """Return the result of an old constructor for data or a tensor; None for other input.
 
     Source: ``legacy_tensor_generic_ctor_new`` in ``torch/csrc/utils/tensor_new.cpp``. A
-    tensor is not copied, and must be of the same type. A sequence is data, also a tuple of
-    numbers; sizes are numbers, or a ``torch.Size``.
+        tensor is not copied, and must have the same type. A sequence is data, even a
+        tuple of numbers. Sizes are given as numbers or as a ``torch.Size``.
 
     Args:
         args: The constructor's arguments.
@@ -63,7 +63,7 @@ def made_of(
         device: The card for new data.
 
     Raises:
-        TypeError: The argument is a tensor of another type, or no data.
+        TypeError: The argument is a tensor of another type, or cannot be data.
         RuntimeError: The argument is a storage on another device.
     """
     if len(args) != 1:
@@ -81,9 +81,9 @@ def made_of(
 
 
 def check_given(given: Any, dtype: torch.dtype, device: torch.device) -> None:
-    """Check what an old constructor is given: a tensor of its type, or a storage there.
+    """Check the argument of an old constructor: a tensor of its type, or a storage.
 
-    C++ checks tensors itself if no card takes part.
+    If no card is involved, C++ checks tensors itself.
 
     Source: ``legacy_tensor_generic_ctor_new`` in ``torch/csrc/utils/tensor_new.cpp``, which
     compares the types of devices, and the dtypes of tensors.
@@ -103,19 +103,19 @@ def check_given(given: Any, dtype: torch.dtype, device: torch.device) -> None:
 
 
 def check_storage(storage: Any, device: torch.device) -> None:
-    """Check that a storage, which a tensor is to have, is on the tensor's device.
+    """Check that a new storage for a tensor is on the tensor's device.
 
     Source: ``checkSetStorage`` of ``aten/src/ATen/native/Resize.h``.
 
     Raises:
-        RuntimeError: It is on another device (torch's message).
+        RuntimeError: The storage is on another device (torch's message).
     """
     # A typed storage gives a warning.
-    place = getattr(storage, "_untyped_storage", storage).device
-    if place != device:
+    found = getattr(storage, "_untyped_storage", storage).device
+    if found != device:
         raise RuntimeError(
             f'Attempted to set the storage of a tensor on device "{device}" to a '
-            f'storage on different device "{place}".  This is no longer '
+            f'storage on different device "{found}".  This is no longer '
             "allowed; the devices must match."
         )
 
@@ -169,18 +169,18 @@ class TypedTensor(type):
 class SparseTensor(TypedTensor):
     """The metaclass of ``torch.cuda.sparse.FloatTensor`` and similar classes.
 
-    A call of such a class is refused, and no tensor is of it.
+    A call of such a class is refused, and no tensor is an instance of it.
     """
 
     layout = torch.sparse_coo
     is_sparse = True
 
     def __call__(cls, *_args: Any, **_options: Any) -> torch.Tensor:
-        """Refuse a sparse tensor of a card by its name."""
+        """Refuse to create a sparse tensor on a card."""
         refuse("a sparse tensor")
 
     def __instancecheck__(cls, instance: Any) -> bool:
-        """Return False: there is no such tensor."""
+        """Return False, because there are no sparse tensors on a card."""
         return False
 
 
@@ -197,10 +197,10 @@ def typed_tensors(
 
 
 class HostTypedTensor(StandIn):
-    """The metaclass of what replaces ``torch.FloatTensor`` and similar classes."""
+    """The metaclass of the replacements of ``torch.FloatTensor`` and similar classes."""
 
     def __call__(cls, *args: Any, **options: Any) -> Any:  # noqa: N805  # this is a metaclass
-        """Create a tensor on the host, but not of a card's tensor or storage."""
+        """Create a tensor on the host; refuse a card's tensor or storage."""
         given = args[0] if len(args) == 1 else options.get("other")
         check_given(given, cls.original.dtype, _HOST)
         return cls.original(*args, **options)
@@ -210,7 +210,7 @@ _HOST: Final = torch.device("cpu")
 
 
 def host_typed_tensors() -> dict[str, Any]:
-    """Return the classes that ``torch`` gets; each stands for its own class."""
+    """Return the replacements of the host's typed tensor classes in ``torch``."""
     return {
         f"{name}Tensor": HostTypedTensor(
             f"{name}Tensor",

@@ -117,13 +117,13 @@ def run(
         compute: The function that computes the values; None means the operator.
 
     Raises:
-        torch.AcceleratorError: A card's kernel asserts what does not hold, such as an index
-            within bounds.
+        torch.AcceleratorError: An assertion of a card's kernel fails, for example for
+            an index out of bounds.
         NoValuesError: The result depends on values, and none are kept.
         NotImplementedError: There is no kernel for the operands' dtype.
         UnsupportedOnSimulatedDeviceError: The operator has no CPU kernel.
     """
-    # Without the Python method that calls it, and its frame in tracebacks.
+    # The method is called directly, so that tracebacks have no further frame.
     compute = func._op if compute is None else compute
     if card.value_device == "meta":
         args = [_without_value(each) for each in args]
@@ -146,7 +146,7 @@ def run(
 def _as_on_card(
     error: IndexError | RuntimeError, func: Any, args: Any, card: SimulatedCard
 ) -> Exception:
-    """Return what a card raises in place of an error of the CPU's kernel."""
+    """Return the error that a card raises in place of an error of the CPU's kernel."""
     text = str(error)
     if is_asserted(text):
         asserted = cuda_error("cudaErrorAssert")

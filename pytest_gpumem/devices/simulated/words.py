@@ -1,4 +1,4 @@
-"""What a card says about wrong operands, where the CPU's kernel says something else.
+"""The error texts of a card for wrong operands, if the CPU's kernel has another text.
 
 The values are computed by kernels of the CPU, and so an error about dtypes comes from
 them. On a card the same call raises the same class of error, but the text names the card's
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-#: The kernel that a card names, by the one that the CPU names.
+#: The name of a card's kernel in error texts, by the name of the CPU's kernel.
 _KERNELS: Final = {
     "GeluKernelImpl": "GeluCUDAKernelImpl",
     "_segment_reduce_cpu": "segment_reduce_cuda",
@@ -80,11 +80,13 @@ _KERNELS: Final = {
     "softmax_lastdim_kernel_impl": "host_softmax",
     "trigamma": "trigamma_cuda",
 }
-#: What the CPU's kernels say where a card's kernel asserts. A kernel cannot raise: CUDA
-#: reports the failed assertion. Source: ``CUDA_KERNEL_ASSERT`` in ``Indexing.cu``,
-#: ``IndexKernel.cu``, ``ScatterGatherKernel.cu``, ``EmbeddingBag.cu``, ``Loss.cu``,
-#: ``NLLLoss2d.cu``, ``MultiMarginLoss.cu``, ``MaxUnpooling.cu``, ``TensorCompare.cu``,
-#: ``MultinomialKernel.cu`` and ``DistributionTemplates.h`` of ``aten/src/ATen/native/cuda``.
+#: Error texts of the CPU's kernels for a condition that a card's kernel asserts. A card's
+#: kernel cannot raise an error; CUDA reports the failed assertion. Source:
+#: ``CUDA_KERNEL_ASSERT`` in ``Indexing.cu``, ``IndexKernel.cu``,
+#: ``ScatterGatherKernel.cu``, ``EmbeddingBag.cu``, ``Loss.cu``, ``NLLLoss2d.cu``,
+#: ``MultiMarginLoss.cu``, ``MaxUnpooling.cu``, ``TensorCompare.cu``,
+#: ``MultinomialKernel.cu`` and ``DistributionTemplates.h`` of
+#: ``aten/src/ATen/native/cuda``.
 _ASSERTED: Final = re.compile(
     r"(?:index_copy_\(\): )?index -?\d+ is out of bounds for dimension \d+ with size "
     r"|index out of range in self"
@@ -100,10 +102,10 @@ _ASSERTED: Final = re.compile(
 )
 _LACKS: Final = re.compile(r"\"([^\"]+)\" not implemented for ")
 _REDUCES: Final = re.compile(r"scatter_gather_tensor_cpu_reduce_\w+")
-#: A shared check, which speaks of the CPU on a card as well.
+#: The text of a shared check, which says "CPU" on a card as well.
 #: Source: ``TORCH_META_FUNC`` of ``topk`` and ``sort`` in ``Sorting.cpp``.
 _SPEAKS_OF_CPU: Final = re.compile(r" ?(Sort|topk) does not support \w+ dtypes on CPU")
-#: Parts of texts, and what they are on a card.
+#: Parts of texts, and their replacements on a card.
 _PARTS: Final = (
     # cuda/Blas.cpp, addmm_out_cuda_impl
     (
@@ -127,21 +129,21 @@ _BATCHED_SVD: Final = 32
 
 
 def is_asserted(text: str) -> bool:
-    """Tell whether a card's kernel asserts what a kernel of the CPU raises as an error.
+    """Tell whether a card's kernel asserts the condition of an error of the CPU's kernel.
 
     Args:
-        text: The error's text of the CPU's kernel.
+        text: The text of an error of the CPU's kernel.
     """
     return _ASSERTED.match(text) is not None
 
 
 def on_card(func: Any, args: Sequence[Any], text: str) -> str | None:
-    """Return a card's text for an error about dtypes; None if the text is about others.
+    """Return a card's text for an error about dtypes; None for another kind of error.
 
     Args:
         func: The operator.
         args: Its positional arguments.
-        text: The error's text of the CPU's kernel.
+        text: The text of an error of the CPU's kernel.
     """
     lacking = _LACKS.match(text)
     if lacking:

@@ -326,20 +326,20 @@ def _validate(tensors: tuple[Any, ...]) -> None:
             torch.empty(each.shape, dtype=each.dtype, device="meta") for each in tensors
         )
         functional.scaled_dot_product_attention(query, key, value)
-    places = query, key, value = [each.device for each in tensors]
-    if len(set(places)) > 1:
+    devices = query, key, value = [each.device for each in tensors]
+    if len(set(devices)) > 1:
         raise RuntimeError(
             "Expected query, key, and value to have the same device type, but got "
             f"query.device: {query} key.device: {key} and value.device: {value} instead."
         )
 
 
-def _check_mask(mask: Any, place: torch.device) -> None:
+def _check_mask(mask: Any, device: torch.device) -> None:
     """Refuse a mask on another device, as generated code does for the kernel."""
-    if mask.device != place:
+    if mask.device != device:
         raise RuntimeError(
             "Expected all tensors to be on the same device, but got attn_bias is on "
-            f"{mask.device}, different from other tensors on {place} (when checking "
+            f"{mask.device}, different from other tensors on {device} (when checking "
             "argument in method wrapper_CUDA___scaled_dot_product_efficient_attention)"
         )
 

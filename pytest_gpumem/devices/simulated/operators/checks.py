@@ -57,7 +57,7 @@ def checking(func: Any, operator: Operator) -> Callable[[Any, Any, Operands], No
 
     def check_devices(args: Any, kwargs: Any, operands: Operands) -> None:
         if is_filled and not in_backward():
-            _check_results(func, _places(func, args, kwargs))
+            _check_results(func, _operands_of(func, args, kwargs))
         if operands.strays is None:
             if operator.takes_host or in_backward():
                 return
@@ -71,23 +71,23 @@ def checking(func: Any, operator: Operator) -> Callable[[Any, Any, Operands], No
                 and card.value_device == "meta"
             ):
                 return
-        places = _places(func, args, kwargs)
+        listed = _operands_of(func, args, kwargs)
         if operator.helper is not None and are_formulas_active():
-            places = [
+            listed = [
                 each
-                for each in places
+                for each in listed
                 if isinstance(each.tensor, SimulatedTensor)
                 or not operator.helper(each.name, each.tensor)
             ]
-        check(func, places)
+        check(func, listed)
 
     return check_devices
 
 
-def _check_results(func: Any, places: list[Operand]) -> None:
+def _check_results(func: Any, operands: list[Operand]) -> None:
     """Check the devices of ``out=`` where an operator does so itself."""
-    outs = [(each.name, each.device) for each in places if each.is_out]
-    sources = [each.device for each in places if not each.is_out]
+    outs = [(each.name, each.device) for each in operands if each.is_out]
+    sources = [each.device for each in operands if not each.is_out]
     if outs and sources:
         check_outs(func, sources[0], outs)
 
@@ -113,17 +113,17 @@ def _is_in_vmap() -> bool:
     return frame is not None
 
 
-def _places(func: Any, args: Any, kwargs: Any) -> list[Operand]:
+def _operands_of(func: Any, args: Any, kwargs: Any) -> list[Operand]:
     """Return the tensors among the arguments, in the schema's order."""
-    places: list[Operand] = []
+    operands: list[Operand] = []
     for position, argument in enumerate(func._schema.arguments):
         value = args[position] if position < len(args) else kwargs.get(argument.name)
-        places.extend(
+        operands.extend(
             Operand(argument, each)
             for each in (value if isinstance(value, (list, tuple)) else (value,))
             if isinstance(each, torch.Tensor) and not is_of_formula(each)
         )
-    return places
+    return operands
 
 
 def is_of_formula(tensor: torch.Tensor) -> bool:
@@ -155,7 +155,7 @@ def _is_expanded(tensor: torch.Tensor) -> bool:
     return not any(strides or tensor.stride())
 
 
-def declared(func: Any, places: list[Operand]) -> None:
+def declared(func: Any, operands: list[Operand]) -> None:
     """Check as declared: as generated code does, or as ``TensorIterator`` does.
 
     Source: ``gen_device_check`` and ``wrapper_kernel_sig`` of
@@ -164,9 +164,9 @@ def declared(func: Any, places: list[Operand]) -> None:
     """
     declaration = declaration_of(func)
     if not declaration.checks_devices:
-        iterated(func, places)
+        iterated(func, operands)
         return
-    outs = [each for each in places if each.is_out]
+    outs = [each for each in operands if each.is_out]
     overload = "" if func._overloadname == "default" else func._overloadname
     name = func.overloadpacket.__name__ + ("_out" if outs else "")
     if not declaration.is_structured:
@@ -175,7 +175,7 @@ def declared(func: Any, places: list[Operand]) -> None:
         name = f"{name}_{overload}"
     compare_devices(
         name,
-        outs + [each for each in places if not each.is_out],
+        outs + [each for each in operands if not each.is_out],
     )
 
 
@@ -190,19 +190,19 @@ def as_if(
         order: The positions of the operands there; as they stand if empty.
     """
 
-    def check(_func: Any, places: list[Operand]) -> None:
-        places = [places[each] for each in order] if order else places
+    def check(_func: Any, operands: list[Operand]) -> None:
+        operands = [operands[each] for each in order] if order else operands
         compare_devices(
             name,
-            places,
-            [names[min(each, len(names) - 1)] for each in range(len(places))],
+            operands,
+            [names[min(each, len(names) - 1)] for each in range(len(operands))],
         )
 
     return check
 
 
 def compare_devices(
-    name: str, places: list[Operand], names: list[str] | None = None
+    name: str, operands: list[Operand], names: list[str] | None = None
 ) -> None:
     """Compare all operands with the first one; an error names the kernel.
 
@@ -210,9 +210,9 @@ def compare_devices(
 
     Source: ``common_device_check_failure`` of ``c10/core/impl``.
     """
-    first = places[0].device
+    first = operands[0].device
     for each, called in zip(
-        places, names or [each.name for each in places], strict=True
+        operands, names or [each.name for each in operands], strict=True
     ):
         if each.device != first:
             raise RuntimeError(
@@ -222,7 +222,7 @@ def compare_devices(
             )
 
 
-def iterated(func: Any, places: list[Operand], most: int = 1) -> None:
+def iterated(func: Any, operands: list[Operand], most: int = 1) -> None:
     """Check as ``TensorIterator`` does, which accepts a single host number.
 
     ``most`` is the number of host numbers that it accepts.
@@ -232,11 +232,11 @@ def iterated(func: Any, places: list[Operand], most: int = 1) -> None:
     """
     is_pointwise = torch.Tag.pointwise in func.tags
     if is_pointwise:
-        places = _outs_first(places)
-    card = _card(places)
-    num_read = sum(not each.is_out for each in places)
+        operands = _outs_first(operands)
+    card = _card(operands)
+    num_read = sum(not each.is_out for each in operands)
     numbers = 0
-    for each in places:
+    for each in operands:
         if each.device == card:
             continue
         is_number = each.device.type == "cpu" and each.tensor.dim() == 0
@@ -254,41 +254,41 @@ def iterated(func: Any, places: list[Operand], most: int = 1) -> None:
         refuse_devices(card, each.device)
 
 
-def _outs_first(places: list[Operand]) -> list[Operand]:
+def _outs_first(operands: list[Operand]) -> list[Operand]:
     """Return operands in the order of a ``TensorIterator``, whose results come first."""
-    return sorted(places, key=lambda each: not each.is_out)
+    return sorted(operands, key=lambda each: not each.is_out)
 
 
-def turned(func: Any, places: list[Operand]) -> None:
+def turned(func: Any, operands: list[Operand]) -> None:
     """Check as a ``TensorIterator`` that gets the two operands the other way round."""
-    iterated(func, places[1::-1] + places[2:])
+    iterated(func, operands[1::-1] + operands[2:])
 
 
-def alike(_func: Any, places: list[Operand]) -> None:
+def alike(_func: Any, operands: list[Operand]) -> None:
     """Check as a ``TensorIterator`` does that takes no host numbers."""
-    places = _outs_first(places)
-    card = _card(places)
-    for each in places:
+    operands = _outs_first(operands)
+    card = _card(operands)
+    for each in operands:
         if each.device != card:
             refuse_devices(card, each.device)
 
 
-def leading(_func: Any, places: list[Operand]) -> None:
+def leading(_func: Any, operands: list[Operand]) -> None:
     """Check the first operand alone, whose device the result has."""
-    card = _card(places)
-    if places[0].device != card:
-        refuse_devices(card, places[0].device)
+    card = _card(operands)
+    if operands[0].device != card:
+        refuse_devices(card, operands[0].device)
 
 
-def led(func: Any, places: list[Operand]) -> None:
+def led(func: Any, operands: list[Operand]) -> None:
     """Check as ``TensorIterator`` does for a result on the first operand's device."""
-    leading(func, places)
-    iterated(func, places)
+    leading(func, operands)
+    iterated(func, operands)
 
 
-def _card(places: list[Operand]) -> torch.device:
+def _card(operands: list[Operand]) -> torch.device:
     return next(
-        each.device for each in places if isinstance(each.tensor, SimulatedTensor)
+        each.device for each in operands if isinstance(each.tensor, SimulatedTensor)
     )
 
 
@@ -304,10 +304,10 @@ def refuse_devices(first: torch.device, other: torch.device) -> NoReturn:
     )
 
 
-def in_kernel(_func: Any, places: list[Operand]) -> None:
+def in_kernel(_func: Any, operands: list[Operand]) -> None:
     """Check as ``TensorIterator`` does before a kernel that takes no host numbers."""
-    iterated(_func, places)
-    for number, each in enumerate(places, start=1):
+    iterated(_func, operands)
+    for number, each in enumerate(operands, start=1):
         if each.device.type == "cpu":
             raise RuntimeError(
                 "iter.device(arg).is_cuda() INTERNAL ASSERT FAILED at "
@@ -323,8 +323,8 @@ def as_written(
     """Return a check by the kernel that writes the result of this operator."""
     compare = as_if(name, names)
 
-    def check(func: Any, places: list[Operand]) -> None:
+    def check(func: Any, operands: list[Operand]) -> None:
         is_own = func._overloadname == "default"
-        (compare if is_own else declared)(func, places)
+        (compare if is_own else declared)(func, operands)
 
     return check

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 _aten = torch.ops.aten
 
 
-def _types(_func: Any, places: list[Operand]) -> None:
+def _types(_func: Any, operands: list[Operand]) -> None:
     """Check types before devices, as ``check_input_same_type_as_parameters`` does."""
-    _compare_types([(each.name, each.tensor) for each in places])
-    compare_devices("_cudnn_convolution", places)
+    _compare_types([(each.name, each.tensor) for each in operands])
+    compare_devices("_cudnn_convolution", operands)
 
 
 def _compare_types(tensors: list[tuple[str, torch.Tensor]]) -> None:
@@ -128,9 +128,9 @@ class _Layer:
 
     def columns(self, result: torch.Tensor) -> Temporary:
         """Return a group's columns for one image: a column for each position."""
-        places = math.prod((self.source if self.is_transposed else result).shape[2:])
+        positions = math.prod((self.source if self.is_transposed else result).shape[2:])
         rows = self.weight.numel() // self.weight.shape[0]
-        return Temporary(rows * places * self.itemsize)
+        return Temporary(rows * positions * self.itemsize)
 
     def part(self, tensor: torch.Tensor) -> Temporary:
         """Return the part of a tensor that belongs to one group."""
@@ -251,9 +251,9 @@ def _measured_backward(layer: _Layer, call: Call) -> Iterator[RequestStep]:
 
     Source: ``cudnn_convolution_backward`` of ``aten/src/ATen/native/cudnn/ConvShared.cpp``.
     """
-    for place, way in ((0, "input"), (1, "weight")):
-        if call["output_mask"][place]:
-            yield Results(place)
+    for index, way in ((0, "input"), (1, "weight")):
+        if call["output_mask"][index]:
+            yield Results(index)
             yield Tried((way, *layer.key(call)))
 
 
@@ -278,7 +278,7 @@ def _backward(layer: _Layer, call: Call) -> Iterator[RequestStep]:
     yield from _laid(layer.source, layer.weight)
     if layer.groups == 1:
         laid = _laid(gradient)
-        steps: list[RequestStep] = [Results(place) for place in range(3)]
+        steps: list[RequestStep] = [Results(index) for index in range(3)]
         yield from _gradients(layer, gradient, steps, wanted, laid)
         return
     parts: list[Temporary] = []

@@ -119,12 +119,12 @@ def _transformed(name: str) -> Any:
         if is_fused:
             return torch.native_dropout(input, p, train)[0]
         if is_of_features:
-            place = torch.empty(
+            shaped = torch.empty(
                 (*input.shape[:2], *(1 for _ in input.shape[2:])), **options
             )
         else:
-            place = torch.empty((), **options).expand(input.shape)
-        noise = torch.bernoulli(place, 1 - p)
+            shaped = torch.empty((), **options).expand(input.shape)
+        noise = torch.bernoulli(shaped, 1 - p)
         if not is_alpha:
             return multiply(noise.div_(1 - p))
         scale = ((_ALPHA**2 * p + 1) * (1 - p)) ** -0.5

@@ -66,12 +66,12 @@ def _sorted(call: Call, indices: torch.Tensor, bits: int) -> Iterator[RequestSte
     count, nbytes = indices.numel(), indices.itemsize
     gradient: Any = call.results[0]
     rows, width = gradient.shape
-    places, order = Temporary(count * nbytes), Temporary(count * nbytes)
+    positions, order = Temporary(count * nbytes), Temporary(count * nbytes)
     numbers = Temporary(count * nbytes)
     sorting = Temporary(
         pairs_bytes(count, nbytes, bits, call.processors, index_bytes=nbytes)
     )
-    yield from (places, order, numbers, sorting, Free(sorting), Free(numbers))
+    yield from (positions, order, numbers, sorting, Free(sorting), Free(numbers))
     if call["scale_grad_by_freq"]:
         yield Temporary(count * nbytes)
         for _way in ("forth", "back"):
@@ -144,8 +144,8 @@ def _bags(func: Any) -> Any:
             return found
         kind = torch.promote_types(indices.dtype, offsets.dtype)
         starts = offsets[:-1] if include_last_offset else offsets
-        places = torch.arange(indices.numel())
-        bags = torch.searchsorted(starts.long(), places, right=True) - 1
+        positions = torch.arange(indices.numel())
+        bags = torch.searchsorted(starts.long(), positions, right=True) - 1
         bags = bags.clamp_min(0)  # the first bag begins at 0, whatever the offsets are
         sizes = torch.zeros(offsets.numel(), dtype=torch.int64)
         sizes.index_add_(0, bags, (indices != padding_idx).long())

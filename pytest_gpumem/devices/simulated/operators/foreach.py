@@ -155,10 +155,10 @@ register(
 )
 
 
-def _fused(func: Any, places: list[Operand]) -> None:
+def _fused(func: Any, operands: list[Operand]) -> None:
     """Check the devices, but not beside a learning rate that is a tensor."""
     if declaration_of(func).checks_devices:
-        declared(func, places)
+        declared(func, operands)
 
 
 register(

@@ -60,10 +60,10 @@ _HOST: Final = torch.device("cpu")
 _META: Final = torch.device("meta")
 
 
-def _indices(_func: Any, places: list[Operand]) -> None:
+def _indices(_func: Any, operands: list[Operand]) -> None:
     """Check the devices: indices on the host or the tensor's card, values on that card."""
-    target = places[0].device
-    for each in places[1:]:
+    target = operands[0].device
+    for each in operands[1:]:
         if each.name == "indices" and each.device not in (target, _HOST):
             raise RuntimeError(
                 "indices should be either on cpu or on the same device as the indexed "
@@ -71,9 +71,9 @@ def _indices(_func: Any, places: list[Operand]) -> None:
             )
 
 
-def _values(_func: Any, places: list[Operand]) -> None:
+def _values(_func: Any, operands: list[Operand]) -> None:
     """Check the device of values; a single number is moved from any device."""
-    target, values = places[0].device, places[-1]
+    target, values = operands[0].device, operands[-1]
     if values.device != target and values.tensor.dim() > 0:
         pair = (target, values.device)
         refuse_devices(*(pair if target.type == "cuda" else pair[::-1]))
@@ -88,17 +88,17 @@ def _moving_indices(func: Any, handler: Handler) -> Handler:
 
     def putting(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         target, indices, values, *rest = args
-        place = target.device
+        device = target.device
         moved = [
             each
-            if each is None or each.device in {place, _HOST, _META}
-            else each.to(place)
+            if each is None or each.device in {device, _HOST, _META}
+            else each.to(device)
             for each in indices
         ]
-        if place == _HOST and values.is_cuda and not values.dim():
-            values = values.to(place)
+        if device == _HOST and values.is_cuda and not values.dim():
+            values = values.to(device)
         args = (target, moved, values, *rest)
-        is_on_host = place == values.device == _HOST
+        is_on_host = device == values.device == _HOST
         return func(*args, **kwargs) if is_on_host else handler(args, kwargs)
 
     return taking_over(func, putting)
@@ -134,8 +134,8 @@ def _putting(call: Call) -> Iterator[RequestStep]:
         else:
             yield Free(scaled)
     slices = source.numel() // math.prod(
-        source.shape[place]
-        for place, each in enumerate(call["indices"])
+        source.shape[dim]
+        for dim, each in enumerate(call["indices"])
         if each is not None
     )
     if values.numel() < count * slices or not values.is_contiguous():
@@ -239,29 +239,29 @@ register(
 )
 
 
-def _mask(func: Any, places: list[Operand]) -> None:
+def _mask(func: Any, operands: list[Operand]) -> None:
     """Check the value's dimensions, then the mask, even if it has a single element."""
-    target, mask = places[0].device, places[1].device
-    count = places[-1].tensor.dim() if len(places) > 2 else 0  # noqa: PLR2004  # the third operand is the value
+    target, mask = operands[0].device, operands[1].device
+    count = operands[-1].tensor.dim() if len(operands) > 2 else 0  # noqa: PLR2004  # the third operand is the value
     if count:
         raise RuntimeError(
             "masked_fill_ only supports a 0-dimensional value tensor, but got tensor "
             f"with {count} dimension(s)."
         )
-    if target.type == "cpu" and len(places) > 2:  # noqa: PLR2004  # the third operand is the value
+    if target.type == "cpu" and len(operands) > 2:  # noqa: PLR2004  # the third operand is the value
         raise RuntimeError("masked_fill_: Expected inputs to be on same device")
     if mask != target:
         raise RuntimeError(
             "expected self and mask to be on the same device, but got mask on "
             f"{mask} and self on {target}"
         )
-    iterated(func, places[:2])  # the value is read
+    iterated(func, operands[:2])  # the value is read
 
 
 register("masked_fill", check=_mask, source="cuda/IndexKernel.cpp, masked_fill__cuda")
 register(
     "fill",
-    check=lambda _func, _places: None,  # a single number of any device
+    check=lambda _func, _operands: None,  # a single number of any device
     source="Fill.cpp, fill_: value.item() where the devices differ",
 )
 
@@ -294,17 +294,17 @@ register(
 
 
 def _split(
-    _func: Any, _source: torch.Tensor, places: torch.Tensor, *_rest: Any
+    _func: Any, _source: torch.Tensor, sections: torch.Tensor, *_rest: Any
 ) -> None:
-    if not places.is_cpu:
+    if not sections.is_cpu:
         raise RuntimeError(
             "tensor_split expected tensor_indices_or_sections to be on cpu, but it's on "
-            f"{places.device}"
+            f"{sections.device}"
         )
-    if places.dtype != torch.int64:
+    if sections.dtype != torch.int64:
         raise RuntimeError(
             "tensor_split expected tensor_indices_or_sections to have dtype of long, but "
-            f"got {type_name(places.dtype)}"
+            f"got {type_name(sections.dtype)}"
         )
 
 
@@ -352,9 +352,9 @@ register(
 )
 
 
-def _block_diag(_func: Any, places: list[Operand]) -> None:
-    first = places[0].device
-    for index, each in enumerate(places):
+def _block_diag(_func: Any, operands: list[Operand]) -> None:
+    first = operands[0].device
+    for index, each in enumerate(operands):
         if each.device != first:
             raise RuntimeError(
                 "torch.block_diag: input tensors must all be on the same device. Input 0 "

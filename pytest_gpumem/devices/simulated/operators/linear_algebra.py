@@ -206,11 +206,11 @@ def _by_factors(call: Call) -> Iterator[RequestStep]:
     if source.numel() and count > 1:
         yield from _addresses(count, arrays=1)
     product = Temporary(count * source.itemsize)
-    places, are_swapped = Temporary(size * _PIVOT_BYTES), Temporary(count * size)
+    positions, are_swapped = Temporary(size * _PIVOT_BYTES), Temporary(count * size)
     numbers = Temporary(count * size * INDEX_BYTES)
     swaps = (
-        *(places, are_swapped, Temporary(count * INDEX_BYTES), numbers),
-        *(Free(numbers), Free(are_swapped), Free(places)),
+        *(positions, are_swapped, Temporary(count * INDEX_BYTES), numbers),
+        *(Free(numbers), Free(are_swapped), Free(positions)),
     )
     if call.name == "_linalg_det":
         yield from (product, *swaps)

@@ -136,18 +136,18 @@ register(
 )
 
 
-def _of_one_device(func: Any, places: list[Operand]) -> None:
+def _of_one_device(func: Any, operands: list[Operand]) -> None:
     """Check as ``TensorIterator`` does, for which a host number in front is the device."""
-    first = places[0]
+    first = operands[0]
     if first.device.type == "cpu" and not first.tensor.dim():
-        refuse_devices(first.device, places[1].device)
-    alike(func, places)
+        refuse_devices(first.device, operands[1].device)
+    alike(func, operands)
 
 
-def _with_target(func: Any, places: list[Operand]) -> None:
+def _with_target(func: Any, operands: list[Operand]) -> None:
     """Check the target first, of which C++ makes the first tensor."""
-    leading(func, [places[1], places[0]])
-    turned(func, places)
+    leading(func, [operands[1], operands[0]])
+    turned(func, operands)
 
 
 register("huber_loss", requests=_with_losses, source="Loss.cpp, huber_loss")
@@ -219,14 +219,14 @@ def _aligning(call: Call) -> Iterator[RequestStep]:
     The gradient has a second table before its result.
     """
     nbytes = call["log_probs"].shape[1] * INDEX_BYTES
-    places, targets, inputs = (Temporary(nbytes) for _each in range(3))
-    yield from (places, targets, inputs)
+    positions, targets, inputs = (Temporary(nbytes) for _each in range(3))
+    yield from (positions, targets, inputs)
     if len(call.results) == 1:
         table = copy_of(call["log_alpha"])
         yield from (table, Results(), Free(table))
     else:
         yield from (Results(1), Results(0))
-    yield from map(Free, (targets, places, inputs))
+    yield from map(Free, (targets, positions, inputs))
 
 
 #: The numbers of the reductions. Source: ``aten/src/ATen/core/Reduction.h``.

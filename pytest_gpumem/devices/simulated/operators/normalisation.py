@@ -91,7 +91,7 @@ def _layer_norm_requests(call: Call) -> Iterable[RequestStep]:
     if itemsize == source.itemsize and all(each.is_contiguous() for each in operands):
         return ()  # the results alone, in their order
     copies = map(packed, operands)
-    moments: list[Any] = [call.results[place] for place in (1, 2)]
+    moments: list[Any] = [call.results[index] for index in (1, 2)]
     sized = (Sized(at, each.numel() * itemsize) for at, each in enumerate(moments, 1))
     return (*copies, Results(0), *sized)
 
@@ -371,7 +371,7 @@ def _group_norm(call: Call) -> Iterator[RequestStep]:
     """Request moments and the scale of each channel, in single precision for half."""
     yield Results()
     source: torch.Tensor = call["input"]
-    rows, channels, places = call["N"], call["C"], call["HxW"]
+    rows, channels, positions = call["N"], call["C"], call["HxW"]
     if not source.numel():
         return
     nbytes = opmath_bytes(source.dtype)
@@ -379,7 +379,7 @@ def _group_norm(call: Call) -> Iterator[RequestStep]:
         for _each in range(2):
             yield Temporary(rows * call["group"] * nbytes)
     has_scale = call["weight"] is not None or call["bias"] is not None
-    if places != 1 and has_scale:
+    if positions != 1 and has_scale:
         for _each in range(2):
             yield Temporary(rows * channels * nbytes)
 

@@ -46,10 +46,10 @@ def _in(kernel: str, name: str, *, is_out: bool = False) -> str:
         name: The operand that it names.
         is_out: Whether that is a result, which is compared with another one.
     """
-    places = ("{out}", "{source}") if is_out else ("{source}", "{out}")
+    devices = ("{out}", "{source}") if is_out else ("{source}", "{out}")
     return (
         f"Expected all tensors to be on the same device, but got {name} is on "
-        f"{places[0]}, different from other tensors on {places[1]} (when checking "
+        f"{devices[0]}, different from other tensors on {devices[1]} (when checking "
         f"argument in method wrapper_CUDA_{kernel})"
     )
 

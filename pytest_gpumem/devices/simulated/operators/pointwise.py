@@ -74,10 +74,10 @@ register("logical_xor", check=led, source="BinaryOps.cpp, comparison_op")
 register("addcdiv", check=alike, source="PointwiseOps.cpp, TORCH_META_FUNC(addcdiv)")
 
 
-def _addcmul(func: Any, places: list[Operand]) -> None:
+def _addcmul(func: Any, operands: list[Operand]) -> None:
     """Check as ``TensorIterator`` does; only the last operand may be a host number."""
-    iterated(func, places)
-    wrong = next((each.name for each in places[:2] if not each.tensor.is_cuda), None)
+    iterated(func, operands)
+    wrong = next((each.name for each in operands[:2] if not each.tensor.is_cuda), None)
     if wrong is not None:
         raise RuntimeError(
             f"CPU Scalar support for {wrong} argument is not supported when calling "
@@ -94,8 +94,8 @@ def _addcmul(func: Any, places: list[Operand]) -> None:
 register("addcmul", check=_addcmul, source="PointwiseOps.cpp, TORCH_META_FUNC(addcmul)")
 
 
-def _lerp(func: Any, places: list[Operand]) -> None:
-    (in_kernel if func._overloadname.startswith("Scalar") else iterated)(func, places)
+def _lerp(func: Any, operands: list[Operand]) -> None:
+    (in_kernel if func._overloadname.startswith("Scalar") else iterated)(func, operands)
 
 
 register("lerp", check=_lerp, source="cuda/Lerp.cu, lerp_scalar_kernel")

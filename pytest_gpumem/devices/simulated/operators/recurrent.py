@@ -336,7 +336,7 @@ def _run_layer(
     return _Packed(made, source.sizes) if is_packed else made, ended
 
 
-def _compare_places(
+def _compare_devices(
     source: torch.Tensor,
     hidden: list[torch.Tensor],
     parameters: list[torch.Tensor],
@@ -376,7 +376,7 @@ def _unrolled(step: Any) -> Callable[[Any], Kernel]:
             others = others[1:] if is_packed else others
             hidden, parameters, has_biases, layers, rate, is_training, both = others[:7]
             states = (hidden,) if isinstance(hidden, torch.Tensor) else tuple(hidden)
-            _compare_places(source, list(states), parameters)
+            _compare_devices(source, list(states), parameters)
             is_cudnns = torch._C._get_cudnn_enabled() and source.numel()
             is_mixed = any(
                 each.dtype != source.dtype for each in (*states, *parameters)
@@ -456,13 +456,13 @@ for _name, _step in (
     )
 
 
-def _layer(_func: Any, places: list[Operand]) -> None:
+def _layer(_func: Any, operands: list[Operand]) -> None:
     """Do the same for a layer of an LSTM, as which the CPU computes it.
 
     For a layer without biases, C++ creates biases on the host.
     """
-    named = {each.name: each.tensor for each in places}
-    _compare_places(
+    named = {each.name: each.tensor for each in operands}
+    _compare_devices(
         named["input"],
         [named["hx_"], named["cx_"]],
         [named["weight0"], named["weight1"]],

@@ -600,9 +600,9 @@ def _by_segments(call: Call) -> Iterator[RequestStep]:
         yield Temporary(1)  # CUB's buffer if one block is enough
 
 
-def _segments(_func: Any, places: list[Operand]) -> None:
-    for each in places[1:]:
-        if each.device != places[0].device:
+def _segments(_func: Any, operands: list[Operand]) -> None:
+    for each in operands[1:]:
+        if each.device != operands[0].device:
             raise RuntimeError(
                 f"Expected data.get_device() == {each.name}_value.get_device() to be true, "
                 "but got false.  (Could this error message be improved?  If so, please "

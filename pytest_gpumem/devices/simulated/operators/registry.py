@@ -41,7 +41,7 @@ class Operator:
     Attributes:
         source: The source of the record in PyTorch's sources: file and function, or the
             field of ``native_functions.yaml``.
-        place: The module and line of the row.
+        defined_at: The module and line of the row.
         requests: The rule for the operator's requests to the allocator, see
             ``requests.py``; None if it requests only its results.
         compute: Takes an overload and returns the function that computes its values on
@@ -84,7 +84,7 @@ class Operator:
     """
 
     source: str
-    place: str
+    defined_at: str
     requests: Callable[[Call], Iterable[RequestStep]] | None = None
     compute: Callable[[Any], Kernel | None] | None = None
     draw: Drawing | None = None
@@ -113,7 +113,7 @@ class Operator:
 OPERATORS: Final[dict[str, Operator]] = {}
 
 #: The record of an operator that has no row.
-PLAIN: Final = Operator(source="", place="")
+PLAIN: Final = Operator(source="", defined_at="")
 
 
 def register(names: str, *, source: str, **fields: Any) -> None:
@@ -128,13 +128,13 @@ def register(names: str, *, source: str, **fields: Any) -> None:
         ValueError: One of the operators already has a record.
     """
     frame = sys._getframe(1)
-    place = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
-    operator = Operator(source=source, place=place, **fields)
+    defined_at = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+    operator = Operator(source=source, defined_at=defined_at, **fields)
     for name in names.split():
         other = OPERATORS.setdefault(name, operator)
         if other is not operator:
             raise ValueError(
-                f"operator {name} has two rows: {other.place} and {place}; keep one"
+                f"operator {name} has two rows: {other.defined_at} and {defined_at}; keep one"
             )
 
 

@@ -65,10 +65,10 @@ if TYPE_CHECKING:
 class Results:
     """The operator requests results; see the table in the module docstring."""
 
-    __slots__ = ("places",)
+    __slots__ = ("indices",)
 
-    def __init__(self, *places: int) -> None:
-        self.places = places
+    def __init__(self, *indices: int) -> None:
+        self.indices = indices
 
 
 class Sized:
@@ -78,10 +78,10 @@ class Sized:
     another device's code uses has no bytes.
     """
 
-    __slots__ = ("nbytes", "place")
+    __slots__ = ("index", "nbytes")
 
-    def __init__(self, place: int, nbytes: int) -> None:
-        self.place = place
+    def __init__(self, index: int, nbytes: int) -> None:
+        self.index = index
         self.nbytes = nbytes
 
 
@@ -357,10 +357,10 @@ def ask(
         elif isinstance(step, Workspace | Lasting | Tried):
             step.ask(card)
         elif isinstance(step, Sized):
-            if left.pop(step.place, step) is None:
-                held[step.place] = Memory(card, step.nbytes)
+            if left.pop(step.index, step) is None:
+                held[step.index] = Memory(card, step.nbytes)
         else:
-            for index in step.places or list(left):
+            for index in step.indices or list(left):
                 if index in left:
                     del left[index]
                     held[index] = Memory(card, sizes[index])

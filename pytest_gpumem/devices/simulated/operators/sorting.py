@@ -101,10 +101,10 @@ def _ranks(ordered: torch.Tensor, share: torch.Tensor, *, skips: bool) -> torch.
         ranks: torch.Tensor = share * counts
         return ranks.masked_fill_(ranks < 0, 0)
     last = ordered.shape[-1] - 1
-    places, are_none = torch.broadcast_tensors(
+    ranks, are_none = torch.broadcast_tensors(
         share * last, ordered.isnan().any(-1, keepdim=True)
     )
-    found: torch.Tensor = places.masked_fill(are_none, last)
+    found: torch.Tensor = ranks.masked_fill(are_none, last)
     return found
 
 
@@ -209,8 +209,8 @@ def _middle(call: Call) -> Iterator[RequestStep]:
     indices = Temporary(source.numel() * INDEX_BYTES)
     yield from (values, indices)
     if source.numel() <= _SMALL:
-        places = Temporary(source.numel() * INDEX_BYTES)
-        yield from (places, Free(places))
+        positions = Temporary(source.numel() * INDEX_BYTES)
+        yield from (positions, Free(positions))
     else:
         yield from _sorting_segments(call, source, source.numel())
     yield Free(indices)

@@ -72,16 +72,16 @@ def _unpooled(func: Any) -> Any:
         return None
 
     def compute(
-        source: torch.Tensor, places: torch.Tensor, size: Any, *args: Any
+        source: torch.Tensor, indices: torch.Tensor, size: Any, *args: Any
     ) -> torch.Tensor:
         made: torch.Tensor
         if source.dtype not in INTEGERS - {torch.bool}:
-            made = dense(source, places, size, *args)
+            made = dense(source, indices, size, *args)
             return made
         # The shape, and what is wrong with the arguments.
-        made = dense(source.double(), places, size, *args).to(source.dtype).zero_()
+        made = dense(source.double(), indices, size, *args).to(source.dtype).zero_()
         rows = (*source.shape[: -len(size)], -1)
-        made.view(rows).scatter_(-1, places.reshape(rows), source.reshape(rows))
+        made.view(rows).scatter_(-1, indices.reshape(rows), source.reshape(rows))
         return made
 
     return compute
@@ -202,7 +202,7 @@ register(
 )
 
 
-def _with_places(call: Call) -> Iterator[RequestStep]:
+def _with_positions(call: Call) -> Iterator[RequestStep]:
     """Request indices of the covered positions if the windows overlap."""
     yield Results()
     sizes, dim = call["input_sizes"], call["dim"]
@@ -215,7 +215,7 @@ def _with_places(call: Call) -> Iterator[RequestStep]:
 
 register(
     "unfold_backward",
-    requests=_with_places,
+    requests=_with_positions,
     source="UnfoldBackward.h, _make_unfold_backward_iter_over_grad_out",
 )
 

@@ -56,8 +56,8 @@ def _sum_of_products(
         *(1 for _dim in gone),
         *(right_sizes[dim] for dim in rights),
     ]
-    places = [order.index(dim) for dim in range(len(order))]
-    return product.view(sizes).permute(places)
+    positions = [order.index(dim) for dim in range(len(order))]
+    return product.view(sizes).permute(positions)
 
 
 def _trilinear(  # noqa: PLR0917  # the operator's signature
@@ -73,9 +73,9 @@ def _trilinear(  # noqa: PLR0917  # the operator's signature
     """Run ``_trilinear``: one slice of a dimension after the other."""
     count = i1.dim() + len(expand1)
     tensors = [i1, i2, i3]
-    for place, expanded in enumerate((expand1, expand2, expand3)):
+    for index, expanded in enumerate((expand1, expand2, expand3)):
         for dim in sorted(expanded):
-            tensors[place] = tensors[place].unsqueeze(dim)
+            tensors[index] = tensors[index].unsqueeze(dim)
     # C++ takes the length from the last of the three tensors that has the dimension.
     lengths = [
         next(
