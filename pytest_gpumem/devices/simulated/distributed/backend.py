@@ -6,12 +6,12 @@ their Python bindings.
 
 Note [Shelves]
 A collective that does not run on the caller's stream keeps its inputs and outputs alive
-until the caller has waited, or else until the next collective: the group's watchdog sees
-that the first one is over, and leaves it to the next call to let go of the tensors. Who
-uses only the work's future does not wait: the last bucket of DistributedDataParallel
-stays on the card after its module is deleted. On a card the watchdog looks ten times a
-second, and until then other collectives do not free anything; here every collective
-frees what the ones before it have kept.
+until the caller has waited, or else until the next collective: the group's watchdog
+sees that the first one has ended, and the next call then releases the tensors. Code
+that uses only the work's future does not wait: the last bucket of
+DistributedDataParallel stays on the card after its module is deleted. On a card the
+watchdog looks ten times a second, and until then other collectives free nothing. Here
+every collective frees the tensors that earlier collectives have kept.
 
 Source: ``collective``, ``workEnqueue``, ``endCoalescing``, ``WorkNCCL::synchronizeStream``
 and ``Watchdog::runLoop`` of ``ProcessGroupNCCL.cpp``.
@@ -54,7 +54,8 @@ DEFAULT_TIMEOUT: Final = timedelta(minutes=10)
 _UNSET: Final = -(2**31)  # NCCL_CONFIG_UNDEF_INT
 #: The number of works without a waiting caller that are kept; then the oldest is dropped.
 _KEPT: Final = 64
-#: The name of the keys under which ranks say what they call, and how many calls are kept.
+#: The prefix of the store's keys under which ranks publish their calls, and how many calls
+#: are kept.
 _CALLS: Final = "calls"
 _KEPT_CALLS: Final = 64
 
@@ -152,9 +153,9 @@ class NcclBackend(_gloo):  # type: ignore[misc]  # the base is a C++ class
     supports_coalescing = True
     supports_time_estimate = False
     supports_shrinking = False
-    #: Whether collectives that nobody has waited for keep their tensors.
+    #: Whether collectives keep their tensors until a caller has waited.
     has_shelves: ClassVar = True
-    #: Whether barriers use a number that the group holds on the card all the time.
+    #: Whether barriers use a number that the group always holds on the card.
     keeps_a_barrier_buffer: ClassVar = False
 
     def __init__(
@@ -188,7 +189,7 @@ class NcclBackend(_gloo):  # type: ignore[misc]  # the base is a C++ class
         self._num_calls = 0
         self._extra_timeout = timedelta(0)
         self._works: deque[NcclWork] = deque()
-        #: What collectives keep alive for which no caller has waited.
+        #: The tensors of collectives for which no caller has waited.
         self._shelves: list[list[object]] = []
         self._shelf_together: list[object] = []
         #: Works between ``_start_coalescing`` and ``_end_coalescing``.
@@ -333,29 +334,31 @@ class NcclBackend(_gloo):  # type: ignore[misc]  # the base is a C++ class
     def agree(self, fingerprint: str) -> Callable[[], str]:
         """Compare a collective with those that the other ranks have called so far.
 
-        The last rank to call sees all others. NCCL would wait for ever, or mix up values.
+        The last rank to call sees the calls of all others. NCCL would wait for ever, or
+        mix up values.
 
         Args:
-            fingerprint: What must be the same on all ranks.
+            fingerprint: The facts that must be the same on all ranks.
 
         Returns:
-            A function that compares again, and returns what differs or nothing.
+            A function that compares again, and returns the difference as text, or
+            nothing.
 
         Raises:
-            torch.distributed.DistBackendError: Another rank has called another collective,
-                or one of other sizes (the words of ``ProcessGroupWrapper``).
+            torch.distributed.DistBackendError: Another rank has called another
+                collective, or one of other sizes (the text of ``ProcessGroupWrapper``).
         """
         self._num_calls += 1
         number = self._num_calls
         own = f"SequenceNumber={number}, {fingerprint}"
-        # Not the group: a work may let go of it last, in one of the group's own threads,
-        # which cannot wait for itself to end.
+        # The closure does not refer to the group. Otherwise the group could be deleted in
+        # one of its own threads, which cannot wait for its own end.
         store, rank, size = self._store, self.rank(), self.size()
 
         def differing() -> str:
             for other in range(size):
                 key = f"{_CALLS}/{number % _KEPT_CALLS}/{other}"
-                # The store may have ended with its process.
+                # The process of the store may have ended.
                 with suppress(RuntimeError):
                     if other == rank or not store.check([key]):
                         continue
@@ -388,7 +391,7 @@ class NcclBackend(_gloo):  # type: ignore[misc]  # the base is a C++ class
 
         Args:
             what: Torch's name of the collective.
-            stashed: What the group keeps alive, see Note [Shelves].
+            stashed: The tensors that the group keeps alive, see Note [Shelves].
             details: Arguments of ``NcclWork``.
         """
         self._sequence += 1
@@ -414,7 +417,7 @@ class NcclBackend(_gloo):  # type: ignore[misc]  # the base is a C++ class
         self._shelves.clear()
 
     def _kept(self, work: NcclWork) -> NcclWork:
-        """Keep a work's Python object, which C++ does not keep, until a caller has waited."""
+        """Keep a work's Python object alive until a caller has waited; C++ does not."""
         works = self._works
         if len(works) > _KEPT and works[0].look():
             works.popleft()
@@ -473,21 +476,20 @@ class ProcessGroupNCCL(NcclBackend):
 
 
 class _OneCardBackend(NcclBackend):
-    """NCCL for one card, with which it connects as soon as the card is known.
+    """NCCL for one card; it connects as soon as the card is known.
 
     Source: ``torch/csrc/distributed/c10d/nccl2/ProcessGroupNCCL.cpp`` and
     ``ProcessGroupNCCLBackend.cpp``.
 
-    Limits:
-        Other errors have the words of ``ProcessGroupNCCL``. Tensors of collectives for which
-        nobody has waited are not kept.
+    Limits: Other errors have the texts of ``ProcessGroupNCCL``. Tensors of collectives
+        are not kept until a caller has waited.
 
     Args:
         store: The store through which the ranks find each other.
         rank: This process's rank in the group.
         size: The number of ranks.
         options: ``ProcessGroupNCCL.Options``.
-        device_id: The group's card; that of the first collective if it is None.
+        device_id: The group's card; None means the card of the first collective.
     """
 
     keeps_a_barrier_buffer: ClassVar = True

@@ -147,8 +147,8 @@ class CollectiveCall:
     def root(self) -> int:
         """Return the rank that a collective begins or ends at.
 
-        Source: ``gather`` and ``scatter`` of ``ProcessGroupNCCL.cpp``, which look at it
-        themselves, and ``ArgsCheck`` of NCCL's ``argcheck.cc`` for the others.
+        Source: ``gather`` and ``scatter`` of ``ProcessGroupNCCL.cpp``, which make their
+            own check, and ``ArgsCheck`` of NCCL's ``argcheck.cc`` for the others.
 
         Raises:
             ValueError: The group has no such rank, in a gather or scatter.
@@ -229,7 +229,7 @@ class CollectiveCall:
         return made
 
 
-#: Collectives whose sizes are the same on all ranks; others may have sizes of their own.
+#: Collectives whose sizes are the same on all ranks; in others the sizes may differ.
 _EVEN: Final = frozenset(
     {
         "ALLREDUCE",
@@ -245,7 +245,7 @@ _EVEN: Final = frozenset(
 def _fingerprint(
     what: str, outputs: Sequence[torch.Tensor], counts: tuple[int, int]
 ) -> str:
-    """Return what must be the same on all ranks of a collective."""
+    """Return the facts about a collective that must be the same on all ranks."""
     if what not in _EVEN or not outputs:
         return f"OpType={what}"
     kinds = ", ".join(sorted({str(each.dtype) for each in outputs}))
@@ -811,8 +811,8 @@ def receive_from_any(_call: CollectiveCall) -> Any:
 def barrier(call: CollectiveCall) -> Any:
     """Run ``barrier``: an ``all_reduce`` of one number, for which the host waits.
 
-    The card is the first that is known of: ``device_ids``, the group's card, the card used
-    before, and the rank's card.
+    The card is the first known one of these: that of ``device_ids``, the group's card,
+    the card used before, the rank's card.
     """
     devices = call["device_ids"]
     bound = getattr(call.group, "bound_device_id", None)

@@ -46,7 +46,7 @@ def remote_error(said: str) -> dist.DistBackendError:
     ``socket.cc``.
 
     Args:
-        said: What gloo says of the connection.
+        said: Gloo's text about the connection.
     """
     found = _PEER.search(said)
     peer = f" {found[1]}<{found[2]}>" if found else ""
@@ -77,7 +77,7 @@ class NcclWork(dist.Work):
         counts: Numbers of input and output elements, for an error message.
         held: Memory that the collective holds on the card until it is complete.
         explain: Returns why the collective may have failed, or nothing.
-        shelf: What the group keeps alive until a caller has waited.
+        shelf: The tensors that the group keeps alive until a caller has waited.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class NcclWork(dist.Work):
     # -- methods that torch calls ---------------------------------------------------
 
     @property
-    def timeout(self) -> timedelta:  # torch 2.15 has one of C++
+    def timeout(self) -> timedelta:  # torch 2.15 has it in C++
         """The longest time that the collective may take."""
         return self._timeout
 
@@ -159,7 +159,7 @@ class NcclWork(dist.Work):
             if all(each.is_completed() for each in self._inner):
                 self._quietly_complete()
             elif not self._has_futures():
-                # A send or receive reports its end only to a waiting caller.
+                # A send or receive reports its end only to a caller that waits.
                 self._wait_elsewhere()
         return self._is_done
 

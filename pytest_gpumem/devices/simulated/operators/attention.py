@@ -321,7 +321,7 @@ def _beside_meta(func: Any) -> Any:
 def _validate(tensors: tuple[Any, ...]) -> None:
     """Refuse operands of several dtypes or devices: ``validate_sdpa_input``."""
     if len({each.dtype for each in tensors}) > 1:
-        # torch's own error, in the names that C++ has for the dtypes.
+        # torch's own error, with the dtypes' C++ names.
         query, key, value = (
             torch.empty(each.shape, dtype=each.dtype, device="meta") for each in tensors
         )
@@ -351,7 +351,7 @@ def _as_bias(mask: Any, dtype: torch.dtype) -> Any:
     shown = torch.zeros((), dtype=dtype, device=mask.device)
     hidden = torch.full((), -math.inf, dtype=dtype, device=mask.device)
     bias = torch.where(mask, shown, hidden)
-    del hidden  # freed before the other tensor, as in C++
+    del hidden  # as in C++, freed before the other tensor
     return bias
 
 
@@ -437,7 +437,7 @@ def _fused(  # noqa: PLR0917  # the operands of one call
 
 
 class _FusedOnHost:
-    """The CPU's values for attention that the CPU fuses and the card composes.
+    """The CPU's values for attention that is fused on the CPU and composed on the card.
 
     The most common case is grouped heads in single precision. The bytes and the tensors
     saved for backward are those of the composed operators. Their values and gradients are
@@ -626,7 +626,7 @@ def _flash_forward(
     ]
     state, unused = _made(card, (2,), torch.uint64), _made(card, (), torch.uint64)
     if settings.dropout_p > 0:
-        state = _made(card, (2,), torch.uint64)  # replaces the first one
+        state = _made(card, (2,), torch.uint64)  # replaces the tensor of above
     del parts
     return out, [logarithms, state, unused]
 
@@ -640,8 +640,9 @@ def _efficient_forward(
 ) -> tuple[Any, list[Any]]:
     """Return an empty result and the kept tensors: ``_efficient_attention_forward``.
 
-    In a capture, dropout's seed and offset are the last of them; else they are on the host.
-    Source: Note [Seed and Offset Device] there.
+    In a capture, the last two are dropout's seed and offset; else these are on the
+    host.
+    Source: Note [Seed and Offset Device] of the same function.
     """
     del key, settings
     card = query._gpumem_card
@@ -660,7 +661,7 @@ def _efficient_forward(
 
 
 def _state(kept: list[Any]) -> list[Any]:
-    """Return dropout's seed and offset, of what ``_efficient_forward`` has kept."""
+    """Return dropout's seed and offset from the tensors of ``_efficient_forward``."""
     made = [each for each in kept if each.dtype is torch.int64]
     return made or [torch.zeros((), dtype=torch.int64) for _number in range(2)]
 
@@ -858,7 +859,7 @@ def _compute(
 
 @contextmanager
 def _host_kernels() -> Iterator[None]:
-    """Let the CPU compute attention, although only kernels of a card are turned on."""
+    """Let the CPU compute attention even if the program allows only a card's kernels."""
     cuda = torch.backends.cuda
     if cuda.math_sdp_enabled():
         yield
@@ -880,8 +881,8 @@ _LOWER_RIGHT: Final = (
     "torch.nn.attention.bias.causal_lower_right with dropout, two widths of heads, or more "
     "queries than keys"
 )
-#: Of ``_efficient_attention_forward``: each row sees columns up to the end that it shares
-#: with the last row. Source: ``CausalFromBottomRight`` of
+#: A mask type of ``_efficient_attention_forward``: the mask is aligned with the last row
+#: and the last column. Source: ``CausalFromBottomRight`` of
 #: ``transformers/cuda/mem_eff_attention/kernel_forward.h``.
 _FROM_BOTTOM_RIGHT: Final = 2
 _CUDNN: Final = "dropout, a mask, shared heads or two widths in cuDNN's attention"
@@ -892,7 +893,7 @@ def _flash_alone(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
     Raises:
         RuntimeError: The kernel does not take the tensors (torch's messages).
-        UnsupportedOnSimulatedDeviceError: Scores are dropped, or asked for.
+        UnsupportedOnSimulatedDeviceError: Dropout is used, or the scores are requested.
     """
     query, key, value, dropout_p, is_causal, shows_mask = _filled(
         torch.ops.aten._scaled_dot_product_flash_attention.default, args, kwargs
@@ -926,7 +927,7 @@ def _efficient_alone(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run ``aten._scaled_dot_product_efficient_attention``.
 
     Raises:
-        UnsupportedOnSimulatedDeviceError: There is a mask, or scores are dropped.
+        UnsupportedOnSimulatedDeviceError: There is a mask, or dropout is used.
     """
     query, key, value, bias, saves, dropout_p, is_causal = _filled(
         torch.ops.aten._scaled_dot_product_efficient_attention.default, args, kwargs
@@ -942,7 +943,7 @@ def _efficient_alone(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _check_lower_right(query: Any, key: Any, value: Any, dropout_p: float) -> None:
-    """Refuse what the CPU does not compute of a mask that is aligned with the last row.
+    """Refuse masks that are aligned with the last row and that the CPU does not compute.
 
     A row that sees no column has values that depend on the kernel.
     """
@@ -955,7 +956,7 @@ def _check_lower_right(query: Any, key: Any, value: Any, dropout_p: float) -> No
 
 
 def _lower_right(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return the mask that the flash kernels add if rows and columns differ in number.
+    """Return the causal mask of the flash kernels for unequal numbers of rows and columns.
 
     Source: ``Mask`` of FlashAttention's ``mask.h``, which is aligned with the last row.
     """
@@ -967,8 +968,8 @@ def _efficient_by_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run ``aten._efficient_attention_forward``, whose operands have rows before heads.
 
     Raises:
-        UnsupportedOnSimulatedDeviceError: There is a mask of tensors, sequences have their
-            own lengths, or scores are dropped.
+        UnsupportedOnSimulatedDeviceError: There is a mask of tensors, sequences have
+            their own lengths, or dropout is used.
     """
     func = torch.ops.aten._efficient_attention_forward.default
     query, key, value, *masks, dropout_p, masking, saves, lengths, window = _filled(
@@ -1012,8 +1013,8 @@ def _cudnn_alone(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run ``aten._scaled_dot_product_cudnn_attention``; cuDNN's workspace is not known.
 
     Raises:
-        UnsupportedOnSimulatedDeviceError: There is a mask, scores are dropped, or the
-            shapes are not those of one kernel of the CPU.
+        UnsupportedOnSimulatedDeviceError: There is a mask, dropout is used, or the CPU
+            has no kernel for the shapes.
     """
     query, key, value, bias, saves, dropout_p, is_causal, _shows_mask = _filled(
         torch.ops.aten._scaled_dot_product_cudnn_attention.default, args, kwargs
@@ -1032,7 +1033,7 @@ def _cudnn_alone(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return out, logarithms, None, None, *lengths, *state, None
 
 
-#: Replacements in ``torch._C``, which ``torch.backends.cuda`` asks.
+#: Replacements in ``torch._C`` that ``torch.backends.cuda`` calls.
 C_ATTENTION: Final[dict[str, Any]] = {
     "_is_flash_attention_available": lambda: True,
     **{
@@ -1047,7 +1048,7 @@ C_ATTENTION: Final[dict[str, Any]] = {
 
 
 def _filled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """Return the arguments of a call but for the scale, with the defaults."""
+    """Return a call's arguments with the defaults, except for the scale."""
     return [
         args[at] if at < len(args) else kwargs.get(each.name, each.default_value)
         for at, each in enumerate(func._schema.arguments)
@@ -1063,7 +1064,7 @@ def _give_values(
     *,
     is_lower_right: bool = False,
 ) -> None:
-    """Compute the result, and the logarithms of the rows' sums where they are wanted."""
+    """Compute the result and, if needed, the logarithms of the rows' sums."""
     card = out._gpumem_card
     if card.value_device == "meta":
         return
@@ -1085,8 +1086,8 @@ def _give_values(
 def _flash_alone_backward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run ``aten._scaled_dot_product_flash_attention_backward``.
 
-    The result and its logarithms may be those of several kernels: ring attention puts
-    together what each rank has found.
+    The result and its logarithms may come from several kernels: ring attention combines
+    the results of all ranks.
     """
     grad, query, key, value, out, logarithms, *_lengths = args[:10]
     dropout_p, is_causal = args[10:12]

@@ -1,7 +1,7 @@
-"""Rules for batches of which C++'s own make helper tensors on the device that it sees.
+"""Rules for batches, in place of C++ rules that create helper tensors on the host.
 
-That device is the host. An operator of ``torch.vmap`` runs for each slice of a batch.
-The formulas of some views' gradients are composed again for batches of gradients.
+C++ regards the host as a card's device. Under ``torch.vmap`` an operator runs for each
+slice of a batch. For batches of gradients, the formulas of some views are composed here.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def by_slices(func: Any) -> Kernel:
 
 
 def _slices(leaf: Any, level: int) -> Any:
-    """Return the slices of a tensor that is a batch at a level; else None."""
+    """Return the slices of a batch at a level of ``vmap``; None for other tensors."""
     if not isinstance(leaf, torch.Tensor) or _functorch.maybe_get_level(leaf) != level:
         return None
     return _functorch.get_unwrapped(leaf).unbind(_functorch.maybe_get_bdim(leaf))

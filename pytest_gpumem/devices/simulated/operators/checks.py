@@ -129,8 +129,8 @@ def _operands_of(func: Any, args: Any, kwargs: Any) -> list[Operand]:
 def is_of_formula(tensor: torch.Tensor) -> bool:
     """Return whether a formula of forward AD has made a tensor.
 
-    Such a tensor is a single 0 or 1 with the shape of the other operands, on the device
-    that C++ sees: a missing tangent, or the product of no factors.
+    Such a tensor has the shape of the other operands and only zeros or only ones: it is
+    a missing tangent, or an empty product. It is on the device that C++ sees.
 
     Source: ``ZeroTensorFallback.cpp``; ``prod_safe_zeros_backward`` of
     ``torch/csrc/autograd/FunctionsManual.cpp``.
@@ -182,12 +182,14 @@ def declared(func: Any, operands: list[Operand]) -> None:
 def as_if(
     name: str, names: tuple[str, ...], order: tuple[int, ...] = ()
 ) -> Callable[[Any, list[Operand]], None]:
-    """Return a check by another operator, of which a card composes this one.
+    """Return the check of the operator from which a card composes this one.
 
     Args:
         name: The kernel that the error names.
-        names: What that kernel calls the operands; the last name is for all that follow.
-        order: The positions of the operands there; as they stand if empty.
+        names: That kernel's names of the operands; the last name is used for all
+            further operands.
+        order: The positions of the operands in that kernel's call; empty means the same
+            order.
     """
 
     def check(_func: Any, operands: list[Operand]) -> None:
@@ -206,7 +208,7 @@ def compare_devices(
 ) -> None:
     """Compare all operands with the first one; an error names the kernel.
 
-    ``names`` are those of the operands, by default those of their arguments.
+    ``names`` are the operands' names, by default the names of their arguments.
 
     Source: ``common_device_check_failure`` of ``c10/core/impl``.
     """
@@ -260,12 +262,12 @@ def _outs_first(operands: list[Operand]) -> list[Operand]:
 
 
 def turned(func: Any, operands: list[Operand]) -> None:
-    """Check as a ``TensorIterator`` that gets the two operands the other way round."""
+    """Check as a ``TensorIterator`` that gets the first two operands in reverse order."""
     iterated(func, operands[1::-1] + operands[2:])
 
 
 def alike(_func: Any, operands: list[Operand]) -> None:
-    """Check as a ``TensorIterator`` does that takes no host numbers."""
+    """Check as a ``TensorIterator`` that accepts no host numbers."""
     operands = _outs_first(operands)
     card = _card(operands)
     for each in operands:
@@ -274,14 +276,14 @@ def alike(_func: Any, operands: list[Operand]) -> None:
 
 
 def leading(_func: Any, operands: list[Operand]) -> None:
-    """Check the first operand alone, whose device the result has."""
+    """Check only the first operand, which determines the device of the result."""
     card = _card(operands)
     if operands[0].device != card:
         refuse_devices(card, operands[0].device)
 
 
 def led(func: Any, operands: list[Operand]) -> None:
-    """Check as ``TensorIterator`` does for a result on the first operand's device."""
+    """Check as ``TensorIterator`` if the result is on the first operand's device."""
     leading(func, operands)
     iterated(func, operands)
 
@@ -305,7 +307,7 @@ def refuse_devices(first: torch.device, other: torch.device) -> NoReturn:
 
 
 def in_kernel(_func: Any, operands: list[Operand]) -> None:
-    """Check as ``TensorIterator`` does before a kernel that takes no host numbers."""
+    """Check as ``TensorIterator`` before a kernel that accepts no host numbers."""
     iterated(_func, operands)
     for number, each in enumerate(operands, start=1):
         if each.device.type == "cpu":

@@ -2,7 +2,8 @@
 
 When C++ composes an operator, it reads the tensors' device, which is the host. It then
 creates helper tensors on the host, or takes a branch that it does not take for a card's
-tensors. Operators that reach a card's own kernels all the same are left to C++.
+tensors. If all operators still reach a card's kernels, C++ composes the operator as
+usual.
 
 Each function here is a value for the field ``composed`` of a record: it returns the
 kernel for an overload, or None if the overload needs none.
@@ -27,14 +28,14 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices.simulated.operators.registry import Kernel
 
 _DENSE = torch.contiguous_format
-#: The bits of a set of keys that name a device: a card, and the CPU.
+#: The bits of a dispatch key set for a card and for the CPU.
 _OF_CARDS, _OF_CPU = (
     torch._C.DispatchKeySet(own).raw_repr() & ~torch._C.DispatchKeySet(other).raw_repr()
     for own, other in itertools.permutations(
         (torch._C.DispatchKey.CUDA, torch._C.DispatchKey.CPU)
     )
 )
-#: The bits of autograd's keys, and of those below.
+#: The bits of autograd's keys and of the keys below them.
 _BELOW = (
     1
     << torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradCPU).raw_repr().bit_length()
@@ -110,7 +111,7 @@ def _is_of(value: Any, dtypes: Collection[torch.dtype]) -> bool:
 
 
 def on_cpu_alone(func: Any) -> Kernel:
-    """Refuse an operator that has kernels only for the CPU, as a card does."""
+    """Refuse an operator that has kernels only for the CPU, with a card's error."""
     return lambda *_args, **_options: refuse_backend(func)
 
 
@@ -237,7 +238,7 @@ def checked(
 ) -> Callable[[Any], Kernel | None]:
     """Check the arguments of an operator that C++ composes, then let C++ do so.
 
-    C++ sees a card's tensors elsewhere, so its own check of devices finds no error.
+    C++ sees a card's tensors on the host, so its own check of devices finds no error.
 
     Args:
         check: Takes the overload and the positional arguments.

@@ -38,7 +38,7 @@ def _types(_func: Any, operands: list[Operand]) -> None:
 
 
 def _compare_types(tensors: list[tuple[str, torch.Tensor]]) -> None:
-    """Compare the dtype and the kind of device of named tensors with the first one's."""
+    """Compare the dtypes and device types of named tensors with those of the first one."""
     _name, source = tensors[0]
     for name, each in tensors[1:]:
         if (each.dtype, each.device.type) != (source.dtype, source.device.type):
@@ -67,7 +67,7 @@ def _kernel(args: tuple[Any, ...]) -> str:
             for name, each in named
             if each is not None and not is_of_formula(each)
         ]
-        if not any(each.is_meta for _name, each in tensors):  # no kernel runs there
+        if not any(each.is_meta for _name, each in tensors):  # no kernel runs on meta
             _compare_types(tensors)
     if source.dtype not in INTEGERS:
         return ""
@@ -113,7 +113,7 @@ class _Layer:
         )
 
     def key(self, call: Call) -> tuple[Any, ...]:
-        """Return what makes a convolution a kind of its own: ``setConvolutionParams``."""
+        """Return the parameters that distinguish kinds: ``setConvolutionParams``."""
         c = torch._C
         return (
             self.source.dtype,
@@ -146,7 +146,7 @@ class _Layer:
 
 
 def _laid(*tensors: torch.Tensor | None) -> list[Temporary]:
-    """Return copies of the tensors that are not contiguous, such as a real part."""
+    """Return copies of the tensors that are not contiguous, for example a real part."""
     return [
         copy_of(each)
         for each in tensors
@@ -217,7 +217,7 @@ def _convolved(
     """Request one group's result and its columns."""
     small = None
     if layer.is_transposed and layer.dimensions == 3:  # noqa: PLR2004  # three dimensions: volumes
-        small = layer.part(layer.source)  # the result before it is resized
+        small = layer.part(layer.source)  # the size of the result before it is resized
         yield small
     yield part
     if small is not None:

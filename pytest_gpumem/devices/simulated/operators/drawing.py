@@ -181,7 +181,7 @@ register(
 
 
 def _refusing_half(_func: Any, handler: Handler) -> Handler:
-    """Refuse slopes in half precision, which the CPU does not draw."""
+    """Refuse random slopes in half precision, which the CPU cannot draw."""
 
     def refusing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args[0].dtype is torch.float16:
@@ -240,11 +240,11 @@ def _in_single_precision(call: Call) -> Iterator[RequestStep]:
 
 
 def _moving_shares(func: Any, handler: Handler) -> Handler:
-    """Return a handler that draws on the device of the result, by shares of another one.
+    """Return a handler that moves the probabilities to the result's device, and draws.
 
     Source: ``bernoulli_out`` of ``Distributions.cpp``, which fills the result in place;
     ``bernoulli_impl_`` of ``DistributionTemplates.h`` and ``bernoulli_tensor_kernel`` of
-    ``cuda/DistributionBernoulli.cu``, which move the shares.
+    ``cuda/DistributionBernoulli.cu``, which move the probabilities.
     """
 
     def drawing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -273,7 +273,7 @@ register(
 
 
 def _with_a_number(call: Call) -> Iterator[RequestStep]:
-    """Request a tensor like the result for a mean or deviation that is a number."""
+    """Request a tensor like the result for a mean or a deviation given as a number."""
     yield Results()
     result: Any = call.results[0]
     if call.overload in {"Tensor_float", "float_Tensor"}:

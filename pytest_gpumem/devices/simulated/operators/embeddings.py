@@ -158,8 +158,8 @@ def _bags(func: Any) -> Any:
 def _filling_bags(call: Call) -> Iterator[RequestStep]:
     """Request the memory of an embedding bag.
 
-    Indices and offsets are converted to one dtype. Then follow sizes, bags, the output and
-    the indices of the maxima.
+    Indices and offsets are converted to one dtype. Sizes, bags, the output and the
+    indices of the maxima follow.
     """
     kinds = [call["indices"].dtype, call["offsets"].dtype]
     kind = torch.promote_types(*kinds)

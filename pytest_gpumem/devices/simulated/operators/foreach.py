@@ -96,12 +96,12 @@ _SCALING: Final = ("aten::_foreach_mul", "aten::_foreach_div")
 def _check_number(
     number: torch.Tensor, first: torch.Tensor, *, is_in_place: bool
 ) -> None:
-    """Check a card's number that each tensor of a list on one device is to take.
+    """Check a number on a card that is applied to each tensor of a list.
 
     Source: ``ForeachBinaryOpScalarTensor.cu`` and ``ForeachOpsKernels.cpp``.
 
     Raises:
-        RuntimeError: The tensors are elsewhere (torch's message).
+        RuntimeError: The tensors are on another device (torch's message).
     """
     if not number.dim() and first.device != number.device:
         words = "is expected" if is_in_place else "expected"
@@ -111,13 +111,13 @@ def _check_number(
 
 
 def _numbers(scalars: torch.Tensor, count: int) -> list[Any]:
-    """Return the numbers for each tensor of a list that are packed in a tensor.
+    """Return the numbers for the tensors of a list from one tensor of numbers.
 
     Source: ``ForeachUtils.h``, ``convert_tensor_to_scalar_list``.
 
     Raises:
-        RuntimeError: It is not one number for each, in a row, on the host (torch's
-            message).
+        RuntimeError: The tensor is not a contiguous host tensor with one number for
+            each (torch's message).
     """
     if not scalars.is_cpu:
         raise RuntimeError(
@@ -156,7 +156,7 @@ register(
 
 
 def _fused(func: Any, operands: list[Operand]) -> None:
-    """Check the devices, but not beside a learning rate that is a tensor."""
+    """Check the devices, unless the learning rate is a tensor."""
     if declaration_of(func).checks_devices:
         declared(func, operands)
 

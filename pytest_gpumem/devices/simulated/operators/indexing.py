@@ -80,7 +80,7 @@ def _values(_func: Any, operands: list[Operand]) -> None:
 
 
 def _moving_indices(func: Any, handler: Handler) -> Handler:
-    """Return a handler that takes indices of another device, and a target on the host.
+    """Return a handler that accepts indices on another device, and a target on the host.
 
     Source: ``make_info`` of ``TensorAdvancedIndexing.cpp``, which moves the indices, and
     ``_index_put_impl_`` there, which moves a single number.
@@ -179,17 +179,18 @@ def _looking_up(call: Call) -> Iterator[RequestStep]:
 
 _NUMBERS: Final = frozenset({torch.int32, torch.int64})
 
-#: References to an index that nobody but C++ holds: C++, the list of indices, and here.
+#: References to an index that only C++ holds: by C++, the list of indices, and this code.
 _INDEX_USES: Final = 1 + LOCAL_USES + REFERENCES_BY_CPP
-#: More of them while a checkpoint recomputes: what it saves for backward refers to it.
+#: The same while a checkpoint recomputes, because the tensors saved for backward refer to
+#: it, too.
 _RECOMPUTED_USES: Final = 2
 
 
 def _lists_on_card(_func: Any, handler: Handler) -> Handler:
-    """Return a handler that takes bytes for indices that C++ made from Python sequences.
+    """Return a handler that requests bytes for indices that C++ made from Python sequences.
 
-    ``x[[0, 2]]`` makes them on the card, and backward keeps them. Here they were made on
-    the host. Indices that are the caller's own host tensors stay there.
+    ``x[[0, 2]]`` makes them on the card, and backward keeps them. Here they were made
+    on the host. Host tensors of the caller stay on the host.
     """
 
     def looking_up(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -261,13 +262,13 @@ def _mask(func: Any, operands: list[Operand]) -> None:
 register("masked_fill", check=_mask, source="cuda/IndexKernel.cpp, masked_fill__cuda")
 register(
     "fill",
-    check=lambda _func, _operands: None,  # a single number of any device
+    check=lambda _func, _operands: None,  # a single number may be on any device
     source="Fill.cpp, fill_: value.item() where the devices differ",
 )
 
 
 def _reading_value(func: Any, handler: Handler) -> Handler:
-    """Return a handler that reads a single number of another device than the target's."""
+    """Return a handler that reads a single number from another device than the target's."""
 
     def filling(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         target, dim, index, value = args
@@ -365,7 +366,7 @@ def _block_diag(_func: Any, operands: list[Operand]) -> None:
 def _meshgrid(_func: Any, tensors: Sequence[torch.Tensor], *_rest: Any) -> None:
     for one, other in pairwise(tensors):
         if one.dtype != other.dtype:
-            return  # C++ says so first
+            return  # C++ raises its own error first
         if one.device != other.device:
             raise RuntimeError("meshgrid expects all tensors to have the same device")
 
@@ -398,9 +399,9 @@ register(
 def _is_reduced_atomically(
     _func: Any, args: tuple[Any, ...], options: dict[str, Any]
 ) -> bool:
-    """Return whether ``scatter`` reduces tensors in the order in which threads come.
+    """Return whether the order of threads decides how ``scatter`` reduces tensors.
 
-    Only sums of floating numbers have a way of their own in deterministic mode.
+    Only sums of floating-point numbers have a deterministic implementation.
     """
     reduce = options.get("reduce")
     if reduce is None or not isinstance(args[3], torch.Tensor) or not args[2].numel():
@@ -426,7 +427,7 @@ register(
 
 
 def _multiplying(func: Any, handler: Handler) -> Handler:
-    """Return a handler that refuses the types that a card cannot multiply."""
+    """Return a handler that refuses the dtypes that a card cannot multiply."""
     if not func._overloadname.endswith("reduce"):
         return handler
     kernel = (
@@ -568,7 +569,7 @@ register(
 
 
 def _zero_first(call: Call) -> Iterator[RequestStep]:
-    """Request the gradient's single zero, a tensor on the card."""
+    """Request a tensor on the card for the gradient's single zero."""
     if is_number(call["src"]):
         yield Temporary(call["src"].itemsize)
 
@@ -603,7 +604,7 @@ register(
 
 
 def _gradient(func: Any) -> Kernel | None:
-    """Compare the devices of the distances with the tensor's, which C++ cannot see."""
+    """Compare the devices of distances and tensor, because C++ sees only the host."""
     if not func._overloadname.startswith("tensor"):
         return None
 

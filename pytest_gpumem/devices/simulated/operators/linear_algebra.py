@@ -55,7 +55,7 @@ _ADDRESS = 8
 
 
 def _addresses(count: int, *, arrays: int) -> Iterator[RequestStep]:
-    """Request the arrays of addresses with which cuBLAS takes a batch of matrices."""
+    """Request the arrays of addresses through which cuBLAS gets a batch of matrices."""
     held = [Temporary(count * _ADDRESS) for _array in range(arrays)]
     yield from held
     yield from map(Free, held)
@@ -277,8 +277,8 @@ def _multiplying(call: Call) -> Iterable[RequestStep]:
     """Request copies of the operands that cuBLAS cannot read.
 
     It can conjugate only an operand that it also transposes. A result stored by rows is
-    computed as a product of transposed operands, in reverse order. Without a result or a
-    sum there is no product.
+    computed as a product of transposed operands, in reverse order. There is no product
+    if the result or the first operand is empty.
     """
     result: Any = call.results[0]
     first, second = call.matrices
@@ -328,11 +328,11 @@ def _multiplying_batches(call: Call) -> Iterable[RequestStep]:
 #: Each group has the addresses of three matrices, three strides and a shape of three
 #: numbers. Source: ``bf16bf16_grouped_gemm_impl_sm90_sm100``.
 _ADDRESSES, _STRIDES_BYTES, _SHAPE_BYTES = 3, 3 * 8, 3 * 4
-#: What CUTLASS keeps for each multiprocessor to change its descriptors from group to
-#: group, by the card's generation. 9: four descriptors of 128 bytes, as in
+#: Bytes that CUTLASS keeps for each multiprocessor to update its descriptors between
+#: groups, by the card's generation. 9: four descriptors of 128 bytes, as in
 #: ``get_workspace_size`` of CUTLASS's ``sm90_mma_array_tma_gmma_ss_warpspecialized.hpp``
-#: and ``sm90_epilogue_array_tma_warpspecialized.hpp``. 10: as torch 2.13 asks for it with
-#: 132, 148 and 160 multiprocessors, for small groups and for others.
+#: and ``sm90_epilogue_array_tma_warpspecialized.hpp``. 10: the bytes that torch 2.13
+#: requests with 132, 148 and 160 multiprocessors, for small groups and for others.
 _DESCRIPTORS_BYTES = {9: (512, 512), 10: (5376, 5888)}
 #: Groups with this many rows or columns are small.
 #: Source: ``dispatch_bf16_grouped_kernel_on_tile_size``.
@@ -405,15 +405,15 @@ register(
 
 
 def _multiplied(args: tuple[Any, ...]) -> str:
-    """Name the kernel of matrices of integers; those of two dtypes are refused before."""
+    """Name the missing kernel for integer matrices; unequal dtypes are refused before."""
     is_added = len(args) > 2 and isinstance(args[2], torch.Tensor)  # noqa: PLR2004  # the third argument is a matrix
     first, second = args[1:3] if is_added else args[:2]
     is_alike = first.dtype == second.dtype
     return "addmm_cuda" if is_alike and first.dtype in _UNMULTIPLIED else ""
 
 
-#: Numbers that cuBLAS does not multiply here. Source: ``addmm_out_cuda_impl`` and others
-#: of ``cuda/Blas.cpp``, which have kernels for floating types of 16 bits and more.
+#: Dtypes that cuBLAS does not multiply here. Source: ``addmm_out_cuda_impl`` and others of
+#: ``cuda/Blas.cpp``, which have kernels for floating types of 16 bits and more.
 _UNMULTIPLIED: Final = INTEGERS | SMALL_FLOATS
 
 
@@ -449,7 +449,7 @@ for _name in ("dot", "vdot"):
         uses_cublas=True,
         lacks=lacking(
             "dot", _UNMULTIPLIED
-        ),  # also for vdot, which calls it for numbers
+        ),  # also for vdot, which calls dot for real numbers
         source=f"{_HANDLE}; cuda/Blas.cpp, {_name}_cuda",
     )
 register(
@@ -469,8 +469,8 @@ register(
 def _matrices(source: Any, weight: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the rows of a contiguous operand, and the transposed weight of its layer.
 
-    Where nothing records operators, these views are made without running any: after the
-    product before, all that runs is cold, and half of a layer's cost is its views.
+    If nothing records operators, these views are created without operators, because
+    otherwise half of a layer's cost would be its views.
     """
     shape = (math.prod(source.shape[:-1]), source.shape[-1])
     is_recorded = (
@@ -585,7 +585,7 @@ def _cov(func: Any) -> Kernel:
 
 
 def _chain(_func: Any, tensors: list[torch.Tensor]) -> None:
-    """Compare the devices of the matrices with the first one's."""
+    """Compare the devices of the matrices with the device of the first one."""
     first = tensors[0].device
     for number, each in enumerate(tensors):
         if each.device != first:
@@ -645,7 +645,7 @@ def _eigvalsh(source: torch.Tensor, UPLO: str = "L") -> torch.Tensor:  # noqa: N
 
 
 def _svd(func: Any) -> Kernel:
-    """Return a decomposition that takes cuSOLVER's drivers, which the CPU has not."""
+    """Return a decomposition that accepts cuSOLVER's drivers; the CPU has none."""
 
     def kernel(*args: Any, driver: str | None = None, **out: Any) -> Any:
         if driver not in {None, "gesvd", "gesvdj", "gesvda"}:

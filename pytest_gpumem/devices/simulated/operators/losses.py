@@ -137,7 +137,7 @@ register(
 
 
 def _of_one_device(func: Any, operands: list[Operand]) -> None:
-    """Check as ``TensorIterator`` does, for which a host number in front is the device."""
+    """Check as a ``TensorIterator`` that takes its device from a first host operand."""
     first = operands[0]
     if first.device.type == "cpu" and not first.tensor.dim():
         refuse_devices(first.device, operands[1].device)
@@ -145,7 +145,7 @@ def _of_one_device(func: Any, operands: list[Operand]) -> None:
 
 
 def _with_target(func: Any, operands: list[Operand]) -> None:
-    """Check the target first, of which C++ makes the first tensor."""
+    """Check the target first, because C++ creates its first tensor from it."""
     leading(func, [operands[1], operands[0]])
     turned(func, operands)
 
@@ -214,7 +214,7 @@ def _ctc_loss(_func: Any) -> Kernel:
 
 
 def _aligning(call: Call) -> Iterator[RequestStep]:
-    """Request the places and lengths of the targets on the card, and the table.
+    """Request the positions and lengths of the targets on the card, and the table.
 
     The gradient has a second table before its result.
     """

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def _is_unit(name: str, tensor: torch.Tensor) -> bool:
-    """Return whether a weight is 1 or a bias is 0, as the rule of ``vmap`` makes them.
+    """Return whether a weight is all 1 or a bias all 0, as made by the rule of ``vmap``.
 
     The rule normalises with them, and applies the user's own weight and bias afterwards.
     """
@@ -230,7 +230,7 @@ def _batch_norm_gather_stats_with_counts(  # noqa: PLR0917  # the operator's sig
 
 
 def _batch_norm_gather_stats(*args: Any) -> Any:
-    """Do the same for ranks with equally many values; the last argument says how many."""
+    """Do the same for ranks with the same number of values, the last argument."""
     means, count = args[1], args[-1]
     counts = means.new_full((means.shape[0],), count)
     return _batch_norm_gather_stats_with_counts(*(*args[:-1], counts))
@@ -316,7 +316,7 @@ for _name, _gather in (
 
 
 def _lies_channels_last(tensor: torch.Tensor) -> bool:
-    """Return whether memory is channels last: ``batch_norm_choose_impl``."""
+    """Return whether a tensor is channels last in memory: ``batch_norm_choose_impl``."""
     if tensor.is_contiguous():
         return tensor.stride(1) == 1
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}

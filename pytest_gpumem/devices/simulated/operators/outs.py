@@ -1,8 +1,8 @@
-"""What a card says about an ``out=`` on another device than the operands.
+"""The errors of a card for an ``out=`` on another device than the operands.
 
-Generated code and ``TensorIterator`` check most of them (``checks.py``). C++ composes other
-operators and makes checks of its own, or leaves them to an operator that it calls. It
-would find no error here, as it sees a card's tensors on the host.
+Generated code and ``TensorIterator`` check most of them (``checks.py``). Operators that
+C++ composes make their own checks, or leave them to an operator that they call. Here
+they would find no error, because C++ sees a card's tensors on the host.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pytest_gpumem.devices.simulated.operators.declarations import declaration_o
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-#: What generated code says. Source: ``resize_out`` of
+#: The text of generated code. Source: ``resize_out`` of
 #: ``torchgen/dest/register_dispatch_key.py``; ``resize_out_helper`` of
 #: ``aten/src/ATen/native/Resize.cpp``.
 _USUAL: Final = "Expected out tensor to have device {source}, but got {out} instead"
@@ -39,12 +39,12 @@ _TURNED: Final = (
 
 
 def _in(kernel: str, name: str, *, is_out: bool = False) -> str:
-    """Return the text of generated code of an operator that this one calls.
+    """Return the text of the generated code of an operator that a composed one calls.
 
     Args:
-        kernel: What the text names.
+        kernel: The kernel that the text names.
         name: The operand that it names.
-        is_out: Whether that is a result, which is compared with another one.
+        is_out: Whether the operand is a result, which is compared with another operand.
     """
     devices = ("{out}", "{source}") if is_out else ("{source}", "{out}")
     return (
@@ -145,7 +145,7 @@ def names_of_outs(func: Any) -> list[str]:
 def check_outs(
     func: Any, source: torch.device, outs: Iterable[tuple[str, torch.device]]
 ) -> None:
-    """Check the devices of results that an operator is given, where it does so itself.
+    """Check the devices of an operator's given results, if it makes its own check.
 
     Args:
         func: The overload.
@@ -153,7 +153,7 @@ def check_outs(
         outs: The name and the device of each result.
 
     Raises:
-        RuntimeError: One is on another device (torch's message).
+        RuntimeError: A result is on another device (torch's message).
     """
     texts = _texts_of(func)
     for number, (name, out) in enumerate(outs):

@@ -199,7 +199,7 @@ register(
 
 
 def _abs(source: torch.Tensor, **out: torch.Tensor) -> torch.Tensor:
-    """Run ``abs``; a card also supports booleans, of which the sign is the same."""
+    """Run ``abs``; a card also supports booleans, which it returns unchanged."""
     compute = torch.sign if source.dtype is torch.bool else torch.abs
     return compute(source, **out)
 
@@ -332,7 +332,7 @@ register("isin", requests=_element_by_element, source="TensorCompare.cpp, isin_o
 def _fake_quantised(
     source: torch.Tensor, scale: Any, zero_point: Any, low: int, high: int
 ) -> Any:
-    """Compose quantisation by a scale that is a tensor: C++ makes its switch on the host."""
+    """Compose quantisation by a tensor scale; C++ would create a tensor on the host."""
     inner: Any = (
         torch.ops.aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams
     )

@@ -101,7 +101,7 @@ def _gru_gates(
     input_bias: torch.Tensor | None = None,
     hidden_bias: torch.Tensor | None = None,
 ) -> Any:
-    """Run ``_thnn_fused_gru_cell``: the new state, and five numbers for each of it."""
+    """Run ``_thnn_fused_gru_cell``: the new state, and five numbers per element."""
     parts = _sum_of_gates(by_input, by_hidden, input_bias, hidden_bias)
     (in_reset, in_kept, in_new), (reset, kept, shown) = (
         each.chunk(3, 1) for each in parts
@@ -202,7 +202,7 @@ def _simple_step(nonlinearity: Callable[..., torch.Tensor]) -> Any:
         hidden = linear(state[0], weights.by_hidden, weights.hidden_bias)
         by_input = linear(source, weights.by_input, weights.input_bias)
         made = nonlinearity(hidden.add_(by_input))
-        del by_input  # the newer one first, as in C++
+        del by_input  # as in C++, the newer tensor is freed first
         return (made,)
 
     return step
@@ -225,7 +225,7 @@ def _fits(
 
 
 def _cell(step: Any) -> Callable[[Any], Kernel]:
-    """Return the maker of the kernel of a cell; for wrong operands C++ raises its error."""
+    """Return a function that makes a cell's kernel; C++ refuses wrong operands."""
 
     def making(func: Any) -> Kernel:
         def kernel(source: torch.Tensor, state: Any, *parameters: Any) -> Any:
@@ -298,7 +298,7 @@ def _run_shrinking(
 def _run_growing(
     step: Any, steps: Sequence[torch.Tensor], start: _State, weights: _Weights
 ) -> tuple[list[torch.Tensor], _State]:
-    """Run a layer backwards over such steps: ``ReversedPackedLayer``."""
+    """Run a layer in reverse over such steps: ``ReversedPackedLayer``."""
     shown, rows = [], len(steps[-1])
     state = _rows(start, 0, rows)
     for each in reversed(steps):
@@ -364,7 +364,7 @@ def _gathered(
 
 
 def _unrolled(step: Any) -> Callable[[Any], Kernel]:
-    """Return the maker of the kernel of a layer, which unrolls it if cuDNN does not run."""
+    """Return a function that makes a layer's kernel, unrolled if cuDNN does not run."""
 
     def making(func: Any) -> Kernel:
         on_cpu = by_formula(func)
@@ -372,7 +372,9 @@ def _unrolled(step: Any) -> Callable[[Any], Kernel]:
         def kernel(source: torch.Tensor, *others: Any) -> Any:
             is_packed = func._overloadname == "data"
             given = others
-            sizes: Any = others[0]  # of a layer that is not packed, the hidden state
+            sizes: Any = others[
+                0
+            ]  # batch sizes, or the hidden state if the layer is not packed
             others = others[1:] if is_packed else others
             hidden, parameters, has_biases, layers, rate, is_training, both = others[:7]
             states = (hidden,) if isinstance(hidden, torch.Tensor) else tuple(hidden)
@@ -400,7 +402,7 @@ def _unrolled(step: Any) -> Callable[[Any], Kernel]:
             if is_by_batch:
                 output.transpose_(0, 1)
             after = [torch.stack(each, 0) for each in zip(*ended, strict=True)]
-            ended.reverse()  # a list frees its last state first, C++ the first
+            ended.reverse()  # Python frees a list's last element first, C++ the first one
             return (output, *after)
 
         return kernel
@@ -413,7 +415,7 @@ class _Stack(NamedTuple):
 
     Attributes:
         step: Runs a cell.
-        layers: How many.
+        layers: The number of layers.
         directions: 1, or 2.
         rate: The rate of the dropout between layers; 0 for none.
     """
@@ -426,7 +428,7 @@ class _Stack(NamedTuple):
     def run(
         self, source: Any, states: Sequence[_State], weights: Sequence[_Weights]
     ) -> tuple[Any, list[_State]]:
-        """Run them; return what they show, and the states after them."""
+        """Run the layers; return the output, and the states at the end."""
         ended: list[_State] = []
         for layer in range(self.layers):
             own = slice(layer * self.directions, (layer + 1) * self.directions)
@@ -457,7 +459,7 @@ for _name, _step in (
 
 
 def _layer(_func: Any, operands: list[Operand]) -> None:
-    """Do the same for a layer of an LSTM, as which the CPU computes it.
+    """Check the devices of one LSTM layer, the operator by which the CPU computes an LSTM.
 
     For a layer without biases, C++ creates biases on the host.
     """

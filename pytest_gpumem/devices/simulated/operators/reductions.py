@@ -225,8 +225,8 @@ register(
 class _Product(torch.autograd.Function):
     """The product, whose gradient divides by the operand if it has no zeros.
 
-    For a subclass of Tensor, C++ takes the way for operands with zeros, which gives other
-    bits, and other results for infinite numbers.
+    For a subclass of Tensor, C++ uses the formula for operands with zeros, which has
+    other rounding errors, and other results for infinite numbers.
 
     Source: ``prod_backward`` of ``torch/csrc/autograd/FunctionsManual.cpp``.
     """
@@ -306,7 +306,8 @@ def _multiplied(func: Any) -> Callable[..., Any] | None:
             source.dim() > 0
             and not source.is_meta
             and not are_formulas_active()
-            and torch._C._get_tracing_state() is None  # it would record a Function
+            and torch._C._get_tracing_state()
+            is None  # a trace would record the Function
         )
         if not is_plain or not source.requires_grad or not torch.is_grad_enabled():
             return formula(source, *args, dtype=dtype, **options)

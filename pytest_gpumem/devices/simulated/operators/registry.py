@@ -51,8 +51,8 @@ class Operator:
         draw: The function that draws from a generator, if the operator takes none as an
             argument.
         move: The rule for the step by which a call advances the generator's offset.
-        draws_nothing: Whether the operator draws nothing although torch's tag says it
-            does.
+        draws_nothing: Whether the operator draws nothing although it has torch's tag
+            for drawing.
         composed: Takes an overload and returns the Python function that composes it of
             other operators, above autograd; None for an overload that needs none.
         decomposed: As ``composed``, but below autograd: for an operator that C++ composes

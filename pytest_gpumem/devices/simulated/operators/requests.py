@@ -135,11 +135,11 @@ class Lasting:
 
 
 class Tried:
-    """CuDNN measures its kernels for a convolution of a kind that is new to the card.
+    """cuDNN measures its kernels at the first convolution of each kind on a card.
 
     Source: ``run_single_conv`` of ``aten/src/ATen/native/cudnn/Conv_v8.cpp``: torch
     empties the allocator's cache after each measurement. The workspaces of the measured
-    kernels are cuDNN's, and not known.
+    kernels are not known.
     """
 
     __slots__ = ("_key",)
@@ -182,7 +182,7 @@ def packed(
 
 
 def suggested_format(tensor: torch.Tensor) -> torch.memory_format:
-    """Return the layout in which C++ goes on: ``suggest_memory_format``."""
+    """Return the memory format that C++ uses for copies: ``suggest_memory_format``."""
     found: torch.memory_format = torch._prims_common.suggest_memory_format(tensor)
     return found
 
@@ -200,7 +200,7 @@ def is_number(value: Any) -> bool:
 def _arguments(func: Any) -> dict[str, tuple[int, Any]]:
     """Return the position and the default of each argument of an operator, by name.
 
-    Reading a schema takes longer than many a request.
+    The result is kept, because reading a schema takes longer than many requests.
     """
     arguments = enumerate(func._schema.arguments)
     return {each.name: (at, each.default_value) for at, each in arguments}
@@ -295,15 +295,16 @@ def workspaces(call: Call) -> tuple[Workspace, ...]:
     return (Workspace(of_lt=_is_of_lt(call)),) * times
 
 
-#: Numbers whose products cuBLASLt computes.
+#: Dtypes whose products cuBLASLt computes.
 _OF_LT: Final = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def _is_of_lt(call: Call) -> bool:
-    """Return whether a product is one of cuBLASLt, which adds a bias to each row.
+    """Return whether cuBLASLt computes a product, which it does if it adds a bias.
 
-    Source: ``isInputCompliesAddmmCudaLt`` of ``aten/src/ATen/native/cuda/Blas.cpp``; that a
-    bias may be a row, as torch 2.15 on the substitute runtime of ``tests/cuda_host`` does.
+    Source: ``isInputCompliesAddmmCudaLt`` of ``aten/src/ATen/native/cuda/Blas.cpp``;
+        that a bias may be one row was observed with torch 2.15 on the substitute
+        runtime of ``tests/cuda_host``.
     """
     if call.name not in {"addmm", "_addmm_activation"}:
         return False

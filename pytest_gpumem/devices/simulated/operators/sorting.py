@@ -61,7 +61,7 @@ def _quantile(func: Any) -> Any:
             )
         if are_formulas_active():
             return host(source, share, dim, keepdim, interpolation=interpolation)
-        # C++ checks the other arguments here; it knows the shape of the result, too.
+        # C++ checks the other arguments here, and gives the shape of the result.
         alike = [
             torch.empty(each.shape, dtype=each.dtype, device="meta")
             if isinstance(each, torch.Tensor)
@@ -89,12 +89,12 @@ def _quantile(func: Any) -> Any:
 
 
 def _ranks(ordered: torch.Tensor, share: torch.Tensor, *, skips: bool) -> torch.Tensor:
-    """Return the places of quantiles among ordered numbers.
+    """Return the ranks of quantiles among ordered numbers; they may be fractions.
 
     Args:
-        ordered: The numbers, in order in the last dimension.
+        ordered: The numbers, sorted along the last dimension.
         share: The quantiles.
-        skips: Whether numbers that are none do not count.
+        skips: Whether NaN are ignored.
     """
     if skips:
         counts = ordered.isnan().logical_not_().sum(-1, keepdim=True) - 1
@@ -111,7 +111,7 @@ def _ranks(ordered: torch.Tensor, share: torch.Tensor, *, skips: bool) -> torch.
 def _at_ranks(
     ordered: torch.Tensor, ranks: torch.Tensor, interpolation: str
 ) -> torch.Tensor:
-    """Return the numbers at some places, or what lies between two of them."""
+    """Return the numbers at some ranks, interpolated between neighbours."""
     {"lower": ranks.floor_, "higher": ranks.ceil_, "nearest": ranks.round_}.get(
         interpolation, lambda: ranks
     )()
@@ -239,7 +239,7 @@ def _median(func: Any) -> Any:
         if source.is_complex():
             raise RuntimeError(
                 " Sort does not support complex dtypes on CPU"
-            )  # a card's
+            )  # a card's text
         if source.dtype is not torch.bool:
             return func(source)  # type: ignore[no-any-return]  # the operator returns a tensor
         return func(source.byte()).bool()  # type: ignore[no-any-return]  # the operator returns a tensor
@@ -307,7 +307,7 @@ register(
 
 
 def _choosing(call: Call) -> Iterator[RequestStep]:
-    """Request the memory to select from long rows by several blocks that count digits."""
+    """Request the memory of ``topk`` for long rows: several blocks count digits."""
     source: torch.Tensor = call["self"]
     yield Results()
     if not source.dim() or not source.numel():

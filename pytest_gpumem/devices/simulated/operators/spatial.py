@@ -66,7 +66,7 @@ def _dense(func: Any) -> Any:
 
 
 def _unpooled(func: Any) -> Any:
-    """Do the same for ``max_unpool``; a card has kernels for integers as well."""
+    """Make the result of ``max_unpool`` contiguous; a card also supports integers."""
     dense = _dense(func)
     if dense is None:
         return None
@@ -78,7 +78,7 @@ def _unpooled(func: Any) -> Any:
         if source.dtype not in INTEGERS - {torch.bool}:
             made = dense(source, indices, size, *args)
             return made
-        # The shape, and what is wrong with the arguments.
+        # This call gives the shape, and raises errors for wrong arguments.
         made = dense(source.double(), indices, size, *args).to(source.dtype).zero_()
         rows = (*source.shape[: -len(size)], -1)
         made.view(rows).scatter_(-1, indices.reshape(rows), source.reshape(rows))
@@ -317,7 +317,7 @@ register(
 
 
 def _heeding_types(_func: Any, handler: Handler) -> Handler:
-    """Return a handler that refuses half precision, which cuFFT knows and MKL does not."""
+    """Return a handler that refuses half precision, which MKL does not support."""
 
     def transforming(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args[0].dtype in {torch.float16, torch.complex32}:

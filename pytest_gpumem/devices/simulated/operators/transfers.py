@@ -70,7 +70,7 @@ def _copy_(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
     target, source = args[0], args[1]
     staging = None
     if not isinstance(source, torch.Tensor):
-        target._gpumem_value.fill_(source)  # a number
+        target._gpumem_value.fill_(source)  # the source is a number
     elif not isinstance(source, SimulatedTensor):
         # Without values, C++ creates the number of ``x[...] = 1`` on the meta device.
         keeps_none = target._gpumem_card.value_device == "meta" and not any(
@@ -194,9 +194,9 @@ register(
 
 
 def _between_numbers(func: Any) -> Any:
-    """Read the ends of a range from where they are, as ``linspace`` of tensors does.
+    """Read the ends of a range from their devices, as ``linspace`` of tensors does.
 
-    The result is where the call wants it, and not where the ends are.
+    The result is on the device of the call, not on that of the ends.
     """
     if "Tensor" not in func._overloadname:
         return None
@@ -212,7 +212,7 @@ def _between_numbers(func: Any) -> Any:
             start, end = (
                 each.cpu() if torch.is_tensor(each) else each for each in ends
             )
-            return func(start, end, *rest, **options)  # refuses them
+            return func(start, end, *rest, **options)  # torch refuses these arguments
         start, end = (
             each.item() if isinstance(each, torch.Tensor) else each for each in ends
         )
