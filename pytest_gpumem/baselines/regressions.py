@@ -79,7 +79,7 @@ class Tolerance:
 #: The most tests for which one test may make first uses, and the most that are searched.
 TOGETHER: Final = 3
 MOST: Final = 40
-#: The fewest tests with the same shift from which torch is concluded to be the cause.
+#: The fewest tests with the same shift that show that torch is the cause.
 MANY: Final = 3
 
 #: The default tolerances. The same code on the same card allocates the same bytes. The
@@ -145,7 +145,7 @@ def _asked_for_more(
     now: Mapping[str, int],
     tolerance: Tolerance | None,
 ) -> bool:
-    """Return False if other blocks alone explain a change, otherwise True.
+    """Return False if a change is explained by other blocks alone, otherwise True.
 
     See Note [The same requests from other blocks].
     """
@@ -163,12 +163,12 @@ def _asked_for_more(
 class FirstUses:
     """Bytes of models and caches that are made at their first use, by whichever test.
 
-    These bytes count for the test that runs first, which depends on order and selection.
-    In the baseline one test made them and left them on the card. In this run another test
-    may leave more bytes than in the baseline. If tests that have not run yet in this
-    process left exactly these bytes in the baseline, the bytes are taken for their first
-    use. If those tests then leave the bytes again, there was no first use, and the other
-    test has leaked.
+    These bytes count for the test that runs first, which depends on order and
+    selection. In the baseline one test made them and left them on the card. In this run
+    another test may leave more bytes than in the baseline. If tests that have not run
+    yet in this process left exactly these bytes in the baseline, the bytes are regarded
+    as their first use. If those tests then leave the bytes again, there was no first
+    use, and the other test has leaked.
 
     Args:
         entries: The baseline's, by test.
@@ -181,12 +181,12 @@ class FirstUses:
             for name, nbytes in peaks.items()
             if nbytes and name.endswith(f"allocated {LEFT}")
         }
-        #: First uses, by the test that had them in the baseline: figure, the test that has
-        #: them in this run, bytes.
+        #: First uses, by the test that made them in the baseline: figure, the test that
+        #: made them in this run, bytes.
         self._paid: Final[dict[str, list[tuple[str, str, int]]]] = {}
 
     def begin(self, test: str) -> dict[str, int]:
-        """Return the bytes, by figure, of a test's first uses that other tests have made."""
+        """Return the bytes of first uses that other tests made for a test, by figure."""
         for key in [each for each in self._unpaid if each[0] == test]:
             del self._unpaid[key]  # the test makes its first uses itself from here on
         paid: dict[str, int] = {}

@@ -145,7 +145,7 @@ def as_test_file(
     run: NamedFunction | None = None,
     check: LoaderCheck | None = None,
 ) -> str:
-    """Return a test file with the same requirements on a loader as ``check_loader``.
+    """Return the text of a test file that checks a loader as ``check_loader`` does.
 
     Args:
         load: The loader.

@@ -57,7 +57,7 @@ def find_damage(
     *,
     check_all: bool = False,
 ) -> str | None:
-    """Return what is wrong with a checkpoint that was built here; None if nothing is.
+    """Return the damage of a checkpoint that was built here, in words; None without damage.
 
     Args:
         folder: The checkpoint.
@@ -140,7 +140,9 @@ def build_into(
             if is_intact(target, request, check_all=check_all):
                 return  # another process has built it meanwhile
             for left in target.parent.glob(f".{target.name}.*{_SUFFIX}"):
-                shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
+                shutil.rmtree(
+                    left, ignore_errors=True
+                )  # left by a process that was killed
             _replace(target, request, build, in_cache=True, check_all=check_all)
     except OSError as error:
         raise _explain(error, target) from error
@@ -235,8 +237,8 @@ def _write_manifest(folder: Path, request: Mapping[str, Any]) -> None:
     }
     written = folder / MANIFEST
     written.write_text(json.dumps(manifest, indent=1, default=str), encoding="utf-8")
-    # safetensors and mkdtemp give rights to the owner alone. A file that was written in
-    # the ordinary way has the rights that the user's umask allows.
+    # safetensors and mkdtemp give permissions only to the owner. A file that was written in
+    # the ordinary way has the permissions that the user's umask allows.
     mode = written.stat().st_mode & 0o666
     for file in files:
         file.chmod(mode)

@@ -22,8 +22,8 @@ _BERT: Final = {
     "architectures": ["BertForSequenceClassification"],
 }
 
-#: The known models. Those of BERT have the sizes of the published models, the tiny decoders
-#: made-up ones. All other entries are the defaults of the config's class.
+#: The known models. BERT models have the sizes of the published models; the tiny decoders
+#: have made-up sizes. All other entries are the defaults of the config's class.
 NAMES: Final[dict[str, dict[str, Any]]] = {
     "bert-large": {
         **_BERT,
@@ -142,7 +142,7 @@ ALIASES: Final = {
 }
 
 
-#: Entries of a config that say nothing about the model.
+#: Entries of a config that do not describe the model.
 _IDLE: Final = ("_name_or_path", "transformers_version")
 
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 _active: Final[list[Child]] = []
 #: Waits for the import of huggingface_hub, if the parent's run serves models.
 _hub: Final[list[AfterImport]] = []
-#: Variables' texts that were no settings. Python may read the file at its start twice.
+#: Values of the variable that could not be read, each reported once. Python may run the
+#: line at its start twice.
 _broken: Final[set[str]] = set()
 
 
@@ -216,7 +217,7 @@ class Child:
             return Watch(device, self._given.folder, indices, self._strikes)
 
         def forked() -> Any:
-            self._watch.stop()  # it belongs to the parent, and so does its file
+            self._watch.stop()  # the watch and its file belong to the parent
             self._watch = make()
             return self._watch
 

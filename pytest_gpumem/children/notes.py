@@ -25,7 +25,7 @@ SUFFIX: Final = ".gpumem"
 #: The most rules for which failed allocations are counted.
 MAX_RULES: Final = 32
 
-#: Stands for a figure that is not known.
+#: The number that means that a figure is not known.
 _UNKNOWN: Final = -1
 _NAMES: Final = tuple(field.name for field in fields(MemoryFigures))
 _CARD: Final = struct.Struct(f"<q{len(_NAMES)}q")

@@ -125,7 +125,8 @@ class ForkedChildren:
         watch.start()
         util: Any = sys.modules.get("multiprocessing.util")
         if util is not None:
-            # Its children end with os._exit, and clear finalisers as they begin.
+            # Children of multiprocessing end with os._exit, and clear finalisers at their
+            # start.
             util.register_after_fork(watch, _finish_with_multiprocessing)
 
 

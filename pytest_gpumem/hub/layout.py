@@ -91,7 +91,7 @@ def repository(model: HubModel, root: Path) -> Path:
         try:
             building.rename(target)
         except OSError:
-            if not target.is_dir():  # else another process was faster
+            if not target.is_dir():  # otherwise another process was faster
                 raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -166,7 +166,7 @@ def _lay_out(model: HubModel, checkpoint: Path, folder: Path) -> None:
     }
     sources |= _own_tokenizer(model)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        # Without the library nothing reads the files that are made with it.
+        # Without the library tokenizers, no code would read the files that it makes.
         if not sources.keys() & set(_TOKENIZER_FILES) and find_spec("tokenizers"):
             from pytest_gpumem.hub.tokenizer import write_tokenizer
 

@@ -101,7 +101,7 @@ class Patches:
             repo_type: str | None = None,
         ) -> Any:
             found = self._find(repo_id) if repo_type in {None, "model"} else None
-            if found is not None:  # under another name, it may be
+            if found is not None:  # the model may be in the cache under another name
                 cache_dir, folder = found[1].parent, found[1].name
                 repo_id = folder.removeprefix("models--").replace("--", "/")
             return plain(repo_id, filename, cache_dir, revision, repo_type)
@@ -170,7 +170,7 @@ class Patches:
         self._patches.set(library.Client, "send", send)
 
     def _patch_requests(self, library: Any) -> None:
-        """Do the same with ``requests``, by which the library asks before 1.0."""
+        """Answer requests that the library sends through ``requests`` before 1.0."""
         plain = library.Session.send
 
         @functools.wraps(plain)
@@ -244,7 +244,7 @@ class Patches:
 
 
 class _Body:
-    """What ``requests`` reads an answer from."""
+    """The file-like object from which ``requests`` reads an answer."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks = chunks

@@ -243,7 +243,7 @@ def _is_like_gpt2(kind: str) -> bool:
 
 
 def _ends(kind: str, special: Mapping[str, int], named: Mapping[str, str]) -> Any:
-    """Return what adds the tokens before and after a text, as in published tokenizers."""
+    """Return the processor that adds tokens around a text, as in published tokenizers."""
     first, last = named.get("bos_token"), named.get("eos_token")
     if kind in _LIKE_ROBERTA and first and last:
         single = f"{first}:0 $A:0 {last}:0"
@@ -318,5 +318,5 @@ def _tokenizer(special: Mapping[str, int], model: Any) -> Tokenizer:
 
 
 def _template(single: str, pair: str, tokens: Mapping[str, int]) -> Any:
-    """Return what puts special tokens around one text, or two."""
+    """Return the processor that puts special tokens around one or two texts."""
     return processors.TemplateProcessing(single, pair, [*tokens.items()])

@@ -65,13 +65,14 @@ def _simulated(device: Any, index: int) -> Iterator[tuple[int, Callable[[int], N
         yield tenant.pid, hold
     finally:
         hold(0)
-        with card.locked(), suppress(ValueError):  # the card was set up anew
+        # If the card was set up again, the process is no longer on it.
+        with card.locked(), suppress(ValueError):
             card.driver.tenants.remove(tenant)
 
 
 @contextmanager
 def _real(device: Device, index: int) -> Iterator[tuple[int, Callable[[int], None]]]:
-    """Do the same as ``_simulated``, with a real process."""
+    """Yield the id of a real process, and a function that sets the bytes that it holds."""
     free_before = device.mem_get_info(index)[0]
     environment = {k: v for k, v in os.environ.items() if k != CHILDREN_VARIABLE}
     process = subprocess.Popen(  # noqa: S603  # our own program
@@ -103,7 +104,7 @@ def _real(device: Device, index: int) -> Iterator[tuple[int, Callable[[int], Non
 
 
 def _wait_for(process: subprocess.Popen[str]) -> None:
-    # A process that does not answer is killed; its answer is then empty.
+    # If the process does not answer, it is killed, and the answer is empty.
     patience = threading.Timer(TIMEOUT_S, process.kill)
     patience.start()
     try:

@@ -42,10 +42,10 @@ class Comparison(NamedTuple):
     """The result of a comparison.
 
     Attributes:
-        first: Where they first differ by more than is allowed, and how, in a sentence;
-            None if nowhere.
-        largest: The largest difference of numbers, allowed or not; infinite where
-            something else differs.
+        first: The first difference that is larger than allowed, in a sentence; None
+            without one.
+        largest: The largest difference of numbers, allowed or not; infinite if anything
+            else differs.
     """
 
     first: str | None
@@ -59,7 +59,7 @@ def compare_portraits(
     where: str = "the result",
     dtypes: Collection[torch.dtype] = (),
 ) -> Comparison:
-    """Compare two portraits; texts call the second one by the name in ``where``.
+    """Compare two portraits; ``where`` names the second one in texts.
 
     Floating-point numbers may differ by what the coarsest of their dtypes explains
     (``TOLERANCE``), and may have another dtype, because a fallback may compute in half
@@ -227,8 +227,8 @@ class _Comparer:
         )
 
 
-#: Names of kinds of values, and the methods that compare them; only values of one kind
-#: are compared.
+#: The kinds of values with their names and comparison methods. Two values are compared only
+#: if they are of one kind.
 _KINDS: Final = (
     (torch.Tensor, "Tensor", "_tensors"),
     (dict, "dict", "_mappings"),
@@ -247,7 +247,7 @@ def _show(value: object) -> str:
 
 
 def _kind(value: Any) -> tuple[str, str | None]:
-    """Return the name of a kind of portrait, and the function that compares two."""
+    """Return the name of a portrait's kind, and the function that compares two of them."""
     kind = type(value)  # a class may give a wrong type as its __class__
     if issubclass(kind, Opaque):
         return str(value.kind.__qualname__), None
@@ -282,10 +282,9 @@ def _dense(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _alike(*pair: torch.Tensor) -> list[torch.Tensor]:
-    """Return tensors in the widest dtype, with infinity for the largest number of a dtype.
+    """Return tensors in the widest dtype; a dtype's largest number becomes infinity.
 
-    A mask is filled with ``torch.finfo(dtype).min``, and this number differs between
-    dtypes.
+    Masks are filled with ``torch.finfo(dtype).min``, which differs between dtypes.
     """
     is_complex = pair[0].is_complex()
     wide = [each.to(torch.complex128 if is_complex else torch.float64) for each in pair]
@@ -300,7 +299,7 @@ def _alike(*pair: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _first(wrong: torch.Tensor, reference: torch.Tensor, result: torch.Tensor) -> str:
-    """Return the first wrong place of a tensor, with its value and the expected one."""
+    """Return the first wrong value of a tensor, its position and the expected value."""
     at = tuple(wrong.nonzero()[0].tolist())
     values = f"{result[at].item()!r:.24} instead of {reference[at].item()!r:.24}"
     if not at:

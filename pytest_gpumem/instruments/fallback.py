@@ -1,4 +1,4 @@
-"""Checks where a loader's fallback ends under budgets and faults, and what it leaves."""
+"""Checks to which step a loader falls back under budgets and faults, and what it leaves."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHARES: Final = (1.0, 0.6, 0.35, 0.15, 0.05)
 #: Faults that are tried in addition to the budgets: the first allocation of a load fails,
 #: and every allocation fails, so that the fallback itself meets an OOM.
 FAULTS: Final = ("any:nth=1", "any:nth=1,persistent")
-#: The error that no fallback may swallow.
+#: The rule that raises an error that no fallback may swallow.
 CONTROL: Final = "any:nth=1,flavour=not-oom"
 _MIB: Final = 2**20
 _SMALLEST: Final = 2 * _MIB
@@ -80,7 +80,7 @@ def check_fallback(
     device_index: int = 0,
     device: Device | None = None,
 ) -> FallbackReport:
-    """Run a loader under budgets and faults and say where each run ended.
+    """Run a loader under budgets and faults, and report where each run ended.
 
     Args:
         load: The loader under test; returns a model, or an object with one.
@@ -178,7 +178,7 @@ def _step(
 
 
 def _of_error(done: LoadVerdict, rule: Rule | None) -> list[str]:
-    """Return the problems with the error of a load; none if the load did not raise."""
+    """Return the problems with a load's error; empty if the load did not raise."""
     failure = done.failure
     if failure is None:
         return []

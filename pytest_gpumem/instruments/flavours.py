@@ -24,7 +24,7 @@ MARK: Final = "_gpumem_injected"
 #: Flavours that the caching allocator itself raises; ``num_ooms`` counts them.
 COUNTED: Final = frozenset({"native", "legacy", "hip", "xpu"})
 
-#: The sentence, and the last words, that only the CUDA allocator's text has.
+#: The sentence and the ending that only the text of the CUDA allocator has.
 _PROCESS: Final = re.compile(
     r"(Process \d+ has|Including non-PyTorch memory, this process has) .*? in use\. "
 )
@@ -104,7 +104,7 @@ def _xpu(device: Device, index: int, nbytes: int) -> str:
     )
 
 
-#: The error of CUDA's runtime that each of these flavours is.
+#: The CUDA runtime's error for each of these flavours.
 _CUDA_ERRORS: Final = {
     "driver": "cudaErrorMemoryAllocation",
     # The launch needs more registers or shared memory than there are; the card's memory

@@ -61,14 +61,14 @@ def runs(frame: FrameType) -> bool:
         if current is frame:
             break
     # The last frame of the loop is this function's own. A reference to it would be a
-    # cycle that holds the tensors.
+    # reference cycle that holds the tensors.
     del running
     return current is frame
 
 
 def path_in_words(chain: list[Any]) -> str:
     """Return the chain of references from a value to its holder, in words."""
-    # The inner parts of a context's map mean nothing to a reader.
+    # The inner parts of a context's map would not help a reader.
     chain = [each for each in chain if not type(each).__name__.startswith("hamt")]
     steps = []
     names: list[str] = []
@@ -115,7 +115,7 @@ def _noun(holder: Any) -> str:
 
 
 def _is_registry(holder: dict[Any, Any], chain: list[Any]) -> bool:
-    """Tell whether a dictionary is the registry of a module of the chain."""
+    """Tell whether a dictionary is a registry of a module in the chain."""
     return any(
         holder is dictionary_of(each).get(kind)
         for each in chain

@@ -50,7 +50,8 @@ CYCLE: Final = "a reference cycle, which only a collection frees"
 #: The most nodes of autograd graphs of one search.
 _NODES: Final = 20_000
 _SAVED: Final = "_saved_"
-#: What a torch.autograd.Function has saved, and the leaf that a node gives its gradient.
+#: The attributes of a node: tensors that a torch.autograd.Function has saved, and the leaf
+#: that gets the gradient.
 #: Source: torch ``csrc/autograd/python_function.cpp``, ``functions/accumulate_grad.h``.
 _KEPT: Final = frozenset({"saved_tensors", "variable"})
 _OURS: Final = str(Path(__file__).parent)
@@ -115,7 +116,7 @@ def _largest(
 
 
 def _tensors() -> list[torch.Tensor]:
-    """Return the tensors on cards; torch 2.8 shows a script's empty ones as tensors."""
+    """Return the tensors on cards; torch 2.8 also lists TorchScript's empty tensors."""
     has_storage = torch._C._has_storage  # noqa: SLF001  # no public API
     return [
         each for each in living(torch.Tensor)[0] if each.is_cuda and has_storage(each)
@@ -290,7 +291,7 @@ def _held() -> Iterator[tuple[Any, Any]]:
 
 def _saved() -> Iterator[tuple[torch.Tensor, Any]]:
     """Yield pairs of a tensor and what the graph behind it keeps for backward."""
-    # With the nodes: another node would get the number of one that is gone.
+    # The nodes are kept, because a new node could get the id of a deleted one.
     seen: dict[int, Any] = {}
     for tensor in living(torch.Tensor)[0]:
         waiting = [tensor.grad_fn]

@@ -22,12 +22,12 @@ _SIMULATED: Final = str(Path(__file__).parents[1] / "devices" / "simulated")
 
 
 class HostBudget(Sampler):
-    """Let a block add so many bytes to what the process holds in the host's memory.
+    """Limit the bytes that a block adds to the process's memory on the host.
 
-    Within the block ``psutil.virtual_memory`` says that no more is available than is left
-    of the budget. accelerate's and transformers' plans (``get_max_memory``,
-    ``device_map="auto"``) ask it, and put on disk what does not fit. What the block adds
-    all the same is measured in samples, see ``most_added``.
+    Within the block ``psutil.virtual_memory`` reports at most the rest of the budget as
+    available. The plans of accelerate and transformers (``get_max_memory``,
+    ``device_map="auto"``) call it, and put the weights that do not fit on disk. The
+    bytes that the block adds nevertheless are measured in samples, see ``most_added``.
 
     A process's own pages count: its heap and its anonymous mappings. Pages that a file
     backs do not, because the system can take them back at once, and counts them as
@@ -38,10 +38,10 @@ class HostBudget(Sampler):
         own_bytes: Returns the bytes that count; see ``SimulatedMachine.host_bytes``.
         period_s: The least seconds between two samples.
 
-    Limits: code that imported the function itself (``from psutil import virtual_memory``)
-    before the block, and child processes, see the host as it is. Bytes that are allocated
-    and freed between two samples are not seen. Outside Linux nothing that the block adds is
-    counted.
+    Limits: code that imported the function itself (``from psutil import
+    virtual_memory``) before the block, and child processes, see the real memory of the
+    host. Bytes that are allocated and freed between two samples are not seen. Outside
+    Linux nothing that the block adds is counted.
 
     Source: accelerate, ``utils/modeling.py``, ``get_max_memory``; transformers,
     ``integrations/accelerate.py``, ``get_max_memory``; ``proc(5)``, ``MemAvailable``.
@@ -66,7 +66,7 @@ class HostBudget(Sampler):
         try:
             import psutil
         except ImportError:
-            pass  # accelerate needs it, so nothing plans
+            pass  # accelerate needs psutil, so without it nothing plans
         else:
             original = psutil.virtual_memory
             self._patches.set(
@@ -82,7 +82,7 @@ class HostBudget(Sampler):
             self._patches.restore()
 
     def rebase(self) -> None:
-        """Count only what is added from now on."""
+        """Count only the bytes that are added from now on."""
         give_back_free_heap()
         self._base, self._most = self._own_bytes(), 0
 
@@ -107,7 +107,7 @@ class HostBudget(Sampler):
     def _added(self) -> int | None:
         """Return the bytes that the block added; None while a card's values are computed.
 
-        While they are computed, they are in memory and not yet counted as the card's.
+        New values are in memory before they are counted as the card's.
         """
         if _computes():
             return None

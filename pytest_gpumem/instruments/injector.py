@@ -53,7 +53,7 @@ class OomInjector:
         self._look()
 
     def _look(self) -> None:
-        """Note which facts about a request the rules need, so that only these are read.
+        """Find out which facts about a request the rules need, so that only these are read.
 
         Without rules the injector detaches from the device, so that it costs no time.
         """
@@ -84,7 +84,7 @@ class OomInjector:
 
     @property
     def num_uncounted_ooms(self) -> int:
-        """How many injected OOMs are of other parts of CUDA, which ``num_ooms`` lacks."""
+        """How many injected OOMs come from other parts of CUDA; ``num_ooms`` lacks them."""
         return self.num_injected - self._num_failed({*COUNTED, NOT_OOM})
 
     def _num_failed(self, flavours: Collection[str]) -> int:
@@ -139,7 +139,7 @@ class OomInjector:
         return bool(striking)
 
     def refuses(self, device_index: int, nbytes: int) -> bool:
-        """Call ``fails``; this is its former name."""
+        """Call ``fails``; this is the former name of that method."""
         text = "OomInjector.refuses is now called OomInjector.fails"
         warnings.warn(text, DeprecationWarning, stacklevel=2)
         return self.fails(device_index, nbytes)

@@ -78,7 +78,8 @@ def survey(device: Device, index: int, frame: FrameType | None) -> Survey:
     for each in optimizers:
         names.of_optimizer(each)
     del every, modules, optimizers
-    # Of equal sizes, by name: the order of living objects is that of collections.
+    # Equal sizes are sorted by name, because the order of living objects changes with
+    # garbage collections.
     ranked = sorted(
         tensors.items(),
         key=lambda pair: (-pair[1].untyped_storage().nbytes(), names.owner(*pair)),
@@ -98,7 +99,7 @@ def survey(device: Device, index: int, frame: FrameType | None) -> Survey:
 
 
 def living_models() -> list[torch.nn.Module]:
-    """Return every live model: modules that are not part of another one."""
+    """Return every live model: the modules that are not part of another module."""
     return _roots(living(torch.nn.Module)[0])
 
 
@@ -212,7 +213,7 @@ def _is_shown(frame: FrameType) -> bool:
 
 
 def _roots(modules: list[torch.nn.Module]) -> list[torch.nn.Module]:
-    """Return the modules that are not part of another one."""
+    """Return the modules that are not part of another module."""
     inner = {id(part) for each in modules for _name, part in registry(each, "_modules")}
     return [each for each in modules if id(each) not in inner]
 

@@ -1,4 +1,4 @@
-"""Knows the blocks that were live at the highest moment so far."""
+"""Keeps the blocks that were live at the peak so far."""
 
 from __future__ import annotations
 

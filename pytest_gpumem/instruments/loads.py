@@ -1,4 +1,4 @@
-"""Judges a load: the model's place, its output, and the bytes that the load left."""
+"""Judges a load: the model's devices, its output, and the bytes that the load left."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class LoadVerdict:
 
     Attributes:
         model: The model, for further checks; None if the load raised.
-        placement: Where the model is; None if the load raised.
+        placement: The model's devices and dtypes; None if the load raised.
         figures: The peaks of load and run together.
         left_bytes: Bytes that the load added to the cards and that do not belong to the
             model; at least 0.
@@ -72,7 +72,8 @@ class LoadVerdict:
         """Raise if there are problems.
 
         Raises:
-            AssertionError: The text has each problem on a line, and the model's place.
+            AssertionError: The text has each problem on a line, and the model's
+                devices.
         """
         if self.problems:
             lines = ["the load went wrong:"]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """A module's place in its model."""
+    """The position of a module in its model."""
 
     kind: str
     name: str = ""
@@ -88,7 +88,7 @@ class Owners:
         self._handles = []
 
     def node(self, module: torch.nn.Module) -> Node:
-        """Return a module's node, as far as it is known so far."""
+        """Return a module's node; create it if the module is new."""
         found = self.known(module)
         if found is None:
             found = Node(type(module).__name__)
@@ -115,7 +115,7 @@ class Owners:
         owners = {
             id(tensor): NamedOwner(node, name, "gradient of")
             for living, node in list(self._nodes.values())
-            if (module := living()) is not None  # collected meanwhile
+            if (module := living()) is not None  # the module was deleted meanwhile
             for name, tensor in tensors_of(module)
         }
         for group in optimizer.param_groups:
@@ -129,7 +129,7 @@ class Owners:
             return
         with suppress(Exception):  # recording must not change the program
             node, above = self.node(child), self.node(parent)
-            if node not in above.upward():  # a module may hold a module that holds it
+            if node not in above.upward():  # two modules may contain each other
                 node.parent, node.name = above, name
 
     def _given(self, module: torch.nn.Module, name: str, tensor: Any) -> None:

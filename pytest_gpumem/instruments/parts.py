@@ -23,7 +23,7 @@ from pytest_gpumem.sizes import format_size
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: A block in which the program's modes and tensor classes do not see calls on tensors.
+#: Enters a block in which the program's modes and tensor classes do not see calls.
 unseen: Final = torch._C.DisableTorchFunction  # noqa: SLF001  # no public name
 #: The types of keys that are shown. The repr of another type may be the program's code.
 _KEYS: Final = frozenset({str, int, bytes, bool, type(None)})
@@ -40,7 +40,8 @@ def living(*bases: type) -> tuple[list[Any], ...]:
     for base in bases:
         wanted = {kind for kind in kinds if issubclass(kind, base)}
         found.append([each for each in objects if type(each) in wanted])
-    # Up to Python 3.10 a profiler makes a dictionary of these names, which is in the list.
+    # Up to Python 3.10 a profiler creates a dictionary of these local names; the list
+    # contains it.
     del objects
     return tuple(found)
 
@@ -181,7 +182,7 @@ class Placement:
 
 
 def placement_of(model: torch.nn.Module) -> Placement:
-    """Return where a model's parameters and buffers are; tied ones count once."""
+    """Return the devices and dtypes of a model's weights; tied weights count once."""
     nbytes: Counter[str] = Counter()
     dtypes = set()
     count = 0

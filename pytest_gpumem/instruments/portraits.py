@@ -56,7 +56,7 @@ class Fields(dict[str, Any]):
 
 
 class Unordered(list[Any]):
-    """The items of a set that is not a set of plain values."""
+    """The items of a set whose items are not plain values."""
 
 
 def portrait(value: Any) -> Any:

@@ -82,7 +82,7 @@ class LimitWatch:
         site: ``"file.py:42 in function (phase)"`` of the request that went over the
             limit, as near to the user's code as possible; for ``"fragmented"``, of the
             request that made the allocated peak. None if no request did, or if the
-            device cannot tell (a real card).
+            device does not report it (a real card).
     """
 
     def __init__(

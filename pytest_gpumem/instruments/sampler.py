@@ -83,8 +83,8 @@ class Sampler:
             before_s = time.thread_time()
             self.sample()
             spent_s = time.thread_time() - before_s
-            # A garbage collection that happens to run within one sample is not a sample's
-            # cost: the thread would see nothing for a hundred times as long.
+            # The time of a garbage collection during a sample does not count, because the
+            # thread would then rest a hundred times as long.
             rest_s = rest_after(min(spent_s, last_s), self._period_s)
             last_s = spent_s
 
@@ -121,8 +121,8 @@ class MemorySampler(Sampler):
     def peak(self, index: int) -> Reading:
         """Return the largest samples of a card so far.
 
-        If NVML could not tell a figure at the last sample, the figure is None and the
-        reason is given, because the peak may be larger than all samples.
+        If NVML did not report a figure in the last sample, the figure is None, with the
+        reason, because the peak may be larger than all samples.
         """
         with self._lock:
             last = self._last.get(index, Reading(None, None, "no sample was taken yet"))

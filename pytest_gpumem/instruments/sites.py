@@ -5,8 +5,8 @@ what the program is doing: a load, a forward, …. A rule's ``site`` pattern is 
 against *names*. User code needs no change for this, and it also works in the worker
 threads of a loader.
 
-Nearly all facts about a request follow from the chain of code on the stack. A program has
-few such chains, so each is studied once and its facts are kept.
+Nearly all facts about a request follow from the chain of code on the stack. A program
+has few such chains, so each is examined once and its facts are kept.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ _ends: Final[set[int]] = set()
 
 
 class Line(NamedTuple):
-    """A line of code on a stack, which may be running or of an earlier moment."""
+    """A line of code on a stack, now or at an earlier moment."""
 
     filename: str
     number: int
@@ -232,7 +232,7 @@ def starred(path: str) -> str:
 
 
 def site_of(lines: Iterable[Line]) -> str:
-    """Return the place of lines of one stack, given from the inside out."""
+    """Return the site of the lines of one stack, given from the inside out."""
     lines = list(lines)
     user = library = line = None
     for each in lines:
@@ -251,9 +251,9 @@ def site_of(lines: Iterable[Line]) -> str:
 
 
 def kind_of(lines: Iterable[Line]) -> Kind:
-    """Return what the bytes are for that a stack asks for, given from the inside out.
+    """Return the kind of the bytes that a stack requests; lines from the inside out.
 
-    It follows from the innermost phase; without a phase they are unnamed.
+    The innermost phase determines the kind; without a phase the bytes are ``unnamed``.
     """
     for each in lines:
         if each.filename.endswith(_CACHES):
@@ -266,7 +266,7 @@ def kind_of(lines: Iterable[Line]) -> Kind:
 
 @functools.lru_cache(maxsize=1)
 def _passed_over() -> tuple[str, ...]:
-    """Return prefixes of paths of code that only passes a request on."""
+    """Return prefixes of paths of code that only forwards requests."""
     folders = (Path(torch.__file__).parent, Path(__file__).parents[1])
     files = (contextlib.__file__, threading.__file__)
     return (*(f"{folder}{os.sep}" for folder in folders), *files)

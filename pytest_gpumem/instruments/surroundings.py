@@ -93,8 +93,8 @@ def _keep_global_hooks(kept: frozenset[int]) -> None:
 def _autocast_depth() -> int:
     """Return how many regions of autocast this thread is in.
 
-    torch says it only when the number changes. At the end of the outermost region it
-    deletes the cached casts of weights.
+    torch returns it only when the number changes. At the end of the outermost region
+    torch deletes the cached casts of weights.
     """
     depth = torch.autocast_increment_nesting() - 1
     torch.autocast_decrement_nesting()
@@ -128,7 +128,7 @@ def _has(name: str) -> bool:
     except AttributeError:
         return False
     except RuntimeError:
-        pass  # torch raises if the old and the new name were set to different values
+        pass  # torch raises if the old and the new name have different values
     return True
 
 
@@ -221,7 +221,7 @@ class Defaults:
 
 
 def _read(setting: _Setting) -> Any:
-    """Return a setting; None if its old and its new name have different values."""
+    """Return a setting's value; None if its old and its new name have different values."""
     try:
         return setting.read()
     except RuntimeError:

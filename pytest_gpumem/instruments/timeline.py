@@ -89,7 +89,7 @@ class Series:
             self._stride *= 2
 
     def move(self, nbytes: int, old: Kind, new: Kind, since: int) -> None:
-        """Count bytes as another kind, in all points from an event on."""
+        """Move bytes from one kind to another, in all points from an event on."""
         before, after = _INDICES[old], _INDICES[new]
         for point in reversed(self._whole()):
             if point.event < since:
@@ -123,7 +123,7 @@ _INDICES: Final = {kind: index for index, kind in enumerate(KINDS)}
 
 @dataclass(slots=True)
 class _Block:
-    """A block that is or was on a card."""
+    """A block on a card, live or freed."""
 
     nbytes: int
     site: str
@@ -178,7 +178,7 @@ class _Card:
         self._kinds[_INDICES["unnamed"]] = before
         #: Bytes that were allocated before and are not known as blocks.
         self._before = before
-        #: Blocks that were allocated while nothing was recorded.
+        #: Addresses of blocks that were allocated while nothing was recorded.
         self._unseen: set[int] = set()
 
     def gain(self, address: int, allocated: int, block: _Block) -> None:
@@ -211,8 +211,8 @@ class _Card:
     def claim(self, claim: SeenOwner) -> None:
         """Note the owner of a block; a block that is not known was there before the test.
 
-        A block that is neither known nor a part of the bytes from before is passed over: it
-        was allocated while nothing was recorded, or the history tells of it too late.
+        A block that is neither known nor a part of the bytes from before is ignored: it
+        was allocated while nothing was recorded, or the history reports it too late.
         """
         block = self.blocks.get(claim.address)
         if block is None:
@@ -225,7 +225,7 @@ class _Card:
             self._tell(block, "gradients" if claim.owner.role else "weights")
 
     def _tell(self, block: _Block, kind: Kind) -> None:
-        """Note the kind of a block that is on the card, in the past too."""
+        """Set the kind of a live block, also in the earlier points of the series."""
         if block.kind != kind:
             self._kinds[_INDICES[block.kind]] -= block.nbytes
             self._kinds[_INDICES[kind]] += block.nbytes

@@ -87,7 +87,8 @@ class Attempt:
         changed: The defaults of torch that the run left changed, in words.
         cycles: What reference cycles held until a garbage collection; empty unless
             ``Trial.names_cycles``.
-        known: Addresses of blocks that were there before, or that the result owns.
+        known: Addresses of blocks from before the run, and of blocks that the result
+            owns.
         figures: The peaks of the whole attempt.
         budget_bytes: The card's budget during the run, or the bytes reserved before if
             these are more; None if there is no budget.
@@ -188,7 +189,7 @@ class Trial:
             in_force = device.budget(index)
             if (
                 in_force is not None
-            ):  # bytes from before the run do not count against it
+            ):  # bytes from before the run do not count against the budget
                 stats = device.memory_stats(index)
                 in_force = max(in_force, stats["reserved_bytes.all.current"])
             recorder = PeakRecorder(device_index=index, device=device)
@@ -236,7 +237,8 @@ class Trial:
     ) -> tuple[str, ...]:
         """Return the holders of the bytes that an attempt has left, one line each.
 
-        Blocks at the addresses in ``also_known`` were there before and are left out.
+        Blocks at the addresses in ``also_known`` are from before the run and are left
+        out.
         """
         return find_holders(self.device, attempt.known.union(also_known))
 
@@ -275,7 +277,7 @@ def is_the_oom(error: BaseException) -> bool:
 
 
 def is_an_oom(error: BaseException) -> bool:
-    """Tell whether an error is torch's OOM, which TorchScript's interpreter rewrites.
+    """Tell whether an error is torch's OOM, also as rewritten by TorchScript's interpreter.
 
     Source: ``InterpreterStateImpl::handleError`` of
     ``torch/csrc/jit/runtime/interpreter.cpp``: the new error is a RuntimeError, whose text

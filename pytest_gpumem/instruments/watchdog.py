@@ -130,7 +130,7 @@ class Watchdog:
                 self._thread.join()
                 break
             except HangError:
-                continue  # the watchdog raised once more while the block ended
+                continue  # the watchdog raised again while the block ended
         if self._uses_signal:
             signal.signal(signal.SIGUSR2, self._handler)
             _sigaction(signal.SIGUSR2, self._action, None)

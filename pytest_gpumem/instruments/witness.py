@@ -168,7 +168,7 @@ def tell_failed(index: int, nbytes: int, *, is_oom: bool) -> None:
     """Tell the witnesses of a failure that does not come from the allocator."""
     rule = failing_rule()
     if rule is None or not is_oom:
-        return  # the allocator's observers see it, or it is not an OOM
+        return  # the allocator's observers report it, or it is not an OOM
     frame = calling_frame()
     for witness in _witnesses:
         witness.note(index, nbytes, frame, injected_by=rule)

@@ -160,7 +160,7 @@ def _answer(given: argparse.Namespace, cards: Sequence[CardNow]) -> list[str]:
 
 
 def _run_the_real_one(arguments: Sequence[str]) -> NoReturn:
-    """Run the next program of this name on ``PATH`` if no card is simulated."""
+    """Run the next ``nvidia-smi`` on ``PATH``, because no card is simulated."""
     own = Path(__file__).with_name("bin").resolve()
     folders = [
         folder

@@ -28,13 +28,13 @@ OPTIMIZERS: Final[dict[str, Callable[..., torch.optim.Optimizer]]] = {
     "sgd-momentum": lambda given: torch.optim.SGD(given, lr=0.1, momentum=0.9),
 }
 DTYPES: Final = ("float32", "bfloat16", "float16")
-#: A warning of transformers 4, for which it reads what is in the inputs.
+#: The function of transformers 4 that reads the inputs to decide on a warning.
 _WARNING: Final = "warn_if_padding_and_no_attention_mask"
 #: The function of transformers that reads values to see whether a row holds several texts.
 #: Here each row is one text.
 _PACKED: Final = "transformers.masking_utils.find_packed_sequence_indices"
 #: The function of transformers 4 that reads a mask to see whether rows are padded; it
-#: returns None if none is. Here none is.
+#: returns None if no row is padded. Here no row is padded.
 _PADDED: Final = "_prepare_4d_attention_mask_for_sdpa"
 #: A training step is run twice, because the first step makes the optimiser's state.
 _STEPS: Final = 2
@@ -114,8 +114,8 @@ def run_task(spec: ModelSpec, task: FitTask, kinds: PeakByKind) -> None:
     made: dict[int, torch.Tensor] = {}
 
     def on_card(weight: torch.Tensor) -> torch.Tensor:
-        # A weight that several modules share is made once, because ``to("cuda")`` moves it
-        # once. A module that several others have is visited by each of them.
+        # A weight that several modules share is created once, because ``to("cuda")`` moves
+        # it once. A module that several others contain is visited by each of them.
         if weight.is_cuda:
             return weight
         if id(weight) not in made:
@@ -148,7 +148,7 @@ def run_task(spec: ModelSpec, task: FitTask, kinds: PeakByKind) -> None:
 
 @contextmanager
 def _whole_rows(model: Any) -> Iterator[None]:
-    """Answer what transformers would read in the inputs: each row is one whole text."""
+    """Replace functions of transformers that read the inputs: a row is one whole text."""
     modules = {sys.modules[type(each).__module__] for each in model.modules()}
     with ExitStack() as stack:
         stack.enter_context(mock.patch(_PACKED, _no_mask))
@@ -159,7 +159,7 @@ def _whole_rows(model: Any) -> Iterator[None]:
 
 
 def _no_mask(*_args: object, **_kwargs: object) -> None:
-    """Return None; a mock would keep its arguments."""
+    """Return None; a mock object would keep its arguments alive."""
 
 
 def build(spec: ModelSpec, task: FitTask) -> Any:
@@ -175,7 +175,7 @@ def build(spec: ModelSpec, task: FitTask) -> Any:
     dtype = getattr(torch, task.dtype)
     try:
         config = transformers.AutoConfig.for_model(kind, **entries)
-        if task.attention != "sdpa":  # else transformers chooses
+        if task.attention != "sdpa":  # otherwise transformers chooses
             config._attn_implementation = task.attention  # noqa: SLF001  # from_config sets it in the same way
         maker: Any = getattr(transformers, spec.architecture or "AutoModel", None)
         before = torch.get_default_dtype()
@@ -224,7 +224,7 @@ def _inputs(model: Any, task: FitTask) -> dict[str, torch.Tensor]:
 
 
 def _loss(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return the loss of a language model or classifier; else the sum of the output."""
+    """Return the loss of a language model or classifier; otherwise the output's sum."""
     labels = None
     name = type(model).__name__
     if name.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM")):

@@ -66,8 +66,8 @@ def pytest_collection_modifyitems(
 ) -> None:
     """Bring the fixtures of checkpoints into suites that use them.
 
-    What ``request.getfixturevalue`` will ask for is not known yet, so they come to each
-    suite that uses ``request``, but for a list of all fixtures.
+    Names passed to ``request.getfixturevalue`` are not known yet. So every suite that
+    uses ``request`` gets them, except when fixtures are only listed.
     """
     names = {"bert_large", "make_checkpoint"}
     if not config.option.showfixtures:
@@ -102,7 +102,8 @@ def pytest_configure(config: pytest.Config) -> None:
     for description in marks.DESCRIPTIONS:
         config.addinivalue_line("markers", description)
     if _key not in config.stash and is_asked(config, config.option):
-        # A conftest's pytest_plugins loaded the plugin late; it works from here on.
+        # The plugin was loaded late, by ``pytest_plugins`` of a conftest. It works from
+        # here on.
         _start(config, config.option)
     warn_of_removed(config)
     run = config.stash.get(_key, None)
@@ -193,11 +194,11 @@ def _tell_controller(run: Run, config: pytest.Config, collection: Collection) ->
     told = WorkerNotes(config)
     told.parts.update(notes(collection.phases))
     if run.gate is not None:
-        from pytest_gpumem.plugin.baseline_record import Spared
+        from pytest_gpumem.plugin.baseline_record import Deselected
 
-        spared = Spared()
-        told.parts["spared"] = lambda: sorted(spared.spared)
-        config.pluginmanager.register(spared, "gpumem-spared")
+        deselected = Deselected()
+        told.parts["deselected"] = lambda: sorted(deselected.deselected)
+        config.pluginmanager.register(deselected, "gpumem-deselected")
     if run.settings.reports or os.environ.get(STEP_SUMMARY):
         from pytest_gpumem.plugin.reporting import machine_of
         from pytest_gpumem.records.codec import encode

@@ -29,7 +29,7 @@ _SHORT_S: Final = 0.05
 
 
 class Admission:
-    """Makes every test wait for the bytes it claims, and hold them until its teardown.
+    """Lets every test wait for the bytes that it claims, and hold them until its teardown.
 
     Args:
         run: The run.

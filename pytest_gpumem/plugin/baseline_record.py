@@ -1,4 +1,4 @@
-"""Collects the facts of a run that a baseline needs: tests, added bytes, what grew."""
+"""Collects the facts of a run that a baseline needs: tests, added bytes, growth."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 _CHOOSING: Final = ("keyword", "markexpr", "deselect", "lf", "maxfail", "stepwise")
 
 
-class Spared:
-    """The tests that were collected and do not run, for any reason."""
+class Deselected:
+    """Collects the tests that were collected but do not run, for any reason."""
 
     def __init__(self) -> None:
         self._seen: Final[set[str]] = set()
@@ -48,12 +48,12 @@ class Spared:
         self.kept.update(item.nodeid for item in session.items)
 
     @property
-    def spared(self) -> set[str]:
+    def deselected(self) -> set[str]:
         """The tests that were deselected."""
         return self._seen - self.kept
 
 
-class BaselineRecord(Spared):
+class BaselineRecord(Deselected):
     """Collects the tests that ran and the bytes that they added.
 
     It works in the process that receives reports.
@@ -75,14 +75,14 @@ class BaselineRecord(Spared):
         self._session: pytest.Session | None = None
         self._peaks: Final[dict[str, dict[str, dict[str, int]]]] = {}
         self._fixtures: Final[dict[str, dict[str, dict[str, int]]]] = {}
-        #: Bytes of first uses that count for another test than the one that made them, by
-        #: test and figure.
+        #: By test and figure: bytes of first uses that do not count for the test that made
+        #: them, but for another test.
         self._moved: Final[dict[str, dict[str, int]]] = {}
         self._failed: Final = collector.failed
         self._finished: Final = collector.outcomes
         self._left_out: Final[set[str]] = set()
         collector.listeners.append(self._take)
-        #: Fixtures that grew, with the tests that are listed below them.
+        #: Fixtures that grew, each with the tests that are listed below it.
         self._culprits: Final[dict[str, list[str]]] = {}
 
     @pytest.hookimpl(optionalhook=True)
@@ -107,7 +107,7 @@ class BaselineRecord(Spared):
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
         """Note the tests that a worker deselected; a worker that crashed sends none."""
-        self._left_out.update(notes_of(node).get("spared", ()))
+        self._left_out.update(notes_of(node).get("deselected", ()))
 
     def _take(self, finished: Finished) -> None:
         """Note the bytes that a test added, once it has ended."""
@@ -206,7 +206,7 @@ class BaselineRecord(Spared):
         """Return the baseline's tests that no longer exist, as this run shows."""
         known = self._gate.baseline.peaks.get(environment, {})
         used = self._peaks.get(environment, {})
-        kept = self.spared | self._left_out | self._failed
+        kept = self.deselected | self._left_out | self._failed
         is_whole = not self._is_chosen and not self._num_unfinished()
         files = {test.partition("::")[0] for test in self.kept}
         stale = []
@@ -232,7 +232,7 @@ class BaselineRecord(Spared):
             and not self._num_unfinished()
             and not self._failed
             and not self._left_out
-            and not self.spared
+            and not self.deselected
             and set(known) <= self.kept | set(self._stale(environment))
         )
         used = self._fixtures.get(environment, {})

@@ -1,4 +1,4 @@
-"""Gives child processes of tests the run's settings, and tests their children's peaks."""
+"""Passes the run's settings to child processes, and the children's peaks to the tests."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.records.memory_figures import MemoryFigures
     from pytest_gpumem.rules.rule import Rule
 
-#: The phase under which a record has the figures of children.
+#: The name of the phase that has the figures of children in a record.
 PHASE: Final = "children"
 
 PTH: Final = "pytest_gpumem_child.pth"

@@ -17,7 +17,8 @@ class Claim(NamedTuple):
     Attributes:
         nbytes: Bytes; 0 for a test that only needs the card for itself.
         is_alone: Whether no other test may use the card at the same time.
-        is_share: Whether fewer bytes are enough where other workers hold contexts.
+        is_share: Whether fewer bytes are enough if other workers hold contexts on the
+            card.
     """
 
     nbytes: int

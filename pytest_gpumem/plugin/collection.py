@@ -90,7 +90,7 @@ class Collection:
             shard_tests(metafunc, is_replay=settings.replay is not None)
 
     def _check_sweep(self, item: pytest.Item, markers: marks.Markers) -> None:
-        """Let a test be swept or repeated; if this is impossible, it fails with the reason."""
+        """Prepare a test's sweep or repeats; note why it cannot be called again, if so."""
         is_repeated = markers.leak is not None and markers.leak.repeat is not None
         if markers.sweep is None and not is_repeated:
             return
@@ -154,7 +154,7 @@ class Collection:
         return self._what_lacks(markers)
 
     def _what_lacks(self, markers: marks.Markers) -> str | None:
-        """Return why the cards can never have a test's bytes; None if they can."""
+        """Return why no card can ever hold a test's bytes; None if one can."""
         if not markers.requirements:
             return None
         totals = self._run.totals()

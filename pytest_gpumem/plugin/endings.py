@@ -1,4 +1,4 @@
-"""Collects reasons, other than failed tests, for which a run ends with an exit code not 0.
+"""Collects reasons, other than failed tests, for which a run's exit code is not 0.
 
 There are two kinds. A file that could not be written fails the run. A requested check may
 have had nothing to check, such as a baseline without figures of this card, or a replay
@@ -41,7 +41,7 @@ class Endings:
         self._failures[text] = None
 
     def is_inert(self, text: str) -> None:
-        """Note that a check checked nothing, with the command after which it does."""
+        """Note that a check had nothing to check, with advice on how to change that."""
         self._inert[text] = None
 
     @property

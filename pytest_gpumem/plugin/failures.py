@@ -8,7 +8,7 @@ import pytest
 
 
 class Failures:
-    """Ends the tracebacks of failed phases, and clears their frames, which hold tensors.
+    """Shortens the tracebacks of failed phases, and frees the tensors in their frames.
 
     pytest keeps the exception of a failed call in ``sys.last_value``, and the exception of
     a fixture with the fixture; other plugins may keep further exceptions. This class gets

@@ -119,9 +119,9 @@ class Gate:
         self._environment = ""
         #: The findings about the running test, in addition to its figures.
         self.judgement = Judgement()
-        #: Growth of the running test that is taken for first uses of other tests, and the
-        #: text of the failure. The teardown shows whether the bytes stay on the card; if
-        #: they do not, the test fails.
+        #: Growth of the running test that is regarded as first uses of other tests, and the
+        #: text of the failure. If the bytes are no longer on the card after the teardown,
+        #: the test fails.
         self._excused: tuple[dict[str, int], str] = ({}, "")
         #: The bytes of the fixtures of wider scope that explain the running test's growth,
         #: divided by their bytes in the baseline.
@@ -202,7 +202,7 @@ class Gate:
         peaks: Mapping[str, int],
         moved: Mapping[str, int],
     ) -> list[Change]:
-        """Return the figures by which a call grew beyond the tolerances.
+        """Return the figures of a call that grew beyond the tolerances.
 
         The bytes that are left are known only after the teardown.
         """

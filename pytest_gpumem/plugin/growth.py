@@ -67,7 +67,7 @@ def _plus(one: Bytes, other: Mapping[tuple[int, str], int], sign: int = 1) -> By
 
 
 class Meter:
-    """Measures the peak growth of code, without other code that runs in between.
+    """Measures the peak growth of code, without that of other code that runs in between.
 
     The measurement may begin before there is a device. Until there is one, the cards count
     as empty.
@@ -169,7 +169,7 @@ class Growth:
     def begin(self, item: pytest.Item) -> None:
         """Begin to measure a test, before its setup."""
         for meter in self._meters:
-            meter.close()  # left by a trial that was interrupted
+            meter.close()  # an interrupted trial has left this meter open
         self._meters = []
         self._item, self._phase = item, "setup"
         self._own, self._start, self._is_over = {}, {}, False
@@ -243,7 +243,7 @@ class Growth:
         prefix: str,
         own: Mapping[tuple[int, str], int],
     ) -> None:
-        """Put a meter's figures into an entry; ``own`` are the bytes from before it began."""
+        """Put a meter's figures into an entry; ``own`` are the bytes before its start."""
         for (index, word), peak in meter.peak.items():
             key = f"{prefix}{metric_key(word, index)}"
             mine = max(own.get((index, word), 0), 0)
@@ -335,7 +335,7 @@ class Growth:
 
 
 def _clear_workspaces() -> None:
-    """Free the workspaces of cuBLAS, which it makes again when it needs them."""
+    """Free cuBLAS's workspaces; cuBLAS allocates them again when it needs them."""
     import torch
 
     # The function is missing in a build of torch without CUDA, if no card is simulated.
@@ -353,7 +353,7 @@ def _left(found: Mapping[tuple[int, str], int]) -> dict[str, int]:
 
 
 def _note_child(peaks: dict[str, int], figures: MemoryFigures) -> None:
-    """Put children's figures into an entry; a new process begins with no bytes."""
+    """Put the figures of children into an entry; a new process begins with no bytes."""
     for word in METRICS:
         key = f"children {metric_key(word, figures.device_index)}"
         peak = figures.peak(word) or 0

@@ -1,4 +1,4 @@
-"""Measures the host's memory beside the cards', and holds each test to its host budget."""
+"""Measures the host's memory in each test, and enforces the test's host budget."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _UNKNOWN: Final = (
 
 
 class HostMemory:
-    """The hooks around the phases of each test, outside of those for the cards.
+    """The hooks around the phases of each test; they enclose the hooks for the cards.
 
     Args:
         run: The run.
@@ -75,7 +75,7 @@ class HostMemory:
         return result
 
     def _judge(self) -> LimitOutcome | None:
-        """Return the call's budget with what it added; None if either is not known."""
+        """Return the call's budget and its added bytes; None if one is not known."""
         budget = self._budget
         if budget is None or not anonymous_bytes():
             return None
@@ -105,7 +105,7 @@ class HostMemory:
     def device_came(self) -> None:
         """Set the running test's host budget, once torch is there.
 
-        What its import adds in the middle of a test does not count.
+        The bytes that the import itself adds do not count.
         """
         if self._wanted is not None and self._budget is None:
             from pytest_gpumem.instruments.host_budget import HostBudget

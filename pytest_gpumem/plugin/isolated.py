@@ -1,13 +1,14 @@
 """Runs tests in processes of their own, for ``gpu_isolated``.
 
 Note [A fresh process for a test]
-A forked process would be cheaper, but cannot be one of PyTorch's users once its parent was:
-CUDA cannot be initialised again (``torch/cuda/__init__.py``, ``_lazy_init``), and autograd
-refuses to run a backward (``torch/csrc/autograd/engine.cpp``, ``in_bad_autograd_fork``).
-It would also have what the libraries of earlier tests keep. So a new interpreter runs
-pytest with the same command line. It collects only the test's file and runs only the test,
-with the fixtures of all scopes. It sends its reports as pytest-xdist's workers do, so the
-test's record, its tracebacks and its output come with them.
+A forked process would be cheaper, but it cannot use PyTorch if its parent has used it:
+CUDA cannot be initialised again (``torch/cuda/__init__.py``, ``_lazy_init``), and
+autograd refuses to run a backward (``torch/csrc/autograd/engine.cpp``,
+``in_bad_autograd_fork``). It would also inherit the caches of libraries from earlier
+tests. So a new interpreter runs pytest with the same command line. It collects only the
+test's file and runs only the test, with the fixtures of all scopes. It sends its
+reports as pytest-xdist's workers do, so the test's record, its tracebacks and its
+output come with them.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ _OPTIONS: Final[dict[str, Any]] = {
     "cacheclear": False,
     "cacheshow": None,
 }
-#: What the new interpreter runs: a file that is no module, so that pytest still imports
-#: the whole package as a plugin.
+#: The code of the new interpreter. It runs a file that is not imported as a module, so that
+#: pytest still imports the whole package as a plugin.
 _RUN: Final = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
 #: The most lines of the process's own output that a failure shows: the first and the last.
 #: Python's faulthandler begins with the innermost line.
@@ -55,7 +56,7 @@ _LINES: Final = (20, 10)
 
 
 class Isolation:
-    """What the process of a test gets and sends besides its reports; kept in its config.
+    """The further data that a test's process gets and sends; kept in its config.
 
     Attributes:
         workers: The number of the run's workers of pytest-xdist.
@@ -118,11 +119,11 @@ class Isolated:
     def _reports(
         self, item: pytest.Item, nextitem: pytest.Item | None
     ) -> Iterator[pytest.TestReport]:
-        """Yield the reports of the test's process, and one if it broke off."""
+        """Yield the reports of the test's process; an error report if it ended early."""
         import tempfile
 
         if self._run.device is not None:
-            self._phases.clean(self._run.device)  # a real card has room for two
+            self._phases.clean(self._run.device)  # before the new process uses the card
         with tempfile.TemporaryDirectory(prefix="gpumem-isolated-") as folder:
             try:
                 status, output = self._start(item, Path(folder))
@@ -206,7 +207,7 @@ class Isolated:
 
 
 def _own_folder(config: pytest.Config, number: int) -> dict[str, str]:
-    """Return the option for temporary folders: one inside of those of this run."""
+    """Return the option for temporary folders: a folder inside this run's folder."""
     factory = getattr(config, "_tmp_path_factory", None)
     if factory is None:
         return {}
@@ -214,7 +215,7 @@ def _own_folder(config: pytest.Config, number: int) -> dict[str, str]:
 
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield what a process has sent, also if it broke off in the middle."""
+    """Yield the lines that a process has sent, even if it ended in the middle of one."""
     if not path.exists():
         return
     with path.open(encoding="ascii") as lines, suppress(ValueError):
@@ -223,7 +224,7 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _with_tuples(found: dict[str, Any]) -> Any:
-    """Return an object as the process had it: see ``isolated_run.plain``."""
+    """Return a value with its tuples restored; see ``isolated_run.plain``."""
     return tuple(found["()"]) if found.keys() == {"()"} else found
 
 

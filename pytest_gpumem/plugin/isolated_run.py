@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class OneTest:
-    """Collects one test, and writes down its reports.
+    """Collects one test, and writes its reports to a file.
 
     Args:
         request: The test, and the file for the reports.
@@ -42,7 +42,7 @@ class OneTest:
     @pytest.hookimpl(tryfirst=True)
     def pytest_cmdline_main(self, config: pytest.Config) -> None:
         """Set the options of this process, before anything is configured by them."""
-        # Imported only now, so that pytest has imported the package as its plugin.
+        # Imported here, after pytest has imported the package as a plugin.
         from pytest_gpumem.plugin.isolated import ISOLATION, Isolation
 
         for name, value in self._request["options"].items():
@@ -59,10 +59,10 @@ class OneTest:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Keep the test alone.
+        """Keep only the test.
 
         Raises:
-            pytest.UsageError: It was not collected.
+            pytest.UsageError: The test was not collected.
         """
         # With --dist=loadgroup a worker of pytest-xdist adds the group to the name.
         names = (self._nodeid, self._nodeid.rpartition("@")[0])
@@ -93,9 +93,9 @@ class OneTest:
 
 
 def plain(value: Any) -> Any:
-    """Return a report's value as JSON has it: a tuple as an object with the key ``()``.
+    """Return a report's value for JSON: a tuple becomes an object with the key ``()``.
 
-    What JSON does not have becomes text.
+    Other types that JSON lacks become text.
     """
     if isinstance(value, tuple):
         return {"()": [plain(each) for each in value]}

@@ -136,7 +136,9 @@ class Limits:
                 if bound.device_index == figures.device_index:
                     peak = figures.peak(bound.limit.metric)
                     if peak is None:
-                        peak = figures.peak_reserved_bytes  # the least it can be
+                        peak = (
+                            figures.peak_reserved_bytes
+                        )  # process bytes are at least these
                         unknown.add(bound)
                     peaks[bound] = max(peak, peaks.get(bound, 0))
         return [

@@ -223,7 +223,7 @@ class Markers(NamedTuple):
 
 
 class MarkersByTest(dict[pytest.Item | None, Markers]):
-    """The arguments of tests' markers; reading those of an unmarked test adds nothing."""
+    """The arguments of tests' markers; reading an unmarked test adds no entry."""
 
     def __missing__(self, item: pytest.Item | None) -> Markers:
         """Return the arguments of a test without markers."""
@@ -236,7 +236,7 @@ _UNMARKED: Final = Markers()
 def marked(
     items: Iterable[pytest.Item], names: Container[str]
 ) -> Iterator[tuple[pytest.Item, list[pytest.Mark]]]:
-    """Yield the tests that have markers of some names, with these, the nearest first.
+    """Yield the tests that have markers with these names, and the markers, nearest first.
 
     The markers of a module or a class are read once, not once for each of its tests.
     """
@@ -313,7 +313,7 @@ def is_swept(test: pytest.Item, *, sweeps_on_demand: bool) -> bool:
 def _sweep_of(
     test: pytest.Item, *, sweeps_on_demand: bool
 ) -> tuple[pytest.Mark | None, bool]:
-    """Return a test's marker for sweeps, and whether this run does what it asks for."""
+    """Return a test's marker for sweeps, and whether this run sweeps the test."""
     mark = test.get_closest_marker("oom_sweep")
     if mark is None:
         return test.get_closest_marker("oom_fallback"), sweeps_on_demand

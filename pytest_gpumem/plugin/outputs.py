@@ -1,4 +1,4 @@
-"""Checks the files that a run writes, before any test: no two may have one path."""
+"""Checks the files that a run writes, before any test: no two may have the same path."""
 
 from __future__ import annotations
 

@@ -15,13 +15,13 @@ from pytest_gpumem.stacks import errors_behind
 if TYPE_CHECKING:
     import pytest
 
-#: What stands for a card, and what fails an allocation.
+#: The packages that simulate a card or make an allocation fail.
 _PACKAGES: Final = (
     "pytest_gpumem.allocator",
     "pytest_gpumem.devices",
     "pytest_gpumem.instruments.injector",
 )
-#: Errors of a mistake in these packages; a card raises none of them.
+#: Errors that show a mistake in these packages, because a card never raises them.
 _MISTAKES: Final = (AssertionError, AttributeError, KeyError, NameError)
 
 

@@ -84,7 +84,7 @@ class Phases:
             self._arm(device)
 
     def note_shrunk_batches(self) -> Callable[[Incident], None]:
-        """Note batches that a library makes smaller; return what is to get each OOM."""
+        """Note batches that a library makes smaller; return the observer of OOMs."""
         from pytest_gpumem.plugin.shrunk_batches import ShrunkBatches
 
         self._shrunk = ShrunkBatches()
@@ -173,7 +173,7 @@ class Phases:
             return result
         finally:
             if self._run.device is None and item not in self._markers and not growth:
-                self._forget()  # most tests of most suites: none of the rest applies
+                self._forget()  # most tests of most suites need nothing of the rest
                 self._run.children.end_test(item)
             else:
                 self._end_test(item, growth)
@@ -382,7 +382,7 @@ class Phases:
             fail(item, text)
 
     def _kinds_lines(self, several: list[MemoryFigures]) -> list[str]:
-        """Return what the peaks of the present phase are made of, if it is recorded."""
+        """Return the kinds of bytes at the present phase's peaks, if it is recorded."""
         from pytest_gpumem.reports.words import kinds_words
         from pytest_gpumem.sizes import format_size
 

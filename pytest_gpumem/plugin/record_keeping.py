@@ -92,9 +92,9 @@ def set_progress(item: pytest.Item, progress: list[Any] | None) -> None:
 
 
 def attach_records(manager: pytest.PytestPluginManager) -> None:
-    """Let reports carry what is to be attached; may be called twice.
+    """Let reports carry records; may be called twice.
 
-    Most suites have tests without a record alone, and each hook around a report takes time.
+    In most suites no test has a record, and each hook around a report takes time.
     """
     if not manager.has_plugin(_ATTACHMENT):
         manager.register(Attachment, _ATTACHMENT)
@@ -137,7 +137,7 @@ class Finished(NamedTuple):
 
 
 class _Pending:
-    """The facts so far about a test that has not ended and has not just passed."""
+    """The facts so far about an unfinished test with a phase that did not pass."""
 
     __slots__ = ("failure", "outcome")
 

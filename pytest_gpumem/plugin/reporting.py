@@ -61,7 +61,7 @@ class Reporting:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
-        """Note a worker's machine; a worker that crashed does not send it."""
+        """Note a worker's machine; a crashed worker does not send it."""
         told = notes_of(node).get("machine")
         machine = None if told is None else decode(Environment, told)
         if machine is not None and machine not in self._machines:

@@ -249,7 +249,7 @@ class Run:
     def _said_bytes(
         self, device: Device, index: int, own: Sequence[marks.Budget]
     ) -> int | None:
-        """Return the budget of a card by the test or the run; None if there is none."""
+        """Return a card's budget from the test or the run; None if there is none."""
         if not own and not self.settings.budgets:
             return None  # reading a real card's total would initialise CUDA
         return self.settings.budget_bytes(index, device.total_bytes(index), own)

@@ -158,8 +158,8 @@ class Settings:
         help="how a simulated card runs code for torch.compile: eager (without compilation, "
         "with the values and bytes of eager code, and one warning) or refused",
     )
-    #: By device index; None stands for every card. A child process takes over the budgets
-    #: at the moment of its start.
+    #: By device index; the key None means every card. A child process takes over the
+    #: budgets at the moment of its start.
     budgets: Mapping[int | None, SizeSpec] = option(
         "--gpu-budget",
         "SIZE",
@@ -454,7 +454,7 @@ def is_asked(config: pytest.Config, namespace: Any) -> bool:
 
 
 def warn_of_removed(config: pytest.Config) -> None:
-    """Warn once about each given option that is no longer as it was, with advice."""
+    """Warn once about each given option that has changed, with advice."""
     if hasattr(config, "workerinput"):
         return
     for each in REMOVED:

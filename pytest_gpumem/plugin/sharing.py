@@ -98,7 +98,7 @@ class Sharing:
     # -- spreading over the cards -----------------------------------------------------
 
     def spread(self, kind: str) -> None:
-        """Give this worker a first card of its own, before torch is imported.
+        """Give this worker its own first card, before torch is imported.
 
         Raises:
             pytest.UsageError: Another user could change files that processes share.

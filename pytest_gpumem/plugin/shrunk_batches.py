@@ -1,7 +1,7 @@
-"""Finds batches that a library made smaller after an OOM without a message.
+"""Finds batches that a library silently made smaller after an OOM.
 
-They are read from the running frame of a search, at the moment of an OOM. No function is
-replaced, and no object of the program is kept alive.
+The sizes are read from the running frame of a search, at the moment of an OOM. No
+function is replaced, and no object of the program is kept alive.
 
 Sources:
 
@@ -43,7 +43,7 @@ class _Search(NamedTuple):
     """The state of a search for a batch that fits, at the moment of an OOM.
 
     Attributes:
-        key: The identity of what the search changes.
+        key: The id of the object that the search changes.
         function: The function or the model that is run with the batch.
         first: The size that ran out of memory.
         size: Returns the size of the next try, or None if it is no longer known.

@@ -41,9 +41,9 @@ class SmallestBudgets:
         run: The run; its budget is changed.
 
     Limits: the search assumes that a test that passes with one budget also passes with
-    every larger budget. Some tests are not searched, and the run says so: those that
-    report while they run (sweeps, the fixture ``subtests``), and doctests, which run only
-    once.
+    every larger budget. For some tests no search is made, and the run says so: tests
+    that report while they run (sweeps, the fixture ``subtests``), and doctests, which
+    run only once.
     """
 
     def __init__(self, run: Run) -> None:
@@ -125,7 +125,7 @@ class SmallestBudgets:
         runner: Any = item.config.pluginmanager.get_plugin("runner")
         parent: Any = (
             item.parent
-        )  # given as the next test, so that wider fixtures are not torn down
+        )  # the next test is the same, so that wider fixtures are not torn down
         properties, sections = item.user_properties, item._report_sections  # noqa: SLF001  # pytest keeps the captured output there
         marks, before = (len(properties), len(sections)), taken(item)
         parts = _Parts(item)

@@ -168,7 +168,7 @@ class SummaryPlugin:
                 terminal.write_line(f"  {line}")
 
     def _show_limits(self, terminal: pytest.TerminalReporter) -> None:
-        """Print suggested limits and smallest budgets, if options ask for them."""
+        """Print suggested limits and smallest budgets, if an option requests them."""
         suggests = self._run.settings.suggests_limits
         if not suggests and not self._run.settings.finds_budgets:
             return

@@ -206,7 +206,9 @@ class Sweeps:
                 pytrace=False,
             )
         if report.failures:
-            detailed = _subtests(item) is None  # subtests have described each point
+            detailed = (
+                _subtests(item) is None
+            )  # if there are subtests, they have described each point
             text = explain_failures(report, replay_line(item), detailed=detailed)
             pytest.fail(text, pytrace=False)
 

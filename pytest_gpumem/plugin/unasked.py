@@ -1,4 +1,4 @@
-"""Handles a run that asks for no device: torch and the tests are left unchanged."""
+"""Handles a run without a device: torch and the tests are left unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ends the run with exit code 4 for a wrong marker, whichever process finds it."""
+"""Ends the run with exit code 4 for a wrong marker, also if a worker finds it."""
 
 from __future__ import annotations
 

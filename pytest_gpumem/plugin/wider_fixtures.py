@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def has_wider_fixtures(items: Iterable[pytest.Item]) -> bool:
     """Tell whether tests have, or may ask for, fixtures of a wider scope than their own.
 
-    What ``request.getfixturevalue`` will ask for is not known yet.
+    Names passed to ``request.getfixturevalue`` are not known yet.
     """
     infos = {id(info): info for each in items if (info := _fixtures_of(each))}
     return any(
@@ -33,7 +33,7 @@ def has_wider_fixtures(items: Iterable[pytest.Item]) -> bool:
 
 
 def _fixtures_of(item: pytest.Item) -> Any:
-    """Return what pytest knows of a test's fixtures; tests of one function share it."""
+    """Return pytest's information on a test's fixtures; tests of one function share it."""
     return getattr(item, "_fixtureinfo", None)
 
 

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 #: The least number of groups by owner for which room is kept.
 _FEWEST: Final = 4
-#: A site with a smaller share of the bytes than this gives its place to groups by owner.
+#: A site with a smaller share of the bytes than this is joined with others, to make room
+#: for groups by owner.
 _LITTLE: Final = 0.01
 #: The most owners of a group that are named.
 _NAMED: Final = 3

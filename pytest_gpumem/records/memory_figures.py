@@ -59,10 +59,10 @@ class MemoryFigures:
             if NVML was not asked, or does not report them.
         end_requested_bytes: Requested and live bytes at the end of the block of code.
         end_active_bytes: Bytes at its end in blocks that cannot be reused yet.
-        peak_fragmented_bytes: Bytes that were reserved and not allocated at the moment of
-            the allocated peak, as in an OOM's text "reserved by PyTorch but
-            unallocated"; None on a real card, because PyTorch does not tell both figures
-            of one moment.
+        peak_fragmented_bytes: Bytes that were reserved and not allocated at the moment
+            of the allocated peak, as in an OOM's text "reserved by PyTorch but
+            unallocated"; None on a real card, because PyTorch does not report both
+            figures of one moment.
         peak_activations_bytes: Bytes of activations at the moment of the allocated peak,
             as ``KINDS`` defines them; None unless they were recorded.
     """

@@ -158,7 +158,7 @@ class Contention:
 
 @dataclass(frozen=True, slots=True)
 class SweptSite:
-    """The faults of a sweep at one place that allocates, and how the runs ended."""
+    """The faults of a sweep at one site, and how the runs ended."""
 
     site: str
     allocations: Count

@@ -135,4 +135,4 @@ def _compact(found: dict[str, Any]) -> Any:
     try:
         return decode(Record, found)
     except DamageError:
-        return found  # decoding the whole document raises, and names the place
+        return found  # decoding the whole document raises an error that names the place

@@ -125,7 +125,7 @@ def _cards(tests: list[Record]) -> list[str]:
         return []
     worst = max(tests, key=_reserved_bytes)
     needed = _reserved_bytes(worst)
-    # How much of the host's memory a card without its own may have is not known.
+    # For a card without its own memory, its share of the host's memory is not known.
     rooms = {
         name: card.total_bytes - card.context_bytes
         for name, card in CARDS.items()

@@ -115,9 +115,8 @@ class SweepPlan:
         points, count = self.points, len(sites)
         if points in ("sites", "ends"):
             numbers = {sites.index(site) + 1 for site in sites}
-            if (
-                points == "ends"
-            ):  # at the last one, most of what the site moves has moved
+            if points == "ends":
+                # At its last allocation, most tensors of a site are already on the card.
                 numbers |= {count - sites[::-1].index(site) for site in sites}
             return sorted(numbers)
         if isinstance(points, int) and points < count:

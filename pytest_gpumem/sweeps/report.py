@@ -12,7 +12,7 @@ from pytest_gpumem.rules.rule import NOT_OOM
 if TYPE_CHECKING:
     from pytest_gpumem.rules.rule import Rule
 
-#: Which allocations a point's fault makes fail: only the Nth, or the Nth and all later.
+#: Which allocations fail at a point: only the Nth, or the Nth and all later ones.
 MODES: Final = ("transient", "persistent")
 
 

@@ -99,7 +99,9 @@ class Mutex:
             try:
                 yield
             finally:
-                self._depth = max(self._depth - 1, 0)  # a forked child has set it to 0
+                self._depth = max(
+                    self._depth - 1, 0
+                )  # in a forked child the depth is already 0
                 if not self._depth:
                     self._drop()
         finally:

@@ -171,7 +171,7 @@ def _make_lock(name: str, folder: int, path: str) -> None:
 
 
 def _open_or_make(name: str, path: str, outer: int | None) -> int:
-    """Return a handle of one private folder."""
+    """Return a handle of one private folder; make the folder if it does not exist."""
     try:
         handle = _open_or_make_any(name, path, outer)
     except FileNotFoundError:

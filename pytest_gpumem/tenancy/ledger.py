@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.tenancy.entries import LockedFile
 
-#: Seconds between two looks at the queue.
+#: Seconds between two checks of the queue.
 POLL_S: Final = 0.02
 
 

@@ -1,4 +1,4 @@
-"""Chooses the waiting requests that may start: largest first, but none waits for ever."""
+"""Chooses the waiting requests that may start: the largest first, but with a time limit."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class SharedCard(Tenants):
 
     Args:
         folder: The folder in which each process notes the bytes that it holds.
-        sign: A file that exists as long as the run is alive.
+        sign: A file that exists while the run is alive.
     """
 
     def __init__(

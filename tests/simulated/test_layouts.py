@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from pytest_gpumem import simulated_device
-from pytest_gpumem.devices.simulated.layouts import TWICE
+from pytest_gpumem.devices.simulated.layouts import TWO_LAYOUTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -134,11 +134,11 @@ def test_a_sum_of_gradients_has_the_cpus_bits() -> None:
 def test_nothing_is_kept() -> None:
     """Once the gradients are gone, operators are computed as always."""
     grad = _attend("cuda", lambda x: x)
-    assert len(TWICE) > 0
+    assert len(TWO_LAYOUTS) > 0
 
     del grad
 
-    assert len(TWICE) == 0
+    assert len(TWO_LAYOUTS) == 0
 
 
 def test_a_changed_layout_is_not_taken_for_the_noted_one() -> None:

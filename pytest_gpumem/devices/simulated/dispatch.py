@@ -32,7 +32,7 @@ from pytest_gpumem.devices.simulated.foresight import (
     may_allocate,
 )
 from pytest_gpumem.devices.simulated.kernel_types import check_shapes, with_types
-from pytest_gpumem.devices.simulated.layouts import TWICE
+from pytest_gpumem.devices.simulated.layouts import TWO_LAYOUTS
 from pytest_gpumem.devices.simulated.memory import Memory, hold, hold_workspace
 from pytest_gpumem.devices.simulated.operands import Operands, is_own_device
 from pytest_gpumem.devices.simulated.operators import find
@@ -131,7 +131,7 @@ def _plain(func: Any, operator: Operator) -> Handler:
         if (asks or frees) and not held:
             held = _charge(func, operator, values, kwargs, out, target)
         if held:
-            _hang(held, out)
+            _attach(held, out)
         made = (
             make(out, target) if isinstance(out, torch.Tensor) else _wrap(out, target)
         )
@@ -199,7 +199,7 @@ def _viewing(func: Any, general: Handler) -> Handler:
 
     def handler(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         source = args[0] if args else None
-        if kwargs or TWICE or type(source) is not SimulatedTensor:
+        if kwargs or TWO_LAYOUTS or type(source) is not SimulatedTensor:
             return general(args, kwargs)
         try:
             value = func(source._gpumem_value, *args[1:])
@@ -281,7 +281,7 @@ def _new_bytes(results: list[torch.Tensor | None]) -> list[int]:
     return sizes
 
 
-def _hang(held: list[Memory | None], out: Any) -> None:
+def _attach(held: list[Memory | None], out: Any) -> None:
     """Attach the memory that was allocated for results to their storages."""
     for result, memory in zip(flat(out), held, strict=False):
         if result is not None and memory is not None:
@@ -325,7 +325,7 @@ def _mutating(func: Any, operator: Operator) -> Handler:
         for value, memory in growing:
             hold(value.untyped_storage(), memory)
         if made:
-            _hang(made, out)
+            _attach(made, out)
         _refresh_changed(shapes)
         return _same(out, operands, card)
 

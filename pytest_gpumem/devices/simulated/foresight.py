@@ -66,14 +66,14 @@ class _Rehearsal:
             return type(value)([self.replace(item) for item in value])
         if isinstance(value, torch.Tensor):
             if id(value) not in self._made:
-                twin = self._made[id(value)] = self._twin(value)
+                twin = self._made[id(value)] = self._substitute(value)
                 self.known[id(twin)] = (value, twin)
             return self._made[id(value)]
         if isinstance(value, GENERATOR):
             return None if self._on_meta else value.clone_state()
         return _META if self._on_meta and isinstance(value, torch.device) else value
 
-    def _twin(self, value: torch.Tensor) -> torch.Tensor:
+    def _substitute(self, value: torch.Tensor) -> torch.Tensor:
         if self._on_meta:
             return torch.empty_strided(
                 value.size(), value.stride(), dtype=value.dtype, device=_META

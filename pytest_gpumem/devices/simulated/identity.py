@@ -71,7 +71,7 @@ _owners: Final[dict[int, set[int]]] = {}
 _known: Final[dict[int, Any]] = {}
 
 
-def _know(tensor: torch.Tensor) -> int:
+def _track(tensor: torch.Tensor) -> int:
     """Return a tensor's id, and remove its rows from the tables when it is deleted."""
     key = id(tensor)
     if key not in _known:
@@ -103,13 +103,13 @@ def become(tensor: torch.Tensor, data: torch.Tensor) -> None:
         if is_on_card:
             _take_value(tensor, data)
         if id(tensor) in _bodies:
-            _hold_worn(tensor, _bodies[id(tensor)])
+            _keep_active_memory(tensor, _bodies[id(tensor)])
         return
     if tensor.grad_fn is not None:
         refuse("tensor.data = of another device, of a tensor computed with gradients")
     base = tensor._base
     if base is not None:
-        _bases[_know(tensor)] = base
+        _bases[_track(tensor)] = base
     _put_on(tensor, _body_for(tensor, data))
 
 
@@ -144,7 +144,7 @@ def _put_on(tensor: Any, body: Any) -> None:
     hooks = tensor._backward_hooks
     later_hooks = tensor._post_accumulate_grad_hooks
     _swap(tensor, body)
-    _dress(tensor, body)
+    _set_classes(tensor, body)
     if hooks is not None:
         tensor._backward_hooks = hooks  # in C++, hooks belong to a body
     if later_hooks is not None:
@@ -160,7 +160,7 @@ def _put_on(tensor: Any, body: Any) -> None:
         _keep(tensor, body)
 
 
-def _dress(tensor: Any, body: Any) -> None:
+def _set_classes(tensor: Any, body: Any) -> None:
     """Set the classes of two Python objects after they have exchanged their bodies.
 
     An object of a user's class keeps its class; see Note [Tensors of users' classes].
@@ -168,25 +168,25 @@ def _dress(tensor: Any, body: Any) -> None:
     if type(body) is SimulatedTensor:
         value, card = body._gpumem_value, body._gpumem_card
         take_off_card(body)
-        _say(body, torch.Tensor)
+        _set_class(body, torch.Tensor)
         vars(body).clear()
         is_param = type(tensor) is torch.nn.Parameter
         if type(tensor) in HOST_KINDS:
-            _say(tensor, SimulatedTensor)
+            _set_class(tensor, SimulatedTensor)
         put_on_card(tensor, value, card, is_param=is_param)
         return
     card = tensor._gpumem_card
     if type(tensor) is SimulatedTensor:
         kind = torch.nn.Parameter if is_parameter(tensor) else torch.Tensor
         take_off_card(tensor)
-        _say(tensor, kind)
+        _set_class(tensor, kind)
     else:
         take_off_card(tensor)
-    _say(body, SimulatedTensor)
+    _set_class(body, SimulatedTensor)
     body._gpumem_card = card
 
 
-def _say(tensor: Any, kind: type) -> None:
+def _set_class(tensor: Any, kind: type) -> None:
     """Set the class of a Python object."""
     tensor.__class__ = kind
 
@@ -198,13 +198,13 @@ def _keep(tensor: torch.Tensor, body: Any) -> None:
         empty = make(empty, body._gpumem_card)
         _take_value(body, empty)
     _data.__set__(body, empty)
-    _hold_worn(tensor, body)
-    _bodies[_know(tensor)] = body
+    _keep_active_memory(tensor, body)
+    _bodies[_track(tensor)] = body
 
 
-def _hold_worn(tensor: torch.Tensor, body: torch.Tensor) -> None:
+def _keep_active_memory(tensor: torch.Tensor, body: torch.Tensor) -> None:
     """Let an inactive body keep the memory of the active body alive."""
-    body.untyped_storage()._gpumem_worn = tensor.untyped_storage()  # type: ignore[attr-defined]  # lives as long as the storage
+    body.untyped_storage()._gpumem_active = tensor.untyped_storage()  # type: ignore[attr-defined]  # lives as long as the storage
 
 
 # -- gradients ------------------------------------------------------------------------
@@ -214,9 +214,9 @@ def _note_owner(grad: torch.Tensor, owner: torch.Tensor) -> None:
     """Record whose gradient a tensor is, to update the owner's slot in C++ later."""
     owners = _owners.get(id(grad))
     if owners is None:
-        owners = _owners[_know(grad)] = set()
+        owners = _owners[_track(grad)] = set()
     if id(owner) not in owners:
-        owners.add(_know(owner))
+        owners.add(_track(owner))
 
 
 def _owners_of(grad: torch.Tensor) -> list[Any]:
@@ -226,7 +226,7 @@ def _owners_of(grad: torch.Tensor) -> list[Any]:
     return [each for each in owners if each is not None]
 
 
-def landed(grad: Any, tensor: Any, *, is_given_back: bool = False) -> Any:
+def on_tensors_device(grad: Any, tensor: Any, *, is_given_back: bool = False) -> Any:
     """Return a gradient on the device of its tensor.
 
     C++ creates some gradients on the host. It also accepts a single number on the host as
@@ -273,20 +273,20 @@ def register_hook(self: torch.Tensor, hook: Any) -> Any:
     card = self._gpumem_card
     # A leaf may be on another device when the hook runs. The hook must not keep the
     # leaf alive.
-    key = _know(self) if self.is_leaf else None
+    key = _track(self) if self.is_leaf else None
 
-    def landing(grad: Any) -> Any:
+    def moving(grad: Any) -> Any:
         reference = None if key is None else _known.get(key)
         tensor = None if reference is None else reference()
         if tensor is not None:
-            grad = landed(grad, tensor)
+            grad = on_tensors_device(grad, tensor)
         elif key is None and type(grad) in HOST_KINDS and not is_batch(grad):
             grad = make(grad.detach(), card)
         result = of_user(hook)(grad)
         check_hook(grad, result, hook)
         return result
 
-    return _register_hook(self, functools.update_wrapper(landing, hook))
+    return _register_hook(self, functools.update_wrapper(moving, hook))
 
 
 def _held(hook: Any) -> Any:
@@ -319,7 +319,7 @@ class _Grad:
             is_new = id(tensor) not in _owners.get(id(grad), ())
             if is_new:
                 # This gradient was recorded earlier. A module moves it after its parameter.
-                there = landed(grad, tensor)
+                there = on_tensors_device(grad, tensor)
                 if there is not grad:
                     _grad.__set__(tensor, there)
                     grad = there
@@ -382,7 +382,7 @@ def autograd_grad(outputs: Any, inputs: Any, *args: Any, **options: Any) -> Any:
 
 def _where_input_is(grad: Any, source: Any) -> Any:
     if isinstance(grad, torch.Tensor) and isinstance(source, torch.Tensor):
-        return landed(grad, source, is_given_back=True)
+        return on_tensors_device(grad, source, is_given_back=True)
     return grad
 
 

@@ -36,7 +36,7 @@ class _Layouts(NamedTuple):
 
 
 #: The values that have two layouts, by their ids. It is empty most of the time.
-TWICE: Final[dict[int, _Layouts]] = {}
+TWO_LAYOUTS: Final[dict[int, _Layouts]] = {}
 
 
 def note(value: torch.Tensor, strides: tuple[int, ...]) -> None:
@@ -47,8 +47,8 @@ def note(value: torch.Tensor, strides: tuple[int, ...]) -> None:
     ):
         return
     key = id(value)
-    gone = weakref.ref(value, lambda _dead: TWICE.pop(key, None))
-    TWICE[key] = _Layouts(gone, shape, own, strides)
+    gone = weakref.ref(value, lambda _dead: TWO_LAYOUTS.pop(key, None))
+    TWO_LAYOUTS[key] = _Layouts(gone, shape, own, strides)
 
 
 def as_on_cpu(
@@ -98,7 +98,7 @@ class _Copying:
         self.is_used = False
 
     def __call__(self, value: torch.Tensor) -> torch.Tensor:
-        known = TWICE.get(id(value))
+        known = TWO_LAYOUTS.get(id(value))
         if known is None or known[1:3] != (value.shape, value.stride()):
             return value
         self.is_used = True

@@ -9,7 +9,7 @@ import torch
 
 from pytest_gpumem.devices.cuda_errors import cuda_error
 from pytest_gpumem.devices.simulated.kernel_types import COMPLEX_HALVES
-from pytest_gpumem.devices.simulated.layouts import TWICE, as_on_cpu
+from pytest_gpumem.devices.simulated.layouts import TWO_LAYOUTS, as_on_cpu
 from pytest_gpumem.devices.simulated.refusals import refuse_value
 from pytest_gpumem.devices.simulated.rng import Moving, generator_of
 from pytest_gpumem.devices.simulated.words import is_asserted, on_card
@@ -130,7 +130,7 @@ def run(
     try:
         if draw is not None and card.value_device != "meta":
             return draw(generator_of(card), args, kwargs)
-        if TWICE and draw is None:
+        if TWO_LAYOUTS and draw is None:
             return as_on_cpu(func, compute, args, kwargs)
         result = compute(*args, **kwargs)
         if isinstance(draw, Moving):

@@ -14,7 +14,7 @@ from pytest_gpumem.devices.simulated.kernel_types import (
     SMALL_FLOATS,
     lacking,
 )
-from pytest_gpumem.devices.simulated.layouts import TWICE
+from pytest_gpumem.devices.simulated.layouts import TWO_LAYOUTS
 from pytest_gpumem.devices.simulated.operators.checks import as_if
 from pytest_gpumem.devices.simulated.operators.composing import (
     by_formula,
@@ -478,7 +478,7 @@ def _matrices(source: Any, weight: Any) -> tuple[torch.Tensor, torch.Tensor]:
         or forward_ad._current_level >= 0  # no public API
         or torch._C._len_torch_dispatch_stack()  # no public API
         or torch._C._autograd._profiler_enabled()  # no public API
-        or TWICE
+        or TWO_LAYOUTS
     )
     if is_recorded or not type(source) is type(weight) is SimulatedTensor:
         return source.view(shape), weight.t()
