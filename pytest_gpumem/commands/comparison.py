@@ -15,7 +15,7 @@ from pytest_gpumem.baselines.baseline import (
 from pytest_gpumem.baselines.regressions import compare_figures
 from pytest_gpumem.errors import ReportError
 from pytest_gpumem.records.run_record import BaselineOutcome, Entry
-from pytest_gpumem.reports.words import environment_line, limit_words
+from pytest_gpumem.reports.descriptions import environment_line, limit_words
 from pytest_gpumem.sizes import format_size
 from pytest_gpumem.tables import align
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices import Device
     from pytest_gpumem.instruments.loads import LoadVerdict
-    from pytest_gpumem.instruments.parts import Placement
+    from pytest_gpumem.instruments.module_parts import Placement
     from pytest_gpumem.rules.rule import Rule
 
 #: Default budgets of a staircase, as shares of the bytes that the top rung reserves.

@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from pytest_gpumem.instruments.holder_words import (
+from pytest_gpumem.instruments.module_parts import living
+from pytest_gpumem.instruments.reference_chains import (
     InterpreterHolder,
     base_of,
     path_in_words,
     runs,
     tensor_words,
 )
-from pytest_gpumem.instruments.parts import living
 from pytest_gpumem.sizes import format_size
 from pytest_gpumem.stacks import frames_from, variables_of
 

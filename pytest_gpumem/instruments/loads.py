@@ -10,7 +10,11 @@ import torch
 
 from pytest_gpumem.devices.active import active_device
 from pytest_gpumem.instruments.equality import compare_portraits
-from pytest_gpumem.instruments.parts import Placement, placement_of, tensors_held_by
+from pytest_gpumem.instruments.module_parts import (
+    Placement,
+    placement_of,
+    tensors_held_by,
+)
 from pytest_gpumem.instruments.portraits import portrait
 from pytest_gpumem.instruments.trials import Failure, Trial, is_an_oom, is_the_oom
 from pytest_gpumem.rules.parser import parse_rule

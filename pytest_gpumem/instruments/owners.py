@@ -16,7 +16,12 @@ import torch
 from torch.nn.modules import module as torch_module
 from torch.nn.parameter import is_lazy
 
-from pytest_gpumem.instruments.parts import modules_of, registry, tensors_of, unseen
+from pytest_gpumem.instruments.module_parts import (
+    modules_of,
+    registry,
+    tensors_of,
+    unseen,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -20,7 +20,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from pytest_gpumem.errors import NoValuesError
-from pytest_gpumem.instruments.parts import attributes_of, placement_of
+from pytest_gpumem.instruments.module_parts import attributes_of, placement_of
 
 #: Types of values that are kept as they are: they define ==, or exist only once.
 _PLAIN: Final = (

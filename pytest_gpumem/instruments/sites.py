@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 
-from pytest_gpumem.instruments.parts import modules_of
+from pytest_gpumem.instruments.module_parts import modules_of
 from pytest_gpumem.stacks import (
     calling_frame,
     frames_from,

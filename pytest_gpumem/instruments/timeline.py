@@ -13,10 +13,10 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from pytest_gpumem.guards import guarded
-from pytest_gpumem.instruments.live import living_models
 from pytest_gpumem.instruments.live_peak import LivePeak
+from pytest_gpumem.instruments.live_tensors import living_models
+from pytest_gpumem.instruments.module_parts import unseen
 from pytest_gpumem.instruments.owners import NamedOwner, Owners
-from pytest_gpumem.instruments.parts import unseen
 from pytest_gpumem.instruments.sites import (
     Line,
     chain_of,

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from pytest_gpumem.devices.nvml import other_processes
-from pytest_gpumem.instruments.live import Survey, survey
-from pytest_gpumem.instruments.parts import unseen
+from pytest_gpumem.instruments.live_tensors import Survey, survey
+from pytest_gpumem.instruments.module_parts import unseen
 from pytest_gpumem.instruments.sites import current_phase, describe_site
 from pytest_gpumem.records.incidents import Incident, Process
 from pytest_gpumem.stacks import calling_frame

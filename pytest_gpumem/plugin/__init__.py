@@ -26,6 +26,7 @@ from pytest_gpumem.plugin.fixtures import (
     vram_recorder,
 )
 from pytest_gpumem.plugin.hub import HubAdvice, HubModels
+from pytest_gpumem.plugin.inactive import Inactive
 from pytest_gpumem.plugin.options import add_options, bind_values
 from pytest_gpumem.plugin.settings import (
     OPTIONS,
@@ -35,7 +36,6 @@ from pytest_gpumem.plugin.settings import (
     read_settings,
     warn_of_removed,
 )
-from pytest_gpumem.plugin.unasked import Unasked
 
 if TYPE_CHECKING:
     from pytest_gpumem.plugin.collection import Collection
@@ -114,7 +114,7 @@ def pytest_configure(config: pytest.Config) -> None:
         as_written.stop()
         settings = read_settings(config, config.option)
         _serve(settings, config)
-        config.pluginmanager.register(Unasked(settings, config), PLUGIN_NAME)
+        config.pluginmanager.register(Inactive(settings, config), PLUGIN_NAME)
     config.pluginmanager.register(config.stash[_hub_key], "gpumem-hub")
 
 

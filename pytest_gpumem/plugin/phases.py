@@ -383,7 +383,7 @@ class Phases:
 
     def _kinds_lines(self, several: list[MemoryFigures]) -> list[str]:
         """Return the kinds of bytes at the present phase's peaks, if it is recorded."""
-        from pytest_gpumem.reports.words import kinds_words
+        from pytest_gpumem.reports.descriptions import kinds_words
         from pytest_gpumem.sizes import format_size
 
         timeline = self._run.timeline

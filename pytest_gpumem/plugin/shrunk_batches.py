@@ -107,7 +107,7 @@ def _of_accelerate(frame: FrameType) -> _Search | None:
 
 
 def _of_lightning(frame: FrameType) -> _Search | None:
-    from pytest_gpumem.instruments.parts import dictionary_of
+    from pytest_gpumem.instruments.module_parts import dictionary_of
 
     found = variables_of(frame, "trainer", "batch_arg_name", "new_size")
     trainer, name, first = map(found.get, ("trainer", "batch_arg_name", "new_size"))

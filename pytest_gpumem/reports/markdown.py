@@ -6,7 +6,7 @@ import html
 from typing import TYPE_CHECKING, Final
 
 from pytest_gpumem.records.staircase import staircase_table
-from pytest_gpumem.reports.words import (
+from pytest_gpumem.reports.descriptions import (
     environment_line,
     kinds_words,
     limit_words,

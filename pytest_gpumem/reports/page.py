@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from pytest_gpumem.errors import ReportError
+from pytest_gpumem.reports.descriptions import environment_line, outcome_words
 from pytest_gpumem.reports.document import to_chunks
-from pytest_gpumem.reports.words import environment_line, outcome_words
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

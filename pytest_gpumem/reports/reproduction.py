@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from pytest_gpumem.reports.words import environment_line, limit_words
+from pytest_gpumem.reports.descriptions import environment_line, limit_words
 from pytest_gpumem.sizes import format_size
 from pytest_gpumem.sweeps.sweep_record import whole_sweeps
 from pytest_gpumem.sweeps.text import summarise

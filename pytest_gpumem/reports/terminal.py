@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from pytest_gpumem.reports.words import kinds_words
+from pytest_gpumem.reports.descriptions import kinds_words
 from pytest_gpumem.sizes import format_size
 from pytest_gpumem.tables import align
 

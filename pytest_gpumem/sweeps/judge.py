@@ -10,7 +10,7 @@ from pytest_gpumem.errors import SweepError
 from pytest_gpumem.instruments.equality import compare_portraits
 from pytest_gpumem.instruments.holders import blocks_on_cards
 from pytest_gpumem.instruments.loads import OUTPUT, half_moved, model_in
-from pytest_gpumem.instruments.parts import Placement, placement_of
+from pytest_gpumem.instruments.module_parts import Placement, placement_of
 from pytest_gpumem.instruments.portraits import portrait
 from pytest_gpumem.instruments.trials import Attempt, Trial
 from pytest_gpumem.records.record import Verdict

@@ -18,7 +18,7 @@ from pytest_gpumem import (
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.instruments.fallback import _rung
 from pytest_gpumem.instruments.loads import model_in
-from pytest_gpumem.instruments.parts import Placement
+from pytest_gpumem.instruments.module_parts import Placement
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -22,7 +22,7 @@ from ways import WORKERS
 from pytest_gpumem import OomInjector, active_device, stacks, sweep_ooms
 from pytest_gpumem.devices.simulated.install import simulated_device
 from pytest_gpumem.guards import Guarded, guarded, take_dropped
-from pytest_gpumem.instruments.parts import modules_of, tensors_of
+from pytest_gpumem.instruments.module_parts import modules_of, tensors_of
 from pytest_gpumem.instruments.sites import (
     Line,
     describe_site,

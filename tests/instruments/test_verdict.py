@@ -12,7 +12,7 @@ from torch import nn
 from pytest_gpumem import judge_load, vram_budget
 from pytest_gpumem.cards import find_card
 from pytest_gpumem.devices.simulated.install import simulated_device
-from pytest_gpumem.instruments.parts import placement_of
+from pytest_gpumem.instruments.module_parts import placement_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

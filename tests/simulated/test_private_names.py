@@ -16,8 +16,8 @@ import pytest
 import torch
 from versions import needs
 
+from pytest_gpumem.devices.simulated.cuda_functions import C_FUNCTIONS
 from pytest_gpumem.devices.simulated.install import simulated_device
-from pytest_gpumem.devices.simulated.surface import C_FUNCTIONS
 from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
 
 ROOT = Path(torch.__file__).parent

@@ -22,11 +22,11 @@ import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from pytest_gpumem.devices.cuda_errors import cuda_error
+from pytest_gpumem.devices.simulated.cpp_warnings import warn
 from pytest_gpumem.devices.simulated.machine import current_machine
 from pytest_gpumem.devices.simulated.rng import GENERATOR, CardGenerator
 from pytest_gpumem.devices.simulated.tape import Recorder, Tape, bytes_of, living
 from pytest_gpumem.devices.simulated.tensor import HANDLERS, SimulatedTensor
-from pytest_gpumem.devices.simulated.warned import warn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -15,6 +15,7 @@ from torch.utils._device import DeviceContext
 
 from pytest_gpumem.devices.default_device import clear_default_device, default_type
 from pytest_gpumem.devices.simulated.copies import mark_pinned
+from pytest_gpumem.devices.simulated.cpp_warnings import relayed, warn
 from pytest_gpumem.devices.simulated.fake_tensors import checked
 from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.methods import (
@@ -23,15 +24,14 @@ from pytest_gpumem.devices.simulated.methods import (
     new_tensor,
 )
 from pytest_gpumem.devices.simulated.refusals import refuse
+from pytest_gpumem.devices.simulated.replaced_classes import ReplacementType
 from pytest_gpumem.devices.simulated.rng import GeneratorName, check_generator
-from pytest_gpumem.devices.simulated.stand_ins import StandIn
 from pytest_gpumem.devices.simulated.tensor import DEVICES, SimulatedTensor
 from pytest_gpumem.devices.simulated.typed import (
     check_storage,
     host_typed_tensors,
     wanted,
 )
-from pytest_gpumem.devices.simulated.warned import relayed, warn
 
 _tensor: Final[Any] = torch.tensor
 _as_tensor: Final[Any] = torch.as_tensor
@@ -409,7 +409,7 @@ _FACTORIES: Final = (
 _device: Final[Any] = torch.device
 
 
-class _DeviceType(StandIn):
+class _DeviceType(ReplacementType):
     """Metaclass of the replacement of ``torch.device``."""
 
     def __call__(cls, *args: Any, **options: Any) -> Any:  # noqa: N805  # this is a metaclass

@@ -27,7 +27,7 @@ from torch._library.custom_ops import OPDEFS
 from pytest_gpumem.devices.simulated.backward import in_backward
 from pytest_gpumem.devices.simulated.determinism import check_cublas, with_alert
 from pytest_gpumem.devices.simulated.distributed import COLLECTIVES
-from pytest_gpumem.devices.simulated.foresight import (
+from pytest_gpumem.devices.simulated.early_requests import (
     foreseeing,
     may_allocate,
 )
@@ -40,7 +40,7 @@ from pytest_gpumem.devices.simulated.operators.checks import (
     are_formulas_active,
     checking,
 )
-from pytest_gpumem.devices.simulated.operators.outs import guarded
+from pytest_gpumem.devices.simulated.operators.out_checks import guarded
 from pytest_gpumem.devices.simulated.operators.requests import (
     Call,
     Results,

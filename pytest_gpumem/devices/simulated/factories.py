@@ -20,7 +20,7 @@ from pytest_gpumem.devices.simulated.operators.batching import (
     GRADIENTS_OF_VIEWS,
     by_slices,
 )
-from pytest_gpumem.devices.simulated.operators.outs import composed_outs, guarded
+from pytest_gpumem.devices.simulated.operators.out_checks import composed_outs, guarded
 from pytest_gpumem.devices.simulated.operators.registry import OPERATORS
 from pytest_gpumem.devices.simulated.refusals import refuse_value, refusing
 from pytest_gpumem.devices.simulated.tensor import HANDLERS, make

@@ -34,6 +34,7 @@ import torch
 
 from pytest_gpumem.devices.simulated.backward import of_user
 from pytest_gpumem.devices.simulated.copies import moved
+from pytest_gpumem.devices.simulated.cpp_warnings import relayed
 from pytest_gpumem.devices.simulated.gradients import check_hook, is_batch
 from pytest_gpumem.devices.simulated.memory import Memory, hold
 from pytest_gpumem.devices.simulated.refusals import refuse
@@ -48,7 +49,6 @@ from pytest_gpumem.devices.simulated.tensor import (
     take_off_card,
     without_references,
 )
-from pytest_gpumem.devices.simulated.warned import relayed
 
 _base: Final[Any] = torch._C.TensorBase
 _grad: Final[Any] = _base.grad  # the descriptor behind Tensor.grad

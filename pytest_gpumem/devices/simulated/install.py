@@ -39,6 +39,7 @@ from pytest_gpumem.devices.simulated.constructors import (
     new_of_class,
     parse_to,
 )
+from pytest_gpumem.devices.simulated.cuda_functions import C_FUNCTIONS, cuda_names
 from pytest_gpumem.devices.simulated.libraries import PLANS, plan_caches
 from pytest_gpumem.devices.simulated.machine import (
     SimulatedMachine,
@@ -60,7 +61,6 @@ from pytest_gpumem.devices.simulated.storages import (
     typed_init,
 )
 from pytest_gpumem.devices.simulated.streams import Event, EventName, Stream, StreamName
-from pytest_gpumem.devices.simulated.surface import C_FUNCTIONS, cuda_names
 from pytest_gpumem.devices.simulated.tensor import HANDLERS, SimulatedTensor
 from pytest_gpumem.devices.simulated.torch_build import build_names
 from pytest_gpumem.devices.simulated.typed import SparseTensor, typed_tensors

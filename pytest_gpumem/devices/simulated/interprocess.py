@@ -28,14 +28,14 @@ from torch.multiprocessing import reductions
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from pytest_gpumem.devices.cuda_errors import cuda_error
-from pytest_gpumem.devices.simulated.exchange import (
+from pytest_gpumem.devices.simulated.machine import card_of, current_machine
+from pytest_gpumem.devices.simulated.memory import HOST_ROOM, Memory, hold, memory_of
+from pytest_gpumem.devices.simulated.sent_storages import (
     Counter,
     Sent,
     opened,
     shared_name,
 )
-from pytest_gpumem.devices.simulated.machine import card_of, current_machine
-from pytest_gpumem.devices.simulated.memory import HOST_ROOM, Memory, hold, memory_of
 from pytest_gpumem.devices.simulated.streams import Event
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 from pytest_gpumem.files import IS_POSIX

@@ -18,7 +18,7 @@ from pytest_gpumem.cards import gpus_of, uuids_of
 from pytest_gpumem.devices.cuda_errors import cuda_error
 from pytest_gpumem.devices.simulated.card import SimulatedCard
 from pytest_gpumem.devices.simulated.current_streams import Streams
-from pytest_gpumem.devices.simulated.exchange import Exchange
+from pytest_gpumem.devices.simulated.sent_storages import Exchange
 from pytest_gpumem.errors import DeviceUnavailableError
 from pytest_gpumem.host_memory import anonymous_bytes
 from pytest_gpumem.visibility import VISIBLE_VARIABLE, visible_numbers, why_hidden

@@ -29,8 +29,8 @@ from pytest_gpumem.kernels.cublas import OF_LT
 
 if TYPE_CHECKING:
     from pytest_gpumem.allocator.blocks import Block
-    from pytest_gpumem.devices.simulated.exchange import Sent
     from pytest_gpumem.devices.simulated.machine import SimulatedCard
+    from pytest_gpumem.devices.simulated.sent_storages import Sent
 
 
 #: From this many bytes on, freeing values takes noticeable time.

@@ -28,6 +28,7 @@ from pytest_gpumem.devices.simulated.capture import (
     note_wait,
 )
 from pytest_gpumem.devices.simulated.copies import mark_pinned, moved
+from pytest_gpumem.devices.simulated.cpp_warnings import relayed, warn
 from pytest_gpumem.devices.simulated.identity import (
     GRAD,
     become,
@@ -49,7 +50,6 @@ from pytest_gpumem.devices.simulated.tensor import (
     attributes_of,
 )
 from pytest_gpumem.devices.simulated.typed import check_given, made_of, wanted
-from pytest_gpumem.devices.simulated.warned import relayed, warn
 
 if TYPE_CHECKING:
     from collections.abc import Callable

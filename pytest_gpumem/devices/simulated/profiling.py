@@ -7,8 +7,8 @@ from typing import Any, Final
 
 from torch.autograd import profiler
 
+from pytest_gpumem.devices.simulated.cpp_warnings import warn
 from pytest_gpumem.devices.simulated.refusals import refuse
-from pytest_gpumem.devices.simulated.warned import warn
 
 _HOST_ONLY: Final = (
     "torch.profiler measures only the host here: memory of a simulated card is counted as "

@@ -12,11 +12,11 @@ from typing import Any, Final
 
 import torch
 
+from pytest_gpumem.devices.simulated.cpp_warnings import warn
 from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.refusals import refuse
-from pytest_gpumem.devices.simulated.stand_ins import StandIn
+from pytest_gpumem.devices.simulated.replaced_classes import ReplacementType
 from pytest_gpumem.devices.simulated.tensor import DEVICES, SimulatedTensor
-from pytest_gpumem.devices.simulated.warned import warn
 
 #: Dtypes by the name of their class without "Tensor". Source: ``torch/cuda/__init__.py``.
 DTYPES: Final[dict[str, torch.dtype]] = {
@@ -196,7 +196,7 @@ def typed_tensors(
     }
 
 
-class HostTypedTensor(StandIn):
+class HostTypedTensor(ReplacementType):
     """The metaclass of the replacements of ``torch.FloatTensor`` and similar classes."""
 
     def __call__(cls, *args: Any, **options: Any) -> Any:  # noqa: N805  # this is a metaclass

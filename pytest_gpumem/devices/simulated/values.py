@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from pytest_gpumem.devices.cuda_errors import cuda_error
+from pytest_gpumem.devices.simulated.error_texts import is_asserted, on_card
 from pytest_gpumem.devices.simulated.kernel_types import COMPLEX_HALVES
 from pytest_gpumem.devices.simulated.layouts import TWO_LAYOUTS, as_on_cpu
 from pytest_gpumem.devices.simulated.refusals import refuse_value
 from pytest_gpumem.devices.simulated.rng import Moving, generator_of
-from pytest_gpumem.devices.simulated.words import is_asserted, on_card
 from pytest_gpumem.errors import UnsupportedOnSimulatedDeviceError
 
 if TYPE_CHECKING:

@@ -20,7 +20,10 @@ from torch.autograd import forward_ad
 
 from pytest_gpumem.devices.simulated.backward import in_backward
 from pytest_gpumem.devices.simulated.operators.declarations import declaration_of
-from pytest_gpumem.devices.simulated.operators.outs import check_outs, names_of_outs
+from pytest_gpumem.devices.simulated.operators.out_checks import (
+    check_outs,
+    names_of_outs,
+)
 from pytest_gpumem.devices.simulated.subclasses import are_transforms_active
 from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 

@@ -11,7 +11,7 @@ from pytest_gpumem.devices.simulated.kernel_types import HALVES
 from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.operators.checks import are_formulas_active
 from pytest_gpumem.devices.simulated.operators.composing import by_formula, only
-from pytest_gpumem.devices.simulated.operators.outs import FOUND, names_of_outs
+from pytest_gpumem.devices.simulated.operators.out_checks import FOUND, names_of_outs
 from pytest_gpumem.devices.simulated.operators.registry import register
 from pytest_gpumem.devices.simulated.operators.requests import (
     Free,

@@ -19,7 +19,7 @@ _HOW: Final = (
 )
 
 
-class Unasked:
+class Inactive:
     """Replaces ``Run`` in a run without a device, and says how to get one.
 
     Args:

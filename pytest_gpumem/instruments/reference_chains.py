@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from pytest_gpumem.instruments.parts import (
+from pytest_gpumem.instruments.module_parts import (
     attributes_of,
     dictionary_of,
     registry,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 
-class StandIn(type):
+class ReplacementType(type):
     """The metaclass of a class that replaces one of torch, its ``original``.
 
     The class equals the original, has its attributes, and ``isinstance`` accepts the

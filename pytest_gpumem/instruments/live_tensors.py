@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import torch
 from torch.nn.parameter import is_lazy
 
-from pytest_gpumem.instruments.parts import (
+from pytest_gpumem.instruments.module_parts import (
     living,
     modules_of,
     registry,
