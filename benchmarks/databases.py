@@ -273,23 +273,25 @@ def render(found: list[tuple[str, Finding]], version: str, limit: int | None) ->
     return page(
         [
             "# PyTorch's own databases on the simulated card",
-            "Made by `tox run -e databases -- --write`. With every torch come the databases "
-            "that its own tests are made from: `op_db` (operators), `module_db` and "
-            "`optim_db`. Each entry is run on the simulated card, on samples that are made "
-            "there, in every way that it has: as a function, as a method, in place, with "
-            "`out=` (right, empty, strided, of another type), its gradient, and its wrong "
-            "inputs. What comes out must lie on the card and be the CPU's, bit by bit, with "
-            "its type, shape, strides, sharing and version; an error must be of torch's "
-            "class; no byte may stay on the card.",
+            "Made by `tox run -e databases -- --write`. Every release of torch "
+            "contains the databases from which its own tests are generated: `op_db` "
+            "(operators), `module_db` and `optim_db`. Each entry is run on the "
+            "simulated card, with samples that are created there, in all its variants: "
+            "as a function, as a method, in place, with `out=` (right, empty, strided, "
+            "of another type), its gradient, and its wrong inputs. The results must be "
+            "on the card and equal the CPU's bit by bit, also in type, shape, strides, "
+            "shared memory and version counter. An error must have torch's class. No "
+            "byte may stay on the card.",
             f"torch {version}; float32, float16, bfloat16, complex64, int64 and bool; "
-            f"{how_many}. A type that a card lacks must be refused there, by an error of "
-            "torch's class; one that a card has alone must give a result, or be refused by "
-            "name.",
+            f"{how_many}. A type that a card does not support must be refused with an "
+            f"error of torch's class. A type that only a card supports must give a "
+            f"result, or be refused by name.",
             _counted("database", _grouped(found, lambda kind, _each: f"{kind}s")),
             "*Within tolerance* is that of `torch.testing.assert_close`. *Refused* is "
             "`UnsupportedOnSimulatedDeviceError`, which names what cannot be simulated. "
-            "Whatever is not equal is listed below, with the reason; `tox run -e databases` "
-            "fails on anything else, and on an entry that is no longer needed.",
+            "Every comparison that is not equal is listed below, with the reason. `tox "
+            "run -e databases` fails for any other difference, and for an entry of the "
+            "list that is no longer needed.",
             "## Operators, by type",
             _counted(
                 "type",

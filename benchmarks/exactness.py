@@ -114,8 +114,8 @@ def _rows(found: Found) -> Iterator[list[str]]:
 
 
 _LATE_ZEROS: Final = (
-    "C++ makes zeros by the options of a tensor, which are the host's; they come to the "
-    "card when the gradient is complete"
+    "C++ creates zeros on the tensor's device, which it takes to be the host; they are "
+    "copied to the card when the gradient is complete"
 )
 _EARLY_FREES: Final = (
     "copies of conjugated operands are freed before the end of the formula"
@@ -207,15 +207,14 @@ def render(found: Found) -> str:
                 _rows(found),
             ),
             f"Equal peaks: {_shares(found)}.",
-            "Samples are small: one temporary of 512 bytes more or less is a large share "
-            "of them. *Needs values*: the code reads a value back from the card, and "
-            "nothing computed it on the substitute; what it asks for afterwards is "
-            "another program's. *Not recorded*: cuSOLVER, cuSPARSE and MAGMA are not on "
-            "the substitute, and some operators end their process there. Convolutions "
-            "and recurrent layers were recorded without cuDNN, which a card prefers: what "
-            "differs of the latter is another kernel's. The kernels of "
-            "`torch.cuda.jiterator` are a user's, in CUDA's language; they run where no "
-            "values are kept.",
+            "Samples are small, so one temporary block of 512 bytes is a large share "
+            "of a peak. *Needs values*: the code reads a value back from the card. The "
+            "substitute computes no values, so the requests after such a read are not "
+            "comparable. *Not recorded*: the substitute has no cuSOLVER, cuSPARSE and "
+            "MAGMA, and some operators end their process there. Convolutions and "
+            "recurrent layers were recorded without cuDNN, which a real card prefers. "
+            "The kernels of `torch.cuda.jiterator` are written by the user in CUDA "
+            "C++; they run only if no values are kept.",
             "## What differs",
             "By how much a peak differs at most, as a share of the recorded one.",
             table(

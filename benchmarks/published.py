@@ -392,15 +392,17 @@ def build() -> str:
     return page(
         [
             "# Published peaks\n\n"
-            "Peaks that people published from real cards, and what the simulated card "
-            "says of the same task, run by `python benchmarks/published.py --write` "
+            "Peaks that people published from real cards, and the peaks of the same "
+            "tasks on the simulated card, from `python benchmarks/published.py "
+            "--write` "
             f"(torch {torch.__version__.partition('+')[0]}, transformers "
-            f"{transformers.__version__}). Those of 2022 to 2024 are of the versions of "
-            "that time, which made other tensors in places: dropout masks as wide as "
-            "their input, attention spelled out, optimisers one tensor after the other.",
+            f"{transformers.__version__}). Peaks of 2022 to 2024 are from the versions "
+            f"of that time, which created other tensors in some places: dropout masks "
+            f"with the dtype of the input, attention composed of single operators, "
+            f"optimisers that updated one tensor at a time.",
             table(head, rows()),
-            "*Not run*: LoRA needs peft; trainings of bert-large of 2022 are of a Trainer, "
-            "an optimiser and an attention that transformers has no more.",
+            "*Not run*: LoRA needs peft. The trainings of bert-large of 2022 used a "
+            "Trainer, an optimiser and an attention that transformers no longer has.",
         ]
     )
 

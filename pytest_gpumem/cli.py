@@ -152,8 +152,12 @@ def _add_fit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         metavar="NAMES",
         help="cards to try, separated by commas (default: a few common ones)",
     )
-    fit.add_argument("--batch", type=int, default=1, help="rows (default: 1)")
-    fit.add_argument("--seq", type=int, default=128, help="tokens (default: 128)")
+    fit.add_argument(
+        "--batch", type=int, default=1, help="rows of the batch (default: 1)"
+    )
+    fit.add_argument(
+        "--seq", type=int, default=128, help="tokens in each row (default: 128)"
+    )
     fit.add_argument(
         "--new-tokens", type=int, default=32, help="tokens to generate (default: 32)"
     )

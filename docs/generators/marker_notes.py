@@ -160,7 +160,11 @@ def test_it_falls_back():
 """,
     ),
     "oom_sweep": Note(
-        _SWEEP,
+        _SWEEP
+        | {
+            "on_demand": "Whether the test is swept only if `--gpu-oom-sweep` is given; "
+            "without this option it is an ordinary test."
+        },
         """
 import pytest
 import torch

@@ -237,10 +237,10 @@ class Settings:
         alone="print",
         parse=parse_suggest,
         is_action=True,
-        help="print (also if no value is given): the max_vram markers that tests lack, "
-        "from the peaks of this run, and the cards that the suite fits on; budgets: the "
-        "smallest budget with which each test passes, found by running it again under "
-        "smaller and smaller ones",
+        help="what to suggest at the end of the run: print (used if no value is given; "
+        "the max_vram markers that tests lack, from the peaks of this run, and the cards "
+        "that the suite fits on), or budgets (the smallest budget with which each test "
+        "passes, found by running the test again under smaller budgets)",
     )
     find_budget: bool = option(
         "--gpu-find-budget",

@@ -114,7 +114,7 @@ DIFFERENCES: Final = (
         torch_ops_aten__flash_attention_forward
         """,
         REFUSED,
-        "kernels of CUDA's by their inner names; `scaled_dot_product_attention` runs",
+        "internal names of CUDA's kernels; use `scaled_dot_product_attention`",
         ways="card's type; card's gradient; type",
     ),
     Difference(
@@ -127,7 +127,7 @@ DIFFERENCES: Final = (
     Difference(
         "linalg_lu linalg_lu_factor linalg_lu_factor_ex",
         REFUSED,
-        "a card alone decomposes without exchanging rows (`pivot=False`)",
+        "only a card decomposes without exchanging rows (`pivot=False`)",
         ways="forward; gradient",
         types="float32 complex64",
     ),
@@ -141,13 +141,13 @@ DIFFERENCES: Final = (
     Difference(
         "narrow_copy",
         DIFFERS,
-        "a card has no kernel for `narrow_copy.out`: torch's error is raised, as there",
+        "a card has no kernel for `narrow_copy.out`, so torch's error is raised",
         ways="out=*",
     ),
     Difference(
         "nn_functional_max_unpool2d nn_functional_max_unpool2d_grad",
         DIFFERS,
-        "a card's kernel lays its result out row by row, whatever the layout of its input: "
+        "a card's kernel stores its result row by row for any layout of its input: "
         "`max_unpooling2d_forward_out_cuda`",
         ways="forward",
         types="float32 float16 bfloat16",
@@ -155,13 +155,13 @@ DIFFERENCES: Final = (
     Difference(
         "histogramdd",
         DIFFERS,
-        "a card has no kernel, which torch says before it looks at the input",
+        "a card has no kernel, and torch raises this error before it checks the input",
         ways="wrong input",
     ),
     Difference(
         "median",
         DIFFERS,
-        "that CUDA's kernels take no more than 25 dimensions is not simulated",
+        "the limit of 25 dimensions of CUDA's kernels is not simulated",
         ways="wrong input",
     ),
     Difference(
@@ -170,7 +170,8 @@ DIFFERENCES: Final = (
         nn_functional_linear_cross_entropy_chunked_none
         """,
         CLOSE,
-        "on a card it asks for products in float32 (`out_dtype=`), on the CPU it does not",
+        "on a card it requests products in float32 (`out_dtype=`), on the CPU it does "
+        "not",
         types="float16 bfloat16",
     ),
     Difference(
@@ -179,59 +180,61 @@ DIFFERENCES: Final = (
         nn_functional_linear_cross_entropy_chunked_none
         """,
         DIFFERS,
-        "on a card it asks for products in float32 (`out_dtype=`): half precision rounds by "
-        "more than is tolerated",
+        "on a card it requests products in float32 (`out_dtype=`): rounding in half "
+        "precision exceeds the tolerance",
         ways="forward; gradient",
         types="float16 bfloat16",
     ),
     Difference(
         "nn_LinearCrossEntropyLoss",
         CLOSE,
-        "torch's Python code takes other products on a card: `is_cuda` in "
+        "torch's Python code uses other products on a card: `is_cuda` in "
         "`nn/modules/linear_cross_entropy.py`",
         ways="moved; copied",
     ),
     Difference(
         "nn_LinearCrossEntropyLoss",
         DIFFERS,
-        "torch's Python code takes other products on a card (`is_cuda` in "
-        "`nn/modules/linear_cross_entropy.py`): half precision rounds by more than is "
-        "tolerated",
+        "torch's Python code uses other products on a card (`is_cuda` in "
+        "`nn/modules/linear_cross_entropy.py`): rounding in half precision exceeds the "
+        "tolerance",
         ways="moved; copied",
         types="float16",
     ),
     Difference(
         "nn_functional_scaled_dot_product_attention",
         DIFFERS,
-        "a card's memory-efficient kernel lays its result out head by head, and draws what "
-        "is dropped in an order of its own",
+        "a card's memory-efficient kernel stores its result head by head, and draws "
+        "dropout in another order",
         ways="forward; gradient",
     ),
     Difference(
         "matmul __rmatmul__",
         CLOSE,
-        "where one batch is for all, C++ makes one product (`mm`) of a subclass of tensors, "
-        "and many (`bmm`) of others: `isTensorSubclassLike` in `LinearAlgebra.cpp`",
+        "if one operand has no batch, C++ computes one product (`mm`) for a subclass "
+        "of Tensor, and many (`bmm`) otherwise: `isTensorSubclassLike` in "
+        "`LinearAlgebra.cpp`",
         types="complex64 float32",
     ),
     Difference(
         "matmul",
         DIFFERS,
-        "where one batch is for all, C++ makes one product of a subclass of tensors, and "
-        "fails to put it into an `out=` whose numbers lie apart",
+        "if one operand has no batch, C++ computes one product for a subclass of "
+        "Tensor, and cannot write it to a strided `out=`",
         ways="out= strided",
     ),
     Difference(
         "cumprod",
         CLOSE,
-        "for a subclass of tensors C++ takes the way to the gradient that heeds zeros",
+        "for a subclass of Tensor, C++ uses the formula of the gradient that handles "
+        "zeros",
         ways="gradient",
     ),
     Difference(
         "renorm",
         CLOSE,
-        "a card adds up in single precision, the CPU in double: `renorm_backward` of "
-        "`FunctionsManual.cpp`",
+        "a card accumulates in single precision, the CPU in double: `renorm_backward` "
+        "of `FunctionsManual.cpp`",
         ways="gradient",
         types="float32 complex64",
     ),
@@ -253,8 +256,8 @@ DIFFERENCES: Final = (
     Difference(
         "ASGD Adam AdamW Adamax NAdam RMSprop",
         CLOSE,
-        "`capturable=True` is a card's alone and computes with steps as tensors; compared "
-        "with `capturable=False`",
+        "`capturable=True` exists only on a card, where step counts are tensors; it is "
+        "compared with `capturable=False`",
     ),
 )
 

@@ -32,25 +32,25 @@ KNOWN: Final = {
 #: Why models leave bytes, by their names.
 LEFT: Final = {
     "RwkvForCausalLM": "as `RwkvModel`",
-    "RwkvModel": "its graph, which cannot go backward on the CPU either, holds itself; "
-    "there, too, parameters outlive the model",
+    "RwkvModel": "its graph is a reference cycle and cannot run backward, on the CPU "
+    "either; there, too, the parameters stay after the model is deleted",
 }
 
 HEAD: Final = """# Models of other libraries
 
-Every class that transformers' automatic classes lead to, made small by rules that know none
-of them; the smallest model of each of timm's and torchvision's modules; the blocks of
-diffusers. Each runs on the CPU and on a simulated card, in a process of its own: a forward,
-a backward, a generation where it can generate. Values and gradients are compared bit by bit,
-and the card must be empty once all is deleted.
+The models are: every class that transformers' automatic classes can return, made small by general
+rules; the smallest model of each module of timm and torchvision; the blocks of diffusers. Each
+model runs on the CPU and on a simulated card, in a process of its own: a forward, a backward, and a
+generation if it can generate. Values and gradients are compared bit by bit, and the card must be
+empty after everything is deleted.
 
 ```console
 $ tox run -e architectures -- --write --out rows.jsonl
 $ tox run -e architectures-vision -- --write --out rows.jsonl
 ```
 
-make this page; torchvision and timm run with a torch of their own. Whether a model can be made small, and
-fed, is tried; what does not run on the CPU says nothing of the card and is only counted.
+These commands make this page. torchvision and timm run in another environment, with its own torch.
+A model that cannot be made small, gets no valid input or does not run on the CPU is only counted.
 """
 
 

@@ -29,22 +29,22 @@ OUTSIDE: Final = ("hub", "kernels", "host")
 
 HEAD: Final = f"""# Other projects' tests on simulated cards
 
-The GPU tests of other projects run here unchanged: without the plugin, and with it on one
-simulated card (`{CARD}`). Two cards run what one card skips. A test that is skipped without a card
-and runs with one must pass, or be refused by name.
+The GPU tests of other projects run here unchanged: without the plugin, and with it on one simulated
+card (`{CARD}`). Tests that are skipped on one card run on two cards. A test that is skipped without
+a card and runs with one must pass, or be refused by name.
 
 ```console
 $ tox run -e upstream
 ```
 
-This command fetches the released sources from the package index and runs their tests. With
-`-- --write` it also writes this page. It takes hours on one core, and needs no card. Each test
-has {LIMIT_S:.0f} s; a test that takes longer, or that ends its process, counts as failed. No hub
-is reachable: a test that needs files of a hub either fails on the host, too, or counts as `hub`.
-Groups of NCCL are [simulated](nccl.md), too. Tests that the host skips run first, so that a run that
-is ended early, as with `--minutes`, lacks others first; the next run goes on. Lightning's standalone
-tests start the command of their process again for each rank; each has a process of its own, as in
-Lightning's own runs. Most of the time goes into imports: every rank of Lightning imports for 6 s of
+This command fetches the released sources from the package index and runs their tests. `tox run -e
+upstream -- --write` also writes this page. It takes hours on one core, and needs no card. Each test has
+{LIMIT_S:.0f} s; a test that takes longer, or that ends its process, counts as failed. No hub is
+reachable: a test that needs files of a hub either fails on the host, too, or counts as `hub`. Groups of
+NCCL are [simulated](nccl.md), too. Tests that the host skips run first, so they are complete even if a
+run is ended early, for example by `--minutes`; the next run continues. Lightning's standalone tests
+start their process's command again for each rank, so each of them runs in its own process, as in
+Lightning's own runs. Imports take most of the time: every rank of Lightning imports for 6 s of
 processor time.
 """
 

@@ -17,7 +17,7 @@ KINDS: Final[dict[str, str]] = {
         "the figures of PyTorch's own allocator, to the byte, compared with recordings"
     ),
     "like a card": "behaves as on a real card; values are computed by the CPU",
-    "modelled": "an answer of the simulated card, consistent with its other answers",
+    "modelled": "a plausible answer, consistent with the card's other answers",
     "constant": "always the same answer, or no effect",
     "refused": "raises UnsupportedOnSimulatedDeviceError, which says what to do",
 }
@@ -107,7 +107,7 @@ NOTES: Final[dict[str, str]] = {
         "memory; `debug_dump`, `raw_cuda_graph`, `check_input_liveness` are refused"
     ),
     "torch.cuda.caching_allocator_alloc": (
-        "bytes are taken on the card; nothing lies at the address"
+        "the bytes are allocated on the card, but there is no memory at the address"
     ),
     "torch.cuda.caching_allocator_enable": "`False` is refused",
     "torch.cuda.MemPool": "an `allocator=` is refused",
@@ -133,8 +133,8 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
         "`.to`, `.cuda`, `.cpu`, `.type`, `.data =`, `.item`, `.tolist`, printing, "
         "pickling, `torch.save`, `torch.load`, `deepcopy`, weak references; "
         "`isinstance(x, torch.Tensor)` is true, but `type(x) is torch.Tensor` is false: "
-        "C++ looks in an object's class for the device's Python code, and with "
-        "`torch.Tensor` as the class this would slow down every tensor of the host",
+        "C++ searches an object's class for the device's Python code; if "
+        "`torch.Tensor` had this code, every host tensor would be slower",
         "tensors of a class without `__torch_dispatch__` (like torchvision's "
         "`tv_tensors`, MONAI's `MetaTensor`, subclasses of `nn.Parameter`): if they are "
         "made on a card or moved there, they keep their class and the attributes that "
@@ -146,8 +146,9 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
         "`torch._C._DisableTorchDispatch` their operators raise torch's "
         "`NotImplementedError`",
         "`.numpy()` and operands on two devices: torch's own errors",
-        "what a card's kernel asserts (an index or a target within bounds, a probability): "
-        "`CUDA error: device-side assert triggered`, with what is wrong in a note. It is "
+        "failed assertions of a card's kernel (an index or a target out of bounds, an "
+        "invalid probability): `CUDA error: device-side assert triggered`, with the "
+        "reason in a note. It is "
         "raised at once, as under `CUDA_LAUNCH_BLOCKING=1`, and unlike a card, the "
         "simulated card stays usable",
         "`torch.device(0)`, `with torch.device('cuda')`, `torch.set_default_device`; where "
@@ -159,8 +160,9 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
         "optimisers, foreach and fused; `torch.utils.checkpoint`",
         "captures of graphs: forbidden operations raise CUDA's or torch's error (`item`, "
         "`synchronize`, copies of memory that is not pinned, an unknown generator); "
-        "streams join by events. As on a card, a capture changes no memory that was there "
-        "and draws nothing; a graph reads what an earlier one left in their pool. Not "
+        "streams join by events. As on a card, a capture changes no existing memory "
+        "and draws no numbers; a graph can read the results that an earlier graph left "
+        "in their common pool. Not "
         "simulated: if two graphs use the same memory, a "
         "replay of one does not overwrite the other's tensors. A seed that Python drew "
         "for attention's dropout stays the same in each replay",
@@ -175,9 +177,8 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
         "storages",
         "`torch.distributed` with [NCCL](nccl.md), started in any way: gloo carries the "
         "values, with NCCL's rules, errors and work objects; also DDP, FSDP, "
-        "`fully_shard`, `DTensor`, `ZeroRedundancyOptimizer` on it. [Its bytes]"
-        "(nccl.md#bytes): DDP's buckets from the wrapping on, shards and gathered "
-        "parameters",
+        "`fully_shard`, `DTensor` and `ZeroRedundancyOptimizer`. [Its "
+        "bytes](nccl.md#bytes) include DDP's buckets, shards and gathered parameters",
         "`torch.compile` with any backend and mode: code that uses a card's tensors runs "
         "without compilation, with the values and bytes of eager code. If a backend would "
         "make kernels, one warning says so, or an error with `--gpu-compiled=refused`; "
@@ -189,10 +190,11 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
         "on the host with one thread",
         "tensors, modules and events sent to other processes (CUDA IPC), by queues and "
         "pipes of `torch.multiprocessing` (spawn, forkserver) or by `reduce_tensor`: each "
-        "process sees what another writes. The bytes are the sender's, until every "
-        "receiver has let go and the sender deletes another such tensor, calls "
-        "`torch.cuda.ipc_collect`, or finds no free block; a receiver has its context "
-        "alone. The values move to shared memory of the host (`/dev/shm`), so that "
+        "process sees what another writes. The bytes count for the sender. They are "
+        "freed when every receiver has deleted its tensor and the sender then deletes "
+        "another sent tensor, calls `torch.cuda.ipc_collect`, or finds no free block. "
+        "A receiver holds only the bytes of its context. The values move to shared "
+        "memory of the host (`/dev/shm`), so that "
         "`data_ptr()` changes when a tensor is first sent. If the sender ends first, "
         "receivers keep the values, which on a card is undefined",
         "`CUDA_VISIBLE_DEVICES`, read when CUDA is first used in a process: hides, "
@@ -205,39 +207,40 @@ BEYOND: Final[dict[str, tuple[str, ...]]] = {
         "`torch.cuda.cudart().cudaHostRegister` has registered",
         "TorchScript: scripted and traced functions and modules run and move; errors "
         "of operators, OOMs too, are the interpreter's RuntimeError; "
-        "`torch.jit.save` and `torch.jit.load` with `map_location`, for "
-        "modules that lie on one device",
+        "`torch.jit.save` and `torch.jit.load` with `map_location`, for modules on one "
+        "device",
         "`torch.version.cuda`, `torch.backends.cuda.is_built()`, "
         "`torch.backends.cudnn.version()`: a build for CUDA 13.0, unless the installed "
         "one is for CUDA itself",
     ),
     "modelled": (
         "attention, dropout, reductions, sums of gradients: the tensors that CUDA's "
-        "kernels save, and the memory that they take themselves",
+        "kernels save, and the temporary memory that they request",
         "`pynvml`, the functions of `torch.cuda` that use it, and "
         "[`nvidia-smi`](children.md): no real driver is asked; also for slices (MIG), and "
         "for [programs that read cards](third-party.md) (GPUtil, gpustat, nvitop, py3nvml)",
         "`torch.backends.cuda.preferred_linalg_library`, `preferred_blas_library` and "
-        "`cufft_plan_cache`: stored and reported; operators request what they request with "
-        "torch's own choice, and no plan of cuFFT is kept",
-        "`torch.profiler` times the host; with `profile_memory=True` it counts the values' "
-        "memory as the host's, and one warning says so",
+        "`cufft_plan_cache`: stored and reported; operators make the requests of "
+        "torch's default choice, and no plan of cuFFT is kept",
+        "`torch.profiler` times the host; with `profile_memory=True` it reports the "
+        "memory of values as host memory, and one warning says so",
         "[injected errors](rules.md) of CUDA, cuBLAS, cuDNN, cuFFT, cuSOLVER, NCCL, Triton "
         "and CuPy: class and text of the real error, with the card's figures",
         "the memory of an NCCL communicator outside PyTorch's allocator: 0, or the bytes "
         "that the card's `nccl=` gives",
         "cuDNN's convolutions: they request their results, and 0 bytes of workspace, "
-        "because the size is cuDNN's own and not known. What PyTorch does around them is "
-        "exact: with `benchmark=True` it empties the allocator's cache after the first "
+        "because the size of cuDNN's workspace is not known. PyTorch's own requests "
+        "are exact: with `benchmark=True` it empties the allocator's cache after the "
+        "first "
         "convolution of each kind, and each first gradient; with `deterministic=True` it "
         "takes its own kernels for dilated convolutions, which make columns. The "
         "workspaces that cuDNN tries with `benchmark=True`, up to the card's free memory, "
         "are not simulated",
         "cuDNN's attention: it runs if no other kernel is allowed or if "
         "`sdpa_kernel(set_priority=True)` puts it first; torch itself puts it first on "
-        "cards of compute capability 9.0 and 10.0, which is not simulated. It requests its "
-        "result, a float for each row, two numbers, and 0 bytes of workspace, because the "
-        "size is cuDNN's own and not known",
+        "cards of compute capability 9.0 and 10.0, which is not simulated. It requests "
+        "its result, one float for each row, two integers, and 0 bytes of workspace, "
+        "because the size of cuDNN's workspace is not known",
         "cuDNN's recurrent layers: their requests are those of the steps that the CPU "
         "computes. Not simulated are cuDNN's reserve space, which it keeps for backward, "
         "its workspace, and the one buffer that the weights are joined into "
