@@ -76,10 +76,10 @@ def choose(backend: str) -> Choice:
         return Choice("off", "torch is not installed")
     _check_age(build)
     if backend == "simulated":
-        return Choice("simulated", "as asked for")
+        return Choice("simulated", "as requested")
     missing = why_no_card(build)
     if missing is None:
-        return Choice("cuda", "as asked for" if backend == "cuda" else "a usable card")
+        return Choice("cuda", "as requested" if backend == "cuda" else "a usable card")
     return _without_a_card(backend, build, missing)
 
 
@@ -87,7 +87,7 @@ def _without_a_card(backend: str, build: TorchBuild, missing: str) -> Choice:
     """Return the device that a backend option means if torch cannot use a card."""
     if backend == "cuda":
         raise DeviceUnavailableError(
-            f"backend 'cuda' was asked for, but {missing}; use auto or simulated"
+            f"backend 'cuda' was requested, but {missing}; use auto or simulated"
         )
     other = other_accelerator(build)
     if other is None:

@@ -129,7 +129,7 @@ class OomWitness:
             except Exception as error:  # noqa: BLE001  # the description must not change the program
                 note = f"what is live could not be looked at: {error!r}"
         else:
-            note = f"only the first {CLOSELY} such moments are looked at closely"
+            note = f"only the first {CLOSELY} OOMs or broken limits of a test are examined closely"
         return Incident(
             kind="limit" if limit else "oom",
             device_index=index,

@@ -24,7 +24,7 @@ def fit_table(report: FitReport) -> Iterator[str]:
     rows += [_row(each) for each in report.cards]
     yield from align(rows, left=(0,))
     yield ""
-    yield "what takes the room, at the peak"
+    yield "what takes the memory, at the peak"
     kinds = [name for each in report.cards for name in each.needs.kinds]
     names = list(dict.fromkeys(kinds))
     parts = [("card", *names, "not in use", "context", "")]

@@ -272,7 +272,7 @@ class BaselineSummary(BaselineRecord):
     def _tell_stale(self) -> None:
         cpu = [each.test for each in self.stale if each.test in self._finished]
         for each in self.stale:
-            why = "uses no card any more" if each.test in cpu else "is no more"
+            why = "no longer uses a card" if each.test in cpu else "no longer exists"
             text = f"stale: {each.test} {why}"
             self._say(text, "yellow", is_detail=True)
         if cpu:
@@ -296,7 +296,7 @@ class BaselineSummary(BaselineRecord):
             and not compare_figures("", gone.peaks, each.peaks, ())
         }
         for test, before in renamed.items():
-            self._say(f"{test} has the figures of {before}: it was renamed, it seems")
+            self._say(f"{test} has the figures of {before}: it was probably renamed")
         if tests:
             self._endings.is_inert(
                 f"{self._gate.name}: {len(tests)} tests or fixtures use the card and "
@@ -350,9 +350,9 @@ class BaselineSummary(BaselineRecord):
             for metric, n in sorted(shift.items())
         ]
         moved = (
-            f"torch itself moved {', '.join(words)}"
+            f"torch itself changed {', '.join(words)}"
             if words
-            else ("torch itself moved nothing")
+            else ("torch itself changed nothing")
         )
         # If torch changed each test by a different number of bytes, this looks the same as
         # changes of the tests themselves.

@@ -85,7 +85,7 @@ class Endings:
         if not self._failures and not self._inert:
             return
         red = self.has_failed
-        title = "GPU memory: this run proves less than was asked"
+        title = "GPU memory: not everything that was requested was done"
         terminal.section(title, red=red, yellow=not red)
         for text in self._failures:
             terminal.write_line(text, red=True)

@@ -105,7 +105,7 @@ class SmallestBudgets:
         self._patience_s = max(PATIENCE * (time.perf_counter() - start), PATIENCE_S)
         low, high = 0, -(-peak // STEP)
         if not self._try(item, high * STEP)[0]:
-            self._note = "not found: it does not do the same each time"
+            self._note = "not found: the test does not behave the same each time"
             return None
         while high - low > 1:
             middle = (low + high) // 2

@@ -112,7 +112,7 @@ class SummaryPlugin:
             names = [name for name, is_asked in asked.items() if is_asked]
             if names:
                 yield (
-                    f"{', '.join(names)}: nothing was held to it, as the backend is "
+                    f"{', '.join(names)}: it had no effect, because the backend is "
                     f"off ({choice.reason}); run with --gpu-backend=simulated or cuda"
                 )
             return

@@ -44,7 +44,7 @@ def section_lines(incident: Incident, *, count: int = 1) -> list[str]:
     """
     lines = [headline(incident)]
     if count > 1:
-        lines.append(f"it is the last of {count} such moments of this test")
+        lines.append(f"it is the last of {count} OOMs or broken limits in this test")
     lines += _figures(incident)
     lines += _tensors(incident)
     for process in incident.processes:
@@ -67,7 +67,7 @@ def _figures(incident: Incident) -> Iterator[str]:
         f"{format_size(incident.largest_free_bytes)}); this process may hold "
         f"{format_size(incident.room_bytes)}"
     )
-    verb = "went over it with" if incident.kind == "limit" else "asked for"
+    verb = "exceeded it with a request of" if incident.kind == "limit" else "requested"
     yield f"{verb} {format_size(incident.nbytes)} at {incident.site}"
 
 
@@ -98,7 +98,7 @@ def _advice(incident: Incident) -> Iterator[str]:
         f"needed at least {format_size(incident.needed_bytes)}: live "
         f"{format_size(incident.allocated_bytes)}"
         + (
-            f", weights to come {format_size(incident.missing_bytes)}"
+            f", weights not loaded yet {format_size(incident.missing_bytes)}"
             if incident.missing_bytes
             else ""
         )
@@ -116,7 +116,7 @@ def _advice(incident: Incident) -> Iterator[str]:
         )
     found = remedies(incident)
     if found:
-        yield "what would need less at this point; later requests are not counted:"
+        yield "changes that need less memory at this point (later requests are not counted):"
     for each in found:
         verdict = "would fit" if each.fits else "would not fit"
         yield (

@@ -157,7 +157,7 @@ class SweepJudge:
         failure = attempt.failure
         if failure is None:
             if point.flavour == NOT_OOM:
-                return Verdict.SWALLOWED, "an error that is not an OOM vanished"
+                return Verdict.SWALLOWED, "an error that is not an OOM was swallowed"
             wrong = self._difference(reference.result, attempt.result)
             return (Verdict.WRONG_RESULT, wrong) if wrong else (Verdict.RECOVERED, "")
         if failure.is_hang:

@@ -133,7 +133,7 @@ def test_only_what_passes_and_is_there_is_written(
     )
     assert 8 * 2**20 == part["test_it.py::test_one"]["allocated"]
     assert before["test_it.py::test_many[4]"] == part["test_it.py::test_many[4]"]
-    stale.stdout.fnmatch_lines(["stale: test_it.py::test_many[[]4] is no more"])
+    stale.stdout.fnmatch_lines(["stale: test_it.py::test_many[[]4] no longer exists"])
     dropped.assert_outcomes(passed=2, failed=1)
     dropped.stdout.fnmatch_lines(
         ["*b.json written: 1 test, 1 stale dropped, 1 that failed left as they were"]

@@ -44,7 +44,7 @@ def test_a_usable_card_is_taken(machine: pytest.MonkeyPatch) -> None:
         machine.setenv("CUDA_VISIBLE_DEVICES", listed)
         assert Choice("cuda", "a usable card") == choose("auto")
 
-    assert Choice("cuda", "as asked for") == choose("cuda")
+    assert Choice("cuda", "as requested") == choose("cuda")
     assert "simulated" == choose("simulated").kind
 
 
@@ -147,7 +147,7 @@ def amd(machine: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_an_amd_card_is_a_real_one() -> None:
     """ROCm's cards are torch's cuda; they are not replaced by a simulated one."""
     assert Choice("cuda", "a usable card") == choose("auto")
-    assert Choice("cuda", "as asked for") == choose("cuda")
+    assert Choice("cuda", "as requested") == choose("cuda")
     assert "simulated" == choose("simulated").kind
 
 

@@ -363,7 +363,7 @@ def test_a_run_whose_cards_are_hidden_says_so(
     result.assert_outcomes(passed=1, skipped=1, errors=1)
     why = f"CUDA_VISIBLE_DEVICES={listed!r} hides every card"
     result.stdout.fnmatch_lines([
-        f"gpumem: backend simulated (as asked for), no card is seen, as {why}*",
+        f"gpumem: backend simulated (as requested), no card is seen, as {why}*",
         f"*this test needs a GPU, but {why}; unset it",
         f"SKIPPED * needs a GPU, but {why}",
     ])  # fmt: skip

@@ -262,7 +262,7 @@ def test_later_moments_are_only_counted(
 
     assert [1, 0] == [each.num_tensors for each in witness.incidents]
     second = witness.incidents[1]
-    assert "only the first 1 such moments" in second.note
+    assert "only the first 1 OOMs or broken limits" in second.note
     assert (0, 0, 0) == (
         second.seen_bytes,
         second.kept_bytes,
@@ -353,7 +353,7 @@ def test_arithmetic_is_said_and_honest() -> None:
 
     for text in (
         "cuda:1 (Tesla T4, 16 GiB), no budget",
-        "the last of 3 such moments",
+        "the last of 3 OOMs or broken limits",
         "fragmented 6 MiB (largest free block 3 MiB)",
         "another process on the card: 7 (python) holds 3 MiB",
         "another process on the card: 8 holds 0 B",

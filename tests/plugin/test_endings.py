@@ -86,7 +86,7 @@ def test_what_cannot_be_written_at_the_end_hides_nothing(
         result.stdout.fnmatch_lines(
             [
                 *["*= FAILURES =*"] * fails,
-                "*= GPU memory: this run proves less than was asked =*",
+                "*= GPU memory: not everything that was requested was done =*",
                 "--gpu-update-baseline: gone*b.json cannot be written: *",
                 "--gpu-report: *gone*r.md cannot be written: *",
                 f"*{'1 failed, ' * fails}2 passed, 2 errors in *",
@@ -174,7 +174,7 @@ def test_a_setting_that_cannot_be_read_is_named(
         (["--gpu-inject-oom=load:nth=9"], "--gpu-inject-oom=load:nth=9 was never *"),
         (
             ["--gpu-backend=off", "--gpu-max-vram=1GiB", "--gpu-leak-check"],
-            "--gpu-max-vram, --gpu-leak-check: nothing was held to it, as the backend *",
+            "--gpu-max-vram, --gpu-leak-check: it had no effect, because the backend *",
         ),
     ],
 )

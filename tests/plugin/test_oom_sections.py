@@ -93,7 +93,7 @@ def test_a_failure_says_what_was_on_the_card(
     for text in (
         "an allocation failed on cuda:0 (Tesla T4, 14.57 GiB), a budget of 6 MiB\n",
         "this process may hold 6 MiB\n",
-        "asked for 1 MiB at test_it.py:17 in test_too_small (load) for layers.",
+        "requested 1 MiB at test_it.py:17 in test_too_small (load) for layers.",
         "  1 MiB  512x512 float32  layers.0.weight of Model\n",
         "needed at least 8.02 MiB: live ",
         "half precision: would fit (4.01 MiB of 6 MiB): ",
@@ -108,11 +108,14 @@ def test_a_failure_says_what_was_on_the_card(
     assert "needed at least" not in injected
     limit = section(result, "test_limit")
     assert "the limit of 4 MiB allocated was broken on cuda:0 (" in limit
-    assert "went over it with 1 MiB at test_it.py:29 in test_limit (load)" in limit
+    assert (
+        "exceeded it with a request of 1 MiB at test_it.py:29 in test_limit (load)"
+        in limit
+    )
     assert "layers.0.weight of Model" in limit
     recovered = section(result, "test_recovered_and_over_the_limit")
     assert "\nthe limit of 4 MiB allocated was broken on cuda:0 (" in recovered
-    assert "such moments" not in recovered
+    assert "it is the last of" not in recovered
     assert not section(result, "test_no_oom")
     assert not section(result, "test_plain_failure")
 
@@ -185,8 +188,8 @@ def test_without_the_option_no_file_is_written(pytester: pytest.Pytester) -> Non
     result = pytester.runpytest(*LIGHT)
 
     said = section(result, "test_it")
-    assert "it is the last of 2 such moments of this test\n" in said
-    assert "asked for 9 MiB" in said
+    assert "it is the last of 2 OOMs or broken limits in this test\n" in said
+    assert "requested 9 MiB" in said
     assert before == {
         each for each in pytester.path.iterdir() if each.name != "__pycache__"
     }

@@ -42,7 +42,7 @@ def test_the_header_says_what_and_why(pytester: pytest.Pytester) -> None:
     result = pytester.runpytest("--gpu-backend=simulated", "--gpu-budget=50%")
 
     result.stdout.fnmatch_lines(
-        ["gpumem: backend simulated (as asked for), card Tesla T4 * cc 7.5, budget 50%"]
+        ["gpumem: backend simulated (as requested), card Tesla T4 * cc 7.5, budget 50%"]
     )
 
 
@@ -77,7 +77,7 @@ def test_off_means_off(pytester: pytest.Pytester) -> None:
     ("option", "message"),
     [
         ("--gpu-backend=gpu", "--gpu-backend: 'gpu' is unknown; accepted are auto,"),
-        ("--gpu-backend=cuda", "--gpu-backend: backend 'cuda' was asked for, but "),
+        ("--gpu-backend=cuda", "--gpu-backend: backend 'cuda' was requested, but "),
         ("--gpu-card=T5", "--gpu-card: card 'T5'*"),
         ("--gpu-checkpoint=bert-hugee", "--gpu-checkpoint: model 'bert-hugee' is nei"),
         ("--gpu-budget=lots", "--gpu-budget: *'lots'*"),
@@ -589,7 +589,7 @@ def test_a_gpu_test_is_skipped_with_the_reason(pytester: pytest.Pytester) -> Non
     result = pytester.runpytest("--gpu-backend=simulated", "-rs")
 
     result.assert_outcomes(skipped=1)
-    result.stdout.fnmatch_lines(["SKIPPED * needs a real CUDA card: as asked for"])
+    result.stdout.fnmatch_lines(["SKIPPED * needs a real CUDA card: as requested"])
 
 
 # -- life -------------------------------------------------------------------------------

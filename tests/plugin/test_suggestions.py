@@ -256,7 +256,7 @@ def test_the_smallest_budget_is_found(way: str, pytester: pytest.Pytester) -> No
             f"test_it.py::{swept}: its smallest budget was not sought: it is swept, *",
             "test_it.py::test_subtests: its smallest budget was not sought: the fixture *",
             "test_it.py::test_without_room_for_half: its smallest budget was not found: "
-            "it does not do the same each time",
+            "the test does not behave the same each time",
         ]
     )
     for name in ("test_fails", "test_no_card", "test_sweep", "test_fixtures"):
