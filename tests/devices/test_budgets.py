@@ -330,14 +330,16 @@ RUNS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
     ),
     "children": (
         """
+        import os
         import subprocess
         import sys
 
+        from pytest_gpumem.inheritance import CHILDREN_VARIABLE, Inheritance
+
         CODE = "import torch; print(torch.cuda.mem_get_info()[0] // 2**20)"
 
-        def child():
-            command = [sys.executable, "-c", CODE]
-            return int(subprocess.check_output(command, text=True))
+        def told():
+            return Inheritance.parse(os.environ[CHILDREN_VARIABLE]).budgets
 
         @pytest.fixture(scope="module")
         def module():
@@ -349,11 +351,13 @@ RUNS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
             with pytest.raises(torch.OutOfMemoryError):
                 for _ in range(99):
                     torch.zeros(1, device="cuda")
-            assert child() == 64
+            assert told() == {"0": str(64 * 2**20)}
 
         @pytest.mark.gpu_budget("128MiB")
         def test_second(module):
-            assert child() == 64
+            assert told() == {"0": str(64 * 2**20)}
+            command = [sys.executable, "-c", CODE]
+            assert int(subprocess.check_output(command, text=True)) == 64
         """,
         (),
     ),

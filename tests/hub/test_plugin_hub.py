@@ -186,9 +186,7 @@ def test_workers_find_what_is_served(pytester: pytest.Pytester) -> None:
         """
     )
 
-    result = pytester.runpytest_subprocess(
-        *PLAIN, "-p", "xdist", "-n1", "--gpu-hub-model=bert-tiny"
-    )
+    result = pytester.runpytest_inprocess(*PLAIN, "-n1", "--gpu-hub-model=bert-tiny")
 
     result.assert_outcomes(passed=1)
 
@@ -247,21 +245,3 @@ def test_what_makes_no_sense_ends_the_run(
 
     assert pytest.ExitCode.USAGE_ERROR == result.ret
     result.stderr.fnmatch_lines([f"ERROR: {message}"])
-
-
-def test_a_run_that_serves_nothing_imports_nothing(pytester: pytest.Pytester) -> None:
-    """Neither this project's part of it nor the hub's library."""
-    pytester.makepyfile(
-        """
-        import sys
-
-
-        def test_it():
-            names = ("pytest_gpumem.hub", "pytest_gpumem.checkpoints", "huggingface_hub")
-            assert not [each for each in names if each in sys.modules]
-        """
-    )
-
-    result = pytester.runpytest_subprocess(*PLAIN, "--gpu-backend=simulated")
-
-    result.assert_outcomes(passed=1)

@@ -616,14 +616,20 @@ def test_the_device_is_there_before_any_conftest(pytester: pytest.Pytester) -> N
     result.assert_outcomes(passed=1)
 
 
-def test_torch_is_not_imported_for_tests_that_do_not(pytester: pytest.Pytester) -> None:
-    """A suite without torch stays without it, budget or not."""
+def test_what_tests_do_not_need_is_not_imported(pytester: pytest.Pytester) -> None:
+    """A suite without torch stays without it, budget or not; likewise without a hub."""
     pytester.makepyfile(
         """
         import sys
 
         def test_it():
-            assert "torch" not in sys.modules
+            names = {
+                "torch",
+                "pytest_gpumem.hub",
+                "pytest_gpumem.checkpoints",
+                "huggingface_hub",
+            }
+            assert not names & set(sys.modules)
         """
     )
 
@@ -639,51 +645,36 @@ def test_torch_is_not_imported_for_tests_that_do_not(pytester: pytest.Pytester) 
         pytest.param("test", {"passed": 1, "failed": 1}, marks=pytest.mark.slow),
     ],
 )
-def test_torch_imported_inside_a_test_meets_the_budget(
+def test_torch_imported_inside_a_test_meets_budget_and_rules(
     name: str, outcomes: dict[str, int], pytester: pytest.Pytester
 ) -> None:
-    """The first import of torch, wherever it is, finds card, budget and recording."""
+    """The first import of torch, wherever it is, finds card, budget, rules and recording."""
     pytester.makepyfile(
         """
         import pytest
 
+        def take():
+            import torch
+            with pytest.raises(torch.OutOfMemoryError):
+                torch.zeros(1, device="cuda")
+            torch.zeros(20 * 2**20, dtype=torch.uint8, device="cuda")
+            return torch.cuda.mem_get_info()[0]
+
         @pytest.mark.max_vram("10MiB")
         def test_marked():
-            import torch
-            torch.zeros(20 * 2**20, dtype=torch.uint8, device="cuda")
+            take()
 
         def test_plain():
-            import torch
-            torch.zeros(20 * 2**20, dtype=torch.uint8, device="cuda")
-            assert torch.cuda.mem_get_info()[0] == 44 * 2**20
+            assert take() == 44 * 2**20
         """
     )
 
-    result = pytester.runpytest_subprocess(CARD, "--gpu-budget=64MiB", "-k", name)
+    result = pytester.runpytest_subprocess(
+        CARD, "--gpu-budget=64MiB", "--gpu-inject-oom=any:nth=1", "-k", name
+    )
 
     assert outcomes == result.parseoutcomes()
     result.stdout.fnmatch_lines(["* 20 MiB *::test_plain"])
-
-
-def test_torch_imported_inside_a_test_meets_the_rules(
-    pytester: pytest.Pytester,
-) -> None:
-    """A run's rule also counts in the very test that imports torch first."""
-    pytester.makepyfile(
-        """
-        def test_it():
-            import torch
-            try:
-                torch.zeros(1, device="cuda")
-            except torch.OutOfMemoryError:
-                return
-            raise AssertionError("not injected")
-        """
-    )
-
-    result = pytester.runpytest_subprocess(CARD, "--gpu-inject-oom=any:nth=1")
-
-    result.assert_outcomes(passed=1)
     result.stdout.no_fnmatch_line("*was never reached*")
 
 
@@ -789,8 +780,8 @@ def test_the_checkpoint_option_names_the_models_folder(
         """
     )
 
-    by_name = pytester.runpytest_subprocess("--gpu-checkpoint=bert-tiny")
-    missing = pytester.runpytest_subprocess("--gpu-checkpoint=/nowhere")
+    by_name = pytester.runpytest("--gpu-checkpoint=bert-tiny")
+    missing = pytester.runpytest("--gpu-checkpoint=/nowhere")
 
     by_name.assert_outcomes(passed=1)
     assert pytest.ExitCode.USAGE_ERROR == missing.ret

@@ -74,7 +74,7 @@ def test_the_ini_example_is_accepted(pytester: pytest.Pytester) -> None:
     pytester.makepyprojecttoml(text.partition("```toml\n")[2].partition("```")[0])
     pytester.makepyfile("def test_it(pytestconfig): pass")
 
-    result = pytester.runpytest_subprocess(*LIGHT)
+    result = pytester.runpytest(*LIGHT)
 
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines(["gpumem: * card NVIDIA A100*, budget 4GiB"])
