@@ -1,4 +1,4 @@
-"""What every test of the project shares."""
+"""Fixtures and hooks for all tests of the project."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, settings
 
 pytest_plugins = ["pytester"]
 
-# What is imported and collected lives on, and garbage collections would search all of it
-# again and again. They begin with the first test.
+# Imported modules and collected tests stay alive, and each garbage collection would search
+# all of them. The collector is enabled when the first test begins.
 gc.disable()
 
 
@@ -23,10 +23,10 @@ gc.disable()
 def pytester(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> pytest.Pytester:
-    """Have inner runs ask for a device, in place of an option in every test.
+    """Make inner runs use a device, so that not every test needs the option.
 
-    A test of what a run does by itself deletes the variable. A module that a test writes
-    again within a second, as long as before, would be taken from the cache of bytecode.
+    A test of the default deletes the variable. No bytecode is written: Python would
+    reuse it for a module that a test writes again within a second with the same length.
     """
     monkeypatch.setenv("PYTEST_ADDOPTS", "--gpu-backend=auto")
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
@@ -35,7 +35,7 @@ def pytester(
 
 @pytest.fixture
 def as_read(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have inner runs ask for a device as the first page tells its readers to do."""
+    """Make inner runs use a device in the way that the README shows."""
     monkeypatch.delenv("PYTEST_ADDOPTS")
     page = Path(__file__).parent / "docs" / "quick-start.md"
     lines = page.read_text("utf-8").splitlines()
@@ -53,10 +53,10 @@ settings.register_profile(
 )
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
-# Inner runs of pytest are strict where a test says so, not where this run is CI's.
+# Inner runs of pytest are strict only if a test says so, also when this run is in CI.
 os.environ.pop("CI", None)
 
-# Nothing here may look for a hub, and loaders' progress bars are noise in reports.
+# No test may connect to a hub, and progress bars of loaders do not belong into reports.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -95,13 +95,13 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-#: As many objects as are collected in no time; a sweep collects hundreds of times.
+#: A garbage collection of so few objects takes almost no time; a sweep makes hundreds.
 _FEW_OBJECTS = 1_000
 
 
 @pytest.fixture(autouse=True)
 def _heap_is_frozen() -> None:
-    """Keep what was imported out of the garbage collector's sight.
+    """Hide the imported objects from the garbage collector.
 
     The plugin collects garbage around every test. With torch and transformers imported
     those collections would take most of the time of most tests.
@@ -113,7 +113,7 @@ def _heap_is_frozen() -> None:
 
 @pytest.fixture
 def thawed_heap(_heap_is_frozen: None) -> None:
-    """Show collections and searches for holders every object, as in a user's run.
+    """Let collections and searches for holders see every object, as in a user's run.
 
     The next test freezes them again.
     """
@@ -122,7 +122,7 @@ def thawed_heap(_heap_is_frozen: None) -> None:
 
 @pytest.fixture(autouse=True)
 def _torch_is_as_before() -> object:
-    """Hold every test to leaving no machine, patch or random state behind."""
+    """Check that no test leaves a machine, a patch or a random state behind."""
     if "torch" not in sys.modules:
         yield
         return

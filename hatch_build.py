@@ -1,8 +1,8 @@
-"""Makes the README one that a package index can show.
+"""Adapts the README for package indexes.
 
 An index shows the README alone, so a link to another file of the project leads nowhere
-there. Such links become links to the address ``Source`` of ``[project.urls]``. As long as
-there is none, the README stays as it is.
+there. Such links become links to the address ``Source`` of ``[project.urls]``. Without
+this address the README is not changed.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 
 from hatchling.metadata.plugin.interface import MetadataHookInterface
 
-#: What stands between brackets, after ``!`` if it is a picture, and the path of a file.
+#: The text between brackets, after ``!`` for a picture, and the path of a file.
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!\w+:|#)([^)\s]+)\)")
 
 
 def for_index(text: str, source: str) -> str:
-    """Return a README whose links name all of their address.
+    """Return a README whose links are full addresses.
 
     Args:
         text: Markdown with links relative to the project's folder.

@@ -1,4 +1,4 @@
-"""Run every benchmark and print all figures of the one run, in Markdown.
+"""Run every benchmark and print all their figures, in Markdown.
 
 Run: ``python -m benchmarks [--quick] [SCRIPT ...]``. ``--quick`` leaves out the sweep of
 each allocation of bert-large, and makes one round where others are compared. Scripts that
@@ -27,7 +27,7 @@ class Section(NamedTuple):
     """A script of this folder.
 
     Attributes:
-        title: Over what it prints.
+        title: The heading above what it prints.
         script: Its name, without ``.py``.
         slow: Its arguments, unless the run is to be quick.
         quick: Its arguments in a quick run.
@@ -68,7 +68,7 @@ def machine() -> list[str]:
 
 
 def run(section: Section, *, quick: bool) -> str:
-    """Return what a script prints; its progress goes where ours does."""
+    """Return what a script prints to stdout; its stderr is this program's."""
     arguments = section.quick if quick else section.slow
     command = [sys.executable, str(HERE / f"{section.script}.py"), *arguments]
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)

@@ -1,7 +1,7 @@
-"""What the simulated card answers, figure by figure, beside what was recorded.
+"""Compare each figure of the simulated card with the recorded one.
 
 Run: ``python benchmarks/accuracy.py [--write | --check]``. It prints the page
-``docs/accuracy.md``, writes it, or says whether it is in step. It takes about a minute.
+``docs/accuracy.md``, writes it, or says whether it is up to date. It takes about a minute.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Count(NamedTuple):
     """How many figures were compared.
 
     Attributes:
-        all: Of them all.
-        equal: That are the recorded ones.
-        worst: The largest difference of another one, in percent.
+        all: The number of compared figures.
+        equal: How many of them equal the recorded ones.
+        worst: The largest difference of the others, in percent.
     """
 
     all: int = 0
@@ -49,7 +49,7 @@ class Count(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The count as a sentence's end."""
+        """The count as the end of a sentence."""
         if self.equal == self.all:
             return f"{self.all:,} figures, all equal"
         return (
@@ -186,15 +186,19 @@ def render() -> str:
 
 
 def main() -> int:
-    """Print the page, write it, or say whether it is in step."""
+    """Print the page, write it, or say whether it is up to date."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="is the page in step?")
+    parser.add_argument(
+        "--check", action="store_true", help="check that the page is up to date"
+    )
     parser.add_argument("--write", action="store_true", help="write the page")
     asked = parser.parse_args()
     text = render()
     if asked.check:
         is_same = PAGE.exists() and PAGE.read_text(encoding="utf-8") == text
-        print("in step" if is_same else f"{PAGE.name} is out of step; run with --write")
+        print(
+            "up to date" if is_same else f"{PAGE.name} is out of date; run with --write"
+        )
         return int(not is_same)
     if asked.write:
         PAGE.write_text(text, encoding="utf-8")

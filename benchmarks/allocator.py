@@ -1,7 +1,7 @@
 """How fast the allocator model is, and how that grows with live blocks.
 
-Run: ``python benchmarks/allocator.py``. Times are of the processor, so that what else
-runs on the machine counts as little as it can.
+Run: ``python benchmarks/allocator.py``. Times are processor times, so that other
+programs on the machine disturb them little.
 """
 
 from __future__ import annotations

@@ -3,13 +3,14 @@
 Run: ``python benchmarks/databases.py [--write] [--samples N] [NAME …]``. It runs every
 operator of ``op_db``, module of ``module_db`` and optimiser of ``optim_db`` that comes
 with the installed torch, or those of the given names, and compares each result with the
-CPU's. It ends with exit code 1 where something differs that
-``tests/support/operator_differences.py`` does not list, or where an entry there differs no more.
+CPU's. It ends with exit code 1 if a difference is not in the list
+``tests/support/operator_differences.py``, or an entry of that list is no longer needed.
 ``--write`` writes the page ``docs/databases.md``. ``--samples`` takes the first N samples
 of each operator and type, not all. All samples take hours: ``--keep FILE`` keeps what is
-done, and goes on from there. ``--processes`` takes fewer than there are CPUs.
+done, and continues from there. ``--processes`` sets a number below that of the CPUs.
 
-Processes of their own do the work: what ends or hangs one is a finding as any other.
+Worker processes run the samples: a sample that ends or hangs its process is a finding
+too.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def work() -> None:
     )
 
     with simulated_device("A100-40GB"):
-        # The databases ask for the card as they are imported.
+        # The databases look for a card when they are imported.
         from module_runs import (
             MODULES,
             OPTIMISERS,
@@ -74,7 +75,7 @@ def work() -> None:
         kinds: dict[str, tuple[Any, Any]] = {
             "operator": (OPERATORS, run_operator),
             "module": (MODULES, run_module),
-            # Its samples are settings, of which the last ones are a card's alone.
+            # Its samples are settings; the last ones are for cards only.
             "optimiser": (OPTIMISERS, lambda name, _limit: run_optimiser(name, None)),
         }
         names = [
@@ -88,7 +89,7 @@ def work() -> None:
 
 
 class Worker:
-    """A process that runs one task after another; a new one comes for one that ends."""
+    """A process that runs one task after another; if it ends, a new one replaces it."""
 
     def __init__(self) -> None:
         self._start()
@@ -114,7 +115,7 @@ class Worker:
         lines.put("")
 
     def run(self, kind: str, name: str, limit: int | None) -> list[Finding]:
-        """Return the findings of one task; that the process ends is one, too."""
+        """Return the findings of one task; the end of the process is a finding too."""
         self._process.stdin.write(json.dumps([kind, name, limit]) + "\n")
         self._process.stdin.flush()
         try:
@@ -161,7 +162,7 @@ class Kept:
                     self.findings[kind, name] = [Finding(*each) for each in findings]
 
     def add(self, kind: str, name: str, seconds: float, found: list[Finding]) -> None:
-        """Keep what one task came to."""
+        """Keep the result of one task."""
         with self._lock:
             self.findings[kind, name] = found
             if self._file is not None:
@@ -316,7 +317,7 @@ def render(found: list[tuple[str, Finding]], version: str, limit: int | None) ->
 
 
 def main() -> int:
-    """Run the databases; tell whether all that differs is listed."""
+    """Run the databases; tell whether every difference is listed."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--samples", type=int, metavar="N")
@@ -340,7 +341,7 @@ def main() -> int:
     is_part = options.names or options.samples == 1
     stale = [] if is_part else list(unused(each for _kind, each in found))
     for entry, name in stale:
-        print(f"differs no more: {name} in {entry}")
+        print(f"no longer needed: {name} in {entry}")
     if options.write:
         from importlib.metadata import version
 

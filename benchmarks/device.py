@@ -1,4 +1,4 @@
-"""What the simulated device costs, as ratios measured in turn in one run.
+"""The cost of the simulated device, as ratios; both sides are measured in turn.
 
 Run: ``python benchmarks/device.py``. It builds bert-large's checkpoint (1.3 GB) and a
 hollow 70-billion-parameter one first, if they are not in the cache.
@@ -159,7 +159,7 @@ class Watch:
 
 
 def measure_alone(path: Path, values: str) -> list[float]:
-    """Return what a load in a process of its own prints: ``load_alone``."""
+    """Run ``load_alone`` in a process of its own and return the figures that it prints."""
     command = [sys.executable, __file__, str(path), values]
     run = subprocess.run(command, check=True, capture_output=True, text=True)
     return [float(word) for word in run.stdout.split()]

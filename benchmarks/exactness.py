@@ -1,10 +1,10 @@
-"""What the simulated card asks its allocator for, beside PyTorch's own CUDA code.
+"""Compare the simulated card's requests of memory with those of PyTorch's own CUDA code.
 
 Run: ``python benchmarks/exactness.py [--write | --check] [-v] [ROOM ...]``. It compares
 every case of ``tests/recordings/requests``, or of the rooms that are named, prints how
 many agree, and with ``-v`` what differs. ``--write`` writes the list of what differs,
 which the tests hold, and the page ``docs/operators.md`` from it; ``--check`` says
-whether they are in step. It takes some minutes.
+whether they are up to date. It takes some minutes.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def listed(found: Found) -> str:
 
 
 def _part_of(name: str, room: str) -> str:
-    """Return what a group is counted under: its type, or its card."""
+    """Return the name under which a group is counted: its dtype, or its card."""
     card, _colon, group = name.partition(": ")
     return group.rpartition(" ")[2] if room in {"operators", "modules"} else card
 
@@ -133,7 +133,7 @@ _WHY: Final = {
 
 
 def _unexplained(found: Found) -> list[str]:
-    """Return what differs by more than ``NEAR`` without a reason, and reasons for nothing."""
+    """Return peaks that differ by more than ``NEAR`` without a reason, and unused reasons."""
     far = {
         name.partition(": ")[2].rpartition(" ")[0] or name.partition(": ")[2]
         for groups in found.values()
@@ -231,7 +231,9 @@ def _asked(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rooms", nargs="*", metavar="ROOM", help=", ".join(ROOMS))
     parser.add_argument("--write", action="store_true", help="write the list and page")
-    parser.add_argument("--check", action="store_true", help="are they in step?")
+    parser.add_argument(
+        "--check", action="store_true", help="check that both are up to date"
+    )
     parser.add_argument("-v", action="store_true", help="print what differs")
     asked = parser.parse_args(arguments)
     unknown = [each for each in asked.rooms if each not in ROOMS]
@@ -263,7 +265,7 @@ def main(arguments: list[str]) -> int:
     if asked.check:
         stale = [each for each in texts if each.read_text("utf-8") != texts[each]]
         names = ", ".join(each.name for each in stale)
-        print(f"out of step: {names}; run with --write" if stale else "in step")
+        print(f"out of date: {names}; run with --write" if stale else "up to date")
         return int(bool(stale or unexplained))
     if asked.write:
         for path, text in texts.items():

@@ -78,7 +78,7 @@ def kill_now_and_then(
 
 
 def play(tests: int, kills: int) -> str:
-    """Run one round; return what it came to, or end the program with what is wrong."""
+    """Run one round; return a summary, or end the program with the error."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "pids").mkdir()

@@ -64,7 +64,7 @@ MODULES = {
     for file in sorted(PACKAGE.glob(f"{name}.py"))
     if file.name != "__init__.py"
 }
-#: In ``int | None``, which is never run.
+#: The operator in ``int | None``, which is never run.
 _UNSEEN = "core/ReplaceBinaryOperator_BitOr"
 #: Seconds that a mutant's process may take beside the time of its tests, and how often
 #: that time: one that hangs is noticed.
@@ -188,7 +188,7 @@ def mutants(source: str, draw: random.Random) -> list[tuple[int, str]]:
 
 
 def replace_module(name: str, source: str) -> None:
-    """Execute a module's changed source, and give what is new to all that imported it."""
+    """Execute a module's changed source; replace its objects where they were imported."""
     module = sys.modules[name]
     names = vars(module)
     old = {key: each for key, each in names.items() if not key.startswith("__")}
@@ -206,8 +206,8 @@ class Mutation:
     """A plugin of pytest that runs the tests on mutants instead of on the code.
 
     Args:
-        options: What the command line says.
-        folder: Where files that pass between processes lie.
+        options: The options of the command line.
+        folder: The folder of the files that processes exchange.
     """
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
@@ -259,7 +259,8 @@ class Mutation:
                 culprit = self._first_failure(dotted, changed, tests)
                 if culprit is None or culprit in self._killers:
                     break
-                # Is it the change, or that the module was executed anew?
+                # Does the test notice the change, or only that the module was executed
+                # again?
                 if (
                     culprit
                     and self._first_failure(dotted, source, [culprit]) is not None

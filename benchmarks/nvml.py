@@ -1,4 +1,4 @@
-"""What sampling NVML costs the code beside it: python benchmarks/nvml.py.
+"""How much sampling NVML slows down other code: python benchmarks/nvml.py.
 
 The same small training runs with the sampler and without, in turn; the ratio is of the
 processor time of the whole process, the sampler's thread included. Uses the machine's
@@ -27,7 +27,7 @@ STEPS = 300
 
 
 def train() -> None:
-    """Work for a while: many small operations, whose interpreter is in demand."""
+    """Train for a while, by many small operations that all need the interpreter."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(*(torch.nn.Linear(128, 128) for _ in range(4))).cuda()
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
@@ -48,7 +48,7 @@ def spend(block: AbstractContextManager[object]) -> tuple[float, float]:
 
 
 def half(values: list[float]) -> float:
-    """Return the mean of the faster half: what nothing else got in the way of."""
+    """Return the mean of the faster half, which other programs disturbed least."""
     return statistics.fmean(sorted(values)[: len(values) // 2])
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 CARD = "16GiB,cc=8.0"
 #: One on which the move to the card runs out of memory in that recording.
 SMALL_CARD = "1GiB,cc=8.0"
-#: The smallest NVIDIA card, but for a test's own, that FakeGPU knows.
+#: The smallest NVIDIA card that FakeGPU knows, except for its own tests' card.
 FAKEGPU_CARD, FAKEGPU_SMALL_CARD = "t4", "test-512m"
 
 
@@ -54,7 +54,7 @@ def task(
 def adapted_task(
     path: str, device: str, *, note: Callable[[str], None] = lambda _: None
 ) -> Any:
-    """Make the model on the device instead, with weights of its own."""
+    """Create the model on the device instead, with random weights."""
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -67,7 +67,7 @@ def adapted_task(
 
 
 def mend_buffers(model: Any) -> None:
-    """Set what FakeGPU leaves as it was in memory: buffers that no file holds."""
+    """Set the buffers that are in no file; FakeGPU leaves them uninitialised."""
     import torch
 
     embeddings = model.bert.embeddings
@@ -87,7 +87,7 @@ def _forward(model: Any, device: str, note: Callable[[str], None]) -> Any:
 
 
 class CudaPeaks:
-    """What ``torch.cuda`` says at the end of each step."""
+    """The figures of ``torch.cuda`` at the end of each step."""
 
     def __init__(self) -> None:
         """Begin."""
@@ -111,7 +111,7 @@ def timed(run: Callable[[], dict[str, int]]) -> dict[str, Any]:
 
 
 def attempt(run: Callable[[], Any]) -> str:
-    """Return the error that a run ends with; empty if with none."""
+    """Return the error that a run ends with; empty without an error."""
     try:
         run()
     except Exception as error:  # noqa: BLE001  # any error of a peer is a result
@@ -120,7 +120,7 @@ def attempt(run: Callable[[], Any]) -> str:
 
 
 def cpu(path: str) -> dict[str, Any]:
-    """Run the task on the CPU, without any tool: what times are compared with."""
+    """Run the task on the CPU without any tool; other times are compared with this one."""
 
     def run() -> dict[str, int]:
         task(path, "cpu")
@@ -206,7 +206,7 @@ def pytest_torch(path: str) -> dict[str, Any]:
     import_module("pytest_torch")  # or it is missing
 
     class Said:
-        """Keeps what the limit says of the task."""
+        """Keeps the message of the limit about the task."""
 
         text = ""
 
@@ -285,7 +285,8 @@ def fake(path: str) -> dict[str, Any]:
 def accelerate(path: str) -> dict[str, Any]:
     """Add up the sizes of a model without weights, as estimate-memory does.
 
-    The command itself asks the hub which library a model is of, so it wants a name there.
+    The command itself asks the hub for the model's library, so it needs a name on the
+    hub.
     """
     from accelerate import init_empty_weights
     from accelerate.utils import calculate_maximum_sizes

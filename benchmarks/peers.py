@@ -1,4 +1,4 @@
-"""What other tools say of one task, beside what was recorded.
+"""Compare the figures of other tools for one task with the recorded ones.
 
 The task is a load of bert-large in single precision, ``.to("cuda")`` and a forward of 8 x
 128 tokens; see ``peer_runs.py``. The truth is ``tests/recordings``. Each tool runs in
@@ -33,10 +33,10 @@ class Peer(NamedTuple):
     """A tool beside others.
 
     Attributes:
-        name: Of ``peer_runs.PEERS``.
-        title: For the table.
-        package: Whose version is shown.
-        way: What of the task it runs.
+        name: Its name in ``peer_runs.PEERS``.
+        title: Its name in the table.
+        package: The package whose version is shown.
+        way: The part of the task that it runs.
         injects: Whether it can make a chosen allocation fail, by its documentation.
     """
 
@@ -54,7 +54,7 @@ PEERS: Final = (
     Peer("memtracker", "MemTracker", "torch", 'the task with `"cpu"`'),
     Peer("fake", "FakeTensorMode with MemTracker", "torch", "`from_config`"),
     Peer("accelerate", "accelerate's estimate", "accelerate", "`from_config`, no run"),
-    Peer("fakegpu", "FakeGPU", "fakegpu", "the task, its buffers set anew"),
+    Peer("fakegpu", "FakeGPU", "fakegpu", "the task, buffers initialised by hand"),
 )
 
 
@@ -63,7 +63,7 @@ def measure(name: str, path: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         command = [sys.executable, str(HERE / "peer_runs.py"), name, path, str(result)]
-        # One thread each: what else the machine does counts less then.
+        # One thread each, so that other programs on the machine disturb the times less.
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         run = subprocess.run(
             command, check=False, capture_output=True, text=True, env=environment
@@ -116,12 +116,12 @@ def all_rounds(path: str) -> dict[str, dict[str, Any]]:
 def figures(
     peer: Peer, found: dict[str, Any], truth: dict[str, Any], cpu_s: float
 ) -> list[str]:
-    """Return what a tool says of bytes, and what it costs: a line of a table."""
+    """Return the line of a table with a tool's figures in bytes and its cost."""
     reason = found.get("missing") or found.get("failed")
     if reason:
         return [peer.title, f"not run: {reason}"]
     bytes_said = (
-        difference(found[step], truth[step]) if step in found else "says nothing"
+        difference(found[step], truth[step]) if step in found else "no figure"
         for step in ("load_bytes", "forward_bytes", "reserved_bytes")
     )
     title = f"{peer.title} {version(peer.package)}".strip()
@@ -129,7 +129,7 @@ def figures(
 
 
 def manners(peer: Peer, found: dict[str, Any], truth: dict[str, Any]) -> list[str]:
-    """Return how a tool takes the task as it stands: a line of a table."""
+    """Return the line of a table that says how a tool runs the unchanged task."""
     if "missing" in found or "failed" in found:
         return [peer.title, "not run"]
     error = found.get("unmodified")
@@ -158,8 +158,8 @@ def small_card(found: dict[str, Any], truth: dict[str, Any]) -> str:
     """Return how the move to a card too small ends."""
     text = found.get("small_card", "")
     if text == f"OutOfMemoryError: {truth['oom']}":
-        return "`OutOfMemoryError`, the recorded words"
-    return f"`{text.partition(':')[0]}`, words of its own" if text else "knows none"
+        return "`OutOfMemoryError`, the recorded text"
+    return f"`{text.partition(':')[0]}`, a text of its own" if text else "has no cards"
 
 
 def version(package: str) -> str:
@@ -196,8 +196,8 @@ def main() -> None:
     show(
         [
             "tool",
-            "the task as it stands",
-            "on a card too small",
+            "the unchanged task",
+            "on a card that is too small",
             "can fail a chosen allocation",
         ],
         [manners(peer, found[peer.name], truth) for peer in PEERS],

@@ -1,4 +1,4 @@
-"""Peaks that people published from real cards, beside what the simulated card says.
+"""Compare peaks that people published from real cards with the simulated card's.
 
 Run: ``python benchmarks/published.py [--write]``. It prints the page
 ``docs/published.md``, or writes it. No values are kept, so it takes a minute or two and
@@ -113,7 +113,7 @@ def _allocated() -> int:
 
 
 def roberta_under_device() -> int:
-    """``with torch.device("cuda")`` makes each tensor where it stays."""
+    """``with torch.device("cuda")`` creates each tensor on the card."""
     return _reserved() if _made_there(RobertaForSequenceClassification, ROBERTA) else 0
 
 
@@ -123,7 +123,7 @@ def roberta() -> int:
 
 
 def _made_there(kind: type[PreTrainedModel], config: Any) -> Any:
-    """Return a model made under ``torch.device``: tied weights are two for a moment."""
+    """Return a model created under ``torch.device``: tied weights exist twice for a moment."""
     with torch.device("cuda"):
         made: Any = kind(config)
     return made.eval()
@@ -200,9 +200,7 @@ def _train(
 ) -> None:
     for _step in range(steps):
         ids = _ids(*shape)
-        outputs = model(
-            ids, labels=ids
-        )  # its logits live until the next ones are there
+        outputs = model(ids, labels=ids)  # its logits live until the next logits exist
         outputs.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -261,13 +259,14 @@ def _gpt2_training(checkpointing: bool) -> int:  # noqa: FBT001  # of one module
 
 
 def gpt2_training() -> int:
-    """4 x 512 tokens, AdamW; what comes after the load."""
+    """4 x 512 tokens, AdamW; bytes in addition to those of the load."""
     return _gpt2_training(checkpointing=False)
 
 
 def gpt2_training_checkpointed() -> int:
-    """4 x 512 tokens, AdamW, activation checkpointing; what comes after the load."""
-    # transformers looks at the positions' values there, and finds one sequence a line.
+    """4 x 512 tokens, AdamW, activation checkpointing; bytes in addition to those of the load."""
+    # Here transformers reads the values of the positions, and finds one sequence in each
+    # line.
     with mock.patch(
         "transformers.masking_utils.find_packed_sequence_indices", return_value=None
     ):
@@ -275,7 +274,7 @@ def gpt2_training_checkpointed() -> int:
 
 
 def gpt2_state() -> int:
-    """What AdamW's state holds after a step."""
+    """The bytes of AdamW's state after a step."""
     model = _loaded(GPT2LMHeadModel, GPT2Config()).train()
     optimizer = torch.optim.AdamW(model.parameters())
     _train(model, optimizer, (1, 16), steps=1)
@@ -309,7 +308,8 @@ def large_load() -> int:
     return torch.cuda.memory_reserved() if kept else 0
 
 
-#: By the published task and how it begins to say what it counts; the card.
+#: Functions by published task and the beginning of its description of the figure; with the
+#: card.
 TASKS: Final[dict[tuple[str, str], tuple[Callable[[], int], str]]] = {
     (
         "roberta-base classification, load (tensors made under torch.device)",

@@ -1,4 +1,4 @@
-"""What the reports of 10,000 recorded tests cost: python benchmarks/reports.py.
+"""The cost of the reports of 10,000 recorded tests: python benchmarks/reports.py.
 
 Each row is a run of pytest in a process of its own whose tests do nothing but carry what
 a recorded test carries: first without reports, then with one of each kind. The memory
@@ -35,7 +35,7 @@ FILE = "suite.recorded"
 
 
 def record(number: int) -> Record:
-    """Return what a test's report carries."""
+    """Return the data that a test's report has."""
     series = Series()
     for event in range(EVENTS):
         series.add((event * 7919 + number) % 97 * 2**20, 128 * 2**20)
@@ -66,12 +66,12 @@ def record(number: int) -> Record:
 
 
 class Recorded(pytest.Item):
-    """A test that a card's record is put on."""
+    """A test with the record of a card attached."""
 
     number: int
 
     def runtest(self) -> None:
-        """Carry what a recorded test carries."""
+        """Attach the data that a recorded test has."""
         own = record(self.number)
         own.nodeid = self.nodeid
         keep(self, own)
@@ -103,7 +103,7 @@ class Plugin:
 
 
 def peak_mib() -> float:
-    """Return the most that this process held, in MiB."""
+    """Return this process's peak memory, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

@@ -26,7 +26,8 @@ def run(folder: Path, *options: str) -> float:
     """Return the processor seconds (user and system) of one run."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # Installed packages have their bytecode; an editable one must be let write it.
+    # Installed packages have bytecode; an editable installation must be allowed to write
+    # it.
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
     subprocess.run(
         command, cwd=folder, check=True, capture_output=True, env=environment
@@ -78,7 +79,7 @@ def main() -> None:
 
 
 def quick(values: list[float]) -> float:
-    """Return the mean of the faster half: what nothing else got in the way of."""
+    """Return the mean of the faster half, which other programs disturbed least."""
     return statistics.fmean(sorted(values)[: len(values) // 2])
 
 

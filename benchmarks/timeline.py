@@ -1,4 +1,4 @@
-"""What recording a test's timeline costs: python benchmarks/timeline.py.
+"""The cost of recording a test's timeline: python benchmarks/timeline.py.
 
 A report of the kinds json and html has the timeline of each test. A load and a forward
 of a small BERT, and a layer of eight numbers as the worst there is, with a timeline and
@@ -32,7 +32,7 @@ def seconds(body: Callable[[], object]) -> float:
 
 
 def measure(name: str, body: Callable[[], object]) -> None:
-    """Print a row: both times' medians, the median of the ratios, and each event's."""
+    """Print a row: the medians of both times and of their ratio, and the time of each event."""
     body()
     device = active_device()
     pairs = []

@@ -1,6 +1,6 @@
 """Write the pages of the documentation that are made from the code.
 
-``python docs/generate.py`` writes them, ``--check`` says which are out of step.
+``python docs/generate.py`` writes them, ``--check`` names those that are out of date.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def main() -> int:
                 path.parent.mkdir(exist_ok=True)
                 path.write_text(text, encoding="utf-8")
     if "--check" not in sys.argv:
-        print(f"written: {', '.join(stale) or 'nothing, all are in step'}")
+        print(f"written: {', '.join(stale) or 'nothing; all pages are up to date'}")
         return 0
     if stale:
-        print(f"out of step: {', '.join(stale)}; run python docs/generate.py")
+        print(f"out of date: {', '.join(stale)}; run python docs/generate.py")
     return int(bool(stale))
 
 

@@ -1,8 +1,8 @@
-"""pip install, with PyTorch's build for CPUs where it can be had.
+"""Run pip install, with PyTorch's build for CPUs if its index can be reached.
 
 The project's tests need no GPU. Most package indices have PyTorch's build for CUDA only,
 which takes 5 GB of disk with all it needs; PyTorch's own index has one for CPUs, which
-takes 1.5 GB. pip is told of that index if it answers; nothing is lost where it does not.
+takes 1.5 GB. If that index answers, it is passed to pip; otherwise pip runs without it.
 
     python tools/install.py OPTION ... REQUIREMENT ...
 

@@ -1,6 +1,6 @@
-"""Walk through pages of the documentation as a reader does, and compare what comes out.
+"""Do what pages of the documentation tell the reader, and compare the output.
 
-Every page walked here is made of three kinds of blocks that matter:
+Three kinds of blocks of a page are used:
 
 * A block whose first line is ``# NAME``, with a name that has an ending, is a file: it
   is saved under that name. Further blocks of that name replace it.
@@ -8,7 +8,8 @@ Every page walked here is made of three kinds of blocks that matter:
 * In a ``console`` block the lines with ``$`` are typed, into one shell for the whole
   page, and the others are compared with what comes out: ``…`` stands for any text, and
   on a line of its own for any lines. A command whose shown output has a line of pytest's
-  that begins with ``E`` or ``FAILED`` or says ``failed`` must fail; every other one must succeed.
+  that begins with ``E`` or ``FAILED`` or says ``failed`` must fail; every other one must
+  succeed.
 
     python tools/walk.py PAGE ...                       # as its test does
     python tools/walk.py --as-printed --heading "..." PAGE   # with nothing left out
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 ROOT: Final = Path(__file__).parents[1]
-#: What pages print and a walk leaves out, and why; with ``--as-printed`` nothing is.
+#: Commands that a walk leaves out, and why; with ``--as-printed`` it runs them all.
 LEFT_OUT: Final[dict[str, str]] = {
     r"python3 -m venv \.venv && \. \.venv/bin/activate": "the walk's environment is made",
     r"pip install .*": "and has what pages install",
@@ -47,7 +48,7 @@ _FAILS: Final = re.compile(r"(E |FAILED) |.*\b[0-9]+ (failed|errors?)\b")
 
 
 class WalkError(Exception):
-    """A page does not do what it says."""
+    """The result of a page's commands is not the printed one."""
 
 
 class File(NamedTuple):
@@ -98,7 +99,7 @@ class Command(NamedTuple):
         """Type it.
 
         Raises:
-            WalkError: It ends otherwise than the page says, or prints something else.
+            WalkError: Its exit code or its output is not that of the page.
         """
         done = shell.type(self.line)
         if done is None:
@@ -118,7 +119,7 @@ class Command(NamedTuple):
 
 
 def steps(page: str, heading: str | None = None) -> list[File | Change | Command]:
-    """Return what a reader does, in order; of the part below a heading, if one is given.
+    """Return the reader's steps in order; only of the section below a heading, if one is given.
 
     Raises:
         WalkError: There is no such heading, or a block of Python has no name.
@@ -290,7 +291,7 @@ def walk(
     Args:
         pages: The pages; they share one folder, as those of one chapter do.
         scratch: An empty folder, for the reader's home and work.
-        heading: Walk the part below it alone.
+        heading: Walk only the section below it.
         as_printed: Leave nothing out, and start here, which is a clone, with the
             environment as it is.
         shows: Whether what comes out is shown at once.

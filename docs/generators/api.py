@@ -64,7 +64,7 @@ def _entry(name: str, thing: Any) -> list[str]:
 
 
 def _is_called(thing: Any) -> bool:
-    """Tell what a caller makes himself, or calls."""
+    """Tell whether users call this object or create it themselves."""
     if not inspect.isclass(thing):
         return True
     is_protocol = getattr(thing, "_is_protocol", False)

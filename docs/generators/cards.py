@@ -1,4 +1,4 @@
-"""The page of cards: the table, and what others saw of the same cards."""
+"""The page of cards: the table, with totals that others published of the same cards."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _COLUMNS: Final = (
 
 
 def published_totals(key: str) -> list[int]:
-    """Return what others saw as the total of a card, in bytes."""
+    """Return the published totals of a card, in bytes."""
     seen = json.loads((PUBLISHED / "cards.json").read_text(encoding="utf-8"))
     return [
         round(float(each["total"]) * _BYTES[each["unit"]]) for each in seen.get(key, ())

@@ -17,7 +17,7 @@ class Docstring(NamedTuple):
     """A docstring.
 
     Attributes:
-        paragraphs: The words outside all sections, a paragraph each.
+        paragraphs: The paragraphs outside all sections.
         sections: The text of each section, dedented.
     """
 
@@ -25,14 +25,14 @@ class Docstring(NamedTuple):
     sections: dict[str, str]
 
     def entries(self, name: str) -> list[tuple[str, str]]:
-        """Return a section's names and what is said of each."""
+        """Return a section's names with their descriptions."""
         text = self.sections.get(name, "")
         found = re.split(r"^([\w.*]+): ", text, flags=re.MULTILINE)[1:]
         return list(zip(found[::2], found[1::2], strict=True))
 
 
 def read(thing: Any) -> Docstring:
-    """Return what an object says of itself."""
+    """Return an object's docstring."""
     return parse(inspect.getdoc(thing) or "")
 
 

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 class Fixture(NamedTuple):
-    """A fixture as its source has it.
+    """A fixture, read from its source.
 
     Attributes:
         name: What tests ask for.
-        scope: ``"function"`` unless it says another.
-        gives: The annotation of what it gives.
+        scope: ``"function"`` unless it names another one.
+        gives: The annotation of its value.
         docstring: Cleaned.
-        same: The names of ``pytest_gpumem`` that do the same without pytest.
+        same: Names of ``pytest_gpumem`` that do the same without pytest.
     """
 
     name: str

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-#: What a cell has that says nothing.
+#: The content of an empty cell.
 DASH: Final = "\N{EN DASH}"
 
 
@@ -21,7 +21,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def page(parts: Iterable[str]) -> str:
-    """Return parts one below another, an empty line between them."""
+    """Return parts joined by empty lines."""
     return "\n".join(part.strip("\n") + "\n" for part in parts if part.strip("\n"))
 
 
@@ -36,6 +36,6 @@ def prose(text: str) -> str:
 
 
 def first_sentence(text: str) -> str:
-    """Return what a contents table says of a docstring."""
+    """Return a docstring's first sentence, for a table of contents."""
     found = re.match(r"(.+?[.:])(\s|$)", prose(text).strip())
     return (found.group(1) if found else prose(text)).rstrip(".:")

@@ -1,4 +1,4 @@
-"""What the markers' descriptions have no room for: arguments, and an example each."""
+"""Additions to the markers' descriptions: their arguments, and an example of each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SIZE: Final = "`4GiB`, `4GB`, `50%` of the card, or bytes as a number; inclusive
 
 
 class Note(NamedTuple):
-    """What is said of a marker.
+    """The description of a marker.
 
     Attributes:
         arguments: The meaning of each.

@@ -1,6 +1,6 @@
 """The ladder as functions that can be named on a command line.
 
-``pytest-gpumem check ladder:load --run ladder:infer`` tries everything on it.
+``pytest-gpumem check ladder:load --run ladder:infer`` runs all checks on both.
 """
 
 from __future__ import annotations

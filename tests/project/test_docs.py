@@ -1,4 +1,4 @@
-"""The documentation's pages are in step with the code, and their examples run."""
+"""The documentation's pages are up to date with the code, and their examples run."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What differs from the CPU on the simulated card by design, each with its reason.
+"""Intended differences between the simulated card and the CPU, each with its reason.
 
-The list is complete: a difference that it does not hold fails, and so does an entry that
-differs no more. It imports no torch.
+The list is complete: a difference that is not in it fails, and so does an entry that is no
+longer needed. This module does not import torch.
 """
 
 from __future__ import annotations
