@@ -244,7 +244,7 @@ def test_the_installed_file_and_the_folder_on_the_path_both_work(
     isolated = {**reached, "PYTHONPATH": ""}
     assert ["own", "Tesla K80"] == python(ASK, reached)
     assert ["own", "False"] == python(look[2:], {**environment, CHILDREN_VARIABLE: ""})
-    assert ["Tesla K80"] == python(f"{add}{ASK}", isolated)
+    assert ["True"] == python(f"{add}{look[2:]}", isolated)
     assert ["False"] == python(f"{add}{look[2:]}", {**isolated, CHILDREN_VARIABLE: ""})
     refused = {REFUSAL_VARIABLE: "1"}
     assert ["False"] == python(f"{add}{look[2:]}", {**isolated, **refused})
@@ -273,35 +273,51 @@ TESTS = """
     import pytest
     import torch
 
+    from pytest_gpumem.inheritance import CHILDREN_VARIABLE, Inheritance
+
     CODE = (
         "import torch; x = torch.zeros(16 * 2**20, device='cuda', dtype=torch.uint8); "
-        "print(torch.cuda.mem_get_info()[0] // 2**20)"
+        "print(torch.cuda.mem_get_info()[0] // 2**20, flush=True); "
+        "torch.zeros(1, device='cuda')"
     )
 
-    def free(code=CODE):
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True
-        )
-        assert not done.returncode, done.stderr
-        return int(done.stdout)
+    def given():
+        return Inheritance.parse(os.environ[CHILDREN_VARIABLE])
 
     @pytest.mark.max_vram("16MiB", phase="children")
-    def test_budget(vram_budget):
-        assert 112 == free()
+    @pytest.mark.inject_oom("any:nth=2")
+    def test_budget_and_rule():
+        assert {"": "128MiB"} == given().budgets
+        done = subprocess.run(
+            [sys.executable, "-c", CODE], capture_output=True, text=True
+        )
+        assert 112 == int(done.stdout), done.stderr
+        assert "OutOfMemoryError: CUDA out" in done.stderr
 
     def test_block(vram_budget):
         with vram_budget("64MiB"):
-            assert 48 == free()
+            assert {"": "128MiB", "0": str(64 * 2**20)} == given().budgets
+        assert {"": "128MiB", "0": str(128 * 2**20)} == given().budgets
+
+    def has_no_room(mib):
+        context = multiprocessing.get_context("fork")
+        process = context.Process(target=ends_without_room, args=(mib,))
+        process.start()
+        process.join()
+        return {0: False, 3: True}[process.exitcode]
+
+    def ends_without_room(mib):
+        try:
+            work(mib, False)
+        except torch.OutOfMemoryError:
+            os._exit(3)
 
     @pytest.mark.max_vram("15MiB", phase="children")
     @pytest.mark.gpu_budget("32MiB")
     def test_over():
-        assert 16 == free()
-
-    @pytest.mark.inject_oom("any:nth=1")
-    def test_rule():
-        with pytest.raises(AssertionError, match="OutOfMemoryError: CUDA out"):
-            free()
+        assert {"": "128MiB", "0": "32MiB"} == given().budgets
+        assert not has_no_room(16)
+        assert has_no_room(33)
 
     def work(mib, ends):
         # Not zeros: after a fork, OpenMP has no threads to fill them with.
@@ -309,17 +325,19 @@ TESTS = """
         if ends:
             os._exit(0)
 
-    @pytest.mark.parametrize("how", ["fork", "spawn"])
-    def test_multiprocessing(how):
+    @pytest.mark.parametrize(
+        ("how", "sizes"), [("fork", [3, 7]), ("spawn", [7])], ids=["fork", "spawn"]
+    )
+    def test_multiprocessing(how, sizes):
         context = multiprocessing.get_context(how)
         processes = [
-            context.Process(target=work, args=(mib, mib > 5)) for mib in (3, 7)
+            context.Process(target=work, args=(mib, mib > 5)) for mib in sizes
         ]
         for each in processes:
             each.start()
         for each in processes:
             each.join()
-        assert [0, 0] == [each.exitcode for each in processes]
+        assert {0} == {each.exitcode for each in processes}
 
     class Numbers(torch.utils.data.Dataset):
         def __len__(self):
@@ -352,7 +370,7 @@ def test_tests_children_are_in_a_run(pytester: pytest.Pytester) -> None:
         "--gpu-budget=128MiB", "-p", "no:cacheprovider", "-v", "--junitxml=j.xml"
     )
 
-    result.assert_outcomes(passed=7, failed=1)
+    result.assert_outcomes(passed=6, failed=1)
     result.stdout.fnmatch_lines(
         [
             "peak VRAM above max_vram: allocated 16 MiB *limit 15 MiB*, 1 MiB too much",
@@ -361,8 +379,7 @@ def test_tests_children_are_in_a_run(pytester: pytest.Pytester) -> None:
     )
     result.stdout.fnmatch_lines_random(
         [
-            "* 16 MiB * test_it.py::test_budget (children)",
-            "* 0 B * 1 * test_it.py::test_rule (children)",
+            "* 16 MiB * 1 * test_it.py::test_budget_and_rule (children)",
             "* 7 MiB * test_it.py::test_multiprocessing[[]fork] (children)",
             "* 7 MiB * test_it.py::test_multiprocessing[[]spawn] (children)",
             "* 1 MiB * test_it.py::test_loader (children)",
@@ -370,7 +387,7 @@ def test_tests_children_are_in_a_run(pytester: pytest.Pytester) -> None:
     )
     result.stdout.no_fnmatch_line("*test_no_child (*")
     report = (pytester.path / "j.xml").read_text("utf-8")
-    assert 2 == report.count('name="gpumem.children" value="2"') - 1
+    assert 2 == report.count('name="gpumem.children" value="2"')
     after = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
     before.pop("PYTEST_CURRENT_TEST")
     assert before == after
