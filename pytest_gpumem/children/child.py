@@ -214,7 +214,7 @@ class Child:
         from pytest_gpumem.children.watch import ForkedChildren, Watch
 
         def make() -> Watch:
-            return Watch(device, self._given.folder, indices, self._strikes)
+            return Watch(device, self._given.folder, indices, self._failed_counts)
 
         def forked() -> Any:
             self._watch.stop()  # the watch and its file belong to the parent
@@ -226,7 +226,7 @@ class Child:
         self._forks = ForkedChildren(forked)
         self._forks.start()
 
-    def _strikes(self) -> list[int]:
+    def _failed_counts(self) -> list[int]:
         if self._injector is None:
             return []
         return [each.num_failed for each in self._injector.schedules]

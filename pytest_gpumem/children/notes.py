@@ -45,7 +45,7 @@ class ChildFigures(NamedTuple):
         pid: The child's process id.
         environment: The key of its figures: card, backend, torch.
         num_requests: The number of allocations that it requested.
-        strikes: The number of allocations that each rule made fail in the child.
+        failed_counts: The number of allocations that each rule made fail in the child.
         figures: Its figures, by card.
     """
 
@@ -53,7 +53,7 @@ class ChildFigures(NamedTuple):
     pid: int
     environment: str
     num_requests: int
-    strikes: tuple[int, ...]
+    failed_counts: tuple[int, ...]
     figures: Mapping[int, MemoryFigures]
 
 
@@ -79,9 +79,9 @@ class Note:
         with path.open("r+b") as file:
             self._map: Final = mmap.mmap(file.fileno(), _FIGURES)
 
-    def write(self, num_requests: int, strikes: Sequence[int]) -> None:
+    def write(self, num_requests: int, failed_counts: Sequence[int]) -> None:
         """Note how many allocations were requested, and how many each rule made fail."""
-        counted = [*strikes[:MAX_RULES], *[0] * (MAX_RULES - len(strikes))]
+        counted = [*failed_counts[:MAX_RULES], *[0] * (MAX_RULES - len(failed_counts))]
         _COUNTS.pack_into(self._map, 0, num_requests, *counted)
 
     def write_card(self, index: int, figures: MemoryFigures) -> None:
@@ -104,7 +104,7 @@ def read_note(path: Path) -> ChildFigures | None:
         return None
     if type(pid) is not int or not 0 < pid <= _MAX_PID or type(environment) is not str:
         return None
-    num_requests, *strikes = _COUNTS.unpack_from(content)
+    num_requests, *failed_counts = _COUNTS.unpack_from(content)
     found = {}
     for index in range(MAX_CARDS):
         offset = _COUNTS.size + index * _CARD.size
@@ -121,7 +121,7 @@ def read_note(path: Path) -> ChildFigures | None:
         pid,
         environment,
         num_requests,
-        tuple(strikes),
+        tuple(failed_counts),
         found,
     )
 

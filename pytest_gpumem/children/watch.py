@@ -25,7 +25,7 @@ class Watch:
         device: The cards.
         folder: The folder of the notes.
         indices: The run's index of each card.
-        strikes: Returns how many allocations each rule has made fail so far.
+        failed_counts: Returns how many allocations each rule has made fail so far.
     """
 
     def __init__(
@@ -33,23 +33,23 @@ class Watch:
         device: Device,
         folder: str,
         indices: Sequence[int],
-        strikes: Callable[[], Sequence[int]] = lambda: (),
+        failed_counts: Callable[[], Sequence[int]] = lambda: (),
     ) -> None:
         self._device: Final = device
         self._folder: Final = folder
         self._indices: Final = indices
-        self._strikes: Final = strikes
+        self._failed_counts: Final = failed_counts
         self._stack = ExitStack()
         self._trackers: list[Tracker] = []
         self._requests = 0
-        self._struck: Sequence[int] = ()
+        self._counts_before: Sequence[int] = ()
         self._peaks: dict[int, tuple[int, int]] = {}
         self._note: Note | None = None
 
     def start(self) -> None:
         """Begin; nothing is written until a card is used."""
         self._requests = self._device.num_requests
-        self._struck = list(self._strikes())
+        self._counts_before = list(self._failed_counts())
         count = self._device.device_count
         self._trackers = [self._device.open_tracker(index) for index in range(count)]
         self._stack.enter_context(self._device.watching(self._watch))
@@ -85,10 +85,10 @@ class Watch:
             self._count()
 
     def _count(self) -> None:
-        now = list(self._strikes())
-        before = [*self._struck, *[0] * (len(now) - len(self._struck))]
-        struck = [each - old for each, old in zip(now, before, strict=False)]
-        self._require().write(self._device.num_requests - self._requests, struck)
+        now = list(self._failed_counts())
+        before = [*self._counts_before, *[0] * (len(now) - len(self._counts_before))]
+        failed = [each - old for each, old in zip(now, before, strict=False)]
+        self._require().write(self._device.num_requests - self._requests, failed)
 
     def _require(self) -> Note:
         if self._note is None:

@@ -105,7 +105,7 @@ class Children:
 
         def make() -> Watch:
             indices = range(device.device_count)
-            return Watch(device, self._folder, indices, self._strikes)
+            return Watch(device, self._folder, indices, self._failed_counts)
 
         if os.getpid() != self._pid:
             make().start()  # this is a child, forked before torch was first used
@@ -149,7 +149,7 @@ class Children:
         if os.environ.get(CHILDREN_VARIABLE) != text:
             os.environ[CHILDREN_VARIABLE] = text
 
-    def _strikes(self) -> list[int]:
+    def _failed_counts(self) -> list[int]:
         schedules = [] if self.injector is None else self.injector.schedules
         return [each.num_failed for each in schedules]
 
@@ -171,13 +171,14 @@ class Children:
             if self._seen.get(child.path) != child.num_requests
         ]
 
-    def strikes(self, count: int) -> list[int]:
+    def failed_counts(self, count: int) -> list[int]:
         """Return how many allocations each rule failed in children, in the rules' order."""
-        told = [child.strikes for child in self.new_figures()]
+        counts = [child.failed_counts for child in self.new_figures()]
         # Notes have room for the counts of a fixed number of rules; further counts are
         # unknown.
         return [
-            sum(sum(each[index : index + 1]) for each in told) for index in range(count)
+            sum(sum(each[index : index + 1]) for each in counts)
+            for index in range(count)
         ]
 
     @staticmethod

@@ -421,8 +421,8 @@ class Phases:
     def _check_rules(self, markers: marks.Markers) -> None:
         """Fail a test if a rule of its markers was never reached, as it proves nothing."""
         own = self._own_schedules(markers)
-        strikes = self._run.children.strikes(len(own))
-        for schedule, in_children in zip(own, strikes, strict=True):
+        failed_counts = self._run.children.failed_counts(len(own))
+        for schedule, in_children in zip(own, failed_counts, strict=True):
             if not schedule.num_failed and not in_children:
                 pytest.fail(
                     f"inject_oom {str(schedule.rule)!r} was never reached: the test "
@@ -439,9 +439,9 @@ class Phases:
     def _count_injected(self, markers: marks.Markers) -> None:
         own = len(markers.rules)
         names = [str(rule) for rule in self._run.settings.rules]
-        in_children = self._run.children.strikes(own + len(names))
-        for name, struck in zip(names, in_children[own:], strict=True):
-            self.rule_counts[name] += struck
+        in_children = self._run.children.failed_counts(own + len(names))
+        for name, failed in zip(names, in_children[own:], strict=True):
+            self.rule_counts[name] += failed
         if self._injector is not None:
             for schedule in self._injector.schedules[own:]:
                 self.rule_counts[str(schedule.rule)] += schedule.num_failed

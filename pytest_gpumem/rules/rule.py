@@ -206,12 +206,12 @@ class Schedule:
         with self._lock:
             self.num_counted += 1
             self._counted_bytes += request.nbytes
-            if not self._strikes() or self.is_spent:
+            if not self._is_due() or self.is_spent:
                 return False
             self.num_failed += 1
             return True
 
-    def _strikes(self) -> bool:
+    def _is_due(self) -> bool:
         rule = self.rule
         if rule.probability is not None:
             return self._random.random() < rule.probability

@@ -125,7 +125,7 @@ def test_a_process_takes_over_and_lets_go(
 
     assert 2**30 == free[0]
     assert free[1] > 7 * 2**30
-    assert (os.getpid(), 1) == (note.pid, note.strikes[0])
+    assert (os.getpid(), 1) == (note.pid, note.failed_counts[0])
     assert note.environment.startswith("Tesla T4, simulated, torch ")
     assert [1] == list(note.figures)
     assert (4 * MIB, 1) == (
@@ -415,7 +415,7 @@ def test_children_can_be_left_alone(
 def test_more_rules_than_a_note_counts_are_no_trouble(
     pytester: pytest.Pytester,
 ) -> None:
-    """The strikes of the first of them are told; a child has all of them."""
+    """Failures by the first rules are counted; a child applies all rules."""
     code = "import torch; torch.zeros(1, device='cuda')"
     pytester.makepyfile(
         test_it=f"""

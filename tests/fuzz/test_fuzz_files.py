@@ -288,7 +288,7 @@ def test_a_childs_broken_note_is_no_note(
     assert (environment, 3, (1, 2)) == (
         child.environment,
         child.num_requests,
-        child.strikes[:2],
+        child.failed_counts[:2],
     )
     assert [FIGURES] == [*child.figures.values()]
     assert {environment} >= {each.environment for each in rest}

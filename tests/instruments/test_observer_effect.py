@@ -64,7 +64,7 @@ def timelines() -> Iterator[None]:
 
 @contextmanager
 def a_rule() -> Iterator[None]:
-    """A rule that asks for phase, thread and site each time, and never strikes."""
+    """A rule that asks for phase, thread and site each time, and never fails a request."""
     with OomInjector(NEVER, "any:nth=1,site=*never*") as injector:
         yield
     assert not injector.num_injected
