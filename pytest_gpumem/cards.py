@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 #: The card of a run that names none. Free notebooks and most CI machines with a GPU have
-#: this card, so that a model that fits here fits there. Its total is known to the byte.
+#: this card, and its total is known to the byte.
 DEFAULT_CARD: Final = "T4"
 #: The newest CUDA version that the driver of a simulated machine supports, which is that of
 #: PyTorch's wheels of torch 2.13 for Linux, and the version of the first driver that

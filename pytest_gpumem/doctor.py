@@ -55,7 +55,7 @@ class Examination:
     Attributes:
         facts: By name, plain values.
         backend: What ``--gpu-backend=auto`` chooses.
-        reason: Why.
+        reason: Why it chooses this backend.
         card: The card of a run that names none.
         problems: The problems, the worst first.
     """

@@ -58,10 +58,10 @@ def note_dropped(observe: Callable[..., Any], error: Exception) -> None:
     try:
         text = f"{error}"
     except Exception:  # noqa: BLE001  # code of the program's own class may raise
-        text = "its text cannot be had"
+        text = "its text cannot be read"
     words = f"{type(error).__name__}: {text:.200}"
     _dropped[
-        f"{home}.{name} was dropped, what it records is not whole: "
+        f"{home}.{name} was stopped, so its record is incomplete: "
         f"{words} ({last.name}, line {last.lineno})"
     ] = None
 

@@ -112,13 +112,13 @@ def _no_mark(line: int) -> str:
 
 
 class StateHolder(Enum):
-    """What takes memory for the state of a generator that a captured graph uses."""
+    """Who owns the memory for the state of a generator that a captured graph uses."""
 
-    #: The generator, for as long as one of the graphs exists that it is registered with.
+    #: The generator, as long as a graph exists with which it is registered.
     GENERATOR = auto()
-    #: Each graph, for each registered generator, as its capture begins.
+    #: Each graph; it takes memory for each registered generator when its capture begins.
     CAPTURE = auto()
-    #: Each graph, at the first draw in its capture.
+    #: Each graph; it takes memory at the first draw in its capture.
     DRAW = auto()
 
 
@@ -139,7 +139,7 @@ class AllocatorVersion(NamedTuple):
         kernel_error_end: The same for an error that a kernel can cause.
         keeps_workspaces: Whether cuBLAS's workspaces are kept for the next product if
             ``TORCH_CUBLAS_WORKSPACE_CACHE`` does not say so.
-        generator_states: What takes memory for the state of a generator in graphs.
+        generator_states: Who owns the memory for the state of a generator in graphs.
         releases_failed_captures: Whether a graph whose capture failed releases its
             pool.
         hides_seeds: Whether the seed of a generator can neither be read nor set in a capture.

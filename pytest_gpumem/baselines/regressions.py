@@ -171,7 +171,7 @@ class FirstUses:
     use, and the other test has leaked.
 
     Args:
-        entries: The baseline's, by test.
+        entries: The baseline's entries, by test.
     """
 
     def __init__(self, entries: Mapping[str, Peaks]) -> None:

@@ -168,7 +168,7 @@ def as_test_file(
     if sizes:
         told = ["budgets=BUDGETS", "expect=RUNGS"]
     lines = [
-        f'"""Does {load} hold where the card runs out of memory?"""',
+        f'"""Checks {load} where the card runs out of memory."""',
         "",
         "import pytest",
         "",
@@ -177,7 +177,7 @@ def as_test_file(
     if sizes:
         lines += [
             "",
-            "#: Sizes to load under, and where each has led.",
+            "#: Budgets for a load, and the rung on which each load ended.",
             "BUDGETS = [",
             *(f'    "{size}",' for size in sizes),
             "]",

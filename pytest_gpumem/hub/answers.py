@@ -73,9 +73,9 @@ def answer(
     """Return the hub's answer; None if the hub itself must be asked.
 
     Args:
-        method: HTTP's.
+        method: The HTTP method.
         target: Path and query of the address, as sent.
-        body: Of the request.
+        body: The request's body.
         find: See ``Find``.
         wanted_range: The ``Range`` header: which bytes of a file.
     """

@@ -43,7 +43,7 @@ _TRACED: Final = 3
 #: The most objects of one search.
 _VISITED: Final = 20_000
 _NOBODY: Final = (
-    "no Python object that can be named (a graph of autograd, or C++ at work)"
+    "no Python object that can be named (a graph of autograd, or running C++ code)"
 )
 #: The beginning of the description of a cycle.
 CYCLE: Final = "a reference cycle, which only a collection frees"

@@ -76,7 +76,7 @@ def portrait(value: Any) -> Any:
     if issubclass(type(value), _LAZY):
         kind = type(value).__name__
         raise TypeError(
-            f"the result is a {kind}, which has done nothing yet: return what it gives, "
+            f"the result is a {kind}, which has computed nothing yet: return its values, "
             "as list(...) does"
         )
     return _paint(value, (), _DEPTH)

@@ -170,7 +170,7 @@ def _run_the_real_one(arguments: Sequence[str]) -> NoReturn:
     real = shutil.which("nvidia-smi", path=os.pathsep.join(folders))
     if real is None:
         raise _RefusalError(
-            "NVIDIA-SMI has failed because no run on simulated cards is around this "
+            "NVIDIA-SMI has failed because no run on simulated cards started this "
             "process, and there is no other nvidia-smi on PATH.",
             _NO_DRIVER,
         )

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 #: Metrics that are only known on a simulated card, and why.
 _SIMULATED: Final = {
-    "fragmented": "PyTorch does not tell what was reserved while most was allocated; run "
+    "fragmented": "PyTorch does not report the reserved bytes at the allocated peak; run "
     "the test on a simulated card, or limit metric='reserved'",
-    "activations": "only a simulated card tells which code asks for memory while a test "
+    "activations": "only a simulated card knows which code requests memory while a test "
     "runs; run the test on one, or limit metric='allocated'",
 }
 

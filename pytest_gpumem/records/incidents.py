@@ -215,7 +215,7 @@ def _batch(incident: Incident) -> Remedy | None:
     return _remedy(
         incident,
         f"a batch {cut} times smaller",
-        f"{format_size(growing)} that are no weights, gradients or optimiser's state "
+        f"{format_size(growing)} of neither weights, gradients nor optimiser's state "
         f"become {format_size(growing // cut)}, if all of them grow with the batch",
         fixed + growing // cut,
     )

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 FORMAT: Final = "pytest-gpumem report"
-#: 2 brought environments, hosts, limits, and what is new or stale in a baseline.
+#: Version 2 added environments, hosts, limits, and new and stale entries of a baseline.
 VERSION: Final = 2
 
 

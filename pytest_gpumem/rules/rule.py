@@ -48,11 +48,11 @@ class Request:
     """One request for device memory, as a rule sees it.
 
     Attributes:
-        nbytes: Bytes asked for, before any rounding.
-        device_index: The card asked.
+        nbytes: Requested bytes, before any rounding.
+        device_index: The card from which they are requested.
         phase: What the program was doing: one of ``PHASES`` except ``"any"``, or
             ``"other"``.
-        thread: Name of the asking thread; ``"main"`` for the main one.
+        thread: Name of the thread that requests them; ``"main"`` for the main thread.
         names: What a ``site`` pattern may match: ``file.py:function`` of each frame,
             the path of the active module, the name of the parameter being loaded.
     """

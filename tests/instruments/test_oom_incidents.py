@@ -360,7 +360,7 @@ def test_arithmetic_is_said_and_honest() -> None:
         "needed at least 110 MiB: live 90 MiB, this request 20 MiB",
         "half precision: would fit (94 MiB of 100 MiB): float32 weights of 32 MiB",
         "offload to the CPU: would fit (78 MiB of 100 MiB)",
-        "a batch 2 times smaller: would fit (75 MiB of 100 MiB): 70 MiB that are",
+        "a batch 2 times smaller: would fit (75 MiB of 100 MiB): 70 MiB of ",
     ):
         assert text in lines
     assert [False, False, True] == [each.fits for each in remedies(crowded)]

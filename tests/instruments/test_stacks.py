@@ -569,7 +569,7 @@ def test_an_observer_that_raises_is_dropped(kind: str, observe: Any) -> None:
     assert 3 * MIB == during
     assert 0 == torch.cuda.memory_allocated()
     assert told == (
-        f"{__name__}._broken was dropped, what it records is not whole: ValueError: "
+        f"{__name__}._broken was stopped, so its record is incomplete: ValueError: "
         f"a bug of the observer's (_broken, line {_broken.__code__.co_firstlineno + 1})"
     )
     assert not take_dropped()
@@ -630,7 +630,7 @@ def test_an_error_without_a_text_is_told_too() -> None:
         raise OddError
 
     assert 7 == guarded(look, otherwise=7)
-    assert "OddError: its text cannot be had (look, line " in take_dropped()[0]
+    assert "OddError: its text cannot be read (look, line " in take_dropped()[0]
 
 
 @pytest.mark.parametrize("options", WORKERS)
@@ -657,10 +657,10 @@ def test_the_run_says_what_was_dropped(
     )
 
     result.assert_outcomes(passed=1)
-    said = [line for line in result.outlines if "was dropped" in line]
+    said = [line for line in result.outlines if "was stopped" in line]
     assert [
-        "gpumem: test_the_run_says_what_was_dropped.broken was dropped, what it"
-    ] == [line[: len(said[0].partition(" records")[0])] for line in said]
+        "gpumem: test_the_run_says_what_was_dropped.broken was stopped, so its"
+    ] == [line[: len(said[0].partition(" record")[0])] for line in said]
 
 
 def test_a_sweep_leaves_the_systems_handlers_alone(tmp_path: Path) -> None:

@@ -239,7 +239,7 @@ def test_what_a_loader_does_to_the_program_is_told(
 )
 def test_a_result_that_has_done_nothing_yet_is_refused(lazy: Any) -> None:
     """There would be nothing to compare, and no fault inside it."""
-    with pytest.raises(SweepError, match="which has done nothing yet: return what it"):
+    with pytest.raises(SweepError, match="which has computed nothing yet: return its"):
         sweep_ooms(lazy)
 
 

@@ -182,7 +182,7 @@ def declared(func: Any, operands: list[Operand]) -> None:
     )
 
 
-def as_if(
+def check_of(
     name: str, names: tuple[str, ...], order: tuple[int, ...] = ()
 ) -> Callable[[Any, list[Operand]], None]:
     """Return the check of the operator from which a card composes this one.
@@ -264,12 +264,12 @@ def _outs_first(operands: list[Operand]) -> list[Operand]:
     return sorted(operands, key=lambda each: not each.is_out)
 
 
-def turned(func: Any, operands: list[Operand]) -> None:
+def iterated_reversed(func: Any, operands: list[Operand]) -> None:
     """Check as a ``TensorIterator`` that gets the first two operands in reverse order."""
     iterated(func, operands[1::-1] + operands[2:])
 
 
-def alike(_func: Any, operands: list[Operand]) -> None:
+def iterated_without_numbers(_func: Any, operands: list[Operand]) -> None:
     """Check as a ``TensorIterator`` that accepts no host numbers."""
     operands = _outs_first(operands)
     card = _card(operands)
@@ -278,16 +278,16 @@ def alike(_func: Any, operands: list[Operand]) -> None:
             refuse_devices(card, each.device)
 
 
-def leading(_func: Any, operands: list[Operand]) -> None:
+def first_operand_only(_func: Any, operands: list[Operand]) -> None:
     """Check only the first operand, which determines the device of the result."""
     card = _card(operands)
     if operands[0].device != card:
         refuse_devices(card, operands[0].device)
 
 
-def led(func: Any, operands: list[Operand]) -> None:
+def iterated_on_first(func: Any, operands: list[Operand]) -> None:
     """Check as ``TensorIterator`` if the result is on the first operand's device."""
-    leading(func, operands)
+    first_operand_only(func, operands)
     iterated(func, operands)
 
 
@@ -322,11 +322,11 @@ def in_kernel(_func: Any, operands: list[Operand]) -> None:
             )
 
 
-def as_written(
+def check_of_kernel(
     name: str, names: tuple[str, ...]
 ) -> Callable[[Any, list[Operand]], None]:
     """Return a check by the kernel that writes the result of this operator."""
-    compare = as_if(name, names)
+    compare = check_of(name, names)
 
     def check(func: Any, operands: list[Operand]) -> None:
         is_own = func._overloadname == "default"

@@ -258,7 +258,7 @@ def checked(
     return checking
 
 
-def landing(func: Any) -> Kernel | None:
+def result_on_card(func: Any) -> Kernel | None:
     """Move a result to the card if C++ has created it on the host."""
     if func._schema.is_mutable:
         return None

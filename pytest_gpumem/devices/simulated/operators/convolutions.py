@@ -145,7 +145,7 @@ class _Layer:
         ]
 
 
-def _laid(*tensors: torch.Tensor | None) -> list[Temporary]:
+def _contiguous_copies(*tensors: torch.Tensor | None) -> list[Temporary]:
     """Return copies of the tensors that are not contiguous, for example a real part."""
     return [
         copy_of(each)
@@ -185,14 +185,14 @@ def _forward(layer: _Layer, call: Call) -> Iterator[RequestStep]:
     if not result.numel():
         return
     bias = call["bias"]
-    yield from _laid(layer.source, layer.weight)
+    yield from _contiguous_copies(layer.source, layer.weight)
     if layer.groups == 1 or layer.is_depthwise:
-        laid = _laid(bias)
+        copies = _contiguous_copies(bias)
         if not layer.is_transposed:
-            yield from laid
+            yield from copies
         if layer.is_depthwise:
             return
-        yield from _convolved(layer, result, Results(), bias, laid)
+        yield from _convolved(layer, result, Results(), bias, copies)
         return
     parts: list[Temporary] = []
     for _group in range(layer.groups):
@@ -212,7 +212,7 @@ def _convolved(
     result: torch.Tensor,
     part: RequestStep,
     bias: torch.Tensor | None,
-    laid: list[Temporary],
+    copies: list[Temporary],
 ) -> Iterator[RequestStep]:
     """Request one group's result and its columns."""
     small = None
@@ -224,7 +224,7 @@ def _convolved(
         yield Free(small)
     held = [layer.columns(result)]
     if layer.is_transposed:
-        yield from laid
+        yield from copies
         if bias is not None:
             ones = math.prod(result.shape[2:]) * layer.itemsize
             held.append(Temporary(ones))
@@ -258,8 +258,8 @@ def _measured_backward(layer: _Layer, call: Call) -> Iterator[RequestStep]:
 
 
 def _each_channel_backward(layer: _Layer, call: Call) -> Iterator[RequestStep]:
-    gradient = _laid(call["grad_output"])
-    source, weight = _laid(layer.source), _laid(layer.weight)
+    gradient = _contiguous_copies(call["grad_output"])
+    source, weight = _contiguous_copies(layer.source), _contiguous_copies(layer.weight)
     yield from (*gradient, *source)
     yield Results(1)
     # The copy of an image is freed after the kernel of the weight's gradient. The copy
@@ -275,11 +275,11 @@ def _each_channel_backward(layer: _Layer, call: Call) -> Iterator[RequestStep]:
 def _backward(layer: _Layer, call: Call) -> Iterator[RequestStep]:
     gradient: torch.Tensor = call["grad_output"]
     wanted = call["output_mask"]
-    yield from _laid(layer.source, layer.weight)
+    yield from _contiguous_copies(layer.source, layer.weight)
     if layer.groups == 1:
-        laid = _laid(gradient)
+        copies = _contiguous_copies(gradient)
         steps: list[RequestStep] = [Results(index) for index in range(3)]
-        yield from _gradients(layer, gradient, steps, wanted, laid)
+        yield from _gradients(layer, gradient, steps, wanted, copies)
         return
     parts: list[Temporary] = []
     for _group in range(layer.groups):
@@ -303,7 +303,7 @@ def _gradients(
     gradient: torch.Tensor,
     steps: Sequence[RequestStep],
     wanted: list[bool],
-    laid: list[Temporary],
+    copies: list[Temporary],
 ) -> Iterator[RequestStep]:
     """Request one group's gradients and their columns.
 
@@ -312,21 +312,21 @@ def _gradients(
         gradient: The gradient of the convolution's result.
         steps: The requests for the gradients of source, weight and bias.
         wanted: Which of these three gradients are needed.
-        laid: The contiguous copy of ``gradient``, if one is needed.
+        copies: The contiguous copy of ``gradient``, if one is needed.
     """
     of_source, of_weight, of_bias = steps
     columns = layer.columns(gradient)
     if layer.is_transposed:
         # There are two kernels, and each makes its own copy.
         if wanted[0]:
-            yield from (*laid, of_source, columns, Free(columns), *map(Free, laid))
+            yield from (*copies, of_source, columns, Free(columns), *map(Free, copies))
         if any(wanted[1:]):
-            again = [Temporary(each.nbytes) for each in laid]
+            again = [Temporary(each.nbytes) for each in copies]
             columns = layer.columns(gradient)
             yield from (of_weight, of_bias, *again, columns, Free(columns))
             yield from map(Free, again)
         return
-    yield from laid
+    yield from copies
     if layer.dimensions == 2 and not layer.is_dilated:  # noqa: PLR2004  # two dimensions: images
         yield from (of_source, columns, of_bias, of_weight, Free(columns))
     else:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from pytest_gpumem.devices.simulated.kernel_types import HALVES, require_type
-from pytest_gpumem.devices.simulated.operators.checks import as_if
+from pytest_gpumem.devices.simulated.operators.checks import check_of
 from pytest_gpumem.devices.simulated.operators.registry import register
 from pytest_gpumem.devices.simulated.operators.requests import (
     Free,
@@ -40,7 +40,7 @@ def _in_a_row(call: Call) -> Iterator[RequestStep]:
 register(
     "embedding",
     requests=_in_a_row,
-    check=as_if("_index_select", ("self", "index")),
+    check=check_of("_index_select", ("self", "index")),
     source="Embedding.cpp, embedding_symint",
 )
 

@@ -20,11 +20,11 @@ from pytest_gpumem.devices.simulated.kernel_types import (
 )
 from pytest_gpumem.devices.simulated.memory import Memory, hold
 from pytest_gpumem.devices.simulated.operators.checks import (
-    as_if,
-    as_written,
+    check_of,
+    check_of_kernel,
+    first_operand_only,
     iterated,
-    leading,
-    led,
+    iterated_on_first,
     refuse_devices,
 )
 from pytest_gpumem.devices.simulated.operators.composing import (
@@ -375,7 +375,7 @@ register("meshgrid", composed=checked(_meshgrid), source="TensorShape.cpp, meshg
 register("block_diag", check=_block_diag, source="TensorShape.cpp, block_diag")
 # ``cat`` compares the devices of a stack.
 register(
-    "stack _stack", check=as_if("cat", ("tensors",)), source="TensorShape.cpp, stack"
+    "stack _stack", check=check_of("cat", ("tensors",)), source="TensorShape.cpp, stack"
 )
 register(
     "scatter_add",
@@ -385,7 +385,7 @@ register(
 register(
     "index_fill",
     around=_reading_value,
-    check=led,
+    check=iterated_on_first,
     source="FunctionsManual.cpp, value_selecting_reduction_backward and its like; "
     "TensorAdvancedIndexing.cpp, index_fill_",
 )
@@ -419,7 +419,7 @@ register(
 register(
     "put",
     around=taking_over,
-    check=as_written("_put_", ("self", "index", "source")),
+    check=check_of_kernel("_put_", ("self", "index", "source")),
     alert="put_",
     alerts=lambda _func, args, _options: args[3:4] == (True,),
     source="FunctionsManual.cpp, as above; TensorAdvancedIndexing.cpp, put_",
@@ -589,7 +589,7 @@ def _from_card(func: Any, handler: Handler) -> Handler:
 register(
     "select_scatter",
     requests=_zero_first,
-    check=leading,
+    check=first_operand_only,
     around=_from_card,
     source="derivatives.yaml, select_scatter: at::zeros_symint(src.sym_sizes()); "
     "TensorShape.cpp, select_scatter_symint",
@@ -597,7 +597,7 @@ register(
 # The second operand is copied from any device.
 register(
     "as_strided_scatter diagonal_scatter slice_scatter",
-    check=leading,
+    check=first_operand_only,
     around=_from_card,
     source="TensorShape.cpp, functions of these names",
 )
@@ -742,6 +742,6 @@ def _scattering_by_mask(call: Call) -> Iterator[RequestStep]:
 register(
     "masked_scatter",
     requests=_scattering_by_mask,
-    check=as_written("_masked_scatter_", ("self", "mask", "source")),
+    check=check_of_kernel("_masked_scatter_", ("self", "mask", "source")),
     source="cuda/IndexKernel.cpp, masked_scatter__cuda",
 )

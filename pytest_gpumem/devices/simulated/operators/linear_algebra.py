@@ -15,15 +15,15 @@ from pytest_gpumem.devices.simulated.kernel_types import (
     lacking,
 )
 from pytest_gpumem.devices.simulated.layouts import TWO_LAYOUTS
-from pytest_gpumem.devices.simulated.operators.checks import as_if
+from pytest_gpumem.devices.simulated.operators.checks import check_of
 from pytest_gpumem.devices.simulated.operators.composing import (
     by_formula,
     checked,
     into_out,
-    landing,
     on_host,
     only,
     packing,
+    result_on_card,
 )
 from pytest_gpumem.devices.simulated.operators.reductions import norming
 from pytest_gpumem.devices.simulated.operators.registry import register
@@ -408,8 +408,8 @@ def _multiplied(args: tuple[Any, ...]) -> str:
     """Name the missing kernel for integer matrices; unequal dtypes are refused before."""
     is_added = len(args) > 2 and isinstance(args[2], torch.Tensor)  # noqa: PLR2004  # the third argument is a matrix
     first, second = args[1:3] if is_added else args[:2]
-    is_alike = first.dtype == second.dtype
-    return "addmm_cuda" if is_alike and first.dtype in _UNMULTIPLIED else ""
+    is_same = first.dtype == second.dtype
+    return "addmm_cuda" if is_same and first.dtype in _UNMULTIPLIED else ""
 
 
 #: Dtypes that cuBLAS does not multiply here. Source: ``addmm_out_cuda_impl`` and others of
@@ -425,7 +425,7 @@ for _names, _lacks, _rule, _check in (
         "mv",
         lacking("addmv_impl_cuda", _UNMULTIPLIED),
         None,
-        as_if("addmv_", ("self", "mat"), (1, 0)),
+        check_of("addmv_", ("self", "mat"), (1, 0)),
     ),
     ("baddbmm bmm", lacking("baddbmm_cuda", _UNMULTIPLIED), _multiplying_batches, None),
 ):
@@ -454,7 +454,7 @@ for _name in ("dot", "vdot"):
     )
 register(
     "addr_",
-    check=as_if("out_addr_out", ("self", "vec1", "vec2")),
+    check=check_of("out_addr_out", ("self", "vec1", "vec2")),
     source="LinearAlgebra.cpp, addr_: addr_out",
 )
 register(
@@ -684,7 +684,7 @@ register(
     in_slices=True,
     source=_COMPOSED,
 )
-register("linalg_cond linalg_matrix_norm", composed=landing, source=_COMPOSED)
+register("linalg_cond linalg_matrix_norm", composed=result_on_card, source=_COMPOSED)
 
 
 def _tolerances(call: Call) -> Iterator[RequestStep]:

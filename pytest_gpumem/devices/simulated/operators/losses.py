@@ -9,12 +9,12 @@ import torch
 
 from pytest_gpumem.devices.simulated.kernel_types import HALVES, type_name
 from pytest_gpumem.devices.simulated.operators.checks import (
-    alike,
+    first_operand_only,
     in_kernel,
-    leading,
-    led,
+    iterated_on_first,
+    iterated_reversed,
+    iterated_without_numbers,
     refuse_devices,
-    turned,
 )
 from pytest_gpumem.devices.simulated.operators.composing import only, widening
 from pytest_gpumem.devices.simulated.operators.reductions import (
@@ -110,13 +110,13 @@ def _broadcast(call: Call) -> torch.Tensor:
 register(
     "binary_cross_entropy",
     requests=_reduced_in_place,
-    check=alike,
+    check=iterated_without_numbers,
     source="cuda/Loss.cu, binary_cross_entropy_out_cuda",
 )
 register(
     "soft_margin_loss",
     requests=_reduced_in_place,
-    check=led,
+    check=iterated_on_first,
     source="Loss.cpp, soft_margin_loss_out",
 )
 
@@ -141,13 +141,13 @@ def _of_one_device(func: Any, operands: list[Operand]) -> None:
     first = operands[0]
     if first.device.type == "cpu" and not first.tensor.dim():
         refuse_devices(first.device, operands[1].device)
-    alike(func, operands)
+    iterated_without_numbers(func, operands)
 
 
 def _with_target(func: Any, operands: list[Operand]) -> None:
     """Check the target first, because C++ creates its first tensor from it."""
-    leading(func, [operands[1], operands[0]])
-    turned(func, operands)
+    first_operand_only(func, [operands[1], operands[0]])
+    iterated_reversed(func, operands)
 
 
 register("huber_loss", requests=_with_losses, source="Loss.cpp, huber_loss")

@@ -158,8 +158,8 @@ def check_outs(
     texts = _texts_of(func)
     for number, (name, out) in enumerate(outs):
         text = texts if isinstance(texts, str) else texts[min(number, len(texts) - 1)]
-        is_alike = out.type == source.type if "{out.type}" in text else out == source
-        if text and not is_alike:
+        is_same = out.type == source.type if "{out.type}" in text else out == source
+        if text and not is_same:
             first, second = (out, source) if out.type == "cuda" else (source, out)
             raise RuntimeError(
                 text.format(

@@ -16,12 +16,12 @@ from pytest_gpumem.devices.simulated.accumulation import (
 from pytest_gpumem.devices.simulated.backward import in_backward
 from pytest_gpumem.devices.simulated.kernel_types import HALVES, lacking
 from pytest_gpumem.devices.simulated.operators.checks import (
-    alike,
-    as_written,
+    check_of_kernel,
     in_kernel,
     iterated,
-    led,
-    turned,
+    iterated_on_first,
+    iterated_reversed,
+    iterated_without_numbers,
 )
 from pytest_gpumem.devices.simulated.operators.composing import (
     into_out,
@@ -66,12 +66,18 @@ register(
 register(
     "logical_and logical_or",
     around=taking_over,
-    check=led,
+    check=iterated_on_first,
     source="FunctionsManual.cpp, evenly_distribute_backward; BinaryOps.cpp, comparison_op",
 )
-register("rsub", check=turned, source="BinaryOps.cpp, rsub: at::sub(other, self)")
-register("logical_xor", check=led, source="BinaryOps.cpp, comparison_op")
-register("addcdiv", check=alike, source="PointwiseOps.cpp, TORCH_META_FUNC(addcdiv)")
+register(
+    "rsub", check=iterated_reversed, source="BinaryOps.cpp, rsub: at::sub(other, self)"
+)
+register("logical_xor", check=iterated_on_first, source="BinaryOps.cpp, comparison_op")
+register(
+    "addcdiv",
+    check=iterated_without_numbers,
+    source="PointwiseOps.cpp, TORCH_META_FUNC(addcdiv)",
+)
 
 
 def _addcmul(func: Any, operands: list[Operand]) -> None:
@@ -101,12 +107,12 @@ def _lerp(func: Any, operands: list[Operand]) -> None:
 register("lerp", check=_lerp, source="cuda/Lerp.cu, lerp_scalar_kernel")
 register(
     "complex",
-    check=as_written("out_complex_out", ("real", "imag")),
+    check=check_of_kernel("out_complex_out", ("real", "imag")),
     source="TensorFactories.cpp, complex",
 )
 register(
     "polar",
-    check=as_written("out_polar_out", ("abs", "angle")),
+    check=check_of_kernel("out_polar_out", ("abs", "angle")),
     source="TensorFactories.cpp, polar",
 )
 # C++ creates a buffer on the host.

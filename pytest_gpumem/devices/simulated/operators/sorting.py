@@ -62,13 +62,13 @@ def _quantile(func: Any) -> Any:
         if are_formulas_active():
             return host(source, share, dim, keepdim, interpolation=interpolation)
         # C++ checks the other arguments here, and gives the shape of the result.
-        alike = [
+        shaped = [
             torch.empty(each.shape, dtype=each.dtype, device="meta")
             if isinstance(each, torch.Tensor)
             else each
             for each in (source, share)
         ]
-        shape = func(*alike, dim, keepdim, interpolation=interpolation).shape
+        shape = func(*shaped, dim, keepdim, interpolation=interpolation).shape
         if not isinstance(share, torch.Tensor):
             share = torch.full((), share, dtype=source.dtype, device=source.device)
         shape = shape[1:] if share.dim() else shape

@@ -15,7 +15,7 @@ from pytest_gpumem.devices.simulated.copies import (
 from pytest_gpumem.devices.simulated.machine import card_of
 from pytest_gpumem.devices.simulated.memory import Memory, hold
 from pytest_gpumem.devices.simulated.operands import is_own_device
-from pytest_gpumem.devices.simulated.operators.checks import leading
+from pytest_gpumem.devices.simulated.operators.checks import first_operand_only
 from pytest_gpumem.devices.simulated.operators.composing import refusal_of
 from pytest_gpumem.devices.simulated.operators.registry import register
 from pytest_gpumem.devices.simulated.refusals import refuse_value
@@ -171,7 +171,7 @@ def _sized(func: Any, handler: Handler) -> Handler:
 register(
     "resize_as_",
     resizes=True,
-    check=leading,
+    check=first_operand_only,
     around=_sized,
     source="Resize.cpp, resize_as_",
 )
