@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import pickle
 import random
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -109,14 +110,13 @@ def run(
             "printed": printed,
             "raised": raised,
             "memory": stats,
-            "random": portrait(
-                [
-                    random.getstate(),
-                    np.random.get_state(),  # noqa: NPY002  # the state of the global generator
-                    torch.get_rng_state(),
-                    torch.cuda.get_rng_state(),
-                ]
-            ),
+            # As bytes: there are thousands of numbers in them.
+            "random": [
+                pickle.dumps(random.getstate()),
+                pickle.dumps(np.random.get_state()),  # noqa: NPY002  # the state of the global generator
+                torch.get_rng_state().numpy().tobytes(),
+                torch.cuda.get_rng_state().numpy().tobytes(),
+            ],
             "defaults": (torch.get_default_dtype(), torch.is_grad_enabled()),
         }
 

@@ -30,18 +30,13 @@ def test_before(table):
 
 
 @pytest.mark.gpu_isolated
+@pytest.mark.max_vram("4MiB")
 @pytest.mark.parametrize("name", ["a b/c::d"])
-def test_passes(table, name, tmp_path):
+def test_limited(table, name, tmp_path):
     assert torch.cuda.memory_allocated() == 4 * 2**20
     assert not KEPT
-    KEPT.append(torch.ones(2**18, device="cuda"))
-
-
-@pytest.mark.gpu_isolated
-@pytest.mark.max_vram("1MiB")
-def test_limited():
     print("a word")
-    torch.ones(2**20, device="cuda")
+    KEPT.append(torch.ones(2**18, device="cuda"))
 
 
 @pytest.mark.gpu_isolated
@@ -67,11 +62,11 @@ def test_a_test_is_alone_in_its_process(pytester: pytest.Pytester) -> None:
     tests = {each["nodeid"].partition("::")[2]: each for each in report["tests"]}
     cases = ET.parse(pytester.path / "junit.xml").iter("testcase")  # noqa: S314  # our own file
 
-    result.assert_outcomes(passed=3, failed=2)
+    result.assert_outcomes(passed=2, failed=2)
     result.stdout.fnmatch_lines(
         [
-            "test_*.py ..VF. *",
-            "peak VRAM above max_vram: allocated 4 MiB *",
+            "test_*.py .VF. *",
+            "peak VRAM above max_vram: allocated 5 MiB *",
             "first over the limit at test_*.py:* in test_limited *",
             "*Captured stdout call*",
             "a word",
@@ -80,15 +75,12 @@ def test_a_test_is_alone_in_its_process(pytester: pytest.Pytester) -> None:
             "*test_a_test_is_alone_in_its_process.py::test_before",
         ]
     )
-    assert tests.keys() == {*("test_before", "test_passes[a b/c::d]", "test_limited")}
-    (call,) = (
-        each
-        for each in tests["test_passes[a b/c::d]"]["figures"]
-        if each["phase"] == "call"
-    )
+    limited = "test_limited[a b/c::d]"
+    assert tests.keys() == {"test_before", limited}
+    (call,) = (each for each in tests[limited]["figures"] if each["phase"] == "call")
     assert call["peak_allocated_bytes"] == 5 * 2**20
-    assert tests["test_limited"]["timeline"]
-    assert len(list(cases)) == 5
+    assert tests[limited]["timeline"]
+    assert len(list(cases)) == 4
     assert not list(pytester.path.glob("isolated*"))
 
 

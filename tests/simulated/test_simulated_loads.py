@@ -269,7 +269,7 @@ LLAMA = transformers.LlamaConfig(
 def generated(model: Any, device: str, **options: Any) -> torch.Tensor:
     """Return the tokens that a model writes on."""
     tokens: torch.Tensor = model.generate(
-        IDS.to(device), max_new_tokens=8, do_sample=False, pad_token_id=0, **options
+        IDS.to(device), max_new_tokens=4, do_sample=False, pad_token_id=0, **options
     )
     return tokens.cpu()
 
