@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from enum import Enum, auto
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final, NamedTuple
 
@@ -264,8 +265,12 @@ def version_of(text: str) -> AllocatorVersion:
     return older[-1] if older else VERSIONS[0]
 
 
+@cache
 def installed_version() -> AllocatorVersion:
-    """Return the properties of the installed torch; of the newest if there is none."""
+    """Return the properties of the installed torch; of the newest if there is none.
+
+    They are kept, because reading the version parses all of torch's metadata.
+    """
     try:
         return version_of(version("torch"))
     except PackageNotFoundError:

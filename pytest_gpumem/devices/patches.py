@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -21,29 +20,35 @@ class PatchSet:
     """
 
     def __init__(self) -> None:
-        self._stack: Final = ExitStack()
+        self._undoing: Final[list[tuple[Any, ...]]] = []
 
     def set(self, owner: Any, name: str, value: Any) -> Any:
         """Replace ``owner.name`` and return its previous value (None if there was none)."""
         saved = vars(owner).get(name, _ABSENT)
         setattr(owner, name, value)
         if saved is _ABSENT:
-            self._stack.callback(delattr, owner, name)
+            self._undoing.append((delattr, owner, name))
             return None
-        self._stack.callback(setattr, owner, name, saved)
+        self._undoing.append((setattr, owner, name, saved))
         return saved
 
     def put(self, table: MutableMapping[Any, Any], key: Any, value: Any) -> None:
         """Set an entry of a table, and remember its previous value."""
         if key in table:
-            self._stack.callback(table.__setitem__, key, table[key])
+            self._undoing.append((table.__setitem__, key, table[key]))
         else:
-            self._stack.callback(table.pop, key, None)
+            self._undoing.append((table.pop, key, None))
         table[key] = value
 
     def restore(self) -> None:
         """Restore everything, even if a part of it fails; may be called twice."""
-        self._stack.close()
+        try:
+            while self._undoing:
+                function, *arguments = self._undoing.pop()
+                function(*arguments)
+        finally:
+            if self._undoing:
+                self.restore()
 
 
 class LatePatches:
