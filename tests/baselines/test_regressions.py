@@ -19,7 +19,10 @@ pytest_plugins = ["pytester"]
 
 MINOR = ".".join(torch.__version__.split("+")[0].split(".")[:2])
 MIB = 2**20
-OPTIONS = ("-p", "no:cacheprovider", "-p", "no:randomly", "--gpu-backend=simulated")
+OPTIONS = (
+    *("-p", "no:cacheprovider", "-p", "no:randomly"),
+    *("--gpu-backend=simulated", "--gpu-values=none"),
+)
 FILES = {
     "conftest": """
         import pytest
