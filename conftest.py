@@ -5,12 +5,15 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+import pkgutil
 import sys
 from pathlib import Path
 
 import platformdirs
 import pytest
 from hypothesis import HealthCheck, settings
+
+import pytest_gpumem
 
 pytest_plugins = ["pytester"]
 
@@ -84,14 +87,20 @@ def pytest_collection_finish() -> None:
     """Import what torch and the plugin import only when it is needed.
 
     An inner run of pytest drops what it was the first to import. Parts of torch register
-    libraries, which raises when it is done again; the plugin's modules would be imported
-    again by each inner run.
+    libraries, which raises when it is done again; the plugin's modules would be read, and
+    their assertions rewritten, again by each inner run.
     """
-    for name in ("collection", "session", "summary"):
-        importlib.import_module(f"pytest_gpumem.plugin.{name}")
     if "torch" in sys.modules:
         for name in ("distributed._functional_collectives", "_dynamo"):
             importlib.import_module(f"torch.{name}")
+        for each in pkgutil.walk_packages(pytest_gpumem.__path__, "pytest_gpumem."):
+            # Transformers takes seconds where no test needs it.
+            needs = "transformers" if each.name.endswith(".build") else "torch"
+            if needs in sys.modules and not each.name.endswith("__main__"):
+                importlib.import_module(each.name)
+    else:
+        for name in ("collection", "session", "summary"):
+            importlib.import_module(f"pytest_gpumem.plugin.{name}")
     gc.enable()
     _freeze()
 
