@@ -91,7 +91,11 @@ def pytest_collection_finish() -> None:
     their assertions rewritten, again by each inner run.
     """
     if "torch" in sys.modules:
-        for name in ("distributed._functional_collectives", "_dynamo"):
+        for name in (
+            "_dynamo",
+            "_inductor.inductor_prims",
+            "distributed._functional_collectives",
+        ):
             importlib.import_module(f"torch.{name}")
         for each in pkgutil.walk_packages(pytest_gpumem.__path__, "pytest_gpumem."):
             # Transformers takes seconds where no test needs it.
