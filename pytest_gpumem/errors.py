@@ -42,7 +42,7 @@ class RuleError(GpuMemError, ValueError):
 
 
 class BudgetError(GivenValueError):
-    """A budget leaves no room, or asks for more than the card has."""
+    """A budget leaves no room, or is larger than the card."""
 
 
 class TenantError(GpuMemError, RuntimeError):

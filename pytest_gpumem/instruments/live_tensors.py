@@ -62,7 +62,7 @@ class Survey(NamedTuple):
 def survey(device: Device, index: int, frame: FrameType | None) -> Survey:
     """Return the tensors and models on a card.
 
-    ``frame`` is the innermost frame of the code that asked for memory.
+    ``frame`` is the innermost frame of the code that requested memory.
     """
     every, modules, optimizers = living(
         torch.Tensor, torch.nn.Module, torch.optim.Optimizer

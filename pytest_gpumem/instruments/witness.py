@@ -88,7 +88,7 @@ class OomWitness:
     ) -> None:
         """Describe this moment.
 
-        ``frame`` is the innermost frame of the code that asked for memory. ``limit``
+        ``frame`` is the innermost frame of the code that requested memory. ``limit``
         describes the broken limit; it is empty for an OOM.
         """
         if self._pauses or getattr(self._is_busy, "now", False):

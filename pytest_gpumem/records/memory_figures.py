@@ -14,7 +14,7 @@ OPTIONAL: Final = frozenset(
         *("peak_fragmented_bytes", "peak_activations_bytes"),
     }
 )
-#: What allocated bytes are for, by the code that asked for them.
+#: What allocated bytes are for, by the code that requested them.
 #:
 #: - ``weights``: parameters and buffers of modules, and what a load puts on the card;
 #: - ``gradients``: gradients of parameters, and what else a backward computes;

@@ -171,7 +171,7 @@ _ACCUMULATED: Final = {
 
 
 def accumulating(_func: Any, handler: Handler) -> Handler:
-    """Return a handler of a sum that C++ asks for in the host's accumulation type.
+    """Return a handler of a sum to which C++ passes the host's accumulation type.
 
     Source: ``renorm_backward`` of ``torch/csrc/autograd/FunctionsManual.cpp``.
     """

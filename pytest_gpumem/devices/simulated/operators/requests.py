@@ -174,7 +174,7 @@ def packed(
 
     Args:
         tensor: The tensor; None requests nothing.
-        memory_format: The layout that is asked for.
+        memory_format: The requested layout.
     """
     if tensor is None or tensor.is_contiguous(memory_format=memory_format):
         return Temporary(0)
