@@ -38,6 +38,8 @@ _T = TypeVar("_T")
 #: The variables of ``allocator/versions.py``, copied here so that most runs need not
 #: import it.
 ALLOCATOR_VARIABLES: Final = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+#: Whatever its value, ``import torch`` starts CUDA's stream sanitizer (``torch/__init__.py``).
+_SANITIZER: Final = "TORCH_CUDA_SANITIZER"
 
 
 class Run:
@@ -307,11 +309,16 @@ def _withdraw() -> None:
 
 
 def _check_environment() -> None:
-    """Reject allocator settings that the simulated device cannot follow.
+    """Reject settings of torch that the simulated device cannot follow.
 
     Raises:
         pytest.UsageError: The environment has such settings.
     """
+    if _SANITIZER in os.environ:
+        raise pytest.UsageError(
+            f"{_SANITIZER} is in the environment, and torch then watches the kernels of a "
+            "real card; unset it, or run with --gpu-backend=cuda on a machine with one"
+        )
     if not any(os.environ.get(name) for name in ALLOCATOR_VARIABLES):
         return
     from pytest_gpumem.allocator.config import config_from_environment

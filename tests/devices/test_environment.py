@@ -58,6 +58,18 @@ def test_settings_that_make_no_sense_are_refused(
     result.stderr.fnmatch_lines(["*PYTORCH_CUDA_ALLOC_CONF='max_split:1'*"])
 
 
+def test_torch_may_not_watch_kernels_that_no_card_runs(
+    monkeypatch: pytest.MonkeyPatch, pytester: pytest.Pytester
+) -> None:
+    """Exit 4 before any test: torch turns the sanitizer on by any value, even empty."""
+    monkeypatch.setenv("TORCH_CUDA_SANITIZER", "")
+    pytester.makepyfile("def test_it():\n    pass")
+    result = pytester.runpytest("--gpu-backend=simulated")
+
+    assert pytest.ExitCode.USAGE_ERROR == result.ret
+    result.stderr.fnmatch_lines(["*TORCH_CUDA_SANITIZER is in the environment*unset it*"])
+
+
 def test_an_oom_comes_before_random_numbers_are_drawn() -> None:
     """What could not be allocated has not moved the generator."""
     with simulated_device("64MiB"):
