@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import os
-import pkgutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import platformdirs
 import pytest
+from _pytest import pytester as pytester_module
 from hypothesis import HealthCheck, settings
 
-import pytest_gpumem
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 pytest_plugins = ["pytester"]
 
@@ -84,29 +85,33 @@ def pytest_collection_modifyitems(
 
 
 def pytest_collection_finish() -> None:
-    """Import what torch and the plugin import only when it is needed.
-
-    An inner run of pytest drops what it was the first to import. Parts of torch register
-    libraries, which raises when it is done again; the plugin's modules would be read, and
-    their assertions rewritten, again by each inner run.
-    """
-    if "torch" in sys.modules:
-        for name in (
-            "_dynamo",
-            "_inductor.inductor_prims",
-            "distributed._functional_collectives",
-        ):
-            importlib.import_module(f"torch.{name}")
-        for each in pkgutil.walk_packages(pytest_gpumem.__path__, "pytest_gpumem."):
-            # Transformers takes seconds where no test needs it.
-            needs = "transformers" if each.name.endswith(".build") else "torch"
-            if needs in sys.modules and not each.name.endswith("__main__"):
-                importlib.import_module(each.name)
-    else:
-        for name in ("collection", "session", "summary"):
-            importlib.import_module(f"pytest_gpumem.plugin.{name}")
+    """Collect garbage again."""
     gc.enable()
     _freeze()
+
+
+#: Packages that are imported once for all inner runs of pytest. Parts of torch register
+#: operators when they are imported, which raises when it is done again.
+_IMPORTED_ONCE = {
+    "accelerate",
+    "functorch",
+    "numpy",
+    "pytest_gpumem",
+    "torch",
+    "transformers",
+}
+
+
+class _Snapshot(pytester_module.SysModulesSnapshot):
+    """The modules before an inner run, which are put back after it."""
+
+    def __init__(self, preserve: Callable[[str], bool]) -> None:
+        super().__init__(
+            lambda name: preserve(name) or name.partition(".")[0] in _IMPORTED_ONCE
+        )
+
+
+pytester_module.SysModulesSnapshot = _Snapshot  # type: ignore[assignment,misc]  # pytester has no option for it
 
 
 #: A garbage collection of so few objects takes almost no time; a sweep makes hundreds.
