@@ -637,8 +637,9 @@ EXPECTED: Final = {
     retries_without_clearing_gradients: Case(Verdict.WRONG_RESULT),
     swallows_every_runtime_error: Case(Verdict.SWALLOWED, flavours=("not-oom",)),
     uses_what_was_never_bound: Case(Verdict.OTHER_ERROR),
-    waits_for_a_worker_that_died: Case(Verdict.HANG),
-    retries_for_ever: Case(Verdict.HANG),
+    # Each point takes the whole time limit.
+    waits_for_a_worker_that_died: Case(Verdict.HANG, points=2),
+    retries_for_ever: Case(Verdict.HANG, points=2),
     knows_the_native_text_only: Case(
         Verdict.CLEAN_OOM, flavours=("cublas", "driver", "async", "mps")
     ),
@@ -672,7 +673,9 @@ EXPECTED: Final = {
     ),
     doubles_small_gradients: Case(Verdict.WRONG_RESULT, says="differs by 2e-05"),
     keeps_and_raises_the_error: Case(Verdict.LEAK),
-    does_not_wait_for_its_retry: Case(Verdict.WRONG_RESULT, says="differs by "),
+    does_not_wait_for_its_retry: Case(
+        Verdict.WRONG_RESULT, says="differs by ", points=4
+    ),
     moves_the_parameters_back_alone: Case(Verdict.WRONG_RESULT, says="half moved"),
     returns_a_model_that_does_not_train: Case(
         Verdict.WRONG_RESULT, says="['trains']['0.weight'] is False instead of True"
