@@ -67,7 +67,9 @@ def test_torch_may_not_watch_kernels_that_no_card_runs(
     result = pytester.runpytest("--gpu-backend=simulated")
 
     assert pytest.ExitCode.USAGE_ERROR == result.ret
-    result.stderr.fnmatch_lines(["*TORCH_CUDA_SANITIZER is in the environment*unset it*"])
+    result.stderr.fnmatch_lines(
+        ["*TORCH_CUDA_SANITIZER is in the environment*unset it*"]
+    )
 
 
 def test_an_oom_comes_before_random_numbers_are_drawn() -> None:
