@@ -53,6 +53,10 @@ class Watch:
         count = self._device.device_count
         self._trackers = [self._device.open_tracker(index) for index in range(count)]
         self._stack.enter_context(self._device.watching(self._watch))
+        # A process that ends with os._exit does not call ``finish`` again.
+        self._stack.enter_context(
+            self._device.observing_ooms(lambda _index, _nbytes: self.finish())
+        )
         atexit.register(self.finish)
         process: Any = sys.modules.get("multiprocessing.process")
         if process is not None and process.parent_process() is not None:
@@ -67,7 +71,7 @@ class Watch:
         self._trackers = []
 
     def finish(self) -> None:
-        """Note the final figures."""
+        """Note the figures so far; they are the final ones if the process ends here."""
         if not self._trackers or self._device.num_requests == self._requests:
             return
         for index, tracker in enumerate(self._trackers):

@@ -136,9 +136,8 @@ class Limits:
                 if bound.device_index == figures.device_index:
                     peak = figures.peak(bound.limit.metric)
                     if peak is None:
-                        peak = (
-                            figures.peak_reserved_bytes
-                        )  # process bytes are at least these
+                        # The process holds at least these.
+                        peak = figures.peak_reserved_bytes
                         unknown.add(bound)
                     peaks[bound] = max(peak, peaks.get(bound, 0))
         return [

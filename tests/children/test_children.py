@@ -319,6 +319,10 @@ TESTS = """
         assert not has_no_room(16)
         assert has_no_room(33)
 
+    @pytest.mark.inject_oom("any:nth=1")
+    def test_only_a_fault():
+        assert has_no_room(1)
+
     def work(mib, ends):
         # Not zeros: after a fork, OpenMP has no threads to fill them with.
         torch.empty(mib * 2**20, dtype=torch.uint8, device="cuda")
@@ -370,7 +374,7 @@ def test_tests_children_are_in_a_run(pytester: pytest.Pytester) -> None:
         "--gpu-budget=128MiB", "-p", "no:cacheprovider", "-v", "--junitxml=j.xml"
     )
 
-    result.assert_outcomes(passed=6, failed=1)
+    result.assert_outcomes(passed=7, failed=1)
     result.stdout.fnmatch_lines(
         [
             "peak VRAM above max_vram: allocated 16 MiB *limit 15 MiB*, 1 MiB too much",
@@ -387,7 +391,7 @@ def test_tests_children_are_in_a_run(pytester: pytest.Pytester) -> None:
     )
     result.stdout.no_fnmatch_line("*test_no_child (*")
     report = (pytester.path / "j.xml").read_text("utf-8")
-    assert 2 == report.count('name="gpumem.children" value="2"')
+    assert 3 == report.count('name="gpumem.children" value="2"')
     after = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
     before.pop("PYTEST_CURRENT_TEST")
     assert before == after
