@@ -179,6 +179,7 @@ def test_every_keys_example_is_a_rule_that_uses_it(key: Key) -> None:
         ("any:p=0", 6, "not a probability above 0 and up to 1"),
         ("any:p=1.5", 6, "not a probability"),
         ("any:p=nan", 6, "not a probability"),
+        ("any:p=often", 6, "'often' is not a probability"),
         ("any:flavour=cubals", 12, r"not a flavour \(did you mean cublas\?\)"),
         ("any:evry=2", 4, r"no key 'evry' \(did you mean every\?\)"),
         ("forwrd", 0, r"not a phase \(did you mean forward\?\)"),

@@ -601,6 +601,24 @@ def test_memory_history_has_the_frames_of_its_level(context: str | None) -> None
     assert shown["device_traces"][0][-1]["size"] == segment["active_size"] == 512
 
 
+@since(2, 13, "torch has no such function")
+@pytest.mark.usefixtures("machine")
+def test_an_address_leads_to_the_code_that_requested_its_block() -> None:
+    """Only while a history with frames is recorded; other addresses have none."""
+    traceback: Any = torch.cuda.memory._allocation_traceback
+    before = torch.zeros(8, device="cuda")
+    torch.cuda.memory._record_memory_history()
+    held = torch.zeros(8, device="cuda")
+    found = traceback(held.untyped_storage().data_ptr())
+    others = traceback(before.untyped_storage().data_ptr()), traceback(1)
+    torch.cuda.memory._record_memory_history(None)
+
+    names = [frame["name"] for frame in found]
+    test = "test_an_address_leads_to_the_code_that_requested_its_block"
+    assert test == names[0]
+    assert (None, None) == others
+
+
 @since(2, 11, "a memory history cannot skip actions")
 @pytest.mark.usefixtures("machine")
 def test_memory_history_keeps_what_it_is_told_to() -> None:

@@ -318,6 +318,25 @@ def test_autocast_chooses_types_as_on_a_card(dtype: torch.dtype) -> None:
     assert torch.float32 == layer(inputs).dtype
 
 
+def test_autocast_runs_some_operators_in_their_widest_type() -> None:
+    """Those of the list PROMOTE in ``autocast_mode.h``, also with tensors in lists."""
+    half = torch.ones(3, device="cuda", dtype=torch.float16)
+    single = torch.ones(3, device="cuda")
+    place = torch.tensor([0], device="cuda")
+
+    with torch.autocast("cuda"):
+        results = [
+            torch.addcdiv(half, half, single),
+            torch.atan2(single, half),
+            torch.addcdiv(half, half, half),
+            half.index_put([place], single[:1]),
+            torch.tensordot(half, single, 1),
+        ]
+
+    wide, narrow = torch.float32, torch.float16
+    assert [wide, wide, narrow, wide, wide] == [each.dtype for each in results]
+
+
 def test_autocast_keeps_a_weights_cast_for_its_region() -> None:
     """A parameter is cast once in a region; its copy goes with the region."""
     layer = nn.Linear(512, 512, bias=False).cuda()

@@ -6,6 +6,7 @@ replaced: those that a CUDA build has and that would call a driver.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
@@ -24,6 +25,7 @@ from pytest_gpumem.devices.simulated.interprocess import collect
 from pytest_gpumem.devices.simulated.jiterator import launch
 from pytest_gpumem.devices.simulated.libraries import C_LIBRARIES
 from pytest_gpumem.devices.simulated.machine import card_of, current_machine
+from pytest_gpumem.devices.simulated.memory import memory_of
 from pytest_gpumem.devices.simulated.memory_history import MemoryHistory
 from pytest_gpumem.devices.simulated.nvtx import Nvtx
 from pytest_gpumem.devices.simulated.operators.attention import C_ATTENTION
@@ -32,6 +34,7 @@ from pytest_gpumem.devices.simulated.raw_memory import enable, raw_alloc, raw_de
 from pytest_gpumem.devices.simulated.refusals import C_REFUSALS
 from pytest_gpumem.devices.simulated.runtime import Runtime
 from pytest_gpumem.devices.simulated.streams import Event, Stream, stream_triple
+from pytest_gpumem.devices.simulated.tensor import SimulatedTensor
 from pytest_gpumem.devices.simulated.tensor_lists import grouping
 from pytest_gpumem.devices.simulated.torch_build import compiled_version
 from pytest_gpumem.devices.simulated.typed import typed_tensors
@@ -286,13 +289,30 @@ def _record_history_legacy(
     _record_history("all" if enabled else None, context, "all", max_entries)
 
 
-def _allocation_traceback(address: int) -> list[dict[str, Any]] | None:
+def _allocation_traceback(pointer: int) -> list[dict[str, Any]] | None:
+    """Return the frames that requested a block; None for an unknown address.
+
+    Args:
+        pointer: The address of a living tensor's storage, or of a block in a snapshot.
+    """
+    address = _block_address(pointer)
     for segment in _snapshot()["segments"]:
         for block in segment["blocks"]:
             if block["address"] == address and block["frames"]:
                 frames: list[dict[str, Any]] = block["frames"]
                 return frames
     return None
+
+
+def _block_address(pointer: int) -> int:
+    """Return the address on the card of the storage whose values are at an address."""
+    for each in gc.get_objects():
+        if issubclass(type(each), SimulatedTensor):
+            storage = each._gpumem_value.untyped_storage()
+            memory = memory_of(storage)
+            if memory and memory.block and storage.data_ptr() == pointer:
+                return memory.block.address
+    return pointer
 
 
 def _arch_flags() -> str:
