@@ -200,6 +200,14 @@ def replace_module(name: str, source: str) -> None:
         for key in old.keys() & held.keys():
             if held[key] is old[key]:
                 held[key] = names.get(key)
+    for key, each in old.items():
+        new = names.get(key)
+        if not isinstance(each, type) or not isinstance(new, type) or new is each:
+            continue
+        for heir in type.__subclasses__(each):
+            heir.__bases__ = tuple(
+                new if base is each else base for base in heir.__bases__
+            )
 
 
 class Mutation:

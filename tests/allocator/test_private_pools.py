@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import pytest
@@ -64,6 +65,26 @@ def test_a_pools_segments_go_with_its_last_user() -> None:
     assert [50 * MIB, 50 * MIB, 20 * MIB, 0] == reserved
     assert {} == allocator.private_pools
     assert 50 * MIB == allocator.stats.reserved_by((0, 1)).all.peak
+
+
+@pytest.mark.parametrize("on_oom", [True, False])
+def test_a_pool_may_serve_where_the_driver_has_no_memory(*, on_oom: bool) -> None:
+    """Only if it was created for that, and only while it has a user."""
+    allocator = _allocator()
+    allocator.use_pool((0, 1), on_oom=on_oom)
+    allocator.begin_pool((0, 1), lambda _stream: True)
+    block = allocator.malloc(100 * MIB)
+    allocator.end_pool((0, 1))
+    allocator.free(block)
+    allocator.malloc(150 * MIB)
+
+    allocator.release_pool((0, 1))
+    with nullcontext() if on_oom else pytest.raises(OutOfMemory):
+        served = allocator.malloc(100 * MIB)
+        assert (0, 1) == served.segment.pool.owner
+        allocator.free(served)
+    allocator.release_pool((0, 1))
+    assert (0, 0) == allocator.malloc(100 * MIB).segment.pool.owner
 
 
 def test_a_capture_flushes_nothing() -> None:

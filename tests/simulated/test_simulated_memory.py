@@ -89,6 +89,17 @@ def test_in_place_operators_allocate_nothing() -> None:
     assert 2 * MIB == torch.cuda.max_memory_allocated()
 
 
+def test_a_tensor_may_give_up_its_storage() -> None:
+    """``set_`` without a source leaves no bytes, and the tensor can grow again."""
+    before = torch.cuda.memory_allocated()
+    tensor = torch.ones(MIB, device="cuda")
+
+    assert (0,) == tensor.set_().shape
+    assert before == torch.cuda.memory_allocated()
+    tensor.resize_(1024)
+    assert before + 4096 == torch.cuda.memory_allocated()
+
+
 def test_a_resize_needs_old_and_new_at_once() -> None:
     """resize_ takes the new block before it gives the old one back."""
     tensor = _mib(2)
