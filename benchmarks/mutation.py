@@ -204,7 +204,8 @@ def replace_module(name: str, source: str) -> None:
         new = names.get(key)
         if not isinstance(each, type) or not isinstance(new, type) or new is each:
             continue
-        for heir in type.__subclasses__(each):
+        heirs: list[type] = type.__subclasses__(each)
+        for heir in heirs:
             heir.__bases__ = tuple(
                 new if base is each else base for base in heir.__bases__
             )
