@@ -245,6 +245,28 @@ def test_a_statistic_has_a_peak_and_two_totals() -> None:
     assert (4, 4, 0, 0) == (stat.current, stat.peak, stat.allocated, stat.freed)
 
 
+def test_small_and_large_blocks_have_peaks_of_their_own() -> None:
+    """Each peak stays when bytes are freed, and begins again after a reset."""
+    allocator = _allocator()
+    names = [
+        f"allocated_bytes.{pool}.peak" for pool in ("all", "small_pool", "large_pool")
+    ]
+
+    def peaks() -> list[int]:
+        return [allocator.memory_stats()[name] for name in names]
+
+    small, large = allocator.malloc(MIB), allocator.malloc(4 * MIB)
+    allocator.free(small)
+    allocator.free(large)
+    again = allocator.malloc(MIB // 2)
+    before = peaks()
+    allocator.stats.reset_peak()
+
+    assert again.size == MIB // 2
+    assert [5 * MIB, MIB, 4 * MIB] == before
+    assert [MIB // 2, MIB // 2, 0] == peaks()
+
+
 def test_the_statistics_have_torchs_keys() -> None:
     """There are 123 keys, sorted, as in torch 2.13; max_split_size -1 is no limit."""
     stats = _allocator().memory_stats()

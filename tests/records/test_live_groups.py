@@ -77,6 +77,15 @@ def test_the_largest_owners_are_named() -> None:
     ] == groups[1]["largest"]
 
 
+def test_the_largest_owner_is_named_first() -> None:
+    """Whatever the order of the blocks."""
+    blocks = [LiveBlock(n, "s", "M", ("layer", str(n), "weight")) for n in (1, 9, 4)]
+
+    (group,) = group_blocks(blocks, most=12)
+
+    assert [9, 4, 1] == [each["bytes"] for each in group["largest"]]
+
+
 def test_sites_and_owners_share_the_room() -> None:
     """What has no owner is told by its site; what is too much is summed, exactly."""
     blocks = [
