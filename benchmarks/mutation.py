@@ -46,7 +46,7 @@ ROOT = Path(__file__).parents[1]
 #: Modules, and the tests that hold them: files and folders of ``tests``.
 TESTS = {
     "sizes cards files": "ground",
-    "inheritance": "fuzz/test_fuzz_texts.py",
+    "inheritance": "ground/test_inheritance.py fuzz/test_fuzz_texts.py",
     "rules/*": "rules",
     "allocator/*": "allocator tenancy/test_tenants.py",
     "records/*": "records sweeps/test_sweep_model.py fuzz/test_fuzz_files.py",

@@ -401,6 +401,15 @@ def test_unused_blocks_are_collected_above_the_threshold() -> None:
     assert 0 == allocator.num_alloc_retries
 
 
+def test_without_a_limit_no_unused_block_is_collected() -> None:
+    """The threshold is a share of the limit (``set_fraction`` of ``malloc``)."""
+    allocator = _allocator(conf="garbage_collection_threshold:0.5")
+    allocator.free(allocator.malloc(100 * MIB))
+    allocator.malloc(110 * MIB)
+
+    assert 210 * MIB == allocator.reserved_bytes
+
+
 def test_the_fraction_of_the_settings_holds_from_the_start() -> None:
     """A fraction in the settings is the limit until another one is set."""
     allocator = _allocator(conf="per_process_memory_fraction:0.25")

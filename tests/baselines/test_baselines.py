@@ -327,6 +327,18 @@ def test_who_comes_first_pays_for_all() -> None:
     assert not uses.can_pay("c", name, 5)
 
 
+def test_first_uses_are_of_other_tests_on_the_same_card() -> None:
+    """And of bytes that stay, not of a peak."""
+    first, second = (f"{metric_key('allocated', index)} left" for index in range(2))
+    entries = {"a": {first: 20, "allocated growth": 7}, "b": {second: 5}}
+    uses = FirstUses(entries)
+
+    assert uses.can_pay("c", second, 5)
+    assert not uses.can_pay("c", first, 5)
+    assert not uses.can_pay("c", "allocated growth", 7)
+    assert not uses.can_pay("a", first, 20)
+
+
 def test_the_same_requests_from_other_blocks_are_no_change() -> None:
     """Where something else was on the card; where it was not, bytes are bytes."""
     before = {

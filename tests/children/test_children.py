@@ -47,35 +47,6 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 # -- what is handed down ------------------------------------------------------------------
 
 
-def test_settings_survive_the_environment() -> None:
-    """What is written is read again; anything else is refused by name."""
-    given = GIVEN._replace(rules=("load:nth=3",), visible="1,0")
-
-    assert given == Inheritance.parse(given.text)
-    for text in ("", "[]", "{}", '{"backend": 1, "more": 2}'):
-        with pytest.raises(ValueError, match=f"{CHILDREN_VARIABLE} was not set by"):
-            Inheritance.parse(text)
-
-
-@pytest.mark.parametrize(
-    ("theirs", "own", "indices"),
-    [
-        (None, None, [0, 1]),
-        (None, "1,0", [1, 0]),
-        (None, "-1", [0, 1]),
-        ("3,5", "3,5", [0, 1]),
-        ("3,5", "5,3", [1, 0]),
-        ("GPU-a,GPU-b", "GPU-b,GPU-a", [1, 0]),
-        ("3,5", "7,5", [0, 1]),
-    ],
-)
-def test_cards_are_called_what_the_run_calls_them(
-    theirs: str | None, own: str | None, indices: list[int]
-) -> None:
-    """A child that sees other cards, or in another order, is not mistaken."""
-    assert indices == GIVEN._replace(visible=theirs).indices_here(own, 2)
-
-
 def test_budgets_are_handed_down_only_below_a_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
