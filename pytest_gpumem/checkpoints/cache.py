@@ -140,9 +140,8 @@ def build_into(
             if is_intact(target, request, check_all=check_all):
                 return  # another process has built it meanwhile
             for left in target.parent.glob(f".{target.name}.*{_SUFFIX}"):
-                shutil.rmtree(
-                    left, ignore_errors=True
-                )  # left by a process that was killed
+                # A process that was killed has left this folder.
+                shutil.rmtree(left, ignore_errors=True)
             _replace(target, request, build, in_cache=True, check_all=check_all)
     except OSError as error:
         raise _explain(error, target) from error

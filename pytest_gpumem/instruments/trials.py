@@ -187,9 +187,8 @@ class Trial:
                 budget = vram_budget(budget_bytes, device_index=index, device=device)
                 stack.enter_context(budget)
             in_force = device.budget(index)
-            if (
-                in_force is not None
-            ):  # bytes from before the run do not count against the budget
+            # Bytes from before the run do not count against the budget.
+            if in_force is not None:
                 stats = device.memory_stats(index)
                 in_force = max(in_force, stats["reserved_bytes.all.current"])
             recorder = PeakRecorder(device_index=index, device=device)

@@ -230,9 +230,7 @@ class BrokenLimits:
         if not hasattr(report, _OVER_LIMIT) or not report.failed:
             return None
         category = "failed" if report.when == "call" else "error"
-        if pytest.version_tuple < (
-            8,
-            3,
-        ):  # older summaries accept only a text, no colour
+        # Older summaries accept only a text, no colour.
+        if pytest.version_tuple < (8, 3):
             return category, "V", _OVER
         return category, "V", (_OVER, {"red": True})

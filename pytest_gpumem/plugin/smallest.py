@@ -123,9 +123,8 @@ class SmallestBudgets:
     def _try(self, item: pytest.Item, budget: int | None) -> tuple[bool, int]:
         """Run a test without a report; return whether it passed, and its reserved peak."""
         runner: Any = item.config.pluginmanager.get_plugin("runner")
-        parent: Any = (
-            item.parent
-        )  # the next test is the same, so that wider fixtures are not torn down
+        # The next test is the same, so that wider fixtures are not torn down.
+        parent: Any = item.parent
         properties, sections = item.user_properties, item._report_sections  # noqa: SLF001  # pytest keeps the captured output there
         marks, before = (len(properties), len(sections)), taken(item)
         parts = _Parts(item)

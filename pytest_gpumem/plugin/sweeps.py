@@ -206,9 +206,8 @@ class Sweeps:
                 pytrace=False,
             )
         if report.failures:
-            detailed = (
-                _subtests(item) is None
-            )  # if there are subtests, they have described each point
+            # If there are subtests, they have described each point.
+            detailed = _subtests(item) is None
             text = explain_failures(report, replay_line(item), detailed=detailed)
             pytest.fail(text, pytrace=False)
 

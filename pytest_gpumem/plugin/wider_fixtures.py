@@ -79,9 +79,8 @@ class WiderFixtures:
                 total = allocated_bytes(device) - before
                 self._inner[-1] += total
                 own = total - inner
-                if (
-                    own and is_made
-                ):  # a failed fixture's bytes are freed together with its frames
+                # A failed fixture's bytes are freed together with its frames.
+                if own and is_made:
                     from pytest_gpumem.records.record import WiderFixture
 
                     self._held[fixturedef] = own

@@ -99,9 +99,8 @@ class Mutex:
             try:
                 yield
             finally:
-                self._depth = max(
-                    self._depth - 1, 0
-                )  # in a forked child the depth is already 0
+                # In a forked child the depth is already 0 (see ``_after_fork``).
+                self._depth = max(self._depth - 1, 0)
                 if not self._depth:
                     self._drop()
         finally:

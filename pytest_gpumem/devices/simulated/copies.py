@@ -81,9 +81,8 @@ def _each_moved(
     """
     level = torch._C._vmapmode_increment_nesting() - 1  # no public API
     torch._C._vmapmode_decrement_nesting()
-    batch = torch._remove_batch_dim(
-        source, level, 1, 0
-    )  # as in torch/_vmap_internals.py
+    # As in torch/_vmap_internals.py.
+    batch = torch._remove_batch_dim(source, level, 1, 0)
     batch = moved(batch, device, dtype=dtype)
     return torch._add_batch_dim(batch, 0, level)  # as in torch/_vmap_internals.py
 
@@ -155,9 +154,7 @@ def download(
     source._gpumem_card.check_context()  # private to this package
     if value.is_meta:
         refuse_value("copying a tensor from the card to the host")
-    staging = (
-        None if _is_dense(value) else Memory(source._gpumem_card, value.nbytes)
-    )  # private to this package
+    staging = None if _is_dense(value) else Memory(source._gpumem_card, value.nbytes)
     with on_tape(source._gpumem_card):
         host: torch.Tensor = _to_copy(value, dtype=dtype, memory_format=memory_format)
     del staging

@@ -143,9 +143,8 @@ def foreseeing(
             options = {name: rehearsal.replace(each) for name, each in kwargs.items()}
             try:
                 with warnings.catch_warnings():
-                    warnings.simplefilter(
-                        "ignore"
-                    )  # the operator itself will warn or raise
+                    # The operator itself will warn or raise.
+                    warnings.simplefilter("ignore")
                     if on_meta:
                         return rehearsal, flat(func(*args, **options))
                     copied = draw and _from_a_copy(draw)

@@ -123,9 +123,8 @@ def _body_for(tensor: torch.Tensor, data: torch.Tensor) -> Any:
     body: Any = _bodies.pop(id(tensor), None)
     if body is None:
         with torch.inference_mode(mode=False):
-            body = torch.empty(
-                0, device="cpu"
-            )  # a new tensor has its own version counter
+            # A new tensor has its own version counter.
+            body = torch.empty(0, device="cpu")
         if isinstance(data, SimulatedTensor):
             body = make(body, data._gpumem_card)
     _data.__set__(body, data)

@@ -94,9 +94,8 @@ def allocate(card: SimulatedCard, nbytes: int) -> Block:
     try:
         return card.allocate(nbytes, stream)
     except OutOfMemory as error:
-        failure = error.with_traceback(
-            None
-        )  # avoids a reference cycle through its frames
+        # Avoids a reference cycle through its frames.
+        failure = error.with_traceback(None)
     raise _torchs_error(card, failure)
 
 
@@ -109,9 +108,8 @@ def allocate_aside(card: SimulatedCard, nbytes: int, stream: int) -> Block:
     try:
         return card.allocate(nbytes, stream, is_internal=True)
     except OutOfMemory as error:
-        failure = error.with_traceback(
-            None
-        )  # avoids a reference cycle through its frames
+        # Avoids a reference cycle through its frames.
+        failure = error.with_traceback(None)
     raise _torchs_error(card, failure)
 
 
@@ -140,9 +138,8 @@ def hold_workspace(card: SimulatedCard, *, of_lt: bool = False) -> None:
     try:
         card.hold_workspace(handle, stream)
     except OutOfMemory as error:
-        failure = error.with_traceback(
-            None
-        )  # avoids a reference cycle through its frames
+        # Avoids a reference cycle through its frames.
+        failure = error.with_traceback(None)
     else:
         return
     raise _torchs_error(card, failure)

@@ -57,9 +57,8 @@ if TYPE_CHECKING:
 _base: Final[Any] = torch.Tensor
 _original_type: Final[Any] = torch.Tensor.type
 _original_to: Final[Any] = torch.Tensor.to
-_original_data: Final[Any] = (
-    torch._C.TensorBase.data
-)  # the descriptor behind Tensor.data
+# The descriptor behind Tensor.data.
+_original_data: Final[Any] = torch._C.TensorBase.data
 _original_pin: Final[Any] = torch.Tensor.pin_memory
 _original_is_pinned: Final[Any] = torch.Tensor.is_pinned
 

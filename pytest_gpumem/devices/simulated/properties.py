@@ -28,9 +28,7 @@ class _Uuid:
         return self._text
 
     def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, _Uuid) and other._text == self._text
-        )  # private to this class
+        return isinstance(other, _Uuid) and other._text == self._text
 
     def __hash__(self) -> int:
         return hash(self._text)

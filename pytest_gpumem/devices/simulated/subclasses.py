@@ -81,9 +81,8 @@ def known_card(tensor: torch.Tensor) -> torch.device | None:
         device: torch.device | None = getattr(storage, "_gpumem_device", None)
         if device is not None:
             return device
-        inner = getattr(
-            tensor, "_local_tensor", None
-        )  # the inner tensor of a DTensor, which C++ creates
+        # The inner tensor of a DTensor, which C++ creates.
+        inner = getattr(tensor, "_local_tensor", None)
         if isinstance(inner, torch.Tensor):
             return inner.device if inner.is_cuda else None
         memory = memory_of(storage) if is_keyed(tensor) else None

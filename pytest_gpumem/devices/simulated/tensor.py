@@ -44,13 +44,11 @@ if TYPE_CHECKING:
 
     Handler = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
-_make_subclass: Final[Any] = (
-    torch.Tensor._make_subclass
-)  # torch creates its own subclasses with this function
+# Torch creates its own subclasses with this function.
+_make_subclass: Final[Any] = torch.Tensor._make_subclass
 _set_data: Final[Any] = torch._C.TensorBase.data.__set__  # type: ignore[attr-defined]  # the setter behind Tensor.data
-_no_function: Final[Any] = (
-    torch._C._disabled_torch_function_impl
-)  # torch's function that disables __torch_function__
+# Torch's function that disables __torch_function__.
+_no_function: Final[Any] = torch._C._disabled_torch_function_impl
 _keys: Final[Any] = torch._C._dispatch_keys
 _CUDA: Final[Any] = torch._C.DispatchKey.CUDA
 #: Classes whose tensors are always on the host.
@@ -390,9 +388,8 @@ def make(value: torch.Tensor, card: SimulatedCard) -> SimulatedTensor:
     device = DEVICES[card.index]
     tensor: SimulatedTensor
     if value.is_inference() and not torch.is_inference_mode_enabled():
-        with (
-            torch.inference_mode()
-        ):  # a view of an inference tensor is an inference tensor
+        # A view of an inference tensor is an inference tensor.
+        with torch.inference_mode():
             tensor = _make_subclass(
                 SimulatedTensor, value, False, device_for_backend_keys=device
             )

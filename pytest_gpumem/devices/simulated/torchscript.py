@@ -202,9 +202,8 @@ def _scripted(module: Any, *args: Any, **options: Any) -> Any:
     """Script a module, and keep its Python code beside the result."""
     result = _script_module(module, *args, **options)
     if not options.get("is_tracing", False):
-        with contextlib.suppress(
-            Exception
-        ):  # a module that cannot be copied gets no Python code
+        # A module that cannot be copied gets no Python code.
+        with contextlib.suppress(Exception):
             _keep_python(result, _without_values(module))
     return result
 

@@ -75,8 +75,7 @@ def autocast_names(policy: str) -> list[str]:
     path = Path(torch.__file__).parent / "include/ATen/autocast_mode.h"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     _before, _macro, rest = text.partition(f"#define AT_FORALL_{policy}(_)")
-    macro = re.match(
-        r"(.*\\\n)*.*", rest
-    )  # up to the first line without a continuation
+    # Up to the first line without a continuation.
+    macro = re.match(r"(.*\\\n)*.*", rest)
     entries = re.findall(r"_\((\w+)(?:, (\w+))?\)", macro.group() if macro else "")
     return [f"{name}.{overload}" if overload else name for name, overload in entries]

@@ -574,9 +574,8 @@ def _cov(func: Any) -> Kernel:
             factor.zero_()
         rows = rows - mean.unsqueeze(1)
         product = torch.mm(rows, rows.t().conj())
-        if (
-            product.is_complex() and 1 in rows.shape
-        ):  # each element times its own conjugate
+        # Each element times its own conjugate.
+        if product.is_complex() and 1 in rows.shape:
             real = product.real
             product = torch.complex(real, torch.zeros_like(real))
         return torch.true_divide(product, factor).squeeze()

@@ -338,9 +338,8 @@ def _batch_norm_backward(call: Call) -> Iterator[RequestStep]:
     yield from (sums, products)
     yield Results(1)
     if wanted[1] and not wanted[2]:
-        yield Temporary(
-            source.shape[1] * call["weight"].itemsize
-        )  # used even without a bias
+        # Used even without a bias.
+        yield Temporary(source.shape[1] * call["weight"].itemsize)
     yield Results(2)
     yield Results(0)
 

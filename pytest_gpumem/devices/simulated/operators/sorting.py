@@ -237,9 +237,8 @@ def _median(func: Any) -> Any:
 
     def compute(source: torch.Tensor) -> torch.Tensor:
         if source.is_complex():
-            raise RuntimeError(
-                " Sort does not support complex dtypes on CPU"
-            )  # a card's text
+            # The text of a card's error.
+            raise RuntimeError(" Sort does not support complex dtypes on CPU")
         if source.dtype is not torch.bool:
             return func(source)  # type: ignore[no-any-return]  # the operator returns a tensor
         return func(source.byte()).bool()  # type: ignore[no-any-return]  # the operator returns a tensor

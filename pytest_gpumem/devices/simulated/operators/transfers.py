@@ -161,9 +161,7 @@ def _sized(func: Any, handler: Handler) -> Handler:
         source, like, *rest = args
         if isinstance(source, SimulatedTensor):
             return handler(args, kwargs)
-        return func(
-            source, like._gpumem_value, *rest, **kwargs
-        )  # private to this package
+        return func(source, like._gpumem_value, *rest, **kwargs)
 
     return run
 
