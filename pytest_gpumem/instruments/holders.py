@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from pytest_gpumem.instruments.module_parts import living
 from pytest_gpumem.instruments.reference_chains import (
     InterpreterHolder,
     base_of,
@@ -27,6 +26,7 @@ from pytest_gpumem.instruments.reference_chains import (
     runs,
     tensor_words,
 )
+from pytest_gpumem.living_objects import living
 from pytest_gpumem.sizes import format_size
 from pytest_gpumem.stacks import frames_from, variables_of
 

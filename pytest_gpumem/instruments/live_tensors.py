@@ -17,13 +17,13 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from pytest_gpumem.instruments.module_parts import (
-    living,
     modules_of,
     registry,
     shape_words,
     tensors_in,
     tensors_of,
 )
+from pytest_gpumem.living_objects import living
 from pytest_gpumem.records.incidents import LiveTensor, ModelSize
 from pytest_gpumem.stacks import errors_behind, frames_from, variables_of
 

@@ -6,7 +6,6 @@ three registries of the object itself.
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections import Counter
 from contextlib import suppress
@@ -27,23 +26,6 @@ if TYPE_CHECKING:
 unseen: Final = torch._C.DisableTorchFunction  # noqa: SLF001  # no public name
 #: The types of keys that are shown. The repr of another type may be the program's code.
 _KEYS: Final = frozenset({str, int, bytes, bool, type(None)})
-
-
-def living(*bases: type) -> tuple[list[Any], ...]:
-    """Return all objects of each class in the garbage collector, by one search."""
-    objects = gc.get_objects()
-    # There are a hundred thousand objects and a few thousand types.
-    kinds = set(map(type, objects))
-    found = []
-    # The list is not used in a closure: the list would contain the closure, which would be
-    # a reference cycle.
-    for base in bases:
-        wanted = {kind for kind in kinds if issubclass(kind, base)}
-        found.append([each for each in objects if type(each) in wanted])
-    # Up to Python 3.10 a profiler creates a dictionary of these local names; the list
-    # contains it.
-    del objects
-    return tuple(found)
 
 
 def modules_of(root: Any) -> Iterator[tuple[str, Any]]:

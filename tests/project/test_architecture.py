@@ -19,6 +19,7 @@ GROUND = {
     "guards",
     "host_memory",
     "inheritance",
+    "living_objects",
     "sizes",
     "stacks",
     "tables",

@@ -25,7 +25,12 @@ from pytest_gpumem.devices.cuda_errors import cuda_error
 from pytest_gpumem.devices.simulated.cpp_warnings import warn
 from pytest_gpumem.devices.simulated.machine import current_machine
 from pytest_gpumem.devices.simulated.rng import GENERATOR, CardGenerator
-from pytest_gpumem.devices.simulated.tape import Recorder, Tape, bytes_of, living
+from pytest_gpumem.devices.simulated.tape import (
+    Recorder,
+    Tape,
+    bytes_of,
+    living_storage,
+)
 from pytest_gpumem.devices.simulated.tensor import HANDLERS, SimulatedTensor
 
 if TYPE_CHECKING:
@@ -125,7 +130,7 @@ class Capture:
         for undo in self._undo_draws:
             undo()
         for reference, contents in self._contents.values():
-            storage = living(reference)
+            storage = living_storage(reference)
             if storage is not None:
                 bytes_of(storage).copy_(contents)
         self._contents.clear()

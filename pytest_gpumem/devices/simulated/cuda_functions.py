@@ -6,7 +6,6 @@ replaced: those that a CUDA build has and that would call a driver.
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
@@ -39,6 +38,7 @@ from pytest_gpumem.devices.simulated.tensor_lists import grouping
 from pytest_gpumem.devices.simulated.torch_build import compiled_version
 from pytest_gpumem.devices.simulated.typed import typed_tensors
 from pytest_gpumem.kernels.cublas import workspace_bytes
+from pytest_gpumem.living_objects import living
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -306,12 +306,11 @@ def _allocation_traceback(pointer: int) -> list[dict[str, Any]] | None:
 
 def _block_address(pointer: int) -> int:
     """Return the address on the card of the storage whose values are at an address."""
-    for each in gc.get_objects():
-        if issubclass(type(each), SimulatedTensor):
-            storage = each._gpumem_value.untyped_storage()
-            memory = memory_of(storage)
-            if memory and memory.block and storage.data_ptr() == pointer:
-                return memory.block.address
+    for each in living(SimulatedTensor)[0]:
+        storage = each._gpumem_value.untyped_storage()
+        memory = memory_of(storage)
+        if memory and memory.block and storage.data_ptr() == pointer:
+            return memory.block.address
     return pointer
 
 

@@ -41,7 +41,7 @@ def bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
     return whole
 
 
-def living(
+def living_storage(
     reference: weakref.ref[torch.UntypedStorage],
 ) -> torch.UntypedStorage | None:
     """Return the storage that is referred to, or None if it was deleted.
@@ -191,7 +191,7 @@ class Tape:
         return number
 
     def _alive(self, number: int) -> torch.UntypedStorage | None:
-        return living(self._storages[number])
+        return living_storage(self._storages[number])
 
     def _help(
         self,
